@@ -1,0 +1,1 @@
+"""The Redis-backed broker between reinforcement-learning learners and rollout workers."""

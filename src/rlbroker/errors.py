@@ -1,0 +1,109 @@
+"""Every error that rlbroker raises.
+
+::
+
+    RlbrokerError
+    ├── UsageError                  the caller did something wrong; retrying will not help
+    │   ├── InvalidArgument         an argument's value (ValueError)
+    │   ├── UnsupportedType         an object that cannot travel; names its path (TypeError)
+    │   ├── WeightsMismatch         the weights do not fit the model; names keys and shapes (ValueError)
+    │   ├── BatchTooLarge           one batch exceeds the byte bound of its queue (ValueError)
+    │   ├── UnknownWorker           no such worker id in this run (LookupError)
+    │   ├── ForkedProcess           used in a child after fork (RuntimeError)
+    │   └── Closed                  used after cleanup (RuntimeError)
+    └── PeerError                   the server, the network or another process did
+        ├── ConnectionFailed        the server cannot be reached (ConnectionError)
+        ├── AccessDenied            wrong password, or a right is missing (PermissionError)
+        ├── ServerUnsuitable        the server is too old or would evict our keys
+        ├── ServerOutOfMemory       the server's memory limit is reached
+        ├── ServerFault             the server answered with any other error
+        ├── WireError               bytes that do not decode (ValueError)
+        │   └── IncompatibleFormat  written by a release with another wire format
+        ├── Fenced                  a newer process took this one's place
+        └── DeadlineExceeded        what was waited for did not come in time (TimeoutError)
+            └── QueueFull           no room for a batch (queue.Full)
+"""
+
+from __future__ import annotations
+
+import queue
+
+
+class RlbrokerError(Exception):
+    """Base of every error that rlbroker raises."""
+
+
+class UsageError(RlbrokerError):
+    """The caller did something wrong; the same call will fail again."""
+
+
+class InvalidArgument(UsageError, ValueError):
+    """An argument has a value that cannot work."""
+
+
+class UnsupportedType(UsageError, TypeError):
+    """An object that cannot travel; the message names its path within the tree."""
+
+
+class WeightsMismatch(UsageError, ValueError):
+    """The received weights do not fit the model; the message names keys and shapes."""
+
+
+class BatchTooLarge(UsageError, ValueError):
+    """One batch alone is larger than the byte bound of its queue."""
+
+
+class UnknownWorker(UsageError, LookupError):
+    """No worker with this id belongs to the run."""
+
+
+class ForkedProcess(UsageError, RuntimeError):
+    """A client made before a fork is used in the child; make a new one there."""
+
+
+class Closed(UsageError, RuntimeError):
+    """The client was cleaned up and cannot be used any more."""
+
+
+class PeerError(RlbrokerError):
+    """The server, the network or another process did something wrong."""
+
+
+class ConnectionFailed(PeerError, ConnectionError):
+    """The server cannot be reached, or the connection to it broke."""
+
+
+class AccessDenied(PeerError, PermissionError):
+    """Wrong user or password, or the user lacks a right."""
+
+
+class ServerUnsuitable(PeerError):
+    """The server is too old, or its settings would lose data."""
+
+
+class ServerOutOfMemory(PeerError):
+    """The server refuses writes because its memory limit is reached."""
+
+
+class ServerFault(PeerError):
+    """The server answered with an error that rlbroker does not expect."""
+
+
+class WireError(PeerError, ValueError):
+    """Bytes that cannot be decoded: damaged, hostile, or beyond the limits."""
+
+
+class IncompatibleFormat(WireError):
+    """The other side writes another version of the wire format."""
+
+
+class Fenced(PeerError):
+    """A newer process with the same role has taken this one's place."""
+
+
+class DeadlineExceeded(PeerError, TimeoutError):
+    """What was waited for did not happen in time."""
+
+
+class QueueFull(DeadlineExceeded, queue.Full):
+    """There was no room for a batch within the timeout; the caller still has it."""
