@@ -1,0 +1,48 @@
+"""What the embedded server refuses before it starts anything."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlbroker.errors import InvalidArgument
+from rlbroker.local.redis_server import RedisServer
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"port": 6379},
+        {"bind": "127.0.0.1", "port": 65536},
+        {"bind": "127.0.0.1", "port": -1},
+        {"bind": "localhost"},
+        {"bind": "127.0.0.1\nport 1"},
+        {"persistence": True},
+        {"directory": Path("/somewhere")},
+        {"maxmemory_bytes": 0},
+        {"config": {"requirepass": "x"}},
+        {"config": {"Bind": "0.0.0.0"}},
+        {"config": {"hz": "10\nport 6379"}},
+        {"config": {"hz 10\nport": "6379"}},
+    ],
+    ids=repr,
+)
+def test_arguments_that_cannot_work_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument):
+        RedisServer(**arguments)
+
+
+def test_making_the_object_starts_nothing_and_writes_nothing() -> None:
+    server = RedisServer(bind="127.0.0.1")
+    assert not server.socket_path.parent.exists()
+    assert server.pid is None
+    assert server.network_url is None
+    assert server.binary is None
+
+
+def test_two_servers_share_neither_password_nor_place() -> None:
+    first, second = RedisServer(), RedisServer()
+    assert first.url != second.url
+    assert first.socket_path != second.socket_path
+    assert "***" in first.redacted_url
+    assert repr(first) == f"<RedisServer {first.redacted_url} stopped>"
