@@ -1,0 +1,121 @@
+"""The reading half: segments, decoded one by one in any thread, become the leaves of a tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from rlbroker.errors import WireError
+from rlbroker.wire import compress
+from rlbroker.wire.format import Lane, StoredSegment, byte_view, digest_of, read_header
+from rlbroker.wire.leaves import Bytes, Leaf, leaf_maker
+from rlbroker.wire.limits import DEFAULT_LIMITS, Limits
+from rlbroker.wire.tree import unpack
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Assembly:
+    """What a header announces, to be filled with segments.
+
+    Every leaf owns its memory, so that keeping a small one does not keep the others.
+    """
+
+    def __init__(self, header: Buffer, limits: Limits = DEFAULT_LIMITS) -> None:
+        """Check the whole header against `limits`, then allocate the leaves.
+
+        Raises WireError, and IncompatibleFormat for another version of the format.
+        """
+        facts = read_header(byte_view(header), limits)
+        self._tree = facts.tree
+        self._raw_bytes = facts.raw_bytes
+        self._segments = [segment for lane in facts.lanes for segment in lane.segments]
+        #: For each segment its lane, and where in the lane it starts.
+        self._places = [
+            (lane, end - segment.raw_bytes)
+            for lane in facts.lanes
+            for segment, end in zip(
+                lane.segments, accumulate(segment.raw_bytes for segment in lane.segments), strict=True
+            )
+        ]
+        self._done = bytearray(len(self._segments))
+        self._leaves = facts.leaves
+        self._makers = [leaf_maker(leaf) for leaf in facts.leaves]
+        try:
+            self._elements = [np.empty(leaf.shape, leaf.carrier) for leaf in facts.leaves]
+        except MemoryError as error:
+            raise WireError(f"no memory for {self._raw_bytes} bytes of arrays") from error
+
+    @property
+    def raw_bytes(self) -> int:
+        """Size of all leaves in bytes, each tied one counted once."""
+        return self._raw_bytes
+
+    @property
+    def segments(self) -> Sequence[StoredSegment]:
+        """The facts of each segment, in order."""
+        return self._segments
+
+    def decode_segment(self, index: int, data: Buffer) -> None:
+        """Fill in segment `index` from its stored bytes; raise WireError if they are not the announced ones.
+
+        Safe in several threads. `data` must not change during the call, and may be reused afterwards.
+        """
+        stored = byte_view(data)
+        segment = self._segments[index]
+        if len(stored) != segment.stored_bytes:
+            raise WireError(f"segment {index} has {len(stored)} bytes, announced were {segment.stored_bytes}")
+        if digest_of(stored) != segment.digest:
+            raise WireError(f"the digest of segment {index} does not match")
+        lane, start = self._places[index]
+        if len(lane.leaf_numbers) == 1:
+            number = lane.leaf_numbers[0]
+            out = self._elements[number].reshape(-1).view(np.uint8)[start : start + segment.raw_bytes]
+            _restore(segment, stored, lane.typesize, out)
+            _normalise_bools(self._leaves[number], out)
+        else:
+            self._fill_bundle(lane, segment, stored)
+        self._done[index] = 1
+
+    def _fill_bundle(self, lane: Lane, segment: StoredSegment, stored: memoryview) -> None:
+        if segment.codec == compress.RAW:
+            raw = np.frombuffer(stored, np.uint8)
+        else:
+            raw = np.empty(segment.raw_bytes, np.uint8)
+            _restore(segment, stored, lane.typesize, raw)
+        start = 0
+        for number in lane.leaf_numbers:
+            leaf = self._leaves[number]
+            elements = self._elements[number]
+            if elements.nbytes:
+                elements[...] = np.ndarray(leaf.shape, leaf.carrier, raw, start)
+                start += elements.nbytes
+                if leaf.carrier.kind == "b":
+                    _normalise_bools(leaf, elements.view(np.uint8))
+
+    def tree(self) -> Any:
+        """Return the tree; raise WireError while a segment is missing."""
+        missing = self._done.find(0)
+        if missing >= 0:
+            raise WireError(f"segment {missing} of {len(self._segments)} is missing")
+        leaves = [make(elements) for make, elements in zip(self._makers, self._elements, strict=True)]
+        return unpack(self._tree, leaves)
+
+
+def _restore(segment: StoredSegment, stored: memoryview, typesize: int, out: Bytes) -> None:
+    if segment.codec == compress.RAW:
+        out[:] = np.frombuffer(stored, np.uint8)
+    else:
+        compress.decompress(stored, typesize, out.data)
+
+
+def _normalise_bools(leaf: Leaf, buffer: Bytes) -> None:
+    """Make each byte of boolean elements 0 or 1, in place.
+
+    Compiled code counts on it: a mask that holds other bytes makes numpy and torch miscount what it selects.
+    """
+    if leaf.carrier.kind == "b":
+        np.minimum(buffer, 1, out=buffer)

@@ -1,0 +1,64 @@
+"""One tree as one string of bytes, for what travels in a single Redis value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlbroker.errors import WireError
+from rlbroker.wire import compress
+from rlbroker.wire.assembly import Assembly, Buffer
+from rlbroker.wire.format import FORMAT_VERSION, Header, byte_view, read_header, split_header
+from rlbroker.wire.limits import DEFAULT_LIMITS, Limits
+from rlbroker.wire.plan import plan
+from rlbroker.wire.tree import describe_packed
+
+
+def encode(tree: object, *, compression: bool = True) -> bytes:
+    """Return `tree` as bytes; raise UnsupportedType, which names the path, for what cannot travel."""
+    parts = plan(tree, compression=compression)
+    encoded = [parts.encode_segment(index) for index in range(parts.segment_count)]
+    header = parts.header([segment for segment, _ in encoded])
+    return b"".join((header, *(stored for _, stored in encoded)))
+
+
+def decode(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> Any:
+    """Return the tree that `data` holds; raise WireError for anything but a whole, sound message."""
+    view = byte_view(data)
+    end = _header_end(view)
+    assembly = Assembly(view[:end], limits)
+    for index, segment in enumerate(assembly.segments):
+        assembly.decode_segment(index, view[end : end + segment.stored_bytes])
+        end += segment.stored_bytes
+    return assembly.tree()
+
+
+def describe(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
+    """Return what a message, or the header of a plan alone, holds, ready for JSON.
+
+    Needs neither torch nor the array bytes, which it does not check.
+    """
+    view = byte_view(data)
+    end, _ = split_header(view)
+    if len(view) != end:
+        end = _header_end(view)
+    header = read_header(view[:end], limits)
+    return {
+        "format_version": FORMAT_VERSION,
+        "header_bytes": end,
+        "raw_bytes": header.raw_bytes,
+        "stored_bytes": header.body_bytes,
+        "segments": sum(len(lane.segments) for lane in header.lanes),
+        "compressed_segments": _compressed(header),
+        "values": describe_packed(header.tree, header.leaves),
+    }
+
+
+def _compressed(header: Header) -> int:
+    return sum(segment.codec == compress.BLOSC2 for lane in header.lanes for segment in lane.segments)
+
+
+def _header_end(view: memoryview) -> int:
+    end, body_bytes = split_header(view)
+    if len(view) != end + body_bytes:
+        raise WireError(f"a message of {end + body_bytes} bytes came as {len(view)}")
+    return end
