@@ -60,15 +60,16 @@ OWNER = """
 import os, signal, sys, time
 from rlbroker.local.redis_server import RedisServer
 server = RedisServer().start()
+if {forks} and not os.fork(): time.sleep(60)
 print(server.pid, flush=True)
 {then}
 """
 
 
-def owner(then: str) -> tuple["subprocess.Popen[str]", int]:
+def owner(then: str, *, forks: bool = False) -> tuple["subprocess.Popen[str]", int]:
     """Start a process that owns a server and then does as told; return it, and the server's pid."""
     process = subprocess.Popen(
-        [sys.executable, "-c", OWNER.format(then=then)],
+        [sys.executable, "-c", OWNER.format(then=then, forks=forks)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -108,7 +109,7 @@ def test_the_server_ends_with_its_owner_even_while_the_owners_forked_child_lives
     temporary_directory: Path,
 ) -> None:
     """The child holds the pipe to the guard open: the pipe alone would not tell of the owner's end."""
-    process, pid = owner("os.fork()\ntime.sleep(60)")
+    process, pid = owner("time.sleep(60)", forks=True)
     try:
         process.kill()
         process.wait(15.0)

@@ -121,14 +121,17 @@ class GuardedProcess:
         self.ask_to_stop(steps)
         if not self.wait(sum(seconds for _, seconds in steps) + GUARD_MARGIN_SECONDS):
             self.kill()
+            self.wait(1.0)
 
     def kill(self) -> None:
-        """Kill guard and command where they stand: the last resort."""
-        if not self.ended:
-            self.killed = True
-            self._finish()
+        """Kill guard and command where they stand, from any thread; `pump` tells of the end as always."""
+        self.killed = True
+        self._guard.kill()
+        self._kill_group()
 
     def _send(self, message: object) -> None:
+        if self.ended:
+            return
         assert self._guard.stdin is not None
         line = json.dumps(message).encode() + b"\n"
         with contextlib.suppress(BrokenPipeError):  # the guard is gone: `pump` will find out
@@ -140,18 +143,21 @@ class GuardedProcess:
         assert self._guard.stdin is not None
         self._guard.stdin.close()
         try:
-            # When its pipe is closed it has nothing left to do, unless it is us who give up on it.
-            self._guard.wait(0 if self.killed and self.exit_code is None else 1.0)
+            self._guard.wait(1.0)  # its pipe is closed: it has nothing left to do
         except subprocess.TimeoutExpired:
             self._guard.kill()
             self._guard.wait()
         if self._guard.returncode != 0:
             self.error = self.error or f"its guard process ended with {self._guard.returncode}"
             if self.pid is not None and self.exit_code is None:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.pid, signal.SIGKILL)
+                self._kill_group()
                 self.exit_code = -signal.SIGKILL
             if self._directory is not None:
                 shutil.rmtree(self._directory, ignore_errors=True)
         self._reports.close()
         self.ended = True
+
+    def _kill_group(self) -> None:
+        if self.pid is not None and self.exit_code is None:  # later the number may be another process's
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
