@@ -1,0 +1,89 @@
+"""The threads behind a client: they go on after faults of the network, and stop at errors that are final."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from rlbroker.connection import Backoff
+from rlbroker.errors import Closed, ConnectionFailed, PeerError, RlbrokerError
+
+logger = logging.getLogger("rlbroker")
+
+
+class Background:
+    """A daemon thread that repeats one step until it is stopped.
+
+    A step that fails because the server is away or out of memory is tried again after a growing pause; any
+    other error ends the thread and is raised by the next `check`, so that it reaches the caller.
+    """
+
+    def __init__(
+        self, name: str, step: Callable[[], None], *, again: tuple[type[PeerError], ...] = ()
+    ) -> None:
+        """Prepare the thread.
+
+        Args:
+            name: shown in logs and debuggers.
+            step: does one piece of work; must return within a second or so.
+            again: errors, besides `ConnectionFailed`, after which the step is worth repeating.
+        """
+        self._step = step
+        self._again: tuple[type[PeerError], ...] = (ConnectionFailed, *again)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._work, name=f"rlbroker-{name}", daemon=True)
+        self.error: Exception | None = None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called; long steps look at it."""
+        return self._stopping.is_set()
+
+    def start(self) -> None:
+        """Start repeating."""
+        self._thread.start()
+
+    def pause(self, seconds: float) -> None:
+        """Wait, but not beyond `stop`."""
+        self._stopping.wait(seconds)
+
+    def check(self) -> None:
+        """Raise the error that ended the thread, if one did."""
+        if self.error is not None:
+            raise self.error
+
+    def stop(self, timeout_seconds: float) -> bool:
+        """End the thread and wait for it; give whether it ended in time."""
+        self._stopping.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout_seconds)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        backoff = Backoff()
+        away = False
+        while not self.stopping:
+            try:
+                self._step()
+            except self._again as error:
+                if not away and not self.stopping:
+                    logger.warning("%s: %s; trying again until it is back", self._thread.name, error)
+                away = True
+                self.pause(backoff.next())
+            except Exception as error:
+                if not self.stopping:
+                    self.error = error
+                    if not isinstance(error, RlbrokerError):
+                        logger.exception("%s stopped", self._thread.name)
+                return
+            else:
+                if away:
+                    logger.info("%s: the server is back", self._thread.name)
+                away = False
+                backoff.reset()
+
+
+def closed_error(what: str) -> Closed:
+    """Give the error for using a client after it was closed."""
+    return Closed(f"this {what} was closed; make a new one")

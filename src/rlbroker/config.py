@@ -1,0 +1,140 @@
+"""Settings: what callers may choose, checked once, and the only place that reads the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, Self, get_args
+from urllib.parse import urlsplit
+
+from rlbroker.errors import InvalidArgument
+
+#: What a sender does when its queue is full.
+WhenFull = Literal["block", "drop_oldest", "drop_newest"]
+
+#: When a batch that `collect_experiences` returned counts as done.
+Acknowledge = Literal["next", "manual"]
+
+DEFAULT_URL = "redis://localhost:6379/0"
+DEFAULT_RUN = "default"
+URL_SCHEMES = ("redis", "rediss", "unix")
+
+#: Worker ids stay below this bound, so that a typing error cannot create lists of millions.
+MAX_WORKER_ID = 65_535
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What the learner decides for the whole run; workers read it from the run's `meta` hash.
+
+    Attributes:
+        max_queue_size: batches that may wait in one worker's queue.
+        max_queue_bytes: bytes of one worker's queue, batches in the learner's hands included.
+        when_full: what a worker does when its queue is full, unless it chooses for itself.
+        lease_seconds: a worker that was silent for longer is `away`.
+        forget_seconds: a worker that was silent for longer no longer belongs to the run.
+    """
+
+    max_queue_size: int = 1000
+    max_queue_bytes: int = 256 << 20
+    when_full: WhenFull = "block"
+    lease_seconds: float = 5.0
+    forget_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        positive_int("max_queue_size", self.max_queue_size)
+        positive_int("max_queue_bytes", self.max_queue_bytes)
+        positive_seconds("lease_seconds", self.lease_seconds)
+        choice("when_full", self.when_full, get_args(WhenFull))
+        if self.forget_seconds < self.lease_seconds:
+            raise InvalidArgument("forget_seconds must not be shorter than lease_seconds")
+
+    def to_fields(self) -> dict[str, str]:
+        """Give the fields of the `meta` hash that carry these settings."""
+        return {name: str(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_fields(cls, found: Mapping[str, str]) -> Self:
+        """Read the settings back from the fields of the `meta` hash; what is missing keeps its default."""
+        kinds = {"int": int, "float": float}
+        return cls(
+            **{
+                field.name: kinds.get(str(field.type), str)(found[field.name])
+                for field in fields(cls)
+                if field.name in found
+            }
+        )
+
+
+def redis_url(url: str | None = None) -> str:
+    """Give the server's URL: the argument, else RLBROKER_REDIS_URL, else REDIS_URL, else localhost.
+
+    Raises:
+        InvalidArgument: the scheme is none of redis, rediss and unix.
+    """
+    found = url or os.environ.get("RLBROKER_REDIS_URL") or os.environ.get("REDIS_URL") or DEFAULT_URL
+    scheme = urlsplit(found).scheme
+    if scheme not in URL_SCHEMES:
+        known = ", ".join(f"{name}://" for name in URL_SCHEMES)
+        raise InvalidArgument(f"the server's URL has the scheme {scheme!r}; use one of {known}")
+    return found
+
+
+def redacted_url(url: str) -> str:
+    """Give the URL without user, password and query, fit for logs and errors.
+
+    >>> redacted_url("redis://me:secret@host:6379/0?socket_timeout=1")
+    'redis://host:6379/0'
+    """
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def run_name(run: str) -> str:
+    """Check the name of a run; it becomes part of every key.
+
+    Raises:
+        InvalidArgument: it is not 1 to 100 letters, digits, dots, dashes and underscores.
+    """
+    if not isinstance(run, str) or not _RUN_NAME.fullmatch(run):
+        raise InvalidArgument(
+            f"run must be 1 to 100 letters, digits, '.', '_' or '-', and begin with a letter or digit; got {run!r}"
+        )
+    return run
+
+
+def worker_number(worker_id: int) -> int:
+    """Check a worker id.
+
+    Raises:
+        InvalidArgument: it is not an integer from 0 to 65535.
+    """
+    if isinstance(worker_id, bool) or not isinstance(worker_id, int) or not 0 <= worker_id <= MAX_WORKER_ID:
+        raise InvalidArgument(f"worker_id must be an integer from 0 to {MAX_WORKER_ID}; got {worker_id!r}")
+    return worker_id
+
+
+def positive_int(name: str, value: int) -> int:
+    """Check that a setting is an integer above zero."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgument(f"{name} must be an integer of at least 1; got {value!r}")
+    return value
+
+
+def positive_seconds(name: str, value: float) -> float:
+    """Check that a setting is a finite number of seconds above zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise InvalidArgument(f"{name} must be a number of seconds above 0; got {value!r}")
+    return float(value)
+
+
+def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """Check that a setting is one of a few words."""
+    if value not in choices:
+        raise InvalidArgument(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+    return value

@@ -1,0 +1,395 @@
+"""The one boundary to Redis: clients, deadlines, retries, scripts, and redis-py's errors turned into ours."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, TypeVar
+
+import redis
+from redis import exceptions as redis_errors
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from rlbroker.config import positive_seconds, redacted_url, redis_url
+from rlbroker.errors import (
+    AccessDenied,
+    ConnectionFailed,
+    Fenced,
+    ForkedProcess,
+    InvalidArgument,
+    PeerError,
+    ServerFault,
+    ServerOutOfMemory,
+    ServerUnsuitable,
+)
+
+logger = logging.getLogger("rlbroker")
+
+#: The oldest server that is supported.
+MIN_SERVER_VERSION: Final = (6, 2)
+
+#: Longest that one blocking command waits on the server, so that a closing client is never far from noticing.
+BLOCK_SECONDS: Final = 0.2
+
+#: Connections that one client may hold open at the same time.
+MAX_CONNECTIONS: Final = 16
+
+#: Bytes read from a socket at once; redis-py's own default is slow for chunks of weights.
+SOCKET_READ_BYTES: Final = 1 << 20
+
+_FIRST_PAUSE_SECONDS: Final = 0.02
+_LONGEST_PAUSE_SECONDS: Final = 1.0
+
+Result = TypeVar("Result")
+Argument = str | bytes | int | float | memoryview
+
+
+class Deadline:
+    """A point in time that all steps of one operation share."""
+
+    def __init__(self, seconds: float) -> None:
+        """Set the deadline this many seconds from now."""
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that are left, never below zero."""
+        return max(0.0, self._end - time.monotonic())
+
+    @property
+    def over(self) -> bool:
+        """Whether no time is left."""
+        return time.monotonic() >= self._end
+
+
+class Backoff:
+    """Growing pauses with jitter, for one series of tries."""
+
+    def __init__(self, first: float = _FIRST_PAUSE_SECONDS, longest: float = _LONGEST_PAUSE_SECONDS) -> None:
+        """Begin with pauses around `first` seconds, which double up to `longest`."""
+        self._first, self._pause, self._longest = first, first, longest
+
+    def next(self, deadline: Deadline | None = None) -> float:
+        """Give the seconds to wait before the next try, not beyond the deadline."""
+        pause = self._pause * random.uniform(0.5, 1.0)
+        self._pause = min(self._pause * 2, self._longest)
+        return pause if deadline is None else min(pause, deadline.remaining)
+
+    def reset(self) -> None:
+        """Begin again with the shortest pause, after a success."""
+        self._pause = self._first
+
+
+@dataclass(frozen=True)
+class Script:
+    """A Lua script. Every script of rlbroker can be run again with the same arguments without harm."""
+
+    name: str
+    text: str
+
+    @cached_property
+    def sha(self) -> str:
+        """The name under which the server caches it."""
+        return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+    def call(self, keys: Sequence[str], arguments: Sequence[Argument] = ()) -> tuple[Argument, ...]:
+        """Give the command that runs it."""
+        return ("EVALSHA", self.sha, len(keys), *keys, *arguments)
+
+
+class Connection:
+    """One client's way to the server.
+
+    Every operation that rlbroker sends is harmless to repeat (explicit ids, compare-and-set scripts, plain
+    writes of the same value), so a broken connection is answered by trying again until the deadline.
+    redis-py's own retries are off: they repeat commands that we must look at first.
+    """
+
+    def __init__(
+        self, url: str | None = None, *, client: redis.Redis | None = None, timeout_seconds: float = 10.0
+    ) -> None:
+        """Prepare a connection; nothing is sent yet.
+
+        Args:
+            url: `redis://`, `rediss://` or `unix://`; defaults to the environment, then localhost.
+            client: a ready client instead of a URL, a fakeredis one too.
+            timeout_seconds: how long any one operation may take, retries included.
+
+        Raises:
+            InvalidArgument: the URL, the client or the timeout cannot work.
+        """
+        self.timeout_seconds = positive_seconds("timeout", timeout_seconds)
+        self._pid = os.getpid()
+        self._scripts: dict[str, Script] = {}
+        self._owns_client = client is None
+        if client is None:
+            found = redis_url(url)
+            self.address = redacted_url(found)
+            self.client = _client_from_url(found, self.timeout_seconds)
+        else:
+            if url is not None:
+                raise InvalidArgument("give either redis_url or redis_client, not both")
+            settings = client.connection_pool.connection_kwargs
+            if settings.get("decode_responses"):
+                raise InvalidArgument("redis_client must not decode responses: batches and weights are bytes")
+            host = f"{settings['host']}:{settings.get('port')}" if "host" in settings else ""
+            self.address = str(settings.get("path") or host or "the given redis_client")
+            self.client = client
+        self._send: Callable[..., Any] = self.client.execute_command
+
+    @property
+    def block_seconds(self) -> float:
+        """How long one blocking command may wait: well within the socket's timeout."""
+        return min(BLOCK_SECONDS, self.timeout_seconds / 4)
+
+    def close(self) -> None:
+        """Close the connections, unless the client was given by the user."""
+        if self._owns_client and os.getpid() == self._pid:
+            self.client.close()
+
+    def check_process(self) -> None:
+        """Refuse to work in a forked child, where sockets and threads are the parent's.
+
+        Raises:
+            ForkedProcess: this is not the process that made the client.
+        """
+        if os.getpid() != self._pid:
+            raise ForkedProcess(
+                "this client was made before a fork; make a new one in the child process (or use the 'spawn' method)"
+            )
+
+    def execute(self, *command: Argument, deadline: Deadline | None = None) -> Any:
+        """Run one command, again and again while the connection is broken, until the deadline.
+
+        Raises:
+            PeerError: the server refused, or could not be reached within the deadline.
+        """
+        return self._retried(lambda: self._send(*command), deadline)
+
+    def execute_once(self, *command: Argument) -> Any:
+        """Run one command whose loss the caller handles, such as a blocking read.
+
+        Raises:
+            PeerError: the server refused or could not be reached.
+        """
+        return self._translated(lambda: self._send(*command))
+
+    def run(
+        self,
+        script: Script,
+        keys: Sequence[str],
+        arguments: Sequence[Argument] = (),
+        *,
+        deadline: Deadline | None = None,
+    ) -> Any:
+        """Run a script, loading it first where the server does not know it.
+
+        Raises:
+            Fenced: the script found that a newer process took over.
+            PeerError: the server refused, or could not be reached within the deadline.
+        """
+        self._scripts[script.sha] = script
+        return self.execute(*script.call(keys, arguments), deadline=deadline)
+
+    def run_all(
+        self,
+        calls: Sequence[tuple[Script, Sequence[str], Sequence[Argument]]],
+        *,
+        deadline: Deadline | None = None,
+    ) -> list[Any]:
+        """Run many scripts in one round trip and give their results; the first error is raised."""
+        self._scripts.update((script.sha, script) for script, _, _ in calls)
+        return self.execute_all(
+            [script.call(keys, arguments) for script, keys, arguments in calls], deadline=deadline
+        )
+
+    def execute_all(
+        self, commands: Sequence[Sequence[Argument]], *, deadline: Deadline | None = None
+    ) -> list[Any]:
+        """Run many commands in one round trip and give their results; the first error is raised.
+
+        Raises:
+            PeerError: the server refused one of them, or could not be reached within the deadline.
+        """
+        if not commands:
+            return []
+
+        def send() -> list[Any]:
+            pipeline = self.client.pipeline(transaction=False)
+            add: Callable[..., Any] = pipeline.execute_command
+            for command in commands:
+                add(*command)
+            return pipeline.execute()
+
+        return self._retried(send, deadline)
+
+    def append(
+        self, key: str, entry_id: str, fields: Sequence[Argument], *, deadline: Deadline | None = None
+    ) -> bool:
+        """Add an entry with an explicit id to a stream; give False if the stream has passed that id.
+
+        A sender whose reply was lost and which sends again, and one that was replaced, both get False.
+
+        Raises:
+            PeerError: the server refused, or could not be reached within the deadline.
+        """
+        try:
+            self.execute("XADD", key, entry_id, *fields, deadline=deadline)
+        except ServerFault as error:
+            if "equal or smaller" in str(error):
+                return False
+            raise
+        return True
+
+    def pubsub(self) -> redis.client.PubSub:
+        """Give a subscriber with a connection of its own."""
+        make: Callable[..., redis.client.PubSub] = self.client.pubsub
+        return make(ignore_subscribe_messages=True)
+
+    def load(self, scripts: Sequence[Script]) -> None:
+        """Put scripts into the server's cache, for processes that have no right to do so."""
+        self.execute_all([("SCRIPT LOAD", script.text) for script in scripts])
+
+    def check_server(self, *, allow_eviction: bool = False) -> None:
+        """Refuse a server that is too old or that would evict keys; servers that do not tell are taken.
+
+        Raises:
+            ServerUnsuitable: with what to change.
+            PeerError: the server cannot be reached, or refuses the user.
+        """
+        self.execute("PING")
+        try:
+            found = dict(self.execute("INFO"))
+        except ServerFault:  # fakeredis has no INFO
+            return
+        except AccessDenied:
+            logger.info(
+                "%s does not let this user read INFO; version and memory policy are unchecked", self.address
+            )
+            return
+        version = str(found.get("redis_version", "0"))
+        if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < MIN_SERVER_VERSION:
+            wanted = ".".join(map(str, MIN_SERVER_VERSION))
+            raise ServerUnsuitable(f"{self.address} runs Redis {version}; rlbroker needs {wanted} or newer")
+        policy = str(found.get("maxmemory_policy", "noeviction"))
+        if policy.startswith("allkeys") and not allow_eviction:
+            raise ServerUnsuitable(
+                f"{self.address} has maxmemory-policy {policy}, which deletes weights and experiences when memory is "
+                "short; run `redis-cli CONFIG SET maxmemory-policy noeviction`, or pass allow_eviction=True"
+            )
+
+    def _retried(self, operation: Callable[[], Result], deadline: Deadline | None) -> Result:
+        deadline = deadline or Deadline(self.timeout_seconds)
+        backoff = Backoff()
+        while True:
+            try:
+                return self._translated(operation)
+            except ConnectionFailed as error:
+                pause = backoff.next(deadline)
+                if deadline.over:
+                    raise
+                logger.debug("%s; trying again in %.2f s", error, pause)
+                time.sleep(pause)
+
+    def _translated(self, operation: Callable[[], Result]) -> Result:
+        self.check_process()
+        try:
+            try:
+                return operation()
+            except redis_errors.NoScriptError:
+                for script in list(self._scripts.values()):
+                    self._send("SCRIPT LOAD", script.text)
+                return operation()
+        except redis_errors.RedisError as error:
+            raise translated(error, self.address) from error
+
+
+def translated(error: redis_errors.RedisError, address: str) -> PeerError:
+    """Give our error for one of redis-py's; the address is the server's, without its password."""
+    text = str(error)
+    denied = (
+        redis_errors.AuthenticationError,
+        redis_errors.AuthorizationError,
+        redis_errors.NoPermissionError,
+    )
+    if isinstance(error, denied) or text.startswith(("NOPERM", "WRONGPASS", "NOAUTH")):
+        return AccessDenied(f"{address} refused: {text}")
+    if isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError)):
+        return ConnectionFailed(f"cannot reach {address}: {text}")
+    if isinstance(error, redis_errors.OutOfMemoryError) or text.startswith("OOM"):
+        return ServerOutOfMemory(f"{address} has reached its maxmemory: {text}")
+    if "FENCED" in text:
+        return Fenced(text.partition("FENCED")[2].strip())
+    if "unknown command" in text.lower() and "eval" in text.lower():
+        return ServerUnsuitable(f"{address} runs no Lua scripts; with fakeredis, install 'fakeredis[lua]'")
+    return ServerFault(f"{address} answered: {text}")
+
+
+def text_fields(reply: Any) -> dict[str, str]:
+    """Give a hash or a stream entry's fields as text, from a list of pairs or a dictionary of bytes."""
+    if isinstance(reply, dict):
+        return {_text(name): _text(value) for name, value in reply.items()}
+    flat = list(reply or ())
+    return {_text(name): _text(value) for name, value in zip(flat[::2], flat[1::2], strict=True)}
+
+
+def stream_entries(reply: Any) -> list[tuple[str, list[tuple[str, dict[bytes, bytes] | None]]]]:
+    """Give (key, [(entry id, fields), …]) from XREAD or XREADGROUP, whatever shape redis-py chose for them.
+
+    Fields are None for an entry that was deleted while it was pending.
+    """
+    if not reply:
+        return []
+    streams = reply.items() if isinstance(reply, dict) else reply
+    found = []
+    for key, entries in streams:
+        if (
+            entries
+            and isinstance(entries[0], list)
+            and entries[0]
+            and isinstance(entries[0][0], (list, tuple))
+        ):
+            entries = entries[0]  # RESP3 wraps the entries of a stream once more
+        found.append((_text(key), [(_text(entry_id), fields or None) for entry_id, fields in entries]))
+    return found
+
+
+def scored_members(reply: Any) -> dict[str, float]:
+    """Give member and score from ZRANGE WITHSCORES, whether redis-py paired them or not."""
+    if reply and isinstance(reply[0], (list, tuple)):
+        reply = [part for pair in reply for part in pair]
+    return {_text(member): float(score) for member, score in zip(reply[::2], reply[1::2], strict=True)}
+
+
+def pending_count(reply: Any) -> int:
+    """Give the number of pending entries from XPENDING's summary, in either of redis-py's shapes."""
+    return int(reply["pending"] if isinstance(reply, dict) else reply[0])
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _client_from_url(url: str, timeout_seconds: float) -> redis.Redis:
+    try:
+        pool = redis.BlockingConnectionPool.from_url(
+            url,
+            max_connections=MAX_CONNECTIONS,
+            timeout=timeout_seconds,
+            protocol=2,
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=max(timeout_seconds, 1.0),
+            socket_connect_timeout=timeout_seconds,
+            socket_read_size=SOCKET_READ_BYTES,
+        )
+    except ValueError as error:
+        raise InvalidArgument(f"the server's URL {redacted_url(url)} cannot be used: {error}") from error
+    return redis.Redis(connection_pool=pool)

@@ -1,0 +1,232 @@
+"""The learner's half: commands go onto the run's control stream, and their outcomes are waited for."""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from rlbroker.config import worker_number
+from rlbroker.connection import Connection, Deadline, Script, text_fields
+from rlbroker.errors import InvalidArgument, PeerError, UnknownWorker
+from rlbroker.keys import Keys
+from rlbroker.records import Outcome
+from rlbroker.wire import encode
+
+#: How long the outcomes of a command stay readable.
+OUTCOMES_KEPT_SECONDS: Final = 24 * 3600
+
+#: What is older than this on the control stream, and has been answered, may be trimmed.
+CONTROL_KEPT_SECONDS: Final = 3600
+
+#: Longest pause between two looks at a command's outcomes.
+LOOK_SECONDS: Final = 0.1
+
+SEND = Script(
+    "send_command",
+    """
+    -- KEYS: meta, members, incarnations, control, pending, outcomes of this command
+    -- ARGV: epoch, command id, seconds to keep the outcomes, comma-separated worker ids or 'all',
+    --       then field and value pairs
+    if redis.call('EXISTS', KEYS[6]) == 1 then
+      return redis.call('HKEYS', KEYS[6])  -- sent before; the reply was lost
+    end
+    if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
+      return redis.error_reply('FENCED a newer learner has taken over the run')
+    end
+    local workers = {}
+    if ARGV[4] == 'all' then
+      workers = redis.call('ZRANGE', KEYS[2], 0, -1)
+    else
+      for worker in string.gmatch(ARGV[4], '%d+') do
+        if not redis.call('ZSCORE', KEYS[2], worker) then return redis.error_reply('UNKNOWN ' .. worker) end
+        table.insert(workers, worker)
+      end
+    end
+    if #workers == 0 then return workers end
+    local entry = redis.call('XADD', KEYS[4], '*', 'event', 'command', 'command', ARGV[2],
+      'workers', table.concat(workers, ','), unpack(ARGV, 5))
+    for _, worker in ipairs(workers) do
+      redis.call('HSET', KEYS[6], worker, 'waiting')
+      local incarnation = redis.call('HGET', KEYS[3], worker) or '0'
+      redis.call('HSET', KEYS[5], ARGV[2] .. ':' .. worker, incarnation .. ' ' .. entry)
+    end
+    redis.call('EXPIRE', KEYS[6], ARGV[3])
+    return workers
+    """,
+)
+
+
+class Command:
+    """A command that was sent. True if any worker can get it.
+
+    Attributes:
+        id: how it is called in Redis.
+        name: what it asks for.
+        worker_ids: whom it was sent to.
+    """
+
+    def __init__(
+        self,
+        command_id: str,
+        name: str,
+        worker_ids: Sequence[int],
+        look: Callable[[], dict[int, Outcome]],
+        changed: threading.Condition,
+        timeout_seconds: float,
+    ) -> None:
+        """Make a handle; only the commander does."""
+        self.id, self.name, self.worker_ids = command_id, name, tuple(worker_ids)
+        self._look, self._changed, self._timeout_seconds = look, changed, timeout_seconds
+
+    def __bool__(self) -> bool:
+        """Whether there was anybody to send it to."""
+        return bool(self.worker_ids)
+
+    def __repr__(self) -> str:
+        """Show the name and whom it was sent to."""
+        return f"<Command {self.id} {self.name!r} to workers {list(self.worker_ids)}>"
+
+    def outcomes(self) -> dict[int, Outcome]:
+        """Give the present state at each worker.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        return self._look()
+
+    def wait(self, timeout: float | None = None) -> dict[int, Outcome]:
+        """Wait until every worker has a final state, and give the states.
+
+        Args:
+            timeout: seconds to wait at most; the communicator's timeout by default. Workers that have not
+                answered by then are `waiting`.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        deadline = Deadline(self._timeout_seconds if timeout is None else timeout)
+        while True:
+            found = self.outcomes()
+            if deadline.over or not any(outcome.state == "waiting" for outcome in found.values()):
+                return found
+            with self._changed:
+                self._changed.wait(min(LOOK_SECONDS, deadline.remaining))
+
+
+class Commander:
+    """Sends the commands of one learner."""
+
+    def __init__(self, connection: Connection, keys: Keys, *, epoch: int) -> None:
+        """Prepare a commander.
+
+        Args:
+            connection: way to the server.
+            keys: names of the run's keys.
+            epoch: the learner's epoch; a newer one fences this.
+        """
+        self._connection, self._keys, self._epoch = connection, keys, epoch
+        self._changed = threading.Condition()
+
+    def send(
+        self, name: str, data: Any, worker_ids: Sequence[int] | None, *, expires_seconds: float | None
+    ) -> Command:
+        """Put a command on the control stream, for some workers or for all members.
+
+        Args:
+            name: what is asked for.
+            data: what the handler gets; anything that a batch may contain.
+            worker_ids: whom to ask; None for everyone.
+            expires_seconds: a worker that reads it later than this does not do it.
+
+        Raises:
+            InvalidArgument: the name or the expiry cannot work.
+            UnknownWorker: one of the ids is not a member of the run.
+            UnsupportedType: something in the data cannot travel.
+            Fenced: a newer learner has taken over the run.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        if not isinstance(name, str) or not name or len(name) > 200:
+            raise InvalidArgument(f"a command is a name of 1 to 200 characters; got {name!r}")
+        if expires_seconds is not None and not expires_seconds > 0:
+            raise InvalidArgument(f"expires must be a number of seconds above 0; got {expires_seconds!r}")
+        targets = "all" if worker_ids is None else ",".join(str(worker_number(one)) for one in worker_ids)
+        command_id = uuid.uuid4().hex[:12]
+        outcomes_key = self._keys.outcomes(command_id)
+        keys = (
+            self._keys.meta,
+            self._keys.members,
+            self._keys.incarnations,
+            self._keys.control,
+            self._keys.pending,
+            outcomes_key,
+        )
+        fields = {
+            "name": name,
+            "arguments": _readable(data),
+            "expires_seconds": expires_seconds or 0,
+            "data": encode(data, compression=False),
+        }
+        flat = [part for pair in fields.items() for part in pair]
+        try:
+            reply = self._connection.run(
+                SEND, keys, (self._epoch, command_id, OUTCOMES_KEPT_SECONDS, targets, *flat)
+            )
+        except PeerError as error:
+            unknown = str(error).partition("UNKNOWN ")[2].split()
+            if not unknown:
+                raise
+            members = self._connection.execute("ZRANGE", self._keys.members, 0, -1)
+            known = ", ".join(str(one) for one in sorted(int(member) for member in members)) or "none"
+            raise UnknownWorker(
+                f"worker {unknown[0]} is not a member of the run {self._keys.run!r}; members are: {known}"
+            ) from error
+        workers = sorted(int(worker) for worker in reply)
+        return Command(
+            command_id,
+            name,
+            workers,
+            lambda: self._outcomes(outcomes_key, workers),
+            self._changed,
+            self._connection.timeout_seconds,
+        )
+
+    def waiting(self) -> dict[int, int]:
+        """Give how many commands wait for an answer, by worker."""
+        counts: dict[int, int] = {}
+        for name in text_fields(self._connection.execute("HGETALL", self._keys.pending)):
+            worker = int(name.rpartition(":")[2])
+            counts[worker] = counts.get(worker, 0) + 1
+        return counts
+
+    def look_again(self) -> None:
+        """Wake those who wait for a command: acknowledgements were settled."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def trim(self) -> None:
+        """Shorten the control stream to what is younger than an hour or not answered yet."""
+        clock, pending = self._connection.execute_all([("TIME",), ("HGETALL", self._keys.pending)])
+        keep_from = [(int(clock[0]) - CONTROL_KEPT_SECONDS) * 1000]
+        keep_from += [int(value.split()[1].partition("-")[0]) for value in text_fields(pending).values()]
+        self._connection.execute("XTRIM", self._keys.control, "MINID", "~", min(keep_from))
+
+    def _outcomes(self, key: str, workers: Sequence[int]) -> dict[int, Outcome]:
+        found = text_fields(self._connection.execute("HGETALL", key))
+        return {worker: _outcome(found.get(str(worker), "waiting")) for worker in workers}
+
+
+def _outcome(text: str) -> Outcome:
+    state, _, detail = text.partition(": ")
+    return Outcome(state, detail)  # type: ignore[arg-type]
+
+
+def _readable(data: Any) -> str:
+    """Give what a person sees of the arguments with redis-cli."""
+    try:
+        text = json.dumps(data)
+    except (TypeError, ValueError):
+        text = repr(data)
+    return text if len(text) <= 200 else text[:199] + "…"

@@ -1,0 +1,1 @@
+"""Experiences: the worker's half sends batches, the learner's half collects and acknowledges them."""

@@ -1,0 +1,293 @@
+"""The worker's half: batches go to its own stream, in order, once, and within the queue's bounds.
+
+The fast path is one plain XADD. The worker is the only one that adds to its stream and the learner only
+removes, so what was free at the last look can only have grown since: the sender looks again only when its own
+sends since then could have filled the queue.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from rlbroker.config import RunSettings, WhenFull
+from rlbroker.connection import Backoff, Connection, Deadline, Script, pending_count
+from rlbroker.errors import BatchTooLarge, Fenced, QueueFull, ServerOutOfMemory
+from rlbroker.keys import GROUP, Keys
+from rlbroker.records import SendReceipt
+from rlbroker.wire import encode
+
+#: How long a sender at a full queue waits between two looks, at most.
+LONGEST_LOOK_SECONDS = 0.05
+
+OPEN_QUEUE = Script(
+    "open_queue",
+    """
+    -- KEYS: the worker's experiences, its counts
+    -- ARGV: incarnation, group
+    local known = tonumber(redis.call('HGET', KEYS[2], 'incarnation') or '0')
+    if known > tonumber(ARGV[1]) then
+      return redis.error_reply('FENCED a newer process has this worker id')
+    end
+    if redis.call('EXISTS', KEYS[1]) == 0 or #redis.call('XINFO', 'GROUPS', KEYS[1]) == 0 then
+      redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[2], '0', 'MKSTREAM')
+    end
+    local removed = tonumber(redis.call('HGET', KEYS[2], 'removed_bytes') or '0')
+    local total = removed
+    local newest = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
+    if newest then
+      for i = 1, #newest[2], 2 do
+        if newest[2][i] == 'total_bytes' then total = tonumber(newest[2][i + 1]) end
+      end
+    end
+    if known < tonumber(ARGV[1]) then
+      redis.call('HSET', KEYS[2], 'incarnation', ARGV[1])
+      -- From here on every entry of an older incarnation has too small an id and is refused.
+      redis.call('XDEL', KEYS[1], redis.call('XADD', KEYS[1], ARGV[1] .. '-0', 'incarnation', ARGV[1]))
+    end
+    return string.format('%.0f', total)
+    """,
+)
+
+DROP_OLDEST = Script(
+    "drop_oldest",
+    """
+    -- KEYS: the worker's experiences, its counts
+    -- ARGV: group, entries that may stay waiting, bytes that may stay held, bytes that were ever sent
+    local function waiting()
+      local pending = redis.call('XPENDING', KEYS[1], ARGV[1])[1]
+      return redis.call('XLEN', KEYS[1]) - pending
+    end
+    local last_read = '0-0'
+    for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
+      local fields = {}
+      for i = 1, #group, 2 do fields[group[i]] = group[i + 1] end
+      if fields['name'] == ARGV[1] then last_read = fields['last-delivered-id'] end
+    end
+    local removed = tonumber(redis.call('HGET', KEYS[2], 'removed_bytes') or '0')
+    local dropped = 0
+    while waiting() > tonumber(ARGV[2]) or tonumber(ARGV[4]) - removed > tonumber(ARGV[3]) do
+      -- What the learner has read is in its hands and cannot be taken back.
+      local oldest = redis.call('XRANGE', KEYS[1], '(' .. last_read, '+', 'COUNT', 1)[1]
+      if not oldest then break end
+      for i = 1, #oldest[2], 2 do
+        if oldest[2][i] == 'stored_bytes' then removed = removed + tonumber(oldest[2][i + 1]) end
+      end
+      redis.call('XDEL', KEYS[1], oldest[1])
+      dropped = dropped + 1
+    end
+    redis.call('HINCRBY', KEYS[2], 'dropped_oldest', dropped)
+    redis.call('HSET', KEYS[2], 'removed_bytes', string.format('%.0f', removed))
+    return dropped
+    """,
+)
+
+
+class Sender:
+    """Sends the batches of one worker. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        keys: Keys,
+        worker_id: int,
+        incarnation: int,
+        *,
+        settings: Callable[[Deadline], RunSettings],
+        when_full: WhenFull | None,
+        compression: bool,
+    ) -> None:
+        """Take over the worker's queue: from here on nothing of an older incarnation is accepted.
+
+        Args:
+            connection: way to the server.
+            keys: names of the run's keys.
+            worker_id: whose queue.
+            incarnation: this life of the worker.
+            settings: gives the run's settings, waiting for the learner where it has to.
+            when_full: what to do at a full queue; None for what the run says.
+            compression: whether arrays are compressed where that makes them smaller.
+
+        Raises:
+            Fenced: a newer process has this worker id.
+        """
+        self._connection, self._settings = connection, settings
+        self._worker_id, self._incarnation = worker_id, incarnation
+        self._when_full, self._compression = when_full, compression
+        self._stream, self._counts = keys.experiences(worker_id), keys.counts(worker_id)
+        self._lock = threading.Lock()
+        self._sequence = 0
+        self._refused = {"dropped_newest": 0, "fenced": 0, "stopped": 0}
+        self._total_bytes = int(
+            connection.run(OPEN_QUEUE, (self._stream, self._counts), (incarnation, GROUP))
+        )
+        # What was seen at the last look, plus everything sent since.
+        self._waiting = 0
+        self._held_bytes = 0
+        self._look()
+
+    @property
+    def sent(self) -> int:
+        """Batches that entered the queue in this life of the worker."""
+        return self._sequence
+
+    def send(
+        self,
+        batch: dict[str, Any],
+        *,
+        version: int,
+        timeout_seconds: float,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> SendReceipt:
+        """Put one batch into the queue and give what happened to it.
+
+        Args:
+            batch: nested dictionary of tensors, arrays and plain values.
+            version: the weights that produced it.
+            timeout_seconds: how long to wait for room or for a server that is away.
+            stopped: tells whether to give up waiting for room, as the worker was told to stop.
+
+        Raises:
+            UnsupportedType: something in the batch cannot travel; its path is named.
+            BatchTooLarge: the batch alone exceeds the queue's byte bound.
+            QueueFull: no room in time; nothing was stored and the caller still has the batch.
+            Fenced: a newer process has this worker id.
+            ConnectionFailed: the server stayed away; whether the batch was stored is unknown.
+            PeerError: the server refused.
+        """
+        data = encode(batch, compression=self._compression)
+        rows, raw_bytes = _shape_of(batch)
+        deadline = Deadline(timeout_seconds)
+        settings = self._settings(deadline)
+        if len(data) > settings.max_queue_bytes:
+            raise BatchTooLarge(
+                f"the batch takes {len(data):,} bytes and the queue {settings.max_queue_bytes:,} (max_queue_bytes); "
+                "send smaller batches, or raise the bound on the learner"
+            )
+        with self._lock:
+            refusal, dropped = self._make_room(len(data), settings, deadline, stopped)
+            if refusal:
+                self._count(refusal, deadline)
+            else:
+                fields = {
+                    "version": version,
+                    "rows": rows,
+                    "raw_bytes": raw_bytes,
+                    "stored_bytes": len(data),
+                    "total_bytes": self._total_bytes + len(data),
+                    "sent_at": f"{time.time():.3f}",
+                    "data": data,
+                }
+                self._store(fields, deadline)
+            sequence = 0 if refusal else self._sequence
+        return SendReceipt(
+            worker_id=self._worker_id,
+            incarnation=self._incarnation,
+            sequence=sequence,
+            version=version,
+            rows=rows,
+            raw_bytes=raw_bytes,
+            stored_bytes=len(data),
+            accepted=not refusal,
+            dropped=dropped,
+        )
+
+    def _make_room(
+        self, size: int, settings: RunSettings, deadline: Deadline, stopped: Callable[[], bool]
+    ) -> tuple[str, int]:
+        """Give why there is no room for a batch of this size ('' if there is), and how many were dropped for it."""
+        when_full = self._when_full or settings.when_full
+        if self._fits(size, settings):
+            return "", 0
+        self._look()
+        if when_full == "drop_oldest" and not self._fits(size, settings):
+            limits = (settings.max_queue_size - 1, settings.max_queue_bytes - size, self._total_bytes)
+            keys = (self._stream, self._counts)
+            dropped = int(self._connection.run(DROP_OLDEST, keys, (GROUP, *limits), deadline=deadline))
+            self._look()
+            # What the learner has in its hands cannot be dropped, so there may still be no room.
+            return "" if self._fits(size, settings) else "dropped_newest", dropped
+        backoff = Backoff(first=0.001, longest=LONGEST_LOOK_SECONDS)
+        while not self._fits(size, settings):
+            if when_full == "drop_newest":
+                return "dropped_newest", 0
+            if stopped():
+                return "stopped", 0
+            if deadline.over:
+                raise QueueFull(
+                    f"worker {self._worker_id}'s queue is full ({self._waiting} batches waiting, {self._held_bytes:,} "
+                    f"bytes held) and stayed so for {deadline.seconds:g} s: the learner does not collect fast enough"
+                )
+            time.sleep(backoff.next(deadline))
+            self._look()
+        return "", 0
+
+    def _fits(self, size: int, settings: RunSettings) -> bool:
+        return self._waiting < settings.max_queue_size and self._held_bytes + size <= settings.max_queue_bytes
+
+    def _look(self) -> None:
+        length, pending, removed_bytes = self._connection.execute_all(
+            [
+                ("XLEN", self._stream),
+                ("XPENDING", self._stream, GROUP),
+                ("HGET", self._counts, "removed_bytes"),
+            ]
+        )
+        self._waiting = int(length) - pending_count(pending)
+        if length == 0:  # corrects what a batch of unknown fate added
+            self._total_bytes = int(removed_bytes or 0)
+        self._held_bytes = self._total_bytes - int(removed_bytes or 0)
+
+    def _store(self, fields: dict[str, Any], deadline: Deadline) -> None:
+        flat = [part for pair in fields.items() for part in pair]
+        # The number is spent even if this fails: a late copy of this batch must never pass for the next one.
+        self._sequence += 1
+        entry_id = f"{self._incarnation}-{self._sequence}"
+        size = int(fields["stored_bytes"])
+        self._total_bytes += size
+        self._held_bytes += size
+        self._waiting += 1
+        backoff = Backoff()
+        while True:
+            try:
+                stored = self._connection.append(self._stream, entry_id, flat, deadline=deadline)
+                break
+            except ServerOutOfMemory:  # as good as a full queue: the learner's reading makes room
+                if deadline.over:
+                    raise
+                time.sleep(backoff.next(deadline))
+        # An id that the stream has passed: our own entry, whose reply was lost, unless a newer process is there.
+        if not stored and self._replaced():
+            self._count("fenced", deadline)
+            raise Fenced(
+                f"worker {self._worker_id} was replaced by a newer process; this batch was not accepted"
+            )
+
+    def _replaced(self) -> bool:
+        newest = self._connection.execute("HGET", self._counts, "incarnation")
+        return newest is None or int(newest) != self._incarnation
+
+    def _count(self, reason: str, deadline: Deadline) -> None:
+        self._refused[reason] += 1
+        # An absolute number under this incarnation's name: writing it twice does no harm.
+        field = f"{reason}:{self._incarnation}"
+        self._connection.execute("HSET", self._counts, field, self._refused[reason], deadline=deadline)
+
+
+def _shape_of(batch: dict[str, Any]) -> tuple[int, int]:
+    """Give the leading dimension of the first array or tensor, and the bytes of all of them."""
+    rows, raw_bytes = 0, 0
+    waiting: deque[Any] = deque([batch])
+    while waiting:
+        node = waiting.popleft()
+        if isinstance(node, dict):
+            waiting.extend(node.values())
+        elif isinstance(node, (list, tuple)):
+            waiting.extend(node)
+        elif hasattr(node, "nbytes") and hasattr(node, "shape"):
+            raw_bytes += int(node.nbytes)
+            rows = rows or (int(node.shape[0]) if len(node.shape) else 0)
+    return rows, raw_bytes

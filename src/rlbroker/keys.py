@@ -1,0 +1,112 @@
+"""Every key that rlbroker has in Redis: its name, type, writer, readers and lifetime.
+
+All keys of a run begin `rlb:{RUN}:`; the braces are Redis Cluster's hash tag. Nothing outside this file
+builds a name or may assume that two keys live on the same node, but for these two groups, whose members
+scripts touch together:
+
+- the run's own keys: `meta`, `weights`, `ctl`, `members`, `incarnations`, `pending`, `missed`, and per worker
+  `ack:`, `ledger:` and `hb:`;
+- each worker's pair of `x:` and `counts:`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlbroker.config import run_name
+
+#: The consumer group that reads the experiences of every worker.
+GROUP = "learner"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The names of one run's keys."""
+
+    run: str
+    prefix: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check the run's name, as it becomes part of every key."""
+        object.__setattr__(self, "prefix", f"rlb:{{{run_name(self.run)}}}")
+
+    @property
+    def meta(self) -> str:
+        """Hash: wire format, the learner's epoch and its settings. Learner writes, all read. Stays."""
+        return f"{self.prefix}:meta"
+
+    @property
+    def weights(self) -> str:
+        """Hash: the pointer to the latest version, written last. Learner writes, workers read. Stays."""
+        return f"{self.prefix}:weights"
+
+    def chunk(self, upload: str, number: int) -> str:
+        """Give the key of a string: one immutable piece of a version; number 0 is its header.
+
+        An upload is called `<version>-<epoch>-<attempt>`, so that no two ever write to the same key.
+        Learner writes, workers read. Expires some time after a newer version was published.
+        """
+        return f"{self.prefix}:w:{upload}:{number}"
+
+    @property
+    def notify(self) -> str:
+        """Pub/sub channel: the number of a version that was just published. A hint; losing it loses nothing."""
+        return f"{self.prefix}:notify"
+
+    def experiences(self, worker: int) -> str:
+        """Give the key of a stream: the batches of one worker, with ids `<incarnation>-<sequence>`.
+
+        That worker writes; the learner reads through the group `learner` and deletes what it acknowledged.
+        """
+        return f"{self.prefix}:x:{worker}"
+
+    def counts(self, worker: int) -> str:
+        """Give the key of a hash: what became of one worker's batches, by reason. Both sides write. Stays."""
+        return f"{self.prefix}:counts:{worker}"
+
+    @property
+    def control(self) -> str:
+        """Stream: commands and notices of new versions, in order. Learner writes, workers read.
+
+        The learner trims what is older than an hour and has been answered.
+        """
+        return f"{self.prefix}:ctl"
+
+    def acknowledgements(self, worker: int) -> str:
+        """Give the key of a stream: one worker's answers, with ids `<incarnation>-<n>`.
+
+        That worker writes; the learner's ledger settles each entry and deletes it.
+        """
+        return f"{self.prefix}:ack:{worker}"
+
+    def ledger(self, worker: int) -> str:
+        """Give the key of a hash: what one worker applied and missed, in sums. Learner writes. Stays."""
+        return f"{self.prefix}:ledger:{worker}"
+
+    @property
+    def missed(self) -> str:
+        """Stream, capped: missed updates and commands, one entry each. Learner writes. Sums are in `ledger:`."""
+        return f"{self.prefix}:missed"
+
+    @property
+    def pending(self) -> str:
+        """Hash: commands without a final state, by `<command>:<worker>`. Learner writes. Stays."""
+        return f"{self.prefix}:pending"
+
+    def outcomes(self, command: str) -> str:
+        """Give the key of a hash: one command's state by worker. Learner writes. Expires after a day."""
+        return f"{self.prefix}:outcomes:{command}"
+
+    @property
+    def members(self) -> str:
+        """Sorted set: worker ids by when they were last seen, in Redis milliseconds. Stays."""
+        return f"{self.prefix}:members"
+
+    @property
+    def incarnations(self) -> str:
+        """Hash: the newest incarnation of each worker id. Stays, and only grows."""
+        return f"{self.prefix}:incarnations"
+
+    def heartbeat(self, worker: int) -> str:
+        """Give the key of a hash: what a worker last said of itself. That worker writes. Expires unrenewed."""
+        return f"{self.prefix}:hb:{worker}"

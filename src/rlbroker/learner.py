@@ -1,0 +1,318 @@
+"""`WorkerCommunicator`: the learner's side of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self, get_args
+
+import redis
+
+from rlbroker.background import Background, closed_error
+from rlbroker.config import (
+    DEFAULT_RUN,
+    Acknowledge,
+    RunSettings,
+    WhenFull,
+    choice,
+    positive_int,
+)
+from rlbroker.connection import BLOCK_SECONDS, Connection, Deadline
+from rlbroker.control.commander import SEND, Command, Commander
+from rlbroker.control.ledger import SETTLE, Ledger
+from rlbroker.errors import InvalidArgument, PeerError
+from rlbroker.experience.collector import ACKNOWLEDGE, Collector
+from rlbroker.experience.sender import DROP_OLDEST, OPEN_QUEUE
+from rlbroker.keys import Keys
+from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER
+from rlbroker.membership.roster import FORGET, OPEN, Roster
+from rlbroker.records import Batch, CleanupReport, MissedUpdates, PublishReceipt, WorkerInfo
+from rlbroker.weights.publisher import COMMIT, Publisher
+from rlbroker.wire import FORMAT_VERSION
+
+logger = logging.getLogger("rlbroker")
+
+#: Every script of both sides: workers may lack the right to load theirs.
+SCRIPTS = (OPEN, COMMIT, SEND, SETTLE, ACKNOWLEDGE, FORGET, REGISTER, BEAT, LEAVE, OPEN_QUEUE, DROP_OLDEST)
+
+#: How often the learner forgets silent workers and trims the control stream.
+HOUSEKEEPING_SECONDS = 10.0
+
+#: How often it says that it lives.
+ALIVE_SECONDS = 1.0
+
+
+class WorkerCommunicator:
+    """Sends weights and commands to the workers of a run, and collects their experiences.
+
+    Usable as a context manager, and from several threads of one process. A newer communicator on the same run
+    takes it over: the older one then raises `Fenced`.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        max_queue_size: int = 1000,
+        timeout: float = 10.0,
+        *,
+        redis_url: str | None = None,
+        run: str = DEFAULT_RUN,
+        redis_client: redis.Redis | None = None,
+        acknowledge: Acknowledge = "next",
+        when_full: WhenFull = "block",
+        max_queue_bytes: int = RunSettings.max_queue_bytes,
+        max_staleness: int | None = None,
+        lease_seconds: float = RunSettings.lease_seconds,
+        forget_seconds: float = RunSettings.forget_seconds,
+        allow_eviction: bool = False,
+    ) -> None:
+        """Open a run as its learner.
+
+        Args:
+            num_workers: how many workers are expected; more may join, and fewer may come.
+            max_queue_size: batches that may wait in each worker's queue.
+            timeout: seconds that any one operation may take, and that `cleanup` takes at most.
+            redis_url: `redis://`, `rediss://` or `unix://`; defaults to RLBROKER_REDIS_URL, then REDIS_URL, then
+                localhost.
+            run: name of the training job; its keys on the server begin with it.
+            redis_client: a ready client instead of a URL, a fakeredis one too.
+            acknowledge: `next` counts batches as done at the following `collect_experiences`, `manual` when
+                `acknowledge` is called. What is not done comes again after a restart.
+            when_full: what workers do at a full queue, unless they choose for themselves.
+            max_queue_bytes: bytes of each worker's queue, what the learner holds unacknowledged included.
+            max_staleness: batches from weights older than this many versions are counted, not collected.
+            lease_seconds: a worker that was silent for longer is `away`.
+            forget_seconds: a worker that was silent for longer no longer belongs to the run.
+            allow_eviction: take a server whose memory policy deletes keys.
+
+        Raises:
+            InvalidArgument: a setting cannot work.
+            ServerUnsuitable: the server is too old, or would evict keys.
+            AccessDenied: wrong password, or a right is missing.
+            IncompatibleFormat: the run was written by a release with another wire format.
+            ConnectionFailed: the server cannot be reached within the timeout.
+        """
+        self._num_workers = positive_int("num_workers", num_workers)
+        if max_staleness is not None and (isinstance(max_staleness, bool) or max_staleness < 0):
+            raise InvalidArgument(f"max_staleness must be None or at least 0; got {max_staleness!r}")
+        choice("acknowledge", acknowledge, get_args(Acknowledge))
+        settings = RunSettings(
+            max_queue_size=max_queue_size,
+            max_queue_bytes=max_queue_bytes,
+            when_full=when_full,
+            lease_seconds=lease_seconds,
+            forget_seconds=forget_seconds,
+        )
+        self._acknowledge_mode = acknowledge
+        self._keys = keys = Keys(run)
+        self._closed: CleanupReport | None = None
+        self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
+        connection.check_server(allow_eviction=allow_eviction)
+        connection.load(SCRIPTS)
+        self._roster = Roster(connection, keys, settings)
+        self._epoch = self._roster.open(wire_format=FORMAT_VERSION, num_workers=num_workers)
+        self._publisher = Publisher(connection, keys, epoch=self._epoch)
+        self._commander = Commander(connection, keys, epoch=self._epoch)
+        self._ledger = Ledger(connection, keys)
+        self._collector = Collector(
+            connection,
+            keys,
+            acknowledge=acknowledge,
+            max_staleness=max_staleness,
+            workers=self._roster.ids,
+            latest_version=lambda: self._publisher.latest_version,
+        )
+        self._next_housekeeping = Deadline(HOUSEKEEPING_SECONDS)
+        self._next_sign_of_life = Deadline(0)
+        self._thread = Background("ledger", self._keep_ledger)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        """Give the communicator itself; leaving the block cleans it up."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Clean up. After an error, batches that were only returned stay, for the next learner."""
+        self.cleanup(acknowledge=kind is None)
+
+    @property
+    def run(self) -> str:
+        """Name of the run."""
+        return self._keys.run
+
+    @property
+    def epoch(self) -> int:
+        """How many learners this run has had, this one included."""
+        return self._epoch
+
+    @property
+    def version(self) -> int:
+        """Number of the latest published version; 0 before the first."""
+        return self._publisher.latest_version
+
+    def send_model_weights(self, model_state_dict: Any, compression_enabled: bool = True) -> PublishReceipt:
+        """Publish weights as the run's next version, once for all workers.
+
+        Args:
+            model_state_dict: a state dict, or any tree of tensors, arrays and plain values.
+            compression_enabled: whether to compress with blosc2 (lossless); off is faster on a fast link.
+
+        Raises:
+            UnsupportedType: something in it cannot travel; its path is named.
+            Fenced: a newer learner has taken over the run.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        self._check()
+        return self._publisher.publish(model_state_dict, compression=compression_enabled)
+
+    def collect_experiences(
+        self, timeout: float = 0.0, max_batches: int | None = None
+    ) -> list[tuple[int, Batch]]:
+        """Give batches as (worker_id, batch) pairs, each worker's in order.
+
+        Args:
+            timeout: seconds to wait for a first batch, of whichever worker; 0 to take only what is there.
+            max_batches: how many to give at most; by default what is there, up to 256 MB at once.
+
+        Raises:
+            Fenced: a newer learner has taken over the run.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        self._check()
+        if max_batches is not None:
+            positive_int("max_batches", max_batches)
+        if not 0 <= timeout < float("inf"):
+            raise InvalidArgument(f"timeout must be a number of seconds, at least 0; got {timeout!r}")
+        return self._collector.collect(timeout_seconds=timeout, max_batches=max_batches)
+
+    def acknowledge(self, pairs: Sequence[tuple[int, Batch]]) -> int:
+        """Say that batches are done with, so that the server forgets them; give how many it still had.
+
+        Only needed with `acknowledge="manual"`.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        self._check()
+        return self._collector.acknowledge(pairs)
+
+    def send_control_command(
+        self,
+        command: str,
+        data: Any = None,
+        worker_ids: Sequence[int] | None = None,
+        *,
+        expires: float | None = None,
+    ) -> Command:
+        """Send a command to some workers, or to all that are members now. The result can be waited for.
+
+        Args:
+            command: `stop`, `pause` (data: `{"duration": seconds}`, or None until `resume`), `resume`, `reset`,
+                or a name for which the workers registered a handler.
+            data: what the handler gets; anything that a batch may contain.
+            worker_ids: whom to ask; None for everyone.
+            expires: a worker that reads it more than this many seconds later does not do it.
+
+        Raises:
+            InvalidArgument: the name or the expiry cannot work.
+            UnknownWorker: one of the ids is not a member of the run.
+            Fenced: a newer learner has taken over the run.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        self._check()
+        return self._commander.send(command, data, worker_ids, expires_seconds=expires)
+
+    def workers(self) -> list[WorkerInfo]:
+        """Give the run's members, by id: where they run, what they run, when they were last heard of."""
+        self._check()
+        return self._roster.workers()
+
+    def missed_updates(self) -> dict[int, MissedUpdates]:
+        """Give, by worker, which versions and commands it missed, why, and since when."""
+        self._check()
+        return self._ledger.missed_updates(
+            self._roster.ids(), latest_version=self.version, published=self._publisher.published
+        )
+
+    def get_queue_info(self) -> dict[str, Any]:
+        """Give sizes as Redis has them.
+
+        Returns:
+            `experience_queue_sizes` (batches waiting), `model_queue_sizes` (versions published and neither
+            applied nor missed) and `control_queue_sizes` (commands not answered), each a list by worker id; and
+            `counts`, by worker id, the `QueueCounts` of its batches.
+        """
+        self._check()
+        counts = self._collector.counts()
+        accounts = self._ledger.accounts(counts)
+        waiting = self._commander.waiting()
+        size = max(self._num_workers, *(worker + 1 for worker in counts), 0)
+        experiences, models, control = [0] * size, [0] * size, [0] * size
+        for worker, account in accounts.items():
+            experiences[worker] = counts[worker].waiting
+            models[worker] = max(0, self.version - account.settled) if account.member else 0
+            control[worker] = waiting.get(worker, 0)
+        return {
+            "experience_queue_sizes": experiences,
+            "model_queue_sizes": models,
+            "control_queue_sizes": control,
+            "counts": counts,
+        }
+
+    def cleanup(self, *, acknowledge: bool = True) -> CleanupReport:
+        """End this learner within its timeout; give what it leaves in Redis. May be called again.
+
+        Args:
+            acknowledge: whether batches that were returned last count as done (not with `acknowledge="manual"`).
+        """
+        if self._closed is not None:
+            return self._closed
+        self._connection.check_process()
+        deadline = Deadline(self._connection.timeout_seconds)
+        self._closed = CleanupReport()
+        self._thread.stop(deadline.remaining)
+        try:
+            if acknowledge and self._acknowledge_mode == "next":
+                self._collector.acknowledge_returned()
+            self._settle_what_is_there()
+            waiting = {worker: count.waiting for worker, count in self._collector.counts().items()}
+            commands = sum(self._commander.waiting().values())
+            self._closed = CleanupReport(waiting, self._collector.unacknowledged(), commands)
+        except PeerError as error:
+            logger.warning("cleanup of the run %r: %s", self.run, error)
+        self._publisher.close()
+        self._connection.close()
+        return self._closed
+
+    def _check(self) -> None:
+        if self._closed is not None:
+            raise closed_error("WorkerCommunicator")
+        self._connection.check_process()
+        self._thread.check()
+
+    def _keep_ledger(self) -> None:
+        """Settle acknowledgements as they come; one step of the background thread."""
+        workers = self._roster.ids()
+        if not workers:
+            self._thread.pause(BLOCK_SECONDS)
+        if self._ledger.settle_waiting(workers, self._epoch, block_seconds=self._connection.block_seconds):
+            self._commander.look_again()
+        if self._next_sign_of_life.over:
+            self._roster.say_alive()
+            self._next_sign_of_life = Deadline(ALIVE_SECONDS)
+        if self._next_housekeeping.over:
+            for worker in self._roster.forget_silent():
+                logger.warning("worker %d was silent for too long and no longer belongs to the run", worker)
+            self._commander.trim()
+            self._next_housekeeping = Deadline(HOUSEKEEPING_SECONDS)
+
+    def _settle_what_is_there(self) -> None:
+        workers = self._roster.ids()
+        while self._ledger.settle_waiting(workers, self._epoch, block_seconds=0.001):
+            pass

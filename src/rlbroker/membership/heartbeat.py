@@ -1,0 +1,229 @@
+"""A worker's membership: it registers, says regularly that it lives, and leaves."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from rlbroker.background import Background
+from rlbroker.config import MAX_WORKER_ID, RunSettings, worker_number
+from rlbroker.connection import Backoff, Connection, Deadline, Script, text_fields
+from rlbroker.errors import DeadlineExceeded, IncompatibleFormat
+from rlbroker.keys import Keys
+
+#: Heartbeats in one lease: this many must fail in a row before a worker is called away.
+BEATS_PER_LEASE = 5
+
+REGISTER = Script(
+    "register",
+    """
+    -- KEYS: incarnations, members, the worker's acknowledgements, weights, control, meta
+    -- ARGV: worker id, lease in milliseconds, '1' to take the id only if it is free
+    local time = redis.call('TIME')
+    local now = time[1] * 1000 + math.floor(time[2] / 1000)
+    local seen = redis.call('ZSCORE', KEYS[2], ARGV[1])
+    if ARGV[3] == '1' and seen and now - seen < tonumber(ARGV[2]) then
+      return {'taken'}
+    end
+    local incarnation = redis.call('HINCRBY', KEYS[1], ARGV[1], 1)
+    redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])
+    local latest = redis.call('HGET', KEYS[4], 'version') or '0'
+    -- From here on an answer of an older incarnation has too small an id and is refused.
+    redis.call('XADD', KEYS[3], incarnation .. '-0', 'event', 'joined', 'version', latest)
+    local last = redis.call('XREVRANGE', KEYS[5], '+', '-', 'COUNT', 1)
+    local position = last[1] and last[1][1] or '0-0'
+    return {'registered', incarnation, latest, position, redis.call('HGET', KEYS[6], 'wire_format') or ''}
+    """,
+)
+
+BEAT = Script(
+    "beat",
+    """
+    -- KEYS: incarnations, members, the worker's heartbeat
+    -- ARGV: worker id, incarnation, lifetime in milliseconds, then field and value pairs
+    if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then
+      return redis.error_reply('FENCED worker ' .. ARGV[1] .. ' was replaced by a newer process or declared gone')
+    end
+    local time = redis.call('TIME')
+    redis.call('ZADD', KEYS[2], string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)), ARGV[1])
+    redis.call('HSET', KEYS[3], 'incarnation', ARGV[2], unpack(ARGV, 4))
+    redis.call('PEXPIRE', KEYS[3], ARGV[3])
+    return 1
+    """,
+)
+
+LEAVE = Script(
+    "leave",
+    """
+    -- KEYS: incarnations, members, the worker's heartbeat, its acknowledgements, weights
+    -- ARGV: worker id, incarnation
+    if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] or redis.call('ZREM', KEYS[2], ARGV[1]) == 0 then
+      return 0
+    end
+    redis.call('DEL', KEYS[3])
+    -- The largest number that any answer of this incarnation can have: it is the last one.
+    local latest = redis.call('HGET', KEYS[5], 'version') or '0'
+    redis.call('XADD', KEYS[4], ARGV[2] .. '-18446744073709551615', 'event', 'left', 'version', latest)
+    return 1
+    """,
+)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What the server said when the worker registered."""
+
+    worker_id: int
+    incarnation: int
+    latest_version: int
+    control_position: str
+
+
+class Heartbeat:
+    """Keeps one worker registered from `register` to `leave`."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        keys: Keys,
+        *,
+        wire_format: int,
+        describe: Callable[[], Mapping[str, str | int]],
+    ) -> None:
+        """Prepare a membership.
+
+        Args:
+            connection: way to the server.
+            keys: names of the run's keys.
+            wire_format: the only format that this process reads and writes.
+            describe: gives what each heartbeat says of the worker, besides host and pid.
+        """
+        self._connection, self._keys, self._describe = connection, keys, describe
+        self._wire_format = wire_format
+        self._settings: RunSettings | None = None
+        self._settings_known = threading.Event()
+        self._thread = Background("heartbeat", self._step)
+        self.registration = Registration(0, 0, 0, "0-0")
+
+    def register(self, worker_id: int | None) -> Registration:
+        """Become a member under this id, or under the lowest free one, and begin the heartbeats.
+
+        A process that already has this id is fenced: nothing of it is accepted any more.
+
+        Raises:
+            InvalidArgument: not a worker id.
+            IncompatibleFormat: the run's learner writes another wire format.
+            DeadlineExceeded: no free id was found.
+        """
+        if worker_id is not None:
+            found = self._claim(worker_number(worker_id), only_if_free=False)
+        else:
+            found = self._claim_lowest_free()
+        assert found is not None
+        self.registration = found
+        self._beat()
+        self._thread.start()
+        return found
+
+    def settings(self, deadline: Deadline) -> RunSettings:
+        """Give the run's settings; wait for the learner to open the run where it has not yet.
+
+        Raises:
+            DeadlineExceeded: no learner opened the run in time.
+        """
+        if not self._settings_known.wait(deadline.remaining):
+            self.check()
+            raise DeadlineExceeded(
+                f"no learner has opened the run {self._keys.run!r} on {self._connection.address} within "
+                f"{deadline.seconds:g} s; start the learner, or check the run's name and the URL"
+            )
+        assert self._settings is not None
+        return self._settings
+
+    def check(self) -> None:
+        """Raise what ended the membership, if anything did.
+
+        Raises:
+            Fenced: a newer process has this worker id, or the run declared this one gone.
+            IncompatibleFormat: the learner came back with another wire format.
+        """
+        self._thread.check()
+
+    def leave(self, timeout_seconds: float) -> None:
+        """End the heartbeats and the membership, so that nobody waits for this worker."""
+        self._thread.stop(timeout_seconds)
+        worker = self.registration.worker_id
+        keys = (
+            self._keys.incarnations,
+            self._keys.members,
+            self._keys.heartbeat(worker),
+            self._keys.acknowledgements(worker),
+            self._keys.weights,
+        )
+        self._connection.run(
+            LEAVE, keys, (worker, self.registration.incarnation), deadline=Deadline(timeout_seconds)
+        )
+
+    def _claim(self, worker: int, *, only_if_free: bool) -> Registration | None:
+        keys = (
+            self._keys.incarnations,
+            self._keys.members,
+            self._keys.acknowledgements(worker),
+            self._keys.weights,
+            self._keys.control,
+            self._keys.meta,
+        )
+        lease_milliseconds = int((self._settings or RunSettings()).lease_seconds * 1000)
+        reply = self._connection.run(REGISTER, keys, (worker, lease_milliseconds, int(only_if_free)))
+        if reply[0] == b"taken":
+            return None
+        _, incarnation, latest, position, wire_format = reply
+        self._check_format(wire_format.decode())
+        return Registration(worker, int(incarnation), int(latest), position.decode())
+
+    def _claim_lowest_free(self) -> Registration:
+        deadline, backoff = Deadline(self._connection.timeout_seconds), Backoff()
+        while not deadline.over:
+            found = self._connection.execute("ZRANGE", self._keys.members, 0, -1)
+            members = {int(worker) for worker in found}
+            free = next(worker for worker in range(MAX_WORKER_ID + 1) if worker not in members)
+            # Ids below it belong to members, but those whose lease is over are free too.
+            for worker in range(free + 1):
+                claimed = self._claim(worker, only_if_free=True)
+                if claimed is not None:
+                    return claimed
+            self._thread.pause(backoff.next(deadline))
+        raise DeadlineExceeded(f"no free worker id was found in the run {self._keys.run!r}")
+
+    def _step(self) -> None:
+        lease_seconds = (self._settings or RunSettings()).lease_seconds
+        # Before the learner has opened the run, look often, so that nobody waits for long.
+        self._thread.pause(lease_seconds / BEATS_PER_LEASE if self._settings else 0.1)
+        self._beat()
+
+    def _beat(self) -> None:
+        lease_seconds = (self._settings or RunSettings()).lease_seconds
+        worker = self.registration.worker_id
+        facts: dict[str, str | int] = {"host": socket.gethostname(), "pid": os.getpid(), **self._describe()}
+        flat = [part for pair in facts.items() for part in pair]
+        self._connection.run(
+            BEAT,
+            (self._keys.incarnations, self._keys.members, self._keys.heartbeat(worker)),
+            (worker, self.registration.incarnation, int(lease_seconds * 10_000), *flat),
+            deadline=Deadline(lease_seconds),
+        )
+        meta = text_fields(self._connection.execute("HGETALL", self._keys.meta))
+        if "wire_format" in meta:
+            self._check_format(meta["wire_format"])
+            self._settings = RunSettings.from_fields(meta)
+            self._settings_known.set()
+
+    def _check_format(self, found: str) -> None:
+        if found and int(found) != self._wire_format:
+            raise IncompatibleFormat(
+                f"the run {self._keys.run!r} uses wire format {found}, this process {self._wire_format}; "
+                "install the same release of rlbroker for learner and workers"
+            )

@@ -1,0 +1,152 @@
+"""The learner's view of who takes part: it opens the run, lists the workers, and forgets the silent ones."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+
+from rlbroker.config import RunSettings
+from rlbroker.connection import Connection, Script, scored_members, text_fields
+from rlbroker.errors import IncompatibleFormat
+from rlbroker.keys import Keys
+from rlbroker.records import WorkerInfo
+
+OPEN = Script(
+    "open",
+    """
+    -- KEYS: meta
+    -- ARGV: wire format, then field and value pairs
+    local written = redis.call('HGET', KEYS[1], 'wire_format')
+    if written and written ~= ARGV[1] then
+      return redis.error_reply('FORMAT ' .. written)
+    end
+    redis.call('HSET', KEYS[1], 'wire_format', ARGV[1], unpack(ARGV, 2))
+    return redis.call('HINCRBY', KEYS[1], 'epoch', 1)
+    """,
+)
+
+FORGET = Script(
+    "forget",
+    """
+    -- KEYS: incarnations, members, the worker's acknowledgements, weights
+    -- ARGV: worker id, milliseconds of silence after which it is gone
+    local time = redis.call('TIME')
+    local now = time[1] * 1000 + math.floor(time[2] / 1000)
+    local seen = redis.call('ZSCORE', KEYS[2], ARGV[1])
+    if not seen or now - seen < tonumber(ARGV[2]) then
+      return 0
+    end
+    redis.call('ZREM', KEYS[2], ARGV[1])
+    -- Should it come back, it has to register again: its incarnation is over.
+    local incarnation = redis.call('HINCRBY', KEYS[1], ARGV[1], 1)
+    local latest = redis.call('HGET', KEYS[4], 'version') or '0'
+    redis.call('XADD', KEYS[3], incarnation .. '-0', 'event', 'gone', 'version', latest)
+    return 1
+    """,
+)
+
+
+class Roster:
+    """Opens one run for a learner and knows its workers."""
+
+    def __init__(self, connection: Connection, keys: Keys, settings: RunSettings) -> None:
+        """Prepare a roster; nothing is sent yet."""
+        self._connection, self._keys, self._settings = connection, keys, settings
+
+    def open(self, *, wire_format: int, num_workers: int) -> int:
+        """Take over the run as its newest learner and give the epoch, which fences every earlier learner.
+
+        Raises:
+            IncompatibleFormat: the run was written by a release with another wire format.
+        """
+        facts: dict[str, str | int] = {
+            "learner_host": socket.gethostname(),
+            "learner_pid": os.getpid(),
+            "opened": f"{time.time():.3f}",
+            "num_workers": num_workers,
+            **self._settings.to_fields(),
+        }
+        flat = [part for pair in facts.items() for part in pair]
+        try:
+            return int(self._connection.run(OPEN, (self._keys.meta,), (wire_format, *flat)))
+        except Exception as error:
+            written = str(error).partition("FORMAT ")[2]
+            if not written:
+                raise
+            raise IncompatibleFormat(
+                f"the run {self._keys.run!r} was written with wire format {written.split()[0]}, this release writes "
+                f"{wire_format}; choose another run name, or the release that wrote it"
+            ) from error
+
+    def say_alive(self) -> None:
+        """Note in the run's `meta` when its learner was last alive, by the server's clock."""
+        seconds, microseconds = self._connection.execute("TIME")
+        self._connection.execute(
+            "HSET", self._keys.meta, "learner_seen", f"{int(seconds)}.{int(microseconds) // 1000:03d}"
+        )
+
+    def ids(self) -> list[int]:
+        """Give every worker id that the run ever had, in order."""
+        return sorted(int(worker) for worker in self._connection.execute("HKEYS", self._keys.incarnations))
+
+    def workers(self) -> list[WorkerInfo]:
+        """Give the members of the run, by id."""
+        clock, latest, incarnations, members = self._connection.execute_all(
+            [
+                ("TIME",),
+                ("HGET", self._keys.weights, "version"),
+                ("HGETALL", self._keys.incarnations),
+                ("ZRANGE", self._keys.members, 0, -1, "WITHSCORES"),
+            ]
+        )
+        now = int(clock[0]) + int(clock[1]) / 1e6
+        newest = text_fields(incarnations)
+        seen = {int(worker): score / 1000 for worker, score in scored_members(members).items()}
+        beats = self._connection.execute_all([("HGETALL", self._keys.heartbeat(worker)) for worker in seen])
+        found = []
+        for (worker, last_seen), beat in zip(seen.items(), beats, strict=True):
+            said = text_fields(beat)
+            version, silent_seconds = int(said.get("version", 0)), max(0.0, now - last_seen)
+            found.append(
+                WorkerInfo(
+                    worker_id=worker,
+                    incarnation=int(newest.get(str(worker), 0)),
+                    state="alive" if silent_seconds < self._settings.lease_seconds else "away",
+                    host=said.get("host", ""),
+                    pid=int(said.get("pid", 0)),
+                    version=version,
+                    staleness=max(0, int(latest or 0) - version),
+                    last_seen_seconds=silent_seconds,
+                    sent=int(said.get("sent", 0)),
+                    problem=said.get("problem", ""),
+                )
+            )
+        return sorted(found, key=lambda info: info.worker_id)
+
+    def forget_silent(self) -> Sequence[int]:
+        """Strike workers that were silent for longer than `forget_seconds`; give their ids."""
+        clock = self._connection.execute("TIME")
+        limit_milliseconds = int(self._settings.forget_seconds * 1000)
+        before = int(clock[0]) * 1000 - limit_milliseconds
+        silent = [
+            int(worker)
+            for worker in self._connection.execute("ZRANGEBYSCORE", self._keys.members, "-inf", before)
+        ]
+        gone = self._connection.run_all(
+            [
+                (
+                    FORGET,
+                    (
+                        self._keys.incarnations,
+                        self._keys.members,
+                        self._keys.acknowledgements(worker),
+                        self._keys.weights,
+                    ),
+                    (worker, limit_milliseconds),
+                )
+                for worker in silent
+            ]
+        )
+        return [worker for worker, struck in zip(silent, gone, strict=True) if struck]

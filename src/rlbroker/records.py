@@ -1,0 +1,231 @@
+"""The values that callers get: batches, receipts, the roster, outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+#: What became of one command, or of one version, at one worker.
+State = Literal["waiting", "done", "failed", "unknown", "expired", "missed"]
+
+#: Why a worker did not run a version.
+Why = Literal["superseded", "failed", "away", "left"]
+
+#: What the roster says of a worker: heard of lately, or silent for longer than its lease.
+Liveness = Literal["alive", "away"]
+
+
+class Batch(dict[str, Any]):
+    """What a worker sent, as it went in; its facts are attributes, which no key of the user's can collide with.
+
+    Attributes:
+        worker_id: the worker that sent it.
+        incarnation: which life of that worker.
+        sequence: the batch's number within that life; 1, 2, 3, ….
+        version: the weights that produced it; 0 before the first.
+        staleness: versions published since then, when the learner collected it.
+        rows: leading dimension of its first array or tensor; 0 without one.
+        raw_bytes: bytes of its arrays and tensors.
+        stored_bytes: bytes that went through Redis.
+        sent_at: the worker's clock when it was sent, seconds since the epoch.
+        received_at: the learner's clock when it was collected, seconds since the epoch.
+    """
+
+    __slots__ = (
+        "incarnation",
+        "raw_bytes",
+        "received_at",
+        "rows",
+        "sent_at",
+        "sequence",
+        "staleness",
+        "stored_bytes",
+        "version",
+        "worker_id",
+    )
+
+    worker_id: int
+    incarnation: int
+    sequence: int
+    version: int
+    staleness: int
+    rows: int
+    raw_bytes: int
+    stored_bytes: int
+    sent_at: float
+    received_at: float
+
+    @property
+    def entry_id(self) -> str:
+        """The id of its entry in the worker's stream."""
+        return f"{self.incarnation}-{self.sequence}"
+
+
+@dataclass(frozen=True)
+class SendReceipt:
+    """What happened to one batch on the worker's side. True if it is in the queue."""
+
+    worker_id: int
+    incarnation: int
+    sequence: int
+    version: int
+    rows: int
+    raw_bytes: int
+    stored_bytes: int
+    accepted: bool
+    dropped: int = 0
+
+    def __bool__(self) -> bool:
+        """Whether the batch was accepted; with `drop_newest` it may not be."""
+        return self.accepted
+
+
+@dataclass(frozen=True)
+class PublishReceipt:
+    """What `send_model_weights` did. Always true: a published version can be fetched by every worker."""
+
+    version: int
+    kind: Literal["full"]
+    raw_bytes: int
+    stored_bytes: int
+    chunks: int
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """Raw bytes for each stored byte."""
+        return self.raw_bytes / self.stored_bytes if self.stored_bytes else 1.0
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """One line of the roster.
+
+    Attributes:
+        state: `alive`, or `away` when it was silent for longer than its lease.
+        version: the weights that it runs; 0 for none yet.
+        staleness: versions published since.
+        last_seen_seconds: age of its last heartbeat, by the server's clock.
+        sent: batches that it says it sent in this life.
+        problem: what keeps it from applying the newest weights, if anything does.
+    """
+
+    worker_id: int
+    incarnation: int
+    state: Liveness
+    host: str
+    pid: int
+    version: int
+    staleness: int
+    last_seen_seconds: float
+    sent: int
+    problem: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a command at one worker. True if it is done."""
+
+    state: State
+    detail: str = ""
+
+    def __bool__(self) -> bool:
+        """Whether the worker did it."""
+        return self.state == "done"
+
+    def __str__(self) -> str:
+        """Give the state, with its detail where there is one."""
+        return f"{self.state}: {self.detail}" if self.detail else self.state
+
+
+@dataclass(frozen=True)
+class Missed:
+    """Updates that one worker did not run, as one entry of the run's `missed` stream.
+
+    Attributes:
+        what: `weights`, or `command`.
+        first: first missed version, for weights.
+        last: last missed version, for weights.
+        command: id and name of the missed command, for commands.
+        why: `superseded`, `failed`, `away` or `left`; for commands also `unknown` and `expired`.
+        at: when it was recorded, the server's clock, seconds since the epoch.
+    """
+
+    worker_id: int
+    incarnation: int
+    what: Literal["weights", "command"]
+    first: int
+    last: int
+    command: str
+    why: str
+    detail: str
+    at: float
+
+    @property
+    def count(self) -> int:
+        """How many updates it stands for."""
+        return self.last - self.first + 1 if self.what == "weights" else 1
+
+
+@dataclass(frozen=True)
+class MissedUpdates:
+    """What one worker missed so far.
+
+    Attributes:
+        total: versions missed since the run began.
+        by_reason: the same, by why.
+        commands: commands missed since the run began.
+        behind: versions that are published and that it neither runs nor has missed for good yet.
+        behind_since: when the first of these was published, seconds since the epoch; None when there is none.
+        skips_in_a_row: how many of its latest updates each jumped over a version; 0 when the last one did not.
+        skipping_since: when that row began, seconds since the epoch; None without one.
+        records: the newest entries of the `missed` stream that are about it, oldest first.
+    """
+
+    worker_id: int
+    total: int
+    by_reason: Mapping[str, int]
+    commands: int
+    behind: int
+    behind_since: float | None
+    skips_in_a_row: int
+    skipping_since: float | None
+    records: tuple[Missed, ...]
+
+
+@dataclass(frozen=True)
+class QueueCounts:
+    """What became of one worker's batches: produced = waiting + in_hand + delivered + what was lost.
+
+    Attributes:
+        waiting: in the queue, not yet read.
+        in_hand: read by the learner, not yet acknowledged.
+        delivered: acknowledged by the learner.
+        lost: by reason: `stale`, `corrupt`, `trimmed`, `dropped_oldest`, `dropped_newest`, `stopped`, `fenced`.
+        duplicates: copies of batches that had been read before, not given out a second time.
+    """
+
+    waiting: int
+    in_hand: int
+    delivered: int
+    lost: Mapping[str, int]
+    duplicates: int
+
+    @property
+    def produced(self) -> int:
+        """Every batch that the worker sent, whatever became of it."""
+        return self.waiting + self.in_hand + self.delivered + sum(self.lost.values())
+
+
+@dataclass(frozen=True)
+class CleanupReport:
+    """What `cleanup` left behind in Redis. True if nothing was."""
+
+    waiting: Mapping[int, int] = field(default_factory=dict)
+    unacknowledged: Mapping[int, int] = field(default_factory=dict)
+    commands: int = 0
+
+    def __bool__(self) -> bool:
+        """Whether nothing was left behind."""
+        return not (any(self.waiting.values()) or any(self.unacknowledged.values()) or self.commands)

@@ -1,0 +1,208 @@
+"""The worker's half: notices come as hints, the pointer is the truth, and decoding happens in the background."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import redis
+from redis import exceptions as redis_errors
+
+from rlbroker.background import Background
+from rlbroker.connection import Connection, Deadline, text_fields, translated
+from rlbroker.errors import WireError
+from rlbroker.keys import Keys
+from rlbroker.weights.pointer import Pointer, digest_of, group
+from rlbroker.wire import Assembly, Limits
+
+logger = logging.getLogger("rlbroker")
+
+#: Without any hint the pointer is read this often: the longest that a lost hint can delay an update.
+LOOK_SECONDS: Final = 1.0
+
+#: A version that cannot be read is tried this often before it counts as failed.
+TRIES: Final = 3
+
+#: What weights may ask for when they are decoded.
+WEIGHTS_LIMITS: Final = Limits(max_raw_bytes=64 << 30, max_header_bytes=256 << 20)
+
+
+@dataclass(frozen=True)
+class Update:
+    """A version that is decoded and waits to be loaded, or that could not be read and says why."""
+
+    version: int
+    weights: Any
+    problem: str = ""
+
+
+class Subscriber:
+    """Keeps the newest version ready for one worker."""
+
+    def __init__(self, connection: Connection, keys: Keys) -> None:
+        """Prepare a subscriber; nothing is read yet."""
+        self._connection, self._keys = connection, keys
+        self._pubsub: redis.client.PubSub | None = None
+        self._hinted = 0
+        self._latest = 0
+        self._handled = 0
+        self._tries = 0
+        self._next_look = Deadline(0)
+        self._problem = ""
+        self._updates: list[Update] = []
+        self._arrived = threading.Condition()
+        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="rlbroker-decode")
+        self._thread = Background("weights", self._step)
+
+    def start(self) -> None:
+        """Begin to follow the run's weights in the background."""
+        self._thread.start()
+
+    def stop(self, timeout_seconds: float) -> None:
+        """Stop following."""
+        self._thread.stop(timeout_seconds)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._unsubscribe()
+
+    def check(self) -> None:
+        """Raise what ended the following, if anything did."""
+        self._thread.check()
+
+    @property
+    def latest_version(self) -> int:
+        """The newest version known to exist."""
+        return max(self._latest, self._hinted)
+
+    @property
+    def problem(self) -> str:
+        """What keeps the newest version from being read; empty if nothing does."""
+        return self._problem
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is an update to take."""
+        return bool(self._updates)
+
+    def hint(self, version: int) -> None:
+        """Be told from elsewhere that a version was published."""
+        self._hinted = max(self._hinted, version)
+
+    def fetch_again(self) -> None:
+        """Have the latest version read once more, for another model."""
+        self._handled = 0
+        self._next_look = Deadline(0)
+
+    def take(self, timeout_seconds: float = 0) -> list[Update]:
+        """Give what is ready, versions that failed first; wait for it if there is a timeout."""
+        with self._arrived:
+            if not self._updates and timeout_seconds > 0:
+                self._arrived.wait(timeout_seconds)
+            found, self._updates = self._updates, []
+            return found
+
+    def _step(self) -> None:
+        if self._pubsub is None:
+            self._subscribe()
+            self._next_look = Deadline(0)  # nothing published while unsubscribed is replayed
+        if self._heard() or self._hinted > self._handled or self._next_look.over:
+            self._next_look = Deadline(LOOK_SECONDS)
+            self._look()
+
+    def _subscribe(self) -> None:
+        pubsub = self._connection.pubsub()
+        try:
+            pubsub.subscribe(self._keys.notify)
+        except redis_errors.RedisError as error:
+            pubsub.close()
+            raise translated(error, self._connection.address) from error
+        self._pubsub = pubsub
+
+    def _unsubscribe(self) -> None:
+        pubsub, self._pubsub = self._pubsub, None
+        if pubsub is not None:
+            pubsub.close()
+
+    def _heard(self) -> bool:
+        """Wait a little for a hint; give whether there was one."""
+        assert self._pubsub is not None
+        try:
+            message = self._pubsub.get_message(timeout=self._connection.block_seconds)
+        except (redis_errors.RedisError, OSError) as error:
+            self._unsubscribe()
+            if isinstance(error, redis_errors.RedisError):
+                raise translated(error, self._connection.address) from error
+            raise
+        return message is not None
+
+    def _look(self) -> None:
+        version = self._connection.execute("HGET", self._keys.weights, "version")
+        self._latest = int(version or 0)
+        if self._latest <= self._handled:
+            # A hint of a version that the pointer does not have is wrong, or its server lost its data.
+            self._hinted = min(self._hinted, self._latest)
+            return
+        pointer = Pointer.from_fields(text_fields(self._connection.execute("HGETALL", self._keys.weights)))
+        if pointer is None:
+            return
+        try:
+            weights = self._fetch(pointer)
+        except WireError as error:
+            self._failed(pointer, str(error))
+            return
+        self._problem, self._tries = "", 0
+        self._hand_over(Update(pointer.version, weights))
+
+    def _failed(self, pointer: Pointer, problem: str) -> None:
+        self._problem = f"version {pointer.version}: {problem}"
+        self._tries += 1
+        logger.warning("%s (try %d of %d)", self._problem, self._tries, TRIES)
+        if self._tries < TRIES:
+            self._next_look = Deadline(self._connection.block_seconds)
+        else:
+            self._tries = 0
+            self._hand_over(Update(pointer.version, None, problem))
+
+    def _hand_over(self, update: Update) -> None:
+        self._handled = update.version
+        with self._arrived:
+            # Only the newest version that can be loaded is worth loading; the others are superseded.
+            self._updates = [one for one in self._updates if one.problem] + [update]
+            self._arrived.notify_all()
+
+    def _fetch(self, pointer: Pointer) -> Any:
+        header = self._chunk(pointer, 0)
+        if digest_of(header) != pointer.digest:
+            raise WireError("the digest of the header does not match the pointer")
+        assembly = Assembly(header, WEIGHTS_LIMITS)
+        segments = assembly.segments
+        layout = list(group((segment.stored_bytes for segment in segments), pointer.chunk_bytes))
+        if len(layout) != pointer.chunks:
+            raise WireError(f"the header describes {len(layout)} chunks, the pointer {pointer.chunks}")
+        decoding: list[Future[None]] = []
+        try:
+            for number, indices in enumerate(layout, start=1):
+                if self._thread.stopping:
+                    raise WireError("the worker stops")
+                rest = memoryview(self._chunk(pointer, number))
+                for index in indices:
+                    stored_bytes = segments[index].stored_bytes
+                    decoding.append(self._pool.submit(assembly.decode_segment, index, rest[:stored_bytes]))
+                    rest = rest[stored_bytes:]
+                if len(rest):
+                    raise WireError(f"chunk {number} has {len(rest)} bytes too many")
+            for future in decoding:
+                future.result()
+        finally:
+            for future in decoding:
+                future.cancel()
+        return assembly.tree()
+
+    def _chunk(self, pointer: Pointer, number: int) -> bytes:
+        data = self._connection.execute("GET", self._keys.chunk(pointer.upload, number))
+        if data is None:
+            raise WireError(f"chunk {number} of {pointer.chunks} is gone")
+        return bytes(data)

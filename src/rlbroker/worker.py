@@ -1,0 +1,365 @@
+"""`WorkerClient`: the worker's side of a run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self, get_args
+
+import redis
+
+from rlbroker.background import closed_error
+from rlbroker.config import DEFAULT_RUN, WhenFull, choice, positive_seconds
+from rlbroker.connection import Connection, Deadline
+from rlbroker.control.inbox import Inbox, Order
+from rlbroker.errors import DeadlineExceeded, InvalidArgument, PeerError, UnsupportedType
+from rlbroker.experience.sender import Sender
+from rlbroker.keys import Keys
+from rlbroker.membership.heartbeat import Heartbeat
+from rlbroker.records import SendReceipt
+from rlbroker.weights.loading import load
+from rlbroker.weights.subscriber import Subscriber, Update
+from rlbroker.wire import FORMAT_VERSION
+
+logger = logging.getLogger("rlbroker")
+
+#: Gets a command's data; an exception is reported to the learner, and the worker goes on.
+Handler = Callable[[Any], None]
+
+#: How long a paused or waiting worker sleeps between two looks at what arrived.
+LOOK_SECONDS = 0.1
+
+
+class WorkerClient:
+    """Takes part in a run as one of its workers.
+
+    Usable as a context manager, and from several threads of one process. Weights and commands arrive in the
+    background; `poll` applies them, so that they take effect between two steps of the caller.
+    """
+
+    def __init__(
+        self,
+        redis_url: str | None = None,
+        run: str = DEFAULT_RUN,
+        worker_id: int | None = None,
+        *,
+        redis_client: redis.Redis | None = None,
+        timeout: float = 10.0,
+        when_full: WhenFull | None = None,
+        compression: bool = True,
+    ) -> None:
+        """Join a run. The learner may come later; a process with the same worker id is fenced.
+
+        Args:
+            redis_url: `redis://`, `rediss://` or `unix://`; defaults to RLBROKER_REDIS_URL, then REDIS_URL, then
+                localhost.
+            run: name of the training job, as the learner has it.
+            worker_id: this worker's number; None for the lowest that is free.
+            redis_client: a ready client instead of a URL, a fakeredis one too.
+            timeout: seconds that any one operation may take, and that sending waits for room.
+            when_full: what to do at a full queue: `block`, `drop_oldest` or `drop_newest`; None for what the
+                learner chose.
+            compression: whether to compress batches (lossless) where that makes them smaller.
+
+        Raises:
+            InvalidArgument: a setting cannot work.
+            ServerUnsuitable: the server is too old.
+            AccessDenied: wrong password, or a right is missing.
+            IncompatibleFormat: the learner writes another wire format.
+            ConnectionFailed: the server cannot be reached within the timeout.
+        """
+        if when_full is not None:
+            choice("when_full", when_full, get_args(WhenFull))
+        self._keys = keys = Keys(run)
+        self._closed = False
+        self._running = True
+        self._version = 0
+        self._paused_until: float | None = None
+        self._resets = 0
+        self._handlers: dict[str, Handler] = {}
+        self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
+        connection.check_server(allow_eviction=True)  # the learner decides
+        self._subscriber = Subscriber(connection, keys)
+        self._heartbeat = Heartbeat(connection, keys, wire_format=FORMAT_VERSION, describe=self._describe)
+        self._sender: Sender | None = None
+        joined = self._heartbeat.register(worker_id)
+        self._inbox = Inbox(
+            connection,
+            keys,
+            joined.worker_id,
+            joined.incarnation,
+            joined.control_position,
+            noticed=self._subscriber.hint,
+        )
+        try:
+            self._sender = Sender(
+                connection,
+                keys,
+                joined.worker_id,
+                joined.incarnation,
+                settings=self._heartbeat.settings,
+                when_full=when_full,
+                compression=compression,
+            )
+        except BaseException:
+            self._heartbeat.leave(connection.timeout_seconds)
+            connection.close()
+            raise
+        self._inbox.start()
+        self._subscriber.start()
+
+    def __enter__(self) -> Self:
+        """Give the client itself; leaving the block closes it."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leave the run."""
+        self.close()
+
+    @property
+    def worker_id(self) -> int:
+        """This worker's number in the run."""
+        return self._heartbeat.registration.worker_id
+
+    @property
+    def incarnation(self) -> int:
+        """Which life of that worker this is; 1 for the first process that had the id."""
+        return self._heartbeat.registration.incarnation
+
+    @property
+    def run(self) -> str:
+        """Name of the run."""
+        return self._keys.run
+
+    @property
+    def version(self) -> int:
+        """The version that was applied last; 0 for none yet. Batches are tagged with it."""
+        return self._version
+
+    @property
+    def running(self) -> bool:
+        """Whether to go on: False after a `stop` command was obeyed, or after `close`."""
+        return self._running and not self._closed
+
+    @property
+    def paused(self) -> bool:
+        """Whether a `pause` command is in force."""
+        return self._paused_until is not None and time.monotonic() < self._paused_until
+
+    def on_command(self, name: str, handler: Handler) -> None:
+        """Have a function called, from within `poll`, with the data of each command of this name.
+
+        For `reset`, `pause` and `stop` it is called besides what they do by themselves.
+
+        Raises:
+            UnsupportedType: the handler cannot be called.
+        """
+        if not callable(handler):
+            raise UnsupportedType(f"the handler of {name!r} must be callable; got {type(handler).__name__}")
+        self._handlers[name] = handler
+
+    def reset_requested(self) -> bool:
+        """Give whether a `reset` command came since the last call: time to begin new episodes."""
+        requested, self._resets = self._resets > 0, 0
+        return requested
+
+    def load_weights(self, model: Any, timeout: float = 60.0) -> int:
+        """Load the latest weights into a model, waiting for the first version; give its number.
+
+        Returns early, without weights, if a `stop` command comes first: `running` is False then.
+
+        Args:
+            model: a `torch.nn.Module`, or a dictionary (see `poll`).
+            timeout: seconds to wait at most.
+
+        Raises:
+            WeightsMismatch: the weights do not fit the model; keys and shapes are named.
+            DeadlineExceeded: no weights came in time.
+            PeerError: a newer process has this worker id, or the server refused.
+        """
+        self._check()
+        deadline = Deadline(positive_seconds("timeout", timeout))
+        if self._version and not self._subscriber.ready:
+            self._subscriber.fetch_again()
+        while self.running:
+            if self._apply(self._subscriber.take(min(LOOK_SECONDS, deadline.remaining)), model):
+                break
+            self._obey_waiting()
+            self._check()
+            if deadline.over:
+                problem = self._subscriber.problem or "is its learner running?"
+                raise DeadlineExceeded(
+                    f"no weights came in the run {self.run!r} on {self._connection.address} within {timeout:g} s: "
+                    f"{problem}"
+                )
+        return self._version
+
+    def poll(self, model: Any = None) -> bool:
+        """Obey the commands that came, and load the newest weights if there are any; cheap otherwise.
+
+        While a `pause` is in force this call does not return.
+
+        Args:
+            model: a `torch.nn.Module`; or a dictionary, which is filled if it is empty, and otherwise has its
+                tensors and arrays overwritten in place; or None to obey commands only.
+
+        Returns:
+            Whether new weights were loaded.
+
+        Raises:
+            WeightsMismatch: the weights do not fit the model; keys and shapes are named.
+            Fenced: a newer process has this worker id.
+            PeerError: something else that waiting does not mend.
+        """
+        self._check()
+        if self._inbox.waiting:
+            self._obey_waiting()
+        if model is None or not self._subscriber.ready or not self.running:
+            return False
+        return self._apply(self._subscriber.take(), model)
+
+    def send_experiences(self, batch: Mapping[str, Any], timeout: float | None = None) -> SendReceipt:
+        """Send one batch, tagged with the applied version; once this returns, the server has it.
+
+        Args:
+            batch: nested dictionary of tensors, arrays and plain values.
+            timeout: seconds to wait for room; the client's timeout by default.
+
+        Returns:
+            What happened. False if the batch was dropped: at a full queue with `drop_newest`, or when a
+            `stop` came while waiting for room.
+
+        Raises:
+            UnsupportedType: something in the batch cannot travel; its path is named.
+            BatchTooLarge: the batch alone exceeds the queue's byte bound.
+            QueueFull: no room in time; nothing was stored and the caller still has the batch.
+            DeadlineExceeded: no learner opened the run in time.
+            Fenced: a newer process has this worker id.
+            ConnectionFailed: the server stayed away; whether the batch was stored is unknown.
+            PeerError: the server refused.
+        """
+        self._check()
+        if not isinstance(batch, dict):
+            raise UnsupportedType(f"a batch is a dictionary, not a {type(batch).__name__}")
+        if timeout is not None:
+            positive_seconds("timeout", timeout)
+        assert self._sender is not None
+        return self._sender.send(
+            batch,
+            version=self._version,
+            timeout_seconds=self._connection.timeout_seconds if timeout is None else timeout,
+            stopped=lambda: not self.running or self._inbox.holds("stop"),
+        )
+
+    def close(self) -> None:
+        """Leave the run within the timeout, so that nobody waits for this worker. May be called again."""
+        if self._closed:
+            return
+        self._connection.check_process()
+        self._closed = True
+        deadline = Deadline(self._connection.timeout_seconds)
+        try:
+            self._subscriber.stop(deadline.remaining)
+            self._inbox.stop(deadline.remaining)
+            self._heartbeat.leave(deadline.remaining)
+        except PeerError as error:
+            logger.warning("worker %d left the run %r without saying so: %s", self.worker_id, self.run, error)
+        finally:
+            self._connection.close()
+
+    def _check(self) -> None:
+        if self._closed:
+            raise closed_error("WorkerClient")
+        self._connection.check_process()
+        self._heartbeat.check()
+        self._inbox.check()
+        self._subscriber.check()
+
+    def _describe(self) -> dict[str, str | int]:
+        return {
+            "version": self._version,
+            "sent": self._sender.sent if self._sender else 0,
+            "problem": self._subscriber.problem,
+        }
+
+    # Weights
+
+    def _apply(self, updates: list[Update], model: Any) -> bool:
+        loaded = False
+        for update in updates:
+            if update.problem:
+                self._inbox.acknowledge_version(self._version, update.version, "failed", update.problem)
+                continue
+            try:
+                load(update.weights, model)
+            except Exception as error:
+                self._inbox.acknowledge_version(self._version, update.version, "failed", str(error))
+                raise
+            before, self._version = self._version, update.version
+            self._inbox.acknowledge_version(before, update.version, "applied")
+            loaded = True
+        return loaded
+
+    # Commands
+
+    def _obey_waiting(self) -> None:
+        """Obey every command that is there; while paused, wait for more."""
+        while self.running:
+            order = self._inbox.take(LOOK_SECONDS if self.paused else 0)
+            if order is not None:
+                self._obey(order)
+            elif self.paused:
+                self._check()
+            else:
+                return
+
+    def _obey(self, order: Order) -> None:
+        known = order.name in _BUILT_IN or order.name in self._handlers
+        if self._inbox.expired(order):
+            self._inbox.acknowledge_command(order, "expired")
+        elif not known:
+            self._inbox.acknowledge_command(order, "unknown")
+        else:
+            try:
+                if order.name in _BUILT_IN:
+                    _BUILT_IN[order.name](self, order.data)
+                if order.name in self._handlers:
+                    self._handlers[order.name](order.data)
+            except Exception as error:
+                logger.exception("the command %r failed", order.name)
+                self._inbox.acknowledge_command(order, "failed", f"{type(error).__name__}: {error}")
+            else:
+                self._inbox.acknowledge_command(order, "done")
+
+    def _stop(self, data: Any) -> None:
+        self._running = False
+
+    def _pause(self, data: Any) -> None:
+        duration = data.get("duration") if isinstance(data, dict) else data
+        if duration is None:
+            self._paused_until = float("inf")
+        elif isinstance(duration, (int, float)) and duration >= 0:
+            self._paused_until = time.monotonic() + duration
+        else:
+            raise InvalidArgument(f"pause takes a duration in seconds, or None; got {duration!r}")
+
+    def _resume(self, data: Any) -> None:
+        self._paused_until = None
+
+    def _reset(self, data: Any) -> None:
+        self._resets += 1
+
+
+_BUILT_IN: dict[str, Callable[[WorkerClient, Any], None]] = {
+    "stop": WorkerClient._stop,
+    "pause": WorkerClient._pause,
+    "resume": WorkerClient._resume,
+    "reset": WorkerClient._reset,
+}
