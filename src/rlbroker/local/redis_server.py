@@ -119,7 +119,7 @@ def find_binary() -> Binary:
     )
 
 
-class _PortTaken(Exception):  # noqa: N818 - never leaves this module
+class _PortTaken(Exception):
     """Another process took the port between our choice and the server's start."""
 
 
