@@ -10,6 +10,8 @@ from gymnasium.spaces import Box, Discrete, Space
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
+from rlbroker.errors import InvalidArgument
+
 
 def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
     layer = nn.Linear(inputs, outputs)
@@ -38,7 +40,7 @@ class ActorCritic(nn.Module):
     small enough that the first policy is close to uniform.
 
     Raises:
-        ValueError: an observation space that is no 1-D `Box`, or an action space that is neither
+        InvalidArgument: an observation space that is no 1-D `Box`, or an action space that is neither
             `Discrete` nor a 1-D `Box`.
     """
 
@@ -46,7 +48,7 @@ class ActorCritic(nn.Module):
         """Make networks with two layers of `hidden` units, for one environment's spaces."""
         super().__init__()
         if not isinstance(observation_space, Box) or len(observation_space.shape) != 1:
-            raise ValueError(
+            raise InvalidArgument(
                 f"the demo needs observations that are one vector (a 1-D Box), not {observation_space}: "
                 "choose another environment, such as CartPole-v1"
             )
@@ -57,7 +59,7 @@ class ActorCritic(nn.Module):
             action_size = action_space.shape[0]
             self.log_std = nn.Parameter(torch.zeros(action_size))
         else:
-            raise ValueError(
+            raise InvalidArgument(
                 f"the demo needs Discrete actions or a vector of continuous ones (a 1-D Box), not "
                 f"{action_space}: choose another environment, such as CartPole-v1 or Pendulum-v1"
             )

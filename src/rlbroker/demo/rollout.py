@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlbroker.demo.policy import ActorCritic
+from rlbroker.errors import InvalidArgument
 
 
 class RolloutBatch(TypedDict):
@@ -40,17 +41,19 @@ def make_envs(env_id: str, num_envs: int) -> VectorEnv[Any, Any, Any]:
     """Make `num_envs` copies of an environment, which step in this process and reset themselves.
 
     Raises:
-        ValueError: Gymnasium does not know the environment, or lacks a package that it needs.
+        InvalidArgument: Gymnasium does not know the environment, or lacks a package that it needs.
     """
     try:
         envs = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync")
     except gymnasium.error.Error as error:
-        raise ValueError(f"Gymnasium cannot make the environment {env_id!r}: {error}") from error
+        raise InvalidArgument(f"Gymnasium cannot make the environment {env_id!r}: {error}") from error
     # A mode without reset rows would silently train on wrong rows.
     mode = envs.metadata.get("autoreset_mode")
     if mode != AutoresetMode.NEXT_STEP:
         envs.close()
-        raise ValueError(f"the demo needs environments with autoreset mode NEXT_STEP, {env_id} has {mode}")
+        raise InvalidArgument(
+            f"the demo needs environments with autoreset mode NEXT_STEP, {env_id} has {mode}"
+        )
     return envs
 
 

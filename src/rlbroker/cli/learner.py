@@ -1,0 +1,63 @@
+"""`rlbroker learner`: the demo's training side, on any machine that reaches the server."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def learner(
+    url: Annotated[
+        str | None, typer.Option(help="Server; without it RLBROKER_REDIS_URL, REDIS_URL, localhost.")
+    ] = None,
+    run: Annotated[
+        str, typer.Option(help="Name of the training job; the workers' must be the same.")
+    ] = "demo",
+    env: Annotated[str, typer.Option(help="Gymnasium environment.")] = "CartPole-v1",
+    workers: Annotated[int, typer.Option(min=1, help="Number of workers that are expected.")] = 2,
+    seed: Annotated[int | None, typer.Option(min=0, help="Random seed; random if left out.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.0, help="Longest time to train.")] = 3.0,
+    max_seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="The same in seconds, instead of --minutes.")
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="Mean return of 100 episodes that counts as solved; else the environment's own."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to draw a picture of the training run.")] = None,
+    progress: Annotated[
+        Literal["auto", "json"],
+        typer.Option(help="auto: a dashboard, or lines where that is no terminal. json: for programs."),
+    ] = "auto",
+) -> None:
+    """Train a policy with PPO on what workers send, and stop the workers at the end.
+
+    Exit code: 0 solved, 1 not solved in time, 130 after Ctrl-C.
+
+    Example: rlbroker learner --url redis://host:6379/0 --run demo --env CartPole-v1
+    """
+    began = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the workers are told to stop in either case
+    from rlbroker.demo import require_extras
+
+    require_extras()
+    from rlbroker.demo.learner import LearnerSettings, learn
+    from rlbroker.demo.view import JsonLines, describe, open_view
+
+    settings = LearnerSettings(
+        run=run,
+        env_id=env,
+        workers=workers,
+        seed=seed,
+        seconds=minutes * 60.0 if max_seconds is None else max_seconds,
+        target=target,
+        output=output,
+        url=url,
+    )
+    summary = learn(settings, JsonLines() if progress == "json" else open_view(env), began)
+    print(summary.to_json() if progress == "json" else describe(summary), flush=True)
+    raise typer.Exit(summary.exit_code)

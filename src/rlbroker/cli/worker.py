@@ -1,0 +1,47 @@
+"""`rlbroker worker`: the demo's acting side, on any machine that reaches the server."""
+
+from __future__ import annotations
+
+import signal
+from typing import Annotated
+
+import typer
+
+
+def worker(
+    url: Annotated[
+        str | None, typer.Option(help="Server; without it RLBROKER_REDIS_URL, REDIS_URL, localhost.")
+    ] = None,
+    run: Annotated[
+        str, typer.Option(help="Name of the training job; the learner's must be the same.")
+    ] = "demo",
+    env: Annotated[
+        str, typer.Option(help="Gymnasium environment; the learner's must be the same.")
+    ] = "CartPole-v1",
+    worker_id: Annotated[
+        int | None, typer.Option(min=0, help="This worker's number; the lowest free one if left out.")
+    ] = None,
+    envs: Annotated[int, typer.Option(min=1, help="Copies of the environment to step together.")] = 8,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Random seed of the run; random if left out.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for the learner to begin.")] = 60.0,
+) -> None:
+    """Act with the newest policy and send what happens, until the learner says stop.
+
+    Example: rlbroker worker --url redis://host:6379/0 --run demo --env CartPole-v1
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from rlbroker.demo import require_extras
+
+    require_extras()
+    from rlbroker.demo.worker import WorkerSettings, work
+
+    settings = WorkerSettings(
+        run=run, env_id=env, worker_id=worker_id, num_envs=envs, seed=seed, timeout_seconds=timeout, url=url
+    )
+    try:
+        sent = work(settings)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    print(f"stopped by the learner after {sent:,} batches", flush=True)

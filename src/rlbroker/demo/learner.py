@@ -1,0 +1,264 @@
+"""The learner's side of the demo: collect, train, publish, until the environment is solved."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from rlbroker.demo.plot import plot
+from rlbroker.demo.policy import ActorCritic
+from rlbroker.demo.ppo import PPO
+from rlbroker.demo.progress import Outcome, Progress, Summary, WorkerStatus
+from rlbroker.demo.rollout import RolloutBatch, make_envs
+from rlbroker.demo.view import View
+from rlbroker.errors import InvalidArgument
+from rlbroker.learner import WorkerCommunicator
+from rlbroker.records import Batch
+
+#: Environment steps in one update, at least; PPO needs enough for advantages that are worth normalising.
+STEPS_PER_UPDATE = 1024
+#: A few batches per worker: enough that nobody waits for the learner's round trips, and few enough that what
+#: waits is not stale.
+MAX_QUEUE_SIZE = 2
+#: An environment is solved when the mean return of so many episodes reaches its target.
+EPISODES = 100
+REPORT_SECONDS = 0.25
+STOP_SECONDS = 3.0
+
+
+class Learner:
+    """Trains one policy with what the workers of a run send."""
+
+    def __init__(
+        self,
+        comm: WorkerCommunicator,
+        ppo: PPO,
+        *,
+        env_id: str,
+        target: float | None,
+        seconds: float,
+        report: Callable[[Progress], None],
+        began: float | None = None,
+    ) -> None:
+        """Prepare a training run.
+
+        Args:
+            comm: the run's communicator, with a small `max_queue_size`.
+            ppo: the policy and how to train it.
+            env_id: the environment that the workers should step.
+            target: mean return of 100 episodes at which training ends; None to train until the time is up.
+            seconds: when training ends anyway, counted from `began`.
+            report: gets the state about four times a second; must be quick.
+            began: `time.monotonic()` of the beginning; now, if None.
+        """
+        self._comm, self._ppo, self._report = comm, ppo, report
+        self._env_id, self._target, self._seconds = env_id, target, seconds
+        self._began = time.monotonic() if began is None else began
+        self._version = self._first_version = 0
+        self._steps = self._episodes = 0
+        self._returns: deque[float] = deque(maxlen=EPISODES)
+        self._staleness: Counter[int] = Counter()
+        self._newest: dict[int, Batch] = {}
+        # What the next report tells.
+        self._new_returns: list[tuple[int, float]] = []
+        self._new_batches: list[tuple[float, int, int]] = []
+        self._report_due = 0.0
+
+    def run(self) -> Summary:
+        """Train, stop the workers, and return what came of it. Ctrl-C ends training early."""
+        try:
+            outcome = self._train()
+        except KeyboardInterrupt:
+            outcome = "interrupted"
+        self._seconds = time.monotonic() - self._began  # what follows is no training
+        return self._summary(outcome, self._stop_workers())
+
+    def _train(self) -> Outcome:
+        self._publish()
+        self._first_version = self._version
+        batches: list[RolloutBatch] = []
+        while True:
+            batches += self._collect(timeout=min(REPORT_SECONDS, max(self._seconds_left, 0.0)))
+            if sum(int(batch["mask"].sum()) for batch in batches) >= STEPS_PER_UPDATE:
+                self._ppo.update(batches)
+                self._publish()
+                batches = []
+            solved = (
+                self._target is not None and len(self._returns) == EPISODES and self._mean >= self._target
+            )
+            over = solved or self._seconds_left <= 0.0
+            if over or time.monotonic() >= self._report_due:
+                self._report(self._progress())
+                self._report_due = time.monotonic() + REPORT_SECONDS
+            if over:
+                return "solved" if solved else "trained" if self._target is None else "not solved in time"
+
+    def _publish(self) -> None:
+        self._version = self._comm.send_model_weights(self._ppo.policy.state_dict()).version
+
+    def _collect(self, timeout: float) -> list[RolloutBatch]:
+        batches = []
+        for worker_id, batch in self._comm.collect_experiences(timeout=timeout):
+            if batch["env_id"] != self._env_id:
+                raise InvalidArgument(
+                    f"worker {worker_id} steps {batch['env_id']}, and this learner trains {self._env_id}: "
+                    f"start the worker with --env {self._env_id}"
+                )
+            rollout = cast(RolloutBatch, batch)
+            batches.append(rollout)
+            returns = rollout["episode_returns"].tolist()
+            self._steps += int(rollout["mask"].sum())
+            self._episodes += len(returns)
+            self._returns += returns
+            self._new_returns += [(self._steps, one) for one in returns]
+            self._staleness[batch.staleness] += 1
+            self._new_batches.append((self._seconds - self._seconds_left, worker_id, batch.staleness))
+            self._newest[worker_id] = batch
+        return batches
+
+    @property
+    def _seconds_left(self) -> float:
+        return self._began + self._seconds - time.monotonic()
+
+    @property
+    def _mean(self) -> float:
+        return sum(self._returns) / len(self._returns)
+
+    def _progress(self) -> Progress:
+        counts = self._comm.get_queue_info()["experience_queue_sizes"]
+        progress = Progress(
+            seconds=self._seconds - self._seconds_left,
+            seconds_left=max(self._seconds_left, 0.0),
+            steps=self._steps,
+            version=self._version,
+            episodes=self._episodes,
+            mean_return=self._mean if self._returns else None,
+            target=self._target,
+            returns=tuple(self._new_returns),
+            batches=tuple(self._new_batches),
+            queued=sum(counts),
+            missed=sum(one.total for one in self._comm.missed_updates().values()),
+            workers=tuple(self._workers()),
+        )
+        self._new_returns, self._new_batches = [], []
+        return progress
+
+    def _workers(self) -> list[WorkerStatus]:
+        """Return the roster. A heartbeat's version is a second old; that of the newest batch is not."""
+        found = []
+        for info in self._comm.workers():
+            newest = self._newest.get(info.worker_id)
+            seen = info if newest is None else newest
+            found.append(
+                WorkerStatus(info.worker_id, info.host, info.pid, info.state, seen.version, seen.staleness)
+            )
+        return found
+
+    def _stop_workers(self) -> tuple[int, ...]:
+        """Tell the workers to stop; return those that did not say within a few seconds that they did."""
+        command = self._comm.send_control_command("stop")
+        deadline = time.monotonic() + STOP_SECONDS
+        while True:
+            outcomes = command.outcomes()
+            # A worker may wait for room; and the call that returns nothing acknowledges what came before.
+            while self._comm.collect_experiences():
+                pass
+            waiting = any(outcome.state == "waiting" for outcome in outcomes.values())
+            if not waiting or time.monotonic() >= deadline:
+                return tuple(worker for worker, outcome in outcomes.items() if not outcome)
+            time.sleep(0.02)
+
+    def _summary(self, outcome: Outcome, workers_left: tuple[int, ...]) -> Summary:
+        counts = self._comm.get_queue_info()["counts"].values()
+        lost: Counter[str] = Counter()
+        missed: Counter[str] = Counter()
+        for one in counts:
+            lost.update(one.lost)
+            lost["left in the queue"] += one.waiting + one.in_hand
+        for updates in self._comm.missed_updates().values():
+            missed.update(updates.by_reason)
+        batches = self._staleness.total()
+        return Summary(
+            env_id=self._env_id,
+            outcome=outcome,
+            seconds=self._seconds,
+            steps=self._steps,
+            episodes=self._episodes,
+            versions=self._version - self._first_version + 1 if self._version else 0,
+            mean_return=self._mean if self._returns else None,
+            target=self._target,
+            mean_staleness=sum(n * count for n, count in self._staleness.items()) / max(batches, 1),
+            max_staleness=max(self._staleness, default=0),
+            batches_produced=sum(one.produced for one in counts),
+            batches_delivered=sum(one.delivered for one in counts),
+            batches_lost=dict(+lost),
+            missed=dict(+missed),
+            workers_left=workers_left,
+        )
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """What `rlbroker learner` was asked to do."""
+
+    run: str
+    env_id: str = "CartPole-v1"
+    workers: int = 2
+    seed: int | None = None
+    seconds: float = 180.0
+    target: float | None = None  #: None for the environment's own, if it has one
+    output: Path | None = None
+    url: str | None = None
+
+
+def learn(settings: LearnerSettings, view: View, began: float | None = None) -> Summary:
+    """Connect, train, and draw the picture; return what came of it.
+
+    Raises:
+        InvalidArgument: the environment is unknown, or none that the demo can train on.
+        PeerError: the server refused, or could not be reached in time.
+    """
+    torch.set_num_threads(1)  # networks this small are slower with more
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
+    envs = make_envs(settings.env_id, 1)
+    policy = ActorCritic(envs.single_observation_space, envs.single_action_space)
+    target = settings.target
+    if target is None and envs.spec is not None:
+        target = envs.spec.reward_threshold
+    envs.close()
+    history: list[Progress] = []
+
+    def report(progress: Progress) -> None:
+        history.append(progress)
+        view.update(progress)
+
+    with (
+        WorkerCommunicator(
+            settings.workers, MAX_QUEUE_SIZE, 10.0, redis_url=settings.url, run=settings.run
+        ) as comm,
+        view,
+    ):
+        learner = Learner(
+            comm,
+            PPO(policy),
+            env_id=settings.env_id,
+            target=target,
+            seconds=settings.seconds,
+            report=report,
+            began=began,
+        )
+        summary = learner.run()
+    if settings.output is not None and summary.outcome != "interrupted":
+        plot(
+            settings.output,
+            history,
+            f"PPO on {settings.env_id}, {settings.workers} workers, through rlbroker",
+        )
+    return summary
