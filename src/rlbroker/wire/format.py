@@ -119,6 +119,8 @@ def read_header(data: memoryview, limits: Limits) -> Header:
     if end != len(data):
         raise WireError(f"{len(data)} bytes, where prelude and header have {end}")
     packed = data[PRELUDE.size :]
+    if not packed:
+        raise WireError("the header is empty")
     (digest,) = struct.unpack_from("<Q", data, PRELUDE.size - 8)
     if digest_of(packed) != digest:
         raise WireError("the header's digest does not match")

@@ -209,11 +209,13 @@ def leaf_maker(leaf: Leaf) -> Callable[[np.ndarray[Any, Any]], object]:
         import torch
     except ImportError as error:
         raise WireError("the message holds tensors, and torch is not installed here") from error
-    if TORCH_DTYPES[leaf.dtype].view is None:
-        return torch.from_numpy
     dtype = getattr(torch, leaf.dtype, None)
     if dtype is None:
         raise WireError(f"the torch that is installed here has no dtype {leaf.dtype}")
+    if 0 in leaf.shape:  # From a flat array, as torch takes over numpy's strides, which are 0 for empty ones.
+        return lambda elements: torch.from_numpy(elements.reshape(-1)).view(dtype).reshape(leaf.shape)
+    if TORCH_DTYPES[leaf.dtype].view is None:
+        return torch.from_numpy
     return lambda elements: torch.from_numpy(elements).view(dtype)
 
 

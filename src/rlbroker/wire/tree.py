@@ -25,6 +25,9 @@ EXT_TUPLE = 3
 #: The longest int, in bytes. Arithmetic on longer ones takes a time that an attacker could choose.
 MAX_INT_BYTES = 1024
 
+#: The most items of all containers of a tree together that a writer takes.
+MAX_VALUES = 1_500_000
+
 _TUPLE = msgpack.ExtType(EXT_TUPLE, b"")
 _INT64_MIN = -(1 << 63)
 _UINT64_MAX = (1 << 64) - 1
@@ -118,8 +121,8 @@ class TreePacker:
             )
         # Bounds the work on a tree that reaches the same list by very many paths.
         self._values += length
-        if self._values > DEFAULT_LIMITS.max_header_bytes:
-            raise RefusedError(f"more than {DEFAULT_LIMITS.max_header_bytes} plain values; use arrays")
+        if self._values > MAX_VALUES:
+            raise RefusedError(f"more than {MAX_VALUES} values in lists, tuples and dictionaries; use arrays")
 
     def _key(self, key: object) -> object:
         kind = type(key)
@@ -155,7 +158,7 @@ def _checked_str(value: str) -> str:
 
 
 def _long_int(value: int) -> msgpack.ExtType:
-    size = value.bit_length() // 8 + 1
+    size = (value if value >= 0 else ~value).bit_length() // 8 + 1
     if size > MAX_INT_BYTES:
         raise RefusedError(
             f"an int of {value.bit_length()} bits is too long; {MAX_INT_BYTES * 8 - 1} is the most"
