@@ -82,6 +82,7 @@ def test_a_header_beyond_its_limit_is_refused_unread() -> None:
     "packed",
     [
         (b"\xdd" + struct.pack(">I", 1 << 24)) * 1000,  # nested arrays that all claim to be long
+        (b"\xdd" + struct.pack(">I", 4900)) * 1000,  # each claim alone would fit into the header
         (b"\xdf" + struct.pack(">I", 1 << 31)) * 1000,
         b"\x91" * 5000 + b"\xc0",  # deeper than any parser's stack
         b"\x81\xa1a" * 900 + b"\xc0",
@@ -258,6 +259,11 @@ def test_a_header_that_contradicts_itself_is_refused(path: list[Any], value: Any
 
 def test_a_wrong_digest_is_refused() -> None:
     refuse(changed(SMALL, assign(["lanes", 0, 2, 0, 3], 1 << 63)), "digest of segment 0")
+
+
+def test_a_leaf_in_no_lane_is_refused() -> None:
+    """It would be filled with whatever memory held before."""
+    refuse(header([["array", "<f4", [4]]], []), "in no lane")
 
 
 def test_the_body_length_must_be_the_sum_of_the_segments() -> None:
