@@ -90,6 +90,22 @@ def test_a_header_beyond_its_limit_is_refused_unread() -> None:
         b"\xc6" + struct.pack(">I", 1 << 31) + b"x",
         b"\xc9" + struct.pack(">I", 1 << 31) + b"\1x",
         b"\xc1",
+        b"",
+        b"\xc0\xc0",
+    ],
+    ids=lambda packed: packed[:4].hex(),
+)
+def test_a_header_that_is_no_acceptable_msgpack_is_refused(packed: bytes) -> None:
+    refuse(sealed(packed), "not acceptable msgpack|map of tree|header is empty")
+
+
+def with_tree(packed: bytes) -> bytes:
+    return sealed(b"\x83\xa4tree" + packed + b"\xa6leaves\x90\xa5lanes\x90")
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
         b"\xd4\xff\0",  # a broken timestamp
         b"\xa1\xff",  # not UTF-8
         b"\x81\x90\x01",  # a key that cannot be a key
@@ -99,13 +115,12 @@ def test_a_header_beyond_its_limit_is_refused_unread() -> None:
         b"\xc8\x04\x01\x02" + bytes(1025),  # an int beyond the longest
         b"\xd4\x03\0",  # a tuple's mark with a payload
         b"\xd4\x07\0",  # an unknown extension
-        b"",
-        b"\xc0\xc0",
     ],
     ids=lambda packed: packed[:4].hex(),
 )
-def test_a_header_that_is_no_acceptable_msgpack_is_refused(packed: bytes) -> None:
-    refuse(sealed(packed), "not acceptable msgpack|map of tree|header is empty")
+def test_a_tree_that_is_no_acceptable_msgpack_is_refused(packed: bytes) -> None:
+    assert decodes(with_tree(b"\x81\x01\xc0"))
+    refuse(with_tree(packed), "not acceptable msgpack")
 
 
 def test_nested_empty_containers_stop_at_the_depth_limit() -> None:
@@ -116,22 +131,24 @@ def test_nested_empty_containers_stop_at_the_depth_limit() -> None:
         refuse(header([], [], tree), "deeper than 64")
 
 
-def test_a_deep_value_where_a_number_belongs_is_refused() -> None:
-    """Its repr alone would be a RecursionError."""
-    deep: Any = 1
-    for _ in range(400):
-        deep = [deep]
-    for manifest in (
-        {"tree": None, "leaves": [[deep, "<f4", [1]]], "lanes": []},
-        {"tree": None, "leaves": [["array", deep, [1]]], "lanes": []},
-        {"tree": None, "leaves": [["array", "<f4", [deep]]], "lanes": []},
-        {"tree": None, "leaves": [["array", "<f4", deep]], "lanes": []},
-        {"tree": None, "leaves": [], "lanes": [[deep, [], []]]},
-        {"tree": None, "leaves": [], "lanes": [[1, [deep], []]]},
-        {"tree": None, "leaves": [], "lanes": [[1, [], [deep]]]},
-        {"tree": None, "leaves": [], "lanes": [[1, [], [[deep, 1, 1, 1]]]]},
-    ):
-        refuse(forged(manifest))
+@pytest.mark.parametrize(
+    "header",
+    [
+        [b"leaves\x91\x93", b"\xa3<f4\x91\x01\xa5lanes\x90"],
+        [b"leaves\x91\x93\xa5array", b"\x91\x01\xa5lanes\x90"],
+        [b"leaves\x91\x93\xa5array\xa3<f4\x91", b"\xa5lanes\x90"],
+        [b"leaves\x91\x93\xa5array\xa3<f4", b"\xa5lanes\x90"],
+        [b"leaves\x90\xa5lanes\x91\x93", b"\x90\x90"],
+        [b"leaves\x90\xa5lanes\x91\x93\x01\x91", b"\x90"],
+        [b"leaves\x90\xa5lanes\x91\x93\x01\x90\x91", b""],
+        [b"leaves\x90\xa5lanes\x91\x93\x01\x90\x91\x94", b"\x01\x01\x01"],
+    ],
+    ids=range(8),
+)
+def test_a_deep_value_where_a_number_belongs_is_refused(header: list[bytes]) -> None:
+    """Deep enough for its repr alone to be a RecursionError."""
+    deep = b"\x91" * 1000 + b"\x90"
+    refuse(sealed(b"\x83\xa4tree\xc0\xa6" + deep.join(header)), r"^(?!the header is not acceptable)")
 
 
 @pytest.mark.parametrize(
@@ -264,6 +281,14 @@ def test_a_wrong_digest_is_refused() -> None:
 def test_a_leaf_in_no_lane_is_refused() -> None:
     """It would be filled with whatever memory held before."""
     refuse(header([["array", "<f4", [4]]], []), "in no lane")
+
+
+def test_a_leaf_in_two_lanes_is_refused() -> None:
+    """Else one small header could have the same memory filled again and again."""
+    lane = [4, [0], [[0, 16, 16, xxhash.xxh3_64_intdigest(bytes(16))]]]
+    leaves = [["array", "<f4", [4]]]
+    assert decodes(forged({"tree": None, "leaves": leaves, "lanes": [lane]}, bytes(16)))
+    refuse(forged({"tree": None, "leaves": leaves, "lanes": [lane, lane]}, bytes(32)), "has a lane already")
 
 
 def test_the_body_length_must_be_the_sum_of_the_segments() -> None:

@@ -163,6 +163,19 @@ def test_whatever_is_stored_is_restored(size: int, typesize: int) -> None:
             assert out == raw
 
 
+def test_only_a_sample_of_noise_is_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    chunk = compress._chunk
+
+    def counted(raw: bytes | memoryview, typesize: int) -> bytes:
+        sizes.append(len(raw))
+        return chunk(raw, typesize)
+
+    monkeypatch.setattr(compress, "_chunk", counted)
+    compress.compress(array_of("|u1", (4 << 20,), 1).data, 4)
+    assert sum(sizes) <= (4 << 20) / 32
+
+
 def test_a_chunk_that_blosc2_would_not_read_as_ours_is_stored_raw(monkeypatch: pytest.MonkeyPatch) -> None:
     """BLOSC_* variables of the environment can change what blosc2 writes; readers would refuse it."""
     monkeypatch.setitem(compress._PARAMETERS, "codec", blosc2.Codec.LZ4)
