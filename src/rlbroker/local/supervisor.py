@@ -78,12 +78,10 @@ class _Output:
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.reader, False)
 
-    def pump(self) -> bool:
-        """Hand on what is there, at most one piece; return whether more can come."""
-        piece = self._read()
-        if piece:
+    def pump(self) -> None:
+        """Hand on what is there, at most one piece, so that one loud process does not silence the others."""
+        if piece := self._read():
             self._take(piece)
-        return piece != b""
 
     def finish(self) -> None:
         """Hand on all that was written, the last line without an end too."""
@@ -329,8 +327,8 @@ class Supervisor:
                     self._changed.notify_all()
                 if ended:
                     self._bury(selector, child)
-            elif child.output is not None and not child.output.pump():
-                selector.unregister(child.output.reader)  # it closed its output and runs on
+            elif child.output is not None:
+                child.output.pump()
 
     def _stop_all(self, selector: selectors.BaseSelector, steps: StopSteps) -> None:
         deadline = time.monotonic() + sum(seconds for _, seconds in steps) + GUARD_MARGIN_SECONDS
