@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from rlbroker.connection import Backoff
-from rlbroker.errors import Closed, ConnectionFailed, PeerError, RlbrokerError
+from rlbroker.errors import ConnectionFailed, PeerError, RlbrokerError
 
 logger = logging.getLogger("rlbroker")
 
@@ -53,9 +53,13 @@ class Background:
         if self.error is not None:
             raise self.error
 
+    def request_stop(self) -> None:
+        """Have the thread end after its present step."""
+        self._stopping.set()
+
     def stop(self, timeout_seconds: float) -> bool:
         """End the thread and wait for it; give whether it ended in time."""
-        self._stopping.set()
+        self.request_stop()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
@@ -82,8 +86,3 @@ class Background:
                     logger.info("%s: the server is back", self._thread.name)
                 away = False
                 backoff.reset()
-
-
-def closed_error(what: str) -> Closed:
-    """Give the error for using a client after it was closed."""
-    return Closed(f"this {what} was closed; make a new one")

@@ -266,25 +266,36 @@ class Connection:
             PeerError: the server cannot be reached, or refuses the user.
         """
         self.execute("PING")
-        try:
-            found = dict(self.execute("INFO"))
-        except ServerFault:  # fakeredis has no INFO
+        found = self._server_info()
+        if "redis_version" not in found:
             return
-        except AccessDenied:
-            logger.info(
-                "%s does not let this user read INFO; version and memory policy are unchecked", self.address
-            )
-            return
-        version = str(found.get("redis_version", "0"))
+        version = found["redis_version"]
         if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < MIN_SERVER_VERSION:
             wanted = ".".join(map(str, MIN_SERVER_VERSION))
             raise ServerUnsuitable(f"{self.address} runs Redis {version}; rlbroker needs {wanted} or newer")
-        policy = str(found.get("maxmemory_policy", "noeviction"))
+        policy = found.get("maxmemory_policy", "noeviction")
         if policy.startswith("allkeys") and not allow_eviction:
             raise ServerUnsuitable(
                 f"{self.address} has maxmemory-policy {policy}, which deletes weights and experiences when memory is "
                 "short; run `redis-cli CONFIG SET maxmemory-policy noeviction`, or pass allow_eviction=True"
             )
+
+    def server_version(self) -> str:
+        """Give the name and version of the server; empty if it does not tell."""
+        found = self._server_info()
+        if "valkey_version" in found:
+            return f"Valkey {found['valkey_version']}"
+        return f"Redis {found['redis_version']}" if "redis_version" in found else ""
+
+    def _server_info(self) -> dict[str, str]:
+        try:
+            return {str(name): str(value) for name, value in dict(self.execute("INFO")).items()}
+        except AccessDenied:
+            logger.info("%s does not let this user read INFO", self.address)
+        except ServerFault as error:  # fakeredis has no INFO
+            if "unknown command" not in str(error).lower():
+                raise
+        return {}
 
     def _retried(self, operation: Callable[[], Result], deadline: Deadline | None) -> Result:
         deadline = deadline or Deadline(self.timeout_seconds)

@@ -9,7 +9,7 @@ from typing import Any, Self, get_args
 
 import redis
 
-from rlbroker.background import Background, closed_error
+from rlbroker.background import Background
 from rlbroker.config import (
     DEFAULT_RUN,
     Acknowledge,
@@ -21,8 +21,9 @@ from rlbroker.config import (
 from rlbroker.connection import BLOCK_SECONDS, Connection, Deadline
 from rlbroker.control.commander import SEND, Command, Commander
 from rlbroker.control.ledger import SETTLE, Ledger
-from rlbroker.errors import InvalidArgument, PeerError
+from rlbroker.errors import Closed, InvalidArgument, PeerError
 from rlbroker.experience.collector import ACKNOWLEDGE, Collector
+from rlbroker.experience.counts import read_counts
 from rlbroker.experience.sender import DROP_OLDEST, OPEN_QUEUE
 from rlbroker.keys import Keys
 from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER
@@ -36,7 +37,7 @@ logger = logging.getLogger("rlbroker")
 #: Every script of both sides: workers may lack the right to load theirs.
 SCRIPTS = (OPEN, COMMIT, SEND, SETTLE, ACKNOWLEDGE, FORGET, REGISTER, BEAT, LEAVE, OPEN_QUEUE, DROP_OLDEST)
 
-#: How often the learner forgets silent workers and trims the control stream.
+#: How often, at least, the learner forgets silent workers and trims the control stream.
 HOUSEKEEPING_SECONDS = 10.0
 
 #: How often it says that it lives.
@@ -123,7 +124,8 @@ class WorkerCommunicator:
             workers=self._roster.ids,
             latest_version=lambda: self._publisher.latest_version,
         )
-        self._next_housekeeping = Deadline(HOUSEKEEPING_SECONDS)
+        self._housekeeping_seconds = min(HOUSEKEEPING_SECONDS, forget_seconds / 2)
+        self._next_housekeeping = Deadline(self._housekeeping_seconds)
         self._next_sign_of_life = Deadline(0)
         self._thread = Background("ledger", self._keep_ledger)
         self._thread.start()
@@ -249,7 +251,7 @@ class WorkerCommunicator:
             `counts`, by worker id, the `QueueCounts` of its batches.
         """
         self._check()
-        counts = self._collector.counts()
+        counts = read_counts(self._connection, self._keys, self._roster.ids())
         accounts = self._ledger.accounts(counts)
         waiting = self._commander.waiting()
         size = max(self._num_workers, *(worker + 1 for worker in counts), 0)
@@ -281,7 +283,8 @@ class WorkerCommunicator:
             if acknowledge and self._acknowledge_mode == "next":
                 self._collector.acknowledge_returned()
             self._settle_what_is_there()
-            waiting = {worker: count.waiting for worker, count in self._collector.counts().items()}
+            counts = read_counts(self._connection, self._keys, self._roster.ids())
+            waiting = {worker: count.waiting for worker, count in counts.items()}
             commands = sum(self._commander.waiting().values())
             self._closed = CleanupReport(waiting, self._collector.unacknowledged(), commands)
         except PeerError as error:
@@ -292,7 +295,7 @@ class WorkerCommunicator:
 
     def _check(self) -> None:
         if self._closed is not None:
-            raise closed_error("WorkerCommunicator")
+            raise Closed("this WorkerCommunicator was closed; make a new one")
         self._connection.check_process()
         self._thread.check()
 
@@ -310,7 +313,7 @@ class WorkerCommunicator:
             for worker in self._roster.forget_silent():
                 logger.warning("worker %d was silent for too long and no longer belongs to the run", worker)
             self._commander.trim()
-            self._next_housekeeping = Deadline(HOUSEKEEPING_SECONDS)
+            self._next_housekeeping = Deadline(self._housekeeping_seconds)
 
     def _settle_what_is_there(self) -> None:
         workers = self._roster.ids()

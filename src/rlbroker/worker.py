@@ -10,11 +10,10 @@ from typing import Any, Self, get_args
 
 import redis
 
-from rlbroker.background import closed_error
 from rlbroker.config import DEFAULT_RUN, WhenFull, choice, positive_seconds
 from rlbroker.connection import Connection, Deadline
 from rlbroker.control.inbox import Inbox, Order
-from rlbroker.errors import DeadlineExceeded, InvalidArgument, PeerError, UnsupportedType
+from rlbroker.errors import Closed, DeadlineExceeded, InvalidArgument, PeerError, UnsupportedType
 from rlbroker.experience.sender import Sender
 from rlbroker.keys import Keys
 from rlbroker.membership.heartbeat import Heartbeat
@@ -265,6 +264,8 @@ class WorkerClient:
         self._connection.check_process()
         self._closed = True
         deadline = Deadline(self._connection.timeout_seconds)
+        for part in (self._subscriber, self._inbox, self._heartbeat):
+            part.request_stop()
         try:
             self._subscriber.stop(deadline.remaining)
             self._inbox.stop(deadline.remaining)
@@ -276,7 +277,7 @@ class WorkerClient:
 
     def _check(self) -> None:
         if self._closed:
-            raise closed_error("WorkerClient")
+            raise Closed("this WorkerClient was closed; make a new one")
         self._connection.check_process()
         self._heartbeat.check()
         self._inbox.check()

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlbroker.demo.policy import ActorCritic
 from rlbroker.demo.ppo import PPO, PPOSettings, advantages
 from rlbroker.demo.rollout import RolloutBatch
+from rlbroker.errors import InvalidArgument
 
 GAMMA, LAMBDA = 0.5, 0.5
 
@@ -179,6 +180,6 @@ def test_continuous_actions_have_one_log_probability_per_row() -> None:
     ],
 )
 def test_unsupported_spaces_are_refused_with_a_way_out(observations: Any, actions: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(InvalidArgument, match=message) as caught:
         ActorCritic(observations, actions)
     assert "CartPole-v1" in str(caught.value)

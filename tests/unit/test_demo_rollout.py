@@ -14,6 +14,7 @@ from gymnasium.spaces import Box, Discrete
 
 from rlbroker.demo.policy import ActorCritic
 from rlbroker.demo.rollout import Rollout, make_envs
+from rlbroker.errors import InvalidArgument
 
 
 class Counting(gymnasium.Env[Any, Any]):
@@ -123,5 +124,5 @@ def test_a_later_batch_leaves_an_earlier_one_alone() -> None:
 
 
 def test_an_unknown_environment_is_named() -> None:
-    with pytest.raises(ValueError, match="NoSuchGame-v7"):
+    with pytest.raises(InvalidArgument, match="NoSuchGame-v7"):
         make_envs("NoSuchGame-v7", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,7 @@ def demo(
 
     Example: rlbroker demo --workers 2 --env CartPole-v1 --seed 1
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     from rlbroker.demo import require_extras
 
     require_extras()

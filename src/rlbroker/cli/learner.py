@@ -36,7 +36,8 @@ def learner(
 ) -> None:
     """Train a policy with PPO on what workers send, and stop the workers at the end.
 
-    Exit code: 0 solved, 1 not solved in time, 130 after Ctrl-C.
+    Exit code: 0 solved, 1 not solved in time, 130 after Ctrl-C. With --progress json it is 0 whenever the
+    last line is a summary.
 
     Example: rlbroker learner --url redis://host:6379/0 --run demo --env CartPole-v1
     """
@@ -59,5 +60,8 @@ def learner(
         url=url,
     )
     summary = learn(settings, JsonLines() if progress == "json" else open_view(env), began)
-    print(summary.to_json() if progress == "json" else describe(summary), flush=True)
-    raise typer.Exit(summary.exit_code)
+    if progress == "json":
+        print(summary.to_json(), flush=True)
+    else:
+        print(describe(summary))
+        raise typer.Exit(summary.exit_code)

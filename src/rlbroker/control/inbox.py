@@ -76,6 +76,10 @@ class Inbox:
         """Begin to read in the background."""
         self._thread.start()
 
+    def request_stop(self) -> None:
+        """Have the background thread end soon; does not wait."""
+        self._thread.request_stop()
+
     def stop(self, timeout_seconds: float) -> None:
         """Stop reading, and send the answers that are left."""
         deadline = Deadline(timeout_seconds)

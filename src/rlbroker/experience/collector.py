@@ -18,11 +18,10 @@ from rlbroker.connection import (
     Script,
     pending_count,
     stream_entries,
-    text_fields,
 )
 from rlbroker.errors import ConnectionFailed, ServerFault, WireError
 from rlbroker.keys import GROUP, Keys
-from rlbroker.records import Batch, QueueCounts
+from rlbroker.records import Batch
 from rlbroker.wire import Limits, decode
 
 logger = logging.getLogger("rlbroker")
@@ -165,28 +164,6 @@ class Collector:
         """Give how many batches of each worker were read and not acknowledged."""
         with self._lock:
             return {worker: len(stream.in_hand) for worker, stream in self._streams.items()}
-
-    def counts(self) -> dict[int, QueueCounts]:
-        """Give, by worker, what became of its batches, as the server has it."""
-        with self._lock:
-            self._watch_new_workers(at_once=True)
-            streams = list(self._streams.values())
-        replies = self._connection.execute_all(
-            [
-                command
-                for stream in streams
-                for command in (
-                    ("XLEN", stream.key),
-                    ("XPENDING", stream.key, GROUP),
-                    ("HGETALL", stream.counts_key),
-                )
-            ]
-        )
-        found = {}
-        for place, stream in enumerate(streams):
-            length, pending, counted = replies[3 * place : 3 * place + 3]
-            found[stream.worker_id] = _counts(int(length), pending_count(pending), text_fields(counted))
-        return found
 
     # Reading
 
@@ -344,8 +321,8 @@ class Collector:
 
     # Streams
 
-    def _watch_new_workers(self, *, at_once: bool = False) -> None:
-        if not self._look_again.over and not at_once:
+    def _watch_new_workers(self) -> None:
+        if not self._look_again.over:
             return
         for worker in self._workers():
             if worker not in self._streams:
@@ -374,18 +351,3 @@ def _place(entry_id: str) -> tuple[int, int]:
 def _lost_group(error: ServerFault) -> bool:
     """Whether a stream or its group is gone: deleted, or the server came back empty."""
     return any(sign in str(error) for sign in ("NOGROUP", "UNBLOCKED", "requires the key to exist"))
-
-
-def _counts(length: int, in_hand: int, counted: Mapping[str, str]) -> QueueCounts:
-    sums: dict[str, int] = {}
-    for name, value in counted.items():
-        reason = name.partition(":")[0]
-        sums[reason] = sums.get(reason, 0) + int(value)
-    lost = ("stale", "corrupt", "trimmed", "dropped_oldest", "dropped_newest", "stopped", "fenced")
-    return QueueCounts(
-        waiting=length - in_hand,
-        in_hand=in_hand,
-        delivered=sums.get("delivered", 0),
-        lost={reason: sums[reason] for reason in lost if sums.get(reason)},
-        duplicates=sums.get("duplicate", 0),
-    )

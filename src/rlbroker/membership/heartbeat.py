@@ -21,11 +21,12 @@ REGISTER = Script(
     "register",
     """
     -- KEYS: incarnations, members, the worker's acknowledgements, weights, control, meta
-    -- ARGV: worker id, lease in milliseconds, '1' to take the id only if it is free
+    -- ARGV: worker id, lease in seconds where no learner has set one, '1' to take the id only if it is free
     local time = redis.call('TIME')
     local now = time[1] * 1000 + math.floor(time[2] / 1000)
     local seen = redis.call('ZSCORE', KEYS[2], ARGV[1])
-    if ARGV[3] == '1' and seen and now - seen < tonumber(ARGV[2]) then
+    local lease = tonumber(redis.call('HGET', KEYS[6], 'lease_seconds') or ARGV[2])
+    if ARGV[3] == '1' and seen and now - seen < lease * 1000 then
       return {'taken'}
     end
     local incarnation = redis.call('HINCRBY', KEYS[1], ARGV[1], 1)
@@ -152,6 +153,10 @@ class Heartbeat:
         """
         self._thread.check()
 
+    def request_stop(self) -> None:
+        """Have the background thread end soon; does not wait."""
+        self._thread.request_stop()
+
     def leave(self, timeout_seconds: float) -> None:
         """End the heartbeats and the membership, so that nobody waits for this worker."""
         self._thread.stop(timeout_seconds)
@@ -176,8 +181,7 @@ class Heartbeat:
             self._keys.control,
             self._keys.meta,
         )
-        lease_milliseconds = int((self._settings or RunSettings()).lease_seconds * 1000)
-        reply = self._connection.run(REGISTER, keys, (worker, lease_milliseconds, int(only_if_free)))
+        reply = self._connection.run(REGISTER, keys, (worker, RunSettings.lease_seconds, int(only_if_free)))
         if reply[0] == b"taken":
             return None
         _, incarnation, latest, position, wire_format = reply

@@ -13,7 +13,7 @@ from typing import Any, Final
 from rlbroker.connection import Argument, Connection, Script, text_fields
 from rlbroker.keys import Keys
 from rlbroker.records import PublishReceipt
-from rlbroker.weights.pointer import CHUNK_BYTES, Pointer, digest_of, group
+from rlbroker.weights.pointer import CHUNK_BYTES, Pointer, digest_of
 from rlbroker.wire import Plan, StoredSegment, plan
 
 #: Raw bytes of one segment: the piece that is compressed, sent and decoded as one.
@@ -54,7 +54,13 @@ class Publisher:
     """Publishes the versions of one learner. Safe to use from several threads."""
 
     def __init__(
-        self, connection: Connection, keys: Keys, *, epoch: int, segment_bytes: int = SEGMENT_BYTES
+        self,
+        connection: Connection,
+        keys: Keys,
+        *,
+        epoch: int,
+        segment_bytes: int = SEGMENT_BYTES,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         """Take over from the version that the run has now.
 
@@ -62,13 +68,14 @@ class Publisher:
             connection: way to the server.
             keys: names of the run's keys.
             epoch: the learner's epoch; a newer one fences this.
-            segment_bytes: raw bytes that are compressed as one; small ones are for tests.
+            segment_bytes: raw bytes that are compressed as one.
+            chunk_bytes: a chunk is closed once it holds this much.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
         self._connection, self._keys, self._epoch = connection, keys, epoch
-        self._segment_bytes = segment_bytes
+        self._segment_bytes, self._chunk_bytes = segment_bytes, chunk_bytes
         self._lock = threading.Lock()
         self._attempt = 0
         self._latest = self._read_pointer()
@@ -116,7 +123,7 @@ class Publisher:
                 raw_bytes=whole.raw_bytes,
                 stored_bytes=stored_bytes,
                 chunks=chunks,
-                chunk_bytes=CHUNK_BYTES,
+                chunk_bytes=self._chunk_bytes,
                 digest=digest_of(header),
                 codec="blosc2" if compression else "raw",
                 published=time.time(),
@@ -144,14 +151,13 @@ class Publisher:
             facts.append(fact)
             held.append(stored)
             held_bytes += len(stored)
-            if held_bytes >= CHUNK_BYTES or len(facts) == whole.segment_count:
+            if held_bytes >= self._chunk_bytes or len(facts) == whole.segment_count:
                 chunks += 1
                 self._set(upload, chunks, held[0] if len(held) == 1 else b"".join(held))
                 stored_bytes += held_bytes
                 held, held_bytes = [], 0
         header = whole.header(facts)
         self._set(upload, 0, header)
-        assert chunks == len(list(group((fact.stored_bytes for fact in facts), CHUNK_BYTES)))
         return header, chunks, stored_bytes + len(header)
 
     def _encoded(self, whole: Plan) -> Iterator[tuple[StoredSegment, bytes | memoryview]]:

@@ -62,6 +62,10 @@ class Subscriber:
         """Begin to follow the run's weights in the background."""
         self._thread.start()
 
+    def request_stop(self) -> None:
+        """Have the background thread end soon; does not wait."""
+        self._thread.request_stop()
+
     def stop(self, timeout_seconds: float) -> None:
         """Stop following."""
         self._thread.stop(timeout_seconds)

@@ -1,0 +1,47 @@
+"""`rlbroker server`: an embedded server for as long as the command runs."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def server(
+    bind: Annotated[
+        str | None,
+        typer.Option(help="Address to listen on for other machines; without it only a Unix socket."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, help="TCP port, with --bind; 0 or none: a free one.")
+    ] = None,
+    directory: Annotated[
+        Path | None, typer.Option(help="Keep the data here, synced each second; without it nothing stays.")
+    ] = None,
+    maxmemory_mb: Annotated[
+        int | None, typer.Option("--maxmemory-mb", min=16, help="Memory limit in MB.")
+    ] = None,
+) -> None:
+    """Start a Redis-compatible server that asks for a password, and stop it at Ctrl-C.
+
+    The URL, password included, is printed on stdout; give it to learner and workers as RLBROKER_REDIS_URL.
+
+    Example: rlbroker server --bind 0.0.0.0 --port 6379
+    """
+    from rlbroker.local.redis_server import RedisServer
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    limit = None if maxmemory_mb is None else maxmemory_mb << 20
+    embedded = RedisServer(
+        bind=bind, port=port, directory=directory, maxmemory_bytes=limit, persistence=directory is not None
+    )
+    try:
+        with embedded:
+            print(f"{embedded.version}, process {embedded.pid}; Ctrl-C ends it", file=sys.stderr)
+            print(f"export RLBROKER_REDIS_URL='{embedded.network_url or embedded.url}'", flush=True)
+            signal.pause()
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None

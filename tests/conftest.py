@@ -1,0 +1,142 @@
+"""What the tests share: the same body runs on fakeredis and on a real server, each in a run of its own."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import fakeredis
+import pytest
+import redis
+
+from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker.keys import Keys
+from rlbroker.local.redis_server import RedisServer
+
+_numbers = itertools.count(1)
+
+#: Keys that may stay for ever; everything else must have a lifetime.
+LASTING = re.compile(
+    r"meta|weights|ctl|members|incarnations|pending|missed|(x|counts|ack|ledger):\d+|w:\d+-\d+-\d+:\d+"
+)
+
+
+class Server(Protocol):
+    """A place for runs: how clients reach it, and a client to look into it."""
+
+    kind: str
+    client: redis.Redis
+
+    def way(self) -> dict[str, Any]:
+        """Give the arguments with which a client of ours reaches it."""
+
+
+class FakeServer:
+    kind = "fake"
+
+    def __init__(self) -> None:
+        self._server = fakeredis.FakeServer()
+        self.client: redis.Redis = fakeredis.FakeRedis(server=self._server)
+
+    def way(self) -> dict[str, Any]:
+        return {"redis_client": fakeredis.FakeRedis(server=self._server)}
+
+
+class RealServer:
+    kind = "real"
+
+    def __init__(self, server: RedisServer) -> None:
+        self.embedded = server
+        self.url = server.url
+        self.client = redis.Redis.from_url(server.url, protocol=2)
+
+    def way(self) -> dict[str, Any]:
+        return {"redis_url": self.url}
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Iterator[RedisServer]:
+    """A real server for the whole session. Without one the tests fail; they do not skip."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def real_server(embedded: RedisServer) -> Iterator[RealServer]:
+    server = RealServer(embedded)
+    yield server
+    server.client.flushall()
+    server.client.close()
+
+
+@pytest.fixture(params=["fake", "real"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """Both kinds, one after the other; only RLBROKER_ALLOW_FAKE=1 lets the real one be missing."""
+    if request.param == "fake":
+        yield FakeServer()
+        return
+    if os.environ.get("RLBROKER_ALLOW_FAKE") == "1":
+        pytest.skip("RLBROKER_ALLOW_FAKE=1: only fakeredis is used")
+    yield request.getfixturevalue("real_server")
+
+
+@pytest.fixture
+def run() -> str:
+    """A name that no other test uses."""
+    return f"test-{next(_numbers)}"
+
+
+@pytest.fixture
+def keys(run: str) -> Keys:
+    return Keys(run)
+
+
+@pytest.fixture
+def opened(server: Server, run: str) -> Iterator[ExitStack]:
+    """Closes what `learner` and `worker` made, and then looks for keys that nobody declared to be lasting."""
+    with ExitStack() as stack:
+        yield stack
+    prefix = Keys(run).prefix + ":"
+    for name in server.client.scan_iter(f"{prefix}*"):
+        short = name.decode().removeprefix(prefix)
+        assert LASTING.fullmatch(short) or server.client.pttl(name) > 0, f"{short} would stay for ever"
+
+
+@pytest.fixture
+def learner(server: Server, run: str, opened: ExitStack) -> Callable[..., WorkerCommunicator]:
+    """Makes learners of this test's run."""
+
+    def make(num_workers: int = 2, **settings: Any) -> WorkerCommunicator:
+        return opened.enter_context(
+            WorkerCommunicator(num_workers, **{"run": run, "timeout": 5.0, **server.way(), **settings})
+        )
+
+    return make
+
+
+@pytest.fixture
+def worker(server: Server, run: str, opened: ExitStack) -> Callable[..., WorkerClient]:
+    """Makes workers of this test's run."""
+
+    def make(worker_id: int | None = None, **settings: Any) -> WorkerClient:
+        return opened.enter_context(
+            WorkerClient(worker_id=worker_id, **{"run": run, "timeout": 5.0, **server.way(), **settings})
+        )
+
+    return make
+
+
+def wait_until(what: str, condition: Callable[[], Any], timeout_seconds: float = 10.0) -> Any:
+    """Wait until a condition holds and give its value; fail with a description if it does not in time."""
+    end = time.monotonic() + timeout_seconds
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < end, f"waited {timeout_seconds:g} s in vain until {what}"
+        time.sleep(0.005)

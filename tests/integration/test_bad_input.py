@@ -1,0 +1,190 @@
+"""What goes wrong in practice: each has a clear, typed error, and nothing is half done."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+from conftest import RealServer, Server
+
+from rlbroker import WorkerClient, WorkerCommunicator, errors
+from rlbroker.connection import Connection
+from rlbroker.keys import Keys
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+
+@pytest.mark.parametrize("number", [0, -1, True, 2.5, "4"])
+def test_the_number_of_workers_is_a_positive_integer(number: Any) -> None:
+    with pytest.raises(errors.InvalidArgument, match="num_workers must be an integer of at least 1"):
+        WorkerCommunicator(number, redis_client=fakeredis.FakeRedis())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_queue_size": 0},
+        {"timeout": 0},
+        {"timeout": float("inf")},
+        {"run": ""},
+        {"run": "a{b}"},
+        {"acknowledge": "later"},
+        {"when_full": "explode"},
+        {"max_queue_bytes": -1},
+        {"max_staleness": -1},
+        {"lease_seconds": 0},
+        {"lease_seconds": 10, "forget_seconds": 1},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(errors.InvalidArgument):
+        WorkerCommunicator(2, redis_client=fakeredis.FakeRedis(), **settings)
+
+
+@pytest.mark.parametrize("worker_id", [-1, 70_000, "3", 1.0])
+def test_worker_ids_are_small_integers(worker_id: Any) -> None:
+    with pytest.raises(errors.InvalidArgument, match="worker_id must be an integer from 0 to 65535"):
+        WorkerClient(worker_id=worker_id, redis_client=fakeredis.FakeRedis())
+
+
+@pytest.mark.parametrize("url", ["http://localhost", "localhost:6379", "redi://x"])
+def test_an_unknown_scheme_names_those_that_work(url: str) -> None:
+    with pytest.raises(errors.InvalidArgument, match="redis://, rediss://, unix://"):
+        WorkerClient(url)
+
+
+def test_url_and_client_exclude_each_other() -> None:
+    with pytest.raises(errors.InvalidArgument, match="not both"):
+        WorkerClient("redis://localhost", redis_client=fakeredis.FakeRedis())
+
+
+def test_a_client_that_decodes_is_refused() -> None:
+    with pytest.raises(errors.InvalidArgument, match="must not decode"):
+        WorkerClient(redis_client=fakeredis.FakeRedis(decode_responses=True))
+
+
+def test_an_unreachable_server_is_named_without_its_password_within_the_timeout() -> None:
+    began = time.monotonic()
+    with pytest.raises(errors.ConnectionFailed, match=r"redis://127\.0\.0\.1:1/0") as caught:
+        WorkerCommunicator(2, redis_url="redis://me:hunter2@127.0.0.1:1/0", timeout=0.5)
+    assert time.monotonic() - began < 5.0
+    assert "hunter2" not in str(caught.value)
+    assert isinstance(caught.value, ConnectionError)
+    assert isinstance(caught.value.__cause__, redis.ConnectionError)
+
+
+def test_a_wrong_password_is_refused_at_once(real_server: RealServer) -> None:
+    url = real_server.url.replace(":", ":x", 2).replace(":x//", "://")
+    with pytest.raises(errors.AccessDenied):
+        WorkerClient(url, timeout=5.0)
+
+
+def test_a_server_that_is_too_old_is_refused() -> None:
+    with pytest.raises(errors.ServerUnsuitable, match=r"runs Redis 5\.0\.7; rlbroker needs 6\.2 or newer"):
+        WorkerCommunicator(2, redis_client=_telling(redis_version="5.0.7"))
+
+
+def test_a_server_that_evicts_keys_is_refused_unless_told_otherwise(
+    real_server: RealServer, run: str
+) -> None:
+    real_server.client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(
+            errors.ServerUnsuitable, match=r"allkeys-lru.*CONFIG SET maxmemory-policy noeviction"
+        ):
+            WorkerCommunicator(2, redis_url=real_server.url, run=run)
+        WorkerCommunicator(2, redis_url=real_server.url, run=run, allow_eviction=True).cleanup()
+    finally:
+        real_server.client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_a_server_out_of_memory_says_so(real_server: RealServer, run: str) -> None:
+    with WorkerCommunicator(1, redis_url=real_server.url, run=run, timeout=2.0) as comm:
+        real_server.client.config_set("maxmemory", 1)
+        try:
+            with pytest.raises(errors.ServerOutOfMemory, match="maxmemory"):
+                comm.send_model_weights({"w": b"x" * 1000})
+        finally:
+            real_server.client.config_set("maxmemory", 0)
+        assert comm.send_model_weights({"w": b"x"}).version == 1
+
+
+def test_a_worker_with_another_wire_format_is_refused(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    learner()
+    server.client.hset(keys.meta, "wire_format", 99)
+    with pytest.raises(errors.IncompatibleFormat, match="wire format 99, this process 1"):
+        worker()
+    with pytest.raises(errors.IncompatibleFormat, match="written with wire format 99"):
+        learner()
+
+
+@pytest.mark.parametrize("batch", [[1, 2], None, "text"])
+def test_a_batch_is_a_dictionary(learner: Learner, worker: Worker, batch: Any) -> None:
+    learner()
+    with pytest.raises(errors.UnsupportedType, match="a batch is a dictionary"):
+        worker().send_experiences(batch)
+
+
+@pytest.mark.parametrize("arguments", [{"max_batches": 0}, {"timeout": -1}])
+def test_collecting_checks_its_arguments(learner: Learner, arguments: dict[str, Any]) -> None:
+    with pytest.raises(errors.InvalidArgument):
+        learner().collect_experiences(**arguments)
+
+
+def test_a_closed_client_says_so(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    comm.cleanup()
+    client.close()
+    client.close()
+    with pytest.raises(errors.Closed, match="WorkerCommunicator was closed"):
+        comm.collect_experiences()
+    with pytest.raises(errors.Closed, match="WorkerClient was closed"):
+        client.poll()
+    assert not client.running
+
+
+def test_fakeredis_without_lua_is_named() -> None:
+    with pytest.raises(errors.ServerUnsuitable, match=r"fakeredis\[lua\]"):
+        Connection(client=_telling(no_eval=True)).execute("EVALSHA", "0" * 40, 0)
+
+
+def test_a_forked_child_is_refused(real_server: RealServer, run: str) -> None:
+    with WorkerCommunicator(1, redis_url=real_server.url, run=run) as comm:
+        context = multiprocessing.get_context("fork")
+        told = context.SimpleQueue()
+
+        def child() -> None:
+            try:
+                comm.collect_experiences()
+            except errors.ForkedProcess as error:
+                told.put(str(error))
+
+        process = context.Process(target=child)
+        process.start()
+        process.join(20)
+        assert "made before a fork" in told.get()
+        assert process.exitcode == 0
+
+
+class _telling(fakeredis.FakeRedis):  # noqa: N801 - a verb reads better in the tests
+    """A fake server that says of itself what a test needs."""
+
+    def __init__(self, *, no_eval: bool = False, **facts: str) -> None:
+        super().__init__()
+        self._facts, self._no_eval = facts, no_eval
+
+    def execute_command(self, *arguments: Any, **options: Any) -> Any:
+        if arguments[0] == "INFO":
+            return self._facts
+        if arguments[0] == "EVALSHA" and self._no_eval:
+            raise redis.ResponseError("unknown command 'evalsha'")
+        return super().execute_command(*arguments, **options)

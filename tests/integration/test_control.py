@@ -1,0 +1,222 @@
+"""Control: commands are durable, done once and in order, and each has one final state at each worker."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from conftest import Server, wait_until
+
+from rlbroker import Command, WorkerClient, WorkerCommunicator
+from rlbroker.errors import InvalidArgument, UnknownWorker, UnsupportedType
+from rlbroker.keys import Keys
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+
+def states(command: Command) -> dict[int, str]:
+    return {worker: str(outcome) for worker, outcome in command.outcomes().items()}
+
+
+def obey(client: WorkerClient, command: Command) -> None:
+    """Let a worker poll until it has answered."""
+    worker_id = client.worker_id
+    wait_until("it answered", lambda: client.poll() or states(command)[worker_id] != "waiting")
+
+
+def test_commands_are_done_once_and_in_order(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    done: list[int] = []
+    client.on_command("note", done.append)
+    commands = [comm.send_control_command("note", number) for number in range(50)]
+    obey(client, commands[-1])
+    assert done == list(range(50))
+    assert all(command.wait(5.0)[0] for command in commands)
+
+
+def test_a_command_reaches_whom_it_was_sent_to(learner: Learner, worker: Worker) -> None:
+    comm, clients = learner(num_workers=3), [worker() for _ in range(3)]
+    command = comm.send_control_command("reset", worker_ids=[0, 2])
+    for client in (clients[0], clients[2]):
+        obey(client, command)
+    clients[1].poll()
+    assert [client.reset_requested() for client in clients] == [True, False, True]
+    assert states(command) == {0: "done", 2: "done"}
+    assert command.worker_ids == (0, 2)
+
+
+def test_handlers_get_arrays_and_nested_data(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    got: list[dict[str, object]] = []
+    client.on_command("goals", got.append)
+    obey(client, comm.send_control_command("goals", {"xy": np.arange(3), "name": "left"}))
+    assert got[0]["name"] == "left"
+    assert np.array_equal(got[0]["xy"], np.arange(3))  # type: ignore[arg-type]
+
+
+def test_an_unknown_command_is_answered_as_unknown_and_recorded(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("dance")
+    obey(client, command)
+    assert states(command) == {0: "unknown"}
+    missed = comm.missed_updates()[0]
+    assert (missed.commands, missed.records[-1].why) == (1, "unknown")
+    assert missed.records[-1].command == f"{command.id} dance"
+
+
+def test_a_failing_handler_is_reported_and_the_worker_goes_on(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    client.on_command("divide", lambda by: 1 / by)
+    command = comm.send_control_command("divide", 0)
+    obey(client, command)
+    assert states(command) == {0: "failed: ZeroDivisionError: division by zero"}
+    assert client.running
+
+
+def test_a_command_that_comes_too_late_is_not_done(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("reset", expires=0.05)
+    time.sleep(0.1)  # what expires is measured in real time
+    obey(client, command)
+    assert states(command) == {0: "expired"}
+    assert not client.reset_requested()
+
+
+def test_pause_holds_the_worker_for_its_duration(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("pause", {"duration": 0.3})
+    wait_until("the command came", lambda: client._inbox.waiting)
+    began = time.monotonic()
+    client.poll()
+    assert time.monotonic() - began >= 0.3
+    assert command.wait(5.0)[0]
+
+
+def test_a_stop_ends_a_pause_without_end(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    comm.send_control_command("pause")
+    threading.Timer(0.3, comm.send_control_command, ("stop",)).start()
+    while client.running:
+        client.poll()
+    assert not client.running
+
+
+def test_a_resume_ends_a_pause(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    comm.send_control_command("pause")
+    comm.send_control_command("resume")
+    command = comm.send_control_command("reset")
+    obey(client, command)
+    assert not client.paused
+
+
+def test_a_paused_worker_stays_alive_on_the_roster(learner: Learner, worker: Worker) -> None:
+    comm = learner(lease_seconds=0.5)
+    client = worker()
+    wait_until("it knows its lease", lambda: client._heartbeat._settings)
+    comm.send_control_command("pause", {"duration": 1.2})
+    wait_until("the command came", lambda: client._inbox.waiting)
+    pausing = threading.Thread(target=client.poll)
+    pausing.start()
+    pausing.join(1.0)
+    assert [info.state for info in comm.workers()] == ["alive"]
+    pausing.join()
+
+
+@pytest.mark.parametrize("duration", [-1, "long", {"duration": "x"}])
+def test_a_pause_that_makes_no_sense_fails(learner: Learner, worker: Worker, duration: object) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("pause", duration)
+    obey(client, command)
+    assert states(command)[0].startswith("failed: InvalidArgument: pause takes a duration in seconds")
+
+
+def test_wait_tells_who_has_not_answered(learner: Learner, worker: Worker) -> None:
+    comm, _, slow = learner(), worker(), worker()
+    command = comm.send_control_command("reset")
+    obey(slow, command)
+    assert {one: outcome.state for one, outcome in command.wait(0.1).items()} == {0: "waiting", 1: "done"}
+    assert comm.get_queue_info()["control_queue_sizes"] == [1, 0]
+
+
+def test_a_worker_that_leaves_without_answering_missed_the_command(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("reset")
+    client.close()
+    assert {one: str(outcome) for one, outcome in command.wait(5.0).items()} == {0: "missed: left"}
+    assert comm.get_queue_info()["control_queue_sizes"] == [0, 0]
+
+
+def test_a_new_process_does_not_do_what_its_predecessor_was_told(learner: Learner, worker: Worker) -> None:
+    comm = learner()
+    worker(worker_id=0)
+    command = comm.send_control_command("stop")
+    successor = worker(worker_id=0)
+    assert {one: str(outcome) for one, outcome in command.wait(5.0).items()} == {0: "missed: away"}
+    successor.poll()
+    assert successor.running
+
+
+def test_a_command_to_nobody_is_false(learner: Learner) -> None:
+    command = learner().send_control_command("reset")
+    assert not command
+    assert command.wait(1.0) == {}
+
+
+def test_a_command_to_a_worker_that_does_not_exist_names_those_that_do(
+    learner: Learner, worker: Worker
+) -> None:
+    comm = learner()
+    worker(worker_id=4)
+    with pytest.raises(UnknownWorker, match=r"worker 7 is not a member .* members are: 4"):
+        comm.send_control_command("reset", worker_ids=[4, 7])
+    assert comm.get_queue_info()["control_queue_sizes"][4] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("",), InvalidArgument),
+        ((3,), InvalidArgument),
+        (("x" * 201,), InvalidArgument),
+        (("reset", None, [-1]), InvalidArgument),
+        (("reset", object()), UnsupportedType),
+    ],
+)
+def test_commands_that_cannot_work_are_refused(
+    learner: Learner, arguments: tuple[object, ...], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        learner().send_control_command(*arguments)  # type: ignore[arg-type]
+
+
+def test_a_handler_must_be_callable(worker: Worker) -> None:
+    with pytest.raises(UnsupportedType, match="callable"):
+        worker().on_command("x", 3)  # type: ignore[arg-type]
+
+
+def test_a_person_can_read_commands_and_their_outcomes(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("pause", {"duration": 0.01})
+    obey(client, command)
+    [(_, fields)] = server.client.xrange(keys.control)
+    assert (fields[b"name"], fields[b"arguments"]) == (b"pause", b'{"duration": 0.01}')
+    assert server.client.hgetall(keys.outcomes(command.id)) == {b"0": b"done"}
+
+
+def test_answers_wait_while_the_learner_is_away(learner: Learner, worker: Worker) -> None:
+    """Acknowledgements are in Redis until a learner settles them, so a restarted one misses none."""
+    first, client = learner(), worker()
+    command = first.send_control_command("reset")
+    first._thread.stop(5.0)
+    wait_until("the command came", lambda: client._inbox.waiting)
+    client.poll()
+    assert states(command) == {0: "waiting"}
+    learner()
+    wait_until("the new learner settled it", lambda: states(command) == {0: "done"})

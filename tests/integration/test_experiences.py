@@ -1,0 +1,362 @@
+"""Experiences: each batch once and in order, within bounds, and all loss counted."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from conftest import Server, wait_until
+
+from rlbroker import QueueCounts, QueueFull, WorkerClient, WorkerCommunicator
+from rlbroker.errors import BatchTooLarge, DeadlineExceeded, UnsupportedType
+from rlbroker.keys import GROUP, Keys
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+
+def counts(comm: WorkerCommunicator, worker_id: int = 0) -> QueueCounts:
+    found: QueueCounts = comm.get_queue_info()["counts"][worker_id]
+    return found
+
+
+def test_batches_of_a_worker_come_in_order_and_once(learner: Learner, worker: Worker) -> None:
+    comm, clients = learner(), [worker(), worker()]
+    for number in range(200):
+        clients[number % 2].send_experiences({"number": number})
+    got: dict[int, list[int]] = {0: [], 1: []}
+    while pairs := comm.collect_experiences(max_batches=7):
+        assert len(pairs) <= 7
+        for worker_id, batch in pairs:
+            got[worker_id].append(batch["number"])
+    assert got == {0: list(range(0, 200, 2)), 1: list(range(1, 200, 2))}
+
+
+def test_collecting_waits_for_whoever_comes_first(learner: Learner, worker: Worker) -> None:
+    comm, _, late = learner(), worker(), worker()
+    threading.Timer(0.3, late.send_experiences, ({"x": 1},)).start()
+    began = time.monotonic()
+    pairs = comm.collect_experiences(timeout=10.0)
+    assert [worker_id for worker_id, _ in pairs] == [1]
+    assert time.monotonic() - began < 5.0
+
+
+def test_collecting_from_nobody_gives_nothing(learner: Learner) -> None:
+    assert learner().collect_experiences(timeout=0.1) == []
+
+
+def test_a_worker_that_joins_late_is_heard(learner: Learner, worker: Worker) -> None:
+    comm = learner()
+    assert comm.collect_experiences(timeout=0.1) == []
+    worker(worker_id=7).send_experiences({"x": 1})
+    assert [worker_id for worker_id, _ in comm.collect_experiences(timeout=5.0)] == [7]
+
+
+def test_a_workers_batches_outlive_it(learner: Learner, worker: Worker) -> None:
+    comm = learner()
+    with worker() as client:
+        client.send_experiences({"x": 1})
+    assert len(comm.collect_experiences(timeout=5.0)) == 1
+
+
+def test_a_batch_leaves_the_server_when_it_is_acknowledged(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(acknowledge="manual"), worker()
+    client.send_experiences({"x": 1})
+    pairs = comm.collect_experiences(timeout=5.0)
+    assert server.client.xlen(keys.experiences(0)) == 1
+    assert comm.acknowledge(pairs) == 1
+    assert comm.acknowledge(pairs) == 0
+    assert server.client.xlen(keys.experiences(0)) == 0
+    assert counts(comm).delivered == 1
+
+
+def test_by_default_the_next_collect_acknowledges(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    client.send_experiences({"x": 1})
+    comm.collect_experiences(timeout=5.0)
+    assert (counts(comm).in_hand, counts(comm).delivered) == (1, 0)
+    comm.collect_experiences()
+    assert (counts(comm).in_hand, counts(comm).delivered) == (0, 1)
+
+
+def test_cleanup_acknowledges_what_was_returned_and_reports_the_rest(
+    learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(), worker()
+    for number in range(3):
+        client.send_experiences({"number": number})
+    comm.collect_experiences(timeout=5.0, max_batches=1)
+    report = comm.cleanup()
+    assert report.waiting[0] + report.unacknowledged[0] == 2
+    assert not report
+    assert comm.cleanup() is report
+
+
+def test_after_an_error_what_was_returned_comes_again(learner: Learner, worker: Worker) -> None:
+    client = worker()
+
+    def train() -> float:
+        with learner() as comm:
+            client.send_experiences({"x": 1})
+            comm.collect_experiences(timeout=5.0)
+            return 1 / 0  # the user's own mistake
+
+    with pytest.raises(ZeroDivisionError):
+        train()
+    assert len(learner().collect_experiences(timeout=5.0)) == 1
+
+
+def test_a_full_queue_blocks_until_there_is_room(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(max_queue_size=2), worker()
+    got: list[int] = []
+    sending = threading.Thread(
+        target=lambda: [client.send_experiences({"number": number}) for number in range(20)]
+    )
+    sending.start()
+    while len(got) < 20:
+        got += [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)]
+    sending.join()
+    assert got == list(range(20))
+
+
+def test_what_the_learner_holds_does_not_fill_the_queue(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(max_queue_size=1), worker()
+    client.send_experiences({"number": 1})
+    comm.collect_experiences(timeout=5.0)
+    assert client.send_experiences({"number": 2}, timeout=0.2)
+
+
+def test_the_byte_bound_counts_what_the_learner_holds(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(max_queue_bytes=3000, acknowledge="manual"), worker(compression=False)
+    batch = {"obs": np.random.default_rng(1).bytes(1000)}
+    assert client.send_experiences(batch)
+    assert client.send_experiences(batch)
+    pairs = comm.collect_experiences(timeout=5.0)
+    with pytest.raises(QueueFull, match="bytes held"):
+        client.send_experiences(batch, timeout=0.2)
+    comm.acknowledge(pairs)
+    assert client.send_experiences(batch, timeout=5.0)
+
+
+def test_a_restarted_worker_counts_the_bytes_that_it_left(learner: Learner, worker: Worker) -> None:
+    comm = learner(max_queue_bytes=3000)
+    batch = {"obs": np.random.default_rng(1).bytes(1000)}
+    for _ in range(2):
+        worker(0).send_experiences(batch)
+    with pytest.raises(QueueFull):
+        worker(0).send_experiences(batch, timeout=0.2)
+    assert len(comm.collect_experiences(timeout=5.0)) == 2
+
+
+def test_a_batch_larger_than_the_bound_is_refused_at_once(learner: Learner, worker: Worker) -> None:
+    learner(max_queue_bytes=3000)
+    with pytest.raises(BatchTooLarge, match=r"max_queue_bytes"):
+        worker().send_experiences({"obs": np.random.default_rng(1).random(1000)})
+
+
+@pytest.mark.parametrize("policy", ["drop_oldest", "drop_newest"])
+def test_what_is_dropped_is_counted(learner: Learner, worker: Worker, policy: str) -> None:
+    comm, client = learner(max_queue_size=3, when_full=policy), worker()
+    receipts = [client.send_experiences({"number": number}) for number in range(10)]
+    kept = [batch["number"] for _, batch in comm.collect_experiences()]
+    comm.collect_experiences()
+    assert kept == ([7, 8, 9] if policy == "drop_oldest" else [0, 1, 2])
+    assert counts(comm).lost == {policy.replace("drop_", "dropped_"): 7}
+    assert counts(comm).produced == 10
+    assert sum(bool(receipt) for receipt in receipts) == (10 if policy == "drop_oldest" else 3)
+    assert sum(receipt.dropped for receipt in receipts) == (7 if policy == "drop_oldest" else 0)
+
+
+def test_a_worker_may_choose_its_own_policy(learner: Learner, worker: Worker) -> None:
+    learner(max_queue_size=1)
+    client = worker(when_full="drop_newest")
+    assert client.send_experiences({"x": 1})
+    assert not client.send_experiences({"x": 2})
+
+
+def test_drop_oldest_never_takes_what_the_learner_holds(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(max_queue_size=2, when_full="drop_oldest", acknowledge="manual"), worker()
+    for number in range(2):
+        client.send_experiences({"number": number})
+    held = comm.collect_experiences()
+    for number in range(2, 6):
+        client.send_experiences({"number": number})
+    assert comm.acknowledge(held) == 2
+    assert [batch["number"] for _, batch in comm.collect_experiences()] == [4, 5]
+
+
+def test_drop_oldest_obeys_the_byte_bound(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(max_queue_bytes=5000, when_full="drop_oldest"), worker()
+    noise = np.random.default_rng(1)
+    for number in range(10):
+        client.send_experiences({"number": number, "noise": noise.bytes(1000)})
+    assert [batch["number"] for _, batch in comm.collect_experiences()] == [6, 7, 8, 9]
+
+
+def test_stale_batches_are_counted_and_not_given_out(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(max_staleness=1), worker()
+    comm.send_model_weights({})
+    client.load_weights({})
+    for _ in range(2):
+        client.send_experiences({"x": 1})
+    comm.send_model_weights({})
+    comm.send_model_weights({})
+    assert comm.collect_experiences(timeout=0.2) == []
+    assert counts(comm).lost == {"stale": 2}
+
+
+def test_a_batch_that_cannot_be_read_is_counted_and_the_next_ones_come(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(), worker()
+    client.send_experiences({"number": 1})
+    good = server.client.xrange(keys.experiences(0))[0][1]
+    for sequence, fields in (
+        (2, {**good, b"data": b"junk"}),
+        (3, {b"data": good[b"data"]}),
+        (4, {b"a": b"b"}),
+    ):
+        server.client.xadd(keys.experiences(0), fields, id=f"1-{sequence}")
+    server.client.xadd(keys.experiences(0), {**good, b"sequence": b"5"}, id="1-5")
+
+    got = comm.collect_experiences(timeout=5.0)
+
+    assert [batch.sequence for _, batch in got] == [1, 5]
+    assert counts(comm).lost == {"corrupt": 3}
+
+
+def test_an_entry_that_vanished_while_it_was_held_is_counted(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    first, client = learner(acknowledge="manual"), worker()
+    client.send_experiences({"number": 1})
+    client.send_experiences({"number": 2})
+    first.collect_experiences(timeout=5.0)
+    server.client.xdel(keys.experiences(0), "1-1")
+    second = learner()
+    assert [batch["number"] for _, batch in second.collect_experiences(timeout=5.0)] == [2]
+    assert counts(second).lost == {"trimmed": 1}
+
+
+def test_a_batch_sent_twice_is_delivered_once(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(), worker()
+    client.send_experiences({"number": 1})
+    client._sender._sequence = 0  # type: ignore[union-attr] # as if the reply had been lost
+    client.send_experiences({"number": 1})
+    assert len(comm.collect_experiences(timeout=5.0)) == 1
+    assert comm.collect_experiences(timeout=0.1) == []
+
+
+def test_a_copy_after_the_stream_was_reset_is_dropped(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    """DEL resets a stream's last id, so the learner's own memory is the second guard."""
+    comm, client = learner(), worker()
+    client.send_experiences({"number": 1})
+    entry = server.client.xrange(keys.experiences(0))[0][1]
+    comm.collect_experiences(timeout=5.0)
+    server.client.delete(keys.experiences(0))
+    server.client.xgroup_create(keys.experiences(0), GROUP, "0", mkstream=True)
+    server.client.xadd(keys.experiences(0), entry, id="1-1")
+    assert comm.collect_experiences(timeout=0.3) == []
+    assert counts(comm).duplicates == 1
+
+
+def test_a_read_whose_reply_was_lost_is_found_again(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    """A client that repeats a lost read by itself skips what the reply held; it shows as a gap."""
+    comm, client = learner(), worker()
+    client.send_experiences({"number": 1})
+    comm.collect_experiences(timeout=5.0)
+    client.send_experiences({"number": 2})
+    server.client.xreadgroup(GROUP, "learner", {keys.experiences(0): ">"})
+    client.send_experiences({"number": 3})
+    assert [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)] == [2, 3]
+
+
+def test_a_group_that_was_deleted_is_made_again(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(), worker()
+    comm.collect_experiences()
+    server.client.xgroup_destroy(keys.experiences(0), GROUP)
+    client.send_experiences({"number": 1})
+    assert len(comm.collect_experiences(timeout=5.0)) == 1
+
+
+def test_sending_waits_for_the_learner_to_open_the_run(learner: Learner, worker: Worker) -> None:
+    client = worker()
+    with pytest.raises(DeadlineExceeded, match="no learner has opened the run"):
+        client.send_experiences({"x": 1}, timeout=0.2)
+    comm = learner()
+    client.send_experiences({"x": 1})
+    assert len(comm.collect_experiences(timeout=5.0)) == 1
+
+
+def test_a_stop_ends_the_wait_for_room(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(max_queue_size=1), worker()
+    client.send_experiences({"number": 1})
+    threading.Timer(0.2, comm.send_control_command, ("stop",)).start()
+    receipt = client.send_experiences({"number": 2}, timeout=10.0)
+    assert not receipt
+    client.poll()
+    assert not client.running
+    assert counts(comm).lost == {"stopped": 1}
+
+
+def test_the_path_of_what_cannot_travel_is_named(learner: Learner, worker: Worker) -> None:
+    learner()
+    with pytest.raises(UnsupportedType, match=r"info.*env"):
+        worker().send_experiences({"obs": torch.zeros(2), "info": {"env": object()}})
+
+
+def test_the_ancestors_message_travels_as_it_is(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    message = {
+        "worker_id": 0,
+        "experiences": {
+            "obs": torch.randn(5, 3),
+            "actions": torch.tensor([1, 2, 3, 4, 5]),
+            "rewards": torch.randn(5),
+            "log_probs": torch.randn(5),
+            "values": torch.randn(5),
+            "dones": torch.tensor([True, False, False, True, False]),
+            "legal_masks": torch.ones(5, 4, dtype=torch.bool),
+        },
+        "batch_size": 5,
+        "timestamp": 1731000000.25,
+        "steps_collected": 5,
+        "games_played": 2,
+    }
+    client.send_experiences(message)
+    [(_, batch)] = comm.collect_experiences(timeout=5.0)
+    assert batch.rows == 5
+    assert {key: batch[key] for key in message if key != "experiences"} == {
+        key: value for key, value in message.items() if key != "experiences"
+    }
+    for name, tensor in message["experiences"].items():  # type: ignore[attr-defined]
+        assert torch.equal(batch["experiences"][name], tensor)
+
+
+def test_a_sender_is_safe_in_several_threads(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    threads = [
+        threading.Thread(target=lambda n=n: [client.send_experiences({"from": n, "i": i}) for i in range(25)])
+        for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    got = [(batch["from"], batch["i"]) for _, batch in comm.collect_experiences()]
+    assert sorted(got) == [(n, i) for n in range(4) for i in range(25)]
+    wait_until("all are counted", lambda: comm.collect_experiences() == [] and counts(comm).delivered == 100)

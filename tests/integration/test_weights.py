@@ -1,0 +1,252 @@
+"""Weights: whole and bit-exact or not at all, on fakeredis and on a real server."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Server, wait_until
+
+from rlbroker import Fenced, MissedUpdates, WeightsMismatch, WorkerClient, WorkerCommunicator
+from rlbroker.connection import Connection
+from rlbroker.errors import DeadlineExceeded, UnsupportedType
+from rlbroker.keys import Keys
+from rlbroker.weights.publisher import SUPERSEDED_SECONDS, Publisher
+from rlbroker.weights.subscriber import Subscriber
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+
+def network() -> torch.nn.Sequential:
+    """Parameters and buffers of several sizes and dtypes."""
+    return torch.nn.Sequential(
+        torch.nn.Linear(4, 64), torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 300), torch.nn.Linear(300, 300)
+    )
+
+
+def same(left: torch.nn.Module, right: torch.nn.Module) -> bool:
+    pairs = zip(left.state_dict().values(), right.state_dict().values(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("compression", [True, False])
+def test_a_module_gets_the_same_bits(learner: Learner, worker: Worker, compression: bool) -> None:
+    trained, acting = network(), network()
+    receipt = learner().send_model_weights(trained.state_dict(), compression)
+    worker().load_weights(acting, timeout=5.0)
+    assert same(trained, acting)
+    assert receipt
+    assert receipt.ratio == receipt.raw_bytes / receipt.stored_bytes
+
+
+def test_tied_weights_are_stored_once_and_tied_again(learner: Learner, worker: Worker) -> None:
+    shared = torch.randn(1000)
+    receipt = learner().send_model_weights({"encoder": shared, "decoder": shared})
+    received: dict[str, torch.Tensor] = {}
+    worker().load_weights(received)
+    assert receipt.raw_bytes == 4000
+    assert received["encoder"] is received["decoder"]
+
+
+def test_a_full_dictionary_is_overwritten_in_place(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    comm.send_model_weights({"net": {"w": np.arange(4.0), "b": torch.ones(2)}, "step": 7})
+    mine: dict[str, Any] = {"net": {"w": np.zeros(4), "b": torch.zeros(2)}, "step": 0}
+    w, b = mine["net"]["w"], mine["net"]["b"]
+    client.load_weights(mine)
+    assert mine["net"]["w"] is w
+    assert mine["net"]["b"] is b
+    assert (w.tolist(), b.tolist(), mine["step"]) == ([0, 1, 2, 3], [1, 1], 7)
+
+
+def test_weights_that_do_not_fit_name_keys_and_shapes(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    comm.send_model_weights(OrderedDict(w=torch.zeros(2, 3), extra=torch.zeros(1)))
+    model = {"w": torch.zeros(3, 2), "b": torch.zeros(1)}
+    with pytest.raises(
+        WeightsMismatch, match=r"not in the weights: b; not in the model: extra; w is \(2, 3\)"
+    ):
+        client.load_weights(model)
+    assert client.version == 0
+    assert model["w"].shape == (3, 2)
+    missed = wait_until("the failure is on record", lambda: _missed(comm))
+    assert [(one.first, one.why) for one in missed.records] == [(1, "failed")]
+
+
+def test_weights_are_not_loaded_into_anything_else(learner: Learner, worker: Worker) -> None:
+    learner().send_model_weights({"w": np.zeros(1)})
+    with pytest.raises(UnsupportedType, match="not a list"):
+        worker().load_weights([])
+
+
+def test_waiting_for_weights_ends_at_the_deadline(learner: Learner, worker: Worker, run: str) -> None:
+    learner()
+    with pytest.raises(DeadlineExceeded, match=f"no weights came in the run '{run}'"):
+        worker().load_weights({}, timeout=0.3)
+
+
+def test_weights_can_be_loaded_into_a_second_model(learner: Learner, worker: Worker) -> None:
+    learner().send_model_weights({"w": np.arange(3)})
+    client = worker()
+    for _ in range(2):
+        model: dict[str, Any] = {}
+        assert client.load_weights(model, timeout=5.0) == 1
+        assert model["w"].tolist() == [0, 1, 2]
+
+
+def test_many_chunks_make_one_version(server: Server, keys: Keys, run: str, learner: Learner) -> None:
+    """Small limits stand in for gigabytes: chunks, segments and their order."""
+    epoch = learner().epoch
+    connection = Connection(**_way(server))
+    publisher = Publisher(connection, keys, epoch=epoch, segment_bytes=256, chunk_bytes=600)
+    weights = {
+        "big": np.arange(5000.0),
+        "small": [np.arange(3), np.ones((2, 2), np.float32)],
+        "none": np.zeros(0),
+    }
+
+    receipt = publisher.publish(weights, compression=False)
+
+    subscriber = Subscriber(connection, keys)
+    subscriber.start()
+    [update] = subscriber.take(5.0)
+    subscriber.stop(5.0)
+    publisher.close()
+    connection.close()
+    assert receipt.chunks > 50
+    assert update.version == 1
+    assert np.array_equal(update.weights["big"], weights["big"])
+    assert update.weights["small"][0].tolist() == [0, 1, 2]
+
+
+def test_a_damaged_version_is_recorded_and_the_next_one_applied(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm = learner()
+    comm.send_model_weights({"w": np.arange(1000)})
+    [key] = server.client.scan_iter(keys.chunk("1-*", 1))
+    server.client.set(key, b"x" + server.client.get(key)[1:])
+    client = worker()
+    model: dict[str, Any] = {}
+    comm.collect_experiences()
+    wait_until("the worker gave up on version 1", lambda: client.poll(model) or client._inbox._answer_number)
+    assert (client.version, model) == (0, {})
+
+    comm.send_model_weights({"w": np.arange(5)})
+
+    wait_until("the worker runs version 2", lambda: client.poll(model))
+    assert model["w"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_version_whose_chunk_is_gone_is_never_half_applied(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(), worker()
+    model = {"w": np.zeros(3)}
+    comm.send_model_weights({"w": np.ones(3)})
+    client.load_weights(model)
+    # Version 2 loses its chunk before the worker can read it: the pointer is there, the bytes are not.
+    connection = Connection(**_way(server))
+    pointer = server.client.hgetall(keys.weights)
+    server.client.hset(keys.weights, mapping={**pointer, b"version": 2, b"upload": b"2-9-9"})
+    wait_until("it is reported", lambda: comm.workers()[0].problem.startswith("version 2: chunk 0"))
+    wait_until("the worker gave up", lambda: client.poll(model) or _missed(comm))
+    connection.close()
+    assert model["w"].tolist() == [1, 1, 1]
+    assert client.version == 1
+
+
+def test_superseded_chunks_expire_and_the_latest_stay(learner: Learner, server: Server, keys: Keys) -> None:
+    comm = learner()
+    for _ in range(2):
+        comm.send_model_weights({"w": np.zeros(10)})
+    lifetimes = {
+        name.decode().rsplit(":", 2)[1]: server.client.ttl(name)
+        for name in server.client.scan_iter(keys.chunk("*", 1))
+    }
+    assert lifetimes.pop("2-1-2") == -1
+    [lifetime] = lifetimes.values()
+    assert 0 < lifetime <= SUPERSEDED_SECONDS
+
+
+def test_a_lost_hint_delays_an_update_and_loses_nothing(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    """The pointer is the truth: here it changes without a notice and without a message."""
+    comm, client = learner(), worker()
+    comm.send_model_weights({"w": np.zeros(1)})
+    client.load_weights({})
+    server.client.hset(keys.weights, "version", 2)
+    wait_until("the worker runs version 2", lambda: client.poll({}))
+
+
+def test_versions_go_on_where_the_last_learner_stopped(learner: Learner) -> None:
+    first = learner()
+    first.send_model_weights({})
+    first.cleanup()
+    assert learner().send_model_weights({}).version == 2
+
+
+def test_an_older_learner_cannot_publish(learner: Learner, worker: Worker) -> None:
+    old = learner()
+    old.send_model_weights({"from": "old"})
+    new = learner()
+    with pytest.raises(Fenced):
+        old.send_model_weights({"from": "old again"})
+    new.send_model_weights({"from": "new"})
+    received: dict[str, str] = {}
+    assert worker().load_weights(received) == 2
+    assert received == {"from": "new"}
+
+
+def test_a_version_is_not_used_again_after_the_server_lost_it(
+    learner: Learner, server: Server, keys: Keys
+) -> None:
+    comm = learner()
+    comm.send_model_weights({})
+    server.client.delete(keys.weights)
+    assert comm.send_model_weights({}).version == 2
+
+
+def test_a_worker_that_slept_through_thirty_versions_runs_the_newest(
+    learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(), worker()
+    model = {"w": np.zeros(1)}
+    comm.send_model_weights({"w": np.zeros(1)})
+    client.load_weights(model)
+    # The background would fetch some of them meanwhile; it is the caller that sleeps, and does not poll.
+    for number in range(30):
+        comm.send_model_weights({"w": np.full(1, float(number))})
+    wait_until("the newest is ready", lambda: client._subscriber._handled == 31)
+
+    client.poll(model)
+
+    assert (client.version, model["w"][0]) == (31, 29.0)
+    missed = wait_until("the rest is on record", lambda: _missed(comm))
+    assert [(one.first, one.last, one.why) for one in missed.records] == [(2, 30, "superseded")]
+    assert (missed.total, missed.behind, missed.skips_in_a_row) == (29, 0, 1)
+
+
+def test_who_is_behind_is_reported_while_it_is(learner: Learner, worker: Worker) -> None:
+    comm = learner()
+    worker()
+    for _ in range(3):
+        comm.send_model_weights({})
+    wait_until("the ledger knows the worker", lambda: comm.missed_updates()[0].behind == 3)
+    assert comm.missed_updates()[0].behind_since is not None
+    assert comm.get_queue_info()["model_queue_sizes"] == [3, 0]
+
+
+def _missed(comm: WorkerCommunicator) -> MissedUpdates | None:
+    missed = comm.missed_updates().get(0)
+    return missed if missed and missed.total else None
+
+
+def _way(server: Server) -> dict[str, Any]:
+    return {name.replace("redis_", ""): value for name, value in server.way().items()}

@@ -1,0 +1,185 @@
+"""A tour of rlbroker, in the order in which one meets it. Each stop runs on fakeredis and on a real server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from conftest import wait_until
+
+from rlbroker import Command, Fenced, QueueFull, WorkerClient, WorkerCommunicator
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+
+def test_1_weights_reach_a_worker(learner: Learner, worker: Worker) -> None:
+    """The learner publishes a state dict once; each worker loads it, bit by bit the same."""
+    trained, acting = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
+
+    receipt = learner().send_model_weights(trained.state_dict())
+    version = worker().load_weights(acting, timeout=5.0)
+
+    assert receipt.version == version == 1
+    assert torch.equal(trained.weight, acting.weight)
+
+
+def test_2_a_worker_polls_for_newer_weights(learner: Learner, worker: Worker) -> None:
+    """`poll` costs next to nothing until there is something to apply; then it applies the newest."""
+    comm, client = learner(), worker()
+    model = torch.nn.Linear(4, 2)
+    comm.send_model_weights(model.state_dict())
+    client.load_weights(model)
+    assert not client.poll(model)
+
+    comm.send_model_weights(model.state_dict())
+
+    wait_until("the worker runs version 2", lambda: client.poll(model))
+    assert client.version == 2
+
+
+def test_3_experiences_come_back_as_they_went_in(learner: Learner, worker: Worker) -> None:
+    """A batch is a dictionary of what you have: tensors, arrays, nested, with plain values."""
+    comm, client = learner(), worker(worker_id=1)
+    client.send_experiences(
+        {
+            "obs": torch.arange(6, dtype=torch.bfloat16).reshape(3, 2),
+            "actions": np.array([0, 1, 1]),
+            "info": {"episode_return": 17.5, "env": "CartPole-v1"},
+        }
+    )
+
+    [(worker_id, batch)] = comm.collect_experiences(timeout=5.0)
+
+    assert worker_id == 1
+    assert batch["obs"].dtype == torch.bfloat16
+    assert batch["actions"].tolist() == [0, 1, 1]
+    assert batch["info"] == {"episode_return": 17.5, "env": "CartPole-v1"}
+
+
+def test_4_a_batch_knows_where_it_comes_from(learner: Learner, worker: Worker) -> None:
+    """Its facts are attributes, so that they cannot collide with your keys."""
+    comm, client = learner(), worker()
+    comm.send_model_weights({"w": np.zeros(3)})
+    client.load_weights({})
+    client.send_experiences({"version": "my own", "obs": np.zeros((128, 4))})
+    comm.send_model_weights({"w": np.ones(3)})
+
+    [(_, batch)] = comm.collect_experiences(timeout=5.0)
+
+    assert batch["version"] == "my own"
+    assert (batch.worker_id, batch.version, batch.staleness, batch.rows, batch.sequence) == (0, 1, 1, 128, 1)
+
+
+def test_5_what_was_not_acknowledged_comes_again(learner: Learner, worker: Worker) -> None:
+    """A learner that dies with batches in its hands loses none of them: the next one gets them first."""
+    first, client = learner(acknowledge="manual"), worker()
+    for number in range(3):
+        client.send_experiences({"number": number})
+    pairs = first.collect_experiences(timeout=5.0)
+    first.acknowledge(pairs[:1])
+
+    second = learner(acknowledge="manual")
+
+    assert [batch["number"] for _, batch in second.collect_experiences(timeout=5.0)] == [1, 2]
+
+
+def test_6_a_full_queue_says_so(learner: Learner, worker: Worker) -> None:
+    """By default a sender waits for room, up to its timeout; then it raises, and you still have the batch."""
+    learner(max_queue_size=2)
+    client = worker()
+    client.send_experiences({"number": 1})
+    client.send_experiences({"number": 2})
+
+    with pytest.raises(QueueFull, match="2 batches waiting"):
+        client.send_experiences({"number": 3}, timeout=0.2)
+
+
+def test_7_or_it_drops_and_counts(learner: Learner, worker: Worker) -> None:
+    """Produced is always delivered plus what was lost, by reason."""
+    comm, client = learner(max_queue_size=2, when_full="drop_oldest"), worker()
+    for number in range(5):
+        client.send_experiences({"number": number})
+
+    assert [batch["number"] for _, batch in comm.collect_experiences()] == [3, 4]
+    comm.collect_experiences()
+    counts = comm.get_queue_info()["counts"][0]
+    assert counts.produced == 5
+    assert (counts.delivered, counts.lost) == (2, {"dropped_oldest": 3})
+
+
+def test_8_commands_have_an_outcome(learner: Learner, worker: Worker) -> None:
+    """Every worker answers every command: done, failed with the error's text, unknown, or expired."""
+    comm = learner()
+    good, bad = worker(), worker()
+    good.on_command("set_lr", lambda lr: None)
+    bad.on_command("set_lr", lambda lr: 1 / lr)
+
+    command = comm.send_control_command("set_lr", 0)
+    for client in (good, bad):
+        wait_until("the command came", lambda client=client: client.poll() or not _waits(command, client))
+
+    outcomes = command.wait(timeout=5.0)
+    assert outcomes[0].state == "done"
+    assert str(outcomes[1]) == "failed: ZeroDivisionError: division by zero"
+
+
+def test_9_stop_ends_the_loop(learner: Learner, worker: Worker) -> None:
+    """A worker's loop is `while worker.running`."""
+    comm, client = learner(), worker()
+
+    command = comm.send_control_command("stop")
+    while client.running:
+        client.poll()
+
+    assert command.wait(timeout=5.0)[0]
+
+
+def test_10_nothing_is_missed_in_silence(learner: Learner, worker: Worker) -> None:
+    """A worker that was busy while versions went by runs the newest; the others are on record."""
+    comm, client = learner(), worker()
+    for _ in range(4):
+        comm.send_model_weights({"w": np.zeros(2)})
+    model, applied = {"w": np.ones(2)}, set()
+    while client.version < 4:
+        if client.poll(model):
+            applied.add(client.version)
+
+    def missed() -> set[int]:
+        records = comm.missed_updates()[0].records
+        return {version for record in records for version in range(record.first, record.last + 1)}
+
+    wait_until("the others are on record", lambda: missed() == {1, 2, 3, 4} - applied)
+    assert comm.missed_updates()[0].total == 4 - len(applied)
+
+
+def test_11_one_process_for_each_worker_id(learner: Learner, worker: Worker) -> None:
+    """A second process with the same id fences the first: nothing of the old one is accepted any more."""
+    comm = learner()
+    old = worker(worker_id=3)
+    new = worker(worker_id=3)
+
+    with pytest.raises(Fenced):
+        old.send_experiences({"from": "old"})
+    new.send_experiences({"from": "new"})
+
+    assert [batch["from"] for _, batch in comm.collect_experiences(timeout=5.0)] == ["new"]
+    assert new.incarnation == old.incarnation + 1
+
+
+def test_12_the_roster_tells_who_is_there(learner: Learner, worker: Worker) -> None:
+    """Without an id of its own a worker gets the lowest free one; who leaves is struck from the roster."""
+    comm = learner()
+    first, second = worker(), worker()
+    assert [info.worker_id for info in comm.workers()] == [first.worker_id, second.worker_id] == [0, 1]
+
+    first.close()
+
+    assert [info.worker_id for info in comm.workers()] == [1]
+    assert worker().worker_id == 0
+
+
+def _waits(command: Command, client: WorkerClient) -> bool:
+    return command.outcomes()[client.worker_id].state == "waiting"
