@@ -187,4 +187,5 @@ class _telling(fakeredis.FakeRedis):  # noqa: N801 - a verb reads better in the 
             return self._facts
         if arguments[0] == "EVALSHA" and self._no_eval:
             raise redis.ResponseError("unknown command 'evalsha'")
-        return super().execute_command(*arguments, **options)
+        ask: Callable[..., Any] = super().execute_command
+        return ask(*arguments, **options)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -101,9 +102,7 @@ def test_a_killed_learner_loses_and_doubles_nothing(
     for life in range(4):
         learner = start(children, LEARNER, tmp_path / f"learner{life}.log", real_server, run, life == 3)
         if life < 3:
-            wait_until(
-                "it holds batches", lambda learner=learner: "held" in str(learner.lines()), timeout_seconds=30
-            )
+            wait_until("it holds batches", partial(_holds, learner), timeout_seconds=30)
             learner.kill()
         else:
             assert worker.popen.wait(60) == 0
@@ -158,6 +157,10 @@ def test_a_stopped_process_is_refused_when_it_goes_on(
         assert [info.incarnation for info in comm.workers()] == []
     lives = [incarnation for incarnation, _ in got]
     assert lives == sorted(lives)
+
+
+def _holds(learner: Process) -> bool:
+    return any("held" in line for line in learner.lines())
 
 
 def _collect(comm: WorkerCommunicator, got: list[tuple[int, int]]) -> list[tuple[int, int]]:

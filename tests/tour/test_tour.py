@@ -118,8 +118,8 @@ def test_8_commands_have_an_outcome(learner: Learner, worker: Worker) -> None:
     bad.on_command("set_lr", lambda lr: 1 / lr)
 
     command = comm.send_control_command("set_lr", 0)
-    for client in (good, bad):
-        wait_until("the command came", lambda client=client: client.poll() or not _waits(command, client))
+    wait_until("the good one answered", lambda: good.poll() or not _waits(command, good))
+    wait_until("the bad one answered", lambda: bad.poll() or not _waits(command, bad))
 
     outcomes = command.wait(timeout=5.0)
     assert outcomes[0].state == "done"

@@ -43,9 +43,11 @@ def learner(
     """
     began = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the workers are told to stop in either case
-    from rlbroker.demo import require_extras
+    from rlbroker.demo import place, require_extras
 
     require_extras()
+    if progress == "auto":
+        print(f"learner of {place(url, run)}", flush=True)
     from rlbroker.demo.learner import LearnerSettings, learn
     from rlbroker.demo.view import JsonLines, describe, open_view
 

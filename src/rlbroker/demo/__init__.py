@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 
+from rlbroker.config import redacted_url, redis_url
 from rlbroker.errors import UsageError
 
 
@@ -20,3 +21,12 @@ def require_extras() -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"the demo needs {', '.join(missing)}: run `pip install 'rlbroker[demo]'`")
+
+
+def place(url: str | None, run: str) -> str:
+    """Return which run on which server is meant, without a password, to be shown to a person.
+
+    >>> place("redis://me:secret@host:6379/0", "pong")
+    'run pong on redis://host:6379/0'
+    """
+    return f"run {run} on {redacted_url(redis_url(url))}"

@@ -29,7 +29,8 @@ MAX_QUEUE_SIZE = 2
 #: An environment is solved when the mean return of so many episodes reaches its target.
 EPISODES = 100
 REPORT_SECONDS = 0.25
-STOP_SECONDS = 3.0
+#: How long the workers get to obey "stop" and to leave the run.
+STOP_SECONDS = 2.0
 
 
 class Learner:
@@ -85,10 +86,6 @@ class Learner:
         batches: list[RolloutBatch] = []
         while True:
             batches += self._collect(timeout=min(REPORT_SECONDS, max(self._seconds_left, 0.0)))
-            if sum(int(batch["mask"].sum()) for batch in batches) >= STEPS_PER_UPDATE:
-                self._ppo.update(batches)
-                self._publish()
-                batches = []
             solved = (
                 self._target is not None and len(self._returns) == EPISODES and self._mean >= self._target
             )
@@ -98,6 +95,10 @@ class Learner:
                 self._report_due = time.monotonic() + REPORT_SECONDS
             if over:
                 return "solved" if solved else "trained" if self._target is None else "not solved in time"
+            if sum(int(batch["mask"].sum()) for batch in batches) >= STEPS_PER_UPDATE:
+                self._ppo.update(batches)
+                self._publish()
+                batches = []
 
     def _publish(self) -> None:
         self._version = self._comm.send_model_weights(self._ppo.policy.state_dict()).version
@@ -161,17 +162,16 @@ class Learner:
         return found
 
     def _stop_workers(self) -> tuple[int, ...]:
-        """Tell the workers to stop; return those that did not say within a few seconds that they did."""
-        command = self._comm.send_control_command("stop")
+        """Tell the workers to stop; return those that have not left a few seconds later."""
+        self._comm.send_control_command("stop")
         deadline = time.monotonic() + STOP_SECONDS
         while True:
-            outcomes = command.outcomes()
-            # A worker may wait for room; and the call that returns nothing acknowledges what came before.
+            # Until the call that finds nothing, which acknowledges what came before.
             while self._comm.collect_experiences():
                 pass
-            waiting = any(outcome.state == "waiting" for outcome in outcomes.values())
-            if not waiting or time.monotonic() >= deadline:
-                return tuple(worker for worker, outcome in outcomes.items() if not outcome)
+            left = tuple(info.worker_id for info in self._comm.workers() if info.state == "alive")
+            if not left or time.monotonic() >= deadline:
+                return left
             time.sleep(0.02)
 
     def _summary(self, outcome: Outcome, workers_left: tuple[int, ...]) -> Summary:

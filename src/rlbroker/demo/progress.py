@@ -64,7 +64,7 @@ class Summary:
     batches_delivered: int  #: handed to the learner
     batches_lost: dict[str, int]  #: by reason; with those delivered they make up those produced
     missed: dict[str, int]  #: versions that workers never applied, by reason
-    workers_left: tuple[int, ...] = ()  #: ids of those that did not confirm the stop
+    workers_left: tuple[int, ...] = ()  #: ids of those that did not leave when told to stop
 
     @property
     def exit_code(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,6 +20,13 @@ CHART_WIDTH, CHART_HEIGHT = 64, 8
 #: Over how long the steps per second are taken.
 RATE_SECONDS = 5.0
 PLAIN_SECONDS = 5.0
+#: For people, why a worker missed a version.
+_MISSED = {
+    "superseded": "superseded by a newer one",
+    "failed": "that could not be applied",
+    "away": "while away",
+    "left": "on leaving",
+}
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -42,7 +48,7 @@ class View(Protocol):
 def open_view(env_id: str, console: Console | None = None) -> View:
     """Return a dashboard for a terminal; plain lines for a file or a pipe, or where NO_COLOR is set."""
     console = console or Console()
-    if console.is_terminal and not console.is_dumb_terminal and not os.environ.get("NO_COLOR"):
+    if console.is_terminal and not console.is_dumb_terminal and not console.no_color:
         return Dashboard(env_id, console)
     return PlainLines(console.file.write)
 
@@ -50,17 +56,21 @@ def open_view(env_id: str, console: Console | None = None) -> View:
 def chart(values: Sequence[float], width: int, height: int, top: float) -> list[str]:
     """Draw values between 0 and `top` as columns of block characters; return `height` lines.
 
-    More values than columns are thinned; fewer leave the right side empty.
+    The values are spread over the whole width, with straight lines between them.
 
-    >>> chart([0, 1, 2, 3, 4], 6, 2, top=4.0)
-    ['   ▄█ ', ' ▄███ ']
+    >>> chart([0, 4], 5, 2, top=4.0)
+    ['   ▄█', ' ▄███']
     """
-    if len(values) > width:
-        values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
+    columns = []
+    for column in range(width):
+        place = column * (len(values) - 1) / max(width - 1, 1)
+        before = int(place)
+        after = min(before + 1, len(values) - 1)
+        columns.append(values[before] + (values[after] - values[before]) * (place - before))
     lines = []
     for row in reversed(range(height)):
-        eighths = (round((value / top * height - row) * 8) for value in values)
-        lines.append("".join(_BLOCKS[min(max(n, 0), 8)] for n in eighths).ljust(width))
+        eighths = (round((value / top * height - row) * 8) for value in columns)
+        lines.append("".join(_BLOCKS[min(max(n, 0), 8)] for n in eighths))
     return lines
 
 
@@ -158,12 +168,10 @@ class Dashboard:
             Panel("starting the processes …", title=self._title()),
             console=console,
             auto_refresh=False,
-            redirect_stdout=False,
-            redirect_stderr=False,
         )
 
     def _title(self) -> str:
-        return f"rlbroker demo: PPO on {self._env_id}"
+        return f"rlbroker: PPO on {self._env_id}"
 
     def __enter__(self) -> Self:
         """Show that something is about to begin."""
@@ -258,16 +266,18 @@ def describe(summary: Summary) -> str:
     target = "" if summary.target is None else f" (solved at {summary.target:g})"
     batches = [f"{summary.batches_delivered:,} delivered"]
     batches += [f"{count:,} {reason}" for reason, count in summary.batches_lost.items()] or ["0 lost"]
-    missed = ", ".join(f"{count:,} {reason}" for reason, count in summary.missed.items()) or "none"
+    missed = (
+        ", ".join(f"{count:,} {_MISSED.get(why, why)}" for why, count in summary.missed.items()) or "none"
+    )
     lines = [
         f"{heading}: mean return {_mean(summary.mean_return)} over the last 100 episodes{target}",
         f"  steps     {summary.steps:,} in {summary.episodes:,} episodes, "
         f"{summary.steps / max(summary.seconds, 1e-9):,.0f} a second",
-        f"  weights   {summary.versions:,} versions published; never applied by some worker: {missed}",
+        f"  weights   {summary.versions:,} versions published; missed by workers: {missed}",
         f"  staleness {summary.mean_staleness:.2f} versions on average, {summary.max_staleness} at most",
         f"  batches   {summary.batches_produced:,} produced = {' + '.join(batches)}",
     ]
     if summary.workers_left:
         left = ", ".join(map(str, summary.workers_left))
-        lines.append(f"  workers that did not confirm the stop: {left}")
+        lines.append(f"  workers that did not leave when told to stop: {left}")
     return "\n".join(lines)
