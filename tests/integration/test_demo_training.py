@@ -1,0 +1,134 @@
+"""The demo's learner and workers, in threads of one process, through a server."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from conftest import Server
+
+from rlbroker import InvalidArgument, WeightsMismatch, WorkerClient, WorkerCommunicator
+from rlbroker.demo.learner import MAX_QUEUE_SIZE, Learner
+from rlbroker.demo.policy import ActorCritic
+from rlbroker.demo.ppo import PPO
+from rlbroker.demo.progress import Progress
+from rlbroker.demo.rollout import make_envs
+from rlbroker.demo.worker import run_worker
+
+ENV = "CartPole-v1"
+
+
+class Team:
+    """Workers in threads; leaving the block waits for them and raises what they raised."""
+
+    def __init__(self, way: Callable[[], dict[str, Any]], run: str, count: int) -> None:
+        self._errors: list[BaseException] = []
+        self._threads = [
+            threading.Thread(target=self._work, args=(way(), run, number), daemon=True)
+            for number in range(count)
+        ]
+
+    def _work(self, way: dict[str, Any], run: str, number: int) -> None:
+        envs = make_envs(ENV, 4)
+        try:
+            with WorkerClient(run=run, worker_id=number, timeout=5.0, **way) as worker:
+                run_worker(worker, envs, env_id=ENV, seed=1, timeout=10.0)
+        except BaseException as error:  # noqa: BLE001 - raised in the test's own thread
+            self._errors.append(error)
+        finally:
+            envs.close()
+
+    def __enter__(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        for thread in self._threads:
+            thread.join(10.0)
+            assert not thread.is_alive(), "a worker did not stop"
+        for error in self._errors:
+            raise error
+
+
+def make_learner(comm: WorkerCommunicator, env_id: str = ENV, **given: Any) -> Learner:
+    torch.manual_seed(1)
+    envs = make_envs(env_id, 1)
+    policy = ActorCritic(envs.single_observation_space, envs.single_action_space)
+    envs.close()
+    settings: dict[str, Any] = {"env_id": env_id, "target": None, "seconds": 10.0, "report": lambda _: None}
+    return Learner(comm, PPO(policy), **{**settings, **given})
+
+
+def test_training_ends_when_solved_and_accounts_for_every_batch(
+    server: Server, run: str, opened: ExitStack, learner: Callable[..., WorkerCommunicator]
+) -> None:
+    reports: list[Progress] = []
+    with learner(2, max_queue_size=MAX_QUEUE_SIZE) as comm, Team(server.way, run, 2):
+        # An easy target: an untrained policy keeps the pole up for about 20 steps.
+        summary = make_learner(comm, target=30.0, seconds=60.0, report=reports.append).run()
+    assert summary.outcome == "solved"
+    assert summary.mean_return is not None
+    assert summary.mean_return >= 30.0
+    assert summary.versions >= 2
+    assert summary.episodes >= 100
+    assert summary.workers_left == ()
+    assert summary.batches_produced == summary.batches_delivered + sum(summary.batches_lost.values())
+    assert summary.batches_delivered >= 4
+    assert sum(len(report.returns) for report in reports) == summary.episodes
+    assert {worker for report in reports for _, worker, _ in report.batches} == {0, 1}
+    assert {worker.worker_id for worker in reports[-1].workers} == {0, 1}
+
+
+def test_training_ends_when_the_time_is_up_though_no_worker_came(
+    opened: ExitStack, learner: Callable[..., WorkerCommunicator]
+) -> None:
+    with learner() as comm:
+        summary = make_learner(comm, target=475.0, seconds=0.2).run()
+    assert summary.outcome == "not solved in time"
+    assert summary.steps == summary.batches_produced == 0
+    assert summary.mean_return is None
+
+
+def test_ctrl_c_ends_training_and_stops_the_workers(
+    server: Server, run: str, opened: ExitStack, learner: Callable[..., WorkerCommunicator]
+) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.steps:
+            raise KeyboardInterrupt
+
+    with learner() as comm, Team(server.way, run, 1):
+        summary = make_learner(comm, report=interrupt).run()
+    assert summary.outcome == "interrupted"
+    assert summary.steps > 0
+    assert summary.workers_left == ()
+
+
+def test_a_worker_in_another_environment_is_refused_by_name(
+    opened: ExitStack, learner: Callable[..., WorkerCommunicator], worker: Callable[..., WorkerClient]
+) -> None:
+    comm, other = learner(), worker(7)
+    other.send_experiences({"env_id": "Acrobot-v1"})
+    with pytest.raises(InvalidArgument, match=r"worker 7 steps Acrobot-v1.*--env CartPole-v1"):
+        make_learner(comm).run()
+
+
+def test_a_worker_whose_environment_does_not_fit_gets_an_error(
+    opened: ExitStack, learner: Callable[..., WorkerCommunicator], worker: Callable[..., WorkerClient]
+) -> None:
+    comm = learner()
+    other = worker(0)
+    envs = make_envs("Acrobot-v1", 1)
+    comm.send_model_weights(ActorCritic(*_spaces(ENV)).state_dict())
+    with pytest.raises(WeightsMismatch):
+        run_worker(other, envs, env_id="Acrobot-v1", seed=None, timeout=10.0)
+    envs.close()
+
+
+def _spaces(env_id: str) -> tuple[Any, Any]:
+    envs = make_envs(env_id, 1)
+    envs.close()
+    return envs.single_observation_space, envs.single_action_space
