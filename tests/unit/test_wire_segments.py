@@ -64,6 +64,11 @@ def test_segments_keep_to_their_size_and_to_whole_elements() -> None:
     assert 10_000 in sizes
 
 
+def test_small_leaves_together_keep_to_the_segment_size_too() -> None:
+    plan = wire.plan([np.full(100, i) for i in range(60)], segment_bytes=10_000)
+    assert [plan.segment_raw_bytes(i) for i in range(plan.segment_count)] == [9600] * 5
+
+
 def test_an_element_larger_than_a_segment_is_not_cut() -> None:
     plan = wire.plan(np.ones(9, np.complex128), segment_bytes=1)
     assert [plan.segment_raw_bytes(i) for i in range(plan.segment_count)] == [16] * 9
