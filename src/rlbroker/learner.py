@@ -307,7 +307,7 @@ class WorkerCommunicator:
         if self._ledger.settle_waiting(workers, self._epoch, block_seconds=self._connection.block_seconds):
             self._commander.look_again()
         if self._next_sign_of_life.over:
-            self._roster.say_alive()
+            self._roster.say_alive(self._epoch)
             self._next_sign_of_life = Deadline(ALIVE_SECONDS)
         if self._next_housekeeping.over:
             for worker in self._roster.forget_silent():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Server, wait_until
 
-from rlbroker import QueueCounts, QueueFull, WorkerClient, WorkerCommunicator
+from rlbroker import Fenced, QueueCounts, QueueFull, WorkerClient, WorkerCommunicator
 from rlbroker.errors import BatchTooLarge, DeadlineExceeded, UnsupportedType
 from rlbroker.keys import GROUP, Keys
 
@@ -281,6 +281,22 @@ def test_a_read_whose_reply_was_lost_is_found_again(
     server.client.xreadgroup(GROUP, "learner", {keys.experiences(0): ">"})
     client.send_experiences({"number": 3})
     assert [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)] == [2, 3]
+
+
+def test_what_a_replaced_learner_still_read_is_found(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may read for a moment after it was replaced; what it then holds must not wait for a restart."""
+    monkeypatch.setattr("rlbroker.experience.collector.RECHECK_SECONDS", 0.2)
+    old, client = learner(), worker()
+    new = learner()
+    new.collect_experiences(timeout=0.1)
+    client.send_experiences({"number": 1})
+    assert len(old.collect_experiences(timeout=5.0)) == 1
+    got = wait_until("the new learner has it", lambda: new.collect_experiences(timeout=0.1))
+    assert got[0][1]["number"] == 1
+    with pytest.raises(Fenced, match="a newer learner has taken over"):
+        wait_until("the old learner knows", lambda: old.collect_experiences(timeout=0.1) and False)
 
 
 def test_a_group_that_was_deleted_is_made_again(

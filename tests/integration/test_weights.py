@@ -104,7 +104,7 @@ def test_many_chunks_make_one_version(server: Server, keys: Keys, run: str, lear
     epoch = learner().epoch
     connection = Connection(**_way(server))
     publisher = Publisher(connection, keys, epoch=epoch, segment_bytes=256, chunk_bytes=600)
-    weights = {
+    weights: dict[str, Any] = {
         "big": np.arange(5000.0),
         "small": [np.arange(3), np.ones((2, 2), np.float32)],
         "none": np.zeros(0),

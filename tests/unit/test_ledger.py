@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlbroker.control.ledger import Account, Event, Settled, settle
+from rlbroker.control.ledger import Account, Event, Settled
+from rlbroker.control.ledger import settle as settle_up_to
 from rlbroker.records import Missed
 
 
 def event(kind: str, entry_id: str = "1-1", at: float = 100.0, **fields: object) -> Event:
     return Event(entry_id, 0, kind, {name: str(value) for name, value in fields.items()}, at)
+
+
+def settle(account: Account, happened: Event, pending: dict[str, int]) -> Settled:
+    return settle_up_to(account, happened, pending, latest=1000)
 
 
 def member(settled: int, **fields: object) -> Account:
@@ -93,6 +99,24 @@ def test_an_account_survives_its_hash() -> None:
 
 def test_an_event_of_an_unknown_kind_changes_nothing() -> None:
     assert settle(member(3), event("from the future"), {}) == Settled(member(3))
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        event("version", version=1001, outcome="applied"),
+        event("version", version=-1, outcome="applied"),
+        event("version", version="9" * 50, outcome="applied"),
+        event("version", outcome="applied"),
+        event("command", command="aaa", outcome="waiting"),
+        event("command", outcome="done"),
+        event("command", command="bbb", outcome="done"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_changes_nothing(forged: Event) -> None:
+    done = settle(member(3), forged, {"aaa": 1})
+    assert done == Settled(member(3))
 
 
 steps = st.lists(

@@ -19,6 +19,9 @@ from rlbroker.records import Missed, MissedUpdates, Outcome, State
 #: Entries that the `missed` stream keeps at least; older ones live on as sums in each worker's ledger.
 MISSED_KEPT = 10_000
 
+#: What a worker may answer to a command.
+_ANSWERS = ("done", "failed", "unknown", "expired")
+
 #: Why a command has no answer, by the event that ended the worker's membership.
 _ENDED = {"joined": "away", "gone": "away", "left": "left"}
 
@@ -127,7 +130,8 @@ class Event:
     @property
     def version(self) -> int:
         """Latest version when the worker joined or left; the version that it went to."""
-        return int(self.fields.get("version", 0))
+        text = self.fields.get("version", "")
+        return int(text) if text.isdecimal() and len(text) < 20 else 0
 
 
 @dataclass(frozen=True)
@@ -139,17 +143,18 @@ class Settled:
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
 
 
-def settle(account: Account, event: Event, pending: Mapping[str, int]) -> Settled:
-    """Fold one event into a worker's account.
+def settle(account: Account, event: Event, pending: Mapping[str, int], latest: int) -> Settled:
+    """Fold one event into a worker's account. What makes no sense changes nothing: workers are not trusted.
 
     Args:
         account: the account before.
         event: what happened next.
         pending: commands that wait for this worker, with the incarnation that they were sent to.
+        latest: the latest version.
     """
-    if event.kind == "version":
+    if event.kind == "version" and 1 <= event.version <= latest:
         return _settle_version(account, event)
-    if event.kind == "command":
+    if event.kind == "command" and event.fields.get("outcome") in _ANSWERS:
         return _settle_command(account, event, pending)
     if event.kind in _ENDED:
         return _settle_membership(account, event, pending)
@@ -157,7 +162,7 @@ def settle(account: Account, event: Event, pending: Mapping[str, int]) -> Settle
 
 
 def _settle_version(account: Account, event: Event) -> Settled:
-    applied = event.fields["outcome"] == "applied"
+    applied = event.fields.get("outcome") == "applied"
     account, missed = _miss(account, event, event.version - 1, "superseded")
     if not applied:
         account, failed = _miss(account, event, event.version, "failed", event.fields.get("detail", ""))
@@ -178,7 +183,7 @@ def _settle_version(account: Account, event: Event) -> Settled:
 
 
 def _settle_command(account: Account, event: Event, pending: Mapping[str, int]) -> Settled:
-    command, name = event.fields["command"], event.fields.get("name", "")
+    command, name = event.fields.get("command", ""), event.fields.get("name", "")
     if command not in pending:  # it has its final state already
         return Settled(account)
     state: State = event.fields["outcome"]  # type: ignore[assignment]
@@ -251,9 +256,10 @@ class Ledger:
         streams = [(keys[key], entries) for key, entries in stream_entries(reply)]
         if not streams:
             return 0
-        clock, pending, *accounts = self._connection.execute_all(
+        clock, latest, pending, *accounts = self._connection.execute_all(
             [
                 ("TIME",),
+                ("HGET", self._keys.weights, "version"),
                 ("HGETALL", self._keys.pending),
                 *(("HGETALL", self._keys.ledger(worker)) for worker, _ in streams),
             ]
@@ -267,7 +273,7 @@ class Ledger:
             for entry_id, fields in entries:
                 said = text_fields(fields)
                 event = Event(entry_id, worker, said.get("event", ""), said, now)
-                settled = settle(account, event, commands)
+                settled = settle(account, event, commands, int(latest or 0))
                 calls.append(self._write(event, settled, epoch))
                 account = settled.account
                 commands = {name: life for name, life in commands.items() if name not in settled.outcomes}

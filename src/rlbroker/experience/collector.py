@@ -38,6 +38,9 @@ READ_COUNT = 64
 #: Size assumed for a batch before one was seen.
 FIRST_GUESS_BYTES = 1 << 20
 
+#: How often the server is asked whether it thinks that we hold more than we do.
+RECHECK_SECONDS = 5.0
+
 #: A read from this id gives what the learner had read and not acknowledged; from `>`, what nobody has read.
 _FROM_THE_START, _NEW = "0", ">"
 
@@ -70,7 +73,7 @@ class _Entry:
 
     @property
     def stored_bytes(self) -> int:
-        return int(self.fields.get(b"stored_bytes", 0)) if self.fields else 0
+        return len(self.fields.get(b"data", b"")) if self.fields else 0
 
 
 @dataclass
@@ -120,6 +123,7 @@ class Collector:
         self._read: deque[_Entry] = deque()
         self._returned: list[tuple[int, Batch]] = []
         self._look_again = Deadline(0)
+        self._recheck = Deadline(RECHECK_SECONDS)
         self._batch_bytes = float(FIRST_GUESS_BYTES)
 
     def collect(self, *, timeout_seconds: float, max_batches: int | None) -> list[tuple[int, Batch]]:
@@ -330,6 +334,22 @@ class Collector:
                 self._make_group(stream)
                 self._streams[worker] = stream
         self._look_again = Deadline(BLOCK_SECONDS)
+        if self._recheck.over:
+            self._recheck = Deadline(RECHECK_SECONDS)
+            self._find_hidden_entries()
+
+    def _find_hidden_entries(self) -> None:
+        """Read pending entries again where there are some that we do not hold: another learner read them."""
+        streams = list(self._streams.values())
+        try:
+            replies = self._connection.execute_all([("XPENDING", stream.key, GROUP) for stream in streams])
+        except ServerFault as error:
+            if not _lost_group(error):
+                raise
+            return  # the next read finds out, and makes the group again
+        for stream, reply in zip(streams, replies, strict=True):
+            if pending_count(reply) > len(stream.in_hand):
+                stream.position = _FROM_THE_START
 
     def _make_group(self, stream: _Stream) -> None:
         try:

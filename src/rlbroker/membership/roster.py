@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rlbroker.config import RunSettings
 from rlbroker.connection import Connection, Script, scored_members, text_fields
-from rlbroker.errors import IncompatibleFormat
+from rlbroker.errors import Fenced, IncompatibleFormat
 from rlbroker.keys import Keys
 from rlbroker.records import WorkerInfo
 
@@ -80,12 +80,17 @@ class Roster:
                 f"{wire_format}; choose another run name, or the release that wrote it"
             ) from error
 
-    def say_alive(self) -> None:
-        """Note in the run's `meta` when its learner was last alive, by the server's clock."""
-        seconds, microseconds = self._connection.execute("TIME")
-        self._connection.execute(
-            "HSET", self._keys.meta, "learner_seen", f"{int(seconds)}.{int(microseconds) // 1000:03d}"
-        )
+    def say_alive(self, epoch: int) -> None:
+        """Note in the run's `meta` when its learner was last alive, by the server's clock.
+
+        Raises:
+            Fenced: a newer learner has taken over the run.
+        """
+        clock, newest = self._connection.execute_all([("TIME",), ("HGET", self._keys.meta, "epoch")])
+        if newest is not None and int(newest) != epoch:
+            raise Fenced(f"a newer learner has taken over the run {self._keys.run!r}")
+        seen = f"{int(clock[0])}.{int(clock[1]) // 1000:03d}"
+        self._connection.execute("HSET", self._keys.meta, "learner_seen", seen)
 
     def ids(self) -> list[int]:
         """Give every worker id that the run ever had, in order."""
@@ -108,18 +113,18 @@ class Roster:
         found = []
         for (worker, last_seen), beat in zip(seen.items(), beats, strict=True):
             said = text_fields(beat)
-            version, silent_seconds = int(said.get("version", 0)), max(0.0, now - last_seen)
+            version, silent_seconds = _number(said, "version"), max(0.0, now - last_seen)
             found.append(
                 WorkerInfo(
                     worker_id=worker,
-                    incarnation=int(newest.get(str(worker), 0)),
+                    incarnation=_number(newest, str(worker)),
                     state="alive" if silent_seconds < self._settings.lease_seconds else "away",
                     host=said.get("host", ""),
-                    pid=int(said.get("pid", 0)),
+                    pid=_number(said, "pid"),
                     version=version,
                     staleness=max(0, int(latest or 0) - version),
                     last_seen_seconds=silent_seconds,
-                    sent=int(said.get("sent", 0)),
+                    sent=_number(said, "sent"),
                     problem=said.get("problem", ""),
                 )
             )
@@ -150,3 +155,9 @@ class Roster:
             ]
         )
         return [worker for worker, struck in zip(silent, gone, strict=True) if struck]
+
+
+def _number(said: Mapping[str, str], name: str) -> int:
+    """Give a number that a worker wrote of itself; 0 for anything else, as workers are not trusted."""
+    text = said.get(name, "")
+    return int(text) if text.isdecimal() and len(text) < 20 else 0
