@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from rlbroker.connection import Backoff
+from rlbroker.deadline import Backoff
 from rlbroker.errors import ConnectionFailed, PeerError, RlbrokerError
 
 logger = logging.getLogger("rlbroker")

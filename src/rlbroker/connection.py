@@ -1,11 +1,10 @@
-"""The one boundary to Redis: clients, deadlines, retries, scripts, and redis-py's errors turned into ours."""
+"""The one boundary to Redis: clients, retries, scripts, and redis-py's errors turned into ours."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from rlbroker.config import positive_seconds, redacted_url, redis_url
+from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import (
     AccessDenied,
     ConnectionFailed,
@@ -44,48 +44,8 @@ MAX_CONNECTIONS: Final = 16
 #: Bytes read from a socket at once; redis-py's own default is slow for chunks of weights.
 SOCKET_READ_BYTES: Final = 1 << 20
 
-_FIRST_PAUSE_SECONDS: Final = 0.02
-_LONGEST_PAUSE_SECONDS: Final = 1.0
-
 Result = TypeVar("Result")
 Argument = str | bytes | int | float | memoryview
-
-
-class Deadline:
-    """A point in time that all steps of one operation share."""
-
-    def __init__(self, seconds: float) -> None:
-        """Set the deadline this many seconds from now."""
-        self.seconds = seconds
-        self._end = time.monotonic() + seconds
-
-    @property
-    def remaining(self) -> float:
-        """Seconds that are left, never below zero."""
-        return max(0.0, self._end - time.monotonic())
-
-    @property
-    def over(self) -> bool:
-        """Whether no time is left."""
-        return time.monotonic() >= self._end
-
-
-class Backoff:
-    """Growing pauses with jitter, for one series of tries."""
-
-    def __init__(self, first: float = _FIRST_PAUSE_SECONDS, longest: float = _LONGEST_PAUSE_SECONDS) -> None:
-        """Begin with pauses around `first` seconds, which double up to `longest`."""
-        self._first, self._pause, self._longest = first, first, longest
-
-    def next(self, deadline: Deadline | None = None) -> float:
-        """Give the seconds to wait before the next try, not beyond the deadline."""
-        pause = self._pause * random.uniform(0.5, 1.0)
-        self._pause = min(self._pause * 2, self._longest)
-        return pause if deadline is None else min(pause, deadline.remaining)
-
-    def reset(self) -> None:
-        """Begin again with the shortest pause, after a success."""
-        self._pause = self._first
 
 
 @dataclass(frozen=True)
@@ -342,51 +302,6 @@ def translated(error: redis_errors.RedisError, address: str) -> PeerError:
     if "unknown command" in text.lower() and "eval" in text.lower():
         return ServerUnsuitable(f"{address} runs no Lua scripts; with fakeredis, install 'fakeredis[lua]'")
     return ServerFault(f"{address} answered: {text}")
-
-
-def text_fields(reply: Any) -> dict[str, str]:
-    """Give a hash or a stream entry's fields as text, from a list of pairs or a dictionary of bytes."""
-    if isinstance(reply, dict):
-        return {_text(name): _text(value) for name, value in reply.items()}
-    flat = list(reply or ())
-    return {_text(name): _text(value) for name, value in zip(flat[::2], flat[1::2], strict=True)}
-
-
-def stream_entries(reply: Any) -> list[tuple[str, list[tuple[str, dict[bytes, bytes] | None]]]]:
-    """Give (key, [(entry id, fields), …]) from XREAD or XREADGROUP, whatever shape redis-py chose for them.
-
-    Fields are None for an entry that was deleted while it was pending.
-    """
-    if not reply:
-        return []
-    streams = reply.items() if isinstance(reply, dict) else reply
-    found = []
-    for key, entries in streams:
-        if (
-            entries
-            and isinstance(entries[0], list)
-            and entries[0]
-            and isinstance(entries[0][0], (list, tuple))
-        ):
-            entries = entries[0]  # RESP3 wraps the entries of a stream once more
-        found.append((_text(key), [(_text(entry_id), fields or None) for entry_id, fields in entries]))
-    return found
-
-
-def scored_members(reply: Any) -> dict[str, float]:
-    """Give member and score from ZRANGE WITHSCORES, whether redis-py paired them or not."""
-    if reply and isinstance(reply[0], (list, tuple)):
-        reply = [part for pair in reply for part in pair]
-    return {_text(member): float(score) for member, score in zip(reply[::2], reply[1::2], strict=True)}
-
-
-def pending_count(reply: Any) -> int:
-    """Give the number of pending entries from XPENDING's summary, in either of redis-py's shapes."""
-    return int(reply["pending"] if isinstance(reply, dict) else reply[0])
-
-
-def _text(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def _client_from_url(url: str, timeout_seconds: float) -> redis.Redis:

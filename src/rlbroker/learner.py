@@ -18,9 +18,10 @@ from rlbroker.config import (
     choice,
     positive_int,
 )
-from rlbroker.connection import BLOCK_SECONDS, Connection, Deadline
+from rlbroker.connection import BLOCK_SECONDS, Connection
 from rlbroker.control.commander import SEND, Command, Commander
 from rlbroker.control.ledger import SETTLE, Ledger
+from rlbroker.deadline import Deadline
 from rlbroker.errors import Closed, InvalidArgument, PeerError
 from rlbroker.experience.collector import ACKNOWLEDGE, Collector
 from rlbroker.experience.counts import read_counts

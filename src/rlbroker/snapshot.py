@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlbroker.config import RunSettings
-from rlbroker.connection import Connection, text_fields
+from rlbroker.connection import Connection
 from rlbroker.control.ledger import Ledger
 from rlbroker.errors import InvalidArgument
 from rlbroker.experience.counts import read_counts
 from rlbroker.keys import Keys
 from rlbroker.membership.roster import Roster
 from rlbroker.records import MissedUpdates, QueueCounts, WorkerInfo
+from rlbroker.replies import text_fields
 from rlbroker.weights.pointer import Pointer
 
 

@@ -11,8 +11,9 @@ from typing import Any, Self, get_args
 import redis
 
 from rlbroker.config import DEFAULT_RUN, WhenFull, choice, positive_seconds
-from rlbroker.connection import Connection, Deadline
+from rlbroker.connection import Connection
 from rlbroker.control.inbox import Inbox, Order
+from rlbroker.deadline import Deadline
 from rlbroker.errors import Closed, DeadlineExceeded, InvalidArgument, PeerError, UnsupportedType
 from rlbroker.experience.sender import Sender
 from rlbroker.keys import Keys

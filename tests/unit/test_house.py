@@ -17,12 +17,14 @@ ALLOWED = {
     "config": {"errors"},
     "keys": {"config"},
     "records": set(),
-    "connection": {"config", "errors"},
-    "background": {"connection", "errors"},
+    "deadline": set(),
+    "replies": set(),
+    "connection": {"config", "deadline", "errors"},
+    "background": {"deadline", "errors"},
     "wire": {"errors"},
     "local": {"config", "errors"},
 }
-_BELOW = {"wire", "connection", "background", "keys", "records", "config", "errors"}
+_BELOW = {"wire", "connection", "background", "deadline", "replies", "keys", "records", "config", "errors"}
 ALLOWED |= dict.fromkeys(("weights", "experience", "control", "membership"), _BELOW)
 _ROOMS = set(ALLOWED) - {"local"}
 ALLOWED |= {

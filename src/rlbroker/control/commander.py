@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from rlbroker.config import worker_number
-from rlbroker.connection import Connection, Deadline, Script, text_fields
+from rlbroker.connection import Connection, Script
+from rlbroker.deadline import Deadline
 from rlbroker.errors import InvalidArgument, PeerError, UnknownWorker
 from rlbroker.keys import Keys
 from rlbroker.records import Outcome
+from rlbroker.replies import text_fields
 from rlbroker.wire import encode
 
 #: How long the outcomes of a command stay readable.

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rlbroker.background import Background
-from rlbroker.connection import Argument, Connection, Deadline, stream_entries, text_fields
+from rlbroker.connection import Argument, Connection
+from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, Fenced, ServerOutOfMemory, WireError
 from rlbroker.keys import Keys
+from rlbroker.replies import stream_entries, text_fields
 from rlbroker.wire import Limits, decode
 
 logger = logging.getLogger("rlbroker")

@@ -11,17 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlbroker.config import Acknowledge
-from rlbroker.connection import (
-    BLOCK_SECONDS,
-    Connection,
-    Deadline,
-    Script,
-    pending_count,
-    stream_entries,
-)
+from rlbroker.connection import BLOCK_SECONDS, Connection, Script
+from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, ServerFault, WireError
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import Batch
+from rlbroker.replies import pending_count, stream_entries
 from rlbroker.wire import Limits, decode
 
 logger = logging.getLogger("rlbroker")

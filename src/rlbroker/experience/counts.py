@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from rlbroker.connection import Connection, pending_count, text_fields
+from rlbroker.connection import Connection
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import QueueCounts
+from rlbroker.replies import pending_count, text_fields
 
 #: Why a batch that was produced is not delivered.
 LOST = ("stale", "corrupt", "trimmed", "dropped_oldest", "dropped_newest", "stopped", "fenced")

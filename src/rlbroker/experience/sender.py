@@ -14,10 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 from rlbroker.config import RunSettings, WhenFull
-from rlbroker.connection import Backoff, Connection, Deadline, Script, pending_count
+from rlbroker.connection import Connection, Script
+from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import BatchTooLarge, Fenced, QueueFull, ServerOutOfMemory
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import SendReceipt
+from rlbroker.replies import pending_count
 from rlbroker.wire import encode
 
 #: How long a sender at a full queue waits between two looks, at most.

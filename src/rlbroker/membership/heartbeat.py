@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from rlbroker.background import Background
 from rlbroker.config import MAX_WORKER_ID, RunSettings, worker_number
-from rlbroker.connection import Backoff, Connection, Deadline, Script, text_fields
+from rlbroker.connection import Connection, Script
+from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import DeadlineExceeded, IncompatibleFormat
 from rlbroker.keys import Keys
+from rlbroker.replies import text_fields
 
 #: Heartbeats in one lease: this many must fail in a row before a worker is called away.
 BEATS_PER_LEASE = 5

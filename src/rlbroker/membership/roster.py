@@ -8,10 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 
 from rlbroker.config import RunSettings
-from rlbroker.connection import Connection, Script, scored_members, text_fields
+from rlbroker.connection import Connection, Script
 from rlbroker.errors import Fenced, IncompatibleFormat
 from rlbroker.keys import Keys
 from rlbroker.records import WorkerInfo
+from rlbroker.replies import scored_members, text_fields
 
 OPEN = Script(
     "open",

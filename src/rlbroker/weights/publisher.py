@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 
-from rlbroker.connection import Argument, Connection, Script, text_fields
+from rlbroker.connection import Argument, Connection, Script
 from rlbroker.keys import Keys
 from rlbroker.records import PublishReceipt
+from rlbroker.replies import text_fields
 from rlbroker.weights.pointer import CHUNK_BYTES, Pointer, digest_of
 from rlbroker.wire import Plan, StoredSegment, plan
 

@@ -13,9 +13,11 @@ import redis
 from redis import exceptions as redis_errors
 
 from rlbroker.background import Background
-from rlbroker.connection import Connection, Deadline, text_fields, translated
+from rlbroker.connection import Connection, translated
+from rlbroker.deadline import Deadline
 from rlbroker.errors import WireError
 from rlbroker.keys import Keys
+from rlbroker.replies import text_fields
 from rlbroker.weights.pointer import Pointer, digest_of, group
 from rlbroker.wire import Assembly, Limits
 

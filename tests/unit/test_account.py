@@ -1,4 +1,4 @@
-"""The ledger's sums, without Redis: every version has one final outcome for every member."""
+"""A worker's account, without Redis: every version has one final outcome for every member."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlbroker.control.ledger import Account, Event, Settled
-from rlbroker.control.ledger import settle as settle_up_to
+from rlbroker.control.account import Account, Event, Settled
+from rlbroker.control.account import settle as settle_up_to
 from rlbroker.records import Missed
 
 

@@ -1,0 +1,47 @@
+"""How long to wait: one deadline for all steps of an operation, and growing pauses between tries."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Final
+
+_FIRST_PAUSE_SECONDS: Final = 0.02
+_LONGEST_PAUSE_SECONDS: Final = 1.0
+
+
+class Deadline:
+    """A point in time that all steps of one operation share."""
+
+    def __init__(self, seconds: float) -> None:
+        """Set the deadline this many seconds from now."""
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that are left, never below zero."""
+        return max(0.0, self._end - time.monotonic())
+
+    @property
+    def over(self) -> bool:
+        """Whether no time is left."""
+        return time.monotonic() >= self._end
+
+
+class Backoff:
+    """Growing pauses with jitter, for one series of tries."""
+
+    def __init__(self, first: float = _FIRST_PAUSE_SECONDS, longest: float = _LONGEST_PAUSE_SECONDS) -> None:
+        """Begin with pauses around `first` seconds, which double up to `longest`."""
+        self._first, self._pause, self._longest = first, first, longest
+
+    def next(self, deadline: Deadline | None = None) -> float:
+        """Give the seconds to wait before the next try, not beyond the deadline."""
+        pause = self._pause * random.uniform(0.5, 1.0)
+        self._pause = min(self._pause * 2, self._longest)
+        return pause if deadline is None else min(pause, deadline.remaining)
+
+    def reset(self) -> None:
+        """Begin again with the shortest pause, after a success."""
+        self._pause = self._first

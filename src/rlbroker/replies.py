@@ -1,0 +1,50 @@
+"""Redis's replies as plain values, whatever shape redis-py gave them: it depends on protocol and version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def text_fields(reply: Any) -> dict[str, str]:
+    """Give a hash or a stream entry's fields as text, from a list of pairs or a dictionary of bytes."""
+    if isinstance(reply, dict):
+        return {_text(name): _text(value) for name, value in reply.items()}
+    flat = list(reply or ())
+    return {_text(name): _text(value) for name, value in zip(flat[::2], flat[1::2], strict=True)}
+
+
+def stream_entries(reply: Any) -> list[tuple[str, list[tuple[str, dict[bytes, bytes] | None]]]]:
+    """Give (key, [(entry id, fields), …]) from XREAD or XREADGROUP, whatever shape redis-py chose for them.
+
+    Fields are None for an entry that was deleted while it was pending.
+    """
+    if not reply:
+        return []
+    streams = reply.items() if isinstance(reply, dict) else reply
+    found = []
+    for key, entries in streams:
+        if (
+            entries
+            and isinstance(entries[0], list)
+            and entries[0]
+            and isinstance(entries[0][0], (list, tuple))
+        ):
+            entries = entries[0]  # RESP3 wraps the entries of a stream once more
+        found.append((_text(key), [(_text(entry_id), fields or None) for entry_id, fields in entries]))
+    return found
+
+
+def scored_members(reply: Any) -> dict[str, float]:
+    """Give member and score from ZRANGE WITHSCORES, whether redis-py paired them or not."""
+    if reply and isinstance(reply[0], (list, tuple)):
+        reply = [part for pair in reply for part in pair]
+    return {_text(member): float(score) for member, score in zip(reply[::2], reply[1::2], strict=True)}
+
+
+def pending_count(reply: Any) -> int:
+    """Give the number of pending entries from XPENDING's summary, in either of redis-py's shapes."""
+    return int(reply["pending"] if isinstance(reply, dict) else reply[0])
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
