@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -22,8 +23,14 @@ BEATS_PER_LEASE = 5
 REGISTER = Script(
     "register",
     """
-    -- KEYS: incarnations, members, the worker's acknowledgements, weights, control, meta
-    -- ARGV: worker id, lease in seconds where no learner has set one, '1' to take the id only if it is free
+    -- KEYS: incarnations, members, the worker's acknowledgements, weights, control, meta, the worker's heartbeat
+    -- ARGV: worker id, lease in seconds where no learner has set one, '1' to take the id only if it is free,
+    --       a token of this attempt
+    local wire_format = redis.call('HGET', KEYS[6], 'wire_format') or ''
+    local before = redis.call('HMGET', KEYS[7], 'token', 'incarnation', 'joined_version', 'joined_position')
+    if before[1] == ARGV[4] then  -- registered before; the reply was lost
+      return {'registered', before[2], before[3], before[4], wire_format}
+    end
     local time = redis.call('TIME')
     local now = time[1] * 1000 + math.floor(time[2] / 1000)
     local seen = redis.call('ZSCORE', KEYS[2], ARGV[1])
@@ -38,7 +45,11 @@ REGISTER = Script(
     redis.call('XADD', KEYS[3], incarnation .. '-0', 'event', 'joined', 'version', latest)
     local last = redis.call('XREVRANGE', KEYS[5], '+', '-', 'COUNT', 1)
     local position = last[1] and last[1][1] or '0-0'
-    return {'registered', incarnation, latest, position, redis.call('HGET', KEYS[6], 'wire_format') or ''}
+    redis.call('DEL', KEYS[7])
+    redis.call('HSET', KEYS[7], 'token', ARGV[4], 'incarnation', incarnation,
+      'joined_version', latest, 'joined_position', position)
+    redis.call('PEXPIRE', KEYS[7], string.format('%.0f', lease * 10000))
+    return {'registered', incarnation, latest, position, wire_format}
     """,
 )
 
@@ -182,8 +193,11 @@ class Heartbeat:
             self._keys.weights,
             self._keys.control,
             self._keys.meta,
+            self._keys.heartbeat(worker),
         )
-        reply = self._connection.run(REGISTER, keys, (worker, RunSettings.lease_seconds, int(only_if_free)))
+        reply = self._connection.run(
+            REGISTER, keys, (worker, RunSettings.lease_seconds, int(only_if_free), uuid.uuid4().hex)
+        )
         if reply[0] == b"taken":
             return None
         _, incarnation, latest, position, wire_format = reply

@@ -1,0 +1,114 @@
+"""Lost replies: the command ran, and nobody said so. Everything is sent again, and nothing happens twice."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+from conftest import FakeServer, Server, wait_until
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from rlbroker import WorkerClient, WorkerCommunicator
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+
+class Lossy:
+    """Loses some replies of a client, after the server has done what was asked."""
+
+    def __init__(self, client: Any, part: float, seed: int) -> None:
+        self.lost = 0
+        self._part, self._chance = part, random.Random(seed)
+        self._lock = threading.Lock()
+        ask, pipeline = client.execute_command, client.pipeline
+        client.execute_command = lambda *arguments, **options: self._lose(ask(*arguments, **options))
+
+        def lossy_pipeline(*arguments: Any, **options: Any) -> Any:
+            made = pipeline(*arguments, **options)
+            execute = made.execute
+            made.execute = lambda *args, **kwargs: self._lose(execute(*args, **kwargs))
+            return made
+
+        client.pipeline = lossy_pipeline
+        self.client = client
+
+    def _lose(self, reply: Any) -> Any:
+        with self._lock:
+            if self._chance.random() < self._part:
+                self.lost += 1
+                raise redis.ConnectionError("the reply was lost")
+        return reply
+
+
+@pytest.fixture
+def lossy(server: Server) -> Callable[[int], Lossy]:
+    def make(seed: int) -> Lossy:
+        if isinstance(server, FakeServer):
+            client: Any = fakeredis.FakeRedis(
+                server=server.client.connection_pool.connection_kwargs["server"]
+            )
+        else:
+            url = server.way()["redis_url"]
+            client = redis.Redis.from_url(url, protocol=2, retry=Retry(NoBackoff(), 0))
+        return Lossy(client, 0.1, seed)
+
+    return make
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_with_every_tenth_reply_lost_nothing_is_lost_or_doubled(
+    lossy: Callable[[int], Lossy], learner: Learner, worker: Worker, seed: int
+) -> None:
+    batches, versions, commands = 150, 20, 10
+    theirs, ours = lossy(seed), lossy(seed + 100)
+    comm = learner(redis_url=None, redis_client=ours.client)
+    client = worker(redis_url=None, redis_client=theirs.client)
+    done: list[int] = []
+    client.on_command("note", done.append)
+    got: list[int] = []
+    applied: list[int] = []
+    sent = [comm.send_control_command("note", number) for number in range(commands)]
+    for number in range(batches):
+        if number < versions:
+            assert comm.send_model_weights({"number": number}).version == number + 1
+        if client.poll({}):
+            applied.append(client.version)
+        assert client.send_experiences({"number": number})
+        got += [batch["number"] for _, batch in _collect(comm)]
+
+    def settled() -> bool:
+        if client.poll({}):
+            applied.append(client.version)
+        account = comm._ledger.accounts([0])[0]
+        return account.settled == versions and not comm._commander.waiting()
+
+    wait_until("all is settled", settled, timeout_seconds=30)
+    while pairs := _collect(comm):
+        got += [batch["number"] for _, batch in pairs]
+
+    assert got == list(range(batches))
+    assert done == list(range(commands))
+    assert all(command.wait(5.0)[0] for command in sent)
+    records = [record for record in comm.missed_updates()[0].records if record.what == "weights"]
+    missed = [version for record in records for version in range(record.first, record.last + 1)]
+    assert sorted(applied + missed) == list(range(1, versions + 1))
+    counts = comm.get_queue_info()["counts"][0]
+    assert (counts.produced, counts.delivered, counts.lost, counts.duplicates) == (batches, batches, {}, 0)
+    assert theirs.lost > 10
+    assert ours.lost > 10
+
+
+def _collect(comm: WorkerCommunicator) -> list[Any]:
+    """Collect until a call comes through: losing the reply of a read that does not wait raises."""
+    while True:
+        try:
+            return comm.collect_experiences()
+        except ConnectionError:
+            continue
