@@ -1,0 +1,51 @@
+"""Settings: where they come from, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlbroker.config import DEFAULT_URL, RunSettings, redacted_url, redis_url, run_name
+from rlbroker.errors import InvalidArgument
+from rlbroker.keys import Keys
+
+
+def test_the_url_is_the_argument_then_the_environment_then_localhost(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RLBROKER_REDIS_URL", "REDIS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    assert redis_url() == DEFAULT_URL
+    monkeypatch.setenv("REDIS_URL", "redis://general")
+    assert redis_url() == "redis://general"
+    monkeypatch.setenv("RLBROKER_REDIS_URL", "unix:///ours.sock")
+    assert redis_url() == "unix:///ours.sock"
+    assert redis_url("rediss://mine") == "rediss://mine"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://:secret@host:1/2", "redis://host:1/2"),
+        ("rediss://user:p%40ss@[::1]:6379", "rediss://[::1]:6379"),
+        ("unix://user:secret@/run/redis.sock?db=1&password=secret", "unix:///run/redis.sock"),
+        ("redis://host?password=secret", "redis://host"),
+    ],
+)
+def test_a_shown_url_has_no_password(url: str, shown: str) -> None:
+    assert redacted_url(url) == shown
+
+
+@pytest.mark.parametrize("run", ["", " ", "a b", "{x}", "a:b", "-x", "x" * 101, "ü"])
+def test_run_names_that_would_spoil_keys_are_refused(run: str) -> None:
+    with pytest.raises(InvalidArgument, match="run must be"):
+        run_name(run)
+
+
+def test_all_keys_of_a_run_share_one_hash_tag() -> None:
+    keys = Keys("pong.v2")
+    names = [keys.meta, keys.weights, keys.chunk("1-1-1", 0), keys.notify, keys.experiences(3), keys.control]
+    assert all(name.startswith("rlb:{pong.v2}:") for name in names)
+
+
+def test_settings_survive_the_hash() -> None:
+    settings = RunSettings(7, 8, "drop_oldest", 1.5, 60.0)
+    assert RunSettings.from_fields(settings.to_fields()) == settings
+    assert RunSettings.from_fields({"epoch": "3"}) == RunSettings()

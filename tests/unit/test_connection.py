@@ -1,0 +1,100 @@
+"""The boundary to Redis: retries under one deadline, and our errors for redis-py's."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import fakeredis
+import pytest
+import redis
+
+from rlbroker import errors
+from rlbroker.connection import Connection, Script, translated
+from rlbroker.deadline import Backoff, Deadline
+from rlbroker.replies import pending_count, scored_members, stream_entries, text_fields
+
+GIVE = Script("give", "return ARGV[1]")
+
+
+class Failing(fakeredis.FakeRedis):
+    """Fails some times before it answers."""
+
+    failures = 0
+    error: Exception = redis.ConnectionError("reset by peer")
+
+    def execute_command(self, *arguments: Any, **options: Any) -> Any:
+        if self.failures:
+            self.failures -= 1
+            raise self.error
+        return super().execute_command(*arguments, **options)  # type: ignore[no-untyped-call]
+
+
+def test_a_broken_connection_is_tried_again_until_it_works() -> None:
+    client = Failing()
+    client.failures = 3
+    assert Connection(client=client, timeout_seconds=5.0).execute("PING")
+
+
+def test_the_error_comes_within_the_deadline_with_its_cause() -> None:
+    client = Failing()
+    client.failures = 10**9
+    began = time.monotonic()
+    with pytest.raises(errors.ConnectionFailed, match="reset by peer") as caught:
+        Connection(client=client, timeout_seconds=5.0).execute("PING", deadline=Deadline(0.2))
+    assert time.monotonic() - began < 2.0
+    assert caught.value.__cause__ is client.error
+
+
+def test_what_trying_again_cannot_mend_is_raised_at_once() -> None:
+    client = Failing()
+    client.failures, client.error = 1, redis.AuthenticationError("WRONGPASS")
+    with pytest.raises(errors.AccessDenied):
+        Connection(client=client).execute("PING")
+
+
+def test_scripts_are_loaded_where_the_server_forgot_them() -> None:
+    connection = Connection(client=fakeredis.FakeRedis())
+    for _ in range(2):
+        assert connection.run(GIVE, (), (b"x",)) == b"x"
+        assert connection.run_all([(GIVE, (), (b"1",)), (GIVE, (), (b"2",))]) == [b"1", b"2"]
+        connection.client.script_flush()
+
+
+@pytest.mark.parametrize(
+    ("found", "ours"),
+    [
+        (redis.ConnectionError("refused"), errors.ConnectionFailed),
+        (redis.TimeoutError("slow"), errors.ConnectionFailed),
+        (redis.exceptions.BusyLoadingError("loading"), errors.ConnectionFailed),
+        (redis.AuthenticationError("invalid"), errors.AccessDenied),
+        (redis.exceptions.NoPermissionError("no"), errors.AccessDenied),
+        (redis.ResponseError("NOAUTH Authentication required"), errors.AccessDenied),
+        (redis.exceptions.OutOfMemoryError("command not allowed"), errors.ServerOutOfMemory),
+        (redis.ResponseError("OOM command not allowed"), errors.ServerOutOfMemory),
+        (redis.ResponseError("FENCED a newer learner"), errors.Fenced),
+        (redis.ResponseError("WRONGTYPE"), errors.ServerFault),
+    ],
+    ids=str,
+)
+def test_errors_of_the_client_library_become_ours(found: redis.RedisError, ours: type[Exception]) -> None:
+    assert type(translated(found, "host:1")) is ours
+
+
+def test_pauses_grow_and_never_pass_the_deadline() -> None:
+    backoff = Backoff(first=1.0, longest=4.0)
+    assert [round(backoff.next() / ceiling, 1) <= 1.0 for ceiling in (1, 2, 4, 4)] == [True] * 4
+    assert backoff.next(Deadline(0.01)) <= 0.01
+    backoff.reset()
+    assert backoff.next() <= 1.0
+
+
+def test_replies_have_one_shape_whatever_the_protocol() -> None:
+    entries = [(b"1-1", {b"a": b"b"}), (b"1-2", {})]
+    expected = [("s", [("1-1", {b"a": b"b"}), ("1-2", None)])]
+    assert stream_entries([[b"s", entries]]) == expected
+    assert stream_entries({b"s": [entries]}) == stream_entries({b"s": entries}) == expected
+    assert stream_entries(None) == stream_entries({}) == []
+    assert text_fields([b"a", b"1"]) == text_fields({b"a": b"1"}) == {"a": "1"}
+    assert scored_members([b"a", b"1"]) == scored_members([[b"a", 1.0]]) == {"a": 1.0}
+    assert pending_count([3, None, None, None]) == pending_count({"pending": 3}) == 3
