@@ -23,13 +23,10 @@ def stream_entries(reply: Any) -> list[tuple[str, list[tuple[str, dict[bytes, by
     streams = reply.items() if isinstance(reply, dict) else reply
     found = []
     for key, entries in streams:
-        if (
-            entries
-            and isinstance(entries[0], list)
-            and entries[0]
-            and isinstance(entries[0][0], (list, tuple))
-        ):
-            entries = entries[0]  # RESP3 wraps the entries of a stream once more
+        # RESP3 wraps the entries of a stream once more, an empty list of them too.
+        first = entries[0] if entries else None
+        if isinstance(first, list) and (not first or isinstance(first[0], (list, tuple))):
+            entries = first
         found.append((_text(key), [(_text(entry_id), fields or None) for entry_id, fields in entries]))
     return found
 

@@ -94,6 +94,7 @@ def test_replies_have_one_shape_whatever_the_protocol() -> None:
     expected = [("s", [("1-1", {b"a": b"b"}), ("1-2", None)])]
     assert stream_entries([[b"s", entries]]) == expected
     assert stream_entries({b"s": [entries]}) == stream_entries({b"s": entries}) == expected
+    assert stream_entries({b"s": [[]]}) == stream_entries([[b"s", []]]) == [("s", [])]
     assert stream_entries(None) == stream_entries({}) == []
     assert text_fields([b"a", b"1"]) == text_fields({b"a": b"1"}) == {"a": "1"}
     assert scored_members([b"a", b"1"]) == scored_members([[b"a", 1.0]]) == {"a": 1.0}
