@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from conftest import RealServer, wait_until
+from conftest import RealServer
 
 MAIN = [sys.executable, "-c", "from rlbroker.cli import main; main()"]
 
@@ -173,7 +173,8 @@ def test_missing_extras_are_named_with_what_installs_them(shell: Shell) -> None:
 
 def test_sigterm_stops_a_worker_cleanly(shell: Shell, real_server: RealServer) -> None:
     worker = shell.start("worker", "--run", "term", RLBROKER_REDIS_URL=real_server.url)
-    wait_until("the worker joined", lambda: real_server.client.exists("rlb:{term}:hb:0"), 30.0)
+    read_until(worker.stdout, "worker 0 of run term")
+    assert real_server.client.exists("rlb:{term}:hb:0")
     worker.terminate()
     said = worker.communicate(timeout=10)[0]
     assert worker.returncode == 130

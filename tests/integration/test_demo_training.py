@@ -78,6 +78,7 @@ def test_training_ends_when_solved_and_accounts_for_every_batch(
     assert summary.workers_left == ()
     assert summary.batches_produced == summary.batches_delivered + sum(summary.batches_lost.values())
     assert summary.batches_delivered >= 4
+    assert "left in the queue" not in summary.batches_lost
     assert sum(len(report.returns) for report in reports) == summary.episodes
     assert {worker for report in reports for _, worker, _ in report.batches} == {0, 1}
     assert {worker.worker_id for worker in reports[-1].workers} == {0, 1}

@@ -93,6 +93,9 @@ def test_plain_lines_come_every_few_seconds_and_at_the_end() -> None:
         for seconds in (1.0, 2.0, 5.9, 6.0, 7.0, 8.0):
             view.update(at(seconds))
     assert [line.split()[0] for line in written] == ["1.0", "6.0", "8.0"]
+    with PlainLines(written.append, seconds=5.0) as view:
+        view.update(at(9.0))
+    assert [line.split()[0] for line in written] == ["1.0", "6.0", "8.0", "9.0"], "none is written twice"
     assert all(line.endswith("\n") and "\x1b" not in line for line in written)
 
 

@@ -31,13 +31,14 @@ def learner(
     output: Annotated[Path | None, typer.Option(help="Where to draw a picture of the training run.")] = None,
     progress: Annotated[
         Literal["auto", "json"],
-        typer.Option(help="auto: a dashboard, or lines where that is no terminal. json: for programs."),
+        typer.Option(
+            help="auto: a dashboard, or lines where that is no terminal. json: for programs, with exit code 0 after a summary."
+        ),
     ] = "auto",
 ) -> None:
     """Train a policy with PPO on what workers send, and stop the workers at the end.
 
-    Exit code: 0 solved, 1 not solved in time, 130 after Ctrl-C. With --progress json it is 0 whenever the
-    last line is a summary.
+    Exit code: 0 solved, 1 not solved in time, 130 after Ctrl-C.
 
     Example: rlbroker learner --url redis://host:6379/0 --run demo --env CartPole-v1
     """

@@ -32,10 +32,9 @@ def worker(
     Example: rlbroker worker --url redis://host:6379/0 --run demo --env CartPole-v1
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from rlbroker.demo import place, require_extras
+    from rlbroker.demo import require_extras
 
     require_extras()
-    print(f"worker of {place(url, run)}", flush=True)
     from rlbroker.demo.worker import WorkerSettings, work
 
     settings = WorkerSettings(

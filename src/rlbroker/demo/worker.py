@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from gymnasium.vector import VectorEnv
 
+from rlbroker.demo import place
 from rlbroker.demo.policy import ActorCritic
 from rlbroker.demo.rollout import Rollout, make_envs
 from rlbroker.errors import QueueFull
@@ -78,6 +79,7 @@ def work(settings: WorkerSettings) -> int:
     envs = make_envs(settings.env_id, settings.num_envs)
     try:
         with WorkerClient(redis_url=settings.url, run=settings.run, worker_id=settings.worker_id) as worker:
+            print(f"worker {worker.worker_id} of {place(settings.url, settings.run)}", flush=True)
             return run_worker(
                 worker, envs, env_id=settings.env_id, seed=settings.seed, timeout=settings.timeout_seconds
             )
