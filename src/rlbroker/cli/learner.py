@@ -32,7 +32,7 @@ def learner(
     progress: Annotated[
         Literal["auto", "json"],
         typer.Option(
-            help="auto: a dashboard, or lines where that is no terminal. json: for programs, with exit code 0 after a summary."
+            help="auto: a dashboard, or lines where that is no terminal. json: for programs; exit code 0."
         ),
     ] = "auto",
 ) -> None:
