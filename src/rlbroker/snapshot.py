@@ -12,9 +12,29 @@ from rlbroker.errors import InvalidArgument
 from rlbroker.experience.counts import read_counts
 from rlbroker.keys import Keys
 from rlbroker.membership.roster import Roster
-from rlbroker.records import MissedUpdates, QueueCounts, WorkerInfo
+from rlbroker.records import Liveness, MissedUpdates, QueueCounts, WorkerInfo
 from rlbroker.replies import text_fields
 from rlbroker.weights.pointer import Pointer
+
+#: What of the pointer concerns people; the rest says how to fetch it.
+_WEIGHTS = ("version", "kind", "codec", "raw_bytes", "stored_bytes", "chunks", "published")
+
+
+@dataclass(frozen=True)
+class LearnerStatus:
+    """The latest learner of a run.
+
+    Attributes:
+        epoch: how many learners the run has had.
+        state: `alive`, or `away` when it was silent for longer than a lease: it ended, or is cut off.
+        last_seen_seconds: age of its last sign of life, by the server's clock; None if it never gave one.
+    """
+
+    epoch: int
+    state: Liveness
+    host: str
+    pid: int
+    last_seen_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -33,11 +53,9 @@ class Snapshot:
 
     Attributes:
         run: its name.
-        server: address of the server.
+        server: address of the server, without password.
         server_version: as the server reports it; empty if it does not.
-        epoch: how many learners the run has had.
-        learner: host and process id of the latest one.
-        learner_seen_seconds: age of its last sign of life; None if it never gave one.
+        learner: the latest learner; None if no learner has opened the run.
         pointer: the latest version; None before the first.
         workers: by worker id, whoever ever took part.
     """
@@ -45,39 +63,47 @@ class Snapshot:
     run: str
     server: str
     server_version: str
-    epoch: int
-    learner: str
-    learner_seen_seconds: float | None
+    learner: LearnerStatus | None
     pointer: Pointer | None
     workers: dict[int, WorkerStatus]
 
     def to_json(self) -> dict[str, Any]:
-        """Give the snapshot as what JSON can hold."""
+        """Give the snapshot as what JSON can hold.
+
+        Returns:
+            `run`, `server`, `server_version`: text.
+            `learner`: null, or the fields of `LearnerStatus`.
+            `weights`: null, or `version`, `kind`, `codec`, `raw_bytes`, `stored_bytes`, `chunks`, `published`.
+            `workers`: by id, each with
+            `member`: null once it left, or the fields of `WorkerInfo`;
+            `batches`: null before its first, or the fields of `QueueCounts`, and `produced`;
+            `missed`: the fields of `MissedUpdates`, its `records` with those of `Missed`;
+            `commands_waiting`: commands that it has not answered.
+        """
+        pointer = asdict(self.pointer) if self.pointer else None
         return {
             "run": self.run,
             "server": self.server,
             "server_version": self.server_version,
-            "learner": {
-                "epoch": self.epoch,
-                "process": self.learner,
-                "last_seen_seconds": self.learner_seen_seconds,
-            },
-            "weights": asdict(self.pointer) if self.pointer else None,
+            "learner": asdict(self.learner) if self.learner else None,
+            "weights": {name: pointer[name] for name in _WEIGHTS} if pointer else None,
             "workers": {str(worker): _worker_json(status) for worker, status in self.workers.items()},
         }
 
 
 def run_names(connection: Connection) -> list[str]:
-    """Give the names of the runs on a server, in order.
+    """Give the names of the runs on a server, in order; those that wait for their learner too.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
     """
+    prefix, _, meta = Keys("RUN").meta.partition("RUN")
+    suffixes = (meta, Keys("RUN").incarnations.partition("RUN")[2])
     found, cursor = set[str](), b"0"
-    prefix, suffix = Keys("RUN").meta.split("RUN")
     while True:
-        cursor, keys = connection.execute("SCAN", cursor, "MATCH", f"{prefix}*{suffix}", "COUNT", 1000)
-        found.update(key.decode()[len(prefix) : -len(suffix)] for key in keys)
+        cursor, keys = connection.execute("SCAN", cursor, "MATCH", f"{prefix}*", "COUNT", 1000)
+        for name in (key.decode(errors="replace") for key in keys):
+            found.update(name[len(prefix) : -len(suffix)] for suffix in suffixes if name.endswith(suffix))
         if int(cursor) == 0:
             return sorted(found)
 
@@ -87,15 +113,17 @@ def choose_run(connection: Connection, run: str | None) -> str:
 
     Raises:
         InvalidArgument: there is none, or more than one to choose from; those that exist are named.
+        PeerError: the server refused, or could not be reached in time.
     """
-    names = run_names(connection)
-    if run in names:
+    if run is not None and connection.execute("EXISTS", Keys(run).meta, Keys(run).incarnations):
         return run
+    names = run_names(connection)
     if run is None and len(names) == 1:
         return names[0]
     there = f"runs there are: {', '.join(names)}" if names else "there are no runs on it"
-    asked = "choose one with --run" if run is None else f"there is no run {run!r}"
-    raise InvalidArgument(f"{asked} on {connection.address}; {there}")
+    asked = "there is no single run" if run is None else f"there is no run {run!r}"
+    choose = "; choose one with --run" if names else ""
+    raise InvalidArgument(f"{asked} on {connection.address}; {there}{choose}")
 
 
 def take_snapshot(connection: Connection, run: str) -> Snapshot:
@@ -109,8 +137,8 @@ def take_snapshot(connection: Connection, run: str) -> Snapshot:
         [("TIME",), ("HGETALL", keys.meta), ("HGETALL", keys.weights), ("HGETALL", keys.pending)]
     )
     meta, now = text_fields(meta_reply), int(clock[0]) + int(clock[1]) / 1e6
-    pointer = Pointer.from_fields(text_fields(pointer_reply))
-    roster = Roster(connection, keys, RunSettings.from_fields(meta))
+    pointer, settings = Pointer.from_fields(text_fields(pointer_reply)), RunSettings.from_fields(meta)
+    roster = Roster(connection, keys, settings)
     ids = roster.ids()
     members = {info.worker_id: info for info in roster.workers()}
     counts = read_counts(connection, keys, ids)
@@ -124,9 +152,7 @@ def take_snapshot(connection: Connection, run: str) -> Snapshot:
         run=run,
         server=connection.address,
         server_version=connection.server_version(),
-        epoch=int(meta.get("epoch", 0)),
-        learner=f"{meta.get('learner_host', '?')} pid {meta.get('learner_pid', '?')}",
-        learner_seen_seconds=max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None,
+        learner=_learner(meta, now, settings.lease_seconds) if meta else None,
         pointer=pointer,
         workers={
             worker: WorkerStatus(
@@ -137,17 +163,22 @@ def take_snapshot(connection: Connection, run: str) -> Snapshot:
     )
 
 
+def _learner(meta: dict[str, str], now: float, lease_seconds: float) -> LearnerStatus:
+    silent_seconds = max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
+    return LearnerStatus(
+        epoch=int(meta.get("epoch", 0)),
+        state="alive" if silent_seconds is not None and silent_seconds < lease_seconds else "away",
+        host=meta.get("learner_host", ""),
+        pid=int(meta.get("learner_pid", 0)),
+        last_seen_seconds=silent_seconds,
+    )
+
+
 def _worker_json(status: WorkerStatus) -> dict[str, Any]:
-    counts, missed = status.counts, status.missed
+    counts = status.counts
     return {
         "member": asdict(status.info) if status.info else None,
         "batches": asdict(counts) | {"produced": counts.produced} if counts else None,
-        "missed": {
-            "versions": missed.total,
-            "by_reason": dict(missed.by_reason),
-            "commands": missed.commands,
-            "behind": missed.behind,
-            "skips_in_a_row": missed.skips_in_a_row,
-        },
+        "missed": asdict(status.missed),
         "commands_waiting": status.commands_waiting,
     }

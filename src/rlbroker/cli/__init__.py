@@ -21,6 +21,7 @@ app = typer.Typer(
     name="rlbroker",
     help="The Redis-backed broker between reinforcement-learning learners and rollout workers.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+#: How often to look whether the server still runs.
+LOOK_SECONDS = 0.2
 
 
 def server(
@@ -28,12 +32,15 @@ def server(
     """Start a Redis-compatible server that asks for a password, and stop it at Ctrl-C.
 
     The URL, password included, is printed on stdout; give it to learner and workers as RLBROKER_REDIS_URL.
+    Exit code: 130 after Ctrl-C or SIGTERM, 2 if the server cannot start or ends by itself.
 
     Example: rlbroker server --bind 0.0.0.0 --port 6379
     """
+    # First of all, so that the server's end is orderly from the very start.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from rlbroker.errors import ConnectionFailed
     from rlbroker.local.redis_server import RedisServer
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     limit = None if maxmemory_mb is None else maxmemory_mb << 20
     embedded = RedisServer(
         bind=bind, port=port, directory=directory, maxmemory_bytes=limit, persistence=directory is not None
@@ -42,6 +49,8 @@ def server(
         with embedded:
             print(f"{embedded.version}, process {embedded.pid}; Ctrl-C ends it", file=sys.stderr)
             print(f"export RLBROKER_REDIS_URL='{embedded.network_url or embedded.url}'", flush=True)
-            signal.pause()
+            while embedded.running:
+                time.sleep(LOOK_SECONDS)
+            raise ConnectionFailed(f"the server ended by itself; its log ends with:\n{embedded.log_tail(5)}")
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from rlbroker.records import Missed
     from rlbroker.snapshot import Snapshot, WorkerStatus
+
+#: What a narrow terminal does not show, in this order: a column less is better than cut numbers.
+_SPARE_COLUMNS = ("process", "in hand", "commands", "stale", "seen")
+
+#: Columns of text that a pipe has room for.
+_PIPE_WIDTH = 1000
 
 
 def status(
@@ -16,12 +27,13 @@ def status(
         str | None, typer.Option(help="Server; without it RLBROKER_REDIS_URL, REDIS_URL, localhost.")
     ] = None,
     run: Annotated[str | None, typer.Option(help="Which run; not needed if there is only one.")] = None,
+    missed: Annotated[bool, typer.Option("--missed", help="List missed versions and commands too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the server.")] = 5.0,
 ) -> None:
     """Show a run: its server, version, workers with their versions, queues, and what was missed.
 
-    Reading changes nothing.
+    Reading changes nothing. Exit code: 0, or 2 if the server or the run is not there.
 
     Example: rlbroker status --url redis://host:6379/0 --run pong
     """
@@ -30,63 +42,124 @@ def status(
 
     connection = Connection(url, timeout_seconds=timeout)
     try:
+        connection.execute_once(
+            "PING"
+        )  # without retries: who looks wants to know at once that nobody answers
         snapshot = take_snapshot(connection, choose_run(connection, run))
     finally:
         connection.close()
     if as_json:
         print(json.dumps(snapshot.to_json(), indent=2))
     else:
-        _show(snapshot)
+        _show(snapshot, list_missed=missed)
 
 
-def _show(snapshot: Snapshot) -> None:
-    from rich import box
+def _show(snapshot: Snapshot, *, list_missed: bool) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    # Wider than some terminals, but whole: a cut number would be a wrong one.
-    console = Console(highlight=False, width=max(110, Console().width))
-    console.print(
-        f"run      [bold]{snapshot.run}[/] on {snapshot.server} ({snapshot.server_version or 'version unknown'})"
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    console = Console(width=width, highlight=False, markup=False, soft_wrap=True)
+    server = f"{snapshot.server} ({snapshot.server_version or 'version unknown'})"
+    console.print(f"run      {snapshot.run} on {server}")
+    console.print(f"learner  {_learner(snapshot)}")
+    console.print(f"weights  {_weights(snapshot)}")
+    if not snapshot.workers:
+        console.print("workers  none yet")
+        return
+    rows = {worker: _row(worker, one) for worker, one in snapshot.workers.items()}
+    columns = list(next(iter(rows.values())))
+    unlimited = console.options.update(width=_PIPE_WIDTH)
+    for spare in _SPARE_COLUMNS:
+        if console.measure(_table(columns, rows.values()), options=unlimited).maximum <= console.width:
+            break
+        columns.remove(spare)
+    console.print(_table(columns, rows.values()))
+    for worker, one in snapshot.workers.items():
+        if one.info and one.info.problem:
+            problem = _plain(one.info.problem)
+            console.print(f"worker {worker} cannot load the newest weights: {problem}", style="red")
+        for record in one.missed.records if list_missed else ():
+            console.print(f"worker {worker} missed {_describe(record)}")
+
+
+def _learner(snapshot: Snapshot) -> str:
+    learner = snapshot.learner
+    if learner is None:
+        return "none yet"
+    seen = (
+        "not seen yet" if learner.last_seen_seconds is None else f"seen {_age(learner.last_seen_seconds)} ago"
     )
-    seen = snapshot.learner_seen_seconds
-    alive = "never seen" if seen is None else f"last seen {seen:.1f} s ago"
-    console.print(f"learner  {snapshot.learner}, epoch {snapshot.epoch}, {alive}")
+    ended = "" if learner.state == "alive" else "; it has ended, or is cut off"
+    return f"{learner.host} pid {learner.pid}, epoch {learner.epoch}, {seen}{ended}"
+
+
+def _weights(snapshot: Snapshot) -> str:
     pointer = snapshot.pointer
     if pointer is None:
-        console.print("weights  none published yet")
-    else:
-        size = f"{pointer.stored_bytes:,} bytes stored for {pointer.raw_bytes:,}, {pointer.codec}"
-        console.print(f"weights  version {pointer.version}: {size}")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("id", justify="right")
-    for name in ("state", "process"):
-        table.add_column(name, no_wrap=True)
-    for name in ("version", "stale", "waiting", "in hand", "delivered", "lost", "missed", "commands", "seen"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for worker, one in snapshot.workers.items():
-        table.add_row(str(worker), *_cells(one))
-    if snapshot.workers:
-        console.print(table)
-    else:
-        console.print("workers  none yet")
+        return "none published yet"
+    size = f"{pointer.stored_bytes:,} bytes stored for {pointer.raw_bytes:,}"
+    return f"version {pointer.version}: {size}, {pointer.codec}"
 
 
-def _cells(one: WorkerStatus) -> list[str]:
+def _row(worker: int, one: WorkerStatus) -> dict[str, str]:
+    """Give one worker's cells by column, in order; a worker that left has no version any more."""
     info, counts = one.info, one.counts
-    state = "[dim]left[/]" if info is None else info.state if info.state == "alive" else "[red]away[/]"
-    lost = sum(counts.lost.values()) if counts else 0
-    missed = one.missed.total + one.missed.commands
-    return [
-        state,
-        f"{info.host}:{info.pid}" if info else "",
-        str(info.version) if info else "",
-        str(info.staleness) if info else "",
-        str(counts.waiting) if counts else "",
-        str(counts.in_hand) if counts else "",
-        f"{counts.delivered:,}" if counts else "",
-        f"[red]{lost:,}[/]" if lost else "0",
-        f"[yellow]{missed:,}[/]" if missed else "0",
-        str(one.commands_waiting),
-        f"{info.last_seen_seconds:.1f} s" if info else "",
-    ]
+    return {
+        "id": str(worker),
+        "state": info.state if info else "left",
+        "version": str(info.version) if info else "",
+        "stale": str(info.staleness) if info else "",
+        "waiting": f"{counts.waiting:,}" if counts else "0",
+        "in hand": f"{counts.in_hand:,}" if counts else "0",
+        "delivered": f"{counts.delivered:,}" if counts else "0",
+        "lost": f"{sum(counts.lost.values()):,}" if counts else "0",
+        "missed": f"{one.missed.total + one.missed.commands:,}",
+        "commands": str(one.commands_waiting),
+        "seen": _age(info.last_seen_seconds) if info else "",
+        "process": f"{_plain(info.host)}:{info.pid}" if info else "",
+    }
+
+
+def _table(columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("state", "process") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(row[name], _style(name, row[name])) for name in columns))
+    return table
+
+
+def _style(column: str, cell: str) -> str:
+    if cell == "away" or (column == "lost" and cell != "0"):
+        return "red"
+    return "yellow" if column == "missed" and cell != "0" else ""
+
+
+def _describe(record: Missed) -> str:
+    what = (
+        f"version {record.first}" if record.last == record.first else f"versions {record.first}-{record.last}"
+    )
+    if record.what == "command":
+        what = f"the command {_plain(record.command)}"
+    return f"{what}: {record.why}" + (f", {_plain(record.detail)}" if record.detail else "")
+
+
+def _age(seconds: float) -> str:
+    """Give an age that is short to read.
+
+    >>> [_age(seconds) for seconds in (0.25, 75, 300, 7200, 260000)]
+    ['0.2 s', '75 s', '5 min', '2 h', '3 days']
+    """
+    for limit, unit_seconds, unit in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds:.1f} s" if seconds < 10 else f"{seconds / unit_seconds:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} days"
+
+
+def _plain(text: str) -> str:
+    """Give what a worker wrote without what would steer the terminal: workers are not trusted."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
