@@ -109,7 +109,7 @@ def test_a_learner_says_when_it_did_not_make_it_in_time(shell: Shell, real_serve
     learner = shell.start("learner", "--max-seconds", "3", RLBROKER_REDIS_URL=real_server.url)
     said = learner.communicate(timeout=60)[0]
     assert learner.returncode == 1, said
-    assert "CartPole-v1 is not solved after 3" in said
+    assert "CartPole-v1 is not solved after" in said
 
 
 @pytest.mark.parametrize("when", [r"rlbroker worker", r"[1-9]\d* steps "], ids=["starting", "training"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,12 +24,14 @@ ENV = "CartPole-v1"
 
 
 @pytest.fixture(autouse=True)
-def one_thread_each() -> Iterator[None]:
-    """As the commands do; here, torch's own threads would fight over the cores for seconds."""
-    before = torch.get_num_threads()
+def quick_threads() -> Iterator[None]:
+    """Let threads share two cores: torch gives the GIL away at each operation, to get it back 5 ms later."""
+    before = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)
+    sys.setswitchinterval(0.0002)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(before[0])
+    sys.setswitchinterval(before[1])
 
 
 class Team:
