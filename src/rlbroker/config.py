@@ -78,7 +78,10 @@ def redis_url(url: str | None = None) -> str:
         InvalidArgument: the scheme is none of redis, rediss and unix.
     """
     found = url or os.environ.get("RLBROKER_REDIS_URL") or os.environ.get("REDIS_URL") or DEFAULT_URL
-    scheme = urlsplit(found).scheme
+    try:
+        scheme = urlsplit(found).scheme
+    except ValueError as error:
+        raise InvalidArgument(f"the server's URL {redacted_url(found)} cannot be used: {error}") from error
     if scheme not in URL_SCHEMES:
         known = ", ".join(f"{name}://" for name in URL_SCHEMES)
         raise InvalidArgument(f"the server's URL has the scheme {scheme!r}; use one of {known}")
@@ -86,13 +89,17 @@ def redis_url(url: str | None = None) -> str:
 
 
 def redacted_url(url: str) -> str:
-    """Give the URL without user, password and query, fit for logs and errors.
+    """Give the URL without user, password and query, fit for logs and errors, also if it is malformed.
 
     >>> redacted_url("redis://me:secret@host:6379/0?socket_timeout=1")
     'redis://host:6379/0'
     """
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    scheme, colon, rest = url.partition("://")
+    before, _, query = rest.partition("?")
+    if "@" in query:  # part of a password, or of a parameter
+        return f"{scheme}://…"
+    # A password may hold an @ or a / that should have been escaped.
+    return scheme + colon + before.rpartition("@")[2]
 
 
 def run_name(run: str) -> str:

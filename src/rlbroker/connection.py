@@ -114,6 +114,7 @@ class Connection:
         """Close the connections, unless the client was given by the user."""
         if self._owns_client and os.getpid() == self._pid:
             self.client.close()
+            self.client.connection_pool.disconnect()  # a client does not close a pool that it was given
 
     def check_process(self) -> None:
         """Refuse to work in a forked child, where sockets and threads are the parent's.

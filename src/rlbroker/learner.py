@@ -28,7 +28,7 @@ from rlbroker.experience.counts import read_counts
 from rlbroker.experience.sender import DROP_OLDEST, OPEN_QUEUE
 from rlbroker.keys import Keys
 from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER
-from rlbroker.membership.roster import FORGET, OPEN, Roster
+from rlbroker.membership.roster import CLOSE, FORGET, OPEN, Roster
 from rlbroker.records import Batch, CleanupReport, MissedUpdates, PublishReceipt, WorkerInfo
 from rlbroker.weights.publisher import COMMIT, Publisher
 from rlbroker.wire import FORMAT_VERSION
@@ -36,7 +36,20 @@ from rlbroker.wire import FORMAT_VERSION
 logger = logging.getLogger("rlbroker")
 
 #: Every script of both sides: workers may lack the right to load theirs.
-SCRIPTS = (OPEN, COMMIT, SEND, SETTLE, ACKNOWLEDGE, FORGET, REGISTER, BEAT, LEAVE, OPEN_QUEUE, DROP_OLDEST)
+SCRIPTS = (
+    OPEN,
+    CLOSE,
+    COMMIT,
+    SEND,
+    SETTLE,
+    ACKNOWLEDGE,
+    FORGET,
+    REGISTER,
+    BEAT,
+    LEAVE,
+    OPEN_QUEUE,
+    DROP_OLDEST,
+)
 
 #: How often, at least, the learner forgets silent workers and trims the control stream.
 HOUSEKEEPING_SECONDS = 10.0
@@ -110,11 +123,15 @@ class WorkerCommunicator:
         self._keys = keys = Keys(run)
         self._closed: CleanupReport | None = None
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
-        connection.check_server(allow_eviction=allow_eviction)
-        connection.load(SCRIPTS)
         self._roster = Roster(connection, keys, settings)
-        self._epoch = self._roster.open(wire_format=FORMAT_VERSION, num_workers=num_workers)
-        self._publisher = Publisher(connection, keys, epoch=self._epoch)
+        try:
+            connection.check_server(allow_eviction=allow_eviction)
+            connection.load(SCRIPTS)
+            self._epoch = self._roster.open(wire_format=FORMAT_VERSION, num_workers=num_workers)
+            self._publisher = Publisher(connection, keys, epoch=self._epoch)
+        except BaseException:
+            connection.close()
+            raise
         self._commander = Commander(connection, keys, epoch=self._epoch)
         self._ledger = Ledger(connection, keys)
         self._collector = Collector(
@@ -239,8 +256,10 @@ class WorkerCommunicator:
     def missed_updates(self) -> dict[int, MissedUpdates]:
         """Give, by worker, which versions and commands it missed, why, and since when."""
         self._check()
+        workers = self._roster.ids()
+        self._ledger.settle(workers, self._epoch)
         return self._ledger.missed_updates(
-            self._roster.ids(), latest_version=self.version, published=self._publisher.published
+            workers, latest_version=self.version, published=self._publisher.published
         )
 
     def get_queue_info(self) -> dict[str, Any]:
@@ -252,7 +271,9 @@ class WorkerCommunicator:
             `counts`, by worker id, the `QueueCounts` of its batches.
         """
         self._check()
-        counts = read_counts(self._connection, self._keys, self._roster.ids())
+        workers = self._roster.ids()
+        self._ledger.settle(workers, self._epoch)
+        counts = read_counts(self._connection, self._keys, workers)
         accounts = self._ledger.accounts(counts)
         waiting = self._commander.waiting()
         size = max(self._num_workers, *(worker + 1 for worker in counts), 0)
@@ -283,10 +304,11 @@ class WorkerCommunicator:
         try:
             if acknowledge and self._acknowledge_mode == "next":
                 self._collector.acknowledge_returned()
-            self._settle_what_is_there()
+            self._ledger.settle(self._roster.ids(), self._epoch)
             counts = read_counts(self._connection, self._keys, self._roster.ids())
             waiting = {worker: count.waiting for worker, count in counts.items()}
             commands = sum(self._commander.waiting().values())
+            self._roster.close(self._epoch)
             self._closed = CleanupReport(waiting, self._collector.unacknowledged(), commands)
         except PeerError as error:
             logger.warning("cleanup of the run %r: %s", self.run, error)
@@ -305,7 +327,8 @@ class WorkerCommunicator:
         workers = self._roster.ids()
         if not workers:
             self._thread.pause(BLOCK_SECONDS)
-        if self._ledger.settle_waiting(workers, self._epoch, block_seconds=self._connection.block_seconds):
+        elif self._ledger.wait(workers, self._connection.block_seconds):
+            self._ledger.settle(workers, self._epoch)
             self._commander.look_again()
         if self._next_sign_of_life.over:
             self._roster.say_alive(self._epoch)
@@ -315,8 +338,3 @@ class WorkerCommunicator:
                 logger.warning("worker %d was silent for too long and no longer belongs to the run", worker)
             self._commander.trim()
             self._next_housekeeping = Deadline(self._housekeeping_seconds)
-
-    def _settle_what_is_there(self) -> None:
-        workers = self._roster.ids()
-        while self._ledger.settle_waiting(workers, self._epoch, block_seconds=0.001):
-            pass

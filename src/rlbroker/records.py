@@ -63,6 +63,22 @@ class Batch(dict[str, Any]):
 
 
 @dataclass(frozen=True)
+class Registration:
+    """A worker's place in the run, as the server gave it.
+
+    Attributes:
+        incarnation: this life of the worker id; 0 before it registered.
+        latest_version: the latest version then.
+        control_position: id of the last entry of the control stream that does not concern this life.
+    """
+
+    worker_id: int
+    incarnation: int
+    latest_version: int
+    control_position: str
+
+
+@dataclass(frozen=True)
 class SendReceipt:
     """What happened to one batch on the worker's side. True if it is in the queue."""
 

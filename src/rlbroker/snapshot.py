@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rlbroker.config import RunSettings
 from rlbroker.connection import Connection
@@ -26,12 +26,12 @@ class LearnerStatus:
 
     Attributes:
         epoch: how many learners the run has had.
-        state: `alive`, or `away` when it was silent for longer than a lease: it ended, or is cut off.
+        state: `alive`; `ended` after it was cleaned up; or `away` when it has been silent for longer than a lease.
         last_seen_seconds: age of its last sign of life, by the server's clock; None if it never gave one.
     """
 
     epoch: int
-    state: Liveness
+    state: Liveness | Literal["ended"]
     host: str
     pid: int
     last_seen_seconds: float | None
@@ -165,9 +165,10 @@ def take_snapshot(connection: Connection, run: str) -> Snapshot:
 
 def _learner(meta: dict[str, str], now: float, lease_seconds: float) -> LearnerStatus:
     silent_seconds = max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
+    alive = silent_seconds is not None and silent_seconds < lease_seconds
     return LearnerStatus(
         epoch=int(meta.get("epoch", 0)),
-        state="alive" if silent_seconds is not None and silent_seconds < lease_seconds else "away",
+        state="ended" if meta.get("learner_state") == "ended" else "alive" if alive else "away",
         host=meta.get("learner_host", ""),
         pid=int(meta.get("learner_pid", 0)),
         last_seen_seconds=silent_seconds,

@@ -80,35 +80,26 @@ class WorkerClient:
         self._resets = 0
         self._handlers: dict[str, Handler] = {}
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
-        connection.check_server(allow_eviction=True)  # the learner decides
         self._subscriber = Subscriber(connection, keys)
         self._heartbeat = Heartbeat(connection, keys, wire_format=FORMAT_VERSION, describe=self._describe)
         self._sender: Sender | None = None
-        joined = self._heartbeat.register(worker_id)
-        self._inbox = Inbox(
-            connection,
-            keys,
-            joined.worker_id,
-            joined.incarnation,
-            joined.control_position,
-            noticed=self._subscriber.hint,
-        )
         try:
+            connection.check_server(allow_eviction=True)  # the learner decides
+            joined = self._heartbeat.register(worker_id)
+            self._inbox = Inbox(connection, keys, joined, noticed=self._subscriber.hint)
             self._sender = Sender(
                 connection,
                 keys,
-                joined.worker_id,
-                joined.incarnation,
+                joined,
                 settings=self._heartbeat.settings,
                 when_full=when_full,
                 compression=compression,
             )
-        except BaseException:
-            self._heartbeat.leave(connection.timeout_seconds)
-            connection.close()
+            self._inbox.start()
+            self._subscriber.start()
+        except BaseException:  # Ctrl-C too: nobody shall wait for a worker that never was
+            self._abandon()
             raise
-        self._inbox.start()
-        self._subscriber.start()
 
     def __enter__(self) -> Self:
         """Give the client itself; leaving the block closes it."""
@@ -186,10 +177,13 @@ class WorkerClient:
         """
         self._check()
         deadline = Deadline(positive_seconds("timeout", timeout))
+        latest = self._subscriber.read_latest()
         if self._version and not self._subscriber.ready:
             self._subscriber.fetch_again()
+        loaded = False
         while self.running:
-            if self._apply(self._subscriber.take(min(LOOK_SECONDS, deadline.remaining)), model):
+            loaded |= self._apply(self._subscriber.take(min(LOOK_SECONDS, deadline.remaining)), model)
+            if loaded and (deadline.over or self._subscriber.has_handled(latest)):
                 break
             self._obey_waiting()
             self._check()
@@ -283,6 +277,14 @@ class WorkerClient:
         self._heartbeat.check()
         self._inbox.check()
         self._subscriber.check()
+
+    def _abandon(self) -> None:
+        self._closed = True
+        try:
+            self._heartbeat.leave(self._connection.timeout_seconds)
+        except PeerError as error:
+            logger.debug("leaving the run %r: %s", self.run, error)
+        self._connection.close()
 
     def _describe(self) -> dict[str, str | int]:
         return {

@@ -224,8 +224,16 @@ def test_status_of_workers_that_wait_for_their_learner(
 def test_status_of_a_run_that_ended(real_server: RealServer, run: str) -> None:
     with WorkerCommunicator(1, redis_url=real_server.url, run=run, lease_seconds=0.2):
         wait_until("it lives", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None)
-    wait_until("its lease is over", lambda: status_json(real_server)["learner"]["state"] == "away")
-    assert re.search(r"seen \S+ s ago; it has ended, or is cut off$", status(real_server), re.MULTILINE)
+    assert status_json(real_server)["learner"]["state"] == "ended"
+    assert re.search(r"seen \S+ s ago; it has ended$", status(real_server), re.MULTILINE)
+
+
+def test_status_of_a_run_whose_learner_is_silent(real_server: RealServer, run: str) -> None:
+    with WorkerCommunicator(1, redis_url=real_server.url, run=run, lease_seconds=0.2) as comm:
+        wait_until("it lives", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None)
+        comm._thread.stop(5.0)
+        wait_until("its lease is over", lambda: status_json(real_server)["learner"]["state"] == "away")
+        assert re.search(r"seen \S+ s ago; it died, or is cut off$", status(real_server), re.MULTILINE)
 
 
 def test_what_a_worker_writes_does_not_steer_the_terminal(

@@ -160,6 +160,12 @@ def test_a_batch_larger_than_the_bound_is_refused_at_once(learner: Learner, work
         worker().send_experiences({"obs": np.random.default_rng(1).random(1000)})
 
 
+def test_a_batch_that_no_learner_would_decode_is_refused(learner: Learner, worker: Worker) -> None:
+    learner()
+    with pytest.raises(BatchTooLarge, match="no more than 1,073,741,824 may travel"):
+        worker().send_experiences({"zeros": np.zeros((1 << 30) + 1, np.uint8)})
+
+
 @pytest.mark.parametrize("policy", ["drop_oldest", "drop_newest"])
 def test_what_is_dropped_is_counted(learner: Learner, worker: Worker, policy: str) -> None:
     comm, client = learner(max_queue_size=3, when_full=policy), worker()

@@ -12,10 +12,10 @@ import torch
 from conftest import Server, wait_until
 
 from rlbroker import Fenced, MissedUpdates, WeightsMismatch, WorkerClient, WorkerCommunicator
-from rlbroker.connection import Connection
-from rlbroker.errors import DeadlineExceeded, UnsupportedType
+from rlbroker.connection import Connection, Script
+from rlbroker.errors import ConnectionFailed, DeadlineExceeded, ServerFault, UnsupportedType
 from rlbroker.keys import Keys
-from rlbroker.weights.publisher import SUPERSEDED_SECONDS, Publisher
+from rlbroker.weights.publisher import COMMIT, SUPERSEDED_SECONDS, Publisher
 from rlbroker.weights.subscriber import Subscriber
 
 Learner = Callable[..., WorkerCommunicator]
@@ -211,6 +211,45 @@ def test_a_version_is_not_used_again_after_the_server_lost_it(
     comm.send_model_weights({})
     server.client.delete(keys.weights)
     assert comm.send_model_weights({}).version == 2
+
+
+@pytest.mark.parametrize("came_through", [True, False])
+def test_a_version_is_not_used_again_after_a_commit_of_unknown_fate(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch, came_through: bool
+) -> None:
+    comm, client = learner(), worker()
+    run = comm._connection.run
+
+    def lose(script: Script, *arguments: Any, **options: Any) -> Any:
+        if script is COMMIT:
+            if came_through:
+                run(script, *arguments, **options)
+            raise ConnectionFailed("the reply was lost until the deadline")
+        return run(script, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comm._connection, "run", lose)
+        with pytest.raises(ConnectionFailed):
+            comm.send_model_weights({"from": "first"})
+    assert comm.send_model_weights({"from": "second"}).version == 1 + came_through
+    received: dict[str, str] = {}
+    client.load_weights(received)
+    assert received == {"from": "second"}
+
+
+def test_loading_waits_for_the_version_that_is_the_latest_now(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    for number in range(1, 20):
+        comm.send_model_weights({"number": number})
+        received: dict[str, int] = {}
+        assert client.load_weights(received) == received["number"] == number
+
+
+def test_a_learner_notices_that_the_server_lost_the_run(learner: Learner, server: Server, keys: Keys) -> None:
+    comm = learner()
+    server.client.delete(keys.meta)
+    with pytest.raises(ServerFault, match="has lost the run"):
+        wait_until("it noticed", lambda: comm.collect_experiences(timeout=0.1))
 
 
 def test_a_worker_that_slept_through_thirty_versions_runs_the_newest(

@@ -27,10 +27,18 @@ def test_the_url_is_the_argument_then_the_environment_then_localhost(monkeypatch
         ("rediss://user:p%40ss@[::1]:6379", "rediss://[::1]:6379"),
         ("unix://user:secret@/run/redis.sock?db=1&password=secret", "unix:///run/redis.sock"),
         ("redis://host?password=secret", "redis://host"),
+        ("redis://:se/cr@et@host", "redis://host"),
+        ("redis://:se?cret@host", "redis://…"),
+        ("redis://host?password=sec@ret", "redis://…"),
     ],
 )
 def test_a_shown_url_has_no_password(url: str, shown: str) -> None:
     assert redacted_url(url) == shown
+
+
+def test_a_malformed_url_is_refused_without_showing_its_password() -> None:
+    with pytest.raises(InvalidArgument, match=r"redis://\[bad/0 cannot be used"):
+        redis_url("redis://:secret@[bad/0")
 
 
 @pytest.mark.parametrize("run", ["", " ", "a b", "{x}", "a:b", "-x", "x" * 101, "ü"])

@@ -32,7 +32,8 @@ ALLOWED |= {
     "worker": _ROOMS,
     "snapshot": _ROOMS,
     "demo": {"learner", "worker", "local", "records", "keys", "config", "errors", "control", "__init__"},
-    "cli": {"demo", "local", "snapshot", "connection", "errors"},
+    "__main__": {"cli"},
+    "cli": {"demo", "local", "snapshot", "connection", "records", "errors"},
     "__init__": {"learner", "worker", "records", "errors", "control"},
 }
 

@@ -89,8 +89,8 @@ def _learner(snapshot: Snapshot) -> str:
     seen = (
         "not seen yet" if learner.last_seen_seconds is None else f"seen {_age(learner.last_seen_seconds)} ago"
     )
-    ended = "" if learner.state == "alive" else "; it has ended, or is cut off"
-    return f"{learner.host} pid {learner.pid}, epoch {learner.epoch}, {seen}{ended}"
+    state = {"alive": "", "away": "; it died, or is cut off", "ended": "; it has ended"}[learner.state]
+    return f"{learner.host} pid {learner.pid}, epoch {learner.epoch}, {seen}{state}"
 
 
 def _weights(snapshot: Snapshot) -> str:

@@ -36,7 +36,7 @@ SEND = Script(
       return redis.call('HKEYS', KEYS[6])  -- sent before; the reply was lost
     end
     if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
-      return redis.error_reply('FENCED a newer learner has taken over the run')
+      return redis.error_reply('FENCED a newer learner has taken over the run, or the server has lost it')
     end
     local workers = {}
     if ARGV[4] == 'all' then

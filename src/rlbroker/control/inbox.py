@@ -14,6 +14,7 @@ from rlbroker.connection import Argument, Connection
 from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, Fenced, ServerOutOfMemory, WireError
 from rlbroker.keys import Keys
+from rlbroker.records import Registration
 from rlbroker.replies import stream_entries, text_fields
 from rlbroker.wire import Limits, decode
 
@@ -47,9 +48,7 @@ class Inbox:
         self,
         connection: Connection,
         keys: Keys,
-        worker_id: int,
-        incarnation: int,
-        position: str,
+        place: Registration,
         *,
         noticed: Callable[[int], None],
     ) -> None:
@@ -58,15 +57,13 @@ class Inbox:
         Args:
             connection: way to the server.
             keys: names of the run's keys.
-            worker_id: whose commands.
-            incarnation: this life of the worker.
-            position: id of the last entry that does not concern this life.
+            place: whose commands, and from where on.
             noticed: is told each version that was published.
         """
-        self._connection, self._keys = connection, keys
-        self._worker_id, self._incarnation = worker_id, incarnation
-        self._position, self._noticed = position, noticed
-        self._acknowledgements = keys.acknowledgements(worker_id)
+        self._connection, self._keys, self._noticed = connection, keys, noticed
+        self._worker_id, self._incarnation = place.worker_id, place.incarnation
+        self._position = place.control_position
+        self._acknowledgements = keys.acknowledgements(place.worker_id)
         self._arrived = threading.Condition()
         self._orders: deque[Order] = deque()
         self._answers: deque[tuple[str, list[Argument]]] = deque()

@@ -7,6 +7,7 @@ however often it tries.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from rlbroker.control.account import Account, Event, Settled, settle
 from rlbroker.keys import Keys
 from rlbroker.records import Missed, MissedUpdates
 from rlbroker.replies import stream_entries, text_fields
+
+#: Entries of one stream: id and fields.
+Entries = list[tuple[str, dict[bytes, bytes] | None]]
 
 #: Entries that the `missed` stream keeps at least; older ones live on as sums in each worker's ledger.
 MISSED_KEPT = 10_000
@@ -26,7 +30,7 @@ SETTLE = Script(
     -- ARGV: the learner's epoch, id of the event, number of writes,
     --       then for each write: place of its key in KEYS, number of arguments, command, arguments
     if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
-      return redis.error_reply('FENCED a newer learner has taken over the run')
+      return redis.error_reply('FENCED a newer learner has taken over the run, or the server has lost it')
     end
     if redis.call('XDEL', KEYS[2], ARGV[2]) == 0 then
       return 0  -- settled before
@@ -48,22 +52,38 @@ class Ledger:
     def __init__(self, connection: Connection, keys: Keys) -> None:
         """Prepare a ledger; nothing is read yet."""
         self._connection, self._keys = connection, keys
+        self._lock = threading.Lock()
 
-    def settle_waiting(self, workers: Sequence[int], epoch: int, *, block_seconds: float) -> int:
-        """Settle the acknowledgements that are there, waiting for the first one; give how many there were.
+    def wait(self, workers: Sequence[int], seconds: float) -> bool:
+        """Wait until there is something to settle; give whether there is.
+
+        Raises:
+            PeerError: the server refused, or could not be reached.
+        """
+        return bool(self._read(workers, "BLOCK", max(1, int(seconds * 1000))))
+
+    def settle(self, workers: Sequence[int], epoch: int) -> None:
+        """Settle every acknowledgement that is there.
 
         Raises:
             Fenced: a newer learner has taken over the run.
-            PeerError: the server refused, or could not be reached.
+            PeerError: the server refused, or could not be reached in time.
         """
-        if not workers:
-            return 0
+        with self._lock:  # two threads must not fold the same event into one account
+            while streams := self._read(workers):
+                self._settle(streams, epoch)
+
+    def _read(self, workers: Sequence[int], *options: Argument) -> list[tuple[int, Entries]]:
         keys = {self._keys.acknowledgements(worker): worker for worker in workers}
-        command = ("XREAD", "COUNT", 256, "BLOCK", max(1, int(block_seconds * 1000)), "STREAMS")
-        reply = self._connection.execute_once(*command, *keys, *("0-0" for _ in keys))
-        streams = [(keys[key], entries) for key, entries in stream_entries(reply)]
-        if not streams:
-            return 0
+        if not keys:
+            return []
+        # From the beginning each time: what was settled is gone.
+        command = ("XREAD", "COUNT", 256, *options, "STREAMS", *keys, *("0-0" for _ in keys))
+        read = self._connection.execute_once if options else self._connection.execute
+        reply = read(*command)
+        return [(keys[key], entries) for key, entries in stream_entries(reply) if entries]
+
+    def _settle(self, streams: Sequence[tuple[int, Entries]], epoch: int) -> None:
         clock, latest, pending, *accounts = self._connection.execute_all(
             [
                 ("TIME",),
@@ -86,7 +106,6 @@ class Ledger:
                 account = settled.account
                 commands = {name: life for name, life in commands.items() if name not in settled.outcomes}
         self._connection.run_all(calls)
-        return len(calls)
 
     def missed_updates(
         self, workers: Iterable[int], *, latest_version: int, published: Mapping[int, float]

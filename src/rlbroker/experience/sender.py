@@ -18,9 +18,9 @@ from rlbroker.connection import Connection, Script
 from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import BatchTooLarge, Fenced, QueueFull, ServerOutOfMemory
 from rlbroker.keys import GROUP, Keys
-from rlbroker.records import SendReceipt
+from rlbroker.records import Registration, SendReceipt
 from rlbroker.replies import pending_count
-from rlbroker.wire import encode
+from rlbroker.wire import Limits, encode
 
 #: How long a sender at a full queue waits between two looks, at most.
 LONGEST_LOOK_SECONDS = 0.05
@@ -95,8 +95,7 @@ class Sender:
         self,
         connection: Connection,
         keys: Keys,
-        worker_id: int,
-        incarnation: int,
+        place: Registration,
         *,
         settings: Callable[[Deadline], RunSettings],
         when_full: WhenFull | None,
@@ -107,8 +106,7 @@ class Sender:
         Args:
             connection: way to the server.
             keys: names of the run's keys.
-            worker_id: whose queue.
-            incarnation: this life of the worker.
+            place: whose queue, and in which life.
             settings: gives the run's settings, waiting for the learner where it has to.
             when_full: what to do at a full queue; None for what the run says.
             compression: whether arrays are compressed where that makes them smaller.
@@ -117,14 +115,14 @@ class Sender:
             Fenced: a newer process has this worker id.
         """
         self._connection, self._settings = connection, settings
-        self._worker_id, self._incarnation = worker_id, incarnation
+        self._worker_id, self._incarnation = place.worker_id, place.incarnation
         self._when_full, self._compression = when_full, compression
-        self._stream, self._counts = keys.experiences(worker_id), keys.counts(worker_id)
+        self._stream, self._counts = keys.experiences(place.worker_id), keys.counts(place.worker_id)
         self._lock = threading.Lock()
         self._sequence = 0
         self._refused = {"dropped_newest": 0, "fenced": 0, "stopped": 0}
         self._total_bytes = int(
-            connection.run(OPEN_QUEUE, (self._stream, self._counts), (incarnation, GROUP))
+            connection.run(OPEN_QUEUE, (self._stream, self._counts), (place.incarnation, GROUP))
         )
         # What was seen at the last look, plus everything sent since.
         self._waiting = 0
@@ -154,7 +152,7 @@ class Sender:
 
         Raises:
             UnsupportedType: something in the batch cannot travel; its path is named.
-            BatchTooLarge: the batch alone exceeds the queue's byte bound.
+            BatchTooLarge: the batch alone exceeds the queue's byte bound, or 1 GiB of arrays.
             QueueFull: no room in time; nothing was stored and the caller still has the batch.
             Fenced: a newer process has this worker id.
             ConnectionFailed: the server stayed away; whether the batch was stored is unknown.
@@ -162,6 +160,10 @@ class Sender:
         """
         data = encode(batch, compression=self._compression)
         rows, raw_bytes = _shape_of(batch)
+        if raw_bytes > Limits().max_raw_bytes:
+            raise BatchTooLarge(
+                f"the batch holds {raw_bytes:,} bytes; no more than {Limits().max_raw_bytes:,} may travel"
+            )
         deadline = Deadline(timeout_seconds)
         settings = self._settings(deadline)
         if len(data) > settings.max_queue_bytes:

@@ -7,7 +7,6 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from rlbroker.background import Background
 from rlbroker.config import MAX_WORKER_ID, RunSettings, worker_number
@@ -15,6 +14,7 @@ from rlbroker.connection import Connection, Script
 from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import DeadlineExceeded, IncompatibleFormat
 from rlbroker.keys import Keys
+from rlbroker.records import Registration
 from rlbroker.replies import text_fields
 
 #: Heartbeats in one lease: this many must fail in a row before a worker is called away.
@@ -59,7 +59,8 @@ BEAT = Script(
     -- KEYS: incarnations, members, the worker's heartbeat
     -- ARGV: worker id, incarnation, lifetime in milliseconds, then field and value pairs
     if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then
-      return redis.error_reply('FENCED worker ' .. ARGV[1] .. ' was replaced by a newer process or declared gone')
+      return redis.error_reply('FENCED worker ' .. ARGV[1]
+        .. ' was replaced by a newer process, declared gone, or lost by the server')
     end
     local time = redis.call('TIME')
     redis.call('ZADD', KEYS[2], string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)), ARGV[1])
@@ -84,16 +85,6 @@ LEAVE = Script(
     return 1
     """,
 )
-
-
-@dataclass(frozen=True)
-class Registration:
-    """What the server said when the worker registered."""
-
-    worker_id: int
-    incarnation: int
-    latest_version: int
-    control_position: str
 
 
 class Heartbeat:
@@ -173,6 +164,8 @@ class Heartbeat:
     def leave(self, timeout_seconds: float) -> None:
         """End the heartbeats and the membership, so that nobody waits for this worker."""
         self._thread.stop(timeout_seconds)
+        if not self.registration.incarnation:  # never joined
+            return
         worker = self.registration.worker_id
         keys = (
             self._keys.incarnations,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from rlbroker.config import RunSettings
 from rlbroker.connection import Connection, Script
-from rlbroker.errors import Fenced, IncompatibleFormat
+from rlbroker.errors import Fenced, IncompatibleFormat, ServerFault
 from rlbroker.keys import Keys
 from rlbroker.records import WorkerInfo
 from rlbroker.replies import scored_members, text_fields
@@ -25,6 +25,18 @@ OPEN = Script(
     end
     redis.call('HSET', KEYS[1], 'wire_format', ARGV[1], unpack(ARGV, 2))
     return redis.call('HINCRBY', KEYS[1], 'epoch', 1)
+    """,
+)
+
+CLOSE = Script(
+    "close",
+    """
+    -- KEYS: meta
+    -- ARGV: epoch of the learner that ends
+    if redis.call('HGET', KEYS[1], 'epoch') == ARGV[1] then
+      redis.call('HSET', KEYS[1], 'learner_state', 'ended')
+    end
+    return 1
     """,
 )
 
@@ -63,6 +75,7 @@ class Roster:
             IncompatibleFormat: the run was written by a release with another wire format.
         """
         facts: dict[str, str | int] = {
+            "learner_state": "open",
             "learner_host": socket.gethostname(),
             "learner_pid": os.getpid(),
             "opened": f"{time.time():.3f}",
@@ -81,14 +94,24 @@ class Roster:
                 f"{wire_format}; choose another run name, or the release that wrote it"
             ) from error
 
+    def close(self, epoch: int) -> None:
+        """Note that the learner ended, so that nobody takes its silence for a fault."""
+        self._connection.run(CLOSE, (self._keys.meta,), (epoch,))
+
     def say_alive(self, epoch: int) -> None:
         """Note in the run's `meta` when its learner was last alive, by the server's clock.
 
         Raises:
             Fenced: a newer learner has taken over the run.
+            ServerFault: the server has lost the run.
         """
         clock, newest = self._connection.execute_all([("TIME",), ("HGET", self._keys.meta, "epoch")])
-        if newest is not None and int(newest) != epoch:
+        if newest is None:
+            raise ServerFault(
+                f"{self._connection.address} has lost the run {self._keys.run!r}: it was flushed, or came back without "
+                "its data; start the learner again"
+            )
+        if int(newest) != epoch:
             raise Fenced(f"a newer learner has taken over the run {self._keys.run!r}")
         seen = f"{int(clock[0])}.{int(clock[1]) // 1000:03d}"
         self._connection.execute("HSET", self._keys.meta, "learner_seen", seen)

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Final
 
 from rlbroker.connection import Argument, Connection, Script
@@ -38,15 +39,19 @@ COMMIT = Script(
     -- KEYS: meta, weights, control, notify channel
     -- ARGV: epoch, version, upload, then field and value pairs of the pointer
     if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
-      return redis.error_reply('FENCED a newer learner has taken over the run')
+      return redis.error_reply('FENCED a newer learner has taken over the run, or the server has lost it')
     end
-    if redis.call('HGET', KEYS[2], 'upload') == ARGV[3] then
-      return 0  -- committed before; the reply was lost
+    local latest = redis.call('HMGET', KEYS[2], 'upload', 'version')
+    if latest[1] == ARGV[3] then
+      return 'committed'  -- before; the reply was lost
+    end
+    if tonumber(latest[2] or '0') >= tonumber(ARGV[2]) then
+      return 'taken'  -- an earlier try came through after all
     end
     redis.call('HSET', KEYS[2], unpack(ARGV, 4))
     redis.call('XADD', KEYS[3], '*', 'event', 'version', 'version', ARGV[2])
     redis.call('PUBLISH', KEYS[4], ARGV[2])
-    return 1
+    return 'committed'
     """,
 )
 
@@ -79,6 +84,7 @@ class Publisher:
         self._segment_bytes, self._chunk_bytes = segment_bytes, chunk_bytes
         self._lock = threading.Lock()
         self._attempt = 0
+        self._unsure = False
         self._latest = self._read_pointer()
         self._published: dict[int, float] = {}
         if self._latest is not None:
@@ -113,12 +119,11 @@ class Publisher:
         began = time.monotonic()
         with self._lock:
             whole = plan(weights, compression=compression, segment_bytes=self._segment_bytes)
-            version = self.latest_version + 1
             self._attempt += 1
-            upload = f"{version}-{self._epoch}-{self._attempt}"
+            upload = f"{self.latest_version + 1}-{self._epoch}-{self._attempt}"
             header, chunks, stored_bytes = self._store(whole, upload)
             pointer = Pointer(
-                version=version,
+                version=0,
                 upload=upload,
                 kind="full",
                 raw_bytes=whole.raw_bytes,
@@ -129,9 +134,9 @@ class Publisher:
                 codec="blosc2" if compression else "raw",
                 published=time.time(),
             )
-            self._commit(pointer)
+            pointer = self._commit(pointer)
         return PublishReceipt(
-            version=version,
+            version=pointer.version,
             kind="full",
             raw_bytes=pointer.raw_bytes,
             stored_bytes=stored_bytes,
@@ -177,10 +182,20 @@ class Publisher:
     def _set(self, upload: str, number: int, data: bytes | memoryview) -> None:
         self._connection.execute("SET", self._keys.chunk(upload, number), data, "EX", UNCOMMITTED_SECONDS)
 
-    def _commit(self, pointer: Pointer) -> None:
+    def _commit(self, pointer: Pointer) -> Pointer:
+        """Make these chunks the next version; give the pointer with its number."""
         keys = (self._keys.meta, self._keys.weights, self._keys.control, self._keys.notify)
-        fields = [part for pair in pointer.to_fields().items() for part in pair]
-        self._connection.run(COMMIT, keys, (self._epoch, pointer.version, pointer.upload, *fields))
+        if self._unsure:
+            self._catch_up()
+        self._unsure = True  # until the server has said what became of it
+        while True:
+            pointer = replace(pointer, version=self.latest_version + 1)
+            fields = [part for pair in pointer.to_fields().items() for part in pair]
+            done = self._connection.run(COMMIT, keys, (self._epoch, pointer.version, pointer.upload, *fields))
+            if done != b"taken":
+                break
+            self._catch_up()
+        self._unsure = False
         before, self._latest = self._latest, pointer
         self._published[pointer.version] = pointer.published
         if len(self._published) > TIMES_KEPT:
@@ -189,6 +204,13 @@ class Publisher:
         if before is not None:
             commands += [("EXPIRE", key, SUPERSEDED_SECONDS) for key in self._chunk_keys(before)]
         self._connection.execute_all(commands)
+        return pointer
+
+    def _catch_up(self) -> None:
+        """Learn whether a commit whose reply never came was done: its number must not be used again."""
+        found = self._read_pointer()
+        if found is not None and found.version > self.latest_version:
+            self._latest = found
 
     def _chunk_keys(self, pointer: Pointer) -> list[str]:
         return [self._keys.chunk(pointer.upload, number) for number in range(pointer.chunks + 1)]

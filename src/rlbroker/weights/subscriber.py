@@ -52,7 +52,7 @@ class Subscriber:
         self._hinted = 0
         self._latest = 0
         self._handled = 0
-        self._tries = 0
+        self._tried, self._tries = "", 0
         self._next_look = Deadline(0)
         self._problem = ""
         self._updates: list[Update] = []
@@ -92,6 +92,21 @@ class Subscriber:
     def ready(self) -> bool:
         """Whether there is an update to take."""
         return bool(self._updates)
+
+    def has_handled(self, version: int) -> bool:
+        """Whether this version, or a newer one, was handed out by `take` or is past mending."""
+        with self._arrived:
+            return self._handled >= version and not self._updates
+
+    def read_latest(self) -> int:
+        """Ask the server for the latest version; 0 before the first.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        version = int(self._connection.execute("HGET", self._keys.weights, "version") or 0)
+        self.hint(version)
+        return version
 
     def hint(self, version: int) -> None:
         """Be told from elsewhere that a version was published."""
@@ -159,22 +174,24 @@ class Subscriber:
         except WireError as error:
             self._failed(pointer, str(error))
             return
-        self._problem, self._tries = "", 0
+        self._problem = ""
         self._hand_over(Update(pointer.version, weights))
 
     def _failed(self, pointer: Pointer, problem: str) -> None:
+        if self._thread.stopping:
+            return
         self._problem = f"version {pointer.version}: {problem}"
-        self._tries += 1
+        self._tries = self._tries + 1 if self._tried == pointer.upload else 1
+        self._tried = pointer.upload
         logger.warning("%s (try %d of %d)", self._problem, self._tries, TRIES)
         if self._tries < TRIES:
             self._next_look = Deadline(self._connection.block_seconds)
         else:
-            self._tries = 0
             self._hand_over(Update(pointer.version, None, problem))
 
     def _hand_over(self, update: Update) -> None:
-        self._handled = update.version
         with self._arrived:
+            self._handled = update.version
             # Only the newest version that can be loaded is worth loading; the others are superseded.
             self._updates = [one for one in self._updates if one.problem] + [update]
             self._arrived.notify_all()

@@ -1,0 +1,5 @@
+"""`python -m rlbroker`: the command line."""
+
+from rlbroker.cli import main
+
+main()
