@@ -7,30 +7,30 @@ import threading
 from collections.abc import Callable
 
 from rlbroker.deadline import Backoff
-from rlbroker.errors import ConnectionFailed, PeerError, RlbrokerError
+from rlbroker.errors import AccessDenied, Fenced, IncompatibleFormat, PeerError, RunLost
 
 logger = logging.getLogger("rlbroker")
+
+#: What trying again does not mend.
+FINAL = (AccessDenied, Fenced, IncompatibleFormat, RunLost)
 
 
 class Background:
     """A daemon thread that repeats one step until it is stopped.
 
-    A step that fails because the server is away or out of memory is tried again after a growing pause; any
-    other error ends the thread and is raised by the next `check`, so that it reaches the caller.
+    A step that fails because of the server (away, out of memory, disk full …) is tried again after a growing
+    pause. Errors that waiting does not mend, and our own mistakes, end the thread; the next `check` raises
+    them, so that they reach the caller.
     """
 
-    def __init__(
-        self, name: str, step: Callable[[], None], *, again: tuple[type[PeerError], ...] = ()
-    ) -> None:
+    def __init__(self, name: str, step: Callable[[], None]) -> None:
         """Prepare the thread.
 
         Args:
             name: shown in logs and debuggers.
             step: does one piece of work; must return within a second or so.
-            again: errors, besides `ConnectionFailed`, after which the step is worth repeating.
         """
         self._step = step
-        self._again: tuple[type[PeerError], ...] = (ConnectionFailed, *again)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"rlbroker-{name}", daemon=True)
         self.error: Exception | None = None
@@ -51,7 +51,7 @@ class Background:
     def check(self) -> None:
         """Raise the error that ended the thread, if one did."""
         if self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(None)  # each raise would add to it otherwise
 
     def request_stop(self) -> None:
         """Have the thread end after its present step."""
@@ -70,19 +70,19 @@ class Background:
         while not self.stopping:
             try:
                 self._step()
-            except self._again as error:
+            except Exception as error:
+                if not isinstance(error, PeerError) or isinstance(error, FINAL):
+                    if not self.stopping:
+                        self.error = error
+                        if not isinstance(error, PeerError):
+                            logger.exception("%s stopped", self._thread.name)
+                    return
                 if not away and not self.stopping:
-                    logger.warning("%s: %s; trying again until it is back", self._thread.name, error)
+                    logger.warning("%s: %s; trying again until it works", self._thread.name, error)
                 away = True
                 self.pause(backoff.next())
-            except Exception as error:
-                if not self.stopping:
-                    self.error = error
-                    if not isinstance(error, RlbrokerError):
-                        logger.exception("%s stopped", self._thread.name)
-                return
             else:
                 if away:
-                    logger.info("%s: the server is back", self._thread.name)
+                    logger.info("%s: it works again", self._thread.name)
                 away = False
                 backoff.reset()

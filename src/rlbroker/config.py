@@ -24,6 +24,9 @@ URL_SCHEMES = ("redis", "rediss", "unix")
 #: Worker ids stay below this bound, so that a typing error cannot create lists of millions.
 MAX_WORKER_ID = 65_535
 
+#: Longest time that a setting may name: about thirty years.
+MAX_SECONDS = 1_000_000_000
+
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -50,6 +53,7 @@ class RunSettings:
         positive_int("max_queue_size", self.max_queue_size)
         positive_int("max_queue_bytes", self.max_queue_bytes)
         positive_seconds("lease_seconds", self.lease_seconds)
+        positive_seconds("forget_seconds", self.forget_seconds)
         choice("when_full", self.when_full, get_args(WhenFull))
         if self.forget_seconds < self.lease_seconds:
             raise InvalidArgument("forget_seconds must not be shorter than lease_seconds")
@@ -134,9 +138,11 @@ def positive_int(name: str, value: int) -> int:
 
 
 def positive_seconds(name: str, value: float) -> float:
-    """Check that a setting is a finite number of seconds above zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise InvalidArgument(f"{name} must be a number of seconds above 0; got {value!r}")
+    """Check that a setting is a number of seconds above zero, and not beyond what a thread can wait."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_SECONDS:
+        raise InvalidArgument(
+            f"{name} must be a number of seconds above 0, up to {MAX_SECONDS:,}; got {value!r}"
+        )
     return float(value)
 
 

@@ -38,8 +38,9 @@ MIN_SERVER_VERSION: Final = (6, 2)
 #: Longest that one blocking command waits on the server, so that a closing client is never far from noticing.
 BLOCK_SECONDS: Final = 0.2
 
-#: Connections that one client may hold open at the same time.
+#: Connections that one client may hold open at the same time, and those that it cannot do without.
 MAX_CONNECTIONS: Final = 16
+MIN_CONNECTIONS: Final = 4
 
 #: Bytes read from a socket at once; redis-py's own default is slow for chunks of weights.
 SOCKET_READ_BYTES: Final = 1 << 20
@@ -94,21 +95,30 @@ class Connection:
             found = redis_url(url)
             self.address = redacted_url(found)
             self.client = _client_from_url(found, self.timeout_seconds)
+        elif url is not None:
+            raise InvalidArgument("give either redis_url or redis_client, not both")
+        elif not isinstance(client, redis.Redis):
+            raise InvalidArgument(f"redis_client must be a redis.Redis; got {type(client).__name__}")
         else:
-            if url is not None:
-                raise InvalidArgument("give either redis_url or redis_client, not both")
             settings = client.connection_pool.connection_kwargs
-            if settings.get("decode_responses"):
-                raise InvalidArgument("redis_client must not decode responses: batches and weights are bytes")
             host = f"{settings['host']}:{settings.get('port')}" if "host" in settings else ""
             self.address = str(settings.get("path") or host or "the given redis_client")
             self.client = client
+        pool = self.client.connection_pool
+        if pool.connection_kwargs.get("decode_responses"):
+            raise InvalidArgument("the client must not decode responses: batches and weights are bytes")
+        if pool.max_connections < MIN_CONNECTIONS:
+            raise InvalidArgument(
+                f"the client's pool holds {pool.max_connections} connections; {MIN_CONNECTIONS} are needed, "
+                "as the background waits on some of them"
+            )
+        self._socket_seconds = float(pool.connection_kwargs.get("socket_timeout") or self.timeout_seconds)
         self._send: Callable[..., Any] = self.client.execute_command
 
     @property
     def block_seconds(self) -> float:
         """How long one blocking command may wait: well within the socket's timeout."""
-        return min(BLOCK_SECONDS, self.timeout_seconds / 4)
+        return min(BLOCK_SECONDS, self.timeout_seconds / 4, self._socket_seconds / 2)
 
     def close(self) -> None:
         """Close the connections, unless the client was given by the user."""
@@ -173,9 +183,18 @@ class Connection:
         )
 
     def execute_all(
-        self, commands: Sequence[Sequence[Argument]], *, deadline: Deadline | None = None
+        self,
+        commands: Sequence[Sequence[Argument]],
+        *,
+        deadline: Deadline | None = None,
+        atomic: bool = False,
     ) -> list[Any]:
         """Run many commands in one round trip and give their results; the first error is raised.
+
+        Args:
+            commands: what to run, in order.
+            deadline: the connection's timeout by default.
+            atomic: whether nothing else may run between them; their keys must live together.
 
         Raises:
             PeerError: the server refused one of them, or could not be reached within the deadline.
@@ -184,7 +203,7 @@ class Connection:
             return []
 
         def send() -> list[Any]:
-            pipeline = self.client.pipeline(transaction=False)
+            pipeline = self.client.pipeline(transaction=atomic)
             add: Callable[..., Any] = pipeline.execute_command
             for command in commands:
                 add(*command)

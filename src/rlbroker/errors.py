@@ -20,6 +20,7 @@
         ├── WireError               bytes that do not decode (ValueError)
         │   └── IncompatibleFormat  written by a release with another wire format
         ├── Fenced                  a newer process took this one's place
+        ├── RunLost                 the server came back without the run's keys
         └── DeadlineExceeded        what was waited for did not come in time (TimeoutError)
             └── QueueFull           no room for a batch (queue.Full)
 """
@@ -99,6 +100,10 @@ class IncompatibleFormat(WireError):
 
 class Fenced(PeerError):
     """A newer process with the same role has taken this one's place."""
+
+
+class RunLost(PeerError):
+    """The server has lost the run's keys; its learner and workers must be started again."""
 
 
 class DeadlineExceeded(PeerError, TimeoutError):

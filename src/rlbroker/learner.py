@@ -12,6 +12,8 @@ import redis
 from rlbroker.background import Background
 from rlbroker.config import (
     DEFAULT_RUN,
+    MAX_SECONDS,
+    MAX_WORKER_ID,
     Acknowledge,
     RunSettings,
     WhenFull,
@@ -23,8 +25,9 @@ from rlbroker.control.commander import SEND, Command, Commander
 from rlbroker.control.ledger import SETTLE, Ledger
 from rlbroker.deadline import Deadline
 from rlbroker.errors import Closed, InvalidArgument, PeerError
-from rlbroker.experience.collector import ACKNOWLEDGE, Collector
+from rlbroker.experience.collector import Collector
 from rlbroker.experience.counts import read_counts
+from rlbroker.experience.holdings import ACKNOWLEDGE, TAKE_OVER, Holdings
 from rlbroker.experience.sender import DROP_OLDEST, OPEN_QUEUE
 from rlbroker.keys import Keys
 from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER
@@ -43,6 +46,7 @@ SCRIPTS = (
     SEND,
     SETTLE,
     ACKNOWLEDGE,
+    TAKE_OVER,
     FORGET,
     REGISTER,
     BEAT,
@@ -109,8 +113,13 @@ class WorkerCommunicator:
             ConnectionFailed: the server cannot be reached within the timeout.
         """
         self._num_workers = positive_int("num_workers", num_workers)
-        if max_staleness is not None and (isinstance(max_staleness, bool) or max_staleness < 0):
-            raise InvalidArgument(f"max_staleness must be None or at least 0; got {max_staleness!r}")
+        if num_workers > MAX_WORKER_ID + 1:
+            raise InvalidArgument(f"num_workers can be {MAX_WORKER_ID + 1:,} at most; got {num_workers!r}")
+        whole = isinstance(max_staleness, int) and not isinstance(max_staleness, bool)
+        if max_staleness is not None and not (whole and max_staleness >= 0):
+            raise InvalidArgument(
+                f"max_staleness must be None or an integer of at least 0; got {max_staleness!r}"
+            )
         choice("acknowledge", acknowledge, get_args(Acknowledge))
         settings = RunSettings(
             max_queue_size=max_queue_size,
@@ -129,6 +138,9 @@ class WorkerCommunicator:
             connection.load(SCRIPTS)
             self._epoch = self._roster.open(wire_format=FORMAT_VERSION, num_workers=num_workers)
             self._publisher = Publisher(connection, keys, epoch=self._epoch)
+            self._holdings = Holdings(connection, keys, epoch=self._epoch)
+            # From here on no acknowledgement of an older learner is accepted.
+            self._holdings.take_over(self._roster.ids())
         except BaseException:
             connection.close()
             raise
@@ -137,10 +149,12 @@ class WorkerCommunicator:
         self._collector = Collector(
             connection,
             keys,
+            self._holdings,
             acknowledge=acknowledge,
             max_staleness=max_staleness,
             workers=self._roster.ids,
             latest_version=lambda: self._publisher.latest_version,
+            check=self._check,
         )
         self._housekeeping_seconds = min(HOUSEKEEPING_SECONDS, forget_seconds / 2)
         self._next_housekeeping = Deadline(self._housekeeping_seconds)
@@ -207,8 +221,10 @@ class WorkerCommunicator:
         self._check()
         if max_batches is not None:
             positive_int("max_batches", max_batches)
-        if not 0 <= timeout < float("inf"):
-            raise InvalidArgument(f"timeout must be a number of seconds, at least 0; got {timeout!r}")
+        if not 0 <= timeout <= MAX_SECONDS:
+            raise InvalidArgument(
+                f"timeout must be a number of seconds, from 0 to {MAX_SECONDS:,}; got {timeout!r}"
+            )
         return self._collector.collect(timeout_seconds=timeout, max_batches=max_batches)
 
     def acknowledge(self, pairs: Sequence[tuple[int, Batch]]) -> int:
@@ -257,7 +273,7 @@ class WorkerCommunicator:
         """Give, by worker, which versions and commands it missed, why, and since when."""
         self._check()
         workers = self._roster.ids()
-        self._ledger.settle(workers, self._epoch)
+        self._ledger.settle(workers, self._epoch, Deadline(self._connection.timeout_seconds))
         return self._ledger.missed_updates(
             workers, latest_version=self.version, published=self._publisher.published
         )
@@ -272,7 +288,7 @@ class WorkerCommunicator:
         """
         self._check()
         workers = self._roster.ids()
-        self._ledger.settle(workers, self._epoch)
+        self._ledger.settle(workers, self._epoch, Deadline(self._connection.timeout_seconds))
         counts = read_counts(self._connection, self._keys, workers)
         accounts = self._ledger.accounts(counts)
         waiting = self._commander.waiting()
@@ -299,22 +315,28 @@ class WorkerCommunicator:
             return self._closed
         self._connection.check_process()
         deadline = Deadline(self._connection.timeout_seconds)
-        self._closed = CleanupReport()
+        self._closed = CleanupReport(complete=False)
         self._thread.stop(deadline.remaining)
         try:
-            if acknowledge and self._acknowledge_mode == "next":
-                self._collector.acknowledge_returned()
-            self._ledger.settle(self._roster.ids(), self._epoch)
-            counts = read_counts(self._connection, self._keys, self._roster.ids())
-            waiting = {worker: count.waiting for worker, count in counts.items()}
-            commands = sum(self._commander.waiting().values())
-            self._roster.close(self._epoch)
-            self._closed = CleanupReport(waiting, self._collector.unacknowledged(), commands)
+            if not deadline.over:
+                self._closed = self._finish(deadline, acknowledge=acknowledge)
         except PeerError as error:
             logger.warning("cleanup of the run %r: %s", self.run, error)
-        self._publisher.close()
-        self._connection.close()
+        finally:
+            self._publisher.close()
+            self._connection.close()
         return self._closed
+
+    def _finish(self, deadline: Deadline, *, acknowledge: bool) -> CleanupReport:
+        if acknowledge and self._acknowledge_mode == "next":
+            self._collector.acknowledge_returned(deadline)
+        workers = self._roster.ids()
+        self._ledger.settle(workers, self._epoch, deadline)
+        counts = read_counts(self._connection, self._keys, workers)
+        waiting = {worker: count.waiting for worker, count in counts.items()}
+        commands = sum(self._commander.waiting().values())
+        self._roster.close(self._epoch)
+        return CleanupReport(waiting, self._holdings.counts(), commands)
 
     def _check(self) -> None:
         if self._closed is not None:
@@ -328,7 +350,7 @@ class WorkerCommunicator:
         if not workers:
             self._thread.pause(BLOCK_SECONDS)
         elif self._ledger.wait(workers, self._connection.block_seconds):
-            self._ledger.settle(workers, self._epoch)
+            self._ledger.settle(workers, self._epoch, Deadline(self._connection.block_seconds))
             self._commander.look_again()
         if self._next_sign_of_life.over:
             self._roster.say_alive(self._epoch)
@@ -337,4 +359,5 @@ class WorkerCommunicator:
             for worker in self._roster.forget_silent():
                 logger.warning("worker %d was silent for too long and no longer belongs to the run", worker)
             self._commander.trim()
+            self._publisher.tidy()
             self._next_housekeeping = Deadline(self._housekeeping_seconds)

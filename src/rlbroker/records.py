@@ -236,12 +236,22 @@ class QueueCounts:
 
 @dataclass(frozen=True)
 class CleanupReport:
-    """What `cleanup` left behind in Redis. True if nothing was."""
+    """What `cleanup` left behind in Redis. True if nothing was.
+
+    Attributes:
+        waiting: batches that nobody read, by worker.
+        unacknowledged: batches that were read and not acknowledged, by worker; the next learner gets them.
+        commands: commands that were not answered.
+        complete: whether the server could be asked; without it the numbers are not known.
+    """
 
     waiting: Mapping[int, int] = field(default_factory=dict)
     unacknowledged: Mapping[int, int] = field(default_factory=dict)
     commands: int = 0
+    complete: bool = True
 
     def __bool__(self) -> bool:
         """Whether nothing was left behind."""
-        return not (any(self.waiting.values()) or any(self.unacknowledged.values()) or self.commands)
+        return self.complete and not (
+            any(self.waiting.values()) or any(self.unacknowledged.values()) or self.commands
+        )

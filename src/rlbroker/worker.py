@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -79,6 +80,8 @@ class WorkerClient:
         self._paused_until: float | None = None
         self._resets = 0
         self._handlers: dict[str, Handler] = {}
+        #: Held while commands are obeyed and weights applied, so that both keep their order.
+        self._applying = threading.RLock()
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
         self._subscriber = Subscriber(connection, keys)
         self._heartbeat = Heartbeat(connection, keys, wire_format=FORMAT_VERSION, describe=self._describe)
@@ -95,8 +98,8 @@ class WorkerClient:
                 when_full=when_full,
                 compression=compression,
             )
-            self._inbox.start()
             self._subscriber.start()
+            self._inbox.start()
         except BaseException:  # Ctrl-C too: nobody shall wait for a worker that never was
             self._abandon()
             raise
@@ -142,7 +145,8 @@ class WorkerClient:
     @property
     def paused(self) -> bool:
         """Whether a `pause` command is in force."""
-        return self._paused_until is not None and time.monotonic() < self._paused_until
+        until = self._paused_until
+        return until is not None and time.monotonic() < until
 
     def on_command(self, name: str, handler: Handler) -> None:
         """Have a function called, from within `poll`, with the data of each command of this name.
@@ -182,10 +186,11 @@ class WorkerClient:
             self._subscriber.fetch_again()
         loaded = False
         while self.running:
-            loaded |= self._apply(self._subscriber.take(min(LOOK_SECONDS, deadline.remaining)), model)
+            with self._applying:
+                loaded |= self._apply(self._subscriber.take(min(LOOK_SECONDS, deadline.remaining)), model)
             if loaded and (deadline.over or self._subscriber.has_handled(latest)):
                 break
-            self._obey_waiting()
+            self._obey_waiting(deadline)
             self._check()
             if deadline.over:
                 problem = self._subscriber.problem or "is its learner running?"
@@ -213,11 +218,12 @@ class WorkerClient:
             PeerError: something else that waiting does not mend.
         """
         self._check()
-        if self._inbox.waiting:
+        if self._inbox.waiting or self.paused:
             self._obey_waiting()
         if model is None or not self._subscriber.ready or not self.running:
             return False
-        return self._apply(self._subscriber.take(), model)
+        with self._applying:
+            return self._apply(self._subscriber.take(), model)
 
     def send_experiences(self, batch: Mapping[str, Any], timeout: float | None = None) -> SendReceipt:
         """Send one batch, tagged with the applied version; once this returns, the server has it.
@@ -264,7 +270,12 @@ class WorkerClient:
         try:
             self._subscriber.stop(deadline.remaining)
             self._inbox.stop(deadline.remaining)
-            self._heartbeat.leave(deadline.remaining)
+            if deadline.over:
+                logger.warning(
+                    "the server did not answer in time; worker %d leaves unnoticed", self.worker_id
+                )
+            else:
+                self._heartbeat.leave(deadline.remaining)
         except PeerError as error:
             logger.warning("worker %d left the run %r without saying so: %s", self.worker_id, self.run, error)
         finally:
@@ -306,6 +317,9 @@ class WorkerClient:
             except Exception as error:
                 self._inbox.acknowledge_version(self._version, update.version, "failed", str(error))
                 raise
+            except BaseException:  # Ctrl-C: the model may hold half of it, so it is offered again
+                self._subscriber.fetch_again()
+                raise
             before, self._version = self._version, update.version
             self._inbox.acknowledge_version(before, update.version, "applied")
             loaded = True
@@ -313,20 +327,23 @@ class WorkerClient:
 
     # Commands
 
-    def _obey_waiting(self) -> None:
-        """Obey every command that is there; while paused, wait for more."""
-        while self.running:
-            order = self._inbox.take(LOOK_SECONDS if self.paused else 0)
-            if order is not None:
-                self._obey(order)
-            elif self.paused:
-                self._check()
-            else:
-                return
+    def _obey_waiting(self, deadline: Deadline | None = None) -> None:
+        """Obey every command that is there; while paused, wait for more, but not beyond the deadline."""
+        with self._applying:
+            while self.running and not (deadline and deadline.over):
+                order = self._inbox.next(LOOK_SECONDS if self.paused else 0)
+                if order is not None:
+                    self._obey(order)
+                elif self.paused:
+                    self._check()
+                else:
+                    return
 
     def _obey(self, order: Order) -> None:
         known = order.name in _BUILT_IN or order.name in self._handlers
-        if self._inbox.expired(order):
+        expired = self._inbox.expired(order)  # if this cannot be found out, the order stays
+        self._inbox.remove()
+        if expired:
             self._inbox.acknowledge_command(order, "expired")
         elif not known:
             self._inbox.acknowledge_command(order, "unknown")
@@ -339,6 +356,9 @@ class WorkerClient:
             except Exception as error:
                 logger.exception("the command %r failed", order.name)
                 self._inbox.acknowledge_command(order, "failed", f"{type(error).__name__}: {error}")
+            except BaseException as error:  # Ctrl-C, sys.exit: the worker ends, but not without an answer
+                self._inbox.acknowledge_command(order, "failed", type(error).__name__)
+                raise
             else:
                 self._inbox.acknowledge_command(order, "done")
 

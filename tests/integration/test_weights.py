@@ -13,7 +13,7 @@ from conftest import Server, wait_until
 
 from rlbroker import Fenced, MissedUpdates, WeightsMismatch, WorkerClient, WorkerCommunicator
 from rlbroker.connection import Connection, Script
-from rlbroker.errors import ConnectionFailed, DeadlineExceeded, ServerFault, UnsupportedType
+from rlbroker.errors import ConnectionFailed, DeadlineExceeded, RunLost, UnsupportedType
 from rlbroker.keys import Keys
 from rlbroker.weights.publisher import COMMIT, SUPERSEDED_SECONDS, Publisher
 from rlbroker.weights.subscriber import Subscriber
@@ -248,7 +248,7 @@ def test_loading_waits_for_the_version_that_is_the_latest_now(learner: Learner, 
 def test_a_learner_notices_that_the_server_lost_the_run(learner: Learner, server: Server, keys: Keys) -> None:
     comm = learner()
     server.client.delete(keys.meta)
-    with pytest.raises(ServerFault, match="has lost the run"):
+    with pytest.raises(RunLost, match="has lost the run"):
         wait_until("it noticed", lambda: comm.collect_experiences(timeout=0.1))
 
 

@@ -105,6 +105,7 @@ PUBLIC = [
     "QueueCounts",
     "QueueFull",
     "RlbrokerError",
+    "RunLost",
     "SendReceipt",
     "ServerFault",
     "ServerOutOfMemory",

@@ -12,6 +12,9 @@ from typing import Self
 
 from rlbroker.records import Missed, Outcome, State
 
+#: Characters of what a worker says that are kept.
+TEXT_KEPT = 500
+
 #: What a worker may answer to a command.
 _ANSWERS = ("done", "failed", "unknown", "expired")
 
@@ -98,6 +101,10 @@ class Event:
         """The life of the worker that it tells of."""
         return int(self.entry_id.partition("-")[0])
 
+    def text(self, name: str) -> str:
+        """Give a field, cut to what is worth keeping."""
+        return self.fields.get(name, "")[:TEXT_KEPT]
+
     @property
     def version(self) -> int:
         """Latest version when the worker joined or left; the version that it went to."""
@@ -136,7 +143,7 @@ def _settle_version(account: Account, event: Event) -> Settled:
     applied = event.fields.get("outcome") == "applied"
     account, missed = _miss(account, event, event.version - 1, "superseded")
     if not applied:
-        account, failed = _miss(account, event, event.version, "failed", event.fields.get("detail", ""))
+        account, failed = _miss(account, event, event.version, "failed", event.text("detail"))
         return Settled(account, missed + failed)
     skipped = bool(missed)
     fresh = event.version > account.settled
@@ -154,11 +161,11 @@ def _settle_version(account: Account, event: Event) -> Settled:
 
 
 def _settle_command(account: Account, event: Event, pending: Mapping[str, int]) -> Settled:
-    command, name = event.fields.get("command", ""), event.fields.get("name", "")
+    command, name = event.text("command"), event.text("name")
     if command not in pending:  # it has its final state already
         return Settled(account)
     state: State = event.fields["outcome"]  # type: ignore[assignment]
-    outcome = Outcome(state, event.fields.get("detail", ""))
+    outcome = Outcome(state, event.text("detail"))
     if outcome:
         return Settled(replace(account, commands_done=account.commands_done + 1), (), {command: outcome})
     record = _missed_command(event, f"{command} {name}".strip(), outcome.state, outcome.detail)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from rlbroker.config import worker_number
 from rlbroker.connection import Connection, Script
+from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.deadline import Deadline
 from rlbroker.errors import InvalidArgument, PeerError, UnknownWorker
 from rlbroker.keys import Keys
@@ -17,10 +18,8 @@ from rlbroker.records import Outcome
 from rlbroker.replies import text_fields
 from rlbroker.wire import encode
 
-#: How long the outcomes of a command stay readable.
-OUTCOMES_KEPT_SECONDS: Final = 24 * 3600
-
-#: What is older than this on the control stream, and has been answered, may be trimmed.
+#: What is older than this on the control stream, and has been answered, may be trimmed; what has not been
+#: answered stays as long as its outcomes do. Live workers have read it by then.
 CONTROL_KEPT_SECONDS: Final = 3600
 
 #: Longest pause between two looks at a command's outcomes.
@@ -211,9 +210,10 @@ class Commander:
     def trim(self) -> None:
         """Shorten the control stream to what is younger than an hour or not answered yet."""
         clock, pending = self._connection.execute_all([("TIME",), ("HGETALL", self._keys.pending)])
-        keep_from = [(int(clock[0]) - CONTROL_KEPT_SECONDS) * 1000]
-        keep_from += [int(value.split()[1].partition("-")[0]) for value in text_fields(pending).values()]
-        self._connection.execute("XTRIM", self._keys.control, "MINID", "~", min(keep_from))
+        sent = [int(value.split()[1].partition("-")[0]) for value in text_fields(pending).values()]
+        keep_from = min([(int(clock[0]) - CONTROL_KEPT_SECONDS) * 1000, *sent])
+        keep_from = max(keep_from, (int(clock[0]) - OUTCOMES_KEPT_SECONDS) * 1000)
+        self._connection.execute("XTRIM", self._keys.control, "MINID", "~", keep_from)
 
     def _outcomes(self, key: str, workers: Sequence[int]) -> dict[int, Outcome]:
         found = text_fields(self._connection.execute("HGETALL", key))

@@ -69,7 +69,7 @@ class Inbox:
         self._answers: deque[tuple[str, list[Argument]]] = deque()
         self._answer_number = 0
         self._sending = threading.Lock()
-        self._thread = Background("inbox", self._step, again=(ServerOutOfMemory,))
+        self._thread = Background("inbox", self._step)
 
     def start(self) -> None:
         """Begin to read in the background."""
@@ -83,7 +83,8 @@ class Inbox:
         """Stop reading, and send the answers that are left."""
         deadline = Deadline(timeout_seconds)
         self._thread.stop(timeout_seconds)
-        self._send_answers(deadline)
+        if self._answers and not deadline.over:
+            self._send_answers(deadline)
 
     def check(self) -> None:
         """Raise what ended the reading, if anything did."""
@@ -99,12 +100,17 @@ class Inbox:
         with self._arrived:
             return any(order.name == name for order in self._orders)
 
-    def take(self, timeout_seconds: float = 0) -> Order | None:
-        """Give the next order, waiting for one if there is a timeout."""
+    def next(self, timeout_seconds: float = 0) -> Order | None:
+        """Give the next order, waiting for one if there is a timeout; it stays until `remove`."""
         with self._arrived:
             if not self._orders and timeout_seconds > 0:
                 self._arrived.wait(timeout_seconds)
-            return self._orders.popleft() if self._orders else None
+            return self._orders[0] if self._orders else None
+
+    def remove(self) -> None:
+        """Remove the next order, as it is being done: it is done once, whatever comes of it."""
+        with self._arrived:
+            self._orders.popleft()
 
     def expired(self, order: Order) -> bool:
         """Whether an order came too late, by the server's clock."""

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 from rlbroker.connection import Argument, Connection, Script
 from rlbroker.control.account import Account, Event, Settled, settle
+from rlbroker.deadline import Deadline
 from rlbroker.keys import Keys
 from rlbroker.records import Missed, MissedUpdates
 from rlbroker.replies import stream_entries, text_fields
 
 #: Entries of one stream: id and fields.
 Entries = list[tuple[str, dict[bytes, bytes] | None]]
+
+#: How long the outcomes of a command stay readable.
+OUTCOMES_KEPT_SECONDS: Final = 24 * 3600
 
 #: Entries that the `missed` stream keeps at least; older ones live on as sums in each worker's ledger.
 MISSED_KEPT = 10_000
@@ -62,16 +67,23 @@ class Ledger:
         """
         return bool(self._read(workers, "BLOCK", max(1, int(seconds * 1000))))
 
-    def settle(self, workers: Sequence[int], epoch: int) -> None:
-        """Settle every acknowledgement that is there.
+    def settle(self, workers: Sequence[int], epoch: int, deadline: Deadline) -> None:
+        """Settle the acknowledgements that are there, as far as the time allows.
 
         Raises:
             Fenced: a newer learner has taken over the run.
             PeerError: the server refused, or could not be reached in time.
         """
-        with self._lock:  # two threads must not fold the same event into one account
+        # Two threads must not fold the same event into one account.
+        if not self._lock.acquire(timeout=deadline.remaining):
+            return
+        try:
             while streams := self._read(workers):
                 self._settle(streams, epoch)
+                if deadline.over:
+                    return
+        finally:
+            self._lock.release()
 
     def _read(self, workers: Sequence[int], *options: Argument) -> list[tuple[int, Entries]]:
         keys = {self._keys.acknowledgements(worker): worker for worker in workers}
@@ -84,16 +96,17 @@ class Ledger:
         return [(keys[key], entries) for key, entries in stream_entries(reply) if entries]
 
     def _settle(self, streams: Sequence[tuple[int, Entries]], epoch: int) -> None:
-        clock, latest, pending, *accounts = self._connection.execute_all(
+        clock, latest, pending, lives, *accounts = self._connection.execute_all(
             [
                 ("TIME",),
                 ("HGET", self._keys.weights, "version"),
                 ("HGETALL", self._keys.pending),
+                ("HGETALL", self._keys.incarnations),
                 *(("HGETALL", self._keys.ledger(worker)) for worker, _ in streams),
             ]
         )
         now = int(clock[0]) + int(clock[1]) / 1e6
-        waiting = _pending_by_worker(text_fields(pending))
+        waiting, newest = _pending_by_worker(text_fields(pending)), text_fields(lives)
         calls = []
         for (worker, entries), found in zip(streams, accounts, strict=True):
             account = Account.from_fields(text_fields(found))
@@ -101,6 +114,8 @@ class Ledger:
             for entry_id, fields in entries:
                 said = text_fields(fields)
                 event = Event(entry_id, worker, said.get("event", ""), said, now)
+                if event.incarnation > int(newest.get(str(worker), 0)):
+                    event = replace(event, kind="forged")  # settles nothing, and is removed
                 settled = settle(account, event, commands, int(latest or 0))
                 calls.append(self._write(event, settled, epoch))
                 account = settled.account
@@ -171,6 +186,7 @@ class Ledger:
         for place, (command, outcome) in enumerate(settled.outcomes.items(), start=6):
             writes.append([5, "HDEL", f"{command}:{event.worker_id}"])
             writes.append([place, "HSET", event.worker_id, str(outcome)])
+            writes.append([place, "EXPIRE", OUTCOMES_KEPT_SECONDS])
         arguments: list[Argument] = [epoch, event.entry_id, len(writes)]
         for place_of_key, command_name, *rest in writes:
             arguments += [place_of_key, len(rest), command_name, *rest]

@@ -7,17 +7,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from rlbroker.config import Acknowledge
-from rlbroker.connection import BLOCK_SECONDS, Connection, Script
+from rlbroker.connection import BLOCK_SECONDS, Connection
 from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, ServerFault, WireError
+from rlbroker.experience.holdings import Holdings
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import Batch
 from rlbroker.replies import pending_count, stream_entries
-from rlbroker.wire import Limits, decode
+from rlbroker.wire import decode
 
 logger = logging.getLogger("rlbroker")
 
@@ -39,24 +39,6 @@ RECHECK_SECONDS = 5.0
 #: A read from this id gives what the learner had read and not acknowledged; from `>`, what nobody has read.
 _FROM_THE_START, _NEW = "0", ">"
 
-ACKNOWLEDGE = Script(
-    "acknowledge",
-    """
-    -- KEYS: a worker's experiences, its counts
-    -- ARGV: group, then for each entry: id, stored bytes, what became of it
-    local removed = 0
-    for i = 2, #ARGV, 3 do
-      if redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) == 1 then
-        redis.call('XDEL', KEYS[1], ARGV[i])
-        redis.call('HINCRBY', KEYS[2], ARGV[i + 2], 1)
-        redis.call('HINCRBY', KEYS[2], 'removed_bytes', ARGV[i + 1])
-        removed = removed + 1
-      end
-    end
-    return removed
-    """,
-)
-
 
 @dataclass
 class _Entry:
@@ -73,15 +55,12 @@ class _Entry:
 
 @dataclass
 class _Stream:
-    """What the collector knows of one worker's stream."""
+    """How far the collector has read one worker's stream."""
 
     worker_id: int
     key: str
-    counts_key: str
     position: str = _FROM_THE_START
     newest_read: tuple[int, int] = (0, 0)
-    #: Entries read and not acknowledged, with their stored bytes.
-    in_hand: dict[str, int] = field(default_factory=dict)
 
 
 class Collector:
@@ -91,29 +70,31 @@ class Collector:
         self,
         connection: Connection,
         keys: Keys,
+        holdings: Holdings,
         *,
         acknowledge: Acknowledge,
         max_staleness: int | None,
         workers: Callable[[], Iterable[int]],
         latest_version: Callable[[], int],
-        limits: Limits | None = None,
+        check: Callable[[], None],
     ) -> None:
         """Prepare a collector; nothing is read yet.
 
         Args:
             connection: way to the server.
             keys: names of the run's keys.
+            holdings: what the learner has read and not acknowledged.
             acknowledge: `next` acknowledges what a call returned at the next call, `manual` when told.
             max_staleness: batches produced by older weights than this are counted and not given out.
             workers: gives every worker id that may have batches.
             latest_version: gives the version that staleness is measured from.
-            limits: what a batch may ask for when it is decoded.
+            check: raises if the learner must not go on: it was closed, or replaced.
         """
         self._connection, self._keys = connection, keys
         self._acknowledge_mode, self._max_staleness = acknowledge, max_staleness
         self._workers, self._latest_version = workers, latest_version
-        self._limits = limits or Limits()
-        self._lock = threading.RLock()
+        self._holdings, self._check = holdings, check
+        self._reading = threading.Lock()
         self._streams: dict[int, _Stream] = {}
         self._read: deque[_Entry] = deque()
         self._returned: list[tuple[int, Batch]] = []
@@ -132,7 +113,9 @@ class Collector:
             PeerError: the server refused, or could not be reached in time.
         """
         deadline = Deadline(timeout_seconds)
-        with self._lock:
+        if not self._reading.acquire(timeout=deadline.remaining):
+            return []  # another thread waited all the time, and had the first claim
+        try:
             if self._acknowledge_mode == "next":
                 self.acknowledge(self._returned)
             self._watch_new_workers()
@@ -144,25 +127,27 @@ class Collector:
                 self._returned = []
                 raise
             return list(self._returned)
+        finally:
+            self._reading.release()
 
-    def acknowledge(self, pairs: Sequence[tuple[int, Batch]]) -> int:
+    def acknowledge(self, pairs: Sequence[tuple[int, Batch]], deadline: Deadline | None = None) -> int:
         """Let the server forget batches that the learner is done with; give how many it still had.
 
         Raises:
+            Fenced: a newer learner has taken over the run.
             PeerError: the server refused, or could not be reached in time.
         """
-        return self._settle([(worker, batch.entry_id, "delivered") for worker, batch in pairs])
+        entries = [(worker, batch.entry_id, "delivered") for worker, batch in pairs]
+        return self._holdings.settle(entries, deadline=deadline)
 
-    def acknowledge_returned(self) -> int:
+    def acknowledge_returned(self, deadline: Deadline) -> None:
         """Acknowledge what the last `collect` gave out."""
-        with self._lock:
-            done, self._returned = self._returned, []
-            return self.acknowledge(done)
-
-    def unacknowledged(self) -> dict[int, int]:
-        """Give how many batches of each worker were read and not acknowledged."""
-        with self._lock:
-            return {worker: len(stream.in_hand) for worker, stream in self._streams.items()}
+        if self._reading.acquire(timeout=deadline.remaining):
+            try:
+                self.acknowledge(self._returned, deadline)
+                self._returned = []
+            finally:
+                self._reading.release()
 
     # Reading
 
@@ -174,6 +159,7 @@ class Collector:
         budget = COLLECT_BYTES
         while budget > 0 and (max_batches is None or len(found) < max_batches):
             if not self._read:
+                self._check()
                 wait = not found and not deadline.over
                 missing = None if max_batches is None else max_batches - len(found)
                 if not self._fill(missing, deadline if wait else None):
@@ -183,9 +169,9 @@ class Collector:
                 continue
             entry = self._read.popleft()
             taken.append(entry)
-            budget -= entry.stored_bytes
             batch = self._open(entry)
             if batch is not None:
+                budget -= batch.raw_bytes + entry.stored_bytes
                 found.append((entry.worker_id, batch))
         return found
 
@@ -197,7 +183,7 @@ class Collector:
             if deadline is not None:
                 time.sleep(min(BLOCK_SECONDS, deadline.remaining))
             return False
-        share = COLLECT_BYTES / self._batch_bytes / len(streams)
+        share = COLLECT_BYTES / max(1.0, self._batch_bytes) / len(streams)
         count = max(1, min(READ_COUNT, int(share), max_batches or READ_COUNT))
         command: list[str | int] = ["XREADGROUP", "GROUP", GROUP, CONSUMER, "COUNT", count]
         if deadline is not None and not again:
@@ -206,19 +192,22 @@ class Collector:
         command += ["STREAMS", *(stream.key for stream in streams), *(stream.position for stream in streams)]
         try:
             reply = self._connection.execute_once(*command)
-        except ConnectionFailed as error:
-            # The reply may be lost with entries in it: they are pending now, so look there first.
-            self._read_pending_again()
-            logger.warning("%s; reading what is pending once it is back", error)
-            if deadline is None or deadline.over:
-                raise
-            time.sleep(min(BLOCK_SECONDS, deadline.remaining))
-            return False
         except ServerFault as error:
             if not _lost_group(error):
                 raise
             for stream in streams:
                 self._make_group(stream)
+            return False
+        except BaseException as error:
+            # The reply may be lost with entries in it: they are pending now, so look there first.
+            for stream in self._streams.values():
+                stream.position = _FROM_THE_START
+            if not isinstance(error, ConnectionFailed):
+                raise
+            logger.warning("%s; reading what is pending once it is back", error)
+            if deadline is None or deadline.over:
+                raise
+            time.sleep(min(BLOCK_SECONDS, deadline.remaining))
             return False
         found = dict(stream_entries(reply))
         for stream in streams:
@@ -233,16 +222,15 @@ class Collector:
             stream.position = _FROM_THE_START
             return
         for entry_id, fields in entries:
-            if entry_id in stream.in_hand:
-                continue
             entry = _Entry(stream.worker_id, entry_id, fields)
+            if not self._holdings.add(stream.worker_id, entry_id, entry.stored_bytes):
+                continue
             place = _place(entry_id)
-            stream.in_hand[entry_id] = entry.stored_bytes
             if stream.position == _NEW and place <= stream.newest_read:
                 logger.warning(
                     "worker %d sent batch %s twice; the copy is dropped", stream.worker_id, entry_id
                 )
-                self._settle([(stream.worker_id, entry_id, "duplicate")])
+                self._holdings.settle([(stream.worker_id, entry_id, "duplicate")])
                 continue
             stream.newest_read = max(stream.newest_read, place)
             self._batch_bytes += 0.1 * (entry.stored_bytes - self._batch_bytes)
@@ -254,11 +242,10 @@ class Collector:
         A client that repeats a read by itself after a lost reply skips what that reply held. It shows as a gap.
         """
         incarnation, sequence = stream.newest_read
-        first = _place(entries[0][0])
-        if first == (incarnation, sequence + 1) or (first[0] > incarnation and first[1] == 1):
+        if _place(entries[0][0]) == (incarnation, sequence + 1):
             return False
         pending = pending_count(self._connection.execute("XPENDING", stream.key, GROUP))
-        return pending > len(stream.in_hand) + len(entries)
+        return pending > self._holdings.count(stream.worker_id) + len(entries)
 
     def _open(self, entry: _Entry) -> Batch | None:
         """Give the batch of an entry; None, and counted, if there is none to give out."""
@@ -275,11 +262,11 @@ class Collector:
                 if self._max_staleness is None or batch.staleness <= self._max_staleness:
                     return batch
                 reason = "stale"
-        self._settle([(entry.worker_id, entry.entry_id, reason)])
+        self._holdings.settle([(entry.worker_id, entry.entry_id, reason)])
         return None
 
     def _decode(self, entry: _Entry, fields: Mapping[bytes, bytes]) -> Batch:
-        content = decode(fields[b"data"], limits=self._limits)
+        content = decode(fields[b"data"])
         if not isinstance(content, dict):
             raise WireError("a batch must be a dictionary")
         batch = Batch(content)
@@ -294,40 +281,17 @@ class Collector:
         batch.received_at = time.time()
         return batch
 
-    # Acknowledging
-
-    def _settle(self, entries: Sequence[tuple[int, str, str]]) -> int:
-        """Acknowledge and delete entries, each with what became of it, in one step for each worker."""
-        by_worker: dict[int, list[Any]] = {}
-        with self._lock:
-            for worker, entry_id, reason in entries:
-                size = self._streams[worker].in_hand.get(entry_id)
-                if size is not None:
-                    by_worker.setdefault(worker, []).extend((entry_id, size, reason))
-            calls = [
-                (
-                    ACKNOWLEDGE,
-                    (self._streams[worker].key, self._streams[worker].counts_key),
-                    (GROUP, *arguments),
-                )
-                for worker, arguments in by_worker.items()
-            ]
-            removed = sum(int(number) for number in self._connection.run_all(calls))
-            for worker, arguments in by_worker.items():
-                for entry_id in arguments[::3]:
-                    self._streams[worker].in_hand.pop(entry_id, None)
-            return removed
-
     # Streams
 
     def _watch_new_workers(self) -> None:
         if not self._look_again.over:
             return
-        for worker in self._workers():
-            if worker not in self._streams:
-                stream = _Stream(worker, self._keys.experiences(worker), self._keys.counts(worker))
-                self._make_group(stream)
-                self._streams[worker] = stream
+        new = [worker for worker in self._workers() if worker not in self._streams]
+        self._holdings.take_over(new)
+        for worker in new:
+            stream = _Stream(worker, self._keys.experiences(worker))
+            self._make_group(stream)
+            self._streams[worker] = stream
         self._look_again = Deadline(BLOCK_SECONDS)
         if self._recheck.over:
             self._recheck = Deadline(RECHECK_SECONDS)
@@ -343,7 +307,7 @@ class Collector:
                 raise
             return  # the next read finds out, and makes the group again
         for stream, reply in zip(streams, replies, strict=True):
-            if pending_count(reply) > len(stream.in_hand):
+            if pending_count(reply) > self._holdings.count(stream.worker_id):
                 stream.position = _FROM_THE_START
 
     def _make_group(self, stream: _Stream) -> None:
@@ -352,10 +316,6 @@ class Collector:
         except ServerFault as error:
             if "BUSYGROUP" not in str(error):
                 raise
-
-    def _read_pending_again(self) -> None:
-        for stream in self._streams.values():
-            stream.position = _FROM_THE_START
 
 
 def _place(entry_id: str) -> tuple[int, int]:

@@ -21,22 +21,14 @@ def read_counts(connection: Connection, keys: Keys, workers: Iterable[int]) -> d
     """
     wanted = list(workers)
     there = connection.execute_all([("EXISTS", keys.experiences(worker)) for worker in wanted])
-    wanted = [worker for worker, exists in zip(wanted, there, strict=True) if exists]
-    replies = connection.execute_all(
-        [
-            command
-            for worker in wanted
-            for command in (
-                ("XLEN", keys.experiences(worker)),
-                ("XPENDING", keys.experiences(worker), GROUP),
-                ("HGETALL", keys.counts(worker)),
-            )
-        ]
-    )
     found = {}
-    for place, worker in enumerate(wanted):
-        length, pending, counted = replies[3 * place : 3 * place + 3]
-        found[worker] = _counts(int(length), pending_count(pending), text_fields(counted))
+    for worker, exists in zip(wanted, there, strict=True):
+        if exists:
+            stream = keys.experiences(worker)
+            commands = (("XLEN", stream), ("XPENDING", stream, GROUP), ("HGETALL", keys.counts(worker)))
+            # In one step: a batch that is acknowledged in between would be counted twice.
+            length, pending, counted = connection.execute_all(commands, atomic=True)
+            found[worker] = _counts(int(length), pending_count(pending), text_fields(counted))
     return found
 
 
@@ -44,7 +36,8 @@ def _counts(length: int, in_hand: int, counted: Mapping[str, str]) -> QueueCount
     sums: dict[str, int] = {}
     for name, value in counted.items():
         reason = name.partition(":")[0]  # some are kept by incarnation: `fenced:3`
-        sums[reason] = sums.get(reason, 0) + int(value)
+        if value.isdecimal() and len(value) < 20:  # the worker can write here too
+            sums[reason] = sums.get(reason, 0) + int(value)
     return QueueCounts(
         waiting=length - in_hand,
         in_hand=in_hand,

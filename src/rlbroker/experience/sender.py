@@ -37,16 +37,29 @@ OPEN_QUEUE = Script(
     if redis.call('EXISTS', KEYS[1]) == 0 or #redis.call('XINFO', 'GROUPS', KEYS[1]) == 0 then
       redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[2], '0', 'MKSTREAM')
     end
-    local removed = tonumber(redis.call('HGET', KEYS[2], 'removed_bytes') or '0')
-    local total = removed
-    local newest = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
-    if newest then
-      for i = 1, #newest[2], 2 do
-        if newest[2][i] == 'total_bytes' then total = tonumber(newest[2][i + 1]) end
+    -- Bytes that were ever sent: those that were removed, and those of what an earlier life left.
+    local total = tonumber(redis.call('HGET', KEYS[2], 'removed_bytes') or '0') or 0
+    local position = '-'
+    while true do
+      local entry = redis.call('XRANGE', KEYS[1], position, '+', 'COUNT', 1)[1]
+      if not entry then break end
+      for i = 1, #entry[2], 2 do
+        if entry[2][i] == 'stored_bytes' then total = total + (tonumber(entry[2][i + 1]) or 0) end
       end
+      position = '(' .. entry[1]
     end
     if known < tonumber(ARGV[1]) then
       redis.call('HSET', KEYS[2], 'incarnation', ARGV[1])
+      -- What lives before the last one counted under their own names becomes one sum; the last may still count.
+      local counts = redis.call('HGETALL', KEYS[2])
+      for i = 1, #counts, 2 do
+        local reason, life = string.match(counts[i], '^([%a_]+):(%d+)$')
+        if reason and tonumber(life) < known then
+          redis.call('HSET', KEYS[2], reason,
+            (tonumber(redis.call('HGET', KEYS[2], reason) or '0') or 0) + (tonumber(counts[i + 1]) or 0))
+          redis.call('HDEL', KEYS[2], counts[i])
+        end
+      end
       -- From here on every entry of an older incarnation has too small an id and is refused.
       redis.call('XDEL', KEYS[1], redis.call('XADD', KEYS[1], ARGV[1] .. '-0', 'incarnation', ARGV[1]))
     end
@@ -58,7 +71,10 @@ DROP_OLDEST = Script(
     "drop_oldest",
     """
     -- KEYS: the worker's experiences, its counts
-    -- ARGV: group, entries that may stay waiting, bytes that may stay held, bytes that were ever sent
+    -- ARGV: group, entries that may stay waiting, bytes that may stay held, bytes that were ever sent, incarnation
+    if redis.call('HGET', KEYS[2], 'incarnation') ~= ARGV[5] then
+      return 0  -- a newer process is there, and will refuse what comes next
+    end
     local function waiting()
       local pending = redis.call('XPENDING', KEYS[1], ARGV[1])[1]
       return redis.call('XLEN', KEYS[1]) - pending
@@ -69,7 +85,7 @@ DROP_OLDEST = Script(
       for i = 1, #group, 2 do fields[group[i]] = group[i + 1] end
       if fields['name'] == ARGV[1] then last_read = fields['last-delivered-id'] end
     end
-    local removed = tonumber(redis.call('HGET', KEYS[2], 'removed_bytes') or '0')
+    local removed = tonumber(redis.call('HGET', KEYS[2], 'removed_bytes') or '0') or 0
     local dropped = 0
     while waiting() > tonumber(ARGV[2]) or tonumber(ARGV[4]) - removed > tonumber(ARGV[3]) do
       -- What the learner has read is in its hands and cannot be taken back.
@@ -171,7 +187,12 @@ class Sender:
                 f"the batch takes {len(data):,} bytes and the queue {settings.max_queue_bytes:,} (max_queue_bytes); "
                 "send smaller batches, or raise the bound on the learner"
             )
-        with self._lock:
+        if not self._lock.acquire(timeout=deadline.remaining):
+            raise QueueFull(
+                f"worker {self._worker_id}'s queue is full, and another thread of it has been waiting for room for "
+                f"{deadline.seconds:g} s"
+            )
+        try:
             refusal, dropped = self._make_room(len(data), settings, deadline, stopped)
             if refusal:
                 self._count(refusal, deadline)
@@ -181,12 +202,13 @@ class Sender:
                     "rows": rows,
                     "raw_bytes": raw_bytes,
                     "stored_bytes": len(data),
-                    "total_bytes": self._total_bytes + len(data),
                     "sent_at": f"{time.time():.3f}",
                     "data": data,
                 }
                 self._store(fields, deadline)
             sequence = 0 if refusal else self._sequence
+        finally:
+            self._lock.release()
         return SendReceipt(
             worker_id=self._worker_id,
             incarnation=self._incarnation,
@@ -208,9 +230,10 @@ class Sender:
             return "", 0
         self._look()
         if when_full == "drop_oldest" and not self._fits(size, settings):
-            limits = (settings.max_queue_size - 1, settings.max_queue_bytes - size, self._total_bytes)
+            limits = (settings.max_queue_size - 1, settings.max_queue_bytes - size)
+            facts = (GROUP, *limits, self._total_bytes, self._incarnation)
             keys = (self._stream, self._counts)
-            dropped = int(self._connection.run(DROP_OLDEST, keys, (GROUP, *limits), deadline=deadline))
+            dropped = int(self._connection.run(DROP_OLDEST, keys, facts, deadline=deadline))
             self._look()
             # What the learner has in its hands cannot be dropped, so there may still be no room.
             return "" if self._fits(size, settings) else "dropped_newest", dropped

@@ -25,11 +25,14 @@ REGISTER = Script(
     """
     -- KEYS: incarnations, members, the worker's acknowledgements, weights, control, meta, the worker's heartbeat
     -- ARGV: worker id, lease in seconds where no learner has set one, '1' to take the id only if it is free,
-    --       a token of this attempt
+    --       a token of this attempt, wire format
     local wire_format = redis.call('HGET', KEYS[6], 'wire_format') or ''
+    if wire_format ~= '' and wire_format ~= ARGV[5] then
+      return {'incompatible', wire_format}  -- and the process that has this id goes on
+    end
     local before = redis.call('HMGET', KEYS[7], 'token', 'incarnation', 'joined_version', 'joined_position')
     if before[1] == ARGV[4] then  -- registered before; the reply was lost
-      return {'registered', before[2], before[3], before[4], wire_format}
+      return {'registered', before[2], before[3], before[4]}
     end
     local time = redis.call('TIME')
     local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -42,14 +45,20 @@ REGISTER = Script(
     redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])
     local latest = redis.call('HGET', KEYS[4], 'version') or '0'
     -- From here on an answer of an older incarnation has too small an id and is refused.
-    redis.call('XADD', KEYS[3], incarnation .. '-0', 'event', 'joined', 'version', latest)
+    local said = {'XADD', KEYS[3], incarnation .. '-0', 'event', 'joined', 'version', latest}
+    local done = redis.pcall(unpack(said))
+    if type(done) == 'table' and done['err'] then
+      -- An earlier process wrote an id from the future. Its answers are worth nothing; this one's are.
+      redis.call('DEL', KEYS[3])
+      redis.call(unpack(said))
+    end
     local last = redis.call('XREVRANGE', KEYS[5], '+', '-', 'COUNT', 1)
     local position = last[1] and last[1][1] or '0-0'
     redis.call('DEL', KEYS[7])
     redis.call('HSET', KEYS[7], 'token', ARGV[4], 'incarnation', incarnation,
       'joined_version', latest, 'joined_position', position)
     redis.call('PEXPIRE', KEYS[7], string.format('%.0f', lease * 10000))
-    return {'registered', incarnation, latest, position, wire_format}
+    return {'registered', incarnation, latest, position}
     """,
 )
 
@@ -58,7 +67,7 @@ BEAT = Script(
     """
     -- KEYS: incarnations, members, the worker's heartbeat
     -- ARGV: worker id, incarnation, lifetime in milliseconds, then field and value pairs
-    if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] then
+    if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] or not redis.call('ZSCORE', KEYS[2], ARGV[1]) then
       return redis.error_reply('FENCED worker ' .. ARGV[1]
         .. ' was replaced by a newer process, declared gone, or lost by the server')
     end
@@ -128,7 +137,6 @@ class Heartbeat:
         else:
             found = self._claim_lowest_free()
         assert found is not None
-        self.registration = found
         self._beat()
         self._thread.start()
         return found
@@ -189,20 +197,24 @@ class Heartbeat:
             self._keys.heartbeat(worker),
         )
         reply = self._connection.run(
-            REGISTER, keys, (worker, RunSettings.lease_seconds, int(only_if_free), uuid.uuid4().hex)
+            REGISTER,
+            keys,
+            (worker, RunSettings.lease_seconds, int(only_if_free), uuid.uuid4().hex, self._wire_format),
         )
         if reply[0] == b"taken":
             return None
-        _, incarnation, latest, position, wire_format = reply
-        self._check_format(wire_format.decode())
-        return Registration(worker, int(incarnation), int(latest), position.decode())
+        if reply[0] == b"incompatible":
+            self._check_format(reply[1].decode())
+        _, incarnation, latest, position = reply
+        self.registration = Registration(worker, int(incarnation), int(latest), position.decode())
+        return self.registration
 
     def _claim_lowest_free(self) -> Registration:
         deadline, backoff = Deadline(self._connection.timeout_seconds), Backoff()
         while not deadline.over:
             found = self._connection.execute("ZRANGE", self._keys.members, 0, -1)
             members = {int(worker) for worker in found}
-            free = next(worker for worker in range(MAX_WORKER_ID + 1) if worker not in members)
+            free = next((worker for worker in range(MAX_WORKER_ID) if worker not in members), MAX_WORKER_ID)
             # Ids below it belong to members, but those whose lease is over are free too.
             for worker in range(free + 1):
                 claimed = self._claim(worker, only_if_free=True)
@@ -215,7 +227,8 @@ class Heartbeat:
         lease_seconds = (self._settings or RunSettings()).lease_seconds
         # Before the learner has opened the run, look often, so that nobody waits for long.
         self._thread.pause(lease_seconds / BEATS_PER_LEASE if self._settings else 0.1)
-        self._beat()
+        if not self._thread.stopping:
+            self._beat()
 
     def _beat(self) -> None:
         lease_seconds = (self._settings or RunSettings()).lease_seconds

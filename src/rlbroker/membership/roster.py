@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from rlbroker.config import RunSettings
 from rlbroker.connection import Connection, Script
-from rlbroker.errors import Fenced, IncompatibleFormat, ServerFault
+from rlbroker.errors import Fenced, IncompatibleFormat, RunLost
 from rlbroker.keys import Keys
 from rlbroker.records import WorkerInfo
 from rlbroker.replies import scored_members, text_fields
@@ -55,7 +55,13 @@ FORGET = Script(
     -- Should it come back, it has to register again: its incarnation is over.
     local incarnation = redis.call('HINCRBY', KEYS[1], ARGV[1], 1)
     local latest = redis.call('HGET', KEYS[4], 'version') or '0'
-    redis.call('XADD', KEYS[3], incarnation .. '-0', 'event', 'gone', 'version', latest)
+    local said = {'XADD', KEYS[3], incarnation .. '-0', 'event', 'gone', 'version', latest}
+    local done = redis.pcall(unpack(said))
+    if type(done) == 'table' and done['err'] then
+      -- The worker itself wrote an id from the future. Its answers are worth nothing; the run goes on.
+      redis.call('DEL', KEYS[3])
+      redis.call(unpack(said))
+    end
     return 1
     """,
 )
@@ -103,11 +109,11 @@ class Roster:
 
         Raises:
             Fenced: a newer learner has taken over the run.
-            ServerFault: the server has lost the run.
+            RunLost: the server has lost the run.
         """
         clock, newest = self._connection.execute_all([("TIME",), ("HGET", self._keys.meta, "epoch")])
         if newest is None:
-            raise ServerFault(
+            raise RunLost(
                 f"{self._connection.address} has lost the run {self._keys.run!r}: it was flushed, or came back without "
                 "its data; start the learner again"
             )

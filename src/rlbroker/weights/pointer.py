@@ -29,6 +29,8 @@ class Pointer:
         digest: xxh3_128 of the header, which holds the digest of each segment.
         codec: `blosc2` or `raw`.
         published: when, the learner's clock, seconds since the epoch.
+        previous: the upload before, whose chunks are to expire; empty for the first.
+        previous_chunks: chunks of it that hold segments.
     """
 
     version: int
@@ -41,6 +43,8 @@ class Pointer:
     digest: str
     codec: str
     published: float
+    previous: str = ""
+    previous_chunks: int = 0
 
     def to_fields(self) -> dict[str, str]:
         """Give the fields of the hash."""
@@ -55,6 +59,8 @@ class Pointer:
             "digest": self.digest,
             "codec": self.codec,
             "published": f"{self.published:.3f}",
+            "previous": self.previous,
+            "previous_chunks": str(self.previous_chunks),
         }
 
     @classmethod
@@ -78,6 +84,8 @@ class Pointer:
                 digest=found["digest"],
                 codec=found["codec"],
                 published=float(found["published"]),
+                previous=found.get("previous", ""),
+                previous_chunks=int(found.get("previous_chunks", 0)),
             )
         except (KeyError, ValueError) as error:
             raise WireError(f"the pointer to the latest weights cannot be read: {error!r}") from error

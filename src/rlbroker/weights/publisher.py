@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -12,11 +13,14 @@ from dataclasses import replace
 from typing import Any, Final
 
 from rlbroker.connection import Argument, Connection, Script
+from rlbroker.errors import PeerError
 from rlbroker.keys import Keys
 from rlbroker.records import PublishReceipt
 from rlbroker.replies import text_fields
 from rlbroker.weights.pointer import CHUNK_BYTES, Pointer, digest_of
 from rlbroker.wire import Plan, StoredSegment, plan
+
+logger = logging.getLogger("rlbroker")
 
 #: Raw bytes of one segment: the piece that is compressed, sent and decoded as one.
 SEGMENT_BYTES: Final = 4 << 20
@@ -85,12 +89,13 @@ class Publisher:
         self._lock = threading.Lock()
         self._attempt = 0
         self._unsure = False
-        self._latest = self._read_pointer()
+        self._latest: Pointer | None = None
         self._published: dict[int, float] = {}
-        if self._latest is not None:
-            self._published[self._latest.version] = self._latest.published
-            # A learner that died right after its commit left chunks that would expire.
-            self._connection.execute_all([("PERSIST", key) for key in self._chunk_keys(self._latest)])
+        #: Chunks by upload: of superseded versions that do not expire yet.
+        self._to_expire: dict[str, int] = {}
+        self._to_keep: Pointer | None = None
+        self._catch_up()
+        self._tidy()
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="rlbroker-encode")
 
     @property
@@ -118,53 +123,73 @@ class Publisher:
         """
         began = time.monotonic()
         with self._lock:
-            whole = plan(weights, compression=compression, segment_bytes=self._segment_bytes)
-            self._attempt += 1
-            upload = f"{self.latest_version + 1}-{self._epoch}-{self._attempt}"
-            header, chunks, stored_bytes = self._store(whole, upload)
-            pointer = Pointer(
-                version=0,
-                upload=upload,
-                kind="full",
-                raw_bytes=whole.raw_bytes,
-                stored_bytes=stored_bytes,
-                chunks=chunks,
-                chunk_bytes=self._chunk_bytes,
-                digest=digest_of(header),
-                codec="blosc2" if compression else "raw",
-                published=time.time(),
-            )
-            pointer = self._commit(pointer)
+            pointer = self._commit(self._store(weights, compression=compression))
+            try:
+                self._tidy()
+            except PeerError as error:  # the version is out; what is left to do is done later
+                logger.warning(
+                    "version %d is published; its chunks wait for care: %s", pointer.version, error
+                )
         return PublishReceipt(
             version=pointer.version,
             kind="full",
             raw_bytes=pointer.raw_bytes,
-            stored_bytes=stored_bytes,
-            chunks=chunks,
+            stored_bytes=pointer.stored_bytes,
+            chunks=pointer.chunks,
             seconds=time.monotonic() - began,
         )
+
+    def tidy(self) -> None:
+        """Do again what a fault kept from being done: keep the latest chunks, let older ones expire.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        if self._lock.acquire(blocking=False):
+            try:
+                self._tidy()
+            finally:
+                self._lock.release()
 
     def close(self) -> None:
         """End the encoding threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _store(self, whole: Plan, upload: str) -> tuple[bytes, int, int]:
-        """Send every chunk, encoding ahead; give the header, how many chunks there are, and their bytes."""
+    def _store(self, weights: Any, *, compression: bool) -> Pointer:
+        """Send every chunk, encoding ahead; give the pointer that would make them a version."""
+        whole = plan(weights, compression=compression, segment_bytes=self._segment_bytes)
+        self._attempt += 1
+        upload = f"{self.latest_version + 1}-{self._epoch}-{self._attempt}"
         facts: list[StoredSegment] = []
         held: list[bytes | memoryview] = []
         chunks, stored_bytes, held_bytes = 0, 0, 0
-        for fact, stored in self._encoded(whole):
-            facts.append(fact)
-            held.append(stored)
-            held_bytes += len(stored)
-            if held_bytes >= self._chunk_bytes or len(facts) == whole.segment_count:
-                chunks += 1
-                self._set(upload, chunks, held[0] if len(held) == 1 else b"".join(held))
-                stored_bytes += held_bytes
-                held, held_bytes = [], 0
-        header = whole.header(facts)
-        self._set(upload, 0, header)
-        return header, chunks, stored_bytes + len(header)
+        try:
+            for fact, stored in self._encoded(whole):
+                facts.append(fact)
+                held.append(stored)
+                held_bytes += len(stored)
+                if held_bytes >= self._chunk_bytes or len(facts) == whole.segment_count:
+                    chunks += 1
+                    self._set(upload, chunks, held[0] if len(held) == 1 else b"".join(held))
+                    stored_bytes += held_bytes
+                    held, held_bytes = [], 0
+            header = whole.header(facts)
+            self._set(upload, 0, header)
+        except BaseException:  # Ctrl-C too: half a version must not fill the server
+            self._discard(upload, chunks)
+            raise
+        return Pointer(
+            version=self.latest_version + 1,
+            upload=upload,
+            kind="full",
+            raw_bytes=whole.raw_bytes,
+            stored_bytes=stored_bytes + len(header),
+            chunks=chunks,
+            chunk_bytes=self._chunk_bytes,
+            digest=digest_of(header),
+            codec="blosc2" if compression else "raw",
+            published=time.time(),
+        )
 
     def _encoded(self, whole: Plan) -> Iterator[tuple[StoredSegment, bytes | memoryview]]:
         ahead: deque[Future[tuple[StoredSegment, bytes | memoryview]]] = deque()
@@ -182,6 +207,12 @@ class Publisher:
     def _set(self, upload: str, number: int, data: bytes | memoryview) -> None:
         self._connection.execute("SET", self._keys.chunk(upload, number), data, "EX", UNCOMMITTED_SECONDS)
 
+    def _discard(self, upload: str, chunks: int) -> None:
+        try:
+            self._connection.execute_once("UNLINK", *self._chunk_keys(upload, chunks))
+        except PeerError as error:
+            logger.debug("the chunks of %s expire by themselves: %s", upload, error)
+
     def _commit(self, pointer: Pointer) -> Pointer:
         """Make these chunks the next version; give the pointer with its number."""
         keys = (self._keys.meta, self._keys.weights, self._keys.control, self._keys.notify)
@@ -189,31 +220,51 @@ class Publisher:
             self._catch_up()
         self._unsure = True  # until the server has said what became of it
         while True:
-            pointer = replace(pointer, version=self.latest_version + 1)
+            before = self._latest
+            pointer = replace(
+                pointer,
+                version=self.latest_version + 1,
+                previous=before.upload if before else "",
+                previous_chunks=before.chunks if before else 0,
+            )
             fields = [part for pair in pointer.to_fields().items() for part in pair]
             done = self._connection.run(COMMIT, keys, (self._epoch, pointer.version, pointer.upload, *fields))
             if done != b"taken":
                 break
             self._catch_up()
+        self._adopt(pointer)
         self._unsure = False
-        before, self._latest = self._latest, pointer
-        self._published[pointer.version] = pointer.published
-        if len(self._published) > TIMES_KEPT:
-            del self._published[next(iter(self._published))]
-        commands: list[tuple[Argument, ...]] = [("PERSIST", key) for key in self._chunk_keys(pointer)]
-        if before is not None:
-            commands += [("EXPIRE", key, SUPERSEDED_SECONDS) for key in self._chunk_keys(before)]
-        self._connection.execute_all(commands)
         return pointer
 
     def _catch_up(self) -> None:
         """Learn whether a commit whose reply never came was done: its number must not be used again."""
         found = self._read_pointer()
         if found is not None and found.version > self.latest_version:
-            self._latest = found
+            self._adopt(found)
 
-    def _chunk_keys(self, pointer: Pointer) -> list[str]:
-        return [self._keys.chunk(pointer.upload, number) for number in range(pointer.chunks + 1)]
+    def _adopt(self, pointer: Pointer) -> None:
+        if self._latest is not None:
+            self._to_expire[self._latest.upload] = self._latest.chunks
+        if pointer.previous:
+            self._to_expire[pointer.previous] = pointer.previous_chunks
+        self._latest = self._to_keep = pointer
+        self._published[pointer.version] = pointer.published
+        if len(self._published) > TIMES_KEPT:
+            del self._published[next(iter(self._published))]
+
+    def _tidy(self) -> None:
+        commands: list[tuple[Argument, ...]] = []
+        if self._to_keep is not None:
+            commands += [
+                ("PERSIST", key) for key in self._chunk_keys(self._to_keep.upload, self._to_keep.chunks)
+            ]
+        for upload, chunks in self._to_expire.items():
+            commands += [("EXPIRE", key, SUPERSEDED_SECONDS) for key in self._chunk_keys(upload, chunks)]
+        self._connection.execute_all(commands)
+        self._to_keep, self._to_expire = None, {}
+
+    def _chunk_keys(self, upload: str, chunks: int) -> list[str]:
+        return [self._keys.chunk(upload, number) for number in range(chunks + 1)]
 
     def _read_pointer(self) -> Pointer | None:
         return Pointer.from_fields(text_fields(self._connection.execute("HGETALL", self._keys.weights)))
