@@ -66,6 +66,11 @@ class Script:
         return ("EVALSHA", self.sha, len(keys), *keys, *arguments)
 
 
+#: Put before the first write of a script that must work on a full server too: the server refuses a script at
+#: a first write that needs memory, and lets it pass after one that does not. For what frees memory, or is tiny.
+ALSO_WHEN_FULL: Final = "redis.call('HDEL', KEYS[1], '')"
+
+
 class Connection:
     """One client's way to the server.
 

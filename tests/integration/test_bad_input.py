@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,7 @@ from conftest import RealServer, Server
 from rlbroker import WorkerClient, WorkerCommunicator, errors
 from rlbroker.connection import Connection
 from rlbroker.keys import Keys
+from rlbroker.local import RedisServer
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -40,6 +43,9 @@ def test_the_number_of_workers_is_a_positive_integer(number: Any) -> None:
         {"max_staleness": -1},
         {"lease_seconds": 0},
         {"lease_seconds": 10, "forget_seconds": 1},
+        {"forget_seconds": float("inf")},
+        {"timeout": 1e12},
+        {"max_staleness": "x"},
     ],
     ids=str,
 )
@@ -68,6 +74,19 @@ def test_url_and_client_exclude_each_other() -> None:
 def test_a_client_that_decodes_is_refused() -> None:
     with pytest.raises(errors.InvalidArgument, match="must not decode"):
         WorkerClient(redis_client=fakeredis.FakeRedis(decode_responses=True))
+    with pytest.raises(errors.InvalidArgument, match="must not decode"):
+        WorkerClient("redis://localhost?decode_responses=True")
+
+
+def test_a_client_with_too_few_connections_is_refused() -> None:
+    pool = redis.ConnectionPool(max_connections=2)
+    with pytest.raises(errors.InvalidArgument, match="holds 2 connections; 4 are needed"):
+        WorkerClient(redis_client=redis.Redis(connection_pool=pool))
+
+
+def test_a_client_is_no_url() -> None:
+    with pytest.raises(errors.InvalidArgument, match=r"must be a redis\.Redis; got str"):
+        WorkerClient(redis_client="redis://localhost")  # type: ignore[arg-type]
 
 
 def test_an_unreachable_server_is_named_without_its_password_within_the_timeout() -> None:
@@ -127,6 +146,43 @@ def test_a_worker_with_another_wire_format_is_refused(
         learner()
 
 
+def test_a_worker_with_another_wire_format_fences_nobody(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, client = learner(), worker(worker_id=0)
+    with monkeypatch.context() as patch:
+        patch.setattr("rlbroker.worker.FORMAT_VERSION", 99)
+        for worker_id in (0, None):
+            with pytest.raises(errors.IncompatibleFormat):
+                worker(worker_id)
+    client.send_experiences({"x": 1})
+    assert [info.worker_id for info in comm.workers()] == [0]
+
+
+def test_a_server_that_is_full_for_a_while_ends_nobody(real_server: RealServer, run: str) -> None:
+    """What needs memory is refused; reading and acknowledging are not, and make room."""
+    with (
+        WorkerCommunicator(1, redis_url=real_server.url, run=run, lease_seconds=0.5, timeout=5.0) as comm,
+        WorkerClient(real_server.url, run=run, timeout=5.0) as client,
+    ):
+        for number in range(5):
+            client.send_experiences({"number": number, "noise": os.urandom(200_000)})
+        used = int(real_server.client.info("memory")["used_memory"])
+        real_server.client.config_set("maxmemory", used - 600_000)
+        try:
+            with pytest.raises(errors.ServerOutOfMemory):
+                client.send_experiences({"number": 5}, timeout=1.5)
+            assert [one.state for one in comm.workers()] == ["alive"]
+            with WorkerCommunicator(1, redis_url=real_server.url, run=run, timeout=5.0) as successor:
+                assert len(successor.collect_experiences(timeout=5.0)) == 5
+                successor.collect_experiences()
+                client.send_experiences({"number": 6}, timeout=5.0)
+                assert [batch["number"] for _, batch in successor.collect_experiences(timeout=5.0)] == [6]
+        finally:
+            real_server.client.config_set("maxmemory", 0)
+        client.poll()
+
+
 @pytest.mark.parametrize("batch", [[1, 2], None, "text"])
 def test_a_batch_is_a_dictionary(learner: Learner, worker: Worker, batch: Any) -> None:
     learner()
@@ -150,6 +206,35 @@ def test_a_closed_client_says_so(learner: Learner, worker: Worker) -> None:
     with pytest.raises(errors.Closed, match="WorkerClient was closed"):
         client.poll()
     assert not client.running
+
+
+def test_cleanup_ends_a_collect_of_another_thread(learner: Learner) -> None:
+    comm = learner(timeout=2.0)
+    ended: list[type[Exception]] = []
+
+    def collect() -> None:
+        try:
+            comm.collect_experiences(timeout=60.0)
+        except errors.Closed as error:
+            ended.append(type(error))
+
+    waiting = threading.Thread(target=collect)
+    waiting.start()
+    began = time.monotonic()
+    comm.cleanup()
+    waiting.join(10)
+    assert ended == [errors.Closed]
+    assert time.monotonic() - began < 5.0
+
+
+def test_cleanup_without_a_server_says_that_it_does_not_know(run: str) -> None:
+    with RedisServer() as server:
+        comm = WorkerCommunicator(1, redis_url=server.url, run=run, timeout=1.0)
+    began = time.monotonic()
+    report = comm.cleanup()
+    assert time.monotonic() - began < 3.0
+    assert not report.complete
+    assert not report
 
 
 def test_fakeredis_without_lua_is_named() -> None:

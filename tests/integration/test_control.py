@@ -11,7 +11,13 @@ import pytest
 from conftest import Server, wait_until
 
 from rlbroker import Command, WorkerClient, WorkerCommunicator
-from rlbroker.errors import InvalidArgument, UnknownWorker, UnsupportedType
+from rlbroker.errors import (
+    ConnectionFailed,
+    DeadlineExceeded,
+    InvalidArgument,
+    UnknownWorker,
+    UnsupportedType,
+)
 from rlbroker.keys import Keys
 
 Learner = Callable[..., WorkerCommunicator]
@@ -208,6 +214,69 @@ def test_a_person_can_read_commands_and_their_outcomes(
     [(_, fields)] = server.client.xrange(keys.control)
     assert (fields[b"name"], fields[b"arguments"]) == (b"pause", b'{"duration": 0.01}')
     assert server.client.hgetall(keys.outcomes(command.id)) == {b"0": b"done"}
+
+
+def test_a_command_outlives_a_fault_while_it_is_looked_at(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, client = learner(), worker()
+    comm.send_control_command("stop", expires=600)
+    wait_until("the command came", lambda: client._inbox.waiting)
+
+    def fail(*command: object, **options: object) -> None:
+        raise ConnectionFailed("the server is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client._connection, "execute", fail)
+        with pytest.raises(ConnectionFailed):
+            client.poll()
+    client.poll()
+    assert not client.running
+
+
+def test_an_interrupted_handler_is_answered(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+
+    def interrupted(data: object) -> None:
+        raise KeyboardInterrupt
+
+    client.on_command("long", interrupted)
+    command = comm.send_control_command("long")
+    wait_until("the command came", lambda: client._inbox.waiting)
+    with pytest.raises(KeyboardInterrupt):
+        client.poll()
+    assert str(command.wait(5.0)[0]) == "failed: KeyboardInterrupt"
+
+
+def test_a_pause_does_not_outlast_the_wait_for_weights(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    comm.send_control_command("pause")
+    wait_until("the command came", lambda: client._inbox.waiting)
+    with pytest.raises(DeadlineExceeded):
+        client.load_weights({}, timeout=0.5)
+
+
+def test_two_pollers_keep_the_order(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    done: list[int] = []
+
+    def slowly(number: int) -> None:
+        time.sleep(0.01 if number % 2 else 0)
+        done.append(number)
+
+    client.on_command("note", slowly)
+    commands = [comm.send_control_command("note", number) for number in range(40)]
+
+    def poll() -> None:
+        while states(commands[-1])[0] == "waiting":
+            client.poll()
+
+    pollers = [threading.Thread(target=poll) for _ in range(3)]
+    for poller in pollers:
+        poller.start()
+    for poller in pollers:
+        poller.join()
+    assert done == list(range(40))
 
 
 def test_answers_wait_while_the_learner_is_away(learner: Learner, worker: Worker) -> None:

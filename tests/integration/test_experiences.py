@@ -289,6 +289,106 @@ def test_a_read_whose_reply_was_lost_is_found_again(
     assert [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)] == [2, 3]
 
 
+def test_a_replaced_learner_cannot_acknowledge(learner: Learner, worker: Worker) -> None:
+    old, client = learner(), worker()
+    client.send_experiences({"number": 1})
+    new = learner()
+
+    def read_and_acknowledge() -> None:
+        for _ in range(2):  # it may still read, and would acknowledge with the second call
+            old.collect_experiences(timeout=0.1)
+
+    with pytest.raises(Fenced):
+        read_and_acknowledge()
+    old.cleanup()
+    got = wait_until("the new learner has it", lambda: new.collect_experiences(timeout=0.5))
+    assert got[0][1]["number"] == 1
+
+
+def test_acknowledging_does_not_wait_for_another_threads_collect(learner: Learner, worker: Worker) -> None:
+    """Else a queue that is full of unacknowledged bytes would stall all three."""
+    comm, client = learner(acknowledge="manual"), worker()
+    client.send_experiences({"x": 1})
+    pairs = comm.collect_experiences(timeout=5.0)
+    waiting = threading.Thread(target=comm.collect_experiences, args=(3.0,))
+    waiting.start()
+    began = time.monotonic()
+    assert comm.acknowledge(pairs) == 1
+    assert comm.collect_experiences() == []
+    assert time.monotonic() - began < 2.0
+    waiting.join()
+
+
+def test_a_sender_in_a_second_thread_keeps_its_own_timeout(learner: Learner, worker: Worker) -> None:
+    learner(max_queue_size=1)
+    client = worker()
+    client.send_experiences({"x": 1})
+
+    def patient() -> None:
+        with pytest.raises(QueueFull):
+            client.send_experiences({"x": 2}, timeout=3.0)
+
+    first = threading.Thread(target=patient)
+    first.start()
+    wait_until("the first one waits", client._sender._lock.locked)  # type: ignore[union-attr]
+    began = time.monotonic()
+    with pytest.raises(QueueFull, match="another thread"):
+        client.send_experiences({"x": 3}, timeout=0.2)
+    assert time.monotonic() - began < 2.0
+    first.join()
+
+
+def test_what_was_read_for_a_dead_call_comes_before_a_new_life(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm = learner()
+    worker(worker_id=0).send_experiences({"number": 1})
+    server.client.xgroup_create(keys.experiences(0), "other", "0")
+    server.client.xreadgroup(GROUP, "learner", {keys.experiences(0): ">"})  # nobody got the reply
+    worker(worker_id=0).send_experiences({"number": 2})
+    assert [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)] == [1, 2]
+
+
+def test_bytes_stay_bounded_after_acknowledging_out_of_order(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm = learner(acknowledge="manual", max_queue_bytes=10_000)
+    batch = {"noise": np.random.default_rng(1).bytes(2000)}
+    first = worker(worker_id=0)
+    for _ in range(4):
+        first.send_experiences(batch)
+    comm.acknowledge(comm.collect_experiences(timeout=5.0)[2:])
+    second = worker(worker_id=0, when_full="drop_newest")
+    while second.send_experiences(batch):
+        pass
+    held = sum(len(fields[b"data"]) for _, fields in server.client.xrange(keys.experiences(0)))
+    assert 8_000 < held <= 10_000
+
+
+def test_a_replaced_worker_drops_nothing_of_its_successor(learner: Learner, worker: Worker) -> None:
+    comm = learner(max_queue_size=1, when_full="drop_oldest")
+    old = worker(worker_id=0)
+    old.send_experiences({"from": "old"})
+    new = worker(worker_id=0)
+    new.send_experiences({"from": "new"})
+    with pytest.raises(Fenced):
+        old.send_experiences({"from": "old again"})
+    assert [batch["from"] for _, batch in comm.collect_experiences(timeout=5.0)] == ["new"]
+
+
+def test_counts_of_earlier_lives_become_one_sum(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm = learner(max_queue_size=1, when_full="drop_newest")
+    for _ in range(6):
+        client = worker(worker_id=0)
+        for _ in range(3):
+            client.send_experiences({"x": 1})
+    assert counts(comm).lost == {"dropped_newest": 17}
+    names = [name for name in server.client.hkeys(keys.counts(0)) if name.startswith(b"dropped_newest")]
+    assert len(names) <= 3
+
+
 def test_what_a_replaced_learner_still_read_is_found(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

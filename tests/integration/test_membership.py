@@ -108,6 +108,14 @@ def test_leaving_a_replaced_process_does_not_strike_its_successor(learner: Learn
     assert [info.incarnation for info in comm.workers()] == [2]
 
 
+def test_a_late_heartbeat_revives_nobody(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    client._heartbeat.leave(5.0)
+    with pytest.raises(Fenced):
+        client._heartbeat._beat()
+    assert comm.workers() == []
+
+
 def test_workers_join_late_and_leave_early(learner: Learner, worker: Worker) -> None:
     comm = learner(num_workers=1)
     comm.send_model_weights({})

@@ -237,6 +237,43 @@ def test_a_version_is_not_used_again_after_a_commit_of_unknown_fate(
     assert received == {"from": "second"}
 
 
+def test_what_a_fault_left_undone_is_done_later(
+    learner: Learner, server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Superseded chunks expire even if the learner was cut off, or died, right after its commit."""
+    comm = learner()
+    comm.send_model_weights({"number": 1})
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise ConnectionFailed("the server is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comm._publisher._connection, "execute_all", fail)
+        assert comm.send_model_weights({"number": 2}).version == 2
+    assert server.client.ttl(keys.chunk("1-1-1", 0)) == -1
+    learner()
+    assert 0 < server.client.ttl(keys.chunk("1-1-1", 0)) <= SUPERSEDED_SECONDS
+    assert server.client.ttl(keys.chunk("2-1-2", 0)) == -1
+
+
+def test_half_a_version_does_not_stay(
+    learner: Learner, server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm = learner()
+    execute = comm._connection.execute
+
+    def interrupted(*command: Any, **options: Any) -> Any:
+        if command[0] == "SET" and command[1].endswith(":0"):
+            raise KeyboardInterrupt
+        return execute(*command, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comm._connection, "execute", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            comm.send_model_weights({"w": np.zeros(100)})
+    assert list(server.client.scan_iter(keys.chunk("*", 1))) == []
+
+
 def test_loading_waits_for_the_version_that_is_the_latest_now(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker()
     for number in range(1, 20):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rlbroker.config import Acknowledge
 from rlbroker.connection import BLOCK_SECONDS, Connection
 from rlbroker.deadline import Deadline
-from rlbroker.errors import ConnectionFailed, ServerFault, WireError
+from rlbroker.errors import ConnectionFailed, ServerFault, ServerOutOfMemory, WireError
 from rlbroker.experience.holdings import Holdings
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import Batch
@@ -313,6 +313,8 @@ class Collector:
     def _make_group(self, stream: _Stream) -> None:
         try:
             self._connection.execute("XGROUP CREATE", stream.key, GROUP, "0", "MKSTREAM")
+        except ServerOutOfMemory:
+            pass  # the worker made it with its stream; and if not, the next read finds out
         except ServerFault as error:
             if "BUSYGROUP" not in str(error):
                 raise

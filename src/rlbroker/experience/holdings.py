@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlbroker.connection import Connection, Script
+from rlbroker.connection import ALSO_WHEN_FULL, Connection, Script
 from rlbroker.deadline import Deadline
 from rlbroker.keys import GROUP, Keys
 
 TAKE_OVER = Script(
     "take_over",
-    """
+    f"""
     -- KEYS: a worker's counts
     -- ARGV: the learner's epoch
+    {ALSO_WHEN_FULL}
     if (tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0) < tonumber(ARGV[1]) then
       redis.call('HSET', KEYS[1], 'epoch', ARGV[1])
     end

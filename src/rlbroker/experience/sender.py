@@ -73,7 +73,7 @@ DROP_OLDEST = Script(
     -- KEYS: the worker's experiences, its counts
     -- ARGV: group, entries that may stay waiting, bytes that may stay held, bytes that were ever sent, incarnation
     if redis.call('HGET', KEYS[2], 'incarnation') ~= ARGV[5] then
-      return 0  -- a newer process is there, and will refuse what comes next
+      return redis.error_reply('FENCED a newer process has this worker id')
     end
     local function waiting()
       local pending = redis.call('XPENDING', KEYS[1], ARGV[1])[1]
@@ -207,6 +207,9 @@ class Sender:
                 }
                 self._store(fields, deadline)
             sequence = 0 if refusal else self._sequence
+        except Fenced:
+            self._count("fenced", deadline)
+            raise
         finally:
             self._lock.release()
         return SendReceipt(
@@ -256,13 +259,14 @@ class Sender:
         return self._waiting < settings.max_queue_size and self._held_bytes + size <= settings.max_queue_bytes
 
     def _look(self) -> None:
-        length, pending, removed_bytes = self._connection.execute_all(
+        length, pending, (removed_bytes, newest) = self._connection.execute_all(
             [
                 ("XLEN", self._stream),
                 ("XPENDING", self._stream, GROUP),
-                ("HGET", self._counts, "removed_bytes"),
+                ("HMGET", self._counts, "removed_bytes", "incarnation"),
             ]
         )
+        self._check_place(newest)
         self._waiting = int(length) - pending_count(pending)
         if length == 0:  # corrects what a batch of unknown fate added
             self._total_bytes = int(removed_bytes or 0)
@@ -287,15 +291,14 @@ class Sender:
                     raise
                 time.sleep(backoff.next(deadline))
         # An id that the stream has passed: our own entry, whose reply was lost, unless a newer process is there.
-        if not stored and self._replaced():
-            self._count("fenced", deadline)
-            raise Fenced(
-                f"worker {self._worker_id} was replaced by a newer process; this batch was not accepted"
-            )
+        if not stored:
+            self._check_place(self._connection.execute("HGET", self._counts, "incarnation"))
 
-    def _replaced(self) -> bool:
-        newest = self._connection.execute("HGET", self._counts, "incarnation")
-        return newest is None or int(newest) != self._incarnation
+    def _check_place(self, newest: bytes | None) -> None:
+        if newest is None or int(newest) != self._incarnation:
+            raise Fenced(
+                f"worker {self._worker_id} was replaced by a newer process; nothing of this one is accepted"
+            )
 
     def _count(self, reason: str, deadline: Deadline) -> None:
         self._refused[reason] += 1

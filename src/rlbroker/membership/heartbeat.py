@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from rlbroker.background import Background
 from rlbroker.config import MAX_WORKER_ID, RunSettings, worker_number
-from rlbroker.connection import Connection, Script
+from rlbroker.connection import ALSO_WHEN_FULL, Connection, Script
 from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import DeadlineExceeded, IncompatibleFormat
 from rlbroker.keys import Keys
@@ -64,9 +64,10 @@ REGISTER = Script(
 
 BEAT = Script(
     "beat",
-    """
+    f"""
     -- KEYS: incarnations, members, the worker's heartbeat
     -- ARGV: worker id, incarnation, lifetime in milliseconds, then field and value pairs
+    {ALSO_WHEN_FULL}
     if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] or not redis.call('ZSCORE', KEYS[2], ARGV[1]) then
       return redis.error_reply('FENCED worker ' .. ARGV[1]
         .. ' was replaced by a newer process, declared gone, or lost by the server')

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from rlbroker.config import RunSettings
-from rlbroker.connection import Connection, Script
+from rlbroker.connection import ALSO_WHEN_FULL, Connection, Script
 from rlbroker.errors import Fenced, IncompatibleFormat, RunLost
 from rlbroker.keys import Keys
 from rlbroker.records import WorkerInfo
@@ -16,9 +16,10 @@ from rlbroker.replies import scored_members, text_fields
 
 OPEN = Script(
     "open",
-    """
+    f"""
     -- KEYS: meta
     -- ARGV: wire format, then field and value pairs
+    {ALSO_WHEN_FULL}
     local written = redis.call('HGET', KEYS[1], 'wire_format')
     if written and written ~= ARGV[1] then
       return redis.error_reply('FORMAT ' .. written)

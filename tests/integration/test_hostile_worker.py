@@ -1,0 +1,94 @@
+"""A worker may write anything into its own keys: it spoils its own record, and nobody else's run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from conftest import Server, wait_until
+
+from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker.keys import Keys
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+
+def goes_on(comm: WorkerCommunicator, client: WorkerClient) -> None:
+    """The run works for everybody else."""
+    client.send_experiences({"still": "here"})
+    wait_until("the batch came", lambda: any("still" in batch for _, batch in comm.collect_experiences(0.1)))
+    command = comm.send_control_command("reset", worker_ids=[client.worker_id])
+    wait_until("it answered", lambda: client.poll() or command.outcomes()[client.worker_id])
+    assert comm.get_queue_info()["counts"][client.worker_id].produced >= 1
+
+
+def test_thousands_of_entries_without_a_batch(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, good, bad = learner(), worker(), worker()
+    pipeline = server.client.pipeline()
+    for sequence in range(1, 8001):
+        pipeline.xadd(keys.experiences(bad.worker_id), {"x": ""}, id=f"1-{sequence}")
+    pipeline.execute()
+    wait_until(
+        "all are counted",
+        lambda: (
+            comm.collect_experiences() == []
+            and comm.get_queue_info()["counts"][bad.worker_id].lost.get("corrupt") == 8000
+        ),
+    )
+    goes_on(comm, good)
+
+
+def test_an_answer_from_the_future(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+    comm, good = learner(lease_seconds=0.3, forget_seconds=0.6), worker()
+    bad = worker()
+    server.client.xadd(
+        keys.acknowledgements(bad.worker_id),
+        {"event": "version", "version": "1", "outcome": "applied"},
+        id="18446744073709551615-5",
+    )
+    bad._heartbeat._thread.stop(5.0)
+    wait_until("it is struck", lambda: [one.worker_id for one in comm.workers()] == [good.worker_id])
+    assert worker(worker_id=bad.worker_id).incarnation == 3
+    goes_on(comm, good)
+
+
+def test_counts_that_are_no_numbers(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+    comm, good, bad = learner(), worker(), worker()
+    bad.send_experiences({"x": 1})
+    for field, value in (
+        ("delivered", "abc"),
+        ("removed_bytes", 2**63 - 1),
+        ("fenced:1", "-7"),
+        ("epoch", "x"),
+    ):
+        server.client.hset(keys.counts(bad.worker_id), field, value)
+    assert len(comm.collect_experiences(timeout=5.0)) == 1
+    comm.collect_experiences()
+    assert comm.get_queue_info()["counts"][bad.worker_id].delivered == 1
+    goes_on(comm, good)
+
+
+def test_long_texts_are_cut(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+    comm, good, bad = learner(), worker(), worker()
+    comm.send_model_weights({})
+    server.client.xadd(
+        keys.acknowledgements(bad.worker_id),
+        {"event": "version", "version": 1, "outcome": "failed", "detail": "x" * 1_000_000},
+        id="1-1",
+    )
+    assert len(comm.missed_updates()[bad.worker_id].records[0].detail) == 500
+    goes_on(comm, good)
+
+
+def test_a_heartbeat_that_makes_no_sense(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, good, bad = learner(), worker(), worker()
+    bad._heartbeat._thread.stop(5.0)
+    server.client.hset(
+        keys.heartbeat(bad.worker_id), mapping={"version": "x", "pid": "9" * 400, "sent": "-1"}
+    )
+    assert [info.version for info in comm.workers()] == [0, 0]
+    goes_on(comm, good)
