@@ -81,6 +81,8 @@ def redis_url(url: str | None = None) -> str:
     Raises:
         InvalidArgument: the scheme is none of redis, rediss and unix.
     """
+    if url is not None and not isinstance(url, str):
+        raise InvalidArgument(f"redis_url must be text, such as {DEFAULT_URL!r}; got {url!r}")
     found = url or os.environ.get("RLBROKER_REDIS_URL") or os.environ.get("REDIS_URL") or DEFAULT_URL
     try:
         scheme = urlsplit(found).scheme
@@ -88,7 +90,10 @@ def redis_url(url: str | None = None) -> str:
         raise InvalidArgument(f"the server's URL {redacted_url(found)} cannot be used: {error}") from error
     if scheme not in URL_SCHEMES:
         known = ", ".join(f"{name}://" for name in URL_SCHEMES)
-        raise InvalidArgument(f"the server's URL has the scheme {scheme!r}; use one of {known}")
+        raise InvalidArgument(
+            f"the server's URL has the scheme {scheme!r}; use one of {known}, such as {DEFAULT_URL!r} "
+            "(it comes from the argument, RLBROKER_REDIS_URL, or REDIS_URL)"
+        )
     return found
 
 
@@ -133,7 +138,9 @@ def worker_number(worker_id: int) -> int:
 def positive_int(name: str, value: int) -> int:
     """Check that a setting is an integer above zero."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidArgument(f"{name} must be an integer of at least 1; got {value!r}")
+        # Not the text itself: it may be a URL in the wrong place, with a password in it.
+        shown = "text" if isinstance(value, str) else repr(value)
+        raise InvalidArgument(f"{name} must be an integer of at least 1; got {shown}")
     return value
 
 

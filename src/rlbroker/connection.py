@@ -317,7 +317,7 @@ def translated(error: redis_errors.RedisError, address: str) -> PeerError:
         redis_errors.NoPermissionError,
     )
     if isinstance(error, denied) or text.startswith(("NOPERM", "WRONGPASS", "NOAUTH")):
-        return AccessDenied(f"{address} refused: {text}")
+        return AccessDenied(f"{address} refused: {text}; check user and password in the server's URL")
     if isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError)):
         return ConnectionFailed(f"cannot reach {address}: {text}")
     if isinstance(error, redis_errors.OutOfMemoryError) or text.startswith("OOM"):

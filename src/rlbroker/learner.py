@@ -24,7 +24,7 @@ from rlbroker.connection import BLOCK_SECONDS, Connection
 from rlbroker.control.commander import SEND, Command, Commander
 from rlbroker.control.ledger import SETTLE, Ledger
 from rlbroker.deadline import Deadline
-from rlbroker.errors import Closed, InvalidArgument, PeerError
+from rlbroker.errors import Closed, InvalidArgument, PeerError, UnsupportedType
 from rlbroker.experience.collector import Collector
 from rlbroker.experience.counts import read_counts
 from rlbroker.experience.holdings import ACKNOWLEDGE, TAKE_OVER, Holdings
@@ -144,6 +144,7 @@ class WorkerCommunicator:
         except BaseException:
             connection.close()
             raise
+        self._tell_what_was_there()
         self._commander = Commander(connection, keys, epoch=self._epoch)
         self._ledger = Ledger(connection, keys)
         self._collector = Collector(
@@ -203,6 +204,10 @@ class WorkerCommunicator:
             PeerError: the server refused, or could not be reached in time.
         """
         self._check()
+        if callable(getattr(model_state_dict, "state_dict", None)):
+            raise UnsupportedType(
+                "send the weights and not the model: send_model_weights(model.state_dict())"
+            )
         return self._publisher.publish(model_state_dict, compression=compression_enabled)
 
     def collect_experiences(
@@ -337,6 +342,18 @@ class WorkerCommunicator:
         commands = sum(self._commander.waiting().values())
         self._roster.close(self._epoch)
         return CleanupReport(waiting, self._holdings.counts(), commands)
+
+    def _tell_what_was_there(self) -> None:
+        """Log that the run is not new: it is right after a crash, and not for another training."""
+        if self._epoch > 1:
+            counts = read_counts(self._connection, self._keys, self._roster.ids()).values()
+            logger.warning(
+                "the run %r goes on: version %d, %d batches of earlier workers waiting. For a new training choose "
+                "another run name",
+                self.run,
+                self.version,
+                sum(one.waiting + one.in_hand for one in counts),
+            )
 
     def _check(self) -> None:
         if self._closed is not None:

@@ -80,7 +80,17 @@ class Registration:
 
 @dataclass(frozen=True)
 class SendReceipt:
-    """What happened to one batch on the worker's side. True if it is in the queue."""
+    """What happened to one batch on the worker's side. True if it is in the queue.
+
+    Attributes:
+        sequence: its number within this life of the worker; 0 if it was not accepted.
+        version: the weights that produced it.
+        rows: leading dimension of its first array or tensor; 0 without one.
+        raw_bytes: bytes of its arrays and tensors.
+        stored_bytes: bytes of the message.
+        accepted: whether it is in the queue.
+        dropped: older batches that were dropped for it.
+    """
 
     worker_id: int
     incarnation: int
@@ -99,7 +109,16 @@ class SendReceipt:
 
 @dataclass(frozen=True)
 class PublishReceipt:
-    """What `send_model_weights` did. Always true: a published version can be fetched by every worker."""
+    """What `send_model_weights` did. Always true: a published version can be fetched by every worker.
+
+    Attributes:
+        version: the number that the weights got.
+        kind: `full`.
+        raw_bytes: bytes of the tensors, tied ones counted once.
+        stored_bytes: bytes on the server.
+        chunks: values that hold them, besides the header.
+        seconds: how long it took.
+    """
 
     version: int
     kind: Literal["full"]

@@ -20,7 +20,7 @@ from rlbroker.experience.sender import Sender
 from rlbroker.keys import Keys
 from rlbroker.membership.heartbeat import Heartbeat
 from rlbroker.records import SendReceipt
-from rlbroker.weights.loading import load
+from rlbroker.weights.loading import check_target, load
 from rlbroker.weights.subscriber import Subscriber, Update
 from rlbroker.wire import FORMAT_VERSION
 
@@ -77,6 +77,7 @@ class WorkerClient:
         self._closed = False
         self._running = True
         self._version = 0
+        self._misfit = ""  #: why the newest weights could not be loaded into the model
         self._paused_until: float | None = None
         self._resets = 0
         self._handlers: dict[str, Handler] = {}
@@ -176,24 +177,30 @@ class WorkerClient:
 
         Raises:
             WeightsMismatch: the weights do not fit the model; keys and shapes are named.
+            UnsupportedType: the model is neither a module nor a dictionary.
             DeadlineExceeded: no weights came in time.
             PeerError: a newer process has this worker id, or the server refused.
         """
         self._check()
+        check_target(model)
         deadline = Deadline(positive_seconds("timeout", timeout))
         latest = self._subscriber.read_latest()
-        if self._version and not self._subscriber.ready:
+        if (
+            latest and not self._subscriber.ready
+        ):  # taken before: for another model, or one that it did not fit
             self._subscriber.fetch_again()
         loaded = False
         while self.running:
             with self._applying:
-                loaded |= self._apply(self._subscriber.take(min(LOOK_SECONDS, deadline.remaining)), model)
+                updates = self._subscriber.take(min(LOOK_SECONDS, deadline.remaining))
+                loaded |= self._apply(updates, model, again=True)
             if loaded and (deadline.over or self._subscriber.has_handled(latest)):
                 break
             self._obey_waiting(deadline)
             self._check()
             if deadline.over:
-                problem = self._subscriber.problem or "is its learner running?"
+                waits = "is its learner running, and has it published?"
+                problem = self._subscriber.problem or waits
                 raise DeadlineExceeded(
                     f"no weights came in the run {self.run!r} on {self._connection.address} within {timeout:g} s: "
                     f"{problem}"
@@ -222,6 +229,7 @@ class WorkerClient:
             self._obey_waiting()
         if model is None or not self._subscriber.ready or not self.running:
             return False
+        check_target(model)
         with self._applying:
             return self._apply(self._subscriber.take(), model)
 
@@ -301,26 +309,29 @@ class WorkerClient:
         return {
             "version": self._version,
             "sent": self._sender.sent if self._sender else 0,
-            "problem": self._subscriber.problem,
+            "problem": self._subscriber.problem or self._misfit,
         }
 
     # Weights
 
-    def _apply(self, updates: list[Update], model: Any) -> bool:
+    def _apply(self, updates: list[Update], model: Any, *, again: bool = False) -> bool:
         loaded = False
         for update in updates:
+            if update.version <= self._version and not again:
+                continue
             if update.problem:
                 self._inbox.acknowledge_version(self._version, update.version, "failed", update.problem)
                 continue
             try:
                 load(update.weights, model)
             except Exception as error:
+                self._misfit = f"version {update.version}: {error}"
                 self._inbox.acknowledge_version(self._version, update.version, "failed", str(error))
                 raise
             except BaseException:  # Ctrl-C: the model may hold half of it, so it is offered again
                 self._subscriber.fetch_again()
                 raise
-            before, self._version = self._version, update.version
+            before, self._version, self._misfit = self._version, update.version, ""
             self._inbox.acknowledge_version(before, update.version, "applied")
             loaded = True
         return loaded

@@ -66,6 +66,17 @@ def test_an_unknown_scheme_names_those_that_work(url: str) -> None:
         WorkerClient(url)
 
 
+def test_a_worker_id_in_place_of_the_url_is_refused() -> None:
+    with pytest.raises(errors.InvalidArgument, match="redis_url must be text"):
+        WorkerClient(0)  # type: ignore[arg-type]
+
+
+def test_a_url_in_place_of_a_number_is_not_shown() -> None:
+    with pytest.raises(errors.InvalidArgument, match="num_workers") as caught:
+        WorkerCommunicator("redis://:hunter2@host")  # type: ignore[arg-type]
+    assert "hunter2" not in str(caught.value)
+
+
 def test_url_and_client_exclude_each_other() -> None:
     with pytest.raises(errors.InvalidArgument, match="not both"):
         WorkerClient("redis://localhost", redis_client=fakeredis.FakeRedis())

@@ -156,10 +156,10 @@ def test_status_shows_a_live_run(real_server: RealServer, run: str, live: Worker
         "in hand": "1",
         "delivered": "1",
     }
-    assert first | expected | {"lost": "0", "missed": str(missed), "commands": "1"} == first
+    assert first | expected | {"lost": "0", "missed": str(missed), "unanswered": "1"} == first
     assert first["process"] == f"{socket.gethostname()}:{os.getpid()}"
     assert (
-        second | {"state": "alive", "version": "0", "stale": "3", "waiting": "0", "commands": "1"} == second
+        second | {"state": "alive", "version": "0", "stale": "3", "waiting": "0", "unanswered": "1"} == second
     )
 
 

@@ -190,6 +190,7 @@ def test_a_command_to_a_worker_that_does_not_exist_names_those_that_do(
         ((3,), InvalidArgument),
         (("x" * 201,), InvalidArgument),
         (("reset", None, [-1]), InvalidArgument),
+        (("reset", None, 0), InvalidArgument),
         (("reset", object()), UnsupportedType),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Server, wait_until
+from conftest import RealServer, Server, wait_until
 
 from rlbroker import Fenced, MissedUpdates, WeightsMismatch, WorkerClient, WorkerCommunicator
 from rlbroker.connection import Connection, Script
@@ -76,6 +76,55 @@ def test_weights_that_do_not_fit_name_keys_and_shapes(learner: Learner, worker: 
     assert model["w"].shape == (3, 2)
     missed = wait_until("the failure is on record", lambda: _missed(comm))
     assert [(one.first, one.why) for one in missed.records] == [(1, "failed")]
+
+
+def test_weights_that_did_not_fit_one_model_can_be_loaded_into_another(
+    learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(), worker()
+    comm.send_model_weights({"w": np.arange(3)})
+    with pytest.raises(WeightsMismatch):
+        client.load_weights({"b": np.zeros(1)})
+    wait_until("the roster names the problem", lambda: "not in the weights: b" in comm.workers()[0].problem)
+    model = {"w": np.zeros(3)}
+    assert client.load_weights(model, timeout=5.0) == 1
+    assert model["w"].tolist() == [0, 1, 2]
+    assert not client.poll(model)
+
+
+def test_a_model_in_place_of_its_weights_is_refused(learner: Learner) -> None:
+    with pytest.raises(UnsupportedType, match=r"model\.state_dict\(\)"):
+        learner().send_model_weights(network())
+
+
+def test_frequent_versions_do_not_fill_the_server(real_server: RealServer, run: str) -> None:
+    """Superseded weights are kept for slow readers, but not at the price of the newest."""
+    with WorkerCommunicator(1, redis_url=real_server.url, run=run, timeout=5.0) as comm:
+        limit = int(real_server.client.info("memory")["used_memory"]) + 12_000_000
+        real_server.client.config_set("maxmemory", limit)
+        try:
+            for number in range(20):
+                noise = np.random.default_rng(number).bytes(2_000_000)
+                assert (
+                    comm.send_model_weights({"noise": noise}, compression_enabled=False).version == number + 1
+                )
+        finally:
+            real_server.client.config_set("maxmemory", 0)
+        received: dict[str, Any] = {}
+        with WorkerClient(real_server.url, run=run) as client:
+            assert client.load_weights(received) == 20
+        assert received["noise"] == noise
+
+
+def test_a_learner_that_goes_on_with_a_run_says_so(
+    learner: Learner, worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, client = learner(), worker()
+    assert "goes on" not in caplog.text
+    first.send_model_weights({})
+    client.send_experiences({"x": 1})
+    learner()
+    assert "goes on: version 1, 1 batches of earlier workers waiting" in caplog.text
 
 
 def test_weights_are_not_loaded_into_anything_else(learner: Learner, worker: Worker) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rlbroker.snapshot import Snapshot, WorkerStatus
 
 #: What a narrow terminal does not show, in this order: a column less is better than cut numbers.
-_SPARE_COLUMNS = ("process", "in hand", "commands", "stale", "seen")
+_SPARE_COLUMNS = ("process", "in hand", "unanswered", "stale", "seen")
 
 #: Columns of text that a pipe has room for.
 _PIPE_WIDTH = 1000
@@ -114,7 +114,7 @@ def _row(worker: int, one: WorkerStatus) -> dict[str, str]:
         "delivered": f"{counts.delivered:,}" if counts else "0",
         "lost": f"{sum(counts.lost.values()):,}" if counts else "0",
         "missed": f"{one.missed.total + one.missed.commands:,}",
-        "commands": str(one.commands_waiting),
+        "unanswered": str(one.commands_waiting),
         "seen": _age(info.last_seen_seconds) if info else "",
         "process": f"{_plain(info.host)}:{info.pid}" if info else "",
     }

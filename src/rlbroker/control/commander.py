@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from rlbroker.config import worker_number
@@ -101,6 +101,9 @@ class Command:
     def wait(self, timeout: float | None = None) -> dict[int, Outcome]:
         """Wait until every worker has a final state, and give the states.
 
+        A worker answers when it polls. One that waits for room in its queue does not: where queues are small,
+        go on collecting, and look at `outcomes` meanwhile.
+
         Args:
             timeout: seconds to wait at most; the communicator's timeout by default. Workers that have not
                 answered by then are `waiting`.
@@ -153,6 +156,10 @@ class Commander:
             raise InvalidArgument(f"a command is a name of 1 to 200 characters; got {name!r}")
         if expires_seconds is not None and not expires_seconds > 0:
             raise InvalidArgument(f"expires must be a number of seconds above 0; got {expires_seconds!r}")
+        if worker_ids is not None and not isinstance(worker_ids, Iterable):
+            raise InvalidArgument(
+                f"worker_ids must be a list of worker ids, or None for all; got {worker_ids!r}"
+            )
         targets = "all" if worker_ids is None else ",".join(str(worker_number(one)) for one in worker_ids)
         command_id = uuid.uuid4().hex[:12]
         outcomes_key = self._keys.outcomes(command_id)

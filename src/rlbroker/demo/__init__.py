@@ -6,9 +6,11 @@ Nothing heavy is imported here: the parent process of `rlbroker demo` never pays
 from __future__ import annotations
 
 import importlib.util
+import os
+from pathlib import Path
 
 from rlbroker.config import redacted_url, redis_url
-from rlbroker.errors import UsageError
+from rlbroker.errors import InvalidArgument, UsageError
 
 
 def require_extras() -> None:
@@ -21,6 +23,18 @@ def require_extras() -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"the demo needs {', '.join(missing)}: run `pip install 'rlbroker[demo]'`")
+
+
+def check_output(output: Path | None) -> None:
+    """Check, before any training, that a picture can be written there.
+
+    Raises:
+        InvalidArgument: its directory does not exist, or is not writable.
+    """
+    if output is not None and not os.access(output.absolute().parent, os.W_OK):
+        raise InvalidArgument(
+            f"no picture can be written to {output}: {output.parent} is no writable directory"
+        )
 
 
 def place(url: str | None, run: str) -> str:

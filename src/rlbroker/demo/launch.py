@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 from rich.console import Console
 
 from rlbroker.config import redacted_url
+from rlbroker.demo import check_output
 from rlbroker.demo.progress import Progress, Summary, parse_report
 from rlbroker.demo.view import View, describe, open_view
 from rlbroker.errors import PeerError
@@ -78,6 +79,7 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> int:
         PeerError: the learner ended without a result; the message has what it said last.
         ServerUnsuitable: there is no server program that runs here.
     """
+    check_output(settings.output)
     console = console or Console()
     try:
         return _run(settings, console)

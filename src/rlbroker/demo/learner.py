@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 
+from rlbroker.demo import check_output
 from rlbroker.demo.plot import plot
 from rlbroker.demo.policy import ActorCritic
 from rlbroker.demo.ppo import PPO
@@ -224,6 +225,7 @@ def learn(settings: LearnerSettings, view: View, began: float | None = None) -> 
         InvalidArgument: the environment is unknown, or none that the demo can train on.
         PeerError: the server refused, or could not be reached in time.
     """
+    check_output(settings.output)
     torch.set_num_threads(1)  # networks this small are slower with more
     if settings.seed is not None:
         torch.manual_seed(settings.seed)

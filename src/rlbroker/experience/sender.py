@@ -141,7 +141,7 @@ class Sender:
             connection.run(OPEN_QUEUE, (self._stream, self._counts), (place.incarnation, GROUP))
         )
         # What was seen at the last look, plus everything sent since.
-        self._waiting = 0
+        self._waiting = self._in_hand = 0
         self._held_bytes = 0
         self._look()
 
@@ -248,8 +248,10 @@ class Sender:
                 return "stopped", 0
             if deadline.over:
                 raise QueueFull(
-                    f"worker {self._worker_id}'s queue is full ({self._waiting} batches waiting, {self._held_bytes:,} "
-                    f"bytes held) and stayed so for {deadline.seconds:g} s: the learner does not collect fast enough"
+                    f"worker {self._worker_id}'s queue stayed full for {deadline.seconds:g} s: {self._waiting} batches "
+                    f"waiting (max_queue_size {settings.max_queue_size}), {self._in_hand} in the learner's hands, "
+                    f"{self._held_bytes:,} bytes in all (max_queue_bytes {settings.max_queue_bytes:,}); the learner "
+                    "collects or acknowledges too slowly. Raise timeout or the bounds, or choose another when_full"
                 )
             time.sleep(backoff.next(deadline))
             self._look()
@@ -267,7 +269,8 @@ class Sender:
             ]
         )
         self._check_place(newest)
-        self._waiting = int(length) - pending_count(pending)
+        self._in_hand = pending_count(pending)
+        self._waiting = int(length) - self._in_hand
         if length == 0:  # corrects what a batch of unknown fate added
             self._total_bytes = int(removed_bytes or 0)
         self._held_bytes = self._total_bytes - int(removed_bytes or 0)

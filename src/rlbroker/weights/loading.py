@@ -19,7 +19,7 @@ _KEYS_NAMED = 5
 
 
 def load(weights: Any, target: Any) -> None:
-    """Copy weights into a target; nothing is changed unless all of them fit.
+    """Copy weights into a target; nothing is changed unless all of them fit. The target keeps its dtypes.
 
     Args:
         weights: what was received.
@@ -30,12 +30,21 @@ def load(weights: Any, target: Any) -> None:
         WeightsMismatch: keys are missing or too many, or shapes or kinds differ; they are named.
         UnsupportedType: the target is neither.
     """
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(target, torch.nn.Module):
-        _load_module(weights, target)
-    elif isinstance(target, MutableMapping):
+    check_target(target)
+    if isinstance(target, MutableMapping):
         _load_mapping(weights, target)
     else:
+        _load_module(weights, target)
+
+
+def check_target(target: Any) -> None:
+    """Refuse what weights cannot be loaded into.
+
+    Raises:
+        UnsupportedType: it is neither a module nor a dictionary.
+    """
+    torch = sys.modules.get("torch")
+    if not isinstance(target, MutableMapping) and not (torch and isinstance(target, torch.nn.Module)):
         raise UnsupportedType(
             f"weights are loaded into a torch.nn.Module or a dictionary, not a {type(target).__name__}"
         )

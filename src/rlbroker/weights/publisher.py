@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from rlbroker.connection import Argument, Connection, Script
-from rlbroker.errors import PeerError
+from rlbroker.errors import PeerError, ServerOutOfMemory
 from rlbroker.keys import Keys
 from rlbroker.records import PublishReceipt
 from rlbroker.replies import text_fields
@@ -33,6 +33,9 @@ UNCOMMITTED_SECONDS: Final = 3600
 
 #: Chunks of a superseded version stay this long for those who are still reading.
 SUPERSEDED_SECONDS: Final = 60
+
+#: But no more than this of them: frequent versions must not fill the server.
+SUPERSEDED_BYTES: Final = 1 << 30
 
 #: How many versions' times of publication are remembered.
 TIMES_KEPT: Final = 10_000
@@ -91,6 +94,7 @@ class Publisher:
         self._unsure = False
         self._latest: Pointer | None = None
         self._published: dict[int, float] = {}
+        self._superseded: deque[Pointer] = deque()
         #: Chunks by upload: of superseded versions that do not expire yet.
         self._to_expire: dict[str, int] = {}
         self._to_keep: Pointer | None = None
@@ -205,7 +209,21 @@ class Publisher:
                 future.cancel()
 
     def _set(self, upload: str, number: int, data: bytes | memoryview) -> None:
-        self._connection.execute("SET", self._keys.chunk(upload, number), data, "EX", UNCOMMITTED_SECONDS)
+        command = ("SET", self._keys.chunk(upload, number), data, "EX", UNCOMMITTED_SECONDS)
+        try:
+            self._connection.execute(*command)
+        except ServerOutOfMemory:
+            if not self._superseded:
+                raise
+            logger.warning("the server is full; superseded weights are deleted before their time")
+            self._unlink_superseded(keep_bytes=0)
+            self._connection.execute(*command)
+
+    def _unlink_superseded(self, *, keep_bytes: int) -> None:
+        """Delete superseded versions, oldest first; who is still reading one goes on to the latest."""
+        while self._superseded and sum(one.stored_bytes for one in self._superseded) > keep_bytes:
+            oldest = self._superseded.popleft()
+            self._connection.execute("UNLINK", *self._chunk_keys(oldest.upload, oldest.chunks))
 
     def _discard(self, upload: str, chunks: int) -> None:
         try:
@@ -245,6 +263,7 @@ class Publisher:
     def _adopt(self, pointer: Pointer) -> None:
         if self._latest is not None:
             self._to_expire[self._latest.upload] = self._latest.chunks
+            self._superseded.append(self._latest)
         if pointer.previous:
             self._to_expire[pointer.previous] = pointer.previous_chunks
         self._latest = self._to_keep = pointer
@@ -262,6 +281,10 @@ class Publisher:
             commands += [("EXPIRE", key, SUPERSEDED_SECONDS) for key in self._chunk_keys(upload, chunks)]
         self._connection.execute_all(commands)
         self._to_keep, self._to_expire = None, {}
+        expired = time.time() - SUPERSEDED_SECONDS
+        while len(self._superseded) > 1 and self._superseded[1].published < expired:
+            self._superseded.popleft()  # its successor is older than that: it has expired
+        self._unlink_superseded(keep_bytes=SUPERSEDED_BYTES)
 
     def _chunk_keys(self, upload: str, chunks: int) -> list[str]:
         return [self._keys.chunk(upload, number) for number in range(chunks + 1)]
