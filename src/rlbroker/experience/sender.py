@@ -16,7 +16,7 @@ from typing import Any
 from rlbroker.config import RunSettings, WhenFull
 from rlbroker.connection import Connection, Script
 from rlbroker.deadline import Backoff, Deadline
-from rlbroker.errors import BatchTooLarge, Fenced, QueueFull, ServerOutOfMemory
+from rlbroker.errors import BatchTooLarge, ConnectionFailed, Fenced, QueueFull, ServerOutOfMemory
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import Registration, SendReceipt
 from rlbroker.replies import pending_count
@@ -280,22 +280,30 @@ class Sender:
         # The number is spent even if this fails: a late copy of this batch must never pass for the next one.
         self._sequence += 1
         entry_id = f"{self._incarnation}-{self._sequence}"
-        size = int(fields["stored_bytes"])
-        self._total_bytes += size
-        self._held_bytes += size
-        self._waiting += 1
+        try:
+            stored = self._append(entry_id, flat, deadline)
+        except ConnectionFailed:  # it may be stored, so it counts until the queue was seen empty
+            self._note_stored(int(fields["stored_bytes"]))
+            raise
+        # An id that the stream has passed: our own entry, whose reply was lost, unless a newer process is there.
+        if not stored:
+            self._check_place(self._connection.execute("HGET", self._counts, "incarnation"))
+        self._note_stored(int(fields["stored_bytes"]))
+
+    def _append(self, entry_id: str, fields: list[Any], deadline: Deadline) -> bool:
         backoff = Backoff()
         while True:
             try:
-                stored = self._connection.append(self._stream, entry_id, flat, deadline=deadline)
-                break
+                return self._connection.append(self._stream, entry_id, fields, deadline=deadline)
             except ServerOutOfMemory:  # as good as a full queue: the learner's reading makes room
                 if deadline.over:
                     raise
                 time.sleep(backoff.next(deadline))
-        # An id that the stream has passed: our own entry, whose reply was lost, unless a newer process is there.
-        if not stored:
-            self._check_place(self._connection.execute("HGET", self._counts, "incarnation"))
+
+    def _note_stored(self, size: int) -> None:
+        self._total_bytes += size
+        self._held_bytes += size
+        self._waiting += 1
 
     def _check_place(self, newest: bytes | None) -> None:
         if newest is None or int(newest) != self._incarnation:
