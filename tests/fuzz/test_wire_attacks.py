@@ -7,7 +7,7 @@ import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 import numpy as np
 import pytest
 import xxhash

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 import numpy as np
 import torch
 import xxhash

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Self, cast
 
 from rlbroker.records import Missed, Outcome, State
 
@@ -164,7 +164,7 @@ def _settle_command(account: Account, event: Event, pending: Mapping[str, int]) 
     command, name = event.text("command"), event.text("name")
     if command not in pending:  # it has its final state already
         return Settled(account)
-    state: State = event.fields["outcome"]  # type: ignore[assignment]
+    state = cast(State, event.fields["outcome"])  # one of _ANSWERS
     outcome = Outcome(state, event.text("detail"))
     if outcome:
         return Settled(replace(account, commands_done=account.commands_done + 1), (), {command: outcome})

@@ -6,7 +6,7 @@ import json
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from rlbroker.config import worker_number
 from rlbroker.connection import Connection, Script
@@ -14,7 +14,7 @@ from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.deadline import Deadline
 from rlbroker.errors import InvalidArgument, PeerError, UnknownWorker
 from rlbroker.keys import Keys
-from rlbroker.records import Outcome
+from rlbroker.records import Outcome, State
 from rlbroker.replies import text_fields
 from rlbroker.wire import encode
 
@@ -229,7 +229,7 @@ class Commander:
 
 def _outcome(text: str) -> Outcome:
     state, _, detail = text.partition(": ")
-    return Outcome(state, detail)  # type: ignore[arg-type]
+    return Outcome(cast(State, state), detail)  # the ledger writes nothing else
 
 
 def _readable(data: Any) -> str:

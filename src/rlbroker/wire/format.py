@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 import xxhash
 
 from rlbroker.errors import IncompatibleFormat, UnsupportedType, WireError

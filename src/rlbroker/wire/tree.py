@@ -10,7 +10,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 
 from rlbroker.errors import UnsupportedType, WireError
 from rlbroker.wire.limits import DEFAULT_LIMITS
