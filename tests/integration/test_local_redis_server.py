@@ -7,35 +7,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
+from conftest import wait_until
+from processes import alive, command_lines, parent_of
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from rlbroker.errors import ConnectionFailed, ForkedProcess, ServerUnsuitable
 from rlbroker.local import redis_server
 from rlbroker.local.redis_server import RedisServer, find_binary
-
-
-def wait_until(what: str, condition: Callable[[], bool], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"after {seconds} s still not: {what}"
-        time.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that only waits for its parent to take note does not."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return bool(state.stdout.strip()) and not state.stdout.startswith("Z")
-
-
-def guard_of(pid: int) -> int:
-    found = subprocess.run(["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True, check=True)
-    return int(found.stdout)
 
 
 def client(url: str | None) -> redis.Redis:
@@ -95,7 +79,7 @@ def test_nothing_is_left_however_the_owner_ends(
     name: str, then: str, number: signal.Signals | None, temporary_directory: Path
 ) -> None:
     process, pid = owner(then)
-    guard = guard_of(pid) if number is not None else None
+    guard = parent_of(pid) if number is not None else None
     if number is not None:
         assert alive(pid)
         os.killpg(process.pid, number)
@@ -116,8 +100,8 @@ def test_the_server_ends_with_its_owner_even_while_the_owners_forked_child_lives
     try:
         process.kill()
         process.wait(15.0)
-        wait_until("the server ends", lambda: not alive(pid), seconds=5.0)
-        wait_until("its files go", lambda: not list(temporary_directory.iterdir()), seconds=5.0)
+        wait_until("the server ends", lambda: not alive(pid), timeout_seconds=5.0)
+        wait_until("its files go", lambda: not list(temporary_directory.iterdir()), timeout_seconds=5.0)
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # the child
 
@@ -142,7 +126,7 @@ def test_the_server_ends_when_its_guard_is_killed() -> None:
     with RedisServer() as server:
         pid = server.pid
         assert pid is not None
-        os.kill(guard_of(pid), signal.SIGKILL)
+        os.kill(parent_of(pid), signal.SIGKILL)
         wait_until("the server ends", lambda: not alive(pid))
         assert not server.running
 
@@ -159,7 +143,7 @@ def test_ctrl_c_while_it_starts_leaves_nothing(monkeypatch: pytest.MonkeyPatch) 
         server.start()
     # The order to stop follows the order to start at once; were it overlooked, this would take 12 s.
     assert time.monotonic() - started < 5.0
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    listed = command_lines()
     assert str(server.socket_path) not in listed
     assert not server.running
 
@@ -239,7 +223,7 @@ def test_the_password_is_in_no_file_no_process_list_and_no_repr() -> None:
         assert len(password) > 30
         pid = server.pid
         assert pid is not None
-        listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        listed = command_lines()
         shown = [listed, repr(server), server.redacted_url, server.log_tail(1000)]
         assert not [text for text in shown if password in text]
         assert [path.name for path in server.socket_path.parent.iterdir()] == ["redis.sock"]

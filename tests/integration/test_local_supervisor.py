@@ -6,32 +6,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
+from processes import alive, parent_of
 
 from rlbroker.errors import Closed
 from rlbroker.local import supervisor as module
 from rlbroker.local.supervisor import LONGEST_LINE_BYTES, Supervisor
-
-
-def wait_until(what: str, condition: Callable[[], bool], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"after {seconds} s still not: {what}"
-        time.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that only waits for its parent to take note does not."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return bool(state.stdout.strip()) and not state.stdout.startswith("Z")
-
-
-def guard_of(pid: int) -> int:
-    found = subprocess.run(["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True, check=True)
-    return int(found.stdout)
 
 
 def shell(script: str) -> list[str]:
@@ -258,7 +241,7 @@ def test_stop_is_bounded_even_if_the_output_handler_hangs(monkeypatch: pytest.Mo
     pid = pid_of(supervisor, "a")
     assert hanging.wait(15.0)
     assert supervisor.stop(0.1) == ["a"]
-    assert not alive(pid)
+    wait_until("it is dead, long before it would end by itself", lambda: not alive(pid))
     release.set()
     wait_until("the thread ends", lambda: threading.active_count() == threads)
 
@@ -324,7 +307,7 @@ def test_no_process_is_left_however_the_owner_ends(
     assert owner.stdout is not None
     with owner.stdout:
         pids = [int(word) for word in owner.stdout.readline().split()]  # the process, and what it started
-    guards = [guard_of(pid) for pid in pids] if number is not None else []
+    guards = [parent_of(pid) for pid in pids] if number is not None else []
     try:
         if number is not None:
             assert all(map(alive, pids))
@@ -345,6 +328,6 @@ def test_no_process_is_left_however_the_owner_ends(
 def test_a_process_whose_guard_is_killed_ends_and_is_started_again() -> None:
     with Supervisor({"a": SLEEP}, first_backoff_seconds=0.01) as supervisor:
         first = pid_of(supervisor, "a")
-        os.kill(guard_of(first), signal.SIGKILL)
+        os.kill(parent_of(first), signal.SIGKILL)
         wait_until("it runs again", lambda: supervisor.status()["a"].pid not in (None, first))
         assert not alive(first)

@@ -323,10 +323,13 @@ class Supervisor:
                 os.read(self._wake_reader, 4096)
             elif isinstance(key.fileobj, GuardedProcess):
                 with self._changed:
-                    ended = key.fileobj.pump()
+                    known, ended = key.fileobj.pid is not None, key.fileobj.pump()
                     self._changed.notify_all()
                 if ended:
                     self._bury(selector, child)
+                elif not known and key.fileobj.pid is not None and child.output is not None:
+                    # Not before: a handler that hangs must not keep its process from being known.
+                    selector.register(child.output.reader, selectors.EVENT_READ, child)
             elif child.output is not None:
                 child.output.pump()
 
@@ -378,8 +381,6 @@ class Supervisor:
             self._bury(selector, child)
             return
         selector.register(process, selectors.EVENT_READ, child)
-        if output is not None:
-            selector.register(output.reader, selectors.EVENT_READ, child)
 
     def _bury(self, selector: selectors.BaseSelector, child: _Child) -> None:
         """Take note of an end, and decide what comes next."""
