@@ -280,6 +280,18 @@ def test_two_pollers_keep_the_order(learner: Learner, worker: Worker) -> None:
     assert done == list(range(40))
 
 
+def test_an_answer_after_a_day_leaves_nothing_for_ever(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("reset")
+    server.client.delete(keys.outcomes(command.id))  # as if it had expired
+    wait_until("the command came", lambda: client._inbox.waiting)
+    client.poll()
+    wait_until("it is settled", lambda: comm.get_queue_info()["control_queue_sizes"][0] == 0)
+    assert server.client.ttl(keys.outcomes(command.id)) > 0
+
+
 def test_answers_wait_while_the_learner_is_away(learner: Learner, worker: Worker) -> None:
     """Acknowledgements are in Redis until a learner settles them, so a restarted one misses none."""
     first, client = learner(), worker()

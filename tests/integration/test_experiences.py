@@ -160,6 +160,17 @@ def test_a_batch_larger_than_the_bound_is_refused_at_once(learner: Learner, work
         worker().send_experiences({"obs": np.random.default_rng(1).random(1000)})
 
 
+def test_one_collect_takes_no_more_than_its_share_of_memory(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts is the size of the arrays: a few stored bytes can hold megabytes of zeros."""
+    monkeypatch.setattr("rlbroker.experience.collector.COLLECT_BYTES", 2_500_000)
+    comm, client = learner(), worker()
+    for _ in range(6):
+        client.send_experiences({"zeros": np.zeros(1_000_000, np.uint8)})
+    assert [len(comm.collect_experiences()) for _ in range(3)] == [3, 3, 0]
+
+
 def test_a_batch_that_no_learner_would_decode_is_refused(learner: Learner, worker: Worker) -> None:
     learner()
     with pytest.raises(BatchTooLarge, match="no more than 1,073,741,824 may travel"):

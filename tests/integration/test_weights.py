@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -321,6 +323,28 @@ def test_half_a_version_does_not_stay(
         with pytest.raises(KeyboardInterrupt):
             comm.send_model_weights({"w": np.zeros(100)})
     assert list(server.client.scan_iter(keys.chunk("*", 1))) == []
+
+
+def test_two_pollers_never_go_back_a_version(learner: Learner, worker: Worker) -> None:
+    class Slow(dict[str, Any]):
+        def update(self, *arguments: Any, **fields: Any) -> None:
+            begun.set()
+            time.sleep(0.3)
+            super().update(*arguments, **fields)
+
+    comm, client, begun = learner(), worker(), threading.Event()
+    slow = Slow()
+    comm.send_model_weights({"number": 1})
+    wait_until("version 1 is ready", lambda: client._subscriber.ready)
+    first = threading.Thread(target=client.poll, args=(slow,))
+    first.start()
+    begun.wait(5.0)
+    comm.send_model_weights({"number": 2})
+    wait_until("version 2 is ready", lambda: client._subscriber.ready)
+    received: dict[str, Any] = {}
+    assert client.poll(received)
+    first.join()
+    assert (client.version, slow["number"], received["number"]) == (2, 1, 2)
 
 
 def test_loading_waits_for_the_version_that_is_the_latest_now(learner: Learner, worker: Worker) -> None:
