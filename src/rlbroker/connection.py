@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, TypeVar
@@ -306,6 +306,11 @@ class Connection:
                 return operation()
         except redis_errors.RedisError as error:
             raise translated(error, self.address) from error
+
+
+def flat(fields: Mapping[str, Any]) -> list[Any]:
+    """Give fields as commands take them: name, value, name, value."""
+    return [part for pair in fields.items() for part in pair]
 
 
 def translated(error: redis_errors.RedisError, address: str) -> PeerError:

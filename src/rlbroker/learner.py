@@ -128,7 +128,6 @@ class WorkerCommunicator:
             lease_seconds=lease_seconds,
             forget_seconds=forget_seconds,
         )
-        self._acknowledge_mode = acknowledge
         self._keys = keys = Keys(run)
         self._closed: CleanupReport | None = None
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
@@ -141,10 +140,10 @@ class WorkerCommunicator:
             self._holdings = Holdings(connection, keys, epoch=self._epoch)
             # From here on no acknowledgement of an older learner is accepted.
             self._holdings.take_over(self._roster.ids())
+            self._tell_what_was_there()
         except BaseException:
             connection.close()
             raise
-        self._tell_what_was_there()
         self._commander = Commander(connection, keys, epoch=self._epoch)
         self._ledger = Ledger(connection, keys)
         self._collector = Collector(
@@ -333,7 +332,7 @@ class WorkerCommunicator:
         return self._closed
 
     def _finish(self, deadline: Deadline, *, acknowledge: bool) -> CleanupReport:
-        if acknowledge and self._acknowledge_mode == "next":
+        if acknowledge:
             self._collector.acknowledge_returned(deadline)
         workers = self._roster.ids()
         self._ledger.settle(workers, self._epoch, deadline)

@@ -38,6 +38,17 @@ def scored_members(reply: Any) -> dict[str, float]:
     return {_text(member): float(score) for member, score in zip(reply[::2], reply[1::2], strict=True)}
 
 
+def server_seconds(reply: Any) -> float:
+    """Give the server's clock from TIME, seconds since the epoch."""
+    seconds, microseconds = reply
+    return int(seconds) + int(microseconds) / 1e6
+
+
+def whole_number(text: str) -> int | None:
+    """Give a number that a worker wrote; None for anything else, as workers are not trusted."""
+    return int(text) if text.isdecimal() and len(text) < 20 else None
+
+
 def pending_count(reply: Any) -> int:
     """Give the number of pending entries from XPENDING's summary, in either of redis-py's shapes."""
     return int(reply["pending"] if isinstance(reply, dict) else reply[0])

@@ -13,7 +13,7 @@ from rlbroker.experience.counts import read_counts
 from rlbroker.keys import Keys
 from rlbroker.membership.roster import Roster
 from rlbroker.records import Liveness, MissedUpdates, QueueCounts, WorkerInfo
-from rlbroker.replies import text_fields
+from rlbroker.replies import server_seconds, text_fields
 from rlbroker.weights.pointer import Pointer
 
 #: What of the pointer concerns people; the rest says how to fetch it.
@@ -136,7 +136,7 @@ def take_snapshot(connection: Connection, run: str) -> Snapshot:
     clock, meta_reply, pointer_reply, pending = connection.execute_all(
         [("TIME",), ("HGETALL", keys.meta), ("HGETALL", keys.weights), ("HGETALL", keys.pending)]
     )
-    meta, now = text_fields(meta_reply), int(clock[0]) + int(clock[1]) / 1e6
+    meta, now = text_fields(meta_reply), server_seconds(clock)
     pointer, settings = Pointer.from_fields(text_fields(pointer_reply)), RunSettings.from_fields(meta)
     roster = Roster(connection, keys, settings)
     ids = roster.ids()

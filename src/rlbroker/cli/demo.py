@@ -8,15 +8,15 @@ from typing import Annotated
 
 import typer
 
+from rlbroker.cli.options import Env, MaxSeconds, Minutes, Seed
+
 
 def demo(
     workers: Annotated[int, typer.Option(min=1, help="Number of worker processes.")] = 2,
-    env: Annotated[str, typer.Option(help="Gymnasium environment.")] = "CartPole-v1",
-    seed: Annotated[int | None, typer.Option(min=0, help="Random seed; random if left out.")] = None,
-    minutes: Annotated[float, typer.Option(min=0.0, help="Longest time for everything.")] = 3.0,
-    max_seconds: Annotated[
-        float | None, typer.Option(min=0.0, help="The same in seconds, instead of --minutes.")
-    ] = None,
+    env: Env = "CartPole-v1",
+    seed: Seed = None,
+    minutes: Minutes = 3.0,
+    max_seconds: MaxSeconds = None,
     output: Annotated[Path, typer.Option(help="Picture of the training run.")] = Path("demo.png"),
     keep_server: Annotated[
         bool, typer.Option("--keep-server", help="Leave the server up afterwards, until Ctrl-C.")

@@ -9,21 +9,19 @@ from typing import Annotated, Literal
 
 import typer
 
+from rlbroker.cli.options import Env, MaxSeconds, Minutes, Seed, Url
+
 
 def learner(
-    url: Annotated[
-        str | None, typer.Option(help="Server; without it RLBROKER_REDIS_URL, REDIS_URL, localhost.")
-    ] = None,
+    url: Url = None,
     run: Annotated[
         str, typer.Option(help="Name of the training job; the workers' must be the same.")
     ] = "demo",
-    env: Annotated[str, typer.Option(help="Gymnasium environment.")] = "CartPole-v1",
+    env: Env = "CartPole-v1",
     workers: Annotated[int, typer.Option(min=1, help="Number of workers that are expected.")] = 2,
-    seed: Annotated[int | None, typer.Option(min=0, help="Random seed; random if left out.")] = None,
-    minutes: Annotated[float, typer.Option(min=0.0, help="Longest time to train.")] = 3.0,
-    max_seconds: Annotated[
-        float | None, typer.Option(min=0.0, help="The same in seconds, instead of --minutes.")
-    ] = None,
+    seed: Seed = None,
+    minutes: Minutes = 3.0,
+    max_seconds: MaxSeconds = None,
     target: Annotated[
         float | None,
         typer.Option(help="Mean return of 100 episodes that counts as solved; else the environment's own."),

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlbroker.cli.options import Url
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -23,9 +25,7 @@ _PIPE_WIDTH = 1000
 
 
 def status(
-    url: Annotated[
-        str | None, typer.Option(help="Server; without it RLBROKER_REDIS_URL, REDIS_URL, localhost.")
-    ] = None,
+    url: Url = None,
     run: Annotated[str | None, typer.Option(help="Which run; not needed if there is only one.")] = None,
     missed: Annotated[bool, typer.Option("--missed", help="List missed versions and commands too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,

@@ -7,24 +7,20 @@ from typing import Annotated
 
 import typer
 
+from rlbroker.cli.options import Env, Seed, Url
+
 
 def worker(
-    url: Annotated[
-        str | None, typer.Option(help="Server; without it RLBROKER_REDIS_URL, REDIS_URL, localhost.")
-    ] = None,
+    url: Url = None,
     run: Annotated[
         str, typer.Option(help="Name of the training job; the learner's must be the same.")
     ] = "demo",
-    env: Annotated[
-        str, typer.Option(help="Gymnasium environment; the learner's must be the same.")
-    ] = "CartPole-v1",
+    env: Env = "CartPole-v1",
     worker_id: Annotated[
         int | None, typer.Option(min=0, help="This worker's number; the lowest free one if left out.")
     ] = None,
     envs: Annotated[int, typer.Option(min=1, help="Copies of the environment to step together.")] = 8,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Random seed of the run; random if left out.")
-    ] = None,
+    seed: Seed = None,
     timeout: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for the learner to begin.")] = 60.0,
 ) -> None:
     """Act with the newest policy and send what happens, until the learner says stop.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self, cast
 
 from rlbroker.records import Missed, Outcome, State
+from rlbroker.replies import whole_number
 
 #: Characters of what a worker says that are kept.
 TEXT_KEPT = 500
@@ -108,8 +109,7 @@ class Event:
     @property
     def version(self) -> int:
         """Latest version when the worker joined or left; the version that it went to."""
-        text = self.fields.get("version", "")
-        return int(text) if text.isdecimal() and len(text) < 20 else 0
+        return whole_number(self.fields.get("version", "")) or 0
 
 
 @dataclass(frozen=True)

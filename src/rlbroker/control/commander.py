@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, cast
 
 from rlbroker.config import worker_number
-from rlbroker.connection import Connection, Script
+from rlbroker.connection import Connection, Script, flat
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.deadline import Deadline
 from rlbroker.errors import InvalidArgument, PeerError, UnknownWorker
 from rlbroker.keys import Keys
 from rlbroker.records import Outcome, State
-from rlbroker.replies import text_fields
+from rlbroker.replies import server_seconds, text_fields
 from rlbroker.wire import encode
 
 #: What is older than this on the control stream, and has been answered, may be trimmed; what has not been
@@ -177,10 +177,9 @@ class Commander:
             "expires_seconds": expires_seconds or 0,
             "data": encode(data, compression=False),
         }
-        flat = [part for pair in fields.items() for part in pair]
         try:
             reply = self._connection.run(
-                SEND, keys, (self._epoch, command_id, OUTCOMES_KEPT_SECONDS, targets, *flat)
+                SEND, keys, (self._epoch, command_id, OUTCOMES_KEPT_SECONDS, targets, *flat(fields))
             )
         except PeerError as error:
             unknown = str(error).partition("UNKNOWN ")[2].split()
@@ -218,8 +217,9 @@ class Commander:
         """Shorten the control stream to what is younger than an hour or not answered yet."""
         clock, pending = self._connection.execute_all([("TIME",), ("HGETALL", self._keys.pending)])
         sent = [int(value.split()[1].partition("-")[0]) for value in text_fields(pending).values()]
-        keep_from = min([(int(clock[0]) - CONTROL_KEPT_SECONDS) * 1000, *sent])
-        keep_from = max(keep_from, (int(clock[0]) - OUTCOMES_KEPT_SECONDS) * 1000)
+        now = int(server_seconds(clock))
+        keep_from = min([(now - CONTROL_KEPT_SECONDS) * 1000, *sent])
+        keep_from = max(keep_from, (now - OUTCOMES_KEPT_SECONDS) * 1000)
         self._connection.execute("XTRIM", self._keys.control, "MINID", "~", keep_from)
 
     def _outcomes(self, key: str, workers: Sequence[int]) -> dict[int, Outcome]:

@@ -6,16 +6,16 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from rlbroker.background import Background
-from rlbroker.connection import Argument, Connection
+from rlbroker.connection import Argument, Connection, flat
 from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, Fenced, ServerOutOfMemory, WireError
 from rlbroker.keys import Keys
 from rlbroker.records import Registration
-from rlbroker.replies import stream_entries, text_fields
+from rlbroker.replies import server_seconds, stream_entries, text_fields
 from rlbroker.wire import Limits, decode
 
 logger = logging.getLogger("rlbroker")
@@ -116,9 +116,8 @@ class Inbox:
         """Whether an order came too late, by the server's clock."""
         if not order.expires_seconds:
             return False
-        seconds, microseconds = self._connection.execute("TIME")
-        now_milliseconds = int(seconds) * 1000 + int(microseconds) // 1000
-        return now_milliseconds - order.sent_milliseconds > order.expires_seconds * 1000
+        now = server_seconds(self._connection.execute("TIME"))
+        return now - order.sent_milliseconds / 1000 > order.expires_seconds
 
     def acknowledge_command(self, order: Order, outcome: str, detail: str = "") -> None:
         """Say what became of a command: done, failed, unknown or expired."""
@@ -144,7 +143,7 @@ class Inbox:
         with self._arrived:
             self._answer_number += 1
             entry_id = f"{self._incarnation}-{self._answer_number}"
-            self._answers.append((entry_id, [part for pair in fields.items() for part in pair]))
+            self._answers.append((entry_id, flat(fields)))
         try:
             self._send_answers(Deadline(ANSWER_SECONDS))
         except (ConnectionFailed, ServerOutOfMemory) as error:
@@ -198,7 +197,5 @@ class Inbox:
                 self.acknowledge_command(order, "failed", f"its arguments cannot be read: {error}")
                 return
             with self._arrived:
-                self._orders.append(
-                    Order(order.command_id, order.name, data, order.sent_milliseconds, order.expires_seconds)
-                )
+                self._orders.append(replace(order, data=data))
                 self._arrived.notify_all()

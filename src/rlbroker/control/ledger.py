@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from rlbroker.connection import Argument, Connection, Script
+from rlbroker.connection import Argument, Connection, Script, flat
 from rlbroker.control.account import Account, Event, Settled, settle
 from rlbroker.deadline import Deadline
 from rlbroker.keys import Keys
 from rlbroker.records import Missed, MissedUpdates
-from rlbroker.replies import stream_entries, text_fields
+from rlbroker.replies import server_seconds, stream_entries, text_fields
 
 #: Entries of one stream: id and fields.
 Entries = list[tuple[str, dict[bytes, bytes] | None]]
@@ -105,7 +105,7 @@ class Ledger:
                 *(("HGETALL", self._keys.ledger(worker)) for worker, _ in streams),
             ]
         )
-        now = int(clock[0]) + int(clock[1]) / 1e6
+        now = server_seconds(clock)
         waiting, newest = _pending_by_worker(text_fields(pending)), text_fields(lives)
         calls = []
         for (worker, entries), found in zip(streams, accounts, strict=True):
@@ -178,9 +178,9 @@ class Ledger:
             self._keys.pending,
             *(self._keys.outcomes(command) for command in settled.outcomes),
         ]
-        writes: list[list[Argument]] = [[3, "HSET", *_flat(settled.account.to_fields())]]
+        writes: list[list[Argument]] = [[3, "HSET", *flat(settled.account.to_fields())]]
         writes += [
-            [4, "XADD", "MAXLEN", "~", MISSED_KEPT, "*", *_flat(_missed_fields(missed))]
+            [4, "XADD", "MAXLEN", "~", MISSED_KEPT, "*", *flat(_missed_fields(missed))]
             for missed in settled.missed
         ]
         for place, (command, outcome) in enumerate(settled.outcomes.items(), start=6):
@@ -227,7 +227,3 @@ def _missed_record(found: Mapping[str, str]) -> Missed:
         detail=found["detail"],
         at=float(found["at"]),
     )
-
-
-def _flat(fields: Mapping[str, Any]) -> list[Any]:
-    return [part for pair in fields.items() for part in pair]

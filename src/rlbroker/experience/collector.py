@@ -141,8 +141,8 @@ class Collector:
         return self._holdings.settle(entries, deadline=deadline)
 
     def acknowledge_returned(self, deadline: Deadline) -> None:
-        """Acknowledge what the last `collect` gave out."""
-        if self._reading.acquire(timeout=deadline.remaining):
+        """Acknowledge what the last `collect` gave out, if a further one would have done so."""
+        if self._acknowledge_mode == "next" and self._reading.acquire(timeout=deadline.remaining):
             try:
                 self.acknowledge(self._returned, deadline)
                 self._returned = []

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from rlbroker.connection import Connection
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import QueueCounts
-from rlbroker.replies import pending_count, text_fields
+from rlbroker.replies import pending_count, text_fields, whole_number
 
 #: Why a batch that was produced is not delivered.
 LOST = ("stale", "corrupt", "trimmed", "dropped_oldest", "dropped_newest", "stopped", "fenced")
@@ -36,8 +36,7 @@ def _counts(length: int, in_hand: int, counted: Mapping[str, str]) -> QueueCount
     sums: dict[str, int] = {}
     for name, value in counted.items():
         reason = name.partition(":")[0]  # some are kept by incarnation: `fenced:3`
-        if value.isdecimal() and len(value) < 20:  # the worker can write here too
-            sums[reason] = sums.get(reason, 0) + int(value)
+        sums[reason] = sums.get(reason, 0) + (whole_number(value) or 0)  # the worker can write here too
     return QueueCounts(
         waiting=length - in_hand,
         in_hand=in_hand,

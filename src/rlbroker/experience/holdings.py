@@ -81,9 +81,11 @@ class Holdings:
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        self._connection.run_all([(TAKE_OVER, (self._keys.counts(one),), (self._epoch,)) for one in workers])
         with self._lock:
-            for one in workers:
+            new = [one for one in workers if one not in self._held]
+        self._connection.run_all([(TAKE_OVER, (self._keys.counts(one),), (self._epoch,)) for one in new])
+        with self._lock:
+            for one in new:
                 self._held.setdefault(one, _Held(self._keys.experiences(one), self._keys.counts(one)))
 
     def add(self, worker: int, entry_id: str, stored_bytes: int) -> bool:

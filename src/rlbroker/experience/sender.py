@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlbroker.config import RunSettings, WhenFull
-from rlbroker.connection import Connection, Script
+from rlbroker.connection import Connection, Script, flat
 from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import BatchTooLarge, ConnectionFailed, Fenced, QueueFull, ServerOutOfMemory
 from rlbroker.keys import GROUP, Keys
@@ -276,12 +276,11 @@ class Sender:
         self._held_bytes = self._total_bytes - int(removed_bytes or 0)
 
     def _store(self, fields: dict[str, Any], deadline: Deadline) -> None:
-        flat = [part for pair in fields.items() for part in pair]
         # The number is spent even if this fails: a late copy of this batch must never pass for the next one.
         self._sequence += 1
         entry_id = f"{self._incarnation}-{self._sequence}"
         try:
-            stored = self._append(entry_id, flat, deadline)
+            stored = self._append(entry_id, flat(fields), deadline)
         except ConnectionFailed:  # it may be stored, so it counts until the queue was seen empty
             self._note_stored(int(fields["stored_bytes"]))
             raise

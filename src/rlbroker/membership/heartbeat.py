@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 
 from rlbroker.background import Background
 from rlbroker.config import MAX_WORKER_ID, RunSettings, worker_number
-from rlbroker.connection import ALSO_WHEN_FULL, Connection, Script
+from rlbroker.connection import ALSO_WHEN_FULL, Connection, Script, flat
 from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import DeadlineExceeded, IncompatibleFormat
 from rlbroker.keys import Keys
+from rlbroker.membership.announcement import ANNOUNCE
 from rlbroker.records import Registration
 from rlbroker.replies import text_fields
 
@@ -22,7 +23,8 @@ BEATS_PER_LEASE = 5
 
 REGISTER = Script(
     "register",
-    """
+    ANNOUNCE
+    + """
     -- KEYS: incarnations, members, the worker's acknowledgements, weights, control, meta, the worker's heartbeat
     -- ARGV: worker id, lease in seconds where no learner has set one, '1' to take the id only if it is free,
     --       a token of this attempt, wire format
@@ -44,14 +46,7 @@ REGISTER = Script(
     local incarnation = redis.call('HINCRBY', KEYS[1], ARGV[1], 1)
     redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])
     local latest = redis.call('HGET', KEYS[4], 'version') or '0'
-    -- From here on an answer of an older incarnation has too small an id and is refused.
-    local said = {'XADD', KEYS[3], incarnation .. '-0', 'event', 'joined', 'version', latest}
-    local done = redis.pcall(unpack(said))
-    if type(done) == 'table' and done['err'] then
-      -- An earlier process wrote an id from the future. Its answers are worth nothing; this one's are.
-      redis.call('DEL', KEYS[3])
-      redis.call(unpack(said))
-    end
+    announce(KEYS[3], incarnation, 'joined', latest)
     local last = redis.call('XREVRANGE', KEYS[5], '+', '-', 'COUNT', 1)
     local position = last[1] and last[1][1] or '0-0'
     redis.call('DEL', KEYS[7])
@@ -235,11 +230,10 @@ class Heartbeat:
         lease_seconds = (self._settings or RunSettings()).lease_seconds
         worker = self.registration.worker_id
         facts: dict[str, str | int] = {"host": socket.gethostname(), "pid": os.getpid(), **self._describe()}
-        flat = [part for pair in facts.items() for part in pair]
         self._connection.run(
             BEAT,
             (self._keys.incarnations, self._keys.members, self._keys.heartbeat(worker)),
-            (worker, self.registration.incarnation, int(lease_seconds * 10_000), *flat),
+            (worker, self.registration.incarnation, int(lease_seconds * 10_000), *flat(facts)),
             deadline=Deadline(lease_seconds),
         )
         meta = text_fields(self._connection.execute("HGETALL", self._keys.meta))

@@ -8,11 +8,12 @@ import time
 from collections.abc import Mapping, Sequence
 
 from rlbroker.config import RunSettings
-from rlbroker.connection import ALSO_WHEN_FULL, Connection, Script
-from rlbroker.errors import Fenced, IncompatibleFormat, RunLost
+from rlbroker.connection import ALSO_WHEN_FULL, Connection, Script, flat
+from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
 from rlbroker.keys import Keys
+from rlbroker.membership.announcement import ANNOUNCE
 from rlbroker.records import WorkerInfo
-from rlbroker.replies import scored_members, text_fields
+from rlbroker.replies import scored_members, server_seconds, text_fields, whole_number
 
 OPEN = Script(
     "open",
@@ -43,7 +44,8 @@ CLOSE = Script(
 
 FORGET = Script(
     "forget",
-    """
+    ANNOUNCE
+    + """
     -- KEYS: incarnations, members, the worker's acknowledgements, weights
     -- ARGV: worker id, milliseconds of silence after which it is gone
     local time = redis.call('TIME')
@@ -56,13 +58,7 @@ FORGET = Script(
     -- Should it come back, it has to register again: its incarnation is over.
     local incarnation = redis.call('HINCRBY', KEYS[1], ARGV[1], 1)
     local latest = redis.call('HGET', KEYS[4], 'version') or '0'
-    local said = {'XADD', KEYS[3], incarnation .. '-0', 'event', 'gone', 'version', latest}
-    local done = redis.pcall(unpack(said))
-    if type(done) == 'table' and done['err'] then
-      -- The worker itself wrote an id from the future. Its answers are worth nothing; the run goes on.
-      redis.call('DEL', KEYS[3])
-      redis.call(unpack(said))
-    end
+    announce(KEYS[3], incarnation, 'gone', latest)
     return 1
     """,
 )
@@ -89,10 +85,9 @@ class Roster:
             "num_workers": num_workers,
             **self._settings.to_fields(),
         }
-        flat = [part for pair in facts.items() for part in pair]
         try:
-            return int(self._connection.run(OPEN, (self._keys.meta,), (wire_format, *flat)))
-        except Exception as error:
+            return int(self._connection.run(OPEN, (self._keys.meta,), (wire_format, *flat(facts))))
+        except ServerFault as error:
             written = str(error).partition("FORMAT ")[2]
             if not written:
                 raise
@@ -120,7 +115,7 @@ class Roster:
             )
         if int(newest) != epoch:
             raise Fenced(f"a newer learner has taken over the run {self._keys.run!r}")
-        seen = f"{int(clock[0])}.{int(clock[1]) // 1000:03d}"
+        seen = f"{server_seconds(clock):.3f}"
         self._connection.execute("HSET", self._keys.meta, "learner_seen", seen)
 
     def ids(self) -> list[int]:
@@ -137,7 +132,7 @@ class Roster:
                 ("ZRANGE", self._keys.members, 0, -1, "WITHSCORES"),
             ]
         )
-        now = int(clock[0]) + int(clock[1]) / 1e6
+        now = server_seconds(clock)
         newest = text_fields(incarnations)
         seen = {int(worker): score / 1000 for worker, score in scored_members(members).items()}
         beats = self._connection.execute_all([("HGETALL", self._keys.heartbeat(worker)) for worker in seen])
@@ -163,9 +158,9 @@ class Roster:
 
     def forget_silent(self) -> Sequence[int]:
         """Strike workers that were silent for longer than `forget_seconds`; give their ids."""
-        clock = self._connection.execute("TIME")
+        now = server_seconds(self._connection.execute("TIME"))
         limit_milliseconds = int(self._settings.forget_seconds * 1000)
-        before = int(clock[0]) * 1000 - limit_milliseconds
+        before = int(now * 1000) - limit_milliseconds
         silent = [
             int(worker)
             for worker in self._connection.execute("ZRANGEBYSCORE", self._keys.members, "-inf", before)
@@ -189,6 +184,5 @@ class Roster:
 
 
 def _number(said: Mapping[str, str], name: str) -> int:
-    """Give a number that a worker wrote of itself; 0 for anything else, as workers are not trusted."""
-    text = said.get(name, "")
-    return int(text) if text.isdecimal() and len(text) < 20 else 0
+    """Give a number that a worker wrote of itself; 0 for anything else."""
+    return whole_number(said.get(name, "")) or 0

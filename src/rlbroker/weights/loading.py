@@ -11,9 +11,6 @@ from rlbroker.errors import UnsupportedType, WeightsMismatch
 if TYPE_CHECKING:
     import torch
 
-#: A model, or a dictionary: empty to be filled, or full of tensors and arrays to be overwritten.
-Target = "torch.nn.Module | MutableMapping[str, Any]"
-
 #: How many keys an error names before it only counts them.
 _KEYS_NAMED = 5
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Final
 
-from rlbroker.connection import Argument, Connection, Script
+from rlbroker.connection import Argument, Connection, Script, flat
 from rlbroker.errors import PeerError, ServerOutOfMemory
 from rlbroker.keys import Keys
 from rlbroker.records import PublishReceipt
@@ -245,7 +245,7 @@ class Publisher:
                 previous=before.upload if before else "",
                 previous_chunks=before.chunks if before else 0,
             )
-            fields = [part for pair in pointer.to_fields().items() for part in pair]
+            fields = flat(pointer.to_fields())
             done = self._connection.run(COMMIT, keys, (self._epoch, pointer.version, pointer.upload, *fields))
             if done != b"taken":
                 break

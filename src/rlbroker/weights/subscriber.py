@@ -50,7 +50,6 @@ class Subscriber:
         self._connection, self._keys = connection, keys
         self._pubsub: redis.client.PubSub | None = None
         self._hinted = 0
-        self._latest = 0
         self._handled = 0
         self._tried, self._tries = "", 0
         self._next_look = Deadline(0)
@@ -77,11 +76,6 @@ class Subscriber:
     def check(self) -> None:
         """Raise what ended the following, if anything did."""
         self._thread.check()
-
-    @property
-    def latest_version(self) -> int:
-        """The newest version known to exist."""
-        return max(self._latest, self._hinted)
 
     @property
     def problem(self) -> str:
@@ -160,11 +154,10 @@ class Subscriber:
         return message is not None
 
     def _look(self) -> None:
-        version = self._connection.execute("HGET", self._keys.weights, "version")
-        self._latest = int(version or 0)
-        if self._latest <= self._handled:
+        latest = int(self._connection.execute("HGET", self._keys.weights, "version") or 0)
+        if latest <= self._handled:
             # A hint of a version that the pointer does not have is wrong, or its server lost its data.
-            self._hinted = min(self._hinted, self._latest)
+            self._hinted = min(self._hinted, latest)
             return
         pointer = Pointer.from_fields(text_fields(self._connection.execute("HGETALL", self._keys.weights)))
         if pointer is None:
