@@ -7,12 +7,12 @@ import threading
 from collections.abc import Callable
 
 from rlbroker.deadline import Backoff
-from rlbroker.errors import AccessDenied, Fenced, IncompatibleFormat, PeerError, RunLost
+from rlbroker.errors import AccessDenied, Fenced, IncompatibleFormat, PeerError
 
 logger = logging.getLogger("rlbroker")
 
 #: What trying again does not mend.
-FINAL = (AccessDenied, Fenced, IncompatibleFormat, RunLost)
+FINAL = (AccessDenied, Fenced, IncompatibleFormat)
 
 
 class Background:

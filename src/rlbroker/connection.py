@@ -1,4 +1,4 @@
-"""The one boundary to Redis: clients, retries, scripts, and redis-py's errors turned into ours."""
+"""The one boundary to Redis: clients, channels, retries, scripts, and redis-py's errors turned into ours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, TypeVar
@@ -25,6 +26,7 @@ from rlbroker.errors import (
     ForkedProcess,
     InvalidArgument,
     PeerError,
+    RunLost,
     ServerFault,
     ServerOutOfMemory,
     ServerUnsuitable,
@@ -38,9 +40,15 @@ MIN_SERVER_VERSION: Final = (6, 2)
 #: Longest that one blocking command waits on the server, so that a closing client is never far from noticing.
 BLOCK_SECONDS: Final = 0.2
 
+#: A connection that is silent for longer than this, with an answer due, counts as broken.
+STALL_SECONDS: Final = 4.0
+
 #: Connections that one client may hold open at the same time, and those that it cannot do without.
 MAX_CONNECTIONS: Final = 16
-MIN_CONNECTIONS: Final = 4
+MIN_CONNECTIONS: Final = 6
+
+#: Bytes that are given to a socket at once: the stall timeout speaks of each such piece.
+SEND_BYTES: Final = 1 << 20
 
 #: Bytes read from a socket at once; redis-py's own default is slow for chunks of weights.
 SOCKET_READ_BYTES: Final = 1 << 20
@@ -148,7 +156,7 @@ class Connection:
         Raises:
             PeerError: the server refused, or could not be reached within the deadline.
         """
-        return self._retried(lambda: self._send(*command), deadline)
+        return self.retry(lambda: self._translated(lambda: self._send(*command)), deadline)
 
     def execute_once(self, *command: Argument) -> Any:
         """Run one command whose loss the caller handles, such as a blocking read.
@@ -214,7 +222,7 @@ class Connection:
                 add(*command)
             return pipeline.execute()
 
-        return self._retried(send, deadline)
+        return self.retry(lambda: self._translated(send), deadline)
 
     def append(
         self, key: str, entry_id: str, fields: Sequence[Argument], *, deadline: Deadline | None = None
@@ -282,18 +290,40 @@ class Connection:
                 raise
         return {}
 
-    def _retried(self, operation: Callable[[], Result], deadline: Deadline | None) -> Result:
+    def retry(self, operation: Callable[[], Result], deadline: Deadline | None = None) -> Result:
+        """Do what may be repeated until it is done or the deadline is over: the only retry policy there is.
+
+        A broken connection, and a run that its learner has yet to restore, are waited for in growing pauses.
+
+        Args:
+            operation: raises our errors; doing it again must be harmless.
+            deadline: the connection's timeout by default.
+
+        Raises:
+            ConnectionFailed: in the end it was not done, and of one of the tries nobody knows what it did.
+            RunLost: the server lost the run, and no learner restored it in time.
+            PeerError: the server refused.
+        """
         deadline = deadline or Deadline(self.timeout_seconds)
         backoff = Backoff()
+        unknown: ConnectionFailed | None = None
         while True:
             try:
-                return self._translated(operation)
-            except ConnectionFailed as error:
+                return operation()
+            except (ConnectionFailed, RunLost) as error:
+                unknown = error if isinstance(error, ConnectionFailed) else unknown
                 pause = backoff.next(deadline)
                 if deadline.over:
+                    if unknown not in (None, error):
+                        raise unknown from error
                     raise
                 logger.debug("%s; trying again in %.2f s", error, pause)
                 time.sleep(pause)
+
+    def drop_idle(self) -> None:
+        """Close the connections that nobody uses: what broke one of them has broken the others too."""
+        if self._owns_client:
+            self.client.connection_pool.disconnect(inuse_connections=False)
 
     def _translated(self, operation: Callable[[], Result]) -> Result:
         self.check_process()
@@ -305,7 +335,112 @@ class Connection:
                     self._send("SCRIPT LOAD", script.text)
                 return operation()
         except redis_errors.RedisError as error:
-            raise translated(error, self.address) from error
+            ours = translated(error, self.address)
+            if isinstance(ours, ConnectionFailed):
+                self.drop_idle()
+            raise ours from error
+
+
+class Channel:
+    """One physical connection of its own, for what must be ordered after a look at the server's state.
+
+    A server can lose what it has acknowledged only by breaking its connections: it was restarted, or another
+    one took its place. So whoever looks (`connect` gave True) and then writes over the same channel writes to
+    the state that it looked at. Not safe to use from several threads at once.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        """Prepare a channel; nothing is connected yet."""
+        self._connection = connection
+        self._wire: Any = None
+
+    def connect(self) -> bool:
+        """Make sure that there is a connection; give whether it is a new one.
+
+        Raises:
+            ConnectionFailed: the server cannot be reached.
+            AccessDenied: it refuses this user.
+        """
+        self._connection.check_process()
+        if self._wire is not None:
+            return False
+        with self._care():
+            self._wire = self._connection.client.connection_pool.get_connection()
+        return True
+
+    def execute(self, *command: Argument) -> Any:
+        """Run one command, once.
+
+        Raises:
+            PeerError: the server refused. After `ConnectionFailed` the next `connect` makes a new connection.
+        """
+        (result,) = self.execute_all([command])
+        if isinstance(result, PeerError):
+            raise result
+        return result
+
+    def execute_all(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
+        """Run many commands in one round trip, once; what the server refused is given as a `PeerError`.
+
+        Raises:
+            ConnectionFailed: the connection broke; what was done is not known.
+        """
+        self.connect()
+        results = []
+        with self._care():
+            for packed in self._wire.pack_commands(commands):
+                whole = memoryview(packed)
+                for start in range(0, len(whole), SEND_BYTES):
+                    self._wire.send_packed_command([whole[start : start + SEND_BYTES]], check_health=False)
+            for _ in commands:
+                try:
+                    results.append(self._wire.read_response())
+                except redis_errors.ResponseError as error:
+                    results.append(self._ours(error))
+        return results
+
+    def run(self, script: Script, keys: Sequence[str], arguments: Sequence[Argument] = ()) -> Any:
+        """Run a script, once, loading it first where the server does not know it.
+
+        Raises:
+            PeerError: as `execute`.
+        """
+        try:
+            return self.execute(*script.call(keys, arguments))
+        except ServerFault as error:
+            if "NOSCRIPT" not in str(error) and "No matching script" not in str(error):
+                raise
+        self.execute("SCRIPT LOAD", script.text)
+        return self.execute(*script.call(keys, arguments))
+
+    def close(self) -> None:
+        """Give the connection up. May be called again."""
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.disconnect()
+            self._connection.client.connection_pool.release(wire)
+
+    @contextmanager
+    def _care(self) -> Iterator[None]:
+        """Leave no half-read answer behind, and speak our errors."""
+        try:
+            yield
+        except (redis_errors.RedisError, OSError) as error:
+            self.close()
+            self._connection.drop_idle()
+            if not isinstance(error, redis_errors.RedisError):
+                error = redis_errors.ConnectionError(str(error))
+            raise translated(error, self._connection.address) from error
+        except BaseException:  # ours; or Ctrl-C in the middle of an answer
+            self.close()
+            raise
+
+    def _ours(self, error: redis_errors.ResponseError) -> PeerError:
+        ours = translated(error, self._connection.address)
+        ours.__cause__ = error
+        if isinstance(ours, ConnectionFailed):  # a server that must not be used now, such as a replica
+            raise ours
+        return ours
 
 
 def flat(fields: Mapping[str, Any]) -> list[Any]:
@@ -323,12 +458,15 @@ def translated(error: redis_errors.RedisError, address: str) -> PeerError:
     )
     if isinstance(error, denied) or text.startswith(("NOPERM", "WRONGPASS", "NOAUTH")):
         return AccessDenied(f"{address} refused: {text}; check user and password in the server's URL")
-    if isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError)):
+    away = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.ReadOnlyError)
+    if isinstance(error, away) or text.startswith(("LOADING", "MASTERDOWN", "READONLY")):
         return ConnectionFailed(f"cannot reach {address}: {text}")
     if isinstance(error, redis_errors.OutOfMemoryError) or text.startswith("OOM"):
         return ServerOutOfMemory(f"{address} has reached its maxmemory: {text}")
     if "FENCED" in text:
         return Fenced(text.partition("FENCED")[2].strip())
+    if "LOST" in text:
+        return RunLost(f"{address}: {text.partition('LOST')[2].strip()}")
     if "unknown command" in text.lower() and "eval" in text.lower():
         return ServerUnsuitable(f"{address} runs no Lua scripts; with fakeredis, install 'fakeredis[lua]'")
     return ServerFault(f"{address} answered: {text}")
@@ -342,8 +480,8 @@ def _client_from_url(url: str, timeout_seconds: float) -> redis.Redis:
             timeout=timeout_seconds,
             protocol=2,
             retry=Retry(NoBackoff(), 0),
-            socket_timeout=max(timeout_seconds, 1.0),
-            socket_connect_timeout=timeout_seconds,
+            socket_timeout=min(max(timeout_seconds, 1.0), STALL_SECONDS),
+            socket_connect_timeout=min(timeout_seconds, STALL_SECONDS),
             socket_read_size=SOCKET_READ_BYTES,
         )
     except ValueError as error:

@@ -20,14 +20,16 @@
         ├── WireError               bytes that do not decode (ValueError)
         │   └── IncompatibleFormat  written by a release with another wire format
         ├── Fenced                  a newer process took this one's place
-        ├── RunLost                 the server came back without the run's keys
+        ├── RunLost                 the server came back without the run's keys, and its learner did not restore them
         └── DeadlineExceeded        what was waited for did not come in time (TimeoutError)
-            └── QueueFull           no room for a batch (queue.Full)
+            ├── QueueFull           no room for a batch (queue.Full)
+            └── Unconfirmed         a batch was taken, and its arrival not confirmed in time
 """
 
 from __future__ import annotations
 
 import queue
+from typing import Any
 
 
 class RlbrokerError(Exception):
@@ -103,11 +105,24 @@ class Fenced(PeerError):
 
 
 class RunLost(PeerError):
-    """The server has lost the run's keys; its learner and workers must be started again."""
+    """The server has lost the run's keys, and the learner has not restored them in time; is it alive?"""
 
 
 class DeadlineExceeded(PeerError, TimeoutError):
     """What was waited for did not happen in time."""
+
+
+class Unconfirmed(DeadlineExceeded):
+    """A batch was taken and not confirmed in time; it is kept and sent again. Do not send it a second time.
+
+    Attributes:
+        receipt: what is known of the batch; a `SendReceipt`.
+    """
+
+    def __init__(self, message: str, receipt: Any) -> None:
+        """Say what was not confirmed."""
+        super().__init__(message)
+        self.receipt = receipt
 
 
 class QueueFull(DeadlineExceeded, queue.Full):

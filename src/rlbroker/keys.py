@@ -6,7 +6,7 @@ scripts touch together:
 
 - the run's own keys: `meta`, `weights`, `ctl`, `members`, `incarnations`, `pending`, `missed`, and per worker
   `ack:`, `ledger:` and `hb:`;
-- each worker's pair of `x:` and `counts:`.
+- each worker's `x:`, `counts:`, `dead:` and `again:`.
 """
 
 from __future__ import annotations
@@ -63,6 +63,20 @@ class Keys:
     def counts(self, worker: int) -> str:
         """Give the key of a hash: what became of one worker's batches, by reason. Both sides write. Stays."""
         return f"{self.prefix}:counts:{worker}"
+
+    def dead(self, worker: int) -> str:
+        """Give the key of a stream: batches of one worker that could not be used, each with its reason.
+
+        Learners write, people read. At most 1,000 entries; oldest go first.
+        """
+        return f"{self.prefix}:dead:{worker}"
+
+    def again(self, worker: int) -> str:
+        """Give the key of a stream: dead batches of one worker that are to be tried again.
+
+        Learners write, read through the group `learner`, and delete.
+        """
+        return f"{self.prefix}:again:{worker}"
 
     @property
     def control(self) -> str:

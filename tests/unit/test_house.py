@@ -110,6 +110,7 @@ PUBLIC = [
     "ServerFault",
     "ServerOutOfMemory",
     "ServerUnsuitable",
+    "Unconfirmed",
     "UnknownWorker",
     "UnsupportedType",
     "UsageError",
