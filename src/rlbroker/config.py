@@ -14,6 +14,9 @@ from rlbroker.errors import InvalidArgument
 #: What a sender does when its queue is full.
 WhenFull = Literal["block", "drop_oldest", "drop_newest"]
 
+#: What a batch must have reached before it counts as safe.
+Level = Literal["redis", "replica", "fsync", "learner"]
+
 #: When a batch that `collect_experiences` returned counts as done.
 Acknowledge = Literal["next", "manual"]
 

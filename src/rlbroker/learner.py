@@ -28,9 +28,9 @@ from rlbroker.errors import Closed, InvalidArgument, PeerError, UnsupportedType
 from rlbroker.experience.collector import Collector
 from rlbroker.experience.counts import read_counts
 from rlbroker.experience.holdings import ACKNOWLEDGE, TAKE_OVER, Holdings
-from rlbroker.experience.sender import DROP_OLDEST, OPEN_QUEUE
+from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE
 from rlbroker.keys import Keys
-from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER
+from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER, REJOIN
 from rlbroker.membership.roster import CLOSE, FORGET, OPEN, Roster
 from rlbroker.records import Batch, CleanupReport, MissedUpdates, PublishReceipt, WorkerInfo
 from rlbroker.weights.publisher import COMMIT, Publisher
@@ -50,6 +50,7 @@ SCRIPTS = (
     FORGET,
     REGISTER,
     BEAT,
+    REJOIN,
     LEAVE,
     OPEN_QUEUE,
     DROP_OLDEST,

@@ -54,5 +54,23 @@ def pending_count(reply: Any) -> int:
     return int(reply["pending"] if isinstance(reply, dict) else reply[0])
 
 
+def pending_summary(reply: Any) -> tuple[int, tuple[int, int]]:
+    """Give how many entries are pending, and the place of the first, from XPENDING's summary."""
+    found = [reply["pending"], reply["min"]] if isinstance(reply, dict) else reply
+    return int(found[0]), entry_place(_text(found[1])) if found[1] else (0, 0)
+
+
+def group_position(reply: Any, group: str) -> tuple[int, int]:
+    """Give the place of the last entry that a group has delivered, from XINFO GROUPS."""
+    groups = [text_fields(one) for one in reply]
+    return next((entry_place(one["last-delivered-id"]) for one in groups if one["name"] == group), (0, 0))
+
+
+def entry_place(entry_id: str | bytes) -> tuple[int, int]:
+    """Give an entry's id as what can be compared: for a batch, incarnation and sequence."""
+    first, _, second = _text(entry_id).partition("-")
+    return int(first), int(second)
+
+
 def _text(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

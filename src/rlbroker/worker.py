@@ -11,7 +11,7 @@ from typing import Any, Self, get_args
 
 import redis
 
-from rlbroker.config import DEFAULT_RUN, WhenFull, choice, positive_seconds
+from rlbroker.config import DEFAULT_RUN, Level, WhenFull, choice, positive_seconds
 from rlbroker.connection import Connection
 from rlbroker.control.inbox import Inbox, Order
 from rlbroker.deadline import Deadline
@@ -50,6 +50,7 @@ class WorkerClient:
         timeout: float = 10.0,
         when_full: WhenFull | None = None,
         compression: bool = True,
+        level: Level = "redis",
     ) -> None:
         """Join a run. The learner may come later; a process with the same worker id is fenced.
 
@@ -63,16 +64,20 @@ class WorkerClient:
             when_full: what to do at a full queue: `block`, `drop_oldest` or `drop_newest`; None for what the
                 learner chose.
             compression: whether to compress batches (lossless) where that makes them smaller.
+            level: what a batch must have reached to be safe, and so what it survives: `redis`, the server has
+                it; `replica`, one replica too; `fsync`, the server's disk; `learner`, this process keeps it until
+                the learner has acknowledged it, and sends it again if the server loses it.
 
         Raises:
             InvalidArgument: a setting cannot work.
-            ServerUnsuitable: the server is too old.
+            ServerUnsuitable: the server is too old, or cannot give the level.
             AccessDenied: wrong password, or a right is missing.
             IncompatibleFormat: the learner writes another wire format.
             ConnectionFailed: the server cannot be reached within the timeout.
         """
         if when_full is not None:
             choice("when_full", when_full, get_args(WhenFull))
+        choice("level", level, get_args(Level))
         self._keys = keys = Keys(run)
         self._closed = False
         self._running = True
@@ -85,12 +90,21 @@ class WorkerClient:
         self._applying = threading.RLock()
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
         self._subscriber = Subscriber(connection, keys)
-        self._heartbeat = Heartbeat(connection, keys, wire_format=FORMAT_VERSION, describe=self._describe)
+        self._heartbeat = Heartbeat(
+            connection,
+            keys,
+            wire_format=FORMAT_VERSION,
+            describe=self._describe,
+            newest_version=lambda: self._subscriber.newest,
+            tend=self._tend,
+        )
         self._sender: Sender | None = None
         try:
             connection.check_server(allow_eviction=True)  # the learner decides
             joined = self._heartbeat.register(worker_id)
-            self._inbox = Inbox(connection, keys, joined, noticed=self._subscriber.hint)
+            self._inbox = Inbox(
+                connection, keys, joined, noticed=self._subscriber.hint, rejoin=self._heartbeat.rejoin
+            )
             self._sender = Sender(
                 connection,
                 keys,
@@ -98,9 +112,10 @@ class WorkerClient:
                 settings=self._heartbeat.settings,
                 when_full=when_full,
                 compression=compression,
+                level=level,
             )
-            self._subscriber.start()
-            self._inbox.start()
+            for part in (self._heartbeat, self._subscriber, self._inbox):
+                part.start()
         except BaseException:  # Ctrl-C too: nobody shall wait for a worker that never was
             self._abandon()
             raise
@@ -247,11 +262,12 @@ class WorkerClient:
         Raises:
             UnsupportedType: something in the batch cannot travel; its path is named.
             BatchTooLarge: the batch alone exceeds the queue's byte bound.
-            QueueFull: no room in time; nothing was stored and the caller still has the batch.
+            QueueFull: no room in time; the caller still has the batch.
+            Unconfirmed: the batch was taken, and nobody could say in time that it arrived. It is kept and sent
+                again by itself: do not send it a second time.
             DeadlineExceeded: no learner opened the run in time.
             Fenced: a newer process has this worker id.
-            ConnectionFailed: the server stayed away; whether the batch was stored is unknown.
-            PeerError: the server refused.
+            PeerError: the server stayed away or refused; the caller still has the batch.
         """
         self._check()
         if not isinstance(batch, dict):
@@ -266,6 +282,23 @@ class WorkerClient:
             stopped=lambda: not self.running or self._inbox.holds("stop"),
         )
 
+    def flush(self, timeout: float | None = None) -> int:
+        """Wait until every batch that was sent has reached its level; give how many have not in time.
+
+        At level `learner` that is when the learner has acknowledged them. The other levels only leave
+        something to wait for after `Unconfirmed`.
+
+        Args:
+            timeout: seconds to wait; the client's timeout by default.
+
+        Raises:
+            Fenced: a newer process has this worker id.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        self._check()
+        assert self._sender is not None
+        return self._sender.flush(self._connection.timeout_seconds if timeout is None else timeout)
+
     def close(self) -> None:
         """Leave the run within the timeout, so that nobody waits for this worker. May be called again."""
         if self._closed:
@@ -277,6 +310,8 @@ class WorkerClient:
             part.request_stop()
         try:
             self._subscriber.stop(deadline.remaining)
+            assert self._sender is not None
+            self._sender.close(deadline)
             self._inbox.stop(deadline.remaining)
             if deadline.over:
                 logger.warning(
@@ -287,7 +322,22 @@ class WorkerClient:
         except PeerError as error:
             logger.warning("worker %d left the run %r without saying so: %s", self.worker_id, self.run, error)
         finally:
+            if self._sender is not None and self._sender.unsafe:
+                logger.warning(
+                    "worker %d leaves with %d batches that have not reached level %r; flush() waits for them",
+                    self.worker_id,
+                    self._sender.unsafe,
+                    self._sender.level,
+                )
             self._connection.close()
+
+    def _tend(self, returned: bool) -> None:
+        """Look after what is under way; called with each heartbeat."""
+        assert self._sender is not None
+        if returned:
+            self._inbox.doubt()
+            self._sender.doubt()
+        self._sender.tend()
 
     def _check(self) -> None:
         if self._closed:

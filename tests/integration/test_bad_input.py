@@ -91,7 +91,7 @@ def test_a_client_that_decodes_is_refused() -> None:
 
 def test_a_client_with_too_few_connections_is_refused() -> None:
     pool = redis.ConnectionPool(max_connections=2)
-    with pytest.raises(errors.InvalidArgument, match="holds 2 connections; 4 are needed"):
+    with pytest.raises(errors.InvalidArgument, match="holds 2 connections; 6 are needed"):
         WorkerClient(redis_client=redis.Redis(connection_pool=pool))
 
 

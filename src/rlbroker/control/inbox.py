@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from rlbroker.background import Background
-from rlbroker.connection import Argument, Connection, flat
+from rlbroker.connection import Argument, Channel, Connection, flat
 from rlbroker.deadline import Deadline
-from rlbroker.errors import ConnectionFailed, Fenced, ServerOutOfMemory, WireError
+from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, WireError
 from rlbroker.keys import Keys
 from rlbroker.records import Registration
-from rlbroker.replies import server_seconds, stream_entries, text_fields
+from rlbroker.replies import entry_place, server_seconds, stream_entries, text_fields
 from rlbroker.wire import Limits, decode
 
 logger = logging.getLogger("rlbroker")
@@ -23,11 +24,22 @@ logger = logging.getLogger("rlbroker")
 #: What a command's arguments may ask for when they are decoded.
 COMMAND_LIMITS: Final = Limits(max_raw_bytes=64 << 20)
 
-#: How long `poll` may spend on sending an answer; the background sends what it could not.
-ANSWER_SECONDS: Final = 0.05
+#: Answers that are kept until the ledger has settled them, and ids of commands that are remembered, at most.
+KEPT: Final = 10_000
+
+#: How often the ledger is asked which answers it has settled.
+SETTLED_SECONDS: Final = 1.0
 
 #: Characters of an error's text that an acknowledgement carries.
 DETAIL_LENGTH: Final = 500
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An acknowledgement and its number in this life of the worker."""
+
+    number: int
+    fields: list[Argument]
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,11 @@ class Order:
 
 
 class Inbox:
-    """Reads one worker's share of the control stream and sends its acknowledgements."""
+    """Reads one worker's share of the control stream and sends its acknowledgements.
+
+    Answers go over one channel, in order, and are kept until the ledger has settled them: a server that comes
+    back without them gets them again. A command that comes twice is done once.
+    """
 
     def __init__(
         self,
@@ -51,6 +67,7 @@ class Inbox:
         place: Registration,
         *,
         noticed: Callable[[int], None],
+        rejoin: Callable[[Channel], None],
     ) -> None:
         """Prepare an inbox.
 
@@ -59,16 +76,23 @@ class Inbox:
             keys: names of the run's keys.
             place: whose commands, and from where on.
             noticed: is told each version that was published.
+            rejoin: makes sure that the server knows this worker, after it may have lost it.
         """
-        self._connection, self._keys, self._noticed = connection, keys, noticed
+        self._connection, self._keys = connection, keys
+        self._noticed, self._rejoin = noticed, rejoin
         self._worker_id, self._incarnation = place.worker_id, place.incarnation
         self._position = place.control_position
         self._acknowledgements = keys.acknowledgements(place.worker_id)
         self._arrived = threading.Condition()
         self._orders: deque[Order] = deque()
-        self._answers: deque[tuple[str, list[Argument]]] = deque()
+        self._received: dict[str, None] = {}  #: ids of commands
+        self._unsent: deque[_Answer] = deque()
+        self._sent: deque[_Answer] = deque()  #: and not settled yet
         self._answer_number = 0
         self._sending = threading.Lock()
+        self._channel = Channel(connection)
+        self._doubt = False  #: whether the server may have lost answers
+        self._next_look = Deadline(SETTLED_SECONDS)
         self._thread = Background("inbox", self._step)
 
     def start(self) -> None:
@@ -83,8 +107,16 @@ class Inbox:
         """Stop reading, and send the answers that are left."""
         deadline = Deadline(timeout_seconds)
         self._thread.stop(timeout_seconds)
-        if self._answers and not deadline.over:
-            self._send_answers(deadline)
+        try:
+            if self._unsent or self._doubt:
+                self._connection.retry(self._send, deadline)
+        finally:
+            with self._alone():
+                self._channel.close()
+
+    def doubt(self) -> None:
+        """Be told that the server may have lost something."""
+        self._doubt = True
 
     def check(self) -> None:
         """Raise what ended the reading, if anything did."""
@@ -142,34 +174,86 @@ class Inbox:
     def _answer(self, **fields: Argument) -> None:
         with self._arrived:
             self._answer_number += 1
-            entry_id = f"{self._incarnation}-{self._answer_number}"
-            self._answers.append((entry_id, flat(fields)))
+            self._unsent.append(_Answer(self._answer_number, flat(fields)))
         try:
-            self._send_answers(Deadline(ANSWER_SECONDS))
-        except (ConnectionFailed, ServerOutOfMemory) as error:
+            self._send()
+        except Fenced:
+            raise
+        except PeerError as error:
             logger.debug("an acknowledgement waits: %s", error)
 
-    def _send_answers(self, deadline: Deadline) -> None:
-        """Send what is unsent, in order. The explicit ids make sending twice harmless."""
-        if not self._sending.acquire(timeout=deadline.remaining):
-            return  # another thread is sending, and will send these too
-        try:
-            while self._answers:
-                entry_id, fields = self._answers[0]
-                stored = self._connection.append(self._acknowledgements, entry_id, fields, deadline=deadline)
-                if not stored and self._replaced():
-                    raise Fenced(f"worker {self._worker_id} was replaced by a newer process or declared gone")
-                self._answers.popleft()
-        finally:
-            self._sending.release()
+    def _send(self) -> None:
+        """Send what is unsent, in order, once; if another thread is at it, that one sends these too.
 
-    def _replaced(self) -> bool:
-        newest = self._connection.execute("HGET", self._keys.incarnations, self._worker_id)
-        return newest is None or int(newest) != self._incarnation
+        The explicit ids make sending twice harmless.
+        """
+        with self._alone() as alone:
+            if alone:
+                self._be_known()
+                while self._unsent:
+                    self._store(self._unsent[0])
+                    self._sent.append(self._unsent.popleft())
+
+    def _be_known(self) -> None:
+        """Send again what the server may have lost, if it may have lost anything."""
+        if not (self._channel.connect() or self._doubt):
+            return
+        self._doubt = True
+        self._rejoin(self._channel)
+        self._forget_settled()
+        newest = self._channel.execute("XREVRANGE", self._keys.control, "+", "-", "COUNT", 1)
+        if newest and entry_place(newest[0][0]) < entry_place(self._position):
+            self._position = newest[0][0].decode()
+        for answer in self._sent:
+            self._store(answer)
+        self._doubt = False
+
+    def _store(self, answer: _Answer) -> None:
+        entry_id = f"{self._incarnation}-{answer.number}"
+        try:
+            # Only joining makes the stream, so that a server that lost it gets every answer, and in order.
+            stored = self._channel.execute(
+                "XADD", self._acknowledgements, "NOMKSTREAM", entry_id, *answer.fields
+            )
+        except ServerFault as error:
+            if "equal or smaller" not in str(error):
+                raise
+            newest = self._channel.execute("HGET", self._keys.incarnations, self._worker_id)
+            if int(newest or 0) > self._incarnation:
+                raise Fenced(
+                    f"worker {self._worker_id} was replaced by a newer process or declared gone"
+                ) from error
+            return  # it is there: its reply was lost
+        if stored is None:
+            self._doubt = True
+            raise RunLost(f"the server lost the acknowledgements of worker {self._worker_id}")
+
+    def _forget_settled(self) -> None:
+        """Let go of the answers that the ledger has settled."""
+        self._next_look = Deadline(SETTLED_SECONDS)
+        last = self._channel.execute("HGET", self._keys.ledger(self._worker_id), "event")
+        settled = entry_place(last) if last else (0, 0)
+        while self._sent and ((self._incarnation, self._sent[0].number) <= settled or len(self._sent) > KEPT):
+            self._sent.popleft()
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Give whether this thread is the one that may use the channel."""
+        alone = self._sending.acquire(blocking=False)
+        try:
+            yield alone
+        finally:
+            if alone:
+                self._sending.release()
 
     def _step(self) -> None:
-        if self._answers:
-            self._send_answers(Deadline(self._connection.timeout_seconds))
+        if self._unsent or self._doubt:
+            self._send()
+        if self._sent and self._next_look.over:
+            with self._alone() as alone:
+                if alone:
+                    self._be_known()
+                    self._forget_settled()
         block_milliseconds = max(1, int(self._connection.block_seconds * 1000))
         reply = self._connection.execute_once(
             "XREAD", "COUNT", 100, "BLOCK", block_milliseconds, "STREAMS", self._keys.control, self._position
@@ -191,6 +275,11 @@ class Inbox:
                 int(entry_id.partition("-")[0]),
                 float(said.get("expires_seconds", 0)),
             )
+            if order.command_id in self._received:
+                return  # the learner sent it again, as the server had lost it
+            self._received[order.command_id] = None
+            if len(self._received) > KEPT:
+                del self._received[next(iter(self._received))]
             try:
                 data = decode(fields.get(b"data", b""), limits=COMMAND_LIMITS)
             except WireError as error:

@@ -3,105 +3,74 @@
 The fast path is one plain XADD. The worker is the only one that adds to its stream and the learner only
 removes, so what was free at the last look can only have grown since: the sender looks again only when its own
 sends since then could have filled the queue.
+
+All of it goes over one channel. Whenever that had to be connected anew, the server may have lost what it had
+acknowledged: the queue is then opened again, and what the level promises is sent again before anything new.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from rlbroker.config import RunSettings, WhenFull
-from rlbroker.connection import Connection, Script, flat
+from rlbroker.config import Level, RunSettings, WhenFull
+from rlbroker.connection import Channel, Connection, flat
 from rlbroker.deadline import Backoff, Deadline
-from rlbroker.errors import BatchTooLarge, ConnectionFailed, Fenced, QueueFull, ServerOutOfMemory
+from rlbroker.errors import (
+    BatchTooLarge,
+    ConnectionFailed,
+    Fenced,
+    PeerError,
+    QueueFull,
+    RunLost,
+    ServerFault,
+    ServerOutOfMemory,
+    ServerUnsuitable,
+    Unconfirmed,
+)
+from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import Registration, SendReceipt
-from rlbroker.replies import pending_count
+from rlbroker.replies import entry_place, group_position, pending_summary
 from rlbroker.wire import Limits, encode
+
+logger = logging.getLogger("rlbroker")
 
 #: How long a sender at a full queue waits between two looks, at most.
 LONGEST_LOOK_SECONDS = 0.05
 
-OPEN_QUEUE = Script(
-    "open_queue",
-    """
-    -- KEYS: the worker's experiences, its counts
-    -- ARGV: incarnation, group
-    local known = tonumber(redis.call('HGET', KEYS[2], 'incarnation') or '0')
-    if known > tonumber(ARGV[1]) then
-      return redis.error_reply('FENCED a newer process has this worker id')
-    end
-    if redis.call('EXISTS', KEYS[1]) == 0 or #redis.call('XINFO', 'GROUPS', KEYS[1]) == 0 then
-      redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[2], '0', 'MKSTREAM')
-    end
-    -- Bytes that were ever sent: those that were removed, and those of what an earlier life left.
-    local total = tonumber(redis.call('HGET', KEYS[2], 'removed_bytes') or '0') or 0
-    local position = '-'
-    while true do
-      local entry = redis.call('XRANGE', KEYS[1], position, '+', 'COUNT', 1)[1]
-      if not entry then break end
-      for i = 1, #entry[2], 2 do
-        if entry[2][i] == 'stored_bytes' then total = total + (tonumber(entry[2][i + 1]) or 0) end
-      end
-      position = '(' .. entry[1]
-    end
-    if known < tonumber(ARGV[1]) then
-      redis.call('HSET', KEYS[2], 'incarnation', ARGV[1])
-      -- What lives before the last one counted under their own names becomes one sum; the last may still count.
-      local counts = redis.call('HGETALL', KEYS[2])
-      for i = 1, #counts, 2 do
-        local reason, life = string.match(counts[i], '^([%a_]+):(%d+)$')
-        if reason and tonumber(life) < known then
-          redis.call('HSET', KEYS[2], reason,
-            (tonumber(redis.call('HGET', KEYS[2], reason) or '0') or 0) + (tonumber(counts[i + 1]) or 0))
-          redis.call('HDEL', KEYS[2], counts[i])
-        end
-      end
-      -- From here on every entry of an older incarnation has too small an id and is refused.
-      redis.call('XDEL', KEYS[1], redis.call('XADD', KEYS[1], ARGV[1] .. '-0', 'incarnation', ARGV[1]))
-    end
-    return string.format('%.0f', total)
-    """,
-)
+#: Bytes that are sent again in one go.
+REPLAY_BYTES = 8 << 20
 
-DROP_OLDEST = Script(
-    "drop_oldest",
+Result = TypeVar("Result")
+
+
+@dataclass
+class _Parcel:
+    """A batch that has its number.
+
+    Attributes:
+        uncertain: whether a try to store it ended in a broken connection, so that it may be there.
+        stored: whether the server as it is now is known to have it.
+        charged: whether its bytes are in the queue's books.
     """
-    -- KEYS: the worker's experiences, its counts
-    -- ARGV: group, entries that may stay waiting, bytes that may stay held, bytes that were ever sent, incarnation
-    if redis.call('HGET', KEYS[2], 'incarnation') ~= ARGV[5] then
-      return redis.error_reply('FENCED a newer process has this worker id')
-    end
-    local function waiting()
-      local pending = redis.call('XPENDING', KEYS[1], ARGV[1])[1]
-      return redis.call('XLEN', KEYS[1]) - pending
-    end
-    local last_read = '0-0'
-    for _, group in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
-      local fields = {}
-      for i = 1, #group, 2 do fields[group[i]] = group[i + 1] end
-      if fields['name'] == ARGV[1] then last_read = fields['last-delivered-id'] end
-    end
-    local removed = tonumber(redis.call('HGET', KEYS[2], 'removed_bytes') or '0') or 0
-    local dropped = 0
-    while waiting() > tonumber(ARGV[2]) or tonumber(ARGV[4]) - removed > tonumber(ARGV[3]) do
-      -- What the learner has read is in its hands and cannot be taken back.
-      local oldest = redis.call('XRANGE', KEYS[1], '(' .. last_read, '+', 'COUNT', 1)[1]
-      if not oldest then break end
-      for i = 1, #oldest[2], 2 do
-        if oldest[2][i] == 'stored_bytes' then removed = removed + tonumber(oldest[2][i + 1]) end
-      end
-      redis.call('XDEL', KEYS[1], oldest[1])
-      dropped = dropped + 1
-    end
-    redis.call('HINCRBY', KEYS[2], 'dropped_oldest', dropped)
-    redis.call('HSET', KEYS[2], 'removed_bytes', string.format('%.0f', removed))
-    return dropped
-    """,
-)
+
+    sequence: int
+    fields: list[Any]
+    receipt: SendReceipt
+    uncertain: bool = False
+    stored: bool = False
+    charged: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.receipt.stored_bytes
 
 
 class Sender:
@@ -116,6 +85,7 @@ class Sender:
         settings: Callable[[Deadline], RunSettings],
         when_full: WhenFull | None,
         compression: bool,
+        level: Level = "redis",
     ) -> None:
         """Take over the worker's queue: from here on nothing of an older incarnation is accepted.
 
@@ -126,29 +96,40 @@ class Sender:
             settings: gives the run's settings, waiting for the learner where it has to.
             when_full: what to do at a full queue; None for what the run says.
             compression: whether arrays are compressed where that makes them smaller.
+            level: what a batch must have reached to be safe.
 
         Raises:
             Fenced: a newer process has this worker id.
+            ServerUnsuitable: the server cannot give this level.
         """
         self._connection, self._settings = connection, settings
         self._worker_id, self._incarnation = place.worker_id, place.incarnation
-        self._when_full, self._compression = when_full, compression
+        self._when_full, self._compression, self.level = when_full, compression, level
         self._stream, self._counts = keys.experiences(place.worker_id), keys.counts(place.worker_id)
         self._lock = threading.Lock()
+        self._channel = Channel(connection)
+        self._doubt = False  #: whether the server may have lost something since the last look
         self._sequence = 0
-        self._refused = {"dropped_newest": 0, "fenced": 0, "stopped": 0}
-        self._total_bytes = int(
-            connection.run(OPEN_QUEUE, (self._stream, self._counts), (place.incarnation, GROUP))
-        )
+        self._outbox: _Parcel | None = None
+        self._kept: deque[_Parcel] = deque()
+        self._kept_bytes = 0
+        #: What this life counted; absolute numbers, so that writing them again does no harm.
+        self._tally = {"dropped_newest": 0, "fenced": 0, "stopped": 0, "dropped_oldest": 0}
         # What was seen at the last look, plus everything sent since.
+        self._total_bytes = self._held_bytes = 0
         self._waiting = self._in_hand = 0
-        self._held_bytes = 0
-        self._look()
+        self._do(self._look)
+        self._check_level()
 
     @property
     def sent(self) -> int:
-        """Batches that entered the queue in this life of the worker."""
+        """Batches that this life of the worker has numbered."""
         return self._sequence
+
+    @property
+    def unsafe(self) -> int:
+        """Batches that have not reached their level yet, and are kept for that."""
+        return len(self._kept) + (self._outbox is not None)
 
     def send(
         self,
@@ -170,9 +151,9 @@ class Sender:
             UnsupportedType: something in the batch cannot travel; its path is named.
             BatchTooLarge: the batch alone exceeds the queue's byte bound, or 1 GiB of arrays.
             QueueFull: no room in time; nothing was stored and the caller still has the batch.
+            Unconfirmed: the batch was taken, and nobody could say in time that it arrived; it is kept.
             Fenced: a newer process has this worker id.
-            ConnectionFailed: the server stayed away; whether the batch was stored is unknown.
-            PeerError: the server refused.
+            PeerError: the server stayed away or refused; nothing was stored and the caller still has the batch.
         """
         data = encode(batch, compression=self._compression)
         rows, raw_bytes = _shape_of(batch)
@@ -187,16 +168,29 @@ class Sender:
                 f"the batch takes {len(data):,} bytes and the queue {settings.max_queue_bytes:,} (max_queue_bytes); "
                 "send smaller batches, or raise the bound on the learner"
             )
-        if not self._lock.acquire(timeout=deadline.remaining):
-            raise QueueFull(
-                f"worker {self._worker_id}'s queue is full, and another thread of it has been waiting for room for "
-                f"{deadline.seconds:g} s"
+
+        def receipt(sequence: int, dropped: int) -> SendReceipt:
+            return SendReceipt(
+                worker_id=self._worker_id,
+                incarnation=self._incarnation,
+                sequence=sequence,
+                version=version,
+                rows=rows,
+                raw_bytes=raw_bytes,
+                stored_bytes=len(data),
+                accepted=sequence > 0,
+                dropped=dropped,
             )
-        try:
-            refusal, dropped = self._make_room(len(data), settings, deadline, stopped)
-            if refusal:
-                self._count(refusal, deadline)
-            else:
+
+        with self._alone(deadline):
+            taken: SendReceipt | None = None
+            try:
+                if self._outbox is not None:
+                    self._do(self._confirm, deadline)
+                refusal, dropped = self._make_room(len(data), settings, deadline, stopped)
+                if refusal:
+                    self._count(refusal, deadline)
+                    return receipt(0, dropped)
                 fields = {
                     "version": version,
                     "rows": rows,
@@ -205,24 +199,228 @@ class Sender:
                     "sent_at": f"{time.time():.3f}",
                     "data": data,
                 }
-                self._store(fields, deadline)
-            sequence = 0 if refusal else self._sequence
-        except Fenced:
-            self._count("fenced", deadline)
-            raise
+                taken = receipt(self._sequence + 1, dropped)
+                self._store(_Parcel(taken.sequence, flat(fields), taken), deadline)
+                return taken
+            except Fenced:
+                self._count_fenced(refused=taken is None)
+                raise
+
+    def flush(self, timeout_seconds: float) -> int:
+        """Wait until every batch has reached its level; give how many have not when the time is over.
+
+        Raises:
+            Fenced: a newer process has this worker id.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        deadline, backoff = Deadline(timeout_seconds), Backoff(first=0.001, longest=LONGEST_LOOK_SECONDS)
+        while True:
+            with self._alone(deadline):
+                self._do(self._confirm if self._outbox else self._look, deadline)
+                left = self.unsafe
+            if not left or deadline.over:
+                return left
+            time.sleep(backoff.next(deadline))
+
+    def doubt(self) -> None:
+        """Be told that the server may have lost something."""
+        self._doubt = True
+
+    def tend(self) -> None:
+        """Send again what has to be, and let go of what is safe, unless a thread is sending anyway.
+
+        Raises:
+            PeerError: the server refused or could not be reached; call it again later.
+        """
+        if not (self._doubt or self.unsafe) or not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._do(self._confirm if self._outbox else self._look, Deadline(0))
         finally:
             self._lock.release()
-        return SendReceipt(
-            worker_id=self._worker_id,
-            incarnation=self._incarnation,
-            sequence=sequence,
-            version=version,
-            rows=rows,
-            raw_bytes=raw_bytes,
-            stored_bytes=len(data),
-            accepted=not refusal,
-            dropped=dropped,
+
+    def close(self, deadline: Deadline) -> None:
+        """Confirm what is unconfirmed, and state how many batches this life has sent.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        if not self._lock.acquire(timeout=deadline.remaining):
+            return  # a thread is in the middle of sending, and the worker is leaving: it gets the error
+        try:
+            if self._outbox is not None:
+                self._do(self._confirm, deadline)
+            self._do(self._state, deadline)
+        finally:
+            self._channel.close()
+            self._lock.release()
+
+    # Over the channel. Each of these can be done again.
+
+    def _do(self, operation: Callable[[], Result], deadline: Deadline | None = None) -> Result:
+        """Do something with the queue, opening it first where the server may have lost it."""
+
+        def attempt() -> Result:
+            if self._channel.connect() or self._doubt:
+                self._open()
+            return operation()
+
+        return self._connection.retry(attempt, deadline)
+
+    def _open(self) -> None:
+        """Open the queue, and send again what the level promises and the server does not have."""
+        self._doubt = True
+        arguments = (self._incarnation, GROUP, self._sequence)
+        last, total_bytes = map(int, self._run(OPEN_QUEUE, arguments))
+        if total_bytes >= 0:
+            self._total_bytes = total_bytes
+        unconfirmed = () if self._outbox is None else (self._outbox,)
+        missing = []
+        for parcel in (*self._kept, *unconfirmed):
+            parcel.stored = parcel.sequence <= last
+            if not parcel.stored:
+                parcel.charged = parcel.charged and total_bytes < 0
+                missing.append(parcel)
+        if last < self._sequence - len(unconfirmed):
+            logger.warning(
+                "the server lost batches of worker %d after number %d; %d are sent again",
+                self._worker_id,
+                last,
+                len(missing),
+            )
+        for some in _slices(missing):
+            for parcel, reply in zip(
+                some, self._channel.execute_all(list(map(self._add, some))), strict=True
+            ):
+                self._note_stored(parcel, reply)
+        self._state()
+        self._doubt = False
+
+    def _add(self, parcel: _Parcel) -> tuple[Any, ...]:
+        entry_id = f"{self._incarnation}-{parcel.sequence}"
+        # Only OPEN_QUEUE makes the stream: a server that lost it must not take a batch before it was opened.
+        return ("XADD", self._stream, "NOMKSTREAM", entry_id, *parcel.fields)
+
+    def _note_stored(self, parcel: _Parcel, reply: Any) -> None:
+        if reply is None:
+            self._doubt = True
+            raise RunLost(f"the server lost the queue of worker {self._worker_id}")
+        if isinstance(reply, ServerFault) and "equal or smaller" in str(reply):
+            # It has been stored, unless a newer process is there.
+            self._check_place(self._channel.execute("HGET", self._counts, "incarnation"))
+        elif isinstance(reply, PeerError):
+            raise reply
+        parcel.stored = True
+        if not parcel.charged:
+            parcel.charged = True
+            self._total_bytes += parcel.size
+            self._held_bytes += parcel.size
+            self._waiting += 1
+
+    def _confirm(self) -> None:
+        """Bring the batch in the outbox to its level, or raise."""
+        parcel = self._outbox
+        assert parcel is not None
+        commands = [] if parcel.stored else [self._add(parcel)]
+        milliseconds = max(1, int(self._connection.block_seconds * 1000))
+        if self.level == "replica":
+            # Waiting concerns what this connection wrote last, so it writes something each time.
+            commands += [self._statement(), ("WAIT", 1, milliseconds)]
+        elif self.level == "fsync":
+            commands += [self._statement(), ("WAITAOF", 1, 0, milliseconds)]
+        try:
+            replies = self._channel.execute_all(commands)
+        except ConnectionFailed:
+            parcel.uncertain = True
+            raise
+        if not parcel.stored:
+            self._note_stored(parcel, replies[0])
+        if self.level in ("replica", "fsync"):
+            self._check_reached(replies[-1])
+        if self.level == "learner":
+            self._kept.append(parcel)
+            self._kept_bytes += parcel.size
+        self._outbox = None
+
+    def _check_reached(self, reply: Any) -> None:
+        if isinstance(reply, PeerError):
+            raise reply
+        reached = reply if isinstance(reply, int) else reply[0]
+        if reached < 1:
+            assert self._outbox is not None
+            self._outbox.uncertain = True
+            raise ConnectionFailed(
+                f"no {'replica' if self.level == 'replica' else 'disk'} has confirmed it yet"
+            )
+
+    def _state(self) -> None:
+        """Write what this life says of itself."""
+        reply = self._channel.execute(*self._statement())
+        if isinstance(reply, PeerError):
+            raise reply
+
+    def _statement(self) -> tuple[Any, ...]:
+        stored = self._sequence - (self._outbox is not None and not self._outbox.stored)
+        said = {"sent": stored} | {reason: number for reason, number in self._tally.items() if number}
+        named = {f"{name}:{self._incarnation}": number for name, number in said.items()}
+        return ("HSET", self._counts, *flat(named))
+
+    def _look(self) -> None:
+        """See how full the queue is, and which batches are safe."""
+        length, pending, groups, (removed_bytes, newest) = self._replies(
+            [
+                ("XLEN", self._stream),
+                ("XPENDING", self._stream, GROUP),
+                ("XINFO", "GROUPS", self._stream),
+                ("HMGET", self._counts, "removed_bytes", "incarnation"),
+            ]
         )
+        self._check_place(newest)
+        self._in_hand, first_pending = pending_summary(pending)
+        self._waiting = int(length) - self._in_hand
+        if length == 0:
+            self._total_bytes = int(removed_bytes or 0)  # corrects what a fault left in the books
+        self._held_bytes = self._total_bytes - int(removed_bytes or 0)
+        # The learner is done with what was delivered and is not pending.
+        delivered = group_position(groups, GROUP)
+        while self._kept:
+            place = (self._incarnation, self._kept[0].sequence)
+            if place > delivered or (self._in_hand and place >= first_pending):
+                break
+            self._kept_bytes -= self._kept.popleft().size
+
+    def _drop_oldest(self, size: int, settings: RunSettings) -> int:
+        """Drop waiting batches until this one fits, as far as that is possible; give how many."""
+        limits = (settings.max_queue_size - 1, settings.max_queue_bytes - size)
+        arguments = (GROUP, *limits, self._total_bytes, self._incarnation)
+        reply = self._run(DROP_OLDEST, arguments)
+        before, self._tally["dropped_oldest"] = self._tally["dropped_oldest"], int(reply[0])
+        delivered, first_waiting = entry_place(reply[1]), entry_place(reply[2])
+        self._keep(
+            parcel
+            for parcel in self._kept
+            if not delivered < (self._incarnation, parcel.sequence) < first_waiting
+        )
+        return self._tally["dropped_oldest"] - before
+
+    def _keep(self, parcels: Iterable[_Parcel]) -> None:
+        self._kept = deque(parcels)
+        self._kept_bytes = sum(parcel.size for parcel in self._kept)
+
+    def _run(self, script: Any, arguments: Sequence[Any]) -> Any:
+        return self._channel.run(script, (self._stream, self._counts), arguments)
+
+    def _replies(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        replies = self._channel.execute_all(commands)
+        for reply in replies:
+            if isinstance(reply, PeerError):
+                if "NOGROUP" in str(reply) or "no such key" in str(reply).lower():
+                    self._doubt = True
+                    raise RunLost(f"the server lost the queue of worker {self._worker_id}") from reply
+                raise reply
+        return replies
+
+    # Deciding
 
     def _make_room(
         self, size: int, settings: RunSettings, deadline: Deadline, stopped: Callable[[], bool]
@@ -231,13 +429,10 @@ class Sender:
         when_full = self._when_full or settings.when_full
         if self._fits(size, settings):
             return "", 0
-        self._look()
+        self._do(self._look, deadline)
         if when_full == "drop_oldest" and not self._fits(size, settings):
-            limits = (settings.max_queue_size - 1, settings.max_queue_bytes - size)
-            facts = (GROUP, *limits, self._total_bytes, self._incarnation)
-            keys = (self._stream, self._counts)
-            dropped = int(self._connection.run(DROP_OLDEST, keys, facts, deadline=deadline))
-            self._look()
+            dropped = self._do(lambda: self._drop_oldest(size, settings), deadline)
+            self._do(self._look, deadline)
             # What the learner has in its hands cannot be dropped, so there may still be no room.
             return "" if self._fits(size, settings) else "dropped_newest", dropped
         backoff = Backoff(first=0.001, longest=LONGEST_LOOK_SECONDS)
@@ -254,67 +449,106 @@ class Sender:
                     "collects or acknowledges too slowly. Raise timeout or the bounds, or choose another when_full"
                 )
             time.sleep(backoff.next(deadline))
-            self._look()
+            self._do(self._look, deadline)
         return "", 0
 
     def _fits(self, size: int, settings: RunSettings) -> bool:
-        return self._waiting < settings.max_queue_size and self._held_bytes + size <= settings.max_queue_bytes
+        held_bytes = max(self._held_bytes, self._kept_bytes)
+        return self._waiting < settings.max_queue_size and held_bytes + size <= settings.max_queue_bytes
 
-    def _look(self) -> None:
-        length, pending, (removed_bytes, newest) = self._connection.execute_all(
-            [
-                ("XLEN", self._stream),
-                ("XPENDING", self._stream, GROUP),
-                ("HMGET", self._counts, "removed_bytes", "incarnation"),
-            ]
-        )
-        self._check_place(newest)
-        self._in_hand = pending_count(pending)
-        self._waiting = int(length) - self._in_hand
-        if length == 0:  # corrects what a batch of unknown fate added
-            self._total_bytes = int(removed_bytes or 0)
-        self._held_bytes = self._total_bytes - int(removed_bytes or 0)
-
-    def _store(self, fields: dict[str, Any], deadline: Deadline) -> None:
-        # The number is spent even if this fails: a late copy of this batch must never pass for the next one.
-        self._sequence += 1
-        entry_id = f"{self._incarnation}-{self._sequence}"
-        try:
-            stored = self._append(entry_id, flat(fields), deadline)
-        except ConnectionFailed:  # it may be stored, so it counts until the queue was seen empty
-            self._note_stored(int(fields["stored_bytes"]))
-            raise
-        # An id that the stream has passed: our own entry, whose reply was lost, unless a newer process is there.
-        if not stored:
-            self._check_place(self._connection.execute("HGET", self._counts, "incarnation"))
-        self._note_stored(int(fields["stored_bytes"]))
-
-    def _append(self, entry_id: str, fields: list[Any], deadline: Deadline) -> bool:
+    def _store(self, parcel: _Parcel, deadline: Deadline) -> None:
+        """Store a batch, or make sure that it is not: then its number is free again."""
+        self._sequence, self._outbox = parcel.sequence, parcel
         backoff = Backoff()
         while True:
             try:
-                return self._connection.append(self._stream, entry_id, fields, deadline=deadline)
-            except ServerOutOfMemory:  # as good as a full queue: the learner's reading makes room
-                if deadline.over:
+                return self._do(self._confirm, deadline)
+            except Fenced:
+                raise
+            except PeerError as error:
+                # A full server is as good as a full queue: the learner's reading makes room.
+                if isinstance(error, ServerOutOfMemory) and not deadline.over:
+                    time.sleep(backoff.next(deadline))
+                    continue
+                if not parcel.stored and not parcel.uncertain:
+                    self._sequence, self._outbox = parcel.sequence - 1, None
                     raise
-                time.sleep(backoff.next(deadline))
-
-    def _note_stored(self, size: int) -> None:
-        self._total_bytes += size
-        self._held_bytes += size
-        self._waiting += 1
+                raise Unconfirmed(
+                    f"batch {parcel.sequence} of worker {self._worker_id} was not confirmed within "
+                    f"{deadline.seconds:g} s at level {self.level!r}: {error}. It is kept and sent again by "
+                    "itself; do not send it again",
+                    parcel.receipt,
+                ) from error
 
     def _check_place(self, newest: bytes | None) -> None:
-        if newest is None or int(newest) != self._incarnation:
+        found = int(newest or 0)
+        if found > self._incarnation:
             raise Fenced(
                 f"worker {self._worker_id} was replaced by a newer process; nothing of this one is accepted"
             )
+        if found < self._incarnation:
+            self._doubt = True
+            raise RunLost(f"the server lost the queue of worker {self._worker_id}")
 
-    def _count(self, reason: str, deadline: Deadline) -> None:
-        self._refused[reason] += 1
-        # An absolute number under this incarnation's name: writing it twice does no harm.
+    def _check_level(self) -> None:
+        try:
+            if self.level == "fsync":
+                self._channel.execute("WAITAOF", 1, 0, 1)
+            elif self.level == "replica":
+                self._channel.execute("WAIT", 0, 1)
+                if "connected_slaves:0" in str(self._channel.execute("INFO", "replication")):
+                    raise ServerUnsuitable(
+                        f"level 'replica' needs a replica, and {self._connection.address} has none now"
+                    )
+        except ServerFault as error:
+            needs = (
+                "`redis-cli CONFIG SET appendonly yes`"
+                if "appendonly" in str(error)
+                else "Redis 7.2 or Valkey for 'fsync', and a real server for both"
+            )
+            raise ServerUnsuitable(f"level {self.level!r} needs {needs}: {error}") from error
+
+    def _count(self, reason: str, deadline: Deadline, by: int = 1) -> None:
+        self._tally[reason] += by
+        # Under this incarnation's name also where a newer one is there already.
         field = f"{reason}:{self._incarnation}"
-        self._connection.execute("HSET", self._counts, field, self._refused[reason], deadline=deadline)
+        self._connection.execute("HSET", self._counts, field, self._tally[reason], deadline=deadline)
+
+    def _count_fenced(self, *, refused: bool) -> None:
+        """Count what is not accepted: what is kept and is not on the server, and a batch that got no number."""
+        taken = [parcel.sequence for parcel in (*self._kept, self._outbox) if parcel is not None]
+        try:
+            stated = self._connection.execute("HGET", self._counts, f"sent:{self._incarnation}")
+            lost = sum(sequence > int(stated or 0) for sequence in taken)
+            self._count("fenced", Deadline(self._connection.timeout_seconds), by=lost + refused)
+        except PeerError as error:
+            logger.warning("worker %d was replaced, and cannot count it: %s", self._worker_id, error)
+        self._keep(())
+        self._outbox = None
+
+    @contextlib.contextmanager
+    def _alone(self, deadline: Deadline) -> Iterator[None]:
+        if not self._lock.acquire(timeout=deadline.remaining):
+            raise QueueFull(
+                f"worker {self._worker_id}'s queue is full, and another thread of it has been waiting for room for "
+                f"{deadline.seconds:g} s"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+def _slices(parcels: Sequence[_Parcel]) -> Iterator[list[_Parcel]]:
+    """Cut what is to be sent again into pieces of some megabytes."""
+    some: list[_Parcel] = []
+    for parcel in parcels:
+        some.append(parcel)
+        if sum(one.size for one in some) >= REPLAY_BYTES:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 def _shape_of(batch: dict[str, Any]) -> tuple[int, int]:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 
 from rlbroker.background import Background
 from rlbroker.config import MAX_WORKER_ID, RunSettings, worker_number
-from rlbroker.connection import ALSO_WHEN_FULL, Connection, Script, flat
+from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
 from rlbroker.deadline import Backoff, Deadline
-from rlbroker.errors import DeadlineExceeded, IncompatibleFormat
+from rlbroker.errors import DeadlineExceeded, IncompatibleFormat, RunLost
 from rlbroker.keys import Keys
 from rlbroker.membership.announcement import ANNOUNCE
 from rlbroker.records import Registration
@@ -57,15 +57,45 @@ REGISTER = Script(
     """,
 )
 
+REJOIN = Script(
+    "rejoin",
+    ANNOUNCE
+    + """
+    -- KEYS: incarnations, members, the worker's acknowledgements, weights, meta
+    -- ARGV: worker id, incarnation, newest version that the worker knows
+    -- For a worker that lives on after the server may have lost it. Its incarnation stays.
+    local newest = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0') or 0
+    local ended = newest == tonumber(ARGV[2]) and not redis.call('ZSCORE', KEYS[2], ARGV[1])
+    if newest > tonumber(ARGV[2]) or ended then
+      return redis.error_reply('FENCED worker ' .. ARGV[1] .. ' was replaced by a newer process, or it has left')
+    end
+    redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+    local time = redis.call('TIME')
+    redis.call('ZADD', KEYS[2], string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)), ARGV[1])
+    local latest = tonumber(redis.call('HGET', KEYS[4], 'version') or '0')
+    local known = tonumber(ARGV[3])
+    if known > latest and known > (tonumber(redis.call('HGET', KEYS[5], 'version_floor') or '0')) then
+      redis.call('HSET', KEYS[5], 'version_floor', ARGV[3])  -- these numbers were used
+    end
+    if redis.call('EXISTS', KEYS[3]) == 0 then
+      announce(KEYS[3], ARGV[2], 'joined', math.max(latest, known))
+    end
+    return 1
+    """,
+)
+
 BEAT = Script(
     "beat",
     f"""
     -- KEYS: incarnations, members, the worker's heartbeat
     -- ARGV: worker id, incarnation, lifetime in milliseconds, then field and value pairs
     {ALSO_WHEN_FULL}
-    if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] or not redis.call('ZSCORE', KEYS[2], ARGV[1]) then
-      return redis.error_reply('FENCED worker ' .. ARGV[1]
-        .. ' was replaced by a newer process, declared gone, or lost by the server')
+    local newest = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0') or 0
+    if newest < tonumber(ARGV[2]) then
+      return redis.error_reply('LOST the server has lost worker ' .. ARGV[1])
+    end
+    if newest > tonumber(ARGV[2]) or not redis.call('ZSCORE', KEYS[2], ARGV[1]) then
+      return redis.error_reply('FENCED worker ' .. ARGV[1] .. ' was replaced by a newer process, or it has left')
     end
     local time = redis.call('TIME')
     redis.call('ZADD', KEYS[2], string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)), ARGV[1])
@@ -102,6 +132,8 @@ class Heartbeat:
         *,
         wire_format: int,
         describe: Callable[[], Mapping[str, str | int]],
+        newest_version: Callable[[], int],
+        tend: Callable[[bool], None],
     ) -> None:
         """Prepare a membership.
 
@@ -110,16 +142,20 @@ class Heartbeat:
             keys: names of the run's keys.
             wire_format: the only format that this process reads and writes.
             describe: gives what each heartbeat says of the worker, besides host and pid.
+            newest_version: gives the newest version that this worker knows of.
+            tend: is called after each heartbeat, with whether the server may have lost something since the last.
         """
         self._connection, self._keys, self._describe = connection, keys, describe
-        self._wire_format = wire_format
+        self._wire_format, self._newest_version, self._tend = wire_format, newest_version, tend
+        self._channel = Channel(connection)
+        self._began = self._returned = False
         self._settings: RunSettings | None = None
         self._settings_known = threading.Event()
         self._thread = Background("heartbeat", self._step)
         self.registration = Registration(0, 0, 0, "0-0")
 
     def register(self, worker_id: int | None) -> Registration:
-        """Become a member under this id, or under the lowest free one, and begin the heartbeats.
+        """Become a member under this id, or under the lowest free one.
 
         A process that already has this id is fenced: nothing of it is accepted any more.
 
@@ -133,9 +169,32 @@ class Heartbeat:
         else:
             found = self._claim_lowest_free()
         assert found is not None
-        self._beat()
-        self._thread.start()
+        self._connection.retry(self._beat)
         return found
+
+    def start(self) -> None:
+        """Begin the heartbeats."""
+        self._thread.start()
+
+    def rejoin(self, channel: Channel) -> None:
+        """Be a member again where the server lost it, in the same life; otherwise nothing changes.
+
+        Args:
+            channel: over which the caller goes on.
+
+        Raises:
+            Fenced: a newer process has this worker id, or the run declared this one gone.
+            PeerError: the server refused or could not be reached.
+        """
+        worker = self.registration.worker_id
+        keys = (
+            self._keys.incarnations,
+            self._keys.members,
+            self._keys.acknowledgements(worker),
+            self._keys.weights,
+            self._keys.meta,
+        )
+        channel.run(REJOIN, keys, (worker, self.registration.incarnation, self._newest_version()))
 
     def settings(self, deadline: Deadline) -> RunSettings:
         """Give the run's settings; wait for the learner to open the run where it has not yet.
@@ -167,7 +226,8 @@ class Heartbeat:
 
     def leave(self, timeout_seconds: float) -> None:
         """End the heartbeats and the membership, so that nobody waits for this worker."""
-        self._thread.stop(timeout_seconds)
+        if self._thread.stop(timeout_seconds):
+            self._channel.close()
         if not self.registration.incarnation:  # never joined
             return
         worker = self.registration.worker_id
@@ -225,22 +285,32 @@ class Heartbeat:
         self._thread.pause(lease_seconds / BEATS_PER_LEASE if self._settings else 0.1)
         if not self._thread.stopping:
             self._beat()
+            returned, self._returned = self._returned, False
+            self._tend(returned)
 
     def _beat(self) -> None:
+        if self._channel.connect() and self._began:
+            self._come_back()
+        self._began = True
         lease_seconds = (self._settings or RunSettings()).lease_seconds
         worker = self.registration.worker_id
         facts: dict[str, str | int] = {"host": socket.gethostname(), "pid": os.getpid(), **self._describe()}
-        self._connection.run(
-            BEAT,
-            (self._keys.incarnations, self._keys.members, self._keys.heartbeat(worker)),
-            (worker, self.registration.incarnation, int(lease_seconds * 10_000), *flat(facts)),
-            deadline=Deadline(lease_seconds),
-        )
-        meta = text_fields(self._connection.execute("HGETALL", self._keys.meta))
+        keys = (self._keys.incarnations, self._keys.members, self._keys.heartbeat(worker))
+        arguments = (worker, self.registration.incarnation, int(lease_seconds * 10_000), *flat(facts))
+        try:
+            self._channel.run(BEAT, keys, arguments)
+        except RunLost:
+            self._come_back()
+            self._channel.run(BEAT, keys, arguments)
+        meta = text_fields(self._channel.execute("HGETALL", self._keys.meta))
         if "wire_format" in meta:
             self._check_format(meta["wire_format"])
             self._settings = RunSettings.from_fields(meta)
             self._settings_known.set()
+
+    def _come_back(self) -> None:
+        self.rejoin(self._channel)
+        self._returned = True
 
     def _check_format(self, found: str) -> None:
         if found and int(found) != self._wire_format:

@@ -87,6 +87,11 @@ class Subscriber:
         """Whether there is an update to take."""
         return bool(self._updates)
 
+    @property
+    def newest(self) -> int:
+        """The newest version that was read, or given up."""
+        return self._handled
+
     def has_handled(self, version: int) -> bool:
         """Whether this version, or a newer one, was handed out by `take` or is past mending."""
         with self._arrived:
