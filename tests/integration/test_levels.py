@@ -1,0 +1,209 @@
+"""The levels: what a batch must have reached before its worker lets go of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import RealServer, Server, wait_until
+
+from rlbroker import (
+    ConnectionFailed,
+    Fenced,
+    InvalidArgument,
+    ServerUnsuitable,
+    Unconfirmed,
+    WorkerClient,
+    WorkerCommunicator,
+)
+from rlbroker.keys import Keys
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+
+def ids_in(server: Server, key: str) -> list[str]:
+    return [entry_id.decode() for entry_id, _ in server.client.xrange(key)]
+
+
+def break_channel(client: WorkerClient, *, after_sending: bool) -> threading.Event:
+    """Have the sender's connection fail, before or after the server got the command, until the event is set."""
+    mended = threading.Event()
+    assert client._sender is not None
+    channel: Any = client._sender._channel
+    execute_all = channel.execute_all
+
+    def fail(commands: Any) -> Any:
+        if mended.is_set():
+            return execute_all(commands)
+        if after_sending:
+            execute_all(commands)
+        channel.close()
+        raise ConnectionFailed("broken on purpose")
+
+    channel.execute_all = fail
+    return mended
+
+
+def test_at_level_learner_a_batch_is_kept_until_it_is_acknowledged(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(acknowledge="manual"), worker(level="learner")
+    for number in range(3):
+        client.send_experiences({"number": number})
+    pairs = comm.collect_experiences(timeout=5.0)
+    assert client.flush(timeout=0.1) == 3
+    comm.acknowledge(pairs[:2])
+    wait_until("two are safe", lambda: client.flush(timeout=0.01) == 1)
+    comm.acknowledge(pairs)
+    assert client.flush(timeout=5.0) == 0
+
+
+def test_at_level_redis_nothing_is_kept(learner: Learner, worker: Worker) -> None:
+    learner()
+    client = worker()
+    client.send_experiences({})
+    assert client.flush(timeout=0.1) == 0
+
+
+def test_at_level_learner_what_the_server_lost_is_sent_again_in_order(
+    server: Server, learner: Learner, worker: Worker, keys: Keys
+) -> None:
+    comm, client = learner(acknowledge="manual"), worker(level="learner")
+    for number in range(5):
+        client.send_experiences({"number": number})
+    comm.acknowledge(comm.collect_experiences(timeout=5.0, max_batches=2))
+    wait_until("two are safe", lambda: client.flush(timeout=0.01) == 3)
+    comm.cleanup()
+    server.client.flushall()
+    wait_until(
+        "the rest is there again", lambda: ids_in(server, keys.experiences(0)) == ["1-3", "1-4", "1-5"]
+    )
+
+
+def test_a_server_that_lost_the_queue_takes_no_batch_before_those_that_it_lost(
+    server: Server, learner: Learner, worker: Worker, keys: Keys
+) -> None:
+    comm, client = learner(), worker(level="learner")
+    client.send_experiences({"number": 1})
+    comm.cleanup()
+    server.client.flushall()
+    client.send_experiences({"number": 2})
+    assert ids_in(server, keys.experiences(0)) == ["1-1", "1-2"]
+
+
+def test_a_worker_says_how_many_batches_it_sent_when_the_server_lost_them(
+    server: Server, learner: Learner, worker: Worker, keys: Keys
+) -> None:
+    comm, client = learner(), worker()
+    for number in range(4):
+        client.send_experiences({"number": number})
+    comm.cleanup()
+    server.client.flushall()
+    wait_until("it said so", lambda: server.client.hget(keys.counts(0), "sent:1") == b"4")
+    assert ids_in(server, keys.experiences(0)) == []
+    client.send_experiences({"number": 4})
+    assert ids_in(server, keys.experiences(0)) == ["1-5"]
+
+
+def test_a_batch_whose_reply_was_lost_for_good_is_unconfirmed_and_stored_once(
+    server: Server, learner: Learner, worker: Worker, keys: Keys
+) -> None:
+    learner()
+    client = worker()
+    mended = break_channel(client, after_sending=True)
+    with pytest.raises(Unconfirmed, match="do not send it again") as caught:
+        client.send_experiences({"number": 1}, timeout=0.2)
+    assert caught.value.receipt.sequence == 1
+    mended.set()
+    client.send_experiences({"number": 2})
+    assert ids_in(server, keys.experiences(0)) == ["1-1", "1-2"]
+
+
+def test_an_unconfirmed_batch_arrives_by_itself(
+    server: Server, learner: Learner, worker: Worker, keys: Keys
+) -> None:
+    learner()
+    client = worker()
+    mended = break_channel(client, after_sending=False)
+    with pytest.raises(Unconfirmed):
+        client.send_experiences({"number": 1}, timeout=0.2)
+    assert ids_in(server, keys.experiences(0)) == []
+    mended.set()
+    wait_until("it is there", lambda: ids_in(server, keys.experiences(0)) == ["1-1"])
+    assert client.flush(timeout=5.0) == 0
+
+
+def test_a_batch_that_was_never_sent_stays_with_the_caller(
+    server: Server, learner: Learner, worker: Worker, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner()
+    client = worker()
+    assert client._sender is not None
+    channel = client._sender._channel
+    channel.close()
+
+    def refuse() -> bool:
+        raise ConnectionFailed("nobody there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(channel, "connect", refuse)
+        with pytest.raises(ConnectionFailed, match="nobody there"):
+            client.send_experiences({"number": 1}, timeout=0.2)
+    assert client.send_experiences({"number": 2}).sequence == 1
+    assert ids_in(server, keys.experiences(0)) == ["1-1"]
+
+
+def test_a_fenced_worker_counts_what_it_could_not_deliver(
+    server: Server, learner: Learner, worker: Worker, keys: Keys
+) -> None:
+    learner()
+    client = worker(0)
+    client.send_experiences({"number": 1})
+    mended = break_channel(client, after_sending=False)
+    with pytest.raises(Unconfirmed):
+        client.send_experiences({"number": 2}, timeout=0.2)
+    worker(0)
+    mended.set()
+    with pytest.raises(Fenced):
+        client._sender.send({"number": 3}, version=0, timeout_seconds=5.0)  # type: ignore[union-attr]
+    assert server.client.hget(keys.counts(0), "fenced:1") == b"2"
+    assert server.client.hget(keys.counts(0), "sent:1") == b"1"
+
+
+def test_what_was_dropped_is_not_sent_again(
+    server: Server, learner: Learner, worker: Worker, keys: Keys
+) -> None:
+    comm = learner(max_queue_size=2, when_full="drop_oldest")
+    client = worker(level="learner")
+    for number in range(5):
+        client.send_experiences({"number": number})
+    comm.cleanup()
+    server.client.flushall()
+    wait_until("the rest is there", lambda: ids_in(server, keys.experiences(0)) == ["1-4", "1-5"])
+    wait_until(
+        "the dropped are counted", lambda: server.client.hget(keys.counts(0), "dropped_oldest:1") == b"3"
+    )
+
+
+def test_an_unknown_level_is_refused(worker: Worker) -> None:
+    with pytest.raises(InvalidArgument, match="'redis', 'replica', 'fsync', 'learner'"):
+        worker(level="disk")
+
+
+@pytest.mark.parametrize("level", ["replica", "fsync"])
+def test_a_level_that_the_server_cannot_give_is_refused_at_once(worker: Worker, level: str) -> None:
+    with pytest.raises(ServerUnsuitable, match=level):
+        worker(level=level)
+
+
+def test_at_level_fsync_a_batch_is_on_the_disk(real_server: RealServer, run: str) -> None:
+    with WorkerCommunicator(1, run=run, **real_server.way()) as comm:
+        real_server.client.config_set("appendonly", "yes")
+        try:
+            with WorkerClient(run=run, level="fsync", **real_server.way()) as client:
+                assert client.send_experiences({"number": 1})
+                assert client.flush(timeout=1.0) == 0
+        finally:
+            real_server.client.config_set("appendonly", "no")
+        assert [batch["number"] for _, batch in comm.collect_experiences()] == [1]
