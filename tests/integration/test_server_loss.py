@@ -1,0 +1,122 @@
+"""The server comes back without its data: learner and workers go on by themselves, and what was lost is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from conftest import Server, wait_until
+
+from rlbroker import WorkerClient, WorkerCommunicator
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+
+def test_the_learner_publishes_what_it_holds_under_a_new_version(
+    server: Server, learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(), worker()
+    weights = np.arange(5.0)
+    comm.send_model_weights({"w": weights})
+    comm.send_model_weights({"w": weights})
+    weights[:] = -1.0  # training goes on; what was published stays what it was
+    model: dict[str, np.ndarray] = {}
+    wait_until("version 2 is applied", lambda: client.poll(model) and client.version == 2)
+    server.client.flushall()
+    wait_until("version 3 is applied", lambda: client.poll(model) and client.version == 3)
+    assert comm.version == 3
+    assert model["w"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert comm.send_model_weights({"w": weights}).version == 4
+
+
+def test_a_worker_is_a_member_again_in_the_same_life(
+    server: Server, learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(), worker(3)
+    server.client.flushall()
+    (info,) = wait_until("it is back", lambda: comm.workers())
+    assert (info.worker_id, info.incarnation, client.incarnation) == (3, 1, 1)
+    assert worker().worker_id == 0
+    assert worker(3).incarnation == 2
+
+
+def test_at_level_learner_nothing_is_lost_and_nothing_comes_twice(
+    server: Server, learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(), worker(level="learner")
+    for number in range(10):
+        client.send_experiences({"number": number})
+    got = [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0, max_batches=4)]
+    server.client.flushall()
+    client.send_experiences({"number": 10})
+
+    def collected() -> bool:
+        got.extend(batch["number"] for _, batch in comm.collect_experiences(timeout=0.5))
+        return len(got) >= 11
+
+    wait_until("all came", collected)
+    assert got == list(range(11))
+    wait_until("all are safe", lambda: not comm.collect_experiences() and client.flush(timeout=0.1) == 0)
+    counts = wait_until("the books agree", lambda: _settled(comm))
+    assert (counts.produced, counts.delivered, counts.lost) == (11, 11, {})
+
+
+def test_at_level_redis_the_exact_gap_is_reported(server: Server, learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    for number in range(10):
+        client.send_experiences({"number": number})
+    got = [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0, max_batches=4)]
+    held = comm.collect_experiences(timeout=0.0, max_batches=1)
+    server.client.flushall()
+    wait_until("the worker is back", lambda: comm.workers())
+    client.send_experiences({"number": 10})
+
+    def collected() -> bool:
+        got.extend(batch["number"] for _, batch in comm.collect_experiences(timeout=0.5))
+        return got[-1] == 10
+
+    wait_until("the last one came", collected)
+    comm.collect_experiences()
+    counts = wait_until("the books agree", lambda: _settled(comm))
+    assert len(held) == 1
+    delivered = len(got) + len(held)
+    assert (counts.produced, counts.delivered, counts.lost) == (11, delivered, {"vanished": 11 - delivered})
+
+
+def test_a_command_under_way_gets_its_answer(server: Server, learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    done: list[int] = []
+    client.on_command("note", done.append)
+    first = comm.send_control_command("note", 1)
+    wait_until("it arrived", lambda: client._inbox.waiting)
+    server.client.flushall()
+    second = comm.send_control_command("note", 2)
+
+    def answered() -> bool:
+        client.poll()
+        return all(first.outcomes().values()) and all(second.outcomes().values())
+
+    wait_until("both are answered", answered)
+    assert done == [1, 2]
+
+
+def test_what_was_missed_before_is_still_on_record(server: Server, learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    for number in range(1, 6):
+        comm.send_model_weights({"number": number})
+    model: dict[str, int] = {}
+    wait_until("the newest is applied", lambda: client.poll(model) and client.version == 5)
+    wait_until("it is settled", lambda: comm.missed_updates()[0].behind == 0)
+    before = comm.missed_updates()[0]
+    server.client.flushall()
+    wait_until("version 6 is applied", lambda: client.poll(model) and client.version == 6)
+    wait_until("it is settled", lambda: comm.missed_updates()[0].behind == 0)
+    after = comm.missed_updates()[0]
+    assert (after.total, after.by_reason, after.commands) == (before.total, before.by_reason, 0)
+    assert after.records == before.records
+
+
+def _settled(comm: WorkerCommunicator):  # type: ignore[no-untyped-def]
+    counts = comm.get_queue_info()["counts"].get(0)
+    return counts if counts and counts.waiting == counts.in_hand == 0 and counts.produced == 11 else None
