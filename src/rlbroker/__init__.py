@@ -6,6 +6,7 @@ name of the run.
 
 from importlib.metadata import version as _version
 
+from rlbroker.config import SamplesPerInsert
 from rlbroker.control.commander import Command
 from rlbroker.errors import (
     AccessDenied,
@@ -35,6 +36,7 @@ from rlbroker.learner import WorkerCommunicator
 from rlbroker.records import (
     Batch,
     CleanupReport,
+    DeadLetter,
     Missed,
     MissedUpdates,
     Outcome,
@@ -55,6 +57,7 @@ __all__ = [
     "Closed",
     "Command",
     "ConnectionFailed",
+    "DeadLetter",
     "DeadlineExceeded",
     "Fenced",
     "ForkedProcess",
@@ -69,6 +72,7 @@ __all__ = [
     "QueueFull",
     "RlbrokerError",
     "RunLost",
+    "SamplesPerInsert",
     "SendReceipt",
     "ServerFault",
     "ServerOutOfMemory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -78,6 +79,42 @@ class RunSettings:
         )
 
 
+@dataclass(frozen=True)
+class SamplesPerInsert:
+    """How often each batch is to be sampled, on average.
+
+    Attributes:
+        ratio: samples for each inserted batch; above 0.
+        min_size: batches that must be inserted before the first sample; at least 1.
+        error_buffer: how far sampling may run ahead of inserting, or behind, in samples. At least
+            `max(1, ratio)`, and `(n + ratio) / 2` where n samples are drawn at once: otherwise both sides could
+            come to wait for each other.
+    """
+
+    ratio: float
+    min_size: int
+    error_buffer: float
+
+    def __post_init__(self) -> None:
+        """Refuse settings with which both sides could come to wait for each other."""
+        for name in ("ratio", "error_buffer"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value <= 0:
+                raise InvalidArgument(f"samples_per_insert: {name} must be a number above 0; got {value!r}")
+        whole = isinstance(self.min_size, int) and not isinstance(self.min_size, bool)
+        if not whole or self.min_size < 1:
+            raise InvalidArgument(
+                f"samples_per_insert: min_size must be an integer of at least 1; got {self.min_size!r}"
+            )
+        least = max(1.0, self.ratio)
+        if self.error_buffer < least:
+            raise InvalidArgument(
+                f"samples_per_insert: error_buffer must be at least max(1, ratio) = {least:g}; got "
+                f"{self.error_buffer!r}, with which inserting and sampling would wait for each other"
+            )
+
+
 def redis_url(url: str | None = None) -> str:
     """Give the server's URL: the argument, else RLBROKER_REDIS_URL, else REDIS_URL, else localhost.
 
@@ -114,15 +151,15 @@ def redacted_url(url: str) -> str:
     return scheme + colon + before.rpartition("@")[2]
 
 
-def run_name(run: str) -> str:
-    """Check the name of a run; it becomes part of every key.
+def run_name(run: str, *, what: str = "run") -> str:
+    """Check the name of a run, which becomes part of every key, or of a learner.
 
     Raises:
         InvalidArgument: it is not 1 to 100 letters, digits, dots, dashes and underscores.
     """
     if not isinstance(run, str) or not _RUN_NAME.fullmatch(run):
         raise InvalidArgument(
-            f"run must be 1 to 100 letters, digits, '.', '_' or '-', and begin with a letter or digit; got {run!r}"
+            f"{what} must be 1 to 100 letters, digits, '.', '_' or '-', and begin with a letter or digit; got {run!r}"
         )
     return run
 

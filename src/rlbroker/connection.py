@@ -79,6 +79,17 @@ class Script:
 ALSO_WHEN_FULL: Final = "redis.call('HDEL', KEYS[1], '')"
 
 
+#: Put into scripts that only the learner may run that leads; KEYS[1] is `meta`, ARGV[1] the learner's epoch.
+LEADER_ONLY: Final = """
+    local leading = tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0
+    if leading > tonumber(ARGV[1]) then
+      return redis.error_reply('FENCED a newer learner publishes in this run')
+    elseif leading < tonumber(ARGV[1]) then
+      return redis.error_reply('LOST the server has lost the run')
+    end
+"""
+
+
 class Connection:
     """One client's way to the server.
 
@@ -156,7 +167,7 @@ class Connection:
         Raises:
             PeerError: the server refused, or could not be reached within the deadline.
         """
-        return self.retry(lambda: self._translated(lambda: self._send(*command)), deadline)
+        return self.retry(lambda: self.execute_once(*command), deadline)
 
     def execute_once(self, *command: Argument) -> Any:
         """Run one command whose loss the caller handles, such as a blocking read.
@@ -164,7 +175,7 @@ class Connection:
         Raises:
             PeerError: the server refused or could not be reached.
         """
-        return self._translated(lambda: self._send(*command))
+        return self._translated(lambda: self._send(*command, **_options(command)))
 
     def run(
         self,
@@ -219,7 +230,7 @@ class Connection:
             pipeline = self.client.pipeline(transaction=atomic)
             add: Callable[..., Any] = pipeline.execute_command
             for command in commands:
-                add(*command)
+                add(*command, **_options(command))
             return pipeline.execute()
 
         return self.retry(lambda: self._translated(send), deadline)
@@ -441,6 +452,13 @@ class Channel:
         if isinstance(ours, ConnectionFailed):  # a server that must not be used now, such as a replica
             raise ours
         return ours
+
+
+def _options(command: Sequence[Argument]) -> dict[str, bool]:
+    """Tell redis-py which of two replies will come: XPENDING with a range lists entries, JUSTID gives ids."""
+    if command[0] == "XPENDING" and len(command) > 3:
+        return {"parse_detail": True}
+    return {"parse_justid": True} if command[0] == "XCLAIM" and "JUSTID" in command else {}
 
 
 def flat(fields: Mapping[str, Any]) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, get_args
 
@@ -16,23 +16,31 @@ from rlbroker.config import (
     MAX_WORKER_ID,
     Acknowledge,
     RunSettings,
+    SamplesPerInsert,
     WhenFull,
     choice,
     positive_int,
+    positive_seconds,
+    run_name,
+    worker_number,
 )
-from rlbroker.connection import BLOCK_SECONDS, Connection
-from rlbroker.control.commander import SEND, Command, Commander
-from rlbroker.control.ledger import SETTLE, Ledger
+from rlbroker.connection import BLOCK_SECONDS, Channel, Connection
+from rlbroker.control.commander import RESTORE_COMMAND, SEND, Command, Commander
+from rlbroker.control.ledger import RESTORE_ACCOUNT, SETTLE, Ledger
 from rlbroker.deadline import Deadline
-from rlbroker.errors import Closed, InvalidArgument, PeerError, UnsupportedType
+from rlbroker.errors import Closed, InvalidArgument, PeerError, RunLost, UnsupportedType
 from rlbroker.experience.collector import Collector
 from rlbroker.experience.counts import read_counts
-from rlbroker.experience.holdings import ACKNOWLEDGE, TAKE_OVER, Holdings
+from rlbroker.experience.dead_letters import BURY, PURGE, RETRY, DeadLetters
+from rlbroker.experience.flow import FlowControl
+from rlbroker.experience.holdings import ACKNOWLEDGE, RESTORE_COUNTS, TAKE_OVER, Holdings
+from rlbroker.experience.ownership import RENEW, TAKE_ABANDONED, Ownership
 from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE
 from rlbroker.keys import Keys
 from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER, REJOIN
-from rlbroker.membership.roster import CLOSE, FORGET, OPEN, Roster
-from rlbroker.records import Batch, CleanupReport, MissedUpdates, PublishReceipt, WorkerInfo
+from rlbroker.membership.roster import CLOSE, FORGET, OPEN, RESTORE_RUN, Roster
+from rlbroker.records import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
+from rlbroker.replies import entry_id
 from rlbroker.weights.publisher import COMMIT, Publisher
 from rlbroker.wire import FORMAT_VERSION
 
@@ -45,8 +53,17 @@ SCRIPTS = (
     COMMIT,
     SEND,
     SETTLE,
+    RESTORE_ACCOUNT,
+    RESTORE_COMMAND,
     ACKNOWLEDGE,
     TAKE_OVER,
+    RESTORE_COUNTS,
+    RESTORE_RUN,
+    TAKE_ABANDONED,
+    RENEW,
+    BURY,
+    RETRY,
+    PURGE,
     FORGET,
     REGISTER,
     BEAT,
@@ -66,8 +83,12 @@ ALIVE_SECONDS = 1.0
 class WorkerCommunicator:
     """Sends weights and commands to the workers of a run, and collects their experiences.
 
-    Usable as a context manager, and from several threads of one process. A newer communicator on the same run
-    takes it over: the older one then raises `Fenced`.
+    Usable as a context manager, and from several threads of one process. A newer communicator of the same name
+    takes the run over: the older one then raises `Fenced`. Those of other names share the experiences, and only
+    the newest of those that publish may send weights and commands.
+
+    If the server loses the run, the communicator writes back what it knows of it, and publishes the weights that
+    it sent last under a new version; it keeps their stored bytes for that.
     """
 
     def __init__(
@@ -83,6 +104,11 @@ class WorkerCommunicator:
         when_full: WhenFull = "block",
         max_queue_bytes: int = RunSettings.max_queue_bytes,
         max_staleness: int | None = None,
+        max_deliveries: int | None = 10,
+        samples_per_insert: SamplesPerInsert | None = None,
+        learner_name: str = "learner",
+        publishes: bool = True,
+        take_over_seconds: float = 60.0,
         lease_seconds: float = RunSettings.lease_seconds,
         forget_seconds: float = RunSettings.forget_seconds,
         allow_eviction: bool = False,
@@ -102,6 +128,12 @@ class WorkerCommunicator:
             when_full: what workers do at a full queue, unless they choose for themselves.
             max_queue_bytes: bytes of each worker's queue, what the learner holds unacknowledged included.
             max_staleness: batches from weights older than this many versions are counted, not collected.
+            max_deliveries: a batch over which this many learners died goes to the dead letters; None for never.
+            samples_per_insert: how often each batch is to be sampled; holds inserting and sampling together (see
+                `may_sample`).
+            learner_name: of this learner, where several share the experiences. Letters, digits, `.`, `_`, `-`.
+            publishes: whether it may send weights and commands; of several, the newest that may does.
+            take_over_seconds: what another learner held for longer, without a sign of life, goes to this one.
             lease_seconds: a worker that was silent for longer is `away`.
             forget_seconds: a worker that was silent for longer no longer belongs to the run.
             allow_eviction: take a server whose memory policy deletes keys.
@@ -122,6 +154,13 @@ class WorkerCommunicator:
                 f"max_staleness must be None or an integer of at least 0; got {max_staleness!r}"
             )
         choice("acknowledge", acknowledge, get_args(Acknowledge))
+        if max_deliveries is not None:
+            positive_int("max_deliveries", max_deliveries)
+        if samples_per_insert is not None and not isinstance(samples_per_insert, SamplesPerInsert):
+            raise InvalidArgument(
+                f"samples_per_insert must be a SamplesPerInsert; got {type(samples_per_insert).__name__}"
+            )
+        positive_seconds("take_over_seconds", take_over_seconds)
         settings = RunSettings(
             max_queue_size=max_queue_size,
             max_queue_bytes=max_queue_bytes,
@@ -132,27 +171,48 @@ class WorkerCommunicator:
         self._keys = keys = Keys(run)
         self._closed: CleanupReport | None = None
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
-        self._roster = Roster(connection, keys, settings)
+        self._roster = Roster(
+            connection,
+            keys,
+            settings,
+            learner_name=run_name(learner_name, what="learner_name"),
+            publishes=publishes,
+        )
+        self._channel = Channel(connection)
+        self._began = self._doubt = self._republish = False
         try:
             connection.check_server(allow_eviction=allow_eviction)
             connection.load(SCRIPTS)
             self._epoch = self._roster.open(wire_format=FORMAT_VERSION, num_workers=num_workers)
             self._publisher = Publisher(connection, keys, epoch=self._epoch)
-            self._holdings = Holdings(connection, keys, epoch=self._epoch)
-            # From here on no acknowledgement of an older learner is accepted.
+            self._holdings = Holdings(connection, keys, name=learner_name, epoch=self._epoch)
+            # From here on no acknowledgement of an older learner of this name is accepted.
             self._holdings.take_over(self._roster.ids())
             self._tell_what_was_there()
         except BaseException:
             connection.close()
             raise
         self._commander = Commander(connection, keys, epoch=self._epoch)
-        self._ledger = Ledger(connection, keys)
+        self._ledger = Ledger(
+            connection,
+            keys,
+            epoch=self._epoch,
+            latest_version=lambda: self._publisher.latest_version,
+            settled=self._commander.note,
+        )
+        self._dead_letters = DeadLetters(connection, keys, self._holdings, max_bytes=max_queue_bytes)
+        self._ownership = Ownership(connection, self._holdings, take_over_seconds=take_over_seconds)
+        self._flow = FlowControl(samples_per_insert)
         self._collector = Collector(
             connection,
             keys,
             self._holdings,
+            self._dead_letters,
+            self._ownership,
+            self._flow,
             acknowledge=acknowledge,
             max_staleness=max_staleness,
+            max_deliveries=max_deliveries,
             workers=self._roster.ids,
             latest_version=lambda: self._publisher.latest_version,
             check=self._check,
@@ -160,7 +220,7 @@ class WorkerCommunicator:
         self._housekeeping_seconds = min(HOUSEKEEPING_SECONDS, forget_seconds / 2)
         self._next_housekeeping = Deadline(self._housekeeping_seconds)
         self._next_sign_of_life = Deadline(0)
-        self._thread = Background("ledger", self._keep_ledger)
+        self._thread = Background("ledger", self._look_after_run)
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -232,16 +292,93 @@ class WorkerCommunicator:
             )
         return self._collector.collect(timeout_seconds=timeout, max_batches=max_batches)
 
-    def acknowledge(self, pairs: Sequence[tuple[int, Batch]]) -> int:
+    def acknowledge(self, done: Sequence[tuple[int, Batch]] | Mapping[str, Any]) -> int:
         """Say that batches are done with, so that the server forgets them; give how many it still had.
 
-        Only needed with `acknowledge="manual"`.
+        Only needed with `acknowledge="manual"`. What another learner has taken over meanwhile does not count.
+
+        Args:
+            done: pairs that `collect_experiences` gave, or marks: then everything that they cover.
+
+        Raises:
+            InvalidArgument: these are not marks of this run.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        self._check()
+        if isinstance(done, Mapping):
+            return self._collector.acknowledge_marks(self._marks_of(done)["batches"])
+        return self._collector.acknowledge(done)
+
+    def marks(self) -> dict[str, Any]:
+        """Give what was collected so far, to be saved in a training checkpoint with what became of it.
+
+        Plain values: JSON, pickle and `torch.save` all keep them.
+        """
+        self._check()
+        return {
+            "run": self.run,
+            "version": self.version,
+            "batches": self._collector.marks(),
+            "inserts": self._flow.inserts,
+            "samples": self._flow.samples,
+        }
+
+    def restore(self, marks: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint: what these marks cover is never collected again, and what follows is.
+
+        Numbers of versions go on from the checkpoint's too, also where the server has lost them.
+
+        Args:
+            marks: as `marks` gave them; to be called before anything is collected.
+
+        Raises:
+            InvalidArgument: these are not marks of this run, or something was collected already.
+        """
+        self._check()
+        found = self._marks_of(marks)
+        if not self._collector.restore(found["batches"]):
+            raise InvalidArgument("restore(marks) comes before the first collect_experiences")
+        self._publisher.raise_floor(found["version"])
+        self._flow.restore(found["inserts"], found["samples"])
+
+    def may_sample(self, count: int = 1) -> bool:
+        """Give whether to draw this many samples now, with `samples_per_insert`; if so, they are counted.
+
+        `collect_experiences` gives no batches while sampling is too far behind, and this gives False while it is
+        too far ahead, so a learner calls both in turn: collect, then train while this gives True.
+
+        Raises:
+            InvalidArgument: so many could never be drawn at once.
+        """
+        self._check()
+        return self._flow.may_sample(count)
+
+    def dead_letters(self, worker_id: int | None = None) -> list[DeadLetter]:
+        """Give the batches that could not be used, with the reason; of one worker, or of all.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
         self._check()
-        return self._collector.acknowledge(pairs)
+        return self._dead_letters.list(self._roster.ids() if worker_id is None else [worker_id])
+
+    def retry_dead_letters(self, letters: Sequence[DeadLetter]) -> int:
+        """Have dead batches collected once more, within seconds; give how many were still there.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        self._check()
+        return self._dead_letters.retry(letters)
+
+    def purge_dead_letters(self, letters: Sequence[DeadLetter] | None = None) -> int:
+        """Delete dead letters, by default all; give how many were there. They stay counted.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        self._check()
+        return self._dead_letters.purge(self.dead_letters() if letters is None else letters)
 
     def send_control_command(
         self,
@@ -278,7 +415,7 @@ class WorkerCommunicator:
         """Give, by worker, which versions and commands it missed, why, and since when."""
         self._check()
         workers = self._roster.ids()
-        self._ledger.settle(workers, self._epoch, Deadline(self._connection.timeout_seconds))
+        self._settle(workers, Deadline(self._connection.timeout_seconds))
         return self._ledger.missed_updates(
             workers, latest_version=self.version, published=self._publisher.published
         )
@@ -293,7 +430,7 @@ class WorkerCommunicator:
         """
         self._check()
         workers = self._roster.ids()
-        self._ledger.settle(workers, self._epoch, Deadline(self._connection.timeout_seconds))
+        self._settle(workers, Deadline(self._connection.timeout_seconds))
         counts = read_counts(self._connection, self._keys, workers)
         accounts = self._ledger.accounts(counts)
         waiting = self._commander.waiting()
@@ -321,8 +458,10 @@ class WorkerCommunicator:
         self._connection.check_process()
         deadline = Deadline(self._connection.timeout_seconds)
         self._closed = CleanupReport(complete=False)
-        self._thread.stop(deadline.remaining)
+        ended = self._thread.stop(deadline.remaining)
         try:
+            if ended:
+                self._channel.close()
             if not deadline.over:
                 self._closed = self._finish(deadline, acknowledge=acknowledge)
         except PeerError as error:
@@ -336,11 +475,11 @@ class WorkerCommunicator:
         if acknowledge:
             self._collector.acknowledge_returned(deadline)
         workers = self._roster.ids()
-        self._ledger.settle(workers, self._epoch, deadline)
+        self._settle(workers, deadline)
         counts = read_counts(self._connection, self._keys, workers)
         waiting = {worker: count.waiting for worker, count in counts.items()}
         commands = sum(self._commander.waiting().values())
-        self._roster.close(self._epoch)
+        self._roster.close()
         return CleanupReport(waiting, self._holdings.counts(), commands)
 
     def _tell_what_was_there(self) -> None:
@@ -361,20 +500,85 @@ class WorkerCommunicator:
         self._connection.check_process()
         self._thread.check()
 
-    def _keep_ledger(self) -> None:
+    def _settle(self, workers: Sequence[int], deadline: Deadline) -> None:
+        """Settle what the workers acknowledged, if this learner is the one that does."""
+        if self._roster.leads:
+            self._ledger.settle(workers, deadline)
+
+    def _marks_of(self, marks: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Check marks that come from outside, such as a file."""
+        try:
+            found = {
+                "run": str(marks["run"]),
+                "version": int(marks["version"]),
+                "inserts": int(marks["inserts"]),
+                "samples": int(marks["samples"]),
+                "batches": {
+                    str(name): {
+                        "through": entry_id(mark["through"]),
+                        "except": [*map(entry_id, mark["except"])],
+                    }
+                    for name, mark in marks["batches"].items()
+                    if worker_number(int(str(name).removeprefix("again:"))) >= 0
+                },
+            }
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidArgument(f"these are no marks, as marks() gives them: {error!r}") from error
+        if found["run"] != self.run:
+            raise InvalidArgument(f"these marks are of the run {found['run']!r}; this is {self.run!r}")
+        return found
+
+    # In the background
+
+    def _look_after_run(self) -> None:
         """Settle acknowledgements as they come; one step of the background thread."""
+        if self._channel.connect():
+            self._doubt = self._began  # another server may be there now, or one that lost something
+            self._began = True
+        try:
+            if self._doubt:
+                self._restore()
+            if self._republish:
+                self._republish = not self._publisher.restore()
+            if self._next_sign_of_life.over:
+                self._roster.say_alive(self._channel)
+                self._ownership.renew(self._collector.sources)
+                self._next_sign_of_life = Deadline(ALIVE_SECONDS)
+            self._settle_for_a_while()
+        except RunLost as error:
+            logger.warning("%s", error)
+            self._doubt = True
+        if self._next_housekeeping.over:
+            self._keep_house()
+            self._next_housekeeping = Deadline(self._housekeeping_seconds)
+
+    def _settle_for_a_while(self) -> None:
         workers = self._roster.ids()
-        if not workers:
+        if not workers or not self._roster.leads:
             self._thread.pause(BLOCK_SECONDS)
         elif self._ledger.wait(workers, self._connection.block_seconds):
-            self._ledger.settle(workers, self._epoch, Deadline(self._connection.block_seconds))
+            self._settle(workers, Deadline(self._connection.block_seconds))
             self._commander.look_again()
-        if self._next_sign_of_life.over:
-            self._roster.say_alive(self._epoch)
-            self._next_sign_of_life = Deadline(ALIVE_SECONDS)
-        if self._next_housekeeping.over:
-            for worker in self._roster.forget_silent():
-                logger.warning("worker %d was silent for too long and no longer belongs to the run", worker)
+
+    def _keep_house(self) -> None:
+        for worker in self._roster.forget_silent():
+            logger.warning("worker %d was silent for too long and no longer belongs to the run", worker)
+        if self._roster.leads:
             self._commander.trim()
             self._publisher.tidy()
-            self._next_housekeeping = Deadline(self._housekeeping_seconds)
+
+    def _restore(self) -> None:
+        """Write back what the server may have lost. Where it lost nothing, nothing changes.
+
+        The run's `meta` comes after what it would allow to be changed, and before what needs it.
+        """
+        self._doubt = True
+        self._holdings.restore()
+        if self._roster.leads:
+            self._ledger.restore()
+            self._commander.restore()
+        self._roster.restore()
+        self._connection.load(SCRIPTS)
+        self._republish = self._roster.leads
+        self._next_sign_of_life = Deadline(0)
+        self._doubt = False

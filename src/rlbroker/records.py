@@ -30,9 +30,11 @@ class Batch(dict[str, Any]):
         stored_bytes: bytes that went through Redis.
         sent_at: the worker's clock when it was sent, seconds since the epoch.
         received_at: the learner's clock when it was collected, seconds since the epoch.
+        held_as: the stream and the id under which the learner holds it until it is acknowledged.
     """
 
     __slots__ = (
+        "held_as",
         "incarnation",
         "raw_bytes",
         "received_at",
@@ -55,11 +57,7 @@ class Batch(dict[str, Any]):
     stored_bytes: int
     sent_at: float
     received_at: float
-
-    @property
-    def entry_id(self) -> str:
-        """The id of its entry in the worker's stream."""
-        return f"{self.incarnation}-{self.sequence}"
+    held_as: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -237,7 +235,8 @@ class QueueCounts:
         waiting: in the queue, not yet read.
         in_hand: read by the learner, not yet acknowledged.
         delivered: acknowledged by the learner.
-        lost: by reason: `stale`, `corrupt`, `trimmed`, `dropped_oldest`, `dropped_newest`, `stopped`, `fenced`.
+        lost: by reason: `stale`, `corrupt`, `poison`, `trimmed`, `dropped_oldest`, `dropped_newest`, `stopped`,
+            `fenced`, `vanished`.
         duplicates: copies of batches that had been read before, not given out a second time.
     """
 
@@ -251,6 +250,34 @@ class QueueCounts:
     def produced(self) -> int:
         """Every batch that the worker sent, whatever became of it."""
         return self.waiting + self.in_hand + self.delivered + sum(self.lost.values())
+
+
+@dataclass(frozen=True)
+class DeadLetter:
+    """A batch that no learner could use.
+
+    Attributes:
+        incarnation: which life of the worker sent it.
+        sequence: its number within that life.
+        reason: `corrupt` (it does not decode), or `poison` (learners died over it).
+        detail: what exactly.
+        deliveries: how often it was handed out.
+        version: the weights that produced it, as the worker said.
+        stored_bytes: bytes of its data.
+        died_at: the learner's clock, seconds since the epoch.
+        entry_id: id of its entry in the stream of dead letters.
+    """
+
+    worker_id: int
+    incarnation: int
+    sequence: int
+    reason: str
+    detail: str
+    deliveries: int
+    version: int
+    stored_bytes: int
+    died_at: float
+    entry_id: str
 
 
 @dataclass(frozen=True)

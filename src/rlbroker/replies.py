@@ -54,6 +54,23 @@ def pending_count(reply: Any) -> int:
     return int(reply["pending"] if isinstance(reply, dict) else reply[0])
 
 
+def consumer_pending(reply: Any, consumer: str) -> int:
+    """Give how many entries are pending for one consumer, from XPENDING's summary."""
+    rows = reply["consumers"] if isinstance(reply, dict) else reply[3] or ()
+    pairs = [(row["name"], row["pending"]) if isinstance(row, dict) else row for row in rows]
+    return next((int(count) for name, count in pairs if _text(name) == consumer), 0)
+
+
+def pending_rows(reply: Any) -> list[tuple[str, str, int, int]]:
+    """Give (id, consumer, idle milliseconds, deliveries) from XPENDING with a range."""
+    rows = []
+    for row in reply or ():
+        if isinstance(row, dict):
+            row = row["message_id"], row["consumer"], row["time_since_delivered"], row["times_delivered"]
+        rows.append((_text(row[0]), _text(row[1]), int(row[2]), int(row[3])))
+    return rows
+
+
 def pending_summary(reply: Any) -> tuple[int, tuple[int, int]]:
     """Give how many entries are pending, and the place of the first, from XPENDING's summary."""
     found = [reply["pending"], reply["min"]] if isinstance(reply, dict) else reply
@@ -70,6 +87,16 @@ def entry_place(entry_id: str | bytes) -> tuple[int, int]:
     """Give an entry's id as what can be compared: for a batch, incarnation and sequence."""
     first, _, second = _text(entry_id).partition("-")
     return int(first), int(second)
+
+
+def entry_id(text: str) -> str:
+    """Give a stream entry's id, checked.
+
+    Raises:
+        ValueError: it is none.
+    """
+    first, second = entry_place(text)
+    return f"{first}-{second}"
 
 
 def _text(value: Any) -> str:

@@ -74,7 +74,7 @@ def test_at_level_redis_the_exact_gap_is_reported(server: Server, learner: Learn
 
     def collected() -> bool:
         got.extend(batch["number"] for _, batch in comm.collect_experiences(timeout=0.5))
-        return got[-1] == 10
+        return bool(got[-1] == 10)
 
     wait_until("the last one came", collected)
     comm.collect_experiences()

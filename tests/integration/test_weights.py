@@ -15,7 +15,7 @@ from conftest import RealServer, Server, wait_until
 
 from rlbroker import Fenced, MissedUpdates, WeightsMismatch, WorkerClient, WorkerCommunicator
 from rlbroker.connection import Connection, Script
-from rlbroker.errors import ConnectionFailed, DeadlineExceeded, RunLost, UnsupportedType
+from rlbroker.errors import ConnectionFailed, DeadlineExceeded, UnsupportedType
 from rlbroker.keys import Keys
 from rlbroker.weights.publisher import COMMIT, SUPERSEDED_SECONDS, Publisher
 from rlbroker.weights.subscriber import Subscriber
@@ -269,7 +269,7 @@ def test_a_version_is_not_used_again_after_a_commit_of_unknown_fate(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch, came_through: bool
 ) -> None:
     comm, client = learner(), worker()
-    run = comm._connection.run
+    run = comm._publisher._channel.run
 
     def lose(script: Script, *arguments: Any, **options: Any) -> Any:
         if script is COMMIT:
@@ -279,7 +279,7 @@ def test_a_version_is_not_used_again_after_a_commit_of_unknown_fate(
         return run(script, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(comm._connection, "run", lose)
+        patch.setattr(comm._publisher._channel, "run", lose)
         with pytest.raises(ConnectionFailed):
             comm.send_model_weights({"from": "first"})
     assert comm.send_model_weights({"from": "second"}).version == 1 + came_through
@@ -355,11 +355,11 @@ def test_loading_waits_for_the_version_that_is_the_latest_now(learner: Learner, 
         assert client.load_weights(received) == received["number"] == number
 
 
-def test_a_learner_notices_that_the_server_lost_the_run(learner: Learner, server: Server, keys: Keys) -> None:
+def test_publishing_waits_until_a_lost_run_is_restored(learner: Learner, server: Server, keys: Keys) -> None:
     comm = learner()
     server.client.delete(keys.meta)
-    with pytest.raises(RunLost, match="has lost the run"):
-        wait_until("it noticed", lambda: comm.collect_experiences(timeout=0.1))
+    assert comm.send_model_weights({}).version == 1
+    assert server.client.hget(keys.meta, "epoch") == b"1"
 
 
 def test_a_worker_that_slept_through_thirty_versions_runs_the_newest(

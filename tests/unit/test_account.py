@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -12,8 +13,11 @@ from rlbroker.control.account import Account, Event, Settled
 from rlbroker.control.account import settle as settle_up_to
 from rlbroker.records import Missed
 
+numbers = itertools.count(1)
 
-def event(kind: str, entry_id: str = "1-1", at: float = 100.0, **fields: object) -> Event:
+
+def event(kind: str, entry_id: str = "", at: float = 100.0, **fields: object) -> Event:
+    entry_id = entry_id or f"1-{next(numbers)}"
     return Event(entry_id, 0, kind, {name: str(value) for name, value in fields.items()}, at)
 
 
@@ -98,7 +102,19 @@ def test_an_account_survives_its_hash() -> None:
 
 
 def test_an_event_of_an_unknown_kind_changes_nothing() -> None:
-    assert settle(member(3), event("from the future"), {}) == Settled(member(3))
+    happened = event("from the future")
+    assert settle(member(3), happened, {}) == Settled(member(3, event=happened.entry_id))
+
+
+def test_what_was_folded_before_is_not_folded_again() -> None:
+    """A worker repeats its answers, and its joining, after the server lost them."""
+    jumped = settle(member(3), event("version", "1-7", version=9, outcome="applied"), {}).account
+    for again in (
+        event("joined", "1-0", version=20),
+        event("version", "1-6", version=8, outcome="failed"),
+        event("version", "1-7", version=9, outcome="applied"),
+    ):
+        assert settle(jumped, again, {}) == Settled(jumped)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +132,7 @@ def test_an_event_of_an_unknown_kind_changes_nothing() -> None:
 )
 def test_what_makes_no_sense_changes_nothing(forged: Event) -> None:
     done = settle(member(3), forged, {"aaa": 1})
-    assert done == Settled(member(3))
+    assert done == Settled(member(3, event=forged.entry_id))
 
 
 steps = st.lists(
@@ -144,14 +160,15 @@ def test_each_version_has_exactly_one_outcome_for_a_member(story: list[tuple[str
             continue
         elif what in ("leave", "gone"):
             incarnation += what == "gone"
-            happened = event("left" if what == "leave" else "gone", f"{incarnation}-0", version=latest)
+            number = 2**64 - 1 if what == "leave" else 0
+            happened = event("left" if what == "leave" else "gone", f"{incarnation}-{number}", version=latest)
         else:
             # A worker may lag behind the latest version, and may load the same one again.
             version = max(1, latest - count + 1)
             outcome = "applied" if what == "apply" else "failed"
             if outcome == "applied" and version > account.settled:
                 outcomes[version] += 1
-            happened = event("version", version=version, outcome=outcome)
+            happened = event("version", f"{incarnation}-{next(numbers)}", version=version, outcome=outcome)
         done = settle(account, happened, {})
         account = done.account
         for record in done.missed:

@@ -34,7 +34,7 @@ ALLOWED |= {
     "demo": {"learner", "worker", "local", "records", "keys", "config", "errors", "control", "__init__"},
     "__main__": {"cli"},
     "cli": {"demo", "local", "snapshot", "connection", "records", "errors"},
-    "__init__": {"learner", "worker", "records", "errors", "control"},
+    "__init__": {"learner", "worker", "config", "records", "errors", "control"},
 }
 
 
@@ -92,6 +92,7 @@ PUBLIC = [
     "Closed",
     "Command",
     "ConnectionFailed",
+    "DeadLetter",
     "DeadlineExceeded",
     "Fenced",
     "ForkedProcess",
@@ -106,6 +107,7 @@ PUBLIC = [
     "QueueFull",
     "RlbrokerError",
     "RunLost",
+    "SamplesPerInsert",
     "SendReceipt",
     "ServerFault",
     "ServerOutOfMemory",

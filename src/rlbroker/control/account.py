@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self, cast
 
 from rlbroker.records import Missed, Outcome, State
-from rlbroker.replies import whole_number
+from rlbroker.replies import entry_place, whole_number
 
 #: Characters of what a worker says that are kept.
 TEXT_KEPT = 500
@@ -36,6 +36,7 @@ class Account:
         commands_missed: commands that were not done.
         skips_in_a_row: latest updates in a row that jumped over a version.
         skipping_since: when that row began, seconds since the epoch.
+        event: id of the last event that was folded in; whatever is not later was folded before.
     """
 
     incarnation: int = 0
@@ -48,6 +49,12 @@ class Account:
     commands_missed: int = 0
     skips_in_a_row: int = 0
     skipping_since: float = 0.0
+    event: str = "0-0"
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How far the worker's story is told: of two accounts of a worker the later one holds."""
+        return entry_place(self.event)
 
     def to_fields(self) -> dict[str, str]:
         """Give the fields of the hash."""
@@ -61,6 +68,7 @@ class Account:
             "commands_missed": self.commands_missed,
             "skips_in_a_row": self.skips_in_a_row,
             "skipping_since": f"{self.skipping_since:.3f}",
+            "event": self.event,
         }
         return {name: str(value) for name, value in plain.items()} | {
             f"missed:{why}": str(count) for why, count in self.missed.items()
@@ -84,6 +92,7 @@ class Account:
             commands_missed=int(found.get("commands_missed", 0)),
             skips_in_a_row=int(found.get("skips_in_a_row", 0)),
             skipping_since=float(found.get("skipping_since", 0)),
+            event=found.get("event", "0-0"),
         )
 
 
@@ -124,12 +133,18 @@ class Settled:
 def settle(account: Account, event: Event, pending: Mapping[str, int], latest: int) -> Settled:
     """Fold one event into a worker's account. What makes no sense changes nothing: workers are not trusted.
 
+    Nor does what was folded before: a worker repeats what it thinks that the server has lost, and a server that
+    went back in time tells old events again.
+
     Args:
         account: the account before.
         event: what happened next.
         pending: commands that wait for this worker, with the incarnation that they were sent to.
         latest: the latest version.
     """
+    if entry_place(event.entry_id) <= account.place:
+        return Settled(account)
+    account = replace(account, event=event.entry_id)
     if event.kind == "version" and 1 <= event.version <= latest:
         return _settle_version(account, event)
     if event.kind == "command" and event.fields.get("outcome") in _ANSWERS:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
 from rlbroker.config import worker_number
-from rlbroker.connection import Connection, Script, flat
+from rlbroker.connection import LEADER_ONLY, Connection, Script, flat
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.deadline import Deadline
 from rlbroker.errors import InvalidArgument, PeerError, UnknownWorker
@@ -25,17 +27,24 @@ CONTROL_KEPT_SECONDS: Final = 3600
 #: Longest pause between two looks at a command's outcomes.
 LOOK_SECONDS: Final = 0.1
 
+#: Commands whose outcomes are remembered, for a server that loses them.
+REMEMBERED: Final = 1_000
+
 SEND = Script(
     "send_command",
-    """
+    LEADER_ONLY
+    + """
     -- KEYS: meta, members, incarnations, control, pending, outcomes of this command
     -- ARGV: epoch, command id, seconds to keep the outcomes, comma-separated worker ids or 'all',
     --       then field and value pairs
-    if redis.call('EXISTS', KEYS[6]) == 1 then
-      return redis.call('HKEYS', KEYS[6])  -- sent before; the reply was lost
-    end
-    if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
-      return redis.error_reply('FENCED a newer learner has taken over the run, or the server has lost it')
+    -- Gives each worker and its incarnation.
+    local reply = {}
+    if redis.call('EXISTS', KEYS[6]) == 1 then  -- sent before; the reply was lost
+      for _, worker in ipairs(redis.call('HKEYS', KEYS[6])) do
+        table.insert(reply, worker)
+        table.insert(reply, redis.call('HGET', KEYS[3], worker) or '0')
+      end
+      return reply
     end
     local workers = {}
     if ARGV[4] == 'all' then
@@ -46,18 +55,66 @@ SEND = Script(
         table.insert(workers, worker)
       end
     end
-    if #workers == 0 then return workers end
+    if #workers == 0 then return reply end
     local entry = redis.call('XADD', KEYS[4], '*', 'event', 'command', 'command', ARGV[2],
       'workers', table.concat(workers, ','), unpack(ARGV, 5))
     for _, worker in ipairs(workers) do
       redis.call('HSET', KEYS[6], worker, 'waiting')
       local incarnation = redis.call('HGET', KEYS[3], worker) or '0'
       redis.call('HSET', KEYS[5], ARGV[2] .. ':' .. worker, incarnation .. ' ' .. entry)
+      table.insert(reply, worker)
+      table.insert(reply, incarnation)
     end
     redis.call('EXPIRE', KEYS[6], ARGV[3])
-    return workers
+    return reply
     """,
 )
+
+RESTORE_COMMAND = Script(
+    "restore_command",
+    """
+    -- KEYS: meta, control, pending, outcomes of this command
+    -- ARGV: epoch, command id, seconds to keep the outcomes, number of workers,
+    --       then for each worker: id, incarnation, outcome; then field and value pairs
+    if (tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0) > tonumber(ARGV[1]) then
+      return redis.error_reply('FENCED a newer learner publishes in this run')
+    end
+    local lost = redis.call('EXISTS', KEYS[4]) == 0
+    local waiting = {}
+    local after = 5 + 3 * tonumber(ARGV[4])
+    for i = 5, after - 1, 3 do
+      local pending = ARGV[2] .. ':' .. ARGV[i]
+      if ARGV[i + 2] ~= 'waiting' then
+        redis.call('HSET', KEYS[4], ARGV[i], ARGV[i + 2])
+        redis.call('HDEL', KEYS[3], pending)
+      elseif lost then
+        redis.call('HSET', KEYS[4], ARGV[i], 'waiting')
+        table.insert(waiting, ARGV[i])
+      end
+    end
+    if #waiting > 0 then
+      local entry = redis.call('XADD', KEYS[2], '*', 'event', 'command', 'command', ARGV[2],
+        'workers', table.concat(waiting, ','), unpack(ARGV, after))
+      for i = 5, after - 1, 3 do
+        if ARGV[i + 2] == 'waiting' then
+          redis.call('HSET', KEYS[3], ARGV[2] .. ':' .. ARGV[i], ARGV[i + 1] .. ' ' .. entry)
+        end
+      end
+    end
+    redis.call('EXPIRE', KEYS[4], ARGV[3])
+    return 1
+    """,
+)
+
+
+@dataclass
+class _Sent:
+    """A command as the learner remembers it."""
+
+    fields: Sequence[Any]
+    incarnations: Mapping[int, int]
+    sent: float
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
 
 
 class Command:
@@ -133,6 +190,7 @@ class Commander:
         """
         self._connection, self._keys, self._epoch = connection, keys, epoch
         self._changed = threading.Condition()
+        self._sent: dict[str, _Sent] = {}
 
     def send(
         self, name: str, data: Any, worker_ids: Sequence[int] | None, *, expires_seconds: float | None
@@ -190,12 +248,14 @@ class Commander:
             raise UnknownWorker(
                 f"worker {unknown[0]} is not a member of the run {self._keys.run!r}; members are: {known}"
             ) from error
-        workers = sorted(int(worker) for worker in reply)
+        lives = {int(worker): int(life) for worker, life in zip(reply[::2], reply[1::2], strict=True)}
+        self._remember(command_id, _Sent(flat(fields), lives, time.monotonic()))
+        workers = sorted(lives)
         return Command(
             command_id,
             name,
             workers,
-            lambda: self._outcomes(outcomes_key, workers),
+            lambda: self._outcomes(command_id, workers),
             self._changed,
             self._connection.timeout_seconds,
         )
@@ -213,6 +273,46 @@ class Commander:
         with self._changed:
             self._changed.notify_all()
 
+    def note(self, worker: int, outcomes: Mapping[str, Outcome]) -> None:
+        """Remember what became of commands at one worker."""
+        for command_id, outcome in outcomes.items():
+            sent = self._sent.get(command_id)
+            if sent is not None:
+                sent.outcomes[worker] = outcome
+
+    def restore(self) -> None:
+        """Write back commands and outcomes that the server may have lost. Where it lost nothing, nothing changes.
+
+        A command that waits for an answer is sent again under its id; workers do what they know only once.
+
+        Raises:
+            Fenced: a newer learner publishes in this run.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        calls = []
+        for command_id, sent in list(self._sent.items()):
+            left = int(OUTCOMES_KEPT_SECONDS - (time.monotonic() - sent.sent))
+            if left <= 0 or not sent.incarnations:
+                continue
+            states: list[Any] = []
+            for worker, incarnation in sent.incarnations.items():
+                states += [worker, incarnation, str(sent.outcomes.get(worker, "waiting"))]
+            keys = (
+                self._keys.meta,
+                self._keys.control,
+                self._keys.pending,
+                self._keys.outcomes(command_id),
+            )
+            arguments = (self._epoch, command_id, left, len(sent.incarnations), *states, *sent.fields)
+            calls.append((RESTORE_COMMAND, keys, arguments))
+        self._connection.run_all(calls)
+
+    def _remember(self, command_id: str, sent: _Sent) -> None:
+        with self._changed:
+            self._sent[command_id] = sent
+            if len(self._sent) > REMEMBERED:
+                del self._sent[next(iter(self._sent))]
+
     def trim(self) -> None:
         """Shorten the control stream to what is younger than an hour or not answered yet."""
         clock, pending = self._connection.execute_all([("TIME",), ("HGETALL", self._keys.pending)])
@@ -222,9 +322,14 @@ class Commander:
         keep_from = max(keep_from, (now - OUTCOMES_KEPT_SECONDS) * 1000)
         self._connection.execute("XTRIM", self._keys.control, "MINID", "~", keep_from)
 
-    def _outcomes(self, key: str, workers: Sequence[int]) -> dict[int, Outcome]:
-        found = text_fields(self._connection.execute("HGETALL", key))
-        return {worker: _outcome(found.get(str(worker), "waiting")) for worker in workers}
+    def _outcomes(self, command_id: str, workers: Sequence[int]) -> dict[int, Outcome]:
+        found = text_fields(self._connection.execute("HGETALL", self._keys.outcomes(command_id)))
+        sent = self._sent.get(command_id)
+        known = sent.outcomes if sent else {}
+        return {
+            worker: known[worker] if worker in known else _outcome(found.get(str(worker), "waiting"))
+            for worker in workers
+        }
 
 
 def _outcome(text: str) -> Outcome:

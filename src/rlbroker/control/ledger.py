@@ -3,20 +3,23 @@
 Each worker's acknowledgement stream is folded into its account (see account.py). A script then writes the new
 account and removes the event in one step, so that each event counts once, whichever learner does it and
 however often it tries.
+
+The learner remembers the accounts and what it recorded as missed. A server may come back without them: then
+they are written back, and of two accounts of one worker the later one holds.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from rlbroker.connection import Argument, Connection, Script, flat
+from rlbroker.connection import LEADER_ONLY, Argument, Connection, Script, flat
 from rlbroker.control.account import Account, Event, Settled, settle
 from rlbroker.deadline import Deadline
 from rlbroker.keys import Keys
-from rlbroker.records import Missed, MissedUpdates
+from rlbroker.records import Missed, MissedUpdates, Outcome
 from rlbroker.replies import server_seconds, stream_entries, text_fields
 
 #: Entries of one stream: id and fields.
@@ -30,13 +33,11 @@ MISSED_KEPT = 10_000
 
 SETTLE = Script(
     "settle",
-    """
+    LEADER_ONLY
+    + """
     -- KEYS: meta, a worker's acknowledgements, its ledger, missed, pending, then outcomes of commands
     -- ARGV: the learner's epoch, id of the event, number of writes,
     --       then for each write: place of its key in KEYS, number of arguments, command, arguments
-    if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
-      return redis.error_reply('FENCED a newer learner has taken over the run, or the server has lost it')
-    end
     if redis.call('XDEL', KEYS[2], ARGV[2]) == 0 then
       return 0  -- settled before
     end
@@ -51,13 +52,53 @@ SETTLE = Script(
 )
 
 
+RESTORE_ACCOUNT = Script(
+    "restore_account",
+    """
+    -- KEYS: meta, a worker's ledger
+    -- ARGV: the learner's epoch, incarnation and number of the account's last event, then field and value pairs
+    if (tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0) > tonumber(ARGV[1]) then
+      return redis.error_reply('FENCED a newer learner publishes in this run')
+    end
+    local event = redis.call('HGET', KEYS[2], 'event') or '0-0'
+    local life, number = string.match(event, '^(%d+)-(%d+)$')
+    life, number = tonumber(life), tonumber(number)
+    local later = tonumber(ARGV[2])
+    if life < later or (life == later and number < tonumber(ARGV[3])) then
+      redis.call('DEL', KEYS[2])
+      redis.call('HSET', KEYS[2], unpack(ARGV, 4))
+    end
+    return 1
+    """,
+)
+
+
 class Ledger:
     """Settles what the workers acknowledged, and answers who missed what."""
 
-    def __init__(self, connection: Connection, keys: Keys) -> None:
-        """Prepare a ledger; nothing is read yet."""
-        self._connection, self._keys = connection, keys
+    def __init__(
+        self,
+        connection: Connection,
+        keys: Keys,
+        *,
+        epoch: int = 0,
+        latest_version: Callable[[], int] = lambda: 0,
+        settled: Callable[[int, Mapping[str, Outcome]], None] = lambda worker, outcomes: None,
+    ) -> None:
+        """Prepare a ledger; nothing is read yet. Only one with an epoch can settle.
+
+        Args:
+            connection: way to the server.
+            keys: names of the run's keys.
+            epoch: of the learner.
+            latest_version: gives the latest version that the learner knows; the server may have lost it.
+            settled: is told the final outcomes of commands, by worker.
+        """
+        self._connection, self._keys, self._epoch = connection, keys, epoch
+        self._latest_version, self._settled = latest_version, settled
         self._lock = threading.Lock()
+        self._accounts: dict[int, Account] = {}
+        self._missed: deque[Missed] = deque(maxlen=MISSED_KEPT)
 
     def wait(self, workers: Sequence[int], seconds: float) -> bool:
         """Wait until there is something to settle; give whether there is.
@@ -67,11 +108,12 @@ class Ledger:
         """
         return bool(self._read(workers, "BLOCK", max(1, int(seconds * 1000))))
 
-    def settle(self, workers: Sequence[int], epoch: int, deadline: Deadline) -> None:
+    def settle(self, workers: Sequence[int], deadline: Deadline) -> None:
         """Settle the acknowledgements that are there, as far as the time allows.
 
         Raises:
-            Fenced: a newer learner has taken over the run.
+            Fenced: a newer learner publishes in this run.
+            RunLost: the server has lost the run, and it was not restored in time.
             PeerError: the server refused, or could not be reached in time.
         """
         # Two threads must not fold the same event into one account.
@@ -79,11 +121,38 @@ class Ledger:
             return
         try:
             while streams := self._read(workers):
-                self._settle(streams, epoch)
+                self._settle(streams, deadline)
                 if deadline.over:
                     return
         finally:
             self._lock.release()
+
+    def restore(self) -> None:
+        """Write back what the server may have lost. Where it lost nothing, nothing changes.
+
+        Raises:
+            Fenced: a newer learner publishes in this run.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        with self._lock:
+            calls = [
+                (
+                    RESTORE_ACCOUNT,
+                    (self._keys.meta, self._keys.ledger(worker)),
+                    (self._epoch, *account.place, *flat(account.to_fields())),
+                )
+                for worker, account in self._accounts.items()
+            ]
+            self._connection.run_all(calls)
+            if not self._missed:
+                return
+            newest = self._connection.execute("XREVRANGE", self._keys.missed, "+", "-", "COUNT", 1)
+            if newest and _missed_record(text_fields(newest[0][1])) == self._missed[-1]:
+                return  # what came before it is there too
+            entries = self._connection.execute("XRANGE", self._keys.missed, "-", "+")
+            there = {_missed_record(text_fields(fields)) for _, fields in entries}
+            lost = [self._record(missed) for missed in self._missed if missed not in there]
+            self._connection.execute_all(lost)
 
     def _read(self, workers: Sequence[int], *options: Argument) -> list[tuple[int, Entries]]:
         keys = {self._keys.acknowledgements(worker): worker for worker in workers}
@@ -95,7 +164,7 @@ class Ledger:
         reply = read(*command)
         return [(keys[key], entries) for key, entries in stream_entries(reply) if entries]
 
-    def _settle(self, streams: Sequence[tuple[int, Entries]], epoch: int) -> None:
+    def _settle(self, streams: Sequence[tuple[int, Entries]], deadline: Deadline) -> None:
         clock, latest, pending, lives, *accounts = self._connection.execute_all(
             [
                 ("TIME",),
@@ -106,21 +175,30 @@ class Ledger:
             ]
         )
         now = server_seconds(clock)
+        newest_version = max(int(latest or 0), self._latest_version())
         waiting, newest = _pending_by_worker(text_fields(pending)), text_fields(lives)
-        calls = []
+        calls, results = [], []
         for (worker, entries), found in zip(streams, accounts, strict=True):
-            account = Account.from_fields(text_fields(found))
+            there = Account.from_fields(text_fields(found))
+            account = max(there, self._accounts.get(worker, there), key=lambda one: one.place)
             commands = waiting.get(worker, {})
             for entry_id, fields in entries:
                 said = text_fields(fields)
                 event = Event(entry_id, worker, said.get("event", ""), said, now)
                 if event.incarnation > int(newest.get(str(worker), 0)):
-                    event = replace(event, kind="forged")  # settles nothing, and is removed
-                settled = settle(account, event, commands, int(latest or 0))
-                calls.append(self._write(event, settled, epoch))
+                    settled = Settled(account)  # forged: it settles nothing, and is removed
+                else:
+                    settled = settle(account, event, commands, newest_version)
+                calls.append(self._write(event, settled))
+                results.append((worker, settled))
                 account = settled.account
                 commands = {name: life for name, life in commands.items() if name not in settled.outcomes}
-        self._connection.run_all(calls)
+        # If its result is not known, the server's account is read again, and is the later one.
+        self._connection.run_all(calls, deadline=deadline)
+        for worker, settled in results:
+            self._accounts[worker] = settled.account
+            self._missed.extend(settled.missed)
+            self._settled(worker, settled.outcomes)
 
     def missed_updates(
         self, workers: Iterable[int], *, latest_version: int, published: Mapping[int, float]
@@ -169,7 +247,7 @@ class Ledger:
             for worker, fields in zip(wanted, found, strict=True)
         }
 
-    def _write(self, event: Event, settled: Settled, epoch: int) -> tuple[Script, list[str], list[Argument]]:
+    def _write(self, event: Event, settled: Settled) -> tuple[Script, list[str], list[Argument]]:
         keys = [
             self._keys.meta,
             self._keys.acknowledgements(event.worker_id),
@@ -179,18 +257,21 @@ class Ledger:
             *(self._keys.outcomes(command) for command in settled.outcomes),
         ]
         writes: list[list[Argument]] = [[3, "HSET", *flat(settled.account.to_fields())]]
-        writes += [
-            [4, "XADD", "MAXLEN", "~", MISSED_KEPT, "*", *flat(_missed_fields(missed))]
-            for missed in settled.missed
-        ]
+        for missed in settled.missed:
+            command, _, *fields = self._record(missed)
+            writes.append([4, command, *fields])
         for place, (command, outcome) in enumerate(settled.outcomes.items(), start=6):
             writes.append([5, "HDEL", f"{command}:{event.worker_id}"])
             writes.append([place, "HSET", event.worker_id, str(outcome)])
             writes.append([place, "EXPIRE", OUTCOMES_KEPT_SECONDS])
-        arguments: list[Argument] = [epoch, event.entry_id, len(writes)]
+        arguments: list[Argument] = [self._epoch, event.entry_id, len(writes)]
         for place_of_key, command_name, *rest in writes:
             arguments += [place_of_key, len(rest), command_name, *rest]
         return SETTLE, keys, arguments
+
+    def _record(self, missed: Missed) -> list[Argument]:
+        fields = flat(_missed_fields(missed))
+        return ["XADD", self._keys.missed, "MAXLEN", "~", MISSED_KEPT, "*", *fields]
 
 
 def _pending_by_worker(found: Mapping[str, str]) -> dict[int, dict[str, int]]:
@@ -225,5 +306,5 @@ def _missed_record(found: Mapping[str, str]) -> Missed:
         command=found["command"],
         why=found["why"],
         detail=found["detail"],
-        at=float(found["at"]),
+        at=round(float(found["at"]), 3),
     )

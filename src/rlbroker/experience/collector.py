@@ -1,4 +1,4 @@
-"""The learner's half: one blocking read over every worker's stream, and acknowledge-and-delete in one step."""
+"""The learner's half: one blocking read over every worker's stream, and batches handed out once and in order."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from rlbroker.config import Acknowledge
 from rlbroker.connection import BLOCK_SECONDS, Connection
 from rlbroker.deadline import Deadline
-from rlbroker.errors import ConnectionFailed, ServerFault, ServerOutOfMemory, WireError
-from rlbroker.experience.holdings import Holdings
+from rlbroker.errors import ConnectionFailed, PeerError, ServerFault, ServerOutOfMemory, WireError
+from rlbroker.experience.dead_letters import DeadLetters
+from rlbroker.experience.flow import FlowControl
+from rlbroker.experience.holdings import Holdings, Source
+from rlbroker.experience.ownership import Ownership
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import Batch
-from rlbroker.replies import pending_count, stream_entries
+from rlbroker.replies import consumer_pending, entry_place, pending_rows, stream_entries
 from rlbroker.wire import decode
 
 logger = logging.getLogger("rlbroker")
-
-#: The consumer's name is always the same, so that a restarted learner finds what it had read.
-CONSUMER = "learner"
 
 #: Stored bytes that one call of `collect` reads at most; the rest comes with the next call.
 COLLECT_BYTES = 256 << 20
@@ -33,34 +34,66 @@ READ_COUNT = 64
 #: Size assumed for a batch before one was seen.
 FIRST_GUESS_BYTES = 1 << 20
 
-#: How often the server is asked whether it thinks that we hold more than we do.
+#: How often the server is asked whether it thinks that we hold more than we do, and for dead batches to try again.
 RECHECK_SECONDS = 5.0
 
-#: A read from this id gives what the learner had read and not acknowledged; from `>`, what nobody has read.
-_FROM_THE_START, _NEW = "0", ">"
+#: A batch that was handed out this often, each time to a learner that died, is handed out alone.
+SUSPECT_AFTER = 2
+
+Place = tuple[int, int]
 
 
 @dataclass
 class _Entry:
-    """One entry as it was read, before it is decoded."""
+    """One entry as it was read, before it is decoded.
 
-    worker_id: int
+    Attributes:
+        deliveries: how often it was handed out before, if a learner died over it; 0 otherwise.
+    """
+
+    source: Source
     entry_id: str
     fields: Mapping[bytes, bytes] | None
+    deliveries: int = 0
 
     @property
     def stored_bytes(self) -> int:
         return len(self.fields.get(b"data", b"")) if self.fields else 0
 
+    @property
+    def batch(self) -> str:
+        """Incarnation and sequence of its batch."""
+        if self.source.retried and self.fields:
+            return self.fields.get(b"entry", b"").decode(errors="replace")
+        return self.entry_id
+
 
 @dataclass
 class _Stream:
-    """How far the collector has read one worker's stream."""
+    """How far the collector has read one stream.
 
-    worker_id: int
-    key: str
-    position: str = _FROM_THE_START
-    newest_read: tuple[int, int] = (0, 0)
+    Attributes:
+        pending_from: where to go on looking for entries that are pending; None to read what is new.
+        fresh: whether the first look at what is pending is not over: it was read by an earlier learner.
+        newest_read: nothing up to here is taken again, but for what another learner gave up.
+        restored: the part of that which a checkpoint holds.
+        handed_out: the last entry that the caller got.
+        open: entries up to `restored` that the checkpoint does not hold.
+        taken_over: entries that another learner gave up.
+    """
+
+    source: Source
+    pending_from: str | None = "-"
+    fresh: bool = True
+    newest_read: Place = (0, 0)
+    restored: Place = (0, 0)
+    handed_out: Place = (0, 0)
+    open: set[str] = field(default_factory=set)
+    taken_over: set[str] = field(default_factory=set)
+
+    def knows(self, place: Place, entry_id: str) -> bool:
+        """Whether an entry was taken before, or is in the restored checkpoint."""
+        return place <= self.newest_read and entry_id not in self.open and entry_id not in self.taken_over
 
 
 class Collector:
@@ -71,9 +104,13 @@ class Collector:
         connection: Connection,
         keys: Keys,
         holdings: Holdings,
+        dead_letters: DeadLetters,
+        ownership: Ownership,
+        flow: FlowControl,
         *,
         acknowledge: Acknowledge,
         max_staleness: int | None,
+        max_deliveries: int | None,
         workers: Callable[[], Iterable[int]],
         latest_version: Callable[[], int],
         check: Callable[[], None],
@@ -84,22 +121,31 @@ class Collector:
             connection: way to the server.
             keys: names of the run's keys.
             holdings: what the learner has read and not acknowledged.
+            dead_letters: where batches go that cannot be used.
+            ownership: what other learners gave up.
+            flow: how many batches may be handed out.
             acknowledge: `next` acknowledges what a call returned at the next call, `manual` when told.
             max_staleness: batches produced by older weights than this are counted and not given out.
+            max_deliveries: how often a batch is handed out before it is called poison; None for ever.
             workers: gives every worker id that may have batches.
             latest_version: gives the version that staleness is measured from.
             check: raises if the learner must not go on: it was closed, or replaced.
         """
         self._connection, self._keys = connection, keys
         self._acknowledge_mode, self._max_staleness = acknowledge, max_staleness
+        self._max_deliveries = max_deliveries
         self._workers, self._latest_version = workers, latest_version
-        self._holdings, self._check = holdings, check
+        self._holdings, self._dead_letters, self._check = holdings, dead_letters, check
+        self._ownership, self._flow = ownership, flow
         self._reading = threading.Lock()
-        self._streams: dict[int, _Stream] = {}
+        #: By name, which is how marks call them. Those that are not on the server now are not watched.
+        self._streams: dict[str, _Stream] = {}
+        self._watched: dict[str, _Stream] = {}
         self._read: deque[_Entry] = deque()
         self._returned: list[tuple[int, Batch]] = []
+        self._began = False
         self._look_again = Deadline(0)
-        self._recheck = Deadline(RECHECK_SECONDS)
+        self._recheck = Deadline(0)
         self._batch_bytes = float(FIRST_GUESS_BYTES)
 
     def collect(self, *, timeout_seconds: float, max_batches: int | None) -> list[tuple[int, Batch]]:
@@ -116,17 +162,28 @@ class Collector:
         if not self._reading.acquire(timeout=deadline.remaining):
             return []  # another thread waited all the time, and had the first claim
         try:
+            self._began = True
             if self._acknowledge_mode == "next":
                 self.acknowledge(self._returned)
-            self._watch_new_workers()
+                self._returned = []
+            room = self._flow.wait(deadline.remaining)
+            if room is not None:
+                max_batches = room if max_batches is None else min(room, max_batches)
+            if max_batches == 0:
+                return []
+            self._watch_streams()
             taken: list[_Entry] = []
             try:
-                self._returned = self._gather(deadline, max_batches, taken)
+                found = self._gather(deadline, max_batches, taken)
             except BaseException:  # Ctrl-C too: what was taken must come with the next call
                 self._read.extendleft(reversed(taken))
-                self._returned = []
                 raise
-            return list(self._returned)
+            for entry in taken:
+                stream = self._streams[entry.source.name]
+                stream.handed_out = max(stream.handed_out, entry_place(entry.entry_id))
+            self._flow.insert(len(found))
+            self._returned = found
+            return list(found)
         finally:
             self._reading.release()
 
@@ -134,10 +191,10 @@ class Collector:
         """Let the server forget batches that the learner is done with; give how many it still had.
 
         Raises:
-            Fenced: a newer learner has taken over the run.
+            Fenced: a newer learner of this name has taken over.
             PeerError: the server refused, or could not be reached in time.
         """
-        entries = [(worker, batch.entry_id, "delivered") for worker, batch in pairs]
+        entries = [(self._source(batch.held_as[0]), batch.held_as[1], "delivered") for _, batch in pairs]
         return self._holdings.settle(entries, deadline=deadline)
 
     def acknowledge_returned(self, deadline: Deadline) -> None:
@@ -148,6 +205,52 @@ class Collector:
                 self._returned = []
             finally:
                 self._reading.release()
+
+    @property
+    def sources(self) -> list[Source]:
+        """The streams that are watched."""
+        return [stream.source for stream in list(self._watched.values())]
+
+    # Marks
+
+    def marks(self) -> dict[str, Any]:
+        """Give what was handed out so far: by stream, the last entry, and those before it that were not."""
+        with self._reading:
+            waiting: dict[str, list[str]] = {}
+            for entry in self._read:
+                waiting.setdefault(entry.source.name, []).append(entry.entry_id)
+            found = {}
+            for name, stream in self._streams.items():
+                if stream.handed_out > (0, 0):
+                    here = {one for one in waiting.get(name, ()) if entry_place(one) <= stream.handed_out}
+                    found[name] = {"through": _id(stream.handed_out), "except": sorted(here | stream.open)}
+            return found
+
+    def restore(self, marks: Mapping[str, Any]) -> bool:
+        """Never hand out again what these marks cover; give False if something was handed out already."""
+        with self._reading:
+            if self._began:
+                return False
+            for name, mark in marks.items():
+                stream = self._streams.setdefault(name, _Stream(self._source(name)))
+                stream.newest_read = stream.restored = stream.handed_out = entry_place(mark["through"])
+                stream.open = set(mark["except"])
+            return True
+
+    def acknowledge_marks(self, marks: Mapping[str, Any]) -> int:
+        """Let the server forget the batches that these marks cover; give how many it still had.
+
+        Raises:
+            Fenced: a newer learner of this name has taken over.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        entries = []
+        for name, mark in marks.items():
+            source, last = self._source(name), entry_place(mark["through"])
+            for entry_id in self._holdings.held(source):
+                if entry_place(entry_id) <= last and entry_id not in mark["except"]:
+                    entries.append((source, entry_id, "delivered"))
+        return self._holdings.settle(entries)
 
     # Reading
 
@@ -165,43 +268,46 @@ class Collector:
                 if not self._fill(missing, deadline if wait else None):
                     if not wait:
                         break
-                    self._watch_new_workers()
+                    self._watch_streams()
                 continue
+            suspect = self._read[0].deliveries >= SUSPECT_AFTER
+            if suspect and found:
+                break
             entry = self._read.popleft()
             taken.append(entry)
             batch = self._open(entry)
             if batch is not None:
                 budget -= batch.raw_bytes + entry.stored_bytes
-                found.append((entry.worker_id, batch))
+                found.append((batch.worker_id, batch))
+                if suspect:
+                    break
         return found
 
     def _fill(self, max_batches: int | None, deadline: Deadline | None) -> bool:
         """Read once from the server; wait for entries if there is a deadline. Give whether there were any."""
-        again = [stream for stream in self._streams.values() if stream.position != _NEW]
-        streams = again or list(self._streams.values())
+        streams = list(self._watched.values())
         if not streams:
             if deadline is not None:
                 time.sleep(min(BLOCK_SECONDS, deadline.remaining))
             return False
         share = COLLECT_BYTES / max(1.0, self._batch_bytes) / len(streams)
         count = max(1, min(READ_COUNT, int(share), max_batches or READ_COUNT))
-        command: list[str | int] = ["XREADGROUP", "GROUP", GROUP, CONSUMER, "COUNT", count]
-        if deadline is not None and not again:
-            wait_seconds = min(self._connection.block_seconds, deadline.remaining)
-            command += ["BLOCK", max(1, int(wait_seconds * 1000))]
-        command += ["STREAMS", *(stream.key for stream in streams), *(stream.position for stream in streams)]
+        again = [stream for stream in streams if stream.pending_from is not None]
         try:
-            reply = self._connection.execute_once(*command)
+            if again:
+                self._read_pending(again, count)
+                return True
+            self._read_new(streams, count, deadline)
+            return bool(self._read)
         except ServerFault as error:
-            if not _lost_group(error):
+            if not _lost_stream(error):
                 raise
-            for stream in streams:
-                self._make_group(stream)
+            self._look_at_streams(streams)
             return False
         except BaseException as error:
             # The reply may be lost with entries in it: they are pending now, so look there first.
-            for stream in self._streams.values():
-                stream.position = _FROM_THE_START
+            for stream in streams:
+                stream.pending_from = "-"
             if not isinstance(error, ConnectionFailed):
                 raise
             logger.warning("%s; reading what is pending once it is back", error)
@@ -209,32 +315,67 @@ class Collector:
                 raise
             time.sleep(min(BLOCK_SECONDS, deadline.remaining))
             return False
-        found = dict(stream_entries(reply))
-        for stream in streams:
-            self._take(stream, found.get(stream.key, []))
-        return bool(self._read) or bool(again)
 
-    def _take(self, stream: _Stream, entries: list[tuple[str, dict[bytes, bytes] | None]]) -> None:
-        """Put what one stream gave into the line of entries to hand out."""
-        if stream.position != _NEW:
-            stream.position = entries[-1][0] if entries else _NEW
-        elif entries and self._hides_entries(stream, entries):
-            stream.position = _FROM_THE_START
+    def _read_new(self, streams: Sequence[_Stream], count: int, deadline: Deadline | None) -> None:
+        command: list[str | int] = ["XREADGROUP", "GROUP", GROUP, self._holdings.name, "COUNT", count]
+        if deadline is not None:
+            wait_seconds = min(self._connection.block_seconds, deadline.remaining)
+            command += ["BLOCK", max(1, int(wait_seconds * 1000))]
+        command += ["STREAMS", *(stream.source.key for stream in streams), *(">" for _ in streams)]
+        found = dict(stream_entries(self._connection.execute_once(*command)))
+        for stream in streams:
+            entries = found.get(stream.source.key)
+            if not entries:
+                continue
+            if self._hides_entries(stream, entries):
+                stream.pending_from = "-"
+                continue
+            for entry_id, fields in entries:
+                self._take(stream, _Entry(stream.source, entry_id, fields))
+
+    def _read_pending(self, streams: Sequence[_Stream], count: int) -> None:
+        """Read what the server has given to us and we do not hold, without counting it as one more delivery."""
+        replies = self._connection.execute_all(
+            [
+                ("XPENDING", one.source.key, GROUP, one.pending_from or "-", "+", count, self._holdings.name)
+                for one in streams
+            ]
+        )
+        wanted: list[tuple[_Stream, str, int]] = []
+        after: list[tuple[_Stream, str | None]] = []
+        for stream, reply in zip(streams, replies, strict=True):
+            rows = pending_rows(reply)
+            held = set(self._holdings.held(stream.source))
+            wanted += [(stream, row[0], row[3]) for row in rows if row[0] not in held]
+            after.append((stream, _next_id(rows[-1][0]) if rows else None))
+        found = self._connection.execute_all(
+            [("XRANGE", stream.source.key, entry_id, entry_id) for stream, entry_id, _ in wanted]
+        )
+        for (stream, entry_id, deliveries), entries in zip(wanted, found, strict=True):
+            entry = _Entry(stream.source, entry_id, dict(entries[0][1]) if entries else None)
+            if stream.fresh or entry_id in stream.taken_over:
+                entry.deliveries = deliveries
+            self._take(stream, entry)
+        for stream, position in after:
+            stream.pending_from = position
+            stream.fresh = stream.fresh and position is not None
+
+    def _take(self, stream: _Stream, entry: _Entry) -> None:
+        """Put an entry into the line of those to hand out, unless it was there before."""
+        if not self._holdings.add(stream.source, entry.entry_id, entry.stored_bytes):
             return
-        for entry_id, fields in entries:
-            entry = _Entry(stream.worker_id, entry_id, fields)
-            if not self._holdings.add(stream.worker_id, entry_id, entry.stored_bytes):
-                continue
-            place = _place(entry_id)
-            if stream.position == _NEW and place <= stream.newest_read:
-                logger.warning(
-                    "worker %d sent batch %s twice; the copy is dropped", stream.worker_id, entry_id
-                )
-                self._holdings.settle([(stream.worker_id, entry_id, "duplicate")])
-                continue
-            stream.newest_read = max(stream.newest_read, place)
-            self._batch_bytes += 0.1 * (entry.stored_bytes - self._batch_bytes)
-            self._read.append(entry)
+        place = entry_place(entry.entry_id)
+        if stream.knows(place, entry.entry_id):
+            # The checkpoint holds what an earlier learner did not come to acknowledge.
+            reason = "delivered" if place <= stream.restored else "duplicate"
+            logger.info("worker %d: batch %s came again: %s", stream.source.worker_id, entry.entry_id, reason)
+            self._holdings.settle([(stream.source, entry.entry_id, reason)])
+            return
+        stream.open.discard(entry.entry_id)
+        stream.taken_over.discard(entry.entry_id)
+        stream.newest_read = max(stream.newest_read, place)
+        self._batch_bytes += 0.1 * (entry.stored_bytes - self._batch_bytes)
+        self._read.append(entry)
 
     def _hides_entries(self, stream: _Stream, entries: list[tuple[str, dict[bytes, bytes] | None]]) -> bool:
         """Whether the server thinks that we have read entries that never reached us.
@@ -242,36 +383,59 @@ class Collector:
         A client that repeats a read by itself after a lost reply skips what that reply held. It shows as a gap.
         """
         incarnation, sequence = stream.newest_read
-        if _place(entries[0][0]) == (incarnation, sequence + 1):
+        if entry_place(entries[0][0]) == (incarnation, sequence + 1):
             return False
-        pending = pending_count(self._connection.execute("XPENDING", stream.key, GROUP))
-        return pending > self._holdings.count(stream.worker_id) + len(entries)
+        reply = self._connection.execute("XPENDING", stream.source.key, GROUP)
+        pending = consumer_pending(reply, self._holdings.name)
+        return pending > len(self._holdings.held(stream.source)) + len(entries)
 
     def _open(self, entry: _Entry) -> Batch | None:
         """Give the batch of an entry; None, and counted, if there is none to give out."""
-        reason = "trimmed"
-        if entry.fields is not None:
+        source, reason, detail = entry.source, "trimmed", ""
+        if entry.fields is not None and self._is_poison(entry):
+            reason, detail = "poison", "each learner that got it died before it was done"
+        elif entry.fields is not None:
             try:
                 batch = self._decode(entry, entry.fields)
             except (WireError, KeyError, ValueError) as error:
-                logger.warning(
-                    "worker %d: batch %s cannot be read: %s", entry.worker_id, entry.entry_id, error
-                )
-                reason = "corrupt"
+                reason, detail = "corrupt", f"{type(error).__name__}: {error}"
             else:
                 if self._max_staleness is None or batch.staleness <= self._max_staleness:
+                    self._count_delivery(entry)
                     return batch
                 reason = "stale"
-        self._holdings.settle([(entry.worker_id, entry.entry_id, reason)])
+        if reason in ("corrupt", "poison"):
+            logger.warning("worker %d: batch %s is dead: %s", source.worker_id, entry.batch, detail)
+            self._dead_letters.bury(
+                source,
+                entry.entry_id,
+                entry.stored_bytes,
+                reason=reason,
+                detail=detail,
+                deliveries=max(1, entry.deliveries),
+                batch=entry.batch,
+            )
+        else:
+            self._holdings.settle([(source, entry.entry_id, reason)])
         return None
+
+    def _is_poison(self, entry: _Entry) -> bool:
+        return self._max_deliveries is not None and entry.deliveries >= self._max_deliveries
+
+    def _count_delivery(self, entry: _Entry) -> None:
+        """Have the server remember that a batch is handed out once more, before a learner can die over it."""
+        if entry.deliveries:
+            key, name = entry.source.key, self._holdings.name
+            counted = ("RETRYCOUNT", entry.deliveries + 1, "JUSTID")
+            self._connection.execute("XCLAIM", key, GROUP, name, 0, entry.entry_id, *counted)
 
     def _decode(self, entry: _Entry, fields: Mapping[bytes, bytes]) -> Batch:
         content = decode(fields[b"data"])
         if not isinstance(content, dict):
             raise WireError("a batch must be a dictionary")
         batch = Batch(content)
-        batch.worker_id = entry.worker_id
-        batch.incarnation, batch.sequence = _place(entry.entry_id)
+        batch.worker_id = entry.source.worker_id
+        batch.incarnation, batch.sequence = entry_place(entry.batch)
         batch.version = int(fields[b"version"])
         batch.staleness = max(0, self._latest_version() - batch.version)
         batch.rows = int(fields[b"rows"])
@@ -279,52 +443,104 @@ class Collector:
         batch.stored_bytes = int(fields[b"stored_bytes"])
         batch.sent_at = float(fields[b"sent_at"])
         batch.received_at = time.time()
+        batch.held_as = (entry.source.name, entry.entry_id)
         return batch
 
     # Streams
 
-    def _watch_new_workers(self) -> None:
+    def _source(self, name: str) -> Source:
+        before, _, worker = name.rpartition(":")
+        number, retried = int(worker), before == "again"
+        key = self._keys.again(number) if retried else self._keys.experiences(number)
+        return Source(number, key, self._keys.counts(number), retried)
+
+    def _watch_streams(self) -> None:
+        """Find streams that have come; now and then, entries that nobody looks after."""
         if not self._look_again.over:
             return
-        new = [worker for worker in self._workers() if worker not in self._streams]
-        self._holdings.take_over(new)
-        for worker in new:
-            stream = _Stream(worker, self._keys.experiences(worker))
-            self._make_group(stream)
-            self._streams[worker] = stream
         self._look_again = Deadline(BLOCK_SECONDS)
-        if self._recheck.over:
+        recheck = self._recheck.over
+        workers = list(self._workers())
+        names = [str(worker) for worker in workers]
+        if recheck:  # dead batches are seldom tried again
+            names += [f"again:{worker}" for worker in workers]
+        self._holdings.take_over(workers)
+        for name in names:
+            if name not in self._streams:
+                self._streams[name] = _Stream(self._source(name))
+        away = [self._streams[name] for name in names if name not in self._watched]
+        self._look_at_streams(away)
+        if recheck:
             self._recheck = Deadline(RECHECK_SECONDS)
-            self._find_hidden_entries()
+            self._look_at_holdings()
 
-    def _find_hidden_entries(self) -> None:
-        """Read pending entries again where there are some that we do not hold: another learner read them."""
-        streams = list(self._streams.values())
+    def _look_at_streams(self, streams: Sequence[_Stream]) -> None:
+        """Watch those that are on the server. Only workers make them: see `Sender`."""
+        kinds = self._connection.execute_all([("TYPE", stream.source.key) for stream in streams])
+        for stream, kind in zip(streams, kinds, strict=True):
+            name = stream.source.name
+            self._watched.pop(name, None)
+            if kind in (b"stream", "stream"):
+                self._make_group(stream)
+                stream.pending_from = "-"
+                self._watched[name] = stream
+            elif kind not in (b"none", "none"):
+                logger.warning(
+                    "worker %d wrote a %s where its batches belong; it is deleted",
+                    stream.source.worker_id,
+                    kind.decode(),
+                )
+                self._connection.execute("UNLINK", stream.source.key)
+
+    def _look_at_holdings(self) -> None:
+        """Read again where the server thinks that we hold more than we do; take what other learners gave up."""
+        streams = list(self._watched.values())
         try:
-            replies = self._connection.execute_all([("XPENDING", stream.key, GROUP) for stream in streams])
+            taken = self._ownership.take_abandoned([stream.source for stream in streams])
+            for stream, entry_ids in zip(streams, taken, strict=True):
+                if entry_ids:
+                    stream.taken_over |= entry_ids
+                    stream.pending_from = "-"
+            replies = self._connection.execute_all(
+                [
+                    command
+                    for stream in streams
+                    for command in (
+                        ("XPENDING", stream.source.key, GROUP),
+                        ("HGETALL", stream.source.counts_key),
+                    )
+                ]
+            )
         except ServerFault as error:
-            if not _lost_group(error):
+            if not _lost_stream(error):
                 raise
-            return  # the next read finds out, and makes the group again
-        for stream, reply in zip(streams, replies, strict=True):
-            if pending_count(reply) > self._holdings.count(stream.worker_id):
-                stream.position = _FROM_THE_START
+            return  # the next read finds out
+        for stream, pending, counts in zip(streams, replies[::2], replies[1::2], strict=True):
+            self._holdings.remember(stream.source.worker_id, counts)
+            held = len(self._holdings.held(stream.source))
+            if consumer_pending(pending, self._holdings.name) > held:
+                stream.pending_from = "-"
 
     def _make_group(self, stream: _Stream) -> None:
         try:
-            self._connection.execute("XGROUP CREATE", stream.key, GROUP, "0", "MKSTREAM")
+            self._connection.execute("XGROUP CREATE", stream.source.key, GROUP, "0")
         except ServerOutOfMemory:
             pass  # the worker made it with its stream; and if not, the next read finds out
-        except ServerFault as error:
+        except PeerError as error:
             if "BUSYGROUP" not in str(error):
                 raise
 
 
-def _place(entry_id: str) -> tuple[int, int]:
-    incarnation, _, sequence = entry_id.partition("-")
-    return int(incarnation), int(sequence)
+def _id(place: Place) -> str:
+    return f"{place[0]}-{place[1]}"
 
 
-def _lost_group(error: ServerFault) -> bool:
-    """Whether a stream or its group is gone: deleted, or the server came back empty."""
-    return any(sign in str(error) for sign in ("NOGROUP", "UNBLOCKED", "requires the key to exist"))
+def _next_id(entry_id: str) -> str:
+    first, second = entry_place(entry_id)
+    return _id((first, second + 1))
+
+
+def _lost_stream(error: ServerFault) -> bool:
+    """Whether a stream or its group is gone, or something else is in its place."""
+    signs = ("NOGROUP", "UNBLOCKED", "requires the key to exist", "WRONGTYPE", "no such key")
+    return any(sign in str(error) for sign in signs)

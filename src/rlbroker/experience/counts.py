@@ -9,8 +9,21 @@ from rlbroker.keys import GROUP, Keys
 from rlbroker.records import QueueCounts
 from rlbroker.replies import pending_count, text_fields, whole_number
 
-#: Why a batch that was produced is not delivered.
-LOST = ("stale", "corrupt", "trimmed", "dropped_oldest", "dropped_newest", "stopped", "fenced")
+#: Why a batch that was produced is not delivered: by learners, and by the worker itself.
+LOST = (
+    "stale",
+    "corrupt",
+    "poison",
+    "trimmed",
+    "dropped_oldest",
+    "dropped_newest",
+    "stopped",
+    "fenced",
+    "vanished",
+)
+
+#: What became of batches that were in the queue once.
+_ONCE_QUEUED = ("delivered", "stale", "corrupt", "poison", "trimmed", "dropped_oldest")
 
 
 def read_counts(connection: Connection, keys: Keys, workers: Iterable[int]) -> dict[int, QueueCounts]:
@@ -19,16 +32,19 @@ def read_counts(connection: Connection, keys: Keys, workers: Iterable[int]) -> d
     Raises:
         PeerError: the server refused, or could not be reached in time.
     """
-    wanted = list(workers)
-    there = connection.execute_all([("EXISTS", keys.experiences(worker)) for worker in wanted])
     found = {}
-    for worker, exists in zip(wanted, there, strict=True):
-        if exists:
-            stream = keys.experiences(worker)
-            commands = (("XLEN", stream), ("XPENDING", stream, GROUP), ("HGETALL", keys.counts(worker)))
-            # In one step: a batch that is acknowledged in between would be counted twice.
-            length, pending, counted = connection.execute_all(commands, atomic=True)
-            found[worker] = _counts(int(length), pending_count(pending), text_fields(counted))
+    for worker in workers:
+        streams = (keys.experiences(worker), keys.again(worker))
+        there = connection.execute_all([("EXISTS", key) for key in (*streams, keys.counts(worker))])
+        if not any(there):
+            continue
+        commands: list[tuple[str, ...]] = [("HGETALL", keys.counts(worker))]
+        for stream in (key for key, exists in zip(streams, there, strict=False) if exists):
+            commands += [("XLEN", stream), ("XPENDING", stream, GROUP)]
+        # In one step: a batch that is acknowledged in between would be counted twice.
+        counted, *sizes = connection.execute_all(commands, atomic=True)
+        in_hand = sum(pending_count(reply) for reply in sizes[1::2])
+        found[worker] = _counts(sum(map(int, sizes[::2])), in_hand, text_fields(counted))
     return found
 
 
@@ -37,6 +53,9 @@ def _counts(length: int, in_hand: int, counted: Mapping[str, str]) -> QueueCount
     for name, value in counted.items():
         reason = name.partition(":")[0]  # some are kept by incarnation: `fenced:3`
         sums[reason] = sums.get(reason, 0) + (whole_number(value) or 0)  # the worker can write here too
+    # What the worker got stored, and is neither there nor settled: the server lost it, or somebody deleted it.
+    accounted = length + sum(sums.get(reason, 0) for reason in _ONCE_QUEUED)
+    sums["vanished"] = max(0, sums.get("sent", 0) - accounted)
     return QueueCounts(
         waiting=length - in_hand,
         in_hand=in_hand,

@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rlbroker.connection import ALSO_WHEN_FULL, Connection, Script
+from rlbroker.connection import ALSO_WHEN_FULL, Connection, Script, flat
 from rlbroker.deadline import Deadline
 from rlbroker.keys import GROUP, Keys
+from rlbroker.replies import text_fields, whole_number
+
+logger = logging.getLogger("rlbroker")
+
+#: Reasons that learners count; they survive the loss of the server, as each learner remembers them.
+COUNTED = ("delivered", "stale", "corrupt", "poison", "trimmed", "duplicate")
 
 TAKE_OVER = Script(
     "take_over",
     f"""
     -- KEYS: a worker's counts
-    -- ARGV: the learner's epoch
+    -- ARGV: the learner's name, its epoch
     {ALSO_WHEN_FULL}
-    if (tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0) < tonumber(ARGV[1]) then
-      redis.call('HSET', KEYS[1], 'epoch', ARGV[1])
+    local field = 'epoch:' .. ARGV[1]
+    if (tonumber(redis.call('HGET', KEYS[1], field) or '0') or 0) < tonumber(ARGV[2]) then
+      redis.call('HSET', KEYS[1], field, ARGV[2])
     end
-    return 1
+    return redis.call('HGETALL', KEYS[1])
     """,
 )
 
-ACKNOWLEDGE = Script(
-    "acknowledge",
-    """
-    -- KEYS: a worker's experiences, its counts
-    -- ARGV: group, the learner's epoch, then for each entry: id, stored bytes, what became of it
-    if (tonumber(redis.call('HGET', KEYS[2], 'epoch') or '0') or 0) > tonumber(ARGV[2]) then
+#: Lua that scripts begin with: whether a learner still has an entry, and counting.
+OWN = """
+    -- KEYS: a stream, its worker's counts
+    -- ARGV: group, the learner's name, its epoch
+    if (tonumber(redis.call('HGET', KEYS[2], 'epoch:' .. ARGV[2]) or '0') or 0) > tonumber(ARGV[3]) then
       return redis.error_reply('FENCED a newer learner has taken over the run')
     end
     local function count(field, by)
@@ -37,61 +45,137 @@ ACKNOWLEDGE = Script(
       -- The worker can write here too: what is no number begins anew.
       if type(done) == 'table' and done['err'] then redis.call('HSET', KEYS[2], field, by) end
     end
-    local removed = 0
-    for i = 3, #ARGV, 3 do
-      if redis.call('XACK', KEYS[1], ARGV[1], ARGV[i]) == 1 then
+    local function owner(id)
+      local row = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1)[1]
+      return row and row[2]
+    end
+    if redis.call('EXISTS', KEYS[1]) == 0 or #redis.call('XINFO', 'GROUPS', KEYS[1]) == 0 then
+      return {0}  -- the server lost it
+    end
+"""
+
+ACKNOWLEDGE = Script(
+    "acknowledge",
+    OWN
+    + """
+    -- further ARGV: for each entry: id, stored bytes, what became of it
+    -- Gives how many were there, then the ids of those that are another learner's now.
+    local reply, life, last = {0}, '', -1
+    for i = 4, #ARGV, 3 do
+      local has = owner(ARGV[i])
+      if has == ARGV[2] then
+        redis.call('XACK', KEYS[1], ARGV[1], ARGV[i])
         redis.call('XDEL', KEYS[1], ARGV[i])
         count(ARGV[i + 2], 1)
         count('removed_bytes', ARGV[i + 1])
-        removed = removed + 1
+        reply[1] = reply[1] + 1
+      elseif has then
+        table.insert(reply, ARGV[i])
       end
+      local of, number = string.match(ARGV[i], '^(%d+)-(%d+)$')
+      if of ~= life then life, last = of, -1 end
+      last = math.max(last, tonumber(number))
     end
-    return removed
+    -- What was delivered was sent: the worker says how much only now and then. (Not for the stream of retries.)
+    local said = redis.call('HGET', KEYS[2], 'sent:' .. life)
+    if said and tonumber(said) < last then
+      redis.call('HSET', KEYS[2], 'sent:' .. life, string.format('%.0f', last))
+    end
+    return reply
+    """,
+)
+
+RESTORE_COUNTS = Script(
+    "restore_counts",
+    f"""
+    -- KEYS: a worker's counts
+    -- ARGV: the learner's name, its epoch, number of fields that learners count, then these fields and values,
+    --       then every other field and value
+    {ALSO_WHEN_FULL}
+    local lost = redis.call('HEXISTS', KEYS[1], 'epoch:' .. ARGV[1]) == 0
+    local last = lost and #ARGV or 3 + 2 * tonumber(ARGV[3])
+    for i = 4, last, 2 do
+      local found = tonumber(redis.call('HGET', KEYS[1], ARGV[i]) or '0') or 0
+      if found < tonumber(ARGV[i + 1]) then redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+    end
+    if lost then redis.call('HSET', KEYS[1], 'epoch:' .. ARGV[1], ARGV[2]) end
+    return 1
     """,
 )
 
 
-@dataclass
-class _Held:
-    """The entries of one worker, by id, with their stored bytes."""
+@dataclass(frozen=True)
+class Source:
+    """A stream of batches of one worker: what it sends, or what is to be tried again.
 
-    stream_key: str
+    Attributes:
+        retried: whether it holds dead batches that are tried again.
+    """
+
+    worker_id: int
+    key: str
     counts_key: str
-    entries: dict[str, int] = field(default_factory=dict)
+    retried: bool = False
+
+    @property
+    def name(self) -> str:
+        """How marks call it."""
+        return f"again:{self.worker_id}" if self.retried else str(self.worker_id)
 
 
 class Holdings:
-    """The batches in one learner's hands. Safe to use from several threads; no lock is held while waiting."""
+    """The batches in one learner's hands. Safe to use from several threads; no lock is held while waiting.
 
-    def __init__(self, connection: Connection, keys: Keys, *, epoch: int) -> None:
+    It also remembers what was counted, so that the counts can be restored on a server that lost them.
+    """
+
+    def __init__(self, connection: Connection, keys: Keys, *, name: str, epoch: int) -> None:
         """Begin with empty hands.
 
         Args:
             connection: way to the server.
             keys: names of the run's keys.
-            epoch: the learner's epoch; acknowledgements of older ones are refused.
+            name: the learner's name; its consumer in the group.
+            epoch: the learner's epoch; acknowledgements of older ones of this name are refused.
         """
-        self._connection, self._keys, self._epoch = connection, keys, epoch
+        self._connection, self._keys = connection, keys
+        self.name, self.epoch = name, epoch
         self._lock = threading.Lock()
-        self._held: dict[int, _Held] = {}
+        self._held: dict[Source, dict[str, int]] = {}
+        self._counted: dict[int, Counter[str]] = {}
+        self._others: dict[int, dict[str, int]] = {}
 
-    def take_over(self, workers: Sequence[int]) -> None:
-        """Become the only learner whose acknowledgements for these workers are accepted.
+    def take_over(self, workers: Iterable[int]) -> None:
+        """Become the only learner of this name whose acknowledgements for these workers are accepted.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
         with self._lock:
-            new = [one for one in workers if one not in self._held]
-        self._connection.run_all([(TAKE_OVER, (self._keys.counts(one),), (self._epoch,)) for one in new])
-        with self._lock:
-            for one in new:
-                self._held.setdefault(one, _Held(self._keys.experiences(one), self._keys.counts(one)))
+            new = [one for one in workers if one not in self._counted]
+        calls = [(TAKE_OVER, (self._keys.counts(one),), (self.name, self.epoch)) for one in new]
+        for worker, counts in zip(new, self._connection.run_all(calls), strict=True):
+            self.remember(worker, counts)
 
-    def add(self, worker: int, entry_id: str, stored_bytes: int) -> bool:
+    def remember(self, worker: int, counts: Any) -> None:
+        """Note what the server has counted for a worker, from HGETALL."""
+        numbers = {name: whole_number(value) for name, value in text_fields(counts).items()}
+        found = {name: number for name, number in numbers.items() if number is not None}
+        with self._lock:
+            counted = self._counted.setdefault(worker, Counter())
+            counted |= Counter({name: found[name] for name in COUNTED if name in found})
+            self._counted[worker] = counted
+            self._others[worker] = {
+                name: value
+                for name, value in found.items()
+                if name not in COUNTED and name not in ("removed_bytes", "incarnation", "dead_bytes")
+                if not name.startswith("epoch:")
+            }
+
+    def add(self, source: Source, entry_id: str, stored_bytes: int) -> bool:
         """Note an entry that was read; give False if it is held already."""
         with self._lock:
-            entries = self._held[worker].entries
+            entries = self._held.setdefault(source, {})
             if entry_id in entries:
                 return False
             entries[entry_id] = stored_bytes
@@ -99,42 +183,96 @@ class Holdings:
 
     def counts(self) -> dict[int, int]:
         """Give how many batches of each worker are held."""
+        found = dict.fromkeys(self._counted, 0)
         with self._lock:
-            return {worker: len(held.entries) for worker, held in self._held.items()}
+            for source, entries in self._held.items():
+                found[source.worker_id] = found.get(source.worker_id, 0) + len(entries)
+        return found
 
-    def count(self, worker: int) -> int:
-        """Give how many batches of one worker are held."""
+    def held(self, source: Source) -> list[str]:
+        """Give the ids of the entries of one stream that are held."""
         with self._lock:
-            return len(self._held[worker].entries)
+            return list(self._held.get(source, ()))
 
-    def settle(self, entries: Sequence[tuple[int, str, str]], *, deadline: Deadline | None = None) -> int:
-        """Acknowledge, count and delete entries, in one step for each worker; give how many were there.
+    def settle(self, entries: Sequence[tuple[Source, str, str]], *, deadline: Deadline | None = None) -> int:
+        """Acknowledge, count and delete entries, in one step for each stream; give how many were there.
 
         Args:
-            entries: worker id, entry id, and what became of it. What is not held is passed over.
+            entries: stream, entry id, and what became of it. What is not held is passed over.
             deadline: the connection's timeout by default.
 
         Raises:
-            Fenced: a newer learner has taken over the run.
+            Fenced: a newer learner of this name has taken over.
             PeerError: the server refused, or could not be reached in time.
         """
-        by_worker: dict[int, list[Any]] = {}
+        by_source: dict[Source, list[Any]] = {}
         with self._lock:
-            for worker, entry_id, reason in entries:
-                held = self._held.get(worker)
-                if held is not None and entry_id in held.entries:
-                    by_worker.setdefault(worker, []).extend((entry_id, held.entries[entry_id], reason))
+            for source, entry_id, reason in entries:
+                size = self._held.get(source, {}).get(entry_id)
+                if size is not None:
+                    # What is tried again was taken out of the queue's books when it died.
+                    size = 0 if source.retried else size
+                    by_source.setdefault(source, []).extend((entry_id, size, reason))
+        calls = [
+            (ACKNOWLEDGE, (source.key, source.counts_key), (*self.signature, *arguments))
+            for source, arguments in by_source.items()
+        ]
+        removed = 0
+        replies = self._connection.run_all(calls, deadline=deadline)
+        for (source, arguments), (gone, *others) in zip(by_source.items(), replies, strict=True):
+            removed += gone
+            taken = {entry_id.decode() for entry_id in others}
+            ids, reasons = arguments[::3], arguments[2::3]
+            self.gave_up(
+                source, ids, (why for one, why in zip(ids, reasons, strict=True) if one not in taken)
+            )
+            if taken:
+                logger.warning(
+                    "%d batches of worker %d were held for too long; another learner took them over",
+                    len(taken),
+                    source.worker_id,
+                )
+            if gone + len(taken) < len(ids):  # done before, and the reply was lost; or the server lost them
+                self.restore([source.worker_id], deadline=deadline)
+        return removed
+
+    @property
+    def signature(self) -> tuple[str, str, int]:
+        """Give what each script wants to know first: group, name, epoch."""
+        return GROUP, self.name, self.epoch
+
+    def gave_up(self, source: Source, entry_ids: Iterable[str], reasons: Iterable[str]) -> None:
+        """Note that entries are not held any more, and what was counted for them."""
+        with self._lock:
+            for entry_id in entry_ids:
+                self._held[source].pop(entry_id, None)
+            self._counted[source.worker_id].update(reasons)
+
+    def uncount(self, worker: int, reason: str) -> None:
+        """Note that a dead batch is tried again."""
+        with self._lock:
+            self._counted[worker][reason] -= 1
+
+    def restore(self, workers: Iterable[int] | None = None, *, deadline: Deadline | None = None) -> None:
+        """Write back what the server may have lost of the counts. Harmless where it lost nothing.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        with self._lock:
+            wanted = list(self._counted) if workers is None else list(workers)
             calls = [
                 (
-                    ACKNOWLEDGE,
-                    (self._held[worker].stream_key, self._held[worker].counts_key),
-                    (GROUP, self._epoch, *arguments),
+                    RESTORE_COUNTS,
+                    (self._keys.counts(one),),
+                    (
+                        self.name,
+                        self.epoch,
+                        len(self._counted[one]),
+                        *flat(self._counted[one]),
+                        *flat(self._others.get(one, {})),
+                    ),
                 )
-                for worker, arguments in by_worker.items()
+                for one in wanted
             ]
-        removed = sum(int(number) for number in self._connection.run_all(calls, deadline=deadline))
-        with self._lock:
-            for worker, arguments in by_worker.items():
-                for entry_id in arguments[::3]:
-                    self._held[worker].entries.pop(entry_id, None)
-        return removed
+        self._connection.run_all(calls, deadline=deadline)

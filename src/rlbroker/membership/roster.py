@@ -2,31 +2,73 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
 
 from rlbroker.config import RunSettings
-from rlbroker.connection import ALSO_WHEN_FULL, Connection, Script, flat
+from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
 from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
 from rlbroker.keys import Keys
 from rlbroker.membership.announcement import ANNOUNCE
 from rlbroker.records import WorkerInfo
 from rlbroker.replies import scored_members, server_seconds, text_fields, whole_number
 
+logger = logging.getLogger("rlbroker")
+
 OPEN = Script(
     "open",
     f"""
     -- KEYS: meta
-    -- ARGV: wire format, then field and value pairs
+    -- ARGV: wire format, the learner's name, '1' if it publishes, then field and value pairs
     {ALSO_WHEN_FULL}
     local written = redis.call('HGET', KEYS[1], 'wire_format')
     if written and written ~= ARGV[1] then
       return redis.error_reply('FORMAT ' .. written)
     end
-    redis.call('HSET', KEYS[1], 'wire_format', ARGV[1], unpack(ARGV, 2))
-    return redis.call('HINCRBY', KEYS[1], 'epoch', 1)
+    local epoch = redis.call('HINCRBY', KEYS[1], 'epochs', 1)
+    redis.call('HSET', KEYS[1], 'learner:' .. ARGV[2], epoch)
+    if ARGV[3] == '1' then redis.call('HSET', KEYS[1], 'epoch', epoch) end
+    if ARGV[3] == '1' or not written then
+      redis.call('HSET', KEYS[1], 'wire_format', ARGV[1], unpack(ARGV, 4))
+    end
+    return epoch
+    """,
+)
+
+RESTORE_RUN = Script(
+    "restore_run",
+    f"""
+    -- KEYS: meta, incarnations, members
+    -- ARGV: the learner's epoch, its name, '1' if it publishes, workers with their incarnations, then ids of members,
+    --       both as one text separated by commas, then field and value pairs
+    {ALSO_WHEN_FULL}
+    local mine = tonumber(ARGV[1])
+    local named = 'learner:' .. ARGV[2]
+    if (tonumber(redis.call('HGET', KEYS[1], named) or '0') or 0) > mine then
+      return redis.error_reply('FENCED a newer learner with this name has taken over the run')
+    end
+    local time = redis.call('TIME')
+    local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
+    local was_member = {{}}
+    for worker in string.gmatch(ARGV[5], '%d+') do was_member[worker] = true end
+    for worker, incarnation in string.gmatch(ARGV[4], '(%d+):(%d+)') do
+      if (tonumber(redis.call('HGET', KEYS[2], worker) or '0') or 0) < tonumber(incarnation) then
+        redis.call('HSET', KEYS[2], worker, incarnation)
+        -- It comes back by itself, or is given up in time.
+        if was_member[worker] then redis.call('ZADD', KEYS[3], 'NX', now, worker) end
+      end
+    end
+    redis.call('HSET', KEYS[1], named, ARGV[1])
+    if (tonumber(redis.call('HGET', KEYS[1], 'epochs') or '0') or 0) < mine then
+      redis.call('HSET', KEYS[1], 'epochs', ARGV[1])
+    end
+    if ARGV[3] == '1' and (tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0) < mine then
+      redis.call('HSET', KEYS[1], 'epoch', ARGV[1], unpack(ARGV, 6))
+    end
+    return 1
     """,
 )
 
@@ -67,17 +109,41 @@ FORGET = Script(
 class Roster:
     """Opens one run for a learner and knows its workers."""
 
-    def __init__(self, connection: Connection, keys: Keys, settings: RunSettings) -> None:
-        """Prepare a roster; nothing is sent yet."""
+    def __init__(
+        self,
+        connection: Connection,
+        keys: Keys,
+        settings: RunSettings,
+        *,
+        learner_name: str = "",
+        publishes: bool = False,
+    ) -> None:
+        """Prepare a roster; nothing is sent yet.
+
+        Args:
+            connection: way to the server.
+            keys: names of the run's keys.
+            settings: of the run.
+            learner_name: of the learner that opens the run.
+            publishes: whether that learner publishes weights and commands.
+        """
         self._connection, self._keys, self._settings = connection, keys, settings
+        self._name, self._publishes = learner_name, publishes
+        self._facts: dict[str, str | int] = {}
+        self._incarnations: dict[str, str] = {}
+        self._members: list[str] = []
+        self.epoch = 0
+        #: Whether this learner is the newest of those that publish.
+        self.leads = publishes
 
     def open(self, *, wire_format: int, num_workers: int) -> int:
-        """Take over the run as its newest learner and give the epoch, which fences every earlier learner.
+        """Open the run and give the learner's epoch, which fences every earlier learner of the same name.
 
         Raises:
             IncompatibleFormat: the run was written by a release with another wire format.
         """
-        facts: dict[str, str | int] = {
+        self._facts = {
+            "wire_format": wire_format,
             "learner_state": "open",
             "learner_host": socket.gethostname(),
             "learner_pid": os.getpid(),
@@ -85,8 +151,9 @@ class Roster:
             "num_workers": num_workers,
             **self._settings.to_fields(),
         }
+        arguments = (wire_format, self._name, int(self._publishes), *flat(self._facts))
         try:
-            return int(self._connection.run(OPEN, (self._keys.meta,), (wire_format, *flat(facts))))
+            self.epoch = int(self._connection.run(OPEN, (self._keys.meta,), arguments))
         except ServerFault as error:
             written = str(error).partition("FORMAT ")[2]
             if not written:
@@ -95,28 +162,57 @@ class Roster:
                 f"the run {self._keys.run!r} was written with wire format {written.split()[0]}, this release writes "
                 f"{wire_format}; choose another run name, or the release that wrote it"
             ) from error
+        return self.epoch
 
-    def close(self, epoch: int) -> None:
+    def close(self) -> None:
         """Note that the learner ended, so that nobody takes its silence for a fault."""
-        self._connection.run(CLOSE, (self._keys.meta,), (epoch,))
+        self._connection.run(CLOSE, (self._keys.meta,), (self.epoch,))
 
-    def say_alive(self, epoch: int) -> None:
-        """Note in the run's `meta` when its learner was last alive, by the server's clock.
+    def say_alive(self, channel: Channel) -> None:
+        """Note in the run's `meta` when its learner was last alive, by the server's clock; see who takes part.
 
         Raises:
-            Fenced: a newer learner has taken over the run.
-            RunLost: the server has lost the run.
+            Fenced: a newer learner of this name has taken over.
+            RunLost: the server has lost the run, or a part of it.
         """
-        clock, newest = self._connection.execute_all([("TIME",), ("HGET", self._keys.meta, "epoch")])
-        if newest is None:
-            raise RunLost(
-                f"{self._connection.address} has lost the run {self._keys.run!r}: it was flushed, or came back without "
-                "its data; start the learner again"
-            )
-        if int(newest) != epoch:
+        clock, epochs, incarnations, members = channel.execute_all(
+            [
+                ("TIME",),
+                ("HMGET", self._keys.meta, f"learner:{self._name}", "epoch"),
+                ("HGETALL", self._keys.incarnations),
+                ("ZRANGE", self._keys.members, 0, -1),
+            ]
+        )
+        named, leading = (int(epoch or 0) for epoch in epochs)
+        if named > self.epoch:
             raise Fenced(f"a newer learner has taken over the run {self._keys.run!r}")
-        seen = f"{server_seconds(clock):.3f}"
-        self._connection.execute("HSET", self._keys.meta, "learner_seen", seen)
+        if named < self.epoch or (self._publishes and leading < self.epoch):
+            raise RunLost(
+                f"{self._connection.address} has lost the run {self._keys.run!r}; it is being restored"
+            )
+        if self.leads and leading > self.epoch:
+            logger.warning(
+                "a newer learner publishes in the run %r; this one only collects now", self._keys.run
+            )
+        self.leads = leading == self.epoch
+        self._incarnations = text_fields(incarnations)
+        self._members = [member.decode() for member in members]
+        seen = {f"seen:{self._name}": f"{server_seconds(clock):.3f}"}
+        if self.leads:
+            seen["learner_seen"] = f"{server_seconds(clock):.3f}"
+        channel.execute("HSET", self._keys.meta, *flat(seen))
+
+    def restore(self) -> None:
+        """Write back what a server lost: who takes part, and last of all, that this learner has the run.
+
+        Raises:
+            Fenced: a newer learner of this name has taken over.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        workers = ",".join(f"{worker}:{life}" for worker, life in self._incarnations.items())
+        arguments = (self.epoch, self._name, int(self._publishes), workers, ",".join(self._members))
+        keys = (self._keys.meta, self._keys.incarnations, self._keys.members)
+        self._connection.run(RESTORE_RUN, keys, (*arguments, *flat(self._facts)))
 
     def ids(self) -> list[int]:
         """Give every worker id that the run ever had, in order."""

@@ -1,4 +1,8 @@
-"""The learner's half: a version is encoded once and stored in chunks; then one atomic step makes it the latest."""
+"""The learner's half: a version is encoded once and stored in chunks; then one atomic step makes it the latest.
+
+The learner keeps the stored bytes of its latest version. A server that comes back without them gets them again,
+under a new version: a number is never used twice.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,13 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
-from rlbroker.connection import Argument, Connection, Script, flat
+from rlbroker.connection import LEADER_ONLY, Argument, Channel, Connection, Script, flat
 from rlbroker.errors import PeerError, ServerOutOfMemory
 from rlbroker.keys import Keys
 from rlbroker.records import PublishReceipt
@@ -42,18 +47,18 @@ TIMES_KEPT: Final = 10_000
 
 COMMIT = Script(
     "commit",
-    """
+    LEADER_ONLY
+    + """
     -- KEYS: meta, weights, control, notify channel
     -- ARGV: epoch, version, upload, then field and value pairs of the pointer
-    if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
-      return redis.error_reply('FENCED a newer learner has taken over the run, or the server has lost it')
-    end
     local latest = redis.call('HMGET', KEYS[2], 'upload', 'version')
     if latest[1] == ARGV[3] then
       return 'committed'  -- before; the reply was lost
     end
-    if tonumber(latest[2] or '0') >= tonumber(ARGV[2]) then
-      return 'taken'  -- an earlier try came through after all
+    -- What workers saw on a server that lost it, and what an earlier try of ours came through with after all.
+    local floor = tonumber(redis.call('HGET', KEYS[1], 'version_floor') or '0') or 0
+    if math.max(floor, tonumber(latest[2] or '0')) >= tonumber(ARGV[2]) then
+      return 'taken'
     end
     redis.call('HSET', KEYS[2], unpack(ARGV, 4))
     redis.call('XADD', KEYS[3], '*', 'event', 'version', 'version', ARGV[2])
@@ -92,6 +97,9 @@ class Publisher:
         self._lock = threading.Lock()
         self._attempt = 0
         self._unsure = False
+        self._floor = 0  #: versions up to this one were used, though nobody has them any more
+        self._held: list[bytes] = []  #: what is stored of the latest version: header, then chunks
+        self._channel = Channel(connection)
         self._latest: Pointer | None = None
         self._published: dict[int, float] = {}
         self._superseded: deque[Pointer] = deque()
@@ -127,7 +135,9 @@ class Publisher:
         """
         began = time.monotonic()
         with self._lock:
-            pointer = self._commit(self._store(weights, compression=compression))
+            pointer, held = self._store(weights, compression=compression)
+            pointer = self._commit(pointer, held)
+            self._held = held
             try:
                 self._tidy()
             except PeerError as error:  # the version is out; what is left to do is done later
@@ -155,45 +165,91 @@ class Publisher:
             finally:
                 self._lock.release()
 
+    def raise_floor(self, version: int) -> None:
+        """Never use this version's number, nor a lower one: a checkpoint knows of it."""
+        with self._lock:
+            self._floor = max(self._floor, version)
+
+    def restore(self) -> bool:
+        """Publish the latest weights again, under a new version, if the server has lost them.
+
+        Returns:
+            False if another thread is publishing: then it is to be called again.
+
+        Raises:
+            Fenced: a newer learner publishes in this run.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            self._catch_up()
+            pointer = self._latest
+            if pointer is None or not self._held:
+                return True
+            keys = self._chunk_keys(pointer.upload, pointer.chunks)
+            there, found = self._read_pointer(), self._connection.execute("EXISTS", *keys)
+            lost = there is None or there.upload != pointer.upload
+            if lost or found < len(keys) or self._floor > pointer.version:
+                again = self._commit(replace(pointer, upload=self._new_upload()), self._held)
+                logger.warning(
+                    "the server had lost version %d; it is published again as version %d",
+                    pointer.version,
+                    again.version,
+                )
+                self._tidy()
+            return True
+        finally:
+            self._lock.release()
+
     def close(self) -> None:
         """End the encoding threads."""
+        self._channel.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _store(self, weights: Any, *, compression: bool) -> Pointer:
-        """Send every chunk, encoding ahead; give the pointer that would make them a version."""
+    def _store(self, weights: Any, *, compression: bool) -> tuple[Pointer, list[bytes]]:
+        """Send every chunk, encoding ahead; give the pointer that would make them a version, and what was sent."""
         whole = plan(weights, compression=compression, segment_bytes=self._segment_bytes)
-        self._attempt += 1
-        upload = f"{self.latest_version + 1}-{self._epoch}-{self._attempt}"
+        upload = self._new_upload()
         facts: list[StoredSegment] = []
         held: list[bytes | memoryview] = []
-        chunks, stored_bytes, held_bytes = 0, 0, 0
+        sent: list[bytes] = []
+        held_bytes = 0
         try:
             for fact, stored in self._encoded(whole):
                 facts.append(fact)
                 held.append(stored)
                 held_bytes += len(stored)
                 if held_bytes >= self._chunk_bytes or len(facts) == whole.segment_count:
-                    chunks += 1
-                    self._set(upload, chunks, held[0] if len(held) == 1 else b"".join(held))
-                    stored_bytes += held_bytes
+                    sent.append(b"".join(held))  # a copy: the tensors change while training goes on
+                    self._set(upload, len(sent), sent[-1])
                     held, held_bytes = [], 0
             header = whole.header(facts)
             self._set(upload, 0, header)
         except BaseException:  # Ctrl-C too: half a version must not fill the server
-            self._discard(upload, chunks)
+            self._discard(upload, len(sent))
             raise
-        return Pointer(
-            version=self.latest_version + 1,
+        pointer = Pointer(
+            version=self._next_version,
             upload=upload,
             kind="full",
             raw_bytes=whole.raw_bytes,
-            stored_bytes=stored_bytes + len(header),
-            chunks=chunks,
+            stored_bytes=sum(map(len, sent)) + len(header),
+            chunks=len(sent),
             chunk_bytes=self._chunk_bytes,
             digest=digest_of(header),
             codec="blosc2" if compression else "raw",
             published=time.time(),
         )
+        return pointer, [header, *sent]
+
+    @property
+    def _next_version(self) -> int:
+        return max(self.latest_version, self._floor) + 1
+
+    def _new_upload(self) -> str:
+        self._attempt += 1
+        return f"{self._next_version}-{self._epoch}-{self._attempt}"
 
     def _encoded(self, whole: Plan) -> Iterator[tuple[StoredSegment, bytes | memoryview]]:
         ahead: deque[Future[tuple[StoredSegment, bytes | memoryview]]] = deque()
@@ -208,7 +264,7 @@ class Publisher:
             for future in ahead:
                 future.cancel()
 
-    def _set(self, upload: str, number: int, data: bytes | memoryview) -> None:
+    def _set(self, upload: str, number: int, data: bytes) -> None:
         command = ("SET", self._keys.chunk(upload, number), data, "EX", UNCOMMITTED_SECONDS)
         try:
             self._connection.execute(*command)
@@ -231,9 +287,8 @@ class Publisher:
         except PeerError as error:
             logger.debug("the chunks of %s expire by themselves: %s", upload, error)
 
-    def _commit(self, pointer: Pointer) -> Pointer:
+    def _commit(self, pointer: Pointer, held: Sequence[bytes]) -> Pointer:
         """Make these chunks the next version; give the pointer with its number."""
-        keys = (self._keys.meta, self._keys.weights, self._keys.control, self._keys.notify)
         if self._unsure:
             self._catch_up()
         self._unsure = True  # until the server has said what became of it
@@ -241,12 +296,11 @@ class Publisher:
             before = self._latest
             pointer = replace(
                 pointer,
-                version=self.latest_version + 1,
+                version=self._next_version,
                 previous=before.upload if before else "",
                 previous_chunks=before.chunks if before else 0,
             )
-            fields = flat(pointer.to_fields())
-            done = self._connection.run(COMMIT, keys, (self._epoch, pointer.version, pointer.upload, *fields))
+            done = self._connection.retry(partial(self._try_commit, pointer, held))
             if done != b"taken":
                 break
             self._catch_up()
@@ -254,11 +308,25 @@ class Publisher:
         self._unsure = False
         return pointer
 
+    def _try_commit(self, pointer: Pointer, held: Sequence[bytes]) -> Any:
+        """Commit over the connection on which every chunk was seen: a server may have lost some meanwhile."""
+        self._channel.connect()
+        chunks = self._chunk_keys(pointer.upload, pointer.chunks)
+        if self._channel.execute("EXISTS", *chunks) < len(chunks):
+            for number, data in enumerate(held):
+                self._set(pointer.upload, number, data)
+        keys = (self._keys.meta, self._keys.weights, self._keys.control, self._keys.notify)
+        arguments = (self._epoch, pointer.version, pointer.upload, *flat(pointer.to_fields()))
+        return self._channel.run(COMMIT, keys, arguments)
+
     def _catch_up(self) -> None:
-        """Learn whether a commit whose reply never came was done: its number must not be used again."""
+        """Learn which numbers were used: by a commit whose reply never came, or by what the server lost."""
         found = self._read_pointer()
         if found is not None and found.version > self.latest_version:
             self._adopt(found)
+            self._held = []
+        floor = self._connection.execute("HGET", self._keys.meta, "version_floor")
+        self._floor = max(self._floor, int(floor or 0))
 
     def _adopt(self, pointer: Pointer) -> None:
         if self._latest is not None:

@@ -13,9 +13,9 @@ import redis
 from redis import exceptions as redis_errors
 
 from rlbroker.background import Background
-from rlbroker.connection import Connection, translated
+from rlbroker.connection import STALL_SECONDS, Connection, translated
 from rlbroker.deadline import Deadline
-from rlbroker.errors import WireError
+from rlbroker.errors import ConnectionFailed, WireError
 from rlbroker.keys import Keys
 from rlbroker.replies import text_fields
 from rlbroker.weights.pointer import Pointer, digest_of, group
@@ -25,6 +25,9 @@ logger = logging.getLogger("rlbroker")
 
 #: Without any hint the pointer is read this often: the longest that a lost hint can delay an update.
 LOOK_SECONDS: Final = 1.0
+
+#: How often the subscription is asked whether it lives: a connection that broke on its way stays silent for ever.
+PING_SECONDS: Final = 1.5
 
 #: A version that cannot be read is tried this often before it counts as failed.
 TRIES: Final = 3
@@ -49,6 +52,7 @@ class Subscriber:
         """Prepare a subscriber; nothing is read yet."""
         self._connection, self._keys = connection, keys
         self._pubsub: redis.client.PubSub | None = None
+        self._next_ping = self._silent = Deadline(0)
         self._hinted = 0
         self._handled = 0
         self._tried, self._tries = "", 0
@@ -140,6 +144,7 @@ class Subscriber:
             pubsub.close()
             raise translated(error, self._connection.address) from error
         self._pubsub = pubsub
+        self._next_ping, self._silent = Deadline(PING_SECONDS), Deadline(STALL_SECONDS)
 
     def _unsubscribe(self) -> None:
         pubsub, self._pubsub = self._pubsub, None
@@ -150,13 +155,21 @@ class Subscriber:
         """Wait a little for a hint; give whether there was one."""
         assert self._pubsub is not None
         try:
+            if self._next_ping.over:
+                self._pubsub.ping()
+                self._next_ping = Deadline(PING_SECONDS)
             message = self._pubsub.get_message(timeout=self._connection.block_seconds)
         except (redis_errors.RedisError, OSError) as error:
             self._unsubscribe()
             if isinstance(error, redis_errors.RedisError):
                 raise translated(error, self._connection.address) from error
             raise
-        return message is not None
+        if message is not None:
+            self._silent = Deadline(STALL_SECONDS)
+        elif self._silent.over:
+            self._unsubscribe()
+            raise ConnectionFailed(f"the subscription to {self._connection.address} gives no answer")
+        return message is not None and message["type"] == "message"
 
     def _look(self) -> None:
         latest = int(self._connection.execute("HGET", self._keys.weights, "version") or 0)

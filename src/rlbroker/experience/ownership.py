@@ -1,0 +1,111 @@
+"""Several learners of one run: each keeps what it works on, and takes what another one gave up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from rlbroker.connection import Connection, Script
+from rlbroker.deadline import Deadline
+from rlbroker.experience.holdings import OWN, Holdings, Source
+from rlbroker.keys import GROUP
+from rlbroker.replies import pending_rows
+
+logger = logging.getLogger("rlbroker")
+
+#: Entries of one stream that are taken over in one go.
+TAKE_COUNT = 100
+
+TAKE_ABANDONED = Script(
+    "take_abandoned",
+    OWN
+    + """
+    -- further ARGV: milliseconds for which an entry must have been idle, then ids
+    local taken = {}
+    for i = 5, #ARGV do
+      local row = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1)[1]
+      if row and row[2] ~= ARGV[2] and row[3] >= tonumber(ARGV[4]) then
+        -- Its number of deliveries stays: it counts one more when it is handed out.
+        redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'RETRYCOUNT', row[4], 'JUSTID')
+        if not owner(ARGV[i]) then
+          count('trimmed', 1)  -- somebody deleted it, and the server noticed just now
+        else
+          table.insert(taken, ARGV[i])
+        end
+      end
+    end
+    return taken
+    """,
+)
+
+RENEW = Script(
+    "renew",
+    """
+    -- KEYS: a stream
+    -- ARGV: group, the learner's name
+    -- Only what the learner still has: another one may have taken some of it.
+    if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+    local position, renewed = '-', 0
+    while true do
+      local rows = redis.call('XPENDING', KEYS[1], ARGV[1], position, '+', 100, ARGV[2])
+      if #rows == 0 then return renewed end
+      for _, row in ipairs(rows) do
+        redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, row[1], 'RETRYCOUNT', row[4], 'JUSTID')
+        local first, second = string.match(row[1], '^(%d+)-(%d+)$')
+        position = first .. '-' .. string.format('%.0f', tonumber(second) + 1)
+        renewed = renewed + 1
+      end
+    end
+    """,
+)
+
+
+class Ownership:
+    """Which pending entries are this learner's."""
+
+    def __init__(self, connection: Connection, holdings: Holdings, *, take_over_seconds: float) -> None:
+        """Prepare.
+
+        Args:
+            connection: way to the server.
+            holdings: what this learner holds.
+            take_over_seconds: what another learner held for longer without renewing it, it gave up.
+        """
+        self._connection, self._holdings = connection, holdings
+        self._idle_milliseconds = int(take_over_seconds * 1000)
+        self._seconds = take_over_seconds
+        self._next_renewal = Deadline(take_over_seconds / 3)
+
+    def take_abandoned(self, sources: Sequence[Source]) -> list[set[str]]:
+        """Take what other learners gave up; give for each stream the ids that may be ours now.
+
+        If the reply is lost, some are ours and nobody said so: therefore the ids that were asked for are given.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        name, idle = self._holdings.name, self._idle_milliseconds
+        rows = self._connection.execute_all(
+            [("XPENDING", one.key, GROUP, "IDLE", idle, "-", "+", TAKE_COUNT) for one in sources]
+        )
+        wanted = [{row[0] for row in pending_rows(reply) if row[1] != name} for reply in rows]
+        calls: list[tuple[Script, tuple[str, ...], tuple[Any, ...]]] = [
+            (TAKE_ABANDONED, (source.key, source.counts_key), (*self._holdings.signature, idle, *sorted(ids)))
+            for source, ids in zip(sources, wanted, strict=True)
+            if ids
+        ]
+        taken = sum(len(ids) for ids in self._connection.run_all(calls))
+        if taken:
+            logger.warning("%d batches were taken over from a learner that gave no sign of life", taken)
+        return wanted
+
+    def renew(self, sources: Sequence[Source]) -> None:
+        """Say of what is in this learner's hands that it still works on it, when it is time.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        if self._next_renewal.over:
+            self._connection.run_all([(RENEW, (one.key,), (GROUP, self._holdings.name)) for one in sources])
+            self._next_renewal = Deadline(self._seconds / 3)
