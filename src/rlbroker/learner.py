@@ -197,7 +197,7 @@ class WorkerCommunicator:
             connection,
             keys,
             epoch=self._epoch,
-            latest_version=lambda: self._publisher.latest_version,
+            latest_version=lambda: self._publisher.last_used,
             settled=self._commander.note,
         )
         self._dead_letters = DeadLetters(connection, keys, self._holdings, max_bytes=max_queue_bytes)

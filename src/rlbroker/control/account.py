@@ -150,7 +150,7 @@ def settle(account: Account, event: Event, pending: Mapping[str, int], latest: i
     if event.kind == "command" and event.fields.get("outcome") in _ANSWERS:
         return _settle_command(account, event, pending)
     if event.kind in _ENDED:
-        return _settle_membership(account, event, pending)
+        return _settle_membership(account, event, pending, min(event.version, latest))
     return Settled(account)
 
 
@@ -188,11 +188,11 @@ def _settle_command(account: Account, event: Event, pending: Mapping[str, int]) 
     return Settled(account, (record,), {command: outcome})
 
 
-def _settle_membership(account: Account, event: Event, pending: Mapping[str, int]) -> Settled:
+def _settle_membership(account: Account, event: Event, pending: Mapping[str, int], version: int) -> Settled:
     why = _ENDED[event.kind]
     missed: tuple[Missed, ...] = ()
     if account.member:
-        account, missed = _miss(account, event, event.version, why)
+        account, missed = _miss(account, event, version, why)
     # Commands that were sent to an earlier life of this worker; one that just left has ended this life too.
     ended = event.incarnation + (event.kind == "left")
     lost = [command for command, incarnation in pending.items() if incarnation < ended]
@@ -202,7 +202,7 @@ def _settle_membership(account: Account, event: Event, pending: Mapping[str, int
         account,
         incarnation=event.incarnation,
         member=joined,
-        settled=max(account.settled, event.version) if account.member or joined else account.settled,
+        settled=max(account.settled, version) if account.member or joined else account.settled,
         applied=0 if joined else account.applied,
         commands_missed=account.commands_missed + len(lost),
         skips_in_a_row=0,

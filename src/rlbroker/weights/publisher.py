@@ -116,6 +116,11 @@ class Publisher:
         return self._latest.version if self._latest else 0
 
     @property
+    def last_used(self) -> int:
+        """The highest number that was ever used, as far as is known."""
+        return max(self.latest_version, self._floor)
+
+    @property
     def published(self) -> Mapping[int, float]:
         """When recent versions were published, seconds since the epoch."""
         return self._published
@@ -230,7 +235,7 @@ class Publisher:
             self._discard(upload, len(sent))
             raise
         pointer = Pointer(
-            version=self._next_version,
+            version=self.last_used + 1,
             upload=upload,
             kind="full",
             raw_bytes=whole.raw_bytes,
@@ -243,13 +248,9 @@ class Publisher:
         )
         return pointer, [header, *sent]
 
-    @property
-    def _next_version(self) -> int:
-        return max(self.latest_version, self._floor) + 1
-
     def _new_upload(self) -> str:
         self._attempt += 1
-        return f"{self._next_version}-{self._epoch}-{self._attempt}"
+        return f"{self.last_used + 1}-{self._epoch}-{self._attempt}"
 
     def _encoded(self, whole: Plan) -> Iterator[tuple[StoredSegment, bytes | memoryview]]:
         ahead: deque[Future[tuple[StoredSegment, bytes | memoryview]]] = deque()
@@ -296,7 +297,7 @@ class Publisher:
             before = self._latest
             pointer = replace(
                 pointer,
-                version=self._next_version,
+                version=self.last_used + 1,
                 previous=before.upload if before else "",
                 previous_chunks=before.chunks if before else 0,
             )

@@ -1,0 +1,104 @@
+"""What the fuzzer and the replay of its corpus feed: every decoder of bytes that another process wrote.
+
+The first byte chooses the target, the rest is its input. Each target either accepts its input, and then what it
+accepted survives another round, or raises the one error that it may raise; anything else escapes and is a find.
+"""
+
+from __future__ import annotations
+
+import msgpack
+import xxhash
+from wire_hostile import PRELUDE, sealed, with_true_digests
+
+from rlbroker import wire
+from rlbroker.control.account import Account, Event, settle
+from rlbroker.control.inbox import COMMAND_LIMITS
+from rlbroker.errors import WireError
+from rlbroker.replies import text_fields, whole_number
+from rlbroker.weights.pointer import Pointer, group
+
+#: Small, so that what a message may ask for is a sharp bound also while fuzzing.
+LIMITS = wire.Limits(max_raw_bytes=1 << 20)
+
+
+def message(data: bytes) -> None:
+    """Decode bytes as they are."""
+    for limits in (LIMITS, COMMAND_LIMITS):
+        _round_trip(data, limits)
+
+
+def sealed_message(data: bytes) -> None:
+    """Decode what has a true digest over any header: the first two bytes say how long the header is."""
+    header_bytes = int.from_bytes(data[:2], "little")
+    _round_trip(sealed(data[2 : 2 + header_bytes], data[2 + header_bytes :]), LIMITS)
+
+
+def sealed_segments(data: bytes) -> None:
+    """Decode what has true digests over header and segments, as far as the header can be read."""
+    header_bytes = int.from_bytes(data[:2], "little")
+    body = data[2 + header_bytes :]
+    try:
+        manifest = msgpack.unpackb(data[2 : 2 + header_bytes], strict_map_key=False)
+        whole = with_true_digests(manifest, body)
+    except Exception:  # noqa: BLE001 - not ours: the input is no header that could be sealed
+        return
+    _round_trip(whole, LIMITS)
+
+
+def weights(data: bytes) -> None:
+    """Take a header as a worker takes that of weights, and lay out its chunks."""
+    header_bytes = int.from_bytes(data[:2], "little")
+    packed = data[2 : 2 + header_bytes]
+    body = data[2 + header_bytes :]
+    prelude = PRELUDE.pack(b"RLBW", 1, 0, len(packed), len(body), xxhash.xxh3_64_intdigest(packed))
+    try:
+        assembly = wire.Assembly(prelude + packed, LIMITS)
+        assert sum(map(len, group((one.stored_bytes for one in assembly.segments), 64))) == len(
+            assembly.segments
+        )
+        rest = memoryview(body)
+        for index, segment in enumerate(assembly.segments):
+            assembly.decode_segment(index, rest[: segment.stored_bytes])
+            rest = rest[segment.stored_bytes :]
+        assembly.tree()
+    except WireError:
+        return
+
+
+def pointer(data: bytes) -> None:
+    """Read the pointer to the latest weights from fields."""
+    fields = text_fields(data.split(b"\n")[: len(data.split(b"\n")) // 2 * 2])
+    try:
+        Pointer.from_fields(fields)
+    except WireError:
+        return
+
+
+def answer(data: bytes) -> None:
+    """Fold what a worker acknowledged."""
+    parts = data.split(b"\n")
+    fields = text_fields(parts[: len(parts) // 2 * 2])
+    whole_number(fields.get("version", ""))
+    before = Account(incarnation=1, member=True, settled=3, applied=3, event="1-1")
+    done = settle(before, Event("1-2", 0, fields.get("event", ""), fields, 1.0), {"aaa": 1}, latest=9)
+    assert done.account.settled <= 9
+    assert Account.from_fields(done.account.to_fields()) == done.account
+
+
+TARGETS = (message, sealed_message, sealed_segments, weights, pointer, answer)
+
+
+def feed(data: bytes) -> None:
+    """Give an input to its target."""
+    if data:
+        TARGETS[data[0] % len(TARGETS)](data[1:])
+
+
+def _round_trip(data: bytes, limits: wire.Limits) -> None:
+    try:
+        tree = wire.decode(data, limits=limits)
+    except WireError:
+        return
+    again = wire.encode(tree)
+    # Bits, not values: NaN is not equal to itself.
+    assert wire.encode(wire.decode(again)) == again
