@@ -18,6 +18,22 @@ from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.keys import Keys
 from rlbroker.local.redis_server import RedisServer
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    faults = parser.getgroup("faults", "tests/faults: real processes on real servers")
+    faults.addoption("--seeds", type=int, default=2, help="seeds for each scenario (20 in a long run)")
+    faults.addoption("--full", action="store_true", help="scenarios at their full size and length")
+    faults.addoption(
+        "--servers", default="embedded", help="embedded, redis-6.2, redis-7.0, separated by commas"
+    )
+    faults.addoption(
+        "--soak", type=float, default=0.0, metavar="MINUTES", help="all faults at random, so long"
+    )
+    faults.addoption(
+        "--figures", metavar="FILE", help="append each scenario's figures to it, as lines of JSON"
+    )
+
+
 _numbers = itertools.count(1)
 
 #: Keys that may stay for ever; everything else must have a lifetime.

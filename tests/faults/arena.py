@@ -1,0 +1,214 @@
+"""One run under faults: its server, its proxy, its processes, what they logged, and the oracle over it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+from proxy import Proxy
+from servers import FaultyServer
+
+from rlbroker.control.account import Account
+from rlbroker.keys import Keys
+from rlbroker.replies import text_fields
+
+HERE = Path(__file__).parent
+
+
+class Actor:
+    """A process that logs lines of JSON."""
+
+    def __init__(self, program: str, arguments: dict[str, Any]) -> None:
+        self.log = Path(arguments["log"])
+        self._arguments, self._program = arguments, program
+        with self.log.with_suffix(".stderr").open("ab") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "error", str(HERE / program), json.dumps(arguments)],
+                stdout=stderr,
+                stderr=stderr,
+            )
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Give the logged lines that have this field, of all lives that share the log."""
+        if not self.log.exists():
+            return []
+        whole = self.log.read_text().rpartition("\n")[0]  # the last line may be half written
+        return [line for line in map(json.loads, filter(None, whole.split("\n"))) if name in line]
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.wait()
+
+    def again(self, **changes: Any) -> Actor:
+        """Start it once more, after it died, with the same log."""
+        return Actor(self._program, self._arguments | changes)
+
+    def tail(self) -> str:
+        return self.log.with_suffix(".stderr").read_text()[-3000:]
+
+
+class Arena:
+    """Runs a learner and workers through a proxy on one server."""
+
+    def __init__(self, server: FaultyServer, folder: Path, seed: int) -> None:
+        self.server, self.folder, self.seed = server, folder, seed
+        self.proxy = Proxy(server.address, seed)
+        self.run = f"faults-{seed}"
+        self.keys = Keys(self.run)
+        self.workers: list[Actor] = []
+        self.learner: Actor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for actor in (*self.workers, self.learner):
+            if actor is not None:
+                actor.kill()
+        self.proxy.close()
+
+    def start_learner(self, *, direct: bool = False, **chosen: Any) -> Actor:
+        """Start the learner; what is chosen goes to fault_learner.py."""
+        arguments = {
+            "url": self.server.url if direct else self.proxy.url,
+            "run": self.run,
+            "log": str(self.folder / "learner.log"),
+            "checkpoint": str(self.folder / "checkpoint.json"),
+            "finish": str(self.folder / "finish"),
+            "pause": str(self.folder / "pause"),
+            "timeout": 10.0,
+            "versions": 5,
+            "version_seconds": 0.1,
+            "commands": 3,
+            "die": None,
+            "max_batches": 64,
+            "settings": {},
+        }
+        self.learner = Actor("fault_learner.py", arguments | chosen)
+        return self.learner
+
+    def start_worker(self, worker_id: int, *, name: str = "", direct: bool = False, **chosen: Any) -> Actor:
+        """Start a worker; what is chosen goes to fault_worker.py."""
+        arguments = {
+            "url": self.server.url if direct else self.proxy.url,
+            "run": self.run,
+            "log": str(self.folder / f"worker-{worker_id}{name}.log"),
+            "worker_id": worker_id,
+            "level": "redis",
+            "when_full": None,
+            "timeout": 10.0,
+            "batches": 100,
+            "bytes": 100,
+            "pause": 0.0,
+        }
+        actor = Actor("fault_worker.py", arguments | chosen)
+        self.workers.append(actor)
+        return actor
+
+    def wait(self, what: str, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+        """Wait for something; if it does not come, or an actor died over an error, say what is known."""
+        end = time.monotonic() + seconds
+        while True:
+            found = condition()
+            if found:
+                return found
+            for actor in (*self.workers, self.learner):
+                if actor is not None and actor.process.poll() not in (None, 0, -signal.SIGKILL):
+                    raise AssertionError(f"seed {self.seed}: {actor.log.name} failed:\n{actor.tail()}")
+            if time.monotonic() > end:
+                tails = "\n".join(
+                    f"{one.log.name}: {one.tail()}" for one in (*self.workers, self.learner) if one
+                )
+                raise AssertionError(f"seed {self.seed}: waited {seconds:g} s in vain until {what}\n{tails}")
+            time.sleep(0.02)
+
+    def produced(self) -> int:
+        """Give how many batches the workers have logged."""
+        return sum(len(worker.lines("produced")) for worker in self.workers)
+
+    def inserted(self) -> int:
+        """Give how many batches the learner has logged, those of lives that it lost included."""
+        assert self.learner is not None
+        return len(self.learner.lines("inserted"))
+
+    def finish(self, seconds: float = 90.0) -> dict[str, Any]:
+        """Let the workers come to their end, then the learner; give its report."""
+        learner = self.learner
+        assert learner is not None
+        living = [worker for worker in self.workers if worker.process.poll() is None]
+        self.wait("the workers sent all", lambda: all(one.lines("finished") for one in living), seconds)
+        (self.folder / "finish").touch()
+        (line,) = self.wait("the learner reported", lambda: learner.lines("report"), seconds)
+        self.wait(
+            "all ended", lambda: all(one.process.poll() is not None for one in (*living, learner)), 30.0
+        )
+        report: dict[str, Any] = line["report"]
+        return report
+
+    def check(self, report: dict[str, Any], *, lost: str = "nothing") -> None:
+        """The oracle. Produced = inserted and counted; nothing twice; in order; one final state for everything.
+
+        Args:
+            report: the learner's.
+            lost: what may be missing: `nothing`, or the reason for which all of it must be counted.
+        """
+        produced = {
+            (self._id_of(worker), *line["produced"])
+            for worker in self.workers
+            for line in worker.lines("produced")
+        }
+        buffer = json.loads((self.folder / "checkpoint.json").read_text())["buffer"]
+        inserted = [tuple(one[:3]) for one in buffer]
+        say = f"seed {self.seed}: "
+        double = [one for one, count in Counter(inserted).items() if count > 1]
+        assert not double, f"{say}inserted twice: {double[:10]}"
+        invented = set(inserted) - produced
+        assert not invented, f"{say}inserted and never produced: {sorted(invented)[:10]}"
+        for one in {(worker, life) for worker, life, _ in inserted}:
+            sequences = [sequence for worker, life, sequence in inserted if (worker, life) == one]
+            assert sequences == sorted(sequences), f"{say}out of order: {one}"
+        missing = sorted(produced - set(inserted))
+        counted: Counter[str] = Counter()
+        for count in report["counts"].values():
+            assert count["waiting"] == count["in_hand"] == 0, f"{say}{report['counts']}"
+            counted.update(count["lost"])
+        # What never got a number is not among the produced.
+        counted = Counter({why: n for why, n in counted.items() if why not in ("dropped_newest", "fenced")})
+        if lost == "nothing":
+            assert not missing, f"{say}missing: {missing[:10]} of {len(missing)}; counted: {dict(counted)}"
+        assert counted == ({lost: len(missing)} if missing else {}), f"{say}missing {missing[:10]}: {counted}"
+        self._check_ledger(report)
+
+    def _check_ledger(self, report: dict[str, Any]) -> None:
+        with self.server.client() as client:
+            assert client.hlen(self.keys.pending) == 0, f"seed {self.seed}: commands without an end"
+            for key in client.scan_iter(self.keys.outcomes("*")):
+                assert b"waiting" not in client.hvals(key)
+            for worker, missed in report["missed"].items():
+                account = Account.from_fields(text_fields(client.hgetall(self.keys.ledger(int(worker)))))
+                assert account.applied_total + sum(account.missed.values()) <= account.settled
+                assert missed["behind"] == 0, f"seed {self.seed}: worker {worker} has open versions"
+        for worker in self.workers:
+            notes = [line["note"] for line in worker.lines("note")]
+            assert len(notes) == len(set(notes)), f"seed {self.seed}: a command was done twice: {notes}"
+
+    def _id_of(self, worker: Actor) -> int:
+        return int(worker._arguments["worker_id"])
+
+
+def times(actor: Actor, name: str, after: float) -> Iterator[float]:
+    """Give when an actor logged such lines after a moment."""
+    return (line["t"] for line in actor.lines(name) if line["t"] > after)

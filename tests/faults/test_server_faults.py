@@ -1,0 +1,184 @@
+"""Scenarios 4, 5, 7 and 8: the server dies, loses its data, is replaced, stands still, or is full."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from arena import Arena, times
+from servers import FaultyServer
+
+NewServer = Callable[..., FaultyServer]
+
+
+def recovery(arena: Arena, back: float, seconds: float = 10.0) -> dict[str, float]:
+    """Wait until a batch is inserted and a version applied after the server's return; give how long it took."""
+    learner = arena.learner
+    assert learner is not None
+    inserted = arena.wait("a batch came", lambda: next(times(learner, "inserted", back), None), seconds + 20)
+    applied = [
+        arena.wait("a version came", lambda one=one: next(times(one, "version", back), None), seconds + 20)
+        for one in arena.workers
+    ]
+    took = {"to_batch": round(inserted - back, 2), "to_version": round(max(applied) - back, 2)}
+    assert max(took.values()) <= seconds, f"seed {arena.seed}: {took}"
+    return took
+
+
+@pytest.mark.parametrize("level", ["learner", "redis"])
+def test_4_the_server_is_killed_and_comes_back_empty(
+    arena: Arena, level: str, full: bool, figures: dict[str, Any]
+) -> None:
+    """All go on by themselves in 10 s; at level `learner` nothing is lost, at `redis` the gap is known exactly."""
+    arena.start_learner(versions=0, version_seconds=0.3)
+    for worker in range(3):
+        arena.start_worker(worker, batches=1200 if full else 700, pause=0.01, level=level)
+    took: list[dict[str, float]] = []
+    for kill in range(3 if full else 2):
+        arena.wait("batches flow", lambda kill=kill: arena.inserted() > 200 * (kill + 1))
+        if level == "redis":  # something is to be lost
+            (arena.folder / "pause").touch()
+            before = arena.produced()
+            arena.wait("some wait", lambda before=before: arena.produced() > before + 30)
+        arena.server.kill()
+        arena.server.empty()
+        time.sleep(0.5)
+        arena.server.start()
+        back = time.monotonic()
+        (arena.folder / "pause").unlink(missing_ok=True)
+        took.append(recovery(arena, back))
+    report = arena.finish(120.0)
+    arena.check(report, lost="nothing" if level == "learner" else "vanished")
+    lost = sum(count["lost"].get("vanished", 0) for count in report["counts"].values())
+    assert (lost > 0) == (level == "redis")
+    figures |= {"faults": len(took), "batches": arena.produced(), "vanished": lost, "recovery": took}
+
+
+def test_4b_the_server_is_killed_and_comes_back_with_old_data(
+    new_server: NewServer, tmp_path: Path, seed: int, full: bool, figures: dict[str, Any]
+) -> None:
+    """Its append-only file lags behind what it said: at level `learner` nothing is lost, nothing comes twice."""
+    server = new_server("--appendonly", "yes", "--appendfsync", "everysec")
+    with Arena(server, tmp_path, seed) as arena:
+        arena.start_learner(versions=0, version_seconds=0.3)
+        for worker in range(3):
+            arena.start_worker(worker, batches=800 if full else 500, pause=0.01, level="learner")
+        arena.wait("batches flow", lambda: arena.inserted() > 200)
+        server.kill()
+        _shorten_append_only_file(server)
+        server.start()
+        took = recovery(arena, time.monotonic())
+        arena.check(arena.finish(120.0))
+        figures |= {"faults": 1, "batches": arena.produced(), "recovery": [took]}
+
+
+def test_5_a_replica_that_was_cut_off_is_promoted(
+    new_server: NewServer, tmp_path: Path, seed: int, full: bool, figures: dict[str, Any]
+) -> None:
+    """What the old server had acknowledged and the new one never saw is sent again, without a gap."""
+    first, second = new_server(), new_server()
+    with Arena(first, tmp_path, seed) as arena:
+        # The replica follows through a proxy of its own, so that replication can be cut without a word.
+        link = Arena(first, tmp_path, seed)
+        second.follow("127.0.0.1", link.proxy.port)
+        arena.start_learner(versions=0, version_seconds=0.3)
+        for worker in range(3):
+            arena.start_worker(worker, batches=800 if full else 500, pause=0.01, level="learner")
+        arena.wait("batches flow", lambda: arena.inserted() > 100)
+        with link.proxy.silence(dropping=True):
+            before = arena.produced()
+            arena.wait("more are acknowledged by the old server", lambda: arena.produced() > before + 60)
+            second.promote()
+            arena.proxy.target = second.address
+            arena.server = second
+            arena.proxy.cut_all()
+            back = time.monotonic()
+        first.kill()
+        link.proxy.close()
+        took = recovery(arena, back)
+        arena.check(arena.finish(120.0))
+        figures |= {"faults": 1, "batches": arena.produced(), "recovery": [took]}
+
+
+@pytest.mark.parametrize("how", ["frozen", "silent, late", "silent, dropping"])
+def test_7_the_server_stands_still(arena: Arena, how: str, full: bool, figures: dict[str, Any]) -> None:
+    """Noticed within the deadline; afterwards every worker reaches the newest version, and its jumps are known."""
+    seconds = {"frozen": 20.0}.get(how, 60.0) if full else 8.0
+    arena.start_learner(versions=0, version_seconds=0.3, timeout=5.0)
+    for worker in range(3):
+        arena.start_worker(worker, batches=600, pause=0.01, level="learner", timeout=5.0)
+    arena.wait("batches flow", lambda: arena.inserted() > 100)
+    began = time.monotonic()
+    if how == "frozen":
+        arena.server.freeze()
+        time.sleep(seconds)
+        arena.server.thaw()
+    else:
+        with arena.proxy.silence(dropping=how.endswith("dropping")):
+            time.sleep(seconds)
+    back = time.monotonic()
+    for worker in arena.workers:
+        noticed = next(times(worker, "again", began), None) or next(times(worker, "unconfirmed", began), None)
+        assert noticed is not None, f"seed {arena.seed}: {worker.log.name} noticed nothing"
+        assert noticed - began < 5.0 + 4.0 + 2.0, f"seed {arena.seed}: {worker.log.name} noticed late"
+    took = recovery(arena, back)
+    report = arena.finish(120.0)
+    arena.check(report)
+    for worker in arena.workers:
+        assert worker.lines("version")[-1]["version"] == report["version"]
+    figures |= {"faults": 1, "batches": arena.produced(), "recovery": [took]}
+
+
+@pytest.mark.parametrize("when_full", ["block", "drop_oldest", "drop_newest"])
+def test_8_the_server_is_full(
+    new_server: NewServer, tmp_path: Path, seed: int, when_full: str, full: bool, figures: dict[str, Any]
+) -> None:
+    """While the learner stands still the server fills up: its memory stays flat, and nothing goes uncounted."""
+    limit = 24 << 20
+    server = new_server("--maxmemory", str(limit), "--maxmemory-policy", "noeviction")
+    with Arena(server, tmp_path, seed) as arena:
+        bounds = {} if when_full == "block" else {"max_queue_bytes": 6 << 20}
+        arena.start_learner(settings=bounds)
+        arena.wait("the learner is there", lambda: arena.learner and arena.learner.lines("opened"))
+        (tmp_path / "pause").touch()
+        batches = 1500 if full else 900
+        for worker in range(3):
+            arena.start_worker(worker, batches=batches, bytes=16_000, when_full=when_full, timeout=1.0)
+
+        def standstill() -> bool:
+            if when_full == "block":
+                return all(worker.lines("again") for worker in arena.workers)
+            return all(worker.lines("finished") for worker in arena.workers)
+
+        arena.wait("the workers stand still" if when_full == "block" else "all was sent", standstill, 90.0)
+        with server.client() as client:
+            used = client.info("memory")["used_memory"]
+        assert used < limit * 1.2
+        (tmp_path / "pause").unlink()
+        report = arena.finish(180.0)
+        lost = {"block": "nothing", "drop_oldest": "dropped_oldest", "drop_newest": "nothing"}[when_full]
+        arena.check(report, lost=lost)
+        refused = sum(len(worker.lines("refused")) for worker in arena.workers)
+        counted = sum(count["lost"].get("dropped_newest", 0) for count in report["counts"].values())
+        assert refused == counted
+        assert (refused > 0) == (when_full == "drop_newest")
+        figures |= {
+            "batches": arena.produced(),
+            "used_mb": used >> 20,
+            "dropped": report["counts"]["0"]["lost"],
+        }
+
+
+def _shorten_append_only_file(server: FaultyServer) -> None:
+    """Take away the end of what a server has written: a disk that was slower than its word."""
+    files = [
+        path for path in server._folder.rglob("*") if path.name.endswith((".incr.aof", "appendonly.aof"))
+    ]
+    assert files
+    newest = max(files, key=lambda path: path.stat().st_size)
+    data = newest.read_bytes()
+    keep = data[: len(data) * 9 // 10]
+    newest.write_bytes(keep[: keep.rfind(b"\r\n*") + 2])
