@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -490,6 +491,15 @@ def translated(error: redis_errors.RedisError, address: str) -> PeerError:
     return ServerFault(f"{address} answered: {text}")
 
 
+def stall_seconds(timeout_seconds: float) -> float:
+    """Give how long a connection may be silent, so that whole tries fill the time of an operation.
+
+    >>> stall_seconds(10.0)
+    3.3333333333333335
+    """
+    return timeout_seconds / math.ceil(timeout_seconds / STALL_SECONDS)
+
+
 def _client_from_url(url: str, timeout_seconds: float) -> redis.Redis:
     try:
         pool = redis.BlockingConnectionPool.from_url(
@@ -498,8 +508,8 @@ def _client_from_url(url: str, timeout_seconds: float) -> redis.Redis:
             timeout=timeout_seconds,
             protocol=2,
             retry=Retry(NoBackoff(), 0),
-            socket_timeout=min(max(timeout_seconds, 1.0), STALL_SECONDS),
-            socket_connect_timeout=min(timeout_seconds, STALL_SECONDS),
+            socket_timeout=stall_seconds(timeout_seconds),
+            socket_connect_timeout=stall_seconds(timeout_seconds),
             socket_read_size=SOCKET_READ_BYTES,
         )
     except ValueError as error:

@@ -79,13 +79,9 @@ while not (
     finish.exists() and quiet >= 4 and published >= chosen["versions"] and commands == chosen["commands"]
 ):
     rounds += 1
-    pairs = (
-        []
-        if Path(chosen["pause"]).exists()
-        else go_on(lambda: comm.collect_experiences(0.2, max_batches=chosen["max_batches"]))
-    )
-    if Path(chosen["pause"]).exists():
-        time.sleep(0.1)
+    while Path(chosen["pause"]).exists():
+        time.sleep(0.05)
+    pairs = go_on(lambda: comm.collect_experiences(0.2, max_batches=chosen["max_batches"]))
     phase("read")
     for worker_id, batch in pairs:
         buffer.append([worker_id, batch.incarnation, batch.sequence, batch["number"]])

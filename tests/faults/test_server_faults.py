@@ -123,7 +123,7 @@ def test_7_the_server_stands_still(arena: Arena, how: str, full: bool, figures: 
     for worker in arena.workers:
         noticed = next(times(worker, "again", began), None) or next(times(worker, "unconfirmed", began), None)
         assert noticed is not None, f"seed {arena.seed}: {worker.log.name} noticed nothing"
-        assert noticed - began < 5.0 + 4.0 + 2.0, f"seed {arena.seed}: {worker.log.name} noticed late"
+        assert noticed - began < 5.0 + 1.5, f"seed {arena.seed}: {worker.log.name} noticed late"
     took = recovery(arena, back)
     report = arena.finish(120.0)
     arena.check(report)
