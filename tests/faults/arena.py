@@ -29,6 +29,7 @@ class Actor:
     def __init__(self, program: str, arguments: dict[str, Any]) -> None:
         self.log = Path(arguments["log"])
         self._arguments, self._program = arguments, program
+        self._read, self._lines = 0, dict[str, list[dict[str, Any]]]()
         with self.log.with_suffix(".stderr").open("ab") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "error", str(HERE / program), json.dumps(arguments)],
@@ -38,10 +39,15 @@ class Actor:
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """Give the logged lines that have this field, of all lives that share the log."""
-        if not self.log.exists():
-            return []
-        whole = self.log.read_text().rpartition("\n")[0]  # the last line may be half written
-        return [line for line in map(json.loads, filter(None, whole.split("\n"))) if name in line]
+        if self.log.exists():
+            with self.log.open() as log:
+                log.seek(self._read)
+                whole, newline, _ = log.read().rpartition("\n")  # the last line may be half written
+            self._read += len(whole) + len(newline)
+            for line in map(json.loads, filter(None, whole.split("\n"))):
+                for field in line:
+                    self._lines.setdefault(field, []).append(line)
+        return self._lines.get(name, [])
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.process.pid, number)
@@ -95,6 +101,7 @@ class Arena:
             "commands": 3,
             "die": None,
             "max_batches": 64,
+            "collect_seconds": 0.0,
             "settings": {},
         }
         self.learner = Actor("fault_learner.py", arguments | chosen)

@@ -82,6 +82,7 @@ while not (
     while Path(chosen["pause"]).exists():
         time.sleep(0.05)
     pairs = go_on(lambda: comm.collect_experiences(0.2, max_batches=chosen["max_batches"]))
+    time.sleep(chosen["collect_seconds"])
     phase("read")
     for worker_id, batch in pairs:
         buffer.append([worker_id, batch.incarnation, batch.sequence, batch["number"]])

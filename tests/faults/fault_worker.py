@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -49,6 +50,11 @@ def produce(worker: WorkerClient, number: int) -> None:
         return
 
 
+def produce_no_more(*_: object) -> None:
+    chosen["batches"] = 0
+
+
+signal.signal(signal.SIGUSR1, produce_no_more)
 model: dict[str, Any] = {}
 number = 0
 try:

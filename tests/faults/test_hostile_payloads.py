@@ -1,0 +1,117 @@
+"""Scenario 10: everything that a worker or a damaged disk can write is hostile; the learner and workers live on."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import msgpack
+import xxhash
+from arena import Arena
+
+from rlbroker import wire
+from rlbroker.replies import text_fields
+
+PRELUDE_BYTES = 28
+
+
+def bomb() -> bytes:
+    """A small message that claims a gigabyte: a run of zeros under a true digest."""
+    whole = wire.encode({"zeros": bytes(1 << 20)})
+    header_bytes = int.from_bytes(whole[8:12], "little")
+    manifest = msgpack.unpackb(whole[PRELUDE_BYTES : PRELUDE_BYTES + header_bytes], strict_map_key=False)
+    for lane in manifest["lanes"]:
+        for segment in lane[2]:
+            segment[1] = 1 << 30
+    packed = msgpack.packb(manifest)
+    body = whole[PRELUDE_BYTES + header_bytes :]
+    prelude = whole[:8] + len(packed).to_bytes(4, "little") + len(body).to_bytes(8, "little")
+    return prelude + xxhash.xxh3_64_intdigest(packed).to_bytes(8, "little") + packed + body
+
+
+def hostile(chance: random.Random) -> bytes:
+    """Damage a sound message in one of the ways that the scenario names."""
+    sound = bytearray(wire.encode({"number": 1, "pad": bytes(range(256)) * 20}))
+    kind = chance.choice(["bomb", "flip", "truncated", "future", "noise", "empty", "pickle"])
+    if kind == "bomb":
+        return bomb()
+    if kind == "flip":
+        sound[chance.randrange(len(sound))] ^= 1 << chance.randrange(8)
+    elif kind == "truncated":
+        del sound[chance.randrange(len(sound)) :]
+    elif kind == "future":
+        sound[4:6] = (99).to_bytes(2, "little")
+    elif kind == "noise":
+        sound = bytearray(chance.randbytes(chance.randrange(1, 4000)))
+    elif kind == "empty":
+        sound = bytearray()
+    else:
+        sound = bytearray(b"cos\nsystem\n(S'true'\ntR.")
+    return bytes(sound)
+
+
+def test_10_hostile_payloads_in_every_stream_and_chunk(
+    arena: Arena, seed: int, full: bool, figures: dict[str, Any]
+) -> None:
+    """The learner lives, its memory stays bounded, and each bad batch is dead, with a reason, and counted."""
+    chance = random.Random(seed)
+    count = 600 if full else 150
+    learner = arena.start_learner(versions=0, version_seconds=0.5)
+    sound = arena.start_worker(1, batches=300, pause=0.01)
+    arena.wait("the sound worker is there", lambda: sound.lines("version"))
+    before = _resident_mb(learner.process.pid)
+    keys = arena.keys
+    with arena.server.client() as client:
+        # A worker whose every message is hostile: it has joined, and opened its queue, by hand.
+        client.hset(keys.incarnations, 0, 1)
+        client.xgroup_create(keys.experiences(0), "learner", "0", mkstream=True)
+        for number in range(1, count + 1):
+            fields: dict[str, Any] = {
+                "version": 0,
+                "rows": 1,
+                "raw_bytes": 1,
+                "stored_bytes": 1,
+                "sent_at": 0,
+            }
+            fields["data"] = hostile(chance)
+            for name in chance.sample(sorted(fields), chance.randrange(3)):
+                fields[name] = chance.choice([b"", b"-1", b"9" * 40, b"x", b"\xff\xfe", "١٢"])
+            client.xadd(keys.experiences(0), fields, id=f"1-{number}")
+            what = chance.choice(["version", "command", "left", "joined", "gone", "", "future"])
+            answer = {
+                "event": what,
+                "version": chance.choice(["-1", "99", "9" * 30, "x"]),
+                "outcome": "applied",
+            }
+            client.xadd(keys.acknowledgements(0), answer, id=f"1-{number}")
+            if number % 50 == 0:  # what workers read is damaged too: a chunk, and an order
+                pointer = text_fields(client.hgetall(keys.weights))
+                client.set(keys.chunk(pointer["upload"], chance.randrange(2)), hostile(chance), ex=60)
+                order = {"event": "command", "command": f"bad{number}", "name": "note", "workers": "0,1"}
+                client.xadd(keys.control, order | {"data": hostile(chance)})
+        arena.wait("all of it was read", lambda: client.xlen(keys.experiences(0)) == 0)
+        arena.wait("all answers were read", lambda: client.xlen(keys.acknowledgements(0)) == 0)
+        peak = _resident_mb(learner.process.pid)
+        dead = client.xlen(keys.dead(0))
+        counted = int(client.hget(keys.counts(0), "corrupt"))
+    report = arena.finish()
+    assert counted == count
+    assert dead == min(count, 1000)
+    assert peak < before + 300, f"{before} MB before, {peak} MB after"
+    assert report["counts"]["0"]["lost"] == {"corrupt": count}
+    assert report["counts"]["1"] | {"duplicates": 0} == {
+        "waiting": 0,
+        "in_hand": 0,
+        "delivered": 300,
+        "lost": {},
+        "duplicates": 0,
+        "produced": 300,
+    }
+    assert sound.lines("version")[-1]["version"] == report["version"]
+    figures |= {"faults": 2 * count, "dead": dead, "mb_before": before, "mb_after": peak}
+
+
+def _resident_mb(pid: int) -> int:
+    with open(f"/proc/{pid}/status") as status:  # noqa: PTH123
+        line = next(line for line in status if line.startswith("VmHWM"))
+    return int(line.split()[1]) >> 10

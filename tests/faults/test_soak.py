@@ -1,0 +1,159 @@
+"""Scenario 11: every fault at random, one after the other, for as long as --soak says; then the oracle."""
+
+from __future__ import annotations
+
+import random
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from arena import Actor, Arena, times
+from servers import FaultyServer
+
+from rlbroker.keys import GROUP
+
+#: Seconds between a recovery and the next fault.
+CALM = 3.0
+
+
+def test_11_all_faults_at_random(
+    new_server: Callable[..., FaultyServer],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    figures: dict[str, Any],
+) -> None:
+    """Nothing is lost at level `learner`, and no process grows in memory, threads or files."""
+    minutes = request.config.getoption("--soak")
+    if not minutes:
+        pytest.skip("only with --soak MINUTES")
+    seed = request.node.callspec.params["seed"]
+    chance = random.Random(seed)
+    with Arena(new_server(), tmp_path, seed) as arena:
+        arena.start_learner(versions=0, version_seconds=0.5, collect_seconds=0.3)
+        for worker in range(8):
+            arena.start_worker(worker, batches=1 << 30, pause=0.15, level="learner", bytes=2000)
+        arena.wait("batches flow", lambda: arena.inserted() > 50)
+        faults: dict[str, Callable[[], None]] = {
+            "server killed, back empty": lambda: _empty(arena),
+            "server frozen": lambda: _freeze(arena, chance.uniform(1, 8)),
+            "network silent, late": lambda: _silence(arena, chance.uniform(1, 8), dropping=False),
+            "network silent, dropping": lambda: _silence(arena, chance.uniform(1, 8), dropping=True),
+            "connections cut": arena.proxy.cut_all,
+            "replies to sending lost": lambda: _lose(arena, b"XADD"),
+            "replies to reading lost": lambda: _lose(arena, b"XREADGROUP"),
+            "replies to scripts lost": lambda: _lose(arena, b"EVALSHA"),
+            "learner killed": lambda: _kill_learner(arena),
+            "worker sleeps": lambda: _sleep(arena.workers[chance.randrange(8)], chance.uniform(1, 6)),
+            "subscriptions killed": lambda: _command(arena, "CLIENT", "KILL", "TYPE", "pubsub"),
+            "scripts flushed": lambda: _command(arena, "SCRIPT", "FLUSH"),
+            "everything flushed": lambda: _command(arena, "FLUSHALL"),
+            "a group destroyed": lambda: _command(
+                arena, "XGROUP", "DESTROY", arena.keys.experiences(chance.randrange(8)), GROUP
+            ),
+            "replies cut": lambda: _cut_replies(arena, chance.randrange(200, 20_000)),
+        }
+        done: list[str] = []
+        took: list[float] = []
+        sizes: dict[str, list[tuple[int, int, int]]] = {}
+        end = time.monotonic() + minutes * 60
+        while time.monotonic() < end:
+            name = chance.choice(sorted(faults))
+            faults[name]()
+            done.append(name)
+            took.append(_recovery(arena, name))
+            time.sleep(CALM)
+            learner = arena.learner
+            assert learner is not None
+            for actor in (learner, *arena.workers):
+                sizes.setdefault(f"{actor.log.stem}:{actor.process.pid}", []).append(_size(actor))
+        for worker in arena.workers:
+            worker.signal(signal.SIGUSR1)  # no more batches
+        arena.check(arena.finish(180.0))
+        figures |= {"faults": len(done), "batches": arena.produced()}
+        figures |= {
+            "recovery_median": round(statistics.median(took), 2),
+            "recovery_worst": round(max(took), 2),
+        }
+        figures["kinds"] = {name: done.count(name) for name in sorted(set(done))}
+        for name, measured in sizes.items():
+            if len(measured) >= 20:
+                early, late = (
+                    measured[len(measured) // 4 : len(measured) // 2],
+                    measured[-len(measured) // 4 :],
+                )
+                grew = [
+                    statistics.median(one[what] for one in late)
+                    - statistics.median(one[what] for one in early)
+                    for what in range(3)
+                ]
+                figures[f"growth of {name.split(':')[0]} (KiB, threads, files)"] = grew
+                assert grew[0] < 20_000, f"{name}: {measured}"
+                assert grew[1] <= 2, f"{name}: {measured}"
+                assert grew[2] <= 6, f"{name}: {measured}"
+
+
+def _recovery(arena: Arena, name: str) -> float:
+    back, learner = time.monotonic(), arena.learner
+    assert learner is not None
+    came = arena.wait(
+        f"a batch came after: {name}", lambda: next(times(learner, "inserted", back), None), 40.0
+    )
+    return float(came - back)
+
+
+def _empty(arena: Arena) -> None:
+    arena.server.kill()
+    arena.server.empty()
+    time.sleep(0.3)
+    arena.server.start()
+
+
+def _freeze(arena: Arena, seconds: float) -> None:
+    arena.server.freeze()
+    time.sleep(seconds)
+    arena.server.thaw()
+
+
+def _silence(arena: Arena, seconds: float, *, dropping: bool) -> None:
+    with arena.proxy.silence(dropping=dropping):
+        time.sleep(seconds)
+
+
+def _lose(arena: Arena, command: bytes) -> None:
+    arena.proxy.lose_replies(command, part=0.5)
+    time.sleep(2.0)
+    arena.proxy.lose_replies(command, part=0.0)
+
+
+def _cut_replies(arena: Arena, after_bytes: int) -> None:
+    arena.proxy.cut_within_replies(after_bytes)
+    time.sleep(2.0)
+    arena.proxy.cut_within_replies(None)
+
+
+def _kill_learner(arena: Arena) -> None:
+    assert arena.learner is not None
+    arena.learner.kill()
+    arena.learner = arena.learner.again()
+
+
+def _sleep(worker: Actor, seconds: float) -> None:
+    worker.signal(signal.SIGSTOP)
+    time.sleep(seconds)
+    worker.signal(signal.SIGCONT)
+
+
+def _command(arena: Arena, *command: str) -> None:
+    with arena.server.client() as client:
+        client.execute_command(*command)
+
+
+def _size(actor: Actor) -> tuple[int, int, int]:
+    """Give resident KiB, threads and open files of a process."""
+    folder = Path(f"/proc/{actor.process.pid}")
+    lines = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+    return int(lines["VmRSS"].split()[0]), int(lines["Threads"]), len(list((folder / "fd").iterdir()))
