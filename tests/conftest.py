@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import fakeredis
 import pytest
 import redis
+from fault_fixtures import arena, figures, full, new_server, pytest_generate_tests  # noqa: F401
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.keys import Keys

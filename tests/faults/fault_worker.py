@@ -22,69 +22,72 @@ from rlbroker import (
     WorkerClient,
 )
 
-chosen = json.loads(sys.argv[1])
-log = open(chosen["log"], "a", buffering=1)  # noqa: SIM115, PTH123
 
+def main() -> None:
+    """Run until told to stop."""
+    chosen = json.loads(sys.argv[1])
+    log = open(chosen["log"], "a", buffering=1)  # noqa: SIM115, PTH123
 
-def say(**facts: Any) -> None:
-    log.write(json.dumps({"t": time.monotonic(), **facts}) + "\n")
+    def say(**facts: Any) -> None:
+        log.write(json.dumps({"t": time.monotonic(), **facts}) + "\n")
 
-
-def produce(worker: WorkerClient, number: int) -> None:
-    """Send one batch, however long it takes; what got a number is logged under it."""
-    batch = {"number": number, "pad": os.urandom(chosen["bytes"])}
-    while worker.running:
-        try:
-            receipt = worker.send_experiences(batch)
-        except Unconfirmed as error:
-            receipt = error.receipt
-            say(unconfirmed=receipt.sequence)
-        except (QueueFull, ConnectionFailed, RunLost, ServerOutOfMemory) as error:
-            say(again=type(error).__name__)
-            worker.poll(model)
-            continue
-        if receipt.sequence:
-            say(produced=[receipt.incarnation, receipt.sequence], number=number)
-        else:
-            say(refused=number)
-        return
-
-
-def produce_no_more(*_: object) -> None:
-    chosen["batches"] = 0
-
-
-signal.signal(signal.SIGUSR1, produce_no_more)
-model: dict[str, Any] = {}
-number = 0
-try:
-    with WorkerClient(
-        chosen["url"],
-        chosen["run"],
-        chosen["worker_id"],
-        timeout=chosen["timeout"],
-        level=chosen["level"],
-        when_full=chosen["when_full"],
-    ) as worker:
-        say(joined=worker.incarnation)
-        worker.on_command("note", lambda data: say(note=data))
-        finished = False
+    def produce(worker: WorkerClient, number: int) -> None:
+        """Send one batch, however long it takes; what got a number is logged under it."""
+        batch = {"number": number, "pad": os.urandom(chosen["bytes"])}
         while worker.running:
             try:
-                if worker.poll(model):
-                    say(version=worker.version, holds=model.get("number"))
-                if number < chosen["batches"]:
-                    number += 1
-                    produce(worker, number)
-                    time.sleep(chosen["pause"])
-                elif not finished:
-                    finished = worker.flush(0.5) == 0
-                    if finished:
-                        say(finished=True)
-                else:
-                    time.sleep(0.01)
-            except (ConnectionFailed, RunLost) as error:
+                receipt = worker.send_experiences(batch)
+            except Unconfirmed as error:
+                receipt = error.receipt
+                say(unconfirmed=receipt.sequence)
+            except (QueueFull, ConnectionFailed, RunLost, ServerOutOfMemory) as error:
                 say(again=type(error).__name__)
-        say(version=worker.version, holds=model.get("number"), stopped=True)
-except Fenced:
-    say(fenced=True)
+                worker.poll(model)
+                continue
+            if receipt.sequence:
+                say(produced=[receipt.incarnation, receipt.sequence], number=number)
+            else:
+                say(refused=number)
+            return
+
+    def produce_no_more(*_: object) -> None:
+        chosen["batches"] = 0
+
+    signal.signal(signal.SIGUSR1, produce_no_more)
+    model: dict[str, Any] = {}
+    number = 0
+    try:
+        with WorkerClient(
+            chosen["url"],
+            chosen["run"],
+            chosen["worker_id"],
+            timeout=chosen["timeout"],
+            level=chosen["level"],
+            when_full=chosen["when_full"],
+        ) as worker:
+            say(joined=worker.incarnation)
+            worker.on_command("note", lambda data: say(note=data))
+            finished = False
+            while worker.running:
+                try:
+                    if worker.poll(model):
+                        say(version=worker.version, holds=model.get("number"))
+                    if number < chosen["batches"]:
+                        number += 1
+                        produce(worker, number)
+                        time.sleep(chosen["pause"])
+                    elif not finished:
+                        finished = worker.flush(0.5) == 0
+                        if finished:
+                            say(finished=True)
+                    else:
+                        time.sleep(0.01)
+                except (ConnectionFailed, RunLost) as error:
+                    say(again=type(error).__name__)
+            say(version=worker.version, holds=model.get("number"), stopped=True)
+    except Fenced:
+        say(fenced=True)
+
+
+if __name__ == "__main__":
+    main()

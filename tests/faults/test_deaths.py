@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import random
 import signal
+from functools import partial
 from typing import Any
 
 import pytest
-from arena import Arena
+from arena import Actor, Arena
+
+
+def _ended(actor: Actor) -> bool:
+    return actor.process.poll() is not None
 
 
 @pytest.mark.parametrize("phase", ["read", "insert", "checkpoint", "acknowledge"])
@@ -22,7 +27,7 @@ def test_3_the_learner_is_killed(
         arena.start_worker(worker, batches=150 if full else 80, pause=0.02, level="learner")
     lives = 5 if full else 3
     for life in range(lives):
-        arena.wait("the learner died", lambda learner=learner: learner.process.poll() is not None)
+        arena.wait("the learner died", partial(_ended, learner))
         last = life == lives - 1
         learner = arena.learner = learner.again(die=None if last else [phase, chance.randint(2, 9)])
     arena.check(arena.finish())

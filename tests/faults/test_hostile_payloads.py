@@ -26,7 +26,8 @@ def bomb() -> bytes:
     packed = msgpack.packb(manifest)
     body = whole[PRELUDE_BYTES + header_bytes :]
     prelude = whole[:8] + len(packed).to_bytes(4, "little") + len(body).to_bytes(8, "little")
-    return prelude + xxhash.xxh3_64_intdigest(packed).to_bytes(8, "little") + packed + body
+    sealed: bytes = prelude + xxhash.xxh3_64_intdigest(packed).to_bytes(8, "little") + packed + body
+    return sealed
 
 
 def hostile(chance: random.Random) -> bytes:

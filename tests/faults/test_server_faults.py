@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from arena import Arena, times
+from arena import Actor, Arena, times
 from servers import FaultyServer
 
 NewServer = Callable[..., FaultyServer]
@@ -18,10 +19,10 @@ def recovery(arena: Arena, back: float, seconds: float = 10.0) -> dict[str, floa
     """Wait until a batch is inserted and a version applied after the server's return; give how long it took."""
     learner = arena.learner
     assert learner is not None
-    inserted = arena.wait("a batch came", lambda: next(times(learner, "inserted", back), None), seconds + 20)
+    inserted = arena.wait("a batch came", partial(_first, learner, "inserted", back), seconds + 20)
     applied = [
-        arena.wait("a version came", lambda one=one: next(times(one, "version", back), None), seconds + 20)
-        for one in arena.workers
+        arena.wait("a version came", partial(_first, worker, "version", back), seconds + 20)
+        for worker in arena.workers
     ]
     took = {"to_batch": round(inserted - back, 2), "to_version": round(max(applied) - back, 2)}
     assert max(took.values()) <= seconds, f"seed {arena.seed}: {took}"
@@ -34,15 +35,15 @@ def test_4_the_server_is_killed_and_comes_back_empty(
 ) -> None:
     """All go on by themselves in 10 s; at level `learner` nothing is lost, at `redis` the gap is known exactly."""
     arena.start_learner(versions=0, version_seconds=0.3)
-    for worker in range(3):
-        arena.start_worker(worker, batches=1200 if full else 700, pause=0.01, level=level)
+    for number in range(3):
+        arena.start_worker(number, batches=1200 if full else 700, pause=0.01, level=level)
     took: list[dict[str, float]] = []
     for kill in range(3 if full else 2):
-        arena.wait("batches flow", lambda kill=kill: arena.inserted() > 200 * (kill + 1))
+        arena.wait("batches flow", partial(_more, arena.inserted, 200 * (kill + 1)))
         if level == "redis":  # something is to be lost
             (arena.folder / "pause").touch()
             before = arena.produced()
-            arena.wait("some wait", lambda before=before: arena.produced() > before + 30)
+            arena.wait("some wait", partial(_more, arena.produced, before + 30))
         arena.server.kill()
         arena.server.empty()
         time.sleep(0.5)
@@ -64,8 +65,8 @@ def test_4b_the_server_is_killed_and_comes_back_with_old_data(
     server = new_server("--appendonly", "yes", "--appendfsync", "everysec")
     with Arena(server, tmp_path, seed) as arena:
         arena.start_learner(versions=0, version_seconds=0.3)
-        for worker in range(3):
-            arena.start_worker(worker, batches=800 if full else 500, pause=0.01, level="learner")
+        for number in range(3):
+            arena.start_worker(number, batches=800 if full else 500, pause=0.01, level="learner")
         arena.wait("batches flow", lambda: arena.inserted() > 200)
         server.kill()
         _shorten_append_only_file(server)
@@ -85,8 +86,8 @@ def test_5_a_replica_that_was_cut_off_is_promoted(
         link = Arena(first, tmp_path, seed)
         second.follow("127.0.0.1", link.proxy.port)
         arena.start_learner(versions=0, version_seconds=0.3)
-        for worker in range(3):
-            arena.start_worker(worker, batches=800 if full else 500, pause=0.01, level="learner")
+        for number in range(3):
+            arena.start_worker(number, batches=800 if full else 500, pause=0.01, level="learner")
         arena.wait("batches flow", lambda: arena.inserted() > 100)
         with link.proxy.silence(dropping=True):
             before = arena.produced()
@@ -108,8 +109,8 @@ def test_7_the_server_stands_still(arena: Arena, how: str, full: bool, figures: 
     """Noticed within the deadline; afterwards every worker reaches the newest version, and its jumps are known."""
     seconds = {"frozen": 20.0}.get(how, 60.0) if full else 8.0
     arena.start_learner(versions=0, version_seconds=0.3, timeout=5.0)
-    for worker in range(3):
-        arena.start_worker(worker, batches=600, pause=0.01, level="learner", timeout=5.0)
+    for number in range(3):
+        arena.start_worker(number, batches=600, pause=0.01, level="learner", timeout=5.0)
     arena.wait("batches flow", lambda: arena.inserted() > 100)
     began = time.monotonic()
     if how == "frozen":
@@ -121,7 +122,7 @@ def test_7_the_server_stands_still(arena: Arena, how: str, full: bool, figures: 
             time.sleep(seconds)
     back = time.monotonic()
     for worker in arena.workers:
-        noticed = next(times(worker, "again", began), None) or next(times(worker, "unconfirmed", began), None)
+        noticed = _first(worker, "again", began) or _first(worker, "unconfirmed", began)
         assert noticed is not None, f"seed {arena.seed}: {worker.log.name} noticed nothing"
         assert noticed - began < 5.0 + 1.5, f"seed {arena.seed}: {worker.log.name} noticed late"
     took = recovery(arena, back)
@@ -145,8 +146,8 @@ def test_8_the_server_is_full(
         arena.wait("the learner is there", lambda: arena.learner and arena.learner.lines("opened"))
         (tmp_path / "pause").touch()
         batches = 1500 if full else 900
-        for worker in range(3):
-            arena.start_worker(worker, batches=batches, bytes=16_000, when_full=when_full, timeout=1.0)
+        for number in range(3):
+            arena.start_worker(number, batches=batches, bytes=16_000, when_full=when_full, timeout=1.0)
 
         def standstill() -> bool:
             if when_full == "block":
@@ -170,6 +171,14 @@ def test_8_the_server_is_full(
             "used_mb": used >> 20,
             "dropped": report["counts"]["0"]["lost"],
         }
+
+
+def _first(actor: Actor, name: str, after: float) -> float | None:
+    return next(times(actor, name, after), None)
+
+
+def _more(count: Callable[[], int], than: int) -> bool:
+    return count() > than
 
 
 def _shorten_append_only_file(server: FaultyServer) -> None:

@@ -34,8 +34,8 @@ def test_11_all_faults_at_random(
     chance = random.Random(seed)
     with Arena(new_server(), tmp_path, seed) as arena:
         arena.start_learner(versions=0, version_seconds=0.5, collect_seconds=0.3)
-        for worker in range(8):
-            arena.start_worker(worker, batches=1 << 30, pause=0.15, level="learner", bytes=2000)
+        for number in range(8):
+            arena.start_worker(number, batches=1 << 30, pause=0.15, level="learner", bytes=2000)
         arena.wait("batches flow", lambda: arena.inserted() > 50)
         faults: dict[str, Callable[[], None]] = {
             "server killed, back empty": lambda: _empty(arena),
