@@ -109,6 +109,7 @@ class Sender:
         self._lock = threading.Lock()
         self._channel = Channel(connection)
         self._doubt = False  #: whether the server may have lost something since the last look
+        self._fenced = False
         self._sequence = 0
         self._outbox: _Parcel | None = None
         self._kept: deque[_Parcel] = deque()
@@ -248,9 +249,13 @@ class Sender:
         if not self._lock.acquire(timeout=deadline.remaining):
             return  # a thread is in the middle of sending, and the worker is leaving: it gets the error
         try:
-            if self._outbox is not None:
-                self._do(self._confirm, deadline)
-            self._do(self._state, deadline)
+            if not self._fenced:
+                if self._outbox is not None:
+                    self._do(self._confirm, deadline)
+                self._do(self._state, deadline)
+        except Fenced:
+            self._count_fenced(refused=False)
+            raise
         finally:
             self._channel.close()
             self._lock.release()
@@ -516,6 +521,7 @@ class Sender:
 
     def _count_fenced(self, *, refused: bool) -> None:
         """Count what is not accepted: what is kept and is not on the server, and a batch that got no number."""
+        self._fenced = True
         taken = [parcel.sequence for parcel in (*self._kept, self._outbox) if parcel is not None]
         try:
             stated = self._connection.execute("HGET", self._counts, f"sent:{self._incarnation}")
