@@ -20,6 +20,10 @@ from rlbroker.keys import Keys
 from rlbroker.local.redis_server import RedisServer
 
 
+#: Started by itself, with a package that only fuzzing needs.
+collect_ignore = ["fuzz/fuzz_harness.py"]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     faults = parser.getgroup("faults", "tests/faults: real processes on real servers")
     faults.addoption("--seeds", type=int, default=2, help="seeds for each scenario (20 in a long run)")

@@ -169,6 +169,7 @@ class WorkerCommunicator:
             forget_seconds=forget_seconds,
         )
         self._keys = keys = Keys(run)
+        self._publishes = publishes
         self._closed: CleanupReport | None = None
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
         self._roster = Roster(
@@ -260,10 +261,11 @@ class WorkerCommunicator:
 
         Raises:
             UnsupportedType: something in it cannot travel; its path is named.
+            InvalidArgument: this learner was made with `publishes=False`.
             Fenced: a newer learner has taken over the run.
             PeerError: the server refused, or could not be reached in time.
         """
-        self._check()
+        self._check_publishes()
         if callable(getattr(model_state_dict, "state_dict", None)):
             raise UnsupportedType(
                 "send the weights and not the model: send_model_weights(model.state_dict())"
@@ -398,12 +400,12 @@ class WorkerCommunicator:
             expires: a worker that reads it more than this many seconds later does not do it.
 
         Raises:
-            InvalidArgument: the name or the expiry cannot work.
+            InvalidArgument: the name or the expiry cannot work, or this learner was made with `publishes=False`.
             UnknownWorker: one of the ids is not a member of the run.
             Fenced: a newer learner has taken over the run.
             PeerError: the server refused, or could not be reached in time.
         """
-        self._check()
+        self._check_publishes()
         return self._commander.send(command, data, worker_ids, expires_seconds=expires)
 
     def workers(self) -> list[WorkerInfo]:
@@ -499,6 +501,11 @@ class WorkerCommunicator:
             raise Closed("this WorkerCommunicator was closed; make a new one")
         self._connection.check_process()
         self._thread.check()
+
+    def _check_publishes(self) -> None:
+        self._check()
+        if not self._publishes:
+            raise InvalidArgument("this learner was made with publishes=False: it only collects experiences")
 
     def _settle(self, workers: Sequence[int], deadline: Deadline) -> None:
         """Settle what the workers acknowledged, if this learner is the one that does."""

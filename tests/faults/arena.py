@@ -30,6 +30,7 @@ class Actor:
         self.log = Path(arguments["log"])
         self._arguments, self._program = arguments, program
         self._read, self._lines = 0, dict[str, list[dict[str, Any]]]()
+        self.cut_short = False  #: whether a life of it ended, or was fenced, in the middle of something
         with self.log.with_suffix(".stderr").open("ab") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "error", str(HERE / program), json.dumps(arguments)],
@@ -56,11 +57,14 @@ class Actor:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
+            self.cut_short = True
         self.process.wait()
 
     def again(self, **changes: Any) -> Actor:
         """Start it once more, after it died, with the same log."""
-        return Actor(self._program, self._arguments | changes)
+        actor = Actor(self._program, self._arguments | changes)
+        actor.cut_short = True
+        return actor
 
     def tail(self) -> str:
         return self.log.with_suffix(".stderr").read_text()[-3000:]
@@ -165,12 +169,13 @@ class Arena:
         report: dict[str, Any] = line["report"]
         return report
 
-    def check(self, report: dict[str, Any], *, lost: str = "nothing") -> None:
+    def check(self, report: dict[str, Any], *, lost: str = "nothing", hostile: int = 0) -> None:
         """The oracle. Produced = inserted and counted; nothing twice; in order; one final state for everything.
 
         Args:
             report: the learner's.
             lost: what may be missing: `nothing`, or the reason for which all of it must be counted.
+            hostile: how many batches nobody produced, which may be counted as corrupt.
         """
         produced = {
             (self._id_of(worker), *line["produced"])
@@ -182,6 +187,15 @@ class Arena:
         say = f"seed {self.seed}: "
         double = [one for one, count in Counter(inserted).items() if count > 1]
         assert not double, f"{say}inserted twice: {double[:10]}"
+        # What was on its way when a process was killed or stopped for good may have come without being logged.
+        cut_short = {self._id_of(worker) for worker in self.workers if worker.cut_short}
+        last = {(worker, life): 0 for worker, life, _ in inserted}
+        last |= {one[:2]: one[2] for one in sorted(produced)}
+        produced |= {
+            (*one, sequence + 1)
+            for one, sequence in last.items()
+            if one[0] in cut_short and (*one, sequence + 1) in set(inserted)
+        }
         invented = set(inserted) - produced
         assert not invented, f"{say}inserted and never produced: {sorted(invented)[:10]}"
         for one in {(worker, life) for worker, life, _ in inserted}:
@@ -194,6 +208,7 @@ class Arena:
             counted.update(count["lost"])
         # What never got a number is not among the produced.
         counted = Counter({why: n for why, n in counted.items() if why not in ("dropped_newest", "fenced")})
+        assert counted.pop("corrupt", 0) <= hostile, f"{say}{report['counts']}"
         if lost == "nothing":
             assert not missing, f"{say}missing: {missing[:10]} of {len(missing)}; counted: {dict(counted)}"
         assert counted == ({lost: len(missing)} if missing else {}), f"{say}missing {missing[:10]}: {counted}"

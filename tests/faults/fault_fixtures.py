@@ -14,12 +14,12 @@ from servers import KINDS, FaultyServer, binary_of
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "server_kind" not in metafunc.fixturenames:
+        return
     if "seed" in metafunc.fixturenames:
         metafunc.parametrize("seed", range(1, metafunc.config.getoption("--seeds") + 1))
-    if "server_kind" in metafunc.fixturenames:
-        metafunc.parametrize(
-            "server_kind", metafunc.config.getoption("--servers").split(","), scope="session"
-        )
+    kinds = metafunc.config.getoption("--servers").split(",")
+    metafunc.parametrize("server_kind", kinds, scope="session")
 
 
 @pytest.fixture

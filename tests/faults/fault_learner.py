@@ -53,7 +53,7 @@ def main() -> None:
 
     comm = go_on(
         lambda: WorkerCommunicator(
-            8,
+            9,
             redis_url=chosen["url"],
             run=chosen["run"],
             timeout=chosen["timeout"],

@@ -1,4 +1,7 @@
-"""Real servers that can be killed, stopped, emptied, filled, replicated and promoted."""
+"""Real servers that can be killed, stopped, emptied, filled, replicated and promoted.
+
+Run as a program, it prints the kinds that this machine has, and says on stderr how to get the others.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -137,3 +141,15 @@ def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
         return port
+
+
+def main() -> None:
+    """Print what is there, and what is not."""
+    there = [kind for kind in KINDS if binary_of(kind)]
+    print(",".join(there))
+    for kind in sorted(KINDS.keys() - there):
+        print(f"not tested, as it is not here: {kind}; to get it: {KINDS[kind]}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 from functools import partial
@@ -47,15 +46,7 @@ def test_6_a_worker_sleeps_is_replaced_and_wakes(arena: Arena, full: bool, figur
     arena.wait("the first is fenced", lambda: first.lines("fenced"))
     first.process.wait()
     report = arena.finish()
-    # A batch that was on its way when the process was stopped may have arrived without being logged.
-    logged = {tuple(line["produced"]) for line in first.lines("produced")}
-    last = max(logged)
-    with arena.server.client() as client:
-        sent = int(client.hget(arena.keys.counts(0), "sent:1"))
-    assert sent - last[1] in (0, 1)
-    if sent > last[1]:
-        with first.log.open("a") as log:
-            log.write(json.dumps({"t": 0.0, "produced": [1, sent]}) + "\n")
+    first.cut_short = True
     arena.check(report)
     assert other.lines("finished")
     figures |= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import statistics
@@ -11,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from arena import Actor, Arena, times
+from hostile import hostile
+from proxy import Proxy
 from servers import FaultyServer
 
 from rlbroker.keys import GROUP
@@ -31,7 +35,15 @@ def test_11_all_faults_at_random(
     if not minutes:
         pytest.skip("only with --soak MINUTES")
     seed = request.node.callspec.params["seed"]
+    print(f"seed {seed}")
     chance = random.Random(seed)
+    hostile_sent = 0
+
+    def send_hostile() -> None:
+        nonlocal hostile_sent
+        hostile_sent += 20
+        _send_hostile(arena, chance, range(hostile_sent - 19, hostile_sent + 1))
+
     with Arena(new_server(), tmp_path, seed) as arena:
         arena.start_learner(versions=0, version_seconds=0.5, collect_seconds=0.3)
         for number in range(8):
@@ -54,6 +66,11 @@ def test_11_all_faults_at_random(
             "a group destroyed": lambda: _command(
                 arena, "XGROUP", "DESTROY", arena.keys.experiences(chance.randrange(8)), GROUP
             ),
+            "failover": lambda: _fail_over(arena, new_server),
+            "server full": lambda: _fill(arena),
+            "hostile batches": send_hostile,
+            "worker killed": lambda: _kill_worker(arena, chance.randrange(8)),
+            "worker asleep, replaced": lambda: _replace_worker(arena, chance.randrange(8)),
             "replies cut": lambda: _cut_replies(arena, chance.randrange(200, 20_000)),
         }
         done: list[str] = []
@@ -72,7 +89,7 @@ def test_11_all_faults_at_random(
                 sizes.setdefault(f"{actor.log.stem}:{actor.process.pid}", []).append(_size(actor))
         for worker in arena.workers:
             worker.signal(signal.SIGUSR1)  # no more batches
-        arena.check(arena.finish(180.0))
+        arena.check(arena.finish(180.0), hostile=hostile_sent)
         figures |= {"faults": len(done), "batches": arena.produced()}
         figures |= {
             "recovery_median": round(statistics.median(took), 2),
@@ -81,15 +98,7 @@ def test_11_all_faults_at_random(
         figures["kinds"] = {name: done.count(name) for name in sorted(set(done))}
         for name, measured in sizes.items():
             if len(measured) >= 20:
-                early, late = (
-                    measured[len(measured) // 4 : len(measured) // 2],
-                    measured[-len(measured) // 4 :],
-                )
-                grew = [
-                    statistics.median(one[what] for one in late)
-                    - statistics.median(one[what] for one in early)
-                    for what in range(3)
-                ]
+                grew = _growth(measured)
                 figures[f"growth of {name.split(':')[0]} (KiB, threads, files)"] = grew
                 assert grew[0] < 20_000, f"{name}: {measured}"
                 assert grew[1] <= 2, f"{name}: {measured}"
@@ -141,6 +150,55 @@ def _kill_learner(arena: Arena) -> None:
     arena.learner = arena.learner.again()
 
 
+def _kill_worker(arena: Arena, index: int) -> None:
+    arena.workers[index].kill()
+    arena.workers[index] = arena.workers[index].again()
+
+
+def _replace_worker(arena: Arena, index: int) -> None:
+    """Let a second process take the place of one that sleeps; when that wakes, it is fenced."""
+    first = arena.workers[index]
+    first.signal(signal.SIGSTOP)
+    second = arena.workers[index] = first.again()
+    before = len(first.lines("joined"))
+    arena.wait("the second has joined", lambda: len(second.lines("joined")) > before)
+    first.signal(signal.SIGCONT)
+    first.process.wait(timeout=30.0)
+
+
+def _fail_over(arena: Arena, new_server: Callable[..., FaultyServer]) -> None:
+    """Promote a replica that has missed the last second."""
+    first, second = arena.server, new_server()
+    link = Proxy(first.address, arena.seed)
+    second.follow("127.0.0.1", link.port)
+    with link.silence(dropping=True):
+        time.sleep(1.0)
+        second.promote()
+        arena.proxy.target, arena.server = second.address, second
+        arena.proxy.cut_all()
+    first.kill()
+    link.close()
+
+
+def _fill(arena: Arena) -> None:
+    with arena.server.client() as client:
+        client.config_set("maxmemory", client.info("memory")["used_memory"])
+        time.sleep(3.0)
+        client.config_set("maxmemory", 0)
+
+
+def _send_hostile(arena: Arena, chance: random.Random, numbers: range) -> None:
+    """Write as a ninth worker would that joined by hand."""
+    keys, worker = arena.keys, 8
+    with arena.server.client() as client:
+        client.hset(keys.incarnations, worker, 1)
+        with contextlib.suppress(redis.ResponseError):  # the group is there
+            client.xgroup_create(keys.experiences(worker), GROUP, "0", mkstream=True)
+        for number in numbers:
+            fields = {"version": 0, "rows": 1, "raw_bytes": 1, "stored_bytes": 1, "sent_at": 0}
+            client.xadd(keys.experiences(worker), fields | {"data": hostile(chance)}, id=f"1-{number}")
+
+
 def _sleep(worker: Actor, seconds: float) -> None:
     worker.signal(signal.SIGSTOP)
     time.sleep(seconds)
@@ -157,3 +215,13 @@ def _size(actor: Actor) -> tuple[int, int, int]:
     folder = Path(f"/proc/{actor.process.pid}")
     lines = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
     return int(lines["VmRSS"].split()[0]), int(lines["Threads"]), len(list((folder / "fd").iterdir()))
+
+
+def _growth(measured: list[tuple[int, int, int]]) -> list[float]:
+    """Give the median of the last quarter less that of the second."""
+    quarter = len(measured) // 4
+    early, late = measured[quarter : 2 * quarter], measured[-quarter:]
+    return [
+        statistics.median(one[what] for one in late) - statistics.median(one[what] for one in early)
+        for what in range(3)
+    ]

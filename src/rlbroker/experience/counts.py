@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 
 from rlbroker.connection import Connection
@@ -33,13 +34,14 @@ def read_counts(connection: Connection, keys: Keys, workers: Iterable[int]) -> d
         PeerError: the server refused, or could not be reached in time.
     """
     found = {}
-    for worker in workers:
-        streams = (keys.experiences(worker), keys.again(worker))
-        there = connection.execute_all([("EXISTS", key) for key in (*streams, keys.counts(worker))])
-        if not any(there):
+    names = {one: (keys.counts(one), keys.experiences(one), keys.again(one)) for one in workers}
+    replies = connection.execute_all([("EXISTS", name) for three in names.values() for name in three])
+    there = {name for name, exists in zip(itertools.chain(*names.values()), replies, strict=True) if exists}
+    for worker, (counts, *streams) in names.items():
+        if there.isdisjoint((counts, *streams)):
             continue
-        commands: list[tuple[str, ...]] = [("HGETALL", keys.counts(worker))]
-        for stream in (key for key, exists in zip(streams, there, strict=False) if exists):
+        commands: list[tuple[str, ...]] = [("HGETALL", counts)]
+        for stream in there.intersection(streams):
             commands += [("XLEN", stream), ("XPENDING", stream, GROUP)]
         # In one step: a batch that is acknowledged in between would be counted twice.
         counted, *sizes = connection.execute_all(commands, atomic=True)

@@ -110,7 +110,7 @@ class Sender:
         self._channel = Channel(connection)
         self._doubt = False  #: whether the server may have lost something since the last look
         self._fenced = False
-        self._sequence = 0
+        self._sequence = self._stated = 0
         self._outbox: _Parcel | None = None
         self._kept: deque[_Parcel] = deque()
         self._kept_bytes = 0
@@ -228,15 +228,21 @@ class Sender:
         self._doubt = True
 
     def tend(self) -> None:
-        """Send again what has to be, and let go of what is safe, unless a thread is sending anyway.
+        """Send again what has to be, let go of what is safe, and say how much was sent.
+
+        Unless a thread is sending anyway.
 
         Raises:
             PeerError: the server refused or could not be reached; call it again later.
         """
-        if not (self._doubt or self.unsafe) or not self._lock.acquire(blocking=False):
+        restless = self._doubt or self.unsafe
+        if not (restless or self._stated < self._sequence) or not self._lock.acquire(blocking=False):
             return
         try:
-            self._do(self._confirm if self._outbox else self._look, Deadline(0))
+            if restless:
+                self._do(self._confirm if self._outbox else self._look, Deadline(0))
+            if self._stated < self._sequence:
+                self._do(self._state, Deadline(0))
         finally:
             self._lock.release()
 
@@ -360,13 +366,15 @@ class Sender:
 
     def _state(self) -> None:
         """Write what this life says of itself."""
-        reply = self._channel.execute(*self._statement())
-        if isinstance(reply, PeerError):
-            raise reply
+        self._channel.execute(*self._statement())
+        self._stated = self._stored
+
+    @property
+    def _stored(self) -> int:
+        return self._sequence - (self._outbox is not None and not self._outbox.stored)
 
     def _statement(self) -> tuple[Any, ...]:
-        stored = self._sequence - (self._outbox is not None and not self._outbox.stored)
-        said = {"sent": stored} | {reason: number for reason, number in self._tally.items() if number}
+        said = {"sent": self._stored} | {reason: number for reason, number in self._tally.items() if number}
         named = {f"{name}:{self._incarnation}": number for name, number in said.items()}
         return ("HSET", self._counts, *flat(named))
 
