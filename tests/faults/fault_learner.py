@@ -128,7 +128,12 @@ def main() -> None:
         for worker, count in info["counts"].items()
     }
     missed = {
-        worker: {"total": one.total, "commands": one.commands, "behind": one.behind}
+        worker: {
+            "total": one.total,
+            "commands": one.commands,
+            "behind": one.behind,
+            "recorded": sum(record.count for record in one.records if record.what == "weights"),
+        }
         for worker, one in go_on(comm.missed_updates).items()
     }
     dead = [[one.worker_id, one.incarnation, one.sequence, one.reason] for one in go_on(comm.dead_letters)]

@@ -174,7 +174,7 @@ class Ledger:
                 *(("HGETALL", self._keys.ledger(worker)) for worker, _ in streams),
             ]
         )
-        now = server_seconds(clock)
+        now = round(server_seconds(clock), 3)  # as it is written, so that a record can be recognised
         newest_version = max(int(latest or 0), self._latest_version())
         waiting, newest = _pending_by_worker(text_fields(pending)), text_fields(lives)
         calls, results = [], []

@@ -25,7 +25,9 @@ BURY = Script(
     -- further KEYS: the worker's dead letters
     -- further ARGV: id, stored bytes, reason, entries to keep, bytes to keep, then field and value pairs
     -- Moves an entry that no learner can use.
-    if owner(ARGV[4]) ~= ARGV[2] then return 0 end
+    -- Gives 1, 0 if it was gone, or 2 if it is another learner's now.
+    local has = owner(ARGV[4])
+    if has ~= ARGV[2] then return has and 2 or 0 end
     local entry = redis.call('XRANGE', KEYS[1], ARGV[4], ARGV[4])[1]
     redis.call('XACK', KEYS[1], ARGV[1], ARGV[4])
     redis.call('XDEL', KEYS[1], ARGV[4])
@@ -126,10 +128,11 @@ class DeadLetters:
         keys = (source.key, source.counts_key, self._keys.dead(source.worker_id))
         bytes_in_books = 0 if source.retried else size
         arguments = (*self._holdings.signature, entry_id, bytes_in_books, reason, KEPT, self._max_bytes)
-        moved = self._connection.run(BURY, keys, (*arguments, *fields))
-        self._holdings.gave_up(source, [entry_id], [reason])
-        if moved != 1:
-            self._holdings.restore([source.worker_id])
+        with self._holdings.counting():
+            moved = self._connection.run(BURY, keys, (*arguments, *fields))
+            self._holdings.gave_up(source, [entry_id], [reason] if moved != 2 else [])
+            if moved not in (1, 2):  # done before, and the reply was lost; or the server lost it
+                self._holdings.restore([source.worker_id])
 
     def list(self, workers: Iterable[int]) -> list[DeadLetter]:
         """Give the dead letters of some workers, oldest first.
@@ -157,9 +160,10 @@ class DeadLetters:
         for letter in letters:
             worker = letter.worker_id
             keys = (self._keys.dead(worker), self._keys.again(worker), self._keys.counts(worker))
-            if self._connection.run(RETRY, keys, (GROUP, letter.entry_id, letter.reason)) == 1:
-                self._holdings.uncount(worker, letter.reason)
-                done += 1
+            with self._holdings.counting():
+                if self._connection.run(RETRY, keys, (GROUP, letter.entry_id, letter.reason)) == 1:
+                    self._holdings.uncount(worker, letter.reason)
+                    done += 1
         return done
 
     def purge(self, letters: Sequence[DeadLetter]) -> int:

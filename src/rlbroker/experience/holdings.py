@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from rlbroker.connection import ALSO_WHEN_FULL, Connection, Script, flat
 from rlbroker.deadline import Deadline
+from rlbroker.errors import ConnectionFailed
 from rlbroker.keys import GROUP, Keys
 from rlbroker.replies import text_fields, whole_number
 
@@ -124,7 +126,7 @@ class Source:
 
 
 class Holdings:
-    """The batches in one learner's hands. Safe to use from several threads; no lock is held while waiting.
+    """The batches in one learner's hands. Safe to use from several threads.
 
     It also remembers what was counted, so that the counts can be restored on a server that lost them.
     """
@@ -141,6 +143,7 @@ class Holdings:
         self._connection, self._keys = connection, keys
         self.name, self.epoch = name, epoch
         self._lock = threading.Lock()
+        self._turn = threading.RLock()
         self._held: dict[Source, dict[str, int]] = {}
         self._counted: dict[int, Counter[str]] = {}
         self._others: dict[int, dict[str, int]] = {}
@@ -218,23 +221,46 @@ class Holdings:
             for source, arguments in by_source.items()
         ]
         removed = 0
-        replies = self._connection.run_all(calls, deadline=deadline)
-        for (source, arguments), (gone, *others) in zip(by_source.items(), replies, strict=True):
-            removed += gone
-            taken = {entry_id.decode() for entry_id in others}
-            ids, reasons = arguments[::3], arguments[2::3]
-            self.gave_up(
-                source, ids, (why for one, why in zip(ids, reasons, strict=True) if one not in taken)
-            )
-            if taken:
-                logger.warning(
-                    "%d batches of worker %d were held for too long; another learner took them over",
-                    len(taken),
-                    source.worker_id,
+        with self.counting(deadline):
+            replies = self._connection.run_all(calls, deadline=deadline)
+            for (source, arguments), (gone, *others) in zip(by_source.items(), replies, strict=True):
+                removed += gone
+                taken = {entry_id.decode() for entry_id in others}
+                ids, reasons = arguments[::3], arguments[2::3]
+                self.gave_up(
+                    source, ids, (why for one, why in zip(ids, reasons, strict=True) if one not in taken)
                 )
-            if gone + len(taken) < len(ids):  # done before, and the reply was lost; or the server lost them
-                self.restore([source.worker_id], deadline=deadline)
+                if taken:
+                    logger.warning(
+                        "%d batches of worker %d were held for too long; another learner took them over",
+                        len(taken),
+                        source.worker_id,
+                    )
+                if gone + len(taken) < len(
+                    ids
+                ):  # done before, and the reply was lost; or the server lost them
+                    self.restore([source.worker_id], deadline=deadline)
         return removed
+
+    @contextmanager
+    def counting(self, deadline: Deadline | None = None) -> Iterator[None]:
+        """Let no other thread write counts to the server meanwhile: what it holds and what we know must agree.
+
+        Args:
+            deadline: the connection's timeout by default.
+
+        Raises:
+            ConnectionFailed: another thread waits for the server all the time.
+        """
+        limit = deadline or Deadline(self._connection.timeout_seconds)
+        if not self._turn.acquire(timeout=limit.remaining):
+            raise ConnectionFailed(
+                f"{self._connection.address} has not answered another thread for {limit.seconds:g} s"
+            )
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     @property
     def signature(self) -> tuple[str, str, int]:
@@ -259,20 +285,21 @@ class Holdings:
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        with self._lock:
-            wanted = list(self._counted) if workers is None else list(workers)
-            calls = [
-                (
-                    RESTORE_COUNTS,
-                    (self._keys.counts(one),),
+        with self.counting(deadline):
+            with self._lock:
+                wanted = list(self._counted) if workers is None else list(workers)
+                calls = [
                     (
-                        self.name,
-                        self.epoch,
-                        len(self._counted[one]),
-                        *flat(self._counted[one]),
-                        *flat(self._others.get(one, {})),
-                    ),
-                )
-                for one in wanted
-            ]
-        self._connection.run_all(calls, deadline=deadline)
+                        RESTORE_COUNTS,
+                        (self._keys.counts(one),),
+                        (
+                            self.name,
+                            self.epoch,
+                            len(self._counted[one]),
+                            *flat(self._counted[one]),
+                            *flat(self._others.get(one, {})),
+                        ),
+                    )
+                    for one in wanted
+                ]
+            self._connection.run_all(calls, deadline=deadline)
