@@ -222,7 +222,9 @@ class Arena:
             for worker, missed in report["missed"].items():
                 account = Account.from_fields(text_fields(client.hgetall(self.keys.ledger(int(worker)))))
                 assert account.applied_total + sum(account.missed.values()) <= account.settled
-                assert missed["recorded"] == sum(account.missed.values()), f"seed {self.seed}: worker {worker}"
+                assert missed["recorded"] == sum(account.missed.values()), (
+                    f"seed {self.seed}: worker {worker}"
+                )
                 assert missed["behind"] == 0, f"seed {self.seed}: worker {worker} has open versions"
         for worker in self.workers:
             notes = [line["note"] for line in worker.lines("note")]

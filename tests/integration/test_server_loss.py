@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pytest
 from conftest import Server, wait_until
 
 from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker.keys import Keys
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -115,6 +119,66 @@ def test_what_was_missed_before_is_still_on_record(server: Server, learner: Lear
     after = comm.missed_updates()[0]
     assert (after.total, after.by_reason, after.commands) == (before.total, before.by_reason, 0)
     assert after.records == before.records
+
+
+def test_looking_again_at_a_server_that_lost_nothing_changes_nothing(
+    server: Server, learner: Learner, worker: Worker, keys: Keys
+) -> None:
+    comm, client = learner(), worker()
+    for number in range(1, 6):
+        comm.send_model_weights({"number": number})
+    model: dict[str, int] = {}
+    wait_until("the newest is applied", lambda: client.poll(model) and client.version == 5)
+    wait_until("it is settled", lambda: comm.missed_updates()[0].behind == 0)
+    client.send_experiences({"number": 1})
+    comm.collect_experiences(timeout=5.0)
+    comm.collect_experiences()
+
+    def seen() -> tuple[Any, ...]:
+        return comm.missed_updates(), comm.get_queue_info(), comm.version
+
+    before = seen()
+    assert before[0][0].records
+    server.client.hdel(keys.meta, "learner_seen")
+    comm._channel.close()
+    wait_until("the learner has looked again", lambda: server.client.hexists(keys.meta, "learner_seen"))
+    assert seen() == before
+
+
+def test_a_count_that_is_under_way_while_counts_are_restored_is_kept(
+    server: Server, learner: Learner, worker: Worker, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, client = learner(acknowledge="manual"), worker()
+    for number in range(2):
+        client.send_experiences({"number": number})
+    first = comm.collect_experiences(timeout=5.0, max_batches=1)
+    comm.acknowledge(first)
+    second = comm.collect_experiences(timeout=5.0)
+    server.client.hset(keys.counts(0), "delivered", 0)  # it came back with older data
+    restoring = threading.Thread(target=comm._holdings.restore)
+    run_all = comm._connection.run_all
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        replies = run_all(*arguments, **options)
+        if threading.current_thread() is threading.main_thread() and not restoring.is_alive():
+            restoring.start()
+            restoring.join(0.2)
+        return replies
+
+    monkeypatch.setattr(comm._connection, "run_all", interrupted)
+    comm.acknowledge(second)
+    restoring.join()
+    assert server.client.hget(keys.counts(0), "delivered") == b"2"
+
+
+def test_a_question_that_needs_the_run_does_not_hold_up_its_restoring(
+    server: Server, learner: Learner, worker: Worker, keys: Keys
+) -> None:
+    comm, client = learner(timeout=3.0), worker()
+    comm.send_control_command("stop")
+    server.client.delete(keys.meta)  # from now on nothing can be settled
+    wait_until("an answer is to be settled", lambda: client.poll() or not client.running)
+    assert comm.get_queue_info()["control_queue_sizes"] == [0, 0]
 
 
 def _settled(comm: WorkerCommunicator):  # type: ignore[no-untyped-def]

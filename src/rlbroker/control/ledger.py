@@ -116,16 +116,9 @@ class Ledger:
             RunLost: the server has lost the run, and it was not restored in time.
             PeerError: the server refused, or could not be reached in time.
         """
-        # Two threads must not fold the same event into one account.
-        if not self._lock.acquire(timeout=deadline.remaining):
-            return
-        try:
-            while streams := self._read(workers):
-                self._settle(streams, deadline)
-                if deadline.over:
-                    return
-        finally:
-            self._lock.release()
+        while self._connection.retry(lambda: self._settle_some(workers, deadline), deadline):
+            if deadline.over:
+                return
 
     def restore(self) -> None:
         """Write back what the server may have lost. Where it lost nothing, nothing changes.
@@ -160,11 +153,27 @@ class Ledger:
             return []
         # From the beginning each time: what was settled is gone.
         command = ("XREAD", "COUNT", 256, *options, "STREAMS", *keys, *("0-0" for _ in keys))
-        read = self._connection.execute_once if options else self._connection.execute
-        reply = read(*command)
+        reply = self._connection.execute_once(*command)
         return [(keys[key], entries) for key, entries in stream_entries(reply) if entries]
 
-    def _settle(self, streams: Sequence[tuple[int, Entries]], deadline: Deadline) -> None:
+    def _settle_some(self, workers: Sequence[int], deadline: Deadline) -> bool:
+        """Settle what one read finds, in one try; give whether that was anything.
+
+        Two threads must not fold the same event into one account, and who waits for the run to be restored must
+        not keep `restore` waiting: so the lock is held for one try only.
+        """
+        if not self._lock.acquire(timeout=deadline.remaining):
+            return False
+        try:
+            streams = self._read(workers)
+            if streams:
+                self._settle(streams)
+            return bool(streams)
+        finally:
+            self._lock.release()
+
+    def _settle(self, streams: Sequence[tuple[int, Entries]]) -> None:
+        once = Deadline(0)
         clock, latest, pending, lives, *accounts = self._connection.execute_all(
             [
                 ("TIME",),
@@ -172,7 +181,8 @@ class Ledger:
                 ("HGETALL", self._keys.pending),
                 ("HGETALL", self._keys.incarnations),
                 *(("HGETALL", self._keys.ledger(worker)) for worker, _ in streams),
-            ]
+            ],
+            deadline=once,
         )
         now = round(server_seconds(clock), 3)  # as it is written, so that a record can be recognised
         newest_version = max(int(latest or 0), self._latest_version())
@@ -194,7 +204,7 @@ class Ledger:
                 account = settled.account
                 commands = {name: life for name, life in commands.items() if name not in settled.outcomes}
         # If its result is not known, the server's account is read again, and is the later one.
-        self._connection.run_all(calls, deadline=deadline)
+        self._connection.run_all(calls, deadline=once)
         for worker, settled in results:
             self._accounts[worker] = settled.account
             self._missed.extend(settled.missed)
