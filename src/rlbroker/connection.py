@@ -305,7 +305,8 @@ class Connection:
     def retry(self, operation: Callable[[], Result], deadline: Deadline | None = None) -> Result:
         """Do what may be repeated until it is done or the deadline is over: the only retry policy there is.
 
-        A broken connection, and a run that its learner has yet to restore, are waited for in growing pauses.
+        A broken connection, and a run that its learner has yet to restore, are waited for in growing pauses. After
+        a try that hung, none follows that would hang far beyond the deadline.
 
         Args:
             operation: raises our errors; doing it again must be harmless.
@@ -320,12 +321,14 @@ class Connection:
         backoff = Backoff()
         unknown: ConnectionFailed | None = None
         while True:
+            began = time.monotonic()
             try:
                 return operation()
             except (ConnectionFailed, RunLost) as error:
+                took_seconds = time.monotonic() - began
                 unknown = error if isinstance(error, ConnectionFailed) else unknown
                 pause = backoff.next(deadline)
-                if deadline.over:
+                if deadline.over or deadline.remaining < took_seconds / 2:
                     if unknown not in (None, error):
                         raise unknown from error
                     raise

@@ -46,6 +46,29 @@ def test_the_error_comes_within_the_deadline_with_its_cause() -> None:
     assert caught.value.__cause__ is client.error
 
 
+def test_after_a_try_that_hung_none_follows_that_would_hang_far_beyond_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tries: list[float] = []
+    now = 0.0
+
+    def pass_time(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def hang() -> None:
+        tries.append(now)
+        pass_time(2.4)
+        raise errors.ConnectionFailed("silent")
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "sleep", pass_time)
+    with pytest.raises(errors.ConnectionFailed):
+        Connection(client=fakeredis.FakeRedis()).retry(hang, Deadline(5.0))
+    assert len(tries) == 2
+    assert now <= 5.0
+
+
 def test_what_trying_again_cannot_mend_is_raised_at_once() -> None:
     client = Failing()
     client.failures, client.error = 1, redis.AuthenticationError("WRONGPASS")
