@@ -35,13 +35,14 @@ def main() -> None:
         """Send one batch, however long it takes; what got a number is logged under it."""
         batch = {"number": number, "pad": os.urandom(chosen["bytes"])}
         while worker.running:
+            began = time.monotonic()
             try:
                 receipt = worker.send_experiences(batch)
             except Unconfirmed as error:
                 receipt = error.receipt
-                say(unconfirmed=receipt.sequence)
+                say(unconfirmed=receipt.sequence, took=time.monotonic() - began)
             except (QueueFull, ConnectionFailed, RunLost, ServerOutOfMemory) as error:
-                say(again=type(error).__name__)
+                say(again=type(error).__name__, took=time.monotonic() - began)
                 worker.poll(model)
                 continue
             if receipt.sequence:
