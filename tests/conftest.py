@@ -19,7 +19,6 @@ from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.keys import Keys
 from rlbroker.local.redis_server import RedisServer
 
-
 #: Started by itself, with a package that only fuzzing needs.
 collect_ignore = ["fuzz/fuzz_harness.py"]
 

@@ -127,7 +127,7 @@ def test_ctrl_c_leaves_no_process_and_no_file(shell: Shell, when: str) -> None:
 
 
 def test_a_kept_server_can_be_looked_into(shell: Shell) -> None:
-    demo = shell.start("demo", "--env", "Acrobot-v1", "--max-seconds", "6", "--keep-server")
+    demo = shell.start("demo", "--env", "MountainCar-v0", "--max-seconds", "6", "--keep-server")
     said = read_until(demo.stdout, "The server stays")
     url = re.search(r"export RLBROKER_REDIS_URL='?(unix://rlbroker:[^*'\n]+)", said)
     assert url is not None
