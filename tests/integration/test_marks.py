@@ -1,0 +1,170 @@
+"""Marks: what a checkpoint holds never comes again, and what it does not hold does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import Server, wait_until
+
+from rlbroker import InvalidArgument, WorkerClient, WorkerCommunicator
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+
+def send(client: WorkerClient, *numbers: int) -> None:
+    for number in numbers:
+        client.send_experiences({"number": number})
+
+
+def collect(comm: WorkerCommunicator, count: int) -> list[int]:
+    """Collect until so many have come, and see that no more do."""
+    found: list[int] = []
+
+    def enough() -> bool:
+        found.extend(batch["number"] for _, batch in comm.collect_experiences(timeout=0.2))
+        return len(found) >= count
+
+    wait_until(f"{count} batches came", enough)
+    found.extend(batch["number"] for _, batch in comm.collect_experiences(timeout=0.3))
+    return found
+
+
+def test_a_learner_goes_on_exactly_where_its_checkpoint_ends(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(acknowledge="manual"), worker()
+    send(client, 1, 2, 3, 4)
+    comm.collect_experiences(timeout=5.0, max_batches=2)
+    marks = json.loads(json.dumps(comm.marks()))
+    comm.collect_experiences(timeout=5.0)  # after the checkpoint, so lost with the learner
+    again = learner(acknowledge="manual")
+    again.restore(marks)
+    send(client, 5)
+    assert collect(again, 3) == [3, 4, 5]
+
+
+def test_what_the_checkpoint_holds_counts_as_delivered(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(acknowledge="manual"), worker()
+    send(client, 1, 2, 3)
+    comm.collect_experiences(timeout=5.0)
+    again = learner(acknowledge="manual")
+    again.restore(comm.marks())
+    assert again.collect_experiences(timeout=0.3) == []
+    counts = again.get_queue_info()["counts"][0]
+    assert (counts.produced, counts.delivered, counts.in_hand, counts.lost) == (3, 3, 0, {})
+
+
+def test_without_marks_what_was_not_acknowledged_comes_again(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(acknowledge="manual"), worker()
+    send(client, 1, 2)
+    comm.acknowledge(comm.collect_experiences(timeout=5.0, max_batches=1))
+    comm.collect_experiences(timeout=5.0)
+    assert collect(learner(), 1) == [2]
+
+
+def test_acknowledging_marks_acknowledges_what_they_cover_and_no_more(
+    learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(acknowledge="manual"), worker(level="learner")
+    send(client, 1, 2, 3)
+    comm.collect_experiences(timeout=5.0, max_batches=2)
+    marks = comm.marks()
+    comm.collect_experiences(timeout=5.0)
+    assert comm.acknowledge(marks) == 2
+    assert comm.acknowledge(marks) == 0
+    wait_until("the worker keeps the third only", lambda: client.flush(timeout=0.01) == 1)
+
+
+def test_batches_that_wait_within_the_learner_are_not_covered(learner: Learner, worker: Worker) -> None:
+    comm, first, second = learner(acknowledge="manual"), worker(), worker()
+    send(first, 1, 2, 3)
+    send(second, 11, 12, 13)
+    got = [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0, max_batches=2)]
+    again = learner(acknowledge="manual")
+    again.restore(comm.marks())
+    assert sorted(got + collect(again, 4)) == [1, 2, 3, 11, 12, 13]
+
+
+def test_a_new_life_of_a_worker_is_not_covered(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(acknowledge="manual"), worker(0)
+    send(client, 1, 2, 3)
+    comm.collect_experiences(timeout=5.0)
+    marks = comm.marks()
+    send(worker(0), 4)
+    again = learner(acknowledge="manual")
+    again.restore(marks)
+    assert collect(again, 1) == [4]
+
+
+def test_a_tried_batch_that_the_checkpoint_holds_does_not_come_again(
+    server: Server, learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(acknowledge="manual", max_deliveries=1), worker()
+    send(client, 1)
+    comm.collect_experiences(timeout=5.0)
+    comm = learner(acknowledge="manual", max_deliveries=1)  # the one before died over it
+    wait_until("it is dead", lambda: comm.collect_experiences() or comm.dead_letters())
+    comm.retry_dead_letters(comm.dead_letters())
+    assert collect(comm, 1) == [1]
+    again = learner(acknowledge="manual")
+    again.restore(comm.marks())
+    send(client, 2)
+    assert collect(again, 1) == [2]
+
+
+def test_numbers_of_versions_go_on_though_the_server_is_new(
+    server: Server, learner: Learner, run: str
+) -> None:
+    comm = learner()
+    for _ in range(3):
+        comm.send_model_weights({"w": 1})
+    marks = comm.marks()
+    comm.cleanup()
+    server.client.flushall()
+    again = learner()
+    again.restore(marks)
+    assert again.send_model_weights({"w": 1}).version == 4
+
+
+def test_marks_come_before_the_first_collect(learner: Learner, worker: Worker) -> None:
+    comm = learner()
+    comm.collect_experiences()
+    with pytest.raises(InvalidArgument, match="before the first"):
+        comm.restore(comm.marks())
+
+
+def test_marks_of_another_run_are_refused(learner: Learner) -> None:
+    comm = learner()
+    marks = comm.marks() | {"run": "other"}
+    for use in (comm.restore, comm.acknowledge):
+        with pytest.raises(InvalidArgument, match="'other'"):
+            use(marks)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None,
+        [],
+        {"batches": None},
+        {"batches": {"x": {}}},
+        {"batches": {"0": {"through": "1-1"}}},
+        {"batches": {"0": {"through": "1", "except": []}}},
+        {"batches": {"0": {"through": "1-1", "except": ["*"]}}},
+        {"batches": {"-1": {"through": "1-1", "except": []}}},
+        {"version": "new"},
+        {"inserts": None},
+    ],
+    ids=str,
+)
+def test_what_are_no_marks_is_refused_and_changes_nothing(
+    learner: Learner, worker: Worker, wrong: Any
+) -> None:
+    comm, client = learner(), worker()
+    send(client, 1)
+    damaged = comm.marks() | wrong if isinstance(wrong, dict) else wrong
+    with pytest.raises(InvalidArgument):
+        comm.restore(damaged)
+    assert collect(comm, 1) == [1]
