@@ -524,6 +524,7 @@ class WorkerCommunicator:
                     str(name): {
                         "through": entry_id(mark["through"]),
                         "except": [*map(entry_id, mark["except"])],
+                        "taken_over": [*map(entry_id, mark["taken_over"])],
                     }
                     for name, mark in marks["batches"].items()
                     if worker_number(int(str(name).removeprefix("again:"))) >= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 
@@ -54,11 +55,11 @@ def pending_count(reply: Any) -> int:
     return int(reply["pending"] if isinstance(reply, dict) else reply[0])
 
 
-def consumer_pending(reply: Any, consumer: str) -> int:
-    """Give how many entries are pending for one consumer, from XPENDING's summary."""
+def consumer_pending(reply: Any, consumers: Collection[str]) -> int:
+    """Give how many entries are pending for some consumers, from XPENDING's summary."""
     rows = reply["consumers"] if isinstance(reply, dict) else reply[3] or ()
     pairs = [(row["name"], row["pending"]) if isinstance(row, dict) else row for row in rows]
-    return next((int(count) for name, count in pairs if _text(name) == consumer), 0)
+    return sum(int(count) for name, count in pairs if _text(name) in consumers)
 
 
 def pending_rows(reply: Any) -> list[tuple[str, str, int, int]]:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlbroker import ConnectionFailed, RlbrokerError, RunLost, WorkerCommunicator
+from rlbroker import ConnectionFailed, RlbrokerError, RunLost, ServerOutOfMemory, WorkerCommunicator
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
         while True:
             try:
                 return work()
-            except (ConnectionFailed, RunLost) as error:
+            except (ConnectionFailed, RunLost, ServerOutOfMemory) as error:
                 say(again=type(error).__name__)
 
     comm = go_on(

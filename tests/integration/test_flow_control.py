@@ -52,8 +52,9 @@ def test_a_waiting_collect_goes_on_when_another_thread_samples(learner: Learner,
     found: list[Any] = []
     waiting = threading.Thread(target=lambda: found.extend(comm.collect_experiences(timeout=30.0)))
     waiting.start()
+    waiting.join(timeout=0.3)  # it waits by now
     assert comm.may_sample()
-    waiting.join()
+    waiting.join(timeout=10.0)
     assert len(found) == 1
 
 

@@ -150,6 +150,48 @@ def test_marks_of_one_say_nothing_of_what_another_holds(learner: Learner, worker
     assert second.acknowledge(second.marks()) == 1
 
 
+def test_marks_leave_open_what_was_taken_over_and_not_collected_yet(learner: Learner, worker: Worker) -> None:
+    dead, client = learner(learner_name="dead", publishes=False), worker()
+    send(client, 1, 2)
+    dead.collect_experiences(timeout=5.0)
+    comm = learner(acknowledge="manual", take_over_seconds=0.5)
+    send(client, 3)
+    assert numbers(comm.collect_experiences(timeout=5.0)) == [3]
+    dead._thread.stop(5.0)
+    assert numbers(wait_until("one came", lambda: comm.collect_experiences(0.1, max_batches=1))) == [1]
+    marks = comm.marks()
+    for _ in range(2):  # also where the marks of the second life are those of the first
+        comm = learner(acknowledge="manual", take_over_seconds=0.5)
+        comm.restore(marks)
+        marks = comm.marks()
+    assert numbers(wait_until("the other came", lambda: comm.collect_experiences(timeout=0.1))) == [2]
+    assert comm.collect_experiences(timeout=0.3) == []
+
+
+def test_what_is_taken_over_after_a_checkpoint_is_not_covered_by_it(learner: Learner, worker: Worker) -> None:
+    dead, client = learner(learner_name="dead", publishes=False), worker()
+    send(client, 1, 2)
+    dead.collect_experiences(timeout=5.0)
+    comm = learner(acknowledge="manual", take_over_seconds=0.5)
+    send(client, 3)
+    assert numbers(comm.collect_experiences(timeout=5.0)) == [3]
+    before = comm.marks()
+    dead._thread.stop(5.0)
+    assert numbers(wait_until("one came", lambda: comm.collect_experiences(0.1, max_batches=1))) == [1]
+    after = comm.marks()
+
+    def found_with(marks: Any) -> list[int]:
+        comm = learner(acknowledge="manual", take_over_seconds=0.5)
+        comm.restore(marks)
+        found: list[int] = []
+        while pairs := comm.collect_experiences(timeout=1.0):
+            found += numbers(pairs)
+        return found
+
+    assert found_with(before) == [1, 2]
+    assert found_with(after) == [2]
+
+
 def test_a_server_that_lost_everything_gets_back_what_each_of_them_knows(
     server: Server, learner: Learner, worker: Worker
 ) -> None:

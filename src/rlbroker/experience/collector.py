@@ -48,12 +48,14 @@ class _Entry:
     """One entry as it was read, before it is decoded.
 
     Attributes:
+        taken_over: whether another learner had it before.
         deliveries: how often it was handed out before, if a learner died over it; 0 otherwise.
     """
 
     source: Source
     entry_id: str
     fields: Mapping[bytes, bytes] | None
+    taken_over: bool = False
     deliveries: int = 0
 
     @property
@@ -79,7 +81,8 @@ class _Stream:
         restored: the part of that which a checkpoint holds.
         handed_out: the last entry that the caller got.
         open: entries up to `restored` that the checkpoint does not hold.
-        taken_over: entries that another learner gave up.
+        taken_over: entries that another learner gave up, and we hold.
+        restored_too: such entries that the checkpoint holds.
     """
 
     source: Source
@@ -90,10 +93,13 @@ class _Stream:
     handed_out: Place = (0, 0)
     open: set[str] = field(default_factory=set)
     taken_over: set[str] = field(default_factory=set)
+    restored_too: set[str] = field(default_factory=set)
 
-    def knows(self, place: Place, entry_id: str) -> bool:
-        """Whether an entry was taken before, or is in the restored checkpoint."""
-        return place <= self.newest_read and entry_id not in self.open and entry_id not in self.taken_over
+    def knows(self, entry: _Entry) -> bool:
+        """Whether an entry was read before, or is in the restored checkpoint."""
+        if entry.taken_over:
+            return entry.entry_id in self.restored_too
+        return entry_place(entry.entry_id) <= self.newest_read and entry.entry_id not in self.open
 
 
 class Collector:
@@ -214,16 +220,25 @@ class Collector:
     # Marks
 
     def marks(self) -> dict[str, Any]:
-        """Give what was handed out so far: by stream, the last entry, and those before it that were not."""
+        """Give what was handed out so far, by stream.
+
+        That is the last entry, those before it that were not, and those that were taken over from others.
+        """
         with self._reading:
-            waiting: dict[str, list[str]] = {}
+            waiting: dict[str, set[str]] = {}
             for entry in self._read:
-                waiting.setdefault(entry.source.name, []).append(entry.entry_id)
+                waiting.setdefault(entry.source.name, set()).add(entry.entry_id)
             found = {}
             for name, stream in self._streams.items():
                 if stream.handed_out > (0, 0):
-                    here = {one for one in waiting.get(name, ()) if entry_place(one) <= stream.handed_out}
-                    found[name] = {"through": _id(stream.handed_out), "except": sorted(here | stream.open)}
+                    here = waiting.get(name, set())
+                    stream.taken_over.intersection_update(self._holdings.held(stream.source))
+                    before = {one for one in here if entry_place(one) <= stream.handed_out}
+                    found[name] = {
+                        "through": _id(stream.handed_out),
+                        "except": sorted(before | stream.open),
+                        "taken_over": sorted(stream.restored_too | stream.taken_over - here),
+                    }
             return found
 
     def restore(self, marks: Mapping[str, Any]) -> bool:
@@ -234,7 +249,7 @@ class Collector:
             for name, mark in marks.items():
                 stream = self._streams.setdefault(name, _Stream(self._source(name)))
                 stream.newest_read = stream.restored = stream.handed_out = entry_place(mark["through"])
-                stream.open = set(mark["except"])
+                stream.open, stream.restored_too = set(mark["except"]), set(mark["taken_over"])
             return True
 
     def acknowledge_marks(self, marks: Mapping[str, Any]) -> int:
@@ -247,8 +262,10 @@ class Collector:
         entries = []
         for name, mark in marks.items():
             source, last = self._source(name), entry_place(mark["through"])
+            taken_over = self._streams[name].taken_over if name in self._streams else set()
             for entry_id in self._holdings.held(source):
-                if entry_place(entry_id) <= last and entry_id not in mark["except"]:
+                read_before = entry_place(entry_id) <= last and entry_id not in mark["except"]
+                if entry_id in mark["taken_over"] if entry_id in taken_over else read_before:
                     entries.append((source, entry_id, "delivered"))
         return self._holdings.settle(entries)
 
@@ -335,26 +352,30 @@ class Collector:
 
     def _read_pending(self, streams: Sequence[_Stream], count: int) -> None:
         """Read what the server has given to us and we do not hold, without counting it as one more delivery."""
+        read, taken_over = self._holdings.consumers
         replies = self._connection.execute_all(
             [
-                ("XPENDING", one.source.key, GROUP, one.pending_from or "-", "+", count, self._holdings.name)
+                ("XPENDING", one.source.key, GROUP, one.pending_from or "-", "+", count, consumer)
                 for one in streams
+                for consumer in (read, taken_over)
             ]
         )
-        wanted: list[tuple[_Stream, str, int]] = []
+        wanted: list[tuple[_Stream, _Entry]] = []
         after: list[tuple[_Stream, str | None]] = []
-        for stream, reply in zip(streams, replies, strict=True):
-            rows = pending_rows(reply)
+        for stream, *both in zip(streams, replies[::2], replies[1::2], strict=True):
+            rows = sorted((row for reply in both for row in pending_rows(reply)), key=_place_of)[:count]
             held = set(self._holdings.held(stream.source))
-            wanted += [(stream, row[0], row[3]) for row in rows if row[0] not in held]
+            for entry_id, consumer, _, deliveries in rows:
+                if entry_id not in held:
+                    entry = _Entry(stream.source, entry_id, None, taken_over=consumer == taken_over)
+                    entry.deliveries = deliveries if stream.fresh or entry.taken_over else 0
+                    wanted.append((stream, entry))
             after.append((stream, _next_id(rows[-1][0]) if rows else None))
         found = self._connection.execute_all(
-            [("XRANGE", stream.source.key, entry_id, entry_id) for stream, entry_id, _ in wanted]
+            [("XRANGE", entry.source.key, entry.entry_id, entry.entry_id) for _, entry in wanted]
         )
-        for (stream, entry_id, deliveries), entries in zip(wanted, found, strict=True):
-            entry = _Entry(stream.source, entry_id, dict(entries[0][1]) if entries else None)
-            if stream.fresh or entry_id in stream.taken_over:
-                entry.deliveries = deliveries
+        for (stream, entry), entries in zip(wanted, found, strict=True):
+            entry.fields = dict(entries[0][1]) if entries else None
             self._take(stream, entry)
         for stream, position in after:
             stream.pending_from = position
@@ -365,14 +386,16 @@ class Collector:
         if not self._holdings.add(stream.source, entry.entry_id, entry.stored_bytes):
             return
         place = entry_place(entry.entry_id)
-        if stream.knows(place, entry.entry_id):
+        if stream.knows(entry):
             # The checkpoint holds what an earlier learner did not come to acknowledge.
-            reason = "delivered" if place <= stream.restored else "duplicate"
+            reason = "delivered" if entry.taken_over or place <= stream.restored else "duplicate"
             logger.info("worker %d: batch %s came again: %s", stream.source.worker_id, entry.entry_id, reason)
             self._holdings.settle([(stream.source, entry.entry_id, reason)])
+            stream.restored_too.discard(entry.entry_id)
             return
         stream.open.discard(entry.entry_id)
-        stream.taken_over.discard(entry.entry_id)
+        if entry.taken_over:
+            stream.taken_over.add(entry.entry_id)
         stream.newest_read = max(stream.newest_read, place)
         self._batch_bytes += 0.1 * (entry.stored_bytes - self._batch_bytes)
         self._read.append(entry)
@@ -386,7 +409,7 @@ class Collector:
         if entry_place(entries[0][0]) == (incarnation, sequence + 1):
             return False
         reply = self._connection.execute("XPENDING", stream.source.key, GROUP)
-        pending = consumer_pending(reply, self._holdings.name)
+        pending = consumer_pending(reply, self._holdings.consumers)
         return pending > len(self._holdings.held(stream.source)) + len(entries)
 
     def _open(self, entry: _Entry) -> Batch | None:
@@ -425,9 +448,9 @@ class Collector:
     def _count_delivery(self, entry: _Entry) -> None:
         """Have the server remember that a batch is handed out once more, before a learner can die over it."""
         if entry.deliveries:
-            key, name = entry.source.key, self._holdings.name
+            consumer = self._holdings.consumers[entry.taken_over]
             counted = ("RETRYCOUNT", entry.deliveries + 1, "JUSTID")
-            self._connection.execute("XCLAIM", key, GROUP, name, 0, entry.entry_id, *counted)
+            self._connection.execute("XCLAIM", entry.source.key, GROUP, consumer, 0, entry.entry_id, *counted)
 
     def _decode(self, entry: _Entry, fields: Mapping[bytes, bytes]) -> Batch:
         content = decode(fields[b"data"])
@@ -497,9 +520,8 @@ class Collector:
         streams = list(self._watched.values())
         try:
             taken = self._ownership.take_abandoned([stream.source for stream in streams])
-            for stream, entry_ids in zip(streams, taken, strict=True):
-                if entry_ids:
-                    stream.taken_over |= entry_ids
+            for stream, some in zip(streams, taken, strict=True):
+                if some:
                     stream.pending_from = "-"
             replies = self._connection.execute_all(
                 [
@@ -518,7 +540,7 @@ class Collector:
         for stream, pending, counts in zip(streams, replies[::2], replies[1::2], strict=True):
             self._holdings.remember(stream.source.worker_id, counts)
             held = len(self._holdings.held(stream.source))
-            if consumer_pending(pending, self._holdings.name) > held:
+            if consumer_pending(pending, self._holdings.consumers) > held:
                 stream.pending_from = "-"
 
     def _make_group(self, stream: _Stream) -> None:
@@ -533,6 +555,10 @@ class Collector:
 
 def _id(place: Place) -> str:
     return f"{place[0]}-{place[1]}"
+
+
+def _place_of(row: tuple[str, str, int, int]) -> Place:
+    return entry_place(row[0])
 
 
 def _next_id(entry_id: str) -> str:

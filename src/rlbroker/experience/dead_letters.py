@@ -26,8 +26,8 @@ BURY = Script(
     -- further ARGV: id, stored bytes, reason, entries to keep, bytes to keep, then field and value pairs
     -- Moves an entry that no learner can use.
     -- Gives 1, 0 if it was gone, or 2 if it is another learner's now.
-    local has = owner(ARGV[4])
-    if has ~= ARGV[2] then return has and 2 or 0 end
+    local has = mine(ARGV[4])
+    if not has then return has == false and 2 or 0 end
     local entry = redis.call('XRANGE', KEYS[1], ARGV[4], ARGV[4])[1]
     redis.call('XACK', KEYS[1], ARGV[1], ARGV[4])
     redis.call('XDEL', KEYS[1], ARGV[4])

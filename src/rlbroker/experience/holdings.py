@@ -35,7 +35,7 @@ TAKE_OVER = Script(
     """,
 )
 
-#: Lua that scripts begin with: whether a learner still has an entry, and counting.
+#: Lua that scripts begin with: whether a learner still has an entry (nil: nobody has), and counting.
 OWN = """
     -- KEYS: a stream, its worker's counts
     -- ARGV: group, the learner's name, its epoch
@@ -47,9 +47,10 @@ OWN = """
       -- The worker can write here too: what is no number begins anew.
       if type(done) == 'table' and done['err'] then redis.call('HSET', KEYS[2], field, by) end
     end
-    local function owner(id)
+    local function mine(id)
       local row = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1)[1]
-      return row and row[2]
+      if not row then return nil end
+      return row[2] == ARGV[2] or row[2] == ARGV[2] .. '+'
     end
     if redis.call('EXISTS', KEYS[1]) == 0 or #redis.call('XINFO', 'GROUPS', KEYS[1]) == 0 then
       return {0}  -- the server lost it
@@ -64,14 +65,14 @@ ACKNOWLEDGE = Script(
     -- Gives how many were there, then the ids of those that are another learner's now.
     local reply, life, last = {0}, '', -1
     for i = 4, #ARGV, 3 do
-      local has = owner(ARGV[i])
-      if has == ARGV[2] then
+      local has = mine(ARGV[i])
+      if has then
         redis.call('XACK', KEYS[1], ARGV[1], ARGV[i])
         redis.call('XDEL', KEYS[1], ARGV[i])
         count(ARGV[i + 2], 1)
         count('removed_bytes', ARGV[i + 1])
         reply[1] = reply[1] + 1
-      elseif has then
+      elseif has == false then
         table.insert(reply, ARGV[i])
       end
       local of, number = string.match(ARGV[i], '^(%d+)-(%d+)$')
@@ -261,6 +262,15 @@ class Holdings:
             yield
         finally:
             self._turn.release()
+
+    @property
+    def consumers(self) -> tuple[str, str]:
+        """Under which names the group keeps what is ours: what we read, and what we took over from others.
+
+        No learner's name ends like the second. A mark covers what was read up to it, but of what was taken over
+        only what it names: that may come at any time, and from anywhere in the stream.
+        """
+        return self.name, f"{self.name}+"
 
     @property
     def signature(self) -> tuple[str, str, int]:

@@ -25,10 +25,10 @@ TAKE_ABANDONED = Script(
     local taken = {}
     for i = 5, #ARGV do
       local row = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1)[1]
-      if row and row[2] ~= ARGV[2] and row[3] >= tonumber(ARGV[4]) then
+      if row and not mine(ARGV[i]) and row[3] >= tonumber(ARGV[4]) then
         -- Its number of deliveries stays: it counts one more when it is handed out.
-        redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'RETRYCOUNT', row[4], 'JUSTID')
-        if not owner(ARGV[i]) then
+        redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2] .. '+', 0, ARGV[i], 'RETRYCOUNT', row[4], 'JUSTID')
+        if mine(ARGV[i]) == nil then
           count('trimmed', 1)  -- somebody deleted it, and the server noticed just now
         else
           table.insert(taken, ARGV[i])
@@ -43,7 +43,7 @@ RENEW = Script(
     "renew",
     """
     -- KEYS: a stream
-    -- ARGV: group, the learner's name
+    -- ARGV: group, a consumer
     -- Only what the learner still has: another one may have taken some of it.
     if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
     local position, renewed = '-', 0
@@ -77,28 +77,28 @@ class Ownership:
         self._seconds = take_over_seconds
         self._next_renewal = Deadline(take_over_seconds / 3)
 
-    def take_abandoned(self, sources: Sequence[Source]) -> list[set[str]]:
-        """Take what other learners gave up; give for each stream the ids that may be ours now.
+    def take_abandoned(self, sources: Sequence[Source]) -> list[bool]:
+        """Take what other learners gave up; give for each stream whether something of it may be ours now.
 
-        If the reply is lost, some are ours and nobody said so: therefore the ids that were asked for are given.
+        If the reply is lost, some is ours and nobody said so: therefore where something was asked for is given.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        name, idle = self._holdings.name, self._idle_milliseconds
+        ours, idle = self._holdings.consumers, self._idle_milliseconds
         rows = self._connection.execute_all(
             [("XPENDING", one.key, GROUP, "IDLE", idle, "-", "+", TAKE_COUNT) for one in sources]
         )
-        wanted = [{row[0] for row in pending_rows(reply) if row[1] != name} for reply in rows]
+        wanted = [[row[0] for row in pending_rows(reply) if row[1] not in ours] for reply in rows]
         calls: list[tuple[Script, tuple[str, ...], tuple[Any, ...]]] = [
-            (TAKE_ABANDONED, (source.key, source.counts_key), (*self._holdings.signature, idle, *sorted(ids)))
+            (TAKE_ABANDONED, (source.key, source.counts_key), (*self._holdings.signature, idle, *ids))
             for source, ids in zip(sources, wanted, strict=True)
             if ids
         ]
-        taken = sum(len(ids) for ids in self._connection.run_all(calls))
+        taken = sum(bool(one) for ids in self._connection.run_all(calls) for one in ids)
         if taken:
             logger.warning("%d batches were taken over from a learner that gave no sign of life", taken)
-        return wanted
+        return [bool(ids) for ids in wanted]
 
     def renew(self, sources: Sequence[Source]) -> None:
         """Say of what is in this learner's hands that it still works on it, when it is time.
@@ -107,5 +107,8 @@ class Ownership:
             PeerError: the server refused, or could not be reached in time.
         """
         if self._next_renewal.over:
-            self._connection.run_all([(RENEW, (one.key,), (GROUP, self._holdings.name)) for one in sources])
+            calls = [
+                (RENEW, (one.key,), (GROUP, name)) for one in sources for name in self._holdings.consumers
+            ]
+            self._connection.run_all(calls)
             self._next_renewal = Deadline(self._seconds / 3)
