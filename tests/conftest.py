@@ -14,6 +14,8 @@ import fakeredis
 import pytest
 import redis
 from fault_fixtures import arena, figures, full, new_server, pytest_generate_tests  # noqa: F401
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.keys import Keys
@@ -55,6 +57,9 @@ class Server(Protocol):
     def way(self) -> dict[str, Any]:
         """Give the arguments with which a client of ours reaches it."""
 
+    def another_client(self) -> Any:
+        """Give a client of redis-py that does not try again by itself."""
+
 
 class FakeServer:
     kind = "fake"
@@ -64,7 +69,10 @@ class FakeServer:
         self.client: Any = fakeredis.FakeRedis(server=self._server)
 
     def way(self) -> dict[str, Any]:
-        return {"redis_client": fakeredis.FakeRedis(server=self._server)}
+        return {"redis_client": self.another_client()}
+
+    def another_client(self) -> Any:
+        return fakeredis.FakeRedis(server=self._server)
 
 
 class RealServer:
@@ -77,6 +85,9 @@ class RealServer:
 
     def way(self) -> dict[str, Any]:
         return {"redis_url": self.url}
+
+    def another_client(self) -> Any:
+        return redis.Redis.from_url(self.url, protocol=2, retry=Retry(NoBackoff(), 0))
 
 
 @pytest.fixture(scope="session")

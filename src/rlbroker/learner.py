@@ -187,20 +187,24 @@ class WorkerCommunicator:
             self._epoch = self._roster.open(wire_format=FORMAT_VERSION, num_workers=num_workers)
             self._publisher = Publisher(connection, keys, epoch=self._epoch)
             self._holdings = Holdings(connection, keys, name=learner_name, epoch=self._epoch)
+            self._commander = Commander(connection, keys, epoch=self._epoch)
+            self._ledger = Ledger(
+                connection,
+                keys,
+                epoch=self._epoch,
+                latest_version=lambda: self._publisher.last_used,
+                settled=self._commander.note,
+            )
+            workers = self._roster.ids()
             # From here on no acknowledgement of an older learner of this name is accepted.
-            self._holdings.take_over(self._roster.ids())
+            self._holdings.take_over(workers)
+            if publishes:
+                self._commander.remember()
+                self._ledger.remember(workers)
             self._tell_what_was_there()
         except BaseException:
             connection.close()
             raise
-        self._commander = Commander(connection, keys, epoch=self._epoch)
-        self._ledger = Ledger(
-            connection,
-            keys,
-            epoch=self._epoch,
-            latest_version=lambda: self._publisher.last_used,
-            settled=self._commander.note,
-        )
         self._dead_letters = DeadLetters(connection, keys, self._holdings, max_bytes=max_queue_bytes)
         self._ownership = Ownership(connection, self._holdings, take_over_seconds=take_over_seconds)
         self._flow = FlowControl(samples_per_insert)
@@ -244,7 +248,7 @@ class WorkerCommunicator:
 
     @property
     def epoch(self) -> int:
-        """How many learners this run has had, this one included."""
+        """Which life of a learner this is: when it began by the server's clock, in milliseconds; it only grows."""
         return self._epoch
 
     @property
@@ -486,7 +490,7 @@ class WorkerCommunicator:
 
     def _tell_what_was_there(self) -> None:
         """Log that the run is not new: it is right after a crash, and not for another training."""
-        if self._epoch > 1:
+        if self._roster.goes_on:
             counts = read_counts(self._connection, self._keys, self._roster.ids()).values()
             logger.warning(
                 "the run %r goes on: version %d, %d batches of earlier workers waiting. For a new training choose "

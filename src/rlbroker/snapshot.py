@@ -25,7 +25,7 @@ class LearnerStatus:
     """The latest learner of a run.
 
     Attributes:
-        epoch: how many learners the run has had.
+        epoch: number of this life of the learner; it only grows.
         state: `alive`; `ended` after it was cleaned up; or `away` when it has been silent for longer than a lease.
         last_seen_seconds: age of its last sign of life, by the server's clock; None if it never gave one.
     """

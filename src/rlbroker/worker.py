@@ -110,6 +110,7 @@ class WorkerClient:
                 keys,
                 joined,
                 settings=self._heartbeat.settings,
+                rejoin=self._heartbeat.rejoin,
                 when_full=when_full,
                 compression=compression,
                 level=level,
@@ -140,7 +141,7 @@ class WorkerClient:
 
     @property
     def incarnation(self) -> int:
-        """Which life of that worker this is; 1 for the first process that had the id."""
+        """Which life of that worker this is: when it began by the server's clock, in milliseconds; it only grows."""
         return self._heartbeat.registration.incarnation
 
     @property

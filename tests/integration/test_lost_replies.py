@@ -7,12 +7,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import fakeredis
 import pytest
-import redis
-from conftest import FakeServer, Server, wait_until
-from redis.backoff import NoBackoff
-from redis.retry import Retry
+from conftest import Server, wait_until
+from lossy import Lossy
 
 from rlbroker import WorkerClient, WorkerCommunicator
 
@@ -20,59 +17,22 @@ Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 
-class Lossy:
-    """Loses some replies of a client, after the server has done what was asked; the connection breaks with them."""
+def lossy(server: Server, seed: int) -> Lossy:
+    chance, lock = random.Random(seed), threading.Lock()
 
-    def __init__(self, client: Any, part: float, seed: int) -> None:
-        self.lost = 0
-        self._part, self._chance = part, random.Random(seed)
-        self._lock = threading.Lock()
-        self._wrapped: set[Any] = set()
-        give = client.connection_pool.get_connection
-        client.connection_pool.get_connection = lambda *arguments: self._wrap(give(*arguments))
-        self.client = client
+    def loses() -> bool:
+        with lock:
+            return chance.random() < 0.05
 
-    def _wrap(self, connection: Any) -> Any:
-        if connection in self._wrapped:
-            return connection
-        self._wrapped.add(connection)
-        read = connection.read_response
-
-        def read_or_lose(*arguments: Any, **options: Any) -> Any:
-            reply = read(*arguments, **options)
-            with self._lock:
-                lose = self._chance.random() < self._part
-                self.lost += lose
-            if lose:
-                connection.disconnect()
-                raise redis.ConnectionError("the reply was lost")
-            return reply
-
-        connection.read_response = read_or_lose
-        return connection
-
-
-@pytest.fixture
-def lossy(server: Server) -> Callable[[int], Lossy]:
-    def make(seed: int) -> Lossy:
-        if isinstance(server, FakeServer):
-            client: Any = fakeredis.FakeRedis(
-                server=server.client.connection_pool.connection_kwargs["server"]
-            )
-        else:
-            url = server.way()["redis_url"]
-            client = redis.Redis.from_url(url, protocol=2, retry=Retry(NoBackoff(), 0))
-        return Lossy(client, 0.05, seed)
-
-    return make
+    return Lossy(server.another_client(), loses)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_with_every_twentieth_reply_lost_nothing_is_lost_or_doubled(
-    lossy: Callable[[int], Lossy], learner: Learner, worker: Worker, seed: int
+    server: Server, learner: Learner, worker: Worker, seed: int
 ) -> None:
     batches, versions, commands = 150, 20, 10
-    theirs, ours = lossy(seed), lossy(seed + 100)
+    theirs, ours = lossy(server, seed), lossy(server, seed + 100)
     comm = learner(redis_url=None, redis_client=ours.client)
     client = worker(redis_url=None, redis_client=theirs.client)
     done: list[int] = []

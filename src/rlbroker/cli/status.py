@@ -90,7 +90,7 @@ def _learner(snapshot: Snapshot) -> str:
         "not seen yet" if learner.last_seen_seconds is None else f"seen {_age(learner.last_seen_seconds)} ago"
     )
     state = {"alive": "", "away": "; it died, or is cut off", "ended": "; it has ended"}[learner.state]
-    return f"{learner.host} pid {learner.pid}, epoch {learner.epoch}, {seen}{state}"
+    return f"{learner.host} pid {learner.pid}, {seen}{state}"
 
 
 def _weights(snapshot: Snapshot) -> str:

@@ -130,7 +130,9 @@ class Settled:
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
 
 
-def settle(account: Account, event: Event, pending: Mapping[str, int], latest: int) -> Settled:
+def settle(
+    account: Account, event: Event, pending: Mapping[str, int], latest: int, lost: int = 0
+) -> Settled:
     """Fold one event into a worker's account. What makes no sense changes nothing: workers are not trusted.
 
     Nor does what was folded before: a worker repeats what it thinks that the server has lost, and a server that
@@ -141,6 +143,8 @@ def settle(account: Account, event: Event, pending: Mapping[str, int], latest: i
         event: what happened next.
         pending: commands that wait for this worker, with the incarnation that they were sent to.
         latest: the latest version.
+        lost: the latest version when the server last lost it. Who joined or left before it was published again
+            was told a lower one.
     """
     if entry_place(event.entry_id) <= account.place:
         return Settled(account)
@@ -150,7 +154,7 @@ def settle(account: Account, event: Event, pending: Mapping[str, int], latest: i
     if event.kind == "command" and event.fields.get("outcome") in _ANSWERS:
         return _settle_command(account, event, pending)
     if event.kind in _ENDED:
-        return _settle_membership(account, event, pending, min(event.version, latest))
+        return _settle_membership(account, event, pending, max(lost, min(event.version, latest)))
     return Settled(account)
 
 

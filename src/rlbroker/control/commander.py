@@ -260,6 +260,28 @@ class Commander:
             self._connection.timeout_seconds,
         )
 
+    def remember(self) -> None:
+        """Learn which commands of earlier learners still wait for an answer, as the server may lose them.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        clock, pending = self._connection.execute_all([("TIME",), ("HGETALL", self._keys.pending)])
+        lives: dict[tuple[str, str], dict[int, int]] = {}
+        for name, value in text_fields(pending).items():
+            command_id, _, worker = name.rpartition(":")
+            life, entry = value.split()
+            lives.setdefault((command_id, entry), {})[int(worker)] = int(life)
+        found = self._connection.execute_all(
+            [("XRANGE", self._keys.control, entry, entry) for _, entry in lives]
+        )
+        for ((command_id, entry), waiting), entries in zip(lives.items(), found, strict=True):
+            if entries:
+                fields = {name.decode(): value for name, value in entries[0][1].items()}
+                kept = {name: fields[name] for name in ("name", "arguments", "expires_seconds", "data")}
+                age_seconds = server_seconds(clock) - int(entry.partition("-")[0]) / 1000
+                self._remember(command_id, _Sent(flat(kept), waiting, time.monotonic() - age_seconds))
+
     def waiting(self) -> dict[int, int]:
         """Give how many commands wait for an answer, by worker."""
         counts: dict[int, int] = {}

@@ -99,6 +99,19 @@ class Ledger:
         self._lock = threading.Lock()
         self._accounts: dict[int, Account] = {}
         self._missed: deque[Missed] = deque(maxlen=MISSED_KEPT)
+        self._lost_version = 0
+
+    def remember(self, workers: Sequence[int]) -> None:
+        """Learn what earlier learners settled, as the server may lose that too.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        records = self._connection.execute("XREVRANGE", self._keys.missed, "+", "-", "COUNT", MISSED_KEPT)
+        accounts = self.accounts(workers)
+        with self._lock:
+            self._accounts.update(accounts)
+            self._missed.extend(_missed_record(text_fields(fields)) for _, fields in reversed(records))
 
     def wait(self, workers: Sequence[int], seconds: float) -> bool:
         """Wait until there is something to settle; give whether there is.
@@ -128,6 +141,9 @@ class Ledger:
             PeerError: the server refused, or could not be reached in time.
         """
         with self._lock:
+            there, latest = self._connection.execute("HGET", self._keys.weights, "version"), self._latest_version()
+            if int(there or 0) < latest:
+                self._lost_version = latest
             calls = [
                 (
                     RESTORE_ACCOUNT,
@@ -143,8 +159,8 @@ class Ledger:
             if newest and _missed_record(text_fields(newest[0][1])) == self._missed[-1]:
                 return  # what came before it is there too
             entries = self._connection.execute("XRANGE", self._keys.missed, "-", "+")
-            there = {_missed_record(text_fields(fields)) for _, fields in entries}
-            lost = [self._record(missed) for missed in self._missed if missed not in there]
+            kept = {_missed_record(text_fields(fields)) for _, fields in entries}
+            lost = [self._record(missed) for missed in self._missed if missed not in kept]
             self._connection.execute_all(lost)
 
     def _read(self, workers: Sequence[int], *options: Argument) -> list[tuple[int, Entries]]:
@@ -198,7 +214,7 @@ class Ledger:
                 if event.incarnation > int(newest.get(str(worker), 0)):
                     settled = Settled(account)  # forged: it settles nothing, and is removed
                 else:
-                    settled = settle(account, event, commands, newest_version)
+                    settled = settle(account, event, commands, newest_version, self._lost_version)
                 calls.append(self._write(event, settled))
                 results.append((worker, settled))
                 account = settled.account

@@ -95,13 +95,14 @@ RESTORE_COUNTS = Script(
     -- ARGV: the learner's name, its epoch, number of fields that learners count, then these fields and values,
     --       then every other field and value
     {ALSO_WHEN_FULL}
-    local lost = redis.call('HEXISTS', KEYS[1], 'epoch:' .. ARGV[1]) == 0
+    local epoch = tonumber(redis.call('HGET', KEYS[1], 'epoch:' .. ARGV[1]) or '0') or 0
+    local lost = epoch == 0
     local last = lost and #ARGV or 3 + 2 * tonumber(ARGV[3])
     for i = 4, last, 2 do
       local found = tonumber(redis.call('HGET', KEYS[1], ARGV[i]) or '0') or 0
       if found < tonumber(ARGV[i + 1]) then redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
     end
-    if lost then redis.call('HSET', KEYS[1], 'epoch:' .. ARGV[1], ARGV[2]) end
+    if epoch < tonumber(ARGV[2]) then redis.call('HSET', KEYS[1], 'epoch:' .. ARGV[1], ARGV[2]) end
     return 1
     """,
 )

@@ -83,6 +83,7 @@ class Sender:
         place: Registration,
         *,
         settings: Callable[[Deadline], RunSettings],
+        rejoin: Callable[[Channel], None],
         when_full: WhenFull | None,
         compression: bool,
         level: Level = "redis",
@@ -94,6 +95,7 @@ class Sender:
             keys: names of the run's keys.
             place: whose queue, and in which life.
             settings: gives the run's settings, waiting for the learner where it has to.
+            rejoin: makes sure that the server knows this worker, after it may have lost it.
             when_full: what to do at a full queue; None for what the run says.
             compression: whether arrays are compressed where that makes them smaller.
             level: what a batch must have reached to be safe.
@@ -102,7 +104,7 @@ class Sender:
             Fenced: a newer process has this worker id.
             ServerUnsuitable: the server cannot give this level.
         """
-        self._connection, self._settings = connection, settings
+        self._connection, self._settings, self._rejoin = connection, settings, rejoin
         self._worker_id, self._incarnation = place.worker_id, place.incarnation
         self._when_full, self._compression, self.level = when_full, compression, level
         self._stream, self._counts = keys.experiences(place.worker_id), keys.counts(place.worker_id)
@@ -281,6 +283,7 @@ class Sender:
     def _open(self) -> None:
         """Open the queue, and send again what the level promises and the server does not have."""
         self._doubt = True
+        self._rejoin(self._channel)  # the queue alone does not tell that a newer process was here before the loss
         arguments = (self._incarnation, GROUP, self._sequence)
         last, total_bytes = map(int, self._run(OPEN_QUEUE, arguments))
         if total_bytes >= 0:

@@ -14,7 +14,7 @@ from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, fla
 from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import DeadlineExceeded, IncompatibleFormat, RunLost
 from rlbroker.keys import Keys
-from rlbroker.membership.announcement import ANNOUNCE
+from rlbroker.membership.lives import ANNOUNCE, NEXT_LIFE
 from rlbroker.records import Registration
 from rlbroker.replies import text_fields
 
@@ -24,6 +24,7 @@ BEATS_PER_LEASE = 5
 REGISTER = Script(
     "register",
     ANNOUNCE
+    + NEXT_LIFE
     + """
     -- KEYS: incarnations, members, the worker's acknowledgements, weights, control, meta, the worker's heartbeat
     -- ARGV: worker id, lease in seconds where no learner has set one, '1' to take the id only if it is free,
@@ -43,7 +44,8 @@ REGISTER = Script(
     if ARGV[3] == '1' and seen and now - seen < lease * 1000 then
       return {'taken'}
     end
-    local incarnation = redis.call('HINCRBY', KEYS[1], ARGV[1], 1)
+    local incarnation = next_life(redis.call('HGET', KEYS[1], ARGV[1]))
+    redis.call('HSET', KEYS[1], ARGV[1], incarnation)
     redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])
     local latest = redis.call('HGET', KEYS[4], 'version') or '0'
     announce(KEYS[3], incarnation, 'joined', latest)
@@ -60,10 +62,11 @@ REGISTER = Script(
 REJOIN = Script(
     "rejoin",
     ANNOUNCE
-    + """
+    + f"""
     -- KEYS: incarnations, members, the worker's acknowledgements, weights, meta
     -- ARGV: worker id, incarnation, newest version that the worker knows
     -- For a worker that lives on after the server may have lost it. Its incarnation stays.
+    {ALSO_WHEN_FULL}
     local newest = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0') or 0
     local ended = newest == tonumber(ARGV[2]) and not redis.call('ZSCORE', KEYS[2], ARGV[1])
     if newest > tonumber(ARGV[2]) or ended then

@@ -12,7 +12,7 @@ from rlbroker.config import RunSettings
 from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
 from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
 from rlbroker.keys import Keys
-from rlbroker.membership.announcement import ANNOUNCE
+from rlbroker.membership.lives import ANNOUNCE, NEXT_LIFE
 from rlbroker.records import WorkerInfo
 from rlbroker.replies import scored_members, server_seconds, text_fields, whole_number
 
@@ -21,20 +21,22 @@ logger = logging.getLogger("rlbroker")
 OPEN = Script(
     "open",
     f"""
+    {NEXT_LIFE}
     -- KEYS: meta
     -- ARGV: wire format, the learner's name, '1' if it publishes, then field and value pairs
+    -- Gives the learner's epoch, and 1 if the run was there before.
     {ALSO_WHEN_FULL}
     local written = redis.call('HGET', KEYS[1], 'wire_format')
     if written and written ~= ARGV[1] then
       return redis.error_reply('FORMAT ' .. written)
     end
-    local epoch = redis.call('HINCRBY', KEYS[1], 'epochs', 1)
-    redis.call('HSET', KEYS[1], 'learner:' .. ARGV[2], epoch)
+    local epoch = next_life(redis.call('HGET', KEYS[1], 'epochs'))
+    redis.call('HSET', KEYS[1], 'epochs', epoch, 'learner:' .. ARGV[2], epoch)
     if ARGV[3] == '1' then redis.call('HSET', KEYS[1], 'epoch', epoch) end
     if ARGV[3] == '1' or not written then
       redis.call('HSET', KEYS[1], 'wire_format', ARGV[1], unpack(ARGV, 4))
     end
-    return epoch
+    return {{epoch, written and 1 or 0}}
     """,
 )
 
@@ -87,6 +89,7 @@ CLOSE = Script(
 FORGET = Script(
     "forget",
     ANNOUNCE
+    + NEXT_LIFE
     + """
     -- KEYS: incarnations, members, the worker's acknowledgements, weights
     -- ARGV: worker id, milliseconds of silence after which it is gone
@@ -98,7 +101,8 @@ FORGET = Script(
     end
     redis.call('ZREM', KEYS[2], ARGV[1])
     -- Should it come back, it has to register again: its incarnation is over.
-    local incarnation = redis.call('HINCRBY', KEYS[1], ARGV[1], 1)
+    local incarnation = next_life(redis.call('HGET', KEYS[1], ARGV[1]))
+    redis.call('HSET', KEYS[1], ARGV[1], incarnation)
     local latest = redis.call('HGET', KEYS[4], 'version') or '0'
     announce(KEYS[3], incarnation, 'gone', latest)
     return 1
@@ -133,6 +137,8 @@ class Roster:
         self._incarnations: dict[str, str] = {}
         self._members: list[str] = []
         self.epoch = 0
+        #: Whether the run was there before it was opened.
+        self.goes_on = False
         #: Whether this learner is the newest of those that publish.
         self.leads = publishes
 
@@ -153,7 +159,7 @@ class Roster:
         }
         arguments = (wire_format, self._name, int(self._publishes), *flat(self._facts))
         try:
-            self.epoch = int(self._connection.run(OPEN, (self._keys.meta,), arguments))
+            epoch, there = self._connection.run(OPEN, (self._keys.meta,), arguments)
         except ServerFault as error:
             written = str(error).partition("FORMAT ")[2]
             if not written:
@@ -162,6 +168,7 @@ class Roster:
                 f"the run {self._keys.run!r} was written with wire format {written.split()[0]}, this release writes "
                 f"{wire_format}; choose another run name, or the release that wrote it"
             ) from error
+        self.epoch, self.goes_on = int(epoch), bool(there)
         return self.epoch
 
     def close(self) -> None:

@@ -1,0 +1,28 @@
+"""Lua that membership's scripts begin with: numbers for new lives, and how joining and being given up are said."""
+
+from __future__ import annotations
+
+#: Gives the number of a new life: an incarnation, or a learner's epoch. It is the time in milliseconds, or one
+#: more than the last number. A server that came back empty does not know the last one; a plain counter would
+#: give numbers that were used before, and what a new process sends would be taken for what was delivered already.
+NEXT_LIFE = """
+    local function next_life(last)
+      local time = redis.call('TIME')
+      local now = time[1] * 1000 + math.floor(time[2] / 1000)
+      return string.format('%.0f', math.max((tonumber(last) or 0) + 1, now))
+    end
+"""
+
+#: Joining and being given up are entries of the worker's own acknowledgement stream. From such an entry on, an
+#: answer of an older incarnation has too small an id and is refused.
+ANNOUNCE = """
+    local function announce(stream, incarnation, event, version)
+      local said = {'XADD', stream, incarnation .. '-0', 'event', event, 'version', version}
+      local done = redis.pcall(unpack(said))
+      if type(done) == 'table' and done['err'] then
+        -- The worker itself wrote an id from the future. Its answers are worth nothing; the run goes on.
+        redis.call('DEL', stream)
+        redis.call(unpack(said))
+      end
+    end
+"""
