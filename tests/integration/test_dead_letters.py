@@ -25,7 +25,8 @@ def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
 def damage(server: Server, keys: Keys, sequence: int, data: bytes = b"damaged") -> None:
     """Write the next batch of worker 0 as a broken worker would."""
     fields: Any = {"version": 0, "rows": 1, "raw_bytes": 1, "stored_bytes": len(data), "sent_at": 0}
-    server.client.xadd(keys.experiences(0), fields | {"data": data}, id=f"1-{sequence}")
+    life = server.client.hget(keys.incarnations, 0).decode()
+    server.client.xadd(keys.experiences(0), fields | {"data": data}, id=f"{life}-{sequence}")
 
 
 def die_over_it(learner: Learner, times: int, **settings: Any) -> WorkerCommunicator:
@@ -48,8 +49,8 @@ def test_what_does_not_decode_is_dead_and_what_follows_comes(
     comm.collect_experiences()
     letters = comm.dead_letters()
     assert [(one.worker_id, one.incarnation, one.sequence, one.reason) for one in letters] == [
-        (0, 1, 2, "corrupt"),
-        (0, 1, 3, "corrupt"),
+        (0, client.incarnation, 2, "corrupt"),
+        (0, client.incarnation, 3, "corrupt"),
     ]
     assert all("WireError" in one.detail and one.deliveries == 1 for one in letters)
     assert comm.dead_letters(worker_id=0) == letters
@@ -112,7 +113,7 @@ def test_a_dead_batch_is_collected_once_more_when_told(learner: Learner, worker:
     assert comm.retry_dead_letters(letters) == 0
     assert comm.get_queue_info()["counts"][0].waiting == 1
     pairs = wait_until("it comes", lambda: comm.collect_experiences(timeout=0.1))
-    assert [(batch.worker_id, batch.incarnation, batch.sequence) for _, batch in pairs] == [(0, 1, 1)]
+    assert [(batch.incarnation, batch.sequence) for _, batch in pairs] == [(client.incarnation, 1)]
     assert comm.acknowledge(pairs) == 1
     counts = comm.get_queue_info()["counts"][0]
     assert (counts.produced, counts.delivered, counts.lost) == (1, 1, {})

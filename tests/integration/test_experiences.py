@@ -239,8 +239,8 @@ def test_a_batch_that_cannot_be_read_is_counted_and_the_next_ones_come(
         (3, {b"data": good[b"data"]}),
         (4, {b"a": b"b"}),
     ):
-        server.client.xadd(keys.experiences(0), fields, id=f"1-{sequence}")
-    server.client.xadd(keys.experiences(0), {**good, b"sequence": b"5"}, id="1-5")
+        server.client.xadd(keys.experiences(0), fields, id=f"{client.incarnation}-{sequence}")
+    server.client.xadd(keys.experiences(0), {**good, b"sequence": b"5"}, id=f"{client.incarnation}-5")
 
     got = comm.collect_experiences(timeout=5.0)
 
@@ -255,7 +255,7 @@ def test_an_entry_that_vanished_while_it_was_held_is_counted(
     client.send_experiences({"number": 1})
     client.send_experiences({"number": 2})
     first.collect_experiences(timeout=5.0)
-    server.client.xdel(keys.experiences(0), "1-1")
+    server.client.xdel(keys.experiences(0), f"{client.incarnation}-1")
     second = learner()
     assert [batch["number"] for _, batch in second.collect_experiences(timeout=5.0)] == [2]
     assert counts(second).lost == {"trimmed": 1}
@@ -282,7 +282,7 @@ def test_a_copy_after_the_stream_was_reset_is_dropped(
     comm.collect_experiences(timeout=5.0)
     server.client.delete(keys.experiences(0))
     server.client.xgroup_create(keys.experiences(0), GROUP, "0", mkstream=True)
-    server.client.xadd(keys.experiences(0), entry, id="1-1")
+    server.client.xadd(keys.experiences(0), entry, id=f"{client.incarnation}-1")
     assert comm.collect_experiences(timeout=0.3) == []
     assert counts(comm).duplicates == 1
 

@@ -19,13 +19,17 @@ from rlbroker import (
     WorkerCommunicator,
 )
 from rlbroker.keys import Keys
+from rlbroker.replies import entry_place
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 
-def ids_in(server: Server, key: str) -> list[str]:
-    return [entry_id.decode() for entry_id, _ in server.client.xrange(key)]
+def waiting(server: Server, client: WorkerClient) -> list[int]:
+    """Give the numbers of the batches of this life that are in its queue."""
+    ids = [entry_place(entry_id) for entry_id, _ in server.client.xrange(Keys(client.run).experiences(0))]
+    assert {life for life, _ in ids} <= {client.incarnation}
+    return [number for _, number in ids]
 
 
 def break_channel(client: WorkerClient, *, after_sending: bool) -> threading.Event:
@@ -76,9 +80,7 @@ def test_at_level_learner_what_the_server_lost_is_sent_again_in_order(
     wait_until("two are safe", lambda: client.flush(timeout=0.01) == 3)
     comm.cleanup()
     server.client.flushall()
-    wait_until(
-        "the rest is there again", lambda: ids_in(server, keys.experiences(0)) == ["1-3", "1-4", "1-5"]
-    )
+    wait_until("the rest is there again", lambda: waiting(server, client) == [3, 4, 5])
 
 
 def test_a_server_that_lost_the_queue_takes_no_batch_before_those_that_it_lost(
@@ -89,7 +91,7 @@ def test_a_server_that_lost_the_queue_takes_no_batch_before_those_that_it_lost(
     comm.cleanup()
     server.client.flushall()
     client.send_experiences({"number": 2})
-    assert ids_in(server, keys.experiences(0)) == ["1-1", "1-2"]
+    assert waiting(server, client) == [1, 2]
 
 
 def test_a_worker_says_how_many_batches_it_sent_when_the_server_lost_them(
@@ -100,10 +102,10 @@ def test_a_worker_says_how_many_batches_it_sent_when_the_server_lost_them(
         client.send_experiences({"number": number})
     comm.cleanup()
     server.client.flushall()
-    wait_until("it said so", lambda: server.client.hget(keys.counts(0), "sent:1") == b"4")
-    assert ids_in(server, keys.experiences(0)) == []
+    wait_until("it said so", lambda: server.client.hget(keys.counts(0), f"sent:{client.incarnation}") == b"4")
+    assert waiting(server, client) == []
     client.send_experiences({"number": 4})
-    assert ids_in(server, keys.experiences(0)) == ["1-5"]
+    assert waiting(server, client) == [5]
 
 
 def test_a_batch_whose_reply_was_lost_for_good_is_unconfirmed_and_stored_once(
@@ -117,7 +119,7 @@ def test_a_batch_whose_reply_was_lost_for_good_is_unconfirmed_and_stored_once(
     assert caught.value.receipt.sequence == 1
     mended.set()
     client.send_experiences({"number": 2})
-    assert ids_in(server, keys.experiences(0)) == ["1-1", "1-2"]
+    assert waiting(server, client) == [1, 2]
 
 
 def test_an_unconfirmed_batch_arrives_by_itself(
@@ -128,9 +130,9 @@ def test_an_unconfirmed_batch_arrives_by_itself(
     mended = break_channel(client, after_sending=False)
     with pytest.raises(Unconfirmed):
         client.send_experiences({"number": 1}, timeout=0.2)
-    assert ids_in(server, keys.experiences(0)) == []
+    assert waiting(server, client) == []
     mended.set()
-    wait_until("it is there", lambda: ids_in(server, keys.experiences(0)) == ["1-1"])
+    wait_until("it is there", lambda: waiting(server, client) == [1])
     assert client.flush(timeout=5.0) == 0
 
 
@@ -151,7 +153,7 @@ def test_a_batch_that_was_never_sent_stays_with_the_caller(
         with pytest.raises(ConnectionFailed, match="nobody there"):
             client.send_experiences({"number": 1}, timeout=0.2)
     assert client.send_experiences({"number": 2}).sequence == 1
-    assert ids_in(server, keys.experiences(0)) == ["1-1"]
+    assert waiting(server, client) == [1]
 
 
 def test_a_fenced_worker_counts_what_it_could_not_deliver(
@@ -167,8 +169,8 @@ def test_a_fenced_worker_counts_what_it_could_not_deliver(
     mended.set()
     with pytest.raises(Fenced):
         client._sender.send({"number": 3}, version=0, timeout_seconds=5.0)  # type: ignore[union-attr]
-    assert server.client.hget(keys.counts(0), "fenced:1") == b"2"
-    assert server.client.hget(keys.counts(0), "sent:1") == b"1"
+    assert server.client.hget(keys.counts(0), f"fenced:{client.incarnation}") == b"2"
+    assert server.client.hget(keys.counts(0), f"sent:{client.incarnation}") == b"1"
 
 
 def test_what_was_dropped_is_not_sent_again(
@@ -180,10 +182,9 @@ def test_what_was_dropped_is_not_sent_again(
         client.send_experiences({"number": number})
     comm.cleanup()
     server.client.flushall()
-    wait_until("the rest is there", lambda: ids_in(server, keys.experiences(0)) == ["1-4", "1-5"])
-    wait_until(
-        "the dropped are counted", lambda: server.client.hget(keys.counts(0), "dropped_oldest:1") == b"3"
-    )
+    wait_until("the rest is there", lambda: waiting(server, client) == [4, 5])
+    dropped = f"dropped_oldest:{client.incarnation}"
+    wait_until("the dropped are counted", lambda: server.client.hget(keys.counts(0), dropped) == b"3")
 
 
 def test_an_unknown_level_is_refused(worker: Worker) -> None:

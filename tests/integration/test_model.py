@@ -328,7 +328,9 @@ class Run(RuleBasedStateMachine):
             kept = life is not None and life.level == "learner" and place in life.sent
             if not kept and place not in saved:
                 self.may_be_lost.add(place)
-                self.remembered &= life is not None and place in life.sent  # the dead cannot say how many they sent
+                self.remembered &= (
+                    life is not None and place in life.sent
+                )  # the dead cannot say how many they sent
         for life in (*self.lives.values(), *self.replaced):
             life.behind = True
             if breaks:
@@ -392,9 +394,7 @@ class Run(RuleBasedStateMachine):
             assert delivered + vanished == len(self.produced), counts
 
     def check_ledger(self) -> None:
-        outcomes = [
-            (command.outcomes(), number, targets) for command, number, targets in self.commands
-        ]
+        outcomes = [(command.outcomes(), number, targets) for command, number, targets in self.commands]
         assert self.server.client.hlen(self.learner._keys.pending) == 0, "a command without an end"
         for found, _, targets in outcomes:
             assert sorted(found) == targets

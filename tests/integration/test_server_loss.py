@@ -40,9 +40,9 @@ def test_a_worker_is_a_member_again_in_the_same_life(
     comm, client = learner(), worker(3)
     server.client.flushall()
     (info,) = wait_until("it is back", lambda: comm.workers())
-    assert (info.worker_id, info.incarnation, client.incarnation) == (3, 1, 1)
+    assert (info.worker_id, info.incarnation) == (3, client.incarnation)
     assert worker().worker_id == 0
-    assert worker(3).incarnation == 2
+    assert worker(3).incarnation > client.incarnation
 
 
 def test_at_level_learner_nothing_is_lost_and_nothing_comes_twice(

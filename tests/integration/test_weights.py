@@ -220,7 +220,7 @@ def test_superseded_chunks_expire_and_the_latest_stay(learner: Learner, server: 
         name.decode().rsplit(":", 2)[1]: server.client.ttl(name)
         for name in server.client.scan_iter(keys.chunk("*", 1))
     }
-    assert lifetimes.pop("2-1-2") == -1
+    assert lifetimes.pop(f"2-{comm.epoch}-2") == -1
     [lifetime] = lifetimes.values()
     assert 0 < lifetime <= SUPERSEDED_SECONDS
 
@@ -301,10 +301,10 @@ def test_what_a_fault_left_undone_is_done_later(
     with monkeypatch.context() as patch:
         patch.setattr(comm._publisher._connection, "execute_all", fail)
         assert comm.send_model_weights({"number": 2}).version == 2
-    assert server.client.ttl(keys.chunk("1-1-1", 0)) == -1
+    assert server.client.ttl(keys.chunk(f"1-{comm.epoch}-1", 0)) == -1
     learner()
-    assert 0 < server.client.ttl(keys.chunk("1-1-1", 0)) <= SUPERSEDED_SECONDS
-    assert server.client.ttl(keys.chunk("2-1-2", 0)) == -1
+    assert 0 < server.client.ttl(keys.chunk(f"1-{comm.epoch}-1", 0)) <= SUPERSEDED_SECONDS
+    assert server.client.ttl(keys.chunk(f"2-{comm.epoch}-2", 0)) == -1
 
 
 def test_half_a_version_does_not_stay(
@@ -359,7 +359,7 @@ def test_publishing_waits_until_a_lost_run_is_restored(learner: Learner, server:
     comm = learner()
     server.client.delete(keys.meta)
     assert comm.send_model_weights({}).version == 1
-    assert server.client.hget(keys.meta, "epoch") == b"1"
+    assert server.client.hget(keys.meta, "epoch") == str(comm.epoch).encode()
 
 
 def test_a_worker_that_slept_through_thirty_versions_runs_the_newest(

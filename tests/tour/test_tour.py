@@ -166,7 +166,7 @@ def test_11_one_process_for_each_worker_id(learner: Learner, worker: Worker) -> 
     new.send_experiences({"from": "new"})
 
     assert [batch["from"] for _, batch in comm.collect_experiences(timeout=5.0)] == ["new"]
-    assert new.incarnation == old.incarnation + 1
+    assert new.incarnation > old.incarnation
 
 
 def test_12_the_roster_tells_who_is_there(learner: Learner, worker: Worker) -> None:

@@ -130,9 +130,7 @@ class Settled:
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
 
 
-def settle(
-    account: Account, event: Event, pending: Mapping[str, int], latest: int, lost: int = 0
-) -> Settled:
+def settle(account: Account, event: Event, pending: Mapping[str, int], latest: int, lost: int = 0) -> Settled:
     """Fold one event into a worker's account. What makes no sense changes nothing: workers are not trusted.
 
     Nor does what was folded before: a worker repeats what it thinks that the server has lost, and a server that

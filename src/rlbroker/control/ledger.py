@@ -141,7 +141,10 @@ class Ledger:
             PeerError: the server refused, or could not be reached in time.
         """
         with self._lock:
-            there, latest = self._connection.execute("HGET", self._keys.weights, "version"), self._latest_version()
+            there, latest = (
+                self._connection.execute("HGET", self._keys.weights, "version"),
+                self._latest_version(),
+            )
             if int(there or 0) < latest:
                 self._lost_version = latest
             calls = [

@@ -283,7 +283,9 @@ class Sender:
     def _open(self) -> None:
         """Open the queue, and send again what the level promises and the server does not have."""
         self._doubt = True
-        self._rejoin(self._channel)  # the queue alone does not tell that a newer process was here before the loss
+        self._rejoin(
+            self._channel
+        )  # the queue alone does not tell that a newer process was here before the loss
         arguments = (self._incarnation, GROUP, self._sequence)
         last, total_bytes = map(int, self._run(OPEN_QUEUE, arguments))
         if total_bytes >= 0:
