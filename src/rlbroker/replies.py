@@ -84,6 +84,11 @@ def group_position(reply: Any, group: str) -> tuple[int, int]:
     return next((entry_place(one["last-delivered-id"]) for one in groups if one["name"] == group), (0, 0))
 
 
+def newest_place(reply: Any) -> tuple[int, int]:
+    """Give the place of the last entry that a stream ever had, from XINFO STREAM."""
+    return entry_place(text_fields(reply)["last-generated-id"])
+
+
 def entry_place(entry_id: str | bytes) -> tuple[int, int]:
     """Give an entry's id as what can be compared: for a batch, incarnation and sequence."""
     first, _, second = _text(entry_id).partition("-")

@@ -249,8 +249,11 @@ def test_persistent_data_outlives_the_server(tmp_path: Path) -> None:
     directory = tmp_path / 'a "new" directory'
     with RedisServer(directory=directory, persistence=True) as server, client(server.url) as connection:
         connection.set("kept", "yes")
+        password = server.url.split("@")[0]
     with RedisServer(directory=directory, persistence=True) as server, client(server.url) as connection:
         assert connection.get("kept") == "yes"
+        assert server.url.split("@")[0] == password, "clients would not find it again"
+    assert (directory / "password").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_free_port_that_another_process_takes_first_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

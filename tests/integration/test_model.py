@@ -287,6 +287,7 @@ class Run(RuleBasedStateMachine):
     @rule()
     def replaced_worker_wakes(self) -> None:
         life = self.replaced.pop()
+        assert life.client._sender is not None
         life.client._sender.doubt()
         with pytest.raises(Fenced):
             life.client.send_experiences({"number": -1})
@@ -428,7 +429,7 @@ def test_any_order_of_events_keeps_the_promises(
         return run
 
     run_state_machine_as_test(
-        machine,
+        machine,  # type: ignore[arg-type] # any callable that gives a machine will do
         settings=settings(
             max_examples=examples,
             stateful_step_count=30,

@@ -23,7 +23,8 @@ def server(
         int | None, typer.Option(min=0, help="TCP port, with --bind; 0 or none: a free one.")
     ] = None,
     directory: Annotated[
-        Path | None, typer.Option(help="Keep the data here, synced each second; without it nothing stays.")
+        Path | None,
+        typer.Option(help="Keep data, synced each second, and password here; without it nothing stays."),
     ] = None,
     maxmemory_mb: Annotated[
         int | None, typer.Option("--maxmemory-mb", min=16, help="Memory limit in MB.")

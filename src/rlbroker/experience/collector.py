@@ -37,7 +37,8 @@ FIRST_GUESS_BYTES = 1 << 20
 #: How often the server is asked whether it thinks that we hold more than we do, and for dead batches to try again.
 RECHECK_SECONDS = 5.0
 
-#: A batch that was handed out this often, each time to a learner that died, is handed out alone.
+#: A batch that was handed out this often, each time to a learner that died, is handed out alone: at the latest
+#: when it is the last time, so that its neighbours are not blamed.
 SUSPECT_AFTER = 2
 
 Place = tuple[int, int]
@@ -140,6 +141,9 @@ class Collector:
         self._connection, self._keys = connection, keys
         self._acknowledge_mode, self._max_staleness = acknowledge, max_staleness
         self._max_deliveries = max_deliveries
+        self._suspect_after = (
+            SUSPECT_AFTER if max_deliveries is None else min(SUSPECT_AFTER, max_deliveries - 1)
+        )
         self._workers, self._latest_version = workers, latest_version
         self._holdings, self._dead_letters, self._check = holdings, dead_letters, check
         self._ownership, self._flow = ownership, flow
@@ -287,7 +291,7 @@ class Collector:
                         break
                     self._watch_streams()
                 continue
-            suspect = self._read[0].deliveries >= SUSPECT_AFTER
+            suspect = self._read[0].deliveries >= max(1, self._suspect_after)
             if suspect and found:
                 break
             entry = self._read.popleft()

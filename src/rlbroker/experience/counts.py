@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from rlbroker.connection import Connection
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import QueueCounts
-from rlbroker.replies import pending_count, text_fields, whole_number
+from rlbroker.replies import newest_place, pending_count, text_fields, whole_number
 
 #: Why a batch that was produced is not delivered: by learners, and by the worker itself.
 LOST = (
@@ -41,16 +41,22 @@ def read_counts(connection: Connection, keys: Keys, workers: Iterable[int]) -> d
         if there.isdisjoint((counts, *streams)):
             continue
         commands: list[tuple[str, ...]] = [("HGETALL", counts)]
-        for stream in there.intersection(streams):
-            commands += [("XLEN", stream), ("XPENDING", stream, GROUP)]
+        streams = [stream for stream in streams if stream in there]
+        for stream in streams:
+            commands += [("XLEN", stream), ("XPENDING", stream, GROUP), ("XINFO", "STREAM", stream)]
         # In one step: a batch that is acknowledged in between would be counted twice.
         counted, *sizes = connection.execute_all(commands, atomic=True)
-        in_hand = sum(pending_count(reply) for reply in sizes[1::2])
-        found[worker] = _counts(sum(map(int, sizes[::2])), in_hand, text_fields(counted))
+        in_hand = sum(pending_count(reply) for reply in sizes[1::3])
+        newest = newest_place(sizes[2]) if keys.experiences(worker) in streams else (0, 0)
+        found[worker] = _counts(sum(map(int, sizes[::3])), in_hand, text_fields(counted), newest)
     return found
 
 
-def _counts(length: int, in_hand: int, counted: Mapping[str, str]) -> QueueCounts:
+def _counts(length: int, in_hand: int, counted: Mapping[str, str], newest: tuple[int, int]) -> QueueCounts:
+    life, number = newest
+    if counted.get("incarnation") == str(life):  # the worker says how much it sent only now and then
+        sent = f"sent:{life}"
+        counted = {**counted, sent: str(max(number, whole_number(counted.get(sent, "")) or 0))}
     sums: dict[str, int] = {}
     for name, value in counted.items():
         reason = name.partition(":")[0]  # some are kept by incarnation: `fenced:3`

@@ -37,7 +37,7 @@ from rlbroker.errors import (
 from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import Registration, SendReceipt
-from rlbroker.replies import entry_place, group_position, pending_summary
+from rlbroker.replies import entry_place, group_position, newest_place, pending_summary
 from rlbroker.wire import Limits, encode
 
 logger = logging.getLogger("rlbroker")
@@ -322,8 +322,7 @@ class Sender:
             self._doubt = True
             raise RunLost(f"the server lost the queue of worker {self._worker_id}")
         if isinstance(reply, ServerFault) and "equal or smaller" in str(reply):
-            # It has been stored, unless a newer process is there.
-            self._check_place(self._channel.execute("HGET", self._counts, "incarnation"))
+            self._check_stored(parcel)
         elif isinstance(reply, PeerError):
             raise reply
         parcel.stored = True
@@ -332,6 +331,19 @@ class Sender:
             self._total_bytes += parcel.size
             self._held_bytes += parcel.size
             self._waiting += 1
+
+    def _check_stored(self, parcel: _Parcel) -> None:
+        """Find out whether an id was refused because the batch is there already; raise if not."""
+        newest, about = self._replies(
+            [("HGET", self._counts, "incarnation"), ("XINFO", "STREAM", self._stream)]
+        )
+        self._check_place(newest)
+        life, number = newest_place(about)
+        if life != self._incarnation or number < parcel.sequence:
+            raise ServerFault(
+                f"something that is no worker wrote the entry {life}-{number} to {self._stream}, and so the server "
+                f"takes no more batches of worker {self._worker_id}; start this worker again"
+            )
 
     def _confirm(self) -> None:
         """Bring the batch in the outbox to its level, or raise."""

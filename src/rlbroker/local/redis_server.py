@@ -33,6 +33,9 @@ from rlbroker.local.guarded_process import GuardedProcess
 
 _logger = logging.getLogger("rlbroker")
 
+#: Where a server whose data stays keeps its password, readable for its owner only.
+_PASSWORD_FILE = "password"
+
 #: The only user that may do anything; the ``default`` user of a connection that gave no password is off.
 USER = "rlbroker"
 #: A socket's path has 108 bytes on Linux and 104 on macOS, the final zero included.
@@ -131,7 +134,8 @@ class RedisServer:
     takes a free one. Either way only those who know the URL's random password may do anything.
 
     ``directory`` is where the data of ``persistence=True`` (an append-only file, synced each second) stays;
-    both are needed or neither. ``config`` adds directives of the server's configuration file. ``binary`` is
+    both are needed or neither. The password stays there too, so that clients find a server that was started
+    again. ``config`` adds directives of the server's configuration file. ``binary`` is
     the program to run instead of what `find_binary` finds.
 
     A server that stopped, or was killed, can be started again: URL and port stay the same. Whatever ends this
@@ -168,7 +172,7 @@ class RedisServer:
         self._config = _checked(config or {})
         self._requested_binary = binary
         self._binary: Binary | None = None
-        self._password = secrets.token_urlsafe(32)
+        self._password = self._kept_password() or secrets.token_urlsafe(32)
         self._run_directory = _free_directory()
         self._process: GuardedProcess | None = None
         self._log: BinaryIO | None = None
@@ -235,6 +239,7 @@ class RedisServer:
             self._binary = find_binary() if requested is None else _examine(requested)
             if self._directory is not None:
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._keep_password(self._directory)
             deadline = time.monotonic() + timeout_seconds
             atexit.register(self.stop)
             try:
@@ -291,6 +296,21 @@ class RedisServer:
     def _refuse_fork(self) -> None:
         if os.getpid() != self._owner_pid:
             raise ForkedProcess("this RedisServer belongs to the parent process; use its url here")
+
+    def _kept_password(self) -> str:
+        """Give the password of the last server whose data is in the directory; empty if there was none."""
+        if self._directory is None:
+            return ""
+        try:
+            return (self._directory / _PASSWORD_FILE).read_text().strip()
+        except FileNotFoundError:
+            return ""
+
+    def _keep_password(self, directory: Path) -> None:
+        with contextlib.suppress(FileExistsError):
+            file = os.open(directory / _PASSWORD_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(file, "w") as password:
+                password.write(self._password)
 
     def _url(self, password: str) -> str:
         return f"unix://{USER}:{password}@{quote(str(self.socket_path))}?db=0"
