@@ -12,7 +12,7 @@ import torch
 from conftest import Server, wait_until
 
 from rlbroker import Fenced, QueueCounts, QueueFull, WorkerClient, WorkerCommunicator
-from rlbroker.errors import BatchTooLarge, DeadlineExceeded, UnsupportedType
+from rlbroker.errors import BatchTooLarge, DeadlineExceeded, ServerFault, UnsupportedType
 from rlbroker.keys import GROUP, Keys
 
 Learner = Callable[..., WorkerCommunicator]
@@ -246,6 +246,29 @@ def test_a_batch_that_cannot_be_read_is_counted_and_the_next_ones_come(
 
     assert [batch.sequence for _, batch in got] == [1, 5]
     assert counts(comm).lost == {"corrupt": 3}
+
+
+def test_an_entry_that_no_worker_wrote_is_noticed_by_the_next_send(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(), worker(0)
+    client.send_experiences({"number": 1})
+    server.client.xadd(keys.experiences(0), {"foo": "bar"})  # its id is the server's clock
+    with pytest.raises(ServerFault, match="start this worker again"):
+        client.send_experiences({"number": 2})
+    again = worker(0)
+    again.send_experiences({"number": 3})
+    assert [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)] == [1, 3]
+
+
+def test_what_was_sent_is_known_at_once(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+    comm, client = learner(), worker()
+    client._heartbeat._thread.stop(5.0)  # so it does not say how much it has sent
+    for number in range(3):
+        client.send_experiences({"number": number})
+    server.client.xdel(keys.experiences(0), f"{client.incarnation}-2")
+    found = counts(comm)
+    assert (found.produced, found.waiting, found.lost) == (3, 2, {"vanished": 1})
 
 
 def test_an_entry_that_vanished_while_it_was_held_is_counted(

@@ -45,6 +45,27 @@ def test_a_worker_is_a_member_again_in_the_same_life(
     assert worker(3).incarnation > client.incarnation
 
 
+@pytest.mark.parametrize("first", ["learner", "worker"])
+def test_new_processes_on_a_server_that_lost_everything_are_not_taken_for_old_ones(
+    server: Server, learner: Learner, worker: Worker, first: str
+) -> None:
+    comm, client = learner(acknowledge="manual"), worker(0)
+    for number in range(5):
+        client.send_experiences({"number": number})
+    comm.collect_experiences(timeout=5.0)
+    marks = comm.marks()
+    client.close()
+    comm.cleanup()
+    server.client.flushall()
+    client = worker(0) if first == "worker" else None
+    comm = learner(acknowledge="manual")
+    comm.restore(marks)
+    client = client or worker(0)
+    for number in range(5, 8):
+        client.send_experiences({"number": number})
+    assert [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)] == [5, 6, 7]
+
+
 def test_at_level_learner_nothing_is_lost_and_nothing_comes_twice(
     server: Server, learner: Learner, worker: Worker
 ) -> None:
