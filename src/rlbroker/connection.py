@@ -137,13 +137,14 @@ class Connection:
                 f"the client's pool holds {pool.max_connections} connections; {MIN_CONNECTIONS} are needed, "
                 "as the background waits on some of them"
             )
-        self._socket_seconds = float(pool.connection_kwargs.get("socket_timeout") or self.timeout_seconds)
+        #: How long a connection may be silent with an answer due.
+        self.socket_seconds = float(pool.connection_kwargs.get("socket_timeout") or self.timeout_seconds)
         self._send: Callable[..., Any] = self.client.execute_command
 
     @property
     def block_seconds(self) -> float:
         """How long one blocking command may wait: well within the socket's timeout."""
-        return min(BLOCK_SECONDS, self.timeout_seconds / 4, self._socket_seconds / 2)
+        return min(BLOCK_SECONDS, self.timeout_seconds / 4, self.socket_seconds / 2)
 
     def close(self) -> None:
         """Close the connections, unless the client was given by the user."""
@@ -335,6 +336,16 @@ class Connection:
                 logger.debug("%s; trying again in %.2f s", error, pause)
                 time.sleep(pause)
 
+    def hurry(self, deadline: Deadline) -> None:
+        """Let nothing that is begun from now on wait for longer than is left: the client closes."""
+        left_seconds = max(0.05, deadline.remaining)
+        self.timeout_seconds = min(self.timeout_seconds, left_seconds)
+        if self._owns_client and left_seconds < self.socket_seconds:
+            self.socket_seconds = left_seconds
+            limits = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), left_seconds)
+            self.client.connection_pool.connection_kwargs.update(limits)
+            self.drop_idle()
+
     def drop_idle(self) -> None:
         """Close the connections that nobody uses: what broke one of them has broken the others too."""
         if self._owns_client:
@@ -378,7 +389,9 @@ class Channel:
         """
         self._connection.check_process()
         if self._wire is not None:
-            return False
+            if (self._wire.socket_timeout or 0.0) <= self._connection.socket_seconds:
+                return False
+            self.close()  # it would wait for too long, now that the client closes
         with self._care():
             self._wire = self._connection.client.connection_pool.get_connection()
         return True

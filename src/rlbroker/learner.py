@@ -465,6 +465,7 @@ class WorkerCommunicator:
         deadline = Deadline(self._connection.timeout_seconds)
         self._closed = CleanupReport(complete=False)
         ended = self._thread.stop(deadline.remaining)
+        self._connection.hurry(deadline)
         try:
             if ended:
                 self._channel.close()

@@ -311,6 +311,7 @@ class WorkerClient:
             part.request_stop()
         try:
             self._subscriber.stop(deadline.remaining)
+            self._connection.hurry(deadline)
             assert self._sender is not None
             self._sender.close(deadline)
             self._inbox.stop(deadline.remaining)
