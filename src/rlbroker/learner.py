@@ -35,7 +35,7 @@ from rlbroker.experience.dead_letters import BURY, PURGE, RETRY, DeadLetters
 from rlbroker.experience.flow import FlowControl
 from rlbroker.experience.holdings import ACKNOWLEDGE, RESTORE_COUNTS, TAKE_OVER, Holdings
 from rlbroker.experience.ownership import RENEW, TAKE_ABANDONED, Ownership
-from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE
+from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE, STATE
 from rlbroker.keys import Keys
 from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER, REJOIN
 from rlbroker.membership.roster import CLOSE, FORGET, OPEN, RESTORE_RUN, Roster
@@ -70,6 +70,7 @@ SCRIPTS = (
     REJOIN,
     LEAVE,
     OPEN_QUEUE,
+    STATE,
     DROP_OLDEST,
 )
 
@@ -529,6 +530,9 @@ class WorkerCommunicator:
                     str(name): {
                         "through": entry_id(mark["through"]),
                         "except": [*map(entry_id, mark["except"])],
+                        "passed_over": [
+                            [entry_id(first), entry_id(last)] for first, last in mark["passed_over"]
+                        ],
                         "taken_over": [*map(entry_id, mark["taken_over"])],
                     }
                     for name, mark in marks["batches"].items()

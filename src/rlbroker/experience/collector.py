@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rlbroker.config import Acknowledge
@@ -20,7 +21,7 @@ from rlbroker.experience.holdings import Holdings, Source
 from rlbroker.experience.ownership import Ownership
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import Batch
-from rlbroker.replies import consumer_pending, entry_place, pending_rows, stream_entries
+from rlbroker.replies import consumer_pending, entry_place, pending_rows, stream_entries, text_fields
 from rlbroker.wire import decode
 
 logger = logging.getLogger("rlbroker")
@@ -41,6 +42,9 @@ RECHECK_SECONDS = 5.0
 #: when it is the last time, so that its neighbours are not blamed.
 SUSPECT_AFTER = 2
 
+#: Gaps of one stream that are remembered.
+GAPS_KEPT = 1_000
+
 Place = tuple[int, int]
 
 
@@ -50,6 +54,7 @@ class _Entry:
 
     Attributes:
         taken_over: whether another learner had it before.
+        came_again: why it is not to be handed out, if it was before.
         deliveries: how often it was handed out before, if a learner died over it; 0 otherwise.
     """
 
@@ -57,11 +62,16 @@ class _Entry:
     entry_id: str
     fields: Mapping[bytes, bytes] | None
     taken_over: bool = False
+    came_again: str = ""
     deliveries: int = 0
 
     @property
     def stored_bytes(self) -> int:
         return len(self.fields.get(b"data", b"")) if self.fields else 0
+
+    @property
+    def place(self) -> Place:
+        return entry_place(self.entry_id)
 
     @property
     def batch(self) -> str:
@@ -84,6 +94,7 @@ class _Stream:
         open: entries up to `restored` that the checkpoint does not hold.
         taken_over: entries that another learner gave up, and we hold.
         restored_too: such entries that the checkpoint holds.
+        gaps: what was passed over since then, from and to: other learners read it, or nobody did.
     """
 
     source: Source
@@ -95,12 +106,33 @@ class _Stream:
     open: set[str] = field(default_factory=set)
     taken_over: set[str] = field(default_factory=set)
     restored_too: set[str] = field(default_factory=set)
+    gaps: deque[tuple[Place, Place]] = field(default_factory=partial(deque, maxlen=GAPS_KEPT))
 
     def knows(self, entry: _Entry) -> bool:
         """Whether an entry was read before, or is in the restored checkpoint."""
         if entry.taken_over:
             return entry.entry_id in self.restored_too
-        return entry_place(entry.entry_id) <= self.newest_read and entry.entry_id not in self.open
+        if entry.place > self.newest_read or entry.entry_id in self.open:
+            return False
+        return not _within(self.gaps, entry.place)
+
+    def note(self, entry: _Entry) -> None:
+        """Note that an entry was read."""
+        life, number = entry.place
+        self.open.discard(entry.entry_id)
+        if entry.taken_over:
+            self.taken_over.add(entry.entry_id)
+        if entry.place > self.newest_read:
+            before = self.newest_read[1] if life == self.newest_read[0] else number - 1
+            if before < number - 1:
+                self.gaps.append(((life, before + 1), (life, number - 1)))
+            self.newest_read = entry.place
+            return
+        for first, last in list(self.gaps):
+            if first <= entry.place <= last:
+                self.gaps.remove((first, last))
+                rest = (first, (life, number - 1)), ((life, number + 1), last)
+                self.gaps.extend(gap for gap in rest if gap[0] <= gap[1])
 
 
 class Collector:
@@ -186,7 +218,7 @@ class Collector:
             try:
                 found = self._gather(deadline, max_batches, taken)
             except BaseException:  # Ctrl-C too: what was taken must come with the next call
-                self._read.extendleft(reversed(taken))
+                self._read.extendleft(entry for entry in reversed(taken) if self._is_held(entry))
                 raise
             for entry in taken:
                 stream = self._streams[entry.source.name]
@@ -226,11 +258,14 @@ class Collector:
     def marks(self) -> dict[str, Any]:
         """Give what was handed out so far, by stream.
 
-        That is the last entry, those before it that were not, and those that were taken over from others.
+        That is the last entry, those before it that were not, gaps that others may have read, and what was taken
+        over from them.
         """
         with self._reading:
             waiting: dict[str, set[str]] = {}
             for entry in self._read:
+                if entry.came_again:
+                    continue
                 waiting.setdefault(entry.source.name, set()).add(entry.entry_id)
             found = {}
             for name, stream in self._streams.items():
@@ -241,6 +276,7 @@ class Collector:
                     found[name] = {
                         "through": _id(stream.handed_out),
                         "except": sorted(before | stream.open),
+                        "passed_over": [[_id(first), _id(last)] for first, last in stream.gaps],
                         "taken_over": sorted(stream.restored_too | stream.taken_over - here),
                     }
             return found
@@ -254,6 +290,7 @@ class Collector:
                 stream = self._streams.setdefault(name, _Stream(self._source(name)))
                 stream.newest_read = stream.restored = stream.handed_out = entry_place(mark["through"])
                 stream.open, stream.restored_too = set(mark["except"]), set(mark["taken_over"])
+                stream.gaps.extend(_gaps(mark))
             return True
 
     def acknowledge_marks(self, marks: Mapping[str, Any]) -> int:
@@ -265,10 +302,11 @@ class Collector:
         """
         entries = []
         for name, mark in marks.items():
-            source, last = self._source(name), entry_place(mark["through"])
+            source, last, gaps = self._source(name), entry_place(mark["through"]), _gaps(mark)
             taken_over = self._streams[name].taken_over if name in self._streams else set()
             for entry_id in self._holdings.held(source):
-                read_before = entry_place(entry_id) <= last and entry_id not in mark["except"]
+                place = entry_place(entry_id)
+                read_before = place <= last and entry_id not in mark["except"] and not _within(gaps, place)
                 if entry_id in mark["taken_over"] if entry_id in taken_over else read_before:
                     entries.append((source, entry_id, "delivered"))
         return self._holdings.settle(entries)
@@ -351,6 +389,9 @@ class Collector:
             if self._hides_entries(stream, entries):
                 stream.pending_from = "-"
                 continue
+            life = entry_place(entries[0][0])[0]
+            if life > stream.newest_read[0] and self._is_shared(stream):
+                stream.newest_read = (life, 0)  # what comes before its first entry here is another learner's
             for entry_id, fields in entries:
                 self._take(stream, _Entry(stream.source, entry_id, fields))
 
@@ -374,7 +415,7 @@ class Collector:
                     entry = _Entry(stream.source, entry_id, None, taken_over=consumer == taken_over)
                     entry.deliveries = deliveries if stream.fresh or entry.taken_over else 0
                     wanted.append((stream, entry))
-            after.append((stream, _next_id(rows[-1][0]) if rows else None))
+            after.append((stream, f"({rows[-1][0]}" if rows else None))
         found = self._connection.execute_all(
             [("XRANGE", entry.source.key, entry.entry_id, entry.entry_id) for _, entry in wanted]
         )
@@ -389,19 +430,13 @@ class Collector:
         """Put an entry into the line of those to hand out, unless it was there before."""
         if not self._holdings.add(stream.source, entry.entry_id, entry.stored_bytes):
             return
-        place = entry_place(entry.entry_id)
         if stream.knows(entry):
-            # The checkpoint holds what an earlier learner did not come to acknowledge.
-            reason = "delivered" if entry.taken_over or place <= stream.restored else "duplicate"
-            logger.info("worker %d: batch %s came again: %s", stream.source.worker_id, entry.entry_id, reason)
-            self._holdings.settle([(stream.source, entry.entry_id, reason)])
-            stream.restored_too.discard(entry.entry_id)
-            return
-        stream.open.discard(entry.entry_id)
-        if entry.taken_over:
-            stream.taken_over.add(entry.entry_id)
-        stream.newest_read = max(stream.newest_read, place)
-        self._batch_bytes += 0.1 * (entry.stored_bytes - self._batch_bytes)
+            # The checkpoint holds what an earlier learner did not come to acknowledge: it is still pending.
+            in_checkpoint = entry.taken_over or (stream.fresh and entry.place <= stream.restored)
+            entry.came_again = "delivered" if in_checkpoint else "duplicate"
+        else:
+            stream.note(entry)
+            self._batch_bytes += 0.1 * (entry.stored_bytes - self._batch_bytes)
         self._read.append(entry)
 
     def _hides_entries(self, stream: _Stream, entries: list[tuple[str, dict[bytes, bytes] | None]]) -> bool:
@@ -416,10 +451,20 @@ class Collector:
         pending = consumer_pending(reply, self._holdings.consumers)
         return pending > len(self._holdings.held(stream.source)) + len(entries)
 
+    def _is_shared(self, stream: _Stream) -> bool:
+        """Whether other learners have read this stream too."""
+        consumers = self._connection.execute("XINFO", "CONSUMERS", stream.source.key, GROUP)
+        return any(text_fields(one)["name"] not in self._holdings.consumers for one in consumers)
+
+    def _is_held(self, entry: _Entry) -> bool:
+        return entry.entry_id in self._holdings.held(entry.source)
+
     def _open(self, entry: _Entry) -> Batch | None:
         """Give the batch of an entry; None, and counted, if there is none to give out."""
-        source, reason, detail = entry.source, "trimmed", ""
-        if entry.fields is not None and self._is_poison(entry):
+        source, reason, detail = entry.source, entry.came_again or "trimmed", ""
+        if entry.came_again:
+            logger.info("worker %d: batch %s came again: %s", source.worker_id, entry.batch, reason)
+        elif entry.fields is not None and self._is_poison(entry):
             reason, detail = "poison", "each learner that got it died before it was done"
         elif entry.fields is not None:
             try:
@@ -557,17 +602,20 @@ class Collector:
                 raise
 
 
+def _gaps(mark: Mapping[str, Any]) -> list[tuple[Place, Place]]:
+    return [(entry_place(first), entry_place(last)) for first, last in mark["passed_over"]]
+
+
+def _within(gaps: Iterable[tuple[Place, Place]], place: Place) -> bool:
+    return any(first <= place <= last for first, last in gaps)
+
+
 def _id(place: Place) -> str:
     return f"{place[0]}-{place[1]}"
 
 
 def _place_of(row: tuple[str, str, int, int]) -> Place:
     return entry_place(row[0])
-
-
-def _next_id(entry_id: str) -> str:
-    first, second = entry_place(entry_id)
-    return _id((first, second + 1))
 
 
 def _lost_stream(error: ServerFault) -> bool:

@@ -52,8 +52,7 @@ RENEW = Script(
       if #rows == 0 then return renewed end
       for _, row in ipairs(rows) do
         redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, row[1], 'RETRYCOUNT', row[4], 'JUSTID')
-        local first, second = string.match(row[1], '^(%d+)-(%d+)$')
-        position = first .. '-' .. string.format('%.0f', tonumber(second) + 1)
+        position = '(' .. row[1]  -- by name: a number may be larger than Lua can count
         renewed = renewed + 1
       end
     end

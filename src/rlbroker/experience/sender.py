@@ -34,7 +34,7 @@ from rlbroker.errors import (
     ServerUnsuitable,
     Unconfirmed,
 )
-from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE
+from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE, STATE
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import Registration, SendReceipt
 from rlbroker.replies import entry_place, group_position, newest_place, pending_summary
@@ -305,12 +305,21 @@ class Sender:
                 len(missing),
             )
         for some in _slices(missing):
-            for parcel, reply in zip(
-                some, self._channel.execute_all(list(map(self._add, some))), strict=True
-            ):
-                self._note_stored(parcel, reply)
+            self._add_all(some)
         self._state()
         self._doubt = False
+
+    def _add_all(self, parcels: Sequence[_Parcel], *further: tuple[Any, ...]) -> list[Any]:
+        """Add batches to the stream in one round trip; give the replies to what is sent after them."""
+        try:
+            replies = self._channel.execute_all([*map(self._add, parcels), *further])
+        except BaseException:  # Ctrl-C too: what was sent may arrive even later than the next look
+            for parcel in parcels:
+                parcel.uncertain = True
+            raise
+        for parcel, reply in zip(parcels, replies, strict=False):
+            self._note_stored(parcel, reply)
+        return replies[len(parcels) :]
 
     def _add(self, parcel: _Parcel) -> tuple[Any, ...]:
         entry_id = f"{self._incarnation}-{parcel.sequence}"
@@ -349,21 +358,14 @@ class Sender:
         """Bring the batch in the outbox to its level, or raise."""
         parcel = self._outbox
         assert parcel is not None
-        commands = [] if parcel.stored else [self._add(parcel)]
-        milliseconds = max(1, int(self._connection.block_seconds * 1000))
-        if self.level == "replica":
-            # Waiting concerns what this connection wrote last, so it writes something each time.
-            commands += [self._statement(), ("WAIT", 1, milliseconds)]
-        elif self.level == "fsync":
-            commands += [self._statement(), ("WAITAOF", 1, 0, milliseconds)]
-        try:
-            replies = self._channel.execute_all(commands)
-        except ConnectionFailed:
-            parcel.uncertain = True
-            raise
-        if not parcel.stored:
-            self._note_stored(parcel, replies[0])
+        further: list[tuple[Any, ...]] = []
         if self.level in ("replica", "fsync"):
+            # Waiting concerns what this connection wrote last, so it writes something each time.
+            wait = ("WAIT", 1) if self.level == "replica" else ("WAITAOF", 1, 0)
+            milliseconds = max(1, int(self._connection.block_seconds * 1000))
+            further = [("HSET", self._counts, *self._statement()), (*wait, milliseconds)]
+        replies = self._add_all([] if parcel.stored else [parcel], *further)
+        if further:
             self._check_reached(replies[-1])
         if self.level == "learner":
             self._kept.append(parcel)
@@ -383,25 +385,25 @@ class Sender:
 
     def _state(self) -> None:
         """Write what this life says of itself."""
-        self._channel.execute(*self._statement())
+        self._channel.run(STATE, (self._counts,), (self._incarnation, *self._statement()))
         self._stated = self._stored
 
     @property
     def _stored(self) -> int:
         return self._sequence - (self._outbox is not None and not self._outbox.stored)
 
-    def _statement(self) -> tuple[Any, ...]:
+    def _statement(self) -> list[Any]:
         said = {"sent": self._stored} | {reason: number for reason, number in self._tally.items() if number}
-        named = {f"{name}:{self._incarnation}": number for name, number in said.items()}
-        return ("HSET", self._counts, *flat(named))
+        return flat({f"{name}:{self._incarnation}": number for name, number in said.items()})
 
     def _look(self) -> None:
         """See how full the queue is, and which batches are safe."""
-        length, pending, groups, (removed_bytes, newest) = self._replies(
+        # What was delivered is asked before what is pending: what is read in between must not seem done with.
+        length, groups, pending, (removed_bytes, newest) = self._replies(
             [
                 ("XLEN", self._stream),
-                ("XPENDING", self._stream, GROUP),
                 ("XINFO", "GROUPS", self._stream),
+                ("XPENDING", self._stream, GROUP),
                 ("HMGET", self._counts, "removed_bytes", "incarnation"),
             ]
         )
@@ -539,10 +541,10 @@ class Sender:
             raise ServerUnsuitable(f"level {self.level!r} needs {needs}: {error}") from error
 
     def _count(self, reason: str, deadline: Deadline, by: int = 1) -> None:
-        self._tally[reason] += by
         # Under this incarnation's name also where a newer one is there already.
-        field = f"{reason}:{self._incarnation}"
-        self._connection.execute("HSET", self._counts, field, self._tally[reason], deadline=deadline)
+        said = (f"{reason}:{self._incarnation}", self._tally[reason] + by)
+        self._connection.run(STATE, (self._counts,), (self._incarnation, *said), deadline=deadline)
+        self._tally[reason] += by
 
     def _count_fenced(self, *, refused: bool) -> None:
         """Count what is not accepted: what is kept and is not on the server, and a batch that got no number."""
