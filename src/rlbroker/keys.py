@@ -6,7 +6,7 @@ scripts touch together:
 
 - the run's own keys: `meta`, `weights`, `ctl`, `members`, `incarnations`, `pending`, `missed`, and per worker
   `ack:`, `ledger:` and `hb:`;
-- each worker's `x:`, `counts:`, `dead:` and `again:`.
+- each worker's `x:`, `counts:`, `epochs:`, `dead:` and `again:`.
 """
 
 from __future__ import annotations
@@ -63,6 +63,13 @@ class Keys:
     def counts(self, worker: int) -> str:
         """Give the key of a hash: what became of one worker's batches, by reason. Both sides write. Stays."""
         return f"{self.prefix}:counts:{worker}"
+
+    def epochs(self, worker: int) -> str:
+        """Give the key of a hash: by learner's name, the newest epoch that may acknowledge one worker's batches.
+
+        Learners write and read. Stays.
+        """
+        return f"{self.prefix}:epochs:{worker}"
 
     def dead(self, worker: int) -> str:
         """Give the key of a stream: batches of one worker that could not be used, each with its reason.

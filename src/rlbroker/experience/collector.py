@@ -524,7 +524,7 @@ class Collector:
         before, _, worker = name.rpartition(":")
         number, retried = int(worker), before == "again"
         key = self._keys.again(number) if retried else self._keys.experiences(number)
-        return Source(number, key, self._keys.counts(number), retried)
+        return Source(number, key, self._keys.counts(number), self._keys.epochs(number), retried)
 
     def _watch_streams(self) -> None:
         """Find streams that have come; now and then, entries that nobody looks after."""
@@ -578,6 +578,7 @@ class Collector:
                     for stream in streams
                     for command in (
                         ("XPENDING", stream.source.key, GROUP),
+                        ("HEXISTS", stream.source.epochs_key, self._holdings.name),
                         ("HGETALL", stream.source.counts_key),
                     )
                 ]
@@ -586,8 +587,11 @@ class Collector:
             if not _lost_stream(error):
                 raise
             return  # the next read finds out
-        for stream, pending, counts in zip(streams, replies[::2], replies[1::2], strict=True):
-            self._holdings.remember(stream.source.worker_id, counts)
+        for stream, pending, known, counts in zip(
+            streams, replies[::3], replies[1::3], replies[2::3], strict=True
+        ):
+            if known:  # what a server counts that lost the rest is not all
+                self._holdings.remember(stream.source.worker_id, counts)
             held = len(self._holdings.held(stream.source))
             if consumer_pending(pending, self._holdings.consumers) > held:
                 stream.pending_from = "-"

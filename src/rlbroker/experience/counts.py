@@ -61,6 +61,8 @@ def _counts(length: int, in_hand: int, counted: Mapping[str, str], newest: tuple
     for name, value in counted.items():
         reason = name.partition(":")[0]  # some are kept by incarnation: `fenced:3`
         sums[reason] = sums.get(reason, 0) + (whole_number(value) or 0)  # the worker can write here too
+    for reason in ("corrupt", "poison"):  # what was tried again is no longer lost
+        sums[reason] = max(0, sums.get(reason, 0) - sums.get(f"retried_{reason}", 0))
     # What the worker got stored, and is neither there nor settled: the server lost it, or somebody deleted it.
     accounted = length + sum(sums.get(reason, 0) for reason in _ONCE_QUEUED)
     sums["vanished"] = max(0, sums.get("sent", 0) - accounted)

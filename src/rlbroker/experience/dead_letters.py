@@ -41,14 +41,14 @@ BURY = Script(
     end
     local fields = entry[2]
     for i = 9, #ARGV do table.insert(fields, ARGV[i]) end
-    local added = redis.pcall('XADD', KEYS[3], '*', unpack(fields))
+    local added = redis.pcall('XADD', KEYS[4], '*', unpack(fields))
     if type(added) == 'table' and added['err'] then return 1 end  -- no room for it; it is counted
     count('dead_bytes', size(fields))
-    while redis.call('XLEN', KEYS[3]) > tonumber(ARGV[7])
-      or (redis.call('XLEN', KEYS[3]) > 0
+    while redis.call('XLEN', KEYS[4]) > tonumber(ARGV[7])
+      or (redis.call('XLEN', KEYS[4]) > 0
         and (tonumber(redis.call('HGET', KEYS[2], 'dead_bytes')) or 0) > tonumber(ARGV[8])) do
-      local oldest = redis.call('XRANGE', KEYS[3], '-', '+', 'COUNT', 1)[1]
-      redis.call('XDEL', KEYS[3], oldest[1])
+      local oldest = redis.call('XRANGE', KEYS[4], '-', '+', 'COUNT', 1)[1]
+      redis.call('XDEL', KEYS[4], oldest[1])
       count('dead_bytes', -size(oldest[2]))
     end
     return 1
@@ -70,7 +70,7 @@ RETRY = Script(
     local size = 0
     for i = 1, #entry[2] do size = size + #entry[2][i] end
     redis.call('HINCRBY', KEYS[3], 'dead_bytes', -size)
-    redis.call('HINCRBY', KEYS[3], ARGV[3], -1)
+    redis.call('HINCRBY', KEYS[3], 'retried_' .. ARGV[3], 1)
     return 1
     """,
 )
@@ -125,7 +125,7 @@ class DeadLetters:
         """
         said: tuple[Any, ...] = (batch, reason, detail[:500], deliveries, f"{time.time():.3f}")
         fields = [part for pair in zip(_OWN_FIELDS, said, strict=True) for part in pair]
-        keys = (source.key, source.counts_key, self._keys.dead(source.worker_id))
+        keys = (*source.keys, self._keys.dead(source.worker_id))
         bytes_in_books = 0 if source.retried else size
         arguments = (*self._holdings.signature, entry_id, bytes_in_books, reason, KEPT, self._max_bytes)
         with self._holdings.counting():
@@ -161,9 +161,8 @@ class DeadLetters:
             worker = letter.worker_id
             keys = (self._keys.dead(worker), self._keys.again(worker), self._keys.counts(worker))
             with self._holdings.counting():
-                if self._connection.run(RETRY, keys, (GROUP, letter.entry_id, letter.reason)) == 1:
-                    self._holdings.uncount(worker, letter.reason)
-                    done += 1
+                done += self._connection.run(RETRY, keys, (GROUP, letter.entry_id, letter.reason))
+                self._holdings.remember(worker, self._connection.execute("HGETALL", keys[2]))
         return done
 
     def purge(self, letters: Sequence[DeadLetter]) -> int:

@@ -19,29 +19,45 @@ from rlbroker.replies import text_fields, whole_number
 logger = logging.getLogger("rlbroker")
 
 #: Reasons that learners count; they survive the loss of the server, as each learner remembers them.
-COUNTED = ("delivered", "stale", "corrupt", "poison", "trimmed", "duplicate")
+COUNTED = (
+    "delivered",
+    "stale",
+    "corrupt",
+    "poison",
+    "trimmed",
+    "duplicate",
+    "retried_corrupt",
+    "retried_poison",
+)
+
+#: The worker may write to its counts, whatever it likes: what is no hash goes.
+ONLY_COUNTS = """
+    local kind = redis.call('TYPE', KEYS[2])['ok']
+    if kind ~= 'hash' and kind ~= 'none' then redis.call('DEL', KEYS[2]) end
+"""
 
 TAKE_OVER = Script(
     "take_over",
     f"""
-    -- KEYS: a worker's counts
+    -- KEYS: the epochs of a worker's learners, its counts
     -- ARGV: the learner's name, its epoch
     {ALSO_WHEN_FULL}
-    local field = 'epoch:' .. ARGV[1]
-    if (tonumber(redis.call('HGET', KEYS[1], field) or '0') or 0) < tonumber(ARGV[2]) then
-      redis.call('HSET', KEYS[1], field, ARGV[2])
+    if tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0') < tonumber(ARGV[2]) then
+      redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
     end
-    return redis.call('HGETALL', KEYS[1])
+    {ONLY_COUNTS}
+    return redis.call('HGETALL', KEYS[2])
     """,
 )
 
 #: Lua that scripts begin with: whether a learner still has an entry (nil: nobody has), and counting.
-OWN = """
-    -- KEYS: a stream, its worker's counts
+OWN = f"""
+    -- KEYS: a stream, its worker's counts, the epochs of its learners
     -- ARGV: group, the learner's name, its epoch
-    if (tonumber(redis.call('HGET', KEYS[2], 'epoch:' .. ARGV[2]) or '0') or 0) > tonumber(ARGV[3]) then
+    if tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or '0') > tonumber(ARGV[3]) then
       return redis.error_reply('FENCED a newer learner has taken over the run')
     end
+    {ONLY_COUNTS}
     local function count(field, by)
       local done = redis.pcall('HINCRBY', KEYS[2], field, by)
       -- The worker can write here too: what is no number begins anew.
@@ -53,7 +69,7 @@ OWN = """
       return row[2] == ARGV[2] or row[2] == ARGV[2] .. '+'
     end
     if redis.call('EXISTS', KEYS[1]) == 0 or #redis.call('XINFO', 'GROUPS', KEYS[1]) == 0 then
-      return {0}  -- the server lost it
+      return {{0}}  -- the server lost it
     end
 """
 
@@ -91,18 +107,19 @@ ACKNOWLEDGE = Script(
 RESTORE_COUNTS = Script(
     "restore_counts",
     f"""
-    -- KEYS: a worker's counts
+    -- KEYS: the epochs of a worker's learners, its counts
     -- ARGV: the learner's name, its epoch, number of fields that learners count, then these fields and values,
     --       then every other field and value
     {ALSO_WHEN_FULL}
-    local epoch = tonumber(redis.call('HGET', KEYS[1], 'epoch:' .. ARGV[1]) or '0') or 0
+    {ONLY_COUNTS}
+    local epoch = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0')
     local lost = epoch == 0
     local last = lost and #ARGV or 3 + 2 * tonumber(ARGV[3])
     for i = 4, last, 2 do
-      local found = tonumber(redis.call('HGET', KEYS[1], ARGV[i]) or '0') or 0
-      if found < tonumber(ARGV[i + 1]) then redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+      local found = tonumber(redis.call('HGET', KEYS[2], ARGV[i]) or '0') or 0
+      if found < tonumber(ARGV[i + 1]) then redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
     end
-    if epoch < tonumber(ARGV[2]) then redis.call('HSET', KEYS[1], 'epoch:' .. ARGV[1], ARGV[2]) end
+    if epoch < tonumber(ARGV[2]) then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
     return 1
     """,
 )
@@ -119,7 +136,13 @@ class Source:
     worker_id: int
     key: str
     counts_key: str
+    epochs_key: str
     retried: bool = False
+
+    @property
+    def keys(self) -> tuple[str, str, str]:
+        """The keys that scripts touch to give an entry up."""
+        return self.key, self.counts_key, self.epochs_key
 
     @property
     def name(self) -> str:
@@ -158,7 +181,7 @@ class Holdings:
         """
         with self._lock:
             new = [one for one in workers if one not in self._counted]
-        calls = [(TAKE_OVER, (self._keys.counts(one),), (self.name, self.epoch)) for one in new]
+        calls = [(TAKE_OVER, self._keys_of(one), (self.name, self.epoch)) for one in new]
         for worker, counts in zip(new, self._connection.run_all(calls), strict=True):
             self.remember(worker, counts)
 
@@ -174,7 +197,6 @@ class Holdings:
                 name: value
                 for name, value in found.items()
                 if name not in COUNTED and name not in ("removed_bytes", "incarnation", "dead_bytes")
-                if not name.startswith("epoch:")
             }
 
     def add(self, source: Source, entry_id: str, stored_bytes: int) -> bool:
@@ -210,20 +232,20 @@ class Holdings:
             Fenced: a newer learner of this name has taken over.
             PeerError: the server refused, or could not be reached in time.
         """
-        by_source: dict[Source, list[Any]] = {}
-        with self._lock:
-            for source, entry_id, reason in entries:
-                size = self._held.get(source, {}).get(entry_id)
-                if size is not None:
-                    # What is tried again was taken out of the queue's books when it died.
-                    size = 0 if source.retried else size
-                    by_source.setdefault(source, []).extend((entry_id, size, reason))
-        calls = [
-            (ACKNOWLEDGE, (source.key, source.counts_key), (*self.signature, *arguments))
-            for source, arguments in by_source.items()
-        ]
         removed = 0
         with self.counting(deadline):
+            by_source: dict[Source, list[Any]] = {}
+            with self._lock:
+                for source, entry_id, reason in entries:
+                    size = self._held.get(source, {}).get(entry_id)
+                    if size is not None:
+                        # What is tried again was taken out of the queue's books when it died.
+                        size = 0 if source.retried else size
+                        by_source.setdefault(source, []).extend((entry_id, size, reason))
+            calls = [
+                (ACKNOWLEDGE, source.keys, (*self.signature, *arguments))
+                for source, arguments in by_source.items()
+            ]
             replies = self._connection.run_all(calls, deadline=deadline)
             for (source, arguments), (gone, *others) in zip(by_source.items(), replies, strict=True):
                 removed += gone
@@ -264,6 +286,9 @@ class Holdings:
         finally:
             self._turn.release()
 
+    def _keys_of(self, worker: int) -> tuple[str, str]:
+        return self._keys.epochs(worker), self._keys.counts(worker)
+
     @property
     def consumers(self) -> tuple[str, str]:
         """Under which names the group keeps what is ours: what we read, and what we took over from others.
@@ -285,11 +310,6 @@ class Holdings:
                 self._held[source].pop(entry_id, None)
             self._counted[source.worker_id].update(reasons)
 
-    def uncount(self, worker: int, reason: str) -> None:
-        """Note that a dead batch is tried again."""
-        with self._lock:
-            self._counted[worker][reason] -= 1
-
     def restore(self, workers: Iterable[int] | None = None, *, deadline: Deadline | None = None) -> None:
         """Write back what the server may have lost of the counts. Harmless where it lost nothing.
 
@@ -302,7 +322,7 @@ class Holdings:
                 calls = [
                     (
                         RESTORE_COUNTS,
-                        (self._keys.counts(one),),
+                        self._keys_of(one),
                         (
                             self.name,
                             self.epoch,

@@ -90,7 +90,7 @@ class Ownership:
         )
         wanted = [[row[0] for row in pending_rows(reply) if row[1] not in ours] for reply in rows]
         calls: list[tuple[Script, tuple[str, ...], tuple[Any, ...]]] = [
-            (TAKE_ABANDONED, (source.key, source.counts_key), (*self._holdings.signature, idle, *ids))
+            (TAKE_ABANDONED, source.keys, (*self._holdings.signature, idle, *ids))
             for source, ids in zip(sources, wanted, strict=True)
             if ids
         ]
