@@ -57,10 +57,10 @@ def test_new_processes_on_a_server_that_lost_everything_are_not_taken_for_old_on
     client.close()
     comm.cleanup()
     server.client.flushall()
-    client = worker(0) if first == "worker" else None
+    early = [worker(0)] if first == "worker" else []
     comm = learner(acknowledge="manual")
     comm.restore(marks)
-    client = client or worker(0)
+    client = early[0] if early else worker(0)
     for number in range(5, 8):
         client.send_experiences({"number": number})
     assert [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)] == [5, 6, 7]
