@@ -20,35 +20,37 @@ class Lossy:
         """
         self.client, self.lost = client, 0
         self._loses = loses
-        self._wrapped: set[Any] = set()
-        self._broken: set[Any] = set()
-        give = client.connection_pool.get_connection
-        client.connection_pool.get_connection = lambda *arguments: self._wrap(give(*arguments))
+        self._made: list[Any] = []
+        pool = client.connection_pool
+        pool.connection_class = self._lossy(pool.connection_class)
 
     def break_connections(self) -> None:
         """Have every connection fail at its next use, before the server gets what is sent."""
-        self._broken |= self._wrapped
+        for connection in self._made:
+            connection.is_broken = True
 
-    def _wrap(self, connection: Any) -> Any:
-        if connection in self._wrapped:
-            return connection
-        self._wrapped.add(connection)
-        send, read = connection.send_packed_command, connection.read_response
+    def _lossy(self, connection_class: Any) -> Any:
+        line = self
 
-        def send_or_break(*arguments: Any, **options: Any) -> Any:
-            if connection in self._broken:
-                self._broken.discard(connection)
-                connection.disconnect()
-                raise redis.ConnectionError("the connection was broken")
-            return send(*arguments, **options)
+        class LossyConnection(connection_class):  # type: ignore[misc]
+            def __init__(self, **settings: Any) -> None:
+                self.is_broken = False
+                super().__init__(**settings)
+                line._made.append(self)
 
-        def read_or_lose(*arguments: Any, **options: Any) -> Any:
-            reply = read(*arguments, **options)
-            if self._loses():
-                self.lost += 1
-                connection.disconnect()
-                raise redis.ConnectionError("the reply was lost")
-            return reply
+            def send_packed_command(self, *arguments: Any, **options: Any) -> Any:
+                if self.is_broken:
+                    self.is_broken = False
+                    self.disconnect()
+                    raise redis.ConnectionError("the connection was broken")
+                return super().send_packed_command(*arguments, **options)
 
-        connection.send_packed_command, connection.read_response = send_or_break, read_or_lose
-        return connection
+            def read_response(self, *arguments: Any, **options: Any) -> Any:
+                reply = super().read_response(*arguments, **options)
+                if line._loses():
+                    line.lost += 1
+                    self.disconnect()
+                    raise redis.ConnectionError("the reply was lost")
+                return reply
+
+        return LossyConnection

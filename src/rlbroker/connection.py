@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Final, TypeVar
 
 import redis
 from redis import exceptions as redis_errors
 from redis.backoff import NoBackoff
+from redis.connection import AbstractConnection
+from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
 from rlbroker.config import positive_seconds, redacted_url, redis_url
-from rlbroker.deadline import Backoff, Deadline
+from rlbroker.deadline import Backoff, Deadline, try_seconds, within
 from rlbroker.errors import (
     AccessDenied,
     ConnectionFailed,
@@ -96,7 +100,8 @@ class Connection:
 
     Every operation that rlbroker sends is harmless to repeat (explicit ids, compare-and-set scripts, plain
     writes of the same value), so a broken connection is answered by trying again until the deadline.
-    redis-py's own retries are off: they repeat commands that we must look at first.
+    redis-py's own retries are off, also for a client that was given: they repeat commands that we must look at
+    first. No try waits for longer than what is left of the deadline that holds.
     """
 
     def __init__(
@@ -106,7 +111,8 @@ class Connection:
 
         Args:
             url: `redis://`, `rediss://` or `unix://`; defaults to the environment, then localhost.
-            client: a ready client instead of a URL, a fakeredis one too.
+            client: a ready client instead of a URL, a fakeredis one too; it gives the way to the server, and itself
+                stays untouched.
             timeout_seconds: how long any one operation may take, retries included.
 
         Raises:
@@ -115,11 +121,10 @@ class Connection:
         self.timeout_seconds = positive_seconds("timeout", timeout_seconds)
         self._pid = os.getpid()
         self._scripts: dict[str, Script] = {}
-        self._owns_client = client is None
         if client is None:
             found = redis_url(url)
             self.address = redacted_url(found)
-            self.client = _client_from_url(found, self.timeout_seconds)
+            client = _client_from_url(found)
         elif url is not None:
             raise InvalidArgument("give either redis_url or redis_client, not both")
         elif not isinstance(client, redis.Redis):
@@ -128,8 +133,7 @@ class Connection:
             settings = client.connection_pool.connection_kwargs
             host = f"{settings['host']}:{settings.get('port')}" if "host" in settings else ""
             self.address = str(settings.get("path") or host or "the given redis_client")
-            self.client = client
-        pool = self.client.connection_pool
+        pool = client.connection_pool
         if pool.connection_kwargs.get("decode_responses"):
             raise InvalidArgument("the client must not decode responses: batches and weights are bytes")
         if pool.max_connections < MIN_CONNECTIONS:
@@ -137,8 +141,11 @@ class Connection:
                 f"the client's pool holds {pool.max_connections} connections; {MIN_CONNECTIONS} are needed, "
                 "as the background waits on some of them"
             )
+        stall = stall_seconds(self.timeout_seconds)
         #: How long a connection may be silent with an answer due.
-        self.socket_seconds = float(pool.connection_kwargs.get("socket_timeout") or self.timeout_seconds)
+        self.socket_seconds = min(stall, float(pool.connection_kwargs.get("socket_timeout") or stall))
+        self._given = client  # a pool of Sentinel's is only remembered weakly by its connections
+        self.client = _own(client, self.timeout_seconds, self.socket_seconds)
         self._send: Callable[..., Any] = self.client.execute_command
 
     @property
@@ -147,10 +154,9 @@ class Connection:
         return min(BLOCK_SECONDS, self.timeout_seconds / 4, self.socket_seconds / 2)
 
     def close(self) -> None:
-        """Close the connections, unless the client was given by the user."""
-        if self._owns_client and os.getpid() == self._pid:
-            self.client.close()
-            self.client.connection_pool.disconnect()  # a client does not close a pool that it was given
+        """Close the connections; those of a client that the user gave are not among them."""
+        if os.getpid() == self._pid:
+            self.client.connection_pool.disconnect()
 
     def check_process(self) -> None:
         """Refuse to work in a forked child, where sockets and threads are the parent's.
@@ -318,7 +324,10 @@ class Connection:
             RunLost: the server lost the run, and no learner restored it in time.
             PeerError: the server refused.
         """
-        deadline = deadline or Deadline(self.timeout_seconds)
+        with within(deadline or Deadline(self.timeout_seconds)) as holds:
+            return self._retry(operation, holds)
+
+    def _retry(self, operation: Callable[[], Result], deadline: Deadline) -> Result:
         backoff = Backoff()
         unknown: ConnectionFailed | None = None
         while True:
@@ -336,20 +345,9 @@ class Connection:
                 logger.debug("%s; trying again in %.2f s", error, pause)
                 time.sleep(pause)
 
-    def hurry(self, deadline: Deadline) -> None:
-        """Let nothing that is begun from now on wait for longer than is left: the client closes."""
-        left_seconds = max(0.05, deadline.remaining)
-        self.timeout_seconds = min(self.timeout_seconds, left_seconds)
-        if self._owns_client and left_seconds < self.socket_seconds:
-            self.socket_seconds = left_seconds
-            limits = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), left_seconds)
-            self.client.connection_pool.connection_kwargs.update(limits)
-            self.drop_idle()
-
     def drop_idle(self) -> None:
         """Close the connections that nobody uses: what broke one of them has broken the others too."""
-        if self._owns_client:
-            self.client.connection_pool.disconnect(inuse_connections=False)
+        self.client.connection_pool.disconnect(inuse_connections=False)
 
     def _translated(self, operation: Callable[[], Result]) -> Result:
         self.check_process()
@@ -389,9 +387,7 @@ class Channel:
         """
         self._connection.check_process()
         if self._wire is not None:
-            if (self._wire.socket_timeout or 0.0) <= self._connection.socket_seconds:
-                return False
-            self.close()  # it would wait for too long, now that the client closes
+            return False
         with self._care():
             self._wire = self._connection.client.connection_pool.get_connection()
         return True
@@ -511,23 +507,80 @@ def stall_seconds(timeout_seconds: float) -> float:
     """Give how long a connection may be silent, so that whole tries fill the time of an operation.
 
     >>> stall_seconds(10.0)
-    3.3333333333333335
+    3.333
     """
-    return timeout_seconds / math.ceil(timeout_seconds / STALL_SECONDS)
+    return max(0.001, round(timeout_seconds / math.ceil(timeout_seconds / STALL_SECONDS), 3))
 
 
-def _client_from_url(url: str, timeout_seconds: float) -> redis.Redis:
+class _Bounded(AbstractConnection):
+    """A connection that is not waited for beyond the deadline that holds for the thread which uses it."""
+
+    @property
+    def socket_timeout(self) -> float:
+        return try_seconds(self._socket_timeout or STALL_SECONDS)
+
+    @socket_timeout.setter
+    def socket_timeout(self, value: float) -> None:
+        self._socket_timeout = value
+
+    @property
+    def socket_connect_timeout(self) -> float:
+        return try_seconds(self._socket_connect_timeout or STALL_SECONDS)
+
+    @socket_connect_timeout.setter
+    def socket_connect_timeout(self, value: float) -> None:
+        self._socket_connect_timeout = value
+
+    def send_packed_command(self, *arguments: Any, **options: Any) -> Any:
+        self._bound()
+        send: Callable[..., Any] = super().send_packed_command
+        return send(*arguments, **options)
+
+    def read_response(self, *arguments: Any, **options: Any) -> Any:
+        self._bound()
+        return super().read_response(*arguments, **options)
+
+    def _bound(self) -> None:
+        sock, limit = self._sock, self.socket_timeout
+        if isinstance(sock, socket.socket) and sock.gettimeout() != limit:
+            with suppress(OSError):  # another thread has closed it, which the next step will find
+                self.update_current_socket_timeout(limit)
+
+
+@cache
+def _bounded(connection_class: type) -> type:
+    return type(f"Bounded{connection_class.__name__}", (_Bounded, connection_class), {})
+
+
+def _own(client: redis.Redis, timeout_seconds: float, socket_seconds: float) -> redis.Redis:
+    """Give a client like this one with connections of our own, which keep deadlines and do not try again."""
+    pool = client.connection_pool
+    settings = {
+        name: value
+        for name, value in pool.connection_kwargs.items()
+        if not name.startswith(("maint_notifications", "orig_", "retry"))
+    }
+    settings |= {
+        "retry": Retry(NoBackoff(), 0),
+        "socket_timeout": socket_seconds,
+        "socket_connect_timeout": socket_seconds,
+        "socket_read_size": SOCKET_READ_BYTES,
+    }
+    make_pool: Callable[..., redis.BlockingConnectionPool] = redis.BlockingConnectionPool
+    own = copy.copy(client)
+    own.connection = None
+    own.connection_pool = make_pool(
+        connection_class=_bounded(pool.connection_class),
+        max_connections=min(MAX_CONNECTIONS, pool.max_connections),
+        timeout=timeout_seconds,
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),
+        **settings,
+    )
+    return own
+
+
+def _client_from_url(url: str) -> redis.Redis:
     try:
-        pool = redis.BlockingConnectionPool.from_url(
-            url,
-            max_connections=MAX_CONNECTIONS,
-            timeout=timeout_seconds,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=stall_seconds(timeout_seconds),
-            socket_connect_timeout=stall_seconds(timeout_seconds),
-            socket_read_size=SOCKET_READ_BYTES,
-        )
+        return redis.Redis.from_url(url, protocol=2)
     except ValueError as error:
         raise InvalidArgument(f"the server's URL {redacted_url(url)} cannot be used: {error}") from error
-    return redis.Redis(connection_pool=pool)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
+
+#: A try may always take this long, also where less is left: a server that is well answers within it.
+SHORTEST_TRY_SECONDS: Final = 0.25
 
 _FIRST_PAUSE_SECONDS: Final = 0.02
 _LONGEST_PAUSE_SECONDS: Final = 1.0
 
 
 class Deadline:
-    """A point in time that all steps of one operation share."""
+    """A point in time that all steps of one operation share. One of 0 seconds asks for one try, however long."""
 
     def __init__(self, seconds: float) -> None:
         """Set the deadline this many seconds from now."""
@@ -27,6 +33,35 @@ class Deadline:
     def over(self) -> bool:
         """Whether no time is left."""
         return time.monotonic() >= self._end
+
+
+class _Holding(threading.local):
+    deadline: Deadline | None = None
+
+
+_holding = _Holding()
+
+
+@contextmanager
+def within(deadline: Deadline) -> Iterator[Deadline]:
+    """Have this thread keep a deadline in all that it does here; give the one that holds: an outer may be earlier."""
+    outer = _holding.deadline
+    if not deadline.seconds:  # it says nothing of how long the one try may take
+        yield deadline
+    elif outer is not None and outer.remaining < deadline.remaining:
+        yield outer
+    else:
+        _holding.deadline = deadline
+        try:
+            yield deadline
+        finally:
+            _holding.deadline = outer
+
+
+def try_seconds(longest: float) -> float:
+    """Give how long one try may take now: no longer than what is left of the deadline that holds."""
+    deadline = _holding.deadline
+    return longest if deadline is None else min(longest, max(SHORTEST_TRY_SECONDS, deadline.remaining))
 
 
 class Backoff:

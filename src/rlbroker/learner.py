@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, get_args
 
@@ -27,7 +28,7 @@ from rlbroker.config import (
 from rlbroker.connection import BLOCK_SECONDS, Channel, Connection
 from rlbroker.control.commander import RESTORE_COMMAND, SEND, Command, Commander
 from rlbroker.control.ledger import RESTORE_ACCOUNT, SETTLE, Ledger
-from rlbroker.deadline import Deadline
+from rlbroker.deadline import Deadline, within
 from rlbroker.errors import Closed, InvalidArgument, PeerError, RunLost, UnsupportedType
 from rlbroker.experience.collector import Collector
 from rlbroker.experience.counts import read_counts
@@ -366,8 +367,8 @@ class WorkerCommunicator:
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        self._check()
-        return self._dead_letters.list(self._roster.ids() if worker_id is None else [worker_id])
+        with self._operation():
+            return self._dead_letters.list(self._roster.ids() if worker_id is None else [worker_id])
 
     def retry_dead_letters(self, letters: Sequence[DeadLetter]) -> int:
         """Have dead batches collected once more, within seconds; give how many were still there.
@@ -375,8 +376,8 @@ class WorkerCommunicator:
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        self._check()
-        return self._dead_letters.retry(letters)
+        with self._operation():
+            return self._dead_letters.retry(letters)
 
     def purge_dead_letters(self, letters: Sequence[DeadLetter] | None = None) -> int:
         """Delete dead letters, by default all; give how many were there. They stay counted.
@@ -384,8 +385,8 @@ class WorkerCommunicator:
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        self._check()
-        return self._dead_letters.purge(self.dead_letters() if letters is None else letters)
+        with self._operation():
+            return self._dead_letters.purge(self.dead_letters() if letters is None else letters)
 
     def send_control_command(
         self,
@@ -411,21 +412,22 @@ class WorkerCommunicator:
             PeerError: the server refused, or could not be reached in time.
         """
         self._check_publishes()
-        return self._commander.send(command, data, worker_ids, expires_seconds=expires)
+        with self._operation():
+            return self._commander.send(command, data, worker_ids, expires_seconds=expires)
 
     def workers(self) -> list[WorkerInfo]:
         """Give the run's members, by id: where they run, what they run, when they were last heard of."""
-        self._check()
-        return self._roster.workers()
+        with self._operation():
+            return self._roster.workers()
 
     def missed_updates(self) -> dict[int, MissedUpdates]:
         """Give, by worker, which versions and commands it missed, why, and since when."""
-        self._check()
-        workers = self._roster.ids()
-        self._settle(workers, Deadline(self._connection.timeout_seconds))
-        return self._ledger.missed_updates(
-            workers, latest_version=self.version, published=self._publisher.published
-        )
+        with self._operation() as deadline:
+            workers = self._roster.ids()
+            self._settle(workers, deadline)
+            return self._ledger.missed_updates(
+                workers, latest_version=self.version, published=self._publisher.published
+            )
 
     def get_queue_info(self) -> dict[str, Any]:
         """Give sizes as Redis has them.
@@ -435,12 +437,12 @@ class WorkerCommunicator:
             applied nor missed) and `control_queue_sizes` (commands not answered), each a list by worker id; and
             `counts`, by worker id, the `QueueCounts` of its batches.
         """
-        self._check()
-        workers = self._roster.ids()
-        self._settle(workers, Deadline(self._connection.timeout_seconds))
-        counts = read_counts(self._connection, self._keys, workers)
-        accounts = self._ledger.accounts(counts)
-        waiting = self._commander.waiting()
+        with self._operation() as deadline:
+            workers = self._roster.ids()
+            self._settle(workers, deadline)
+            counts = read_counts(self._connection, self._keys, workers)
+            accounts = self._ledger.accounts(counts)
+            waiting = self._commander.waiting()
         size = max(self._num_workers, *(worker + 1 for worker in counts), 0)
         experiences, models, control = [0] * size, [0] * size, [0] * size
         for worker, account in accounts.items():
@@ -466,12 +468,12 @@ class WorkerCommunicator:
         deadline = Deadline(self._connection.timeout_seconds)
         self._closed = CleanupReport(complete=False)
         ended = self._thread.stop(deadline.remaining)
-        self._connection.hurry(deadline)
         try:
             if ended:
                 self._channel.close()
             if not deadline.over:
-                self._closed = self._finish(deadline, acknowledge=acknowledge)
+                with within(deadline):
+                    self._closed = self._finish(deadline, acknowledge=acknowledge)
         except PeerError as error:
             logger.warning("cleanup of the run %r: %s", self.run, error)
         finally:
@@ -501,6 +503,13 @@ class WorkerCommunicator:
                 self.version,
                 sum(one.waiting + one.in_hand for one in counts),
             )
+
+    @contextmanager
+    def _operation(self) -> Iterator[Deadline]:
+        """Check that this learner may go on, and have all that is done here end within its timeout."""
+        self._check()
+        with within(Deadline(self._connection.timeout_seconds)) as deadline:
+            yield deadline
 
     def _check(self) -> None:
         if self._closed is not None:
@@ -574,7 +583,7 @@ class WorkerCommunicator:
         if not workers or not self._roster.leads:
             self._thread.pause(BLOCK_SECONDS)
         elif self._ledger.wait(workers, self._connection.block_seconds):
-            self._settle(workers, Deadline(self._connection.block_seconds))
+            self._settle(workers, Deadline(0))
             self._commander.look_again()
 
     def _keep_house(self) -> None:

@@ -14,7 +14,7 @@ import redis
 from rlbroker.config import DEFAULT_RUN, Level, WhenFull, choice, positive_seconds
 from rlbroker.connection import Connection
 from rlbroker.control.inbox import Inbox, Order
-from rlbroker.deadline import Deadline
+from rlbroker.deadline import Deadline, within
 from rlbroker.errors import Closed, DeadlineExceeded, InvalidArgument, PeerError, UnsupportedType
 from rlbroker.experience.sender import Sender
 from rlbroker.keys import Keys
@@ -200,7 +200,8 @@ class WorkerClient:
         self._check()
         check_target(model)
         deadline = Deadline(positive_seconds("timeout", timeout))
-        latest = self._subscriber.read_latest()
+        with within(deadline):
+            latest = self._subscriber.read_latest()
         if (
             latest and not self._subscriber.ready
         ):  # taken before: for another model, or one that it did not fit
@@ -311,16 +312,8 @@ class WorkerClient:
             part.request_stop()
         try:
             self._subscriber.stop(deadline.remaining)
-            self._connection.hurry(deadline)
-            assert self._sender is not None
-            self._sender.close(deadline)
-            self._inbox.stop(deadline.remaining)
-            if deadline.over:
-                logger.warning(
-                    "the server did not answer in time; worker %d leaves unnoticed", self.worker_id
-                )
-            else:
-                self._heartbeat.leave(deadline.remaining)
+            with within(deadline):
+                self._finish(deadline)
         except PeerError as error:
             logger.warning("worker %d left the run %r without saying so: %s", self.worker_id, self.run, error)
         finally:
@@ -332,6 +325,15 @@ class WorkerClient:
                     self._sender.level,
                 )
             self._connection.close()
+
+    def _finish(self, deadline: Deadline) -> None:
+        assert self._sender is not None
+        self._sender.close(deadline)
+        self._inbox.stop(deadline.remaining)
+        if deadline.over:
+            logger.warning("the server did not answer in time; worker %d leaves unnoticed", self.worker_id)
+        else:
+            self._heartbeat.leave(deadline.remaining)
 
     def _tend(self, returned: bool) -> None:
         """Look after what is under way; called with each heartbeat."""

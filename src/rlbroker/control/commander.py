@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 from rlbroker.config import worker_number
 from rlbroker.connection import LEADER_ONLY, Connection, Script, flat
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
-from rlbroker.deadline import Deadline
+from rlbroker.deadline import Deadline, within
 from rlbroker.errors import InvalidArgument, PeerError, UnknownWorker
 from rlbroker.keys import Keys
 from rlbroker.records import Outcome, State
@@ -170,7 +170,8 @@ class Command:
         """
         deadline = Deadline(self._timeout_seconds if timeout is None else timeout)
         while True:
-            found = self.outcomes()
+            with within(deadline):
+                found = self.outcomes()
             if deadline.over or not any(outcome.state == "waiting" for outcome in found.values()):
                 return found
             with self._changed:

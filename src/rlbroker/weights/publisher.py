@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Final
 
 from rlbroker.connection import LEADER_ONLY, Argument, Channel, Connection, Script, flat
-from rlbroker.errors import PeerError, ServerOutOfMemory
+from rlbroker.errors import ConnectionFailed, PeerError, ServerOutOfMemory
 from rlbroker.keys import Keys
 from rlbroker.records import PublishReceipt
 from rlbroker.replies import text_fields
@@ -231,8 +231,9 @@ class Publisher:
                     held, held_bytes = [], 0
             header = whole.header(facts)
             self._set(upload, 0, header)
-        except BaseException:  # Ctrl-C too: half a version must not fill the server
-            self._discard(upload, len(sent))
+        except BaseException as error:  # Ctrl-C too: half a version must not fill the server
+            if not isinstance(error, ConnectionFailed):  # it would not get through either, and chunks expire
+                self._discard(upload, len(sent))
             raise
         pointer = Pointer(
             version=self.last_used + 1,

@@ -1,0 +1,98 @@
+"""Every call ends within its timeout, whatever the server does, and whatever client leads to it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+from proxy import Proxy
+from servers import FaultyServer
+
+from rlbroker import ConnectionFailed, PeerError, WorkerClient, WorkerCommunicator
+
+NewServer = Callable[..., FaultyServer]
+
+#: What a call may take beyond its timeout.
+GRACE_SECONDS = 1.0
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    took = time.monotonic() - began
+    assert took < seconds + GRACE_SECONDS, f"it took {took:.1f} s"
+
+
+@pytest.mark.parametrize("after_a_call", [False, True])
+def test_closing_ends_within_the_timeout_when_the_server_stands_still(
+    new_server: NewServer, after_a_call: bool
+) -> None:
+    server = new_server()
+    comm = WorkerCommunicator(1, redis_url=server.url, timeout=2.0)
+    client = WorkerClient(server.url, worker_id=0, timeout=2.0, level="learner")
+    client.send_experiences({"n": 1})
+    comm.collect_experiences(2.0)
+    server.freeze()
+    if after_a_call:
+        for call in (lambda: client.send_experiences({"n": 2}), lambda: comm.send_model_weights({"n": 1})):
+            with at_most(2.0), pytest.raises(PeerError):
+                call()
+    with at_most(2.0):
+        comm.cleanup()
+    with at_most(2.0):
+        client.close()
+
+
+@pytest.mark.parametrize("call", ["wait", "load_weights", "flush", "send_experiences"])
+def test_a_call_keeps_its_own_timeout_when_the_server_stands_still(new_server: NewServer, call: str) -> None:
+    server = new_server()
+    comm = WorkerCommunicator(1, redis_url=server.url, timeout=8.0)
+    client = WorkerClient(server.url, worker_id=0, timeout=8.0, level="learner")
+    client.send_experiences({"n": 1})
+    command = comm.send_control_command("reset")
+    calls: dict[str, Callable[[], Any]] = {
+        "wait": lambda: command.wait(0.3),
+        "load_weights": lambda: client.load_weights({}, timeout=0.3),
+        "flush": lambda: client.flush(0.3),
+        "send_experiences": lambda: client.send_experiences({"n": 2}, timeout=0.3),
+    }
+    server.freeze()
+    with at_most(0.3), pytest.raises(PeerError):
+        calls[call]()
+    server.thaw()
+    client.close()
+    comm.cleanup()
+
+
+def test_all_replies_of_a_call_share_its_timeout(new_server: NewServer) -> None:
+    proxy = Proxy(new_server().address)
+    comm = WorkerCommunicator(1, redis_url=proxy.url, timeout=3.0)
+    proxy.slow_down(delay_seconds=1.2)
+    with at_most(3.0), pytest.raises(ConnectionFailed):
+        comm.get_queue_info()
+    with at_most(3.0):
+        comm.cleanup()
+    proxy.close()
+
+
+@pytest.mark.parametrize("settings", [{}, {"socket_timeout": None}, {"socket_timeout": 60.0}], ids=str)
+@pytest.mark.parametrize("how", ["frozen", "half-open"])
+def test_a_ready_client_with_retries_of_its_own_keeps_the_timeout(
+    new_server: NewServer, settings: dict[str, Any], how: str
+) -> None:
+    server = new_server()
+    proxy = Proxy(server.address)
+    comm = WorkerCommunicator(1, redis_client=redis.Redis(port=proxy.port, **settings), timeout=2.0)
+    with proxy.silence(dropping=True) if how == "half-open" else contextlib.nullcontext():
+        if how == "frozen":
+            server.freeze()
+        with at_most(2.0), pytest.raises(ConnectionFailed):
+            comm.workers()
+        with at_most(2.0):
+            comm.cleanup()
+    proxy.close()
