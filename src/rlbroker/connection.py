@@ -58,6 +58,9 @@ SEND_BYTES: Final = 1 << 20
 #: Bytes read from a socket at once; redis-py's own default is slow for chunks of weights.
 SOCKET_READ_BYTES: Final = 1 << 20
 
+#: How long a server that has accepted this user may refuse it: users may be set up only after a restart.
+REFUSED_SECONDS: Final = 10.0
+
 Result = TypeVar("Result")
 Argument = str | bytes | int | float | memoryview
 
@@ -121,6 +124,8 @@ class Connection:
         self.timeout_seconds = positive_seconds("timeout", timeout_seconds)
         self._pid = os.getpid()
         self._scripts: dict[str, Script] = {}
+        self._worked = False
+        self._refused: Deadline | None = None
         if client is None:
             found = redis_url(url)
             self.address = redacted_url(found)
@@ -270,6 +275,11 @@ class Connection:
         """Put scripts into the server's cache, for processes that have no right to do so."""
         self.execute_all([("SCRIPT LOAD", script.text) for script in scripts])
 
+    def load_missing(self, scripts: Sequence[Script]) -> None:
+        """Put scripts back that the server's cache has lost, if it has lost any."""
+        if not all(self.execute("SCRIPT EXISTS", *(script.sha for script in scripts))):
+            self.load(scripts)
+
     def check_server(self, *, allow_eviction: bool = False) -> None:
         """Refuse a server that is too old or that would evict keys; servers that do not tell are taken.
 
@@ -353,16 +363,38 @@ class Connection:
         self.check_process()
         try:
             try:
-                return operation()
+                result = operation()
             except redis_errors.NoScriptError:
                 for script in list(self._scripts.values()):
-                    self._send("SCRIPT LOAD", script.text)
-                return operation()
+                    self._load_known(script)
+                result = operation()
         except redis_errors.RedisError as error:
-            ours = translated(error, self.address)
+            ours = self.ours(error)
             if isinstance(ours, ConnectionFailed):
                 self.drop_idle()
             raise ours from error
+        self.note_answer()
+        return result
+
+    def _load_known(self, script: Script) -> None:
+        try:
+            self._send("SCRIPT LOAD", script.text)
+        except redis_errors.NoPermissionError as error:
+            raise scripts_missing(self.address) from error
+
+    def note_answer(self) -> None:
+        """Be told that the server has answered this user."""
+        self._worked, self._refused = True, None
+
+    def ours(self, error: redis_errors.RedisError) -> PeerError:
+        """Give our error for one of redis-py's; a user that was accepted before is refused only after a while."""
+        if self._worked and _is_refusal(error):
+            self._refused = self._refused or Deadline(REFUSED_SECONDS)
+            if not self._refused.over:
+                return ConnectionFailed(
+                    f"{self.address} does not accept this user any more: {error}; was it restarted?"
+                )
+        return translated(error, self.address)
 
 
 class Channel:
@@ -398,13 +430,15 @@ class Channel:
         Raises:
             PeerError: the server refused. After `ConnectionFailed` the next `connect` makes a new connection.
         """
-        (result,) = self.execute_all([command])
-        if isinstance(result, PeerError):
-            raise result
+        (result,) = self.execute_all([command], strict=True)
         return result
 
-    def execute_all(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
+    def execute_all(self, commands: Sequence[Sequence[Argument]], *, strict: bool = False) -> list[Any]:
         """Run many commands in one round trip, once; what the server refused is given as a `PeerError`.
+
+        Args:
+            commands: what to run, in order.
+            strict: whether the first of these errors is raised instead.
 
         Raises:
             ConnectionFailed: the connection broke; what was done is not known.
@@ -421,6 +455,11 @@ class Channel:
                     results.append(self._wire.read_response())
                 except redis_errors.ResponseError as error:
                     results.append(self._ours(error))
+        self._connection.note_answer()
+        if strict:
+            for result in results:
+                if isinstance(result, PeerError):
+                    raise result
         return results
 
     def run(self, script: Script, keys: Sequence[str], arguments: Sequence[Argument] = ()) -> Any:
@@ -434,7 +473,10 @@ class Channel:
         except ServerFault as error:
             if "NOSCRIPT" not in str(error) and "No matching script" not in str(error):
                 raise
-        self.execute("SCRIPT LOAD", script.text)
+        try:
+            self.execute("SCRIPT LOAD", script.text)
+        except AccessDenied as error:
+            raise scripts_missing(self._connection.address) from error
         return self.execute(*script.call(keys, arguments))
 
     def close(self) -> None:
@@ -454,13 +496,13 @@ class Channel:
             self._connection.drop_idle()
             if not isinstance(error, redis_errors.RedisError):
                 error = redis_errors.ConnectionError(str(error))
-            raise translated(error, self._connection.address) from error
+            raise self._connection.ours(error) from error
         except BaseException:  # ours; or Ctrl-C in the middle of an answer
             self.close()
             raise
 
     def _ours(self, error: redis_errors.ResponseError) -> PeerError:
-        ours = translated(error, self._connection.address)
+        ours = self._connection.ours(error)
         ours.__cause__ = error
         if isinstance(ours, ConnectionFailed):  # a server that must not be used now, such as a replica
             raise ours
@@ -482,15 +524,10 @@ def flat(fields: Mapping[str, Any]) -> list[Any]:
 def translated(error: redis_errors.RedisError, address: str) -> PeerError:
     """Give our error for one of redis-py's; the address is the server's, without its password."""
     text = str(error)
-    denied = (
-        redis_errors.AuthenticationError,
-        redis_errors.AuthorizationError,
-        redis_errors.NoPermissionError,
-    )
-    if isinstance(error, denied) or text.startswith(("NOPERM", "WRONGPASS", "NOAUTH")):
+    if _is_refusal(error) or isinstance(error, redis_errors.NoPermissionError) or text.startswith("NOPERM"):
         return AccessDenied(f"{address} refused: {text}; check user and password in the server's URL")
     away = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.ReadOnlyError)
-    if isinstance(error, away) or text.startswith(("LOADING", "MASTERDOWN", "READONLY")):
+    if isinstance(error, away) or text.startswith(("LOADING", "BUSY ", "MASTERDOWN", "READONLY")):
         return ConnectionFailed(f"cannot reach {address}: {text}")
     if isinstance(error, redis_errors.OutOfMemoryError) or text.startswith("OOM"):
         return ServerOutOfMemory(f"{address} has reached its maxmemory: {text}")
@@ -501,6 +538,19 @@ def translated(error: redis_errors.RedisError, address: str) -> PeerError:
     if "unknown command" in text.lower() and "eval" in text.lower():
         return ServerUnsuitable(f"{address} runs no Lua scripts; with fakeredis, install 'fakeredis[lua]'")
     return ServerFault(f"{address} answered: {text}")
+
+
+def scripts_missing(address: str) -> RunLost:
+    """Give the error for scripts that only the learner may load."""
+    return RunLost(
+        f"{address} has lost rlbroker's scripts, and this user may not load them; the learner does: is it alive?"
+    )
+
+
+def _is_refusal(error: redis_errors.RedisError) -> bool:
+    """Whether the server did not let the user in; authorization errors are said when it connects."""
+    refusal = (redis_errors.AuthenticationError, redis_errors.AuthorizationError)
+    return isinstance(error, refusal) or str(error).startswith(("WRONGPASS", "NOAUTH"))
 
 
 def stall_seconds(timeout_seconds: float) -> float:

@@ -568,6 +568,7 @@ class WorkerCommunicator:
                 self._republish = not self._publisher.restore()
             if self._next_sign_of_life.over:
                 self._roster.say_alive(self._channel)
+                self._connection.load_missing(SCRIPTS)
                 self._ownership.renew(self._collector.sources)
                 self._next_sign_of_life = Deadline(ALIVE_SECONDS)
             self._settle_for_a_while()

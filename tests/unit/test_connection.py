@@ -90,6 +90,8 @@ def test_scripts_are_loaded_where_the_server_forgot_them() -> None:
         (redis.ConnectionError("refused"), errors.ConnectionFailed),
         (redis.TimeoutError("slow"), errors.ConnectionFailed),
         (redis.exceptions.BusyLoadingError("loading"), errors.ConnectionFailed),
+        (redis.ResponseError("BUSY Redis is busy running a script"), errors.ConnectionFailed),
+        (redis.ResponseError("BUSYGROUP name exists"), errors.ServerFault),
         (redis.AuthenticationError("invalid"), errors.AccessDenied),
         (redis.exceptions.NoPermissionError("no"), errors.AccessDenied),
         (redis.ResponseError("NOAUTH Authentication required"), errors.AccessDenied),

@@ -188,7 +188,8 @@ class Roster:
                 ("HMGET", self._keys.meta, f"learner:{self._name}", "epoch"),
                 ("HGETALL", self._keys.incarnations),
                 ("ZRANGE", self._keys.members, 0, -1),
-            ]
+            ],
+            strict=True,
         )
         named, leading = (int(epoch or 0) for epoch in epochs)
         if named > self.epoch:

@@ -13,7 +13,7 @@ import redis
 from redis import exceptions as redis_errors
 
 from rlbroker.background import Background
-from rlbroker.connection import STALL_SECONDS, Connection, translated
+from rlbroker.connection import STALL_SECONDS, Connection
 from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, WireError
 from rlbroker.keys import Keys
@@ -142,7 +142,7 @@ class Subscriber:
             pubsub.subscribe(self._keys.notify)
         except redis_errors.RedisError as error:
             pubsub.close()
-            raise translated(error, self._connection.address) from error
+            raise self._connection.ours(error) from error
         self._pubsub = pubsub
         self._next_ping, self._silent = Deadline(PING_SECONDS), Deadline(STALL_SECONDS)
 
@@ -162,7 +162,7 @@ class Subscriber:
         except (redis_errors.RedisError, OSError) as error:
             self._unsubscribe()
             if isinstance(error, redis_errors.RedisError):
-                raise translated(error, self._connection.address) from error
+                raise self._connection.ours(error) from error
             raise
         if message is not None:
             self._silent = Deadline(STALL_SECONDS)
