@@ -23,12 +23,13 @@ class Background:
     them, so that they reach the caller.
     """
 
-    def __init__(self, name: str, step: Callable[[], None]) -> None:
+    def __init__(self, name: str, step: Callable[[], bool | None]) -> None:
         """Prepare the thread.
 
         Args:
             name: shown in logs and debuggers.
-            step: does one piece of work; must return within a second or so.
+            step: does one piece of work; must return within a second or so. It gives False if it did not ask
+                the server for anything, and so cannot tell whether it is back.
         """
         self._step = step
         self._stopping = threading.Event()
@@ -69,7 +70,7 @@ class Background:
         away = False
         while not self.stopping:
             try:
-                self._step()
+                worked = self._step()
             except Exception as error:
                 if not isinstance(error, PeerError) or isinstance(error, FINAL):
                     if not self.stopping:
@@ -82,6 +83,8 @@ class Background:
                 away = True
                 self.pause(backoff.next())
             else:
+                if worked is False:
+                    continue
                 if away:
                     logger.info("%s: it works again", self._thread.name)
                 away = False

@@ -93,7 +93,7 @@ class Inbox:
         self._channel = Channel(connection)
         self._doubt = False  #: whether the server may have lost answers
         self._next_look = Deadline(SETTLED_SECONDS)
-        self._thread = Background("inbox", self._step)
+        self._thread = Background(f"inbox of worker {place.worker_id} in {keys.run!r}", self._step)
 
     def start(self) -> None:
         """Begin to read in the background."""

@@ -154,7 +154,7 @@ class Heartbeat:
         self._began = self._returned = False
         self._settings: RunSettings | None = None
         self._settings_known = threading.Event()
-        self._thread = Background("heartbeat", self._step)
+        self._thread = Background(f"heartbeat in {keys.run!r}", self._step)
         self.registration = Registration(0, 0, 0, "0-0")
 
     def register(self, worker_id: int | None) -> Registration:

@@ -61,7 +61,7 @@ class Subscriber:
         self._updates: list[Update] = []
         self._arrived = threading.Condition()
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="rlbroker-decode")
-        self._thread = Background("weights", self._step)
+        self._thread = Background(f"weights of {keys.run!r}", self._step)
 
     def start(self) -> None:
         """Begin to follow the run's weights in the background."""
@@ -128,13 +128,16 @@ class Subscriber:
             found, self._updates = self._updates, []
             return found
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Look for a newer version when it is time; give whether it was."""
         if self._pubsub is None:
             self._subscribe()
             self._next_look = Deadline(0)  # nothing published while unsubscribed is replayed
-        if self._heard() or self._hinted > self._handled or self._next_look.over:
+        due = self._heard() or self._hinted > self._handled or self._next_look.over
+        if due:
             self._next_look = Deadline(LOOK_SECONDS)
             self._look()
+        return due
 
     def _subscribe(self) -> None:
         pubsub = self._connection.pubsub()
