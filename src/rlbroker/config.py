@@ -31,6 +31,10 @@ MAX_WORKER_ID = 65_535
 #: Longest time that a setting may name: about thirty years.
 MAX_SECONDS = 1_000_000_000
 
+#: Shortest lease, and shortest time after which a learner's batches go to another: signs of life take time.
+MIN_LEASE_SECONDS = 0.1
+MIN_TAKE_OVER_SECONDS = 0.5
+
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -59,6 +63,11 @@ class RunSettings:
         positive_seconds("lease_seconds", self.lease_seconds)
         positive_seconds("forget_seconds", self.forget_seconds)
         choice("when_full", self.when_full, get_args(WhenFull))
+        if self.lease_seconds < MIN_LEASE_SECONDS:
+            raise InvalidArgument(
+                f"lease_seconds must be at least {MIN_LEASE_SECONDS:g}, as workers cannot give signs of life more "
+                f"often; got {self.lease_seconds!r}"
+            )
         if self.forget_seconds < self.lease_seconds:
             raise InvalidArgument("forget_seconds must not be shorter than lease_seconds")
 
@@ -101,7 +110,9 @@ class SamplesPerInsert:
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or value <= 0:
-                raise InvalidArgument(f"samples_per_insert: {name} must be a number above 0; got {value!r}")
+                raise InvalidArgument(
+                    f"samples_per_insert: {name} must be a finite number above 0; got {value!r}"
+                )
         whole = isinstance(self.min_size, int) and not isinstance(self.min_size, bool)
         if not whole or self.min_size < 1:
             raise InvalidArgument(
@@ -119,13 +130,13 @@ def redis_url(url: str | None = None) -> str:
     """Give the server's URL: the argument, else RLBROKER_REDIS_URL, else REDIS_URL, else localhost.
 
     Raises:
-        InvalidArgument: the scheme is none of redis, rediss and unix.
+        InvalidArgument: the scheme is none of redis, rediss and unix, or the database is no number.
     """
     if url is not None and not isinstance(url, str):
         raise InvalidArgument(f"redis_url must be text, such as {DEFAULT_URL!r}; got {url!r}")
     found = url or os.environ.get("RLBROKER_REDIS_URL") or os.environ.get("REDIS_URL") or DEFAULT_URL
     try:
-        scheme = urlsplit(found).scheme
+        scheme, _, path, _, _ = urlsplit(found)
     except ValueError as error:
         raise InvalidArgument(f"the server's URL {redacted_url(found)} cannot be used: {error}") from error
     if scheme not in URL_SCHEMES:
@@ -133,6 +144,10 @@ def redis_url(url: str | None = None) -> str:
         raise InvalidArgument(
             f"the server's URL has the scheme {scheme!r}; use one of {known}, such as {DEFAULT_URL!r} "
             "(it comes from the argument, RLBROKER_REDIS_URL, or REDIS_URL)"
+        )
+    if scheme != "unix" and path.strip("/") and not path.strip("/").isdecimal():
+        raise InvalidArgument(
+            f"the database in the server's URL {redacted_url(found)} must be a number, as in {DEFAULT_URL!r}"
         )
     return found
 
@@ -190,6 +205,13 @@ def positive_seconds(name: str, value: float) -> float:
         raise InvalidArgument(
             f"{name} must be a number of seconds above 0, up to {MAX_SECONDS:,}; got {value!r}"
         )
+    return float(value)
+
+
+def waiting_seconds(name: str, value: float) -> float:
+    """Check that what a caller wants to wait is a number of seconds, 0 included."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_SECONDS:
+        raise InvalidArgument(f"{name} must be a number of seconds, from 0 to {MAX_SECONDS:,}; got {value!r}")
     return float(value)
 
 

@@ -22,7 +22,7 @@ from redis.connection import AbstractConnection
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
-from rlbroker.config import positive_seconds, redacted_url, redis_url
+from rlbroker.config import DEFAULT_URL, positive_seconds, redacted_url, redis_url
 from rlbroker.deadline import Backoff, Deadline, try_seconds, within
 from rlbroker.errors import (
     AccessDenied,
@@ -91,7 +91,8 @@ ALSO_WHEN_FULL: Final = "redis.call('HDEL', KEYS[1], '')"
 LEADER_ONLY: Final = """
     local leading = tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0
     if leading > tonumber(ARGV[1]) then
-      return redis.error_reply('FENCED a newer learner publishes in this run')
+      return redis.error_reply('FENCED a newer learner publishes in this run; ' ..
+        'of several, make those that only collect experiences with publishes=False')
     elseif leading < tonumber(ARGV[1]) then
       return redis.error_reply('LOST the server has lost the run')
     end
@@ -124,11 +125,15 @@ class Connection:
         self.timeout_seconds = positive_seconds("timeout", timeout_seconds)
         self._pid = os.getpid()
         self._scripts: dict[str, Script] = {}
-        self._worked = False
+        self._worked, self._hint = False, ""
         self._refused: Deadline | None = None
         if client is None:
             found = redis_url(url)
             self.address = redacted_url(found)
+            if url is None and found == DEFAULT_URL:
+                self._hint = (
+                    "; this is the default: start `rlbroker server`, or name a server with RLBROKER_REDIS_URL"
+                )
             client = _client_from_url(found)
         elif url is not None:
             raise InvalidArgument("give either redis_url or redis_client, not both")
@@ -394,7 +399,10 @@ class Connection:
                 return ConnectionFailed(
                     f"{self.address} does not accept this user any more: {error}; was it restarted?"
                 )
-        return translated(error, self.address)
+        ours = translated(error, self.address)
+        if self._hint and not self._worked and isinstance(ours, ConnectionFailed):
+            return ConnectionFailed(f"{ours}{self._hint}")
+        return ours
 
 
 class Channel:
@@ -430,7 +438,9 @@ class Channel:
         Raises:
             PeerError: the server refused. After `ConnectionFailed` the next `connect` makes a new connection.
         """
-        (result,) = self.execute_all([command], strict=True)
+        (result,) = self.execute_all([command])
+        if isinstance(result, PeerError):
+            raise result
         return result
 
     def execute_all(self, commands: Sequence[Sequence[Argument]], *, strict: bool = False) -> list[Any]:
@@ -523,14 +533,16 @@ def flat(fields: Mapping[str, Any]) -> list[Any]:
 
 def translated(error: redis_errors.RedisError, address: str) -> PeerError:
     """Give our error for one of redis-py's; the address is the server's, without its password."""
-    text = str(error)
+    text = str(error).rstrip(".")
     if _is_refusal(error) or isinstance(error, redis_errors.NoPermissionError) or text.startswith("NOPERM"):
         return AccessDenied(f"{address} refused: {text}; check user and password in the server's URL")
     away = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.ReadOnlyError)
     if isinstance(error, away) or text.startswith(("LOADING", "BUSY ", "MASTERDOWN", "READONLY")):
         return ConnectionFailed(f"cannot reach {address}: {text}")
     if isinstance(error, redis_errors.OutOfMemoryError) or text.startswith("OOM"):
-        return ServerOutOfMemory(f"{address} has reached its maxmemory: {text}")
+        return ServerOutOfMemory(
+            f"{address} has reached its maxmemory: {text}; raise maxmemory, or lower max_queue_bytes or max_queue_size"
+        )
     if "FENCED" in text:
         return Fenced(text.partition("FENCED")[2].strip())
     if "LOST" in text:

@@ -13,8 +13,8 @@ import redis
 from rlbroker.background import Background
 from rlbroker.config import (
     DEFAULT_RUN,
-    MAX_SECONDS,
     MAX_WORKER_ID,
+    MIN_TAKE_OVER_SECONDS,
     Acknowledge,
     RunSettings,
     SamplesPerInsert,
@@ -23,6 +23,7 @@ from rlbroker.config import (
     positive_int,
     positive_seconds,
     run_name,
+    waiting_seconds,
     worker_number,
 )
 from rlbroker.connection import BLOCK_SECONDS, Channel, Connection
@@ -162,7 +163,11 @@ class WorkerCommunicator:
             raise InvalidArgument(
                 f"samples_per_insert must be a SamplesPerInsert; got {type(samples_per_insert).__name__}"
             )
-        positive_seconds("take_over_seconds", take_over_seconds)
+        if positive_seconds("take_over_seconds", take_over_seconds) < MIN_TAKE_OVER_SECONDS:
+            raise InvalidArgument(
+                f"take_over_seconds must be at least {MIN_TAKE_OVER_SECONDS:g}, as living learners cannot renew what "
+                f"they hold more often; got {take_over_seconds!r}"
+            )
         settings = RunSettings(
             max_queue_size=max_queue_size,
             max_queue_bytes=max_queue_bytes,
@@ -227,7 +232,7 @@ class WorkerCommunicator:
         self._housekeeping_seconds = min(HOUSEKEEPING_SECONDS, forget_seconds / 2)
         self._next_housekeeping = Deadline(self._housekeeping_seconds)
         self._next_sign_of_life = Deadline(0)
-        self._thread = Background("ledger", self._look_after_run)
+        self._thread = Background(f"ledger of {run!r}", self._look_after_run)
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -294,11 +299,9 @@ class WorkerCommunicator:
         self._check()
         if max_batches is not None:
             positive_int("max_batches", max_batches)
-        if not 0 <= timeout <= MAX_SECONDS:
-            raise InvalidArgument(
-                f"timeout must be a number of seconds, from 0 to {MAX_SECONDS:,}; got {timeout!r}"
-            )
-        return self._collector.collect(timeout_seconds=timeout, max_batches=max_batches)
+        return self._collector.collect(
+            timeout_seconds=waiting_seconds("timeout", timeout), max_batches=max_batches
+        )
 
     def acknowledge(self, done: Sequence[tuple[int, Batch]] | Mapping[str, Any]) -> int:
         """Say that batches are done with, so that the server forgets them; give how many it still had.
@@ -310,11 +313,16 @@ class WorkerCommunicator:
 
         Raises:
             InvalidArgument: these are not marks of this run.
+            UnsupportedType: these are neither pairs nor marks.
             PeerError: the server refused, or could not be reached in time.
         """
         self._check()
         if isinstance(done, Mapping):
             return self._collector.acknowledge_marks(self._marks_of(done)["batches"])
+        if not isinstance(done, Sequence) or not all(map(_is_pair, done)):
+            raise UnsupportedType(
+                "acknowledge takes (worker_id, batch) pairs as collect_experiences gave them, or what marks() gave"
+            )
         return self._collector.acknowledge(done)
 
     def marks(self) -> dict[str, Any]:
@@ -345,7 +353,9 @@ class WorkerCommunicator:
         self._check()
         found = self._marks_of(marks)
         if not self._collector.restore(found["batches"]):
-            raise InvalidArgument("restore(marks) comes before the first collect_experiences")
+            raise InvalidArgument(
+                "restore(marks) comes before the first collect_experiences; make a new WorkerCommunicator for it"
+            )
         self._publisher.raise_floor(found["version"])
         self._flow.restore(found["inserts"], found["samples"])
 
@@ -365,28 +375,33 @@ class WorkerCommunicator:
         """Give the batches that could not be used, with the reason; of one worker, or of all.
 
         Raises:
+            InvalidArgument: this is no worker id.
             PeerError: the server refused, or could not be reached in time.
         """
         with self._operation():
-            return self._dead_letters.list(self._roster.ids() if worker_id is None else [worker_id])
+            workers = self._roster.ids() if worker_id is None else [worker_number(worker_id)]
+            return self._dead_letters.list(workers)
 
     def retry_dead_letters(self, letters: Sequence[DeadLetter]) -> int:
         """Have dead batches collected once more, within seconds; give how many were still there.
 
         Raises:
+            UnsupportedType: these are not dead letters.
             PeerError: the server refused, or could not be reached in time.
         """
         with self._operation():
-            return self._dead_letters.retry(letters)
+            return self._dead_letters.retry(_letters("retry_dead_letters", letters))
 
     def purge_dead_letters(self, letters: Sequence[DeadLetter] | None = None) -> int:
         """Delete dead letters, by default all; give how many were there. They stay counted.
 
         Raises:
+            UnsupportedType: these are not dead letters.
             PeerError: the server refused, or could not be reached in time.
         """
         with self._operation():
-            return self._dead_letters.purge(self.dead_letters() if letters is None else letters)
+            found = self.dead_letters() if letters is None else _letters("purge_dead_letters", letters)
+            return self._dead_letters.purge(found)
 
     def send_control_command(
         self,
@@ -494,14 +509,17 @@ class WorkerCommunicator:
 
     def _tell_what_was_there(self) -> None:
         """Log that the run is not new: it is right after a crash, and not for another training."""
-        if self._roster.goes_on:
-            counts = read_counts(self._connection, self._keys, self._roster.ids()).values()
+        if not self._roster.goes_on or not self._publishes:
+            return
+        counts = read_counts(self._connection, self._keys, self._roster.ids()).values()
+        batches = sum(one.waiting + one.in_hand for one in counts)
+        if self.version or batches:
             logger.warning(
                 "the run %r goes on: version %d, %d batches of earlier workers waiting. For a new training choose "
                 "another run name",
                 self.run,
                 self.version,
-                sum(one.waiting + one.in_hand for one in counts),
+                batches,
             )
 
     @contextmanager
@@ -569,8 +587,8 @@ class WorkerCommunicator:
             if self._next_sign_of_life.over:
                 self._roster.say_alive(self._channel)
                 self._connection.load_missing(SCRIPTS)
-                self._ownership.renew(self._collector.sources)
                 self._next_sign_of_life = Deadline(ALIVE_SECONDS)
+            self._ownership.renew(self._collector.sources)
             self._settle_for_a_while()
         except RunLost as error:
             logger.warning("%s", error)
@@ -609,3 +627,14 @@ class WorkerCommunicator:
         self._republish = self._roster.leads
         self._next_sign_of_life = Deadline(0)
         self._doubt = False
+
+
+def _is_pair(pair: Any) -> bool:
+    two = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+    return two and isinstance(pair[1], Batch) and hasattr(pair[1], "held_as")
+
+
+def _letters(call: str, letters: Sequence[DeadLetter]) -> Sequence[DeadLetter]:
+    if not isinstance(letters, Sequence) or not all(isinstance(one, DeadLetter) for one in letters):
+        raise UnsupportedType(f"{call} takes a list of dead letters, as dead_letters() gave them")
+    return letters

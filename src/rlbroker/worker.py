@@ -11,7 +11,7 @@ from typing import Any, Self, get_args
 
 import redis
 
-from rlbroker.config import DEFAULT_RUN, Level, WhenFull, choice, positive_seconds
+from rlbroker.config import DEFAULT_RUN, Level, WhenFull, choice, positive_seconds, waiting_seconds
 from rlbroker.connection import Connection
 from rlbroker.control.inbox import Inbox, Order
 from rlbroker.deadline import Deadline, within
@@ -299,7 +299,8 @@ class WorkerClient:
         """
         self._check()
         assert self._sender is not None
-        return self._sender.flush(self._connection.timeout_seconds if timeout is None else timeout)
+        seconds = self._connection.timeout_seconds if timeout is None else waiting_seconds("timeout", timeout)
+        return self._sender.flush(seconds)
 
     def close(self) -> None:
         """Leave the run within the timeout, so that nobody waits for this worker. May be called again."""

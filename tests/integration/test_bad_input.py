@@ -18,6 +18,7 @@ from rlbroker import WorkerClient, WorkerCommunicator, errors
 from rlbroker.connection import Connection
 from rlbroker.keys import Keys
 from rlbroker.local import RedisServer
+from rlbroker.records import Batch
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -42,6 +43,8 @@ def test_the_number_of_workers_is_a_positive_integer(number: Any) -> None:
         {"max_queue_bytes": -1},
         {"max_staleness": -1},
         {"lease_seconds": 0},
+        {"lease_seconds": 0.01},
+        {"take_over_seconds": 0.1},
         {"lease_seconds": 10, "forget_seconds": 1},
         {"forget_seconds": float("inf")},
         {"timeout": 1e12},
@@ -64,6 +67,20 @@ def test_worker_ids_are_small_integers(worker_id: Any) -> None:
 def test_an_unknown_scheme_names_those_that_work(url: str) -> None:
     with pytest.raises(errors.InvalidArgument, match="redis://, rediss://, unix://"):
         WorkerClient(url)
+
+
+def test_nothing_at_the_default_url_says_that_it_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RLBROKER_REDIS_URL", "REDIS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("rlbroker.config.DEFAULT_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setattr("rlbroker.connection.DEFAULT_URL", "redis://127.0.0.1:1/0")
+    with pytest.raises(
+        errors.ConnectionFailed, match=r"default: start `rlbroker server`.*RLBROKER_REDIS_URL"
+    ):
+        WorkerClient(timeout=0.5)
+    with pytest.raises(errors.ConnectionFailed) as caught:
+        WorkerClient("redis://127.0.0.1:1", timeout=0.5)
+    assert "default" not in str(caught.value)
 
 
 def test_a_worker_id_in_place_of_the_url_is_refused() -> None:
@@ -287,3 +304,51 @@ class _telling(fakeredis.FakeRedis):  # noqa: N801 - a verb reads better in the 
             raise redis.ResponseError("unknown command 'evalsha'")
         ask: Callable[..., Any] = super().execute_command
         return ask(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda comm: comm.collect_experiences(timeout=None), errors.InvalidArgument),
+        (lambda comm: comm.collect_experiences(timeout="5"), errors.InvalidArgument),
+        (lambda comm: comm.collect_experiences(timeout=float("nan")), errors.InvalidArgument),
+        (lambda comm: comm.acknowledge(None), errors.UnsupportedType),
+        (lambda comm: comm.acknowledge([1]), errors.UnsupportedType),
+        (lambda comm: comm.acknowledge([{"x": 1}]), errors.UnsupportedType),
+        (lambda comm: comm.acknowledge([(0, {"x": 1})]), errors.UnsupportedType),
+        (lambda comm: comm.acknowledge([(0, Batch())]), errors.UnsupportedType),
+        (lambda comm: comm.retry_dead_letters(["x"]), errors.UnsupportedType),
+        (lambda comm: comm.retry_dead_letters(None), errors.UnsupportedType),
+        (lambda comm: comm.purge_dead_letters([1]), errors.UnsupportedType),
+        (lambda comm: comm.dead_letters("x"), errors.InvalidArgument),
+        (lambda comm: comm.dead_letters(70_000), errors.InvalidArgument),
+        (lambda comm: comm.send_control_command("reset").wait("1"), errors.InvalidArgument),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(
+    learner: Learner, call: Callable[[Any], Any], error: type[Exception]
+) -> None:
+    comm = learner()
+    with pytest.raises(error):
+        call(comm)
+    assert comm.collect_experiences() == []
+
+
+def test_a_flush_takes_a_number_of_seconds(worker: Worker) -> None:
+    with pytest.raises(errors.InvalidArgument, match="timeout must be a number of seconds"):
+        worker().flush("1")  # type: ignore[arg-type]
+
+
+def test_marks_that_come_too_late_say_what_to_do(learner: Learner) -> None:
+    comm = learner()
+    marks = comm.marks()
+    comm.collect_experiences()
+    with pytest.raises(errors.InvalidArgument, match="make a new WorkerCommunicator"):
+        comm.restore(marks)
+
+
+def test_a_second_publisher_of_another_name_hears_of_the_setting_for_it(learner: Learner) -> None:
+    first = learner(learner_name="first")
+    learner(learner_name="second")
+    with pytest.raises(errors.Fenced, match="publishes=False"):
+        first.send_model_weights({})

@@ -65,9 +65,14 @@ def test_what_a_dead_one_held_goes_to_another(learner: Learner, worker: Worker) 
     assert living.get_queue_info()["counts"][0].delivered == 3
 
 
-def test_what_a_living_one_works_on_for_long_stays_with_it(learner: Learner, worker: Worker) -> None:
-    busy = learner(learner_name="busy", publishes=False, acknowledge="manual", take_over_seconds=1.5)
-    other, client = learner(take_over_seconds=1.5), worker()
+@pytest.mark.parametrize("take_over_seconds", [0.75, 1.5])
+def test_what_a_living_one_works_on_for_long_stays_with_it(
+    learner: Learner, worker: Worker, take_over_seconds: float
+) -> None:
+    busy = learner(
+        learner_name="busy", publishes=False, acknowledge="manual", take_over_seconds=take_over_seconds
+    )
+    other, client = learner(take_over_seconds=take_over_seconds), worker()
     send(client, 1, 2)
     pairs = busy.collect_experiences(timeout=5.0)
     end = time.monotonic() + 4.0

@@ -41,6 +41,12 @@ def test_a_malformed_url_is_refused_without_showing_its_password() -> None:
         redis_url("redis://:secret@[bad/0")
 
 
+def test_a_database_that_is_no_number_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="must be a number"):
+        redis_url("redis://localhost:6379/main")
+    assert redis_url("unix:///run/redis.sock")
+
+
 @pytest.mark.parametrize("run", ["", " ", "a b", "{x}", "a:b", "-x", "x" * 101, "ü"])
 def test_run_names_that_would_spoil_keys_are_refused(run: str) -> None:
     with pytest.raises(InvalidArgument, match="run must be"):

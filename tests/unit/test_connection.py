@@ -106,6 +106,15 @@ def test_errors_of_the_client_library_become_ours(found: redis.RedisError, ours:
     assert type(translated(found, "host:1")) is ours
 
 
+def test_messages_of_the_server_end_without_a_full_stop() -> None:
+    assert (
+        str(translated(redis.ConnectionError("Error 1. Gone."), "host:1"))
+        == "cannot reach host:1: Error 1. Gone"
+    )
+    full = translated(redis.ResponseError("OOM command not allowed."), "host:1")
+    assert str(full).endswith("allowed; raise maxmemory, or lower max_queue_bytes or max_queue_size")
+
+
 def test_pauses_grow_and_never_pass_the_deadline() -> None:
     backoff = Backoff(first=1.0, longest=4.0)
     assert [round(backoff.next() / ceiling, 1) <= 1.0 for ceiling in (1, 2, 4, 4)] == [True] * 4

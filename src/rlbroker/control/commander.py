@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
-from rlbroker.config import worker_number
+from rlbroker.config import waiting_seconds, worker_number
 from rlbroker.connection import LEADER_ONLY, Connection, Script, flat
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.deadline import Deadline, within
@@ -168,7 +168,7 @@ class Command:
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        deadline = Deadline(self._timeout_seconds if timeout is None else timeout)
+        deadline = Deadline(self._timeout_seconds if timeout is None else waiting_seconds("timeout", timeout))
         while True:
             with within(deadline):
                 found = self.outcomes()

@@ -530,15 +530,16 @@ class Sender:
                 self._channel.execute("WAIT", 0, 1)
                 if "connected_slaves:0" in str(self._channel.execute("INFO", "replication")):
                     raise ServerUnsuitable(
-                        f"level 'replica' needs a replica, and {self._connection.address} has none now"
+                        f"level 'replica' needs a replica, and {self._connection.address} has none now; add one "
+                        "(REPLICAOF), or choose another level"
                     )
         except ServerFault as error:
-            needs = (
-                "`redis-cli CONFIG SET appendonly yes`"
-                if "appendonly" in str(error)
-                else "Redis 7.2 or Valkey for 'fsync', and a real server for both"
-            )
-            raise ServerUnsuitable(f"level {self.level!r} needs {needs}: {error}") from error
+            if "appendonly" in str(error):
+                needs = "`redis-cli CONFIG SET appendonly yes`"
+            else:
+                version = "Redis 7.2 or newer, or Valkey" if self.level == "fsync" else "Redis or Valkey"
+                needs = f"{version}; this is {self._connection.server_version() or 'another server'}"
+            raise ServerUnsuitable(f"level {self.level!r} needs {needs}") from error
 
     def _count(self, reason: str, deadline: Deadline, by: int = 1) -> None:
         # Under this incarnation's name also where a newer one is there already.
