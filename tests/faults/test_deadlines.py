@@ -11,8 +11,10 @@ import pytest
 import redis
 from proxy import Proxy
 from servers import FaultyServer
+from typer.testing import CliRunner
 
 from rlbroker import ConnectionFailed, PeerError, WorkerClient, WorkerCommunicator
+from rlbroker.cli import app
 
 NewServer = Callable[..., FaultyServer]
 
@@ -77,6 +79,17 @@ def test_all_replies_of_a_call_share_its_timeout(new_server: NewServer) -> None:
         comm.get_queue_info()
     with at_most(3.0):
         comm.cleanup()
+    proxy.close()
+
+
+def test_the_status_command_keeps_its_timeout(new_server: NewServer) -> None:
+    proxy = Proxy(new_server().address)
+    with WorkerCommunicator(1, redis_url=proxy.url, timeout=5.0):
+        proxy.slow_down(delay_seconds=0.7)
+        with at_most(1.5):
+            found = CliRunner().invoke(app, ["status", "--url", proxy.url, "--timeout", "1.5"])
+        assert isinstance(found.exception, ConnectionFailed)
+        proxy.slow_down()
     proxy.close()
 
 

@@ -38,14 +38,15 @@ def status(
     Example: rlbroker status --url redis://host:6379/0 --run pong
     """
     from rlbroker.connection import Connection
+    from rlbroker.deadline import Deadline, within
     from rlbroker.snapshot import choose_run, take_snapshot
 
     connection = Connection(url, timeout_seconds=timeout)
     try:
-        connection.execute_once(
-            "PING"
-        )  # without retries: who looks wants to know at once that nobody answers
-        snapshot = take_snapshot(connection, choose_run(connection, run))
+        with within(Deadline(timeout)):
+            # Without retries: who looks wants to know at once that nobody answers.
+            connection.execute_once("PING")
+            snapshot = take_snapshot(connection, choose_run(connection, run))
     finally:
         connection.close()
     if as_json:
