@@ -284,10 +284,54 @@ def test_a_version_is_not_used_again_after_a_commit_of_unknown_fate(
         patch.setattr(comm._publisher._channel, "run", lose)
         with pytest.raises(ConnectionFailed):
             comm.send_model_weights({"from": "first"})
-    assert comm.send_model_weights({"from": "second"}).version == 1 + came_through
+    assert comm.send_model_weights({"from": "second"}).version == 2  # what became of 1, nobody can say
     received: dict[str, str] = {}
     client.load_weights(received)
     assert received == {"from": "second"}
+
+
+def test_a_version_of_unknown_fate_is_not_used_again_after_a_loss(
+    learner: Learner, worker: Worker, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, client = learner(), worker()
+    comm.send_model_weights({"from": "first"})
+    run = comm._publisher._channel.run
+
+    def lose(script: Script, *arguments: Any, **options: Any) -> Any:
+        run(script, *arguments, **options)
+        raise ConnectionFailed("the reply was lost until the deadline")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comm._publisher._channel, "run", lose)
+        with pytest.raises(ConnectionFailed):
+            comm.send_model_weights({"from": "second"})
+    received: dict[str, str] = {}
+    wait_until("the worker runs version 2", lambda: client.poll(received) and client.version == 2)
+    server.client.flushall()
+    assert comm.send_model_weights({"from": "third"}).version > 2
+    wait_until("it runs the third", lambda: client.poll(received) or received["from"] == "third")
+
+
+def test_weights_of_unknown_fate_that_came_through_outlast_a_loss(
+    learner: Learner, worker: Worker, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm = learner()
+    run = comm._publisher._channel.run
+
+    def lose(script: Script, *arguments: Any, **options: Any) -> Any:
+        run(script, *arguments, **options)
+        raise ConnectionFailed("the reply was lost until the deadline")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comm._publisher._channel, "run", lose)
+        with pytest.raises(ConnectionFailed):
+            comm.send_model_weights({"from": "first"})
+    comm._publisher.restore()
+    server.client.flushall()
+    wait_until("it is published again", lambda: comm.version == 2)
+    received: dict[str, str] = {}
+    assert worker().load_weights(received) == 2
+    assert received == {"from": "first"}
 
 
 def test_what_a_fault_left_undone_is_done_later(

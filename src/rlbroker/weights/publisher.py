@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Final
 
 from rlbroker.connection import LEADER_ONLY, Argument, Channel, Connection, Script, flat
-from rlbroker.errors import ConnectionFailed, PeerError, ServerOutOfMemory
+from rlbroker.errors import ConnectionFailed, Fenced, PeerError, RunLost, ServerOutOfMemory
 from rlbroker.keys import Keys
 from rlbroker.records import PublishReceipt
 from rlbroker.replies import text_fields
@@ -96,9 +96,11 @@ class Publisher:
         self._segment_bytes, self._chunk_bytes = segment_bytes, chunk_bytes
         self._lock = threading.Lock()
         self._attempt = 0
-        self._unsure = False
-        self._floor = 0  #: versions up to this one were used, though nobody has them any more
-        self._held: list[bytes] = []  #: what is stored of the latest version: header, then chunks
+        #: A commit of which nobody said what became of it: its upload, and what is stored of it.
+        self._unsure: tuple[str, Sequence[bytes]] | None = None
+        #: Versions up to this one were used, or may have been, though nobody has them any more.
+        self._floor = 0
+        self._held: Sequence[bytes] = ()  #: what is stored of the latest version: header, then chunks
         self._channel = Channel(connection)
         self._latest: Pointer | None = None
         self._published: dict[int, float] = {}
@@ -188,14 +190,14 @@ class Publisher:
         if not self._lock.acquire(blocking=False):
             return False
         try:
-            self._catch_up()
+            seen = self._catch_up()
             pointer = self._latest
             if pointer is None or not self._held:
                 return True
             keys = self._chunk_keys(pointer.upload, pointer.chunks)
             there, found = self._read_pointer(), self._connection.execute("EXISTS", *keys)
             lost = there is None or there.upload != pointer.upload
-            if lost or found < len(keys) or self._floor > pointer.version:
+            if lost or found < len(keys) or seen > pointer.version:
                 again = self._commit(replace(pointer, upload=self._new_upload()), self._held)
                 logger.warning(
                     "the server had lost version %d; it is published again as version %d",
@@ -293,7 +295,6 @@ class Publisher:
         """Make these chunks the next version; give the pointer with its number."""
         if self._unsure:
             self._catch_up()
-        self._unsure = True  # until the server has said what became of it
         while True:
             before = self._latest
             pointer = replace(
@@ -307,7 +308,7 @@ class Publisher:
                 break
             self._catch_up()
         self._adopt(pointer)
-        self._unsure = False
+        self._unsure = None
         return pointer
 
     def _try_commit(self, pointer: Pointer, held: Sequence[bytes]) -> Any:
@@ -319,16 +320,30 @@ class Publisher:
                 self._set(pointer.upload, number, data)
         keys = (self._keys.meta, self._keys.weights, self._keys.control, self._keys.notify)
         arguments = (self._epoch, pointer.version, pointer.upload, *flat(pointer.to_fields()))
-        return self._channel.run(COMMIT, keys, arguments)
+        try:
+            return self._channel.run(COMMIT, keys, arguments)
+        except (Fenced, RunLost, ServerOutOfMemory):  # it was not done
+            raise
+        except BaseException:  # it may have been done, and a worker may run it: the number is gone
+            self._unsure = pointer.upload, held
+            self._floor = max(self._floor, pointer.version)
+            raise
 
-    def _catch_up(self) -> None:
-        """Learn which numbers were used: by a commit whose reply never came, or by what the server lost."""
+    def _catch_up(self) -> int:
+        """Learn which numbers were used: by a commit whose reply never came, or by what the server lost.
+
+        Returns:
+            The newest version that workers saw on a server that lost it; 0 without one.
+        """
         found = self._read_pointer()
         if found is not None and found.version > self.latest_version:
             self._adopt(found)
-            self._held = []
-        floor = self._connection.execute("HGET", self._keys.meta, "version_floor")
-        self._floor = max(self._floor, int(floor or 0))
+            came_through = self._unsure is not None and self._unsure[0] == found.upload
+            self._held = self._unsure[1] if self._unsure and came_through else ()
+        self._unsure = None
+        seen = int(self._connection.execute("HGET", self._keys.meta, "version_floor") or 0)
+        self._floor = max(self._floor, seen)
+        return seen
 
     def _adopt(self, pointer: Pointer) -> None:
         if self._latest is not None:
