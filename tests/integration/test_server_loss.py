@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import redis
 from conftest import Server, wait_until
 
-from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker import ConnectionFailed, WorkerClient, WorkerCommunicator
+from rlbroker.control.commander import SEND
+from rlbroker.control.ledger import SETTLE
 from rlbroker.keys import Keys
 
 Learner = Callable[..., WorkerCommunicator]
@@ -124,6 +127,84 @@ def test_a_command_under_way_gets_its_answer(server: Server, learner: Learner, w
 
     wait_until("both are answered", answered)
     assert done == [1, 2]
+
+
+def test_a_command_that_was_answered_before_its_sender_knew_stays_answered(
+    server: Server, learner: Learner, worker: Worker, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, client = learner(), worker()
+    done: list[int] = []
+    client.on_command("note", done.append)
+    send = comm._connection._send
+
+    def answered(outcomes: str) -> bool:
+        client.poll()
+        return bool(server.client.hget(outcomes, "0") == b"done")
+
+    def lose(*command: Any, **options: Any) -> Any:
+        reply = send(*command, **options)
+        if command[:2] == ("EVALSHA", SEND.sha) and not done:
+            wait_until("it is answered", lambda: answered(command[8]))
+            raise redis.ConnectionError("the reply was lost")
+        return reply
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comm._connection, "_send", lose)
+        command = comm.send_control_command("note", 1)
+    server.client.flushall()
+    wait_until("the worker is back", lambda: comm.workers())
+    wait_until("it is on record", lambda: server.client.hget(keys.outcomes(command.id), "0") == b"done")
+    assert (done, comm.get_queue_info()["control_queue_sizes"]) == ([1], [0, 0])
+
+
+def test_what_was_settled_without_a_reply_outlasts_a_loss(
+    server: Server, learner: Learner, worker: Worker, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, client = learner(), worker()
+    for number in range(1, 4):
+        comm.send_model_weights({"number": number})
+    model: dict[str, int] = {}
+    wait_until("the newest is ready", lambda: client._subscriber.newest == 3)
+    command = comm.send_control_command("reset")
+    wait_until("it arrived", lambda: client._inbox.waiting)
+    run_all, lost = comm._connection.run_all, threading.Event()
+
+    def lose(calls: Any, **options: Any) -> Any:
+        replies = run_all(calls, **options)
+        if calls and calls[0][0] is SETTLE:
+            lost.set()
+            raise ConnectionFailed("the reply was lost until the deadline")
+        return replies
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comm._connection, "run_all", lose)
+        client.poll(model)
+        wait_until("all is settled", lambda: lost.is_set() and comm._ledger.accounts([0])[0].commands_done)
+        wait_until("the worker forgot its answers", lambda: not client._inbox._sent)
+        wait_until("the ledger looked again", lambda: not comm._ledger._unsure)
+    server.client.flushall()
+    wait_until("version 4 is applied", lambda: client.poll(model) and client.version == 4)
+    wait_until("the worker is back", lambda: comm.workers())
+    wait_until("it is settled", lambda: comm.missed_updates()[0].behind == 0)
+    missed = comm.missed_updates()[0]
+    assert (missed.by_reason, len(missed.records)) == ({"superseded": 2}, 1)
+    assert command.wait(0.0)[0]
+
+
+def test_a_command_whose_answer_was_forgotten_is_answered_again_and_done_once(
+    server: Server, learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(), worker()
+    done: list[int] = []
+    client.on_command("note", done.append)
+    command = comm.send_control_command("note", 1)
+    wait_until("it is done", lambda: client.poll() or command.outcomes()[0])
+    wait_until("the worker forgot its answer", lambda: not client._inbox._sent)
+    comm._commander._sent[command.id].outcomes.clear()  # as if nobody had told the learner
+    server.client.flushall()
+    wait_until("it is answered again", lambda: client.poll() or command.outcomes()[0].state == "waiting")
+    wait_until("it is answered again", lambda: client.poll() or command.outcomes()[0])
+    assert done == [1]
 
 
 def test_what_was_missed_before_is_still_on_record(server: Server, learner: Learner, worker: Worker) -> None:

@@ -41,8 +41,9 @@ SEND = Script(
     local reply = {}
     if redis.call('EXISTS', KEYS[6]) == 1 then  -- sent before; the reply was lost
       for _, worker in ipairs(redis.call('HKEYS', KEYS[6])) do
+        local waits = string.match(redis.call('HGET', KEYS[5], ARGV[2] .. ':' .. worker) or '', '^%d+')
         table.insert(reply, worker)
-        table.insert(reply, redis.call('HGET', KEYS[3], worker) or '0')
+        table.insert(reply, waits or redis.call('HGET', KEYS[3], worker) or '0')
       end
       return reply
     end
@@ -112,7 +113,7 @@ class _Sent:
     """A command as the learner remembers it."""
 
     fields: Sequence[Any]
-    incarnations: Mapping[int, int]
+    incarnations: Mapping[int, int]  #: empty until the server has said whom it went to
     sent: float
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
@@ -236,6 +237,9 @@ class Commander:
             "expires_seconds": expires_seconds or 0,
             "data": encode(data, compression=False),
         }
+        # Before it is sent, as it may be answered before its reply is here.
+        sent = _Sent(flat(fields), {}, time.monotonic())
+        self._remember(command_id, sent)
         try:
             reply = self._connection.run(
                 SEND, keys, (self._epoch, command_id, OUTCOMES_KEPT_SECONDS, targets, *flat(fields))
@@ -244,14 +248,16 @@ class Commander:
             unknown = str(error).partition("UNKNOWN ")[2].split()
             if not unknown:
                 raise
+            self._sent.pop(command_id, None)
             members = self._connection.execute("ZRANGE", self._keys.members, 0, -1)
             known = ", ".join(str(one) for one in sorted(int(member) for member in members)) or "none"
             raise UnknownWorker(
                 f"worker {unknown[0]} is not a member of the run {self._keys.run!r}; members are: {known}"
             ) from error
-        lives = {int(worker): int(life) for worker, life in zip(reply[::2], reply[1::2], strict=True)}
-        self._remember(command_id, _Sent(flat(fields), lives, time.monotonic()))
-        workers = sorted(lives)
+        sent.incarnations = {
+            int(worker): int(life) for worker, life in zip(reply[::2], reply[1::2], strict=True)
+        }
+        workers = sorted(sent.incarnations)
         return Command(
             command_id,
             name,

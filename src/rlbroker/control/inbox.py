@@ -85,7 +85,8 @@ class Inbox:
         self._acknowledgements = keys.acknowledgements(place.worker_id)
         self._arrived = threading.Condition()
         self._orders: deque[Order] = deque()
-        self._received: dict[str, None] = {}  #: ids of commands
+        #: By id of a command: its answer, None until it has one.
+        self._received: dict[str, dict[str, Argument] | None] = {}
         self._unsent: deque[_Answer] = deque()
         self._sent: deque[_Answer] = deque()  #: and not settled yet
         self._answer_number = 0
@@ -153,13 +154,16 @@ class Inbox:
 
     def acknowledge_command(self, order: Order, outcome: str, detail: str = "") -> None:
         """Say what became of a command: done, failed, unknown or expired."""
-        self._answer(
-            event="command",
-            command=order.command_id,
-            name=order.name,
-            outcome=outcome,
-            detail=detail[:DETAIL_LENGTH],
-        )
+        answer: dict[str, Argument] = {
+            "event": "command",
+            "command": order.command_id,
+            "name": order.name,
+            "outcome": outcome,
+            "detail": detail[:DETAIL_LENGTH],
+        }
+        if order.command_id in self._received:
+            self._received[order.command_id] = answer
+        self._answer(**answer)
 
     def acknowledge_version(self, before: int, version: int, outcome: str, detail: str = "") -> None:
         """Say that the worker went from one version to another, or why it could not."""
@@ -275,8 +279,11 @@ class Inbox:
                 int(entry_id.partition("-")[0]),
                 float(said.get("expires_seconds", 0)),
             )
-            if order.command_id in self._received:
-                return  # the learner sent it again, as the server had lost it
+            if order.command_id in self._received:  # sent again, as the server had lost it
+                answer = self._received[order.command_id]
+                if answer is not None:  # and it may have lost the answer too
+                    self._answer(**answer)
+                return
             self._received[order.command_id] = None
             if len(self._received) > KEPT:
                 del self._received[next(iter(self._received))]

@@ -18,9 +18,10 @@ from typing import Any, Final
 from rlbroker.connection import LEADER_ONLY, Argument, Connection, Script, flat
 from rlbroker.control.account import Account, Event, Settled, settle
 from rlbroker.deadline import Deadline
+from rlbroker.errors import RunLost
 from rlbroker.keys import Keys
 from rlbroker.records import Missed, MissedUpdates, Outcome
-from rlbroker.replies import server_seconds, stream_entries, text_fields
+from rlbroker.replies import entry_place, server_seconds, stream_entries, text_fields
 
 #: Entries of one stream: id and fields.
 Entries = list[tuple[str, dict[bytes, bytes] | None]]
@@ -99,6 +100,8 @@ class Ledger:
         self._lock = threading.Lock()
         self._accounts: dict[int, Account] = {}
         self._missed: deque[Missed] = deque(maxlen=MISSED_KEPT)
+        #: By worker and id of the event: what may have been settled, and nobody said so.
+        self._unsure: dict[tuple[int, str], Settled] = {}
         self._lost_version = 0
 
     def remember(self, workers: Sequence[int]) -> None:
@@ -119,7 +122,7 @@ class Ledger:
         Raises:
             PeerError: the server refused, or could not be reached.
         """
-        return bool(self._read(workers, "BLOCK", max(1, int(seconds * 1000))))
+        return bool(self._unsure or self._read(workers, "BLOCK", max(1, int(seconds * 1000))))
 
     def settle(self, workers: Sequence[int], deadline: Deadline) -> None:
         """Settle the acknowledgements that are there, as far as the time allows.
@@ -141,6 +144,11 @@ class Ledger:
             PeerError: the server refused, or could not be reached in time.
         """
         with self._lock:
+            self._look_after_unsure()
+            commands = [("XRANGE", self._keys.acknowledgements(at[0]), at[1], at[1]) for at in self._unsure]
+            found = self._connection.execute_all(commands)
+            # What is neither settled nor waits to be was settled and lost, or will come again and change nothing.
+            self._adopt([at for at, entries in zip(self._unsure, found, strict=True) if not entries])
             there, latest = (
                 self._connection.execute("HGET", self._keys.weights, "version"),
                 self._latest_version(),
@@ -184,6 +192,7 @@ class Ledger:
         if not self._lock.acquire(timeout=deadline.remaining):
             return False
         try:
+            self._look_after_unsure()
             streams = self._read(workers)
             if streams:
                 self._settle(streams)
@@ -206,7 +215,7 @@ class Ledger:
         now = round(server_seconds(clock), 3)  # as it is written, so that a record can be recognised
         newest_version = max(int(latest or 0), self._latest_version())
         waiting, newest = _pending_by_worker(text_fields(pending)), text_fields(lives)
-        calls, results = [], []
+        calls, results = [], dict[tuple[int, str], Settled]()
         for (worker, entries), found in zip(streams, accounts, strict=True):
             there = Account.from_fields(text_fields(found))
             account = max(there, self._accounts.get(worker, there), key=lambda one: one.place)
@@ -219,12 +228,29 @@ class Ledger:
                 else:
                     settled = settle(account, event, commands, newest_version, self._lost_version)
                 calls.append(self._write(event, settled))
-                results.append((worker, settled))
+                results[worker, entry_id] = settled
                 account = settled.account
                 commands = {name: life for name, life in commands.items() if name not in settled.outcomes}
-        # If its result is not known, the server's account is read again, and is the later one.
-        self._connection.run_all(calls, deadline=once)
-        for worker, settled in results:
+        try:
+            self._connection.run_all(calls, deadline=once)
+        except RunLost:  # nothing was settled
+            raise
+        except BaseException:
+            self._unsure |= results
+            raise
+        self._unsure |= results
+        self._adopt(list(results))
+
+    def _look_after_unsure(self) -> None:
+        """Remember what was settled without an answer, before the server may lose it."""
+        if self._unsure:
+            there = self.accounts({worker for worker, _ in self._unsure}, Deadline(0))
+            self._adopt([at for at in self._unsure if entry_place(at[1]) <= there[at[0]].place])
+
+    def _adopt(self, events: Iterable[tuple[int, str]]) -> None:
+        """Remember what these events, each a worker and an id, have settled."""
+        for worker, entry_id in events:
+            settled = self._unsure.pop((worker, entry_id))
             self._accounts[worker] = settled.account
             self._missed.extend(settled.missed)
             self._settled(worker, settled.outcomes)
@@ -267,10 +293,12 @@ class Ledger:
             )
         return found
 
-    def accounts(self, workers: Iterable[int]) -> dict[int, Account]:
+    def accounts(self, workers: Iterable[int], deadline: Deadline | None = None) -> dict[int, Account]:
         """Give the account of each worker."""
         wanted = list(workers)
-        found = self._connection.execute_all([("HGETALL", self._keys.ledger(worker)) for worker in wanted])
+        found = self._connection.execute_all(
+            [("HGETALL", self._keys.ledger(worker)) for worker in wanted], deadline=deadline
+        )
         return {
             worker: Account.from_fields(text_fields(fields))
             for worker, fields in zip(wanted, found, strict=True)
