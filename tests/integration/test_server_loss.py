@@ -157,6 +157,38 @@ def test_a_command_that_was_answered_before_its_sender_knew_stays_answered(
     assert (done, comm.get_queue_info()["control_queue_sizes"]) == ([1], [0, 0])
 
 
+@pytest.mark.parametrize("closes", [False, True])
+def test_an_answer_that_was_lost_unnoticed_is_sent_again(
+    server: Server, learner: Learner, worker: Worker, closes: bool
+) -> None:
+    comm, client = learner(), worker()
+    comm.send_model_weights({"number": 1})
+    wait_until("version 1 is ready", lambda: client._subscriber.ready)
+    wait_until("the learner has seen the worker", lambda: comm._roster._members)
+    comm._thread.stop(5.0)
+    if closes:
+        client._heartbeat._thread.stop(5.0)
+    client.poll({})
+    server.client.flushall()
+    comm._restore()  # before the worker's next heartbeat
+    if closes:
+        client.close()
+    wait_until("it is settled", lambda: comm.missed_updates() and comm._ledger.accounts([0])[0].settled)
+    assert comm._ledger.accounts([0])[0].applied_total == 1
+
+
+@pytest.mark.parametrize("lost", ["members", "incarnations", "heartbeat"])
+def test_a_worker_of_which_a_part_is_lost_goes_on(
+    server: Server, learner: Learner, worker: Worker, keys: Keys, lost: str
+) -> None:
+    comm, client = learner(lease_seconds=0.5), worker()
+    wait_until("it knows its lease", lambda: client._heartbeat._settings)
+    server.client.delete(keys.heartbeat(0) if lost == "heartbeat" else getattr(keys, lost))
+    wait_until("its token is back", lambda: server.client.hget(keys.heartbeat(0), "token"))
+    wait_until("it is a member", lambda: [one.incarnation for one in comm.workers()] == [client.incarnation])
+    client.poll()
+
+
 def test_what_was_settled_without_a_reply_outlasts_a_loss(
     server: Server, learner: Learner, worker: Worker, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:

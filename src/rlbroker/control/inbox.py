@@ -109,6 +109,8 @@ class Inbox:
         deadline = Deadline(timeout_seconds)
         self._thread.stop(timeout_seconds)
         try:
+            # What is not settled may have been lost unnoticed, and this is the last chance.
+            self._doubt |= bool(self._sent)
             if self._unsent or self._doubt:
                 self._connection.retry(self._send, deadline)
         finally:
@@ -225,7 +227,7 @@ class Inbox:
             newest = self._channel.execute("HGET", self._keys.incarnations, self._worker_id)
             if int(newest or 0) > self._incarnation:
                 raise Fenced(
-                    f"worker {self._worker_id} was replaced by a newer process or declared gone"
+                    f"worker {self._worker_id} was replaced by a newer process, or declared gone"
                 ) from error
             return  # it is there: its reply was lost
         if stored is None:

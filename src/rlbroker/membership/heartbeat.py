@@ -59,20 +59,29 @@ REGISTER = Script(
     """,
 )
 
+#: Put into scripts that only the newest life of a worker may run; KEYS[1] is `incarnations`, ARGV[1] the worker's
+#: id, ARGV[2] its incarnation. Whoever is replaced, struck or leaves has an incarnation that is over.
+_ONLY_NEWEST = """
+    local newest = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0') or 0
+    if newest > tonumber(ARGV[2]) then
+      return redis.error_reply('FENCED worker ' .. ARGV[1] .. ' was replaced by a newer process, or it was silent for ' ..
+        'longer than forget_seconds, or it has left; if nothing took its place, start it again')
+    end
+"""
+
 REJOIN = Script(
     "rejoin",
     ANNOUNCE
     + f"""
-    -- KEYS: incarnations, members, the worker's acknowledgements, weights, meta
-    -- ARGV: worker id, incarnation, newest version that the worker knows
+    -- KEYS: incarnations, members, the worker's acknowledgements, weights, meta, the worker's heartbeat
+    -- ARGV: worker id, incarnation, newest version that the worker knows, token of its registration,
+    --       lifetime of the heartbeat in milliseconds
     -- For a worker that lives on after the server may have lost it. Its incarnation stays.
     {ALSO_WHEN_FULL}
-    local newest = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0') or 0
-    local ended = newest == tonumber(ARGV[2]) and not redis.call('ZSCORE', KEYS[2], ARGV[1])
-    if newest > tonumber(ARGV[2]) or ended then
-      return redis.error_reply('FENCED worker ' .. ARGV[1] .. ' was replaced by a newer process, or it has left')
-    end
+    {_ONLY_NEWEST}
     redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+    redis.call('HSET', KEYS[6], 'token', ARGV[4], 'incarnation', ARGV[2])
+    redis.call('PEXPIRE', KEYS[6], ARGV[5])
     local time = redis.call('TIME')
     redis.call('ZADD', KEYS[2], string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)), ARGV[1])
     local latest = tonumber(redis.call('HGET', KEYS[4], 'version') or '0')
@@ -91,32 +100,33 @@ BEAT = Script(
     "beat",
     f"""
     -- KEYS: incarnations, members, the worker's heartbeat
-    -- ARGV: worker id, incarnation, lifetime in milliseconds, then field and value pairs
+    -- ARGV: worker id, incarnation, token of its registration, lifetime in milliseconds, then field and value pairs
     {ALSO_WHEN_FULL}
-    local newest = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0') or 0
-    if newest < tonumber(ARGV[2]) then
+    {_ONLY_NEWEST}
+    -- The learner writes back who took part, but no token: only the worker itself knows what else is missing.
+    local known = redis.call('HGET', KEYS[3], 'token') == ARGV[3]
+    if newest < tonumber(ARGV[2]) or not known or not redis.call('ZSCORE', KEYS[2], ARGV[1]) then
       return redis.error_reply('LOST the server has lost worker ' .. ARGV[1])
-    end
-    if newest > tonumber(ARGV[2]) or not redis.call('ZSCORE', KEYS[2], ARGV[1]) then
-      return redis.error_reply('FENCED worker ' .. ARGV[1] .. ' was replaced by a newer process, or it has left')
     end
     local time = redis.call('TIME')
     redis.call('ZADD', KEYS[2], string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)), ARGV[1])
-    redis.call('HSET', KEYS[3], 'incarnation', ARGV[2], unpack(ARGV, 4))
-    redis.call('PEXPIRE', KEYS[3], ARGV[3])
+    redis.call('HSET', KEYS[3], 'incarnation', ARGV[2], unpack(ARGV, 5))
+    redis.call('PEXPIRE', KEYS[3], ARGV[4])
     return 1
     """,
 )
 
 LEAVE = Script(
     "leave",
-    """
+    NEXT_LIFE
+    + """
     -- KEYS: incarnations, members, the worker's heartbeat, its acknowledgements, weights
     -- ARGV: worker id, incarnation
     if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] or redis.call('ZREM', KEYS[2], ARGV[1]) == 0 then
       return 0
     end
     redis.call('DEL', KEYS[3])
+    redis.call('HSET', KEYS[1], ARGV[1], next_life(ARGV[2]))  -- this life is over
     -- The largest number that any answer of this incarnation can have: it is the last one.
     local latest = redis.call('HGET', KEYS[5], 'version') or '0'
     redis.call('XADD', KEYS[4], ARGV[2] .. '-18446744073709551615', 'event', 'left', 'version', latest)
@@ -156,6 +166,7 @@ class Heartbeat:
         self._settings_known = threading.Event()
         self._thread = Background(f"heartbeat in {keys.run!r}", self._step)
         self.registration = Registration(0, 0, 0, "0-0")
+        self._token = ""
 
     def register(self, worker_id: int | None) -> Registration:
         """Become a member under this id, or under the lowest free one.
@@ -196,8 +207,10 @@ class Heartbeat:
             self._keys.acknowledgements(worker),
             self._keys.weights,
             self._keys.meta,
+            self._keys.heartbeat(worker),
         )
-        channel.run(REJOIN, keys, (worker, self.registration.incarnation, self._newest_version()))
+        newest, lifetime = self._newest_version(), self._lifetime_milliseconds
+        channel.run(REJOIN, keys, (worker, self.registration.incarnation, newest, self._token, lifetime))
 
     def settings(self, deadline: Deadline) -> RunSettings:
         """Give the run's settings; wait for the learner to open the run where it has not yet.
@@ -255,10 +268,11 @@ class Heartbeat:
             self._keys.meta,
             self._keys.heartbeat(worker),
         )
+        self._token = uuid.uuid4().hex
         reply = self._connection.run(
             REGISTER,
             keys,
-            (worker, RunSettings.lease_seconds, int(only_if_free), uuid.uuid4().hex, self._wire_format),
+            (worker, RunSettings.lease_seconds, int(only_if_free), self._token, self._wire_format),
         )
         if reply[0] == b"taken":
             return None
@@ -282,8 +296,16 @@ class Heartbeat:
             self._thread.pause(backoff.next(deadline))
         raise DeadlineExceeded(f"no free worker id was found in the run {self._keys.run!r}")
 
+    @property
+    def _lease_seconds(self) -> float:
+        return (self._settings or RunSettings()).lease_seconds
+
+    @property
+    def _lifetime_milliseconds(self) -> int:
+        return int(self._lease_seconds * 10_000)
+
     def _step(self) -> None:
-        lease_seconds = (self._settings or RunSettings()).lease_seconds
+        lease_seconds = self._lease_seconds
         # Before the learner has opened the run, look often, so that nobody waits for long.
         self._thread.pause(lease_seconds / BEATS_PER_LEASE if self._settings else 0.1)
         if not self._thread.stopping:
@@ -295,11 +317,11 @@ class Heartbeat:
         if self._channel.connect() and self._began:
             self._come_back()
         self._began = True
-        lease_seconds = (self._settings or RunSettings()).lease_seconds
         worker = self.registration.worker_id
         facts: dict[str, str | int] = {"host": socket.gethostname(), "pid": os.getpid(), **self._describe()}
         keys = (self._keys.incarnations, self._keys.members, self._keys.heartbeat(worker))
-        arguments = (worker, self.registration.incarnation, int(lease_seconds * 10_000), *flat(facts))
+        life = self.registration.incarnation
+        arguments = (worker, life, self._token, self._lifetime_milliseconds, *flat(facts))
         try:
             self._channel.run(BEAT, keys, arguments)
         except RunLost:
