@@ -280,6 +280,45 @@ def test_two_pollers_keep_the_order(learner: Learner, worker: Worker) -> None:
     assert done == list(range(40))
 
 
+def test_commands_come_from_a_server_whose_clock_is_behind(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(), worker()
+    ahead = int(server.client.time()[0] + 3600) * 1000
+    server.client.xadd(keys.control, {"event": "from the future"}, id=f"{ahead}-0")
+    wait_until("it was read", lambda: client._inbox._position == f"{ahead}-0")
+    server.client.flushall()
+    wait_until("the worker is back", lambda: comm.workers())
+    comm.send_control_command("stop")
+    wait_until("it stops", lambda: client.poll() or not client.running)
+
+
+def test_a_worker_that_reads_all_again_does_nothing_twice_and_nothing_of_its_predecessors(
+    learner: Learner, worker: Worker
+) -> None:
+    comm, first = learner(), worker(0)
+    comm.send_control_command("note", 1)
+    first.close()
+    second = worker(0)
+    done: list[int] = []
+    second.on_command("note", done.append)
+    command = comm.send_control_command("note", 2)
+    obey(second, command)
+    second._inbox._begin_again = True
+    obey(second, comm.send_control_command("note", 3))
+    assert done == [2, 3]
+
+
+def test_a_command_is_settled_although_the_list_of_those_that_wait_is_lost(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("reset")
+    server.client.delete(keys.pending)
+    obey(client, command)
+    assert states(command) == {0: "done"}
+
+
 def test_an_answer_after_a_day_leaves_nothing_for_ever(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:

@@ -57,14 +57,15 @@ SEND = Script(
       end
     end
     if #workers == 0 then return reply end
+    local lives = {}
+    for _, worker in ipairs(workers) do table.insert(lives, redis.call('HGET', KEYS[3], worker) or '0') end
     local entry = redis.call('XADD', KEYS[4], '*', 'event', 'command', 'command', ARGV[2],
-      'workers', table.concat(workers, ','), unpack(ARGV, 5))
-    for _, worker in ipairs(workers) do
+      'workers', table.concat(workers, ','), 'incarnations', table.concat(lives, ','), unpack(ARGV, 5))
+    for i, worker in ipairs(workers) do
       redis.call('HSET', KEYS[6], worker, 'waiting')
-      local incarnation = redis.call('HGET', KEYS[3], worker) or '0'
-      redis.call('HSET', KEYS[5], ARGV[2] .. ':' .. worker, incarnation .. ' ' .. entry)
+      redis.call('HSET', KEYS[5], ARGV[2] .. ':' .. worker, lives[i] .. ' ' .. entry)
       table.insert(reply, worker)
-      table.insert(reply, incarnation)
+      table.insert(reply, lives[i])
     end
     redis.call('EXPIRE', KEYS[6], ARGV[3])
     return reply
@@ -81,7 +82,7 @@ RESTORE_COMMAND = Script(
       return redis.error_reply('FENCED a newer learner publishes in this run')
     end
     local lost = redis.call('EXISTS', KEYS[4]) == 0
-    local waiting = {}
+    local waiting, lives = {}, {}
     local after = 5 + 3 * tonumber(ARGV[4])
     for i = 5, after - 1, 3 do
       local pending = ARGV[2] .. ':' .. ARGV[i]
@@ -91,11 +92,12 @@ RESTORE_COMMAND = Script(
       elseif lost then
         redis.call('HSET', KEYS[4], ARGV[i], 'waiting')
         table.insert(waiting, ARGV[i])
+        table.insert(lives, ARGV[i + 1])
       end
     end
     if #waiting > 0 then
       local entry = redis.call('XADD', KEYS[2], '*', 'event', 'command', 'command', ARGV[2],
-        'workers', table.concat(waiting, ','), unpack(ARGV, after))
+        'workers', table.concat(waiting, ','), 'incarnations', table.concat(lives, ','), unpack(ARGV, after))
       for i = 5, after - 1, 3 do
         if ARGV[i + 2] == 'waiting' then
           redis.call('HSET', KEYS[3], ARGV[2] .. ':' .. ARGV[i], ARGV[i + 1] .. ' ' .. entry)

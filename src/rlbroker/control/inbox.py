@@ -82,6 +82,7 @@ class Inbox:
         self._noticed, self._rejoin = noticed, rejoin
         self._worker_id, self._incarnation = place.worker_id, place.incarnation
         self._position = place.control_position
+        self._begin_again = False  #: whether to read the control stream from its first entry on
         self._acknowledgements = keys.acknowledgements(place.worker_id)
         self._arrived = threading.Condition()
         self._orders: deque[Order] = deque()
@@ -207,9 +208,10 @@ class Inbox:
         self._doubt = True
         self._rejoin(self._channel)
         self._forget_settled()
-        newest = self._channel.execute("XREVRANGE", self._keys.control, "+", "-", "COUNT", 1)
-        if newest and entry_place(newest[0][0]) < entry_place(self._position):
-            self._position = newest[0][0].decode()
+        if not self._channel.execute("XRANGE", self._keys.control, self._position, self._position):
+            # The stream is another one, or was trimmed. The new server's clock may be behind: then what comes now
+            # has lower ids than what came before. What is known already, or for an earlier life, is not done.
+            self._begin_again = True
         for answer in self._sent:
             self._store(answer)
         self._doubt = False
@@ -260,6 +262,8 @@ class Inbox:
                 if alone:
                     self._be_known()
                     self._forget_settled()
+        if self._begin_again:
+            self._begin_again, self._position = False, "0-0"
         block_milliseconds = max(1, int(self._connection.block_seconds * 1000))
         reply = self._connection.execute_once(
             "XREAD", "COUNT", 100, "BLOCK", block_milliseconds, "STREAMS", self._keys.control, self._position
@@ -273,7 +277,7 @@ class Inbox:
         said = text_fields({name: value for name, value in fields.items() if name != b"data"})
         if said.get("event") == "version":
             self._noticed(int(said["version"]))
-        elif said.get("event") == "command" and str(self._worker_id) in said.get("workers", "").split(","):
+        elif said.get("event") == "command" and self._is_for_me(said):
             order = Order(
                 said.get("command", ""),
                 said.get("name", ""),
@@ -297,3 +301,9 @@ class Inbox:
             with self._arrived:
                 self._orders.append(replace(order, data=data))
                 self._arrived.notify_all()
+
+    def _is_for_me(self, said: dict[str, str]) -> bool:
+        """Whether a command was sent to this life of this worker."""
+        workers, lives = (said.get(name, "").split(",") for name in ("workers", "incarnations"))
+        life = dict(zip(workers, lives, strict=False)).get(str(self._worker_id))
+        return str(self._worker_id) in workers and life in (None, "", "0", str(self._incarnation))

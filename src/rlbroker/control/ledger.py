@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from rlbroker.connection import LEADER_ONLY, Argument, Connection, Script, flat
-from rlbroker.control.account import Account, Event, Settled, settle
+from rlbroker.control.account import TEXT_KEPT, Account, Event, Settled, settle
 from rlbroker.deadline import Deadline
 from rlbroker.errors import RunLost
 from rlbroker.keys import Keys
@@ -215,6 +215,7 @@ class Ledger:
         now = round(server_seconds(clock), 3)  # as it is written, so that a record can be recognised
         newest_version = max(int(latest or 0), self._latest_version())
         waiting, newest = _pending_by_worker(text_fields(pending)), text_fields(lives)
+        self._find_waiting(streams, waiting)
         calls, results = [], dict[tuple[int, str], Settled]()
         for (worker, entries), found in zip(streams, accounts, strict=True):
             there = Account.from_fields(text_fields(found))
@@ -240,6 +241,25 @@ class Ledger:
             raise
         self._unsure |= results
         self._adopt(list(results))
+
+    def _find_waiting(
+        self, streams: Sequence[tuple[int, Entries]], waiting: dict[int, dict[str, int]]
+    ) -> None:
+        """Add answered commands whose outcomes say that they wait, though `pending` was lost."""
+        answered = []
+        for worker, entries in streams:
+            for entry_id, fields in entries:
+                said = text_fields(fields)
+                command = said.get("command", "")[:TEXT_KEPT]
+                if said.get("event") == "command" and command not in waiting.get(worker, {}):
+                    answered.append((worker, command, entry_place(entry_id)[0]))
+        states = self._connection.execute_all(
+            [("HGET", self._keys.outcomes(command), worker) for worker, command, _ in answered],
+            deadline=Deadline(0),
+        )
+        for (worker, command, life), state in zip(answered, states, strict=True):
+            if state == b"waiting":
+                waiting.setdefault(worker, {})[command] = life
 
     def _look_after_unsure(self) -> None:
         """Remember what was settled without an answer, before the server may lose it."""

@@ -64,8 +64,8 @@ REGISTER = Script(
 _ONLY_NEWEST = """
     local newest = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0') or 0
     if newest > tonumber(ARGV[2]) then
-      return redis.error_reply('FENCED worker ' .. ARGV[1] .. ' was replaced by a newer process, or it was silent for ' ..
-        'longer than forget_seconds, or it has left; if nothing took its place, start it again')
+      return redis.error_reply('FENCED worker ' .. ARGV[1] .. ' was replaced by a newer process, or it was silent ' ..
+        'for longer than forget_seconds, or it has left; if nothing took its place, start it again')
     end
 """
 
