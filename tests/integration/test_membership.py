@@ -9,6 +9,7 @@ from conftest import Server, wait_until
 
 from rlbroker import Fenced, WorkerClient, WorkerCommunicator
 from rlbroker.keys import Keys
+from rlbroker.membership import roster
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -26,12 +27,59 @@ def test_a_silent_worker_is_away_after_its_lease(learner: Learner, worker: Worke
     wait_until("it is away", lambda: [info.state for info in comm.workers()] == ["away"])
 
 
-def test_the_id_of_a_silent_worker_is_free_again(learner: Learner, worker: Worker) -> None:
+def test_the_id_of_a_silent_worker_is_free_again(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
     comm = learner(lease_seconds=0.5)
     first, second = worker(), worker()
     silence(first)
+    over = server.client.zscore(keys.members, "0") / 1000 + 0.5
     wait_until("it is away", lambda: comm.workers()[0].state == "away")
+    wait_until("its learner saw that", lambda: float(server.client.hget(keys.meta, "learner_seen")) > over)
     assert (second.worker_id, worker().worker_id) == (1, 0)
+
+
+def test_a_newcomer_does_not_take_the_id_of_a_worker_that_nobody_could_hear(
+    learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(lease_seconds=0.5), worker()
+    comm._thread.stop(5.0)  # as if the server was away: neither can reach it
+    silence(client)
+    wait_until("its lease is over", lambda: comm.workers()[0].state == "away")
+    assert worker().worker_id == 1
+    comm._restore()
+    comm._roster.say_alive(comm._channel)
+    assert worker().worker_id == 2
+    client._heartbeat._beat()
+
+
+def test_time_in_which_nobody_could_be_heard_is_no_silence(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(lease_seconds=0.3, forget_seconds=0.6), worker()
+    comm._thread.stop(5.0)
+    silence(client)
+    wait_until("it was silent for too long", lambda: comm.workers()[0].last_seen_seconds > 0.7)
+    comm._restore()
+    assert comm._roster.forget_silent() == []
+    client._heartbeat._beat()
+    wait_until("it is struck after all", lambda: comm._roster.forget_silent() == [0])
+
+
+def test_who_left_just_before_a_loss_is_soon_no_member_any_more(
+    learner: Learner, worker: Worker, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "BACK_SECONDS", 1.0)
+    comm = learner(lease_seconds=0.5)
+    leaving, staying = worker(), worker()
+    wait_until("the learner saw both", lambda: len(comm._roster._members) == 2)
+    wait_until("they know their lease", lambda: staying._heartbeat._settings)
+    comm._thread.stop(5.0)
+    leaving.close()
+    server.client.flushall()
+    comm._restore()
+    assert len(comm.workers()) == 2
+    wait_until("one is struck", lambda: comm._roster.forget_silent() == [0])
+    assert [info.worker_id for info in comm.workers()] == [1]
+    staying.poll()
 
 
 def test_a_worker_that_stays_silent_is_struck_from_the_roster(learner: Learner, worker: Worker) -> None:

@@ -280,6 +280,7 @@ class Run(RuleBasedStateMachine):
         if self.lives[worker].behind:
             self.worker_steps(self.lives[worker])
         self.server.client.zadd(self.learner._keys.members, {str(worker): 0})
+        self.server.client.hset(self.learner._keys.meta, "back_at", 0)
         self.learner._keep_house()
         with pytest.raises(Fenced):
             self.again(self.lives[worker].client._heartbeat._step)

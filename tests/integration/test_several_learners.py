@@ -12,6 +12,7 @@ from conftest import Server, wait_until
 
 from rlbroker import Fenced, InvalidArgument, WorkerClient, WorkerCommunicator
 from rlbroker.experience import collector
+from rlbroker.keys import Keys
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -109,6 +110,24 @@ def test_only_the_newest_of_those_that_may_publishes(learner: Learner, worker: W
     assert newer.send_model_weights({"w": 2}).version == 2
     send(worker(), 1)
     assert numbers(older.collect_experiences(timeout=5.0)) == [1]
+
+
+def test_one_that_was_superseded_never_leads_again(
+    server: Server, learner: Learner, worker: Worker, keys: Keys
+) -> None:
+    older, newer = learner(learner_name="older"), learner(learner_name="newer")
+    newer.send_model_weights({"w": 1})
+    wait_until("the older one knows", lambda: not older._roster.leads)
+    newer._thread.stop(5.0)  # it sleeps
+    server.client.flushall()
+    wait_until("the older one is back", lambda: server.client.hexists(keys.meta, "learner:older"))
+    for forbidden in (lambda: older.send_model_weights({"w": 2}), lambda: older.send_control_command("stop")):
+        with pytest.raises(Fenced):
+            forbidden()
+    newer._restore()
+    assert newer.send_model_weights({"w": 3}).version == 2
+    send(worker(), 1)
+    assert numbers(newer.collect_experiences(timeout=5.0)) == [1]
 
 
 def test_one_that_does_not_publish_leaves_the_one_that_does_alone(learner: Learner, worker: Worker) -> None:

@@ -14,7 +14,7 @@ from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, fla
 from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import DeadlineExceeded, IncompatibleFormat, RunLost
 from rlbroker.keys import Keys
-from rlbroker.membership.lives import ANNOUNCE, NEXT_LIFE
+from rlbroker.membership.lives import ANNOUNCE, HEARD_OF, NEXT_LIFE
 from rlbroker.records import Registration
 from rlbroker.replies import text_fields
 
@@ -25,6 +25,7 @@ REGISTER = Script(
     "register",
     ANNOUNCE
     + NEXT_LIFE
+    + HEARD_OF
     + """
     -- KEYS: incarnations, members, the worker's acknowledgements, weights, control, meta, the worker's heartbeat
     -- ARGV: worker id, lease in seconds where no learner has set one, '1' to take the id only if it is free,
@@ -39,10 +40,14 @@ REGISTER = Script(
     end
     local time = redis.call('TIME')
     local now = time[1] * 1000 + math.floor(time[2] / 1000)
-    local seen = redis.call('ZSCORE', KEYS[2], ARGV[1])
     local lease = tonumber(redis.call('HGET', KEYS[6], 'lease_seconds') or ARGV[2])
-    if ARGV[3] == '1' and seen and now - seen < lease * 1000 then
-      return {'taken'}
+    local silent_since = heard_of(KEYS[2], KEYS[6], ARGV[1])
+    if ARGV[3] == '1' and silent_since then
+      -- If the learner could not reach the server when the lease was over, the worker may not have reached it either.
+      local over = silent_since + lease * 1000
+      if now < over or tonumber(redis.call('HGET', KEYS[6], 'learner_seen') or '0') * 1000 < over then
+        return {'taken'}
+      end
     end
     local incarnation = next_life(redis.call('HGET', KEYS[1], ARGV[1]))
     redis.call('HSET', KEYS[1], ARGV[1], incarnation)

@@ -1,4 +1,4 @@
-"""Lua that membership's scripts begin with: numbers for new lives, and how joining and being given up are said."""
+"""Lua that membership's scripts begin with: numbers for new lives, who is silent, how joining and its end are said."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ NEXT_LIFE = """
       local time = redis.call('TIME')
       local now = time[1] * 1000 + math.floor(time[2] / 1000)
       return string.format('%.0f', math.max((tonumber(last) or 0) + 1, now))
+    end
+"""
+
+#: Gives since when a member is silent, in milliseconds, nil for who is none. The time before the learner came back
+#: does not count: nobody could be heard of then.
+HEARD_OF = """
+    local function heard_of(members, meta, worker)
+      local seen = redis.call('ZSCORE', members, worker)
+      return seen and math.max(tonumber(seen), tonumber(redis.call('HGET', meta, 'back_at') or '0') or 0)
     end
 """
 

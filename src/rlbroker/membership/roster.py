@@ -12,11 +12,14 @@ from rlbroker.config import RunSettings
 from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
 from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
 from rlbroker.keys import Keys
-from rlbroker.membership.lives import ANNOUNCE, NEXT_LIFE
+from rlbroker.membership.lives import ANNOUNCE, HEARD_OF, NEXT_LIFE
 from rlbroker.records import WorkerInfo
 from rlbroker.replies import scored_members, server_seconds, text_fields, whole_number
 
 logger = logging.getLogger("rlbroker")
+
+#: After a loss a worker is expected back within its lease, or this if it is longer: until it notices, and is heard.
+BACK_SECONDS = 10.0
 
 OPEN = Script(
     "open",
@@ -31,7 +34,9 @@ OPEN = Script(
       return redis.error_reply('FORMAT ' .. written)
     end
     local epoch = next_life(redis.call('HGET', KEYS[1], 'epochs'))
-    redis.call('HSET', KEYS[1], 'epochs', epoch, 'learner:' .. ARGV[2], epoch)
+    local time = redis.call('TIME')
+    redis.call('HSET', KEYS[1], 'epochs', epoch, 'learner:' .. ARGV[2], epoch,
+      'back_at', string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)))
     if ARGV[3] == '1' then redis.call('HSET', KEYS[1], 'epoch', epoch) end
     if ARGV[3] == '1' or not written then
       redis.call('HSET', KEYS[1], 'wire_format', ARGV[1], unpack(ARGV, 4))
@@ -44,8 +49,10 @@ RESTORE_RUN = Script(
     "restore_run",
     f"""
     -- KEYS: meta, incarnations, members
-    -- ARGV: the learner's epoch, its name, '1' if it publishes, workers with their incarnations, then ids of members,
-    --       both as one text separated by commas, then field and value pairs
+    -- ARGV: the learner's epoch, its name, the epoch of the learner that leads, as far as it knows,
+    --       workers with their incarnations, then ids of members, both as one text separated by commas,
+    --       then field and value pairs for the learner that leads
+    -- Gives when it was, and the members that the server had lost.
     {ALSO_WHEN_FULL}
     local mine = tonumber(ARGV[1])
     local named = 'learner:' .. ARGV[2]
@@ -54,23 +61,29 @@ RESTORE_RUN = Script(
     end
     local time = redis.call('TIME')
     local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
-    local was_member = {{}}
+    local was_member, reply = {{}}, {{now}}
     for worker in string.gmatch(ARGV[5], '%d+') do was_member[worker] = true end
     for worker, incarnation in string.gmatch(ARGV[4], '(%d+):(%d+)') do
       if (tonumber(redis.call('HGET', KEYS[2], worker) or '0') or 0) < tonumber(incarnation) then
         redis.call('HSET', KEYS[2], worker, incarnation)
-        -- It comes back by itself, or is given up in time.
-        if was_member[worker] then redis.call('ZADD', KEYS[3], 'NX', now, worker) end
+        -- It comes back by itself, or is given up soon.
+        if was_member[worker] and redis.call('ZADD', KEYS[3], 'NX', now, worker) == 1 then
+          table.insert(reply, worker)
+        end
       end
     end
-    redis.call('HSET', KEYS[1], named, ARGV[1])
-    if (tonumber(redis.call('HGET', KEYS[1], 'epochs') or '0') or 0) < mine then
-      redis.call('HSET', KEYS[1], 'epochs', ARGV[1])
+    local leading = tonumber(ARGV[3])
+    redis.call('HSET', KEYS[1], named, ARGV[1], 'back_at', now)
+    if (tonumber(redis.call('HGET', KEYS[1], 'epochs') or '0') or 0) < math.max(mine, leading) then
+      redis.call('HSET', KEYS[1], 'epochs', string.format('%.0f', math.max(mine, leading)))
     end
-    if ARGV[3] == '1' and (tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0) < mine then
-      redis.call('HSET', KEYS[1], 'epoch', ARGV[1], unpack(ARGV, 6))
+    local there = tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0
+    if there < leading then redis.call('HSET', KEYS[1], 'epoch', ARGV[3]) end
+    -- Another learner may have written the epoch of this one back, but not what only this one knows.
+    if leading == mine and (there < mine or redis.call('HEXISTS', KEYS[1], 'wire_format') == 0) then
+      redis.call('HSET', KEYS[1], unpack(ARGV, 6))
     end
-    return 1
+    return reply
     """,
 )
 
@@ -90,13 +103,18 @@ FORGET = Script(
     "forget",
     ANNOUNCE
     + NEXT_LIFE
+    + HEARD_OF
     + """
-    -- KEYS: incarnations, members, the worker's acknowledgements, weights
-    -- ARGV: worker id, milliseconds of silence after which it is gone
+    -- KEYS: incarnations, members, the worker's acknowledgements, weights, meta
+    -- ARGV: worker id, milliseconds of silence after which it is gone,
+    --       when it was seen last if that is to be still so; 0 for any time
     local time = redis.call('TIME')
     local now = time[1] * 1000 + math.floor(time[2] / 1000)
-    local seen = redis.call('ZSCORE', KEYS[2], ARGV[1])
-    if not seen or now - seen < tonumber(ARGV[2]) then
+    local silent_since = heard_of(KEYS[2], KEYS[5], ARGV[1])
+    if not silent_since or now - silent_since < tonumber(ARGV[2]) then
+      return 0
+    end
+    if ARGV[3] ~= '0' and tonumber(redis.call('ZSCORE', KEYS[2], ARGV[1])) ~= tonumber(ARGV[3]) then
       return 0
     end
     redis.call('ZREM', KEYS[2], ARGV[1])
@@ -136,6 +154,9 @@ class Roster:
         self._facts: dict[str, str | int] = {}
         self._incarnations: dict[str, str] = {}
         self._members: list[str] = []
+        #: Members that were written back and not heard of since: when that was, in the server's milliseconds.
+        self._awaited: dict[int, int] = {}
+        self._leading = 0  #: the newest epoch that was seen to lead
         self.epoch = 0
         #: Whether the run was there before it was opened.
         self.goes_on = False
@@ -169,6 +190,7 @@ class Roster:
                 f"{wire_format}; choose another run name, or the release that wrote it"
             ) from error
         self.epoch, self.goes_on = int(epoch), bool(there)
+        self._leading = self.epoch if self._publishes else 0
         return self.epoch
 
     def close(self) -> None:
@@ -194,7 +216,7 @@ class Roster:
         named, leading = (int(epoch or 0) for epoch in epochs)
         if named > self.epoch:
             raise Fenced(f"a newer learner has taken over the run {self._keys.run!r}")
-        if named < self.epoch or (self._publishes and leading < self.epoch):
+        if named < self.epoch or leading < self._leading:
             raise RunLost(
                 f"{self._connection.address} has lost the run {self._keys.run!r}; it is being restored"
             )
@@ -202,6 +224,8 @@ class Roster:
             logger.warning(
                 "a newer learner publishes in the run %r; this one only collects now", self._keys.run
             )
+        if self._publishes:
+            self._leading = leading
         self.leads = leading == self.epoch
         self._incarnations = text_fields(incarnations)
         self._members = [member.decode() for member in members]
@@ -213,14 +237,17 @@ class Roster:
     def restore(self) -> None:
         """Write back what a server lost: who takes part, and last of all, that this learner has the run.
 
+        One that does not lead any more writes back that a newer one does, and never leads again.
+
         Raises:
             Fenced: a newer learner of this name has taken over.
             PeerError: the server refused, or could not be reached in time.
         """
         workers = ",".join(f"{worker}:{life}" for worker, life in self._incarnations.items())
-        arguments = (self.epoch, self._name, int(self._publishes), workers, ",".join(self._members))
+        arguments = (self.epoch, self._name, self._leading, workers, ",".join(self._members))
         keys = (self._keys.meta, self._keys.incarnations, self._keys.members)
-        self._connection.run(RESTORE_RUN, keys, (*arguments, *flat(self._facts)))
+        now, *lost = self._connection.run(RESTORE_RUN, keys, (*arguments, *flat(self._facts)))
+        self._awaited |= dict.fromkeys(map(int, lost), int(now))
 
     def ids(self) -> list[int]:
         """Give every worker id that the run ever had, in order."""
@@ -261,14 +288,19 @@ class Roster:
         return sorted(found, key=lambda info: info.worker_id)
 
     def forget_silent(self) -> Sequence[int]:
-        """Strike workers that were silent for longer than `forget_seconds`; give their ids."""
-        now = server_seconds(self._connection.execute("TIME"))
+        """Strike workers that were silent for longer than `forget_seconds`; give their ids.
+
+        Those that were written back after a loss have less time: some of them had left before.
+        """
+        now_milliseconds = int(server_seconds(self._connection.execute("TIME")) * 1000)
         limit_milliseconds = int(self._settings.forget_seconds * 1000)
-        before = int(now * 1000) - limit_milliseconds
-        silent = [
-            int(worker)
-            for worker in self._connection.execute("ZRANGEBYSCORE", self._keys.members, "-inf", before)
-        ]
+        before = now_milliseconds - limit_milliseconds
+        silent = self._connection.execute("ZRANGEBYSCORE", self._keys.members, "-inf", before)
+        to_strike = {int(worker): (limit_milliseconds, 0) for worker in silent}
+        back_seconds = min(max(self._settings.lease_seconds, BACK_SECONDS), self._settings.forget_seconds)
+        for worker, written in list(self._awaited.items()):
+            if now_milliseconds - written >= back_seconds * 1000:
+                to_strike[worker] = (int(back_seconds * 1000), self._awaited.pop(worker))
         gone = self._connection.run_all(
             [
                 (
@@ -278,13 +310,14 @@ class Roster:
                         self._keys.members,
                         self._keys.acknowledgements(worker),
                         self._keys.weights,
+                        self._keys.meta,
                     ),
-                    (worker, limit_milliseconds),
+                    (worker, *limits),
                 )
-                for worker in silent
+                for worker, limits in to_strike.items()
             ]
         )
-        return [worker for worker, struck in zip(silent, gone, strict=True) if struck]
+        return [worker for worker, struck in zip(to_strike, gone, strict=True) if struck]
 
 
 def _number(said: Mapping[str, str], name: str) -> int:
