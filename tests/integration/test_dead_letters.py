@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import Server, wait_until
 
-from rlbroker import WorkerClient, WorkerCommunicator, wire
+from rlbroker import ConnectionFailed, WorkerClient, WorkerCommunicator, wire
 from rlbroker.experience import collector, dead_letters
 from rlbroker.keys import Keys
 
@@ -99,6 +100,39 @@ def test_with_no_limit_it_comes_for_ever(learner: Learner, worker: Worker) -> No
     comm.collect_experiences(timeout=5.0)
     comm = die_over_it(learner, 12, acknowledge="manual", max_deliveries=None)
     assert wait_until("it came", lambda: comm.collect_experiences(timeout=0.1))
+
+
+def test_a_dead_batch_is_counted_once_though_the_next_read_fails(
+    server: Server, learner: Learner, worker: Worker, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, _ = learner(), worker()
+    damage(server, keys, 1)
+    fill, calls = comm._collector._fill, itertools.count()
+
+    def fail_later(*arguments: Any) -> bool:
+        if next(calls):
+            raise ConnectionFailed("the server is away")
+        return fill(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comm._collector, "_fill", fail_later)
+        with pytest.raises(ConnectionFailed):
+            comm.collect_experiences()
+    assert comm.collect_experiences() == []
+    counts = comm.get_queue_info()["counts"][0]
+    assert (counts.produced, counts.lost) == (1, {"corrupt": 1})
+
+
+def test_a_retried_batch_stays_retried_when_counts_are_restored(
+    server: Server, learner: Learner, worker: Worker, keys: Keys
+) -> None:
+    comm, _ = learner(), worker()
+    damage(server, keys, 1)
+    comm.collect_experiences(timeout=0.1)
+    comm.retry_dead_letters(comm.dead_letters())
+    comm._holdings.restore()
+    counts = comm.get_queue_info()["counts"][0]
+    assert (counts.produced, counts.waiting, counts.lost) == (1, 1, {})
 
 
 def test_a_dead_batch_is_collected_once_more_when_told(learner: Learner, worker: Worker) -> None:

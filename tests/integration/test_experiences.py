@@ -12,7 +12,8 @@ import torch
 from conftest import Server, wait_until
 
 from rlbroker import Fenced, QueueCounts, QueueFull, WorkerClient, WorkerCommunicator
-from rlbroker.errors import BatchTooLarge, DeadlineExceeded, ServerFault, UnsupportedType
+from rlbroker.deadline import Deadline
+from rlbroker.errors import BatchTooLarge, ConnectionFailed, DeadlineExceeded, ServerFault, UnsupportedType
 from rlbroker.keys import GROUP, Keys
 
 Learner = Callable[..., WorkerCommunicator]
@@ -259,6 +260,46 @@ def test_an_entry_that_no_worker_wrote_is_noticed_by_the_next_send(
     again = worker(0)
     again.send_experiences({"number": 3})
     assert [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)] == [1, 3]
+
+
+def test_a_process_that_was_replaced_twice_counts_nothing_a_second_time(
+    learner: Learner, worker: Worker
+) -> None:
+    comm, first = learner(), worker(0)
+    first.send_experiences({"number": 1})
+    worker(0).send_experiences({"number": 2})
+    worker(0).send_experiences({"number": 3})
+    first._heartbeat._thread.stop(5.0)
+    first.close()
+    assert (counts(comm).produced, counts(comm).lost) == (3, {})
+
+
+def test_a_dropped_batch_that_could_not_be_counted_stays_with_the_caller(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, client = learner(max_queue_size=1), worker(when_full="drop_newest")
+    client.send_experiences({"number": 1})
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise ConnectionFailed("the server is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client._connection, "run", fail)
+        with pytest.raises(ConnectionFailed):
+            client.send_experiences({"number": 2})
+    assert (counts(comm).produced, counts(comm).lost) == (1, {})
+
+
+def test_ids_that_lua_cannot_count_are_renewed_too(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(acknowledge="manual", take_over_seconds=0.5), worker()
+    client.send_experiences({"number": 1})
+    entry = server.client.xrange(keys.experiences(0))[0][1]
+    server.client.xadd(keys.experiences(0), entry, id=f"{client.incarnation}-9007199254740993")
+    comm.collect_experiences(timeout=5.0)
+    comm._ownership._next_renewal = Deadline(0)
+    comm._ownership.renew(comm._collector.sources)
 
 
 def test_what_was_sent_is_known_at_once(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:

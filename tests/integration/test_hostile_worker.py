@@ -62,11 +62,21 @@ def test_counts_that_are_no_numbers(learner: Learner, worker: Worker, server: Se
         ("removed_bytes", 2**63 - 1),
         (f"fenced:{bad.incarnation}", "-7"),
         ("epoch", "x"),
+        ("epoch:learner", str(2**60)),
     ):
         server.client.hset(keys.counts(bad.worker_id), field, value)
     assert len(comm.collect_experiences(timeout=5.0)) == 1
     comm.collect_experiences()
     assert comm.get_queue_info()["counts"][bad.worker_id].delivered == 1
+    goes_on(comm, good)
+
+
+def test_counts_that_are_no_hash(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+    comm, good, bad = learner(), worker(), worker()
+    bad.send_experiences({"x": 1})
+    server.client.set(keys.counts(bad.worker_id), "x")
+    assert len(comm.collect_experiences(timeout=5.0)) == 1
+    comm.collect_experiences()
     goes_on(comm, good)
 
 

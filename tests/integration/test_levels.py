@@ -122,6 +122,53 @@ def test_a_batch_whose_reply_was_lost_for_good_is_unconfirmed_and_stored_once(
     assert waiting(server, client) == [1, 2]
 
 
+def test_a_batch_that_went_out_with_a_reopened_queue_keeps_its_number(
+    server: Server, learner: Learner, worker: Worker, keys: Keys
+) -> None:
+    learner()
+    client = worker()
+    assert client._sender is not None
+    channel: Any = client._sender._channel
+    execute_all = channel.execute_all
+
+    away: list[bool] = []
+
+    def lose_reply(commands: Any) -> Any:
+        if not away:
+            replies = execute_all(commands)
+            if not any(command[0] == "XADD" for command in commands):
+                return replies
+            away.append(True)
+        channel.close()
+        raise ConnectionFailed("broken on purpose")
+
+    client._sender.doubt()
+    channel.execute_all = lose_reply
+    with pytest.raises(Unconfirmed):
+        client.send_experiences({"number": 1}, timeout=0.2)
+    channel.execute_all = execute_all
+    assert client.send_experiences({"number": 2}).sequence == 2
+    assert waiting(server, client) == [1, 2]
+
+
+def test_what_is_read_during_a_look_is_kept(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(acknowledge="manual"), worker(level="learner")
+    client.send_experiences({"number": 1})
+    assert client._sender is not None
+    channel: Any = client._sender._channel
+    execute_all = channel.execute_all
+
+    def slowly(commands: Any) -> list[Any]:
+        replies = []
+        for command in commands:
+            replies += execute_all([command])
+            comm.collect_experiences()
+        return replies
+
+    channel.execute_all = slowly
+    assert client.flush(timeout=0.01) == 1
+
+
 def test_an_unconfirmed_batch_arrives_by_itself(
     server: Server, learner: Learner, worker: Worker, keys: Keys
 ) -> None:

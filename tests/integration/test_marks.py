@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import Server, wait_until
 
-from rlbroker import InvalidArgument, WorkerClient, WorkerCommunicator
+from rlbroker import ConnectionFailed, InvalidArgument, WorkerClient, WorkerCommunicator
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -96,6 +96,28 @@ def test_a_new_life_of_a_worker_is_not_covered(learner: Learner, worker: Worker)
     again = learner(acknowledge="manual")
     again.restore(marks)
     assert collect(again, 1) == [4]
+
+
+def test_what_a_fault_kept_from_being_settled_is_settled_later(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, client = learner(acknowledge="manual"), worker(level="learner")
+    send(client, 1, 2, 3)
+    comm.collect_experiences(timeout=5.0)
+    again = learner(acknowledge="manual")
+    again.restore(comm.marks())
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise ConnectionFailed("the server is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(again._holdings, "settle", fail)
+        with pytest.raises(ConnectionFailed):
+            again.collect_experiences(timeout=5.0)
+    assert again.collect_experiences() == []
+    wait_until("the worker keeps nothing", lambda: client.flush(timeout=0.01) == 0)
+    counts = again.get_queue_info()["counts"][0]
+    assert (counts.in_hand, counts.delivered, counts.produced) == (0, 3, 3)
 
 
 def test_a_tried_batch_that_the_checkpoint_holds_does_not_come_again(

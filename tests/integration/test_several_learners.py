@@ -216,6 +216,39 @@ def test_what_is_taken_over_after_a_checkpoint_is_not_covered_by_it(learner: Lea
     assert found_with(after) == [2]
 
 
+def collects(comm: WorkerCommunicator, got: list[int]) -> int:
+    """Collect once; give how many there are by now."""
+    got += numbers(comm.collect_experiences(timeout=0.1))
+    return len(got)
+
+
+def test_what_only_a_dead_learner_had_read_comes_again_after_a_loss(
+    server: Server, learner: Learner, worker: Worker
+) -> None:
+    first = learner(learner_name="a", acknowledge="manual")
+    dead = learner(learner_name="b", publishes=False, acknowledge="manual")
+    client = worker(level="learner")
+    got: list[int] = []
+    for number in range(1, 7):
+        send(client, number)
+        collector = dead if number % 2 else first
+        found = numbers(collector.collect_experiences(timeout=5.0))
+        got += found if collector is first else []
+    assert got == [2, 4, 6]
+    marks = first.marks()
+    dead._thread.stop(5.0)
+    dead._connection.close()
+    server.client.flushall()
+    wait_until("the rest came", lambda: collects(first, got) == 6)
+    assert sorted(got) == [1, 2, 3, 4, 5, 6]
+    assert first.acknowledge(marks) == 3  # and not those that came after that checkpoint
+    again = learner(learner_name="a", acknowledge="manual")
+    again.restore(marks)
+    found = []
+    wait_until("they came", lambda: collects(again, found) == 3)
+    assert found == [1, 3, 5]
+
+
 def test_a_server_that_lost_everything_gets_back_what_each_of_them_knows(
     server: Server, learner: Learner, worker: Worker
 ) -> None:

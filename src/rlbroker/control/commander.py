@@ -270,26 +270,40 @@ class Commander:
         )
 
     def remember(self) -> None:
-        """Learn which commands of earlier learners still wait for an answer, as the server may lose them.
+        """Learn what earlier learners sent and what became of it, as the server may lose that.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        clock, pending = self._connection.execute_all([("TIME",), ("HGETALL", self._keys.pending)])
-        lives: dict[tuple[str, str], dict[int, int]] = {}
-        for name, value in text_fields(pending).items():
-            command_id, _, worker = name.rpartition(":")
-            life, entry = value.split()
-            lives.setdefault((command_id, entry), {})[int(worker)] = int(life)
-        found = self._connection.execute_all(
-            [("XRANGE", self._keys.control, entry, entry) for _, entry in lives]
+        clock, pending, entries = self._connection.execute_all(
+            [
+                ("TIME",),
+                ("HGETALL", self._keys.pending),
+                ("XREVRANGE", self._keys.control, "+", "-", "COUNT", 10 * REMEMBERED),
+            ]
         )
-        for ((command_id, entry), waiting), entries in zip(lives.items(), found, strict=True):
-            if entries:
-                fields = {name.decode(): value for name, value in entries[0][1].items()}
-                kept = {name: fields[name] for name in ("name", "arguments", "expires_seconds", "data")}
-                age_seconds = server_seconds(clock) - int(entry.partition("-")[0]) / 1000
-                self._remember(command_id, _Sent(flat(kept), waiting, time.monotonic() - age_seconds))
+        names = ("name", "arguments", "expires_seconds", "data")
+        whole = {b"command", *(name.encode() for name in names)}
+        sent = [(entry, fields) for entry, fields in entries if whole <= fields.keys()]
+        sent = list(reversed(sent[:REMEMBERED]))
+        replies = self._connection.execute_all(
+            [("HGETALL", self._keys.outcomes(fields[b"command"].decode())) for _, fields in sent]
+        )
+        lives = text_fields(pending)
+        for (entry, fields), reply in zip(sent, replies, strict=True):
+            command = fields[b"command"].decode()
+            outcomes = {int(worker): _outcome(text) for worker, text in text_fields(reply).items()}
+            age_seconds = server_seconds(clock) - int(entry.partition(b"-")[0]) / 1000
+            kept = {name: fields[name.encode()] for name in names}
+            self._remember(
+                command,
+                _Sent(
+                    flat(kept),
+                    {one: int(lives.get(f"{command}:{one}", "0").split()[0]) for one in outcomes},
+                    time.monotonic() - age_seconds,
+                    {one: outcome for one, outcome in outcomes.items() if outcome.state != "waiting"},
+                ),
+            )
 
     def waiting(self) -> dict[int, int]:
         """Give how many commands wait for an answer, by worker."""
