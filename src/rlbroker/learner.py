@@ -583,10 +583,13 @@ class WorkerCommunicator:
             if self._doubt:
                 self._restore()
             if self._republish:
-                self._republish = not self._publisher.restore()
+                failed = self._ledger.failed_version
+                self._republish = not self._publisher.restore(unreadable_version=failed)
+                self._ledger.failed_version = 0
             if self._next_sign_of_life.over:
                 self._roster.say_alive(self._channel)
                 self._connection.load_missing(SCRIPTS)
+                self._republish |= self._roster.leads and self._publisher.outrun()
                 self._next_sign_of_life = Deadline(ALIVE_SECONDS)
             self._ownership.renew(self._collector.sources)
             self._settle_for_a_while()
@@ -611,6 +614,7 @@ class WorkerCommunicator:
         if self._roster.leads:
             self._commander.trim()
             self._publisher.tidy()
+            self._republish = True
 
     def _restore(self) -> None:
         """Write back what the server may have lost. Where it lost nothing, nothing changes.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import RealServer, Server, wait_until
 
+import rlbroker.learner
 from rlbroker import Fenced, MissedUpdates, WeightsMismatch, WorkerClient, WorkerCommunicator
 from rlbroker.connection import Connection, Script
 from rlbroker.errors import ConnectionFailed, DeadlineExceeded, UnsupportedType
@@ -212,6 +213,46 @@ def test_a_version_whose_chunk_is_gone_is_never_half_applied(
     connection.close()
     assert model["w"].tolist() == [1, 1, 1]
     assert client.version == 1
+
+
+@pytest.mark.parametrize("lost", ["chunk", "header", "pointer", "bits"])
+def test_weights_of_which_a_part_is_lost_are_published_again(
+    learner: Learner, worker: Worker, server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    monkeypatch.setattr(rlbroker.learner, "HOUSEKEEPING_SECONDS", 0.2)
+    comm = learner()
+    comm.send_model_weights({"w": np.arange(1000)}, compression_enabled=False)
+    [key] = server.client.scan_iter(keys.chunk("1-*", 0 if lost == "header" else 1))
+    if lost == "bits":
+        server.client.setrange(key, 100, b"x")
+    else:
+        server.client.delete(keys.weights if lost == "pointer" else key)
+    model: dict[str, Any] = {}
+    client = worker()
+    wait_until("the worker runs them", lambda: client.poll(model))
+    assert (client.version, comm.version, model["w"][-1]) == (2, 2, 999)
+    comm._thread.stop(5.0)
+    comm._keep_house()
+    comm._look_after_run()
+    assert comm.version == 2  # and not once more
+
+
+def test_workers_that_run_a_newer_version_than_a_new_learner_get_its_weights(
+    learner: Learner, worker: Worker, server: Server
+) -> None:
+    old, client = learner(), worker()
+    for _ in range(3):
+        old.send_model_weights({"from": "old"})
+    model: dict[str, str] = {}
+    wait_until("the worker runs version 3", lambda: client.poll(model) and client.version == 3)
+    old.cleanup()
+    client._heartbeat._thread.stop(5.0)  # it comes back later than the new learner
+    server.client.flushall()
+    new = learner()
+    assert new.send_model_weights({"from": "new"}).version == 1
+    client._heartbeat._beat()
+    wait_until("the worker runs the new ones", lambda: client.poll(model) and model["from"] == "new")
+    assert client.version == new.version == 4
 
 
 def test_superseded_chunks_expire_and_the_latest_stay(learner: Learner, server: Server, keys: Keys) -> None:

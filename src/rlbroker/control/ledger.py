@@ -103,6 +103,8 @@ class Ledger:
         #: By worker and id of the event: what may have been settled, and nobody said so.
         self._unsure: dict[tuple[int, str], Settled] = {}
         self._lost_version = 0
+        #: The newest version that a worker could not read or load.
+        self.failed_version = 0
 
     def remember(self, workers: Sequence[int]) -> None:
         """Learn what earlier learners settled, as the server may lose that too.
@@ -228,6 +230,8 @@ class Ledger:
                     settled = Settled(account)  # forged: it settles nothing, and is removed
                 else:
                     settled = settle(account, event, commands, newest_version, self._lost_version)
+                if event.kind == "version" and said.get("outcome") == "failed":
+                    self.failed_version = max(self.failed_version, min(event.version, newest_version))
                 calls.append(self._write(event, settled))
                 results[worker, entry_id] = settled
                 account = settled.account

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, Final
 
 from rlbroker.connection import LEADER_ONLY, Argument, Channel, Connection, Script, flat
+from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, Fenced, PeerError, RunLost, ServerOutOfMemory
 from rlbroker.keys import Keys
 from rlbroker.records import PublishReceipt
@@ -177,8 +178,21 @@ class Publisher:
         with self._lock:
             self._floor = max(self._floor, version)
 
-    def restore(self) -> bool:
-        """Publish the latest weights again, under a new version, if the server has lost them.
+    def outrun(self) -> bool:
+        """Whether workers run a newer version than the latest: the server lost it, and they came back after that.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        seen = int(self._connection.execute("HGET", self._keys.meta, "version_floor") or 0)
+        return bool(self._held) and seen > self.latest_version
+
+    def restore(self, *, unreadable_version: int = 0) -> bool:
+        """Publish the latest weights again, under a new version, if the server has lost them; one try.
+
+        Args:
+            unreadable_version: a version that some worker could not read. If it is the latest, what is stored of
+                it is compared, and not only the sizes.
 
         Returns:
             False if another thread is publishing: then it is to be called again.
@@ -194,13 +208,16 @@ class Publisher:
             pointer = self._latest
             if pointer is None or not self._held:
                 return True
-            keys = self._chunk_keys(pointer.upload, pointer.chunks)
-            there, found = self._read_pointer(), self._connection.execute("EXISTS", *keys)
+            there = self._read_pointer()
             lost = there is None or there.upload != pointer.upload
-            if lost or found < len(keys) or seen > pointer.version:
-                again = self._commit(replace(pointer, upload=self._new_upload()), self._held)
+            if (
+                lost
+                or seen > pointer.version
+                or self._is_damaged(pointer, compare=unreadable_version == pointer.version)
+            ):
+                again = self._commit(replace(pointer, upload=self._new_upload()), self._held, Deadline(0))
                 logger.warning(
-                    "the server had lost version %d; it is published again as version %d",
+                    "the server had lost version %d, or a part of it; it is published again as version %d",
                     pointer.version,
                     again.version,
                 )
@@ -208,6 +225,15 @@ class Publisher:
             return True
         finally:
             self._lock.release()
+
+    def _is_damaged(self, pointer: Pointer, *, compare: bool) -> bool:
+        """Whether a chunk is missing or, as far as its size or its bytes tell, is not what was stored."""
+        keys = self._chunk_keys(pointer.upload, pointer.chunks)
+        sizes = self._connection.execute_all([("STRLEN", key) for key in keys])
+        if sizes != [len(data) for data in self._held]:
+            return True
+        pairs = zip(keys, self._held, strict=True) if compare else ()
+        return any(self._connection.execute("GET", key) != data for key, data in pairs)
 
     def close(self) -> None:
         """End the encoding threads."""
@@ -291,7 +317,7 @@ class Publisher:
         except PeerError as error:
             logger.debug("the chunks of %s expire by themselves: %s", upload, error)
 
-    def _commit(self, pointer: Pointer, held: Sequence[bytes]) -> Pointer:
+    def _commit(self, pointer: Pointer, held: Sequence[bytes], deadline: Deadline | None = None) -> Pointer:
         """Make these chunks the next version; give the pointer with its number."""
         if self._unsure:
             self._catch_up()
@@ -303,7 +329,7 @@ class Publisher:
                 previous=before.upload if before else "",
                 previous_chunks=before.chunks if before else 0,
             )
-            done = self._connection.retry(partial(self._try_commit, pointer, held))
+            done = self._connection.retry(partial(self._try_commit, pointer, held), deadline)
             if done != b"taken":
                 break
             self._catch_up()
