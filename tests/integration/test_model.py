@@ -102,6 +102,8 @@ class Run(RuleBasedStateMachine):
         #: By worker: versions that it has to apply or to miss.
         self.owed: Counter[int] = Counter()
         self.commands: list[tuple[Any, int, list[int]]] = []
+        #: By number of a command: outcomes that a learner saw before it crashed; no later one has to know them.
+        self.ended_before: dict[int, dict[int, Outcome]] = {}
         self.learner_behind = False
         #: False once all have forgotten who knew: then sums cannot be right, and old lives are not recognised.
         self.remembered = True
@@ -183,6 +185,9 @@ class Run(RuleBasedStateMachine):
     def learner_crashes(self) -> None:
         if self.learner_behind:
             self.remembered = False
+        for command, number, _ in self.commands:
+            ended = {one: outcome for one, outcome in command.outcomes().items() if _final(outcome)}
+            self.ended_before[number] = ended | self.ended_before.get(number, {})
         self.former.append(self.learner)
         self.learner = self.new_learner()
         buffer, marks = self.saved
@@ -327,6 +332,9 @@ class Run(RuleBasedStateMachine):
     def server_loses_everything(self, breaks: bool) -> None:
         """It was restarted, and connections broke; or it was flushed, and nobody noticed yet."""
         self.losses += 1
+        seen = self.learner._roster._incarnations
+        for worker, life in self.lives.items():  # one that joined after another loss is nobody's memory yet
+            self.remembered &= seen.get(str(worker)) == str(life.client.incarnation)
         self.server.client.flushall()
         saved = {place for place, _ in self.saved[0]}
         for place in self.produced:
@@ -400,7 +408,10 @@ class Run(RuleBasedStateMachine):
             assert delivered + vanished == len(self.produced), counts
 
     def check_ledger(self) -> None:
-        outcomes = [(command.outcomes(), number, targets) for command, number, targets in self.commands]
+        outcomes = [
+            (command.outcomes() | self.ended_before.get(number, {}), number, targets)
+            for command, number, targets in self.commands
+        ]
         assert self.server.client.hlen(self.learner._keys.pending) == 0, "a command without an end"
         for found, _, targets in outcomes:
             assert sorted(found) == targets
