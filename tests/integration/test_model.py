@@ -333,8 +333,8 @@ class Run(RuleBasedStateMachine):
         """It was restarted, and connections broke; or it was flushed, and nobody noticed yet."""
         self.losses += 1
         seen = self.learner._roster._incarnations
-        for worker, life in self.lives.items():  # one that joined after another loss is nobody's memory yet
-            self.remembered &= seen.get(str(worker)) == str(life.client.incarnation)
+        for worker, one in self.lives.items():  # one that joined after another loss is nobody's memory yet
+            self.remembered &= seen.get(str(worker)) == str(one.client.incarnation)
         self.server.client.flushall()
         saved = {place for place, _ in self.saved[0]}
         for place in self.produced:
