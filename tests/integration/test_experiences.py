@@ -470,6 +470,7 @@ def test_what_a_replaced_learner_still_read_is_found(
     """It may read for a moment after it was replaced; what it then holds must not wait for a restart."""
     monkeypatch.setattr("rlbroker.experience.collector.RECHECK_SECONDS", 0.2)
     old, client = learner(), worker()
+    old._thread.stop(5.0)  # so that it does not notice yet
     new = learner()
     new.collect_experiences(timeout=0.1)
     client.send_experiences({"number": 1})
