@@ -63,6 +63,15 @@ def test_at_level_learner_a_batch_is_kept_until_it_is_acknowledged(learner: Lear
     assert client.flush(timeout=5.0) == 0
 
 
+def test_flushing_while_another_thread_sends_tells_what_is_left(learner: Learner, worker: Worker) -> None:
+    learner(acknowledge="manual")
+    client = worker(level="learner")
+    client.send_experiences({})
+    assert client._sender is not None
+    with client._sender._lock:  # as a thread does that waits for the server
+        assert client.flush(timeout=0.05) == 1
+
+
 def test_at_level_redis_nothing_is_kept(learner: Learner, worker: Worker) -> None:
     learner()
     client = worker()

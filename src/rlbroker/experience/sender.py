@@ -218,11 +218,14 @@ class Sender:
         """
         deadline, backoff = Deadline(timeout_seconds), Backoff(first=0.001, longest=LONGEST_LOOK_SECONDS)
         while True:
-            with self._alone(deadline):
+            if not self._lock.acquire(timeout=deadline.remaining):
+                return self.unsafe  # another thread is at it
+            try:
                 self._do(self._confirm if self._outbox else self._look, deadline)
-                left = self.unsafe
-            if not left or deadline.over:
-                return left
+            finally:
+                self._lock.release()
+            if not self.unsafe or deadline.over:
+                return self.unsafe
             time.sleep(backoff.next(deadline))
 
     def doubt(self) -> None:
