@@ -1,29 +1,23 @@
-"""The one boundary to Redis: clients, channels, retries, scripts, and redis-py's errors turned into ours."""
+"""The one boundary to Redis: channels, retries, scripts, and redis-py's errors turned into ours."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
-import math
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, Final, TypeVar
 
 import redis
 from redis import exceptions as redis_errors
-from redis.backoff import NoBackoff
-from redis.connection import AbstractConnection
-from redis.maint_notifications import MaintNotificationsConfig
-from redis.retry import Retry
 
+from rlbroker.clients import bounded_client, client_from_url, stall_seconds
 from rlbroker.config import DEFAULT_URL, positive_seconds, redacted_url, redis_url
-from rlbroker.deadline import Backoff, Deadline, try_seconds, within
+from rlbroker.deadline import Backoff, Deadline, within
 from rlbroker.errors import (
     AccessDenied,
     ConnectionFailed,
@@ -45,18 +39,11 @@ MIN_SERVER_VERSION: Final = (6, 2)
 #: Longest that one blocking command waits on the server, so that a closing client is never far from noticing.
 BLOCK_SECONDS: Final = 0.2
 
-#: A connection that is silent for longer than this, with an answer due, counts as broken.
-STALL_SECONDS: Final = 4.0
-
-#: Connections that one client may hold open at the same time, and those that it cannot do without.
-MAX_CONNECTIONS: Final = 16
+#: Connections that one client cannot do without.
 MIN_CONNECTIONS: Final = 6
 
 #: Bytes that are given to a socket at once: the stall timeout speaks of each such piece.
 SEND_BYTES: Final = 1 << 20
-
-#: Bytes read from a socket at once; redis-py's own default is slow for chunks of weights.
-SOCKET_READ_BYTES: Final = 1 << 20
 
 #: How long a server that has accepted this user may refuse it: users may be set up only after a restart.
 REFUSED_SECONDS: Final = 10.0
@@ -134,7 +121,7 @@ class Connection:
                 self._hint = (
                     "; this is the default: start `rlbroker server`, or name a server with RLBROKER_REDIS_URL"
                 )
-            client = _client_from_url(found)
+            client = client_from_url(found)
         elif url is not None:
             raise InvalidArgument("give either redis_url or redis_client, not both")
         elif not isinstance(client, redis.Redis):
@@ -155,7 +142,7 @@ class Connection:
         #: How long a connection may be silent with an answer due.
         self.socket_seconds = min(stall, float(pool.connection_kwargs.get("socket_timeout") or stall))
         self._given = client  # a pool of Sentinel's is only remembered weakly by its connections
-        self.client = _own(client, self.timeout_seconds, self.socket_seconds)
+        self.client = bounded_client(client, self.timeout_seconds, self.socket_seconds)
         self._send: Callable[..., Any] = self.client.execute_command
 
     @property
@@ -563,86 +550,3 @@ def _is_refusal(error: redis_errors.RedisError) -> bool:
     """Whether the server did not let the user in; authorization errors are said when it connects."""
     refusal = (redis_errors.AuthenticationError, redis_errors.AuthorizationError)
     return isinstance(error, refusal) or str(error).startswith(("WRONGPASS", "NOAUTH"))
-
-
-def stall_seconds(timeout_seconds: float) -> float:
-    """Give how long a connection may be silent, so that whole tries fill the time of an operation.
-
-    >>> stall_seconds(10.0)
-    3.333
-    """
-    return max(0.001, round(timeout_seconds / math.ceil(timeout_seconds / STALL_SECONDS), 3))
-
-
-class _Bounded(AbstractConnection):
-    """A connection that is not waited for beyond the deadline that holds for the thread which uses it."""
-
-    @property
-    def socket_timeout(self) -> float:
-        return try_seconds(self._socket_timeout or STALL_SECONDS)
-
-    @socket_timeout.setter
-    def socket_timeout(self, value: float) -> None:
-        self._socket_timeout = value
-
-    @property
-    def socket_connect_timeout(self) -> float:
-        return try_seconds(self._socket_connect_timeout or STALL_SECONDS)
-
-    @socket_connect_timeout.setter
-    def socket_connect_timeout(self, value: float) -> None:
-        self._socket_connect_timeout = value
-
-    def send_packed_command(self, *arguments: Any, **options: Any) -> Any:
-        self._bound()
-        send: Callable[..., Any] = super().send_packed_command
-        return send(*arguments, **options)
-
-    def read_response(self, *arguments: Any, **options: Any) -> Any:
-        self._bound()
-        return super().read_response(*arguments, **options)
-
-    def _bound(self) -> None:
-        sock, limit = self._sock, self.socket_timeout
-        if isinstance(sock, socket.socket) and sock.gettimeout() != limit:
-            with suppress(OSError):  # another thread has closed it, which the next step will find
-                self.update_current_socket_timeout(limit)
-
-
-@cache
-def _bounded(connection_class: type) -> type:
-    return type(f"Bounded{connection_class.__name__}", (_Bounded, connection_class), {})
-
-
-def _own(client: redis.Redis, timeout_seconds: float, socket_seconds: float) -> redis.Redis:
-    """Give a client like this one with connections of our own, which keep deadlines and do not try again."""
-    pool = client.connection_pool
-    settings = {
-        name: value
-        for name, value in pool.connection_kwargs.items()
-        if not name.startswith(("maint_notifications", "orig_", "retry"))
-    }
-    settings |= {
-        "retry": Retry(NoBackoff(), 0),
-        "socket_timeout": socket_seconds,
-        "socket_connect_timeout": socket_seconds,
-        "socket_read_size": SOCKET_READ_BYTES,
-    }
-    make_pool: Callable[..., redis.BlockingConnectionPool] = redis.BlockingConnectionPool
-    own = copy.copy(client)
-    own.connection = None
-    own.connection_pool = make_pool(
-        connection_class=_bounded(pool.connection_class),
-        max_connections=min(MAX_CONNECTIONS, pool.max_connections),
-        timeout=timeout_seconds,
-        maint_notifications_config=MaintNotificationsConfig(enabled=False),
-        **settings,
-    )
-    return own
-
-
-def _client_from_url(url: str) -> redis.Redis:
-    try:
-        return redis.Redis.from_url(url, protocol=2)
-    except ValueError as error:
-        raise InvalidArgument(f"the server's URL {redacted_url(url)} cannot be used: {error}") from error

@@ -19,12 +19,24 @@ ALLOWED = {
     "records": set(),
     "deadline": set(),
     "replies": set(),
-    "connection": {"config", "deadline", "errors"},
+    "clients": {"config", "deadline", "errors"},
+    "connection": {"clients", "config", "deadline", "errors"},
     "background": {"deadline", "errors"},
     "wire": {"errors"},
     "local": {"config", "errors"},
 }
-_BELOW = {"wire", "connection", "background", "deadline", "replies", "keys", "records", "config", "errors"}
+_BELOW = {
+    "wire",
+    "clients",
+    "connection",
+    "background",
+    "deadline",
+    "replies",
+    "keys",
+    "records",
+    "config",
+    "errors",
+}
 ALLOWED |= dict.fromkeys(("weights", "experience", "control", "membership"), _BELOW)
 _ROOMS = set(ALLOWED) - {"local"}
 ALLOWED |= {
@@ -33,7 +45,7 @@ ALLOWED |= {
     "snapshot": _ROOMS,
     "demo": {"learner", "worker", "local", "records", "keys", "config", "errors", "control", "__init__"},
     "__main__": {"cli"},
-    "cli": {"demo", "local", "snapshot", "connection", "records", "errors"},
+    "cli": {"demo", "local", "snapshot", "connection", "deadline", "records", "errors"},
     "__init__": {"learner", "worker", "config", "records", "errors", "control"},
 }
 

@@ -7,8 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from rlbroker.config import Acknowledge
@@ -19,6 +17,7 @@ from rlbroker.experience.dead_letters import DeadLetters
 from rlbroker.experience.flow import FlowControl
 from rlbroker.experience.holdings import Holdings, Source
 from rlbroker.experience.ownership import Ownership
+from rlbroker.experience.progress import Entry, Place, Stream, covers
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import Batch
 from rlbroker.replies import consumer_pending, entry_place, pending_rows, stream_entries, text_fields
@@ -41,98 +40,6 @@ RECHECK_SECONDS = 5.0
 #: A batch that was handed out this often, each time to a learner that died, is handed out alone: at the latest
 #: when it is the last time, so that its neighbours are not blamed.
 SUSPECT_AFTER = 2
-
-#: Gaps of one stream that are remembered.
-GAPS_KEPT = 1_000
-
-Place = tuple[int, int]
-
-
-@dataclass
-class _Entry:
-    """One entry as it was read, before it is decoded.
-
-    Attributes:
-        taken_over: whether another learner had it before.
-        came_again: why it is not to be handed out, if it was before.
-        deliveries: how often it was handed out before, if a learner died over it; 0 otherwise.
-    """
-
-    source: Source
-    entry_id: str
-    fields: Mapping[bytes, bytes] | None
-    taken_over: bool = False
-    came_again: str = ""
-    deliveries: int = 0
-
-    @property
-    def stored_bytes(self) -> int:
-        return len(self.fields.get(b"data", b"")) if self.fields else 0
-
-    @property
-    def place(self) -> Place:
-        return entry_place(self.entry_id)
-
-    @property
-    def batch(self) -> str:
-        """Incarnation and sequence of its batch."""
-        if self.source.retried and self.fields:
-            return self.fields.get(b"entry", b"").decode(errors="replace")
-        return self.entry_id
-
-
-@dataclass
-class _Stream:
-    """How far the collector has read one stream.
-
-    Attributes:
-        pending_from: where to go on looking for entries that are pending; None to read what is new.
-        fresh: whether the first look at what is pending is not over: it was read by an earlier learner.
-        newest_read: nothing up to here is taken again, but for what another learner gave up.
-        restored: the part of that which a checkpoint holds.
-        handed_out: the last entry that the caller got.
-        open: entries up to `restored` that the checkpoint does not hold.
-        taken_over: entries that another learner gave up, and we hold.
-        restored_too: such entries that the checkpoint holds.
-        gaps: what was passed over since then, from and to: other learners read it, or nobody did.
-    """
-
-    source: Source
-    pending_from: str | None = "-"
-    fresh: bool = True
-    newest_read: Place = (0, 0)
-    restored: Place = (0, 0)
-    handed_out: Place = (0, 0)
-    open: set[str] = field(default_factory=set)
-    taken_over: set[str] = field(default_factory=set)
-    restored_too: set[str] = field(default_factory=set)
-    gaps: deque[tuple[Place, Place]] = field(default_factory=partial(deque, maxlen=GAPS_KEPT))
-
-    def knows(self, entry: _Entry) -> bool:
-        """Whether an entry was read before, or is in the restored checkpoint."""
-        if entry.taken_over:
-            return entry.entry_id in self.restored_too
-        if entry.place > self.newest_read or entry.entry_id in self.open:
-            return False
-        return not _within(self.gaps, entry.place)
-
-    def note(self, entry: _Entry) -> None:
-        """Note that an entry was read."""
-        life, number = entry.place
-        self.open.discard(entry.entry_id)
-        if entry.taken_over:
-            self.taken_over.add(entry.entry_id)
-        if entry.place > self.newest_read:
-            before = self.newest_read[1] if life == self.newest_read[0] else number - 1
-            if before < number - 1:
-                self.gaps.append(((life, before + 1), (life, number - 1)))
-            self.newest_read = entry.place
-            return
-        for first, last in list(self.gaps):
-            if first <= entry.place <= last:
-                self.gaps.remove((first, last))
-                rest = (first, (life, number - 1)), ((life, number + 1), last)
-                self.gaps.extend(gap for gap in rest if gap[0] <= gap[1])
 
 
 class Collector:
@@ -181,9 +88,9 @@ class Collector:
         self._ownership, self._flow = ownership, flow
         self._reading = threading.Lock()
         #: By name, which is how marks call them. Those that are not on the server now are not watched.
-        self._streams: dict[str, _Stream] = {}
-        self._watched: dict[str, _Stream] = {}
-        self._read: deque[_Entry] = deque()
+        self._streams: dict[str, Stream] = {}
+        self._watched: dict[str, Stream] = {}
+        self._read: deque[Entry] = deque()
         self._returned: list[tuple[int, Batch]] = []
         self._began = False
         self._look_again = Deadline(0)
@@ -214,7 +121,7 @@ class Collector:
             if max_batches == 0:
                 return []
             self._watch_streams()
-            taken: list[_Entry] = []
+            taken: list[Entry] = []
             try:
                 found = self._gather(deadline, max_batches, taken)
             except BaseException:  # Ctrl-C too: what was taken must come with the next call
@@ -256,30 +163,17 @@ class Collector:
     # Marks
 
     def marks(self) -> dict[str, Any]:
-        """Give what was handed out so far, by stream.
-
-        That is the last entry, those before it that were not, gaps that others may have read, and what was taken
-        over from them.
-        """
+        """Give what was handed out so far, by stream."""
         with self._reading:
             waiting: dict[str, set[str]] = {}
             for entry in self._read:
-                if entry.came_again:
-                    continue
-                waiting.setdefault(entry.source.name, set()).add(entry.entry_id)
-            found = {}
-            for name, stream in self._streams.items():
-                if stream.handed_out > (0, 0):
-                    here = waiting.get(name, set())
-                    stream.taken_over.intersection_update(self._holdings.held(stream.source))
-                    before = {one for one in here if entry_place(one) <= stream.handed_out}
-                    found[name] = {
-                        "through": _id(stream.handed_out),
-                        "except": sorted(before | stream.open),
-                        "passed_over": [[_id(first), _id(last)] for first, last in stream.gaps],
-                        "taken_over": sorted(stream.restored_too | stream.taken_over - here),
-                    }
-            return found
+                if not entry.came_again:
+                    waiting.setdefault(entry.source.name, set()).add(entry.entry_id)
+            return {
+                name: stream.mark(waiting.get(name, set()), self._holdings.held(stream.source))
+                for name, stream in self._streams.items()
+                if stream.handed_out > (0, 0)
+            }
 
     def restore(self, marks: Mapping[str, Any]) -> bool:
         """Never hand out again what these marks cover; give False if something was handed out already."""
@@ -287,10 +181,7 @@ class Collector:
             if self._began:
                 return False
             for name, mark in marks.items():
-                stream = self._streams.setdefault(name, _Stream(self._source(name)))
-                stream.newest_read = stream.restored = stream.handed_out = entry_place(mark["through"])
-                stream.open, stream.restored_too = set(mark["except"]), set(mark["taken_over"])
-                stream.gaps.extend(_gaps(mark))
+                self._streams.setdefault(name, Stream(self._source(name))).restore(mark)
             return True
 
     def acknowledge_marks(self, marks: Mapping[str, Any]) -> int:
@@ -302,19 +193,19 @@ class Collector:
         """
         entries = []
         for name, mark in marks.items():
-            source, last, gaps = self._source(name), entry_place(mark["through"]), _gaps(mark)
+            source = self._source(name)
             taken_over = self._streams[name].taken_over if name in self._streams else set()
-            for entry_id in self._holdings.held(source):
-                place = entry_place(entry_id)
-                read_before = place <= last and entry_id not in mark["except"] and not _within(gaps, place)
-                if entry_id in mark["taken_over"] if entry_id in taken_over else read_before:
-                    entries.append((source, entry_id, "delivered"))
+            entries += [
+                (source, entry_id, "delivered")
+                for entry_id in self._holdings.held(source)
+                if covers(mark, entry_id, taken_over=entry_id in taken_over)
+            ]
         return self._holdings.settle(entries)
 
     # Reading
 
     def _gather(
-        self, deadline: Deadline, max_batches: int | None, taken: list[_Entry]
+        self, deadline: Deadline, max_batches: int | None, taken: list[Entry]
     ) -> list[tuple[int, Batch]]:
         """Read and decode until there is enough or nothing more; note in `taken` what left the line."""
         found: list[tuple[int, Batch]] = []
@@ -375,7 +266,7 @@ class Collector:
             time.sleep(min(BLOCK_SECONDS, deadline.remaining))
             return False
 
-    def _read_new(self, streams: Sequence[_Stream], count: int, deadline: Deadline | None) -> None:
+    def _read_new(self, streams: Sequence[Stream], count: int, deadline: Deadline | None) -> None:
         command: list[str | int] = ["XREADGROUP", "GROUP", GROUP, self._holdings.name, "COUNT", count]
         if deadline is not None:
             wait_seconds = min(self._connection.block_seconds, deadline.remaining)
@@ -393,9 +284,9 @@ class Collector:
             if life > stream.newest_read[0] and self._is_shared(stream):
                 stream.newest_read = (life, 0)  # what comes before its first entry here is another learner's
             for entry_id, fields in entries:
-                self._take(stream, _Entry(stream.source, entry_id, fields))
+                self._take(stream, Entry(stream.source, entry_id, fields))
 
-    def _read_pending(self, streams: Sequence[_Stream], count: int) -> None:
+    def _read_pending(self, streams: Sequence[Stream], count: int) -> None:
         """Read what the server has given to us and we do not hold, without counting it as one more delivery."""
         read, taken_over = self._holdings.consumers
         replies = self._connection.execute_all(
@@ -405,14 +296,14 @@ class Collector:
                 for consumer in (read, taken_over)
             ]
         )
-        wanted: list[tuple[_Stream, _Entry]] = []
-        after: list[tuple[_Stream, str | None]] = []
+        wanted: list[tuple[Stream, Entry]] = []
+        after: list[tuple[Stream, str | None]] = []
         for stream, *both in zip(streams, replies[::2], replies[1::2], strict=True):
             rows = sorted((row for reply in both for row in pending_rows(reply)), key=_place_of)[:count]
             held = set(self._holdings.held(stream.source))
             for entry_id, consumer, _, deliveries in rows:
                 if entry_id not in held:
-                    entry = _Entry(stream.source, entry_id, None, taken_over=consumer == taken_over)
+                    entry = Entry(stream.source, entry_id, None, taken_over=consumer == taken_over)
                     entry.deliveries = deliveries if stream.fresh or entry.taken_over else 0
                     wanted.append((stream, entry))
             after.append((stream, f"({rows[-1][0]}" if rows else None))
@@ -426,7 +317,7 @@ class Collector:
             stream.pending_from = position
             stream.fresh = stream.fresh and position is not None
 
-    def _take(self, stream: _Stream, entry: _Entry) -> None:
+    def _take(self, stream: Stream, entry: Entry) -> None:
         """Put an entry into the line of those to hand out, unless it was there before."""
         if not self._holdings.add(stream.source, entry.entry_id, entry.stored_bytes):
             return
@@ -439,7 +330,7 @@ class Collector:
             self._batch_bytes += 0.1 * (entry.stored_bytes - self._batch_bytes)
         self._read.append(entry)
 
-    def _hides_entries(self, stream: _Stream, entries: list[tuple[str, dict[bytes, bytes] | None]]) -> bool:
+    def _hides_entries(self, stream: Stream, entries: list[tuple[str, dict[bytes, bytes] | None]]) -> bool:
         """Whether the server thinks that we have read entries that never reached us.
 
         A client that repeats a read by itself after a lost reply skips what that reply held. It shows as a gap.
@@ -451,15 +342,15 @@ class Collector:
         pending = consumer_pending(reply, self._holdings.consumers)
         return pending > len(self._holdings.held(stream.source)) + len(entries)
 
-    def _is_shared(self, stream: _Stream) -> bool:
+    def _is_shared(self, stream: Stream) -> bool:
         """Whether other learners have read this stream too."""
         consumers = self._connection.execute("XINFO", "CONSUMERS", stream.source.key, GROUP)
         return any(text_fields(one)["name"] not in self._holdings.consumers for one in consumers)
 
-    def _is_held(self, entry: _Entry) -> bool:
+    def _is_held(self, entry: Entry) -> bool:
         return entry.entry_id in self._holdings.held(entry.source)
 
-    def _open(self, entry: _Entry) -> Batch | None:
+    def _open(self, entry: Entry) -> Batch | None:
         """Give the batch of an entry; None, and counted, if there is none to give out."""
         source, reason, detail = entry.source, entry.came_again or "trimmed", ""
         if entry.came_again:
@@ -491,17 +382,17 @@ class Collector:
             self._holdings.settle([(source, entry.entry_id, reason)])
         return None
 
-    def _is_poison(self, entry: _Entry) -> bool:
+    def _is_poison(self, entry: Entry) -> bool:
         return self._max_deliveries is not None and entry.deliveries >= self._max_deliveries
 
-    def _count_delivery(self, entry: _Entry) -> None:
+    def _count_delivery(self, entry: Entry) -> None:
         """Have the server remember that a batch is handed out once more, before a learner can die over it."""
         if entry.deliveries:
             consumer = self._holdings.consumers[entry.taken_over]
             counted = ("RETRYCOUNT", entry.deliveries + 1, "JUSTID")
             self._connection.execute("XCLAIM", entry.source.key, GROUP, consumer, 0, entry.entry_id, *counted)
 
-    def _decode(self, entry: _Entry, fields: Mapping[bytes, bytes]) -> Batch:
+    def _decode(self, entry: Entry, fields: Mapping[bytes, bytes]) -> Batch:
         content = decode(fields[b"data"])
         if not isinstance(content, dict):
             raise WireError("a batch must be a dictionary")
@@ -539,14 +430,14 @@ class Collector:
         self._holdings.take_over(workers)
         for name in names:
             if name not in self._streams:
-                self._streams[name] = _Stream(self._source(name))
+                self._streams[name] = Stream(self._source(name))
         away = [self._streams[name] for name in names if name not in self._watched]
         self._look_at_streams(away)
         if recheck:
             self._recheck = Deadline(RECHECK_SECONDS)
             self._look_at_holdings()
 
-    def _look_at_streams(self, streams: Sequence[_Stream]) -> None:
+    def _look_at_streams(self, streams: Sequence[Stream]) -> None:
         """Watch those that are on the server. Only workers make them: see `Sender`."""
         kinds = self._connection.execute_all([("TYPE", stream.source.key) for stream in streams])
         for stream, kind in zip(streams, kinds, strict=True):
@@ -596,7 +487,7 @@ class Collector:
             if consumer_pending(pending, self._holdings.consumers) > held:
                 stream.pending_from = "-"
 
-    def _make_group(self, stream: _Stream) -> None:
+    def _make_group(self, stream: Stream) -> None:
         try:
             self._connection.execute("XGROUP CREATE", stream.source.key, GROUP, "0")
         except ServerOutOfMemory:
@@ -604,18 +495,6 @@ class Collector:
         except PeerError as error:
             if "BUSYGROUP" not in str(error):
                 raise
-
-
-def _gaps(mark: Mapping[str, Any]) -> list[tuple[Place, Place]]:
-    return [(entry_place(first), entry_place(last)) for first, last in mark["passed_over"]]
-
-
-def _within(gaps: Iterable[tuple[Place, Place]], place: Place) -> bool:
-    return any(first <= place <= last for first, last in gaps)
-
-
-def _id(place: Place) -> str:
-    return f"{place[0]}-{place[1]}"
 
 
 def _place_of(row: tuple[str, str, int, int]) -> Place:

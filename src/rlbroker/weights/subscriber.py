@@ -13,7 +13,8 @@ import redis
 from redis import exceptions as redis_errors
 
 from rlbroker.background import Background
-from rlbroker.connection import STALL_SECONDS, Connection
+from rlbroker.clients import STALL_SECONDS
+from rlbroker.connection import Connection
 from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, WireError
 from rlbroker.keys import Keys
