@@ -507,10 +507,10 @@ class Channel:
 
 
 def _options(command: Sequence[Argument]) -> dict[str, bool]:
-    """Tell redis-py which of two replies will come: XPENDING with a range lists entries, JUSTID gives ids."""
+    """Tell redis-py which of two replies will come: XPENDING with a range lists entries."""
     if command[0] == "XPENDING" and len(command) > 3:
         return {"parse_detail": True}
-    return {"parse_justid": True} if command[0] == "XCLAIM" and "JUSTID" in command else {}
+    return {}
 
 
 def flat(fields: Mapping[str, Any]) -> list[Any]:

@@ -36,7 +36,7 @@ from rlbroker.experience.counts import read_counts
 from rlbroker.experience.dead_letters import BURY, PURGE, RETRY, DeadLetters
 from rlbroker.experience.flow import FlowControl
 from rlbroker.experience.holdings import ACKNOWLEDGE, RESTORE_COUNTS, TAKE_OVER, Holdings
-from rlbroker.experience.ownership import RENEW, TAKE_ABANDONED, Ownership
+from rlbroker.experience.ownership import HAND_OUT, RENEW, TAKE_ABANDONED, Ownership
 from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE, STATE
 from rlbroker.keys import Keys
 from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER, REJOIN
@@ -62,6 +62,7 @@ SCRIPTS = (
     RESTORE_COUNTS,
     RESTORE_RUN,
     TAKE_ABANDONED,
+    HAND_OUT,
     RENEW,
     BURY,
     RETRY,

@@ -100,6 +100,27 @@ def test_one_that_was_only_frozen_is_told_when_it_acknowledges(
     assert (counts.produced, counts.delivered, counts.lost) == (1, 1, {})
 
 
+def test_one_that_was_frozen_before_it_handed_out_takes_nothing_back(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead, client = learner(learner_name="a", publishes=False), worker()
+    send(client, 1)
+    dead.collect_experiences(timeout=5.0)
+    dead._thread.stop(5.0)
+    frozen = learner(learner_name="a", publishes=False, acknowledge="manual")
+    other = learner(learner_name="b", take_over_seconds=0.5, acknowledge="manual")
+    frozen._thread.stop(5.0)
+    hand_out = frozen._ownership.hand_out
+
+    def freeze(*arguments: Any) -> bool:
+        wait_until("the other has it", lambda: other.collect_experiences(timeout=0.1))
+        return hand_out(*arguments)
+
+    monkeypatch.setattr(frozen._ownership, "hand_out", freeze)
+    assert frozen.collect_experiences() == []
+    assert other.acknowledge(other.marks()) == 1
+
+
 def test_only_the_newest_of_those_that_may_publishes(learner: Learner, worker: Worker) -> None:
     older = learner(learner_name="older")
     assert older.send_model_weights({"w": 1}).version == 1

@@ -364,8 +364,7 @@ class Collector:
                 reason, detail = "corrupt", f"{type(error).__name__}: {error}"
             else:
                 if self._max_staleness is None or batch.staleness <= self._max_staleness:
-                    self._count_delivery(entry)
-                    return batch
+                    return batch if self._counts_delivery(entry) else None
                 reason = "stale"
         if reason in ("corrupt", "poison"):
             logger.warning("worker %d: batch %s is dead: %s", source.worker_id, entry.batch, detail)
@@ -385,12 +384,13 @@ class Collector:
     def _is_poison(self, entry: Entry) -> bool:
         return self._max_deliveries is not None and entry.deliveries >= self._max_deliveries
 
-    def _count_delivery(self, entry: Entry) -> None:
-        """Have the server remember that a batch is handed out once more, before a learner can die over it."""
-        if entry.deliveries:
-            consumer = self._holdings.consumers[entry.taken_over]
-            counted = ("RETRYCOUNT", entry.deliveries + 1, "JUSTID")
-            self._connection.execute("XCLAIM", entry.source.key, GROUP, consumer, 0, entry.entry_id, *counted)
+    def _counts_delivery(self, entry: Entry) -> bool:
+        """Count once more a batch that a learner died over before; give False if it is another's by now."""
+        consumer, deliveries = self._holdings.consumers[entry.taken_over], entry.deliveries + 1
+        if deliveries == 1 or self._ownership.hand_out(entry.source, entry.entry_id, consumer, deliveries):
+            return True
+        self._holdings.gave_up(entry.source, [entry.entry_id], [])
+        return False
 
     def _decode(self, entry: Entry, fields: Mapping[bytes, bytes]) -> Batch:
         content = decode(fields[b"data"])

@@ -39,6 +39,18 @@ TAKE_ABANDONED = Script(
     """,
 )
 
+HAND_OUT = Script(
+    "hand_out",
+    OWN
+    + """
+    -- further ARGV: id, the consumer of this learner that has it, how often it is handed out with this time
+    -- Has the server remember it, before a learner can die over it. Gives 0 where another learner has it now.
+    if not mine(ARGV[4]) then return 0 end
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[5], 0, ARGV[4], 'RETRYCOUNT', ARGV[6], 'JUSTID')
+    return 1
+    """,
+)
+
 RENEW = Script(
     "renew",
     """
@@ -98,6 +110,16 @@ class Ownership:
         if taken:
             logger.warning("%d batches were taken over from a learner that gave no sign of life", taken)
         return [bool(ids) for ids in wanted]
+
+    def hand_out(self, source: Source, entry_id: str, consumer: str, deliveries: int) -> bool:
+        """Count one more delivery of an entry; give False if another learner has taken it over.
+
+        Raises:
+            Fenced: a newer learner of this name has taken over.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        arguments = (*self._holdings.signature, entry_id, consumer, deliveries)
+        return bool(self._connection.run(HAND_OUT, source.keys, arguments) == 1)
 
     def renew(self, sources: Sequence[Source]) -> None:
         """Say of what is in this learner's hands that it still works on it, when it is time.
