@@ -50,6 +50,11 @@ class Actor:
                     self._lines.setdefault(field, []).append(line)
         return self._lines.get(name, [])
 
+    @property
+    def endless(self) -> bool:
+        """Whether it sends batches until it is told that there have been enough."""
+        return self._arguments.get("batches", 0) is None
+
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.process.pid, number)
 
@@ -160,6 +165,9 @@ class Arena:
         learner = self.learner
         assert learner is not None
         living = [worker for worker in self.workers if worker.process.poll() is None]
+        for worker in living:
+            if worker.endless:
+                worker.signal(signal.SIGUSR1)
         self.wait("the workers sent all", lambda: all(one.lines("finished") for one in living), seconds)
         (self.folder / "finish").touch()
         (line,) = self.wait("the learner reported", lambda: learner.lines("report"), seconds)

@@ -26,6 +26,8 @@ from rlbroker import (
 def main() -> None:
     """Run until told to stop."""
     chosen = json.loads(sys.argv[1])
+    if chosen["batches"] is None:
+        chosen["batches"] = float("inf")
     log = open(chosen["log"], "a", buffering=1)  # noqa: SIM115, PTH123
 
     def say(**facts: Any) -> None:

@@ -24,7 +24,8 @@ def test_1_replies_to_sending_are_lost(arena: Arena, full: bool, figures: dict[s
 def test_2_replies_to_reading_are_lost(arena: Arena, full: bool, figures: dict[str, Any]) -> None:
     """A third of the learner's reads loses its reply: all is inserted, without waiting for anything to be idle."""
     arena.proxy.lose_replies(b"XREADGROUP", part=0.33)
-    arena.start_learner(settings={"take_over_seconds": 600.0})
+    # One batch at a time, so that there are many reads however slow the machine is.
+    arena.start_learner(settings={"take_over_seconds": 600.0}, max_batches=1)
     for worker in range(3):
         arena.start_worker(worker, direct=True, batches=400 if full else 100, pause=0.005)
     arena.check(arena.finish())

@@ -36,7 +36,7 @@ def test_4_the_server_is_killed_and_comes_back_empty(
     """All go on by themselves in 10 s; at level `learner` nothing is lost, at `redis` the gap is known exactly."""
     arena.start_learner(versions=0, version_seconds=0.3)
     for number in range(3):
-        arena.start_worker(number, batches=1200 if full else 700, pause=0.01, level=level)
+        arena.start_worker(number, batches=None, pause=0.01, level=level)
     took: list[dict[str, float]] = []
     for kill in range(3 if full else 2):
         arena.wait("batches flow", partial(_more, arena.inserted, 200 * (kill + 1)))
@@ -59,14 +59,14 @@ def test_4_the_server_is_killed_and_comes_back_empty(
 
 
 def test_4b_the_server_is_killed_and_comes_back_with_old_data(
-    new_server: NewServer, tmp_path: Path, seed: int, full: bool, figures: dict[str, Any]
+    new_server: NewServer, tmp_path: Path, seed: int, figures: dict[str, Any]
 ) -> None:
     """Its append-only file lags behind what it said: at level `learner` nothing is lost, nothing comes twice."""
     server = new_server("--appendonly", "yes", "--appendfsync", "everysec")
     with Arena(server, tmp_path, seed) as arena:
         arena.start_learner(versions=0, version_seconds=0.3)
         for number in range(3):
-            arena.start_worker(number, batches=800 if full else 500, pause=0.01, level="learner")
+            arena.start_worker(number, batches=None, pause=0.01, level="learner")
         arena.wait("batches flow", lambda: arena.inserted() > 200)
         server.kill()
         _shorten_append_only_file(server)
@@ -77,7 +77,7 @@ def test_4b_the_server_is_killed_and_comes_back_with_old_data(
 
 
 def test_5_a_replica_that_was_cut_off_is_promoted(
-    new_server: NewServer, tmp_path: Path, seed: int, full: bool, figures: dict[str, Any]
+    new_server: NewServer, tmp_path: Path, seed: int, figures: dict[str, Any]
 ) -> None:
     """What the old server had acknowledged and the new one never saw is sent again, without a gap."""
     first, second = new_server(), new_server()
@@ -87,7 +87,7 @@ def test_5_a_replica_that_was_cut_off_is_promoted(
         second.follow("127.0.0.1", link.proxy.port)
         arena.start_learner(versions=0, version_seconds=0.3)
         for number in range(3):
-            arena.start_worker(number, batches=800 if full else 500, pause=0.01, level="learner")
+            arena.start_worker(number, batches=None, pause=0.01, level="learner")
         arena.wait("batches flow", lambda: arena.inserted() > 100)
         with link.proxy.silence(dropping=True):
             before = arena.produced()
@@ -110,7 +110,7 @@ def test_7_the_server_stands_still(arena: Arena, how: str, full: bool, figures: 
     seconds = {"frozen": 20.0}.get(how, 60.0) if full else 8.0
     arena.start_learner(versions=0, version_seconds=0.3, timeout=5.0)
     for number in range(3):
-        arena.start_worker(number, batches=600, pause=0.01, level="learner", timeout=5.0)
+        arena.start_worker(number, batches=None, pause=0.01, level="learner", timeout=5.0)
     arena.wait("batches flow", lambda: arena.inserted() > 100)
     if how == "frozen":
         arena.server.freeze()
