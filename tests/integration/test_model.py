@@ -147,7 +147,7 @@ class Run(RuleBasedStateMachine):
         self.learner_line.lose(int(lose))
         number = next(self.numbers)
         version = self.learner.send_model_weights({"number": number}).version
-        assert version > self.version, "a number of a version was used twice"
+        assert version > self.version or not self.remembered, "a number of a version was used twice"
         self.weights[version] = number
         self.see_version()
 
@@ -194,7 +194,9 @@ class Run(RuleBasedStateMachine):
         self.buffer = list(buffer)
         if marks:
             self.learner.restore(marks)
-        self.version = max(self.version, self.learner.version)
+        if self.learner.version < self.version:  # nobody held the weights that the server had lost
+            self.remembered = False
+            self.version = self.learner.version
         self.learner_steps()
 
     @precondition(lambda self: self.former and not self.learner_behind)
@@ -259,7 +261,7 @@ class Run(RuleBasedStateMachine):
         life.line.lose(int(lose))
         if life.client.poll(life.model):
             assert life.client.version > before
-        if life.client.version:
+        if life.client.version and self.remembered:
             assert life.model["number"] == self.weights[life.client.version]
 
     @precondition(lambda self: self.lives)
@@ -441,7 +443,7 @@ def test_any_order_of_events_keeps_the_promises(
         hertz = server.client.config_get("hz")["hz"]
         request.addfinalizer(partial(server.client.config_set, "hz", hertz))
         server.client.config_set("hz", 500)
-    examples = 1000 if request.config.getoption("--full") else 40
+    full = request.config.getoption("--full")
 
     def machine() -> Run:
         run = Run()
@@ -451,7 +453,8 @@ def test_any_order_of_events_keeps_the_promises(
     run_state_machine_as_test(
         machine,  # type: ignore[arg-type] # any callable that gives a machine will do
         settings=settings(
-            max_examples=examples,
+            max_examples=1000 if full else 40,
+            derandomize=not full,  # the long run looks for new ones
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=list(HealthCheck),
