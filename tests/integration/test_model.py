@@ -432,7 +432,7 @@ def _final(outcome: Outcome) -> bool:
     return outcome.state != "waiting"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_any_order_of_events_keeps_the_promises(
     server: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
