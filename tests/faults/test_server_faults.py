@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 from arena import Actor, Arena, times
+from proxy import Proxy
 from servers import FaultyServer
+
+from rlbroker import Unconfirmed, WorkerClient, WorkerCommunicator
 
 NewServer = Callable[..., FaultyServer]
 
@@ -102,6 +105,37 @@ def test_5_a_replica_that_was_cut_off_is_promoted(
         took = recovery(arena, back)
         arena.check(arena.finish(120.0))
         figures |= {"faults": 1, "batches": arena.produced(), "recovery": [took]}
+
+
+def test_5b_what_a_replica_has_confirmed_outlasts_a_failover(new_server: NewServer) -> None:
+    """At level `replica` a send waits for it: what returned is there after a failover, what did not is sent again."""
+    first, second = new_server(), new_server()
+    link, way = Proxy(first.address), Proxy(first.address)
+    second.follow("127.0.0.1", link.port)
+    with (
+        WorkerCommunicator(1, redis_url=way.url) as comm,
+        WorkerClient(way.url, worker_id=0, level="replica") as client,
+    ):
+        for number in range(20):
+            assert client.send_experiences({"number": number})
+        with link.silence(dropping=True):
+            with pytest.raises(Unconfirmed):
+                client.send_experiences({"number": 20}, timeout=1.0)
+            second.promote()
+            second_replica = new_server()
+            second_replica.follow(*second.address)
+            way.target = second.address
+            way.cut_all()
+            first.kill()
+            assert client.send_experiences({"number": 21})
+        got: list[int] = []
+        while len(got) < 22:
+            pairs = comm.collect_experiences(timeout=10.0)
+            assert pairs, f"only {got} came"
+            got += [batch["number"] for _, batch in pairs]
+        assert got == list(range(22))
+    link.close()
+    way.close()
 
 
 @pytest.mark.parametrize("how", ["frozen", "silent, late", "silent, dropping"])
