@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -520,7 +521,8 @@ def flat(fields: Mapping[str, Any]) -> list[Any]:
 
 def translated(error: redis_errors.RedisError, address: str) -> PeerError:
     """Give our error for one of redis-py's; the address is the server's, without its password."""
-    text = str(error).rstrip(".")
+    # Redis 6.2 says what was refused within a script after where that was.
+    text = re.sub(r"^Error running script .*?: -(?=[A-Z]+ )", "", str(error)).rstrip(".")
     if _is_refusal(error) or isinstance(error, redis_errors.NoPermissionError) or text.startswith("NOPERM"):
         return AccessDenied(f"{address} refused: {text}; check user and password in the server's URL")
     away = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.ReadOnlyError)

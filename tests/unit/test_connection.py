@@ -97,6 +97,12 @@ def test_scripts_are_loaded_where_the_server_forgot_them() -> None:
         (redis.ResponseError("NOAUTH Authentication required"), errors.AccessDenied),
         (redis.exceptions.OutOfMemoryError("command not allowed"), errors.ServerOutOfMemory),
         (redis.ResponseError("OOM command not allowed"), errors.ServerOutOfMemory),
+        (
+            redis.ResponseError(
+                "Error running script (call to f_2e): @user_script:21: @user_script: 21: -OOM command not allowed"
+            ),
+            errors.ServerOutOfMemory,
+        ),
         (redis.ResponseError("FENCED a newer learner"), errors.Fenced),
         (redis.ResponseError("WRONGTYPE"), errors.ServerFault),
     ],
