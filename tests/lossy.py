@@ -32,7 +32,7 @@ class Lossy:
     def _lossy(self, connection_class: Any) -> Any:
         line = self
 
-        class LossyConnection(connection_class):  # type: ignore[misc]
+        class LossyConnection(connection_class):  # type: ignore[misc] # known only when it runs
             def __init__(self, **settings: Any) -> None:
                 self.is_broken = False
                 super().__init__(**settings)

@@ -336,7 +336,7 @@ def test_arguments_of_the_wrong_kind_are_named(
 
 def test_a_flush_takes_a_number_of_seconds(worker: Worker) -> None:
     with pytest.raises(errors.InvalidArgument, match="timeout must be a number of seconds"):
-        worker().flush("1")  # type: ignore[arg-type]
+        worker().flush("1")  # type: ignore[arg-type] # on purpose
 
 
 def test_marks_that_come_too_late_say_what_to_do(learner: Learner) -> None:

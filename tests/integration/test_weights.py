@@ -331,11 +331,8 @@ def test_a_version_is_not_used_again_after_a_commit_of_unknown_fate(
     assert received == {"from": "second"}
 
 
-def test_a_version_of_unknown_fate_is_not_used_again_after_a_loss(
-    learner: Learner, worker: Worker, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    comm, client = learner(), worker()
-    comm.send_model_weights({"from": "first"})
+def publish_unheard(comm: WorkerCommunicator, weights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publish weights, and let nobody hear that it was done."""
     run = comm._publisher._channel.run
 
     def lose(script: Script, *arguments: Any, **options: Any) -> Any:
@@ -345,7 +342,15 @@ def test_a_version_of_unknown_fate_is_not_used_again_after_a_loss(
     with monkeypatch.context() as patch:
         patch.setattr(comm._publisher._channel, "run", lose)
         with pytest.raises(ConnectionFailed):
-            comm.send_model_weights({"from": "second"})
+            comm.send_model_weights(weights)
+
+
+def test_a_version_of_unknown_fate_is_not_used_again_after_a_loss(
+    learner: Learner, worker: Worker, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, client = learner(), worker()
+    comm.send_model_weights({"from": "first"})
+    publish_unheard(comm, {"from": "second"}, monkeypatch)
     received: dict[str, str] = {}
     wait_until("the worker runs version 2", lambda: client.poll(received) and client.version == 2)
     server.client.flushall()
@@ -357,16 +362,7 @@ def test_weights_of_unknown_fate_that_came_through_outlast_a_loss(
     learner: Learner, worker: Worker, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comm = learner()
-    run = comm._publisher._channel.run
-
-    def lose(script: Script, *arguments: Any, **options: Any) -> Any:
-        run(script, *arguments, **options)
-        raise ConnectionFailed("the reply was lost until the deadline")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(comm._publisher._channel, "run", lose)
-        with pytest.raises(ConnectionFailed):
-            comm.send_model_weights({"from": "first"})
+    publish_unheard(comm, {"from": "first"}, monkeypatch)
     comm._publisher.restore()
     server.client.flushall()
     wait_until("it is published again", lambda: comm.version == 2)

@@ -81,7 +81,7 @@ class Collector:
         self._acknowledge_mode, self._max_staleness = acknowledge, max_staleness
         self._max_deliveries = max_deliveries
         self._suspect_after = (
-            SUSPECT_AFTER if max_deliveries is None else min(SUSPECT_AFTER, max_deliveries - 1)
+            SUSPECT_AFTER if max_deliveries is None else max(1, min(SUSPECT_AFTER, max_deliveries - 1))
         )
         self._workers, self._latest_version = workers, latest_version
         self._holdings, self._dead_letters, self._check = holdings, dead_letters, check
@@ -220,7 +220,7 @@ class Collector:
                         break
                     self._watch_streams()
                 continue
-            suspect = self._read[0].deliveries >= max(1, self._suspect_after)
+            suspect = self._read[0].deliveries >= self._suspect_after
             if suspect and found:
                 break
             entry = self._read.popleft()
