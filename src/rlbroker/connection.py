@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -416,7 +417,7 @@ class Channel:
         self._connection.check_process()
         if self._wire is not None:
             return False
-        with self._care():
+        with self.care():
             self._wire = self._connection.client.connection_pool.get_connection()
         return True
 
@@ -443,7 +444,7 @@ class Channel:
         """
         self.connect()
         results = []
-        with self._care():
+        with self.care():
             for packed in self._wire.pack_commands(commands):
                 whole = memoryview(packed)
                 for start in range(0, len(whole), SEND_BYTES):
@@ -452,7 +453,10 @@ class Channel:
                 try:
                     results.append(self._wire.read_response())
                 except redis_errors.ResponseError as error:
-                    results.append(self._ours(error))
+                    refusal = self._ours(error)
+                    if isinstance(refusal, ConnectionFailed):  # it must not be used now: a replica, say
+                        raise refusal from error
+                    results.append(refusal)
         self._connection.note_answer()
         if strict:
             for result in results:
@@ -477,6 +481,27 @@ class Channel:
             raise scripts_missing(self._connection.address) from error
         return self.execute(*script.call(keys, arguments))
 
+    @property
+    def socket(self) -> socket.socket | None:
+        """The connection's own socket, no byte of which is read ahead; None where redis-py must be used.
+
+        There is none with fakeredis, behind redis-py's cache, and in releases that we do not know.
+        """
+        found = getattr(self._wire, "_sock", None)
+        parser = getattr(self._wire, "_parser", None)
+        return found if isinstance(found, socket.socket) and hasattr(parser, "parse_error") else None
+
+    def refusal(self, line: bytes) -> PeerError:
+        """Give the error for a reply of the server that was read from the socket; without its `-`."""
+        return self._ours(self._wire._parser.parse_error(line.decode(errors="replace")))
+
+    def give_back(self) -> None:
+        """Leave the connection to others: every answer was read."""
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            self._connection.note_answer()
+            self._connection.client.connection_pool.release(wire)
+
     def close(self) -> None:
         """Give the connection up. May be called again."""
         wire, self._wire = self._wire, None
@@ -485,7 +510,7 @@ class Channel:
             self._connection.client.connection_pool.release(wire)
 
     @contextmanager
-    def _care(self) -> Iterator[None]:
+    def care(self) -> Iterator[None]:
         """Leave no half-read answer behind, and speak our errors."""
         try:
             yield
@@ -499,11 +524,9 @@ class Channel:
             self.close()
             raise
 
-    def _ours(self, error: redis_errors.ResponseError) -> PeerError:
+    def _ours(self, error: redis_errors.RedisError) -> PeerError:
         ours = self._connection.ours(error)
         ours.__cause__ = error
-        if isinstance(ours, ConnectionFailed):  # a server that must not be used now, such as a replica
-            raise ours
         return ours
 
 
