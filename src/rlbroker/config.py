@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Literal, Self, get_args
 from urllib.parse import urlsplit
 
@@ -20,6 +21,9 @@ Level = Literal["redis", "replica", "fsync", "learner"]
 
 #: When a batch that `collect_experiences` returned counts as done.
 Acknowledge = Literal["next", "manual"]
+
+#: Whether, and in which directory, the processes of one host share weights.
+HostCacheSetting = bool | str | Path
 
 DEFAULT_URL = "redis://localhost:6379/0"
 DEFAULT_RUN = "default"
@@ -220,3 +224,16 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise InvalidArgument(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
     return value
+
+
+def host_cache_place(setting: HostCacheSetting) -> Path | None:
+    """Give the directory in which the processes of this host share weights; None for not at all.
+
+    True stands for what the environment has in RLBROKER_HOST_CACHE, a directory or `off`; by default /dev/shm.
+    """
+    if isinstance(setting, bool):
+        place = os.environ.get("RLBROKER_HOST_CACHE", "/dev/shm") if setting else "off"
+        return None if place.lower() in ("", "0", "off", "no", "false") else Path(place)
+    if not isinstance(setting, str | Path) or not str(setting):
+        raise InvalidArgument(f"host_cache must be True, False or a directory; got {setting!r}")
+    return Path(setting)

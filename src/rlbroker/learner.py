@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import redis
 
@@ -16,10 +16,12 @@ from rlbroker.config import (
     MAX_WORKER_ID,
     MIN_TAKE_OVER_SECONDS,
     Acknowledge,
+    HostCacheSetting,
     RunSettings,
     SamplesPerInsert,
     WhenFull,
     choice,
+    host_cache_place,
     positive_int,
     positive_seconds,
     run_name,
@@ -43,8 +45,12 @@ from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER, REJOIN
 from rlbroker.membership.roster import CLOSE, FORGET, OPEN, RESTORE_RUN, Roster
 from rlbroker.records import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
 from rlbroker.replies import entry_id
+from rlbroker.weights.images import Images
 from rlbroker.weights.publisher import COMMIT, Publisher
 from rlbroker.wire import FORMAT_VERSION
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger("rlbroker")
 
@@ -116,6 +122,7 @@ class WorkerCommunicator:
         lease_seconds: float = RunSettings.lease_seconds,
         forget_seconds: float = RunSettings.forget_seconds,
         allow_eviction: bool = False,
+        host_cache: HostCacheSetting = True,
     ) -> None:
         """Open a run as its learner.
 
@@ -141,6 +148,8 @@ class WorkerCommunicator:
             lease_seconds: a worker that was silent for longer is `away`.
             forget_seconds: a worker that was silent for longer no longer belongs to the run.
             allow_eviction: take a server whose memory policy deletes keys.
+            host_cache: whether workers on this machine get weights through shared memory: in /dev/shm, or in the
+                directory that is given instead.
 
         Raises:
             InvalidArgument: a setting cannot work.
@@ -193,7 +202,9 @@ class WorkerCommunicator:
             connection.check_server(allow_eviction=allow_eviction)
             connection.load(SCRIPTS)
             self._epoch = self._roster.open(wire_format=FORMAT_VERSION, num_workers=num_workers)
-            self._publisher = Publisher(connection, keys, epoch=self._epoch)
+            self._publisher = Publisher(
+                connection, keys, epoch=self._epoch, images=Images(run, host_cache_place(host_cache))
+            )
             self._holdings = Holdings(connection, keys, name=learner_name, epoch=self._epoch)
             self._commander = Commander(connection, keys, epoch=self._epoch)
             self._ledger = Ledger(
@@ -264,16 +275,28 @@ class WorkerCommunicator:
         """Number of the latest published version; 0 before the first."""
         return self._publisher.latest_version
 
-    def send_model_weights(self, model_state_dict: Any, compression_enabled: bool = True) -> PublishReceipt:
+    def send_model_weights(
+        self,
+        model_state_dict: Any,
+        compression_enabled: bool = True,
+        *,
+        dtype: str | torch.dtype | None = None,
+        wait: bool = True,
+    ) -> PublishReceipt:
         """Publish weights as the run's next version, once for all workers.
 
         Args:
             model_state_dict: a state dict, or any tree of tensors, arrays and plain values.
-            compression_enabled: whether to compress with blosc2 (lossless); off is faster on a fast link.
+            compression_enabled: whether to compress with blosc2 (lossless), and to store differences to the version
+                before where they are smaller; off is faster on a fast link.
+            dtype: what floating tensors and arrays are cast to on the way, such as `bfloat16` (rounded to nearest
+                even); a worker's model keeps its own dtypes. None sends them as they are.
+            wait: whether to return only when the version is out. With False the weights have been copied when this
+                returns, training may go on, and the receipt completes later; a further call waits for it first.
 
         Raises:
             UnsupportedType: something in it cannot travel; its path is named.
-            InvalidArgument: this learner was made with `publishes=False`.
+            InvalidArgument: `dtype` cannot be cast to, or this learner was made with `publishes=False`.
             Fenced: a newer learner has taken over the run.
             PeerError: the server refused, or could not be reached in time.
         """
@@ -282,7 +305,12 @@ class WorkerCommunicator:
             raise UnsupportedType(
                 "send the weights and not the model: send_model_weights(model.state_dict())"
             )
-        return self._publisher.publish(model_state_dict, compression=compression_enabled)
+        return self._publisher.publish(
+            model_state_dict,
+            compression=compression_enabled,
+            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+            wait=wait,
+        )
 
     def collect_experiences(
         self, timeout: float = 0.0, max_batches: int | None = None
@@ -483,6 +511,10 @@ class WorkerCommunicator:
         self._connection.check_process()
         deadline = Deadline(self._connection.timeout_seconds)
         self._closed = CleanupReport(complete=False)
+        if not self._publisher.finish(deadline.remaining):
+            logger.warning(
+                "cleanup of the run %r: the last weights are not out yet, and may not get there", self.run
+            )
         ended = self._thread.stop(deadline.remaining)
         try:
             if ended:

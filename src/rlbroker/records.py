@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from rlbroker.errors import Closed, DeadlineExceeded
 
 #: What became of one command, or of one version, at one worker.
 State = Literal["waiting", "done", "failed", "unknown", "expired", "missed"]
@@ -106,29 +109,111 @@ class SendReceipt:
 
 
 @dataclass(frozen=True)
-class PublishReceipt:
-    """What `send_model_weights` did. Always true: a published version can be fetched by every worker.
-
-    Attributes:
-        version: the number that the weights got.
-        kind: `full`.
-        raw_bytes: bytes of the tensors, tied ones counted once.
-        stored_bytes: bytes on the server.
-        chunks: values that hold them, besides the header.
-        seconds: how long it took.
-    """
+class Published:
+    """The facts of a version that is out; see `PublishReceipt`."""
 
     version: int
-    kind: Literal["full"]
+    kind: Literal["full", "delta"]
+    base: int
     raw_bytes: int
     stored_bytes: int
     chunks: int
     seconds: float
 
+
+class PublishReceipt:
+    """What `send_model_weights` did, or with `wait=False` is doing. False only if that has failed.
+
+    Asking for any of its facts waits until the version is out, and raises what went wrong if it is not to be.
+    """
+
+    def __init__(self, work: Published | Future[Published]) -> None:
+        """Tell of what was done, or of what is under way."""
+        self._work = work
+
+    def __bool__(self) -> bool:
+        """Whether every worker can fetch the version, or will be able to, as far as is known."""
+        return not isinstance(self._work, Future) or not self.done or self._work.exception() is None
+
+    def __repr__(self) -> str:
+        """Show the facts, if they are there."""
+        if not self.done:
+            return "<PublishReceipt: under way>"
+        error = self._work.exception() if isinstance(self._work, Future) else None
+        return f"<PublishReceipt: {error or self._facts}>"
+
+    @property
+    def done(self) -> bool:
+        """Whether the version is out, or will never be."""
+        return not isinstance(self._work, Future) or self._work.done()
+
+    def wait(self, timeout: float | None = None) -> Self:
+        """Wait until the version is out; give the receipt itself.
+
+        Args:
+            timeout: seconds to wait; by default until it is done, which ends like any publication by itself.
+
+        Raises:
+            DeadlineExceeded: it was not done in time, and goes on.
+            PeerError: it was not published; as `send_model_weights` without `wait=False`.
+        """
+        if isinstance(self._work, Future):
+            try:
+                self._work.result(timeout)
+            except TimeoutError as error:
+                if not self._work.done():
+                    raise DeadlineExceeded(
+                        f"the weights are not out after {timeout:g} s; it goes on"
+                    ) from error
+                raise
+            except CancelledError as error:
+                raise Closed("the WorkerCommunicator was closed before the weights were out") from error
+        return self
+
+    @property
+    def version(self) -> int:
+        """The number that the weights got."""
+        return self._facts.version
+
+    @property
+    def kind(self) -> Literal["full", "delta"]:
+        """How they are stored: `full`, or as a `delta` to the version before."""
+        return self._facts.kind
+
+    @property
+    def base(self) -> int:
+        """The version that a delta is the difference to; 0 for a full one."""
+        return self._facts.base
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the tensors as they travel, tied ones counted once."""
+        return self._facts.raw_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that were stored for it on the server."""
+        return self._facts.stored_bytes
+
+    @property
+    def chunks(self) -> int:
+        """Values that hold them, besides the header."""
+        return self._facts.chunks
+
+    @property
+    def seconds(self) -> float:
+        """How long it took, from the call until it was out."""
+        return self._facts.seconds
+
     @property
     def ratio(self) -> float:
         """Raw bytes for each stored byte."""
         return self.raw_bytes / self.stored_bytes if self.stored_bytes else 1.0
+
+    @property
+    def _facts(self) -> Published:
+        self.wait()
+        return self._work.result() if isinstance(self._work, Future) else self._work
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,16 @@ from typing import Any, Self, get_args
 
 import redis
 
-from rlbroker.config import DEFAULT_RUN, Level, WhenFull, choice, positive_seconds, waiting_seconds
+from rlbroker.config import (
+    DEFAULT_RUN,
+    HostCacheSetting,
+    Level,
+    WhenFull,
+    choice,
+    host_cache_place,
+    positive_seconds,
+    waiting_seconds,
+)
 from rlbroker.connection import Connection
 from rlbroker.control.inbox import Inbox, Order
 from rlbroker.deadline import Deadline, within
@@ -20,6 +29,7 @@ from rlbroker.experience.sender import Sender
 from rlbroker.keys import Keys
 from rlbroker.membership.heartbeat import Heartbeat
 from rlbroker.records import SendReceipt
+from rlbroker.weights.images import Images
 from rlbroker.weights.loading import check_target, load
 from rlbroker.weights.subscriber import Subscriber, Update
 from rlbroker.wire import FORMAT_VERSION
@@ -51,6 +61,8 @@ class WorkerClient:
         when_full: WhenFull | None = None,
         compression: bool = True,
         level: Level = "redis",
+        host_cache: HostCacheSetting = True,
+        keep_dtype: bool = False,
     ) -> None:
         """Join a run. The learner may come later; a process with the same worker id is fenced.
 
@@ -67,6 +79,10 @@ class WorkerClient:
             level: what a batch must have reached to be safe, and so what it survives: `redis`, the server has
                 it; `replica`, one replica too; `fsync`, the server's disk; `learner`, this process keeps it until
                 the learner has acknowledged it, and sends it again if the server loses it.
+            host_cache: whether the processes of this machine share weights, so that each version is downloaded and
+                decoded once: in /dev/shm, or in the directory that is given instead.
+            keep_dtype: whether weights that the learner sent in a lower precision stay in it where they fill an
+                empty dictionary; else they get the dtypes back that they had at the learner.
 
         Raises:
             InvalidArgument: a setting cannot work.
@@ -78,6 +94,7 @@ class WorkerClient:
         if when_full is not None:
             choice("when_full", when_full, get_args(WhenFull))
         choice("level", level, get_args(Level))
+        place = host_cache_place(host_cache)
         self._keys = keys = Keys(run)
         self._closed = False
         self._running = True
@@ -89,7 +106,8 @@ class WorkerClient:
         #: Held while commands are obeyed and weights applied, so that both keep their order.
         self._applying = threading.RLock()
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
-        self._subscriber = Subscriber(connection, keys)
+        self._keep_dtype = keep_dtype
+        self._subscriber = Subscriber(connection, keys, Images(run, place))
         self._heartbeat = Heartbeat(
             connection,
             keys,
@@ -378,7 +396,8 @@ class WorkerClient:
                 self._inbox.acknowledge_version(self._version, update.version, "failed", update.problem)
                 continue
             try:
-                load(update.weights, model)
+                assert update.decoded is not None
+                load(update.decoded.weights_for(model, keep_dtype=self._keep_dtype), model)
             except Exception as error:
                 self._misfit = f"version {update.version}: {error}"
                 self._inbox.acknowledge_version(self._version, update.version, "failed", str(error))

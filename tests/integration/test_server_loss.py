@@ -249,6 +249,7 @@ def test_what_was_missed_before_is_still_on_record(server: Server, learner: Lear
     before = comm.missed_updates()[0]
     server.client.flushall()
     wait_until("version 6 is applied", lambda: client.poll(model) and client.version == 6)
+    wait_until("the worker is a member again", lambda: comm.missed_updates())
     wait_until("it is settled", lambda: comm.missed_updates()[0].behind == 0)
     after = comm.missed_updates()[0]
     assert (after.total, after.by_reason, after.commands) == (before.total, before.by_reason, 0)

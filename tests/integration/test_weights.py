@@ -20,6 +20,7 @@ from rlbroker.errors import ConnectionFailed, DeadlineExceeded, UnsupportedType
 from rlbroker.keys import Keys
 from rlbroker.weights.publisher import COMMIT, SUPERSEDED_SECONDS, Publisher
 from rlbroker.weights.subscriber import Subscriber
+from rlbroker.wire import ImagePlan
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -174,8 +175,10 @@ def test_many_chunks_make_one_version(server: Server, keys: Keys, run: str, lear
     connection.close()
     assert receipt.chunks > 50
     assert update.version == 1
-    assert np.array_equal(update.weights["big"], weights["big"])
-    assert update.weights["small"][0].tolist() == [0, 1, 2]
+    assert update.decoded is not None
+    received = update.decoded.weights
+    assert np.array_equal(received["big"], weights["big"])
+    assert received["small"][0].tolist() == [0, 1, 2]
 
 
 def test_a_damaged_version_is_recorded_and_the_next_one_applied(
@@ -394,15 +397,12 @@ def test_half_a_version_does_not_stay(
     learner: Learner, server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comm = learner()
-    execute = comm._connection.execute
 
-    def interrupted(*command: Any, **options: Any) -> Any:
-        if command[0] == "SET" and command[1].endswith(":0"):
-            raise KeyboardInterrupt
-        return execute(*command, **options)
+    def interrupted(*arguments: Any) -> bytes:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(comm._connection, "execute", interrupted)
+        patch.setattr(ImagePlan, "header", interrupted)  # the segments are under way
         with pytest.raises(KeyboardInterrupt):
             comm.send_model_weights({"w": np.zeros(100)})
     assert list(server.client.scan_iter(keys.chunk("*", 1))) == []

@@ -131,7 +131,7 @@ class ChunkWriter:
                     self._confirm(pipe, under_way)
             while under_way:
                 self._confirm(pipe, under_way)
-        except Exception:
+        except BaseException:  # Ctrl-C too
             with suppress(PeerError):  # nothing may still arrive when the caller clears what was stored
                 for _ in under_way:
                     pipe.line()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ def load(weights: Any, target: Any) -> None:
     """Copy weights into a target; nothing is changed unless all of them fit. The target keeps its dtypes.
 
     Args:
-        weights: what was received.
+        weights: what was received; it stays as it is, and is not kept.
         target: a `torch.nn.Module`, or a dictionary. An empty dictionary is filled; in one that is not, tensors
             and arrays are overwritten in place and other values replaced.
 
@@ -28,10 +29,15 @@ def load(weights: Any, target: Any) -> None:
         UnsupportedType: the target is neither.
     """
     check_target(target)
-    if isinstance(target, MutableMapping):
-        _load_mapping(weights, target)
-    else:
+    if not isinstance(target, MutableMapping):
         _load_module(weights, target)
+    elif target:
+        _check(weights, target)
+        _overwrite(weights, target)
+    elif isinstance(weights, Mapping):
+        target.update(copy.deepcopy(weights))  # their own memory is shared
+    else:
+        raise WeightsMismatch(f"the weights are a {type(weights).__name__}, not a dictionary")
 
 
 def check_target(target: Any) -> None:
@@ -51,16 +57,6 @@ def _load_module(weights: Any, module: torch.nn.Module) -> None:
     own = module.state_dict()
     _check(weights, own)
     module.load_state_dict(weights)
-
-
-def _load_mapping(weights: Any, target: MutableMapping[str, Any]) -> None:
-    if target:
-        _check(weights, target)
-        _overwrite(weights, target)
-    elif isinstance(weights, Mapping):
-        target.update(weights)
-    else:
-        raise WeightsMismatch(f"the weights are a {type(weights).__name__}, not a dictionary")
 
 
 def _overwrite(weights: Mapping[str, Any], target: MutableMapping[str, Any]) -> None:

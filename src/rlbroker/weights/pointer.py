@@ -1,10 +1,10 @@
-"""What the `weights` hash says of the latest version, and how its bytes are cut into chunks."""
+"""What the `weights` hash says of the latest version: its stored forms, and the cheapest way to it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal, Self
 
 import xxhash
 
@@ -13,38 +13,109 @@ from rlbroker.errors import WireError
 #: A chunk is closed once it holds this much. Values of 1 to 4 MB move fastest through Redis.
 CHUNK_BYTES = 1 << 20
 
+#: The most deltas that lead from a full version to the latest one, and so the most that a new worker applies.
+MAX_DELTAS: Final = 32
+
+#: The most stored forms that a pointer may name; what a reader accepts.
+_MAX_FORMS: Final = 1000
+
 
 @dataclass(frozen=True)
-class Pointer:
-    """The commit of one version. Chunk 0 holds the header, chunks 1 to `chunks` its segments.
+class Form:
+    """One way in which a version is stored. Chunk 0 holds the header, chunks 1 to `chunks` its segments.
 
     Attributes:
         version: which version it is.
-        upload: names its chunks: `<version>-<epoch>-<attempt>`.
-        kind: `full`.
-        raw_bytes: bytes of its tensors.
-        stored_bytes: bytes of its chunks, header included.
+        base: the version that it is a difference to; 0 for one that is whole.
+        upload: names its chunks: `<version>-<epoch>-<attempt>`, or anything else that is used once.
         chunks: chunks that hold segments.
-        chunk_bytes: a chunk was closed once it held this much.
+        stored_bytes: bytes of its chunks, header included.
         digest: xxh3_128 of the header, which holds the digest of each segment.
-        codec: `blosc2` or `raw`.
-        published: when, the learner's clock, seconds since the epoch.
-        previous: the upload before, whose chunks are to expire; empty for the first.
-        previous_chunks: chunks of it that hold segments.
     """
 
     version: int
+    base: int
     upload: str
-    kind: str
-    raw_bytes: int
-    stored_bytes: int
     chunks: int
-    chunk_bytes: int
+    stored_bytes: int
     digest: str
+
+    def to_text(self) -> str:
+        """Give it as one word, for people and for `from_text`.
+
+        >>> Form(7, 6, "7-1764-2", 1, 512, "c0ffee").to_text()
+        '7:6:7-1764-2:1:512:c0ffee'
+        """
+        return f"{self.version}:{self.base}:{self.upload}:{self.chunks}:{self.stored_bytes}:{self.digest}"
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Read the word that `to_text` made; ValueError for anything else."""
+        version, base, upload, chunks, stored_bytes, digest = text.split(":")
+        form = cls(int(version), int(base), upload, int(chunks), int(stored_bytes), digest)
+        if not 0 <= form.base < form.version or form.chunks < 0 or form.stored_bytes < 0:
+            raise ValueError(f"impossible numbers in {text!r:.100}")
+        return form
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """The commit of one version.
+
+    Attributes:
+        latest: how the latest version is stored.
+        others: what else is there: the full version that a chain of deltas begins with, these deltas, and the
+            latest version as a whole where `latest` is a delta.
+        raw_bytes: bytes of its tensors.
+        chunk_bytes: a chunk was closed once it held this much.
+        codec: `blosc2` or `raw`.
+        published: when, the learner's clock, seconds since the epoch.
+        dropped: what was there before and is to expire.
+    """
+
+    latest: Form
+    others: tuple[Form, ...]
+    raw_bytes: int
+    chunk_bytes: int
     codec: str
     published: float
-    previous: str = ""
-    previous_chunks: int = 0
+    dropped: tuple[Form, ...] = ()
+
+    @property
+    def version(self) -> int:
+        """Number of the latest version."""
+        return self.latest.version
+
+    @property
+    def upload(self) -> str:
+        """Name of its upload."""
+        return self.latest.upload
+
+    @property
+    def kind(self) -> Literal["full", "delta"]:
+        """Whether it is stored as a difference to the version before."""
+        return "delta" if self.latest.base else "full"
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that a worker downloads which has the version before."""
+        return self.latest.stored_bytes
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """Everything that is stored and must stay."""
+        return (*self.others, self.latest)
+
+    @property
+    def image_name(self) -> str:
+        """What the decoded version is called in a cache: no other one has this name."""
+        return f"{self.upload}-{self.latest.digest}"
+
+    def numbered(self, version: int) -> Self:
+        """Give the pointer under another version number."""
+        before = self.version
+        others = [replace(one, version=version) if one.version == before else one for one in self.others]
+        return replace(self, latest=replace(self.latest, version=version), others=tuple(others))
 
     def to_fields(self) -> dict[str, str]:
         """Give the fields of the hash."""
@@ -52,15 +123,16 @@ class Pointer:
             "version": str(self.version),
             "upload": self.upload,
             "kind": self.kind,
+            "base": str(self.latest.base),
             "raw_bytes": str(self.raw_bytes),
             "stored_bytes": str(self.stored_bytes),
-            "chunks": str(self.chunks),
+            "chunks": str(self.latest.chunks),
             "chunk_bytes": str(self.chunk_bytes),
-            "digest": self.digest,
+            "digest": self.latest.digest,
             "codec": self.codec,
             "published": f"{self.published:.3f}",
-            "previous": self.previous,
-            "previous_chunks": str(self.previous_chunks),
+            "others": " ".join(form.to_text() for form in self.others),
+            "dropped": " ".join(form.to_text() for form in self.dropped),
         }
 
     @classmethod
@@ -73,22 +145,76 @@ class Pointer:
         if "version" not in found:
             return None
         try:
+            latest = ("version", "base", "upload", "chunks", "stored_bytes", "digest")
             return cls(
-                version=int(found["version"]),
-                upload=found["upload"],
-                kind=found["kind"],
+                latest=Form.from_text(":".join(found[name] for name in latest)),
+                others=_forms(found["others"]),
                 raw_bytes=int(found["raw_bytes"]),
-                stored_bytes=int(found["stored_bytes"]),
-                chunks=int(found["chunks"]),
                 chunk_bytes=int(found["chunk_bytes"]),
-                digest=found["digest"],
                 codec=found["codec"],
                 published=float(found["published"]),
-                previous=found.get("previous", ""),
-                previous_chunks=int(found.get("previous_chunks", 0)),
+                dropped=_forms(found["dropped"]),
             )
         except (KeyError, ValueError) as error:
             raise WireError(f"the pointer to the latest weights cannot be read: {error!r}") from error
+
+    def path(self, held: int = 0) -> list[Form]:
+        """Give what to download and apply, in order, to come to the latest version with the fewest bytes.
+
+        Args:
+            held: the version that the worker has decoded already; 0 for none. With the latest there is nothing to do.
+
+        Raises:
+            WireError: no way leads there.
+        """
+        ways: dict[int, tuple[int, list[Form]]] = {0: (0, []), held: (0, [])}
+        for form in sorted(self.forms, key=lambda form: form.version):
+            if form.base in ways and form.version != held:
+                bytes_before, before = ways[form.base]
+                way = bytes_before + form.stored_bytes, [*before, form]
+                ways[form.version] = min(ways.get(form.version, way), way, key=lambda way: way[0])
+        if self.version not in ways:
+            raise WireError(f"nothing that is stored leads to version {self.version}")
+        return ways[self.version][1]
+
+
+def kept(latest: Form, whole: Form | None, before: Sequence[Form]) -> tuple[Form, ...]:
+    """Choose what else stays stored once `latest` is published.
+
+    From the newest full version on everything is needed. Of the deltas that lead there, those stay that together
+    with the needed ones are smaller than a full version: for workers that are late, and would need that one else.
+
+    Args:
+        latest: the new version.
+        whole: the same version stored as a whole too, if it is.
+        before: what the pointer named until now.
+    """
+    full = whole or (latest if not latest.base else None)
+    found = [whole] if whole else []
+    bytes_left, wanted = full.stored_bytes if full else 0, latest.base
+    for form in sorted(before, key=lambda form: form.version, reverse=True):
+        if full is None and not form.base:
+            full, bytes_left = form, form.stored_bytes - sum(one.stored_bytes for one in found)
+            found.append(form)
+        elif form.base and form.version == wanted:
+            if full is not None:
+                bytes_left -= form.stored_bytes
+                if bytes_left < 0 or len(found) >= MAX_DELTAS:
+                    break
+            found.append(form)
+            wanted = form.base
+    return tuple(sorted(found, key=lambda form: form.version))
+
+
+def needs_whole(latest: Form, before: Sequence[Form]) -> bool:
+    """Whether a version that is stored as a difference is due to be stored as a whole too.
+
+    That is so once the differences since the last whole one are many, or twice as large together as it is: a new
+    worker downloads at most some three times the bytes of a full version.
+    """
+    full = max((form for form in before if not form.base), key=lambda form: form.version)
+    deltas = [form.stored_bytes for form in before if form.version > full.version] + [latest.stored_bytes]
+    return len(deltas) >= MAX_DELTAS or sum(deltas) >= 2 * full.stored_bytes
 
 
 def group(stored_bytes: Iterable[int], chunk_bytes: int) -> Iterator[range]:
@@ -109,6 +235,13 @@ def group(stored_bytes: Iterable[int], chunk_bytes: int) -> Iterator[range]:
         yield range(first, last + 1)
 
 
-def digest_of(header: bytes) -> str:
+def digest_of(header: bytes | memoryview) -> str:
     """Give the digest of a header, as the pointer has it."""
     return xxhash.xxh3_128_hexdigest(header)
+
+
+def _forms(text: str) -> tuple[Form, ...]:
+    words = text.split(" ") if text else []
+    if len(words) > _MAX_FORMS:
+        raise ValueError(f"{len(words)} stored forms")
+    return tuple(Form.from_text(word) for word in words)

@@ -1,47 +1,51 @@
-"""The learner's half: a version is encoded once and stored in chunks; then one atomic step makes it the latest.
+"""The learner's half: a version is encoded and stored once, then one atomic step makes it the latest.
 
-The learner keeps the stored bytes of its latest version. A server that comes back without them gets them again,
-under a new version: a number is never used twice.
+The learner keeps one image of its latest version: the next one may be stored as a difference to it, and a server
+that comes back without its data gets it again, under a new version: a number is never used twice.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Self
+
+import xxhash
 
 from rlbroker.connection import LEADER_ONLY, Argument, Channel, Connection, Script, flat
 from rlbroker.deadline import Deadline
-from rlbroker.errors import ConnectionFailed, Fenced, PeerError, RunLost, ServerOutOfMemory
+from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, ServerOutOfMemory
 from rlbroker.keys import Keys
-from rlbroker.records import PublishReceipt
+from rlbroker.records import Published, PublishReceipt
 from rlbroker.replies import text_fields
-from rlbroker.weights.pointer import CHUNK_BYTES, Pointer, digest_of
-from rlbroker.wire import Plan, StoredSegment, plan
+from rlbroker.weights.images import Bytes, Draft, Image, Images
+from rlbroker.weights.pointer import CHUNK_BYTES, Form, Pointer, kept, needs_whole
+from rlbroker.weights.staging import Staged, Staging
+from rlbroker.weights.uploader import Base, Stored, Uploader, chunk_keys
+from rlbroker.wire import ImagePlan
 
 logger = logging.getLogger("rlbroker")
 
 #: Raw bytes of one segment: the piece that is compressed, sent and decoded as one.
 SEGMENT_BYTES: Final = 4 << 20
 
-#: Segments that may be encoded ahead of sending; bounds the memory that publishing takes.
-SEGMENTS_AHEAD: Final = 8
-
-#: Chunks of a version that was never committed expire after this.
-UNCOMMITTED_SECONDS: Final = 3600
+#: Smaller weights are always stored whole: a difference would save less than the look at it costs.
+MIN_DELTA_BYTES: Final = 64 << 10
 
 #: Chunks of a superseded version stay this long for those who are still reading.
 SUPERSEDED_SECONDS: Final = 60
 
 #: But no more than this of them: frequent versions must not fill the server.
 SUPERSEDED_BYTES: Final = 1 << 30
+
+#: A version is stored this often before we give up, if the server loses parts of it meanwhile.
+_TRIES: Final = 3
 
 #: How many versions' times of publication are remembered.
 TIMES_KEPT: Final = 10_000
@@ -69,6 +73,24 @@ COMMIT = Script(
 )
 
 
+@dataclass(frozen=True)
+class _Held:
+    """The image of a version, and what it takes to store it again, or a difference to it."""
+
+    plan: ImagePlan
+    image: Image
+    compression: bool
+    base: Base
+
+    def numbered(self, version: int) -> Self:
+        """Give what is held under the number that it got."""
+        return replace(self, base=replace(self.base, version=version))
+
+
+class _Incomplete(Exception):
+    """The server has lost chunks that the version needs."""
+
+
 class Publisher:
     """Publishes the versions of one learner. Safe to use from several threads."""
 
@@ -78,6 +100,7 @@ class Publisher:
         keys: Keys,
         *,
         epoch: int,
+        images: Images | None = None,
         segment_bytes: int = SEGMENT_BYTES,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
@@ -87,6 +110,7 @@ class Publisher:
             connection: way to the server.
             keys: names of the run's keys.
             epoch: the learner's epoch; a newer one fences this.
+            images: where images are kept; in our own memory by default.
             segment_bytes: raw bytes that are compressed as one.
             chunk_bytes: a chunk is closed once it holds this much.
 
@@ -95,23 +119,28 @@ class Publisher:
         """
         self._connection, self._keys, self._epoch = connection, keys, epoch
         self._segment_bytes, self._chunk_bytes = segment_bytes, chunk_bytes
-        self._lock = threading.Lock()
+        self._images = images or Images(keys.run, None)
+        self._staging = Staging()
+        self._lock = threading.Lock()  # taken by the caller, given back where publishing ends
         self._attempt = 0
-        #: A commit of which nobody said what became of it: its upload, and what is stored of it.
-        self._unsure: tuple[str, Sequence[bytes]] | None = None
+        #: A commit of which nobody said what became of it: its upload, and what it would make the latest.
+        self._unsure: tuple[str, _Held] | None = None
         #: Versions up to this one were used, or may have been, though nobody has them any more.
         self._floor = 0
-        self._held: Sequence[bytes] = ()  #: what is stored of the latest version: header, then chunks
+        self._held: _Held | None = None
         self._channel = Channel(connection)
+        self._uploader = Uploader(connection, keys, chunk_bytes=chunk_bytes, make_room=self._make_room)
         self._latest: Pointer | None = None
         self._published: dict[int, float] = {}
-        self._superseded: deque[Pointer] = deque()
-        #: Chunks by upload: of superseded versions that do not expire yet.
-        self._to_expire: dict[str, int] = {}
-        self._to_keep: Pointer | None = None
+        #: What is superseded, and since when.
+        self._superseded: deque[tuple[Form, float]] = deque()
+        self._to_expire: dict[str, Form] = {}
+        self._to_keep: list[Form] = []
+        #: Size and digest of each chunk of what is stored and must stay, by upload.
+        self._chunks: dict[str, Sequence[tuple[int, int]]] = {}
         self._catch_up()
         self._tidy()
-        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="rlbroker-encode")
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="rlbroker-publish")
 
     @property
     def latest_version(self) -> int:
@@ -128,38 +157,42 @@ class Publisher:
         """When recent versions were published, seconds since the epoch."""
         return self._published
 
-    def publish(self, weights: Any, *, compression: bool) -> PublishReceipt:
+    def publish(
+        self, weights: Any, *, compression: bool, dtype: str | None = None, wait: bool = True
+    ) -> PublishReceipt:
         """Make these weights the run's next version, for every worker.
 
         Args:
             weights: a state dict, or any tree of tensors, arrays and plain values.
-            compression: whether to compress with blosc2; off is faster where the link is.
+            compression: whether to compress with blosc2, and to store differences; off is faster where the link is.
+            dtype: what floating tensors are cast to; None to leave them as they are.
+            wait: whether to return only when the version is out. If not, the weights have been copied on return,
+                and one publication at a time is under way: the next call waits for it.
 
         Raises:
+            InvalidArgument: `dtype` is not one that tensors can be cast to.
             UnsupportedType: something in the weights cannot travel; its path is named.
             Fenced: a newer learner has taken over the run.
             PeerError: the server refused, or could not be reached in time; the version was not published, or,
                 after a lost connection, it was and nobody said so.
         """
         began = time.monotonic()
-        with self._lock:
-            pointer, held = self._store(weights, compression=compression)
-            pointer = self._commit(pointer, held)
-            self._held = held
-            try:
-                self._tidy()
-            except PeerError as error:  # the version is out; what is left to do is done later
-                logger.warning(
-                    "version %d is published; its chunks wait for care: %s", pointer.version, error
-                )
-        return PublishReceipt(
-            version=pointer.version,
-            kind="full",
-            raw_bytes=pointer.raw_bytes,
-            stored_bytes=pointer.stored_bytes,
-            chunks=pointer.chunks,
-            seconds=time.monotonic() - began,
-        )
+        self._lock.acquire()
+        try:
+            staged = self._staging.take(weights)
+            plan = ImagePlan(staged.tree, dtype=dtype, segment_bytes=self._segment_bytes)
+            draft = self._images.reserve(plan.image_bytes, plan.raw_bytes)
+            if wait or not staged.pending:
+                staged.fill(plan, draft.array)
+        except BaseException:
+            self._lock.release()
+            raise
+        publish = partial(self._publish, staged, plan, draft, compression, began)
+        if wait:
+            return PublishReceipt(publish())
+        future = self._background.submit(publish)
+        future.add_done_callback(_log_failure)
+        return PublishReceipt(future)
 
     def tidy(self) -> None:
         """Do again what a fault kept from being done: keep the latest chunks, let older ones expire.
@@ -185,7 +218,7 @@ class Publisher:
             PeerError: the server refused, or could not be reached in time.
         """
         seen = int(self._connection.execute("HGET", self._keys.meta, "version_floor") or 0)
-        return bool(self._held) and seen > self.latest_version
+        return self._held is not None and seen > self.latest_version
 
     def restore(self, *, unreadable_version: int = 0) -> bool:
         """Publish the latest weights again, under a new version, if the server has lost them; one try.
@@ -205,8 +238,8 @@ class Publisher:
             return False
         try:
             seen = self._catch_up()
-            pointer = self._latest
-            if pointer is None or not self._held:
+            pointer, held = self._latest, self._held
+            if pointer is None or held is None:
                 return True
             there = self._read_pointer()
             lost = there is None or there.upload != pointer.upload
@@ -215,135 +248,152 @@ class Publisher:
                 or seen > pointer.version
                 or self._is_damaged(pointer, compare=unreadable_version == pointer.version)
             ):
-                again = self._commit(replace(pointer, upload=self._new_upload()), self._held, Deadline(0))
+                again = Draft(held.image.array, placed=held.image)
+                self._make_latest(held.plan, again, held.compression, None, Deadline(0))
                 logger.warning(
                     "the server had lost version %d, or a part of it; it is published again as version %d",
                     pointer.version,
-                    again.version,
+                    self.latest_version,
                 )
                 self._tidy()
             return True
         finally:
             self._lock.release()
 
-    def _is_damaged(self, pointer: Pointer, *, compare: bool) -> bool:
-        """Whether a chunk is missing or, as far as its size or its bytes tell, is not what was stored."""
-        keys = self._chunk_keys(pointer.upload, pointer.chunks)
-        sizes = self._connection.execute_all([("STRLEN", key) for key in keys])
-        if sizes != [len(data) for data in self._held]:
-            return True
-        pairs = zip(keys, self._held, strict=True) if compare else ()
-        return any(self._connection.execute("GET", key) != data for key, data in pairs)
+    def finish(self, timeout_seconds: float) -> bool:
+        """Wait until what was sent without waiting is out; give whether it is."""
+        if not self._lock.acquire(timeout=timeout_seconds):
+            return False
+        self._lock.release()
+        return True
 
     def close(self) -> None:
-        """End the encoding threads."""
+        """End the threads; give up the image."""
+        self._background.shutdown(wait=False, cancel_futures=True)
         self._channel.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._uploader.close()
+        self._held = self._unsure = None
+        self._images.close()
 
-    def _store(self, weights: Any, *, compression: bool) -> tuple[Pointer, list[bytes]]:
-        """Send every chunk, encoding ahead; give the pointer that would make them a version, and what was sent."""
-        whole = plan(weights, compression=compression, segment_bytes=self._segment_bytes)
-        upload = self._new_upload()
-        facts: list[StoredSegment] = []
-        held: list[bytes | memoryview] = []
-        sent: list[bytes] = []
-        held_bytes = 0
+    def _publish(
+        self, staged: Staged, plan: ImagePlan, draft: Draft, compression: bool, began: float
+    ) -> Published:
+        """Make what is in the draft the latest version; gives the lock back."""
         try:
-            for fact, stored in self._encoded(whole):
-                facts.append(fact)
-                held.append(stored)
-                held_bytes += len(stored)
-                if held_bytes >= self._chunk_bytes or len(facts) == whole.segment_count:
-                    sent.append(b"".join(held))  # a copy: the tensors change while training goes on
-                    self._set(upload, len(sent), sent[-1])
-                    held, held_bytes = [], 0
-            header = whole.header(facts)
-            self._set(upload, 0, header)
-        except BaseException as error:  # Ctrl-C too: half a version must not fill the server
-            if not isinstance(error, ConnectionFailed):  # it would not get through either, and chunks expire
-                self._discard(upload, len(sent))
-            raise
+            try:
+                if staged.pending:
+                    staged.fill(plan, draft.array)
+                if self._unsure:
+                    self._catch_up()
+                base = self._held.base if self._held and compression and self._may_differ(plan) else None
+                pointer = self._make_latest(plan, draft, compression, base)
+            except BaseException:
+                draft.abandon()
+                raise
+            try:
+                self._tidy()
+            except PeerError as error:  # the version is out; what is left to do is done later
+                logger.warning(
+                    "version %d is published; its chunks wait for care: %s", pointer.version, error
+                )
+        finally:
+            self._lock.release()
+        return Published(
+            version=pointer.version,
+            kind=pointer.kind,
+            base=pointer.latest.base,
+            raw_bytes=pointer.raw_bytes,
+            stored_bytes=sum(form.stored_bytes for form in pointer.forms if form.version == pointer.version),
+            chunks=pointer.latest.chunks,
+            seconds=time.monotonic() - began,
+        )
+
+    def _may_differ(self, plan: ImagePlan) -> bool:
+        """Whether the image that is held can be the base of another one."""
+        held = self._held
+        return (
+            held is not None
+            and held.base.version == self.latest_version
+            and held.plan.layout == plan.layout
+            and plan.raw_bytes >= MIN_DELTA_BYTES
+        )
+
+    def _make_latest(
+        self,
+        plan: ImagePlan,
+        draft: Draft,
+        compression: bool,
+        base: Base | None,
+        deadline: Deadline | None = None,
+    ) -> Pointer:
+        """Store an image and commit it as the latest version; hold it from then on."""
+        for _ in range(_TRIES):
+            pointer, stored, full_ratio = self._store(plan, draft.array, compression, base, deadline)
+            image = draft.publish(pointer.image_name, stored.header)
+            draft = Draft(image.array, placed=image)
+            held = _Held(plan, image, compression, Base(0, image.array, stored.digests, full_ratio))
+            try:
+                return self._commit(pointer, held, deadline)
+            except _Incomplete:
+                base = None  # it may have been lost too
+        raise ServerFault(
+            f"{self._connection.address} loses chunks of weights before a version is complete; does it evict keys?"
+        )
+
+    def _store(
+        self, plan: ImagePlan, array: Bytes, compression: bool, base: Base | None, deadline: Deadline | None
+    ) -> tuple[Pointer, Stored, float]:
+        """Store an image, as a difference if that pays; and as a whole too, once many differences have come."""
+        before = self._latest.forms if self._latest else ()
+        store = partial(self._uploader.store, plan, array, compression=compression, deadline=deadline)
+        version = self.last_used + 1
+        tried = self._uploader.try_difference(plan, array, base) if base else None
+        if base and tried:
+            stored = store(version=version, upload=self._new_upload(), base=base, encoded=tried)
+            again = needs_whole(stored.form, before)
+            whole = store(version=version, upload=self._new_upload()) if again else None
+        else:
+            stored, whole = store(version=version, upload=self._new_upload()), None
+        for one in filter(None, (stored, whole)):
+            self._chunks[one.form.upload] = one.chunks
+        others = kept(stored.form, whole.form if whole else None, before)
         pointer = Pointer(
-            version=self.last_used + 1,
-            upload=upload,
-            kind="full",
-            raw_bytes=whole.raw_bytes,
-            stored_bytes=sum(map(len, sent)) + len(header),
-            chunks=len(sent),
+            latest=stored.form,
+            others=others,
+            raw_bytes=plan.raw_bytes,
             chunk_bytes=self._chunk_bytes,
-            digest=digest_of(header),
             codec="blosc2" if compression else "raw",
             published=time.time(),
+            dropped=tuple(form for form in before if form not in others),
         )
-        return pointer, [header, *sent]
+        full = whole or (None if stored.form.base else stored)
+        if full is None:
+            assert base is not None
+            return pointer, stored, base.full_ratio
+        return pointer, stored, full.form.stored_bytes / max(1, plan.raw_bytes)
 
-    def _new_upload(self) -> str:
-        self._attempt += 1
-        return f"{self.last_used + 1}-{self._epoch}-{self._attempt}"
-
-    def _encoded(self, whole: Plan) -> Iterator[tuple[StoredSegment, bytes | memoryview]]:
-        ahead: deque[Future[tuple[StoredSegment, bytes | memoryview]]] = deque()
-        try:
-            for index in range(whole.segment_count):
-                ahead.append(self._pool.submit(whole.encode_segment, index))
-                if len(ahead) >= SEGMENTS_AHEAD:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
-
-    def _set(self, upload: str, number: int, data: bytes) -> None:
-        command = ("SET", self._keys.chunk(upload, number), data, "EX", UNCOMMITTED_SECONDS)
-        try:
-            self._connection.execute(*command)
-        except ServerOutOfMemory:
-            if not self._superseded:
-                raise
-            logger.warning("the server is full; superseded weights are deleted before their time")
-            self._unlink_superseded(keep_bytes=0)
-            self._connection.execute(*command)
-
-    def _unlink_superseded(self, *, keep_bytes: int) -> None:
-        """Delete superseded versions, oldest first; who is still reading one goes on to the latest."""
-        while self._superseded and sum(one.stored_bytes for one in self._superseded) > keep_bytes:
-            oldest = self._superseded.popleft()
-            self._connection.execute("UNLINK", *self._chunk_keys(oldest.upload, oldest.chunks))
-
-    def _discard(self, upload: str, chunks: int) -> None:
-        try:
-            self._connection.execute_once("UNLINK", *self._chunk_keys(upload, chunks))
-        except PeerError as error:
-            logger.debug("the chunks of %s expire by themselves: %s", upload, error)
-
-    def _commit(self, pointer: Pointer, held: Sequence[bytes], deadline: Deadline | None = None) -> Pointer:
-        """Make these chunks the next version; give the pointer with its number."""
-        if self._unsure:
-            self._catch_up()
+    def _commit(self, pointer: Pointer, held: _Held, deadline: Deadline | None) -> Pointer:
+        """Make what is stored the next version; give the pointer with its number."""
         while True:
-            before = self._latest
-            pointer = replace(
-                pointer,
-                version=self.last_used + 1,
-                previous=before.upload if before else "",
-                previous_chunks=before.chunks if before else 0,
-            )
             done = self._connection.retry(partial(self._try_commit, pointer, held), deadline)
             if done != b"taken":
                 break
+            before = self._latest
             self._catch_up()
+            if self._latest is not before:  # what came through meanwhile is to be superseded
+                raise _Incomplete
+            pointer = pointer.numbered(self.last_used + 1)
         self._adopt(pointer)
         self._unsure = None
+        self._held = held.numbered(pointer.version)
         return pointer
 
-    def _try_commit(self, pointer: Pointer, held: Sequence[bytes]) -> Any:
+    def _try_commit(self, pointer: Pointer, held: _Held) -> Any:
         """Commit over the connection on which every chunk was seen: a server may have lost some meanwhile."""
         self._channel.connect()
-        chunks = self._chunk_keys(pointer.upload, pointer.chunks)
+        chunks = [key for form in pointer.forms for key in self._chunk_keys(form)]
         if self._channel.execute("EXISTS", *chunks) < len(chunks):
-            for number, data in enumerate(held):
-                self._set(pointer.upload, number, data)
+            raise _Incomplete
         keys = (self._keys.meta, self._keys.weights, self._keys.control, self._keys.notify)
         arguments = (self._epoch, pointer.version, pointer.upload, *flat(pointer.to_fields()))
         try:
@@ -365,40 +415,80 @@ class Publisher:
         if found is not None and found.version > self.latest_version:
             self._adopt(found)
             came_through = self._unsure is not None and self._unsure[0] == found.upload
-            self._held = self._unsure[1] if self._unsure and came_through else ()
+            self._held = self._unsure[1].numbered(found.version) if self._unsure and came_through else None
         self._unsure = None
         seen = int(self._connection.execute("HGET", self._keys.meta, "version_floor") or 0)
         self._floor = max(self._floor, seen)
         return seen
 
     def _adopt(self, pointer: Pointer) -> None:
-        if self._latest is not None:
-            self._to_expire[self._latest.upload] = self._latest.chunks
-            self._superseded.append(self._latest)
-        if pointer.previous:
-            self._to_expire[pointer.previous] = pointer.previous_chunks
-        self._latest = self._to_keep = pointer
+        """Take a pointer for the latest; what it no longer names is to expire."""
+        before = self._latest.forms if self._latest else ()
+        names = {form.upload for form in pointer.forms}
+        gone = {form.upload: form for form in (*before, *pointer.dropped) if form.upload not in names}
+        self._to_expire |= gone
+        self._superseded += [(form, time.monotonic()) for form in gone.values()]
+        self._to_keep = [form for form in pointer.forms if form not in before]
+        self._chunks = {upload: chunks for upload, chunks in self._chunks.items() if upload in names}
+        self._latest = pointer
         self._published[pointer.version] = pointer.published
         if len(self._published) > TIMES_KEPT:
             del self._published[next(iter(self._published))]
 
     def _tidy(self) -> None:
-        commands: list[tuple[Argument, ...]] = []
-        if self._to_keep is not None:
-            commands += [
-                ("PERSIST", key) for key in self._chunk_keys(self._to_keep.upload, self._to_keep.chunks)
-            ]
-        for upload, chunks in self._to_expire.items():
-            commands += [("EXPIRE", key, SUPERSEDED_SECONDS) for key in self._chunk_keys(upload, chunks)]
+        commands: list[tuple[Argument, ...]] = [
+            ("PERSIST", key) for form in self._to_keep for key in self._chunk_keys(form)
+        ]
+        for form in self._to_expire.values():
+            commands += [("EXPIRE", key, SUPERSEDED_SECONDS) for key in self._chunk_keys(form)]
         self._connection.execute_all(commands)
-        self._to_keep, self._to_expire = None, {}
-        expired = time.time() - SUPERSEDED_SECONDS
-        while len(self._superseded) > 1 and self._superseded[1].published < expired:
-            self._superseded.popleft()  # its successor is older than that: it has expired
+        self._to_keep, self._to_expire = [], {}
+        expired = time.monotonic() - SUPERSEDED_SECONDS
+        while self._superseded and self._superseded[0][1] < expired:
+            self._superseded.popleft()
         self._unlink_superseded(keep_bytes=SUPERSEDED_BYTES)
 
-    def _chunk_keys(self, upload: str, chunks: int) -> list[str]:
-        return [self._keys.chunk(upload, number) for number in range(chunks + 1)]
+    def _make_room(self) -> bool:
+        """Delete superseded weights before their time; give whether there were any."""
+        if not self._superseded:
+            return False
+        logger.warning("the server is full; superseded weights are deleted before their time")
+        self._unlink_superseded(keep_bytes=0)
+        return True
+
+    def _unlink_superseded(self, *, keep_bytes: int) -> None:
+        """Delete superseded versions, oldest first; who is still reading one goes on to the latest."""
+        while self._superseded and sum(form.stored_bytes for form, _ in self._superseded) > keep_bytes:
+            form, _ = self._superseded.popleft()
+            self._connection.execute("UNLINK", *self._chunk_keys(form))
+
+    def _is_damaged(self, pointer: Pointer, *, compare: bool) -> bool:
+        """Whether a chunk is missing or, as far as its size or its digest tells, is not what was stored."""
+        expected = [
+            pair
+            for form in pointer.forms
+            for pair in zip(self._chunk_keys(form), self._chunks.get(form.upload, ()), strict=False)
+        ]
+        sizes = self._connection.execute_all([("STRLEN", key) for key, _ in expected])
+        if sizes != [size for _, (size, _) in expected]:
+            return True
+        return compare and any(
+            xxhash.xxh3_64_intdigest(self._connection.execute("GET", key) or b"") != digest
+            for key, (_, digest) in expected
+        )
+
+    def _new_upload(self) -> str:
+        self._attempt += 1
+        return f"{self.last_used + 1}-{self._epoch}-{self._attempt}"
+
+    def _chunk_keys(self, form: Form) -> list[str]:
+        return chunk_keys(self._keys, form.upload, form.chunks)
 
     def _read_pointer(self) -> Pointer | None:
         return Pointer.from_fields(text_fields(self._connection.execute("HGETALL", self._keys.weights)))
+
+
+def _log_failure(future: Future[Published]) -> None:
+    """Say that a version was not published, as perhaps nobody looks at its receipt."""
+    if not future.cancelled() and (error := future.exception()) is not None:
+        logger.warning("weights that were sent without waiting were not published: %s", error)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import redis
 from redis import exceptions as redis_errors
@@ -18,9 +16,10 @@ from rlbroker.connection import Connection
 from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, WireError
 from rlbroker.keys import Keys
-from rlbroker.replies import text_fields
-from rlbroker.weights.pointer import Pointer, digest_of, group
-from rlbroker.wire import Assembly, Limits
+from rlbroker.replies import text_fields, whole_number
+from rlbroker.weights.fetcher import Fetcher, Version
+from rlbroker.weights.images import Images
+from rlbroker.weights.pointer import Pointer
 
 logger = logging.getLogger("rlbroker")
 
@@ -33,25 +32,29 @@ PING_SECONDS: Final = 1.5
 #: A version that cannot be read is tried this often before it counts as failed.
 TRIES: Final = 3
 
-#: What weights may ask for when they are decoded.
-WEIGHTS_LIMITS: Final = Limits(max_raw_bytes=64 << 30, max_header_bytes=256 << 20)
-
 
 @dataclass(frozen=True)
 class Update:
     """A version that is decoded and waits to be loaded, or that could not be read and says why."""
 
     version: int
-    weights: Any
+    decoded: Version | None
     problem: str = ""
 
 
 class Subscriber:
     """Keeps the newest version ready for one worker."""
 
-    def __init__(self, connection: Connection, keys: Keys) -> None:
-        """Prepare a subscriber; nothing is read yet."""
+    def __init__(self, connection: Connection, keys: Keys, images: Images | None = None) -> None:
+        """Prepare a subscriber; nothing is read yet.
+
+        Args:
+            connection: way to the server.
+            keys: names of the run's keys.
+            images: where decoded versions are kept; in our own memory by default.
+        """
         self._connection, self._keys = connection, keys
+        self._images = images or Images(keys.run, None)
         self._pubsub: redis.client.PubSub | None = None
         self._next_ping = self._silent = Deadline(0)
         self._hinted = 0
@@ -61,8 +64,10 @@ class Subscriber:
         self._problem = ""
         self._updates: list[Update] = []
         self._arrived = threading.Condition()
-        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="rlbroker-decode")
         self._thread = Background(f"weights of {keys.run!r}", self._step)
+        self._fetcher = Fetcher(connection, keys, self._images, stopping=lambda: self._thread.stopping)
+        #: The version that was read last: the next one may be a difference to it.
+        self._held: Version | None = None
 
     def start(self) -> None:
         """Begin to follow the run's weights in the background."""
@@ -75,8 +80,10 @@ class Subscriber:
     def stop(self, timeout_seconds: float) -> None:
         """Stop following."""
         self._thread.stop(timeout_seconds)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._fetcher.close()
         self._unsubscribe()
+        self._held, self._updates = None, []
+        self._images.close()
 
     def check(self) -> None:
         """Raise what ended the following, if anything did."""
@@ -173,24 +180,30 @@ class Subscriber:
         elif self._silent.over:
             self._unsubscribe()
             raise ConnectionFailed(f"the subscription to {self._connection.address} gives no answer")
-        return message is not None and message["type"] == "message"
+        if message is None or message["type"] != "message":
+            return False
+        self.hint(whole_number(str(message["data"], "ascii", "replace")) or 0)
+        return True
 
     def _look(self) -> None:
-        latest = int(self._connection.execute("HGET", self._keys.weights, "version") or 0)
-        if latest <= self._handled:
-            # A hint of a version that the pointer does not have is wrong, or its server lost its data.
-            self._hinted = min(self._hinted, latest)
-            return
+        if self._hinted <= self._handled:
+            latest = int(self._connection.execute("HGET", self._keys.weights, "version") or 0)
+            if latest <= self._handled:
+                return
         pointer = Pointer.from_fields(text_fields(self._connection.execute("HGETALL", self._keys.weights)))
-        if pointer is None:
+        if pointer is None or pointer.version <= self._handled:
+            # A hint of a version that the pointer does not have is wrong, or its server lost its data.
+            self._hinted = min(self._hinted, pointer.version if pointer else 0)
             return
         try:
-            weights = self._fetch(pointer)
+            version = self._fetcher.fetch(pointer, self._held)
         except WireError as error:
+            self._held = None  # what we hold may be what does not fit
             self._failed(pointer, str(error))
             return
         self._problem = ""
-        self._hand_over(Update(pointer.version, weights))
+        self._held = version if pointer.codec != "raw" else None  # raw versions are never differences
+        self._hand_over(Update(pointer.version, version))
 
     def _failed(self, pointer: Pointer, problem: str) -> None:
         if self._thread.stopping:
@@ -210,37 +223,3 @@ class Subscriber:
             # Only the newest version that can be loaded is worth loading; the others are superseded.
             self._updates = [one for one in self._updates if one.problem] + [update]
             self._arrived.notify_all()
-
-    def _fetch(self, pointer: Pointer) -> Any:
-        header = self._chunk(pointer, 0)
-        if digest_of(header) != pointer.digest:
-            raise WireError("the digest of the header does not match the pointer")
-        assembly = Assembly(header, WEIGHTS_LIMITS)
-        segments = assembly.segments
-        layout = list(group((segment.stored_bytes for segment in segments), pointer.chunk_bytes))
-        if len(layout) != pointer.chunks:
-            raise WireError(f"the header describes {len(layout)} chunks, the pointer {pointer.chunks}")
-        decoding: list[Future[None]] = []
-        try:
-            for number, indices in enumerate(layout, start=1):
-                if self._thread.stopping:
-                    raise WireError("the worker stops")
-                rest = memoryview(self._chunk(pointer, number))
-                for index in indices:
-                    stored_bytes = segments[index].stored_bytes
-                    decoding.append(self._pool.submit(assembly.decode_segment, index, rest[:stored_bytes]))
-                    rest = rest[stored_bytes:]
-                if len(rest):
-                    raise WireError(f"chunk {number} has {len(rest)} bytes too many")
-            for future in decoding:
-                future.result()
-        finally:
-            for future in decoding:
-                future.cancel()
-        return assembly.tree()
-
-    def _chunk(self, pointer: Pointer, number: int) -> bytes:
-        data = self._connection.execute("GET", self._keys.chunk(pointer.upload, number))
-        if data is None:
-            raise WireError(f"chunk {number} of {pointer.chunks} is gone")
-        return bytes(data)

@@ -1,0 +1,241 @@
+"""Downloads a version and decodes it, by the cheapest path, and once for all processes of this host."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, Final
+
+import numpy as np
+
+from rlbroker.connection import Connection
+from rlbroker.deadline import Backoff, Deadline
+from rlbroker.errors import ConnectionFailed, WireError
+from rlbroker.keys import Keys
+from rlbroker.weights.chunks import ChunkReader
+from rlbroker.weights.images import Bytes, Image, Images
+from rlbroker.weights.pointer import Form, Pointer, digest_of, group
+from rlbroker.wire import ImageFormat, Limits
+
+#: What weights may ask for when they are decoded.
+WEIGHTS_LIMITS: Final = Limits(max_raw_bytes=64 << 30, max_header_bytes=256 << 20)
+
+#: What is smaller is fetched in one round trip, by guessing that all of it will be wanted.
+SMALL_BYTES: Final = 1 << 20
+
+#: Bytes that are fetched before the first of them must be decoded; bounds the memory for what is not in place yet.
+AHEAD_BYTES: Final = 64 << 20
+
+#: Segments that wait to be decoded, at most.
+SEGMENTS_AHEAD: Final = 32
+
+#: A process that makes an image for all is waited for this long; it may hang.
+PATIENCE_SECONDS: Final = 60.0
+
+_FIRST_PAUSE_SECONDS: Final = 0.001
+_LONGEST_PAUSE_SECONDS: Final = 0.02
+
+
+class Version:
+    """A version in our hands: decoded, and not to be written to.
+
+    Attributes:
+        number: which version it is.
+        weights: its tree; large tensors and arrays are views of the image, in the dtypes in which they travelled.
+    """
+
+    def __init__(self, number: int, image: Image, form: ImageFormat) -> None:
+        """Take a decoded image; raise WireError if its tree cannot be made here."""
+        self.number, self.image, self.form = number, image, form
+        self.weights: Any = form.tree(image.array, keep_dtype=True)
+
+    def weights_for(self, target: Any, *, keep_dtype: bool) -> Any:
+        """Give what to load into a target: an empty dictionary gets the learner's dtypes unless told otherwise."""
+        if target == {} and not keep_dtype:
+            return self.form.tree(self.image.array)
+        return self.weights
+
+
+class Fetcher:
+    """Fetches versions for one worker; from one thread."""
+
+    def __init__(
+        self, connection: Connection, keys: Keys, images: Images, *, stopping: Callable[[], bool]
+    ) -> None:
+        """Prepare a fetcher.
+
+        Args:
+            connection: way to the server.
+            keys: names of the run's keys.
+            images: where to find what others decoded, and to put what we decode.
+            stopping: whether to give up.
+        """
+        self._connection, self._keys, self._images, self._stopping = connection, keys, images, stopping
+        self._reader = ChunkReader(connection)
+        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="rlbroker-decode")
+
+    def close(self) -> None:
+        """End the threads and the connection."""
+        self._reader.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def fetch(self, pointer: Pointer, held: Version | None) -> Version:
+        """Give the latest version.
+
+        Args:
+            pointer: what the server says of it.
+            held: the version that we have already, which may save a part of the way.
+
+        Raises:
+            WireError: what is stored cannot be read, or is gone.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        if held and held.number == pointer.version:
+            return held
+        name, raw_bytes = pointer.image_name, pointer.raw_bytes
+        image = self._images.find(name, raw_bytes)
+        patience, backoff = Deadline(PATIENCE_SECONDS), Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
+        while image is None:
+            claim = self._images.claim(name, raw_bytes)
+            if claim is not None:
+                with claim:
+                    image = self._images.find(name, raw_bytes) or self._download(pointer, held)
+            elif patience.over:
+                image = self._download(pointer, held)
+            else:  # another process of this host is at it
+                self._check_stopping()
+                time.sleep(backoff.next())
+                image = self._images.find(name, raw_bytes)
+        return Version(pointer.version, image, ImageFormat(image.header, WEIGHTS_LIMITS))
+
+    def _download(self, pointer: Pointer, held: Version | None) -> Image:
+        path = pointer.path(held.number if held else 0)
+        small = self._small(path)
+        headers = [self._header(form, small) for form in path]
+        formats = [ImageFormat(header, WEIGHTS_LIMITS) for header in headers]
+        base = held if path[0].base else None
+        layouts = {form.layout for form in formats} | ({base.form.layout} if base else set())
+        if len(layouts) > 1:
+            raise WireError(f"version {pointer.version} is a difference to weights of another layout")
+        draft = self._images.reserve(formats[-1].image_bytes, pointer.raw_bytes)
+        try:
+            array = base.image.array if base else None
+            for form, image_format in zip(path, formats, strict=True):
+                self._decode(form, image_format, pointer.chunk_bytes, draft.array, array, small)
+                array = draft.array  # what follows is applied in place
+            return draft.publish(pointer.image_name, headers[-1])
+        except BaseException:
+            draft.abandon()
+            raise
+
+    def _small(self, path: Sequence[Form]) -> dict[str, bytes]:
+        """Fetch what is small in one round trip, and of the rest the headers; by key."""
+        wanted = [
+            self._keys.chunk(form.upload, number)
+            for form in path
+            for number in range(form.chunks + 1 if form.stored_bytes <= SMALL_BYTES else 1)
+        ]
+        found = self._connection.execute_all([("GET", key) for key in wanted])
+        return {key: bytes(data) for key, data in zip(wanted, found, strict=True) if data is not None}
+
+    def _header(self, form: Form, small: dict[str, bytes]) -> bytes:
+        header = small.get(self._keys.chunk(form.upload, 0))
+        if header is None:
+            raise WireError(f"chunk 0 of {form.chunks} is gone")
+        if digest_of(header) != form.digest:
+            raise WireError("the digest of the header does not match the pointer")
+        return header
+
+    def _decode(
+        self,
+        form: Form,
+        image_format: ImageFormat,
+        chunk_bytes: int,
+        array: Bytes,
+        base: Bytes | None,
+        small: dict[str, bytes],
+    ) -> None:
+        """Fill an image with one stored form of it."""
+        segments = image_format.segments
+        layout = list(group((segment.stored_bytes for segment in segments), chunk_bytes))
+        if len(layout) != form.chunks:
+            raise WireError(f"the header describes {len(layout)} chunks, the pointer {form.chunks}")
+        decoding: deque[Future[None]] = deque()
+        try:
+            for indices, data in self._chunks(form, image_format, layout, array, small):
+                for index in indices:
+                    size = segments[index].stored_bytes
+                    decoding.append(
+                        self._pool.submit(image_format.decode_segment, index, data[:size], array, base)
+                    )
+                    data = data[size:]
+                while len(decoding) > SEGMENTS_AHEAD:
+                    decoding.popleft().result()
+            while decoding:
+                decoding.popleft().result()
+        finally:
+            for future in decoding:
+                future.cancel()
+            for future in decoding:  # nothing may write to the image once it is given up
+                with suppress(BaseException):
+                    future.result()
+
+    def _chunks(
+        self,
+        form: Form,
+        image_format: ImageFormat,
+        layout: Sequence[range],
+        array: Bytes,
+        small: dict[str, bytes],
+    ) -> Iterator[tuple[range, memoryview]]:
+        """Receive chunks in order; those that are one raw segment come straight into their place in the image."""
+        waiting: list[tuple[str, memoryview]] = []
+        ranges: list[range] = []
+        waiting_bytes = 0
+        for number, indices in enumerate(layout, start=1):
+            self._check_stopping()
+            key = self._keys.chunk(form.upload, number)
+            size = sum(image_format.segments[index].stored_bytes for index in indices)
+            if form.stored_bytes <= SMALL_BYTES:
+                data = small.get(key)
+                if data is None:
+                    raise WireError(f"chunk {number} of {form.chunks} is gone")
+                if len(data) != size:
+                    raise WireError(f"chunk {number} has {len(data)} bytes, expected were {size}")
+                yield indices, memoryview(data)
+                continue
+            in_place = len(indices) == 1 and image_format.segments[indices[0]].is_raw
+            memory = image_format.segment_view(indices[0], array) if in_place else np.empty(size, np.uint8)
+            waiting.append((key, memory.data))
+            ranges.append(indices)
+            waiting_bytes += size
+            if waiting_bytes >= AHEAD_BYTES:
+                yield from self._receive(waiting, ranges)
+                waiting, ranges, waiting_bytes = [], [], 0
+        yield from self._receive(waiting, ranges)
+
+    def _receive(
+        self, chunks: list[tuple[str, memoryview]], ranges: list[range]
+    ) -> Iterator[tuple[range, memoryview]]:
+        """Receive chunks; once a server that went away answers again, go on with the first that is missing."""
+        done, stuck = 0, False
+        while done < len(chunks):
+            begin = done
+            try:
+                for index in self._reader.read(chunks[begin:]):
+                    self._check_stopping()
+                    done = begin + index + 1
+                    yield ranges[done - 1], chunks[done - 1][1]
+            except ConnectionFailed:
+                if stuck and done == begin:
+                    raise
+                stuck = done == begin
+                self._connection.execute("PING")
+
+    def _check_stopping(self) -> None:
+        if self._stopping():
+            raise WireError("the worker stops")

@@ -1,0 +1,269 @@
+"""Encodes versions and stores their chunks. By that nothing becomes a version yet: the publisher commits it."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Final
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from rlbroker.connection import Connection
+from rlbroker.deadline import Deadline
+from rlbroker.errors import ConnectionFailed, PeerError, ServerOutOfMemory
+from rlbroker.keys import Keys
+from rlbroker.weights.chunks import ChunkWriter
+from rlbroker.weights.pointer import Form, digest_of
+from rlbroker.wire import EncodedSegment, ImagePlan, StoredSegment
+
+#: Segments that may be encoded ahead of sending; bounds the memory that publishing takes.
+SEGMENTS_AHEAD: Final = 8
+
+#: Chunks of a version that was never committed expire after this.
+UNCOMMITTED_SECONDS: Final = 3600
+
+#: So many segments are tried before a whole version is stored as a difference.
+_TRIED_SEGMENTS: Final = 3
+
+#: A difference must be smaller than this part of the whole; else applying it is not worth the trouble.
+_WORTHWHILE: Final = 0.8
+
+Chunk = tuple[str, Sequence[bytes | memoryview]]
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a version may be stored as a difference to.
+
+    Attributes:
+        version: its number.
+        image: its bytes.
+        digests: xxh3_64 of each of its segments, raw.
+        full_ratio: stored bytes for each raw byte when a version was last stored as a whole.
+    """
+
+    version: int
+    image: NDArray[np.uint8]
+    digests: Sequence[int]
+    full_ratio: float
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A version whose chunks are on the server.
+
+    Attributes:
+        form: what to fetch.
+        header: its chunk 0.
+        digests: xxh3_64 of each segment, raw.
+        chunks: size and xxh3_64 of each chunk, the header's first.
+    """
+
+    form: Form
+    header: bytes
+    digests: Sequence[int]
+    chunks: Sequence[tuple[int, int]]
+
+
+class _Made:
+    """The chunks of one upload, as they are made."""
+
+    def __init__(self, keys: Keys, upload: str, plan: ImagePlan, chunk_bytes: int) -> None:
+        self._keys, self._upload, self._plan, self._chunk_bytes = keys, upload, plan, chunk_bytes
+        self._segments: list[StoredSegment] = []
+        self.digests: list[int] = []
+        self.sizes: list[tuple[int, int]] = []  #: size and digest of each chunk, the header's last
+        self.header = b""
+
+    def chunks(self, encoded: Iterator[EncodedSegment]) -> Iterator[Chunk]:
+        """Group segments as `pointer.group` does; the header comes last, as it holds the facts of all of them."""
+        parts: list[bytes | memoryview] = []
+        size = 0
+        for one in encoded:
+            self._segments.append(one.segment)
+            self.digests.append(one.raw_digest)
+            parts.append(one.stored)
+            size += one.segment.stored_bytes
+            if size >= self._chunk_bytes:
+                yield self._chunk(len(self.sizes) + 1, parts)
+                parts, size = [], 0
+        if parts:
+            yield self._chunk(len(self.sizes) + 1, parts)
+        self.header = self._plan.header(self._segments)
+        yield self._chunk(0, [self.header])
+
+    def _chunk(self, number: int, parts: Sequence[bytes | memoryview]) -> Chunk:
+        digest = xxhash.xxh3_64()
+        for part in parts:
+            digest.update(part)
+        self.sizes.append((sum(map(len, parts)), digest.intdigest()))
+        return self._keys.chunk(self._upload, number), parts
+
+
+class Uploader:
+    """Stores images in chunks. Not safe to use from several threads at once."""
+
+    def __init__(
+        self, connection: Connection, keys: Keys, *, chunk_bytes: int, make_room: Callable[[], bool]
+    ) -> None:
+        """Prepare an uploader.
+
+        Args:
+            connection: way to the server.
+            keys: names of the run's keys.
+            chunk_bytes: a chunk is closed once it holds this much.
+            make_room: called when the server is full; gives whether it has deleted something.
+        """
+        self._connection, self._keys = connection, keys
+        self._chunk_bytes, self._make_room = chunk_bytes, make_room
+        self._writer = ChunkWriter(connection)
+        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="rlbroker-encode")
+
+    def close(self) -> None:
+        """End the threads and the connection."""
+        self._writer.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def try_difference(
+        self, plan: ImagePlan, image: NDArray[np.uint8], base: Base
+    ) -> dict[int, EncodedSegment] | None:
+        """Encode a few segments as a difference; give them if the whole of it is worthwhile, else None."""
+        count = plan.segment_count
+        step = max(1, count // _TRIED_SEGMENTS)
+        tried = {
+            index: self._pool.submit(_encode, plan, image, base, True, index)
+            for index in range(step // 2, count, step)
+        }
+        found = {index: future.result() for index, future in tried.items()}
+        raw_bytes = sum(one.segment.raw_bytes for one in found.values())
+        stored_bytes = sum(one.segment.stored_bytes for one in found.values())
+        return found if stored_bytes < raw_bytes * base.full_ratio * _WORTHWHILE else None
+
+    def store(
+        self,
+        plan: ImagePlan,
+        image: NDArray[np.uint8],
+        *,
+        version: int,
+        upload: str,
+        compression: bool,
+        base: Base | None = None,
+        encoded: Mapping[int, EncodedSegment] | None = None,
+        deadline: Deadline | None = None,
+    ) -> Stored:
+        """Send every chunk of an image, encoding ahead.
+
+        Args:
+            plan: how the image is cut.
+            image: its bytes; they do not change meanwhile.
+            version: number that it is to get.
+            upload: names its chunks.
+            compression: whether to compress.
+            base: what to store the difference to; None to store it as a whole.
+            encoded: segments that are encoded already.
+            deadline: how long to wait for a server that is away, each time; the connection's timeout by default.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        made = _Made(self._keys, upload, plan, self._chunk_bytes)
+        ahead = self._encoded(plan, partial(_encode, plan, image, base, compression), encoded or {})
+        try:
+            with closing(ahead):
+                self._send(made.chunks(ahead), deadline)
+        except BaseException as error:  # Ctrl-C too: half a version must not fill the server
+            if not isinstance(error, ConnectionFailed):  # it would not get through either, and chunks expire
+                self.discard(upload, len(made.sizes))
+            raise
+        header, *chunks = made.sizes[-1:] + made.sizes[:-1]
+        form = Form(
+            version=version,
+            base=base.version if base else 0,
+            upload=upload,
+            chunks=len(chunks),
+            stored_bytes=sum(size for size, _ in made.sizes),
+            digest=digest_of(made.header),
+        )
+        return Stored(form, made.header, made.digests, [header, *chunks])
+
+    def discard(self, upload: str, chunks: int) -> None:
+        """Delete what is stored of an upload, if the server can be reached."""
+        with suppress(PeerError):  # it expires by itself
+            self._connection.execute_once("UNLINK", *chunk_keys(self._keys, upload, chunks))
+
+    def _encoded(
+        self, plan: ImagePlan, encode: Callable[[int], EncodedSegment], done: Mapping[int, EncodedSegment]
+    ) -> Generator[EncodedSegment]:
+        ahead: deque[Future[EncodedSegment] | EncodedSegment] = deque()
+        try:
+            for index in range(plan.segment_count):
+                ahead.append(done.get(index) or self._pool.submit(encode, index))
+                if len(ahead) >= SEGMENTS_AHEAD:
+                    yield _result(ahead.popleft())
+            while ahead:
+                yield _result(ahead.popleft())
+        finally:
+            for future in ahead:
+                if isinstance(future, Future):
+                    future.cancel()
+
+    def _send(self, chunks: Iterator[Chunk], deadline: Deadline | None) -> None:
+        """Store chunks; once a server that went away answers again, go on with the first that may be missing."""
+        unconfirmed: deque[Chunk] = deque()
+        confirmed = 0
+
+        def forget_confirmed() -> None:
+            nonlocal confirmed
+            while confirmed < self._writer.confirmed:
+                unconfirmed.popleft()
+                confirmed += 1
+
+        def noted() -> Iterator[Chunk]:
+            for chunk in chunks:
+                forget_confirmed()
+                unconfirmed.append(chunk)
+                yield chunk
+
+        fresh, stuck = noted(), False
+        while True:
+            try:
+                self._writer.write(chain(list(unconfirmed), fresh), expire_seconds=UNCOMMITTED_SECONDS)
+                return
+            except ServerOutOfMemory:
+                forget_confirmed()
+                if not self._make_room():
+                    raise
+            except ConnectionFailed:
+                forget_confirmed()
+                if stuck and not confirmed:
+                    raise
+                stuck = not confirmed
+                self._connection.execute("PING", deadline=deadline)
+            confirmed = 0
+
+
+def chunk_keys(keys: Keys, upload: str, chunks: int) -> list[str]:
+    """Give the keys of an upload's header and chunks."""
+    return [keys.chunk(upload, number) for number in range(chunks + 1)]
+
+
+def _encode(
+    plan: ImagePlan, image: NDArray[np.uint8], base: Base | None, compression: bool, index: int
+) -> EncodedSegment:
+    if base is None:
+        return plan.encode_segment(index, image, compression=compression)
+    return plan.encode_segment(
+        index, image, compression=compression, base=base.image, base_digest=base.digests[index]
+    )
+
+
+def _result(one: Future[EncodedSegment] | EncodedSegment) -> EncodedSegment:
+    return one.result() if isinstance(one, Future) else one
