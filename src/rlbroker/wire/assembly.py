@@ -10,12 +10,10 @@ import numpy as np
 
 from rlbroker.errors import WireError
 from rlbroker.wire import compress
-from rlbroker.wire.format import Lane, StoredSegment, byte_view, digest_of, read_header
-from rlbroker.wire.leaves import Bytes, Leaf, leaf_maker
+from rlbroker.wire.format import Buffer, Lane, StoredSegment, byte_view, checked_bytes, read_header
+from rlbroker.wire.leaves import leaf_maker, normalise_bools
 from rlbroker.wire.limits import DEFAULT_LIMITS, Limits
 from rlbroker.wire.tree import unpack
-
-Buffer = bytes | bytearray | memoryview
 
 
 class Assembly:
@@ -30,9 +28,11 @@ class Assembly:
         Raises WireError, and IncompatibleFormat for another version of the format.
         """
         facts = read_header(byte_view(header), limits)
+        if facts.is_delta:
+            raise WireError("this is a delta, which needs the weights that it was made from")
         self._tree = facts.tree
         self._raw_bytes = facts.raw_bytes
-        self._segments = [segment for lane in facts.lanes for segment in lane.segments]
+        self._segments = facts.segments
         #: For each segment its lane, and where in the lane it starts.
         self._places = [
             (lane, end - segment.raw_bytes)
@@ -64,18 +64,14 @@ class Assembly:
 
         Safe in several threads. `data` must not change during the call, and may be reused afterwards.
         """
-        stored = byte_view(data)
         segment = self._segments[index]
-        if len(stored) != segment.stored_bytes:
-            raise WireError(f"segment {index} has {len(stored)} bytes, announced were {segment.stored_bytes}")
-        if digest_of(stored) != segment.digest:
-            raise WireError(f"the digest of segment {index} does not match")
+        stored = checked_bytes(index, segment, data)
         lane, start = self._places[index]
         if len(lane.leaf_numbers) == 1:
             number = lane.leaf_numbers[0]
             out = self._elements[number].reshape(-1).view(np.uint8)[start : start + segment.raw_bytes]
-            _restore(segment, stored, lane.typesize, out)
-            _normalise_bools(self._leaves[number], out)
+            compress.restore(segment.codec, stored, lane.typesize, out)
+            normalise_bools(self._leaves[number], out)
         else:
             self._fill_bundle(lane, segment, stored)
         self._done[index] = 1
@@ -85,7 +81,7 @@ class Assembly:
             raw = np.frombuffer(stored, np.uint8)
         else:
             raw = np.empty(segment.raw_bytes, np.uint8)
-            _restore(segment, stored, lane.typesize, raw)
+            compress.restore(segment.codec, stored, lane.typesize, raw)
         start = 0
         for number in lane.leaf_numbers:
             leaf = self._leaves[number]
@@ -94,7 +90,7 @@ class Assembly:
                 elements[...] = np.ndarray(leaf.shape, leaf.carrier, raw, start)
                 start += elements.nbytes
                 if leaf.carrier.kind == "b":
-                    _normalise_bools(leaf, elements.view(np.uint8))
+                    normalise_bools(leaf, elements.view(np.uint8))
 
     def tree(self) -> Any:
         """Return the tree; raise WireError while a segment is missing."""
@@ -103,19 +99,3 @@ class Assembly:
             raise WireError(f"segment {missing} of {len(self._segments)} is missing")
         leaves = [make(elements) for make, elements in zip(self._makers, self._elements, strict=True)]
         return unpack(self._tree, leaves)
-
-
-def _restore(segment: StoredSegment, stored: memoryview, typesize: int, out: Bytes) -> None:
-    if segment.codec == compress.RAW:
-        out[:] = np.frombuffer(stored, np.uint8)
-    else:
-        compress.decompress(stored, typesize, out.data)
-
-
-def _normalise_bools(leaf: Leaf, buffer: Bytes) -> None:
-    """Make each byte of boolean elements 0 or 1, in place.
-
-    Compiled code counts on it: a mask that holds other bytes makes numpy and torch miscount what it selects.
-    """
-    if leaf.carrier.kind == "b":
-        np.minimum(buffer, 1, out=buffer)

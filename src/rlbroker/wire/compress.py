@@ -10,6 +10,7 @@ import struct
 from typing import Any
 
 import blosc2
+import numpy as np
 
 from rlbroker.errors import WireError
 
@@ -67,7 +68,7 @@ def compress(raw: memoryview, typesize: int) -> tuple[int, bytes | memoryview]:
     if size < MIN_COMPRESS_BYTES:
         return RAW, raw
     if size > _SAMPLE_ABOVE_BYTES:
-        sample = _sample(raw, typesize)
+        sample = _sample(raw, typesize, max(_SAMPLE_BYTES, size // _SAMPLE_PART))
         if len(_chunk(sample, typesize)) > len(sample) * _WORTHWHILE:
             return RAW, raw
     stored = _chunk(raw, typesize)
@@ -75,6 +76,14 @@ def compress(raw: memoryview, typesize: int) -> tuple[int, bytes | memoryview]:
     if len(stored) > size * _WORTHWHILE or _chunk_fault(stored, size, typesize):
         return RAW, raw
     return BLOSC2, stored
+
+
+def guess(raw: memoryview, typesize: int, sample_bytes: int) -> int:
+    """Return about how many bytes `compress` would leave, from a look at `sample_bytes` of them."""
+    if len(raw) < max(MIN_COMPRESS_BYTES, sample_bytes):
+        return len(raw) if len(raw) < MIN_COMPRESS_BYTES else len(_chunk(raw, typesize))
+    sample = _sample(raw, typesize, sample_bytes)
+    return min(len(_chunk(sample, typesize)) * len(raw) // len(sample), len(raw))
 
 
 def decompress(stored: memoryview, typesize: int, out: memoryview) -> None:
@@ -89,6 +98,14 @@ def decompress(stored: memoryview, typesize: int, out: memoryview) -> None:
         blosc2.decompress2(stored, dst=out, nthreads=1)
     except (ValueError, RuntimeError) as error:
         raise WireError("a compressed segment does not decompress") from error
+
+
+def restore(codec: int, stored: memoryview, typesize: int, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    """Fill `out` from a segment of codec RAW or BLOSC2; raise WireError as `decompress` does."""
+    if codec == RAW:
+        out[:] = np.frombuffer(stored, np.uint8)
+    else:
+        decompress(stored, typesize, out.data)
 
 
 def _chunk(raw: bytes | memoryview, typesize: int) -> bytes:
@@ -111,7 +128,7 @@ def _chunk_fault(stored: bytes | memoryview, raw_bytes: int, typesize: int) -> s
     return None
 
 
-def _sample(raw: memoryview, typesize: int) -> bytes:
-    half = max(_SAMPLE_BYTES, len(raw) // _SAMPLE_PART) // 2 // typesize * typesize
+def _sample(raw: memoryview, typesize: int, sample_bytes: int) -> bytes:
+    half = sample_bytes // 2 // typesize * typesize
     starts = (len(raw) // 4 // typesize * typesize, len(raw) * 3 // 4 // typesize * typesize)
     return b"".join(raw[start : start + half] for start in starts)

@@ -1,10 +1,11 @@
 """The layout of a message: a fixed prelude, a msgpack header, then the stored segments.
 
 The header is a map of three entries. ``tree`` is the nesting, in which extension values name leaves.
-``leaves`` describes each leaf: ``[kind, dtype, shape]``. ``lanes`` says where their bytes are: a lane is the
-bytes of some leaves, one after the other, cut into segments: ``[typesize, leaf numbers, segments]``, and a
-segment is ``[codec, raw bytes, stored bytes, digest]``. No offset is written anywhere, so none can be wrong:
-every position follows from the sizes.
+``leaves`` describes each leaf: ``[kind, dtype, shape]``, and its original dtype where it was cast. ``lanes`` says
+where their bytes are: a lane is the bytes of some leaves, one after the other, cut into segments: ``[typesize,
+leaf numbers, segments]``, and a segment is ``[codec, raw bytes, stored bytes, digest]``; a delta also has the
+digests of the raw bytes before and after. No offset is written anywhere, so none can be wrong: every position
+follows from the sizes.
 """
 
 from __future__ import annotations
@@ -26,20 +27,39 @@ from rlbroker.wire.tree import brief, check_packed, ext_hook, pairs_hook
 #: The version of the layout; readers refuse any other.
 FORMAT_VERSION: int = 1
 
+#: Segment codecs of deltas, as numbered on the wire: the base itself, differences of all words, and of some.
+SAME = 2
+DENSE = 3
+SPARSE = 4
+#: What a sparse segment begins with.
+SPARSE_HEAD_BYTES = 12
+
 MAGIC = b"RLBW"
 #: magic, version, reserved, header bytes, body bytes, xxh3_64 of the header
 PRELUDE = struct.Struct("<4sHHIQQ")
+
+Buffer = bytes | bytearray | memoryview
 
 digest_of = xxhash.xxh3_64_intdigest
 
 
 class StoredSegment(NamedTuple):
-    """The facts of one segment: ``codec`` (0 raw, 1 blosc2), sizes, and xxh3_64 of the stored bytes."""
+    """The facts of one segment: its codec, sizes, and xxh3_64 of the stored bytes.
+
+    A delta (codec 2 and above) has two more: the digests of the raw bytes before and after. They are 0 in others.
+    """
 
     codec: int
     raw_bytes: int
     stored_bytes: int
     digest: int
+    base_digest: int = 0
+    raw_digest: int = 0
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether a base is needed to decode this segment."""
+        return self.codec >= SAME
 
 
 class Lane(NamedTuple):
@@ -65,7 +85,17 @@ class Header:
     @property
     def raw_bytes(self) -> int:
         """Size of all leaves in bytes."""
-        return sum(segment.raw_bytes for lane in self.lanes for segment in lane.segments)
+        return sum(segment.raw_bytes for segment in self.segments)
+
+    @property
+    def segments(self) -> list[StoredSegment]:
+        """The segments of all lanes, in order."""
+        return [segment for lane in self.lanes for segment in lane.segments]
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether a base is needed to decode this."""
+        return any(segment.is_delta for segment in self.segments)
 
 
 def write_header(
@@ -74,8 +104,11 @@ def write_header(
     """Return prelude and header; raise UnsupportedType if no reader with default limits could take them."""
     manifest = {
         "tree": tree,
-        "leaves": [(leaf.kind, leaf.dtype, leaf.shape) for leaf in leaves],
-        "lanes": lanes,
+        "leaves": [leaf.row for leaf in leaves],
+        "lanes": [
+            (typesize, numbers, [segment if segment.is_delta else segment[:4] for segment in segments])
+            for typesize, numbers, segments in lanes
+        ],
     }
     try:
         header: bytes = msgpack.packb(manifest)
@@ -91,10 +124,20 @@ def write_header(
     return PRELUDE.pack(MAGIC, FORMAT_VERSION, 0, len(header), body_bytes, digest_of(header)) + header
 
 
-def byte_view(data: bytes | bytearray | memoryview) -> memoryview:
+def byte_view(data: Buffer) -> memoryview:
     """Return a view of single bytes, whatever the items of `data` are."""
     view = memoryview(data)
     return view if view.format == "B" and view.ndim == 1 else view.cast("B")
+
+
+def checked_bytes(index: int, segment: StoredSegment, data: Buffer) -> memoryview:
+    """Return the stored bytes of segment `index`; raise WireError unless they are the announced ones."""
+    stored = byte_view(data)
+    if len(stored) != segment.stored_bytes:
+        raise WireError(f"segment {index} has {len(stored)} bytes, announced were {segment.stored_bytes}")
+    if digest_of(stored) != segment.digest:
+        raise WireError(f"the digest of segment {index} does not match")
+    return stored
 
 
 def split_header(data: memoryview) -> tuple[int, int]:
@@ -130,7 +173,9 @@ def read_header(data: memoryview, limits: Limits) -> Header:
     rows = manifest["leaves"]
     if type(rows) is not list or len(rows) > limits.max_leaves:
         raise WireError(f"the leaf table is not a list, or longer than {limits.max_leaves}")
-    leaves = [read_leaf(*_row(row, 3, "leaf")) for row in rows]
+    leaves = [read_leaf(*_row(row, "leaf", 3, 4)) for row in rows]
+    if sum(leaf.restored_bytes for leaf in leaves if leaf.original is not None) > limits.max_raw_bytes:
+        raise WireError(f"more than {limits.max_raw_bytes} bytes of arrays, once cast back")
     lanes = _read_lanes(manifest["lanes"], leaves, limits.max_raw_bytes)
     stored_bytes = sum(segment.stored_bytes for lane in lanes for segment in lane.segments)
     if stored_bytes != body_bytes:
@@ -161,9 +206,9 @@ def _unpack(packed: memoryview) -> Any:
         raise WireError(f"the header is not acceptable msgpack: {error!s:.200}") from error
 
 
-def _row(row: object, length: int, what: str) -> list[Any]:
-    if type(row) is not list or len(row) != length:
-        raise WireError(f"a row that describes a {what} is not a list of {length}")
+def _row(row: object, what: str, *lengths: int) -> list[Any]:
+    if type(row) is not list or len(row) not in lengths:
+        raise WireError(f"a row that describes a {what} is not a list of {' or '.join(map(str, lengths))}")
     return row
 
 
@@ -174,7 +219,7 @@ def _read_lanes(rows: object, leaves: list[Leaf], max_raw_bytes: int) -> list[La
     seen = bytearray(len(leaves))
     total = 0
     for row in rows:
-        typesize, numbers, segment_rows = _row(row, 3, "lane")
+        typesize, numbers, segment_rows = _row(row, "lane", 3)
         if type(typesize) is not int or not 0 < typesize <= 255:
             raise WireError(f"a lane with elements of {brief(typesize)} bytes")
         if type(numbers) is not list or type(segment_rows) is not list:
@@ -201,18 +246,28 @@ def _read_lanes(rows: object, leaves: list[Leaf], max_raw_bytes: int) -> list[La
 
 
 def _read_segment(row: object) -> StoredSegment:
-    segment = StoredSegment(*_row(row, 4, "segment"))
-    if any(type(value) is not int for value in segment):
+    values = _row(row, "segment", 4, 6)
+    if any(type(value) is not int for value in values):
         raise WireError("a segment is described by something else than ints")
-    codec, raw_bytes, stored_bytes, digest = segment
-    if not 0 < raw_bytes <= compress.MAX_SEGMENT_BYTES or not 0 <= digest < 1 << 64:
+    segment = StoredSegment(*values)
+    codec, raw_bytes, stored_bytes, *digests = segment
+    if not 0 < raw_bytes <= compress.MAX_SEGMENT_BYTES or not all(0 <= one < 1 << 64 for one in digests):
         raise WireError(f"a segment of {raw_bytes} bytes, or an impossible digest")
+    if segment.is_delta != (len(values) == 6):
+        raise WireError(f"a segment of codec {codec} that is described by {len(values)} values")
     if codec == compress.RAW:
         if stored_bytes != raw_bytes:
             raise WireError("a raw segment whose stored size is not its raw size")
     elif codec == compress.BLOSC2:
         if not compress.CHUNK_HEADER_BYTES <= stored_bytes < raw_bytes:
             raise WireError("a compressed segment whose stored size is impossible")
+    elif codec == SAME:
+        if stored_bytes or segment.base_digest != segment.raw_digest:
+            raise WireError("an unchanged segment that stores something, or is not its base")
+    elif codec in (DENSE, SPARSE):
+        least = compress.CHUNK_HEADER_BYTES if codec == DENSE else SPARSE_HEAD_BYTES + 2
+        if not least <= stored_bytes < raw_bytes:
+            raise WireError("a delta whose stored size is impossible")
     else:
         raise WireError(f"a segment of unknown codec {codec}")
     return segment

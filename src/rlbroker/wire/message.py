@@ -6,8 +6,8 @@ from typing import Any
 
 from rlbroker.errors import WireError
 from rlbroker.wire import compress
-from rlbroker.wire.assembly import Assembly, Buffer
-from rlbroker.wire.format import FORMAT_VERSION, Header, byte_view, read_header, split_header
+from rlbroker.wire.assembly import Assembly
+from rlbroker.wire.format import FORMAT_VERSION, Buffer, byte_view, read_header, split_header
 from rlbroker.wire.limits import DEFAULT_LIMITS, Limits
 from rlbroker.wire.plan import plan
 from rlbroker.wire.tree import describe_packed
@@ -47,14 +47,11 @@ def describe(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]
         "header_bytes": end,
         "raw_bytes": header.raw_bytes,
         "stored_bytes": header.body_bytes,
-        "segments": sum(len(lane.segments) for lane in header.lanes),
-        "compressed_segments": _compressed(header),
+        "segments": len(header.segments),
+        "compressed_segments": sum(segment.codec == compress.BLOSC2 for segment in header.segments),
+        "delta_segments": sum(segment.is_delta for segment in header.segments),
         "values": describe_packed(header.tree, header.leaves),
     }
-
-
-def _compressed(header: Header) -> int:
-    return sum(segment.codec == compress.BLOSC2 for lane in header.lanes for segment in lane.segments)
 
 
 def _header_end(view: memoryview) -> int:

@@ -1,0 +1,216 @@
+"""Lossless differences between two states of one segment.
+
+A segment is seen as words of 1, 2, 4 or 8 bytes, little endian. A difference is taken modulo the word and
+*centred*: 0x80 is added to each of its bytes, so that small steps in either direction leave the high bytes
+alike, which costs a reader one addition and compresses as well as zigzag does.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+
+from rlbroker.errors import WireError
+from rlbroker.wire import compress
+from rlbroker.wire.format import DENSE, SAME, SPARSE, SPARSE_HEAD_BYTES, StoredSegment, digest_of
+from rlbroker.wire.leaves import Bytes
+
+Words = np.ndarray[Any, np.dtype[Any]]
+
+#: Of SPARSE: changed words, bytes of gaps, and how many bytes the latter are stored in.
+_HEAD = struct.Struct("<III")
+assert _HEAD.size == SPARSE_HEAD_BYTES
+
+#: A gap of this many unchanged words that goes on in the next byte.
+_ESCAPE = 255
+
+#: Beyond this part of changed words, positions cost more than the differences of all words.
+_SPARSE_PART = 0.4
+_SAMPLE_WORDS = 2048
+
+#: Work is done on pieces of this many bytes, so that what is between two steps stays in the cache.
+_BLOCK_BYTES = 256 << 10
+
+#: Below this many bytes a guess at what a full segment would take is not worth a call of blosc2.
+_GUESS_BYTES = 16 << 10
+
+
+def word_type(typesize: int, raw_bytes: int) -> np.dtype[Any]:
+    """Return the words of a segment: as wide as its elements where that is possible, else bytes."""
+    word_bytes = {1: 1, 2: 2, 4: 4, 8: 8, 16: 8}.get(typesize, 1)
+    return np.dtype(f"<u{word_bytes if raw_bytes % word_bytes == 0 else 1}")
+
+
+def encode(new: Bytes, base: Bytes, typesize: int) -> tuple[int, bytes | memoryview]:
+    """Return (codec, stored bytes) of whatever is smallest; full codecs included.
+
+    `new` and `base` are equally long, contiguous and do not change during the call. The stored bytes are a view
+    of `new` where stored raw.
+    """
+    word = word_type(typesize, len(new))
+    changes = _changes(new, base, word)
+    if changes is None:
+        codec, stored = DENSE, _dense(new, base, word)
+    elif len(changes[0]):
+        codec, stored = SPARSE, _sparse(*changes)
+    else:
+        return SAME, b""
+    if len(stored) >= len(new) or len(stored) > compress.guess(new.data, typesize, _GUESS_BYTES):
+        full_codec, full = compress.compress(new.data, typesize)
+        if len(full) <= len(stored):
+            return full_codec, full
+    return codec, stored
+
+
+def apply(segment: StoredSegment, stored: memoryview, typesize: int, base: Bytes, out: Bytes) -> None:
+    """Fill `out` with the new state; it may be `base` itself.
+
+    Raises WireError for a base that is not the announced one, before anything is written, and for stored bytes
+    that do not lead to the announced result; `out` is then worthless unless nothing was written.
+    """
+    if len(base) != segment.raw_bytes or digest_of(base.data) != segment.base_digest:
+        raise WireError("the base of a delta is not the one that it was made from")
+    if segment.codec == SPARSE:
+        _apply_sparse(stored, base, out, word_type(typesize, len(out)))
+    elif segment.codec == DENSE:
+        _apply_dense(stored, base, out, word_type(typesize, len(out)))
+    else:
+        _copy(base, out)
+        return
+    if digest_of(out.data) != segment.raw_digest:
+        raise WireError("a delta did not lead to the announced bytes")
+
+
+def _changes(new: Bytes, base: Bytes, word: np.dtype[Any]) -> tuple[Words, Words] | None:
+    """Return the positions of changed words and their centred differences; None if they are too many.
+
+    Eight bytes are compared at a time, and only those that differ are looked at by the word.
+    """
+    most = len(new) // word.itemsize * _SPARSE_PART
+    step = max(len(new) // word.itemsize // _SAMPLE_WORDS, 1)
+    sample = np.not_equal(new.view(word)[::step], base.view(word)[::step])
+    if np.count_nonzero(sample) > len(sample) * (_SPARSE_PART + 0.1):
+        return None
+    positions: list[Words] = []
+    differences: list[Words] = []
+    found = 0
+    for start in range(0, len(new), _BLOCK_BYTES):
+        ours, theirs = new[start : start + _BLOCK_BYTES], base[start : start + _BLOCK_BYTES]
+        wide = np.dtype("<u8") if len(ours) % 8 == 0 else word
+        ours, theirs = ours.view(wide), theirs.view(wide)
+        at = np.flatnonzero(ours != theirs)
+        difference = ours[at].view(word) - theirs[at].view(word)
+        if wide != word:
+            per = wide.itemsize // word.itemsize
+            inside = np.flatnonzero(difference)
+            at = at[inside // per] * per + inside % per
+            difference = difference[inside]
+        at += start // word.itemsize
+        positions.append(at)
+        differences.append(difference)
+        found += len(at)
+        if found > most:
+            return None
+    return np.concatenate(positions), np.concatenate(differences) + _bias(word)
+
+
+def _bias(word: np.dtype[Any]) -> Any:
+    return word.type(int.from_bytes(b"\x80" * word.itemsize, "little"))
+
+
+def _sparse(positions: Words, differences: Words) -> bytes:
+    gaps = _gaps(positions).tobytes()
+    _, stored_gaps = compress.compress(memoryview(gaps), 1)
+    _, stored_differences = compress.compress(differences.view(np.uint8).data, differences.itemsize)
+    head = _HEAD.pack(len(positions), len(gaps), len(stored_gaps))
+    return b"".join((head, stored_gaps, stored_differences))
+
+
+def _gaps(positions: Words) -> Bytes:
+    """Return the unchanged words before each changed one, as bytes."""
+    gaps = np.diff(positions, prepend=-1) - 1
+    if gaps.max() < _ESCAPE:
+        return gaps.astype(np.uint8)
+    escapes = gaps // _ESCAPE
+    ends = np.cumsum(escapes + 1) - 1
+    written = np.full(int(ends[-1]) + 1, _ESCAPE, np.uint8)
+    written[ends] = gaps - escapes * _ESCAPE
+    return written
+
+
+def _apply_sparse(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[Any]) -> None:
+    words = len(out) // word.itemsize
+    changes, gap_bytes, stored_gap_bytes = _HEAD.unpack_from(stored)
+    # So what is allocated here is less than twice the segment.
+    if not 0 < changes <= words or not changes <= gap_bytes <= changes + words // _ESCAPE:
+        raise WireError("a sparse segment claims an impossible number of changes")
+    body = stored[_HEAD.size :]
+    if stored_gap_bytes > len(body):
+        raise WireError("a sparse segment ends within its gaps")
+    gaps = _part(body[:stored_gap_bytes], gap_bytes, 1)
+    differences = _part(body[stored_gap_bytes:], changes * word.itemsize, word.itemsize).view(word)
+    if (
+        gaps[-1] == _ESCAPE
+        or np.count_nonzero(gaps != _ESCAPE) != changes
+        or int(gaps.sum(dtype=np.uint64)) + changes > words
+    ):
+        raise WireError("the gaps of a sparse segment do not fit it")
+    _copy(base, out)
+    target = out.view(word)
+    bias = _bias(word)
+    done = 0
+    position = -1
+    # Positions only grow and end within the segment, as was checked above.
+    for start in range(0, len(gaps), _BLOCK_BYTES // 8):
+        block = gaps[start : start + _BLOCK_BYTES // 8]
+        ends = block != _ESCAPE
+        at = np.cumsum(block + ends.astype(np.int64), dtype=np.int64)
+        at += position
+        position = int(at[-1])
+        at = at[ends]
+        difference = differences[done : done + len(at)]
+        target[at] += difference - bias
+        done += len(at)
+
+
+def _part(stored: memoryview, raw_bytes: int, typesize: int) -> Bytes:
+    """Return one part of a sparse segment, which is stored raw exactly if its size is the raw one."""
+    if len(stored) == raw_bytes:
+        return np.frombuffer(stored, np.uint8)
+    if len(stored) > raw_bytes:
+        raise WireError("a part of a sparse segment is larger than what it stands for")
+    raw = np.empty(raw_bytes, np.uint8)
+    compress.decompress(stored, typesize, raw.data)
+    return raw
+
+
+def _dense(new: Bytes, base: Bytes, word: np.dtype[Any]) -> bytes | memoryview:
+    ours, theirs = new.view(word), base.view(word)
+    difference = np.empty_like(ours)
+    bias = _bias(word)
+    step = _BLOCK_BYTES // word.itemsize
+    for start in range(0, len(ours), step):
+        part = difference[start : start + step]
+        np.subtract(ours[start : start + step], theirs[start : start + step], out=part)
+        np.add(part, bias, out=part)
+    # Stored raw, it is as long as the new bytes, which then win.
+    return compress.compress(difference.view(np.uint8).data, word.itemsize)[1]
+
+
+def _apply_dense(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[Any]) -> None:
+    difference = np.empty(len(out) // word.itemsize, word)
+    compress.decompress(stored, word.itemsize, difference.view(np.uint8).data)
+    ours, theirs = out.view(word), base.view(word)
+    bias = _bias(word)
+    step = _BLOCK_BYTES // word.itemsize
+    for start in range(0, len(ours), step):
+        part = difference[start : start + step]
+        np.subtract(part, bias, out=part)
+        np.add(theirs[start : start + step], part, out=ours[start : start + step])
+
+
+def _copy(base: Bytes, out: Bytes) -> None:
+    if base.__array_interface__["data"] != out.__array_interface__["data"]:
+        np.copyto(out, base)
