@@ -72,15 +72,23 @@ def apply(segment: StoredSegment, stored: memoryview, typesize: int, base: Bytes
     """
     if len(base) != segment.raw_bytes or digest_of(base.data) != segment.base_digest:
         raise WireError("the base of a delta is not the one that it was made from")
-    if segment.codec == SPARSE:
-        _apply_sparse(stored, base, out, word_type(typesize, len(out)))
-    elif segment.codec == DENSE:
-        _apply_dense(stored, base, out, word_type(typesize, len(out)))
+    restore(segment.codec, stored, typesize, base, out)
+    if segment.codec != SAME and digest_of(out.data) != segment.raw_digest:
+        raise WireError("a delta did not lead to the announced bytes")
+
+
+def restore(codec: int, stored: memoryview, typesize: int, base: Bytes, out: Bytes) -> None:
+    """Fill `out` with what a delta makes of `base`, whatever that is; raise WireError for unsound stored bytes.
+
+    Whoever has digests calls `apply`.
+    """
+    word = word_type(typesize, len(out))
+    if codec == SPARSE:
+        _restore_sparse(stored, base, out, word)
+    elif codec == DENSE:
+        _restore_dense(stored, base, out, word)
     else:
         _copy(base, out)
-        return
-    if digest_of(out.data) != segment.raw_digest:
-        raise WireError("a delta did not lead to the announced bytes")
 
 
 def _changes(new: Bytes, base: Bytes, word: np.dtype[Any]) -> tuple[Words, Words] | None:
@@ -140,8 +148,10 @@ def _gaps(positions: Words) -> Bytes:
     return written
 
 
-def _apply_sparse(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[Any]) -> None:
+def _restore_sparse(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[Any]) -> None:
     words = len(out) // word.itemsize
+    if len(stored) < _HEAD.size:
+        raise WireError("a sparse segment is shorter than what it begins with")
     changes, gap_bytes, stored_gap_bytes = _HEAD.unpack_from(stored)
     # So what is allocated here is less than twice the segment.
     if not 0 < changes <= words or not changes <= gap_bytes <= changes + words // _ESCAPE:
@@ -199,7 +209,7 @@ def _dense(new: Bytes, base: Bytes, word: np.dtype[Any]) -> bytes | memoryview:
     return compress.compress(difference.view(np.uint8).data, word.itemsize)[1]
 
 
-def _apply_dense(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[Any]) -> None:
+def _restore_dense(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[Any]) -> None:
     difference = np.empty(len(out) // word.itemsize, word)
     compress.decompress(stored, word.itemsize, difference.view(np.uint8).data)
     ours, theirs = out.view(word), base.view(word)

@@ -181,6 +181,7 @@ class ImageFormat:
         """
         facts = read_header(byte_view(header), limits)
         self._facts = facts
+        self._makers = [leaf_maker(leaf) for leaf in facts.leaves]
         lanes = [
             _LaneFacts(lane.typesize, lane.leaf_numbers, [segment.raw_bytes for segment in lane.segments])
             for lane in facts.lanes
@@ -229,7 +230,10 @@ class ImageFormat:
         `keep_dtype`; bfloat16 of numpy arrays always is.
         """
         self._geometry.check(image)
-        leaves: list[object] = [None] * len(self._facts.leaves)
+        makers = self._makers
+        if keep_dtype:
+            makers = [leaf_maker(leaf, keep_dtype=True) for leaf in self._facts.leaves]
+        leaves: list[object] = [None] * len(makers)
         for lane, start in zip(self._facts.lanes, self._geometry.lane_starts, strict=True):
             place = start
             for number in lane.leaf_numbers:
@@ -238,7 +242,7 @@ class ImageFormat:
                 if len(lane.leaf_numbers) > 1 or leaf.nbytes < LARGE_LEAF_BYTES or leaf.carrier.kind == "b":
                     elements = elements.copy()
                     normalise_bools(leaf, elements.reshape(-1).view(np.uint8))
-                leaves[number] = leaf_maker(leaf, keep_dtype=keep_dtype)(elements)
+                leaves[number] = makers[number](elements)
                 place += leaf.nbytes
         return unpack(self._facts.tree, leaves)
 
