@@ -90,7 +90,9 @@ def cast_array(source: Array, out: Array) -> None:
 
 def array_from_bfloat16(bits: Array, original: str) -> Array:
     """Return an array of the dtype `original`, given the bits of bfloat16 elements."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(NUMPY_DTYPES[original])
+    wide = bits.astype(np.uint32)
+    wide <<= np.uint32(16)  # In place, as numpy makes a scalar of a new array without dimensions.
+    return wide.view(np.float32).astype(NUMPY_DTYPES[original])
 
 
 def _bfloat16_bits(values: Array) -> Array:
