@@ -1,0 +1,414 @@
+"""Decoded weights in memory that all processes of a host share, so that a version is fetched and decoded once.
+
+Of each version there is one file, its *image*: the bytes of all weights, then its header, then a footer. Who uses
+an image holds a shared lock on its file; who gets the exclusive one may write another image into it, which is much
+faster than into new memory. Before that the file is renamed to that of a *draft*, which nobody looks for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import re
+import secrets
+import struct
+from pathlib import Path
+from typing import Final, Self
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from rlbroker.errors import InvalidArgument
+from rlbroker.weights.host_folder import Folder, Refused
+from rlbroker.weights.host_locks import Lock
+
+logger = logging.getLogger("rlbroker")
+
+Image = NDArray[np.uint8]
+
+#: What the names of files begin with.
+_IMAGE: Final = "image-"
+_DRAFT: Final = "draft-"
+_CLAIM: Final = "claim-"
+
+#: The end of an image's file: a mark, bytes of the image, bytes of the header, digest of these and the header.
+_FOOTER: Final = struct.Struct("<8sQQQ")
+_MARK: Final = b"rlbimg1\n"
+
+#: A new file has this much room for its header and footer; it grows for larger ones.
+_HEADER_ROOM: Final = 64 << 10
+
+#: Of the file system's free space at most this share is taken.
+_FREE_SHARE: Final = 0.75
+
+#: A file is made or taken over anew so often if another process gets in between.
+_TRIES: Final = 10
+
+
+class HostCache:
+    """One run's images, shared by the processes of one user on one host. Safe to use from several threads."""
+
+    def __init__(self, folder: Folder, keep: int) -> None:
+        """Take over an entered folder; use `open`."""
+        self._folder: Folder | None = folder
+        self._keep = keep
+        self._pid = os.getpid()
+        self._mapped = _Mapped()
+        self._said: set[str] = set()
+
+    @classmethod
+    def open(cls, run: str, directory: Path | None = None, *, keep: int = 2) -> Self | None:
+        """Join those who share the images of a run; None, and the reason is logged, where that is impossible.
+
+        Args:
+            run: the run's name.
+            directory: where, instead of `/dev/shm`.
+            keep: how many images stay that nobody uses, at least 1.
+
+        Raises:
+            InvalidArgument: `keep` is below 1.
+        """
+        if keep < 1:
+            raise InvalidArgument(f"keep must be at least 1, not {keep}")
+        if not hasattr(os, "posix_fallocate"):
+            logger.info(
+                "weights are not shared with other processes: this system cannot reserve memory for files"
+            )
+            return None
+        try:
+            return cls(Folder.enter(directory or Path("/dev/shm"), run), keep)
+        except (Refused, OSError) as error:
+            logger.warning("weights are not shared with other processes of this host: %s", error)
+            return None
+
+    def find(self, name: str) -> SharedImage | None:
+        """Map an image that someone has put in place; None if it is not there, or not any more."""
+        file = _IMAGE + _checked(name)
+        folder = self._in_use()
+        if folder is None:
+            return None
+        try:
+            lock = Lock.take(folder.fd, file, exclusive=False, flags=os.O_RDONLY)
+            return self._open_image(folder, file, lock) if lock else None
+        except OSError as error:
+            self._say("cannot use the shared weights %s: %s", name, error)
+            return None
+
+    def claim(self, name: str) -> Claim | None:
+        """Take the exclusive right to make an image, without waiting.
+
+        None if another living process has it, or was just about to give it back: look for the image then, and ask
+        again. Where claims cannot be made, everyone gets one: nobody shall wait for nobody.
+        """
+        file = _CLAIM + _checked(name)
+        folder = self._in_use()
+        if folder is None:
+            return Claim()
+        try:
+            for other in folder.files():
+                if other.startswith(_CLAIM) and other != file:
+                    _remove_unused(folder, other)  # left by a dead process
+            lock = Lock.take(folder.fd, file, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            self._say("cannot claim the shared weights %s: %s", name, error)
+            return Claim()
+        return Claim(folder, file, lock) if lock else None
+
+    def reserve(self, image_bytes: int) -> Draft | None:
+        """Give memory for a new image to this process alone, that of an old image if possible; None without room.
+
+        What it holds before it is filled is arbitrary.
+        """
+        folder = self._in_use()
+        if folder is None:
+            return None
+        file_bytes = -(-(image_bytes + _HEADER_ROOM) // mmap.PAGESIZE) * mmap.PAGESIZE
+        lock = None
+        try:
+            name, lock = self._recycle(folder, file_bytes) or self._create(folder, file_bytes)
+            image = self._mapped.get(folder, name, lock, image_bytes, writable=True)
+            return Draft(self, name, lock, image)
+        except OSError as error:
+            if lock:
+                lock.release()
+            self._say("no room for %d bytes of shared weights: %s", image_bytes, error)
+            return None
+
+    def close(self) -> None:
+        """Leave; the last one removes everything. Images, drafts and claims that are out stay valid till released."""
+        folder = self._in_use()
+        self._folder = None
+        if folder:
+            self._mapped.forget(set())
+            folder.leave()
+
+    def _in_use(self) -> Folder | None:
+        """Give the folder, unless this is closed, or a forked child."""
+        return self._folder if os.getpid() == self._pid else None
+
+    def _say(self, message: str, *facts: object) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message, *facts)
+
+    def _open_image(self, folder: Folder, file: str, lock: Lock) -> SharedImage | None:
+        """Map a locked image; take over the lock, or release it."""
+        try:
+            facts = _read_end(lock.fd)
+            if facts:
+                image_bytes, header = facts
+                image = self._mapped.get(folder, file, lock, image_bytes, writable=False)
+                return SharedImage(image, header, lock)
+        except BaseException:
+            lock.release()
+            raise
+        lock.release()
+        self._say("the shared weights %s are damaged", file)
+        return None
+
+    def _recycle(self, folder: Folder, file_bytes: int) -> tuple[str, Lock] | None:
+        """Take a file that nobody uses and that is large enough; remove the others that are neither used nor kept."""
+        taken = None
+        for name in self._expendable(folder, self._keep - 1):
+            if taken is None:
+                taken = _take_over(folder, name, file_bytes)
+            else:
+                _remove_unused(folder, name)
+        return taken
+
+    def _expendable(self, folder: Folder, kept: int) -> list[str]:
+        """Name the files that need not stay if nobody uses them: drafts of dead processes, and old images."""
+        drafts, images = [], []
+        for name in folder.files():
+            if name.startswith(_DRAFT):
+                drafts.append(name)
+            elif name.startswith(_IMAGE):
+                with contextlib.suppress(FileNotFoundError):
+                    images.append((os.stat(name, dir_fd=folder.fd).st_mtime_ns, name))
+        images.sort(reverse=True)
+        return drafts + [name for _, name in images[kept:]]
+
+    def _create(self, folder: Folder, file_bytes: int) -> tuple[str, Lock]:
+        """Make a draft of new memory; OSError without room."""
+        space = os.fstatvfs(folder.fd)
+        free = int(space.f_bavail * space.f_frsize * _FREE_SHARE)
+        if file_bytes > free:
+            raise OSError(f"the file system has only {free} bytes to spare")
+        for _ in range(_TRIES):
+            name = _draft_name()
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+            # Until it is locked, another process may take it for one of a dead process, and remove it.
+            lock = Lock.take(folder.fd, name, exclusive=False, flags=flags)
+            if lock is None:
+                continue
+            try:
+                os.posix_fallocate(lock.fd, 0, file_bytes)
+            except BaseException:
+                os.unlink(name, dir_fd=folder.fd)
+                lock.release()
+                raise
+            return name, lock
+        raise OSError("other processes removed what was made")
+
+    def _put_in_place(self, draft: str, lock: Lock, image_bytes: int, file: str, header: bytes) -> Image:
+        """Finish a draft, rename it, remove images that need not stay, and map it for reading."""
+        folder = self._in_use()
+        if folder is None or not lock.is_at(folder.fd, draft):
+            raise OSError("the cache was closed, or removed")
+        _write_end(lock.fd, image_bytes, header)
+        os.replace(draft, file, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+        for old in self._expendable(folder, self._keep):
+            _remove_unused(folder, old)
+        return self._mapped.get(folder, file, lock, image_bytes, writable=False)
+
+
+class Draft:
+    """Memory for a new image, of this process alone until it is published.
+
+    Attributes:
+        image: the memory, to be filled.
+    """
+
+    def __init__(self, cache: HostCache, file: str, lock: Lock, image: Image) -> None:
+        """Take over a locked file and its memory; use `HostCache.reserve`."""
+        self.image = image
+        self._cache, self._file = cache, file
+        self._lock: Lock | None = lock
+
+    def publish(self, name: str, header: bytes) -> SharedImage:
+        """Put the image in place for all, with its header, and use it; do not write to it any more.
+
+        Where that fails, which is logged, the image serves this process alone.
+
+        Raises:
+            RuntimeError: it was published or abandoned before.
+        """
+        file = _IMAGE + _checked(name)
+        lock, self._lock = self._lock, None
+        if lock is None:
+            raise RuntimeError("a draft is published once")
+        image = self.image
+        try:
+            image = self._cache._put_in_place(self._file, lock, image.nbytes, file, header)
+        except OSError as error:
+            self._cache._say("the weights %s are not shared: %s", name, error)
+        return SharedImage(image, header, lock)
+
+    def abandon(self) -> None:
+        """Give the memory back, for the next draft; nothing if it was published."""
+        lock, self._lock = self._lock, None
+        if lock:
+            lock.release()
+
+
+class SharedImage:
+    """An image in use. It is not to be written to, and not to be read after its release.
+
+    Attributes:
+        image: its bytes.
+        header: what was published with them.
+    """
+
+    def __init__(self, image: Image, header: bytes, lock: Lock) -> None:
+        """Take over a locked image; use `HostCache.find` or `Draft.publish`."""
+        self.image, self.header = image, header
+        self._lock = lock
+
+    def release(self) -> None:
+        """Use it no longer: another image may be written into its memory."""
+        self._lock.release()
+
+
+class Claim:
+    """The exclusive right to make an image; it ends with `release`, with a `with` block, or with the process."""
+
+    def __init__(self, folder: Folder | None = None, file: str = "", lock: Lock | None = None) -> None:
+        """Take over the exclusively locked file, if there is one; use `HostCache.claim`."""
+        self._folder, self._file, self._lock = folder, file, lock
+
+    def release(self) -> None:
+        """Give the right back."""
+        if self._folder and self._lock and self._lock.is_held:
+            with contextlib.suppress(OSError):
+                os.unlink(self._file, dir_fd=self._folder.fd)
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        """Give the claim."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Release it."""
+        self.release()
+
+
+class _Mapped:
+    """Files that this process has mapped, by inode, for as long as they are in the folder.
+
+    Versions alternate between few files, and touching pages for the first time costs more than copying them.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, bool], mmap.mmap] = {}
+
+    def get(self, folder: Folder, name: str, lock: Lock, image_bytes: int, *, writable: bool) -> Image:
+        """Give an image's bytes, in memory that is shared (writable) or private, which writes would not leave.
+
+        The lock keeps the file where it is, and nobody makes it smaller: its pages are there.
+        """
+        key = os.fstat(lock.fd).st_ino, writable
+        memory = self._known.get(key)
+        if memory is None or len(memory) < image_bytes:
+            self.forget(set(folder.files().values()))
+            memory = self._known[key] = _map(folder, name, lock, writable=writable)
+        return np.frombuffer(memory, np.uint8, image_bytes)
+
+    def forget(self, present: set[int]) -> None:
+        """Let go of files that are not there any more: their memory is only freed then."""
+        for key in list(self._known):
+            if key[0] not in present:
+                self._known.pop(key, None)
+
+
+def _map(folder: Folder, name: str, lock: Lock, *, writable: bool) -> mmap.mmap:
+    # Opened anew: `mmap` keeps a copy of the descriptor, which would keep the lock.
+    fd = os.open(name, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW, dir_fd=folder.fd)
+    try:
+        if not os.path.samestat(os.fstat(fd), os.fstat(lock.fd)):
+            raise FileNotFoundError(f"{name} was replaced")
+        # Private pages that are not written to show the file as it is now, and numpy and torch take them for writable.
+        flags = mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE
+        return mmap.mmap(fd, os.fstat(fd).st_size, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+    finally:
+        os.close(fd)
+
+
+def _take_over(folder: Folder, name: str, file_bytes: int) -> tuple[str, Lock] | None:
+    """Make a draft of a file if nobody uses it and its size is right; remove it if only that is wrong."""
+    lock = Lock.take(folder.fd, name, exclusive=True)
+    if lock is None:
+        return None
+    try:
+        if not file_bytes <= os.fstat(lock.fd).st_size <= 2 * file_bytes:
+            os.unlink(name, dir_fd=folder.fd)
+        else:
+            draft = _draft_name()
+            os.rename(name, draft, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+            # A shared lock is enough from now on, and it becomes the image's: nobody else may lock the file
+            # exclusively. Between the two locks another process may; then the file is no draft of ours any more.
+            if lock.change(exclusive=False) and lock.is_at(folder.fd, draft):
+                return draft, lock
+    except BaseException:
+        lock.release()
+        raise
+    lock.release()
+    return None
+
+
+def _remove_unused(folder: Folder, name: str) -> None:
+    lock = Lock.take(folder.fd, name, exclusive=True)
+    if lock:
+        try:
+            os.unlink(name, dir_fd=folder.fd)
+        finally:
+            lock.release()
+
+
+def _write_end(fd: int, image_bytes: int, header: bytes) -> None:
+    """Write header and footer to the end of the file, which grows if they do not fit behind the image."""
+    size = os.fstat(fd).st_size
+    needed = image_bytes + len(header) + _FOOTER.size
+    if needed > size:
+        os.posix_fallocate(fd, 0, needed)
+        size = needed
+    footer = _FOOTER.pack(_MARK, image_bytes, len(header), _digest(image_bytes, header))
+    os.pwrite(fd, header + footer, size - len(header) - _FOOTER.size)
+
+
+def _read_end(fd: int) -> tuple[int, bytes] | None:
+    """Read the bytes of the image and its header from the end of the file; None if they cannot be true."""
+    size = os.fstat(fd).st_size
+    if size < _FOOTER.size:
+        return None
+    mark, image_bytes, header_bytes, digest = _FOOTER.unpack(os.pread(fd, _FOOTER.size, size - _FOOTER.size))
+    if mark != _MARK or image_bytes + header_bytes + _FOOTER.size > size:
+        return None
+    header = os.pread(fd, header_bytes, size - _FOOTER.size - header_bytes)
+    return (image_bytes, header) if digest == _digest(image_bytes, header) else None
+
+
+def _digest(image_bytes: int, header: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(header, seed=image_bytes)
+
+
+def _draft_name() -> str:
+    return f"{_DRAFT}{secrets.token_hex(8)}"
+
+
+def _checked(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", name):
+        raise InvalidArgument(f"not a name for shared weights: {name!r}")
+    return name
