@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import struct
+import sys
 from pathlib import Path
 from typing import Final, Self
 
@@ -73,10 +74,8 @@ class HostCache:
         """
         if keep < 1:
             raise InvalidArgument(f"keep must be at least 1, not {keep}")
-        if not hasattr(os, "posix_fallocate"):
-            logger.info(
-                "weights are not shared with other processes: this system cannot reserve memory for files"
-            )
+        if sys.platform != "linux":
+            logger.info("weights are shared by the processes of a host on Linux only")
             return None
         try:
             return cls(Folder.enter(directory or Path("/dev/shm"), run), keep)
@@ -129,7 +128,7 @@ class HostCache:
         lock = None
         try:
             name, lock = self._recycle(folder, file_bytes) or self._create(folder, file_bytes)
-            image = self._mapped.get(folder, name, lock, image_bytes, writable=True)
+            image = self._mapped.get(folder, lock, image_bytes, writable=True)
             return Draft(self, name, lock, image)
         except OSError as error:
             if lock:
@@ -160,7 +159,7 @@ class HostCache:
             facts = _read_end(lock.fd)
             if facts:
                 image_bytes, header = facts
-                image = self._mapped.get(folder, file, lock, image_bytes, writable=False)
+                image = self._mapped.get(folder, lock, image_bytes, writable=False)
                 return SharedImage(image, header, lock)
         except BaseException:
             lock.release()
@@ -222,7 +221,7 @@ class HostCache:
         os.replace(draft, file, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
         for old in self._expendable(folder, self._keep):
             _remove_unused(folder, old)
-        return self._mapped.get(folder, file, lock, image_bytes, writable=False)
+        return self._mapped.get(folder, lock, image_bytes, writable=False)
 
 
 class Draft:
@@ -314,16 +313,16 @@ class _Mapped:
     def __init__(self) -> None:
         self._known: dict[tuple[int, bool], mmap.mmap] = {}
 
-    def get(self, folder: Folder, name: str, lock: Lock, image_bytes: int, *, writable: bool) -> Image:
+    def get(self, folder: Folder, lock: Lock, image_bytes: int, *, writable: bool) -> Image:
         """Give an image's bytes, in memory that is shared (writable) or private, which writes would not leave.
 
-        The lock keeps the file where it is, and nobody makes it smaller: its pages are there.
+        The file has all its pages, and nobody makes it smaller.
         """
         key = os.fstat(lock.fd).st_ino, writable
         memory = self._known.get(key)
         if memory is None or len(memory) < image_bytes:
             self.forget(set(folder.files().values()))
-            memory = self._known[key] = _map(folder, name, lock, writable=writable)
+            memory = self._known[key] = _map(lock, writable=writable)
         return np.frombuffer(memory, np.uint8, image_bytes)
 
     def forget(self, present: set[int]) -> None:
@@ -333,12 +332,10 @@ class _Mapped:
                 self._known.pop(key, None)
 
 
-def _map(folder: Folder, name: str, lock: Lock, *, writable: bool) -> mmap.mmap:
-    # Opened anew: `mmap` keeps a copy of the descriptor, which would keep the lock.
-    fd = os.open(name, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW, dir_fd=folder.fd)
+def _map(lock: Lock, *, writable: bool) -> mmap.mmap:
+    # Opened anew: `mmap` keeps a copy of the descriptor, which would keep the lock in a forked child.
+    fd = os.open(f"/proc/self/fd/{lock.fd}", os.O_RDWR if writable else os.O_RDONLY)
     try:
-        if not os.path.samestat(os.fstat(fd), os.fstat(lock.fd)):
-            raise FileNotFoundError(f"{name} was replaced")
         # Private pages that are not written to show the file as it is now, and numpy and torch take them for writable.
         flags = mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE
         return mmap.mmap(fd, os.fstat(fd).st_size, flags, mmap.PROT_READ | mmap.PROT_WRITE)
