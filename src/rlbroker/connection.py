@@ -482,7 +482,7 @@ class Channel:
         return self.execute(*script.call(keys, arguments))
 
     @property
-    def socket(self) -> socket.socket | None:
+    def raw_socket(self) -> socket.socket | None:
         """The connection's own socket, no byte of which is read ahead; None where redis-py must be used.
 
         There is none with fakeredis, behind redis-py's cache, and in releases that we do not know.

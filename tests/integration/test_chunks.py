@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import redis
 from conftest import RealServer, Server
 from servers import FaultyServer
 
@@ -335,6 +336,24 @@ def test_password_tcp_and_rights_are_as_with_any_command(keys: Keys) -> None:
 
 
 @pytest.fixture
+def straight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has what falls back to redis-py fail."""
+    monkeypatch.setattr(chunks, "_read_by_client", None)
+    monkeypatch.setattr(ChunkWriter, "_write_by_client", None)
+
+
+@pytest.mark.usefixtures("straight")
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_both_protocols_carry_chunks(real_server: RealServer, keys: Keys, protocol: int) -> None:
+    client = redis.Redis.from_url(real_server.url, protocol=protocol)
+    connection = Connection(client=client)
+    move(connection, dict(zip(names(keys, len(SIZES)), values(SIZES), strict=True)))
+    with pytest.raises(errors.WireError, match="is gone"):
+        read(connection, {"nothing": b""})
+    connection.close()
+
+
+@pytest.fixture
 def tls_url(tmp_path: Path) -> Iterator[str]:
     """A server that speaks TLS only; it and the certificate's maker are the system's own."""
     redis_server, openssl = shutil.which("redis-server"), shutil.which("openssl")
@@ -367,11 +386,8 @@ def tls_url(tmp_path: Path) -> Iterator[str]:
         process.wait()
 
 
-def test_tls_carries_chunks_without_redis_py(
-    tls_url: str, keys: Keys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chunks, "_read_by_client", None)
-    monkeypatch.setattr(ChunkWriter, "_write_by_client", None)
+@pytest.mark.usefixtures("straight")
+def test_tls_carries_chunks_too(tls_url: str, keys: Keys) -> None:
     connection = Connection(tls_url)
     sizes = [*SIZES, *[4 << 20] * 6]
     move(connection, dict(zip(names(keys, len(sizes)), values(sizes), strict=True)))
@@ -453,6 +469,8 @@ def test_replies_may_come_byte_by_byte(scripted: Scripted, keys: Keys) -> None:
         (b"-ERR \xff\r\n", errors.ServerFault),
         (b"*1\r\n:1\r\n", errors.ServerFault),
         (b"$\xb2\r\n", errors.ServerFault),
+        (b"$" + b"9" * 5000 + b"\r\n", errors.ServerFault),
+        (b"-ERR " + bytes(70_000), errors.ConnectionFailed),
         (b"\r\n", errors.ServerFault),
     ],
     ids=lambda value: value[1:8].decode(errors="replace").strip() if isinstance(value, bytes) else "",
