@@ -171,8 +171,8 @@ class _Pipe:
         self._deadline = Deadline(try_seconds(math.inf))
 
     def send(self, parts: Sequence[Part]) -> None:
-        """Send parts, one after the other."""
-        left = deque(memoryview(part) for part in parts if len(part))
+        """Send parts, one after the other; the first is not empty."""
+        left = deque(map(memoryview, parts))
         with self._channel.care():
             while left:
                 self._bound()
@@ -240,7 +240,8 @@ def _receive(pipe: _Pipe, chunks: Chunks) -> Iterator[int]:
             requests.append(b"*2\r\n$3\r\nGET\r\n" + _bulk(chunks[asked][0]))
             under_way += len(chunks[asked][1])
             asked += 1
-        pipe.send([b"".join(requests)])
+        if requests:
+            pipe.send([b"".join(requests)])
         line = pipe.line()
         if line in (b"$-1", b"_"):
             raise WireError(f"chunk {key} is gone")
