@@ -17,7 +17,7 @@ from rlbroker.replies import server_seconds, text_fields
 from rlbroker.weights.pointer import Pointer
 
 #: What of the pointer concerns people; the rest says how to fetch it.
-_WEIGHTS = ("version", "kind", "codec", "raw_bytes", "stored_bytes", "chunks", "published")
+_WEIGHTS = ("version", "kind", "base", "codec", "raw_bytes", "stored_bytes", "published")
 
 
 @dataclass(frozen=True)
@@ -73,20 +73,19 @@ class Snapshot:
         Returns:
             `run`, `server`, `server_version`: text.
             `learner`: null, or the fields of `LearnerStatus`.
-            `weights`: null, or `version`, `kind`, `codec`, `raw_bytes`, `stored_bytes`, `chunks`, `published`.
+            `weights`: null, or `version`, `kind`, `base`, `codec`, `raw_bytes`, `stored_bytes`, `published`.
             `workers`: by id, each with
             `member`: null once it left, or the fields of `WorkerInfo`;
             `batches`: null before its first, or the fields of `QueueCounts`, and `produced`;
             `missed`: the fields of `MissedUpdates`, its `records` with those of `Missed`;
             `commands_waiting`: commands that it has not answered.
         """
-        pointer = asdict(self.pointer) if self.pointer else None
         return {
             "run": self.run,
             "server": self.server,
             "server_version": self.server_version,
             "learner": asdict(self.learner) if self.learner else None,
-            "weights": {name: pointer[name] for name in _WEIGHTS} if pointer else None,
+            "weights": {name: getattr(self.pointer, name) for name in _WEIGHTS} if self.pointer else None,
             "workers": {str(worker): _worker_json(status) for worker, status in self.workers.items()},
         }
 

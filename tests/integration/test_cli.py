@@ -170,7 +170,7 @@ def test_status_as_json_has_the_documented_keys(
     assert said.keys() == {"run", "server", "server_version", "learner", "weights", "workers"}
     assert said["learner"].keys() == {field.name for field in fields(LearnerStatus)}
     assert said["learner"]["state"] == "alive"
-    names = ["version", "kind", "codec", "raw_bytes", "stored_bytes", "chunks", "published"]
+    names = ["version", "kind", "base", "codec", "raw_bytes", "stored_bytes", "published"]
     assert list(said["weights"]) == names
     assert (said["weights"]["version"], said["weights"]["raw_bytes"]) == (3, 4000)
     assert said["workers"].keys() == {"0", "1"}

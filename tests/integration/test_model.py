@@ -365,10 +365,10 @@ class Run(RuleBasedStateMachine):
         finally:
             for one in (self.learner, *self.former):
                 one._connection.client.connection_pool.disconnect()
-                one._publisher._pool.shutdown()
+                one._publisher._uploader.close()
             for life in (*self.lives.values(), *self.replaced):
                 life.client._connection.client.connection_pool.disconnect()
-                life.client._subscriber._pool.shutdown()
+                life.client._subscriber._fetcher.close()
 
     def finish(self) -> None:
         """All come to their end, and then the sums are right."""

@@ -172,7 +172,7 @@ class _Pipe:
 
     def send(self, parts: Sequence[Part]) -> None:
         """Send parts, one after the other; the first is not empty."""
-        left = deque(map(memoryview, parts))
+        left: deque[memoryview] = deque(memoryview(part) for part in parts)
         with self._channel.care():
             while left:
                 self._bound()

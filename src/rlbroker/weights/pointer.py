@@ -97,6 +97,11 @@ class Pointer:
         return "delta" if self.latest.base else "full"
 
     @property
+    def base(self) -> int:
+        """The version that it is a difference to; 0 for none."""
+        return self.latest.base
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes that a worker downloads which has the version before."""
         return self.latest.stored_bytes

@@ -57,6 +57,11 @@ class StoredSegment(NamedTuple):
     raw_digest: int = 0
 
     @property
+    def is_raw(self) -> bool:
+        """Whether the stored bytes are the raw ones."""
+        return self.codec == compress.RAW
+
+    @property
     def is_delta(self) -> bool:
         """Whether a base is needed to decode this segment."""
         return self.codec >= SAME

@@ -101,7 +101,7 @@ class ImagePlan:
         taker = LeafTaker(dtype)
         self._tree = TreePacker(taker.take).pack(tree)
         self._leaves = taker.leaves
-        self._sources = taker.sources
+        self._sources: Sequence[Any] = taker.sources
         self._lanes = plan_lanes(taker.leaves, segment_bytes)
         self._geometry = _Geometry(
             self._leaves,
@@ -116,7 +116,10 @@ class ImagePlan:
         self.layout: bytes = self._geometry.layout
 
     def fill(self, image: NDArray[np.uint8]) -> None:
-        """Copy every leaf into `image`, cast where wanted; bytes between the lanes become 0."""
+        """Copy every leaf into `image`, cast where wanted; bytes between the lanes become 0. Only once.
+
+        The leaves are forgotten by that: their memory is the caller's alone again.
+        """
         self._geometry.check(image)
         end = 0
         for lane, start in zip(self._lanes, self._geometry.lane_starts, strict=True):
@@ -133,6 +136,7 @@ class ImagePlan:
                     _write(leaf, self._sources[number], aligned)
                     place[:] = aligned
         image[end:] = 0
+        self._sources = ()
 
     def encode_segment(
         self,
