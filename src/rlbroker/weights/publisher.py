@@ -469,8 +469,10 @@ class Publisher:
             for form in pointer.forms
             for pair in zip(self._chunk_keys(form), self._chunks.get(form.upload, ()), strict=False)
         ]
-        sizes = self._connection.execute_all([("STRLEN", key) for key, _ in expected])
-        if sizes != [size for _, (size, _) in expected]:
+        there, *sizes = self._connection.execute_all(
+            [("EXISTS", *(key for key, _ in expected)), *(("STRLEN", key) for key, _ in expected)]
+        )
+        if there < len(expected) or sizes != [size for _, (size, _) in expected]:
             return True
         return compare and any(
             xxhash.xxh3_64_intdigest(self._connection.execute("GET", key) or b"") != digest
