@@ -7,6 +7,7 @@ accepted survives another round, or raises the one error that it may raise; anyt
 from __future__ import annotations
 
 import msgpack
+import numpy as np
 import xxhash
 from wire_hostile import PRELUDE, sealed, with_true_digests
 
@@ -16,6 +17,8 @@ from rlbroker.control.inbox import COMMAND_LIMITS
 from rlbroker.errors import WireError
 from rlbroker.replies import text_fields, whole_number
 from rlbroker.weights.pointer import Pointer, group
+from rlbroker.wire import delta
+from rlbroker.wire.format import DENSE, SAME, SPARSE
 
 #: Small, so that what a message may ask for is a sharp bound also while fuzzing.
 LIMITS = wire.Limits(max_raw_bytes=1 << 20)
@@ -85,7 +88,58 @@ def answer(data: bytes) -> None:
     assert Account.from_fields(done.account.to_fields()) == done.account
 
 
-TARGETS = (message, sealed_message, sealed_segments, weights, pointer, answer)
+def delta_segment(data: bytes) -> None:
+    """Apply the stored bytes of a delta: codec, element size and raw bytes (two) come first."""
+    if len(data) < 4:
+        return
+    codec = (SAME, DENSE, SPARSE)[data[0] % 3]
+    typesize = data[1] or 1
+    raw_bytes = (int.from_bytes(data[2:4], "little") or 1) % 5000 + 1
+    base = (np.arange(raw_bytes) * 7 % 251).astype(np.uint8)
+    # What lies around the segment in an image must stay as it is.
+    image = np.full(raw_bytes + 128, 0xAA, np.uint8)
+    out = image[64:-64]
+    try:
+        delta.restore(codec, memoryview(data[4:]), typesize, base, out)
+    except WireError:
+        assert (out == 0xAA).all()
+        return
+    finally:
+        assert (image[:64] == 0xAA).all()
+        assert (image[-64:] == 0xAA).all()
+    in_place = base.copy()
+    delta.restore(codec, memoryview(data[4:]), typesize, in_place, in_place)
+    assert (in_place == out).all()
+    again, stored = delta.encode(out, base, typesize)
+    if again >= SAME:
+        delta.restore(again, memoryview(stored), typesize, base, in_place)
+        assert (in_place == out).all()
+
+
+def image(data: bytes) -> None:
+    """Fill an image of zeros, or change it, given any header with true digests of the stored bytes."""
+    header_bytes = int.from_bytes(data[:2], "little")
+    body = data[2 + header_bytes :]
+    try:
+        manifest = msgpack.unpackb(data[2 : 2 + header_bytes], strict_map_key=False)
+        whole = with_true_digests(manifest, body)
+    except Exception:  # noqa: BLE001 - not ours: the input is no header that could be sealed
+        return
+    try:
+        form = wire.ImageFormat(whole[: len(whole) - len(body)], LIMITS)
+        filled = np.zeros(form.image_bytes, np.uint8)
+        rest = memoryview(body)
+        for index, segment in enumerate(form.segments):
+            form.decode_segment(index, rest[: segment.stored_bytes], filled, filled)
+            rest = rest[segment.stored_bytes :]
+        tree = form.tree(filled)
+    except WireError:
+        return
+    again = wire.encode(tree)
+    assert wire.encode(wire.decode(again)) == again
+
+
+TARGETS = (message, sealed_message, sealed_segments, weights, pointer, answer, delta_segment, image)
 
 
 def feed(data: bytes) -> None:

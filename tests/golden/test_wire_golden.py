@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from wire_v1 import EXPECTED, HERE
+from numpy.typing import NDArray
+from wire_v1 import EXPECTED, HERE, IMAGES
 
 from rlbroker import wire
+from rlbroker.wire import compress
+from rlbroker.wire.format import DENSE, SAME, SPARSE, split_header
 
 
 def bits(value: Any) -> Any:
@@ -43,6 +46,39 @@ def test_each_codec_has_a_golden_message() -> None:
     assert 0 < summary["compressed_segments"] < summary["segments"]
 
 
+def read_image(
+    name: str, base: NDArray[np.uint8] | None = None
+) -> tuple[wire.ImageFormat, NDArray[np.uint8]]:
+    message = (HERE / name).read_bytes()
+    end, _ = split_header(memoryview(message))
+    form = wire.ImageFormat(message[:end], wire.Limits())
+    image = np.empty(form.image_bytes, np.uint8)
+    for index, segment in enumerate(form.segments):
+        form.decode_segment(index, message[end : end + segment.stored_bytes], image, base)
+        end += segment.stored_bytes
+    assert end == len(message)
+    return form, image
+
+
+def test_a_chain_of_deltas_of_an_earlier_release_is_read() -> None:
+    image = None
+    codecs = []
+    for name in ("v1-image-0.bin", "v1-image-1.bin", "v1-image-2.bin"):
+        form, image = read_image(name, image)
+        assert bits(form.tree(image)) == bits(IMAGES[name]())
+        codecs.append({segment.codec for segment in form.segments})
+    assert codecs[0] == {compress.RAW, compress.BLOSC2}
+    assert codecs[1] | codecs[2] == {compress.RAW, compress.BLOSC2, SAME, DENSE, SPARSE}
+
+
+def test_a_cast_image_of_an_earlier_release_is_read() -> None:
+    form, image = read_image("v1-image-cast.bin")
+    assert bits(form.tree(image)) == bits(IMAGES["v1-image-cast.bin"]())
+    kept = form.tree(image, keep_dtype=True)
+    assert kept["large"].dtype == kept["small"].dtype == torch.bfloat16
+    assert kept["array"].dtype == ">f4"
+
+
 def test_no_golden_file_is_forgotten_and_the_version_has_some() -> None:
-    assert {path.name for path in HERE.glob("*.bin") if path.name.startswith("v")} == set(EXPECTED)
+    assert {path.name for path in HERE.glob("*.bin") if path.name.startswith("v")} == set(EXPECTED | IMAGES)
     assert any(name.startswith(f"v{wire.FORMAT_VERSION}-") for name in EXPECTED)

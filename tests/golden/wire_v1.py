@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,35 @@ def _large() -> Any:
     }
 
 
+def _image(step: int) -> Any:
+    """Return weights whose second step is near the first: alike, in a few words, in all words, and anew."""
+    counts = np.arange(6_000, dtype=np.uint32)
+    few = (counts * 40_503 % 65_521).astype(np.uint16)
+    few[:: 97 + step] += np.uint16(step)
+    most = counts * np.uint32(2_654_435_761)
+    noise = (np.arange(9_000, dtype=np.uint64) ** 3 * 0x9E3779B97F4A7C15 >> np.uint64(40 + step)).astype(
+        np.uint8
+    )
+    return {
+        "few": torch.from_numpy(few.view(np.int16).copy()).view(torch.bfloat16),
+        "all": torch.from_numpy((most + (counts % 7 + 1) * np.uint32(step)).view(np.int32).copy()),
+        "same": torch.from_numpy(most.view(np.int32) // 3),
+        "noise": noise,
+        "zeros": np.zeros(3_000) if step else np.arange(3_000) ** 0.5,
+        "bias": [torch.arange(5.0) + step, np.array(step)],
+    }
+
+
+def _cast() -> Any:
+    """Return leaves that are cast to bfloat16; all of them exact."""
+    return {
+        "large": torch.arange(40_000).float() % 256,
+        "small": torch.arange(5.0).double(),
+        "array": np.arange(9.0).astype(">f4"),
+        "int": torch.arange(3),
+    }
+
+
 EXPECTED = {
     "v1-batch.bin": _batch,
     "v1-large.bin": _large,
@@ -92,9 +122,37 @@ EXPECTED = {
     "v1-torch.bin": _torch,
 }
 
+#: Headers of images with their segments; each but the first of its kind a delta to the one before.
+IMAGES: dict[str, Callable[[], Any]] = {
+    "v1-image-0.bin": lambda: _image(0),
+    "v1-image-1.bin": lambda: _image(1),
+    "v1-image-2.bin": lambda: _image(2),
+    "v1-image-cast.bin": _cast,
+}
+
+
+def _image_messages() -> dict[str, bytes]:
+    written = {}
+    base = None
+    for name, make in IMAGES.items():
+        cast = name == "v1-image-cast.bin"
+        plan = wire.ImagePlan(make(), dtype="bfloat16" if cast else None, segment_bytes=8192)
+        image = np.zeros(plan.image_bytes, np.uint8)
+        plan.fill(image)
+        parts = [
+            plan.encode_segment(index, image, compression=True, base=None if cast else base)
+            for index in range(plan.segment_count)
+        ]
+        header = plan.header([part.segment for part in parts])
+        written[name] = b"".join([header, *(part.stored for part in parts)])
+        base = image
+    return written
+
+
 if __name__ == "__main__":
-    for name, make in EXPECTED.items():
+    messages = {name: wire.encode(make()) for name, make in EXPECTED.items()} | _image_messages()
+    for name, message in messages.items():
         path = HERE / name
         if not path.exists():
-            path.write_bytes(wire.encode(make()))
+            path.write_bytes(message)
             print(name, path.stat().st_size)

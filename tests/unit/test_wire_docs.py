@@ -7,6 +7,8 @@ import numpy as np
 from wire_trees import assert_same
 
 from rlbroker import wire
+from rlbroker.wire import delta
+from rlbroker.wire.format import SPARSE
 
 PAGE = (Path(__file__).parents[2] / "docs" / "wire-format.md").read_text(encoding="utf-8")
 
@@ -26,6 +28,17 @@ def test_the_hexdump_in_the_documentation_is_what_is_written() -> None:
     }
     assert wire.encode(tree) == message
     assert_same(wire.decode(message), tree)
+
+
+def test_the_example_of_a_sparse_segment_is_one() -> None:
+    dump = re.search(r"```\n(02 00 00 00 .*?)```", PAGE, re.DOTALL)
+    assert dump
+    stored = bytes.fromhex(" ".join(line[:40] for line in dump[1].splitlines()))
+    base = np.array([0, 0x3F80, 2, 3, 0x4000, 5, 6, 7], "<u2")
+    new = np.array([0, 0x3F81, 2, 3, 0x3FFF, 5, 6, 7], "<u2")
+    out = np.empty(16, np.uint8)
+    delta.restore(SPARSE, memoryview(stored), 2, base.view(np.uint8), out)
+    assert (out == new.view(np.uint8)).all()
 
 
 def test_the_documentation_tells_the_limits() -> None:
