@@ -18,6 +18,7 @@ from rlbroker import wire
 from rlbroker.errors import InvalidArgument, UnsupportedType, WireError
 from rlbroker.wire import compress
 from rlbroker.wire.dtypes import NUMPY_DTYPES, TORCH_DTYPES
+from rlbroker.wire.format import DENSE, SAME, SPARSE
 
 Image = NDArray[np.uint8]
 LIMITS = wire.Limits()
@@ -139,16 +140,22 @@ def weights(seed: int) -> dict[str, Any]:
 
 def test_two_hundred_deltas_in_a_row_lead_to_the_same_bits() -> None:
     rng = np.random.default_rng(5)
-    latest = weights(1)
-    plan = wire.ImagePlan(latest)
+    tied = torch.randn(100, 90)
+    latest: dict[str, Any] = {
+        "in": tied,
+        "out": tied,
+        "half": torch.randn(10_000).bfloat16(),
+        "steps": np.arange(3000),
+    }
+    plan = wire.ImagePlan(latest, segment_bytes=10_000)
     ours = filled(plan)
     form, theirs = received(*sent(plan, ours))
     digests = [0] * plan.segment_count
     for step in range(200):
         for value in (latest["in"].numpy(), latest["half"].view(torch.int16).numpy(), latest["steps"]):
             flat = value.reshape(-1)
-            flat[rng.integers(0, flat.size, rng.integers(0, flat.size // 20))] += 1
-        plan = wire.ImagePlan(latest)
+            flat[rng.integers(0, flat.size, rng.integers(0, flat.size // 10))] += 1
+        plan = wire.ImagePlan(latest, segment_bytes=10_000)
         before, ours = ours, filled(plan)
         parts = [
             plan.encode_segment(i, ours, compression=True, base=before, base_digest=digests[i])
@@ -169,12 +176,15 @@ def test_two_hundred_deltas_in_a_row_lead_to_the_same_bits() -> None:
 
 
 def test_a_wrong_base_is_never_applied() -> None:
-    old, new = wire.ImagePlan(weights(1)), wire.ImagePlan(weights(2))
-    base = filled(old)
-    header, stored = sent(new, filled(new), base)
+    tree = weights(1)
+    base = filled(wire.ImagePlan(tree))
+    tree["in"] *= 1.00001
+    tree["half"][::50] *= 2
+    plan = wire.ImagePlan(tree)
+    header, stored = sent(plan, filled(plan), base)
     form = wire.ImageFormat(header, LIMITS)
     deltas = [i for i, segment in enumerate(form.segments) if segment.is_delta]
-    assert deltas
+    assert {form.segments[index].codec for index in deltas} == {SAME, DENSE, SPARSE}
     for index in deltas:
         for wrong in (None, base[:-64]):
             with pytest.raises(WireError, match="base"):

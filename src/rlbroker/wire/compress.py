@@ -80,9 +80,9 @@ def compress(raw: memoryview, typesize: int) -> tuple[int, bytes | memoryview]:
 
 def guess(raw: memoryview, typesize: int, sample_bytes: int) -> int:
     """Return about how many bytes `compress` would leave, from a look at `sample_bytes` of them."""
-    if len(raw) < max(MIN_COMPRESS_BYTES, sample_bytes):
-        return len(raw) if len(raw) < MIN_COMPRESS_BYTES else len(_chunk(raw, typesize))
-    sample = _sample(raw, typesize, sample_bytes)
+    if len(raw) < MIN_COMPRESS_BYTES:
+        return len(raw)
+    sample = raw if len(raw) <= sample_bytes else _sample(raw, typesize, sample_bytes)
     return min(len(_chunk(sample, typesize)) * len(raw) // len(sample), len(raw))
 
 

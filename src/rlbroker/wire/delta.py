@@ -30,11 +30,15 @@ _ESCAPE = 255
 _SPARSE_PART = 0.4
 _SAMPLE_WORDS = 2048
 
+#: Below this part most groups of eight bytes are unchanged, which is worth a look at them first.
+_RARE_PART = 0.08
+
 #: Work is done on pieces of this many bytes, so that what is between two steps stays in the cache.
 _BLOCK_BYTES = 256 << 10
+_BLOCK_GAPS = 16 << 10
 
-#: Below this many bytes a guess at what a full segment would take is not worth a call of blosc2.
-_GUESS_BYTES = 16 << 10
+#: From this many bytes of a segment it is guessed what compressing all of them would leave.
+_GUESS_BYTES = 32 << 10
 
 
 def word_type(typesize: int, raw_bytes: int) -> np.dtype[Any]:
@@ -44,24 +48,28 @@ def word_type(typesize: int, raw_bytes: int) -> np.dtype[Any]:
 
 
 def encode(new: Bytes, base: Bytes, typesize: int) -> tuple[int, bytes | memoryview]:
-    """Return (codec, stored bytes) of whatever is smallest; full codecs included.
+    """Return (codec, stored bytes) of what is smallest, full codecs included, as far as samples tell.
 
     `new` and `base` are equally long, contiguous and do not change during the call. The stored bytes are a view
     of `new` where stored raw.
     """
     word = word_type(typesize, len(new))
     changes = _changes(new, base, word)
-    if changes is None:
-        codec, stored = DENSE, _dense(new, base, word)
-    elif len(changes[0]):
-        codec, stored = SPARSE, _sparse(*changes)
-    else:
+    if changes is not None and not len(changes[0]):
         return SAME, b""
-    if len(stored) >= len(new) or len(stored) > compress.guess(new.data, typesize, _GUESS_BYTES):
-        full_codec, full = compress.compress(new.data, typesize)
-        if len(full) <= len(stored):
-            return full_codec, full
-    return codec, stored
+    expected_bytes = compress.guess(new.data, typesize, _GUESS_BYTES)
+    if changes is None:
+        difference = _difference(new, base, word).view(np.uint8).data
+        if compress.guess(difference, word.itemsize, _GUESS_BYTES) < expected_bytes:
+            codec, stored = compress.compress(difference, word.itemsize)
+            if codec == compress.BLOSC2:
+                return DENSE, stored
+        return compress.compress(new.data, typesize)
+    sparse = _sparse(*changes)
+    if len(sparse) < expected_bytes:
+        return SPARSE, sparse
+    codec, stored = compress.compress(new.data, typesize)
+    return (SPARSE, sparse) if len(sparse) < len(stored) else (codec, stored)
 
 
 def apply(segment: StoredSegment, stored: memoryview, typesize: int, base: Bytes, out: Bytes) -> None:
@@ -92,36 +100,41 @@ def restore(codec: int, stored: memoryview, typesize: int, base: Bytes, out: Byt
 
 
 def _changes(new: Bytes, base: Bytes, word: np.dtype[Any]) -> tuple[Words, Words] | None:
-    """Return the positions of changed words and their centred differences; None if they are too many.
-
-    Eight bytes are compared at a time, and only those that differ are looked at by the word.
-    """
-    most = len(new) // word.itemsize * _SPARSE_PART
-    step = max(len(new) // word.itemsize // _SAMPLE_WORDS, 1)
-    sample = np.not_equal(new.view(word)[::step], base.view(word)[::step])
-    if np.count_nonzero(sample) > len(sample) * (_SPARSE_PART + 0.1):
+    """Return the positions of changed words and their centred differences; None if they are too many."""
+    words = len(new) // word.itemsize
+    step = max(words // _SAMPLE_WORDS, 1)
+    sample = new.view(word)[::step] != base.view(word)[::step]
+    sampled_part = np.count_nonzero(sample) / len(sample)
+    if sampled_part > _SPARSE_PART + 0.1:
         return None
     positions: list[Words] = []
     differences: list[Words] = []
     found = 0
     for start in range(0, len(new), _BLOCK_BYTES):
         ours, theirs = new[start : start + _BLOCK_BYTES], base[start : start + _BLOCK_BYTES]
-        wide = np.dtype("<u8") if len(ours) % 8 == 0 else word
-        ours, theirs = ours.view(wide), theirs.view(wide)
-        at = np.flatnonzero(ours != theirs)
-        difference = ours[at].view(word) - theirs[at].view(word)
-        if wide != word:
-            per = wide.itemsize // word.itemsize
-            inside = np.flatnonzero(difference)
-            at = at[inside // per] * per + inside % per
-            difference = difference[inside]
+        if sampled_part < _RARE_PART and len(ours) % 8 == 0:
+            at, difference = _rare_changes(ours, theirs, word)
+        else:
+            difference = ours.view(word) - theirs.view(word)
+            at = np.flatnonzero(difference != 0)
+            difference = difference[at]
         at += start // word.itemsize
         positions.append(at)
         differences.append(difference)
         found += len(at)
-        if found > most:
+        if found > words * _SPARSE_PART:
             return None
     return np.concatenate(positions), np.concatenate(differences) + _bias(word)
+
+
+def _rare_changes(new: Bytes, base: Bytes, word: np.dtype[Any]) -> tuple[Words, Words]:
+    """Return positions and differences; eight bytes are compared at a time, and only what differs by the word."""
+    ours, theirs = new.view(np.uint64), base.view(np.uint64)
+    at = np.flatnonzero(ours != theirs)
+    difference = ours[at].view(word) - theirs[at].view(word)
+    inside = np.flatnonzero(difference != 0)
+    per = 8 // word.itemsize
+    return at[inside // per] * per + inside % per, difference[inside]
 
 
 def _bias(word: np.dtype[Any]) -> Any:
@@ -161,27 +174,23 @@ def _restore_sparse(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[
         raise WireError("a sparse segment ends within its gaps")
     gaps = _part(body[:stored_gap_bytes], gap_bytes, 1)
     differences = _part(body[stored_gap_bytes:], changes * word.itemsize, word.itemsize).view(word)
-    if (
-        gaps[-1] == _ESCAPE
-        or np.count_nonzero(gaps != _ESCAPE) != changes
-        or int(gaps.sum(dtype=np.uint64)) + changes > words
-    ):
+    ends = gaps != _ESCAPE
+    if not ends[-1] or np.count_nonzero(ends) != changes or int(gaps.sum(dtype=np.uint64)) + changes > words:
         raise WireError("the gaps of a sparse segment do not fit it")
     _copy(base, out)
     target = out.view(word)
     bias = _bias(word)
     done = 0
-    position = -1
+    skipped = 0
     # Positions only grow and end within the segment, as was checked above.
-    for start in range(0, len(gaps), _BLOCK_BYTES // 8):
-        block = gaps[start : start + _BLOCK_BYTES // 8]
-        ends = block != _ESCAPE
-        at = np.cumsum(block + ends.astype(np.int64), dtype=np.int64)
-        at += position
-        position = int(at[-1])
-        at = at[ends]
-        difference = differences[done : done + len(at)]
-        target[at] += difference - bias
+    for start in range(0, gap_bytes, _BLOCK_GAPS):
+        at = np.cumsum(gaps[start : start + _BLOCK_GAPS], dtype=np.int64)
+        at += skipped
+        skipped = int(at[-1])
+        if gap_bytes != changes:
+            at = at[ends[start : start + _BLOCK_GAPS]]
+        at += np.arange(done, done + len(at))
+        target[at] += differences[done : done + len(at)] - bias
         done += len(at)
 
 
@@ -196,7 +205,8 @@ def _part(stored: memoryview, raw_bytes: int, typesize: int) -> Bytes:
     return raw
 
 
-def _dense(new: Bytes, base: Bytes, word: np.dtype[Any]) -> bytes | memoryview:
+def _difference(new: Bytes, base: Bytes, word: np.dtype[Any]) -> Words:
+    """Return the centred differences of all words."""
     ours, theirs = new.view(word), base.view(word)
     difference = np.empty_like(ours)
     bias = _bias(word)
@@ -205,8 +215,7 @@ def _dense(new: Bytes, base: Bytes, word: np.dtype[Any]) -> bytes | memoryview:
         part = difference[start : start + step]
         np.subtract(ours[start : start + step], theirs[start : start + step], out=part)
         np.add(part, bias, out=part)
-    # Stored raw, it is as long as the new bytes, which then win.
-    return compress.compress(difference.view(np.uint8).data, word.itemsize)[1]
+    return difference
 
 
 def _restore_dense(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[Any]) -> None:
