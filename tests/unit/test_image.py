@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -252,6 +253,34 @@ def test_a_view_keeps_its_image() -> None:
     del image
     gc.collect()
     assert_same(got, weights(1))
+
+
+def test_an_image_mapped_for_reading_can_be_read() -> None:
+    plan = wire.ImagePlan(weights(1))
+    form, image = received(*sent(plan, filled(plan)))
+    image.flags.writeable = False
+    got = form.tree(image)
+    assert torch.equal(got["in"], weights(1)["in"])
+    assert not got["steps"].flags.writeable
+
+
+def test_threads_may_encode_and_decode_segments_together() -> None:
+    plan = wire.ImagePlan(weights(1), segment_bytes=50_000)
+    base = filled(plan)
+    image = base.copy()
+    image[::1000] ^= 1
+
+    def encode(index: int) -> wire.EncodedSegment:
+        return plan.encode_segment(index, image, compression=True, base=base)
+
+    with ThreadPoolExecutor(8) as pool:
+        parts = list(pool.map(encode, range(plan.segment_count)))
+        form = wire.ImageFormat(plan.header([part.segment for part in parts]), LIMITS)
+        decoded = pool.map(
+            lambda index: form.decode_segment(index, parts[index].stored, base, base), range(len(parts))
+        )
+        assert len(list(decoded)) > 20
+    assert (base == image).all()
 
 
 def test_lanes_begin_at_multiples_of_64_with_zeros_between() -> None:

@@ -231,7 +231,8 @@ class ImageFormat:
         """Return the tree in an image whose segments were all filled in.
 
         Large leaves are views of `image`, small ones and bools are copies. What was cast is cast back, unless
-        `keep_dtype`; bfloat16 of numpy arrays always is.
+        `keep_dtype`; bfloat16 of numpy arrays always is. Tensors that view an image mapped for reading only must
+        not be written to: torch does not know such memory, and the process would die.
         """
         self._geometry.check(image)
         makers = self._makers

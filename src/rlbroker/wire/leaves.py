@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,9 +56,9 @@ class Leaf:
         return plain if self.original is None else (*plain, self.original)
 
 
-def read_leaf(kind: object, dtype: object, shape: object, original: object = None) -> Leaf:
+def read_leaf(kind: object, dtype: object, shape: object, *cast_from: object) -> Leaf:
     """Check one row of a leaf table; raise WireError unless a reader here could make it."""
-    if kind == "array" and dtype == "bfloat16" and original is not None:
+    if kind == "array" and dtype == "bfloat16" and cast_from:
         carrier: np.dtype[Any] | None = casts.BFLOAT16_CARRIER
     elif kind == "tensor":
         carrier = TORCH_DTYPES[dtype].carrier if isinstance(dtype, str) and dtype in TORCH_DTYPES else None
@@ -69,10 +70,11 @@ def read_leaf(kind: object, dtype: object, shape: object, original: object = Non
         raise WireError(f"the dtype {brief(dtype)} of a leaf ({kind}) does not exist on this platform")
     if type(shape) is not list or len(shape) > MAX_DIMENSIONS:
         raise WireError("the shape of a leaf is not a list, or too long")
-    if original is not None and not (
-        isinstance(original, str) and casts.may_be_cast(str(kind), str(dtype), original)
-    ):
-        raise WireError(f"a leaf ({kind}) of {brief(dtype)} that was {brief(original)} before")
+    original: str | None = None
+    for before in cast_from:
+        if not isinstance(before, str) or not casts.may_be_cast(str(kind), str(dtype), before):
+            raise WireError(f"a leaf ({kind}) of {brief(dtype)} that was {brief(before)} before")
+        original = before
     extent = carrier.itemsize if original is None else casts.original_bytes(str(kind), original)
     for dimension in shape:
         if type(dimension) is not int or dimension < 0:
@@ -123,7 +125,12 @@ def _torch_dtype(torch: Any, name: str) -> Any:
 def _tensor(torch: Any, leaf: Leaf, dtype: Any, elements: np.ndarray[Any, Any]) -> Any:
     if 0 in leaf.shape:  # From a flat array, as torch takes over numpy's strides, which are 0 for empty ones.
         return torch.from_numpy(elements.reshape(-1)).view(dtype).reshape(leaf.shape)
-    tensor = torch.from_numpy(elements)
+    if elements.flags.writeable:
+        tensor = torch.from_numpy(elements)
+    else:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            tensor = torch.from_numpy(elements)
     return tensor if TORCH_DTYPES[leaf.dtype].view is None else tensor.view(dtype)
 
 
