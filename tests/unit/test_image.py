@@ -235,6 +235,23 @@ def test_filling_copies_large_leaves_straight_into_the_image() -> None:
     assert peak < 2 << 20
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_tensors_of_any_layout_fill_an_image(dtype: str | None) -> None:
+    pairs = torch.randn(40_000, 2, dtype=torch.complex64)
+    tree = {
+        "negated": pairs.conj().imag,
+        "conjugated": pairs.conj(),
+        "expanded": torch.randn(3, 1).expand(3, 40_000),
+        "parameter": torch.nn.Parameter(torch.randn(200, 200)),
+        "small": pairs.conj().imag[:3],
+    }
+    plan = wire.ImagePlan(tree, dtype=dtype)
+    form, image = received(*sent(plan, filled(plan)))
+    for name, got in form.tree(image).items():
+        plain = tree[name].detach().resolve_conj().resolve_neg()
+        assert torch.equal(got, plain.bfloat16().float() if dtype and plain.is_floating_point() else plain)
+
+
 def test_large_leaves_are_views_of_the_image_and_small_ones_are_not() -> None:
     plan = wire.ImagePlan(weights(1))
     form, image = received(*sent(plan, filled(plan)))

@@ -7,21 +7,16 @@ alike, which costs a reader one addition and compresses as well as zigzag does.
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import numpy as np
 
 from rlbroker.errors import WireError
 from rlbroker.wire import compress
-from rlbroker.wire.format import DENSE, SAME, SPARSE, SPARSE_HEAD_BYTES, StoredSegment, digest_of
+from rlbroker.wire.format import DENSE, SAME, SPARSE, SPARSE_HEAD, StoredSegment, digest_of
 from rlbroker.wire.leaves import Bytes
 
 Words = np.ndarray[Any, np.dtype[Any]]
-
-#: Of SPARSE: changed words, bytes of gaps, and how many bytes the latter are stored in.
-_HEAD = struct.Struct("<III")
-assert _HEAD.size == SPARSE_HEAD_BYTES
 
 #: A gap of this many unchanged words that goes on in the next byte.
 _ESCAPE = 255
@@ -145,7 +140,7 @@ def _sparse(positions: Words, differences: Words) -> bytes:
     gaps = _gaps(positions).tobytes()
     _, stored_gaps = compress.compress(memoryview(gaps), 1)
     _, stored_differences = compress.compress(differences.view(np.uint8).data, differences.itemsize)
-    head = _HEAD.pack(len(positions), len(gaps), len(stored_gaps))
+    head = SPARSE_HEAD.pack(len(positions), len(gaps), len(stored_gaps))
     return b"".join((head, stored_gaps, stored_differences))
 
 
@@ -163,13 +158,13 @@ def _gaps(positions: Words) -> Bytes:
 
 def _restore_sparse(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[Any]) -> None:
     words = len(out) // word.itemsize
-    if len(stored) < _HEAD.size:
+    if len(stored) < SPARSE_HEAD.size:
         raise WireError("a sparse segment is shorter than what it begins with")
-    changes, gap_bytes, stored_gap_bytes = _HEAD.unpack_from(stored)
+    changes, gap_bytes, stored_gap_bytes = SPARSE_HEAD.unpack_from(stored)
     # So what is allocated here is less than twice the segment.
     if not 0 < changes <= words or not changes <= gap_bytes <= changes + words // _ESCAPE:
         raise WireError("a sparse segment claims an impossible number of changes")
-    body = stored[_HEAD.size :]
+    body = stored[SPARSE_HEAD.size :]
     if stored_gap_bytes > len(body):
         raise WireError("a sparse segment ends within its gaps")
     gaps = _part(body[:stored_gap_bytes], gap_bytes, 1)
@@ -231,5 +226,5 @@ def _restore_dense(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[A
 
 
 def _copy(base: Bytes, out: Bytes) -> None:
-    if base.__array_interface__["data"] != out.__array_interface__["data"]:
+    if base.__array_interface__["data"][0] != out.__array_interface__["data"][0]:
         np.copyto(out, base)

@@ -31,8 +31,8 @@ FORMAT_VERSION: int = 1
 SAME = 2
 DENSE = 3
 SPARSE = 4
-#: What a sparse segment begins with.
-SPARSE_HEAD_BYTES = 12
+#: What a sparse segment begins with: changed words, bytes of gaps, and how many bytes the latter are stored in.
+SPARSE_HEAD = struct.Struct("<III")
 
 MAGIC = b"RLBW"
 #: magic, version, reserved, header bytes, body bytes, xxh3_64 of the header
@@ -270,7 +270,7 @@ def _read_segment(row: object) -> StoredSegment:
         if stored_bytes or segment.base_digest != segment.raw_digest:
             raise WireError("an unchanged segment that stores something, or is not its base")
     elif codec in (DENSE, SPARSE):
-        least = compress.CHUNK_HEADER_BYTES if codec == DENSE else SPARSE_HEAD_BYTES + 2
+        least = compress.CHUNK_HEADER_BYTES if codec == DENSE else SPARSE_HEAD.size + 2
         if not least <= stored_bytes < raw_bytes:
             raise WireError("a delta whose stored size is impossible")
     else:
