@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 from collections.abc import Iterator
 
-import blosc2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -188,7 +188,12 @@ def sparse(changes: int, gaps: bytes, differences: bytes, gap_bytes: int | None 
     return HEAD.pack(changes, claimed, len(gaps)) + gaps + differences
 
 
-BOMB = blosc2.compress2(bytes(1 << 20), typesize=1, **compress._PARAMETERS)
+def chunk_of_zeros(raw_bytes: int) -> bytes:
+    sizes = struct.pack("<iii", raw_bytes, raw_bytes, 32)
+    return b"\x05\x01\x85\x01" + sizes + b"\x01\0\0\0\0\0\x05" + bytes(8) + b"\x10"
+
+
+BOMB = chunk_of_zeros(1 << 20)
 
 
 @pytest.mark.parametrize(
@@ -213,14 +218,33 @@ BOMB = blosc2.compress2(bytes(1 << 20), typesize=1, **compress._PARAMETERS)
         HEAD.pack(1, 1, 90) + b"\0\x81",
         sparse(80, BOMB, b"\x81" * 80, gap_bytes=80),
         sparse(80, bytes(80), BOMB),
+        sparse(1, BOMB, b"\x81", gap_bytes=1 << 20),
+        sparse(1 << 20, b"\0", BOMB, gap_bytes=1 << 20),
+        sparse(20, chunk_of_zeros(20), b"\x81" * 20, gap_bytes=20),  # longer than what it stands for
+        sparse(20, bytes(20), chunk_of_zeros(20)),
     ],
 )
 def test_impossible_sparse_segments_are_refused_before_anything_is_written(stored: bytes) -> None:
     base = noise(100)
     out = np.full(100, 7, np.uint8)
+    tracemalloc.start()
     with pytest.raises(WireError):
         delta.restore(SPARSE, memoryview(stored), 1, base, out)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert (out == 7).all()
+    assert peak_bytes < 100_000
+
+
+def test_gaps_that_lead_nowhere_are_refused() -> None:
+    base = noise(1000)
+    for gaps, fits in ((b"\xff\0", True), (b"\0\xff", False), (b"\xff\0\xff", False)):
+        stored = memoryview(sparse(1, gaps, b"\x81"))
+        if fits:
+            delta.restore(SPARSE, stored, 1, base, base)
+        else:
+            with pytest.raises(WireError, match="gaps"):
+                delta.restore(SPARSE, stored, 1, base, base)
 
 
 @pytest.mark.parametrize("stored", [b"", bytes(40), BOMB])

@@ -164,11 +164,9 @@ def _restore_sparse(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[
     # So what is allocated here is less than twice the segment.
     if not 0 < changes <= words or not changes <= gap_bytes <= changes + words // _ESCAPE:
         raise WireError("a sparse segment claims an impossible number of changes")
-    body = stored[SPARSE_HEAD.size :]
-    if stored_gap_bytes > len(body):
-        raise WireError("a sparse segment ends within its gaps")
-    gaps = _part(body[:stored_gap_bytes], gap_bytes, 1)
-    differences = _part(body[stored_gap_bytes:], changes * word.itemsize, word.itemsize).view(word)
+    gaps_end = SPARSE_HEAD.size + stored_gap_bytes
+    gaps = _part(stored[SPARSE_HEAD.size : gaps_end], gap_bytes, 1)
+    differences = _part(stored[gaps_end:], changes * word.itemsize, word.itemsize).view(word)
     ends = gaps != _ESCAPE
     if not ends[-1] or np.count_nonzero(ends) != changes or int(gaps.sum(dtype=np.uint64)) + changes > words:
         raise WireError("the gaps of a sparse segment do not fit it")

@@ -11,10 +11,10 @@ from rlbroker.errors import InvalidArgument
 class Limits:
     """Upper bounds of one message.
 
-    ``max_raw_bytes`` bounds the sum of all arrays once decompressed; a reader of weights larger than
-    1 GiB must raise it. ``max_header_bytes`` bounds the header: building Python objects from it takes up to
-    some 70 times its size. ``max_leaves`` bounds the number of distinct arrays and tensors, and
-    ``max_depth`` the nesting of dictionaries, lists and tuples.
+    ``max_raw_bytes`` bounds the sum of all arrays once decompressed, and that of those that are cast back; a
+    reader of weights larger than 1 GiB must raise it. ``max_header_bytes`` bounds the header: building Python
+    objects from it takes up to some 70 times its size. ``max_leaves`` bounds the number of distinct arrays and
+    tensors, and ``max_depth`` the nesting of dictionaries, lists and tuples.
     """
 
     max_raw_bytes: int = 1 << 30
