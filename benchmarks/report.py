@@ -47,7 +47,7 @@ def ratio_text(row: Row) -> str:
     ratio = row.ratio
     if ratio is None:
         return "–"
-    if not row.higher_is_better and row.target is not None and row.target < 1 and ratio > 0:
+    if not row.higher_is_better and row.target is not None and row.target < 1 and 0 < ratio < 1:
         return f"{number(1 / ratio)}× less"
     return f"{number(ratio)}×"
 

@@ -1,0 +1,63 @@
+"""rlbroker's sides of a way, and the only place that knows which of its newer settings there are."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.models import State
+from rlbroker import WorkerClient, WorkerCommunicator
+
+#: Between two polls a worker does something else.
+STEP_SECONDS = 0.0002
+
+
+def known(function: Callable[..., Any], **settings: Any) -> dict[str, Any]:
+    """Give those of the settings that this release takes."""
+    taken = inspect.signature(function).parameters
+    return {name: value for name, value in settings.items() if name in taken}
+
+
+def learner(
+    url: str, run: str, *, workers: int, host_cache: bool | str = True, **more: Any
+) -> WorkerCommunicator:
+    return WorkerCommunicator(
+        workers,
+        timeout=60.0,
+        redis_url=url,
+        run=run,
+        **known(WorkerCommunicator, host_cache=host_cache),
+        **more,
+    )
+
+
+def worker(url: str, run: str, worker_id: int, *, host_cache: bool | str = True) -> WorkerClient:
+    return WorkerClient(url, run, worker_id, timeout=60.0, **known(WorkerClient, host_cache=host_cache))
+
+
+class OurSender:
+    """Publishes to a run."""
+
+    def __init__(self, communicator: WorkerCommunicator, **settings: Any) -> None:
+        self.communicator, self._settings = communicator, settings
+
+    def send(self, weights: State) -> None:
+        self.communicator.send_model_weights(weights, **self._settings)
+
+
+class OurReceiver:
+    """Polls, as a rollout loop does."""
+
+    def __init__(self, url: str, run: str, host_cache: bool | str, number: int) -> None:
+        self._worker = worker(url, run, number, host_cache=host_cache)
+
+    def receive(self, model: torch.nn.Module) -> None:
+        while not self._worker.poll(model):
+            time.sleep(STEP_SECONDS)
+
+    def close(self) -> None:
+        self._worker.close()
