@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
+from benchmarks.children import answer, child
 from benchmarks.models import State, make_model, probe
 from benchmarks.network import enter
-
-#: After this many seconds a worker is taken for stuck.
-PATIENCE_SECONDS = 300.0
-
-_spawn = multiprocessing.get_context("spawn")
 
 
 class Sender(Protocol):
@@ -35,6 +28,9 @@ class Receiver(Protocol):
     def receive(self, model: torch.nn.Module) -> None:
         """Wait for the next weights, and return once they are in the model."""
 
+    def close(self) -> None:
+        """Leave."""
+
 
 #: Makes a worker's side, given the worker's number; must pickle.
 MakeReceiver = Callable[[int], Receiver]
@@ -43,25 +39,10 @@ MakeReceiver = Callable[[int], Receiver]
 class Crew:
     """Workers of one host. They do nothing, and cost next to nothing, until they are told to receive."""
 
-    def __init__(
-        self, size: int, model_bytes: int, ways: Mapping[str, MakeReceiver], namespace: str = ""
-    ) -> None:
-        """Start so many processes, on another host if a namespace is given, and wait until all are ready."""
-        self._processes: list[BaseProcess] = []
-        self._pipes: list[Connection] = []
-        try:
-            for number in range(size):
-                ours, theirs = _spawn.Pipe()
-                arguments = (theirs, number, model_bytes, dict(ways), namespace)
-                process = _spawn.Process(target=_work, args=arguments, daemon=True)
-                process.start()
-                theirs.close()
-                self._processes.append(process)
-                self._pipes.append(ours)
-            self._answers("open")
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, pipes: Sequence[Connection]) -> None:
+        """Wait until all are ready."""
+        self._pipes = pipes
+        self._answers("open")
 
     def deliver(self, way: str, sender: Sender, weights: State) -> float:
         """Send weights in one way; give the seconds until the last worker has them in its model."""
@@ -76,65 +57,31 @@ class Crew:
             assert found == wanted, f"{way}: a worker has other weights than those that were sent"
         return max(ended for ended, _ in answers) - began
 
-    def close(self) -> None:
-        """End the processes."""
-        for pipe in self._pipes:
-            with contextlib.suppress(OSError):
-                pipe.send(None)
-        for process in self._processes:
-            process.join(5.0)
-            if process.is_alive():
-                process.kill()
-                process.join()
-
-    def _answers(self, expected: str) -> list[Any]:
-        found = []
-        for number, pipe in enumerate(self._pipes):
-            if not pipe.poll(PATIENCE_SECONDS):
-                raise RuntimeError(f"worker {number} gave no answer within {PATIENCE_SECONDS:g} s")
-            try:
-                kind, value = pipe.recv()
-            except EOFError:
-                raise RuntimeError(f"worker {number} ended") from None
-            if kind != expected:
-                raise RuntimeError(f"worker {number}: {value}")
-            found.append(value)
-        return found
+    def _answers(self, expected: str) -> list[tuple[float, tuple[float, ...]]]:
+        return [answer(pipe, expected) for pipe in self._pipes]
 
 
 @contextlib.contextmanager
 def crew(
     size: int, model_bytes: int, ways: Mapping[str, MakeReceiver], namespace: str = ""
 ) -> Iterator[Crew]:
-    """Give a crew that ends with the block."""
-    workers = Crew(size, model_bytes, ways, namespace)
-    try:
-        yield workers
-    finally:
-        workers.close()
+    """Give so many workers, on another host if its namespace is given; they end with the block."""
+    with contextlib.ExitStack() as stack:
+        arguments = (model_bytes, dict(ways), namespace)
+        yield Crew([stack.enter_context(child(_work, number, *arguments)) for number in range(size)])
 
 
 def _work(
     pipe: Connection, number: int, model_bytes: int, ways: dict[str, MakeReceiver], namespace: str
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the parent says when to end
+    if namespace:
+        enter(namespace)
+    model = make_model(model_bytes)
     with contextlib.ExitStack() as stack:
-        try:
-            if namespace:
-                enter(namespace)
-            model = make_model(model_bytes)
-            receivers = {way: make(number) for way, make in ways.items()}
-            for receiver in receivers.values():
-                stack.callback(getattr(receiver, "close", bool))
-            pipe.send(("open", None))
-            while (way := pipe.recv()) is not None:
-                pipe.send(("ready", None))
-                receivers[way].receive(model)
-                ended = time.perf_counter()  # one clock for all processes of the machine
-                pipe.send(("received", (ended, probe(model.state_dict()))))
-        except (EOFError, BrokenPipeError):  # the parent is gone
-            return
-        except Exception as error:
-            with contextlib.suppress(OSError):
-                pipe.send(("failed", f"{type(error).__name__}: {error}"))
-            raise
+        receivers = {way: stack.enter_context(contextlib.closing(make(number))) for way, make in ways.items()}
+        pipe.send(("open", None))
+        while (way := pipe.recv()) is not None:
+            pipe.send(("ready", None))
+            receivers[way].receive(model)
+            ended = time.perf_counter()  # one clock for all processes of the machine
+            pipe.send(("received", (ended, probe(model.state_dict()))))

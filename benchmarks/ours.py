@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from rlbroker import PublishReceipt, WorkerClient, WorkerCommunicator
 
-from benchmarks.models import State
-from rlbroker import WorkerClient, WorkerCommunicator
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.models import State
 
 #: Between two polls a worker does something else.
 STEP_SECONDS = 0.0002
@@ -43,10 +45,11 @@ class OurSender:
     """Publishes to a run."""
 
     def __init__(self, communicator: WorkerCommunicator, **settings: Any) -> None:
-        self.communicator, self._settings = communicator, settings
+        self._communicator, self._settings = communicator, settings
+        self.receipt: PublishReceipt | None = None
 
     def send(self, weights: State) -> None:
-        self.communicator.send_model_weights(weights, **self._settings)
+        self.receipt = self._communicator.send_model_weights(weights, **self._settings)
 
 
 class OurReceiver:

@@ -43,3 +43,6 @@ class AncestorReceiver:
 
     def receive(self, model: torch.nn.Module) -> None:
         load_arrays(model, pickle.loads(gzip.decompress(self._queue.get())))
+
+    def close(self) -> None:
+        self._queue.close()

@@ -38,3 +38,7 @@ class NaiveReceiver:
         stored = self._client.get(self._key)
         assert isinstance(stored, bytes)
         load_arrays(model, pickle.loads(stored))
+
+    def close(self) -> None:
+        self._notices.close()
+        self._client.close()

@@ -1,0 +1,153 @@
+"""For how long rollouts and training stand still: `poll`, and `send_model_weights` without waiting."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from multiprocessing.connection import Connection
+
+import torch
+
+from benchmarks.children import answer, child
+from benchmarks.measure import Row, interleaved, progress
+from benchmarks.models import State, make_model, training_steps
+from benchmarks.ours import known, learner, worker
+from benchmarks.servers import scratch
+from rlbroker import WorkerClient, WorkerCommunicator
+
+#: Polls whose mean is one sample.
+POLLS = 10_000
+
+#: What `poll` may cost with nothing new, in microseconds.
+IDLE_MICROSECONDS = 5.0
+
+
+def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
+    """Give the rows of a worker's `poll`, and of the learner's `send_model_weights`."""
+    megabytes = 4 if quick else 512
+    progress(f"pauses: a worker polls while {megabytes} MB arrive")
+    weights = training_steps(megabytes << 20, 2)
+    with scratch(url) as name, learner(url, name, workers=1) as communicator:
+        return [
+            *_poll_rows(url, name, communicator, weights, megabytes, repetitions),
+            _return_row(communicator, weights, megabytes, repetitions),
+        ]
+
+
+def _poll_rows(
+    url: str,
+    name: str,
+    communicator: WorkerCommunicator,
+    weights: list[State],
+    megabytes: int,
+    repetitions: int,
+) -> list[Row]:
+    versions = itertools.cycle(weights)
+    communicator.send_model_weights(next(versions), compression_enabled=False)
+    steps: list[float] = []
+    with child(_watch, url, name, megabytes << 20) as pipe:
+        answer(pipe, "open")
+
+        def ask(what: str) -> float:
+            pipe.send(what)
+            return float(answer(pipe, what))
+
+        def arriving() -> float:
+            pipe.send("arriving")
+            answer(pipe, "watching")
+            communicator.send_model_weights(next(versions), compression_enabled=False)
+            poll_ms, step_ms = answer(pipe, "arriving")
+            steps.append(step_ms)
+            return float(poll_ms)
+
+        idle = [ask("idle") for _ in range(repetitions + 1)][1:]
+        found = interleaved({"arriving": arriving, "copy": lambda: ask("copy")}, repetitions)
+    note = f"longest step of the rollout beside it: {max(steps[1:]):.0f} ms"
+    longest = f"longest poll of a rollout loop while {megabytes} MB arrive"
+    limit = [IDLE_MICROSECONDS]
+    return [
+        Row("poll with nothing new", "a fixed limit", "≤ 5 µs", idle, limit, "µs", False, 1.0),
+        Row(
+            longest,
+            "the copy into the model alone",
+            "the copy only (≤ 1.3×)",
+            found["arriving"],
+            found["copy"],
+            "ms",
+            False,
+            1.3,
+            note,
+        ),
+    ]
+
+
+def _return_row(
+    communicator: WorkerCommunicator, weights: list[State], megabytes: int, repetitions: int
+) -> Row:
+    work, against = f"send_model_weights(wait=False) of {megabytes} MB returns", "wait=True"
+    settings = known(communicator.send_model_weights, wait=False)
+    if not settings:
+        return Row(work, against, "before the bytes are out", [], [], "ms", False, 1.0, "not in this release")
+    versions = itertools.cycle(weights)
+
+    def returns(*, wait: bool) -> float:
+        began = time.perf_counter()
+        receipt = communicator.send_model_weights(next(versions), **(settings if not wait else {}))
+        seconds = time.perf_counter() - began
+        if not wait:
+            receipt.wait(60.0)  # type: ignore[attr-defined, unused-ignore]
+        return 1e3 * seconds
+
+    found = interleaved(
+        {"ours": lambda: returns(wait=False), "theirs": lambda: returns(wait=True)}, repetitions
+    )
+    return Row(work, against, "before the bytes are out", found["ours"], found["theirs"], "ms", False, 1.0)
+
+
+def _watch(pipe: Connection, url: str, run: str, size_bytes: int) -> None:
+    model = make_model(size_bytes)
+    with contextlib.closing(worker(url, run, 0)) as client:
+        client.load_weights(model)
+        pipe.send(("open", None))
+        while (order := pipe.recv()) is not None:
+            if order == "arriving":
+                pipe.send(("watching", None))
+                pipe.send((order, _longest_milliseconds(client, model)))
+            else:
+                pipe.send(
+                    (
+                        order,
+                        _idle_microseconds(client, model) if order == "idle" else _copy_milliseconds(model),
+                    )
+                )
+
+
+def _idle_microseconds(client: WorkerClient, model: torch.nn.Module) -> float:
+    began = time.perf_counter()
+    for _ in range(POLLS):
+        client.poll(model)
+    return 1e6 * (time.perf_counter() - began) / POLLS
+
+
+def _copy_milliseconds(model: torch.nn.Module) -> float:
+    """Copy as much from elsewhere into the model as a new version is, out of memory that was touched before."""
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    began = time.perf_counter()
+    model.load_state_dict(values)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def _longest_milliseconds(client: WorkerClient, model: torch.nn.Module) -> tuple[float, float]:
+    """Step and poll until new weights are in the model; give the longest poll and the longest step."""
+    observations, layer = torch.ones(64, 256), torch.ones(256, 256)
+    poll_seconds = step_seconds = 0.0
+    loaded = False
+    while not loaded:
+        began = time.perf_counter()
+        torch.tanh(observations @ layer)
+        acted = time.perf_counter()
+        loaded = client.poll(model)
+        poll_seconds = max(poll_seconds, time.perf_counter() - acted)
+        step_seconds = max(step_seconds, acted - began)
+    return 1e3 * poll_seconds, 1e3 * step_seconds
