@@ -31,6 +31,11 @@ class Keys:
         object.__setattr__(self, "prefix", f"rlb:{{{run_name(self.run)}}}")
 
     @property
+    def everything(self) -> str:
+        """Pattern of all of the run's keys, to find and delete them."""
+        return f"{self.prefix}:*"
+
+    @property
     def meta(self) -> str:
         """Hash: wire format, the learner's epoch and its settings. Learner writes, all read. Stays."""
         return f"{self.prefix}:meta"

@@ -43,9 +43,10 @@ ALLOWED |= {
     "learner": _ROOMS,
     "worker": _ROOMS,
     "snapshot": _ROOMS,
+    "probe": _ROOMS | {"learner", "worker"},
     "demo": {"learner", "worker", "local", "records", "keys", "config", "errors", "control", "__init__"},
     "__main__": {"cli"},
-    "cli": {"demo", "local", "snapshot", "connection", "deadline", "records", "errors"},
+    "cli": {"demo", "local", "snapshot", "probe", "connection", "deadline", "records", "errors"},
     "__init__": {"learner", "worker", "config", "records", "errors", "control"},
 }
 

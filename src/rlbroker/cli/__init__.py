@@ -1,4 +1,4 @@
-"""The command line: `rlbroker server | learner | worker | demo | status`."""
+"""The command line: `rlbroker server | learner | worker | demo | status | bench`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rlbroker.cli.bench import bench
 from rlbroker.cli.demo import demo
 from rlbroker.cli.learner import learner
 from rlbroker.cli.server import server
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, server, learner, worker, status):
+for command in (demo, server, learner, worker, status, bench):
     app.command()(command)
 
 
