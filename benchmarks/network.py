@@ -41,7 +41,13 @@ def unavailable() -> str:
     if os.geteuid() != 0:
         return "network namespaces need root"
     missing = [tool for tool in ("ip", "tc") if not shutil.which(tool)]
-    return f"{' and '.join(missing)} not installed" if missing else ""
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    try:
+        with two_hosts():  # in a container root may still lack the right, and the kernel the shaper
+            return ""
+    except RuntimeError as error:
+        return str(error)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,59 @@
+"""`python -m benchmarks` as a person runs it, at its smallest; and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import RealServer
+
+from benchmarks.network import Link, two_hosts, unavailable
+
+ROOT = Path(__file__).parents[2]
+
+
+def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_a_quick_run_writes_its_rows_and_deletes_what_it_stored(
+    real_server: RealServer, tmp_path: Path
+) -> None:
+    small = ("--quick", "--repetitions", "1", "--url", real_server.url, "--output", str(tmp_path))
+    done = benchmarks("latency", "--only", "latency", *small)
+    assert done.returncode == 0, done.stderr
+    assert "naive SET + PUBLISH + GET" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"latency.json", "latency.md", "latency.png"}
+    rows = json.loads((tmp_path / "latency.json").read_text())["rows"]
+    assert all(len(row["ours"]) == len(row["theirs"]) == 1 and row["ratio"] > 0 for row in rows)
+    assert real_server.client.keys("*") == []
+
+
+def test_a_part_that_the_scenario_does_not_have_is_an_error_that_says_so() -> None:
+    done = benchmarks("latency", "--only", "link")
+    assert done.returncode == 2
+    assert "latency has no part 'link'" in done.stderr
+
+
+def test_the_second_host_goes_away_after_ctrl_c_too() -> None:
+    if reason := unavailable():
+        pytest.skip(reason)
+    seen: list[Link] = []
+
+    def there(link: Link) -> tuple[bool, bool]:
+        namespaces = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
+        return link.namespace in namespaces, Path(f"/sys/class/net/{link.device}").exists()
+
+    def interrupted() -> None:
+        with two_hosts() as link:
+            assert there(link) == (True, True)
+            seen.append(link)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert there(seen[0]) == (False, False)
