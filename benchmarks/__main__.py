@@ -83,10 +83,12 @@ def benchmarks(
                 rows += module.run(place, quick=quick, repetitions=repetitions)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    facts = machine() | {"repetitions": repetitions, "quick": quick}
-    show(rows)
-    for path in save(rows, facts, output, only or scenario.value):
-        progress(f"wrote {path}")
+    finally:  # what was measured before Ctrl-C, or before an error, is not lost
+        if rows:
+            show(rows)
+            facts = machine() | {"repetitions": repetitions, "quick": quick}
+            for path in save(rows, facts, output, only or scenario.value):
+                progress(f"wrote {path}")
     progress(f"done in {time.monotonic() - began:.0f} s")
 
 

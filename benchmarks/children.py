@@ -22,7 +22,7 @@ _spawn = multiprocessing.get_context("spawn")
 def child(target: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
     """Run `target(pipe, *arguments)` in a new process, and give our end of the pipe.
 
-    At the end of the block it is sent None, and killed if it does not end within seconds.
+    At the end of the block it is sent None, and killed if it does not end within seconds; after an error at once.
     """
     ours, theirs = _spawn.Pipe()
     process = _spawn.Process(target=_run, args=(target, theirs, *arguments), daemon=True)
@@ -30,6 +30,9 @@ def child(target: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
     theirs.close()
     try:
         yield ours
+    except BaseException:  # Ctrl-C too: it may wait for what will never come
+        process.kill()
+        raise
     finally:
         with contextlib.suppress(OSError):
             ours.send(None)
