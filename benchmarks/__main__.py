@@ -68,7 +68,7 @@ def benchmarks(
         python -m benchmarks latency --quick --output /tmp/figures
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    began = time.monotonic()
+    began, facts = time.monotonic(), machine() | {"repetitions": repetitions, "quick": quick}
     names = [name for one in _chosen(scenario) for name in SCENARIOS[one] if only in (None, name)]
     if not names:
         raise typer.BadParameter(f"{scenario} has no part {only!r}", param_hint="--only")
@@ -86,7 +86,6 @@ def benchmarks(
     finally:  # what was measured before Ctrl-C, or before an error, is not lost
         if rows:
             show(rows)
-            facts = machine() | {"repetitions": repetitions, "quick": quick}
             for path in save(rows, facts, output, only or scenario.value):
                 progress(f"wrote {path}")
     progress(f"done in {time.monotonic() - began:.0f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -92,9 +93,11 @@ def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Give what the figures depend on besides the code: cores, Python, versions of packages."""
+    """Give what the figures depend on besides the code: cores, what else runs, Python, versions of packages."""
     found: dict[str, Any] = {
+        "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
         "system": f"{platform.system()} {platform.machine()}",
         "Python": platform.python_version(),
     }
@@ -104,6 +107,14 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
 
 
 def save(rows: Sequence[Row], facts: Mapping[str, Any], directory: Path, name: str) -> list[Path]:
@@ -142,6 +153,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     axes.set_yticks(range(len(shown)), [_label(row) for row in shown], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.axvline(1, color="black", linewidth=0.5)
     axes.set_xlabel("how many times better than the peer (median); the black mark is what is wanted")
     figure.savefig(path, dpi=110)
