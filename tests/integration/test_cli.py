@@ -477,7 +477,7 @@ def test_help_lists_the_commands() -> None:
     done = rlbroker("--help")
     assert (done.returncode, done.stderr) == (0, "")
     listed = re.findall(r"^│ (\w+) ", done.stdout, re.MULTILINE)
-    assert set(listed) == {"demo", "server", "learner", "worker", "status"}
+    assert set(listed) == {"demo", "server", "learner", "worker", "status", "bench"}
 
 
 def test_version_is_that_of_the_package() -> None:
