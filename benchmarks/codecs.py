@@ -1,0 +1,299 @@
+"""How small weights get, and how fast: `python -m benchmarks.codecs` prints when that pays, as Markdown.
+
+No server takes part. Every image is decoded again and compared, and everything runs on one thread.
+"""
+
+from __future__ import annotations
+
+import gzip
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.measure import Row, progress
+from benchmarks.policies import load
+from benchmarks.training import Version
+from rlbroker.wire import ImageFormat, ImagePlan, Limits
+
+#: What is measured of the recordings: the one, what it is cast to on the way out, and its wanted delta ratio.
+CASES: tuple[tuple[str, str | None, float | None], ...] = (
+    ("transformer-master", None, 2.2),
+    ("ppo-step", None, 1.5),
+    ("ppo", None, None),
+    ("atari", None, None),
+    ("transformer", None, None),
+    ("ppo-step", "bfloat16", None),
+    ("ppo", "bfloat16", None),
+    ("atari", "bfloat16", None),
+)
+
+#: What they are, for the reader of a table.
+DESCRIBED = {
+    "transformer-master": "transformer, a step of AdamW at 3e-6",
+    "transformer": "transformer in bfloat16, a step of AdamW at 3e-6",
+    "ppo-step": "policy for CartPole, a step of Adam at 3e-4",
+    "ppo": "policy for CartPole, a PPO update of 16 steps at 3e-4",
+    "atari": "Atari network, a step of Adam at 2.5e-4",
+}
+
+#: Bytes per second of links: the last is what one Redis server and one client reach on one machine.
+LINKS = {"1 Gbit/s": 0.117e9, "10 Gbit/s": 1.17e9, "loopback": 2.5e9}
+
+#: Compressed by gzip for comparison: it takes a second for 30 MB.
+_GZIP_BYTES = 2 << 20
+
+_Image = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One version, encoded and decoded on one core."""
+
+    raw_bytes: int
+    stored_bytes: int
+    encode_seconds: float
+    decode_seconds: float
+
+    @property
+    def encode_rate(self) -> float:
+        """Raw bytes per second."""
+        return self.raw_bytes / self.encode_seconds
+
+    @property
+    def decode_rate(self) -> float:
+        """Raw bytes per second."""
+        return self.raw_bytes / self.decode_seconds
+
+
+@dataclass(frozen=True)
+class Images:
+    """Consecutive versions as they lie in memory before they are encoded."""
+
+    plan: ImagePlan
+    images: list[_Image]
+    fill_seconds: float  #: for one version: the copy out of the model, with the cast
+    changed: float  #: part of the elements that an update changes, mean
+
+    @classmethod
+    def of(cls, versions: Iterable[Version], dtype: str | None = None) -> Images:
+        """Fill an image with each version, cast to `dtype`."""
+        images: list[_Image] = []
+        seconds: list[float] = []
+        for version in versions:
+            plan = ImagePlan(version, dtype=dtype)
+            image = np.zeros(plan.image_bytes, np.uint8)
+            started = time.perf_counter()
+            plan.fill(image)
+            seconds.append(time.perf_counter() - started)
+            images.append(image)
+        # Every floating tensor here is of one width, and what lies between them is always 0.
+        word = np.uint16 if dtype or next(iter(version.values())).dtype == torch.bfloat16 else np.uint32
+        differing = [np.count_nonzero(a.view(word) != b.view(word)) for a, b in pairwise(images)]
+        elements = plan.raw_bytes // np.dtype(word).itemsize
+        return cls(plan, images, median(seconds), sum(map(int, differing)) / len(differing) / elements)
+
+    def full(self) -> list[Passage]:
+        """Encode and decode each version but the first, whole."""
+        return [self._pass(image, None) for image in self.images[1:]]
+
+    def deltas(self) -> list[Passage]:
+        """Encode and apply each version but the first as a delta to the one before."""
+        return [self._pass(image, base) for base, image in pairwise(self.images)]
+
+    def _pass(self, image: _Image, base: _Image | None) -> Passage:
+        plan, indices = self.plan, range(self.plan.segment_count)
+        digests = [0] * len(indices)
+        if base is not None:  # The learner has them: it encoded the base before.
+            digests = [plan.encode_segment(i, base, compression=False).raw_digest for i in indices]
+        started = time.perf_counter()
+        encoded = [
+            plan.encode_segment(i, image, compression=True, base=base, base_digest=digests[i])
+            for i in indices
+        ]
+        encoded_at = time.perf_counter()
+        layout = ImageFormat(plan.header([each.segment for each in encoded]), Limits())
+        out = np.ones_like(image) if base is None else base.copy()
+        begun = time.perf_counter()
+        for i, each in enumerate(encoded):
+            layout.decode_segment(i, each.stored, out, None if base is None else out)
+        ended = time.perf_counter()
+        for i in indices:
+            if not np.array_equal(layout.segment_view(i, out), layout.segment_view(i, image)):
+                raise RuntimeError(f"segment {i} did not come back as it was")
+        stored = sum(len(each.stored) for each in encoded)
+        return Passage(plan.raw_bytes, stored, encoded_at - started, ended - begun)
+
+
+def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
+    """Give the rows on size and speed of stored weights; `url` is not used.
+
+    Args:
+        url: of a server, as for the other benchmarks.
+        quick: a quarter of the bytes, and three versions of each recording.
+        repetitions: samples of each rate.
+    """
+    rows: list[Row] = []
+    for percent, wanted in ((1, 130), (3, 55)):
+        progress(f"bfloat16, {percent} % changed")
+        images = Images.of(_perturbed((16 if quick else 64) << 20, percent / 100))
+        title = f"bfloat16, {percent} % changed by 1 ulp"
+        rows += _delta_rows(title, images, wanted, repetitions, encode_wanted=True)
+    for name, dtype, ratio in CASES:
+        versions = load(name)
+        progress(_title(name, dtype))
+        images = Images.of(versions[:3] if quick else versions, dtype)
+        rows += _full_rows(_title(name, dtype), images, repetitions)
+        rows += _delta_rows(_title(name, dtype), images, ratio, repetitions)
+    return rows
+
+
+def _delta_rows(
+    title: str, images: Images, wanted: float | None, repetitions: int, *, encode_wanted: bool = False
+) -> list[Row]:
+    """Give bytes of deltas against full ones, and the rates at which they are encoded and applied."""
+    rounds = [images.deltas() for _ in range(repetitions + 1)][1:]  # the first warms up
+    encode, apply = _rates(rounds)
+    below = pays_below(rounds[-1], encode, apply) / 0.125e9
+    return [
+        Row(
+            f"{title}: delta",
+            "its full size",
+            f"≥ {wanted:g}× fewer bytes" if wanted else "",
+            [each.stored_bytes / 1e6 for each in rounds[-1]],
+            [each.raw_bytes / 1e6 for each in rounds[-1]],
+            "MB",
+            higher_is_better=False,
+            target=1 / wanted if wanted else None,
+            note=f"{images.changed:.1%} of elements change; pays on links below {below:.2g} Gbit/s",
+        ),
+        _rate_row(f"{title}: encode the delta, one core", 1.0, encode, wanted=encode_wanted),
+        _rate_row(f"{title}: apply the delta, one core", 2.0, apply, wanted=True),
+    ]
+
+
+def _rate_row(work: str, mark: float, rates: list[float], *, wanted: bool) -> Row:
+    return Row(
+        work,
+        f"a mark of {mark:g} GB/s",
+        f"≥ {mark:g} GB/s" if wanted else "",
+        [rate / 1e9 for rate in rates],
+        [mark] * len(rates),
+        "GB/s",
+        higher_is_better=True,
+        target=1.0 if wanted else None,
+    )
+
+
+def _full_rows(title: str, images: Images, repetitions: int) -> list[Row]:
+    """Give size and speed of full versions against gzip 6, which the ancestor used."""
+    part = bytes(images.images[-1][:_GZIP_BYTES])
+    rounds: list[list[Passage]] = []
+    gzip_rates: list[float] = []
+    images.full()
+    for _ in range(repetitions):
+        rounds.append(images.full())
+        started = time.perf_counter()
+        zipped = gzip.compress(part, 6)
+        gzip_rates.append(len(part) / (time.perf_counter() - started))
+    encode, _ = _rates(rounds)
+    return [
+        Row(
+            f"{title}: full",
+            "gzip 6",
+            "",
+            [100 * each.stored_bytes / each.raw_bytes for each in rounds[-1]],
+            [100 * len(zipped) / len(part)],
+            "% of raw",
+            higher_is_better=False,
+            target=None,
+            note=f"gzip on {len(part) / 1e6:.1f} MB of it",
+        ),
+        Row(
+            f"{title}: encode full, one core",
+            "gzip 6",
+            "",
+            [rate / 1e6 for rate in encode],
+            [rate / 1e6 for rate in gzip_rates],
+            "MB/s",
+            higher_is_better=True,
+            target=None,
+        ),
+    ]
+
+
+def _rates(rounds: list[list[Passage]]) -> tuple[list[float], list[float]]:
+    """Give the median rates of encoding and decoding, in bytes per second, of each round."""
+    return (
+        [median(each.encode_rate for each in passages) for passages in rounds],
+        [median(each.decode_rate for each in passages) for passages in rounds],
+    )
+
+
+def pays_below(passages: list[Passage], encode: list[float], decode: list[float]) -> float:
+    """Give the rate of a link, in bytes per second, at which one core saves as much time as it takes.
+
+    Of one version, one step after the other: encoding, the link, decoding. With more cores, and with the
+    steps overlapped as rlbroker does, the true limit is higher.
+    """
+    saved = 1 - sum(each.stored_bytes for each in passages) / sum(each.raw_bytes for each in passages)
+    return saved / (1 / median(encode) + 1 / median(decode))
+
+
+def _perturbed(nbytes: int, part: float) -> list[Version]:
+    """Give two versions of a bfloat16 tensor, `part` of whose elements differ by one unit in the last place."""
+    random = np.random.default_rng(0)
+    weights = random.standard_normal(nbytes // 2, np.float32) * np.float32(0.02)
+    before = torch.from_numpy(weights).to(torch.bfloat16)
+    after = before.clone()
+    places = torch.from_numpy(np.flatnonzero(random.random(nbytes // 2, np.float32) < part))
+    signs = torch.from_numpy(random.choice(np.array([-1, 1], np.int16), len(places)))
+    after.view(torch.int16)[places] += signs
+    return [{"weight": before}, {"weight": after}]
+
+
+def _title(name: str, dtype: str | None) -> str:
+    return DESCRIBED[name] + (f", cast to {dtype}" if dtype else "")
+
+
+def advice(rounds: int = 3) -> str:
+    """Measure, and give as Markdown when compression, deltas and lower precision pay, case by case.
+
+    Times are milliseconds from encoding to decoded for as many weights as are 100 MB in float32.
+    """
+    head = ["weights", "sent as", "changed", "bytes", "encode", "decode", *LINKS, "pays below"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    for name, dtype, _ in CASES:
+        progress(_title(name, dtype))
+        images = Images.of(load(name), dtype)
+        share = 0.5 if dtype or name == "transformer" else 1.0
+        for kind in ("raw", "full", "delta"):
+            cells = _advice_cells(images, kind, share, rounds)
+            changed = f"{images.changed:.1%}" if kind == "delta" else ""
+            lines.append("| " + " | ".join([_title(name, dtype), kind, changed, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _advice_cells(images: Images, kind: str, share: float, rounds: int) -> list[str]:
+    """Give part of float32 bytes stored, rates, times by link and break-even, as text."""
+    raw_bytes = 100e6 * share
+    if kind == "raw":
+        times = [f"{1e3 * raw_bytes / link:.0f}" for link in LINKS.values()]
+        return [f"{share:.0%}", "", "", *times, ""]
+    measured = [images.deltas() if kind == "delta" else images.full() for _ in range(rounds + 1)][1:]
+    encode, decode = _rates(measured)
+    stored = sum(each.stored_bytes for each in measured[0]) / sum(each.raw_bytes for each in measured[0])
+    work = raw_bytes / median(encode) + raw_bytes / median(decode)
+    times = [f"{1e3 * (work + raw_bytes * stored / link):.0f}" for link in LINKS.values()]
+    below = pays_below(measured[0], encode, decode) / 0.125e9
+    rates = [f"{median(rate) / 1e9:.2f} GB/s" for rate in (encode, decode)]
+    return [f"{share * stored:.1%}", *rates, *times, f"{below:.2g} Gbit/s"]
+
+
+if __name__ == "__main__":
+    print(advice())
