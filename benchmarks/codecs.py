@@ -1,6 +1,7 @@
 """How small weights get, and how fast: `python -m benchmarks.codecs` prints when that pays, as Markdown.
 
-No server takes part. Every image is decoded again and compared, and everything runs on one thread.
+No server takes part. Every image is decoded again and compared. Everything runs on one thread, and seconds are
+of processor time: rates are those of one core that has nothing else to do.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from benchmarks.measure import Row, progress
 from benchmarks.policies import load
 from benchmarks.training import Version
-from rlbroker.wire import ImageFormat, ImagePlan, Limits
+from rlbroker.wire import EncodedSegment, ImageFormat, ImagePlan, Limits
 
 #: What is measured of the recordings: the one, what it is cast to on the way out, and its wanted delta ratio.
 CASES: tuple[tuple[str, str | None, float | None], ...] = (
@@ -77,7 +78,7 @@ class Images:
 
     plan: ImagePlan
     images: list[_Image]
-    fill_seconds: float  #: for one version: the copy out of the model, with the cast
+    copy_seconds: float  #: for one version: out of the model, with the cast, and back into tensors
     changed: float  #: part of the elements that an update changes, mean
 
     @classmethod
@@ -87,10 +88,15 @@ class Images:
         seconds: list[float] = []
         for version in versions:
             plan = ImagePlan(version, dtype=dtype)
-            image = np.zeros(plan.image_bytes, np.uint8)
-            started = time.perf_counter()
+            image = np.empty(plan.image_bytes, np.uint8)
+            image.fill(0)  # a learner's image has its pages already
+            started = time.process_time()
             plan.fill(image)
-            seconds.append(time.perf_counter() - started)
+            filled = time.process_time() - started
+            layout = _layout(plan, _raw(plan, image))
+            started = time.process_time()
+            layout.tree(image)  # views, unless something was cast
+            seconds.append(filled + time.process_time() - started)
             images.append(image)
         # Every floating tensor here is of one width, and what lies between them is always 0.
         word = np.uint16 if dtype or next(iter(version.values())).dtype == torch.bfloat16 else np.uint32
@@ -110,19 +116,19 @@ class Images:
         plan, indices = self.plan, range(self.plan.segment_count)
         digests = [0] * len(indices)
         if base is not None:  # The learner has them: it encoded the base before.
-            digests = [plan.encode_segment(i, base, compression=False).raw_digest for i in indices]
-        started = time.perf_counter()
+            digests = [each.raw_digest for each in _raw(plan, base)]
+        started = time.process_time()
         encoded = [
             plan.encode_segment(i, image, compression=True, base=base, base_digest=digests[i])
             for i in indices
         ]
-        encoded_at = time.perf_counter()
-        layout = ImageFormat(plan.header([each.segment for each in encoded]), Limits())
+        encoded_at = time.process_time()
+        layout = _layout(plan, encoded)
         out = np.ones_like(image) if base is None else base.copy()
-        begun = time.perf_counter()
+        begun = time.process_time()
         for i, each in enumerate(encoded):
             layout.decode_segment(i, each.stored, out, None if base is None else out)
-        ended = time.perf_counter()
+        ended = time.process_time()
         for i in indices:
             if not np.array_equal(layout.segment_view(i, out), layout.segment_view(i, image)):
                 raise RuntimeError(f"segment {i} did not come back as it was")
@@ -198,9 +204,9 @@ def _full_rows(title: str, images: Images, repetitions: int) -> list[Row]:
     images.full()
     for _ in range(repetitions):
         rounds.append(images.full())
-        started = time.perf_counter()
+        started = time.process_time()
         zipped = gzip.compress(part, 6)
-        gzip_rates.append(len(part) / (time.perf_counter() - started))
+        gzip_rates.append(len(part) / (time.process_time() - started))
     encode, _ = _rates(rounds)
     return [
         Row(
@@ -245,6 +251,14 @@ def pays_below(passages: list[Passage], encode: list[float], decode: list[float]
     return saved / (1 / median(encode) + 1 / median(decode))
 
 
+def _raw(plan: ImagePlan, image: _Image) -> list[EncodedSegment]:
+    return [plan.encode_segment(i, image, compression=False) for i in range(plan.segment_count)]
+
+
+def _layout(plan: ImagePlan, encoded: list[EncodedSegment]) -> ImageFormat:
+    return ImageFormat(plan.header([each.segment for each in encoded]), Limits())
+
+
 def _perturbed(nbytes: int, part: float) -> list[Version]:
     """Give two versions of a bfloat16 tensor, `part` of whose elements differ by one unit in the last place."""
     random = np.random.default_rng(0)
@@ -264,36 +278,41 @@ def _title(name: str, dtype: str | None) -> str:
 def advice(rounds: int = 3) -> str:
     """Measure, and give as Markdown when compression, deltas and lower precision pay, case by case.
 
-    Times are milliseconds from encoding to decoded for as many weights as are 100 MB in float32.
+    All times are milliseconds for as many weights as are 100 MB in float32, with each step on one core after
+    the other: the copy out of the model and back (with the casts), encoding, the link, decoding.
     """
-    head = ["weights", "sent as", "changed", "bytes", "encode", "decode", *LINKS, "pays below"]
+    head = ["weights", "sent as", "changed", "bytes", "copy", "encode", "decode", *LINKS, "pays below"]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     for name, dtype, _ in CASES:
         progress(_title(name, dtype))
         images = Images.of(load(name), dtype)
         share = 0.5 if dtype or name == "transformer" else 1.0
         for kind in ("raw", "full", "delta"):
-            cells = _advice_cells(images, kind, share, rounds)
-            changed = f"{images.changed:.1%}" if kind == "delta" else ""
-            lines.append("| " + " | ".join([_title(name, dtype), kind, changed, *cells]) + " |")
+            cells = _advice_cells(images, kind, 100e6 * share, rounds)
+            lines.append(f"| {_title(name, dtype)} | {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _advice_cells(images: Images, kind: str, share: float, rounds: int) -> list[str]:
-    """Give part of float32 bytes stored, rates, times by link and break-even, as text."""
-    raw_bytes = 100e6 * share
-    if kind == "raw":
-        times = [f"{1e3 * raw_bytes / link:.0f}" for link in LINKS.values()]
-        return [f"{share:.0%}", "", "", *times, ""]
-    measured = [images.deltas() if kind == "delta" else images.full() for _ in range(rounds + 1)][1:]
-    encode, decode = _rates(measured)
-    stored = sum(each.stored_bytes for each in measured[0]) / sum(each.raw_bytes for each in measured[0])
-    work = raw_bytes / median(encode) + raw_bytes / median(decode)
-    times = [f"{1e3 * (work + raw_bytes * stored / link):.0f}" for link in LINKS.values()]
-    below = pays_below(measured[0], encode, decode) / 0.125e9
-    rates = [f"{median(rate) / 1e9:.2f} GB/s" for rate in (encode, decode)]
-    return [f"{share * stored:.1%}", *rates, *times, f"{below:.2g} Gbit/s"]
+def _advice_cells(images: Images, kind: str, raw_bytes: float, rounds: int) -> list[str]:
+    """Give the numbers of one line, as text."""
+    copying = images.copy_seconds * raw_bytes / images.plan.raw_bytes
+    changed = below = ""
+    encoding = decoding = 0.0
+    stored_bytes = raw_bytes
+    if kind != "raw":
+        measured = [images.deltas() if kind == "delta" else images.full() for _ in range(rounds + 1)][1:]
+        encode, decode = _rates(measured)
+        encoding, decoding = raw_bytes / median(encode), raw_bytes / median(decode)
+        stored_bytes *= sum(each.stored_bytes for each in measured[0]) / (
+            len(measured[0]) * images.plan.raw_bytes
+        )
+        below = f"{pays_below(measured[0], encode, decode) / 0.125e9:.2g} Gbit/s"
+        changed = f"{images.changed:.1%}" if kind == "delta" else ""
+    steps = (copying, encoding, decoding)
+    times = [*steps, *(sum(steps) + stored_bytes / link for link in LINKS.values())]
+    return [changed, f"{stored_bytes / 100e6:.1%}", *(f"{1e3 * seconds:.0f}" for seconds in times), below]
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     print(advice())
