@@ -26,11 +26,11 @@ _SPARSE_PART = 0.4
 _SAMPLE_WORDS = 2048
 
 #: Below this part most groups of eight bytes are unchanged, which is worth a look at them first.
-_RARE_PART = 0.08
+_RARE_PART = 0.12
 
-#: Work is done on pieces of this many bytes, so that what is between two steps stays in the cache.
-_BLOCK_BYTES = 256 << 10
-_BLOCK_GAPS = 16 << 10
+#: Work is done on pieces of this many bytes and gaps: few calls, and what is between two steps stays in the cache.
+_BLOCK_BYTES = 1 << 20
+_BLOCK_GAPS = 64 << 10
 
 #: From this many bytes of a segment it is guessed what compressing all of them would leave.
 _GUESS_BYTES = 32 << 10
@@ -178,11 +178,11 @@ def _restore_sparse(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[
     # Positions only grow and end within the segment, as was checked above.
     for start in range(0, gap_bytes, _BLOCK_GAPS):
         at = np.cumsum(gaps[start : start + _BLOCK_GAPS], dtype=np.int64)
-        at += skipped
-        skipped = int(at[-1])
+        skipped_here = int(at[-1])
         if gap_bytes != changes:
             at = at[ends[start : start + _BLOCK_GAPS]]
-        at += np.arange(done, done + len(at))
+        at += np.arange(skipped + done, skipped + done + len(at))
+        skipped += skipped_here
         target[at] += differences[done : done + len(at)] - bias
         done += len(at)
 
