@@ -33,7 +33,7 @@ from rlbroker.wire import ImagePlan
 logger = logging.getLogger("rlbroker")
 
 #: Raw bytes of one segment: the piece that is compressed, sent and decoded as one.
-SEGMENT_BYTES: Final = 4 << 20
+SEGMENT_BYTES: Final = 2 << 20
 
 #: Smaller weights are always stored whole: a difference would save less than the look at it costs.
 MIN_DELTA_BYTES: Final = 64 << 10
@@ -41,8 +41,9 @@ MIN_DELTA_BYTES: Final = 64 << 10
 #: Chunks of a superseded version stay this long for those who are still reading.
 SUPERSEDED_SECONDS: Final = 60
 
-#: But no more than this of them: frequent versions must not fill the server.
-SUPERSEDED_BYTES: Final = 1 << 30
+#: But no more than this of them, besides the last: frequent versions must not fill the server, and memory that it
+#: uses again is several times as fast as new memory.
+SUPERSEDED_BYTES: Final = 256 << 20
 
 #: A version is stored this often before we give up, if the server loses parts of it meanwhile.
 _TRIES: Final = 3
@@ -427,7 +428,8 @@ class Publisher:
         names = {form.upload for form in pointer.forms}
         gone = {form.upload: form for form in (*before, *pointer.dropped) if form.upload not in names}
         self._to_expire |= gone
-        self._superseded += [(form, time.monotonic()) for form in gone.values()]
+        now = time.monotonic()
+        self._superseded += [(form, now) for form in gone.values()]
         self._to_keep = [form for form in pointer.forms if form not in before]
         self._chunks = {upload: chunks for upload, chunks in self._chunks.items() if upload in names}
         self._latest = pointer
@@ -446,7 +448,9 @@ class Publisher:
         expired = time.monotonic() - SUPERSEDED_SECONDS
         while self._superseded and self._superseded[0][1] < expired:
             self._superseded.popleft()
-        self._unlink_superseded(keep_bytes=SUPERSEDED_BYTES)
+        last = self._superseded[-1][1] if self._superseded else 0.0
+        last_bytes = sum(form.stored_bytes for form, since in self._superseded if since == last)
+        self._unlink_superseded(keep_bytes=max(SUPERSEDED_BYTES, last_bytes))
 
     def _make_room(self) -> bool:
         """Delete superseded weights before their time; give whether there were any."""

@@ -26,6 +26,10 @@ from rlbroker.wire.tree import TreePacker, unpack
 #: Where a lane may begin: a line of the cache, and enough for any element.
 _ALIGNMENT = 64
 
+#: Torch copies so many elements in the thread that asks. More are shared among threads, which then wait for the
+#: slowest of them: on a busy machine that takes many times as long as the copy.
+_UNSHARED_ELEMENTS = 32_768
+
 
 class EncodedSegment(NamedTuple):
     """One segment as it is to be sent: its facts, its bytes, and xxh3_64 of its raw bytes."""
@@ -266,7 +270,14 @@ def _write(leaf: Leaf, source: Any, place: Bytes) -> None:
         # As integers where possible, so that no bit of a NaN changes on the way.
         plain = plain_tensor(source) if leaf.original is None else source.detach()
         dtype = plain.dtype if leaf.original is None else getattr(torch, leaf.dtype)
-        torch.from_numpy(place).view(dtype).reshape(leaf.shape).copy_(plain)
+        out = torch.from_numpy(place).view(dtype)
+        if plain.is_contiguous() and plain.device.type == "cpu":
+            flat = plain.reshape(-1)
+            for piece in range(0, len(flat), _UNSHARED_ELEMENTS):
+                end = piece + _UNSHARED_ELEMENTS
+                out[piece:end].copy_(flat[piece:end])
+        else:
+            out.reshape(leaf.shape).copy_(plain)
     normalise_bools(leaf, place)
 
 
