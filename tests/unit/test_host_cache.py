@@ -143,6 +143,33 @@ def test_memory_in_use_is_never_written(join: Join) -> None:
     assert holds(used, 1)
 
 
+def test_a_copy_of_a_descriptor_keeps_no_memory(join: Join, tmp_path: Path) -> None:
+    cache = join()
+    image = put(cache, 1)
+    copy = os.dup(image._lock.fd)  # as in a child between fork and exec
+    image.release()
+    for version in (2, 3):
+        put(cache, version).release()
+    assert len(files(tmp_path)) == 2
+    os.close(copy)
+
+
+def test_memory_is_written_again_also_where_users_are_late(join: Join, tmp_path: Path) -> None:
+    ours, theirs = join(), join()
+    inodes = set()
+    newest, late = put(ours, 1), theirs.find(name_of(1))
+    for version in range(2, 20):
+        draft = ours.reserve(SIZE)
+        assert draft is not None
+        assert late is not None
+        late.release()
+        late = theirs.find(name_of(version - 1))
+        newest.release()
+        newest = draft.publish(name_of(version), b"")
+        inodes |= {path.stat().st_ino for path in files(tmp_path)}
+    assert len(inodes) == 3
+
+
 def test_images_that_nobody_uses_are_bounded(join: Join, tmp_path: Path) -> None:
     ours, theirs = join(keep=3), join(keep=3)
     put(ours, 1).release()

@@ -13,31 +13,21 @@ import mmap
 import os
 import re
 import secrets
-import struct
 import sys
 from pathlib import Path
 from typing import Final, Self
 
-import numpy as np
-import xxhash
-from numpy.typing import NDArray
-
 from rlbroker.errors import InvalidArgument
+from rlbroker.weights.host_files import Image, MappedFiles, read_end, write_end
 from rlbroker.weights.host_folder import Folder, Refused
 from rlbroker.weights.host_locks import Lock
 
 logger = logging.getLogger("rlbroker")
 
-Image = NDArray[np.uint8]
-
 #: What the names of files begin with.
 _IMAGE: Final = "image-"
 _DRAFT: Final = "draft-"
 _CLAIM: Final = "claim-"
-
-#: The end of an image's file: a mark, bytes of the image, bytes of the header, digest of these and the header.
-_FOOTER: Final = struct.Struct("<8sQQQ")
-_MARK: Final = b"rlbimg1\n"
 
 #: A new file has this much room for its header and footer; it grows for larger ones.
 _HEADER_ROOM: Final = 64 << 10
@@ -57,7 +47,7 @@ class HostCache:
         self._folder: Folder | None = folder
         self._keep = keep
         self._pid = os.getpid()
-        self._mapped = _Mapped()
+        self._mapped = MappedFiles()
         self._said: set[str] = set()
 
     @classmethod
@@ -156,7 +146,7 @@ class HostCache:
     def _open_image(self, folder: Folder, file: str, lock: Lock) -> SharedImage | None:
         """Map a locked image; take over the lock, or release it."""
         try:
-            facts = _read_end(lock.fd)
+            facts = read_end(lock.fd)
             if facts:
                 image_bytes, header = facts
                 image = self._mapped.get(folder, lock, image_bytes, writable=False)
@@ -169,26 +159,30 @@ class HostCache:
         return None
 
     def _recycle(self, folder: Folder, file_bytes: int) -> tuple[str, Lock] | None:
-        """Take a file that nobody uses and that is large enough; remove the others that are neither used nor kept."""
+        """Make a draft of a file that nobody uses, of the right size; remove the drafts of dead processes."""
         taken = None
-        for name in self._expendable(folder, self._keep - 1):
-            if taken is None:
-                taken = _take_over(folder, name, file_bytes)
-            else:
-                _remove_unused(folder, name)
-        return taken
-
-    def _expendable(self, folder: Folder, kept: int) -> list[str]:
-        """Name the files that need not stay if nobody uses them: drafts of dead processes, and old images."""
-        drafts, images = [], []
         for name in folder.files():
             if name.startswith(_DRAFT):
-                drafts.append(name)
-            elif name.startswith(_IMAGE):
-                with contextlib.suppress(FileNotFoundError):
-                    images.append((os.stat(name, dir_fd=folder.fd).st_mtime_ns, name))
-        images.sort(reverse=True)
-        return drafts + [name for _, name in images[kept:]]
+                if taken is None:
+                    taken = _take_over(folder, name, file_bytes)
+                else:
+                    with contextlib.suppress(OSError):
+                        _remove_unused(folder, name)
+        for name in reversed(_images(folder)[self._keep - 1 :]):
+            taken = taken or _take_over(folder, name, file_bytes)
+        return taken
+
+    def _trim(self, folder: Folder, newest: str) -> None:
+        """Remove the oldest images that nobody uses, so that `keep` stay."""
+        unused = 0
+        for name in _images(folder):
+            lock = Lock.take(folder.fd, name, exclusive=True) if name != newest else None
+            if lock:
+                unused += 1
+                if unused >= self._keep:
+                    with contextlib.suppress(OSError):
+                        os.unlink(name, dir_fd=folder.fd)
+                lock.release()
 
     def _create(self, folder: Folder, file_bytes: int) -> tuple[str, Lock]:
         """Make a draft of new memory; OSError without room."""
@@ -217,10 +211,9 @@ class HostCache:
         folder = self._in_use()
         if folder is None or not lock.is_at(folder.fd, draft):
             raise OSError("the cache was closed, or removed")
-        _write_end(lock.fd, image_bytes, header)
+        write_end(lock.fd, image_bytes, header)
         os.replace(draft, file, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
-        for old in self._expendable(folder, self._keep):
-            _remove_unused(folder, old)
+        self._trim(folder, file)
         return self._mapped.get(folder, lock, image_bytes, writable=False)
 
 
@@ -304,43 +297,14 @@ class Claim:
         self.release()
 
 
-class _Mapped:
-    """Files that this process has mapped, by inode, for as long as they are in the folder.
-
-    Versions alternate between few files, and touching pages for the first time costs more than copying them.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, bool], mmap.mmap] = {}
-
-    def get(self, folder: Folder, lock: Lock, image_bytes: int, *, writable: bool) -> Image:
-        """Give an image's bytes, in memory that is shared (writable) or private, which writes would not leave.
-
-        The file has all its pages, and nobody makes it smaller.
-        """
-        key = os.fstat(lock.fd).st_ino, writable
-        memory = self._known.get(key)
-        if memory is None or len(memory) < image_bytes:
-            self.forget(set(folder.files().values()))
-            memory = self._known[key] = _map(lock, writable=writable)
-        return np.frombuffer(memory, np.uint8, image_bytes)
-
-    def forget(self, present: set[int]) -> None:
-        """Let go of files that are not there any more: their memory is only freed then."""
-        for key in list(self._known):
-            if key[0] not in present:
-                self._known.pop(key, None)
-
-
-def _map(lock: Lock, *, writable: bool) -> mmap.mmap:
-    # Opened anew: `mmap` keeps a copy of the descriptor, which would keep the lock in a forked child.
-    fd = os.open(f"/proc/self/fd/{lock.fd}", os.O_RDWR if writable else os.O_RDONLY)
-    try:
-        # Private pages that are not written to show the file as it is now, and numpy and torch take them for writable.
-        flags = mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE
-        return mmap.mmap(fd, os.fstat(fd).st_size, flags, mmap.PROT_READ | mmap.PROT_WRITE)
-    finally:
-        os.close(fd)
+def _images(folder: Folder) -> list[str]:
+    """Name the files of images, the newest first."""
+    found = []
+    for name in folder.files():
+        if name.startswith(_IMAGE):
+            with contextlib.suppress(FileNotFoundError):
+                found.append((os.stat(name, dir_fd=folder.fd).st_mtime_ns, name))
+    return [name for _, name in sorted(found, reverse=True)]
 
 
 def _take_over(folder: Folder, name: str, file_bytes: int) -> tuple[str, Lock] | None:
@@ -372,33 +336,6 @@ def _remove_unused(folder: Folder, name: str) -> None:
             os.unlink(name, dir_fd=folder.fd)
         finally:
             lock.release()
-
-
-def _write_end(fd: int, image_bytes: int, header: bytes) -> None:
-    """Write header and footer to the end of the file, which grows if they do not fit behind the image."""
-    size = os.fstat(fd).st_size
-    needed = image_bytes + len(header) + _FOOTER.size
-    if needed > size:
-        os.posix_fallocate(fd, 0, needed)
-        size = needed
-    footer = _FOOTER.pack(_MARK, image_bytes, len(header), _digest(image_bytes, header))
-    os.pwrite(fd, header + footer, size - len(header) - _FOOTER.size)
-
-
-def _read_end(fd: int) -> tuple[int, bytes] | None:
-    """Read the bytes of the image and its header from the end of the file; None if they cannot be true."""
-    size = os.fstat(fd).st_size
-    if size < _FOOTER.size:
-        return None
-    mark, image_bytes, header_bytes, digest = _FOOTER.unpack(os.pread(fd, _FOOTER.size, size - _FOOTER.size))
-    if mark != _MARK or image_bytes + header_bytes + _FOOTER.size > size:
-        return None
-    header = os.pread(fd, header_bytes, size - _FOOTER.size - header_bytes)
-    return (image_bytes, header) if digest == _digest(image_bytes, header) else None
-
-
-def _digest(image_bytes: int, header: bytes) -> int:
-    return xxhash.xxh3_64_intdigest(header, seed=image_bytes)
 
 
 def _draft_name() -> str:

@@ -13,8 +13,8 @@ from typing import Self
 if sys.platform != "win32":  # there nobody gets here: a host cache is refused before
     import fcntl
 
-#: Files that are open for their lock. A forked child closes its copies: a copy keeps the lock of a dead parent.
-_held: set[int] = set()
+#: Locks of this process. A forked child closes its copies: a copy would keep the lock of a dead parent.
+_held: set[Lock] = set()
 
 
 class Lock:
@@ -23,8 +23,7 @@ class Lock:
     def __init__(self, fd: int) -> None:
         """Take over an open file."""
         self.fd = fd
-        self._pid = os.getpid()
-        _held.add(fd)
+        _held.add(self)
 
     @classmethod
     def take(cls, folder: int, name: str, *, exclusive: bool, flags: int = os.O_RDWR) -> Self | None:
@@ -50,8 +49,8 @@ class Lock:
 
     @property
     def is_held(self) -> bool:
-        """Whether it was not released, and this is the process that has it."""
-        return self.fd >= 0 and os.getpid() == self._pid
+        """Whether it was not released, and this is not a forked child, which has none."""
+        return self in _held
 
     def change(self, *, exclusive: bool) -> bool:
         """Lock, or lock otherwise, without waiting; false if others keep it from that, and then it is not locked.
@@ -74,22 +73,22 @@ class Lock:
 
     def release(self) -> None:
         """Unlock and close the file; nothing in a forked child, and nothing the second time."""
-        if os.getpid() != self._pid:
-            return
         try:
-            _held.remove(self.fd)
+            _held.remove(self)
         except KeyError:
             return
         fd, self.fd = self.fd, -1
         with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough where a child that was forked has a copy
+            fcntl.flock(
+                fd, fcntl.LOCK_UN
+            )  # closing is not enough while a child that was just forked has a copy
         os.close(fd)
 
 
 def _close_copies() -> None:
-    for fd in _held:
-        with contextlib.suppress(OSError):
-            os.close(fd)
+    for lock in _held:
+        fd, lock.fd = lock.fd, -1
+        os.close(fd)
     _held.clear()
 
 
