@@ -25,7 +25,7 @@ def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
     """Give the rows of a 1 MB network and one worker."""
     size_bytes, deliveries = 1 << 20, 5 if quick else DELIVERIES
     progress("latency: 1 MB float32, publish to applied, one worker")
-    weights = itertools.cycle(training_steps(size_bytes))
+    steps = training_steps(size_bytes)
     with contextlib.ExitStack() as stack:
         name = stack.enter_context(scratch(url))
         keys = {OURS: f"{name}-default", RAW: f"{name}-raw", NAIVE: f"{name}-naive"}
@@ -44,8 +44,9 @@ def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
         workers = stack.enter_context(crew(1, size_bytes, ways))
 
         def contender(way: str) -> Callable[[], float]:
+            versions = itertools.cycle(steps)
             return lambda: (
-                1e3 * median(workers.deliver(way, senders[way], next(weights)) for _ in range(deliveries))
+                1e3 * median(workers.deliver(way, senders[way], next(versions)) for _ in range(deliveries))
             )
 
         found = interleaved({way: contender(way) for way in ways}, repetitions)

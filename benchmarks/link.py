@@ -32,7 +32,8 @@ def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
             Row(f"{work}: bytes", "1 × stored size", "1×", [], [], "MB", False, None, f"left out: {reason}")
         ]
     progress(f"link: {work}")
-    weights = itertools.cycle(training_steps(megabytes << 20))
+    steps = training_steps(megabytes << 20)
+    ours, theirs = itertools.cycle(steps), itertools.cycle(steps)
     with contextlib.ExitStack() as stack:
         link = stack.enter_context(two_hosts())
         server = stack.enter_context(RedisServer(bind=link.address))
@@ -48,8 +49,8 @@ def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
         naive = NaiveSender(place, "link-naive")
         seconds = interleaved(
             {
-                OURS: lambda: meter.deliver(OURS, sender, next(weights)),
-                NAIVE: lambda: meter.deliver(NAIVE, naive, next(weights)),
+                OURS: lambda: meter.deliver(OURS, sender, next(ours)),
+                NAIVE: lambda: meter.deliver(NAIVE, naive, next(theirs)),
             },
             repetitions,
         )

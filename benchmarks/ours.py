@@ -1,10 +1,8 @@
-"""rlbroker's sides of a way, and the only place that knows which of its newer settings there are."""
+"""rlbroker's sides of a way."""
 
 from __future__ import annotations
 
-import inspect
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rlbroker import PublishReceipt, WorkerClient, WorkerCommunicator
@@ -18,12 +16,6 @@ if TYPE_CHECKING:
 STEP_SECONDS = 0.0002
 
 
-def known(function: Callable[..., Any], **settings: Any) -> dict[str, Any]:
-    """Give those of the settings that this release takes."""
-    taken = inspect.signature(function).parameters
-    return {name: value for name, value in settings.items() if name in taken}
-
-
 def learner(
     url: str, run: str, *, workers: int, host_cache: bool | str = True, **more: Any
 ) -> WorkerCommunicator:
@@ -32,13 +24,13 @@ def learner(
         timeout=60.0,
         redis_url=url,
         run=run,
-        **known(WorkerCommunicator, host_cache=host_cache),
+        host_cache=host_cache,
         **more,
     )
 
 
 def worker(url: str, run: str, worker_id: int, *, host_cache: bool | str = True) -> WorkerClient:
-    return WorkerClient(url, run, worker_id, timeout=60.0, **known(WorkerClient, host_cache=host_cache))
+    return WorkerClient(url, run, worker_id, timeout=60.0, host_cache=host_cache)
 
 
 class OurSender:

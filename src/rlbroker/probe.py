@@ -5,7 +5,6 @@ A learner in this process and a worker in another one measure it, in a run of th
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import multiprocessing
 import os
@@ -51,11 +50,6 @@ WORTHWHILE: Final = 1.1
 
 #: What is left behind by a probe that was killed goes by itself, as far as it is not the run's own.
 _EXPIRE_SECONDS: Final = 60
-
-#: Every byte shall cross the link, also where the hosts of a run share what they fetched.
-_NO_CACHE: Final[Any] = (
-    {"host_cache": False} if "host_cache" in inspect.signature(WorkerClient).parameters else {}
-)
 
 
 @dataclass(frozen=True)
@@ -144,7 +138,7 @@ def measure(url: str | None, *, megabytes: float, seconds: float, progress: Call
         progress("chunks to the server and back")
         set_rate, get_rate = _chunk_rates(connection, keys, seconds)
         learner = stack.enter_context(
-            WorkerCommunicator(1, redis_url=url, run=run, timeout=TIMEOUT_SECONDS, **_NO_CACHE)
+            WorkerCommunicator(1, redis_url=url, run=run, timeout=TIMEOUT_SECONDS, host_cache=False)
         )
         worker = stack.enter_context(_worker_process(url, run))
         progress(f"weights of {megabytes:g} MB to a worker")
@@ -303,7 +297,7 @@ def _work(pipe: Pipe, url: str | None, run: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the parent says when to end
     orders: dict[str, Callable[..., None]] = {"apply": _apply, "send": _send}
     try:
-        with WorkerClient(url, run, 0, timeout=TIMEOUT_SECONDS, **_NO_CACHE) as client:
+        with WorkerClient(url, run, 0, timeout=TIMEOUT_SECONDS, host_cache=False) as client:
             pipe.send(("open", None))
             while (order := pipe.recv())[0] in orders:
                 orders[order[0]](pipe, client, *order[1:])

@@ -16,7 +16,7 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "keys": {"config"},
-    "records": set(),
+    "records": {"errors"},
     "deadline": set(),
     "replies": set(),
     "clients": {"config", "deadline", "errors"},
