@@ -185,13 +185,13 @@ class Publisher:
             draft = self._images.reserve(plan.image_bytes, plan.raw_bytes)
             if wait or not staged.pending:
                 staged.fill(plan, draft.array)
+            publish = partial(self._publish, staged, plan, draft, compression, began)
+            future = None if wait else self._background.submit(publish)
         except BaseException:
             self._lock.release()
             raise
-        publish = partial(self._publish, staged, plan, draft, compression, began)
-        if wait:
+        if future is None:
             return PublishReceipt(publish())
-        future = self._background.submit(publish)
         future.add_done_callback(_log_failure)
         return PublishReceipt(future)
 
