@@ -1,0 +1,362 @@
+"""Batches from worker processes to one learner, against what one would write by hand, and against Ray.
+
+Each figure is end to end: from the word "go" to the worker processes until the learner has every batch as arrays
+and the server has forgotten it. All sides are given the same arrays, and as many processes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier, Event
+from typing import Any
+
+import numpy as np
+import redis
+
+from rlbroker import WorkerClient, WorkerCommunicator
+
+#: How many batches the hand-made worker sends in one round trip.
+PIPELINED = 16
+
+#: How many entries of each stream the hand-made learner reads at once, and how much it reads from its socket.
+READ_COUNT = 64
+SOCKET_READ_BYTES = 1 << 20
+
+GROUP = "learner"
+PATIENCE_SECONDS = 60.0
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: samples of each repetition, and the wanted ratio of ours to theirs."""
+
+    work: str
+    against: str
+    wanted: str
+    ours: list[float]
+    theirs: list[float]
+    unit: str
+    higher_is_better: bool
+    target: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What each worker sends.
+
+    Attributes:
+        kind: `noise`, which does not compress, or `frames`, which does.
+        shape: of a batch's one array of bytes.
+        batches: how many each worker sends.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    batches: int
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of a batch."""
+        return int(np.prod(self.shape))
+
+    def arrays(self) -> list[Array]:
+        """Give some different batches, to be sent in turn."""
+        make = frames if self.kind == "frames" else noise
+        return [make(self.shape, seed) for seed in range(4)]
+
+
+def noise(shape: tuple[int, ...], seed: int) -> Array:
+    """Give bytes that no codec makes smaller."""
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def frames(shape: tuple[int, ...], seed: int) -> Array:
+    """Give stacks of Atari-like frames, uint8 [rows, 4, 84, 84]: a still background, and a few things that move.
+
+    Each row is one step later than the one before, so three of its four frames were in that one too.
+    """
+    rows, depth, height, width = shape
+    random = np.random.default_rng(seed)
+    background = np.full((height, width), 87, np.uint8)
+    background[:14] = 0
+    background[14:18] = background[-4:] = 142
+    for row in range(6):  # bricks
+        background[24 + 3 * row : 26 + 3 * row, 4:-4] = 110 + 20 * row
+        background[24 + 3 * row : 26 + 3 * row, random.integers(4, width - 4, 20)] = 87
+    seen = []
+    place, speed = random.uniform(30, 60, 2), random.uniform(-2, 2, 2)
+    for _ in range(rows + depth - 1):
+        frame = background.copy()
+        place = np.clip(place + speed, 20, 78)
+        speed = np.where((place <= 20) | (place >= 78), -speed, speed)
+        ball_y, ball_x = place.astype(int)
+        frame[ball_y : ball_y + 3, ball_x : ball_x + 2] = 236
+        paddle = int(np.clip(ball_x + random.integers(-3, 4), 4, 68))
+        frame[76:79, paddle : paddle + 12] = 200
+        score = random.integers(0, 8)
+        frame[2:10, 10 + score : 14 + score] = 180
+        seen.append(frame)
+    return np.stack([np.stack(seen[row : row + depth]) for row in range(rows)])
+
+
+# Ours
+
+
+def work_with_rlbroker(url: str, run: str, worker: int, load: Load, ready: Barrier, done: Event) -> None:
+    """Be one worker that sends its batches."""
+    arrays = load.arrays()
+    with WorkerClient(redis_url=url, run=run, worker_id=worker, timeout=PATIENCE_SECONDS) as client:
+        ready.wait()
+        for number in range(load.batches):
+            client.send_experiences({"obs": arrays[number % len(arrays)]})
+        done.wait()
+
+
+def learn_with_rlbroker(url: str, workers: int, load: Load) -> float:
+    """Give the seconds that all batches took."""
+    run = f"bench-{time.monotonic_ns()}"
+    with (
+        WorkerCommunicator(
+            workers, max_queue_size=load.batches, redis_url=url, run=run, timeout=PATIENCE_SECONDS
+        ) as comm,
+        _processes(work_with_rlbroker, url, run, workers, load) as go,
+    ):
+        began = go()
+        missing = workers * load.batches
+        while missing:
+            pairs = comm.collect_experiences(timeout=PATIENCE_SECONDS, max_batches=256)
+            assert pairs, "no batch came"
+            missing -= len(pairs)
+        comm.acknowledge(pairs)
+        seconds = time.perf_counter() - began
+    _forget(url, f"rlb:{{{run}}}:*")
+    return seconds
+
+
+# By hand
+
+
+def work_by_hand(url: str, run: str, worker: int, load: Load, ready: Barrier, done: Event) -> None:
+    """Be one worker that sends its batches with redis-py: pipelined, without ids, bounds and retries."""
+    arrays = load.arrays()
+    client = redis.Redis.from_url(url, protocol=2)
+    ready.wait()
+    for first in range(0, load.batches, PIPELINED):
+        pipeline = client.pipeline(transaction=False)
+        for number in range(first, min(first + PIPELINED, load.batches)):
+            pipeline.xadd(f"{run}:{worker}", {"data": arrays[number % len(arrays)].tobytes()})
+        pipeline.execute()
+    done.wait()
+
+
+def learn_by_hand(url: str, workers: int, load: Load) -> float:
+    """Give the seconds that all batches took."""
+    run = f"bench-{time.monotonic_ns()}"
+    client = redis.Redis.from_url(url, protocol=2, socket_read_size=SOCKET_READ_BYTES)
+    streams: Any = {f"{run}:{worker}": ">" for worker in range(workers)}
+    for stream in streams:
+        client.xgroup_create(stream, GROUP, "0", mkstream=True)
+    with _processes(work_by_hand, url, run, workers, load) as go:
+        began = go()
+        missing = workers * load.batches
+        while missing:
+            found: Any = client.xreadgroup(GROUP, "me", streams, count=READ_COUNT, block=1000)
+            pipeline = client.pipeline(transaction=False)
+            for stream, entries in found:
+                batches = [
+                    {"obs": np.frombuffer(fields[b"data"], np.uint8).reshape(load.shape)}
+                    for _, fields in entries
+                ]
+                ids = [entry_id for entry_id, _ in entries]
+                pipeline.xack(stream, GROUP, *ids)
+                pipeline.xdel(stream, *ids)
+                missing -= len(batches)
+            pipeline.execute()
+        seconds = time.perf_counter() - began
+    client.delete(*streams)
+    return seconds
+
+
+# With Ray
+
+
+def learn_with_ray(url: str, workers: int, load: Load) -> float:
+    """Give the seconds that all batches took: each worker is an actor whose results the learner gets."""
+    ray: Any = importlib.import_module("ray")
+    if not ray.is_initialized():
+        ray.init(num_cpus=workers, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+
+    class Worker:
+        def __init__(self) -> None:
+            self.arrays = load.arrays()
+
+        def batch(self, number: int) -> dict[str, Array]:
+            return {"obs": self.arrays[number % len(self.arrays)]}
+
+    remote = ray.remote(num_cpus=0)(Worker)
+    actors = [remote.remote() for _ in range(workers)]
+    ray.get([actor.batch.remote(0) for actor in actors])
+    began = time.perf_counter()
+    waiting = [
+        [actor.batch.remote(number) for number in range(min(PIPELINED, load.batches))] for actor in actors
+    ]
+    for number in range(load.batches):
+        for actor, futures in zip(actors, waiting, strict=True):
+            ray.get(futures.pop(0))
+            if number + PIPELINED < load.batches:
+                futures.append(actor.batch.remote(number + PIPELINED))
+    seconds = time.perf_counter() - began
+    for actor in actors:
+        ray.kill(actor)
+    return seconds
+
+
+# Many workers of which a few are busy
+
+
+def collecting_seconds(url: str, workers: int, *, busy: int, load: Load, rounds: int) -> list[float]:
+    """Give the learner's seconds per batch in each round, where only some workers send.
+
+    Everything happens in this process, in turn, so that nothing but collecting is in the time.
+    """
+    run = f"bench-{time.monotonic_ns()}"
+    arrays = load.arrays()
+    found = []
+    with WorkerCommunicator(workers, redis_url=url, run=run, timeout=PATIENCE_SECONDS) as comm:
+        for worker in range(busy, workers):  # each has joined once, and is idle
+            WorkerClient(redis_url=url, run=run, worker_id=worker, timeout=PATIENCE_SECONDS).close()
+        clients = [WorkerClient(redis_url=url, run=run, worker_id=worker) for worker in range(busy)]
+        for number in range(rounds + 1):
+            for client in clients:
+                for _ in range(load.batches):
+                    client.send_experiences({"obs": arrays[0]})
+            wanted, seconds = busy * load.batches, 0.0
+            while wanted:
+                began = time.perf_counter()
+                wanted -= len(comm.collect_experiences(timeout=1.0))
+                seconds += time.perf_counter() - began
+            if number:  # the first only finds the streams
+                found.append(seconds / (busy * load.batches))
+        for client in clients:
+            client.close()
+    _forget(url, f"rlb:{{{run}}}:*")
+    return found
+
+
+# All of it
+
+
+def run(url: str, *, quick: bool) -> list[Row]:
+    """Measure all of it on a server, and give the table's rows."""
+    repetitions = 3 if quick else 7
+    scale = 1 if quick else 4
+    rows = []
+    for name, load in (
+        ("64 KB", Load("noise", (64, 1024), 1000 * scale)),
+        ("1 MB", Load("noise", (64, 16384), 80 * scale)),
+    ):
+        for workers in (1, 2, 4):
+            some = Load(load.kind, load.shape, load.batches // workers)
+            work = f"experiences, incompressible {name} batches, {workers} worker{'s' * (workers > 1)}"
+            rows.append(
+                _compared(url, work, workers, some, repetitions, "redis-py by hand", learn_by_hand, 0.85)
+            )
+    atari = Load("frames", (32, 4, 84, 84), 100 * scale)
+    rows.append(
+        _compared(
+            url, "experiences, Atari frames", 2, atari, repetitions, "redis-py by hand, raw", learn_by_hand, 3
+        )
+    )
+    if importlib.util.find_spec("ray"):
+        small = Load("noise", (64, 1024), 500 * scale)
+        rows.append(_compared(url, "experiences, 64 KB", 2, small, repetitions, "Ray", learn_with_ray, 4))
+    rows.append(_many_workers(url, repetitions))
+    return rows
+
+
+def _compared(
+    url: str,
+    work: str,
+    workers: int,
+    load: Load,
+    repetitions: int,
+    against: str,
+    learn: Callable[[str, int, Load], float],
+    target: float,
+) -> Row:
+    ours, theirs = [], []
+    megabytes = workers * load.batches * load.batch_bytes / 1e6
+    for _ in range(repetitions):
+        ours.append(megabytes / learn_with_rlbroker(url, workers, load))
+        theirs.append(megabytes / learn(url, workers, load))
+    return Row(work, against, f">= {target:g} x", ours, theirs, "MB/s", True, target)
+
+
+def _many_workers(url: str, repetitions: int) -> Row:
+    load = Load("noise", (64, 1024), 16)
+    few = collecting_seconds(url, 4, busy=4, load=load, rounds=5 * repetitions)
+    many = collecting_seconds(url, 256, busy=4, load=load, rounds=5 * repetitions)
+    return Row(
+        "collecting with 256 workers of which 4 are busy",
+        "4 workers",
+        "<= 1.5 x",
+        [1e6 * seconds for seconds in many],
+        [1e6 * seconds for seconds in few],
+        "us per batch",
+        False,
+        1.5,
+    )
+
+
+@contextmanager
+def _processes(
+    work: Callable[..., None], url: str, run: str, workers: int, load: Load
+) -> Iterator[Callable[[], float]]:
+    """Have worker processes ready; give what starts them and tells when that was."""
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Barrier(workers + 1), context.Event()
+    started = [
+        context.Process(target=work, args=(url, run, worker, load, ready, done)) for worker in range(workers)
+    ]
+    for process in started:
+        process.start()
+
+    def go() -> float:
+        ready.wait(PATIENCE_SECONDS)
+        return time.perf_counter()
+
+    try:
+        yield go
+    finally:
+        done.set()
+        for process in started:
+            process.join()
+
+
+def _forget(url: str, pattern: str) -> None:
+    client = redis.Redis.from_url(url)
+    for key in client.scan_iter(pattern.replace("[", "\\["), count=1000):
+        client.unlink(key)
+    client.close()
+
+
+def main() -> None:
+    """Print the table, as long as nothing else does."""
+    import statistics
+    import sys
+
+    for row in run(sys.argv[1], quick=True):
+        ours, theirs = statistics.median(row.ours), statistics.median(row.theirs)
+        print(f"{row.work:60} {ours:8.1f} {theirs:8.1f} {row.unit:12} {ours / theirs:5.2f} {row.wanted}")
+
+
+if __name__ == "__main__":
+    main()
