@@ -32,6 +32,8 @@ from rlbroker.errors import (
     ServerOutOfMemory,
     ServerUnsuitable,
 )
+from rlbroker.packing import Argument as Argument
+from rlbroker.packing import Pieces, packed
 
 logger = logging.getLogger("rlbroker")
 
@@ -51,7 +53,6 @@ SEND_BYTES: Final = 1 << 20
 REFUSED_SECONDS: Final = 10.0
 
 Result = TypeVar("Result")
-Argument = str | bytes | int | float | memoryview
 
 
 @dataclass(frozen=True)
@@ -432,11 +433,13 @@ class Channel:
             raise result
         return result
 
-    def execute_all(self, commands: Sequence[Sequence[Argument]], *, strict: bool = False) -> list[Any]:
+    def execute_all(
+        self, commands: Sequence[Sequence[Argument | Pieces]], *, strict: bool = False
+    ) -> list[Any]:
         """Run many commands in one round trip, once; what the server refused is given as a `PeerError`.
 
         Args:
-            commands: what to run, in order.
+            commands: what to run, in order; an argument may be in pieces, which are not copied if they are large.
             strict: whether the first of these errors is raised instead.
 
         Raises:
@@ -445,10 +448,8 @@ class Channel:
         self.connect()
         results = []
         with self.care():
-            for packed in self._wire.pack_commands(commands):
-                whole = memoryview(packed)
-                for start in range(0, len(whole), SEND_BYTES):
-                    self._wire.send_packed_command([whole[start : start + SEND_BYTES]], check_health=False)
+            for piece in packed(commands, piece_bytes=SEND_BYTES):
+                self._wire.send_packed_command([piece], check_health=False)
             for _ in commands:
                 try:
                     results.append(self._wire.read_response())

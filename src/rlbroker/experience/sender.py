@@ -16,7 +16,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rlbroker.config import Level, RunSettings, WhenFull
@@ -34,11 +33,11 @@ from rlbroker.errors import (
     ServerUnsuitable,
     Unconfirmed,
 )
+from rlbroker.experience.parcels import Packer, Parcel
 from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE, STATE
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import Registration, SendReceipt
 from rlbroker.replies import entry_place, group_position, newest_place, pending_summary
-from rlbroker.wire import Limits, encode
 
 logger = logging.getLogger("rlbroker")
 
@@ -49,28 +48,6 @@ LONGEST_LOOK_SECONDS = 0.05
 REPLAY_BYTES = 8 << 20
 
 Result = TypeVar("Result")
-
-
-@dataclass
-class _Parcel:
-    """A batch that has its number.
-
-    Attributes:
-        uncertain: whether a try to store it ended in a broken connection, so that it may be there.
-        stored: whether the server as it is now is known to have it.
-        charged: whether its bytes are in the queue's books.
-    """
-
-    sequence: int
-    fields: list[Any]
-    receipt: SendReceipt
-    uncertain: bool = False
-    stored: bool = False
-    charged: bool = False
-
-    @property
-    def size(self) -> int:
-        return self.receipt.stored_bytes
 
 
 class Sender:
@@ -106,15 +83,16 @@ class Sender:
         """
         self._connection, self._settings, self._rejoin = connection, settings, rejoin
         self._worker_id, self._incarnation = place.worker_id, place.incarnation
-        self._when_full, self._compression, self.level = when_full, compression, level
+        self._when_full, self.level = when_full, level
+        self._packer = Packer(compression=compression)
         self._stream, self._counts = keys.experiences(place.worker_id), keys.counts(place.worker_id)
         self._lock = threading.Lock()
         self._channel = Channel(connection)
         self._doubt = False  #: whether the server may have lost something since the last look
         self._fenced = False
         self._sequence = self._stated = 0
-        self._outbox: _Parcel | None = None
-        self._kept: deque[_Parcel] = deque()
+        self._outbox: Parcel | None = None
+        self._kept: deque[Parcel] = deque()
         self._kept_bytes = 0
         #: What this life counted; absolute numbers, so that writing them again does no harm.
         self._tally = {"dropped_newest": 0, "fenced": 0, "stopped": 0, "dropped_oldest": 0}
@@ -158,17 +136,13 @@ class Sender:
             Fenced: a newer process has this worker id.
             PeerError: the server stayed away or refused; nothing was stored and the caller still has the batch.
         """
-        data = encode(batch, compression=self._compression)
-        rows, raw_bytes = _shape_of(batch)
-        if raw_bytes > Limits().max_raw_bytes:
-            raise BatchTooLarge(
-                f"the batch holds {raw_bytes:,} bytes; no more than {Limits().max_raw_bytes:,} may travel"
-            )
+        message = self._packer.pack(batch)
+        size = message.stored_bytes
         deadline = Deadline(timeout_seconds)
         settings = self._settings(deadline)
-        if len(data) > settings.max_queue_bytes:
+        if size > settings.max_queue_bytes:
             raise BatchTooLarge(
-                f"the batch takes {len(data):,} bytes and the queue {settings.max_queue_bytes:,} (max_queue_bytes); "
+                f"the batch takes {size:,} bytes and the queue {settings.max_queue_bytes:,} (max_queue_bytes); "
                 "send smaller batches, or raise the bound on the learner"
             )
 
@@ -178,9 +152,9 @@ class Sender:
                 incarnation=self._incarnation,
                 sequence=sequence,
                 version=version,
-                rows=rows,
-                raw_bytes=raw_bytes,
-                stored_bytes=len(data),
+                rows=message.rows,
+                raw_bytes=message.raw_bytes,
+                stored_bytes=size,
                 accepted=sequence > 0,
                 dropped=dropped,
             )
@@ -190,20 +164,25 @@ class Sender:
             try:
                 if self._outbox is not None:
                     self._do(self._confirm, deadline)
-                refusal, dropped = self._make_room(len(data), settings, deadline, stopped)
+                refusal, dropped = self._make_room(size, settings, deadline, stopped)
                 if refusal:
                     self._count(refusal, deadline)
                     return receipt(0, dropped)
                 fields = {
                     "version": version,
-                    "rows": rows,
-                    "raw_bytes": raw_bytes,
-                    "stored_bytes": len(data),
+                    "rows": message.rows,
+                    "raw_bytes": message.raw_bytes,
+                    "stored_bytes": size,
                     "sent_at": f"{time.time():.3f}",
-                    "data": data,
+                    "data": message.pieces,
                 }
                 taken = receipt(self._sequence + 1, dropped)
-                self._store(_Parcel(taken.sequence, flat(fields), taken), deadline)
+                parcel = Parcel(taken.sequence, flat(fields), taken)
+                try:
+                    self._store(parcel, deadline)
+                finally:
+                    if self._outbox is parcel:
+                        parcel.keep()
                 return taken
             except Fenced:
                 self._count_fenced(refused=taken is None)
@@ -312,7 +291,7 @@ class Sender:
         self._state()
         self._doubt = False
 
-    def _add_all(self, parcels: Sequence[_Parcel], *further: tuple[Any, ...]) -> list[Any]:
+    def _add_all(self, parcels: Sequence[Parcel], *further: tuple[Any, ...]) -> list[Any]:
         """Add batches to the stream in one round trip; give the replies to what is sent after them."""
         try:
             replies = self._channel.execute_all([*map(self._add, parcels), *further])
@@ -324,12 +303,12 @@ class Sender:
             self._note_stored(parcel, reply)
         return replies[len(parcels) :]
 
-    def _add(self, parcel: _Parcel) -> tuple[Any, ...]:
+    def _add(self, parcel: Parcel) -> tuple[Any, ...]:
         entry_id = f"{self._incarnation}-{parcel.sequence}"
         # Only OPEN_QUEUE makes the stream: a server that lost it must not take a batch before it was opened.
         return ("XADD", self._stream, "NOMKSTREAM", entry_id, *parcel.fields)
 
-    def _note_stored(self, parcel: _Parcel, reply: Any) -> None:
+    def _note_stored(self, parcel: Parcel, reply: Any) -> None:
         if reply is None:
             self._doubt = True
             raise RunLost(f"the server lost the queue of worker {self._worker_id}")
@@ -344,7 +323,7 @@ class Sender:
             self._held_bytes += parcel.size
             self._waiting += 1
 
-    def _check_stored(self, parcel: _Parcel) -> None:
+    def _check_stored(self, parcel: Parcel) -> None:
         """Find out whether an id was refused because the batch is there already; raise if not."""
         newest, about = self._replies(
             [("HGET", self._counts, "incarnation"), ("XINFO", "STREAM", self._stream)]
@@ -371,6 +350,7 @@ class Sender:
         if further:
             self._check_reached(replies[-1])
         if self.level == "learner":
+            parcel.keep()
             self._kept.append(parcel)
             self._kept_bytes += parcel.size
         self._outbox = None
@@ -438,7 +418,7 @@ class Sender:
         )
         return self._tally["dropped_oldest"] - before
 
-    def _keep(self, parcels: Iterable[_Parcel]) -> None:
+    def _keep(self, parcels: Iterable[Parcel]) -> None:
         self._kept = deque(parcels)
         self._kept_bytes = sum(parcel.size for parcel in self._kept)
 
@@ -491,7 +471,7 @@ class Sender:
         held_bytes = max(self._held_bytes, self._kept_bytes)
         return self._waiting < settings.max_queue_size and held_bytes + size <= settings.max_queue_bytes
 
-    def _store(self, parcel: _Parcel, deadline: Deadline) -> None:
+    def _store(self, parcel: Parcel, deadline: Deadline) -> None:
         """Store a batch, or make sure that it is not: then its number is free again."""
         self._sequence, self._outbox = parcel.sequence, parcel
         backoff = Backoff()
@@ -576,9 +556,9 @@ class Sender:
             self._lock.release()
 
 
-def _slices(parcels: Sequence[_Parcel]) -> Iterator[list[_Parcel]]:
+def _slices(parcels: Sequence[Parcel]) -> Iterator[list[Parcel]]:
     """Cut what is to be sent again into pieces of some megabytes."""
-    some: list[_Parcel] = []
+    some: list[Parcel] = []
     for parcel in parcels:
         some.append(parcel)
         if sum(one.size for one in some) >= REPLAY_BYTES:
@@ -586,19 +566,3 @@ def _slices(parcels: Sequence[_Parcel]) -> Iterator[list[_Parcel]]:
             some = []
     if some:
         yield some
-
-
-def _shape_of(batch: dict[str, Any]) -> tuple[int, int]:
-    """Give the leading dimension of the first array or tensor, and the bytes of all of them."""
-    rows, raw_bytes = 0, 0
-    waiting: deque[Any] = deque([batch])
-    while waiting:
-        node = waiting.popleft()
-        if isinstance(node, dict):
-            waiting.extend(node.values())
-        elif isinstance(node, (list, tuple)):
-            waiting.extend(node)
-        elif hasattr(node, "nbytes") and hasattr(node, "shape"):
-            raw_bytes += int(node.nbytes)
-            rows = rows or (int(node.shape[0]) if len(node.shape) else 0)
-    return rows, raw_bytes

@@ -9,7 +9,7 @@ from rlbroker.wire.assembly import Assembly
 from rlbroker.wire.format import FORMAT_VERSION, StoredSegment
 from rlbroker.wire.image import EncodedSegment, ImageFormat, ImagePlan
 from rlbroker.wire.limits import Limits
-from rlbroker.wire.message import decode, describe, encode
+from rlbroker.wire.message import decode, describe, encode, encode_pieces
 from rlbroker.wire.plan import Plan, plan
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "decode",
     "describe",
     "encode",
+    "encode_pieces",
     "plan",
 ]

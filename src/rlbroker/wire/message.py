@@ -15,10 +15,18 @@ from rlbroker.wire.tree import describe_packed
 
 def encode(tree: object, *, compression: bool = True) -> bytes:
     """Return `tree` as bytes; raise UnsupportedType, which names the path, for what cannot travel."""
+    return b"".join(encode_pieces(tree, compression=compression))
+
+
+def encode_pieces(tree: object, *, compression: bool = True) -> tuple[bytes | memoryview, ...]:
+    """Return `tree` as bytes in pieces, of which some are its own memory: it must not change while they are used.
+
+    Raises UnsupportedType, which names the path, for what cannot travel.
+    """
     parts = plan(tree, compression=compression)
     encoded = [parts.encode_segment(index) for index in range(parts.segment_count)]
     header = parts.header([segment for segment, _ in encoded])
-    return b"".join((header, *(stored for _, stored in encoded)))
+    return (header, *(stored for _, stored in encoded))
 
 
 def decode(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> Any:
