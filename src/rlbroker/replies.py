@@ -28,8 +28,14 @@ def stream_entries(reply: Any) -> list[tuple[str, list[tuple[str, dict[bytes, by
         first = entries[0] if entries else None
         if isinstance(first, list) and (not first or isinstance(first[0], (list, tuple))):
             entries = first
-        found.append((_text(key), [(_text(entry_id), fields or None) for entry_id, fields in entries]))
+        found.append((_text(key), [(_text(entry_id), _fields(fields)) for entry_id, fields in entries]))
     return found
+
+
+def _fields(reply: Any) -> dict[bytes, bytes] | None:
+    if isinstance(reply, list):  # as the server sends them
+        reply = dict(zip(reply[::2], reply[1::2], strict=True))
+    return reply or None
 
 
 def scored_members(reply: Any) -> dict[str, float]:

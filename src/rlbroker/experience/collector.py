@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rlbroker.config import Acknowledge
-from rlbroker.connection import BLOCK_SECONDS, Connection
+from rlbroker.connection import BLOCK_SECONDS, Channel, Connection
 from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, PeerError, ServerFault, ServerOutOfMemory, WireError
 from rlbroker.experience.dead_letters import DeadLetters
@@ -78,6 +78,7 @@ class Collector:
             check: raises if the learner must not go on: it was closed, or replaced.
         """
         self._connection, self._keys = connection, keys
+        self._channel = Channel(connection)  #: for reading what is new
         self._acknowledge_mode, self._max_staleness = acknowledge, max_staleness
         self._max_deliveries = max_deliveries
         self._suspect_after = (
@@ -129,7 +130,7 @@ class Collector:
                 raise
             for entry in taken:
                 stream = self._streams[entry.source.name]
-                stream.handed_out = max(stream.handed_out, entry_place(entry.entry_id))
+                stream.handed_out = max(stream.handed_out, entry.place)
             self._flow.insert(len(found))
             self._returned = found
             return list(found)
@@ -143,7 +144,7 @@ class Collector:
             Fenced: a newer learner of this name has taken over.
             PeerError: the server refused, or could not be reached in time.
         """
-        entries = [(self._source(batch.held_as[0]), batch.held_as[1], "delivered") for _, batch in pairs]
+        entries = [(self._known(batch.held_as[0]), batch.held_as[1], "delivered") for _, batch in pairs]
         return self._holdings.settle(entries, deadline=deadline)
 
     def acknowledge_returned(self, deadline: Deadline) -> None:
@@ -272,7 +273,7 @@ class Collector:
             wait_seconds = min(self._connection.block_seconds, deadline.remaining)
             command += ["BLOCK", max(1, int(wait_seconds * 1000))]
         command += ["STREAMS", *(stream.source.key for stream in streams), *(">" for _ in streams)]
-        found = dict(stream_entries(self._connection.execute_once(*command)))
+        found = dict(stream_entries(self._channel.execute(*command)))
         for stream in streams:
             entries = found.get(stream.source.key)
             if not entries:
@@ -398,7 +399,7 @@ class Collector:
             raise WireError("a batch must be a dictionary")
         batch = Batch(content)
         batch.worker_id = entry.source.worker_id
-        batch.incarnation, batch.sequence = entry_place(entry.batch)
+        batch.incarnation, batch.sequence = entry_place(entry.batch) if entry.source.retried else entry.place
         batch.version = int(fields[b"version"])
         batch.staleness = max(0, self._latest_version() - batch.version)
         batch.rows = int(fields[b"rows"])
@@ -410,6 +411,10 @@ class Collector:
         return batch
 
     # Streams
+
+    def _known(self, name: str) -> Source:
+        stream = self._streams.get(name)
+        return self._source(name) if stream is None else stream.source
 
     def _source(self, name: str) -> Source:
         before, _, worker = name.rpartition(":")

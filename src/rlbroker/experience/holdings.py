@@ -80,14 +80,19 @@ ACKNOWLEDGE = Script(
     -- further ARGV: for each entry: id, stored bytes, what became of it
     -- Gives how many were there, then the ids of those that are another learner's now.
     local reply, life, last = {0}, '', -1
+    -- One look finds all that is ours, where nobody else has any of it.
+    local number_of = (#ARGV - 3) / 3
+    local ours = {}
+    for _, row in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[4], ARGV[#ARGV - 2], number_of, ARGV[2])) do
+      ours[row[1]] = true
+    end
+    local done, bytes, reasons = {}, 0, {}
     for i = 4, #ARGV, 3 do
-      local has = mine(ARGV[i])
+      local has = ours[ARGV[i]] or mine(ARGV[i])
       if has then
-        redis.call('XACK', KEYS[1], ARGV[1], ARGV[i])
-        redis.call('XDEL', KEYS[1], ARGV[i])
-        count(ARGV[i + 2], 1)
-        count('removed_bytes', ARGV[i + 1])
-        reply[1] = reply[1] + 1
+        table.insert(done, ARGV[i])
+        bytes = bytes + tonumber(ARGV[i + 1])
+        reasons[ARGV[i + 2]] = (reasons[ARGV[i + 2]] or 0) + 1
       elseif has == false then
         table.insert(reply, ARGV[i])
       end
@@ -95,6 +100,14 @@ ACKNOWLEDGE = Script(
       if of ~= life then life, last = of, -1 end
       last = math.max(last, tonumber(number))
     end
+    for from = 1, #done, 1000 do  -- Lua passes no more than some thousand arguments
+      local to = math.min(from + 999, #done)
+      redis.call('XACK', KEYS[1], ARGV[1], unpack(done, from, to))
+      redis.call('XDEL', KEYS[1], unpack(done, from, to))
+    end
+    reply[1] = #done
+    if #done > 0 then count('removed_bytes', string.format('%.0f', bytes)) end
+    for reason, times in pairs(reasons) do count(reason, times) end
     -- What was delivered was sent: the worker says how much only now and then. (Not for the stream of retries.)
     local said = redis.call('HGET', KEYS[2], 'sent:' .. life)
     if said and tonumber(said) < last then
@@ -138,6 +151,10 @@ class Source:
     counts_key: str
     epochs_key: str
     retried: bool = False
+
+    def __hash__(self) -> int:
+        """Give what finds it in a dictionary: one of the names of which there are no two."""
+        return hash(self.key)
 
     @property
     def keys(self) -> tuple[str, str, str]:
@@ -234,26 +251,30 @@ class Holdings:
         """
         removed = 0
         with self.counting(deadline):
-            by_source: dict[Source, list[Any]] = {}
+            by_source: dict[Source, dict[str, tuple[int, str]]] = {}
             with self._lock:
                 for source, entry_id, reason in entries:
                     size = self._held.get(source, {}).get(entry_id)
                     if size is not None:
                         # What is tried again was taken out of the queue's books when it died.
-                        size = 0 if source.retried else size
-                        by_source.setdefault(source, []).extend((entry_id, size, reason))
+                        fate = 0 if source.retried else size, reason
+                        by_source.setdefault(source, {})[entry_id] = fate
             calls = [
-                (ACKNOWLEDGE, source.keys, (*self.signature, *arguments))
-                for source, arguments in by_source.items()
+                (
+                    ACKNOWLEDGE,
+                    source.keys,
+                    (
+                        *self.signature,
+                        *(part for entry_id, fate in ids.items() for part in (entry_id, *fate)),
+                    ),
+                )
+                for source, ids in by_source.items()
             ]
             replies = self._connection.run_all(calls, deadline=deadline)
-            for (source, arguments), (gone, *others) in zip(by_source.items(), replies, strict=True):
+            for (source, ids), (gone, *others) in zip(by_source.items(), replies, strict=True):
                 removed += gone
                 taken = {entry_id.decode() for entry_id in others}
-                ids, reasons = arguments[::3], arguments[2::3]
-                self.gave_up(
-                    source, ids, (why for one, why in zip(ids, reasons, strict=True) if one not in taken)
-                )
+                self.gave_up(source, ids, (why for one, (_, why) in ids.items() if one not in taken))
                 if taken:
                     logger.warning(
                         "%d batches of worker %d were held for too long; another learner took them over",

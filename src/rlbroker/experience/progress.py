@@ -21,11 +21,12 @@ Place = tuple[int, int]
 Gap = tuple[Place, Place]
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """One entry as it was read, before it is decoded.
 
     Attributes:
+        place: its id, to be compared.
         taken_over: whether another learner had it before.
         came_again: why it is not to be handed out, if it was before.
         deliveries: how often it was handed out before, if a learner died over it; 0 otherwise.
@@ -37,16 +38,16 @@ class Entry:
     taken_over: bool = False
     came_again: str = ""
     deliveries: int = 0
+    place: Place = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Read its id."""
+        self.place = entry_place(self.entry_id)
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of its batch."""
         return len(self.fields.get(b"data", b"")) if self.fields else 0
-
-    @property
-    def place(self) -> Place:
-        """Its id, to be compared."""
-        return entry_place(self.entry_id)
 
     @property
     def batch(self) -> str:
@@ -93,18 +94,18 @@ class Stream:
 
     def note(self, entry: Entry) -> None:
         """Note that an entry was read."""
-        life, number = entry.place
+        life, number = place = entry.place
         self.open.discard(entry.entry_id)
         if entry.taken_over:
             self.taken_over.add(entry.entry_id)
-        if entry.place > self.newest_read:
+        if place > self.newest_read:
             before = self.newest_read[1] if life == self.newest_read[0] else number - 1
             if before < number - 1:
                 self.gaps.append(((life, before + 1), (life, number - 1)))
-            self.newest_read = entry.place
+            self.newest_read = place
             return
         for first, last in list(self.gaps):
-            if first <= entry.place <= last:
+            if first <= place <= last:
                 self.gaps.remove((first, last))
                 rest = (first, (life, number - 1)), ((life, number + 1), last)
                 self.gaps.extend(gap for gap in rest if gap[0] <= gap[1])
