@@ -28,6 +28,9 @@ logger = logging.getLogger("rlbroker")
 #: Stored bytes that one call of `collect` reads at most; the rest comes with the next call.
 COLLECT_BYTES = 256 << 20
 
+#: Stored bytes that one read asks for, as far as can be foreseen: memory that was just used is soon used again.
+READ_BYTES = 8 << 20
+
 #: Entries of one stream that one read asks for, at most.
 READ_COUNT = 64
 
@@ -92,11 +95,13 @@ class Collector:
         self._streams: dict[str, Stream] = {}
         self._watched: dict[str, Stream] = {}
         self._read: deque[Entry] = deque()
-        self._returned: list[tuple[int, Batch]] = []
+        #: What the caller got and has not acknowledged; names only, so that the memory of the batches is the caller's.
+        self._returned: list[tuple[str, str]] = []
         self._began = False
         self._look_again = Deadline(0)
         self._recheck = Deadline(0)
         self._batch_bytes = float(FIRST_GUESS_BYTES)
+        self._busy = 1  #: streams that had something new at the last read
 
     def collect(self, *, timeout_seconds: float, max_batches: int | None) -> list[tuple[int, Batch]]:
         """Give batches of all workers, each worker's in order; wait for the first one if there is none.
@@ -114,8 +119,7 @@ class Collector:
         try:
             self._began = True
             if self._acknowledge_mode == "next":
-                self.acknowledge(self._returned)
-                self._returned = []
+                self._settle_returned()
             room = self._flow.wait(deadline.remaining)
             if room is not None:
                 max_batches = room if max_batches is None else min(room, max_batches)
@@ -132,7 +136,7 @@ class Collector:
                 stream = self._streams[entry.source.name]
                 stream.handed_out = max(stream.handed_out, entry.place)
             self._flow.insert(len(found))
-            self._returned = found
+            self._returned = [batch.held_as for _, batch in found]
             return list(found)
         finally:
             self._reading.release()
@@ -144,17 +148,23 @@ class Collector:
             Fenced: a newer learner of this name has taken over.
             PeerError: the server refused, or could not be reached in time.
         """
-        entries = [(self._known(batch.held_as[0]), batch.held_as[1], "delivered") for _, batch in pairs]
-        return self._holdings.settle(entries, deadline=deadline)
+        return self._settle([batch.held_as for _, batch in pairs], deadline)
 
     def acknowledge_returned(self, deadline: Deadline) -> None:
         """Acknowledge what the last `collect` gave out, if a further one would have done so."""
         if self._acknowledge_mode == "next" and self._reading.acquire(timeout=deadline.remaining):
             try:
-                self.acknowledge(self._returned, deadline)
-                self._returned = []
+                self._settle_returned(deadline)
             finally:
                 self._reading.release()
+
+    def _settle_returned(self, deadline: Deadline | None = None) -> None:
+        self._settle(self._returned, deadline)
+        self._returned = []
+
+    def _settle(self, held: Sequence[tuple[str, str]], deadline: Deadline | None) -> int:
+        entries = [(self._known(name), entry_id, "delivered") for name, entry_id in held]
+        return self._holdings.settle(entries, deadline=deadline)
 
     @property
     def sources(self) -> list[Source]:
@@ -226,9 +236,10 @@ class Collector:
                 break
             entry = self._read.popleft()
             taken.append(entry)
+            budget -= entry.stored_bytes
             batch = self._open(entry)
             if batch is not None:
-                budget -= batch.raw_bytes + entry.stored_bytes
+                budget -= batch.raw_bytes
                 found.append((batch.worker_id, batch))
                 if suspect:
                     break
@@ -241,8 +252,7 @@ class Collector:
             if deadline is not None:
                 time.sleep(min(BLOCK_SECONDS, deadline.remaining))
             return False
-        share = COLLECT_BYTES / max(1.0, self._batch_bytes) / len(streams)
-        count = max(1, min(READ_COUNT, int(share), max_batches or READ_COUNT))
+        count = max(1, min(READ_COUNT, self._entries_of_each(len(streams)), max_batches or READ_COUNT))
         again = [stream for stream in streams if stream.pending_from is not None]
         try:
             if again:
@@ -267,6 +277,11 @@ class Collector:
             time.sleep(min(BLOCK_SECONDS, deadline.remaining))
             return False
 
+    def _entries_of_each(self, streams: int) -> int:
+        """Give how many entries of each stream to read, with the idle ones as idle as they were in the last read."""
+        size = max(1.0, self._batch_bytes)
+        return int(min(READ_BYTES / size / self._busy, COLLECT_BYTES / size / streams))
+
     def _read_new(self, streams: Sequence[Stream], count: int, deadline: Deadline | None) -> None:
         command: list[str | int] = ["XREADGROUP", "GROUP", GROUP, self._holdings.name, "COUNT", count]
         if deadline is not None:
@@ -274,6 +289,7 @@ class Collector:
             command += ["BLOCK", max(1, int(wait_seconds * 1000))]
         command += ["STREAMS", *(stream.source.key for stream in streams), *(">" for _ in streams)]
         found = dict(stream_entries(self._channel.execute(*command)))
+        self._busy = max(1, len(found))
         for stream in streams:
             entries = found.get(stream.source.key)
             if not entries:
@@ -360,7 +376,7 @@ class Collector:
             reason, detail = "poison", "each learner that got it died before it was done"
         elif entry.fields is not None:
             try:
-                batch = self._decode(entry, entry.fields)
+                batch = self._decode(entry, entry.fields) if entry.opened is None else entry.opened
             except (WireError, KeyError, ValueError) as error:
                 reason, detail = "corrupt", f"{type(error).__name__}: {error}"
             else:
@@ -408,6 +424,7 @@ class Collector:
         batch.sent_at = float(fields[b"sent_at"])
         batch.received_at = time.time()
         batch.held_as = (entry.source.name, entry.entry_id)
+        entry.let_go_of_message(batch)
         return batch
 
     # Streams

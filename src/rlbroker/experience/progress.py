@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from rlbroker.experience.holdings import Source
+from rlbroker.records import Batch
 from rlbroker.replies import entry_place
 
 #: Gaps of one stream that are remembered.
@@ -30,14 +31,16 @@ class Entry:
         taken_over: whether another learner had it before.
         came_again: why it is not to be handed out, if it was before.
         deliveries: how often it was handed out before, if a learner died over it; 0 otherwise.
+        opened: the batch that is in it, once it was decoded.
     """
 
     source: Source
     entry_id: str
-    fields: Mapping[bytes, bytes] | None
+    fields: dict[bytes, bytes] | None
     taken_over: bool = False
     came_again: str = ""
     deliveries: int = 0
+    opened: Batch | None = None
     place: Place = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,6 +51,12 @@ class Entry:
     def stored_bytes(self) -> int:
         """Bytes of its batch."""
         return len(self.fields.get(b"data", b"")) if self.fields else 0
+
+    def let_go_of_message(self, opened: Batch) -> None:
+        """Keep the batch in place of its message: there is no need for the memory of both."""
+        self.opened = opened
+        if self.fields:
+            self.fields.pop(b"data", None)
 
     @property
     def batch(self) -> str:
