@@ -439,7 +439,7 @@ class Channel:
         """Run many commands in one round trip, once; what the server refused is given as a `PeerError`.
 
         Args:
-            commands: what to run, in order; an argument may be in pieces, which are not copied if they are large.
+            commands: what to run, in order; a last argument may be in pieces: large ones are not copied.
             strict: whether the first of these errors is raised instead.
 
         Raises:

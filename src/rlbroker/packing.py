@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hiredis import pack_command
 
 #: A part of an argument, or all of it.
 Piece = bytes | memoryview
@@ -14,45 +17,56 @@ Pieces = tuple[Piece, ...]
 #: Larger pieces are sent from where they are; a smaller one costs less to copy than to send apart.
 COPY_BYTES = 128 << 10
 
-#: Shorter arguments are written with their length in one go.
-_SHORT_BYTES = 256
+#: How an empty argument is written.
+_EMPTY = b"$0\r\n\r\n"
 
 
 def packed(commands: Sequence[Sequence[Argument | Pieces]], *, piece_bytes: int) -> Iterator[Piece]:
-    """Give what to send for some commands, in pieces of about so many bytes at most.
+    """Give what to send for some commands, of which each last argument may be in pieces; each of limited size.
 
     >>> b"".join(packed([("SCRIPT LOAD", 1), ("GET", (b"a", b"b"))], piece_bytes=100))
     b'*3\\r\\n$6\\r\\nSCRIPT\\r\\n$4\\r\\nLOAD\\r\\n$1\\r\\n1\\r\\n*2\\r\\n$3\\r\\nGET\\r\\n$2\\r\\nab\\r\\n'
     """
     ready: list[Piece] = []  # joined before they are sent
     size = 0
-    for name, *arguments in commands:
-        words: list[Argument | Pieces] = str(name).split()  # type: ignore[assignment] # a list of text
-        words += arguments
-        ready.append(b"*%d\r\n" % len(words))
-        for word in words:
-            if not isinstance(word, tuple):
-                plain = word.encode() if isinstance(word, str) else word
-                if not isinstance(plain, (bytes, memoryview)):
-                    plain = repr(plain).encode()
-                if len(plain) < _SHORT_BYTES:
-                    ready += (b"$%d\r\n" % len(plain), plain, b"\r\n")
-                    continue
-                word = (plain,)
-            ready.append(b"$%d\r\n" % sum(map(len, word)))
-            for piece in word:
+    for command in commands:
+        *before, last = command
+        if not isinstance(last, tuple):
+            ready.append(_whole(command))
+            size += len(ready[-1])
+        else:
+            ready.append(_whole((*before, b""))[: -len(_EMPTY)] + b"$%d\r\n" % sum(map(len, last)))
+            for piece in last:
                 if len(piece) > COPY_BYTES:
                     yield b"".join(ready)
                     ready, size = [], 0
                     whole = memoryview(piece)
                     for start in range(0, len(whole), piece_bytes):
                         yield whole[start : start + piece_bytes]
-                    continue
-                ready.append(piece)
-                size += len(piece)
-                if size >= piece_bytes:
-                    yield b"".join(ready)
-                    ready, size = [], 0
+                else:
+                    ready.append(piece)
+                    size += len(piece)
             ready.append(b"\r\n")
-    if ready:
-        yield b"".join(ready)
+        if size >= piece_bytes:
+            yield from _cut(ready, piece_bytes)
+            ready, size = [], 0
+    yield from _cut(ready, piece_bytes)
+
+
+def _whole(command: Sequence[Any]) -> bytes:
+    words = (*command[0].split(), *command[1:])
+    try:
+        done: bytes = pack_command(words)
+    except TypeError:
+        done = pack_command(tuple(bytes(word) if isinstance(word, memoryview) else word for word in words))
+    return done
+
+
+def _cut(ready: list[Piece], piece_bytes: int) -> Iterator[Piece]:
+    whole = b"".join(ready)
+    if len(whole) <= piece_bytes:
+        yield whole
+        return
+    view = memoryview(whole)
+    for start in range(0, len(whole), piece_bytes):
+        yield view[start : start + piece_bytes]

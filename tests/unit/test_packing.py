@@ -24,10 +24,11 @@ def resp(*words: bytes) -> bytes:
         (("SCRIPT LOAD", "return 1"), (b"SCRIPT", b"LOAD", b"return 1")),
         (("SET", b"\r\n$3", 12), (b"SET", b"\r\n$3", b"12")),
         (("SET", "x", -0.5), (b"SET", b"x", b"-0.5")),
-        (("SET", "x", memoryview(b"abc")), (b"SET", b"x", b"abc")),
+        (("SET", memoryview(b"abc"), memoryview(b"de")), (b"SET", b"abc", b"de")),
         (("SET", "x", (b"a", memoryview(b"bc"), b"")), (b"SET", b"x", b"abc")),
         (("SET", "x", ()), (b"SET", b"x", b"")),
         (("SET", "x", (b"head", memoryview(LARGE), b"tail")), (b"SET", b"x", b"head" + LARGE + b"tail")),
+        (("SET", "x", (b"head", memoryview(LARGE))), (b"SET", b"x", b"head" + LARGE)),
         (("SET", "x", LARGE, "GET"), (b"SET", b"x", LARGE, b"GET")),
     ],
     ids=lambda value: str(value)[:40],
@@ -36,7 +37,7 @@ def resp(*words: bytes) -> bytes:
 def test_a_command_is_what_the_server_reads(command: Any, words: tuple[bytes, ...], piece_bytes: int) -> None:
     pieces = list(packed([command, ("PING",)], piece_bytes=piece_bytes))
     assert b"".join(pieces) == resp(*words) + resp(b"PING")
-    assert max(map(len, pieces)) < max(piece_bytes, COPY_BYTES) + 100
+    assert max(map(len, pieces)) <= max(piece_bytes, COPY_BYTES) + 100
 
 
 def test_large_arguments_are_not_copied() -> None:
