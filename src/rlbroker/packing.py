@@ -54,12 +54,12 @@ def packed(commands: Sequence[Sequence[Argument | Pieces]], *, piece_bytes: int)
 
 
 def _whole(command: Sequence[Any]) -> bytes:
-    words = (*command[0].split(), *command[1:])
+    words: Any = (*command[0].split(), *command[1:])
     try:
-        done: bytes = pack_command(words)
+        return pack_command(words)
     except TypeError:
-        done = pack_command(tuple(bytes(word) if isinstance(word, memoryview) else word for word in words))
-    return done
+        words = tuple(bytes(word) if isinstance(word, memoryview) else word for word in words)
+        return pack_command(words)
 
 
 def _cut(ready: list[Piece], piece_bytes: int) -> Iterator[Piece]:
