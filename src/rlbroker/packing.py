@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from hiredis import pack_command
@@ -55,11 +55,11 @@ def packed(commands: Sequence[Sequence[Argument | Pieces]], *, piece_bytes: int)
 
 def _whole(command: Sequence[Any]) -> bytes:
     words: Any = (*command[0].split(), *command[1:])
+    pack: Callable[[Any], bytes] = pack_command
     try:
-        return pack_command(words)
+        return pack(words)
     except TypeError:
-        words = tuple(bytes(word) if isinstance(word, memoryview) else word for word in words)
-        return pack_command(words)
+        return pack(tuple(bytes(word) if isinstance(word, memoryview) else word for word in words))
 
 
 def _cut(ready: list[Piece], piece_bytes: int) -> Iterator[Piece]:
