@@ -445,12 +445,34 @@ class Channel:
         Raises:
             ConnectionFailed: the connection broke; what was done is not known.
         """
+        self.send(commands)
+        results = self.receive(len(commands))
+        if strict:
+            for result in results:
+                if isinstance(result, PeerError):
+                    raise result
+        return results
+
+    def send(self, commands: Sequence[Sequence[Argument | Pieces]]) -> None:
+        """Send commands, and leave the answers to `receive`; who does not want them any more has to `close`.
+
+        Raises:
+            ConnectionFailed: the connection broke; what was done is not known.
+        """
         self.connect()
-        results = []
         with self.care():
             for piece in packed(commands, piece_bytes=SEND_BYTES):
                 self._wire.send_packed_command([piece], check_health=False)
-            for _ in commands:
+
+    def receive(self, answers: int) -> list[Any]:
+        """Give the next answers to what was sent; what the server refused is given as a `PeerError`.
+
+        Raises:
+            ConnectionFailed: the connection broke; what was done is not known.
+        """
+        results = []
+        with self.care():
+            for _ in range(answers):
                 try:
                     results.append(self._wire.read_response())
                 except redis_errors.ResponseError as error:
@@ -459,10 +481,6 @@ class Channel:
                         raise refusal from error
                     results.append(refusal)
         self._connection.note_answer()
-        if strict:
-            for result in results:
-                if isinstance(result, PeerError):
-                    raise result
         return results
 
     def run(self, script: Script, keys: Sequence[str], arguments: Sequence[Argument] = ()) -> Any:
@@ -474,7 +492,7 @@ class Channel:
         try:
             return self.execute(*script.call(keys, arguments))
         except ServerFault as error:
-            if "NOSCRIPT" not in str(error) and "No matching script" not in str(error):
+            if not script_is_unknown(error):
                 raise
         try:
             self.execute("SCRIPT LOAD", script.text)
@@ -563,6 +581,11 @@ def translated(error: redis_errors.RedisError, address: str) -> PeerError:
     if "unknown command" in text.lower() and "eval" in text.lower():
         return ServerUnsuitable(f"{address} runs no Lua scripts; with fakeredis, install 'fakeredis[lua]'")
     return ServerFault(f"{address} answered: {text}")
+
+
+def script_is_unknown(error: PeerError) -> bool:
+    """Whether the server has lost a script that it was to run."""
+    return "NOSCRIPT" in str(error) or "No matching script" in str(error)
 
 
 def scripts_missing(address: str) -> RunLost:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rlbroker.config import Acknowledge
-from rlbroker.connection import BLOCK_SECONDS, Channel, Connection
+from rlbroker.connection import BLOCK_SECONDS, Argument, Channel, Connection, script_is_unknown
 from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, PeerError, ServerFault, ServerOutOfMemory, WireError
 from rlbroker.experience.dead_letters import DeadLetters
@@ -101,6 +101,7 @@ class Collector:
         self._look_again = Deadline(0)
         self._recheck = Deadline(0)
         self._batch_bytes = float(FIRST_GUESS_BYTES)
+        self._drained = False  #: whether the last read took all that was there
         self._busy = 1  #: streams that had something new at the last read
 
     def collect(self, *, timeout_seconds: float, max_batches: int | None) -> list[tuple[int, Batch]]:
@@ -118,8 +119,8 @@ class Collector:
             return []  # another thread waited all the time, and had the first claim
         try:
             self._began = True
-            if self._acknowledge_mode == "next":
-                self._settle_returned()
+            if self._read or self._flow.limits:
+                self._settle_returned()  # otherwise with the first read, in one round trip
             room = self._flow.wait(deadline.remaining)
             if room is not None:
                 max_batches = room if max_batches is None else min(room, max_batches)
@@ -136,7 +137,8 @@ class Collector:
                 stream = self._streams[entry.source.name]
                 stream.handed_out = max(stream.handed_out, entry.place)
             self._flow.insert(len(found))
-            self._returned = [batch.held_as for _, batch in found]
+            if self._acknowledge_mode == "next":
+                self._returned += [batch.held_as for _, batch in found]
             return list(found)
         finally:
             self._reading.release()
@@ -159,12 +161,15 @@ class Collector:
                 self._reading.release()
 
     def _settle_returned(self, deadline: Deadline | None = None) -> None:
-        self._settle(self._returned, deadline)
-        self._returned = []
+        if self._returned:
+            self._settle(self._returned, deadline)
+            self._returned = []
 
     def _settle(self, held: Sequence[tuple[str, str]], deadline: Deadline | None) -> int:
-        entries = [(self._known(name), entry_id, "delivered") for name, entry_id in held]
-        return self._holdings.settle(entries, deadline=deadline)
+        return self._holdings.settle(self._delivered(held), deadline=deadline)
+
+    def _delivered(self, held: Sequence[tuple[str, str]]) -> list[tuple[Source, str, str]]:
+        return [(self._known(name), entry_id, "delivered") for name, entry_id in held]
 
     @property
     def sources(self) -> list[Source]:
@@ -223,6 +228,8 @@ class Collector:
         budget = COLLECT_BYTES
         while budget > 0 and (max_batches is None or len(found) < max_batches):
             if not self._read:
+                if found and self._drained:
+                    break
                 self._check()
                 wait = not found and not deadline.over
                 missing = None if max_batches is None else max_batches - len(found)
@@ -248,12 +255,14 @@ class Collector:
     def _fill(self, max_batches: int | None, deadline: Deadline | None) -> bool:
         """Read once from the server; wait for entries if there is a deadline. Give whether there were any."""
         streams = list(self._watched.values())
+        again = [stream for stream in streams if stream.pending_from is not None]
+        if again or not streams:
+            self._settle_returned()
         if not streams:
             if deadline is not None:
                 time.sleep(min(BLOCK_SECONDS, deadline.remaining))
             return False
         count = max(1, min(READ_COUNT, self._entries_of_each(len(streams)), max_batches or READ_COUNT))
-        again = [stream for stream in streams if stream.pending_from is not None]
         try:
             if again:
                 self._read_pending(again, count)
@@ -271,6 +280,9 @@ class Collector:
                 stream.pending_from = "-"
             if not isinstance(error, ConnectionFailed):
                 raise
+            if self._returned:
+                self._settle_returned()  # is patient
+                return True
             logger.warning("%s; reading what is pending once it is back", error)
             if deadline is None or deadline.over:
                 raise
@@ -283,13 +295,14 @@ class Collector:
         return int(min(READ_BYTES / size / self._busy, COLLECT_BYTES / size / streams))
 
     def _read_new(self, streams: Sequence[Stream], count: int, deadline: Deadline | None) -> None:
-        command: list[str | int] = ["XREADGROUP", "GROUP", GROUP, self._holdings.name, "COUNT", count]
+        command: list[Argument] = ["XREADGROUP", "GROUP", GROUP, self._holdings.name, "COUNT", count]
         if deadline is not None:
             wait_seconds = min(self._connection.block_seconds, deadline.remaining)
             command += ["BLOCK", max(1, int(wait_seconds * 1000))]
         command += ["STREAMS", *(stream.source.key for stream in streams), *(">" for _ in streams)]
-        found = dict(stream_entries(self._channel.execute(*command)))
+        found = dict(stream_entries(self._acknowledged_and(command)))
         self._busy = max(1, len(found))
+        self._drained = all(len(entries) < count for entries in found.values())
         for stream in streams:
             entries = found.get(stream.source.key)
             if not entries:
@@ -302,6 +315,30 @@ class Collector:
                 stream.newest_read = (life, 0)  # what comes before its first entry here is another learner's
             for entry_id, fields in entries:
                 self._take(stream, Entry(stream.source, entry_id, fields))
+
+    def _acknowledged_and(self, command: Sequence[Argument]) -> Any:
+        """Acknowledge what was returned and run a command, in one round trip; give the command's reply."""
+        try:
+            with self._holdings.counting():
+                fates = self._holdings.fates(self._delivered(self._returned))
+                self._channel.send([*self._holdings.commands(fates), command])
+                replies = self._channel.receive(len(fates))
+                problem = next((one for one in replies if isinstance(one, PeerError)), None)
+                if problem is None:
+                    self._holdings.note_settled(fates, replies)
+                elif not script_is_unknown(problem):
+                    raise problem
+            (reply,) = self._channel.receive(1)
+        except BaseException:
+            self._channel.close()  # the answers that are left are nobody's
+            raise
+        if problem is None:
+            self._returned = []
+        else:
+            self._settle_returned()
+        if isinstance(reply, PeerError):
+            raise reply
+        return reply
 
     def _read_pending(self, streams: Sequence[Stream], count: int) -> None:
         """Read what the server has given to us and we do not hold, without counting it as one more delivery."""

@@ -26,6 +26,11 @@ class FlowControl:
         self.samples = 0
 
     @property
+    def limits(self) -> bool:
+        """Whether inserting may have to wait."""
+        return self._settings is not None
+
+    @property
     def _room(self) -> int | None:
         if self._settings is None:
             return None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rlbroker.connection import ALSO_WHEN_FULL, Connection, Script, flat
+from rlbroker.connection import ALSO_WHEN_FULL, Argument, Connection, Script, flat
 from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed
 from rlbroker.keys import GROUP, Keys
@@ -167,6 +167,10 @@ class Source:
         return f"again:{self.worker_id}" if self.retried else str(self.worker_id)
 
 
+#: For each stream its entries by id: bytes that leave the queue's books, and what became of it.
+Fates = dict[Source, dict[str, tuple[int, str]]]
+
+
 class Holdings:
     """The batches in one learner's hands. Safe to use from several threads.
 
@@ -249,42 +253,53 @@ class Holdings:
             Fenced: a newer learner of this name has taken over.
             PeerError: the server refused, or could not be reached in time.
         """
-        removed = 0
         with self.counting(deadline):
-            by_source: dict[Source, dict[str, tuple[int, str]]] = {}
-            with self._lock:
-                for source, entry_id, reason in entries:
-                    size = self._held.get(source, {}).get(entry_id)
-                    if size is not None:
-                        # What is tried again was taken out of the queue's books when it died.
-                        fate = 0 if source.retried else size, reason
-                        by_source.setdefault(source, {})[entry_id] = fate
-            calls = [
-                (
-                    ACKNOWLEDGE,
-                    source.keys,
-                    (
-                        *self.signature,
-                        *(part for entry_id, fate in ids.items() for part in (entry_id, *fate)),
-                    ),
+            fates = self.fates(entries)
+            replies = self._connection.run_all(self._acknowledgements(fates), deadline=deadline)
+            return self.note_settled(fates, replies, deadline=deadline)
+
+    def fates(self, entries: Sequence[tuple[Source, str, str]]) -> Fates:
+        """Give what the server is to be told of entries, without those that are not held."""
+        found: Fates = {}
+        with self._lock:
+            for source, entry_id, reason in entries:
+                size = self._held.get(source, {}).get(entry_id)
+                if size is not None:
+                    # What is tried again was taken out of the queue's books when it died.
+                    found.setdefault(source, {})[entry_id] = 0 if source.retried else size, reason
+        return found
+
+    def commands(self, fates: Fates) -> list[tuple[Argument, ...]]:
+        """Give the commands that acknowledge, for who sends them along with others while `counting`."""
+        return [script.call(keys, arguments) for script, keys, arguments in self._acknowledgements(fates)]
+
+    def _acknowledgements(self, fates: Fates) -> list[tuple[Script, tuple[str, ...], tuple[Argument, ...]]]:
+        return [
+            (
+                ACKNOWLEDGE,
+                source.keys,
+                (*self.signature, *(part for entry_id, fate in ids.items() for part in (entry_id, *fate))),
+            )
+            for source, ids in fates.items()
+        ]
+
+    def note_settled(
+        self, fates: Fates, replies: Sequence[list[Any]], *, deadline: Deadline | None = None
+    ) -> int:
+        """Note what the server answered to the acknowledgements; give how many entries were there."""
+        removed = 0
+        for (source, ids), (gone, *others) in zip(fates.items(), replies, strict=True):
+            removed += gone
+            taken = {entry_id.decode() for entry_id in others}
+            self.gave_up(source, ids, (why for one, (_, why) in ids.items() if one not in taken))
+            if taken:
+                logger.warning(
+                    "%d batches of worker %d were held for too long; another learner took them over",
+                    len(taken),
+                    source.worker_id,
                 )
-                for source, ids in by_source.items()
-            ]
-            replies = self._connection.run_all(calls, deadline=deadline)
-            for (source, ids), (gone, *others) in zip(by_source.items(), replies, strict=True):
-                removed += gone
-                taken = {entry_id.decode() for entry_id in others}
-                self.gave_up(source, ids, (why for one, (_, why) in ids.items() if one not in taken))
-                if taken:
-                    logger.warning(
-                        "%d batches of worker %d were held for too long; another learner took them over",
-                        len(taken),
-                        source.worker_id,
-                    )
-                if gone + len(taken) < len(
-                    ids
-                ):  # done before, and the reply was lost; or the server lost them
-                    self.restore([source.worker_id], deadline=deadline)
+            if gone + len(taken) < len(ids):  # done before, and the reply was lost; or the server lost them
+                self.restore([source.worker_id], deadline=deadline)
         return removed
 
     @contextmanager
