@@ -15,6 +15,7 @@ from wire_hostile import PRELUDE, changed, decodes, forged, manifest_of, samples
 
 from rlbroker import wire
 from rlbroker.errors import IncompatibleFormat, WireError
+from rlbroker.wire import compress
 
 ZEROS = wire.encode({"x": np.zeros(10_000, np.float32)})
 SMALL = wire.encode({"x": np.arange(4), "y": np.arange(3)})
@@ -322,6 +323,21 @@ def test_a_chunk_that_this_format_does_not_write_never_reaches_blosc2(
     chunk[position] = value
     with pytest.raises(WireError, match="not acceptable"):
         one_chunk(4000, bytes(chunk))
+
+
+@pytest.mark.parametrize("position", [17, 21, 22, 30])
+def test_a_chunk_of_bytes_may_lack_the_filter_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, position: int
+) -> None:
+    chunk = bytearray(compress.compress(memoryview(bytes(4000)), 1)[1])
+    assert chunk[16] == 0
+    out = np.ones(4000, np.uint8)
+    compress.decompress(memoryview(bytes(chunk)), 1, out.data)
+    assert not out.any()
+    monkeypatch.setattr("blosc2.decompress2", None)
+    chunk[position] += 1
+    with pytest.raises(WireError, match="not acceptable"):
+        compress.decompress(memoryview(bytes(chunk)), 1, out.data)
 
 
 def test_a_chunk_that_is_too_short_is_refused() -> None:

@@ -43,6 +43,8 @@ _CHUNK_FLAGS = frozenset((0x85, 0x95))
 _CHUNK_TAILS = frozenset(
     bytes([1, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, flags]) for flags in (0x00, 0x10)
 )
+#: Elements of one byte may also come without the filter.
+_CHUNK_TAILS_OF_BYTES = _CHUNK_TAILS | {b"\0" + tail[1:] for tail in _CHUNK_TAILS}
 
 # Nothing is left to blosc2's defaults, which a program may change.
 _PARAMETERS: dict[str, Any] = {
@@ -57,6 +59,10 @@ _PARAMETERS: dict[str, Any] = {
     "filters_meta": [0],
     "tuner": blosc2.Tuner.STUNE,
 }
+
+#: There is nothing to shuffle in single bytes, and blosc2 would copy them one by one. What they hold is often
+#: frames, which resemble one another at a distance: large blocks see it.
+_OF_BYTES: dict[str, Any] = {"filters": [blosc2.Filter.NOFILTER.value], "blocksize": 256 << 10}
 
 # Off by default in blosc2: without it, threads that encode or decode segments would wait for each other.
 blosc2.set_releasegil(True)
@@ -109,7 +115,8 @@ def restore(codec: int, stored: memoryview, typesize: int, out: np.ndarray[Any, 
 
 
 def _chunk(raw: bytes | memoryview, typesize: int) -> bytes:
-    chunk: bytes = blosc2.compress2(raw, typesize=typesize, **_PARAMETERS)
+    parameters = _PARAMETERS | _OF_BYTES if typesize == 1 else _PARAMETERS
+    chunk: bytes = blosc2.compress2(raw, typesize=typesize, **parameters)
     return chunk
 
 
@@ -119,7 +126,8 @@ def _chunk_fault(stored: bytes | memoryview, raw_bytes: int, typesize: int) -> s
     version, version_lz, flags, chunk_typesize, nbytes, blocksize, cbytes = _CHUNK_START.unpack_from(stored)
     if (version, version_lz) != (5, 1) or flags not in _CHUNK_FLAGS:
         return "its version or flags are unknown"
-    if bytes(stored[_CHUNK_START.size : CHUNK_HEADER_BYTES]) not in _CHUNK_TAILS:
+    tails = _CHUNK_TAILS_OF_BYTES if typesize == 1 else _CHUNK_TAILS
+    if bytes(stored[_CHUNK_START.size : CHUNK_HEADER_BYTES]) not in tails:
         return "its codec, filters or flags are not the ones of this format"
     if nbytes != raw_bytes or cbytes != len(stored) or chunk_typesize != typesize:
         return "its sizes are not the declared ones"
