@@ -62,7 +62,7 @@ _PARAMETERS: dict[str, Any] = {
 
 #: There is nothing to shuffle in single bytes, and blosc2 would copy them one by one. What they hold is often
 #: frames, which resemble one another at a distance: large blocks see it.
-_OF_BYTES: dict[str, Any] = {"filters": [blosc2.Filter.NOFILTER.value], "blocksize": 256 << 10}
+_OF_BYTES: dict[str, Any] = {"filters": [blosc2.Filter.NOFILTER.value], "blocksize": 512 << 10}
 
 # Off by default in blosc2: without it, threads that encode or decode segments would wait for each other.
 blosc2.set_releasegil(True)
