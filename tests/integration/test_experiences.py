@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from conftest import Server, wait_until
+from lossy import Lossy
 
-from rlbroker import Fenced, QueueCounts, QueueFull, WorkerClient, WorkerCommunicator
+from rlbroker import Batch, Fenced, QueueCounts, QueueFull, WorkerClient, WorkerCommunicator
 from rlbroker.deadline import Deadline
 from rlbroker.errors import BatchTooLarge, ConnectionFailed, DeadlineExceeded, ServerFault, UnsupportedType
 from rlbroker.keys import GROUP, Keys
+from rlbroker.wire import decode
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -84,6 +88,76 @@ def test_by_default_the_next_collect_acknowledges(learner: Learner, worker: Work
     assert (counts(comm).in_hand, counts(comm).delivered) == (1, 0)
     comm.collect_experiences()
     assert (counts(comm).in_hand, counts(comm).delivered) == (0, 1)
+
+
+def test_many_batches_are_acknowledged_at_once_in_any_order_and_counted_once(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    number = 1100  # more than one command takes
+    comm, client = learner(max_queue_size=number, acknowledge="manual"), worker(compression=False)
+    for _ in range(number):
+        client.send_experiences({"x": 1})
+    pairs: list[tuple[int, Batch]] = []
+    while len(pairs) < number:
+        pairs += comm.collect_experiences(timeout=5.0)
+    assert comm.acknowledge([*pairs[:7], *reversed(pairs), *pairs[5:10]]) == number
+    assert counts(comm).delivered == number
+    assert server.client.xlen(keys.experiences(0)) == 0
+    removed = server.client.hget(keys.counts(0), "removed_bytes")
+    assert int(removed) == sum(batch.stored_bytes for _, batch in pairs)
+
+
+def test_scripts_that_the_server_forgot_cost_no_batch(
+    learner: Learner, worker: Worker, server: Server
+) -> None:
+    comm, client = learner(), worker()
+    for number in range(3):
+        server.client.script_flush()
+        client.send_experiences({"number": number})
+        assert [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)] == [number]
+    comm.collect_experiences()
+    assert (counts(comm).delivered, counts(comm).in_hand) == (3, 0)
+
+
+def test_acknowledging_outlasts_a_broken_connection_also_where_collecting_does_not_wait(
+    learner: Learner, worker: Worker, server: Server
+) -> None:
+    line = Lossy(server.another_client(), lambda: False)
+    comm, client = learner(redis_url=None, redis_client=line.client), worker()
+    client.send_experiences({"number": 1})
+    comm.collect_experiences(timeout=5.0)
+    client.send_experiences({"number": 2})
+    line.break_connections()
+    assert [batch["number"] for _, batch in comm.collect_experiences()] == [2]
+    assert (counts(comm).delivered, counts(comm).in_hand) == (1, 1)
+
+
+def test_a_batch_that_was_handed_out_is_only_the_callers(learner: Learner, worker: Worker) -> None:
+    """What is not acknowledged yet would otherwise stay in memory until the next call."""
+    comm, client = learner(), worker()
+    client.send_experiences({"x": np.arange(100_000)})
+    pairs = comm.collect_experiences(timeout=5.0)
+    array = weakref.ref(pairs[0][1]["x"])
+    assert array() is not None
+    del pairs
+    gc.collect()
+    assert array() is None
+    assert counts(comm).in_hand == 1
+
+
+def test_the_arrays_of_a_batch_may_be_written_to_once_it_was_sent(learner: Learner, worker: Worker) -> None:
+    """At level `learner` too, where the worker keeps the batch and may send it again."""
+    comm, client = learner(), worker(level="learner", compression=False)
+    array = np.zeros(200_000, np.uint8)
+    for number in range(3):
+        array[:] = number
+        client.send_experiences({"x": array})
+    array[:] = 9
+    client._sender.doubt()  # type: ignore[union-attr]
+    got = [batch["x"] for _, batch in comm.collect_experiences(timeout=5.0)]
+    assert [set(one.tolist()) for one in got] == [{0}, {1}, {2}]
+    kept = [decode(parcel.fields[-1])["x"] for parcel in client._sender._kept]  # type: ignore[union-attr]
+    assert [set(one.tolist()) for one in kept] == [{0}, {1}, {2}]
 
 
 def test_cleanup_acknowledges_what_was_returned_and_reports_the_rest(

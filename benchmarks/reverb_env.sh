@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Makes an environment of its own for the peer Reverb, which wants numpy < 2 and its release of TensorFlow; says why if
+# it cannot.
+# Usage: benchmarks/reverb_env.sh FOLDER
+set -euo pipefail
+
+folder=${1:?usage: benchmarks/reverb_env.sh FOLDER}
+limit_seconds=300
+
+python3 -m venv "$folder"
+if ! timeout "$limit_seconds" "$folder/bin/pip" install --quiet --only-binary :all: \
+    "numpy<2" "dm-reverb[tensorflow]" >"$folder/pip.log" 2>&1; then
+    echo "Reverb does not install here within $limit_seconds s:" >&2
+    tail -n 5 "$folder/pip.log" >&2
+    exit 1
+fi
+if ! "$folder/bin/python" -c "import reverb" 2>"$folder/import.log"; then
+    echo "Reverb installs here and cannot be imported:" >&2
+    tail -n 3 "$folder/import.log" >&2
+    exit 1
+fi
+echo "Reverb is ready: $folder/bin/python"
