@@ -23,6 +23,9 @@ from rlbroker.errors import InvalidArgument
 #: A connection that is silent for longer than this, with an answer due, counts as broken.
 STALL_SECONDS: Final = 4.0
 
+#: A deadline is kept to within this time, which saves setting a timeout for each command of a short operation.
+TOLERATED_SECONDS: Final = 0.02
+
 #: Connections that one client may hold open at the same time.
 MAX_CONNECTIONS: Final = 16
 
@@ -69,7 +72,10 @@ class _Bounded(AbstractConnection):
 
     def _bound(self) -> None:
         sock, limit = self._sock, self.socket_timeout
-        if isinstance(sock, socket.socket) and sock.gettimeout() != limit:
+        if not isinstance(sock, socket.socket):
+            return
+        now = sock.gettimeout()
+        if now is None or abs(now - limit) > TOLERATED_SECONDS:
             with suppress(OSError):  # another thread has closed it, which the next step will find
                 self.update_current_socket_timeout(limit)
 

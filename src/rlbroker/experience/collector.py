@@ -118,7 +118,7 @@ class Collector:
         if not self._reading.acquire(timeout=deadline.remaining):
             return []  # another thread waited all the time, and had the first claim
         try:
-            self._began = True
+            self._began, self._drained = True, False
             if self._read or self._flow.limits:
                 self._settle_returned()  # otherwise with the first read, in one round trip
             room = self._flow.wait(deadline.remaining)
