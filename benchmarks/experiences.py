@@ -1,4 +1,4 @@
-"""Batches from worker processes to one learner, against what one would write by hand, and against Ray.
+"""Batches from worker processes to one learner, against what one would write by hand, and against Ray and Reverb.
 
 Each figure is end to end: from the word "go" to the worker processes until the learner has every batch as arrays
 and the server has forgotten it. All sides are given the same arrays, and as many processes.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier, Event
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,10 @@ READ_COUNT = 64
 SOCKET_READ_BYTES = 1 << 20
 
 GROUP = "learner"
+
+REVERB_PYTHON = Path(__file__).with_name(".reverb") / "bin" / "python"
+REVERB_PEER = Path(__file__).with_name("reverb_peer.py")
+
 PATIENCE_SECONDS = 60.0
 
 Array = np.ndarray[Any, Any]
@@ -219,6 +225,16 @@ def learn_with_ray(url: str, workers: int, load: Load) -> float:
     return seconds
 
 
+# With Reverb
+
+
+def learn_with_reverb(url: str, workers: int, load: Load) -> float:
+    """Give the seconds that all batches took, in Reverb's own environment and through its own server."""
+    command = [REVERB_PYTHON, REVERB_PEER, workers, load.batches, load.batch_bytes]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
 # Many workers of which a few are busy
 
 
@@ -275,9 +291,18 @@ def run(url: str, *, quick: bool) -> list[Row]:
             url, "experiences, Atari frames", 2, atari, repetitions, "redis-py by hand, raw", learn_by_hand, 3
         )
     )
-    if importlib.util.find_spec("ray"):
-        small = Load("noise", (64, 1024), 500 * scale)
-        rows.append(_compared(url, "experiences, 64 KB", 2, small, repetitions, "Ray", learn_with_ray, 4))
+    for against, there, learn, target, missing in (
+        ("Ray", importlib.util.find_spec("ray"), learn_with_ray, 4, "Ray is not installed"),
+        ("Reverb", REVERB_PYTHON.exists(), learn_with_reverb, None, "benchmarks/reverb_env.sh was not run"),
+    ):
+        small, work = (
+            Load("noise", (64, 1024), 500 * scale),
+            "experiences, incompressible 64 KB batches, 2 workers",
+        )
+        if there:
+            rows.append(_compared(url, work, 2, small, repetitions, against, learn, target))
+        else:
+            rows.append(Row(work, against, _wanted(target), [], [], "MB/s", True, target, note=missing))
     rows.append(_many_workers(url, repetitions))
     return rows
 
@@ -290,14 +315,18 @@ def _compared(
     repetitions: int,
     against: str,
     learn: Callable[[str, int, Load], float],
-    target: float,
+    target: float | None,
 ) -> Row:
     ours, theirs = [], []
     megabytes = workers * load.batches * load.batch_bytes / 1e6
     for _ in range(repetitions):
         ours.append(megabytes / learn_with_rlbroker(url, workers, load))
         theirs.append(megabytes / learn(url, workers, load))
-    return Row(work, against, f">= {target:g} x", ours, theirs, "MB/s", True, target)
+    return Row(work, against, _wanted(target), ours, theirs, "MB/s", True, target)
+
+
+def _wanted(target: float | None) -> str:
+    return "" if target is None else f">= {target:g} x"
 
 
 def _many_workers(url: str, repetitions: int) -> Row:
@@ -354,8 +383,13 @@ def main() -> None:
     import sys
 
     for row in run(sys.argv[1], quick=True):
+        if not row.ours:
+            print(f"{row.work:60} {row.against}: {row.note}")
+            continue
         ours, theirs = statistics.median(row.ours), statistics.median(row.theirs)
-        print(f"{row.work:60} {ours:8.1f} {theirs:8.1f} {row.unit:12} {ours / theirs:5.2f} {row.wanted}")
+        print(
+            f"{row.work:60} {ours:8.1f} {theirs:8.1f} {row.unit:12} {ours / theirs:5.2f} {row.wanted} {row.against}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Makes an environment of its own for the peer Reverb, which wants numpy < 2 and its release of TensorFlow; says why if
 # it cannot.
-# Usage: benchmarks/reverb_env.sh FOLDER
 set -euo pipefail
 
-folder=${1:?usage: benchmarks/reverb_env.sh FOLDER}
+folder=$(dirname "$0")/.reverb
 limit_seconds=300
 
 python3 -m venv "$folder"
