@@ -8,8 +8,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, TypeVar
@@ -333,7 +332,7 @@ class Connection:
             return self._retry(operation, holds)
 
     def _retry(self, operation: Callable[[], Result], deadline: Deadline) -> Result:
-        backoff = Backoff()
+        backoff: Backoff | None = None
         unknown: ConnectionFailed | None = None
         while True:
             began = time.monotonic()
@@ -342,6 +341,7 @@ class Connection:
             except (ConnectionFailed, RunLost) as error:
                 took_seconds = time.monotonic() - began
                 unknown = error if isinstance(error, ConnectionFailed) else unknown
+                backoff = backoff or Backoff()
                 pause = backoff.next(deadline)
                 if deadline.over or deadline.remaining < took_seconds / 2:
                     if unknown not in (None, error):
@@ -395,6 +395,22 @@ class Connection:
         return ours
 
 
+class _Care:
+    """Has a function called with each error in its block. (A generator would be slower.)"""
+
+    __slots__ = ("_failed",)
+
+    def __init__(self, failed: Callable[[BaseException], None]) -> None:
+        self._failed = failed
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._failed(error)
+
+
 class Channel:
     """One physical connection of its own, for what must be ordered after a look at the server's state.
 
@@ -407,6 +423,7 @@ class Channel:
         """Prepare a channel; nothing is connected yet."""
         self._connection = connection
         self._wire: Any = None
+        self.care = _Care(self._break)
 
     def connect(self) -> bool:
         """Make sure that there is a connection; give whether it is a new one.
@@ -418,7 +435,7 @@ class Channel:
         self._connection.check_process()
         if self._wire is not None:
             return False
-        with self.care():
+        with self.care:
             self._wire = self._connection.client.connection_pool.get_connection()
         return True
 
@@ -460,7 +477,7 @@ class Channel:
             ConnectionFailed: the connection broke; what was done is not known.
         """
         self.connect()
-        with self.care():
+        with self.care:
             for piece in packed(commands, piece_bytes=SEND_BYTES):
                 self._wire.send_packed_command([piece], check_health=False)
 
@@ -471,7 +488,7 @@ class Channel:
             ConnectionFailed: the connection broke; what was done is not known.
         """
         results = []
-        with self.care():
+        with self.care:
             for _ in range(answers):
                 try:
                     results.append(self._wire.read_response())
@@ -528,20 +545,17 @@ class Channel:
             wire.disconnect()
             self._connection.client.connection_pool.release(wire)
 
-    @contextmanager
-    def care(self) -> Iterator[None]:
+    def _break(self, error: BaseException) -> None:
         """Leave no half-read answer behind, and speak our errors."""
-        try:
-            yield
-        except (redis_errors.RedisError, OSError) as error:
-            self.close()
-            self._connection.drop_idle()
-            if not isinstance(error, redis_errors.RedisError):
-                error = redis_errors.ConnectionError(str(error))
-            raise self._connection.ours(error) from error
-        except BaseException:  # ours; or Ctrl-C in the middle of an answer
-            self.close()
-            raise
+        self.close()
+        if not isinstance(
+            error, (redis_errors.RedisError, OSError)
+        ):  # ours; or Ctrl-C in the middle of an answer
+            return
+        self._connection.drop_idle()
+        if not isinstance(error, redis_errors.RedisError):
+            error = redis_errors.ConnectionError(str(error))
+        raise self._connection.ours(error) from error
 
     def _ours(self, error: redis_errors.RedisError) -> PeerError:
         ours = self._connection.ours(error)

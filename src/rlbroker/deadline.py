@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 #: A try may always take this long, also where less is left: a server that is well answers within it.
@@ -42,20 +40,28 @@ class _Holding(threading.local):
 _holding = _Holding()
 
 
-@contextmanager
-def within(deadline: Deadline) -> Iterator[Deadline]:
+class within:  # noqa: N801 # used as a function, and a class is faster than a generator
     """Have this thread keep a deadline in all that it does here; give the one that holds: an outer may be earlier."""
-    outer = _holding.deadline
-    if not deadline.seconds:  # it says nothing of how long the one try may take
-        yield deadline
-    elif outer is not None and outer.remaining < deadline.remaining:
-        yield outer
-    else:
-        _holding.deadline = deadline
-        try:
-            yield deadline
-        finally:
-            _holding.deadline = outer
+
+    __slots__ = ("_deadline", "_outer")
+
+    def __init__(self, deadline: Deadline) -> None:
+        """Prepare to keep this deadline."""
+        self._deadline = deadline
+
+    def __enter__(self) -> Deadline:
+        """Give the deadline that holds."""
+        outer = self._outer = _holding.deadline
+        if not self._deadline.seconds:  # it says nothing of how long the one try may take
+            return self._deadline
+        if outer is not None and outer.remaining < self._deadline.remaining:
+            return outer
+        _holding.deadline = self._deadline
+        return self._deadline
+
+    def __exit__(self, *error: object) -> None:
+        """Go on with what held before."""
+        _holding.deadline = self._outer
 
 
 def try_seconds(longest: float) -> float:

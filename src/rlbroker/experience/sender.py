@@ -10,7 +10,6 @@ acknowledged: the queue is then opened again, and what the level promises is sen
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -159,7 +158,8 @@ class Sender:
                 dropped=dropped,
             )
 
-        with self._alone(deadline):
+        self._claim(deadline)
+        try:
             taken: SendReceipt | None = None
             try:
                 if self._outbox is not None:
@@ -187,6 +187,8 @@ class Sender:
             except Fenced:
                 self._count_fenced(refused=taken is None)
                 raise
+        finally:
+            self._lock.release()
 
     def flush(self, timeout_seconds: float) -> int:
         """Wait until every batch has reached its level; give how many have not when the time is over.
@@ -543,17 +545,13 @@ class Sender:
         self._keep(())
         self._outbox = None
 
-    @contextlib.contextmanager
-    def _alone(self, deadline: Deadline) -> Iterator[None]:
+    def _claim(self, deadline: Deadline) -> None:
+        """Take the lock."""
         if not self._lock.acquire(timeout=deadline.remaining):
             raise QueueFull(
                 f"worker {self._worker_id}'s queue is full, and another thread of it has been waiting for room for "
                 f"{deadline.seconds:g} s"
             )
-        try:
-            yield
-        finally:
-            self._lock.release()
 
 
 def _slices(parcels: Sequence[Parcel]) -> Iterator[list[Parcel]]:

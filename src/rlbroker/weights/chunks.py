@@ -173,7 +173,7 @@ class _Pipe:
     def send(self, parts: Sequence[Part]) -> None:
         """Send parts, one after the other; the first is not empty."""
         left: deque[memoryview] = deque(memoryview(part) for part in parts)
-        with self._channel.care():
+        with self._channel.care:
             while left:
                 self._bound()
                 if isinstance(self._sock, ssl.SSLSocket):
@@ -188,7 +188,7 @@ class _Pipe:
     def line(self) -> bytes:
         """Receive the next line of a reply, without its end."""
         found = bytearray()
-        with self._channel.care():
+        with self._channel.care:
             while not found.endswith(b"\r\n"):
                 if len(found) > LONGEST_LINE_BYTES:
                     raise ConnectionError("a line of a reply does not end")
@@ -204,7 +204,7 @@ class _Pipe:
         have = min(len(memory), len(self._unread))
         memory[:have] = self._unread[:have]
         self._unread = self._unread[have:]
-        with self._channel.care():
+        with self._channel.care:
             while have < len(memory):
                 have += self._receive(memory[have:])
 
