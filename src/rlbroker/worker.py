@@ -75,7 +75,8 @@ class WorkerClient:
             timeout: seconds that any one operation may take, and that sending waits for room.
             when_full: what to do at a full queue: `block`, `drop_oldest` or `drop_newest`; None for what the
                 learner chose.
-            compression: whether to compress batches (lossless) where that makes them smaller.
+            compression: whether to compress batches (lossless) where that makes them smaller; where it does not,
+                it is soon tried only now and then.
             level: what a batch must have reached to be safe, and so what it survives: `redis`, the server has
                 it; `replica`, one replica too; `fsync`, the server's disk; `learner`, this process keeps it until
                 the learner has acknowledged it, and sends it again if the server loses it.
@@ -272,7 +273,7 @@ class WorkerClient:
         """Send one batch, tagged with the applied version; once this returns, the server has it.
 
         Args:
-            batch: nested dictionary of tensors, arrays and plain values.
+            batch: nested dictionary of tensors, arrays and plain values; no other thread may write to them meanwhile.
             timeout: seconds to wait for room; the client's timeout by default.
 
         Returns:
