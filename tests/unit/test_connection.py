@@ -134,6 +134,8 @@ def test_replies_have_one_shape_whatever_the_protocol() -> None:
     expected = [("s", [("1-1", {b"a": b"b"}), ("1-2", None)])]
     assert stream_entries([[b"s", entries]]) == expected
     assert stream_entries({b"s": [entries]}) == stream_entries({b"s": entries}) == expected
+    as_sent = [[b"1-1", [b"a", b"b"]], [b"1-2", None]]
+    assert stream_entries([[b"s", as_sent]]) == stream_entries({b"s": as_sent}) == expected
     assert stream_entries({b"s": [[]]}) == stream_entries([[b"s", []]]) == [("s", [])]
     assert stream_entries(None) == stream_entries({}) == []
     assert text_fields([b"a", b"1"]) == text_fields({b"a": b"1"}) == {"a": "1"}
