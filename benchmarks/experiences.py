@@ -10,7 +10,7 @@ import importlib.util
 import multiprocessing
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier, Event
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import redis
 
+from benchmarks.measure import Row, interleaved, progress
 from rlbroker import WorkerClient, WorkerCommunicator
 
 #: How many batches the hand-made worker sends in one round trip.
@@ -32,26 +33,14 @@ SOCKET_READ_BYTES = 1 << 20
 GROUP = "learner"
 
 REVERB_PYTHON = Path(__file__).with_name(".reverb") / "bin" / "python"
-REVERB_PEER = Path(__file__).with_name("reverb_peer.py")
+REVERB_PEER = Path(__file__).with_name("peers") / "reverb_peer.py"
 
 PATIENCE_SECONDS = 60.0
 
 Array = np.ndarray[Any, Any]
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: samples of each repetition, and the wanted ratio of ours to theirs."""
-
-    work: str
-    against: str
-    wanted: str
-    ours: list[float]
-    theirs: list[float]
-    unit: str
-    higher_is_better: bool
-    target: float | None
-    note: str = ""
+#: Gives the seconds that so many workers took for their batches, through the server with this URL.
+Learn = Callable[[str, int, "Load"], float]
 
 
 @dataclass(frozen=True)
@@ -235,76 +224,43 @@ def learn_with_reverb(url: str, workers: int, load: Load) -> float:
     return float(done.stdout.split()[-1])
 
 
-# Many workers of which a few are busy
-
-
-def collecting_seconds(url: str, workers: int, *, busy: int, load: Load, rounds: int) -> list[float]:
-    """Give the learner's seconds per batch in each round, where only some workers send.
-
-    Everything happens in this process, in turn, so that nothing but collecting is in the time.
-    """
-    run = f"bench-{time.monotonic_ns()}"
-    arrays = load.arrays()
-    found = []
-    with WorkerCommunicator(workers, redis_url=url, run=run, timeout=PATIENCE_SECONDS) as comm:
-        for worker in range(busy, workers):  # each has joined once, and is idle
-            WorkerClient(redis_url=url, run=run, worker_id=worker, timeout=PATIENCE_SECONDS).close()
-        clients = [WorkerClient(redis_url=url, run=run, worker_id=worker) for worker in range(busy)]
-        for number in range(rounds + 1):
-            for client in clients:
-                for _ in range(load.batches):
-                    client.send_experiences({"obs": arrays[0]})
-            wanted, seconds = busy * load.batches, 0.0
-            while wanted:
-                began = time.perf_counter()
-                wanted -= len(comm.collect_experiences(timeout=1.0))
-                seconds += time.perf_counter() - began
-            if number:  # the first only finds the streams
-                found.append(seconds / (busy * load.batches))
-        for client in clients:
-            client.close()
-    _forget(url, f"rlb:{{{run}}}:*")
-    return found
-
-
 # All of it
 
 
-def run(url: str, *, quick: bool) -> list[Row]:
+def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
     """Measure all of it on a server, and give the table's rows."""
-    repetitions = 3 if quick else 7
-    scale = 1 if quick else 4
+    scale = 0.1 if quick else 2
     rows = []
     for name, load in (
-        ("64 KB", Load("noise", (64, 1024), 1000 * scale)),
-        ("1 MB", Load("noise", (64, 16384), 80 * scale)),
+        ("64 KB", Load("noise", (64, 1024), int(1000 * scale))),
+        ("1 MB", Load("noise", (64, 16384), int(80 * scale))),
     ):
         for workers in (1, 2, 4):
             some = Load(load.kind, load.shape, load.batches // workers)
             work = f"experiences, incompressible {name} batches, {workers} worker{'s' * (workers > 1)}"
-            rows.append(
-                _compared(url, work, workers, some, repetitions, "redis-py by hand", learn_by_hand, 0.85)
-            )
-    atari = Load("frames", (32, 4, 84, 84), 100 * scale)
-    rows.append(
-        _compared(
-            url, "experiences, Atari frames", 2, atari, repetitions, "redis-py by hand, raw", learn_by_hand, 3
-        )
-    )
+            peers: dict[str, tuple[Learn, float | None]] = {"redis-py by hand": (learn_by_hand, 0.85)}
+            rows += _compared(url, work, workers, some, repetitions, peers)
+    frames_load = Load("frames", (32, 4, 84, 84), int(100 * scale))
+    peers = {"redis-py by hand, raw": (learn_by_hand, 3.0)}
+    rows += _compared(url, "experiences, Atari frames, 2 workers", 2, frames_load, repetitions, peers)
+    small = Load("noise", (64, 1024), int(500 * scale))
+    work = "experiences, incompressible 64 KB batches, 2 workers"
+    peers = {}
     for against, there, learn, target, missing in (
-        ("Ray", importlib.util.find_spec("ray"), learn_with_ray, 4, "Ray is not installed"),
+        (
+            "Ray",
+            importlib.util.find_spec("ray"),
+            learn_with_ray,
+            4.0,
+            "Ray is not installed: pip install '.[bench]'",
+        ),
         ("Reverb", REVERB_PYTHON.exists(), learn_with_reverb, None, "benchmarks/reverb_env.sh was not run"),
     ):
-        small, work = (
-            Load("noise", (64, 1024), 500 * scale),
-            "experiences, incompressible 64 KB batches, 2 workers",
-        )
         if there:
-            rows.append(_compared(url, work, 2, small, repetitions, against, learn, target))
+            peers[against] = learn, target
         else:
-            rows.append(Row(work, against, _wanted(target), [], [], "MB/s", True, target, note=missing))
-    rows.append(_many_workers(url, repetitions))
-    return rows
+            rows.append(Row(work, against, _wanted(target), [], [], "MB/s", True, target, missing))
+    return rows + (_compared(url, work, 2, small, repetitions, peers) if peers else [])
 
 
 def _compared(
@@ -313,36 +269,26 @@ def _compared(
     workers: int,
     load: Load,
     repetitions: int,
-    against: str,
-    learn: Callable[[str, int, Load], float],
-    target: float | None,
-) -> Row:
-    ours, theirs = [], []
+    peers: Mapping[str, tuple[Learn, float | None]],
+) -> list[Row]:
+    """Give a row for each peer; all take their turns in the same rounds."""
+    progress(work)
     megabytes = workers * load.batches * load.batch_bytes / 1e6
-    for _ in range(repetitions):
-        ours.append(megabytes / learn_with_rlbroker(url, workers, load))
-        theirs.append(megabytes / learn(url, workers, load))
-    return Row(work, against, _wanted(target), ours, theirs, "MB/s", True, target)
+
+    def contender(learn: Learn) -> Callable[[], float]:
+        return lambda: megabytes / learn(url, workers, load)
+
+    contenders = {"ours": contender(learn_with_rlbroker)}
+    contenders |= {against: contender(learn) for against, (learn, _) in peers.items()}
+    found = interleaved(contenders, repetitions)
+    return [
+        Row(work, against, _wanted(target), found["ours"], found[against], "MB/s", True, target)
+        for against, (_, target) in peers.items()
+    ]
 
 
 def _wanted(target: float | None) -> str:
-    return "" if target is None else f">= {target:g} x"
-
-
-def _many_workers(url: str, repetitions: int) -> Row:
-    load = Load("noise", (64, 1024), 16)
-    few = collecting_seconds(url, 4, busy=4, load=load, rounds=5 * repetitions)
-    many = collecting_seconds(url, 256, busy=4, load=load, rounds=5 * repetitions)
-    return Row(
-        "collecting with 256 workers of which 4 are busy",
-        "4 workers",
-        "<= 1.5 x",
-        [1e6 * seconds for seconds in many],
-        [1e6 * seconds for seconds in few],
-        "us per batch",
-        False,
-        1.5,
-    )
+    return "" if target is None else f"≥ {target:g}×"
 
 
 @contextmanager
@@ -375,22 +321,3 @@ def _forget(url: str, pattern: str) -> None:
     for key in client.scan_iter(pattern.replace("[", "\\["), count=1000):
         client.unlink(key)
     client.close()
-
-
-def main() -> None:
-    """Print the table, as long as nothing else does."""
-    import statistics
-    import sys
-
-    for row in run(sys.argv[1], quick=True):
-        if not row.ours:
-            print(f"{row.work:60} {row.against}: {row.note}")
-            continue
-        ours, theirs = statistics.median(row.ours), statistics.median(row.theirs)
-        print(
-            f"{row.work:60} {ours:8.1f} {theirs:8.1f} {row.unit:12} {ours / theirs:5.2f} {row.wanted} {row.against}"
-        )
-
-
-if __name__ == "__main__":
-    main()
