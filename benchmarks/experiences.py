@@ -1,7 +1,8 @@
 """Batches from worker processes to one learner, against what one would write by hand, and against Ray and Reverb.
 
 Each figure is end to end: from the word "go" to the worker processes until the learner has every batch as arrays
-and the server has forgotten it. All sides are given the same arrays, and as many processes.
+and the server has forgotten it. All sides are given the same arrays, and as many processes; one batch of each worker
+went before, so that everything is connected.
 """
 
 from __future__ import annotations
@@ -109,6 +110,7 @@ def work_with_rlbroker(url: str, run: str, worker: int, load: Load, ready: Barri
     """Be one worker that sends its batches."""
     arrays = load.arrays()
     with WorkerClient(redis_url=url, run=run, worker_id=worker, timeout=PATIENCE_SECONDS) as client:
+        client.send_experiences({"obs": arrays[0]})
         ready.wait()
         for number in range(load.batches):
             client.send_experiences({"obs": arrays[number % len(arrays)]})
@@ -124,13 +126,19 @@ def learn_with_rlbroker(url: str, workers: int, load: Load) -> float:
         ) as comm,
         _processes(work_with_rlbroker, url, run, workers, load) as go,
     ):
+        pairs: list[Any] = []
+
+        def collect(batches: int) -> None:
+            nonlocal pairs
+            while batches:
+                pairs = comm.collect_experiences(timeout=PATIENCE_SECONDS, max_batches=256)
+                assert pairs, "no batch came"
+                batches -= len(pairs)
+            comm.acknowledge(pairs)
+
+        collect(workers)
         began = go()
-        missing = workers * load.batches
-        while missing:
-            pairs = comm.collect_experiences(timeout=PATIENCE_SECONDS, max_batches=256)
-            assert pairs, "no batch came"
-            missing -= len(pairs)
-        comm.acknowledge(pairs)
+        collect(workers * load.batches)
         seconds = time.perf_counter() - began
     _forget(url, f"rlb:{{{run}}}:*")
     return seconds
@@ -143,6 +151,7 @@ def work_by_hand(url: str, run: str, worker: int, load: Load, ready: Barrier, do
     """Be one worker that sends its batches with redis-py: pipelined, without ids, bounds and retries."""
     arrays = load.arrays()
     client = redis.Redis.from_url(url, protocol=2)
+    client.xadd(f"{run}:{worker}", {"data": arrays[0].tobytes()})
     ready.wait()
     for first in range(0, load.batches, PIPELINED):
         pipeline = client.pipeline(transaction=False)
@@ -159,9 +168,8 @@ def learn_by_hand(url: str, workers: int, load: Load) -> float:
     streams: Any = {f"{run}:{worker}": ">" for worker in range(workers)}
     for stream in streams:
         client.xgroup_create(stream, GROUP, "0", mkstream=True)
-    with _processes(work_by_hand, url, run, workers, load) as go:
-        began = go()
-        missing = workers * load.batches
+
+    def collect(missing: int) -> None:
         while missing:
             found: Any = client.xreadgroup(GROUP, "me", streams, count=READ_COUNT, block=1000)
             pipeline = client.pipeline(transaction=False)
@@ -175,6 +183,11 @@ def learn_by_hand(url: str, workers: int, load: Load) -> float:
                 pipeline.xdel(stream, *ids)
                 missing -= len(batches)
             pipeline.execute()
+
+    with _processes(work_by_hand, url, run, workers, load) as go:
+        collect(workers)
+        began = go()
+        collect(workers * load.batches)
         seconds = time.perf_counter() - began
     client.delete(*streams)
     return seconds
@@ -240,7 +253,7 @@ def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
             work = f"experiences, incompressible {name} batches, {workers} worker{'s' * (workers > 1)}"
             peers: dict[str, tuple[Learn, float | None]] = {"redis-py by hand": (learn_by_hand, 0.85)}
             rows += _compared(url, work, workers, some, repetitions, peers)
-    frames_load = Load("frames", (32, 4, 84, 84), int(100 * scale))
+    frames_load = Load("frames", (32, 4, 84, 84), int(200 * scale))
     peers = {"redis-py by hand, raw": (learn_by_hand, 3.0)}
     rows += _compared(url, "experiences, Atari frames, 2 workers", 2, frames_load, repetitions, peers)
     small = Load("noise", (64, 1024), int(500 * scale))

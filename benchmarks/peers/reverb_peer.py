@@ -36,10 +36,12 @@ def work(port: int, batches: int, batch_bytes: int, ready: Barrier) -> None:
         np.random.default_rng(seed).integers(0, 256, (64, batch_bytes // 64), np.uint8) for seed in range(4)
     ]
     with reverb.Client(f"localhost:{port}").trajectory_writer(num_keep_alive_refs=1) as writer:
-        ready.wait()
-        for number in range(batches):
+        for number in range(-1, batches):  # the first is not counted
             writer.append({"obs": arrays[number % len(arrays)]})
             writer.create_item(TABLE, 1.0, {"obs": writer.history["obs"][-1:]})
+            if number < 0:
+                writer.flush()
+                ready.wait()
         writer.flush()
 
 
@@ -61,6 +63,7 @@ def main(workers: int, batches: int, batch_bytes: int) -> float:
     for process in processes:
         process.start()
     client = reverb.Client(f"localhost:{port}")
+    list(client.sample(TABLE, num_samples=workers))
     ready.wait()
     began = time.perf_counter()
     for sample in client.sample(TABLE, num_samples=workers * batches):
