@@ -393,6 +393,26 @@ def test_what_a_fault_left_undone_is_done_later(
     assert server.client.ttl(keys.chunk(f"2-{comm.epoch}-2", 0)) == -1
 
 
+def test_a_fault_leaves_no_chunk_of_the_chain_to_expire(
+    learner: Learner, server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The version after a fault may be a difference to the one whose chunks were not taken care of."""
+    comm = learner(host_cache=False)
+    weights = np.zeros(1 << 16, np.float32)
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise ConnectionFailed("the server is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comm._publisher._connection, "execute_all", fail)
+        comm.send_model_weights({"w": weights})
+    weights[0] = 1
+    assert comm.send_model_weights({"w": weights}).kind == "delta"
+    chunks = [*server.client.scan_iter(keys.chunk("*", 0)), *server.client.scan_iter(keys.chunk("*", 1))]
+    assert {name: server.client.ttl(name) for name in chunks} == dict.fromkeys(chunks, -1)
+    assert len(chunks) == 4
+
+
 def test_half_a_version_does_not_stay(
     learner: Learner, server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -430,7 +430,7 @@ class Publisher:
         self._to_expire |= gone
         now = time.monotonic()
         self._superseded += [(form, now) for form in gone.values()]
-        self._to_keep = [form for form in pointer.forms if form not in before]
+        self._to_keep = [form for form in pointer.forms if form not in before or form in self._to_keep]
         self._chunks = {upload: chunks for upload, chunks in self._chunks.items() if upload in names}
         self._latest = pointer
         self._published[pointer.version] = pointer.published
