@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from collections import deque
@@ -110,6 +111,7 @@ class Fetcher:
                 self._check_stopping()
                 time.sleep(backoff.next())
                 image = self._images.find(name, raw_bytes)
+        np.add.reduce(image.array[:: mmap.PAGESIZE])  # here, and not in `poll`, its pages are mapped
         return Version(pointer.version, image, ImageFormat(image.header, WEIGHTS_LIMITS))
 
     def _download(self, pointer: Pointer, held: Version | None) -> Image:
