@@ -413,6 +413,23 @@ def test_a_fault_leaves_no_chunk_of_the_chain_to_expire(
     assert len(chunks) == 4
 
 
+def test_care_that_comes_late_keeps_nothing_that_was_superseded_meanwhile(
+    learner: Learner, server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither that of a learner that was replaced after its commit, nor that of one that only collects."""
+    old = learner()
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise ConnectionFailed("the server is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(old._publisher._connection, "execute_all", fail)
+        old.send_model_weights({"number": 1})
+    learner().send_model_weights({"number": 2})
+    old._publisher.tidy()
+    assert 0 < server.client.ttl(keys.chunk(f"1-{old.epoch}-1", 0)) <= SUPERSEDED_SECONDS
+
+
 def test_half_a_version_does_not_stay(
     learner: Learner, server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 
 import xxhash
 
-from rlbroker.connection import LEADER_ONLY, Argument, Channel, Connection, Script, flat
+from rlbroker.connection import LEADER_ONLY, Channel, Connection, Script, flat
 from rlbroker.deadline import Deadline
 from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, ServerOutOfMemory
 from rlbroker.keys import Keys
@@ -70,6 +70,23 @@ COMMIT = Script(
     redis.call('XADD', KEYS[3], '*', 'event', 'version', 'version', ARGV[2])
     redis.call('PUBLISH', KEYS[4], ARGV[2])
     return 'committed'
+    """,
+)
+
+CARE = Script(
+    "care",
+    """
+    -- KEYS: weights, then chunks of the latest version, then superseded ones
+    -- ARGV: upload of the latest version, how many chunks are of it, seconds that the others stay
+    -- If another version is the latest by now, its chunks are to expire too: nobody would ever delete them.
+    local is_latest = redis.call('HGET', KEYS[1], 'upload') == ARGV[1]
+    for number = 2, #KEYS do
+      if number > ARGV[2] + 1 then
+        redis.call('EXPIRE', KEYS[number], ARGV[3])
+      elseif is_latest then
+        redis.call('PERSIST', KEYS[number])
+      end
+    end
     """,
 )
 
@@ -438,12 +455,11 @@ class Publisher:
             del self._published[next(iter(self._published))]
 
     def _tidy(self) -> None:
-        commands: list[tuple[Argument, ...]] = [
-            ("PERSIST", key) for form in self._to_keep for key in self._chunk_keys(form)
-        ]
-        for form in self._to_expire.values():
-            commands += [("EXPIRE", key, SUPERSEDED_SECONDS) for key in self._chunk_keys(form)]
-        self._connection.execute_all(commands)
+        keep = [key for form in self._to_keep for key in self._chunk_keys(form)]
+        expire = [key for form in self._to_expire.values() for key in self._chunk_keys(form)]
+        if self._latest and (keep or expire):
+            facts = (self._latest.upload, len(keep), SUPERSEDED_SECONDS)
+            self._connection.run_all([(CARE, (self._keys.weights, *keep, *expire), facts)])
         self._to_keep, self._to_expire = [], {}
         expired = time.monotonic() - SUPERSEDED_SECONDS
         while self._superseded and self._superseded[0][1] < expired:
