@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rlbroker.errors import WeightsMismatch
 from rlbroker.weights.loading import load
@@ -41,3 +42,23 @@ def test_what_does_not_fit_is_named_and_changes_nothing(weights: Any, named: str
 def test_weights_that_are_no_dictionary_fill_nothing() -> None:
     with pytest.raises(WeightsMismatch):
         load([1], {})
+
+
+def test_what_is_loaded_shares_no_memory_with_what_was_received() -> None:
+    """That memory belongs to all processes of a host, and will hold another version."""
+
+    class Module(torch.nn.Module):
+        extra = torch.zeros(3)
+
+        def get_extra_state(self) -> torch.Tensor:
+            return self.extra
+
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            self.extra = state
+
+    received, module = torch.ones(3), Module()
+    target: dict[str, Any] = {"moments": [torch.zeros(3)]}
+    load({"moments": [received]}, target)
+    load({"_extra_state": received}, module)
+    received.zero_()
+    assert [target["moments"][0].sum(), module.extra.sum()] == [3, 3]

@@ -12,6 +12,9 @@ from rlbroker.errors import UnsupportedType, WeightsMismatch
 if TYPE_CHECKING:
     import torch
 
+#: What torch calls the extra state of a module.
+_EXTRA_STATE = "_extra_state"
+
 #: How many keys an error names before it only counts them.
 _KEYS_NAMED = 5
 
@@ -56,7 +59,10 @@ def check_target(target: Any) -> None:
 def _load_module(weights: Any, module: torch.nn.Module) -> None:
     own = module.state_dict()
     _check(weights, own)
-    module.load_state_dict(weights)
+    # All else is copied by torch; a module's extra state it may keep as it is.
+    module.load_state_dict(
+        {key: copy.deepcopy(value) if key.endswith(_EXTRA_STATE) else value for key, value in weights.items()}
+    )
 
 
 def _overwrite(weights: Mapping[str, Any], target: MutableMapping[str, Any]) -> None:
@@ -71,7 +77,7 @@ def _overwrite(weights: Mapping[str, Any], target: MutableMapping[str, Any]) -> 
             else:
                 target[key][...] = value
         else:
-            target[key] = value
+            target[key] = copy.deepcopy(value)  # it may hold tensors in memory that is not theirs for long
 
 
 def _check(weights: Any, target: Mapping[str, Any]) -> None:
