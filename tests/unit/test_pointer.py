@@ -81,6 +81,23 @@ def test_what_no_learner_writes_is_refused(field: str) -> None:
         Pointer.from_fields({name: value for name, value in fields.items() if name != field})
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"upload": "../../3"},
+        {"upload": "3 1"},
+        {"upload": "3" * 500},
+        {"digest": "\u00e9"},
+        {"digest": ""},
+        {"chunks": "999999999999"},
+        {"others": "1:0:1-1-1:600000:9:d 2:1:2-1-2:600000:9:d"},
+    ],
+)
+def test_what_would_become_a_name_of_a_file_or_too_many_keys_is_refused(written: dict[str, str]) -> None:
+    with pytest.raises(WireError):
+        Pointer.from_fields({**pointer(delta(3), full(1), delta(2)).to_fields(), **written})
+
+
 def test_every_worker_comes_to_the_latest_whatever_was_published() -> None:
     """By simulation: bounded forms, a way for everyone, and never one that is dearer than the full version."""
     for seed in range(20):

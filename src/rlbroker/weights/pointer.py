@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal, Self
@@ -18,6 +19,12 @@ MAX_DELTAS: Final = 32
 
 #: The most stored forms that a pointer may name; what a reader accepts.
 _MAX_FORMS: Final = 1000
+
+#: The most chunks of all of them together; what a reader accepts. It lists them before it asks for the first.
+_MAX_CHUNKS: Final = 1 << 20
+
+#: Uploads and digests become part of the names of keys and files.
+_NAME: Final = re.compile("[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class Form:
         form = cls(int(version), int(base), upload, int(chunks), int(stored_bytes), digest)
         if not 0 <= form.base < form.version or form.chunks < 0 or form.stored_bytes < 0:
             raise ValueError(f"impossible numbers in {text!r:.100}")
+        if not _NAME.fullmatch(upload) or not _NAME.fullmatch(digest):
+            raise ValueError(f"impossible names in {text!r:.100}")
         return form
 
 
@@ -151,7 +160,7 @@ class Pointer:
             return None
         try:
             latest = ("version", "base", "upload", "chunks", "stored_bytes", "digest")
-            return cls(
+            pointer = cls(
                 latest=Form.from_text(":".join(found[name] for name in latest)),
                 others=_forms(found["others"]),
                 raw_bytes=int(found["raw_bytes"]),
@@ -160,6 +169,9 @@ class Pointer:
                 published=float(found["published"]),
                 dropped=_forms(found["dropped"]),
             )
+            if sum(form.chunks for form in (*pointer.forms, *pointer.dropped)) > _MAX_CHUNKS:
+                raise ValueError("too many chunks")
+            return pointer
         except (KeyError, ValueError) as error:
             raise WireError(f"the pointer to the latest weights cannot be read: {error!r}") from error
 
