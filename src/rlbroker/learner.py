@@ -46,7 +46,7 @@ from rlbroker.membership.roster import CLOSE, FORGET, OPEN, RESTORE_RUN, Roster
 from rlbroker.records import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
 from rlbroker.replies import entry_id
 from rlbroker.weights.images import Images
-from rlbroker.weights.publisher import CARE, COMMIT, Publisher
+from rlbroker.weights.publisher import COMMIT, Publisher
 from rlbroker.wire import FORMAT_VERSION
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ SCRIPTS = (
     OPEN,
     CLOSE,
     COMMIT,
-    CARE,
     SEND,
     SETTLE,
     RESTORE_ACCOUNT,

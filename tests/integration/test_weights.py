@@ -18,7 +18,8 @@ from rlbroker import Fenced, MissedUpdates, WeightsMismatch, WorkerClient, Worke
 from rlbroker.connection import Connection, Script
 from rlbroker.errors import ConnectionFailed, DeadlineExceeded, UnsupportedType
 from rlbroker.keys import Keys
-from rlbroker.weights.publisher import COMMIT, SUPERSEDED_SECONDS, Publisher
+from rlbroker.weights.publisher import COMMIT, Publisher
+from rlbroker.weights.retention import SUPERSEDED_SECONDS
 from rlbroker.weights.subscriber import Subscriber
 from rlbroker.wire import ImagePlan
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,9 +24,10 @@ from rlbroker.keys import Keys
 from rlbroker.records import Published, PublishReceipt
 from rlbroker.replies import text_fields
 from rlbroker.weights.images import Bytes, Draft, Image, Images
-from rlbroker.weights.pointer import CHUNK_BYTES, Form, Pointer, kept, needs_whole
+from rlbroker.weights.pointer import CHUNK_BYTES, Pointer, kept, needs_whole
+from rlbroker.weights.retention import Retention
 from rlbroker.weights.staging import Staged, Staging
-from rlbroker.weights.uploader import Base, Stored, Uploader, chunk_keys
+from rlbroker.weights.uploader import Base, Stored, Uploader
 from rlbroker.wire import ImagePlan
 
 logger = logging.getLogger("rlbroker")
@@ -37,13 +37,6 @@ SEGMENT_BYTES: Final = 2 << 20
 
 #: Smaller weights are always stored whole: a difference would save less than the look at it costs.
 MIN_DELTA_BYTES: Final = 64 << 10
-
-#: Chunks of a superseded version stay this long for those who are still reading.
-SUPERSEDED_SECONDS: Final = 60
-
-#: But no more than this of them, besides the last: frequent versions must not fill the server, and memory that it
-#: uses again is several times as fast as new memory.
-SUPERSEDED_BYTES: Final = 256 << 20
 
 #: A version is stored this often before we give up, if the server loses parts of it meanwhile.
 _TRIES: Final = 3
@@ -70,23 +63,6 @@ COMMIT = Script(
     redis.call('XADD', KEYS[3], '*', 'event', 'version', 'version', ARGV[2])
     redis.call('PUBLISH', KEYS[4], ARGV[2])
     return 'committed'
-    """,
-)
-
-CARE = Script(
-    "care",
-    """
-    -- KEYS: weights, then chunks of the latest version, then superseded ones
-    -- ARGV: upload of the latest version, how many chunks are of it, seconds that the others stay
-    -- If another version is the latest by now, its chunks are to expire too: nobody would ever delete them.
-    local is_latest = redis.call('HGET', KEYS[1], 'upload') == ARGV[1]
-    for number = 2, #KEYS do
-      if number > ARGV[2] + 1 then
-        redis.call('EXPIRE', KEYS[number], ARGV[3])
-      elseif is_latest then
-        redis.call('PERSIST', KEYS[number])
-      end
-    end
     """,
 )
 
@@ -147,17 +123,16 @@ class Publisher:
         self._floor = 0
         self._held: _Held | None = None
         self._channel = Channel(connection)
-        self._uploader = Uploader(connection, keys, chunk_bytes=chunk_bytes, make_room=self._make_room)
+        self._retention = Retention(connection, keys)
+        self._uploader = Uploader(
+            connection, keys, chunk_bytes=chunk_bytes, make_room=self._retention.make_room
+        )
         self._latest: Pointer | None = None
         self._published: dict[int, float] = {}
-        #: What is superseded, and since when.
-        self._superseded: deque[tuple[Form, float]] = deque()
-        self._to_expire: dict[str, Form] = {}
-        self._to_keep: list[Form] = []
         #: Size and digest of each chunk of what is stored and must stay, by upload.
         self._chunks: dict[str, Sequence[tuple[int, int]]] = {}
         self._catch_up()
-        self._tidy()
+        self._retention.tidy()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="rlbroker-publish")
 
     @property
@@ -220,7 +195,7 @@ class Publisher:
         """
         if self._lock.acquire(blocking=False):
             try:
-                self._tidy()
+                self._retention.tidy()
             finally:
                 self._lock.release()
 
@@ -273,7 +248,7 @@ class Publisher:
                     pointer.version,
                     self.latest_version,
                 )
-                self._tidy()
+                self._retention.tidy()
             return True
         finally:
             self._lock.release()
@@ -309,7 +284,7 @@ class Publisher:
                 draft.abandon()
                 raise
             try:
-                self._tidy()
+                self._retention.tidy()
             except PeerError as error:  # the version is out; what is left to do is done later
                 logger.warning(
                     "version %d is published; its chunks wait for care: %s", pointer.version, error
@@ -409,7 +384,7 @@ class Publisher:
     def _try_commit(self, pointer: Pointer, held: _Held) -> Any:
         """Commit over the connection on which every chunk was seen: a server may have lost some meanwhile."""
         self._channel.connect()
-        chunks = [key for form in pointer.forms for key in self._chunk_keys(form)]
+        chunks = [key for form in pointer.forms for key in self._retention.chunk_keys(form)]
         if self._channel.execute("EXISTS", *chunks) < len(chunks):
             raise _Incomplete
         keys = (self._keys.meta, self._keys.weights, self._keys.control, self._keys.notify)
@@ -441,53 +416,20 @@ class Publisher:
 
     def _adopt(self, pointer: Pointer) -> None:
         """Take a pointer for the latest; what it no longer names is to expire."""
-        before = self._latest.forms if self._latest else ()
+        self._retention.adopt(pointer, self._latest.forms if self._latest else ())
         names = {form.upload for form in pointer.forms}
-        gone = {form.upload: form for form in (*before, *pointer.dropped) if form.upload not in names}
-        self._to_expire |= gone
-        now = time.monotonic()
-        self._superseded += [(form, now) for form in gone.values()]
-        self._to_keep = [form for form in pointer.forms if form not in before or form in self._to_keep]
         self._chunks = {upload: chunks for upload, chunks in self._chunks.items() if upload in names}
         self._latest = pointer
         self._published[pointer.version] = pointer.published
         if len(self._published) > TIMES_KEPT:
             del self._published[next(iter(self._published))]
 
-    def _tidy(self) -> None:
-        keep = [key for form in self._to_keep for key in self._chunk_keys(form)]
-        expire = [key for form in self._to_expire.values() for key in self._chunk_keys(form)]
-        if self._latest and (keep or expire):
-            facts = (self._latest.upload, len(keep), SUPERSEDED_SECONDS)
-            self._connection.run_all([(CARE, (self._keys.weights, *keep, *expire), facts)])
-        self._to_keep, self._to_expire = [], {}
-        expired = time.monotonic() - SUPERSEDED_SECONDS
-        while self._superseded and self._superseded[0][1] < expired:
-            self._superseded.popleft()
-        last = self._superseded[-1][1] if self._superseded else 0.0
-        last_bytes = sum(form.stored_bytes for form, since in self._superseded if since == last)
-        self._unlink_superseded(keep_bytes=max(SUPERSEDED_BYTES, last_bytes))
-
-    def _make_room(self) -> bool:
-        """Delete superseded weights before their time; give whether there were any."""
-        if not self._superseded:
-            return False
-        logger.warning("the server is full; superseded weights are deleted before their time")
-        self._unlink_superseded(keep_bytes=0)
-        return True
-
-    def _unlink_superseded(self, *, keep_bytes: int) -> None:
-        """Delete superseded versions, oldest first; who is still reading one goes on to the latest."""
-        while self._superseded and sum(form.stored_bytes for form, _ in self._superseded) > keep_bytes:
-            form, _ = self._superseded.popleft()
-            self._connection.execute("UNLINK", *self._chunk_keys(form))
-
     def _is_damaged(self, pointer: Pointer, *, compare: bool) -> bool:
         """Whether a chunk is missing or, as far as its size or its digest tells, is not what was stored."""
         expected = [
             pair
             for form in pointer.forms
-            for pair in zip(self._chunk_keys(form), self._chunks.get(form.upload, ()), strict=False)
+            for pair in zip(self._retention.chunk_keys(form), self._chunks.get(form.upload, ()), strict=False)
         ]
         there, *sizes = self._connection.execute_all(
             [("EXISTS", *(key for key, _ in expected)), *(("STRLEN", key) for key, _ in expected)]
@@ -502,9 +444,6 @@ class Publisher:
     def _new_upload(self) -> str:
         self._attempt += 1
         return f"{self.last_used + 1}-{self._epoch}-{self._attempt}"
-
-    def _chunk_keys(self, form: Form) -> list[str]:
-        return chunk_keys(self._keys, form.upload, form.chunks)
 
     def _read_pointer(self) -> Pointer | None:
         return Pointer.from_fields(text_fields(self._connection.execute("HGETALL", self._keys.weights)))

@@ -197,7 +197,8 @@ class Uploader:
     def discard(self, upload: str, chunks: int) -> None:
         """Delete what is stored of an upload, if the server can be reached."""
         with suppress(PeerError):  # it expires by itself
-            self._connection.execute_once("UNLINK", *chunk_keys(self._keys, upload, chunks))
+            keys = [self._keys.chunk(upload, number) for number in range(chunks + 1)]
+            self._connection.execute_once("UNLINK", *keys)
 
     def _encoded(
         self, plan: ImagePlan, encode: Callable[[int], EncodedSegment], done: Mapping[int, EncodedSegment]
@@ -248,11 +249,6 @@ class Uploader:
                 stuck = not confirmed
                 self._connection.execute("PING", deadline=deadline)
             confirmed = 0
-
-
-def chunk_keys(keys: Keys, upload: str, chunks: int) -> list[str]:
-    """Give the keys of an upload's header and chunks."""
-    return [keys.chunk(upload, number) for number in range(chunks + 1)]
 
 
 def _encode(
