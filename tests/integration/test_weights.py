@@ -16,7 +16,7 @@ from conftest import RealServer, Server, wait_until
 import rlbroker.learner
 from rlbroker import Fenced, MissedUpdates, WeightsMismatch, WorkerClient, WorkerCommunicator
 from rlbroker.connection import Connection, Script
-from rlbroker.errors import ConnectionFailed, DeadlineExceeded, UnsupportedType
+from rlbroker.errors import ConnectionFailed, DeadlineExceeded, ServerFault, UnsupportedType
 from rlbroker.keys import Keys
 from rlbroker.weights.publisher import COMMIT, Publisher
 from rlbroker.weights.retention import SUPERSEDED_SECONDS
@@ -309,6 +309,29 @@ def test_a_version_is_not_used_again_after_the_server_lost_it(
     comm.send_model_weights({})
     server.client.delete(keys.weights)
     assert comm.send_model_weights({}).version == 2
+
+
+@pytest.mark.parametrize("floor", ["1" + "0" * 18, "9" * 40, "1e3", "-1"])
+def test_a_number_that_no_worker_saw_does_not_keep_the_learner_busy(
+    learner: Learner, server: Server, keys: Keys, floor: str
+) -> None:
+    """Scripts could not count on from there, and would refuse every number."""
+    comm = learner()
+    comm.send_model_weights({"number": 1})
+    server.client.hset(keys.meta, "version_floor", floor)
+    server.client.hset(keys.weights, "version", 2)  # the number is taken, so the learner looks for a free one
+    with pytest.raises(ServerFault, match="version_floor"):
+        comm.send_model_weights({"number": 2})
+    server.client.hdel(keys.meta, "version_floor")
+    assert comm.send_model_weights({"number": 2}).version == 3
+
+
+def test_publishing_that_could_not_begin_leaves_nothing_locked(learner: Learner) -> None:
+    comm = learner()
+    comm._publisher._background.shutdown()  # as at the exit of the interpreter
+    with pytest.raises(RuntimeError, match="cannot schedule"):
+        comm.send_model_weights({"number": 1}, wait=False)
+    assert comm.send_model_weights({"number": 1}).version == 1
 
 
 @pytest.mark.parametrize("came_through", [True, False])

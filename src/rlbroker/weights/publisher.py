@@ -22,7 +22,7 @@ from rlbroker.deadline import Deadline
 from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, ServerOutOfMemory
 from rlbroker.keys import Keys
 from rlbroker.records import Published, PublishReceipt
-from rlbroker.replies import text_fields
+from rlbroker.replies import text_fields, whole_number
 from rlbroker.weights.images import Bytes, Draft, Image, Images
 from rlbroker.weights.pointer import CHUNK_BYTES, Pointer, kept, needs_whole
 from rlbroker.weights.retention import Retention
@@ -40,6 +40,9 @@ MIN_DELTA_BYTES: Final = 64 << 10
 
 #: A version is stored this often before we give up, if the server loses parts of it meanwhile.
 _TRIES: Final = 3
+
+#: No number above it is a version: scripts count in floating numbers, which then do not grow by 1 any more.
+_LAST_VERSION: Final = 1 << 52
 
 #: How many versions' times of publication are remembered.
 TIMES_KEPT: Final = 10_000
@@ -210,8 +213,7 @@ class Publisher:
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        seen = int(self._connection.execute("HGET", self._keys.meta, "version_floor") or 0)
-        return self._held is not None and seen > self.latest_version
+        return self._held is not None and self._seen() > self.latest_version
 
     def restore(self, *, unreadable_version: int = 0) -> bool:
         """Publish the latest weights again, under a new version, if the server has lost them; one try.
@@ -410,8 +412,18 @@ class Publisher:
             came_through = self._unsure is not None and self._unsure[0] == found.upload
             self._held = self._unsure[1].numbered(found.version) if self._unsure and came_through else None
         self._unsure = None
-        seen = int(self._connection.execute("HGET", self._keys.meta, "version_floor") or 0)
+        seen = self._seen()
         self._floor = max(self._floor, seen)
+        return seen
+
+    def _seen(self) -> int:
+        """Give the newest version that workers saw on a server that lost it; 0 without one."""
+        text = self._connection.execute("HGET", self._keys.meta, "version_floor") or b"0"
+        seen = whole_number(str(text, "ascii", "replace"))
+        if seen is None or seen > _LAST_VERSION:
+            raise ServerFault(
+                f"version_floor of {self._keys.meta} is {text!r:.100}, which no worker saw; delete this field"
+            )
         return seen
 
     def _adopt(self, pointer: Pointer) -> None:
