@@ -201,6 +201,27 @@ def test_a_damaged_version_is_recorded_and_the_next_one_applied(
     assert model["w"].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_a_version_without_room_in_memory_does_not_end_the_following(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, client = learner(), worker()
+    asked: list[int] = []
+
+    def refuse(image_bytes: int, raw_bytes: int) -> None:
+        asked.append(image_bytes)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client._subscriber._images, "reserve", refuse)
+        comm.send_model_weights({"number": 1})
+        wait_until("the worker has asked for memory", lambda: asked)
+        wait_until("it gives up this version", lambda: client._subscriber.newest == 1)
+    comm.send_model_weights({"number": 2})
+    model: dict[str, Any] = {}
+    wait_until("it runs the next version", lambda: client.poll(model))
+    assert model == {"number": 2}
+
+
 def test_a_version_whose_chunk_is_gone_is_never_half_applied(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:

@@ -97,6 +97,12 @@ class Fetcher:
         """
         if held and held.number == pointer.version:
             return held
+        try:
+            return self._find_or_download(pointer, held)
+        except MemoryError as error:
+            raise WireError(f"version {pointer.version} needs more memory than there is") from error
+
+    def _find_or_download(self, pointer: Pointer, held: Version | None) -> Version:
         name, raw_bytes = pointer.image_name, pointer.raw_bytes
         image = self._images.find(name, raw_bytes)
         patience, backoff = Deadline(PATIENCE_SECONDS), Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
