@@ -16,7 +16,13 @@ from conftest import RealServer, Server, wait_until
 import rlbroker.learner
 from rlbroker import Fenced, MissedUpdates, WeightsMismatch, WorkerClient, WorkerCommunicator
 from rlbroker.connection import Connection, Script
-from rlbroker.errors import ConnectionFailed, DeadlineExceeded, ServerFault, UnsupportedType
+from rlbroker.errors import (
+    ConnectionFailed,
+    DeadlineExceeded,
+    ServerFault,
+    ServerOutOfMemory,
+    UnsupportedType,
+)
 from rlbroker.keys import Keys
 from rlbroker.weights.publisher import COMMIT, Publisher
 from rlbroker.weights.retention import SUPERSEDED_SECONDS
@@ -488,6 +494,28 @@ def test_half_a_version_does_not_stay(
         with pytest.raises(KeyboardInterrupt):
             comm.send_model_weights({"w": np.zeros(100)})
     assert list(server.client.scan_iter(keys.chunk("*", 1))) == []
+
+
+@pytest.mark.parametrize("refusal", [ServerOutOfMemory, Fenced])
+def test_what_was_stored_of_a_refused_version_does_not_stay(
+    learner: Learner,
+    server: Server,
+    keys: Keys,
+    monkeypatch: pytest.MonkeyPatch,
+    refusal: type[Exception],
+) -> None:
+    """A full server would stay full of it for an hour."""
+    comm = learner()
+    comm.send_model_weights({"number": 1})
+
+    def refuse(*arguments: Any) -> None:
+        raise refusal
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comm._publisher._channel, "run", refuse)
+        with pytest.raises(refusal):
+            comm.send_model_weights({"number": 2})
+    assert [*server.client.scan_iter(keys.chunk("*", 0))] == [keys.chunk(f"1-{comm.epoch}-1", 0).encode()]
 
 
 def test_two_pollers_never_go_back_a_version(learner: Learner, worker: Worker) -> None:

@@ -331,6 +331,10 @@ class Publisher:
                 return self._commit(pointer, held, deadline)
             except _Incomplete:
                 base = None  # it may have been lost too
+                self._discard(pointer)
+            except (Fenced, RunLost, ServerOutOfMemory):
+                self._discard(pointer)
+                raise
         raise ServerFault(
             f"{self._connection.address} loses chunks of weights before a version is complete; does it evict keys?"
         )
@@ -382,6 +386,14 @@ class Publisher:
         self._unsure = None
         self._held = held.numbered(pointer.version)
         return pointer
+
+    def _discard(self, pointer: Pointer) -> None:
+        """Delete what was stored for a version that did not come to be; a full server needs the room."""
+        if self._unsure is not None and self._unsure[0] == pointer.upload:
+            return  # an earlier try may have been done after all
+        for form in pointer.forms:
+            if form.version == pointer.version:
+                self._uploader.discard(form.upload, form.chunks)
 
     def _try_commit(self, pointer: Pointer, held: _Held) -> Any:
         """Commit over the connection on which every chunk was seen: a server may have lost some meanwhile."""
