@@ -180,13 +180,18 @@ class Publisher:
             draft = self._images.reserve(plan.image_bytes, plan.raw_bytes)
             if wait or not staged.pending:
                 staged.fill(plan, draft.array)
-            publish = partial(self._publish, staged, plan, draft, compression, began)
-            future = None if wait else self._background.submit(publish)
         except BaseException:
             self._lock.release()
             raise
-        if future is None:
+        publish = partial(self._publish, staged, plan, draft, compression, began)
+        if wait:
             return PublishReceipt(publish())
+        try:
+            future = self._background.submit(publish)
+        except RuntimeError:  # the interpreter exits
+            draft.abandon()
+            self._lock.release()
+            raise
         future.add_done_callback(_log_failure)
         return PublishReceipt(future)
 
