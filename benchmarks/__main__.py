@@ -56,7 +56,7 @@ def benchmarks(
     """Run rlbroker and its peers side by side, and print medians and ratios.
 
     Several minutes; progress goes to stderr, the table to stdout, and the same as JSON, Markdown and a picture to
-    the output directory. Part of it needs root (network namespaces) or Ray (`pip install '.[bench]'`), and says so
+    the output directory. Part of it needs root (network namespaces) or Ray (`pip install '.\\[bench]'`), and says so
     where they are missing. Exit code: 0, or 130 after Ctrl-C.
 
     Examples:

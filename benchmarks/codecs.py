@@ -6,6 +6,7 @@ of processor time: rates are those of one core that has nothing else to do.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import time
 from collections.abc import Iterable
@@ -314,5 +315,9 @@ def _advice_cells(images: Images, kind: str, raw_bytes: float, rounds: int) -> l
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.codecs",
+        description="Print, as Markdown, when compressing and differences pay; records trainings first where needed.",
+    ).parse_args()
     torch.set_num_threads(1)
     print(advice())

@@ -286,7 +286,7 @@ class WorkerCommunicator:
         """Publish weights as the run's next version, once for all workers.
 
         Args:
-            model_state_dict: a state dict, or any tree of tensors, arrays and plain values.
+            model_state_dict: a state dict, or any dictionary (nested allowed) of tensors, arrays and plain values.
             compression_enabled: whether to compress with blosc2 (lossless), and to store differences to the version
                 before where they are smaller; off is faster on a fast link.
             dtype: what floating tensors and arrays are cast to on the way, such as `bfloat16` (rounded to nearest
@@ -304,6 +304,10 @@ class WorkerCommunicator:
         if callable(getattr(model_state_dict, "state_dict", None)):
             raise UnsupportedType(
                 "send the weights and not the model: send_model_weights(model.state_dict())"
+            )
+        if not isinstance(model_state_dict, Mapping):
+            raise UnsupportedType(
+                f"weights are a dictionary, such as model.state_dict(); got {type(model_state_dict).__name__}"
             )
         return self._publisher.publish(
             model_state_dict,

@@ -73,15 +73,12 @@ class Batches:
 
 @dataclass(frozen=True)
 class Codec:
-    """What compressing does to weights of one kind, and what it would do to their way over this link."""
+    """What compressing does to weights of one kind."""
 
     weights: str
     ratio: float  #: raw size by stored size
     encode_megabytes_per_second: float
     decode_megabytes_per_second: float
-    speedup: (
-        float  #: time of the raw bytes over the link, by that of the compressed ones with the codec's own
-    )
 
 
 @dataclass(frozen=True)
@@ -100,13 +97,16 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """Say in one line for which weights compression pays on this link."""
-        pays = [one.weights for one in self.codecs if one.speedup > WORTHWHILE]
-        which = (
-            f"pays for {' and '.join(pays)}" if pays else "does not pay; compression_enabled=False is faster"
+        """Say in one line whether compression pays on this link: by what arrived first, not by rates."""
+        raw, compressed = (
+            next(one.applied_ms for one in self.published if one.compressed is how) for how in (False, True)
         )
-        speeds = ", ".join(f"{one.weights} at {one.speedup:.2f}× the speed of raw" for one in self.codecs)
-        return f"on this link compressing whole weights {which} ({speeds})"
+        pays = raw / compressed > WORTHWHILE
+        which = "pays" if pays else "does not pay: compression_enabled=False is as fast, or faster"
+        return (
+            f"on this link compressing float32 weights {which} (compressed and as differences they are applied "
+            f"at {raw / compressed:.2f}× the speed of raw ones)"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Give plain values."""
@@ -148,7 +148,7 @@ def measure(url: str | None, *, megabytes: float, seconds: float, progress: Call
             progress(f"batches of {size:,} bytes")
             batches.append(_batches(learner, worker, size, seconds))
         progress("codec")
-        codecs = [_codec(kind, sample, set_rate, get_rate, seconds) for kind, sample in _samples()]
+        codecs = [_codec(kind, sample, seconds) for kind, sample in _samples()]
         return Report(
             server=connection.address,
             server_version=connection.server_version(),
@@ -334,7 +334,7 @@ def _samples() -> Iterator[tuple[str, NDArray[Any]]]:
     yield "bfloat16", (float32.view(np.uint32) >> 16).astype(np.uint16)  # as bfloat16's bits
 
 
-def _codec(kind: str, sample: NDArray[Any], set_rate: float, get_rate: float, seconds: float) -> Codec:
+def _codec(kind: str, sample: NDArray[Any], seconds: float) -> Codec:
     parts = plan({"w": sample})
     numbers = range(parts.segment_count)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -352,19 +352,4 @@ def _codec(kind: str, sample: NDArray[Any], set_rate: float, get_rate: float, se
         megabytes = sample.nbytes / 1e6
         encoding, decoding = (megabytes / median(_timed(turn, seconds / 4)) for turn in (encode, decode))
     part = sum(map(len, stored)) / sample.nbytes
-    speedup = _speedup(part, encoding, decoding, set_rate, get_rate)
-    return Codec(kind, 1 / part, encoding, decoding, speedup)
-
-
-def _speedup(part: float, encode: float, decode: float, set_rate: float, get_rate: float) -> float:
-    """Give the time of raw bytes by that of compressed ones; all rates in MB/s, `part` is what is left of the size.
-
-    The learner encodes while it sends, and the worker decodes while it receives.
-
-    >>> round(_speedup(0.5, 1000.0, 1000.0, 10.0, 10.0), 2)
-    2.0
-    >>> round(_speedup(0.5, 100.0, 100.0, 1000.0, 1000.0), 2)
-    0.1
-    """
-    raw = 1 / set_rate + 1 / get_rate
-    return raw / (max(1 / encode, part / set_rate) + max(1 / decode, part / get_rate))
+    return Codec(kind, 1 / part, encoding, decoding)

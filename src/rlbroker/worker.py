@@ -31,7 +31,7 @@ from rlbroker.membership.heartbeat import Heartbeat
 from rlbroker.records import SendReceipt
 from rlbroker.weights.images import Images
 from rlbroker.weights.loading import check_target, load
-from rlbroker.weights.subscriber import Subscriber, Update
+from rlbroker.weights.subscriber import Subscriber, Update, only_newest
 from rlbroker.wire import FORMAT_VERSION
 
 logger = logging.getLogger("rlbroker")
@@ -225,11 +225,14 @@ class WorkerClient:
             latest and not self._subscriber.ready
         ):  # taken before: for another model, or one that it did not fit
             self._subscriber.fetch_again()
-        loaded = False
+        loaded, waiting = False, list[Update]()
         while self.running:
             with self._applying:
-                updates = self._subscriber.take(min(LOOK_SECONDS, deadline.remaining))
-                loaded |= self._apply(updates, model, again=True)
+                waiting = only_newest(waiting + self._subscriber.take(min(LOOK_SECONDS, deadline.remaining)))
+                # An older version is only good for a model if the latest does not come: it may have another shape.
+                if deadline.over or self._subscriber.has_handled(latest):
+                    loaded |= self._apply(waiting, model, again=True)
+                    waiting = []
             if loaded and (deadline.over or self._subscriber.has_handled(latest)):
                 break
             self._obey_waiting(deadline)
@@ -256,7 +259,8 @@ class WorkerClient:
             Whether new weights were loaded.
 
         Raises:
-            WeightsMismatch: the weights do not fit the model; keys and shapes are named.
+            WeightsMismatch: the weights do not fit the model; keys and shapes are named. They are not offered again:
+                with a model that they fit, call `load_weights`.
             Fenced: a newer process has this worker id.
             PeerError: something else that waiting does not mend.
         """

@@ -72,13 +72,13 @@ def test_bench_as_json_has_every_figure(real_server: RealServer) -> None:
     assert all(number > 0 for number in numbers if isinstance(number, float))
 
 
-def test_the_verdict_names_the_weights_for_which_compression_pays() -> None:
-    def report(**speedups: float) -> Report:
-        codecs = [Codec(kind, 1.5, 1000.0, 1000.0, speedup) for kind, speedup in speedups.items()]
-        return Report("server", "", 1.0, 1.0, 1.0, 1.0, [], [], codecs)
+def test_the_verdict_is_what_arrived_first() -> None:
+    def report(raw_ms: float, compressed_ms: float) -> Report:
+        published = [Published(False, 1.0, raw_ms, 1.0), Published(True, 1.0, compressed_ms, 1.0)]
+        return Report("server", "", 1.0, 1.0, 1.0, 1.0, published, [], [])
 
-    assert "pays for bfloat16 (" in report(float32=0.6, bfloat16=1.4).verdict
-    assert "compression_enabled=False is faster" in report(float32=0.6, bfloat16=1.0).verdict
+    assert "float32 weights pays (" in report(30.0, 20.0).verdict
+    assert "does not pay: compression_enabled=False is as fast" in report(30.0, 60.0).verdict
 
 
 def test_bench_loads_neither_torch_nor_the_demo(real_server: RealServer) -> None:

@@ -592,3 +592,32 @@ def _missed(comm: WorkerCommunicator) -> MissedUpdates | None:
 
 def _way(server: Server) -> dict[str, Any]:
     return {name.replace("redis_", ""): value for name, value in server.way().items()}
+
+
+def test_loading_skips_what_was_read_of_an_older_architecture(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    comm.send_model_weights({"w": np.zeros(3)})
+    wait_until("version 1 is ready", lambda: client._subscriber.ready)
+    client._subscriber._thread.request_stop()  # version 2 is not read before the load begins
+    wait_until("it stopped", lambda: not client._subscriber._thread._thread.is_alive())
+    comm.send_model_weights({"w": np.ones(5)})
+
+    def read_late() -> None:
+        time.sleep(0.3)
+        client._subscriber._thread._stopping.clear()
+        client._subscriber._look()
+
+    late = threading.Thread(target=read_late)
+    late.start()
+    received: dict[str, Any] = {}
+    assert client.load_weights(received, timeout=10.0) == 2
+    late.join()
+    assert received["w"].tolist() == [1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("weights", [None, [np.zeros(3)], torch.zeros(3)])
+def test_weights_are_a_dictionary(learner: Learner, weights: Any) -> None:
+    comm = learner()
+    with pytest.raises(UnsupportedType, match="weights are a dictionary"):
+        comm.send_model_weights(weights)
+    assert comm.version == 0

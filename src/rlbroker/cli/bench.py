@@ -25,7 +25,7 @@ def bench(
 ) -> None:
     """Measure a server from this machine: round trip, rates, weights, batches, and whether compression pays.
 
-    It works in a run of its own, which it deletes afterwards, and takes about 15 seconds. The server's other users
+    It works in a run of its own, which it deletes afterwards, and takes about 10 seconds. The server's other users
     feel it meanwhile. Exit code: 0, 2 if the server cannot be used, 130 after Ctrl-C.
 
     Example: rlbroker bench --url redis://host:6379/0 --megabytes 128

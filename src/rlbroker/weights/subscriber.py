@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,6 +41,12 @@ class Update:
     version: int
     decoded: Version | None
     problem: str = ""
+
+
+def only_newest(updates: Sequence[Update]) -> list[Update]:
+    """Give those that failed, and the newest that did not: it is the only one worth loading."""
+    good = [one for one in updates if not one.problem]
+    return [one for one in updates if one.problem] + good[-1:]
 
 
 class Subscriber:
@@ -220,6 +227,5 @@ class Subscriber:
     def _hand_over(self, update: Update) -> None:
         with self._arrived:
             self._handled = update.version
-            # Only the newest version that can be loaded is worth loading; the others are superseded.
-            self._updates = [one for one in self._updates if one.problem] + [update]
+            self._updates = only_newest([*self._updates, update])
             self._arrived.notify_all()
