@@ -133,7 +133,7 @@ def save(rows: Sequence[Row], facts: Mapping[str, Any], directory: Path, name: s
 
 
 def draw(rows: Sequence[Row], path: Path) -> bool:
-    """Draw how many times better ours is, row by row, with the wanted mark; give whether matplotlib is there."""
+    """Draw how many times better ours is, for rows with a target if there are any; give whether matplotlib is there."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -141,7 +141,8 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     mpl.use("agg")
     from matplotlib import pyplot
 
-    shown = [row for row in rows if row.ratio]
+    measured = [row for row in rows if row.ratio]
+    shown = [row for row in measured if row.target] or measured
     figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.4 * len(shown)), layout="constrained")
     for place, row in enumerate(shown):
         color = {True: "tab:green", False: "tab:red", None: "tab:gray"}[row.met]
@@ -151,11 +152,12 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
             mark = _better(row, row.target)
             axes.plot([mark, mark], [place - 0.45, place + 0.45], color="black", linewidth=2)
     axes.set_yticks(range(len(shown)), [_label(row) for row in shown], fontsize=8)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.axvline(1, color="black", linewidth=0.5)
-    axes.set_xlabel("how many times better than the peer (median); the black mark is what is wanted")
+    axes.set_xlabel("times better than the peer; black: wanted")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True
