@@ -69,7 +69,7 @@ def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
         if actors is not None:
             versions = itertools.cycle(steps)
             contenders[TARGETS[2][0]] = lambda: actors.deliver(next(versions))
-        for way in WARMED_UP * 2:
+        for way in WARMED_UP * 6:
             contenders[way]()
         return _rows(interleaved(contenders, repetitions), megabytes)
 

@@ -133,14 +133,17 @@ class PublishReceipt:
 
     def __bool__(self) -> bool:
         """Whether every worker can fetch the version, or will be able to, as far as is known."""
-        return not isinstance(self._work, Future) or not self.done or self._work.exception() is None
+        if not isinstance(self._work, Future) or not self._work.done():
+            return True
+        return not self._work.cancelled() and self._work.exception() is None
 
     def __repr__(self) -> str:
         """Show the facts, if they are there."""
         if not self.done:
             return "<PublishReceipt: under way>"
-        error = self._work.exception() if isinstance(self._work, Future) else None
-        return f"<PublishReceipt: {error or self._facts}>"
+        if not self:
+            return "<PublishReceipt: not published>"
+        return f"<PublishReceipt: {self._facts}>"
 
     @property
     def done(self) -> bool:

@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Self
@@ -118,7 +119,10 @@ class Publisher:
         self._segment_bytes, self._chunk_bytes = segment_bytes, chunk_bytes
         self._images = images or Images(keys.run, None)
         self._staging = Staging()
-        self._lock = threading.Lock()  # taken by the caller, given back where publishing ends
+        self._lock = threading.Lock()
+        #: What was sent last without waiting.
+        self._under_way: Future[Published] = Future()
+        self._under_way.cancel()
         self._attempt = 0
         #: A commit of which nobody said what became of it: its upload, and what it would make the latest.
         self._unsure: tuple[str, _Held] | None = None
@@ -173,27 +177,22 @@ class Publisher:
                 after a lost connection, it was and nobody said so.
         """
         began = time.monotonic()
-        self._lock.acquire()
-        try:
-            staged = self._staging.take(weights)
-            plan = ImagePlan(staged.tree, dtype=dtype, segment_bytes=self._segment_bytes)
-            draft = self._images.reserve(plan.image_bytes, plan.raw_bytes)
-            if wait or not staged.pending:
-                staged.fill(plan, draft.array)
-        except BaseException:
-            self._lock.release()
-            raise
-        publish = partial(self._publish, staged, plan, draft, compression, began)
-        if wait:
-            return PublishReceipt(publish())
-        try:
-            future = self._background.submit(publish)
-        except RuntimeError:  # the interpreter exits
-            draft.abandon()
-            self._lock.release()
-            raise
-        future.add_done_callback(_log_failure)
-        return PublishReceipt(future)
+        while True:
+            _wait_for(self._under_way)
+            with self._lock:
+                if not self._under_way.done():  # another thread was quicker
+                    continue
+                staged = self._staging.take(weights)
+                plan = ImagePlan(staged.tree, dtype=dtype, segment_bytes=self._segment_bytes)
+                draft = self._images.reserve(plan.image_bytes, plan.raw_bytes)
+                if wait or not staged.pending:
+                    staged.fill(plan, draft.array)
+                if wait:
+                    return PublishReceipt(self._publish(staged, plan, draft, compression, began))
+                work = partial(self._publish_later, staged, plan, draft, compression, began)
+                self._under_way = self._background.submit(work)
+            self._under_way.add_done_callback(_log_failure)
+            return PublishReceipt(self._under_way)
 
     def tidy(self) -> None:
         """Do again what a fault kept from being done: keep the latest chunks, let older ones expire.
@@ -262,7 +261,9 @@ class Publisher:
 
     def finish(self, timeout_seconds: float) -> bool:
         """Wait until what was sent without waiting is out; give whether it is."""
-        if not self._lock.acquire(timeout=timeout_seconds):
+        deadline = Deadline(timeout_seconds)
+        _wait_for(self._under_way, deadline.remaining)
+        if not self._under_way.done() or not self._lock.acquire(timeout=deadline.remaining):
             return False
         self._lock.release()
         return True
@@ -275,29 +276,28 @@ class Publisher:
         self._held = self._unsure = None
         self._images.close()
 
+    def _publish_later(self, *arguments: Any) -> Published:
+        with self._lock:
+            return self._publish(*arguments)
+
     def _publish(
         self, staged: Staged, plan: ImagePlan, draft: Draft, compression: bool, began: float
     ) -> Published:
-        """Make what is in the draft the latest version; gives the lock back."""
+        """Make what is in the draft the latest version."""
         try:
-            try:
-                if staged.pending:
-                    staged.fill(plan, draft.array)
-                if self._unsure:
-                    self._catch_up()
-                base = self._held.base if self._held and compression and self._may_differ(plan) else None
-                pointer = self._make_latest(plan, draft, compression, base)
-            except BaseException:
-                draft.abandon()
-                raise
-            try:
-                self._retention.tidy()
-            except PeerError as error:  # the version is out; what is left to do is done later
-                logger.warning(
-                    "version %d is published; its chunks wait for care: %s", pointer.version, error
-                )
-        finally:
-            self._lock.release()
+            if staged.pending:
+                staged.fill(plan, draft.array)
+            if self._unsure:
+                self._catch_up()
+            base = self._held.base if self._held and compression and self._may_differ(plan) else None
+            pointer = self._make_latest(plan, draft, compression, base)
+        except BaseException:
+            draft.abandon()
+            raise
+        try:
+            self._retention.tidy()
+        except PeerError as error:  # the version is out; what is left to do is done later
+            logger.warning("version %d is published; its chunks wait for care: %s", pointer.version, error)
         return Published(
             version=pointer.version,
             kind=pointer.kind,
@@ -476,6 +476,12 @@ class Publisher:
 
     def _read_pointer(self) -> Pointer | None:
         return Pointer.from_fields(text_fields(self._connection.execute("HGETALL", self._keys.weights)))
+
+
+def _wait_for(work: Future[Any], timeout_seconds: float | None = None) -> None:
+    """Wait until work is done, whatever becomes of it."""
+    with suppress(CancelledError, TimeoutError):
+        work.exception(timeout_seconds)
 
 
 def _log_failure(future: Future[Published]) -> None:

@@ -17,9 +17,8 @@ logger = logging.getLogger("rlbroker")
 #: Chunks of a superseded version stay this long for those who are still reading.
 SUPERSEDED_SECONDS: Final = 60
 
-#: But no more than this of them, besides the last: frequent versions must not fill the server, and memory that it
-#: uses again is several times as fast as new memory.
-SUPERSEDED_BYTES: Final = 256 << 20
+#: But no more than this of them, besides the last: frequent versions must not fill the server.
+SUPERSEDED_BYTES: Final = 1 << 30
 
 
 class Retention:
