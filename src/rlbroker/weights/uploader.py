@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from rlbroker.connection import Connection
-from rlbroker.deadline import Deadline
+from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import ConnectionFailed, PeerError, ServerOutOfMemory
 from rlbroker.keys import Keys
 from rlbroker.weights.chunks import ChunkWriter
@@ -169,7 +170,8 @@ class Uploader:
             compression: whether to compress.
             base: what to store the difference to; None to store it as a whole.
             encoded: segments that are encoded already.
-            deadline: how long to wait for a server that is away, each time; the connection's timeout by default.
+            deadline: how long to wait for a server that is away; by default the connection's timeout, from when
+                something was stored last.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
@@ -233,7 +235,8 @@ class Uploader:
                 unconfirmed.append(chunk)
                 yield chunk
 
-        fresh, stuck = noted(), False
+        fresh, quiet = noted(), deadline or Deadline(self._connection.timeout_seconds)
+        backoff = Backoff()
         while True:
             try:
                 self._writer.write(chain(list(unconfirmed), fresh), expire_seconds=UNCOMMITTED_SECONDS)
@@ -244,10 +247,13 @@ class Uploader:
                     raise
             except ConnectionFailed:
                 forget_confirmed()
-                if stuck and not confirmed:
+                if confirmed and not deadline:  # it goes on, if slowly
+                    quiet = Deadline(self._connection.timeout_seconds)
+                    backoff.reset()
+                time.sleep(backoff.next(quiet))
+                if quiet.over:
                     raise
-                stuck = not confirmed
-                self._connection.execute("PING", deadline=deadline)
+                self._connection.execute("PING", deadline=quiet)
             confirmed = 0
 
 
