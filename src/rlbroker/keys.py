@@ -53,6 +53,10 @@ class Keys:
         """
         return f"{self.prefix}:w:{upload}:{number}"
 
+    def upload(self, upload: str, chunks: int) -> list[str]:
+        """Give the keys of all that was uploaded under this name: the header, and so many chunks."""
+        return [self.chunk(upload, number) for number in range(chunks + 1)]
+
     @property
     def notify(self) -> str:
         """Pub/sub channel: the number of a version that was just published. A hint; losing it loses nothing."""

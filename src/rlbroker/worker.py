@@ -233,7 +233,7 @@ class WorkerClient:
                 if deadline.over or self._subscriber.has_handled(latest):
                     loaded |= self._apply(waiting, model, again=True)
                     waiting = []
-            if loaded and (deadline.over or self._subscriber.has_handled(latest)):
+            if loaded:
                 break
             self._obey_waiting(deadline)
             self._check()

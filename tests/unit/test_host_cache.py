@@ -586,9 +586,9 @@ def test_keeping_nothing_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="this system has no /dev/shm")
-def test_without_a_directory_it_is_shared_memory() -> None:
-    run = f"test-{os.getpid()}"
-    ours, theirs = HostCache.open(run), HostCache.open(run)
+def test_it_works_in_shared_memory() -> None:
+    run, shared = f"test-{os.getpid()}", Path("/dev/shm")
+    ours, theirs = HostCache.open(run, shared), HostCache.open(run, shared)
     assert ours is not None
     assert theirs is not None
     put(ours, 1)

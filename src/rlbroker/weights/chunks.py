@@ -10,6 +10,7 @@ import math
 import re
 import socket
 import ssl
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -17,8 +18,9 @@ from itertools import islice
 from typing import Final
 
 from rlbroker.connection import SEND_BYTES, Channel, Connection
-from rlbroker.deadline import Deadline, try_seconds
-from rlbroker.errors import PeerError, WireError
+from rlbroker.deadline import Backoff, Deadline, try_seconds
+from rlbroker.errors import ConnectionFailed, PeerError, WireError
+from rlbroker.wire.format import byte_view
 
 #: Bytes that are asked for and not received, or one chunk more than is being received: a server with nothing to do
 #: costs a third of the speed over TCP. The server may hold so much in memory for each reader.
@@ -38,6 +40,31 @@ PIECES: Final = 512
 
 Part = bytes | memoryview
 Chunks = Sequence[tuple[str, memoryview]]
+
+
+class Patience:
+    """How long moving goes on over faults of the connection: as long as something gets through in time."""
+
+    def __init__(self, connection: Connection, deadline: Deadline | None = None) -> None:
+        """Wait until the deadline; by default for the connection's timeout, from when something moved last."""
+        self._connection, self._deadline = connection, deadline
+        self._backoff = Backoff()
+        self._quiet = deadline or Deadline(connection.timeout_seconds)
+
+    def outlast(self, fault: ConnectionFailed, *, moved: bool) -> None:
+        """Wait until the server answers again; raise the fault if that takes too long.
+
+        Args:
+            fault: what happened.
+            moved: whether something had got through since the fault before.
+        """
+        if moved and self._deadline is None:
+            self._quiet = Deadline(self._connection.timeout_seconds)
+            self._backoff.reset()
+        time.sleep(self._backoff.next(self._quiet))
+        if self._quiet.over:
+            raise fault
+        self._connection.execute("PING", deadline=self._quiet)
 
 
 class ChunkReader:
@@ -127,7 +154,7 @@ class ChunkWriter:
         under_way: deque[int] = deque()
         try:
             for key, parts in chunks:
-                views = [_bytes_of(part) for part in parts]
+                views = [byte_view(part) for part in parts]
                 size = sum(map(len, views))
                 head = b"*5\r\n$3\r\nSET\r\n%b$%d\r\n" % (_bulk(key), size)
                 pipe.send([head, *views, b"\r\n$2\r\nEX\r\n" + _bulk(str(expire_seconds))])
@@ -268,11 +295,6 @@ def _read_by_client(channel: Channel, chunks: Chunks) -> Iterator[int]:
 def _check(key: str, length: int, memory: memoryview) -> None:
     if length != len(memory):
         raise WireError(f"chunk {key} has {length} bytes instead of {len(memory)}")
-
-
-def _bytes_of(part: Part) -> memoryview:
-    view = memoryview(part)
-    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
 
 
 def _bulk(text: str) -> bytes:

@@ -17,7 +17,7 @@ from rlbroker.connection import Connection
 from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import ConnectionFailed, WireError
 from rlbroker.keys import Keys
-from rlbroker.weights.chunks import ChunkReader
+from rlbroker.weights.chunks import ChunkReader, Patience
 from rlbroker.weights.images import Bytes, Image, Images
 from rlbroker.weights.pointer import Form, Pointer, digest_of, group
 from rlbroker.wire import ImageFormat, Limits
@@ -52,6 +52,7 @@ class Version:
     def __init__(self, number: int, image: Image, form: ImageFormat) -> None:
         """Take a decoded image; raise WireError if its tree cannot be made here."""
         self.number, self.image, self.form = number, image, form
+        np.add.reduce(image.array[:: mmap.PAGESIZE])  # here, and not in `poll`, its pages are mapped
         self.weights: Any = form.tree(image.array, keep_dtype=True)
 
     def weights_for(self, target: Any, *, keep_dtype: bool) -> Any:
@@ -103,24 +104,28 @@ class Fetcher:
             raise WireError(f"version {pointer.version} needs more memory than there is") from error
 
     def _find_or_download(self, pointer: Pointer, held: Version | None) -> Version:
-        name, raw_bytes = pointer.image_name, pointer.raw_bytes
-        image = self._images.find(name, raw_bytes)
+        version = self._find(pointer)
         patience, backoff = Deadline(PATIENCE_SECONDS), Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
-        while image is None:
-            claim = self._images.claim(name, raw_bytes)
+        while version is None:
+            claim = self._images.claim(pointer.image_name, pointer.raw_bytes)
             if claim is not None:
                 with claim:
-                    image = self._images.find(name, raw_bytes) or self._download(pointer, held)
+                    version = self._find(pointer) or self._download(pointer, held)
             elif patience.over:
-                image = self._download(pointer, held)
+                version = self._download(pointer, held)
             else:  # another process of this host is at it
                 self._check_stopping()
                 time.sleep(backoff.next())
-                image = self._images.find(name, raw_bytes)
-        np.add.reduce(image.array[:: mmap.PAGESIZE])  # here, and not in `poll`, its pages are mapped
+                version = self._find(pointer)
+        return version
+
+    def _find(self, pointer: Pointer) -> Version | None:
+        image = self._images.find(pointer.image_name, pointer.raw_bytes)
+        if image is None:
+            return None
         return Version(pointer.version, image, ImageFormat(image.header, WEIGHTS_LIMITS))
 
-    def _download(self, pointer: Pointer, held: Version | None) -> Image:
+    def _download(self, pointer: Pointer, held: Version | None) -> Version:
         path = pointer.path(held.number if held else 0)
         small = self._small(path)
         headers = [self._header(form, small) for form in path]
@@ -135,17 +140,18 @@ class Fetcher:
             for form, image_format in zip(path, formats, strict=True):
                 self._decode(form, image_format, pointer.chunk_bytes, draft.array, array, small)
                 array = draft.array  # what follows is applied in place
-            return draft.publish(pointer.image_name, headers[-1])
+            image = draft.publish(pointer.image_name, headers[-1])
         except BaseException:
             draft.abandon()
             raise
+        return Version(pointer.version, image, formats[-1])
 
     def _small(self, path: Sequence[Form]) -> dict[str, bytes]:
         """Fetch what is small in one round trip, and of the rest the headers; by key."""
         wanted = [
-            self._keys.chunk(form.upload, number)
+            key
             for form in path
-            for number in range(form.chunks + 1 if form.stored_bytes <= SMALL_BYTES else 1)
+            for key in self._keys.upload(form.upload, form.chunks if form.stored_bytes <= SMALL_BYTES else 0)
         ]
         found = self._connection.execute_all([("GET", key) for key in wanted])
         return {key: bytes(data) for key, data in zip(wanted, found, strict=True) if data is not None}
@@ -230,7 +236,7 @@ class Fetcher:
         self, chunks: list[tuple[str, memoryview]], ranges: list[range]
     ) -> Iterator[tuple[range, memoryview]]:
         """Receive chunks; once a server that went away answers again, go on with the first that is missing."""
-        done, stuck = 0, False
+        done, patience = 0, Patience(self._connection)
         while done < len(chunks):
             begin = done
             try:
@@ -238,11 +244,8 @@ class Fetcher:
                     self._check_stopping()
                     done = begin + index + 1
                     yield ranges[done - 1], chunks[done - 1][1]
-            except ConnectionFailed:
-                if stuck and done == begin:
-                    raise
-                stuck = done == begin
-                self._connection.execute("PING")
+            except ConnectionFailed as fault:
+                patience.outlast(fault, moved=done > begin)
 
     def _check_stopping(self) -> None:
         if self._stopping():

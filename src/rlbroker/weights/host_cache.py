@@ -51,12 +51,12 @@ class HostCache:
         self._said: set[str] = set()
 
     @classmethod
-    def open(cls, run: str, directory: Path | None = None, *, keep: int = 2) -> Self | None:
+    def open(cls, run: str, directory: Path, *, keep: int = 2) -> Self | None:
         """Join those who share the images of a run; None, and the reason is logged, where that is impossible.
 
         Args:
             run: the run's name.
-            directory: where, instead of `/dev/shm`.
+            directory: where, such as `/dev/shm`.
             keep: how many images stay that nobody uses, at least 1.
 
         Raises:
@@ -68,7 +68,7 @@ class HostCache:
             logger.info("weights are shared by the processes of a host on Linux only")
             return None
         try:
-            return cls(Folder.enter(directory or Path("/dev/shm"), run), keep)
+            return cls(Folder.enter(directory, run), keep)
         except (Refused, OSError) as error:
             logger.warning("weights are not shared with other processes of this host: %s", error)
             return None

@@ -121,6 +121,11 @@ class Pointer:
         return (*self.others, self.latest)
 
     @property
+    def new_forms(self) -> tuple[Form, ...]:
+        """How the latest version is stored: as `latest`, and perhaps as a whole too."""
+        return tuple(form for form in self.forms if form.version == self.version)
+
+    @property
     def image_name(self) -> str:
         """What the decoded version is called in a cache: no other one has this name."""
         return f"{self.upload}-{self.latest.digest}"

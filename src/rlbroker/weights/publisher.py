@@ -28,7 +28,7 @@ from rlbroker.weights.images import Bytes, Draft, Image, Images
 from rlbroker.weights.pointer import CHUNK_BYTES, Pointer, kept, needs_whole
 from rlbroker.weights.retention import Retention
 from rlbroker.weights.staging import Staged, Staging
-from rlbroker.weights.uploader import Base, Stored, Uploader
+from rlbroker.weights.uploader import Base, Pieces, Stored, Uploader
 from rlbroker.wire import ImagePlan
 
 logger = logging.getLogger("rlbroker")
@@ -136,8 +136,8 @@ class Publisher:
         )
         self._latest: Pointer | None = None
         self._published: dict[int, float] = {}
-        #: Size and digest of each chunk of what is stored and must stay, by upload.
-        self._chunks: dict[str, Sequence[tuple[int, int]]] = {}
+        #: What each chunk consists of that is stored and must stay, by upload.
+        self._chunks: dict[str, Sequence[Pieces]] = {}
         self._catch_up()
         self._retention.tidy()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="rlbroker-publish")
@@ -289,7 +289,7 @@ class Publisher:
                 staged.fill(plan, draft.array)
             if self._unsure:
                 self._catch_up()
-            base = self._held.base if self._held and compression and self._may_differ(plan) else None
+            base = self._base_for(plan) if compression else None
             pointer = self._make_latest(plan, draft, compression, base)
         except BaseException:
             draft.abandon()
@@ -303,20 +303,17 @@ class Publisher:
             kind=pointer.kind,
             base=pointer.latest.base,
             raw_bytes=pointer.raw_bytes,
-            stored_bytes=sum(form.stored_bytes for form in pointer.forms if form.version == pointer.version),
+            stored_bytes=sum(form.stored_bytes for form in pointer.new_forms),
             chunks=pointer.latest.chunks,
             seconds=time.monotonic() - began,
         )
 
-    def _may_differ(self, plan: ImagePlan) -> bool:
-        """Whether the image that is held can be the base of another one."""
+    def _base_for(self, plan: ImagePlan) -> Base | None:
+        """Give what is held, if a difference to it makes sense."""
         held = self._held
-        return (
-            held is not None
-            and held.base.version == self.latest_version
-            and held.plan.layout == plan.layout
-            and plan.raw_bytes >= MIN_DELTA_BYTES
-        )
+        if held is None or held.plan.layout != plan.layout or plan.raw_bytes < MIN_DELTA_BYTES:
+            return None
+        return held.base if held.base.version == self.latest_version else None
 
     def _make_latest(
         self,
@@ -352,15 +349,19 @@ class Publisher:
         store = partial(self._uploader.store, plan, array, compression=compression, deadline=deadline)
         version = self.last_used + 1
         tried = self._uploader.try_difference(plan, array, base) if base else None
+        whole: Stored | None = None
         if base and tried:
             stored = store(version=version, upload=self._new_upload(), base=base, encoded=tried)
-            again = needs_whole(stored.form, before)
-            whole = store(version=version, upload=self._new_upload()) if again else None
+            if needs_whole(stored.form, before):
+                whole = store(version=version, upload=self._new_upload())
         else:
-            stored, whole = store(version=version, upload=self._new_upload()), None
-        for one in filter(None, (stored, whole)):
-            self._chunks[one.form.upload] = one.chunks
-        others = kept(stored.form, whole.form if whole else None, before)
+            stored = whole = store(version=version, upload=self._new_upload())
+        full_ratio = base.full_ratio if base else 1.0
+        if whole:
+            self._chunks[whole.form.upload] = whole.chunks
+            full_ratio = whole.form.stored_bytes / max(1, plan.raw_bytes)
+        self._chunks[stored.form.upload] = stored.chunks
+        others = kept(stored.form, whole.form if whole and whole is not stored else None, before)
         pointer = Pointer(
             latest=stored.form,
             others=others,
@@ -370,11 +371,7 @@ class Publisher:
             published=time.time(),
             dropped=tuple(form for form in before if form not in others),
         )
-        full = whole or (None if stored.form.base else stored)
-        if full is None:
-            assert base is not None
-            return pointer, stored, base.full_ratio
-        return pointer, stored, full.form.stored_bytes / max(1, plan.raw_bytes)
+        return pointer, stored, full_ratio
 
     def _commit(self, pointer: Pointer, held: _Held, deadline: Deadline | None) -> Pointer:
         """Make what is stored the next version; give the pointer with its number."""
@@ -396,9 +393,8 @@ class Publisher:
         """Delete what was stored for a version that did not come to be; a full server needs the room."""
         if self._unsure is not None and self._unsure[0] == pointer.upload:
             return  # an earlier try may have been done after all
-        for form in pointer.forms:
-            if form.version == pointer.version:
-                self._uploader.discard(form.upload, form.chunks)
+        for form in pointer.new_forms:
+            self._uploader.discard(form.upload, form.chunks)
 
     def _try_commit(self, pointer: Pointer, held: _Held) -> Any:
         """Commit over the connection on which every chunk was seen: a server may have lost some meanwhile."""
@@ -463,11 +459,10 @@ class Publisher:
         there, *sizes = self._connection.execute_all(
             [("EXISTS", *(key for key, _ in expected)), *(("STRLEN", key) for key, _ in expected)]
         )
-        if there < len(expected) or sizes != [size for _, (size, _) in expected]:
+        if there < len(expected) or sizes != [sum(size for size, _ in pieces) for _, pieces in expected]:
             return True
-        return compare and any(
-            xxhash.xxh3_64_intdigest(self._connection.execute("GET", key) or b"") != digest
-            for key, (_, digest) in expected
+        return compare and not all(
+            _consists_of(self._connection.execute("GET", key) or b"", pieces) for key, pieces in expected
         )
 
     def _new_upload(self) -> str:
@@ -482,6 +477,16 @@ def _wait_for(work: Future[Any], timeout_seconds: float | None = None) -> None:
     """Wait until work is done, whatever becomes of it."""
     with suppress(CancelledError, TimeoutError):
         work.exception(timeout_seconds)
+
+
+def _consists_of(data: bytes, pieces: Pieces) -> bool:
+    """Whether a chunk is what was stored, by the digests of its pieces."""
+    rest = memoryview(data)
+    for size, digest in pieces:
+        if xxhash.xxh3_64_intdigest(rest[:size]) != digest:
+            return False
+        rest = rest[size:]
+    return True
 
 
 def _log_failure(future: Future[Published]) -> None:

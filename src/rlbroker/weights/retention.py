@@ -81,7 +81,7 @@ class Retention:
 
     def chunk_keys(self, form: Form) -> list[str]:
         """Give the keys of a form's header and chunks."""
-        return [self._keys.chunk(form.upload, number) for number in range(form.chunks + 1)]
+        return self._keys.upload(form.upload, form.chunks)
 
     def _unlink(self, *, keep_bytes: int) -> None:
         """Delete superseded versions, oldest first; who is still reading one goes on to the latest."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,10 +17,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from rlbroker.connection import Connection
-from rlbroker.deadline import Backoff, Deadline
+from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, PeerError, ServerOutOfMemory
 from rlbroker.keys import Keys
-from rlbroker.weights.chunks import ChunkWriter
+from rlbroker.weights.chunks import ChunkWriter, Patience
 from rlbroker.weights.pointer import Form, digest_of
 from rlbroker.wire import EncodedSegment, ImagePlan, StoredSegment
 
@@ -38,6 +37,9 @@ _TRIED_SEGMENTS: Final = 3
 _WORTHWHILE: Final = 0.8
 
 Chunk = tuple[str, Sequence[bytes | memoryview]]
+
+#: What a chunk consists of: size and xxh3_64 of each segment in it, or of the header.
+Pieces = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,13 @@ class Stored:
         form: what to fetch.
         header: its chunk 0.
         digests: xxh3_64 of each segment, raw.
-        chunks: size and xxh3_64 of each chunk, the header's first.
+        chunks: what each chunk consists of, the header's first.
     """
 
     form: Form
     header: bytes
     digests: Sequence[int]
-    chunks: Sequence[tuple[int, int]]
+    chunks: Sequence[Pieces]
 
 
 class _Made:
@@ -81,32 +83,30 @@ class _Made:
         self._keys, self._upload, self._plan, self._chunk_bytes = keys, upload, plan, chunk_bytes
         self._segments: list[StoredSegment] = []
         self.digests: list[int] = []
-        self.sizes: list[tuple[int, int]] = []  #: size and digest of each chunk, the header's last
+        self.sent: list[Pieces] = []  #: what each chunk consists of, the header's last
         self.header = b""
 
     def chunks(self, encoded: Iterator[EncodedSegment]) -> Iterator[Chunk]:
         """Group segments as `pointer.group` does; the header comes last, as it holds the facts of all of them."""
-        parts: list[bytes | memoryview] = []
+        waiting: list[EncodedSegment] = []
         size = 0
         for one in encoded:
             self._segments.append(one.segment)
             self.digests.append(one.raw_digest)
-            parts.append(one.stored)
+            waiting.append(one)
             size += one.segment.stored_bytes
             if size >= self._chunk_bytes:
-                yield self._chunk(len(self.sizes) + 1, parts)
-                parts, size = [], 0
-        if parts:
-            yield self._chunk(len(self.sizes) + 1, parts)
+                yield self._chunk(waiting)
+                waiting, size = [], 0
+        if waiting:
+            yield self._chunk(waiting)
         self.header = self._plan.header(self._segments)
-        yield self._chunk(0, [self.header])
+        self.sent.append([(len(self.header), xxhash.xxh3_64_intdigest(self.header))])
+        yield self._keys.chunk(self._upload, 0), [self.header]
 
-    def _chunk(self, number: int, parts: Sequence[bytes | memoryview]) -> Chunk:
-        digest = xxhash.xxh3_64()
-        for part in parts:
-            digest.update(part)
-        self.sizes.append((sum(map(len, parts)), digest.intdigest()))
-        return self._keys.chunk(self._upload, number), parts
+    def _chunk(self, segments: Sequence[EncodedSegment]) -> Chunk:
+        self.sent.append([(one.segment.stored_bytes, one.segment.digest) for one in segments])
+        return self._keys.chunk(self._upload, len(self.sent)), [one.stored for one in segments]
 
 
 class Uploader:
@@ -183,15 +183,15 @@ class Uploader:
                 self._send(made.chunks(ahead), deadline)
         except BaseException as error:  # Ctrl-C too: half a version must not fill the server
             if not isinstance(error, ConnectionFailed):  # it would not get through either, and chunks expire
-                self.discard(upload, len(made.sizes))
+                self.discard(upload, len(made.sent))
             raise
-        header, *chunks = made.sizes[-1:] + made.sizes[:-1]
+        *chunks, header = made.sent
         form = Form(
             version=version,
             base=base.version if base else 0,
             upload=upload,
             chunks=len(chunks),
-            stored_bytes=sum(size for size, _ in made.sizes),
+            stored_bytes=sum(size for pieces in made.sent for size, _ in pieces),
             digest=digest_of(made.header),
         )
         return Stored(form, made.header, made.digests, [header, *chunks])
@@ -199,8 +199,7 @@ class Uploader:
     def discard(self, upload: str, chunks: int) -> None:
         """Delete what is stored of an upload, if the server can be reached."""
         with suppress(PeerError):  # it expires by itself
-            keys = [self._keys.chunk(upload, number) for number in range(chunks + 1)]
-            self._connection.execute_once("UNLINK", *keys)
+            self._connection.execute_once("UNLINK", *self._keys.upload(upload, chunks))
 
     def _encoded(
         self, plan: ImagePlan, encode: Callable[[int], EncodedSegment], done: Mapping[int, EncodedSegment]
@@ -235,8 +234,7 @@ class Uploader:
                 unconfirmed.append(chunk)
                 yield chunk
 
-        fresh, quiet = noted(), deadline or Deadline(self._connection.timeout_seconds)
-        backoff = Backoff()
+        fresh, patience = noted(), Patience(self._connection, deadline)
         while True:
             try:
                 self._writer.write(chain(list(unconfirmed), fresh), expire_seconds=UNCOMMITTED_SECONDS)
@@ -245,15 +243,9 @@ class Uploader:
                 forget_confirmed()
                 if not self._make_room():
                     raise
-            except ConnectionFailed:
+            except ConnectionFailed as fault:
                 forget_confirmed()
-                if confirmed and not deadline:  # it goes on, if slowly
-                    quiet = Deadline(self._connection.timeout_seconds)
-                    backoff.reset()
-                time.sleep(backoff.next(quiet))
-                if quiet.over:
-                    raise
-                self._connection.execute("PING", deadline=quiet)
+                patience.outlast(fault, moved=confirmed > 0)
             confirmed = 0
 
 
