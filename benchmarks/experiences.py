@@ -22,6 +22,7 @@ import numpy as np
 import redis
 
 from benchmarks.measure import Row, interleaved, progress
+from benchmarks.servers import scratch
 from rlbroker import WorkerClient, WorkerCommunicator
 
 #: How many batches the hand-made worker sends in one round trip.
@@ -119,8 +120,8 @@ def work_with_rlbroker(url: str, run: str, worker: int, load: Load, ready: Barri
 
 def learn_with_rlbroker(url: str, workers: int, load: Load) -> float:
     """Give the seconds that all batches took."""
-    run = f"bench-{time.monotonic_ns()}"
     with (
+        scratch(url) as run,
         WorkerCommunicator(
             workers, max_queue_size=load.batches, redis_url=url, run=run, timeout=PATIENCE_SECONDS
         ) as comm,
@@ -139,9 +140,7 @@ def learn_with_rlbroker(url: str, workers: int, load: Load) -> float:
         collect(workers)
         began = go()
         collect(workers * load.batches)
-        seconds = time.perf_counter() - began
-    _forget(url, f"rlb:{{{run}}}:*")
-    return seconds
+        return time.perf_counter() - began
 
 
 # By hand
@@ -163,11 +162,8 @@ def work_by_hand(url: str, run: str, worker: int, load: Load, ready: Barrier, do
 
 def learn_by_hand(url: str, workers: int, load: Load) -> float:
     """Give the seconds that all batches took."""
-    run = f"bench-{time.monotonic_ns()}"
     client = redis.Redis.from_url(url, protocol=2, socket_read_size=SOCKET_READ_BYTES)
-    streams: Any = {f"{run}:{worker}": ">" for worker in range(workers)}
-    for stream in streams:
-        client.xgroup_create(stream, GROUP, "0", mkstream=True)
+    streams: Any = {}
 
     def collect(missing: int) -> None:
         while missing:
@@ -184,13 +180,15 @@ def learn_by_hand(url: str, workers: int, load: Load) -> float:
                 missing -= len(batches)
             pipeline.execute()
 
-    with _processes(work_by_hand, url, run, workers, load) as go:
-        collect(workers)
-        began = go()
-        collect(workers * load.batches)
-        seconds = time.perf_counter() - began
-    client.delete(*streams)
-    return seconds
+    with scratch(url) as run:
+        for worker in range(workers):
+            streams[f"{run}:{worker}"] = ">"
+            client.xgroup_create(f"{run}:{worker}", GROUP, "0", mkstream=True)
+        with _processes(work_by_hand, url, run, workers, load) as go:
+            collect(workers)
+            began = go()
+            collect(workers * load.batches)
+            return time.perf_counter() - began
 
 
 # With Ray
@@ -327,10 +325,3 @@ def _processes(
         done.set()
         for process in started:
             process.join()
-
-
-def _forget(url: str, pattern: str) -> None:
-    client = redis.Redis.from_url(url)
-    for key in client.scan_iter(pattern.replace("[", "\\["), count=1000):
-        client.unlink(key)
-    client.close()
