@@ -36,16 +36,22 @@ def sealed_message(data: bytes) -> None:
     _round_trip(sealed(data[2 : 2 + header_bytes], data[2 + header_bytes :]), LIMITS)
 
 
-def sealed_segments(data: bytes) -> None:
-    """Decode what has true digests over header and segments, as far as the header can be read."""
+def _with_true_digests(data: bytes) -> tuple[bytes, bytes]:
+    """Give a message whose digests are true, and its body; nothing where that cannot be."""
     header_bytes = int.from_bytes(data[:2], "little")
     body = data[2 + header_bytes :]
     try:
         manifest = msgpack.unpackb(data[2 : 2 + header_bytes], strict_map_key=False)
-        whole = with_true_digests(manifest, body)
+        return with_true_digests(manifest, body), body
     except Exception:  # noqa: BLE001 - not ours: the input is no header that could be sealed
-        return
-    _round_trip(whole, LIMITS)
+        return b"", b""
+
+
+def sealed_segments(data: bytes) -> None:
+    """Decode what has true digests over header and segments, as far as the header can be read."""
+    whole, _ = _with_true_digests(data)
+    if whole:
+        _round_trip(whole, LIMITS)
 
 
 def weights(data: bytes) -> None:
@@ -118,12 +124,8 @@ def delta_segment(data: bytes) -> None:
 
 def image(data: bytes) -> None:
     """Fill an image of zeros, or change it, given any header with true digests of the stored bytes."""
-    header_bytes = int.from_bytes(data[:2], "little")
-    body = data[2 + header_bytes :]
-    try:
-        manifest = msgpack.unpackb(data[2 : 2 + header_bytes], strict_map_key=False)
-        whole = with_true_digests(manifest, body)
-    except Exception:  # noqa: BLE001 - not ours: the input is no header that could be sealed
+    whole, body = _with_true_digests(data)
+    if not whole:
         return
     try:
         form = wire.ImageFormat(whole[: len(whole) - len(body)], LIMITS)
