@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -120,7 +121,7 @@ def _delivering(url: str, sizes: tuple[int, ...], versions: int, repetitions: in
         tails[size].append(float(np.percentile(found, 99)))
         return float(np.percentile(found, 50))
 
-    medians = interleaved({str(size): lambda size=size: sample(size) for size in sizes}, repetitions)  # type: ignore[misc]
+    medians = interleaved({str(size): partial(sample, size) for size in sizes}, repetitions)
     rows = []
     for size in sizes[1:]:
         for label, ours, theirs in (

@@ -162,7 +162,7 @@ def atari(effort: Effort) -> dict[str, list[Version]]:
         frames, actions, rewards = [], [], []
         for _ in range(steps):
             with torch.no_grad():
-                chosen = Categorical(logits=model(games.obs)[0]).sample()  # type: ignore[no-untyped-call]
+                chosen = Categorical(logits=model(games.obs)[0]).sample()
             frames.append(games.obs)
             actions.append(chosen)
             rewards.append(games.step(chosen))
@@ -175,9 +175,9 @@ def atari(effort: Effort) -> dict[str, list[Version]]:
         values, policy = values[: -len(games.obs)], Categorical(logits=logits[: -len(games.obs)])
         advantage = torch.cat(returns) - values
         weight = advantage.detach() - advantage.detach().mean()
-        log_probs: Tensor = policy.log_prob(torch.cat(actions))  # type: ignore[no-untyped-call]
+        log_probs: Tensor = policy.log_prob(torch.cat(actions))
         gained = (log_probs * weight).mean() / (weight.std() + 1e-8)
-        entropy: Tensor = policy.entropy()  # type: ignore[no-untyped-call]
+        entropy: Tensor = policy.entropy()
         loss = 0.5 * advantage.square().mean() - gained - 0.01 * entropy.mean()
         _step(model, optimizer, loss)
         earned.append(torch.stack(rewards).mean().item())
@@ -258,7 +258,7 @@ def transformer(effort: Effort) -> dict[str, list[Version]]:
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
 

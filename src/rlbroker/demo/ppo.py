@@ -102,7 +102,7 @@ class PPO:
                 loss = policy_loss + s.value_coefficient * value_loss - s.entropy_coefficient * entropy
 
                 self.optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 nn.utils.clip_grad_norm_(self.policy.parameters(), s.max_grad_norm)
                 self.optimizer.step()
 

@@ -83,7 +83,7 @@ def cast_array(source: Array, out: Array) -> None:
             order="C",
             buffersize=_BLOCK_ELEMENTS,
         ):
-            part: Array = block  # type: ignore[assignment]
+            part: Array = block  # type: ignore[assignment] # of one operand it is an array, which its type does not say
             out[done : done + len(part)] = _bfloat16_bits(part) if to_bfloat16 else part
             done += len(part)
 
