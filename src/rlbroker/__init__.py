@@ -4,10 +4,10 @@ The learner makes a `WorkerCommunicator`, each worker a `WorkerClient`; all they
 name of the run.
 """
 
-from importlib.metadata import version as _version
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from rlbroker.config import SamplesPerInsert
-from rlbroker.control.commander import Command
 from rlbroker.errors import (
     AccessDenied,
     BatchTooLarge,
@@ -32,7 +32,6 @@ from rlbroker.errors import (
     WeightsMismatch,
     WireError,
 )
-from rlbroker.learner import WorkerCommunicator
 from rlbroker.records import (
     Batch,
     CleanupReport,
@@ -45,9 +44,13 @@ from rlbroker.records import (
     SendReceipt,
     WorkerInfo,
 )
-from rlbroker.worker import WorkerClient
 
-__version__ = _version("rlbroker")
+if TYPE_CHECKING:
+    from rlbroker.control.commander import Command
+    from rlbroker.learner import WorkerCommunicator
+    from rlbroker.worker import WorkerClient
+
+    __version__: str
 
 __all__ = [
     "AccessDenied",
@@ -88,3 +91,18 @@ __all__ = [
     "WorkerInfo",
     "__version__",
 ]
+
+#: Imported when they are first asked for, as they need numpy and blosc2: whoever only looks at a run does not.
+_LATER = {"Command": "control.commander", "WorkerClient": "worker", "WorkerCommunicator": "learner"}
+
+
+def __getattr__(name: str) -> Any:
+    """Give what was left for later, and keep it."""
+    if name in _LATER:
+        found = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    elif name == "__version__":
+        found = import_module("importlib.metadata").version(__name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found

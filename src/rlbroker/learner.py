@@ -47,7 +47,7 @@ from rlbroker.records import Batch, CleanupReport, DeadLetter, MissedUpdates, Pu
 from rlbroker.replies import entry_id
 from rlbroker.weights.images import Images
 from rlbroker.weights.publisher import COMMIT, Publisher
-from rlbroker.wire import FORMAT_VERSION
+from rlbroker.wire.version import FORMAT_VERSION
 
 if TYPE_CHECKING:
     import torch

@@ -27,7 +27,9 @@ from rlbroker.connection import Connection
 from rlbroker.errors import ConnectionFailed, DeadlineExceeded, RlbrokerError
 from rlbroker.keys import Keys
 from rlbroker.learner import WorkerCommunicator
-from rlbroker.wire import Assembly, Limits, plan
+from rlbroker.wire.assembly import Assembly
+from rlbroker.wire.limits import Limits
+from rlbroker.wire.plan import plan
 from rlbroker.worker import WorkerClient
 
 #: Size of the values with which the way is measured: of this size up to 4 MB they move fastest.

@@ -32,7 +32,7 @@ from rlbroker.records import SendReceipt
 from rlbroker.weights.images import Images
 from rlbroker.weights.loading import check_target, load
 from rlbroker.weights.subscriber import Subscriber, Update, only_newest
-from rlbroker.wire import FORMAT_VERSION
+from rlbroker.wire.version import FORMAT_VERSION
 
 logger = logging.getLogger("rlbroker")
 

@@ -7,14 +7,14 @@ import random
 import msgpack
 import xxhash
 
-from rlbroker import wire
+from rlbroker.wire.message import encode
 
 PRELUDE_BYTES = 28
 
 
 def bomb() -> bytes:
     """A small message that claims a gigabyte: a run of zeros under a true digest."""
-    whole = wire.encode({"zeros": bytes(1 << 20)})
+    whole = encode({"zeros": bytes(1 << 20)})
     header_bytes = int.from_bytes(whole[8:12], "little")
     manifest = msgpack.unpackb(whole[PRELUDE_BYTES : PRELUDE_BYTES + header_bytes], strict_map_key=False)
     for lane in manifest["lanes"]:
@@ -29,7 +29,7 @@ def bomb() -> bytes:
 
 def hostile(chance: random.Random) -> bytes:
     """Damage a sound message in one of the ways that the scenario names."""
-    sound = bytearray(wire.encode({"number": 1, "pad": bytes(range(256)) * 20}))
+    sound = bytearray(encode({"number": 1, "pad": bytes(range(256)) * 20}))
     kind = chance.choice(["bomb", "flip", "truncated", "future", "noise", "empty", "pickle"])
     if kind == "bomb":
         return bomb()

@@ -11,17 +11,20 @@ import numpy as np
 import xxhash
 from wire_hostile import PRELUDE, sealed, with_true_digests
 
-from rlbroker import wire
 from rlbroker.control.account import Account, Event, settle
 from rlbroker.control.inbox import COMMAND_LIMITS
 from rlbroker.errors import WireError
 from rlbroker.replies import text_fields, whole_number
 from rlbroker.weights.pointer import Pointer, group
 from rlbroker.wire import delta
+from rlbroker.wire.assembly import Assembly
 from rlbroker.wire.format import DENSE, SAME, SPARSE
+from rlbroker.wire.image import ImageFormat
+from rlbroker.wire.limits import Limits
+from rlbroker.wire.message import decode, encode
 
 #: Small, so that what a message may ask for is a sharp bound also while fuzzing.
-LIMITS = wire.Limits(max_raw_bytes=1 << 20)
+LIMITS = Limits(max_raw_bytes=1 << 20)
 
 
 def message(data: bytes) -> None:
@@ -61,7 +64,7 @@ def weights(data: bytes) -> None:
     body = data[2 + header_bytes :]
     prelude = PRELUDE.pack(b"RLBW", 1, 0, len(packed), len(body), xxhash.xxh3_64_intdigest(packed))
     try:
-        assembly = wire.Assembly(prelude + packed, LIMITS)
+        assembly = Assembly(prelude + packed, LIMITS)
         assert sum(map(len, group((one.stored_bytes for one in assembly.segments), 64))) == len(
             assembly.segments
         )
@@ -128,7 +131,7 @@ def image(data: bytes) -> None:
     if not whole:
         return
     try:
-        form = wire.ImageFormat(whole[: len(whole) - len(body)], LIMITS)
+        form = ImageFormat(whole[: len(whole) - len(body)], LIMITS)
         filled = np.zeros(form.image_bytes, np.uint8)
         rest = memoryview(body)
         for index, segment in enumerate(form.segments):
@@ -137,8 +140,8 @@ def image(data: bytes) -> None:
         tree = form.tree(filled)
     except WireError:
         return
-    again = wire.encode(tree)
-    assert wire.encode(wire.decode(again)) == again
+    again = encode(tree)
+    assert encode(decode(again)) == again
 
 
 TARGETS = (message, sealed_message, sealed_segments, weights, pointer, answer, delta_segment, image)
@@ -150,11 +153,11 @@ def feed(data: bytes) -> None:
         TARGETS[data[0] % len(TARGETS)](data[1:])
 
 
-def _round_trip(data: bytes, limits: wire.Limits) -> None:
+def _round_trip(data: bytes, limits: Limits) -> None:
     try:
-        tree = wire.decode(data, limits=limits)
+        tree = decode(data, limits=limits)
     except WireError:
         return
-    again = wire.encode(tree)
+    again = encode(tree)
     # Bits, not values: NaN is not equal to itself.
-    assert wire.encode(wire.decode(again)) == again
+    assert encode(decode(again)) == again

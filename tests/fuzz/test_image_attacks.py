@@ -10,10 +10,13 @@ import torch
 import xxhash
 from wire_hostile import forged
 
-from rlbroker import wire
 from rlbroker.errors import WireError
+from rlbroker.wire.assembly import Assembly
+from rlbroker.wire.format import StoredSegment
+from rlbroker.wire.image import ImageFormat
+from rlbroker.wire.limits import Limits
 
-LIMITS = wire.Limits(max_raw_bytes=1 << 20)
+LIMITS = Limits(max_raw_bytes=1 << 20)
 EMPTY = xxhash.xxh3_64_intdigest(b"")
 
 
@@ -41,8 +44,8 @@ def one_segment(row: list[Any]) -> bytes:
     ids=str,
 )
 def test_each_codec_has_rows_that_are_read(row: list[int]) -> None:
-    form = wire.ImageFormat(one_segment(row), LIMITS)
-    assert list(form.segments) == [wire.StoredSegment(*row)]
+    form = ImageFormat(one_segment(row), LIMITS)
+    assert list(form.segments) == [StoredSegment(*row)]
     assert form.is_delta == (row[0] >= 2)
 
 
@@ -72,7 +75,7 @@ def test_each_codec_has_rows_that_are_read(row: list[int]) -> None:
     ids=str,
 )
 def test_impossible_rows_of_segments_are_refused(row: list[Any]) -> None:
-    for read in (wire.ImageFormat, wire.Assembly):
+    for read in (ImageFormat, Assembly):
         with pytest.raises(WireError):
             read(one_segment(row), LIMITS)
 
@@ -91,7 +94,7 @@ def test_impossible_rows_of_segments_are_refused(row: list[Any]) -> None:
 def test_leaves_that_were_cast_are_read(row: list[Any]) -> None:
     lanes = [[2, [0], []]]
     for original in ({"keep_dtype": False}, {"keep_dtype": True}):
-        wire.ImageFormat(header([row], lanes), LIMITS).tree(np.zeros(0, np.uint8), **original)
+        ImageFormat(header([row], lanes), LIMITS).tree(np.zeros(0, np.uint8), **original)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,7 @@ def test_leaves_that_were_cast_are_read(row: list[Any]) -> None:
     ids=str,
 )
 def test_leaves_that_cannot_have_been_cast_are_refused(row: list[Any]) -> None:
-    for read in (wire.ImageFormat, wire.Assembly):
+    for read in (ImageFormat, Assembly):
         with pytest.raises(WireError):
             read(header([row], [[2, [0], []]]), LIMITS)
 
@@ -130,11 +133,11 @@ def test_leaves_that_cannot_have_been_cast_are_refused(row: list[Any]) -> None:
 @pytest.mark.parametrize("kind", [("tensor", "float32"), ("array", "<f4")])
 @pytest.mark.parametrize("shape", [[0, 1 << 58], [1 << 58, 0], [1 << 30, 0, 1 << 28]], ids=str)
 def test_empty_leaves_of_vast_shapes_make_no_trouble(kind: tuple[str, str], shape: list[int]) -> None:
-    form = wire.ImageFormat(header([[*kind, shape]], [[4, [0], []]]), LIMITS)
+    form = ImageFormat(header([[*kind, shape]], [[4, [0], []]]), LIMITS)
     assert form.image_bytes == 0
     form.tree(np.zeros(0, np.uint8))
     cast = "bfloat16", "<f8" if kind[0] == "array" else "float64"
-    form = wire.ImageFormat(header([[kind[0], cast[0], shape, cast[1]]], [[2, [0], []]]), LIMITS)
+    form = ImageFormat(header([[kind[0], cast[0], shape, cast[1]]], [[2, [0], []]]), LIMITS)
     form.tree(np.zeros(0, np.uint8))
 
 
@@ -144,7 +147,7 @@ def test_many_little_lanes_take_little_memory() -> None:
     digest = xxhash.xxh3_64_intdigest(b"\0")
     lanes = [[1, [i], [[0, 1, 1, digest]]] for i in range(10_000)]
     message = forged({"tree": None, "leaves": rows, "lanes": lanes}, raw)
-    form = wire.ImageFormat(message[: -len(raw)], LIMITS)
+    form = ImageFormat(message[: -len(raw)], LIMITS)
     assert form.image_bytes == 64 * 10_000
 
 
@@ -156,8 +159,8 @@ def test_what_is_cast_back_is_bounded() -> None:
         message = bytearray(header(rows, [[1, [0], [segment]]]))
         message[12:20] = (1 << 18).to_bytes(8, "little")
         if fits:
-            wire.ImageFormat(bytes(message), LIMITS)
+            ImageFormat(bytes(message), LIMITS)
         else:
             with pytest.raises(WireError, match="cast back"):
-                wire.ImageFormat(bytes(message), LIMITS)
+                ImageFormat(bytes(message), LIMITS)
     assert torch.float8_e5m2.itemsize == 1

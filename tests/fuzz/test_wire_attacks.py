@@ -13,23 +13,24 @@ import pytest
 import xxhash
 from wire_hostile import PRELUDE, changed, decodes, forged, manifest_of, samples, sealed, split
 
-from rlbroker import wire
 from rlbroker.errors import IncompatibleFormat, WireError
 from rlbroker.wire import compress
+from rlbroker.wire.limits import Limits
+from rlbroker.wire.message import decode, encode
 
-ZEROS = wire.encode({"x": np.zeros(10_000, np.float32)})
-SMALL = wire.encode({"x": np.arange(4), "y": np.arange(3)})
+ZEROS = encode({"x": np.zeros(10_000, np.float32)})
+SMALL = encode({"x": np.arange(4), "y": np.arange(3)})
 
 
 #: Any reason but damage: what is refused must be refused for what it says.
 NOT_DAMAGE = r"^(?!the digest of segment)"
 
 
-def refuse(data: bytes, match: str = NOT_DAMAGE, limits: wire.Limits | None = None) -> None:
+def refuse(data: bytes, match: str = NOT_DAMAGE, limits: Limits | None = None) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(WireError, match=match):
-            wire.decode(data, limits=limits or wire.Limits())
+            decode(data, limits=limits or Limits())
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -45,19 +46,19 @@ def zeros_chunk(raw_bytes: int, flags: int = 0x10) -> bytes:
     return start + bytes([1, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, flags])
 
 
-def one_chunk(raw_bytes: int, chunk: bytes, limits: wire.Limits | None = None) -> Any:
+def one_chunk(raw_bytes: int, chunk: bytes, limits: Limits | None = None) -> Any:
     digest = xxhash.xxh3_64_intdigest(chunk)
     manifest = {
         "tree": msgpack.ExtType(1, bytes(4)),
         "leaves": [["array", "|u1", [raw_bytes]]],
         "lanes": [[4, [0], [[1, raw_bytes, len(chunk), digest]]]],
     }
-    return wire.decode(forged(manifest, chunk), limits=limits or wire.Limits())
+    return decode(forged(manifest, chunk), limits=limits or Limits())
 
 
 def test_another_version_is_named() -> None:
     with pytest.raises(IncompatibleFormat, match="format version 2; this release reads 1"):
-        wire.decode(SMALL[:4] + b"\2\0" + SMALL[6:])
+        decode(SMALL[:4] + b"\2\0" + SMALL[6:])
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_a_prelude_that_lies_is_refused(start: bytes, match: str) -> None:
 
 
 def test_a_header_beyond_its_limit_is_refused_unread() -> None:
-    refuse(sealed(b"\xc0" * 1001), "1000 is the most", wire.Limits(max_header_bytes=1000))
+    refuse(sealed(b"\xc0" * 1001), "1000 is the most", Limits(max_header_bytes=1000))
 
 
 @pytest.mark.parametrize(
@@ -175,8 +176,8 @@ def test_arrays_beyond_the_limit_are_refused_before_they_are_allocated() -> None
     leaves = [["array", "|u1", [4 << 30]]]
     refuse(forged({"tree": None, "leaves": leaves, "lanes": [[4, [0], [one] * 4]]}, chunk * 4), "more than")
     with pytest.raises(WireError, match="more than 39999 bytes"):
-        wire.decode(ZEROS, limits=wire.Limits(max_raw_bytes=39_999))
-    assert decodes(ZEROS, wire.Limits(max_raw_bytes=40_000))
+        decode(ZEROS, limits=Limits(max_raw_bytes=39_999))
+    assert decodes(ZEROS, Limits(max_raw_bytes=40_000))
 
 
 def test_memory_that_is_not_there_is_a_wire_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,14 +186,14 @@ def test_memory_that_is_not_there_is_a_wire_error(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("rlbroker.wire.assembly.np.empty", empty)
     with pytest.raises(WireError, match="no memory for 40000 bytes"):
-        wire.decode(ZEROS)
+        decode(ZEROS)
 
 
 def test_more_leaves_than_the_limit_are_refused() -> None:
     leaves = [["array", "<f4", [0]]] * 11
     lanes = [[4, list(range(11)), []]]
-    assert decodes(header(leaves, lanes), wire.Limits(max_leaves=11))
-    refuse(header(leaves, lanes), "longer than 10", wire.Limits(max_leaves=10))
+    assert decodes(header(leaves, lanes), Limits(max_leaves=11))
+    refuse(header(leaves, lanes), "longer than 10", Limits(max_leaves=10))
 
 
 @pytest.mark.parametrize(
@@ -348,5 +349,5 @@ def test_a_chunk_that_is_too_short_is_refused() -> None:
 @pytest.mark.parametrize("name", sorted(samples()))
 def test_what_is_accepted_is_what_is_written(name: str) -> None:
     """Decoding and encoding again gives the same bytes: there is no second way to say the same."""
-    message = wire.encode(samples()[name])
-    assert wire.encode(wire.decode(message)) == message
+    message = encode(samples()[name])
+    assert encode(decode(message)) == message

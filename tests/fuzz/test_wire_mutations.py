@@ -19,12 +19,13 @@ from wire_hostile import (
     with_true_digests,
 )
 
-from rlbroker import wire
 from rlbroker.errors import WireError
+from rlbroker.wire.limits import Limits
+from rlbroker.wire.message import describe, encode
 
 SAMPLES = samples()
-MESSAGES = {name: wire.encode(tree) for name, tree in SAMPLES.items()}
-LIMITS = wire.Limits(max_raw_bytes=4 << 20, max_leaves=1000)
+MESSAGES = {name: encode(tree) for name, tree in SAMPLES.items()}
+LIMITS = Limits(max_raw_bytes=4 << 20, max_leaves=1000)
 
 messages = st.sampled_from(list(MESSAGES.values()))
 odd_values: st.SearchStrategy[Any] = st.recursive(
@@ -121,7 +122,7 @@ def test_mutated_chunks_with_true_digests_are_harmless(
 
 def describes(data: bytes) -> bool:
     try:
-        wire.describe(data)
+        describe(data)
     except WireError:
         return False
     return True

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 import xxhash
 
-from rlbroker import wire
 from rlbroker.errors import WireError
+from rlbroker.wire.limits import Limits
+from rlbroker.wire.message import decode
 
 PRELUDE = struct.Struct("<4sHHIQQ")
 
@@ -37,10 +38,10 @@ def samples() -> dict[str, Any]:
     }
 
 
-def decodes(data: bytes | bytearray | memoryview, limits: wire.Limits = wire.Limits()) -> bool:  # noqa: B008
+def decodes(data: bytes | bytearray | memoryview, limits: Limits = Limits()) -> bool:  # noqa: B008
     """Return whether `data` decodes; any exception but WireError passes through and fails the test."""
     try:
-        wire.decode(data, limits=limits)
+        decode(data, limits=limits)
     except WireError:
         return False
     return True

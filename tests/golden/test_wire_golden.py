@@ -11,9 +11,12 @@ import torch
 from numpy.typing import NDArray
 from wire_v1 import EXPECTED, HERE, IMAGES
 
-from rlbroker import wire
 from rlbroker.wire import compress
 from rlbroker.wire.format import DENSE, SAME, SPARSE, split_header
+from rlbroker.wire.image import ImageFormat
+from rlbroker.wire.limits import Limits
+from rlbroker.wire.message import decode, describe
+from rlbroker.wire.version import FORMAT_VERSION
 
 
 def bits(value: Any) -> Any:
@@ -33,25 +36,23 @@ def bits(value: Any) -> Any:
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_a_message_of_an_earlier_release_is_read(name: str) -> None:
-    assert bits(wire.decode((HERE / name).read_bytes())) == bits(EXPECTED[name]())
+    assert bits(decode((HERE / name).read_bytes())) == bits(EXPECTED[name]())
 
 
 def test_tied_leaves_of_an_earlier_release_are_tied() -> None:
-    got = wire.decode((HERE / "v1-large.bin").read_bytes())
+    got = decode((HERE / "v1-large.bin").read_bytes())
     assert got["w"] is got["tied"][0]
 
 
 def test_each_codec_has_a_golden_message() -> None:
-    summary = wire.describe((HERE / "v1-large.bin").read_bytes())
+    summary = describe((HERE / "v1-large.bin").read_bytes())
     assert 0 < summary["compressed_segments"] < summary["segments"]
 
 
-def read_image(
-    name: str, base: NDArray[np.uint8] | None = None
-) -> tuple[wire.ImageFormat, NDArray[np.uint8]]:
+def read_image(name: str, base: NDArray[np.uint8] | None = None) -> tuple[ImageFormat, NDArray[np.uint8]]:
     message = (HERE / name).read_bytes()
     end, _ = split_header(memoryview(message))
-    form = wire.ImageFormat(message[:end], wire.Limits())
+    form = ImageFormat(message[:end], Limits())
     image = np.empty(form.image_bytes, np.uint8)
     for index, segment in enumerate(form.segments):
         form.decode_segment(index, message[end : end + segment.stored_bytes], image, base)
@@ -81,4 +82,4 @@ def test_a_cast_image_of_an_earlier_release_is_read() -> None:
 
 def test_no_golden_file_is_forgotten_and_the_version_has_some() -> None:
     assert {path.name for path in HERE.glob("*.bin") if path.name.startswith("v")} == set(EXPECTED | IMAGES)
-    assert any(name.startswith(f"v{wire.FORMAT_VERSION}-") for name in EXPECTED)
+    assert any(name.startswith(f"v{FORMAT_VERSION}-") for name in EXPECTED)

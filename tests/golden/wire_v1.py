@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlbroker import wire
 from rlbroker.wire.dtypes import NUMPY_DTYPES, TORCH_DTYPES
+from rlbroker.wire.image import ImagePlan
+from rlbroker.wire.message import encode
 
 HERE = Path(__file__).parent
 
@@ -136,7 +137,7 @@ def _image_messages() -> dict[str, bytes]:
     base = None
     for name, make in IMAGES.items():
         cast = name == "v1-image-cast.bin"
-        plan = wire.ImagePlan(make(), dtype="bfloat16" if cast else None, segment_bytes=8192)
+        plan = ImagePlan(make(), dtype="bfloat16" if cast else None, segment_bytes=8192)
         image = np.zeros(plan.image_bytes, np.uint8)
         plan.fill(image)
         parts = [
@@ -150,7 +151,7 @@ def _image_messages() -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
-    messages = {name: wire.encode(make()) for name, make in EXPECTED.items()} | _image_messages()
+    messages = {name: encode(make()) for name, make in EXPECTED.items()} | _image_messages()
     for name, message in messages.items():
         path = HERE / name
         if not path.exists():

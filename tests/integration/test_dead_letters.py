@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from conftest import Server, wait_until
 
-from rlbroker import ConnectionFailed, WorkerClient, WorkerCommunicator, wire
+from rlbroker import ConnectionFailed, WorkerClient, WorkerCommunicator
 from rlbroker.experience import collector, dead_letters
 from rlbroker.keys import Keys
+from rlbroker.wire.message import encode
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -45,7 +46,7 @@ def test_what_does_not_decode_is_dead_and_what_follows_comes(
     comm, client = learner(), worker()
     client.send_experiences({"number": 1})
     damage(server, keys, 2)
-    damage(server, keys, 3, wire.encode({"number": 3})[:-1])
+    damage(server, keys, 3, encode({"number": 3})[:-1])
     comm.collect_experiences(timeout=5.0)
     comm.collect_experiences()
     letters = comm.dead_letters()

@@ -18,7 +18,7 @@ from rlbroker import Batch, Fenced, QueueCounts, QueueFull, WorkerClient, Worker
 from rlbroker.deadline import Deadline
 from rlbroker.errors import BatchTooLarge, ConnectionFailed, DeadlineExceeded, ServerFault, UnsupportedType
 from rlbroker.keys import GROUP, Keys
-from rlbroker.wire import decode
+from rlbroker.wire.message import decode
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]

@@ -27,7 +27,7 @@ from rlbroker.keys import Keys
 from rlbroker.weights.publisher import COMMIT, Publisher
 from rlbroker.weights.retention import SUPERSEDED_SECONDS
 from rlbroker.weights.subscriber import Subscriber
-from rlbroker.wire import ImagePlan
+from rlbroker.wire.image import ImagePlan
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]

@@ -13,16 +13,18 @@ from hypothesis import strategies as st
 from test_image import LIMITS, filled, received, sent
 from wire_trees import array_of, assert_same, tensor_of
 
-from rlbroker import wire
 from rlbroker.errors import InvalidArgument, WireError
 from rlbroker.wire import casts
 from rlbroker.wire.dtypes import TORCH_DTYPES
+from rlbroker.wire.image import ImageFormat, ImagePlan
+from rlbroker.wire.limits import Limits
+from rlbroker.wire.message import decode
 
 FLOATS = ["float16", "bfloat16", "float32", "float64"]
 
 
 def cast_and_back(tree: Any, dtype: str, *, keep_dtype: bool = False) -> Any:
-    plan = wire.ImagePlan(tree, dtype=dtype)
+    plan = ImagePlan(tree, dtype=dtype)
     form, image = received(*sent(plan, filled(plan)))
     return form.tree(image, keep_dtype=keep_dtype)
 
@@ -104,7 +106,7 @@ def test_tied_leaves_are_cast_once_and_stay_tied(keep_dtype: bool) -> None:
     weight = torch.nn.Parameter(torch.randn(300, 100))
     array = np.random.default_rng(1).standard_normal((300, 100))
     tree = {"in": weight, "out": weight.data, "a": array, "b": array[:]}
-    assert wire.ImagePlan(tree, dtype="bfloat16").raw_bytes == 2 * 2 * 30_000
+    assert ImagePlan(tree, dtype="bfloat16").raw_bytes == 2 * 2 * 30_000
     got = cast_and_back(tree, "bfloat16", keep_dtype=keep_dtype)
     assert got["in"] is got["out"]
     assert got["a"] is got["b"]
@@ -121,10 +123,10 @@ def test_odd_shapes_are_cast_too(shape: tuple[int, ...]) -> None:
 def test_deltas_of_cast_weights_are_made_of_what_was_cast() -> None:
     """A step that bfloat16 cannot see costs nothing."""
     tree = {"w": torch.ones(100_000)}
-    plan = wire.ImagePlan(tree, dtype="bfloat16")
+    plan = ImagePlan(tree, dtype="bfloat16")
     base = filled(plan)
     tree["w"] += 1e-5
-    plan = wire.ImagePlan(tree, dtype="bfloat16")
+    plan = ImagePlan(tree, dtype="bfloat16")
     header, stored = sent(plan, filled(plan), base)
     assert stored == [b""]
     form, image = received(header, stored, base=base)
@@ -134,19 +136,19 @@ def test_deltas_of_cast_weights_are_made_of_what_was_cast() -> None:
 @pytest.mark.parametrize("dtype", ["float64", "int8", "float8_e8m0fnu", "bf16", "complex64", ""])
 def test_a_dtype_that_cannot_be_cast_to_is_refused(dtype: str) -> None:
     with pytest.raises(InvalidArgument, match="bfloat16"):
-        wire.ImagePlan({}, dtype=dtype)
+        ImagePlan({}, dtype=dtype)
 
 
 def test_what_is_cast_back_counts_against_the_limit() -> None:
-    plan = wire.ImagePlan({"w": torch.zeros(1000, dtype=torch.float64)}, dtype="bfloat16")
+    plan = ImagePlan({"w": torch.zeros(1000, dtype=torch.float64)}, dtype="bfloat16")
     header, _ = sent(plan, filled(plan))
-    wire.ImageFormat(header, wire.Limits(max_raw_bytes=8000))
+    ImageFormat(header, Limits(max_raw_bytes=8000))
     with pytest.raises(WireError, match="cast back"):
-        wire.ImageFormat(header, wire.Limits(max_raw_bytes=7999))
+        ImageFormat(header, Limits(max_raw_bytes=7999))
 
 
 def test_a_cast_message_is_decoded_like_any_other() -> None:
-    plan = wire.ImagePlan({"w": torch.tensor([1.5, 2.5])}, dtype="bfloat16")
+    plan = ImagePlan({"w": torch.tensor([1.5, 2.5])}, dtype="bfloat16")
     header, stored = sent(plan, filled(plan))
-    assert_same(wire.decode(b"".join([header, *stored])), {"w": torch.tensor([1.5, 2.5])})
-    assert wire.ImageFormat(header, LIMITS).raw_bytes == 4
+    assert_same(decode(b"".join([header, *stored])), {"w": torch.tensor([1.5, 2.5])})
+    assert ImageFormat(header, LIMITS).raw_bytes == 4

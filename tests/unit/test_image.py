@@ -16,17 +16,20 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from wire_trees import any_tree, array_of, assert_same, tensor_of
 
-from rlbroker import wire
 from rlbroker.errors import InvalidArgument, UnsupportedType, WireError
 from rlbroker.wire import compress
+from rlbroker.wire.assembly import Assembly
 from rlbroker.wire.dtypes import NUMPY_DTYPES, TORCH_DTYPES
 from rlbroker.wire.format import DENSE, SAME, SPARSE
+from rlbroker.wire.image import EncodedSegment, ImageFormat, ImagePlan
+from rlbroker.wire.limits import Limits
+from rlbroker.wire.message import decode, describe
 
 Image = NDArray[np.uint8]
-LIMITS = wire.Limits()
+LIMITS = Limits()
 
 
-def filled(plan: wire.ImagePlan) -> Image:
+def filled(plan: ImagePlan) -> Image:
     # Not zeros, to see that every byte is written.
     image = np.full(plan.image_bytes, 0xAA, np.uint8)
     plan.fill(image)
@@ -34,7 +37,7 @@ def filled(plan: wire.ImagePlan) -> Image:
 
 
 def sent(
-    plan: wire.ImagePlan, image: Image, base: Image | None = None, *, compression: bool = True
+    plan: ImagePlan, image: Image, base: Image | None = None, *, compression: bool = True
 ) -> tuple[bytes, list[bytes]]:
     parts = [
         plan.encode_segment(index, image, compression=compression, base=base)
@@ -45,8 +48,8 @@ def sent(
 
 def received(
     header: bytes, stored: Sequence[bytes], image: Image | None = None, base: Image | None = None
-) -> tuple[wire.ImageFormat, Image]:
-    form = wire.ImageFormat(header, LIMITS)
+) -> tuple[ImageFormat, Image]:
+    form = ImageFormat(header, LIMITS)
     if image is None:
         image = np.zeros(form.image_bytes, np.uint8)
     for index, data in enumerate(stored):
@@ -64,7 +67,7 @@ def every_dtype(rows: int, seed: int) -> dict[str, Any]:
 @settings(max_examples=100, deadline=None)
 @given(any_tree, st.integers(1, 200) | st.just(4 << 20), st.booleans())
 def test_an_image_holds_any_tree(tree: Any, segment_bytes: int, compression: bool) -> None:
-    plan = wire.ImagePlan(tree, segment_bytes=segment_bytes)
+    plan = ImagePlan(tree, segment_bytes=segment_bytes)
     header, stored = sent(plan, filled(plan), compression=compression)
     form, image = received(header, stored)
     assert_same(form.tree(image), tree)
@@ -72,7 +75,7 @@ def test_an_image_holds_any_tree(tree: Any, segment_bytes: int, compression: boo
     assert form.layout == plan.layout
     assert (form.image_bytes, form.raw_bytes) == (plan.image_bytes, plan.raw_bytes)
     # A whole image is a message like any other.
-    assert_same(wire.decode(b"".join([header, *stored])), tree)
+    assert_same(decode(b"".join([header, *stored])), tree)
 
 
 @pytest.mark.parametrize("rows", [5, 30_000])
@@ -82,7 +85,7 @@ def test_every_dtype_survives_image_and_delta(rows: int) -> None:
     for name, array in new["numpy"].items():
         array[: rows // 3] = old["numpy"][name][: rows // 3]
         array.view(np.uint8)[-1, -1] = 0
-    old_plan, new_plan = wire.ImagePlan(old), wire.ImagePlan(new)
+    old_plan, new_plan = ImagePlan(old), ImagePlan(new)
     assert old_plan.layout == new_plan.layout
     base, image = filled(old_plan), filled(new_plan)
     form, got = received(*sent(new_plan, image, base), base=base)
@@ -102,7 +105,7 @@ def test_every_dtype_survives_image_and_delta(rows: int) -> None:
 def test_any_edit_travels_as_a_delta(
     tree: Any, segment_bytes: int, edits: list[tuple[float, int]], in_place: bool
 ) -> None:
-    plan = wire.ImagePlan(tree, segment_bytes=segment_bytes)
+    plan = ImagePlan(tree, segment_bytes=segment_bytes)
     base = filled(plan)
     image = base.copy()
     places = np.concatenate([np.zeros(0, int), *(places_of(plan, image))])
@@ -110,16 +113,16 @@ def test_any_edit_travels_as_a_delta(
         if len(places):
             image[places[int(where * len(places))]] = byte
     header, stored = sent(plan, image, base)
-    form = wire.ImageFormat(header, LIMITS)
+    form = ImageFormat(header, LIMITS)
     out = base if in_place else np.zeros_like(base)
     for index, data in enumerate(stored):
         form.decode_segment(index, data, out, base)
     assert (out == image).all()
 
 
-def places_of(plan: wire.ImagePlan, image: Image) -> list[NDArray[Any]]:
+def places_of(plan: ImagePlan, image: Image) -> list[NDArray[Any]]:
     """Return the indices in the image of each segment's bytes."""
-    form = wire.ImageFormat(sent(plan, image)[0], LIMITS)
+    form = ImageFormat(sent(plan, image)[0], LIMITS)
     views = [form.segment_view(index, image) for index in range(plan.segment_count)]
     start = image.__array_interface__["data"][0]
     return [np.arange(len(view)) + (view.__array_interface__["data"][0] - start) for view in views]
@@ -149,7 +152,7 @@ def test_two_hundred_deltas_in_a_row_lead_to_the_same_bits() -> None:
         "half": torch.randn(10_000).bfloat16(),
         "steps": np.arange(3000),
     }
-    plan = wire.ImagePlan(latest, segment_bytes=10_000)
+    plan = ImagePlan(latest, segment_bytes=10_000)
     ours = filled(plan)
     form, theirs = received(*sent(plan, ours))
     digests = [0] * plan.segment_count
@@ -157,7 +160,7 @@ def test_two_hundred_deltas_in_a_row_lead_to_the_same_bits() -> None:
         for value in (latest["in"].numpy(), latest["half"].view(torch.int16).numpy(), latest["steps"]):
             flat = value.reshape(-1)
             flat[rng.integers(0, flat.size, rng.integers(0, flat.size // 10))] += 1
-        plan = wire.ImagePlan(latest, segment_bytes=10_000)
+        plan = ImagePlan(latest, segment_bytes=10_000)
         before, ours = ours, filled(plan)
         parts = [
             plan.encode_segment(i, ours, compression=True, base=before, base_digest=digests[i])
@@ -179,12 +182,12 @@ def test_two_hundred_deltas_in_a_row_lead_to_the_same_bits() -> None:
 
 def test_a_wrong_base_is_never_applied() -> None:
     tree = weights(1)
-    base = filled(wire.ImagePlan(tree))
+    base = filled(ImagePlan(tree))
     tree["in"] *= 1.00001
     tree["half"][::50] *= 2
-    plan = wire.ImagePlan(tree)
+    plan = ImagePlan(tree)
     header, stored = sent(plan, filled(plan), base)
-    form = wire.ImageFormat(header, LIMITS)
+    form = ImageFormat(header, LIMITS)
     deltas = [i for i, segment in enumerate(form.segments) if segment.is_delta]
     assert {form.segments[index].codec for index in deltas} == {SAME, DENSE, SPARSE}
     for index in deltas:
@@ -200,22 +203,22 @@ def test_a_wrong_base_is_never_applied() -> None:
 
 
 def test_messages_without_a_base_refuse_deltas() -> None:
-    plan = wire.ImagePlan(weights(1))
+    plan = ImagePlan(weights(1))
     base = filled(plan)
     image = base.copy()
     image[100] ^= 1
     header, stored = sent(plan, image, base)
     with pytest.raises(WireError, match="this is a delta"):
-        wire.Assembly(header)
+        Assembly(header)
     with pytest.raises(WireError, match="this is a delta"):
-        wire.decode(b"".join([header, *stored]))
-    summary = wire.describe(header)
+        decode(b"".join([header, *stored]))
+    summary = describe(header)
     assert summary["delta_segments"] == summary["segments"]
 
 
 def test_the_tree_may_change_once_an_image_is_filled() -> None:
     tree = weights(1)
-    plan = wire.ImagePlan(tree)
+    plan = ImagePlan(tree)
     image = filled(plan)
     tree["in"].zero_()
     tree["steps"][:] = 0
@@ -226,7 +229,7 @@ def test_the_tree_may_change_once_an_image_is_filled() -> None:
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_filling_copies_large_leaves_straight_into_the_image(dtype: str | None) -> None:
     tree = {"w": np.zeros((1000, 3000), np.float32).T, "b": np.zeros(3_000_000, np.float64)[::2]}
-    plan = wire.ImagePlan(tree, dtype=dtype)
+    plan = ImagePlan(tree, dtype=dtype)
     image = np.zeros(plan.image_bytes, np.uint8)
     tracemalloc.start()
     plan.fill(image)
@@ -245,7 +248,7 @@ def test_tensors_of_any_layout_fill_an_image(dtype: str | None) -> None:
         "parameter": torch.nn.Parameter(torch.randn(200, 200)),
         "small": pairs.conj().imag[:3],
     }
-    plan = wire.ImagePlan(tree, dtype=dtype)
+    plan = ImagePlan(tree, dtype=dtype)
     form, image = received(*sent(plan, filled(plan)))
     for name, got in form.tree(image).items():
         plain = tree[name].detach().resolve_conj().resolve_neg()
@@ -253,7 +256,7 @@ def test_tensors_of_any_layout_fill_an_image(dtype: str | None) -> None:
 
 
 def test_large_leaves_are_views_of_the_image_and_small_ones_are_not() -> None:
-    plan = wire.ImagePlan(weights(1))
+    plan = ImagePlan(weights(1))
     form, image = received(*sent(plan, filled(plan)))
     got = form.tree(image)
     image[:] = 0
@@ -264,7 +267,7 @@ def test_large_leaves_are_views_of_the_image_and_small_ones_are_not() -> None:
 
 
 def test_a_view_keeps_its_image() -> None:
-    plan = wire.ImagePlan(weights(1))
+    plan = ImagePlan(weights(1))
     form, image = received(*sent(plan, filled(plan)))
     got = form.tree(image)
     del image
@@ -273,7 +276,7 @@ def test_a_view_keeps_its_image() -> None:
 
 
 def test_an_image_mapped_for_reading_can_be_read() -> None:
-    plan = wire.ImagePlan(weights(1))
+    plan = ImagePlan(weights(1))
     form, image = received(*sent(plan, filled(plan)))
     image.flags.writeable = False
     got = form.tree(image)
@@ -282,17 +285,17 @@ def test_an_image_mapped_for_reading_can_be_read() -> None:
 
 
 def test_threads_may_encode_and_decode_segments_together() -> None:
-    plan = wire.ImagePlan(weights(1), segment_bytes=50_000)
+    plan = ImagePlan(weights(1), segment_bytes=50_000)
     base = filled(plan)
     image = base.copy()
     image[::1000] ^= 1
 
-    def encode(index: int) -> wire.EncodedSegment:
+    def encode(index: int) -> EncodedSegment:
         return plan.encode_segment(index, image, compression=True, base=base)
 
     with ThreadPoolExecutor(8) as pool:
         parts = list(pool.map(encode, range(plan.segment_count)))
-        form = wire.ImageFormat(plan.header([part.segment for part in parts]), LIMITS)
+        form = ImageFormat(plan.header([part.segment for part in parts]), LIMITS)
         decoded = pool.map(
             lambda index: form.decode_segment(index, parts[index].stored, base, base), range(len(parts))
         )
@@ -302,7 +305,7 @@ def test_threads_may_encode_and_decode_segments_together() -> None:
 
 def test_lanes_begin_at_multiples_of_64_with_zeros_between() -> None:
     tree = [torch.full((70_001,), 0xFF, dtype=torch.uint8), torch.ones(33_333).half(), np.int8(1)]
-    plan = wire.ImagePlan(tree)
+    plan = ImagePlan(tree)
     image = filled(plan)
     # The small leaf has its lane last, as it was met last.
     starts = (0, 70_016, 70_016 + 66_688)
@@ -313,9 +316,9 @@ def test_lanes_begin_at_multiples_of_64_with_zeros_between() -> None:
 
 
 def test_a_raw_segment_may_be_received_into_its_place() -> None:
-    plan = wire.ImagePlan(weights(1))
+    plan = ImagePlan(weights(1))
     header, stored = sent(plan, filled(plan), compression=False)
-    form = wire.ImageFormat(header, LIMITS)
+    form = ImageFormat(header, LIMITS)
     assert {segment.codec for segment in form.segments} == {compress.RAW}
     image = np.zeros(form.image_bytes, np.uint8)
     for index, data in enumerate(stored):
@@ -332,7 +335,7 @@ def test_a_raw_segment_may_be_received_into_its_place() -> None:
 
 
 def test_raw_segments_are_sent_from_the_image_itself() -> None:
-    plan = wire.ImagePlan(weights(1))
+    plan = ImagePlan(weights(1))
     image = filled(plan)
     part = plan.encode_segment(0, image, compression=False, base=image)
     assert np.shares_memory(np.frombuffer(part.stored, np.uint8), image)
@@ -352,25 +355,25 @@ def test_raw_segments_are_sent_from_the_image_itself() -> None:
 )
 def test_another_architecture_has_another_layout(change: Any) -> None:
     tree = weights(1)
-    plan = wire.ImagePlan(tree)
-    assert wire.ImagePlan(weights(2)).layout == plan.layout
-    assert wire.ImagePlan(change(weights(1))).layout != plan.layout
-    assert wire.ImagePlan(tree, segment_bytes=1 << 20).layout == plan.layout
-    assert wire.ImagePlan(tree, segment_bytes=1 << 16).layout != plan.layout
+    plan = ImagePlan(tree)
+    assert ImagePlan(weights(2)).layout == plan.layout
+    assert ImagePlan(change(weights(1))).layout != plan.layout
+    assert ImagePlan(tree, segment_bytes=1 << 20).layout == plan.layout
+    assert ImagePlan(tree, segment_bytes=1 << 16).layout != plan.layout
 
 
 def test_what_cannot_travel_is_refused_with_its_path() -> None:
     with pytest.raises(UnsupportedType, match=r"^\['a'\]\[1\]: "):
-        wire.ImagePlan({"a": [1, object()]})
+        ImagePlan({"a": [1, object()]})
     with pytest.raises(InvalidArgument, match="segment_bytes"):
-        wire.ImagePlan({}, segment_bytes=0)
+        ImagePlan({}, segment_bytes=0)
 
 
 @pytest.mark.parametrize(
     "image", [np.zeros(63, np.uint8), np.zeros(128, np.uint8)[::2], np.zeros(64, np.int8)]
 )
 def test_what_is_no_image_of_the_plan_is_refused(image: Any) -> None:
-    plan = wire.ImagePlan([1.5, np.ones(3)])
+    plan = ImagePlan([1.5, np.ones(3)])
     with pytest.raises(InvalidArgument, match="must be 64 contiguous bytes"):
         plan.fill(image)
     with pytest.raises(InvalidArgument, match="must be 64 contiguous bytes"):
@@ -381,7 +384,7 @@ def test_booleans_in_an_image_are_zero_or_one() -> None:
     odd = np.full(70_000, 0xFE, np.uint8)
     odd[::2] = 0
     tree = {"array": odd.view(bool), "tensor": torch.from_numpy(odd[:99].copy()).view(torch.bool)}
-    plan = wire.ImagePlan(tree)
+    plan = ImagePlan(tree)
     image = filled(plan)
     assert set(image.tolist()) == {0, 1}
     form, got = received(*sent(plan, image))
@@ -392,6 +395,6 @@ def test_booleans_in_an_image_are_zero_or_one() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_tensors_of_a_gpu_fill_an_image() -> None:
     tree = {"w": torch.randn(300, 500), "b": torch.randn(5), "t": torch.randn(400, 300).t()}
-    plan = wire.ImagePlan({name: tensor.cuda() for name, tensor in tree.items()})
+    plan = ImagePlan({name: tensor.cuda() for name, tensor in tree.items()})
     form, image = received(*sent(plan, filled(plan)))
     assert_same(form.tree(image), tree)

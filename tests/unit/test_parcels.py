@@ -10,7 +10,7 @@ import pytest
 from rlbroker.experience import parcels
 from rlbroker.experience.parcels import LONGEST_REST, TRIED_IN_VAIN, Packer, Parcel
 from rlbroker.records import SendReceipt
-from rlbroker.wire import decode, encode_pieces
+from rlbroker.wire.message import decode, encode_pieces
 
 NOISE = {"obs": np.random.default_rng(0).integers(0, 256, (8, 8192), np.uint8)}
 ZEROS = {"obs": np.zeros((8, 8192), np.uint8)}

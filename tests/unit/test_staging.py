@@ -11,7 +11,8 @@ import torch
 
 from rlbroker.weights import staging
 from rlbroker.weights.staging import Staging
-from rlbroker.wire import ImageFormat, ImagePlan, Limits
+from rlbroker.wire.image import ImageFormat, ImagePlan
+from rlbroker.wire.limits import Limits
 
 
 def test_a_tree_in_host_memory_is_taken_as_it_is() -> None:

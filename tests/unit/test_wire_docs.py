@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 from wire_trees import assert_same
 
-from rlbroker import wire
 from rlbroker.wire import delta
 from rlbroker.wire.format import SPARSE
+from rlbroker.wire.limits import Limits
+from rlbroker.wire.message import decode, encode
 
 PAGE = (Path(__file__).parents[2] / "docs" / "wire-format.md").read_text(encoding="utf-8")
 
@@ -26,8 +27,8 @@ def test_the_hexdump_in_the_documentation_is_what_is_written() -> None:
         "step": 7,
         "pair": (1.5, None),
     }
-    assert wire.encode(tree) == message
-    assert_same(wire.decode(message), tree)
+    assert encode(tree) == message
+    assert_same(decode(message), tree)
 
 
 def test_the_example_of_a_sparse_segment_is_one() -> None:
@@ -42,7 +43,7 @@ def test_the_example_of_a_sparse_segment_is_one() -> None:
 
 
 def test_the_documentation_tells_the_limits() -> None:
-    limits = wire.Limits()
+    limits = Limits()
     assert f"| header | {limits.max_header_bytes >> 20} MiB |" in PAGE
     assert f"| leaves | {limits.max_leaves:,} |" in PAGE
     assert f"| nesting | {limits.max_depth} |" in PAGE

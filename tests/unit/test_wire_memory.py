@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from rlbroker import wire
+from rlbroker.wire.message import decode, encode
+from rlbroker.wire.plan import plan as make_plan
 
 SIZES = [5, 50_000]
 
 
 def sent_and_back(tree: Any) -> Any:
-    return wire.decode(wire.encode(tree))
+    return decode(encode(tree))
 
 
 @pytest.mark.parametrize("rows", SIZES)
@@ -25,7 +26,7 @@ def test_tied_tensors_are_stored_once_and_come_back_tied(rows: int) -> None:
     got = sent_and_back(tree)
     assert got["in"] is got["out"] is got["view"]
     assert got["copy"] is not got["in"]
-    assert wire.plan(tree).raw_bytes == 2 * weight.nbytes
+    assert make_plan(tree).raw_bytes == 2 * weight.nbytes
 
 
 @pytest.mark.parametrize("rows", SIZES)
@@ -82,8 +83,8 @@ def test_each_leaf_owns_its_memory() -> None:
 
 def test_what_came_back_does_not_share_memory_with_the_message() -> None:
     for size in (8, 100_000):
-        message = bytearray(wire.encode({"x": np.ones(size)}, compression=False))
-        got = wire.decode(message)
+        message = bytearray(encode({"x": np.ones(size)}, compression=False))
+        got = decode(message)
         message[-size * 8 :] = bytes(size * 8)
         assert got["x"].all()
 
@@ -91,7 +92,7 @@ def test_what_came_back_does_not_share_memory_with_the_message() -> None:
 def test_a_plan_does_not_copy_large_leaves() -> None:
     array = np.zeros(100_000)
     tensor = torch.zeros(100_000)
-    plan = wire.plan([array, tensor], compression=False)
+    plan = make_plan([array, tensor], compression=False)
     array[0] = tensor[0] = 7
     stored = [plan.encode_segment(i)[1] for i in range(2)]
     assert np.shares_memory(np.frombuffer(stored[0], np.float64), array)

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from rlbroker import wire
 from rlbroker.errors import InvalidArgument, UnsupportedType
+from rlbroker.wire.limits import Limits
+from rlbroker.wire.message import decode, encode
+from rlbroker.wire.plan import plan as make_plan
 
 
 class _Colour(enum.IntEnum):
@@ -73,34 +75,34 @@ REFUSED: list[tuple[Any, str]] = [
 )
 def test_what_cannot_travel_is_refused_with_its_path(value: Any, reason: str) -> None:
     with pytest.raises(UnsupportedType, match=rf"^\['a'\]\[1\]\[7\]: .*{reason}"):
-        wire.encode({"a": (0, {7: value})})
+        encode({"a": (0, {7: value})})
 
 
 @pytest.mark.parametrize("make", [_quantised, _nested])
 def test_quantised_and_nested_tensors_are_refused_by_name(make: Any) -> None:
     with pytest.raises(UnsupportedType, match=rf"^\['x'\]: a {make.__name__[1:]} tensor"):
-        wire.encode({"x": make()})
+        encode({"x": make()})
 
 
 def test_a_value_at_the_top_is_refused_too() -> None:
     with pytest.raises(UnsupportedType, match=r"^the top level: a value of type object"):
-        wire.encode(object())
+        encode(object())
 
 
 def test_a_tree_that_contains_itself_is_refused() -> None:
     loop: list[Any] = [1]
     loop.append({"again": loop})
     with pytest.raises(UnsupportedType, match=re.escape("[1]['again'][1]['again']") + ".*contains itself"):
-        wire.encode(loop)
+        encode(loop)
 
 
 def test_nesting_has_the_same_limit_in_both_directions() -> None:
     tree: Any = 1
     for _ in range(64):
         tree = [tree]
-    assert wire.decode(wire.encode(tree)) == tree
+    assert decode(encode(tree)) == tree
     with pytest.raises(UnsupportedType, match="deeper than 64"):
-        wire.encode([tree])
+        encode([tree])
 
 
 def test_a_tree_of_very_many_paths_is_refused_in_bounded_time() -> None:
@@ -108,32 +110,32 @@ def test_a_tree_of_very_many_paths_is_refused_in_bounded_time() -> None:
     for _ in range(30):
         tree = [tree] * 40
     with pytest.raises(UnsupportedType, match="use arrays"):
-        wire.encode(tree)
+        encode(tree)
 
 
 def test_values_too_large_for_a_header_are_refused() -> None:
     with pytest.raises(UnsupportedType, match="send arrays"):
-        wire.encode({"x": ["a" * 9_000_000] * 2})
+        encode({"x": ["a" * 9_000_000] * 2})
     with pytest.raises(UnsupportedType, match="too long; send bytes"):
-        wire.encode({"x": "a" * 20_000_000})
+        encode({"x": "a" * 20_000_000})
 
 
 def test_an_empty_shape_that_no_reader_accepts_is_refused() -> None:
     with pytest.raises(UnsupportedType, match="too large for a reader"):
-        wire.encode({"x": torch.empty(0, dtype=torch.uint8).as_strided((0, 1 << 40, 1 << 40), (0, 0, 0))})
+        encode({"x": torch.empty(0, dtype=torch.uint8).as_strided((0, 1 << 40, 1 << 40), (0, 0, 0))})
 
 
 @pytest.mark.parametrize("segment_bytes", [0, -1, 1 << 31])
 def test_an_impossible_segment_size_is_refused(segment_bytes: int) -> None:
     with pytest.raises(InvalidArgument, match="segment_bytes"):
-        wire.plan({}, segment_bytes=segment_bytes)
+        make_plan({}, segment_bytes=segment_bytes)
 
 
 def test_a_depth_beyond_pythons_own_limit_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="max_depth"):
-        wire.Limits(max_depth=1000)
+        Limits(max_depth=1000)
 
 
 def test_a_header_needs_the_facts_of_every_segment() -> None:
     with pytest.raises(InvalidArgument, match="0 segments given; the plan has 1"):
-        wire.plan(np.ones(9)).header([])
+        make_plan(np.ones(9)).header([])

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from wire_trees import any_tree, array_of, assert_same, tensor_of
 
-from rlbroker import wire
 from rlbroker.errors import WireError
 from rlbroker.wire.dtypes import NUMPY_DTYPES, TORCH_DTYPES
+from rlbroker.wire.message import decode, describe, encode
 
 
 def sent_and_back(tree: Any, **options: Any) -> Any:
-    return wire.decode(wire.encode(tree, **options))
+    return decode(encode(tree, **options))
 
 
 @settings(max_examples=150, deadline=None)
@@ -84,7 +84,7 @@ def test_each_numpy_dtype_keeps_its_bits_and_byte_order(name: str, shape: tuple[
 
 
 def test_a_long_double_says_which_kind_it_is() -> None:
-    name = wire.describe(wire.encode(np.longdouble(1)))["values"]["the top level"]["dtype"]
+    name = describe(encode(np.longdouble(1)))["values"]["the top level"]["dtype"]
     assert name not in ("<f16", ">f16")
 
 
@@ -164,25 +164,25 @@ def test_a_large_leaf_of_either_kind_survives_beside_small_ones() -> None:
 
 def test_constant_and_sparse_arrays_are_stored_small() -> None:
     for array in (np.zeros(500_000, np.float32), np.full(500_000, 7, np.int64), np.arange(500_000)):
-        assert len(wire.encode(array)) < array.nbytes / 20
+        assert len(encode(array)) < array.nbytes / 20
         assert_same(sent_and_back(array), array)
 
 
 def test_noise_is_stored_raw_and_never_grows_by_more_than_the_header() -> None:
     noise = array_of("|u1", (500_000,), seed=3)
-    assert wire.describe(wire.encode(noise))["compressed_segments"] == 0
-    assert len(wire.encode(noise)) < noise.nbytes + 200
+    assert describe(encode(noise))["compressed_segments"] == 0
+    assert len(encode(noise)) < noise.nbytes + 200
 
 
 def test_repetition_beyond_a_frame_is_found() -> None:
     """Equal frames of noise compress, although no part within a frame does."""
     frame = array_of("|u1", (84, 84, 4), seed=3)
-    assert len(wire.encode(np.stack([frame] * 200))) < 200 * frame.nbytes / 1.1
+    assert len(encode(np.stack([frame] * 200))) < 200 * frame.nbytes / 1.1
 
 
 def test_describe_is_ready_for_json_and_names_each_value() -> None:
     tree = {"a": [torch.zeros(2, 3), ()], 7: {"x": np.float32(1), "e": {}}, "n": None}
-    text = json.dumps(wire.describe(wire.encode(tree)))
+    text = json.dumps(describe(encode(tree)))
     assert json.loads(text)["values"] == {
         "['a'][0]": {"kind": "tensor", "dtype": "float32", "shape": [2, 3]},
         "['a'][1]": {"kind": "tuple"},
@@ -193,29 +193,29 @@ def test_describe_is_ready_for_json_and_names_each_value() -> None:
 
 
 def test_torch_is_not_imported_until_a_tensor_is_met() -> None:
-    message = wire.encode({"x": torch.ones(2)})
+    message = encode({"x": torch.ones(2)})
     program = f"""
 import sys
 import numpy as np
-from rlbroker import wire
-wire.decode(wire.encode({{"x": np.ones(3)}}))
-assert wire.describe({message!r})["values"]["['x']"]["dtype"] == "float32"
+from rlbroker.wire.message import decode, describe, encode
+decode(encode({{"x": np.ones(3)}}))
+assert describe({message!r})["values"]["['x']"]["dtype"] == "float32"
 assert "torch" not in sys.modules
-wire.decode({message!r})
+decode({message!r})
 assert "torch" in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_tensors_without_torch_are_a_wire_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = wire.encode({"x": torch.ones(2)})
+    message = encode({"x": torch.ones(2)})
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(WireError, match="torch is not installed"):
-        wire.decode(message)
+        decode(message)
 
 
 def test_a_dtype_that_this_torch_lacks_is_a_wire_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = wire.encode({"x": torch.ones(2).bfloat16()})
+    message = encode({"x": torch.ones(2).bfloat16()})
     monkeypatch.delattr(torch, "bfloat16")
     with pytest.raises(WireError, match="no dtype bfloat16"):
-        wire.decode(message)
+        decode(message)

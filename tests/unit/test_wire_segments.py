@@ -15,12 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_trees import any_tree, array_of, assert_same
 
-from rlbroker import wire
 from rlbroker.errors import WireError
 from rlbroker.wire import compress
+from rlbroker.wire.assembly import Assembly
+from rlbroker.wire.message import decode, describe, encode
+from rlbroker.wire.plan import Plan
+from rlbroker.wire.plan import plan as make_plan
 
 
-def encoded(plan: wire.Plan) -> tuple[bytes, list[bytes]]:
+def encoded(plan: Plan) -> tuple[bytes, list[bytes]]:
     parts = [plan.encode_segment(i) for i in range(plan.segment_count)]
     return plan.header([facts for facts, _ in parts]), [bytes(stored) for _, stored in parts]
 
@@ -37,8 +40,8 @@ def weights() -> dict[str, Any]:
 def test_any_segment_size_and_any_order_give_the_same_tree(
     tree: Any, segment_bytes: int, order: random.Random
 ) -> None:
-    header, stored = encoded(wire.plan(tree, segment_bytes=segment_bytes))
-    assembly = wire.Assembly(header)
+    header, stored = encoded(make_plan(tree, segment_bytes=segment_bytes))
+    assembly = Assembly(header)
     for index in order.sample(range(len(stored)), len(stored)):
         assembly.decode_segment(index, stored[index])
     assert_same(assembly.tree(), tree)
@@ -48,44 +51,44 @@ def test_any_segment_size_and_any_order_give_the_same_tree(
 @pytest.mark.parametrize("segment_bytes", [10_000, 100_001, 4 << 20])
 def test_threads_may_encode_and_decode_segments_together(segment_bytes: int, compression: bool) -> None:
     tree = weights()
-    plan = wire.plan(tree, compression=compression, segment_bytes=segment_bytes)
+    plan = make_plan(tree, compression=compression, segment_bytes=segment_bytes)
     with ThreadPoolExecutor(8) as pool:
         parts = list(pool.map(plan.encode_segment, range(plan.segment_count)))
-        assembly = wire.Assembly(plan.header([facts for facts, _ in parts]))
+        assembly = Assembly(plan.header([facts for facts, _ in parts]))
         list(pool.map(assembly.decode_segment, range(len(parts)), [stored for _, stored in parts]))
     assert_same(assembly.tree(), tree)
 
 
 def test_segments_keep_to_their_size_and_to_whole_elements() -> None:
-    plan = wire.plan(weights(), segment_bytes=10_001)
+    plan = make_plan(weights(), segment_bytes=10_001)
     sizes = [plan.segment_raw_bytes(i) for i in range(plan.segment_count)]
     assert max(sizes) <= 10_001
-    assert sum(sizes) == plan.raw_bytes == wire.Assembly(encoded(plan)[0]).raw_bytes
+    assert sum(sizes) == plan.raw_bytes == Assembly(encoded(plan)[0]).raw_bytes
     assert 10_000 in sizes
 
 
 def test_small_leaves_together_keep_to_the_segment_size_too() -> None:
-    plan = wire.plan([np.full(100, i) for i in range(60)], segment_bytes=10_000)
+    plan = make_plan([np.full(100, i) for i in range(60)], segment_bytes=10_000)
     assert [plan.segment_raw_bytes(i) for i in range(plan.segment_count)] == [9600] * 5
 
 
 def test_an_element_larger_than_a_segment_is_not_cut() -> None:
-    plan = wire.plan(np.ones(9, np.complex128), segment_bytes=1)
+    plan = make_plan(np.ones(9, np.complex128), segment_bytes=1)
     assert [plan.segment_raw_bytes(i) for i in range(plan.segment_count)] == [16] * 9
 
 
 def test_the_header_tells_size_and_digest_of_each_segment() -> None:
-    plan = wire.plan(weights())
+    plan = make_plan(weights())
     parts = [plan.encode_segment(i) for i in range(plan.segment_count)]
-    assembly = wire.Assembly(plan.header([facts for facts, _ in parts]))
+    assembly = Assembly(plan.header([facts for facts, _ in parts]))
     assert list(assembly.segments) == [facts for facts, _ in parts]
     assert all(facts.stored_bytes == len(stored) for facts, stored in parts)
     assert {facts.codec for facts, _ in parts} == {compress.RAW, compress.BLOSC2}
 
 
 def test_a_missing_segment_is_a_wire_error() -> None:
-    header, stored = encoded(wire.plan(weights()))
-    assembly = wire.Assembly(header)
+    header, stored = encoded(make_plan(weights()))
+    assembly = Assembly(header)
     for index in range(1, len(stored)):
         assembly.decode_segment(index, stored[index])
     with pytest.raises(WireError, match=f"segment 0 of {len(stored)} is missing"):
@@ -96,8 +99,8 @@ def test_a_missing_segment_is_a_wire_error() -> None:
 
 def test_a_damaged_segment_is_refused_and_can_be_given_again() -> None:
     tree = weights()
-    header, stored = encoded(wire.plan(tree))
-    assembly = wire.Assembly(header)
+    header, stored = encoded(make_plan(tree))
+    assembly = Assembly(header)
     for index, data in enumerate(stored):
         damaged = bytearray(data)
         damaged[len(data) // 2] ^= 1
@@ -116,8 +119,8 @@ def test_a_damaged_segment_is_refused_and_can_be_given_again() -> None:
 
 
 def test_a_header_alone_can_be_described() -> None:
-    header, stored = encoded(wire.plan({"w": np.zeros(1_000_000)}))
-    summary = wire.describe(header)
+    header, stored = encoded(make_plan({"w": np.zeros(1_000_000)}))
+    summary = describe(header)
     assert summary["raw_bytes"] == 8_000_000
     assert summary["stored_bytes"] == sum(map(len, stored))
     assert summary["segments"] == summary["compressed_segments"] == 2
@@ -125,9 +128,9 @@ def test_a_header_alone_can_be_described() -> None:
 
 def test_views_of_other_items_than_bytes_are_read_as_bytes() -> None:
     tree = {"x": np.arange(100_000)}
-    message = wire.encode(tree)
+    message = encode(tree)
     padded = np.frombuffer(message, np.int8).data
-    assert_same(wire.decode(padded), tree)
+    assert_same(decode(padded), tree)
 
 
 def test_blosc2_releases_the_interpreter_while_it_works() -> None:

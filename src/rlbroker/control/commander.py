@@ -18,7 +18,7 @@ from rlbroker.errors import InvalidArgument, PeerError, UnknownWorker
 from rlbroker.keys import Keys
 from rlbroker.records import Outcome, State
 from rlbroker.replies import server_seconds, text_fields
-from rlbroker.wire import encode
+from rlbroker.wire.message import encode
 
 #: What is older than this on the control stream, and has been answered, may be trimmed; what has not been
 #: answered stays as long as its outcomes do. Live workers have read it by then.

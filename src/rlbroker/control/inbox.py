@@ -17,7 +17,8 @@ from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, WireError
 from rlbroker.keys import Keys
 from rlbroker.records import Registration
 from rlbroker.replies import entry_place, server_seconds, stream_entries, text_fields
-from rlbroker.wire import Limits, decode
+from rlbroker.wire.limits import Limits
+from rlbroker.wire.message import decode
 
 logger = logging.getLogger("rlbroker")
 

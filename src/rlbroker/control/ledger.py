@@ -112,11 +112,10 @@ class Ledger:
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        records = self._connection.execute("XREVRANGE", self._keys.missed, "+", "-", "COUNT", MISSED_KEPT)
-        accounts = self.accounts(workers)
+        records, accounts = self.records(), self.accounts(workers)
         with self._lock:
             self._accounts.update(accounts)
-            self._missed.extend(_missed_record(text_fields(fields)) for _, fields in reversed(records))
+            self._missed.extend(records)
 
     def wait(self, workers: Sequence[int], seconds: float) -> bool:
         """Wait until there is something to settle; give whether there is.
@@ -280,7 +279,12 @@ class Ledger:
             self._settled(worker, settled.outcomes)
 
     def missed_updates(
-        self, workers: Iterable[int], *, latest_version: int, published: Mapping[int, float]
+        self,
+        workers: Iterable[int],
+        *,
+        latest_version: int,
+        published: Mapping[int, float],
+        with_records: bool = True,
     ) -> dict[int, MissedUpdates]:
         """Give what each worker missed.
 
@@ -288,21 +292,13 @@ class Ledger:
             workers: which workers.
             latest_version: the version that those who are up to date run.
             published: when recent versions were published, seconds since the epoch.
+            with_records: whether to read the records too, which may be thousands, and not only the sums.
         """
-        wanted = list(workers)
-        entries, *accounts = self._connection.execute_all(
-            [
-                ("XREVRANGE", self._keys.missed, "+", "-", "COUNT", MISSED_KEPT),
-                *(("HGETALL", self._keys.ledger(worker)) for worker in wanted),
-            ]
-        )
         records: dict[int, list[Missed]] = {}
-        for _, fields in reversed(entries):
-            record = _missed_record(text_fields(fields))
+        for record in self.records() if with_records else ():
             records.setdefault(record.worker_id, []).append(record)
         found = {}
-        for worker, fields in zip(wanted, accounts, strict=True):
-            account = Account.from_fields(text_fields(fields))
+        for worker, account in self.accounts(workers).items():
             behind = max(0, latest_version - account.settled) if account.member else 0
             found[worker] = MissedUpdates(
                 worker_id=worker,
@@ -316,6 +312,16 @@ class Ledger:
                 records=tuple(records.get(worker, ())),
             )
         return found
+
+    def records(self, *, since: float = 0.0) -> list[Missed]:
+        """Give the record of missed updates, oldest first.
+
+        Args:
+            since: only what was recorded from then on, seconds since the epoch, by the server's clock.
+        """
+        first = str(max(0, int(since * 1000)))
+        entries = self._connection.execute("XRANGE", self._keys.missed, first, "+")
+        return [_missed_record(text_fields(fields)) for _, fields in entries]
 
     def accounts(self, workers: Iterable[int], deadline: Deadline | None = None) -> dict[int, Account]:
         """Give the account of each worker."""

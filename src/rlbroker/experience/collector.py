@@ -21,7 +21,7 @@ from rlbroker.experience.progress import Entry, Place, Stream, covers
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import Batch
 from rlbroker.replies import consumer_pending, entry_place, pending_rows, stream_entries, text_fields
-from rlbroker.wire import decode
+from rlbroker.wire.message import decode
 
 logger = logging.getLogger("rlbroker")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 
-from rlbroker.connection import Connection
+from rlbroker.connection import Channel, Connection
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import QueueCounts
 from rlbroker.replies import newest_place, pending_count, text_fields, whole_number
@@ -27,28 +27,51 @@ LOST = (
 _ONCE_QUEUED = ("delivered", "stale", "corrupt", "poison", "trimmed", "dropped_oldest")
 
 
-def read_counts(connection: Connection, keys: Keys, workers: Iterable[int]) -> dict[int, QueueCounts]:
+def read_counts(
+    connection: Connection,
+    keys: Keys,
+    workers: Iterable[int],
+    *,
+    said: Mapping[int, tuple[int, int]] | None = None,
+) -> dict[int, QueueCounts]:
     """Give the counts of each worker's batches.
+
+    Args:
+        connection: way to the server.
+        keys: names of the run's keys.
+        workers: which workers.
+        said: by worker, its incarnation and how many batches it says that it sent. Without it the streams are asked,
+            which costs more: their answers hold their first and last batch.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
     """
-    found = {}
     names = {one: (keys.counts(one), keys.experiences(one), keys.again(one)) for one in workers}
     replies = connection.execute_all([("EXISTS", name) for three in names.values() for name in three])
     there = {name for name, exists in zip(itertools.chain(*names.values()), replies, strict=True) if exists}
-    for worker, (counts, *streams) in names.items():
-        if there.isdisjoint((counts, *streams)):
-            continue
-        commands: list[tuple[str, ...]] = [("HGETALL", counts)]
-        streams = [stream for stream in streams if stream in there]
+    known = {worker: three for worker, three in names.items() if not there.isdisjoint(three)}
+    groups: list[list[tuple[str, ...]]] = []
+    for counts, *streams in known.values():
+        group: list[tuple[str, ...]] = [("HGETALL", counts)]
         for stream in streams:
-            commands += [("XLEN", stream), ("XPENDING", stream, GROUP), ("XINFO", "STREAM", stream)]
-        # In one step: a batch that is acknowledged in between would be counted twice.
-        counted, *sizes = connection.execute_all(commands, atomic=True)
-        in_hand = sum(pending_count(reply) for reply in sizes[1::3])
-        newest = newest_place(sizes[2]) if keys.experiences(worker) in streams else (0, 0)
-        found[worker] = _counts(sum(map(int, sizes[::3])), in_hand, text_fields(counted), newest)
+            if stream in there:
+                group += [("XLEN", stream), ("XPENDING", stream, GROUP)]
+        if said is None and streams[0] in there:
+            group.append(("XINFO", "STREAM", streams[0]))
+        groups.append(group)
+    channel = Channel(connection)
+    try:
+        # Each worker's in one step: a batch that is acknowledged in between would be counted twice.
+        results = connection.retry(lambda: channel.execute_groups(groups))
+    finally:
+        channel.give_back()
+    found = {}
+    for worker, group, (counted, *sizes) in zip(known, groups, results, strict=True):
+        newest = said.get(worker, (0, 0)) if said is not None else (0, 0)
+        if group[-1][0] == "XINFO":
+            newest = newest_place(sizes.pop())
+        in_hand = sum(map(pending_count, sizes[1::2]))
+        found[worker] = _counts(sum(map(int, sizes[::2])), in_hand, text_fields(counted), newest)
     return found
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from rlbroker.errors import BatchTooLarge
 from rlbroker.packing import Pieces
 from rlbroker.records import SendReceipt
-from rlbroker.wire import Limits, encode_pieces
+from rlbroker.wire.limits import Limits
+from rlbroker.wire.message import encode_pieces
 
 #: A message that is not smaller than this part of its arrays was not worth compressing.
 WORTHWHILE = 0.97

@@ -20,7 +20,8 @@ from rlbroker.keys import Keys
 from rlbroker.weights.chunks import ChunkReader, Patience
 from rlbroker.weights.images import Bytes, Image, Images
 from rlbroker.weights.pointer import Form, Pointer, digest_of, group
-from rlbroker.wire import ImageFormat, Limits
+from rlbroker.wire.image import ImageFormat
+from rlbroker.wire.limits import Limits
 
 #: What weights may ask for when they are decoded.
 WEIGHTS_LIMITS: Final = Limits(max_raw_bytes=64 << 30, max_header_bytes=256 << 20)

@@ -29,7 +29,7 @@ from rlbroker.weights.pointer import CHUNK_BYTES, Pointer, kept, needs_whole
 from rlbroker.weights.retention import Retention
 from rlbroker.weights.staging import Staged, Staging
 from rlbroker.weights.uploader import Base, Pieces, Stored, Uploader
-from rlbroker.wire import ImagePlan
+from rlbroker.wire.image import ImagePlan
 
 logger = logging.getLogger("rlbroker")
 

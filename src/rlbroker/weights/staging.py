@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from rlbroker.weights.images import Bytes
-from rlbroker.wire import ImagePlan
+from rlbroker.wire.image import ImagePlan
 
 
 class Staged:

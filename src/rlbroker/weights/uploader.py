@@ -22,7 +22,8 @@ from rlbroker.errors import ConnectionFailed, PeerError, ServerOutOfMemory
 from rlbroker.keys import Keys
 from rlbroker.weights.chunks import ChunkWriter, Patience
 from rlbroker.weights.pointer import Form, digest_of
-from rlbroker.wire import EncodedSegment, ImagePlan, StoredSegment
+from rlbroker.wire.format import StoredSegment
+from rlbroker.wire.image import EncodedSegment, ImagePlan
 
 #: Segments that may be encoded ahead of sending; bounds the memory that publishing takes.
 SEGMENTS_AHEAD: Final = 8

@@ -23,9 +23,7 @@ from rlbroker.wire import compress
 from rlbroker.wire.leaves import Leaf, read_leaf
 from rlbroker.wire.limits import DEFAULT_LIMITS, Limits
 from rlbroker.wire.tree import brief, check_packed, ext_hook, pairs_hook
-
-#: The version of the layout; readers refuse any other.
-FORMAT_VERSION: int = 1
+from rlbroker.wire.version import FORMAT_VERSION
 
 #: Segment codecs of deltas, as numbered on the wire: the base itself, differences of all words, and of some.
 SAME = 2

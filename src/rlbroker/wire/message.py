@@ -7,10 +7,11 @@ from typing import Any
 from rlbroker.errors import WireError
 from rlbroker.wire import compress
 from rlbroker.wire.assembly import Assembly
-from rlbroker.wire.format import FORMAT_VERSION, Buffer, byte_view, read_header, split_header
+from rlbroker.wire.format import Buffer, byte_view, read_header, split_header
 from rlbroker.wire.limits import DEFAULT_LIMITS, Limits
 from rlbroker.wire.plan import plan
 from rlbroker.wire.tree import describe_packed
+from rlbroker.wire.version import FORMAT_VERSION
 
 
 def encode(tree: object, *, compression: bool = True) -> bytes:
