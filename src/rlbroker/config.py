@@ -28,6 +28,7 @@ HostCacheSetting = bool | str | Path
 DEFAULT_URL = "redis://localhost:6379/0"
 DEFAULT_RUN = "default"
 URL_SCHEMES = ("redis", "rediss", "unix")
+URL_VARIABLES = ("RLBROKER_REDIS_URL", "REDIS_URL")
 
 #: Worker ids stay below this bound, so that a typing error cannot create lists of millions.
 MAX_WORKER_ID = 65_535
@@ -138,7 +139,8 @@ def redis_url(url: str | None = None) -> str:
     """
     if url is not None and not isinstance(url, str):
         raise InvalidArgument(f"redis_url must be text, such as {DEFAULT_URL!r}; got {url!r}")
-    found = url or os.environ.get("RLBROKER_REDIS_URL") or os.environ.get("REDIS_URL") or DEFAULT_URL
+    variable = url_variable()
+    found = url or (os.environ[variable] if variable else DEFAULT_URL)
     try:
         scheme, _, path, _, _ = urlsplit(found)
     except ValueError as error:
@@ -154,6 +156,11 @@ def redis_url(url: str | None = None) -> str:
             f"the database in the server's URL {redacted_url(found)} must be a number, as in {DEFAULT_URL!r}"
         )
     return found
+
+
+def url_variable() -> str | None:
+    """Give the environment variable that holds the server's URL; None if none does."""
+    return next((name for name in URL_VARIABLES if os.environ.get(name)), None)
 
 
 def redacted_url(url: str) -> str:

@@ -283,7 +283,7 @@ class Connection:
             PeerError: the server cannot be reached, or refuses the user.
         """
         self.execute("PING")
-        found = self._server_info()
+        found = self.server_info()
         if "redis_version" not in found:
             return
         version = found["redis_version"]
@@ -297,14 +297,19 @@ class Connection:
                 "short; run `redis-cli CONFIG SET maxmemory-policy noeviction`, or pass allow_eviction=True"
             )
 
-    def server_version(self) -> str:
-        """Give the name and version of the server; empty if it does not tell."""
-        found = self._server_info()
+    def server_version(self, found: Mapping[str, str] | None = None) -> str:
+        """Give the name and version of the server, as its `server_info` has them; empty if it does not tell."""
+        found = self.server_info() if found is None else found
         if "valkey_version" in found:
             return f"Valkey {found['valkey_version']}"
         return f"Redis {found['redis_version']}" if "redis_version" in found else ""
 
-    def _server_info(self) -> dict[str, str]:
+    def server_info(self) -> dict[str, str]:
+        """Give what the server says of itself (INFO); nothing where it does not tell this user.
+
+        Raises:
+            PeerError: the server could not be reached in time.
+        """
         try:
             return {str(name): str(value) for name, value in dict(self.execute("INFO")).items()}
         except AccessDenied:

@@ -242,6 +242,10 @@ class WorkerInfo:
     last_seen_seconds: float
     sent: int
     problem: str
+    room_seconds: float = 0.0
+    unpolled_seconds: float = 0.0
+    fenced_process: str = ""
+    fenced_seconds: float | None = None
 
 
 @dataclass(frozen=True)

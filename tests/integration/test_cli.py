@@ -26,7 +26,7 @@ import pytest
 from conftest import RealServer, wait_until
 
 from rlbroker import Missed, MissedUpdates, QueueCounts, WorkerClient, WorkerCommunicator, WorkerInfo
-from rlbroker.snapshot import LearnerStatus
+from rlbroker.observer.snapshot import LearnerStatus
 
 RLBROKER = str(Path(sys.executable).with_name("rlbroker"))
 

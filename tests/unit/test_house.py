@@ -44,11 +44,11 @@ _ROOMS = set(ALLOWED) - {"local"}
 ALLOWED |= {
     "learner": _ROOMS,
     "worker": _ROOMS,
-    "snapshot": _ROOMS,
+    "observer": _ROOMS,
     "probe": _ROOMS | {"learner", "worker"},
     "demo": {"learner", "worker", "local", "records", "keys", "config", "errors", "control", "__init__"},
     "__main__": {"cli"},
-    "cli": {"demo", "local", "snapshot", "probe", "connection", "deadline", "records", "errors"},
+    "cli": {"demo", "local", "observer", "probe", "connection", "deadline", "keys", "records", "errors"},
     "__init__": {"learner", "worker", "config", "records", "errors", "control"},
 }
 

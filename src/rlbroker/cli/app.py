@@ -1,0 +1,48 @@
+"""All commands, in the order in which `rlbroker --help` shows them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rlbroker.cli.bench import bench
+from rlbroker.cli.check import check
+from rlbroker.cli.demo import demo
+from rlbroker.cli.learner import learner
+from rlbroker.cli.missed import missed
+from rlbroker.cli.runs import runs
+from rlbroker.cli.server import server
+from rlbroker.cli.status import status
+from rlbroker.cli.worker import worker
+from rlbroker.cli.workers import workers
+
+#: Headings of the help, with the commands below each.
+COMMANDS = {
+    "Run": (demo, server, learner, worker),
+    "Look": (status, workers, missed, runs),
+    "Server": (check, bench),
+}
+
+app = typer.Typer(
+    name="rlbroker",
+    help="The Redis-backed broker between reinforcement-learning learners and rollout workers.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for heading, commands in COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=heading)(command)
+
+
+@app.callback(invoke_without_command=True)
+def rlbroker(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and end.")] = False,
+) -> None:
+    """The Redis-backed broker between reinforcement-learning learners and rollout workers."""
+    if version:
+        from rlbroker import __version__
+
+        print(__version__)
+        raise typer.Exit

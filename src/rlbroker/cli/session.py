@@ -1,0 +1,290 @@
+"""What the commands share that look at a run: their options, the way to the server, and how they speak.
+
+Data goes to stdout, everything else to stderr. Nothing heavy is imported before it is needed: a person waits.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Self, get_type_hints
+
+import typer
+
+from rlbroker.cli import EXIT_ERROR
+from rlbroker.cli.options import Url
+from rlbroker.errors import RlbrokerError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rlbroker.connection import Connection
+    from rlbroker.deadline import within
+    from rlbroker.keys import Keys
+
+#: Exit code where what was asked for is not there, but the run is.
+EXIT_NOT_FOUND = 1
+
+#: Exit codes after Ctrl-C, when whoever reads our output has gone, and for what must be a mistake of ours.
+EXIT_INTERRUPTED, EXIT_PIPE, EXIT_BUG = 130, 141, 70
+
+#: Columns of text that a pipe has room for.
+PIPE_WIDTH = 1000
+
+
+class Session:
+    """One call of a command: where it looks, and how it says what it found."""
+
+    def __init__(
+        self,
+        *,
+        url: str | None = None,
+        run: str | None = None,
+        as_json: bool = False,
+        no_color: bool = False,
+        quiet: bool = False,
+        verbose: int = 0,
+        timeout: float = 5.0,
+    ) -> None:
+        """Take the options that all commands share; the server is asked for nothing yet."""
+        self.as_json, self.no_color, self.quiet, self.verbose = as_json, no_color, quiet, verbose
+        self.timeout = timeout
+        self._url, self._asked_run = url, run
+        level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+        logging.basicConfig(
+            stream=sys.stderr, format="rlbroker: %(message)s", level=logging.ERROR if quiet else level
+        )
+
+    def __enter__(self) -> Self:
+        """Give the session itself; leaving the block closes its connections."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the connections, if there are any."""
+        if "connection" in self.__dict__:
+            self.connection.close()
+
+    @cached_property
+    def connection(self) -> Connection:
+        """The way to the server, which was seen to answer.
+
+        Raises:
+            PeerError: it did not. It was asked once: who looks wants to know at once that nobody answers.
+        """
+        from rlbroker.connection import Connection
+
+        connection = Connection(self._url, timeout_seconds=self.timeout)
+        try:
+            connection.execute_once("PING")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @cached_property
+    def run(self) -> str:
+        """Name of the run: the one that was asked for, or the only one.
+
+        Raises:
+            InvalidArgument: there is none, or more than one to choose from; those that exist are named.
+            IncompatibleFormat: it was written by a release with another wire format.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        from rlbroker.observer.runs import choose_run
+
+        return choose_run(self.connection, self._asked_run)
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The names of the run's keys."""
+        from rlbroker.keys import Keys
+
+        return Keys(self.run)
+
+    @cached_property
+    def console(self) -> Console:
+        """Stdout, for what is not JSON. A pipe gets long lines and no colours."""
+        from rich.console import Console
+
+        width = None if sys.stdout.isatty() else PIPE_WIDTH
+        return Console(
+            width=width, highlight=False, markup=False, soft_wrap=True, no_color=self.no_color or None
+        )
+
+    def say(self, text: str) -> None:
+        """Say something that is not data: progress, advice. Nothing with --quiet."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def in_time(self) -> within:
+        """Have all that is asked of the server in this block end within --timeout."""
+        from rlbroker.deadline import Deadline, within
+
+        return within(Deadline(self.timeout))
+
+    def fail(self, message: str, code: int = EXIT_NOT_FOUND) -> NoReturn:
+        """End the command with a message: what was asked for is not there."""
+        print(f"rlbroker: {message}", file=sys.stderr)
+        raise typer.Exit(code)
+
+    def explain(self) -> None:
+        """With -vv, show where the present error comes from."""
+        if self.verbose > 1:
+            traceback.print_exc()
+
+    def show_json(self, data: Any) -> None:
+        """Print what a program is to read."""
+        print(json.dumps(data, indent=2), flush=True)
+
+    def typed(self, hint: str) -> str:
+        """Complete a hint, `rlbroker …` or `redis-cli …`, to what a person can type to reach the same server and run.
+
+        Passwords are never part of it: what came with --url is asked for again, and what came from the environment
+        comes from there again.
+        """
+        program, _, words = hint.partition(" ")
+        if program == "redis-cli":
+            return f"redis-cli {self._redis_cli_options()} {words}"
+        if program != "rlbroker":
+            return hint
+        if self._url:
+            words += f" --url {shlex.quote(self._url)}"
+        return f"rlbroker {words} --run {self.run}" if " --run" not in words else f"rlbroker {words}"
+
+    def _redis_cli_options(self) -> str:
+        from urllib.parse import unquote, urlsplit
+
+        from rlbroker.config import redis_url, url_variable
+
+        url, variable = redis_url(self._url), url_variable()
+        parts = urlsplit(url)
+        if variable and not self._url and parts.scheme != "unix":
+            return f'-u "${variable}"'
+        where = f"-s {shlex.quote(parts.path)}" if parts.scheme == "unix" else f"-u {shlex.quote(url)}"
+        if parts.username or parts.password:
+            user = shlex.quote(unquote(parts.username or "default"))
+            where += f" --user {user} --askpass"
+        return where
+
+
+def with_session(body: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that all commands share, and its `Session` as first argument.
+
+    Errors that rlbroker explains become one line on stderr and an exit code; -vv shows where they come from.
+    """
+
+    def called(
+        *,
+        url: str | None,
+        run: str | None,
+        as_json: bool,
+        no_color: bool,
+        quiet: bool,
+        verbose: int,
+        timeout: float,
+        **own: Any,
+    ) -> None:
+        session = Session(
+            url=url,
+            run=run,
+            as_json=as_json,
+            no_color=no_color,
+            quiet=quiet,
+            verbose=verbose,
+            timeout=timeout,
+        )
+        try:
+            with session:
+                body(session, **own)
+                sys.stdout.flush()
+        except RlbrokerError as error:
+            _fail(session, str(error), EXIT_ERROR)
+        except KeyboardInterrupt:
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except BrokenPipeError:
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # nor may the end of Python write there
+            raise typer.Exit(EXIT_PIPE) from None
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except Exception as error:  # noqa: BLE001 - a mistake of ours: one line is enough for most people
+            _fail(session, f"unexpected {type(error).__name__}: {error}; -vv shows where", EXIT_BUG)
+
+    hints = get_type_hints(body, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in list(inspect.signature(body).parameters.items())[1:]
+    ]
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in _SHARED.items()
+    ]
+    called.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
+    called.__name__, called.__doc__ = body.__name__, body.__doc__
+    return called
+
+
+def _fail(session: Session, message: str, code: int) -> None:
+    session.explain()
+    print(f"rlbroker: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+_PANEL = "Shared options"
+
+#: The options of all commands that look at a run: type, help and default.
+_SHARED: dict[str, tuple[Any, Any]] = {
+    "url": (Url, None),
+    "run": (
+        Annotated[
+            str | None,
+            typer.Option(help="Which run; not needed if there is only one.", rich_help_panel=_PANEL),
+        ],
+        None,
+    ),
+    "as_json": (
+        Annotated[bool, typer.Option("--json", help="Print JSON, for programs.", rich_help_panel=_PANEL)],
+        False,
+    ),
+    "no_color": (
+        Annotated[
+            bool,
+            typer.Option("--no-color", help="No colours; NO_COLOR=1 does the same.", rich_help_panel=_PANEL),
+        ],
+        False,
+    ),
+    "quiet": (
+        Annotated[
+            bool, typer.Option("--quiet", "-q", help="Nothing but data and errors.", rich_help_panel=_PANEL)
+        ],
+        False,
+    ),
+    "verbose": (
+        Annotated[
+            int,
+            typer.Option(
+                "--verbose",
+                "-v",
+                count=True,
+                help="Say more; -vv shows where errors come from.",
+                rich_help_panel=_PANEL,
+            ),
+        ],
+        0,
+    ),
+    "timeout": (
+        Annotated[
+            float, typer.Option(min=0.1, help="Seconds to wait for the server.", rich_help_panel=_PANEL)
+        ],
+        5.0,
+    ),
+}

@@ -1,0 +1,124 @@
+"""Figures and names as people read them, and tables that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlbroker.cli.session import Session
+    from rlbroker.observer.findings import Finding
+    from rlbroker.records import Missed
+
+
+def age(seconds: float) -> str:
+    """Give a time span that is short to read.
+
+    >>> [age(seconds) for seconds in (0.25, 75, 300, 7200, 260000)]
+    ['0.2 s', '75 s', '5 min', '2 h', '3 days']
+    """
+    for limit, unit_seconds, unit in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds:.1f} s" if seconds < 10 else f"{seconds / unit_seconds:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} days"
+
+
+def size(count: float) -> str:
+    """Give a number of bytes that is short to read, in powers of 1000.
+
+    >>> [size(count) for count in (0, 999, 1500, 123_456_789, 5e12)]
+    ['0 B', '999 B', '1.5 kB', '123 MB', '5.0 TB']
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def seconds_of(text: str) -> float:
+    """Read a time span such as `90`, `30s`, `15m`, `1h` or `2d`, in seconds.
+
+    >>> [seconds_of(text) for text in ("90", "30s", "1.5h", "2d")]
+    [90.0, 30.0, 5400.0, 172800.0]
+
+    Raises:
+        ValueError: it is none.
+    """
+    unit = {"s": 1, "m": 60, "h": 3600, "d": 86_400}.get(text[-1:].lower())
+    found = float(text if unit is None else text[:-1]) * (unit or 1)
+    if not 0 <= found < float("inf"):
+        raise ValueError(f"not a time span: {text!r}")
+    return found
+
+
+def plain(text: str) -> str:
+    """Give what a worker wrote without what would steer the terminal: workers are not trusted."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def describe_missed(record: Missed) -> str:
+    """Say what was missed, and why."""
+    what = (
+        f"version {record.first}" if record.last == record.first else f"versions {record.first}-{record.last}"
+    )
+    if record.what == "command":
+        what = f"the command {plain(record.command)}"
+    return f"{what}: {record.why}" + (f", {plain(record.detail)}" if record.detail else "")
+
+
+def show_table(
+    console: Console,
+    rows: Sequence[Mapping[str, str]],
+    *,
+    left: Sequence[str] = (),
+    spare: Sequence[str] = (),
+    style: Callable[[str, str], str] = lambda column, cell: "",
+) -> None:
+    """Print a table.
+
+    Args:
+        console: where to.
+        rows: cells by column; all have the same columns, in order. Without rows nothing is printed.
+        left: columns of text; numbers are at the right.
+        spare: columns that a narrow terminal does not show, in this order: one less is better than cut numbers.
+        style: gives the colour of a cell.
+    """
+    if not rows:
+        return
+    columns = list(rows[0])
+    unlimited = console.options.update(width=1000)
+    for one in spare:
+        if console.measure(_table(columns, rows, left, style), options=unlimited).maximum <= console.width:
+            break
+        columns.remove(one)
+    console.print(_table(columns, rows, left, style))
+
+
+def _table(
+    columns: Sequence[str],
+    rows: Iterable[Mapping[str, str]],
+    left: Sequence[str],
+    style: Callable[[str, str], str],
+) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="")
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(row[name], style(name, row[name])) for name in columns))
+    return table
+
+
+def show_findings(session: Session, findings: Iterable[Finding]) -> None:
+    """Print what is wrong, each with what to type."""
+    for one in findings:
+        mark = {"critical": "✗", "warning": "!"}[one.severity]
+        session.console.print(f"{mark} {plain(one.what)}", style="red" if mark == "✗" else "yellow")
+        session.console.print(f"    {session.typed(one.hint)}")

@@ -1,0 +1,265 @@
+"""What is wrong with a run, as one look at it shows, and what tells more or mends it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from rlbroker.observer.snapshot import Snapshot, WorkerStatus
+from rlbroker.records import WorkerInfo
+
+Severity = Literal["warning", "critical"]
+
+#: Updates in a row that each jumped over a version, from which on a worker is said to skip persistently.
+SKIPS_IN_A_ROW: Final = 10
+
+#: A command that has had no answer for longer is spoken of.
+UNANSWERED_SECONDS: Final = 30.0
+
+#: A worker that has not called `poll` for longer is said to be busy, or stuck.
+UNPOLLED_SECONDS: Final = 10.0
+
+#: Share of the server's memory limit that is spoken of.
+MEMORY_SHARE: Final = 0.9
+
+#: How long a process is spoken of whose place another one took.
+FENCED_SECONDS: Final = 600.0
+
+#: Reasons for which a batch is only lost if something went wrong; the others are what the settings ask for.
+_UNWANTED_LOSSES: Final = ("vanished", "trimmed", "fenced")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From where on something is spoken of.
+
+    Attributes:
+        staleness: a worker that is so many versions behind, or more.
+        waiting_share: a queue that is full to this share, or more.
+        min_workers: fewer workers alive than this; None for as many as the learner expects.
+    """
+
+    staleness: int = 10
+    waiting_share: float = 0.9
+    min_workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        severity: `critical` if the run cannot go on like this, or data is at risk.
+        code: one word for programs, such as `worker_behind`.
+        worker: the worker that it is about; None for the learner, the server or the run.
+        what: one sentence for people.
+        hint: a command, `rlbroker …` or `redis-cli …`, that tells more or mends it; without the server's address.
+    """
+
+    severity: Severity
+    code: str
+    worker: int | None
+    what: str
+    hint: str
+
+
+def find(snapshot: Snapshot, limits: Limits | None = None) -> list[Finding]:
+    """Give what is wrong, the worst first."""
+    limits = limits or Limits()
+    found = [*_of_server(snapshot), *_of_learner(snapshot), *_of_members(snapshot, limits)]
+    for worker, status in snapshot.workers.items():
+        found += _of_worker(snapshot, worker, status, limits)
+    return sorted(found, key=lambda one: one.severity != "critical")
+
+
+def _of_server(snapshot: Snapshot) -> Iterator[Finding]:
+    server = snapshot.server
+    policy = server.maxmemory_policy
+    if policy not in ("", "noeviction"):
+        what = "weights and experiences" if policy.startswith("allkeys") else "heartbeats and weights"
+        yield Finding(
+            "critical",
+            "server_evicts",
+            None,
+            f"the server has maxmemory-policy {policy}: it deletes {what} when memory is short",
+            "redis-cli CONFIG SET maxmemory-policy noeviction",
+        )
+    if (
+        server.used_bytes
+        and server.maxmemory_bytes
+        and server.used_bytes > MEMORY_SHARE * server.maxmemory_bytes
+    ):
+        share = server.used_bytes / server.maxmemory_bytes
+        yield Finding(
+            "warning",
+            "server_full",
+            None,
+            f"the server uses {share:.0%} of its maxmemory; at 100 % it takes nothing more",
+            "rlbroker doctor",
+        )
+
+
+def _of_learner(snapshot: Snapshot) -> Iterator[Finding]:
+    learner = snapshot.learner
+    if learner is None:
+        yield Finding(
+            "warning",
+            "learner_missing",
+            None,
+            "no learner has opened the run yet; its workers wait",
+            "rlbroker runs",
+        )
+    elif learner.state == "away":
+        silent = "never heard of" if learner.last_seen_seconds is None else _ago(learner.last_seen_seconds)
+        yield Finding(
+            "critical",
+            "learner_away",
+            None,
+            f"the learner ({learner.host} pid {learner.pid}) is away: {silent}; it died, or is cut off. One that is "
+            "started again goes on with the run",
+            "rlbroker report",
+        )
+    elif learner.state == "alive" and snapshot.pointer is None and snapshot.members:
+        yield Finding(
+            "warning",
+            "no_weights",
+            None,
+            "the learner has not published any weights yet; workers wait in load_weights",
+            "rlbroker weights list",
+        )
+
+
+def _of_members(snapshot: Snapshot, limits: Limits) -> Iterator[Finding]:
+    if snapshot.learner is None or snapshot.learner.state == "ended":
+        return
+    alive = sum(info.state == "alive" for info in snapshot.members)
+    wanted = snapshot.expected_workers if limits.min_workers is None else limits.min_workers
+    if alive < wanted:
+        severity: Severity = "warning" if alive else "critical"
+        expected = "are expected" if limits.min_workers is None else "are wanted"
+        yield Finding(
+            severity,
+            "too_few_workers",
+            None,
+            f"{alive} workers are alive; {wanted} {expected}",
+            "rlbroker workers",
+        )
+
+
+def _of_worker(snapshot: Snapshot, worker: int, status: WorkerStatus, limits: Limits) -> Iterator[Finding]:
+    more = f"rlbroker workers {worker}"
+    info, counts, missed = status.info, status.counts, status.missed
+    if info is not None:
+        yield from _of_member(snapshot, info, limits)
+    if status.dead_letters:
+        yield Finding(
+            "warning",
+            "dead_letters",
+            worker,
+            f"{_number(status.dead_letters, 'batch', 'batches')} of worker {worker} could not be used and "
+            f"{'is' if status.dead_letters == 1 else 'are'} kept as dead letters",
+            f"rlbroker dead list --worker {worker}",
+        )
+    unwanted = {why: count for why, count in counts.lost.items() if why in _UNWANTED_LOSSES} if counts else {}
+    if unwanted:
+        reasons = ", ".join(f"{count:,} {why}" for why, count in unwanted.items())
+        yield Finding(
+            "warning",
+            "batches_lost",
+            worker,
+            f"{_number(sum(unwanted.values()), 'batch', 'batches')} of worker {worker} did not reach the learner: "
+            f"{reasons}",
+            more,
+        )
+    if counts and counts.waiting >= limits.waiting_share * snapshot.settings.max_queue_size:
+        yield Finding(
+            "warning",
+            "queue_full",
+            worker,
+            f"the queue of worker {worker} is full to {counts.waiting / snapshot.settings.max_queue_size:.0%}: the "
+            "learner collects more slowly than the worker sends",
+            "rlbroker top",
+        )
+    failed = missed.by_reason.get("failed", 0)
+    if failed:
+        yield Finding(
+            "warning",
+            "updates_failed",
+            worker,
+            f"worker {worker} could not load {_number(failed, 'version', 'versions')}",
+            f"rlbroker missed --worker {worker} --why failed",
+        )
+    if status.command_seconds >= UNANSWERED_SECONDS:
+        yield Finding(
+            "warning",
+            "commands_unanswered",
+            worker,
+            f"worker {worker} has not answered {_number(status.commands_waiting, 'command', 'commands')}, the oldest "
+            f"for {status.command_seconds:.0f} s",
+            "rlbroker control list",
+        )
+
+
+def _of_member(snapshot: Snapshot, info: WorkerInfo, limits: Limits) -> Iterator[Finding]:
+    worker, more = info.worker_id, f"rlbroker workers {info.worker_id}"
+    if info.state == "away":
+        yield Finding(
+            "warning",
+            "worker_away",
+            worker,
+            f"worker {worker} ({info.host} pid {info.pid}) is away: {_ago(info.last_seen_seconds)}; it died, or is cut "
+            "off",
+            more,
+        )
+    if info.problem:
+        yield Finding(
+            "critical",
+            "worker_cannot_load",
+            worker,
+            f"worker {worker} cannot load the newest weights: {info.problem}",
+            more,
+        )
+    if info.staleness >= limits.staleness and info.version:
+        latest = snapshot.pointer.version if snapshot.pointer else 0
+        yield Finding(
+            "warning",
+            "worker_behind",
+            worker,
+            f"worker {worker} is {info.staleness:,} versions behind: it runs {info.version:,} of {latest:,}"
+            f"{_unpolled(info)}",
+            more,
+        )
+    elif snapshot.workers[worker].missed.skips_in_a_row >= SKIPS_IN_A_ROW:
+        times = snapshot.workers[worker].missed.skips_in_a_row
+        yield Finding(
+            "warning",
+            "worker_skips",
+            worker,
+            f"worker {worker} jumped over versions with each of its last {times:,} updates: it polls less often than "
+            "the learner publishes",
+            f"rlbroker missed --worker {worker}",
+        )
+    if info.fenced_seconds is not None and info.fenced_seconds < FENCED_SECONDS:
+        yield Finding(
+            "warning",
+            "worker_fenced",
+            worker,
+            f"a second process ({info.fenced_process}) had the place of worker {worker} and was turned away "
+            f"{_ago(info.fenced_seconds)}: give each process a worker_id of its own, or none",
+            more,
+        )
+
+
+def _unpolled(info: WorkerInfo) -> str:
+    if info.state != "alive" or info.unpolled_seconds < UNPOLLED_SECONDS:
+        return ""
+    return f", and has not called poll for {info.unpolled_seconds:.0f} s"
+
+
+def _ago(seconds: float) -> str:
+    return f"last heard of {seconds:.0f} s ago" if seconds >= 1 else "just now"
+
+
+def _number(count: int, one: str, many: str) -> str:
+    return f"{count:,} {one if count == 1 else many}"

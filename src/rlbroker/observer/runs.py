@@ -1,0 +1,138 @@
+"""Which runs are on a server, and which of them is meant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlbroker.config import RunSettings
+from rlbroker.connection import Connection
+from rlbroker.errors import IncompatibleFormat, InvalidArgument
+from rlbroker.keys import Keys
+from rlbroker.records import Liveness
+from rlbroker.replies import scored_members, server_seconds, text_fields
+from rlbroker.wire.version import FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run of a server.
+
+    Attributes:
+        learner: `alive`; `ended` after it was cleaned up; `away` when it has been silent for longer than a lease;
+            `none` if no learner has opened the run yet.
+        version: its latest version; 0 before the first.
+        alive: workers heard of within their lease.
+        members: workers that belong to it, those included.
+        last_seen_seconds: how long ago its learner or one of its workers was heard of; None if none ever was.
+        wire_format: as its learner writes it; None before there was one.
+    """
+
+    run: str
+    learner: Liveness | Literal["ended", "none"]
+    version: int
+    alive: int
+    members: int
+    last_seen_seconds: float | None
+    wire_format: int | None
+
+
+def run_names(connection: Connection) -> list[str]:
+    """Give the names of the runs on a server, in order; those that wait for their learner too.
+
+    Raises:
+        PeerError: the server refused, or could not be reached in time.
+    """
+    prefix, _, meta = Keys("RUN").meta.partition("RUN")
+    suffixes = (meta, Keys("RUN").incarnations.partition("RUN")[2])
+    found, cursor = set[str](), b"0"
+    while True:
+        cursor, keys = connection.execute("SCAN", cursor, "MATCH", f"{prefix}*", "COUNT", 1000)
+        for name in (key.decode(errors="replace") for key in keys):
+            found.update(name[len(prefix) : -len(suffix)] for suffix in suffixes if name.endswith(suffix))
+        if int(cursor) == 0:
+            return sorted(found)
+
+
+def choose_run(connection: Connection, run: str | None) -> str:
+    """Give the name of a run that exists: the one that was asked for, or the only one.
+
+    Raises:
+        InvalidArgument: there is none, or more than one to choose from; those that exist are named.
+        IncompatibleFormat: it was written by a release with another wire format.
+        PeerError: the server refused, or could not be reached in time.
+    """
+    if run is None:
+        names = run_names(connection)
+        if len(names) != 1:
+            raise InvalidArgument(f"there is no single run on {connection.address}; {_there(names)}")
+        run = names[0]
+    keys = Keys(run)
+    wire_format, there = connection.execute_all(
+        [("HGET", keys.meta, "wire_format"), ("EXISTS", keys.meta, keys.incarnations)]
+    )
+    if not there:
+        raise InvalidArgument(
+            f"there is no run {run!r} on {connection.address}; {_there(run_names(connection))}"
+        )
+    if wire_format is not None and wire_format != str(FORMAT_VERSION).encode():
+        raise IncompatibleFormat(
+            f"the run {run!r} was written with wire format {wire_format.decode(errors='replace')}, this release reads "
+            f"{FORMAT_VERSION}; use the release that wrote it"
+        )
+    return run
+
+
+def list_runs(connection: Connection) -> list[RunSummary]:
+    """Give the runs on a server, by name.
+
+    Raises:
+        PeerError: the server refused, or could not be reached in time.
+    """
+    names = run_names(connection)
+    commands: list[tuple[str, ...]] = [("TIME",)]
+    for keys in map(Keys, names):
+        commands += [("HGETALL", keys.meta), ("HGET", keys.weights, "version")]
+        commands.append(("ZRANGE", keys.members, "0", "-1", "WITHSCORES"))
+    clock, *replies = connection.execute_all(commands)
+    now = server_seconds(clock)
+    return [
+        _summary(name, now, text_fields(meta), int(version or 0), list(scored_members(members).values()))
+        for name, meta, version, members in zip(
+            names, replies[::3], replies[1::3], replies[2::3], strict=True
+        )
+    ]
+
+
+def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Liveness | Literal["ended", "none"]:
+    """Say what the newest learner of a run is about, by the run's `meta` and how long it has been silent."""
+    if not meta:
+        return "none"
+    if meta.get("learner_state") == "ended":
+        return "ended"
+    lease_seconds = RunSettings.from_fields(meta).lease_seconds
+    return "alive" if silent_seconds is not None and silent_seconds < lease_seconds else "away"
+
+
+def _summary(
+    name: str, now: float, meta: dict[str, str], version: int, seen_milliseconds: list[float]
+) -> RunSummary:
+    lease_seconds = RunSettings.from_fields(meta).lease_seconds
+    silences = [max(0.0, now - milliseconds / 1000) for milliseconds in seen_milliseconds]
+    learner_silence = max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
+    heard = silences if learner_silence is None else [*silences, learner_silence]
+    return RunSummary(
+        run=name,
+        learner=learner_state(meta, learner_silence),
+        version=version,
+        alive=sum(silence < lease_seconds for silence in silences),
+        members=len(silences),
+        last_seen_seconds=min(heard, default=None),
+        wire_format=int(meta["wire_format"]) if "wire_format" in meta else None,
+    )
+
+
+def _there(names: list[str]) -> str:
+    if not names:
+        return "there are no runs on it"
+    return f"runs there are: {', '.join(names)}; choose one with --run"

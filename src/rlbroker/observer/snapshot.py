@@ -1,0 +1,224 @@
+"""One look at a run: its learner, its weights, and each worker with its batches and what it missed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rlbroker.config import RunSettings
+from rlbroker.connection import Connection
+from rlbroker.control.ledger import Ledger
+from rlbroker.experience.counts import read_counts
+from rlbroker.keys import Keys
+from rlbroker.membership.roster import Roster
+from rlbroker.observer.runs import learner_state
+from rlbroker.records import Liveness, MissedUpdates, QueueCounts, WorkerInfo
+from rlbroker.replies import entry_place, server_seconds, text_fields, whole_number
+from rlbroker.weights.pointer import Pointer
+
+#: What of the pointer concerns people; the rest says how to fetch it.
+_WEIGHTS = ("version", "kind", "base", "codec", "raw_bytes", "stored_bytes", "published")
+
+
+@dataclass(frozen=True)
+class LearnerStatus:
+    """The latest learner of a run.
+
+    Attributes:
+        epoch: number of this life of the learner; it only grows.
+        state: `alive`; `ended` after it was cleaned up; or `away` when it has been silent for longer than a lease.
+        last_seen_seconds: age of its last sign of life, by the server's clock; None if it never gave one.
+    """
+
+    epoch: int
+    state: Liveness | Literal["ended", "none"]
+    host: str
+    pid: int
+    last_seen_seconds: float | None
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """The server that holds the run; what it does not tell is empty or None.
+
+    Attributes:
+        address: without user and password.
+        version: its name and version.
+        maxmemory_policy: what it deletes when memory is short.
+        used_bytes: memory that it uses.
+        maxmemory_bytes: memory that it may use; 0 for as much as there is.
+    """
+
+    address: str
+    version: str
+    maxmemory_policy: str
+    used_bytes: int | None
+    maxmemory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class WorkerStatus:
+    """One worker.
+
+    Attributes:
+        info: its line of the roster; None once it left.
+        counts: what became of its batches; None before its first.
+        missed: what it missed, in sums; without the records.
+        commands_waiting: commands that it has not answered.
+        command_seconds: how long the oldest of them has been waiting; 0 without one.
+        dead_letters: its batches that no learner could use and that are kept.
+    """
+
+    info: WorkerInfo | None
+    counts: QueueCounts | None
+    missed: MissedUpdates
+    commands_waiting: int
+    command_seconds: float
+    dead_letters: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run at one moment.
+
+    Attributes:
+        run: its name.
+        at: when that was, by the server's clock, seconds since the epoch.
+        server: where it is.
+        settings: what the learner chose for the run; the defaults before there is one.
+        expected_workers: how many the learner expects; 0 before there is one.
+        learner: the latest learner; None if no learner has opened the run.
+        pointer: the latest version; None before the first.
+        workers: by worker id, whoever ever took part.
+    """
+
+    run: str
+    at: float
+    server: ServerStatus
+    settings: RunSettings
+    expected_workers: int
+    learner: LearnerStatus | None
+    pointer: Pointer | None
+    workers: dict[int, WorkerStatus]
+
+    @property
+    def members(self) -> list[WorkerInfo]:
+        """Those that belong to the run, by id."""
+        return [status.info for status in self.workers.values() if status.info]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the snapshot as what JSON can hold.
+
+        Returns:
+            `run`: text. `at`: seconds since the epoch.
+            `server`: the fields of `ServerStatus`. `settings`: those of `RunSettings`. `expected_workers`: a number.
+            `learner`: null, or the fields of `LearnerStatus`.
+            `weights`: null, or `version`, `kind`, `base`, `codec`, `raw_bytes`, `stored_bytes`, `published`.
+            `workers`: by id, each with
+            `member`: null once it left, or the fields of `WorkerInfo`;
+            `batches`: null before its first, or the fields of `QueueCounts`, and `produced`;
+            `missed`: the fields of `MissedUpdates` but for its `records`;
+            `commands_waiting`, `command_seconds`, `dead_letters`: as in `WorkerStatus`.
+        """
+        return {
+            "run": self.run,
+            "at": self.at,
+            "server": asdict(self.server),
+            "settings": asdict(self.settings),
+            "expected_workers": self.expected_workers,
+            "learner": asdict(self.learner) if self.learner else None,
+            "weights": {name: getattr(self.pointer, name) for name in _WEIGHTS} if self.pointer else None,
+            "workers": {str(worker): _worker_json(status) for worker, status in self.workers.items()},
+        }
+
+
+def take_snapshot(connection: Connection, run: str) -> Snapshot:
+    """Look at a run.
+
+    Raises:
+        PeerError: the server refused, or could not be reached in time.
+    """
+    keys = Keys(run)
+    clock, meta_reply, pointer_reply, pending = connection.execute_all(
+        [("TIME",), ("HGETALL", keys.meta), ("HGETALL", keys.weights), ("HGETALL", keys.pending)]
+    )
+    meta, now = text_fields(meta_reply), server_seconds(clock)
+    pointer, settings = Pointer.from_fields(text_fields(pointer_reply)), RunSettings.from_fields(meta)
+    roster = Roster(connection, keys, settings)
+    ids = roster.ids()
+    members = {info.worker_id: info for info in roster.workers()}
+    said = {worker: (info.incarnation, info.sent) for worker, info in members.items()}
+    counts = read_counts(connection, keys, ids, said=said)
+    missed = Ledger(connection, keys).missed_updates(
+        ids,
+        latest_version=pointer.version if pointer else 0,
+        published={pointer.version: pointer.published} if pointer else {},
+        with_records=False,
+    )
+    dead = dict(
+        zip(ids, connection.execute_all([("XLEN", keys.dead(worker)) for worker in ids]), strict=True)
+    )
+    waiting = _waiting_commands(text_fields(pending), now)
+    return Snapshot(
+        run=run,
+        at=now,
+        server=_server(connection),
+        settings=settings,
+        expected_workers=int(meta.get("num_workers", 0)),
+        learner=_learner(meta, now) if meta else None,
+        pointer=pointer,
+        workers={
+            worker: WorkerStatus(
+                info=members.get(worker),
+                counts=counts.get(worker),
+                missed=missed[worker],
+                commands_waiting=len(waiting.get(worker, ())),
+                command_seconds=max(waiting.get(worker, ()), default=0.0),
+                dead_letters=int(dead[worker]),
+            )
+            for worker in ids
+        },
+    )
+
+
+def _waiting_commands(pending: dict[str, str], now: float) -> dict[int, list[float]]:
+    """Give, by worker, how long each command without an answer has been waiting, in seconds."""
+    found: dict[int, list[float]] = {}
+    for name, value in pending.items():
+        sent_seconds = entry_place(value.split()[1])[0] / 1000
+        found.setdefault(int(name.rpartition(":")[2]), []).append(max(0.0, now - sent_seconds))
+    return found
+
+
+def _server(connection: Connection) -> ServerStatus:
+    info = connection.server_info()
+    return ServerStatus(
+        address=connection.address,
+        version=connection.server_version(info),
+        maxmemory_policy=info.get("maxmemory_policy", ""),
+        used_bytes=whole_number(info.get("used_memory", "")),
+        maxmemory_bytes=whole_number(info.get("maxmemory", "")),
+    )
+
+
+def _learner(meta: dict[str, str], now: float) -> LearnerStatus:
+    silent_seconds = max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
+    return LearnerStatus(
+        epoch=int(meta.get("epoch", 0)),
+        state=learner_state(meta, silent_seconds),
+        host=meta.get("learner_host", ""),
+        pid=int(meta.get("learner_pid", 0)),
+        last_seen_seconds=silent_seconds,
+    )
+
+
+def _worker_json(status: WorkerStatus) -> dict[str, Any]:
+    counts = status.counts
+    return {
+        "member": asdict(status.info) if status.info else None,
+        "batches": asdict(counts) | {"produced": counts.produced} if counts else None,
+        "missed": {name: value for name, value in asdict(status.missed).items() if name != "records"},
+        "commands_waiting": status.commands_waiting,
+        "command_seconds": status.command_seconds,
+        "dead_letters": status.dead_letters,
+    }
