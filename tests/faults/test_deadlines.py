@@ -14,7 +14,7 @@ from servers import FaultyServer
 from typer.testing import CliRunner
 
 from rlbroker import ConnectionFailed, PeerError, WorkerClient, WorkerCommunicator
-from rlbroker.cli import app
+from rlbroker.cli.app import app
 
 NewServer = Callable[..., FaultyServer]
 

@@ -84,7 +84,7 @@ def test_the_verdict_is_what_arrived_first() -> None:
 def test_bench_loads_neither_torch_nor_the_demo(real_server: RealServer) -> None:
     code = """
 import sys
-from rlbroker.cli import app
+from rlbroker.cli.app import app
 app(["bench", "--megabytes", "0.1", "--seconds", "0.01", "--json"], standalone_mode=False)
 sys.exit(" ".join(name for name in ("torch", "rlbroker.demo", "gymnasium") if name in sys.modules) or 0)
 """

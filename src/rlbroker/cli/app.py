@@ -14,6 +14,7 @@ from rlbroker.cli.missed import missed
 from rlbroker.cli.runs import runs
 from rlbroker.cli.server import server
 from rlbroker.cli.status import status
+from rlbroker.cli.text import unwrapped
 from rlbroker.cli.worker import worker
 from rlbroker.cli.workers import workers
 
@@ -33,7 +34,7 @@ app = typer.Typer(
 )
 for heading, commands in COMMANDS.items():
     for command in commands:
-        app.command(rich_help_panel=heading)(command)
+        app.command(rich_help_panel=heading, help=unwrapped(command.__doc__ or ""))(command)
 
 
 @app.callback(invoke_without_command=True)

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlbroker.cli.options import Url
+from rlbroker.cli.session import Session, with_session
 
 if TYPE_CHECKING:
     from rlbroker.probe import Report
 
 
+@with_session(without=("run", "timeout"))
 def bench(
-    url: Url = None,
+    session: Session,
     megabytes: Annotated[float, typer.Option(min=0.01, help="Size of the published weights.")] = 16.0,
     seconds: Annotated[
         float, typer.Option(min=0.01, help="How long each of the ten measurements goes on.")
     ] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
     """Measure a server from this machine: round trip, rates, weights, batches, and whether compression pays.
 
@@ -34,14 +32,11 @@ def bench(
     from rlbroker.probe import measure
 
     def progress(what: str) -> None:
-        print(f"… {what}", file=sys.stderr, flush=True)
+        session.say(f"… {what}")
 
-    try:
-        report = measure(url, megabytes=megabytes, seconds=seconds, progress=progress)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    if as_json:
-        print(json.dumps(report.to_json(), indent=2))
+    report = measure(session.url, megabytes=megabytes, seconds=seconds, progress=progress)
+    if session.as_json:
+        session.show_json(report.to_json())
     else:
         _show(report)
 

@@ -62,15 +62,15 @@ def check(
 def _check(session: Session, limits: Limits, max_missed: int | None, since: float) -> int:
     from dataclasses import asdict
 
-    from rlbroker.control.ledger import Ledger
     from rlbroker.observer.findings import Finding, find
+    from rlbroker.observer.missed import read_missed
     from rlbroker.observer.snapshot import take_snapshot
 
     with session.in_time():
         snapshot = take_snapshot(session.connection, session.run)
         findings = find(snapshot, limits)
         if max_missed is not None:
-            records = Ledger(session.connection, session.keys).records(since=snapshot.at - since)
+            _, records = read_missed(session.connection, session.keys, last_seconds=since)
             count = sum(one.count for one in records if one.what == "weights")
             if count > max_missed:
                 what = f"{count:,} versions were missed within {age(since)}; {max_missed:,} may be"

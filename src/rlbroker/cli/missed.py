@@ -32,14 +32,12 @@ def missed(
     """
     from dataclasses import asdict
 
-    from rlbroker.control.ledger import Ledger
-    from rlbroker.replies import server_seconds
+    from rlbroker.observer.missed import read_missed
 
     with session.in_time():
-        now = server_seconds(session.connection.execute("TIME"))
-        ledger = Ledger(session.connection, session.keys)
-        records = ledger.records(since=0.0 if since is None else now - since)
-    records = [one for one in records if worker in (None, one.worker_id) and why in (None, one.why)]
+        now, records = read_missed(
+            session.connection, session.keys, last_seconds=since, worker=worker, why=why
+        )
     if session.as_json:
         session.show_json({"missed": [asdict(one) for one in records]})
         return

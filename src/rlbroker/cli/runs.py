@@ -6,7 +6,7 @@ from rlbroker.cli.session import Session, with_session
 from rlbroker.cli.text import age, show_table
 
 
-@with_session
+@with_session(without=("run",))
 def runs(session: Session) -> None:
     """List the runs on a server: whether their learners live, their versions and workers.
 

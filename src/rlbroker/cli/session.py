@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Self, get_type_hints
 
@@ -20,6 +20,7 @@ import typer
 
 from rlbroker.cli import EXIT_ERROR
 from rlbroker.cli.options import Url
+from rlbroker.cli.text import unwrapped
 from rlbroker.errors import RlbrokerError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Session:
         """Take the options that all commands share; the server is asked for nothing yet."""
         self.as_json, self.no_color, self.quiet, self.verbose = as_json, no_color, quiet, verbose
         self.timeout = timeout
-        self._url, self._asked_run = url, run
+        self.url, self._asked_run = url, run
         level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
         logging.basicConfig(
             stream=sys.stderr, format="rlbroker: %(message)s", level=logging.ERROR if quiet else level
@@ -80,7 +81,7 @@ class Session:
         """
         from rlbroker.connection import Connection
 
-        connection = Connection(self._url, timeout_seconds=self.timeout)
+        connection = Connection(self.url, timeout_seconds=self.timeout)
         try:
             connection.execute_once("PING")
         except BaseException:
@@ -154,8 +155,8 @@ class Session:
             return f"redis-cli {self._redis_cli_options()} {words}"
         if program != "rlbroker":
             return hint
-        if self._url:
-            words += f" --url {shlex.quote(self._url)}"
+        if self.url:
+            words += f" --url {shlex.quote(self.url)}"
         return f"rlbroker {words} --run {self.run}" if " --run" not in words else f"rlbroker {words}"
 
     def _redis_cli_options(self) -> str:
@@ -163,9 +164,9 @@ class Session:
 
         from rlbroker.config import redis_url, url_variable
 
-        url, variable = redis_url(self._url), url_variable()
+        url, variable = redis_url(self.url), url_variable()
         parts = urlsplit(url)
-        if variable and not self._url and parts.scheme != "unix":
+        if variable and not self.url and parts.scheme != "unix":
             return f'-u "${variable}"'
         where = f"-s {shlex.quote(parts.path)}" if parts.scheme == "unix" else f"-u {shlex.quote(url)}"
         if parts.username or parts.password:
@@ -174,35 +175,25 @@ class Session:
         return where
 
 
-def with_session(body: Callable[..., None]) -> Callable[..., None]:
+def with_session(
+    body: Callable[..., None] | None = None, *, without: Collection[str] = ()
+) -> Callable[..., Any]:
     """Give a command the options that all commands share, and its `Session` as first argument.
 
     Errors that rlbroker explains become one line on stderr and an exit code; -vv shows where they come from.
-    """
 
-    def called(
-        *,
-        url: str | None,
-        run: str | None,
-        as_json: bool,
-        no_color: bool,
-        quiet: bool,
-        verbose: int,
-        timeout: float,
-        **own: Any,
-    ) -> None:
-        session = Session(
-            url=url,
-            run=run,
-            as_json=as_json,
-            no_color=no_color,
-            quiet=quiet,
-            verbose=verbose,
-            timeout=timeout,
-        )
+    Args:
+        body: the command; takes a `Session`, and then its own options.
+        without: those of the shared options that would mean nothing to it.
+    """
+    if body is None:
+        return lambda body: with_session(body, without=without)
+
+    def called(**options: Any) -> None:
+        session = Session(**{name: options.pop(name) for name in shared})
         try:
             with session:
-                body(session, **own)
+                body(session, **options)
                 sys.stdout.flush()
         except RlbrokerError as error:
             _fail(session, str(error), EXIT_ERROR)
@@ -223,13 +214,15 @@ def with_session(body: Callable[..., None]) -> Callable[..., None]:
         parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
         for name, parameter in list(inspect.signature(body).parameters.items())[1:]
     ]
-    shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    shared = {
+        name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         for name, (annotation, default) in _SHARED.items()
-    ]
-    called.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-    called.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
-    called.__name__, called.__doc__ = body.__name__, body.__doc__
+        if name not in without
+    }
+    parameters = [*own, *shared.values()]
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    called.__name__, called.__doc__ = body.__name__, unwrapped(body.__doc__ or "")
     return called
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -48,11 +50,19 @@ def seconds_of(text: str) -> float:
     Raises:
         ValueError: it is none.
     """
-    unit = {"s": 1, "m": 60, "h": 3600, "d": 86_400}.get(text[-1:].lower())
-    found = float(text if unit is None else text[:-1]) * (unit or 1)
-    if not 0 <= found < float("inf"):
-        raise ValueError(f"not a time span: {text!r}")
-    return found
+    found = re.fullmatch(r"(\d+|\d*\.\d+)([smhd]?)", text.strip().lower())
+    if found is None:
+        raise ValueError(f"{text!r} is no time span; write it as 90s, 15m, 1h or 2d")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
+
+
+def unwrapped(text: str) -> str:
+    """Give paragraphs without their line breaks: the terminal has its own.
+
+    >>> unwrapped("One\\ntwo.\\n\\nThree.")
+    'One two.\\n\\nThree.'
+    """
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(text))
 
 
 def plain(text: str) -> str:

@@ -33,13 +33,13 @@ def workers(
     """
     from dataclasses import asdict
 
-    from rlbroker.control.ledger import Ledger
     from rlbroker.observer.findings import find
+    from rlbroker.observer.missed import read_missed
     from rlbroker.observer.snapshot import take_snapshot
 
     with session.in_time():
         snapshot = take_snapshot(session.connection, session.run)
-        records = [] if worker is None else Ledger(session.connection, session.keys).records()
+        missed = [] if worker is None else read_missed(session.connection, session.keys, worker=worker)[1]
     if worker is not None and worker not in snapshot.workers:
         there = ", ".join(map(str, snapshot.workers)) or "none"
         session.fail(f"there is no worker {worker} in the run {session.run!r}; workers there are: {there}")
@@ -66,7 +66,6 @@ def workers(
         show_findings(session, findings)
         return
     findings = [one for one in findings if one.worker == worker]
-    missed = [one for one in records if one.worker_id == worker]
     if session.as_json:
         said = snapshot.to_json()["workers"][str(worker)]
         said["missed"]["records"] = [asdict(one) for one in missed]
