@@ -20,8 +20,8 @@ OTHERS = {"demo", "server", "learner", "worker"}
 
 def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
     """Every command with its name, such as `weights list`."""
-    for name, command in (group or typer.main.get_command(app)).commands.items():
-        if isinstance(command, typer.core.TyperGroup):
+    for name, command in getattr(group or typer.main.get_command(app), "commands").items():  # noqa: B009
+        if isinstance(command, typer.core.TyperGroup):  # weights, experiences, …
             yield from commands(command, f"{before}{name} ")
         else:
             yield before + name, command
