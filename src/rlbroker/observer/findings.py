@@ -142,7 +142,7 @@ def _of_members(snapshot: Snapshot, limits: Limits) -> Iterator[Finding]:
             severity,
             "too_few_workers",
             None,
-            f"{alive} workers are alive; {wanted} {expected}",
+            f"{_number(alive, 'worker is', 'workers are')} alive; {wanted} {expected}",
             "rlbroker workers",
         )
 
@@ -220,13 +220,14 @@ def _of_member(snapshot: Snapshot, info: WorkerInfo, limits: Limits) -> Iterator
             f"worker {worker} cannot load the newest weights: {info.problem}",
             more,
         )
-    if info.staleness >= limits.staleness and info.version:
+    # One that has just joined has not loaded anything yet.
+    if info.staleness >= limits.staleness and (info.version or info.unpolled_seconds >= UNPOLLED_SECONDS):
         latest = snapshot.pointer.version if snapshot.pointer else 0
         yield Finding(
             "warning",
             "worker_behind",
             worker,
-            f"worker {worker} is {info.staleness:,} versions behind: it runs {info.version:,} of {latest:,}"
+            f"worker {worker} is {info.staleness:,} versions behind: it runs {f'{info.version:,}' if info.version else 'none'} of {latest:,}"
             f"{_unpolled(info)}",
             more,
         )
