@@ -82,7 +82,7 @@ TROUBLE: dict[str, tuple[Snapshot, str, str]] = {
         "warning",
         "not published",
     ),
-    "too_few_workers": (replace(RUN, expected_workers=4), "warning", "1 workers are alive; 4 are expected"),
+    "too_few_workers": (replace(RUN, expected_workers=4), "warning", "1 worker is alive; 4 are expected"),
     "worker_away": (
         replace(member(state="away", last_seen_seconds=42.0), expected_workers=0),
         "warning",
@@ -91,7 +91,7 @@ TROUBLE: dict[str, tuple[Snapshot, str, str]] = {
     "worker_behind": (
         member(version=3, staleness=17, unpolled_seconds=60.0),
         "warning",
-        "has not called poll for 60 s",
+        "17 versions behind: it runs 3 of 20, and has not called poll for 60 s",
     ),
     "worker_skips": (worker(missed=replace(MISSED, skips_in_a_row=12)), "warning", "last 12 updates"),
     "worker_cannot_load": (member(problem="wrong shape"), "critical", "wrong shape"),
@@ -142,6 +142,7 @@ def test_the_worst_comes_first() -> None:
         worker(info=None),
         worker(counts=replace(COUNTS, lost={"stale": 9, "dropped_oldest": 3})),
         member(version=11, staleness=9),
+        member(version=0, staleness=20),
         member(fenced_process="node-9:8", fenced_seconds=5000.0),
         server(maxmemory_policy="", used_bytes=None, maxmemory_bytes=None),
     ],
@@ -150,6 +151,7 @@ def test_the_worst_comes_first() -> None:
         "worker left",
         "losses that were asked for",
         "a little behind",
+        "just joined",
         "long ago",
         "silent server",
     ],
@@ -160,5 +162,5 @@ def test_what_is_no_trouble_is_not_spoken_of(snapshot: Snapshot) -> None:
 
 def test_limits_can_be_set() -> None:
     assert find(member(version=15, staleness=5), Limits(staleness=5))[0].code == "worker_behind"
-    assert find(RUN, Limits(min_workers=2))[0].what == "1 workers are alive; 2 are wanted"
+    assert find(RUN, Limits(min_workers=2))[0].what == "1 worker is alive; 2 are wanted"
     assert find(RUN, Limits(waiting_share=0.1))[0].code == "queue_full"

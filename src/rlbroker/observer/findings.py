@@ -223,11 +223,12 @@ def _of_member(snapshot: Snapshot, info: WorkerInfo, limits: Limits) -> Iterator
     # One that has just joined has not loaded anything yet.
     if info.staleness >= limits.staleness and (info.version or info.unpolled_seconds >= UNPOLLED_SECONDS):
         latest = snapshot.pointer.version if snapshot.pointer else 0
+        runs = f"{info.version:,}" if info.version else "none"
         yield Finding(
             "warning",
             "worker_behind",
             worker,
-            f"worker {worker} is {info.staleness:,} versions behind: it runs {f'{info.version:,}' if info.version else 'none'} of {latest:,}"
+            f"worker {worker} is {info.staleness:,} versions behind: it runs {runs} of {latest:,}"
             f"{_unpolled(info)}",
             more,
         )
