@@ -140,3 +140,10 @@ class Keys:
     def heartbeat(self, worker: int) -> str:
         """Give the key of a hash: what a worker last said of itself. That worker writes. Expires unrenewed."""
         return f"{self.prefix}:hb:{worker}"
+
+    def history(self, seconds: int) -> str:
+        """Give the key of a stream, capped: figures of the run, one entry each so many seconds.
+
+        The learner that leads writes, people read. Stays. It lives with no other key.
+        """
+        return f"{self.prefix}:history:{seconds}"

@@ -43,6 +43,8 @@ from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE, STATE
 from rlbroker.keys import Keys
 from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER, REJOIN
 from rlbroker.membership.roster import CLOSE, FORGET, OPEN, RESTORE_RUN, Roster
+from rlbroker.metrics import Metrics
+from rlbroker.recorder import Known, Recorder
 from rlbroker.records import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
 from rlbroker.replies import entry_id
 from rlbroker.weights.images import Images
@@ -197,13 +199,18 @@ class WorkerCommunicator:
             publishes=publishes,
         )
         self._channel = Channel(connection)
+        self._metrics = metrics = Metrics()
         self._began = self._doubt = self._republish = False
         try:
             connection.check_server(allow_eviction=allow_eviction)
             connection.load(SCRIPTS)
             self._epoch = self._roster.open(wire_format=FORMAT_VERSION, num_workers=num_workers)
             self._publisher = Publisher(
-                connection, keys, epoch=self._epoch, images=Images(run, host_cache_place(host_cache))
+                connection,
+                keys,
+                epoch=self._epoch,
+                images=Images(run, host_cache_place(host_cache)),
+                metrics=metrics,
             )
             self._holdings = Holdings(connection, keys, name=learner_name, epoch=self._epoch)
             self._commander = Commander(connection, keys, epoch=self._epoch)
@@ -234,6 +241,7 @@ class WorkerCommunicator:
             self._dead_letters,
             self._ownership,
             self._flow,
+            metrics,
             acknowledge=acknowledge,
             max_staleness=max_staleness,
             max_deliveries=max_deliveries,
@@ -241,6 +249,7 @@ class WorkerCommunicator:
             latest_version=lambda: self._publisher.latest_version,
             check=self._check,
         )
+        self._recorder = Recorder(keys, metrics, epoch=self._epoch, known=self._known)
         self._housekeeping_seconds = min(HOUSEKEEPING_SECONDS, forget_seconds / 2)
         self._next_housekeeping = Deadline(self._housekeeping_seconds)
         self._next_sign_of_life = Deadline(0)
@@ -521,19 +530,19 @@ class WorkerCommunicator:
             )
         ended = self._thread.stop(deadline.remaining)
         try:
-            if ended:
-                self._channel.close()
             if not deadline.over:
                 with within(deadline):
-                    self._closed = self._finish(deadline, acknowledge=acknowledge)
+                    self._closed = self._finish(deadline, acknowledge=acknowledge, ended=ended)
         except PeerError as error:
             logger.warning("cleanup of the run %r: %s", self.run, error)
         finally:
+            if ended:
+                self._channel.close()
             self._publisher.close()
             self._connection.close()
         return self._closed
 
-    def _finish(self, deadline: Deadline, *, acknowledge: bool) -> CleanupReport:
+    def _finish(self, deadline: Deadline, *, acknowledge: bool, ended: bool) -> CleanupReport:
         if acknowledge:
             self._collector.acknowledge_returned(deadline)
         workers = self._roster.ids()
@@ -542,6 +551,8 @@ class WorkerCommunicator:
         waiting = {worker: count.waiting for worker, count in counts.items()}
         commands = sum(self._commander.waiting().values())
         self._roster.close()
+        if ended:
+            self._record(last=True)
         return CleanupReport(waiting, self._holdings.counts(), commands)
 
     def _tell_what_was_there(self) -> None:
@@ -628,6 +639,7 @@ class WorkerCommunicator:
                 self._connection.load_missing(SCRIPTS)
                 self._republish |= self._roster.leads and self._publisher.outrun()
                 self._next_sign_of_life = Deadline(ALIVE_SECONDS)
+                self._record()
             self._ownership.renew(self._collector.sources)
             self._settle_for_a_while()
         except RunLost as error:
@@ -636,6 +648,24 @@ class WorkerCommunicator:
         if self._next_housekeeping.over:
             self._keep_house()
             self._next_housekeeping = Deadline(self._housekeeping_seconds)
+
+    def _record(self, *, last: bool = False) -> None:
+        """Take this second's sample of the run's history."""
+        if self._roster.leads:
+            self._recorder.record(self._channel, last=last)
+
+    def _known(self) -> Known:
+        delivered, lost = self._holdings.totals()
+        return Known(
+            version=self._publisher.latest_version,
+            alive=self._roster.alive,
+            away=self._roster.away,
+            everyone=self._roster.everyone,
+            in_hand=self._holdings.counts(),
+            delivered=delivered,
+            lost=lost,
+            missed=self._ledger.missed_versions,
+        )
 
     def _settle_for_a_while(self) -> None:
         workers = self._roster.ids()

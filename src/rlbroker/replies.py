@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Final
+
+#: As Python writes seconds; no more digits than make sense.
+_SECONDS: Final = re.compile(r"[0-9]{1,13}(\.[0-9]{1,17})?(e-[0-9]{2})?")
 
 
 def text_fields(reply: Any) -> dict[str, str]:
@@ -54,6 +58,11 @@ def server_seconds(reply: Any) -> float:
 def whole_number(text: str) -> int | None:
     """Give a number that a worker wrote; None for anything else, as workers are not trusted."""
     return int(text) if text.isdecimal() and len(text) < 20 else None
+
+
+def seconds_number(text: str) -> float | None:
+    """Give seconds that a worker wrote; None for anything else, as workers are not trusted."""
+    return float(text) if _SECONDS.fullmatch(text) else None
 
 
 def pending_count(reply: Any) -> int:

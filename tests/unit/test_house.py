@@ -18,11 +18,14 @@ ALLOWED = {
     "keys": {"config"},
     "records": {"errors"},
     "deadline": set(),
+    "metrics": set(),
     "replies": set(),
     "clients": {"config", "deadline", "errors"},
     "packing": set(),
     "connection": {"clients", "config", "deadline", "errors", "packing"},
     "background": {"deadline", "errors"},
+    "history": {"connection", "keys", "metrics", "replies"},
+    "recorder": {"connection", "deadline", "errors", "history", "keys", "metrics", "replies"},
     "wire": {"errors"},
     "local": {"config", "errors"},
 }
@@ -35,14 +38,15 @@ _BELOW = {
     "deadline",
     "replies",
     "keys",
+    "metrics",
     "records",
     "config",
     "errors",
 }
 ALLOWED |= dict.fromkeys(("weights", "experience", "control", "membership"), _BELOW)
-_ROOMS = set(ALLOWED) - {"local"}
+_ROOMS = set(ALLOWED) - {"local", "recorder"}
 ALLOWED |= {
-    "learner": _ROOMS,
+    "learner": _ROOMS | {"recorder"},
     "worker": _ROOMS,
     "observer": _ROOMS,
     "probe": _ROOMS | {"learner", "worker"},

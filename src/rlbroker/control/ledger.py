@@ -117,6 +117,11 @@ class Ledger:
             self._accounts.update(accounts)
             self._missed.extend(records)
 
+    @property
+    def missed_versions(self) -> int:
+        """Versions that were missed, summed over workers, as far as this learner has settled or remembers."""
+        return sum(sum(account.missed.values()) for account in list(self._accounts.values()))
+
     def wait(self, workers: Sequence[int], seconds: float) -> bool:
         """Wait until there is something to settle; give whether there is.
 

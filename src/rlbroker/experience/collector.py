@@ -19,6 +19,7 @@ from rlbroker.experience.holdings import Holdings, Source
 from rlbroker.experience.ownership import Ownership
 from rlbroker.experience.progress import Entry, Place, Stream, covers
 from rlbroker.keys import GROUP, Keys
+from rlbroker.metrics import Metrics
 from rlbroker.records import Batch
 from rlbroker.replies import consumer_pending, entry_place, pending_rows, stream_entries, text_fields
 from rlbroker.wire.message import decode
@@ -56,6 +57,7 @@ class Collector:
         dead_letters: DeadLetters,
         ownership: Ownership,
         flow: FlowControl,
+        metrics: Metrics,
         *,
         acknowledge: Acknowledge,
         max_staleness: int | None,
@@ -73,6 +75,7 @@ class Collector:
             dead_letters: where batches go that cannot be used.
             ownership: what other learners gave up.
             flow: how many batches may be handed out.
+            metrics: is told what was given out, and how long that took.
             acknowledge: `next` acknowledges what a call returned at the next call, `manual` when told.
             max_staleness: batches produced by older weights than this are counted and not given out.
             max_deliveries: how often a batch is handed out before it is called poison; None for ever.
@@ -89,7 +92,7 @@ class Collector:
         )
         self._workers, self._latest_version = workers, latest_version
         self._holdings, self._dead_letters, self._check = holdings, dead_letters, check
-        self._ownership, self._flow = ownership, flow
+        self._ownership, self._flow, self._metrics = ownership, flow, metrics
         self._reading = threading.Lock()
         #: By name, which is how marks call them. Those that are not on the server now are not watched.
         self._streams: dict[str, Stream] = {}
@@ -102,6 +105,8 @@ class Collector:
         self._recheck = Deadline(0)
         self._batch_bytes = float(FIRST_GUESS_BYTES)
         self._drained = False  #: whether the last read took all that was there
+        #: Of the present call.
+        self._decode_seconds = self._wait_seconds = 0.0
         self._busy = 1  #: streams that had something new at the last read
 
     def collect(self, *, timeout_seconds: float, max_batches: int | None) -> list[tuple[int, Batch]]:
@@ -119,6 +124,7 @@ class Collector:
             return []  # another thread waited all the time, and had the first claim
         try:
             self._began, self._drained = True, False
+            self._decode_seconds = self._wait_seconds = 0.0
             if self._read or self._flow.limits:
                 self._settle_returned()  # otherwise with the first read, in one round trip
             room = self._flow.wait(deadline.remaining)
@@ -128,11 +134,14 @@ class Collector:
                 return []
             self._watch_streams()
             taken: list[Entry] = []
+            found: list[tuple[int, Batch]] = []
             try:
                 found = self._gather(deadline, max_batches, taken)
             except BaseException:  # Ctrl-C too: what was taken must come with the next call
                 self._read.extendleft(entry for entry in reversed(taken) if self._is_held(entry))
                 raise
+            finally:
+                self._note(found)
             for entry in taken:
                 stream = self._streams[entry.source.name]
                 stream.handed_out = max(stream.handed_out, entry.place)
@@ -142,6 +151,19 @@ class Collector:
             return list(found)
         finally:
             self._reading.release()
+
+    def _note(self, found: Sequence[tuple[int, Batch]]) -> None:
+        """Tell in one go what this call gave out."""
+        batches = [batch for _, batch in found]
+        self._metrics.add_all(
+            [batch.staleness for batch in batches],
+            collected=len(batches),
+            rows=sum(batch.rows for batch in batches),
+            collected_raw_bytes=sum(batch.raw_bytes for batch in batches),
+            collected_stored_bytes=sum(batch.stored_bytes for batch in batches),
+            decode_seconds=self._decode_seconds,
+            wait_seconds=self._wait_seconds,
+        )
 
     def acknowledge(self, pairs: Sequence[tuple[int, Batch]], deadline: Deadline | None = None) -> int:
         """Let the server forget batches that the learner is done with; give how many it still had.
@@ -233,7 +255,13 @@ class Collector:
                 self._check()
                 wait = not found and not deadline.over
                 missing = None if max_batches is None else max_batches - len(found)
-                if not self._fill(missing, deadline if wait else None):
+                began = time.perf_counter()
+                try:
+                    filled = self._fill(missing, deadline if wait else None)
+                finally:
+                    if wait:
+                        self._wait_seconds += time.perf_counter() - began
+                if not filled:
                     if not wait:
                         break
                     self._watch_streams()
@@ -447,7 +475,11 @@ class Collector:
         return False
 
     def _decode(self, entry: Entry, fields: Mapping[bytes, bytes]) -> Batch:
-        content = decode(fields[b"data"])
+        began = time.perf_counter()
+        try:
+            content = decode(fields[b"data"])
+        finally:
+            self._decode_seconds += time.perf_counter() - began
         if not isinstance(content, dict):
             raise WireError("a batch must be a dictionary")
         batch = Batch(content)

@@ -30,6 +30,10 @@ COUNTED = (
     "retried_poison",
 )
 
+#: Of these, and of what workers count, the reasons why a batch is not delivered.
+LOST_HERE = ("stale", "corrupt", "poison", "trimmed")
+LOST_AT_WORKERS = ("dropped_oldest", "dropped_newest", "stopped", "fenced")
+
 #: The worker may write to its counts, whatever it likes: what is no hash goes.
 ONLY_COUNTS = """
     local kind = redis.call('TYPE', KEYS[2])['ok']
@@ -236,6 +240,24 @@ class Holdings:
             for source, entries in self._held.items():
                 found[source.worker_id] = found.get(source.worker_id, 0) + len(entries)
         return found
+
+    def totals(self) -> tuple[int, int]:
+        """Give how many batches of the run were delivered, and how many were lost, as far as is known here.
+
+        What workers and other learners count is as old as the last `remember`.
+        """
+        delivered = lost = 0
+        with self._lock:
+            for counted in self._counted.values():
+                delivered += counted["delivered"]
+                lost += sum(counted[reason] for reason in LOST_HERE)
+                for reason in ("corrupt", "poison"):  # what was tried again is no longer lost
+                    lost -= min(counted[reason], counted[f"retried_{reason}"])
+            for others in self._others.values():
+                lost += sum(
+                    number for name, number in others.items() if name.partition(":")[0] in LOST_AT_WORKERS
+                )
+        return delivered, lost
 
     def held(self, source: Source) -> list[str]:
         """Give the ids of the entries of one stream that are held."""

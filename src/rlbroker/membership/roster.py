@@ -154,6 +154,7 @@ class Roster:
         self._facts: dict[str, str | int] = {}
         self._incarnations: dict[str, str] = {}
         self._members: list[str] = []
+        self._alive: frozenset[int] = frozenset()
         #: Members that were written back and not heard of since: when that was, in the server's milliseconds.
         self._awaited: dict[int, int] = {}
         self._leading = 0  #: the newest epoch that was seen to lead
@@ -209,7 +210,7 @@ class Roster:
                 ("TIME",),
                 ("HMGET", self._keys.meta, f"learner:{self._name}", "epoch"),
                 ("HGETALL", self._keys.incarnations),
-                ("ZRANGE", self._keys.members, 0, -1),
+                ("ZRANGE", self._keys.members, 0, -1, "WITHSCORES"),
             ],
             strict=True,
         )
@@ -228,7 +229,10 @@ class Roster:
             self._leading = leading
         self.leads = leading == self.epoch
         self._incarnations = text_fields(incarnations)
-        self._members = [member.decode() for member in members]
+        seen_at = scored_members(members)
+        self._members = list(seen_at)
+        limit = (server_seconds(clock) - self._settings.lease_seconds) * 1000
+        self._alive = frozenset(int(worker) for worker, score in seen_at.items() if score > limit)
         seen = {f"seen:{self._name}": f"{server_seconds(clock):.3f}"}
         if self.leads:
             seen["learner_seen"] = f"{server_seconds(clock):.3f}"
@@ -248,6 +252,21 @@ class Roster:
         keys = (self._keys.meta, self._keys.incarnations, self._keys.members)
         now, *lost = self._connection.run(RESTORE_RUN, keys, (*arguments, *flat(self._facts)))
         self._awaited |= dict.fromkeys(map(int, lost), int(now))
+
+    @property
+    def alive(self) -> frozenset[int]:
+        """Members that `say_alive` last saw within their lease."""
+        return self._alive
+
+    @property
+    def away(self) -> frozenset[int]:
+        """Members that it did not."""
+        return frozenset(map(int, self._members)) - self._alive
+
+    @property
+    def everyone(self) -> frozenset[int]:
+        """Whoever ever took part, as it last saw."""
+        return frozenset(map(int, self._incarnations))
 
     def ids(self) -> list[int]:
         """Give every worker id that the run ever had, in order."""

@@ -22,6 +22,7 @@ from rlbroker.connection import LEADER_ONLY, Channel, Connection, Script, flat
 from rlbroker.deadline import Deadline
 from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, ServerOutOfMemory
 from rlbroker.keys import Keys
+from rlbroker.metrics import Metrics
 from rlbroker.records import Published, PublishReceipt
 from rlbroker.replies import text_fields, whole_number
 from rlbroker.weights.images import Bytes, Draft, Image, Images
@@ -99,6 +100,7 @@ class Publisher:
         *,
         epoch: int,
         images: Images | None = None,
+        metrics: Metrics | None = None,
         segment_bytes: int = SEGMENT_BYTES,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
@@ -109,6 +111,7 @@ class Publisher:
             keys: names of the run's keys.
             epoch: the learner's epoch; a newer one fences this.
             images: where images are kept; in our own memory by default.
+            metrics: is told what was published, and how long that took.
             segment_bytes: raw bytes that are compressed as one.
             chunk_bytes: a chunk is closed once it holds this much.
 
@@ -118,6 +121,7 @@ class Publisher:
         self._connection, self._keys, self._epoch = connection, keys, epoch
         self._segment_bytes, self._chunk_bytes = segment_bytes, chunk_bytes
         self._images = images or Images(keys.run, None)
+        self._metrics = metrics or Metrics()
         self._staging = Staging()
         self._lock = threading.Lock()
         #: What was sent last without waiting.
@@ -132,7 +136,11 @@ class Publisher:
         self._channel = Channel(connection)
         self._retention = Retention(connection, keys)
         self._uploader = Uploader(
-            connection, keys, chunk_bytes=chunk_bytes, make_room=self._retention.make_room
+            connection,
+            keys,
+            chunk_bytes=chunk_bytes,
+            make_room=self._retention.make_room,
+            metrics=self._metrics,
         )
         self._latest: Pointer | None = None
         self._published: dict[int, float] = {}
@@ -294,6 +302,7 @@ class Publisher:
         except BaseException:
             draft.abandon()
             raise
+        self._metrics.add("publish_seconds", time.monotonic() - began)
         try:
             self._retention.tidy()
         except PeerError as error:  # the version is out; what is left to do is done later
@@ -303,7 +312,7 @@ class Publisher:
             kind=pointer.kind,
             base=pointer.latest.base,
             raw_bytes=pointer.raw_bytes,
-            stored_bytes=sum(form.stored_bytes for form in pointer.new_forms),
+            stored_bytes=_stored_bytes(pointer),
             chunks=pointer.latest.chunks,
             seconds=time.monotonic() - began,
         )
@@ -387,6 +396,11 @@ class Publisher:
         self._adopt(pointer)
         self._unsure = None
         self._held = held.numbered(pointer.version)
+        self._metrics.add_all(
+            published=1,
+            published_raw_bytes=pointer.raw_bytes,
+            published_stored_bytes=_stored_bytes(pointer),
+        )
         return pointer
 
     def _discard(self, pointer: Pointer) -> None:
@@ -471,6 +485,11 @@ class Publisher:
 
     def _read_pointer(self) -> Pointer | None:
         return Pointer.from_fields(text_fields(self._connection.execute("HGETALL", self._keys.weights)))
+
+
+def _stored_bytes(pointer: Pointer) -> int:
+    """Give what a version took to store: as a difference, as a whole, or both."""
+    return sum(form.stored_bytes for form in pointer.new_forms)
 
 
 def _wait_for(work: Future[Any], timeout_seconds: float | None = None) -> None:

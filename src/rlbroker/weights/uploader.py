@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from rlbroker.connection import Connection
 from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, PeerError, ServerOutOfMemory
 from rlbroker.keys import Keys
+from rlbroker.metrics import Metrics
 from rlbroker.weights.chunks import ChunkWriter, Patience
 from rlbroker.weights.pointer import Form, digest_of
 from rlbroker.wire.format import StoredSegment
@@ -114,7 +116,13 @@ class Uploader:
     """Stores images in chunks. Not safe to use from several threads at once."""
 
     def __init__(
-        self, connection: Connection, keys: Keys, *, chunk_bytes: int, make_room: Callable[[], bool]
+        self,
+        connection: Connection,
+        keys: Keys,
+        *,
+        chunk_bytes: int,
+        make_room: Callable[[], bool],
+        metrics: Metrics,
     ) -> None:
         """Prepare an uploader.
 
@@ -123,8 +131,9 @@ class Uploader:
             keys: names of the run's keys.
             chunk_bytes: a chunk is closed once it holds this much.
             make_room: called when the server is full; gives whether it has deleted something.
+            metrics: is told how long encoding and sending took.
         """
-        self._connection, self._keys = connection, keys
+        self._connection, self._keys, self._metrics = connection, keys, metrics
         self._chunk_bytes, self._make_room = chunk_bytes, make_room
         self._writer = ChunkWriter(connection)
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="rlbroker-encode")
@@ -141,7 +150,7 @@ class Uploader:
         count = plan.segment_count
         step = max(1, count // _TRIED_SEGMENTS)
         tried = {
-            index: self._pool.submit(_encode, plan, image, base, True, index)
+            index: self._pool.submit(self._encode, plan, image, base, True, index)
             for index in range(step // 2, count, step)
         }
         found = {index: future.result() for index, future in tried.items()}
@@ -178,7 +187,7 @@ class Uploader:
             PeerError: the server refused, or could not be reached in time.
         """
         made = _Made(self._keys, upload, plan, self._chunk_bytes)
-        ahead = self._encoded(plan, partial(_encode, plan, image, base, compression), encoded or {})
+        ahead = self._encoded(plan, partial(self._encode, plan, image, base, compression), encoded or {})
         try:
             with closing(ahead):
                 self._send(made.chunks(ahead), deadline)
@@ -218,10 +227,21 @@ class Uploader:
                 if isinstance(future, Future):
                     future.cancel()
 
+    def _encode(
+        self, plan: ImagePlan, image: NDArray[np.uint8], base: Base | None, compression: bool, index: int
+    ) -> EncodedSegment:
+        with self._metrics.timed("encode_seconds"):
+            if base is None:
+                return plan.encode_segment(index, image, compression=compression)
+            return plan.encode_segment(
+                index, image, compression=compression, base=base.image, base_digest=base.digests[index]
+            )
+
     def _send(self, chunks: Iterator[Chunk], deadline: Deadline | None) -> None:
         """Store chunks; once a server that went away answers again, go on with the first that may be missing."""
         unconfirmed: deque[Chunk] = deque()
         confirmed = 0
+        began, encoding_seconds = time.perf_counter(), 0.0
 
         def forget_confirmed() -> None:
             nonlocal confirmed
@@ -230,34 +250,33 @@ class Uploader:
                 confirmed += 1
 
         def noted() -> Iterator[Chunk]:
-            for chunk in chunks:
+            nonlocal encoding_seconds
+            while True:
+                asked = time.perf_counter()
+                chunk = next(chunks, None)
+                encoding_seconds += time.perf_counter() - asked
+                if chunk is None:
+                    return
                 forget_confirmed()
                 unconfirmed.append(chunk)
                 yield chunk
 
         fresh, patience = noted(), Patience(self._connection, deadline)
-        while True:
-            try:
-                self._writer.write(chain(list(unconfirmed), fresh), expire_seconds=UNCOMMITTED_SECONDS)
-                return
-            except ServerOutOfMemory:
-                forget_confirmed()
-                if not self._make_room():
-                    raise
-            except ConnectionFailed as fault:
-                forget_confirmed()
-                patience.outlast(fault, moved=confirmed > 0)
-            confirmed = 0
-
-
-def _encode(
-    plan: ImagePlan, image: NDArray[np.uint8], base: Base | None, compression: bool, index: int
-) -> EncodedSegment:
-    if base is None:
-        return plan.encode_segment(index, image, compression=compression)
-    return plan.encode_segment(
-        index, image, compression=compression, base=base.image, base_digest=base.digests[index]
-    )
+        try:
+            while True:
+                try:
+                    self._writer.write(chain(list(unconfirmed), fresh), expire_seconds=UNCOMMITTED_SECONDS)
+                    return
+                except ServerOutOfMemory:
+                    forget_confirmed()
+                    if not self._make_room():
+                        raise
+                except ConnectionFailed as fault:
+                    forget_confirmed()
+                    patience.outlast(fault, moved=confirmed > 0)
+                confirmed = 0
+        finally:
+            self._metrics.add("send_seconds", time.perf_counter() - began - encoding_seconds)
 
 
 def _result(one: Future[EncodedSegment] | EncodedSegment) -> EncodedSegment:
