@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, get_args
@@ -47,6 +47,7 @@ from rlbroker.metrics import Metrics
 from rlbroker.recorder import Known, Recorder
 from rlbroker.records import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
 from rlbroker.replies import entry_id
+from rlbroker.scalars import ScalarLog, SummaryWriter
 from rlbroker.weights.images import Images
 from rlbroker.weights.publisher import COMMIT, Publisher
 from rlbroker.wire.version import FORMAT_VERSION
@@ -250,6 +251,7 @@ class WorkerCommunicator:
             check=self._check,
         )
         self._recorder = Recorder(keys, metrics, epoch=self._epoch, known=self._known)
+        self._logs: list[ScalarLog] = []
         self._housekeeping_seconds = min(HOUSEKEEPING_SECONDS, forget_seconds / 2)
         self._next_housekeeping = Deadline(self._housekeeping_seconds)
         self._next_sign_of_life = Deadline(0)
@@ -486,6 +488,40 @@ class WorkerCommunicator:
                 workers, latest_version=self.version, published=self._publisher.published
             )
 
+    def log_to(
+        self,
+        writer: SummaryWriter,
+        *,
+        step: Callable[[], int] | None = None,
+        every_seconds: float = 10.0,
+    ) -> None:
+        """Write the figures of this learner with TensorBoard's `SummaryWriter`, or anything that has `add_scalar`.
+
+        In the background, until `cleanup`. An error of the writer's ends that, is logged, and harms nothing else.
+        `rlbroker.scalars.TAGS` lists what is written; tags begin with `rlbroker/`.
+
+        Args:
+            writer: `add_scalar(tag, value, step)` is called in a thread of ours, but not after `cleanup`.
+            step: gives the training step that figures belong to, and is called in that thread too; by default rows
+                collected so far.
+            every_seconds: how often; each second at most.
+
+        Raises:
+            InvalidArgument: the writer has no `add_scalar`, or `step` cannot be called.
+        """
+        self._check()
+        if not callable(getattr(writer, "add_scalar", None)):
+            raise InvalidArgument(
+                f"log_to takes a writer that has add_scalar, such as TensorBoard's SummaryWriter; got "
+                f"{type(writer).__name__}"
+            )
+        if step is not None and not callable(step):
+            raise InvalidArgument(
+                f"step must be a function that gives the training step; got {type(step).__name__}"
+            )
+        every_seconds = positive_seconds("every_seconds", every_seconds)
+        self._logs.append(ScalarLog(writer, step=step, every_seconds=every_seconds))
+
     def get_queue_info(self) -> dict[str, Any]:
         """Give sizes as Redis has them.
 
@@ -529,6 +565,8 @@ class WorkerCommunicator:
                 "cleanup of the run %r: the last weights are not out yet, and may not get there", self.run
             )
         ended = self._thread.stop(deadline.remaining)
+        for log in self._logs:
+            log.end(deadline.remaining)
         try:
             if not deadline.over:
                 with within(deadline):
@@ -651,8 +689,11 @@ class WorkerCommunicator:
 
     def _record(self, *, last: bool = False) -> None:
         """Take this second's sample of the run's history."""
-        if self._roster.leads:
-            self._recorder.record(self._channel, last=last)
+        if self._roster.leads or self._logs:
+            sample = self._recorder.record(self._channel, write=self._roster.leads, last=last)
+            if sample is not None:
+                for log in self._logs:
+                    log.offer(sample)
 
     def _known(self) -> Known:
         delivered, lost = self._holdings.totals()

@@ -165,9 +165,8 @@ class Recorder:
             # What it waited before this learner began is none of its figures.
             known = 0.0 if self._began else seconds
             waits = self._waits[worker] = _Waits(incarnation, known, waits.since if waits else at)
-        grown = seconds - waits.seconds
-        if grown:
-            self._room_seconds += min(max(0.0, grown), max(0.0, at - waits.since) + _SLACK_SECONDS)
+        if seconds > waits.seconds:
+            self._room_seconds += min(seconds - waits.seconds, max(0.0, at - waits.since) + _SLACK_SECONDS)
             waits.seconds, waits.since = seconds, at
 
     def _write(self, channel: Channel, sample: Sample, *, last: bool) -> None:

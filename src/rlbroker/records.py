@@ -230,6 +230,12 @@ class WorkerInfo:
         last_seen_seconds: age of its last heartbeat, by the server's clock.
         sent: batches that it says it sent in this life.
         problem: what keeps it from applying the newest weights, if anything does.
+        room_seconds: in which `send_experiences` waited in this life for room in a full queue, as it says.
+        unpolled_seconds: since it was last in `poll` or `load_weights` when it was last heard of; 0 while it was. A
+            worker that does not poll obeys no command and runs old weights.
+        fenced_process: host and pid of another process that had this worker's id and was turned away when it spoke
+            last; empty if none did since this one registered. Two processes of one id are a mistake in starting them.
+        fenced_seconds: how long ago that was.
     """
 
     worker_id: int

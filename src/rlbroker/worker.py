@@ -27,6 +27,7 @@ from rlbroker.deadline import Deadline, within
 from rlbroker.errors import Closed, DeadlineExceeded, InvalidArgument, PeerError, UnsupportedType
 from rlbroker.experience.sender import Sender
 from rlbroker.keys import Keys
+from rlbroker.membership.attention import Attention
 from rlbroker.membership.heartbeat import Heartbeat
 from rlbroker.records import SendReceipt
 from rlbroker.weights.images import Images
@@ -106,6 +107,7 @@ class WorkerClient:
         self._handlers: dict[str, Handler] = {}
         #: Held while commands are obeyed and weights applied, so that both keep their order.
         self._applying = threading.RLock()
+        self._attention = Attention()
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
         self._keep_dtype = keep_dtype
         self._subscriber = Subscriber(connection, keys, Images(run, place))
@@ -216,35 +218,8 @@ class WorkerClient:
             DeadlineExceeded: no weights came in time.
             PeerError: a newer process has this worker id, or the server refused.
         """
-        self._check()
-        check_target(model)
-        deadline = Deadline(positive_seconds("timeout", timeout))
-        with within(deadline):
-            latest = self._subscriber.read_latest()
-        if (
-            latest and not self._subscriber.ready
-        ):  # taken before: for another model, or one that it did not fit
-            self._subscriber.fetch_again()
-        loaded, waiting = False, list[Update]()
-        while self.running:
-            with self._applying:
-                waiting = only_newest(waiting + self._subscriber.take(min(LOOK_SECONDS, deadline.remaining)))
-                # An older version is only good for a model if the latest does not come: it may have another shape.
-                if deadline.over or self._subscriber.has_handled(latest):
-                    loaded |= self._apply(waiting, model, again=True)
-                    waiting = []
-            if loaded:
-                break
-            self._obey_waiting(deadline)
-            self._check()
-            if deadline.over:
-                waits = "is its learner running, and has it published?"
-                problem = self._subscriber.problem or waits
-                raise DeadlineExceeded(
-                    f"no weights came in the run {self.run!r} on {self._connection.address} within {timeout:g} s: "
-                    f"{problem}"
-                )
-        return self._version
+        with self._attention:
+            return self._load_weights(model, timeout)
 
     def poll(self, model: Any = None) -> bool:
         """Obey the commands that came, and load the newest weights if there are any; cheap otherwise.
@@ -264,14 +239,15 @@ class WorkerClient:
             Fenced: a newer process has this worker id.
             PeerError: something else that waiting does not mend.
         """
-        self._check()
-        if self._inbox.waiting or self.paused:
-            self._obey_waiting()
-        if model is None or not self._subscriber.ready or not self.running:
-            return False
-        check_target(model)
-        with self._applying:
-            return self._apply(self._subscriber.take(), model)
+        with self._attention:
+            self._check()
+            if self._inbox.waiting or self.paused:
+                self._obey_waiting()
+            if model is None or not self._subscriber.ready or not self.running:
+                return False
+            check_target(model)
+            with self._applying:
+                return self._apply(self._subscriber.take(), model)
 
     def send_experiences(self, batch: Mapping[str, Any], timeout: float | None = None) -> SendReceipt:
         """Send one batch, tagged with the applied version; once this returns, the server has it.
@@ -352,12 +328,16 @@ class WorkerClient:
 
     def _finish(self, deadline: Deadline) -> None:
         assert self._sender is not None
-        self._sender.close(deadline)
-        self._inbox.stop(deadline.remaining)
-        if deadline.over:
-            logger.warning("the server did not answer in time; worker %d leaves unnoticed", self.worker_id)
-        else:
-            self._heartbeat.leave(deadline.remaining)
+        try:
+            self._sender.close(deadline)
+            self._inbox.stop(deadline.remaining)
+        finally:  # one that was replaced says so too: the run then knows that there are two of it
+            if deadline.over:
+                logger.warning(
+                    "the server did not answer in time; worker %d leaves unnoticed", self.worker_id
+                )
+            else:
+                self._heartbeat.leave(deadline.remaining)
 
     def _tend(self, returned: bool) -> None:
         """Look after what is under way; called with each heartbeat."""
@@ -388,9 +368,42 @@ class WorkerClient:
             "version": self._version,
             "sent": self._sender.sent if self._sender else 0,
             "problem": self._subscriber.problem or self._misfit,
+            "room_seconds": f"{self._sender.room_seconds if self._sender else 0.0:.3f}",
+            "unpolled_seconds": f"{self._attention.absent_seconds:.3f}",
         }
 
     # Weights
+
+    def _load_weights(self, model: Any, timeout: float) -> int:
+        self._check()
+        check_target(model)
+        deadline = Deadline(positive_seconds("timeout", timeout))
+        with within(deadline):
+            latest = self._subscriber.read_latest()
+        if (
+            latest and not self._subscriber.ready
+        ):  # taken before: for another model, or one that it did not fit
+            self._subscriber.fetch_again()
+        loaded, waiting = False, list[Update]()
+        while self.running:
+            with self._applying:
+                waiting = only_newest(waiting + self._subscriber.take(min(LOOK_SECONDS, deadline.remaining)))
+                # An older version is only good for a model if the latest does not come: it may have another shape.
+                if deadline.over or self._subscriber.has_handled(latest):
+                    loaded |= self._apply(waiting, model, again=True)
+                    waiting = []
+            if loaded:
+                break
+            self._obey_waiting(deadline)
+            self._check()
+            if deadline.over:
+                waits = "is its learner running, and has it published?"
+                problem = self._subscriber.problem or waits
+                raise DeadlineExceeded(
+                    f"no weights came in the run {self.run!r} on {self._connection.address} within {timeout:g} s: "
+                    f"{problem}"
+                )
+        return self._version
 
     def _apply(self, updates: list[Update], model: Any, *, again: bool = False) -> bool:
         loaded = False

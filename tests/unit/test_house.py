@@ -26,6 +26,7 @@ ALLOWED = {
     "background": {"deadline", "errors"},
     "history": {"connection", "keys", "metrics", "replies"},
     "recorder": {"connection", "deadline", "errors", "history", "keys", "metrics", "replies"},
+    "scalars": {"history"},
     "wire": {"errors"},
     "local": {"config", "errors"},
 }
@@ -44,9 +45,9 @@ _BELOW = {
     "errors",
 }
 ALLOWED |= dict.fromkeys(("weights", "experience", "control", "membership"), _BELOW)
-_ROOMS = set(ALLOWED) - {"local", "recorder"}
+_ROOMS = set(ALLOWED) - {"local", "recorder", "scalars"}
 ALLOWED |= {
-    "learner": _ROOMS | {"recorder"},
+    "learner": _ROOMS | {"recorder", "scalars"},
     "worker": _ROOMS,
     "observer": _ROOMS,
     "probe": _ROOMS | {"learner", "worker"},

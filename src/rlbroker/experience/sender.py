@@ -98,6 +98,8 @@ class Sender:
         # What was seen at the last look, plus everything sent since.
         self._total_bytes = self._held_bytes = 0
         self._waiting = self._in_hand = 0
+        self._room_seconds = 0.0
+        self._room_wanted: float | None = None  #: since when it waits for room, if it does
         self._do(self._look)
         self._check_level()
 
@@ -105,6 +107,12 @@ class Sender:
     def sent(self) -> int:
         """Batches that this life of the worker has numbered."""
         return self._sequence
+
+    @property
+    def room_seconds(self) -> float:
+        """Seconds in which this life has waited for room in a full queue, until now."""
+        so_far, since = self._room_seconds, self._room_wanted  # in this order it is never too much
+        return so_far + (time.monotonic() - since if since is not None else 0.0)
 
     @property
     def unsafe(self) -> int:
@@ -452,10 +460,20 @@ class Sender:
             self._do(self._look, deadline)
             # What the learner has in its hands cannot be dropped, so there may still be no room.
             return "" if self._fits(size, settings) else "dropped_newest", dropped
+        if when_full == "drop_newest" and not self._fits(size, settings):
+            return "dropped_newest", 0
+        self._room_wanted = time.monotonic()
+        try:
+            return self._wait_for_room(size, settings, deadline, stopped)
+        finally:
+            waited, self._room_wanted = self.room_seconds, None
+            self._room_seconds = waited
+
+    def _wait_for_room(
+        self, size: int, settings: RunSettings, deadline: Deadline, stopped: Callable[[], bool]
+    ) -> tuple[str, int]:
         backoff = Backoff(first=0.001, longest=LONGEST_LOOK_SECONDS)
         while not self._fits(size, settings):
-            if when_full == "drop_newest":
-                return "dropped_newest", 0
             if stopped():
                 return "stopped", 0
             if deadline.over:

@@ -14,7 +14,7 @@ from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, fla
 from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import DeadlineExceeded, IncompatibleFormat, RunLost
 from rlbroker.keys import Keys
-from rlbroker.membership.lives import ANNOUNCE, HEARD_OF, NEXT_LIFE
+from rlbroker.membership.lives import ANNOUNCE, HEARD_OF, NEXT_LIFE, NOTE_FENCED
 from rlbroker.records import Registration
 from rlbroker.replies import text_fields
 
@@ -103,9 +103,15 @@ REJOIN = Script(
 
 BEAT = Script(
     "beat",
-    f"""
+    NOTE_FENCED
+    + f"""
     -- KEYS: incarnations, members, the worker's heartbeat
-    -- ARGV: worker id, incarnation, token of its registration, lifetime in milliseconds, then field and value pairs
+    -- ARGV: worker id, incarnation, token of its registration, lifetime in milliseconds, the process as host:pid,
+    --       then field and value pairs
+    local there = redis.call('HGET', KEYS[1], ARGV[1])
+    if (tonumber(there or '0') or 0) > tonumber(ARGV[2]) then
+      note_fenced(KEYS[2], KEYS[3], ARGV[1], there, ARGV[5])
+    end
     {ALSO_WHEN_FULL}
     {_ONLY_NEWEST}
     -- The learner writes back who took part, but no token: only the worker itself knows what else is missing.
@@ -115,7 +121,7 @@ BEAT = Script(
     end
     local time = redis.call('TIME')
     redis.call('ZADD', KEYS[2], string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)), ARGV[1])
-    redis.call('HSET', KEYS[3], 'incarnation', ARGV[2], unpack(ARGV, 5))
+    redis.call('HSET', KEYS[3], 'incarnation', ARGV[2], unpack(ARGV, 6))
     redis.call('PEXPIRE', KEYS[3], ARGV[4])
     return 1
     """,
@@ -124,10 +130,15 @@ BEAT = Script(
 LEAVE = Script(
     "leave",
     NEXT_LIFE
+    + NOTE_FENCED
     + """
     -- KEYS: incarnations, members, the worker's heartbeat, its acknowledgements, weights
-    -- ARGV: worker id, incarnation
-    if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] or redis.call('ZREM', KEYS[2], ARGV[1]) == 0 then
+    -- ARGV: worker id, incarnation, the process as host:pid
+    local newest = redis.call('HGET', KEYS[1], ARGV[1])
+    if (tonumber(newest or '0') or 0) > tonumber(ARGV[2]) then
+      note_fenced(KEYS[2], KEYS[3], ARGV[1], newest, ARGV[3])
+    end
+    if newest ~= ARGV[2] or redis.call('ZREM', KEYS[2], ARGV[1]) == 0 then
       return 0
     end
     redis.call('DEL', KEYS[3])
@@ -172,6 +183,7 @@ class Heartbeat:
         self._thread = Background(f"heartbeat in {keys.run!r}", self._step)
         self.registration = Registration(0, 0, 0, "0-0")
         self._token = ""
+        self._host, self._pid = socket.gethostname(), os.getpid()
 
     def register(self, worker_id: int | None) -> Registration:
         """Become a member under this id, or under the lowest free one.
@@ -259,9 +271,8 @@ class Heartbeat:
             self._keys.acknowledgements(worker),
             self._keys.weights,
         )
-        self._connection.run(
-            LEAVE, keys, (worker, self.registration.incarnation), deadline=Deadline(timeout_seconds)
-        )
+        arguments = (worker, self.registration.incarnation, self._process)
+        self._connection.run(LEAVE, keys, arguments, deadline=Deadline(timeout_seconds))
 
     def _claim(self, worker: int, *, only_if_free: bool) -> Registration | None:
         keys = (
@@ -302,6 +313,10 @@ class Heartbeat:
         raise DeadlineExceeded(f"no free worker id was found in the run {self._keys.run!r}")
 
     @property
+    def _process(self) -> str:
+        return f"{self._host}:{self._pid}"
+
+    @property
     def _lease_seconds(self) -> float:
         return (self._settings or RunSettings()).lease_seconds
 
@@ -323,10 +338,10 @@ class Heartbeat:
             self._come_back()
         self._began = True
         worker = self.registration.worker_id
-        facts: dict[str, str | int] = {"host": socket.gethostname(), "pid": os.getpid(), **self._describe()}
+        facts: dict[str, str | int] = {"host": self._host, "pid": self._pid, **self._describe()}
         keys = (self._keys.incarnations, self._keys.members, self._keys.heartbeat(worker))
         life = self.registration.incarnation
-        arguments = (worker, life, self._token, self._lifetime_milliseconds, *flat(facts))
+        arguments = (worker, life, self._token, self._lifetime_milliseconds, self._process, *flat(facts))
         try:
             self._channel.run(BEAT, keys, arguments)
         except RunLost:

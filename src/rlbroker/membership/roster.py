@@ -14,12 +14,15 @@ from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
 from rlbroker.keys import Keys
 from rlbroker.membership.lives import ANNOUNCE, HEARD_OF, NEXT_LIFE
 from rlbroker.records import WorkerInfo
-from rlbroker.replies import scored_members, server_seconds, text_fields, whole_number
+from rlbroker.replies import scored_members, seconds_number, server_seconds, text_fields, whole_number
 
 logger = logging.getLogger("rlbroker")
 
 #: After a loss a worker is expected back within its lease, or this if it is longer: until it notices, and is heard.
 BACK_SECONDS = 10.0
+
+#: Characters that are kept of the name of a process, which workers write.
+PROCESS_KEPT = 300
 
 OPEN = Script(
     "open",
@@ -290,6 +293,7 @@ class Roster:
         for (worker, last_seen), beat in zip(seen.items(), beats, strict=True):
             said = text_fields(beat)
             version, silent_seconds = _number(said, "version"), max(0.0, now - last_seen)
+            fenced_at = _seconds(said, "fenced_at")
             found.append(
                 WorkerInfo(
                     worker_id=worker,
@@ -302,6 +306,10 @@ class Roster:
                     last_seen_seconds=silent_seconds,
                     sent=_number(said, "sent"),
                     problem=said.get("problem", ""),
+                    room_seconds=_seconds(said, "room_seconds") or 0.0,
+                    unpolled_seconds=_seconds(said, "unpolled_seconds") or 0.0,
+                    fenced_process=said.get("fenced_process", "")[:PROCESS_KEPT],
+                    fenced_seconds=None if fenced_at is None else max(0.0, now - fenced_at),
                 )
             )
         return sorted(found, key=lambda info: info.worker_id)
@@ -337,6 +345,11 @@ class Roster:
             ]
         )
         return [worker for worker, struck in zip(to_strike, gone, strict=True) if struck]
+
+
+def _seconds(said: Mapping[str, str], name: str) -> float | None:
+    """Give seconds that a worker wrote of itself; None for anything else, as older releases do not write all."""
+    return seconds_number(said.get(name, ""))
 
 
 def _number(said: Mapping[str, str], name: str) -> int:
