@@ -34,6 +34,7 @@ from rlbroker.errors import (
 )
 from rlbroker.packing import Argument as Argument
 from rlbroker.packing import Pieces, packed
+from rlbroker.refusals import refused
 
 logger = logging.getLogger("rlbroker")
 
@@ -142,6 +143,8 @@ class Connection:
                 "as the background waits on some of them"
             )
         stall = stall_seconds(self.timeout_seconds)
+        #: Who this is to the server, as far as it was said.
+        self.user = str(pool.connection_kwargs.get("username") or "default")
         #: How long a connection may be silent with an answer due.
         self.socket_seconds = min(stall, float(pool.connection_kwargs.get("socket_timeout") or stall))
         self._given = client  # a pool of Sentinel's is only remembered weakly by its connections
@@ -183,7 +186,7 @@ class Connection:
         Raises:
             PeerError: the server refused or could not be reached.
         """
-        return self._translated(lambda: self._send(*command, **_options(command)))
+        return self._translated(lambda: self._send(*command, **_options(command)), command)
 
     def run(
         self,
@@ -360,7 +363,7 @@ class Connection:
         """Close the connections that nobody uses: what broke one of them has broken the others too."""
         self.client.connection_pool.disconnect(inuse_connections=False)
 
-    def _translated(self, operation: Callable[[], Result]) -> Result:
+    def _translated(self, operation: Callable[[], Result], command: Sequence[Argument] = ()) -> Result:
         self.check_process()
         try:
             try:
@@ -370,7 +373,7 @@ class Connection:
                     self._load_known(script)
                 result = operation()
         except redis_errors.RedisError as error:
-            ours = self.ours(error)
+            ours = self.ours(error, command)
             if isinstance(ours, ConnectionFailed):
                 self.drop_idle()
             raise ours from error
@@ -387,15 +390,20 @@ class Connection:
         """Be told that the server has answered this user."""
         self._worked, self._refused = True, None
 
-    def ours(self, error: redis_errors.RedisError) -> PeerError:
-        """Give our error for one of redis-py's; a user that was accepted before is refused only after a while."""
+    def ours(self, error: redis_errors.RedisError, command: Sequence[Argument | Pieces] = ()) -> PeerError:
+        """Give our error for one of redis-py's; a user that was accepted before is refused only after a while.
+
+        Args:
+            error: what redis-py raised.
+            command: what was sent; a server that refuses a key does not say which.
+        """
         if self._worked and _is_refusal(error):
             self._refused = self._refused or Deadline(REFUSED_SECONDS)
             if not self._refused.over:
                 return ConnectionFailed(
                     f"{self.address} does not accept this user any more: {error}; was it restarted?"
                 )
-        ours = translated(error, self.address)
+        ours = translated(error, self.address, command=command, user=self.user)
         if self._hint and not self._worked and isinstance(ours, ConnectionFailed):
             return ConnectionFailed(f"{ours}{self._hint}")
         return ours
@@ -469,7 +477,7 @@ class Channel:
             ConnectionFailed: the connection broke; what was done is not known.
         """
         self.send(commands)
-        results = self.receive(len(commands))
+        results = self.receive(len(commands), commands)
         if strict:
             for result in results:
                 if isinstance(result, PeerError):
@@ -502,19 +510,23 @@ class Channel:
             for piece in packed(commands, piece_bytes=SEND_BYTES):
                 self._wire.send_packed_command([piece], check_health=False)
 
-    def receive(self, answers: int) -> list[Any]:
+    def receive(self, answers: int, commands: Sequence[Sequence[Argument | Pieces]] = ()) -> list[Any]:
         """Give the next answers to what was sent; what the server refused is given as a `PeerError`.
+
+        Args:
+            answers: how many.
+            commands: what was sent, so that errors can name it.
 
         Raises:
             ConnectionFailed: the connection broke; what was done is not known.
         """
         results = []
         with self.care:
-            for _ in range(answers):
+            for number in range(answers):
                 try:
                     results.append(self._wire.read_response())
                 except redis_errors.ResponseError as error:
-                    refusal = self._ours(error)
+                    refusal = self._ours(error, commands[number] if commands else ())
                     if isinstance(refusal, ConnectionFailed):  # it must not be used now: a replica, say
                         raise refusal from error
                     results.append(refusal)
@@ -578,8 +590,8 @@ class Channel:
             error = redis_errors.ConnectionError(str(error))
         raise self._connection.ours(error) from error
 
-    def _ours(self, error: redis_errors.RedisError) -> PeerError:
-        ours = self._connection.ours(error)
+    def _ours(self, error: redis_errors.RedisError, command: Sequence[Argument | Pieces] = ()) -> PeerError:
+        ours = self._connection.ours(error, command)
         ours.__cause__ = error
         return ours
 
@@ -596,11 +608,26 @@ def flat(fields: Mapping[str, Any]) -> list[Any]:
     return [part for pair in fields.items() for part in pair]
 
 
-def translated(error: redis_errors.RedisError, address: str) -> PeerError:
-    """Give our error for one of redis-py's; the address is the server's, without its password."""
+def translated(
+    error: redis_errors.RedisError,
+    address: str,
+    *,
+    command: Sequence[object] = (),
+    user: str = "default",
+) -> PeerError:
+    """Give our error for one of redis-py's.
+
+    Args:
+        error: what redis-py raised.
+        address: the server's, without its password.
+        command: what was sent, as far as it is known.
+        user: who sent it.
+    """
     # Redis 6.2 says what was refused within a script after where that was.
     text = re.sub(r"^Error running script .*?: -(?=[A-Z]+ )", "", str(error)).rstrip(".")
-    if _is_refusal(error) or isinstance(error, redis_errors.NoPermissionError) or text.startswith("NOPERM"):
+    if isinstance(error, redis_errors.NoPermissionError) or "NOPERM" in text:
+        return refused(text, address, command=command, user=user)
+    if _is_refusal(error):
         return AccessDenied(f"{address} refused: {text}; check user and password in the server's URL")
     away = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.ReadOnlyError)
     if isinstance(error, away) or text.startswith(("LOADING", "BUSY ", "MASTERDOWN", "READONLY")):
@@ -615,7 +642,19 @@ def translated(error: redis_errors.RedisError, address: str) -> PeerError:
         return RunLost(f"{address}: {text.partition('LOST')[2].strip()}")
     if "unknown command" in text.lower() and "eval" in text.lower():
         return ServerUnsuitable(f"{address} runs no Lua scripts; with fakeredis, install 'fakeredis[lua]'")
+    if "WRONGTYPE" in text:
+        return ServerFault(
+            f"{address} has a key of another type than rlbroker writes ({_asked(text, command)}): another program "
+            "uses the run's keys"
+        )
     return ServerFault(f"{address} answered: {text}")
+
+
+def _asked(text: str, command: Sequence[object]) -> str:
+    """Give the command that an error is about: redis-py says it where it was one of many."""
+    found = re.match(r"Command # \d+ \((.*?)\) of pipeline", text, re.DOTALL)
+    words = found[1] if found else " ".join(str(word) for word in command if isinstance(word, str | int))
+    return words[:200] or text
 
 
 def script_is_unknown(error: PeerError) -> bool:

@@ -77,7 +77,15 @@ class ConnectionFailed(PeerError, ConnectionError):
 
 
 class AccessDenied(PeerError, PermissionError):
-    """Wrong user or password, or the user lacks a right."""
+    """Wrong user or password, or the user lacks a right.
+
+    Attributes:
+        rule: what an access-control list must have for this user, such as `+xinfo`; empty if that is not the reason.
+        user: who lacks it.
+    """
+
+    rule: str = ""
+    user: str = ""
 
 
 class ServerUnsuitable(PeerError):

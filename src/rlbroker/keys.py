@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 
 from rlbroker.config import run_name
 
+#: Pattern of all keys of all runs, as rights name them.
+EVERY_KEY = "rlb:*"
+
 #: The consumer group that reads the experiences of every worker.
 GROUP = "learner"
 

@@ -141,3 +141,79 @@ def test_replies_have_one_shape_whatever_the_protocol() -> None:
     assert text_fields([b"a", b"1"]) == text_fields({b"a": b"1"}) == {"a": "1"}
     assert scored_members([b"a", b"1"]) == scored_members([[b"a", 1.0]]) == {"a": 1.0}
     assert pending_count([3, None, None, None]) == pending_count({"pending": 3}) == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "sent", "rule", "words"),
+    [
+        (
+            "User poor has no permissions to run the 'xinfo|stream' command",
+            ("XINFO", "STREAM", "rlb:{a}:x:0"),
+            "+xinfo|stream",
+            "the user 'poor' may not run XINFO STREAM; whoever administers the server can allow it: "
+            "redis-cli ACL SETUSER poor '+xinfo|stream'",
+        ),
+        (
+            "this user has no permissions to run the 'hgetall' command or its subcommand",
+            ("HGETALL", "rlb:{a}:meta"),
+            "+hgetall",
+            "the user 'me' may not run HGETALL; whoever administers the server can allow it: "
+            "redis-cli ACL SETUSER me +hgetall",
+        ),
+        (
+            "No permissions to access a key",
+            ("HGETALL", "rlb:{a}:meta"),
+            "%R~rlb:*",
+            "the user 'me' may not read the key rlb:{a}:meta (HGETALL); whoever administers the server can allow it: "
+            "redis-cli ACL SETUSER me '%R~rlb:*', before Redis 7 '~rlb:*'",
+        ),
+        (
+            "Command # 2 (HSET rlb:{a}:meta a 1) of pipeline caused error: this user has no permissions to access "
+            "one of the keys used as arguments",
+            (),
+            "~rlb:*",
+            "may not use the key rlb:{a}:meta (HSET); whoever",
+        ),
+        (
+            "User poor has no permissions to access the 'rlb:{a}:x:1' key",
+            ("XLEN", "rlb:{a}:x:1"),
+            "%R~rlb:*",
+            "the user 'poor' may not read the key rlb:{a}:x:1 (XLEN)",
+        ),
+        (
+            "No permissions to access a key",
+            ("EXISTS", "rlb:a", "rlb:b", "rlb:c", "rlb:d"),
+            "%R~rlb:*",
+            "one of the keys rlb:a, rlb:b, rlb:c, … (EXISTS)",
+        ),
+        (
+            "User poor has no permissions to access the 'rlb:{a}:notify' channel",
+            ("SUBSCRIBE", "rlb:{a}:notify"),
+            "&rlb:*",
+            "may not use the channel rlb:{a}:notify",
+        ),
+    ],
+)
+def test_a_missing_right_is_named_with_what_gives_it(
+    said: str, sent: tuple[str, ...], rule: str, words: str
+) -> None:
+    error = translated(redis.exceptions.NoPermissionError(said), "host:1", command=sent, user="me")
+    assert isinstance(error, errors.AccessDenied)
+    assert error.rule == rule
+    assert words in str(error)
+    assert "password" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "said", ["WRONGPASS invalid username-password pair", "NOAUTH Authentication required"]
+)
+def test_a_wrong_password_is_called_that(said: str) -> None:
+    error = translated(redis.ResponseError(said), "host:1", command=("PING",), user="me")
+    assert str(error).endswith("check user and password in the server's URL")
+
+
+def test_a_key_of_another_program_is_named() -> None:
+    said = redis.ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
+    assert "(HGETALL rlb:{a}:meta)" in str(translated(said, "host:1", command=("HGETALL", "rlb:{a}:meta")))
+    said = redis.ResponseError(f"Command # 2 (HGETALL rlb:b) of pipeline caused error: {said}")
+    assert "(HGETALL rlb:b)" in str(translated(said, "host:1"))
