@@ -22,33 +22,23 @@ _OF_MANY = re.compile(r"^Command # \d+ \((.*)\) of pipeline caused error: ", re.
 
 #: Commands that only look at keys.
 _READING = frozenset(
-    [
-        "EXISTS",
-        "GET",
-        "GETRANGE",
-        "HGET",
-        "HGETALL",
-        "HKEYS",
-        "HLEN",
-        "HMGET",
-        "MEMORY",
-        "MGET",
-        "OBJECT",
-        "PTTL",
-        "STRLEN",
-        "TTL",
-        "TYPE",
-        "XINFO",
-        "XLEN",
-        "XPENDING",
-        "XRANGE",
-        "XREAD",
-        "XREVRANGE",
-        "ZCARD",
-        "ZRANGE",
-        "ZRANGEBYSCORE",
-        "ZSCORE",
-    ]
+    (
+        *(
+            "EXISTS",
+            "GET",
+            "GETRANGE",
+            "HGET",
+            "HGETALL",
+            "HKEYS",
+            "HLEN",
+            "HMGET",
+            "MEMORY",
+            "MGET",
+            "OBJECT",
+        ),
+        *("PTTL", "STRLEN", "TTL", "TYPE", "XINFO", "XLEN", "XPENDING", "XRANGE", "XREAD", "XREVRANGE"),
+        *("ZCARD", "ZRANGE", "ZRANGEBYSCORE", "ZSCORE"),
+    )
 )
 
 #: Names that a message has room for.
