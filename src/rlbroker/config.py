@@ -183,11 +183,16 @@ def run_name(run: str, *, what: str = "run") -> str:
     Raises:
         InvalidArgument: it is not 1 to 100 letters, digits, dots, dashes and underscores.
     """
-    if not isinstance(run, str) or not _RUN_NAME.fullmatch(run):
+    if not isinstance(run, str) or not is_run_name(run):
         raise InvalidArgument(
             f"{what} must be 1 to 100 letters, digits, '.', '_' or '-', and begin with a letter or digit; got {run!r}"
         )
     return run
+
+
+def is_run_name(text: str) -> bool:
+    """Whether this can be the name of a run; other programs may use keys that look like those of one."""
+    return _RUN_NAME.fullmatch(text) is not None
 
 
 def worker_number(worker_id: int) -> int:

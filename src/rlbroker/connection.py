@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import os
 import re
@@ -482,21 +481,6 @@ class Channel:
             for result in results:
                 if isinstance(result, PeerError):
                     raise result
-        return results
-
-    def execute_groups(self, groups: Sequence[Sequence[Sequence[Argument]]]) -> list[list[Any]]:
-        """Run groups of commands in one round trip, once; nothing else runs between the commands of a group.
-
-        Raises:
-            PeerError: the server refused one of them, or the connection broke.
-        """
-        commands = [command for group in groups for command in (("MULTI",), *group, ("EXEC",))]
-        replies = iter(self.execute_all(commands, strict=True))
-        results = [list(itertools.islice(replies, len(group) + 2))[-1] for group in groups]
-        for result in results:
-            for one in result:
-                if isinstance(one, redis_errors.RedisError):
-                    raise self._ours(one)
         return results
 
     def send(self, commands: Sequence[Sequence[Argument | Pieces]]) -> None:

@@ -168,10 +168,16 @@ def test_the_commands_are_those_for_separate_machines() -> None:
     ],
 )
 def test_the_commands_to_look_into_redis_fit_the_server(url: str, command: str) -> None:
-    text = how_to_look(url, "demo-1", kept=True)
+    text = how_to_look(url, "demo-1", kept=True, ours=True)
     assert f"{command}'rlb:{{demo-1}}:weights'" in text
     assert ("REDISCLI_AUTH=pass/word" in text) == ("pass" in url)
-    assert "--keep-server" in how_to_look(url, "demo-1", kept=False)
+    assert "--keep-server" in how_to_look(url, "demo-1", kept=False, ours=True)
+
+
+def test_the_password_of_a_server_that_was_there_before_is_not_shown() -> None:
+    text = how_to_look("redis://me:top-secret@host:6379/0", "demo-1", kept=True, ours=False)
+    assert "top-secret" not in text
+    assert "redis-cli -u redis://host:6379/0 --user me" in text
 
 
 def test_the_parent_leaves_the_heavy_imports_to_its_children() -> None:

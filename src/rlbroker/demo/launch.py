@@ -121,7 +121,8 @@ def _run(settings: DemoSettings, console: Console) -> int:
             _say(console, line)
         if settings.output is not None and summary.outcome != "interrupted":
             _say(console, f"  picture   {settings.output}")
-        _say(console, how_to_look(url, run, kept=settings.keep_server or server is None))
+        kept = settings.keep_server or server is None
+        _say(console, how_to_look(url, run, kept=kept, ours=server is not None))
         if server is not None and settings.keep_server:
             _say(console, "The server stays until Ctrl-C.")
             with suppress(KeyboardInterrupt):
@@ -230,15 +231,27 @@ def _executable(command: list[str]) -> list[str]:
     return [sys.executable, "-c", "from rlbroker.cli import main; main()", *arguments, *options]
 
 
-def how_to_look(url: str, run: str, *, kept: bool) -> str:
-    """Return commands that show what is in Redis, or how to get a server that stays."""
+def how_to_look(url: str, run: str, *, kept: bool, ours: bool) -> str:
+    """Return commands that show what is in Redis, or how to get a server that stays.
+
+    Args:
+        url: the server's.
+        run: the demo's.
+        kept: whether the server is still there.
+        ours: whether we made the server up, and its password; that of another server is not for the screen.
+    """
     if not kept:
         return "With --keep-server the server stays, to be looked at with redis-cli."
     parts = urlsplit(url)
     lines = ["Look into the server from another terminal:"]
-    lines.append(f"  export RLBROKER_REDIS_URL={shlex.quote(url)}")
+    if ours:
+        lines.append(f"  export RLBROKER_REDIS_URL={shlex.quote(url)}")
+    else:
+        lines.append("  export RLBROKER_REDIS_URL=…  # the URL of your server")
     lines.append(f"  rlbroker status --run {run}")
-    if parts.password:
+    if parts.password and not ours:
+        lines.append("  export REDISCLI_AUTH=…  # its password")
+    elif parts.password:
         lines.append(f"  export REDISCLI_AUTH={shlex.quote(unquote(parts.password))}")
     if parts.scheme == "unix":
         cli = f"redis-cli -s {shlex.quote(unquote(parts.path))}"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any, Final
 
 from rlbroker.connection import Channel, Connection
+from rlbroker.errors import PeerError
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import QueueCounts
 from rlbroker.replies import newest_place, pending_count, text_fields, whole_number
@@ -22,6 +25,9 @@ LOST = (
     "fenced",
     "vanished",
 )
+
+#: Counts that change while they are read are read so often. The server answers such a question in one go as a rule.
+_TRIES: Final = 5
 
 #: What became of batches that were in the queue once.
 _ONCE_QUEUED = ("delivered", "stale", "corrupt", "poison", "trimmed", "dropped_oldest")
@@ -50,29 +56,58 @@ def read_counts(
     replies = connection.execute_all([("EXISTS", name) for three in names.values() for name in three])
     there = {name for name, exists in zip(itertools.chain(*names.values()), replies, strict=True) if exists}
     known = {worker: three for worker, three in names.items() if not there.isdisjoint(three)}
-    groups: list[list[tuple[str, ...]]] = []
-    for counts, *streams in known.values():
+    groups: dict[int, list[tuple[str, ...]]] = {}
+    for worker, (counts, *streams) in known.items():
         group: list[tuple[str, ...]] = [("HGETALL", counts)]
         for stream in streams:
             if stream in there:
                 group += [("XLEN", stream), ("XPENDING", stream, GROUP)]
         if said is None and streams[0] in there:
             group.append(("XINFO", "STREAM", streams[0]))
-        groups.append(group)
-    channel = Channel(connection)
-    try:
-        # Each worker's in one step: a batch that is acknowledged in between would be counted twice.
-        results = connection.retry(lambda: channel.execute_groups(groups))
-    finally:
-        channel.give_back()
+        groups[worker] = group
+    results = _in_one_step(connection, groups)
     found = {}
-    for worker, group, (counted, *sizes) in zip(known, groups, results, strict=True):
+    for worker, group in groups.items():
+        counted, *sizes = results[worker]
         newest = said.get(worker, (0, 0)) if said is not None else (0, 0)
         if group[-1][0] == "XINFO":
             newest = newest_place(sizes.pop())
         in_hand = sum(map(pending_count, sizes[1::2]))
         found[worker] = _counts(sum(map(int, sizes[::2])), in_hand, text_fields(counted), newest)
     return found
+
+
+def _in_one_step(connection: Connection, groups: Mapping[int, list[tuple[str, ...]]]) -> dict[int, list[Any]]:
+    """Ask each worker's questions as if nothing happened between them: a batch would be counted twice, or not at all.
+
+    What is acknowledged, dropped or set aside changes the counts in the same step. So they are asked for before and
+    after; who only may read has no right to MULTI.
+    """
+    found: dict[int, list[Any]] = {}
+    left = dict(groups)
+    channel = Channel(connection)
+    try:
+        for _ in range(_TRIES):
+            commands = [command for group in left.values() for command in (*group, group[0])]
+            replies = iter(connection.retry(partial(channel.execute_all, commands)))
+            for worker, group in list(left.items()):
+                *found[worker], after = map(_answer, itertools.islice(replies, len(group) + 1))
+                if found[worker][0] == after:
+                    del left[worker]
+            if not left:
+                break
+    finally:
+        channel.give_back()
+    return found
+
+
+def _answer(reply: Any) -> Any:
+    """Give a reply of the server; without the group, which the learner makes again, nothing is in its hands."""
+    if isinstance(reply, PeerError):
+        if "NOGROUP" not in str(reply):
+            raise reply
+        return [0]
+    return reply
 
 
 def _counts(length: int, in_hand: int, counted: Mapping[str, str], newest: tuple[int, int]) -> QueueCounts:

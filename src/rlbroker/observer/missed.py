@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlbroker.connection import Connection
 from rlbroker.control.ledger import Ledger
 from rlbroker.keys import Keys
+from rlbroker.observer.legible import legible
 from rlbroker.records import Missed
 from rlbroker.replies import server_seconds
 
@@ -27,8 +28,10 @@ def read_missed(
         why: only what was missed for this reason.
 
     Raises:
+        WireError: the record holds what no learner writes.
         PeerError: the server refused, or could not be reached in time.
     """
     now = server_seconds(connection.execute("TIME"))
-    records = Ledger(connection, keys).records(since=0.0 if last_seconds is None else now - last_seconds)
+    with legible(keys.missed):
+        records = Ledger(connection, keys).records(since=0.0 if last_seconds is None else now - last_seconds)
     return now, [one for one in records if worker in (None, one.worker_id) and why in (None, one.why)]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from rlbroker.config import RunSettings
-from rlbroker.connection import Connection
-from rlbroker.errors import IncompatibleFormat, InvalidArgument
+from rlbroker.config import RunSettings, is_run_name
+from rlbroker.connection import Channel, Connection
+from rlbroker.errors import AccessDenied, IncompatibleFormat, InvalidArgument, PeerError
 from rlbroker.keys import Keys
+from rlbroker.observer.legible import legible
 from rlbroker.records import Liveness
 from rlbroker.replies import scored_members, server_seconds, text_fields
 from rlbroker.wire.version import FORMAT_VERSION
+
+logger = logging.getLogger("rlbroker")
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class RunSummary:
 
     Attributes:
         learner: `alive`; `ended` after it was cleaned up; `away` when it has been silent for longer than a lease;
-            `none` if no learner has opened the run yet.
+            `none` if no learner has opened the run yet; `unreadable` if what is stored was not written by one.
         version: its latest version; 0 before the first.
         alive: workers heard of within their lease.
         members: workers that belong to it, those included.
@@ -29,7 +33,7 @@ class RunSummary:
     """
 
     run: str
-    learner: Liveness | Literal["ended", "none"]
+    learner: Liveness | Literal["ended", "none", "unreadable"]
     version: int
     alive: int
     members: int
@@ -51,7 +55,7 @@ def run_names(connection: Connection) -> list[str]:
         for name in (key.decode(errors="replace") for key in keys):
             found.update(name[len(prefix) : -len(suffix)] for suffix in suffixes if name.endswith(suffix))
         if int(cursor) == 0:
-            return sorted(found)
+            return sorted(filter(is_run_name, found))
 
 
 def choose_run(connection: Connection, run: str | None) -> str:
@@ -94,14 +98,15 @@ def list_runs(connection: Connection) -> list[RunSummary]:
     for keys in map(Keys, names):
         commands += [("HGETALL", keys.meta), ("HGET", keys.weights, "version")]
         commands.append(("ZRANGE", keys.members, "0", "-1", "WITHSCORES"))
-    clock, *replies = connection.execute_all(commands)
+    channel = Channel(connection)
+    try:
+        clock, *replies = connection.retry(lambda: channel.execute_all(commands))
+    finally:
+        channel.give_back()
+    if isinstance(clock, PeerError):
+        raise clock
     now = server_seconds(clock)
-    return [
-        _summary(name, now, text_fields(meta), int(version or 0), list(scored_members(members).values()))
-        for name, meta, version, members in zip(
-            names, replies[::3], replies[1::3], replies[2::3], strict=True
-        )
-    ]
+    return [_summary_of(name, now, replies[3 * number : 3 * number + 3]) for number, name in enumerate(names)]
 
 
 def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Liveness | Literal["ended", "none"]:
@@ -112,6 +117,24 @@ def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Livenes
         return "ended"
     lease_seconds = RunSettings.from_fields(meta).lease_seconds
     return "alive" if silent_seconds is not None and silent_seconds < lease_seconds else "away"
+
+
+def _summary_of(name: str, now: float, replies: list[Any]) -> RunSummary:
+    """Sum a run up; one that another program has written into must not hide the others."""
+    for reply in replies:
+        if isinstance(reply, AccessDenied):
+            raise reply
+    try:
+        with legible(Keys(name).meta):
+            for reply in replies:
+                if isinstance(reply, PeerError):
+                    raise reply
+            meta, version, members = replies
+            seen = list(scored_members(members).values())
+            return _summary(name, now, text_fields(meta), int(version or 0), seen)
+    except PeerError as error:
+        logger.info("the run %r cannot be read: %s", name, error)
+        return RunSummary(name, "unreadable", 0, 0, 0, None, None)
 
 
 def _summary(

@@ -11,6 +11,7 @@ from rlbroker.control.ledger import Ledger
 from rlbroker.experience.counts import read_counts
 from rlbroker.keys import Keys
 from rlbroker.membership.roster import Roster
+from rlbroker.observer.legible import legible
 from rlbroker.observer.runs import learner_state
 from rlbroker.records import Liveness, MissedUpdates, QueueCounts, WorkerInfo
 from rlbroker.replies import entry_place, server_seconds, text_fields, whole_number
@@ -136,36 +137,43 @@ def take_snapshot(connection: Connection, run: str) -> Snapshot:
     """Look at a run.
 
     Raises:
+        WireError: what is stored is not what learners and workers write.
         PeerError: the server refused, or could not be reached in time.
     """
     keys = Keys(run)
     clock, meta_reply, pointer_reply, pending = connection.execute_all(
         [("TIME",), ("HGETALL", keys.meta), ("HGETALL", keys.weights), ("HGETALL", keys.pending)]
     )
-    meta, now = text_fields(meta_reply), server_seconds(clock)
-    pointer, settings = Pointer.from_fields(text_fields(pointer_reply)), RunSettings.from_fields(meta)
+    now, pointer = server_seconds(clock), Pointer.from_fields(text_fields(pointer_reply))
+    with legible(keys.meta):
+        meta = text_fields(meta_reply)
+        settings, learner = RunSettings.from_fields(meta), _learner(meta, now) if meta else None
+        expected_workers = int(meta.get("num_workers", 0))
     roster = Roster(connection, keys, settings)
-    ids = roster.ids()
-    members = {info.worker_id: info for info in roster.workers()}
+    with legible(f"{keys.incarnations} or {keys.members}"):
+        ids = roster.ids()
+        members = {info.worker_id: info for info in roster.workers()}
     said = {worker: (info.incarnation, info.sent) for worker, info in members.items()}
     counts = read_counts(connection, keys, ids, said=said)
-    missed = Ledger(connection, keys).missed_updates(
-        ids,
-        latest_version=pointer.version if pointer else 0,
-        published={pointer.version: pointer.published} if pointer else {},
-        with_records=False,
-    )
+    with legible(f"{keys.prefix}:ledger:…"):
+        missed = Ledger(connection, keys).missed_updates(
+            ids,
+            latest_version=pointer.version if pointer else 0,
+            published={pointer.version: pointer.published} if pointer else {},
+            with_records=False,
+        )
     dead = dict(
         zip(ids, connection.execute_all([("XLEN", keys.dead(worker)) for worker in ids]), strict=True)
     )
-    waiting = _waiting_commands(text_fields(pending), now)
+    with legible(keys.pending):
+        waiting = _waiting_commands(text_fields(pending), now)
     return Snapshot(
         run=run,
         at=now,
         server=_server(connection),
         settings=settings,
-        expected_workers=int(meta.get("num_workers", 0)),
-        learner=_learner(meta, now) if meta else None,
+        expected_workers=expected_workers,
+        learner=learner,
         pointer=pointer,
         workers={
             worker: WorkerStatus(
