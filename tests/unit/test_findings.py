@@ -123,6 +123,7 @@ def test_each_trouble_is_named_alone_with_a_command(code: str) -> None:
     assert (found.code, found.severity) == (code, severity)
     assert words in found.what
     assert found.hint.startswith(("rlbroker ", "redis-cli "))
+    assert found.advice
 
 
 def test_the_page_lists_every_finding() -> None:

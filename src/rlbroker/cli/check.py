@@ -60,7 +60,6 @@ def check(
 
 
 def _check(session: Session, limits: Limits, max_missed: int | None, since: float) -> int:
-    from dataclasses import asdict
 
     from rlbroker.observer.findings import Finding, find
     from rlbroker.observer.missed import read_missed
@@ -85,7 +84,7 @@ def _check(session: Session, limits: Limits, max_missed: int | None, since: floa
         "missed": sum(one.missed.total for one in snapshot.workers.values()),
     }
     if session.as_json:
-        found = [asdict(one) for one in findings]
+        found = [one.to_json() for one in findings]
         session.show_json({"state": _WORDS[code].lower(), "run": snapshot.run, **figures, "findings": found})
     else:
         problems = f"{len(findings)} found" if findings else "nothing found"

@@ -44,7 +44,6 @@ def status(
 
 
 def _look(session: Session) -> None:
-    from dataclasses import asdict
 
     from rlbroker.observer.findings import find
     from rlbroker.observer.snapshot import take_snapshot
@@ -53,7 +52,7 @@ def _look(session: Session) -> None:
         snapshot = take_snapshot(session.connection, session.run)
     findings = find(snapshot)
     if session.as_json:
-        session.show_json(snapshot.to_json() | {"findings": [asdict(one) for one in findings]})
+        session.show_json(snapshot.to_json() | {"findings": [one.to_json() for one in findings]})
     else:
         _show(session, snapshot, findings)
 

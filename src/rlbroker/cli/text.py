@@ -126,9 +126,9 @@ def _table(
     return table
 
 
-def show_findings(session: Session, findings: Iterable[Finding]) -> None:
-    """Print what is wrong, each with what to type."""
+def show_findings(session: Session, findings: Iterable[Finding], *, with_advice: bool = False) -> None:
+    """Print what is wrong, each with what to type, or with what to do about it."""
     for one in findings:
         mark = {"critical": "✗", "warning": "!"}[one.severity]
         session.console.print(f"{mark} {plain(one.what)}", style="red" if mark == "✗" else "yellow")
-        session.console.print(f"    {session.typed(one.hint)}")
+        session.console.print(f"    {one.advice if with_advice else session.typed(one.hint)}")

@@ -49,7 +49,7 @@ def workers(
             session.show_json(
                 {
                     "workers": snapshot.to_json()["workers"],
-                    "findings": [asdict(one) for one in findings],
+                    "findings": [one.to_json() for one in findings],
                 }
             )
             return
@@ -69,13 +69,13 @@ def workers(
     if session.as_json:
         said = snapshot.to_json()["workers"][str(worker)]
         said["missed"]["records"] = [asdict(one) for one in missed]
-        session.show_json(said | {"findings": [asdict(one) for one in findings]})
+        session.show_json(said | {"findings": [one.to_json() for one in findings]})
     else:
         _show_one(session, snapshot, worker, findings)
         for record in missed[-MISSED_SHOWN:]:
             ago = age(max(0.0, snapshot.at - record.at))
             session.console.print(f"  missed {ago} ago   {describe_missed(record)}")
-        show_findings(session, findings)
+        show_findings(session, findings, with_advice=True)
 
 
 def _row(worker: int, one: WorkerStatus) -> dict[str, str]:

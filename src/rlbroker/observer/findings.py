@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
 
 from rlbroker.observer.snapshot import Snapshot, WorkerStatus
 from rlbroker.records import WorkerInfo
@@ -63,6 +63,44 @@ class Finding:
     what: str
     hint: str
 
+    @property
+    def advice(self) -> str:
+        """What a person can do about it."""
+        return ADVICE[self.code]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the fields, and `advice`, as what JSON can hold."""
+        return asdict(self) | {"advice": self.advice}
+
+
+#: What to do, by the code of a finding.
+ADVICE: Final = {
+    "server_evicts": "Have the server refuse writes when it is full instead; rlbroker waits for room then.",
+    "server_full": "Raise maxmemory, lower max_queue_bytes or max_queue_size, or delete runs that are over: "
+    "`rlbroker prune --dry-run` lists them.",
+    "learner_missing": "Start the learner with this run's name and server; or the workers have a mistyped name.",
+    "learner_away": "Look at its process and log, and start it again: it goes on with the run.",
+    "no_weights": "Call send_model_weights before the first collect_experiences.",
+    "too_few_workers": "Start more, or lower num_workers; those that are missing left, or were never started.",
+    "worker_away": "Look at its process and log, and start it again with the same id. Its queue is not lost.",
+    "worker_behind": "It loads weights in poll only: call that between shorter rollouts. If it has not polled for long, it "
+    "hangs in your code, or waits for room in its queue: look at its process.",
+    "worker_skips": "That is right for a learner that publishes faster than a rollout takes. For on-policy training publish "
+    "less often, or make rollouts shorter.",
+    "worker_cannot_load": "Its model and the learner's differ: the message names keys and shapes. Start it again with the "
+    "learner's code.",
+    "worker_fenced": "Two processes were started with one worker_id, and only the newer one counts. Give each its own, or "
+    "leave worker_id out.",
+    "updates_failed": "The record says why. If it runs a newer version by now, it has recovered.",
+    "commands_unanswered": "Workers answer in poll: it does not call that, or waits for room in its queue.",
+    "queue_full": "The learner is the bottleneck: have it collect more at once, use fewer workers, or choose "
+    "when_full='drop_oldest' if old batches are worth little.",
+    "batches_lost": "vanished: the server lost them (a restart without its data, or somebody deleted keys); trimmed: "
+    "somebody trimmed the stream; fenced: they came from a process that had been replaced.",
+    "dead_letters": "corrupt: they do not decode; poison: learners died over them. See why, then retry or purge them.",
+    "too_many_missed": "See which workers, and why.",
+}
+
 
 def find(snapshot: Snapshot, limits: Limits | None = None) -> list[Finding]:
     """Give what is wrong, the worst first."""
@@ -116,8 +154,7 @@ def _of_learner(snapshot: Snapshot) -> Iterator[Finding]:
             "critical",
             "learner_away",
             None,
-            f"the learner ({learner.host} pid {learner.pid}) is away: {silent}; it died, or is cut off. One that is "
-            "started again goes on with the run",
+            f"the learner ({learner.host} pid {learner.pid}) is away: {silent}; it died, or is cut off",
             "rlbroker report",
         )
     elif learner.state == "alive" and snapshot.pointer is None and snapshot.members:
@@ -221,7 +258,12 @@ def _of_member(snapshot: Snapshot, info: WorkerInfo, limits: Limits) -> Iterator
             more,
         )
     # One that has just joined has not loaded anything yet.
-    if info.staleness >= limits.staleness and (info.version or info.unpolled_seconds >= UNPOLLED_SECONDS):
+    silent = info.state == "away"
+    if (
+        not silent
+        and info.staleness >= limits.staleness
+        and (info.version or info.unpolled_seconds >= UNPOLLED_SECONDS)
+    ):
         latest = snapshot.pointer.version if snapshot.pointer else 0
         runs = f"{info.version:,}" if info.version else "none"
         yield Finding(
@@ -232,7 +274,7 @@ def _of_member(snapshot: Snapshot, info: WorkerInfo, limits: Limits) -> Iterator
             f"{_unpolled(info)}",
             more,
         )
-    elif snapshot.workers[worker].missed.skips_in_a_row >= SKIPS_IN_A_ROW:
+    elif not silent and snapshot.workers[worker].missed.skips_in_a_row >= SKIPS_IN_A_ROW:
         times = snapshot.workers[worker].missed.skips_in_a_row
         yield Finding(
             "warning",
@@ -247,8 +289,8 @@ def _of_member(snapshot: Snapshot, info: WorkerInfo, limits: Limits) -> Iterator
             "warning",
             "worker_fenced",
             worker,
-            f"a second process ({info.fenced_process}) had the place of worker {worker} and was turned away "
-            f"{_ago(info.fenced_seconds)}: give each process a worker_id of its own, or none",
+            f"a second process ({info.fenced_process}) used the id of worker {worker}, and was turned away "
+            f"{info.fenced_seconds:.0f} s ago",
             more,
         )
 
