@@ -83,21 +83,22 @@ ADVICE: Final = {
     "no_weights": "Call send_model_weights before the first collect_experiences.",
     "too_few_workers": "Start more, or lower num_workers; those that are missing left, or were never started.",
     "worker_away": "Look at its process and log, and start it again with the same id. Its queue is not lost.",
-    "worker_behind": "It loads weights in poll only: call that between shorter rollouts. If it has not polled for long, it "
-    "hangs in your code, or waits for room in its queue: look at its process.",
-    "worker_skips": "That is right for a learner that publishes faster than a rollout takes. For on-policy training publish "
-    "less often, or make rollouts shorter.",
+    "worker_behind": "It loads weights in poll only: call that between shorter rollouts. If it has not polled for "
+    "long, it hangs in your code, or waits for room in its queue: look at its process.",
+    "worker_skips": "That is right for a learner that publishes faster than a rollout takes. For on-policy training "
+    "publish less often, or make rollouts shorter.",
     "worker_cannot_load": "Its model and the learner's differ: the message names keys and shapes. Start it again with the "
     "learner's code.",
-    "worker_fenced": "Two processes were started with one worker_id, and only the newer one counts. Give each its own, or "
-    "leave worker_id out.",
+    "worker_fenced": "Two processes were started with one worker_id, and only the newer one counts. Give each its "
+    "own, or leave worker_id out.",
     "updates_failed": "The record says why. If it runs a newer version by now, it has recovered.",
     "commands_unanswered": "Workers answer in poll: it does not call that, or waits for room in its queue.",
     "queue_full": "The learner is the bottleneck: have it collect more at once, use fewer workers, or choose "
     "when_full='drop_oldest' if old batches are worth little.",
     "batches_lost": "vanished: the server lost them (a restart without its data, or somebody deleted keys); trimmed: "
     "somebody trimmed the stream; fenced: they came from a process that had been replaced.",
-    "dead_letters": "corrupt: they do not decode; poison: learners died over them. See why, then retry or purge them.",
+    "dead_letters": "corrupt: they do not decode; poison: learners died over them. See why, then retry or purge "
+    "them.",
     "too_many_missed": "See which workers, and why.",
 }
 
@@ -257,7 +258,6 @@ def _of_member(snapshot: Snapshot, info: WorkerInfo, limits: Limits) -> Iterator
             f"worker {worker} cannot load the newest weights: {info.problem}",
             more,
         )
-    # One that has just joined has not loaded anything yet.
     silent = info.state == "away"
     if (
         not silent
