@@ -9,6 +9,7 @@ import typer
 from rlbroker.cli.bench import bench
 from rlbroker.cli.check import check
 from rlbroker.cli.demo import demo
+from rlbroker.cli.doctor import doctor
 from rlbroker.cli.learner import learner
 from rlbroker.cli.missed import missed
 from rlbroker.cli.runs import runs
@@ -22,7 +23,7 @@ from rlbroker.cli.workers import workers
 COMMANDS = {
     "Run": (demo, server, learner, worker),
     "Look": (status, workers, missed, runs),
-    "Server": (check, bench),
+    "Server": (check, doctor, bench),
 }
 
 app = typer.Typer(

@@ -36,6 +36,9 @@ EXIT_NOT_FOUND = 1
 #: Exit codes after Ctrl-C, when whoever reads our output has gone, and for what must be a mistake of ours.
 EXIT_INTERRUPTED, EXIT_PIPE, EXIT_BUG = 130, 141, 70
 
+#: Commands about a server with all its runs.
+_OF_NO_RUN = ("bench", "doctor", "prune", "runs", "server")
+
 #: Columns of text that a pipe has room for.
 PIPE_WIDTH = 1000
 
@@ -57,7 +60,7 @@ class Session:
         """Take the options that all commands share; the server is asked for nothing yet."""
         self.as_json, self.no_color, self.quiet, self.verbose = as_json, no_color, quiet, verbose
         self.timeout = timeout
-        self.url, self._asked_run = url, run
+        self.url, self.asked_run = url, run
         level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
         logging.basicConfig(
             stream=sys.stderr, format="rlbroker: %(message)s", level=logging.ERROR if quiet else level
@@ -100,7 +103,7 @@ class Session:
         """
         from rlbroker.observer.runs import choose_run
 
-        return choose_run(self.connection, self._asked_run)
+        return choose_run(self.connection, self.asked_run)
 
     @cached_property
     def keys(self) -> Keys:
@@ -155,9 +158,11 @@ class Session:
             return f"redis-cli {self._redis_cli_options()} {words}"
         if program != "rlbroker":
             return hint
-        if self.url:
+        if self.url and " --url" not in words:
             words += f" --url {shlex.quote(self.url)}"
-        return f"rlbroker {words} --run {self.run}" if " --run" not in words else f"rlbroker {words}"
+        if " --run" not in words and words.partition(" ")[0] not in _OF_NO_RUN:
+            words += f" --run {self.run}"
+        return f"rlbroker {words}"
 
     def _redis_cli_options(self) -> str:
         from urllib.parse import unquote, urlsplit

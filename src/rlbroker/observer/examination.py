@@ -1,0 +1,52 @@
+"""Whether a server, a run on it and this machine are fit for each other, point by point, with what mends each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from rlbroker.connection import Connection
+from rlbroker.observer.facts import measure_latency, read_facts
+from rlbroker.observer.host_points import of_host
+from rlbroker.observer.points import Point, State
+from rlbroker.observer.run_points import of_run
+from rlbroker.observer.server_points import of_clock, of_latency, of_rights, of_server
+
+#: The states, the worst last; not to know something is no fault.
+_BY_WEIGHT: Final[tuple[State, ...]] = ("unknown", "ok", "warning", "critical")
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All that was looked at, in order.
+
+    Attributes:
+        server: its address, without user and password.
+        run: the run that was looked at; None for none.
+    """
+
+    server: str
+    run: str | None
+    points: tuple[Point, ...]
+
+    @property
+    def state(self) -> State:
+        """The worst that was found; `ok` if nothing was wrong."""
+        return max(("ok", *(one.state for one in self.points)), key=_BY_WEIGHT.index)
+
+
+def examine(connection: Connection, run: str | None = None) -> Examination:
+    """Look at a server, and at one run on it.
+
+    Raises:
+        PeerError: the server could not be reached in time.
+    """
+    latency, facts = measure_latency(connection), read_facts(connection)
+    points = [of_latency(latency), *of_server(facts)]
+    points += [of_rights(connection, facts, run), of_clock(latency, facts)]
+    snapshot = None
+    if run is not None:
+        of_this_run, snapshot = of_run(connection, facts, run)
+        points += of_this_run
+    points.append(of_host(snapshot))
+    return Examination(connection.address, run, tuple(points))
