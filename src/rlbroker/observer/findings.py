@@ -87,8 +87,8 @@ ADVICE: Final = {
     "long, it hangs in your code, or waits for room in its queue: look at its process.",
     "worker_skips": "That is right for a learner that publishes faster than a rollout takes. For on-policy training "
     "publish less often, or make rollouts shorter.",
-    "worker_cannot_load": "Its model and the learner's differ: the message names keys and shapes. Start it again with the "
-    "learner's code.",
+    "worker_cannot_load": "Its model and the learner's differ: the message names keys and shapes. Start it again "
+    "with the learner's code.",
     "worker_fenced": "Two processes were started with one worker_id, and only the newer one counts. Give each its "
     "own, or leave worker_id out.",
     "updates_failed": "The record says why. If it runs a newer version by now, it has recovered.",
