@@ -26,15 +26,17 @@ def test_thousands_of_entries_without_a_batch(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
     comm, good, bad = learner(), worker(), worker()
+    # Beyond what a script or a recursion can hold; on fakeredis each entry costs a millisecond.
+    entries = 8000 if server.kind == "real" else 2000
     pipeline = server.client.pipeline()
-    for sequence in range(1, 8001):
+    for sequence in range(1, entries + 1):
         pipeline.xadd(keys.experiences(bad.worker_id), {"x": ""}, id=f"{bad.incarnation}-{sequence}")
     pipeline.execute()
     wait_until(
         "all are counted",
         lambda: (
             comm.collect_experiences() == []
-            and comm.get_queue_info()["counts"][bad.worker_id].lost.get("corrupt") == 8000
+            and comm.get_queue_info()["counts"][bad.worker_id].lost.get("corrupt") == entries
         ),
     )
     goes_on(comm, good)

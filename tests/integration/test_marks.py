@@ -10,9 +10,15 @@ import pytest
 from conftest import Server, wait_until
 
 from rlbroker import ConnectionFailed, InvalidArgument, WorkerClient, WorkerCommunicator
+from rlbroker.experience import collector
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
+
+
+@pytest.fixture(autouse=True)
+def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collector, "RECHECK_SECONDS", 0.1)
 
 
 def send(client: WorkerClient, *numbers: int) -> None:
@@ -49,8 +55,9 @@ def test_what_the_checkpoint_holds_counts_as_delivered(learner: Learner, worker:
     comm, client = learner(acknowledge="manual"), worker()
     send(client, 1, 2, 3)
     comm.collect_experiences(timeout=5.0)
+    marks = comm.marks()
     again = learner(acknowledge="manual")
-    again.restore(comm.marks())
+    again.restore(marks)
     assert again.collect_experiences(timeout=0.3) == []
     counts = again.get_queue_info()["counts"][0]
     assert (counts.produced, counts.delivered, counts.in_hand, counts.lost) == (3, 3, 0, {})
@@ -82,8 +89,9 @@ def test_batches_that_wait_within_the_learner_are_not_covered(learner: Learner, 
     send(first, 1, 2, 3)
     send(second, 11, 12, 13)
     got = [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0, max_batches=2)]
+    marks = comm.marks()
     again = learner(acknowledge="manual")
-    again.restore(comm.marks())
+    again.restore(marks)
     assert sorted(got + collect(again, 4)) == [1, 2, 3, 11, 12, 13]
 
 
@@ -104,8 +112,9 @@ def test_what_a_fault_kept_from_being_settled_is_settled_later(
     comm, client = learner(acknowledge="manual"), worker(level="learner")
     send(client, 1, 2, 3)
     comm.collect_experiences(timeout=5.0)
+    marks = comm.marks()
     again = learner(acknowledge="manual")
-    again.restore(comm.marks())
+    again.restore(marks)
 
     def fail(*arguments: Any, **options: Any) -> None:
         raise ConnectionFailed("the server is away")
@@ -130,8 +139,9 @@ def test_a_tried_batch_that_the_checkpoint_holds_does_not_come_again(
     wait_until("it is dead", lambda: comm.collect_experiences() or comm.dead_letters())
     comm.retry_dead_letters(comm.dead_letters())
     assert collect(comm, 1) == [1]
+    marks = comm.marks()
     again = learner(acknowledge="manual")
-    again.restore(comm.marks())
+    again.restore(marks)
     send(client, 2)
     assert collect(again, 1) == [2]
 

@@ -377,6 +377,7 @@ def test_a_version_is_not_used_again_after_a_commit_of_unknown_fate(
 
     with monkeypatch.context() as patch:
         patch.setattr(comm._publisher._channel, "run", lose)
+        patch.setattr(comm._connection, "timeout_seconds", 0.5)
         with pytest.raises(ConnectionFailed):
             comm.send_model_weights({"from": "first"})
     assert comm.send_model_weights({"from": "second"}).version == 2  # what became of 1, nobody can say
@@ -395,6 +396,7 @@ def publish_unheard(comm: WorkerCommunicator, weights: Any, monkeypatch: pytest.
 
     with monkeypatch.context() as patch:
         patch.setattr(comm._publisher._channel, "run", lose)
+        patch.setattr(comm._connection, "timeout_seconds", 0.5)
         with pytest.raises(ConnectionFailed):
             comm.send_model_weights(weights)
 
