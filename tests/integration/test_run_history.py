@@ -116,10 +116,8 @@ def test_coarser_samples_tell_what_finer_ones_have_forgotten(
 ) -> None:
     comm = quiet(learner())
     for _ in range(4):
-        at = record(comm, last=True).at
-        wait_until(
-            "the server's clock goes on", lambda at=at: server_seconds(server.client.time()) > at + 0.005
-        )
+        record(comm, last=True)
+        wait_until("the server's clock goes on", lambda: _age(comm, server) > 0.005)
     whole = history(comm)
     assert len(whole) >= 4
     server.client.xtrim(keys.history(1), maxlen=2, approximate=False)
@@ -130,6 +128,10 @@ def test_coarser_samples_tell_what_finer_ones_have_forgotten(
     assert [one.at for one in again] == pytest.approx([one.at for one in whole], abs=0.004)
     assert history(comm, count=1) == whole[-1:]
     assert history(comm, since=whole[-1].at) == [one for one in whole if one.at >= whole[-1].at]
+
+
+def _age(comm: WorkerCommunicator, server: Server) -> float:
+    return server_seconds(server.client.time()) - history(comm)[-1].at
 
 
 def test_a_fault_of_the_history_costs_the_learner_nothing(
