@@ -30,6 +30,9 @@ DEFAULT_RUN = "default"
 URL_SCHEMES = ("redis", "rediss", "unix")
 URL_VARIABLES = ("RLBROKER_REDIS_URL", "REDIS_URL")
 
+#: Set by a command that took a URL with a password out of its arguments.
+URL_TYPED_VARIABLE = "RLBROKER_URL_TYPED"
+
 #: Worker ids stay below this bound, so that a typing error cannot create lists of millions.
 MAX_WORKER_ID = 65_535
 
@@ -161,6 +164,11 @@ def redis_url(url: str | None = None) -> str:
 def url_variable() -> str | None:
     """Give the environment variable that holds the server's URL; None if none does."""
     return next((name for name in URL_VARIABLES if os.environ.get(name)), None)
+
+
+def url_was_typed() -> bool:
+    """Whether the URL in the environment came from the command line, whose variable a shell does not know."""
+    return bool(os.environ.get(URL_TYPED_VARIABLE))
 
 
 def redacted_url(url: str) -> str:

@@ -13,13 +13,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rlbroker.config import run_name
+from rlbroker.config import MAX_WORKER_ID, is_run_name, run_name
 
 #: Pattern of all keys of all runs, as rights name them.
 EVERY_KEY = "rlb:*"
 
+#: What every key begins with, up to the name of its run.
+_ROOT = "rlb:{"
+
 #: The consumer group that reads the experiences of every worker.
 GROUP = "learner"
+
+
+def run_of(key: str) -> str:
+    """Give the run that a key belongs to; empty if it is none of ours.
+
+    >>> run_of(Keys("pong").experiences(3))
+    'pong'
+    """
+    before, brace, _ = key.removeprefix(_ROOT).partition("}:")
+    return before if brace and key.startswith(_ROOT) and is_run_name(before) else ""
 
 
 @dataclass(frozen=True)
@@ -31,12 +44,33 @@ class Keys:
 
     def __post_init__(self) -> None:
         """Check the run's name, as it becomes part of every key."""
-        object.__setattr__(self, "prefix", f"rlb:{{{run_name(self.run)}}}")
+        object.__setattr__(self, "prefix", f"{_ROOT}{run_name(self.run)}}}")
 
     @property
     def everything(self) -> str:
         """Pattern of all of the run's keys, to find and delete them."""
         return f"{self.prefix}:*"
+
+    def queue(self, worker: int) -> list[str]:
+        """Give the keys of one worker's batches, which scripts touch together."""
+        return [
+            self.experiences(worker),
+            self.counts(worker),
+            self.epochs(worker),
+            self.dead(worker),
+            self.again(worker),
+        ]
+
+    def queue_of(self, key: str) -> int | None:
+        """Give the worker whose queue a key is part of; None if it is none of those."""
+        _, _, worker = key.rpartition(":")
+        if not worker.isdecimal() or len(worker) > len(str(MAX_WORKER_ID)):
+            return None
+        return int(worker) if key in self.queue(int(worker)) else None
+
+    def is_given_once(self, key: str) -> bool:
+        """Whether no later life of the run uses this name again: chunks and outcomes have ids of their own."""
+        return key.startswith((f"{self.prefix}:w:", f"{self.prefix}:outcomes:"))
 
     @property
     def meta(self) -> str:

@@ -18,6 +18,17 @@ def parent_of(pid: int) -> int:
     return int(_facts(pid)[1])
 
 
+def command_line(pid: int) -> str:
+    """The command line of one process, as everybody on the machine can read it; empty if it is not there."""
+    if not (_PROC / "self").exists():
+        command = ["ps", "-o", "args=", "-p", str(pid)]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    try:
+        return (_PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def command_lines() -> str:
     """The command lines of all processes."""
     if not (_PROC / "self").exists():

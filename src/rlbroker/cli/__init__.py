@@ -33,5 +33,6 @@ def hide_password() -> None:
             kept.append(argument)
     if "@" in url or "password=" in url:
         os.environ["RLBROKER_REDIS_URL"] = url
+        os.environ["RLBROKER_URL_TYPED"] = "1"  # nothing of ours is imported yet, for speed
         interpreter = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
         os.execv(sys.executable, [*interpreter, *kept[1:]])

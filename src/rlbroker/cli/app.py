@@ -12,6 +12,7 @@ from rlbroker.cli.demo import demo
 from rlbroker.cli.doctor import doctor
 from rlbroker.cli.learner import learner
 from rlbroker.cli.missed import missed
+from rlbroker.cli.prune import prune
 from rlbroker.cli.runs import runs
 from rlbroker.cli.server import server
 from rlbroker.cli.status import status
@@ -23,7 +24,7 @@ from rlbroker.cli.workers import workers
 COMMANDS = {
     "Run": (demo, server, learner, worker),
     "Look": (status, workers, missed, runs),
-    "Server": (check, doctor, bench),
+    "Server": (check, doctor, bench, prune),
 }
 
 app = typer.Typer(

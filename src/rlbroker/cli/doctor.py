@@ -76,10 +76,12 @@ def _show(session: Session, found: Examination) -> None:
     of = f" and the run {found.run}" if found.run else ""
     session.console.print(f"{found.server}{of}")
     width = max(len(one.code) for one in found.points)
+    said = set[str]()
     for one in found.points:
         mark, style = _MARKS[one.state]
         session.console.print(f"{mark} {one.code:<{width}}  {plain(one.what)}", style=style)
-        if one.hint:
+        if one.hint and not (one.state == "unknown" and one.hint in said):
+            said.add(one.hint)
             session.console.print(f"  {'':<{width}}  {session.typed(one.hint)}")
     count = {state: sum(one.state == state for one in found.points) for state in _MARKS}
     session.console.print(

@@ -150,31 +150,46 @@ class Session:
     def typed(self, hint: str) -> str:
         """Complete a hint, `rlbroker …` or `redis-cli …`, to what a person can type to reach the same server and run.
 
-        Passwords are never part of it: what came with --url is asked for again, and what came from the environment
-        comes from there again.
+        Passwords are never part of it: redis-cli asks for them, in a URL `…` stands for them, and what came from the
+        environment comes from there again.
         """
         program, _, words = hint.partition(" ")
         if program == "redis-cli":
-            return f"redis-cli {self._redis_cli_options()} {words}"
+            return f"redis-cli {self._redis_cli_options(administrator=words.startswith('ACL '))} {words}"
         if program != "rlbroker":
             return hint
-        if self.url and " --url" not in words:
-            words += f" --url {shlex.quote(self.url)}"
+        if " --url" not in words and (url := self._url_to_type()):
+            words += f" --url {shlex.quote(url)}"
         if " --run" not in words and words.partition(" ")[0] not in _OF_NO_RUN:
             words += f" --run {self.run}"
         return f"rlbroker {words}"
 
-    def _redis_cli_options(self) -> str:
+    def _url_to_type(self) -> str | None:
+        from urllib.parse import urlsplit
+
+        from rlbroker.config import redis_url, url_was_typed
+
+        if self.url or not url_was_typed():
+            return self.url
+        parts = urlsplit(redis_url())
+        host = parts.netloc.rpartition("@")[2]
+        return parts._replace(netloc=f"{parts.username or ''}:…@{host}", query="").geturl()
+
+    def _redis_cli_options(self, *, administrator: bool) -> str:
+        """Give the options that lead redis-cli to the server; an administrator is somebody else than we are."""
         from urllib.parse import unquote, urlsplit
 
-        from rlbroker.config import redis_url, url_variable
+        from rlbroker.config import redacted_url, redis_url, url_variable, url_was_typed
 
         url, variable = redis_url(self.url), url_variable()
         parts = urlsplit(url)
-        if variable and not self.url and parts.scheme != "unix":
+        in_shell = variable and not self.url and not url_was_typed()
+        if in_shell and parts.scheme != "unix" and not administrator:
             return f'-u "${variable}"'
-        where = f"-s {shlex.quote(parts.path)}" if parts.scheme == "unix" else f"-u {shlex.quote(url)}"
-        if parts.username or parts.password:
+        where = f"-s {shlex.quote(parts.path)}"
+        if parts.scheme != "unix":
+            where = f"-u {shlex.quote(redacted_url(url))}"
+        if (parts.username or parts.password) and not administrator:
             user = shlex.quote(unquote(parts.username or "default"))
             where += f" --user {user} --askpass"
         return where

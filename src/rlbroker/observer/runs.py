@@ -87,13 +87,17 @@ def choose_run(connection: Connection, run: str | None) -> str:
     return run
 
 
-def list_runs(connection: Connection) -> list[RunSummary]:
+def list_runs(connection: Connection, names: list[str] | None = None) -> list[RunSummary]:
     """Give the runs on a server, by name.
+
+    Args:
+        connection: way to the server.
+        names: only these, in this order.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
     """
-    names = run_names(connection)
+    names = run_names(connection) if names is None else names
     commands: list[tuple[str, ...]] = [("TIME",)]
     for keys in map(Keys, names):
         commands += [("HGETALL", keys.meta), ("HGET", keys.weights, "version")]

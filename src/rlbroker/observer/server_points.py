@@ -285,8 +285,10 @@ def _idle(facts: ServerFacts) -> Point:
     if 0 < seconds < IDLE_SECONDS:
         what = f"it closes clients that are idle for {seconds} s; ours connect again, which costs time and is logged"
         return Point("idle", "warning", what, "redis-cli CONFIG SET timeout 0")
-    closes = f"only after {seconds:,} s; ours connect again" if seconds else "never"
-    return Point("idle", "ok", f"idle clients are closed {closes}")
+    if seconds:
+        what = f"clients that are idle for {seconds:,} s are closed; ours connect again"
+        return Point("idle", "ok", what)
+    return Point("idle", "ok", "idle clients are never closed")
 
 
 def _keepalive(facts: ServerFacts) -> Point:
