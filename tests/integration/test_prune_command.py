@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import redis
 from conftest import RealServer, wait_until
 from executable import RLBROKER, environment, rlbroker
 
@@ -232,13 +231,9 @@ def test_a_run_that_begins_while_the_old_one_is_deleted_loses_nothing(
     try:
         assert found.kept == OPENED
         learner, worker = opened
-        collected: list[Any] = []
         wait_until(
             "the new batch is there",
-            lambda: (
-                collected.extend(learner.collect_experiences(timeout=0.1))
-                or any("new" in batch for _, batch in collected)
-            ),
+            lambda: any("new" in batch for _, batch in learner.collect_experiences(timeout=0.1)),
         )
         weights: dict[str, Any] = {}
         wait_until("the new version too", lambda: worker.poll(weights) or worker.version == 1)

@@ -178,7 +178,7 @@ def _string(client: Any, key: str) -> None:
 
 
 def _field(name: str, value: str) -> Callable[[Any, str], None]:
-    return lambda client, key: client.hset(key, name, value)  # type: ignore[no-any-return]
+    return lambda client, key: client.hset(key, name, value)
 
 
 def _member(client: Any, key: str) -> None:

@@ -31,6 +31,10 @@ _ROUND_TRIPS_SECONDS: Final = 1.0
 _LEAST_ROUND_TRIPS: Final = 3
 
 
+#: How servers that rlbroker knows call themselves when they are greeted.
+_SERVERS: Final = ("redis", "valkey")
+
+
 @dataclass(frozen=True)
 class Latency:
     """How long the server takes to answer, and how far this machine's clock is from its.
@@ -82,12 +86,12 @@ def read_facts(connection: Connection) -> ServerFacts:
         PeerError: it could not be reached in time.
     """
     info = connection.server_info()
-    names = ["ACL WHOAMI", "HELLO", *(f"CONFIG GET {name}" for name in SETTINGS)]
+    names = ["ACL WHOAMI", "HELLO", "INFO server", *(f"CONFIG GET {name}" for name in SETTINGS)]
     answers = dict(zip(names, ask(connection, [tuple(name.split()) for name in names]), strict=True))
-    missing = {} if info else {"INFO": "+info"}
+    missing = {}
     for name, answer in answers.items():
         if isinstance(answer, AccessDenied):
-            missing[" ".join(name.split()[:2])] = answer.rule
+            missing[_command(name)] = answer.rule
     settings: dict[str, str] = {}
     for name in SETTINGS:
         answer = answers[f"CONFIG GET {name}"]
@@ -95,6 +99,8 @@ def read_facts(connection: Connection) -> ServerFacts:
             settings |= text_fields(answer)
     whoami, hello = answers["ACL WHOAMI"], answers["HELLO"]
     greeting = {} if isinstance(hello, PeerError) else text_fields(hello)
+    if greeting.get("server") not in _SERVERS:  # a fake, which counts its versions otherwise
+        greeting = {}
     version = info.get("redis_version") or greeting.get("version", "")
     name = connection.server_version(info) or " ".join(
         word for word in (greeting.get("server", "").capitalize(), version) if word
@@ -109,6 +115,10 @@ def read_facts(connection: Connection) -> ServerFacts:
         settings=settings,
         missing=missing,
     )
+
+
+def _command(words: str) -> str:
+    return words.removesuffix(" server") if words.startswith("INFO") else " ".join(words.split()[:2])
 
 
 def measure_latency(connection: Connection) -> Latency:
