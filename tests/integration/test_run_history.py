@@ -57,7 +57,9 @@ def test_the_history_tells_what_happened(learner: Learner, worker: Worker, monke
         client.send_experiences({"steps": np.zeros(10)})
     comm.send_model_weights({"weights": np.ones(1000, np.float32)})
     comm.collect_experiences(timeout=5.0, max_batches=2)
-    comm.acknowledge(comm.collect_experiences(timeout=0.05, max_batches=1))
+    meanwhile = record(comm)
+    assert (meanwhile.in_hand, meanwhile.waiting, meanwhile.queued) == (2, 1, {3: 1})
+    assert len(comm.collect_experiences(timeout=0.05, max_batches=1)) == 1
     assert comm.collect_experiences(timeout=0.05) == []
     client._heartbeat._beat()
     client.send_experiences({"steps": np.zeros(10)})
@@ -145,7 +147,9 @@ def test_a_fault_of_the_history_costs_the_learner_nothing(
     comm._roster.say_alive(comm._channel)
     comm._record()
     server.client.delete(keys.history(1))
-    assert record(comm).waiting == 0  # it works again
+    assert record(comm).waiting == 0
+    assert server.client.xlen(keys.history(1)) == 1  # it works again
+    assert "history" not in caplog.text
     comm._recorder._known = lambda: 1 / 0  # type: ignore[assignment, return-value]
     for _ in range(2):
         comm._record()
@@ -154,11 +158,17 @@ def test_a_fault_of_the_history_costs_the_learner_nothing(
     assert comm._thread.error is None
 
 
-def test_a_learner_that_does_not_lead_writes_no_history(learner: Learner, server: Server, keys: Keys) -> None:
+def test_a_learner_that_does_not_lead_writes_figures_but_no_history(
+    learner: Learner, server: Server, keys: Keys
+) -> None:
     collects = learner(learner_name="other", publishes=False)
     wait_until("it lives", lambda: server.client.hget(keys.meta, "seen:other"))
     quiet(collects)
-    collects._record()
+    writer = Writer()
+    collects.log_to(writer, every_seconds=0.1)
+    for _ in range(2):
+        collects._record()
+    wait_until("it has written figures", lambda: writer.written)
     assert history(collects) == []
 
 

@@ -83,6 +83,11 @@ def test_quantiles_are_those_of_the_batches_in_between(
     assert found.staleness == Counter(between)
 
 
+def test_the_median_of_two_is_the_lower() -> None:
+    found = Interval(a_sample(1.0), a_sample(2.0, staleness={0: 1, 7: 1}))
+    assert (found.staleness_quantile(0.5), found.staleness_quantile(0.51)) == (0.0, 7.0)
+
+
 def test_nothing_collected_has_no_staleness() -> None:
     same = a_sample(1.0, staleness={0: 5})
     found = Interval(same, replace(same, at=2.0))
