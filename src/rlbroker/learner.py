@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -590,7 +590,8 @@ class WorkerCommunicator:
         commands = sum(self._commander.waiting().values())
         self._roster.close()
         if ended:
-            self._record(last=True)
+            with suppress(PeerError):  # the report counts for more
+                self._record(last=True)
         return CleanupReport(waiting, self._holdings.counts(), commands)
 
     def _tell_what_was_there(self) -> None:
