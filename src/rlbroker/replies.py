@@ -18,6 +18,12 @@ def text_fields(reply: Any) -> dict[str, str]:
     return {_text(name): _text(value) for name, value in zip(flat[::2], flat[1::2], strict=True)}
 
 
+def info_fields(reply: bytes) -> dict[str, str]:
+    """Give what INFO says, as the server sends it."""
+    lines = (line.partition(":") for line in reply.decode(errors="replace").splitlines())
+    return {name: value for name, colon, value in lines if colon}
+
+
 def stream_entries(reply: Any) -> list[tuple[str, list[tuple[str, dict[bytes, bytes] | None]]]]:
     """Give (key, [(entry id, fields), …]) from XREAD or XREADGROUP, whatever shape redis-py chose for them.
 

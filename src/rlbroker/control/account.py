@@ -6,11 +6,11 @@ another, it did a command, it left or was given up. `settle` folds one such even
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self, cast
 
-from rlbroker.records import Missed, Outcome, State
+from rlbroker.records import Missed, MissedUpdates, Outcome, State
 from rlbroker.replies import entry_place, whole_number
 
 #: Characters of what a worker says that are kept.
@@ -128,6 +128,37 @@ class Settled:
     account: Account
     missed: tuple[Missed, ...] = ()
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+
+
+def missed_updates(
+    worker_id: int,
+    account: Account,
+    *,
+    latest_version: int,
+    published: Mapping[int, float],
+    records: Sequence[Missed] = (),
+) -> MissedUpdates:
+    """Give what a worker missed.
+
+    Args:
+        worker_id: which worker.
+        account: what the ledger knows of it.
+        latest_version: the version that those who are up to date run.
+        published: when recent versions were published, seconds since the epoch.
+        records: the entries of the `missed` stream that are about it.
+    """
+    behind = max(0, latest_version - account.settled) if account.member else 0
+    return MissedUpdates(
+        worker_id=worker_id,
+        total=sum(account.missed.values()),
+        by_reason=dict(account.missed),
+        commands=account.commands_missed,
+        behind=behind,
+        behind_since=published.get(account.settled + 1) if behind else None,
+        skips_in_a_row=account.skips_in_a_row,
+        skipping_since=account.skipping_since or None,
+        records=tuple(records),
+    )
 
 
 def settle(account: Account, event: Event, pending: Mapping[str, int], latest: int, lost: int = 0) -> Settled:

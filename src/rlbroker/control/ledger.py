@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from rlbroker.connection import LEADER_ONLY, Argument, Connection, Script, flat
-from rlbroker.control.account import TEXT_KEPT, Account, Event, Settled, settle
+from rlbroker.control.account import TEXT_KEPT, Account, Event, Settled, missed_updates, settle
 from rlbroker.deadline import Deadline
 from rlbroker.errors import RunLost
 from rlbroker.keys import Keys
@@ -289,7 +289,6 @@ class Ledger:
         *,
         latest_version: int,
         published: Mapping[int, float],
-        with_records: bool = True,
     ) -> dict[int, MissedUpdates]:
         """Give what each worker missed.
 
@@ -297,26 +296,20 @@ class Ledger:
             workers: which workers.
             latest_version: the version that those who are up to date run.
             published: when recent versions were published, seconds since the epoch.
-            with_records: whether to read the records too, which may be thousands, and not only the sums.
         """
         records: dict[int, list[Missed]] = {}
-        for record in self.records() if with_records else ():
+        for record in self.records():
             records.setdefault(record.worker_id, []).append(record)
-        found = {}
-        for worker, account in self.accounts(workers).items():
-            behind = max(0, latest_version - account.settled) if account.member else 0
-            found[worker] = MissedUpdates(
-                worker_id=worker,
-                total=sum(account.missed.values()),
-                by_reason=dict(account.missed),
-                commands=account.commands_missed,
-                behind=behind,
-                behind_since=published.get(account.settled + 1) if behind else None,
-                skips_in_a_row=account.skips_in_a_row,
-                skipping_since=account.skipping_since or None,
-                records=tuple(records.get(worker, ())),
+        return {
+            worker: missed_updates(
+                worker,
+                account,
+                latest_version=latest_version,
+                published=published,
+                records=records.get(worker, ()),
             )
-        return found
+            for worker, account in self.accounts(workers).items()
+        }
 
     def records(self, *, since: float = 0.0) -> list[Missed]:
         """Give the record of missed updates, oldest first.

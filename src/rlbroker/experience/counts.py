@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, Final
 
 from rlbroker.connection import Channel, Connection
@@ -52,52 +51,80 @@ def read_counts(
     Raises:
         PeerError: the server refused, or could not be reached in time.
     """
-    names = {one: (keys.counts(one), keys.experiences(one), keys.again(one)) for one in workers}
-    replies = connection.execute_all([("EXISTS", name) for three in names.values() for name in three])
-    there = {name for name, exists in zip(itertools.chain(*names.values()), replies, strict=True) if exists}
-    known = {worker: three for worker, three in names.items() if not there.isdisjoint(three)}
+    wanted = list(workers)
+    names = [name for worker in wanted for name in count_keys(keys, worker)]
+    replies = connection.execute_all([("EXISTS", name) for name in names])
+    there = {name for name, exists in zip(names, replies, strict=True) if exists}
+    channel = Channel(connection)
+    try:
+        return connection.retry(lambda: known_counts(channel, keys, wanted, there, said=said))
+    finally:
+        channel.give_back()
+
+
+def count_keys(keys: Keys, worker: int) -> tuple[str, str, str]:
+    """Give the keys that hold one worker's counts and batches."""
+    return keys.counts(worker), keys.experiences(worker), keys.again(worker)
+
+
+def known_counts(
+    channel: Channel,
+    keys: Keys,
+    workers: Iterable[int],
+    there: Container[str],
+    *,
+    said: Mapping[int, tuple[int, int]] | None = None,
+) -> dict[int, QueueCounts]:
+    """Give the counts of each worker's batches where it is known which keys exist, in one round trip as a rule.
+
+    Args:
+        channel: way to the server.
+        keys: names of the run's keys.
+        workers: which workers.
+        there: those of their `count_keys` that exist.
+        said: as in `read_counts`.
+
+    Raises:
+        PeerError: the server refused, or the connection broke.
+    """
     groups: dict[int, list[tuple[str, ...]]] = {}
-    for worker, (counts, *streams) in known.items():
+    for worker in workers:
+        counts, *streams = count_keys(keys, worker)
+        present = [stream for stream in streams if stream in there]
+        if not present and counts not in there:
+            continue
         group: list[tuple[str, ...]] = [("HGETALL", counts)]
-        for stream in streams:
-            if stream in there:
-                group += [("XLEN", stream), ("XPENDING", stream, GROUP)]
+        for stream in present:
+            group += [("XLEN", stream), ("XPENDING", stream, GROUP)]
         if said is None and streams[0] in there:
             group.append(("XINFO", "STREAM", streams[0]))
         groups[worker] = group
-    results = _in_one_step(connection, groups)
     found = {}
-    for worker, group in groups.items():
-        counted, *sizes = results[worker]
+    for worker, (counted, *sizes) in _in_one_step(channel, groups).items():
         newest = said.get(worker, (0, 0)) if said is not None else (0, 0)
-        if group[-1][0] == "XINFO":
+        if groups[worker][-1][0] == "XINFO":
             newest = newest_place(sizes.pop())
         in_hand = sum(map(pending_count, sizes[1::2]))
         found[worker] = _counts(sum(map(int, sizes[::2])), in_hand, text_fields(counted), newest)
     return found
 
 
-def _in_one_step(connection: Connection, groups: Mapping[int, list[tuple[str, ...]]]) -> dict[int, list[Any]]:
+def _in_one_step(channel: Channel, groups: Mapping[int, list[tuple[str, ...]]]) -> dict[int, list[Any]]:
     """Ask each worker's questions as if nothing happened between them: a batch would be counted twice, or not at all.
 
     What is acknowledged, dropped or set aside changes the counts in the same step. So they are asked for before and
     after; who only may read has no right to MULTI.
     """
-    found: dict[int, list[Any]] = {}
+    found: dict[int, list[Any]] = {worker: [] for worker in groups}
     left = dict(groups)
-    channel = Channel(connection)
-    try:
-        for _ in range(_TRIES):
-            commands = [command for group in left.values() for command in (*group, group[0])]
-            replies = iter(connection.retry(partial(channel.execute_all, commands)))
-            for worker, group in list(left.items()):
-                *found[worker], after = map(_answer, itertools.islice(replies, len(group) + 1))
-                if found[worker][0] == after:
-                    del left[worker]
-            if not left:
-                break
-    finally:
-        channel.give_back()
+    for _ in range(_TRIES):
+        replies = iter(channel.execute_all([one for group in left.values() for one in (*group, group[0])]))
+        for worker, group in list(left.items()):
+            *found[worker], after = map(_answer, itertools.islice(replies, len(group) + 1))
+            if found[worker][0] == after:
+                del left[worker]
+        if not left:
+            break
     return found
 
 

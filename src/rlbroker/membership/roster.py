@@ -6,23 +6,21 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rlbroker.config import RunSettings
 from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
 from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
 from rlbroker.keys import Keys
 from rlbroker.membership.lives import ANNOUNCE, HEARD_OF, NEXT_LIFE
+from rlbroker.membership.members import member_infos
 from rlbroker.records import WorkerInfo
-from rlbroker.replies import scored_members, seconds_number, server_seconds, text_fields, whole_number
+from rlbroker.replies import scored_members, server_seconds, text_fields
 
 logger = logging.getLogger("rlbroker")
 
 #: After a loss a worker is expected back within its lease, or this if it is longer: until it notices, and is heard.
 BACK_SECONDS = 10.0
-
-#: Characters that are kept of the name of a process, which workers write.
-PROCESS_KEPT = 300
 
 OPEN = Script(
     "open",
@@ -285,34 +283,18 @@ class Roster:
                 ("ZRANGE", self._keys.members, 0, -1, "WITHSCORES"),
             ]
         )
-        now = server_seconds(clock)
-        newest = text_fields(incarnations)
-        seen = {int(worker): score / 1000 for worker, score in scored_members(members).items()}
-        beats = self._connection.execute_all([("HGETALL", self._keys.heartbeat(worker)) for worker in seen])
-        found = []
-        for (worker, last_seen), beat in zip(seen.items(), beats, strict=True):
-            said = text_fields(beat)
-            version, silent_seconds = _number(said, "version"), max(0.0, now - last_seen)
-            fenced_at = _seconds(said, "fenced_at")
-            found.append(
-                WorkerInfo(
-                    worker_id=worker,
-                    incarnation=_number(newest, str(worker)),
-                    state="alive" if silent_seconds < self._settings.lease_seconds else "away",
-                    host=said.get("host", ""),
-                    pid=_number(said, "pid"),
-                    version=version,
-                    staleness=max(0, int(latest or 0) - version),
-                    last_seen_seconds=silent_seconds,
-                    sent=_number(said, "sent"),
-                    problem=said.get("problem", ""),
-                    room_seconds=_seconds(said, "room_seconds") or 0.0,
-                    unpolled_seconds=_seconds(said, "unpolled_seconds") or 0.0,
-                    fenced_process=said.get("fenced_process", "")[:PROCESS_KEPT],
-                    fenced_seconds=None if fenced_at is None else max(0.0, now - fenced_at),
-                )
-            )
-        return sorted(found, key=lambda info: info.worker_id)
+        seen_at = scored_members(members)
+        beats = self._connection.execute_all(
+            [("HGETALL", self._keys.heartbeat(int(worker))) for worker in seen_at]
+        )
+        return member_infos(
+            now=server_seconds(clock),
+            latest_version=int(latest or 0),
+            incarnations=text_fields(incarnations),
+            seen_at=seen_at,
+            beats=[text_fields(beat) for beat in beats],
+            lease_seconds=self._settings.lease_seconds,
+        )
 
     def forget_silent(self) -> Sequence[int]:
         """Strike workers that were silent for longer than `forget_seconds`; give their ids.
@@ -345,13 +327,3 @@ class Roster:
             ]
         )
         return [worker for worker, struck in zip(to_strike, gone, strict=True) if struck]
-
-
-def _seconds(said: Mapping[str, str], name: str) -> float | None:
-    """Give seconds that a worker wrote of itself; None for anything else, as older releases do not write all."""
-    return seconds_number(said.get(name, ""))
-
-
-def _number(said: Mapping[str, str], name: str) -> int:
-    """Give a number that a worker wrote of itself; 0 for anything else."""
-    return whole_number(said.get(name, "")) or 0

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Literal, Self
 
 from rlbroker.config import RunSettings
-from rlbroker.connection import Connection
-from rlbroker.control.ledger import Ledger
-from rlbroker.experience.counts import read_counts
+from rlbroker.connection import Argument, Channel, Connection
+from rlbroker.control.account import Account, missed_updates
+from rlbroker.errors import AccessDenied, PeerError
+from rlbroker.experience.counts import count_keys, known_counts
 from rlbroker.keys import Keys
-from rlbroker.membership.roster import Roster
+from rlbroker.membership.members import member_infos
 from rlbroker.observer.legible import legible
 from rlbroker.observer.runs import learner_state
 from rlbroker.records import Liveness, MissedUpdates, QueueCounts, WorkerInfo
-from rlbroker.replies import entry_place, server_seconds, text_fields, whole_number
+from rlbroker.replies import (
+    entry_place,
+    info_fields,
+    scored_members,
+    server_seconds,
+    text_fields,
+    whole_number,
+)
 from rlbroker.weights.pointer import Pointer
 
 #: What of the pointer concerns people; the rest says how to fetch it.
@@ -134,59 +144,144 @@ class Snapshot:
 
 
 def take_snapshot(connection: Connection, run: str) -> Snapshot:
-    """Look at a run.
+    """Look at a run, once.
 
     Raises:
         WireError: what is stored is not what learners and workers write.
         PeerError: the server refused, or could not be reached in time.
     """
-    keys = Keys(run)
-    clock, meta_reply, pointer_reply, pending = connection.execute_all(
-        [("TIME",), ("HGETALL", keys.meta), ("HGETALL", keys.weights), ("HGETALL", keys.pending)]
-    )
-    now, pointer = server_seconds(clock), Pointer.from_fields(text_fields(pointer_reply))
-    with legible(keys.meta):
-        meta = text_fields(meta_reply)
-        settings, learner = RunSettings.from_fields(meta), _learner(meta, now) if meta else None
-        expected_workers = int(meta.get("num_workers", 0))
-    roster = Roster(connection, keys, settings)
-    with legible(f"{keys.incarnations} or {keys.members}"):
-        ids = roster.ids()
-        members = {info.worker_id: info for info in roster.workers()}
-    said = {worker: (info.incarnation, info.sent) for worker, info in members.items()}
-    counts = read_counts(connection, keys, ids, said=said)
-    with legible(f"{keys.prefix}:ledger:…"):
-        missed = Ledger(connection, keys).missed_updates(
-            ids,
-            latest_version=pointer.version if pointer else 0,
-            published={pointer.version: pointer.published} if pointer else {},
-            with_records=False,
+    with Observer(connection, run) as observer:
+        return observer.look()
+
+
+class Observer:
+    """Looks at one run again and again, over one connection, in three round trips each time.
+
+    Which keys there are is asked before what is in them, as asking for a queue that is not there is an error, which
+    the server would count.
+    """
+
+    def __init__(self, connection: Connection, run: str) -> None:
+        """Prepare; nothing is read yet."""
+        self._connection, self._keys = connection, Keys(run)
+        self._channel = Channel(connection)
+
+    def __enter__(self) -> Self:
+        """Give the observer itself; leaving the block gives its connection back."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the connection back."""
+        self._channel.give_back()
+
+    def look(self) -> Snapshot:
+        """Look at the run.
+
+        Raises:
+            WireError: what is stored is not what learners and workers write.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        return self._connection.retry(self._look)
+
+    def _look(self) -> Snapshot:
+        keys = self._keys
+        told, (clock, meta_reply, pointer_reply, pending, lives, members) = self._ask(
+            [("INFO", "server"), ("INFO", "memory")],
+            [
+                ("TIME",),
+                ("HGETALL", keys.meta),
+                ("HGETALL", keys.weights),
+                ("HGETALL", keys.pending),
+                ("HGETALL", keys.incarnations),
+                ("ZRANGE", keys.members, 0, -1, "WITHSCORES"),
+            ],
         )
-    dead = dict(
-        zip(ids, connection.execute_all([("XLEN", keys.dead(worker)) for worker in ids]), strict=True)
-    )
-    with legible(keys.pending):
-        waiting = _waiting_commands(text_fields(pending), now)
-    return Snapshot(
-        run=run,
-        at=now,
-        server=_server(connection),
-        settings=settings,
-        expected_workers=expected_workers,
-        learner=learner,
-        pointer=pointer,
-        workers={
-            worker: WorkerStatus(
-                info=members.get(worker),
-                counts=counts.get(worker),
-                missed=missed[worker],
-                commands_waiting=len(waiting.get(worker, ())),
-                command_seconds=max(waiting.get(worker, ()), default=0.0),
-                dead_letters=int(dead[worker]),
+        now, pointer = server_seconds(clock), Pointer.from_fields(text_fields(pointer_reply))
+        with legible(keys.meta):
+            meta = text_fields(meta_reply)
+            settings, learner = RunSettings.from_fields(meta), _learner(meta, now) if meta else None
+            expected_workers = int(meta.get("num_workers", 0))
+        with legible(f"{keys.incarnations} or {keys.members}"):
+            incarnations, seen_at = text_fields(lives), scored_members(members)
+            ids, member_ids = sorted(map(int, incarnations)), [int(worker) for worker in seen_at]
+        names = [name for worker in ids for name in count_keys(keys, worker)]
+        _, found = self._ask(
+            [],
+            [
+                *(("HGETALL", keys.heartbeat(worker)) for worker in member_ids),
+                *(("HGETALL", keys.ledger(worker)) for worker in ids),
+                *(("XLEN", keys.dead(worker)) for worker in ids),
+                *(("EXISTS", name) for name in names),
+            ],
+        )
+        replies = iter(found)
+        infos = {
+            info.worker_id: info
+            for info in member_infos(
+                now=now,
+                latest_version=pointer.version if pointer else 0,
+                incarnations=incarnations,
+                seen_at=seen_at,
+                beats=[text_fields(reply) for reply in islice(replies, len(member_ids))],
+                lease_seconds=settings.lease_seconds,
             )
-            for worker in ids
-        },
-    )
+        }
+        with legible(f"{keys.prefix}:ledger:…"):
+            missed = [
+                missed_updates(
+                    worker,
+                    Account.from_fields(text_fields(reply)),
+                    latest_version=pointer.version if pointer else 0,
+                    published={pointer.version: pointer.published} if pointer else {},
+                )
+                for worker, reply in zip(ids, islice(replies, len(ids)), strict=True)
+            ]
+        dead = [int(reply) for reply in islice(replies, len(ids))]
+        there = {name for name, exists in zip(names, replies, strict=True) if exists}
+        said = {worker: (info.incarnation, info.sent) for worker, info in infos.items()}
+        counts = known_counts(self._channel, keys, ids, there, said=said)
+        with legible(keys.pending):
+            waiting = _waiting_commands(text_fields(pending), now)
+        return Snapshot(
+            run=keys.run,
+            at=now,
+            server=_server(self._connection, told),
+            settings=settings,
+            expected_workers=expected_workers,
+            learner=learner,
+            pointer=pointer,
+            workers={
+                worker: WorkerStatus(
+                    info=infos.get(worker),
+                    counts=counts.get(worker),
+                    missed=missed_by_worker,
+                    commands_waiting=len(waiting.get(worker, ())),
+                    command_seconds=max(waiting.get(worker, ()), default=0.0),
+                    dead_letters=letters,
+                )
+                for worker, missed_by_worker, letters in zip(ids, missed, dead, strict=True)
+            },
+        )
+
+    def _ask(
+        self, optional: Sequence[Sequence[Argument]], commands: Sequence[Sequence[Argument]]
+    ) -> tuple[list[Any], list[Any]]:
+        """Give the answers to what this user, or this server, need not answer; and those to the others."""
+        replies = self._channel.execute_all([*optional, *commands])
+        left = replies[len(optional) :]
+        for reply in left:
+            if isinstance(reply, PeerError):
+                raise reply
+        return [None if _untold(reply) else reply for reply in replies[: len(optional)]], left
+
+
+def _untold(reply: Any) -> bool:
+    """Whether a user, or a server, has no answer; any other refusal is raised."""
+    if not isinstance(reply, PeerError):
+        return False
+    if isinstance(reply, AccessDenied) or "unknown command" in str(reply).lower():  # fakeredis has no INFO
+        return True
+    raise reply
 
 
 def _waiting_commands(pending: dict[str, str], now: float) -> dict[int, list[float]]:
@@ -198,8 +293,10 @@ def _waiting_commands(pending: dict[str, str], now: float) -> dict[int, list[flo
     return found
 
 
-def _server(connection: Connection) -> ServerStatus:
-    info = connection.server_info()
+def _server(connection: Connection, replies: Sequence[bytes | None]) -> ServerStatus:
+    info: dict[str, str] = {}
+    for reply in replies:
+        info |= info_fields(reply) if reply else {}
     return ServerStatus(
         address=connection.address,
         version=connection.server_version(info),
