@@ -10,6 +10,7 @@ from rlbroker.cli.bench import bench
 from rlbroker.cli.check import check
 from rlbroker.cli.demo import demo
 from rlbroker.cli.doctor import doctor
+from rlbroker.cli.experiences import experiences
 from rlbroker.cli.learner import learner
 from rlbroker.cli.missed import missed
 from rlbroker.cli.prune import prune
@@ -17,13 +18,14 @@ from rlbroker.cli.runs import runs
 from rlbroker.cli.server import server
 from rlbroker.cli.status import status
 from rlbroker.cli.text import unwrapped
+from rlbroker.cli.weights import weights
 from rlbroker.cli.worker import worker
 from rlbroker.cli.workers import workers
 
-#: Headings of the help, with the commands below each.
+#: Headings of the help, with the commands below each, and the groups of commands.
 COMMANDS = {
     "Run": (demo, server, learner, worker),
-    "Look": (status, workers, missed, runs),
+    "Look": (status, workers, missed, weights, experiences, runs),
     "Server": (check, doctor, bench, prune),
 }
 
@@ -36,7 +38,10 @@ app = typer.Typer(
 )
 for heading, commands in COMMANDS.items():
     for command in commands:
-        app.command(rich_help_panel=heading, help=unwrapped(command.__doc__ or ""))(command)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, rich_help_panel=heading)
+        else:
+            app.command(rich_help_panel=heading, help=unwrapped(command.__doc__ or ""))(command)
 
 
 @app.callback(invoke_without_command=True)

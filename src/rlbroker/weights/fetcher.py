@@ -67,7 +67,13 @@ class Fetcher:
     """Fetches versions for one worker; from one thread."""
 
     def __init__(
-        self, connection: Connection, keys: Keys, images: Images, *, stopping: Callable[[], bool]
+        self,
+        connection: Connection,
+        keys: Keys,
+        images: Images,
+        *,
+        stopping: Callable[[], bool] = lambda: False,
+        received: Callable[[int], object] = lambda count: None,
     ) -> None:
         """Prepare a fetcher.
 
@@ -76,8 +82,10 @@ class Fetcher:
             keys: names of the run's keys.
             images: where to find what others decoded, and to put what we decode.
             stopping: whether to give up.
+            received: is told of bytes as they come, from this thread.
         """
         self._connection, self._keys, self._images, self._stopping = connection, keys, images, stopping
+        self._received = received
         self._reader = ChunkReader(connection)
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="rlbroker-decode")
 
@@ -103,6 +111,29 @@ class Fetcher:
             return self._find_or_download(pointer, held)
         except MemoryError as error:
             raise WireError(f"version {pointer.version} needs more memory than there is") from error
+
+    def fetch_arrays(self, path: Sequence[Form], chunk_bytes: int) -> tuple[ImageFormat, Bytes]:
+        """Give the image of a version, checked as for a worker, for who makes no tree of it: no torch is needed.
+
+        Args:
+            path: how the version is stored: as a whole, and the differences that lead on from there.
+            chunk_bytes: as the pointer says.
+
+        Raises:
+            WireError: what is stored cannot be read, or is gone.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        small = self._small(path)
+        headers = [self._header(form, small) for form in path]
+        formats = [ImageFormat(header, WEIGHTS_LIMITS, arrays_only=True) for header in headers]
+        if len({form.layout for form in formats}) > 1:
+            raise WireError(f"version {path[-1].version} is a difference to weights of another layout")
+        try:
+            array = np.empty(formats[-1].image_bytes, np.uint8)
+        except MemoryError as error:
+            raise WireError(f"version {path[-1].version} needs more memory than there is") from error
+        self._fill(path, formats, chunk_bytes, array, None, small)
+        return formats[-1], array
 
     def _find_or_download(self, pointer: Pointer, held: Version | None) -> Version:
         version = self._find(pointer)
@@ -137,15 +168,27 @@ class Fetcher:
             raise WireError(f"version {pointer.version} is a difference to weights of another layout")
         draft = self._images.reserve(formats[-1].image_bytes, pointer.raw_bytes)
         try:
-            array = base.image.array if base else None
-            for form, image_format in zip(path, formats, strict=True):
-                self._decode(form, image_format, pointer.chunk_bytes, draft.array, array, small)
-                array = draft.array  # what follows is applied in place
+            before = base.image.array if base else None
+            self._fill(path, formats, pointer.chunk_bytes, draft.array, before, small)
             image = draft.publish(pointer.image_name, headers[-1])
         except BaseException:
             draft.abandon()
             raise
         return Version(pointer.version, image, formats[-1])
+
+    def _fill(
+        self,
+        path: Sequence[Form],
+        formats: Sequence[ImageFormat],
+        chunk_bytes: int,
+        array: Bytes,
+        before: Bytes | None,
+        small: dict[str, bytes],
+    ) -> None:
+        """Fill an image: with the first form, which may be a difference to `before`, and the next in place."""
+        for form, image_format in zip(path, formats, strict=True):
+            self._decode(form, image_format, chunk_bytes, array, before, small)
+            before = array
 
     def _small(self, path: Sequence[Form]) -> dict[str, bytes]:
         """Fetch what is small in one round trip, and of the rest the headers; by key."""
@@ -182,6 +225,7 @@ class Fetcher:
         decoding: deque[Future[None]] = deque()
         try:
             for indices, data in self._chunks(form, image_format, layout, array, small):
+                self._received(len(data))
                 for index in indices:
                     size = segments[index].stored_bytes
                     decoding.append(

@@ -189,15 +189,24 @@ class Pointer:
         Raises:
             WireError: no way leads there.
         """
-        ways: dict[int, tuple[int, list[Form]]] = {0: (0, []), held: (0, [])}
-        for form in sorted(self.forms, key=lambda form: form.version):
-            if form.base in ways and form.version != held:
-                bytes_before, before = ways[form.base]
-                way = bytes_before + form.stored_bytes, [*before, form]
-                ways[form.version] = min(ways.get(form.version, way), way, key=lambda way: way[0])
-        if self.version not in ways:
-            raise WireError(f"nothing that is stored leads to version {self.version}")
-        return ways[self.version][1]
+        return cheapest_path(self.forms, self.version, held)
+
+
+def cheapest_path(forms: Iterable[Form], version: int, held: int = 0) -> list[Form]:
+    """Give what to download and apply, in order, to come to a version with the fewest bytes; see `Pointer.path`.
+
+    Raises:
+        WireError: no way leads there.
+    """
+    ways: dict[int, tuple[int, list[Form]]] = {0: (0, []), held: (0, [])}
+    for form in sorted(forms, key=lambda form: form.version):
+        if form.base in ways and form.version != held:
+            bytes_before, before = ways[form.base]
+            way = bytes_before + form.stored_bytes, [*before, form]
+            ways[form.version] = min(ways.get(form.version, way), way, key=lambda way: way[0])
+    if version not in ways:
+        raise WireError(f"nothing that is stored leads to version {version}")
+    return ways[version][1]
 
 
 def kept(latest: Form, whole: Form | None, before: Sequence[Form]) -> tuple[Form, ...]:

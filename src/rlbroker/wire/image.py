@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rlbroker.errors import InvalidArgument, WireError
 from rlbroker.wire import casts, compress, delta
+from rlbroker.wire.contents import Content, contents_of
 from rlbroker.wire.format import Buffer, StoredSegment, byte_view, checked_bytes, digest_of, read_header
 from rlbroker.wire.lanes import DEFAULT_SEGMENT_BYTES, LARGE_LEAF_BYTES, plan_lanes, write_planned
 from rlbroker.wire.leaves import Bytes, Leaf, leaf_maker, normalise_bools
@@ -182,14 +183,16 @@ class ImagePlan:
 class ImageFormat:
     """What a header says of an image: how large it is, how its segments are filled in, and what it holds."""
 
-    def __init__(self, header: Buffer, limits: Limits) -> None:
+    def __init__(self, header: Buffer, limits: Limits, *, arrays_only: bool = False) -> None:
         """Check the whole header against `limits`; nothing large is allocated.
+
+        With `arrays_only` nobody is going to ask for the tree, so that tensors need no torch.
 
         Raises WireError, and IncompatibleFormat for another version of the format.
         """
         facts = read_header(byte_view(header), limits)
         self._facts = facts
-        self._makers = [leaf_maker(leaf) for leaf in facts.leaves]
+        self._makers = [] if arrays_only else [leaf_maker(leaf) for leaf in facts.leaves]
         lanes = [
             _LaneFacts(lane.typesize, lane.leaf_numbers, [segment.raw_bytes for segment in lane.segments])
             for lane in facts.lanes
@@ -231,6 +234,25 @@ class ImageFormat:
         elif not _is_in_place(stored, out):
             compress.restore(segment.codec, stored, typesize, out)
 
+    def contents(self) -> list[Content]:
+        """Return what the image holds, leaf by leaf."""
+        return contents_of(self._facts)
+
+    def arrays(self, image: NDArray[np.uint8]) -> list[NDArray[Any]]:
+        """Return the elements of each leaf, by its number, in the numpy dtype that carries its bits.
+
+        They are views of `image`, whose segments were all filled in.
+        """
+        self._geometry.check(image)
+        found: list[NDArray[Any]] = [image[:0]] * len(self._facts.leaves)
+        for lane, start in zip(self._facts.lanes, self._geometry.lane_starts, strict=True):
+            place = start
+            for number in lane.leaf_numbers:
+                leaf = self._facts.leaves[number]
+                found[number] = np.ndarray(leaf.shape, leaf.carrier, image, place)
+                place += leaf.nbytes
+        return found
+
     def tree(self, image: NDArray[np.uint8], *, keep_dtype: bool = False) -> Any:
         """Return the tree in an image whose segments were all filled in.
 
@@ -238,21 +260,18 @@ class ImageFormat:
         `keep_dtype`; bfloat16 of numpy arrays always is. Tensors that view an image mapped for reading only must
         not be written to: torch does not know such memory, and the process would die.
         """
-        self._geometry.check(image)
         makers = self._makers
         if keep_dtype:
             makers = [leaf_maker(leaf, keep_dtype=True) for leaf in self._facts.leaves]
         leaves: list[object] = [None] * len(makers)
-        for lane, start in zip(self._facts.lanes, self._geometry.lane_starts, strict=True):
-            place = start
+        arrays = self.arrays(image)
+        for lane in self._facts.lanes:
             for number in lane.leaf_numbers:
-                leaf = self._facts.leaves[number]
-                elements: NDArray[Any] = np.ndarray(leaf.shape, leaf.carrier, image, place)
+                leaf, elements = self._facts.leaves[number], arrays[number]
                 if len(lane.leaf_numbers) > 1 or leaf.nbytes < LARGE_LEAF_BYTES or leaf.carrier.kind == "b":
                     elements = elements.copy()
                     normalise_bools(leaf, elements.reshape(-1).view(np.uint8))
                 leaves[number] = makers[number](elements)
-                place += leaf.nbytes
         return unpack(self._facts.tree, leaves)
 
 

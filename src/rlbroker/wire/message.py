@@ -7,7 +7,8 @@ from typing import Any
 from rlbroker.errors import WireError
 from rlbroker.wire import compress
 from rlbroker.wire.assembly import Assembly
-from rlbroker.wire.format import Buffer, byte_view, read_header, split_header
+from rlbroker.wire.contents import Content, contents_of
+from rlbroker.wire.format import Buffer, byte_view, checked_bytes, read_header, split_header
 from rlbroker.wire.limits import DEFAULT_LIMITS, Limits
 from rlbroker.wire.plan import plan
 from rlbroker.wire.tree import describe_packed
@@ -61,6 +62,20 @@ def describe(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]
         "delta_segments": sum(segment.is_delta for segment in header.segments),
         "values": describe_packed(header.tree, header.leaves),
     }
+
+
+def contents(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> list[Content]:
+    """Return what a whole message holds, leaf by leaf; raise WireError if it is cut short or damaged.
+
+    Needs no torch: nothing is decompressed, but the digest of every segment is checked.
+    """
+    view = byte_view(data)
+    end = _header_end(view)
+    header = read_header(view[:end], limits)
+    for index, segment in enumerate(header.segments):
+        checked_bytes(index, segment, view[end : end + segment.stored_bytes])
+        end += segment.stored_bytes
+    return contents_of(header)
 
 
 def _header_end(view: memoryview) -> int:

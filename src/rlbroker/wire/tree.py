@@ -7,8 +7,8 @@ msgpack has no word for travels in three extension types.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -233,25 +233,46 @@ def unpack(value: Any, leaves: Sequence[object]) -> Any:
     return value
 
 
-def describe_packed(value: Any, leaves: Sequence[Any]) -> dict[str, Any]:
-    """Return path to description, ready for JSON, of each leaf and plain value of a checked packed tree."""
-    found: dict[str, Any] = {}
-    _describe(value, leaves, [], found)
-    return found
+class Node(NamedTuple):
+    """One leaf or plain value of a tree, and where it is.
+
+    ``leaf`` is its number in the leaf table, None for a plain value; ``kind`` is then the name of its type. Empty
+    containers are plain values.
+    """
+
+    path: tuple[object, ...]
+    leaf: int | None
+    kind: str = ""
+    value: object = None
 
 
-def _describe(value: Any, leaves: Sequence[Any], path: list[object], found: dict[str, Any]) -> None:
+def walk_packed(value: Any, path: tuple[object, ...] = ()) -> Iterator[Node]:
+    """Give each leaf and plain value of a checked packed tree, in order."""
     kind = type(value)
     if kind is dict and value:
         for key, item in value.items():
-            _describe(item, leaves, [*path, key], found)
+            yield from walk_packed(item, (*path, key))
     elif kind is list and any(type(item) is not _TupleMark for item in value):
         items = value[1:] if type(value[0]) is _TupleMark else value
         for index, item in enumerate(items):
-            _describe(item, leaves, [*path, index], found)
+            yield from walk_packed(item, (*path, index))
     elif kind is _LeafNumber:
-        leaf = leaves[value]
-        found[format_path(path)] = {"kind": leaf.kind, "dtype": leaf.dtype, "shape": list(leaf.shape)}
+        yield Node(path, int(value))
     else:
-        name = "tuple" if kind is list and value else kind.__name__
-        found[format_path(path)] = {"kind": name}
+        yield Node(path, None, "tuple" if kind is list and value else kind.__name__, unpack(value, ()))
+
+
+def describe_packed(value: Any, leaves: Sequence[Any]) -> dict[str, Any]:
+    """Return path to description, ready for JSON, of each leaf and plain value of a checked packed tree."""
+    found: dict[str, Any] = {}
+    for node in walk_packed(value):
+        if node.leaf is None:
+            found[format_path(node.path)] = {"kind": node.kind}
+        else:
+            leaf = leaves[node.leaf]
+            found[format_path(node.path)] = {
+                "kind": leaf.kind,
+                "dtype": leaf.dtype,
+                "shape": list(leaf.shape),
+            }
+    return found

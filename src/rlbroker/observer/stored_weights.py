@@ -1,0 +1,169 @@
+"""Which versions of the weights are stored, what they hold, and one of them in our hands; reading changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlbroker.connection import Connection
+from rlbroker.errors import WireError
+from rlbroker.keys import Keys
+from rlbroker.replies import text_fields
+from rlbroker.weights.fetcher import WEIGHTS_LIMITS, Fetcher
+from rlbroker.weights.images import Images
+from rlbroker.weights.pointer import Form, Pointer, cheapest_path, digest_of
+from rlbroker.wire.contents import Content
+from rlbroker.wire.contents import ties as ties
+from rlbroker.wire.image import ImageFormat
+
+#: What PTTL says of a key that is not there, and of one that stays.
+_GONE, _STAYS = -2, -1
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """One way in which a version is stored.
+
+    Attributes:
+        form: how.
+        state: `latest`; `needed`, as others are differences to it; `expiring`, as newer ones have superseded it;
+            `damaged` if a part of it is missing though it should stay; `gone` if it should not.
+        expires_seconds: how long all of it is still there; None if it stays, or is not whole any more.
+        reachable: whether the version can be read from here on: it is whole, and so is what it is a difference to.
+    """
+
+    form: Form
+    state: Literal["latest", "needed", "expiring", "damaged", "gone"]
+    expires_seconds: float | None
+    reachable: bool
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """What is stored of a run's weights.
+
+    Attributes:
+        pointer: what the server says of the latest version; None before the first.
+        forms: what it names, by version; also what was named before the latest came.
+    """
+
+    pointer: Pointer | None
+    forms: tuple[StoredForm, ...]
+
+    @property
+    def versions(self) -> list[int]:
+        """Numbers of the versions that can be read."""
+        return sorted({one.form.version for one in self.forms if one.reachable})
+
+    def path(self, version: int) -> list[Form]:
+        """Give what to download, in order, to come to a version.
+
+        Raises:
+            WireError: it is not stored, or not any more.
+        """
+        return cheapest_path([one.form for one in self.forms if one.reachable], version)
+
+
+def look_at_weights(connection: Connection, keys: Keys) -> StoredWeights:
+    """Look which versions are stored.
+
+    Raises:
+        WireError: the pointer to the latest version cannot be read.
+        PeerError: the server refused, or could not be reached in time.
+    """
+    pointer = Pointer.from_fields(text_fields(connection.execute("HGETALL", keys.weights)))
+    if pointer is None:
+        return StoredWeights(None, ())
+    forms = sorted((*pointer.dropped, *pointer.forms), key=lambda form: (form.version, form.base))
+    names = [keys.upload(form.upload, form.chunks) for form in forms]
+    left = iter(connection.execute_all([("PTTL", key) for some in names for key in some]))
+    found: list[StoredForm] = []
+    for form, some in zip(forms, names, strict=True):
+        times = [int(next(left)) for _ in some]
+        whole = _GONE not in times
+        ends = [time / 1000 for time in times if time != _STAYS]
+        found.append(
+            StoredForm(
+                form=form,
+                state=_state(pointer, form, whole),
+                expires_seconds=min(ends, default=None) if whole else None,
+                reachable=whole and _leads(form, found),
+            )
+        )
+    return StoredWeights(pointer, tuple(found))
+
+
+def _state(
+    pointer: Pointer, form: Form, whole: bool
+) -> Literal["latest", "needed", "expiring", "damaged", "gone"]:
+    if form in pointer.dropped:
+        return "expiring" if whole else "gone"
+    if not whole:
+        return "damaged"
+    return "latest" if form.version == pointer.version else "needed"
+
+
+def _leads(form: Form, before: Sequence[StoredForm]) -> bool:
+    """Whether a form is no difference, or one to a version that can be read; earlier versions come first."""
+    return not form.base or any(one.reachable and one.form.version == form.base for one in before)
+
+
+def weights_contents(connection: Connection, keys: Keys, path: Sequence[Form]) -> list[Content]:
+    """Give what a version holds, from its header alone.
+
+    Args:
+        connection: way to the server.
+        keys: names of the run's keys.
+        path: as `StoredWeights.path` gives it.
+
+    Raises:
+        WireError: the header is gone, or cannot be read.
+        PeerError: the server refused, or could not be reached in time.
+    """
+    form = path[-1]
+    header = connection.execute("GET", keys.chunk(form.upload, 0))
+    if header is None:
+        raise WireError(f"the header of version {form.version} is gone")
+    if digest_of(header) != form.digest:
+        raise WireError(f"the digest of the header of version {form.version} does not match the pointer")
+    return ImageFormat(header, WEIGHTS_LIMITS, arrays_only=True).contents()
+
+
+def pull_weights(
+    connection: Connection,
+    keys: Keys,
+    path: Sequence[Form],
+    *,
+    chunk_bytes: int,
+    received: Callable[[int], object],
+) -> tuple[list[Content], list[NDArray[Any]]]:
+    """Download and decode a version; give what it holds, and the elements of its leaves by number.
+
+    Everything is checked as workers do. Needs no torch.
+
+    Args:
+        connection: way to the server.
+        keys: names of the run's keys.
+        path: as `StoredWeights.path` gives it.
+        chunk_bytes: as the pointer says.
+        received: is told of bytes as they come.
+
+    Raises:
+        WireError: what is stored cannot be read, or is gone.
+        PeerError: the server refused, or could not be reached in time.
+    """
+    fetcher = Fetcher(connection, keys, Images(keys.run, None), received=received)
+    try:
+        image_format, image = fetcher.fetch_arrays(path, chunk_bytes)
+    finally:
+        fetcher.close()
+    arrays = image_format.arrays(image)
+    for array in arrays:
+        if array.dtype.kind == "b":  # compiled code counts on it that there is nothing else
+            octets = array.reshape(-1).view(np.uint8)
+            np.minimum(octets, 1, out=octets)
+    return image_format.contents(), arrays
