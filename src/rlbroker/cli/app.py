@@ -11,6 +11,7 @@ from rlbroker.cli.check import check
 from rlbroker.cli.demo import demo
 from rlbroker.cli.doctor import doctor
 from rlbroker.cli.experiences import experiences
+from rlbroker.cli.exporter import exporter
 from rlbroker.cli.learner import learner
 from rlbroker.cli.missed import missed
 from rlbroker.cli.prune import prune
@@ -26,7 +27,7 @@ from rlbroker.cli.workers import workers
 COMMANDS = {
     "Run": (demo, server, learner, worker),
     "Look": (status, workers, missed, weights, experiences, runs),
-    "Server": (check, doctor, bench, prune),
+    "Server": (check, doctor, exporter, bench, prune),
 }
 
 app = typer.Typer(
