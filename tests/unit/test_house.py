@@ -56,22 +56,7 @@ ALLOWED |= {
     "probe": _ROOMS | {"learner", "worker"},
     "demo": {"learner", "worker", "local", "records", "keys", "config", "errors", "control", "__init__"},
     "__main__": {"cli"},
-    "cli": {
-        *(
-            "demo",
-            "local",
-            "observer",
-            "probe",
-            "pruning",
-            "connection",
-            "deadline",
-            "keys",
-            "records",
-            "config",
-            "errors",
-        ),
-        "__init__",
-    },
+    "cli": _ROOMS | {"demo", "local", "observer", "probe", "pruning", "__init__"},
     "__init__": {"learner", "worker", "config", "records", "errors", "control"},
 }
 
