@@ -161,6 +161,11 @@ def redis_url(url: str | None = None) -> str:
     return found
 
 
+def colors_wanted() -> bool:
+    """Whether the environment allows colours on a terminal: it has them, and NO_COLOR does not ask for none."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
 def url_variable() -> str | None:
     """Give the environment variable that holds the server's URL; None if none does."""
     return next((name for name in URL_VARIABLES if os.environ.get(name)), None)

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Self, get_type_hints
 import typer
 
 from rlbroker.cli import EXIT_ERROR
+from rlbroker.cli.console import Console
 from rlbroker.cli.options import Url
 from rlbroker.cli.text import unwrapped
 from rlbroker.errors import RlbrokerError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from rlbroker.connection import Connection
     from rlbroker.deadline import within
     from rlbroker.keys import Keys
@@ -115,12 +114,7 @@ class Session:
     @cached_property
     def console(self) -> Console:
         """Stdout, for what is not JSON. A pipe gets long lines and no colours."""
-        from rich.console import Console
-
-        width = None if sys.stdout.isatty() else PIPE_WIDTH
-        return Console(
-            width=width, highlight=False, markup=False, soft_wrap=True, no_color=self.no_color or None
-        )
+        return Console(sys.stdout, no_color=self.no_color, other_width=PIPE_WIDTH)
 
     def say(self, text: str) -> None:
         """Say something that is not data: progress, advice. Nothing with --quiet."""

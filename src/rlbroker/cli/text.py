@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+from rlbroker.cli.cells import cell_width, fitted, styled
 
+if TYPE_CHECKING:
+    from rlbroker.cli.console import Console
     from rlbroker.cli.session import Session
     from rlbroker.observer.findings import Finding
     from rlbroker.records import Missed
@@ -100,30 +100,35 @@ def show_table(
     if not rows:
         return
     columns = list(rows[0])
-    unlimited = console.options.update(width=1000)
+    widths = {name: max(map(cell_width, (name, *(row[name] for row in rows)))) for name in columns}
     for one in spare:
-        if console.measure(_table(columns, rows, left, style), options=unlimited).maximum <= console.width:
+        if _width(columns, widths) <= console.width:
             break
         columns.remove(one)
-    console.print(_table(columns, rows, left, style))
+    over = _width(columns, widths) - console.width
+    if over > 0:  # the last column holds what is longest, as a rule
+        widths[columns[-1]] = max(1, widths[columns[-1]] - over)
 
+    def line(cells: Mapping[str, str], style: Callable[[str, str], str]) -> str:
+        return " " + _GAP.join(
+            styled(fitted(cells[name], widths[name], right=name not in left), style(name, cells[name]))
+            for name in columns
+        )
 
-def _table(
-    columns: Sequence[str],
-    rows: Iterable[Mapping[str, str]],
-    left: Sequence[str],
-    style: Callable[[str, str], str],
-) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="")
-    for name in columns:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    console.print()
+    console.print(line({name: name for name in columns}, lambda column, cell: "").rstrip())
+    console.print(" " + "─" * (_width(columns, widths) - 1))
     for row in rows:
-        table.add_row(*(Text(row[name], style(name, row[name])) for name in columns))
-    return table
+        console.print(line(row, style if console.colors else lambda column, cell: "").rstrip())
+    console.print()
+
+
+#: Between two columns.
+_GAP = " " * 3
+
+
+def _width(columns: Sequence[str], widths: Mapping[str, int]) -> int:
+    return 1 + sum(widths[name] for name in columns) + len(_GAP) * (len(columns) - 1)
 
 
 def show_findings(session: Session, findings: Iterable[Finding], *, with_advice: bool = False) -> None:
