@@ -15,6 +15,7 @@ from rlbroker.cli.exporter import exporter
 from rlbroker.cli.learner import learner
 from rlbroker.cli.missed import missed
 from rlbroker.cli.prune import prune
+from rlbroker.cli.report import report
 from rlbroker.cli.runs import runs
 from rlbroker.cli.server import server
 from rlbroker.cli.status import status
@@ -26,7 +27,7 @@ from rlbroker.cli.workers import workers
 #: Headings of the help, with the commands below each, and the groups of commands.
 COMMANDS = {
     "Run": (demo, server, learner, worker),
-    "Look": (status, workers, missed, weights, experiences, runs),
+    "Look": (status, workers, missed, report, weights, experiences, runs),
     "Server": (check, doctor, exporter, bench, prune),
 }
 

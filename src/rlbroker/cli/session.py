@@ -61,9 +61,10 @@ class Session:
         self.timeout = timeout
         self.url, self.asked_run = url, run
         level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
-        logging.basicConfig(
-            stream=sys.stderr, format="rlbroker: %(message)s", level=logging.ERROR if quiet else level
-        )
+        log, handler = logging.getLogger("rlbroker"), logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("rlbroker: %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.ERROR if quiet else level)
 
     def __enter__(self) -> Self:
         """Give the session itself; leaving the block closes its connections."""

@@ -1,0 +1,73 @@
+"""Times as the page shows them, all in one named time zone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+
+_STEPS = (
+    *(1, 2, 5, 10, 15, 30),
+    *(60, 120, 300, 600, 900, 1800),
+    *(3600, 7200, 10_800, 21_600, 43_200),
+    *(86_400, 172_800, 345_600, 604_800),
+)
+
+
+class Clock:
+    """Turns the server's seconds into times of this machine's zone, as it is at one moment."""
+
+    def __init__(self, at: float) -> None:
+        """Take the zone as it is then: all times of a page have one and the same distance to UTC."""
+        here = datetime.fromtimestamp(at).astimezone()
+        self._offset = here.utcoffset() or timedelta()
+        self._zone = timezone(self._offset)
+        hours = here.strftime("%z")
+        name = here.tzname() or "UTC"
+        #: The zone for people: its name, and how far it is from UTC.
+        self.zone = name if name == "UTC" else f"{name}, UTC{hours[:3]}:{hours[3:]}"
+
+    def full(self, at: float) -> str:
+        """Give date and time; the page names the zone."""
+        return self._format(at, "%-d %b %Y, %H:%M:%S")
+
+    def iso(self, at: float) -> str:
+        """Give date and time for programs."""
+        return datetime.fromtimestamp(at, self._zone).isoformat(timespec="seconds")
+
+    def ticks(self, begin: float, end: float, count: int) -> tuple[list[float], Callable[[float], str]]:
+        """Give at most so many round times of a span, and how to write them."""
+        span = max(end - begin, 1.0)
+        step = next(
+            (one for one in _STEPS if span / one <= count), math.ceil(span / count / 604_800) * 604_800
+        )
+        shift = self._offset.total_seconds()
+        first = math.ceil((begin + shift) / step) * step - shift
+        pattern = "%-d %b" if step >= 86_400 else "%-d %b %H:%M" if span > 86_400 else "%H:%M"
+        if step < 60:
+            pattern = "%H:%M:%S"
+        ticks = []
+        while first <= end:
+            ticks.append(first)
+            first += step
+        return ticks, lambda at: self._format(at, pattern)
+
+    def _format(self, at: float, pattern: str) -> str:
+        return datetime.fromtimestamp(at, self._zone).strftime(pattern)
+
+
+def duration(seconds: float) -> str:
+    """Give how long something lasted, in its two largest units.
+
+    >>> [duration(seconds) for seconds in (0.4, 48, 124, 7380, 90_000)]
+    ['0.4 s', '48 s', '2 min 4 s', '2 h 3 min', '1 d 1 h']
+    """
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if 0 < seconds < 9.95 else f"{seconds:.0f} s"
+    whole = round(seconds)
+    for small, names in ((1, ("min", "s")), (60, ("h", "min")), (3600, ("d", "h"))):
+        large = {1: 60, 60: 3600, 3600: 86_400}[small]
+        if whole < {1: 3600, 60: 86_400, 3600: math.inf}[small]:
+            rest = whole % large // small
+            return f"{whole // large:,} {names[0]}" + (f" {rest} {names[1]}" if rest else "")
+    return ""  # not reached

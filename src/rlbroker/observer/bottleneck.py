@@ -1,0 +1,107 @@
+"""Who waits for whom: whether the learner, its workers or the way between them holds a run back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+#: History that a judgement needs.
+ENOUGH_SECONDS: Final = 10.0
+
+#: Shares of time from which on a wait is spoken of. A worker that waits loses little: its queue is full meanwhile.
+LEARNER_WAITS: Final = 0.25
+WORKERS_WAIT: Final = 0.10
+PUBLISHING: Final = 0.25
+
+#: The rule, for people.
+RULE: Final = (
+    f"Workers are too slow, or too few, if the learner waits for data for {LEARNER_WAITS * 100:.0f} % of the time or "
+    "more, and for a larger share than workers wait for room. The learner is too slow if workers wait for room for "
+    f"{WORKERS_WAIT * 100:.0f} % of their time or more. Publishing holds the run back if neither is so and it takes "
+    f"{PUBLISHING * 100:.0f} % of the time or more. Only waits inside collect_experiences and send_experiences are seen."
+)
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """Shares of a span of time, from 0 to 1, and what they mean.
+
+    Attributes:
+        learner_waits: `collect_experiences` waited for data.
+        workers_wait: `send_experiences` waited for room in a queue, of the time of all workers alive.
+        encoding: weights were compressed.
+        sending: weights were on their way to the server.
+        publishing: all of it, from the call until versions were out.
+        which: what holds the run back: `workers`, `learner`, `encoding`, `sending`, `nothing`, or `unknown`.
+        what: one sentence for people.
+    """
+
+    learner_waits: float
+    workers_wait: float
+    encoding: float
+    sending: float
+    publishing: float
+    which: Literal["workers", "learner", "encoding", "sending", "nothing", "unknown"]
+    what: str
+
+
+def judge(
+    seconds: float,
+    *,
+    learner_waits: float,
+    workers_wait: float,
+    encoding: float,
+    sending: float,
+    publishing: float,
+) -> Bottleneck:
+    """Say what holds a run back; see `RULE`.
+
+    Args:
+        seconds: how long the shares were measured.
+        learner_waits: as in `Bottleneck`, like the others.
+        workers_wait: see there.
+        encoding: see there.
+        sending: see there.
+        publishing: see there.
+
+    >>> judge(60, learner_waits=0.63, workers_wait=0, encoding=0, sending=0, publishing=0).what
+    'the learner waits for data 63 % of the time: more or faster workers would help'
+    """
+    which: Literal["workers", "learner", "encoding", "sending", "nothing", "unknown"]
+    if seconds < ENOUGH_SECONDS:
+        which = "unknown"
+        what = "there is too little history to tell what holds the run back"
+    elif learner_waits >= LEARNER_WAITS and learner_waits >= workers_wait:
+        which = "workers"
+        what = f"the learner waits for data {percent(learner_waits)} of the time: more or faster workers would help"
+    elif workers_wait >= WORKERS_WAIT:
+        which = "learner"
+        what = (
+            f"workers wait for room {percent(workers_wait)} of their time: the learner is too slow for them; fewer "
+            "workers would do"
+        )
+    elif publishing >= PUBLISHING:
+        which = "encoding" if encoding >= sending else "sending"
+        does = "most of it encoding" if which == "encoding" else "most of it sending"
+        helps = (
+            "compression_enabled=False, or wait=False, would help"
+            if which == "encoding"
+            else "a faster network, or wait=False, would help"
+        )
+        what = f"publishing weights takes {percent(publishing)} of the time, {does}: {helps}"
+    else:
+        which = "nothing"
+        what = (
+            f"nothing holds the run back: the learner waits for data {percent(learner_waits)} of the time, "
+            f"workers wait for room {percent(workers_wait)} of theirs"
+        )
+    return Bottleneck(learner_waits, workers_wait, encoding, sending, publishing, which, what)
+
+
+def percent(share: float) -> str:
+    """Give a share as people read it.
+
+    >>> [percent(share) for share in (0, 0.004, 0.631, 1)]
+    ['0 %', '0.4 %', '63 %', '100 %']
+    """
+    return f"{share * 100:.1f} %" if 0 < share < 0.0095 else f"{share * 100:.0f} %"
