@@ -16,9 +16,8 @@ from redis.connection import AbstractConnection
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
-from rlbroker.config import redacted_url
+from rlbroker.config import unusable_url
 from rlbroker.deadline import try_seconds
-from rlbroker.errors import InvalidArgument
 
 #: A connection that is silent for longer than this, with an answer due, counts as broken.
 STALL_SECONDS: Final = 4.0
@@ -121,4 +120,4 @@ def client_from_url(url: str) -> redis.Redis:
     try:
         return redis.Redis.from_url(url, protocol=2)
     except ValueError as error:
-        raise InvalidArgument(f"the server's URL {redacted_url(url)} cannot be used: {error}") from error
+        raise unusable_url(url, error) from None

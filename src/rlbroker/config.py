@@ -147,7 +147,7 @@ def redis_url(url: str | None = None) -> str:
     try:
         scheme, _, path, _, _ = urlsplit(found)
     except ValueError as error:
-        raise InvalidArgument(f"the server's URL {redacted_url(found)} cannot be used: {error}") from error
+        raise unusable_url(found, error) from None
     if scheme not in URL_SCHEMES:
         known = ", ".join(f"{name}://" for name in URL_SCHEMES)
         raise InvalidArgument(
@@ -164,6 +164,14 @@ def redis_url(url: str | None = None) -> str:
 def colors_wanted() -> bool:
     """Whether the environment allows colours on a terminal: it has them, and NO_COLOR does not ask for none."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def unusable_url(url: str, error: ValueError) -> InvalidArgument:
+    """Give the error for a URL that cannot be used; what is said of it may hold its password, or a part of it."""
+    why = str(error)
+    if "Port" in why or "netloc" in why:
+        why = "host or port cannot be read; in a password write / as %2F, ? as %3F, # as %23, @ as %40"
+    return InvalidArgument(f"the server's URL {redacted_url(url)} cannot be used: {why}")
 
 
 def url_variable() -> str | None:
@@ -197,8 +205,10 @@ def run_name(run: str, *, what: str = "run") -> str:
         InvalidArgument: it is not 1 to 100 letters, digits, dots, dashes and underscores.
     """
     if not isinstance(run, str) or not is_run_name(run):
+        # It may be a URL in the wrong place, with a password in it.
+        shown = redacted_url(run) if isinstance(run, str) and "://" in run else run
         raise InvalidArgument(
-            f"{what} must be 1 to 100 letters, digits, '.', '_' or '-', and begin with a letter or digit; got {run!r}"
+            f"{what} must be 1 to 100 letters, digits, '.', '_' or '-', and begin with a letter or digit; got {shown!r}"
         )
     return run
 

@@ -41,6 +41,9 @@ _READING = frozenset(
     )
 )
 
+#: Commands of which one part can be allowed alone: CONFIG GET without CONFIG SET.
+_CONTAINERS = ("acl", "client", "config", "memory", "object", "script", "xgroup", "xinfo")
+
 #: Names that a message has room for.
 _NAMES_SHOWN = 3
 
@@ -65,6 +68,10 @@ def refused(
     name = sent[0].upper() if sent else ""
     if found := _COMMAND.search(text):
         refused_command = found[1].lower()
+        if (
+            "subcommand" in text and len(sent) > 1 and sent[0].lower() in _CONTAINERS
+        ):  # Redis 6.2 does not say which
+            refused_command = f"{sent[0]}|{sent[1]}".lower()
         what, rule = (
             f"may not run {refused_command.replace('|', ' ').upper()}",
             f"+{refused_command}",

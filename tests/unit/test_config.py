@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 
+from rlbroker.clients import client_from_url
 from rlbroker.config import DEFAULT_URL, RunSettings, redacted_url, redis_url, run_name
 from rlbroker.errors import InvalidArgument
 from rlbroker.keys import Keys
@@ -63,3 +66,18 @@ def test_settings_survive_the_hash() -> None:
     settings = RunSettings(7, 8, "drop_oldest", 1.5, 60.0)
     assert RunSettings.from_fields(settings.to_fields()) == settings
     assert RunSettings.from_fields({"epoch": "3"}) == RunSettings()
+
+
+@pytest.mark.parametrize("mark", ["#", "?", "/", "]", "\u2100"])
+def test_a_url_that_cannot_be_used_does_not_show_its_password(mark: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"cannot be used|must be a number") as caught:
+        client_from_url(redis_url(f"redis://me:zyx{mark}wvu@host:1"))
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "redis" in shown
+    assert "zyx" not in shown.replace("zyx{mark}wvu", "")  # as it is written above
+
+
+def test_a_url_in_the_place_of_a_run_does_not_show_its_password() -> None:
+    with pytest.raises(InvalidArgument, match="got 'redis://host'") as caught:
+        run_name("redis://me:secret@host")
+    assert "secret" not in str(caught.value)

@@ -161,6 +161,13 @@ def test_replies_have_one_shape_whatever_the_protocol() -> None:
             "redis-cli ACL SETUSER me +hgetall",
         ),
         (
+            "this user has no permissions to run the 'config' command or its subcommand",
+            ("CONFIG", "GET", "save"),
+            "+config|get",
+            "the user 'me' may not run CONFIG GET; whoever administers the server can allow it: "
+            "redis-cli ACL SETUSER me '+config|get'",
+        ),
+        (
             "No permissions to access a key",
             ("HGETALL", "rlb:{a}:meta"),
             "%R~rlb:*",
