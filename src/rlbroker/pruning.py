@@ -16,7 +16,7 @@ from rlbroker.connection import Argument, Connection, Script
 from rlbroker.errors import AccessDenied, PeerError
 from rlbroker.keys import Keys
 from rlbroker.observer.facts import ask
-from rlbroker.observer.leftovers import PRUNED, batches, find_leftovers
+from rlbroker.observer.leftovers import PRUNED, batches, find_leftovers, unused_seconds
 from rlbroker.replies import scored_members
 
 #: Why a run, or a part of it, was kept that had been found dead.
@@ -123,6 +123,7 @@ def prune(
         PeerError: the server refused, or could not be reached in time.
     """
     keys = Keys(run)
+    unused = {run: unused_seconds(connection, run, names)}
     # First what the scripts compare, and then the judgement: what changes in between, they find changed.
     meta, incarnations = ask(connection, [("HGETALL", keys.meta), ("HGETALL", keys.incarnations)])
     seen: float | str = "any"
@@ -130,9 +131,9 @@ def prune(
         seen = _last_seen(connection, keys)
     workers = sorted({worker for name in names if (worker := keys.queue_of(name)) is not None})
     used = _use(connection, keys, workers)
-    (found,) = find_leftovers(connection, older_than_seconds=older_than_seconds, run=run, named=named) or (
-        None,
-    )
+    (found,) = find_leftovers(
+        connection, older_than_seconds=older_than_seconds, run=run, named=named, unused=unused
+    ) or (None,)
     if found is None:
         return Pruned(run, 0)
     if not found.dead:

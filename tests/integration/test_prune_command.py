@@ -139,16 +139,35 @@ def test_a_worker_that_lives_keeps_its_run(real_server: RealServer, connection: 
         assert (found.dead, found.why) == (False, "a worker of it lives")
 
 
+def unused(client: Any, run: str, seconds: float) -> None:
+    """Have all keys of a run be as if nobody had used them for so long."""
+    for key, dumped in all_of(client, run).items():
+        client.restore(key, 0, dumped, replace=True, idletime=int(seconds))
+
+
 def test_keys_without_a_run_go_once_nobody_used_them(real_server: RealServer, connection: Connection) -> None:
     client = real_server.client
     plant(real_server.url, "orphan")
+    age(client, "orphan", HOUR)
     client.delete(Keys("orphan").meta, Keys("orphan").incarnations)
-    for _ in range(2):  # looking does not count as using
-        found = leftover(connection, "orphan")
-        assert (found.state, found.dead) == ("orphaned", False)
+    found = leftover(connection, "orphan")
+    assert (found.state, found.dead) == ("orphaned", False)
     assert prune_now(connection, "orphan").kept
-    assert prune_now(connection, "orphan", older_than_seconds=0.0).kept == ""
+    unused(client, "orphan", 2 * HOUR)
+    assert leftover(connection, "orphan").dead
+    assert prune_now(connection, "orphan").kept == ""  # looking had not counted as using
     assert all_of(client) == {}
+
+
+def test_what_nobody_knows_the_age_of_is_kept(real_server: RealServer, connection: Connection) -> None:
+    real_server.client.set(Keys("orphan").notify, "x")
+    real_server.client.config_set("maxmemory-policy", "volatile-lfu")  # such servers do not tell idle times
+    try:
+        found = leftover(connection, "orphan", older_than_seconds=0.0)
+    finally:
+        real_server.client.config_set("maxmemory-policy", "noeviction")
+    assert (found.dead, found.silent_seconds) == (False, None)
+    assert found.why.endswith("but nobody knows for how long")
 
 
 def test_a_run_that_cannot_be_read_is_kept_while_its_keys_are_used(
@@ -158,7 +177,9 @@ def test_a_run_that_cannot_be_read_is_kept_while_its_keys_are_used(
     real_server.client.hset(Keys("odd").meta, "lease_seconds", "soon")
     assert leftover(connection, "odd").state == "unreadable"
     assert not leftover(connection, "odd").dead
-    assert prune_now(connection, "odd", older_than_seconds=0.0).kept == ""
+    unused(real_server.client, "odd", 2 * HOUR)
+    assert leftover(connection, "odd").dead
+    assert prune_now(connection, "odd").kept == ""
     assert all_of(real_server.client) == {}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -54,6 +54,7 @@ def find_leftovers(
     older_than_seconds: float,
     run: str | None = None,
     named: bool = False,
+    unused: Mapping[str, float | None] | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[Leftover]:
     """Give the runs on a server, by name, each with whether it may go.
@@ -63,6 +64,7 @@ def find_leftovers(
         older_than_seconds: a run is dead only if nobody of it was heard of for so long.
         run: only this one.
         named: whether somebody asked for that one: if its learner has ended and no worker lives, it is dead at once.
+        unused: by run, what `unused_seconds` gave before its keys were read, which counts as using them.
         progress: is told now and then how many keys were looked at.
 
     Raises:
@@ -72,18 +74,20 @@ def find_leftovers(
     for key in every_key(connection, Keys(run).everything if run else EVERY_KEY, progress):
         if one := run_of(key):
             names.setdefault(one, []).append(key)
-    orphans = {one for one, keys in names.items() if not {Keys(one).meta, Keys(one).incarnations} & set(keys)}
     # Orphans are not asked for what they may have: that would count as using their keys.
-    summaries = {one.run: one for one in list_runs(connection, sorted(names.keys() - orphans))}
+    runs = [one for one in sorted(names) if not _is_orphan(one, names[one])]
+    summaries = {one.run: one for one in list_runs(connection, runs)}
     found = []
     for name in sorted(names):
-        keys = sorted(names[name])
-        summary = summaries.get(name) or RunSummary(name, "none", 0, 0, 0, None, None)
-        state = "orphaned" if name in orphans else _state(connection, summary)
+        keys, summary = sorted(names[name]), summaries.get(name)
+        if summary is None:
+            summary, state = RunSummary(name, "none", 0, 0, 0, None, None), "orphaned"
+        else:
+            state = _state(connection, summary)
         silent_seconds = summary.last_seen_seconds
         if silent_seconds is None:
-            looked_at = () if name in orphans else _looked_at(name)
-            silent_seconds = _idle_seconds(connection, [key for key in keys if key not in looked_at])
+            known = unused or {}
+            silent_seconds = known[name] if name in known else unused_seconds(connection, name, keys)
         dead, why = _verdict(summary, state, silent_seconds, older_than_seconds, named=named)
         found.append(
             Leftover(
@@ -144,19 +148,22 @@ def _verdict(
     return True, why
 
 
-def _looked_at(run: str) -> tuple[str, ...]:
-    """Give the keys that were used by looking for runs."""
-    keys = Keys(run)
-    return keys.meta, keys.weights, keys.members, keys.incarnations
+def unused_seconds(connection: Connection, run: str, names: Sequence[str]) -> float | None:
+    """Give how long nobody used any key of a run, as far as the server tells: with some policies it does not.
 
-
-def _idle_seconds(connection: Connection, names: list[str]) -> float | None:
-    """Give how long none of these keys was used, as far as the server tells: with some policies it does not."""
-    idle: list[int] = []
-    for some in batches(names):
+    Where there is a run, the keys do not count that are used by looking for runs.
+    """
+    keys, idle = Keys(run), list[int]()
+    looked_at = () if _is_orphan(run, names) else (keys.meta, keys.weights, keys.members, keys.incarnations)
+    for some in batches([name for name in names if name not in looked_at]):
         answers = ask(connection, [("OBJECT", "IDLETIME", name) for name in some])
         idle += [answer for answer in answers if isinstance(answer, int)]
     return float(min(idle)) if idle else None
+
+
+def _is_orphan(run: str, names: Sequence[str]) -> bool:
+    keys = Keys(run)
+    return keys.meta not in names and keys.incarnations not in names
 
 
 def batches(those: Sequence[Item]) -> Iterator[Sequence[Item]]:
