@@ -8,6 +8,8 @@ import typer
 
 from rlbroker.cli.bench import bench
 from rlbroker.cli.check import check
+from rlbroker.cli.control import control
+from rlbroker.cli.dead import dead
 from rlbroker.cli.demo import demo
 from rlbroker.cli.doctor import doctor
 from rlbroker.cli.experiences import experiences
@@ -28,6 +30,7 @@ from rlbroker.cli.workers import workers
 COMMANDS = {
     "Run": (demo, server, learner, worker),
     "Look": (status, workers, missed, report, weights, experiences, runs),
+    "Act": (control, dead),
     "Server": (check, doctor, exporter, bench, prune),
 }
 

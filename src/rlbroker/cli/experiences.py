@@ -11,8 +11,7 @@ from rlbroker.cli.session import Session, with_session
 from rlbroker.cli.text import age, plain, size
 
 if TYPE_CHECKING:
-    from rlbroker.observer.waiting_batches import WaitingBatch
-    from rlbroker.wire.contents import Content
+    from rlbroker.observer.waiting_batches import Content, WaitingBatch
 
 #: Workers that are looked at, unless they are named: batches may be large.
 WORKERS_SHOWN = 16

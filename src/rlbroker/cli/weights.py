@@ -12,9 +12,8 @@ from rlbroker.cli.session import Session, with_session
 from rlbroker.cli.text import age, plain, show_table, size
 
 if TYPE_CHECKING:
-    from rlbroker.observer.stored_weights import StoredForm, StoredWeights
+    from rlbroker.observer.stored_weights import Form, Pointer, StoredForm, StoredWeights
     from rlbroker.observer.weight_files import Written
-    from rlbroker.weights.pointer import Form, Pointer
 
 weights = typer.Typer(
     name="weights",
@@ -125,9 +124,7 @@ def show_weights(session: Session, version: Version = None) -> None:
                 "kind": one.kind,
                 "dtype": one.dtype + (f" (was {one.original})" if one.original else ""),
                 "shape": " × ".join(map(str, one.shape)) or "scalar",
-                "bytes": size(one.nbytes)
-                if ties[one.name] == one.name
-                else f"tied to {plain(ties[one.name])}",
+                "bytes": f"tied to {plain(tied[one.name])}" if one.name in tied else size(one.nbytes),
             }
             for one in leaves
         ],

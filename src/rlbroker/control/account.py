@@ -17,7 +17,7 @@ from rlbroker.replies import entry_place, whole_number
 TEXT_KEPT = 500
 
 #: What a worker may answer to a command.
-_ANSWERS = ("done", "failed", "unknown", "expired")
+ANSWERS = ("done", "failed", "unknown", "expired")
 
 #: Why a command has no answer, by the event that ended the worker's membership.
 _ENDED = {"joined": "away", "gone": "away", "left": "left"}
@@ -180,7 +180,7 @@ def settle(account: Account, event: Event, pending: Mapping[str, int], latest: i
     account = replace(account, event=event.entry_id)
     if event.kind == "version" and 1 <= event.version <= latest:
         return _settle_version(account, event)
-    if event.kind == "command" and event.fields.get("outcome") in _ANSWERS:
+    if event.kind == "command" and event.fields.get("outcome") in ANSWERS:
         return _settle_command(account, event, pending)
     if event.kind in _ENDED:
         return _settle_membership(account, event, pending, max(lost, min(event.version, latest)))
@@ -212,7 +212,7 @@ def _settle_command(account: Account, event: Event, pending: Mapping[str, int]) 
     command, name = event.text("command"), event.text("name")
     if command not in pending:  # it has its final state already
         return Settled(account)
-    state = cast(State, event.fields["outcome"])  # one of _ANSWERS
+    state = cast(State, event.fields["outcome"])  # one of ANSWERS
     outcome = Outcome(state, event.text("detail"))
     if outcome:
         return Settled(replace(account, commands_done=account.commands_done + 1), (), {command: outcome})

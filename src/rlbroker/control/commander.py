@@ -292,7 +292,7 @@ class Commander:
         lives = text_fields(pending)
         for (entry, fields), reply in zip(sent, replies, strict=True):
             command = fields[b"command"].decode()
-            outcomes = {int(worker): _outcome(text) for worker, text in text_fields(reply).items()}
+            outcomes = {int(worker): outcome_of(text) for worker, text in text_fields(reply).items()}
             age_seconds = server_seconds(clock) - int(entry.partition(b"-")[0]) / 1000
             kept = {name: fields[name.encode()] for name in names}
             self._remember(
@@ -372,12 +372,13 @@ class Commander:
         sent = self._sent.get(command_id)
         known = sent.outcomes if sent else {}
         return {
-            worker: known[worker] if worker in known else _outcome(found.get(str(worker), "waiting"))
+            worker: known[worker] if worker in known else outcome_of(found.get(str(worker), "waiting"))
             for worker in workers
         }
 
 
-def _outcome(text: str) -> Outcome:
+def outcome_of(text: str) -> Outcome:
+    """Give an outcome as it is written in Redis."""
     state, _, detail = text.partition(": ")
     return Outcome(cast(State, state), detail)  # the ledger writes nothing else
 

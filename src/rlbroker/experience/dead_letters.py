@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rlbroker.connection import Connection, Script
@@ -14,6 +14,9 @@ from rlbroker.replies import entry_place, text_fields, whole_number
 
 #: Dead letters of one worker that are kept; the oldest go first. They are counted all the same.
 KEPT = 1_000
+
+#: Dead letters that are read in one round trip.
+READ_AT_ONCE = 100
 
 #: Fields that a dead letter has besides those of the batch.
 _OWN_FIELDS = ("entry", "reason", "detail", "deliveries", "died_at")
@@ -140,15 +143,7 @@ class DeadLetters:
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        wanted = list(workers)
-        replies = self._connection.execute_all(
-            [("XRANGE", self._keys.dead(worker), "-", "+") for worker in wanted]
-        )
-        return [
-            _letter(worker, entry_id, fields)
-            for worker, entries in zip(wanted, replies, strict=True)
-            for entry_id, fields in entries
-        ]
+        return [letter for worker in workers for letter in read_letters(self._connection, self._keys, worker)]
 
     def retry(self, letters: Sequence[DeadLetter]) -> int:
         """Have batches delivered once more; give how many were still there.
@@ -158,11 +153,10 @@ class DeadLetters:
         """
         done = 0
         for letter in letters:
-            worker = letter.worker_id
-            keys = (self._keys.dead(worker), self._keys.again(worker), self._keys.counts(worker))
             with self._holdings.counting():
-                done += self._connection.run(RETRY, keys, (GROUP, letter.entry_id, letter.reason))
-                self._holdings.remember(worker, self._connection.execute("HGETALL", keys[2]))
+                done += retry_letters(self._connection, self._keys, [letter])
+                counts = self._connection.execute("HGETALL", self._keys.counts(letter.worker_id))
+                self._holdings.remember(letter.worker_id, counts)
         return done
 
     def purge(self, letters: Sequence[DeadLetter]) -> int:
@@ -171,11 +165,66 @@ class DeadLetters:
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        calls = [
-            (PURGE, (self._keys.dead(one.worker_id), self._keys.counts(one.worker_id)), (one.entry_id,))
-            for one in letters
-        ]
-        return sum(self._connection.run_all(calls))
+        return purge_letters(self._connection, self._keys, letters)
+
+
+# What needs no learner. One that lives learns from the server's counts what others tried again: within
+# RECHECK_SECONDS (see collector.py), as each of these numbers only grows.
+
+
+def read_letters(connection: Connection, keys: Keys, worker: int) -> Iterator[DeadLetter]:
+    """Give one worker's dead letters, oldest first. They are read piece by piece, as they may be large together.
+
+    Raises:
+        PeerError: the server refused, or could not be reached in time.
+    """
+    position = "-"
+    while True:
+        entries = connection.execute("XRANGE", keys.dead(worker), position, "+", "COUNT", READ_AT_ONCE)
+        for entry_id, fields in entries:
+            yield _letter(worker, entry_id, fields)
+        if len(entries) < READ_AT_ONCE:
+            return
+        position = f"({entries[-1][0].decode()}"
+
+
+def letter_data(connection: Connection, keys: Keys, letter: DeadLetter) -> bytes | None:
+    """Give the message of a dead letter; None if it is not there any more.
+
+    Raises:
+        PeerError: the server refused, or could not be reached in time.
+    """
+    found = connection.execute("XRANGE", keys.dead(letter.worker_id), letter.entry_id, letter.entry_id)
+    return bytes(found[0][1].get(b"data", b"")) if found else None
+
+
+def retry_letters(connection: Connection, keys: Keys, letters: Sequence[DeadLetter]) -> int:
+    """Have batches delivered once more, by whoever may; give how many were still there.
+
+    Raises:
+        PeerError: the server refused, or could not be reached in time.
+    """
+    calls = [
+        (
+            RETRY,
+            (keys.dead(one.worker_id), keys.again(one.worker_id), keys.counts(one.worker_id)),
+            (GROUP, one.entry_id, one.reason),
+        )
+        for one in letters
+    ]
+    return sum(connection.run_all(calls))
+
+
+def purge_letters(connection: Connection, keys: Keys, letters: Sequence[DeadLetter]) -> int:
+    """Delete dead letters for good; give how many were still there. They stay counted.
+
+    Raises:
+        PeerError: the server refused, or could not be reached in time.
+    """
+    calls = [
+        (PURGE, (keys.dead(one.worker_id), keys.counts(one.worker_id)), (one.entry_id,)) for one in letters
+    ]
+    return sum(connection.run_all(calls))
 
 
 def _letter(worker: int, entry_id: bytes, fields: dict[bytes, bytes]) -> DeadLetter:

@@ -113,6 +113,15 @@ def list_runs(connection: Connection, names: list[str] | None = None) -> list[Ru
     return [_summary_of(name, now, replies[3 * number : 3 * number + 3]) for number, name in enumerate(names)]
 
 
+def server_time(connection: Connection) -> float:
+    """Give the server's clock, seconds since the epoch.
+
+    Raises:
+        PeerError: the server refused, or could not be reached in time.
+    """
+    return server_seconds(connection.execute("TIME"))
+
+
 def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Liveness | Literal["ended", "none"]:
     """Say what the newest learner of a run is about, by the run's `meta` and how long it has been silent."""
     if not meta:

@@ -15,7 +15,9 @@ from rlbroker.keys import Keys
 from rlbroker.replies import text_fields
 from rlbroker.weights.fetcher import WEIGHTS_LIMITS, Fetcher
 from rlbroker.weights.images import Images
-from rlbroker.weights.pointer import Form, Pointer, cheapest_path, digest_of
+from rlbroker.weights.pointer import Form as Form
+from rlbroker.weights.pointer import Pointer as Pointer
+from rlbroker.weights.pointer import cheapest_path, digest_of
 from rlbroker.wire.contents import Content
 from rlbroker.wire.contents import ties as ties
 from rlbroker.wire.image import ImageFormat

@@ -17,7 +17,7 @@ from rlbroker.replies import (
     text_fields,
     whole_number,
 )
-from rlbroker.wire.contents import Content
+from rlbroker.wire.contents import Content as Content
 from rlbroker.wire.message import contents
 
 
