@@ -18,7 +18,7 @@ RULE: Final = (
     f"Workers are too slow, or too few, if the learner waits for data for {LEARNER_WAITS * 100:.0f} % of the time or "
     "more, and for a larger share than workers wait for room. The learner is too slow if workers wait for room for "
     f"{WORKERS_WAIT * 100:.0f} % of their time or more. Publishing holds the run back if neither is so and it takes "
-    f"{PUBLISHING * 100:.0f} % of the time or more. Only waits inside collect_experiences and send_experiences are seen."
+    f"{PUBLISHING * 100:.0f} % of the time or more. Only waits within collect_experiences and send_experiences count."
 )
 
 

@@ -40,7 +40,7 @@ def render(course: Course, *, typed: Callable[[str], str]) -> str:
         "duration": duration,
         "number": lambda number: f"{number:,}",
         "rate": _rate,
-        "sentence": lambda text: f"{text[0].upper()}{text[1:]}.",
+        "sentence": _sentence,
         "full": clock.full,
         "iso": clock.iso,
     }
@@ -88,3 +88,7 @@ def _settings(course: Course) -> dict[str, str]:
         "lease_seconds": f"{chosen.lease_seconds:g}",
         "forget_seconds": f"{chosen.forget_seconds:g}",
     }
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
