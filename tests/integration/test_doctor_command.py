@@ -15,8 +15,10 @@ import pytest
 import redis
 from conftest import wait_until
 from executable import rlbroker
+from typer.testing import CliRunner
 
 from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker.cli.app import app
 from rlbroker.connection import Connection
 from rlbroker.keys import GROUP, Keys
 from rlbroker.local.redis_server import RedisServer
@@ -166,11 +168,11 @@ def test_without_a_single_run_the_server_alone_is_examined(server: RedisServer, 
     other = Keys("other").meta
     admin.hset(other, "wire_format", 1)
     try:
-        done = rlbroker("doctor", RLBROKER_REDIS_URL=server.url)
+        done = CliRunner().invoke(app, ["doctor", "--url", server.url])
     finally:
         admin.delete(other)
     assert done.stderr == f"no run was examined: runs there are: other, {RUN}; choose one with --run\n"
-    assert done.returncode in (0, 1)
+    assert done.exit_code in (0, 1)
     assert " persistence " in done.stdout
     assert " queues " not in done.stdout
 

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from conftest import RealServer, wait_until
 from executable import RLBROKER, environment, rlbroker
+from typer.testing import CliRunner
 
 from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker.cli.app import app
 from rlbroker.connection import Connection, Script
 from rlbroker.keys import Keys
 from rlbroker.observer.leftovers import Leftover, find_leftovers
@@ -86,9 +88,9 @@ def test_dead_runs_are_shown_and_deleted_and_those_that_live_stay(real_server: R
         assert all_of(client).keys() == before.keys()
         assert all_of(client, "old") == {key: one for key, one in before.items() if b"{old}" in key}
 
-        done = rlbroker("prune", RLBROKER_REDIS_URL=url)
-        assert done.returncode == 2
-        assert done.stderr.splitlines()[-1].startswith("rlbroker: nothing was deleted: say --yes")
+        asked = CliRunner().invoke(app, ["prune", "--url", url])  # without a terminal
+        assert asked.exit_code == 2
+        assert asked.output.splitlines()[-1].startswith("rlbroker: nothing was deleted: say --yes")
         assert all_of(client).keys() == before.keys()
 
         done = rlbroker("prune", "--yes", "--json", RLBROKER_REDIS_URL=url)

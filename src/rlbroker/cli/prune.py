@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OLDER_THAN_SECONDS = 3600.0
 
 #: Each so many keys something is said.
-KEYS_BETWEEN_LINES = 10_000
+KEYS_BETWEEN_LINES = 100_000
 
 
 @with_session
