@@ -14,6 +14,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,13 +269,22 @@ def test_single_figures_can_be_asked_for(live: Live) -> None:
 
 def test_a_server_that_hangs_is_away_until_it_is_back(live: Live) -> None:
     assert live.server.pid is not None
-    os.kill(live.server.pid, signal.SIGSTOP)
-    try:
-        seen = live.scrape()
-    finally:
-        os.kill(live.server.pid, signal.SIGCONT)
-    assert seen.of("rlbroker_up", None) == 0
-    assert not any(name.startswith("rlbroker_run") for name in seen.numbers)
+    with ThreadPoolExecutor(
+        6
+    ) as threads:  # none of them waits for longer than the timeout, however many there are
+        os.kill(live.server.pid, signal.SIGSTOP)
+        try:
+            asked = [threads.submit(live.scrape) for _ in range(6)]
+            refused = [one.exception() for one in asked]
+        finally:
+            os.kill(live.server.pid, signal.SIGCONT)
+    answers = [one.result() for one, problem in zip(asked, refused, strict=True) if problem is None]
+    assert answers
+    assert all("503" in str(problem) for problem in refused if problem)
+    assert len(answers) < 6
+    for seen in answers:
+        assert seen.of("rlbroker_up", None) == 0
+        assert not any(name.startswith("rlbroker_run") for name in seen.numbers)
     wait_until("it is back", lambda: live.scrape().of("rlbroker_up", None) == 1)
     assert live.scrape().of("rlbroker_weights_version") == 3
 

@@ -92,17 +92,20 @@ def _server(bind: str, port: int, exposition: Exposition) -> ThreadingHTTPServer
 
     from prometheus_client import CollectorRegistry, MetricsHandler
 
-    from rlbroker.errors import InvalidArgument
+    from rlbroker.errors import DeadlineExceeded, InvalidArgument
 
     class Handler(MetricsHandler):
         timeout = CLIENT_SECONDS
         registry = CollectorRegistry()
 
         def do_GET(self) -> None:  # noqa: N802 - so it is called by the server
-            if self.path.partition("?")[0] == PATH:
-                super().do_GET()
-            else:
+            if self.path.partition("?")[0] != PATH:
                 self.send_error(404, f"the figures are at {PATH}")
+                return
+            try:
+                super().do_GET()
+            except DeadlineExceeded as error:  # nothing was sent yet
+                self.send_error(503, str(error))
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True

@@ -76,18 +76,26 @@ class Exposition(Collector):
         return [*_own(False, 0.0, self._version), *_families(())]
 
     def collect(self) -> Iterator[Metric]:
-        """Read everything now. Two who ask at once are answered one after the other."""
-        with self._reading:
-            began = time.perf_counter()
-            readings = self._read()
-            families = list(_families(readings or ()))
-            took_seconds = time.perf_counter() - began
+        """Read everything now. Those who ask at once are answered one after the other: the server is others'.
+
+        Raises:
+            DeadlineExceeded: those who asked before are not answered yet.
+        """
+        began, deadline = time.perf_counter(), Deadline(self._timeout_seconds)
+        if not self._reading.acquire(timeout=deadline.remaining):
+            raise DeadlineExceeded(f"others who asked before were not answered within {deadline.seconds:g} s")
+        try:
+            readings = self._read(deadline)
+        finally:
+            self._reading.release()
+        families = list(_families(readings or ()))
+        took_seconds = time.perf_counter() - began
         yield from _own(readings is not None, took_seconds, self._version)
         yield from families
 
-    def _read(self) -> list[Reading] | None:
+    def _read(self, deadline: Deadline) -> list[Reading] | None:
         """Give what can be read of each run; None if the server does not answer."""
-        with within(Deadline(self._timeout_seconds)) as deadline:
+        with within(deadline):
             try:
                 # That nobody answers is to be said long before whoever asks stops waiting.
                 self._connection.execute("PING", deadline=Deadline(self._timeout_seconds / 2))
