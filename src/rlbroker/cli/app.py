@@ -22,6 +22,7 @@ from rlbroker.cli.runs import runs
 from rlbroker.cli.server import server
 from rlbroker.cli.status import status
 from rlbroker.cli.text import unwrapped
+from rlbroker.cli.top import top
 from rlbroker.cli.weights import weights
 from rlbroker.cli.worker import worker
 from rlbroker.cli.workers import workers
@@ -29,7 +30,7 @@ from rlbroker.cli.workers import workers
 #: Headings of the help, with the commands below each, and the groups of commands.
 COMMANDS = {
     "Run": (demo, server, learner, worker),
-    "Look": (status, workers, missed, report, weights, experiences, runs),
+    "Look": (status, top, workers, missed, report, weights, experiences, runs),
     "Act": (control, dead),
     "Server": (check, doctor, exporter, bench, prune),
 }
