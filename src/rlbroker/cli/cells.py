@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+#: A part of a line, and its style.
+Piece = tuple[str, str]
+
 #: Colours and weights by the names that rich has for them.
 _CODES = {
     "bold": "1",

@@ -41,6 +41,30 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def figure(value: float | None) -> str:
+    """Give a figure in five characters or so; None is not known.
+
+    >>> [figure(value) for value in (None, 0, 0.25, 42.4, 123.4, 52_700, 1_300_000)]
+    ['-', '0', '0.2', '42.4', '123', '52.7k', '1.3M']
+    """
+    if value is None:
+        return "-"
+    for limit, unit in ((1e3, ""), (1e6, "k"), (1e9, "M")):
+        if value < limit:
+            shown = value / limit * 1e3
+            return f"{shown:.0f}{unit}" if shown >= 99.95 or shown == 0 else f"{shown:.1f}{unit}"
+    return f"{value / 1e9:.1f}G"
+
+
+def share(value: float | None) -> str:
+    """Give a part of a whole; None is not known.
+
+    >>> [share(value) for value in (None, 0.005, 0.5, 1)]
+    ['-', '0 %', '50 %', '100 %']
+    """
+    return "-" if value is None else f"{value:.0%}".replace("%", " %")
+
+
 def seconds_of(text: str) -> float:
     """Read a time span such as `90`, `30s`, `15m`, `1h` or `2d`, in seconds.
 

@@ -15,7 +15,8 @@ from rlbroker.cli.session import Session, with_session
 from rlbroker.errors import RlbrokerError
 
 if TYPE_CHECKING:
-    from rlbroker.cli.screen import State, Trouble
+    from rlbroker.cli.choices import State
+    from rlbroker.cli.screen import Trouble
     from rlbroker.observer.watch import View, Watch
 
 #: How often the age of a view that is old is shown anew.
@@ -52,7 +53,8 @@ def top(
 
     Example: rlbroker top --run pong --sort stale
     """
-    from rlbroker.cli.screen import SHOWN, SORTS, State
+    from rlbroker.cli.choices import SHOWN, State
+    from rlbroker.cli.worker_table import SORTS
     from rlbroker.observer.watch import Watch
 
     if sort not in SORTS:
@@ -100,7 +102,8 @@ def _print_once(session: Session, watch: Watch, state: State) -> None:
 
 
 def _live(session: Session, watch: Watch, state: State) -> None:
-    from rlbroker.cli.screen import Look, frame, pressed, settled
+    from rlbroker.cli.choices import pressed
+    from rlbroker.cli.screen import Look, frame, settled
     from rlbroker.cli.terminal import Terminal
 
     colors = session.console.colors
