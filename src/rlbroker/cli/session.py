@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from rlbroker.deadline import within
     from rlbroker.keys import Keys
 
+logger = logging.getLogger("rlbroker")
+
 #: Exit code where what was asked for is not there, but the run is.
 EXIT_NOT_FOUND = 1
 
@@ -60,18 +62,20 @@ class Session:
         self.as_json, self.no_color, self.quiet, self.verbose = as_json, no_color, quiet, verbose
         self.timeout = timeout
         self.url, self.asked_run = url, run
-        level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
-        log, handler = logging.getLogger("rlbroker"), logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("rlbroker: %(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.ERROR if quiet else level)
+        self._log = logging.StreamHandler(sys.stderr)
+        self._log.setFormatter(logging.Formatter("rlbroker: %(message)s"))
 
     def __enter__(self) -> Self:
-        """Give the session itself; leaving the block closes its connections."""
+        """Give the session itself; until the block is left, what rlbroker logs goes to stderr."""
+        level = {0: logging.WARNING, 1: logging.INFO}.get(self.verbose, logging.DEBUG)
+        logger.addHandler(self._log)
+        logger.setLevel(logging.ERROR if self.quiet else level)
         return self
 
     def __exit__(self, *error: object) -> None:
         """Close the connections, if there are any."""
+        logger.removeHandler(self._log)
+        logger.setLevel(logging.NOTSET)
         if "connection" in self.__dict__:
             self.connection.close()
 
