@@ -7,6 +7,8 @@ scripts touch together:
 - the run's own keys: `meta`, `weights`, `ctl`, `members`, `incarnations`, `pending`, `missed`, and per worker
   `ack:`, `ledger:` and `hb:`;
 - each worker's `x:`, `counts:`, `epochs:`, `dead:` and `again:`.
+
+Only pruning deletes, with `meta` and in one step, all else of a dead run that a later one would use too.
 """
 
 from __future__ import annotations

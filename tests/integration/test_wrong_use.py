@@ -27,8 +27,22 @@ KEYS = Keys(RUN)
 PASSWORD = f"not-to-be-seen-{secrets.token_hex(8)}"
 
 #: Commands that look at one run, and at all.
-OF_A_RUN = [("status",), ("workers",), ("missed",), ("check", "--max-missed", "5"), ("doctor",)]
+OF_A_RUN = [
+    ("status",),
+    ("workers",),
+    ("missed",),
+    ("check", "--max-missed", "5"),
+    ("doctor",),
+    ("weights", "list"),
+    ("experiences", "peek"),
+    ("control", "list"),
+    ("dead", "list"),
+    ("report", "--json"),
+]
 ALL = [*OF_A_RUN, ("runs",), ("prune", "--dry-run")]
+
+#: Those that read different keys.
+READERS = [("status",), ("missed",), ("experiences", "peek"), ("control", "list"), ("report", "--json")]
 
 #: What commands end with that could not look: `check` and `doctor` as monitoring plugins do.
 FAILED = {"check": 3, "doctor": 3}
@@ -203,6 +217,8 @@ GARBLED = {
     "ledger-string": (KEYS.ledger(0), _string),
     "ledger-field": (KEYS.ledger(0), _field("settled", "all")),
     "missed": (KEYS.missed, _entry),
+    "control-string": (KEYS.control, _string),
+    "history-string": (KEYS.history(1), _string),
     "experiences": (KEYS.experiences(0), _string),
     "dead": (KEYS.dead(0), _string),
 }
@@ -225,8 +241,9 @@ def garbled(request: pytest.FixtureRequest, admin: Any) -> Iterator[str]:
 @pytest.mark.parametrize("garbled", GARBLED, indirect=True)
 def test_what_another_program_wrote_is_said_to_be_that(garbled: str, embedded: RedisServer) -> None:
     failed = 0
-    for command in (("status",), ("missed",), ("check", "--max-missed", "5")):
+    for command in READERS:
         code, said = call(*command, "--run", RUN, url=embedded.url)
+        assert "unexpected" not in said, f"{command}: {said}"
         if code == FAILED.get(command[0], 2):
             failed += 1
             assert said.count("\n") == 1, said

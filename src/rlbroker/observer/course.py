@@ -14,6 +14,7 @@ from rlbroker.history import Interval, Sample, intervals, read_history
 from rlbroker.keys import Keys
 from rlbroker.observer.bottleneck import Bottleneck, judge
 from rlbroker.observer.findings import Finding, find
+from rlbroker.observer.legible import legible
 from rlbroker.observer.snapshot import Snapshot, take_snapshot
 from rlbroker.records import Missed
 
@@ -293,7 +294,8 @@ def read_course(connection: Connection, run: str, *, span_seconds: float | None 
         samples = [one for one in samples if one.at >= since]
     elif samples:
         since = samples[0].at
-    records = Ledger(connection, keys).records(since=since)
+    with legible(keys.missed):
+        records = Ledger(connection, keys).records(since=since)
     return Course(snapshot, samples, records)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from rlbroker.connection import Connection
 from rlbroker.errors import WireError
 from rlbroker.keys import GROUP, Keys
+from rlbroker.observer.legible import legible
 from rlbroker.replies import (
     entry_place,
     pending_count,
@@ -79,7 +80,8 @@ def queue_owners(connection: Connection, keys: Keys) -> list[int]:
     Raises:
         PeerError: the server refused, or could not be reached in time.
     """
-    return sorted(int(worker) for worker in connection.execute("HKEYS", keys.incarnations))
+    with legible(keys.incarnations):
+        return sorted(int(worker) for worker in connection.execute("HKEYS", keys.incarnations))
 
 
 def peek(
@@ -130,7 +132,8 @@ def _peek_stream(
             [("XPENDING", key, GROUP), *(("XPENDING", key, GROUP, one, one, 1) for one in ids)]
         )
         pending = pending_count(summary)
-    now, version = server_seconds(clock), int(latest or 0)
+    with legible(keys.weights):
+        now, version = server_seconds(clock), int(latest or 0)
     found = [
         _batch(worker, entry_id, fields, pending_rows(rows), now, version, retried)
         for entry_id, (_, fields), rows in zip(ids, entries, held, strict=True)
