@@ -1,0 +1,92 @@
+"""A run looked at again and again: rates of workers, and the learner's last minute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from conftest import RealServer, Server, wait_until
+
+from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker.connection import Connection
+from rlbroker.observer.snapshot import Observer
+from rlbroker.observer.watch import SERIES, Watch
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+
+def look_at(server: Server, run: str) -> Watch:
+    way = server.way()
+    return Watch(Connection(way.get("redis_url"), client=way.get("redis_client"), timeout_seconds=5.0), run)
+
+
+def test_rates_are_what_happened_between_looks(
+    server: Server, run: str, learner: Learner, worker: Worker
+) -> None:
+    comm, client, idle = learner(), worker(), worker()
+    with look_at(server, run) as watch:
+        first = watch.look()
+        for number in range(20):
+            client.send_experiences({"x": np.full(3, number)})
+        comm.collect_experiences(timeout=5.0, max_batches=5)
+        second = watch.look()
+    assert [one.batches_per_second for one in first.lines] == [None, None]
+    seconds = second.snapshot.at - first.snapshot.at
+    rates = {one.worker: one.batches_per_second for one in second.lines}
+    assert rates[client.worker_id] == 20 / seconds
+    assert not rates[idle.worker_id]
+    line = second.lines[client.worker_id]
+    assert (line.waiting + line.in_hand, line.in_hand >= 5) == (20, True)
+    assert line.room_share == 0.0
+
+
+def test_the_last_minute_is_there_from_the_first_look_on(
+    server: Server, run: str, learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(), worker()
+
+    def collected() -> bool:
+        client.send_experiences({"x": np.zeros((4, 3))})
+        comm.collect_experiences(timeout=0.1)
+        with look_at(server, run) as watch:
+            view = watch.look()
+            again = watch.look()
+        assert view.series.keys() == SERIES.keys()
+        # What was read before is not read twice.
+        assert len(again.series["waiting"]) - len(view.series["waiting"]) in (0, 1)
+        return bool(view.newest("rows_per_second")) and view.current
+
+    wait_until("there are figures of now", collected)
+
+
+def test_a_look_is_three_round_trips_and_goes_on_after_the_connection_broke(
+    real_server: RealServer, run: str
+) -> None:
+    with (
+        WorkerCommunicator(2, redis_url=real_server.url, run=run) as comm,
+        WorkerClient(real_server.url, run),
+    ):
+        comm.send_model_weights({"w": np.zeros(3)})
+        connection = Connection(real_server.url, timeout_seconds=5.0)
+        with Observer(connection, run) as observer:
+            trips = count_trips(observer)
+            assert observer.look().members[0].state == "alive"
+            assert len(trips) == 3
+            real_server.client.client_kill_filter(_type="normal", skipme=True)
+            assert observer.look().pointer is not None
+        connection.close()
+
+
+def count_trips(observer: Observer) -> list[Any]:
+    trips: list[Any] = []
+    channel = observer._channel
+    send = channel.send
+
+    def counted(commands: Any) -> None:
+        trips.append(commands)
+        send(commands)
+
+    channel.send = counted  # type: ignore[method-assign]
+    return trips
