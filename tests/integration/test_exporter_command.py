@@ -341,6 +341,11 @@ def expressions(panels: Iterable[dict[str, Any]]) -> list[str]:
     return [target["expr"] for panel in panels for target in panel.get("targets", ())]
 
 
+def plain_query(expression: str) -> str:
+    """Give what Grafana would ask Prometheus for."""
+    return re.sub(r"\$(run|worker)\b", ".*", expression.replace("$__rate_interval", "1m"))
+
+
 def dashboard() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(DASHBOARD.read_text())
     return found
@@ -398,11 +403,8 @@ def test_the_dashboard_is_one_that_grafana_can_draw(tmp_path: Path) -> None:
     assert [one["name"] for one in board["templating"]["list"]] == ["datasource", "run", "worker"]
     if not shutil.which("promtool"):
         pytest.skip("there is no promtool here (Debian: prometheus)")
-    filled = [one.replace("$__rate_interval", "1m") for one in expressions(panels)]
-    rules = [
-        {"record": f"panel:{number}", "expr": re.sub(r"\$(run|worker)", ".*", one)}
-        for number, one in enumerate(filled)
-    ]
+    filled = [plain_query(one) for one in expressions(panels)]
+    rules = [{"record": f"panel:{number}", "expr": one} for number, one in enumerate(filled)]
     (tmp_path / "rules.yaml").write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}))
     done = promtool("check", "rules", str(tmp_path / "rules.yaml"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -475,6 +477,14 @@ def test_a_real_prometheus_has_the_figures(live: Live, tmp_path: Path, full: boo
         assert value('up{job="rlbroker"}') == ["1"]
         quantile = 'histogram_quantile(0.5, rlbroker_batch_staleness_versions_bucket{run="pong"})'
         assert value(quantile) == ["0"]
+        filled = [plain_query(one) for one in expressions(dashboard()["panels"])]
+        empty = set(filled)
+
+        def all_panels_have_something() -> bool:
+            empty.difference_update([one for one in empty if value(one)])
+            return not empty
+
+        wait_until("all panels have something to show", all_panels_have_something, 60.0)
         wait_until(
             "an alert is on its way",
             lambda: [
