@@ -23,11 +23,13 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
+import typer.main
 from conftest import wait_until
 from executable import environment, rlbroker, start
 from prometheus_client.parser import text_string_to_metric_families
 
 from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker.cli.app import app
 from rlbroker.history import read_history
 from rlbroker.keys import Keys
 from rlbroker.local.redis_server import RedisServer
@@ -378,6 +380,20 @@ def test_dashboard_and_alerts_ask_for_figures_that_exist(live: Live) -> None:
     alerts = re.sub(r"^\s*(- name|#).*", "", (PROMETHEUS / "rules.yaml").read_text(), flags=re.MULTILINE)
     assert len(named(alerts)) > 15
     assert not named(alerts) - there
+
+
+def test_each_alert_says_a_command_that_can_be_typed() -> None:
+    text = (PROMETHEUS / "rules.yaml").read_text()
+    typed = re.findall(r"`(rlbroker [^`]+)`", text)
+    assert len(typed) >= text.count("- alert:")
+    descriptions = re.findall(r"^ +description: (.*)$", text, re.MULTILINE)
+    assert all("`rlbroker " in one for one in descriptions)
+    for line in typed:
+        words = line.replace("{{ $labels.worker }}", "3").replace("{{ $labels.run }}", RUN).split()[1:]
+        command: Any = typer.main.get_command(app)
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        assert command.make_context(line, words, resilient_parsing=False), line
 
 
 def test_the_dashboard_is_one_that_grafana_can_draw(tmp_path: Path) -> None:
