@@ -29,7 +29,7 @@ PATH = "/metrics"
 @with_session(without=("run", "as_json", "no_color"))
 def exporter(
     session: Session,
-    bind: Annotated[str, typer.Option(help="Address to listen on; other machines reach only others.")] = (
+    bind: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0: a free one.")] = 9717,
