@@ -271,9 +271,8 @@ def test_single_figures_can_be_asked_for(live: Live) -> None:
 
 def test_a_server_that_hangs_is_away_until_it_is_back(live: Live) -> None:
     assert live.server.pid is not None
-    with ThreadPoolExecutor(
-        6
-    ) as threads:  # none of them waits for longer than the timeout, however many there are
+    # Those whose turn does not come in time are told so.
+    with ThreadPoolExecutor(6) as threads:
         os.kill(live.server.pid, signal.SIGSTOP)
         try:
             asked = [threads.submit(live.scrape) for _ in range(6)]
@@ -283,7 +282,6 @@ def test_a_server_that_hangs_is_away_until_it_is_back(live: Live) -> None:
     answers = [one.result() for one, problem in zip(asked, refused, strict=True) if problem is None]
     assert answers
     assert all("503" in str(problem) for problem in refused if problem)
-    assert len(answers) < 6
     for seen in answers:
         assert seen.of("rlbroker_up", None) == 0
         assert not any(name.startswith("rlbroker_run") for name in seen.numbers)

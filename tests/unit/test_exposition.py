@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import fakeredis
 import pytest
 from test_findings import COUNTS, MISSED, RUN, STATUS, WELL, worker
 
+from rlbroker import DeadlineExceeded
+from rlbroker.connection import Connection
 from rlbroker.history import Sample
-from rlbroker.observer.exposition import Reading, _families, staleness_buckets
+from rlbroker.observer.exposition import Exposition, Reading, _families, staleness_buckets
 from rlbroker.observer.figures import WORKERS_LISTED
 from rlbroker.observer.snapshot import Snapshot
 
@@ -77,3 +80,12 @@ def test_buckets_only_grow_and_end_with_all(counts: dict[int, int]) -> None:
     assert numbers == sorted(numbers)
     assert buckets[-1] == ("+Inf", sum(counts.values()))
     assert dict(buckets)["31.0"] == sum(number for low, number in counts.items() if low <= 16)
+
+
+def test_who_has_to_wait_for_others_waits_no_longer_than_the_timeout() -> None:
+    exposition = Exposition(Connection(client=fakeredis.FakeRedis()), version="1", timeout_seconds=0.05)
+    with exposition._reading, pytest.raises(DeadlineExceeded, match=r"within 0\.05 s"):
+        list(exposition.collect())
+    assert {family.name for family in exposition.collect()} == {
+        family.name for family in exposition.describe()
+    }
