@@ -1,16 +1,23 @@
-"""The large picture of the page: a lane for each worker, coloured by the version that it ran."""
+"""The large picture of the page: a lane for each worker, coloured by the version that it ran.
+
+It is drawn pixel by pixel, as a thousand versions of a hundred workers would be too many shapes for one page. The
+versions that a worker missed are marks at the foot of its lane, on white where lanes are high enough for that.
+"""
 
 from __future__ import annotations
 
 from typing import Final
 
+import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from rlbroker.cli.page.plots import time_axis
-from rlbroker.cli.page.svg import FAINT, INK, ORANGE, RED, inline, new_figure
+from rlbroker.cli.page.svg import ORANGE, PURPLE, RED, inline, new_figure
 from rlbroker.cli.page.times import Clock
 from rlbroker.observer.course import Course
 from rlbroker.observer.lanes import Lanes, lay_lanes
@@ -18,19 +25,25 @@ from rlbroker.observer.lanes import Lanes, lay_lanes
 #: Widths in CSS pixels: for a page on a desk, and for one on a telephone.
 WIDE, NARROW = 1130, 350
 
-#: Height of a lane in CSS pixels: of few workers, and at least.
-_LANE_PIXELS, _LEAST_LANE_PIXELS = 22, 4
+#: Height of a lane in CSS pixels: at most, at least, and of all of them together where that leaves room for it.
+_LANE_PIXELS, _LEAST_LANE_PIXELS, _ALL_LANES_PIXELS = 22, 3, 560
 
-#: Lanes that have a label each; of more, every n-th has.
-_LABELS = 24
+#: Lanes of this height have white between them.
+_WHITE_FROM_PIXELS = 6
 
-#: How missed versions are drawn, by reason: a sign, its size in points, and a colour.
-_SIGNS: Final = {
-    "superseded": ("|", 18, INK),
-    "failed": ("x", 26, RED),
-    "away": ("v", 20, ORANGE),
-    "left": ("s", 14, FAINT),
-}
+#: Height of a line of text, in CSS pixels.
+_LINE_PIXELS = 14
+
+#: Letters of a host's name that are shown.
+_HOST_LETTERS = 18
+
+#: Missed versions are this wide at least, in CSS pixels: one pixel would not be seen.
+_MARK_PIXELS = 3
+
+#: Colours of missed versions, by reason; the later ones hide the earlier ones. Most are superseded, which is no harm.
+_MISSED: Final = {"superseded": "#8d99a6", "left": PURPLE, "away": ORANGE, "failed": RED}
+
+_COLORS: Final = "viridis"
 
 
 def pictures_of(course: Course, clock: Clock) -> dict[str, str]:
@@ -44,56 +57,87 @@ def pictures_of(course: Course, clock: Clock) -> dict[str, str]:
 
 
 def _draw(lanes: Lanes, course: Course, clock: Clock, width: int) -> Figure:
-    count = len(lanes.workers)
-    lane_pixels = max(_LEAST_LANE_PIXELS, min(_LANE_PIXELS, 900 / count))
-    figure = new_figure(width, count * lane_pixels + 110)
+    count, wide = len(lanes.workers), width == WIDE
+    lane_pixels = max(_LEAST_LANE_PIXELS, min(_LANE_PIXELS, _ALL_LANES_PIXELS // count))
+    legend = _legend(lanes)
+    legend_columns = 4 if wide else 2
+    lines = 4 + -(-len(legend) // legend_columns)
+    figure = new_figure(width, count * lane_pixels + lines * _LINE_PIXELS + 34)
     axes = figure.subplots()
-    versions = np.ma.masked_equal(np.array(lanes.versions), 0)
-    shown = axes.imshow(
-        versions,
+    known = [version for lane in lanes.versions for version in lane if version]
+    scale = Normalize(min(known, default=0), max(max(known, default=0), min(known, default=0) + 1))
+    axes.imshow(
+        _pixels(lanes, scale, lane_pixels, max(1, round(_MARK_PIXELS * lanes.columns / (width - 50)))),
         aspect="auto",
-        interpolation="nearest",
-        cmap="cividis",
-        vmin=versions.min() if versions.count() else 0,
-        vmax=versions.max() if versions.count() else 1,
+        interpolation="none",
         extent=(lanes.begin, lanes.end, count - 0.5, -0.5),
     )
-    _mark(axes, lanes)
-    step = max(1, -(-count // _LABELS))
-    axes.set_yticks(range(0, count, step), [str(worker) for worker in lanes.workers[::step]])
+    step = next(step for step in (1, 2, 4, 8, 16, 32) if step * lane_pixels >= _LINE_PIXELS - 1)
+    labelled = range(0, count, step)
+    axes.set_yticks(
+        labelled, [_label(course, lanes.workers[lane], with_host=wide and step == 1) for lane in labelled]
+    )
     axes.set_ylabel("worker")
     axes.grid(visible=False)
-    time_axis(axes, lanes.begin, lanes.end, course.restarts, clock, ticks=4 if width < WIDE else 10)
-    bar = figure.colorbar(shown, ax=axes, orientation="horizontal", fraction=0.03, pad=0.02, aspect=40)
+    axes.spines["left"].set_visible(False)
+    time_axis(axes, lanes.begin, lanes.end, course.restarts, clock, ticks=10 if wide else 4)
+    if legend:
+        axes.legend(
+            handles=legend,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=legend_columns,
+            frameon=False,
+            borderpad=0,
+            borderaxespad=0.5,
+            handlelength=0.9,
+            handletextpad=0.5,
+            columnspacing=1.5,
+        )
+    bar = figure.colorbar(
+        ScalarMappable(scale, _COLORS),
+        ax=axes,
+        location="bottom",
+        # As thick in a low picture as in a high one.
+        fraction=10 / (count * lane_pixels),
+        pad=0.01,
+        aspect=(width - 100) / 10,
+    )
     bar.set_label("version")
-    bar.ax.xaxis.set_major_locator(MaxNLocator(4 if width < WIDE else 8, integer=True))
+    bar.outline.set_visible(False)
+    bar.ax.xaxis.set_major_locator(MaxNLocator(8 if wide else 4, integer=True))
     return figure
 
 
-def _mark(axes: Axes, lanes: Lanes) -> None:
-    cell = (lanes.end - lanes.begin) / max(1, lanes.columns)
-    drawn = False
-    for why, (sign, size, color) in _SIGNS.items():
-        marks = [mark for mark in lanes.marks if mark.why == why]
-        if not marks:
-            continue
-        versions = sum(mark.count for mark in marks)
-        axes.scatter(
-            [lanes.begin + (mark.column + 0.5) * cell for mark in marks],
-            [mark.lane for mark in marks],
-            marker=sign,
-            s=size,
-            c=color,
-            linewidths=0.9,
-            label=f"missed: {why} ({versions:,})",
-        )
-        drawn = True
-    if drawn:
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            ncols=4,
-            frameon=False,
-            handletextpad=0.2,
-            columnspacing=1,
-        )
+def _pixels(lanes: Lanes, scale: Normalize, lane_pixels: int, mark_cells: int) -> np.ndarray:
+    """Give the colour of each pixel: rows of the version, rows of what was missed, and a row between high lanes."""
+    versions = np.array(lanes.versions)
+    colors = matplotlib.colormaps[_COLORS](scale(versions), bytes=True)
+    colors[versions == 0] = 255
+    between = 1 if lane_pixels >= _WHITE_FROM_PIXELS else 0
+    missed = np.full_like(colors, 255) if between else colors.copy()
+    for why, color in _MISSED.items():
+        for mark in lanes.marks:
+            if mark.why == why:
+                first = max(0, min(mark.column - mark_cells // 2, lanes.columns - mark_cells))
+                missed[mark.lane, first : first + mark_cells] = np.round(np.array(to_rgba(color)) * 255)
+    strip = max(1, lane_pixels // 4)
+    lane = (
+        [colors] * (lane_pixels - strip - between) + [missed] * strip + [np.full_like(colors, 255)] * between
+    )
+    # The first pixel of all lanes, the second of all lanes, … become pixels one below the other.
+    pixels: np.ndarray = np.stack(lane, axis=1).reshape(-1, lanes.columns, 4)
+    return pixels
+
+
+def _legend(lanes: Lanes) -> list[Patch]:
+    missed = {why: sum(mark.count for mark in lanes.marks if mark.why == why) for why in reversed(_MISSED)}
+    return [Patch(color=_MISSED[why], label=f"{why}: {count:,}") for why, count in missed.items() if count]
+
+
+def _label(course: Course, worker: int, *, with_host: bool) -> str:
+    status = course.snapshot.workers.get(worker)
+    if not with_host or status is None or status.info is None:
+        return str(worker)
+    host = status.info.host
+    return f"{host[:_HOST_LETTERS]}{'…' if len(host) > _HOST_LETTERS else ''}  {worker}"

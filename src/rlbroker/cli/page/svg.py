@@ -99,7 +99,8 @@ def inline(figure: Figure, name: str) -> str:
                 value = f"#{name}-{value[1:]}" if value.startswith("#") else value
             else:
                 value = _REFERENCE.sub(rf"url(#{name}-\1)", value)
-            if attribute in ("d", "transform", "x", "y"):
+            # Factors keep their digits: an image of a thousand pixels would end ten pixels early.
+            if attribute in ("d", "x", "y") or value.startswith("translate"):
                 value = _NUMBER.sub(r"\1", value)
             element.set(attribute, value)
     for attribute in ("width", "height", "version"):
