@@ -22,8 +22,8 @@ from rlbroker.cli.page.times import Clock
 from rlbroker.observer.course import Course
 from rlbroker.observer.lanes import Lanes, lay_lanes
 
-#: Widths in CSS pixels: for a page on a desk, and for one on a telephone.
-WIDE, NARROW = 1130, 350
+#: Widths in CSS pixels: for a page on a desk, on paper and on a telephone.
+WIDTHS: Final = {"wide": 1130, "middle": 660, "narrow": 325}
 
 #: Height of a lane in CSS pixels: at most, at least, and of all of them together where that leaves room for it.
 _LANE_PIXELS, _LEAST_LANE_PIXELS, _ALL_LANES_PIXELS = 22, 3, 560
@@ -47,20 +47,20 @@ _COLORS: Final = "viridis"
 
 
 def pictures_of(course: Course, clock: Clock) -> dict[str, str]:
-    """Draw the picture in both widths, as `svg` elements by name; none without history. Call it within `styled`."""
+    """Draw the picture in each width, as `svg` elements by name; none without history. Call it within `styled`."""
     found = {}
-    for name, width in (("lanes-wide", WIDE), ("lanes-narrow", NARROW)):
+    for name, width in WIDTHS.items():
         lanes = lay_lanes(course, width - 50)
         if lanes.workers:
-            found[name] = inline(_draw(lanes, course, clock, width), name)
+            found[f"lanes-{name}"] = inline(_draw(lanes, course, clock, width), f"lanes-{name}")
     return found
 
 
 def _draw(lanes: Lanes, course: Course, clock: Clock, width: int) -> Figure:
-    count, wide = len(lanes.workers), width == WIDE
+    count, wide, narrow = len(lanes.workers), width == WIDTHS["wide"], width == WIDTHS["narrow"]
     lane_pixels = max(_LEAST_LANE_PIXELS, min(_LANE_PIXELS, _ALL_LANES_PIXELS // count))
     legend = _legend(lanes)
-    legend_columns = 4 if wide else 2
+    legend_columns = 2 if narrow else 4
     lines = 4 + -(-len(legend) // legend_columns)
     figure = new_figure(width, count * lane_pixels + lines * _LINE_PIXELS + 34)
     axes = figure.subplots()
@@ -80,7 +80,7 @@ def _draw(lanes: Lanes, course: Course, clock: Clock, width: int) -> Figure:
     axes.set_ylabel("worker")
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
-    time_axis(axes, lanes.begin, lanes.end, course.restarts, clock, ticks=10 if wide else 4)
+    time_axis(axes, lanes.begin, lanes.end, course.restarts, clock, ticks=max(4, width // 110))
     if legend:
         axes.legend(
             handles=legend,
@@ -105,7 +105,7 @@ def _draw(lanes: Lanes, course: Course, clock: Clock, width: int) -> Figure:
     )
     bar.set_label("version")
     bar.outline.set_visible(False)
-    bar.ax.xaxis.set_major_locator(MaxNLocator(8 if wide else 4, integer=True))
+    bar.ax.xaxis.set_major_locator(MaxNLocator(4 if narrow else 8, integer=True))
     return figure
 
 

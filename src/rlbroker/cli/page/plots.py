@@ -16,7 +16,7 @@ from rlbroker.cli.text import size
 from rlbroker.observer.course import Course, Point
 
 #: Their natural width, in CSS pixels.
-WIDTH = 360
+WIDTH = 330
 
 #: Values of a line, one for each point.
 Values = list[float]
