@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from rlbroker.errors import Closed, DeadlineExceeded
 
@@ -268,6 +268,12 @@ class Outcome:
     def __str__(self) -> str:
         """Give the state, with its detail where there is one."""
         return f"{self.state}: {self.detail}" if self.detail else self.state
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Read what `str` gave: so outcomes are written in Redis."""
+        state, _, detail = text.partition(": ")
+        return cls(cast(State, state), detail)  # the ledger writes nothing else
 
 
 @dataclass(frozen=True)

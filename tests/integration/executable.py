@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import re
+import shlex
 import struct
 import subprocess
 import sys
 import termios
 from pathlib import Path
+from typing import Any
 
 RLBROKER = str(Path(sys.executable).with_name("rlbroker"))
 
@@ -55,18 +58,9 @@ def on_terminal(columns: int, *arguments: str, **more: str) -> str:
         [RLBROKER, *arguments], env=environment(**more), stdin=theirs, stdout=theirs, stderr=theirs
     )
     os.close(theirs)
-    said = b""
-    with open(ours, "rb", buffering=0) as terminal:  # noqa: PTH123 - a descriptor has no path
-        while True:
-            try:
-                part = terminal.read(4096)
-            except OSError:  # how Linux says that the other end is closed
-                break
-            if not part:
-                break
-            said += part
+    said = _read_all(ours)
     assert process.wait(timeout=10) == 0, said
-    return said.decode().replace("\r\n", "\n")
+    return said
 
 
 def cells(said: str, first: int | str) -> dict[str, str]:
@@ -76,3 +70,66 @@ def cells(said: str, first: int | str) -> dict[str, str]:
     names = re.split(r"\s{2,}", lines[line_number].strip())
     line = next(line for line in lines[line_number + 2 :] if re.match(rf"\s*{first}  ", line))
     return dict(zip(names, re.split(r"\s{2,}", line.strip()), strict=False))
+
+
+class Shell:
+    """Where a person types: the server's URL is in the environment."""
+
+    def __init__(self, url: str, run: str) -> None:
+        self.url, self.run = url, run
+
+    def __call__(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments),
+            env=environment(RLBROKER_REDIS_URL=self.url, **more),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+
+    def command(self, *arguments: str) -> list[str]:
+        return [RLBROKER, *arguments, "--run", self.run]
+
+    def json(self, *arguments: str, **more: str) -> Any:
+        done = self(*arguments, "--json", **more)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def type(self, line: str) -> subprocess.CompletedProcess[str]:
+        """Run what a hint says, as it is; the run is part of it."""
+        words = shlex.split(line)
+        assert words[0] == "rlbroker"
+        assert words[-2:] == ["--run", self.run]
+        return self(*words[1:-2])
+
+    def on_terminal(self, *arguments: str, answer: str = "") -> tuple[int, str]:
+        """Give the exit code, and what is written to a terminal, on which this is typed."""
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            self.command(*arguments),
+            env=environment(RLBROKER_REDIS_URL=self.url),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+        )
+        os.close(theirs)
+        os.write(ours, answer.encode())
+        said = _read_all(ours)
+        return process.wait(timeout=10), said
+
+
+def _read_all(terminal: int) -> str:
+    """Give what is written to a terminal until its other end is closed."""
+    said = b""
+    with open(terminal, "rb", buffering=0) as lines:
+        while True:
+            try:
+                part = lines.read(4096)
+            except OSError:  # how Linux says that the other end is closed
+                break
+            if not part:
+                break
+            said += part
+    return said.decode().replace("\r\n", "\n")

@@ -11,6 +11,7 @@ import pytest
 from conftest import Server, wait_until
 
 from rlbroker import ConnectionFailed, WorkerClient, WorkerCommunicator
+from rlbroker.connection import Connection
 from rlbroker.experience import collector, dead_letters
 from rlbroker.keys import Keys
 from rlbroker.wire.message import encode
@@ -134,6 +135,23 @@ def test_a_retried_batch_stays_retried_when_counts_are_restored(
     comm._holdings.restore()
     counts = comm.get_queue_info()["counts"][0]
     assert (counts.produced, counts.waiting, counts.lost) == (1, 1, {})
+
+
+def test_a_learner_hears_of_what_others_tried_again(
+    server: Server, learner: Learner, worker: Worker, keys: Keys
+) -> None:
+    comm, _ = learner(), worker()
+    damage(server, keys, 1)
+    comm.collect_experiences(timeout=0.1)
+    connection = Connection(client=server.another_client())
+    assert dead_letters.retry_letters(connection, keys, comm.dead_letters()) == 1
+    wait_until(
+        "it has heard, and the batch has died again",
+        lambda: comm.collect_experiences(timeout=0.1) or comm._holdings._counted[0]["retried_corrupt"],
+    )
+    server.client.delete(keys.counts(0))
+    comm._holdings.restore()
+    assert server.client.hget(keys.counts(0), "retried_corrupt") == b"1"
 
 
 def test_a_dead_batch_is_collected_once_more_when_told(learner: Learner, worker: Worker) -> None:

@@ -15,7 +15,8 @@ from rlbroker.cli.session import EXIT_INTERRUPTED, Session, with_session
 from rlbroker.cli.text import age, plain, seconds_of, show_table
 
 if TYPE_CHECKING:
-    from rlbroker.observer.commands import Command, SentCommand
+    from rlbroker.observer.commands import SentCommand
+    from rlbroker.observer.sending import Command
     from rlbroker.records import Outcome
 
 #: How often the answers are looked for.
@@ -62,7 +63,7 @@ def send(
 
     Example: rlbroker control send pause --data '{"duration": 5}' --worker 0 --worker 3
     """
-    from rlbroker.observer.commands import send_command
+    from rlbroker.observer.sending import send_command
 
     arguments = _arguments(data)
     with session.in_time():
@@ -140,7 +141,7 @@ def _arguments(data: str | None) -> Any:
 
 def _watch(session: Session, command: Command, seconds: float) -> dict[int, Outcome]:
     """Look for answers until all are there, or the time is over; give what there is."""
-    from rlbroker.observer.commands import look_at_command
+    from rlbroker.observer.sending import look_at_command
 
     end = time.monotonic() + seconds
     workers = len(command.worker_ids)

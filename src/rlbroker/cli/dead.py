@@ -78,16 +78,17 @@ def show_dead(session: Session, names: Names = None, worker: Worker = None) -> N
     """
     if not names and worker is None:
         raise typer.BadParameter("say which: ids as `rlbroker dead list` prints them, or --worker")
-    from rlbroker.observer.dead_batches import letter_shape
+    from rlbroker.observer.batch_shapes import shape_of
+    from rlbroker.observer.dead_batches import letter_data
 
     letters, now = _letters(session, worker, names)
     shown = []
     for one in letters:
         with session.in_time():
-            shape = letter_shape(session.connection, session.keys, one)
-        if shape is None:
+            data = letter_data(session.connection, session.keys, one)
+        if data is None:  # it was tried again or deleted meanwhile
             continue
-        contents, problem = shape
+        contents, problem = shape_of(data)
         if session.as_json:
             more = {"problem": problem or None, "contents": contents_json(contents)}
             shown.append(_letter_json(one, now) | more)

@@ -11,7 +11,8 @@ from rlbroker.cli.session import Session, with_session
 from rlbroker.cli.text import age, plain, size
 
 if TYPE_CHECKING:
-    from rlbroker.observer.waiting_batches import Content, WaitingBatch
+    from rlbroker.observer.batch_shapes import Content
+    from rlbroker.observer.waiting_batches import WaitingBatch
 
 #: Workers that are looked at, unless they are named: batches may be large.
 WORKERS_SHOWN = 16
@@ -44,10 +45,11 @@ def peek(
 
     Example: rlbroker experiences peek --run pong --worker 3 --count 2
     """
-    from rlbroker.observer import waiting_batches
+    from rlbroker.observer.runs import worker_ids
+    from rlbroker.observer.waiting_batches import peek as look
 
     with session.in_time():
-        owners = waiting_batches.queue_owners(session.connection, session.keys)
+        owners = worker_ids(session.connection, session.keys)
     if worker is not None and worker not in owners:
         there = ", ".join(map(str, owners)) or "none"
         session.fail(f"there is no worker {worker} in the run {session.run!r}; workers there are: {there}")
@@ -56,9 +58,7 @@ def peek(
     for one in chosen:
         # Each by itself: together they may be too large for our memory, or for the time.
         with session.in_time():
-            queues.append(
-                waiting_batches.peek(session.connection, session.keys, one, count=count, newest=newest)
-            )
+            queues.append(look(session.connection, session.keys, one, count=count, newest=newest))
     if session.as_json:
         session.show_json(
             {

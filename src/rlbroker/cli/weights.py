@@ -77,7 +77,7 @@ def show_weights(session: Session, version: Version = None) -> None:
 
     Example: rlbroker weights show 12 --run pong
     """
-    from rlbroker.observer.stored_weights import ties, weights_contents
+    from rlbroker.observer.weight_contents import ties, weights_contents
 
     with session.in_time():
         pointer, path = _find(session, version)
@@ -160,7 +160,7 @@ def pull_weights(
     Example: rlbroker weights pull 12 --run pong --output pong.safetensors
     """
     from rlbroker.errors import WireError
-    from rlbroker.observer import stored_weights
+    from rlbroker.observer import weight_contents
     from rlbroker.observer.weight_files import check_file, write_weights
 
     if output is not None:
@@ -180,7 +180,7 @@ def pull_weights(
             advance(done)
 
         try:
-            contents, arrays = stored_weights.pull_weights(
+            contents, arrays = weight_contents.pull_weights(
                 session.connection,
                 session.keys,
                 path,

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from rlbroker.config import waiting_seconds, worker_number
 from rlbroker.connection import LEADER_ONLY, Connection, Script, flat
@@ -16,7 +16,7 @@ from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.deadline import Deadline, within
 from rlbroker.errors import InvalidArgument, PeerError, UnknownWorker
 from rlbroker.keys import Keys
-from rlbroker.records import Outcome, State
+from rlbroker.records import Outcome
 from rlbroker.replies import server_seconds, text_fields
 from rlbroker.wire.message import encode
 
@@ -292,7 +292,7 @@ class Commander:
         lives = text_fields(pending)
         for (entry, fields), reply in zip(sent, replies, strict=True):
             command = fields[b"command"].decode()
-            outcomes = {int(worker): outcome_of(text) for worker, text in text_fields(reply).items()}
+            outcomes = {int(worker): Outcome.from_text(text) for worker, text in text_fields(reply).items()}
             age_seconds = server_seconds(clock) - int(entry.partition(b"-")[0]) / 1000
             kept = {name: fields[name.encode()] for name in names}
             self._remember(
@@ -372,15 +372,9 @@ class Commander:
         sent = self._sent.get(command_id)
         known = sent.outcomes if sent else {}
         return {
-            worker: known[worker] if worker in known else outcome_of(found.get(str(worker), "waiting"))
+            worker: known[worker] if worker in known else Outcome.from_text(found.get(str(worker), "waiting"))
             for worker in workers
         }
-
-
-def outcome_of(text: str) -> Outcome:
-    """Give an outcome as it is written in Redis."""
-    state, _, detail = text.partition(": ")
-    return Outcome(cast(State, state), detail)  # the ledger writes nothing else
 
 
 def _readable(data: Any) -> str:

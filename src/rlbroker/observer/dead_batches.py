@@ -1,4 +1,4 @@
-"""Dead letters by their names: those that are kept, what they hold, tried again, and deleted; no learner is needed."""
+"""Dead letters by their names: found, tried again, and deleted; no learner is needed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from rlbroker.connection import Connection
 from rlbroker.errors import InvalidArgument
-from rlbroker.experience.dead_letters import letter_data, purge_letters, read_letters, retry_letters
+from rlbroker.experience.dead_letters import letter_data as letter_data
+from rlbroker.experience.dead_letters import purge_letters, read_letters, retry_letters
 from rlbroker.keys import Keys
-from rlbroker.observer.waiting_batches import queue_owners, shape_of
+from rlbroker.observer.runs import worker_ids
 from rlbroker.records import DeadLetter
 from rlbroker.replies import entry_id
-from rlbroker.wire.contents import Content
 
 #: Letters that are tried again or deleted in one round trip.
 _AT_ONCE = 100
@@ -50,7 +50,7 @@ def find_letters(
     wanted = set(names)
     workers = sorted({worker_of(name) for name in wanted})
     if not wanted:
-        workers = queue_owners(connection, keys) if worker is None else [worker]
+        workers = worker_ids(connection, keys) if worker is None else [worker]
     sizes = connection.execute_all([("XLEN", keys.dead(one)) for one in workers])
     return [
         letter
@@ -59,18 +59,6 @@ def find_letters(
         for letter in read_letters(connection, keys, one)
         if (not wanted or name_of(letter) in wanted) and worker in (None, one)
     ]
-
-
-def letter_shape(
-    connection: Connection, keys: Keys, letter: DeadLetter
-) -> tuple[tuple[Content, ...], str] | None:
-    """Give what a dead batch holds, or why it does not decode; None if it is not there any more.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
-    data = letter_data(connection, keys, letter)
-    return None if data is None else shape_of(data)
 
 
 def retry(connection: Connection, keys: Keys, letters: Sequence[DeadLetter]) -> int:

@@ -122,6 +122,16 @@ def server_time(connection: Connection) -> float:
     return server_seconds(connection.execute("TIME"))
 
 
+def worker_ids(connection: Connection, keys: Keys) -> list[int]:
+    """Give every worker id that the run ever had, in order.
+
+    Raises:
+        PeerError: the server refused, or could not be reached in time.
+    """
+    with legible(keys.incarnations):
+        return sorted(int(worker) for worker in connection.execute("HKEYS", keys.incarnations))
+
+
 def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Liveness | Literal["ended", "none"]:
     """Say what the newest learner of a run is about, by the run's `meta` and how long it has been silent."""
     if not meta:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlbroker.connection import Connection
-from rlbroker.errors import WireError
 from rlbroker.keys import GROUP, Keys
+from rlbroker.observer.batch_shapes import Content, shape_of
 from rlbroker.observer.legible import legible
 from rlbroker.replies import (
     entry_place,
@@ -18,8 +19,6 @@ from rlbroker.replies import (
     text_fields,
     whole_number,
 )
-from rlbroker.wire.contents import Content as Content
-from rlbroker.wire.message import contents
 
 
 @dataclass(frozen=True)
@@ -72,16 +71,6 @@ class WaitingQueue:
     waiting: int
     in_hand: int
     batches: tuple[WaitingBatch, ...]
-
-
-def queue_owners(connection: Connection, keys: Keys) -> list[int]:
-    """Give every worker id that the run ever had, in order.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
-    with legible(keys.incarnations):
-        return sorted(int(worker) for worker in connection.execute("HKEYS", keys.incarnations))
 
 
 def peek(
@@ -172,14 +161,6 @@ def _batch(
     )
 
 
-def shape_of(data: bytes) -> tuple[tuple[Content, ...], str]:
-    """Give what a message holds, or why it does not decode."""
-    try:
-        return tuple(contents(data)), ""
-    except WireError as error:
-        return (), f"{type(error).__name__}: {error}"
-
-
 def _batch_id(said: str, entry_id: str) -> str:
     """Give the id under which a batch was sent: one that is tried again has another one now."""
     try:
@@ -191,7 +172,7 @@ def _batch_id(said: str, entry_id: str) -> str:
 
 def _age(sent_at: str, now: float) -> float | None:
     try:
-        age_seconds = now - float(sent_at)
+        sent = float(sent_at)
     except ValueError:
         return None
-    return max(0.0, age_seconds) if age_seconds < now and age_seconds == age_seconds else None
+    return max(0.0, now - sent) if math.isfinite(sent) else None

@@ -1,0 +1,76 @@
+"""What a stored version of the weights holds, and its elements; reading changes nothing, and needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlbroker.connection import Connection
+from rlbroker.errors import WireError
+from rlbroker.keys import Keys
+from rlbroker.weights.fetcher import WEIGHTS_LIMITS, Fetcher
+from rlbroker.weights.images import Images
+from rlbroker.weights.pointer import Form, digest_of
+from rlbroker.wire.contents import Content
+from rlbroker.wire.contents import ties as ties
+from rlbroker.wire.image import ImageFormat
+
+
+def weights_contents(connection: Connection, keys: Keys, path: Sequence[Form]) -> list[Content]:
+    """Give what a version holds, from its header alone.
+
+    Args:
+        connection: way to the server.
+        keys: names of the run's keys.
+        path: as `StoredWeights.path` gives it.
+
+    Raises:
+        WireError: the header is gone, or cannot be read.
+        PeerError: the server refused, or could not be reached in time.
+    """
+    form = path[-1]
+    header = connection.execute("GET", keys.chunk(form.upload, 0))
+    if header is None:
+        raise WireError(f"the header of version {form.version} is gone")
+    if digest_of(header) != form.digest:
+        raise WireError(f"the digest of the header of version {form.version} does not match the pointer")
+    return ImageFormat(header, WEIGHTS_LIMITS, arrays_only=True).contents()
+
+
+def pull_weights(
+    connection: Connection,
+    keys: Keys,
+    path: Sequence[Form],
+    *,
+    chunk_bytes: int,
+    received: Callable[[int], object],
+) -> tuple[list[Content], list[NDArray[Any]]]:
+    """Download and decode a version; give what it holds, and the elements of its leaves by number.
+
+    Everything is checked as workers do. Needs no torch.
+
+    Args:
+        connection: way to the server.
+        keys: names of the run's keys.
+        path: as `StoredWeights.path` gives it.
+        chunk_bytes: as the pointer says.
+        received: is told of bytes as they come.
+
+    Raises:
+        WireError: what is stored cannot be read, or is gone.
+        PeerError: the server refused, or could not be reached in time.
+    """
+    fetcher = Fetcher(connection, keys, Images(keys.run, None), received=received)
+    try:
+        image_format, image = fetcher.fetch_arrays(path, chunk_bytes)
+    finally:
+        fetcher.close()
+    arrays = image_format.arrays(image)
+    for array in arrays:
+        if array.dtype.kind == "b":  # compiled code counts on it that there is nothing else
+            octets = array.reshape(-1).view(np.uint8)
+            np.minimum(octets, 1, out=octets)
+    return image_format.contents(), arrays
