@@ -78,8 +78,9 @@ def _nothing_is_altered(shell: Shell, client: Any) -> Iterator[None]:
     assert everything(client) == before
 
 
-def everything(client: Any) -> dict[bytes, bytes]:
-    return {key: client.dump(key) for key in client.scan_iter(KEYS.everything)}
+def everything(client: Any) -> dict[bytes, tuple[bytes, bool]]:
+    """The run's keys: what they hold, and whether they stay."""
+    return {key: (client.dump(key), client.pttl(key) == -1) for key in client.scan_iter(KEYS.everything)}
 
 
 def test_list_says_what_is_stored_and_how_long_it_stays(shell: Shell) -> None:
