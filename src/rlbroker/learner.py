@@ -32,7 +32,7 @@ from rlbroker.connection import BLOCK_SECONDS, Channel, Connection
 from rlbroker.control.commander import RESTORE_COMMAND, SEND, Command, Commander
 from rlbroker.control.ledger import RESTORE_ACCOUNT, SETTLE, Ledger
 from rlbroker.deadline import Deadline, within
-from rlbroker.errors import Closed, InvalidArgument, PeerError, RunLost, UnsupportedType
+from rlbroker.errors import Closed, Fenced, InvalidArgument, PeerError, RunLost, UnsupportedType
 from rlbroker.experience.collector import Collector
 from rlbroker.experience.counts import read_counts
 from rlbroker.experience.dead_letters import BURY, PURGE, RETRY, DeadLetters
@@ -684,6 +684,8 @@ class WorkerCommunicator:
         except RunLost as error:
             logger.warning("%s", error)
             self._doubt = True
+        except Fenced:  # replaced; or only a newer one publishes now, and this one goes on collecting
+            self._roster.say_alive(self._channel)
         if self._next_housekeeping.over:
             self._keep_house()
             self._next_housekeeping = Deadline(self._housekeeping_seconds)

@@ -182,7 +182,7 @@ def test_what_the_server_refuses_is_told_as_elsewhere(connection: Connection, ke
     key, other = names(keys, 2)
     connection.execute_all([("RPUSH", key, "no string"), ("EXPIRE", key, 60)])
     write(connection, {other: b"y"})
-    with pytest.raises(errors.ServerFault, match="Operation against a key holding the wrong kind of value"):
+    with pytest.raises(errors.ServerFault, match="a key of another type"):
         list(
             ChunkReader(connection).read([(key, memoryview(bytearray(1))), (other, memoryview(bytearray(1)))])
         )
@@ -330,9 +330,9 @@ def test_password_tcp_and_rights_are_as_with_any_command(keys: Keys) -> None:
             move(Connection(f"redis://rlbroker:wrong@{address}"), {"k": b""})
         connection.execute("ACL SETUSER", "guest", "on", "nopass", "+@all", "-get", "-set", "~*")
         guest = Connection(f"redis://guest:any@{address}")
-        with pytest.raises(errors.AccessDenied, match="no permissions"):
+        with pytest.raises(errors.AccessDenied, match="may not run SET"):
             write(guest, {"k": b"1"})
-        with pytest.raises(errors.AccessDenied, match="no permissions"):
+        with pytest.raises(errors.AccessDenied, match="may not run GET"):
             read(guest, {"k": b"1"})
         connection.close()
         guest.close()

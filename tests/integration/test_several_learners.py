@@ -121,6 +121,19 @@ def test_one_that_was_frozen_before_it_handed_out_takes_nothing_back(
     assert other.acknowledge(other.marks()) == 1
 
 
+def test_one_that_learns_late_that_a_newer_one_publishes_goes_on_collecting(
+    learner: Learner, worker: Worker
+) -> None:
+    older = learner(learner_name="older")
+    newer = learner(learner_name="newer")
+    wait_until("the older one knows", lambda: not older._roster.leads)
+    newer._thread.stop(5.0)  # so that the older one is the first to see what comes now
+    older._roster.leads = True
+    send(worker(), 1)
+    wait_until("it found out", lambda: not older._roster.leads)
+    assert numbers(older.collect_experiences(timeout=5.0)) == [1]
+
+
 def test_only_the_newest_of_those_that_may_publishes(learner: Learner, worker: Worker) -> None:
     older = learner(learner_name="older")
     assert older.send_model_weights({"w": 1}).version == 1
