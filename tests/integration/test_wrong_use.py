@@ -38,6 +38,7 @@ OF_A_RUN = [
     ("control", "list"),
     ("dead", "list"),
     ("report", "--json"),
+    ("top", "--interval", "0.1"),
 ]
 ALL = [*OF_A_RUN, ("runs",), ("prune", "--dry-run")]
 
