@@ -122,7 +122,8 @@ def test_check_keeps_to_the_limits_that_are_given(url: str) -> None:
     options = ("--staleness", "18", "--min-workers", "3", "--max-missed", "0", "--json")
     said = json.loads(ask(url, "check", *options, code=2))
     found = {one["code"]: one for one in said["findings"]}
-    assert found.keys() == {"worker_cannot_load", "updates_failed", "too_many_missed"}
+    assert found.keys() >= {"worker_cannot_load", "updates_failed", "too_many_missed"}
+    assert not found.keys() & {"worker_behind", "too_few_workers"}
     assert (said["state"], said["alive"], said["waiting"]) == ("critical", 3, 1)
 
 
