@@ -37,6 +37,7 @@ def report(
 
     if not session.as_json:
         require_extras()
+        _check(output)
     with session.in_time():
         course = read_course(session.connection, session.run, span_seconds=since)
     if session.as_json:
@@ -58,3 +59,14 @@ def report(
     finally:
         beside.unlink(missing_ok=True)
     session.say(f"{size(len(page.encode()))} in {output}")
+
+
+def _check(output: Path) -> None:
+    """Refuse, before anything is read and drawn, where nothing can be written."""
+    from rlbroker.errors import InvalidArgument
+
+    parent = output.absolute().parent
+    if output.is_dir():
+        raise InvalidArgument(f"the report cannot be written to {output}: it is a directory")
+    if str(output) != "-" and not os.access(parent, os.W_OK):
+        raise InvalidArgument(f"the report cannot be written to {output}: {parent} is no writable directory")
