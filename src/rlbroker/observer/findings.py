@@ -259,11 +259,9 @@ def _of_member(snapshot: Snapshot, info: WorkerInfo, limits: Limits) -> Iterator
             more,
         )
     silent = info.state == "away"
-    if (
-        not silent
-        and info.staleness >= limits.staleness
-        and (info.version or info.unpolled_seconds >= UNPOLLED_SECONDS)
-    ):
+    just_joined = not info.version and info.unpolled_seconds < UNPOLLED_SECONDS
+    expected = silent or just_joined or info.problem
+    if info.staleness >= limits.staleness and not expected:
         latest = snapshot.pointer.version if snapshot.pointer else 0
         runs = f"{info.version:,}" if info.version else "none"
         yield Finding(
