@@ -122,14 +122,14 @@ class Keys:
     def dead(self, worker: int) -> str:
         """Give the key of a stream: batches of one worker that could not be used, each with its reason.
 
-        Learners write, people read. At most 1,000 entries; oldest go first.
+        Learners write, people read and delete. At most 1,000 entries; oldest go first.
         """
         return f"{self.prefix}:dead:{worker}"
 
     def again(self, worker: int) -> str:
         """Give the key of a stream: dead batches of one worker that are to be tried again.
 
-        Learners write, read through the group `learner`, and delete.
+        Learners and people write; learners read through the group `learner`, and delete.
         """
         return f"{self.prefix}:again:{worker}"
 
@@ -137,6 +137,7 @@ class Keys:
     def control(self) -> str:
         """Stream: commands and notices of new versions, in order. Learner writes, workers read.
 
+        People add commands in the learner's place, with `rlbroker control send`; to `pending` and `outcomes:` too.
         The learner trims what is older than an hour and has been answered.
         """
         return f"{self.prefix}:ctl"

@@ -23,7 +23,7 @@ from rlbroker.observer import commands, sending
 from rlbroker.observer.dead_batches import find_letters
 from rlbroker.observer.stored_weights import look_at_weights
 from rlbroker.observer.waiting_batches import peek
-from rlbroker.observer.weight_contents import pull_weights
+from rlbroker.observer.weight_contents import pull_weights, weights_contents
 from rlbroker.observer.weight_files import write_weights
 from rlbroker.wire.contents import Content
 from rlbroker.wire.message import encode
@@ -197,6 +197,20 @@ def test_the_latest_version_is_pulled_over_the_differences_that_lead_there(
     with pytest.raises(WireError):
         stored.path(4)
     assert 0 < sum(received) < 2 * sum(one.form.stored_bytes for one in stored.forms)
+
+
+def test_a_header_that_is_not_the_one_that_was_published_is_refused(
+    server: Server, connection: Connection, keys: Keys, learner: Learner
+) -> None:
+    comm = learner()
+    for size in (1, 2):
+        comm.send_model_weights({"w": np.zeros(size)})
+    stored = look_at_weights(connection, keys)
+    first, second = (keys.chunk(one.form.upload, 0) for one in stored.forms)
+    assert [one.shape for one in weights_contents(connection, keys, stored.path(2))] == [(2,)]
+    server.client.set(second, server.client.get(first))
+    with pytest.raises(WireError, match="does not match the pointer"):
+        weights_contents(connection, keys, stored.path(2))
 
 
 def leaf(name: str, array: np.ndarray[Any, Any], number: int = 0) -> Content:

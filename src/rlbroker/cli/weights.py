@@ -113,7 +113,7 @@ def show_weights(session: Session, version: Version = None) -> None:
         return
     how = f"a delta to {form.base:,}" if form.base else "a full version"
     session.console.print(
-        f"version {form.version:,} of {session.run}: {len(leaves):,} tensors, {size(raw_bytes)}, stored as {how} in "
+        f"version {form.version:,} of {session.run}: {_tensors(len(leaves))}, {size(raw_bytes)}, stored as {how} in "
         f"{size(form.stored_bytes)}; {size(sum(one.stored_bytes for one in path))} to download"
     )
     show_table(
@@ -271,7 +271,7 @@ def _say_written(session: Session, file: Path, version: int, written: Written) -
         )
     else:
         print(file)
-    session.say(f"{written.tensors:,} tensors, {size(written.file_bytes)}")
+    session.say(f"{_tensors(written.tensors)}, {size(written.file_bytes)}")
     if written.as_bits:
         kinds = ", ".join(sorted(set(written.as_bits.values())))
         session.say(
@@ -280,3 +280,7 @@ def _say_written(session: Session, file: Path, version: int, written: Written) -
         )
     if written.left_out:
         session.say(f"left out, as they are no arrays: {', '.join(map(plain, written.left_out))}")
+
+
+def _tensors(count: int) -> str:
+    return f"{count:,} {'tensor' if count == 1 else 'tensors'}"

@@ -56,7 +56,7 @@ def send_command(
             max(0.0, server_seconds(clock) - float(meta["learner_seen"])) if "learner_seen" in meta else None
         )
         state = learner_state(meta, silent)
-        if state == "none" or int(meta.get("epoch", 0)) == 0:
+        if int(meta.get("epoch", 0)) == 0:
             raise InvalidArgument(
                 f"no learner has opened the run {keys.run!r} yet, and only then can its workers be sent commands"
             )
