@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlbroker.cli.session import Session, with_session
-from rlbroker.cli.text import age, plain, seconds_of
+from rlbroker.cli.text import age, plain, seconds_of, the_same_of
 
 if TYPE_CHECKING:
     from rlbroker.observer.findings import Limits
@@ -61,7 +61,7 @@ def check(
 
 def _check(session: Session, limits: Limits, max_missed: int | None, since: float) -> int:
 
-    from rlbroker.observer.findings import Finding, find
+    from rlbroker.observer.findings import Finding, find, gather
     from rlbroker.observer.missed import read_missed
     from rlbroker.observer.snapshot import take_snapshot
 
@@ -92,6 +92,7 @@ def _check(session: Session, limits: Limits, max_missed: int | None, since: floa
             f"{_WORDS[code]}: {snapshot.run}: {problems} |",
             *(f"{name}={value}" for name, value in figures.items()),
         )
-        for one in findings:
-            print(f"{one.severity.upper()}: {plain(one.what)} ({session.typed(one.hint)})")
+        for one, others in gather(findings):
+            more = f"; {the_same_of(others)}" if others else ""
+            print(f"{one.severity.upper()}: {plain(one.what)} ({session.typed(one.hint)}){more}")
     return code

@@ -155,9 +155,27 @@ def _width(columns: Sequence[str], widths: Mapping[str, int]) -> int:
     return 1 + sum(widths[name] for name in columns) + len(_GAP) * (len(columns) - 1)
 
 
+def the_same_of(workers: Sequence[int]) -> str:
+    """Say that there is more of the same.
+
+    >>> the_same_of([3, 4]), the_same_of(range(3, 30))
+    ('and the same of workers 3, 4', 'and the same of 27 workers more: 3, 4, 5, 6, 7, 8, 9, 10 …')
+    """
+    if len(workers) == 1:
+        return f"and the same of worker {workers[0]}"
+    shown = ", ".join(map(str, workers[:8]))
+    if len(workers) <= 8:
+        return f"and the same of workers {shown}"
+    return f"and the same of {len(workers):,} workers more: {shown} …"
+
+
 def show_findings(session: Session, findings: Iterable[Finding], *, with_advice: bool = False) -> None:
     """Print what is wrong, each with what to type, or with what to do about it."""
-    for one in findings:
+    from rlbroker.observer.findings import gather
+
+    for one, others in gather(findings):
         mark = {"critical": "✗", "warning": "!"}[one.severity]
         session.console.print(f"{mark} {plain(one.what)}", style="red" if mark == "✗" else "yellow")
         session.console.print(f"    {one.advice if with_advice else session.typed(one.hint)}")
+        if others:
+            session.console.print(f"  … {the_same_of(others)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
@@ -22,6 +22,9 @@ UNPOLLED_SECONDS: Final = 10.0
 
 #: Share of the server's memory limit that is spoken of.
 MEMORY_SHARE: Final = 0.9
+
+#: Findings of one kind that are shown one by one.
+SHOWN_OF_A_CODE: Final = 3
 
 #: How long a process is spoken of whose place another one took.
 FENCED_SECONDS: Final = 600.0
@@ -110,6 +113,25 @@ def find(snapshot: Snapshot, limits: Limits | None = None) -> list[Finding]:
     for worker, status in snapshot.workers.items():
         found += _of_worker(snapshot, worker, status, limits)
     return sorted(found, key=lambda one: one.severity != "critical")
+
+
+def gather(findings: Iterable[Finding]) -> list[tuple[Finding, list[int]]]:
+    """Give findings to be shown, with the workers of which more of the same is to be said: sixty lines tell no more.
+
+    >>> found = [Finding("warning", "queue_full", worker, f"{worker} is full", "") for worker in range(9)]
+    >>> [(one.what, workers) for one, workers in gather(found)]
+    [('0 is full', []), ('1 is full', []), ('2 is full', [3, 4, 5, 6, 7, 8])]
+    """
+    shown: list[tuple[Finding, list[int]]] = []
+    by_code: dict[str, list[tuple[Finding, list[int]]]] = {}
+    for one in findings:
+        same = by_code.setdefault(one.code, [])
+        if len(same) < SHOWN_OF_A_CODE or one.worker is None:
+            same.append((one, []))
+            shown.append(same[-1])
+        else:
+            same[-1][1].append(one.worker)
+    return shown
 
 
 def _of_server(snapshot: Snapshot) -> Iterator[Finding]:

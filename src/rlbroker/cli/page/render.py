@@ -11,9 +11,10 @@ from rlbroker.cli.page.picture import pictures_of
 from rlbroker.cli.page.plots import plots_of
 from rlbroker.cli.page.svg import styled
 from rlbroker.cli.page.times import Clock, duration
-from rlbroker.cli.text import age, size
+from rlbroker.cli.text import age, size, the_same_of
 from rlbroker.observer.bottleneck import RULE, percent
 from rlbroker.observer.course import Course
+from rlbroker.observer.findings import gather
 
 
 def render(course: Course, *, typed: Callable[[str], str]) -> str:
@@ -40,12 +41,14 @@ def render(course: Course, *, typed: Callable[[str], str]) -> str:
         "duration": duration,
         "number": lambda number: f"{number:,}",
         "rate": _rate,
+        "the_same_of": the_same_of,
         "sentence": _sentence,
         "full": clock.full,
         "iso": clock.iso,
     }
     return environment.get_template("report.html.jinja").render(
         course=course,
+        gathered=gather(course.findings),
         run=course.snapshot,
         plots={name: _drawn(svg) for name, svg in plots.items()},
         zone=clock.zone,
