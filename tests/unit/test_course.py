@@ -120,8 +120,8 @@ def test_lanes_are_empty_while_nobody_wrote_and_while_a_worker_was_gone() -> Non
 def test_lanes_hold_coarse_samples_until_the_next_one() -> None:
     coarse = [a_sample(30 * number, running={0: number + 1}) for number in range(10)]
     fine = [a_sample(270 + number, running={0: 10}) for number in range(1, 31)]
-    lanes = lay_lanes(a_course([*coarse, *fine]), 10)
-    assert list(lanes.versions[0]) == [*range(1, 11)]
+    lanes = lay_lanes(a_course([*coarse, *fine]), 300)
+    assert list(lanes.versions[0]) == [number for number in range(1, 11) for _ in range(30)]
 
 
 def test_missed_versions_are_marked_where_and_why_they_were_missed() -> None:
