@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rlbroker.cli.page.svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, RED, SKY, inline, new_figure
 from rlbroker.cli.page.times import Clock
 from rlbroker.cli.text import size
+from rlbroker.observer.bottleneck import percent
 from rlbroker.observer.course import Course, Point
 
 #: Their natural width, in CSS pixels.
@@ -126,8 +127,10 @@ def _waits(shown: Plotted) -> Figure:
         (lambda one: one.sending, PURPLE, "sending", ":"),
     ):
         axes.plot(shown.times, shown.values(of), color=color, label=label, linestyle=style)
-    _dress(axes, shown, "share of the time", lambda share: f"{share:.0%}")
+    _dress(axes, shown, "share of the time", percent)
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
+    if axes.get_ylim()[1] <= 1:
+        axes.set_yticks((0, 0.5, 1))
     _legend(axes)
     return figure
 
