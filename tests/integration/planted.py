@@ -32,6 +32,9 @@ LEASE_SECONDS = 1.5
 #: What worker 1 never answers.
 COMMAND = "recalibrate"
 
+#: What each version consists of, if nothing else is said.
+WEIGHTS: Mapping[str, Any] = {"w": np.zeros(10, np.float32)}
+
 _POLICY = "maxmemory-policy"
 
 
@@ -67,28 +70,39 @@ class Planted:
 
 
 @contextmanager
-def plant(server: RedisServer, run: str = "pong", **settings: Any) -> Iterator[Planted]:
+def plant(
+    server: RedisServer,
+    run: str = "pong",
+    *,
+    url: str | None = None,
+    weights: Mapping[str, Any] = WEIGHTS,
+    **settings: Any,
+) -> Iterator[Planted]:
     """Make the run; at the end of the block nothing is left of it.
 
     Args:
         server: where to.
         run: its name.
+        url: how the processes reach the server, if not as it says itself.
+        weights: what each version consists of.
         settings: of the learner, besides those that the trouble needs.
     """
     with ExitStack() as stack:
         with _quiet():
-            planted = _planted(server, run, settings, stack)
+            planted = _planted(url or server.url, run, weights, settings, stack)
         yield planted
 
 
-def _planted(server: RedisServer, run: str, settings: Mapping[str, Any], stack: ExitStack) -> Planted:
-    client = stack.enter_context(redis.Redis.from_url(server.url))
+def _planted(
+    url: str, run: str, weights: Mapping[str, Any], settings: Mapping[str, Any], stack: ExitStack
+) -> Planted:
+    client = stack.enter_context(redis.Redis.from_url(url))
     stack.callback(_delete, client, Keys(run).everything)
     open_learner = partial(
         WorkerCommunicator,
         **{
             "num_workers": 5,
-            "redis_url": server.url,
+            "redis_url": url,
             "run": run,
             "acknowledge": "manual",
             "max_deliveries": 1,
@@ -99,11 +113,11 @@ def _planted(server: RedisServer, run: str, settings: Mapping[str, Any], stack: 
     )
 
     def join(worker: int) -> WorkerClient:
-        return stack.enter_context(WorkerClient(server.url, run, worker_id=worker, timeout=5.0))
+        return stack.enter_context(WorkerClient(url, run, worker_id=worker, timeout=5.0))
 
     doomed = open_learner()
-    doomed.send_model_weights(_weights())
-    dead = WorkerClient(server.url, run, worker_id=DEAD, timeout=5.0)
+    doomed.send_model_weights(weights)
+    dead = WorkerClient(url, run, worker_id=DEAD, timeout=5.0)
     stack.callback(dead._connection.close)
     dead.load_weights({})
     wait_until("2 said that it runs version 1", lambda: [info.version for info in doomed.workers()] == [1])
@@ -119,9 +133,9 @@ def _planted(server: RedisServer, run: str, settings: Mapping[str, Any], stack: 
     learner = stack.enter_context(open_learner())
     wait_until("it is a dead letter", lambda: learner.collect_experiences(0.1) or learner.dead_letters())
 
-    publish(learner, 2)
+    publish(learner, 2, weights)
     wait_until("1 runs version 3", lambda: workers[BEHIND].poll({}) and workers[BEHIND].version == 3)
-    publish(learner, VERSIONS_BEHIND)
+    publish(learner, VERSIONS_BEHIND, weights)
     polling = [client for worker, client in workers.items() if worker != BEHIND]
     stack.enter_context(_polled(polling))
     command = learner.send_control_command(COMMAND, worker_ids=[BEHIND])
@@ -140,7 +154,7 @@ def _planted(server: RedisServer, run: str, settings: Mapping[str, Any], stack: 
         )
 
     wait_until("everything is on record", on_record)
-    return Planted(server.url, run, learner, workers, fenced, command.id, stack)
+    return Planted(url, run, learner, workers, fenced, command.id, stack)
 
 
 def die(worker: WorkerClient) -> None:
@@ -149,10 +163,10 @@ def die(worker: WorkerClient) -> None:
     worker._heartbeat._thread.stop(5.0)
 
 
-def publish(learner: WorkerCommunicator, versions: int) -> None:
-    """Publish so many versions of small weights."""
+def publish(learner: WorkerCommunicator, versions: int, weights: Mapping[str, Any] = WEIGHTS) -> None:
+    """Publish so many versions."""
     for _ in range(versions):
-        learner.send_model_weights(_weights())
+        learner.send_model_weights(weights)
 
 
 @contextmanager
@@ -196,10 +210,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def _weights() -> dict[str, Any]:
-    return {"w": np.zeros(10, np.float32)}
 
 
 def _delete(client: redis.Redis, pattern: str) -> None:

@@ -165,3 +165,12 @@ def test_limits_can_be_set() -> None:
     assert find(member(version=15, staleness=5), Limits(staleness=5))[0].code == "worker_behind"
     assert find(RUN, Limits(min_workers=2))[0].what == "1 worker is alive; 2 are wanted"
     assert find(RUN, Limits(waiting_share=0.1))[0].code == "queue_full"
+
+
+def test_a_worker_whose_process_is_forgotten_is_named_without_it() -> None:
+    known, forgotten = (
+        next(one.what for one in find(member(state="away", **changes)) if one.code == "worker_away")
+        for changes in ({}, {"host": "", "pid": 0})
+    )
+    assert known.startswith("worker 0 (node-1 pid 7) is away: ")
+    assert forgotten.startswith("worker 0 is away: ")

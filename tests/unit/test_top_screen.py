@@ -96,12 +96,19 @@ def test_the_column_that_orders_is_never_left_out() -> None:
 
 
 def test_what_is_wrong_is_shown_with_what_to_type_and_how_much_more_there_is() -> None:
-    drawn = "\n".join(shown(view(line(0), findings=5)))
+    crowd = [line(worker) for worker in range(64)]
+    drawn = "\n".join(shown(view(*crowd, findings=5)))
     assert "! worker 0 is behind  rlbroker workers 0\n" in drawn
     assert "! worker 1 is behind  rlbroker workers 1\n" in drawn
     assert "and 3 more: rlbroker status" in drawn
     assert "worker 2 is behind" not in drawn
-    assert "worker 2 is behind" in "\n".join(shown(view(line(0), findings=3)))
+    assert "worker 2 is behind" in "\n".join(shown(view(*crowd, findings=3)))
+
+
+def test_what_is_wrong_gets_the_lines_that_workers_do_not_need() -> None:
+    drawn = "\n".join(shown(view(line(0), findings=9)))
+    assert "worker 8 is behind" in drawn
+    assert "more" not in drawn
 
 
 def test_what_workers_write_does_not_steer_the_terminal() -> None:

@@ -120,14 +120,15 @@ def _above(
     state, look = state or State(), look or Look()
     air: list[list[Piece]] = [[]] if rows >= 24 else []
     figures = 4 if rows >= 20 else 2 if rows >= 16 else 0
-    findings = 3 if rows >= 20 else 2 if rows >= 16 else 1
+    above = [*_head(view, state, look, columns), *air, *_figures(view, columns)[:figures], *air]
+    air = air if view.findings else []
+    # What is wrong gets the lines that the workers do not need.
+    spare = rows - len(above) - len(air) - len(view.lines) - 2
+    findings = max(spare, 3 if rows >= 20 else 2 if rows >= 16 else 1)
     return [
-        *_head(view, state, look, columns),
-        *air,
-        *_figures(view, columns)[:figures],
-        *air,
+        *above,
         *_findings(view, look, columns, findings),
-        *(air if view.findings else []),
+        *air,
     ]
 
 

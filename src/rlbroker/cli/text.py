@@ -59,10 +59,12 @@ def figure(value: float | None) -> str:
 def share(value: float | None) -> str:
     """Give a part of a whole; None is not known.
 
-    >>> [share(value) for value in (None, 0.005, 0.5, 1)]
-    ['-', '0 %', '50 %', '100 %']
+    >>> [share(value) for value in (None, 0, 0.005, 0.5, 1)]
+    ['-', '0 %', '0.5 %', '50 %', '100 %']
     """
-    return "-" if value is None else f"{value:.0%}".replace("%", " %")
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if 0 < value < 0.0995 else f"{100 * value:.0f} %"
 
 
 def seconds_of(text: str) -> float:

@@ -268,8 +268,7 @@ def _of_member(snapshot: Snapshot, info: WorkerInfo, limits: Limits) -> Iterator
             "warning",
             "worker_away",
             worker,
-            f"worker {worker} ({info.host} pid {info.pid}) is away: {_ago(info.last_seen_seconds)}; it died, or is cut "
-            "off",
+            f"worker {worker}{_process(info)} is away: {_ago(info.last_seen_seconds)}; it died, or is cut off",
             more,
         )
     if info.problem:
@@ -313,6 +312,11 @@ def _of_member(snapshot: Snapshot, info: WorkerInfo, limits: Limits) -> Iterator
             f"{info.fenced_seconds:.0f} s ago",
             more,
         )
+
+
+def _process(info: WorkerInfo) -> str:
+    """Where a worker ran; what it said of itself is forgotten after ten leases."""
+    return f" ({info.host} pid {info.pid})" if info.host else ""
 
 
 def _unpolled(info: WorkerInfo) -> str:

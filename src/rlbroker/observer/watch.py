@@ -208,7 +208,7 @@ class Watch:
             unpolled_seconds=info.unpolled_seconds + silent_seconds if info else None,
             room_share=self._room_share(worker),
             last_seen_seconds=info.last_seen_seconds if info else None,
-            process=f"{info.host}:{info.pid}" if info else "",
+            process=f"{info.host}:{info.pid}" if info and info.host else "",
             troubled=troubled,
         )
 
