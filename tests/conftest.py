@@ -100,6 +100,7 @@ def embedded() -> Iterator[RedisServer]:
 @pytest.fixture
 def real_server(embedded: RedisServer) -> Iterator[RealServer]:
     server = RealServer(embedded)
+    server.client.flushall()  # runs that a whole module shared may be left
     yield server
     server.client.flushall()
     server.client.close()

@@ -296,7 +296,7 @@ class Connection:
         if policy.startswith("allkeys") and not allow_eviction:
             raise ServerUnsuitable(
                 f"{self.address} has maxmemory-policy {policy}, which deletes weights and experiences when memory is "
-                "short; run `redis-cli CONFIG SET maxmemory-policy noeviction`, or pass allow_eviction=True"
+                "short; set its maxmemory-policy to noeviction (see `rlbroker doctor`), or pass allow_eviction=True"
             )
 
     def server_version(self, found: Mapping[str, str] | None = None) -> str:

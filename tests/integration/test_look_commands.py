@@ -78,7 +78,7 @@ def test_one_worker_is_shown_with_what_it_missed(url: str) -> None:
     said = ask(url, "workers", "2")
     assert f"worker 2 of {RUN}: alive" in said
     assert f"pid {os.getpid()}" in said
-    assert re.search(r"unanswered   1 commands", said)
+    assert re.search(r"unanswered   1 command,", said)
     assert re.search(r"missed \S+ s ago +version 3: failed, ", said)
     assert "✗ worker 2 cannot load the newest weights: version 3: " in said
     assert "worker 1" not in said
@@ -111,7 +111,7 @@ def test_check_names_what_is_wrong_and_ends_as_monitoring_plugins_do(url: str) -
     said = ask(url, "check", code=2)
     first, *others = said.splitlines()
     assert re.match(
-        rf"CRITICAL: {RUN}: \d found \| version=20 alive=3 max_staleness=20 waiting=1 missed=\d+$", first
+        rf"CRITICAL: {RUN}: \d findings \| version=20 alive=3 max_staleness=20 waiting=1 missed=\d+$", first
     )
     assert others[0].startswith("CRITICAL: worker 2 cannot load the newest weights")
     assert f"WARNING: 3 workers are alive; 4 are expected (rlbroker workers --run {RUN})" in others

@@ -54,7 +54,7 @@ def test_the_trouble_is_named_by(command: str, planted: Planted) -> None:
 def test_the_words_say_which_worker_and_what(planted: Planted) -> None:
     said = ask(planted, "status").stdout
     assert f"worker {BEHIND} is {VERSIONS_BEHIND} versions behind: it runs 3 of 20" in said
-    assert re.search(rf"worker {DEAD} \(\S+ pid \d+\) is away: last heard of \d+ s ago", said)
+    assert re.search(rf"worker {DEAD} \(\S+ pid \d+\) is away: last heard of [\d.]+ s ago", said)
     assert re.search(rf"a second process \(\S+:\d+\) used the id of worker {TWIN}, and was turned away", said)
     assert f"1 batch of worker {POISONER} could not be used" in said
     assert "maxmemory-policy allkeys-lru: it deletes weights and experiences" in said

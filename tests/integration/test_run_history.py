@@ -118,6 +118,7 @@ def test_coarser_samples_tell_what_finer_ones_have_forgotten(
 ) -> None:
     comm = quiet(learner())
     for _ in range(4):
+        comm.send_model_weights({"w": np.zeros(1)})
         record(comm, last=True)
         wait_until("the server's clock goes on", lambda: _age(comm, server) > 0.005)
     whole = history(comm)
@@ -126,8 +127,9 @@ def test_coarser_samples_tell_what_finer_ones_have_forgotten(
     server.client.xtrim(keys.history(30), maxlen=3, approximate=False)
     server.client.xadd(keys.history(30), {"junk": "x"})
     again = history(comm)
-    # The streams get a sample one after the other.
-    assert [one.at for one in again] == pytest.approx([one.at for one in whole], abs=0.004)
+    # The streams get a sample one after the other, so its time differs a little.
+    assert [one.version for one in again] == [one.version for one in whole]
+    assert [one.at for one in again] == sorted(one.at for one in again)
     assert history(comm, count=1) == whole[-1:]
     assert history(comm, since=whole[-1].at) == [one for one in whole if one.at >= whole[-1].at]
 

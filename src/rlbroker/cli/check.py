@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlbroker.cli.session import Session, with_session
-from rlbroker.cli.text import age, plain, seconds_of, the_same_of
+from rlbroker.cli.text import age, counted, plain, seconds_of, the_same_of
 
 if TYPE_CHECKING:
     from rlbroker.observer.findings import Limits
@@ -87,7 +87,7 @@ def _check(session: Session, limits: Limits, max_missed: int | None, since: floa
         found = [one.to_json() for one in findings]
         session.show_json({"state": _WORDS[code].lower(), "run": snapshot.run, **figures, "findings": found})
     else:
-        problems = f"{len(findings)} found" if findings else "nothing found"
+        problems = counted(len(findings), "finding") if findings else "nothing is wrong"
         print(
             f"{_WORDS[code]}: {snapshot.run}: {problems} |",
             *(f"{name}={value}" for name, value in figures.items()),

@@ -201,11 +201,12 @@ def _sums(outcomes: Mapping[int, Outcome]) -> str:
 
 
 def _first_fault(outcomes: Mapping[int, Outcome]) -> str:
-    """Give the first worker that did not do it, and why; the others are in the JSON."""
+    """Give the first worker that did not do it, and why, or those that have not answered; the JSON has all."""
     for worker, one in outcomes.items():
         if one.state not in ("done", "waiting"):
             return f"worker {worker}: {one.state}" + (f", {plain(one.detail)}" if one.detail else "")
-    return ""
+    waiting = [str(worker) for worker, one in outcomes.items() if one.state == "waiting"]
+    return f"no answer from {', '.join(waiting[:8])}{' …' if len(waiting) > 8 else ''}" if waiting else ""
 
 
 def _command_json(one: SentCommand) -> dict[str, Any]:

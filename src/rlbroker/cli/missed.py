@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -19,25 +19,28 @@ def missed(
     ] = None,
     worker: Annotated[int | None, typer.Option(min=0, help="Only of this worker.")] = None,
     why: Annotated[
-        str | None,
-        typer.Option(help="Only for this reason: superseded, failed, away, left, unknown, expired."),
+        Literal["superseded", "failed", "away", "left", "unknown", "expired"] | None,
+        typer.Option(help="Only for this reason."),
     ] = None,
 ) -> None:
     """List missed versions and commands: by which worker, why, and when.
 
     The record keeps about the newest 10,000 entries; sums since the beginning are in `rlbroker workers`.
-    Exit code: 0, or 2 if the server or the run is not there.
+    Exit code: 0; 1 if there is no such worker; 2 if the server or the run is not there.
 
     Example: rlbroker missed --since 1h --worker 3
     """
     from dataclasses import asdict
 
     from rlbroker.observer.missed import read_missed
+    from rlbroker.observer.runs import worker_ids
 
     with session.in_time():
         now, records = read_missed(
             session.connection, session.keys, last_seconds=since, worker=worker, why=why
         )
+    if worker is not None and not records and worker not in worker_ids(session.connection, session.keys):
+        session.fail(f"there is no worker {worker} in the run {session.run!r}")
     if session.as_json:
         session.show_json({"missed": [asdict(one) for one in records]})
         return

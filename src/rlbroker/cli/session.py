@@ -62,6 +62,7 @@ class Session:
         self.as_json, self.no_color, self.quiet, self.verbose = as_json, no_color, quiet, verbose
         self.timeout = timeout
         self.url, self.asked_run = url, run
+        self._left_out = False  #: whether a hint was shown without the password that belongs to it
         self._log = logging.StreamHandler(sys.stderr)
         self._log.setFormatter(logging.Formatter("rlbroker: %(message)s"))
 
@@ -74,6 +75,10 @@ class Session:
 
     def __exit__(self, *error: object) -> None:
         """Close the connections, if there are any."""
+        if self._left_out:
+            self.say(
+                "… stands for the password. With the URL in RLBROKER_REDIS_URL, hints can be typed as they are"
+            )
         logger.removeHandler(self._log)
         logger.setLevel(logging.NOTSET)
         if "connection" in self.__dict__:
@@ -158,6 +163,7 @@ class Session:
         if program != "rlbroker":
             return hint
         if " --url" not in words and (url := self._url_to_type()):
+            self._left_out |= "…" in url
             words += f" --url {shlex.quote(url)}"
         if " --run" not in words and words.partition(" ")[0] not in _OF_NO_RUN:
             words += f" --run {self.run}"

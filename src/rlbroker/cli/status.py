@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 WATCH_SECONDS = 2.0
 
 #: What a narrow terminal does not show, in this order.
-SPARE_COLUMNS = ("process", "in hand", "unanswered", "stale", "seen")
+SPARE_COLUMNS = ("process", "in hand", "unanswered", "delivered", "seen", "stale")
 
 
 @with_session

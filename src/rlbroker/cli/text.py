@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rlbroker.cli.cells import cell_width, fitted, styled
+from rlbroker.observer.spans import age as age
 
 if TYPE_CHECKING:
     from rlbroker.cli.console import Console
@@ -16,16 +17,13 @@ if TYPE_CHECKING:
     from rlbroker.records import Missed
 
 
-def age(seconds: float) -> str:
-    """Give a time span that is short to read.
+def counted(count: int, one: str, many: str = "") -> str:
+    """Give a number with its noun.
 
-    >>> [age(seconds) for seconds in (0.25, 75, 300, 7200, 260000)]
-    ['0.2 s', '75 s', '5 min', '2 h', '3 days']
+    >>> counted(1, "version"), counted(2000, "version"), counted(0, "batch", "batches")
+    ('1 version', '2,000 versions', '0 batches')
     """
-    for limit, unit_seconds, unit in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds:.1f} s" if seconds < 10 else f"{seconds / unit_seconds:.0f} {unit}"
-    return f"{seconds / 86_400:.0f} days"
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def size(count: float) -> str:
@@ -130,7 +128,8 @@ def show_table(
     for one in spare:
         if _width(columns, widths) <= console.width:
             break
-        columns.remove(one)
+        if one in columns:
+            columns.remove(one)
     over = _width(columns, widths) - console.width
     if over > 0:  # the last column holds what is longest, as a rule
         widths[columns[-1]] = max(1, widths[columns[-1]] - over)

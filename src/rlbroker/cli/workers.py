@@ -8,7 +8,7 @@ import typer
 
 from rlbroker.cli.session import Session, with_session
 from rlbroker.cli.status import cell_style
-from rlbroker.cli.text import age, describe_missed, plain, show_findings, show_table
+from rlbroker.cli.text import age, counted, describe_missed, plain, show_findings, show_table
 
 if TYPE_CHECKING:
     from rlbroker.observer.findings import Finding
@@ -60,7 +60,7 @@ def workers(
             session.console,
             rows,
             left=("state", "process"),
-            spare=("pid", "incarnation", "polled"),
+            spare=("incarnation", "process", "sent", "polled"),
             style=cell_style,
         )
         show_findings(session, findings)
@@ -119,9 +119,11 @@ def _show_one(session: Session, snapshot: Snapshot, worker: int, findings: list[
         console.print("  batches      none yet")
     reasons = ", ".join(f"{count:,} {why}" for why, count in missed.by_reason.items())
     console.print(
-        f"  missed       {missed.total:,} versions"
+        f"  missed       {counted(missed.total, 'version')}"
         + (f" ({reasons})" if reasons else "")
-        + f", {missed.commands:,} commands"
+        + f", {counted(missed.commands, 'command')}"
     )
     if one.commands_waiting:
-        console.print(f"  unanswered   {one.commands_waiting:,} commands, for {age(one.command_seconds)}")
+        console.print(
+            f"  unanswered   {counted(one.commands_waiting, 'command')}, for {age(one.command_seconds)}"
+        )

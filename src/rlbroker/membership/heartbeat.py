@@ -322,7 +322,9 @@ class Heartbeat:
 
     @property
     def _lifetime_milliseconds(self) -> int:
-        return int(self._lease_seconds * 10_000)
+        settings = self._settings or RunSettings()
+        # For as long as it belongs to the run: who looks for a dead worker wants to know where it ran.
+        return int(max(10 * settings.lease_seconds, settings.forget_seconds) * 1000)
 
     def _step(self) -> None:
         lease_seconds = self._lease_seconds

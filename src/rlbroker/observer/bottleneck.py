@@ -53,6 +53,7 @@ def judge(
     encoding: float,
     sending: float,
     publishing: float,
+    collected: float = 1,
 ) -> Bottleneck:
     """Say what holds a run back; see `RULE`.
 
@@ -63,6 +64,7 @@ def judge(
         encoding: see there.
         sending: see there.
         publishing: see there.
+        collected: batches that the learner got in this time.
 
     >>> judge(60, learner_waits=0.63, workers_wait=0, encoding=0, sending=0, publishing=0).what
     'the learner waits for data 63 % of the time: more or faster workers would help'
@@ -71,6 +73,9 @@ def judge(
     if seconds < ENOUGH_SECONDS:
         which = "unknown"
         what = "there is too little history to tell what holds the run back"
+    elif not collected:
+        which = "unknown"
+        what = "no batches were collected in this time, so nobody can tell what holds the run back"
     elif learner_waits >= LEARNER_WAITS and learner_waits >= workers_wait:
         which = "workers"
         what = f"the learner waits for data {percent(learner_waits)} of the time: more or faster workers would help"

@@ -167,6 +167,7 @@ class Course:
             encoding=self.rate("encode_seconds"),
             sending=self.rate("send_seconds"),
             publishing=self.rate("publish_seconds"),
+            collected=self.total("collected"),
         )
 
     def points(self, count: int = POINTS) -> list[Point]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from rlbroker.observer.snapshot import Snapshot, WorkerStatus
+from rlbroker.observer.spans import age
 from rlbroker.records import WorkerInfo
 
 Severity = Literal["warning", "critical"]
@@ -256,7 +257,7 @@ def _of_worker(snapshot: Snapshot, worker: int, status: WorkerStatus, limits: Li
             "commands_unanswered",
             worker,
             f"worker {worker} has not answered {_number(status.commands_waiting, 'command', 'commands')}, the oldest "
-            f"for {status.command_seconds:.0f} s",
+            f"for {age(status.command_seconds)}",
             "rlbroker control list",
         )
 
@@ -309,24 +310,24 @@ def _of_member(snapshot: Snapshot, info: WorkerInfo, limits: Limits) -> Iterator
             "worker_fenced",
             worker,
             f"a second process ({info.fenced_process}) used the id of worker {worker}, and was turned away "
-            f"{info.fenced_seconds:.0f} s ago",
+            f"{age(info.fenced_seconds)} ago",
             more,
         )
 
 
 def _process(info: WorkerInfo) -> str:
-    """Where a worker ran; what it said of itself is forgotten after ten leases."""
+    """Where a worker ran; what it said of itself is forgotten after a while."""
     return f" ({info.host} pid {info.pid})" if info.host else ""
 
 
 def _unpolled(info: WorkerInfo) -> str:
     if info.state != "alive" or info.unpolled_seconds < UNPOLLED_SECONDS:
         return ""
-    return f", and has not called poll for {info.unpolled_seconds:.0f} s"
+    return f", and has not called poll for {age(info.unpolled_seconds)}"
 
 
 def _ago(seconds: float) -> str:
-    return f"last heard of {seconds:.0f} s ago" if seconds >= 1 else "just now"
+    return f"last heard of {age(seconds)} ago"
 
 
 def _number(count: int, one: str, many: str) -> str:

@@ -68,8 +68,10 @@ def choose_run(connection: Connection, run: str | None) -> str:
     """
     if run is None:
         names = run_names(connection)
-        if len(names) != 1:
-            raise InvalidArgument(f"there is no single run on {connection.address}; {_there(names)}")
+        if not names:
+            raise InvalidArgument(f"there are no runs on {connection.address}")
+        if len(names) > 1:
+            raise InvalidArgument(f"there are {len(names):,} runs on {connection.address}; {_there(names)}")
         run = names[0]
     keys = Keys(run)
     wire_format, there = connection.execute_all(

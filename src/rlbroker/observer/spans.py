@@ -1,0 +1,15 @@
+"""Time spans as people read them."""
+
+from __future__ import annotations
+
+
+def age(seconds: float) -> str:
+    """Give a time span that is short to read.
+
+    >>> [age(seconds) for seconds in (0.25, 75, 300, 7200, 260000)]
+    ['0.2 s', '75 s', '5 min', '2 h', '3 days']
+    """
+    for limit, unit_seconds, unit in ((100, 1, "s"), (6000, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds:.1f} s" if seconds < 10 else f"{seconds / unit_seconds:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} days"
