@@ -154,10 +154,10 @@ def redis_url(url: str | None = None) -> str:
             f"the server's URL has the scheme {scheme!r}; use one of {known}, such as {DEFAULT_URL!r} "
             "(it comes from the argument, RLBROKER_REDIS_URL, or REDIS_URL)"
         )
+    if "://" not in found:
+        raise InvalidArgument(f"the server's URL lacks its //; write it like {DEFAULT_URL!r}")
     if scheme != "unix" and path.strip("/") and not path.strip("/").isdecimal():
-        raise InvalidArgument(
-            f"the database in the server's URL {redacted_url(found)} must be a number, as in {DEFAULT_URL!r}"
-        )
+        raise InvalidArgument(f"the database in the server's URL must be a number, as in {DEFAULT_URL!r}")
     return found
 
 
@@ -191,6 +191,8 @@ def redacted_url(url: str) -> str:
     'redis://host:6379/0'
     """
     scheme, colon, rest = url.partition("://")
+    if not colon:  # it is no URL, and what is in it nobody knows
+        return "…" if "@" in url else url
     before, _, query = rest.partition("?")
     if "@" in query:  # part of a password, or of a parameter
         return f"{scheme}://…"

@@ -13,6 +13,7 @@ Only pruning deletes, with `meta` and in one step, all else of a dead run that a
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from rlbroker.config import MAX_WORKER_ID, is_run_name, run_name
@@ -26,6 +27,12 @@ _ROOT = "rlb:{"
 #: The consumer group that reads the experiences of every worker.
 GROUP = "learner"
 
+#: What can follow a run's name in a key of ours.
+_OURS = re.compile(
+    r"meta|weights|ctl|missed|pending|members|incarnations|history:\d+|outcomes:\w+|w:[\w-]+:\d+"
+    r"|(x|counts|epochs|dead|again|ack|ledger|hb):\d+"
+)
+
 
 def run_of(key: str) -> str:
     """Give the run that a key belongs to; empty if it is none of ours.
@@ -33,8 +40,9 @@ def run_of(key: str) -> str:
     >>> run_of(Keys("pong").experiences(3))
     'pong'
     """
-    before, brace, _ = key.removeprefix(_ROOT).partition("}:")
-    return before if brace and key.startswith(_ROOT) and is_run_name(before) else ""
+    before, brace, rest = key.removeprefix(_ROOT).partition("}:")
+    ours = brace and key.startswith(_ROOT) and _OURS.fullmatch(rest)
+    return before if ours and is_run_name(before) else ""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from rlbroker.experience.ownership import HAND_OUT, RENEW, TAKE_ABANDONED, Owner
 from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE, STATE
 from rlbroker.keys import Keys
 from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER, REJOIN
-from rlbroker.membership.roster import CLOSE, FORGET, OPEN, RESTORE_RUN, Roster
+from rlbroker.membership.roster import ALIVE, CLOSE, FORGET, OPEN, RESTORE_RUN, Roster
 from rlbroker.metrics import Metrics
 from rlbroker.recorder import Known, Recorder
 from rlbroker.records import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
@@ -70,6 +70,7 @@ SCRIPTS = (
     TAKE_OVER,
     RESTORE_COUNTS,
     RESTORE_RUN,
+    ALIVE,
     TAKE_ABANDONED,
     HAND_OUT,
     RENEW,

@@ -176,10 +176,12 @@ class Recorder:
             ["XADD", self._keys.history(seconds), "MAXLEN", "~", TIERS[seconds], "*", *said]
             for seconds in due
         ]
-        for seconds, reply in zip(due, channel.execute_all(commands), strict=True):
+        replies = channel.execute_all(commands)
+        for seconds in due:
+            self._due[seconds] = Deadline(seconds)
+        for reply in replies:
             if isinstance(reply, PeerError):
                 raise reply
-            self._due[seconds] = Deadline(seconds)
 
 
 _COUNTS = (

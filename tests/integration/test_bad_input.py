@@ -12,7 +12,7 @@ from typing import Any
 import fakeredis
 import pytest
 import redis
-from conftest import RealServer, Server
+from conftest import RealServer, Server, wait_until
 
 from rlbroker import WorkerClient, WorkerCommunicator, errors
 from rlbroker.connection import Connection
@@ -159,6 +159,20 @@ def test_a_server_out_of_memory_says_so(real_server: RealServer, run: str) -> No
         finally:
             real_server.client.config_set("maxmemory", 0)
         assert comm.send_model_weights({"w": b"x"}).version == 1
+
+
+def test_a_learner_on_a_full_server_still_says_that_it_lives(
+    real_server: RealServer, run: str, keys: Keys
+) -> None:
+    with WorkerCommunicator(1, redis_url=real_server.url, run=run, timeout=2.0):
+        real_server.client.config_set("maxmemory", 1)
+        try:
+            before = real_server.client.hget(keys.meta, "learner_seen")
+            wait_until("it says so", lambda: real_server.client.hget(keys.meta, "learner_seen") != before)
+            again = real_server.client.hget(keys.meta, "learner_seen")
+            wait_until("and again", lambda: real_server.client.hget(keys.meta, "learner_seen") != again)
+        finally:
+            real_server.client.config_set("maxmemory", 0)
 
 
 def test_a_worker_with_another_wire_format_is_refused(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 from conftest import Server, wait_until
 
 from rlbroker import WorkerClient, WorkerCommunicator
@@ -54,6 +55,26 @@ def test_an_answer_from_the_future(learner: Learner, worker: Worker, server: Ser
     wait_until("it is struck", lambda: [one.worker_id for one in comm.workers()] == [good.worker_id])
     assert worker(worker_id=bad.worker_id).incarnation > bad.incarnation + 1  # being struck was one more
     goes_on(comm, good)
+
+
+def test_answers_that_are_no_stream(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+    if server.kind == "fake":
+        pytest.skip("fakeredis itself fails when it is to read a string as a stream")
+    comm, good, bad = learner(), worker(), worker()
+    server.client.delete(keys.acknowledgements(bad.worker_id))
+    server.client.set(keys.acknowledgements(bad.worker_id), "mine")
+    wait_until("it is gone", lambda: server.client.type(keys.acknowledgements(bad.worker_id)) == b"none")
+    goes_on(comm, good)
+
+
+def test_members_and_lives_that_are_no_numbers(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, good = learner(), worker()
+    server.client.hset(keys.incarnations, "evil", "1")
+    server.client.zadd(keys.members, {"evil": 1.0})
+    goes_on(comm, good)
+    server.client.zrem(keys.members, "evil")
 
 
 def test_counts_that_are_no_numbers(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:

@@ -22,7 +22,8 @@ from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.cli.app import app
 from rlbroker.connection import Connection, Script
 from rlbroker.keys import Keys
-from rlbroker.observer.leftovers import Leftover, find_leftovers
+from rlbroker.observer import leftovers
+from rlbroker.observer.leftovers import BACK_SECONDS, Leftover, find_leftovers
 from rlbroker.pruning import OPENED, PRUNE_QUEUE, PRUNE_RUN, Pruned, prune
 
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
@@ -47,6 +48,15 @@ def age(client: Any, run: str, seconds: float, *, state: str = "ended") -> None:
 def all_of(client: Any, run: str = "*") -> dict[bytes, Any]:
     found = client.keys(f"rlb:{{{run}}}:*" if run != "*" else "*")
     return {key: client.dump(key) for key in found}
+
+
+@pytest.fixture(autouse=True)
+def _long_started(real_server: RealServer) -> None:
+    wait_until("the server runs for long enough", lambda: uptime(real_server) >= BACK_SECONDS, 15.0)
+
+
+def uptime(server: RealServer) -> int:
+    return int(server.client.info("server")["uptime_in_seconds"])
 
 
 @pytest.fixture
@@ -141,6 +151,32 @@ def test_a_worker_that_lives_keeps_its_run(real_server: RealServer, connection: 
         assert (found.dead, found.why) == (False, "a worker of it lives")
 
 
+def test_a_learner_that_only_collects_keeps_its_run(real_server: RealServer, connection: Connection) -> None:
+    url = real_server.url
+    with WorkerCommunicator(1, redis_url=url, run="two") as learner:
+        other = WorkerCommunicator(1, redis_url=url, run="two", learner_name="second", publishes=False)
+        assert learner.workers() == []
+    with other:
+        found = leftover(connection, "two", run="two", named=True, older_than_seconds=0.0)
+        assert (found.dead, found.why) == (False, "another learner of it lives, which collects")
+
+
+def test_a_server_that_has_just_started_has_heard_of_nobody(
+    real_server: RealServer, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(real_server.url, "down")
+    age(real_server.client, "down", 2 * HOUR, state="open")
+    assert leftover(connection, "down").dead
+    monkeypatch.setattr(leftovers, "BACK_SECONDS", uptime(real_server) + 100)
+    assert "has just started" in leftover(connection, "down").why
+
+
+def test_keys_that_only_look_like_ours_are_nobodys(real_server: RealServer, connection: Connection) -> None:
+    for name in ("rlb:{tenant}:session", "rlb:{cfg}:settings", "rlb:{a}:{b}:meta", "rlb:{a}:x:y"):
+        real_server.client.set(name, "precious")
+    assert find_leftovers(connection, older_than_seconds=0.0) == []
+
+
 def unused(client: Any, run: str, seconds: float) -> None:
     """Have all keys of a run be as if nobody had used them for so long."""
     for key, dumped in all_of(client, run).items():
@@ -162,7 +198,7 @@ def test_keys_without_a_run_go_once_nobody_used_them(real_server: RealServer, co
 
 
 def test_what_nobody_knows_the_age_of_is_kept(real_server: RealServer, connection: Connection) -> None:
-    real_server.client.set(Keys("orphan").notify, "x")
+    real_server.client.set(Keys("orphan").control, "x")
     real_server.client.config_set("maxmemory-policy", "volatile-lfu")  # such servers do not tell idle times
     try:
         found = leftover(connection, "orphan", older_than_seconds=0.0)

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Collection
@@ -21,7 +22,7 @@ import typer
 from rlbroker.cli import EXIT_ERROR
 from rlbroker.cli.console import Console
 from rlbroker.cli.options import Url
-from rlbroker.cli.text import unwrapped
+from rlbroker.cli.text import plain, unwrapped
 from rlbroker.errors import RlbrokerError
 
 if TYPE_CHECKING:
@@ -216,6 +217,7 @@ def with_session(
 
     def called(**options: Any) -> None:
         session = Session(**{name: options.pop(name) for name in shared})
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # files that are half written go with us
         try:
             with session:
                 body(session, **options)
@@ -253,7 +255,7 @@ def with_session(
 
 def _fail(session: Session, message: str, code: int) -> None:
     session.explain()
-    print(f"rlbroker: {message}", file=sys.stderr)
+    print(f"rlbroker: {plain(message)}", file=sys.stderr)
     raise typer.Exit(code)
 
 

@@ -10,6 +10,7 @@ they are written back, and of two accounts of one worker the later one holds.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,10 +19,12 @@ from typing import Any, Final
 from rlbroker.connection import LEADER_ONLY, Argument, Connection, Script, flat
 from rlbroker.control.account import TEXT_KEPT, Account, Event, Settled, missed_updates, settle
 from rlbroker.deadline import Deadline
-from rlbroker.errors import RunLost
+from rlbroker.errors import RunLost, ServerFault
 from rlbroker.keys import Keys
 from rlbroker.records import Missed, MissedUpdates, Outcome
 from rlbroker.replies import entry_place, server_seconds, stream_entries, text_fields
+
+logger = logging.getLogger("rlbroker")
 
 #: Entries of one stream: id and fields.
 Entries = list[tuple[str, dict[bytes, bytes] | None]]
@@ -186,8 +189,20 @@ class Ledger:
             return []
         # From the beginning each time: what was settled is gone.
         command = ("XREAD", "COUNT", 256, *options, "STREAMS", *keys, *("0-0" for _ in keys))
-        reply = self._connection.execute_once(*command)
+        try:
+            reply = self._connection.execute_once(*command)
+        except ServerFault:
+            self._delete_what_is_no_stream(list(keys))
+            raise
         return [(keys[key], entries) for key, entries in stream_entries(reply) if entries]
+
+    def _delete_what_is_no_stream(self, keys: Sequence[str]) -> None:
+        """Have one worker that wrote something else to its key not keep the answers of all from being read."""
+        kinds = self._connection.execute_all([("TYPE", key) for key in keys])
+        wrong = [key for key, kind in zip(keys, kinds, strict=True) if kind not in (b"stream", b"none")]
+        if wrong:
+            logger.warning("deleted what is no stream: %s", ", ".join(wrong))
+            self._connection.execute("UNLINK", *wrong)
 
     def _settle_some(self, workers: Sequence[int], deadline: Deadline) -> bool:
         """Settle what one read finds, in one try; give whether that was anything.

@@ -15,8 +15,8 @@ from rlbroker.replies import entry_place, text_fields, whole_number
 #: Dead letters of one worker that are kept; the oldest go first. They are counted all the same.
 KEPT = 1_000
 
-#: Dead letters that are read in one round trip.
-READ_AT_ONCE = 100
+#: Dead letters that are read in one round trip: the server holds an answer in memory, which a full one does not have.
+READ_AT_ONCE = 4
 
 #: Fields that a dead letter has besides those of the batch.
 _OWN_FIELDS = ("entry", "reason", "detail", "deliveries", "died_at")

@@ -129,6 +129,17 @@ FORGET = Script(
 )
 
 
+ALIVE = Script(
+    "alive",
+    f"""
+    -- KEYS: meta
+    -- ARGV: field and value pairs that say when its learner was last alive
+    {ALSO_WHEN_FULL}
+    return redis.call('HSET', KEYS[1], unpack(ARGV))
+    """,
+)
+
+
 class Roster:
     """Opens one run for a learner and knows its workers."""
 
@@ -233,11 +244,13 @@ class Roster:
         seen_at = scored_members(members)
         self._members = list(seen_at)
         limit = (server_seconds(clock) - self._settings.lease_seconds) * 1000
-        self._alive = frozenset(int(worker) for worker, score in seen_at.items() if score > limit)
+        self._alive = frozenset(
+            int(worker) for worker, score in seen_at.items() if score > limit and worker.isdecimal()
+        )
         seen = {f"seen:{self._name}": f"{server_seconds(clock):.3f}"}
         if self.leads:
             seen["learner_seen"] = f"{server_seconds(clock):.3f}"
-        channel.execute("HSET", self._keys.meta, *flat(seen))
+        channel.run(ALIVE, (self._keys.meta,), flat(seen))
 
     def restore(self) -> None:
         """Write back what a server lost: who takes part, and last of all, that this learner has the run.
@@ -262,16 +275,17 @@ class Roster:
     @property
     def away(self) -> frozenset[int]:
         """Members that it did not."""
-        return frozenset(map(int, self._members)) - self._alive
+        return frozenset(map(int, filter(str.isdecimal, self._members))) - self._alive
 
     @property
     def everyone(self) -> frozenset[int]:
         """Whoever ever took part, as it last saw."""
-        return frozenset(map(int, self._incarnations))
+        return frozenset(map(int, filter(str.isdecimal, self._incarnations)))
 
     def ids(self) -> list[int]:
         """Give every worker id that the run ever had, in order."""
-        return sorted(int(worker) for worker in self._connection.execute("HKEYS", self._keys.incarnations))
+        names = self._connection.execute("HKEYS", self._keys.incarnations)
+        return sorted(int(worker) for worker in names if worker.isdigit())  # whatever else is there
 
     def workers(self) -> list[WorkerInfo]:
         """Give the members of the run, by id."""

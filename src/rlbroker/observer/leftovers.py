@@ -18,6 +18,9 @@ Item = TypeVar("Item")
 #: Keys that are looked at in one round trip.
 KEYS_AT_ONCE: Final = 1000
 
+#: Within this learners and workers are back after the server's start.
+BACK_SECONDS: Final = 10
+
 #: The only field of `meta` besides `learner_state` while a run is being deleted; a learner that opens it adds others.
 PRUNED: Final = "pruned"
 
@@ -77,11 +80,13 @@ def find_leftovers(
     # Orphans are not asked for what they may have: that would count as using their keys.
     runs = [one for one in sorted(names) if not _is_orphan(one, names[one])]
     summaries = {one.run: one for one in list_runs(connection, runs)}
+    uptime_seconds = whole_number(connection.server_info().get("uptime_in_seconds", ""))
+    just_started = uptime_seconds is not None and uptime_seconds < BACK_SECONDS
     found = []
     for name in sorted(names):
         keys, summary = sorted(names[name]), summaries.get(name)
         if summary is None:
-            summary, state = RunSummary(name, "none", 0, 0, 0, None, None), "orphaned"
+            summary, state = RunSummary(name, "none", 0, 0, 0, 0, None, None), "orphaned"
         else:
             state = _state(connection, summary)
         silent_seconds = summary.last_seen_seconds
@@ -89,6 +94,11 @@ def find_leftovers(
             known = unused or {}
             silent_seconds = known[name] if name in known else unused_seconds(connection, name, keys)
         dead, why = _verdict(summary, state, silent_seconds, older_than_seconds, named=named)
+        if dead and just_started and not (named and state in ("ended", "pruned")):
+            dead, why = (
+                False,
+                f"{why}, but the server has just started, and whoever lives may not be back yet",
+            )
         found.append(
             Leftover(
                 run=name,
@@ -130,6 +140,8 @@ def _verdict(
 ) -> tuple[bool, str]:
     if summary.learner == "alive":
         return False, "its learner lives"
+    if summary.others:
+        return False, "another learner of it lives, which collects"
     if summary.alive:
         return False, f"{summary.alive} of its workers live" if summary.alive > 1 else "a worker of it lives"
     why = {

@@ -28,7 +28,8 @@ class RunSummary:
         version: its latest version; 0 before the first.
         alive: workers heard of within their lease.
         members: workers that belong to it, those included.
-        last_seen_seconds: how long ago its learner or one of its workers was heard of; None if none ever was.
+        others: further learners that were heard of within their lease; they only collect.
+        last_seen_seconds: how long ago a learner or a worker of it was heard of; None if none ever was.
         wire_format: as its learner writes it; None before there was one.
     """
 
@@ -37,6 +38,7 @@ class RunSummary:
     version: int
     alive: int
     members: int
+    others: int
     last_seen_seconds: float | None
     wire_format: int | None
 
@@ -159,7 +161,7 @@ def _summary_of(name: str, now: float, replies: list[Any]) -> RunSummary:
             return _summary(name, now, text_fields(meta), int(version or 0), seen)
     except PeerError as error:
         logger.info("the run %r cannot be read: %s", name, error)
-        return RunSummary(name, "unreadable", 0, 0, 0, None, None)
+        return RunSummary(name, "unreadable", 0, 0, 0, 0, None, None)
 
 
 def _summary(
@@ -168,16 +170,26 @@ def _summary(
     lease_seconds = RunSettings.from_fields(meta).lease_seconds
     silences = [max(0.0, now - milliseconds / 1000) for milliseconds in seen_milliseconds]
     learner_silence = max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
-    heard = silences if learner_silence is None else [*silences, learner_silence]
+    others = [
+        max(0.0, now - float(seen))
+        for name, seen in _by_name(meta, "seen:").items()
+        if meta.get(f"learner:{name}") != meta.get("epoch")
+    ]
+    heard = [*silences, *others, *([] if learner_silence is None else [learner_silence])]
     return RunSummary(
         run=name,
         learner=learner_state(meta, learner_silence),
         version=version,
         alive=sum(silence < lease_seconds for silence in silences),
         members=len(silences),
+        others=sum(silence < lease_seconds for silence in others),
         last_seen_seconds=min(heard, default=None),
         wire_format=int(meta["wire_format"]) if "wire_format" in meta else None,
     )
+
+
+def _by_name(meta: dict[str, str], prefix: str) -> dict[str, str]:
+    return {name.removeprefix(prefix): value for name, value in meta.items() if name.startswith(prefix)}
 
 
 def _there(names: list[str]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlbroker.connection import Connection
+from rlbroker.experience.dead_letters import READ_AT_ONCE
 from rlbroker.keys import GROUP, Keys
 from rlbroker.observer.batch_shapes import Content, shape_of
 from rlbroker.observer.legible import legible
@@ -104,16 +105,10 @@ def _peek_stream(
     connection: Connection, keys: Keys, worker: int, key: str, count: int, newest: bool, retried: bool
 ) -> tuple[int, int, list[WaitingBatch]]:
     """Give how many entries a stream has, how many of them are in a learner's hands, and some of them."""
-    which = ("XREVRANGE", key, "+", "-") if newest else ("XRANGE", key, "-", "+")
-    clock, latest, length, groups, entries = connection.execute_all(
-        [
-            ("TIME",),
-            ("HGET", keys.weights, "version"),
-            ("XLEN", key),
-            ("XINFO GROUPS", key),
-            (*which, "COUNT", count),
-        ]
+    clock, latest, length, groups = connection.execute_all(
+        [("TIME",), ("HGET", keys.weights, "version"), ("XLEN", key), ("XINFO GROUPS", key)]
     )
+    entries = _read(connection, key, count, newest)
     ids = [entry_id.decode() for entry_id, _ in entries]
     pending, held = 0, list[Any]([()] * len(ids))
     if any(text_fields(group)["name"] == GROUP for group in groups):
@@ -128,6 +123,19 @@ def _peek_stream(
         for entry_id, (_, fields), rows in zip(ids, entries, held, strict=True)
     ]
     return int(length), pending, found[::-1] if newest else found
+
+
+def _read(connection: Connection, key: str, count: int, newest: bool) -> list[Any]:
+    """Give the first or last entries of a stream, few at once: the server holds each answer in memory."""
+    found: list[Any] = []
+    command, position, end = ("XREVRANGE", "+", "-") if newest else ("XRANGE", "-", "+")
+    while len(found) < count:
+        some = connection.execute(command, key, position, end, "COUNT", min(READ_AT_ONCE, count - len(found)))
+        if not some:
+            break
+        found += some
+        position = f"({some[-1][0].decode()}"
+    return found
 
 
 def _batch(
