@@ -57,6 +57,20 @@ def test_an_answer_from_the_future(learner: Learner, worker: Worker, server: Ser
     goes_on(comm, good)
 
 
+def test_more_fields_than_a_script_can_pass_on(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, good, bad = learner(), worker(), worker()
+    fields = {"data": "junk", "version": "1"} | {f"field-{number}": "x" for number in range(5000)}
+    server.client.xadd(keys.experiences(bad.worker_id), fields, id=f"{bad.incarnation}-1")
+    wait_until("it is dead", lambda: not comm.collect_experiences() and comm.dead_letters())
+    (letter,) = comm.dead_letters()
+    assert (letter.worker_id, letter.reason) == (bad.worker_id, "corrupt")
+    assert comm.retry_dead_letters([letter]) == 1
+    wait_until("it is dead again", lambda: not comm.collect_experiences() and comm.dead_letters())
+    goes_on(comm, good)
+
+
 def test_answers_that_are_no_stream(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
     if server.kind == "fake":
         pytest.skip("fakeredis itself fails when it is to read a string as a stream")

@@ -42,7 +42,7 @@ BURY = Script(
       for i = 1, #fields do sum = sum + #fields[i] end
       return sum
     end
-    local fields = entry[2]
+    local fields = {unpack(entry[2], 1, 1000)}  -- a worker may have sent more than Lua can pass on
     for i = 9, #ARGV do table.insert(fields, ARGV[i]) end
     local added = redis.pcall('XADD', KEYS[4], '*', unpack(fields))
     if type(added) == 'table' and added['err'] then return 1 end  -- no room for it; it is counted
