@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlbroker.config import RunSettings, is_run_name
-from rlbroker.connection import Channel, Connection
+from rlbroker.connection import Connection
 from rlbroker.errors import AccessDenied, IncompatibleFormat, InvalidArgument, PeerError
 from rlbroker.keys import Keys
+from rlbroker.observer.facts import ask
 from rlbroker.observer.legible import legible
 from rlbroker.records import Liveness
 from rlbroker.replies import scored_members, server_seconds, text_fields
@@ -102,15 +103,11 @@ def list_runs(connection: Connection, names: list[str] | None = None) -> list[Ru
         PeerError: the server refused, or could not be reached in time.
     """
     names = run_names(connection) if names is None else names
-    commands: list[tuple[str, ...]] = [("TIME",)]
+    commands: list[tuple[Any, ...]] = [("TIME",)]
     for keys in map(Keys, names):
         commands += [("HGETALL", keys.meta), ("HGET", keys.weights, "version")]
         commands.append(("ZRANGE", keys.members, "0", "-1", "WITHSCORES"))
-    channel = Channel(connection)
-    try:
-        clock, *replies = connection.retry(lambda: channel.execute_all(commands))
-    finally:
-        channel.give_back()
+    clock, *replies = ask(connection, commands)
     if isinstance(clock, PeerError):
         raise clock
     now = server_seconds(clock)
