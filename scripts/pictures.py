@@ -120,14 +120,14 @@ def name_hosts(stack: ExitStack) -> None:
     """Have the processes call themselves like those of a small network: names end up in the pictures."""
     real = roster.socket, heartbeat.socket, heartbeat.os
     hosts, pids = itertools.cycle(range(1, 5)), itertools.count(4211, 57)
-    roster.socket = SimpleNamespace(gethostname=lambda: "trainer")  # type: ignore[attr-defined]
-    heartbeat.socket = SimpleNamespace(  # type: ignore[attr-defined]
+    roster.socket = SimpleNamespace(gethostname=lambda: "trainer")  # type: ignore[attr-defined] # in place of the module
+    heartbeat.socket = SimpleNamespace(  # type: ignore[attr-defined] # in place of the module
         gethostname=lambda: f"node-{next(hosts)}"
     )
-    heartbeat.os = SimpleNamespace(getpid=lambda: next(pids))  # type: ignore[attr-defined]
+    heartbeat.os = SimpleNamespace(getpid=lambda: next(pids))  # type: ignore[attr-defined] # in place of the module
 
     def restore() -> None:
-        roster.socket, heartbeat.socket, heartbeat.os = real  # type: ignore[attr-defined]
+        roster.socket, heartbeat.socket, heartbeat.os = real  # type: ignore[attr-defined] # in place of the module
 
     stack.callback(restore)
 

@@ -12,7 +12,7 @@ import typer
 
 from rlbroker.cli.progress import progress
 from rlbroker.cli.session import EXIT_INTERRUPTED, Session, with_session
-from rlbroker.cli.text import age, plain, seconds_of, show_table
+from rlbroker.cli.text import age, counted, plain, seconds_of, show_table
 
 if TYPE_CHECKING:
     from rlbroker.observer.commands import SentCommand
@@ -145,7 +145,7 @@ def _watch(session: Session, command: Command, seconds: float) -> dict[int, Outc
 
     end = time.monotonic() + seconds
     workers = len(command.worker_ids)
-    session.say(f"sent {plain(command.name)} to {workers:,} {'worker' if workers == 1 else 'workers'}")
+    session.say(f"sent {plain(command.name)} to {counted(workers, 'worker')}")
     with progress(session, plain(command.name), workers, "workers") as advance:
         while True:
             with session.in_time():

@@ -10,7 +10,7 @@ import typer
 
 from rlbroker.cli.experiences import contents_json, show_contents
 from rlbroker.cli.session import EXIT_NOT_FOUND, Session, with_session
-from rlbroker.cli.text import age, plain, show_table, size
+from rlbroker.cli.text import age, counted, plain, show_table, size
 
 if TYPE_CHECKING:
     from rlbroker.records import DeadLetter
@@ -205,7 +205,7 @@ def _name(letter: DeadLetter) -> str:
 
 
 def _batches(count: int) -> str:
-    return f"{count:,} dead {'batch' if count == 1 else 'batches'}"
+    return counted(count, "dead batch", "dead batches")
 
 
 def _letter_json(one: DeadLetter, now: float) -> dict[str, Any]:

@@ -8,22 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rlbroker.cli.cells import cell_width, fitted, styled
-from rlbroker.observer.spans import age as age
+from rlbroker.observer.words import age as age
+from rlbroker.observer.words import counted as counted
 
 if TYPE_CHECKING:
     from rlbroker.cli.console import Console
     from rlbroker.cli.session import Session
     from rlbroker.observer.findings import Finding
     from rlbroker.records import Missed
-
-
-def counted(count: int, one: str, many: str = "") -> str:
-    """Give a number with its noun.
-
-    >>> counted(1, "version"), counted(2000, "version"), counted(0, "batch", "batches")
-    ('1 version', '2,000 versions', '0 batches')
-    """
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def size(count: float) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from rlbroker.cli.progress import progress
 from rlbroker.cli.session import Session, with_session
-from rlbroker.cli.text import age, plain, show_table, size
+from rlbroker.cli.text import age, counted, plain, show_table, size
 
 if TYPE_CHECKING:
     from rlbroker.observer.stored_weights import Form, Pointer, StoredForm, StoredWeights
@@ -171,7 +171,7 @@ def pull_weights(
     file = output or Path(f"{session.run}-{number}.safetensors")
     check_file(file, force=force)
     total, done = sum(form.stored_bytes for form in path), 0
-    session.say(f"version {number:,}: {size(total)} in {len(path)} {'part' if len(path) == 1 else 'parts'}")
+    session.say(f"version {number:,}: {size(total)} in {counted(len(path), 'part')}")
     with progress(session, f"version {number}", total, "bytes") as advance:
 
         def received(count: int) -> None:
@@ -283,4 +283,4 @@ def _say_written(session: Session, file: Path, version: int, written: Written) -
 
 
 def _tensors(count: int) -> str:
-    return f"{count:,} {'tensor' if count == 1 else 'tensors'}"
+    return counted(count, "tensor")

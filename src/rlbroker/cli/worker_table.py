@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from rlbroker.cli.cells import Piece, cell_width, fitted
 from rlbroker.cli.text import age, figure, plain, share
+from rlbroker.observer.findings import UNPOLLED_SECONDS, Limits
 from rlbroker.observer.watch import WorkerLine
 
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
@@ -16,10 +17,10 @@ _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
 _BAR_WIDTH, _BAR_VERSIONS = 8, 10
 
 #: Staleness from which on a worker is behind, and one that is just not up to date.
-_FAR, _NEAR = 10, 3
+_FAR, _NEAR = Limits.staleness, 3
 
-#: Without a look at its commands for so long, and waiting for room for this share of the time, a worker stands out.
-_UNPOLLED_SECONDS, _ROOM_SHARE = 10.0, 0.25
+#: A worker that waits for room for this share of the time stands out.
+_ROOM_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ COLUMNS: Final = (
         lambda line: line.unpolled_seconds,
         lambda line: _span(line.unpolled_seconds),
         lambda line: (
-            "yellow" if (line.unpolled_seconds or 0.0) >= _UNPOLLED_SECONDS and line.state == "alive" else ""
+            "yellow" if (line.unpolled_seconds or 0.0) >= UNPOLLED_SECONDS and line.state == "alive" else ""
         ),
         width=6,
     ),

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from rlbroker.observer.snapshot import Snapshot, WorkerStatus
-from rlbroker.observer.spans import age
+from rlbroker.observer.words import age, counted
 from rlbroker.records import WorkerInfo
 
 Severity = Literal["warning", "critical"]
@@ -203,7 +203,7 @@ def _of_members(snapshot: Snapshot, limits: Limits) -> Iterator[Finding]:
             severity,
             "too_few_workers",
             None,
-            f"{_number(alive, 'worker is', 'workers are')} alive; {wanted} {expected}",
+            f"{counted(alive, 'worker is', 'workers are')} alive; {wanted} {expected}",
             "rlbroker workers",
         )
 
@@ -218,7 +218,7 @@ def _of_worker(snapshot: Snapshot, worker: int, status: WorkerStatus, limits: Li
             "warning",
             "dead_letters",
             worker,
-            f"{_number(status.dead_letters, 'batch', 'batches')} of worker {worker} could not be used and "
+            f"{counted(status.dead_letters, 'batch', 'batches')} of worker {worker} could not be used and "
             f"{'is' if status.dead_letters == 1 else 'are'} kept as dead letters",
             f"rlbroker dead list --worker {worker}",
         )
@@ -229,7 +229,7 @@ def _of_worker(snapshot: Snapshot, worker: int, status: WorkerStatus, limits: Li
             "warning",
             "batches_lost",
             worker,
-            f"{_number(sum(unwanted.values()), 'batch', 'batches')} of worker {worker} did not reach the learner: "
+            f"{counted(sum(unwanted.values()), 'batch', 'batches')} of worker {worker} did not reach the learner: "
             f"{reasons}",
             more,
         )
@@ -248,7 +248,7 @@ def _of_worker(snapshot: Snapshot, worker: int, status: WorkerStatus, limits: Li
             "warning",
             "updates_failed",
             worker,
-            f"worker {worker} could not load {_number(failed, 'version', 'versions')}",
+            f"worker {worker} could not load {counted(failed, 'version')}",
             f"rlbroker missed --worker {worker} --why failed",
         )
     if status.command_seconds >= UNANSWERED_SECONDS:
@@ -256,7 +256,7 @@ def _of_worker(snapshot: Snapshot, worker: int, status: WorkerStatus, limits: Li
             "warning",
             "commands_unanswered",
             worker,
-            f"worker {worker} has not answered {_number(status.commands_waiting, 'command', 'commands')}, the oldest "
+            f"worker {worker} has not answered {counted(status.commands_waiting, 'command')}, the oldest "
             f"for {age(status.command_seconds)}",
             "rlbroker control list",
         )
@@ -328,7 +328,3 @@ def _unpolled(info: WorkerInfo) -> str:
 
 def _ago(seconds: float) -> str:
     return f"last heard of {age(seconds)} ago"
-
-
-def _number(count: int, one: str, many: str) -> str:
-    return f"{count:,} {one if count == 1 else many}"

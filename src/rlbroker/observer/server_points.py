@@ -10,6 +10,7 @@ from rlbroker.errors import AccessDenied
 from rlbroker.keys import GROUP, Keys
 from rlbroker.observer.facts import Latency, ServerFacts, ask
 from rlbroker.observer.points import Point, State, size, untold
+from rlbroker.observer.words import counted
 from rlbroker.refusals import giving
 from rlbroker.replies import whole_number
 
@@ -120,7 +121,7 @@ def _role(facts: ServerFacts) -> Point:
         return untold("replication", "its role and replicas are not known", facts, "INFO")
     if not replicas:
         return Point("replication", "ok", "no replicas: level='replica' would never be confirmed")
-    what = f"{replicas:,} {'replica' if replicas == 1 else 'replicas'} for level='replica'"
+    what = f"{counted(replicas, 'replica')} for level='replica'"
     return Point("replication", "ok", what)
 
 

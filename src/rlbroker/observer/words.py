@@ -1,4 +1,4 @@
-"""Time spans as people read them."""
+"""Time spans and numbers of things, as people read them."""
 
 from __future__ import annotations
 
@@ -13,3 +13,12 @@ def age(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds:.1f} s" if seconds < 10 else f"{seconds / unit_seconds:.0f} {unit}"
     return f"{seconds / 86_400:.0f} days"
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """Give a number with its noun.
+
+    >>> counted(1, "version"), counted(2000, "version"), counted(0, "batch", "batches")
+    ('1 version', '2,000 versions', '0 batches')
+    """
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
