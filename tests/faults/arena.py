@@ -160,6 +160,11 @@ class Arena:
         assert self.learner is not None
         return len(self.learner.lines("inserted"))
 
+    def all_send(self) -> bool:
+        """Whether the learner has logged batches of every worker; a process may take seconds to start."""
+        assert self.learner is not None
+        return len({line["inserted"][0] for line in self.learner.lines("inserted")}) == len(self.workers)
+
     def finish(self, seconds: float = 90.0) -> dict[str, Any]:
         """Let the workers come to their end, then the learner; give its report."""
         learner = self.learner

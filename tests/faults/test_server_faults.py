@@ -145,7 +145,7 @@ def test_7_the_server_stands_still(arena: Arena, how: str, full: bool, figures: 
     arena.start_learner(versions=0, version_seconds=0.3, timeout=5.0)
     for number in range(3):
         arena.start_worker(number, batches=None, pause=0.01, level="learner", timeout=5.0)
-    arena.wait("batches flow", lambda: arena.inserted() > 100)
+    arena.wait("batches flow, of every worker", lambda: arena.inserted() > 100 and arena.all_send())
     if how == "frozen":
         arena.server.freeze()
         time.sleep(seconds)
