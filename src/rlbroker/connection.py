@@ -245,6 +245,20 @@ class Connection:
 
         return self.retry(lambda: self._translated(send), deadline)
 
+    def ask(self, commands: Sequence[Sequence[Argument]], *, deadline: Deadline | None = None) -> list[Any]:
+        """Run many commands in one round trip; what the server refused is given as a `PeerError`.
+
+        Raises:
+            ConnectionFailed: the server could not be reached in time.
+        """
+        if not commands:
+            return []
+        channel = Channel(self)
+        try:
+            return self.retry(lambda: channel.execute_all(commands), deadline)
+        finally:
+            channel.give_back()
+
     def append(
         self, key: str, entry_id: str, fields: Sequence[Argument], *, deadline: Deadline | None = None
     ) -> bool:

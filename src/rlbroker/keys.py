@@ -4,8 +4,8 @@ All keys of a run begin `rlb:{RUN}:`; the braces are Redis Cluster's hash tag. N
 builds a name or may assume that two keys live on the same node, but for these two groups, whose members
 scripts touch together:
 
-- the run's own keys: `meta`, `weights`, `ctl`, `members`, `incarnations`, `pending`, `missed`, and per worker
-  `ack:`, `ledger:` and `hb:`;
+- the run's own keys: `meta`, `weights`, `ctl`, `workers`, `pending`, `missed`, and per worker `life:`, `hb:`,
+  `ack:` and `ledger:`;
 - each worker's `x:`, `counts:`, `epochs:`, `dead:` and `again:`.
 
 Only pruning deletes, with `meta` and in one step, all else of a dead run that a later one would use too.
@@ -29,8 +29,8 @@ GROUP = "learner"
 
 #: What can follow a run's name in a key of ours.
 _OURS = re.compile(
-    r"meta|weights|ctl|missed|pending|members|incarnations|history:\d+|outcomes:\w+|w:[\w-]+:\d+"
-    r"|(x|counts|epochs|dead|again|ack|ledger|hb):\d+"
+    r"meta|weights|ctl|missed|pending|workers|history:\d+|outcomes:\w+|w:[\w-]+:\d+"
+    r"|(x|counts|epochs|dead|again|ack|ledger|life|hb):\d+"
 )
 
 
@@ -81,6 +81,10 @@ class Keys:
     def is_given_once(self, key: str) -> bool:
         """Whether no later life of the run uses this name again: chunks and outcomes have ids of their own."""
         return key.startswith((f"{self.prefix}:w:", f"{self.prefix}:outcomes:"))
+
+    def tells_of_run(self, key: str) -> bool:
+        """Whether a key is read to see how a run is doing: who looks for runs uses it."""
+        return key in (self.meta, self.weights, self.workers) or key.startswith(self.life_prefix)
 
     @property
     def meta(self) -> str:
@@ -176,14 +180,21 @@ class Keys:
         return f"{self.prefix}:outcomes:{command}"
 
     @property
-    def members(self) -> str:
-        """Sorted set: worker ids by when they were last seen, in Redis milliseconds. Stays."""
-        return f"{self.prefix}:members"
+    def workers(self) -> str:
+        """Set: every worker id that ever took part. Workers add theirs, all read. Stays."""
+        return f"{self.prefix}:workers"
+
+    def life(self, worker: int) -> str:
+        """Give the key of a hash: the newest incarnation of a worker id, whether it takes part, when it was heard of.
+
+        That worker writes, and the learner when it gives it up; all read. Stays, and its incarnation only grows.
+        """
+        return f"{self.life_prefix}{worker}"
 
     @property
-    def incarnations(self) -> str:
-        """Hash: the newest incarnation of each worker id. Stays, and only grows."""
-        return f"{self.prefix}:incarnations"
+    def life_prefix(self) -> str:
+        """What the name of every worker's life begins with."""
+        return f"{self.prefix}:life:"
 
     def heartbeat(self, worker: int) -> str:
         """Give the key of a hash: what a worker last said of itself. That worker writes. Expires unrenewed."""

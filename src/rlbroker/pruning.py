@@ -15,9 +15,7 @@ from typing import Any, Final
 from rlbroker.connection import Argument, Connection, Script
 from rlbroker.errors import AccessDenied, PeerError
 from rlbroker.keys import Keys
-from rlbroker.observer.facts import ask
 from rlbroker.observer.leftovers import PRUNED, batches, find_leftovers, unused_seconds
-from rlbroker.replies import scored_members
 
 #: Why a run, or a part of it, was kept that had been found dead.
 OPENED: Final = "somebody has opened it just now"
@@ -43,14 +41,18 @@ PRUNE_RUN = Script(
     "prune_run",
     _SAME
     + """
-    -- KEYS: meta, incarnations, members, then the run's other keys
-    -- ARGV: fields of meta and of incarnations, when a member was seen last or 'any' time, name of the mark
+    -- KEYS: workers, meta, the lives of workers that are known, then the run's other keys
+    -- ARGV: number of lives, fields of meta and of each life, number of workers, name of the mark
     -- Gives 1, or 0 where somebody has used the run meanwhile.
-    if not same(KEYS[1]) or not same(KEYS[2]) then return 0 end
-    local seen = redis.pcall('ZREVRANGE', KEYS[3], 0, 0, 'WITHSCORES')
-    if ARGV[at] ~= 'any' and (tonumber(seen[2]) or 0) ~= tonumber(ARGV[at]) then return 0 end
+    at = 2
+    for i = 2, 2 + tonumber(ARGV[1]) do
+      if not same(KEYS[i]) then return 0 end
+    end
+    local count = redis.pcall('SCARD', KEYS[1])
+    if type(count) == 'table' then count = -1 end
+    if count ~= tonumber(ARGV[at]) then return 0 end
     for _, key in ipairs(KEYS) do redis.call('UNLINK', key) end
-    redis.call('HSET', KEYS[1], 'learner_state', 'ended', ARGV[at + 1], '1')
+    redis.call('HSET', KEYS[2], 'learner_state', 'ended', ARGV[at + 1], '1')
     return 1
     """,
 )
@@ -125,10 +127,10 @@ def prune(
     keys = Keys(run)
     unused = {run: unused_seconds(connection, run, names)}
     # First what the scripts compare, and then the judgement: what changes in between, they find changed.
-    meta, incarnations = ask(connection, [("HGETALL", keys.meta), ("HGETALL", keys.incarnations)])
-    seen: float | str = "any"
-    if meta or incarnations:  # asking an orphan would count as using it
-        seen = _last_seen(connection, keys)
+    known = [name for name in names if name.startswith(keys.life_prefix)] if keys.workers in names else []
+    count, *hashes = connection.ask(
+        [("SCARD", keys.workers), *(("HGETALL", name) for name in (keys.meta, *known))]
+    )
     workers = sorted({worker for name in names if (worker := keys.queue_of(name)) is not None})
     used = _use(connection, keys, workers)
     (found,) = find_leftovers(
@@ -142,9 +144,11 @@ def prune(
     queues = {worker: there.intersection(keys.queue(worker)) for worker in workers}
     in_queues = {name for queue in queues.values() for name in queue}
     rest = [name for name in found.names if keys.is_given_once(name)]
-    named_first = (keys.meta, keys.incarnations, keys.members)
+    named_first = (keys.workers, keys.meta, *known)
     own = sorted(there - in_queues - set(rest) - set(named_first))
-    arguments = [*_fields(meta), *_fields(incarnations), seen, PRUNED]
+    before = [part for answer in hashes for part in _fields(answer)]
+    workers_there = -1 if isinstance(count, PeerError) else count
+    arguments = [len(known), *before, workers_there, PRUNED]
     if not connection.run(PRUNE_RUN, (*named_first, *own), arguments):
         return Pruned(run, 0, OPENED)
     deleted, kept = len(there.intersection((*named_first, *own))), ""
@@ -162,13 +166,6 @@ def prune(
     return Pruned(run, deleted, kept)
 
 
-def _last_seen(connection: Connection, keys: Keys) -> float:
-    (members,) = ask(connection, [("ZRANGE", keys.members, -1, -1, "WITHSCORES")])
-    if isinstance(members, PeerError):
-        return 0
-    return max(scored_members(members).values(), default=0)
-
-
 def _use(connection: Connection, keys: Keys, workers: Sequence[int]) -> dict[int, list[Argument]]:
     """Give what changes of each worker's queue when somebody uses it, as the script compares it."""
     found: dict[int, list[Argument]] = {}
@@ -182,7 +179,7 @@ def _use(connection: Connection, keys: Keys, workers: Sequence[int]) -> dict[int
                 ("XLEN", keys.experiences(worker)),
             )
         ]
-        answers = iter(ask(connection, commands))
+        answers = iter(connection.ask(commands))
         for worker, counts, epochs, length in zip(some, answers, answers, answers, strict=False):
             waiting = -1 if isinstance(length, PeerError) else length
             found[worker] = [*_fields(counts), *_fields(epochs), waiting]

@@ -48,13 +48,6 @@ def _fields(reply: Any) -> dict[bytes, bytes] | None:
     return reply or None
 
 
-def scored_members(reply: Any) -> dict[str, float]:
-    """Give member and score from ZRANGE WITHSCORES, whether redis-py paired them or not."""
-    if reply and isinstance(reply[0], (list, tuple)):
-        reply = [part for pair in reply for part in pair]
-    return {_text(member): float(score) for member, score in zip(reply[::2], reply[1::2], strict=True)}
-
-
 def server_seconds(reply: Any) -> float:
     """Give the server's clock from TIME, seconds since the epoch."""
     seconds, microseconds = reply

@@ -24,7 +24,8 @@ def test_10_hostile_payloads_in_every_stream_and_chunk(
     keys = arena.keys
     with arena.server.client() as client:
         # A worker whose every message is hostile: it has joined, and opened its queue, by hand.
-        client.hset(keys.incarnations, 0, 1)
+        client.hset(keys.life(0), mapping={"incarnation": 1})
+        client.sadd(keys.workers, 0)
         client.xgroup_create(keys.experiences(0), "learner", "0", mkstream=True)
         for number in range(1, count + 1):
             fields: dict[str, Any] = {

@@ -189,7 +189,8 @@ def _send_hostile(arena: Arena, chance: random.Random, numbers: range) -> None:
     """Write as a ninth worker would that joined by hand."""
     keys, worker = arena.keys, 8
     with arena.server.client() as client:
-        client.hset(keys.incarnations, worker, 1)
+        client.hset(keys.life(worker), mapping={"incarnation": 1})
+        client.sadd(keys.workers, worker)
         with contextlib.suppress(redis.ResponseError):  # the group is there
             client.xgroup_create(keys.experiences(worker), GROUP, "0", mkstream=True)
         for number in numbers:

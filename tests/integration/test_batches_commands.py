@@ -36,7 +36,7 @@ class Planted:
 
     def damage(self, worker: int, sequence: int, data: bytes) -> None:
         """Write a batch as a broken worker would."""
-        life = self.client.hget(KEYS.incarnations, worker).decode()
+        life = self.client.hget(KEYS.life(worker), "incarnation").decode()
         fields = {
             "version": 0,
             "rows": 1,

@@ -28,7 +28,7 @@ def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
 def damage(server: Server, keys: Keys, sequence: int, data: bytes = b"damaged") -> None:
     """Write the next batch of worker 0 as a broken worker would."""
     fields: Any = {"version": 0, "rows": 1, "raw_bytes": 1, "stored_bytes": len(data), "sent_at": 0}
-    life = server.client.hget(keys.incarnations, 0).decode()
+    life = server.client.hget(keys.life(0), "incarnation").decode()
     server.client.xadd(keys.experiences(0), fields | {"data": data}, id=f"{life}-{sequence}")
 
 

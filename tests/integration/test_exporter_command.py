@@ -231,11 +231,11 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(live: Live) -> None:
 
 def test_runs_come_and_go(live: Live) -> None:
     assert live.scrape().of("rlbroker_run_readable", "new") is None
-    live.client.hset(Keys("new").incarnations, "7", "1")
+    live.client.sadd(Keys("new").workers, 7)
     try:
         assert live.scrape().of("rlbroker_run_readable", "new") == 1
     finally:
-        live.client.delete(Keys("new").incarnations)
+        live.client.delete(Keys("new").workers)
     assert live.scrape().of("rlbroker_run_readable", "new") is None
 
 
@@ -243,7 +243,7 @@ def test_a_worker_that_left_vanishes_and_the_sums_do_not_fall(live: Live) -> Non
     before = live.scrape()
     assert before.of("rlbroker_worker_batches_produced_total", worker=2) == 1
     live.workers.pop(2).close()
-    wait_until("it left", lambda: live.client.zscore(Keys(RUN).members, "2") is None)
+    wait_until("it left", lambda: live.client.hget(Keys(RUN).life(2), "member") == b"0")
     after = live.scrape()
     assert not [name for name, found in after.numbers.items() if any(("worker", "2") in one for one in found)]
     assert after.of("rlbroker_workers_alive") == 2

@@ -81,14 +81,27 @@ def test_answers_that_are_no_stream(learner: Learner, worker: Worker, server: Se
     goes_on(comm, good)
 
 
-def test_members_and_lives_that_are_no_numbers(
+def test_workers_and_lives_that_are_none(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
     comm, good = learner(), worker()
-    server.client.hset(keys.incarnations, "evil", "1")
-    server.client.zadd(keys.members, {"evil": 1.0})
+    server.client.set(keys.life(7), "mine")
+    server.client.hset(keys.life(8), mapping={"incarnation": "1e300", "member": "1", "seen": "-1"})
+    server.client.sadd(keys.workers, "evil", "01", "-1", 2**64, 7, 8, 9)
+    assert [info.worker_id for info in comm.workers()] == [0]
     goes_on(comm, good)
-    server.client.zrem(keys.members, "evil")
+    wait_until("they are removed", lambda: server.client.smembers(keys.workers) == {b"0"})
+    assert server.client.exists(keys.life(7)) == 0
+    assert worker(8).incarnation < 2**52
+
+
+def test_a_worker_cannot_have_numbers_of_versions_run_out(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, bad = learner(), worker()
+    server.client.hset(keys.life(bad.worker_id), "known_version", 2**51)
+    comm._roster.say_alive(comm._channel)
+    assert comm.send_model_weights({"x": 1}).version == 1
 
 
 def test_counts_that_are_no_numbers(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:

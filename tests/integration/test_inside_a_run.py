@@ -48,7 +48,7 @@ def send(connection: Connection, keys: Keys, name: str = "reset", **more: Any) -
 def test_nobody_commands_a_run_that_no_learner_has_opened(
     server: Server, connection: Connection, keys: Keys, also_without_learner: bool
 ) -> None:
-    server.client.hset(keys.incarnations, "0", 1)
+    server.client.sadd(keys.workers, 0)
     with pytest.raises(InvalidArgument, match="no learner has opened the run"):
         send(connection, keys, also_without_learner=also_without_learner)
     assert server.client.exists(keys.control) == 0

@@ -33,7 +33,7 @@ def test_the_id_of_a_silent_worker_is_free_again(
     comm = learner(lease_seconds=0.5)
     first, second = worker(), worker()
     silence(first)
-    over = server.client.zscore(keys.members, "0") / 1000 + 0.5
+    over = int(server.client.hget(keys.life(0), "seen")) / 1000 + 0.5
     wait_until("it is away", lambda: comm.workers()[0].state == "away")
     wait_until("its learner saw that", lambda: float(server.client.hget(keys.meta, "learner_seen")) > over)
     assert (second.worker_id, worker().worker_id) == (1, 0)
@@ -70,7 +70,7 @@ def test_who_left_just_before_a_loss_is_soon_no_member_any_more(
     monkeypatch.setattr(roster, "BACK_SECONDS", 1.0)
     comm = learner(lease_seconds=0.5)
     leaving, staying = worker(), worker()
-    wait_until("the learner saw both", lambda: len(comm._roster._members) == 2)
+    wait_until("the learner saw both", lambda: len(comm._roster._lives.members) == 2)
     wait_until("they know their lease", lambda: staying._heartbeat._settings)
     comm._thread.stop(5.0)
     leaving.close()

@@ -286,7 +286,7 @@ class Run(RuleBasedStateMachine):
         worker = data.draw(st.sampled_from(sorted(self.lives)))
         if self.lives[worker].behind:
             self.worker_steps(self.lives[worker])
-        self.server.client.zadd(self.learner._keys.members, {str(worker): 0})
+        self.server.client.hset(self.learner._keys.life(worker), "seen", 0)
         self.server.client.hset(self.learner._keys.meta, "back_at", 0)
         self.learner._keep_house()
         with pytest.raises(Fenced):
@@ -334,9 +334,9 @@ class Run(RuleBasedStateMachine):
     def server_loses_everything(self, breaks: bool) -> None:
         """It was restarted, and connections broke; or it was flushed, and nobody noticed yet."""
         self.losses += 1
-        seen = self.learner._roster._incarnations
+        seen = self.learner._roster._lives.of
         for worker, one in self.lives.items():  # one that joined after another loss is nobody's memory yet
-            self.remembered &= seen.get(str(worker)) == str(one.client.incarnation)
+            self.remembered &= worker in seen and seen[worker].incarnation == one.client.incarnation
         self.server.client.flushall()
         saved = {place for place, _ in self.saved[0]}
         for place in self.produced:

@@ -42,7 +42,7 @@ def age(client: Any, run: str, seconds: float, *, state: str = "ended") -> None:
     """Have a run be as silent as it would be after so long."""
     keys, then = Keys(run), time.time() - seconds
     client.hset(keys.meta, mapping={"learner_seen": f"{then:.3f}", "learner_state": state})
-    client.zadd(keys.members, {"0": then * 1000})
+    client.hset(keys.life(0), mapping={"seen": int(then * 1000)})
 
 
 def all_of(client: Any, run: str = "*") -> dict[bytes, Any]:
@@ -187,7 +187,7 @@ def test_keys_without_a_run_go_once_nobody_used_them(real_server: RealServer, co
     client = real_server.client
     plant(real_server.url, "orphan")
     age(client, "orphan", HOUR)
-    client.delete(Keys("orphan").meta, Keys("orphan").incarnations)
+    client.delete(Keys("orphan").meta, Keys("orphan").workers)
     found = leftover(connection, "orphan")
     assert (found.state, found.dead) == ("orphaned", False)
     assert prune_now(connection, "orphan").kept

@@ -144,7 +144,7 @@ def test_a_command_that_was_answered_before_its_sender_knew_stays_answered(
     def lose(*command: Any, **options: Any) -> Any:
         reply = send(*command, **options)
         if command[:2] == ("EVALSHA", SEND.sha) and not done:
-            wait_until("it is answered", lambda: answered(command[8]))
+            wait_until("it is answered", lambda: answered(command[7]))
             raise redis.ConnectionError("the reply was lost")
         return reply
 
@@ -164,7 +164,7 @@ def test_an_answer_that_was_lost_unnoticed_is_sent_again(
     comm, client = learner(), worker()
     comm.send_model_weights({"number": 1})
     wait_until("version 1 is ready", lambda: client._subscriber.ready)
-    wait_until("the learner has seen the worker", lambda: comm._roster._members)
+    wait_until("the learner has seen the worker", lambda: comm._roster._lives.members)
     comm._thread.stop(5.0)
     if closes:
         client._heartbeat._thread.stop(5.0)
@@ -177,13 +177,15 @@ def test_an_answer_that_was_lost_unnoticed_is_sent_again(
     assert comm._ledger.accounts([0])[0].applied_total == 1
 
 
-@pytest.mark.parametrize("lost", ["members", "incarnations", "heartbeat"])
+@pytest.mark.parametrize("lost", ["workers", "life", "heartbeat"])
 def test_a_worker_of_which_a_part_is_lost_goes_on(
     server: Server, learner: Learner, worker: Worker, keys: Keys, lost: str
 ) -> None:
     comm, client = learner(lease_seconds=0.5), worker()
     wait_until("it knows its lease", lambda: client._heartbeat._settings)
-    server.client.delete(keys.heartbeat(0) if lost == "heartbeat" else getattr(keys, lost))
+    server.client.delete(
+        {"workers": keys.workers, "life": keys.life(0), "heartbeat": keys.heartbeat(0)}[lost]
+    )
     wait_until("its token is back", lambda: server.client.hget(keys.heartbeat(0), "token"))
     wait_until("it is a member", lambda: [one.incarnation for one in comm.workers()] == [client.incarnation])
     client.poll()

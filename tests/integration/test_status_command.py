@@ -184,8 +184,8 @@ def test_what_a_worker_writes_does_not_steer_the_terminal(
     real_server: RealServer, run: str, worker: Callable[[], WorkerClient]
 ) -> None:
     beat = f"rlb:{{{run}}}:hb:0"
-    real_server.client.hset(f"rlb:{{{run}}}:incarnations", "0", "1")
-    real_server.client.zadd(f"rlb:{{{run}}}:members", {"0": 1.0})
+    real_server.client.sadd(f"rlb:{{{run}}}:workers", 0)
+    real_server.client.hset(f"rlb:{{{run}}}:life:0", mapping={"incarnation": 1, "member": 1, "seen": 1})
     real_server.client.hset(beat, mapping={"host": "\x1b[2Jevil[red]", "problem": "a\nrun  other \x07"})
     said = status(real_server)
     assert "?[2Jevil[red]:0" in said

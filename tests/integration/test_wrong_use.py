@@ -196,10 +196,6 @@ def _field(name: str, value: str) -> Callable[[Any, str], None]:
     return lambda client, key: client.hset(key, name, value)
 
 
-def _member(client: Any, key: str) -> None:
-    client.zadd(key, {"nobody": 1})
-
-
 def _entry(client: Any, key: str) -> None:
     client.xadd(key, {"worker": "nobody"})
 
@@ -212,8 +208,8 @@ GARBLED = {
     "meta-workers": (KEYS.meta, _field("num_workers", "many")),
     "weights-string": (KEYS.weights, _string),
     "weights-version": (KEYS.weights, _field("version", "latest")),
-    "incarnations": (KEYS.incarnations, _field("x", "1")),
-    "members": (KEYS.members, _member),
+    "workers-string": (KEYS.workers, _string),
+    "life-string": (KEYS.life(0), _string),
     "pending": (KEYS.pending, _field("noop", "?")),
     "ledger-string": (KEYS.ledger(0), _string),
     "ledger-field": (KEYS.ledger(0), _field("settled", "all")),

@@ -12,7 +12,7 @@ import redis
 from rlbroker import errors
 from rlbroker.connection import Connection, Script, translated
 from rlbroker.deadline import Backoff, Deadline
-from rlbroker.replies import pending_count, scored_members, stream_entries, text_fields
+from rlbroker.replies import pending_count, stream_entries, text_fields
 
 GIVE = Script("give", "return ARGV[1]")
 
@@ -139,7 +139,6 @@ def test_replies_have_one_shape_whatever_the_protocol() -> None:
     assert stream_entries({b"s": [[]]}) == stream_entries([[b"s", []]]) == [("s", [])]
     assert stream_entries(None) == stream_entries({}) == []
     assert text_fields([b"a", b"1"]) == text_fields({b"a": b"1"}) == {"a": "1"}
-    assert scored_members([b"a", b"1"]) == scored_members([[b"a", 1.0]]) == {"a": 1.0}
     assert pending_count([3, None, None, None]) == pending_count({"pending": 3}) == 3
 
 

@@ -14,8 +14,9 @@ from rlbroker.config import waiting_seconds, worker_number
 from rlbroker.connection import LEADER_ONLY, Connection, Script, flat
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.deadline import Deadline, within
-from rlbroker.errors import InvalidArgument, PeerError, UnknownWorker
+from rlbroker.errors import DeadlineExceeded, InvalidArgument, UnknownWorker
 from rlbroker.keys import Keys
+from rlbroker.lives import read_lives
 from rlbroker.records import Outcome
 from rlbroker.replies import server_seconds, text_fields
 from rlbroker.wire.message import encode
@@ -34,41 +35,28 @@ SEND = Script(
     "send_command",
     LEADER_ONLY
     + """
-    -- KEYS: meta, members, incarnations, control, pending, outcomes of this command
-    -- ARGV: epoch, command id, seconds to keep the outcomes, comma-separated worker ids or 'all',
-    --       then field and value pairs
-    -- Gives each worker and its incarnation.
-    local reply = {}
-    if redis.call('EXISTS', KEYS[6]) == 1 then  -- sent before; the reply was lost
-      for _, worker in ipairs(redis.call('HKEYS', KEYS[6])) do
-        local waits = string.match(redis.call('HGET', KEYS[5], ARGV[2] .. ':' .. worker) or '', '^%d+')
-        table.insert(reply, worker)
-        table.insert(reply, waits or redis.call('HGET', KEYS[3], worker) or '0')
-      end
-      return reply
+    -- KEYS: meta, workers, control, pending, outcomes of this command, then the life of each worker that it is for
+    -- ARGV: epoch, command id, seconds to keep the outcomes, how many workers there ever were (-1 for any number),
+    --       these workers in order and their incarnations, both separated by commas, then field and value pairs
+    -- Gives 'changed' where one of them is not a member in this life any more, or another one has come.
+    if redis.call('EXISTS', KEYS[5]) == 1 then return 'sent' end  -- before; the reply was lost
+    if tonumber(ARGV[4]) >= 0 and redis.call('SCARD', KEYS[2]) ~= tonumber(ARGV[4]) then return 'changed' end
+    local workers, lives = {}, {}
+    for worker in string.gmatch(ARGV[5], '%d+') do table.insert(workers, worker) end
+    for life in string.gmatch(ARGV[6], '%d+') do table.insert(lives, life) end
+    for i, life in ipairs(lives) do
+      local there = redis.pcall('HMGET', KEYS[5 + i], 'incarnation', 'member')
+      if there['err'] or there[1] ~= life or there[2] ~= '1' then return 'changed' end
     end
-    local workers = {}
-    if ARGV[4] == 'all' then
-      workers = redis.call('ZRANGE', KEYS[2], 0, -1)
-    else
-      for worker in string.gmatch(ARGV[4], '%d+') do
-        if not redis.call('ZSCORE', KEYS[2], worker) then return redis.error_reply('UNKNOWN ' .. worker) end
-        table.insert(workers, worker)
-      end
-    end
-    if #workers == 0 then return reply end
-    local lives = {}
-    for _, worker in ipairs(workers) do table.insert(lives, redis.call('HGET', KEYS[3], worker) or '0') end
-    local entry = redis.call('XADD', KEYS[4], '*', 'event', 'command', 'command', ARGV[2],
-      'workers', table.concat(workers, ','), 'incarnations', table.concat(lives, ','), unpack(ARGV, 5))
+    if #workers == 0 then return 'sent' end
+    local entry = redis.call('XADD', KEYS[3], '*', 'event', 'command', 'command', ARGV[2],
+      'workers', ARGV[5], 'incarnations', ARGV[6], unpack(ARGV, 7))
     for i, worker in ipairs(workers) do
-      redis.call('HSET', KEYS[6], worker, 'waiting')
-      redis.call('HSET', KEYS[5], ARGV[2] .. ':' .. worker, lives[i] .. ' ' .. entry)
-      table.insert(reply, worker)
-      table.insert(reply, lives[i])
+      redis.call('HSET', KEYS[5], worker, 'waiting')
+      redis.call('HSET', KEYS[4], ARGV[2] .. ':' .. worker, lives[i] .. ' ' .. entry)
     end
-    redis.call('EXPIRE', KEYS[6], ARGV[3])
-    return reply
+    redis.call('EXPIRE', KEYS[5], ARGV[3])
+    return 'sent'
     """,
 )
 
@@ -115,7 +103,7 @@ class _Sent:
     """A command as the learner remembers it."""
 
     fields: Sequence[Any]
-    incarnations: Mapping[int, int]  #: empty until the server has said whom it went to
+    incarnations: Mapping[int, int]  #: of those it is for; empty until that is known
     sent: float
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
@@ -222,44 +210,16 @@ class Commander:
             raise InvalidArgument(
                 f"worker_ids must be a list of worker ids, or None for all; got {worker_ids!r}"
             )
-        targets = "all" if worker_ids is None else ",".join(str(worker_number(one)) for one in worker_ids)
+        wanted = None if worker_ids is None else sorted({worker_number(one) for one in worker_ids})
         command_id = uuid.uuid4().hex[:12]
-        outcomes_key = self._keys.outcomes(command_id)
-        keys = (
-            self._keys.meta,
-            self._keys.members,
-            self._keys.incarnations,
-            self._keys.control,
-            self._keys.pending,
-            outcomes_key,
-        )
         fields = {
             "name": name,
             "arguments": _readable(data),
             "expires_seconds": expires_seconds or 0,
             "data": encode(data, compression=False),
         }
-        # Before it is sent, as it may be answered before its reply is here.
-        sent = _Sent(flat(fields), {}, time.monotonic())
-        self._remember(command_id, sent)
-        try:
-            reply = self._connection.run(
-                SEND, keys, (self._epoch, command_id, OUTCOMES_KEPT_SECONDS, targets, *flat(fields))
-            )
-        except PeerError as error:
-            unknown = str(error).partition("UNKNOWN ")[2].split()
-            if not unknown:
-                raise
-            self._sent.pop(command_id, None)
-            members = self._connection.execute("ZRANGE", self._keys.members, 0, -1)
-            known = ", ".join(str(one) for one in sorted(int(member) for member in members)) or "none"
-            raise UnknownWorker(
-                f"worker {unknown[0]} is not a member of the run {self._keys.run!r}; members are: {known}"
-            ) from error
-        sent.incarnations = {
-            int(worker): int(life) for worker, life in zip(reply[::2], reply[1::2], strict=True)
-        }
-        workers = sorted(sent.incarnations)
+        targets = self._send(command_id, fields, wanted)
+        workers = sorted(targets)
         return Command(
             command_id,
             name,
@@ -268,6 +228,54 @@ class Commander:
             self._changed,
             self._connection.timeout_seconds,
         )
+
+    def _send(
+        self, command_id: str, fields: Mapping[str, Any], wanted: Sequence[int] | None
+    ) -> dict[int, int]:
+        """Put a command on the control stream; give the workers that it is for, each with its incarnation."""
+        deadline = Deadline(self._connection.timeout_seconds)
+        while True:
+            lives = read_lives(self._connection.ask, self._keys)
+            members = {worker: life.incarnation for worker, life in lives.members.items()}
+            missing = [worker for worker in wanted or () if worker not in members]
+            targets = (
+                members if wanted is None else {worker: members[worker] for worker in wanted if not missing}
+            )
+            # Before it is sent, as it may be answered before its reply is here.
+            self._remember(command_id, _Sent(flat(fields), targets, time.monotonic()))
+            sent = self._connection.run(
+                SEND,
+                (
+                    self._keys.meta,
+                    self._keys.workers,
+                    self._keys.control,
+                    self._keys.pending,
+                    self._keys.outcomes(command_id),
+                    *map(self._keys.life, targets),
+                ),
+                (
+                    self._epoch,
+                    command_id,
+                    OUTCOMES_KEPT_SECONDS,
+                    -1 if targets and wanted else lives.named,
+                    ",".join(map(str, targets)),
+                    ",".join(map(str, targets.values())),
+                    *flat(fields),
+                ),
+            )
+            if sent == b"sent" and targets:
+                return targets
+            if sent == b"sent" or deadline.over:
+                self._sent.pop(command_id, None)
+            if sent == b"sent" and missing:
+                known = ", ".join(map(str, members)) or "none"
+                raise UnknownWorker(
+                    f"worker {missing[0]} is not a member of the run {self._keys.run!r}; members are: {known}"
+                )
+            if sent == b"sent":
+                return {}
+            if deadline.over:
+                raise DeadlineExceeded(f"workers of the run {self._keys.run!r} come and go; send it again")
 
     def remember(self) -> None:
         """Learn what earlier learners sent and what became of it, as the server may lose that.

@@ -227,7 +227,7 @@ class Inbox:
         except ServerFault as error:
             if "equal or smaller" not in str(error):
                 raise
-            newest = self._channel.execute("HGET", self._keys.incarnations, self._worker_id)
+            newest = self._channel.execute("HGET", self._keys.life(self._worker_id), "incarnation")
             if int(newest or 0) > self._incarnation:
                 raise Fenced(
                     f"worker {self._worker_id} was replaced by a newer process, or declared gone"

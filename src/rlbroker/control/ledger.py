@@ -21,6 +21,7 @@ from rlbroker.control.account import TEXT_KEPT, Account, Event, Settled, missed_
 from rlbroker.deadline import Deadline
 from rlbroker.errors import RunLost, ServerFault
 from rlbroker.keys import Keys
+from rlbroker.lives import lives_from
 from rlbroker.records import Missed, MissedUpdates, Outcome
 from rlbroker.replies import entry_place, server_seconds, stream_entries, text_fields
 
@@ -223,19 +224,23 @@ class Ledger:
 
     def _settle(self, streams: Sequence[tuple[int, Entries]]) -> None:
         once = Deadline(0)
-        clock, latest, pending, lives, *accounts = self._connection.execute_all(
+        clock, latest, pending, *accounts = self._connection.execute_all(
             [
                 ("TIME",),
                 ("HGET", self._keys.weights, "version"),
                 ("HGETALL", self._keys.pending),
-                ("HGETALL", self._keys.incarnations),
                 *(("HGETALL", self._keys.ledger(worker)) for worker, _ in streams),
             ],
             deadline=once,
         )
+        ids = [worker for worker, _ in streams]
+        replies = self._connection.ask(
+            [("HGETALL", self._keys.life(worker)) for worker in ids], deadline=once
+        )
+        lives = lives_from(ids, replies)
         now = round(server_seconds(clock), 3)  # as it is written, so that a record can be recognised
         newest_version = max(int(latest or 0), self._latest_version())
-        waiting, newest = _pending_by_worker(text_fields(pending)), text_fields(lives)
+        waiting = _pending_by_worker(text_fields(pending))
         self._find_waiting(streams, waiting)
         calls, results = [], dict[tuple[int, str], Settled]()
         for (worker, entries), found in zip(streams, accounts, strict=True):
@@ -245,7 +250,8 @@ class Ledger:
             for entry_id, fields in entries:
                 said = text_fields(fields)
                 event = Event(entry_id, worker, said.get("event", ""), said, now)
-                if event.incarnation > int(newest.get(str(worker), 0)):
+                newest = lives[worker].incarnation if worker in lives else 0
+                if event.incarnation > min(newest, 2000 * now):  # and not what no clock can have given
                     settled = Settled(account)  # forged: it settles nothing, and is removed
                 else:
                     settled = settle(account, event, commands, newest_version, self._lost_version)

@@ -12,9 +12,10 @@ from rlbroker.background import Background
 from rlbroker.config import MAX_WORKER_ID, RunSettings, worker_number
 from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
 from rlbroker.deadline import Backoff, Deadline
-from rlbroker.errors import DeadlineExceeded, IncompatibleFormat, RunLost
+from rlbroker.errors import AccessDenied, DeadlineExceeded, IncompatibleFormat, RunLost
 from rlbroker.keys import Keys
-from rlbroker.membership.lives import ANNOUNCE, HEARD_OF, NEXT_LIFE, NOTE_FENCED
+from rlbroker.lives import read_lives
+from rlbroker.membership.life_scripts import ANNOUNCE, HEARD_OF, NEXT_LIFE, NOTE_FENCED
 from rlbroker.records import Registration
 from rlbroker.replies import text_fields
 
@@ -27,7 +28,7 @@ REGISTER = Script(
     + NEXT_LIFE
     + HEARD_OF
     + """
-    -- KEYS: incarnations, members, the worker's acknowledgements, weights, control, meta, the worker's heartbeat
+    -- KEYS: the worker's life, workers, its acknowledgements, weights, control, meta, its heartbeat, its ledger
     -- ARGV: worker id, lease in seconds where no learner has set one, '1' to take the id only if it is free,
     --       a token of this attempt, wire format
     local wire_format = redis.call('HGET', KEYS[6], 'wire_format') or ''
@@ -41,7 +42,7 @@ REGISTER = Script(
     local time = redis.call('TIME')
     local now = time[1] * 1000 + math.floor(time[2] / 1000)
     local lease = tonumber(redis.call('HGET', KEYS[6], 'lease_seconds') or ARGV[2])
-    local silent_since = heard_of(KEYS[2], KEYS[6], ARGV[1])
+    local silent_since = heard_of(KEYS[1], KEYS[6])
     if ARGV[3] == '1' and silent_since then
       -- If the learner could not reach the server when the lease was over, the worker may not have reached it either.
       local over = silent_since + lease * 1000
@@ -49,9 +50,12 @@ REGISTER = Script(
         return {'taken'}
       end
     end
-    local incarnation = next_life(redis.call('HGET', KEYS[1], ARGV[1]))
-    redis.call('HSET', KEYS[1], ARGV[1], incarnation)
-    redis.call('ZADD', KEYS[2], string.format('%.0f', now), ARGV[1])
+    -- What was settled may be of a later life than the hash says, if a process wrote nonsense into it.
+    local settled = string.match(redis.call('HGET', KEYS[8], 'event') or '', '^%d+') or '0'
+    local last_life = redis.call('HGET', KEYS[1], 'incarnation') or '0'
+    local incarnation = next_life(math.max(tonumber(last_life) or 0, tonumber(settled)))
+    redis.call('SADD', KEYS[2], ARGV[1])
+    redis.call('HSET', KEYS[1], 'incarnation', incarnation, 'member', '1', 'seen', string.format('%.0f', now))
     local latest = redis.call('HGET', KEYS[4], 'version') or '0'
     announce(KEYS[3], incarnation, 'joined', latest)
     local last = redis.call('XREVRANGE', KEYS[5], '+', '-', 'COUNT', 1)
@@ -64,10 +68,10 @@ REGISTER = Script(
     """,
 )
 
-#: Put into scripts that only the newest life of a worker may run; KEYS[1] is `incarnations`, ARGV[1] the worker's
+#: Put into scripts that only the newest life of a worker may run; KEYS[1] is its `life:`, ARGV[1] the worker's
 #: id, ARGV[2] its incarnation. Whoever is replaced, struck or leaves has an incarnation that is over.
 _ONLY_NEWEST = """
-    local newest = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0') or 0
+    local newest = tonumber(redis.call('HGET', KEYS[1], 'incarnation') or '0') or 0
     if newest > tonumber(ARGV[2]) then
       return redis.error_reply('FENCED worker ' .. ARGV[1] .. ' was replaced by a newer process, or it was silent ' ..
         'for longer than forget_seconds, or it has left; if nothing took its place, start it again')
@@ -78,21 +82,22 @@ REJOIN = Script(
     "rejoin",
     ANNOUNCE
     + f"""
-    -- KEYS: incarnations, members, the worker's acknowledgements, weights, meta, the worker's heartbeat
+    -- KEYS: the worker's life, workers, its acknowledgements, weights, its heartbeat
     -- ARGV: worker id, incarnation, newest version that the worker knows, token of its registration,
     --       lifetime of the heartbeat in milliseconds
     -- For a worker that lives on after the server may have lost it. Its incarnation stays.
     {ALSO_WHEN_FULL}
     {_ONLY_NEWEST}
-    redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-    redis.call('HSET', KEYS[6], 'token', ARGV[4], 'incarnation', ARGV[2])
-    redis.call('PEXPIRE', KEYS[6], ARGV[5])
     local time = redis.call('TIME')
-    redis.call('ZADD', KEYS[2], string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)), ARGV[1])
+    local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
+    redis.call('SADD', KEYS[2], ARGV[1])
+    redis.call('HSET', KEYS[1], 'incarnation', ARGV[2], 'member', '1', 'seen', now)
+    redis.call('HSET', KEYS[5], 'token', ARGV[4], 'incarnation', ARGV[2])
+    redis.call('PEXPIRE', KEYS[5], ARGV[5])
     local latest = tonumber(redis.call('HGET', KEYS[4], 'version') or '0')
     local known = tonumber(ARGV[3])
-    if known > latest and known > (tonumber(redis.call('HGET', KEYS[5], 'version_floor') or '0')) then
-      redis.call('HSET', KEYS[5], 'version_floor', ARGV[3])  -- these numbers were used
+    if known > latest then
+      redis.call('HSET', KEYS[1], 'known_version', ARGV[3])  -- for the learner: these numbers were used
     end
     if redis.call('EXISTS', KEYS[3]) == 0 then
       announce(KEYS[3], ARGV[2], 'joined', math.max(latest, known))
@@ -105,22 +110,23 @@ BEAT = Script(
     "beat",
     NOTE_FENCED
     + f"""
-    -- KEYS: incarnations, members, the worker's heartbeat
+    -- KEYS: the worker's life, workers, its heartbeat
     -- ARGV: worker id, incarnation, token of its registration, lifetime in milliseconds, the process as host:pid,
     --       then field and value pairs
-    local there = redis.call('HGET', KEYS[1], ARGV[1])
+    local there = redis.call('HGET', KEYS[1], 'incarnation')
     if (tonumber(there or '0') or 0) > tonumber(ARGV[2]) then
-      note_fenced(KEYS[2], KEYS[3], ARGV[1], there, ARGV[5])
+      note_fenced(KEYS[1], KEYS[3], there, ARGV[5])
     end
     {ALSO_WHEN_FULL}
     {_ONLY_NEWEST}
     -- The learner writes back who took part, but no token: only the worker itself knows what else is missing.
     local known = redis.call('HGET', KEYS[3], 'token') == ARGV[3]
-    if newest < tonumber(ARGV[2]) or not known or not redis.call('ZSCORE', KEYS[2], ARGV[1]) then
+    local member = redis.call('HGET', KEYS[1], 'member') == '1' and redis.call('SISMEMBER', KEYS[2], ARGV[1]) == 1
+    if newest < tonumber(ARGV[2]) or not known or not member then
       return redis.error_reply('LOST the server has lost worker ' .. ARGV[1])
     end
     local time = redis.call('TIME')
-    redis.call('ZADD', KEYS[2], string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)), ARGV[1])
+    redis.call('HSET', KEYS[1], 'seen', string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)))
     redis.call('HSET', KEYS[3], 'incarnation', ARGV[2], unpack(ARGV, 6))
     redis.call('PEXPIRE', KEYS[3], ARGV[4])
     return 1
@@ -132,20 +138,20 @@ LEAVE = Script(
     NEXT_LIFE
     + NOTE_FENCED
     + """
-    -- KEYS: incarnations, members, the worker's heartbeat, its acknowledgements, weights
-    -- ARGV: worker id, incarnation, the process as host:pid
-    local newest = redis.call('HGET', KEYS[1], ARGV[1])
-    if (tonumber(newest or '0') or 0) > tonumber(ARGV[2]) then
-      note_fenced(KEYS[2], KEYS[3], ARGV[1], newest, ARGV[3])
+    -- KEYS: the worker's life, its heartbeat, its acknowledgements, weights
+    -- ARGV: incarnation, the process as host:pid
+    local newest = redis.call('HGET', KEYS[1], 'incarnation')
+    if (tonumber(newest or '0') or 0) > tonumber(ARGV[1]) then
+      note_fenced(KEYS[1], KEYS[2], newest, ARGV[2])
     end
-    if newest ~= ARGV[2] or redis.call('ZREM', KEYS[2], ARGV[1]) == 0 then
+    if newest ~= ARGV[1] or redis.call('HGET', KEYS[1], 'member') ~= '1' then
       return 0
     end
-    redis.call('DEL', KEYS[3])
-    redis.call('HSET', KEYS[1], ARGV[1], next_life(ARGV[2]))  -- this life is over
+    redis.call('DEL', KEYS[2])
+    redis.call('HSET', KEYS[1], 'incarnation', next_life(ARGV[1]), 'member', '0')  -- this life is over
     -- The largest number that any answer of this incarnation can have: it is the last one.
-    local latest = redis.call('HGET', KEYS[5], 'version') or '0'
-    redis.call('XADD', KEYS[4], ARGV[2] .. '-18446744073709551615', 'event', 'left', 'version', latest)
+    local latest = redis.call('HGET', KEYS[4], 'version') or '0'
+    redis.call('XADD', KEYS[3], ARGV[1] .. '-18446744073709551615', 'event', 'left', 'version', latest)
     return 1
     """,
 )
@@ -219,11 +225,10 @@ class Heartbeat:
         """
         worker = self.registration.worker_id
         keys = (
-            self._keys.incarnations,
-            self._keys.members,
+            self._keys.life(worker),
+            self._keys.workers,
             self._keys.acknowledgements(worker),
             self._keys.weights,
-            self._keys.meta,
             self._keys.heartbeat(worker),
         )
         newest, lifetime = self._newest_version(), self._lifetime_milliseconds
@@ -265,24 +270,24 @@ class Heartbeat:
             return
         worker = self.registration.worker_id
         keys = (
-            self._keys.incarnations,
-            self._keys.members,
+            self._keys.life(worker),
             self._keys.heartbeat(worker),
             self._keys.acknowledgements(worker),
             self._keys.weights,
         )
-        arguments = (worker, self.registration.incarnation, self._process)
+        arguments = (self.registration.incarnation, self._process)
         self._connection.run(LEAVE, keys, arguments, deadline=Deadline(timeout_seconds))
 
     def _claim(self, worker: int, *, only_if_free: bool) -> Registration | None:
         keys = (
-            self._keys.incarnations,
-            self._keys.members,
+            self._keys.life(worker),
+            self._keys.workers,
             self._keys.acknowledgements(worker),
             self._keys.weights,
             self._keys.control,
             self._keys.meta,
             self._keys.heartbeat(worker),
+            self._keys.ledger(worker),
         )
         self._token = uuid.uuid4().hex
         reply = self._connection.run(
@@ -301,8 +306,13 @@ class Heartbeat:
     def _claim_lowest_free(self) -> Registration:
         deadline, backoff = Deadline(self._connection.timeout_seconds), Backoff()
         while not deadline.over:
-            found = self._connection.execute("ZRANGE", self._keys.members, 0, -1)
-            members = {int(worker) for worker in found}
+            try:
+                members = read_lives(self._connection.ask, self._keys).members
+            except AccessDenied as error:
+                raise AccessDenied(
+                    f"{error}; if this user is that of one worker, pass its worker_id: only the user that all workers "
+                    "share (`rlbroker acl --shared`) can be given a free one"
+                ) from error
             free = next((worker for worker in range(MAX_WORKER_ID) if worker not in members), MAX_WORKER_ID)
             # Ids below it belong to members, but those whose lease is over are free too.
             for worker in range(free + 1):
@@ -341,7 +351,7 @@ class Heartbeat:
         self._began = True
         worker = self.registration.worker_id
         facts: dict[str, str | int] = {"host": self._host, "pid": self._pid, **self._describe()}
-        keys = (self._keys.incarnations, self._keys.members, self._keys.heartbeat(worker))
+        keys = (self._keys.life(worker), self._keys.workers, self._keys.heartbeat(worker))
         life = self.registration.incarnation
         arguments = (worker, life, self._token, self._lifetime_milliseconds, self._process, *flat(facts))
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rlbroker.lives import Life
 from rlbroker.records import WorkerInfo
 from rlbroker.replies import seconds_number, whole_number
 
@@ -15,8 +16,7 @@ def member_infos(
     *,
     now: float,
     latest_version: int,
-    incarnations: Mapping[str, str],
-    seen_at: Mapping[str, float],
+    members: Mapping[int, Life],
     beats: Sequence[Mapping[str, str]],
     lease_seconds: float,
 ) -> list[WorkerInfo]:
@@ -25,19 +25,18 @@ def member_infos(
     Args:
         now: the server's clock, seconds since the epoch.
         latest_version: of the weights.
-        incarnations: the newest of each worker id.
-        seen_at: the members, each with when it was heard of, in the server's milliseconds.
+        members: who takes part, each with its newest life.
         beats: what each of them said in its last heartbeat.
         lease_seconds: a worker that was silent for longer is `away`.
     """
     found = []
-    for (worker, milliseconds), said in zip(seen_at.items(), beats, strict=True):
-        version, silent_seconds = _number(said, "version"), max(0.0, now - milliseconds / 1000)
+    for (worker, life), said in zip(members.items(), beats, strict=True):
+        version, silent_seconds = _number(said, "version"), max(0.0, now - life.seen_milliseconds / 1000)
         fenced_at = _seconds(said, "fenced_at")
         found.append(
             WorkerInfo(
-                worker_id=int(worker),
-                incarnation=_number(incarnations, worker),
+                worker_id=worker,
+                incarnation=life.incarnation,
                 state="alive" if silent_seconds < lease_seconds else "away",
                 host=said.get("host", ""),
                 pid=_number(said, "pid"),

@@ -12,15 +12,19 @@ from rlbroker.config import RunSettings
 from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
 from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
 from rlbroker.keys import Keys
-from rlbroker.membership.lives import ANNOUNCE, HEARD_OF, NEXT_LIFE
+from rlbroker.lives import Lives, read_lives, worker_number_of, worker_numbers
+from rlbroker.membership.life_scripts import ANNOUNCE, HEARD_OF, NEXT_LIFE
 from rlbroker.membership.members import member_infos
 from rlbroker.records import WorkerInfo
-from rlbroker.replies import scored_members, server_seconds, text_fields
+from rlbroker.replies import server_seconds, text_fields, whole_number
 
 logger = logging.getLogger("rlbroker")
 
 #: After a loss a worker is expected back within its lease, or this if it is longer: until it notices, and is heard.
 BACK_SECONDS = 10.0
+
+#: A number that a worker claims to have seen is not believed above it: numbers of versions shall never run out.
+CREDIBLE_VERSION = 1 << 40
 
 OPEN = Script(
     "open",
@@ -49,9 +53,9 @@ OPEN = Script(
 RESTORE_RUN = Script(
     "restore_run",
     f"""
-    -- KEYS: meta, incarnations, members
+    -- KEYS: meta, workers, then the life of each worker that took part
     -- ARGV: the learner's epoch, its name, the epoch of the learner that leads, as far as it knows,
-    --       workers with their incarnations, then ids of members, both as one text separated by commas,
+    --       these workers in order, each with its incarnation and 1 for a member, as one text,
     --       then field and value pairs for the learner that leads
     -- Gives when it was, and the members that the server had lost.
     {ALSO_WHEN_FULL}
@@ -62,13 +66,17 @@ RESTORE_RUN = Script(
     end
     local time = redis.call('TIME')
     local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
-    local was_member, reply = {{}}, {{now}}
-    for worker in string.gmatch(ARGV[5], '%d+') do was_member[worker] = true end
-    for worker, incarnation in string.gmatch(ARGV[4], '(%d+):(%d+)') do
-      if (tonumber(redis.call('HGET', KEYS[2], worker) or '0') or 0) < tonumber(incarnation) then
-        redis.call('HSET', KEYS[2], worker, incarnation)
+    local reply, place = {{now}}, 3
+    for worker, incarnation, member in string.gmatch(ARGV[4], '(%d+):(%d+):(%d)') do
+      local life = KEYS[place]
+      place = place + 1
+      local there = redis.pcall('HMGET', life, 'incarnation', 'member')  -- a worker may have put something else there
+      if not there['err'] and (tonumber(there[1] or '0') or 0) < tonumber(incarnation) then
+        redis.call('SADD', KEYS[2], worker)
+        redis.call('HSET', life, 'incarnation', incarnation)
         -- It comes back by itself, or is given up soon.
-        if was_member[worker] and redis.call('ZADD', KEYS[3], 'NX', now, worker) == 1 then
+        if member == '1' and there[2] ~= '1' then
+          redis.call('HSET', life, 'member', '1', 'seen', now)
           table.insert(reply, worker)
         end
       end
@@ -82,7 +90,7 @@ RESTORE_RUN = Script(
     if there < leading then redis.call('HSET', KEYS[1], 'epoch', ARGV[3]) end
     -- Another learner may have written the epoch of this one back, but not what only this one knows.
     if leading == mine and (there < mine or redis.call('HEXISTS', KEYS[1], 'wire_format') == 0) then
-      redis.call('HSET', KEYS[1], unpack(ARGV, 6))
+      redis.call('HSET', KEYS[1], unpack(ARGV, 5))
     end
     return reply
     """,
@@ -106,24 +114,22 @@ FORGET = Script(
     + NEXT_LIFE
     + HEARD_OF
     + """
-    -- KEYS: incarnations, members, the worker's acknowledgements, weights, meta
-    -- ARGV: worker id, milliseconds of silence after which it is gone,
-    --       when it was seen last if that is to be still so; 0 for any time
+    -- KEYS: the worker's life, its acknowledgements, weights, meta
+    -- ARGV: milliseconds of silence after which it is gone, when it was seen last if that is to be still so; 0 for any
     local time = redis.call('TIME')
     local now = time[1] * 1000 + math.floor(time[2] / 1000)
-    local silent_since = heard_of(KEYS[2], KEYS[5], ARGV[1])
-    if not silent_since or now - silent_since < tonumber(ARGV[2]) then
+    local silent_since = heard_of(KEYS[1], KEYS[4])
+    if not silent_since or now - silent_since < tonumber(ARGV[1]) then
       return 0
     end
-    if ARGV[3] ~= '0' and tonumber(redis.call('ZSCORE', KEYS[2], ARGV[1])) ~= tonumber(ARGV[3]) then
+    if ARGV[2] ~= '0' and redis.call('HGET', KEYS[1], 'seen') ~= ARGV[2] then
       return 0
     end
-    redis.call('ZREM', KEYS[2], ARGV[1])
     -- Should it come back, it has to register again: its incarnation is over.
-    local incarnation = next_life(redis.call('HGET', KEYS[1], ARGV[1]))
-    redis.call('HSET', KEYS[1], ARGV[1], incarnation)
-    local latest = redis.call('HGET', KEYS[4], 'version') or '0'
-    announce(KEYS[3], incarnation, 'gone', latest)
+    local incarnation = next_life(redis.call('HGET', KEYS[1], 'incarnation'))
+    redis.call('HSET', KEYS[1], 'incarnation', incarnation, 'member', '0')
+    local latest = redis.call('HGET', KEYS[3], 'version') or '0'
+    announce(KEYS[2], incarnation, 'gone', latest)
     return 1
     """,
 )
@@ -164,8 +170,7 @@ class Roster:
         self._connection, self._keys, self._settings = connection, keys, settings
         self._name, self._publishes = learner_name, publishes
         self._facts: dict[str, str | int] = {}
-        self._incarnations: dict[str, str] = {}
-        self._members: list[str] = []
+        self._lives = Lives()
         self._alive: frozenset[int] = frozenset()
         #: Members that were written back and not heard of since: when that was, in the server's milliseconds.
         self._awaited: dict[int, int] = {}
@@ -204,6 +209,7 @@ class Roster:
             ) from error
         self.epoch, self.goes_on = int(epoch), bool(there)
         self._leading = self.epoch if self._publishes else 0
+        self._raise_floor(read_lives(self._connection.ask, self._keys))
         return self.epoch
 
     def close(self) -> None:
@@ -217,15 +223,10 @@ class Roster:
             Fenced: a newer learner of this name has taken over.
             RunLost: the server has lost the run, or a part of it.
         """
-        clock, epochs, incarnations, members = channel.execute_all(
-            [
-                ("TIME",),
-                ("HMGET", self._keys.meta, f"learner:{self._name}", "epoch"),
-                ("HGETALL", self._keys.incarnations),
-                ("ZRANGE", self._keys.members, 0, -1, "WITHSCORES"),
-            ],
-            strict=True,
+        clock, epochs = channel.execute_all(
+            [("TIME",), ("HMGET", self._keys.meta, f"learner:{self._name}", "epoch")], strict=True
         )
+        lives = read_lives(channel.execute_all, self._keys)
         named, leading = (int(epoch or 0) for epoch in epochs)
         if named > self.epoch:
             raise Fenced(f"a newer learner has taken over the run {self._keys.run!r}")
@@ -240,13 +241,14 @@ class Roster:
         if self._publishes:
             self._leading = leading
         self.leads = leading == self.epoch
-        self._incarnations = text_fields(incarnations)
-        seen_at = scored_members(members)
-        self._members = list(seen_at)
+        self._lives = lives
         limit = (server_seconds(clock) - self._settings.lease_seconds) * 1000
         self._alive = frozenset(
-            int(worker) for worker, score in seen_at.items() if score > limit and worker.isdecimal()
+            worker for worker, life in lives.members.items() if life.seen_milliseconds > limit
         )
+        if self.leads:
+            self._raise_floor(lives)
+            self._forget_unusable(lives, channel)
         seen = {f"seen:{self._name}": f"{server_seconds(clock):.3f}"}
         if self.leads:
             seen["learner_seen"] = f"{server_seconds(clock):.3f}"
@@ -261,9 +263,12 @@ class Roster:
             Fenced: a newer learner of this name has taken over.
             PeerError: the server refused, or could not be reached in time.
         """
-        workers = ",".join(f"{worker}:{life}" for worker, life in self._incarnations.items())
-        arguments = (self.epoch, self._name, self._leading, workers, ",".join(self._members))
-        keys = (self._keys.meta, self._keys.incarnations, self._keys.members)
+        lives = self._lives.of
+        workers = ",".join(
+            f"{worker}:{life.incarnation}:{int(life.member)}" for worker, life in lives.items()
+        )
+        arguments = (self.epoch, self._name, self._leading, workers)
+        keys = (self._keys.meta, self._keys.workers, *map(self._keys.life, lives))
         now, *lost = self._connection.run(RESTORE_RUN, keys, (*arguments, *flat(self._facts)))
         self._awaited |= dict.fromkeys(map(int, lost), int(now))
 
@@ -275,37 +280,28 @@ class Roster:
     @property
     def away(self) -> frozenset[int]:
         """Members that it did not."""
-        return frozenset(map(int, filter(str.isdecimal, self._members))) - self._alive
+        return frozenset(self._lives.members) - self._alive
 
     @property
     def everyone(self) -> frozenset[int]:
         """Whoever ever took part, as it last saw."""
-        return frozenset(map(int, filter(str.isdecimal, self._incarnations)))
+        return frozenset(self._lives.of)
 
     def ids(self) -> list[int]:
         """Give every worker id that the run ever had, in order."""
-        names = self._connection.execute("HKEYS", self._keys.incarnations)
-        return sorted(int(worker) for worker in names if worker.isdigit())  # whatever else is there
+        return worker_numbers(self._connection.execute("SMEMBERS", self._keys.workers))
 
     def workers(self) -> list[WorkerInfo]:
         """Give the members of the run, by id."""
-        clock, latest, incarnations, members = self._connection.execute_all(
-            [
-                ("TIME",),
-                ("HGET", self._keys.weights, "version"),
-                ("HGETALL", self._keys.incarnations),
-                ("ZRANGE", self._keys.members, 0, -1, "WITHSCORES"),
-            ]
-        )
-        seen_at = scored_members(members)
+        clock, latest = self._connection.execute_all([("TIME",), ("HGET", self._keys.weights, "version")])
+        members = read_lives(self._connection.ask, self._keys).members
         beats = self._connection.execute_all(
-            [("HGETALL", self._keys.heartbeat(int(worker))) for worker in seen_at]
+            [("HGETALL", self._keys.heartbeat(worker)) for worker in members]
         )
         return member_infos(
             now=server_seconds(clock),
             latest_version=int(latest or 0),
-            incarnations=text_fields(incarnations),
-            seen_at=seen_at,
+            members=members,
             beats=[text_fields(beat) for beat in beats],
             lease_seconds=self._settings.lease_seconds,
         )
@@ -318,8 +314,12 @@ class Roster:
         now_milliseconds = int(server_seconds(self._connection.execute("TIME")) * 1000)
         limit_milliseconds = int(self._settings.forget_seconds * 1000)
         before = now_milliseconds - limit_milliseconds
-        silent = self._connection.execute("ZRANGEBYSCORE", self._keys.members, "-inf", before)
-        to_strike = {int(worker): (limit_milliseconds, 0) for worker in silent}
+        members = read_lives(self._connection.ask, self._keys).members
+        to_strike = {
+            worker: (limit_milliseconds, 0)
+            for worker, life in members.items()
+            if life.seen_milliseconds <= before
+        }
         back_seconds = min(max(self._settings.lease_seconds, BACK_SECONDS), self._settings.forget_seconds)
         for worker, written in list(self._awaited.items()):
             if now_milliseconds - written >= back_seconds * 1000:
@@ -329,15 +329,43 @@ class Roster:
                 (
                     FORGET,
                     (
-                        self._keys.incarnations,
-                        self._keys.members,
+                        self._keys.life(worker),
                         self._keys.acknowledgements(worker),
                         self._keys.weights,
                         self._keys.meta,
                     ),
-                    (worker, *limits),
+                    limits,
                 )
                 for worker, limits in to_strike.items()
             ]
         )
         return [worker for worker, struck in zip(to_strike, gone, strict=True) if struck]
+
+    def _raise_floor(self, lives: Lives) -> None:
+        """Note the newest version that workers saw on a server which lost it: its number is not used again."""
+        known = max(
+            (life.known_version for life in lives.of.values() if life.known_version <= CREDIBLE_VERSION),
+            default=0,
+        )
+        floor, latest = self._connection.execute_all(
+            [("HGET", self._keys.meta, "version_floor"), ("HGET", self._keys.weights, "version")]
+        )
+        if known > max(whole_number(str(said or b"0", "ascii", "replace")) or 0 for said in (floor, latest)):
+            self._connection.execute("HSET", self._keys.meta, "version_floor", known)
+
+    def _forget_unusable(self, lives: Lives, channel: Channel) -> None:
+        """Remove what workers wrote that is no life, so that it costs nobody anything and ids can be used again."""
+        ids = [worker for name in lives.unusable if (worker := worker_number_of(name)) is not None]
+        kinds = channel.execute_all([("TYPE", self._keys.life(worker)) for worker in ids]) if ids else []
+        wrong = [worker for worker, kind in zip(ids, kinds, strict=True) if kind not in (b"hash", b"none")]
+        if lives.unusable:
+            logger.warning(
+                "removed %d names from %s that are no workers", len(lives.unusable), self._keys.workers
+            )
+            channel.execute_all(
+                [
+                    ("SREM", self._keys.workers, *lives.unusable),
+                    *(("UNLINK", self._keys.life(worker)) for worker in wrong),
+                ],
+                strict=True,
+            )

@@ -6,10 +6,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
-from rlbroker.connection import Channel, Connection
-from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
+from rlbroker.connection import Connection
+from rlbroker.errors import AccessDenied, PeerError
 from rlbroker.replies import server_seconds, text_fields, whole_number
 
 #: Settings that matter to rlbroker.
@@ -87,7 +87,7 @@ def read_facts(connection: Connection) -> ServerFacts:
     """
     info = connection.server_info()
     names = ["ACL WHOAMI", "HELLO", "INFO server", *(f"CONFIG GET {name}" for name in SETTINGS)]
-    answers = dict(zip(names, ask(connection, [tuple(name.split()) for name in names]), strict=True))
+    answers = dict(zip(names, connection.ask([tuple(name.split()) for name in names]), strict=True))
     missing = {}
     for name, answer in answers.items():
         if isinstance(answer, AccessDenied):
@@ -138,27 +138,10 @@ def measure_latency(connection: Connection) -> Latency:
     best: tuple[float, float] | None = None  # of several answers, that of the shortest trip is the most exact
     for _ in range(_LEAST_ROUND_TRIPS):
         sent = time.perf_counter()
-        (clock,) = ask(connection, [("TIME",)])
+        (clock,) = connection.ask([("TIME",)])
         trip_seconds, now = time.perf_counter() - sent, time.time()
         if isinstance(clock, PeerError):
             break
         ahead_seconds = now - trip_seconds / 2 - server_seconds(clock)
         best = min(best or (trip_seconds, ahead_seconds), (trip_seconds, ahead_seconds))
     return Latency(median(taken), max(taken), len(taken), best[1] if best else None)
-
-
-def ask(connection: Connection, commands: list[tuple[Any, ...]]) -> list[Any]:
-    """Ask many things in one round trip; what was refused is given as a `PeerError`.
-
-    Raises:
-        ConnectionFailed: the server could not be reached in time.
-    """
-    channel = Channel(connection)
-    try:
-        answers = connection.retry(lambda: channel.execute_all(commands))
-    finally:
-        channel.give_back()
-    for answer in answers:
-        if isinstance(answer, ConnectionFailed):
-            raise answer
-    return answers

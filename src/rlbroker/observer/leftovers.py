@@ -9,7 +9,6 @@ from typing import Final, TypeVar
 from rlbroker.connection import Connection
 from rlbroker.errors import PeerError
 from rlbroker.keys import EVERY_KEY, Keys, run_of
-from rlbroker.observer.facts import ask
 from rlbroker.observer.runs import RunSummary, list_runs
 from rlbroker.replies import text_fields, whole_number
 
@@ -129,7 +128,7 @@ def every_key(
 
 def _state(connection: Connection, summary: RunSummary) -> str:
     if summary.learner == "ended":
-        (meta,) = ask(connection, [("HGETALL", Keys(summary.run).meta)])
+        (meta,) = connection.ask([("HGETALL", Keys(summary.run).meta)])
         if not isinstance(meta, PeerError) and text_fields(meta).keys() == {"learner_state", PRUNED}:
             return "pruned"
     return summary.learner
@@ -165,17 +164,16 @@ def unused_seconds(connection: Connection, run: str, names: Sequence[str]) -> fl
 
     Where there is a run, the keys do not count that are used by looking for runs.
     """
-    keys, idle = Keys(run), list[int]()
-    looked_at = () if _is_orphan(run, names) else (keys.meta, keys.weights, keys.members, keys.incarnations)
-    for some in batches([name for name in names if name not in looked_at]):
-        answers = ask(connection, [("OBJECT", "IDLETIME", name) for name in some])
+    keys, idle, orphan = Keys(run), list[int](), _is_orphan(run, names)
+    for some in batches([name for name in names if orphan or not keys.tells_of_run(name)]):
+        answers = connection.ask([("OBJECT", "IDLETIME", name) for name in some])
         idle += [answer for answer in answers if isinstance(answer, int)]
     return float(min(idle)) if idle else None
 
 
 def _is_orphan(run: str, names: Sequence[str]) -> bool:
     keys = Keys(run)
-    return keys.meta not in names and keys.incarnations not in names
+    return keys.meta not in names and keys.workers not in names
 
 
 def batches(those: Sequence[Item]) -> Iterator[Sequence[Item]]:
@@ -186,7 +184,7 @@ def batches(those: Sequence[Item]) -> Iterator[Sequence[Item]]:
 def _stored_bytes(connection: Connection, names: list[str]) -> int | None:
     total = 0
     for some in batches(names):
-        for answer in ask(connection, [("MEMORY", "USAGE", name) for name in some]):
+        for answer in connection.ask([("MEMORY", "USAGE", name) for name in some]):
             if isinstance(answer, PeerError):
                 return None
             total += whole_number(str(answer)) or 0

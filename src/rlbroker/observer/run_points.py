@@ -9,7 +9,7 @@ from typing import Any, Final
 from rlbroker.connection import Connection
 from rlbroker.errors import PeerError
 from rlbroker.keys import GROUP, Keys
-from rlbroker.observer.facts import ServerFacts, ask
+from rlbroker.observer.facts import ServerFacts
 from rlbroker.observer.findings import find
 from rlbroker.observer.points import Point, size, unread, untold
 from rlbroker.observer.snapshot import Snapshot, take_snapshot
@@ -44,12 +44,12 @@ def _queues(connection: Connection, snapshot: Snapshot) -> Iterator[Point]:
     """Look at each worker's stream: has it the learners' group, and does somebody hold batches and sleep?"""
     keys = Keys(snapshot.run)
     workers = {worker: keys.experiences(worker) for worker, one in snapshot.workers.items() if one.counts}
-    there = ask(connection, [("EXISTS", key) for key in workers.values()])
+    there = connection.ask([("EXISTS", key) for key in workers.values()])
     existing = {
         worker: key for (worker, key), found in zip(workers.items(), there, strict=True) if found == 1
     }
-    groups = ask(connection, [("XINFO", "GROUPS", key) for key in existing.values()])
-    read = ask(connection, [("XINFO", "CONSUMERS", key, GROUP) for key in existing.values()])
+    groups = connection.ask([("XINFO", "GROUPS", key) for key in existing.values()])
+    read = connection.ask([("XINFO", "CONSUMERS", key, GROUP) for key in existing.values()])
     wrong = False
     for (worker, key), of_groups, consumers in zip(existing.items(), groups, read, strict=True):
         if isinstance(of_groups, PeerError):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from rlbroker.config import RunSettings, is_run_name
 from rlbroker.connection import Connection
 from rlbroker.errors import AccessDenied, IncompatibleFormat, InvalidArgument, PeerError
 from rlbroker.keys import Keys
-from rlbroker.observer.facts import ask
+from rlbroker.lives import lives_from, worker_numbers
 from rlbroker.observer.legible import legible
 from rlbroker.records import Liveness
-from rlbroker.replies import scored_members, server_seconds, text_fields
+from rlbroker.replies import server_seconds, text_fields
 from rlbroker.wire.version import FORMAT_VERSION
 
 logger = logging.getLogger("rlbroker")
@@ -51,7 +52,7 @@ def run_names(connection: Connection) -> list[str]:
         PeerError: the server refused, or could not be reached in time.
     """
     prefix, _, meta = Keys("RUN").meta.partition("RUN")
-    suffixes = (meta, Keys("RUN").incarnations.partition("RUN")[2])
+    suffixes = (meta, Keys("RUN").workers.partition("RUN")[2])
     found, cursor = set[str](), b"0"
     while True:
         cursor, keys = connection.execute("SCAN", cursor, "MATCH", f"{prefix}*", "COUNT", 1000)
@@ -78,7 +79,7 @@ def choose_run(connection: Connection, run: str | None) -> str:
         run = names[0]
     keys = Keys(run)
     wire_format, there = connection.execute_all(
-        [("HGET", keys.meta, "wire_format"), ("EXISTS", keys.meta, keys.incarnations)]
+        [("HGET", keys.meta, "wire_format"), ("EXISTS", keys.meta, keys.workers)]
     )
     if not there:
         raise InvalidArgument(
@@ -106,12 +107,24 @@ def list_runs(connection: Connection, names: list[str] | None = None) -> list[Ru
     commands: list[tuple[Any, ...]] = [("TIME",)]
     for keys in map(Keys, names):
         commands += [("HGETALL", keys.meta), ("HGET", keys.weights, "version")]
-        commands.append(("ZRANGE", keys.members, "0", "-1", "WITHSCORES"))
-    clock, *replies = ask(connection, commands)
+        commands.append(("SMEMBERS", keys.workers))
+    clock, *replies = connection.ask(commands)
     if isinstance(clock, PeerError):
         raise clock
+    by_run = {name: replies[3 * number : 3 * number + 3] for number, name in enumerate(names)}
+    ids = {
+        name: worker_numbers(workers)
+        for name, (*_, workers) in by_run.items()
+        if not isinstance(workers, PeerError)
+    }
+    lives = iter(
+        connection.ask(
+            [("HGETALL", Keys(name).life(worker)) for name, some in ids.items() for worker in some]
+        )
+    )
+    found = {name: list(islice(lives, len(some))) for name, some in ids.items()}
     now = server_seconds(clock)
-    return [_summary_of(name, now, replies[3 * number : 3 * number + 3]) for number, name in enumerate(names)]
+    return [_summary_of(name, now, by_run[name], ids.get(name, []), found.get(name, [])) for name in names]
 
 
 def server_time(connection: Connection) -> float:
@@ -129,8 +142,7 @@ def worker_ids(connection: Connection, keys: Keys) -> list[int]:
     Raises:
         PeerError: the server refused, or could not be reached in time.
     """
-    with legible(keys.incarnations):
-        return sorted(int(worker) for worker in connection.execute("HKEYS", keys.incarnations))
+    return worker_numbers(connection.execute("SMEMBERS", keys.workers))
 
 
 def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Liveness | Literal["ended", "none"]:
@@ -143,7 +155,7 @@ def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Livenes
     return "alive" if silent_seconds is not None and silent_seconds < lease_seconds else "away"
 
 
-def _summary_of(name: str, now: float, replies: list[Any]) -> RunSummary:
+def _summary_of(name: str, now: float, replies: list[Any], ids: list[int], lives: list[Any]) -> RunSummary:
     """Sum a run up; one that another program has written into must not hide the others."""
     for reply in replies:
         if isinstance(reply, AccessDenied):
@@ -153,8 +165,9 @@ def _summary_of(name: str, now: float, replies: list[Any]) -> RunSummary:
             for reply in replies:
                 if isinstance(reply, PeerError):
                     raise reply
-            meta, version, members = replies
-            seen = list(scored_members(members).values())
+            meta, version, _ = replies
+            members = [life for life in lives_from(ids, lives).values() if life.member]
+            seen = [life.seen_milliseconds for life in members]
             return _summary(name, now, text_fields(meta), int(version or 0), seen)
     except PeerError as error:
         logger.info("the run %r cannot be read: %s", name, error)
@@ -162,7 +175,7 @@ def _summary_of(name: str, now: float, replies: list[Any]) -> RunSummary:
 
 
 def _summary(
-    name: str, now: float, meta: dict[str, str], version: int, seen_milliseconds: list[float]
+    name: str, now: float, meta: dict[str, str], version: int, seen_milliseconds: list[int]
 ) -> RunSummary:
     lease_seconds = RunSettings.from_fields(meta).lease_seconds
     silences = [max(0.0, now - milliseconds / 1000) for milliseconds in seen_milliseconds]

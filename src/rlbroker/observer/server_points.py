@@ -8,7 +8,7 @@ from typing import Final
 from rlbroker.connection import MIN_SERVER_VERSION, Connection
 from rlbroker.errors import AccessDenied
 from rlbroker.keys import GROUP, Keys
-from rlbroker.observer.facts import Latency, ServerFacts, ask
+from rlbroker.observer.facts import Latency, ServerFacts
 from rlbroker.observer.points import Point, State, size, untold
 from rlbroker.observer.words import counted
 from rlbroker.refusals import giving
@@ -327,8 +327,8 @@ def of_rights(connection: Connection, facts: ServerFacts, run: str | None) -> Po
         ("EXISTS", keys.meta),
         ("HGET", keys.meta, "epoch"),
         ("HGETALL", keys.heartbeat(0)),
-        ("HKEYS", keys.incarnations),
-        ("ZRANGE", keys.members, 0, 0),
+        ("SMEMBERS", keys.workers),
+        ("HGETALL", keys.life(0)),
         ("XLEN", stream),
         ("XRANGE", keys.missed, "0-1", "0-1"),
         ("XREVRANGE", keys.missed, "0-1", "0-1"),
@@ -338,7 +338,7 @@ def of_rights(connection: Connection, facts: ServerFacts, run: str | None) -> Po
         ("XINFO", "CONSUMERS", missing_stream, GROUP),
         ("MEMORY", "USAGE", keys.heartbeat(0)),
     ]
-    lacks = {answer.rule: None for answer in ask(connection, commands) if isinstance(answer, AccessDenied)}
+    lacks = {answer.rule: None for answer in connection.ask(commands) if isinstance(answer, AccessDenied)}
     who = f"the user {facts.user!r}"
     if not lacks:
         return Point("rights", "ok", f"{who} may do all that looking needs")

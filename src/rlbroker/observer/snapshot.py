@@ -13,6 +13,7 @@ from rlbroker.control.account import Account, missed_updates
 from rlbroker.errors import AccessDenied, PeerError
 from rlbroker.experience.counts import count_keys, known_counts
 from rlbroker.keys import Keys
+from rlbroker.lives import lives_from, worker_numbers
 from rlbroker.membership.members import member_infos
 from rlbroker.observer.legible import legible
 from rlbroker.observer.runs import learner_state
@@ -20,7 +21,6 @@ from rlbroker.records import Liveness, MissedUpdates, QueueCounts, WorkerInfo
 from rlbroker.replies import (
     entry_place,
     info_fields,
-    scored_members,
     server_seconds,
     text_fields,
     whole_number,
@@ -185,15 +185,14 @@ class Observer:
 
     def _look(self) -> Snapshot:
         keys = self._keys
-        told, (clock, meta_reply, pointer_reply, pending, lives, members) = self._ask(
+        told, (clock, meta_reply, pointer_reply, pending, names_reply) = self._ask(
             [("INFO", "server"), ("INFO", "memory")],
             [
                 ("TIME",),
                 ("HGETALL", keys.meta),
                 ("HGETALL", keys.weights),
                 ("HGETALL", keys.pending),
-                ("HGETALL", keys.incarnations),
-                ("ZRANGE", keys.members, 0, -1, "WITHSCORES"),
+                ("SMEMBERS", keys.workers),
             ],
         )
         now, pointer = server_seconds(clock), Pointer.from_fields(text_fields(pointer_reply))
@@ -201,28 +200,31 @@ class Observer:
             meta = text_fields(meta_reply)
             settings, learner = RunSettings.from_fields(meta), _learner(meta, now) if meta else None
             expected_workers = int(meta.get("num_workers", 0))
-        with legible(f"{keys.incarnations} or {keys.members}"):
-            incarnations, seen_at = text_fields(lives), scored_members(members)
-            ids, member_ids = sorted(map(int, incarnations)), [int(worker) for worker in seen_at]
+        ids = worker_numbers(names_reply)
         names = [name for worker in ids for name in count_keys(keys, worker)]
         _, found = self._ask(
             [],
             [
-                *(("HGETALL", keys.heartbeat(worker)) for worker in member_ids),
+                *(("HGETALL", keys.life(worker)) for worker in ids),
+                *(("HGETALL", keys.heartbeat(worker)) for worker in ids),
                 *(("HGETALL", keys.ledger(worker)) for worker in ids),
                 *(("XLEN", keys.dead(worker)) for worker in ids),
                 *(("EXISTS", name) for name in names),
             ],
         )
         replies = iter(found)
+        lives = lives_from(ids, islice(replies, len(ids)))
+        beats = {
+            worker: text_fields(reply) for worker, reply in zip(ids, islice(replies, len(ids)), strict=True)
+        }
+        members = {worker: life for worker, life in lives.items() if life.member}
         infos = {
             info.worker_id: info
             for info in member_infos(
                 now=now,
                 latest_version=pointer.version if pointer else 0,
-                incarnations=incarnations,
-                seen_at=seen_at,
-                beats=[text_fields(reply) for reply in islice(replies, len(member_ids))],
+                members=members,
+                beats=[beats[worker] for worker in members],
                 lease_seconds=settings.lease_seconds,
             )
         }

@@ -5,28 +5,32 @@ from __future__ import annotations
 #: Gives the number of a new life: an incarnation, or a learner's epoch. It is the time in milliseconds, or one
 #: more than the last number. A server that came back empty does not know the last one; a plain counter would
 #: give numbers that were used before, and what a new process sends would be taken for what was delivered already.
+#: A last number that no clock can have given is nonsense that a worker wrote.
 NEXT_LIFE = """
     local function next_life(last)
       local time = redis.call('TIME')
       local now = time[1] * 1000 + math.floor(time[2] / 1000)
-      return string.format('%.0f', math.max((tonumber(last) or 0) + 1, now))
+      local before = tonumber(last) or 0
+      if not (before < 2 * now) then before = 0 end
+      return string.format('%.0f', math.max(before + 1, now))
     end
 """
 
 #: Gives since when a member is silent, in milliseconds, nil for who is none. The time before the learner came back
 #: does not count: nobody could be heard of then.
 HEARD_OF = """
-    local function heard_of(members, meta, worker)
-      local seen = redis.call('ZSCORE', members, worker)
-      return seen and math.max(tonumber(seen), tonumber(redis.call('HGET', meta, 'back_at') or '0') or 0)
+    local function heard_of(life, meta)
+      local found = redis.call('HMGET', life, 'member', 'seen')
+      if found[1] ~= '1' then return nil end
+      return math.max(tonumber(found[2]) or 0, tonumber(redis.call('HGET', meta, 'back_at') or '0') or 0)
     end
 """
 
 #: Notes in the heartbeat of a worker's present life which process was turned away, as its incarnation is over. Only
 #: where a newer process lives: who was forgotten, or has left, is nobody's twin. Nothing is made that would stay.
 NOTE_FENCED = """
-    local function note_fenced(members, heartbeat, worker, newest, process)
-      if redis.call('HGET', heartbeat, 'incarnation') == newest and redis.call('ZSCORE', members, worker) then
+    local function note_fenced(life, heartbeat, newest, process)
+      if redis.call('HGET', heartbeat, 'incarnation') == newest and redis.call('HGET', life, 'member') == '1' then
         local time = redis.call('TIME')
         redis.call('HDEL', heartbeat, '')  -- also on a full server
         redis.call('HSET', heartbeat, 'fenced_process', process,
