@@ -7,12 +7,12 @@ import threading
 from collections.abc import Callable
 
 from rlbroker.deadline import Backoff
-from rlbroker.errors import AccessDenied, Fenced, IncompatibleFormat, PeerError
+from rlbroker.errors import AccessDenied, Fenced, IncompatibleFormat, PeerError, TlsFailed
 
 logger = logging.getLogger("rlbroker")
 
 #: What trying again does not mend.
-FINAL = (AccessDenied, Fenced, IncompatibleFormat)
+FINAL = (AccessDenied, TlsFailed, Fenced, IncompatibleFormat)
 
 
 class Background:

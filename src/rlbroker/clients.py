@@ -5,19 +5,32 @@ from __future__ import annotations
 import copy
 import math
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from typing import Any, Final
+from urllib.parse import parse_qsl, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
-from redis.connection import AbstractConnection
+from redis.connection import FALSE_STRINGS, AbstractConnection
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
-from rlbroker.config import unusable_url
+from rlbroker.config import (
+    TLS_CA_VARIABLE,
+    TLS_CERTIFICATE_VARIABLE,
+    TLS_KEY_VARIABLE,
+    choice,
+    redacted_url,
+    redis_password,
+    redis_username,
+    tls_files,
+    unusable_url,
+)
 from rlbroker.deadline import try_seconds
+from rlbroker.errors import InvalidArgument
+from rlbroker.tls import Setting, Tls, TlsConnection
 
 #: A connection that is silent for longer than this, with an answer due, counts as broken.
 STALL_SECONDS: Final = 4.0
@@ -30,6 +43,15 @@ MAX_CONNECTIONS: Final = 16
 
 #: Bytes read from a socket at once; redis-py's own default is slow for chunks of weights.
 SOCKET_READ_BYTES: Final = 1 << 20
+
+#: What a URL may say besides user, server and database; as redis-py names it.
+PARAMETERS: Final = (
+    *("db", "username", "password", "client_name", "protocol", "max_connections", "socket_timeout"),
+    *("socket_connect_timeout", "socket_keepalive", "health_check_interval"),
+)
+TLS_PARAMETERS: Final = (
+    *("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname", "ssl_cert_reqs"),
+)
 
 
 def stall_seconds(timeout_seconds: float) -> float:
@@ -112,12 +134,79 @@ def bounded_client(client: redis.Redis, timeout_seconds: float, socket_seconds: 
 
 
 def client_from_url(url: str) -> redis.Redis:
-    """Give a client for a server's URL.
+    """Give a client for a server's URL; what the URL does not say of user and TLS, the environment may.
 
     Raises:
-        InvalidArgument: the URL cannot be used.
+        InvalidArgument: the URL, or a setting of the environment, cannot be used; says which.
     """
+    parameters = _parameters(url)
+    secure = url.startswith("rediss:")
     try:
-        return redis.Redis.from_url(url, protocol=2)
+        pool = redis.ConnectionPool.from_url(url, protocol=2)
     except ValueError as error:
         raise unusable_url(url, error) from None
+    settings = pool.connection_kwargs
+    if "username" not in settings and (username := redis_username()):
+        settings["username"] = username
+    if "password" not in settings and (password := redis_password()):
+        settings["password"] = password
+    if secure:
+        for name in TLS_PARAMETERS:
+            settings.pop(name, None)
+        settings["tls"] = _tls(url, parameters)
+        pool.connection_class = TlsConnection
+    elif url.startswith("redis:") and (unused := next(iter(tls_files()), None)):
+        raise InvalidArgument(
+            f"{unused} is set, but the server's URL {redacted_url(url)} is one without TLS, by which passwords and "
+            f"weights would travel in the open; write rediss://, or unset {unused}"
+        )
+    return redis.Redis.from_pool(pool)
+
+
+def _parameters(url: str) -> dict[str, str]:
+    """Give the parameters of a URL, of which redis-py would only say when it connects that it does not know one."""
+    secure = url.startswith("rediss:")
+    try:
+        query = urlsplit(url).query
+        found = dict(reversed(parse_qsl(query, keep_blank_values=True)))  # the first one counts
+    except ValueError as error:
+        raise unusable_url(url, error) from None
+    for name, value in found.items():
+        if name in TLS_PARAMETERS and not secure:
+            raise InvalidArgument(
+                f"{name} in the server's URL {redacted_url(url)} is for TLS; write rediss:// to use TLS"
+            )
+        if name not in PARAMETERS + TLS_PARAMETERS:
+            known = ", ".join(PARAMETERS + TLS_PARAMETERS if secure else PARAMETERS)
+            # Behind a ? that is part of a password stands the rest of it.
+            shown = "parameters (write ? in a password as %3F)" if "@" in query else f"a parameter {name!r}"
+            raise InvalidArgument(
+                f"the server's URL {redacted_url(url)} has {shown} that rlbroker does not know; it knows {known}"
+            )
+        if not value:
+            raise InvalidArgument(f"{name} in the server's URL {redacted_url(url)} has no value")
+    return found
+
+
+def _tls(url: str, parameters: Mapping[str, str]) -> Tls:
+    wanted = parameters.get("ssl_cert_reqs", "required")
+    choice("ssl_cert_reqs in the server's URL", wanted, ("required", "optional", "none"))
+    variables = tls_files()
+
+    def named(parameter: str, variable: str) -> Setting | None:
+        if parameter in parameters:
+            return Setting(parameter, parameters[parameter])
+        return Setting(variable, variables[variable]) if variable in variables else None
+
+    authority = named("ssl_ca_certs", TLS_CA_VARIABLE)
+    if "ssl_certfile" in parameters or "ssl_keyfile" in parameters:
+        variables = {}  # a certificate and its key come from one place
+    tls = Tls(
+        authority,
+        named("ssl_certfile", TLS_CERTIFICATE_VARIABLE),
+        named("ssl_keyfile", TLS_KEY_VARIABLE),
+        check_certificate=wanted != "none",
+        check_name=parameters.get("ssl_check_hostname", "yes").upper() not in FALSE_STRINGS,
+    )
+    tls.warn_if_unchecked(redacted_url(url))
+    return tls

@@ -30,6 +30,17 @@ DEFAULT_RUN = "default"
 URL_SCHEMES = ("redis", "rediss", "unix")
 URL_VARIABLES = ("RLBROKER_REDIS_URL", "REDIS_URL")
 
+#: Who we are to the server, where its URL does not say it.
+USERNAME_VARIABLE = "RLBROKER_REDIS_USERNAME"
+PASSWORD_VARIABLE = "RLBROKER_REDIS_PASSWORD"
+PASSWORD_FILE_VARIABLE = "RLBROKER_REDIS_PASSWORD_FILE"
+
+#: Files for `rediss://`, where the URL does not name them.
+TLS_CA_VARIABLE = "RLBROKER_TLS_CA_FILE"
+TLS_CERTIFICATE_VARIABLE = "RLBROKER_TLS_CERTIFICATE_FILE"
+TLS_KEY_VARIABLE = "RLBROKER_TLS_KEY_FILE"
+TLS_VARIABLES = (TLS_CA_VARIABLE, TLS_CERTIFICATE_VARIABLE, TLS_KEY_VARIABLE)
+
 #: Set by a command that took a URL with a password out of its arguments.
 URL_TYPED_VARIABLE = "RLBROKER_URL_TYPED"
 
@@ -159,6 +170,46 @@ def redis_url(url: str | None = None) -> str:
     if scheme != "unix" and path.strip("/") and not path.strip("/").isdecimal():
         raise InvalidArgument(f"the database in the server's URL must be a number, as in {DEFAULT_URL!r}")
     return found
+
+
+def redis_username() -> str | None:
+    """Give who we are to the server, where its URL does not say it."""
+    return os.environ.get(USERNAME_VARIABLE) or None
+
+
+def redis_password() -> str | None:
+    """Give the password for a server whose URL has none, from the environment or from the file that it names.
+
+    Raises:
+        InvalidArgument: it names both, or the file cannot be used.
+    """
+    password, path = os.environ.get(PASSWORD_VARIABLE), os.environ.get(PASSWORD_FILE_VARIABLE)
+    if not path:
+        return password or None
+    if password:
+        raise InvalidArgument(
+            f"{PASSWORD_VARIABLE} and {PASSWORD_FILE_VARIABLE} are both set; unset one of them"
+        )
+    try:
+        found = Path(path).read_bytes().decode().rstrip("\r\n")
+    except OSError as error:
+        raise InvalidArgument(
+            f"{PASSWORD_FILE_VARIABLE}: cannot read {path}: {error.strerror or error}"
+        ) from None
+    except UnicodeDecodeError:
+        raise InvalidArgument(f"{PASSWORD_FILE_VARIABLE}: {path} is not text") from None
+    if not found:
+        raise InvalidArgument(f"{PASSWORD_FILE_VARIABLE}: {path} is empty")
+    if "\n" in found:
+        raise InvalidArgument(
+            f"{PASSWORD_FILE_VARIABLE}: {path} has more than one line; it must hold the password and nothing else"
+        )
+    return found
+
+
+def tls_files() -> dict[str, str]:
+    """Give the files that the environment names for TLS, by variable."""
+    return {name: os.environ[name] for name in TLS_VARIABLES if os.environ.get(name)}
 
 
 def colors_wanted() -> bool:

@@ -30,10 +30,12 @@ from rlbroker.errors import (
     ServerFault,
     ServerOutOfMemory,
     ServerUnsuitable,
+    TlsFailed,
 )
 from rlbroker.packing import Argument as Argument
 from rlbroker.packing import Pieces, packed
 from rlbroker.refusals import refused
+from rlbroker.tls import answers_only_tls, refusal_of
 
 logger = logging.getLogger("rlbroker")
 
@@ -410,14 +412,16 @@ class Connection:
             error: what redis-py raised.
             command: what was sent; a server that refuses a key does not say which.
         """
-        if self._worked and _is_refusal(error):
+        insecure = refusal_of(error)
+        if self._worked and (insecure or _is_refusal(error)):
             self._refused = self._refused or Deadline(REFUSED_SECONDS)
             if not self._refused.over:
-                return ConnectionFailed(
-                    f"{self.address} does not accept this user any more: {error}; was it restarted?"
-                )
+                what = "can be reached by TLS no" if insecure else "does not accept this user any"
+                return ConnectionFailed(f"{self.address} {what} more: {error}; was it restarted?")
         ours = translated(error, self.address, command=command, user=self.user)
-        if self._hint and not self._worked and isinstance(ours, ConnectionFailed):
+        if not self._worked and isinstance(ours, ConnectionFailed):
+            if answers_only_tls(self.client.connection_pool, error):
+                return TlsFailed(f"{self.address} speaks TLS, and the URL says redis://: write rediss://")
             return ConnectionFailed(f"{ours}{self._hint}")
         return ours
 
@@ -625,6 +629,8 @@ def translated(
     text = re.sub(r"^Error running script .*?: -(?=[A-Z]+ )", "", str(error)).rstrip(".")
     if isinstance(error, redis_errors.NoPermissionError) or "NOPERM" in text:
         return refused(text, address, command=command, user=user)
+    if insecure := refusal_of(error):
+        return TlsFailed(f"{address} {insecure}")
     if _is_refusal(error):
         return AccessDenied(f"{address} refused: {text}; check user and password in the server's URL")
     away = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.ReadOnlyError)

@@ -14,6 +14,7 @@
     └── PeerError                   the server, the network or another process did
         ├── ConnectionFailed        the server cannot be reached (ConnectionError)
         ├── AccessDenied            wrong password, or a right is missing (PermissionError)
+        ├── TlsFailed               there can be no secure connection: a certificate, or a side without TLS
         ├── ServerUnsuitable        the server is too old or would evict our keys
         ├── ServerOutOfMemory       the server's memory limit is reached
         ├── ServerFault             the server answered with any other error
@@ -86,6 +87,10 @@ class AccessDenied(PeerError, PermissionError):
 
     rule: str = ""
     user: str = ""
+
+
+class TlsFailed(PeerError):
+    """There can be no secure connection: one side does not accept the other's certificate, or speaks no TLS."""
 
 
 class ServerUnsuitable(PeerError):
