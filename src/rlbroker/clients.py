@@ -139,12 +139,12 @@ def client_from_url(url: str) -> redis.Redis:
     Raises:
         InvalidArgument: the URL, or a setting of the environment, cannot be used; says which.
     """
-    parameters = _parameters(url)
-    secure = url.startswith("rediss:")
     try:
         pool = redis.ConnectionPool.from_url(url, protocol=2)
     except ValueError as error:
         raise unusable_url(url, error) from None
+    parameters = _parameters(url)
+    secure = url.startswith("rediss:")
     settings = pool.connection_kwargs
     if "username" not in settings and (username := redis_username()):
         settings["username"] = username
@@ -166,11 +166,8 @@ def client_from_url(url: str) -> redis.Redis:
 def _parameters(url: str) -> dict[str, str]:
     """Give the parameters of a URL, of which redis-py would only say when it connects that it does not know one."""
     secure = url.startswith("rediss:")
-    try:
-        query = urlsplit(url).query
-        found = dict(reversed(parse_qsl(query, keep_blank_values=True)))  # the first one counts
-    except ValueError as error:
-        raise unusable_url(url, error) from None
+    query = urlsplit(url).query
+    found = dict(reversed(parse_qsl(query, keep_blank_values=True)))  # the first one counts
     for name, value in found.items():
         if name in TLS_PARAMETERS and not secure:
             raise InvalidArgument(
