@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import fakeredis
 import pytest
 import redis
+from certificates import certificates  # noqa: F401
 from fault_fixtures import arena, figures, full, new_server, pytest_generate_tests  # noqa: F401
 from redis.backoff import NoBackoff
 from redis.retry import Retry
