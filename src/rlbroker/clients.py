@@ -163,6 +163,25 @@ def client_from_url(url: str) -> redis.Redis:
     return redis.Redis.from_pool(pool)
 
 
+def tls_settings(parameters: Mapping[str, str]) -> tuple[Setting | None, Setting | None, Setting | None]:
+    """Give the files of the authority, the certificate and its key: of the URL's parameters, else the environment."""
+    variables = tls_files()
+
+    def named(parameter: str, variable: str) -> Setting | None:
+        if parameter in parameters:
+            return Setting(parameter, parameters[parameter])
+        return Setting(variable, variables[variable]) if variable in variables else None
+
+    authority = named("ssl_ca_certs", TLS_CA_VARIABLE)
+    if "ssl_certfile" in parameters or "ssl_keyfile" in parameters:
+        variables = {}  # a certificate and its key come from one place
+    return (
+        authority,
+        named("ssl_certfile", TLS_CERTIFICATE_VARIABLE),
+        named("ssl_keyfile", TLS_KEY_VARIABLE),
+    )
+
+
 def _parameters(url: str) -> dict[str, str]:
     """Give the parameters of a URL, of which redis-py would only say when it connects that it does not know one."""
     secure = url.startswith("rediss:")
@@ -188,20 +207,8 @@ def _parameters(url: str) -> dict[str, str]:
 def _tls(url: str, parameters: Mapping[str, str]) -> Tls:
     wanted = parameters.get("ssl_cert_reqs", "required")
     choice("ssl_cert_reqs in the server's URL", wanted, ("required", "optional", "none"))
-    variables = tls_files()
-
-    def named(parameter: str, variable: str) -> Setting | None:
-        if parameter in parameters:
-            return Setting(parameter, parameters[parameter])
-        return Setting(variable, variables[variable]) if variable in variables else None
-
-    authority = named("ssl_ca_certs", TLS_CA_VARIABLE)
-    if "ssl_certfile" in parameters or "ssl_keyfile" in parameters:
-        variables = {}  # a certificate and its key come from one place
     tls = Tls(
-        authority,
-        named("ssl_certfile", TLS_CERTIFICATE_VARIABLE),
-        named("ssl_keyfile", TLS_KEY_VARIABLE),
+        *tls_settings(parameters),
         check_certificate=wanted != "none",
         check_name=parameters.get("ssl_check_hostname", "yes").upper() not in FALSE_STRINGS,
     )

@@ -17,7 +17,15 @@ import redis
 from redis import exceptions as redis_errors
 
 from rlbroker.clients import bounded_client, client_from_url, stall_seconds
-from rlbroker.config import DEFAULT_URL, positive_seconds, redacted_url, redis_url
+from rlbroker.config import (
+    DEFAULT_URL,
+    PASSWORD_FILE_VARIABLE,
+    PASSWORD_VARIABLE,
+    USERNAME_VARIABLE,
+    positive_seconds,
+    redacted_url,
+    redis_url,
+)
 from rlbroker.deadline import Backoff, Deadline, within
 from rlbroker.errors import (
     AccessDenied,
@@ -632,7 +640,10 @@ def translated(
     if insecure := refusal_of(error):
         return TlsFailed(f"{address} {insecure}")
     if _is_refusal(error):
-        return AccessDenied(f"{address} refused: {text}; check user and password in the server's URL")
+        return AccessDenied(
+            f"{address} refused: {text}; check user and password in the server's URL, or where it has none, in "
+            f"{USERNAME_VARIABLE} and {PASSWORD_VARIABLE} (or {PASSWORD_FILE_VARIABLE})"
+        )
     away = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.ReadOnlyError)
     if isinstance(error, away) or text.startswith(("LOADING", "BUSY ", "MASTERDOWN", "READONLY")):
         return ConnectionFailed(f"cannot reach {address}: {text}")

@@ -215,7 +215,10 @@ def test_a_missing_right_is_named_with_what_gives_it(
 )
 def test_a_wrong_password_is_called_that(said: str) -> None:
     error = translated(redis.ResponseError(said), "host:1", command=("PING",), user="me")
-    assert str(error).endswith("check user and password in the server's URL")
+    assert (
+        "check user and password in the server's URL, or where it has none, in RLBROKER_REDIS_USERNAME"
+        in str(error)
+    )
 
 
 def test_a_key_of_another_program_is_named() -> None:

@@ -13,7 +13,7 @@ URL = "redis://me:secret@host:7000/1"
 
 @pytest.fixture(autouse=True)
 def no_url(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RLBROKER_REDIS_URL", "REDIS_URL", URL_TYPED_VARIABLE):
+    for name in ("RLBROKER_REDIS_URL", "REDIS_URL", URL_TYPED_VARIABLE, "RLBROKER_TLS_CA_FILE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -36,6 +36,26 @@ def test_a_server_that_was_typed_is_typed_again() -> None:
     assert session.typed(SET) == "redis-cli -u redis://host:7000/1 CONFIG SET timeout 0"
     assert session.typed("rlbroker bench") == "rlbroker bench --url redis://host:7000/1"
     assert session.typed("rlbroker doctor --url redis://other") == "rlbroker doctor --url redis://other"
+
+
+def test_redis_cli_gets_the_user_and_the_certificates_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RLBROKER_REDIS_URL", "rediss://host:7000/1?ssl_ca_certs=/a%20b/ca.crt")
+    monkeypatch.setenv("RLBROKER_TLS_CERTIFICATE_FILE", "/client.crt")
+    monkeypatch.setenv("RLBROKER_TLS_KEY_FILE", "/client.key")
+    files = "--cacert '/a b/ca.crt' --cert /client.crt --key /client.key"
+    assert Session().typed(SET) == f'redis-cli -u "$RLBROKER_REDIS_URL" {files} CONFIG SET timeout 0'
+    monkeypatch.setenv("RLBROKER_REDIS_PASSWORD", "secret")
+    assert "--user default --askpass --cacert" in Session().typed(SET)
+    monkeypatch.setenv("RLBROKER_REDIS_USERNAME", "me")
+    assert "--user me --askpass --cacert" in Session().typed(SET)
+    assert "--user" not in Session().typed("redis-cli ACL SETUSER me +info")
+    monkeypatch.setenv("RLBROKER_REDIS_URL", "rediss://you:secret@host?password=secret&ssl_ca_certs=/ca.crt")
+    monkeypatch.setenv(URL_TYPED_VARIABLE, "1")
+    assert (
+        Session().typed("rlbroker runs") == "rlbroker runs --url 'rediss://you:…@host?ssl_ca_certs=/ca.crt'"
+    )
 
 
 def test_rights_are_given_by_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,26 +179,47 @@ class Session:
             return self.url
         parts = urlsplit(redis_url())
         host = parts.netloc.rpartition("@")[2]
-        return parts._replace(netloc=f"{parts.username or ''}:…@{host}", query="").geturl()
+        query = "&".join(part for part in parts.query.split("&") if not part.startswith("password="))
+        return parts._replace(netloc=f"{parts.username or ''}:…@{host}", query=query).geturl()
 
     def _redis_cli_options(self, *, administrator: bool) -> str:
         """Give the options that lead redis-cli to the server; an administrator is somebody else than we are."""
         from urllib.parse import unquote, urlsplit
 
-        from rlbroker.config import redacted_url, redis_url, url_variable, url_was_typed
+        from rlbroker.config import (
+            redacted_url,
+            redis_password,
+            redis_url,
+            redis_username,
+            url_variable,
+            url_was_typed,
+        )
 
         url, variable = redis_url(self.url), url_variable()
         parts = urlsplit(url)
-        in_shell = variable and not self.url and not url_was_typed()
-        if in_shell and parts.scheme != "unix" and not administrator:
-            return f'-u "${variable}"'
-        where = f"-s {shlex.quote(parts.path)}"
-        if parts.scheme != "unix":
-            where = f"-u {shlex.quote(redacted_url(url))}"
-        if (parts.username or parts.password) and not administrator:
-            user = shlex.quote(unquote(parts.username or "default"))
-            where += f" --user {user} --askpass"
-        return where
+        in_shell = variable and not self.url and not url_was_typed() and not administrator
+        if parts.scheme == "unix":
+            where, in_shell = f"-s {shlex.quote(parts.path)}", False
+        else:
+            where = f'-u "${variable}"' if in_shell else f"-u {shlex.quote(redacted_url(url))}"
+        user = None
+        if not (parts.username or parts.password):
+            user = redis_username() or ("default" if redis_password() else None)
+        elif not in_shell:  # the shell's variable names whom it is for
+            user = unquote(parts.username or "default")
+        if user and not administrator:
+            where += f" --user {shlex.quote(user)} --askpass"
+        return where + (_tls_options(parts.query) if parts.scheme == "rediss" else "")
+
+
+def _tls_options(query: str) -> str:
+    """Give the options with which redis-cli uses the same certificates."""
+    from urllib.parse import parse_qsl
+
+    from rlbroker.clients import tls_settings
+
+    found = zip(("--cacert", "--cert", "--key"), tls_settings(dict(parse_qsl(query))), strict=True)
+    return "".join(f" {option} {shlex.quote(one.path)}" for option, one in found if one)
 
 
 def with_session(
