@@ -159,6 +159,7 @@ class WorkerCommunicator:
             InvalidArgument: a setting cannot work.
             ServerUnsuitable: the server is too old, or would evict keys.
             AccessDenied: wrong password, or a right is missing.
+            TlsFailed: there can be no secure connection to the server.
             IncompatibleFormat: the run was written by a release with another wire format.
             ConnectionFailed: the server cannot be reached within the timeout.
         """

@@ -11,6 +11,7 @@ not answer a handshake at all, but waits.
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import ssl
 import threading
@@ -238,7 +239,7 @@ class TlsConnection(redis.Connection):
 
     def _shake_hands(self, sock: ssl.SSLSocket) -> None:
         try:
-            sock.settimeout(try_seconds(QUIET_SECONDS))
+            sock.settimeout(min(QUIET_SECONDS, try_seconds(math.inf) / 2))
             sock.do_handshake()
         except (TimeoutError, ssl.SSLError) as error:
             certain = isinstance(error, ssl.SSLCertVerificationError) or _is_alert(error)
@@ -255,7 +256,7 @@ class TlsConnection(redis.Connection):
 
     def _is_answered_without_tls(self) -> bool:
         with suppress(OSError), self._connect_plain() as sock:
-            sock.settimeout(try_seconds(QUIET_SECONDS))
+            sock.settimeout(min(QUIET_SECONDS, try_seconds(math.inf) / 2))
             sock.sendall(b"PING\r\n")
             return bool(sock.recv(1) in (b"+", b"-"))
         return False

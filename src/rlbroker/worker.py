@@ -90,6 +90,7 @@ class WorkerClient:
             InvalidArgument: a setting cannot work.
             ServerUnsuitable: the server is too old, or cannot give the level.
             AccessDenied: wrong password, or a right is missing.
+            TlsFailed: there can be no secure connection to the server.
             IncompatibleFormat: the learner writes another wire format.
             ConnectionFailed: the server cannot be reached within the timeout.
         """

@@ -188,6 +188,22 @@ def test_weights_move_through_the_encrypted_socket_itself(serve: Serve, own: str
         channel.close()
 
 
+def test_messages_that_come_at_once_are_all_heard(serve: Serve, own: str, run: str) -> None:
+    said = [bytes([number]) * 20_000 for number in range(5)]
+    with closing(Connection(f"rediss://{serve()}?{own}")) as connection, connection.pubsub() as pubsub:
+        pubsub.subscribe(run)
+        wait_until("the subscription holds", lambda: connection.execute("PUBLISH", run, b"") == 1)
+        connection.execute_all([("PUBLISH", run, message) for message in said])
+        heard: list[bytes] = []
+
+        def hear() -> bool:
+            message = pubsub.get_message(timeout=0.1)
+            heard.extend([message["data"]] if message and message["data"] else [])
+            return heard == said
+
+        wait_until("all is heard", hear)
+
+
 def test_a_server_that_another_authority_signed_is_refused(serve: Serve, certificates: Certificates) -> None:
     other = certificates.ca("other")
     assert refusal(f"rediss://{serve()}?{query(other)}") == (
