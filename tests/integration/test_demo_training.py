@@ -5,14 +5,24 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from conftest import Server
 
-from rlbroker import InvalidArgument, WeightsMismatch, WorkerClient, WorkerCommunicator
+from rlbroker import (
+    ConnectionFailed,
+    InvalidArgument,
+    RunLost,
+    SendReceipt,
+    Unconfirmed,
+    WeightsMismatch,
+    WorkerClient,
+    WorkerCommunicator,
+)
 from rlbroker.demo.learner import MAX_QUEUE_SIZE, Learner
 from rlbroker.demo.policy import ActorCritic
 from rlbroker.demo.ppo import PPO
@@ -139,6 +149,52 @@ def test_a_worker_whose_environment_does_not_fit_gets_an_error(
     with pytest.raises(WeightsMismatch):
         run_worker(other, envs, env_id="Acrobot-v1", seed=None, timeout=10.0)
     envs.close()
+
+
+def test_a_worker_outlasts_an_outage_longer_than_its_timeout_and_sends_each_batch_once(
+    opened: ExitStack, learner: Callable[..., WorkerCommunicator], worker: Callable[..., WorkerClient]
+) -> None:
+    comm, other, envs = learner(1), worker(0), make_envs(ENV, 1)
+    comm.send_model_weights(ActorCritic(*_spaces(ENV)).state_dict())
+    send, tried = other.send_experiences, []
+    outage = ["", "unconfirmed", "unreachable", "lost"]
+
+    def send_through_outage(batch: dict[str, Any]) -> SendReceipt:
+        tried.append(batch)
+        state = outage.pop(0) if outage else ""
+        if state == "unreachable":
+            raise ConnectionFailed("no way to the server")
+        if state == "lost":
+            raise RunLost("the server came back empty")
+        receipt = send(batch)
+        if state == "unconfirmed":
+            raise Unconfirmed("the answer was lost", receipt)
+        if not outage:
+            comm.send_control_command("stop")
+        return receipt
+
+    with closing(envs), mock.patch.object(other, "send_experiences", send_through_outage):
+        sent = run_worker(other, envs, env_id=ENV, seed=1, timeout=10.0)
+
+    assert len(tried) == 5 + (sent - 3)  # one more may go out before the stop has arrived
+    assert tried[0] is not tried[1] is not tried[2]
+    assert tried[2] is tried[3] is tried[4]
+    assert len(comm.collect_experiences(timeout=5.0)) == sent
+
+
+def test_a_worker_gives_up_on_a_server_that_is_away_for_too_long(
+    opened: ExitStack, learner: Callable[..., WorkerCommunicator], worker: Callable[..., WorkerClient]
+) -> None:
+    comm, other, envs = learner(1), worker(0), make_envs(ENV, 1)
+    comm.send_model_weights(ActorCritic(*_spaces(ENV)).state_dict())
+    away = mock.Mock(side_effect=ConnectionFailed("away"))
+    with (
+        closing(envs),
+        mock.patch.object(other, "send_experiences", away),
+        mock.patch("rlbroker.demo.worker.OUTAGE_SECONDS", 0.05),
+        pytest.raises(ConnectionFailed),
+    ):
+        run_worker(other, envs, env_id=ENV, seed=1, timeout=10.0)
 
 
 def _spaces(env_id: str) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rlbroker.cli.options import Env, MaxSeconds, Minutes, Seed, Url
+from rlbroker.cli.options import Env, Hidden, MaxSeconds, Minutes, Seed, Url
 
 
 def learner(
@@ -19,6 +19,7 @@ def learner(
     ] = "demo",
     env: Env = "CartPole-v1",
     workers: Annotated[int, typer.Option(min=1, help="Number of workers that are expected.")] = 2,
+    hidden: Hidden = 64,
     seed: Seed = None,
     minutes: Minutes = 3.0,
     max_seconds: MaxSeconds = None,
@@ -59,6 +60,7 @@ def learner(
         target=target,
         output=output,
         url=url,
+        hidden=hidden,
     )
     summary = learn(settings, JsonLines() if progress == "json" else open_view(env), began)
     if progress == "json":

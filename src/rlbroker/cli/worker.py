@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rlbroker.cli.options import Env, Seed, Url
+from rlbroker.cli.options import Env, Hidden, Seed, Url
 
 
 def worker(
@@ -20,6 +20,7 @@ def worker(
         int | None, typer.Option(min=0, help="This worker's number; the lowest free one if left out.")
     ] = None,
     envs: Annotated[int, typer.Option(min=1, help="Copies of the environment to step together.")] = 8,
+    hidden: Hidden = 64,
     seed: Seed = None,
     timeout: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for the learner to begin.")] = 60.0,
 ) -> None:
@@ -34,7 +35,14 @@ def worker(
     from rlbroker.demo.worker import WorkerSettings, work
 
     settings = WorkerSettings(
-        run=run, env_id=env, worker_id=worker_id, num_envs=envs, seed=seed, timeout_seconds=timeout, url=url
+        run=run,
+        env_id=env,
+        worker_id=worker_id,
+        num_envs=envs,
+        seed=seed,
+        timeout_seconds=timeout,
+        url=url,
+        hidden=hidden,
     )
     try:
         sent = work(settings)

@@ -13,7 +13,7 @@ import torch
 
 from rlbroker.demo import check_output
 from rlbroker.demo.plot import plot
-from rlbroker.demo.policy import ActorCritic
+from rlbroker.demo.policy import HIDDEN, ActorCritic
 from rlbroker.demo.ppo import PPO
 from rlbroker.demo.progress import Outcome, Progress, Summary, WorkerStatus
 from rlbroker.demo.rollout import RolloutBatch, make_envs
@@ -216,6 +216,7 @@ class LearnerSettings:
     target: float | None = None  #: None for the environment's own, if it has one
     output: Path | None = None
     url: str | None = None
+    hidden: int = HIDDEN
 
 
 def learn(settings: LearnerSettings, view: View, began: float | None = None) -> Summary:
@@ -230,7 +231,7 @@ def learn(settings: LearnerSettings, view: View, began: float | None = None) -> 
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
     envs = make_envs(settings.env_id, 1)
-    policy = ActorCritic(envs.single_observation_space, envs.single_action_space)
+    policy = ActorCritic(envs.single_observation_space, envs.single_action_space, settings.hidden)
     target = settings.target
     if target is None and envs.spec is not None:
         target = envs.spec.reward_threshold

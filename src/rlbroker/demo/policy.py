@@ -12,6 +12,9 @@ from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from rlbroker.errors import InvalidArgument
 
+#: Units in each of the two layers of a network.
+HIDDEN = 64
+
 
 def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
     layer = nn.Linear(inputs, outputs)
@@ -44,7 +47,7 @@ class ActorCritic(nn.Module):
             `Discrete` nor a 1-D `Box`.
     """
 
-    def __init__(self, observation_space: Space[Any], action_space: Space[Any], hidden: int = 64) -> None:
+    def __init__(self, observation_space: Space[Any], action_space: Space[Any], hidden: int = HIDDEN) -> None:
         """Make networks with two layers of `hidden` units, for one environment's spaces."""
         super().__init__()
         if not isinstance(observation_space, Box) or len(observation_space.shape) != 1:

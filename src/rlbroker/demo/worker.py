@@ -8,19 +8,29 @@ from typing import Any
 import torch
 from gymnasium.vector import VectorEnv
 
+from rlbroker.config import RunSettings
+from rlbroker.deadline import Deadline
 from rlbroker.demo import place
-from rlbroker.demo.policy import ActorCritic
+from rlbroker.demo.policy import HIDDEN, ActorCritic
 from rlbroker.demo.rollout import Rollout, make_envs
-from rlbroker.errors import QueueFull
+from rlbroker.errors import ConnectionFailed, QueueFull, RunLost, Unconfirmed
 from rlbroker.worker import WorkerClient
 
 STEPS_PER_BATCH = 64
 #: How far apart the seeds of two workers are: more than either has environments.
 SEED_STRIDE = 1000
+#: How long the server may be away: a worker that was silent for so long has to be started again anyway.
+OUTAGE_SECONDS = RunSettings.forget_seconds
 
 
 def run_worker(
-    worker: WorkerClient, envs: VectorEnv[Any, Any, Any], *, env_id: str, seed: int | None, timeout: float
+    worker: WorkerClient,
+    envs: VectorEnv[Any, Any, Any],
+    *,
+    env_id: str,
+    seed: int | None,
+    timeout: float,
+    hidden: int = HIDDEN,
 ) -> int:
     """Step the environments until the learner says stop; return how many batches were sent.
 
@@ -30,12 +40,14 @@ def run_worker(
         env_id: their name, so that the learner can refuse those of another environment.
         seed: of the run; each worker derives its own. None for a random one.
         timeout: seconds to wait for the learner's first weights.
+        hidden: units in each of the network's layers, as the learner has them.
 
     Raises:
         DeadlineExceeded: no weights came in time.
         WeightsMismatch: the learner trains for an environment with other observations or actions.
+        ConnectionFailed: the server was away for longer than `OUTAGE_SECONDS`.
     """
-    policy = ActorCritic(envs.single_observation_space, envs.single_action_space)
+    policy = ActorCritic(envs.single_observation_space, envs.single_action_space, hidden)
     if seed is not None:
         seed += SEED_STRIDE * (1 + worker.worker_id)
         torch.manual_seed(seed)
@@ -44,14 +56,25 @@ def run_worker(
     sent = 0
     while worker.running:
         worker.poll(policy)
-        batch = rollout.collect(policy, STEPS_PER_BATCH)
-        while worker.running:
-            try:
-                sent += bool(worker.send_experiences({**batch, "env_id": env_id}))
-                break
-            except QueueFull:  # the learner is slow, or away: it may come back
-                worker.poll(policy)
+        sent += _send(worker, policy, {**rollout.collect(policy, STEPS_PER_BATCH), "env_id": env_id})
     return sent
+
+
+def _send(worker: WorkerClient, policy: ActorCritic, batch: dict[str, Any]) -> bool:
+    """Send a batch, however long that takes while learner or server are away; give whether it was taken."""
+    outage = Deadline(OUTAGE_SECONDS)
+    while worker.running:
+        try:
+            return bool(worker.send_experiences(batch))
+        except Unconfirmed:
+            return True  # it goes again by itself, before the next one
+        except QueueFull:  # the learner is slow, or away: it may come back
+            outage = Deadline(OUTAGE_SECONDS)
+            worker.poll(policy)
+        except (ConnectionFailed, RunLost):
+            if outage.over:
+                raise
+    return False
 
 
 @dataclass(frozen=True)
@@ -65,6 +88,7 @@ class WorkerSettings:
     seed: int | None = None
     timeout_seconds: float = 60.0
     url: str | None = None
+    hidden: int = HIDDEN
 
 
 def work(settings: WorkerSettings) -> int:
@@ -81,7 +105,12 @@ def work(settings: WorkerSettings) -> int:
         with WorkerClient(redis_url=settings.url, run=settings.run, worker_id=settings.worker_id) as worker:
             print(f"worker {worker.worker_id} of {place(settings.url, settings.run)}", flush=True)
             return run_worker(
-                worker, envs, env_id=settings.env_id, seed=settings.seed, timeout=settings.timeout_seconds
+                worker,
+                envs,
+                env_id=settings.env_id,
+                seed=settings.seed,
+                timeout=settings.timeout_seconds,
+                hidden=settings.hidden,
             )
     finally:
         envs.close()
