@@ -551,11 +551,13 @@ class WorkerCommunicator:
             "counts": counts,
         }
 
-    def cleanup(self, *, acknowledge: bool = True) -> CleanupReport:
+    def cleanup(self, *, acknowledge: bool = True, over: bool = True) -> CleanupReport:
         """End this learner within its timeout; give what it leaves in Redis. May be called again.
 
         Args:
             acknowledge: whether batches that were returned last count as done (not with `acknowledge="manual"`).
+            over: whether the run is over; if not, as this learner is to be started again elsewhere, those who look
+                at the run see that it is away.
         """
         if self._closed is not None:
             return self._closed
@@ -572,7 +574,7 @@ class WorkerCommunicator:
         try:
             if not deadline.over:
                 with within(deadline):
-                    self._closed = self._finish(deadline, acknowledge=acknowledge, ended=ended)
+                    self._closed = self._finish(deadline, acknowledge=acknowledge, ended=ended, over=over)
         except PeerError as error:
             logger.warning("cleanup of the run %r: %s", self.run, error)
         finally:
@@ -582,7 +584,7 @@ class WorkerCommunicator:
             self._connection.close()
         return self._closed
 
-    def _finish(self, deadline: Deadline, *, acknowledge: bool, ended: bool) -> CleanupReport:
+    def _finish(self, deadline: Deadline, *, acknowledge: bool, ended: bool, over: bool) -> CleanupReport:
         if acknowledge:
             self._collector.acknowledge_returned(deadline)
         workers = self._roster.ids()
@@ -590,7 +592,8 @@ class WorkerCommunicator:
         counts = read_counts(self._connection, self._keys, workers)
         waiting = {worker: count.waiting for worker, count in counts.items()}
         commands = sum(self._commander.waiting().values())
-        self._roster.close()
+        if over:
+            self._roster.close()
         if ended:
             with suppress(PeerError):  # the report counts for more
                 self._record(last=True)

@@ -30,6 +30,7 @@ from rlbroker.keys import Keys
 from rlbroker.membership.attention import Attention
 from rlbroker.membership.heartbeat import Heartbeat
 from rlbroker.records import SendReceipt
+from rlbroker.signals import Signals
 from rlbroker.weights.images import Images
 from rlbroker.weights.loading import check_target, load
 from rlbroker.weights.subscriber import Subscriber, Update, only_newest
@@ -42,6 +43,9 @@ Handler = Callable[[Any], None]
 
 #: How long a paused or waiting worker sleeps between two looks at what arrived.
 LOOK_SECONDS = 0.1
+
+#: Which part of the time to leave a draining worker waits for batches that have not reached their level.
+DRAIN_PART = 0.75
 
 
 class WorkerClient:
@@ -99,8 +103,9 @@ class WorkerClient:
         choice("level", level, get_args(Level))
         place = host_cache_place(host_cache)
         self._keys = keys = Keys(run)
-        self._closed = False
+        self._closed = self._draining = False
         self._running = True
+        self._signals = Signals(self.drain)
         self._version = 0
         self._misfit = ""  #: why the newest weights could not be loaded into the model
         self._paused_until: float | None = None
@@ -178,8 +183,13 @@ class WorkerClient:
 
     @property
     def running(self) -> bool:
-        """Whether to go on: False after a `stop` command was obeyed, or after `close`."""
-        return self._running and not self._closed
+        """Whether to go on: False after a `stop` command was obeyed, after `drain`, or after `close`."""
+        return self._running and not self._draining and not self._closed
+
+    @property
+    def draining(self) -> bool:
+        """Whether this worker was told to go: by `drain`, or by a signal after `drain_on`."""
+        return self._draining
 
     @property
     def paused(self) -> bool:
@@ -199,6 +209,29 @@ class WorkerClient:
             raise UnsupportedType(f"the handler of {name!r} must be callable; got {type(handler).__name__}")
         self._handlers[name] = handler
 
+    def drain(self) -> None:
+        """Have this worker finish: `running` is False from here on, and what waits for weights or a `resume` returns.
+
+        The batch in the works is not lost: a following `send_experiences` sends it, and waits for room as always.
+        `close` then leaves the run. May be called from any thread, from a signal handler too, and again.
+        """
+        self._draining = True  # and nothing else: a signal handler may hold up whoever has a lock
+
+    def drain_on(self, *signals: int) -> None:
+        """Call `drain` at the first of each of these signals; a second of the same kind does what it did before.
+
+        So Kubernetes, Slurm, systemd and people say that a process should go. `close` gives the signals back.
+
+        Args:
+            signals: such as `signal.SIGTERM`, `signal.SIGUSR1`.
+
+        Raises:
+            UsageError: this is not the main thread, and only that can take signals.
+            InvalidArgument: one of these is no signal that can be taken.
+        """
+        self._check()
+        self._signals.watch(*signals)
+
     def reset_requested(self) -> bool:
         """Give whether a `reset` command came since the last call: time to begin new episodes."""
         requested, self._resets = self._resets > 0, 0
@@ -207,7 +240,7 @@ class WorkerClient:
     def load_weights(self, model: Any, timeout: float = 60.0) -> int:
         """Load the latest weights into a model, waiting for the first version; give its number.
 
-        Returns early, without weights, if a `stop` command comes first: `running` is False then.
+        Returns early, without weights, if a `stop` command or `drain` comes first: `running` is False then.
 
         Args:
             model: a `torch.nn.Module`, or a dictionary (see `poll`).
@@ -225,7 +258,7 @@ class WorkerClient:
     def poll(self, model: Any = None) -> bool:
         """Obey the commands that came, and load the newest weights if there are any; cheap otherwise.
 
-        While a `pause` is in force this call does not return.
+        While a `pause` is in force this call does not return, unless the worker drains.
 
         Args:
             model: a `torch.nn.Module`; or a dictionary, which is filled if it is empty, and otherwise has its
@@ -281,7 +314,8 @@ class WorkerClient:
             batch,
             version=self._version,
             timeout_seconds=self._connection.timeout_seconds if timeout is None else timeout,
-            stopped=lambda: not self.running or self._inbox.holds("stop"),
+            # Not while it drains: what was begun is to arrive.
+            stopped=lambda: self._closed or not self._running or self._inbox.holds("stop"),
         )
 
     def flush(self, timeout: float | None = None) -> int:
@@ -303,12 +337,22 @@ class WorkerClient:
         return self._sender.flush(seconds)
 
     def close(self) -> None:
-        """Leave the run within the timeout, so that nobody waits for this worker. May be called again."""
+        """Leave the run within the timeout, so that nobody waits for this worker. May be called again.
+
+        A worker that drains first waits, for most of that time, until its batches have reached their level.
+        """
         if self._closed:
             return
         self._connection.check_process()
         self._closed = True
-        deadline = Deadline(self._connection.timeout_seconds)
+        try:
+            self._leave(Deadline(self._connection.timeout_seconds))
+        finally:
+            self._signals.restore()
+
+    def _leave(self, deadline: Deadline) -> None:
+        if self._draining:
+            self._settle(deadline.remaining * DRAIN_PART)
         for part in (self._subscriber, self._inbox, self._heartbeat):
             part.request_stop()
         try:
@@ -326,6 +370,16 @@ class WorkerClient:
                     self._sender.level,
                 )
             self._connection.close()
+
+    def _settle(self, seconds: float) -> None:
+        assert self._sender is not None
+        if not self._sender.unsafe:
+            return
+        try:
+            with within(Deadline(seconds)):
+                self._sender.flush(seconds)
+        except PeerError as error:
+            logger.debug("worker %d drains: %s", self.worker_id, error)  # what that leaves is told below
 
     def _finish(self, deadline: Deadline) -> None:
         assert self._sender is not None

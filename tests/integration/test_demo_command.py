@@ -171,12 +171,32 @@ def test_missing_extras_are_named_with_what_installs_them(shell: Shell) -> None:
     assert done.stderr == "rlbroker: the demo needs torch: run `pip install 'rlbroker[demo]'`\n"
 
 
-def test_sigterm_stops_a_worker_cleanly(shell: Shell, real_server: RealServer) -> None:
+def test_sigterm_drains_a_worker(shell: Shell, real_server: RealServer) -> None:
     worker = shell.start("worker", "--run", "term", RLBROKER_REDIS_URL=real_server.url)
     read_until(worker.stdout, "worker 0 of run term")
     assert real_server.client.exists("rlb:{term}:hb:0")
     worker.terminate()
     said = worker.communicate(timeout=10)[0]
-    assert worker.returncode == 130
-    assert "Traceback" not in said
+    assert worker.returncode == 0
+    assert said == "told to go: sent what it had begun, and left after 0 batches\n"
     assert not real_server.client.exists("rlb:{term}:hb:0")
+
+
+def test_a_learner_that_is_moved_goes_on_and_its_worker_waits(shell: Shell, real_server: RealServer) -> None:
+    way: dict[str, Any] = {"RLBROKER_REDIS_URL": real_server.url}
+    begin = ("learner", "--run", "moved", "--workers", "1", "--checkpoint", "state.pt", "--target", "25")
+    worker = shell.start("worker", "--run", "moved", "--envs", "2", **way)
+    first = shell.start(*begin, "--target", "1000", **way)
+    read_until(first.stdout, r"[1-9]\d* steps ")
+    first.send_signal(signal.SIGUSR1)
+    said = first.communicate(timeout=20)[0]
+    assert first.returncode == 75, said
+    assert "Told to go" in said
+    assert shell.files() == ["state.pt"]
+    assert real_server.client.hget("rlb:{moved}:meta", "learner_state") == b"open"
+    assert worker.poll() is None
+    said = shell.start(*begin, **way).communicate(timeout=60)[0]
+    assert "the run 'moved' goes on" in said
+    assert "Solved CartPole-v1" in said
+    assert "stopped by the learner" in worker.communicate(timeout=20)[0]
+    assert worker.returncode == 0

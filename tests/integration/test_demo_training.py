@@ -6,7 +6,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 from unittest import mock
 
 import pytest
@@ -23,6 +24,7 @@ from rlbroker import (
     WorkerClient,
     WorkerCommunicator,
 )
+from rlbroker.demo.checkpoint import Checkpoint
 from rlbroker.demo.learner import MAX_QUEUE_SIZE, Learner
 from rlbroker.demo.policy import ActorCritic
 from rlbroker.demo.ppo import PPO
@@ -64,9 +66,14 @@ class Team:
         finally:
             envs.close()
 
-    def __enter__(self) -> None:
+    @property
+    def working(self) -> bool:
+        return all(thread.is_alive() for thread in self._threads)
+
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         for thread in self._threads:
@@ -201,3 +208,46 @@ def _spaces(env_id: str) -> tuple[Any, Any]:
     envs = make_envs(env_id, 1)
     envs.close()
     return envs.single_observation_space, envs.single_action_space
+
+
+def test_a_learner_goes_on_from_its_checkpoint(
+    server: Server, run: str, opened: ExitStack, learner: Callable[..., WorkerCommunicator], tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(tmp_path / "state.pt")
+    with learner() as comm, Team(server.way, run, 1) as team:
+
+        def move(progress: Progress) -> None:
+            if progress.version > 2:
+                first.move()
+
+        first = make_learner(comm, checkpoint=checkpoint, report=move)
+        before = first.run()
+        assert before.outcome == "moved"
+        assert team.working
+        with learner() as again:
+            second = make_learner(again, checkpoint=checkpoint, seconds=0.0)
+            trained, loaded = (one._ppo.policy.state_dict() for one in (first, second))
+            assert all(torch.equal(trained[name], loaded[name]) for name in trained)
+            after = second.run()
+    assert after.outcome == "trained"
+    assert after.episodes >= before.episodes > 0
+    assert after.steps >= before.steps > 1024
+    assert second._first_version > before.versions
+
+
+def test_a_checkpoint_of_something_else_is_refused(
+    opened: ExitStack, learner: Callable[..., WorkerCommunicator], tmp_path: Path
+) -> None:
+    path = tmp_path / "state.pt"
+    path.write_bytes(b"something else")
+    comm = learner()
+    with pytest.raises(InvalidArgument, match=r"state\.pt is no checkpoint"):
+        make_learner(comm, checkpoint=Checkpoint(path))
+    with pytest.raises(InvalidArgument, match="no writable directory"):
+        Checkpoint(tmp_path / "nowhere" / "state.pt")
+    path.unlink()
+    make_learner(comm, checkpoint=Checkpoint(path), seconds=0.0).run()
+    with pytest.raises(
+        InvalidArgument, match="checkpoint is of CartPole-v1, and this learner trains Acrobot-v1"
+    ):
+        make_learner(comm, "Acrobot-v1", checkpoint=Checkpoint(path))

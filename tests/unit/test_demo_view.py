@@ -66,7 +66,8 @@ def test_other_output_is_no_report(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("outcome", "code"), [("solved", 0), ("trained", 0), ("not solved in time", 1), ("interrupted", 130)]
+    ("outcome", "code"),
+    [("solved", 0), ("trained", 0), ("not solved in time", 1), ("interrupted", 130), ("moved", 75)],
 )
 def test_the_exit_code_says_what_came_of_it(outcome: str, code: int) -> None:
     assert replace(SUMMARY, outcome=outcome).exit_code == code  # type: ignore[arg-type]

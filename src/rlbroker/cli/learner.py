@@ -28,6 +28,9 @@ def learner(
         typer.Option(help="Mean return of 100 episodes that counts as solved; else the environment's own."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Where to draw a picture of the training run.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="File to keep the state of training in, and to go on from.")
+    ] = None,
     progress: Annotated[
         Literal["auto", "json"],
         typer.Option(
@@ -37,12 +40,15 @@ def learner(
 ) -> None:
     """Train a policy with PPO on what workers send, and stop the workers at the end.
 
-    Exit code: 0 solved, 1 not solved in time, 130 after Ctrl-C.
+    Ctrl-C ends training, and stops the workers too. SIGTERM and SIGUSR1 say that it is to be moved: it saves its
+    checkpoint and ends, and the workers go on, and wait until it is started again.
+    Exit code: 0 solved, 1 not solved in time, 130 after Ctrl-C, 75 if it was told to go and is to be started again.
 
     Example: rlbroker learner --url redis://host:6379/0 --run demo --env CartPole-v1
     """
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the workers are told to stop in either case
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until training begins, there is nothing to keep
+        signal.signal(number, signal.default_int_handler)
     from rlbroker.demo import place, require_extras
 
     require_extras()
@@ -59,6 +65,7 @@ def learner(
         seconds=minutes * 60.0 if max_seconds is None else max_seconds,
         target=target,
         output=output,
+        checkpoint=checkpoint,
         url=url,
         hidden=hidden,
     )

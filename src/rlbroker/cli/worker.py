@@ -26,9 +26,15 @@ def worker(
 ) -> None:
     """Act with the newest policy and send what happens, until the learner says stop.
 
+    SIGTERM and SIGUSR1 drain: the worker finishes its batch, sends it, which may take 10 s at a full queue, and leaves
+    the run, within 10 s more. A second one, and Ctrl-C, end it at once.
+    Exit code: 0 stopped or drained, 130 after Ctrl-C, or if it was told to go before it had joined, 2 if something
+    is wrong.
+
     Example: rlbroker worker --url redis://host:6379/0 --run demo --env CartPole-v1
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until it has joined, there is nothing to finish
+        signal.signal(number, signal.default_int_handler)
     from rlbroker.demo import require_extras
 
     require_extras()
@@ -45,7 +51,6 @@ def worker(
         hidden=hidden,
     )
     try:
-        sent = work(settings)
+        work(settings)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    print(f"stopped by the learner after {sent:,} batches", flush=True)

@@ -119,7 +119,7 @@ def _run(settings: DemoSettings, console: Console) -> int:
             raise
         for line in processes.restarts():
             _say(console, line)
-        if settings.output is not None and summary.outcome != "interrupted":
+        if settings.output is not None and summary.outcome not in ("interrupted", "moved"):
             _say(console, f"  picture   {settings.output}")
         kept = settings.keep_server or server is None
         _say(console, how_to_look(url, run, kept=kept, ours=server is not None))

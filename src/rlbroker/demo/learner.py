@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from rlbroker.demo import check_output
+from rlbroker.demo.checkpoint import Checkpoint
 from rlbroker.demo.plot import plot
 from rlbroker.demo.policy import HIDDEN, ActorCritic
 from rlbroker.demo.ppo import PPO
@@ -21,6 +23,7 @@ from rlbroker.demo.view import View
 from rlbroker.errors import InvalidArgument
 from rlbroker.learner import WorkerCommunicator
 from rlbroker.records import Batch
+from rlbroker.signals import Signals
 
 #: Environment steps in one update, at least; PPO needs enough for advantages that are worth normalising.
 STEPS_PER_UPDATE = 1024
@@ -32,6 +35,8 @@ EPISODES = 100
 REPORT_SECONDS = 0.25
 #: How long the workers get to obey "stop" and to leave the run.
 STOP_SECONDS = 2.0
+#: How much training a learner that dies loses, about.
+CHECKPOINT_SECONDS = 10.0
 
 
 class Learner:
@@ -47,8 +52,9 @@ class Learner:
         seconds: float,
         report: Callable[[Progress], None],
         began: float | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
-        """Prepare a training run.
+        """Prepare a training run, or go on with the one in the checkpoint.
 
         Args:
             comm: the run's communicator, with a small `max_queue_size`.
@@ -58,6 +64,10 @@ class Learner:
             seconds: when training ends anyway, counted from `began`.
             report: gets the state about four times a second; must be quick.
             began: `time.monotonic()` of the beginning; now, if None.
+            checkpoint: where the state is kept; None to begin anew each time.
+
+        Raises:
+            InvalidArgument: the checkpoint is of another environment, or run.
         """
         self._comm, self._ppo, self._report = comm, ppo, report
         self._env_id, self._target, self._seconds = env_id, target, seconds
@@ -71,21 +81,37 @@ class Learner:
         self._new_returns: list[tuple[int, float]] = []
         self._new_batches: list[tuple[float, int, int]] = []
         self._report_due = 0.0
+        self._moving = False
+        self._checkpoint = checkpoint
+        self._checkpoint_due = time.monotonic() + CHECKPOINT_SECONDS
+        self._resume(checkpoint.load() if checkpoint else None)
 
     def run(self) -> Summary:
-        """Train, stop the workers, and return what came of it. Ctrl-C ends training early."""
+        """Train, stop the workers, and return what came of it. Ctrl-C ends training early.
+
+        After `move` the workers are not stopped: they wait for this learner to come back.
+        """
         try:
             outcome = self._train()
         except KeyboardInterrupt:
             outcome = "interrupted"
         self._seconds = time.monotonic() - self._began  # what follows is no training
+        self._save()
+        if outcome == "moved":
+            summary = self._summary(outcome, ())
+            self._comm.cleanup(over=False)
+            return summary
         return self._summary(outcome, self._stop_workers())
+
+    def move(self) -> None:
+        """End training soon, to go on with it in another process. Signal handlers may call it."""
+        self._moving = True
 
     def _train(self) -> Outcome:
         self._publish()
         self._first_version = self._version
         batches: list[RolloutBatch] = []
-        while True:
+        while not self._moving:
             batches += self._collect(timeout=min(REPORT_SECONDS, max(self._seconds_left, 0.0)))
             solved = (
                 self._target is not None and len(self._returns) == EPISODES and self._mean >= self._target
@@ -100,6 +126,39 @@ class Learner:
                 self._ppo.update(batches)
                 self._publish()
                 batches = []
+                if time.monotonic() >= self._checkpoint_due:
+                    self._save()
+        return "moved"
+
+    def _resume(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            return
+        if state["env_id"] != self._env_id:
+            raise InvalidArgument(
+                f"the checkpoint is of {state['env_id']}, and this learner trains {self._env_id}: name another file"
+            )
+        self._comm.restore(state["marks"])
+        self._ppo.policy.load_state_dict(state["policy"])
+        self._ppo.optimizer.load_state_dict(state["optimizer"])
+        self._steps, self._episodes = state["progress"]["steps"], state["progress"]["episodes"]
+        self._returns += state["progress"]["returns"]
+
+    def _save(self) -> None:
+        if self._checkpoint is not None:
+            self._checkpoint.save(
+                {
+                    "env_id": self._env_id,
+                    "policy": self._ppo.policy.state_dict(),
+                    "optimizer": self._ppo.optimizer.state_dict(),
+                    "progress": {
+                        "steps": self._steps,
+                        "episodes": self._episodes,
+                        "returns": list(self._returns),
+                    },
+                    "marks": self._comm.marks(),
+                }
+            )
+            self._checkpoint_due = time.monotonic() + CHECKPOINT_SECONDS
 
     def _publish(self) -> None:
         self._version = self._comm.send_model_weights(self._ppo.policy.state_dict()).version
@@ -215,6 +274,7 @@ class LearnerSettings:
     seconds: float = 180.0
     target: float | None = None  #: None for the environment's own, if it has one
     output: Path | None = None
+    checkpoint: Path | None = None
     url: str | None = None
     hidden: int = HIDDEN
 
@@ -227,6 +287,7 @@ def learn(settings: LearnerSettings, view: View, began: float | None = None) -> 
         PeerError: the server refused, or could not be reached in time.
     """
     check_output(settings.output)
+    checkpoint = Checkpoint(settings.checkpoint) if settings.checkpoint else None
     torch.set_num_threads(1)  # networks this small are slower with more
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
@@ -256,9 +317,15 @@ def learn(settings: LearnerSettings, view: View, began: float | None = None) -> 
             seconds=settings.seconds,
             report=report,
             began=began,
+            checkpoint=checkpoint,
         )
-        summary = learner.run()
-    if settings.output is not None and summary.outcome != "interrupted":
+        signals = Signals(learner.move)
+        signals.watch(signal.SIGTERM, signal.SIGUSR1)
+        try:
+            summary = learner.run()
+        finally:
+            signals.restore()
+    if settings.output is not None and summary.outcome not in ("interrupted", "moved"):
         plot(
             settings.output,
             history,

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Final, Literal
 
-Outcome = Literal["solved", "not solved in time", "trained", "interrupted"]
+Outcome = Literal["solved", "not solved in time", "trained", "interrupted", "moved"]
+
+#: Exit code of a learner that was told to go while it trained: as sysexits.h has it, try again later.
+MOVED: Final = 75
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """What a command ends with: 0, 1 if not solved in time, 130 after Ctrl-C."""
-        return {"solved": 0, "trained": 0, "not solved in time": 1, "interrupted": 130}[self.outcome]
+        """What a command ends with: 0, 1 if not solved in time, 130 after Ctrl-C, 75 if it is to come back."""
+        codes = {"solved": 0, "trained": 0, "not solved in time": 1, "interrupted": 130, "moved": MOVED}
+        return codes[self.outcome]
 
     def to_json(self) -> str:
         """Return one line without its end."""

@@ -262,6 +262,8 @@ def describe(summary: Summary) -> str:
         "not solved in time": f"{summary.env_id} is not solved after {summary.seconds:.1f} s",
         "trained": f"Trained on {summary.env_id} for {summary.seconds:.1f} s",
         "interrupted": f"Interrupted after {summary.seconds:.1f} s of training on {summary.env_id}",
+        "moved": f"Told to go after {summary.seconds:.1f} s of training on {summary.env_id}, to be started again; "
+        "the workers go on",
     }[summary.outcome]
     target = "" if summary.target is None else f" (solved at {summary.target:g})"
     batches = [f"{summary.batches_delivered:,} delivered"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ def run_worker(
     timeout: float,
     hidden: int = HIDDEN,
 ) -> int:
-    """Step the environments until the learner says stop; return how many batches were sent.
+    """Step the environments until the learner says stop, or the worker drains; return how many batches were sent.
 
     Args:
         worker: this process's place in the run.
@@ -46,6 +47,7 @@ def run_worker(
         DeadlineExceeded: no weights came in time.
         WeightsMismatch: the learner trains for an environment with other observations or actions.
         ConnectionFailed: the server was away for longer than `OUTAGE_SECONDS`.
+        QueueFull: while it drained, its last batch found no room.
     """
     policy = ActorCritic(envs.single_observation_space, envs.single_action_space, hidden)
     if seed is not None:
@@ -56,23 +58,27 @@ def run_worker(
     sent = 0
     while worker.running:
         worker.poll(policy)
-        sent += _send(worker, policy, {**rollout.collect(policy, STEPS_PER_BATCH), "env_id": env_id})
+        if not worker.running:
+            break
+        sent += _send(worker, {**rollout.collect(policy, STEPS_PER_BATCH), "env_id": env_id})
     return sent
 
 
-def _send(worker: WorkerClient, policy: ActorCritic, batch: dict[str, Any]) -> bool:
+def _send(worker: WorkerClient, batch: dict[str, Any]) -> bool:
     """Send a batch, however long that takes while learner or server are away; give whether it was taken."""
     outage = Deadline(OUTAGE_SECONDS)
-    while worker.running:
+    while worker.running or worker.draining:
         try:
             return bool(worker.send_experiences(batch))
         except Unconfirmed:
             return True  # it goes again by itself, before the next one
         except QueueFull:  # the learner is slow, or away: it may come back
+            if worker.draining:  # and nobody shall wait for that
+                raise
             outage = Deadline(OUTAGE_SECONDS)
-            worker.poll(policy)
+            worker.poll()  # no weights: they did not produce this batch
         except (ConnectionFailed, RunLost):
-            if outage.over:
+            if outage.over or worker.draining:
                 raise
     return False
 
@@ -91,20 +97,22 @@ class WorkerSettings:
     hidden: int = HIDDEN
 
 
-def work(settings: WorkerSettings) -> int:
-    """Join a run and act in it until told to stop; return how many batches were sent.
+def work(settings: WorkerSettings) -> None:
+    """Join a run and act in it until told to stop or to go; say which it was, and how many batches were sent.
 
     Raises:
         InvalidArgument: the environment is unknown, or none that the demo can train on.
         DeadlineExceeded: no learner gave weights in time.
-        PeerError: the server refused, or could not be reached in time.
+        PeerError: the server refused, or could not be reached in time; or the last batch found no room while it
+            drained.
     """
     torch.set_num_threads(1)  # networks this small are slower with more
     envs = make_envs(settings.env_id, settings.num_envs)
     try:
         with WorkerClient(redis_url=settings.url, run=settings.run, worker_id=settings.worker_id) as worker:
+            worker.drain_on(signal.SIGTERM, signal.SIGUSR1)
             print(f"worker {worker.worker_id} of {place(settings.url, settings.run)}", flush=True)
-            return run_worker(
+            sent = run_worker(
                 worker,
                 envs,
                 env_id=settings.env_id,
@@ -112,5 +120,8 @@ def work(settings: WorkerSettings) -> int:
                 timeout=settings.timeout_seconds,
                 hidden=settings.hidden,
             )
+            drained = worker.draining
+        why = "told to go: sent what it had begun, and left" if drained else "stopped by the learner"
+        print(f"{why} after {sent:,} batches", flush=True)
     finally:
         envs.close()

@@ -1,0 +1,35 @@
+"""A worker process for the tests: says on stdout what it does, and is told to go by signals.
+
+It prints `began N` and waits for a line on stdin before it sends batch N, so that a test knows what is in the works.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from rlbroker import WorkerClient
+
+
+def main() -> None:
+    """Arguments: run, worker id, timeout in seconds."""
+    run, worker_id, timeout = sys.argv[1:]
+    with WorkerClient(run=run, worker_id=int(worker_id), timeout=float(timeout)) as worker:
+        worker.drain_on(signal.SIGTERM, signal.SIGUSR1)
+        print("joined", flush=True)
+        worker.load_weights({}, timeout=60.0)
+        number = 0
+        while worker.running:
+            print("polls", flush=True)
+            worker.poll({})
+            if not worker.running:
+                break
+            number += 1
+            print(f"began {number}", flush=True)
+            sys.stdin.readline()
+            print(f"sent {worker.send_experiences({'number': number}).sequence}", flush=True)
+    print("left", flush=True)
+
+
+if __name__ == "__main__":
+    main()
