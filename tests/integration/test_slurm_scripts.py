@@ -42,18 +42,19 @@ class Slurm:
             SLURM_NTASKS=str(tasks),
             SLURM_ARRAY_TASK_ID="0",
             TMPDIR=str(self.home),
-            BIND="127.0.0.1",
             LOOK_SECONDS="0.2",
         )
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def begin(self, script: str, job: str, *arguments: str) -> subprocess.Popen[bytes]:
+    def begin(
+        self, script: str, job: str, *arguments: str, node: str = "127.0.0.1"
+    ) -> subprocess.Popen[bytes]:
         (self.home / "jobs" / job).touch()
         with (self.directory / f"{job}.log").open("ab") as log:
             process = subprocess.Popen(
                 ["bash", str(FOLDER / script), *arguments],
                 cwd=self.directory,
-                env={**self._environment, "SLURM_JOB_ID": job},
+                env={**self._environment, "SLURM_JOB_ID": job, "BIND": node},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -61,8 +62,8 @@ class Slurm:
         self._processes.append(process)
         return process
 
-    def learner(self, *arguments: str) -> subprocess.Popen[bytes]:
-        return self.begin("learner.sbatch", LEARNER, "CartPole-v1", *arguments)
+    def learner(self, *arguments: str, node: str = "127.0.0.1") -> subprocess.Popen[bytes]:
+        return self.begin("learner.sbatch", LEARNER, "CartPole-v1", *arguments, node=node)
 
     def workers(self) -> subprocess.Popen[bytes]:
         return self.begin("workers.sbatch", WORKERS, LEARNER, "CartPole-v1", "--envs", "2")
@@ -148,7 +149,7 @@ def test_a_learner_whose_time_is_up_comes_back_and_nothing_is_left_at_the_end(
     assert (slurm.folder / "checkpoint.pt").exists()
     assert workers.poll() is None
 
-    learner = slurm.learner("--target", "25")
+    learner = slurm.learner("--target", "25", node="127.0.0.2")  # at an address that is not the old one
     wait_until("it is back", lambda: (slurm.folder / "url").exists(), timeout_seconds=30)
     assert (slurm.folder / "url").read_text() != first
     assert learner.wait(timeout=80) == 0

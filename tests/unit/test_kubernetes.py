@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 import yaml
+from typed import options
 
 from rlbroker import WorkerClient, WorkerCommunicator
-from rlbroker.cli.app import app
 from rlbroker.observer.figures import LEARNER_FIGURES, RUN_FIGURES
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "k8s"
@@ -38,14 +37,6 @@ def pods() -> Iterator[tuple[str, dict[str, Any]]]:
 
 PODS = dict(pods())
 OURS = ("learner", "workers", "exporter")
-
-
-def options(arguments: list[str]) -> dict[str, Any]:
-    """Give what a command would be called with; it is an error if it does not take these arguments."""
-    group: Any = typer.main.get_command(app)
-    context = group.make_context("rlbroker", list(arguments))
-    name, command, rest = group.resolve_command(context, list(arguments))
-    return dict(command.make_context(name, rest, parent=context).params)
 
 
 @pytest.mark.parametrize("name", OURS)
