@@ -29,6 +29,7 @@ DEFAULT_URL = "redis://localhost:6379/0"
 DEFAULT_RUN = "default"
 URL_SCHEMES = ("redis", "rediss", "unix")
 URL_VARIABLES = ("RLBROKER_REDIS_URL", "REDIS_URL")
+RUN_VARIABLE = "RLBROKER_RUN"
 
 #: Who we are to the server, where its URL does not say it.
 USERNAME_VARIABLE = "RLBROKER_REDIS_USERNAME"
@@ -264,6 +265,16 @@ def run_name(run: str, *, what: str = "run") -> str:
             f"{what} must be 1 to 100 letters, digits, '.', '_' or '-', and begin with a letter or digit; got {shown!r}"
         )
     return run
+
+
+def run_from_environment() -> str | None:
+    """Give the name of the run that a command is about if its `--run` is left out: RLBROKER_RUN; None without it.
+
+    Raises:
+        InvalidArgument: it cannot be the name of a run.
+    """
+    run = os.environ.get(RUN_VARIABLE)
+    return run_name(run, what=RUN_VARIABLE) if run else None
 
 
 def is_run_name(text: str) -> bool:

@@ -20,7 +20,7 @@ RLBROKER = str(Path(sys.executable).with_name("rlbroker"))
 
 def environment(**more: str) -> dict[str, str]:
     """Variables for a command that finds no server and no wishes for colours in them but those given."""
-    hidden = ("RLBROKER_REDIS_URL", "REDIS_URL", "NO_COLOR", "FORCE_COLOR", "COLUMNS")
+    hidden = ("RLBROKER_REDIS_URL", "RLBROKER_RUN", "REDIS_URL", "NO_COLOR", "FORCE_COLOR", "COLUMNS")
     kept = {name: text for name, text in os.environ.items() if name not in hidden}
     return kept | {"PYTHONWARNINGS": "error", "TERM": "xterm"} | more
 

@@ -182,11 +182,12 @@ def keys_of(value: Any, name: str = "", *, ids: str = "workers") -> Iterator[str
     "name",
     [
         *("status", "workers", "missed", "runs", "check", "doctor", "report", "prune", "experiences peek"),
+        "check --self",
         *("weights list", "weights show", "control list"),
     ],
 )
 def test_the_json_of_a_command_is_as_documented(url: str, name: str) -> None:
-    more = ["--dry-run"] if name == "prune" else []
+    more = {"prune": ["--dry-run"], "check --self": ["--run", RUN]}.get(name, [])
     done = rlbroker(*name.split(), "--json", *more, RLBROKER_REDIS_URL=url)
     found, page = set(keys_of(json.loads(done.stdout))), documented(name)
     if name == "report":  # as the page says

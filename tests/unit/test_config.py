@@ -8,6 +8,7 @@ import pytest
 
 from rlbroker.clients import client_from_url
 from rlbroker.config import DEFAULT_URL, RunSettings, redacted_url, redis_url, run_name
+from rlbroker.demo import training_run
 from rlbroker.errors import InvalidArgument
 from rlbroker.keys import Keys
 
@@ -21,6 +22,15 @@ def test_the_url_is_the_argument_then_the_environment_then_localhost(monkeypatch
     monkeypatch.setenv("RLBROKER_REDIS_URL", "unix:///ours.sock")
     assert redis_url() == "unix:///ours.sock"
     assert redis_url("rediss://mine") == "rediss://mine"
+
+
+def test_the_run_of_learner_and_worker_is_the_argument_then_the_environment_then_demo(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RLBROKER_RUN", raising=False)
+    assert training_run(None) == "demo"
+    monkeypatch.setenv("RLBROKER_RUN", "pong")
+    assert (training_run(None), training_run("tetris")) == ("pong", "tetris")
 
 
 @pytest.mark.parametrize(

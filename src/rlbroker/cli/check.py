@@ -37,26 +37,89 @@ def check(
     since: Annotated[
         float | None, typer.Option(parser=seconds_of, metavar="SPAN", help="Time for --max-missed; 1h.")
     ] = None,
+    of_self: Annotated[
+        bool, typer.Option("--self", help="Only whether the learner or a worker of this host is alive.")
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="With --self: 3, not 0, where nobody can say, as it may be the server."
+        ),
+    ] = False,
 ) -> None:
     """Say in one line whether a run is well, and what is wrong in further ones, as monitoring plugins do.
 
+    With --self, as a container's health check or a probe of Kubernetes: whether the learner or a worker of the run
+    that is on this host, by its name, is alive. A server that does not answer is no reason to restart every
+    container at once, so that is UNKNOWN and ends with 0, unless --strict.
+
     Exit code: 0 all is well; 1 warning; 2 critical; 3 nobody can say, as the server or the run cannot be read.
+    With --self: 0 alive, or nobody can say; 2 silent for longer than its lease, nobody of the run is here, or wrong
+    use.
 
     Example: rlbroker check --run pong --staleness 20 --min-workers 8
     """
-    from rlbroker.errors import RlbrokerError
+    from rlbroker.errors import InvalidArgument, RlbrokerError
     from rlbroker.observer.findings import Limits
 
+    if of_self:
+        raise typer.Exit(_check_self(session, strict=strict))
+    if strict:
+        raise InvalidArgument("--strict needs --self")
     try:
         code = _check(session, Limits(staleness, queue, min_workers), max_missed, since or 3600.0)
     except RlbrokerError as error:
         code = UNKNOWN
-        if session.as_json:
-            session.show_json({"state": "unknown", "error": str(error)})
-        else:
-            print(f"UNKNOWN: {error}")
-        session.explain()
+        _show_unknown(session, error)
     raise typer.Exit(code)
+
+
+def _show_unknown(session: Session, error: Exception) -> None:
+    if session.as_json:
+        session.show_json({"state": "unknown", "error": str(error)})
+    else:
+        print(f"UNKNOWN: {plain(str(error))}")
+    session.explain()
+
+
+def _check_self(session: Session, *, strict: bool) -> int:
+    """Say whether anybody of the run is alive on this host, and give the exit code.
+
+    Who lived here before may still be known, such as a worker whose process was started again and has another id now:
+    one that is alive is enough.
+    """
+    import socket
+    from dataclasses import asdict
+
+    from rlbroker.config import run_name
+    from rlbroker.errors import InvalidArgument, RlbrokerError, UsageError
+    from rlbroker.observer.here import find_present
+
+    run, host = session.named_run, socket.gethostname()
+    if run is None:  # the only one would do until somebody begins another
+        raise InvalidArgument("--self needs the name of the run: set RLBROKER_RUN, or give --run")
+    run_name(run)
+    try:
+        with session.in_time():
+            present = find_present(session.connection, run, host)
+    except UsageError:  # it would not work at any other time either
+        raise
+    except RlbrokerError as error:
+        _show_unknown(session, error)
+        return UNKNOWN if strict else OK
+    # A learner that has ended has yet to save what it has learned.
+    code = OK if any(one.state in ("alive", "ended") for one in present) else CRITICAL
+    if session.as_json:
+        here = [asdict(one) for one in present]
+        session.show_json({"state": _WORDS[code].lower(), "run": run, "host": host, "here": here})
+    else:
+        states = [
+            f"{one.name} {one.state}"
+            + ("" if one.last_seen_seconds is None else f" (heard of {age(one.last_seen_seconds)} ago)")
+            for one in present
+        ]
+        print(f"{_WORDS[code]}: {run} on {host}: {', '.join(states) or 'no learner or worker is here'}")
+    return code
 
 
 def _check(session: Session, limits: Limits, max_missed: int | None, since: float) -> int:

@@ -58,7 +58,7 @@ def _run(session: Session) -> str | None:
     from rlbroker.errors import AccessDenied
     from rlbroker.observer.runs import run_names
 
-    if session.asked_run is not None:
+    if session.named_run is not None:
         return session.run
     try:
         names = run_names(session.connection)

@@ -15,8 +15,11 @@ from rlbroker.cli.options import Env, Hidden, MaxSeconds, Minutes, Seed, Url
 def learner(
     url: Url = None,
     run: Annotated[
-        str, typer.Option(help="Name of the training job; the workers' must be the same.")
-    ] = "demo",
+        str | None,
+        typer.Option(
+            help="Name of the training job, the same as the workers'; without it RLBROKER_RUN, demo."
+        ),
+    ] = None,
     env: Env = "CartPole-v1",
     workers: Annotated[int, typer.Option(min=1, help="Number of workers that are expected.")] = 2,
     hidden: Hidden = 64,
@@ -49,9 +52,10 @@ def learner(
     began = time.monotonic()
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until training begins, there is nothing to keep
         signal.signal(number, signal.default_int_handler)
-    from rlbroker.demo import place, require_extras
+    from rlbroker.demo import place, require_extras, training_run
 
     require_extras()
+    run = training_run(run)
     if progress == "auto":
         print(f"learner of {place(url, run)}", flush=True)
     from rlbroker.demo.learner import LearnerSettings, learn

@@ -102,6 +102,17 @@ class Session:
             raise
         return connection
 
+    @property
+    def named_run(self) -> str | None:
+        """The run that was asked for: with --run, or else RLBROKER_RUN.
+
+        Raises:
+            InvalidArgument: RLBROKER_RUN cannot be the name of a run.
+        """
+        from rlbroker.config import run_from_environment
+
+        return self.asked_run or run_from_environment()
+
     @cached_property
     def run(self) -> str:
         """Name of the run: the one that was asked for, or the only one.
@@ -113,7 +124,7 @@ class Session:
         """
         from rlbroker.observer.runs import choose_run
 
-        return choose_run(self.connection, self.asked_run)
+        return choose_run(self.connection, self.named_run)
 
     @cached_property
     def keys(self) -> Keys:
@@ -288,7 +299,10 @@ _SHARED: dict[str, tuple[Any, Any]] = {
     "run": (
         Annotated[
             str | None,
-            typer.Option(help="Which run; not needed if there is only one.", rich_help_panel=_PANEL),
+            typer.Option(
+                help="Which run; without it RLBROKER_RUN; not needed if there is only one.",
+                rich_help_panel=_PANEL,
+            ),
         ],
         None,
     ),

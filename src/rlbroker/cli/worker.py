@@ -13,8 +13,11 @@ from rlbroker.cli.options import Env, Hidden, Seed, Url
 def worker(
     url: Url = None,
     run: Annotated[
-        str, typer.Option(help="Name of the training job; the learner's must be the same.")
-    ] = "demo",
+        str | None,
+        typer.Option(
+            help="Name of the training job, the same as the learner's; without it RLBROKER_RUN, demo."
+        ),
+    ] = None,
     env: Env = "CartPole-v1",
     worker_id: Annotated[
         int | None, typer.Option(min=0, help="This worker's number; the lowest free one if left out.")
@@ -35,13 +38,13 @@ def worker(
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):  # until it has joined, there is nothing to finish
         signal.signal(number, signal.default_int_handler)
-    from rlbroker.demo import require_extras
+    from rlbroker.demo import require_extras, training_run
 
     require_extras()
     from rlbroker.demo.worker import WorkerSettings, work
 
     settings = WorkerSettings(
-        run=run,
+        run=training_run(run),
         env_id=env,
         worker_id=worker_id,
         num_envs=envs,

@@ -9,7 +9,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from rlbroker.config import redacted_url, redis_url
+from rlbroker.config import redacted_url, redis_url, run_from_environment
 from rlbroker.errors import InvalidArgument, UsageError
 
 
@@ -35,6 +35,15 @@ def check_output(output: Path | None) -> None:
         raise InvalidArgument(
             f"no picture can be written to {output}: {output.parent} is no writable directory"
         )
+
+
+def training_run(run: str | None) -> str:
+    """Give the name of the run: the argument, else RLBROKER_RUN, else demo.
+
+    Raises:
+        InvalidArgument: RLBROKER_RUN cannot be the name of a run.
+    """
+    return run or run_from_environment() or "demo"
 
 
 def place(url: str | None, run: str) -> str:

@@ -1,0 +1,70 @@
+"""Who of a run is on one host, and whether it lives: what a container's health check asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlbroker.config import RunSettings
+from rlbroker.connection import Connection
+from rlbroker.keys import Keys
+from rlbroker.observer.legible import legible
+from rlbroker.observer.runs import learner_state
+from rlbroker.records import Liveness
+from rlbroker.replies import scored_members, server_seconds, text_fields
+
+
+@dataclass(frozen=True)
+class Present:
+    """The learner, or a worker, of a run on a host.
+
+    Attributes:
+        worker_id: None for the learner.
+        state: `alive`; `away` when it has been silent for longer than a lease; `ended`: a learner that was cleaned up.
+        last_seen_seconds: age of its last sign of life, by the server's clock; None if it never gave one.
+    """
+
+    worker_id: int | None
+    state: Liveness | Literal["ended", "none"]
+    last_seen_seconds: float | None
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return "learner" if self.worker_id is None else f"worker {self.worker_id}"
+
+
+def find_present(connection: Connection, run: str, host: str) -> list[Present]:
+    """Give the learner of a run, if it is on this host, and the workers that are, by id.
+
+    A further learner, which only collects, does not say where it is.
+
+    Args:
+        connection: way to the server.
+        run: its name; a run that is not there has nobody.
+        host: as the host calls itself.
+
+    Raises:
+        WireError: what is stored is not what learners and workers write.
+        PeerError: the server refused, or could not be reached in time.
+    """
+    keys = Keys(run)
+    clock, meta_reply, members = connection.execute_all(
+        [("TIME",), ("HGETALL", keys.meta), ("ZRANGE", keys.members, 0, -1, "WITHSCORES")]
+    )
+    now, found = server_seconds(clock), list[Present]()
+    with legible(keys.meta):
+        meta = text_fields(meta_reply)
+        lease_seconds = RunSettings.from_fields(meta).lease_seconds
+        if meta.get("learner_host") == host:
+            silent_seconds = max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
+            found.append(Present(None, learner_state(meta, silent_seconds), silent_seconds))
+    with legible(keys.members):
+        seen_at = {int(worker): at / 1000 for worker, at in scored_members(members).items()}
+    hosts = connection.execute_all([("HGET", keys.heartbeat(worker), "host") for worker in seen_at])
+    for worker, said in sorted(zip(seen_at, hosts, strict=True)):
+        if said == host.encode():
+            silent_seconds = max(0.0, now - seen_at[worker])
+            state: Liveness = "alive" if silent_seconds < lease_seconds else "away"
+            found.append(Present(worker, state, silent_seconds))
+    return found
