@@ -434,6 +434,7 @@ def promtool(*arguments: str, said: str = "") -> subprocess.CompletedProcess[str
     "arguments",
     [
         ("check", "config", "prometheus.yaml"),
+        ("check", "config", "compose.yaml"),
         ("check", "rules", "rules.yaml"),
         ("test", "rules", "rules_test.yaml"),
     ],
