@@ -1,0 +1,1 @@
+"""Running on real machines: configurations, and the programs that try them out."""

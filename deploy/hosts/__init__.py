@@ -1,0 +1,1 @@
+"""`deploy/test-hosts`: training across several hosts, one of which is cut off."""
