@@ -26,6 +26,12 @@ SERVER, LEARNER, STAYING, LEAVING = "server", "learner", "workers-a", "workers-b
 #: Large enough to be shared by the processes of a host (from 64 KB on), and small enough for two cores.
 HIDDEN = 128
 
+#: What crosses a link is measured over so many versions at least.
+LEAST_VERSIONS = 8
+
+#: Of what was seen, so many characters are in the summary.
+SEEN_CHARACTERS = 110
+
 #: How long things may take that take seconds: the start of all processes on few cores, and a host's return.
 START_SECONDS, RETURN_SECONDS = 180.0, 60.0
 
@@ -83,6 +89,7 @@ class Test:
             *("learner", *common, "--workers", str(count), "--target", "1e9", "--minutes", "600"),
             *("--progress", "json"),
         )
+        self._say(f"starting a learner and {count} workers")
         host = self._hosts[LEARNER]
         process = self._processes.start(
             LEARNER, host, learner, self._deployment.environment(host, f"{RUN}-learner")
@@ -108,7 +115,7 @@ class Test:
             lambda: all(course.collected(worker, 0.0) for worker in everyone),
             START_SECONDS,
         )
-        self._say(f"training: a learner, {count} workers; batches of all have arrived")
+        self._say("batches of all workers have arrived")
         return course
 
     def _try_what_is_denied(self) -> None:
@@ -149,9 +156,12 @@ class Test:
         first, before = course.version, [self._network.received_bytes(host) for host in measured]
         began, steps = time.monotonic(), course.steps
         self._sleep(self._seconds)
+        # When a version came is known to a quarter of a second only: that shall not matter.
+        self._wait("versions have come", lambda: course.version >= first + LEAST_VERSIONS, START_SECONDS)
         last, after = course.version, [self._network.received_bytes(host) for host in measured]
-        rate = (course.steps - steps) / (time.monotonic() - began)
-        self._say(f"trained for {self._seconds:g} s: versions {first} to {last}, {rate:,.0f} steps/s")
+        seconds = time.monotonic() - began
+        rate = (course.steps - steps) / seconds
+        self._say(f"trained for {seconds:.0f} s: versions {first} to {last}, {rate:,.0f} steps/s")
         sizes = [one["stored_bytes"] for one in self._ask("weights", "list")["forms"]]
         stored = round(sum(sizes) / len(sizes) * (last - first))
         for host, earlier, later in zip(measured, before, after, strict=True):
@@ -233,7 +243,8 @@ class Test:
         width = max(len(one.name) for one in self._checks)
         print()
         for one in self._checks:
-            print(f"{'ok    ' if one.passed else 'FAILED'}  {one.name:<{width}}  {one.seen}")
+            seen = one.seen if len(one.seen) <= SEEN_CHARACTERS else f"{one.seen[: SEEN_CHARACTERS - 2]} …"
+            print(f"{'ok    ' if one.passed else 'FAILED'}  {one.name:<{width}}  {seen}")
         failed = sum(not one.passed for one in self._checks)
         print(f"\n{len(self._checks) - failed} of {len(self._checks)} are as they should be", flush=True)
         return not failed
@@ -243,7 +254,7 @@ class Test:
 
     def _check(self, check: checks.Check) -> None:
         self._checks.append(check)
-        self._say(f"{'ok' if check.passed else 'FAILED'}: {check.name}: {check.seen}")
+        self._say(f"ok: {check.name}" if check.passed else f"FAILED: {check.name}: {check.seen}")
 
     def _say(self, what: str) -> None:
         print(f"{time.monotonic() - self._began:6.1f} s  {what}", flush=True)

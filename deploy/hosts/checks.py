@@ -143,7 +143,7 @@ def weights_cross_once(host: str, received_bytes: int, stored_bytes: int, worker
 def is_refused(what: str, said: str, expected: str) -> Check:
     """Something was refused, with an answer that says so."""
     line = said.splitlines()[0] if said else "it was not"
-    return Check(f"{what} is refused", expected in said, line)
+    return Check(f"{what} is refused", expected in said, line.removeprefix("rlbroker: "))
 
 
 def _listed(values: Iterable[object]) -> str:

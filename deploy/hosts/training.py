@@ -18,6 +18,9 @@ from rlbroker.demo.progress import Progress, WorkerStatus, parse_report
 #: How long a process gets to end, after a signal or by itself.
 END_SECONDS = 20.0
 
+#: The same, where something failed or a person waits.
+HURRY_SECONDS = 5.0
+
 #: Of a process that failed, so much of what it said last is shown.
 TAIL_CHARACTERS = 2000
 
@@ -137,12 +140,14 @@ class Processes:
 
     @contextlib.contextmanager
     def ended_at_last(self) -> Iterator[Processes]:
-        """End those that still run when the block ends, the youngest first."""
+        """End those that still run when the block ends: the first one, which the others need, at last."""
         try:
             yield self
         finally:
-            left = list(reversed(self._running))
-            for name in left:
-                self.interrupt(name)
-            for name in left:
-                self.wait(name, 5.0)
+            names = list(self._running)
+            for group in (names[1:], names[:1]):
+                for name in group:
+                    self.interrupt(name)
+                end = time.monotonic() + HURRY_SECONDS
+                for name in group:
+                    self.wait(name, max(0.0, end - time.monotonic()))
