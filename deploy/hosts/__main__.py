@@ -23,7 +23,7 @@ from rlbroker.keys import Keys
 
 SERVER, LEARNER, STAYING, LEAVING = "server", "learner", "workers-a", "workers-b"
 
-#: Large enough to be shared by the processes of a host (from 64 KB on), and small enough for two cores.
+#: Units of a layer. What crosses a link is mostly weights then, 0.1 MB each; from 64 KB on a host shares them.
 HIDDEN = 128
 
 #: What crosses a link is measured over so many versions at least.
@@ -34,6 +34,10 @@ SEEN_CHARACTERS = 110
 
 #: How long things may take that take seconds: the start of all processes on few cores, and a host's return.
 START_SECONDS, RETURN_SECONDS = 180.0, 60.0
+
+
+class Missing(Exception):
+    """Something is not here that is needed; the message says how to get it."""
 
 
 class Test:
@@ -59,7 +63,8 @@ class Test:
         """Do everything; give whether all is as it should be.
 
         Raises:
-            RuntimeError: something did not start, ended too early, or did not come.
+            RuntimeError, TimeoutError: something ended too early, or did not come.
+            Missing: the server cannot do what is needed.
         """
         self._start_server()
         course = self._start_training()
@@ -71,14 +76,20 @@ class Test:
         return self._summary()
 
     def _start_server(self) -> None:
-        host, log = self._hosts[SERVER], self._processes.log_of("server")
-        self._processes.start("server", host, self._deployment.server_command(log), dict(os.environ))
-        observer = f"{RUN}-observer"
-        self._wait(
-            "the server answers",
-            lambda: self._deployment.redis_cli(self._hosts[LEARNER], observer, "PING") == "PONG",
-            20.0,
-        )
+        host, log = self._hosts[SERVER], self._processes.log_of(SERVER)
+        self._processes.start(SERVER, host, self._deployment.server_command(log), dict(os.environ))
+        looking = self._hosts[LEARNER], f"{RUN}-observer"
+        try:
+            self._wait(
+                "the server answers", lambda: self._deployment.redis_cli(*looking, "PING") == "PONG", 20.0
+            )
+        except RuntimeError:
+            if "tls" in self._processes.tail_of(SERVER).lower():
+                program = self._deployment.program
+                raise Missing(
+                    f"{program} was built without TLS; Debian's has it: apt-get install redis-server"
+                ) from None
+            raise
         self._say("server: deploy/redis with TLS, certificates of clients, and a user for each worker")
 
     def _start_training(self) -> Course:
@@ -209,7 +220,7 @@ class Test:
         for name in (LEARNER, *(f"worker-{worker}" for worker in self._outputs)):
             code = self._processes.wait(name)
             if code != 0:
-                raise RuntimeError(f"{name} ended with exit code {code}: {self._processes.tail_of(name)}")
+                raise RuntimeError(f"{name} ended with exit code {code}")
         said = {}
         for worker, output in self._outputs.items():
             found = re.search(r"stopped by the learner after ([\d,]+) batches", output.read())
@@ -322,6 +333,9 @@ def main() -> int:
         except KeyboardInterrupt:
             print("interrupted: everything is removed", file=sys.stderr)
             return 130
+        except Missing as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         except (RuntimeError, TimeoutError) as error:
             print(f"error: {error}", file=sys.stderr)
             if test is not None:

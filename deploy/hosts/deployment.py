@@ -49,7 +49,7 @@ class Deployment:
         self._folder, self._server = folder, server
         self._certificates, self._secrets = folder / "certificates", folder / "secrets"
         name = "valkey-server" if shutil.which("valkey-server") else "redis-server"
-        self._program, self._client = name, name.replace("server", "cli")
+        self.program, self._client = name, name.replace("server", "cli")
         _run([str(REDIS / "make-certificates"), str(self._certificates), server.address])
         users = rlbroker("acl", "--run", RUN, "--workers", str(workers), "--secrets", str(self._secrets))
         (folder / "users.acl").write_text(_run(users))
@@ -71,7 +71,7 @@ class Deployment:
             "logfile": log,
         }
         given = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-        return [self._program, str(REDIS / "redis.conf"), *given]
+        return [self.program, str(REDIS / "redis.conf"), *given]
 
     def environment(self, host: Host, user: str) -> dict[str, str]:
         """Give the variables that lead a user's processes on a host to the server."""

@@ -114,11 +114,11 @@ class Processes:
         """Find those that ended.
 
         Raises:
-            RuntimeError: one did, with what it said last.
+            RuntimeError: one did.
         """
         for name, process in self._running.items():
             if process.poll() is not None:
-                raise RuntimeError(f"{name} ended with exit code {process.returncode}: {self.tail_of(name)}")
+                raise RuntimeError(f"{name} ended with exit code {process.returncode}")
 
     def tail_of(self, name: str) -> str:
         """Give what a process said last."""
