@@ -189,6 +189,19 @@ def test_a_worker_outlasts_an_outage_longer_than_its_timeout_and_sends_each_batc
     assert len(comm.collect_experiences(timeout=5.0)) == sent
 
 
+def test_a_learner_outlasts_an_outage_longer_than_its_timeout(
+    server: Server, run: str, opened: ExitStack, learner: Callable[..., WorkerCommunicator]
+) -> None:
+    with learner() as comm, Team(server.way, run, 1), ExitStack() as faults:
+        for name in ("send_model_weights", "collect_experiences", "get_queue_info"):
+            outage = [ConnectionFailed("away"), RunLost("came back empty"), *[mock.DEFAULT] * 10_000]
+            away = mock.Mock(side_effect=outage, wraps=getattr(comm, name))
+            faults.enter_context(mock.patch.object(comm, name, away))
+        summary = make_learner(comm, target=1.0, seconds=60.0).run()
+    assert summary.outcome == "solved"
+    assert summary.batches_produced == summary.batches_delivered + sum(summary.batches_lost.values())
+
+
 def test_a_worker_gives_up_on_a_server_that_is_away_for_too_long(
     opened: ExitStack, learner: Callable[..., WorkerCommunicator], worker: Callable[..., WorkerClient]
 ) -> None:
@@ -198,7 +211,7 @@ def test_a_worker_gives_up_on_a_server_that_is_away_for_too_long(
     with (
         closing(envs),
         mock.patch.object(other, "send_experiences", away),
-        mock.patch("rlbroker.demo.worker.OUTAGE_SECONDS", 0.05),
+        mock.patch("rlbroker.demo.outage.OUTAGE_SECONDS", 0.05),
         pytest.raises(ConnectionFailed),
     ):
         run_worker(other, envs, env_id=ENV, seed=1, timeout=10.0)

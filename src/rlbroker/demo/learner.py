@@ -14,6 +14,7 @@ import torch
 
 from rlbroker.demo import check_output
 from rlbroker.demo.checkpoint import Checkpoint
+from rlbroker.demo.outage import outlast
 from rlbroker.demo.plot import plot
 from rlbroker.demo.policy import HIDDEN, ActorCritic
 from rlbroker.demo.ppo import PPO
@@ -118,7 +119,7 @@ class Learner:
             )
             over = solved or self._seconds_left <= 0.0
             if over or time.monotonic() >= self._report_due:
-                self._report(self._progress())
+                self._report(outlast(self._progress))
                 self._report_due = time.monotonic() + REPORT_SECONDS
             if over:
                 return "solved" if solved else "trained" if self._target is None else "not solved in time"
@@ -161,11 +162,12 @@ class Learner:
             self._checkpoint_due = time.monotonic() + CHECKPOINT_SECONDS
 
     def _publish(self) -> None:
-        self._version = self._comm.send_model_weights(self._ppo.policy.state_dict()).version
+        weights = self._ppo.policy.state_dict()
+        self._version = outlast(lambda: self._comm.send_model_weights(weights).version)
 
     def _collect(self, timeout: float) -> list[RolloutBatch]:
         batches = []
-        for worker_id, batch in self._comm.collect_experiences(timeout=timeout):
+        for worker_id, batch in outlast(lambda: self._comm.collect_experiences(timeout=timeout)):
             if batch["env_id"] != self._env_id:
                 raise InvalidArgument(
                     f"worker {worker_id} steps {batch['env_id']}, and this learner trains {self._env_id}: "

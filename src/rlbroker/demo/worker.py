@@ -9,19 +9,16 @@ from typing import Any
 import torch
 from gymnasium.vector import VectorEnv
 
-from rlbroker.config import RunSettings
-from rlbroker.deadline import Deadline
 from rlbroker.demo import place
+from rlbroker.demo.outage import outlast
 from rlbroker.demo.policy import HIDDEN, ActorCritic
 from rlbroker.demo.rollout import Rollout, make_envs
-from rlbroker.errors import ConnectionFailed, QueueFull, RunLost, Unconfirmed
+from rlbroker.errors import QueueFull, Unconfirmed
 from rlbroker.worker import WorkerClient
 
 STEPS_PER_BATCH = 64
 #: How far apart the seeds of two workers are: more than either has environments.
 SEED_STRIDE = 1000
-#: How long the server may be away: a worker that was silent for so long has to be started again anyway.
-OUTAGE_SECONDS = RunSettings.forget_seconds
 
 
 def run_worker(
@@ -46,7 +43,7 @@ def run_worker(
     Raises:
         DeadlineExceeded: no weights came in time.
         WeightsMismatch: the learner trains for an environment with other observations or actions.
-        ConnectionFailed: the server was away for longer than `OUTAGE_SECONDS`.
+        ConnectionFailed: the server was away for longer than ten minutes.
         QueueFull: while it drained, its last batch found no room.
     """
     policy = ActorCritic(envs.single_observation_space, envs.single_action_space, hidden)
@@ -66,20 +63,15 @@ def run_worker(
 
 def _send(worker: WorkerClient, batch: dict[str, Any]) -> bool:
     """Send a batch, however long that takes while learner or server are away; give whether it was taken."""
-    outage = Deadline(OUTAGE_SECONDS)
     while worker.running or worker.draining:
         try:
-            return bool(worker.send_experiences(batch))
+            return bool(outlast(lambda: worker.send_experiences(batch), leaving=lambda: worker.draining))
         except Unconfirmed:
             return True  # it goes again by itself, before the next one
         except QueueFull:  # the learner is slow, or away: it may come back
             if worker.draining:  # and nobody shall wait for that
                 raise
-            outage = Deadline(OUTAGE_SECONDS)
             worker.poll()  # no weights: they did not produce this batch
-        except (ConnectionFailed, RunLost):
-            if outage.over or worker.draining:
-                raise
     return False
 
 
