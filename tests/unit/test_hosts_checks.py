@@ -89,6 +89,12 @@ def test_a_host_is_back_only_if_its_workers_live_send_and_run_what_is_new(
     assert checks.host_came_back(course(batches, state, version), CUT, LEAVING).passed is passes
 
 
+def test_a_host_that_is_away_again_is_not_back() -> None:
+    seen = course({2: [121.0], 3: [122.0]})
+    seen.reports += course({}, state="away").reports
+    assert not checks.host_came_back(seen, CUT, LEAVING).passed
+
+
 @pytest.mark.parametrize(
     ("changes", "sent", "passes"),
     [
