@@ -133,7 +133,7 @@ def weights_cross_once(host: str, received_bytes: int, stored_bytes: int, worker
         f"weights cross the link of {host} once",
         crossings < (1 + workers) / 2 or workers == 1,
         f"{received_bytes / 1e6:.2f} MB, everything included, for {stored_bytes / 1e6:.2f} MB of weights: "
-        f"{crossings:.2f} × for {workers} workers",
+        f"{crossings:.2f} × (workers there: {workers})",
     )
 
 
