@@ -14,14 +14,14 @@ import torch
 
 from rlbroker.demo import check_output
 from rlbroker.demo.checkpoint import Checkpoint
-from rlbroker.demo.outage import outlast
+from rlbroker.demo.outage import Result, outlast
 from rlbroker.demo.plot import plot
 from rlbroker.demo.policy import HIDDEN, ActorCritic
 from rlbroker.demo.ppo import PPO
 from rlbroker.demo.progress import Outcome, Progress, Summary, WorkerStatus
 from rlbroker.demo.rollout import RolloutBatch, make_envs
 from rlbroker.demo.view import View
-from rlbroker.errors import InvalidArgument
+from rlbroker.errors import ConnectionFailed, InvalidArgument, RunLost
 from rlbroker.learner import WorkerCommunicator
 from rlbroker.records import Batch
 from rlbroker.signals import Signals
@@ -96,6 +96,10 @@ class Learner:
             outcome = self._train()
         except KeyboardInterrupt:
             outcome = "interrupted"
+        except (ConnectionFailed, RunLost):
+            if not self._moving:
+                raise
+            outcome = "moved"
         self._seconds = time.monotonic() - self._began  # what follows is no training
         self._save()
         if outcome == "moved":
@@ -119,7 +123,7 @@ class Learner:
             )
             over = solved or self._seconds_left <= 0.0
             if over or time.monotonic() >= self._report_due:
-                self._report(outlast(self._progress))
+                self._report(self._outlast(self._progress))
                 self._report_due = time.monotonic() + REPORT_SECONDS
             if over:
                 return "solved" if solved else "trained" if self._target is None else "not solved in time"
@@ -161,13 +165,16 @@ class Learner:
             )
             self._checkpoint_due = time.monotonic() + CHECKPOINT_SECONDS
 
+    def _outlast(self, call: Callable[[], Result]) -> Result:
+        return outlast(call, leaving=lambda: self._moving)
+
     def _publish(self) -> None:
         weights = self._ppo.policy.state_dict()
-        self._version = outlast(lambda: self._comm.send_model_weights(weights).version)
+        self._version = self._outlast(lambda: self._comm.send_model_weights(weights).version)
 
     def _collect(self, timeout: float) -> list[RolloutBatch]:
         batches = []
-        for worker_id, batch in outlast(lambda: self._comm.collect_experiences(timeout=timeout)):
+        for worker_id, batch in self._outlast(lambda: self._comm.collect_experiences(timeout=timeout)):
             if batch["env_id"] != self._env_id:
                 raise InvalidArgument(
                     f"worker {worker_id} steps {batch['env_id']}, and this learner trains {self._env_id}: "

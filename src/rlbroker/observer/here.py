@@ -8,10 +8,11 @@ from typing import Literal
 from rlbroker.config import RunSettings
 from rlbroker.connection import Connection
 from rlbroker.keys import Keys
+from rlbroker.lives import lives_from, worker_numbers
 from rlbroker.observer.legible import legible
 from rlbroker.observer.runs import learner_state
 from rlbroker.records import Liveness
-from rlbroker.replies import scored_members, server_seconds, text_fields
+from rlbroker.replies import server_seconds, text_fields
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def find_present(connection: Connection, run: str, host: str) -> list[Present]:
         PeerError: the server refused, or could not be reached in time.
     """
     keys = Keys(run)
-    clock, meta_reply, members = connection.execute_all(
-        [("TIME",), ("HGETALL", keys.meta), ("ZRANGE", keys.members, 0, -1, "WITHSCORES")]
+    clock, meta_reply, names = connection.execute_all(
+        [("TIME",), ("HGETALL", keys.meta), ("SMEMBERS", keys.workers)]
     )
     now, found = server_seconds(clock), list[Present]()
     with legible(keys.meta):
@@ -59,12 +60,14 @@ def find_present(connection: Connection, run: str, host: str) -> list[Present]:
         if meta.get("learner_host") == host:
             silent_seconds = max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
             found.append(Present(None, learner_state(meta, silent_seconds), silent_seconds))
-    with legible(keys.members):
-        seen_at = {int(worker): at / 1000 for worker, at in scored_members(members).items()}
-    hosts = connection.execute_all([("HGET", keys.heartbeat(worker), "host") for worker in seen_at])
-    for worker, said in sorted(zip(seen_at, hosts, strict=True)):
-        if said == host.encode():
-            silent_seconds = max(0.0, now - seen_at[worker])
+    ids = worker_numbers(names)
+    replies = connection.ask([("HGET", keys.heartbeat(worker), "host") for worker in ids])
+    # A worker's user may read its own keys only.
+    here = [worker for worker, said in zip(ids, replies, strict=True) if said == host.encode()]
+    lives = lives_from(here, connection.ask([("HGETALL", keys.life(worker)) for worker in here]))
+    for worker, life in lives.items():
+        if life.member:
+            silent_seconds = max(0.0, now - life.seen_milliseconds / 1000)
             state: Liveness = "alive" if silent_seconds < lease_seconds else "away"
             found.append(Present(worker, state, silent_seconds))
     return found
