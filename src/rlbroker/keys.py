@@ -61,6 +61,17 @@ class Keys:
         """Pattern of all of the run's keys, to find and delete them."""
         return f"{self.prefix}:*"
 
+    def written_by_worker(self, worker: int | str) -> list[str]:
+        """Give the keys that a worker writes, or a pattern of them for all workers, who are `*`."""
+        return [f"{self.prefix}:{kind}:{worker}" for kind in ("x", "counts", "ack", "life", "hb")]
+
+    def read_by_worker(self, worker: int | str) -> list[str]:
+        """Give the keys that a worker reads and never writes; a pattern for chunks, and for all workers, who are `*`."""
+        return [
+            *(self.meta, self.weights, self.control, self.workers, f"{self.prefix}:w:*"),
+            *(f"{self.prefix}:{kind}:{worker}" for kind in ("ledger", "epochs")),
+        ]
+
     def queue(self, worker: int) -> list[str]:
         """Give the keys of one worker's batches, which scripts touch together."""
         return [

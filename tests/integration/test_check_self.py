@@ -186,7 +186,15 @@ def test_pruning_is_about_all_runs_also_where_the_environment_names_one(
 def test_a_health_check_loads_nothing_heavy_and_needs_few_rights(
     url: str, run: str, real_server: RealServer, worker: WorkerClient
 ) -> None:
-    rights = (f"%R~{Keys(run).prefix}:*", "+ping", "+time", "+hgetall", "+zrange", "+hget", "+client|setinfo")
+    rights = (
+        f"%R~{Keys(run).prefix}:*",
+        "+ping",
+        "+time",
+        "+hgetall",
+        "+smembers",
+        "+hget",
+        "+client|setinfo",
+    )
     real_server.client.execute_command("ACL", "SETUSER", "prober", "on", ">word", "resetkeys", *rights)
     program = (
         "import socket, sys; socket.gethostname = lambda: 'box-7'\n"

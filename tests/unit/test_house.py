@@ -23,6 +23,7 @@ ALLOWED = {
     "clients": {"config", "deadline", "errors", "tls"},
     "packing": set(),
     "refusals": {"errors", "keys"},
+    "rights": {"keys"},
     "connection": {"clients", "config", "deadline", "errors", "packing", "refusals", "tls"},
     "tls": {"config", "deadline", "errors"},
     "background": {"deadline", "errors"},
@@ -72,7 +73,7 @@ ALLOWED |= {
         "__init__",
     },
     "__main__": {"cli"},
-    "cli": _ROOMS | {"demo", "local", "observer", "probe", "pruning", "__init__"},
+    "cli": _ROOMS | {"demo", "local", "observer", "probe", "pruning", "rights", "__init__"},
     "__init__": {"learner", "worker", "config", "records", "errors", "control"},
 }
 

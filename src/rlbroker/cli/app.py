@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from rlbroker.cli.acl import acl
 from rlbroker.cli.bench import bench
 from rlbroker.cli.check import check
 from rlbroker.cli.control import control
@@ -32,7 +33,7 @@ COMMANDS = {
     "Run": (demo, server, learner, worker),
     "Look": (status, top, workers, missed, report, weights, experiences, runs),
     "Act": (control, dead),
-    "Server": (check, doctor, exporter, bench, prune),
+    "Server": (check, doctor, acl, exporter, bench, prune),
 }
 
 app = typer.Typer(
