@@ -42,7 +42,7 @@ from rlbroker.errors import (
 )
 from rlbroker.packing import Argument as Argument
 from rlbroker.packing import Pieces, packed
-from rlbroker.refusals import refused
+from rlbroker.refusals import refused, says_refused
 from rlbroker.tls import answers_only_tls, refusal_of
 
 logger = logging.getLogger("rlbroker")
@@ -635,7 +635,7 @@ def translated(
     """
     # Redis 6.2 says what was refused within a script after where that was.
     text = re.sub(r"^Error running script .*?: -(?=[A-Z]+ )", "", str(error)).rstrip(".")
-    if isinstance(error, redis_errors.NoPermissionError) or "NOPERM" in text:
+    if isinstance(error, redis_errors.NoPermissionError) or says_refused(text):
         return refused(text, address, command=command, user=user)
     if insecure := refusal_of(error):
         return TlsFailed(f"{address} {insecure}")

@@ -66,7 +66,7 @@ class Keys:
         return [f"{self.prefix}:{kind}:{worker}" for kind in ("x", "counts", "ack", "life", "hb")]
 
     def read_by_worker(self, worker: int | str) -> list[str]:
-        """Give the keys that a worker reads and never writes; a pattern for chunks, and for all workers, who are `*`."""
+        """Give the keys that a worker only reads; a pattern for chunks, and for all workers, who are `*`."""
         return [
             *(self.meta, self.weights, self.control, self.workers, f"{self.prefix}:w:*"),
             *(f"{self.prefix}:{kind}:{worker}" for kind in ("ledger", "epochs")),

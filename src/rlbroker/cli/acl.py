@@ -68,9 +68,10 @@ def acl(
     version = _numbers(server_version) if server_version else _version_of(session)
     found = users(Keys(session.named_run or DEFAULT_RUN), workers=workers, shared=shared, version=version)
     if session.as_json:
-        return session.show_json(
+        session.show_json(
             {"users": [{"name": one.name, "role": one.role, "rules": one.rules} for one in found]}
         )
+        return
     assert secrets_folder is not None
     names = [one.name for one in found] + ([] if setuser else [ADMINISTRATOR])
     passwords, made = _passwords(secrets_folder, names)
