@@ -216,7 +216,9 @@ class Test:
 
     def _end(self, course: Course) -> None:
         """Have the learner stop its workers, and compare what they say with the counts."""
-        self._processes.interrupt(LEARNER)
+        self._processes.signal(
+            LEARNER, signal.SIGINT
+        )  # Ctrl-C; SIGTERM would leave the workers waiting for it
         for name in (LEARNER, *(f"worker-{worker}" for worker in self._outputs)):
             code = self._processes.wait(name)
             if code != 0:

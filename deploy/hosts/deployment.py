@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,20 @@ def user_of(worker: int) -> str:
     return f"{RUN}-worker-{worker}"
 
 
+def rights_of(said: str) -> str:
+    """Give the version whose rights a server knows, from its `--version`; Valkey's are those of Redis 7.2.
+
+    >>> rights_of("Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.2.1 bits=64 build=b0a7514f8b35dc1f")
+    '7.0'
+    >>> rights_of("Valkey server v=9.1.2 sha=00000000:1 malloc=jemalloc-5.3.0 bits=64 build=bb2ee57236e6aa3a")
+    '7.2'
+    """
+    found = re.search(r"v=(\d+\.\d+)", said)
+    if found is None:
+        raise RuntimeError(f"the server does not say which version it is: {said.strip()}")
+    return "7.2" if said.startswith("Valkey") else found[1]
+
+
 class Deployment:
     """A server with deploy/redis and the users of one run, and what each host needs to reach it."""
 
@@ -51,7 +66,10 @@ class Deployment:
         name = "valkey-server" if shutil.which("valkey-server") else "redis-server"
         self.program, self._client = name, name.replace("server", "cli")
         _run([str(REDIS / "make-certificates"), str(self._certificates), server.address])
-        users = rlbroker("acl", "--run", RUN, "--workers", str(workers), "--secrets", str(self._secrets))
+        users = rlbroker(
+            *("acl", "--run", RUN, "--workers", str(workers), "--secrets", str(self._secrets)),
+            *("--server-version", rights_of(_run([self.program, "--version"]))),
+        )
         (folder / "users.acl").write_text(_run(users))
 
     def server_command(self, log: Path) -> list[str]:

@@ -124,10 +124,10 @@ class Processes:
         """Give what a process said last."""
         return self.log_of(name).read_text(errors="replace")[-TAIL_CHARACTERS:].strip()
 
-    def interrupt(self, name: str) -> None:
+    def signal(self, name: str, number: signal.Signals) -> None:
         """Ask one to end."""
         with contextlib.suppress(ProcessLookupError):
-            self._running[name].send_signal(signal.SIGTERM)
+            self._running[name].send_signal(number)
 
     def wait(self, name: str, seconds: float = END_SECONDS) -> int:
         """Wait for the end of one, and end it by force if need be; give its exit code."""
@@ -147,7 +147,7 @@ class Processes:
             names = list(self._running)
             for group in (names[1:], names[:1]):
                 for name in group:
-                    self.interrupt(name)
+                    self.signal(name, signal.SIGTERM)
                 end = time.monotonic() + HURRY_SECONDS
                 for name in group:
                     self.wait(name, max(0.0, end - time.monotonic()))
