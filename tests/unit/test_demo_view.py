@@ -77,6 +77,12 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
     assert isinstance(open_view("E", Console(file=io.StringIO())), PlainLines)
 
 
+def test_a_log_is_written_while_training_goes_on(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log, open_view("E", Console(file=log)) as view:
+        view.update(PROGRESS)
+        assert "steps" in (tmp_path / "log").read_text()
+
+
 def test_with_no_color_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     assert isinstance(open_view("E", Console(file=io.StringIO(), force_terminal=True)), PlainLines)

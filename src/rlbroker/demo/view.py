@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -50,7 +50,7 @@ def open_view(env_id: str, console: Console | None = None) -> View:
     console = console or Console()
     if console.is_terminal and not console.is_dumb_terminal and not console.no_color:
         return Dashboard(env_id, console)
-    return PlainLines(console.file.write)
+    return PlainLines(partial(print, end="", file=console.file, flush=True))  # a log is read while it grows
 
 
 def chart(values: Sequence[float], width: int, height: int, top: float) -> list[str]:
@@ -120,9 +120,7 @@ class JsonLines:
 class PlainLines:
     """Writes a line every few seconds, and the last state at the end."""
 
-    def __init__(
-        self, write: Callable[[str], object] = sys.stdout.write, seconds: float = PLAIN_SECONDS
-    ) -> None:
+    def __init__(self, write: Callable[[str], object], seconds: float = PLAIN_SECONDS) -> None:
         """Write with `write`, at most once in `seconds`."""
         self._write = write
         self._seconds = seconds
