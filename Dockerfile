@@ -44,7 +44,6 @@ LABEL org.opencontainers.image.title="rlbroker" \
       org.opencontainers.image.licenses="Apache-2.0"
 # The user has a name, as libraries ask for it; another number works too.
 RUN groupadd --gid 10001 rlbroker && useradd --uid 10001 --gid 10001 --create-home rlbroker
-COPY --from=build /opt/rlbroker /opt/rlbroker
 # What is only kept for a while goes to /tmp, which is there also where the root file system is read-only.
 ENV PATH=/opt/rlbroker/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -59,3 +58,6 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 CMD rlbroker check --self || exit 1
 ENTRYPOINT ["rlbroker"]
 CMD ["--help"]
+# Last, so that a change of the source leaves all above as it is.
+# Last, as all above stays as it is when the source changes.
+COPY --from=build /opt/rlbroker /opt/rlbroker
