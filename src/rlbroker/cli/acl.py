@@ -23,7 +23,7 @@ ADMINISTRATOR = "admin"
 def acl(
     session: Session,
     workers: Annotated[
-        int, typer.Option(min=1, help="How many workers there are to be, with ids from 0 on.")
+        int, typer.Option(min=1, max=65_536, help="How many workers there are to be, with ids from 0 on.")
     ] = 8,
     shared: Annotated[
         bool,
