@@ -32,7 +32,7 @@ QUEUE_SIZE = 4
 #: Redis commands that change nothing, and the two that the page says to be changes.
 LOOKING = {
     *("hget", "hgetall", "hkeys", "hmget", "hvals", "ttl", "info", "time"),
-    *("xlen", "xpending", "xrange", "xrevrange", "zrange"),
+    *("xlen", "xpending", "xrange", "xrevrange", "smembers"),
     *("client list", "config get", "memory usage"),
 }
 CHANGING = {"config set", "unlink"}
