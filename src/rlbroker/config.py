@@ -25,6 +25,9 @@ Acknowledge = Literal["next", "manual"]
 #: Whether, and in which directory, the processes of one host share weights.
 HostCacheSetting = bool | str | Path
 
+#: A key itself, or the file that holds it.
+SigningKeySetting = str | bytes | Path
+
 DEFAULT_URL = "redis://localhost:6379/0"
 DEFAULT_RUN = "default"
 URL_SCHEMES = ("redis", "rediss", "unix")
@@ -41,6 +44,12 @@ TLS_CA_VARIABLE = "RLBROKER_TLS_CA_FILE"
 TLS_CERTIFICATE_VARIABLE = "RLBROKER_TLS_CERTIFICATE_FILE"
 TLS_KEY_VARIABLE = "RLBROKER_TLS_KEY_FILE"
 TLS_VARIABLES = (TLS_CA_VARIABLE, TLS_CERTIFICATE_VARIABLE, TLS_KEY_VARIABLE)
+
+#: The file with the key that signs weights and commands.
+SIGNING_KEY_VARIABLE = "RLBROKER_SIGNING_KEY_FILE"
+
+#: A shorter key could be guessed; `openssl rand -hex 32` makes 64 characters.
+MIN_SIGNING_KEY_BYTES = 32
 
 #: Set by a command that took a URL with a password out of its arguments.
 URL_TYPED_VARIABLE = "RLBROKER_URL_TYPED"
@@ -211,6 +220,40 @@ def redis_password() -> str | None:
 def tls_files() -> dict[str, str]:
     """Give the files that the environment names for TLS, by variable."""
     return {name: os.environ[name] for name in TLS_VARIABLES if os.environ.get(name)}
+
+
+def signing_secret(given: SigningKeySetting | None = None) -> bytes | None:
+    """Give the key that signs weights and commands: the argument, else what RLBROKER_SIGNING_KEY_FILE names.
+
+    Args:
+        given: the key itself as text or bytes, or the path of a file with it, whose last newline does not count.
+
+    Raises:
+        InvalidArgument: the key is too short, or its file cannot be used.
+    """
+    setting, path = "signing_key", given
+    if given is None:
+        found = os.environ.get(SIGNING_KEY_VARIABLE)
+        if not found:
+            return None
+        setting, path = SIGNING_KEY_VARIABLE, Path(found)
+    if isinstance(path, Path):
+        try:
+            key = path.read_bytes().rstrip(b"\r\n")
+        except OSError as error:
+            raise InvalidArgument(f"{setting}: cannot read {path}: {error.strerror or error}") from None
+        if not key:
+            raise InvalidArgument(f"{setting}: {path} is empty")
+    elif isinstance(path, str | bytes):
+        key = path.encode() if isinstance(path, str) else path
+    else:  # not the value itself: it may be a key of another type
+        raise InvalidArgument(f"{setting} must be text, bytes or a Path; got {type(path).__name__}")
+    if len(key) < MIN_SIGNING_KEY_BYTES:
+        raise InvalidArgument(
+            f"{setting}: a key has at least {MIN_SIGNING_KEY_BYTES} bytes, and this one {len(key)}; "
+            "`openssl rand -hex 32` makes one (text is the key itself; a file is named by a Path)"
+        )
+    return key
 
 
 def colors_wanted() -> bool:

@@ -19,12 +19,14 @@ from rlbroker.config import (
     HostCacheSetting,
     RunSettings,
     SamplesPerInsert,
+    SigningKeySetting,
     WhenFull,
     choice,
     host_cache_place,
     positive_int,
     positive_seconds,
     run_name,
+    signing_secret,
     waiting_seconds,
     worker_number,
 )
@@ -48,6 +50,7 @@ from rlbroker.recorder import Known, Recorder
 from rlbroker.records import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
 from rlbroker.replies import entry_id
 from rlbroker.scalars import ScalarLog, SummaryWriter
+from rlbroker.signing import SigningKey
 from rlbroker.weights.images import Images
 from rlbroker.weights.publisher import COMMIT, Publisher
 from rlbroker.wire.version import FORMAT_VERSION
@@ -127,6 +130,7 @@ class WorkerCommunicator:
         forget_seconds: float = RunSettings.forget_seconds,
         allow_eviction: bool = False,
         host_cache: HostCacheSetting = True,
+        signing_key: SigningKeySetting | None = None,
     ) -> None:
         """Open a run as its learner.
 
@@ -154,6 +158,9 @@ class WorkerCommunicator:
             allow_eviction: take a server whose memory policy deletes keys.
             host_cache: whether workers on this machine get weights through shared memory: in /dev/shm, or in the
                 directory that is given instead.
+            signing_key: signs weights and commands, so that whoever can write to the server cannot make them up for
+                workers with the same key: text or bytes of at least 32, or a Path to a file with them. By default,
+                from the file that RLBROKER_SIGNING_KEY_FILE names.
 
         Raises:
             InvalidArgument: a setting cannot work.
@@ -190,6 +197,8 @@ class WorkerCommunicator:
             lease_seconds=lease_seconds,
             forget_seconds=forget_seconds,
         )
+        secret = signing_secret(signing_key)
+        key = SigningKey(secret) if secret else None
         self._keys = keys = Keys(run)
         self._publishes = publishes
         self._closed: CleanupReport | None = None
@@ -214,14 +223,16 @@ class WorkerCommunicator:
                 epoch=self._epoch,
                 images=Images(run, host_cache_place(host_cache)),
                 metrics=metrics,
+                key=key,
             )
             self._holdings = Holdings(connection, keys, name=learner_name, epoch=self._epoch)
-            self._commander = Commander(connection, keys, epoch=self._epoch)
+            self._commander = Commander(connection, keys, epoch=self._epoch, key=key)
             self._ledger = Ledger(
                 connection,
                 keys,
                 epoch=self._epoch,
                 latest_version=lambda: self._publisher.last_used,
+                signed=key is not None,
                 settled=self._commander.note,
             )
             workers = self._roster.ids()

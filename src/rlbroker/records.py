@@ -285,7 +285,8 @@ class Missed:
         first: first missed version, for weights.
         last: last missed version, for weights.
         command: id and name of the missed command, for commands.
-        why: `superseded`, `failed`, `away` or `left`; for commands also `unknown` and `expired`.
+        why: `superseded`, `failed`, `away` or `left`; for commands also `unknown` and `expired`;
+            `refused` for what lacked the signature of the worker's key and was no version of a learner's.
         at: when it was recorded, the server's clock, seconds since the epoch.
     """
 

@@ -15,10 +15,12 @@ from rlbroker.config import (
     DEFAULT_RUN,
     HostCacheSetting,
     Level,
+    SigningKeySetting,
     WhenFull,
     choice,
     host_cache_place,
     positive_seconds,
+    signing_secret,
     waiting_seconds,
 )
 from rlbroker.connection import Connection
@@ -31,6 +33,7 @@ from rlbroker.membership.attention import Attention
 from rlbroker.membership.heartbeat import Heartbeat
 from rlbroker.records import SendReceipt
 from rlbroker.signals import Signals
+from rlbroker.signing import SigningKey
 from rlbroker.weights.images import Images
 from rlbroker.weights.loading import check_target, load
 from rlbroker.weights.subscriber import Subscriber, Update, only_newest
@@ -68,6 +71,7 @@ class WorkerClient:
         level: Level = "redis",
         host_cache: HostCacheSetting = True,
         keep_dtype: bool = False,
+        signing_key: SigningKeySetting | None = None,
     ) -> None:
         """Join a run. The learner may come later; a process with the same worker id is fenced.
 
@@ -89,6 +93,9 @@ class WorkerClient:
                 decoded once: in /dev/shm, or in the directory that is given instead.
             keep_dtype: whether weights that the learner sent in a lower precision stay in it where they fill an
                 empty dictionary; else they get the dtypes back that they had at the learner.
+            signing_key: the learner's key, as text or bytes of at least 32, or a Path to a file with it: then weights
+                and commands that were not signed with it are refused. By default, from the file that
+                RLBROKER_SIGNING_KEY_FILE names.
 
         Raises:
             InvalidArgument: a setting cannot work.
@@ -102,6 +109,8 @@ class WorkerClient:
             choice("when_full", when_full, get_args(WhenFull))
         choice("level", level, get_args(Level))
         place = host_cache_place(host_cache)
+        secret = signing_secret(signing_key)
+        key = SigningKey(secret) if secret else None
         self._keys = keys = Keys(run)
         self._closed = self._draining = False
         self._running = True
@@ -116,7 +125,7 @@ class WorkerClient:
         self._attention = Attention()
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
         self._keep_dtype = keep_dtype
-        self._subscriber = Subscriber(connection, keys, Images(run, place))
+        self._subscriber = Subscriber(connection, keys, Images(run, place), key=key)
         self._heartbeat = Heartbeat(
             connection,
             keys,
@@ -130,7 +139,12 @@ class WorkerClient:
             connection.check_server(allow_eviction=True)  # the learner decides
             joined = self._heartbeat.register(worker_id)
             self._inbox = Inbox(
-                connection, keys, joined, noticed=self._subscriber.hint, rejoin=self._heartbeat.rejoin
+                connection,
+                keys,
+                joined,
+                key=key,
+                noticed=self._subscriber.hint,
+                rejoin=self._heartbeat.rejoin,
             )
             self._sender = Sender(
                 connection,
@@ -466,7 +480,8 @@ class WorkerClient:
             if update.version <= self._version and not again:
                 continue
             if update.problem:
-                self._inbox.acknowledge_version(self._version, update.version, "failed", update.problem)
+                outcome = "refused" if update.refused else "failed"
+                self._inbox.acknowledge_version(self._version, update.version, outcome, update.problem)
                 continue
             try:
                 assert update.decoded is not None

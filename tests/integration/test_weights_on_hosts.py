@@ -47,9 +47,9 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     download = Fetcher._download
 
-    def noted(self: Fetcher, pointer: Any, held: Any) -> Any:
-        found.append(pointer.image_name)
-        return download(self, pointer, held)
+    def noted(self: Fetcher, pointer: Any, held: Any, name: str) -> Any:
+        found.append(name)
+        return download(self, pointer, held, name)
 
     monkeypatch.setattr(Fetcher, "_download", noted)
     return found

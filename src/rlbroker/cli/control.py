@@ -75,6 +75,7 @@ def send(
             worker or None,
             expires_seconds=expires,
             also_without_learner=force,
+            key=session.signing_key,
         )
     if not command:
         session.fail(f"nobody belongs to the run {session.run!r} at present; nothing was sent", EXIT_NOT_DONE)

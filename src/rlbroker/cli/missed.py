@@ -19,7 +19,7 @@ def missed(
     ] = None,
     worker: Annotated[int | None, typer.Option(min=0, help="Only of this worker.")] = None,
     why: Annotated[
-        Literal["superseded", "failed", "away", "left", "unknown", "expired"] | None,
+        Literal["superseded", "failed", "away", "left", "unknown", "expired", "refused"] | None,
         typer.Option(help="Only for this reason."),
     ] = None,
 ) -> None:
@@ -62,7 +62,7 @@ def missed(
         ],
         left=("what", "which", "why", "detail"),
         spare=("detail", "what"),
-        style=lambda column, cell: "red" if (column, cell) == ("why", "failed") else "",
+        style=lambda column, cell: "red" if column == "why" and cell in ("failed", "refused") else "",
     )
 
 

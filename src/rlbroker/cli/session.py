@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rlbroker.connection import Connection
     from rlbroker.deadline import within
     from rlbroker.keys import Keys
+    from rlbroker.signing import SigningKey
 
 logger = logging.getLogger("rlbroker")
 
@@ -132,6 +133,19 @@ class Session:
         from rlbroker.keys import Keys
 
         return Keys(self.run)
+
+    @cached_property
+    def signing_key(self) -> SigningKey | None:
+        """The key that signs weights and commands, from the file that RLBROKER_SIGNING_KEY_FILE names.
+
+        Raises:
+            InvalidArgument: the file cannot be used.
+        """
+        from rlbroker.config import signing_secret
+        from rlbroker.signing import SigningKey
+
+        secret = signing_secret()
+        return SigningKey(secret) if secret else None
 
     @cached_property
     def console(self) -> Console:

@@ -81,7 +81,7 @@ def show_weights(session: Session, version: Version = None) -> None:
 
     with session.in_time():
         pointer, path = _find(session, version)
-        contents = weights_contents(session.connection, session.keys, path)
+        contents = weights_contents(session.connection, session.keys, path, key=session.signing_key)
     form = path[-1]
     leaves = [one for one in contents if one.leaf is not None]
     values = [one for one in contents if one.leaf is None]
@@ -186,6 +186,7 @@ def pull_weights(
                 path,
                 chunk_bytes=pointer.chunk_bytes,
                 received=received,
+                key=session.signing_key,
             )
         except WireError:
             _find(session, number)  # it may have expired meanwhile

@@ -19,6 +19,12 @@ TEXT_KEPT = 500
 #: What a worker may answer to a command.
 ANSWERS = ("done", "failed", "unknown", "expired")
 
+#: What it says of weights and commands that lack its key's signature.
+REFUSED = "refused"
+
+#: What a worker refuses that no learner has sent is recorded so often in one life: anybody may make up more.
+REFUSED_KEPT = 100
+
 #: Why a command has no answer, by the event that ended the worker's membership.
 _ENDED = {"joined": "away", "gone": "away", "left": "left"}
 
@@ -36,6 +42,7 @@ class Account:
         commands_missed: commands that were not done.
         skips_in_a_row: latest updates in a row that jumped over a version.
         skipping_since: when that row began, seconds since the epoch.
+        refused: what it refused in this life that no learner had sent: forged versions and commands.
         event: id of the last event that was folded in; whatever is not later was folded before.
     """
 
@@ -49,6 +56,7 @@ class Account:
     commands_missed: int = 0
     skips_in_a_row: int = 0
     skipping_since: float = 0.0
+    refused: int = 0
     event: str = "0-0"
 
     @property
@@ -69,7 +77,7 @@ class Account:
             "skips_in_a_row": self.skips_in_a_row,
             "skipping_since": f"{self.skipping_since:.3f}",
             "event": self.event,
-        }
+        } | ({"refused": self.refused} if self.refused else {})
         return {name: str(value) for name, value in plain.items()} | {
             f"missed:{why}": str(count) for why, count in self.missed.items()
         }
@@ -92,6 +100,7 @@ class Account:
             commands_missed=int(found.get("commands_missed", 0)),
             skips_in_a_row=int(found.get("skips_in_a_row", 0)),
             skipping_since=float(found.get("skipping_since", 0)),
+            refused=int(found.get("refused", 0)),
             event=found.get("event", "0-0"),
         )
 
@@ -180,6 +189,8 @@ def settle(account: Account, event: Event, pending: Mapping[str, int], latest: i
     account = replace(account, event=event.entry_id)
     if event.kind == "version" and 1 <= event.version <= latest:
         return _settle_version(account, event)
+    if event.fields.get("outcome") == REFUSED:
+        return _settle_refused(account, event, pending)
     if event.kind == "command" and event.fields.get("outcome") in ANSWERS:
         return _settle_command(account, event, pending)
     if event.kind in _ENDED:
@@ -221,6 +232,32 @@ def _settle_command(account: Account, event: Event, pending: Mapping[str, int]) 
     return Settled(account, (record,), {command: outcome})
 
 
+def _settle_refused(account: Account, event: Event, pending: Mapping[str, int]) -> Settled:
+    """Record what a worker refused. It changes no other account: as a rule no learner has sent it."""
+    command, detail = event.text("command"), event.text("detail")
+    name = f"{command} {event.text('name')}".strip()
+    if event.kind == "command" and command in pending:  # its learner lacks the key
+        account = replace(account, commands_missed=account.commands_missed + 1)
+        record = _missed_command(event, name, REFUSED, detail)
+        return Settled(account, (record,), {command: Outcome("failed", f"refused: {detail}")})
+    if event.kind not in ("command", "version"):
+        return Settled(account)
+    account = replace(account, refused=account.refused + 1)
+    if account.refused > REFUSED_KEPT:
+        return Settled(account)
+    if event.kind == "command":
+        return Settled(account, (_missed_command(event, name, REFUSED, detail),))
+    number = event.version
+    return Settled(
+        account,
+        (
+            Missed(
+                event.worker_id, event.incarnation, "weights", number, number, "", REFUSED, detail, event.at
+            ),
+        ),
+    )
+
+
 def _settle_membership(account: Account, event: Event, pending: Mapping[str, int], version: int) -> Settled:
     why = _ENDED[event.kind]
     missed: tuple[Missed, ...] = ()
@@ -240,6 +277,7 @@ def _settle_membership(account: Account, event: Event, pending: Mapping[str, int
         commands_missed=account.commands_missed + len(lost),
         skips_in_a_row=0,
         skipping_since=0.0,
+        refused=0 if joined else account.refused,
     )
     return Settled(account, missed, {command: Outcome("missed", why) for command in lost})
 

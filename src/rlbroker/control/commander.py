@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from rlbroker.config import waiting_seconds, worker_number
 from rlbroker.connection import LEADER_ONLY, Connection, Script, flat
+from rlbroker.control.authorship import SIGNED, signed
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.deadline import Deadline, within
 from rlbroker.errors import DeadlineExceeded, InvalidArgument, UnknownWorker
@@ -19,6 +20,7 @@ from rlbroker.keys import Keys
 from rlbroker.lives import read_lives
 from rlbroker.records import Outcome
 from rlbroker.replies import server_seconds, text_fields
+from rlbroker.signing import SigningKey
 from rlbroker.wire.message import encode
 
 #: What is older than this on the control stream, and has been answered, may be trimmed; what has not been
@@ -172,15 +174,18 @@ class Command:
 class Commander:
     """Sends the commands of one learner."""
 
-    def __init__(self, connection: Connection, keys: Keys, *, epoch: int) -> None:
+    def __init__(
+        self, connection: Connection, keys: Keys, *, epoch: int, key: SigningKey | None = None
+    ) -> None:
         """Prepare a commander.
 
         Args:
             connection: way to the server.
             keys: names of the run's keys.
             epoch: the learner's epoch; a newer one fences this.
+            key: signs commands; None for no signatures.
         """
-        self._connection, self._keys, self._epoch = connection, keys, epoch
+        self._connection, self._keys, self._epoch, self._key = connection, keys, epoch, key
         self._changed = threading.Condition()
         self._sent: dict[str, _Sent] = {}
 
@@ -241,8 +246,11 @@ class Commander:
             targets = (
                 members if wanted is None else {worker: members[worker] for worker in wanted if not missing}
             )
+            pairs = flat(fields)
+            if self._key:
+                pairs += flat(signed(self._key, self._keys.run, command_id, fields, targets))
             # Before it is sent, as it may be answered before its reply is here.
-            self._remember(command_id, _Sent(flat(fields), targets, time.monotonic()))
+            self._remember(command_id, _Sent(pairs, targets, time.monotonic()))
             sent = self._connection.run(
                 SEND,
                 (
@@ -260,7 +268,7 @@ class Commander:
                     -1 if targets and wanted else lives.named,
                     ",".join(map(str, targets)),
                     ",".join(map(str, targets.values())),
-                    *flat(fields),
+                    *pairs,
                 ),
             )
             if sent == b"sent" and targets:
@@ -302,7 +310,7 @@ class Commander:
             command = fields[b"command"].decode()
             outcomes = {int(worker): Outcome.from_text(text) for worker, text in text_fields(reply).items()}
             age_seconds = server_seconds(clock) - int(entry.partition(b"-")[0]) / 1000
-            kept = {name: fields[name.encode()] for name in names}
+            kept = {name: fields[name.encode()] for name in (*names, *SIGNED) if name.encode() in fields}
             self._remember(
                 command,
                 _Sent(

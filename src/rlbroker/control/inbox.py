@@ -12,11 +12,13 @@ from typing import Any, Final
 
 from rlbroker.background import Background
 from rlbroker.connection import Argument, Channel, Connection, flat
+from rlbroker.control.authorship import check
 from rlbroker.deadline import Deadline
 from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, WireError
 from rlbroker.keys import Keys
 from rlbroker.records import Registration
-from rlbroker.replies import entry_place, server_seconds, stream_entries, text_fields
+from rlbroker.replies import entry_place, server_seconds, stream_entries, text_fields, whole_number
+from rlbroker.signing import NotSigned, SigningKey
 from rlbroker.wire.limits import Limits
 from rlbroker.wire.message import decode
 
@@ -30,6 +32,13 @@ KEPT: Final = 10_000
 
 #: How often the ledger is asked which answers it has settled.
 SETTLED_SECONDS: Final = 1.0
+
+#: Of the commands that are refused within so many seconds, so many are answered: anybody may write more of them.
+REFUSALS_SECONDS: Final = 10.0
+REFUSALS_SAID: Final = 50
+
+#: Characters of a refused command's name and id that an acknowledgement carries.
+NAME_LENGTH: Final = 200
 
 #: Characters of an error's text that an acknowledgement carries.
 DETAIL_LENGTH: Final = 500
@@ -67,6 +76,7 @@ class Inbox:
         keys: Keys,
         place: Registration,
         *,
+        key: SigningKey | None = None,
         noticed: Callable[[int], None],
         rejoin: Callable[[Channel], None],
     ) -> None:
@@ -76,10 +86,12 @@ class Inbox:
             connection: way to the server.
             keys: names of the run's keys.
             place: whose commands, and from where on.
+            key: which signs commands; None to obey them unsigned.
             noticed: is told each version that was published.
             rejoin: makes sure that the server knows this worker, after it may have lost it.
         """
-        self._connection, self._keys = connection, keys
+        self._connection, self._keys, self._key = connection, keys, key
+        self._refusals, self._refusals_until = 0, Deadline(REFUSALS_SECONDS)
         self._noticed, self._rejoin = noticed, rejoin
         self._worker_id, self._incarnation = place.worker_id, place.incarnation
         self._position = place.control_position
@@ -277,8 +289,8 @@ class Inbox:
     def _receive(self, entry_id: str, fields: dict[bytes, bytes]) -> None:
         said = text_fields({name: value for name, value in fields.items() if name != b"data"})
         if said.get("event") == "version":
-            self._noticed(int(said["version"]))
-        elif said.get("event") == "command" and self._is_for_me(said):
+            self._noticed(whole_number(said.get("version", "")) or 0)
+        elif said.get("event") == "command" and self._is_for_me(said) and self._is_genuine(said, fields):
             order = Order(
                 said.get("command", ""),
                 said.get("name", ""),
@@ -302,6 +314,34 @@ class Inbox:
             with self._arrived:
                 self._orders.append(replace(order, data=data))
                 self._arrived.notify_all()
+
+    def _is_genuine(self, said: dict[str, str], fields: dict[bytes, bytes]) -> bool:
+        """Whether a command was made by who has our key, if we have one; refuse it if not.
+
+        It comes before anything of the command is noted or decoded: what is refused must not take the id of another.
+        """
+        if self._key is None:
+            return True
+        command_id, name = said.get("command", ""), said.get("name", "")
+        try:
+            check(self._key, self._keys.run, command_id, fields, self._worker_id, self._incarnation)
+            return True
+        except NotSigned as error:
+            if self._refusals_until.over:
+                self._refusals, self._refusals_until = 0, Deadline(REFUSALS_SECONDS)
+            self._refusals += 1
+            if self._refusals <= REFUSALS_SAID:
+                logger.warning(
+                    "worker %d refuses the command %.100r %.40r: %s", self._worker_id, name, command_id, error
+                )
+                self._answer(
+                    event="command",
+                    command=command_id[:NAME_LENGTH],
+                    name=name[:NAME_LENGTH],
+                    outcome="refused",
+                    detail=str(error)[:DETAIL_LENGTH],
+                )
+            return False
 
     def _is_for_me(self, said: dict[str, str]) -> bool:
         """Whether a command was sent to this life of this worker."""

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from rlbroker.connection import LEADER_ONLY, Argument, Connection, Script, flat
-from rlbroker.control.account import TEXT_KEPT, Account, Event, Settled, missed_updates, settle
+from rlbroker.control.account import REFUSED, TEXT_KEPT, Account, Event, Settled, missed_updates, settle
 from rlbroker.deadline import Deadline
 from rlbroker.errors import RunLost, ServerFault
 from rlbroker.keys import Keys
 from rlbroker.lives import lives_from
 from rlbroker.records import Missed, MissedUpdates, Outcome
-from rlbroker.replies import entry_place, server_seconds, stream_entries, text_fields
+from rlbroker.replies import entry_place, server_seconds, stream_entries, text_fields, whole_number
 
 logger = logging.getLogger("rlbroker")
 
@@ -88,6 +88,7 @@ class Ledger:
         *,
         epoch: int = 0,
         latest_version: Callable[[], int] = lambda: 0,
+        signed: bool = False,
         settled: Callable[[int, Mapping[str, Outcome]], None] = lambda worker, outcomes: None,
     ) -> None:
         """Prepare a ledger; nothing is read yet. Only one with an epoch can settle.
@@ -97,10 +98,12 @@ class Ledger:
             keys: names of the run's keys.
             epoch: of the learner.
             latest_version: gives the latest version that the learner knows; the server may have lost it.
+            signed: whether only a learner with the key makes versions: then what the server names as the latest may
+                be made up.
             settled: is told the final outcomes of commands, by worker.
         """
         self._connection, self._keys, self._epoch = connection, keys, epoch
-        self._latest_version, self._settled = latest_version, settled
+        self._latest_version, self._settled, self._signed = latest_version, settled, signed
         self._lock = threading.Lock()
         self._accounts: dict[int, Account] = {}
         self._missed: deque[Missed] = deque(maxlen=MISSED_KEPT)
@@ -163,7 +166,7 @@ class Ledger:
                 self._connection.execute("HGET", self._keys.weights, "version"),
                 self._latest_version(),
             )
-            if int(there or 0) < latest:
+            if _version_in(there) < latest:
                 self._lost_version = latest
             calls = [
                 (
@@ -239,7 +242,9 @@ class Ledger:
         )
         lives = lives_from(ids, replies)
         now = round(server_seconds(clock), 3)  # as it is written, so that a record can be recognised
-        newest_version = max(int(latest or 0), self._latest_version())
+        newest_version = self._latest_version()
+        if not self._signed:
+            newest_version = max(_version_in(latest), newest_version)
         waiting = _pending_by_worker(text_fields(pending))
         self._find_waiting(streams, waiting)
         calls, results = [], dict[tuple[int, str], Settled]()
@@ -255,7 +260,7 @@ class Ledger:
                     settled = Settled(account)  # forged: it settles nothing, and is removed
                 else:
                     settled = settle(account, event, commands, newest_version, self._lost_version)
-                if event.kind == "version" and said.get("outcome") == "failed":
+                if event.kind == "version" and said.get("outcome") in ("failed", REFUSED):
                     self.failed_version = max(self.failed_version, min(event.version, newest_version))
                 calls.append(self._write(event, settled))
                 results[worker, entry_id] = settled
@@ -378,6 +383,11 @@ class Ledger:
     def _record(self, missed: Missed) -> list[Argument]:
         fields = flat(_missed_fields(missed))
         return ["XADD", self._keys.missed, "MAXLEN", "~", MISSED_KEPT, "*", *fields]
+
+
+def _version_in(reply: Any) -> int:
+    """Give the number of the latest version, as the server has it; 0 where that is no number."""
+    return whole_number(str(reply or b"0", "ascii", "replace")) or 0
 
 
 def _pending_by_worker(found: Mapping[str, str]) -> dict[int, dict[str, int]]:

@@ -14,6 +14,7 @@ from rlbroker.observer.commands import add_unsettled
 from rlbroker.observer.runs import learner_state
 from rlbroker.records import Outcome
 from rlbroker.replies import server_seconds, text_fields
+from rlbroker.signing import SigningKey
 
 #: Learners that may come in between while a command is sent.
 _TRIES = 3
@@ -28,6 +29,7 @@ def send_command(
     *,
     expires_seconds: float | None,
     also_without_learner: bool = False,
+    key: SigningKey | None = None,
 ) -> Command:
     """Send a command as the run's present learner would.
 
@@ -43,6 +45,7 @@ def send_command(
         expires_seconds: a worker that reads it later than this does not do it.
         also_without_learner: whether to send it although nobody settles the answers: the learner has ended, or is
             away. Workers that live obey all the same.
+        key: signs it; workers that have a key obey nothing else.
 
     Raises:
         InvalidArgument: the name or the expiry cannot work, or there is no learner.
@@ -66,7 +69,7 @@ def send_command(
                 f"the learner of {keys.run!r} {why}, and nobody would settle the workers' answers; --force sends the "
                 "command all the same, and workers that live obey it"
             )
-        commander = Commander(connection, keys, epoch=int(meta["epoch"]))
+        commander = Commander(connection, keys, epoch=int(meta["epoch"]), key=key)
         try:
             return commander.send(name, data, worker_ids, expires_seconds=expires_seconds)
         except Fenced:  # another learner has come since we looked

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from rlbroker.connection import Connection
 from rlbroker.errors import WireError
 from rlbroker.keys import Keys
-from rlbroker.weights.fetcher import WEIGHTS_LIMITS, Fetcher
+from rlbroker.signing import SigningKey
+from rlbroker.weights.fetcher import WEIGHTS_LIMITS, Fetcher, check_hash
 from rlbroker.weights.images import Images
 from rlbroker.weights.pointer import Form, digest_of
 from rlbroker.wire.contents import Content
@@ -19,24 +20,31 @@ from rlbroker.wire.contents import ties as ties
 from rlbroker.wire.image import ImageFormat
 
 
-def weights_contents(connection: Connection, keys: Keys, path: Sequence[Form]) -> list[Content]:
+def weights_contents(
+    connection: Connection, keys: Keys, path: Sequence[Form], *, key: SigningKey | None = None
+) -> list[Content]:
     """Give what a version holds, from its header alone.
 
     Args:
         connection: way to the server.
         keys: names of the run's keys.
         path: as `StoredWeights.path` gives it.
+        key: which signs weights; None to take them unsigned.
 
     Raises:
         WireError: the header is gone, or cannot be read.
         PeerError: the server refused, or could not be reached in time.
     """
     form = path[-1]
+    if key:
+        form.check(key, keys.run)
     header = connection.execute("GET", keys.chunk(form.upload, 0))
     if header is None:
         raise WireError(f"the header of version {form.version} is gone")
     if digest_of(header) != form.digest:
         raise WireError(f"the digest of the header of version {form.version} does not match the pointer")
+    if key:
+        check_hash(form, 0, header)
     return ImageFormat(header, WEIGHTS_LIMITS, arrays_only=True).contents()
 
 
@@ -47,6 +55,7 @@ def pull_weights(
     *,
     chunk_bytes: int,
     received: Callable[[int], object],
+    key: SigningKey | None = None,
 ) -> tuple[list[Content], list[NDArray[Any]]]:
     """Download and decode a version; give what it holds, and the elements of its leaves by number.
 
@@ -58,12 +67,13 @@ def pull_weights(
         path: as `StoredWeights.path` gives it.
         chunk_bytes: as the pointer says.
         received: is told of bytes as they come.
+        key: which signs weights; None to take them unsigned.
 
     Raises:
         WireError: what is stored cannot be read, or is gone.
         PeerError: the server refused, or could not be reached in time.
     """
-    fetcher = Fetcher(connection, keys, Images(keys.run, None), received=received)
+    fetcher = Fetcher(connection, keys, Images(keys.run, None), key=key, received=received)
     try:
         image_format, image = fetcher.fetch_arrays(path, chunk_bytes)
     finally:

@@ -17,6 +17,7 @@ from rlbroker.connection import Connection
 from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import ConnectionFailed, WireError
 from rlbroker.keys import Keys
+from rlbroker.signing import SigningKey, chunk_hash
 from rlbroker.weights.chunks import ChunkReader, Patience
 from rlbroker.weights.images import Bytes, Image, Images
 from rlbroker.weights.pointer import Form, Pointer, digest_of, group
@@ -72,6 +73,7 @@ class Fetcher:
         keys: Keys,
         images: Images,
         *,
+        key: SigningKey | None = None,
         stopping: Callable[[], bool] = lambda: False,
         received: Callable[[int], object] = lambda count: None,
     ) -> None:
@@ -81,11 +83,12 @@ class Fetcher:
             connection: way to the server.
             keys: names of the run's keys.
             images: where to find what others decoded, and to put what we decode.
+            key: which signs weights; None to take them unsigned.
             stopping: whether to give up.
             received: is told of bytes as they come, from this thread.
         """
         self._connection, self._keys, self._images, self._stopping = connection, keys, images, stopping
-        self._received = received
+        self._received, self._key = received, key
         self._reader = ChunkReader(connection)
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="rlbroker-decode")
 
@@ -102,9 +105,12 @@ class Fetcher:
             held: the version that we have already, which may save a part of the way.
 
         Raises:
+            NotSigned: somebody else than a learner with our key has published it; nothing of it was read.
             WireError: what is stored cannot be read, or is gone.
             PeerError: the server refused, or could not be reached in time.
         """
+        if self._key:
+            pointer.check(self._key, self._keys.run)
         if held and held.number == pointer.version:
             return held
         try:
@@ -120,9 +126,13 @@ class Fetcher:
             chunk_bytes: as the pointer says.
 
         Raises:
+            NotSigned: somebody else than a learner with our key has published it; nothing of it was read.
             WireError: what is stored cannot be read, or is gone.
             PeerError: the server refused, or could not be reached in time.
         """
+        if self._key:
+            for form in path:
+                form.check(self._key, self._keys.run)
         small = self._small(path)
         headers = [self._header(form, small) for form in path]
         formats = [ImageFormat(header, WEIGHTS_LIMITS, arrays_only=True) for header in headers]
@@ -136,28 +146,29 @@ class Fetcher:
         return formats[-1], array
 
     def _find_or_download(self, pointer: Pointer, held: Version | None) -> Version:
-        version = self._find(pointer)
+        name = pointer.latest.name_of_image(self._key, self._keys.run)
+        version = self._find(pointer, name)
         patience, backoff = Deadline(PATIENCE_SECONDS), Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
         while version is None:
-            claim = self._images.claim(pointer.image_name, pointer.raw_bytes)
+            claim = self._images.claim(name, pointer.raw_bytes)
             if claim is not None:
                 with claim:
-                    version = self._find(pointer) or self._download(pointer, held)
+                    version = self._find(pointer, name) or self._download(pointer, held, name)
             elif patience.over:
-                version = self._download(pointer, held)
+                version = self._download(pointer, held, name)
             else:  # another process of this host is at it
                 self._check_stopping()
                 time.sleep(backoff.next())
-                version = self._find(pointer)
+                version = self._find(pointer, name)
         return version
 
-    def _find(self, pointer: Pointer) -> Version | None:
-        image = self._images.find(pointer.image_name, pointer.raw_bytes)
+    def _find(self, pointer: Pointer, name: str) -> Version | None:
+        image = self._images.find(name, pointer.raw_bytes)
         if image is None:
             return None
         return Version(pointer.version, image, ImageFormat(image.header, WEIGHTS_LIMITS))
 
-    def _download(self, pointer: Pointer, held: Version | None) -> Version:
+    def _download(self, pointer: Pointer, held: Version | None, name: str) -> Version:
         path = pointer.path(held.number if held else 0)
         small = self._small(path)
         headers = [self._header(form, small) for form in path]
@@ -170,7 +181,7 @@ class Fetcher:
         try:
             before = base.image.array if base else None
             self._fill(path, formats, pointer.chunk_bytes, draft.array, before, small)
-            image = draft.publish(pointer.image_name, headers[-1])
+            image = draft.publish(name, headers[-1])
         except BaseException:
             draft.abandon()
             raise
@@ -206,6 +217,8 @@ class Fetcher:
             raise WireError(f"chunk 0 of {form.chunks} is gone")
         if digest_of(header) != form.digest:
             raise WireError("the digest of the header does not match the pointer")
+        if self._key:
+            check_hash(form, 0, header)
         return header
 
     def _decode(
@@ -224,9 +237,13 @@ class Fetcher:
             raise WireError(f"the header describes {len(layout)} chunks, the pointer {form.chunks}")
         decoding: deque[Future[None]] = deque()
         try:
-            for indices, data in self._chunks(form, image_format, layout, array, small):
+            chunks = self._chunks(form, image_format, layout, array, small)
+            for number, (indices, data) in enumerate(chunks, start=1):
                 self._received(len(data))
-                for index in indices:
+                if self._key:
+                    arguments = form, number, image_format, indices, data, array, base
+                    decoding.append(self._pool.submit(_decode_checked, *arguments))
+                for index in () if self._key else indices:
                     size = segments[index].stored_bytes
                     decoding.append(
                         self._pool.submit(image_format.decode_segment, index, data[:size], array, base)
@@ -295,3 +312,26 @@ class Fetcher:
     def _check_stopping(self) -> None:
         if self._stopping():
             raise WireError("the worker stops")
+
+
+def _decode_checked(
+    form: Form,
+    number: int,
+    image_format: ImageFormat,
+    indices: range,
+    data: memoryview,
+    array: Bytes,
+    base: Bytes | None,
+) -> None:
+    """Decode the segments of a chunk, once it is known to be what was signed."""
+    check_hash(form, number, data)
+    for index in indices:
+        size = image_format.segments[index].stored_bytes
+        image_format.decode_segment(index, data[:size], array, base)
+        data = data[size:]
+
+
+def check_hash(form: Form, number: int, data: bytes | memoryview) -> None:
+    """Check that a chunk is the one that is signed; WireError if it is another."""
+    if chunk_hash([data]) != form.hash_of(number):
+        raise WireError(f"chunk {number} of version {form.version} is not what its signature speaks of")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal, Self
 
 import xxhash
 
 from rlbroker.errors import WireError
+from rlbroker.signing import IMAGE, WEIGHTS, NotSigned, SigningKey
 
 #: A chunk is closed once it holds this much. Values of 1 to 4 MB move fastest through Redis.
 CHUNK_BYTES = 1 << 20
@@ -22,6 +23,9 @@ _MAX_FORMS: Final = 1000
 
 #: The most chunks of all of them together; what a reader accepts. It lists them before it asks for the first.
 _MAX_CHUNKS: Final = 1 << 20
+
+#: Characters of one hash of a chunk.
+HASH_LENGTH: Final = 64
 
 #: Uploads and digests become part of the names of keys and files.
 _NAME: Final = re.compile("[A-Za-z0-9_-]{1,64}")
@@ -38,6 +42,8 @@ class Form:
         chunks: chunks that hold segments.
         stored_bytes: bytes of its chunks, header included.
         digest: xxh3_128 of the header, which holds the digest of each segment.
+        hashes: SHA-256 of each chunk, the header's first, joined; empty where nothing is signed.
+        signature: of all that, and of the run; empty where nothing is signed.
     """
 
     version: int
@@ -46,6 +52,41 @@ class Form:
     chunks: int
     stored_bytes: int
     digest: str
+    hashes: str = field(default="", repr=False)
+    signature: str = ""
+
+    def hash_of(self, chunk: int) -> str:
+        """Give the hash of a chunk, as it is signed."""
+        return self.hashes[chunk * HASH_LENGTH : (chunk + 1) * HASH_LENGTH]
+
+    def signed(self, key: SigningKey, run: str) -> Self:
+        """Give this with a signature."""
+        return replace(self, signature=key.sign(WEIGHTS, *self._facts(run)))
+
+    def check(self, key: SigningKey, run: str) -> None:
+        """Check that a learner with this key has stored it, as this version of this run.
+
+        Raises:
+            NotSigned: it did not.
+        """
+        key.check(self.signature, WEIGHTS, *self._facts(run))
+        if len(self.hashes) != (self.chunks + 1) * HASH_LENGTH:
+            raise NotSigned("its signature is for another number of chunks")
+
+    def name_of_image(self, key: SigningKey | None, run: str) -> str:
+        """Give what the decoded version is called in a cache: no other one has this name.
+
+        With a key nobody can tell it who lacks the key: what is found under it was put there by one who has it.
+        """
+        if key is None:
+            return f"{self.upload}-{self.digest}"
+        secret = key.sign(IMAGE, run, self.base, self.upload, self.hashes).partition(":")[2]
+        return f"{self.upload}-{secret}"
+
+    def _facts(self, run: str) -> tuple[str | int | bytes, ...]:
+        """Give what is signed. The hashes bind each byte that is stored."""
+        numbers = self.version, self.base, self.upload, self.chunks, self.stored_bytes
+        return run, *numbers, self.digest, self.hashes
 
     def to_text(self) -> str:
         """Give it as one word, for people and for `from_text`.
@@ -125,10 +166,24 @@ class Pointer:
         """How the latest version is stored: as `latest`, and perhaps as a whole too."""
         return tuple(form for form in self.forms if form.version == self.version)
 
-    @property
-    def image_name(self) -> str:
-        """What the decoded version is called in a cache: no other one has this name."""
-        return f"{self.upload}-{self.latest.digest}"
+    def signed(self, key: SigningKey, run: str) -> Self:
+        """Give the pointer with the latest version signed; what it rests on was signed before."""
+        others = (one.signed(key, run) if one.version == self.version else one for one in self.others)
+        return replace(self, latest=self.latest.signed(key, run), others=tuple(others))
+
+    def check(self, key: SigningKey, run: str) -> None:
+        """Check that a learner with this key has stored everything that it names.
+
+        Raises:
+            NotSigned: something was stored by somebody else.
+        """
+        if not any(form.signature for form in self.forms):
+            raise NotSigned(
+                "its signature is missing: the learner signs nothing; this process wants signatures: give the learner "
+                f"the same key (id {key.id})"
+            )
+        for form in (self.latest, *self.others):
+            form.check(key, run)
 
     def numbered(self, version: int) -> Self:
         """Give the pointer under another version number."""
@@ -152,6 +207,11 @@ class Pointer:
             "published": f"{self.published:.3f}",
             "others": " ".join(form.to_text() for form in self.others),
             "dropped": " ".join(form.to_text() for form in self.dropped),
+            "signatures": " ".join(
+                f"{form.upload}:{form.signature}:{form.hashes}"
+                for form in (*self.forms, *self.dropped)
+                if form.signature
+            ),
         }
 
     @classmethod
@@ -165,14 +225,15 @@ class Pointer:
             return None
         try:
             latest = ("version", "base", "upload", "chunks", "stored_bytes", "digest")
+            signatures = _signatures(found.get("signatures", ""))
             pointer = cls(
-                latest=Form.from_text(":".join(found[name] for name in latest)),
-                others=_forms(found["others"]),
+                latest=_with(signatures, Form.from_text(":".join(found[name] for name in latest))),
+                others=tuple(_with(signatures, form) for form in _forms(found["others"])),
                 raw_bytes=int(found["raw_bytes"]),
                 chunk_bytes=int(found["chunk_bytes"]),
                 codec=found["codec"],
                 published=float(found["published"]),
-                dropped=_forms(found["dropped"]),
+                dropped=tuple(_with(signatures, form) for form in _forms(found["dropped"])),
             )
             if sum(form.chunks for form in (*pointer.forms, *pointer.dropped)) > _MAX_CHUNKS:
                 raise ValueError("too many chunks")
@@ -269,6 +330,23 @@ def group(stored_bytes: Iterable[int], chunk_bytes: int) -> Iterator[range]:
 def digest_of(header: bytes | memoryview) -> str:
     """Give the digest of a header, as the pointer has it."""
     return xxhash.xxh3_128_hexdigest(header)
+
+
+def _signatures(text: str) -> dict[str, tuple[str, str]]:
+    """Give signature and hashes by upload."""
+    words = text.split(" ") if text else []
+    if len(words) > 2 * _MAX_FORMS:
+        raise ValueError(f"{len(words)} signatures")
+    found = {}
+    for word in words:
+        upload, key_id, signature, hashes = word.split(":")
+        found[upload] = f"{key_id}:{signature}", hashes
+    return found
+
+
+def _with(signatures: Mapping[str, tuple[str, str]], form: Form) -> Form:
+    signature, hashes = signatures.get(form.upload, ("", ""))
+    return replace(form, signature=signature, hashes=hashes) if signature else form
 
 
 def _forms(text: str) -> tuple[Form, ...]:

@@ -20,13 +20,14 @@ import xxhash
 
 from rlbroker.connection import LEADER_ONLY, Channel, Connection, Script, flat
 from rlbroker.deadline import Deadline
-from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, ServerOutOfMemory
+from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, ServerOutOfMemory, WireError
 from rlbroker.keys import Keys
 from rlbroker.metrics import Metrics
 from rlbroker.records import Published, PublishReceipt
 from rlbroker.replies import text_fields, whole_number
+from rlbroker.signing import SigningKey, chunk_hash
 from rlbroker.weights.images import Bytes, Draft, Image, Images
-from rlbroker.weights.pointer import CHUNK_BYTES, Pointer, kept, needs_whole
+from rlbroker.weights.pointer import CHUNK_BYTES, Form, Pointer, kept, needs_whole
 from rlbroker.weights.retention import Retention
 from rlbroker.weights.staging import Staged, Staging
 from rlbroker.weights.uploader import Base, Pieces, Stored, Uploader
@@ -46,6 +47,12 @@ _TRIES: Final = 3
 #: No number above it is a version: scripts count in floating numbers, which then do not grow by 1 any more.
 _LAST_VERSION: Final = 1 << 52
 
+#: A commit is tried this often while others write to the pointer.
+_COMMITS: Final = 20
+
+#: A higher number is believed only if it is signed.
+_LIKELY_VERSION: Final = 10**9
+
 #: How many versions' times of publication are remembered.
 TIMES_KEPT: Final = 10_000
 
@@ -54,17 +61,19 @@ COMMIT = Script(
     LEADER_ONLY
     + """
     -- KEYS: meta, weights, control, notify channel
-    -- ARGV: epoch, version, upload, then field and value pairs of the pointer
+    -- ARGV: epoch, version, upload, upload and version of what somebody else wrote there and does not count,
+    --       then field and value pairs of the pointer
     local latest = redis.call('HMGET', KEYS[2], 'upload', 'version')
+    if (latest[1] or '') == ARGV[4] and (latest[2] or '') == ARGV[5] then latest = {} end
     if latest[1] == ARGV[3] then
       return 'committed'  -- before; the reply was lost
     end
     -- What workers saw on a server that lost it, and what an earlier try of ours came through with after all.
     local floor = tonumber(redis.call('HGET', KEYS[1], 'version_floor') or '0') or 0
-    if math.max(floor, tonumber(latest[2] or '0')) >= tonumber(ARGV[2]) then
+    if math.max(floor, tonumber(latest[2] or '0') or math.huge) >= tonumber(ARGV[2]) then
       return 'taken'
     end
-    redis.call('HSET', KEYS[2], unpack(ARGV, 4))
+    redis.call('HSET', KEYS[2], unpack(ARGV, 6))
     redis.call('XADD', KEYS[3], '*', 'event', 'version', 'version', ARGV[2])
     redis.call('PUBLISH', KEYS[4], ARGV[2])
     return 'committed'
@@ -101,6 +110,7 @@ class Publisher:
         epoch: int,
         images: Images | None = None,
         metrics: Metrics | None = None,
+        key: SigningKey | None = None,
         segment_bytes: int = SEGMENT_BYTES,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
@@ -112,6 +122,7 @@ class Publisher:
             epoch: the learner's epoch; a newer one fences this.
             images: where images are kept; in our own memory by default.
             metrics: is told what was published, and how long that took.
+            key: signs what is published, and what was published before must be signed with it; None for no signatures.
             segment_bytes: raw bytes that are compressed as one.
             chunk_bytes: a chunk is closed once it holds this much.
 
@@ -122,6 +133,11 @@ class Publisher:
         self._segment_bytes, self._chunk_bytes = segment_bytes, chunk_bytes
         self._images = images or Images(keys.run, None)
         self._metrics = metrics or Metrics()
+        self._key = key
+        #: Upload and version of the pointer that was refused last: another one than ours is there.
+        self._refused = (b"-", b"-")
+        #: What a run that nobody signed had stored when it was opened: it is to expire.
+        self._unsigned: tuple[Form, ...] = ()
         self._staging = Staging()
         self._lock = threading.Lock()
         #: What was sent last without waiting.
@@ -141,12 +157,13 @@ class Publisher:
             chunk_bytes=chunk_bytes,
             make_room=self._retention.make_room,
             metrics=self._metrics,
+            hashes=key is not None,
         )
         self._latest: Pointer | None = None
         self._published: dict[int, float] = {}
         #: What each chunk consists of that is stored and must stay, by upload.
         self._chunks: dict[str, Sequence[Pieces]] = {}
-        self._catch_up()
+        self._catch_up(opening=True)
         self._retention.tidy()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="rlbroker-publish")
 
@@ -249,7 +266,7 @@ class Publisher:
             if pointer is None or held is None:
                 return True
             there = self._read_pointer()
-            lost = there is None or there.upload != pointer.upload
+            lost = there is None or there.upload != pointer.upload or there.version != pointer.version
             if (
                 lost
                 or seen > pointer.version
@@ -335,7 +352,8 @@ class Publisher:
         """Store an image and commit it as the latest version; hold it from then on."""
         for _ in range(_TRIES):
             pointer, stored, full_ratio = self._store(plan, draft.array, compression, base, deadline)
-            image = draft.publish(pointer.image_name, stored.header)
+            name = pointer.latest.name_of_image(self._key, self._keys.run)
+            image = draft.publish(name, stored.header)
             draft = Draft(image.array, placed=image)
             held = _Held(plan, image, compression, Base(0, image.array, stored.digests, full_ratio))
             try:
@@ -378,13 +396,16 @@ class Publisher:
             chunk_bytes=self._chunk_bytes,
             codec="blosc2" if compression else "raw",
             published=time.time(),
-            dropped=tuple(form for form in before if form not in others),
+            dropped=(*(form for form in before if form not in others), *self._unsigned),
         )
-        return pointer, stored, full_ratio
+        return self._signed(pointer), stored, full_ratio
+
+    def _signed(self, pointer: Pointer) -> Pointer:
+        return pointer.signed(self._key, self._keys.run) if self._key else pointer
 
     def _commit(self, pointer: Pointer, held: _Held, deadline: Deadline | None) -> Pointer:
         """Make what is stored the next version; give the pointer with its number."""
-        while True:
+        for _ in range(_COMMITS):
             done = self._connection.retry(partial(self._try_commit, pointer, held), deadline)
             if done != b"taken":
                 break
@@ -392,7 +413,11 @@ class Publisher:
             self._catch_up()
             if self._latest is not before:  # what came through meanwhile is to be superseded
                 raise _Incomplete
-            pointer = pointer.numbered(self.last_used + 1)
+            pointer = self._signed(pointer.numbered(self.last_used + 1))
+        else:
+            raise ServerFault(
+                f"somebody else keeps writing {self._keys.weights}; version {pointer.version} is not out"
+            )
         self._adopt(pointer)
         self._unsure = None
         self._held = held.numbered(pointer.version)
@@ -417,7 +442,7 @@ class Publisher:
         if self._channel.execute("EXISTS", *chunks) < len(chunks):
             raise _Incomplete
         keys = (self._keys.meta, self._keys.weights, self._keys.control, self._keys.notify)
-        arguments = (self._epoch, pointer.version, pointer.upload, *flat(pointer.to_fields()))
+        arguments = (self._epoch, pointer.version, pointer.upload, *self._refused, *flat(pointer.to_fields()))
         try:
             return self._channel.run(COMMIT, keys, arguments)
         except (Fenced, RunLost, ServerOutOfMemory):  # it was not done
@@ -427,13 +452,16 @@ class Publisher:
             self._floor = max(self._floor, pointer.version)
             raise
 
-    def _catch_up(self) -> int:
+    def _catch_up(self, *, opening: bool = False) -> int:
         """Learn which numbers were used: by a commit whose reply never came, or by what the server lost.
+
+        Args:
+            opening: whether this is the first look at the run, which may have gone on without signatures so far.
 
         Returns:
             The newest version that workers saw on a server that lost it; 0 without one.
         """
-        found = self._read_pointer()
+        found = self._read_pointer(opening=opening)
         if found is not None and found.version > self.latest_version:
             self._adopt(found)
             came_through = self._unsure is not None and self._unsure[0] == found.upload
@@ -458,6 +486,7 @@ class Publisher:
         self._retention.adopt(pointer, self._latest.forms if self._latest else ())
         names = {form.upload for form in pointer.forms}
         self._chunks = {upload: chunks for upload, chunks in self._chunks.items() if upload in names}
+        self._unsigned = ()
         self._latest = pointer
         self._published[pointer.version] = pointer.published
         if len(self._published) > TIMES_KEPT:
@@ -470,21 +499,49 @@ class Publisher:
             for form in pointer.forms
             for pair in zip(self._retention.chunk_keys(form), self._chunks.get(form.upload, ()), strict=False)
         ]
+        hashes = {
+            key: form.hash_of(number)
+            for form in pointer.forms
+            for number, key in enumerate(self._retention.chunk_keys(form))
+        }
         there, *sizes = self._connection.execute_all(
             [("EXISTS", *(key for key, _ in expected)), *(("STRLEN", key) for key, _ in expected)]
         )
         if there < len(expected) or sizes != [sum(size for size, _ in pieces) for _, pieces in expected]:
             return True
         return compare and not all(
-            _consists_of(self._connection.execute("GET", key) or b"", pieces) for key, pieces in expected
+            _consists_of(self._connection.execute("GET", key) or b"", pieces, hashes[key])
+            for key, pieces in expected
         )
 
     def _new_upload(self) -> str:
         self._attempt += 1
         return f"{self.last_used + 1}-{self._epoch}-{self._attempt}"
 
-    def _read_pointer(self) -> Pointer | None:
-        return Pointer.from_fields(text_fields(self._connection.execute("HGETALL", self._keys.weights)))
+    def _read_pointer(self, *, opening: bool = False) -> Pointer | None:
+        """Give what the server names as the latest version; with a key, only what was signed with it.
+
+        What others wrote there counts for nothing, and the next version replaces it, whatever its number. Only if
+        this learner just opens the run may that be an honest version without a signature: then its number is used.
+        """
+        fields = text_fields(self._connection.execute("HGETALL", self._keys.weights))
+        if self._key is None:
+            return Pointer.from_fields(fields)
+        pointer: Pointer | None = None
+        try:
+            pointer = Pointer.from_fields(fields)
+            if pointer is not None:
+                pointer.check(self._key, self._keys.run)
+            return pointer
+        except WireError as error:
+            upload, number = self._connection.execute("HMGET", self._keys.weights, "upload", "version")
+            if (upload, number) != self._refused:
+                logger.warning("the weights that the run %r names are refused: %s", self._keys.run, error)
+            self._refused = upload or b"", number or b""
+        if opening and pointer is not None and pointer.version <= _LIKELY_VERSION:
+            self._floor = max(self._floor, pointer.version)
+            self._unsigned = tuple(replace(form, signature="") for form in (*pointer.forms, *pointer.dropped))
+        return None
 
 
 def _stored_bytes(pointer: Pointer) -> int:
@@ -498,8 +555,10 @@ def _wait_for(work: Future[Any], timeout_seconds: float | None = None) -> None:
         work.exception(timeout_seconds)
 
 
-def _consists_of(data: bytes, pieces: Pieces) -> bool:
-    """Whether a chunk is what was stored, by the digests of its pieces."""
+def _consists_of(data: bytes, pieces: Pieces, signed: str) -> bool:
+    """Whether a chunk is what was stored: by its hash where that is signed, or by the digests of its pieces."""
+    if signed:
+        return chunk_hash([data]) == signed
     rest = memoryview(data)
     for size, digest in pieces:
         if xxhash.xxh3_64_intdigest(rest[:size]) != digest:

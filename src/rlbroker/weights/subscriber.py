@@ -18,6 +18,7 @@ from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, WireError
 from rlbroker.keys import Keys
 from rlbroker.replies import text_fields, whole_number
+from rlbroker.signing import NotSigned, SigningKey
 from rlbroker.weights.fetcher import Fetcher, Version
 from rlbroker.weights.images import Images
 from rlbroker.weights.pointer import Pointer
@@ -30,6 +31,12 @@ LOOK_SECONDS: Final = 1.0
 #: How often the subscription is asked whether it lives: a connection that broke on its way stays silent for ever.
 PING_SECONDS: Final = 1.5
 
+#: Refused versions are told of this often, at most: whoever writes to the server could name a new one at each look.
+REFUSED_SECONDS: Final = 1.0
+
+#: Updates that wait to be told of, at most, where they were refused.
+REFUSED_KEPT: Final = 100
+
 #: A version that cannot be read is tried this often before it counts as failed.
 TRIES: Final = 3
 
@@ -41,6 +48,7 @@ class Update:
     version: int
     decoded: Version | None
     problem: str = ""
+    refused: bool = False  #: whether the problem is its signature
 
 
 def only_newest(updates: Sequence[Update]) -> list[Update]:
@@ -52,15 +60,23 @@ def only_newest(updates: Sequence[Update]) -> list[Update]:
 class Subscriber:
     """Keeps the newest version ready for one worker."""
 
-    def __init__(self, connection: Connection, keys: Keys, images: Images | None = None) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        keys: Keys,
+        images: Images | None = None,
+        *,
+        key: SigningKey | None = None,
+    ) -> None:
         """Prepare a subscriber; nothing is read yet.
 
         Args:
             connection: way to the server.
             keys: names of the run's keys.
             images: where decoded versions are kept; in our own memory by default.
+            key: which signs weights; None to take them unsigned.
         """
-        self._connection, self._keys = connection, keys
+        self._connection, self._keys, self._key = connection, keys, key
         self._images = images or Images(keys.run, None)
         self._pubsub: redis.client.PubSub | None = None
         self._next_ping = self._silent = Deadline(0)
@@ -72,7 +88,14 @@ class Subscriber:
         self._updates: list[Update] = []
         self._arrived = threading.Condition()
         self._thread = Background(f"weights of {keys.run!r}", self._step)
-        self._fetcher = Fetcher(connection, keys, self._images, stopping=lambda: self._thread.stopping)
+        self._fetcher = Fetcher(
+            connection, keys, self._images, key=key, stopping=lambda: self._thread.stopping
+        )
+        #: The newest version with a right signature: a key keeps who has it from going back.
+        self._signed = 0
+        self._refused: tuple[int, str, str] | None = None  #: what was refused last
+        self._next_refusal = Deadline(0)
+        self._said_unchecked = False
         #: The version that was read last: the next one may be a difference to it.
         self._held: Version | None = None
 
@@ -117,14 +140,22 @@ class Subscriber:
             return self._handled >= version and not self._updates
 
     def read_latest(self) -> int:
-        """Ask the server for the latest version; 0 before the first.
+        """Ask the server for the latest version; 0 before the first. With a key, for the latest that is signed.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        version = int(self._connection.execute("HGET", self._keys.weights, "version") or 0)
+        version = self._read_version() or 0
         self.hint(version)
-        return version
+        if self._key is None:
+            return version
+        try:
+            pointer = self._read_pointer()
+            if pointer is not None:
+                pointer.check(self._key, self._keys.run)
+            return max(pointer.version if pointer else 0, self._signed)
+        except WireError:  # the background says so
+            return self._signed
 
     def hint(self, version: int) -> None:
         """Be told from elsewhere that a version was published."""
@@ -194,16 +225,24 @@ class Subscriber:
 
     def _look(self) -> None:
         if self._hinted <= self._handled:
-            latest = int(self._connection.execute("HGET", self._keys.weights, "version") or 0)
-            if latest <= self._handled:
+            latest = self._read_version()
+            if latest is not None and latest <= self._handled:
                 return
-        pointer = Pointer.from_fields(text_fields(self._connection.execute("HGETALL", self._keys.weights)))
-        if pointer is None or pointer.version <= self._handled:
+        pointer = self._read_pointer()
+        if pointer is not None and pointer.version < self._signed:
+            self._problem = (
+                f"version {pointer.version}: it is older than {self._signed}, which was here before"
+            )
+        if pointer is None or pointer.version <= self._handled or pointer.version < self._signed:
             # A hint of a version that the pointer does not have is wrong, or its server lost its data.
             self._hinted = min(self._hinted, pointer.version if pointer else 0)
             return
         try:
+            self._check(pointer)
             version = self._fetcher.fetch(pointer, self._held)
+        except NotSigned as error:
+            self._refuse(pointer, str(error))
+            return
         except WireError as error:
             self._held = None  # what we hold may be what does not fit
             self._failed(pointer, str(error))
@@ -211,6 +250,44 @@ class Subscriber:
         self._problem = ""
         self._held = version if pointer.codec != "raw" else None  # raw versions are never differences
         self._hand_over(Update(pointer.version, version))
+
+    def _read_version(self) -> int | None:
+        """Give the number of the latest version, 0 before the first; None if what is there is no number."""
+        return whole_number(
+            str(self._connection.execute("HGET", self._keys.weights, "version") or b"0", "ascii", "replace")
+        )
+
+    def _read_pointer(self) -> Pointer | None:
+        return Pointer.from_fields(text_fields(self._connection.execute("HGETALL", self._keys.weights)))
+
+    def _check(self, pointer: Pointer) -> None:
+        """Check that a learner with our key has published this; note that it did."""
+        if self._key:
+            pointer.check(self._key, self._keys.run)
+            self._signed = pointer.version
+        elif pointer.latest.signature and not self._said_unchecked:
+            self._said_unchecked = True
+            logger.warning(
+                "the learner of %r signs its weights, and this worker does not check that, as it has no key: set "
+                "signing_key, or RLBROKER_SIGNING_KEY_FILE",
+                self._keys.run,
+            )
+
+    def _refuse(self, pointer: Pointer, problem: str) -> None:
+        """Say that somebody else has published this; what the learner publishes may have a lower number."""
+        self._problem = f"version {pointer.version}: {problem}"
+        self._hinted = self._handled
+        refused = pointer.version, pointer.upload, problem
+        if refused == self._refused or not self._next_refusal.over:
+            return
+        self._refused, self._next_refusal = refused, Deadline(REFUSED_SECONDS)
+        logger.warning("%s", self._problem)
+        with self._arrived:
+            if len(self._updates) < REFUSED_KEPT:
+                self._updates = only_newest(
+                    [*self._updates, Update(pointer.version, None, problem, refused=True)]
+                )
+            self._arrived.notify_all()
 
     def _failed(self, pointer: Pointer, problem: str) -> None:
         if self._thread.stopping:

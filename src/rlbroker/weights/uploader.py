@@ -22,6 +22,7 @@ from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, PeerError, ServerOutOfMemory
 from rlbroker.keys import Keys
 from rlbroker.metrics import Metrics
+from rlbroker.signing import chunk_hash
 from rlbroker.weights.chunks import ChunkWriter, Patience
 from rlbroker.weights.pointer import Form, digest_of
 from rlbroker.wire.format import StoredSegment
@@ -82,8 +83,12 @@ class Stored:
 class _Made:
     """The chunks of one upload, as they are made."""
 
-    def __init__(self, keys: Keys, upload: str, plan: ImagePlan, chunk_bytes: int) -> None:
+    def __init__(
+        self, keys: Keys, upload: str, plan: ImagePlan, chunk_bytes: int, hashing: ThreadPoolExecutor | None
+    ) -> None:
         self._keys, self._upload, self._plan, self._chunk_bytes = keys, upload, plan, chunk_bytes
+        self._hashing = hashing
+        self._hashes: list[Future[str]] = []  #: of each chunk, the header's last
         self._segments: list[StoredSegment] = []
         self.digests: list[int] = []
         self.sent: list[Pieces] = []  #: what each chunk consists of, the header's last
@@ -105,11 +110,24 @@ class _Made:
             yield self._chunk(waiting)
         self.header = self._plan.header(self._segments)
         self.sent.append([(len(self.header), xxhash.xxh3_64_intdigest(self.header))])
+        self._hash([self.header])
         yield self._keys.chunk(self._upload, 0), [self.header]
+
+    def hashes(self) -> str:
+        """Give the hash of each chunk, the header's first; nothing where none are wanted."""
+        *chunks, header = [one.result() for one in self._hashes] or [""]
+        return "".join([header, *chunks])
 
     def _chunk(self, segments: Sequence[EncodedSegment]) -> Chunk:
         self.sent.append([(one.segment.stored_bytes, one.segment.digest) for one in segments])
-        return self._keys.chunk(self._upload, len(self.sent)), [one.stored for one in segments]
+        parts = [one.stored for one in segments]
+        self._hash(parts)
+        return self._keys.chunk(self._upload, len(self.sent)), parts
+
+    def _hash(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Have a chunk hashed beside all that goes on."""
+        if self._hashing:
+            self._hashes.append(self._hashing.submit(chunk_hash, parts))
 
 
 class Uploader:
@@ -123,6 +141,7 @@ class Uploader:
         chunk_bytes: int,
         make_room: Callable[[], bool],
         metrics: Metrics,
+        hashes: bool = False,
     ) -> None:
         """Prepare an uploader.
 
@@ -132,11 +151,13 @@ class Uploader:
             chunk_bytes: a chunk is closed once it holds this much.
             make_room: called when the server is full; gives whether it has deleted something.
             metrics: is told how long encoding and sending took.
+            hashes: whether forms are to have the hashes of their chunks, to be signed.
         """
         self._connection, self._keys, self._metrics = connection, keys, metrics
         self._chunk_bytes, self._make_room = chunk_bytes, make_room
         self._writer = ChunkWriter(connection)
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="rlbroker-encode")
+        self._hashing = self._pool if hashes else None
 
     def close(self) -> None:
         """End the threads and the connection."""
@@ -186,7 +207,7 @@ class Uploader:
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        made = _Made(self._keys, upload, plan, self._chunk_bytes)
+        made = _Made(self._keys, upload, plan, self._chunk_bytes, self._hashing)
         ahead = self._encoded(plan, partial(self._encode, plan, image, base, compression), encoded or {})
         try:
             with closing(ahead):
@@ -203,6 +224,7 @@ class Uploader:
             chunks=len(chunks),
             stored_bytes=sum(size for pieces in made.sent for size, _ in pieces),
             digest=digest_of(made.header),
+            hashes=made.hashes(),
         )
         return Stored(form, made.header, made.digests, [header, *chunks])
 
