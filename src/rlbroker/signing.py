@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Final
@@ -18,8 +19,8 @@ IMAGE: Final = "image"
 #: First 8 digits of a hash of the key, that tell keys apart in messages and say nothing of the key.
 ID_LENGTH: Final = 8
 
-#: A signature as text: HMAC-SHA256 in hexadecimal.
-SIGNATURE_LENGTH: Final = 64
+#: A signature as text: the id of the key, and HMAC-SHA256 in hexadecimal.
+_SIGNATURE: Final = re.compile("([0-9a-f]{8}):[0-9a-f]{64}")
 
 
 class NotSigned(WireError):
@@ -58,9 +59,9 @@ class SigningKey:
             raise NotSigned("its signature is missing")
         if hmac.compare_digest(self.sign(purpose, *fields).encode(), signature.encode()):
             return
-        theirs = signature.partition(":")[0]
-        if theirs != self.id and len(signature) == ID_LENGTH + 1 + SIGNATURE_LENGTH:
-            raise NotSigned(f"it was signed with another key (id {theirs}, ours {self.id})")
+        found = _SIGNATURE.fullmatch(signature)
+        if found and found[1] != self.id:
+            raise NotSigned(f"it was signed with another key (id {found[1]}, ours {self.id})")
         raise NotSigned("its signature is wrong")
 
     def _key_for(self, purpose: str) -> bytes:

@@ -187,9 +187,10 @@ def settle(account: Account, event: Event, pending: Mapping[str, int], latest: i
     if entry_place(event.entry_id) <= account.place:
         return Settled(account)
     account = replace(account, event=event.entry_id)
-    if event.kind == "version" and 1 <= event.version <= latest:
+    refused = event.fields.get("outcome") == REFUSED
+    if event.kind == "version" and (account.settled if refused else 0) < event.version <= latest:
         return _settle_version(account, event)
-    if event.fields.get("outcome") == REFUSED:
+    if refused:
         return _settle_refused(account, event, pending)
     if event.kind == "command" and event.fields.get("outcome") in ANSWERS:
         return _settle_command(account, event, pending)
@@ -233,7 +234,7 @@ def _settle_command(account: Account, event: Event, pending: Mapping[str, int]) 
 
 
 def _settle_refused(account: Account, event: Event, pending: Mapping[str, int]) -> Settled:
-    """Record what a worker refused. It changes no other account: as a rule no learner has sent it."""
+    """Record what a worker refused. Of versions, one that no learner made, or that was settled when it joined."""
     command, detail = event.text("command"), event.text("detail")
     name = f"{command} {event.text('name')}".strip()
     if event.kind == "command" and command in pending:  # its learner lacks the key

@@ -91,6 +91,7 @@ class Inbox:
             rejoin: makes sure that the server knows this worker, after it may have lost it.
         """
         self._connection, self._keys, self._key = connection, keys, key
+        self._refused: dict[str, None] = {}  #: entries that were refused: the stream may be read again
         self._refusals, self._refusals_until = 0, Deadline(REFUSALS_SECONDS)
         self._noticed, self._rejoin = noticed, rejoin
         self._worker_id, self._incarnation = place.worker_id, place.incarnation
@@ -290,7 +291,11 @@ class Inbox:
         said = text_fields({name: value for name, value in fields.items() if name != b"data"})
         if said.get("event") == "version":
             self._noticed(whole_number(said.get("version", "")) or 0)
-        elif said.get("event") == "command" and self._is_for_me(said) and self._is_genuine(said, fields):
+        elif (
+            said.get("event") == "command"
+            and self._is_for_me(said)
+            and self._is_genuine(entry_id, said, fields)
+        ):
             order = Order(
                 said.get("command", ""),
                 said.get("name", ""),
@@ -315,7 +320,7 @@ class Inbox:
                 self._orders.append(replace(order, data=data))
                 self._arrived.notify_all()
 
-    def _is_genuine(self, said: dict[str, str], fields: dict[bytes, bytes]) -> bool:
+    def _is_genuine(self, entry_id: str, said: dict[str, str], fields: dict[bytes, bytes]) -> bool:
         """Whether a command was made by who has our key, if we have one; refuse it if not.
 
         It comes before anything of the command is noted or decoded: what is refused must not take the id of another.
@@ -327,6 +332,11 @@ class Inbox:
             check(self._key, self._keys.run, command_id, fields, self._worker_id, self._incarnation)
             return True
         except NotSigned as error:
+            if entry_id in self._refused:
+                return False
+            self._refused[entry_id] = None
+            if len(self._refused) > KEPT:
+                del self._refused[next(iter(self._refused))]
             if self._refusals_until.over:
                 self._refusals, self._refusals_until = 0, Deadline(REFUSALS_SECONDS)
             self._refusals += 1

@@ -17,7 +17,7 @@ from rlbroker.connection import Connection
 from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import ConnectionFailed, WireError
 from rlbroker.keys import Keys
-from rlbroker.signing import SigningKey, chunk_hash
+from rlbroker.signing import NotSigned, SigningKey, chunk_hash
 from rlbroker.weights.chunks import ChunkReader, Patience
 from rlbroker.weights.images import Bytes, Image, Images
 from rlbroker.weights.pointer import Form, Pointer, digest_of, group
@@ -332,6 +332,6 @@ def _decode_checked(
 
 
 def check_hash(form: Form, number: int, data: bytes | memoryview) -> None:
-    """Check that a chunk is the one that is signed; WireError if it is another."""
+    """Check that a chunk is the one that is signed; NotSigned if it is another."""
     if chunk_hash([data]) != form.hash_of(number):
-        raise WireError(f"chunk {number} of version {form.version} is not what its signature speaks of")
+        raise NotSigned(f"chunk {number} of version {form.version} is not what its signature speaks of")

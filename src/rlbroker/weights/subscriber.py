@@ -239,13 +239,14 @@ class Subscriber:
             return
         try:
             self._check(pointer)
-            version = self._fetcher.fetch(pointer, self._held)
         except NotSigned as error:
             self._refuse(pointer, str(error))
             return
+        try:
+            version = self._fetcher.fetch(pointer, self._held)
         except WireError as error:
             self._held = None  # what we hold may be what does not fit
-            self._failed(pointer, str(error))
+            self._failed(pointer, str(error), refused=isinstance(error, NotSigned))
             return
         self._problem = ""
         self._held = version if pointer.codec != "raw" else None  # raw versions are never differences
@@ -289,7 +290,7 @@ class Subscriber:
                 )
             self._arrived.notify_all()
 
-    def _failed(self, pointer: Pointer, problem: str) -> None:
+    def _failed(self, pointer: Pointer, problem: str, *, refused: bool) -> None:
         if self._thread.stopping:
             return
         self._problem = f"version {pointer.version}: {problem}"
@@ -299,7 +300,7 @@ class Subscriber:
         if self._tries < TRIES:
             self._next_look = Deadline(self._connection.block_seconds)
         else:
-            self._hand_over(Update(pointer.version, None, problem))
+            self._hand_over(Update(pointer.version, None, problem, refused))
 
     def _hand_over(self, update: Update) -> None:
         with self._arrived:
