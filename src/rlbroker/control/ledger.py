@@ -196,17 +196,19 @@ class Ledger:
         try:
             reply = self._connection.execute_once(*command)
         except ServerFault:
-            self._delete_what_is_no_stream(list(keys))
-            raise
+            if not self._delete_what_is_no_stream(list(keys)):
+                raise
+            return []  # the next look reads the others
         return [(keys[key], entries) for key, entries in stream_entries(reply) if entries]
 
-    def _delete_what_is_no_stream(self, keys: Sequence[str]) -> None:
+    def _delete_what_is_no_stream(self, keys: Sequence[str]) -> bool:
         """Have one worker that wrote something else to its key not keep the answers of all from being read."""
         kinds = self._connection.execute_all([("TYPE", key) for key in keys])
         wrong = [key for key, kind in zip(keys, kinds, strict=True) if kind not in (b"stream", b"none")]
         if wrong:
             logger.warning("deleted what is no stream: %s", ", ".join(wrong))
             self._connection.execute("UNLINK", *wrong)
+        return bool(wrong)
 
     def _settle_some(self, workers: Sequence[int], deadline: Deadline) -> bool:
         """Settle what one read finds, in one try; give whether that was anything.

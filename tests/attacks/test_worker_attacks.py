@@ -1,0 +1,242 @@
+"""The attacker has the password of worker 0, can write what it likes to the server, and wants more than is worker 0's.
+
+The server has our configuration and the users of `rlbroker acl`. Before each attack and after it a version reaches
+worker 1 as it was sent, worker 1 obeys a command, and its batch is collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+from attacked import KEYS, Scene
+from conftest import wait_until
+from guarded import GuardedServer
+
+from rlbroker import AccessDenied, Fenced, WorkerClient
+from rlbroker.membership.heartbeat import REGISTER
+from rlbroker.wire.message import encode
+
+Refused = redis.exceptions.NoPermissionError
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedServer]:
+    with GuardedServer("embedded", tmp_path_factory.mktemp("guarded")) as server:
+        yield server
+
+
+@pytest.fixture
+def scene(guarded: GuardedServer) -> Iterator[Scene]:
+    """A run that works, before the attack and after it."""
+    found = Scene(guarded)
+    try:
+        found.goes_on()
+        yield found
+        found.goes_on()
+    finally:
+        found.close()
+        guarded.client("admin").flushall()
+
+
+def refused(scene: Scene, *command: Any) -> None:
+    with pytest.raises(Refused):
+        scene.attacker.execute_command(*command)
+
+
+def dead(scene: Scene) -> Any:
+    scene.collected()
+    return scene.learner.dead_letters(0)
+
+
+def batch(number: Any) -> dict[str, Any]:
+    data = encode({"number": number})
+    return {"version": 1, "rows": 1, "raw_bytes": 1, "stored_bytes": len(data), "sent_at": 0, "data": data}
+
+
+def test_weights_cannot_be_published_or_spoiled(scene: Scene) -> None:
+    refused(scene, "HSET", KEYS.weights, "version", "99")
+    refused(scene, "XADD", KEYS.control, "*", "event", "version", "version", "99")
+    refused(scene, "PUBLISH", KEYS.notify, "99")
+    for key in scene.admin.scan_iter(f"{KEYS.prefix}:w:*"):
+        refused(scene, "SET", key, b"mine")
+        refused(scene, "PEXPIRE", key, 1)
+
+
+def test_others_cannot_be_commanded(scene: Scene) -> None:
+    life = scene.worker.incarnation
+    refused(
+        scene,
+        "XADD",
+        KEYS.control,
+        "*",
+        "event",
+        "command",
+        "command",
+        "x",
+        "name",
+        "stop",
+        "workers",
+        "1",
+        "incarnations",
+        life,
+    )
+
+
+def test_batches_of_others_cannot_be_read_forged_or_deleted(scene: Scene) -> None:
+    scene.worker.send_experiences({"number": "precious"})
+    key = KEYS.experiences(1)
+    for command in (("XRANGE", key, "-", "+"), ("XDEL", key, f"{scene.worker.incarnation}-1"), ("DEL", key)):
+        refused(scene, *command)
+    refused(scene, "XADD", key, f"{scene.worker.incarnation}-999", "data", b"mine")
+    refused(scene, "XACK", key, "learner", f"{scene.worker.incarnation}-1")
+    assert wait_until("it came", scene.collected) == ["precious"]
+
+
+def test_nobody_can_answer_for_another_or_end_its_life(scene: Scene) -> None:
+    command = scene.learner.send_control_command("noop", worker_ids=[1])
+    life = scene.worker.incarnation
+    refused(
+        scene,
+        "XADD",
+        KEYS.acknowledgements(1),
+        f"{life}-500",
+        "event",
+        "command",
+        "command",
+        command.id,
+        "outcome",
+        "done",
+    )
+    refused(scene, "XADD", KEYS.acknowledgements(1), f"{life}-501", "event", "left", "version", 0)
+    refused(scene, "HSET", KEYS.life(1), "incarnation", life + 1)
+    refused(scene, "SREM", KEYS.workers, 1)
+    keys = (KEYS.life(1), KEYS.workers, KEYS.acknowledgements(1), KEYS.weights, KEYS.control, KEYS.meta)
+    with pytest.raises(redis.ResponseError):
+        scene.attacker.execute_command(
+            *REGISTER.call((*keys, KEYS.heartbeat(1), KEYS.ledger(1)), (1, 5, 0, "token", 1))
+        )
+    with pytest.raises(AccessDenied):
+        WorkerClient(scene.server.url("pong-worker-0"), "pong", worker_id=1)
+    assert scene.worker.incarnation == life
+    assert scene.learner.workers()[-1].incarnation == life
+
+
+def test_the_learner_cannot_be_replaced(scene: Scene) -> None:
+    refused(scene, "HSET", KEYS.meta, "epoch", "9999999999999")
+    refused(scene, "HSET", KEYS.meta, "learner:learner", "9999999999999")
+    refused(scene, "HSET", KEYS.epochs(0), "learner", "9999999999999")
+
+
+def test_what_one_missed_cannot_be_hidden(scene: Scene) -> None:
+    client = scene.joined()
+    for _ in range(3):
+        version = scene.learner.send_model_weights({"w": np.zeros(8)}).version
+    wait_until("the newest is applied", lambda: client.poll({}) and client.version == version)
+    wait_until("it is on record", lambda: scene.learner.missed_updates()[0].by_reason)
+    before = scene.learner.missed_updates()[0].by_reason
+    refused(scene, "DEL", KEYS.missed)
+    refused(scene, "HSET", KEYS.ledger(0), "missed:superseded", "0")
+    client.close()
+    assert scene.learner.missed_updates()[0].by_reason == before
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"RLBW", b"\x00" * 4096, encode({"x": 1})[:-3], encode({"x": 1}) + b"?", b"\xff" * 100]
+)
+def test_a_batch_that_is_none_becomes_a_dead_letter(scene: Scene, data: bytes) -> None:
+    client = scene.joined()
+    scene.attacker.xadd(KEYS.experiences(0), batch(1) | {"data": data}, id=f"{client.incarnation}-1")
+    (letter,) = wait_until("it is dead", lambda: dead(scene))
+    scene.learner.purge_dead_letters([letter])
+    client.close()
+
+
+def test_a_batch_that_says_it_is_huge_has_no_memory_set_aside(scene: Scene) -> None:
+    client = scene.joined()
+    data = encode({"x": np.random.default_rng(0).random(1 << 20)})[:200]
+    said = {"data": data, "raw_bytes": 2**62, "stored_bytes": 2**62}
+    scene.attacker.xadd(KEYS.experiences(0), batch(1) | said, id=f"{client.incarnation}-1")
+    wait_until("it is dead", lambda: dead(scene))
+    client.close()
+
+
+@pytest.mark.parametrize("kind", ["life", "hb", "counts", "ack", "x"])
+@pytest.mark.parametrize("what", ["type", "numbers"])
+def test_nonsense_in_ones_own_keys_troubles_nobody_else(scene: Scene, kind: str, what: str) -> None:
+    client = scene.joined()
+    key = f"{KEYS.prefix}:{kind}:0"
+    if what == "type":
+        scene.attacker.delete(key)
+        scene.attacker.hset(key, "a", "b") if kind in ("ack", "x") else scene.attacker.xadd(key, {"a": "b"})
+    elif kind in ("ack", "x"):
+        scene.attacker.xadd(
+            key,
+            batch(1) | {"event": "version", "version": 2**62, "outcome": "applied"},
+            id=f"{2**63}-{2**63}",
+        )
+    else:
+        for field in (
+            "incarnation",
+            "seen",
+            "known_version",
+            "member",
+            "delivered",
+            "sent",
+            "version",
+            "removed_bytes",
+        ):
+            scene.attacker.hset(key, field, chr(0x661) if field == "member" else 2**62)
+    for _ in range(2):
+        scene.learner.collect_experiences(timeout=0.1)
+        scene.learner.missed_updates()
+    scene.goes_on()
+    scene.attacker.delete(key)
+    with suppress(Fenced):
+        client.close()
+
+
+def test_versions_do_not_run_out(scene: Scene) -> None:
+    client, before = scene.joined(), scene.learner.version
+    scene.attacker.hset(KEYS.life(0), "known_version", 2**51)
+    scene.learner._roster.say_alive(scene.learner._channel)
+    assert scene.learner.send_model_weights({"w": np.zeros(8)}).version == before + 1
+    client.close()
+
+
+def test_a_batch_is_taken_once_under_each_number_only(scene: Scene) -> None:
+    client = scene.joined()
+    client.send_experiences({"number": "mine"})
+    (entry,) = scene.attacker.xrange(KEYS.experiences(0))
+    assert wait_until("it came", lambda: scene.collected(0)) == ["mine"]
+    with pytest.raises(redis.ResponseError, match="equal or smaller"):
+        scene.attacker.xadd(KEYS.experiences(0), entry[1], id=entry[0])
+    client.close()
+
+
+def test_nothing_is_learnt_of_passwords(scene: Scene) -> None:
+    for command in (
+        ("ACL", "LIST"),
+        ("ACL", "GETUSER", "admin"),
+        ("CONFIG", "GET", "*"),
+        ("CLIENT", "LIST"),
+        ("MONITOR",),
+    ):
+        refused(scene, *command)
+
+
+def test_the_server_cannot_be_held_up_by_a_program_of_ones_own(scene: Scene) -> None:
+    refused(scene, "EVAL", "while true do end", 0)
+    refused(scene, "SCRIPT", "LOAD", "while true do end")
+    refused(
+        scene,
+        "FUNCTION",
+        "LOAD",
+        "#!lua name=l\nredis.register_function('f', function() while true do end end)",
+    )
+    refused(scene, "KEYS", "*")
+    refused(scene, "CLIENT", "PAUSE", 5000)
