@@ -319,6 +319,7 @@ class MissedUpdates:
         skips_in_a_row: how many of its latest updates each jumped over a version; 0 when the last one did not.
         skipping_since: when that row began, seconds since the epoch; None without one.
         records: the newest entries of the `missed` stream that are about it, oldest first.
+        refused: versions and commands that this life of it refused for their signature, and no learner had sent.
     """
 
     worker_id: int
@@ -330,6 +331,7 @@ class MissedUpdates:
     skips_in_a_row: int
     skipping_since: float | None
     records: tuple[Missed, ...]
+    refused: int = 0
 
 
 @dataclass(frozen=True)

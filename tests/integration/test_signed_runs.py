@@ -23,6 +23,10 @@ Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 
+def runs(client: WorkerClient, model: dict[str, Any], version: int) -> None:
+    wait_until(f"version {version} runs", lambda: (client.poll(model), client.version == version)[1])
+
+
 @pytest.mark.parametrize(("size", "compression"), [(10, True), (300_000, True), (600_000, False)])
 def test_signed_weights_arrive_whole_and_as_differences(
     learner: Learner, worker: Worker, tmp_path: Path, size: int, compression: bool
@@ -35,7 +39,7 @@ def test_signed_weights_arrive_whole_and_as_differences(
     for number in range(1, 5):
         weights["w"][: 1 + size // 100] += 1.0
         receipt = comm.send_model_weights(weights, compression_enabled=compression)
-        wait_until(f"{number} runs", lambda number=number: (early.poll(model), early.version == number)[1])
+        runs(early, model, number)
         assert np.array_equal(model["w"], weights["w"])
     assert receipt.kind == ("delta" if size == 300_000 else "full")
     for client in late:
@@ -100,7 +104,7 @@ def test_a_worker_without_a_key_works_and_says_once_that_it_checks_nothing(
     model: dict[str, Any] = {}
     for number in (1, 2):
         comm.send_model_weights({"w": np.zeros(3)})
-        wait_until("it runs", lambda number=number: (client.poll(model), client.version == number)[1])
+        runs(client, model, number)
     comm.send_control_command("stop")
     wait_until("it stops", lambda: client.poll() or not client.running)
     assert caplog.text.count("this worker does not check that") == 1

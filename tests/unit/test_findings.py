@@ -97,6 +97,7 @@ TROUBLE: dict[str, tuple[Snapshot, str, str]] = {
     "worker_cannot_load": (member(problem="wrong shape"), "critical", "wrong shape"),
     "worker_fenced": (member(fenced_process="node-9:8", fenced_seconds=5.0), "warning", "node-9:8"),
     "updates_failed": (worker(missed=replace(MISSED, by_reason={"failed": 1})), "warning", "1 version"),
+    "signatures_refused": (worker(missed=replace(MISSED, refused=2)), "warning", "2 versions or commands"),
     "commands_unanswered": (
         worker(commands_waiting=2, command_seconds=90.0),
         "warning",

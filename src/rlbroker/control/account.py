@@ -167,6 +167,7 @@ def missed_updates(
         skips_in_a_row=account.skips_in_a_row,
         skipping_since=account.skipping_since or None,
         records=tuple(records),
+        refused=account.refused,
     )
 
 

@@ -96,6 +96,8 @@ ADVICE: Final = {
     "worker_fenced": "Two processes were started with one worker_id, and only the newer one counts. Give each its "
     "own, or leave worker_id out.",
     "updates_failed": "The record says why. If it runs a newer version by now, it has recovered.",
+    "signatures_refused": "Somebody writes to the server in the learner's place; or the learner, or who sent the "
+    "command, has no signing key, or another one. The record says which.",
     "commands_unanswered": "Workers answer in poll: it does not call that, or waits for room in its queue.",
     "queue_full": "The learner is the bottleneck: have it collect more at once, use fewer workers, or choose "
     "when_full='drop_oldest' if old batches are worth little.",
@@ -250,6 +252,15 @@ def _of_worker(snapshot: Snapshot, worker: int, status: WorkerStatus, limits: Li
             worker,
             f"worker {worker} could not load {counted(failed, 'version')}",
             f"rlbroker missed --worker {worker} --why failed",
+        )
+    if missed.refused:
+        yield Finding(
+            "warning",
+            "signatures_refused",
+            worker,
+            f"worker {worker} refused {counted(missed.refused, 'version or command', 'versions or commands')} that "
+            "the learner did not sign",
+            f"rlbroker missed --worker {worker} --why refused",
         )
     if status.command_seconds >= UNANSWERED_SECONDS:
         yield Finding(
