@@ -123,9 +123,11 @@ def refused(comm: WorkerCommunicator, client: WorkerClient, why: str, model: Any
     wait_until(f"it is recorded: {why}", recorded)
 
 
-def takes_the_next(comm: WorkerCommunicator, client: WorkerClient, model: dict[str, Any]) -> None:
+def takes_the_next(
+    comm: WorkerCommunicator, client: WorkerClient, model: dict[str, Any], count: int = 30_000
+) -> None:
     """Check that the worker takes the learner's next version, as ever."""
-    version = comm.send_model_weights(some(2.0), compression_enabled=False).version
+    version = comm.send_model_weights(some(2.0, count), compression_enabled=False).version
     wait_until("it runs", lambda: (client.poll(model), client.version == version)[1])
     assert (client.version, model["w"][0]) == (version, 2.0)
 
@@ -191,7 +193,7 @@ def test_a_chunk_with_the_same_digest_is_not_decoded(
     refused(comm, client, "is not what its signature speaks of")
     wait_until("the learner looks", lambda: comm._publisher.restore(unreadable_version=1))
     assert comm.version == 2  # it has noticed, and published them again
-    takes_the_next(comm, client, {})
+    takes_the_next(comm, client, {}, size)
 
 
 def test_the_header_is_bound_too(
