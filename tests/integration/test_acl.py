@@ -333,7 +333,7 @@ ATTACKS: dict[str, tuple[Script, list[Any]]] = {
     "open": (OPEN, ["1", "learner", "1", "max_queue_size", "1"]),
     "close": (CLOSE, [EPOCH]),
     "alive": (ALIVE, ["learner_seen", "1"]),
-    "publish": (COMMIT, [EPOCH, FAR, "9-9-9", "version", FAR]),
+    "publish": (COMMIT, [EPOCH, FAR, "9-9-9", "-", "-", "version", FAR]),
     "command": (SEND, [EPOCH, "abc", "60", "-1", "1", LIFE, "name", "stop", "data", ""]),
     "command-again": (
         RESTORE_COMMAND,
