@@ -16,6 +16,8 @@ import pytest
 import redis
 from certificates import Certificates, TlsProxy, server_context
 from conftest import wait_until
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from rlbroker import TlsFailed, WorkerClient, WorkerCommunicator
 from rlbroker.config import TLS_VARIABLES
@@ -153,6 +155,7 @@ def test_a_certificate_alone_is_no_password(proxy: TlsProxy, certificates: Certi
         ssl_ca_certs=certificates.ca(),
         ssl_certfile=certificate,
         ssl_keyfile=key,
+        retry=Retry(NoBackoff(), 0),
     )
     with pytest.raises((redis.AuthenticationError, redis.exceptions.NoPermissionError)):
         client.keys("*")
