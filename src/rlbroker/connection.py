@@ -680,7 +680,8 @@ def script_is_unknown(error: PeerError) -> bool:
 def scripts_missing(address: str) -> RunLost:
     """Give the error for scripts that only the learner may load."""
     return RunLost(
-        f"{address} has lost rlbroker's scripts, and this user may not load them; the learner does: is it alive?"
+        f"{address} does not have rlbroker's scripts, and this user may not load them; the run's learner does when it "
+        "starts: is it running?"
     )
 
 

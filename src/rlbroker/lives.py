@@ -10,7 +10,7 @@ from rlbroker.config import MAX_WORKER_ID
 from rlbroker.connection import Argument
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 from rlbroker.keys import Keys
-from rlbroker.replies import text_fields, whole_number
+from rlbroker.replies import whole_number
 
 
 class Life(NamedTuple):
@@ -22,11 +22,14 @@ class Life(NamedTuple):
     known_version: int = 0  #: the newest version that it saw on a server which has lost it; 0 for none
 
     @classmethod
-    def from_fields(cls, said: Mapping[str, str]) -> Life | None:
-        """Read the fields of the hash; None where they are of no life."""
-        names = ("incarnation", "seen", "known_version")
-        incarnation, seen, known = (whole_number(said.get(name, "")) or 0 for name in names)
-        return cls(incarnation, said.get("member") == "1", seen, known) if incarnation else None
+    def from_reply(cls, reply: Sequence[bytes | None]) -> Life | None:
+        """Read what `life_command` asks for; None where it is of no life."""
+        incarnation, member, seen, known = (str(one or b"", "ascii", "replace") for one in reply)
+        number = whole_number(incarnation)
+        # Scripts compare it as text, so that 07 is no 7.
+        if not number or str(number) != incarnation:
+            return None
+        return cls(number, member == "1", whole_number(seen) or 0, whole_number(known) or 0)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Lives:
     def members(self) -> dict[int, Life]:
         """Those who take part now."""
         return {worker: life for worker, life in self.of.items() if life.member}
+
+
+def life_command(keys: Keys, worker: int) -> tuple[str, ...]:
+    """Give the command that reads a life: no more than its fields, whatever else a worker put there."""
+    return ("HMGET", keys.life(worker), "incarnation", "member", "seen", "known_version")
 
 
 def worker_numbers(names: Iterable[bytes]) -> list[int]:
@@ -80,7 +88,7 @@ def read_lives(ask: Callable[[Sequence[Sequence[Argument]]], list[Any]], keys: K
         raise names
     numbered = {worker: name for name in names if (worker := worker_number_of(name)) is not None}
     ids = sorted(numbered)
-    lives = lives_from(ids, ask([("HGETALL", keys.life(worker)) for worker in ids]) if ids else [])
+    lives = lives_from(ids, ask([life_command(keys, worker) for worker in ids]) if ids else [])
     return Lives(lives, [name for name in names if worker_number_of(name) not in lives])
 
 
@@ -94,7 +102,7 @@ def lives_from(ids: Iterable[int], replies: Iterable[Any]) -> dict[int, Life]:
     for worker, reply in zip(ids, replies, strict=True):
         if isinstance(reply, AccessDenied | ConnectionFailed):
             raise reply
-        life = None if isinstance(reply, PeerError) else Life.from_fields(text_fields(reply))
+        life = None if isinstance(reply, PeerError) else Life.from_reply(reply)
         if life is not None:
             found[worker] = life
     return found

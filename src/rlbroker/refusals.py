@@ -47,6 +47,10 @@ _READING = frozenset(
 #: Commands of which one part can be allowed alone: CONFIG GET without CONFIG SET.
 _CONTAINERS = ("acl", "client", "config", "memory", "object", "script", "xgroup", "xinfo")
 
+#: Users of `rlbroker acl`.
+_ROLE = re.compile(r"(.+)-(learner|workers|observer|worker-(\d+))")
+_ROLE_NAMES = {"learner": "the learner", "workers": "all workers", "observer": "an observer"}
+
 #: Names that a message has room for.
 _NAMES_SHOWN = 3
 
@@ -98,13 +102,21 @@ def refused(
         )
     else:
         return AccessDenied(f"{address} refused: {text}; the user {user!r} lacks a right")
-    before_7 = f", before Redis 7 '~{EVERY_KEY}'" if rule.startswith("%R") else ""
-    error = AccessDenied(
-        f"{address}: the user {user!r} {what}; whoever administers the server can allow it: "
-        f"{giving(user, rule)}{before_7}"
-    )
+    error = AccessDenied(f"{address}: the user {user!r} {what}; {_advice(user, rule)}")
     error.rule, error.user = rule, user
     return error
+
+
+def _advice(user: str, rule: str) -> str:
+    """Say how to be allowed; who has a user that was made for one role does not want it widened."""
+    if role := _ROLE.fullmatch(user):
+        whose = _ROLE_NAMES.get(role[2], f"worker {role[3]}")
+        return (
+            f"it is that of {whose} of {role[1]!r}, as `rlbroker acl` makes them: take the user that is meant for this, "
+            "with RLBROKER_REDIS_USERNAME and its password"
+        )
+    before_7 = f", before Redis 7 '~{EVERY_KEY}'" if rule.startswith("%R") else ""
+    return f"whoever administers the server can allow it: {giving(user, rule)}{before_7}"
 
 
 def giving(user: str, *rules: str) -> str:

@@ -56,7 +56,7 @@ def server_seconds(reply: Any) -> float:
 
 def whole_number(text: str) -> int | None:
     """Give a number that a worker wrote; None for anything else, as workers are not trusted."""
-    return int(text) if text.isdecimal() and len(text) < 20 else None
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
 def seconds_number(text: str) -> float | None:

@@ -131,7 +131,7 @@ class WorkerClient:
             keys,
             wire_format=FORMAT_VERSION,
             describe=self._describe,
-            newest_version=lambda: self._subscriber.newest,
+            newest_seen=lambda: self._subscriber.newest_seen,
             tend=self._tend,
         )
         self._sender: Sender | None = None

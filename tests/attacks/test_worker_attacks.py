@@ -17,7 +17,8 @@ from attacked import KEYS, Scene
 from conftest import wait_until
 from guarded import GuardedServer
 
-from rlbroker import AccessDenied, Fenced, WorkerClient
+from rlbroker import AccessDenied, Fenced, PeerError, WorkerClient
+from rlbroker.control.ledger import SETTLE
 from rlbroker.membership.heartbeat import REGISTER
 from rlbroker.wire.message import encode
 
@@ -200,11 +201,38 @@ def test_nonsense_in_ones_own_keys_troubles_nobody_else(scene: Scene, kind: str,
         client.close()
 
 
+def test_the_learners_scripts_run_nothing_that_one_likes(scene: Scene) -> None:
+    """One of them carries out writes that it is given: what takes long must not be among them."""
+    own = (KEYS.counts(0), KEYS.experiences(0), KEYS.life(0), KEYS.counts(0))
+    scene.attacker.hset(KEYS.counts(0), "epoch", "1")
+    scene.attacker.delete(KEYS.experiences(0))
+    entry = scene.attacker.xadd(KEYS.experiences(0), {"a": "b"}, id="1-7")
+    for command in ("HGETALL", "XRANGE", "DEL", "EVAL"):
+        with pytest.raises(redis.ResponseError, match=r"no such write|unknown command"):
+            scene.attacker.execute_command(*SETTLE.call((*own, KEYS.counts(0)), (1, entry, 1, 4, 0, command)))
+        scene.attacker.delete(KEYS.experiences(0))
+        entry = scene.attacker.xadd(KEYS.experiences(0), {"a": "b"}, id="1-7")
+    scene.attacker.delete(KEYS.experiences(0), KEYS.counts(0))
+
+
+def test_a_life_that_is_written_oddly_keeps_no_command_from_others(scene: Scene) -> None:
+    client = scene.joined()
+    for odd in (f"0{client.incarnation}", f" {client.incarnation}", f"{client.incarnation}.0", "\uff19" * 13):
+        scene.attacker.hset(KEYS.life(0), "incarnation", odd)
+        command = scene.learner.send_control_command("reset")
+        assert 1 in command.worker_ids
+        wait_until("it obeys", lambda: [scene.worker.poll()] and command.outcomes()[1].state == "done")  # noqa: B023
+    with suppress(PeerError):
+        client.close()
+
+
 def test_versions_do_not_run_out(scene: Scene) -> None:
     client, before = scene.joined(), scene.learner.version
-    scene.attacker.hset(KEYS.life(0), "known_version", 2**51)
-    scene.learner._roster.say_alive(scene.learner._channel)
-    assert scene.learner.send_model_weights({"w": np.zeros(8)}).version == before + 1
+    for claimed in (2**51, 2**40, 20_000_000):
+        scene.attacker.hset(KEYS.life(0), "known_version", claimed)
+        scene.learner._roster.say_alive(scene.learner._channel)
+        before += 1
+        assert scene.learner.send_model_weights({"w": np.zeros(8)}).version == before
     client.close()
 
 

@@ -334,7 +334,7 @@ ATTACKS: dict[str, tuple[Script, list[Any]]] = {
     "close": (CLOSE, [EPOCH]),
     "alive": (ALIVE, ["learner_seen", "1"]),
     "publish": (COMMIT, [EPOCH, FAR, "9-9-9", "-", "-", "version", FAR]),
-    "command": (SEND, [EPOCH, "abc", "60", "-1", "1", LIFE, "name", "stop", "data", ""]),
+    "command": (SEND, [EPOCH, "abc", "60", "-1", "1", LIFE, "", "name", "stop", "data", ""]),
     "command-again": (
         RESTORE_COMMAND,
         [EPOCH, "abc", "60", "1", "1", "1", "waiting", "name", "stop", "data", ""],
@@ -470,7 +470,7 @@ def test_passwords_are_made_once_and_nobody_else_reads_them(tmp_path: Path) -> N
     assert (modes, stat.S_IMODE((tmp_path / "new").stat().st_mode)) == ({0o600}, 0o700)
     assert not [path for path in (tmp_path / "new").iterdir() if path.read_text().strip() in first.stdout]
     (tmp_path / "new" / "admin").write_text("")
-    assert "is empty" in print_users().stderr
+    assert "holds no password" in print_users().stderr
 
 
 @pytest.mark.parametrize(

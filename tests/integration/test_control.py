@@ -5,20 +5,25 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import Server, wait_until
 
 from rlbroker import Command, WorkerClient, WorkerCommunicator
+from rlbroker.control import commander
 from rlbroker.errors import (
     ConnectionFailed,
     DeadlineExceeded,
     InvalidArgument,
+    PeerError,
     UnknownWorker,
     UnsupportedType,
 )
 from rlbroker.keys import Keys
+from rlbroker.lives import read_lives
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -341,3 +346,64 @@ def test_answers_wait_while_the_learner_is_away(learner: Learner, worker: Worker
     assert states(command) == {0: "waiting"}
     learner()
     wait_until("the new learner settled it", lambda: states(command) == {0: "done"})
+
+
+def test_a_worker_that_comes_back_while_a_command_to_all_is_sent_gets_it(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, _ = learner(), worker()
+    worker(1).close()
+    read, back = read_lives, list[WorkerClient]()
+
+    def read_and_come_back(*arguments: Any) -> Any:
+        lives = read(*arguments)
+        if not back:
+            back.append(worker(1))
+        return lives
+
+    monkeypatch.setattr(commander, "read_lives", read_and_come_back)
+    command = comm.send_control_command("reset")
+    assert command.worker_ids == (0, 1)
+    obey(back[0], command)
+
+
+def test_an_expiry_is_a_number_that_everybody_reads_alike(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("reset", expires=np.float64(60))
+    obey(client, command)
+    assert states(command) == {0: "done"}
+    for wrong in (True, np.float32(5), 0, -1.0, float("nan"), "5"):
+        with pytest.raises(InvalidArgument, match="expires"):
+            comm.send_control_command("reset", expires=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("key", "field"),
+    [
+        ("meta", "lease_seconds"),
+        ("meta", "epoch"),
+        ("meta", "wire_format"),
+        ("ledger", "event"),
+        ("pending", "x"),
+    ],
+)
+def test_what_somebody_else_wrote_is_outlasted(
+    learner: Learner, worker: Worker, server: Server, keys: Keys, key: str, field: str
+) -> None:
+    comm, client = learner(), worker()
+    obey(client, comm.send_control_command("reset"))
+    name = keys.ledger(0) if key == "ledger" else getattr(keys, key)
+    before = server.client.hget(name, field)
+    server.client.hset(name, field, "nonsense")
+    for step in (
+        client._heartbeat._beat,
+        client._inbox._forget_settled,
+        lambda: comm._roster.say_alive(comm._channel),
+    ):
+        with suppress(PeerError):
+            step()
+    if before is None:
+        server.client.hdel(name, field)
+    else:
+        server.client.hset(name, field, before)
+    obey(client, wait_until("commands are sent again", lambda: comm.send_control_command("reset")))

@@ -69,6 +69,39 @@ def test_new_processes_on_a_server_that_lost_everything_are_not_taken_for_old_on
     assert [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)] == [5, 6, 7]
 
 
+@pytest.mark.parametrize("versions", [1, 2])
+def test_a_new_learner_that_comes_to_a_number_that_was_used_takes_another(
+    server: Server, learner: Learner, worker: Worker, keys: Keys, versions: int
+) -> None:
+    comm, client, model = learner(), worker(), dict[str, int]()
+    for number in range(versions):
+        comm.send_model_weights({"number": number})
+    wait_until("they are applied", lambda: client.poll(model) and client.version == versions)
+    comm.cleanup()
+    client._heartbeat._thread.stop(5.0)  # it does not notice before the new learner has published
+    server.client.flushall()
+    comm = learner()
+    for number in range(versions):
+        assert comm.send_model_weights({"number": 100 + number}).version == number + 1
+    client._heartbeat._beat()
+    wait_until("the new weights are applied", lambda: client.poll(model) and client.version > versions)
+    assert model == {"number": 100 + versions - 1}
+
+
+def test_a_worker_that_has_seen_newer_weights_than_the_run_says_so(
+    server: Server, learner: Learner, worker: Worker, keys: Keys
+) -> None:
+    comm, client, model = learner(), worker(), dict[str, int]()
+    for number in range(3):
+        comm.send_model_weights({"number": number})
+    wait_until("they are applied", lambda: client.poll(model) and client.version == 3)
+    comm._thread.stop(5.0)
+    server.client.hset(keys.weights, "version", 2)
+    wait_until(
+        "it says so", lambda: "latest version is 2, and 3 was here before" in client._subscriber.problem
+    )
+
+
 def test_at_level_learner_nothing_is_lost_and_nothing_comes_twice(
     server: Server, learner: Learner, worker: Worker
 ) -> None:

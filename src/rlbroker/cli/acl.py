@@ -97,7 +97,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     from rlbroker.connection import MIN_SERVER_VERSION
     from rlbroker.errors import InvalidArgument
 
-    found = re.fullmatch(r"(\d+)\.(\d+)(\.\d+)*", text)
+    found = re.fullmatch(r"([0-9]+)\.([0-9]+)(\.[0-9]+)*", text)
     if not found:
         raise InvalidArgument(f"--server-version is a number such as 7.2; got {text!r}")
     version = int(found[1]), int(found[2])
@@ -116,10 +116,10 @@ def _passwords(folder: Path, names: list[str]) -> tuple[dict[str, str], int]:
         for name in names:
             path = folder / name
             if path.exists():
-                passwords[name] = path.read_text().strip()
-                if not passwords[name]:
+                passwords[name] = path.read_text().strip("\r\n")
+                if len(passwords[name].splitlines()) != 1:
                     raise InvalidArgument(
-                        f"{path} is empty: put a password into it, or delete it to get a new one"
+                        f"{path} holds no password: put one line into it, or delete it to get a new one"
                     )
             else:
                 passwords[name], made = secrets.token_urlsafe(32), made + 1

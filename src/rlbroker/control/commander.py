@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from rlbroker.config import waiting_seconds, worker_number
+from rlbroker.config import positive_seconds, waiting_seconds, worker_number
 from rlbroker.connection import LEADER_ONLY, Connection, Script, flat
 from rlbroker.control.authorship import SIGNED, signed
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.deadline import Deadline, within
 from rlbroker.errors import DeadlineExceeded, InvalidArgument, UnknownWorker
 from rlbroker.keys import Keys
+from rlbroker.legible import legible
 from rlbroker.lives import read_lives
 from rlbroker.records import Outcome
 from rlbroker.replies import server_seconds, text_fields
@@ -39,7 +40,8 @@ SEND = Script(
     + """
     -- KEYS: meta, workers, control, pending, outcomes of this command, then the life of each worker that it is for
     -- ARGV: epoch, command id, seconds to keep the outcomes, how many workers there ever were (-1 for any number),
-    --       these workers in order and their incarnations, both separated by commas, then field and value pairs
+    --       these workers in order and their incarnations, then the incarnations of others, whose lives follow in KEYS
+    --       and who are no members, all separated by commas; then field and value pairs
     -- Gives 'changed' where one of them is not a member in this life any more, or another one has come.
     if redis.call('EXISTS', KEYS[5]) == 1 then return 'sent' end  -- before; the reply was lost
     if tonumber(ARGV[4]) >= 0 and redis.call('SCARD', KEYS[2]) ~= tonumber(ARGV[4]) then return 'changed' end
@@ -50,9 +52,15 @@ SEND = Script(
       local there = redis.pcall('HMGET', KEYS[5 + i], 'incarnation', 'member')
       if there['err'] or there[1] ~= life or there[2] ~= '1' then return 'changed' end
     end
+    local place = 5 + #lives
+    for life in string.gmatch(ARGV[7], '%d+') do
+      place = place + 1
+      local there = redis.pcall('HMGET', KEYS[place], 'incarnation', 'member')
+      if there['err'] or there[1] ~= life or there[2] == '1' then return 'changed' end
+    end
     if #workers == 0 then return 'sent' end
     local entry = redis.call('XADD', KEYS[3], '*', 'event', 'command', 'command', ARGV[2],
-      'workers', ARGV[5], 'incarnations', ARGV[6], unpack(ARGV, 7))
+      'workers', ARGV[5], 'incarnations', ARGV[6], unpack(ARGV, 8))
     for i, worker in ipairs(workers) do
       redis.call('HSET', KEYS[5], worker, 'waiting')
       redis.call('HSET', KEYS[4], ARGV[2] .. ':' .. worker, lives[i] .. ' ' .. entry)
@@ -209,8 +217,8 @@ class Commander:
         """
         if not isinstance(name, str) or not name or len(name) > 200:
             raise InvalidArgument(f"a command is a name of 1 to 200 characters; got {name!r}")
-        if expires_seconds is not None and not expires_seconds > 0:
-            raise InvalidArgument(f"expires must be a number of seconds above 0; got {expires_seconds!r}")
+        if expires_seconds is not None:
+            expires_seconds = positive_seconds("expires", expires_seconds)
         if worker_ids is not None and not isinstance(worker_ids, Iterable):
             raise InvalidArgument(
                 f"worker_ids must be a list of worker ids, or None for all; got {worker_ids!r}"
@@ -246,6 +254,10 @@ class Commander:
             targets = (
                 members if wanted is None else {worker: members[worker] for worker in wanted if not missing}
             )
+            # To all is also to who was there before, and comes back in between.
+            others = {worker: life.incarnation for worker, life in lives.of.items() if not life.member}
+            if targets and wanted is not None:
+                others = {}
             pairs = flat(fields)
             if self._key:
                 pairs += flat(signed(self._key, self._keys.run, command_id, fields, targets))
@@ -259,15 +271,16 @@ class Commander:
                     self._keys.control,
                     self._keys.pending,
                     self._keys.outcomes(command_id),
-                    *map(self._keys.life, targets),
+                    *map(self._keys.life, (*targets, *others)),
                 ),
                 (
                     self._epoch,
                     command_id,
                     OUTCOMES_KEPT_SECONDS,
-                    -1 if targets and wanted else lives.named,
+                    -1 if targets and wanted is not None else lives.named,
                     ",".join(map(str, targets)),
                     ",".join(map(str, targets.values())),
+                    ",".join(map(str, others.values())),
                     *pairs,
                 ),
             )
@@ -324,9 +337,11 @@ class Commander:
     def waiting(self) -> dict[int, int]:
         """Give how many commands wait for an answer, by worker."""
         counts: dict[int, int] = {}
-        for name in text_fields(self._connection.execute("HGETALL", self._keys.pending)):
-            worker = int(name.rpartition(":")[2])
-            counts[worker] = counts.get(worker, 0) + 1
+        pending = text_fields(self._connection.execute("HGETALL", self._keys.pending))
+        with legible(self._keys.pending):
+            for name in pending:
+                worker = int(name.rpartition(":")[2])
+                counts[worker] = counts.get(worker, 0) + 1
         return counts
 
     def look_again(self) -> None:
@@ -377,7 +392,8 @@ class Commander:
     def trim(self) -> None:
         """Shorten the control stream to what is younger than an hour or not answered yet."""
         clock, pending = self._connection.execute_all([("TIME",), ("HGETALL", self._keys.pending)])
-        sent = [int(value.split()[1].partition("-")[0]) for value in text_fields(pending).values()]
+        with legible(self._keys.pending):
+            sent = [int(value.split()[1].partition("-")[0]) for value in text_fields(pending).values()]
         now = int(server_seconds(clock))
         keep_from = min([(now - CONTROL_KEPT_SECONDS) * 1000, *sent])
         keep_from = max(keep_from, (now - OUTCOMES_KEPT_SECONDS) * 1000)

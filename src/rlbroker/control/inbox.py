@@ -16,8 +16,16 @@ from rlbroker.control.authorship import check
 from rlbroker.deadline import Deadline
 from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, WireError
 from rlbroker.keys import Keys
+from rlbroker.legible import legible
 from rlbroker.records import Registration
-from rlbroker.replies import entry_place, server_seconds, stream_entries, text_fields, whole_number
+from rlbroker.replies import (
+    entry_place,
+    seconds_number,
+    server_seconds,
+    stream_entries,
+    text_fields,
+    whole_number,
+)
 from rlbroker.signing import NotSigned, SigningKey
 from rlbroker.wire.limits import Limits
 from rlbroker.wire.message import decode
@@ -254,7 +262,8 @@ class Inbox:
         """Let go of the answers that the ledger has settled."""
         self._next_look = Deadline(SETTLED_SECONDS)
         last = self._channel.execute("HGET", self._keys.ledger(self._worker_id), "event")
-        settled = entry_place(last) if last else (0, 0)
+        with legible(self._keys.ledger(self._worker_id)):
+            settled = entry_place(last) if last else (0, 0)
         while self._sent and ((self._incarnation, self._sent[0].number) <= settled or len(self._sent) > KEPT):
             self._sent.popleft()
 
@@ -301,7 +310,7 @@ class Inbox:
                 said.get("name", ""),
                 None,
                 int(entry_id.partition("-")[0]),
-                float(said.get("expires_seconds", 0)),
+                seconds_number(said.get("expires_seconds", "0")) or 0.0,
             )
             if order.command_id in self._received:  # sent again, as the server had lost it
                 answer = self._received[order.command_id]
@@ -311,6 +320,9 @@ class Inbox:
             self._received[order.command_id] = None
             if len(self._received) > KEPT:
                 del self._received[next(iter(self._received))]
+            if seconds_number(said.get("expires_seconds", "0")) is None:
+                self.acknowledge_command(order, "failed", "nobody can say when it expires")
+                return
             try:
                 data = decode(fields.get(b"data", b""), limits=COMMAND_LIMITS)
             except WireError as error:

@@ -21,7 +21,8 @@ from rlbroker.control.account import REFUSED, TEXT_KEPT, Account, Event, Settled
 from rlbroker.deadline import Deadline
 from rlbroker.errors import RunLost, ServerFault
 from rlbroker.keys import Keys
-from rlbroker.lives import lives_from
+from rlbroker.legible import legible
+from rlbroker.lives import life_command, lives_from
 from rlbroker.records import Missed, MissedUpdates, Outcome
 from rlbroker.replies import entry_place, server_seconds, stream_entries, text_fields, whole_number
 
@@ -46,9 +47,12 @@ SETTLE = Script(
     if redis.call('XDEL', KEYS[2], ARGV[2]) == 0 then
       return 0  -- settled before
     end
+    -- Workers can call scripts too, with rights of their own: no more than these may come of it.
+    local allowed = {HSET = true, HDEL = true, XADD = true, EXPIRE = true}
     local at = 4
     for _ = 1, tonumber(ARGV[3]) do
       local count = tonumber(ARGV[at + 1])
+      if not allowed[ARGV[at + 2]] then return redis.error_reply('ERR no such write: ' .. ARGV[at + 2]) end
       redis.call(ARGV[at + 2], KEYS[tonumber(ARGV[at])], unpack(ARGV, at + 3, at + 2 + count))
       at = at + 3 + count
     end
@@ -239,19 +243,19 @@ class Ledger:
             deadline=once,
         )
         ids = [worker for worker, _ in streams]
-        replies = self._connection.ask(
-            [("HGETALL", self._keys.life(worker)) for worker in ids], deadline=once
-        )
+        replies = self._connection.ask([life_command(self._keys, worker) for worker in ids], deadline=once)
         lives = lives_from(ids, replies)
         now = round(server_seconds(clock), 3)  # as it is written, so that a record can be recognised
         newest_version = self._latest_version()
         if not self._signed:
             newest_version = max(_version_in(latest), newest_version)
-        waiting = _pending_by_worker(text_fields(pending))
+        with legible(self._keys.pending):
+            waiting = _pending_by_worker(text_fields(pending))
         self._find_waiting(streams, waiting)
         calls, results = [], dict[tuple[int, str], Settled]()
         for (worker, entries), found in zip(streams, accounts, strict=True):
-            there = Account.from_fields(text_fields(found))
+            with legible(self._keys.ledger(worker)):
+                there = Account.from_fields(text_fields(found))
             account = max(there, self._accounts.get(worker, there), key=lambda one: one.place)
             commands = waiting.get(worker, {})
             for entry_id, fields in entries:
@@ -355,10 +359,11 @@ class Ledger:
         found = self._connection.execute_all(
             [("HGETALL", self._keys.ledger(worker)) for worker in wanted], deadline=deadline
         )
-        return {
-            worker: Account.from_fields(text_fields(fields))
-            for worker, fields in zip(wanted, found, strict=True)
-        }
+        with legible(f"{self._keys.prefix}:ledger:…"):
+            return {
+                worker: Account.from_fields(text_fields(fields))
+                for worker, fields in zip(wanted, found, strict=True)
+            }
 
     def _write(self, event: Event, settled: Settled) -> tuple[Script, list[str], list[Argument]]:
         keys = [

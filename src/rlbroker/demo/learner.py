@@ -133,6 +133,8 @@ class Learner:
                 batches = []
                 if time.monotonic() >= self._checkpoint_due:
                     self._save()
+        if batches:  # they count as collected, so they are not to be lost
+            self._ppo.update(batches)
         return "moved"
 
     def _resume(self, state: dict[str, Any] | None) -> None:

@@ -14,6 +14,7 @@ from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, fla
 from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import AccessDenied, DeadlineExceeded, IncompatibleFormat, RunLost
 from rlbroker.keys import Keys
+from rlbroker.legible import legible
 from rlbroker.lives import read_lives
 from rlbroker.membership.life_scripts import ANNOUNCE, HEARD_OF, NEXT_LIFE, NOTE_FENCED
 from rlbroker.records import Registration
@@ -84,7 +85,7 @@ REJOIN = Script(
     + f"""
     -- KEYS: the worker's life, workers, its acknowledgements, weights, its heartbeat
     -- ARGV: worker id, incarnation, newest version that the worker knows, token of its registration,
-    --       lifetime of the heartbeat in milliseconds
+    --       lifetime of the heartbeat in milliseconds, name of the upload of that version
     -- For a worker that lives on after the server may have lost it. Its incarnation stays.
     {ALSO_WHEN_FULL}
     {_ONLY_NEWEST}
@@ -94,10 +95,13 @@ REJOIN = Script(
     redis.call('HSET', KEYS[1], 'incarnation', ARGV[2], 'member', '1', 'seen', now)
     redis.call('HSET', KEYS[5], 'token', ARGV[4], 'incarnation', ARGV[2])
     redis.call('PEXPIRE', KEYS[5], ARGV[5])
-    local latest = tonumber(redis.call('HGET', KEYS[4], 'version') or '0')
+    local pointer = redis.call('HMGET', KEYS[4], 'version', 'upload')
+    local latest = tonumber(pointer[1] or '0') or 0
     local known = tonumber(ARGV[3])
+    -- For the learner: these numbers were used. One that was given to something else must not be the latest any more.
+    if known > 0 and known == latest and pointer[2] ~= ARGV[6] then known = known + 1 end
     if known > latest then
-      redis.call('HSET', KEYS[1], 'known_version', ARGV[3])  -- for the learner: these numbers were used
+      redis.call('HSET', KEYS[1], 'known_version', string.format('%.0f', known))
     end
     if redis.call('EXISTS', KEYS[3]) == 0 then
       announce(KEYS[3], ARGV[2], 'joined', math.max(latest, known))
@@ -167,7 +171,7 @@ class Heartbeat:
         *,
         wire_format: int,
         describe: Callable[[], Mapping[str, str | int]],
-        newest_version: Callable[[], int],
+        newest_seen: Callable[[], tuple[int, str]],
         tend: Callable[[bool], None],
     ) -> None:
         """Prepare a membership.
@@ -177,11 +181,11 @@ class Heartbeat:
             keys: names of the run's keys.
             wire_format: the only format that this process reads and writes.
             describe: gives what each heartbeat says of the worker, besides host and pid.
-            newest_version: gives the newest version that this worker knows of.
+            newest_seen: gives the newest version that this worker knows of, and the name of its upload.
             tend: is called after each heartbeat, with whether the server may have lost something since the last.
         """
         self._connection, self._keys, self._describe = connection, keys, describe
-        self._wire_format, self._newest_version, self._tend = wire_format, newest_version, tend
+        self._wire_format, self._newest_seen, self._tend = wire_format, newest_seen, tend
         self._channel = Channel(connection)
         self._began = self._returned = False
         self._settings: RunSettings | None = None
@@ -231,8 +235,10 @@ class Heartbeat:
             self._keys.weights,
             self._keys.heartbeat(worker),
         )
-        newest, lifetime = self._newest_version(), self._lifetime_milliseconds
-        channel.run(REJOIN, keys, (worker, self.registration.incarnation, newest, self._token, lifetime))
+        newest, lifetime = self._newest_seen(), self._lifetime_milliseconds
+        channel.run(
+            REJOIN, keys, (worker, self.registration.incarnation, newest[0], self._token, lifetime, newest[1])
+        )
 
     def settings(self, deadline: Deadline) -> RunSettings:
         """Give the run's settings; wait for the learner to open the run where it has not yet.
@@ -361,8 +367,9 @@ class Heartbeat:
             self._channel.run(BEAT, keys, arguments)
         meta = text_fields(self._channel.execute("HGETALL", self._keys.meta))
         if "wire_format" in meta:
-            self._check_format(meta["wire_format"])
-            self._settings = RunSettings.from_fields(meta)
+            with legible(self._keys.meta):
+                self._check_format(meta["wire_format"])
+                self._settings = RunSettings.from_fields(meta)
             self._settings_known.set()
 
     def _come_back(self) -> None:

@@ -12,6 +12,7 @@ from rlbroker.config import RunSettings
 from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
 from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
 from rlbroker.keys import Keys
+from rlbroker.legible import legible
 from rlbroker.lives import Lives, read_lives, worker_number_of, worker_numbers
 from rlbroker.membership.life_scripts import ANNOUNCE, HEARD_OF, NEXT_LIFE
 from rlbroker.membership.members import member_infos
@@ -23,8 +24,10 @@ logger = logging.getLogger("rlbroker")
 #: After a loss a worker is expected back within its lease, or this if it is longer: until it notices, and is heard.
 BACK_SECONDS = 10.0
 
-#: A number that a worker claims to have seen is not believed above it: numbers of versions shall never run out.
+#: A number that a worker claims to have seen is not believed above it, nor so far above the latest, where there is
+#: one: numbers of versions shall never run out, and those that others saw are to stay credible.
 CREDIBLE_VERSION = 1 << 40
+CREDIBLE_STEP = 10_000_000
 
 OPEN = Script(
     "open",
@@ -227,7 +230,8 @@ class Roster:
             [("TIME",), ("HMGET", self._keys.meta, f"learner:{self._name}", "epoch")], strict=True
         )
         lives = read_lives(channel.execute_all, self._keys)
-        named, leading = (int(epoch or 0) for epoch in epochs)
+        with legible(self._keys.meta):
+            named, leading = (int(epoch or 0) for epoch in epochs)
         if named > self.epoch:
             raise Fenced(f"a newer learner has taken over the run {self._keys.run!r}")
         if named < self.epoch or leading < self._leading:
@@ -343,15 +347,16 @@ class Roster:
 
     def _raise_floor(self, lives: Lives) -> None:
         """Note the newest version that workers saw on a server which lost it: its number is not used again."""
-        known = max(
-            (life.known_version for life in lives.of.values() if life.known_version <= CREDIBLE_VERSION),
-            default=0,
-        )
-        floor, latest = self._connection.execute_all(
+        if not any(life.known_version for life in lives.of.values()):
+            return
+        replies = self._connection.execute_all(
             [("HGET", self._keys.meta, "version_floor"), ("HGET", self._keys.weights, "version")]
         )
-        if known > max(whole_number(str(said or b"0", "ascii", "replace")) or 0 for said in (floor, latest)):
-            self._connection.execute("HSET", self._keys.meta, "version_floor", known)
+        floor, latest = (whole_number(str(said or b"0", "ascii", "replace")) or 0 for said in replies)
+        credible = min(CREDIBLE_VERSION, latest + CREDIBLE_STEP) if latest else CREDIBLE_VERSION
+        known = [life.known_version for life in lives.of.values() if life.known_version <= credible]
+        if max(known, default=0) > max(floor, latest):
+            self._connection.execute("HSET", self._keys.meta, "version_floor", max(known))
 
     def _forget_unusable(self, lives: Lives, channel: Channel) -> None:
         """Remove what workers wrote that is no life, so that it costs nobody anything and ids can be used again."""

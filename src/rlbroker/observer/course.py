@@ -12,9 +12,9 @@ from rlbroker.connection import Connection
 from rlbroker.control.ledger import Ledger
 from rlbroker.history import Interval, Sample, intervals, read_history
 from rlbroker.keys import Keys
+from rlbroker.legible import legible
 from rlbroker.observer.bottleneck import Bottleneck, judge
 from rlbroker.observer.findings import Finding, find
-from rlbroker.observer.legible import legible
 from rlbroker.observer.snapshot import Snapshot, take_snapshot
 from rlbroker.records import Missed
 

@@ -8,8 +8,8 @@ from typing import Literal
 from rlbroker.config import RunSettings
 from rlbroker.connection import Connection
 from rlbroker.keys import Keys
-from rlbroker.lives import lives_from, worker_numbers
-from rlbroker.observer.legible import legible
+from rlbroker.legible import legible
+from rlbroker.lives import life_command, lives_from, worker_numbers
 from rlbroker.observer.runs import learner_state
 from rlbroker.records import Liveness
 from rlbroker.replies import server_seconds, text_fields
@@ -64,7 +64,7 @@ def find_present(connection: Connection, run: str, host: str) -> list[Present]:
     replies = connection.ask([("HGET", keys.heartbeat(worker), "host") for worker in ids])
     # A worker's user may read its own keys only.
     here = [worker for worker, said in zip(ids, replies, strict=True) if said == host.encode()]
-    lives = lives_from(here, connection.ask([("HGETALL", keys.life(worker)) for worker in here]))
+    lives = lives_from(here, connection.ask([life_command(keys, worker) for worker in here]))
     for worker, life in lives.items():
         if life.member:
             silent_seconds = max(0.0, now - life.seen_milliseconds / 1000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlbroker.connection import Connection
 from rlbroker.control.ledger import Ledger
 from rlbroker.keys import Keys
-from rlbroker.observer.legible import legible
+from rlbroker.legible import legible
 from rlbroker.records import Missed
 from rlbroker.replies import server_seconds
 

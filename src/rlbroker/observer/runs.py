@@ -11,8 +11,8 @@ from rlbroker.config import RunSettings, is_run_name
 from rlbroker.connection import Connection
 from rlbroker.errors import AccessDenied, IncompatibleFormat, InvalidArgument, PeerError
 from rlbroker.keys import Keys
-from rlbroker.lives import lives_from, worker_numbers
-from rlbroker.observer.legible import legible
+from rlbroker.legible import legible
+from rlbroker.lives import life_command, lives_from, worker_numbers
 from rlbroker.records import Liveness
 from rlbroker.replies import server_seconds, text_fields
 from rlbroker.wire.version import FORMAT_VERSION
@@ -118,9 +118,7 @@ def list_runs(connection: Connection, names: list[str] | None = None) -> list[Ru
         if not isinstance(workers, PeerError)
     }
     lives = iter(
-        connection.ask(
-            [("HGETALL", Keys(name).life(worker)) for name, some in ids.items() for worker in some]
-        )
+        connection.ask([life_command(Keys(name), worker) for name, some in ids.items() for worker in some])
     )
     found = {name: list(islice(lives, len(some))) for name, some in ids.items()}
     now = server_seconds(clock)

@@ -8,6 +8,7 @@ from typing import Final
 from rlbroker.connection import MIN_SERVER_VERSION, Connection
 from rlbroker.errors import AccessDenied
 from rlbroker.keys import GROUP, Keys
+from rlbroker.lives import life_command
 from rlbroker.observer.facts import Latency, ServerFacts
 from rlbroker.observer.points import Point, State, size, untold
 from rlbroker.observer.words import counted
@@ -328,7 +329,7 @@ def of_rights(connection: Connection, facts: ServerFacts, run: str | None) -> Po
         ("HGET", keys.meta, "epoch"),
         ("HGETALL", keys.heartbeat(0)),
         ("SMEMBERS", keys.workers),
-        ("HGETALL", keys.life(0)),
+        life_command(keys, 0),
         ("XLEN", stream),
         ("XRANGE", keys.missed, "0-1", "0-1"),
         ("XREVRANGE", keys.missed, "0-1", "0-1"),

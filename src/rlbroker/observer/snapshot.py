@@ -13,9 +13,9 @@ from rlbroker.control.account import Account, missed_updates
 from rlbroker.errors import AccessDenied, PeerError
 from rlbroker.experience.counts import count_keys, known_counts
 from rlbroker.keys import Keys
-from rlbroker.lives import lives_from, worker_numbers
+from rlbroker.legible import legible
+from rlbroker.lives import life_command, lives_from, worker_numbers
 from rlbroker.membership.members import member_infos
-from rlbroker.observer.legible import legible
 from rlbroker.observer.runs import learner_state
 from rlbroker.records import Liveness, MissedUpdates, QueueCounts, WorkerInfo
 from rlbroker.replies import (
@@ -205,7 +205,7 @@ class Observer:
         _, found = self._ask(
             [],
             [
-                *(("HGETALL", keys.life(worker)) for worker in ids),
+                *(life_command(keys, worker) for worker in ids),
                 *(("HGETALL", keys.heartbeat(worker)) for worker in ids),
                 *(("HGETALL", keys.ledger(worker)) for worker in ids),
                 *(("XLEN", keys.dead(worker)) for worker in ids),

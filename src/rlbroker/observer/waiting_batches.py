@@ -10,8 +10,8 @@ from typing import Any
 from rlbroker.connection import Connection
 from rlbroker.experience.dead_letters import READ_AT_ONCE
 from rlbroker.keys import GROUP, Keys
+from rlbroker.legible import legible
 from rlbroker.observer.batch_shapes import Content, shape_of
-from rlbroker.observer.legible import legible
 from rlbroker.replies import (
     entry_place,
     pending_count,

@@ -82,6 +82,7 @@ class Subscriber:
         self._next_ping = self._silent = Deadline(0)
         self._hinted = 0
         self._handled = 0
+        self._seen = (0, "")
         self._tried, self._tries = "", 0
         self._next_look = Deadline(0)
         self._problem = ""
@@ -133,6 +134,11 @@ class Subscriber:
     def newest(self) -> int:
         """The newest version that was read, or given up."""
         return self._handled
+
+    @property
+    def newest_seen(self) -> tuple[int, str]:
+        """The newest version that was ever read, or given up, and the name of its upload; 0 and "" before the first."""
+        return self._seen
 
     def has_handled(self, version: int) -> bool:
         """Whether this version, or a newer one, was handed out by `take` or is past mending."""
@@ -227,6 +233,11 @@ class Subscriber:
         if self._hinted <= self._handled:
             latest = self._read_version()
             if latest is not None and latest <= self._handled:
+                if 0 < latest < self._seen[0]:
+                    self._problem = (
+                        f"the run's latest version is {latest}, and {self._seen[0]} was here before: its learner does "
+                        "not know of that"
+                    )
                 return
         pointer = self._read_pointer()
         if pointer is not None and pointer.version < self._signed:
@@ -250,7 +261,7 @@ class Subscriber:
             return
         self._problem = ""
         self._held = version if pointer.codec != "raw" else None  # raw versions are never differences
-        self._hand_over(Update(pointer.version, version))
+        self._hand_over(Update(pointer.version, version), pointer.upload)
 
     def _read_version(self) -> int | None:
         """Give the number of the latest version, 0 before the first; None if what is there is no number."""
@@ -300,10 +311,11 @@ class Subscriber:
         if self._tries < TRIES:
             self._next_look = Deadline(self._connection.block_seconds)
         else:
-            self._hand_over(Update(pointer.version, None, problem, refused))
+            self._hand_over(Update(pointer.version, None, problem, refused), pointer.upload)
 
-    def _hand_over(self, update: Update) -> None:
+    def _hand_over(self, update: Update, upload: str) -> None:
         with self._arrived:
             self._handled = update.version
+            self._seen = max(self._seen, (update.version, upload), key=lambda one: one[0])
             self._updates = only_newest([*self._updates, update])
             self._arrived.notify_all()
