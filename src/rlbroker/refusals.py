@@ -112,8 +112,8 @@ def _advice(user: str, rule: str) -> str:
     if role := _ROLE.fullmatch(user):
         whose = _ROLE_NAMES.get(role[2], f"worker {role[3]}")
         return (
-            f"it is that of {whose} of {role[1]!r}, as `rlbroker acl` makes them: take the user that is meant for this, "
-            "with RLBROKER_REDIS_USERNAME and its password"
+            f"it is that of {whose} of {role[1]!r}, as `rlbroker acl` makes them: take the user that is meant for "
+            "this, with RLBROKER_REDIS_USERNAME and its password"
         )
     before_7 = f", before Redis 7 '~{EVERY_KEY}'" if rule.startswith("%R") else ""
     return f"whoever administers the server can allow it: {giving(user, rule)}{before_7}"
