@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from rlbroker.config import MAX_WORKER_ID
@@ -65,6 +66,7 @@ def worker_numbers(names: Iterable[bytes]) -> list[int]:
     return sorted(worker for name in names if (worker := worker_number_of(name)) is not None)
 
 
+@lru_cache(maxsize=1 << 16)  # asked of the same names with each batch
 def worker_number_of(name: bytes) -> int | None:
     """Give the worker that a member of the set `workers` is; None for what is no worker id."""
     text = str(name, "ascii", "replace")
