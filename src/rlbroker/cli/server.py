@@ -39,9 +39,13 @@ def server(
     """
     # First of all, so that the server's end is orderly from the very start.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from rlbroker.errors import ConnectionFailed
+    from rlbroker.errors import ConnectionFailed, InvalidArgument
     from rlbroker.local.redis_server import RedisServer
 
+    if port is not None and bind is None:
+        raise InvalidArgument(
+            "--port needs --bind ADDRESS, such as --bind 127.0.0.1: without it there is only a Unix socket"
+        )
     limit = None if maxmemory_mb is None else maxmemory_mb << 20
     embedded = RedisServer(
         bind=bind, port=port, directory=directory, maxmemory_bytes=limit, persistence=directory is not None
