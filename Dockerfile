@@ -42,8 +42,9 @@ FROM ${BASE}
 LABEL org.opencontainers.image.title="rlbroker" \
       org.opencontainers.image.description="The Redis-backed broker between reinforcement-learning learners and rollout workers" \
       org.opencontainers.image.licenses="Apache-2.0"
-# The user has a name, as libraries ask for it; another number works too.
-RUN groupadd --gid 10001 rlbroker && useradd --uid 10001 --gid 10001 --create-home rlbroker
+# The user has a name, as libraries ask for it; another number works too. A volume on /checkpoint is its own from the start.
+RUN groupadd --gid 10001 rlbroker && useradd --uid 10001 --gid 10001 --create-home rlbroker \
+    && install -d -o 10001 -g 10001 /checkpoint
 # What is only kept for a while goes to /tmp, which is there also where the root file system is read-only.
 ENV PATH=/opt/rlbroker/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -58,6 +59,5 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 CMD rlbroker check --self || exit 1
 ENTRYPOINT ["rlbroker"]
 CMD ["--help"]
-# Last, so that a change of the source leaves all above as it is.
 # Last, as all above stays as it is when the source changes.
 COPY --from=build /opt/rlbroker /opt/rlbroker
