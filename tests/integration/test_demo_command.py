@@ -12,9 +12,13 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+from unittest import mock
 
 import pytest
 from conftest import RealServer
+
+from rlbroker import QueueFull, WorkerCommunicator
+from rlbroker.demo.worker import WorkerSettings, work
 
 MAIN = [sys.executable, "-c", "from rlbroker.cli import main; main()"]
 
@@ -182,6 +186,27 @@ def test_sigterm_drains_a_worker(shell: Shell, real_server: RealServer) -> None:
     assert not real_server.client.exists("rlb:{term}:hb:0")
 
 
+@pytest.mark.parametrize(("state", "what"), [("ended", "has ended"), ("open", "is away")])
+def test_a_worker_without_a_learner_says_so(
+    real_server: RealServer, capsys: pytest.CaptureFixture[str], state: str, what: str
+) -> None:
+    """When it joins, if the learner ended; and at its end, if its last batch finds no room for lack of one."""
+    run = f"alone-{state}"
+    WorkerCommunicator(1, run=run, redis_url=real_server.url).cleanup(over=state == "ended")
+    if state == "open":
+        real_server.client.hset(f"rlb:{{{run}}}:meta", "learner_seen", "1.0")
+    full = QueueFull("its queue is full")
+    settings = WorkerSettings(run, num_envs=1, url=real_server.url)
+    with (
+        mock.patch("rlbroker.demo.worker.run_worker", side_effect=full),
+        pytest.raises(QueueFull, match=f"last batch is lost.*the learner of 'alone-{state}' {what}"),
+    ):
+        work(settings)
+    said = capsys.readouterr().out
+    assert "waits for the learner's weights" in said
+    assert ("has ended; waiting for another" in said) == (state == "ended")
+
+
 def test_a_learner_that_is_moved_goes_on_and_its_worker_waits(shell: Shell, real_server: RealServer) -> None:
     way: dict[str, Any] = {"RLBROKER_REDIS_URL": real_server.url}
     begin = ("learner", "--run", "moved", "--workers", "1", "--checkpoint", "state.pt", "--target", "25")
@@ -192,6 +217,7 @@ def test_a_learner_that_is_moved_goes_on_and_its_worker_waits(shell: Shell, real
     said = first.communicate(timeout=20)[0]
     assert first.returncode == 75, said
     assert "Told to go" in said
+    assert "no --checkpoint" not in said
     assert shell.files() == ["state.pt"]
     assert real_server.client.hget("rlb:{moved}:meta", "learner_state") == b"open"
     assert worker.poll() is None

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from gymnasium.vector import VectorEnv
 
+from rlbroker.connection import Connection
 from rlbroker.demo import place
 from rlbroker.demo.outage import outlast
 from rlbroker.demo.policy import HIDDEN, ActorCritic
 from rlbroker.demo.rollout import Rollout, make_envs
 from rlbroker.errors import QueueFull, Unconfirmed
+from rlbroker.keys import Keys
+from rlbroker.observer.runs import learner_state
+from rlbroker.replies import server_seconds, text_fields
 from rlbroker.worker import WorkerClient
 
 STEPS_PER_BATCH = 64
@@ -89,6 +93,20 @@ class WorkerSettings:
     hidden: int = HIDDEN
 
 
+def _learner_state(settings: WorkerSettings) -> str:
+    """Give what the learner is about: `alive`, `ended`, `away`, `none` before the first, `unknown` if nobody says."""
+    connection = Connection(settings.url, timeout_seconds=2.0)
+    try:
+        meta, clock = connection.ask([("HGETALL", Keys(settings.run).meta), ("TIME",)])
+        fields = text_fields(meta)
+        seen = float(fields.get("learner_seen", "-inf"))
+        return learner_state(fields, server_seconds(clock) - seen)
+    except Exception:  # noqa: BLE001 - it is only for what is said; whatever is wrong, the worker meets it too
+        return "unknown"
+    finally:
+        connection.close()
+
+
 def work(settings: WorkerSettings) -> None:
     """Join a run and act in it until told to stop or to go; say which it was, and how many batches were sent.
 
@@ -103,15 +121,29 @@ def work(settings: WorkerSettings) -> None:
     try:
         with WorkerClient(redis_url=settings.url, run=settings.run, worker_id=settings.worker_id) as worker:
             worker.drain_on(signal.SIGTERM, signal.SIGUSR1)
-            print(f"worker {worker.worker_id} of {place(settings.url, settings.run)}", flush=True)
-            sent = run_worker(
-                worker,
-                envs,
-                env_id=settings.env_id,
-                seed=settings.seed,
-                timeout=settings.timeout_seconds,
-                hidden=settings.hidden,
-            )
+            where = place(settings.url, settings.run)
+            print(f"worker {worker.worker_id} of {where} waits for the learner's weights", flush=True)
+            if _learner_state(settings) == "ended":
+                print(f"the learner of {settings.run!r} has ended; waiting for another", flush=True)
+            try:
+                sent = run_worker(
+                    worker,
+                    envs,
+                    env_id=settings.env_id,
+                    seed=settings.seed,
+                    timeout=settings.timeout_seconds,
+                    hidden=settings.hidden,
+                )
+            except QueueFull as full:
+                what = {"ended": "has ended", "away": "is away", "none": "has not come yet"}.get(
+                    _learner_state(settings)
+                )
+                if what is None:
+                    raise
+                raise QueueFull(
+                    f"told to go, and its last batch is lost: the queue is full, and the learner of "
+                    f"{settings.run!r} {what}"
+                ) from full
             drained = worker.draining
         why = "told to go: sent what it had begun, and left" if drained else "stopped by the learner"
         print(f"{why} after {sent:,} batches", flush=True)
