@@ -245,6 +245,7 @@ def test_a_learner_goes_on_from_its_checkpoint(
     assert after.outcome == "trained"
     assert after.episodes >= before.episodes > 0
     assert after.steps >= before.steps > 1024
+    assert after.seconds > before.seconds, "the time that was used is forgotten"
     assert second._first_version > before.versions
 
 

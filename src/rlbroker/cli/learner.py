@@ -44,7 +44,8 @@ def learner(
     """Train a policy with PPO on what workers send, and stop the workers at the end.
 
     Ctrl-C ends training, and stops the workers too. SIGTERM and SIGUSR1 say that it is to be moved: it saves its
-    checkpoint and ends, and the workers go on, and wait until it is started again.
+    checkpoint and ends, and the workers go on, and wait until it is started again. Without --checkpoint what was
+    learned is then not kept; with it --minutes is the time of all starts together.
     Exit code: 0 solved, 1 not solved in time, 130 after Ctrl-C, 75 if it was told to go and is to be started again.
 
     Example: rlbroker learner --url redis://host:6379/0 --run demo --env CartPole-v1
@@ -78,4 +79,6 @@ def learner(
         print(summary.to_json(), flush=True)
     else:
         print(describe(summary))
+        if summary.outcome == "moved" and checkpoint is None:
+            print("no --checkpoint: what was learned is not kept")
         raise typer.Exit(summary.exit_code)

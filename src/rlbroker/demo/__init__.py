@@ -9,7 +9,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from rlbroker.config import redacted_url, redis_url, run_from_environment
+from rlbroker.config import redacted_url, redis_url, run_from_environment, run_name
 from rlbroker.errors import InvalidArgument, UsageError
 
 
@@ -41,9 +41,9 @@ def training_run(run: str | None) -> str:
     """Give the name of the run: the argument, else RLBROKER_RUN, else demo.
 
     Raises:
-        InvalidArgument: RLBROKER_RUN cannot be the name of a run.
+        InvalidArgument: that cannot be the name of a run.
     """
-    return run or run_from_environment() or "demo"
+    return run_name(run) if run is not None else run_from_environment() or "demo"
 
 
 def place(url: str | None, run: str) -> str:

@@ -62,7 +62,7 @@ class Learner:
             ppo: the policy and how to train it.
             env_id: the environment that the workers should step.
             target: mean return of 100 episodes at which training ends; None to train until the time is up.
-            seconds: when training ends anyway, counted from `began`.
+            seconds: when training ends anyway, counted from `began`, and what was used before the checkpoint counts.
             report: gets the state about four times a second; must be quick.
             began: `time.monotonic()` of the beginning; now, if None.
             checkpoint: where the state is kept; None to begin anew each time.
@@ -149,6 +149,9 @@ class Learner:
         self._ppo.optimizer.load_state_dict(state["optimizer"])
         self._steps, self._episodes = state["progress"]["steps"], state["progress"]["episodes"]
         self._returns += state["progress"]["returns"]
+        self._began -= state["progress"].get(
+            "seconds", 0.0
+        )  # else each start would have all of the time again
 
     def _save(self) -> None:
         if self._checkpoint is not None:
@@ -161,6 +164,7 @@ class Learner:
                         "steps": self._steps,
                         "episodes": self._episodes,
                         "returns": list(self._returns),
+                        "seconds": time.monotonic() - self._began,
                     },
                     "marks": self._comm.marks(),
                 }
