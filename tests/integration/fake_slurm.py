@@ -32,14 +32,10 @@ def main() -> int:
 
 def srun(arguments: list[str]) -> int:
     """Run a command in as many processes as the job has tasks, and pass signals on."""
-    said = [one for one in arguments if one.startswith("--")][: arguments.index("rlbroker")]
-    options = dict(
-        one.removeprefix("--").split("=", 1)
-        for one in said
-        if arguments.index(one) < arguments.index("rlbroker")
-    )
+    begin = next(place for place, one in enumerate(arguments) if not one.startswith("--"))
+    options = dict(one.removeprefix("--").split("=", 1) for one in arguments[:begin])
     assert set(options) <= {"output", "open-mode", "kill-on-bad-exit"}
-    command = arguments[arguments.index("rlbroker") :]
+    command = arguments[begin:]
     processes: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:

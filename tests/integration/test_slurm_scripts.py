@@ -47,14 +47,14 @@ class Slurm:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def begin(
-        self, script: str, job: str, *arguments: str, node: str = "127.0.0.1"
+        self, script: str, job: str, *arguments: str, node: str = "127.0.0.1", **variables: str
     ) -> subprocess.Popen[bytes]:
         (self.home / "jobs" / job).touch()
         with (self.directory / f"{job}.log").open("ab") as log:
             process = subprocess.Popen(
                 ["bash", str(FOLDER / script), *arguments],
                 cwd=self.directory,
-                env={**self._environment, "SLURM_JOB_ID": job, "BIND": node},
+                env={**self._environment, "SLURM_JOB_ID": job, "BIND": node, **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -179,6 +179,27 @@ def test_workers_whose_time_is_up_drain_and_are_queued_again(
     assert slurm.workers_said("told to go: sent what it had begun") == tasks
     assert slurm.requeued() == [WORKERS]
     assert slurm.left() == []
+
+
+def test_other_programs_take_the_place_of_learner_and_worker(slurm: Slurm, tasks: int) -> None:
+    worker = slurm.directory / "play"
+    worker.write_text('#!/bin/sh\necho "plays $RLBROKER_REDIS_URL" "$@"\n')
+    learner = slurm.directory / "train"
+    learner.write_text(
+        '#!/bin/sh\necho "trains $RLBROKER_REDIS_URL" "$@"\nuntil [ -e go ]; do sleep 0.1; done\n'
+    )
+    for program in (worker, learner):
+        program.chmod(0o755)
+    job = slurm.begin("learner.sbatch", LEARNER, "MyGame", "--more", LEARNER=f"{learner} --well")
+    workers = slurm.begin("workers.sbatch", WORKERS, LEARNER, "MyGame", "--more", WORKER=f"{worker} --well")
+    wait_until("they play", lambda: slurm.workers_said("plays redis://") >= tasks, timeout_seconds=30)
+    assert slurm.workers_said("--well --run slurm-4711 --env MyGame --timeout 600 --more") >= tasks
+    (slurm.directory / "go").touch()
+    assert job.wait(timeout=30) == 0
+    said = rf"--well --run slurm-4711 --env MyGame --checkpoint {slurm.folder}/checkpoint.pt --minutes 100000 --more"
+    assert re.search(f"trains redis://.* {said}", slurm.said(LEARNER))
+    assert workers.wait(timeout=30) == 0
+    assert (slurm.folder / "over").read_text() == "0\n"
 
 
 def test_workers_end_when_there_is_no_learner_to_wait_for(slurm: Slurm) -> None:
