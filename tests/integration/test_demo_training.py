@@ -30,7 +30,7 @@ from rlbroker.demo.policy import ActorCritic
 from rlbroker.demo.ppo import PPO
 from rlbroker.demo.progress import Progress
 from rlbroker.demo.rollout import make_envs
-from rlbroker.demo.worker import run_worker
+from rlbroker.demo.worker import WorkerSettings, join, run_worker
 
 ENV = "CartPole-v1"
 
@@ -265,3 +265,19 @@ def test_a_checkpoint_of_something_else_is_refused(
         InvalidArgument, match="checkpoint is of CartPole-v1, and this learner trains Acrobot-v1"
     ):
         make_learner(comm, "Acrobot-v1", checkpoint=Checkpoint(path))
+
+
+def test_a_worker_waits_for_the_learner_that_brings_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def client(**_: Any) -> str:
+        tries.append(1)
+        if len(tries) < 3:
+            raise RunLost("the server does not have rlbroker's scripts")
+        return "joined"
+
+    monkeypatch.setattr("rlbroker.demo.worker.WorkerClient", client)
+    assert join(WorkerSettings("pong", timeout_seconds=600.0)) == "joined"  # type: ignore[comparison-overlap]
+    tries.clear()
+    with pytest.raises(RunLost):
+        join(WorkerSettings("pong", timeout_seconds=0.0))

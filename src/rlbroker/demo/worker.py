@@ -10,11 +10,12 @@ import torch
 from gymnasium.vector import VectorEnv
 
 from rlbroker.connection import Connection
+from rlbroker.deadline import Deadline
 from rlbroker.demo import place
 from rlbroker.demo.outage import outlast
 from rlbroker.demo.policy import HIDDEN, ActorCritic
 from rlbroker.demo.rollout import Rollout, make_envs
-from rlbroker.errors import QueueFull, Unconfirmed
+from rlbroker.errors import QueueFull, RunLost, Unconfirmed
 from rlbroker.keys import Keys
 from rlbroker.observer.runs import learner_state
 from rlbroker.replies import server_seconds, text_fields
@@ -107,6 +108,22 @@ def _learner_state(settings: WorkerSettings) -> str:
         connection.close()
 
 
+def join(settings: WorkerSettings) -> WorkerClient:
+    """Join a run. A user that may not load scripts has to wait for the first learner, which does.
+
+    Raises:
+        RunLost: no learner came in time.
+        PeerError: the server refused, or could not be reached in time.
+    """
+    deadline = Deadline(settings.timeout_seconds)
+    while True:
+        try:
+            return WorkerClient(redis_url=settings.url, run=settings.run, worker_id=settings.worker_id)
+        except RunLost:
+            if deadline.over:
+                raise
+
+
 def work(settings: WorkerSettings) -> None:
     """Join a run and act in it until told to stop or to go; say which it was, and how many batches were sent.
 
@@ -119,7 +136,7 @@ def work(settings: WorkerSettings) -> None:
     torch.set_num_threads(1)  # networks this small are slower with more
     envs = make_envs(settings.env_id, settings.num_envs)
     try:
-        with WorkerClient(redis_url=settings.url, run=settings.run, worker_id=settings.worker_id) as worker:
+        with join(settings) as worker:
             worker.drain_on(signal.SIGTERM, signal.SIGUSR1)
             where = place(settings.url, settings.run)
             print(f"worker {worker.worker_id} of {where} waits for the learner's weights", flush=True)
