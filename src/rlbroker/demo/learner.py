@@ -149,9 +149,8 @@ class Learner:
         self._ppo.optimizer.load_state_dict(state["optimizer"])
         self._steps, self._episodes = state["progress"]["steps"], state["progress"]["episodes"]
         self._returns += state["progress"]["returns"]
-        self._began -= state["progress"].get(
-            "seconds", 0.0
-        )  # else each start would have all of the time again
+        # Else each start would have all of the time again.
+        self._began -= state["progress"].get("seconds", 0.0)
 
     def _save(self) -> None:
         if self._checkpoint is not None:
