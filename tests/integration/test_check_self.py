@@ -192,6 +192,7 @@ def test_a_health_check_loads_nothing_heavy_and_needs_few_rights(
         "+time",
         "+hgetall",
         "+smembers",
+        "+hmget",
         "+hget",
         "+client|setinfo",
     )

@@ -89,7 +89,7 @@ def test_a_server_that_dies_is_reported(
 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
-    [(("--port", "7000"), "port needs bind"), (("--bind", "nonsense"), "nonsense")],
+    [(("--port", "7000"), "--port needs --bind"), (("--bind", "nonsense"), "nonsense")],
 )
 def test_a_server_says_what_is_wrong_with_its_options(arguments: tuple[str, ...], problem: str) -> None:
     done = rlbroker("server", *arguments)
