@@ -407,3 +407,22 @@ def test_what_somebody_else_wrote_is_outlasted(
     else:
         server.client.hset(name, field, before)
     obey(client, wait_until("commands are sent again", lambda: comm.send_control_command("reset")))
+
+
+def test_a_command_whose_sending_failed_is_not_sent_later(
+    learner: Learner, worker: Worker, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, client = learner(), worker()
+    done: list[object] = []
+    client.on_command("note", done.append)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ConnectionFailed("the server is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comm._connection, "run", fail)
+        with pytest.raises(ConnectionFailed):
+            comm.send_control_command("note")
+    comm._commander.restore()
+    obey(client, comm.send_control_command("reset"))
+    assert done == []

@@ -251,18 +251,18 @@ class Commander:
             lives = read_lives(self._connection.ask, self._keys)
             members = {worker: life.incarnation for worker, life in lives.members.items()}
             missing = [worker for worker in wanted or () if worker not in members]
-            targets = (
-                members if wanted is None else {worker: members[worker] for worker in wanted if not missing}
-            )
-            # To all is also to who was there before, and comes back in between.
-            others = {worker: life.incarnation for worker, life in lives.of.items() if not life.member}
-            if targets and wanted is not None:
-                others = {}
+            if wanted is not None and not missing:
+                targets, others, ever = {worker: members[worker] for worker in wanted}, dict[int, int](), -1
+            else:  # to all is also to who was there before, and comes back in between; who is missing may do so too
+                targets = {} if missing else members
+                others = {one: life.incarnation for one, life in lives.of.items() if not life.member}
+                ever = lives.named
             pairs = flat(fields)
             if self._key:
                 pairs += flat(signed(self._key, self._keys.run, command_id, fields, targets))
             # Before it is sent, as it may be answered before its reply is here.
-            self._remember(command_id, _Sent(pairs, targets, time.monotonic()))
+            remembered = _Sent(pairs, {}, time.monotonic())
+            self._remember(command_id, remembered)
             sent = self._connection.run(
                 SEND,
                 (
@@ -277,7 +277,7 @@ class Commander:
                     self._epoch,
                     command_id,
                     OUTCOMES_KEPT_SECONDS,
-                    -1 if targets and wanted is not None else lives.named,
+                    ever,
                     ",".join(map(str, targets)),
                     ",".join(map(str, targets.values())),
                     ",".join(map(str, others.values())),
@@ -285,6 +285,7 @@ class Commander:
                 ),
             )
             if sent == b"sent" and targets:
+                remembered.incarnations = targets
                 return targets
             if sent == b"sent" or deadline.over:
                 self._sent.pop(command_id, None)
