@@ -18,6 +18,7 @@ import pytest
 from conftest import RealServer
 
 from rlbroker import QueueFull, WorkerCommunicator
+from rlbroker.cli.worker import state_of_learner
 from rlbroker.demo.worker import WorkerSettings, work
 
 MAIN = [sys.executable, "-c", "from rlbroker.cli import main; main()"]
@@ -201,7 +202,7 @@ def test_a_worker_without_a_learner_says_so(
         mock.patch("rlbroker.demo.worker.run_worker", side_effect=full),
         pytest.raises(QueueFull, match=f"last batch is lost.*the learner of 'alone-{state}' {what}"),
     ):
-        work(settings)
+        work(settings, lambda: state_of_learner(real_server.url, run))
     said = capsys.readouterr().out
     assert "waits for the learner's weights" in said
     assert ("has ended; waiting for another" in said) == (state == "ended")

@@ -54,6 +54,24 @@ def worker(
         hidden=hidden,
     )
     try:
-        work(settings)
+        work(settings, lambda: state_of_learner(settings.url, settings.run))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def state_of_learner(url: str | None, run: str) -> str:
+    """Give what the learner is about: `alive`, `ended`, `away`, `none` before the first, `unknown` if nobody says."""
+    from rlbroker.connection import Connection
+    from rlbroker.keys import Keys
+    from rlbroker.observer.runs import learner_state
+    from rlbroker.replies import server_seconds, text_fields
+
+    connection = Connection(url, timeout_seconds=2.0)
+    try:
+        meta, clock = connection.ask([("HGETALL", Keys(run).meta), ("TIME",)])
+        fields = text_fields(meta)
+        return learner_state(fields, server_seconds(clock) - float(fields.get("learner_seen", "-inf")))
+    except Exception:  # noqa: BLE001 - it is only for what is said; whatever is wrong, the worker meets it too
+        return "unknown"
+    finally:
+        connection.close()

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from gymnasium.vector import VectorEnv
 
-from rlbroker.connection import Connection
 from rlbroker.deadline import Deadline
 from rlbroker.demo import place
 from rlbroker.demo.outage import outlast
 from rlbroker.demo.policy import HIDDEN, ActorCritic
 from rlbroker.demo.rollout import Rollout, make_envs
 from rlbroker.errors import QueueFull, RunLost, Unconfirmed
-from rlbroker.keys import Keys
-from rlbroker.observer.runs import learner_state
-from rlbroker.replies import server_seconds, text_fields
 from rlbroker.worker import WorkerClient
 
 STEPS_PER_BATCH = 64
@@ -94,20 +91,6 @@ class WorkerSettings:
     hidden: int = HIDDEN
 
 
-def _learner_state(settings: WorkerSettings) -> str:
-    """Give what the learner is about: `alive`, `ended`, `away`, `none` before the first, `unknown` if nobody says."""
-    connection = Connection(settings.url, timeout_seconds=2.0)
-    try:
-        meta, clock = connection.ask([("HGETALL", Keys(settings.run).meta), ("TIME",)])
-        fields = text_fields(meta)
-        seen = float(fields.get("learner_seen", "-inf"))
-        return learner_state(fields, server_seconds(clock) - seen)
-    except Exception:  # noqa: BLE001 - it is only for what is said; whatever is wrong, the worker meets it too
-        return "unknown"
-    finally:
-        connection.close()
-
-
 def join(settings: WorkerSettings) -> WorkerClient:
     """Join a run. A user that may not load scripts has to wait for the first learner, which does.
 
@@ -124,8 +107,12 @@ def join(settings: WorkerSettings) -> WorkerClient:
                 raise
 
 
-def work(settings: WorkerSettings) -> None:
+def work(settings: WorkerSettings, learner_state: Callable[[], str]) -> None:
     """Join a run and act in it until told to stop or to go; say which it was, and how many batches were sent.
+
+    Args:
+        settings: what was asked for.
+        learner_state: says what the learner is about: `alive`, `ended`, `away`, or `none` before the first.
 
     Raises:
         InvalidArgument: the environment is unknown, or none that the demo can train on.
@@ -140,7 +127,7 @@ def work(settings: WorkerSettings) -> None:
             worker.drain_on(signal.SIGTERM, signal.SIGUSR1)
             where = place(settings.url, settings.run)
             print(f"worker {worker.worker_id} of {where} waits for the learner's weights", flush=True)
-            if _learner_state(settings) == "ended":
+            if learner_state() == "ended":
                 print(f"the learner of {settings.run!r} has ended; waiting for another", flush=True)
             try:
                 sent = run_worker(
@@ -153,7 +140,7 @@ def work(settings: WorkerSettings) -> None:
                 )
             except QueueFull as full:
                 what = {"ended": "has ended", "away": "is away", "none": "has not come yet"}.get(
-                    _learner_state(settings)
+                    learner_state()
                 )
                 if what is None:
                     raise
