@@ -56,7 +56,7 @@ def acl(
 
     Exit code: 0; 2 if something is wrong.
 
-    Example: rlbroker acl --run pong --workers 50 --secrets pong.secrets > users.acl
+    Example: rlbroker acl --run pong --workers 50 --secrets pong.secrets --server-version 7.0 > users.acl
     """
     from rlbroker.config import DEFAULT_RUN
     from rlbroker.errors import InvalidArgument
