@@ -70,7 +70,10 @@ RESTORE_RUN = Script(
     local time = redis.call('TIME')
     local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
     local reply, place = {{now}}, 3
-    for worker, incarnation, member in string.gmatch(ARGV[4], '(%d+):(%d+):(%d)') do
+    -- Word by word: to look for all three parts in the whole text takes time that grows with its square, and workers
+    -- can call this too.
+    for word in string.gmatch(ARGV[4], '[^,]+') do
+      local worker, incarnation, member = string.match(word, '^(%d+):(%d+):(%d)$')
       local life = KEYS[place]
       place = place + 1
       local there = redis.pcall('HMGET', life, 'incarnation', 'member')  -- a worker may have put something else there
