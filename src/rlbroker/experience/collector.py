@@ -17,11 +17,20 @@ from rlbroker.experience.dead_letters import DeadLetters
 from rlbroker.experience.flow import FlowControl
 from rlbroker.experience.holdings import Holdings, Source
 from rlbroker.experience.ownership import Ownership
+from rlbroker.experience.parcels import shape_of
 from rlbroker.experience.progress import Entry, Place, Stream, covers
 from rlbroker.keys import GROUP, Keys
 from rlbroker.metrics import Metrics
 from rlbroker.records import Batch
-from rlbroker.replies import consumer_pending, entry_place, pending_rows, stream_entries, text_fields
+from rlbroker.replies import (
+    consumer_pending,
+    entry_place,
+    pending_rows,
+    seconds_number,
+    stream_entries,
+    text_fields,
+    whole_number,
+)
 from rlbroker.wire.message import decode
 
 logger = logging.getLogger("rlbroker")
@@ -485,12 +494,13 @@ class Collector:
         batch = Batch(content)
         batch.worker_id = entry.source.worker_id
         batch.incarnation, batch.sequence = entry_place(entry.batch) if entry.source.retried else entry.place
-        batch.version = int(fields[b"version"])
+        batch.version = _number(fields, b"version")
         batch.staleness = max(0, self._latest_version() - batch.version)
-        batch.rows = int(fields[b"rows"])
-        batch.raw_bytes = int(fields[b"raw_bytes"])
-        batch.stored_bytes = int(fields[b"stored_bytes"])
-        batch.sent_at = float(fields[b"sent_at"])
+        batch.rows = _number(fields, b"rows")
+        # Measured: what one call decodes is bounded by it, and a few thousand bytes can hold a gigabyte of zeros.
+        batch.raw_bytes = shape_of(content)[1]
+        batch.stored_bytes = entry.stored_bytes
+        batch.sent_at = _seconds(fields, b"sent_at")
         batch.received_at = time.time()
         batch.held_as = (entry.source.name, entry.entry_id)
         entry.let_go_of_message(batch)
@@ -596,3 +606,18 @@ def _lost_stream(error: ServerFault) -> bool:
     """Whether a stream or its group is gone, or something else is in its place."""
     signs = ("NOGROUP", "UNBLOCKED", "requires the key to exist", "WRONGTYPE", "no such key")
     return any(sign in str(error) for sign in signs)
+
+
+def _number(fields: Mapping[bytes, bytes], name: bytes) -> int:
+    """Give a number that a worker wrote; WireError for one with which nobody can count."""
+    number = whole_number(fields[name].decode("ascii", "replace"))
+    if number is None:
+        raise WireError(f"the batch's {name.decode()} is no number that can be")
+    return number
+
+
+def _seconds(fields: Mapping[bytes, bytes], name: bytes) -> float:
+    seconds = seconds_number(fields[name].decode("ascii", "replace"))
+    if seconds is None:
+        raise WireError(f"the batch's {name.decode()} is no time")
+    return seconds

@@ -81,7 +81,7 @@ class Packer:
             UnsupportedType: something in the batch cannot travel; its path is named.
             BatchTooLarge: it holds more than 1 GiB of arrays.
         """
-        rows, raw_bytes = _shape_of(batch)
+        rows, raw_bytes = shape_of(batch)
         if raw_bytes > Limits().max_raw_bytes:
             raise BatchTooLarge(
                 f"the batch holds {raw_bytes:,} bytes; no more than {Limits().max_raw_bytes:,} may travel"
@@ -99,7 +99,7 @@ class Packer:
         return Message(pieces, stored_bytes, rows, raw_bytes)
 
 
-def _shape_of(batch: dict[str, Any]) -> tuple[int, int]:
+def shape_of(batch: dict[str, Any]) -> tuple[int, int]:
     """Give the leading dimension of the first array or tensor, and the bytes of all of them."""
     rows, raw_bytes = 0, 0
     waiting: deque[Any] = deque([batch])
