@@ -72,8 +72,9 @@ RETRY = Script(
     redis.call('XDEL', KEYS[1], ARGV[2])
     local size = 0
     for i = 1, #entry[2] do size = size + #entry[2][i] end
-    redis.call('HINCRBY', KEYS[3], 'dead_bytes', -size)
-    redis.call('HINCRBY', KEYS[3], 'retried_' .. ARGV[3], 1)
+    -- The worker can write here too: what is no number is not counted.
+    redis.pcall('HINCRBY', KEYS[3], 'dead_bytes', -size)
+    redis.pcall('HINCRBY', KEYS[3], 'retried_' .. ARGV[3], 1)
     return 1
     """,
 )
@@ -88,7 +89,7 @@ PURGE = Script(
     local size = 0
     for i = 1, #entry[2] do size = size + #entry[2][i] end
     redis.call('XDEL', KEYS[1], ARGV[1])
-    redis.call('HINCRBY', KEYS[2], 'dead_bytes', -size)
+    redis.pcall('HINCRBY', KEYS[2], 'dead_bytes', -size)  -- the worker may have written what is no number
     return 1
     """,
 )

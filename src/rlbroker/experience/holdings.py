@@ -114,7 +114,7 @@ ACKNOWLEDGE = Script(
     for reason, times in pairs(reasons) do count(reason, times) end
     -- What was delivered was sent: the worker says how much only now and then. (Not for the stream of retries.)
     local said = redis.call('HGET', KEYS[2], 'sent:' .. life)
-    if said and tonumber(said) < last then
+    if said and (tonumber(said) or 0) < last then  -- the worker can write here too
       redis.call('HSET', KEYS[2], 'sent:' .. life, string.format('%.0f', last))
     end
     return reply
