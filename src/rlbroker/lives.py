@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from rlbroker.config import MAX_WORKER_ID
 from rlbroker.connection import Argument
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 from rlbroker.keys import Keys
 from rlbroker.replies import whole_number
+
+#: Characters of the longest name that a worker can have in the set `workers`.
+_LONGEST_NAME: Final = len(str(MAX_WORKER_ID))
 
 
 class Life(NamedTuple):
@@ -66,9 +69,14 @@ def worker_numbers(names: Iterable[bytes]) -> list[int]:
     return sorted(worker for name in names if (worker := worker_number_of(name)) is not None)
 
 
-@lru_cache(maxsize=1 << 16)  # asked of the same names with each batch
 def worker_number_of(name: bytes) -> int | None:
     """Give the worker that a member of the set `workers` is; None for what is no worker id."""
+    # What is remembered stays in memory, and workers write these names.
+    return _number_of(name) if len(name) <= _LONGEST_NAME else None
+
+
+@lru_cache(maxsize=1 << 16)  # asked of the same names with each batch
+def _number_of(name: bytes) -> int | None:
     text = str(name, "ascii", "replace")
     number = whole_number(text)
     return number if number is not None and number <= MAX_WORKER_ID and str(number) == text else None
