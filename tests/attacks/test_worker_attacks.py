@@ -17,9 +17,11 @@ from attacked import KEYS, Scene
 from conftest import wait_until
 from guarded import GuardedServer
 
-from rlbroker import AccessDenied, Fenced, PeerError, WorkerClient
+from rlbroker import AccessDenied, Fenced, PeerError, WorkerClient, lives
 from rlbroker.control.ledger import SETTLE
+from rlbroker.experience import collector
 from rlbroker.membership.heartbeat import REGISTER
+from rlbroker.membership.roster import RESTORE_RUN
 from rlbroker.wire.message import encode
 
 Refused = redis.exceptions.NoPermissionError
@@ -166,6 +168,75 @@ def test_a_batch_that_says_it_is_huge_has_no_memory_set_aside(scene: Scene) -> N
     client.close()
 
 
+def test_a_small_batch_that_holds_much_is_not_decoded_with_others(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros take next to nothing on the way; that they say how many they are is not believed."""
+    monkeypatch.setattr(collector, "COLLECT_BYTES", 1 << 20)
+    client = scene.joined()
+    data = encode({"number": np.zeros(1 << 20, np.uint8)})
+    assert len(data) < 10_000
+    for sequence in range(1, 5):
+        said = {"data": data, "raw_bytes": -(10**9), "stored_bytes": -(10**9)}
+        scene.attacker.xadd(KEYS.experiences(0), batch(1) | said, id=f"{client.incarnation}-{sequence}")
+    assert [len(wait_until("one came", lambda: scene.collected(0))) for _ in range(4)] == [1] * 4
+    client.close()
+
+
+@pytest.mark.parametrize("value", ["9" * 400, "-" + "9" * 400, "nan", ""])
+@pytest.mark.parametrize("field", ["version", "rows", "sent_at"])
+def test_a_batch_with_which_nobody_can_count_takes_no_other_with_it(
+    scene: Scene, field: str, value: str
+) -> None:
+    client = scene.joined()
+    scene.worker.send_experiences({"number": "precious"})
+    scene.attacker.xadd(KEYS.experiences(0), batch(1) | {field: value}, id=f"{client.incarnation}-1")
+    scene.worker.send_experiences({"number": "too"})
+    found: list[Any] = []
+
+    def both() -> bool:
+        found.extend(scene.collected())
+        return len(found) == 2
+
+    wait_until("both came", both)
+    assert found == ["precious", "too"]
+    wait_until("the other is dead", lambda: dead(scene))
+    client.close()
+
+
+def test_counts_that_are_no_numbers_end_no_learner(scene: Scene) -> None:
+    client, pairs = scene.joined(), list[Any]()
+    client.send_experiences({"number": "mine"})
+    scene.worker.send_experiences({"number": "precious"})
+
+    def both() -> bool:
+        pairs.extend(scene.learner.collect_experiences(timeout=0.1))
+        return len(pairs) == 2
+
+    wait_until("both came", both)
+    scene.attacker.hset(KEYS.counts(0), f"sent:{client.incarnation}", "nonsense")
+    scene.learner.acknowledge(pairs)
+    for sequence, put_away in (
+        (8, scene.learner.purge_dead_letters),
+        (9, scene.learner.retry_dead_letters),
+    ):
+        bad = batch(1) | {"data": b"?"}
+        scene.attacker.xadd(KEYS.experiences(0), bad, id=f"{client.incarnation}-{sequence}")
+        letters = wait_until("it is dead", lambda: dead(scene))
+        for field in ("dead_bytes", "retried_corrupt"):
+            scene.attacker.hset(KEYS.counts(0), field, "nonsense")
+        assert put_away(letters) == 1
+    client.close()
+
+
+def test_names_that_are_no_workers_do_not_stay_in_memory(scene: Scene) -> None:
+    before = lives._number_of.cache_info().currsize
+    for number in range(20):
+        scene.attacker.sadd(KEYS.workers, f"{number}" * 100_000)
+    wait_until("they are removed", lambda: scene.admin.scard(KEYS.workers) == 1)
+    assert lives._number_of.cache_info().currsize == before
+
+
 @pytest.mark.parametrize("kind", ["life", "hb", "counts", "ack", "x"])
 @pytest.mark.parametrize("what", ["type", "numbers"])
 def test_nonsense_in_ones_own_keys_troubles_nobody_else(scene: Scene, kind: str, what: str) -> None:
@@ -215,6 +286,13 @@ def test_the_learners_scripts_run_nothing_that_one_likes(scene: Scene) -> None:
     scene.attacker.delete(KEYS.experiences(0), KEYS.counts(0))
 
 
+def test_the_learners_scripts_cannot_be_made_to_run_for_hours(scene: Scene) -> None:
+    """A text that is searched in a time that grows with its square would hold up everybody, who then give up."""
+    own = (KEYS.counts(0), KEYS.counts(0))
+    scene.attacker.execute_command(*RESTORE_RUN.call(own, (1, "x", 0, "1" * 200_000, "a", "b")))
+    scene.attacker.delete(KEYS.counts(0))
+
+
 def test_a_life_that_is_written_oddly_keeps_no_command_from_others(scene: Scene) -> None:
     client = scene.joined()
     for odd in (f"0{client.incarnation}", f" {client.incarnation}", f"{client.incarnation}.0", "\uff19" * 13):
@@ -243,6 +321,11 @@ def test_a_batch_is_taken_once_under_each_number_only(scene: Scene) -> None:
     assert wait_until("it came", lambda: scene.collected(0)) == ["mine"]
     with pytest.raises(redis.ResponseError, match="equal or smaller"):
         scene.attacker.xadd(KEYS.experiences(0), entry[1], id=entry[0])
+    # Under a new number it is a new batch, and nobody else's.
+    scene.attacker.xadd(KEYS.experiences(0), entry[1], id=f"{client.incarnation}-2")
+    assert wait_until("it came", lambda: scene.collected(0)) == ["mine"]
+    counts = scene.learner.get_queue_info()["counts"]
+    assert [counts[worker].delivered for worker in (0, 1)] == [2, scene.sent]
     client.close()
 
 

@@ -1,0 +1,69 @@
+"""The attacker has the password of an observer, which people and dashboards have. It wants more than to look.
+
+What an observer may not do, command by command, is in tests/integration/test_acl.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import redis
+from attacked import KEYS, Scene
+from guarded import RUN, GuardedServer
+
+from rlbroker import AccessDenied, WorkerClient, WorkerCommunicator
+from rlbroker.control.commander import SEND
+from rlbroker.membership.roster import RESTORE_RUN
+
+OBSERVER = f"{RUN}-observer"
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with GuardedServer("embedded", tmp_path_factory.mktemp("guarded")) as server:
+        found = Scene(server)
+        try:
+            yield found
+        finally:
+            found.close()
+
+
+def test_who_may_look_cannot_take_part(scene: Scene) -> None:
+    """Neither as a learner, nor as a worker, nor with what it read: epochs, lives and names of scripts."""
+    scene.goes_on()
+    url = scene.server.url(OBSERVER)
+    with pytest.raises(AccessDenied):
+        WorkerCommunicator(1, redis_url=url, run=RUN)
+    with pytest.raises(AccessDenied):
+        WorkerClient(url, RUN, worker_id=0)
+    with scene.server.client(OBSERVER) as client:
+        epoch, life = client.hget(KEYS.meta, "epoch"), client.hget(KEYS.life(1), "incarnation")
+        keys = (KEYS.meta, KEYS.workers, KEYS.control, KEYS.pending, KEYS.outcomes("x"), KEYS.life(1))
+        stop = SEND.call(keys, (epoch, "x", 60, -1, "1", life, "", "name", "stop", "data", ""))
+        hold_up = RESTORE_RUN.call((KEYS.meta, KEYS.workers), (1, "x", 0, "1" * 200_000, "a", "b"))
+        for command in (stop, hold_up):
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.execute_command(*command)
+    scene.goes_on()
+
+
+def test_who_may_look_learns_no_passwords(scene: Scene) -> None:
+    scene.goes_on()
+    commands = (
+        "ACL LIST",
+        "ACL GETUSER admin",
+        "ACL LOG",
+        "CONFIG GET *",
+        "CLIENT LIST",
+        "MONITOR",
+        "SLOWLOG GET",
+    )
+    with scene.server.client(OBSERVER) as client:
+        for command in commands:
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.execute_command(*command.split())
+        seen = b"".join(client.dump(key) for key in scene.admin.keys("*"))
+    for user in ("admin", f"{RUN}-learner", f"{RUN}-worker-1"):
+        assert scene.server.password(user).encode() not in seen
+    scene.goes_on()
