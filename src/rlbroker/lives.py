@@ -96,8 +96,7 @@ def read_lives(ask: Callable[[Sequence[Sequence[Argument]]], list[Any]], keys: K
     (names,) = ask([("SMEMBERS", keys.workers)])
     if isinstance(names, PeerError):
         raise names
-    numbered = {worker: name for name in names if (worker := worker_number_of(name)) is not None}
-    ids = sorted(numbered)
+    ids = worker_numbers(names)
     lives = lives_from(ids, ask([life_command(keys, worker) for worker in ids]) if ids else [])
     return Lives(lives, [name for name in names if worker_number_of(name) not in lives])
 

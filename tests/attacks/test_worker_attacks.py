@@ -299,7 +299,7 @@ def test_a_life_that_is_written_oddly_keeps_no_command_from_others(scene: Scene)
         scene.attacker.hset(KEYS.life(0), "incarnation", odd)
         command = scene.learner.send_control_command("reset")
         assert 1 in command.worker_ids
-        wait_until("it obeys", lambda: [scene.worker.poll()] and command.outcomes()[1].state == "done")  # noqa: B023
+        wait_until("it obeys", lambda: [scene.worker.poll()] and command.outcomes()[1].state == "done")  # noqa: B023 - called at once
     with suppress(PeerError):
         client.close()
 
