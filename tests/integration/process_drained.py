@@ -1,12 +1,14 @@
 """A worker process for the tests: says on stdout what it does, and is told to go by signals.
 
 It prints `began N` and waits for a line on stdin before it sends batch N, so that a test knows what is in the works.
+After a line that says `obey` it goes on only when a command has arrived.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+import time
 
 from rlbroker import WorkerClient
 
@@ -26,8 +28,10 @@ def main() -> None:
                 break
             number += 1
             print(f"began {number}", flush=True)
-            sys.stdin.readline()
+            wish = sys.stdin.readline().strip()
             print(f"sent {worker.send_experiences({'number': number}).sequence}", flush=True)
+            while wish == "obey" and not worker._inbox.waiting:
+                time.sleep(0.001)
     print("left", flush=True)
 
 

@@ -46,9 +46,9 @@ class Process:
                 return
         raise AssertionError(f"it ended without {line!r}: {self.popen.communicate()[1]}")
 
-    def let_it_send(self) -> None:
+    def let_it_send(self, wish: str = "") -> None:
         assert self.popen.stdin is not None
-        self.popen.stdin.write("\n")
+        self.popen.stdin.write(wish + "\n")
         self.popen.stdin.flush()
 
     def told(self, number: signal.Signals = signal.SIGTERM) -> None:
@@ -136,7 +136,7 @@ def test_a_pause_does_not_hold_a_worker_that_is_to_go(
     process = start(real_server.url)
     process.says("began 1")
     pause = comm.send_control_command("pause")
-    process.let_it_send()
+    process.let_it_send("obey")  # or it might poll before the command is there, and begin a batch
     process.says("polls")
     assert str(pause.wait(10.0)[0]) == "done"
     process.told()
