@@ -32,6 +32,7 @@ from rlbroker.errors import (
     UsageError,
     WeightsMismatch,
     WireError,
+    WrongKeyType,
 )
 from rlbroker.records import (
     Batch,
@@ -91,6 +92,7 @@ __all__ = [
     "WorkerClient",
     "WorkerCommunicator",
     "WorkerInfo",
+    "WrongKeyType",
     "__version__",
 ]
 

@@ -39,6 +39,7 @@ from rlbroker.errors import (
     ServerOutOfMemory,
     ServerUnsuitable,
     TlsFailed,
+    WrongKeyType,
 )
 from rlbroker.packing import Argument as Argument
 from rlbroker.packing import Pieces, packed
@@ -658,7 +659,7 @@ def translated(
     if "unknown command" in text.lower() and "eval" in text.lower():
         return ServerUnsuitable(f"{address} runs no Lua scripts; with fakeredis, install 'fakeredis[lua]'")
     if "WRONGTYPE" in text:
-        return ServerFault(
+        return WrongKeyType(
             f"{address} has a key of another type than rlbroker writes ({_asked(text, command)}): another program "
             "uses the run's keys"
         )

@@ -105,6 +105,10 @@ class ServerFault(PeerError):
     """The server answered with an error that rlbroker does not expect."""
 
 
+class WrongKeyType(ServerFault):
+    """A key of the run is of another type than rlbroker writes: another program uses it, or a worker spoiled it."""
+
+
 class WireError(PeerError, ValueError):
     """Bytes that cannot be decoded: damaged, hostile, or beyond the limits."""
 

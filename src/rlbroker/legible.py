@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from rlbroker.errors import InvalidArgument, RlbrokerError, WireError
+from rlbroker.errors import InvalidArgument, PeerError, RlbrokerError, WireError, WrongKeyType
 
 #: Longest part of an error's text that is repeated.
 _SHOWN = 120
@@ -29,6 +30,32 @@ def legible(what: str) -> Iterator[None]:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise _illegible(what, error) from error
+
+
+def unless_spoiled(reply: Any, otherwise: Any) -> Any:
+    """Give the answer about a key that a worker writes, or `otherwise` where the key is of a wrong type.
+
+    Raises:
+        PeerError: the server refused for another reason.
+    """
+    if isinstance(reply, WrongKeyType):
+        return otherwise
+    if isinstance(reply, PeerError):
+        raise reply
+    return reply
+
+
+def answered(replies: Iterable[Any]) -> list[Any]:
+    """Give answers where none may be a refusal.
+
+    Raises:
+        PeerError: the first refusal.
+    """
+    found = list(replies)
+    for reply in found:
+        if isinstance(reply, PeerError):
+            raise reply
+    return found
 
 
 def _illegible(what: str, error: Exception) -> WireError:

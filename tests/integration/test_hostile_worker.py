@@ -9,6 +9,7 @@ from conftest import Server, wait_until
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.keys import Keys
+from rlbroker.observer.snapshot import take_snapshot
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -127,6 +128,36 @@ def test_counts_that_are_no_hash(learner: Learner, worker: Worker, server: Serve
     server.client.set(keys.counts(bad.worker_id), "x")
     assert len(comm.collect_experiences(timeout=5.0)) == 1
     comm.collect_experiences()
+    goes_on(comm, good)
+
+
+@pytest.mark.parametrize("kind", ["heartbeat", "counts", "experiences", "life"])
+def test_a_key_of_a_wrong_type_hides_nobody_else(
+    learner: Learner, worker: Worker, server: Server, keys: Keys, kind: str
+) -> None:
+    if server.kind == "fake" and kind in ("counts", "experiences"):
+        pytest.skip("fakeredis itself fails when a script, or a read, finds a string in their place")
+    comm, good, bad = learner(), worker(), worker()
+    bad._heartbeat._thread.stop(5.0)  # it would write it anew
+    for client in (good, bad):
+        client.send_experiences({"x": 1})
+    wait_until(
+        "both are delivered",
+        lambda: [
+            comm.collect_experiences(0.1),
+            [counts.delivered for counts in comm.get_queue_info()["counts"].values()] == [1, 1],
+        ][1],
+    )
+    for _ in range(20):  # the learner deletes some of them
+        key = getattr(keys, kind)(bad.worker_id)
+        server.client.delete(key)
+        server.client.set(key, "mine")
+        counts = take_snapshot(comm._connection, keys.run).workers[0].counts
+        assert counts is not None
+        assert counts.delivered == 1
+        assert comm.workers()[0].worker_id == 0
+        assert comm.get_queue_info()["counts"][0].delivered == 1
+        comm._collector._look_at_holdings()
     goes_on(comm, good)
 
 

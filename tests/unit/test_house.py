@@ -166,5 +166,6 @@ PUBLIC = [
     "WorkerClient",
     "WorkerCommunicator",
     "WorkerInfo",
+    "WrongKeyType",
     "__version__",
 ]

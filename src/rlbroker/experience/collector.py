@@ -12,7 +12,14 @@ from typing import Any
 from rlbroker.config import Acknowledge
 from rlbroker.connection import BLOCK_SECONDS, Argument, Channel, Connection, script_is_unknown
 from rlbroker.deadline import Deadline
-from rlbroker.errors import ConnectionFailed, PeerError, ServerFault, ServerOutOfMemory, WireError
+from rlbroker.errors import (
+    ConnectionFailed,
+    PeerError,
+    ServerFault,
+    ServerOutOfMemory,
+    WireError,
+    WrongKeyType,
+)
 from rlbroker.experience.dead_letters import DeadLetters
 from rlbroker.experience.flow import FlowControl
 from rlbroker.experience.holdings import Holdings, Source
@@ -20,6 +27,7 @@ from rlbroker.experience.ownership import Ownership
 from rlbroker.experience.parcels import shape_of
 from rlbroker.experience.progress import Entry, Place, Stream, covers
 from rlbroker.keys import GROUP, Keys
+from rlbroker.legible import answered, unless_spoiled
 from rlbroker.metrics import Metrics
 from rlbroker.records import Batch
 from rlbroker.replies import (
@@ -564,7 +572,7 @@ class Collector:
             for stream, some in zip(streams, taken, strict=True):
                 if some:
                     stream.pending_from = "-"
-            replies = self._connection.execute_all(
+            replies = self._connection.ask(
                 [
                     command
                     for stream in streams
@@ -575,18 +583,18 @@ class Collector:
                     )
                 ]
             )
+            for stream, pending, known, counts in zip(
+                streams, answered(replies[::3]), answered(replies[1::3]), replies[2::3], strict=True
+            ):
+                if known:  # what a server counts that lost the rest is not all
+                    self._holdings.remember(stream.source.worker_id, unless_spoiled(counts, {}))
+                held = len(self._holdings.held(stream.source))
+                if consumer_pending(pending, self._holdings.consumers) > held:
+                    stream.pending_from = "-"
         except ServerFault as error:
             if not _lost_stream(error):
                 raise
             return  # the next read finds out
-        for stream, pending, known, counts in zip(
-            streams, replies[::3], replies[1::3], replies[2::3], strict=True
-        ):
-            if known:  # what a server counts that lost the rest is not all
-                self._holdings.remember(stream.source.worker_id, counts)
-            held = len(self._holdings.held(stream.source))
-            if consumer_pending(pending, self._holdings.consumers) > held:
-                stream.pending_from = "-"
 
     def _make_group(self, stream: Stream) -> None:
         try:
@@ -604,8 +612,8 @@ def _place_of(row: tuple[str, str, int, int]) -> Place:
 
 def _lost_stream(error: ServerFault) -> bool:
     """Whether a stream or its group is gone, or something else is in its place."""
-    signs = ("NOGROUP", "UNBLOCKED", "requires the key to exist", "WRONGTYPE", "no such key")
-    return any(sign in str(error) for sign in signs)
+    signs = ("NOGROUP", "UNBLOCKED", "requires the key to exist", "no such key")
+    return isinstance(error, WrongKeyType) or any(sign in str(error) for sign in signs)
 
 
 def _number(fields: Mapping[bytes, bytes], name: bytes) -> int:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from rlbroker.connection import Channel, Connection
 from rlbroker.errors import PeerError
 from rlbroker.keys import GROUP, Keys
+from rlbroker.legible import unless_spoiled
 from rlbroker.records import QueueCounts
 from rlbroker.replies import newest_place, pending_count, text_fields, whole_number
 
@@ -52,9 +53,7 @@ def read_counts(
         PeerError: the server refused, or could not be reached in time.
     """
     wanted = list(workers)
-    names = [name for worker in wanted for name in count_keys(keys, worker)]
-    replies = connection.execute_all([("EXISTS", name) for name in names])
-    there = {name for name, exists in zip(names, replies, strict=True) if exists}
+    there = present(keys, wanted, connection.execute_all(types_asked(keys, wanted)))
     channel = Channel(connection)
     try:
         return connection.retry(lambda: known_counts(channel, keys, wanted, there, said=said))
@@ -62,8 +61,22 @@ def read_counts(
         channel.give_back()
 
 
-def count_keys(keys: Keys, worker: int) -> tuple[str, str, str]:
-    """Give the keys that hold one worker's counts and batches."""
+def types_asked(keys: Keys, workers: Iterable[int]) -> list[tuple[str, str]]:
+    """Give the commands whose answers `present` takes."""
+    return [("TYPE", name) for worker in workers for name in _keys_of(keys, worker)]
+
+
+def present(keys: Keys, workers: Iterable[int], types: Iterable[bytes]) -> set[str]:
+    """Give the keys that hold these workers' counts and batches. One of a wrong type is not there: it was spoiled."""
+    found = zip((name for worker in workers for name in _keys_of(keys, worker)), types, strict=True)
+    return {
+        name
+        for name, kind in found
+        if kind == (b"hash" if name.startswith(f"{keys.prefix}:counts:") else b"stream")
+    }
+
+
+def _keys_of(keys: Keys, worker: int) -> tuple[str, str, str]:
     return keys.counts(worker), keys.experiences(worker), keys.again(worker)
 
 
@@ -81,7 +94,7 @@ def known_counts(
         channel: way to the server.
         keys: names of the run's keys.
         workers: which workers.
-        there: those of their `count_keys` that exist.
+        there: what `present` gives.
         said: as in `read_counts`.
 
     Raises:
@@ -89,12 +102,12 @@ def known_counts(
     """
     groups: dict[int, list[tuple[str, ...]]] = {}
     for worker in workers:
-        counts, *streams = count_keys(keys, worker)
-        present = [stream for stream in streams if stream in there]
-        if not present and counts not in there:
+        counts, *streams = _keys_of(keys, worker)
+        existing = [stream for stream in streams if stream in there]
+        if not existing and counts not in there:
             continue
         group: list[tuple[str, ...]] = [("HGETALL", counts)]
-        for stream in present:
+        for stream in existing:
             group += [("XLEN", stream), ("XPENDING", stream, GROUP)]
         if said is None and streams[0] in there:
             group.append(("XINFO", "STREAM", streams[0]))
@@ -130,11 +143,7 @@ def _in_one_step(channel: Channel, groups: Mapping[int, list[tuple[str, ...]]]) 
 
 def _answer(reply: Any) -> Any:
     """Give a reply of the server; without the group, which the learner makes again, nothing is in its hands."""
-    if isinstance(reply, PeerError):
-        if "NOGROUP" not in str(reply):
-            raise reply
-        return [0]
-    return reply
+    return [0] if isinstance(reply, PeerError) and "NOGROUP" in str(reply) else unless_spoiled(reply, {})
 
 
 def _counts(length: int, in_hand: int, counted: Mapping[str, str], newest: tuple[int, int]) -> QueueCounts:

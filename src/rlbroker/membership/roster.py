@@ -12,7 +12,7 @@ from rlbroker.config import RunSettings
 from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
 from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
 from rlbroker.keys import Keys
-from rlbroker.legible import legible
+from rlbroker.legible import legible, unless_spoiled
 from rlbroker.lives import Lives, read_lives, worker_number_of, worker_numbers
 from rlbroker.membership.life_scripts import ANNOUNCE, HEARD_OF, NEXT_LIFE
 from rlbroker.membership.members import member_infos
@@ -302,14 +302,12 @@ class Roster:
         """Give the members of the run, by id."""
         clock, latest = self._connection.execute_all([("TIME",), ("HGET", self._keys.weights, "version")])
         members = read_lives(self._connection.ask, self._keys).members
-        beats = self._connection.execute_all(
-            [("HGETALL", self._keys.heartbeat(worker)) for worker in members]
-        )
+        beats = self._connection.ask([("HGETALL", self._keys.heartbeat(worker)) for worker in members])
         return member_infos(
             now=server_seconds(clock),
             latest_version=int(latest or 0),
             members=members,
-            beats=[text_fields(beat) for beat in beats],
+            beats=[text_fields(unless_spoiled(beat, {})) for beat in beats],
             lease_seconds=self._settings.lease_seconds,
         )
 

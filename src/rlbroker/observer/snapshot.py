@@ -11,9 +11,9 @@ from rlbroker.config import RunSettings
 from rlbroker.connection import Argument, Channel, Connection
 from rlbroker.control.account import Account, missed_updates
 from rlbroker.errors import AccessDenied, PeerError
-from rlbroker.experience.counts import count_keys, known_counts
+from rlbroker.experience.counts import known_counts, present, types_asked
 from rlbroker.keys import Keys
-from rlbroker.legible import legible
+from rlbroker.legible import answered, legible, unless_spoiled
 from rlbroker.lives import life_command, lives_from, worker_numbers
 from rlbroker.membership.members import member_infos
 from rlbroker.observer.runs import learner_state
@@ -201,22 +201,23 @@ class Observer:
             settings, learner = RunSettings.from_fields(meta), _learner(meta, now) if meta else None
             expected_workers = int(meta.get("num_workers", 0))
         ids = worker_numbers(names_reply)
-        names = [name for worker in ids for name in count_keys(keys, worker)]
-        _, found = self._ask(
-            [],
-            [
-                *(life_command(keys, worker) for worker in ids),
-                *(("HGETALL", keys.heartbeat(worker)) for worker in ids),
-                *(("HGETALL", keys.ledger(worker)) for worker in ids),
-                *(("XLEN", keys.dead(worker)) for worker in ids),
-                *(("EXISTS", name) for name in names),
-            ],
+        replies = iter(
+            self._channel.execute_all(
+                [
+                    *(life_command(keys, worker) for worker in ids),
+                    *(("HGETALL", keys.heartbeat(worker)) for worker in ids),
+                    *(("HGETALL", keys.ledger(worker)) for worker in ids),
+                    *(("XLEN", keys.dead(worker)) for worker in ids),
+                    *types_asked(keys, ids),
+                ]
+            )
         )
-        replies = iter(found)
         lives = lives_from(ids, islice(replies, len(ids)))
         beats = {
-            worker: text_fields(reply) for worker, reply in zip(ids, islice(replies, len(ids)), strict=True)
+            worker: text_fields(unless_spoiled(reply, {}))
+            for worker, reply in zip(ids, islice(replies, len(ids)), strict=True)
         }
+        ledgers, dead, types = (answered(islice(replies, many)) for many in (len(ids), len(ids), None))
         members = {worker: life for worker, life in lives.items() if life.member}
         infos = {
             info.worker_id: info
@@ -236,12 +237,10 @@ class Observer:
                     latest_version=pointer.version if pointer else 0,
                     published={pointer.version: pointer.published} if pointer else {},
                 )
-                for worker, reply in zip(ids, islice(replies, len(ids)), strict=True)
+                for worker, reply in zip(ids, ledgers, strict=True)
             ]
-        dead = [int(reply) for reply in islice(replies, len(ids))]
-        there = {name for name, exists in zip(names, replies, strict=True) if exists}
         said = {worker: (info.incarnation, info.sent) for worker, info in infos.items()}
-        counts = known_counts(self._channel, keys, ids, there, said=said)
+        counts = known_counts(self._channel, keys, ids, present(keys, ids, types), said=said)
         with legible(keys.pending):
             waiting = _waiting_commands(text_fields(pending), now)
         return Snapshot(
@@ -270,11 +269,8 @@ class Observer:
     ) -> tuple[list[Any], list[Any]]:
         """Give the answers to what this user, or this server, need not answer; and those to the others."""
         replies = self._channel.execute_all([*optional, *commands])
-        left = replies[len(optional) :]
-        for reply in left:
-            if isinstance(reply, PeerError):
-                raise reply
-        return [None if _untold(reply) else reply for reply in replies[: len(optional)]], left
+        told, left = replies[: len(optional)], replies[len(optional) :]
+        return [None if _untold(reply) else reply for reply in told], answered(left)
 
 
 def _untold(reply: Any) -> bool:
