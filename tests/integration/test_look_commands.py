@@ -40,6 +40,7 @@ def url(embedded: RedisServer) -> Iterator[str]:
             learner.send_model_weights({"w": np.zeros(10, np.float32)})
         wait_until("0 runs version 3", lambda: diligent.poll({}) and diligent.version == 3)
         wait_until("1 runs version 3", lambda: slow.poll({}) and slow.version == 3)
+        wait_until("2 has the newest before it looks", lambda: unfit._subscriber.newest == 3)
         with pytest.raises(WeightsMismatch):
             wait_until("2 tries", lambda: unfit.poll({"other": np.zeros(1, np.float32)}))
         for _ in range(17):
