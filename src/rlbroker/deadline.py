@@ -10,6 +10,9 @@ from typing import Final
 #: A try may always take this long, also where less is left: a server that is well answers within it.
 SHORTEST_TRY_SECONDS: Final = 0.25
 
+#: Not the generator that programs seed to get the same results again: these must not depend on the network.
+_jitter: Final = random.SystemRandom()
+
 _FIRST_PAUSE_SECONDS: Final = 0.02
 _LONGEST_PAUSE_SECONDS: Final = 1.0
 
@@ -79,7 +82,7 @@ class Backoff:
 
     def next(self, deadline: Deadline | None = None) -> float:
         """Give the seconds to wait before the next try, not beyond the deadline."""
-        pause = self._pause * random.uniform(0.5, 1.0)
+        pause = self._pause * _jitter.uniform(0.5, 1.0)
         self._pause = min(self._pause * 2, self._longest)
         return pause if deadline is None else min(pause, deadline.remaining)
 

@@ -61,9 +61,10 @@ class Keys:
         """Pattern of all of the run's keys, to find and delete them."""
         return f"{self.prefix}:*"
 
-    def written_by_worker(self, worker: int | str) -> list[str]:
-        """Give the keys that a worker writes, or a pattern of them for all workers, who are `*`."""
-        return [f"{self.prefix}:{kind}:{worker}" for kind in ("x", "counts", "ack", "life", "hb")]
+    def written_by_worker(self, worker: int | str) -> dict[str, str]:
+        """Give the keys that a worker writes, or a pattern of them for all workers, who are `*`; each with its type."""
+        types = {"x": "stream", "counts": "hash", "ack": "stream", "life": "hash", "hb": "hash"}
+        return {f"{self.prefix}:{kind}:{worker}": what for kind, what in types.items()}
 
     def read_by_worker(self, worker: int | str) -> list[str]:
         """Give the keys that a worker only reads; a pattern for chunks, and for all workers, who are `*`."""

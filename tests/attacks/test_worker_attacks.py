@@ -139,6 +139,7 @@ def test_what_one_missed_cannot_be_hidden(scene: Scene) -> None:
     client = scene.joined()
     for _ in range(3):
         version = scene.learner.send_model_weights({"w": np.zeros(8)}).version
+    wait_until("the newest is there before it looks", lambda: client._subscriber.newest == version)
     wait_until("the newest is applied", lambda: client.poll({}) and client.version == version)
     wait_until("it is on record", lambda: scene.learner.missed_updates()[0].by_reason)
     before = scene.learner.missed_updates()[0].by_reason

@@ -127,6 +127,8 @@ def live(server: GuardedServer) -> None:
     for part in (client._subscriber, client._inbox):
         part.stop(5.0)
     client._connection.close()
+    for key in admin.scan_iter():  # nothing ends by itself while the tests look
+        admin.persist(key)
 
 
 def calls(client: Any, command: str) -> bool:

@@ -140,7 +140,7 @@ def test_a_learner_whose_time_is_up_comes_back_and_nothing_is_left_at_the_end(
     assert stat.S_IMODE((slurm.folder / "url").stat().st_mode) == 0o600
     assert stat.S_IMODE(slurm.folder.stat().st_mode) == 0o700
     assert re.fullmatch(r"redis://rlbroker:\S+@127\.0\.0\.1:2\d{4}/0\n", first)
-    wait_until("it trains", lambda: re.search(r"[1-9]\d* steps ", slurm.said(LEARNER)), timeout_seconds=40)
+    wait_until("it trains", lambda: re.search(r"[1-9]\d* steps ", slurm.said(LEARNER)), timeout_seconds=60)
 
     learner.send_signal(signal.SIGUSR1)
     assert learner.wait(timeout=30) == 75
@@ -172,7 +172,7 @@ def test_workers_whose_time_is_up_drain_and_are_queued_again(
     (slurm.home / "jobs" / LEARNER).touch()
     workers = slurm.workers()
     wait_until(
-        "they have joined", lambda: slurm.workers_said("of run slurm-4711") == tasks, timeout_seconds=40
+        "they have joined", lambda: slurm.workers_said("of run slurm-4711") == tasks, timeout_seconds=60
     )
     workers.send_signal(signal.SIGUSR1)
     assert workers.wait(timeout=30) == 0

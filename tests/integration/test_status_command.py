@@ -124,7 +124,7 @@ def test_status_as_json_has_the_documented_keys(
     assert said["workers"].keys() == {"0", "1"}
     first, second = said["workers"]["0"], said["workers"]["1"]
     assert list(first) == [
-        *("member", "batches", "missed", "commands_waiting", "command_seconds", "dead_letters")
+        *("member", "batches", "missed", "commands_waiting", "command_seconds", "dead_letters", "spoiled")
     ]
     assert first["member"].keys() == {field.name for field in fields(WorkerInfo)}
     assert first["batches"].keys() == {field.name for field in fields(QueueCounts)} | {"produced"}

@@ -110,6 +110,11 @@ TROUBLE: dict[str, tuple[Snapshot, str, str]] = {
         "2 vanished",
     ),
     "dead_letters": (worker(dead_letters=1), "warning", "1 batch of worker 0 could not be used and is kept"),
+    "keys_spoiled": (
+        worker(spoiled=("rlb:{pong}:x:0",)),
+        "warning",
+        "rlb:{pong}:x:0 of worker 0 is not what",
+    ),
 }
 
 

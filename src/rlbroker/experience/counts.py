@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from rlbroker.connection import Channel, Connection
@@ -53,7 +53,7 @@ def read_counts(
         PeerError: the server refused, or could not be reached in time.
     """
     wanted = list(workers)
-    there = present(keys, wanted, connection.execute_all(types_asked(keys, wanted)))
+    there = right_types(keys, wanted, connection.execute_all(types_asked(keys, wanted)))
     channel = Channel(connection)
     try:
         return connection.retry(lambda: known_counts(channel, keys, wanted, there, said=said))
@@ -62,29 +62,29 @@ def read_counts(
 
 
 def types_asked(keys: Keys, workers: Iterable[int]) -> list[tuple[str, str]]:
-    """Give the commands whose answers `present` takes."""
-    return [("TYPE", name) for worker in workers for name in _keys_of(keys, worker)]
+    """Give the commands whose answers `right_types` takes."""
+    return [("TYPE", name) for worker in workers for name in _types_of(keys, worker)]
 
 
-def present(keys: Keys, workers: Iterable[int], types: Iterable[bytes]) -> set[str]:
-    """Give the keys that hold these workers' counts and batches. One of a wrong type is not there: it was spoiled."""
-    found = zip((name for worker in workers for name in _keys_of(keys, worker)), types, strict=True)
-    return {
-        name
-        for name, kind in found
-        if kind == (b"hash" if name.startswith(f"{keys.prefix}:counts:") else b"stream")
-    }
+def right_types(keys: Keys, workers: Iterable[int], replies: Iterable[Any]) -> dict[str, bool]:
+    """Give the keys of these workers that exist, and whether each is of the type that it must have.
+
+    One that is not was spoiled, by the worker or by another program.
+    """
+    wanted = [item for worker in workers for item in _types_of(keys, worker).items()]
+    found = [reply.decode() if isinstance(reply, bytes) else str(reply) for reply in replies]
+    return {name: kind == what for (name, what), kind in zip(wanted, found, strict=True) if kind != "none"}
 
 
-def _keys_of(keys: Keys, worker: int) -> tuple[str, str, str]:
-    return keys.counts(worker), keys.experiences(worker), keys.again(worker)
+def _types_of(keys: Keys, worker: int) -> dict[str, str]:
+    return {**keys.written_by_worker(worker), keys.again(worker): "stream"}
 
 
 def known_counts(
     channel: Channel,
     keys: Keys,
     workers: Iterable[int],
-    there: Container[str],
+    there: Mapping[str, bool],
     *,
     said: Mapping[int, tuple[int, int]] | None = None,
 ) -> dict[int, QueueCounts]:
@@ -94,7 +94,7 @@ def known_counts(
         channel: way to the server.
         keys: names of the run's keys.
         workers: which workers.
-        there: what `present` gives.
+        there: what `right_types` gives.
         said: as in `read_counts`.
 
     Raises:
@@ -102,15 +102,15 @@ def known_counts(
     """
     groups: dict[int, list[tuple[str, ...]]] = {}
     for worker in workers:
-        counts, *streams = _keys_of(keys, worker)
-        existing = [stream for stream in streams if stream in there]
-        if not existing and counts not in there:
+        counts, queue = keys.counts(worker), keys.experiences(worker)
+        streams = [stream for stream in (queue, keys.again(worker)) if there.get(stream)]
+        if not streams and not there.get(counts):
             continue
         group: list[tuple[str, ...]] = [("HGETALL", counts)]
-        for stream in existing:
+        for stream in streams:
             group += [("XLEN", stream), ("XPENDING", stream, GROUP)]
-        if said is None and streams[0] in there:
-            group.append(("XINFO", "STREAM", streams[0]))
+        if said is None and queue in streams:
+            group.append(("XINFO", "STREAM", queue))
         groups[worker] = group
     found = {}
     for worker, (counted, *sizes) in _in_one_step(channel, groups).items():

@@ -422,7 +422,10 @@ class Supervisor:
             return
         child.restarts.append(now)
         pause = backoff_seconds(
-            child.failures, first=self._first_backoff, longest=self._longest_backoff, chance=random.random()
+            child.failures,
+            first=self._first_backoff,
+            longest=self._longest_backoff,
+            chance=random.SystemRandom().random(),
         )
         _logger.warning("%s %s; it is started again in %.2g s", child.name, reason, pause)
         child.due = now + pause

@@ -105,6 +105,8 @@ ADVICE: Final = {
     "somebody trimmed the stream; fenced: they came from a process that had been replaced.",
     "dead_letters": "corrupt: they do not decode; poison: learners died over them. See why, then retry or purge "
     "them.",
+    "keys_spoiled": "Its worker wrote that, or another program: find out which. A queue, answers and a life that are "
+    "none are deleted by the learner; delete others with DEL.",
     "too_many_missed": "See which workers, and why.",
 }
 
@@ -223,6 +225,15 @@ def _of_worker(snapshot: Snapshot, worker: int, status: WorkerStatus, limits: Li
             f"{counted(status.dead_letters, 'batch', 'batches')} of worker {worker} could not be used and "
             f"{'is' if status.dead_letters == 1 else 'are'} kept as dead letters",
             f"rlbroker dead list --worker {worker}",
+        )
+    if status.spoiled:
+        yield Finding(
+            "warning",
+            "keys_spoiled",
+            worker,
+            f"{' and '.join(status.spoiled)} of worker {worker} {'is' if len(status.spoiled) == 1 else 'are'} not "
+            "what rlbroker writes there",
+            f"redis-cli TYPE '{status.spoiled[0]}'",
         )
     unwanted = {why: count for why, count in counts.lost.items() if why in _UNWANTED_LOSSES} if counts else {}
     if unwanted:

@@ -326,6 +326,7 @@ def of_rights(connection: Connection, facts: ServerFacts, run: str | None) -> Po
         ("INFO", "server"),
         ("SCAN", 0, "COUNT", 1),
         ("EXISTS", keys.meta),
+        ("TYPE", keys.meta),
         ("HGET", keys.meta, "epoch"),
         ("HGETALL", keys.heartbeat(0)),
         ("SMEMBERS", keys.workers),

@@ -11,7 +11,7 @@ from rlbroker.config import RunSettings
 from rlbroker.connection import Argument, Channel, Connection
 from rlbroker.control.account import Account, missed_updates
 from rlbroker.errors import AccessDenied, PeerError
-from rlbroker.experience.counts import known_counts, present, types_asked
+from rlbroker.experience.counts import known_counts, right_types, types_asked
 from rlbroker.keys import Keys
 from rlbroker.legible import answered, legible, unless_spoiled
 from rlbroker.lives import life_command, lives_from, worker_numbers
@@ -78,6 +78,7 @@ class WorkerStatus:
         commands_waiting: commands that it has not answered.
         command_seconds: how long the oldest of them has been waiting; 0 without one.
         dead_letters: its batches that no learner could use and that are kept.
+        spoiled: keys that it should write, and that are of another type now.
     """
 
     info: WorkerInfo | None
@@ -86,6 +87,7 @@ class WorkerStatus:
     commands_waiting: int
     command_seconds: float
     dead_letters: int
+    spoiled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Snapshot:
             `member`: null once it left, or the fields of `WorkerInfo`;
             `batches`: null before its first, or the fields of `QueueCounts`, and `produced`;
             `missed`: the fields of `MissedUpdates` but for its `records`;
-            `commands_waiting`, `command_seconds`, `dead_letters`: as in `WorkerStatus`.
+            `commands_waiting`, `command_seconds`, `dead_letters`, `spoiled`: as in `WorkerStatus`.
         """
         return {
             "run": self.run,
@@ -240,7 +242,8 @@ class Observer:
                 for worker, reply in zip(ids, ledgers, strict=True)
             ]
         said = {worker: (info.incarnation, info.sent) for worker, info in infos.items()}
-        counts = known_counts(self._channel, keys, ids, present(keys, ids, types), said=said)
+        there = right_types(keys, ids, types)
+        counts = known_counts(self._channel, keys, ids, there, said=said)
         with legible(keys.pending):
             waiting = _waiting_commands(text_fields(pending), now)
         return Snapshot(
@@ -259,6 +262,7 @@ class Observer:
                     commands_waiting=len(waiting.get(worker, ())),
                     command_seconds=max(waiting.get(worker, ()), default=0.0),
                     dead_letters=letters,
+                    spoiled=tuple(key for key in keys.written_by_worker(worker) if not there.get(key, True)),
                 )
                 for worker, missed_by_worker, letters in zip(ids, missed, dead, strict=True)
             },
@@ -324,4 +328,5 @@ def _worker_json(status: WorkerStatus) -> dict[str, Any]:
         "commands_waiting": status.commands_waiting,
         "command_seconds": status.command_seconds,
         "dead_letters": status.dead_letters,
+        "spoiled": status.spoiled,
     }
