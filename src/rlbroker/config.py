@@ -201,19 +201,24 @@ def redis_password() -> str | None:
             f"{PASSWORD_VARIABLE} and {PASSWORD_FILE_VARIABLE} are both set; unset one of them"
         )
     try:
-        found = Path(path).read_bytes().decode().rstrip("\r\n")
-    except OSError as error:
-        raise InvalidArgument(
-            f"{PASSWORD_FILE_VARIABLE}: cannot read {path}: {error.strerror or error}"
-        ) from None
+        found = _secret_in(Path(path), PASSWORD_FILE_VARIABLE).decode()
     except UnicodeDecodeError:
         raise InvalidArgument(f"{PASSWORD_FILE_VARIABLE}: {path} is not text") from None
-    if not found:
-        raise InvalidArgument(f"{PASSWORD_FILE_VARIABLE}: {path} is empty")
     if "\n" in found:
         raise InvalidArgument(
             f"{PASSWORD_FILE_VARIABLE}: {path} has more than one line; it must hold the password and nothing else"
         )
+    return found
+
+
+def _secret_in(path: Path, setting: str) -> bytes:
+    """Give what a file holds; its last newline does not count. The setting is what names it, for errors."""
+    try:
+        found = path.read_bytes().rstrip(b"\r\n")
+    except OSError as error:
+        raise InvalidArgument(f"{setting}: cannot read {path}: {error.strerror or error}") from None
+    if not found:
+        raise InvalidArgument(f"{setting}: {path} is empty")
     return found
 
 
@@ -238,12 +243,7 @@ def signing_secret(given: SigningKeySetting | None = None) -> bytes | None:
             return None
         setting, path = SIGNING_KEY_VARIABLE, Path(found)
     if isinstance(path, Path):
-        try:
-            key = path.read_bytes().rstrip(b"\r\n")
-        except OSError as error:
-            raise InvalidArgument(f"{setting}: cannot read {path}: {error.strerror or error}") from None
-        if not key:
-            raise InvalidArgument(f"{setting}: {path} is empty")
+        key = _secret_in(path, setting)
     elif isinstance(path, str | bytes):
         key = path.encode() if isinstance(path, str) else path
     else:  # not the value itself: it may be a key of another type

@@ -18,6 +18,7 @@
         ├── ServerUnsuitable        the server is too old or would evict our keys
         ├── ServerOutOfMemory       the server's memory limit is reached
         ├── ServerFault             the server answered with any other error
+        │   └── WrongKeyType        a key of the run is not of the type that rlbroker writes
         ├── WireError               bytes that do not decode (ValueError)
         │   └── IncompatibleFormat  written by a release with another wire format
         ├── Fenced                  a newer process took this one's place

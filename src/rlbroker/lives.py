@@ -35,6 +35,10 @@ class Life(NamedTuple):
             return None
         return cls(number, member == "1", whole_number(seen) or 0, whole_number(known) or 0)
 
+    def silent_seconds(self, now: float) -> float:
+        """Give how long it has not been heard of, by the server's clock in seconds."""
+        return max(0.0, now - self.seen_milliseconds / 1000)
+
 
 @dataclass(frozen=True)
 class Lives:

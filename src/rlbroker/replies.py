@@ -59,6 +59,11 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
+def number_in(reply: bytes | None) -> int | None:
+    """Give the number in a field that a server sent, 0 where there is none; None where that is no number."""
+    return whole_number(str(reply or b"0", "ascii", "replace"))
+
+
 def seconds_number(text: str) -> float | None:
     """Give seconds that a worker wrote; None for anything else, as workers are not trusted."""
     return float(text) if _SECONDS.fullmatch(text) else None

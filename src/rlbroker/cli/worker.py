@@ -63,14 +63,14 @@ def state_of_learner(url: str | None, run: str) -> str:
     """Give what the learner is about: `alive`, `ended`, `away`, `none` before the first, `unknown` if nobody says."""
     from rlbroker.connection import Connection
     from rlbroker.keys import Keys
-    from rlbroker.observer.runs import learner_state
+    from rlbroker.observer.runs import learner_silence, learner_state
     from rlbroker.replies import server_seconds, text_fields
 
     connection = Connection(url, timeout_seconds=2.0)
     try:
         meta, clock = connection.ask([("HGETALL", Keys(run).meta), ("TIME",)])
         fields = text_fields(meta)
-        return learner_state(fields, server_seconds(clock) - float(fields.get("learner_seen", "-inf")))
+        return learner_state(fields, learner_silence(fields, server_seconds(clock)))
     except Exception:  # noqa: BLE001 - it is only for what is said; whatever is wrong, the worker meets it too
         return "unknown"
     finally:

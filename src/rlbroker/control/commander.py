@@ -287,17 +287,17 @@ class Commander:
             if sent == b"sent" and targets:
                 remembered.incarnations = targets
                 return targets
-            if sent == b"sent" or deadline.over:
-                self._sent.pop(command_id, None)
-            if sent == b"sent" and missing:
+            if sent != b"sent" and not deadline.over:
+                continue
+            self._sent.pop(command_id, None)
+            if sent != b"sent":
+                raise DeadlineExceeded(f"workers of the run {self._keys.run!r} come and go; send it again")
+            if missing:
                 known = ", ".join(map(str, members)) or "none"
                 raise UnknownWorker(
                     f"worker {missing[0]} is not a member of the run {self._keys.run!r}; members are: {known}"
                 )
-            if sent == b"sent":
-                return {}
-            if deadline.over:
-                raise DeadlineExceeded(f"workers of the run {self._keys.run!r} come and go; send it again")
+            return {}
 
     def remember(self) -> None:
         """Learn what earlier learners sent and what became of it, as the server may lose that.

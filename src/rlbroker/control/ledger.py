@@ -24,7 +24,7 @@ from rlbroker.keys import Keys
 from rlbroker.legible import legible
 from rlbroker.lives import life_command, lives_from
 from rlbroker.records import Missed, MissedUpdates, Outcome
-from rlbroker.replies import entry_place, server_seconds, stream_entries, text_fields, whole_number
+from rlbroker.replies import entry_place, number_in, server_seconds, stream_entries, text_fields
 
 logger = logging.getLogger("rlbroker")
 
@@ -170,7 +170,7 @@ class Ledger:
                 self._connection.execute("HGET", self._keys.weights, "version"),
                 self._latest_version(),
             )
-            if _version_in(there) < latest:
+            if (number_in(there) or 0) < latest:
                 self._lost_version = latest
             calls = [
                 (
@@ -248,7 +248,7 @@ class Ledger:
         now = round(server_seconds(clock), 3)  # as it is written, so that a record can be recognised
         newest_version = self._latest_version()
         if not self._signed:
-            newest_version = max(_version_in(latest), newest_version)
+            newest_version = max(number_in(latest) or 0, newest_version)
         with legible(self._keys.pending):
             waiting = _pending_by_worker(text_fields(pending))
         self._find_waiting(streams, waiting)
@@ -390,11 +390,6 @@ class Ledger:
     def _record(self, missed: Missed) -> list[Argument]:
         fields = flat(_missed_fields(missed))
         return ["XADD", self._keys.missed, "MAXLEN", "~", MISSED_KEPT, "*", *fields]
-
-
-def _version_in(reply: Any) -> int:
-    """Give the number of the latest version, as the server has it; 0 where that is no number."""
-    return whole_number(str(reply or b"0", "ascii", "replace")) or 0
 
 
 def _pending_by_worker(found: Mapping[str, str]) -> dict[int, dict[str, int]]:

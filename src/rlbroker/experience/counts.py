@@ -53,7 +53,8 @@ def read_counts(
         PeerError: the server refused, or could not be reached in time.
     """
     wanted = list(workers)
-    there = right_types(keys, wanted, connection.execute_all(types_asked(keys, wanted)))
+    types = {name: what for worker in wanted for name, what in types_of(keys, worker).items()}
+    there = right_types(types, connection.execute_all([("TYPE", name) for name in types]))
     channel = Channel(connection)
     try:
         return connection.retry(lambda: known_counts(channel, keys, wanted, there, said=said))
@@ -61,23 +62,22 @@ def read_counts(
         channel.give_back()
 
 
-def types_asked(keys: Keys, workers: Iterable[int]) -> list[tuple[str, str]]:
-    """Give the commands whose answers `right_types` takes."""
-    return [("TYPE", name) for worker in workers for name in _types_of(keys, worker)]
+def types_of(keys: Keys, worker: int) -> dict[str, str]:
+    """Give the keys that hold one worker's counts and batches, each with the type that it must have."""
+    return {keys.counts(worker): "hash", keys.experiences(worker): "stream", keys.again(worker): "stream"}
 
 
-def right_types(keys: Keys, workers: Iterable[int], replies: Iterable[Any]) -> dict[str, bool]:
-    """Give the keys of these workers that exist, and whether each is of the type that it must have.
+def right_types(wanted: Mapping[str, str], replies: Iterable[Any]) -> dict[str, bool]:
+    """Give the keys that exist, and whether each is of the type that it must have. One that is not was spoiled.
 
-    One that is not was spoiled, by the worker or by another program.
+    Args:
+        wanted: keys with their types.
+        replies: what TYPE says of each.
     """
-    wanted = [item for worker in workers for item in _types_of(keys, worker).items()]
     found = [reply.decode() if isinstance(reply, bytes) else str(reply) for reply in replies]
-    return {name: kind == what for (name, what), kind in zip(wanted, found, strict=True) if kind != "none"}
-
-
-def _types_of(keys: Keys, worker: int) -> dict[str, str]:
-    return {**keys.written_by_worker(worker), keys.again(worker): "stream"}
+    return {
+        name: kind == what for (name, what), kind in zip(wanted.items(), found, strict=True) if kind != "none"
+    }
 
 
 def known_counts(

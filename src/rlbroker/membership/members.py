@@ -31,7 +31,7 @@ def member_infos(
     """
     found = []
     for (worker, life), said in zip(members.items(), beats, strict=True):
-        version, silent_seconds = _number(said, "version"), max(0.0, now - life.seen_milliseconds / 1000)
+        version, silent_seconds = _number(said, "version"), life.silent_seconds(now)
         fenced_at = _seconds(said, "fenced_at")
         found.append(
             WorkerInfo(

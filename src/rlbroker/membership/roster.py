@@ -17,7 +17,7 @@ from rlbroker.lives import Lives, read_lives, worker_number_of, worker_numbers
 from rlbroker.membership.life_scripts import ANNOUNCE, HEARD_OF, NEXT_LIFE
 from rlbroker.membership.members import member_infos
 from rlbroker.records import WorkerInfo
-from rlbroker.replies import server_seconds, text_fields, whole_number
+from rlbroker.replies import number_in, server_seconds, text_fields
 
 logger = logging.getLogger("rlbroker")
 
@@ -353,7 +353,7 @@ class Roster:
         replies = self._connection.execute_all(
             [("HGET", self._keys.meta, "version_floor"), ("HGET", self._keys.weights, "version")]
         )
-        floor, latest = (whole_number(str(said or b"0", "ascii", "replace")) or 0 for said in replies)
+        floor, latest = (number_in(said) or 0 for said in replies)
         credible = min(CREDIBLE_VERSION, latest + CREDIBLE_STEP) if latest else CREDIBLE_VERSION
         known = [life.known_version for life in lives.of.values() if life.known_version <= credible]
         if max(known, default=0) > max(floor, latest):

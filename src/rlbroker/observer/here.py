@@ -10,7 +10,7 @@ from rlbroker.connection import Connection
 from rlbroker.keys import Keys
 from rlbroker.legible import legible
 from rlbroker.lives import life_command, lives_from, worker_numbers
-from rlbroker.observer.runs import learner_state
+from rlbroker.observer.runs import learner_silence, learner_state
 from rlbroker.records import Liveness
 from rlbroker.replies import server_seconds, text_fields
 
@@ -58,7 +58,7 @@ def find_present(connection: Connection, run: str, host: str) -> list[Present]:
         meta = text_fields(meta_reply)
         lease_seconds = RunSettings.from_fields(meta).lease_seconds
         if meta.get("learner_host") == host:
-            silent_seconds = max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
+            silent_seconds = learner_silence(meta, now)
             found.append(Present(None, learner_state(meta, silent_seconds), silent_seconds))
     ids = worker_numbers(names)
     replies = connection.ask([("HGET", keys.heartbeat(worker), "host") for worker in ids])
@@ -67,7 +67,7 @@ def find_present(connection: Connection, run: str, host: str) -> list[Present]:
     lives = lives_from(here, connection.ask([life_command(keys, worker) for worker in here]))
     for worker, life in lives.items():
         if life.member:
-            silent_seconds = max(0.0, now - life.seen_milliseconds / 1000)
+            silent_seconds = life.silent_seconds(now)
             state: Liveness = "alive" if silent_seconds < lease_seconds else "away"
             found.append(Present(worker, state, silent_seconds))
     return found

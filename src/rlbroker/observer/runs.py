@@ -11,7 +11,7 @@ from rlbroker.config import RunSettings, is_run_name
 from rlbroker.connection import Connection
 from rlbroker.errors import AccessDenied, IncompatibleFormat, InvalidArgument, PeerError
 from rlbroker.keys import Keys
-from rlbroker.legible import legible
+from rlbroker.legible import answered, legible
 from rlbroker.lives import life_command, lives_from, worker_numbers
 from rlbroker.records import Liveness
 from rlbroker.replies import server_seconds, text_fields
@@ -153,6 +153,11 @@ def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Livenes
     return "alive" if silent_seconds is not None and silent_seconds < lease_seconds else "away"
 
 
+def learner_silence(meta: dict[str, str], now: float) -> float | None:
+    """Give for how many seconds the newest learner of a run has been silent; None if it never gave a sign of life."""
+    return max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
+
+
 def _summary_of(name: str, now: float, replies: list[Any], ids: list[int], lives: list[Any]) -> RunSummary:
     """Sum a run up; one that another program has written into must not hide the others."""
     for reply in replies:
@@ -160,33 +165,27 @@ def _summary_of(name: str, now: float, replies: list[Any], ids: list[int], lives
             raise reply
     try:
         with legible(Keys(name).meta):
-            for reply in replies:
-                if isinstance(reply, PeerError):
-                    raise reply
-            meta, version, _ = replies
+            meta, version, _ = answered(replies)
             members = [life for life in lives_from(ids, lives).values() if life.member]
-            seen = [life.seen_milliseconds for life in members]
-            return _summary(name, now, text_fields(meta), int(version or 0), seen)
+            silences = [life.silent_seconds(now) for life in members]
+            return _summary(name, now, text_fields(meta), int(version or 0), silences)
     except PeerError as error:
         logger.info("the run %r cannot be read: %s", name, error)
         return RunSummary(name, "unreadable", 0, 0, 0, 0, None, None)
 
 
-def _summary(
-    name: str, now: float, meta: dict[str, str], version: int, seen_milliseconds: list[int]
-) -> RunSummary:
+def _summary(name: str, now: float, meta: dict[str, str], version: int, silences: list[float]) -> RunSummary:
     lease_seconds = RunSettings.from_fields(meta).lease_seconds
-    silences = [max(0.0, now - milliseconds / 1000) for milliseconds in seen_milliseconds]
-    learner_silence = max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
+    of_learner = learner_silence(meta, now)
     others = [
         max(0.0, now - float(seen))
         for name, seen in _by_name(meta, "seen:").items()
         if meta.get(f"learner:{name}") != meta.get("epoch")
     ]
-    heard = [*silences, *others, *([] if learner_silence is None else [learner_silence])]
+    heard = [*silences, *others, *([] if of_learner is None else [of_learner])]
     return RunSummary(
         run=name,
-        learner=learner_state(meta, learner_silence),
+        learner=learner_state(meta, of_learner),
         version=version,
         alive=sum(silence < lease_seconds for silence in silences),
         members=len(silences),

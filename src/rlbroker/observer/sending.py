@@ -11,7 +11,7 @@ from rlbroker.control.commander import Commander
 from rlbroker.errors import Fenced, InvalidArgument
 from rlbroker.keys import Keys
 from rlbroker.observer.commands import add_unsettled
-from rlbroker.observer.runs import learner_state
+from rlbroker.observer.runs import learner_silence, learner_state
 from rlbroker.records import Outcome
 from rlbroker.replies import server_seconds, text_fields
 from rlbroker.signing import SigningKey
@@ -55,10 +55,7 @@ def send_command(
     for tried in range(_TRIES):
         clock, fields = connection.execute_all([("TIME",), ("HGETALL", keys.meta)])
         meta = text_fields(fields)
-        silent = (
-            max(0.0, server_seconds(clock) - float(meta["learner_seen"])) if "learner_seen" in meta else None
-        )
-        state = learner_state(meta, silent)
+        state = learner_state(meta, learner_silence(meta, server_seconds(clock)))
         if int(meta.get("epoch", 0)) == 0:
             raise InvalidArgument(
                 f"no learner has opened the run {keys.run!r} yet, and only then can its workers be sent commands"

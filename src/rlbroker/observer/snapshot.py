@@ -11,12 +11,12 @@ from rlbroker.config import RunSettings
 from rlbroker.connection import Argument, Channel, Connection
 from rlbroker.control.account import Account, missed_updates
 from rlbroker.errors import AccessDenied, PeerError
-from rlbroker.experience.counts import known_counts, right_types, types_asked
+from rlbroker.experience.counts import known_counts, right_types, types_of
 from rlbroker.keys import Keys
 from rlbroker.legible import answered, legible, unless_spoiled
 from rlbroker.lives import life_command, lives_from, worker_numbers
 from rlbroker.membership.members import member_infos
-from rlbroker.observer.runs import learner_state
+from rlbroker.observer.runs import learner_silence, learner_state
 from rlbroker.records import Liveness, MissedUpdates, QueueCounts, WorkerInfo
 from rlbroker.replies import (
     entry_place,
@@ -203,6 +203,11 @@ class Observer:
             settings, learner = RunSettings.from_fields(meta), _learner(meta, now) if meta else None
             expected_workers = int(meta.get("num_workers", 0))
         ids = worker_numbers(names_reply)
+        types = {
+            name: what
+            for worker in ids
+            for name, what in (keys.written_by_worker(worker) | types_of(keys, worker)).items()
+        }
         replies = iter(
             self._channel.execute_all(
                 [
@@ -210,7 +215,7 @@ class Observer:
                     *(("HGETALL", keys.heartbeat(worker)) for worker in ids),
                     *(("HGETALL", keys.ledger(worker)) for worker in ids),
                     *(("XLEN", keys.dead(worker)) for worker in ids),
-                    *types_asked(keys, ids),
+                    *(("TYPE", name) for name in types),
                 ]
             )
         )
@@ -219,7 +224,7 @@ class Observer:
             worker: text_fields(unless_spoiled(reply, {}))
             for worker, reply in zip(ids, islice(replies, len(ids)), strict=True)
         }
-        ledgers, dead, types = (answered(islice(replies, many)) for many in (len(ids), len(ids), None))
+        ledgers, dead, found = (answered(islice(replies, many)) for many in (len(ids), len(ids), None))
         members = {worker: life for worker, life in lives.items() if life.member}
         infos = {
             info.worker_id: info
@@ -242,7 +247,7 @@ class Observer:
                 for worker, reply in zip(ids, ledgers, strict=True)
             ]
         said = {worker: (info.incarnation, info.sent) for worker, info in infos.items()}
-        there = right_types(keys, ids, types)
+        there = right_types(types, found)
         counts = known_counts(self._channel, keys, ids, there, said=said)
         with legible(keys.pending):
             waiting = _waiting_commands(text_fields(pending), now)
@@ -309,7 +314,7 @@ def _server(connection: Connection, replies: Sequence[bytes | None]) -> ServerSt
 
 
 def _learner(meta: dict[str, str], now: float) -> LearnerStatus:
-    silent_seconds = max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
+    silent_seconds = learner_silence(meta, now)
     return LearnerStatus(
         epoch=int(meta.get("epoch", 0)),
         state=learner_state(meta, silent_seconds),

@@ -243,12 +243,13 @@ class Fetcher:
                 if self._key:
                     arguments = form, number, image_format, indices, data, array, base
                     decoding.append(self._pool.submit(_decode_checked, *arguments))
-                for index in () if self._key else indices:
-                    size = segments[index].stored_bytes
-                    decoding.append(
-                        self._pool.submit(image_format.decode_segment, index, data[:size], array, base)
-                    )
-                    data = data[size:]
+                else:
+                    for index in indices:
+                        size = segments[index].stored_bytes
+                        decoding.append(
+                            self._pool.submit(image_format.decode_segment, index, data[:size], array, base)
+                        )
+                        data = data[size:]
                 while len(decoding) > SEGMENTS_AHEAD:
                     decoding.popleft().result()
             while decoding:

@@ -17,7 +17,7 @@ from rlbroker.connection import Connection
 from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, WireError
 from rlbroker.keys import Keys
-from rlbroker.replies import text_fields, whole_number
+from rlbroker.replies import number_in, text_fields, whole_number
 from rlbroker.signing import NotSigned, SigningKey
 from rlbroker.weights.fetcher import Fetcher, Version
 from rlbroker.weights.images import Images
@@ -265,9 +265,7 @@ class Subscriber:
 
     def _read_version(self) -> int | None:
         """Give the number of the latest version, 0 before the first; None if what is there is no number."""
-        return whole_number(
-            str(self._connection.execute("HGET", self._keys.weights, "version") or b"0", "ascii", "replace")
-        )
+        return number_in(self._connection.execute("HGET", self._keys.weights, "version"))
 
     def _read_pointer(self) -> Pointer | None:
         return Pointer.from_fields(text_fields(self._connection.execute("HGETALL", self._keys.weights)))
