@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import fakeredis
 import pytest
 import redis
-from certificates import certificates  # noqa: F401
-from fault_fixtures import arena, figures, full, new_server, pytest_generate_tests  # noqa: F401
+from certificates import certificates  # noqa: F401 - a fixture
+from fault_fixtures import arena, figures, full, new_server, pytest_generate_tests  # noqa: F401 - so pytest finds them
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 

@@ -374,7 +374,7 @@ def test_an_expiry_is_a_number_that_everybody_reads_alike(learner: Learner, work
     assert states(command) == {0: "done"}
     for wrong in (True, np.float32(5), 0, -1.0, float("nan"), "5"):
         with pytest.raises(InvalidArgument, match="expires"):
-            comm.send_control_command("reset", expires=wrong)  # type: ignore[arg-type]
+            comm.send_control_command("reset", expires=wrong)  # type: ignore[arg-type]  # wrong on purpose
 
 
 @pytest.mark.parametrize(

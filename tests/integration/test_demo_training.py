@@ -277,7 +277,7 @@ def test_a_worker_waits_for_the_learner_that_brings_the_scripts(monkeypatch: pyt
         return "joined"
 
     monkeypatch.setattr("rlbroker.demo.worker.WorkerClient", client)
-    assert join(WorkerSettings("pong", timeout_seconds=600.0)) == "joined"  # type: ignore[comparison-overlap]
+    assert join(WorkerSettings("pong", timeout_seconds=600.0)) == "joined"  # type: ignore[comparison-overlap]  # a fake client
     tries.clear()
     with pytest.raises(RunLost):
         join(WorkerSettings("pong", timeout_seconds=0.0))

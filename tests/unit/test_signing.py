@@ -80,7 +80,7 @@ def test_a_stored_form_is_bound_to_all_that_is_said_of_it(change: dict[str, obje
     signed = FORM.signed(KEY, "pong")
     signed.check(KEY, "pong")
     with pytest.raises(NotSigned):
-        replace(signed, **change).check(KEY, "pong")  # type: ignore[arg-type]
+        replace(signed, **change).check(KEY, "pong")  # type: ignore[arg-type]  # of any field
     with pytest.raises(NotSigned):
         signed.check(KEY, "pong2")
     with pytest.raises(NotSigned, match="another number of chunks"):
