@@ -106,8 +106,22 @@ def _bounded(connection_class: type) -> type:
     return type(f"Bounded{connection_class.__name__}", (_Bounded, connection_class), {})
 
 
-def bounded_client(client: redis.Redis, timeout_seconds: float, socket_seconds: float) -> redis.Redis:
-    """Give a client like this one with connections of our own, which keep deadlines and do not try again."""
+def bounded_client(
+    client: redis.Redis,
+    timeout_seconds: float,
+    socket_seconds: float,
+    address: tuple[str, int] | None = None,
+    **other: Any,
+) -> redis.Redis:
+    """Give a client like this one with connections of our own, which keep deadlines and do not try again.
+
+    Args:
+        client: whose settings it gets.
+        timeout_seconds: how long a thread waits for a connection.
+        socket_seconds: how long a connection may be silent, with an answer due.
+        address: host and port, where they are others.
+        other: settings of its connections that are others.
+    """
     pool = client.connection_pool
     settings = {
         name: value
@@ -119,7 +133,10 @@ def bounded_client(client: redis.Redis, timeout_seconds: float, socket_seconds: 
         "socket_timeout": socket_seconds,
         "socket_connect_timeout": socket_seconds,
         "socket_read_size": SOCKET_READ_BYTES,
+        **other,
     }
+    if address is not None:
+        settings["host"], settings["port"] = address
     make_pool: Callable[..., redis.BlockingConnectionPool] = redis.BlockingConnectionPool
     own = copy.copy(client)
     own.connection = None

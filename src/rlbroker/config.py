@@ -6,10 +6,10 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, Self, get_args
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from rlbroker.errors import InvalidArgument
 
@@ -30,7 +30,10 @@ SigningKeySetting = str | bytes | Path
 
 DEFAULT_URL = "redis://localhost:6379/0"
 DEFAULT_RUN = "default"
-URL_SCHEMES = ("redis", "rediss", "unix")
+URL_SCHEMES = (
+    *("redis", "rediss", "unix"),
+    *("redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"),
+)
 URL_VARIABLES = ("RLBROKER_REDIS_URL", "REDIS_URL")
 RUN_VARIABLE = "RLBROKER_RUN"
 
@@ -57,12 +60,18 @@ URL_TYPED_VARIABLE = "RLBROKER_URL_TYPED"
 #: Worker ids stay below this bound, so that a typing error cannot create lists of millions.
 MAX_WORKER_ID = 65_535
 
+#: The learner waits on each shard by a connection of its own.
+MAX_SHARDS = 64
+
 #: Longest time that a setting may name: about thirty years.
 MAX_SECONDS = 1_000_000_000
 
 #: Shortest lease, and shortest time after which a learner's batches go to another: signs of life take time.
 MIN_LEASE_SECONDS = 0.1
 MIN_TAKE_OVER_SECONDS = 0.5
+
+#: What a URL may say of the Sentinels: they know no user and password but their own.
+_SENTINEL_LOGIN = ("sentinel_username", "sentinel_password")
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -159,14 +168,14 @@ def redis_url(url: str | None = None) -> str:
     """Give the server's URL: the argument, else RLBROKER_REDIS_URL, else REDIS_URL, else localhost.
 
     Raises:
-        InvalidArgument: the scheme is none of redis, rediss and unix, or the database is no number.
+        InvalidArgument: the URL cannot be used; says why.
     """
     if url is not None and not isinstance(url, str):
         raise InvalidArgument(f"redis_url must be text, such as {DEFAULT_URL!r}; got {url!r}")
     variable = url_variable()
     found = url or (os.environ[variable] if variable else DEFAULT_URL)
     try:
-        scheme, _, path, _, _ = urlsplit(found)
+        scheme = urlsplit(found).scheme
     except ValueError as error:
         raise unusable_url(found, error) from None
     if scheme not in URL_SCHEMES:
@@ -177,9 +186,69 @@ def redis_url(url: str | None = None) -> str:
         )
     if "://" not in found:
         raise InvalidArgument(f"the server's URL lacks its //; write it like {DEFAULT_URL!r}")
-    if scheme != "unix" and path.strip("/") and not path.strip("/").isdecimal():
-        raise InvalidArgument(f"the database in the server's URL must be a number, as in {DEFAULT_URL!r}")
+    way_of(found)
     return found
+
+
+@dataclass(frozen=True)
+class Way:
+    """What a URL says of where the server is.
+
+    Attributes:
+        kind: one server; the nodes of a Cluster; or Sentinels, who know where the master is.
+        url: as redis-py reads it, with the first host.
+        hosts: host and port of each node or Sentinel that it names; empty for one server.
+        service: name of the master among those that the Sentinels watch; empty without Sentinels.
+        login: user and password for the Sentinels, if they want any.
+    """
+
+    kind: Literal["one", "cluster", "sentinel"]
+    url: str
+    hosts: tuple[tuple[str, int], ...] = ()
+    service: str = ""
+    login: Mapping[str, str] = field(default_factory=dict)
+
+
+def way_of(url: str) -> Way:
+    """Read where the server is from its URL.
+
+    >>> way_of("redis+sentinel://a:1,b:2/pong/3").hosts
+    (('a', 1), ('b', 2))
+
+    Raises:
+        InvalidArgument: a part of it is missing, or cannot be used.
+    """
+    parts = urlsplit(url)
+    scheme, _, engine = parts.scheme.partition("+")
+    path = parts.path.strip("/")
+    service = ""
+    if engine == "sentinel":
+        service, _, path = path.partition("/")
+        if not service:
+            raise InvalidArgument(
+                f"the URL of the Sentinels {redacted_url(url)} does not say which master they are asked for; write it "
+                "like redis+sentinel://host:26379,host:26379/mymaster"
+            )
+    if scheme != "unix" and path and not path.isdecimal():
+        raise InvalidArgument(f"the database in the server's URL must be a number, as in {DEFAULT_URL!r}")
+    if not engine:
+        return Way("one", url)
+    if engine == "cluster" and path.strip("0"):
+        raise InvalidArgument(f"a Cluster has the database 0 only; {redacted_url(url)} names {path}")
+    user, at, places = parts.netloc.rpartition("@")
+    try:
+        named = [urlsplit(f"//{place}") for place in places.split(",")]
+        default_port = 26379 if engine == "sentinel" else 6379
+        hosts = tuple((one.hostname or "localhost", one.port or default_port) for one in named)
+    except ValueError as error:
+        raise unusable_url(url, error) from None
+    query, login = parts.query, dict[str, str]()
+    if engine == "sentinel":
+        said = parse_qsl(query, keep_blank_values=True)
+        login = {name.removeprefix("sentinel_"): value for name, value in said if name in _SENTINEL_LOGIN}
+        query = urlencode([pair for pair in said if pair[0] not in _SENTINEL_LOGIN])
+    first = f"{scheme}://{user}{at}{places.split(',')[0]}/{path}{query and '?'}{query}"
+    return Way("cluster" if engine == "cluster" else "sentinel", first, hosts, service, login)
 
 
 def redis_username() -> str | None:

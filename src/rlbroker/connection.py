@@ -8,10 +8,11 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Final, TypeVar
+from functools import cached_property, partial
+from typing import Any, Final, Self, TypeVar
 
 import redis
 from redis import exceptions as redis_errors
@@ -22,9 +23,11 @@ from rlbroker.config import (
     PASSWORD_FILE_VARIABLE,
     PASSWORD_VARIABLE,
     USERNAME_VARIABLE,
+    Way,
     positive_seconds,
     redacted_url,
     redis_url,
+    way_of,
 )
 from rlbroker.deadline import Backoff, Deadline, within
 from rlbroker.errors import (
@@ -44,6 +47,7 @@ from rlbroker.errors import (
 from rlbroker.packing import Argument as Argument
 from rlbroker.packing import Pieces, packed
 from rlbroker.refusals import refused, says_refused
+from rlbroker.servers import ClusterServers, OneServer, Server, Servers, key_of, servers_of, slot_of
 from rlbroker.tls import answers_only_tls, refusal_of
 
 logger = logging.getLogger("rlbroker")
@@ -101,7 +105,7 @@ LEADER_ONLY: Final = """
 
 
 class Connection:
-    """One client's way to the server.
+    """One client's way to the server, or to the several of a Cluster: each command goes to where its first key lives.
 
     Every operation that rlbroker sends is harmless to repeat (explicit ids, compare-and-set scripts, plain
     writes of the same value), so a broken connection is answered by trying again until the deadline.
@@ -110,14 +114,19 @@ class Connection:
     """
 
     def __init__(
-        self, url: str | None = None, *, client: redis.Redis | None = None, timeout_seconds: float = 10.0
+        self,
+        url: str | None = None,
+        *,
+        client: redis.Redis | redis.RedisCluster | None = None,
+        timeout_seconds: float = 10.0,
     ) -> None:
         """Prepare a connection; nothing is sent yet.
 
         Args:
-            url: `redis://`, `rediss://` or `unix://`; defaults to the environment, then localhost.
-            client: a ready client instead of a URL, a fakeredis one too; it gives the way to the server, and itself
-                stays untouched.
+            url: `redis://`, `rediss://` or `unix://`, or `redis+cluster://host:port,host:port` or
+                `redis+sentinel://host:port,host:port/service`; defaults to the environment, then localhost.
+            client: a ready client instead of a URL, a fakeredis one or one of a Cluster too; it gives the way to the
+                server, and itself stays untouched.
             timeout_seconds: how long any one operation may take, retries included.
 
         Raises:
@@ -128,6 +137,8 @@ class Connection:
         self._scripts: dict[str, Script] = {}
         self._worked, self._hint = False, ""
         self._refused: Deadline | None = None
+        way = None
+        base: redis.Redis
         if client is None:
             found = redis_url(url)
             self.address = redacted_url(found)
@@ -135,16 +146,27 @@ class Connection:
                 self._hint = (
                     "; this is the default: start `rlbroker server`, or name a server with RLBROKER_REDIS_URL"
                 )
-            client = client_from_url(found)
+            way = way_of(found)
+            base = client_from_url(way.url)
         elif url is not None:
             raise InvalidArgument("give either redis_url or redis_client, not both")
+        elif isinstance(client, redis.RedisCluster):
+            of_cluster: Any = client
+            way = Way(
+                "cluster", "", tuple((str(node.host), int(node.port)) for node in of_cluster.get_nodes())
+            )
+            base = of_cluster.get_redis_connection(of_cluster.get_default_node())
+            self.address = f"the Cluster of {way.hosts[0][0]}:{way.hosts[0][1]}"
         elif not isinstance(client, redis.Redis):
-            raise InvalidArgument(f"redis_client must be a redis.Redis; got {type(client).__name__}")
+            raise InvalidArgument(
+                f"redis_client must be a redis.Redis or a redis.RedisCluster; got {type(client).__name__}"
+            )
         else:
-            settings = client.connection_pool.connection_kwargs
+            base = client
+            settings = base.connection_pool.connection_kwargs
             host = f"{settings['host']}:{settings.get('port')}" if "host" in settings else ""
             self.address = str(settings.get("path") or host or "the given redis_client")
-        pool = client.connection_pool
+        pool = base.connection_pool
         if pool.connection_kwargs.get("decode_responses"):
             raise InvalidArgument("the client must not decode responses: batches and weights are bytes")
         if pool.max_connections < MIN_CONNECTIONS:
@@ -157,9 +179,9 @@ class Connection:
         self.user = str(pool.connection_kwargs.get("username") or "default")
         #: How long a connection may be silent with an answer due.
         self.socket_seconds = min(stall, float(pool.connection_kwargs.get("socket_timeout") or stall))
-        self._given = client  # a pool of Sentinel's is only remembered weakly by its connections
-        self.client = bounded_client(client, self.timeout_seconds, self.socket_seconds)
-        self._send: Callable[..., Any] = self.client.execute_command
+        self._given = base  # a pool of Sentinel's is only remembered weakly by its connections
+        self._make_client = partial(bounded_client, base, self.timeout_seconds, self.socket_seconds)
+        self.servers: Servers = servers_of(way or Way("one", ""), self._make_client, self.address)
 
     @property
     def block_seconds(self) -> float:
@@ -169,7 +191,7 @@ class Connection:
     def close(self) -> None:
         """Close the connections; those of a client that the user gave are not among them."""
         if os.getpid() == self._pid:
-            self.client.connection_pool.disconnect()
+            self.servers.close()
 
     def check_process(self) -> None:
         """Refuse to work in a forked child, where sockets and threads are the parent's.
@@ -196,7 +218,15 @@ class Connection:
         Raises:
             PeerError: the server refused or could not be reached.
         """
-        return self._translated(lambda: self._send(*command, **_options(command)), command)
+
+        def send(client: redis.Redis) -> Any:
+            run: Callable[..., Any] = client.execute_command
+            return run(*command, **_options(command))
+
+        try:
+            return self._translated(send, [command])
+        except KeyMoves as moving:
+            return self.follow(moving.said, command)
 
     def run(
         self,
@@ -228,18 +258,9 @@ class Connection:
         )
 
     def execute_all(
-        self,
-        commands: Sequence[Sequence[Argument]],
-        *,
-        deadline: Deadline | None = None,
-        atomic: bool = False,
+        self, commands: Sequence[Sequence[Argument]], *, deadline: Deadline | None = None
     ) -> list[Any]:
         """Run many commands in one round trip and give their results; the first error is raised.
-
-        Args:
-            commands: what to run, in order.
-            deadline: the connection's timeout by default.
-            atomic: whether nothing else may run between them; their keys must live together.
 
         Raises:
             PeerError: the server refused one of them, or could not be reached within the deadline.
@@ -247,14 +268,36 @@ class Connection:
         if not commands:
             return []
 
-        def send() -> list[Any]:
-            pipeline = self.client.pipeline(transaction=atomic)
+        def send(client: redis.Redis) -> list[Any]:
+            pipeline = client.pipeline(transaction=False)
             add: Callable[..., Any] = pipeline.execute_command
             for command in commands:
                 add(*command, **_options(command))
             return pipeline.execute()
 
-        return self.retry(lambda: self._translated(send), deadline)
+        def once() -> list[Any]:
+            if len(self._by_server(commands)) > 1:
+                return self._execute_on_many(commands)
+            try:
+                return self._translated(send, commands)
+            except KeyMoves:
+                return [self.execute_once(*command) for command in commands]
+
+        return self.retry(once, deadline)
+
+    def _execute_on_many(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
+        problem: PeerError | None = None
+        for _ in range(2):
+            results = self.ask_once(commands)
+            problem = next((one for one in results if isinstance(one, PeerError)), None)
+            if problem is None:
+                return results
+            if not script_is_unknown(problem):
+                break
+            for server in self.masters():
+                self._load_known(server)
+        assert problem is not None
+        raise problem
 
     def ask(self, commands: Sequence[Sequence[Argument]], *, deadline: Deadline | None = None) -> list[Any]:
         """Run many commands in one round trip; what the server refused is given as a `PeerError`.
@@ -262,13 +305,77 @@ class Connection:
         Raises:
             ConnectionFailed: the server could not be reached in time.
         """
-        if not commands:
-            return []
-        channel = Channel(self)
+        return self.retry(lambda: self.ask_once(commands), deadline) if commands else []
+
+    def ask_once(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
+        """Run many commands in one round trip, once; what the server refused is given as a `PeerError`.
+
+        Raises:
+            ConnectionFailed: the server could not be reached, or the connection broke.
+        """
+        channels: list[Channel] = []
+        results: list[Any] = [None] * len(commands)
         try:
-            return self.retry(lambda: channel.execute_all(commands), deadline)
+            groups = self._by_server(commands)
+            for places in groups:
+                channels.append(Channel(self, key_of(commands[places[0]])))
+                channels[-1].send([commands[place] for place in places])
+            for channel, places in zip(channels, groups, strict=True):
+                for place, result in zip(places, channel.receive(len(places)), strict=True):
+                    results[place] = result
+                channel.give_back()
         finally:
-            channel.give_back()
+            for channel in channels:
+                channel.close()
+        return results
+
+    def _by_server(self, commands: Sequence[Sequence[Argument]]) -> list[list[int]]:
+        """Give which of these commands go to the same server, for each server."""
+        if not self.servers.several:
+            return [list(range(len(commands)))]
+        groups: dict[Server, list[int]] = {}
+        with self._care():
+            keys = [key_of(command) for command in commands]
+            first = next(filter(None, keys), "")  # goes where what has no key goes too
+            for place, key in enumerate(keys):
+                groups.setdefault(self.servers.holding(key or first), []).append(place)
+        return list(groups.values())
+
+    def clock(self, key: str) -> float:
+        """Give the time of the server that has a key, in seconds since the epoch.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        seconds, microseconds = self.execute_all([("EXISTS", key), ("TIME",)])[1]
+        return float(int(seconds) + int(microseconds) / 1e6)
+
+    def on_each(self, command: str, keys: Sequence[str], *, deadline: Deadline | None = None) -> int:
+        """Run a command that takes any number of keys and counts, such as UNLINK; give the sum.
+
+        Raises:
+            PeerError: the server refused, or could not be reached within the deadline.
+        """
+        places: dict[int, list[str]] = {}
+        for key in keys:
+            places.setdefault(slot_of(key) if self.servers.several else 0, []).append(key)
+        return sum(self.execute_all([(command, *some) for some in places.values()], deadline=deadline))
+
+    def scan(self, pattern: str, *, count: int = 1000) -> Iterator[list[bytes]]:
+        """Give the keys that match a pattern, some at a time, of every server.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        self.find_nodes()
+        for server in self.retry(self.masters):
+            cursor: bytes | int = b"0"
+            while True:
+                command = ("SCAN", cursor, "MATCH", pattern, "COUNT", count)
+                cursor, found = self.retry(partial(self._on, server, command))
+                yield found
+                if int(cursor) == 0:
+                    break
 
     def append(
         self, key: str, entry_id: str, fields: Sequence[Argument], *, deadline: Deadline | None = None
@@ -288,41 +395,100 @@ class Connection:
             raise
         return True
 
-    def pubsub(self) -> redis.client.PubSub:
-        """Give a subscriber with a connection of its own."""
-        make: Callable[..., redis.client.PubSub] = self.client.pubsub
+    def pubsub(self, channel: str) -> redis.client.PubSub:
+        """Give a subscriber with a connection of its own to where a channel of this name can be heard."""
+        with self._care():
+            client = self.servers.holding(channel).client
+        make: Callable[..., redis.client.PubSub] = client.pubsub
         return make(ignore_subscribe_messages=True)
 
     def load(self, scripts: Sequence[Script]) -> None:
-        """Put scripts into the server's cache, for processes that have no right to do so."""
-        self.execute_all([("SCRIPT LOAD", script.text) for script in scripts])
+        """Put scripts into the cache of every server, for processes that have no right to do so."""
+        for server in self.retry(self.masters):
+            self.retry(partial(self._load, server, scripts))
 
     def load_missing(self, scripts: Sequence[Script]) -> None:
-        """Put scripts back that the server's cache has lost, if it has lost any."""
-        if not all(self.execute("SCRIPT EXISTS", *(script.sha for script in scripts))):
-            self.load(scripts)
+        """Put scripts back that a server's cache has lost, if it has lost any."""
+        for server in self.retry(self.masters):
+            if not all(
+                self.retry(partial(self._on, server, ("SCRIPT EXISTS", *(one.sha for one in scripts))))
+            ):
+                self.retry(partial(self._load, server, scripts))
+
+    def _load(self, server: Server, scripts: Iterable[Script]) -> None:
+        for script in scripts:
+            self._on(server, ("SCRIPT LOAD", script.text))
+
+    def masters(self) -> Sequence[Server]:
+        """Give every master, as they are now.
+
+        Raises:
+            ConnectionFailed: nobody who knows them answers.
+        """
+        self.check_process()
+        with self._care():
+            return self.servers.masters()
+
+    def _on(self, server: Server, command: Sequence[Argument]) -> Any:
+        """Run a command on one server, once."""
+        run: Callable[..., Any] = server.client.execute_command
+        with self._care(server, command):
+            result = run(*command)
+        self.note_answer()
+        return result
 
     def check_server(self, *, allow_eviction: bool = False) -> None:
-        """Refuse a server that is too old or that would evict keys; servers that do not tell are taken.
+        """Refuse servers that are too old or would evict keys; those that do not tell are taken.
 
         Raises:
             ServerUnsuitable: with what to change.
             PeerError: the server cannot be reached, or refuses the user.
         """
         self.execute("PING")
-        found = self.server_info()
-        if "redis_version" not in found:
+        self.find_nodes()
+        for server in self.retry(self._everyone):
+            at = server.name if self.servers.several else self.address
+            try:
+                _check_info(at, self.server_info(server), allow_eviction=allow_eviction)
+            except ConnectionFailed as error:
+                logger.warning("%s: %s does not answer: %s", self.address, at, error)
+
+    def find_nodes(self) -> None:
+        """Find out whether the one server that was named is a node of a Cluster, and then use all of its nodes.
+
+        Raises:
+            ServerUnsuitable: it is a Sentinel.
+            PeerError: the server could not be reached in time.
+        """
+        if not isinstance(self.servers, OneServer):
             return
-        version = found["redis_version"]
-        if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < MIN_SERVER_VERSION:
-            wanted = ".".join(map(str, MIN_SERVER_VERSION))
-            raise ServerUnsuitable(f"{self.address} runs Redis {version}; rlbroker needs {wanted} or newer")
-        policy = found.get("maxmemory_policy", "noeviction")
-        if policy.startswith("allkeys") and not allow_eviction:
+        mode = self.server_info().get("redis_mode")
+        if mode == "cluster":
+            self._use_nodes()
+        elif mode == "sentinel":
             raise ServerUnsuitable(
-                f"{self.address} has maxmemory-policy {policy}, which deletes weights and experiences when memory is "
-                "short; set its maxmemory-policy to noeviction (see `rlbroker doctor`), or pass allow_eviction=True"
+                f"{self.address} is a Sentinel; write redis+sentinel://host:port/service, with the name of the master "
+                "that it watches (SENTINEL MASTERS shows it)"
             )
+
+    def _use_nodes(self) -> None:
+        (one,) = self.servers.masters()
+        one.client.connection_pool.disconnect(inuse_connections=False)
+        if one.address is None:
+            raise ServerUnsuitable(
+                f"{self.address} is a node of a Cluster, and its others are reached by host and port: name some, as in "
+                "redis+cluster://host:port,host:port"
+            )
+        logger.info("%s is a node of a Cluster; its others are used too", self.address)
+        self.servers = ClusterServers(self._make_client, [one.address], self.address)
+
+    def _everyone(self) -> list[Server]:
+        with self._care():
+            masters = self.servers.masters()
+            if not self.servers.several:
+                return list(masters)
+            replicas = [one for each in masters for one in self.servers.replicas_of(each)]
+            return [*masters, *replicas]
 
     def server_version(self, found: Mapping[str, str] | None = None) -> str:
         """Give the name and version of the server, as its `server_info` has them; empty if it does not tell."""
@@ -331,14 +497,16 @@ class Connection:
             return f"Valkey {found['valkey_version']}"
         return f"Redis {found['redis_version']}" if "redis_version" in found else ""
 
-    def server_info(self) -> dict[str, str]:
-        """Give what the server says of itself (INFO); nothing where it does not tell this user.
+    def server_info(self, server: Server | None = None) -> dict[str, str]:
+        """Give what a server says of itself (INFO), by default any; nothing where it does not tell this user.
 
         Raises:
             PeerError: the server could not be reached in time.
         """
+        command = ("INFO",)
         try:
-            return {str(name): str(value) for name, value in dict(self.execute("INFO")).items()}
+            found = self._on(server, command) if server else self.execute(*command)
+            return {str(name): str(value) for name, value in dict(found).items()}
         except AccessDenied:
             logger.info("%s does not let this user read INFO", self.address)
         except ServerFault as error:  # fakeredis has no INFO
@@ -383,36 +551,64 @@ class Connection:
                 logger.debug("%s; trying again in %.2f s", error, pause)
                 time.sleep(pause)
 
-    def drop_idle(self) -> None:
-        """Close the connections that nobody uses: what broke one of them has broken the others too."""
-        self.client.connection_pool.disconnect(inuse_connections=False)
-
-    def _translated(self, operation: Callable[[], Result], command: Sequence[Argument] = ()) -> Result:
+    def _translated(
+        self, send: Callable[[redis.Redis], Result], commands: Sequence[Sequence[Argument]]
+    ) -> Result:
+        """Send commands to the server that has the key of the first, and speak our errors."""
         self.check_process()
-        try:
+        with self._care(command=commands[0]) as care:
+            care.server = server = self.servers.holding(key_of(commands[0]))
             try:
-                result = operation()
+                result = send(server.client)
             except redis_errors.NoScriptError:
-                for script in list(self._scripts.values()):
-                    self._load_known(script)
-                result = operation()
-        except redis_errors.RedisError as error:
-            ours = self.ours(error, command)
-            if isinstance(ours, ConnectionFailed):
-                self.drop_idle()
-            raise ours from error
+                self._load_known(server)
+                result = send(server.client)
         self.note_answer()
         return result
 
-    def _load_known(self, script: Script) -> None:
+    def _load_known(self, server: Server) -> None:
         try:
-            self._send("SCRIPT LOAD", script.text)
-        except redis_errors.NoPermissionError as error:
+            self._load(server, list(self._scripts.values()))
+        except AccessDenied as error:
             raise scripts_missing(self.address) from error
+
+    def follow(self, moving: redis_errors.AskError, command: Sequence[Argument | Pieces]) -> Any:
+        """Run a command on the node of a Cluster to which its key is just being moved, once.
+
+        Raises:
+            PeerError: that node refused, or could not be reached.
+        """
+        channel = Channel(self, server=self.servers.at((str(moving.host), int(moving.port))))
+        try:
+            for _ in range(2):
+                asked, result = channel.execute_all([("ASKING",), command])
+                if not isinstance(result, PeerError) or not script_is_unknown(result):
+                    break
+                channel.execute_all([("SCRIPT LOAD", script.text) for script in self._scripts.values()])
+            for one in (asked, result):
+                if isinstance(one, PeerError):
+                    raise one
+            return result
+        finally:
+            channel.give_back()
 
     def note_answer(self) -> None:
         """Be told that the server has answered this user."""
         self._worked, self._refused = True, None
+
+    def _care(self, server: Server | None = None, command: Sequence[Argument] = ()) -> _Translating:
+        return _Translating(self, server, command)
+
+    def failed(self, error: redis_errors.RedisError, server: Server | None) -> None:
+        """Be told that a server could not be used: what broke one connection has broken the idle ones too."""
+        if server is not None:
+            server.client.connection_pool.disconnect(inuse_connections=False)
+        if isinstance(error, redis_errors.MovedError):
+            if isinstance(self.servers, OneServer):
+                self._use_nodes()
+            self.servers.moved(error.slot_id, (str(error.host), int(error.port)))
+        else:
+            self.servers.doubt(server)
 
     def ours(self, error: redis_errors.RedisError, command: Sequence[Argument | Pieces] = ()) -> PeerError:
         """Give our error for one of redis-py's; a user that was accepted before is refused only after a while.
@@ -429,10 +625,42 @@ class Connection:
                 return ConnectionFailed(f"{self.address} {what} more: {error}; was it restarted?")
         ours = translated(error, self.address, command=command, user=self.user)
         if not self._worked and isinstance(ours, ConnectionFailed):
-            if answers_only_tls(self.client.connection_pool, error):
+            if answers_only_tls(self._given.connection_pool, error):
                 return TlsFailed(f"{self.address} speaks TLS, and the URL says redis://: write rediss://")
             return ConnectionFailed(f"{ours}{self._hint}")
         return ours
+
+
+class _Translating:
+    """Has redis-py's errors in its block turned into ours. (A generator would be slower.)"""
+
+    __slots__ = ("_command", "_connection", "server")
+
+    def __init__(self, connection: Connection, server: Server | None, command: Sequence[Argument]) -> None:
+        self._connection, self._command = connection, command
+        self.server = server  #: which is asked
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, redis_errors.RedisError):
+            return
+        if isinstance(error, redis_errors.AskError) and not isinstance(error, redis_errors.MovedError):
+            raise KeyMoves(error) from error
+        ours = self._connection.ours(error, self._command)
+        if isinstance(ours, ConnectionFailed):
+            self._connection.failed(error, self.server)
+        raise ours from error
+
+
+class KeyMoves(ConnectionFailed):
+    """A node of a Cluster has handed a key over, and says where: it is to be asked there, this time only."""
+
+    def __init__(self, said: redis_errors.AskError) -> None:
+        """Take what the node said."""
+        super().__init__(f"the key is just being moved to {said.host}:{said.port}")
+        self.said = said
 
 
 class _Care:
@@ -459,10 +687,18 @@ class Channel:
     the state that it looked at. Not safe to use from several threads at once.
     """
 
-    def __init__(self, connection: Connection) -> None:
-        """Prepare a channel; nothing is connected yet."""
-        self._connection = connection
+    def __init__(self, connection: Connection, key: str = "", *, server: Server | None = None) -> None:
+        """Prepare a channel; nothing is connected yet.
+
+        Args:
+            connection: way to the servers.
+            key: it leads to where this key lives.
+            server: or to this one.
+        """
+        self._connection, self._key, self._fixed = connection, key, server
+        self._server = server
         self._wire: Any = None
+        self._unanswered: deque[Sequence[Argument | Pieces]] = deque()
         self.care = _Care(self._break)
 
     def connect(self) -> bool:
@@ -473,11 +709,17 @@ class Channel:
             AccessDenied: it refuses this user.
         """
         self._connection.check_process()
-        if self._wire is not None:
-            return False
         with self.care:
-            self._wire = self._connection.client.connection_pool.get_connection()
+            if self._wire is not None:
+                if self._fixed or self._connection.servers.holding(self._key) == self._server:
+                    return False
+                self.close()
+            self._open()
         return True
+
+    def _open(self) -> None:
+        self._server = self._fixed or self._connection.servers.holding(self._key)
+        self._wire = self._server.client.connection_pool.get_connection()
 
     def execute(self, *command: Argument) -> Any:
         """Run one command, once.
@@ -503,7 +745,7 @@ class Channel:
             ConnectionFailed: the connection broke; what was done is not known.
         """
         self.send(commands)
-        results = self.receive(len(commands), commands)
+        results = self.receive(len(commands))
         if strict:
             for result in results:
                 if isinstance(result, PeerError):
@@ -516,33 +758,46 @@ class Channel:
         Raises:
             ConnectionFailed: the connection broke; what was done is not known.
         """
-        self.connect()
+        self._connection.check_process()
         with self.care:
+            if self._wire is None:
+                self._open()
+            self._unanswered.extend(commands)
             for piece in packed(commands, piece_bytes=SEND_BYTES):
                 self._wire.send_packed_command([piece], check_health=False)
 
-    def receive(self, answers: int, commands: Sequence[Sequence[Argument | Pieces]] = ()) -> list[Any]:
+    def receive(self, answers: int) -> list[Any]:
         """Give the next answers to what was sent; what the server refused is given as a `PeerError`.
-
-        Args:
-            answers: how many.
-            commands: what was sent, so that errors can name it.
 
         Raises:
             ConnectionFailed: the connection broke; what was done is not known.
         """
         results = []
         with self.care:
-            for number in range(answers):
+            for _ in range(answers):
+                command = self._unanswered.popleft()
                 try:
                     results.append(self._wire.read_response())
                 except redis_errors.ResponseError as error:
-                    refusal = self._ours(error, commands[number] if commands else ())
+                    if isinstance(error, redis_errors.AskError) and not isinstance(
+                        error, redis_errors.MovedError
+                    ):
+                        results.append(self._follow(error, command))
+                        continue
+                    refusal = self._ours(error, command)
                     if isinstance(refusal, ConnectionFailed):  # it must not be used now: a replica, say
                         raise refusal from error
                     results.append(refusal)
         self._connection.note_answer()
         return results
+
+    def _follow(self, moving: redis_errors.AskError, command: Sequence[Argument | Pieces]) -> Any:
+        try:
+            return self._connection.follow(moving, command)
+        except ConnectionFailed:
+            raise
+        except PeerError as error:
+            return error
 
     def run(self, script: Script, keys: Sequence[str], arguments: Sequence[Argument] = ()) -> Any:
         """Run a script, once, loading it first where the server does not know it.
@@ -580,14 +835,20 @@ class Channel:
         wire, self._wire = self._wire, None
         if wire is not None:
             self._connection.note_answer()
-            self._connection.client.connection_pool.release(wire)
+            self._pool.release(wire)
 
     def close(self) -> None:
         """Give the connection up. May be called again."""
         wire, self._wire = self._wire, None
+        self._unanswered.clear()
         if wire is not None:
             wire.disconnect()
-            self._connection.client.connection_pool.release(wire)
+            self._pool.release(wire)
+
+    @property
+    def _pool(self) -> Any:
+        assert self._server is not None
+        return self._server.client.connection_pool
 
     def _break(self, error: BaseException) -> None:
         """Leave no half-read answer behind, and speak our errors."""
@@ -596,14 +857,18 @@ class Channel:
             error, (redis_errors.RedisError, OSError)
         ):  # ours; or Ctrl-C in the middle of an answer
             return
-        self._connection.drop_idle()
         if not isinstance(error, redis_errors.RedisError):
             error = redis_errors.ConnectionError(str(error))
-        raise self._connection.ours(error) from error
+        ours = self._ours(error)
+        if not isinstance(ours, ConnectionFailed):
+            self._connection.failed(error, self._server)
+        raise ours from error
 
     def _ours(self, error: redis_errors.RedisError, command: Sequence[Argument | Pieces] = ()) -> PeerError:
         ours = self._connection.ours(error, command)
         ours.__cause__ = error
+        if isinstance(ours, ConnectionFailed):
+            self._connection.failed(error, self._server)
         return ours
 
 
@@ -612,6 +877,22 @@ def _options(command: Sequence[Argument]) -> dict[str, bool]:
     if command[0] == "XPENDING" and len(command) > 3:
         return {"parse_detail": True}
     return {}
+
+
+def _check_info(address: str, found: Mapping[str, str], *, allow_eviction: bool) -> None:
+    """Refuse a server that is too old or that would evict keys, by its INFO."""
+    if "redis_version" not in found:
+        return
+    version = found["redis_version"]
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < MIN_SERVER_VERSION:
+        wanted = ".".join(map(str, MIN_SERVER_VERSION))
+        raise ServerUnsuitable(f"{address} runs Redis {version}; rlbroker needs {wanted} or newer")
+    policy = found.get("maxmemory_policy", "noeviction")
+    if policy.startswith("allkeys") and not allow_eviction:
+        raise ServerUnsuitable(
+            f"{address} has maxmemory-policy {policy}, which deletes weights and experiences when memory is "
+            "short; set its maxmemory-policy to noeviction (see `rlbroker doctor`), or pass allow_eviction=True"
+        )
 
 
 def flat(fields: Mapping[str, Any]) -> list[Any]:
@@ -645,7 +926,7 @@ def translated(
             f"{address} refused: {text}; check user and password in the server's URL, or where it has none, in "
             f"{USERNAME_VARIABLE} and {PASSWORD_VARIABLE} (or {PASSWORD_FILE_VARIABLE})"
         )
-    away = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.ReadOnlyError)
+    away = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.ReadOnlyError, *_ELSEWHERE)
     if isinstance(error, away) or text.startswith(("LOADING", "BUSY ", "MASTERDOWN", "READONLY")):
         return ConnectionFailed(f"cannot reach {address}: {text}")
     if isinstance(error, redis_errors.OutOfMemoryError) or text.startswith("OOM"):
@@ -656,6 +937,11 @@ def translated(
         return Fenced(text.partition("FENCED")[2].strip())
     if "LOST" in text:
         return RunLost(f"{address}: {text.partition('LOST')[2].strip()}")
+    if found := re.search(r"unknown command\W*(x\w+|subscribe|publish)\b", text, re.IGNORECASE):
+        return ServerUnsuitable(
+            f"{address} does not know the command {found[1].upper()}: it is no Redis or Valkey, or there is a "
+            "proxy before it that lacks streams, scripts or publish/subscribe; give the URL of the server itself"
+        )
     if "unknown command" in text.lower() and "eval" in text.lower():
         return ServerUnsuitable(f"{address} runs no Lua scripts; with fakeredis, install 'fakeredis[lua]'")
     if "WRONGTYPE" in text:
@@ -664,6 +950,10 @@ def translated(
             "uses the run's keys"
         )
     return ServerFault(f"{address} answered: {text}")
+
+
+#: What a node of a Cluster says while keys move, and while it is cut off or has no master.
+_ELSEWHERE: Final = (redis_errors.AskError, redis_errors.TryAgainError, redis_errors.ClusterDownError)
 
 
 def _asked(text: str, command: Sequence[object]) -> str:

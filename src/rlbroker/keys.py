@@ -1,12 +1,14 @@
 """Every key that rlbroker has in Redis: its name, type, writer, readers and lifetime.
 
-All keys of a run begin `rlb:{RUN}:`; the braces are Redis Cluster's hash tag. Nothing outside this file
-builds a name or may assume that two keys live on the same node, but for these two groups, whose members
-scripts touch together:
+All keys of a run begin `rlb:{RUN}:`; the braces are Redis Cluster's hash tag. On a Cluster a run has shards besides,
+and what is large or often used is spread over them: it begins `rlb:{RUN/s3}:`. Nothing outside this file builds a name
+or may assume that two keys live on the same node, but for these two groups, whose members scripts touch together:
 
 - the run's own keys: `meta`, `weights`, `ctl`, `workers`, `pending`, `missed`, and per worker `life:`, `hb:`,
   `ack:` and `ledger:`;
-- each worker's `x:`, `counts:`, `epochs:`, `dead:` and `again:`.
+- each worker's `x:`, `counts:`, `epochs:`, `dead:` and `again:`, all in the shard of that worker.
+
+Chunks of weights are spread one by one.
 
 Only pruning deletes, with `meta` and in one step, all else of a dead run that a later one would use too.
 """
@@ -14,6 +16,8 @@ Only pruning deletes, with `meta` and in one step, all else of a dead run that a
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rlbroker.config import MAX_WORKER_ID, is_run_name, run_name
@@ -34,65 +38,121 @@ _OURS = re.compile(
 )
 
 
+#: What the keys of a worker's batches are called, in the order in which scripts take them.
+_QUEUE = ("x", "counts", "epochs", "dead", "again")
+
+#: The tag of a run, and which shard of it, if it names one.
+_TAG = re.compile(r"(?P<run>[^/}]*)(/s\d+)?")
+
+#: Shards whose numbers are tried until they are spread well.
+_SHARDS_TRIED = 2_000
+
+
 def run_of(key: str) -> str:
     """Give the run that a key belongs to; empty if it is none of ours.
 
-    >>> run_of(Keys("pong").experiences(3))
+    >>> run_of(Keys("pong", shards=("0", "4")).experiences(3))
     'pong'
     """
     before, brace, rest = key.removeprefix(_ROOT).partition("}:")
-    ours = brace and key.startswith(_ROOT) and _OURS.fullmatch(rest)
-    return before if ours and is_run_name(before) else ""
+    tag = _TAG.fullmatch(before)
+    ours = brace and tag and key.startswith(_ROOT) and _OURS.fullmatch(rest)
+    return tag["run"] if tag and ours and is_run_name(tag["run"]) else ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Keys:
-    """The names of one run's keys."""
+    """The names of one run's keys.
+
+    Attributes:
+        shards: numbers of the run's shards, as `meta` has them; empty on a single server.
+    """
 
     run: str
     prefix: str = field(init=False)
+    shards: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the run's name, as it becomes part of every key."""
-        object.__setattr__(self, "prefix", f"{_ROOT}{run_name(self.run)}}}")
+        self.prefix = f"{_ROOT}{run_name(self.run)}}}"
+
+    def spread(self, shards: str) -> None:
+        """Take over which shards the run has, from the text in its `meta`."""
+        self.shards = tuple(shards.split())
+
+    def choose_shards(self, count: int, servers: int, server_of: Callable[[str], object]) -> str:
+        """Give so many shards as text for `meta`, which live on the servers of a Cluster in equal parts.
+
+        Args:
+            count: how many.
+            servers: on how many servers.
+            server_of: gives the server of a key, as it is now.
+        """
+        found: list[str] = []
+        lives = Counter[object]()
+        for number in map(str, range(_SHARDS_TRIED)):
+            server = server_of(Keys(self.run, shards=(number,)).shard_of(0) + ":x")
+            if lives[server] < -(-count // servers) and len(found) < count:
+                lives[server] += 1
+                found.append(number)
+        return " ".join(found)
 
     @property
     def everything(self) -> str:
         """Pattern of all of the run's keys, to find and delete them."""
-        return f"{self.prefix}:*"
+        return f"{self.prefix[:-1]}[}}/]*:*"
+
+    @property
+    def one_of_each_shard(self) -> list[str]:
+        """Give a key of each shard, by which it can be found; none on a single server."""
+        return [f"{self.shard_of(number)}:x" for number in range(len(self.shards))]
+
+    def shard_of(self, number: int | str) -> str:
+        """Give what the keys of a worker, or of a chunk, begin with: keys with the same beginning live together."""
+        if not self.shards:
+            return self.prefix
+        shard = self.shards[0 if number == "*" else int(number) % len(self.shards)]
+        return f"{self.prefix[:-1]}/s{shard}}}"
 
     def written_by_worker(self, worker: int | str) -> dict[str, str]:
         """Give the keys that a worker writes, or a pattern of them for all workers, who are `*`; each with its type."""
-        types = {"x": "stream", "counts": "hash", "ack": "stream", "life": "hash", "hb": "hash"}
-        return {f"{self.prefix}:{kind}:{worker}": what for kind, what in types.items()}
+        queue, own = self.shard_of(worker), self.prefix
+        return {
+            f"{queue}:x:{worker}": "stream",
+            f"{queue}:counts:{worker}": "hash",
+            f"{own}:ack:{worker}": "stream",
+            f"{own}:life:{worker}": "hash",
+            f"{own}:hb:{worker}": "hash",
+        }
 
     def read_by_worker(self, worker: int | str) -> list[str]:
         """Give the keys that a worker only reads; a pattern for chunks, and for all workers, who are `*`."""
         return [
-            *(self.meta, self.weights, self.control, self.workers, f"{self.prefix}:w:*"),
-            *(f"{self.prefix}:{kind}:{worker}" for kind in ("ledger", "epochs")),
+            *(self.meta, self.weights, self.control, self.workers, f"{self.shard_of('*')}:w:*"),
+            *(f"{self.prefix}:ledger:{worker}", f"{self.shard_of(worker)}:epochs:{worker}"),
         ]
 
     def queue(self, worker: int) -> list[str]:
         """Give the keys of one worker's batches, which scripts touch together."""
-        return [
-            self.experiences(worker),
-            self.counts(worker),
-            self.epochs(worker),
-            self.dead(worker),
-            self.again(worker),
-        ]
+        return [f"{self.shard_of(worker)}:{kind}:{worker}" for kind in _QUEUE]
+
+    def queue_beside(self, key: str) -> list[str]:
+        """Give the keys of the queue that a key is part of, in the shard where it lives; none if it is part of none."""
+        worker = self.queue_of(key)
+        shard = key.partition("}")[0]
+        return [] if worker is None else [f"{shard}}}:{kind}:{worker}" for kind in _QUEUE]
 
     def queue_of(self, key: str) -> int | None:
         """Give the worker whose queue a key is part of; None if it is none of those."""
-        _, _, worker = key.rpartition(":")
-        if not worker.isdecimal() or len(worker) > len(str(MAX_WORKER_ID)):
+        rest = key.partition("}:")[2]
+        kind, _, worker = rest.partition(":")
+        if run_of(key) != self.run or kind not in _QUEUE:
             return None
-        return int(worker) if key in self.queue(int(worker)) else None
+        return int(worker) if len(worker) <= len(str(MAX_WORKER_ID)) else None
 
     def is_given_once(self, key: str) -> bool:
         """Whether no later life of the run uses this name again: chunks and outcomes have ids of their own."""
-        return key.startswith((f"{self.prefix}:w:", f"{self.prefix}:outcomes:"))
+        return run_of(key) == self.run and key.partition("}:")[2].startswith(("w:", "outcomes:"))
 
     def tells_of_run(self, key: str) -> bool:
         """Whether a key is read to see how a run is doing: who looks for runs uses it."""
@@ -114,7 +174,7 @@ class Keys:
         An upload is called `<version>-<epoch>-<attempt>`, so that no two ever write to the same key.
         Learner writes, workers read. Expires some time after a newer version was published.
         """
-        return f"{self.prefix}:w:{upload}:{number}"
+        return f"{self.shard_of(number)}:w:{upload}:{number}"
 
     def upload(self, upload: str, chunks: int) -> list[str]:
         """Give the keys of all that was uploaded under this name: the header, and so many chunks."""
@@ -130,32 +190,32 @@ class Keys:
 
         That worker writes; the learner reads through the group `learner` and deletes what it acknowledged.
         """
-        return f"{self.prefix}:x:{worker}"
+        return f"{self.shard_of(worker)}:x:{worker}"
 
     def counts(self, worker: int) -> str:
         """Give the key of a hash: what became of one worker's batches, by reason. Both sides write. Stays."""
-        return f"{self.prefix}:counts:{worker}"
+        return f"{self.shard_of(worker)}:counts:{worker}"
 
     def epochs(self, worker: int) -> str:
         """Give the key of a hash: by learner's name, the newest epoch that may acknowledge one worker's batches.
 
         Learners write and read. Stays.
         """
-        return f"{self.prefix}:epochs:{worker}"
+        return f"{self.shard_of(worker)}:epochs:{worker}"
 
     def dead(self, worker: int) -> str:
         """Give the key of a stream: batches of one worker that could not be used, each with its reason.
 
         Learners write, people read and delete. At most 1,000 entries; oldest go first.
         """
-        return f"{self.prefix}:dead:{worker}"
+        return f"{self.shard_of(worker)}:dead:{worker}"
 
     def again(self, worker: int) -> str:
         """Give the key of a stream: dead batches of one worker that are to be tried again.
 
         Learners and people write; learners read through the group `learner`, and delete.
         """
-        return f"{self.prefix}:again:{worker}"
+        return f"{self.shard_of(worker)}:again:{worker}"
 
     @property
     def control(self) -> str:

@@ -13,6 +13,7 @@ import redis
 from rlbroker.background import Background
 from rlbroker.config import (
     DEFAULT_RUN,
+    MAX_SHARDS,
     MAX_WORKER_ID,
     MIN_TAKE_OVER_SECONDS,
     Acknowledge,
@@ -131,6 +132,7 @@ class WorkerCommunicator:
         allow_eviction: bool = False,
         host_cache: HostCacheSetting = True,
         signing_key: SigningKeySetting | None = None,
+        shards: int | None = None,
     ) -> None:
         """Open a run as its learner.
 
@@ -161,6 +163,8 @@ class WorkerCommunicator:
             signing_key: signs weights and commands, so that whoever can write to the server cannot make them up for
                 workers with the same key: text or bytes of at least 32, or a Path to a file with them. By default,
                 from the file that RLBROKER_SIGNING_KEY_FILE names.
+            shards: parts over which a new run is spread on a Cluster: streams of batches, and chunks of weights. By
+                default, one for each master. A run keeps its own.
 
         Raises:
             InvalidArgument: a setting cannot work.
@@ -197,6 +201,8 @@ class WorkerCommunicator:
             lease_seconds=lease_seconds,
             forget_seconds=forget_seconds,
         )
+        if shards is not None and positive_int("shards", shards) > MAX_SHARDS:
+            raise InvalidArgument(f"shards can be {MAX_SHARDS} at most; got {shards!r}")
         secret = signing_secret(signing_key)
         key = SigningKey(secret) if secret else None
         self._keys = keys = Keys(run)
@@ -210,13 +216,16 @@ class WorkerCommunicator:
             learner_name=run_name(learner_name, what="learner_name"),
             publishes=publishes,
         )
-        self._channel = Channel(connection)
+        self._channel = Channel(connection, keys.meta)
         self._metrics = metrics = Metrics()
         self._began = self._doubt = self._republish = False
         try:
             connection.check_server(allow_eviction=allow_eviction)
             connection.load(SCRIPTS)
-            self._epoch = self._roster.open(wire_format=FORMAT_VERSION, num_workers=num_workers)
+            self._epoch = self._roster.open(
+                wire_format=FORMAT_VERSION, num_workers=num_workers, shards=self._chosen_shards(shards)
+            )
+            self._shards = [Channel(connection, key) for key in keys.one_of_each_shard]
             self._publisher = Publisher(
                 connection,
                 keys,
@@ -263,7 +272,7 @@ class WorkerCommunicator:
             latest_version=lambda: self._publisher.latest_version,
             check=self._check,
         )
-        self._recorder = Recorder(keys, metrics, epoch=self._epoch, known=self._known)
+        self._recorder = Recorder(connection, keys, metrics, epoch=self._epoch, known=self._known)
         self._logs: list[ScalarLog] = []
         self._housekeeping_seconds = min(HOUSEKEEPING_SECONDS, forget_seconds / 2)
         self._next_housekeeping = Deadline(self._housekeeping_seconds)
@@ -679,7 +688,8 @@ class WorkerCommunicator:
 
     def _look_after_run(self) -> None:
         """Settle acknowledgements as they come; one step of the background thread."""
-        if self._channel.connect():
+        fresh = [channel.connect() for channel in (self._channel, *self._shards)]
+        if any(fresh):
             self._doubt = self._began  # another server may be there now, or one that lost something
             self._began = True
         try:
@@ -691,6 +701,8 @@ class WorkerCommunicator:
                 self._ledger.failed_version = 0
             if self._next_sign_of_life.over:
                 self._roster.say_alive(self._channel)
+                for channel in self._shards:
+                    channel.execute("PING")
                 self._connection.load_missing(SCRIPTS)
                 self._republish |= self._roster.leads and self._publisher.outrun()
                 self._next_sign_of_life = Deadline(ALIVE_SECONDS)
@@ -709,10 +721,20 @@ class WorkerCommunicator:
     def _record(self, *, last: bool = False) -> None:
         """Take this second's sample of the run's history."""
         if self._roster.leads or self._logs:
-            sample = self._recorder.record(self._channel, write=self._roster.leads, last=last)
+            sample = self._recorder.record(write=self._roster.leads, last=last)
             if sample is not None:
                 for log in self._logs:
                     log.offer(sample)
+
+    def _chosen_shards(self, count: int | None) -> str:
+        """Choose the shards of a new run: as many on each master as on the others."""
+        servers = self._connection.servers
+        if not servers.several:
+            if count not in (None, 1):
+                raise InvalidArgument(f"shards are for a Cluster, and {self._connection.address} is none")
+            return ""
+        masters = len(self._connection.masters())
+        return self._keys.choose_shards(count or masters, masters, servers.holding)
 
     def _known(self) -> Known:
         delivered, lost = self._holdings.totals()

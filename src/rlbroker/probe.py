@@ -165,13 +165,8 @@ def measure(url: str | None, *, megabytes: float, seconds: float, progress: Call
 
 
 def _delete(connection: Connection, keys: Keys) -> None:
-    cursor = b"0"
-    while True:
-        cursor, found = connection.execute("SCAN", cursor, "MATCH", keys.everything, "COUNT", 1000)
-        if found:
-            connection.execute("UNLINK", *found)
-        if int(cursor) == 0:
-            return
+    for found in connection.scan(keys.everything):
+        connection.on_each("UNLINK", [name.decode() for name in found])
 
 
 # The way to the server

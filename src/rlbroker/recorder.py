@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlbroker.connection import Argument, Channel, flat
+from rlbroker.connection import Argument, Connection, flat
 from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, PeerError
 from rlbroker.history import TIERS, WORKERS_NAMED, Sample
@@ -62,27 +62,30 @@ class Recorder:
     broken connection is the caller's to mend.
     """
 
-    def __init__(self, keys: Keys, metrics: Metrics, *, epoch: int, known: Callable[[], Known]) -> None:
+    def __init__(
+        self, connection: Connection, keys: Keys, metrics: Metrics, *, epoch: int, known: Callable[[], Known]
+    ) -> None:
         """Begin a history, or go on with the one of the learner before.
 
         Args:
+            connection: way to the server.
             keys: names of the run's keys.
             metrics: what this learner does.
             epoch: the learner's epoch.
             known: gives what it knows of its run.
         """
-        self._keys, self._metrics, self._epoch, self._known = keys, metrics, epoch, known
+        self._connection, self._keys = connection, keys
+        self._metrics, self._epoch, self._known = metrics, epoch, known
         self._due = {seconds: Deadline(0) for seconds in TIERS}
         self._waits: dict[int, _Waits] = {}
         self._room_seconds = 0.0
         self._began = False
         self._broken = False
 
-    def record(self, channel: Channel, *, write: bool = True, last: bool = False) -> Sample | None:
+    def record(self, *, write: bool = True, last: bool = False) -> Sample | None:
         """Take a sample and write it where it is due; give it, or None if that could not be done.
 
         Args:
-            channel: over which to look and write.
             write: whether this learner is the one that writes the history.
             last: whether no further one follows, so that all streams get it.
 
@@ -92,9 +95,9 @@ class Recorder:
         if self._broken:
             return None
         try:
-            sample = self._take(channel)
+            sample = self._take()
             if write:
-                self._write(channel, sample, last=last)
+                self._write(sample, last=last)
         except ConnectionFailed:
             raise
         except PeerError as error:
@@ -106,10 +109,10 @@ class Recorder:
             return None
         return sample
 
-    def _take(self, channel: Channel) -> Sample:
+    def _take(self) -> Sample:
         known = self._known()
         members, everyone = sorted(known.alive | known.away), sorted(known.everyone)
-        time, *replies = channel.execute_all(
+        time, *replies = self._connection.ask_once(
             [
                 ("TIME",),
                 *(("XLEN", self._keys.experiences(worker)) for worker in everyone),
@@ -169,14 +172,14 @@ class Recorder:
             self._room_seconds += min(seconds - waits.seconds, max(0.0, at - waits.since) + _SLACK_SECONDS)
             waits.seconds, waits.since = seconds, at
 
-    def _write(self, channel: Channel, sample: Sample, *, last: bool) -> None:
+    def _write(self, sample: Sample, *, last: bool) -> None:
         due = [seconds for seconds, deadline in self._due.items() if last or seconds == 1 or deadline.over]
         said = flat(sample.to_fields())
         commands: list[list[Argument]] = [
             ["XADD", self._keys.history(seconds), "MAXLEN", "~", TIERS[seconds], "*", *said]
             for seconds in due
         ]
-        replies = channel.execute_all(commands)
+        replies = self._connection.ask_once(commands)
         for seconds in due:
             self._due[seconds] = Deadline(seconds)
         for reply in replies:

@@ -155,6 +155,7 @@ class WorkerClient:
                 when_full=when_full,
                 compression=compression,
                 level=level,
+                known=self._heartbeat.knows_run or not connection.servers.several,
             )
             for part in (self._heartbeat, self._subscriber, self._inbox):
                 part.start()

@@ -233,7 +233,7 @@ def test_a_command_outlives_a_fault_while_it_is_looked_at(
         raise ConnectionFailed("the server is away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(client._connection, "execute", fail)
+        patch.setattr(client._connection, "clock", fail)
         with pytest.raises(ConnectionFailed):
             client.poll()
     client.poll()

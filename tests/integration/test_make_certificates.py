@@ -76,7 +76,7 @@ def test_what_it_makes_lets_clients_in_and_goes_on_doing_so_when_it_is_made_anew
         assert f"authority: {folder}/ca.crt, which was there" in again.stdout
         after = {path.name: path.read_bytes() for path in folder.iterdir()}
         assert {name for name in before if before[name] == after[name]} == {"ca.crt", "ca.key"}
-        connection.drop_idle()
+        connection.close()
         assert connection.execute("PING")  # new client certificate, old one of the server
 
 

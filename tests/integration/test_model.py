@@ -364,10 +364,10 @@ class Run(RuleBasedStateMachine):
             self.finish()
         finally:
             for one in (self.learner, *self.former):
-                one._connection.client.connection_pool.disconnect()
+                one._connection.servers.close()
                 one._publisher._uploader.close()
             for life in (*self.lives.values(), *self.replaced):
-                life.client._connection.client.connection_pool.disconnect()
+                life.client._connection.servers.close()
                 life.client._subscriber._fetcher.close()
 
     def finish(self) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import redis
 from conftest import Server, wait_until
 
 from rlbroker import ConnectionFailed, WorkerClient, WorkerCommunicator
@@ -168,7 +167,7 @@ def test_a_command_that_was_answered_before_its_sender_knew_stays_answered(
     comm, client = learner(), worker()
     done: list[int] = []
     client.on_command("note", done.append)
-    send = comm._connection._send
+    send = comm._connection.execute_once
 
     def answered(outcomes: str) -> bool:
         client.poll()
@@ -178,11 +177,11 @@ def test_a_command_that_was_answered_before_its_sender_knew_stays_answered(
         reply = send(*command, **options)
         if command[:2] == ("EVALSHA", SEND.sha) and not done:
             wait_until("it is answered", lambda: answered(command[7]))
-            raise redis.ConnectionError("the reply was lost")
+            raise ConnectionFailed("the reply was lost")
         return reply
 
     with monkeypatch.context() as patch:
-        patch.setattr(comm._connection, "_send", lose)
+        patch.setattr(comm._connection, "execute_once", lose)
         command = comm.send_control_command("note", 1)
     server.client.flushall()
     wait_until("the worker is back", lambda: comm.workers())

@@ -190,7 +190,7 @@ def test_weights_move_through_the_encrypted_socket_itself(serve: Serve, own: str
 
 def test_messages_that_come_at_once_are_all_heard(serve: Serve, own: str, run: str) -> None:
     said = [bytes([number]) * 20_000 for number in range(5)]
-    with closing(Connection(f"rediss://{serve()}?{own}")) as connection, connection.pubsub() as pubsub:
+    with closing(Connection(f"rediss://{serve()}?{own}")) as connection, connection.pubsub(run) as pubsub:
         pubsub.subscribe(run)
         wait_until("the subscription holds", lambda: connection.execute("PUBLISH", run, b"") == 1)
         connection.execute_all([("PUBLISH", run, message) for message in said])
@@ -314,7 +314,7 @@ def test_renewed_files_are_read_again_and_a_server_that_changes_is_waited_for(
     with closing(proxy), closing(connection):
         assert connection.execute("PING")
         proxy.context = other
-        connection.drop_idle()
+        connection.close()
         with pytest.raises(
             ConnectionFailed, match="can be reached by TLS no more: has a certificate that was not"
         ):

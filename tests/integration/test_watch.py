@@ -26,12 +26,12 @@ def test_rates_are_what_happened_between_looks(
     server: Server, run: str, learner: Learner, worker: Worker
 ) -> None:
     comm, client, idle = learner(), worker(), worker()
-    with look_at(server, run) as watch:
-        first = watch.look()
-        for number in range(20):
-            client.send_experiences({"x": np.full(3, number)})
-        comm.collect_experiences(timeout=5.0, max_batches=5)
-        second = watch.look()
+    watch = look_at(server, run)
+    first = watch.look()
+    for number in range(20):
+        client.send_experiences({"x": np.full(3, number)})
+    comm.collect_experiences(timeout=5.0, max_batches=5)
+    second = watch.look()
     assert [one.batches_per_second for one in first.lines] == [None, None]
     seconds = second.snapshot.at - first.snapshot.at
     rates = {one.worker: one.batches_per_second for one in second.lines}
@@ -50,11 +50,10 @@ def test_the_last_minute_is_there_from_the_first_look_on(
     def collected() -> bool:
         client.send_experiences({"x": np.zeros((4, 3))})
         comm.collect_experiences(timeout=0.1)
-        with look_at(server, run) as watch:
-            watch.look()
-            view = watch.look()
-        with look_at(server, run) as another:
-            fresh = another.look()
+        watch = look_at(server, run)
+        watch.look()
+        view = watch.look()
+        fresh = look_at(server, run).look()
         assert view.series.keys() == SERIES.keys()
         # Who looked before has read nothing twice, and misses what was written since at most.
         assert len(fresh.series["waiting"]) - len(view.series["waiting"]) in (0, 1)
@@ -72,23 +71,22 @@ def test_a_look_is_three_round_trips_and_goes_on_after_the_connection_broke(
     ):
         comm.send_model_weights({"w": np.zeros(3)})
         connection = Connection(real_server.url, timeout_seconds=5.0)
-        with Observer(connection, run) as observer:
-            trips = count_trips(observer)
-            assert observer.look().members[0].state == "alive"
-            assert len(trips) == 3
-            real_server.client.client_kill_filter(_type="normal", skipme=True)
-            assert observer.look().pointer is not None
+        observer = Observer(connection, run)
+        trips = count_trips(connection)
+        assert observer.look().members[0].state == "alive"
+        assert len(trips) == 3
+        real_server.client.client_kill_filter(_type="normal", skipme=True)
+        assert observer.look().pointer is not None
         connection.close()
 
 
-def count_trips(observer: Observer) -> list[Any]:
+def count_trips(connection: Connection) -> list[Any]:
     trips: list[Any] = []
-    channel = observer._channel
-    send = channel.send
+    ask = connection.ask_once
 
-    def counted(commands: Any) -> None:
+    def counted(commands: Any) -> Any:
         trips.append(commands)
-        send(commands)
+        return ask(commands)
 
-    channel.send = counted  # type: ignore[method-assign]
+    connection.ask_once = counted  # type: ignore[method-assign]
     return trips

@@ -82,7 +82,7 @@ def test_scripts_are_loaded_where_the_server_forgot_them() -> None:
     for _ in range(2):
         assert connection.run(GIVE, (), (b"x",)) == b"x"
         assert connection.run_all([(GIVE, (), (b"1",)), (GIVE, (), (b"2",))]) == [b"1", b"2"]
-        connection.client.script_flush()
+        connection.execute("SCRIPT FLUSH")
 
 
 @pytest.mark.parametrize(

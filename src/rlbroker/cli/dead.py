@@ -167,10 +167,9 @@ def purge_dead(
 def _letters(session: Session, worker: int | None, names: list[str] | None) -> tuple[list[DeadLetter], float]:
     """Give the letters that are meant, and when that was."""
     from rlbroker.observer.dead_batches import find_letters
-    from rlbroker.observer.runs import server_time
 
     with session.in_time():
-        now = server_time(session.connection)
+        now = session.connection.clock(session.keys.meta)
         found = find_letters(session.connection, session.keys, worker=worker, names=names or ())
     return found, now
 

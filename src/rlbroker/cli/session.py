@@ -130,9 +130,9 @@ class Session:
     @cached_property
     def keys(self) -> Keys:
         """The names of the run's keys."""
-        from rlbroker.keys import Keys
+        from rlbroker.observer.runs import keys_of
 
-        return Keys(self.run)
+        return keys_of(self.connection, self.run)
 
     @cached_property
     def signing_key(self) -> SigningKey | None:

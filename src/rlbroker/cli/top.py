@@ -65,13 +65,13 @@ def top(
         shown=filter_ if filter_ in SHOWN else "all",
         text="" if filter_ in SHOWN else filter_,
     )
-    with Watch(session.connection, session.run) as watch:
-        if session.as_json:
-            _print_looks(session, watch, interval)
-        elif sys.stdin.isatty() and sys.stdout.isatty():
-            _live(session, watch, state)
-        else:
-            _print_once(session, watch, state)
+    watch = Watch(session.connection, session.run)
+    if session.as_json:
+        _print_looks(session, watch, interval)
+    elif sys.stdin.isatty() and sys.stdout.isatty():
+        _live(session, watch, state)
+    else:
+        _print_once(session, watch, state)
 
 
 def _look(session: Session, watch: Watch) -> View:

@@ -21,7 +21,6 @@ from rlbroker.records import Registration
 from rlbroker.replies import (
     entry_place,
     seconds_number,
-    server_seconds,
     stream_entries,
     text_fields,
     whole_number,
@@ -114,7 +113,7 @@ class Inbox:
         self._sent: deque[_Answer] = deque()  #: and not settled yet
         self._answer_number = 0
         self._sending = threading.Lock()
-        self._channel = Channel(connection)
+        self._channel = Channel(connection, keys.meta)
         self._doubt = False  #: whether the server may have lost answers
         self._next_look = Deadline(SETTLED_SECONDS)
         self._thread = Background(f"inbox of worker {place.worker_id} in {keys.run!r}", self._step)
@@ -174,7 +173,7 @@ class Inbox:
         """Whether an order came too late, by the server's clock."""
         if not order.expires_seconds:
             return False
-        now = server_seconds(self._connection.execute("TIME"))
+        now = self._connection.clock(self._keys.control)
         return now - order.sent_milliseconds / 1000 > order.expires_seconds
 
     def acknowledge_command(self, order: Order, outcome: str, detail: str = "") -> None:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from rlbroker.connection import Channel, Connection
+from rlbroker.connection import Connection
 from rlbroker.errors import PeerError
 from rlbroker.keys import GROUP, Keys
 from rlbroker.legible import unless_spoiled
@@ -55,11 +55,7 @@ def read_counts(
     wanted = list(workers)
     types = {name: what for worker in wanted for name, what in types_of(keys, worker).items()}
     there = right_types(types, connection.execute_all([("TYPE", name) for name in types]))
-    channel = Channel(connection)
-    try:
-        return connection.retry(lambda: known_counts(channel, keys, wanted, there, said=said))
-    finally:
-        channel.give_back()
+    return connection.retry(lambda: known_counts(connection, keys, wanted, there, said=said))
 
 
 def types_of(keys: Keys, worker: int) -> dict[str, str]:
@@ -81,7 +77,7 @@ def right_types(wanted: Mapping[str, str], replies: Iterable[Any]) -> dict[str, 
 
 
 def known_counts(
-    channel: Channel,
+    connection: Connection,
     keys: Keys,
     workers: Iterable[int],
     there: Mapping[str, bool],
@@ -91,7 +87,7 @@ def known_counts(
     """Give the counts of each worker's batches where it is known which keys exist, in one round trip as a rule.
 
     Args:
-        channel: way to the server.
+        connection: way to the server.
         keys: names of the run's keys.
         workers: which workers.
         there: what `right_types` gives.
@@ -113,7 +109,7 @@ def known_counts(
             group.append(("XINFO", "STREAM", queue))
         groups[worker] = group
     found = {}
-    for worker, (counted, *sizes) in _in_one_step(channel, groups).items():
+    for worker, (counted, *sizes) in _in_one_step(connection, groups).items():
         newest = said.get(worker, (0, 0)) if said is not None else (0, 0)
         if groups[worker][-1][0] == "XINFO":
             newest = newest_place(sizes.pop())
@@ -122,7 +118,7 @@ def known_counts(
     return found
 
 
-def _in_one_step(channel: Channel, groups: Mapping[int, list[tuple[str, ...]]]) -> dict[int, list[Any]]:
+def _in_one_step(connection: Connection, groups: Mapping[int, list[tuple[str, ...]]]) -> dict[int, list[Any]]:
     """Ask each worker's questions as if nothing happened between them: a batch would be counted twice, or not at all.
 
     What is acknowledged, dropped or set aside changes the counts in the same step. So they are asked for before and
@@ -131,7 +127,8 @@ def _in_one_step(channel: Channel, groups: Mapping[int, list[tuple[str, ...]]]) 
     found: dict[int, list[Any]] = {worker: [] for worker in groups}
     left = dict(groups)
     for _ in range(_TRIES):
-        replies = iter(channel.execute_all([one for group in left.values() for one in (*group, group[0])]))
+        asked = [one for group in left.values() for one in (*group, group[0])]
+        replies = iter(connection.ask_once(asked) if asked else ())
         for worker, group in list(left.items()):
             *found[worker], after = map(_answer, itertools.islice(replies, len(group) + 1))
             if found[worker][0] == after:

@@ -63,6 +63,7 @@ class Sender:
         when_full: WhenFull | None,
         compression: bool,
         level: Level = "redis",
+        known: bool = True,
     ) -> None:
         """Take over the worker's queue: from here on nothing of an older incarnation is accepted.
 
@@ -75,18 +76,19 @@ class Sender:
             when_full: what to do at a full queue; None for what the run says.
             compression: whether arrays are compressed where that makes them smaller.
             level: what a batch must have reached to be safe.
+            known: whether it is known where the queue is; else it is opened before the first batch.
 
         Raises:
             Fenced: a newer process has this worker id.
             ServerUnsuitable: the server cannot give this level.
         """
-        self._connection, self._settings, self._rejoin = connection, settings, rejoin
+        self._connection, self._keys = connection, keys
+        self._settings, self._rejoin = settings, rejoin
         self._worker_id, self._incarnation = place.worker_id, place.incarnation
         self._when_full, self.level = when_full, level
         self._packer = Packer(compression=compression)
-        self._stream, self._counts = keys.experiences(place.worker_id), keys.counts(place.worker_id)
         self._lock = threading.Lock()
-        self._channel = Channel(connection)
+        self._find_queue()
         self._doubt = False  #: whether the server may have lost something since the last look
         self._fenced = False
         self._sequence = self._stated = 0
@@ -100,8 +102,9 @@ class Sender:
         self._waiting = self._in_hand = 0
         self._room_seconds = 0.0
         self._room_wanted: float | None = None  #: since when it waits for room, if it does
-        self._do(self._look)
-        self._check_level()
+        self._opened = False
+        if known:
+            self._do(self._look)
 
     @property
     def sent(self) -> int:
@@ -249,7 +252,7 @@ class Sender:
         if not self._lock.acquire(timeout=deadline.remaining):
             return  # a thread is in the middle of sending, and the worker is leaving: it gets the error
         try:
-            if not self._fenced:
+            if self._opened and not self._fenced:
                 if self._outbox is not None:
                     self._do(self._confirm, deadline)
                 self._do(self._state, deadline)
@@ -260,14 +263,26 @@ class Sender:
             self._channel.close()
             self._lock.release()
 
+    def _find_queue(self) -> None:
+        """Begin with the queue where it is now: a run that was opened anew may have other shards."""
+        self._stream = self._keys.experiences(self._worker_id)
+        self._counts = self._keys.counts(self._worker_id)
+        self._channel = Channel(self._connection, self._stream)
+
     # Over the channel. Each of these can be done again.
 
     def _do(self, operation: Callable[[], Result], deadline: Deadline | None = None) -> Result:
         """Do something with the queue, opening it first where the server may have lost it."""
 
         def attempt() -> Result:
+            if self._stream != self._keys.experiences(self._worker_id):
+                self._channel.close()
+                self._find_queue()
             if self._channel.connect() or self._doubt:
                 self._open()
+                if not self._opened:
+                    self._check_level()
+                    self._opened = True
             return operation()
 
         return self._connection.retry(attempt, deadline)
@@ -275,9 +290,13 @@ class Sender:
     def _open(self) -> None:
         """Open the queue, and send again what the level promises and the server does not have."""
         self._doubt = True
-        self._rejoin(
-            self._channel
-        )  # the queue alone does not tell that a newer process was here before the loss
+        # The queue alone does not tell that a newer process was here before the loss.
+        if self._keys.shards:
+            home = Channel(self._connection, self._keys.meta)
+            self._rejoin(home)
+            home.give_back()
+        else:
+            self._rejoin(self._channel)
         arguments = (self._incarnation, GROUP, self._sequence)
         last, total_bytes = map(int, self._run(OPEN_QUEUE, arguments))
         if total_bytes >= 0:

@@ -186,7 +186,7 @@ class Heartbeat:
         """
         self._connection, self._keys, self._describe = connection, keys, describe
         self._wire_format, self._newest_seen, self._tend = wire_format, newest_seen, tend
-        self._channel = Channel(connection)
+        self._channel = Channel(connection, keys.meta)
         self._began = self._returned = False
         self._settings: RunSettings | None = None
         self._settings_known = threading.Event()
@@ -239,6 +239,11 @@ class Heartbeat:
         channel.run(
             REJOIN, keys, (worker, self.registration.incarnation, newest[0], self._token, lifetime, newest[1])
         )
+
+    @property
+    def knows_run(self) -> bool:
+        """Whether a learner has opened the run, so that it is known where its keys live."""
+        return self._settings is not None
 
     def settings(self, deadline: Deadline) -> RunSettings:
         """Give the run's settings; wait for the learner to open the run where it has not yet.
@@ -370,6 +375,7 @@ class Heartbeat:
             with legible(self._keys.meta):
                 self._check_format(meta["wire_format"])
                 self._settings = RunSettings.from_fields(meta)
+            self._keys.spread(meta.get("shards", " ".join(self._keys.shards)))
             self._settings_known.set()
 
     def _come_back(self) -> None:

@@ -46,10 +46,13 @@ OPEN = Script(
     redis.call('HSET', KEYS[1], 'epochs', epoch, 'learner:' .. ARGV[2], epoch,
       'back_at', string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)))
     if ARGV[3] == '1' then redis.call('HSET', KEYS[1], 'epoch', epoch) end
+    -- Where batches may wait already, they are looked for.
+    local shards = redis.call('HGET', KEYS[1], 'shards')
     if ARGV[3] == '1' or not written then
       redis.call('HSET', KEYS[1], 'wire_format', ARGV[1], unpack(ARGV, 4))
+      if written then redis.call('HSET', KEYS[1], 'shards', shards or '') end
     end
-    return {{epoch, written and 1 or 0}}
+    return {{epoch, written and 1 or 0, redis.call('HGET', KEYS[1], 'shards') or ''}}
     """,
 )
 
@@ -187,8 +190,13 @@ class Roster:
         #: Whether this learner is the newest of those that publish.
         self.leads = publishes
 
-    def open(self, *, wire_format: int, num_workers: int) -> int:
+    def open(self, *, wire_format: int, num_workers: int, shards: str) -> int:
         """Open the run and give the learner's epoch, which fences every earlier learner of the same name.
+
+        Args:
+            wire_format: what it writes.
+            num_workers: how many workers are expected.
+            shards: over which a new run is spread; one that is there keeps its own.
 
         Raises:
             IncompatibleFormat: the run was written by a release with another wire format.
@@ -200,11 +208,12 @@ class Roster:
             "learner_pid": os.getpid(),
             "opened": f"{time.time():.3f}",
             "num_workers": num_workers,
+            "shards": shards,
             **self._settings.to_fields(),
         }
         arguments = (wire_format, self._name, int(self._publishes), *flat(self._facts))
         try:
-            epoch, there = self._connection.run(OPEN, (self._keys.meta,), arguments)
+            epoch, there, known = self._connection.run(OPEN, (self._keys.meta,), arguments)
         except ServerFault as error:
             written = str(error).partition("FORMAT ")[2]
             if not written:
@@ -214,6 +223,9 @@ class Roster:
                 f"{wire_format}; choose another run name, or the release that wrote it"
             ) from error
         self.epoch, self.goes_on = int(epoch), bool(there)
+        spread = known.decode("ascii", "replace")
+        self._facts["shards"] = spread
+        self._keys.spread(spread)
         self._leading = self.epoch if self._publishes else 0
         self._raise_floor(read_lives(self._connection.ask, self._keys))
         return self.epoch
@@ -316,7 +328,7 @@ class Roster:
 
         Those that were written back after a loss have less time: some of them had left before.
         """
-        now_milliseconds = int(server_seconds(self._connection.execute("TIME")) * 1000)
+        now_milliseconds = int(self._connection.clock(self._keys.meta) * 1000)
         limit_milliseconds = int(self._settings.forget_seconds * 1000)
         before = now_milliseconds - limit_milliseconds
         members = read_lives(self._connection.ask, self._keys).members

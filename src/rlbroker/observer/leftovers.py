@@ -117,13 +117,11 @@ def every_key(
     connection: Connection, pattern: str, progress: Callable[[int], None] = lambda count: None
 ) -> list[str]:
     """Give the names of all keys like this; each once."""
-    found, cursor = dict[str, None](), b"0"
-    while True:
-        cursor, keys = connection.execute("SCAN", cursor, "MATCH", pattern, "COUNT", KEYS_AT_ONCE)
+    found = dict[str, None]()
+    for keys in connection.scan(pattern, count=KEYS_AT_ONCE):
         found.update((key.decode(), None) for key in keys if key.isascii())  # as all of ours are
         progress(len(found))
-        if int(cursor) == 0:
-            return list(found)
+    return list(found)
 
 
 def _state(connection: Connection, summary: RunSummary) -> str:

@@ -7,7 +7,6 @@ from rlbroker.control.ledger import Ledger
 from rlbroker.keys import Keys
 from rlbroker.legible import legible
 from rlbroker.records import Missed
-from rlbroker.replies import server_seconds
 
 
 def read_missed(
@@ -31,7 +30,7 @@ def read_missed(
         WireError: the record holds what no learner writes.
         PeerError: the server refused, or could not be reached in time.
     """
-    now = server_seconds(connection.execute("TIME"))
+    now = connection.clock(keys.meta)
     with legible(keys.missed):
         records = Ledger(connection, keys).records(since=0.0 if last_seconds is None else now - last_seconds)
     return now, [one for one in records if worker in (None, one.worker_id) and why in (None, one.why)]

@@ -8,10 +8,11 @@ from typing import Any, Final
 
 from rlbroker.connection import Connection
 from rlbroker.errors import PeerError
-from rlbroker.keys import GROUP, Keys
+from rlbroker.keys import GROUP
 from rlbroker.observer.facts import ServerFacts
 from rlbroker.observer.findings import find
 from rlbroker.observer.points import Point, size, unread, untold
+from rlbroker.observer.runs import keys_of
 from rlbroker.observer.snapshot import Snapshot, take_snapshot
 from rlbroker.replies import text_fields
 
@@ -42,7 +43,7 @@ def of_run(connection: Connection, facts: ServerFacts, run: str) -> tuple[list[P
 
 def _queues(connection: Connection, snapshot: Snapshot) -> Iterator[Point]:
     """Look at each worker's stream: has it the learners' group, and does somebody hold batches and sleep?"""
-    keys = Keys(snapshot.run)
+    keys = keys_of(connection, snapshot.run)
     workers = {worker: keys.experiences(worker) for worker, one in snapshot.workers.items() if one.counts}
     there = connection.ask([("EXISTS", key) for key in workers.values()])
     existing = {

@@ -53,13 +53,22 @@ def run_names(connection: Connection) -> list[str]:
     """
     prefix, _, meta = Keys("RUN").meta.partition("RUN")
     suffixes = (meta, Keys("RUN").workers.partition("RUN")[2])
-    found, cursor = set[str](), b"0"
-    while True:
-        cursor, keys = connection.execute("SCAN", cursor, "MATCH", f"{prefix}*", "COUNT", 1000)
+    found = set[str]()
+    for keys in connection.scan(f"{prefix}*"):
         for name in (key.decode(errors="replace") for key in keys):
             found.update(name[len(prefix) : -len(suffix)] for suffix in suffixes if name.endswith(suffix))
-        if int(cursor) == 0:
-            return sorted(filter(is_run_name, found))
+    return sorted(filter(is_run_name, found))
+
+
+def keys_of(connection: Connection, run: str) -> Keys:
+    """Give the names of a run's keys, in its shards if it has any.
+
+    Raises:
+        PeerError: the server refused, or could not be reached in time.
+    """
+    keys = Keys(run)
+    keys.spread(str(connection.execute("HGET", keys.meta, "shards") or b"", "ascii", "replace"))
+    return keys
 
 
 def choose_run(connection: Connection, run: str | None) -> str:
@@ -123,15 +132,6 @@ def list_runs(connection: Connection, names: list[str] | None = None) -> list[Ru
     found = {name: list(islice(lives, len(some))) for name, some in ids.items()}
     now = server_seconds(clock)
     return [_summary_of(name, now, by_run[name], ids.get(name, []), found.get(name, [])) for name in names]
-
-
-def server_time(connection: Connection) -> float:
-    """Give the server's clock, seconds since the epoch.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
-    return server_seconds(connection.execute("TIME"))
 
 
 def worker_ids(connection: Connection, keys: Keys) -> list[int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from rlbroker.config import RunSettings
-from rlbroker.connection import Argument, Channel, Connection
+from rlbroker.connection import Argument, Connection
 from rlbroker.control.account import Account, missed_updates
 from rlbroker.errors import AccessDenied, PeerError
 from rlbroker.experience.counts import known_counts, right_types, types_of
@@ -152,12 +152,11 @@ def take_snapshot(connection: Connection, run: str) -> Snapshot:
         WireError: what is stored is not what learners and workers write.
         PeerError: the server refused, or could not be reached in time.
     """
-    with Observer(connection, run) as observer:
-        return observer.look()
+    return Observer(connection, run).look()
 
 
 class Observer:
-    """Looks at one run again and again, over one connection, in three round trips each time.
+    """Looks at one run again and again, in three round trips each time.
 
     Which keys there are is asked before what is in them, as asking for a queue that is not there is an error, which
     the server would count.
@@ -166,15 +165,6 @@ class Observer:
     def __init__(self, connection: Connection, run: str) -> None:
         """Prepare; nothing is read yet."""
         self._connection, self._keys = connection, Keys(run)
-        self._channel = Channel(connection)
-
-    def __enter__(self) -> Self:
-        """Give the observer itself; leaving the block gives its connection back."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Give the connection back."""
-        self._channel.give_back()
 
     def look(self) -> Snapshot:
         """Look at the run.
@@ -202,6 +192,7 @@ class Observer:
             meta = text_fields(meta_reply)
             settings, learner = RunSettings.from_fields(meta), _learner(meta, now) if meta else None
             expected_workers = int(meta.get("num_workers", 0))
+        keys.spread(meta.get("shards", ""))
         ids = worker_numbers(names_reply)
         types = {
             name: what
@@ -209,7 +200,7 @@ class Observer:
             for name, what in (keys.written_by_worker(worker) | types_of(keys, worker)).items()
         }
         replies = iter(
-            self._channel.execute_all(
+            self._connection.ask_once(
                 [
                     *(life_command(keys, worker) for worker in ids),
                     *(("HGETALL", keys.heartbeat(worker)) for worker in ids),
@@ -248,7 +239,7 @@ class Observer:
             ]
         said = {worker: (info.incarnation, info.sent) for worker, info in infos.items()}
         there = right_types(types, found)
-        counts = known_counts(self._channel, keys, ids, there, said=said)
+        counts = known_counts(self._connection, keys, ids, there, said=said)
         with legible(keys.pending):
             waiting = _waiting_commands(text_fields(pending), now)
         return Snapshot(
@@ -277,7 +268,7 @@ class Observer:
         self, optional: Sequence[Sequence[Argument]], commands: Sequence[Sequence[Argument]]
     ) -> tuple[list[Any], list[Any]]:
         """Give the answers to what this user, or this server, need not answer; and those to the others."""
-        replies = self._channel.execute_all([*optional, *commands])
+        replies = self._connection.ask_once([*optional, *commands])
         told, left = replies[: len(optional)], replies[len(optional) :]
         return [None if _untold(reply) else reply for reply in told], answered(left)
 

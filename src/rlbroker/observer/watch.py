@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal
 
 from rlbroker.connection import Connection
 from rlbroker.history import Interval, Sample, intervals, read_history
@@ -141,14 +141,6 @@ class Watch:
         self._observer = Observer(connection, run)
         self._samples: deque[Sample] = deque(maxlen=SAMPLES + 1)
         self._sums: deque[_Sums] = deque()
-
-    def __enter__(self) -> Self:
-        """Give the watch itself; leaving the block gives its connection back."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Give its connection back."""
-        self._observer.__exit__(*error)
 
     def look(self) -> View:
         """Look at the run; the first look has no rates of workers.

@@ -149,7 +149,7 @@ class Publisher:
         #: Versions up to this one were used, or may have been, though nobody has them any more.
         self._floor = 0
         self._held: _Held | None = None
-        self._channel = Channel(connection)
+        self._channel = Channel(connection, keys.meta)
         self._retention = Retention(connection, keys)
         self._uploader = Uploader(
             connection,
@@ -436,10 +436,18 @@ class Publisher:
             self._uploader.discard(form.upload, form.chunks)
 
     def _try_commit(self, pointer: Pointer, held: _Held) -> Any:
-        """Commit over the connection on which every chunk was seen: a server may have lost some meanwhile."""
+        """Commit over the connection on which every chunk was seen: a server may have lost some meanwhile.
+
+        On a Cluster others have the chunks. If one loses some after this look, workers say that they are gone.
+        """
         self._channel.connect()
         chunks = [key for form in pointer.forms for key in self._retention.chunk_keys(form)]
-        if self._channel.execute("EXISTS", *chunks) < len(chunks):
+        there = (
+            self._connection.on_each("EXISTS", chunks)
+            if self._keys.shards
+            else self._channel.execute("EXISTS", *chunks)
+        )
+        if there < len(chunks):
             raise _Incomplete
         keys = (self._keys.meta, self._keys.weights, self._keys.control, self._keys.notify)
         arguments = (self._epoch, pointer.version, pointer.upload, *self._refused, *flat(pointer.to_fields()))
@@ -504,9 +512,8 @@ class Publisher:
             for form in pointer.forms
             for number, key in enumerate(self._retention.chunk_keys(form))
         }
-        there, *sizes = self._connection.execute_all(
-            [("EXISTS", *(key for key, _ in expected)), *(("STRLEN", key) for key, _ in expected)]
-        )
+        there = self._connection.on_each("EXISTS", [key for key, _ in expected])
+        sizes = self._connection.execute_all([("STRLEN", key) for key, _ in expected])
         if there < len(expected) or sizes != [sum(size for size, _ in pieces) for _, pieces in expected]:
             return True
         return compare and not all(

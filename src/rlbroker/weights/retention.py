@@ -87,4 +87,4 @@ class Retention:
         """Delete superseded versions, oldest first; who is still reading one goes on to the latest."""
         while self._superseded and sum(form.stored_bytes for form, _ in self._superseded) > keep_bytes:
             form, _ = self._superseded.popleft()
-            self._connection.execute("UNLINK", *self.chunk_keys(form))
+            self._connection.on_each("UNLINK", self.chunk_keys(form))

@@ -192,7 +192,7 @@ class Subscriber:
         return due
 
     def _subscribe(self) -> None:
-        pubsub = self._connection.pubsub()
+        pubsub = self._connection.pubsub(self._keys.notify)
         try:
             pubsub.subscribe(self._keys.notify)
         except redis_errors.RedisError as error:
@@ -268,7 +268,13 @@ class Subscriber:
         return number_in(self._connection.execute("HGET", self._keys.weights, "version"))
 
     def _read_pointer(self) -> Pointer | None:
-        return Pointer.from_fields(text_fields(self._connection.execute("HGETALL", self._keys.weights)))
+        """Give what the server names as the latest version; see over which shards its chunks are spread."""
+        fields, shards = self._connection.execute_all(
+            [("HGETALL", self._keys.weights), ("HGET", self._keys.meta, "shards")]
+        )
+        if shards is not None:
+            self._keys.spread(shards.decode("ascii", "replace"))
+        return Pointer.from_fields(text_fields(fields))
 
     def _check(self, pointer: Pointer) -> None:
         """Check that a learner with our key has published this; note that it did."""

@@ -231,7 +231,7 @@ class Uploader:
     def discard(self, upload: str, chunks: int) -> None:
         """Delete what is stored of an upload, if the server can be reached."""
         with suppress(PeerError):  # it expires by itself
-            self._connection.execute_once("UNLINK", *self._keys.upload(upload, chunks))
+            self._connection.on_each("UNLINK", self._keys.upload(upload, chunks), deadline=Deadline(0))
 
     def _encoded(
         self, plan: ImagePlan, encode: Callable[[int], EncodedSegment], done: Mapping[int, EncodedSegment]
