@@ -419,6 +419,28 @@ class Connection:
         for script in scripts:
             self._on(server, ("SCRIPT LOAD", script.text))
 
+    def holding(self, key: str) -> Server:
+        """Give the master that has a key, as it is now.
+
+        Raises:
+            ConnectionFailed: there is none, or nobody who knows it answers.
+        """
+        self.check_process()
+        with self._care():
+            return self.servers.holding(key)
+
+    def replicas_of(self, master: Server) -> Sequence[Server]:
+        """Give the replicas of a master, as far as this user may know them.
+
+        Raises:
+            ConnectionFailed: nobody who knows them answers.
+        """
+        try:
+            with self._care(master, ("INFO",)):
+                return self.servers.replicas_of(master)
+        except AccessDenied:
+            return ()
+
     def masters(self) -> Sequence[Server]:
         """Give every master, as they are now.
 
@@ -483,12 +505,10 @@ class Connection:
         self.servers = ClusterServers(self._make_client, [one.address], self.address)
 
     def _everyone(self) -> list[Server]:
-        with self._care():
-            masters = self.servers.masters()
-            if not self.servers.several:
-                return list(masters)
-            replicas = [one for each in masters for one in self.servers.replicas_of(each)]
-            return [*masters, *replicas]
+        masters = self.masters()
+        if isinstance(self.servers, OneServer):
+            return list(masters)
+        return [*masters, *(one for each in masters for one in self.replicas_of(each))]
 
     def server_version(self, found: Mapping[str, str] | None = None) -> str:
         """Give the name and version of the server, as its `server_info` has them; empty if it does not tell."""

@@ -117,7 +117,7 @@ class WorkerCommunicator:
         *,
         redis_url: str | None = None,
         run: str = DEFAULT_RUN,
-        redis_client: redis.Redis | None = None,
+        redis_client: redis.Redis | redis.RedisCluster | None = None,
         acknowledge: Acknowledge = "next",
         when_full: WhenFull = "block",
         max_queue_bytes: int = RunSettings.max_queue_bytes,
@@ -140,10 +140,11 @@ class WorkerCommunicator:
             num_workers: how many workers are expected; more may join, and fewer may come.
             max_queue_size: batches that may wait in each worker's queue.
             timeout: seconds that any one operation may take, and that `cleanup` takes at most.
-            redis_url: `redis://`, `rediss://` or `unix://`; defaults to RLBROKER_REDIS_URL, then REDIS_URL, then
+            redis_url: `redis://`, `rediss://` or `unix://`, or `redis+cluster://host:port,host:port` or
+                `redis+sentinel://host:port,host:port/service`; defaults to RLBROKER_REDIS_URL, then REDIS_URL, then
                 localhost.
             run: name of the training job; its keys on the server begin with it.
-            redis_client: a ready client instead of a URL, a fakeredis one too.
+            redis_client: a ready client instead of a URL, a fakeredis one or one of a Cluster too.
             acknowledge: `next` counts batches as done at the following `collect_experiences`, `manual` when
                 `acknowledge` is called. What is not done comes again after a restart.
             when_full: what workers do at a full queue, unless they choose for themselves.

@@ -64,7 +64,7 @@ class WorkerClient:
         run: str = DEFAULT_RUN,
         worker_id: int | None = None,
         *,
-        redis_client: redis.Redis | None = None,
+        redis_client: redis.Redis | redis.RedisCluster | None = None,
         timeout: float = 10.0,
         when_full: WhenFull | None = None,
         compression: bool = True,
@@ -72,15 +72,17 @@ class WorkerClient:
         host_cache: HostCacheSetting = True,
         keep_dtype: bool = False,
         signing_key: SigningKeySetting | None = None,
+        read_from_replicas: bool = False,
     ) -> None:
         """Join a run. The learner may come later; a process with the same worker id is fenced.
 
         Args:
-            redis_url: `redis://`, `rediss://` or `unix://`; defaults to RLBROKER_REDIS_URL, then REDIS_URL, then
+            redis_url: `redis://`, `rediss://` or `unix://`, or `redis+cluster://host:port,host:port` or
+                `redis+sentinel://host:port,host:port/service`; defaults to RLBROKER_REDIS_URL, then REDIS_URL, then
                 localhost.
             run: name of the training job, as the learner has it.
             worker_id: this worker's number; None for the lowest that is free.
-            redis_client: a ready client instead of a URL, a fakeredis one too.
+            redis_client: a ready client instead of a URL, a fakeredis one or one of a Cluster too.
             timeout: seconds that any one operation may take, and that sending waits for room.
             when_full: what to do at a full queue: `block`, `drop_oldest` or `drop_newest`; None for what the
                 learner chose.
@@ -96,6 +98,8 @@ class WorkerClient:
             signing_key: the learner's key, as text or bytes of at least 32, or a Path to a file with it: then weights
                 and commands that were not signed with it are refused. By default, from the file that
                 RLBROKER_SIGNING_KEY_FILE names.
+            read_from_replicas: whether weights are read from replicas of the servers, where there are any, so that
+                many workers do not load the masters. What a replica does not have yet comes from its master.
 
         Raises:
             InvalidArgument: a setting cannot work.
@@ -125,7 +129,9 @@ class WorkerClient:
         self._attention = Attention()
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
         self._keep_dtype = keep_dtype
-        self._subscriber = Subscriber(connection, keys, Images(run, place), key=key)
+        self._subscriber = Subscriber(
+            connection, keys, Images(run, place), key=key, from_replicas=read_from_replicas
+        )
         self._heartbeat = Heartbeat(
             connection,
             keys,

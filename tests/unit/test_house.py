@@ -44,6 +44,7 @@ _BELOW = {
     "connection",
     "packing",
     "refusals",
+    "servers",
     "background",
     "deadline",
     "replies",

@@ -1,4 +1,7 @@
-"""Moving chunks between the server and memory without a copy in between.
+"""Moving chunks between servers and memory without a copy in between.
+
+On a Cluster the chunks of a version are on several nodes. One thread serves them all: it asks each for more than it is
+taking from it, so that while one chunk is received, the others are under way.
 
 redis-py connects, logs in and does TLS. The chunks themselves go through its connection's socket: out from where
 the parts lie, and in to where they belong. Where there is no such socket, as with fakeredis, redis-py moves them.
@@ -8,18 +11,18 @@ from __future__ import annotations
 
 import math
 import re
-import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 from rlbroker.connection import SEND_BYTES, Channel, Connection
 from rlbroker.deadline import Backoff, Deadline, try_seconds
 from rlbroker.errors import ConnectionFailed, PeerError, WireError
+from rlbroker.servers import Server, any_of
 from rlbroker.wire.format import byte_view
 
 #: Bytes that are asked for and not received, or one chunk more than is being received: a server with nothing to do
@@ -73,40 +76,84 @@ class ChunkReader:
     def __init__(self, connection: Connection) -> None:
         """Prepare a reader; nothing is connected yet."""
         self._connection = connection
-        self._channel = Channel(connection)
+        self._lines = _Lines(connection)
+        #: Whether replicas are read. What one does not have yet comes from its master.
+        self.from_replicas = False
 
     def read(self, chunks: Chunks) -> Iterator[int]:
         """Fill the memory of each chunk, in order, and give its index once it is filled.
 
-        Who stops half-way drops the connection. Each step keeps the deadline that holds for its thread.
+        Who stops half-way drops the connections. Each step keeps the deadline that holds for its thread.
 
         Args:
             chunks: key and memory: writable, contiguous, of bytes, and as long as what is stored.
 
         Raises:
             WireError: a chunk is gone, or has another length; what its memory then holds means nothing.
-            ConnectionFailed: the connection broke, or nothing came for too long.
-            PeerError: the server refused.
+            ConnectionFailed: a connection broke, or nothing came for too long.
+            PeerError: a server refused.
         """
         self.close()
-        channel = self._channel = Channel(self._connection)
-        return self._read(channel, chunks)
+        lines = self._lines = _Lines(self._connection, replicas=self.from_replicas)
+        return self._read(lines, chunks)
+
+    def values(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """Give the values that are there, by key, in one round trip; for what is small.
+
+        Raises:
+            PeerError: a server refused, or could not be reached in time.
+        """
+        found: dict[str, bytes] = {}
+        if self.from_replicas:
+            lines = _Lines(self._connection, replicas=True)
+            try:
+                found = lines.values(keys)
+            except ConnectionFailed:
+                self.from_replicas = False
+            finally:
+                lines.close()
+        missing = [key for key in keys if key not in found]
+        values = self._connection.execute_all([("GET", key) for key in missing])
+        return found | {key: value for key, value in zip(missing, values, strict=True) if value is not None}
 
     def close(self) -> None:
         """Give up what is being read. May be called again."""
-        self._channel.close()
+        self._lines.close()
 
-    def _read(self, channel: Channel, chunks: Chunks) -> Iterator[int]:
+    def _read(self, lines: _Lines, chunks: Chunks) -> Iterator[int]:
         try:
-            channel.connect()
-            sock = channel.raw_socket
-            if sock is None:
-                yield from _read_by_client(channel, chunks)
+            if chunks and lines.to(chunks[0][0]).sock is None:
+                yield from _read_by_client(lines, chunks)
             else:
-                yield from _receive(_Pipe(channel, sock, self._connection.socket_seconds), chunks)
-            channel.give_back()
+                yield from self._receive(lines, chunks)
+            lines.give_back()
         finally:
-            channel.close()
+            lines.close()
+
+    def _receive(self, lines: _Lines, chunks: Chunks) -> Iterator[int]:
+        ways = [lines.to(key) for key, _ in chunks]
+        for way, (key, memory) in zip(ways, chunks, strict=True):
+            way.wanted.append((key, len(memory)))
+        for index, (way, (key, memory)) in enumerate(zip(ways, chunks, strict=True)):
+            for each in lines.all:
+                each.begin()
+                each.ask()
+            line = way.line()
+            way.asked.popleft()
+            if line in (b"$-1", b"_") and not way.is_replica:
+                raise WireError(f"chunk {key} is gone")
+            if line in (b"$-1", b"_") or line.startswith((b"-ASK ", b"-MOVED ")):
+                if line.startswith(b"-"):
+                    way.error(line)  # whoever keeps track of that
+                _copy(key, self._connection.execute("GET", key), memory)
+            else:
+                if not re.fullmatch(rb"\$\d{1,18}", line):
+                    raise way.error(line)
+                _check(key, int(line[1:]), memory)
+                way.fill(memory)
+                if end := way.line():
+                    raise way.error(end)
+            yield index
 
 
 class ChunkWriter:
@@ -115,9 +162,10 @@ class ChunkWriter:
     def __init__(self, connection: Connection) -> None:
         """Prepare a writer; nothing is connected yet."""
         self._connection = connection
-        self._channel = Channel(connection)
+        self._lines = _Lines(connection)
         #: How many of the chunks of the last `write` are stored for certain, from the first on.
         self.confirmed = 0
+        self._stored: set[int] = set()  #: those behind them
 
     def write(self, chunks: Iterable[tuple[str, Sequence[Part]]], *, expire_seconds: int) -> None:
         """Store chunks, which are made while earlier ones are under way; once, within the deadline that holds.
@@ -133,62 +181,124 @@ class ChunkWriter:
             PeerError: the server refused.
         """
         self.close()
-        self.confirmed = 0
-        channel = self._channel = Channel(self._connection)
+        self.confirmed, self._stored = 0, set()
+        lines = self._lines = _Lines(self._connection)
         try:
-            channel.connect()
-            sock = channel.raw_socket
-            if sock is None:
-                self._write_by_client(channel, chunks, expire_seconds)
-            else:
-                self._send(_Pipe(channel, sock, self._connection.socket_seconds), chunks, expire_seconds)
-            channel.give_back()
+            self._send(lines, chunks, expire_seconds)
+            lines.give_back()
         finally:
-            channel.close()
+            lines.close()
 
     def close(self) -> None:
-        """Give the connection up. May be called again."""
-        self._channel.close()
+        """Give the connections up. May be called again."""
+        self._lines.close()
 
-    def _send(self, pipe: _Pipe, chunks: Iterable[tuple[str, Sequence[Part]]], expire_seconds: int) -> None:
-        under_way: deque[int] = deque()
+    def _send(self, lines: _Lines, chunks: Iterable[tuple[str, Sequence[Part]]], expire_seconds: int) -> None:
         try:
-            for key, parts in chunks:
+            for number, (key, parts) in enumerate(chunks):
+                way = lines.to(key)
+                if way.sock is None:
+                    self._write_by_client(way, key, parts, expire_seconds)
+                    self._note(number)
+                    continue
                 views = [byte_view(part) for part in parts]
                 size = sum(map(len, views))
                 head = b"*5\r\n$3\r\nSET\r\n%b$%d\r\n" % (_bulk(key), size)
-                pipe.send([head, *views, b"\r\n$2\r\nEX\r\n" + _bulk(str(expire_seconds))])
-                under_way.append(size)
-                while sum(under_way) > WRITE_WINDOW_BYTES:
-                    self._confirm(pipe, under_way)
-            while under_way:
-                self._confirm(pipe, under_way)
+                way.send([head, *views, b"\r\n$2\r\nEX\r\n" + _bulk(str(expire_seconds))])
+                way.sent.append((number, size, key, parts))
+                while sum(size for _, size, *_ in way.sent) > WRITE_WINDOW_BYTES:
+                    self._confirm(way, expire_seconds)
+            for way in lines.all:
+                while way.sent:
+                    self._confirm(way, expire_seconds)
         except BaseException:  # Ctrl-C too
-            with suppress(PeerError):  # nothing may still arrive when the caller clears what was stored
-                for _ in under_way:
-                    pipe.line()
+            for way in lines.all:
+                with suppress(PeerError):  # nothing may still arrive when the caller clears what was stored
+                    for _ in way.sent:
+                        way.line()
             raise
 
-    def _confirm(self, pipe: _Pipe, under_way: deque[int]) -> None:
-        line = pipe.line()
-        under_way.popleft()
-        if line != b"+OK":
-            raise pipe.error(line)
-        self.confirmed += 1
+    def _confirm(self, way: _Pipe, expire_seconds: int) -> None:
+        line = way.line()
+        number, _, key, parts = way.sent.popleft()
+        if line.startswith((b"-ASK ", b"-MOVED ")):
+            way.error(line)  # whoever keeps track of that
+            self._connection.execute("SET", key, b"".join(parts), "EX", expire_seconds)
+        elif line != b"+OK":
+            raise way.error(line)
+        self._note(number)
 
-    def _write_by_client(
-        self, channel: Channel, chunks: Iterable[tuple[str, Sequence[Part]]], expire_seconds: int
-    ) -> None:
-        for key, parts in chunks:
-            channel.execute("SET", key, b"".join(parts), "EX", expire_seconds)
+    def _write_by_client(self, way: _Pipe, key: str, parts: Sequence[Part], expire_seconds: int) -> None:
+        way.channel.execute("SET", key, b"".join(parts), "EX", expire_seconds)
+
+    def _note(self, number: int) -> None:
+        self._stored.add(number)
+        while self.confirmed in self._stored:
+            self._stored.remove(self.confirmed)
             self.confirmed += 1
+
+
+class _Lines:
+    """A connection to each server that has some of the chunks, made when it is wanted first."""
+
+    def __init__(self, connection: Connection, *, replicas: bool = False) -> None:
+        self._connection, self._replicas = connection, replicas
+        self._by_master: dict[Server, _Pipe] = {}
+
+    @property
+    def all(self) -> Collection[_Pipe]:
+        """Those that were made."""
+        return self._by_master.values()
+
+    def to(self, key: str) -> _Pipe:
+        """Give the connection to where a key lives, or to one of the replicas there."""
+        master = self._connection.holding(key)
+        found = self._by_master.get(master)
+        if found is None:
+            replicas = self._connection.replicas_of(master) if self._replicas else ()
+            server = any_of(replicas) if replicas else master
+            channel = Channel(self._connection, server=server)
+            found = self._by_master[master] = _Pipe(channel, self._connection.socket_seconds)
+            found.is_replica = bool(replicas)
+            if replicas and self._connection.servers.several:
+                channel.execute("READONLY")
+        return found
+
+    def values(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """Give the values that are there, by key."""
+        ways = [self.to(key) for key in keys]
+        for way, key in zip(ways, keys, strict=True):
+            way.channel.send([("GET", key)])
+        found = [way.channel.receive(1)[0] for way in ways]
+        self.give_back()
+        return {key: value for key, value in zip(keys, found, strict=True) if isinstance(value, bytes)}
+
+    def give_back(self) -> None:
+        """Leave the connections to others: every answer was read."""
+        for one in self._by_master.values():
+            if one.is_replica and self._connection.servers.several:
+                one.channel.close()  # others are not to read what is old
+            one.channel.give_back()
+
+    def close(self) -> None:
+        """Give the connections up. May be called again."""
+        for one in self._by_master.values():
+            one.channel.close()
 
 
 class _Pipe:
     """The socket of a channel, as requests and replies need it."""
 
-    def __init__(self, channel: Channel, sock: socket.socket, socket_seconds: float) -> None:
-        self._channel, self._sock, self._socket_seconds = channel, sock, socket_seconds
+    def __init__(self, channel: Channel, socket_seconds: float) -> None:
+        self.channel, self._socket_seconds = channel, socket_seconds
+        channel.connect()
+        self.sock: Any = channel.raw_socket
+        self.is_replica = False
+        #: Keys and sizes of chunks that are to be read, and sizes of those that were asked for.
+        self.wanted: deque[tuple[str, int]] = deque()
+        self.asked: deque[int] = deque()
+        #: Number, size, key and parts of chunks that were sent and not confirmed.
+        self.sent: deque[tuple[int, int, str, Sequence[Part]]] = deque()
         self._buffer = memoryview(bytearray(LINE_BYTES))
         self._unread = self._buffer[:0]
         self.begin()
@@ -197,16 +307,28 @@ class _Pipe:
         """Have what follows keep the deadline that now holds for this thread."""
         self._deadline = Deadline(try_seconds(math.inf))
 
+    def ask(self) -> None:
+        """Ask for what is to be read next, as much as may be under way."""
+        requests = []
+        while self.wanted and (
+            len(self.asked) < 2 or sum(self.asked) + self.wanted[0][1] <= READ_WINDOW_BYTES
+        ):
+            key, size = self.wanted.popleft()
+            requests.append(b"*2\r\n$3\r\nGET\r\n" + _bulk(key))
+            self.asked.append(size)
+        if requests:
+            self.send([b"".join(requests)])
+
     def send(self, parts: Sequence[Part]) -> None:
         """Send parts, one after the other; the first is not empty."""
         left: deque[memoryview] = deque(memoryview(part) for part in parts)
-        with self._channel.care:
+        with self.channel.care:
             while left:
                 self._bound()
-                if isinstance(self._sock, ssl.SSLSocket):
-                    sent = self._sock.send(left[0][:SEND_BYTES])
+                if isinstance(self.sock, ssl.SSLSocket):
+                    sent = self.sock.send(left[0][:SEND_BYTES])
                 else:
-                    sent = self._sock.sendmsg(list(islice(left, PIECES)))
+                    sent = self.sock.sendmsg(list(islice(left, PIECES)))
                 while left and sent >= len(left[0]):
                     sent -= len(left.popleft())
                 if sent:
@@ -215,7 +337,7 @@ class _Pipe:
     def line(self) -> bytes:
         """Receive the next line of a reply, without its end."""
         found = bytearray()
-        with self._channel.care:
+        with self.channel.care:
             while not found.endswith(b"\r\n"):
                 if len(found) > LONGEST_LINE_BYTES:
                     raise ConnectionError("a line of a reply does not end")
@@ -231,19 +353,19 @@ class _Pipe:
         have = min(len(memory), len(self._unread))
         memory[:have] = self._unread[:have]
         self._unread = self._unread[have:]
-        with self._channel.care:
+        with self.channel.care:
             while have < len(memory):
                 have += self._receive(memory[have:])
 
     def error(self, line: bytes) -> PeerError:
         """Give the error for a reply that is not what was asked for."""
         if line.startswith(b"-"):
-            return self._channel.refusal(line[1:])
-        return self._channel.refusal(b"unexpected reply %r" % line)
+            return self.channel.refusal(line[1:])
+        return self.channel.refusal(b"unexpected reply %r" % line)
 
     def _receive(self, memory: memoryview) -> int:
         self._bound()
-        received = self._sock.recv_into(memory)
+        received: int = self.sock.recv_into(memory)
         if not received:
             raise ConnectionResetError("the server closed the connection")
         return received
@@ -252,44 +374,21 @@ class _Pipe:
         limit = min(self._socket_seconds, self._deadline.remaining)
         if not limit:
             raise TimeoutError("timed out")
-        if self._sock.gettimeout() != limit:
-            self._sock.settimeout(limit)
+        if self.sock.gettimeout() != limit:
+            self.sock.settimeout(limit)
 
 
-def _receive(pipe: _Pipe, chunks: Chunks) -> Iterator[int]:
-    asked = under_way = 0
+def _read_by_client(lines: _Lines, chunks: Chunks) -> Iterator[int]:
     for index, (key, memory) in enumerate(chunks):
-        pipe.begin()
-        requests = []
-        while asked < len(chunks) and (
-            asked <= index + 1 or under_way + len(chunks[asked][1]) <= READ_WINDOW_BYTES
-        ):
-            requests.append(b"*2\r\n$3\r\nGET\r\n" + _bulk(chunks[asked][0]))
-            under_way += len(chunks[asked][1])
-            asked += 1
-        if requests:
-            pipe.send([b"".join(requests)])
-        line = pipe.line()
-        if line in (b"$-1", b"_"):
-            raise WireError(f"chunk {key} is gone")
-        if not re.fullmatch(rb"\$\d{1,18}", line):
-            raise pipe.error(line)
-        _check(key, int(line[1:]), memory)
-        pipe.fill(memory)
-        if end := pipe.line():
-            raise pipe.error(end)
-        under_way -= len(memory)
+        _copy(key, lines.to(key).channel.execute("GET", key), memory)
         yield index
 
 
-def _read_by_client(channel: Channel, chunks: Chunks) -> Iterator[int]:
-    for index, (key, memory) in enumerate(chunks):
-        data = channel.execute("GET", key)
-        if data is None:
-            raise WireError(f"chunk {key} is gone")
-        _check(key, len(data), memory)
-        memory[:] = data
-        yield index
+def _copy(key: str, data: bytes | None, memory: memoryview) -> None:
+    if data is None:
+        raise WireError(f"chunk {key} is gone")
+    _check(key, len(data), memory)
+    memory[:] = data
 
 
 def _check(key: str, length: int, memory: memoryview) -> None:

@@ -74,6 +74,7 @@ class Fetcher:
         images: Images,
         *,
         key: SigningKey | None = None,
+        from_replicas: bool = False,
         stopping: Callable[[], bool] = lambda: False,
         received: Callable[[int], object] = lambda count: None,
     ) -> None:
@@ -84,11 +85,12 @@ class Fetcher:
             keys: names of the run's keys.
             images: where to find what others decoded, and to put what we decode.
             key: which signs weights; None to take them unsigned.
+            from_replicas: whether chunks are read from replicas, where there are any.
             stopping: whether to give up.
             received: is told of bytes as they come, from this thread.
         """
         self._connection, self._keys, self._images, self._stopping = connection, keys, images, stopping
-        self._received, self._key = received, key
+        self._received, self._key, self._from_replicas = received, key, from_replicas
         self._reader = ChunkReader(connection)
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="rlbroker-decode")
 
@@ -113,7 +115,16 @@ class Fetcher:
             pointer.check(self._key, self._keys.run)
         if held and held.number == pointer.version:
             return held
+        self._reader.from_replicas = self._from_replicas
         try:
+            try:
+                return self._find_or_download(pointer, held)
+            except WireError:
+                if not self._reader.from_replicas:
+                    raise
+            self._reader.from_replicas = (
+                False  # what they have may be old, or belong to another master by now
+            )
             return self._find_or_download(pointer, held)
         except MemoryError as error:
             raise WireError(f"version {pointer.version} needs more memory than there is") from error
@@ -208,8 +219,7 @@ class Fetcher:
             for form in path
             for key in self._keys.upload(form.upload, form.chunks if form.stored_bytes <= SMALL_BYTES else 0)
         ]
-        found = self._connection.execute_all([("GET", key) for key in wanted])
-        return {key: bytes(data) for key, data in zip(wanted, found, strict=True) if data is not None}
+        return self._reader.values(wanted)
 
     def _header(self, form: Form, small: dict[str, bytes]) -> bytes:
         header = small.get(self._keys.chunk(form.upload, 0))
@@ -308,6 +318,7 @@ class Fetcher:
                     done = begin + index + 1
                     yield ranges[done - 1], chunks[done - 1][1]
             except ConnectionFailed as fault:
+                self._reader.from_replicas = False
                 patience.outlast(fault, moved=done > begin)
 
     def _check_stopping(self) -> None:

@@ -67,6 +67,7 @@ class Subscriber:
         images: Images | None = None,
         *,
         key: SigningKey | None = None,
+        from_replicas: bool = False,
     ) -> None:
         """Prepare a subscriber; nothing is read yet.
 
@@ -75,6 +76,7 @@ class Subscriber:
             keys: names of the run's keys.
             images: where decoded versions are kept; in our own memory by default.
             key: which signs weights; None to take them unsigned.
+            from_replicas: whether chunks are read from replicas, where there are any.
         """
         self._connection, self._keys, self._key = connection, keys, key
         self._images = images or Images(keys.run, None)
@@ -90,7 +92,12 @@ class Subscriber:
         self._arrived = threading.Condition()
         self._thread = Background(f"weights of {keys.run!r}", self._step)
         self._fetcher = Fetcher(
-            connection, keys, self._images, key=key, stopping=lambda: self._thread.stopping
+            connection,
+            keys,
+            self._images,
+            key=key,
+            from_replicas=from_replicas,
+            stopping=lambda: self._thread.stopping,
         )
         #: The newest version with a right signature: a key keeps who has it from going back.
         self._signed = 0
