@@ -24,7 +24,11 @@ def info_fields(reply: bytes) -> dict[str, str]:
     return {name: value for name, colon, value in lines if colon}
 
 
-def stream_entries(reply: Any) -> list[tuple[str, list[tuple[str, dict[bytes, bytes] | None]]]]:
+#: Key of a stream, and ids and fields of entries in it.
+StreamEntries = tuple[str, list[tuple[str, dict[bytes, bytes] | None]]]
+
+
+def stream_entries(reply: Any) -> list[StreamEntries]:
     """Give (key, [(entry id, fields), …]) from XREAD or XREADGROUP, whatever shape redis-py chose for them.
 
     Fields are None for an entry that was deleted while it was pending.

@@ -1,8 +1,12 @@
-"""The learner's half: one blocking read over every worker's stream, and batches handed out once and in order."""
+"""The learner's half: one blocking read over every worker's stream, and batches handed out once and in order.
+
+On a Cluster it is one for each shard. They wait at the same time, each over a connection of its own.
+"""
 
 from __future__ import annotations
 
 import logging
+import selectors
 import threading
 import time
 from collections import deque
@@ -31,6 +35,7 @@ from rlbroker.legible import answered, unless_spoiled
 from rlbroker.metrics import Metrics
 from rlbroker.records import Batch
 from rlbroker.replies import (
+    StreamEntries,
     consumer_pending,
     entry_place,
     pending_rows,
@@ -101,7 +106,9 @@ class Collector:
             check: raises if the learner must not go on: it was closed, or replaced.
         """
         self._connection, self._keys = connection, keys
-        self._channel = Channel(connection)  #: for reading what is new
+        #: For reading what is new, by shard; and how many entries of each stream were asked for where a read waits.
+        self._channels: dict[str, Channel] = {}
+        self._waiting: dict[str, int] = {}
         self._acknowledge_mode, self._max_staleness = acknowledge, max_staleness
         self._max_deliveries = max_deliveries
         self._suspect_after = (
@@ -312,7 +319,7 @@ class Collector:
             if again:
                 self._read_pending(again, count)
                 return True
-            self._read_new(streams, count, deadline)
+            self._read_new(count, deadline)
             return bool(self._read)
         except ServerFault as error:
             if not _lost_stream(error):
@@ -323,6 +330,9 @@ class Collector:
             # The reply may be lost with entries in it: they are pending now, so look there first.
             for stream in streams:
                 stream.pending_from = "-"
+            for channel in self._channels.values():
+                channel.close()
+            self._waiting.clear()
             if not isinstance(error, ConnectionFailed):
                 raise
             if self._returned:
@@ -339,16 +349,74 @@ class Collector:
         size = max(1.0, self._batch_bytes)
         return int(min(READ_BYTES / size / self._busy, COLLECT_BYTES / size / streams))
 
-    def _read_new(self, streams: Sequence[Stream], count: int, deadline: Deadline | None) -> None:
+    def _read_new(self, count: int, deadline: Deadline | None) -> None:
+        """Read what is new; with a deadline, wait for the first entry of whichever stream."""
+        wait_seconds = None if deadline is None else min(self._connection.block_seconds, deadline.remaining)
+        shards: dict[str, list[Stream]] = {}
+        for stream in self._watched.values():
+            shards.setdefault(self._keys.shard_of(stream.source.worker_id), []).append(stream)
+        if len(shards) == 1 and not self._waiting:
+            ((shard, streams),) = shards.items()
+            reply = self._acknowledged_and(
+                self._channel_to(shard), self._read_command(streams, count, wait_seconds)
+            )
+            self._take_new(stream_entries(reply), count)
+        else:
+            self._settle_returned()
+            self._take_new(self._read_shards(shards, count, wait_seconds), count)
+
+    def _channel_to(self, shard: str) -> Channel:
+        if shard not in self._channels:
+            self._channels[shard] = Channel(self._connection, f"{shard}:x")
+        return self._channels[shard]
+
+    def _read_command(
+        self, streams: Sequence[Stream], count: int, wait_seconds: float | None
+    ) -> list[Argument]:
         command: list[Argument] = ["XREADGROUP", "GROUP", GROUP, self._holdings.name, "COUNT", count]
-        if deadline is not None:
-            wait_seconds = min(self._connection.block_seconds, deadline.remaining)
+        if wait_seconds is not None:
             command += ["BLOCK", max(1, int(wait_seconds * 1000))]
-        command += ["STREAMS", *(stream.source.key for stream in streams), *(">" for _ in streams)]
-        found = dict(stream_entries(self._acknowledged_and(command)))
+        return [*command, "STREAMS", *(stream.source.key for stream in streams), *(">" for _ in streams)]
+
+    def _read_shards(
+        self, shards: Mapping[str, Sequence[Stream]], count: int, wait_seconds: float | None
+    ) -> list[StreamEntries]:
+        """Read from all shards at once; where a read waits for something when another one has it, it goes on waiting.
+
+        What comes while nobody collects is taken at the next call, or is pending for the next learner.
+        """
+        with selectors.DefaultSelector() as selector:
+            at_once = []
+            for shard, streams in shards.items():
+                channel = self._channel_to(shard)
+                if shard not in self._waiting:
+                    channel.send([self._read_command(streams, count, wait_seconds)])
+                    if wait_seconds is None:
+                        at_once.append(shard)
+                    else:
+                        self._waiting[shard] = count
+                if shard in self._waiting:
+                    assert channel.raw_socket is not None
+                    selector.register(channel.raw_socket, selectors.EVENT_READ, shard)
+            longest = 0.0 if wait_seconds is None else self._connection.block_seconds
+            ready = [key.data for key, _ in selector.select(longest)] if self._waiting else []
+        found: list[StreamEntries] = []
+        for shard in (*at_once, *ready):
+            found += self._finish_read(shard)
+        return found
+
+    def _finish_read(self, shard: str) -> list[StreamEntries]:
+        (reply,) = self._channels[shard].receive(1)
+        self._waiting.pop(shard, None)
+        if isinstance(reply, PeerError):
+            raise reply
+        return stream_entries(reply)
+
+    def _take_new(self, replies: Iterable[StreamEntries], count: int) -> None:
+        found = dict(replies)
         self._busy = max(1, len(found))
         self._drained = all(len(entries) < count for entries in found.values())
-        for stream in streams:
+        for stream in list(self._watched.values()):
             entries = found.get(stream.source.key)
             if not entries:
                 continue
@@ -361,21 +429,21 @@ class Collector:
             for entry_id, fields in entries:
                 self._take(stream, Entry(stream.source, entry_id, fields))
 
-    def _acknowledged_and(self, command: Sequence[Argument]) -> Any:
+    def _acknowledged_and(self, channel: Channel, command: Sequence[Argument]) -> Any:
         """Acknowledge what was returned and run a command, in one round trip; give the command's reply."""
         try:
             with self._holdings.counting():
                 fates = self._holdings.fates(self._delivered(self._returned))
-                self._channel.send([*self._holdings.commands(fates), command])
-                replies = self._channel.receive(len(fates))
+                channel.send([*self._holdings.commands(fates), command])
+                replies = channel.receive(len(fates))
                 problem = next((one for one in replies if isinstance(one, PeerError)), None)
                 if problem is None:
                     self._holdings.note_settled(fates, replies)
                 elif not script_is_unknown(problem):
                     raise problem
-            (reply,) = self._channel.receive(1)
+            (reply,) = channel.receive(1)
         except BaseException:
-            self._channel.close()  # the answers that are left are nobody's
+            channel.close()  # the answers that are left are nobody's
             raise
         if problem is None:
             self._returned = []
@@ -387,6 +455,10 @@ class Collector:
 
     def _read_pending(self, streams: Sequence[Stream], count: int) -> None:
         """Read what the server has given to us and we do not hold, without counting it as one more delivery."""
+        for shard in {self._keys.shard_of(one.source.worker_id) for one in streams}.intersection(
+            self._waiting
+        ):
+            self._take_new(self._finish_read(shard), self._waiting[shard])  # or it would come twice
         read, taken_over = self._holdings.consumers
         replies = self._connection.execute_all(
             [
