@@ -226,7 +226,7 @@ class Connection:
         try:
             return self._translated(send, [command])
         except KeyMoves as moving:
-            return self.follow(moving.said, command)
+            return self._shaped(command, self.follow(moving.said, command))
 
     def run(
         self,
@@ -291,13 +291,19 @@ class Connection:
             results = self.ask_once(commands)
             problem = next((one for one in results if isinstance(one, PeerError)), None)
             if problem is None:
-                return results
+                return list(map(self._shaped, commands, results))
             if not script_is_unknown(problem):
                 break
             for server in self.masters():
                 self._load_known(server)
         assert problem is not None
         raise problem
+
+    def _shaped(self, command: Sequence[Argument], reply: Any) -> Any:
+        """Give a reply as redis-py's client would: for some commands it makes dictionaries, say."""
+        known: Any = self._given.response_callbacks
+        shape = known.get(command[0])
+        return reply if shape is None else shape(reply, **_options(command))
 
     def ask(self, commands: Sequence[Sequence[Argument]], *, deadline: Deadline | None = None) -> list[Any]:
         """Run many commands in one round trip; what the server refused is given as a `PeerError`.
@@ -318,7 +324,9 @@ class Connection:
         try:
             groups = self._by_server(commands)
             for places in groups:
-                channels.append(Channel(self, key_of(commands[places[0]])))
+                channels.append(
+                    Channel(self, next(filter(None, (key_of(commands[one]) for one in places)), ""))
+                )
                 channels[-1].send([commands[place] for place in places])
             for channel, places in zip(channels, groups, strict=True):
                 for place, result in zip(places, channel.receive(len(places)), strict=True):
@@ -574,14 +582,19 @@ class Connection:
     def _translated(
         self, send: Callable[[redis.Redis], Result], commands: Sequence[Sequence[Argument]]
     ) -> Result:
-        """Send commands to the server that has the key of the first, and speak our errors."""
+        """Send commands to the server that has their keys, and speak our errors."""
         self.check_process()
         with self._care(command=commands[0]) as care:
-            care.server = server = self.servers.holding(key_of(commands[0]))
+            key = next(filter(None, map(key_of, commands)), "") if self.servers.several else ""
+            care.server = server = self.servers.holding(key)
             try:
                 result = send(server.client)
             except redis_errors.NoScriptError:
                 self._load_known(server)
+                result = send(server.client)
+            except redis_errors.MovedError as error:
+                self.failed(error, server)
+                care.server = server = self.servers.holding(key)
                 result = send(server.client)
         self.note_answer()
         return result
@@ -674,7 +687,11 @@ class _Translating:
         raise ours from error
 
 
-class KeyMoves(ConnectionFailed):
+class KeysMove(ConnectionFailed):
+    """Nodes of a Cluster hand keys over, or have done so: nothing is broken, and nothing was done."""
+
+
+class KeyMoves(KeysMove):
     """A node of a Cluster has handed a key over, and says where: it is to be asked there, this time only."""
 
     def __init__(self, said: redis_errors.AskError) -> None:
@@ -873,10 +890,8 @@ class Channel:
     def _break(self, error: BaseException) -> None:
         """Leave no half-read answer behind, and speak our errors."""
         self.close()
-        if not isinstance(
-            error, (redis_errors.RedisError, OSError)
-        ):  # ours; or Ctrl-C in the middle of an answer
-            return
+        if isinstance(error, PeerError) or not isinstance(error, (redis_errors.RedisError, OSError)):
+            return  # ours; or Ctrl-C in the middle of an answer
         if not isinstance(error, redis_errors.RedisError):
             error = redis_errors.ConnectionError(str(error))
         ours = self._ours(error)
@@ -946,7 +961,12 @@ def translated(
             f"{address} refused: {text}; check user and password in the server's URL, or where it has none, in "
             f"{USERNAME_VARIABLE} and {PASSWORD_VARIABLE} (or {PASSWORD_FILE_VARIABLE})"
         )
-    away = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.ReadOnlyError, *_ELSEWHERE)
+    if isinstance(error, redis_errors.MovedError):
+        return KeysMove(f"{address} has moved slot {error.slot_id} to {error.host}:{error.port}")
+    if isinstance(error, redis_errors.AskError | redis_errors.TryAgainError):
+        return KeysMove(f"{address} moves keys just now: {text}")
+    no_master = (redis_errors.ReadOnlyError, redis_errors.ClusterDownError)
+    away = (redis_errors.ConnectionError, redis_errors.TimeoutError, *no_master)
     if isinstance(error, away) or text.startswith(("LOADING", "BUSY ", "MASTERDOWN", "READONLY")):
         return ConnectionFailed(f"cannot reach {address}: {text}")
     if isinstance(error, redis_errors.OutOfMemoryError) or text.startswith("OOM"):
@@ -970,10 +990,6 @@ def translated(
             "uses the run's keys"
         )
     return ServerFault(f"{address} answered: {text}")
-
-
-#: What a node of a Cluster says while keys move, and while it is cut off or has no master.
-_ELSEWHERE: Final = (redis_errors.AskError, redis_errors.TryAgainError, redis_errors.ClusterDownError)
 
 
 def _asked(text: str, command: Sequence[object]) -> str:

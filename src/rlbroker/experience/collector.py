@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rlbroker.config import Acknowledge
-from rlbroker.connection import BLOCK_SECONDS, Argument, Channel, Connection, script_is_unknown
+from rlbroker.connection import BLOCK_SECONDS, Argument, Channel, Connection, KeysMove, script_is_unknown
 from rlbroker.deadline import Deadline
 from rlbroker.errors import (
     ConnectionFailed,
@@ -62,6 +62,9 @@ FIRST_GUESS_BYTES = 1 << 20
 
 #: How often the server is asked whether it thinks that we hold more than we do, and for dead batches to try again.
 RECHECK_SECONDS = 5.0
+
+#: While a Cluster moves streams, they are looked at so often.
+MOVING_SECONDS = 0.02
 
 #: A batch that was handed out this often, each time to a learner that died, is handed out alone: at the latest
 #: when it is the last time, so that its neighbours are not blamed.
@@ -357,13 +360,15 @@ class Collector:
             shards.setdefault(self._keys.shard_of(stream.source.worker_id), []).append(stream)
         if len(shards) == 1 and not self._waiting:
             ((shard, streams),) = shards.items()
-            reply = self._acknowledged_and(
-                self._channel_to(shard), self._read_command(streams, count, wait_seconds)
-            )
-            self._take_new(stream_entries(reply), count)
+            command = self._read_command(streams, count, wait_seconds)
+            try:
+                replies = stream_entries(self._acknowledged_and(self._channel_to(shard), command))
+            except KeysMove as moving:
+                replies = self._read_moving(streams, count, moving)
         else:
             self._settle_returned()
-            self._take_new(self._read_shards(shards, count, wait_seconds), count)
+            replies = self._read_shards(shards, count, wait_seconds)
+        self._take_new(replies, count)
 
     def _channel_to(self, shard: str) -> Channel:
         if shard not in self._channels:
@@ -402,8 +407,21 @@ class Collector:
             ready = [key.data for key, _ in selector.select(longest)] if self._waiting else []
         found: list[StreamEntries] = []
         for shard in (*at_once, *ready):
-            found += self._finish_read(shard)
+            try:
+                found += self._finish_read(shard)
+            except KeysMove as moving:
+                self._waiting.pop(shard, None)
+                found += self._read_moving(shards[shard], count, moving)
         return found
+
+    def _read_moving(self, streams: Sequence[Stream], count: int, moving: KeysMove) -> list[StreamEntries]:
+        """Read each stream by itself while a Cluster moves them: they may not be together any more."""
+        logger.info("%s; reading each stream by itself", moving)
+        for stream in streams:
+            stream.pending_from = "-"  # what was read may have got lost
+        time.sleep(MOVING_SECONDS)
+        replies = self._connection.execute_all([self._read_command([one], count, None) for one in streams])
+        return [one for reply in replies for one in stream_entries(reply)]
 
     def _finish_read(self, shard: str) -> list[StreamEntries]:
         (reply,) = self._channels[shard].receive(1)
@@ -458,7 +476,8 @@ class Collector:
         for shard in {self._keys.shard_of(one.source.worker_id) for one in streams}.intersection(
             self._waiting
         ):
-            self._take_new(self._finish_read(shard), self._waiting[shard])  # or it would come twice
+            count = self._waiting[shard]
+            self._take_new(self._finish_read(shard), count)  # or it would come twice
         read, taken_over = self._holdings.consumers
         replies = self._connection.execute_all(
             [
