@@ -17,6 +17,7 @@ from certificates import certificates  # noqa: F401 - a fixture
 from fault_fixtures import (  # noqa: F401 - so pytest finds them
     arena,
     binary,
+    engine,
     figures,
     full,
     new_cluster,
@@ -43,10 +44,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--servers", default="embedded", help="embedded, redis-6.2, redis-7.0, separated by commas"
     )
     faults.addoption(
+        "--engines", default="single,cluster,sentinel", help="what scenarios run on that can run on each"
+    )
+    faults.addoption(
         "--soak", type=float, default=0.0, metavar="MINUTES", help="all faults at random, so long"
     )
     faults.addoption(
         "--figures", metavar="FILE", help="append each scenario's figures to it, as lines of JSON"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "on_every_engine: a scenario for a server, a Cluster and a Sentinel trio"
     )
 
 

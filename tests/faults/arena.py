@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
+from engines import Cluster, SentinelTrio
 from proxy import Proxy
 from servers import FaultyServer
 
@@ -76,11 +77,12 @@ class Actor:
 
 
 class Arena:
-    """Runs a learner and workers through a proxy on one server."""
+    """Runs a learner and workers through a proxy on one server, or on an engine without one."""
 
-    def __init__(self, server: FaultyServer, folder: Path, seed: int) -> None:
+    def __init__(self, server: FaultyServer | Cluster | SentinelTrio, folder: Path, seed: int) -> None:
         self.server, self.folder, self.seed = server, folder, seed
-        self.proxy = Proxy(server.address, seed)
+        # An engine's nodes tell clients their own addresses, which lead past any proxy.
+        self._proxy = Proxy(server.address, seed) if isinstance(server, FaultyServer) else None
         self.run = f"faults-{seed}"
         self.keys = Keys(self.run)
         self.workers: list[Actor] = []
@@ -93,12 +95,21 @@ class Arena:
         for actor in (*self.workers, self.learner):
             if actor is not None:
                 actor.kill()
-        self.proxy.close()
+        if self._proxy:
+            self._proxy.close()
+
+    @property
+    def proxy(self) -> Proxy:
+        assert self._proxy, "there is no proxy before an engine"
+        return self._proxy
+
+    def _url(self, *, direct: bool) -> str:
+        return self._proxy.url if self._proxy and not direct else self.server.url
 
     def start_learner(self, *, direct: bool = False, **chosen: Any) -> Actor:
         """Start the learner; what is chosen goes to fault_learner.py."""
         arguments = {
-            "url": self.server.url if direct else self.proxy.url,
+            "url": self._url(direct=direct),
             "run": self.run,
             "log": str(self.folder / "learner.log"),
             "checkpoint": str(self.folder / "checkpoint.json"),
@@ -119,7 +130,7 @@ class Arena:
     def start_worker(self, worker_id: int, *, name: str = "", direct: bool = False, **chosen: Any) -> Actor:
         """Start a worker; what is chosen goes to fault_worker.py."""
         arguments = {
-            "url": self.server.url if direct else self.proxy.url,
+            "url": self._url(direct=direct),
             "run": self.run,
             "log": str(self.folder / f"worker-{worker_id}{name}.log"),
             "worker_id": worker_id,

@@ -19,10 +19,22 @@ from servers import KINDS, FaultyServer, binary_of
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "server_kind" not in metafunc.fixturenames:
         return
-    if "seed" in metafunc.fixturenames:
-        metafunc.parametrize("seed", range(1, metafunc.config.getoption("--seeds") + 1))
-    kinds = metafunc.config.getoption("--servers").split(",")
-    metafunc.parametrize("server_kind", kinds, scope="session")
+    option = metafunc.config.getoption
+    seeds = range(1, option("--seeds") + 1)
+    few = seeds if option("--full") else seeds[:1]
+    if metafunc.definition.get_closest_marker("on_every_engine"):
+        metafunc.parametrize(
+            ("engine", "seed"),
+            [
+                (engine, seed)
+                for engine in option("--engines").split(",")
+                for seed in (seeds if engine == "single" else few)
+            ],
+        )
+    elif "seed" in metafunc.fixturenames:
+        engines = {"new_cluster", "new_trio"} & set(metafunc.fixturenames)
+        metafunc.parametrize("seed", few if engines else seeds)
+    metafunc.parametrize("server_kind", option("--servers").split(","), scope="session")
 
 
 @pytest.fixture
@@ -64,14 +76,23 @@ def new_trio(binary: Path, tmp_path: Path) -> Iterator[Callable[..., SentinelTri
 
 
 @pytest.fixture
-def arena(new_server: Callable[..., FaultyServer], tmp_path: Path, seed: int) -> Iterator[Arena]:
-    """A run on a server that keeps nothing on disk."""
-    with Arena(new_server(), tmp_path, seed) as made:
+def engine() -> str:
+    """What a scenario runs on that is not marked to run on every engine."""
+    return "single"
+
+
+@pytest.fixture
+def arena(engine: str, request: pytest.FixtureRequest, tmp_path: Path, seed: int) -> Iterator[Arena]:
+    """A run on a server, or an engine, that keeps nothing on disk."""
+    new = {"single": "new_server", "cluster": "new_cluster", "sentinel": "new_trio"}[engine]
+    with Arena(request.getfixturevalue(new)(), tmp_path, seed) as made:
         yield made
 
 
 @pytest.fixture
-def figures(request: pytest.FixtureRequest, seed: int, server_kind: str) -> Iterator[dict[str, Any]]:
+def figures(
+    request: pytest.FixtureRequest, seed: int, server_kind: str, engine: str
+) -> Iterator[dict[str, Any]]:
     """What a scenario measured; printed, and written to the file of --figures."""
     found: dict[str, Any] = {}
     began = time.monotonic()
@@ -81,6 +102,7 @@ def figures(request: pytest.FixtureRequest, seed: int, server_kind: str) -> Iter
         "scenario": name,
         "seed": seed,
         "server": server_kind,
+        "engine": engine,
         "seconds": round(time.monotonic() - began, 1),
     }
     print(json.dumps(line | found))

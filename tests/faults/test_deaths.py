@@ -15,6 +15,7 @@ def _ended(actor: Actor) -> bool:
     return actor.process.poll() is not None
 
 
+@pytest.mark.on_every_engine
 @pytest.mark.parametrize("phase", ["read", "insert", "checkpoint", "acknowledge"])
 def test_3_the_learner_is_killed(
     arena: Arena, seed: int, phase: str, full: bool, figures: dict[str, Any]
@@ -33,6 +34,7 @@ def test_3_the_learner_is_killed(
     figures |= {"faults": lives, "batches": arena.produced()}
 
 
+@pytest.mark.on_every_engine
 def test_6_a_worker_sleeps_is_replaced_and_wakes(arena: Arena, full: bool, figures: dict[str, Any]) -> None:
     """Nothing of the first process is accepted once the second is there, and what was refused is counted."""
     arena.start_learner()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ def recovery(arena: Arena, back: float, seconds: float = 10.0) -> dict[str, floa
     return took
 
 
+@pytest.mark.on_every_engine
 @pytest.mark.parametrize("level", ["learner", "redis"])
 def test_4_the_server_is_killed_and_comes_back_empty(
     arena: Arena, level: str, full: bool, figures: dict[str, Any]
@@ -138,21 +141,34 @@ def test_5b_what_a_replica_has_confirmed_outlasts_a_failover(new_server: NewServ
     way.close()
 
 
-@pytest.mark.parametrize("how", ["frozen", "silent, late", "silent, dropping"])
-def test_7_the_server_stands_still(arena: Arena, how: str, full: bool, figures: dict[str, Any]) -> None:
+@pytest.mark.on_every_engine
+def test_7_the_server_freezes(arena: Arena, full: bool, figures: dict[str, Any]) -> None:
     """Noticed within the deadline; afterwards every worker reaches the newest version, and its jumps are known."""
-    seconds = {"frozen": 20.0}.get(how, 60.0) if full else 8.0
+
+    @contextlib.contextmanager
+    def freeze() -> Iterator[None]:
+        arena.server.freeze()
+        yield
+        arena.server.thaw()
+
+    _stand_still(arena, freeze(), 20.0 if full else 8.0, figures)
+
+
+@pytest.mark.parametrize("how", ["late", "dropping"])
+def test_7_the_server_is_silent(arena: Arena, how: str, full: bool, figures: dict[str, Any]) -> None:
+    """The same where nothing comes through, and what was on its way comes late or never."""
+    _stand_still(arena, arena.proxy.silence(dropping=how == "dropping"), 60.0 if full else 8.0, figures)
+
+
+def _stand_still(
+    arena: Arena, fault: AbstractContextManager[object], seconds: float, figures: dict[str, Any]
+) -> None:
     arena.start_learner(versions=0, version_seconds=0.3, timeout=5.0)
     for number in range(3):
         arena.start_worker(number, batches=None, pause=0.01, level="learner", timeout=5.0)
     arena.wait("batches flow, of every worker", lambda: arena.inserted() > 100 and arena.all_send())
-    if how == "frozen":
-        arena.server.freeze()
+    with fault:
         time.sleep(seconds)
-        arena.server.thaw()
-    else:
-        with arena.proxy.silence(dropping=how.endswith("dropping")):
-            time.sleep(seconds)
     back = time.monotonic()
     for worker in arena.workers:
         took = [line["took"] for line in worker.lines("took")]
