@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -176,6 +177,16 @@ class Arena:
         assert self.learner is not None
         return len({line["inserted"][0] for line in self.learner.lines("inserted")}) == len(self.workers)
 
+    def hold_back(self, batches: int) -> None:
+        """Let the learner stand still until so many more batches were sent, which thus wait on the server."""
+        (self.folder / "pause").touch()
+        before = self.produced()
+        self.wait("some wait", lambda: self.produced() > before + batches)
+
+    def go_on(self) -> None:
+        """Let the learner go on."""
+        (self.folder / "pause").unlink(missing_ok=True)
+
     def finish(self, seconds: float = 90.0) -> dict[str, Any]:
         """Let the workers come to their end, then the learner; give its report."""
         learner = self.learner
@@ -193,15 +204,20 @@ class Arena:
         report: dict[str, Any] = line["report"]
         return report
 
-    def check(self, report: dict[str, Any], *, lost: str = "nothing", hostile: int = 0) -> None:
+    def check(
+        self, report: dict[str, Any], *, lost: str = "nothing", hostile: int = 0
+    ) -> list[tuple[int, int, int]]:
         """The oracle. Produced = inserted and counted; nothing twice; in order; one final state for everything.
 
         Args:
             report: the learner's.
             lost: what may be missing: `nothing`, or the reason for which all of it must be counted.
             hostile: how many batches nobody produced, which may be counted as corrupt.
+
+        Returns:
+            What is missing: worker, incarnation and sequence.
         """
-        produced = {
+        produced: set[tuple[int, int, int]] = {
             (self._id_of(worker), *line["produced"])
             for worker in self.workers
             for line in worker.lines("produced")
@@ -237,6 +253,7 @@ class Arena:
             assert not missing, f"{say}missing: {missing[:10]} of {len(missing)}; counted: {dict(counted)}"
         assert counted == ({lost: len(missing)} if missing else {}), f"{say}missing {missing[:10]}: {counted}"
         self._check_ledger(report)
+        return missing
 
     def _check_ledger(self, report: dict[str, Any]) -> None:
         with self.server.client() as client:
@@ -261,3 +278,21 @@ class Arena:
 def times(actor: Actor, name: str, after: float) -> Iterator[float]:
     """Give when an actor logged such lines after a moment."""
     return (line["t"] for line in actor.lines(name) if line["t"] > after)
+
+
+def recovery(arena: Arena, back: float, seconds: float = 10.0) -> dict[str, float]:
+    """Wait until a batch is inserted and a version applied after the server's return; give how long it took."""
+    learner = arena.learner
+    assert learner is not None
+    inserted = arena.wait("a batch came", partial(_first, learner, "inserted", back), seconds + 20)
+    applied = [
+        arena.wait("a version came", partial(_first, worker, "version", back), seconds + 20)
+        for worker in arena.workers
+    ]
+    took = {"to_batch": round(inserted - back, 2), "to_version": round(max(applied) - back, 2)}
+    assert max(took.values()) <= seconds, f"seed {arena.seed}: {took}"
+    return took
+
+
+def _first(actor: Actor, name: str, after: float) -> float | None:
+    return next(times(actor, name, after), None)

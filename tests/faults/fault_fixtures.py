@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             ],
         )
     elif "seed" in metafunc.fixturenames:
-        engines = {"new_cluster", "new_trio"} & set(metafunc.fixturenames)
+        engines = {"cluster", "trio"} & set(metafunc.fixturenames)
         metafunc.parametrize("seed", few if engines else seeds)
     metafunc.parametrize("server_kind", option("--servers").split(","), scope="session")
 

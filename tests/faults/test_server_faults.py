@@ -11,27 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from arena import Actor, Arena, times
+from arena import Arena, recovery
 from proxy import Proxy
 from servers import FaultyServer
 
 from rlbroker import Unconfirmed, WorkerClient, WorkerCommunicator
 
 NewServer = Callable[..., FaultyServer]
-
-
-def recovery(arena: Arena, back: float, seconds: float = 10.0) -> dict[str, float]:
-    """Wait until a batch is inserted and a version applied after the server's return; give how long it took."""
-    learner = arena.learner
-    assert learner is not None
-    inserted = arena.wait("a batch came", partial(_first, learner, "inserted", back), seconds + 20)
-    applied = [
-        arena.wait("a version came", partial(_first, worker, "version", back), seconds + 20)
-        for worker in arena.workers
-    ]
-    took = {"to_batch": round(inserted - back, 2), "to_version": round(max(applied) - back, 2)}
-    assert max(took.values()) <= seconds, f"seed {arena.seed}: {took}"
-    return took
 
 
 @pytest.mark.on_every_engine
@@ -47,15 +33,13 @@ def test_4_the_server_is_killed_and_comes_back_empty(
     for kill in range(3 if full else 2):
         arena.wait("batches flow", partial(_more, arena.inserted, 200 * (kill + 1)))
         if level == "redis":  # something is to be lost
-            (arena.folder / "pause").touch()
-            before = arena.produced()
-            arena.wait("some wait", partial(_more, arena.produced, before + 30))
+            arena.hold_back(30)
         arena.server.kill()
         arena.server.empty()
         time.sleep(0.5)
         arena.server.start()
         back = time.monotonic()
-        (arena.folder / "pause").unlink(missing_ok=True)
+        arena.go_on()
         took.append(recovery(arena, back))
     report = arena.finish(120.0)
     arena.check(report, lost="nothing" if level == "learner" else "vanished")
@@ -220,10 +204,6 @@ def test_8_the_server_is_full(
             "used_mb": used >> 20,
             "dropped": report["counts"]["0"]["lost"],
         }
-
-
-def _first(actor: Actor, name: str, after: float) -> float | None:
-    return next(times(actor, name, after), None)
 
 
 def _more(count: Callable[[], int], than: int) -> bool:

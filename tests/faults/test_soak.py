@@ -167,6 +167,7 @@ def _replace_worker(arena: Arena, index: int) -> None:
 def _fail_over(arena: Arena, new_server: Callable[..., FaultyServer]) -> None:
     """Promote a replica that has missed the last second."""
     first, second = arena.server, new_server()
+    assert isinstance(first, FaultyServer)
     link = Proxy(first.address, arena.seed)
     second.follow("127.0.0.1", link.port)
     with link.silence(dropping=True):
