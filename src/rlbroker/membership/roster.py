@@ -181,6 +181,7 @@ class Roster:
         self._facts: dict[str, str | int] = {}
         self._lives = Lives()
         self._alive: frozenset[int] = frozenset()
+        self._ids: tuple[int, Sequence[int]] | None = None  #: members of the set `workers`, and who they are
         #: Members that were written back and not heard of since: when that was, in the server's milliseconds.
         self._awaited: dict[int, int] = {}
         self._leading = 0  #: the newest epoch that was seen to lead
@@ -245,6 +246,7 @@ class Roster:
             [("TIME",), ("HMGET", self._keys.meta, f"learner:{self._name}", "epoch")], strict=True
         )
         lives = read_lives(channel.execute_all, self._keys)
+        self._ids = None
         with legible(self._keys.meta):
             named, leading = (int(epoch or 0) for epoch in epochs)
         if named > self.epoch:
@@ -307,8 +309,15 @@ class Roster:
         return frozenset(self._lives.of)
 
     def ids(self) -> list[int]:
-        """Give every worker id that the run ever had, in order."""
-        return worker_numbers(self._connection.execute("SMEMBERS", self._keys.workers))
+        """Give every worker id that the run ever had, in order.
+
+        The set hardly ever loses one, so it is only counted where `say_alive` has not looked since the last time.
+        """
+        known = self._ids
+        if known is None or self._connection.execute("SCARD", self._keys.workers) != known[0]:
+            names = self._connection.execute("SMEMBERS", self._keys.workers)
+            known = self._ids = len(names), worker_numbers(names)
+        return list(known[1])
 
     def workers(self) -> list[WorkerInfo]:
         """Give the members of the run, by id."""
