@@ -762,6 +762,7 @@ class WorkerCommunicator:
         for worker in self._roster.forget_silent():
             logger.warning("worker %d was silent for too long and no longer belongs to the run", worker)
         if self._roster.leads:
+            self._roster.count_hosts()
             self._commander.trim()
             self._publisher.tidy()
             self._republish = True

@@ -130,7 +130,12 @@ class WorkerClient:
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
         self._keep_dtype = keep_dtype
         self._subscriber = Subscriber(
-            connection, keys, Images(run, place), key=key, from_replicas=read_from_replicas
+            connection,
+            keys,
+            Images(run, place),
+            key=key,
+            from_replicas=read_from_replicas,
+            crowd=lambda: self._heartbeat.crowd,
         )
         self._heartbeat = Heartbeat(
             connection,

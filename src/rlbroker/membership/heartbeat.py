@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from rlbroker.background import Background
 from rlbroker.config import MAX_WORKER_ID, RunSettings, worker_number
 from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
+from rlbroker.crowd import Crowd
 from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import AccessDenied, DeadlineExceeded, IncompatibleFormat, RunLost
 from rlbroker.keys import Keys
@@ -18,7 +19,7 @@ from rlbroker.legible import legible
 from rlbroker.lives import read_lives
 from rlbroker.membership.life_scripts import ANNOUNCE, HEARD_OF, NEXT_LIFE, NOTE_FENCED
 from rlbroker.records import Registration
-from rlbroker.replies import text_fields
+from rlbroker.replies import text_fields, whole_number
 
 #: Heartbeats in one lease: this many must fail in a row before a worker is called away.
 BEATS_PER_LEASE = 5
@@ -192,6 +193,8 @@ class Heartbeat:
         self._settings_known = threading.Event()
         self._thread = Background(f"heartbeat in {keys.run!r}", self._step)
         self.registration = Registration(0, 0, 0, "0-0")
+        #: Who takes part besides, as the learner said last.
+        self.crowd = Crowd()
         self._token = ""
         self._host, self._pid = socket.gethostname(), os.getpid()
 
@@ -377,6 +380,7 @@ class Heartbeat:
                 self._settings = RunSettings.from_fields(meta)
             self._keys.spread(meta.get("shards", " ".join(self._keys.shards)))
             self._settings_known.set()
+        self.crowd = Crowd(*(whole_number(meta.get(name, "")) or 0 for name in Crowd._fields))
 
     def _come_back(self) -> None:
         self.rejoin(self._channel)

@@ -179,6 +179,7 @@ class Roster:
         self._connection, self._keys, self._settings = connection, keys, settings
         self._name, self._publishes = learner_name, publishes
         self._facts: dict[str, str | int] = {}
+        self._hosts = 0
         self._lives = Lives()
         self._alive: frozenset[int] = frozenset()
         self._ids: tuple[int, Sequence[int]] | None = None  #: members of the set `workers`, and who they are
@@ -270,10 +271,20 @@ class Roster:
         if self.leads:
             self._raise_floor(lives)
             self._forget_unusable(lives, channel)
-        seen = {f"seen:{self._name}": f"{server_seconds(clock):.3f}"}
+        said = {f"seen:{self._name}": f"{server_seconds(clock):.3f}"}
         if self.leads:
-            seen["learner_seen"] = f"{server_seconds(clock):.3f}"
-        channel.run(ALIVE, (self._keys.meta,), flat(seen))
+            said["learner_seen"] = f"{server_seconds(clock):.3f}"
+            said |= {"members": str(len(self._alive)), "hosts": str(self._hosts)}
+        channel.run(ALIVE, (self._keys.meta,), flat(said))
+
+    def count_hosts(self) -> None:
+        """See on how many hosts those are who take part, for `say_alive` to tell.
+
+        Raises:
+            ConnectionFailed: the server could not be reached in time.
+        """
+        asked = [("HGET", self._keys.heartbeat(worker), "host") for worker in self._alive]
+        self._hosts = len({host for host in self._connection.ask(asked) if isinstance(host, bytes)})
 
     def restore(self) -> None:
         """Write back what a server lost: who takes part, and last of all, that this learner has the run.

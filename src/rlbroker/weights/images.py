@@ -62,6 +62,10 @@ class Images:
         self._run, self._directory = run, directory
         self._closed = False
 
+    def shares(self, raw_bytes: int) -> bool:
+        """Whether a version of this size is downloaded once for all processes of this host."""
+        return self._cache_for(raw_bytes) is not None
+
     def find(self, name: str, raw_bytes: int) -> Image | None:
         """Give the image that someone on this host has put in place."""
         cache = self._cache_for(raw_bytes)

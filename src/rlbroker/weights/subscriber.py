@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +16,7 @@ from redis import exceptions as redis_errors
 from rlbroker.background import Background
 from rlbroker.clients import STALL_SECONDS
 from rlbroker.connection import Connection
+from rlbroker.crowd import Crowd
 from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, WireError
 from rlbroker.keys import Keys
@@ -68,6 +71,7 @@ class Subscriber:
         *,
         key: SigningKey | None = None,
         from_replicas: bool = False,
+        crowd: Callable[[], Crowd] = Crowd,
     ) -> None:
         """Prepare a subscriber; nothing is read yet.
 
@@ -77,8 +81,11 @@ class Subscriber:
             images: where decoded versions are kept; in our own memory by default.
             key: which signs weights; None to take them unsigned.
             from_replicas: whether chunks are read from replicas, where there are any.
+            crowd: gives who else asks for each version.
         """
         self._connection, self._keys, self._key = connection, keys, key
+        self._crowd, self._host, self._name = crowd, socket.gethostname(), uuid.uuid4().hex
+        self._turn: Deadline | None = None  #: when to fetch, where that was put off
         self._images = images or Images(keys.run, None)
         self._pubsub: redis.client.PubSub | None = None
         self._next_ping = self._silent = Deadline(0)
@@ -193,6 +200,8 @@ class Subscriber:
             self._subscribe()
             self._next_look = Deadline(0)  # nothing published while unsubscribed is replayed
         due = self._heard() or self._hinted > self._handled or self._next_look.over
+        if self._turn is not None:
+            due = self._turn.over
         if due:
             self._next_look = Deadline(LOOK_SECONDS)
             self._look()
@@ -220,7 +229,10 @@ class Subscriber:
             if self._next_ping.over:
                 self._pubsub.ping()
                 self._next_ping = Deadline(PING_SECONDS)
-            message = self._pubsub.get_message(timeout=self._connection.block_seconds)
+            wait_seconds = self._connection.block_seconds
+            if self._turn is not None:
+                wait_seconds = min(wait_seconds, self._turn.remaining)
+            message = self._pubsub.get_message(timeout=wait_seconds)
         except (redis_errors.RedisError, OSError) as error:
             self._unsubscribe()
             if isinstance(error, redis_errors.RedisError):
@@ -237,6 +249,7 @@ class Subscriber:
         return True
 
     def _look(self) -> None:
+        waited, self._turn = self._turn is not None, None
         if self._hinted <= self._handled:
             latest = self._read_version()
             if latest is not None and latest <= self._handled:
@@ -260,6 +273,9 @@ class Subscriber:
         except NotSigned as error:
             self._refuse(pointer, str(error))
             return
+        # Who has waited once fetches what is the newest then.
+        if not waited and pointer.upload != self._tried and self._put_off(pointer):
+            return
         try:
             version = self._fetcher.fetch(pointer, self._held)
         except WireError as error:
@@ -269,6 +285,14 @@ class Subscriber:
         self._problem = ""
         self._held = version if pointer.codec != "raw" else None  # raw versions are never differences
         self._hand_over(Update(pointer.version, version), pointer.upload)
+
+    def _put_off(self, pointer: Pointer) -> bool:
+        """Have it fetched later, if so many want it that they must take turns; give whether that is so."""
+        shared = self._images.shares(pointer.raw_bytes)
+        name = self._host if shared else self._name
+        seconds = self._crowd().wait_seconds(pointer.version, pointer.stored_bytes, name=name, shared=shared)
+        self._turn = Deadline(seconds) if seconds else None
+        return self._turn is not None
 
     def _read_version(self) -> int | None:
         """Give the number of the latest version, 0 before the first; None if what is there is no number."""

@@ -1,0 +1,58 @@
+"""What keeps many workers from asking for the same at the same time, and few from waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import wait_until
+
+import rlbroker.learner
+from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker.crowd import Crowd
+from rlbroker.deadline import Deadline
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+
+class _Late(Crowd):
+    """A crowd in which it is always somebody else's turn."""
+
+    def wait_seconds(self, *facts: Any, **more: Any) -> float:
+        return 3600.0
+
+
+def test_workers_are_told_how_many_they_are(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rlbroker.learner, "HOUSEKEEPING_SECONDS", 0.1)
+    learner(lease_seconds=1.0)
+    clients = [worker() for _ in range(3)]
+    wait_until("each has heard of all", lambda: {one._heartbeat.crowd for one in clients} == {Crowd(3, 1)})
+    clients[1]._heartbeat._host = "elsewhere"
+    wait_until("they run on two hosts", lambda: clients[0]._heartbeat.crowd.hosts == 2)
+
+
+def test_who_had_to_wait_fetches_what_is_the_newest_by_then(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    client._subscriber._crowd = _Late
+    comm.send_model_weights({"number": 1})
+    wait_until("it waits for its turn", lambda: client._subscriber._turn)
+    comm.send_model_weights({"number": 2})
+    model: dict[str, Any] = {}
+    assert not client.poll(model)
+    client._subscriber._turn = Deadline(0)
+    wait_until("it is its turn", lambda: client.poll(model))
+    assert (client.version, model) == (2, {"number": 2})
+    assert comm.missed_updates()[0].by_reason == {"superseded": 1}
+
+
+def test_who_waits_for_its_turn_leaves_without_it(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    client._subscriber._crowd = _Late
+    comm.send_model_weights({"number": 1})
+    wait_until("it waits for its turn", lambda: client._subscriber._turn)
+    client.close()
+    assert not client._subscriber._thread._thread.is_alive()
