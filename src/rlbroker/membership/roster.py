@@ -274,6 +274,8 @@ class Roster:
         said = {f"seen:{self._name}": f"{server_seconds(clock):.3f}"}
         if self.leads:
             said["learner_seen"] = f"{server_seconds(clock):.3f}"
+            if not self._hosts:
+                self.count_hosts()
             said |= {"members": str(len(self._alive)), "hosts": str(self._hosts)}
         channel.run(ALIVE, (self._keys.meta,), flat(said))
 
