@@ -126,13 +126,14 @@ def bounded_client(
     settings = {
         name: value
         for name, value in pool.connection_kwargs.items()
-        if not name.startswith(("maint_notifications", "orig_", "retry"))
+        if not name.startswith(("maint_notifications", "orig_", "retry", "lib_"))
     }
     settings |= {
         "retry": Retry(NoBackoff(), 0),
         "socket_timeout": socket_seconds,
         "socket_connect_timeout": socket_seconds,
         "socket_read_size": SOCKET_READ_BYTES,
+        "driver_info": None,  # to find its own version costs redis-py more than all else that connecting takes
         **other,
     }
     if address is not None:

@@ -60,6 +60,15 @@ def run_of(key: str) -> str:
     return tag["run"] if tag and ours and is_run_name(tag["run"]) else ""
 
 
+def shard_of(key: str) -> str:
+    """Give what a key begins with: keys with the same beginning live together.
+
+    >>> shard_of("rlb:{pong/s4}:x:3")
+    'rlb:{pong/s4}'
+    """
+    return key.partition("}")[0] + "}"
+
+
 @dataclass
 class Keys:
     """The names of one run's keys.

@@ -22,7 +22,7 @@ from redis.crc import key_slot
 
 from rlbroker.background import Background
 from rlbroker.config import Way
-from rlbroker.deadline import Deadline
+from rlbroker.deadline import Deadline, try_seconds, within
 from rlbroker.errors import ServerUnsuitable
 from rlbroker.keys import EVERY_KEY
 
@@ -30,6 +30,10 @@ logger = logging.getLogger("rlbroker")
 
 #: How often somebody is asked who is master, while nothing seems wrong.
 LOOK_SECONDS: Final = 1.0
+
+#: And the longest that asking takes, however many do not answer: who did not is asked last the next time.
+LONGEST_LOOK_SECONDS: Final = 2.0
+LONGEST_ASK_SECONDS: Final = 1.0
 
 #: For so long it holds which replicas a master has.
 REPLICAS_SECONDS: Final = 10.0
@@ -160,19 +164,29 @@ class _Watched(Servers):
     def _make_sure(self) -> None:
         if not self._doubt:
             return
-        with self._looking:
+        if not self._looking.acquire(timeout=try_seconds(LONGEST_LOOK_SECONDS)):
+            raise redis_errors.ConnectionError("nobody has said in time who is master")
+        try:
             if self._doubt:
-                self._look()
+                with within(Deadline(LONGEST_LOOK_SECONDS)):
+                    self._look()
                 self._doubt = False
                 if not self._started:
                     self._started = True
                     self._thread.start()
+        finally:
+            self._looking.release()
 
     def _step(self) -> None:
         self._thread.pause(LOOK_SECONDS)
-        if not self._thread.stopping:
-            with suppress(redis_errors.RedisError, OSError), self._looking:
-                self._look()
+        if self._thread.stopping:
+            return
+        with (
+            suppress(redis_errors.RedisError, OSError),
+            self._looking,
+            within(Deadline(LONGEST_LOOK_SECONDS)),
+        ):
+            self._look()
 
 
 class SentinelServers(_Watched):
@@ -224,7 +238,8 @@ class SentinelServers(_Watched):
         others: set[str] = set()
         for sentinel in list(self._sentinels):
             try:
-                watched = _ask(sentinel, "SENTINEL MASTERS")
+                with within(Deadline(LONGEST_ASK_SECONDS)):
+                    watched = _ask(sentinel, "SENTINEL MASTERS")
             except _AWAY as error:
                 problems.append(str(error))
                 self._sentinels.remove(sentinel)  # the next look begins with one that answers
@@ -313,11 +328,12 @@ class ClusterServers(_Watched):
 
     def doubt(self, server: Server | None = None) -> None:
         """Look again before the next answer; at this server last."""
-        if server is not None and server.address in self._order:
-            with suppress(ValueError):
-                self._order.remove(server.address)
-                self._order.append(server.address)
+        if server is not None and server.address is not None:
+            self._ask_last(server.address)
         super().doubt()
+
+    def _ask_last(self, address: Address) -> None:
+        self._order = [*(one for one in self._order if one != address), address]
 
     def moved(self, slot: int, address: Address) -> None:
         """Believe the node that says it, until the next look."""
@@ -331,9 +347,11 @@ class ClusterServers(_Watched):
         problems: list[str] = []
         for address in list(dict.fromkeys((*self._order, *self._seeds))):
             try:
-                view = _View(self._pools.at(address), address)
+                with within(Deadline(LONGEST_ASK_SECONDS)):
+                    view = _View(self._pools.at(address), address)
             except _AWAY as error:
                 problems.append(str(error))
+                self._ask_last(address)
                 continue
             except redis_errors.ResponseError as error:
                 if "cluster support disabled" in str(error) or "unknown command" in str(error).lower():

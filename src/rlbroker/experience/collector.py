@@ -6,15 +6,14 @@ On a Cluster it is one for each shard. They wait at the same time, each over a c
 from __future__ import annotations
 
 import logging
-import selectors
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from rlbroker.config import Acknowledge
-from rlbroker.connection import BLOCK_SECONDS, Argument, Channel, Connection, KeysMove, script_is_unknown
+from rlbroker.connection import BLOCK_SECONDS, Connection, KeysMove, script_is_unknown
 from rlbroker.deadline import Deadline
 from rlbroker.errors import (
     ConnectionFailed,
@@ -30,7 +29,8 @@ from rlbroker.experience.holdings import Holdings, Source
 from rlbroker.experience.ownership import Ownership
 from rlbroker.experience.parcels import shape_of
 from rlbroker.experience.progress import Entry, Place, Stream, covers
-from rlbroker.keys import GROUP, Keys
+from rlbroker.experience.shard_reader import ShardReader, ready
+from rlbroker.keys import GROUP, Keys, shard_of
 from rlbroker.legible import answered, unless_spoiled
 from rlbroker.metrics import Metrics
 from rlbroker.records import Batch
@@ -62,6 +62,9 @@ FIRST_GUESS_BYTES = 1 << 20
 
 #: How often the server is asked whether it thinks that we hold more than we do, and for dead batches to try again.
 RECHECK_SECONDS = 5.0
+
+#: Of how many workers at once; the others follow in turn.
+RECHECKED = 250
 
 #: While a Cluster moves streams, they are looked at so often.
 MOVING_SECONDS = 0.02
@@ -109,9 +112,8 @@ class Collector:
             check: raises if the learner must not go on: it was closed, or replaced.
         """
         self._connection, self._keys = connection, keys
-        #: For reading what is new, by shard; and how many entries of each stream were asked for where a read waits.
-        self._channels: dict[str, Channel] = {}
-        self._waiting: dict[str, int] = {}
+        #: By shard.
+        self._readers: dict[str, ShardReader] = {}
         self._acknowledge_mode, self._max_staleness = acknowledge, max_staleness
         self._max_deliveries = max_deliveries
         self._suspect_after = (
@@ -124,12 +126,14 @@ class Collector:
         #: By name, which is how marks call them. Those that are not on the server now are not watched.
         self._streams: dict[str, Stream] = {}
         self._watched: dict[str, Stream] = {}
+        self._reread: dict[str, Stream] = {}  #: of these, those with entries that may be pending
         self._read: deque[Entry] = deque()
         #: What the caller got and has not acknowledged; names only, so that the memory of the batches is the caller's.
         self._returned: list[tuple[str, str]] = []
         self._began = False
         self._look_again = Deadline(0)
         self._recheck = Deadline(0)
+        self._rechecked = 0
         self._batch_bytes = float(FIRST_GUESS_BYTES)
         self._drained = False  #: whether the last read took all that was there
         #: Of the present call.
@@ -309,33 +313,29 @@ class Collector:
 
     def _fill(self, max_batches: int | None, deadline: Deadline | None) -> bool:
         """Read once from the server; wait for entries if there is a deadline. Give whether there were any."""
-        streams = list(self._watched.values())
-        again = [stream for stream in streams if stream.pending_from is not None]
-        if again or not streams:
+        again = list(self._reread.values())
+        if again or not self._watched:
             self._settle_returned()
-        if not streams:
+        if not self._watched:
             if deadline is not None:
                 time.sleep(min(BLOCK_SECONDS, deadline.remaining))
             return False
-        count = max(1, min(READ_COUNT, self._entries_of_each(len(streams)), max_batches or READ_COUNT))
+        count = max(1, min(READ_COUNT, self._entries_of_each(len(self._watched)), max_batches or READ_COUNT))
         try:
             if again:
                 self._read_pending(again, count)
                 return True
-            self._read_new(count, deadline)
-            return bool(self._read)
+            return self._read_new(count, deadline) or bool(self._read)
         except ServerFault as error:
             if not _lost_stream(error):
                 raise
-            self._look_at_streams(streams)
+            self._look_at_streams(list(self._watched.values()))
             return False
         except BaseException as error:
             # The reply may be lost with entries in it: they are pending now, so look there first.
-            for stream in streams:
-                stream.pending_from = "-"
-            for channel in self._channels.values():
-                channel.close()
-            self._waiting.clear()
+            self._look_back(self._watched.values())
+            for reader in self._readers.values():
+                reader.close()
             if not isinstance(error, ConnectionFailed):
                 raise
             if self._returned:
@@ -352,94 +352,65 @@ class Collector:
         size = max(1.0, self._batch_bytes)
         return int(min(READ_BYTES / size / self._busy, COLLECT_BYTES / size / streams))
 
-    def _read_new(self, count: int, deadline: Deadline | None) -> None:
-        """Read what is new; with a deadline, wait for the first entry of whichever stream."""
+    def _read_new(self, count: int, deadline: Deadline | None) -> bool:
+        """Read what is new; with a deadline, wait for the first entry of whichever stream.
+
+        Returns:
+            Whether to read once more, as some streams were left out and there is no time to wait for their turn.
+        """
         wait_seconds = None if deadline is None else min(self._connection.block_seconds, deadline.remaining)
-        shards: dict[str, list[Stream]] = {}
-        for stream in self._watched.values():
-            shards.setdefault(self._keys.shard_of(stream.source.worker_id), []).append(stream)
-        if len(shards) == 1 and not self._waiting:
-            ((shard, streams),) = shards.items()
-            command = self._read_command(streams, count, wait_seconds)
-            try:
-                replies = stream_entries(self._acknowledged_and(self._channel_to(shard), command))
-            except KeysMove as moving:
-                replies = self._read_moving(streams, count, moving)
+        readers = [reader for reader in self._readers.values() if reader.streams]
+        if len(readers) == 1:
+            replies = self._acknowledged_and(readers[0], count, wait_seconds)
         else:
             self._settle_returned()
-            replies = self._read_shards(shards, count, wait_seconds)
-        self._take_new(replies, count)
-
-    def _channel_to(self, shard: str) -> Channel:
-        if shard not in self._channels:
-            self._channels[shard] = Channel(self._connection, f"{shard}:x")
-        return self._channels[shard]
-
-    def _read_command(
-        self, streams: Sequence[Stream], count: int, wait_seconds: float | None
-    ) -> list[Argument]:
-        command: list[Argument] = ["XREADGROUP", "GROUP", GROUP, self._holdings.name, "COUNT", count]
-        if wait_seconds is not None:
-            command += ["BLOCK", max(1, int(wait_seconds * 1000))]
-        return [*command, "STREAMS", *(stream.source.key for stream in streams), *(">" for _ in streams)]
+            replies = self._read_shards(readers, count, wait_seconds)
+        self._take_new(replies)
+        self._drained = all(reader.drained or reader.waits for reader in readers)
+        if self._read or deadline is not None or not any(reader.left_out for reader in readers):
+            return False
+        for reader in readers:
+            reader.ask_all()
+        return True
 
     def _read_shards(
-        self, shards: Mapping[str, Sequence[Stream]], count: int, wait_seconds: float | None
+        self, readers: Sequence[ShardReader], count: int, wait_seconds: float | None
     ) -> list[StreamEntries]:
         """Read from all shards at once; where a read waits for something when another one has it, it goes on waiting.
 
         What comes while nobody collects is taken at the next call, or is pending for the next learner.
         """
-        with selectors.DefaultSelector() as selector:
-            at_once = []
-            for shard, streams in shards.items():
-                channel = self._channel_to(shard)
-                if shard not in self._waiting:
-                    channel.send([self._read_command(streams, count, wait_seconds)])
-                    if wait_seconds is None:
-                        at_once.append(shard)
-                    else:
-                        self._waiting[shard] = count
-                if shard in self._waiting:
-                    assert channel.raw_socket is not None
-                    selector.register(channel.raw_socket, selectors.EVENT_READ, shard)
-            longest = 0.0 if wait_seconds is None else self._connection.block_seconds
-            ready = [key.data for key, _ in selector.select(longest)] if self._waiting else []
+        fresh = [reader for reader in readers if not reader.waits]
+        for reader in fresh:
+            reader.ask(count, wait_seconds)
+        at_once = fresh if wait_seconds is None else []
+        waiting = [reader for reader in readers if reader not in at_once]
         found: list[StreamEntries] = []
-        for shard in (*at_once, *ready):
-            try:
-                found += self._finish_read(shard)
-            except KeysMove as moving:
-                self._waiting.pop(shard, None)
-                found += self._read_moving(shards[shard], count, moving)
+        for reader in (*at_once, *ready(waiting, wait_seconds or 0.0)):
+            found += self._taken(reader, count)
         return found
 
-    def _read_moving(self, streams: Sequence[Stream], count: int, moving: KeysMove) -> list[StreamEntries]:
-        """Read each stream by itself while a Cluster moves them: they may not be together any more."""
-        logger.info("%s; reading each stream by itself", moving)
-        for stream in streams:
-            stream.pending_from = "-"  # what was read may have got lost
+    def _taken(self, reader: ShardReader, count: int) -> list[StreamEntries]:
+        """Take what was read; while a Cluster moves the streams, read each by itself: they may not be together now."""
+        try:
+            return reader.take()
+        except KeysMove as moving:
+            logger.info("%s; reading each stream by itself", moving)
+        streams = list(reader.streams.values())
+        self._look_back(streams)  # what was read may have got lost
         time.sleep(MOVING_SECONDS)
-        replies = self._connection.execute_all([self._read_command([one], count, None) for one in streams])
+        command = ("XREADGROUP", "GROUP", GROUP, self._holdings.name, "COUNT", count, "STREAMS")
+        replies = self._connection.execute_all([(*command, one.source.key, ">") for one in streams])
         return [one for reply in replies for one in stream_entries(reply)]
 
-    def _finish_read(self, shard: str) -> list[StreamEntries]:
-        (reply,) = self._channels[shard].receive(1)
-        self._waiting.pop(shard, None)
-        if isinstance(reply, PeerError):
-            raise reply
-        return stream_entries(reply)
-
-    def _take_new(self, replies: Iterable[StreamEntries], count: int) -> None:
-        found = dict(replies)
-        self._busy = max(1, len(found))
-        self._drained = all(len(entries) < count for entries in found.values())
-        for stream in list(self._watched.values()):
-            entries = found.get(stream.source.key)
-            if not entries:
+    def _take_new(self, replies: Sequence[StreamEntries]) -> None:
+        self._busy = max(1, len(replies))
+        for key, entries in replies:
+            stream = self._reader_of(key).streams.get(key)
+            if stream is None or not entries:
                 continue
             if self._hides_entries(stream, entries):
-                stream.pending_from = "-"
+                self._look_back([stream])
                 continue
             life = entry_place(entries[0][0])[0]
             if life > stream.newest_read[0] and self._is_shared(stream):
@@ -447,37 +418,50 @@ class Collector:
             for entry_id, fields in entries:
                 self._take(stream, Entry(stream.source, entry_id, fields))
 
-    def _acknowledged_and(self, channel: Channel, command: Sequence[Argument]) -> Any:
-        """Acknowledge what was returned and run a command, in one round trip; give the command's reply."""
+    def _reader_of(self, key: str) -> ShardReader:
+        shard = shard_of(key)
+        if shard not in self._readers:
+            self._readers[shard] = ShardReader(self._connection, self._holdings.name, shard)
+        return self._readers[shard]
+
+    def _look_back(self, streams: Iterable[Stream]) -> None:
+        """Look first, from the beginning, for entries that the server has given to us and we do not hold."""
+        for stream in streams:
+            stream.pending_from = "-"
+            if stream.source.name in self._watched:
+                self._reread[stream.source.name] = stream
+
+    def _acknowledged_and(
+        self, reader: ShardReader, count: int, wait_seconds: float | None
+    ) -> list[StreamEntries]:
+        """Acknowledge what was returned and read, in one round trip."""
         try:
             with self._holdings.counting():
                 fates = self._holdings.fates(self._delivered(self._returned))
-                channel.send([*self._holdings.commands(fates), command])
-                replies = channel.receive(len(fates))
+                reader.ask(count, wait_seconds, after=self._holdings.commands(fates))
+                replies = reader.channel.receive(len(fates))
                 problem = next((one for one in replies if isinstance(one, PeerError)), None)
                 if problem is None:
                     self._holdings.note_settled(fates, replies)
                 elif not script_is_unknown(problem):
                     raise problem
-            (reply,) = channel.receive(1)
+            found = self._taken(reader, count)
         except BaseException:
-            channel.close()  # the answers that are left are nobody's
+            reader.close()  # the answers that are left are nobody's
             raise
         if problem is None:
             self._returned = []
         else:
             self._settle_returned()
-        if isinstance(reply, PeerError):
-            raise reply
-        return reply
+        return found
 
     def _read_pending(self, streams: Sequence[Stream], count: int) -> None:
         """Read what the server has given to us and we do not hold, without counting it as one more delivery."""
-        for shard in {self._keys.shard_of(one.source.worker_id) for one in streams}.intersection(
-            self._waiting
-        ):
-            count = self._waiting[shard]
-            self._take_new(self._finish_read(shard), count)  # or it would come twice
+        for reader in {
+            id(one): one for one in map(self._reader_of, (each.source.key for each in streams))
+        }.values():
+            if reader.waits:
+                self._take_new(self._taken(reader, count))  # or it would come twice
         read, taken_over = self._holdings.consumers
         replies = self._connection.execute_all(
             [
@@ -505,6 +489,8 @@ class Collector:
             self._take(stream, entry)
         for stream, position in after:
             stream.pending_from = position
+            if position is None:
+                self._reread.pop(stream.source.name, None)
             stream.fresh = stream.fresh and position is not None
 
     def _take(self, stream: Stream, entry: Entry) -> None:
@@ -625,8 +611,8 @@ class Collector:
         recheck = self._recheck.over
         workers = list(self._workers())
         names = [str(worker) for worker in workers]
-        if recheck:  # dead batches are seldom tried again
-            names += [f"again:{worker}" for worker in workers]
+        of_turn = self._of_turn(workers) if recheck else []
+        names += [f"again:{worker}" for worker in of_turn]  # dead batches are seldom tried again
         self._holdings.take_over(workers)
         for name in names:
             if name not in self._streams:
@@ -635,7 +621,14 @@ class Collector:
         self._look_at_streams(away)
         if recheck:
             self._recheck = Deadline(RECHECK_SECONDS)
-            self._look_at_holdings()
+            self._look_at_holdings(set(of_turn))
+
+    def _of_turn(self, workers: Sequence[int]) -> Sequence[int]:
+        if len(workers) <= RECHECKED:
+            return workers
+        first = self._rechecked % len(workers)
+        self._rechecked = first + RECHECKED
+        return workers[first : first + RECHECKED]
 
     def _look_at_streams(self, streams: Sequence[Stream]) -> None:
         """Watch those that are on the server. Only workers make them: see `Sender`."""
@@ -643,10 +636,14 @@ class Collector:
         for stream, kind in zip(streams, kinds, strict=True):
             name = stream.source.name
             self._watched.pop(name, None)
+            self._reread.pop(name, None)
+            reader = self._reader_of(stream.source.key)
+            reader.streams.pop(stream.source.key, None)
+            reader.ask_all()
             if kind in (b"stream", "stream"):
                 self._make_group(stream)
-                stream.pending_from = "-"
-                self._watched[name] = stream
+                self._watched[name] = reader.streams[stream.source.key] = stream
+                self._look_back([stream])
             elif kind not in (b"none", "none"):
                 logger.warning(
                     "worker %d wrote a %s where its batches belong; it is deleted",
@@ -655,14 +652,14 @@ class Collector:
                 )
                 self._connection.execute("UNLINK", stream.source.key)
 
-    def _look_at_holdings(self) -> None:
+    def _look_at_holdings(self, workers: Set[int]) -> None:
         """Read again where the server thinks that we hold more than we do; take what other learners gave up."""
-        streams = list(self._watched.values())
+        streams = [stream for stream in self._watched.values() if stream.source.worker_id in workers]
         try:
             taken = self._ownership.take_abandoned([stream.source for stream in streams])
             for stream, some in zip(streams, taken, strict=True):
                 if some:
-                    stream.pending_from = "-"
+                    self._look_back([stream])
             replies = self._connection.ask(
                 [
                     command
@@ -681,7 +678,7 @@ class Collector:
                     self._holdings.remember(stream.source.worker_id, unless_spoiled(counts, {}))
                 held = len(self._holdings.held(stream.source))
                 if consumer_pending(pending, self._holdings.consumers) > held:
-                    stream.pending_from = "-"
+                    self._look_back([stream])
         except ServerFault as error:
             if not _lost_stream(error):
                 raise
