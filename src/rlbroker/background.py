@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+import selectors
+import socket
+import ssl
 import threading
 from collections.abc import Callable
 
-from rlbroker.deadline import Backoff
+from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import AccessDenied, Fenced, IncompatibleFormat, PeerError, TlsFailed
 
 logger = logging.getLogger("rlbroker")
+
+#: How often a thread that waits for a socket sees whether something else has come: that costs next to nothing.
+LOOK_SECONDS = 0.2
 
 #: What trying again does not mend.
 FINAL = (AccessDenied, TlsFailed, Fenced, IncompatibleFormat)
@@ -48,6 +54,28 @@ class Background:
     def pause(self, seconds: float) -> None:
         """Wait, but not beyond `stop`."""
         self._stopping.wait(seconds)
+
+    def wait_for(
+        self, sock: socket.socket, seconds: float, *, unless: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Wait until there is something to read, but not beyond `stop`; give whether there is.
+
+        Args:
+            sock: where.
+            seconds: how long to wait at most.
+            unless: what else ends the waiting, soon.
+        """
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            return True
+        deadline = Deadline(seconds)
+        with selectors.DefaultSelector() as selector:
+            selector.register(sock, selectors.EVENT_READ)
+            while not (self.stopping or deadline.over):
+                if selector.select(min(LOOK_SECONDS, deadline.remaining)):
+                    return True
+                if unless():
+                    break
+        return False
 
     def check(self) -> None:
         """Raise the error that ended the thread, if one did."""

@@ -37,6 +37,9 @@ COMMAND_LIMITS: Final = Limits(max_raw_bytes=64 << 20)
 #: Answers that are kept until the ledger has settled them, and ids of commands that are remembered, at most.
 KEPT: Final = 10_000
 
+#: Longest that one read of the control stream waits on the server: most workers hardly ever get anything.
+READ_SECONDS: Final = 2.0
+
 #: How often the ledger is asked which answers it has settled.
 SETTLED_SECONDS: Final = 1.0
 
@@ -114,6 +117,8 @@ class Inbox:
         self._answer_number = 0
         self._sending = threading.Lock()
         self._channel = Channel(connection, keys.meta)
+        self._reader = Channel(connection, keys.control)
+        self._answer_due: Deadline | None = None  #: when the server has answered what was asked over it
         self._doubt = False  #: whether the server may have lost answers
         self._next_look = Deadline(SETTLED_SECONDS)
         self._thread = Background(f"inbox of worker {place.worker_id} in {keys.run!r}", self._step)
@@ -129,7 +134,8 @@ class Inbox:
     def stop(self, timeout_seconds: float) -> None:
         """Stop reading, and send the answers that are left."""
         deadline = Deadline(timeout_seconds)
-        self._thread.stop(timeout_seconds)
+        if self._thread.stop(timeout_seconds):
+            self._reader.close()
         try:
             # What is not settled may have been lost unnoticed, and this is the last chance.
             self._doubt |= bool(self._sent)
@@ -277,7 +283,7 @@ class Inbox:
                 self._sending.release()
 
     def _step(self) -> None:
-        if self._unsent or self._doubt:
+        if self._has_to_send:
             self._send()
         if self._sent and self._next_look.over:
             with self._alone() as alone:
@@ -285,15 +291,41 @@ class Inbox:
                     self._be_known()
                     self._forget_settled()
         if self._begin_again:
-            self._begin_again, self._position = False, "0-0"
-        block_milliseconds = max(1, int(self._connection.block_seconds * 1000))
-        reply = self._connection.execute_once(
-            "XREAD", "COUNT", 100, "BLOCK", block_milliseconds, "STREAMS", self._keys.control, self._position
-        )
-        for _, entries in stream_entries(reply):
+            self._begin_again, self._position, self._answer_due = False, "0-0", None
+            self._reader.close()
+        for _, entries in stream_entries(self._read()):
             for entry_id, fields in entries:
                 self._receive(entry_id, fields or {})
                 self._position = entry_id
+
+    def _read(self) -> Any:
+        """Wait for what is new on the control stream; give nothing after a while, or where there is more to do."""
+        if self._reader.connect():
+            self._answer_due = None
+        sock = self._reader.raw_socket
+        connection = self._connection
+        seconds = min(READ_SECONDS, connection.timeout_seconds / 4, connection.socket_seconds / 2)
+        if sock is None:  # then nobody can look up meanwhile
+            seconds = connection.block_seconds
+        if self._answer_due is None:
+            block = "BLOCK", max(1, int(seconds * 1000))
+            self._reader.send(
+                [("XREAD", "COUNT", 100, *block, "STREAMS", self._keys.control, self._position)]
+            )
+            self._answer_due = Deadline(seconds)
+        if sock is not None and not self._answer_due.over:
+            there = self._thread.wait_for(sock, self._answer_due.remaining, unless=lambda: self._has_to_send)
+            if not there and not self._answer_due.over:
+                return None
+        self._answer_due = None
+        (reply,) = self._reader.receive(1)
+        if isinstance(reply, PeerError):
+            raise reply
+        return reply
+
+    @property
+    def _has_to_send(self) -> bool:
+        return bool(self._unsent) or self._doubt
 
     def _receive(self, entry_id: str, fields: dict[bytes, bytes]) -> None:
         said = text_fields({name: value for name, value in fields.items() if name != b"data"})
