@@ -229,10 +229,9 @@ class Subscriber:
             if self._next_ping.over:
                 self._pubsub.ping()
                 self._next_ping = Deadline(PING_SECONDS)
-            wait_seconds = self._connection.block_seconds
-            if self._turn is not None:
-                wait_seconds = min(wait_seconds, self._turn.remaining)
-            message = self._pubsub.get_message(timeout=wait_seconds)
+            message = self._pubsub.get_message(timeout=0)  # what was read ahead
+            if message is None:
+                message = self._pubsub.get_message(timeout=self._wait(self._pubsub))
         except (redis_errors.RedisError, OSError) as error:
             self._unsubscribe()
             if isinstance(error, redis_errors.RedisError):
@@ -247,6 +246,19 @@ class Subscriber:
             return False
         self.hint(whole_number(str(message["data"], "ascii", "replace")) or 0)
         return True
+
+    def _wait(self, pubsub: redis.client.PubSub) -> float:
+        """Wait until there is something to read or to do; give how long to wait besides, where that is not possible."""
+        until = self._next_look if self._turn is None else self._turn
+        seconds = min(until.remaining, self._next_ping.remaining)
+        sock = getattr(pubsub.connection, "_sock", None)
+        if not isinstance(sock, socket.socket):
+            return min(seconds, self._connection.block_seconds)
+        self._thread.wait_for(sock, seconds, unless=self._has_to_look)
+        return 0
+
+    def _has_to_look(self) -> bool:
+        return self._turn is None and (self._hinted > self._handled or self._next_look.over)
 
     def _look(self) -> None:
         waited, self._turn = self._turn is not None, None
