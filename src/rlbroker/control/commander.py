@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -33,6 +34,9 @@ LOOK_SECONDS: Final = 0.1
 
 #: Commands whose outcomes are remembered, for a server that loses them.
 REMEMBERED: Final = 1_000
+
+#: And of so many workers, over all these commands; the newest command is remembered in any case.
+REMEMBERED_ANSWERS: Final = 100_000
 
 SEND = Script(
     "send_command",
@@ -315,7 +319,7 @@ class Commander:
         names = ("name", "arguments", "expires_seconds", "data")
         whole = {b"command", *(name.encode() for name in names)}
         sent = [(entry, fields) for entry, fields in entries if whole <= fields.keys()]
-        sent = list(reversed(sent[:REMEMBERED]))
+        sent = list(reversed(_newest(sent)))
         replies = self._connection.execute_all(
             [("HGETALL", self._keys.outcomes(fields[b"command"].decode())) for _, fields in sent]
         )
@@ -387,8 +391,9 @@ class Commander:
     def _remember(self, command_id: str, sent: _Sent) -> None:
         with self._changed:
             self._sent[command_id] = sent
-            if len(self._sent) > REMEMBERED:
-                del self._sent[next(iter(self._sent))]
+            answers = sum(len(one.incarnations) for one in self._sent.values())
+            while len(self._sent) > REMEMBERED or (answers > REMEMBERED_ANSWERS and len(self._sent) > 1):
+                answers -= len(self._sent.pop(next(iter(self._sent))).incarnations)
 
     def trim(self) -> None:
         """Shorten the control stream to what is younger than an hour or not answered yet."""
@@ -408,6 +413,15 @@ class Commander:
             worker: known[worker] if worker in known else Outcome.from_text(found.get(str(worker), "waiting"))
             for worker in workers
         }
+
+
+def _newest(
+    sent: Sequence[tuple[bytes, Mapping[bytes, bytes]]],
+) -> Sequence[tuple[bytes, Mapping[bytes, bytes]]]:
+    """Give the entries of commands that are worth remembering, out of those that there are, newest first."""
+    sums = itertools.accumulate(fields.get(b"workers", b"").count(b",") + 1 for _, fields in sent)
+    number = sum(answers <= REMEMBERED_ANSWERS for answers in sums)
+    return sent[: min(REMEMBERED, max(1, number))]
 
 
 def _readable(data: Any) -> str:

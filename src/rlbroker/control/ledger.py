@@ -34,6 +34,9 @@ Entries = list[tuple[str, dict[bytes, bytes] | None]]
 #: How long the outcomes of a command stay readable.
 OUTCOMES_KEPT_SECONDS: Final = 24 * 3600
 
+#: Entries of one worker that one look reads, at most.
+READ_COUNT: Final = 256
+
 #: Entries that the `missed` stream keeps at least; older ones live on as sums in each worker's ledger.
 MISSED_KEPT = 10_000
 
@@ -196,7 +199,7 @@ class Ledger:
         if not keys:
             return []
         # From the beginning each time: what was settled is gone.
-        command = ("XREAD", "COUNT", 256, *options, "STREAMS", *keys, *("0-0" for _ in keys))
+        command = ("XREAD", "COUNT", READ_COUNT, *options, "STREAMS", *keys, *("0-0" for _ in keys))
         try:
             reply = self._connection.execute_once(*command)
         except ServerFault:
@@ -215,7 +218,7 @@ class Ledger:
         return bool(wrong)
 
     def _settle_some(self, workers: Sequence[int], deadline: Deadline) -> bool:
-        """Settle what one read finds, in one try; give whether that was anything.
+        """Settle what one read finds, in one try; give whether it left anything.
 
         Two threads must not fold the same event into one account, and who waits for the run to be restored must
         not keep `restore` waiting: so the lock is held for one try only.
@@ -227,7 +230,7 @@ class Ledger:
             streams = self._read(workers)
             if streams:
                 self._settle(streams)
-            return bool(streams)
+            return any(len(entries) == READ_COUNT for _, entries in streams)
         finally:
             self._lock.release()
 
