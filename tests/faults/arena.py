@@ -177,11 +177,16 @@ class Arena:
         assert self.learner is not None
         return len({line["inserted"][0] for line in self.learner.lines("inserted")}) == len(self.workers)
 
-    def hold_back(self, batches: int) -> None:
-        """Let the learner stand still until so many more batches were sent, which thus wait on the server."""
+    def begin(self, level: str) -> None:
+        """Start a learner and three workers that go on and on, and wait until batches of all flow."""
+        self.start_learner(versions=0, version_seconds=0.3)
+        for number in range(3):
+            self.start_worker(number, batches=None, pause=0.01, level=level)
+        self.wait("batches flow, of every worker", lambda: self.inserted() > 100 and self.all_send())
+
+    def pause(self) -> None:
+        """Let the learner stand still, so that what is sent waits on the server."""
         (self.folder / "pause").touch()
-        before = self.produced()
-        self.wait("some wait", lambda: self.produced() > before + batches)
 
     def go_on(self) -> None:
         """Let the learner go on."""
@@ -203,6 +208,10 @@ class Arena:
         )
         report: dict[str, Any] = line["report"]
         return report
+
+    def settle(self, level: str) -> list[tuple[int, int, int]]:
+        """Let all come to their end, apply the oracle, and give what is lost, which at level `learner` is nothing."""
+        return self.check(self.finish(120.0), lost="nothing" if level == "learner" else "vanished")
 
     def check(
         self, report: dict[str, Any], *, lost: str = "nothing", hostile: int = 0
@@ -281,15 +290,24 @@ def times(actor: Actor, name: str, after: float) -> Iterator[float]:
 
 
 def recovery(arena: Arena, back: float, seconds: float = 10.0) -> dict[str, float]:
-    """Wait until a batch is inserted and a version applied after the server's return; give how long it took."""
+    """Wait until of every worker a batch is inserted and a version applied after a moment; give how long it took."""
     learner = arena.learner
     assert learner is not None
-    inserted = arena.wait("a batch came", partial(_first, learner, "inserted", back), seconds + 20)
+    senders = {worker._arguments["worker_id"] for worker in arena.workers}
+
+    def inserted() -> float | None:
+        first = dict[int, float]()
+        for line in learner.lines("inserted"):
+            if line["t"] > back:
+                first.setdefault(line["inserted"][0], line["t"])
+        return max(first.values()) if first.keys() >= senders else None
+
+    last = arena.wait("a batch of every worker came", inserted, seconds + 20)
     applied = [
         arena.wait("a version came", partial(_first, worker, "version", back), seconds + 20)
         for worker in arena.workers
     ]
-    took = {"to_batch": round(inserted - back, 2), "to_version": round(max(applied) - back, 2)}
+    took = {"to_batch": round(last - back, 2), "to_version": round(max(applied) - back, 2)}
     assert max(took.values()) <= seconds, f"seed {arena.seed}: {took}"
     return took
 

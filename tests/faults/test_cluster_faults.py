@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from arena import Arena, recovery
-from engines import Cluster, Node
+from engines import Cluster
 
 #: Whose server is meant: a shard's, with streams and chunks; or the run's own, with pointer, control and ledger.
 PARTS = ["shard", "own"]
@@ -26,40 +26,6 @@ def cluster(arena: Arena) -> Cluster:
     return arena.server
 
 
-def _begin(arena: Arena, level: str) -> None:
-    """Let batches flow from workers of every shard."""
-    arena.start_learner(versions=0, version_seconds=0.3)
-    for number in range(3):
-        arena.start_worker(number, batches=None, pause=0.01, level=level)
-    arena.wait("batches flow, of every worker", lambda: arena.inserted() > 100 and arena.all_send())
-    with arena.server.client() as client:
-        arena.keys.spread(client.hget(arena.keys.meta, "shards").decode())
-    assert len(arena.keys.shards) == 3
-
-
-def _flow(arena: Arena, batches: int = 100) -> None:
-    """Wait for more batches."""
-    enough = arena.inserted() + batches
-    arena.wait("batches flow", lambda: arena.inserted() > enough)
-
-
-def _slot(arena: Arena, cluster: Cluster, part: str) -> int:
-    """Give the slot of a part of the run; of the shards, the one whose master is not the run's own."""
-    own = cluster.slot_of(arena.keys.meta)
-    if part == "own":
-        return own
-    slots = [cluster.slot_of(key) for key in arena.keys.one_of_each_shard]
-    return next(slot for slot in slots if cluster.owner_of(slot) is not cluster.owner_of(own))
-
-
-def _finish(arena: Arena, level: str, figures: dict[str, Any], **found: Any) -> list[tuple[int, int, int]]:
-    """Apply the oracle, and give the batches that are counted as lost, which at level `learner` are none."""
-    report = arena.finish(120.0)
-    missing = arena.check(report, lost="nothing" if level == "learner" else "vanished")
-    figures |= {"batches": arena.produced(), "vanished": len(missing), **found}
-    return missing
-
-
 @pytest.mark.parametrize("how", ["key by key", "at once"])
 def test_12_slots_move_under_load(
     arena: Arena, cluster: Cluster, how: str, full: bool, figures: dict[str, Any]
@@ -68,55 +34,58 @@ def test_12_slots_move_under_load(
     if how == "at once" and not cluster.moves_at_once:
         pytest.skip("only Valkey 9 and later move slots as a whole")
     chance = random.Random(arena.seed)
-    _begin(arena, "redis")
-    moved = 0
-    for _ in range(5 if full else 1):
-        for key in (*arena.keys.one_of_each_shard, arena.keys.meta):
-            slot = cluster.slot_of(key)
-            to = chance.choice([node for node in cluster.masters() if node is not cluster.owner_of(slot)])
-            if how == "at once":
-                cluster.move_slot_at_once(slot, to)
-            else:
-                cluster.move_slot(slot, to, halfway=partial(time.sleep, chance.uniform(0.2, 1.0)))
-            moved += 1
-            recovery(arena, time.monotonic())
+    arena.begin("redis")
+    moved = [*_shards(arena), cluster.slot_of(arena.keys.meta)] * (5 if full else 1)
+    for slot in moved:
+        to = chance.choice([node for node in cluster.masters() if node is not cluster.owner_of(slot)])
+        if how == "at once":
+            cluster.move_slot_at_once(slot, to)
+        else:
+            cluster.move_slot(slot, to, halfway=partial(time.sleep, chance.uniform(0.2, 1.0)))
+        recovery(arena, time.monotonic())
     cluster.wait_ok()
-    assert not _finish(arena, "redis", figures, faults=moved)
+    assert not arena.settle("redis")
+    figures |= {"faults": len(moved), "batches": arena.produced()}
 
 
-def test_13_replicas_take_over_again_and_again(
+def test_13_masters_hand_over_to_their_replicas(
     arena: Arena, cluster: Cluster, full: bool, figures: dict[str, Any]
 ) -> None:
-    """Where masters hand over, as for maintenance, nothing is lost at any level."""
-    _begin(arena, "redis")
-    faults = 0
+    """As for maintenance, one after the other: nothing is lost at any level."""
+    arena.begin("redis")
+    took = []
     for _ in range(5 if full else 1):
         for master in cluster.masters():
             cluster.fail_over(cluster.replica_of(master))
-            recovery(arena, time.monotonic())
-            faults += 1
-    assert not _finish(arena, "redis", figures, faults=faults)
+            took.append(recovery(arena, time.monotonic()))
+    assert not arena.settle("redis")
+    figures |= {"faults": len(took), "batches": arena.produced(), "recovery": took}
 
 
-@pytest.mark.parametrize("level", ["learner", "redis"])
+@pytest.mark.parametrize("how", ["killed", "frozen"])
 @pytest.mark.parametrize("part", PARTS)
-def test_14_a_master_is_killed_and_its_replica_promoted(
-    arena: Arena, cluster: Cluster, part: str, level: str, figures: dict[str, Any]
+def test_14_a_master_is_away_and_its_replica_promoted(
+    arena: Arena, cluster: Cluster, part: str, how: str, figures: dict[str, Any]
 ) -> None:
-    """All go on by themselves; later the dead one is back, and takes over from the one that was promoted."""
-    _begin(arena, level)
-    master = cluster.owner_of(_slot(arena, cluster, part))
-    replica = cluster.replica_of(master)
-    took = []
-    for dies, promoted in ((master, replica), (replica, master)):
-        dies.kill()
-        cluster.wait_promoted(promoted)
-        took.append(recovery(arena, time.monotonic()))
-        dies.empty()
-        dies.start()
-        cluster.wait_ok()
-        _flow(arena)
-    _finish(arena, level, figures, faults=2, recovery=took)
+    """All go on by themselves; later the first is back, empty, and takes over when the second one dies."""
+    arena.begin("learner")
+    first = cluster.owner_of(_slot(arena, cluster, part))
+    second = cluster.replica_of(first)
+    if how == "killed":
+        first.kill()
+    else:
+        first.freeze()
+    cluster.wait_promoted(second)
+    took = [recovery(arena, time.monotonic())]
+    first.kill()
+    first.empty()
+    first.start()
+    cluster.wait_ok()
+    second.kill()
+    cluster.wait_promoted(first)
+    took.append(recovery(arena, time.monotonic()))
+    arena.settle("learner")
+    figures |= {"faults": 2, "batches": arena.produced(), "recovery": took}
 
 
 @pytest.mark.parametrize("level", ["learner", "redis"])
@@ -125,44 +94,54 @@ def test_15_a_minority_takes_writes_for_a_while(
     arena: Arena, cluster: Cluster, part: str, level: str, figures: dict[str, Any]
 ) -> None:
     """What a master took while it was alone with its clients is gone: sent again, or known to be lost."""
-    _begin(arena, level)
+    arena.begin(level)
     master = cluster.owner_of(_slot(arena, cluster, part))
-    before = _taken(master)
+    arena.pause()
     with cluster.alone(master):
         time.sleep(1.5)  # less than it takes until it notices
-        assert _taken(master) > before, "it took nothing"
+    arena.go_on()
     took = recovery(arena, time.monotonic())
-    _flow(arena)
-    _finish(arena, level, figures, faults=1, recovery=[took])
+    lost = arena.settle(level)
+    assert bool(lost) == (level == "redis")
+    figures |= {"faults": 1, "batches": arena.produced(), "vanished": len(lost), "recovery": [took]}
 
 
 @pytest.mark.parametrize("level", ["learner", "redis"])
 @pytest.mark.parametrize("part", PARTS)
-def test_16_a_shard_is_lost_with_its_replica_and_comes_back_empty(
+def test_16_a_master_is_lost_with_its_replica_and_comes_back_empty(
     arena: Arena, cluster: Cluster, part: str, level: str, figures: dict[str, Any]
 ) -> None:
     """One part of the run is gone and the others are not: at level `learner` nothing is lost."""
-    _begin(arena, level)
+    arena.begin(level)
     master = cluster.owner_of(_slot(arena, cluster, part))
     replica = cluster.replica_of(master)
-    if level == "redis":  # something is to be lost
-        arena.hold_back(60)
+    arena.pause()
+    waiting = {worker: len(worker.lines("produced")) + 10 for worker in arena.workers}
+    arena.wait("batches wait", lambda: all(len(one.lines("produced")) > n for one, n in waiting.items()))
     for node in (replica, master):
         node.kill()
-    time.sleep(0.5)
-    for node in (master, replica):
         node.empty()
+    for node in (master, replica):
         node.start()
     cluster.wait_ok()
     arena.go_on()
     took = recovery(arena, time.monotonic())
-    _flow(arena)
-    lost = _finish(arena, level, figures, faults=1, recovery=[took])
-    if part == "shard":
-        assert bool(lost) == (level == "redis")
+    lost = arena.settle(level)
+    assert bool(lost) == (level == "redis")
+    figures |= {"faults": 1, "batches": arena.produced(), "vanished": len(lost), "recovery": [took]}
 
 
-def _taken(node: Node) -> int:
-    """Give how far its log of writes has got, as its replicas are told."""
-    offset: int = node.ask("ROLE")[1]
-    return offset
+def _shards(arena: Arena) -> list[int]:
+    """Give the slots of the run's shards."""
+    assert isinstance(arena.server, Cluster)
+    with arena.server.client() as client:
+        arena.keys.spread(client.hget(arena.keys.meta, "shards").decode())
+    assert len(arena.keys.shards) == 3
+    return [arena.server.slot_of(key) for key in arena.keys.one_of_each_shard]
+
+
+def _slot(arena: Arena, cluster: Cluster, part: str) -> int:
+    """Give the slot of a part of the run; of the shards, one whose master is not the run's own."""
+    own = cluster.slot_of(arena.keys.meta)
+    elsewhere = (slot for slot in _shards(arena) if cluster.owner_of(slot) is not cluster.owner_of(own))
+    return own if part == "own" else next(elsewhere)

@@ -33,7 +33,9 @@ def test_4_the_server_is_killed_and_comes_back_empty(
     for kill in range(3 if full else 2):
         arena.wait("batches flow", partial(_more, arena.inserted, 200 * (kill + 1)))
         if level == "redis":  # something is to be lost
-            arena.hold_back(30)
+            arena.pause()
+            before = arena.produced()
+            arena.wait("some wait", partial(_more, arena.produced, before + 30))
         arena.server.kill()
         arena.server.empty()
         time.sleep(0.5)
