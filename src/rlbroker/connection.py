@@ -588,16 +588,21 @@ class Connection:
             key = next(filter(None, map(key_of, commands)), "") if self.servers.several else ""
             care.server = server = self.servers.holding(key)
             try:
-                result = send(server.client)
-            except redis_errors.NoScriptError:
-                self._load_known(server)
-                result = send(server.client)
+                result = self._send(send, server)
             except redis_errors.MovedError as error:
                 self.failed(error, server)
                 care.server = server = self.servers.holding(key)
-                result = send(server.client)
+                result = self._send(send, server)
         self.note_answer()
         return result
+
+    def _send(self, send: Callable[[redis.Redis], Result], server: Server) -> Result:
+        """Send to a server; once more with the scripts, which a replica that was just promoted lacks."""
+        try:
+            return send(server.client)
+        except redis_errors.NoScriptError:
+            self._load_known(server)
+            return send(server.client)
 
     def _load_known(self, server: Server) -> None:
         try:
