@@ -75,7 +75,7 @@ def test_a_call_keeps_its_own_timeout_when_the_server_stands_still(new_server: N
 def test_all_replies_of_a_call_share_its_timeout(new_server: NewServer) -> None:
     proxy = Proxy(new_server().address)
     comm = WorkerCommunicator(1, redis_url=proxy.url, timeout=3.0)
-    proxy.slow_down(delay_seconds=1.2)
+    proxy.slow_down(delay_seconds=1.6)
     with at_most(3.0), pytest.raises(ConnectionFailed):
         comm.get_queue_info()
     with at_most(3.0):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlbroker.connection import Argument, Channel, Connection
+from rlbroker.deadline import SHORTEST_TRY_SECONDS, Deadline, within
 from rlbroker.errors import PeerError
 from rlbroker.experience.progress import Stream
 from rlbroker.experience.turns import Turns
@@ -24,11 +25,13 @@ class _Asked:
         streams: how many streams it is about.
         count: how many entries of each it gives at most.
         left_out: whether streams were left out that had nothing for a while.
+        answer_due: when the server has answered, or hangs.
     """
 
     streams: int
     count: int
     left_out: bool
+    answer_due: Deadline
 
 
 class ShardReader:
@@ -46,6 +49,7 @@ class ShardReader:
         #: What is read, by key.
         self.streams: dict[str, Stream] = {}
         self._consumer, self._turns = consumer, Turns()
+        self._patience_seconds = connection.socket_seconds
         self._asked: _Asked | None = None
         #: Whether the last read took all that was there, as far as it asked; and whether it asked for all.
         self.drained = self.left_out = False
@@ -54,6 +58,11 @@ class ShardReader:
     def waits(self) -> bool:
         """Whether a read is under way."""
         return self._asked is not None
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a read has been under way for too long."""
+        return self._asked is not None and self._asked.answer_due.over
 
     def ask_all(self) -> None:
         """Have the next read leave no stream out."""
@@ -79,7 +88,8 @@ class ShardReader:
             command += ["BLOCK", max(1, int(wait_seconds * 1000))]
         command += ["STREAMS", *(stream.source.key for stream in streams), *(">" for _ in streams)]
         self.channel.send([*after, command])
-        self._asked = _Asked(len(streams), count, turn_seconds is not None)
+        answer_due = Deadline((wait_seconds or 0.0) + self._patience_seconds)
+        self._asked = _Asked(len(streams), count, turn_seconds is not None, answer_due)
 
     def take(self) -> list[StreamEntries]:
         """Give what the read that is under way has found, once it has; nothing if it found nothing.
@@ -90,7 +100,8 @@ class ShardReader:
         """
         asked, self._asked = self._asked, None
         assert asked is not None
-        (reply,) = self.channel.receive(1)
+        with within(Deadline(max(SHORTEST_TRY_SECONDS, asked.answer_due.remaining))):
+            (reply,) = self.channel.receive(1)
         if isinstance(reply, PeerError):
             raise reply
         found = stream_entries(reply)
@@ -107,7 +118,7 @@ class ShardReader:
 
 
 def ready(readers: Sequence[ShardReader], wait_seconds: float) -> list[ShardReader]:
-    """Give the readers whose reads have ended; wait for the first of them.
+    """Give the readers whose reads have ended, or hang; wait for the first of them.
 
     Args:
         readers: with a read under way each.
@@ -119,4 +130,5 @@ def ready(readers: Sequence[ShardReader], wait_seconds: float) -> list[ShardRead
         for reader in readers:
             sock: Any = reader.channel.raw_socket
             selector.register(sock, selectors.EVENT_READ, reader)
-        return [key.data for key, _ in selector.select(wait_seconds)]
+        ended = [key.data for key, _ in selector.select(wait_seconds)]
+    return [*ended, *(one for one in readers if one.hangs and one not in ended)]
