@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import re
 import socket
 import time
 from collections import deque
@@ -20,9 +19,6 @@ from redis import exceptions as redis_errors
 from rlbroker.clients import bounded_client, client_from_url, stall_seconds
 from rlbroker.config import (
     DEFAULT_URL,
-    PASSWORD_FILE_VARIABLE,
-    PASSWORD_VARIABLE,
-    USERNAME_VARIABLE,
     Way,
     positive_seconds,
     redacted_url,
@@ -33,22 +29,19 @@ from rlbroker.deadline import Backoff, Deadline, within
 from rlbroker.errors import (
     AccessDenied,
     ConnectionFailed,
-    Fenced,
     ForkedProcess,
     InvalidArgument,
     PeerError,
     RunLost,
     ServerFault,
-    ServerOutOfMemory,
     ServerUnsuitable,
     TlsFailed,
-    WrongKeyType,
 )
 from rlbroker.packing import Argument as Argument
 from rlbroker.packing import Pieces, packed
-from rlbroker.refusals import refused, says_refused
 from rlbroker.servers import ClusterServers, OneServer, Server, Servers, key_of, servers_of, slot_of
 from rlbroker.tls import answers_only_tls, refusal_of
+from rlbroker.translation import KeyMoves, is_refusal, script_is_unknown, scripts_missing, translated
 
 logger = logging.getLogger("rlbroker")
 
@@ -656,7 +649,7 @@ class Connection:
             command: what was sent; a server that refuses a key does not say which.
         """
         insecure = refusal_of(error)
-        if self._worked and (insecure or _is_refusal(error)):
+        if self._worked and (insecure or is_refusal(error)):
             self._refused = self._refused or Deadline(REFUSED_SECONDS)
             if not self._refused.over:
                 what = "can be reached by TLS no" if insecure else "does not accept this user any"
@@ -690,19 +683,6 @@ class _Translating:
         if isinstance(ours, ConnectionFailed):
             self._connection.failed(error, self.server)
         raise ours from error
-
-
-class KeysMove(ConnectionFailed):
-    """Nodes of a Cluster hand keys over, or have done so: nothing is broken, and nothing was done."""
-
-
-class KeyMoves(KeysMove):
-    """A node of a Cluster has handed a key over, and says where: it is to be asked there, this time only."""
-
-    def __init__(self, said: redis_errors.AskError) -> None:
-        """Take what the node said."""
-        super().__init__(f"the key is just being moved to {said.host}:{said.port}")
-        self.said = said
 
 
 class _Care:
@@ -938,86 +918,3 @@ def _check_info(address: str, found: Mapping[str, str], *, allow_eviction: bool)
 def flat(fields: Mapping[str, Any]) -> list[Any]:
     """Give fields as commands take them: name, value, name, value."""
     return [part for pair in fields.items() for part in pair]
-
-
-def translated(
-    error: redis_errors.RedisError,
-    address: str,
-    *,
-    command: Sequence[object] = (),
-    user: str = "default",
-) -> PeerError:
-    """Give our error for one of redis-py's.
-
-    Args:
-        error: what redis-py raised.
-        address: the server's, without its password.
-        command: what was sent, as far as it is known.
-        user: who sent it.
-    """
-    # Redis 6.2 says what was refused within a script after where that was.
-    text = re.sub(r"^Error running script .*?: -(?=[A-Z]+ )", "", str(error)).rstrip(".")
-    if isinstance(error, redis_errors.NoPermissionError) or says_refused(text):
-        return refused(text, address, command=command, user=user)
-    if insecure := refusal_of(error):
-        return TlsFailed(f"{address} {insecure}")
-    if _is_refusal(error):
-        return AccessDenied(
-            f"{address} refused: {text}; check user and password in the server's URL, or where it has none, in "
-            f"{USERNAME_VARIABLE} and {PASSWORD_VARIABLE} (or {PASSWORD_FILE_VARIABLE})"
-        )
-    if isinstance(error, redis_errors.MovedError):
-        return KeysMove(f"{address} has moved slot {error.slot_id} to {error.host}:{error.port}")
-    if isinstance(error, redis_errors.AskError | redis_errors.TryAgainError):
-        return KeysMove(f"{address} moves keys just now: {text}")
-    no_master = (redis_errors.ReadOnlyError, redis_errors.ClusterDownError)
-    away = (redis_errors.ConnectionError, redis_errors.TimeoutError, *no_master)
-    if isinstance(error, away) or text.startswith(("LOADING", "BUSY ", "MASTERDOWN", "READONLY")):
-        return ConnectionFailed(f"cannot reach {address}: {text}")
-    if isinstance(error, redis_errors.OutOfMemoryError) or text.startswith("OOM"):
-        return ServerOutOfMemory(
-            f"{address} has reached its maxmemory: {text}; raise maxmemory, or lower max_queue_bytes or max_queue_size"
-        )
-    if "FENCED" in text:
-        return Fenced(text.partition("FENCED")[2].strip())
-    if "LOST" in text:
-        return RunLost(f"{address}: {text.partition('LOST')[2].strip()}")
-    if found := re.search(r"unknown command\W*(x\w+|subscribe|publish)\b", text, re.IGNORECASE):
-        return ServerUnsuitable(
-            f"{address} does not know the command {found[1].upper()}: it is no Redis or Valkey, or there is a "
-            "proxy before it that lacks streams, scripts or publish/subscribe; give the URL of the server itself"
-        )
-    if "unknown command" in text.lower() and "eval" in text.lower():
-        return ServerUnsuitable(f"{address} runs no Lua scripts; with fakeredis, install 'fakeredis[lua]'")
-    if "WRONGTYPE" in text:
-        return WrongKeyType(
-            f"{address} has a key of another type than rlbroker writes ({_asked(text, command)}): another program "
-            "uses the run's keys"
-        )
-    return ServerFault(f"{address} answered: {text}")
-
-
-def _asked(text: str, command: Sequence[object]) -> str:
-    """Give the command that an error is about: redis-py says it where it was one of many."""
-    found = re.match(r"Command # \d+ \((.*?)\) of pipeline", text, re.DOTALL)
-    words = found[1] if found else " ".join(str(word) for word in command if isinstance(word, str | int))
-    return words[:200] or text
-
-
-def script_is_unknown(error: PeerError) -> bool:
-    """Whether the server has lost a script that it was to run."""
-    return "NOSCRIPT" in str(error) or "No matching script" in str(error)
-
-
-def scripts_missing(address: str) -> RunLost:
-    """Give the error for scripts that only the learner may load."""
-    return RunLost(
-        f"{address} does not have rlbroker's scripts, and this user may not load them; the run's learner does when it "
-        "starts: is it running?"
-    )
-
-
-def _is_refusal(error: redis_errors.RedisError) -> bool:
-    """Whether the server did not let the user in; authorization errors are said when it connects."""
-    refusal = (redis_errors.AuthenticationError, redis_errors.AuthorizationError)
-    return isinstance(error, refusal) or str(error).startswith(("WRONGPASS", "NOAUTH"))

@@ -11,9 +11,10 @@ import pytest
 import redis
 
 from rlbroker import errors
-from rlbroker.connection import Connection, Script, translated
+from rlbroker.connection import Connection, Script
 from rlbroker.deadline import Backoff, Deadline
 from rlbroker.replies import pending_count, stream_entries, text_fields
+from rlbroker.translation import translated
 
 GIVE = Script("give", "return ARGV[1]")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from rlbroker.config import Acknowledge
-from rlbroker.connection import BLOCK_SECONDS, Connection, KeysMove, script_is_unknown
+from rlbroker.connection import BLOCK_SECONDS, Connection
 from rlbroker.deadline import Deadline
 from rlbroker.errors import (
     ConnectionFailed,
@@ -44,6 +44,7 @@ from rlbroker.replies import (
     text_fields,
     whole_number,
 )
+from rlbroker.translation import KeysMove, script_is_unknown
 from rlbroker.wire.message import decode
 
 logger = logging.getLogger("rlbroker")
