@@ -9,7 +9,7 @@ import sys
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,8 +22,15 @@ SCENARIOS = {
     "weights": ("weights", "link", "codecs"),
     "experiences": ("experiences",),
     "latency": ("latency", "pauses"),
-    "scale": ("scale",),
+    "scale": ("scale", "growth"),
+    "soak": ("soak",),
 }
+
+#: Those of `all`; a soak takes ten minutes by itself.
+ALL = ("weights", "experiences", "latency", "scale")
+
+#: Parts that take a number of workers, and minutes.
+CROWDS, LONG = ("growth", "soak"), ("soak",)
 
 
 class Scenario(StrEnum):
@@ -33,6 +40,7 @@ class Scenario(StrEnum):
     EXPERIENCES = "experiences"
     LATENCY = "latency"
     SCALE = "scale"
+    SOAK = "soak"
     ALL = "all"
 
 
@@ -48,9 +56,15 @@ def benchmarks(
     only: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="One part: weights, link, codecs, experiences, latency, pauses, scale."
+            metavar="NAME",
+            help="One part: weights, link, codecs, experiences, latency, pauses, scale, growth.",
         ),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Simulated workers: of scale at most, of soak all the time [1,000]."),
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="How long soak takes [10].")] = None,
     url: Annotated[str | None, typer.Option(help="Server to use; without one, an embedded server.")] = None,
 ) -> None:
     """Run rlbroker and its peers side by side, and print medians and ratios.
@@ -66,6 +80,8 @@ def benchmarks(
         python -m benchmarks weights --only link --repetitions 3
 
         python -m benchmarks latency --quick --output /tmp/figures
+
+        python -m benchmarks soak --workers 1000 --minutes 10
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     began, facts = time.monotonic(), machine() | {"repetitions": repetitions, "quick": quick}
@@ -80,7 +96,9 @@ def benchmarks(
                     progress(f"{name}: not there")
                     continue
                 module = importlib.import_module(f"benchmarks.{name}")
-                rows += module.run(place, quick=quick, repetitions=repetitions)
+                more: dict[str, Any] = {"workers": workers} if name in CROWDS else {}
+                more |= {"minutes": minutes} if name in LONG else {}
+                rows += module.run(place, quick=quick, repetitions=repetitions, **more)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     finally:  # what was measured before Ctrl-C, or before an error, is not lost
@@ -92,7 +110,7 @@ def benchmarks(
 
 
 def _chosen(scenario: Scenario) -> list[str]:
-    return list(SCENARIOS) if scenario is Scenario.ALL else [scenario.value]
+    return list(ALL) if scenario is Scenario.ALL else [scenario.value]
 
 
 if __name__ == "__main__":

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
 from benchmarks.crew import Crew, MakeReceiver, Sender, crew
 from benchmarks.measure import Row, interleaved, progress
 from benchmarks.models import State, training_steps
 from benchmarks.network import RATE_BITS, Link, two_hosts, unavailable
-from benchmarks.ours import OurReceiver, OurSender, learner
+from benchmarks.ours import OurReceiver, OurSender, learner, memory_of_host
 from benchmarks.peers.naive import NaiveReceiver, NaiveSender
 from rlbroker.local import RedisServer
 
@@ -41,7 +38,7 @@ def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
         assert place is not None
         sender = OurSender(stack.enter_context(learner(place, "link", workers=WORKERS, host_cache=False)))
         ways: dict[str, MakeReceiver] = {
-            OURS: functools.partial(OurReceiver, place, "link", stack.enter_context(_memory_of_host())),
+            OURS: functools.partial(OurReceiver, place, "link", stack.enter_context(memory_of_host())),
             NAIVE: functools.partial(NaiveReceiver, place, "link-naive"),
         }
         workers = stack.enter_context(crew(WORKERS, megabytes << 20, ways, link.namespace))
@@ -102,13 +99,3 @@ def _rows(work: str, seconds: dict[str, list[float]], meter: _Meter, repetitions
             None,
         ),
     ]
-
-
-@contextlib.contextmanager
-def _memory_of_host() -> Iterator[str]:
-    """Give a directory that stands for the other host's /dev/shm, which on one machine would be the learner's."""
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(
-        prefix="rlb-bench-", dir=shared if shared.is_dir() else None
-    ) as directory:
-        yield directory

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlbroker import PublishReceipt, WorkerClient, WorkerCommunicator
@@ -31,6 +35,16 @@ def learner(
 
 def worker(url: str, run: str, worker_id: int, *, host_cache: bool | str = True) -> WorkerClient:
     return WorkerClient(url, run, worker_id, timeout=60.0, host_cache=host_cache)
+
+
+@contextlib.contextmanager
+def memory_of_host() -> Iterator[str]:
+    """Give a directory that stands for another host's /dev/shm, which on one machine would be the learner's."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(
+        prefix="rlb-bench-", dir=shared if shared.is_dir() else None
+    ) as directory:
+        yield directory
 
 
 class OurSender:

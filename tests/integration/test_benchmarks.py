@@ -33,6 +33,32 @@ def test_a_quick_run_writes_its_rows_and_deletes_what_it_stored(
     assert real_server.client.keys("*") == []
 
 
+def test_a_crowd_is_measured_a_model_fitted_to_it_and_a_run_computed_from_that(
+    real_server: RealServer, tmp_path: Path
+) -> None:
+    small = ("--quick", "--repetitions", "1", "--url", real_server.url, "--output", str(tmp_path))
+    done = benchmarks("scale", "--only", "growth", *small)
+    assert done.returncode == 0, done.stderr
+    rows = {row["work"]: row for row in json.loads((tmp_path / "growth.json").read_text())["rows"]}
+    assert rows["64 KB, a download per host, publish to applied, p50: 2 workers"]["ours"][0] > 0
+    assert rows["bytes from the server per MB downloaded"]["ours"][0] > 900
+    assert real_server.client.keys("*") == []
+    command = [sys.executable, "-m", "benchmarks.costs", str(tmp_path / "growth.json")]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "1,000" in told
+    assert "Gbit/s" in told
+
+
+def test_a_soak_tells_the_growth_of_everybodys_memory(real_server: RealServer, tmp_path: Path) -> None:
+    done = benchmarks("soak", "--quick", "--url", real_server.url, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "soak.json").read_text())["rows"]
+    grown = [row["work"].partition("growth of ")[2] for row in rows if "growth" in row["work"]]
+    assert grown == ["learner per minute", "workers per minute", "server per minute"]
+    assert all(row["ours"] for row in rows)
+    assert real_server.client.keys("*") == []
+
+
 def test_a_part_that_the_scenario_does_not_have_is_an_error_that_says_so() -> None:
     done = benchmarks("latency", "--only", "link")
     assert done.returncode == 2

@@ -1,0 +1,273 @@
+"""Crowds of simulated workers, many real clients in each process, and what they cost everybody."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.children import answer, child
+from benchmarks.ours import learner, memory_of_host, worker
+from benchmarks.servers import Meter, ServerFigures, scratch
+from rlbroker import WorkerClient, WorkerCommunicator
+
+#: Processes that hold the workers; each stands for a host, whose workers share what it downloads.
+HOSTS = 4
+
+#: What each worker sends.
+BATCH_BYTES = 4096
+BATCH = {"obs": np.random.default_rng(1).random(BATCH_BYTES // 4, np.float32)}
+
+#: A simulated worker polls about this often, and a process full of them less often.
+POLL_SECONDS, POLL_SECONDS_PER_WORKER = 0.001, 0.00002
+
+#: So many of them leave at the same time.
+CLOSED_AT_ONCE = 32
+
+#: The learner goes on collecting for so long after the last batch was sent.
+GRACE_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a crowd does for some seconds."""
+
+    seconds: float
+    batches_per_second: float = 0.0  #: of all workers together
+    version_seconds: float = 0.0  #: between two versions; 0 for none
+    version_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What one process did and needed."""
+
+    cpu_seconds: float
+    memory_bytes: int
+    batches: int = 0  #: collected by the learner, sent by a worker
+    published: dict[int, float] = field(default_factory=dict)  #: by version: when
+    applied: list[tuple[int, float]] = field(default_factory=list)  #: version, and when a worker had it
+    warnings: int = 0  #: that rlbroker logged: a crowd that is too large for its machine loses connections
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a crowd did in some seconds, and what that took."""
+
+    workers: int
+    hosts: int  #: that share downloads; 0 where each worker downloads for itself
+    work: Work
+    seconds: float
+    learner: Effort
+    crowd: Sequence[Effort]
+    server: ServerFigures
+
+    @property
+    def batches(self) -> int:
+        return self.learner.batches
+
+    @property
+    def versions(self) -> int:
+        return len(self.learner.published)
+
+    @cached_property
+    def milliseconds(self) -> list[float]:
+        """Give how long each version took to each worker, from publishing to applied."""
+        began = self.learner.published
+        return [
+            1e3 * (at - began[version])
+            for one in self.crowd
+            for version, at in one.applied
+            if version in began
+        ]
+
+    @property
+    def batches_per_second(self) -> float:
+        return self.batches / self.seconds
+
+    @property
+    def versions_per_second(self) -> float:
+        return self.versions / self.seconds
+
+    @property
+    def deliveries_per_second(self) -> float:
+        """How many times a worker applied a version."""
+        return sum(len(one.applied) for one in self.crowd) / self.seconds
+
+    @property
+    def published_per_second(self) -> float:
+        """Bytes of weights that went to the server."""
+        return self.versions_per_second * self.work.version_bytes
+
+    @property
+    def downloaded_per_second(self) -> float:
+        """Bytes of weights that came from it, if hosts and workers took each version."""
+        if not self.hosts:
+            return self.deliveries_per_second * self.work.version_bytes
+        return self.published_per_second * self.hosts
+
+    @property
+    def warnings(self) -> int:
+        return sum(one.warnings for one in (self.learner, *self.crowd))
+
+    @property
+    def crowd_cpu_seconds(self) -> float:
+        return sum(one.cpu_seconds for one in self.crowd)
+
+    @property
+    def crowd_memory_bytes(self) -> int:
+        return sum(one.memory_bytes for one in self.crowd)
+
+
+class Crowd:
+    """A learner in a process of its own, and workers in a few."""
+
+    def __init__(
+        self, url: str, learning: Connection, working: Sequence[Connection], workers: int, hosts: int
+    ) -> None:
+        self._learning, self._working = learning, working
+        self._meter = Meter(url)
+        self.workers, self.hosts = workers, hosts
+
+    def do(self, work: Work) -> Point:
+        """Have all of them work, and measure it."""
+        before, began = self._meter.read(), time.perf_counter()
+        self._learning.send(work)
+        share = replace(work, batches_per_second=work.batches_per_second / len(self._working))
+        for pipe in self._working:
+            pipe.send(share)
+        crowd = [answer(pipe, "done") for pipe in self._working]
+        learning = answer(self._learning, "done")
+        seconds = time.perf_counter() - began
+        return Point(
+            self.workers, self.hosts, work, seconds, learning, crowd, self._meter.read().since(before)
+        )
+
+
+@contextlib.contextmanager
+def crowd(url: str, workers: int, *, host_cache: bool) -> Iterator[Crowd]:
+    """Give a crowd of so many workers, each of them a member of one run."""
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(scratch(url))
+        learning = stack.enter_context(child(_learn, url, run, workers))
+        answer(learning, "open")
+        hosts = min(workers, HOSTS)
+        working = []
+        for host in range(hosts):
+            cache = stack.enter_context(memory_of_host()) if host_cache else False
+            working.append(
+                stack.enter_context(child(_simulate, url, run, range(host, workers, hosts), cache))
+            )
+        for pipe in working:
+            answer(pipe, "open")
+        try:
+            yield Crowd(url, learning, working, workers, hosts if host_cache else 0)
+        finally:
+            for pipe in working:  # all at once, as each has many to close
+                with contextlib.suppress(OSError):
+                    pipe.send(None)
+
+
+def memory_bytes() -> int:
+    """Give what this process holds in memory now."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _Warnings(logging.Handler):
+    """Counts what rlbroker warns of, instead of a thousand lines on the terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.count = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.count += 1
+
+
+def _counted() -> _Warnings:
+    warnings, logger = _Warnings(), logging.getLogger("rlbroker")
+    logger.addHandler(warnings)
+    return warnings
+
+
+# The learner
+
+
+def _learn(pipe: Connection, url: str, run: str, workers: int) -> None:
+    warnings = _counted()
+    with learner(url, run, workers=workers, host_cache=False) as communicator:
+        pipe.send(("open", None))
+        versions: dict[int, list[dict[str, NDArray[np.float32]]]] = {}
+        while (work := pipe.recv()) is not None:
+            if work.version_bytes not in versions:
+                random = np.random.default_rng(1)
+                size = work.version_bytes // 4
+                versions[work.version_bytes] = [
+                    {"w": random.standard_normal(size, np.float32)} for _ in range(2)
+                ]
+            effort = _lead(communicator, work, versions[work.version_bytes])
+            pipe.send(("done", replace(effort, warnings=warnings.count)))
+
+
+def _lead(communicator: WorkerCommunicator, work: Work, weights: Sequence[Any]) -> Effort:
+    published: dict[int, float] = {}
+    batches, cpu, began = 0, time.process_time(), time.perf_counter()
+    end = began + work.seconds
+    while (now := time.perf_counter()) < end + GRACE_SECONDS:
+        due = began + len(published) * work.version_seconds if work.version_seconds else end
+        if now >= due and due < end:
+            receipt = communicator.send_model_weights(weights[len(published) % 2], compression_enabled=False)
+            published[receipt.version] = now
+        else:
+            until = due if now < due < end else end + GRACE_SECONDS
+            batches += len(communicator.collect_experiences(timeout=until - now))
+    return Effort(time.process_time() - cpu, memory_bytes(), batches, published)
+
+
+# The workers
+
+
+def _simulate(pipe: Connection, url: str, run: str, numbers: range, cache: bool | str) -> None:
+    warnings = _counted()
+    with contextlib.ExitStack() as stack:
+        clients = [worker(url, run, number, host_cache=cache) for number in numbers]
+        stack.callback(_close, clients)
+        models: list[dict[str, Any]] = [{} for _ in clients]
+        pipe.send(("open", None))
+        while (work := pipe.recv()) is not None:
+            pipe.send(("done", replace(_act(clients, models, work), warnings=warnings.count)))
+
+
+def _close(clients: Sequence[WorkerClient]) -> None:
+    with ThreadPoolExecutor(CLOSED_AT_ONCE) as pool:
+        list(pool.map(WorkerClient.close, clients))
+
+
+def _act(clients: Sequence[WorkerClient], models: Sequence[dict[str, Any]], work: Work) -> Effort:
+    applied: list[tuple[int, float]] = []
+    sent, cpu, began = 0, time.process_time(), time.perf_counter()
+    pause = max(POLL_SECONDS, POLL_SECONDS_PER_WORKER * len(clients))
+    rate = work.batches_per_second
+    while (now := time.perf_counter()) < began + work.seconds:
+        for client, model in zip(clients, models, strict=True):
+            if client.poll(model):
+                applied.append((client.version, time.perf_counter()))
+        while sent < (now - began) * rate:
+            clients[sent % len(clients)].send_experiences(BATCH)
+            sent += 1
+        time.sleep(pause)
+    return Effort(time.process_time() - cpu, memory_bytes(), sent, applied=applied)
