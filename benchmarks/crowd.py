@@ -36,6 +36,9 @@ POLL_SECONDS, POLL_SECONDS_PER_WORKER = 0.001, 0.00002
 #: So many of them leave at the same time.
 CLOSED_AT_ONCE = 32
 
+#: So long late versions are waited for.
+LATE_SECONDS = 20.0
+
 #: The learner goes on collecting for so long after the last batch was sent.
 GRACE_SECONDS = 0.3
 
@@ -142,18 +145,18 @@ class Crowd:
         self.workers, self.hosts = workers, hosts
 
     def do(self, work: Work) -> Point:
-        """Have all of them work, and measure it."""
+        """Have all of them work, and measure it; versions that are late are waited for when that is done."""
         before, began = self._meter.read(), time.perf_counter()
         self._learning.send(work)
         share = replace(work, batches_per_second=work.batches_per_second / len(self._working))
         for pipe in self._working:
             pipe.send(share)
-        crowd = [answer(pipe, "done") for pipe in self._working]
         learning = answer(self._learning, "done")
-        seconds = time.perf_counter() - began
-        return Point(
-            self.workers, self.hosts, work, seconds, learning, crowd, self._meter.read().since(before)
-        )
+        server, seconds = self._meter.read().since(before), time.perf_counter() - began
+        for pipe in self._working:
+            pipe.send(max(learning.published, default=0))
+        crowd = [answer(pipe, "done") for pipe in self._working]
+        return Point(self.workers, self.hosts, work, seconds, learning, crowd, server)
 
 
 @contextlib.contextmanager
@@ -246,10 +249,12 @@ def _simulate(pipe: Connection, url: str, run: str, numbers: range, cache: bool 
     with contextlib.ExitStack() as stack:
         clients = [worker(url, run, number, host_cache=cache) for number in numbers]
         stack.callback(_close, clients)
-        models: list[dict[str, Any]] = [{} for _ in clients]
         pipe.send(("open", None))
         while (work := pipe.recv()) is not None:
-            pipe.send(("done", replace(_act(clients, models, work), warnings=warnings.count)))
+            crowd = _Clients(clients)
+            effort = crowd.act(work)
+            crowd.catch_up(pipe.recv())
+            pipe.send(("done", replace(effort, applied=crowd.applied, warnings=warnings.count)))
 
 
 def _close(clients: Sequence[WorkerClient]) -> None:
@@ -257,17 +262,34 @@ def _close(clients: Sequence[WorkerClient]) -> None:
         list(pool.map(WorkerClient.close, clients))
 
 
-def _act(clients: Sequence[WorkerClient], models: Sequence[dict[str, Any]], work: Work) -> Effort:
-    applied: list[tuple[int, float]] = []
-    sent, cpu, began = 0, time.process_time(), time.perf_counter()
-    pause = max(POLL_SECONDS, POLL_SECONDS_PER_WORKER * len(clients))
-    rate = work.batches_per_second
-    while (now := time.perf_counter()) < began + work.seconds:
-        for client, model in zip(clients, models, strict=True):
+class _Clients:
+    """The workers of one process."""
+
+    def __init__(self, clients: Sequence[WorkerClient]) -> None:
+        self._clients = clients
+        self._models: list[dict[str, Any]] = [{} for _ in clients]
+        self._pause_seconds = max(POLL_SECONDS, POLL_SECONDS_PER_WORKER * len(clients))
+        self.applied: list[tuple[int, float]] = []
+
+    def act(self, work: Work) -> Effort:
+        """Send and poll for as long as it says."""
+        sent, cpu, began = 0, time.process_time(), time.perf_counter()
+        while (now := time.perf_counter()) < began + work.seconds:
+            self._poll()
+            while sent < (now - began) * work.batches_per_second:
+                self._clients[sent % len(self._clients)].send_experiences(BATCH)
+                sent += 1
+            time.sleep(self._pause_seconds)
+        return Effort(time.process_time() - cpu, memory_bytes(), sent)
+
+    def catch_up(self, version: int) -> None:
+        """Poll until all have a version, or it takes too long."""
+        end = time.perf_counter() + LATE_SECONDS
+        while min(one.version for one in self._clients) < version and time.perf_counter() < end:
+            self._poll()
+            time.sleep(self._pause_seconds)
+
+    def _poll(self) -> None:
+        for client, model in zip(self._clients, self._models, strict=True):
             if client.poll(model):
-                applied.append((client.version, time.perf_counter()))
-        while sent < (now - began) * rate:
-            clients[sent % len(clients)].send_experiences(BATCH)
-            sent += 1
-        time.sleep(pause)
-    return Effort(time.process_time() - cpu, memory_bytes(), sent, applied=applied)
+                self.applied.append((client.version, time.perf_counter()))

@@ -27,7 +27,7 @@ class Sizes:
 
 
 FULL = Sizes(4.0, 200.0, ((64 << 10, 1.0), (4 << 20, 2.0)))
-QUICK = Sizes(0.4, 50.0, ((64 << 10, 0.2),))
+QUICK = Sizes(0.4, 50.0, ((64 << 10, 0.2), (1 << 20, 0.2)))
 
 
 def run(url: str, *, quick: bool, repetitions: int, workers: int | None = None) -> list[Row]:
