@@ -22,7 +22,7 @@ SCENARIOS = {
     "weights": ("weights", "link", "codecs"),
     "experiences": ("experiences",),
     "latency": ("latency", "pauses"),
-    "scale": ("scale", "growth"),
+    "scale": ("scale", "growth", "nodes"),
     "soak": ("soak",),
 }
 
@@ -57,7 +57,7 @@ def benchmarks(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="One part: weights, link, codecs, experiences, latency, pauses, scale, growth.",
+            help="One part: weights, link, codecs, experiences, latency, pauses, scale, growth, nodes.",
         ),
     ] = None,
     workers: Annotated[

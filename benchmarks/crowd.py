@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import operator
 import os
 import resource
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ class Effort:
     cpu_seconds: float
     memory_bytes: int
     batches: int = 0  #: collected by the learner, sent by a worker
-    published: dict[int, float] = field(default_factory=dict)  #: by version: when
+    published: dict[int, float] = field(default_factory=dict)  #: by version: when that began
+    publish_seconds: list[float] = field(default_factory=list)  #: how long each took
     applied: list[tuple[int, float]] = field(default_factory=list)  #: version, and when a worker had it
     warnings: int = 0  #: that rlbroker logged: a crowd that is too large for its machine loses connections
 
@@ -75,7 +77,12 @@ class Point:
     seconds: float
     learner: Effort
     crowd: Sequence[Effort]
-    server: ServerFigures
+    nodes: Sequence[ServerFigures]  #: of each server
+
+    @property
+    def server(self) -> ServerFigures:
+        """All servers together."""
+        return functools.reduce(operator.add, self.nodes)
 
     @property
     def batches(self) -> int:
@@ -85,7 +92,7 @@ class Point:
     def versions(self) -> int:
         return len(self.learner.published)
 
-    @cached_property
+    @functools.cached_property
     def milliseconds(self) -> list[float]:
         """Give how long each version took to each worker, from publishing to applied."""
         began = self.learner.published
@@ -138,31 +145,48 @@ class Crowd:
     """A learner in a process of its own, and workers in a few."""
 
     def __init__(
-        self, url: str, learning: Connection, working: Sequence[Connection], workers: int, hosts: int
+        self,
+        meters: Sequence[Meter],
+        learning: Connection,
+        working: Sequence[Connection],
+        workers: int,
+        hosts: int,
     ) -> None:
         self._learning, self._working = learning, working
-        self._meter = Meter(url)
+        self._meters = meters
         self.workers, self.hosts = workers, hosts
 
     def do(self, work: Work) -> Point:
         """Have all of them work, and measure it; versions that are late are waited for when that is done."""
-        before, began = self._meter.read(), time.perf_counter()
+        before, began = [meter.read() for meter in self._meters], time.perf_counter()
         self._learning.send(work)
         share = replace(work, batches_per_second=work.batches_per_second / len(self._working))
         for pipe in self._working:
             pipe.send(share)
         learning = answer(self._learning, "done")
-        server, seconds = self._meter.read().since(before), time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        nodes = [meter.read().since(then) for meter, then in zip(self._meters, before, strict=True)]
         for pipe in self._working:
             pipe.send(max(learning.published, default=0))
         crowd = [answer(pipe, "done") for pipe in self._working]
-        return Point(self.workers, self.hosts, work, seconds, learning, crowd, server)
+        return Point(self.workers, self.hosts, work, seconds, learning, crowd, nodes)
 
 
 @contextlib.contextmanager
-def crowd(url: str, workers: int, *, host_cache: bool) -> Iterator[Crowd]:
-    """Give a crowd of so many workers, each of them a member of one run."""
+def crowd(
+    url: str, workers: int, *, host_cache: bool, nodes: Sequence[str] = (), replicas: bool = False
+) -> Iterator[Crowd]:
+    """Give a crowd of so many workers, each of them a member of one run.
+
+    Args:
+        url: of the server, or of a Cluster.
+        workers: how many.
+        host_cache: whether the workers of a process download each version once.
+        nodes: URLs of a Cluster's servers.
+        replicas: whether workers read weights from replicas.
+    """
     with contextlib.ExitStack() as stack:
+        meters = [stack.enter_context(contextlib.closing(Meter(one))) for one in nodes or [url]]
         run = stack.enter_context(scratch(url))
         learning = stack.enter_context(child(_learn, url, run, workers))
         answer(learning, "open")
@@ -170,13 +194,12 @@ def crowd(url: str, workers: int, *, host_cache: bool) -> Iterator[Crowd]:
         working = []
         for host in range(hosts):
             cache = stack.enter_context(memory_of_host()) if host_cache else False
-            working.append(
-                stack.enter_context(child(_simulate, url, run, range(host, workers, hosts), cache))
-            )
+            numbers = range(host, workers, hosts)
+            working.append(stack.enter_context(child(_simulate, url, run, numbers, cache, replicas)))
         for pipe in working:
             answer(pipe, "open")
         try:
-            yield Crowd(url, learning, working, workers, hosts if host_cache else 0)
+            yield Crowd(meters, learning, working, workers, hosts if host_cache else 0)
         finally:
             for pipe in working:  # all at once, as each has many to close
                 with contextlib.suppress(OSError):
@@ -228,6 +251,7 @@ def _learn(pipe: Connection, url: str, run: str, workers: int) -> None:
 
 def _lead(communicator: WorkerCommunicator, work: Work, weights: Sequence[Any]) -> Effort:
     published: dict[int, float] = {}
+    seconds: list[float] = []
     batches, cpu, began = 0, time.process_time(), time.perf_counter()
     end = began + work.seconds
     while (now := time.perf_counter()) < end + GRACE_SECONDS:
@@ -235,19 +259,24 @@ def _lead(communicator: WorkerCommunicator, work: Work, weights: Sequence[Any]) 
         if now >= due and due < end:
             receipt = communicator.send_model_weights(weights[len(published) % 2], compression_enabled=False)
             published[receipt.version] = now
+            seconds.append(time.perf_counter() - now)
         else:
             until = due if now < due < end else end + GRACE_SECONDS
             batches += len(communicator.collect_experiences(timeout=until - now))
-    return Effort(time.process_time() - cpu, memory_bytes(), batches, published)
+    return Effort(time.process_time() - cpu, memory_bytes(), batches, published, seconds)
 
 
 # The workers
 
 
-def _simulate(pipe: Connection, url: str, run: str, numbers: range, cache: bool | str) -> None:
+def _simulate(
+    pipe: Connection, url: str, run: str, numbers: range, cache: bool | str, replicas: bool
+) -> None:
     warnings = _counted()
     with contextlib.ExitStack() as stack:
-        clients = [worker(url, run, number, host_cache=cache) for number in numbers]
+        clients = [
+            worker(url, run, number, host_cache=cache, read_from_replicas=replicas) for number in numbers
+        ]
         stack.callback(_close, clients)
         pipe.send(("open", None))
         while (work := pipe.recv()) is not None:

@@ -33,8 +33,8 @@ def learner(
     )
 
 
-def worker(url: str, run: str, worker_id: int, *, host_cache: bool | str = True) -> WorkerClient:
-    return WorkerClient(url, run, worker_id, timeout=60.0, host_cache=host_cache)
+def worker(url: str, run: str, worker_id: int, *, host_cache: bool | str = True, **more: Any) -> WorkerClient:
+    return WorkerClient(url, run, worker_id, timeout=60.0, host_cache=host_cache, **more)
 
 
 @contextlib.contextmanager

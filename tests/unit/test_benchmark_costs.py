@@ -24,8 +24,8 @@ def point(workers: int, batches: int, versions: int = 0, *, hosts: int = 1) -> P
         Work(1.0, batches, 1.0, size),
         seconds=1.0,
         learner=Effort(0.004 + 0.00002 * workers + 0.0001 * batches, 1, batches, began),
-        crowd=[Effort(0.001 * workers, 1, batches, {}, applied)],
-        server=ServerFigures(0.0003 * workers, 0, 1000 * workers + downloaded, {}, 1, 1, 4 + 5 * workers),
+        crowd=[Effort(0.001 * workers, 1, batches, applied=applied)],
+        nodes=[ServerFigures(0.0003 * workers, 0, 1000 * workers + downloaded, 0, {}, 1, 1, 4 + 5 * workers)],
     )
 
 
