@@ -10,14 +10,15 @@ from benchmarks.crowd import Crowd, Point, Work, crowd
 from benchmarks.measure import Row, progress
 from benchmarks.servers import Cluster, ServerFigures, cluster
 
-WORKERS = 8
+WORKERS, QUICK_WORKERS = 8, 2
 
 ONE, THREE, REPLICAS, CACHE = "1 node", "3 nodes", "3 nodes, read from replicas", "3 nodes, host cache"
 
 
 def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
     """Give the rows of Clusters, which are started for it."""
-    megabytes = 1 if quick else 32
+    megabytes = 12 if quick else 32
+    workers = QUICK_WORKERS if quick else WORKERS
     seconds = 0.6 if quick else 6.0
     weights = Work(seconds, 0.0, seconds / 2, megabytes << 20)
     batches = Work(seconds, 50.0 if quick else 200.0)
@@ -28,10 +29,10 @@ def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
         three = stack.enter_context(cluster(3))
         replicated = stack.enter_context(cluster(3, 1))
         crowds = {
-            ONE: _crowd(stack, single),
-            THREE: _crowd(stack, three),
-            REPLICAS: _crowd(stack, replicated, replicas=True),
-            CACHE: _crowd(stack, three, host_cache=True),
+            ONE: _crowd(stack, single, workers),
+            THREE: _crowd(stack, three, workers),
+            REPLICAS: _crowd(stack, replicated, workers, replicas=True),
+            CACHE: _crowd(stack, three, workers, host_cache=True),
         }
         for name, simulated in crowds.items():
             progress(f"  warming up: {name}")
@@ -42,19 +43,23 @@ def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
                 if name in (ONE, THREE):
                     found.setdefault((name, "batches"), []).append(simulated.do(batches))
             progress(f"  {repetition + 1} of {repetitions}")
-    return _rows(found, megabytes)
+    return _rows(found, f"{megabytes} MB to {workers} workers")
 
 
 def _crowd(
-    stack: contextlib.ExitStack, place: Cluster, *, host_cache: bool = False, replicas: bool = False
+    stack: contextlib.ExitStack,
+    place: Cluster,
+    workers: int,
+    *,
+    host_cache: bool = False,
+    replicas: bool = False,
 ) -> Crowd:
     return stack.enter_context(
-        crowd(place.url, WORKERS, host_cache=host_cache, nodes=place.nodes, replicas=replicas)
+        crowd(place.url, workers, host_cache=host_cache, nodes=place.nodes, replicas=replicas)
     )
 
 
-def _rows(found: dict[tuple[str, str], list[Point]], megabytes: int) -> list[Row]:
-    weights = f"{megabytes} MB to {WORKERS} workers"
+def _rows(found: dict[tuple[str, str], list[Point]], weights: str) -> list[Row]:
     return [
         _row(
             found, f"{weights}: to the busiest node, per version", THREE, ONE, "weights", _received, "MB", 0.4

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -174,7 +173,7 @@ def cluster(masters: int, replicas: int = 0) -> Iterator[Cluster]:
 def _node(binary: Path) -> Iterator[redis.Redis]:
     """Start a server that is to be part of a Cluster; give a client of it."""
     port = _free_port()
-    with tempfile.TemporaryDirectory() as parent:
+    with tempfile.TemporaryDirectory() as parent, Path(os.devnull).open("wb") as nowhere:
         folder = Path(parent) / "node"
         lines = (
             "bind 127.0.0.1",
@@ -188,7 +187,7 @@ def _node(binary: Path) -> Iterator[redis.Redis]:
             [str(binary), "-"],
             input_text="\n".join(lines) + "\n",
             directory=folder,
-            output=sys.stderr.fileno(),
+            output=nowhere.fileno(),
             stop_steps=[(signal.SIGTERM, _STOP_SECONDS)],
         )
         client = redis.Redis(port=port, protocol=2)

@@ -49,6 +49,18 @@ def test_a_crowd_is_measured_a_model_fitted_to_it_and_a_run_computed_from_that(
     assert "Gbit/s" in told
 
 
+def test_each_of_three_nodes_carries_about_a_third_of_the_weights(tmp_path: Path) -> None:
+    done = benchmarks("scale", "--only", "nodes", "--quick", "--repetitions", "1", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "nodes.json").read_text())["rows"]
+    verdicts = {row["work"].partition(": ")[2]: row["met"] for row in rows if row["target"]}
+    assert verdicts == {
+        "to the busiest node, per version: 3 nodes": True,
+        "from the busiest node, per version: 3 nodes": True,
+        "from the masters, per version: 3 nodes, read from replicas": True,
+    }
+
+
 def test_a_soak_tells_the_growth_of_everybodys_memory(real_server: RealServer, tmp_path: Path) -> None:
     done = benchmarks("soak", "--quick", "--url", real_server.url, "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
