@@ -174,7 +174,7 @@ class Crowd:
 
 @contextlib.contextmanager
 def crowd(
-    url: str, workers: int, *, host_cache: bool, nodes: Sequence[str] = (), replicas: bool = False
+    url: str, workers: int, *, host_cache: bool, nodes: Sequence[str] = (), **settings: Any
 ) -> Iterator[Crowd]:
     """Give a crowd of so many workers, each of them a member of one run.
 
@@ -183,7 +183,7 @@ def crowd(
         workers: how many.
         host_cache: whether the workers of a process download each version once.
         nodes: URLs of a Cluster's servers.
-        replicas: whether workers read weights from replicas.
+        settings: further ones of each worker.
     """
     with contextlib.ExitStack() as stack:
         meters = [stack.enter_context(contextlib.closing(Meter(one))) for one in nodes or [url]]
@@ -195,7 +195,9 @@ def crowd(
         for host in range(hosts):
             cache = stack.enter_context(memory_of_host()) if host_cache else False
             numbers = range(host, workers, hosts)
-            working.append(stack.enter_context(child(_simulate, url, run, numbers, cache, replicas)))
+            working.append(
+                stack.enter_context(child(_simulate, url, run, numbers, {**settings, "host_cache": cache}))
+            )
         for pipe in working:
             answer(pipe, "open")
         try:
@@ -269,14 +271,10 @@ def _lead(communicator: WorkerCommunicator, work: Work, weights: Sequence[Any]) 
 # The workers
 
 
-def _simulate(
-    pipe: Connection, url: str, run: str, numbers: range, cache: bool | str, replicas: bool
-) -> None:
+def _simulate(pipe: Connection, url: str, run: str, numbers: range, settings: dict[str, Any]) -> None:
     warnings = _counted()
     with contextlib.ExitStack() as stack:
-        clients = [
-            worker(url, run, number, host_cache=cache, read_from_replicas=replicas) for number in numbers
-        ]
+        clients = [worker(url, run, number, **settings) for number in numbers]
         stack.callback(_close, clients)
         pipe.send(("open", None))
         while (work := pipe.recv()) is not None:

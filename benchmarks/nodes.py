@@ -31,7 +31,7 @@ def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
         crowds = {
             ONE: _crowd(stack, single, workers),
             THREE: _crowd(stack, three, workers),
-            REPLICAS: _crowd(stack, replicated, workers, replicas=True),
+            REPLICAS: _crowd(stack, replicated, workers, read_from_replicas=True),
             CACHE: _crowd(stack, three, workers, host_cache=True),
         }
         for name, simulated in crowds.items():
@@ -47,15 +47,10 @@ def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
 
 
 def _crowd(
-    stack: contextlib.ExitStack,
-    place: Cluster,
-    workers: int,
-    *,
-    host_cache: bool = False,
-    replicas: bool = False,
+    stack: contextlib.ExitStack, place: Cluster, workers: int, *, host_cache: bool = False, **settings: bool
 ) -> Crowd:
     return stack.enter_context(
-        crowd(place.url, workers, host_cache=host_cache, nodes=place.nodes, replicas=replicas)
+        crowd(place.url, workers, host_cache=host_cache, nodes=place.nodes, **settings)
     )
 
 
