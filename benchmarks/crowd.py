@@ -32,7 +32,7 @@ BATCH_BYTES = 4096
 BATCH = {"obs": np.random.default_rng(1).random(BATCH_BYTES // 4, np.float32)}
 
 #: A simulated worker polls about this often, and a process full of them less often.
-POLL_SECONDS, POLL_SECONDS_PER_WORKER = 0.001, 0.00002
+POLL_SECONDS, POLL_SECONDS_PER_WORKER = 0.001, 0.0002
 
 #: So many of them leave at the same time.
 CLOSED_AT_ONCE = 32
