@@ -41,8 +41,11 @@ TOLERATED_SECONDS: Final = 0.02
 #: Connections that one client may hold open at the same time.
 MAX_CONNECTIONS: Final = 16
 
-#: Bytes read from a socket at once; redis-py's own default is slow for chunks of weights.
-SOCKET_READ_BYTES: Final = 1 << 20
+#: Bytes read from a socket at once: each connection has a buffer of this size, and a host may have many workers.
+SOCKET_READ_BYTES: Final = 1 << 16
+
+#: The same for who reads batches; weights come without such a buffer.
+LARGE_READ_BYTES: Final = 1 << 20
 
 #: What a URL may say besides user, server and database; as redis-py names it.
 PARAMETERS: Final = (
@@ -106,6 +109,12 @@ def _bounded(connection_class: type) -> type:
     return type(f"Bounded{connection_class.__name__}", (_Bounded, connection_class), {})
 
 
+@cache
+def _driver() -> redis.DriverInfo:
+    """Give what is told to servers of redis-py: each connection would look for its version in the file system."""
+    return redis.DriverInfo()
+
+
 def bounded_client(
     client: redis.Redis,
     timeout_seconds: float,
@@ -133,9 +142,10 @@ def bounded_client(
         "socket_timeout": socket_seconds,
         "socket_connect_timeout": socket_seconds,
         "socket_read_size": SOCKET_READ_BYTES,
-        "driver_info": None,  # to find its own version costs redis-py more than all else that connecting takes
         **other,
     }
+    if not settings.keys() & {"driver_info", "lib_name", "lib_version"}:
+        settings["driver_info"] = _driver()
     if address is not None:
         settings["host"], settings["port"] = address
     make_pool: Callable[..., redis.BlockingConnectionPool] = redis.BlockingConnectionPool

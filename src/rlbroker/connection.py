@@ -16,7 +16,13 @@ from typing import Any, Final, Self, TypeVar
 import redis
 from redis import exceptions as redis_errors
 
-from rlbroker.clients import bounded_client, client_from_url, stall_seconds
+from rlbroker.clients import (
+    LARGE_READ_BYTES,
+    SOCKET_READ_BYTES,
+    bounded_client,
+    client_from_url,
+    stall_seconds,
+)
 from rlbroker.config import (
     DEFAULT_URL,
     Way,
@@ -112,6 +118,7 @@ class Connection:
         *,
         client: redis.Redis | redis.RedisCluster | None = None,
         timeout_seconds: float = 10.0,
+        reads_batches: bool = False,
     ) -> None:
         """Prepare a connection; nothing is sent yet.
 
@@ -121,6 +128,7 @@ class Connection:
             client: a ready client instead of a URL, a fakeredis one or one of a Cluster too; it gives the way to the
                 server, and itself stays untouched.
             timeout_seconds: how long any one operation may take, retries included.
+            reads_batches: whether large replies are to come fast, for more memory.
 
         Raises:
             InvalidArgument: the URL, the client or the timeout cannot work.
@@ -173,7 +181,13 @@ class Connection:
         #: How long a connection may be silent with an answer due.
         self.socket_seconds = min(stall, float(pool.connection_kwargs.get("socket_timeout") or stall))
         self._given = base  # a pool of Sentinel's is only remembered weakly by its connections
-        self._make_client = partial(bounded_client, base, self.timeout_seconds, self.socket_seconds)
+        self._make_client = partial(
+            bounded_client,
+            base,
+            self.timeout_seconds,
+            self.socket_seconds,
+            socket_read_size=LARGE_READ_BYTES if reads_batches else SOCKET_READ_BYTES,
+        )
         self.servers: Servers = servers_of(way or Way("one", ""), self._make_client, self.address)
 
     @property

@@ -214,7 +214,9 @@ class WorkerCommunicator:
         self._keys = keys = Keys(run)
         self._publishes = publishes
         self._closed: CleanupReport | None = None
-        self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
+        self._connection = connection = Connection(
+            redis_url, client=redis_client, timeout_seconds=timeout, reads_batches=True
+        )
         self._roster = Roster(
             connection,
             keys,
