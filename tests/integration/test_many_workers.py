@@ -12,6 +12,8 @@ import rlbroker.learner
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.crowd import Crowd
 from rlbroker.deadline import Deadline
+from rlbroker.membership.heartbeat import Heartbeat
+from rlbroker.records import Registration
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -56,3 +58,22 @@ def test_who_waits_for_its_turn_leaves_without_it(learner: Learner, worker: Work
     wait_until("it waits for its turn", lambda: client._subscriber._turn)
     client.close()
     assert not client._subscriber._thread._thread.is_alive()
+
+
+def test_who_wants_a_free_id_does_not_ask_for_each_that_is_taken(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand workers that start would ask half a million times."""
+    learner()
+    for _ in range(5):
+        worker()
+    asked: list[int] = []
+    claim = Heartbeat._claim
+
+    def noted(self: Heartbeat, worker_id: int, *, only_if_free: bool) -> Registration | None:
+        asked.append(worker_id)
+        return claim(self, worker_id, only_if_free=only_if_free)
+
+    monkeypatch.setattr(Heartbeat, "_claim", noted)
+    assert worker().worker_id == 5
+    assert asked == [5]

@@ -16,10 +16,10 @@ from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import AccessDenied, DeadlineExceeded, IncompatibleFormat, RunLost
 from rlbroker.keys import Keys
 from rlbroker.legible import legible
-from rlbroker.lives import read_lives
+from rlbroker.lives import Life, read_lives
 from rlbroker.membership.life_scripts import ANNOUNCE, HEARD_OF, NEXT_LIFE, NOTE_FENCED
 from rlbroker.records import Registration
-from rlbroker.replies import text_fields, whole_number
+from rlbroker.replies import seconds_number, text_fields, whole_number
 
 #: Heartbeats in one lease: this many must fail in a row before a worker is called away.
 BEATS_PER_LEASE = 5
@@ -328,13 +328,21 @@ class Heartbeat:
                     "share (`rlbroker acl --shared`) can be given a free one"
                 ) from error
             free = next((worker for worker in range(MAX_WORKER_ID) if worker not in members), MAX_WORKER_ID)
-            # Ids below it belong to members, but those whose lease is over are free too.
-            for worker in range(free + 1):
+            # Ids below it belong to members, but those whose lease is over may be free too.
+            over = [worker for worker in self._silent(members) if worker < free]
+            for worker in (*over, free):
                 claimed = self._claim(worker, only_if_free=True)
                 if claimed is not None:
                     return claimed
             self._thread.pause(backoff.next(deadline))
         raise DeadlineExceeded(f"no free worker id was found in the run {self._keys.run!r}")
+
+    def _silent(self, members: Mapping[int, Life]) -> list[int]:
+        """Give the members that were not heard of for a lease; whether their ids are free, the server decides."""
+        said = self._connection.execute("HGET", self._keys.meta, "lease_seconds")
+        lease_seconds = seconds_number(str(said or b"", "ascii", "replace")) or RunSettings.lease_seconds
+        now = self._connection.clock(self._keys.meta)
+        return [worker for worker, life in members.items() if life.silent_seconds(now) >= lease_seconds]
 
     @property
     def _process(self) -> str:
