@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, Self, get_args
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from rlbroker.errors import InvalidArgument
 
@@ -72,6 +72,9 @@ MIN_TAKE_OVER_SECONDS = 0.5
 
 #: What a URL may say of the Sentinels: they know no user and password but their own.
 _SENTINEL_LOGIN = ("sentinel_username", "sentinel_password")
+
+#: What Sentinels take for the name of a master.
+_SERVICE = re.compile(r"[\w.-]+", re.ASCII)
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -175,7 +178,7 @@ def redis_url(url: str | None = None) -> str:
     variable = url_variable()
     found = url or (os.environ[variable] if variable else DEFAULT_URL)
     try:
-        scheme = urlsplit(found).scheme
+        scheme = url_parts(found)[0].scheme
     except ValueError as error:
         raise unusable_url(found, error) from None
     if scheme not in URL_SCHEMES:
@@ -218,7 +221,7 @@ def way_of(url: str) -> Way:
     Raises:
         InvalidArgument: a part of it is missing, or cannot be used.
     """
-    parts = urlsplit(url)
+    parts, places = url_parts(url)
     scheme, _, engine = parts.scheme.partition("+")
     path = parts.path.strip("/")
     service = ""
@@ -229,26 +232,50 @@ def way_of(url: str) -> Way:
                 f"the URL of the Sentinels {redacted_url(url)} does not say which master they are asked for; write it "
                 "like redis+sentinel://host:26379,host:26379/mymaster"
             )
+        if not _SERVICE.fullmatch(service):  # which may be a part of a password
+            raise InvalidArgument(
+                f"the URL of the Sentinels {redacted_url(url)} names a master that none can have: its name is of "
+                "letters, digits and .-_; in a password write / as %2F"
+            )
     if scheme != "unix" and path and not path.isdecimal():
         raise InvalidArgument(f"the database in the server's URL must be a number, as in {DEFAULT_URL!r}")
     if not engine:
         return Way("one", url)
     if engine == "cluster" and path.strip("0"):
         raise InvalidArgument(f"a Cluster has the database 0 only; {redacted_url(url)} names {path}")
-    user, at, places = parts.netloc.rpartition("@")
     try:
-        named = [urlsplit(f"//{place}") for place in places.split(",")]
+        named = [urlsplit(f"//{place}") for place in places]
         default_port = 26379 if engine == "sentinel" else 6379
-        hosts = tuple((one.hostname or "localhost", one.port or default_port) for one in named)
+        hosts = tuple((one.hostname or "", one.port or default_port) for one in named)
     except ValueError as error:
         raise unusable_url(url, error) from None
+    if not all(host for host, _ in hosts):
+        raise InvalidArgument(
+            f"the server's URL {redacted_url(url)} names a host that is empty; write at least one, and a comma only "
+            f"between two, as in redis+{engine}://host:{default_port},host:{default_port}"
+        )
     query, login = parts.query, dict[str, str]()
     if engine == "sentinel":
         said = parse_qsl(query, keep_blank_values=True)
         login = {name.removeprefix("sentinel_"): value for name, value in said if name in _SENTINEL_LOGIN}
         query = urlencode([pair for pair in said if pair[0] not in _SENTINEL_LOGIN])
-    first = f"{scheme}://{user}{at}{places.split(',')[0]}/{path}{query and '?'}{query}"
+    first = parts._replace(scheme=scheme, path=f"/{path}", query=query, fragment="").geturl()
     return Way("cluster" if engine == "cluster" else "sentinel", first, hosts, service, login)
+
+
+def url_parts(url: str) -> tuple[SplitResult, list[str]]:
+    """Give the parts of a URL without the hosts after the first, with which no library reads it; and all its hosts.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    scheme, _, rest = url.partition("://")
+    place = re.split("[/?#]", rest, maxsplit=1)[0]
+    user, at, named = place.rpartition("@")
+    hosts = named.split(",")
+    if "+" not in scheme or len(hosts) == 1:
+        return urlsplit(url), hosts
+    return urlsplit(f"{scheme}://{user}{at}{hosts[0]}{rest[len(place) :]}"), hosts
 
 
 def redis_username() -> str | None:

@@ -7,7 +7,7 @@ import traceback
 import pytest
 
 from rlbroker.clients import client_from_url
-from rlbroker.config import DEFAULT_URL, RunSettings, redacted_url, redis_url, run_name
+from rlbroker.config import DEFAULT_URL, RunSettings, redacted_url, redis_url, run_name, way_of
 from rlbroker.demo import training_run
 from rlbroker.errors import InvalidArgument
 from rlbroker.keys import Keys
@@ -58,6 +58,54 @@ def test_a_database_that_is_no_number_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="must be a number"):
         redis_url("redis://localhost:6379/main")
     assert redis_url("unix:///run/redis.sock")
+
+
+def test_the_nodes_of_a_cluster_and_the_sentinels_are_read_from_a_url() -> None:
+    cluster = way_of("rediss+cluster://me:p%40ss%2Cword@a:7000,[::1]:7001,c/0?ssl_check_hostname=no")
+    assert cluster.kind == "cluster"
+    assert cluster.hosts == (("a", 7000), ("::1", 7001), ("c", 6379))
+    assert cluster.url == "rediss://me:p%40ss%2Cword@a:7000/0?ssl_check_hostname=no"
+    trio = way_of(
+        "redis+sentinel://[::1],b:1/pong.main/3?sentinel_username=you&sentinel_password=p%26w&protocol=3"
+    )
+    assert (trio.kind, trio.service, trio.hosts) == ("sentinel", "pong.main", (("::1", 26379), ("b", 1)))
+    assert (trio.url, trio.login) == ("redis://[::1]/3?protocol=3", {"username": "you", "password": "p&w"})
+    assert way_of("redis://a,b/1").url == "redis://a,b/1"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("redis+cluster:///0", "a host that is empty; .* redis\\+cluster://host:6379,host:6379"),
+        ("redis+cluster://me:secret@/0", "a host that is empty"),
+        ("redis+cluster://me:secret@a,,b/0", "a host that is empty"),
+        ("redis+sentinel://a,/mymaster", "a host that is empty; .* redis\\+sentinel://host:26379,"),
+        ("redis+cluster://me:secret@a:1,b:x", "host or port cannot be read"),
+        ("redis+cluster://me:secret@a:1,b:99999", "host or port cannot be read"),
+        ("redis+cluster://me:secret@a:x,b:1", "host or port cannot be read"),
+        ("redis+cluster://me:secret@a,[::1/0", "cannot be used"),
+        ("redis+cluster://me:secret@a:1/3", "a Cluster has the database 0 only; .* names 3"),
+        ("redis+cluster://me:secret@a:1/main", "must be a number"),
+        (
+            "redis+sentinel://me:secret@a:1",
+            "which master they are asked for; write it like redis\\+sentinel://host",
+        ),
+        ("redis+sentinel://me:secret@a:1/", "which master they are asked for"),
+        ("redis+sentinel://me:secret@a:1/mymaster/main", "must be a number"),
+        ("redis+sentinel://me:1/secret@a:1", "names a master that none can have"),
+        ("redis+cluster://me:1/secret@a:1", "must be a number"),
+        ("redis+cluster://me:1?secret@a:1", "that rlbroker does not know"),
+        (
+            "redis+sentinel://a:1/mymaster?sentinel_passwort=secret",
+            "'sentinel_passwort' that rlbroker does not know",
+        ),
+        ("redis+ring://me:secret@a:1", "has the scheme 'redis\\+ring'; use one of redis://"),
+    ],
+)
+def test_a_wrong_url_of_several_servers_says_what_to_write_and_shows_no_password(url: str, said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said) as caught:
+        client_from_url(way_of(redis_url(url)).url)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("run", ["", " ", "a b", "{x}", "a:b", "-x", "x" * 101, "ü"])

@@ -66,3 +66,32 @@ def test_rights_are_given_by_somebody_else(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_hint_for_another_program_is_left_alone() -> None:
     assert Session().typed("timedatectl set-ntp true") == "timedatectl set-ntp true"
+
+
+def test_a_hint_for_a_cluster_is_for_redis_cli_s_way_of_naming_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        "RLBROKER_REDIS_URL", "rediss+cluster://me:secret@localhost:1,[::1]:2/0?ssl_ca_certs=/ca.crt"
+    )
+    login, to_all = "--user me --askpass --tls --cacert /ca.crt", "--cluster call localhost:1"
+    session = Session(timeout=0.1)
+    assert session.typed(SET) == f"redis-cli {login} {to_all} CONFIG SET timeout 0"
+    assert session.typed("redis-cli TYPE x") == f"redis-cli {login} -c -h localhost -p 1 TYPE x"
+    assert session.typed("redis-cli -h b -p 2 INFO") == f"redis-cli {login} -h b -p 2 INFO"
+    assert session.typed("redis-cli ACL SETUSER me +info") == (
+        f"redis-cli --tls --cacert /ca.crt {to_all} ACL SETUSER me +info"
+    )
+    monkeypatch.setenv(URL_TYPED_VARIABLE, "1")
+    assert session.typed("rlbroker runs") == (
+        "rlbroker runs --url 'rediss+cluster://me:…@localhost:1,[::1]:2/0?ssl_ca_certs=/ca.crt'"
+    )
+
+
+def test_a_hint_for_sentinels_holds_no_password_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "redis+sentinel://me:secret@localhost:1,localhost:2/pong/3?sentinel_username=s&sentinel_password=secret"
+    monkeypatch.setenv("RLBROKER_REDIS_URL", url)
+    monkeypatch.setenv(URL_TYPED_VARIABLE, "1")
+    session = Session(timeout=0.1)
+    assert session.typed("rlbroker runs") == (
+        "rlbroker runs --url 'redis+sentinel://me:…@localhost:1,localhost:2/pong/3?sentinel_username=s'"
+    )
+    assert session.typed(SET) == "redis-cli --user me --askpass -h MASTER -p 6379 -n 3 CONFIG SET timeout 0"

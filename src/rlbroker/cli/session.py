@@ -26,6 +26,7 @@ from rlbroker.cli.text import plain, unwrapped
 from rlbroker.errors import RlbrokerError
 
 if TYPE_CHECKING:
+    from rlbroker.config import Way
     from rlbroker.connection import Connection
     from rlbroker.deadline import within
     from rlbroker.keys import Keys
@@ -98,6 +99,7 @@ class Session:
         connection = Connection(self.url, timeout_seconds=self.timeout)
         try:
             connection.execute_once("PING")
+            connection.find_nodes()
         except BaseException:
             connection.close()
             raise
@@ -185,7 +187,7 @@ class Session:
         """
         program, _, words = hint.partition(" ")
         if program == "redis-cli":
-            return f"redis-cli {self._redis_cli_options(administrator=words.startswith('ACL '))} {words}"
+            return f"redis-cli {self._redis_cli_options(words)} {words}"
         if program != "rlbroker":
             return hint
         if " --url" not in words and (url := self._url_to_type()):
@@ -196,19 +198,20 @@ class Session:
         return f"rlbroker {words}"
 
     def _url_to_type(self) -> str | None:
-        from urllib.parse import urlsplit
-
-        from rlbroker.config import redis_url, url_was_typed
+        from rlbroker.config import redis_url, url_parts, url_was_typed
 
         if self.url or not url_was_typed():
             return self.url
-        parts = urlsplit(redis_url())
-        host = parts.netloc.rpartition("@")[2]
-        query = "&".join(part for part in parts.query.split("&") if not part.startswith("password="))
-        return parts._replace(netloc=f"{parts.username or ''}:…@{host}", query=query).geturl()
+        parts, hosts = url_parts(redis_url())
+        query = [part for part in parts.query.split("&") if not part.partition("=")[0].endswith("password")]
+        place = f"{parts.username or ''}:…@{','.join(hosts)}"
+        return parts._replace(netloc=place, query="&".join(query)).geturl()
 
-    def _redis_cli_options(self, *, administrator: bool) -> str:
-        """Give the options that lead redis-cli to the server; an administrator is somebody else than we are."""
+    def _redis_cli_options(self, command: str) -> str:
+        """Give the options that lead redis-cli to where a command belongs.
+
+        An administrator, who gives rights, is somebody else than we are.
+        """
         from urllib.parse import unquote, urlsplit
 
         from rlbroker.config import (
@@ -218,12 +221,17 @@ class Session:
             redis_username,
             url_variable,
             url_was_typed,
+            way_of,
         )
 
-        url, variable = redis_url(self.url), url_variable()
-        parts = urlsplit(url)
+        url, variable, administrator = redis_url(self.url), url_variable(), command.startswith("ACL ")
+        way = way_of(url)
+        parts = urlsplit(way.url)
         in_shell = variable and not self.url and not url_was_typed() and not administrator
-        if parts.scheme == "unix":
+        node = "" if command.startswith("-h ") else self._redis_cli_node(way, command)
+        if node is not None:
+            where, in_shell = "", False
+        elif parts.scheme == "unix":
             where, in_shell = f"-s {shlex.quote(parts.path)}", False
         else:
             where = f'-u "${variable}"' if in_shell else f"-u {shlex.quote(redacted_url(url))}"
@@ -234,7 +242,30 @@ class Session:
             user = unquote(parts.username or "default")
         if user and not administrator:
             where += f" --user {shlex.quote(user)} --askpass"
-        return where + (_tls_options(parts.query) if parts.scheme == "rediss" else "")
+        if parts.scheme == "rediss":
+            where += _tls_options(parts.query) if node is None else f" --tls{_tls_options(parts.query)}"
+        return where if node is None else f"{where} {node}".strip()
+
+    def _redis_cli_node(self, way: Way, command: str) -> str | None:
+        """Give the options that lead to the master that Sentinels name, or to a Cluster; None for a single server.
+
+        What sets something is for all nodes of a Cluster, as each has settings and users of its own.
+        """
+        from urllib.parse import urlsplit
+
+        found_out = "connection" in self.__dict__ and self.connection.servers.several
+        if way.kind == "one" and not found_out:
+            return None
+        try:
+            host, port = self.connection.masters()[0].address or ("", 0)
+        except RlbrokerError:  # in a Cluster any node will do
+            host, port = way.hosts[0] if way.kind == "cluster" else ("MASTER", 6379)
+        if way.kind == "sentinel":
+            database = urlsplit(way.url).path.strip("/")
+            return f"-h {host} -p {port}" + (f" -n {database}" if database.strip("0") else "")
+        if command.startswith(("ACL ", "CONFIG ")):
+            return f"--cluster call {host}:{port}"
+        return f"-c -h {host} -p {port}"
 
 
 def _tls_options(query: str) -> str:
