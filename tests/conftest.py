@@ -1,4 +1,4 @@
-"""What the tests share: the same body runs on fakeredis and on a real server, each in a run of its own."""
+"""What the tests share: a body runs on fakeredis, a real server, a Cluster and a Sentinel trio, in a run of its own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from typing import Any, Protocol
 
 import fakeredis
 import pytest
 import redis
 from certificates import certificates  # noqa: F401 - a fixture
+from engines import Cluster, SentinelTrio
 from fault_fixtures import (  # noqa: F401 - so pytest finds them
     arena,
     binary,
@@ -23,10 +25,12 @@ from fault_fixtures import (  # noqa: F401 - so pytest finds them
     new_cluster,
     new_server,
     new_trio,
-    pytest_generate_tests,
+    vary_scenario,
 )
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from redis.sentinel import Sentinel
+from servers import KINDS, binary_of
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.keys import Keys
@@ -44,7 +48,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--servers", default="embedded", help="embedded, redis-6.2, redis-7.0, separated by commas"
     )
     faults.addoption(
-        "--engines", default="single,cluster,sentinel", help="what scenarios run on that can run on each"
+        "--engines",
+        default="single,cluster,sentinel",
+        help="what scenarios and tests run on that can run on each",
+    )
+    faults.addoption(
+        "--everywhere", action="store_true", help="all tests that can run on the engines do, not a selection"
     )
     faults.addoption(
         "--soak", type=float, default=0.0, metavar="MINUTES", help="all faults at random, so long"
@@ -56,8 +65,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "on_every_engine: a scenario for a server, a Cluster and a Sentinel trio"
+        "markers", "on_every_engine: runs on a server, on a Cluster and on a Sentinel trio, also by default"
     )
+    config.addinivalue_line("markers", "single_server(why): never runs on a Cluster or a Sentinel trio")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    vary_scenario(metafunc)
+    if "place" in metafunc.fixturenames:
+        metafunc.parametrize("place", _places(metafunc))
+
+
+def _places(metafunc: pytest.Metafunc) -> list[str]:
+    """Give where a test runs: on a fake, on a real server, and on some engines made of each kind of server."""
+    option, mark = metafunc.config.getoption, metafunc.definition.get_closest_marker
+    if not (option("--everywhere") or mark("on_every_engine")) or mark("single_server"):
+        return ["fake", "real"]
+    engines = [one for one in option("--engines").split(",") if one != "single"]
+    return ["fake", "real", *(f"{engine}:{kind}" for kind in option("--servers").split(",") for engine in engines)]
 
 
 _numbers = itertools.count(1)
@@ -110,6 +135,56 @@ class RealServer:
         return redis.Redis.from_url(self.url, protocol=2, retry=Retry(NoBackoff(), 0))
 
 
+class ClusterServer:
+    """A Cluster, taken whole."""
+
+    kind = "cluster"
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self.url = cluster.url
+        self.client: Any = cluster.client()
+
+    def way(self) -> dict[str, Any]:
+        return {"redis_url": self.url}
+
+    def another_client(self) -> Any:
+        return self._cluster.client()
+
+
+class TrioServer:
+    """Whichever server the Sentinels of a trio name as the master."""
+
+    kind = "sentinel"
+
+    def __init__(self, trio: SentinelTrio) -> None:
+        self._trio = trio
+        for sentinel in trio.sentinels:  # nobody fails here: a machine that is busy is no reason to promote
+            sentinel.ask("SENTINEL", "SET", trio.service, "down-after-milliseconds", 60_000)
+        self.url = trio.url
+        self.client: Any = self.another_client()
+
+    def way(self) -> dict[str, Any]:
+        return {"redis_url": self.url}
+
+    def another_client(self) -> Any:
+        sentinels = Sentinel([one.address for one in self._trio.sentinels])
+        return sentinels.master_for(self._trio.service, protocol=2, retry=Retry(NoBackoff(), 0))
+
+
+class KeysOf(Keys):
+    """Keys of a run on a Cluster, whose shards are known once its learner has chosen them."""
+
+    def __init__(self, run: str, server: Server) -> None:
+        super().__init__(run)
+        self._server = server
+
+    def shard_of(self, number: int | str) -> str:
+        if not self.shards:
+            self.spread((self._server.client.hget(self.meta, "shards") or b"").decode())
+        return super().shard_of(number)
+
+
 @pytest.fixture(scope="session")
 def embedded() -> Iterator[RedisServer]:
     """A real server for the whole session. Without one the tests fail; they do not skip."""
@@ -126,15 +201,39 @@ def real_server(embedded: RedisServer) -> Iterator[RealServer]:
     server.client.close()
 
 
-@pytest.fixture(params=["fake", "real"])
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """Both kinds, one after the other; only RLBROKER_ALLOW_FAKE=1 lets the real one be missing."""
-    if request.param == "fake":
+@pytest.fixture(scope="session")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Server]]:
+    """Starts an engine, made of a kind of server, when it is wanted first; it is there for the whole session."""
+    with ExitStack() as stack:
+
+        @cache
+        def start(engine: str, kind: str) -> Server:
+            binary = binary_of(kind)
+            assert binary is not None, f"there is no {kind} here; get it with: {KINDS[kind]}"
+            folder = tmp_path_factory.mktemp(engine)
+            if engine == "cluster":
+                patient = "--cluster-node-timeout", "60000"  # a machine that is busy is no reason to promote
+                return ClusterServer(stack.enter_context(Cluster(binary, folder, 3, 1, *patient)))
+            return TrioServer(stack.enter_context(SentinelTrio(binary, folder)))
+
+        yield start
+
+
+@pytest.fixture
+def server(place: str, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """Each kind, one after the other; only RLBROKER_ALLOW_FAKE=1 lets the real ones be missing."""
+    if place == "fake":
         yield FakeServer()
         return
     if os.environ.get("RLBROKER_ALLOW_FAKE") == "1":
         pytest.skip("RLBROKER_ALLOW_FAKE=1: only fakeredis is used")
-    yield request.getfixturevalue("real_server")
+    if place == "real":
+        yield request.getfixturevalue("real_server")
+        return
+    found: Server = request.getfixturevalue("started")(*place.split(":"))
+    found.client.flushall()
+    yield found
+    found.client.flushall()
 
 
 @pytest.fixture
@@ -144,8 +243,9 @@ def run() -> str:
 
 
 @pytest.fixture
-def keys(run: str) -> Keys:
-    return Keys(run)
+def keys(run: str, request: pytest.FixtureRequest) -> Keys:
+    server = request.getfixturevalue("server") if "server" in request.fixturenames else None
+    return KeysOf(run, server) if server and server.kind == "cluster" else Keys(run)
 
 
 @pytest.fixture
@@ -153,9 +253,8 @@ def opened(server: Server, run: str) -> Iterator[ExitStack]:
     """Closes what `learner` and `worker` made, and then looks for keys that nobody declared to be lasting."""
     with ExitStack() as stack:
         yield stack
-    prefix = Keys(run).prefix + ":"
-    for name in server.client.scan_iter(f"{prefix}*"):
-        short = name.decode().removeprefix(prefix)
+    for name in server.client.scan_iter(Keys(run).everything):
+        short = name.decode().partition("}:")[2]
         assert LASTING.fullmatch(short) or server.client.pttl(name) > 0, f"{short} would stay for ever"
 
 

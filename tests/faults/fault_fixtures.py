@@ -16,7 +16,8 @@ from engines import Cluster, SentinelTrio
 from servers import KINDS, FaultyServer, binary_of
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+def vary_scenario(metafunc: pytest.Metafunc) -> None:
+    """Let a scenario run with each seed, on each chosen engine and server."""
     if "server_kind" not in metafunc.fixturenames:
         return
     option = metafunc.config.getoption
