@@ -168,7 +168,8 @@ class TrioServer:
         return {"redis_url": self.url}
 
     def another_client(self) -> Any:
-        sentinels = Sentinel([one.address for one in self._trio.sentinels])
+        make: Any = Sentinel
+        sentinels = make([one.address for one in self._trio.sentinels])
         return sentinels.master_for(self._trio.service, protocol=2, retry=Retry(NoBackoff(), 0))
 
 
