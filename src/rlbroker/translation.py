@@ -69,7 +69,11 @@ def translated(
         return KeysMove(f"{address} moves keys just now: {text}")
     no_master = (redis_errors.ReadOnlyError, redis_errors.ClusterDownError)
     away = (redis_errors.ConnectionError, redis_errors.TimeoutError, *no_master)
-    if isinstance(error, away) or text.startswith(("LOADING", "BUSY ", "MASTERDOWN", "READONLY")):
+    if (
+        isinstance(error, away)
+        or text.startswith(("LOADING", "BUSY ", "MASTERDOWN", "READONLY"))
+        or "NOREPLICAS" in text
+    ):
         return ConnectionFailed(f"cannot reach {address}: {text}")
     if isinstance(error, redis_errors.OutOfMemoryError) or text.startswith("OOM"):
         return ServerOutOfMemory(
