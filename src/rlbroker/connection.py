@@ -425,10 +425,12 @@ class Connection:
     def load_missing(self, scripts: Sequence[Script]) -> None:
         """Put scripts back that a server's cache has lost, if it has lost any."""
         for server in self.retry(self.masters):
-            if not all(
-                self.retry(partial(self._on, server, ("SCRIPT EXISTS", *(one.sha for one in scripts))))
-            ):
-                self.retry(partial(self._load, server, scripts))
+            try:
+                if not all(self._on(server, ("SCRIPT EXISTS", *(script.sha for script in scripts)))):
+                    self._load(server, scripts)
+            except ConnectionFailed:  # the others are not to wait for it, nor is who asks for the next time
+                if not self.servers.several:
+                    raise
 
     def _load(self, server: Server, scripts: Iterable[Script]) -> None:
         for script in scripts:

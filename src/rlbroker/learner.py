@@ -35,7 +35,15 @@ from rlbroker.connection import BLOCK_SECONDS, Channel, Connection
 from rlbroker.control.commander import RESTORE_COMMAND, SEND, Command, Commander
 from rlbroker.control.ledger import RESTORE_ACCOUNT, SETTLE, Ledger
 from rlbroker.deadline import Deadline, within
-from rlbroker.errors import Closed, Fenced, InvalidArgument, PeerError, RunLost, UnsupportedType
+from rlbroker.errors import (
+    Closed,
+    ConnectionFailed,
+    Fenced,
+    InvalidArgument,
+    PeerError,
+    RunLost,
+    UnsupportedType,
+)
 from rlbroker.experience.collector import Collector
 from rlbroker.experience.counts import read_counts
 from rlbroker.experience.dead_letters import BURY, PURGE, RETRY, DeadLetters
@@ -234,6 +242,7 @@ class WorkerCommunicator:
                 wire_format=FORMAT_VERSION, num_workers=num_workers, shards=self._chosen_shards(shards)
             )
             self._shards = [Channel(connection, key) for key in keys.one_of_each_shard]
+            self._known_shards = set[Channel]()  #: those whose server was there once
             self._publisher = Publisher(
                 connection,
                 keys,
@@ -696,8 +705,7 @@ class WorkerCommunicator:
 
     def _look_after_run(self) -> None:
         """Settle acknowledgements as they come; one step of the background thread."""
-        fresh = [channel.connect() for channel in (self._channel, *self._shards)]
-        if any(fresh):
+        if self._channel.connect():
             self._doubt = self._began  # another server may be there now, or one that lost something
             self._began = True
         try:
@@ -709,8 +717,7 @@ class WorkerCommunicator:
                 self._ledger.failed_version = 0
             if self._next_sign_of_life.over:
                 self._roster.say_alive(self._channel)
-                for channel in self._shards:
-                    channel.execute("PING")
+                self._look_after_shards()
                 self._connection.load_missing(SCRIPTS)
                 self._republish |= self._roster.leads and self._publisher.outrun()
                 self._next_sign_of_life = Deadline(ALIVE_SECONDS)
@@ -725,6 +732,15 @@ class WorkerCommunicator:
         if self._next_housekeeping.over:
             self._keep_house()
             self._next_housekeeping = Deadline(self._housekeeping_seconds)
+
+    def _look_after_shards(self) -> None:
+        """Find out whether a shard's server may have lost something; one that is away is not waited for."""
+        for channel in self._shards:
+            with suppress(ConnectionFailed):
+                fresh, known = channel.connect(), channel in self._known_shards
+                channel.execute("PING")
+                self._known_shards.add(channel)
+                self._doubt |= fresh and known
 
     def _record(self, *, last: bool = False) -> None:
         """Take this second's sample of the run's history."""

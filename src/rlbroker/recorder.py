@@ -9,7 +9,7 @@ from typing import Any
 
 from rlbroker.connection import Argument, Connection, flat
 from rlbroker.deadline import Deadline
-from rlbroker.errors import ConnectionFailed, PeerError
+from rlbroker.errors import PeerError
 from rlbroker.history import TIERS, WORKERS_NAMED, Sample
 from rlbroker.keys import Keys
 from rlbroker.metrics import Metrics
@@ -58,8 +58,7 @@ class _Waits:
 class Recorder:
     """Takes the samples of one learner. For one thread at a time.
 
-    A fault of the server's, a full one or a missing right among them, costs a sample and nothing else; only a
-    broken connection is the caller's to mend.
+    A fault of the server's, a full one or a missing right among them, costs a sample and nothing else.
     """
 
     def __init__(
@@ -88,9 +87,6 @@ class Recorder:
         Args:
             write: whether this learner is the one that writes the history.
             last: whether no further one follows, so that all streams get it.
-
-        Raises:
-            ConnectionFailed: the connection broke.
         """
         if self._broken:
             return None
@@ -98,8 +94,6 @@ class Recorder:
             sample = self._take()
             if write:
                 self._write(sample, last=last)
-        except ConnectionFailed:
-            raise
         except PeerError as error:
             logger.debug("no figures for the history: %s", error)
             return None

@@ -98,9 +98,9 @@ class Servers(ABC):
         """Be told by a node of a Cluster that a slot is on another one."""
         return
 
+    @abstractmethod
     def at(self, address: Address) -> Server:
         """Give the server at an address."""
-        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:
@@ -127,6 +127,10 @@ class OneServer(Servers):
     def replicas_of(self, master: Server) -> Sequence[Server]:
         """Give the replicas of a master."""
         return self._pools.replicas_of(master)
+
+    def at(self, address: Address) -> Server:
+        """Give another server, with the same settings."""
+        return Server(self._pools.at(address), address)
 
     def close(self) -> None:
         """Close the connections."""
