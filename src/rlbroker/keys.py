@@ -101,9 +101,11 @@ class Keys:
         lives = Counter[object]()
         for number in map(str, range(_SHARDS_TRIED)):
             server = server_of(Keys(self.run, shards=(number,)).shard_of(0) + ":x")
-            if lives[server] < -(-count // servers) and len(found) < count:
+            if lives[server] < -(-count // servers):
                 lives[server] += 1
                 found.append(number)
+            if len(found) == count:
+                break
         return " ".join(found)
 
     @property
