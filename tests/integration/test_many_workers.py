@@ -9,6 +9,7 @@ import pytest
 from conftest import wait_until
 
 import rlbroker.learner
+import rlbroker.membership.heartbeat
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.crowd import Crowd
 from rlbroker.deadline import Deadline
@@ -77,3 +78,28 @@ def test_who_wants_a_free_id_does_not_ask_for_each_that_is_taken(
     monkeypatch.setattr(Heartbeat, "_claim", noted)
     assert worker().worker_id == 5
     assert asked == [5]
+
+
+def test_who_waits_for_a_learner_looks_for_it_more_often_than_it_beats(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand workers that are there first would keep the server busy with heartbeats."""
+    monkeypatch.setattr(rlbroker.membership.heartbeat, "BEATS_PER_LEASE", 0.001)  # none for hours
+    done: list[str] = []
+
+    def noted(name: str) -> Callable[[Heartbeat], Any]:
+        step = getattr(Heartbeat, name)
+
+        def note(self: Heartbeat) -> Any:
+            done.append(name)
+            return step(self)
+
+        return note
+
+    for name in ("_is_opened", "_beat"):
+        monkeypatch.setattr(Heartbeat, name, noted(name))
+    client = worker()
+    wait_until("it has looked a few times", lambda: done.count("_is_opened") > 3)
+    assert done.count("_beat") == 1  # when it registered
+    learner()
+    wait_until("it knows the run", lambda: client._heartbeat.knows_run)

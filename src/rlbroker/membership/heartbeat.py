@@ -24,6 +24,9 @@ from rlbroker.replies import seconds_number, text_fields, whole_number
 #: Heartbeats in one lease: this many must fail in a row before a worker is called away.
 BEATS_PER_LEASE = 5
 
+#: How often a worker looks whether its run was opened: a look costs the server far less than a heartbeat.
+OPENED_SECONDS = 0.1
+
 REGISTER = Script(
     "register",
     ANNOUNCE
@@ -191,6 +194,7 @@ class Heartbeat:
         self._began = self._returned = False
         self._settings: RunSettings | None = None
         self._settings_known = threading.Event()
+        self._next_beat = Deadline(0)
         self._thread = Background(f"heartbeat in {keys.run!r}", self._step)
         self.registration = Registration(0, 0, 0, "0-0")
         #: Who takes part besides, as the learner said last.
@@ -359,15 +363,23 @@ class Heartbeat:
         return int(max(10 * settings.lease_seconds, settings.forget_seconds) * 1000)
 
     def _step(self) -> None:
-        lease_seconds = self._lease_seconds
-        # Before the learner has opened the run, look often, so that nobody waits for long.
-        self._thread.pause(lease_seconds / BEATS_PER_LEASE if self._settings else 0.1)
+        if not self._settings and not self._next_beat.over:
+            # Before the learner has opened the run, look often, so that nobody waits for long.
+            self._thread.pause(min(OPENED_SECONDS, self._next_beat.remaining))
+            opened = not self._thread.stopping and self._is_opened()
+            if not opened and not self._next_beat.over:
+                return
+        self._thread.pause(self._next_beat.remaining if self._settings else 0)
         if not self._thread.stopping:
             self._beat()
             returned, self._returned = self._returned, False
             self._tend(returned)
 
+    def _is_opened(self) -> bool:
+        return self._connection.execute_once("HGET", self._keys.meta, "wire_format") is not None
+
     def _beat(self) -> None:
+        self._next_beat = Deadline(self._lease_seconds / BEATS_PER_LEASE)
         if self._channel.connect() and self._began:
             self._come_back()
         self._began = True
