@@ -31,6 +31,7 @@ TERMS: dict[str, Callable[[Point], float]] = {
     "process": lambda point: float(len(point.crowd)),
     "worker": lambda point: float(point.workers),
     "batch": lambda point: point.batches_per_second,
+    "read": lambda point: point.reads_per_second,
     "version": lambda point: point.versions_per_second,
     "delivery": lambda point: point.deliveries_per_second,
     "MB published": lambda point: point.published_per_second / 1e6,
@@ -53,13 +54,13 @@ FIGURES = (
         "learner's CPU",
         "ms",
         lambda point: 1e3 * point.learner.cpu_seconds / point.seconds,
-        ("run", "worker", "batch", "version", "delivery", "MB published"),
+        ("run", "worker", "batch", "read", "version", "delivery", "MB published"),
     ),
     Figure(
         "server's CPU",
         "ms",
         lambda point: 1e3 * point.server.cpu_seconds / point.seconds,
-        ("run", "worker", "batch", "version", "delivery", "MB published", "MB downloaded"),
+        ("run", "worker", "batch", "read", "version", "delivery", "MB published", "MB downloaded"),
     ),
     Figure(
         "workers' CPU",
@@ -151,6 +152,7 @@ class Run:
     versions_per_second: float
     batches_per_second: float
     batch_bytes: float
+    reads_per_second: float  #: how often the learner collects, at most
 
     @property
     def downloads(self) -> float:
@@ -165,6 +167,7 @@ class Run:
             "process": 0.0,  # polling is the work of the run itself
             "worker": self.workers,
             "batch": self.batches_per_second,
+            "read": min(self.reads_per_second, self.batches_per_second),
             "version": self.versions_per_second,
             "delivery": self.workers * self.versions_per_second,
             "MB published": published,
@@ -216,6 +219,7 @@ def costs(
     versions_per_minute: Annotated[float, typer.Option()] = 10.0,
     batches_per_second: Annotated[float, typer.Option(help="Of all workers together.")] = 1000.0,
     batch_kb: Annotated[float, typer.Option()] = 4.0,
+    reads_per_second: Annotated[float, typer.Option(help="How often the learner collects.")] = 20.0,
 ) -> None:
     """Say what a run would need of its server, its learner and its links, by the fitted model."""
     shares = workers_per_host or [1, 8, 64]
@@ -230,6 +234,7 @@ def costs(
                 versions_per_minute / 60,
                 batches_per_second,
                 batch_kb * 1024,
+                reads_per_second,
             ),
         )
         for share in shares

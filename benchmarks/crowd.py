@@ -52,6 +52,9 @@ class Work:
     batches_per_second: float = 0.0  #: of all workers together
     version_seconds: float = 0.0  #: between two versions; 0 for none
     version_bytes: int = 0
+    read_seconds: float = (
+        0.0  #: between two reads of the learner, which otherwise takes each batch as it comes
+    )
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Effort:
     cpu_seconds: float
     memory_bytes: int
     batches: int = 0  #: collected by the learner, sent by a worker
+    reads: int = 0  #: of the learner that gave something
     published: dict[int, float] = field(default_factory=dict)  #: by version: when that began
     publish_seconds: list[float] = field(default_factory=list)  #: how long each took
     applied: list[tuple[int, float]] = field(default_factory=list)  #: version, and when a worker had it
@@ -106,6 +110,10 @@ class Point:
     @property
     def batches_per_second(self) -> float:
         return self.batches / self.seconds
+
+    @property
+    def reads_per_second(self) -> float:
+        return self.learner.reads / self.seconds
 
     @property
     def versions_per_second(self) -> float:
@@ -254,7 +262,7 @@ def _learn(pipe: Connection, url: str, run: str, workers: int) -> None:
 def _lead(communicator: WorkerCommunicator, work: Work, weights: Sequence[Any]) -> Effort:
     published: dict[int, float] = {}
     seconds: list[float] = []
-    batches, cpu, began = 0, time.process_time(), time.perf_counter()
+    batches, reads, cpu, began = 0, 0, time.process_time(), time.perf_counter()
     end = began + work.seconds
     while (now := time.perf_counter()) < end + GRACE_SECONDS:
         due = began + len(published) * work.version_seconds if work.version_seconds else end
@@ -264,8 +272,10 @@ def _lead(communicator: WorkerCommunicator, work: Work, weights: Sequence[Any]) 
             seconds.append(time.perf_counter() - now)
         else:
             until = due if now < due < end else end + GRACE_SECONDS
-            batches += len(communicator.collect_experiences(timeout=until - now))
-    return Effort(time.process_time() - cpu, memory_bytes(), batches, published, seconds)
+            collected = len(communicator.collect_experiences(timeout=until - now))
+            batches, reads = batches + collected, reads + bool(collected)
+            time.sleep(work.read_seconds)
+    return Effort(time.process_time() - cpu, memory_bytes(), batches, reads, published, seconds)
 
 
 # The workers

@@ -13,8 +13,8 @@ from benchmarks.measure import Row, progress
 
 SIZES = (1, 8, 64, 256, 1000)
 
-#: Where each worker downloads for itself, no version is measured of which all together would download more.
-DOWNLOADED_BYTES = 256 << 20
+#: No version is measured of which all workers together would load more, or download more.
+LOADED_BYTES, DOWNLOADED_BYTES = 1 << 30, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,12 @@ class Sizes:
 
     seconds: float
     batches_per_second: float
+    read_seconds: float
     versions: tuple[tuple[int, float], ...]  #: bytes, and seconds between two of them
 
 
-FULL = Sizes(4.0, 200.0, ((64 << 10, 1.0), (4 << 20, 2.0)))
-QUICK = Sizes(0.4, 50.0, ((64 << 10, 0.2), (1 << 20, 0.2)))
+FULL = Sizes(4.0, 200.0, 0.1, ((64 << 10, 2.0), (4 << 20, 2.0)))
+QUICK = Sizes(0.4, 50.0, 0.1, ((64 << 10, 0.2), (1 << 20, 0.2)))
 
 
 def run(url: str, *, quick: bool, repetitions: int, workers: int | None = None) -> list[Row]:
@@ -56,10 +57,13 @@ def _works(sizes: Sizes, simulated: Crowd) -> dict[str, Work]:
     works = {}
     if simulated.hosts:
         works["idle"] = Work(sizes.seconds)
-        works["batches"] = Work(sizes.seconds, sizes.batches_per_second)
+        works["one by one"] = Work(sizes.seconds, sizes.batches_per_second)
+        works["many at a time"] = Work(
+            sizes.seconds, sizes.batches_per_second, read_seconds=sizes.read_seconds
+        )
     kind = "a download per host" if simulated.hosts else "a download per worker"
     for size, pause in sizes.versions:
-        if simulated.hosts or simulated.workers * size <= DOWNLOADED_BYTES:
+        if simulated.workers * size <= (LOADED_BYTES if simulated.hosts else DOWNLOADED_BYTES):
             works[f"{size >> 10} KB, {kind}"] = Work(sizes.seconds, 0.0, pause, size)
     return works
 
@@ -114,15 +118,19 @@ def _figures(name: str) -> list[tuple[str, str, Callable[[Point], float]]]:
             ("server's peak memory", "MB", lambda one: one.server.peak_memory_bytes / 1e6),
             ("connections, the learner's included", "", lambda one: one.server.connections),
         ]
-    if name == "batches":
+    if name in ("one by one", "many at a time"):
         return [
             (
-                "learner's CPU per batch of 4 KB",
+                f"learner's CPU per batch of 4 KB, {name}",
                 "µs",
                 lambda one: 1e6 * one.learner.cpu_seconds / one.batches,
             ),
-            ("server's CPU per batch of 4 KB", "µs", lambda one: 1e6 * one.server.cpu_seconds / one.batches),
-            ("batches collected", "/s", lambda one: one.batches_per_second),
+            (
+                f"server's CPU per batch of 4 KB, {name}",
+                "µs",
+                lambda one: 1e6 * one.server.cpu_seconds / one.batches,
+            ),
+            (f"batches collected, {name}", "/s", lambda one: one.batches_per_second),
         ]
     return [
         (f"{name}, publish to applied, p50", "ms", lambda one: _percentile(one, 50)),

@@ -23,7 +23,7 @@ def point(workers: int, batches: int, versions: int = 0, *, hosts: int = 1) -> P
         hosts,
         Work(1.0, batches, 1.0, size),
         seconds=1.0,
-        learner=Effort(0.004 + 0.00002 * workers + 0.0001 * batches, 1, batches, began),
+        learner=Effort(0.004 + 0.00002 * workers + 0.0001 * batches, 1, batches, published=began),
         crowd=[Effort(0.001 * workers, 1, batches, applied=applied)],
         nodes=[ServerFigures(0.0003 * workers, 0, 1000 * workers + downloaded, 0, {}, 1, 1, 4 + 5 * workers)],
     )
@@ -68,7 +68,15 @@ def test_one_large_measurement_does_not_drown_the_small_ones() -> None:
 
 
 def test_a_run_needs_the_sum_of_what_its_parts_cost() -> None:
-    run = Run(1000, 8, weights_bytes=2e6, versions_per_second=0.5, batches_per_second=100, batch_bytes=4096)
+    run = Run(
+        1000,
+        8,
+        weights_bytes=2e6,
+        versions_per_second=0.5,
+        batches_per_second=100,
+        batch_bytes=4096,
+        reads_per_second=20,
+    )
     model = fitted()
     assert needed(model, "learner's CPU", run) == pytest.approx(4 + 20 + 10)
     assert needed(model, "bytes from the server", run) == pytest.approx(1000 + 125 * 1000)
