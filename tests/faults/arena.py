@@ -179,7 +179,8 @@ class Arena:
 
     def begin(self, level: str) -> None:
         """Start a learner and three workers that go on and on, and wait until batches of all flow."""
-        self.start_learner(versions=0, version_seconds=0.3)
+        learner = self.start_learner(versions=0, version_seconds=0.3)
+        self.wait("the learner is there", lambda: learner.lines("opened"))
         for number in range(3):
             self.start_worker(number, batches=None, pause=0.01, level=level)
         self.wait("batches flow, of every worker", lambda: self.inserted() > 100 and self.all_send())
