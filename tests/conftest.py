@@ -79,10 +79,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _places(metafunc: pytest.Metafunc) -> list[str]:
     """Give where a test runs: on a fake, on a real server, and on some engines made of each kind of server."""
     option, mark = metafunc.config.getoption, metafunc.definition.get_closest_marker
-    if not (option("--everywhere") or mark("on_every_engine")) or mark("single_server"):
-        return ["fake", "real"]
-    engines = [one for one in option("--engines").split(",") if one != "single"]
-    return ["fake", "real", *(f"{engine}:{kind}" for kind in option("--servers").split(",") for engine in engines)]
+    always = ["real"] if "reachable" in metafunc.fixturenames else ["fake", "real"]
+    if not (option("--everywhere") or mark("on_every_engine")):
+        return always
+    several = [one for one in option("--engines").split(",") if one != "single"]
+    return [*always, *(f"{one}:{kind}" for kind in option("--servers").split(",") for one in several)]
 
 
 _numbers = itertools.count(1)
@@ -131,8 +132,12 @@ class RealServer:
     def way(self) -> dict[str, Any]:
         return {"redis_url": self.url}
 
+    def new_client(self, **settings: Any) -> Any:
+        """Give a client as users make it."""
+        return redis.Redis.from_url(self.url, **settings)
+
     def another_client(self) -> Any:
-        return redis.Redis.from_url(self.url, protocol=2, retry=Retry(NoBackoff(), 0))
+        return self.new_client(protocol=2, retry=Retry(NoBackoff(), 0))
 
 
 class ClusterServer:
@@ -141,15 +146,20 @@ class ClusterServer:
     kind = "cluster"
 
     def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
+        self._node = cluster.nodes[0].address
         self.url = cluster.url
-        self.client: Any = cluster.client()
+        self.client: Any = self.new_client(protocol=2)
 
     def way(self) -> dict[str, Any]:
         return {"redis_url": self.url}
 
+    def new_client(self, **settings: Any) -> Any:
+        """Give a client as users make it."""
+        host, port = self._node
+        return redis.RedisCluster(host=host, port=port, **settings)
+
     def another_client(self) -> Any:
-        return self._cluster.client()
+        return self.new_client(protocol=2, retry=Retry(NoBackoff(), 0))
 
 
 class TrioServer:
@@ -158,32 +168,25 @@ class TrioServer:
     kind = "sentinel"
 
     def __init__(self, trio: SentinelTrio) -> None:
-        self._trio = trio
+        self._sentinels, self._service = [one.address for one in trio.sentinels], trio.service
         for sentinel in trio.sentinels:  # nobody fails here: a machine that is busy is no reason to promote
             sentinel.ask("SENTINEL", "SET", trio.service, "down-after-milliseconds", 60_000)
         self.url = trio.url
-        self.client: Any = self.another_client()
+        self.client: Any = self.new_client(protocol=2)
 
     def way(self) -> dict[str, Any]:
         return {"redis_url": self.url}
 
-    def another_client(self) -> Any:
+    def new_client(self, **settings: Any) -> Any:
+        """Give a client as users make it."""
         make: Any = Sentinel
-        sentinels = make([one.address for one in self._trio.sentinels])
-        return sentinels.master_for(self._trio.service, protocol=2, retry=Retry(NoBackoff(), 0))
+        return make(self._sentinels).master_for(self._service, **settings)
+
+    def another_client(self) -> Any:
+        return self.new_client(protocol=2, retry=Retry(NoBackoff(), 0))
 
 
-class KeysOf(Keys):
-    """Keys of a run on a Cluster, whose shards are known once its learner has chosen them."""
-
-    def __init__(self, run: str, server: Server) -> None:
-        super().__init__(run)
-        self._server = server
-
-    def shard_of(self, number: int | str) -> str:
-        if not self.shards:
-            self.spread((self._server.client.hget(self.meta, "shards") or b"").decode())
-        return super().shard_of(number)
+Reachable = RealServer | ClusterServer | TrioServer
 
 
 @pytest.fixture(scope="session")
@@ -231,10 +234,18 @@ def server(place: str, request: pytest.FixtureRequest) -> Iterator[Server]:
     if place == "real":
         yield request.getfixturevalue("real_server")
         return
+    if mark := request.node.get_closest_marker("single_server"):
+        pytest.skip(f"on a single server only: {mark.args[0]}")
     found: Server = request.getfixturevalue("started")(*place.split(":"))
     found.client.flushall()
     yield found
     found.client.flushall()
+
+
+@pytest.fixture
+def reachable(server: Reachable) -> Reachable:
+    """One that other processes can reach too: each kind but a fake."""
+    return server
 
 
 @pytest.fixture
@@ -244,9 +255,9 @@ def run() -> str:
 
 
 @pytest.fixture
-def keys(run: str, request: pytest.FixtureRequest) -> Keys:
-    server = request.getfixturevalue("server") if "server" in request.fixturenames else None
-    return KeysOf(run, server) if server and server.kind == "cluster" else Keys(run)
+def keys(run: str) -> Keys:
+    """The names of this test's keys; on a Cluster, shards are among them once there was a learner."""
+    return Keys(run)
 
 
 @pytest.fixture
@@ -260,13 +271,16 @@ def opened(server: Server, run: str) -> Iterator[ExitStack]:
 
 
 @pytest.fixture
-def learner(server: Server, run: str, opened: ExitStack) -> Callable[..., WorkerCommunicator]:
+def learner(server: Server, run: str, keys: Keys, opened: ExitStack) -> Callable[..., WorkerCommunicator]:
     """Makes learners of this test's run."""
 
     def make(num_workers: int = 2, **settings: Any) -> WorkerCommunicator:
-        return opened.enter_context(
+        comm = opened.enter_context(
             WorkerCommunicator(num_workers, **{"run": run, "timeout": 5.0, **server.way(), **settings})
         )
+        if comm.run == run:
+            keys.shards = comm._keys.shards
+        return comm
 
     return make
 
@@ -281,6 +295,13 @@ def worker(server: Server, run: str, opened: ExitStack) -> Callable[..., WorkerC
         )
 
     return make
+
+
+def spread(keys: Keys, server: Server) -> Keys:
+    """Spread the keys of a run that has no learner over a Cluster, as that would."""
+    if server.kind == "cluster":
+        keys.spread(keys.choose_shards(3, 3, lambda key: server.client.get_node_from_key(key).name))
+    return keys
 
 
 def wait_until(what: str, condition: Callable[[], Any], timeout_seconds: float = 10.0) -> Any:

@@ -21,8 +21,14 @@ class Lossy:
         self.client, self.lost = client, 0
         self._loses = loses
         self._made: list[Any] = []
-        pool = client.connection_pool
+        pool = self._pool(client)
         pool.connection_class = self._lossy(pool.connection_class)
+
+    def _pool(self, client: Any) -> Any:
+        """Give the pool whose kind of connections rlbroker makes: of a Cluster's client, that of its first node."""
+        if isinstance(client, redis.RedisCluster):
+            client = client.get_redis_connection(client.get_default_node())
+        return client.connection_pool
 
     def break_connections(self) -> None:
         """Have every connection fail at its next use, before the server gets what is sent."""

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import RealServer, wait_until
+from conftest import Reachable, wait_until
 
 from rlbroker import InvalidArgument, QueueFull, UsageError, WorkerClient, WorkerCommunicator
 from rlbroker.keys import Keys
@@ -80,9 +80,9 @@ def start(run: str) -> Iterator[Callable[..., Process]]:
 
 
 @pytest.fixture
-def comm(real_server: RealServer, run: str) -> Iterator[WorkerCommunicator]:
+def comm(reachable: Reachable, run: str) -> Iterator[WorkerCommunicator]:
     """A learner whose workers' queues hold one batch."""
-    with WorkerCommunicator(1, 1, redis_url=real_server.url, run=run) as comm:
+    with WorkerCommunicator(1, 1, redis_url=reachable.url, run=run) as comm:
         yield comm
 
 
@@ -98,10 +98,10 @@ def delivered(comm: WorkerCommunicator) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_the_batch_in_the_works_arrives(
-    comm: WorkerCommunicator, real_server: RealServer, start: Callable[..., Process], number: signal.Signals
+    comm: WorkerCommunicator, reachable: Reachable, start: Callable[..., Process], number: signal.Signals
 ) -> None:
     comm.send_model_weights({})
-    process = start(real_server.url)
+    process = start(reachable.url)
     process.says("began 1")
     process.told(number)
     comm.send_model_weights({})  # it will not apply this one
@@ -114,10 +114,10 @@ def test_the_batch_in_the_works_arrives(
 
 
 def test_at_a_full_queue_the_batch_waits_for_room(
-    comm: WorkerCommunicator, real_server: RealServer, start: Callable[..., Process]
+    comm: WorkerCommunicator, reachable: Reachable, start: Callable[..., Process]
 ) -> None:
     comm.send_model_weights({})
-    process = start(real_server.url)
+    process = start(reachable.url)
     for number in (1, 2):
         process.says(f"began {number}")
         process.let_it_send()
@@ -130,10 +130,10 @@ def test_at_a_full_queue_the_batch_waits_for_room(
 
 
 def test_a_pause_does_not_hold_a_worker_that_is_to_go(
-    comm: WorkerCommunicator, real_server: RealServer, start: Callable[..., Process]
+    comm: WorkerCommunicator, reachable: Reachable, start: Callable[..., Process]
 ) -> None:
     comm.send_model_weights({})
-    process = start(real_server.url)
+    process = start(reachable.url)
     process.says("began 1")
     pause = comm.send_control_command("pause")
     process.let_it_send("obey")  # or it might poll before the command is there, and begin a batch
@@ -146,9 +146,9 @@ def test_a_pause_does_not_hold_a_worker_that_is_to_go(
 
 
 def test_a_worker_that_waits_for_the_first_version_goes_at_once(
-    comm: WorkerCommunicator, real_server: RealServer, start: Callable[..., Process]
+    comm: WorkerCommunicator, reachable: Reachable, start: Callable[..., Process]
 ) -> None:
-    process = start(real_server.url)
+    process = start(reachable.url)
     process.says("joined")
     process.told()
     process.says("left")
@@ -173,10 +173,10 @@ def test_a_server_that_is_away_holds_a_worker_no_longer_than_its_timeout(
 
 
 def test_a_second_signal_ends_a_worker_at_once(
-    comm: WorkerCommunicator, real_server: RealServer, start: Callable[..., Process]
+    comm: WorkerCommunicator, reachable: Reachable, start: Callable[..., Process]
 ) -> None:
     comm.send_model_weights({})
-    process = start(real_server.url)
+    process = start(reachable.url)
     process.says("began 1")
     process.told()
     process.popen.terminate()
@@ -257,9 +257,9 @@ def test_only_the_main_thread_can_take_signals(worker: Worker) -> None:
         client.drain_on(signal.SIGKILL)
 
 
-def test_leaving_is_recorded_at_once(real_server: RealServer, run: str) -> None:
+def test_leaving_is_recorded_at_once(reachable: Reachable, run: str, keys: Keys) -> None:
     """Nobody has to wait for the lease of a worker that drained."""
-    with WorkerClient(redis_url=real_server.url, run=run) as client:
+    with WorkerClient(redis_url=reachable.url, run=run) as client:
         client.drain()
-    entries = real_server.client.xrange(Keys(run).acknowledgements(0))
+    entries = reachable.client.xrange(keys.acknowledgements(0))
     assert [fields[b"event"] for _, fields in entries] == [b"joined", b"left"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import redis
-from conftest import RealServer, wait_until
+from conftest import Reachable, wait_until
 
 from rlbroker import WorkerClient, WorkerCommunicator
 
@@ -16,8 +15,8 @@ from rlbroker import WorkerClient, WorkerCommunicator
     [{"protocol": 2}, {"protocol": 3}, {"protocol": 3, "legacy_responses": False}, {}],
     ids=str,
 )
-def test_any_client_of_redis_py_will_do(real_server: RealServer, run: str, settings: dict[str, Any]) -> None:
-    ours, theirs = (redis.Redis.from_url(real_server.url, **settings) for _ in range(2))
+def test_any_client_of_redis_py_will_do(reachable: Reachable, run: str, settings: dict[str, Any]) -> None:
+    ours, theirs = (reachable.new_client(**settings) for _ in range(2))
     with (
         WorkerCommunicator(1, redis_client=ours, run=run) as comm,
         WorkerClient(redis_client=theirs, run=run) as client,

@@ -150,6 +150,7 @@ def test_a_command_under_way_gets_its_answer(server: Server, learner: Learner, w
     client.on_command("note", done.append)
     first = comm.send_control_command("note", 1)
     wait_until("it arrived", lambda: client._inbox.waiting)
+    wait_until("the learner has seen the worker", lambda: comm._roster._lives.members)
     server.client.flushall()
     second = comm.send_control_command("note", 2)
 

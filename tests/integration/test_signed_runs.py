@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import RealServer, Server, wait_until
+from conftest import Reachable, Server, wait_until
 from executable import rlbroker
 
 from rlbroker import DeadlineExceeded, WorkerClient, WorkerCommunicator
@@ -52,7 +52,7 @@ def test_signed_weights_arrive_whole_and_as_differences(
 
 
 def test_signed_commands_are_obeyed_and_sent_again_to_a_server_that_lost_them(
-    server: Server, learner: Learner, worker: Worker
+    server: Server, learner: Learner, worker: Worker, keys: Keys
 ) -> None:
     """To those of whom no answer is known; and a later learner knows the signature too."""
     first = learner(signing_key=KEY)
@@ -65,11 +65,11 @@ def test_signed_commands_are_obeyed_and_sent_again_to_a_server_that_lost_them(
     first.cleanup(over=False)
     second = learner(signing_key=KEY)
     server.client.flushall()
-    wait_until("the run is back", lambda: server.client.exists(Keys(first.run).control))
+    wait_until("the run is back", lambda: server.client.exists(keys.control))
     wait_until("the other obeys", lambda: clients[1].poll() or len(told) == 2)
     wait_until(
         "it is settled",
-        lambda: str(server.client.hget(Keys(first.run).outcomes(command.id), "1"), "ascii") == "done",
+        lambda: str(server.client.hget(keys.outcomes(command.id), "1"), "ascii") == "done",
     )
     clients[0].poll()
     assert told == [{"to": 1}, {"to": 1}]
@@ -121,13 +121,12 @@ def test_a_learner_goes_on_from_what_is_signed_with_its_key(learner: Learner, wo
 
 @pytest.mark.parametrize("before", [None, OTHER])
 def test_a_run_gets_a_key_while_it_goes_on(
-    server: Server, learner: Learner, worker: Worker, before: str | None
+    server: Server, learner: Learner, worker: Worker, keys: Keys, before: str | None
 ) -> None:
     """Numbers go on, and what was stored without this key is neither built upon nor left behind."""
     first = learner(signing_key=before)
     first.send_model_weights({"w": np.zeros(30_000)})
     first.send_model_weights({"w": np.zeros(30_000)})
-    keys = Keys(first.run)
     old = list(server.client.scan_iter(keys.chunk("*", 0)))
     first.cleanup()
     comm = learner(signing_key=KEY)
@@ -138,26 +137,26 @@ def test_a_run_gets_a_key_while_it_goes_on(
 
 
 def test_a_learner_without_a_key_leaves_no_signature_for_what_it_publishes(
-    server: Server, learner: Learner, run: str
+    server: Server, learner: Learner, keys: Keys
 ) -> None:
     learner(signing_key=KEY).send_model_weights({"w": np.zeros(3)})
     comm = learner()
     comm.send_model_weights({"w": np.zeros(3)})
-    assert text_fields(server.client.hgetall(Keys(run).weights))["signatures"].startswith("1-")
+    assert text_fields(server.client.hgetall(keys.weights))["signatures"].startswith("1-")
     comm.send_model_weights({"w": np.zeros(3)})
-    assert text_fields(server.client.hgetall(Keys(run).weights))["signatures"] == ""
+    assert text_fields(server.client.hgetall(keys.weights))["signatures"] == ""
 
 
 def test_commands_of_people_sign_and_check_with_the_key_that_the_environment_names(
-    real_server: RealServer, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reachable: Reachable, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     ours.write_text(KEY + "\n")
     theirs.write_text(OTHER)
     monkeypatch.setenv("RLBROKER_SIGNING_KEY_FILE", str(ours))
     with (
-        WorkerCommunicator(1, redis_url=real_server.url, run=run) as comm,
-        WorkerClient(real_server.url, run=run) as client,
+        WorkerCommunicator(1, redis_url=reachable.url, run=run) as comm,
+        WorkerClient(reachable.url, run=run) as client,
     ):
         comm.send_model_weights({"w": np.zeros(3)})
         over = threading.Event()
@@ -167,9 +166,7 @@ def test_commands_of_people_sign_and_check_with_the_key_that_the_environment_nam
         obeying.start()
 
         def call(key: Path, *words: str) -> Any:
-            return rlbroker(
-                *words, "--run", run, "--url", real_server.url, RLBROKER_SIGNING_KEY_FILE=str(key)
-            )
+            return rlbroker(*words, "--run", run, "--url", reachable.url, RLBROKER_SIGNING_KEY_FILE=str(key))
 
         try:
             done = call(ours, "control", "send", "reset")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from conftest import RealServer, Server, wait_until
+from conftest import Reachable, Server, wait_until
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.connection import Connection
@@ -63,19 +63,19 @@ def test_the_last_minute_is_there_from_the_first_look_on(
 
 
 def test_a_look_is_three_round_trips_and_goes_on_after_the_connection_broke(
-    real_server: RealServer, run: str
+    reachable: Reachable, run: str
 ) -> None:
     with (
-        WorkerCommunicator(2, redis_url=real_server.url, run=run) as comm,
-        WorkerClient(real_server.url, run),
+        WorkerCommunicator(2, redis_url=reachable.url, run=run) as comm,
+        WorkerClient(reachable.url, run),
     ):
         comm.send_model_weights({"w": np.zeros(3)})
-        connection = Connection(real_server.url, timeout_seconds=5.0)
+        connection = Connection(reachable.url, timeout_seconds=5.0)
         observer = Observer(connection, run)
         trips = count_trips(connection)
         assert observer.look().members[0].state == "alive"
         assert len(trips) == 3
-        real_server.client.client_kill_filter(_type="normal", skipme=True)
+        reachable.client.client_kill_filter(_type="normal", skipme=True)
         assert observer.look().pointer is not None
         connection.close()
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import RealServer, Server
+from conftest import RealServer, Server, spread
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -90,7 +90,7 @@ class Machine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         run = f"versions-{next(self.numbers)}"
-        self.keys = Keys(run)
+        self.keys = spread(Keys(run), self.server)
         self.connections: list[Connection] = []
         self.epoch = 0
         self.published: dict[int, dict[str, Any]] = {}
@@ -217,7 +217,8 @@ class Machine(RuleBasedStateMachine):
     def server_forgets(self) -> None:
         assert self.publisher is not None
         before = self.pointer().version
-        self.server.client.delete(self.keys.weights, *self.server.client.keys(f"{self.keys.prefix}:w:*"))
+        names = self.server.client.scan_iter(self.keys.everything)
+        self.server.client.delete(self.keys.weights, *(name for name in names if b"}:w:" in name))
         assert self.publisher.restore()
         self.published[self.publisher.latest_version] = self.published[before]
         self.fetch(2)

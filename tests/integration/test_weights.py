@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -428,18 +428,26 @@ def test_weights_of_unknown_fate_that_came_through_outlast_a_loss(
     assert received == {"from": "first"}
 
 
+def cut_off_after_commit(comm: WorkerCommunicator, patch: pytest.MonkeyPatch) -> None:
+    """Let nothing come through by which chunks of what was published are taken care of."""
+    execute_all = comm._publisher._connection.execute_all
+
+    def fail(commands: Sequence[Sequence[Any]], **options: Any) -> list[Any]:
+        if commands[0][0] == "EXISTS":  # before the commit, a Cluster is asked for its chunks
+            return execute_all(commands, **options)
+        raise ConnectionFailed("the server is away")
+
+    patch.setattr(comm._publisher._connection, "execute_all", fail)
+
+
 def test_what_a_fault_left_undone_is_done_later(
     learner: Learner, server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Superseded chunks expire even if the learner was cut off, or died, right after its commit."""
     comm = learner()
     comm.send_model_weights({"number": 1})
-
-    def fail(*arguments: Any, **options: Any) -> None:
-        raise ConnectionFailed("the server is away")
-
     with monkeypatch.context() as patch:
-        patch.setattr(comm._publisher._connection, "execute_all", fail)
+        cut_off_after_commit(comm, patch)
         assert comm.send_model_weights({"number": 2}).version == 2
     assert server.client.ttl(keys.chunk(f"1-{comm.epoch}-1", 0)) == -1
     learner()
@@ -453,12 +461,8 @@ def test_a_fault_leaves_no_chunk_of_the_chain_to_expire(
     """The version after a fault may be a difference to the one whose chunks were not taken care of."""
     comm = learner(host_cache=False)
     weights = np.zeros(1 << 16, np.float32)
-
-    def fail(*arguments: Any, **options: Any) -> None:
-        raise ConnectionFailed("the server is away")
-
     with monkeypatch.context() as patch:
-        patch.setattr(comm._publisher._connection, "execute_all", fail)
+        cut_off_after_commit(comm, patch)
         comm.send_model_weights({"w": weights})
     weights[0] = 1
     assert comm.send_model_weights({"w": weights}).kind == "delta"
@@ -472,12 +476,8 @@ def test_care_that_comes_late_keeps_nothing_that_was_superseded_meanwhile(
 ) -> None:
     """Neither that of a learner that was replaced after its commit, nor that of one that only collects."""
     old = learner()
-
-    def fail(*arguments: Any, **options: Any) -> None:
-        raise ConnectionFailed("the server is away")
-
     with monkeypatch.context() as patch:
-        patch.setattr(old._publisher._connection, "execute_all", fail)
+        cut_off_after_commit(old, patch)
         old.send_model_weights({"number": 1})
     learner().send_model_weights({"number": 2})
     old._publisher.tidy()

@@ -105,6 +105,9 @@ class Sender:
         self._opened = False
         if known:
             self._do(self._look)
+        else:
+            connection.retry(self._check_level)  # a Cluster's nodes are alike, as a rule
+            self._channel.close()
 
     @property
     def sent(self) -> int:
