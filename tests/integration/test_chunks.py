@@ -99,6 +99,7 @@ def at_most(seconds: float) -> Iterator[None]:
     assert time.monotonic() - began < seconds + GRACE_SECONDS
 
 
+@pytest.mark.on_every_engine
 def test_chunks_come_back_bit_by_bit_and_expire(server: Server, connection: Connection, keys: Keys) -> None:
     sizes = [*SIZES, *reversed(SIZES)]
     pairs = dict(zip(names(keys, len(sizes)), values(sizes), strict=True))
@@ -127,6 +128,7 @@ def test_nothing_to_move_is_no_mistake(connection: Connection) -> None:
     move(connection, {})
 
 
+@pytest.mark.on_every_engine
 def test_a_chunk_that_is_gone_is_told_and_those_before_are_there(connection: Connection, keys: Keys) -> None:
     pairs = dict(zip(names(keys, 4), values([5, 1 << 20, 7, 9]), strict=True))
     write(connection, pairs)

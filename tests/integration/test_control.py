@@ -39,6 +39,7 @@ def obey(client: WorkerClient, command: Command) -> None:
     wait_until("it answered", lambda: client.poll() or states(command)[worker_id] != "waiting")
 
 
+@pytest.mark.on_every_engine
 def test_commands_are_done_once_and_in_order(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker()
     done: list[int] = []
@@ -211,6 +212,7 @@ def test_a_handler_must_be_callable(worker: Worker) -> None:
         worker().on_command("x", 3)  # type: ignore[arg-type]
 
 
+@pytest.mark.on_every_engine
 def test_a_person_can_read_commands_and_their_outcomes(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:

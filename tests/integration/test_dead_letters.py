@@ -62,6 +62,7 @@ def test_what_does_not_decode_is_dead_and_what_follows_comes(
     assert (counts.delivered, counts.lost, counts.produced) == (1, {"corrupt": 2}, 3)
 
 
+@pytest.mark.on_every_engine
 def test_a_batch_over_which_learners_died_is_poison(learner: Learner, worker: Worker) -> None:
     client = worker()
     comm = learner(acknowledge="manual", max_deliveries=3)
@@ -154,6 +155,7 @@ def test_a_learner_hears_of_what_others_tried_again(
     assert server.client.hget(keys.counts(0), "retried_corrupt") == b"1"
 
 
+@pytest.mark.on_every_engine
 def test_a_dead_batch_is_collected_once_more_when_told(learner: Learner, worker: Worker) -> None:
     client = worker()
     comm = learner(acknowledge="manual", max_deliveries=1)

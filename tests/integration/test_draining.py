@@ -96,6 +96,7 @@ def delivered(comm: WorkerCommunicator) -> int:
     return int(counts.delivered)
 
 
+@pytest.mark.on_every_engine
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_the_batch_in_the_works_arrives(
     comm: WorkerCommunicator, reachable: Reachable, start: Callable[..., Process], number: signal.Signals

@@ -68,6 +68,7 @@ def test_a_workers_batches_outlive_it(learner: Learner, worker: Worker) -> None:
     assert len(comm.collect_experiences(timeout=5.0)) == 1
 
 
+@pytest.mark.on_every_engine
 def test_a_batch_leaves_the_server_when_it_is_acknowledged(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
@@ -107,6 +108,7 @@ def test_many_batches_are_acknowledged_at_once_in_any_order_and_counted_once(
     assert int(removed) == sum(batch.stored_bytes for _, batch in pairs)
 
 
+@pytest.mark.on_every_engine
 def test_scripts_that_the_server_forgot_cost_no_batch(
     learner: Learner, worker: Worker, server: Server
 ) -> None:
@@ -119,6 +121,7 @@ def test_scripts_that_the_server_forgot_cost_no_batch(
     assert (counts(comm).delivered, counts(comm).in_hand) == (3, 0)
 
 
+@pytest.mark.on_every_engine
 def test_acknowledging_outlasts_a_broken_connection_also_where_collecting_does_not_wait(
     learner: Learner, worker: Worker, server: Server
 ) -> None:
@@ -252,6 +255,7 @@ def test_a_batch_that_no_learner_would_decode_is_refused(learner: Learner, worke
         worker().send_experiences({"zeros": np.zeros((1 << 30) + 1, np.uint8)})
 
 
+@pytest.mark.on_every_engine
 @pytest.mark.parametrize("policy", ["drop_oldest", "drop_newest"])
 def test_what_is_dropped_is_counted(learner: Learner, worker: Worker, policy: str) -> None:
     comm, client = learner(max_queue_size=3, when_full=policy), worker()
@@ -303,6 +307,7 @@ def test_stale_batches_are_counted_and_not_given_out(learner: Learner, worker: W
     assert counts(comm).lost == {"stale": 2}
 
 
+@pytest.mark.on_every_engine
 def test_a_batch_that_cannot_be_read_is_counted_and_the_next_ones_come(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
@@ -425,6 +430,7 @@ def test_a_copy_after_the_stream_was_reset_is_dropped(
     assert counts(comm).duplicates == 1
 
 
+@pytest.mark.on_every_engine
 def test_a_read_whose_reply_was_lost_is_found_again(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
@@ -620,6 +626,7 @@ def test_the_ancestors_message_travels_as_it_is(learner: Learner, worker: Worker
         assert torch.equal(batch["experiences"][name], tensor)
 
 
+@pytest.mark.on_every_engine
 def test_a_sender_is_safe_in_several_threads(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker()
     threads = [

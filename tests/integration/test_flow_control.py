@@ -14,6 +14,7 @@ Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 
+@pytest.mark.on_every_engine
 def test_training_too_little_holds_up_collecting_and_then_the_workers(
     learner: Learner, worker: Worker
 ) -> None:

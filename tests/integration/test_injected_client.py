@@ -10,6 +10,7 @@ from conftest import Reachable, wait_until
 from rlbroker import WorkerClient, WorkerCommunicator
 
 
+@pytest.mark.on_every_engine
 @pytest.mark.parametrize(
     "settings",
     [{"protocol": 2}, {"protocol": 3}, {"protocol": 3, "legacy_responses": False}, {}],

@@ -117,6 +117,7 @@ def test_a_worker_says_how_many_batches_it_sent_when_the_server_lost_them(
     assert waiting(server, keys, client) == [5]
 
 
+@pytest.mark.on_every_engine
 def test_a_batch_whose_reply_was_lost_for_good_is_unconfirmed_and_stored_once(
     server: Server, learner: Learner, worker: Worker, keys: Keys
 ) -> None:
@@ -229,6 +230,7 @@ def test_a_fenced_worker_counts_what_it_could_not_deliver(
     assert server.client.hget(keys.counts(0), f"sent:{client.incarnation}") == b"1"
 
 
+@pytest.mark.on_every_engine
 def test_what_was_dropped_is_not_sent_again(
     server: Server, learner: Learner, worker: Worker, keys: Keys
 ) -> None:
@@ -248,6 +250,7 @@ def test_an_unknown_level_is_refused(worker: Worker) -> None:
         worker(level="disk")
 
 
+@pytest.mark.on_every_engine
 @pytest.mark.parametrize(
     "level", [pytest.param("replica", marks=pytest.mark.single_server("engines have replicas")), "fsync"]
 )

@@ -27,6 +27,7 @@ def lossy(server: Server, seed: int) -> Lossy:
     return Lossy(server.another_client(), loses)
 
 
+@pytest.mark.on_every_engine
 @pytest.mark.parametrize("seed", [1, 2])
 def test_with_every_twentieth_reply_lost_nothing_is_lost_or_doubled(
     server: Server, learner: Learner, worker: Worker, seed: int

@@ -39,6 +39,7 @@ def collect(comm: WorkerCommunicator, count: int) -> list[int]:
     return found
 
 
+@pytest.mark.on_every_engine
 def test_a_learner_goes_on_exactly_where_its_checkpoint_ends(learner: Learner, worker: Worker) -> None:
     comm, client = learner(acknowledge="manual"), worker()
     send(client, 1, 2, 3, 4)

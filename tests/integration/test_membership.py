@@ -27,6 +27,7 @@ def test_a_silent_worker_is_away_after_its_lease(learner: Learner, worker: Worke
     wait_until("it is away", lambda: [info.state for info in comm.workers()] == ["away"])
 
 
+@pytest.mark.on_every_engine
 def test_the_id_of_a_silent_worker_is_free_again(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
@@ -137,6 +138,7 @@ def test_what_a_replaced_process_tried_to_send_is_counted(learner: Learner, work
     assert (counts.produced, counts.delivered, counts.lost) == (3, 2, {"fenced": 1})
 
 
+@pytest.mark.on_every_engine
 def test_a_replaced_process_is_refused_before_its_successor_sent_anything(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:

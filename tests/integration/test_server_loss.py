@@ -19,6 +19,7 @@ Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 
+@pytest.mark.on_every_engine
 def test_the_learner_publishes_what_it_holds_under_a_new_version(
     server: Server, learner: Learner, worker: Worker
 ) -> None:
@@ -101,6 +102,7 @@ def test_a_worker_that_has_seen_newer_weights_than_the_run_says_so(
     )
 
 
+@pytest.mark.on_every_engine
 def test_at_level_learner_nothing_is_lost_and_nothing_comes_twice(
     server: Server, learner: Learner, worker: Worker
 ) -> None:
@@ -122,6 +124,7 @@ def test_at_level_learner_nothing_is_lost_and_nothing_comes_twice(
     assert (counts.produced, counts.delivered, counts.lost) == (11, 11, {})
 
 
+@pytest.mark.on_every_engine
 def test_at_level_redis_the_exact_gap_is_reported(server: Server, learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker()
     for number in range(10):
@@ -144,6 +147,7 @@ def test_at_level_redis_the_exact_gap_is_reported(server: Server, learner: Learn
     assert (counts.produced, counts.delivered, counts.lost) == (11, delivered, {"vanished": 11 - delivered})
 
 
+@pytest.mark.on_every_engine
 def test_a_command_under_way_gets_its_answer(server: Server, learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker()
     done: list[int] = []

@@ -48,6 +48,7 @@ def test_each_batch_goes_to_one_of_them(learner: Learner, worker: Worker) -> Non
     assert (counts.produced, counts.delivered, counts.duplicates) == (20, 20, 0)
 
 
+@pytest.mark.on_every_engine
 def test_what_a_dead_one_held_goes_to_another(learner: Learner, worker: Worker) -> None:
     dead, client = learner(learner_name="dead", publishes=False), worker()
     send(client, 1, 2, 3)
@@ -283,6 +284,7 @@ def test_what_only_a_dead_learner_had_read_comes_again_after_a_loss(
     assert found == [1, 3, 5]
 
 
+@pytest.mark.on_every_engine
 def test_a_server_that_lost_everything_gets_back_what_each_of_them_knows(
     server: Server, learner: Learner, worker: Worker
 ) -> None:

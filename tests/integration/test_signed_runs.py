@@ -51,6 +51,7 @@ def test_signed_weights_arrive_whole_and_as_differences(
     ]
 
 
+@pytest.mark.on_every_engine
 def test_signed_commands_are_obeyed_and_sent_again_to_a_server_that_lost_them(
     server: Server, learner: Learner, worker: Worker, keys: Keys
 ) -> None:
@@ -119,6 +120,7 @@ def test_a_learner_goes_on_from_what_is_signed_with_its_key(learner: Learner, wo
     assert worker(signing_key=KEY).load_weights({}, timeout=5.0) == 2
 
 
+@pytest.mark.on_every_engine
 @pytest.mark.parametrize("before", [None, OTHER])
 def test_a_run_gets_a_key_while_it_goes_on(
     server: Server, learner: Learner, worker: Worker, keys: Keys, before: str | None

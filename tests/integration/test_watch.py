@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 from conftest import Reachable, Server, wait_until
 
 from rlbroker import WorkerClient, WorkerCommunicator
@@ -22,6 +23,7 @@ def look_at(server: Server, run: str) -> Watch:
     return Watch(Connection(way.get("redis_url"), client=way.get("redis_client"), timeout_seconds=5.0), run)
 
 
+@pytest.mark.on_every_engine
 def test_rates_are_what_happened_between_looks(
     server: Server, run: str, learner: Learner, worker: Worker
 ) -> None:

@@ -257,6 +257,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rlbroker.weights.images, "MIN_SHARED_BYTES", 1)
 
 
+@pytest.mark.on_every_engine
 def test_any_sequence_gives_the_bits_of_the_version(
     server: Server, tmp_path: Path, small_parts: None
 ) -> None:

@@ -161,6 +161,7 @@ def test_weights_can_be_loaded_into_a_second_model(learner: Learner, worker: Wor
         assert model["w"].tolist() == [0, 1, 2]
 
 
+@pytest.mark.on_every_engine
 def test_many_chunks_make_one_version(server: Server, keys: Keys, run: str, learner: Learner) -> None:
     """Small limits stand in for gigabytes: chunks, segments and their order."""
     epoch = learner().epoch
@@ -246,6 +247,7 @@ def test_a_version_whose_chunk_is_gone_is_never_half_applied(
     assert client.version == 1
 
 
+@pytest.mark.on_every_engine
 @pytest.mark.parametrize("lost", ["chunk", "header", "pointer", "bits"])
 def test_weights_of_which_a_part_is_lost_are_published_again(
     learner: Learner, worker: Worker, server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch, lost: str
@@ -287,6 +289,7 @@ def test_workers_that_run_a_newer_version_than_a_new_learner_get_its_weights(
     wait_until("the learner knows the number", lambda: new.version == 4)
 
 
+@pytest.mark.on_every_engine
 def test_superseded_chunks_expire_and_the_latest_stay(learner: Learner, server: Server, keys: Keys) -> None:
     comm = learner()
     for _ in range(2):
@@ -318,6 +321,7 @@ def test_versions_go_on_where_the_last_learner_stopped(learner: Learner) -> None
     assert learner().send_model_weights({}).version == 2
 
 
+@pytest.mark.on_every_engine
 def test_an_older_learner_cannot_publish(learner: Learner, worker: Worker) -> None:
     old = learner()
     old.send_model_weights({"from": "old"})
@@ -455,6 +459,7 @@ def test_what_a_fault_left_undone_is_done_later(
     assert server.client.ttl(keys.chunk(f"2-{comm.epoch}-2", 0)) == -1
 
 
+@pytest.mark.on_every_engine
 def test_a_fault_leaves_no_chunk_of_the_chain_to_expire(
     learner: Learner, server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
