@@ -476,6 +476,20 @@ class Connection:
         self.note_answer()
         return result
 
+    def ask_at(self, server: Server, commands: Sequence[Sequence[Argument]]) -> list[Any]:
+        """Run many commands on one server in one round trip, once; what it refused is given as a `PeerError`.
+
+        Raises:
+            ConnectionFailed: it could not be reached, or the connection broke.
+        """
+        channel = Channel(self, server=server)
+        try:
+            results = channel.execute_all(commands)
+            channel.give_back()
+        finally:
+            channel.close()
+        return results
+
     def check_server(self, *, allow_eviction: bool = False) -> None:
         """Refuse servers that are too old or would evict keys; those that do not tell are taken.
 

@@ -14,8 +14,11 @@ from typing import Any, Final
 
 from rlbroker.connection import Argument, Connection, Script
 from rlbroker.errors import AccessDenied, PeerError
-from rlbroker.keys import Keys
+from rlbroker.keys import Keys, shard_of
 from rlbroker.observer.leftovers import PRUNED, batches, find_leftovers, unused_seconds
+
+#: The keys of one worker's batches, in the shard where they are; it need not be one that the run still knows.
+Queue = tuple[str, ...]
 
 #: Why a run, or a part of it, was kept that had been found dead.
 OPENED: Final = "somebody has opened it just now"
@@ -131,8 +134,7 @@ def prune(
     count, *hashes = connection.ask(
         [("SCARD", keys.workers), *(("HGETALL", name) for name in (keys.meta, *known))]
     )
-    workers = sorted({worker for name in names if (worker := keys.queue_of(name)) is not None})
-    used = _use(connection, keys, workers)
+    used = _use(connection, sorted({tuple(all_of) for name in names if (all_of := keys.queue_beside(name))}))
     (found,) = find_leftovers(
         connection, older_than_seconds=older_than_seconds, run=run, named=named, unused=unused
     ) or (None,)
@@ -141,9 +143,13 @@ def prune(
     if not found.dead:
         return Pruned(run, 0, found.why)
     there = set(found.names)
-    queues = {worker: there.intersection(keys.queue(worker)) for worker in workers}
-    in_queues = {name for queue in queues.values() for name in queue}
-    rest = [name for name in found.names if keys.is_given_once(name)]
+    in_queues = there.intersection(name for queue in used for name in queue)
+    # What is elsewhere no script could take along, and no learner reads.
+    rest = [
+        name
+        for name in found.names
+        if name not in in_queues and (keys.is_given_once(name) or shard_of(name) != keys.prefix)
+    ]
     named_first = (keys.workers, keys.meta, *known)
     own = sorted(there - in_queues - set(rest) - set(named_first))
     before = [part for answer in hashes for part in _fields(answer)]
@@ -153,36 +159,32 @@ def prune(
         return Pruned(run, 0, OPENED)
     deleted, kept = len(there.intersection((*named_first, *own))), ""
     progress(deleted)
-    for worker, queue in queues.items():
-        if connection.run(PRUNE_QUEUE, keys.queue(worker), used[worker]):
-            deleted += len(queue)
+    for queue, use in used.items():
+        if connection.run(PRUNE_QUEUE, queue, use):
+            deleted += len(there.intersection(queue))
             progress(deleted)
         else:
             kept = OPENED
     for some in batches(rest):
-        deleted += connection.execute("UNLINK", *some)
+        deleted += connection.on_each("UNLINK", some)
         progress(deleted)
     connection.run(FINISH, (keys.meta,), (PRUNED,))
     return Pruned(run, deleted, kept)
 
 
-def _use(connection: Connection, keys: Keys, workers: Sequence[int]) -> dict[int, list[Argument]]:
-    """Give what changes of each worker's queue when somebody uses it, as the script compares it."""
-    found: dict[int, list[Argument]] = {}
-    for some in batches(workers):
+def _use(connection: Connection, queues: Sequence[Queue]) -> dict[Queue, list[Argument]]:
+    """Give what changes of each queue when somebody uses it, as the script compares it."""
+    found: dict[Queue, list[Argument]] = {}
+    for some in batches(queues):
         commands = [
             command
-            for worker in some
-            for command in (
-                ("HGETALL", keys.counts(worker)),
-                ("HGETALL", keys.epochs(worker)),
-                ("XLEN", keys.experiences(worker)),
-            )
+            for experiences, counts, epochs, *_ in some
+            for command in (("HGETALL", counts), ("HGETALL", epochs), ("XLEN", experiences))
         ]
         answers = iter(connection.ask(commands))
-        for worker, counts, epochs, length in zip(some, answers, answers, answers, strict=False):
+        for queue, counts, epochs, length in zip(some, answers, answers, answers, strict=False):
             waiting = -1 if isinstance(length, PeerError) else length
-            found[worker] = [*_fields(counts), *_fields(epochs), waiting]
+            found[queue] = [*_fields(counts), *_fields(epochs), waiting]
     return found
 
 

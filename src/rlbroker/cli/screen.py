@@ -138,6 +138,8 @@ def _head(view: View, state: State, look: Look, columns: int) -> Iterator[list[P
     told = [server.version, "" if server.used_bytes is None else f"{size(server.used_bytes)} used"]
     if server.maxmemory_bytes:
         told[1] += f" of {size(server.maxmemory_bytes)}"
+    if server.node and told[1]:
+        told[1] += f" on {server.node}"
     where = f"  {server.address} ({', '.join(filter(None, told))})"
     clock = time.strftime("%H:%M:%S", time.localtime(snapshot.at))
     if look.trouble:

@@ -76,7 +76,8 @@ def _memory(snapshot: Snapshot) -> str:
     used, limit = snapshot.server.used_bytes, snapshot.server.maxmemory_bytes
     if used is None:
         return ""
-    return f", {size(used)} used" + (f" of {size(limit)}" if limit else "")
+    where = f" on {snapshot.server.node}, the fullest node" if snapshot.server.node else ""
+    return f", {size(used)} used" + (f" of {size(limit)}" if limit else "") + where
 
 
 def _learner(snapshot: Snapshot) -> str:

@@ -148,7 +148,8 @@ def _of_server(snapshot: Snapshot) -> Iterator[Finding]:
             "critical",
             "server_evicts",
             None,
-            f"the server has maxmemory-policy {policy}: it deletes {what} when memory is short",
+            f"{'a node' if server.node else 'the server'} has maxmemory-policy {policy}: it deletes {what} when memory is "
+            "short",
             "redis-cli CONFIG SET maxmemory-policy noeviction",
         )
     if (
@@ -161,7 +162,7 @@ def _of_server(snapshot: Snapshot) -> Iterator[Finding]:
             "warning",
             "server_full",
             None,
-            f"the server uses {share:.0%} of its maxmemory; at 100 % it takes nothing more",
+            f"{server.node or 'the server'} uses {share:.0%} of its maxmemory; at 100 % it takes nothing more",
             "rlbroker doctor",
         )
 

@@ -79,8 +79,7 @@ def find_leftovers(
     # Orphans are not asked for what they may have: that would count as using their keys.
     runs = [one for one in sorted(names) if not _is_orphan(one, names[one])]
     summaries = {one.run: one for one in list_runs(connection, runs)}
-    uptime_seconds = whole_number(connection.server_info().get("uptime_in_seconds", ""))
-    just_started = uptime_seconds is not None and uptime_seconds < BACK_SECONDS
+    just_started = _just_started(connection)
     found = []
     for name in sorted(names):
         keys, summary = sorted(names[name]), summaries.get(name)
@@ -111,6 +110,12 @@ def find_leftovers(
             )
         )
     return found
+
+
+def _just_started(connection: Connection) -> bool:
+    """Whether a server has been running for so short a time that those who live may not be back."""
+    told = [connection.server_info(one).get("uptime_in_seconds", "") for one in connection.masters()]
+    return any(seconds < BACK_SECONDS for seconds in map(whole_number, told) if seconds is not None)
 
 
 def every_key(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
 from rlbroker.config import RunSettings
 from rlbroker.connection import Argument, Connection
 from rlbroker.control.account import Account, missed_updates
-from rlbroker.errors import AccessDenied, PeerError
+from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 from rlbroker.experience.counts import known_counts, right_types, types_of
 from rlbroker.keys import Keys
 from rlbroker.legible import answered, legible, unless_spoiled
@@ -26,6 +27,9 @@ from rlbroker.replies import (
     whole_number,
 )
 from rlbroker.weights.pointer import Pointer
+
+#: What asks a server for itself.
+_OF_SERVER = (("INFO", "server"), ("INFO", "memory"))
 
 #: What of the pointer concerns people; the rest says how to fetch it.
 _WEIGHTS = ("version", "kind", "base", "codec", "raw_bytes", "stored_bytes", "published")
@@ -50,14 +54,15 @@ class LearnerStatus:
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """The server that holds the run; what it does not tell is empty or None.
+    """The server that holds the run, or the fullest node of a Cluster; what it does not tell is empty or None.
 
     Attributes:
         address: without user and password.
         version: its name and version.
-        maxmemory_policy: what it deletes when memory is short.
+        maxmemory_policy: what it deletes when memory is short, it or any of the other masters.
         used_bytes: memory that it uses.
         maxmemory_bytes: memory that it may use; 0 for as much as there is.
+        node: which one it is; empty where there is only one.
     """
 
     address: str
@@ -65,6 +70,7 @@ class ServerStatus:
     maxmemory_policy: str
     used_bytes: int | None
     maxmemory_bytes: int | None
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,7 @@ class Observer:
     def _look(self) -> Snapshot:
         keys = self._keys
         told, (clock, meta_reply, pointer_reply, pending, names_reply) = self._ask(
-            [("INFO", "server"), ("INFO", "memory")],
+            _OF_SERVER,
             [
                 ("TIME",),
                 ("HGETALL", keys.meta),
@@ -292,6 +298,24 @@ def _waiting_commands(pending: dict[str, str], now: float) -> dict[int, list[flo
 
 
 def _server(connection: Connection, replies: Sequence[bytes | None]) -> ServerStatus:
+    if not connection.servers.several:
+        return _status(connection, "", replies)
+    nodes = []
+    for node in connection.masters():
+        with suppress(ConnectionFailed):  # what is on it could not be read either
+            told = [None if _untold(reply) else reply for reply in connection.ask_at(node, _OF_SERVER)]
+            nodes.append(_status(connection, node.name, told))
+    fullest = max(nodes, key=_fullness, default=_status(connection, "", ()))
+    policies = {one.maxmemory_policy for one in nodes} - {"noeviction", ""}
+    return replace(fullest, maxmemory_policy=min(policies, default=fullest.maxmemory_policy))
+
+
+def _fullness(status: ServerStatus) -> tuple[float, int]:
+    used = status.used_bytes or 0
+    return used / status.maxmemory_bytes if status.maxmemory_bytes else 0.0, used
+
+
+def _status(connection: Connection, node: str, replies: Sequence[bytes | None]) -> ServerStatus:
     info: dict[str, str] = {}
     for reply in replies:
         info |= info_fields(reply) if reply else {}
@@ -301,6 +325,7 @@ def _server(connection: Connection, replies: Sequence[bytes | None]) -> ServerSt
         maxmemory_policy=info.get("maxmemory_policy", ""),
         used_bytes=whole_number(info.get("used_memory", "")),
         maxmemory_bytes=whole_number(info.get("maxmemory", "")),
+        node=node,
     )
 
 

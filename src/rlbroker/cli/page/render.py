@@ -83,7 +83,8 @@ def _settings(course: Course) -> dict[str, str]:
         "memory used": "unknown"
         if run.server.used_bytes is None
         else size(run.server.used_bytes)
-        + (f" of {size(run.server.maxmemory_bytes)}" if run.server.maxmemory_bytes else ", no limit"),
+        + (f" of {size(run.server.maxmemory_bytes)}" if run.server.maxmemory_bytes else ", no limit")
+        + (f", on {run.server.node}, the fullest node" if run.server.node else ""),
         "num_workers": f"{run.expected_workers:,}",
         "max_queue_size": f"{chosen.max_queue_size:,}",
         "max_queue_bytes": size(chosen.max_queue_bytes),
