@@ -39,6 +39,12 @@ _WORKER: Final = (
     *("+del", "+pexpire", "+hset", "+hdel", "+hincrby", "+xadd", "+xdel", "+xgroup|create"),
 )
 
+#: Besides, on a Cluster, to find the node of each key: these for all, and for a worker, which reads replicas too;
+#: and what is asked by who examines it.
+_FINDING: Final = ("+cluster|slots", "+cluster|nodes")
+_FOLLOWING: Final = ("+asking", "+readonly")
+_EXAMINING: Final = ("+cluster|info",)
+
 
 @dataclass(frozen=True)
 class User:
@@ -55,15 +61,22 @@ class User:
     rules: tuple[str, ...]
 
 
-def users(keys: Keys, *, workers: int, shared: bool, version: Sequence[int]) -> list[User]:
+def users(
+    run: str, *, workers: int, shared: bool, version: Sequence[int], cluster: bool = False
+) -> list[User]:
     """Give the users of one run: its learner, its workers, and an observer of all runs.
 
     Args:
-        keys: names of the run's keys.
+        run: its name.
         workers: how many of them there are, with ids from 0 on.
         shared: whether they are one user, who may be any of them.
         version: of the server, as Redis counts; Valkey says which Redis it is like.
+        cluster: whether it is a Cluster, on whose nodes the run's shards are.
     """
+    keys = Keys(run, shards=("*",) if cluster else ())
+    finding, following, examining = (
+        (_FINDING, _FINDING + _FOLLOWING, _FINDING + _EXAMINING) if cluster else ((), (), ())
+    )
     ids = ("*",) if shared else tuple(map(str, range(workers)))
     names = (f"{keys.run}-workers",) if shared else tuple(f"{keys.run}-worker-{one}" for one in ids)
     told = ("+client|setinfo", "+waitaof") if tuple(version) >= SETINFO else ()
@@ -72,17 +85,27 @@ def users(keys: Keys, *, workers: int, shared: bool, version: Sequence[int]) -> 
         User(
             f"{keys.run}-learner",
             "learner",
-            ("resetchannels", f"~{keys.everything}", f"&{keys.everything}", *_LEARNER),
+            ("resetchannels", f"~{keys.everything}", f"&{keys.everything}", *_LEARNER, *finding),
         ),
         *(
             User(
                 name,
                 "worker",
-                (*_worker_keys(keys, one, read_only), *_WORKER, *told, *_through_scripts(keys, version)),
+                (
+                    *_worker_keys(keys, one, read_only),
+                    *_WORKER,
+                    *following,
+                    *told,
+                    *_through_scripts(keys, version),
+                ),
             )
             for name, one in zip(names, ids, strict=True)
         ),
-        User(f"{keys.run}-observer", "observer", ("resetchannels", f"{read_only}{EVERY_KEY}", *_LOOKING)),
+        User(
+            f"{keys.run}-observer",
+            "observer",
+            ("resetchannels", f"{read_only}{EVERY_KEY}", *_LOOKING, *examining),
+        ),
     ]
 
 

@@ -49,6 +49,10 @@ def acl(
             metavar="X.Y", help="What Redis the server is like, where none runs yet: 6.2, 7.0, 7.2 …"
         ),
     ] = None,
+    cluster: Annotated[
+        bool,
+        typer.Option("--cluster", help="For a Cluster that does not run yet; one that does says it itself."),
+    ] = False,
 ) -> None:
     """Print the users of a run, with the rights that the server's version lets them be given.
 
@@ -58,15 +62,18 @@ def acl(
 
     Example: rlbroker acl --run pong --workers 50 --secrets pong.secrets --server-version 7.0 > users.acl
     """
-    from rlbroker.config import DEFAULT_RUN
+    from rlbroker.config import DEFAULT_RUN, redis_url, way_of
     from rlbroker.errors import InvalidArgument
-    from rlbroker.keys import Keys
     from rlbroker.rights import READ_ONLY_KEYS, acl_file, set_user_commands, users
 
     if secrets_folder is None and not session.as_json:
         raise InvalidArgument("--secrets names a folder for the passwords, such as --secrets pong.secrets")
     version = _numbers(server_version) if server_version else _version_of(session)
-    found = users(Keys(session.named_run or DEFAULT_RUN), workers=workers, shared=shared, version=version)
+    kind = way_of(redis_url(session.url)).kind
+    cluster |= kind == "cluster" or (not server_version and session.connection.servers.several)
+    found = users(
+        session.named_run or DEFAULT_RUN, workers=workers, shared=shared, version=version, cluster=cluster
+    )
     if session.as_json:
         session.show_json(
             {"users": [{"name": one.name, "role": one.role, "rules": one.rules} for one in found]}
@@ -78,6 +85,8 @@ def acl(
     lines = set_user_commands(found, passwords) if setuser else acl_file(found, passwords, ADMINISTRATOR)
     print(*lines, sep="\n")
     session.say(f"{made} new passwords, {len(names) - made} that were there, in {secrets_folder}/<user>")
+    if cluster or kind == "sentinel":
+        session.say("each node has users of its own: give these to every one, the replicas too")
     for warning in _given_up(found, shared=shared, read_only=version >= READ_ONLY_KEYS):
         session.say(f"warning: {warning}")
 

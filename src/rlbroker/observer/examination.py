@@ -8,9 +8,11 @@ from typing import Final
 from rlbroker.connection import Connection
 from rlbroker.observer.facts import measure_latency, read_facts
 from rlbroker.observer.host_points import of_host
+from rlbroker.observer.node_points import look_at_nodes, of_all, of_clocks, of_nodes
 from rlbroker.observer.points import Point, State
 from rlbroker.observer.run_points import of_run
 from rlbroker.observer.server_points import of_clock, of_latency, of_rights, of_server
+from rlbroker.servers import OneServer
 
 #: The states, the worst last; not to know something is no fault.
 _BY_WEIGHT: Final[tuple[State, ...]] = ("unknown", "ok", "warning", "critical")
@@ -36,14 +38,19 @@ class Examination:
 
 
 def examine(connection: Connection, run: str | None = None) -> Examination:
-    """Look at a server, and at one run on it.
+    """Look at a server, or at every node where there are several, and at one run on it.
 
     Raises:
         PeerError: the server could not be reached in time.
     """
-    latency, facts = measure_latency(connection), read_facts(connection)
-    points = [of_latency(latency), *of_server(facts)]
-    points += [of_rights(connection, facts, run), of_clock(latency, facts)]
+    if isinstance(connection.servers, OneServer):
+        latency, facts = measure_latency(connection), read_facts(connection)
+        points = [of_latency(latency), *of_server(facts)]
+        points += [of_rights(connection, facts, run), of_clock(latency, facts)]
+    else:
+        nodes, points = look_at_nodes(connection)
+        facts = of_all(nodes)
+        points += [*of_nodes(connection, nodes), of_rights(connection, facts, run), *of_clocks(nodes)]
     snapshot = None
     if run is not None:
         of_this_run, snapshot = of_run(connection, facts, run)

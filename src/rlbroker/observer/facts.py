@@ -11,6 +11,7 @@ from typing import Final
 from rlbroker.connection import Connection
 from rlbroker.errors import AccessDenied, PeerError
 from rlbroker.replies import server_seconds, text_fields, whole_number
+from rlbroker.servers import Server
 
 #: Settings that matter to rlbroker.
 SETTINGS: Final = (
@@ -79,15 +80,17 @@ class ServerFacts:
         return whole_number(self.info.get(name, self.settings.get(name, "")))
 
 
-def read_facts(connection: Connection) -> ServerFacts:
-    """Ask a server what it says of itself.
+def read_facts(connection: Connection, server: Server | None = None) -> ServerFacts:
+    """Ask a server, by default the only one, what it says of itself.
 
     Raises:
         PeerError: it could not be reached in time.
     """
-    info = connection.server_info()
+    info = connection.server_info(server)
     names = ["ACL WHOAMI", "HELLO", "INFO server", *(f"CONFIG GET {name}" for name in SETTINGS)]
-    answers = dict(zip(names, connection.ask([tuple(name.split()) for name in names]), strict=True))
+    commands = [tuple(name.split()) for name in names]
+    replies = connection.ask_at(server, commands) if server else connection.ask(commands)
+    answers = dict(zip(names, replies, strict=True))
     missing = {}
     for name, answer in answers.items():
         if isinstance(answer, AccessDenied):
@@ -121,8 +124,8 @@ def _command(words: str) -> str:
     return words.removesuffix(" server") if words.startswith("INFO") else " ".join(words.split()[:2])
 
 
-def measure_latency(connection: Connection) -> Latency:
-    """Measure round trips, and the difference of the clocks.
+def measure_latency(connection: Connection, server: Server | None = None) -> Latency:
+    """Measure round trips to a server, by default the only one, and the difference of the clocks.
 
     Raises:
         PeerError: the server could not be reached in time.
@@ -131,14 +134,17 @@ def measure_latency(connection: Connection) -> Latency:
     began = time.perf_counter()
     while len(taken) < ROUND_TRIPS:
         sent = time.perf_counter()
-        connection.execute_once("PING")
+        if server:
+            connection.ask_at(server, [("PING",)])
+        else:
+            connection.execute_once("PING")
         taken.append(time.perf_counter() - sent)
         if len(taken) >= _LEAST_ROUND_TRIPS and time.perf_counter() - began > _ROUND_TRIPS_SECONDS:
             break
     best: tuple[float, float] | None = None  # of several answers, that of the shortest trip is the most exact
     for _ in range(_LEAST_ROUND_TRIPS):
         sent = time.perf_counter()
-        (clock,) = connection.ask([("TIME",)])
+        (clock,) = connection.ask_at(server, [("TIME",)]) if server else connection.ask([("TIME",)])
         trip_seconds, now = time.perf_counter() - sent, time.time()
         if isinstance(clock, PeerError):
             break

@@ -1,0 +1,194 @@
+"""What an examination says of several servers: of each as of one alone, and of how they stand to one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from rlbroker.connection import Connection
+from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
+from rlbroker.observer.facts import Latency, ServerFacts, measure_latency, read_facts
+from rlbroker.observer.points import Point, unread
+from rlbroker.observer.server_points import CLOCKS_APART_SECONDS, of_clock, of_latency, of_server
+from rlbroker.observer.words import counted
+from rlbroker.replies import info_fields
+from rlbroker.servers import SLOTS, Address, Server
+
+#: What is said of how the nodes stand to one another replaces what each says of it.
+_OF_ALL: Final = "replication"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One of several servers, as it answered.
+
+    Attributes:
+        server: way to it.
+        master: of whom it is a replica; None for a master.
+        facts: what it says of itself.
+        latency: how long it takes to answer, and its clock.
+    """
+
+    server: Server
+    master: Server | None
+    facts: ServerFacts
+    latency: Latency
+
+    @property
+    def name(self) -> str:
+        """How it is called."""
+        return self.server.name
+
+
+def look_at_nodes(connection: Connection) -> tuple[list[Node], list[Point]]:
+    """Ask every master and every replica for what it says of itself; give a point for each that is silent.
+
+    Raises:
+        ConnectionFailed: nobody knows which they are, or none answers.
+    """
+    nodes, silent = list[Node](), list[Point]()
+    problem: ConnectionFailed | None = None
+    for master in connection.retry(connection.masters):
+        for server in (master, *connection.replicas_of(master)):
+            try:
+                facts = read_facts(connection, server)
+                latency = measure_latency(connection, server)
+            except ConnectionFailed as error:
+                problem = error
+                silent.append(Point("nodes", "critical", f"{server.name} does not answer: {error}"))
+            else:
+                nodes.append(Node(server, None if server is master else master, facts, latency))
+    if problem is not None and not nodes:
+        raise problem
+    return nodes, silent
+
+
+def of_nodes(connection: Connection, nodes: Sequence[Node]) -> Iterator[Point]:
+    """Judge several servers: what is wrong with any of them is said of it, what is well is said once."""
+    slowest = max(nodes, key=lambda one: one.latency.median_seconds)
+    yield _called(of_latency(slowest.latency), f"{slowest.name}, the slowest")
+    by_memory = sorted(nodes, key=lambda one: one.facts.number("used_memory") or 0, reverse=True)
+    points = [[(one, point) for point in of_server(one.facts)] for one in by_memory]
+    for code in dict.fromkeys(point.code for of_one in points for _, point in of_one):
+        if code != _OF_ALL:
+            yield from _together(
+                [(one, point) for of_one in points for one, point in of_one if point.code == code]
+            )
+    if connection.servers.several:
+        yield from _cluster(connection, nodes)
+    yield from _replication(nodes)
+
+
+def of_clocks(nodes: Sequence[Node]) -> Iterator[Point]:
+    """Judge this machine's clock against each node's, and theirs against one another."""
+    ahead = {one.name: one.latency.ahead_seconds for one in nodes if one.latency.ahead_seconds is not None}
+    farthest = max(nodes, key=lambda one: abs(one.latency.ahead_seconds or 0.0))
+    yield _called(of_clock(farthest.latency, farthest.facts), f"{farthest.name}, the farthest")
+    if len(ahead) < 2:
+        return
+    first, last = max(ahead, key=ahead.__getitem__), min(ahead, key=ahead.__getitem__)
+    apart_seconds = ahead[first] - ahead[last]
+    if apart_seconds <= CLOCKS_APART_SECONDS:
+        yield Point(
+            "clocks",
+            "ok",
+            f"the clocks of {len(ahead):,} nodes are at most {apart_seconds * 1000:.0f} ms apart",
+        )
+        return
+    what = (
+        f"the clocks of {last} and {first} are {apart_seconds:,.1f} s apart: when one takes the other's place, whoever "
+        "lives seems silent, or heard of in the future, by that; set them on each machine"
+    )
+    yield Point("clocks", "warning", what, "timedatectl set-ntp true")
+
+
+def of_all(nodes: Sequence[Node]) -> ServerFacts:
+    """Give the facts of the masters together: a run may use the memory of all."""
+    masters = [one.facts for one in nodes if one.master is None] or [nodes[0].facts]
+    limits = [one.number("maxmemory") for one in masters]
+    if None in limits:
+        return masters[0]
+    total = sum(filter(None, limits)) if all(limits) else 0
+    return replace(masters[0], info={**masters[0].info, "maxmemory": str(total)})
+
+
+def _called(point: Point, name: str) -> Point:
+    return replace(point, what=f"{name}: {point.what}")
+
+
+def _together(points: Sequence[tuple[Node, Point]]) -> Iterator[Point]:
+    """Give one point for all who say the same; of those that are well, the first speaks for the others."""
+    by_words: dict[tuple[str, str, str], list[Node]] = {}
+    for node, point in points:
+        words = ("ok", "", "") if point.state == "ok" else (point.state, point.what, point.hint)
+        by_words.setdefault(words, []).append(node)
+    said = {node.name: point for node, point in points}
+    for (state, _, hint), nodes in by_words.items():
+        point = said[nodes[0].name]
+        if len(nodes) == len(points):
+            who = (
+                "" if len({one.what for one in said.values()}) == 1 else f"{nodes[0].name}, as the fullest: "
+            )
+        elif state == "ok":
+            who = f"{counted(len(nodes), 'other node')}, as {nodes[0].name}: "
+        else:
+            who, hint = f"{', '.join(one.name for one in nodes)}: ", _hint_at(nodes[0].server.address, hint)
+        yield replace(point, what=f"{who}{point.what}", hint=hint)
+
+
+def _hint_at(address: Address | None, hint: str) -> str:
+    """Lead a hint for redis-cli to one node."""
+    words = hint.removeprefix("redis-cli ")
+    if address is None or words == hint:
+        return hint
+    return f"redis-cli -h {address[0]} -p {address[1]} {words}"
+
+
+def _cluster(connection: Connection, nodes: Sequence[Node]) -> Iterator[Point]:
+    """Ask each node whether all slots are served."""
+    down = dict[str, dict[str, str]]()
+    for node in nodes:
+        try:
+            (reply,) = connection.ask_at(node.server, [("CLUSTER", "INFO")])
+        except ConnectionFailed as error:
+            reply = error
+        if isinstance(reply, AccessDenied):
+            yield unread("cluster", "whether all slots are served is not known", reply)
+            return
+        told = {} if isinstance(reply, PeerError) else info_fields(reply)
+        if told.get("cluster_state") != "ok" or told.get("cluster_slots_ok") != str(SLOTS):
+            down[node.name] = told
+    masters = sum(one.master is None for one in nodes)
+    if not down:
+        what = f"{counted(masters, 'master')} and {counted(len(nodes) - masters, 'replica')} serve all {SLOTS:,} slots"
+        yield Point("cluster", "ok", what)
+        return
+    name, told = next(iter(down.items()))
+    what = (
+        f"{', '.join(down)}: cluster_state {told.get('cluster_state', 'unknown')}, "
+        f"{told.get('cluster_slots_ok', 'unknown')} of {SLOTS:,} slots are served: what is in the others is away"
+    )
+    address = next(one.server.address for one in nodes if one.name == name)
+    yield Point("cluster", "critical", what, _hint_at(address, "redis-cli CLUSTER NODES"))
+
+
+def _replication(nodes: Sequence[Node]) -> Iterator[Point]:
+    """Look whether each master has a replica that could take its place."""
+    replicas = [one for one in nodes if one.master is not None]
+    behind = [one for one in replicas if one.facts.info.get("master_link_status", "up") != "up"]
+    for one in behind:
+        what = f"{one.name} is not in step with its master: it could not take its place, and confirms nothing"
+        yield Point(_OF_ALL, "warning", what, _hint_at(one.server.address, "redis-cli INFO replication"))
+    ready = {one.master for one in replicas if one not in behind}
+    alone = [one.name for one in nodes if one.master is None and one.server not in ready]
+    if alone:
+        what = (
+            f"{', '.join(alone)}: no replica could take its place; when it is gone, so is its part of the runs, and "
+            "level='replica' is never confirmed"
+        )
+        yield Point(_OF_ALL, "warning", what)
+    elif not behind:
+        yield Point(
+            _OF_ALL, "ok", f"{counted(len(replicas), 'replica')} in step: each master has one at least"
+        )
