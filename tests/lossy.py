@@ -27,7 +27,8 @@ class Lossy:
     def _pool(self, client: Any) -> Any:
         """Give the pool whose kind of connections rlbroker makes: of a Cluster's client, that of its first node."""
         if isinstance(client, redis.RedisCluster):
-            client = client.get_redis_connection(client.get_default_node())
+            of_cluster: Any = client
+            client = of_cluster.get_redis_connection(of_cluster.get_default_node())
         return client.connection_pool
 
     def break_connections(self) -> None:
