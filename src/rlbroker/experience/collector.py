@@ -262,11 +262,13 @@ class Collector:
             PeerError: the server refused, or could not be reached in time.
         """
         entries = []
+        # What came again, and is not put away yet, was delivered once and is not to be counted so twice.
+        again = {(entry.source, entry.entry_id): entry.came_again for entry in list(self._read)}
         for name, mark in marks.items():
             source = self._source(name)
             taken_over = self._streams[name].taken_over if name in self._streams else set()
             entries += [
-                (source, entry_id, "delivered")
+                (source, entry_id, again.get((source, entry_id)) or "delivered")
                 for entry_id in self._holdings.held(source)
                 if covers(mark, entry_id, taken_over=entry_id in taken_over)
             ]
