@@ -262,6 +262,10 @@ class Arena:
         if lost == "nothing":
             assert not missing, f"{say}missing: {missing[:10]} of {len(missing)}; counted: {dict(counted)}"
         assert counted == ({lost: len(missing)} if missing else {}), f"{say}missing {missing[:10]}: {counted}"
+        delivered = Counter(worker for worker, _, _ in inserted)
+        assert all(
+            count["delivered"] == delivered[int(worker)] for worker, count in report["counts"].items()
+        ), f"{say}{report['counts']} and not {delivered}"
         self._check_ledger(report)
         return missing
 
