@@ -8,6 +8,7 @@ import logging
 import operator
 import os
 import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,9 @@ BATCH = {"obs": np.random.default_rng(1).random(BATCH_BYTES // 4, np.float32)}
 
 #: A simulated worker polls about this often, and a process full of them less often.
 POLL_SECONDS, POLL_SECONDS_PER_WORKER = 0.001, 0.0002
+
+#: Hundreds of threads that wait for Python's lock would wake up each 5 ms to ask for it; a real worker has a few.
+SWITCH_SECONDS = 0.1
 
 #: So many of them leave at the same time.
 CLOSED_AT_ONCE = 32
@@ -283,6 +287,7 @@ def _lead(communicator: WorkerCommunicator, work: Work, weights: Sequence[Any]) 
 
 def _simulate(pipe: Connection, url: str, run: str, numbers: range, settings: dict[str, Any]) -> None:
     warnings = _counted()
+    sys.setswitchinterval(SWITCH_SECONDS)
     with contextlib.ExitStack() as stack:
         clients = [worker(url, run, number, **settings) for number in numbers]
         stack.callback(_close, clients)

@@ -17,6 +17,10 @@ SIZES = (1, 8, 64, 256, 1000)
 LOADED_BYTES, DOWNLOADED_BYTES = 1 << 30, 256 << 20
 
 
+#: More workers than this get versions more seldom: two cores need some seconds to give each of a thousand a version.
+ALL_AT_WORK = 200
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How much is measured."""
@@ -62,9 +66,10 @@ def _works(sizes: Sizes, simulated: Crowd) -> dict[str, Work]:
             sizes.seconds, sizes.batches_per_second, read_seconds=sizes.read_seconds
         )
     kind = "a download per host" if simulated.hosts else "a download per worker"
+    longer = max(1.0, simulated.workers / ALL_AT_WORK)
     for size, pause in sizes.versions:
         if simulated.workers * size <= (LOADED_BYTES if simulated.hosts else DOWNLOADED_BYTES):
-            works[f"{size >> 10} KB, {kind}"] = Work(sizes.seconds, 0.0, pause, size)
+            works[f"{size >> 10} KB, {kind}"] = Work(longer * sizes.seconds, 0.0, longer * pause, size)
     return works
 
 

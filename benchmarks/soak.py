@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from benchmarks.crowd import Point, Work, crowd
 from benchmarks.measure import Row, progress
 
-#: A sample each so often.
-SAMPLE_SECONDS, QUICK_SAMPLE_SECONDS = 10.0, 0.5
+#: A sample each so often, with one version in it.
+SAMPLE_SECONDS, QUICK_SAMPLE_SECONDS = 20.0, 0.5
 
 #: The first part of the time, in which caches and pools fill, does not count.
 WARM_PART = 0.3
@@ -22,7 +22,7 @@ def run(
     workers = workers or (2 if quick else 1000)
     minutes = minutes or (0.05 if quick else 10.0)
     seconds = QUICK_SAMPLE_SECONDS if quick else SAMPLE_SECONDS
-    work = Work(seconds, 2.0 * min(workers, 100), seconds / 2, 64 << 10)
+    work = Work(seconds, float(min(workers, 100)), seconds, 64 << 10)
     points: list[Point] = []
     with crowd(url, workers, host_cache=True) as simulated:
         while sum(point.seconds for point in points) < 60 * minutes:
