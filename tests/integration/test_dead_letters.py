@@ -146,6 +146,7 @@ def test_a_learner_hears_of_what_others_tried_again(
     comm.collect_experiences(timeout=0.1)
     connection = Connection(client=server.another_client())
     assert dead_letters.retry_letters(connection, keys, comm.dead_letters()) == 1
+    connection.close()
     wait_until(
         "it has heard, and the batch has died again",
         lambda: comm.collect_experiences(timeout=0.1) or comm._holdings._counted[0]["retried_corrupt"],

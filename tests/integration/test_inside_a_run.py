@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ Worker = Callable[..., WorkerClient]
 
 
 @pytest.fixture
-def connection(server: Server) -> Connection:
-    return Connection(client=server.another_client(), timeout_seconds=5.0)
+def connection(server: Server) -> Iterator[Connection]:
+    made = Connection(client=server.another_client(), timeout_seconds=5.0)
+    yield made
+    made.close()
 
 
 def send(connection: Connection, keys: Keys, name: str = "reset", **more: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,25 @@ Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 
-def look_at(server: Server, run: str) -> Watch:
-    way = server.way()
-    return Watch(Connection(way.get("redis_url"), client=way.get("redis_client"), timeout_seconds=5.0), run)
+@pytest.fixture
+def new_watch(server: Server, run: str) -> Iterator[Callable[[], Watch]]:
+    with ExitStack() as stack:
+
+        def make() -> Watch:
+            way = server.way()
+            connection = Connection(way.get("redis_url"), client=way.get("redis_client"), timeout_seconds=5.0)
+            stack.callback(connection.close)
+            return Watch(connection, run)
+
+        yield make
 
 
 @pytest.mark.on_every_engine
 def test_rates_are_what_happened_between_looks(
-    server: Server, run: str, learner: Learner, worker: Worker
+    new_watch: Callable[[], Watch], learner: Learner, worker: Worker
 ) -> None:
     comm, client, idle = learner(), worker(), worker()
-    watch = look_at(server, run)
+    watch = new_watch()
     first = watch.look()
     for number in range(20):
         client.send_experiences({"x": np.full(3, number)})
@@ -45,17 +54,17 @@ def test_rates_are_what_happened_between_looks(
 
 
 def test_the_last_minute_is_there_from_the_first_look_on(
-    server: Server, run: str, learner: Learner, worker: Worker
+    new_watch: Callable[[], Watch], learner: Learner, worker: Worker
 ) -> None:
     comm, client = learner(), worker()
 
     def collected() -> bool:
         client.send_experiences({"x": np.zeros((4, 3))})
         comm.collect_experiences(timeout=0.1)
-        watch = look_at(server, run)
+        watch = new_watch()
         watch.look()
         view = watch.look()
-        fresh = look_at(server, run).look()
+        fresh = new_watch().look()
         assert view.series.keys() == SERIES.keys()
         # Who looked before has read nothing twice, and misses what was written since at most.
         assert len(fresh.series["waiting"]) - len(view.series["waiting"]) in (0, 1)
