@@ -86,7 +86,8 @@ def test_a_look_is_three_round_trips_and_goes_on_after_the_connection_broke(
         trips = count_trips(connection)
         assert observer.look().members[0].state == "alive"
         assert len(trips) == 3
-        reachable.client.client_kill_filter(_type="normal", skipme=True)
+        each = {"target_nodes": "primaries"} if reachable.kind == "cluster" else {}
+        reachable.client.client_kill_filter(_type="normal", skipme=True, **each)
         assert observer.look().pointer is not None
         connection.close()
 
