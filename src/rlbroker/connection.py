@@ -515,7 +515,8 @@ class Connection:
         """
         if not isinstance(self.servers, OneServer):
             return
-        mode = self.server_info().get("redis_mode")
+        found = self.server_info()
+        mode = found.get("redis_mode", found.get("server_mode"))  # Valkey's own name for it
         if mode == "cluster":
             self._use_nodes()
         elif mode == "sentinel":

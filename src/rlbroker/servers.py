@@ -25,6 +25,7 @@ from rlbroker.config import Way
 from rlbroker.deadline import Deadline, try_seconds, within
 from rlbroker.errors import ServerUnsuitable
 from rlbroker.keys import EVERY_KEY
+from rlbroker.tls import TlsRefused
 
 logger = logging.getLogger("rlbroker")
 
@@ -238,14 +239,14 @@ class SentinelServers(_Watched):
 
     def _look(self) -> None:
         """Ask one Sentinel after the other; while all are silent, the master that they named last stays."""
-        problems: list[str] = []
+        problems: list[redis_errors.RedisError | OSError | str] = []
         others: set[str] = set()
         for sentinel in list(self._sentinels):
             try:
                 with within(Deadline(LONGEST_ASK_SECONDS)):
                     watched = _ask(sentinel, "SENTINEL MASTERS")
             except _AWAY as error:
-                problems.append(str(error))
+                problems.append(error)
                 self._sentinels.remove(sentinel)  # the next look begins with one that answers
                 self._sentinels.append(sentinel)
                 continue
@@ -272,12 +273,12 @@ class SentinelServers(_Watched):
                 "its name comes last in the URL, as in redis+sentinel://host:26379/mymaster"
             )
         if self._master is None:
-            raise redis_errors.ConnectionError(f"no Sentinel knows the master now: {'; '.join(problems)}")
+            raise _nobody("no Sentinel knows the master now", problems)
         if not self._said_silent:
             logger.warning(
                 "%s: no Sentinel knows the master now (%s); the last one is used",
                 self._address,
-                "; ".join(problems),
+                "; ".join(map(str, problems)),
             )
         self._said_silent = True
 
@@ -348,20 +349,25 @@ class ClusterServers(_Watched):
     def _look(self) -> None:
         """Ask nodes until one answers that knows of all changes, and is not cut off from the others."""
         best: _View | None = None
-        problems: list[str] = []
+        problems: list[redis_errors.RedisError | OSError | str] = []
         for address in list(dict.fromkeys((*self._order, *self._seeds))):
             try:
                 with within(Deadline(LONGEST_ASK_SECONDS)):
                     view = _View(self._pools.at(address), address)
             except _AWAY as error:
-                problems.append(str(error))
+                problems.append(error)
                 self._ask_last(address)
                 continue
             except redis_errors.ResponseError as error:
-                if "cluster support disabled" in str(error) or "unknown command" in str(error).lower():
+                where = f"{address[0]}:{address[1]}"
+                if "cluster support disabled" in str(error):
                     raise ServerUnsuitable(
-                        f"{self._address}: {address[0]}:{address[1]} is a single server and no node of a Cluster; "
-                        f"write redis://{address[0]}:{address[1]}"
+                        f"{self._address}: {where} is a single server and no node of a Cluster; write redis://{where}"
+                    ) from error
+                if "unknown command" in str(error).lower():
+                    raise ServerUnsuitable(
+                        f"{self._address}: {where} is no node of a Cluster, as it does not know CLUSTER SLOTS; for a "
+                        f"Sentinel write redis+sentinel://{where}/service, for a proxy the URL of the servers behind it"
                     ) from error
                 raise
             if best is None or view.newest > best.newest:
@@ -369,7 +375,7 @@ class ClusterServers(_Watched):
             if best is view and view.newest >= self._newest and not view.is_cut_off:
                 break
         if best is None:
-            raise redis_errors.ConnectionError(f"no node of the Cluster answers: {'; '.join(problems)}")
+            raise _nobody("no node of the Cluster answers", problems)
         self._adopt(best)
 
     def _adopt(self, view: _View) -> None:
@@ -483,6 +489,18 @@ def any_of(servers: Sequence[Server]) -> Server:
 def _ask(client: redis.Redis, *command: str, **options: Any) -> Any:
     send: Callable[..., Any] = client.execute_command
     return send(*command, **options)
+
+
+def _nobody(
+    what: str, problems: Sequence[redis_errors.RedisError | OSError | str]
+) -> redis_errors.ConnectionError:
+    """Give the error where nobody could be asked: a refusal as such, so that it is seen to be no outage."""
+    for one in problems:
+        if isinstance(one, redis_errors.AuthenticationError | TlsRefused):
+            return one
+    error = redis_errors.ConnectionError(f"{what}: {'; '.join(map(str, problems))}")
+    error.__cause__ = next((one for one in problems if isinstance(one, Exception)), None)
+    return error
 
 
 def _name(client: redis.Redis) -> str:

@@ -83,13 +83,23 @@ def translated(
         return Fenced(text.partition("FENCED")[2].strip())
     if "LOST" in text:
         return RunLost(f"{address}: {text.partition('LOST')[2].strip()}")
-    if found := re.search(r"unknown command\W*(x\w+|subscribe|publish)\b", text, re.IGNORECASE):
+    if found := re.search(r"unknown command\W*(x\w+|subscribe|publish|script)\b", text, re.IGNORECASE):
         return ServerUnsuitable(
             f"{address} does not know the command {found[1].upper()}: it is no Redis or Valkey, or there is a "
             "proxy before it that lacks streams, scripts or publish/subscribe; give the URL of the server itself"
         )
     if "unknown command" in text.lower() and "eval" in text.lower():
-        return ServerUnsuitable(f"{address} runs no Lua scripts; with fakeredis, install 'fakeredis[lua]'")
+        return ServerUnsuitable(
+            f"{address} runs no Lua scripts: there is a proxy before it, say, and the URL of the server itself is wanted; "
+            "with fakeredis, install 'fakeredis[lua]'"
+        )
+    if re.search(
+        r"unknown command\W*select\b|DB index is out of range|SELECT is not allowed", text, re.IGNORECASE
+    ):
+        return ServerUnsuitable(
+            f"{address} does not have this database ({text}): a Cluster has the database 0 only, and a Sentinel none "
+            "(for Sentinels write redis+sentinel://host:port/service)"
+        )
     if "WRONGTYPE" in text:
         return WrongKeyType(
             f"{address} has a key of another type than rlbroker writes ({_asked(text, command)}): another program "
