@@ -146,7 +146,7 @@ class ClusterServer:
     kind = "cluster"
 
     def __init__(self, cluster: Cluster) -> None:
-        self._node = cluster.nodes[0].address
+        self.engine, self._node = cluster, cluster.nodes[0].address
         self.url = cluster.url
         self.client: Any = self.new_client(protocol=2)
 
@@ -168,6 +168,7 @@ class TrioServer:
     kind = "sentinel"
 
     def __init__(self, trio: SentinelTrio) -> None:
+        self.engine = trio
         self._sentinels, self._service = [one.address for one in trio.sentinels], trio.service
         for sentinel in trio.sentinels:  # nobody fails here: a machine that is busy is no reason to promote
             sentinel.ask("SENTINEL", "SET", trio.service, "down-after-milliseconds", 60_000)

@@ -45,7 +45,10 @@ _READING = frozenset(
 )
 
 #: Commands of which one part can be allowed alone: CONFIG GET without CONFIG SET.
-_CONTAINERS = ("acl", "client", "config", "memory", "object", "script", "xgroup", "xinfo")
+_CONTAINERS = ("acl", "client", "cluster", "config", "memory", "object", "script", "xgroup", "xinfo")
+
+#: Rules that only a user of a Cluster has.
+_OF_CLUSTER = ("+cluster", "+asking", "+readonly")
 
 #: Users of `rlbroker acl`.
 _ROLE = re.compile(r"(.+)-(learner|workers|observer|worker-(\d+))")
@@ -109,7 +112,10 @@ def refused(
 
 def _advice(user: str, rule: str) -> str:
     """Say how to be allowed; who has a user that was made for one role does not want it widened."""
-    if role := _ROLE.fullmatch(user):
+    role = _ROLE.fullmatch(user)
+    if role and rule.startswith(_OF_CLUSTER):
+        return "its rules are those for a single server: make them with `rlbroker acl --cluster`, and give them to every node"
+    if role:
         whose = _ROLE_NAMES.get(role[2], f"worker {role[3]}")
         return (
             f"it is that of {whose} of {role[1]!r}, as `rlbroker acl` makes them: take the user that is meant for "

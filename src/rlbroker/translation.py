@@ -90,7 +90,7 @@ def translated(
         )
     if "unknown command" in text.lower() and "eval" in text.lower():
         return ServerUnsuitable(
-            f"{address} runs no Lua scripts: there is a proxy before it, say, and the URL of the server itself is wanted; "
+            f"{address} runs no Lua scripts; where there is a proxy before it, give the URL of the server itself, and "
             "with fakeredis, install 'fakeredis[lua]'"
         )
     if re.search(

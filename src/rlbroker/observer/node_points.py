@@ -162,6 +162,10 @@ def _cluster(connection: Connection, nodes: Sequence[Node]) -> Iterator[Point]:
     masters = sum(one.master is None for one in nodes)
     if not down:
         what = f"{counted(masters, 'master')} and {counted(len(nodes) - masters, 'replica')} serve all {SLOTS:,} slots"
+        if "+cluster:" not in connection.address:
+            what += (
+                ", found by the one that the URL names; redis+cluster://host:port,host:port can name several"
+            )
         yield Point("cluster", "ok", what)
         return
     name, told = next(iter(down.items()))
