@@ -114,7 +114,7 @@ def _advice(user: str, rule: str) -> str:
     """Say how to be allowed; who has a user that was made for one role does not want it widened."""
     role = _ROLE.fullmatch(user)
     if role and rule.startswith(_OF_CLUSTER):
-        return "its rules are those for a single server: make them with `rlbroker acl --cluster`, and give them to every node"
+        return "its rules are for a single server; `rlbroker acl --cluster` makes those for the nodes of a Cluster"
     if role:
         whose = _ROLE_NAMES.get(role[2], f"worker {role[3]}")
         return (

@@ -49,7 +49,7 @@ class Guarded:
 
     def refused(self) -> dict[str, Any]:
         """Give the commands that any node has refused anybody."""
-        found = {}
+        found = dict[str, Any]()
         for node in self.engine.nodes:
             with node.client() as client:
                 found |= {
@@ -89,11 +89,14 @@ def test_a_role_has_all_the_rights_that_it_needs_on_every_node(guarded: Guarded)
     ) as comm:
         workers = [
             WorkerClient(
-                guarded.url(user), RUN, worker_id=number, host_cache=False, level="learner", **replicas
+                guarded.url(ROLES[1 + number]),
+                RUN,
+                worker_id=number,
+                host_cache=False,
+                level="learner",
+                read_from_replicas=number == 1,
             )
-            for number, (user, replicas) in enumerate(
-                zip(ROLES[1:3], ({}, {"read_from_replicas": True}), strict=True)
-            )
+            for number in range(2)
         ]
         for _ in range(3):  # whole, and as differences
             weights["w"][::1000] += 1.0
@@ -104,14 +107,14 @@ def test_a_role_has_all_the_rights_that_it_needs_on_every_node(guarded: Guarded)
             client.send_experiences({"number": np.full(3, client.worker_id)})
         command = comm.send_control_command("reset")
         pairs = list[Any]()
-        wait_until(
-            "batches came, and the command was obeyed",
-            lambda: (
-                [client.poll(model) for client, model in zip(workers, models, strict=True)]
-                and (pairs.extend(comm.collect_experiences(timeout=0.1)) or len(pairs) == 2)
-                and all(one.state == "done" for one in command.outcomes().values())
-            ),
-        )
+
+        def all_is_done() -> bool:
+            for client, model in zip(workers, models, strict=True):
+                client.poll(model)
+            pairs.extend(comm.collect_experiences(timeout=0.1))
+            return len(pairs) == 2 and all(one.state == "done" for one in command.outcomes().values())
+
+        wait_until("batches came, and the command was obeyed", all_is_done)
         comm.acknowledge(pairs)
         bad = {"data": b"?", "version": 1, "rows": 1, "raw_bytes": 1, "stored_bytes": 1, "sent_at": 0}
         key = _keys(guarded).experiences(1)
@@ -126,13 +129,13 @@ def test_a_role_has_all_the_rights_that_it_needs_on_every_node(guarded: Guarded)
         for node in guarded.engine.masters():
             node.ask("SCRIPT", "FLUSH")
         comm.send_model_weights(weights)
-        wait_until(
-            "version 4 is there",
-            lambda: (
-                [w.poll(m) for w, m in zip(workers, models, strict=True)]
-                and all(w.version == 4 for w in workers)
-            ),
-        )
+
+        def all_have_it() -> bool:
+            for client, model in zip(workers, models, strict=True):
+                client.poll(model)
+            return all(client.version == 4 for client in workers)
+
+        wait_until("version 4 is there", all_have_it)
         for words in (
             ["status"],
             ["doctor"],
@@ -193,7 +196,7 @@ def test_a_worker_gains_nothing_in_the_shard_of_another(guarded: Guarded) -> Non
 def test_a_user_without_the_rights_of_a_cluster_is_told_which(guarded: Guarded) -> None:
     for node in guarded.engine.nodes:
         node.ask("ACL", "SETUSER", ROLES[1], "-cluster|slots")
-    with pytest.raises(AccessDenied, match="may not run CLUSTER SLOTS; .*rlbroker acl --cluster"):
+    with pytest.raises(AccessDenied, match=r"may not run CLUSTER SLOTS; .*rlbroker acl --cluster"):
         WorkerClient(guarded.url(ROLES[1]), RUN, worker_id=0, timeout=2.0)
 
 
