@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from rlbroker.connection import Connection
+from rlbroker.deadline import Deadline, within
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 from rlbroker.observer.facts import Latency, ServerFacts, measure_latency, read_facts
 from rlbroker.observer.points import Point, unread
@@ -14,6 +15,9 @@ from rlbroker.observer.server_points import CLOCKS_APART_SECONDS, of_clock, of_l
 from rlbroker.observer.words import counted
 from rlbroker.replies import info_fields
 from rlbroker.servers import SLOTS, Address, Server
+
+#: A node that does not answer within this time is said to be silent, so that there is time for the others.
+LONGEST_SILENCE_SECONDS: Final = 1.0
 
 #: What is said of how the nodes stand to one another replaces what each says of it.
 _OF_ALL: Final = "replication"
@@ -52,7 +56,8 @@ def look_at_nodes(connection: Connection) -> tuple[list[Node], list[Point]]:
     for master in connection.retry(connection.masters):
         for server in (master, *connection.replicas_of(master)):
             try:
-                facts = read_facts(connection, server)
+                with within(Deadline(LONGEST_SILENCE_SECONDS)):
+                    facts = read_facts(connection, server)
                 latency = measure_latency(connection, server)
             except ConnectionFailed as error:
                 problem = error
@@ -126,7 +131,9 @@ def _together(points: Sequence[tuple[Node, Point]]) -> Iterator[Point]:
     said = {node.name: point for node, point in points}
     for (state, _, hint), nodes in by_words.items():
         point = said[nodes[0].name]
-        if len(nodes) == len(points):
+        if len(nodes) == len(points) and state != "ok":
+            who = "every node: "
+        elif len(nodes) == len(points):
             who = (
                 "" if len({one.what for one in said.values()}) == 1 else f"{nodes[0].name}, as the fullest: "
             )
