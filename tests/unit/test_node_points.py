@@ -16,7 +16,7 @@ from rlbroker.servers import Server
 
 def node(port: int, *, master: Node | None = None, ahead: float | None = 0.0, **changes: Any) -> Node:
     server = Server(redis.Redis(), ("host", port))
-    return Node(server, master and master.server, facts(**changes), Latency(0.001, 0.002, 20, ahead))
+    return Node(server, master.server if master else None, facts(**changes), Latency(0.001, 0.002, 20, ahead))
 
 
 def together(code: str, *nodes: Node) -> list[Point]:
