@@ -43,6 +43,7 @@ from rlbroker.errors import (
     ServerUnsuitable,
     TlsFailed,
 )
+from rlbroker.keys import shard_of
 from rlbroker.packing import Argument as Argument
 from rlbroker.packing import Pieces, packed
 from rlbroker.servers import ClusterServers, OneServer, Server, Servers, key_of, servers_of, slot_of
@@ -391,6 +392,29 @@ class Connection:
                 yield found
                 if int(cursor) == 0:
                     break
+
+    def run_where_there(
+        self,
+        calls: Sequence[tuple[Script, Sequence[str], Sequence[Argument]]],
+        *,
+        deadline: Deadline | None = None,
+    ) -> None:
+        """Run scripts whose results nobody needs; on a Cluster once, leaving out servers that are away.
+
+        Raises:
+            PeerError: a server refused; or the only one could not be reached within the deadline.
+        """
+        if not self.servers.several:
+            self.run_all(calls, deadline=deadline)
+            return
+        shards: dict[str, list[tuple[Script, Sequence[str], Sequence[Argument]]]] = {}
+        for call in calls:
+            shards.setdefault(shard_of(call[1][0]), []).append(call)
+        for some in shards.values():
+            try:
+                self.run_all(some, deadline=Deadline(0))
+            except ConnectionFailed as error:
+                logger.warning("%s; what is to be written there waits", error)
 
     def append(
         self, key: str, entry_id: str, fields: Sequence[Argument], *, deadline: Deadline | None = None
@@ -868,6 +892,11 @@ class Channel:
         except AccessDenied as error:
             raise scripts_missing(self._connection.address) from error
         return self.execute(*script.call(keys, arguments))
+
+    @property
+    def server(self) -> Server | None:
+        """Where it leads, or led last; None if it was never connected."""
+        return self._server
 
     @property
     def raw_socket(self) -> socket.socket | None:

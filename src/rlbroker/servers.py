@@ -240,6 +240,7 @@ class SentinelServers(_Watched):
     def _look(self) -> None:
         """Ask one Sentinel after the other; while all are silent, the master that they named last stays."""
         problems: list[redis_errors.RedisError | OSError | str] = []
+        older: list[Server] = []
         others: set[str] = set()
         for sentinel in list(self._sentinels):
             try:
@@ -264,9 +265,13 @@ class SentinelServers(_Watched):
                 continue
             place = str(state["ip"]), int(state["port"])
             found = Server(self._pools.at(place), place, int(state["config-epoch"]))
-            if self._master is None or found.term >= self._master.term:  # it may not have heard of the newest
+            if self._master is None or found.term >= self._master.term:
                 self._become(found)
                 return
+            older.append(found)  # it may not have heard of the newest
+        if len({one.address for one in older}) == 1 and 2 * len(older) > len(self._sentinels):
+            self._become(older[0])  # they have begun to count anew
+            return
         if others and self._service not in others:
             raise ServerUnsuitable(
                 f"{self._address}: the Sentinels watch no master {self._service!r}, but {', '.join(sorted(others))}; "
@@ -386,7 +391,7 @@ class ClusterServers(_Watched):
         for part in view.parts:
             size = part.last - part.first + 1
             owners[part.first : part.last + 1] = [masters[part.master]] * size
-        self._owners, self._newest = owners, max(self._newest, view.newest)
+        self._owners, self._newest = owners, view.newest
         self._replicas = {part.master: part.replicas for part in view.parts}
         known = [address for part in view.parts for address in (part.master, *part.replicas)]
         answered = [one for one in self._order if one in known]

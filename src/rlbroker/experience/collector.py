@@ -9,7 +9,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rlbroker.config import Acknowledge
@@ -66,6 +67,10 @@ RECHECK_SECONDS = 5.0
 
 #: Of how many workers at once; the others follow in turn.
 RECHECKED = 250
+
+#: A shard whose server is away is left out for at least so long, and for so many times as long as a try took.
+AWAY_SECONDS = 0.5
+AWAY_TRIES = 2
 
 #: While a Cluster moves streams, they are looked at so often.
 MOVING_SECONDS = 0.02
@@ -316,7 +321,7 @@ class Collector:
 
     def _fill(self, max_batches: int | None, deadline: Deadline | None) -> bool:
         """Read once from the server; wait for entries if there is a deadline. Give whether there were any."""
-        again = list(self._reread.values())
+        again = [one for one in self._reread.values() if not self._reader_of(one.source.key).is_away]
         if again or not self._watched:
             self._settle_returned()
         if not self._watched:
@@ -362,7 +367,12 @@ class Collector:
             Whether to read once more, as some streams were left out and there is no time to wait for their turn.
         """
         wait_seconds = None if deadline is None else min(self._connection.block_seconds, deadline.remaining)
-        readers = [reader for reader in self._readers.values() if reader.streams]
+        readers = [reader for reader in self._readers.values() if reader.streams and not reader.is_away]
+        moved = [reader for reader in readers if reader.has_moved()]
+        for reader in moved:
+            self._look_back(reader.streams.values())
+        if moved:
+            return True
         if len(readers) == 1:
             replies = self._acknowledged_and(readers[0], count, wait_seconds)
         else:
@@ -385,13 +395,40 @@ class Collector:
         """
         fresh = [reader for reader in readers if not reader.waits]
         for reader in fresh:
-            reader.ask(count, wait_seconds)
-        at_once = fresh if wait_seconds is None else []
-        waiting = [reader for reader in readers if reader not in at_once]
+            with self._unless_away(reader):
+                reader.ask(count, wait_seconds)
+        at_once = [reader for reader in fresh if reader.waits and wait_seconds is None]
+        waiting = [reader for reader in readers if reader.waits and reader not in at_once]
         found: list[StreamEntries] = []
         for reader in (*at_once, *ready(waiting, wait_seconds or 0.0)):
-            found += self._taken(reader, count)
+            with self._unless_away(reader):
+                found += self._taken(reader, count)
         return found
+
+    @contextmanager
+    def _unless_away(self, reader: ShardReader) -> Iterator[None]:
+        """Leave a shard out for a while if its server is away, as long as there are others; with `_once`."""
+        began = time.monotonic()
+        try:
+            yield
+        except ConnectionFailed as error:
+            others = [one for one in self._readers.values() if one.streams and one is not reader]
+            if all(one.is_away for one in others):
+                raise
+            logger.warning("%s; the other shards go on", error)
+            reader.leave_out(max(AWAY_SECONDS, AWAY_TRIES * (time.monotonic() - began)))
+            self._look_back(reader.streams.values())
+
+    @property
+    def _once(self) -> Deadline | None:
+        """Have one try where there are several shards: the others are not to wait for one."""
+        return Deadline(0) if len(self._readers) > 1 else None
+
+    def _by_reader(self, streams: Iterable[Stream]) -> Iterable[tuple[ShardReader, list[Stream]]]:
+        found: dict[str, list[Stream]] = {}
+        for stream in streams:
+            found.setdefault(shard_of(stream.source.key), []).append(stream)
+        return [(self._reader_of(some[0].source.key), some) for some in found.values()]
 
     def _taken(self, reader: ShardReader, count: int) -> list[StreamEntries]:
         """Take what was read; while a Cluster moves the streams, read each by itself: they may not be together now."""
@@ -460,18 +497,21 @@ class Collector:
 
     def _read_pending(self, streams: Sequence[Stream], count: int) -> None:
         """Read what the server has given to us and we do not hold, without counting it as one more delivery."""
-        for reader in {
-            id(one): one for one in map(self._reader_of, (each.source.key for each in streams))
-        }.values():
-            if reader.waits:
-                self._take_new(self._taken(reader, count))  # or it would come twice
+        for reader, some in self._by_reader(streams):
+            with self._unless_away(reader):
+                if reader.waits:
+                    self._take_new(self._taken(reader, count))  # or it would come twice
+                self._read_pending_of(some, count)
+
+    def _read_pending_of(self, streams: Sequence[Stream], count: int) -> None:
         read, taken_over = self._holdings.consumers
         replies = self._connection.execute_all(
             [
                 ("XPENDING", one.source.key, GROUP, one.pending_from or "-", "+", count, consumer)
                 for one in streams
                 for consumer in (read, taken_over)
-            ]
+            ],
+            deadline=self._once,
         )
         wanted: list[tuple[Stream, Entry]] = []
         after: list[tuple[Stream, str | None]] = []
@@ -485,7 +525,8 @@ class Collector:
                     wanted.append((stream, entry))
             after.append((stream, f"({rows[-1][0]}" if rows else None))
         found = self._connection.execute_all(
-            [("XRANGE", entry.source.key, entry.entry_id, entry.entry_id) for _, entry in wanted]
+            [("XRANGE", entry.source.key, entry.entry_id, entry.entry_id) for _, entry in wanted],
+            deadline=self._once,
         )
         for (stream, entry), entries in zip(wanted, found, strict=True):
             entry.fields = dict(entries[0][1]) if entries else None
@@ -614,17 +655,21 @@ class Collector:
         recheck = self._recheck.over
         workers = list(self._workers())
         names = [str(worker) for worker in workers]
-        of_turn = self._of_turn(workers) if recheck else []
+        of_turn = set(self._of_turn(workers) if recheck else ())
         names += [f"again:{worker}" for worker in of_turn]  # dead batches are seldom tried again
-        self._holdings.take_over(workers)
         for name in names:
             if name not in self._streams:
                 self._streams[name] = Stream(self._source(name))
-        away = [self._streams[name] for name in names if name not in self._watched]
-        self._look_at_streams(away)
+        for reader, streams in self._by_reader(self._streams[name] for name in names):
+            if reader.is_away:
+                continue
+            with self._unless_away(reader):
+                self._holdings.take_over({one.source.worker_id for one in streams}, deadline=self._once)
+                self._look_at_streams([one for one in streams if one.source.name not in self._watched])
+                if recheck:
+                    self._look_at_holdings([one for one in streams if one.source.worker_id in of_turn])
         if recheck:
             self._recheck = Deadline(RECHECK_SECONDS)
-            self._look_at_holdings(set(of_turn))
 
     def _of_turn(self, workers: Sequence[int]) -> Sequence[int]:
         if len(workers) <= RECHECKED:
@@ -635,7 +680,9 @@ class Collector:
 
     def _look_at_streams(self, streams: Sequence[Stream]) -> None:
         """Watch those that are on the server. Only workers make them: see `Sender`."""
-        kinds = self._connection.execute_all([("TYPE", stream.source.key) for stream in streams])
+        kinds = self._connection.execute_all(
+            [("TYPE", stream.source.key) for stream in streams], deadline=self._once
+        )
         for stream, kind in zip(streams, kinds, strict=True):
             name = stream.source.name
             self._watched.pop(name, None)
@@ -655,9 +702,9 @@ class Collector:
                 )
                 self._connection.execute("UNLINK", stream.source.key)
 
-    def _look_at_holdings(self, workers: Set[int]) -> None:
+    def _look_at_holdings(self, streams: Iterable[Stream]) -> None:
         """Read again where the server thinks that we hold more than we do; take what other learners gave up."""
-        streams = [stream for stream in self._watched.values() if stream.source.worker_id in workers]
+        streams = [stream for stream in streams if stream.source.name in self._watched]
         try:
             taken = self._ownership.take_abandoned([stream.source for stream in streams])
             for stream, some in zip(streams, taken, strict=True):
@@ -672,13 +719,16 @@ class Collector:
                         ("HEXISTS", stream.source.epochs_key, self._holdings.name),
                         ("HGETALL", stream.source.counts_key),
                     )
-                ]
+                ],
+                deadline=self._once,
             )
             for stream, pending, known, counts in zip(
                 streams, answered(replies[::3]), answered(replies[1::3]), replies[2::3], strict=True
             ):
-                if known:  # what a server counts that lost the rest is not all
+                if known:
                     self._holdings.remember(stream.source.worker_id, unless_spoiled(counts, {}))
+                else:  # it has lost what it counted, and may have kept its connections
+                    self._holdings.restore([stream.source.worker_id])
                 held = len(self._holdings.held(stream.source))
                 if consumer_pending(pending, self._holdings.consumers) > held:
                     self._look_back([stream])

@@ -198,8 +198,12 @@ class Holdings:
         self._counted: dict[int, Counter[str]] = {}
         self._others: dict[int, dict[str, int]] = {}
 
-    def take_over(self, workers: Iterable[int]) -> None:
+    def take_over(self, workers: Iterable[int], *, deadline: Deadline | None = None) -> None:
         """Become the only learner of this name whose acknowledgements for these workers are accepted.
+
+        Args:
+            workers: which ones.
+            deadline: the connection's timeout by default.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
@@ -207,7 +211,7 @@ class Holdings:
         with self._lock:
             new = [one for one in workers if one not in self._counted]
         calls = [(TAKE_OVER, self._keys_of(one), (self.name, self.epoch)) for one in new]
-        for worker, counts in zip(new, self._connection.run_all(calls), strict=True):
+        for worker, counts in zip(new, self._connection.run_all(calls, deadline=deadline), strict=True):
             self.remember(worker, counts)
 
     def remember(self, worker: int, counts: Any) -> None:
@@ -391,4 +395,4 @@ class Holdings:
                     )
                     for one in wanted
                 ]
-            self._connection.run_all(calls, deadline=deadline)
+            self._connection.run_where_there(calls, deadline=deadline)

@@ -131,5 +131,5 @@ class Ownership:
             calls = [
                 (RENEW, (one.key,), (GROUP, name)) for one in sources for name in self._holdings.consumers
             ]
-            self._connection.run_all(calls)
+            self._connection.run_where_there(calls)
             self._next_renewal = Deadline(self._seconds / 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import selectors
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from rlbroker.experience.progress import Stream
 from rlbroker.experience.turns import Turns
 from rlbroker.keys import GROUP
 from rlbroker.replies import StreamEntries, stream_entries
+from rlbroker.servers import Server
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class ShardReader:
         self._consumer, self._turns = consumer, Turns()
         self._patience_seconds = connection.socket_seconds
         self._asked: _Asked | None = None
+        self._server: Server | None = None
+        self._away = Deadline(0)
         #: Whether the last read took all that was there, as far as it asked; and whether it asked for all.
         self.drained = self.left_out = False
 
@@ -63,6 +67,29 @@ class ShardReader:
     def hangs(self) -> bool:
         """Whether a read has been under way for too long."""
         return self._asked is not None and self._asked.answer_due.over
+
+    @property
+    def is_away(self) -> bool:
+        """Whether it is left out for now."""
+        return not self._away.over
+
+    def leave_out(self, seconds: float) -> None:
+        """Give up what is under way, and do not read for a while."""
+        self.close()
+        self._away = Deadline(seconds)
+
+    def has_moved(self) -> bool:
+        """Give whether another server is asked from now on: what it has given to us may be something else.
+
+        Raises:
+            ConnectionFailed: there is no connection.
+        """
+        if self.waits:
+            return False
+        before = self._server
+        self.channel.connect()
+        self._server = self.channel.server
+        return before not in (None, self._server)
 
     def ask_all(self) -> None:
         """Have the next read leave no stream out."""
@@ -100,7 +127,7 @@ class ShardReader:
         """
         asked, self._asked = self._asked, None
         assert asked is not None
-        with within(Deadline(max(SHORTEST_TRY_SECONDS, asked.answer_due.remaining))):
+        with within(Deadline(SHORTEST_TRY_SECONDS)) if asked.answer_due.over else nullcontext():
             (reply,) = self.channel.receive(1)
         if isinstance(reply, PeerError):
             raise reply
