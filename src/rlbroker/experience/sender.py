@@ -296,8 +296,11 @@ class Sender:
         # The queue alone does not tell that a newer process was here before the loss.
         if self._keys.shards:
             home = Channel(self._connection, self._keys.meta)
-            self._rejoin(home)
-            home.give_back()
+            try:
+                self._rejoin(home)
+                home.give_back()
+            finally:
+                home.close()
         else:
             self._rejoin(self._channel)
         arguments = (self._incarnation, GROUP, self._sequence)
