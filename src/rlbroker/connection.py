@@ -250,7 +250,7 @@ class Connection:
             Fenced: the script found that a newer process took over.
             PeerError: the server refused, or could not be reached within the deadline.
         """
-        self._scripts[script.sha] = script
+        self.remember(script)
         return self.execute(*script.call(keys, arguments), deadline=deadline)
 
     def run_all(
@@ -523,12 +523,13 @@ class Connection:
         """
         self.execute("PING")
         self.find_nodes()
-        for server in self.retry(self._everyone):
-            at = server.name if self.servers.several else self.address
-            try:
-                _check_info(at, self.server_info(server), allow_eviction=allow_eviction)
-            except ConnectionFailed as error:
-                logger.warning("%s: %s does not answer: %s", self.address, at, error)
+        with within(Deadline(self.timeout_seconds)):
+            for server in self.retry(self._everyone):
+                at = server.name if self.servers.several else self.address
+                try:
+                    _check_info(at, self.server_info(server), allow_eviction=allow_eviction)
+                except ConnectionFailed as error:
+                    logger.warning("%s: %s does not answer: %s", self.address, at, error)
 
     def find_nodes(self) -> None:
         """Find out whether the one server that was named is a node of a Cluster, and then use all of its nodes.
@@ -677,6 +678,10 @@ class Connection:
             return result
         finally:
             channel.give_back()
+
+    def remember(self, script: Script) -> None:
+        """Be told of a script that nodes may lack: one that a slot is just being moved to, say."""
+        self._scripts[script.sha] = script
 
     def note_answer(self) -> None:
         """Be told that the server has answered this user."""
@@ -882,6 +887,7 @@ class Channel:
         Raises:
             PeerError: as `execute`.
         """
+        self._connection.remember(script)
         try:
             return self.execute(*script.call(keys, arguments))
         except ServerFault as error:
