@@ -781,6 +781,8 @@ class Channel:
         self._server = server
         self._wire: Any = None
         self._unanswered: deque[Sequence[Argument | Pieces]] = deque()
+        #: Whether another node has answered, to which a Cluster was just moving a key; for who sets it back.
+        self.strayed = False
         self.care = _Care(self._break)
 
     def connect(self) -> bool:
@@ -874,6 +876,7 @@ class Channel:
         return results
 
     def _follow(self, moving: redis_errors.AskError, command: Sequence[Argument | Pieces]) -> Any:
+        self.strayed = True
         try:
             return self._connection.follow(moving, command)
         except ConnectionFailed:

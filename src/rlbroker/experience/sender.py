@@ -37,6 +37,7 @@ from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE, STATE
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import Registration, SendReceipt
 from rlbroker.replies import entry_place, group_position, newest_place, pending_summary
+from rlbroker.translation import KeysMove
 
 logger = logging.getLogger("rlbroker")
 
@@ -286,7 +287,12 @@ class Sender:
                 if not self._opened:
                     self._check_level()
                     self._opened = True
-            return operation()
+            self._channel.strayed = False
+            try:
+                return operation()
+            finally:
+                # What the other node loses does not show in this connection.
+                self._doubt |= self._channel.strayed
 
         return self._connection.retry(attempt, deadline)
 
@@ -383,6 +389,9 @@ class Sender:
             further = [("HSET", self._counts, *self._statement()), (*wait, milliseconds)]
         replies = self._add_all([] if parcel.stored else [parcel], *further)
         if further:
+            if self._channel.strayed:  # and what was waited for is something else
+                parcel.uncertain = True
+                raise KeysMove(f"the queue of worker {self._worker_id} is just being moved to another node")
             self._check_reached(replies[-1])
         if self.level == "learner":
             parcel.keep()
