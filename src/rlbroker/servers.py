@@ -25,7 +25,6 @@ from rlbroker.config import Way
 from rlbroker.deadline import Deadline, try_seconds, within
 from rlbroker.errors import ServerUnsuitable
 from rlbroker.keys import EVERY_KEY
-from rlbroker.tls import TlsRefused
 
 logger = logging.getLogger("rlbroker")
 
@@ -500,8 +499,9 @@ def _nobody(
     what: str, problems: Sequence[redis_errors.RedisError | OSError | str]
 ) -> redis_errors.ConnectionError:
     """Give the error where nobody could be asked: a refusal as such, so that it is seen to be no outage."""
+    plain = redis_errors.ConnectionError
     for one in problems:
-        if isinstance(one, redis_errors.AuthenticationError | TlsRefused):
+        if isinstance(one, plain) and type(one) is not plain:
             return one
     error = redis_errors.ConnectionError(f"{what}: {'; '.join(map(str, problems))}")
     error.__cause__ = next((one for one in problems if isinstance(one, Exception)), None)
