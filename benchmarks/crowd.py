@@ -32,11 +32,14 @@ HOSTS = 4
 BATCH_BYTES = 4096
 BATCH = {"obs": np.random.default_rng(1).random(BATCH_BYTES // 4, np.float32)}
 
+#: As docs/scale.md advises where there are many workers: each gives five signs of life in it.
+LEASE_SECONDS = 30.0
+
 #: A simulated worker polls about this often, and a process full of them less often.
 POLL_SECONDS, POLL_SECONDS_PER_WORKER = 0.001, 0.0002
 
 #: Hundreds of threads that wait for Python's lock would wake up each 5 ms to ask for it; a real worker has a few.
-SWITCH_SECONDS = 0.1
+SWITCH_SECONDS = 0.02
 
 #: So many of them leave at the same time.
 CLOSED_AT_ONCE = 32
@@ -145,6 +148,11 @@ class Point:
         return sum(one.warnings for one in (self.learner, *self.crowd))
 
     @property
+    def kept_up(self) -> bool:
+        """Whether all had the time to do what they should: the figures of the others are those of too few cores."""
+        return not self.warnings and self.batches >= 0.9 * self.work.batches_per_second * self.work.seconds
+
+    @property
     def crowd_cpu_seconds(self) -> float:
         return sum(one.cpu_seconds for one in self.crowd)
 
@@ -249,7 +257,7 @@ def _counted() -> _Warnings:
 
 def _learn(pipe: Connection, url: str, run: str, workers: int) -> None:
     warnings = _counted()
-    with learner(url, run, workers=workers, host_cache=False) as communicator:
+    with learner(url, run, workers=workers, host_cache=False, lease_seconds=LEASE_SECONDS) as communicator:
         pipe.send(("open", None))
         versions: dict[int, list[dict[str, NDArray[np.float32]]]] = {}
         while (work := pipe.recv()) is not None:
@@ -316,9 +324,9 @@ class _Clients:
     def act(self, work: Work) -> Effort:
         """Send and poll for as long as it says."""
         sent, cpu, began = 0, time.process_time(), time.perf_counter()
-        while (now := time.perf_counter()) < began + work.seconds:
+        while (now := time.perf_counter() - began) < work.seconds:
             self._poll()
-            while sent < (now - began) * work.batches_per_second:
+            while sent < now * work.batches_per_second and time.perf_counter() - began < work.seconds:
                 self._clients[sent % len(self._clients)].send_experiences(BATCH)
                 sent += 1
             time.sleep(self._pause_seconds)

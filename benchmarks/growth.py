@@ -52,7 +52,7 @@ def run(url: str, *, quick: bool, repetitions: int, workers: int | None = None) 
                 for _ in range(repetitions):
                     for name, work in _works(sizes, simulated).items():
                         found.setdefault((name, count), []).append(simulated.do(work))
-    points = [point for some in found.values() for point in some]
+    points = [point for some in found.values() for point in some if point.kept_up]
     return [*_rows(found, counts), *fit(points, FIGURES), *fit(settled, SETTLED_FIGURES)]
 
 
