@@ -240,10 +240,15 @@ class _Warnings(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.count = 0
+        self._count = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.count += 1
+        self._count += 1
+
+    def since_last(self) -> int:
+        """Give how many came since this was asked last."""
+        count, self._count = self._count, 0
+        return count
 
 
 def _counted() -> _Warnings:
@@ -268,7 +273,7 @@ def _learn(pipe: Connection, url: str, run: str, workers: int) -> None:
                     {"w": random.standard_normal(size, np.float32)} for _ in range(2)
                 ]
             effort = _lead(communicator, work, versions[work.version_bytes])
-            pipe.send(("done", replace(effort, warnings=warnings.count)))
+            pipe.send(("done", replace(effort, warnings=warnings.since_last())))
 
 
 def _lead(communicator: WorkerCommunicator, work: Work, weights: Sequence[Any]) -> Effort:
@@ -304,7 +309,7 @@ def _simulate(pipe: Connection, url: str, run: str, numbers: range, settings: di
             crowd = _Clients(clients)
             effort = crowd.act(work)
             crowd.catch_up(pipe.recv())
-            pipe.send(("done", replace(effort, applied=crowd.applied, warnings=warnings.count)))
+            pipe.send(("done", replace(effort, applied=crowd.applied, warnings=warnings.since_last())))
 
 
 def _close(clients: Sequence[WorkerClient]) -> None:

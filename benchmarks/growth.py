@@ -17,6 +17,9 @@ SIZES = (1, 8, 64, 256, 1000)
 LOADED_BYTES, DOWNLOADED_BYTES = 1 << 30, 256 << 20
 
 
+#: For each worker, as all that join at the same time keep two cores busy for a while.
+SETTLE_SECONDS = 0.04
+
 #: More workers than this get versions more seldom: two cores need some seconds to give each of a thousand a version.
 ALL_AT_WORK = 200
 
@@ -46,7 +49,7 @@ def run(url: str, *, quick: bool, repetitions: int, workers: int | None = None) 
         for host_cache in (True, False) if count > 1 else (True,):
             progress(f"growth: {count} workers, {'one download per host' if host_cache else 'no host cache'}")
             with crowd(url, count, host_cache=host_cache) as simulated:
-                first = simulated.do(Work(sizes.seconds))
+                first = simulated.do(Work(max(sizes.seconds, count * SETTLE_SECONDS)))
                 if host_cache:
                     settled.append(first)
                 for _ in range(repetitions):
@@ -100,7 +103,7 @@ def _rows(found: dict[tuple[str, int], list[Point]], counts: list[int]) -> list[
 
 def _note(points: list[Point]) -> str:
     """Say what was not as it should be."""
-    warnings = points[-1].warnings
+    warnings = sum(point.warnings for point in points)
     expected = sum(point.versions * point.workers for point in points)
     applied = sum(len(point.milliseconds) for point in points)
     said = [f"{applied:,} of {expected:,} applied"] if applied < expected else []

@@ -36,7 +36,7 @@ def run(
 
 def _rows(name: str, points: list[Point], at: list[float]) -> list[Row]:
     batches = sum(point.batches for point in points)
-    note = f"{batches:,} batches, {_applied(points)}, {points[-1].warnings:,} warnings"
+    note = f"{batches:,} batches, {_applied(points)}, {sum(point.warnings for point in points):,} warnings"
     warm = int(len(points) * WARM_PART)
     held = {
         "learner": [point.learner.memory_bytes / 1e6 for point in points],
