@@ -398,6 +398,7 @@ class Heartbeat:
             with legible(self._keys.meta):
                 self._check_format(meta["wire_format"])
                 self._settings = RunSettings.from_fields(meta)
+            self._next_beat = Deadline(self._lease_seconds / BEATS_PER_LEASE)  # the first beat knew no lease
             self._keys.spread(meta.get("shards", " ".join(self._keys.shards)))
             self._settings_known.set()
         self.crowd = Crowd(*(whole_number(meta.get(name, "")) or 0 for name in Crowd._fields))
