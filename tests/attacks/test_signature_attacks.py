@@ -101,6 +101,7 @@ def signed_worker(worker: Make) -> Make:
 @pytest.fixture
 def attacker(server: Server, run: str, comm: WorkerCommunicator) -> Iterator[Attacker]:
     made = Attacker(server, run, comm.epoch)
+    made.keys.shards = comm._keys.shards
     yield made
     made.connection.close()
 
