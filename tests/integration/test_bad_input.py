@@ -115,7 +115,9 @@ def test_a_client_with_too_few_connections_is_refused() -> None:
 
 
 def test_a_client_is_no_url() -> None:
-    with pytest.raises(errors.InvalidArgument, match=r"must be a redis\.Redis or a redis\.RedisCluster; got str"):
+    with pytest.raises(
+        errors.InvalidArgument, match=r"must be a redis\.Redis or a redis\.RedisCluster; got str"
+    ):
         WorkerClient(redis_client="redis://localhost")  # type: ignore[arg-type]
 
 
