@@ -46,9 +46,25 @@ from rlbroker.errors import (
 from rlbroker.keys import shard_of
 from rlbroker.packing import Argument as Argument
 from rlbroker.packing import Pieces, packed
-from rlbroker.servers import ClusterServers, OneServer, Server, Servers, key_of, servers_of, slot_of
+from rlbroker.servers import (
+    ClusterServers,
+    OneServer,
+    Server,
+    Servers,
+    first_key_of,
+    key_of,
+    servers_of,
+    slot_of,
+)
 from rlbroker.tls import answers_only_tls, refusal_of
-from rlbroker.translation import KeyMoves, is_refusal, script_is_unknown, scripts_missing, translated
+from rlbroker.translation import (
+    KeyMoves,
+    is_moving,
+    is_refusal,
+    script_is_unknown,
+    scripts_missing,
+    translated,
+)
 
 logger = logging.getLogger("rlbroker")
 
@@ -332,10 +348,9 @@ class Connection:
         try:
             groups = self._by_server(commands)
             for places in groups:
-                channels.append(
-                    Channel(self, next(filter(None, (key_of(commands[one]) for one in places)), ""))
-                )
-                channels[-1].send([commands[place] for place in places])
+                some = [commands[place] for place in places]
+                channels.append(Channel(self, first_key_of(some)))
+                channels[-1].send(some)
             for channel, places in zip(channels, groups, strict=True):
                 for place, result in zip(places, channel.receive(len(places)), strict=True):
                     results[place] = result
@@ -351,10 +366,9 @@ class Connection:
             return [list(range(len(commands)))]
         groups: dict[Server, list[int]] = {}
         with self._care():
-            keys = [key_of(command) for command in commands]
-            first = next(filter(None, keys), "")  # goes where what has no key goes too
-            for place, key in enumerate(keys):
-                groups.setdefault(self.servers.holding(key or first), []).append(place)
+            first = first_key_of(commands)  # where it lives, what has no key goes too
+            for place, command in enumerate(commands):
+                groups.setdefault(self.servers.holding(key_of(command) or first), []).append(place)
         return list(groups.values())
 
     def clock(self, key: str) -> float:
@@ -634,7 +648,7 @@ class Connection:
         """Send commands to the server that has their keys, and speak our errors."""
         self.check_process()
         with self._care(command=commands[0]) as care:
-            key = next(filter(None, map(key_of, commands)), "") if self.servers.several else ""
+            key = first_key_of(commands) if self.servers.several else ""
             care.server = server = self.servers.holding(key)
             try:
                 result = self._send(send, server)
@@ -737,7 +751,7 @@ class _Translating:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if not isinstance(error, redis_errors.RedisError):
             return
-        if isinstance(error, redis_errors.AskError) and not isinstance(error, redis_errors.MovedError):
+        if is_moving(error):
             raise KeyMoves(error) from error
         ours = self._connection.ours(error, self._command)
         if isinstance(ours, ConnectionFailed):
@@ -863,9 +877,7 @@ class Channel:
                 try:
                     results.append(self._wire.read_response())
                 except redis_errors.ResponseError as error:
-                    if isinstance(error, redis_errors.AskError) and not isinstance(
-                        error, redis_errors.MovedError
-                    ):
+                    if is_moving(error):
                         results.append(self._follow(error, command))
                         continue
                     refusal = self._ours(error, command)

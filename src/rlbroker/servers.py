@@ -528,6 +528,11 @@ def key_of(command: Iterable[Any]) -> str:
     return next((part for part in command if isinstance(part, str) and part.startswith(_PREFIX)), "")
 
 
+def first_key_of(commands: Iterable[Iterable[Any]]) -> str:
+    """Give the first key of several commands; empty if none of them has any."""
+    return next(filter(None, map(key_of, commands)), "")
+
+
 @lru_cache(maxsize=SLOTS)
 def slot_of(key: str) -> int:
     """Give the slot of a key in a Cluster."""

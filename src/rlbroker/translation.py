@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from redis import exceptions as redis_errors
 
@@ -113,6 +114,11 @@ def _asked(text: str, command: Sequence[object]) -> str:
     found = re.match(r"Command # \d+ \((.*?)\) of pipeline", text, re.DOTALL)
     words = found[1] if found else " ".join(str(word) for word in command if isinstance(word, str | int))
     return words[:200] or text
+
+
+def is_moving(error: redis_errors.RedisError) -> TypeGuard[redis_errors.AskError]:
+    """Whether a node of a Cluster says where a key is just being moved to; for redis-py, MOVED is one of these."""
+    return isinstance(error, redis_errors.AskError) and not isinstance(error, redis_errors.MovedError)
 
 
 def script_is_unknown(error: PeerError) -> bool:
