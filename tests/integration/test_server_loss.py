@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Server, wait_until
+from conftest import Reachable, Server, wait_until
 
 from rlbroker import ConnectionFailed, WorkerClient, WorkerCommunicator
 from rlbroker.control.commander import SEND
 from rlbroker.control.ledger import SETTLE
+from rlbroker.experience import collector
 from rlbroker.keys import Keys
 
 Learner = Callable[..., WorkerCommunicator]
@@ -317,6 +318,40 @@ def test_looking_again_at_a_server_that_lost_nothing_changes_nothing(
     comm._channel.close()
     wait_until("the learner has looked again", lambda: server.client.hexists(keys.meta, "learner_seen"))
     assert seen() == before
+
+
+@pytest.mark.on_every_engine
+@pytest.mark.parametrize("kept", ["nothing", "older"])
+def test_counts_are_right_at_once_where_only_a_workers_own_keys_were_lost_with_the_connections(
+    reachable: Reachable,
+    learner: Learner,
+    worker: Worker,
+    keys: Keys,
+    kept: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(collector, "RECHECK_SECONDS", 3600.0)
+    comm, client = learner(acknowledge="manual"), worker()
+    for number in range(5):
+        client.send_experiences({"number": number})
+    for _ in range(5):
+        comm.acknowledge(comm.collect_experiences(timeout=5.0, max_batches=1))
+    if kept == "nothing":
+        reachable.client.delete(keys.counts(0), keys.epochs(0))
+    else:
+        reachable.client.hset(keys.counts(0), "delivered", 2)
+    every = {"target_nodes": "primaries"} if reachable.kind == "cluster" else {}
+    reachable.client.client_kill_filter(_type="normal", skipme=True, **every)
+    client.send_experiences({"number": 5})
+
+    def delivered() -> int:
+        comm.acknowledge(comm.collect_experiences(timeout=0.1))
+        count: int = comm.get_queue_info()["counts"][0].delivered
+        return count
+
+    wait_until("the last one is delivered", lambda: delivered() in (1, 3, 6))
+    counts = comm.get_queue_info()["counts"][0]
+    assert (counts.delivered, counts.lost) == (6, {})
 
 
 def test_a_count_that_is_under_way_while_counts_are_restored_is_kept(

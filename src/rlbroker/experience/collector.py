@@ -368,11 +368,9 @@ class Collector:
         """
         wait_seconds = None if deadline is None else min(self._connection.block_seconds, deadline.remaining)
         readers = [reader for reader in self._readers.values() if reader.streams and not reader.is_away]
-        moved = [reader for reader in readers if reader.has_moved()]
-        for reader in moved:
-            self._look_back(reader.streams.values())
-        if moved:
+        if self._look_after_anew(readers):
             return True
+        readers = [reader for reader in readers if not reader.is_away]
         if len(readers) == 1:
             replies = self._acknowledged_and(readers[0], count, wait_seconds)
         else:
@@ -385,6 +383,18 @@ class Collector:
         for reader in readers:
             reader.ask_all()
         return True
+
+    def _look_after_anew(self, readers: Sequence[ShardReader]) -> bool:
+        """Connect, and give whether there are servers that may know less now of what they gave us, and counted."""
+        found = False
+        for reader in readers:
+            with self._unless_away(reader):
+                if reader.begins_anew():
+                    found = True
+                    self._look_back(reader.streams.values())
+                    workers = {stream.source.worker_id for stream in reader.streams.values()}
+                    self._holdings.restore(workers, deadline=self._once)
+        return found
 
     def _read_shards(
         self, readers: Sequence[ShardReader], count: int, wait_seconds: float | None
@@ -728,7 +738,7 @@ class Collector:
                 if known:
                     self._holdings.remember(stream.source.worker_id, unless_spoiled(counts, {}))
                 else:  # it has lost what it counted, and may have kept its connections
-                    self._holdings.restore([stream.source.worker_id])
+                    self._holdings.restore([stream.source.worker_id], deadline=self._once)
                 held = len(self._holdings.held(stream.source))
                 if consumer_pending(pending, self._holdings.consumers) > held:
                     self._look_back([stream])

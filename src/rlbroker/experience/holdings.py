@@ -375,6 +375,10 @@ class Holdings:
     def restore(self, workers: Iterable[int] | None = None, *, deadline: Deadline | None = None) -> None:
         """Write back what the server may have lost of the counts. Harmless where it lost nothing.
 
+        Args:
+            workers: of which ones; by default of all, but on a Cluster not where a server is away.
+            deadline: the connection's timeout by default.
+
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
@@ -395,4 +399,7 @@ class Holdings:
                     )
                     for one in wanted
                 ]
-            self._connection.run_where_there(calls, deadline=deadline)
+            if workers is None:
+                self._connection.run_where_there(calls, deadline=deadline)
+            else:
+                self._connection.run_all(calls, deadline=deadline)

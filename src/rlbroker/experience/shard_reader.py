@@ -16,7 +16,6 @@ from rlbroker.experience.progress import Stream
 from rlbroker.experience.turns import Turns
 from rlbroker.keys import GROUP
 from rlbroker.replies import StreamEntries, stream_entries
-from rlbroker.servers import Server
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class ShardReader:
         self._consumer, self._turns = consumer, Turns()
         self._patience_seconds = connection.socket_seconds
         self._asked: _Asked | None = None
-        self._server: Server | None = None
+        self._had_one = False
         self._away = Deadline(0)
         #: Whether the last read took all that was there, as far as it asked; and whether it asked for all.
         self.drained = self.left_out = False
@@ -78,18 +77,16 @@ class ShardReader:
         self.close()
         self._away = Deadline(seconds)
 
-    def has_moved(self) -> bool:
-        """Give whether another server is asked from now on: what it has given to us may be something else.
+    def begins_anew(self) -> bool:
+        """Give whether there was a connection, and it is another one now: its server may know less than we do.
 
         Raises:
             ConnectionFailed: there is no connection.
         """
-        if self.waits:
+        if self.waits or not self.channel.connect():
             return False
-        before = self._server
-        self.channel.connect()
-        self._server = self.channel.server
-        return before not in (None, self._server)
+        had_one, self._had_one = self._had_one, True
+        return had_one
 
     def ask_all(self) -> None:
         """Have the next read leave no stream out."""
