@@ -6,6 +6,7 @@ After a line that says `obey` it goes on only when a command has arrived.
 
 from __future__ import annotations
 
+import select
 import signal
 import sys
 import time
@@ -28,6 +29,9 @@ def main() -> None:
                 break
             number += 1
             print(f"began {number}", flush=True)
+            # A signal that comes just before a wait without an end would be noticed only after it.
+            while not select.select([sys.stdin], [], [], 0.05)[0]:
+                pass
             wish = sys.stdin.readline().strip()
             print(f"sent {worker.send_experiences({'number': number}).sequence}", flush=True)
             while wish == "obey" and not worker._inbox.waiting:

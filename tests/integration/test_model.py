@@ -32,6 +32,7 @@ from rlbroker import ConnectionFailed, Fenced, Unconfirmed, WorkerClient, Worker
 from rlbroker.background import Background
 from rlbroker.config import Level
 from rlbroker.connection import Connection
+from rlbroker.control import inbox
 from rlbroker.deadline import Deadline
 from rlbroker.records import Outcome
 
@@ -439,6 +440,7 @@ def test_any_order_of_events_keeps_the_promises(
     monkeypatch.setattr(Background, "start", lambda self: None)
     monkeypatch.setattr(Background, "pause", lambda self, seconds: None)
     monkeypatch.setattr(Connection, "block_seconds", 0.002)
+    monkeypatch.setattr(inbox, "READ_SECONDS", 0.002)
     if server.kind == "real":  # it ends blocking commands at its ticks
         hertz = server.client.config_get("hz")["hz"]
         request.addfinalizer(partial(server.client.config_set, "hz", hertz))
