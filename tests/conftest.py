@@ -42,7 +42,7 @@ collect_ignore = ["fuzz/fuzz_harness.py"]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     faults = parser.getgroup("faults", "tests/faults: real processes on real servers")
-    faults.addoption("--seeds", type=int, default=2, help="seeds for each scenario (20 in a long run)")
+    faults.addoption("--seeds", type=int, default=1, help="seeds for each scenario (20 in a long run)")
     faults.addoption("--full", action="store_true", help="scenarios at their full size and length")
     faults.addoption(
         "--servers", default="embedded", help="embedded, redis-6.2, redis-7.0, separated by commas"
@@ -222,6 +222,15 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str,
             return TrioServer(stack.enter_context(SentinelTrio(binary, folder)))
 
         yield start
+
+
+@pytest.fixture
+def cluster(started: Callable[[str, str], ClusterServer], server_kind: str) -> Iterator[ClusterServer]:
+    """A Cluster without keys, made of the chosen kind of server."""
+    found = started("cluster", server_kind)
+    found.client.flushall()
+    yield found
+    found.client.flushall()
 
 
 @pytest.fixture

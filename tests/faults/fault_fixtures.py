@@ -1,4 +1,4 @@
-"""What the scenarios share: each runs with several seeds, on each chosen server."""
+"""What the scenarios share: each runs with each seed, on each chosen server."""
 
 from __future__ import annotations
 
@@ -22,19 +22,11 @@ def vary_scenario(metafunc: pytest.Metafunc) -> None:
         return
     option = metafunc.config.getoption
     seeds = range(1, option("--seeds") + 1)
-    few = seeds if option("--full") else seeds[:1]
     if metafunc.definition.get_closest_marker("on_every_engine"):
-        metafunc.parametrize(
-            ("engine", "seed"),
-            [
-                (engine, seed)
-                for engine in option("--engines").split(",")
-                for seed in (seeds if engine == "single" else few)
-            ],
-        )
+        engines = option("--engines").split(",")
+        metafunc.parametrize(("engine", "seed"), list(itertools.product(engines, seeds)))
     elif "seed" in metafunc.fixturenames:
-        engines = {"cluster", "trio"} & set(metafunc.fixturenames)
-        metafunc.parametrize("seed", few if engines else seeds)
+        metafunc.parametrize("seed", seeds)
     metafunc.parametrize("server_kind", option("--servers").split(","), scope="session")
 
 

@@ -20,14 +20,6 @@ Start = Callable[[str, str], Any]
 RUN = "pong"
 
 
-@pytest.fixture
-def cluster(started: Start, server_kind: str) -> Iterator[ClusterServer]:
-    found: ClusterServer = started("cluster", server_kind)
-    found.client.flushall()
-    yield found
-    found.client.flushall()
-
-
 @pytest.fixture(params=["cluster", "sentinel"])
 def several(request: pytest.FixtureRequest, started: Start, server_kind: str) -> Iterator[Any]:
     found: ClusterServer | TrioServer = started(request.param, server_kind)

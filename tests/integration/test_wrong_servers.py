@@ -22,14 +22,6 @@ Start = Callable[[str, str], Any]
 
 
 @pytest.fixture
-def cluster(started: Start, server_kind: str) -> Iterator[ClusterServer]:
-    found: ClusterServer = started("cluster", server_kind)
-    found.client.flushall()
-    yield found
-    found.client.flushall()
-
-
-@pytest.fixture
 def trio(started: Start, server_kind: str) -> TrioServer:
     found: TrioServer = started("sentinel", server_kind)
     return found
