@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from conftest import Server
+from conftest import ClusterServer, RealServer, Server, TrioServer
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -441,10 +441,15 @@ def test_any_order_of_events_keeps_the_promises(
     monkeypatch.setattr(Background, "pause", lambda self, seconds: None)
     monkeypatch.setattr(Connection, "block_seconds", 0.002)
     monkeypatch.setattr(inbox, "READ_SECONDS", 0.002)
-    if server.kind == "real":  # it ends blocking commands at its ticks
+    # Servers end blocking commands at their ticks.
+    if isinstance(server, RealServer):
         hertz = server.client.config_get("hz")["hz"]
         request.addfinalizer(partial(server.client.config_set, "hz", hertz))
         server.client.config_set("hz", 500)
+    elif isinstance(server, ClusterServer | TrioServer):
+        for node in server.engine.nodes:
+            request.addfinalizer(partial(node.ask, "CONFIG", "SET", "hz", 10))
+            node.ask("CONFIG", "SET", "hz", 500)
     full = request.config.getoption("--full")
 
     def machine() -> Run:
