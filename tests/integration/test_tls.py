@@ -18,8 +18,9 @@ import pytest
 import redis
 from certificates import Certificates, TlsProxy, server_context
 from conftest import wait_until
+from engines import BUS, Cluster
 from executable import rlbroker
-from servers import FaultyServer, binary_of
+from servers import FaultyServer, binary_of, free_port
 
 from rlbroker import AccessDenied, ConnectionFailed, TlsFailed, WorkerClient, WorkerCommunicator, tls
 from rlbroker.config import TLS_VARIABLES
@@ -96,16 +97,21 @@ def serve(
                     stack.callback(proxy.close)
                 else:
                     server = TlsServer(tmp_path_factory.mktemp("redis"), certificate, certificates)
-                    try:
-                        stack.enter_context(server)
-                    except AssertionError as error:
-                        if "Bad directive" not in str(error):
-                            raise
-                        pytest.skip("the system's server was built without TLS")
+                    start(stack, server)
                     made[names, expired] = f"127.0.0.1:{server.port}"
             return made[names, expired]
 
         yield address
+
+
+def start(stack: ExitStack, server: FaultyServer | Cluster) -> None:
+    """Start it until the stack ends."""
+    try:
+        stack.enter_context(server)
+    except AssertionError as error:
+        if "Bad directive" not in str(error):
+            raise
+        pytest.skip("the system's server was built without TLS")
 
 
 @pytest.fixture
@@ -135,13 +141,53 @@ def refusal(url: str) -> str:
     return said.partition(address)[2].strip()
 
 
-def test_a_run_goes_through_tls_bit_for_bit(
-    serve: Serve, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, run: str
-) -> None:
+@pytest.fixture
+def variables(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Says in the environment what a client has to show."""
     certificate, key = certificates.certificate("me", client=True)
     for name, path in ((CA, certificates.ca()), (CERTIFICATE, certificate), (KEY, key)):
         monkeypatch.setenv(name, path)
-    url = f"rediss://{serve()}"
+
+
+@pytest.mark.usefixtures("variables")
+def test_a_run_goes_through_tls_bit_for_bit(serve: Serve, run: str) -> None:
+    goes_bit_for_bit(f"rediss://{serve()}", run)
+
+
+@pytest.mark.usefixtures("variables")
+@pytest.mark.parametrize("named", ["as a Cluster", "by one node"])
+def test_a_run_goes_through_tls_on_every_node_of_a_cluster(
+    tls_cluster: list[int], run: str, named: str
+) -> None:
+    places = ",".join(f"127.0.0.1:{port}" for port in tls_cluster)
+    goes_bit_for_bit(
+        f"rediss+cluster://{places}" if named == "as a Cluster" else f"rediss://127.0.0.1:{tls_cluster[1]}",
+        run,
+    )
+
+
+@pytest.fixture(scope="module")
+def tls_cluster(certificates: Certificates, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
+    """Three masters that speak TLS at these ports, also to one another, and tell who asks there those of the others."""
+    binary = binary_of("redis-7.0")
+    if binary is None:
+        pytest.skip("there is no server with TLS here (apt install redis-server)")
+    own, client = certificates.certificate(), certificates.certificate("node", client=True)
+    engine = Cluster(binary, tmp_path_factory.mktemp("tls-cluster"), 3, 0)
+    ports = [free_port() for _ in engine.nodes]
+    for node, port in zip(engine.nodes, ports, strict=True):
+        node._config += (
+            *("--tls-port", str(port), "--tls-cluster", "yes", "--cluster-port", str(node.port + BUS)),
+            *("--tls-cert-file", own[0], "--tls-key-file", own[1], "--tls-ca-cert-file", certificates.ca()),
+            *("--tls-client-cert-file", client[0], "--tls-client-key-file", client[1]),
+        )
+    with ExitStack() as stack:
+        start(stack, engine)
+        yield ports
+
+
+def goes_bit_for_bit(url: str, run: str) -> None:
+    """Send weights, a change of them, batches and a command there and back."""
     random = np.random.default_rng(0)
     weights: dict[str, Any] = {
         "w": random.standard_normal(3_000_001),
