@@ -758,7 +758,7 @@ class WorkerCommunicator:
                 raise InvalidArgument(f"shards are for a Cluster, and {self._connection.address} is none")
             return ""
         masters = len(self._connection.masters())
-        return self._keys.choose_shards(count or masters, masters, servers.holding)
+        return self._keys.choose_shards(count or masters, masters, self._connection.holding)
 
     def _known(self) -> Known:
         delivered, lost = self._holdings.totals()

@@ -310,6 +310,7 @@ class ClusterServers(_Watched):
         self._seeds, self._address = tuple(seeds), address
         self._order: list[Address] = list(self._seeds)  #: in which nodes are asked
         self._owners: list[Server | None] = [None] * SLOTS
+        self._masters: list[Server] = []  #: the same, each once
         self._replicas: dict[Address, list[Address]] = {}
         self._newest = 0  #: the latest change of roles that any node knew of
 
@@ -328,8 +329,7 @@ class ClusterServers(_Watched):
     def masters(self) -> Sequence[Server]:
         """Give every master."""
         self._make_sure()
-        found = {owner.address: owner for owner in self._owners if owner is not None}
-        return list(found.values())
+        return self._masters
 
     def replicas_of(self, master: Server) -> Sequence[Server]:
         """Give the replicas of a master."""
@@ -348,11 +348,14 @@ class ClusterServers(_Watched):
         """Believe the node that says it, until the next look."""
         known = self._owners[slot]
         if known is None or known.address != address:
-            self._owners[slot] = self.at(address)
+            self._owners[slot] = owner = self.at(address)
+            if all(one.address != address for one in self._masters):
+                self._masters = [*self._masters, owner]
 
     def _look(self) -> None:
         """Ask nodes until one answers that knows of all changes, and is not cut off from the others."""
         best: _View | None = None
+        without_slots: Address | None = None
         problems: list[redis_errors.RedisError | OSError | str] = []
         for address in list(dict.fromkeys((*self._order, *self._seeds))):
             try:
@@ -374,10 +377,20 @@ class ClusterServers(_Watched):
                         f"Sentinel write redis+sentinel://{where}/service, for a proxy the URL of the servers behind it"
                     ) from error
                 raise
+            if not view.parts:
+                problems.append(f"{address[0]}:{address[1]} knows of no node with slots")
+                self._ask_last(address)
+                without_slots = address
+                continue
             if best is None or view.newest > best.newest:
                 best = view
             if best is view and view.newest >= self._newest and not view.is_cut_off:
                 break
+        if best is None and without_slots and not self._masters:
+            raise ServerUnsuitable(
+                f"{self._address}: {without_slots[0]}:{without_slots[1]} is a node of a Cluster that has no slots yet; "
+                "redis-cli --cluster create HOST:PORT HOST:PORT HOST:PORT gives them out"
+            )
         if best is None:
             raise _nobody("no node of the Cluster answers", problems)
         self._adopt(best)
@@ -390,7 +403,7 @@ class ClusterServers(_Watched):
         for part in view.parts:
             size = part.last - part.first + 1
             owners[part.first : part.last + 1] = [masters[part.master]] * size
-        self._owners, self._newest = owners, view.newest
+        self._owners, self._masters, self._newest = owners, list(masters.values()), view.newest
         self._replicas = {part.master: part.replicas for part in view.parts}
         known = [address for part in view.parts for address in (part.master, *part.replicas)]
         answered = [one for one in self._order if one in known]

@@ -7,6 +7,7 @@ import socketserver
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,16 @@ def test_a_cluster_has_one_database(cluster: ClusterServer, trio: TrioServer) ->
         said = refusal(f"redis://{place(node)}/3")
         assert "does not have this database" in said
         assert "a Cluster has the database 0 only" in said
+
+
+def test_a_cluster_whose_slots_nobody_has_given_out(binary: Path, tmp_path: Path) -> None:
+    with Node(binary, tmp_path / "node", "--cluster-enabled", "yes") as node:
+        for scheme in ("redis", "redis+cluster"):
+            said = refusal(f"{scheme}://{place(node)}/0")
+            assert (
+                f"{place(node)} is a node of a Cluster that has no slots yet; redis-cli --cluster create"
+                in said
+            )
 
 
 @pytest.mark.parametrize("number", [0, -1])
