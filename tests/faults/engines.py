@@ -140,9 +140,8 @@ class Cluster(_Engine):
             *("--cluster-replica-validity-factor", "0", "--repl-diskless-sync-delay", "0", *config),
         )
         self._masters = masters
-        self.nodes = [
-            Node(binary, folder / f"node-{number}", *options) for number in range(masters * (1 + replicas))
-        ]
+        self._new_node = lambda number: Node(binary, folder / f"node-{number}", *options)
+        self.nodes = [self._new_node(number) for number in range(masters * (1 + replicas))]
         self._ids: dict[bytes, Node] = {}
 
     @property
@@ -177,6 +176,16 @@ class Cluster(_Engine):
             _wait(f"{node} knows its master", partial(self._knows, node, master))
             node.ask("CLUSTER", "REPLICATE", master.decode())
 
+    def add(self) -> Node:
+        """Let a node join that holds nothing, and give it."""
+        new = self._new_node(len(self.nodes))
+        self.nodes.append(new)
+        _launch([new])
+        self._ids[new.ask("CLUSTER", "MYID")] = new
+        new.ask("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port)
+        _wait(f"{new} has joined", lambda: all(map(self._sees_everyone, self.awake)))
+        return new
+
     def masters(self) -> list[Node]:
         """Give those that are awake and hold slots."""
         return [node for node in self.awake if self._slots(node)]
@@ -206,14 +215,28 @@ class Cluster(_Engine):
                 by ASK, and TRYAGAIN for what needs several of its keys.
         """
         source = self.owner_of(slot)
-        to.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", self._id(source).decode())
-        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", self._id(to).decode())
+        self._begin_move(source, slot, to)
         self._migrate(source, slot, to, source.ask("CLUSTER", "COUNTKEYSINSLOT", slot) // 2)
         halfway()
+        self.move_keys(slot, to)
+        self.end_move(slot, to)
+
+    def move_keys(self, slot: int, to: Node) -> None:
+        """Move all keys of a slot, and leave the slot where it is: whoever asks there is redirected by ASK."""
+        source = self.owner_of(slot)
+        self._begin_move(source, slot, to)
         while self._migrate(source, slot, to, 100):
             pass
+
+    def end_move(self, slot: int, to: Node) -> None:
+        """Let all know that a slot belongs to the one that has its keys."""
+        source = self.owner_of(slot)
         for node in (to, source, *(one for one in self.masters() if one not in (to, source))):
             node.ask("CLUSTER", "SETSLOT", slot, "NODE", self._id(to).decode())
+
+    def _begin_move(self, source: Node, slot: int, to: Node) -> None:
+        to.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", self._id(source).decode())
+        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", self._id(to).decode())
 
     @property
     def moves_at_once(self) -> bool:
@@ -278,6 +301,14 @@ class Cluster(_Engine):
     def _knows(self, node: Node, other: bytes) -> bool:
         return other in self._view(node)
 
+    def _sees_everyone(self, node: Node) -> bool:
+        rows = self._view(node)
+        return all(rows[name][7] == b"connected" for name in self._ids) and self._is_ok(node)
+
+    @staticmethod
+    def _is_ok(node: Node) -> bool:
+        return b"cluster_state:ok" in node.ask("CLUSTER", "INFO")
+
     def _slots(self, node: Node, view: dict[bytes, list[bytes]] | None = None) -> set[int]:
         """Give the slots that a node holds, as itself sees it, or as another does."""
         found: set[int] = set()
@@ -293,7 +324,7 @@ class Cluster(_Engine):
         return (
             all(len(view) == len(self.nodes) for view in views)
             and all(one == owners[0] for one in owners)
-            and all(b"cluster_state:ok" in node.ask("CLUSTER", "INFO") for node in self.awake)
+            and all(map(self._is_ok, self.awake))
             and all(self._slots(node) if node.role() == "master" else node.in_step() for node in self.awake)
         )
 
@@ -304,6 +335,10 @@ class Sentinel(Node):
     def __init__(self, binary: Path, folder: Path, *lines: str) -> None:
         """Prepare it; the lines go to its file."""
         super().__init__(binary, folder)
+        self.write(*lines)
+
+    def write(self, *lines: str) -> None:
+        """Have these lines in its file, and nothing of what it learnt; it must not be running."""
         self._file.write_text(
             "\n".join((f"port {self.port}", "bind 127.0.0.1", f"dir {self._folder}", *lines, ""))
         )
@@ -334,14 +369,19 @@ class SentinelTrio(_Engine):
         """
         options = ("--repl-diskless-sync-delay", "0", *config)
         self.nodes = [Node(binary, folder / f"node-{number}", *options) for number in range(3)]
-        name = self.service
-        lines = (
-            f"sentinel monitor {name} 127.0.0.1 {self.nodes[0].port} 2",
-            f"sentinel down-after-milliseconds {name} 1000",
-            f"sentinel failover-timeout {name} 5000",
-        )
+        lines = self._lines(self.nodes[0])
         self.sentinels = [Sentinel(binary, folder / f"sentinel-{number}", *lines) for number in range(3)]
         self._joined = False
+
+    def _lines(self, master: Node, changes: int = 0) -> Sequence[str]:
+        name = self.service
+        return (
+            f"sentinel monitor {name} 127.0.0.1 {master.port} 2",
+            f"sentinel down-after-milliseconds {name} 1000",
+            f"sentinel failover-timeout {name} 5000",
+            f"sentinel config-epoch {name} {changes}",
+            f"sentinel current-epoch {changes}",
+        )
 
     @property
     def url(self) -> str:
@@ -373,6 +413,15 @@ class SentinelTrio(_Engine):
     def start_sentinels(self) -> None:
         """Start those that are not there, with what they knew."""
         _launch([sentinel for sentinel in self.sentinels if not sentinel.awake])
+
+    def renew_sentinels(self, changes: int = 0) -> None:
+        """Put others in the Sentinels' places, which are only told the master, and how often it has changed."""
+        lines = self._lines(self.master(), changes)
+        self.stop_sentinels()
+        for sentinel in self.sentinels:
+            sentinel.write(*lines)
+        self.start_sentinels()
+        self.wait_ok()
 
     def master(self) -> Node:
         """Give the master: the one that the Sentinels name, if more than one says that it is."""
@@ -425,6 +474,24 @@ class SentinelTrio(_Engine):
         master.thaw()
         _launch(self.sentinels[:1])
         self.wait_ok()
+
+    @contextlib.contextmanager
+    def two_masters(self) -> Iterator[tuple[Node, Node]]:
+        """Have the master replaced while its clients, and nobody else, reach it: it goes on to serve them.
+
+        Afterwards it is no more.
+
+        Returns:
+            That master, and the one that the Sentinels name.
+        """
+        old = self.master()
+        with old.client() as client:
+            client.config_set("requirepass", "nobody new")
+            for one in client.client_list():
+                if one["name"].startswith("sentinel") or "S" in one["flags"]:
+                    client.client_kill_filter(_id=one["id"])
+        yield old, self.wait_promoted(old)
+        old.kill()
 
     def _named(self) -> list[Node]:
         """Give the master that each Sentinel names."""

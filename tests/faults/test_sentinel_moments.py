@@ -1,0 +1,72 @@
+"""Faults that only Sentinels know, at chosen moments: learner and worker are in this process, and wait for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from conftest import wait_until
+from engines import Node, SentinelTrio
+
+from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker.keys import Keys
+from rlbroker.replies import newest_place
+
+RUN = "moments"
+
+
+@pytest.fixture
+def trio(new_trio: Callable[..., SentinelTrio]) -> SentinelTrio:
+    return new_trio()
+
+
+def test_sentinels_that_forgot_how_often_the_master_changed_are_believed(trio: SentinelTrio) -> None:
+    """Those that come back with nothing but their first configuration, as containers do, count changes anew."""
+    trio.renew_sentinels(changes=2)
+    with _both(trio) as (learner, worker):
+        trio.renew_sentinels()
+        old = trio.master()
+        old.kill()
+        trio.wait_promoted(old)
+        worker.send_experiences({"n": 1}, timeout=60.0)
+        _collect(learner, [1])
+
+
+def test_a_master_that_was_replaced_is_read_no_more_though_it_answers(trio: SentinelTrio) -> None:
+    """It is cut off from Sentinels and replicas, but not from the learner, whose connection to it holds."""
+    with _both(trio) as (learner, worker), trio.two_masters() as (old, new):
+        worker.send_experiences({"n": 1})  # perhaps to the old one
+        wait_until("the worker is at the new one", lambda: _newest(new) == 2, 60.0)
+        worker.send_experiences({"n": 2})
+        _collect(learner, [1, 2])
+        assert old.awake
+
+
+@contextmanager
+def _both(trio: SentinelTrio) -> Iterator[tuple[WorkerCommunicator, WorkerClient]]:
+    """Give a learner and a worker, whose first batch has arrived."""
+    with (
+        WorkerCommunicator(1, redis_url=trio.url, run=RUN, host_cache=False) as learner,
+        WorkerClient(trio.url, RUN, 0, level="learner", host_cache=False) as worker,
+    ):
+        worker.send_experiences({"n": 0})
+        _collect(learner, [0])
+        yield learner, worker
+
+
+def _collect(learner: WorkerCommunicator, wanted: list[int]) -> None:
+    """Wait until these batches arrive, and no others."""
+    got = list[int]()
+
+    def arrived() -> bool:
+        got.extend(batch["n"] for _, batch in learner.collect_experiences(0.2))
+        return len(got) >= len(wanted)
+
+    wait_until("the batches arrive", arrived, 60.0)
+    assert got == wanted
+
+
+def _newest(server: Node) -> int:
+    """Give the number of the newest batch there."""
+    return newest_place(server.ask("XINFO", "STREAM", Keys(RUN).experiences(0)))[1]
