@@ -254,6 +254,15 @@ class Cluster(_Engine):
         replica.ask("CLUSTER", "FAILOVER")
         self.wait_promoted(replica)
 
+    def take_over(self, replica: Node) -> None:
+        """Let a replica take the place of its master, which is dead, without asking the others."""
+        replica.ask("CLUSTER", "FAILOVER", "TAKEOVER")
+        self.wait_promoted(replica)
+
+    def behind(self, replica: Node, master: Node) -> contextlib.AbstractContextManager[None]:
+        """Let a replica hear nothing of what its master does meanwhile, not even later."""
+        return _cut_off(master, [replica])
+
     def wait_promoted(self, replica: Node, seconds: float = 30.0) -> None:
         """Wait until it holds slots, and all who are awake agree."""
         _wait(f"{replica} is promoted", lambda: self._slots(replica), seconds)

@@ -282,16 +282,16 @@ class Sender:
             if self._stream != self._keys.experiences(self._worker_id):
                 self._channel.close()
                 self._find_queue()
-            if self._channel.connect() or self._doubt:
+            fresh, self._channel.strayed = self._channel.connect(), False
+            if fresh or self._doubt:
                 self._open()
                 if not self._opened:
                     self._check_level()
                     self._opened = True
-            self._channel.strayed = False
             try:
                 return operation()
             finally:
-                # What the other node loses does not show in this connection.
+                # What the other node loses, of what `_open` sent too, does not show in this connection.
                 self._doubt |= self._channel.strayed
 
         return self._connection.retry(attempt, deadline)
