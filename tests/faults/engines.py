@@ -140,7 +140,9 @@ class Cluster(_Engine):
             *("--cluster-replica-validity-factor", "0", "--repl-diskless-sync-delay", "0", *config),
         )
         self._masters = masters
-        self._new_node = lambda number: Node(binary, folder / f"node-{number}", *options)
+        self._new_node: Callable[[int], Node] = lambda number: Node(
+            binary, folder / f"node-{number}", *options
+        )
         self.nodes = [self._new_node(number) for number in range(masters * (1 + replicas))]
         self._ids: dict[bytes, Node] = {}
 
@@ -311,8 +313,8 @@ class Cluster(_Engine):
         return other in self._view(node)
 
     def _sees_everyone(self, node: Node) -> bool:
-        rows = self._view(node)
-        return all(rows[name][7] == b"connected" for name in self._ids) and self._is_ok(node)
+        links = {name: row[7] for name, row in self._view(node).items()}
+        return all(links.get(name) == b"connected" for name in self._ids) and self._is_ok(node)
 
     @staticmethod
     def _is_ok(node: Node) -> bool:

@@ -1,93 +1,239 @@
-"""Faults that only a Cluster knows, at chosen moments: learner and workers are in this process, and wait for each other."""
+"""Faults that only a Cluster knows, each at its moment: learner and workers are in one process and take turns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import pytest
 from conftest import wait_until
 from engines import Cluster
+from servers import KINDS, binary_of
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.config import Level
-from rlbroker.errors import ConnectionFailed, Unconfirmed
+from rlbroker.control.commander import Command
+from rlbroker.errors import ConnectionFailed, RunLost, Unconfirmed
+from rlbroker.experience import collector
 from rlbroker.keys import Keys
-
-RUN = "moments"
 
 #: So that nobody notices by a heartbeat what is to be noticed without one.
 QUIET_SECONDS = 600.0
 
-
-@pytest.fixture
-def cluster(new_cluster: Callable[..., Cluster]) -> Cluster:
-    return new_cluster()
+#: More than the connections that a worker may have to one node.
+MANY = 20
 
 
-@pytest.fixture
-def without_replicas(new_cluster: Callable[..., Cluster]) -> Cluster:
-    """A Cluster whose masters go on when one of them is away."""
-    return new_cluster(3, 0, "--cluster-require-full-coverage", "no")
+class Scene:
+    """A run on a Cluster: who takes part, and where things are."""
+
+    def __init__(self, cluster: Cluster, run: str) -> None:
+        self.cluster, self._run = cluster, run
+
+    def learner(self, **settings: Any) -> WorkerCommunicator:
+        return WorkerCommunicator(3, redis_url=self.cluster.url, run=self._run, host_cache=False, **settings)
+
+    def worker(self, worker_id: int, url: str = "", **settings: Any) -> WorkerClient:
+        return WorkerClient(url or self.cluster.url, self._run, worker_id, host_cache=False, **settings)
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The names of the run's keys; only a learner that opens the run chooses its shards."""
+        keys = Keys(self._run)
+        with self.cluster.client() as client:
+            keys.spread(client.hget(keys.meta, "shards").decode())
+        return keys
+
+    @property
+    def own(self) -> int:
+        """The slot of what is the run's own."""
+        return self.cluster.slot_of(self.keys.meta)
+
+    def queue(self, worker_id: int) -> int:
+        """Give the slot of a worker's queue."""
+        return self.cluster.slot_of(self.keys.experiences(worker_id))
+
+    def worker_whose_queue_is(self, where: str) -> int:
+        """Give a worker whose queue is on the node of what is the run's own (`there`), or not (`elsewhere`)."""
+        own = self.cluster.owner_of(self.own)
+        there = (self.cluster.owner_of(self.queue(number)) is own for number in range(3))
+        return list(there).index(where == "there")
+
+
+@pytest.fixture(scope="module")
+def with_replicas(server_kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with _cluster(server_kind, tmp_path_factory, 3, 1) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def without_replicas(server_kind: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The others of its masters go on when one is away."""
+    with _cluster(server_kind, tmp_path_factory, 3, 0, "--cluster-require-full-coverage", "no") as made:
+        yield made
+
+
+def _cluster(kind: str, folders: pytest.TempPathFactory, *shape: Any) -> Cluster:
+    binary = binary_of(kind)
+    assert binary is not None, f"there is no {kind} here; get it with: {KINDS[kind]}"
+    return Cluster(binary, folders.mktemp("cluster"), *shape)
 
 
 @pytest.mark.parametrize("level", ["learner", "replica"])
-def test_what_was_sent_to_where_a_queue_moves_survives_a_failover_there(cluster: Cluster, level: Level) -> None:
+def test_what_was_sent_to_where_a_queue_moves_survives_a_failover_there(
+    with_replicas: Cluster, run: str, level: Level
+) -> None:
     """The worker is connected to the node that still has the slot: nothing breaks that would tell of the loss."""
-    with _learner(cluster, lease_seconds=QUIET_SECONDS) as learner:
-        keys = _keys(cluster)
-        own = cluster.owner_of(cluster.slot_of(keys.meta))
-        worker_id = _workers_elsewhere(cluster, keys)[0]
-        slot = cluster.slot_of(keys.experiences(worker_id))
-        new = next(node for node in cluster.masters() if node not in (own, cluster.owner_of(slot)))
+    cluster, scene = with_replicas, Scene(with_replicas, run)
+    with scene.learner(lease_seconds=QUIET_SECONDS) as learner:
+        worker_id = scene.worker_whose_queue_is("elsewhere")
+        slot = scene.queue(worker_id)
+        have_parts = cluster.owner_of(scene.own), cluster.owner_of(slot)
+        new = next(node for node in cluster.masters() if node not in have_parts)
         replica = cluster.replica_of(new)
-        with _worker(cluster, worker_id, level=level) as worker:
-            first = _send(worker, range(5))
-            assert _collect(learner, 5) == first
+        with scene.worker(worker_id, level=level) as worker:
+            _send(worker, range(3))
+            assert _collect(learner, 3) == [0, 1, 2]
             cluster.move_keys(slot, new)
             with cluster.behind(replica, new):
-                taken = _send(worker, range(5, 9), 0.5)
+                taken = _send(worker, range(3, 6), 0.2)
                 new.kill()
             cluster.take_over(replica)
             cluster.move_keys(slot, replica)
-            taken += _send(worker, range(9, 12), 0.5)
+            taken += _send(worker, range(6, 8), 0.2)
             new.start()
             cluster.wait_ok()
             cluster.end_move(slot, replica)
-            taken += _send(worker, range(12, 15), 60.0)
-            assert {5, 12, 13, 14} <= set(taken)
+            taken += _send(worker, range(8, 11), 60.0)
+            assert {3, 8, 9, 10} <= set(taken)
             assert _collect(learner, len(taken)) == taken
             learner.collect_experiences()
             assert worker.flush(60.0) == 0
+    cluster.wait_ok()
 
 
-def _learner(cluster: Cluster, **settings: Any) -> WorkerCommunicator:
-    return WorkerCommunicator(3, redis_url=cluster.url, run=RUN, host_cache=False, **settings)
+def test_workers_that_may_load_no_scripts_wait_for_a_learner_without_using_up_their_connections(
+    with_replicas: Cluster, run: str
+) -> None:
+    """A replica was promoted that has no scripts: each try fails, and the worker goes on when a learner is there."""
+    cluster, scene = with_replicas, Scene(with_replicas, run)
+    for node in cluster.nodes:
+        node.ask("ACL", "SETUSER", "worker", "on", ">secret", "~*", "&*", "+@all", "-script")
+    with ExitStack() as stack:
+        with scene.learner():
+            worker_id = scene.worker_whose_queue_is("there")
+            url = cluster.url.replace("://", "://worker:secret@")
+            worker = stack.enter_context(scene.worker(worker_id, url))
+            sent = _send(worker, [0])
+        promoted = cluster.replica_of(cluster.owner_of(scene.own))
+        promoted.ask("SCRIPT", "FLUSH")
+        cluster.fail_over(promoted)
+
+        def told() -> bool:
+            try:
+                sent.extend(_send(worker, [1], 0.05))
+            except RunLost as error:
+                return "does not have rlbroker's scripts" in str(error)
+            return False
+
+        for _ in range(MANY):
+            wait_until("the worker says what is missing", told, 60.0)
+        with scene.learner() as learner:
+            sent += _send(worker, [2], 60.0)
+            assert _collect(learner, len(sent)) == sent
 
 
-def _worker(cluster: Cluster, worker_id: int, **settings: Any) -> WorkerClient:
-    return WorkerClient(cluster.url, RUN, worker_id, host_cache=False, **settings)
+def test_a_node_that_has_no_scripts_gets_them_with_what_is_redirected_there(
+    without_replicas: Cluster, run: str
+) -> None:
+    """One was just added, and slots move to it key by key: nobody has loaded anything there."""
+    cluster, scene = without_replicas, Scene(without_replicas, run)
+    with scene.learner(when_full="drop_oldest", max_queue_size=3) as learner:
+        worker_id = scene.worker_whose_queue_is("elsewhere")
+        with scene.worker(worker_id) as worker:
+            _send(worker, range(3))
+            _collect(learner, 3)
+            learner.collect_experiences()
+            for sent, slot in ((8, scene.queue(worker_id)), (13, scene.own)):
+                new = cluster.add()
+                cluster.move_keys(slot, new)
+                dropped = [worker.send_experiences({"n": number}).dropped for number in range(5)]
+                assert dropped == [0, 0, 0, 1, 1]
+                assert _collect(learner, 3) == [2, 3, 4]
+                _hear(learner, sent)
+                cluster.end_move(slot, new)
+                cluster.wait_ok()
+                _obey(worker, learner.send_control_command("reset"))
 
 
-def _keys(cluster: Cluster) -> Keys:
-    """Give the names of the keys of the run, which a learner has opened."""
-    keys = Keys(RUN)
-    with cluster.client() as client:
-        keys.spread(client.hget(keys.meta, "shards").decode())
-    return keys
+def test_what_a_node_counted_is_written_back_where_its_data_was_lost_and_nothing_else(
+    without_replicas: Cluster, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FLUSHALL on a shard's node breaks no connection: each batch is still delivered or counted, and none twice."""
+    monkeypatch.setattr(collector, "RECHECK_SECONDS", 0.2)
+    scene = Scene(without_replicas, run)
+    with scene.learner() as learner:
+        worker_id = scene.worker_whose_queue_is("elsewhere")
+        with scene.worker(worker_id) as worker:
+            _send(worker, range(20))
+            got = len(_collect(learner, 20))
+            learner.collect_experiences()
+            _send(worker, range(5))
+            scene.cluster.owner_of(scene.queue(worker_id)).ask("FLUSHALL")
+            _send(worker, range(5))
+
+            def all_counted() -> bool:
+                nonlocal got
+                got += len(learner.collect_experiences(0.2))
+                counts = learner.get_queue_info()["counts"][worker_id]
+                return bool(counts.delivered == got and counts.produced == 30)
+
+            wait_until("30 are delivered or counted", all_counted, 60.0)
+            assert got >= 25
 
 
-def _workers_elsewhere(cluster: Cluster, keys: Keys) -> list[int]:
-    """Give the workers whose queues are on other nodes than what is the run's own."""
-    own = cluster.owner_of(cluster.slot_of(keys.meta))
-    return [
-        number
-        for number in range(3)
-        if cluster.owner_of(cluster.slot_of(keys.experiences(number))) is not own
-    ]
+def test_a_shard_whose_server_is_away_holds_up_nothing_else(without_replicas: Cluster, run: str) -> None:
+    """Commands, the ledger, and other workers' batches go on; and so does the shard, once its server is back."""
+    cluster, scene = without_replicas, Scene(without_replicas, run)
+    with scene.learner(take_over_seconds=1.0) as learner, ExitStack() as stack:
+        workers = [stack.enter_context(scene.worker(number, level="learner")) for number in range(3)]
+        for worker in workers:
+            worker.send_experiences({"n": 0})
+        assert _collect(learner, 3) == [0, 0, 0]
+        learner.collect_experiences()
+        lost = scene.worker_whose_queue_is("elsewhere")
+        server = cluster.owner_of(scene.queue(lost))
+        server.kill()
+        for number in range(1, 6):
+            for worker in workers:
+                if worker is not workers[lost]:
+                    worker.send_experiences({"n": number})
+            assert _collect(learner, 2) == [number, number]
+            _obey(workers[lost], learner.send_control_command("reset", worker_ids=[lost]))
+        server.start()
+        cluster.wait_ok()
+        workers[lost].send_experiences({"n": 6}, 60.0)
+        assert _collect(learner, 1) == [6]
 
 
-def _send(worker: WorkerClient, numbers: Iterable[int], timeout: float = 10.0) -> list[int]:
+def _hear(learner: WorkerCommunicator, sent: int) -> None:
+    """Wait until the only worker's heartbeat tells how many batches it has sent."""
+    wait_until("a heartbeat tells of it", lambda: learner.workers()[0].sent == sent, 60.0)
+
+
+def _obey(worker: WorkerClient, command: Command) -> None:
+    """Wait until a worker does what it is told, and the learner has noted it."""
+
+    def done() -> bool:
+        worker.poll()
+        return bool(command.outcomes()[worker.worker_id])
+
+    wait_until("the command is done", done, 60.0)
+
+
+def _send(worker: WorkerClient, numbers: Iterable[int], timeout: float = 60.0) -> list[int]:
     """Send batches, and give those that were taken."""
     taken = []
     for number in numbers:

@@ -1,4 +1,4 @@
-"""Faults that only Sentinels know, at chosen moments: learner and worker are in this process, and wait for each other."""
+"""Faults that only Sentinels know, each at its moment: learner and worker are in one process and take turns."""
 
 from __future__ import annotations
 
