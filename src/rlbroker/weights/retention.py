@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from rlbroker.connection import Argument, Connection
+from rlbroker.deadline import Deadline
+from rlbroker.errors import ConnectionFailed
 from rlbroker.keys import Keys
 from rlbroker.weights.pointer import Form, Pointer
 
@@ -64,9 +66,7 @@ class Retention:
                 # A newer learner has superseded them; if these came late, nobody else would ever delete them.
                 self._connection.execute_all([("EXPIRE", key, SUPERSEDED_SECONDS) for key in keep])
         self._to_keep, self._to_expire = {}, {}
-        expired = time.monotonic() - SUPERSEDED_SECONDS
-        while self._superseded and self._superseded[0][1] < expired:
-            self._superseded.popleft()
+        self._look_again()
         last = self._superseded[-1][1] if self._superseded else 0.0
         last_bytes = sum(form.stored_bytes for form, since in self._superseded if since == last)
         self._unlink(keep_bytes=max(SUPERSEDED_BYTES, last_bytes))
@@ -82,6 +82,23 @@ class Retention:
     def chunk_keys(self, form: Form) -> list[str]:
         """Give the keys of a form's header and chunks."""
         return self._keys.upload(form.upload, form.chunks)
+
+    def _look_again(self) -> None:
+        """Delete what should have expired by now: a server that failed over may have forgotten that it should."""
+        over = time.monotonic() - SUPERSEDED_SECONDS
+        gone = [form for form, since in self._superseded if since < over]
+        if not gone:
+            return
+        try:
+            latest = self._connection.execute("HGET", self._keys.weights, "upload", deadline=Deadline(0))
+            if latest is not None and latest.decode(errors="replace") == self._latest:
+                keys = [key for form in gone for key in self.chunk_keys(form)]
+                self._connection.on_each("UNLINK", keys, deadline=Deadline(0))
+        except ConnectionFailed as error:
+            logger.info("%s; whether superseded weights have expired is looked at later", error)
+            return
+        for _ in gone:
+            self._superseded.popleft()
 
     def _unlink(self, *, keep_bytes: int) -> None:
         """Delete superseded versions, oldest first; who is still reading one goes on to the latest."""
