@@ -90,7 +90,7 @@ _numbers = itertools.count(1)
 
 #: Keys that may stay for ever; everything else must have a lifetime.
 LASTING = re.compile(
-    r"meta|weights|ctl|workers|pending|missed|(x|counts|epochs|dead|again|ack|ledger|life|history):\d+|w:\d+-\d+-\d+:\d+"
+    r"meta|weights|ctl|workers|shards|pending|missed|(x|counts|epochs|dead|again|ack|ledger|life|history):\d+|w:\d+-\d+-\d+:\d+"
 )
 
 

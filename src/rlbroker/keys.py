@@ -8,7 +8,7 @@ or may assume that two keys live on the same node, but for these two groups, who
   `ack:` and `ledger:`;
 - each worker's `x:`, `counts:`, `epochs:`, `dead:` and `again:`, all in the shard of that worker.
 
-Chunks of weights are spread one by one.
+Chunks of weights are spread one by one, and each shard has a key `shards`.
 
 Only pruning deletes, with `meta` and in one step, all else of a dead run that a later one would use too.
 """
@@ -33,7 +33,7 @@ GROUP = "learner"
 
 #: What can follow a run's name in a key of ours.
 _OURS = re.compile(
-    r"meta|weights|ctl|missed|pending|workers|history:\d+|outcomes:\w+|w:[\w-]+:\d+"
+    r"meta|weights|ctl|missed|pending|workers|shards|history:\d+|outcomes:\w+|w:[\w-]+:\d+"
     r"|(x|counts|epochs|dead|again|ack|ledger|life|hb):\d+"
 )
 
@@ -115,8 +115,16 @@ class Keys:
 
     @property
     def one_of_each_shard(self) -> list[str]:
-        """Give a key of each shard, by which it can be found; none on a single server."""
-        return [f"{self.shard_of(number)}:x" for number in range(len(self.shards))]
+        """Strings, one in each shard; none on a single server: the numbers of all shards, as `meta` has them.
+
+        Learners write; one that opens a run whose `meta` was lost reads. They stay.
+        """
+        return [f"{self.shard_of(number)}:shards" for number in range(len(self.shards))]
+
+    @property
+    def one_of_any_shard(self) -> list[str]:
+        """The same of all shards that the run may have."""
+        return Keys(self.run, shards=tuple(map(str, range(_SHARDS_TRIED)))).one_of_each_shard
 
     def shard_of(self, number: int | str) -> str:
         """Give what the keys of a worker, or of a chunk, begin with: keys with the same beginning live together."""

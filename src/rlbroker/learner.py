@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -42,6 +44,7 @@ from rlbroker.errors import (
     InvalidArgument,
     PeerError,
     RunLost,
+    ServerOutOfMemory,
     UnsupportedType,
 )
 from rlbroker.experience.collector import Collector
@@ -68,6 +71,9 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger("rlbroker")
+
+#: How the shards of a run are written.
+_SHARDS = re.compile(rb"\d{1,4}( \d{1,4})*")
 
 #: Every script of both sides: workers may lack the right to load theirs.
 SCRIPTS = (
@@ -241,8 +247,8 @@ class WorkerCommunicator:
             self._epoch = self._roster.open(
                 wire_format=FORMAT_VERSION, num_workers=num_workers, shards=self._chosen_shards(shards)
             )
-            self._shards = [Channel(connection, key) for key in keys.one_of_each_shard]
-            self._known_shards = set[Channel]()  #: those whose server was there once
+            self._shards = {key: Channel(connection, key) for key in keys.one_of_each_shard}
+            self._known_shards = set[str]()  #: those whose server was there once
             self._publisher = Publisher(
                 connection,
                 keys,
@@ -735,11 +741,11 @@ class WorkerCommunicator:
 
     def _look_after_shards(self) -> None:
         """Find out whether a shard's server may have lost something; one that is away is not waited for."""
-        for channel in self._shards:
-            with suppress(ConnectionFailed):
-                fresh, known = channel.connect(), channel in self._known_shards
-                channel.execute("PING")
-                self._known_shards.add(channel)
+        for key, channel in self._shards.items():
+            with suppress(ConnectionFailed, ServerOutOfMemory):
+                fresh, known = channel.connect(), key in self._known_shards
+                channel.execute(*(("SET", key, " ".join(self._keys.shards)) if fresh else ("PING",)))
+                self._known_shards.add(key)
                 self._doubt |= fresh and known
 
     def _record(self, *, last: bool = False) -> None:
@@ -751,14 +757,22 @@ class WorkerCommunicator:
                     log.offer(sample)
 
     def _chosen_shards(self, count: int | None) -> str:
-        """Choose the shards of a new run: as many on each master as on the others."""
+        """Choose the shards of a new run: as many on each master as on the others, unless there are some already."""
         servers = self._connection.servers
         if not servers.several:
             if count not in (None, 1):
                 raise InvalidArgument(f"shards are for a Cluster, and {self._connection.address} is none")
             return ""
+        if not self._connection.execute("EXISTS", self._keys.meta) and (found := self._shards_there()):
+            return found
         masters = len(self._connection.masters())
         return self._keys.choose_shards(count or masters, masters, self._connection.holding)
+
+    def _shards_there(self) -> str:
+        """Give the shards of a run whose `meta` a node has lost, as those on others say; empty if there are none."""
+        found = self._connection.ask([("GET", key) for key in self._keys.one_of_any_shard])
+        said = Counter(text.decode() for text in found if isinstance(text, bytes) and _SHARDS.fullmatch(text))
+        return max(said, key=said.__getitem__, default="")
 
     def _known(self) -> Known:
         delivered, lost = self._holdings.totals()

@@ -195,6 +195,27 @@ def test_what_a_node_counted_is_written_back_where_its_data_was_lost_and_nothing
             assert got >= 25
 
 
+def test_a_learner_that_finds_nothing_but_the_shards_of_its_run_keeps_them(
+    without_replicas: Cluster, run: str
+) -> None:
+    """What is the run's own was lost while no learner ran: what waits in other shards is still collected."""
+    cluster, scene = without_replicas, Scene(without_replicas, run)
+    with ExitStack() as stack:
+        with scene.learner():
+            worker_id = scene.worker_whose_queue_is("elsewhere")
+            worker = stack.enter_context(scene.worker(worker_id))
+            sent = _send(worker, range(3))
+            with cluster.client() as client:
+                wait_until(
+                    "each shard says which there are",
+                    lambda: all(map(client.exists, scene.keys.one_of_each_shard)),
+                )
+        cluster.owner_of(scene.own).ask("FLUSHALL")
+        with scene.learner(shards=2) as learner:
+            assert _collect(learner, 3) == sent
+            assert _collect(learner, len(_send(worker, [3]))) == [3]
+
+
 def test_a_shard_whose_server_is_away_holds_up_nothing_else(without_replicas: Cluster, run: str) -> None:
     """Commands, the ledger, and other workers' batches go on; and so does the shard, once its server is back."""
     cluster, scene = without_replicas, Scene(without_replicas, run)
