@@ -47,6 +47,9 @@ _TAG = re.compile(r"(?P<run>[^/}]*)(/s\d+)?")
 #: Shards whose numbers are tried until they are spread well.
 _SHARDS_TRIED = 2_000
 
+#: Those among which every run has some: the first, and the first that is on another server, at least.
+_SHARDS_LIKELY = 10
+
 
 def run_of(key: str) -> str:
     """Give the run that a key belongs to; empty if it is none of ours.
@@ -122,9 +125,9 @@ class Keys:
         return [f"{self.shard_of(number)}:shards" for number in range(len(self.shards))]
 
     @property
-    def one_of_any_shard(self) -> list[str]:
-        """The same of all shards that the run may have."""
-        return Keys(self.run, shards=tuple(map(str, range(_SHARDS_TRIED)))).one_of_each_shard
+    def one_of_likely_shards(self) -> list[str]:
+        """The same of shards of which a run has some, whatever its others are, and on more than one server."""
+        return Keys(self.run, shards=tuple(map(str, range(_SHARDS_LIKELY)))).one_of_each_shard
 
     def shard_of(self, number: int | str) -> str:
         """Give what the keys of a worker, or of a chunk, begin with: keys with the same beginning live together."""

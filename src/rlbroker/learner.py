@@ -770,7 +770,7 @@ class WorkerCommunicator:
 
     def _shards_there(self) -> str:
         """Give the shards of a run whose `meta` a node has lost, as those on others say; empty if there are none."""
-        found = self._connection.ask([("GET", key) for key in self._keys.one_of_any_shard])
+        found = self._connection.ask([("GET", key) for key in self._keys.one_of_likely_shards])
         said = Counter(text.decode() for text in found if isinstance(text, bytes) and _SHARDS.fullmatch(text))
         return max(said, key=said.__getitem__, default="")
 
