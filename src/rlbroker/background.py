@@ -8,14 +8,18 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
-from rlbroker.deadline import Backoff, Deadline
+from rlbroker.deadline import Backoff
 from rlbroker.errors import AccessDenied, Fenced, IncompatibleFormat, PeerError, TlsFailed
 
 logger = logging.getLogger("rlbroker")
 
-#: How often a thread that waits for a socket sees whether something else has come: that costs next to nothing.
-LOOK_SECONDS = 0.2
+#: So many calls of `wake` are heard at once.
+RINGS = 4096
+
+#: It takes no file descriptor, of which a process with many workers has few to spare.
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 #: What trying again does not mend.
 FINAL = (AccessDenied, TlsFailed, Fenced, IncompatibleFormat)
@@ -39,7 +43,9 @@ class Background:
         """
         self._step = step
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._work, name=f"rlbroker-{name}", daemon=True)
+        #: What `wake` writes to, and `wait_for` reads; there is none before it is needed.
+        self._bell: tuple[socket.socket, socket.socket] | None = None
+        self._thread = threading.Thread(target=self._run, name=f"rlbroker-{name}", daemon=True)
         self.error: Exception | None = None
 
     @property
@@ -55,27 +61,36 @@ class Background:
         """Wait, but not beyond `stop`."""
         self._stopping.wait(seconds)
 
-    def wait_for(
-        self, sock: socket.socket, seconds: float, *, unless: Callable[[], bool] = lambda: False
-    ) -> bool:
-        """Wait until there is something to read, but not beyond `stop`; give whether there is.
+    def wait_for(self, sock: socket.socket, seconds: float) -> bool:
+        """Wait until there is something to read, but not beyond `wake` or `stop`; give whether there is.
 
         Args:
             sock: where.
             seconds: how long to wait at most.
-            unless: what else ends the waiting, soon.
         """
         if isinstance(sock, ssl.SSLSocket) and sock.pending():
             return True
-        deadline = Deadline(seconds)
-        with selectors.DefaultSelector() as selector:
-            selector.register(sock, selectors.EVENT_READ)
-            while not (self.stopping or deadline.over):
-                if selector.select(min(LOOK_SECONDS, deadline.remaining)):
-                    return True
-                if unless():
-                    break
-        return False
+        if self.stopping:
+            return False
+        if self._bell is None:
+            self._bell = socket.socketpair()
+            for end in self._bell:
+                end.setblocking(False)
+            seconds = 0  # nobody could ring it before
+        heard = self._bell[1]
+        with _Selector() as selector:
+            for one in (sock, heard):
+                selector.register(one, selectors.EVENT_READ)
+            ready = [key.fileobj for key, _ in selector.select(seconds)]
+        if heard in ready:
+            heard.recv(RINGS)
+        return sock in ready
+
+    def wake(self) -> None:
+        """Have `wait_for` return, the next one if there is none now: there is something else to do."""
+        if self._bell is not None:
+            with suppress(OSError):  # it was rung often, or the thread has ended
+                self._bell[0].send(b"!")
 
     def check(self) -> None:
         """Raise the error that ended the thread, if one did."""
@@ -85,6 +100,7 @@ class Background:
     def request_stop(self) -> None:
         """Have the thread end after its present step."""
         self._stopping.set()
+        self.wake()
 
     def stop(self, timeout_seconds: float) -> bool:
         """End the thread and wait for it; give whether it ended in time."""
@@ -92,6 +108,13 @@ class Background:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            for end in self._bell or ():
+                end.close()
 
     def _work(self) -> None:
         backoff = Backoff()

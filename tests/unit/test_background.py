@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -42,40 +42,63 @@ def test_only_a_step_that_asked_the_server_shows_that_it_works_again(
     assert ("it works again" in caplog.text) == recovered
 
 
-def _waiting(seconds: float = 3600.0, **more: Any) -> tuple[Background, list[bool], socket.socket]:
-    """Give a thread that waits for a socket, what came of that, and the other end."""
+@pytest.fixture
+def waiting() -> Iterator[tuple[Background, list[bool], socket.socket]]:
+    """Give a thread that waits for a socket for hours, again and again, what came of that, and the other end."""
     ours, theirs = socket.socketpair()
     ends: list[bool] = []
 
     def step() -> None:
-        with ours:
-            ends.append(thread.wait_for(ours, seconds, **more))
-        thread.request_stop()
+        ends.append(thread.wait_for(ours, 3600.0))
+        if ends[-1]:
+            ours.recv(1)
 
     thread = Background("test", step)
-    thread.start()
-    return thread, ends, theirs
-
-
-def test_who_waits_for_a_socket_goes_on_when_there_is_something_to_read() -> None:
-    thread, ends, theirs = _waiting()
-    with theirs:
-        theirs.send(b"x")
-        wait_until("it has seen that", lambda: ends)
-    assert ends == [True]
-    assert thread.stop(5.0)
-
-
-def test_who_waits_for_a_socket_sees_that_it_is_to_stop() -> None:
-    thread, ends, theirs = _waiting()
-    with theirs:
+    with ours, theirs:
+        thread.start()
+        wait_until("it waits, as nobody can have rung before that", lambda: ends)
+        yield thread, ends, theirs
         assert thread.stop(5.0)
-    assert ends == [False]
 
 
-def test_who_waits_for_a_socket_sees_what_else_there_is_to_do() -> None:
-    thread, ends, theirs = _waiting(unless=lambda: True)
-    with theirs:
-        wait_until("it goes on", lambda: ends)
-    assert ends == [False]
+def test_who_waits_for_a_socket_goes_on_when_there_is_something_to_read(waiting: Any) -> None:
+    _, ends, theirs = waiting
+    theirs.send(b"x")
+    wait_until("it has seen that", lambda: ends[1:])
+    assert ends == [False, True]
+
+
+def test_who_waits_for_a_socket_ends_at_once_when_it_is_to_stop(waiting: Any) -> None:
+    thread, ends, _ = waiting
     assert thread.stop(5.0)
+    assert not any(ends)
+
+
+def test_who_waits_for_a_socket_can_be_woken_for_something_else(waiting: Any) -> None:
+    thread, ends, _ = waiting
+    thread.wake()
+    wait_until("it goes on", lambda: ends[1:])
+    assert ends == [False, False]
+
+
+def test_who_is_woken_before_it_waits_does_not_wait() -> None:
+    """What there is to do may come just before the wait."""
+    ours, theirs = socket.socketpair()
+    done: list[bool] = []
+
+    def step() -> None:
+        thread.wake()
+        done.append(thread.wait_for(ours, 3600.0))
+
+    thread = Background("test", step)
+    with ours, theirs:
+        thread.start()
+        wait_until("it goes on", lambda: done[2:])
+        assert thread.stop(5.0)
+        thread.wake()  # which is nothing now
+
+
+def test_who_is_woken_very_often_is_not_held_up(waiting: Any) -> None:
+    thread, _, _ = waiting
+    for _ in range(10_000):
+        thread.wake()

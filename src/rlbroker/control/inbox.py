@@ -13,7 +13,7 @@ from typing import Any, Final
 from rlbroker.background import Background
 from rlbroker.connection import Argument, Channel, Connection, flat
 from rlbroker.control.authorship import check
-from rlbroker.deadline import Deadline
+from rlbroker.deadline import Deadline, within
 from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, WireError
 from rlbroker.keys import Keys
 from rlbroker.legible import legible
@@ -148,6 +148,7 @@ class Inbox:
     def doubt(self) -> None:
         """Be told that the server may have lost something."""
         self._doubt = True
+        self._thread.wake()
 
     def check(self) -> None:
         """Raise what ended the reading, if anything did."""
@@ -215,14 +216,17 @@ class Inbox:
             raise
         except PeerError as error:
             logger.debug("an acknowledgement waits: %s", error)
+            self._thread.wake()
 
     def _send(self) -> None:
         """Send what is unsent, in order, once; if another thread is at it, that one sends these too.
 
         The explicit ids make sending twice harmless.
         """
-        with self._alone() as alone:
-            if alone:
+        while self._unsent or self._doubt:  # again, as there may be more since that thread has looked last
+            with self._alone() as alone:
+                if not alone:
+                    return
                 self._be_known()
                 while self._unsent:
                     self._store(self._unsent[0])
@@ -239,6 +243,7 @@ class Inbox:
             # The stream is another one, or was trimmed. The new server's clock may be behind: then what comes now
             # has lower ids than what came before. What is known already, or for an earlier life, is not done.
             self._begin_again = True
+            self._thread.wake()
         for answer in self._sent:
             self._store(answer)
         self._doubt = False
@@ -283,13 +288,12 @@ class Inbox:
                 self._sending.release()
 
     def _step(self) -> None:
-        if self._has_to_send:
-            self._send()
         if self._sent and self._next_look.over:
             with self._alone() as alone:
                 if alone:
                     self._be_known()
                     self._forget_settled()
+        self._send()  # what others left to us meanwhile, too
         if self._begin_again:
             self._begin_again, self._position, self._answer_due = False, "0-0", None
             self._reader.close()
@@ -304,28 +308,24 @@ class Inbox:
             self._answer_due = None
         sock = self._reader.raw_socket
         connection = self._connection
-        seconds = min(READ_SECONDS, connection.timeout_seconds / 4, connection.socket_seconds / 2)
-        if sock is None:  # then nobody can look up meanwhile
-            seconds = connection.block_seconds
         if self._answer_due is None:
+            seconds = min(READ_SECONDS, connection.timeout_seconds / 4, connection.socket_seconds / 2)
+            if sock is None:  # then nobody can look up meanwhile
+                seconds = connection.block_seconds
             block = "BLOCK", max(1, int(seconds * 1000))
             self._reader.send(
                 [("XREAD", "COUNT", 100, *block, "STREAMS", self._keys.control, self._position)]
             )
-            self._answer_due = Deadline(seconds)
-        if sock is not None and not self._answer_due.over:
-            there = self._thread.wait_for(sock, self._answer_due.remaining, unless=lambda: self._has_to_send)
-            if not there and not self._answer_due.over:
-                return None
+            self._answer_due = Deadline(seconds + connection.socket_seconds)
+        due = self._answer_due
+        if sock is not None and not self._thread.wait_for(sock, due.remaining) and not due.over:
+            return None
         self._answer_due = None
-        (reply,) = self._reader.receive(1)
+        with within(due):
+            (reply,) = self._reader.receive(1)
         if isinstance(reply, PeerError):
             raise reply
         return reply
-
-    @property
-    def _has_to_send(self) -> bool:
-        return bool(self._unsent) or self._doubt
 
     def _receive(self, entry_id: str, fields: dict[bytes, bytes]) -> None:
         said = text_fields({name: value for name, value in fields.items() if name != b"data"})

@@ -8,7 +8,7 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import redis
 from redis import exceptions as redis_errors
@@ -28,11 +28,12 @@ from rlbroker.weights.pointer import Pointer
 
 logger = logging.getLogger("rlbroker")
 
-#: Without any hint the pointer is read this often: the longest that a lost hint can delay an update.
-LOOK_SECONDS: Final = 1.0
+#: Without any hint the pointer is read this often. Hints come by two ways, and who has lost one of them looks at once.
+LOOK_SECONDS: Final = 3.0
 
 #: How often the subscription is asked whether it lives: a connection that broke on its way stays silent for ever.
-PING_SECONDS: Final = 1.5
+#: It has to answer before it is asked again.
+PING_SECONDS: Final = STALL_SECONDS / 2
 
 #: Refused versions are told of this often, at most: whoever writes to the server could name a new one at each look.
 REFUSED_SECONDS: Final = 1.0
@@ -88,7 +89,7 @@ class Subscriber:
         self._turn: Deadline | None = None  #: when to fetch, where that was put off
         self._images = images or Images(keys.run, None)
         self._pubsub: redis.client.PubSub | None = None
-        self._next_ping = self._silent = Deadline(0)
+        self._next_ping, self._answered = Deadline(0), True
         self._hinted = 0
         self._handled = 0
         self._seen = (0, "")
@@ -179,12 +180,15 @@ class Subscriber:
 
     def hint(self, version: int) -> None:
         """Be told from elsewhere that a version was published."""
-        self._hinted = max(self._hinted, version)
+        if version > self._hinted:
+            self._hinted = version
+            self._thread.wake()
 
     def fetch_again(self) -> None:
         """Have the latest version read once more, for another model."""
         self._handled = 0
         self._next_look = Deadline(0)
+        self._thread.wake()
 
     def take(self, timeout_seconds: float = 0) -> list[Update]:
         """Give what is ready, versions that failed first; wait for it if there is a timeout."""
@@ -215,7 +219,7 @@ class Subscriber:
             pubsub.close()
             raise self._connection.ours(error) from error
         self._pubsub = pubsub
-        self._next_ping, self._silent = Deadline(PING_SECONDS), Deadline(STALL_SECONDS)
+        self._next_ping, self._answered = Deadline(PING_SECONDS), True
 
     def _unsubscribe(self) -> None:
         pubsub, self._pubsub = self._pubsub, None
@@ -223,42 +227,37 @@ class Subscriber:
             pubsub.close()
 
     def _heard(self) -> bool:
-        """Wait a little for a hint; give whether there was one."""
-        assert self._pubsub is not None
+        """Wait for a hint, or until there is something else to do; give whether there was one."""
+        pubsub = self._pubsub
+        assert pubsub is not None
         try:
-            if self._next_ping.over:
-                self._pubsub.ping()
-                self._next_ping = Deadline(PING_SECONDS)
-            message = self._pubsub.get_message(timeout=0)  # what was read ahead
-            if message is None:
-                message = self._pubsub.get_message(timeout=self._wait(self._pubsub))
+            message = pubsub.get_message(timeout=0) or self._wait(pubsub)
         except (redis_errors.RedisError, OSError) as error:
             self._unsubscribe()
             if isinstance(error, redis_errors.RedisError):
                 raise self._connection.ours(error) from error
             raise
-        if message is not None:
-            self._silent = Deadline(STALL_SECONDS)
-        elif self._silent.over:
-            self._unsubscribe()
-            raise ConnectionFailed(f"the subscription to {self._connection.address} gives no answer")
-        if message is None or message["type"] != "message":
+        if message is None:
             return False
-        self.hint(whole_number(str(message["data"], "ascii", "replace")) or 0)
+        self._answered = True
+        if message["type"] != "message":
+            return False
+        self._hinted = max(self._hinted, whole_number(str(message["data"], "ascii", "replace")) or 0)
         return True
 
-    def _wait(self, pubsub: redis.client.PubSub) -> float:
-        """Wait until there is something to read or to do; give how long to wait besides, where that is not possible."""
+    def _wait(self, pubsub: redis.client.PubSub) -> Any:
+        """Wait for a message, but not for longer than there is nothing else to do."""
+        if self._next_ping.over:
+            if not self._answered:
+                raise ConnectionFailed(f"the subscription to {self._connection.address} gives no answer")
+            pubsub.ping()
+            self._next_ping, self._answered = Deadline(PING_SECONDS), False
         until = self._next_look if self._turn is None else self._turn
         seconds = min(until.remaining, self._next_ping.remaining)
         sock = getattr(pubsub.connection, "_sock", None)
         if not isinstance(sock, socket.socket):
-            return min(seconds, self._connection.block_seconds)
-        self._thread.wait_for(sock, seconds, unless=self._has_to_look)
-        return 0
-
-    def _has_to_look(self) -> bool:
-        return self._turn is None and (self._hinted > self._handled or self._next_look.over)
+            return pubsub.get_message(timeout=min(seconds, self._connection.block_seconds))
+        return pubsub.get_message(timeout=0) if self._thread.wait_for(sock, seconds) else None
 
     def _look(self) -> None:
         waited, self._turn = self._turn is not None, None
