@@ -308,7 +308,7 @@ def keys_of(script: Script, worker: int) -> list[str]:
         FORGET: [KEYS.life(worker), KEYS.acknowledgements(worker), KEYS.weights, KEYS.meta],
         PRUNE_RUN: [KEYS.workers, KEYS.meta],
         LEAVE: [KEYS.life(worker), KEYS.heartbeat(worker), KEYS.acknowledgements(worker), KEYS.weights],
-        BEAT: [KEYS.life(worker), KEYS.workers, KEYS.heartbeat(worker)],
+        BEAT: [KEYS.life(worker), KEYS.workers, KEYS.heartbeat(worker), KEYS.meta],
         REJOIN: [
             *(
                 KEYS.life(worker),

@@ -6,7 +6,9 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Final
 
 from rlbroker.background import Background
 from rlbroker.config import MAX_WORKER_ID, RunSettings, worker_number
@@ -114,13 +116,17 @@ REJOIN = Script(
     """,
 )
 
+#: What a worker has to know of the run's `meta`, of which most stays as it is.
+_KNOWN: Final = ("wire_format", "shards", *Crowd._fields, *(field.name for field in fields(RunSettings)))
+
 BEAT = Script(
     "beat",
     NOTE_FENCED
     + f"""
-    -- KEYS: the worker's life, workers, its heartbeat
+    -- KEYS: the worker's life, workers, its heartbeat, meta
     -- ARGV: worker id, incarnation, token of its registration, lifetime in milliseconds, the process as host:pid,
     --       then field and value pairs
+    -- Gives what the learner says of the run.
     local there = redis.call('HGET', KEYS[1], 'incarnation')
     if (tonumber(there or '0') or 0) > tonumber(ARGV[2]) then
       note_fenced(KEYS[1], KEYS[3], there, ARGV[5])
@@ -137,7 +143,7 @@ BEAT = Script(
     redis.call('HSET', KEYS[1], 'seen', string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)))
     redis.call('HSET', KEYS[3], 'incarnation', ARGV[2], unpack(ARGV, 6))
     redis.call('PEXPIRE', KEYS[3], ARGV[4])
-    return 1
+    return redis.call('HMGET', KEYS[4], {", ".join(map(repr, _KNOWN))})
     """,
 )
 
@@ -200,6 +206,7 @@ class Heartbeat:
         #: Who takes part besides, as the learner said last.
         self.crowd = Crowd()
         self._token = ""
+        self._said: Sequence[bytes | None] = ()  #: the learner of the run, as the last heartbeat heard it
         self._host, self._pid = socket.gethostname(), os.getpid()
 
     def register(self, worker_id: int | None) -> Registration:
@@ -385,15 +392,24 @@ class Heartbeat:
         self._began = True
         worker = self.registration.worker_id
         facts: dict[str, str | int] = {"host": self._host, "pid": self._pid, **self._describe()}
-        keys = (self._keys.life(worker), self._keys.workers, self._keys.heartbeat(worker))
+        keys = (self._keys.life(worker), self._keys.workers, self._keys.heartbeat(worker), self._keys.meta)
         life = self.registration.incarnation
         arguments = (worker, life, self._token, self._lifetime_milliseconds, self._process, *flat(facts))
         try:
-            self._channel.run(BEAT, keys, arguments)
+            said = self._channel.run(BEAT, keys, arguments)
         except RunLost:
             self._come_back()
-            self._channel.run(BEAT, keys, arguments)
-        meta = text_fields(self._channel.execute("HGETALL", self._keys.meta))
+            said = self._channel.run(BEAT, keys, arguments)
+        if said != self._said:
+            self._heed(
+                text_fields(
+                    {name: value for name, value in zip(_KNOWN, said, strict=True) if value is not None}
+                )
+            )
+            self._said = said
+
+    def _heed(self, meta: Mapping[str, str]) -> None:
+        """Take what the learner says of the run."""
         if "wire_format" in meta:
             with legible(self._keys.meta):
                 self._check_format(meta["wire_format"])
