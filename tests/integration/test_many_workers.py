@@ -52,6 +52,30 @@ def test_who_had_to_wait_fetches_what_is_the_newest_by_then(learner: Learner, wo
     assert comm.missed_updates()[0].by_reason == {"superseded": 1}
 
 
+def test_who_waits_for_its_turn_asks_for_nothing_before(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand pointers that are read at once are a crowd too."""
+    comm, client = learner(), worker()
+    comm.send_model_weights({"number": 1})
+    wait_until("it runs the first version", lambda: client.poll({}))
+    subscriber, asked = client._subscriber, list[Any]()
+    read = subscriber._read_pointer
+
+    def noted() -> Any:
+        asked.append(read())
+        return asked[-1]
+
+    monkeypatch.setattr(subscriber, "_read_pointer", noted)
+    subscriber._crowd = _Late
+    comm.send_model_weights({"number": 2})
+    wait_until("it waits for its turn", lambda: subscriber._turn)
+    assert not asked
+    subscriber._turn = Deadline(0)
+    wait_until("it is its turn", lambda: client.poll({}))
+    assert len(asked) == 1
+
+
 def test_who_waits_for_its_turn_leaves_without_it(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker()
     client._subscriber._crowd = _Late

@@ -40,8 +40,8 @@ KEPT: Final = 10_000
 #: Longest that one read of the control stream waits on the server: most workers hardly ever get anything.
 READ_SECONDS: Final = 2.0
 
-#: How often the ledger is asked which answers it has settled.
-SETTLED_SECONDS: Final = 1.0
+#: How often the ledger is asked which answers it has settled, at most: until then they only take memory.
+SETTLED_SECONDS: Final = 5.0
 
 #: Of the commands that are refused within so many seconds, so many are answered: anybody may write more of them.
 REFUSALS_SECONDS: Final = 10.0

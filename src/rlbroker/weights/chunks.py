@@ -22,6 +22,7 @@ from typing import Any, Final
 from rlbroker.connection import SEND_BYTES, Channel, Connection
 from rlbroker.deadline import Backoff, Deadline, try_seconds
 from rlbroker.errors import ConnectionFailed, PeerError, WireError
+from rlbroker.legible import answered
 from rlbroker.servers import Server, any_of
 from rlbroker.wire.format import byte_view
 
@@ -113,7 +114,7 @@ class ChunkReader:
             finally:
                 lines.close()
         missing = [key for key in keys if key not in found]
-        values = self._connection.execute_all([("GET", key) for key in missing])
+        values = answered(self._connection.ask([("GET", key) for key in missing]))
         return found | {key: value for key, value in zip(missing, values, strict=True) if value is not None}
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -27,7 +28,8 @@ from rlbroker.wire.limits import Limits
 #: What weights may ask for when they are decoded.
 WEIGHTS_LIMITS: Final = Limits(max_raw_bytes=64 << 30, max_header_bytes=256 << 20)
 
-#: What is smaller is fetched in one round trip, by guessing that all of it will be wanted.
+#: What is smaller is fetched in one round trip, by guessing that all of it will be wanted; and such an image is decoded
+#: by the thread that fetches it, as handing it over takes longer.
 SMALL_BYTES: Final = 1 << 20
 
 #: Bytes that are fetched before the first of them must be decoded; bounds the memory for what is not in place yet.
@@ -250,16 +252,21 @@ class Fetcher:
             chunks = self._chunks(form, image_format, layout, array, small)
             for number, (indices, data) in enumerate(chunks, start=1):
                 self._received(len(data))
+                tasks = []
                 if self._key:
-                    arguments = form, number, image_format, indices, data, array, base
-                    decoding.append(self._pool.submit(_decode_checked, *arguments))
+                    tasks.append(
+                        partial(_decode_checked, form, number, image_format, indices, data, array, base)
+                    )
                 else:
                     for index in indices:
                         size = segments[index].stored_bytes
-                        decoding.append(
-                            self._pool.submit(image_format.decode_segment, index, data[:size], array, base)
-                        )
+                        tasks.append(partial(image_format.decode_segment, index, data[:size], array, base))
                         data = data[size:]
+                for task in tasks:
+                    if len(array) > SMALL_BYTES:
+                        decoding.append(self._pool.submit(task))
+                    else:
+                        task()
                 while len(decoding) > SEGMENTS_AHEAD:
                     decoding.popleft().result()
             while decoding:

@@ -20,6 +20,7 @@ from rlbroker.crowd import Crowd
 from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed, WireError
 from rlbroker.keys import Keys
+from rlbroker.legible import answered
 from rlbroker.replies import number_in, text_fields, whole_number
 from rlbroker.signing import NotSigned, SigningKey
 from rlbroker.weights.fetcher import Fetcher, Version
@@ -87,6 +88,7 @@ class Subscriber:
         self._connection, self._keys, self._key = connection, keys, key
         self._crowd, self._host, self._name = crowd, socket.gethostname(), uuid.uuid4().hex
         self._turn: Deadline | None = None  #: when to fetch, where that was put off
+        self._last: Pointer | None = None  #: to what was fetched last
         self._images = images or Images(keys.run, None)
         self._pubsub: redis.client.PubSub | None = None
         self._next_ping, self._answered = Deadline(0), True
@@ -203,7 +205,8 @@ class Subscriber:
         if self._pubsub is None:
             self._subscribe()
             self._next_look = Deadline(0)  # nothing published while unsubscribed is replayed
-        due = self._heard() or self._hinted > self._handled or self._next_look.over
+        self._hear()
+        due = self._hinted > self._handled or self._next_look.over
         if self._turn is not None:
             due = self._turn.over
         if due:
@@ -226,8 +229,8 @@ class Subscriber:
         if pubsub is not None:
             pubsub.close()
 
-    def _heard(self) -> bool:
-        """Wait for a hint, or until there is something else to do; give whether there was one."""
+    def _hear(self) -> None:
+        """Wait for a hint, or until there is something else to do."""
         pubsub = self._pubsub
         assert pubsub is not None
         try:
@@ -237,13 +240,11 @@ class Subscriber:
             if isinstance(error, redis_errors.RedisError):
                 raise self._connection.ours(error) from error
             raise
-        if message is None:
-            return False
-        self._answered = True
-        if message["type"] != "message":
-            return False
-        self._hinted = max(self._hinted, whole_number(str(message["data"], "ascii", "replace")) or 0)
-        return True
+        if message is not None:
+            self._answered = True
+            if message["type"] == "message":
+                version = whole_number(str(message["data"], "ascii", "replace")) or 0
+                self._hinted = max(self._hinted, version)
 
     def _wait(self, pubsub: redis.client.PubSub) -> Any:
         """Wait for a message, but not for longer than there is nothing else to do."""
@@ -270,6 +271,10 @@ class Subscriber:
                         "not know of that"
                     )
                 return
+            self._hinted = max(self._hinted, latest or 0)
+        # Who has waited once fetches what is the newest then.
+        if not waited and self._last and self._put_off(self._hinted, self._last):
+            return
         pointer = self._read_pointer()
         if pointer is not None and pointer.version < self._signed:
             self._problem = (
@@ -284,8 +289,8 @@ class Subscriber:
         except NotSigned as error:
             self._refuse(pointer, str(error))
             return
-        # Who has waited once fetches what is the newest then.
-        if not waited and pointer.upload != self._tried and self._put_off(pointer):
+        first, self._last = self._last is None, pointer
+        if first and not waited and self._put_off(pointer.version, pointer):
             return
         try:
             version = self._fetcher.fetch(pointer, self._held)
@@ -297,11 +302,14 @@ class Subscriber:
         self._held = version if pointer.codec != "raw" else None  # raw versions are never differences
         self._hand_over(Update(pointer.version, version), pointer.upload)
 
-    def _put_off(self, pointer: Pointer) -> bool:
-        """Have it fetched later, if so many want it that they must take turns; give whether that is so."""
-        shared = self._images.shares(pointer.raw_bytes)
+    def _put_off(self, version: int, like: Pointer) -> bool:
+        """Have a version fetched later, if so many want it that they must take turns; give whether that is so.
+
+        Until then the server is asked for nothing, not for its pointer either: one that is known will be like it.
+        """
+        shared = self._images.shares(like.raw_bytes)
         name = self._host if shared else self._name
-        seconds = self._crowd().wait_seconds(pointer.version, pointer.stored_bytes, name=name, shared=shared)
+        seconds = self._crowd().wait_seconds(version, like.stored_bytes, name=name, shared=shared)
         self._turn = Deadline(seconds) if seconds else None
         return self._turn is not None
 
@@ -311,9 +319,8 @@ class Subscriber:
 
     def _read_pointer(self) -> Pointer | None:
         """Give what the server names as the latest version; see over which shards its chunks are spread."""
-        fields, shards = self._connection.execute_all(
-            [("HGETALL", self._keys.weights), ("HGET", self._keys.meta, "shards")]
-        )
+        asked = [("HGETALL", self._keys.weights), ("HGET", self._keys.meta, "shards")]
+        fields, shards = answered(self._connection.ask(asked))
         if shards is not None:
             self._keys.spread(shards.decode("ascii", "replace"))
         return Pointer.from_fields(text_fields(fields))
@@ -355,7 +362,7 @@ class Subscriber:
         self._tried = pointer.upload
         logger.warning("%s (try %d of %d)", self._problem, self._tries, TRIES)
         if self._tries < TRIES:
-            self._next_look = Deadline(self._connection.block_seconds)
+            self._turn = Deadline(self._connection.block_seconds)
         else:
             self._hand_over(Update(pointer.version, None, problem, refused), pointer.upload)
 
