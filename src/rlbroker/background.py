@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from rlbroker.deadline import Backoff
 from rlbroker.errors import AccessDenied, Fenced, IncompatibleFormat, PeerError, TlsFailed
+from rlbroker.outage import Outage
 
 logger = logging.getLogger("rlbroker")
 
@@ -117,8 +118,7 @@ class Background:
                 end.close()
 
     def _work(self) -> None:
-        backoff = Backoff()
-        away = False
+        backoff, outage = Backoff(), Outage(self._thread.name)
         while not self.stopping:
             try:
                 worked = self._step()
@@ -129,14 +129,11 @@ class Background:
                         if not isinstance(error, PeerError):
                             logger.exception("%s stopped", self._thread.name)
                     return
-                if not away and not self.stopping:
-                    logger.warning("%s: %s; trying again until it works", self._thread.name, error)
-                away = True
+                if not self.stopping:
+                    outage.tell(error)
                 self.pause(backoff.next())
             else:
                 if worked is False:
                     continue
-                if away:
-                    logger.info("%s: it works again", self._thread.name)
-                away = False
+                outage.end()
                 backoff.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
@@ -281,3 +282,25 @@ def _collect(learner: WorkerCommunicator, count: int) -> list[int]:
 
     wait_until(f"{count} batches arrive", arrived, 60.0)
     return got
+
+
+def test_a_learner_that_waits_for_batches_sees_no_more_of_planned_failovers_than_a_pause(
+    with_replicas: Cluster, run: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No exception while there is time to wait, whichever of the nodes it is that hands over."""
+    cluster, scene = with_replicas, Scene(with_replicas, run)
+    with scene.learner() as learner, ExitStack() as stack:
+        workers = [stack.enter_context(scene.worker(number)) for number in range(3)]
+        sent, got = 0, list[int]()
+        for master in cluster.masters():
+            handing_over = threading.Timer(0.3, cluster.fail_over, [cluster.replica_of(master)])
+            handing_over.start()
+            while handing_over.is_alive() or len(got) < sent:
+                if handing_over.is_alive():
+                    for worker in workers:
+                        worker.send_experiences({"number": sent})
+                        sent += 1
+                got += [batch["number"] for _, batch in learner.collect_experiences(timeout=20.0)]
+        assert sorted(got) == list(range(sent))
+    starts, ends = (caplog.text.count(words) for words in ("trying again until it works", "it works again"))
+    assert starts == ends

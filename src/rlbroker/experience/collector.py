@@ -34,6 +34,7 @@ from rlbroker.experience.shard_reader import ShardReader, ready
 from rlbroker.keys import GROUP, Keys, shard_of
 from rlbroker.legible import answered, unless_spoiled
 from rlbroker.metrics import Metrics
+from rlbroker.outage import Outage
 from rlbroker.records import Batch
 from rlbroker.replies import (
     StreamEntries,
@@ -138,6 +139,7 @@ class Collector:
         self._returned: list[tuple[str, str]] = []
         self._began = False
         self._look_again = Deadline(0)
+        self._outage = Outage("collecting")
         self._recheck = Deadline(0)
         self._rechecked = 0
         self._batch_bytes = float(FIRST_GUESS_BYTES)
@@ -169,7 +171,7 @@ class Collector:
                 max_batches = room if max_batches is None else min(room, max_batches)
             if max_batches == 0:
                 return []
-            self._watch_streams()
+            self._watch_streams(deadline)
             taken: list[Entry] = []
             found: list[tuple[int, Batch]] = []
             try:
@@ -301,9 +303,11 @@ class Collector:
                     if wait:
                         self._wait_seconds += time.perf_counter() - began
                 if not filled:
+                    if not wait and self._outage.error and not found:
+                        raise self._outage.error.with_traceback(None)
                     if not wait:
                         break
-                    self._watch_streams()
+                    self._watch_streams(deadline)
                 continue
             suspect = self._read[0].deliveries >= self._suspect_after
             if suspect and found:
@@ -330,15 +334,7 @@ class Collector:
             return False
         count = max(1, min(READ_COUNT, self._entries_of_each(len(self._watched)), max_batches or READ_COUNT))
         try:
-            if again:
-                self._read_pending(again, count)
-                return True
-            return self._read_new(count, deadline) or bool(self._read)
-        except ServerFault as error:
-            if not _lost_stream(error):
-                raise
-            self._look_at_streams(list(self._watched.values()))
-            return False
+            filled = self._read_some(again, count, deadline)
         except BaseException as error:
             # The reply may be lost with entries in it: they are pending now, so look there first.
             self._look_back(self._watched.values())
@@ -349,10 +345,25 @@ class Collector:
             if self._returned:
                 self._settle_returned()  # is patient
                 return True
-            logger.warning("%s; reading what is pending once it is back", error)
             if deadline is None or deadline.over:
                 raise
+            self._outage.tell(error)
             time.sleep(min(BLOCK_SECONDS, deadline.remaining))
+            return False
+        self._outage.end()
+        return filled
+
+    def _read_some(self, again: Sequence[Stream], count: int, deadline: Deadline | None) -> bool:
+        """Read what is pending in these streams, or what is new; streams that are gone are looked for."""
+        try:
+            if again:
+                self._read_pending(again, count)
+                return True
+            return self._read_new(count, deadline) or bool(self._read)
+        except ServerFault as error:
+            if not _lost_stream(error):
+                raise
+            self._look_at_streams(list(self._watched.values()))
             return False
 
     def _entries_of_each(self, streams: int) -> int:
@@ -425,7 +436,7 @@ class Collector:
             others = [one for one in self._readers.values() if one.streams and one is not reader]
             if all(one.is_away for one in others):
                 raise
-            logger.warning("%s; the other shards go on", error)
+            reader.outage.tell(error, "the other shards go on")
             reader.leave_out(max(AWAY_SECONDS, AWAY_TRIES * (time.monotonic() - began)))
             self._look_back(reader.streams.values())
 
@@ -657,11 +668,22 @@ class Collector:
         key = self._keys.again(number) if retried else self._keys.experiences(number)
         return Source(number, key, self._keys.counts(number), self._keys.epochs(number), retried)
 
-    def _watch_streams(self) -> None:
-        """Find streams that have come; now and then, entries that nobody looks after."""
+    def _watch_streams(self, deadline: Deadline) -> None:
+        """Find streams that have come; now and then, entries that nobody looks after. Until the deadline, try again."""
         if not self._look_again.over:
             return
         self._look_again = Deadline(BLOCK_SECONDS)
+        try:
+            self._find_streams()
+        except ConnectionFailed as error:
+            if deadline.over:
+                raise
+            self._outage.tell(error)
+        else:
+            if not self._watched:  # otherwise reading will show it
+                self._outage.end()
+
+    def _find_streams(self) -> None:
         recheck = self._recheck.over
         workers = list(self._workers())
         names = [str(worker) for worker in workers]

@@ -15,6 +15,7 @@ from rlbroker.errors import PeerError
 from rlbroker.experience.progress import Stream
 from rlbroker.experience.turns import Turns
 from rlbroker.keys import GROUP
+from rlbroker.outage import Outage
 from rlbroker.replies import StreamEntries, stream_entries
 
 
@@ -54,6 +55,8 @@ class ShardReader:
         self._asked: _Asked | None = None
         self._had_one = False
         self._away = Deadline(0)
+        #: What is told when it is left out.
+        self.outage = Outage(f"collecting from {shard}")
         #: Whether the last read took all that was there, as far as it asked; and whether it asked for all.
         self.drained = self.left_out = False
 
@@ -128,6 +131,7 @@ class ShardReader:
             (reply,) = self.channel.receive(1)
         if isinstance(reply, PeerError):
             raise reply
+        self.outage.end()
         found = stream_entries(reply)
         having = [key for key, _ in found]
         self._turns.note(having, len(self.streams), time.monotonic(), all_asked=not asked.left_out)
