@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import wait_until
-from engines import Cluster
+from engines import Cluster, Node
 from servers import KINDS, binary_of
 
 from rlbroker import WorkerClient, WorkerCommunicator
@@ -291,16 +291,20 @@ def test_a_learner_that_waits_for_batches_sees_no_more_of_planned_failovers_than
     cluster, scene = with_replicas, Scene(with_replicas, run)
     with scene.learner() as learner, ExitStack() as stack:
         workers = [stack.enter_context(scene.worker(number)) for number in range(3)]
-        sent, got = 0, list[int]()
-        for master in cluster.masters():
-            handing_over = threading.Timer(0.3, cluster.fail_over, [cluster.replica_of(master)])
+        got = list[int]()
+
+        def hand_over(master: Node, number: int) -> None:
+            cluster.fail_over(cluster.replica_of(master))
+            for worker in workers:
+                worker.send_experiences({"number": number})
+
+        _send(workers[0], range(1))
+        for number, master in enumerate(cluster.masters(), start=1):
+            learner.collect_experiences(timeout=0.0)
+            handing_over = threading.Timer(0.5, hand_over, [master, number])
             handing_over.start()
-            while handing_over.is_alive() or len(got) < sent:
-                if handing_over.is_alive():
-                    for worker in workers:
-                        worker.send_experiences({"number": sent})
-                        sent += 1
+            while got.count(number) < len(workers):
                 got += [batch["number"] for _, batch in learner.collect_experiences(timeout=20.0)]
-        assert sorted(got) == list(range(sent))
+            handing_over.join()
     starts, ends = (caplog.text.count(words) for words in ("trying again until it works", "it works again"))
     assert starts == ends
