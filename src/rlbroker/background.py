@@ -44,8 +44,8 @@ class Background:
         """
         self._step = step
         self._stopping = threading.Event()
-        #: What `wake` writes to, and `wait_for` reads; there is none before it is needed.
-        self._bell: tuple[socket.socket, socket.socket] | None = None
+        #: What `wake` writes to, and what `wait_for` reads; there is none before the thread has started.
+        self._bell: tuple[socket.socket, ...] = ()
         self._thread = threading.Thread(target=self._run, name=f"rlbroker-{name}", daemon=True)
         self.error: Exception | None = None
 
@@ -56,6 +56,9 @@ class Background:
 
     def start(self) -> None:
         """Start repeating."""
+        self._bell = socket.socketpair()
+        for end in self._bell:
+            end.setblocking(False)
         self._thread.start()
 
     def pause(self, seconds: float) -> None:
@@ -73,25 +76,21 @@ class Background:
             return True
         if self.stopping:
             return False
-        if self._bell is None:
-            self._bell = socket.socketpair()
-            for end in self._bell:
-                end.setblocking(False)
-            seconds = 0  # nobody could ring it before
-        heard = self._bell[1]
+        bells = self._bell[1:]
         with _Selector() as selector:
-            for one in (sock, heard):
+            for one in (sock, *bells):
                 selector.register(one, selectors.EVENT_READ)
             ready = [key.fileobj for key, _ in selector.select(seconds)]
-        if heard in ready:
-            heard.recv(RINGS)
+        for bell in bells:
+            if bell in ready:
+                bell.recv(RINGS)
         return sock in ready
 
     def wake(self) -> None:
         """Have `wait_for` return, the next one if there is none now: there is something else to do."""
-        if self._bell is not None:
+        for bell in self._bell[:1]:
             with suppress(OSError):  # it was rung often, or the thread has ended
-                self._bell[0].send(b"!")
+                bell.send(b"!")
 
     def check(self) -> None:
         """Raise the error that ended the thread, if one did."""
@@ -114,7 +113,8 @@ class Background:
         try:
             self._work()
         finally:
-            for end in self._bell or ():
+            bell, self._bell = self._bell, ()
+            for end in bell:
                 end.close()
 
     def _work(self) -> None:
