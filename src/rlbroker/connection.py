@@ -715,23 +715,32 @@ class Connection:
         else:
             self.servers.doubt(server)
 
-    def ours(self, error: redis_errors.RedisError, command: Sequence[Argument | Pieces] = ()) -> PeerError:
+    def ours(
+        self,
+        error: redis_errors.RedisError,
+        command: Sequence[Argument | Pieces] = (),
+        server: Server | None = None,
+    ) -> PeerError:
         """Give our error for one of redis-py's; a user that was accepted before is refused only after a while.
 
         Args:
             error: what redis-py raised.
             command: what was sent; a server that refuses a key does not say which.
+            server: which was asked, if that is known.
         """
+        address = self.address
+        if server is not None and not isinstance(self.servers, OneServer):
+            address = f"{server.name} of {address}"
         insecure = refusal_of(error)
         if self._worked and (insecure or is_refusal(error)):
             self._refused = self._refused or Deadline(REFUSED_SECONDS)
             if not self._refused.over:
                 what = "can be reached by TLS no" if insecure else "does not accept this user any"
-                return ConnectionFailed(f"{self.address} {what} more: {error}; was it restarted?")
-        ours = translated(error, self.address, command=command, user=self.user)
+                return ConnectionFailed(f"{address} {what} more: {error}; was it restarted?")
+        ours = translated(error, address, command=command, user=self.user)
         if not self._worked and isinstance(ours, ConnectionFailed):
             if answers_only_tls(self._given.connection_pool, error):
-                return TlsFailed(f"{self.address} speaks TLS, and the URL says redis://: write rediss://")
+                return TlsFailed(f"{address} speaks TLS, and the URL says redis://: write rediss://")
             return ConnectionFailed(f"{ours}{self._hint}")
         return ours
 
@@ -753,7 +762,7 @@ class _Translating:
             return
         if is_moving(error):
             raise KeyMoves(error) from error
-        ours = self._connection.ours(error, self._command)
+        ours = self._connection.ours(error, self._command, self.server)
         if isinstance(ours, ConnectionFailed):
             self._connection.failed(error, self.server)
         raise ours from error
@@ -966,7 +975,7 @@ class Channel:
         raise ours from error
 
     def _ours(self, error: redis_errors.RedisError, command: Sequence[Argument | Pieces] = ()) -> PeerError:
-        ours = self._connection.ours(error, command)
+        ours = self._connection.ours(error, command, self._server)
         ours.__cause__ = error
         if isinstance(ours, ConnectionFailed):
             self._connection.failed(error, self._server)

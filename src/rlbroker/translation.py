@@ -75,7 +75,7 @@ def translated(
         or text.startswith(("LOADING", "BUSY ", "MASTERDOWN", "READONLY"))
         or "NOREPLICAS" in text
     ):
-        return ConnectionFailed(f"cannot reach {address}: {text}")
+        return ConnectionFailed(f"cannot reach {address}: {_for_people(text)}")
     if isinstance(error, redis_errors.OutOfMemoryError) or text.startswith("OOM"):
         return ServerOutOfMemory(
             f"{address} has reached its maxmemory: {text}; raise maxmemory, or lower max_queue_bytes or max_queue_size"
@@ -106,7 +106,13 @@ def translated(
             f"{address} has a key of another type than rlbroker writes ({_asked(text, command)}): another program "
             "uses the run's keys"
         )
-    return ServerFault(f"{address} answered: {text}")
+    return ServerFault(f"{address} answered: {_for_people(text)}")
+
+
+def _for_people(text: str) -> str:
+    """Leave out which command of many it was, and where in which script."""
+    text = re.sub(r"^Command # \d+ \(.*\) of pipeline caused error: ", "", text, flags=re.DOTALL)
+    return re.sub(r"\s*script: [0-9a-f]{40}, on @user_script:\d+$", "", text)
 
 
 def _asked(text: str, command: Sequence[object]) -> str:

@@ -117,7 +117,9 @@ def test_a_node_of_a_cluster_is_used_as_one(
             done = rlbroker(*command.split(), RLBROKER_REDIS_URL=url)
             assert done.returncode == 0, done.stderr
         said = rlbroker("doctor", RLBROKER_REDIS_URL=url).stdout
-        assert "3 masters and 3 replicas serve all 16,384 slots, found by the one that the URL names" in said
+        assert (
+            "3 masters and 3 replicas serve all 16,384 slots, found by the one that the URL names" in said
+        ), said
     done = rlbroker("bench", "--seconds", "0.01", "--megabytes", "0.1", RLBROKER_REDIS_URL=url)
     assert (done.returncode, "batches " in done.stdout) == (0, True), done.stderr
     done = rlbroker("prune", "--run", "pong", "--yes", RLBROKER_REDIS_URL=url)
