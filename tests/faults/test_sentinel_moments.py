@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import wait_until
 from engines import Node, SentinelTrio
 
 from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker.deadline import Deadline
 from rlbroker.keys import Keys
 from rlbroker.replies import newest_place
+from rlbroker.servers import Server
 
 RUN = "moments"
 
@@ -41,6 +45,42 @@ def test_a_master_that_was_replaced_is_read_no_more_though_it_answers(trio: Sent
         worker.send_experiences({"n": 2})
         _collect(learner, [1, 2])
         assert old.awake
+
+
+def test_replicas_that_hang_hold_up_one_version_and_not_each(
+    trio: SentinelTrio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker leaves them alone for a while, and then tries them again."""
+    with (
+        WorkerCommunicator(1, redis_url=trio.url, run=RUN, host_cache=False) as learner,
+        WorkerClient(trio.url, RUN, 0, host_cache=False, read_from_replicas=True) as worker,
+    ):
+        asked, replicas_of = list[Server](), worker._connection.replicas_of
+
+        def counted(master: Server) -> Sequence[Server]:
+            asked.append(master)
+            return replicas_of(master)
+
+        monkeypatch.setattr(worker._connection, "replicas_of", counted)
+
+        def asked_for_a_version() -> int:
+            before, model = len(asked), dict[str, Any]()
+            learner.send_model_weights({"w": np.zeros(1_000)})
+            wait_until(
+                "it is applied", lambda: worker.poll(model) and worker.version == learner.version, 60.0
+            )
+            return len(asked) - before
+
+        assert asked_for_a_version()
+        replicas = [node for node in trio.nodes if node is not trio.master()]
+        for node in replicas:
+            node.freeze()
+        assert asked_for_a_version()
+        assert not asked_for_a_version()
+        for node in replicas:
+            node.thaw()
+        worker._subscriber._fetcher._reader._replicas_away = Deadline(0)  # it is over
+        assert asked_for_a_version()
 
 
 @contextmanager

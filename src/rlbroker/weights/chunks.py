@@ -33,6 +33,9 @@ READ_WINDOW_BYTES: Final = 4 << 20
 #: Bytes that are sent and not confirmed, besides the chunk that is being sent.
 WRITE_WINDOW_BYTES: Final = 8 << 20
 
+#: How long replicas are left alone after one did not answer: each version would wait for it again.
+REPLICAS_AWAY_SECONDS: Final = 30.0
+
 #: Bytes read at once where a line is expected: the beginning of a chunk that comes with it is copied.
 LINE_BYTES: Final = 4096
 
@@ -80,6 +83,17 @@ class ChunkReader:
         self._lines = _Lines(connection)
         #: Whether replicas are read. What one does not have yet comes from its master.
         self.from_replicas = False
+        self._replicas_away = Deadline(0)
+
+    @property
+    def replicas_answer(self) -> bool:
+        """Whether replicas can be read, as far as is known."""
+        return self._replicas_away.over
+
+    def leave_replicas(self) -> None:
+        """Read from masters from now on, as something did not answer; replicas are worth another try after a while."""
+        if self.from_replicas:
+            self.from_replicas, self._replicas_away = False, Deadline(REPLICAS_AWAY_SECONDS)
 
     def read(self, chunks: Chunks) -> Iterator[int]:
         """Fill the memory of each chunk, in order, and give its index once it is filled.
@@ -110,7 +124,7 @@ class ChunkReader:
             try:
                 found = lines.values(keys)
             except ConnectionFailed:
-                self.from_replicas = False
+                self.leave_replicas()
             finally:
                 lines.close()
         missing = [key for key in keys if key not in found]

@@ -117,16 +117,15 @@ class Fetcher:
             pointer.check(self._key, self._keys.run)
         if held and held.number == pointer.version:
             return held
-        self._reader.from_replicas = self._from_replicas
+        self._reader.from_replicas = self._from_replicas and self._reader.replicas_answer
         try:
             try:
                 return self._find_or_download(pointer, held)
             except WireError:
                 if not self._reader.from_replicas:
                     raise
-            self._reader.from_replicas = (
-                False  # what they have may be old, or belong to another master by now
-            )
+            # What replicas have may be old, or belong to another master by now.
+            self._reader.from_replicas = False
             return self._find_or_download(pointer, held)
         except MemoryError as error:
             raise WireError(f"version {pointer.version} needs more memory than there is") from error
@@ -325,7 +324,7 @@ class Fetcher:
                     done = begin + index + 1
                     yield ranges[done - 1], chunks[done - 1][1]
             except ConnectionFailed as fault:
-                self._reader.from_replicas = False
+                self._reader.leave_replicas()
                 patience.outlast(fault, moved=done > begin)
 
     def _check_stopping(self) -> None:
