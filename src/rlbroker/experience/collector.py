@@ -140,6 +140,7 @@ class Collector:
         self._began = False
         self._look_again = Deadline(0)
         self._outage = Outage("collecting")
+        self._mended = False  #: whether a connection was closed that may have been broken for long
         self._recheck = Deadline(0)
         self._rechecked = 0
         self._batch_bytes = float(FIRST_GUESS_BYTES)
@@ -375,10 +376,12 @@ class Collector:
         """Read what is new; with a deadline, wait for the first entry of whichever stream.
 
         Returns:
-            Whether to read once more, as some streams were left out and there is no time to wait for their turn.
+            Whether to read once more, as a connection is new, or as some streams were left out and there is no time
+            to wait for their turn.
         """
         wait_seconds = None if deadline is None else min(self._connection.block_seconds, deadline.remaining)
         readers = [reader for reader in self._readers.values() if reader.streams and not reader.is_away]
+        self._mended = False
         if self._look_after_anew(readers):
             return True
         readers = [reader for reader in readers if not reader.is_away]
@@ -389,6 +392,8 @@ class Collector:
             replies = self._read_shards(readers, count, wait_seconds)
         self._take_new(replies)
         self._drained = all(reader.drained or reader.waits for reader in readers)
+        if self._mended:
+            return True
         if self._read or deadline is not None or not any(reader.left_out for reader in readers):
             return False
         for reader in readers:
@@ -428,11 +433,20 @@ class Collector:
 
     @contextmanager
     def _unless_away(self, reader: ShardReader) -> Iterator[None]:
-        """Leave a shard out for a while if its server is away, as long as there are others; with `_once`."""
+        """Leave a shard out for a while if its server is away, as long as there are others; with `_once`.
+
+        A connection that broke may have done so long ago: first it is only made anew.
+        """
         began = time.monotonic()
         try:
             yield
         except ConnectionFailed as error:
+            reader.failures += 1
+            if reader.failures == 1 and self._once:
+                reader.close()
+                self._look_back(reader.streams.values())
+                self._mended = True
+                return
             others = [one for one in self._readers.values() if one.streams and one is not reader]
             if all(one.is_away for one in others):
                 raise

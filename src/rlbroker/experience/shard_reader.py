@@ -55,8 +55,8 @@ class ShardReader:
         self._asked: _Asked | None = None
         self._had_one = False
         self._away = Deadline(0)
-        #: What is told when it is left out.
-        self.outage = Outage(f"collecting from {shard}")
+        #: How often it failed since it has read something, and what is told when it is left out.
+        self.failures, self.outage = 0, Outage(f"collecting from {shard}")
         #: Whether the last read took all that was there, as far as it asked; and whether it asked for all.
         self.drained = self.left_out = False
 
@@ -131,6 +131,7 @@ class ShardReader:
             (reply,) = self.channel.receive(1)
         if isinstance(reply, PeerError):
             raise reply
+        self.failures = 0
         self.outage.end()
         found = stream_entries(reply)
         having = [key for key, _ in found]
