@@ -153,6 +153,7 @@ class Connection:
         self.timeout_seconds = positive_seconds("timeout", timeout_seconds)
         self._pid = os.getpid()
         self._scripts: dict[str, Script] = {}
+        self._told = False  #: whether it was told that nobody answers
         self._worked, self._hint = False, ""
         self._refused: Deadline | None = None
         way = None
@@ -639,7 +640,15 @@ class Connection:
                     if unknown not in (None, error):
                         raise unknown from error
                     raise
-                logger.debug("%s; trying again in %.2f s", error, pause)
+                # Who waits for a server that has never answered may have mistyped its address.
+                first = not self._worked and not self._told and deadline.remaining > 1
+                self._told |= first
+                logger.log(
+                    logging.WARNING if first else logging.DEBUG,
+                    "%s; trying again for %.0f s",
+                    error,
+                    deadline.remaining,
+                )
                 time.sleep(pause)
 
     def _translated(
