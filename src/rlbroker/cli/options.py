@@ -6,7 +6,13 @@ from typing import Annotated
 
 import typer
 
-Url = Annotated[str | None, typer.Option(help="Server; without it RLBROKER_REDIS_URL, REDIS_URL, localhost.")]
+Url = Annotated[
+    str | None,
+    typer.Option(
+        help="Server: redis://, rediss:// (TLS) or unix://; several: redis+sentinel://, redis+cluster://. Without it "
+        "RLBROKER_REDIS_URL, REDIS_URL, localhost."
+    ),
+]
 Env = Annotated[str, typer.Option(help="Gymnasium environment; learner and workers must have the same.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Random seed of the run; random if left out.")]
 Minutes = Annotated[float, typer.Option(min=0.0, help="Longest time for everything.")]
