@@ -230,6 +230,7 @@ class WorkerInfo:
         last_seen_seconds: age of its last heartbeat, by the server's clock.
         sent: batches that it says it sent in this life.
         problem: what keeps it from applying the newest weights, if anything does.
+        unconfirmed: what keeps its last batch from its level, if it has waited for that in vain.
         room_seconds: in which `send_experiences` waited in this life for room in a full queue, as it says.
         unpolled_seconds: since it was last in `poll` or `load_weights` when it was last heard of; 0 while it was. A
             worker that does not poll obeys no command and runs old weights.
@@ -248,6 +249,7 @@ class WorkerInfo:
     last_seen_seconds: float
     sent: int
     problem: str
+    unconfirmed: str = ""
     room_seconds: float = 0.0
     unpolled_seconds: float = 0.0
     fenced_process: str = ""

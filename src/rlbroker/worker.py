@@ -449,6 +449,7 @@ class WorkerClient:
             "version": self._version,
             "sent": self._sender.sent if self._sender else 0,
             "problem": self._subscriber.problem or self._misfit,
+            "unconfirmed": self._sender.unconfirmed if self._sender else "",
             "room_seconds": f"{self._sender.room_seconds if self._sender else 0.0:.3f}",
             "unpolled_seconds": f"{self._attention.absent_seconds:.3f}",
         }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
-from conftest import RealServer, Server, wait_until
+from conftest import ClusterServer, RealServer, Server, spread, wait_until
+from engines import Node
 
 from rlbroker import (
     ConnectionFailed,
@@ -101,6 +103,24 @@ def test_a_server_that_lost_the_queue_takes_no_batch_before_those_that_it_lost(
     server.client.flushall()
     client.send_experiences({"number": 2})
     assert waiting(server, keys, client) == [1, 2]
+
+
+@pytest.mark.parametrize(("batches", "words"), [(1, "1 is"), (2, "2 are")])
+def test_what_is_sent_again_is_told(
+    server: Server,
+    learner: Learner,
+    worker: Worker,
+    caplog: pytest.LogCaptureFixture,
+    batches: int,
+    words: str,
+) -> None:
+    comm, client = learner(), worker(level="learner")
+    for number in range(batches):
+        client.send_experiences({"number": number})
+    comm.cleanup()
+    server.client.flushall()
+    client.flush(timeout=0.01)
+    assert f"the server lost what worker 0 sent after batch 0; {words} sent again" in caplog.text
 
 
 def test_a_worker_says_how_many_batches_it_sent_when_the_server_lost_them(
@@ -274,3 +294,93 @@ def test_at_level_fsync_a_batch_is_on_the_disk(real_server: RealServer, run: str
         finally:
             real_server.client.config_set("appendonly", "no")
         assert [batch["number"] for _, batch in comm.collect_experiences()] == [1]
+
+
+@contextmanager
+def on_the_disk(server: RealServer) -> Iterator[None]:
+    """Have the server keep an append-only file meanwhile."""
+    server.client.config_set("appendonly", "yes")
+    try:
+        yield
+    finally:
+        server.client.config_set("appendonly", "no")
+
+
+def test_what_a_level_lacks_later_is_waited_for_and_told(real_server: RealServer, run: str) -> None:
+    """What was right when the worker started is an outage when it is gone, like any other."""
+    with WorkerCommunicator(1, run=run, lease_seconds=1.0, **real_server.way()) as comm, ExitStack() as stack:
+        with on_the_disk(real_server):
+            client = stack.enter_context(
+                WorkerClient(run=run, level="fsync", timeout=1.0, **real_server.way())
+            )
+        with pytest.raises(Unconfirmed, match=r"batch 1 of worker 0.*append-only file for batch 1.* goes on"):
+            client.send_experiences({"number": 1})
+        real_server.client.client_kill_filter(_type="normal", skipme=True)
+        with pytest.raises(ConnectionFailed, match="has no append-only file for batch 1; CONFIG SET"):
+            client.send_experiences({"number": 2})
+        said = wait_until("the learner hears why", lambda: comm.workers()[0].unconfirmed)
+        assert "has no append-only file" in said
+        with on_the_disk(real_server):
+            client.send_experiences({"number": 2}, timeout=10.0)
+            assert [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)] == [1, 2]
+            wait_until("all is well", lambda: not comm.workers()[0].unconfirmed)
+
+
+@contextmanager
+def without_replica(cluster: ClusterServer, key: str) -> Iterator[Node]:
+    """Have no replica at the master that has a key, and give that master."""
+    master = cluster.engine.owner_of(cluster.engine.slot_of(key))
+    replica = cluster.engine.replica_of(master)
+    replica.kill()
+    wait_until("that is noticed", lambda: b"connected_slaves:0" in master.ask("INFO", "replication"))
+    try:
+        yield master
+    finally:
+        replica.start()
+        cluster.engine.wait_ok()
+
+
+def queue_on(master: Node, cluster: ClusterServer, keys: Keys) -> int:
+    """Give the worker whose queue is on a master."""
+    slots = [cluster.engine.slot_of(keys.experiences(number)) for number in range(3)]
+    return next(number for number, slot in enumerate(slots) if cluster.engine.owner_of(slot) is master)
+
+
+def test_level_replica_asks_for_one_of_the_master_that_has_the_queue(
+    cluster: ClusterServer, run: str, keys: Keys
+) -> None:
+    """Not of the one that has the run's own keys; and how to add one is said as a Cluster needs it."""
+    with without_replica(cluster, keys.meta) as lonely, ExitStack() as stack:
+        way: dict[str, Any] = {"run": run, "level": "replica", "timeout": 2.0, **cluster.way()}
+        early = [stack.enter_context(WorkerClient(worker_id=number, **way)) for number in range(3)]
+        stack.enter_context(WorkerCommunicator(3, run=run, **cluster.way()))
+        alone = queue_on(lonely, cluster, spread(keys, cluster))
+        for number in {0, 1, 2} - {alone}:
+            assert early[number].send_experiences({})
+        stack.enter_context(WorkerClient(worker_id=(alone + 1) % 3, **way))
+        named = f"127.0.0.1:{lonely.port}"
+        with pytest.raises(
+            ServerUnsuitable, match=f"{named} has none.*add-node HOST:PORT {named} --cluster-slave"
+        ):
+            WorkerClient(worker_id=alone, **way)
+
+
+def test_a_replica_that_is_missing_when_the_run_is_opened_is_waited_for(
+    cluster: ClusterServer, run: str, keys: Keys
+) -> None:
+    with ExitStack() as stack:
+        way: dict[str, Any] = {"run": run, "timeout": 2.0, **cluster.way()}
+        clients = [
+            stack.enter_context(WorkerClient(worker_id=number, level="replica", **way)) for number in range(3)
+        ]
+        comm = stack.enter_context(WorkerCommunicator(3, **way))
+        with without_replica(cluster, keys.meta) as lonely:
+            number = queue_on(lonely, cluster, spread(keys, cluster))
+            client, why = clients[number], f"no replica of 127.0.0.1:{lonely.port} has confirmed batch 1 yet"
+            with pytest.raises(Unconfirmed, match=f"{why}; bring one back"):
+                client.send_experiences({"number": 1})
+            with pytest.raises(ConnectionFailed, match=why):
+                client.send_experiences({"number": 2})
+        client.send_experiences({"number": 2}, timeout=20.0)
+        pairs = comm.collect_experiences(timeout=5.0)
+        assert [(worker, batch["number"]) for worker, batch in pairs] == [(number, 1), (number, 2)]

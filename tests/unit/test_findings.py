@@ -95,6 +95,11 @@ TROUBLE: dict[str, tuple[Snapshot, str, str]] = {
     ),
     "worker_skips": (worker(missed=replace(MISSED, skips_in_a_row=12)), "warning", "last 12 updates"),
     "worker_cannot_load": (member(problem="wrong shape"), "critical", "wrong shape"),
+    "worker_unconfirmed": (
+        member(unconfirmed="no replica of b:1 has confirmed batch 7 yet", staleness=17),
+        "warning",
+        "worker 0 waits: no replica of b:1 has",
+    ),
     "worker_fenced": (member(fenced_process="node-9:8", fenced_seconds=5.0), "warning", "node-9:8"),
     "updates_failed": (worker(missed=replace(MISSED, by_reason={"failed": 1})), "warning", "1 version"),
     "signatures_refused": (worker(missed=replace(MISSED, refused=2)), "warning", "2 versions or commands"),

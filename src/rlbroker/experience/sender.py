@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from rlbroker.config import Level, RunSettings, WhenFull
 from rlbroker.connection import Channel, Connection, flat
-from rlbroker.deadline import Backoff, Deadline
+from rlbroker.deadline import Backoff, Deadline, try_seconds
 from rlbroker.errors import (
     BatchTooLarge,
     ConnectionFailed,
@@ -37,6 +37,7 @@ from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE, STATE
 from rlbroker.keys import GROUP, Keys
 from rlbroker.records import Registration, SendReceipt
 from rlbroker.replies import entry_place, group_position, newest_place, pending_summary
+from rlbroker.servers import Server
 from rlbroker.translation import KeysMove
 
 logger = logging.getLogger("rlbroker")
@@ -81,7 +82,7 @@ class Sender:
 
         Raises:
             Fenced: a newer process has this worker id.
-            ServerUnsuitable: the server cannot give this level.
+            ServerUnsuitable: the server cannot give this level. Later, what it lacks for that is an outage.
         """
         self._connection, self._keys = connection, keys
         self._settings, self._rejoin = settings, rejoin
@@ -94,6 +95,7 @@ class Sender:
         self._fenced = False
         self._sequence = self._stated = 0
         self._outbox: Parcel | None = None
+        self._unreached = ""  #: why that has not reached its level, if a wait for it was in vain
         self._kept: deque[Parcel] = deque()
         self._kept_bytes = 0
         #: What this life counted; absolute numbers, so that writing them again does no harm.
@@ -106,9 +108,7 @@ class Sender:
         self._opened = False
         if known:
             self._do(self._look)
-        else:
-            connection.retry(self._check_level)  # a Cluster's nodes are alike, as a rule
-            self._channel.close()
+        connection.retry(lambda: self._check_level(known=known))
 
     @property
     def sent(self) -> int:
@@ -125,6 +125,11 @@ class Sender:
     def unsafe(self) -> int:
         """Batches that have not reached their level yet, and are kept for that."""
         return len(self._kept) + (self._outbox is not None)
+
+    @property
+    def unconfirmed(self) -> str:
+        """What keeps the last batch from its level, if it has waited for that in vain."""
+        return self._unreached if self._outbox is not None else ""
 
     def send(
         self,
@@ -285,9 +290,7 @@ class Sender:
             fresh, self._channel.strayed = self._channel.connect(), False
             if fresh or self._doubt:
                 self._open()
-                if not self._opened:
-                    self._check_level()
-                    self._opened = True
+                self._opened = True
             try:
                 return operation()
             finally:
@@ -322,10 +325,11 @@ class Sender:
                 missing.append(parcel)
         if last < self._sequence - len(unconfirmed):
             logger.warning(
-                "the server lost batches of worker %d after number %d; %d are sent again",
+                "the server lost what worker %d sent after batch %d; %d %s sent again",
                 self._worker_id,
                 last,
                 len(missing),
+                "is" if len(missing) == 1 else "are",
             )
         for some in _slices(missing):
             self._add_all(some)
@@ -385,30 +389,41 @@ class Sender:
         if self.level in ("replica", "fsync"):
             # Waiting concerns what this connection wrote last, so it writes something each time.
             wait = ("WAIT", 1) if self.level == "replica" else ("WAITAOF", 1, 0)
-            milliseconds = max(1, int(self._connection.block_seconds * 1000))
+            # Well within what is left, too: a wait that the socket breaks off tells nothing of why.
+            milliseconds = max(1, int(try_seconds(2 * self._connection.block_seconds) * 500))
             further = [("HSET", self._counts, *self._statement()), (*wait, milliseconds)]
         replies = self._add_all([] if parcel.stored else [parcel], *further)
         if further:
             if self._channel.strayed:  # and what was waited for is something else
                 parcel.uncertain = True
                 raise KeysMove(f"the queue of worker {self._worker_id} is just being moved to another node")
-            self._check_reached(replies[-1])
+            self._check_reached(parcel, replies[-1])
         if self.level == "learner":
             parcel.keep()
             self._kept.append(parcel)
             self._kept_bytes += parcel.size
         self._outbox = None
 
-    def _check_reached(self, reply: Any) -> None:
-        if isinstance(reply, PeerError):
+    def _check_reached(self, parcel: Parcel, reply: Any) -> None:
+        """Raise if a batch has not reached its level; what the server lacks for that may be there again soon."""
+        no_file = isinstance(reply, ServerFault) and "appendonly" in str(reply)
+        if isinstance(reply, PeerError) and not no_file:
             raise reply
-        reached = reply if isinstance(reply, int) else reply[0]
-        if reached < 1:
-            assert self._outbox is not None
-            self._outbox.uncertain = True
-            raise ConnectionFailed(
-                f"no {'replica' if self.level == 'replica' else 'disk'} has confirmed it yet"
+        if not no_file and (reply if isinstance(reply, int) else reply[0]):
+            self._unreached = ""
+            return
+        assert self._channel.server is not None
+        parcel.uncertain, node, batch = True, self._name(self._channel.server), f"batch {parcel.sequence}"
+        if no_file:
+            why = (
+                f"{node} has no append-only file for {batch}; CONFIG SET appendonly yes there, and it goes on"
             )
+        elif self.level == "replica":
+            why = f"no replica of {node} has confirmed {batch} yet; bring one back or add one, and it goes on"
+        else:
+            why = f"the disk of {node} has not confirmed {batch} yet"
+        self._unreached = why
+        raise ConnectionFailed(why)
 
     def _state(self) -> None:
         """Write what this life says of itself."""
@@ -559,24 +574,44 @@ class Sender:
             self._doubt = True
             raise RunLost(f"the server lost the queue of worker {self._worker_id}")
 
-    def _check_level(self) -> None:
-        try:
-            if self.level == "fsync":
-                self._channel.execute("WAITAOF", 1, 0, 1)
-            elif self.level == "replica":
-                self._channel.execute("WAIT", 0, 1)
-                if "connected_slaves:0" in str(self._channel.execute("INFO", "replication")):
-                    raise ServerUnsuitable(
-                        f"level 'replica' needs a replica, and {self._connection.address} has none now; add one "
-                        "(REPLICAOF), or choose another level"
-                    )
-        except ServerFault as error:
-            if "appendonly" in str(error):
-                needs = "`redis-cli CONFIG SET appendonly yes`"
-            else:
-                version = "Redis 7.2 or newer, or Valkey" if self.level == "fsync" else "Redis or Valkey"
-                needs = f"{version}; this is {self._connection.server_version() or 'another server'}"
-            raise ServerUnsuitable(f"level {self.level!r} needs {needs}") from error
+    def _check_level(self, *, known: bool) -> None:
+        """Refuse a level that the queue's master cannot give; while nobody knows which that is, that no master can."""
+        if self.level not in ("replica", "fsync"):
+            return
+        lacks = ""
+        for master in [self._connection.holding(self._stream)] if known else self._connection.masters():
+            try:
+                lacks = self._lacking(master)
+            except ConnectionFailed:
+                if known:
+                    raise
+                return  # it may be well when the run is opened
+            if not lacks:
+                return
+        raise ServerUnsuitable(f"level {self.level!r} needs {lacks}")
+
+    def _lacking(self, master: Server) -> str:
+        """Give what a master needs for the level; empty if it can give that."""
+        replica, node = self.level == "replica", self._name(master)
+        look = [("WAIT", 0, 1), ("INFO", "replication")] if replica else [("WAITAOF", 1, 0, 1)]
+        replies = self._connection.ask_at(master, look)
+        refusal = next((reply for reply in replies if isinstance(reply, PeerError)), None)
+        if refusal is None:
+            if "connected_slaves:0" not in str(replies):
+                return ""
+            joins = f"`redis-cli --cluster add-node HOST:PORT {node} --cluster-slave`"
+            way = joins if self._connection.servers.several else "REPLICAOF"
+            return f"a replica, and {node} has none now; add one ({way}), or choose another level"
+        if not isinstance(refusal, ServerFault):
+            raise refusal
+        if "appendonly" in str(refusal):
+            return f"an append-only file, and {node} has none; `redis-cli CONFIG SET appendonly yes` there"
+        version = "Redis or Valkey" if replica else "Redis 7.2 or newer, or Valkey"
+        found = self._connection.server_version(self._connection.server_info(master))
+        return f"{version}; this is {found or 'another server'}"
+
+    def _name(self, server: Server) -> str:
+        return server.name if server.address else self._connection.address
 
     def _count(self, reason: str, deadline: Deadline, by: int = 1) -> None:
         # Under this incarnation's name also where a newer one is there already.

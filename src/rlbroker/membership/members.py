@@ -45,6 +45,7 @@ def member_infos(
                 last_seen_seconds=silent_seconds,
                 sent=_number(said, "sent"),
                 problem=said.get("problem", ""),
+                unconfirmed=said.get("unconfirmed", ""),
                 room_seconds=_seconds(said, "room_seconds") or 0.0,
                 unpolled_seconds=_seconds(said, "unpolled_seconds") or 0.0,
                 fenced_process=said.get("fenced_process", "")[:PROCESS_KEPT],

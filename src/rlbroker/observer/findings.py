@@ -93,6 +93,8 @@ ADVICE: Final = {
     "publish less often, or make rollouts shorter.",
     "worker_cannot_load": "Its model and the learner's differ: the message names keys and shapes. Start it again "
     "with the learner's code.",
+    "worker_unconfirmed": "It waits until its batch is as safe as its level promises, and goes on by itself then. With "
+    "one replica for each master that is so after each failover until the old master is back: have two.",
     "worker_fenced": "Two processes were started with one worker_id, and only the newer one counts. Give each its "
     "own, or leave worker_id out.",
     "updates_failed": "The record says why. If it runs a newer version by now, it has recovered.",
@@ -304,8 +306,16 @@ def _of_member(snapshot: Snapshot, info: WorkerInfo, limits: Limits) -> Iterator
             more,
         )
     silent = info.state == "away"
+    if info.unconfirmed and not silent:
+        yield Finding(
+            "warning",
+            "worker_unconfirmed",
+            worker,
+            f"worker {worker} waits: {info.unconfirmed}",
+            "rlbroker doctor",
+        )
     just_joined = not info.version and info.unpolled_seconds < UNPOLLED_SECONDS
-    expected = silent or just_joined or info.problem
+    expected = silent or just_joined or info.problem or info.unconfirmed
     if info.staleness >= limits.staleness and not expected:
         latest = snapshot.pointer.version if snapshot.pointer else 0
         runs = f"{info.version:,}" if info.version else "none"
