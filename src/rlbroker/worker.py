@@ -47,8 +47,8 @@ Handler = Callable[[Any], None]
 #: How long a paused or waiting worker sleeps between two looks at what arrived.
 LOOK_SECONDS = 0.1
 
-#: Which part of the time to leave a draining worker waits for batches that have not reached their level.
-DRAIN_PART = 0.75
+#: Which part of the time to leave a worker waits for what has not reached its level.
+SETTLE_PART = 0.75
 
 
 class WorkerClient:
@@ -365,7 +365,8 @@ class WorkerClient:
     def close(self) -> None:
         """Leave the run within the timeout, so that nobody waits for this worker. May be called again.
 
-        A worker that drains first waits, for most of that time, until its batches have reached their level.
+        A batch that is `Unconfirmed` is waited for, for most of that time; by a worker that drains, all that have not
+        reached their level.
         """
         if self._closed:
             return
@@ -377,8 +378,7 @@ class WorkerClient:
             self._signals.restore()
 
     def _leave(self, deadline: Deadline) -> None:
-        if self._draining:
-            self._settle(deadline.remaining * DRAIN_PART)
+        self._settle(deadline.remaining * SETTLE_PART)
         for part in (self._subscriber, self._inbox, self._heartbeat):
             part.request_stop()
         try:
@@ -390,10 +390,12 @@ class WorkerClient:
         finally:
             if self._sender is not None and self._sender.unsafe:
                 logger.warning(
-                    "worker %d leaves with %d batches that have not reached level %r; flush() waits for them",
+                    "worker %d leaves with %d %s not reached level %r: %s",
                     self.worker_id,
                     self._sender.unsafe,
+                    "batch that has" if self._sender.unsafe == 1 else "batches that have",
                     self._sender.level,
+                    self._sender.unconfirmed or "flush() waits for that",
                 )
             self._connection.close()
 
@@ -403,9 +405,9 @@ class WorkerClient:
             return
         try:
             with within(Deadline(seconds)):
-                self._sender.flush(seconds)
+                (self._sender.flush if self._draining else self._sender.confirm)(seconds)
         except PeerError as error:
-            logger.debug("worker %d drains: %s", self.worker_id, error)  # what that leaves is told below
+            logger.debug("worker %d leaves: %s", self.worker_id, error)  # what remains is told below
 
     def _finish(self, deadline: Deadline) -> None:
         assert self._sender is not None
@@ -413,12 +415,11 @@ class WorkerClient:
             self._sender.close(deadline)
             self._inbox.stop(deadline.remaining)
         finally:  # one that was replaced says so too: the run then knows that there are two of it
-            if deadline.over:
-                logger.warning(
-                    "the server did not answer in time; worker %d leaves unnoticed", self.worker_id
-                )
-            else:
+            late = deadline.over
+            if not late:
                 self._heartbeat.leave(deadline.remaining)
+        if late:
+            raise DeadlineExceeded("the server did not answer in time")
 
     def _tend(self, returned: bool) -> None:
         """Look after what is under way; called with each heartbeat."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -324,6 +325,26 @@ def test_what_a_level_lacks_later_is_waited_for_and_told(real_server: RealServer
             client.send_experiences({"number": 2}, timeout=10.0)
             assert [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)] == [1, 2]
             wait_until("all is well", lambda: not comm.workers()[0].unconfirmed)
+
+
+@pytest.mark.parametrize("drains", [False, True])
+def test_a_worker_leaves_in_time_though_its_batch_is_not_confirmed(
+    real_server: RealServer, run: str, drains: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server answers, so that leaving is recorded; and why the batch is not safe is said once."""
+    caplog.set_level(logging.WARNING, "rlbroker")
+    with WorkerCommunicator(1, run=run, **real_server.way()) as comm:
+        with on_the_disk(real_server):
+            client = WorkerClient(run=run, level="fsync", timeout=1.0, **real_server.way())
+        with pytest.raises(Unconfirmed):
+            client.send_experiences({"number": 1})
+        if drains:
+            client.drain()
+        client.close()
+        assert comm.workers() == []
+        (said,) = caplog.messages
+        assert said.startswith("worker 0 leaves with 1 batch that has not reached level 'fsync': ")
+        assert "has no append-only file for batch 1" in said
 
 
 @contextmanager

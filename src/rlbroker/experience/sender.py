@@ -229,6 +229,21 @@ class Sender:
                 return self.unsafe
             time.sleep(backoff.next(deadline))
 
+    def confirm(self, timeout_seconds: float) -> None:
+        """Bring a batch to its level that was not confirmed in time, if there is one.
+
+        Raises:
+            Fenced: a newer process has this worker id.
+            PeerError: the server refused, or it did not happen in time.
+        """
+        deadline = Deadline(timeout_seconds)
+        if self._lock.acquire(timeout=deadline.remaining):
+            try:
+                if self._outbox is not None:
+                    self._do(self._confirm, deadline)
+            finally:
+                self._lock.release()
+
     def doubt(self) -> None:
         """Be told that the server may have lost something."""
         self._doubt = True
@@ -253,7 +268,7 @@ class Sender:
             self._lock.release()
 
     def close(self, deadline: Deadline) -> None:
-        """Confirm what is unconfirmed, and state how many batches this life has sent.
+        """Confirm what is unconfirmed, unless that was in vain, and state how many batches this life has sent.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
@@ -262,7 +277,7 @@ class Sender:
             return  # a thread is in the middle of sending, and the worker is leaving: it gets the error
         try:
             if self._opened and not self._fenced:
-                if self._outbox is not None:
+                if self._outbox is not None and not self._unreached:
                     self._do(self._confirm, deadline)
                 self._do(self._state, deadline)
         except Fenced:
