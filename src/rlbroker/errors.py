@@ -15,7 +15,7 @@
         ├── ConnectionFailed        the server cannot be reached (ConnectionError)
         ├── AccessDenied            wrong password, or a right is missing (PermissionError)
         ├── TlsFailed               there can be no secure connection: a certificate, or a side without TLS
-        ├── ServerUnsuitable        the server is too old or would evict our keys
+        ├── ServerUnsuitable        the server is too old, would evict our keys, or cannot give a level
         ├── ServerOutOfMemory       the server's memory limit is reached
         ├── ServerFault             the server answered with any other error
         │   └── WrongKeyType        a key of the run is not of the type that rlbroker writes
