@@ -316,6 +316,8 @@ def test_what_a_level_lacks_later_is_waited_for_and_told(real_server: RealServer
             )
         with pytest.raises(Unconfirmed, match=r"batch 1 of worker 0.*append-only file for batch 1.* goes on"):
             client.send_experiences({"number": 1})
+        assert client._sender is not None
+        client._sender.tend()  # no heartbeat fails of it
         real_server.client.client_kill_filter(_type="normal", skipme=True)
         with pytest.raises(ConnectionFailed, match="has no append-only file for batch 1; CONFIG SET"):
             client.send_experiences({"number": 2})

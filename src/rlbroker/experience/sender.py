@@ -251,7 +251,7 @@ class Sender:
     def tend(self) -> None:
         """Send again what has to be, let go of what is safe, and say how much was sent.
 
-        Unless a thread is sending anyway.
+        Unless a thread is sending anyway. What is still not confirmed is no fault here: `unconfirmed` says why.
 
         Raises:
             PeerError: the server refused or could not be reached; call it again later.
@@ -264,6 +264,9 @@ class Sender:
                 self._do(self._confirm if self._outbox else self._look, Deadline(0))
             if self._stated < self._sequence:
                 self._do(self._state, Deadline(0))
+        except ConnectionFailed as error:
+            if str(error) != self._unreached:
+                raise
         finally:
             self._lock.release()
 
