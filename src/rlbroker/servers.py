@@ -10,7 +10,7 @@ import logging
 import random
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -72,6 +72,25 @@ class Server:
         return f"{self.address[0]}:{self.address[1]}" if self.address else "the server"
 
 
+@dataclass(frozen=True)
+class Watch:
+    """How the Sentinels of a master stand to one another.
+
+    Attributes:
+        silent: names of those that do not, of the URL's and of the others that these know.
+        total: how many there are, as those know that answer.
+        alive: how many of these are there.
+        needed: how many have to agree before another master is chosen: the quorum, and most of them.
+        refusal: what one says that sees too few; empty if all see enough.
+    """
+
+    silent: Sequence[str]
+    total: int
+    alive: int
+    needed: int
+    refusal: str
+
+
 class Servers(ABC):
     """Says on which server a key lives. Safe to use from several threads."""
 
@@ -89,6 +108,10 @@ class Servers(ABC):
     @abstractmethod
     def replicas_of(self, master: Server) -> Sequence[Server]:
         """Give the replicas of a master; they may lag behind it."""
+
+    def lost(self) -> Sequence[Server]:
+        """Give the servers that the others know and do without: held for dead, or following no master."""
+        return ()
 
     def doubt(self, server: Server | None = None) -> None:
         """Be told that what is known may be wrong: a server broke off, say."""
@@ -212,7 +235,8 @@ class SentinelServers(_Watched):
             address: what the Sentinels are called in errors.
         """
         super().__init__(at, f"master of {service!r}")
-        self._sentinels, self._service, self._address = list(sentinels), service, address
+        self._sentinels, self._address = list(sentinels), address
+        self.service = service  #: what they call the master
         self._master: Server | None = None
         self._said_silent = False
 
@@ -229,6 +253,55 @@ class SentinelServers(_Watched):
     def replicas_of(self, master: Server) -> Sequence[Server]:
         """Give the replicas of a master."""
         return self._pools.replicas_of(master)
+
+    def lost(self) -> Sequence[Server]:
+        """Give the replicas that a Sentinel knows, and that are away or have lost their master."""
+        for sentinel in list(self._sentinels):
+            with suppress(*_AWAY, redis_errors.ResponseError), within(Deadline(LONGEST_ASK_SECONDS)):
+                rows = _ask(
+                    sentinel, "SENTINEL SLAVES", self.service
+                )  # redis-py cannot read SENTINEL REPLICAS
+                return [
+                    self.at((str(row["ip"]), int(row["port"])))
+                    for row in rows
+                    if _is_away(row) or row.get("master-link-status") == "err"
+                ]
+        return ()
+
+    @property
+    def sentinels(self) -> Sequence[Server]:
+        """Those of the URL, first the one that answered last."""
+        return [Server(sentinel, _place(sentinel)) for sentinel in self._sentinels]
+
+    def watch(self) -> Watch:
+        """Ask each Sentinel whether it is there, and whether it sees enough others to choose another master."""
+        answering, silent = set[str](), list[str]()
+        others, quorum, refusal = dict[str, dict[str, Any]](), 0, ""
+        for sentinel in list(self._sentinels):
+            try:
+                with within(Deadline(LONGEST_ASK_SECONDS)):
+                    answering.add(_text(_ask(sentinel, "SENTINEL MYID")))
+                    quorum = max(quorum, int(_ask(sentinel, "SENTINEL MASTER", self.service)["quorum"]))
+                    others |= {
+                        row["runid"]: row for row in _ask(sentinel, "SENTINEL SENTINELS", self.service)
+                    }
+                    _ask(sentinel, "SENTINEL CKQUORUM", self.service)
+            except _AWAY:
+                silent.append(_name(sentinel))
+            except redis_errors.NoPermissionError:
+                continue
+            except redis_errors.ResponseError as error:
+                refusal = f"{_name(sentinel)} says {error}"
+        known = {one: f"{row['ip']}:{row['port']}" for one, row in others.items() if one not in answering}
+        away = {one: name for one, name in known.items() if name in silent or _is_away(others[one])}
+        total = len(answering) + len(known)
+        return Watch(
+            silent=list(dict.fromkeys((*silent, *away.values()))),
+            total=total,
+            alive=total - len(away),
+            needed=max(quorum, total // 2 + 1),
+            refusal=refusal,
+        )
 
     def close(self) -> None:
         """Close the connections."""
@@ -257,10 +330,10 @@ class SentinelServers(_Watched):
                         "Sentinels their own port (26379 as a rule)"
                     ) from error
                 raise
-            state = watched.get(self._service)
+            state = watched.get(self.service)
             others.update(watched)
             if state is None or not state["is_master"] or state["is_sdown"] or state["is_odown"]:
-                problems.append(f"{_name(sentinel)} has no master {self._service!r} that answers")
+                problems.append(f"{_name(sentinel)} has no master {self.service!r} that answers")
                 continue
             place = str(state["ip"]), int(state["port"])
             found = Server(self._pools.at(place), place, int(state["config-epoch"]))
@@ -271,9 +344,9 @@ class SentinelServers(_Watched):
         if len({one.address for one in older}) == 1 and 2 * len(older) > len(self._sentinels):
             self._become(older[0])  # they have begun to count anew
             return
-        if others and self._service not in others:
+        if others and self.service not in others:
             raise ServerUnsuitable(
-                f"{self._address}: the Sentinels watch no master {self._service!r}, but {', '.join(sorted(others))}; "
+                f"{self._address}: the Sentinels watch no master {self.service!r}, but {', '.join(sorted(others))}; "
                 "its name comes last in the URL, as in redis+sentinel://host:26379/mymaster"
             )
         if self._master is None:
@@ -312,6 +385,7 @@ class ClusterServers(_Watched):
         self._owners: list[Server | None] = [None] * SLOTS
         self._masters: list[Server] = []  #: the same, each once
         self._replicas: dict[Address, list[Address]] = {}
+        self._lost: list[Address] = []
         self._newest = 0  #: the latest change of roles that any node knew of
 
     def holding(self, key: str) -> Server:
@@ -334,6 +408,10 @@ class ClusterServers(_Watched):
     def replicas_of(self, master: Server) -> Sequence[Server]:
         """Give the replicas of a master."""
         return [self.at(one) for one in self._replicas.get(master.address or ("", 0), ())]
+
+    def lost(self) -> Sequence[Server]:
+        """Give the nodes without slots that the others hold for dead: replicas, and masters that were replaced."""
+        return [self.at(one) for one in self._lost]
 
     def doubt(self, server: Server | None = None) -> None:
         """Look again before the next answer; at this server last."""
@@ -405,6 +483,7 @@ class ClusterServers(_Watched):
             owners[part.first : part.last + 1] = [masters[part.master]] * size
         self._owners, self._masters, self._newest = owners, list(masters.values()), view.newest
         self._replicas = {part.master: part.replicas for part in view.parts}
+        self._lost = view.lost
         known = [address for part in view.parts for address in (part.master, *part.replicas)]
         answered = [one for one in self._order if one in known]
         self._order = list(
@@ -430,7 +509,8 @@ class _View:
         """Ask the node."""
         self.address = address
         ranges = _ask(client, "CLUSTER SLOTS")
-        rows = list(_ask(client, "CLUSTER NODES").values())
+        by_place = _ask(client, "CLUSTER NODES")
+        rows = list(by_place.values())
         terms = {row["node_id"]: int(row["epoch"]) for row in rows}
         masters = [row for row in rows if row["slots"]]
         self.newest = max(terms.values(), default=0)
@@ -444,6 +524,14 @@ class _View:
             )
             for first, last, *nodes in ranges
         ]
+        shown = {_text(node[2]) for _, _, *nodes in ranges for node in nodes}
+        places = [
+            place.rpartition(":")
+            for place, row in by_place.items()
+            if row["node_id"] not in shown and "fail" in row["flags"] and "noaddr" not in row["flags"]
+        ]
+        #: Nodes that it holds for dead, and so does not name with any slots.
+        self.lost = [_address((host, port), address) for host, _, port in places]
         #: Whether it cannot reach most of the others: then they may have decided something else.
         self.is_cut_off = 2 * sum("fail" in row["flags"] for row in masters) >= max(1, len(masters))
 
@@ -521,9 +609,19 @@ def _nobody(
     return error
 
 
-def _name(client: redis.Redis) -> str:
+def _place(client: redis.Redis) -> Address:
     settings = client.connection_pool.connection_kwargs
-    return f"{settings['host']}:{settings['port']}"
+    return str(settings["host"]), int(settings["port"])
+
+
+def _name(client: redis.Redis) -> str:
+    host, port = _place(client)
+    return f"{host}:{port}"
+
+
+def _is_away(row: Mapping[str, Any]) -> bool:
+    """Whether a Sentinel cannot reach the one of whom it says this."""
+    return bool(row["is_sdown"] or row["is_disconnected"])
 
 
 def _text(value: Any) -> str:

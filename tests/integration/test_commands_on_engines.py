@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import redis
 from conftest import ClusterServer, TrioServer, wait_until
+from engines import Cluster
 from executable import rlbroker
+from servers import binary_of
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.keys import Keys
@@ -116,9 +121,147 @@ def test_doctor_names_a_node_that_does_not_answer(several: Any) -> None:
         node.thaw()
 
 
+def test_doctor_names_a_node_that_the_others_go_on_without(several: Any) -> None:
+    engine = several.engine
+    node = engine.replicas()[0] if several.kind == "sentinel" else engine.replica_of(engine.masters()[0])
+    with impatient(several):
+        node.kill()
+        try:
+            wait_until("the others hold it for dead", lambda: str(node.port) in held_for_dead(several), 30.0)
+            (silent,) = points(several.url, "nodes")
+        finally:
+            node.launch()
+            node.wait_ready()
+            engine.wait_ok()
+    name, _, others = silent["what"].partition(" does not answer: ")
+    assert (silent["state"], name) == ("critical", f"127.0.0.1:{node.port}")
+    assert "go on without it" in others
+    assert "nodes" not in [one["code"] for one in examined(several.url)]
+
+
+@contextmanager
+def impatient(several: Any) -> Iterator[None]:
+    """Have servers that are not there be held for dead soon."""
+    if several.kind == "sentinel":
+        servers, change = (
+            several.engine.sentinels,
+            f"SENTINEL SET {several.engine.service} down-after-milliseconds",
+        )
+    else:
+        servers, change = several.engine.nodes, "CONFIG SET cluster-node-timeout"
+    for server in servers:
+        server.ask(*change.split(), "1000")
+    yield
+    for server in servers:
+        server.ask(*change.split(), "60000")
+
+
+def held_for_dead(several: Any) -> set[str]:
+    """Give the ports of those that the others remember, and do without."""
+    if several.kind == "sentinel":
+        rows = several.engine.sentinels[0].ask("SENTINEL", "REPLICAS", several.engine.service)
+        fields = [dict(zip(row[::2], row[1::2], strict=True)) for row in rows]
+        return {one[b"port"].decode() for one in fields if b"s_down" in one[b"flags"]}
+    rows = several.engine.awake[0].ask("CLUSTER", "NODES").decode().splitlines()
+    return {
+        line.split()[1].partition("@")[0].rpartition(":")[2]
+        for line in rows
+        if "fail" in line.split()[2].split(",")
+    }
+
+
+def test_rights_that_are_missing_are_given_on_every_node_as_a_replica_has_users_of_its_own(
+    several: Any,
+) -> None:
+    nodes = several.engine.nodes
+    for node in nodes:
+        node.ask("ACL", "SETUSER", "poor", "on", ">secret", "~*", "+@all", "-memory|usage")
+    try:
+        scheme, _, places = several.url.partition("://")
+        (rights,) = points(f"{scheme}://poor:secret@{places}", "rights")
+    finally:
+        for node in nodes:
+            node.ask("ACL", "DELUSER", "poor")
+    lines = [line.partition(" ACL ")[0] for line in rights["hint"].splitlines()]
+    there = {f"redis-cli -h 127.0.0.1 -p {node.port}" for node in nodes}
+    assert (set(lines), len(lines)) == (
+        (there, len(nodes)) if several.kind == "sentinel" else ({"redis-cli"}, 1)
+    )
+
+
+def test_doctor_counts_the_sentinels_and_names_those_that_do_not_answer(
+    started: Start, server_kind: str
+) -> None:
+    trio = started("sentinel", server_kind)
+    _, *others = trio.engine.sentinels
+    seen = [points(trio.url, "sentinels")]
+    try:
+        for sentinel in others:
+            sentinel.kill()
+            seen.append(points(trio.url, "sentinels"))
+    finally:
+        trio.engine.start_sentinels()
+        trio.engine.wait_ok()
+    well, fewer, too_few = (one for (one,) in seen)
+    first, second = (f"127.0.0.1:{one.port}" for one in others)
+    assert (well["state"], well["what"].partition(" are ")[0]) == ("ok", "3 of 3 Sentinels")
+    assert fewer["state"] == "warning"
+    assert fewer["what"].startswith(f"{first} does not answer: 2 of 3 Sentinels are there, and 2 are enough")
+    assert too_few["state"] == "critical"
+    assert set(too_few["what"].partition(" do not answer: ")[0].split(", ")) == {first, second}
+    assert "1 of 3 Sentinels is there, and 2 have to agree" in too_few["what"]
+
+
+def test_doctor_asks_the_sentinels_for_those_that_the_url_does_not_name(
+    started: Start, server_kind: str
+) -> None:
+    trio = started("sentinel", server_kind)
+    engine = trio.engine
+    host, _, rest = trio.url.partition("://")
+    named = f"{host}://{rest.split(',')[0]}/{engine.service}"
+    with impatient(trio):
+        for sentinel in engine.sentinels[1:]:
+            sentinel.freeze()
+        try:
+            wait_until("the one that is left sees no others", lambda: refuses(engine), 30.0)
+            (too_few,) = points(named, "sentinels")
+        finally:
+            for sentinel in engine.sentinels[1:]:
+                sentinel.thaw()
+            engine.wait_ok()
+    assert too_few["state"] == "critical"
+    assert "1 of 3 Sentinels is there" in too_few["what"]
+    assert "NOQUORUM" in too_few["what"]
+
+
+def refuses(engine: Any) -> bool:
+    try:
+        engine.sentinels[0].ask("SENTINEL", "CKQUORUM", engine.service)
+    except redis.ResponseError:
+        return True
+    return False
+
+
+def test_doctor_warns_of_a_cluster_with_too_few_masters_to_replace_one(
+    cluster: ClusterServer, server_kind: str, tmp_path: Path
+) -> None:
+    binary = binary_of(server_kind)
+    assert binary is not None
+    with Cluster(binary, tmp_path, 2, 1) as small:
+        (too_few,) = points(small.url, "cluster")
+    (enough,) = points(cluster.url, "cluster")
+    assert (too_few["state"], too_few["what"].partition(":")[0]) == ("warning", "only 2 masters have slots")
+    assert (enough["state"], enough["what"].partition(" serve ")[0]) == ("ok", "3 masters and 3 replicas")
+
+
 def points(url: str, code: str) -> list[dict[str, str]]:
+    return [one for one in examined(url) if one["code"] == code]
+
+
+def examined(url: str) -> list[dict[str, str]]:
     done = rlbroker("doctor", "--json", "--timeout", "20", RLBROKER_REDIS_URL=url)
-    return [one for one in json.loads(done.stdout)["points"] if one["code"] == code]
+    found: list[dict[str, str]] = json.loads(done.stdout)["points"]
+    return found
 
 
 # Pruning

@@ -77,6 +77,7 @@ def test_a_hint_for_a_cluster_is_for_redis_cli_s_way_of_naming_one(monkeypatch: 
     assert session.typed(SET) == f"redis-cli {login} {to_all} CONFIG SET timeout 0"
     assert session.typed("redis-cli TYPE x") == f"redis-cli {login} -c -h localhost -p 1 TYPE x"
     assert session.typed("redis-cli -h b -p 2 INFO") == f"redis-cli {login} -h b -p 2 INFO"
+    assert session.typed("redis-cli BGSAVE") == f"redis-cli {login} {to_all} BGSAVE"
     assert session.typed("redis-cli ACL SETUSER me +info") == (
         f"redis-cli --tls --cacert /ca.crt {to_all} ACL SETUSER me +info"
     )
@@ -95,3 +96,14 @@ def test_a_hint_for_sentinels_holds_no_password_of_theirs(monkeypatch: pytest.Mo
         "rlbroker runs --url 'redis+sentinel://me:…@localhost:1,localhost:2/pong/3?sentinel_username=s'"
     )
     assert session.typed(SET) == "redis-cli --user me --askpass -h MASTER -p 6379 -n 3 CONFIG SET timeout 0"
+
+
+def test_a_hint_for_one_of_several_servers_leads_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLBROKER_REDIS_URL", "redis+sentinel://a:1,b:2/pong")
+    assert (
+        Session().typed("redis-cli -h c -p 3 CONFIG SET timeout 0")
+        == "redis-cli -h c -p 3 CONFIG SET timeout 0"
+    )
+    monkeypatch.setenv("RLBROKER_REDIS_URL", "redis+sentinel://me:secret@a:1,b:2/pong")
+    sentinel_s = "redis-cli -h a -p 1 SENTINEL CKQUORUM pong"
+    assert Session().typed(sentinel_s) == sentinel_s

@@ -19,10 +19,9 @@ def node(port: int, *, master: Node | None = None, ahead: float | None = 0.0, **
     return Node(server, master.server if master else None, facts(**changes), Latency(0.001, 0.002, 20, ahead))
 
 
-def together(code: str, *nodes: Node) -> list[Point]:
-    return list(
-        _together([(one, point) for one in nodes for point in of_server(one.facts) if point.code == code])
-    )
+def together(code: str, *nodes: Node, at_once: bool = True) -> list[Point]:
+    points = [(one, point) for one in nodes for point in of_server(one.facts) if point.code == code]
+    return list(_together(points, at_once=at_once))
 
 
 def test_what_is_wrong_with_one_node_is_said_of_it_and_mended_there() -> None:
@@ -36,6 +35,18 @@ def test_what_is_wrong_with_every_node_is_said_once() -> None:
     (point,) = together("eviction", *(node(port, maxmemory_policy="allkeys-lru") for port in (1, 2)))
     assert point.what.startswith("every node: maxmemory-policy allkeys-lru")
     assert point.hint == "redis-cli CONFIG SET maxmemory-policy noeviction"
+
+
+def test_what_is_wrong_with_several_nodes_is_mended_at_each_where_no_command_reaches_all() -> None:
+    wrong = [node(port, maxmemory_policy="allkeys-lru") for port in (1, 2)]
+    at_each = "".join(
+        f"redis-cli -h host -p {port} CONFIG SET maxmemory-policy noeviction\n" for port in (1, 2)
+    )
+    (all_of_them,) = together("eviction", *wrong, at_once=False)
+    assert (all_of_them.what.partition(":")[0], all_of_them.hint) == ("every node", at_each.rstrip())
+    for at_once in (True, False):
+        some = together("eviction", *wrong, node(3), at_once=at_once)[0]
+        assert (some.what.partition(": ")[0], some.hint) == ("host:1, host:2", at_each.rstrip())
 
 
 def test_what_is_well_with_every_node_is_said_of_the_first() -> None:

@@ -118,6 +118,25 @@ def test_replicas_of_a_master_are_known(answers: Answers) -> None:
         assert [one.address for one in found.replicas_of(found.holding(KEY))] == [B]
 
 
+def test_nodes_that_the_others_hold_for_dead_are_lost(answers: Answers) -> None:
+    nodes = {
+        "a:1@11": {"node_id": "a", "epoch": "1", "flags": "myself,master", "slots": [["0", "16383"]]},
+        "b:2@12": {"node_id": "b", "epoch": "0", "flags": "slave,fail?", "slots": []},
+        "c:3@13": {"node_id": "c", "epoch": "0", "flags": "master,fail", "slots": []},
+        "d:4@14": {"node_id": "d", "epoch": "0", "flags": "slave", "slots": []},
+        ":0@0": {"node_id": "e", "epoch": "0", "flags": "master,fail,noaddr", "slots": []},
+    }
+    slots = [[0, 16383, [b"a", 1, b"a"], [b"b", 2, b"b"]]]
+    answers[A] = lambda command: (
+        slots
+        if command == ("CLUSTER SLOTS",)
+        else {place.partition("@")[0]: row for place, row in nodes.items()}
+    )
+    with closing(cluster(A)) as found:
+        assert [one.address for one in found.replicas_of(found.holding(KEY))] == [B]
+        assert [one.address for one in found.lost()] == [C]
+
+
 def test_with_nobody_to_ask_it_is_an_error_that_may_pass(answers: Answers) -> None:
     answers.update({A: AWAY, B: TimeoutError("silent")})
     with closing(cluster(A, B)) as found, pytest.raises(redis_errors.ConnectionError, match="away; silent"):
@@ -187,3 +206,59 @@ def test_a_server_is_no_sentinel(answers: Answers) -> None:
     answers[A] = redis_errors.ResponseError("unknown command 'SENTINEL'")
     with closing(trio()) as found, pytest.raises(ServerUnsuitable, match="a:1 is no Sentinel"):
         found.holding(KEY)
+
+
+def known(address: Address, *, run_id: str = "", **flags: Any) -> dict[str, Any]:
+    there = {
+        "ip": address[0],
+        "port": address[1],
+        "runid": run_id,
+        "is_sdown": False,
+        "is_disconnected": False,
+    }
+    return there | flags
+
+
+def sentinel(run_id: str, *others: dict[str, Any], refusal: str = "", quorum: int = 2) -> Callable[..., Any]:
+    """Answer as a Sentinel that knows others."""
+
+    def said(command: tuple[str, ...]) -> Any:
+        if command[0] == "SENTINEL CKQUORUM" and refusal:
+            raise redis_errors.ResponseError(refusal)
+        return {
+            "SENTINEL MYID": run_id.encode(),
+            "SENTINEL MASTER": {"quorum": quorum},
+            "SENTINEL SENTINELS": list(others),
+            "SENTINEL SLAVES": [
+                known(A),
+                known(B, is_sdown=True),
+                known(C, **{"master-link-status": "err"}),
+            ],
+        }.get(command[0])
+
+    return said
+
+
+def test_sentinels_are_counted_by_who_they_are_and_not_by_how_they_are_reached(answers: Answers) -> None:
+    other, third = known(("10.0.0.2", 2), run_id="2"), known(C, run_id="3")
+    answers.update(
+        {A: sentinel("1", other, third), B: sentinel("2", known(("10.0.0.1", 1), run_id="1"), third)}
+    )
+    with closing(trio()) as found:
+        assert found.watch() == servers.Watch(silent=[], total=3, alive=3, needed=2, refusal="")
+
+
+def test_a_sentinel_that_does_not_answer_is_named_whoever_misses_it(answers: Answers) -> None:
+    answers.update(
+        {A: sentinel("1", known(B, run_id="2"), known(C, run_id="3", is_sdown=True), quorum=3), B: AWAY}
+    )
+    with closing(trio()) as found:
+        assert found.watch() == servers.Watch(silent=["b:2", "c:3"], total=3, alive=1, needed=3, refusal="")
+        answers[A] = sentinel("1", known(B, run_id="2"), refusal="NOQUORUM 1 usable Sentinels")
+        assert found.watch().refusal == "a:1 says NOQUORUM 1 usable Sentinels"
+
+
+def test_replicas_that_sentinels_miss_are_lost(answers: Answers) -> None:
+    answers.update({A: AWAY, B: sentinel("2")})
+    with closing(trio()) as found:
+        assert [one.address for one in found.lost()] == [B, C]

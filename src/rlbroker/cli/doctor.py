@@ -8,7 +8,7 @@ import typer
 
 from rlbroker.cli.check import CRITICAL, OK, UNKNOWN, WARNING
 from rlbroker.cli.session import Session, with_session
-from rlbroker.cli.text import plain
+from rlbroker.cli.text import counted, plain
 
 if TYPE_CHECKING:
     from rlbroker.observer.examination import Examination
@@ -82,8 +82,10 @@ def _show(session: Session, found: Examination) -> None:
         session.console.print(f"{mark} {one.code:<{width}}  {plain(one.what)}", style=style)
         if one.hint and not (one.state == "unknown" and one.hint in said):
             said.add(one.hint)
-            session.console.print(f"  {'':<{width}}  {session.typed(one.hint)}")
+            for line in one.hint.splitlines():
+                session.console.print(f"  {'':<{width}}  {session.typed(line)}")
     count = {state: sum(one.state == state for one in found.points) for state in _MARKS}
     session.console.print(
-        f"{count['ok']} well, {count['warning']} warnings, {count['critical']} critical, {count['unknown']} unknown"
+        f"{count['ok']} well, {counted(count['warning'], 'warning')}, {count['critical']} critical, "
+        f"{count['unknown']} unknown"
     )

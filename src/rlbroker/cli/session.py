@@ -43,6 +43,9 @@ EXIT_INTERRUPTED, EXIT_PIPE, EXIT_BUG = 130, 141, 70
 #: Commands about a server with all its runs.
 _OF_NO_RUN = ("bench", "doctor", "prune", "runs", "server")
 
+#: Commands of redis-cli that are for every node of a Cluster.
+_OF_EACH_NODE = ("ACL ", "BGREWRITEAOF", "BGSAVE", "CONFIG ", "MEMORY PURGE")
+
 #: Columns of text that a pipe has room for.
 PIPE_WIDTH = 1000
 
@@ -187,7 +190,7 @@ class Session:
         """
         program, _, words = hint.partition(" ")
         if program == "redis-cli":
-            return f"redis-cli {self._redis_cli_options(words)} {words}"
+            return " ".join(filter(None, (program, self._redis_cli_options(words), words)))
         if program != "rlbroker":
             return hint
         if " --url" not in words and (url := self._url_to_type()):
@@ -210,7 +213,7 @@ class Session:
     def _redis_cli_options(self, command: str) -> str:
         """Give the options that lead redis-cli to where a command belongs.
 
-        An administrator, who gives rights, is somebody else than we are.
+        An administrator, who gives rights, is somebody else than we are; and Sentinels have users of their own.
         """
         from urllib.parse import unquote, urlsplit
 
@@ -224,7 +227,8 @@ class Session:
             way_of,
         )
 
-        url, variable, administrator = redis_url(self.url), url_variable(), command.startswith("ACL ")
+        url, variable = redis_url(self.url), url_variable()
+        administrator = any(word in f" {command}" for word in (" ACL ", " SENTINEL "))
         way = way_of(url)
         parts = urlsplit(way.url)
         in_shell = variable and not self.url and not url_was_typed() and not administrator
@@ -249,7 +253,7 @@ class Session:
     def _redis_cli_node(self, way: Way, command: str) -> str | None:
         """Give the options that lead to the master that Sentinels name, or to a Cluster; None for a single server.
 
-        What sets something is for all nodes of a Cluster, as each has settings and users of its own.
+        What sets something is for all nodes of a Cluster, as each has settings, files and users of its own.
         """
         from urllib.parse import urlsplit
 
@@ -263,7 +267,7 @@ class Session:
         if way.kind == "sentinel":
             database = urlsplit(way.url).path.strip("/")
             return f"-h {host} -p {port}" + (f" -n {database}" if database.strip("0") else "")
-        if command.startswith(("ACL ", "CONFIG ")):
+        if command.startswith(_OF_EACH_NODE):
             return f"--cluster call {host}:{port}"
         return f"-c -h {host} -p {port}"
 

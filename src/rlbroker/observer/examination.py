@@ -8,7 +8,7 @@ from typing import Final
 from rlbroker.connection import Connection
 from rlbroker.observer.facts import measure_latency, read_facts
 from rlbroker.observer.host_points import of_host
-from rlbroker.observer.node_points import look_at_nodes, of_all, of_clocks, of_nodes
+from rlbroker.observer.node_points import at_each, look_at_nodes, of_all, of_clocks, of_nodes
 from rlbroker.observer.points import Point, State
 from rlbroker.observer.run_points import of_run
 from rlbroker.observer.server_points import of_clock, of_latency, of_rights, of_server
@@ -50,7 +50,8 @@ def examine(connection: Connection, run: str | None = None) -> Examination:
     else:
         nodes, points = look_at_nodes(connection)
         facts = of_all(nodes)
-        points += [*of_nodes(connection, nodes), of_rights(connection, facts, run), *of_clocks(nodes)]
+        rights = at_each(connection, nodes, of_rights(connection, facts, run))
+        points += [*of_nodes(connection, nodes), rights, *of_clocks(nodes)]
     snapshot = None
     if run is not None:
         of_this_run, snapshot = of_run(connection, facts, run)

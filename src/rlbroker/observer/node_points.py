@@ -14,10 +14,13 @@ from rlbroker.observer.points import Point, unread
 from rlbroker.observer.server_points import CLOCKS_APART_SECONDS, of_clock, of_latency, of_server
 from rlbroker.observer.words import counted
 from rlbroker.replies import info_fields
-from rlbroker.servers import SLOTS, Address, Server
+from rlbroker.servers import SLOTS, Address, SentinelServers, Server
 
 #: A node that does not answer within this time is said to be silent, so that there is time for the others.
 LONGEST_SILENCE_SECONDS: Final = 1.0
+
+#: With fewer masters, those that are left when one dies are no majority.
+LEAST_MASTERS: Final = 3
 
 #: What is said of how the nodes stand to one another replaces what each says of it.
 _OF_ALL: Final = "replication"
@@ -53,8 +56,10 @@ def look_at_nodes(connection: Connection) -> tuple[list[Node], list[Point]]:
     """
     nodes, silent = list[Node](), list[Point]()
     problem: ConnectionFailed | None = None
+    asked = set[str]()
     for master in connection.retry(connection.masters):
         for server in (master, *connection.replicas_of(master)):
+            asked.add(server.name)
             try:
                 with within(Deadline(LONGEST_SILENCE_SECONDS)):
                     facts = read_facts(connection, server)
@@ -66,7 +71,29 @@ def look_at_nodes(connection: Connection) -> tuple[list[Node], list[Point]]:
                 nodes.append(Node(server, None if server is master else master, facts, latency))
     if problem is not None and not nodes:
         raise problem
+    silent += [_of_lost(connection, one) for one in connection.servers.lost() if one.name not in asked]
     return nodes, silent
+
+
+def _of_lost(connection: Connection, server: Server) -> Point:
+    """Look at one whom the others know, and do without."""
+    if isinstance(connection.servers, SentinelServers):
+        others, forget = "the Sentinels", "SENTINEL RESET at one Sentinel after the other"
+        sentinel, service = connection.servers.sentinels[0].address, connection.servers.service
+        hint = _hint_at(sentinel, f"redis-cli SENTINEL REPLICAS {service}")
+    else:
+        others, forget, hint = "the other nodes", "CLUSTER FORGET at each", "redis-cli CLUSTER NODES"
+    try:
+        with within(Deadline(LONGEST_SILENCE_SECONDS)):
+            connection.ask_at(server, [("PING",)])
+    except ConnectionFailed as error:
+        what = (
+            f"{server.name} does not answer: {error}; {others} go on without it, and remember it until {forget} "
+            "has them forget it"
+        )
+        return Point("nodes", "critical", what, hint)
+    what = f"{server.name} answers, but {others} do without it: they do not reach it, or it does not reach its master"
+    return Point("nodes", "warning", what, hint)
 
 
 def of_nodes(connection: Connection, nodes: Sequence[Node]) -> Iterator[Point]:
@@ -78,10 +105,13 @@ def of_nodes(connection: Connection, nodes: Sequence[Node]) -> Iterator[Point]:
     for code in dict.fromkeys(point.code for of_one in points for _, point in of_one):
         if code != _OF_ALL:
             yield from _together(
-                [(one, point) for of_one in points for one, point in of_one if point.code == code]
+                [(one, point) for of_one in points for one, point in of_one if point.code == code],
+                at_once=connection.servers.several,
             )
     if connection.servers.several:
-        yield from _cluster(connection, nodes)
+        yield _cluster(connection, nodes)
+    if isinstance(connection.servers, SentinelServers):
+        yield _sentinels(connection.servers)
     yield from _replication(nodes)
 
 
@@ -118,12 +148,22 @@ def of_all(nodes: Sequence[Node]) -> ServerFacts:
     return replace(masters[0], info={**masters[0].info, "maxmemory": str(total)})
 
 
+def at_each(connection: Connection, nodes: Sequence[Node], point: Point) -> Point:
+    """Have what is wrong everywhere mended at each node, unless one command reaches all: those of a Cluster."""
+    return point if connection.servers.several else replace(point, hint=_hint_at_each(nodes, point.hint))
+
+
 def _called(point: Point, name: str) -> Point:
     return replace(point, what=f"{name}: {point.what}")
 
 
-def _together(points: Sequence[tuple[Node, Point]]) -> Iterator[Point]:
-    """Give one point for all who say the same; of those that are well, the first speaks for the others."""
+def _together(points: Sequence[tuple[Node, Point]], *, at_once: bool) -> Iterator[Point]:
+    """Give one point for all who say the same; of those that are well, the first speaks for the others.
+
+    Args:
+        points: of one kind, of every node.
+        at_once: whether one command for redis-cli reaches every node: those of a Cluster.
+    """
     by_words: dict[tuple[str, str, str], list[Node]] = {}
     for node, point in points:
         words = ("ok", "", "") if point.state == "ok" else (point.state, point.what, point.hint)
@@ -132,7 +172,7 @@ def _together(points: Sequence[tuple[Node, Point]]) -> Iterator[Point]:
     for (state, _, hint), nodes in by_words.items():
         point = said[nodes[0].name]
         if len(nodes) == len(points) and state != "ok":
-            who = "every node: "
+            who, hint = "every node: ", hint if at_once else _hint_at_each(nodes, hint)
         elif len(nodes) == len(points):
             who = (
                 "" if len({one.what for one in said.values()}) == 1 else f"{nodes[0].name}, as the fullest: "
@@ -140,7 +180,7 @@ def _together(points: Sequence[tuple[Node, Point]]) -> Iterator[Point]:
         elif state == "ok":
             who = f"{counted(len(nodes), 'other node')}, as {nodes[0].name}: "
         else:
-            who, hint = f"{', '.join(one.name for one in nodes)}: ", _hint_at(nodes[0].server.address, hint)
+            who, hint = f"{', '.join(one.name for one in nodes)}: ", _hint_at_each(nodes, hint)
         yield replace(point, what=f"{who}{point.what}", hint=hint)
 
 
@@ -152,36 +192,61 @@ def _hint_at(address: Address | None, hint: str) -> str:
     return f"redis-cli -h {address[0]} -p {address[1]} {words}"
 
 
-def _cluster(connection: Connection, nodes: Sequence[Node]) -> Iterator[Point]:
-    """Ask each node whether all slots are served."""
-    down = dict[str, dict[str, str]]()
+def _hint_at_each(nodes: Sequence[Node], hint: str) -> str:
+    """Lead a hint to several nodes, with a line for each."""
+    return "\n".join(dict.fromkeys(_hint_at(one.server.address, hint) for one in nodes))
+
+
+def _cluster(connection: Connection, nodes: Sequence[Node]) -> Point:
+    """Ask each node whether all slots are served, and by how many."""
+    down, told = dict[str, dict[str, str]](), dict[str, str]()
     for node in nodes:
         try:
             (reply,) = connection.ask_at(node.server, [("CLUSTER", "INFO")])
         except ConnectionFailed as error:
             reply = error
         if isinstance(reply, AccessDenied):
-            yield unread("cluster", "whether all slots are served is not known", reply)
-            return
+            return unread("cluster", "whether all slots are served is not known", reply)
         told = {} if isinstance(reply, PeerError) else info_fields(reply)
         if told.get("cluster_state") != "ok" or told.get("cluster_slots_ok") != str(SLOTS):
             down[node.name] = told
-    masters = sum(one.master is None for one in nodes)
-    if not down:
-        what = f"{counted(masters, 'master')} and {counted(len(nodes) - masters, 'replica')} serve all {SLOTS:,} slots"
-        if "+cluster:" not in connection.address:
-            what += (
-                ", found by the one that the URL names; redis+cluster://host:port,host:port can name several"
-            )
-        yield Point("cluster", "ok", what)
-        return
-    name, told = next(iter(down.items()))
-    what = (
-        f"{', '.join(down)}: cluster_state {told.get('cluster_state', 'unknown')}, "
-        f"{told.get('cluster_slots_ok', 'unknown')} of {SLOTS:,} slots are served: what is in the others is away"
-    )
-    address = next(one.server.address for one in nodes if one.name == name)
-    yield Point("cluster", "critical", what, _hint_at(address, "redis-cli CLUSTER NODES"))
+    if down:
+        name, told = next(iter(down.items()))
+        what = (
+            f"{', '.join(down)}: cluster_state {told.get('cluster_state', 'unknown')}, "
+            f"{told.get('cluster_slots_ok', 'unknown')} of {SLOTS:,} slots are served: what is in the others is away"
+        )
+        address = next(one.server.address for one in nodes if one.name == name)
+        return Point("cluster", "critical", what, _hint_at(address, "redis-cli CLUSTER NODES"))
+    masters = int(told["cluster_size"])
+    if masters < LEAST_MASTERS:
+        what = (
+            f"only {counted(masters, 'master has', 'masters have')} slots: when one is gone, those left are no "
+            "majority that could let a replica take its place, and the Cluster is down until it is back"
+        )
+        return Point("cluster", "warning", what, "redis-cli CLUSTER NODES")
+    replicas = sum(one.master is not None for one in nodes)
+    what = f"{counted(masters, 'master')} and {counted(replicas, 'replica')} serve all {SLOTS:,} slots"
+    if "+cluster:" not in connection.address:
+        what += ", found by the one that the URL names; redis+cluster://host:port,host:port can name several"
+    return Point("cluster", "ok", what)
+
+
+def _sentinels(servers: SentinelServers) -> Point:
+    """Look whether enough Sentinels are there to choose another master."""
+    found = servers.watch()
+    there = f"{found.alive} of {counted(found.total, 'Sentinel')}"
+    if found.silent:
+        there = f"{', '.join(found.silent)} {'does' if len(found.silent) == 1 else 'do'} not answer: {there}"
+    hint = _hint_at(servers.sentinels[0].address, f"redis-cli SENTINEL CKQUORUM {servers.service}")
+    if found.refusal or found.alive < found.needed:
+        what = (
+            f"{there} {'is' if found.alive == 1 else 'are'} there, and {found.needed} have to agree before a replica "
+            "takes the master's place: when it is gone, nobody does"
+        )
+        return Point("sentinels", "critical", f"{what} ({found.refusal})" if found.refusal else what, hint)
+    what = f"{there} are there, and {found.needed} are enough to have a replica take the master's place"
+    return Point("sentinels", "warning" if found.silent else "ok", what, hint if found.silent else "")
 
 
 def _replication(nodes: Sequence[Node]) -> Iterator[Point]:

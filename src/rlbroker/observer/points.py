@@ -20,7 +20,8 @@ class Point:
         code: one word for programs, such as `latency`.
         state: `unknown` if the server does not tell, or not this user.
         what: one sentence for people, with what was seen.
-        hint: a command that mends it, or lets it be looked at; empty where there is none, or need not be one.
+        hint: a command that mends it, or lets it be looked at, or a line for each server where that has to be done;
+            empty where there is none, or need not be one.
     """
 
     code: str
