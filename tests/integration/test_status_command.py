@@ -22,6 +22,7 @@ from executable import cells, environment, on_terminal, rlbroker, start
 
 from rlbroker import MissedUpdates, QueueCounts, WorkerClient, WorkerCommunicator, WorkerInfo
 from rlbroker.config import RunSettings
+from rlbroker.keys import Keys
 from rlbroker.observer.snapshot import LearnerStatus, ServerStatus
 
 
@@ -170,6 +171,25 @@ def test_status_of_a_run_that_ended(real_server: RealServer, run: str) -> None:
         wait_until("it lives", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None)
     assert status_json(real_server)["learner"]["state"] == "ended"
     assert re.search(r"seen \S+ s ago; it has ended$", status(real_server), re.MULTILINE)
+
+
+def test_a_learner_that_broke_off_is_spoken_of_while_workers_go_on(
+    real_server: RealServer, run: str, worker: Callable[[], WorkerClient]
+) -> None:
+    def learn() -> None:
+        with WorkerCommunicator(1, redis_url=real_server.url, run=run):
+            worker()
+            wait_until(
+                "it lives", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None
+            )
+            raise RuntimeError("a mistake of the learner's")
+
+    with pytest.raises(RuntimeError, match="mistake"):
+        learn()
+    assert status_json(real_server)["findings"] == []
+    real_server.client.hincrbyfloat(Keys(run).meta, "learner_seen", -60)
+    done = rlbroker("check", RLBROKER_REDIS_URL=real_server.url)
+    assert (done.returncode, "ago, and 1 worker still sends: nobody collects it" in done.stdout) == (1, True)
 
 
 def test_status_of_a_run_whose_learner_is_silent(real_server: RealServer, run: str) -> None:

@@ -77,6 +77,11 @@ TROUBLE: dict[str, tuple[Snapshot, str, str]] = {
     "server_full": (server(used_bytes=950), "warning", "95%"),
     "learner_missing": (replace(RUN, learner=None), "warning", "no learner"),
     "learner_away": (learner(state="away", last_seen_seconds=42.0), "critical", "42 s ago"),
+    "learner_ended": (
+        learner(state="ended", last_seen_seconds=42.0),
+        "warning",
+        "ended 42 s ago, and 1 worker still",
+    ),
     "no_weights": (
         replace(RUN, pointer=None, workers={0: replace(STATUS, info=replace(WELL, version=0))}),
         "warning",
@@ -150,7 +155,10 @@ def test_the_worst_comes_first() -> None:
 @pytest.mark.parametrize(
     "snapshot",
     [
-        learner(state="ended", last_seen_seconds=900.0),
+        replace(learner(state="ended", last_seen_seconds=900.0), workers={0: replace(STATUS, info=None)}),
+        learner(state="ended", last_seen_seconds=8.0),
+        replace(learner(state="ended", last_seen_seconds=42.0), settings=RunSettings(lease_seconds=60.0)),
+        learner(state="ended", last_seen_seconds=900.0, others=1),
         worker(info=None),
         worker(counts=replace(COUNTS, lost={"stale": 9, "dropped_oldest": 3})),
         member(version=11, staleness=9),
@@ -159,7 +167,10 @@ def test_the_worst_comes_first() -> None:
         server(maxmemory_policy="", used_bytes=None, maxmemory_bytes=None),
     ],
     ids=[
-        "learner ended",
+        "the run is over",
+        "just ended",
+        "ended within a long lease",
+        "another one collects",
         "worker left",
         "losses that were asked for",
         "a little behind",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
-from rlbroker.observer.snapshot import Snapshot, WorkerStatus
+from rlbroker.observer.snapshot import LearnerStatus, Snapshot, WorkerStatus
 from rlbroker.observer.words import age, counted
 from rlbroker.records import WorkerInfo
 
@@ -20,6 +20,9 @@ UNANSWERED_SECONDS: Final = 30.0
 
 #: A worker that has not called `poll` for longer is said to be busy, or stuck.
 UNPOLLED_SECONDS: Final = 10.0
+
+#: Workers that go on for longer than this after the learner has ended, and for longer than a lease, are spoken of.
+ENDED_SECONDS: Final = 10.0
 
 #: Share of the server's memory limit that is spoken of.
 MEMORY_SHARE: Final = 0.9
@@ -84,6 +87,8 @@ ADVICE: Final = {
     "`rlbroker prune --dry-run` lists them.",
     "learner_missing": "Start the learner with this run's name and server; or the workers have a mistyped name.",
     "learner_away": "Look at its process and log, and start it again: it goes on with the run.",
+    "learner_ended": "If it ended by an error, its log says which: start it again, and it goes on with the run. If the "
+    "run is over, stop the workers.",
     "no_weights": "Call send_model_weights before the first collect_experiences.",
     "too_few_workers": "Start more, or lower num_workers; those that are missing left, or were never started.",
     "worker_away": "Look at its process and log, and start it again with the same id. Its queue is not lost.",
@@ -188,6 +193,8 @@ def _of_learner(snapshot: Snapshot) -> Iterator[Finding]:
             f"the learner ({learner.host} pid {learner.pid}) is away: {silent}; it died, or is cut off",
             "rlbroker report",
         )
+    elif learner.state == "ended":
+        yield from _of_workers_without(snapshot, learner)
     elif learner.state == "alive" and snapshot.pointer is None and snapshot.members:
         yield Finding(
             "warning",
@@ -195,6 +202,25 @@ def _of_learner(snapshot: Snapshot) -> Iterator[Finding]:
             None,
             "the learner has not published any weights yet; workers wait in load_weights",
             "rlbroker weights list",
+        )
+
+
+def _of_workers_without(snapshot: Snapshot, learner: LearnerStatus) -> Iterator[Finding]:
+    """Speak of workers that go on though the learner has ended, unless they may not have noticed yet."""
+    alive = sum(info.state == "alive" for info in snapshot.members)
+    silent_seconds = learner.last_seen_seconds
+    just_ended = silent_seconds is not None and silent_seconds <= max(
+        ENDED_SECONDS, snapshot.settings.lease_seconds
+    )
+    if alive and not learner.others and not just_ended:
+        when = "at once" if silent_seconds is None else f"{age(silent_seconds)} ago"
+        yield Finding(
+            "warning",
+            "learner_ended",
+            None,
+            f"the learner ({learner.host} pid {learner.pid}) ended {when}, and "
+            f"{counted(alive, 'worker still sends', 'workers still send')}: nobody collects it",
+            "rlbroker workers",
         )
 
 

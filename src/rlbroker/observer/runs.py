@@ -158,6 +158,15 @@ def learner_silence(meta: dict[str, str], now: float) -> float | None:
     return max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
 
 
+def silences_of_others(meta: dict[str, str], now: float) -> list[float]:
+    """Give for how many seconds each further learner of a run has been silent: those that only collect."""
+    return [
+        max(0.0, now - float(seen))
+        for name, seen in _by_name(meta, "seen:").items()
+        if meta.get(f"learner:{name}") != meta.get("epoch")
+    ]
+
+
 def _summary_of(name: str, now: float, replies: list[Any], ids: list[int], lives: list[Any]) -> RunSummary:
     """Sum a run up; one that another program has written into must not hide the others."""
     for reply in replies:
@@ -177,11 +186,7 @@ def _summary_of(name: str, now: float, replies: list[Any], ids: list[int], lives
 def _summary(name: str, now: float, meta: dict[str, str], version: int, silences: list[float]) -> RunSummary:
     lease_seconds = RunSettings.from_fields(meta).lease_seconds
     of_learner = learner_silence(meta, now)
-    others = [
-        max(0.0, now - float(seen))
-        for name, seen in _by_name(meta, "seen:").items()
-        if meta.get(f"learner:{name}") != meta.get("epoch")
-    ]
+    others = silences_of_others(meta, now)
     heard = [*silences, *others, *([] if of_learner is None else [of_learner])]
     return RunSummary(
         run=name,

@@ -17,7 +17,7 @@ from rlbroker.keys import Keys
 from rlbroker.legible import answered, legible, unless_spoiled
 from rlbroker.lives import life_command, lives_from, worker_numbers
 from rlbroker.membership.members import member_infos
-from rlbroker.observer.runs import learner_silence, learner_state
+from rlbroker.observer.runs import learner_silence, learner_state, silences_of_others
 from rlbroker.records import Liveness, MissedUpdates, QueueCounts, WorkerInfo
 from rlbroker.replies import (
     entry_place,
@@ -43,6 +43,7 @@ class LearnerStatus:
         epoch: number of this life of the learner; it only grows.
         state: `alive`; `ended` after it was cleaned up; or `away` when it has been silent for longer than a lease.
         last_seen_seconds: age of its last sign of life, by the server's clock; None if it never gave one.
+        others: further learners that were heard of within their lease; they only collect.
     """
 
     epoch: int
@@ -50,6 +51,7 @@ class LearnerStatus:
     host: str
     pid: int
     last_seen_seconds: float | None
+    others: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,8 @@ class Observer:
         now, pointer = server_seconds(clock), Pointer.from_fields(text_fields(pointer_reply))
         with legible(keys.meta):
             meta = text_fields(meta_reply)
-            settings, learner = RunSettings.from_fields(meta), _learner(meta, now) if meta else None
+            settings = RunSettings.from_fields(meta)
+            learner = _learner(meta, now, settings.lease_seconds) if meta else None
             expected_workers = int(meta.get("num_workers", 0))
         keys.spread(meta.get("shards", ""))
         ids = worker_numbers(names_reply)
@@ -329,7 +332,7 @@ def _status(connection: Connection, node: str, replies: Sequence[bytes | None]) 
     )
 
 
-def _learner(meta: dict[str, str], now: float) -> LearnerStatus:
+def _learner(meta: dict[str, str], now: float, lease_seconds: float) -> LearnerStatus:
     silent_seconds = learner_silence(meta, now)
     return LearnerStatus(
         epoch=int(meta.get("epoch", 0)),
@@ -337,6 +340,7 @@ def _learner(meta: dict[str, str], now: float) -> LearnerStatus:
         host=meta.get("learner_host", ""),
         pid=int(meta.get("learner_pid", 0)),
         last_seen_seconds=silent_seconds,
+        others=sum(silence < lease_seconds for silence in silences_of_others(meta, now)),
     )
 
 
