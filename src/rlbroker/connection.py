@@ -540,7 +540,7 @@ class Connection:
         self.find_nodes()
         with within(Deadline(self.timeout_seconds)):
             for server in self.retry(self._everyone):
-                at = server.name if self.servers.several else self.address
+                at = self.address if isinstance(self.servers, OneServer) else server.name
                 try:
                     _check_info(at, self.server_info(server), allow_eviction=allow_eviction)
                 except ConnectionFailed as error:

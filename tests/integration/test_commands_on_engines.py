@@ -18,6 +18,7 @@ from executable import rlbroker
 from servers import binary_of
 
 from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker.errors import ServerUnsuitable
 from rlbroker.keys import Keys
 from rlbroker.observer.leftovers import BACK_SECONDS
 
@@ -86,6 +87,32 @@ def test_the_memory_that_is_shown_is_that_of_the_fullest_node(cluster: ClusterSe
             said = json.loads(rlbroker("status", "--json", RLBROKER_REDIS_URL=cluster.url).stdout)["server"]
             client.delete(name)
         assert (said["node"], said["used_bytes"] > before + 15_000_000) == (f"127.0.0.1:{node.port}", True)
+
+
+def test_a_node_that_deletes_keys_is_named(cluster: ClusterServer) -> None:
+    plant(cluster.url)
+    node = cluster.engine.masters()[-1]
+    node.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    try:
+        said = json.loads(rlbroker("status", "--json", RLBROKER_REDIS_URL=cluster.url).stdout)
+    finally:
+        node.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    (evicts,) = [one for one in said["findings"] if one["code"] == "server_evicts"]
+    assert said["server"]["evicting_node"] == f"127.0.0.1:{node.port}"
+    assert evicts["what"].startswith(f"127.0.0.1:{node.port} has maxmemory-policy allkeys-lru: ")
+
+
+def test_a_replica_that_would_delete_keys_as_a_master_is_named_to_the_learner(several: Any) -> None:
+    engine = several.engine
+    node = engine.replicas()[0] if several.kind == "sentinel" else engine.replica_of(engine.masters()[0])
+    node.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(
+            ServerUnsuitable, match=f"^127.0.0.1:{node.port} has maxmemory-policy allkeys-lru"
+        ):
+            WorkerCommunicator(1, redis_url=several.url, run=RUN)
+    finally:
+        node.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
 
 
 def _slot(key: str) -> int:

@@ -155,8 +155,8 @@ def _of_server(snapshot: Snapshot) -> Iterator[Finding]:
             "critical",
             "server_evicts",
             None,
-            f"{'a node' if server.node else 'the server'} has maxmemory-policy {policy}: it deletes {what} when "
-            "memory is short",
+            f"{server.evicting_node or 'the server'} has maxmemory-policy {policy}: it deletes {what} when memory is "
+            "short",
             "redis-cli CONFIG SET maxmemory-policy noeviction",
         )
     if (

@@ -65,6 +65,7 @@ class ServerStatus:
         used_bytes: memory that it uses.
         maxmemory_bytes: memory that it may use; 0 for as much as there is.
         node: which one it is; empty where there is only one.
+        evicting_node: which master of a Cluster has that policy, if it may delete keys; empty where there is only one.
     """
 
     address: str
@@ -73,6 +74,7 @@ class ServerStatus:
     used_bytes: int | None
     maxmemory_bytes: int | None
     node: str = ""
+    evicting_node: str = ""
 
 
 @dataclass(frozen=True)
@@ -309,8 +311,11 @@ def _server(connection: Connection, replies: Sequence[bytes | None]) -> ServerSt
             told = [None if _untold(reply) else reply for reply in connection.ask_at(node, _OF_SERVER)]
             nodes.append(_status(connection, node.name, told))
     fullest = max(nodes, key=_fullness, default=_status(connection, "", ()))
-    policies = {one.maxmemory_policy for one in nodes} - {"noeviction", ""}
-    return replace(fullest, maxmemory_policy=min(policies, default=fullest.maxmemory_policy))
+    evicting = [one for one in nodes if one.maxmemory_policy not in ("noeviction", "")]
+    if not evicting:
+        return fullest
+    worst = min(evicting, key=lambda one: one.maxmemory_policy)
+    return replace(fullest, maxmemory_policy=worst.maxmemory_policy, evicting_node=worst.node)
 
 
 def _fullness(status: ServerStatus) -> tuple[float, int]:
