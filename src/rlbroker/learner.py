@@ -66,6 +66,7 @@ from rlbroker.signing import SigningKey
 from rlbroker.weights.images import Images
 from rlbroker.weights.publisher import COMMIT, Publisher
 from rlbroker.wire.version import FORMAT_VERSION
+from rlbroker.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -650,11 +651,11 @@ class WorkerCommunicator:
         batches = sum(one.waiting + one.in_hand for one in counts)
         if self.version or batches:
             logger.warning(
-                "the run %r goes on: version %d, %d batches of earlier workers waiting. For a new training choose "
+                "the run %r goes on: version %d, %s of earlier workers waiting. For a new training choose "
                 "another run name",
                 self.run,
                 self.version,
-                batches,
+                counted(batches, "batch", "batches"),
             )
 
     @contextmanager

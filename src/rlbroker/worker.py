@@ -38,6 +38,7 @@ from rlbroker.weights.images import Images
 from rlbroker.weights.loading import check_target, load
 from rlbroker.weights.subscriber import Subscriber, Update, only_newest
 from rlbroker.wire.version import FORMAT_VERSION
+from rlbroker.words import counted
 
 logger = logging.getLogger("rlbroker")
 
@@ -390,10 +391,9 @@ class WorkerClient:
         finally:
             if self._sender is not None and self._sender.unsafe:
                 logger.warning(
-                    "worker %d leaves with %d %s not reached level %r: %s",
+                    "worker %d leaves with %s not reached level %r: %s",
                     self.worker_id,
-                    self._sender.unsafe,
-                    "batch that has" if self._sender.unsafe == 1 else "batches that have",
+                    counted(self._sender.unsafe, "batch that has", "batches that have"),
                     self._sender.level,
                     self._sender.unconfirmed or "flush() waits for that",
                 )

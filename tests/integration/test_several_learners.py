@@ -94,7 +94,7 @@ def test_one_that_was_only_frozen_is_told_when_it_acknowledges(
     found = wait_until("it came", lambda: living.collect_experiences(timeout=0.1))
     with caplog.at_level(logging.WARNING, "rlbroker"):
         assert frozen.acknowledge(held) == 0
-    assert "another learner took them over" in caplog.text
+    assert "another learner took over" in caplog.text
     assert numbers(found) == [1]
     living.collect_experiences()
     counts = living.get_queue_info()["counts"][0]

@@ -137,7 +137,7 @@ def test_a_learner_that_goes_on_with_a_run_says_so(
     learner(learner_name="other", publishes=False)
     assert "goes on" not in caplog.text  # there was nothing, or nothing for this one to say
     learner()
-    assert "goes on: version 1, 1 batches of earlier workers waiting" in caplog.text
+    assert "goes on: version 1, 1 batch of earlier workers waiting" in caplog.text
 
 
 def test_weights_are_not_loaded_into_anything_else(learner: Learner, worker: Worker) -> None:

@@ -185,6 +185,8 @@ def test_what_is_no_trouble_is_not_spoken_of(snapshot: Snapshot) -> None:
 
 def test_limits_can_be_set() -> None:
     assert find(member(version=15, staleness=5), Limits(staleness=5))[0].code == "worker_behind"
+    (behind,) = find(member(version=19, staleness=1), Limits(staleness=1))
+    assert behind.what.startswith("worker 0 is 1 version behind: ")
     assert find(RUN, Limits(min_workers=2))[0].what == "1 worker is alive; 2 are wanted"
     assert find(RUN, Limits(waiting_share=0.1))[0].code == "queue_full"
 

@@ -45,11 +45,12 @@ ALLOWED = {
     "lives": {"config", "connection", "errors", "keys", "replies"},
     "signals": {"errors"},
     "signing": {"errors"},
+    "words": set(),
     "history": {"connection", "keys", "metrics", "replies"},
     "recorder": {"connection", "deadline", "errors", "history", "keys", "metrics", "replies"},
     "scalars": {"history"},
     "wire": {"errors"},
-    "local": {"config", "errors"},
+    "local": {"config", "errors", "words"},
 }
 _BELOW = {
     "wire",
@@ -72,6 +73,7 @@ _BELOW = {
     "records",
     "config",
     "errors",
+    "words",
 }
 ALLOWED |= dict.fromkeys(("weights", "experience", "control", "membership"), _BELOW)
 _ROOMS = set(ALLOWED) - {"local", "recorder", "scalars"}
@@ -92,6 +94,7 @@ ALLOWED |= {
         "control",
         "deadline",
         "signals",
+        "words",
         "__init__",
     },
     "__main__": {"cli"},

@@ -109,6 +109,7 @@ def test_a_server_that_is_well_has_no_hints() -> None:
             "CONFIG SET maxmemory 7200000000",
         ),
         ({"evicted_keys": "7"}, "evicted", "critical", "7 keys were deleted", "CONFIG RESETSTAT"),
+        ({"evicted_keys": "1"}, "evicted", "critical", "1 key was deleted", "CONFIG RESETSTAT"),
         (
             {"rejected_connections": "3"},
             "rejected",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlbroker.cli.session import Session, with_session
+from rlbroker.cli.text import counted
 
 if TYPE_CHECKING:
     from rlbroker.rights import User
@@ -84,7 +85,9 @@ def acl(
     passwords, made = _passwords(secrets_folder, names)
     lines = set_user_commands(found, passwords) if setuser else acl_file(found, passwords, ADMINISTRATOR)
     print(*lines, sep="\n")
-    session.say(f"{made} new passwords, {len(names) - made} that were there, in {secrets_folder}/<user>")
+    session.say(
+        f"{counted(made, 'new password')}, {len(names) - made} that were there, in {secrets_folder}/<user>"
+    )
     if cluster or kind == "sentinel":
         session.say("each node has users of its own: give these to every one, the replicas too")
     for warning in _given_up(found, shared=shared, read_only=version >= READ_ONLY_KEYS):

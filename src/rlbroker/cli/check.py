@@ -135,7 +135,8 @@ def _check(session: Session, limits: Limits, max_missed: int | None, since: floa
             _, records = read_missed(session.connection, session.keys, last_seconds=since)
             count = sum(one.count for one in records if one.what == "weights")
             if count > max_missed:
-                what = f"{count:,} versions were missed within {age(since)}; {max_missed:,} may be"
+                missed = counted(count, "version was", "versions were")
+                what = f"{missed} missed within {age(since)}; {max_missed:,} may be"
                 hint = f"rlbroker missed --since {since:.0f}s"
                 findings.append(Finding("warning", "too_many_missed", None, what, hint))
     code = max(({"warning": WARNING, "critical": CRITICAL}[one.severity] for one in findings), default=OK)

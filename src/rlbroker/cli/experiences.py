@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlbroker.cli.session import Session, with_session
-from rlbroker.cli.text import age, plain, size
+from rlbroker.cli.text import age, counted, plain, size
 
 if TYPE_CHECKING:
     from rlbroker.observer.batch_shapes import Content
@@ -86,14 +86,14 @@ def peek(
         for batch in queue.batches:
             _show(session, batch)
     if worker is None and len(chosen) < len(owners):
-        session.say(f"{len(owners) - len(chosen):,} more workers: --worker N, or --all")
+        session.say(f"{counted(len(owners) - len(chosen), 'more worker')}: --worker N, or --all")
 
 
 def _show(session: Session, one: WaitingBatch) -> None:
     facts = [
         f"batch {one.worker_id}/{one.batch_id}" + (", tried again" if one.retried else ""),
         "version unknown" if one.version is None else f"version {one.version:,}, {one.staleness:,} behind",
-        f"{one.rows:,} rows" if one.rows is not None else "",
+        counted(one.rows, "row") if one.rows is not None else "",
         (f"{size(one.raw_bytes)} of arrays in " if one.raw_bytes is not None else "")
         + size(one.stored_bytes),
         f"sent {age(one.age_seconds)} ago" if one.age_seconds is not None else "",

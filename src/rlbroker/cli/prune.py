@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlbroker.cli.session import EXIT_NOT_FOUND, Session, with_session
-from rlbroker.cli.text import age, seconds_of, show_table, size
+from rlbroker.cli.text import age, counted, seconds_of, show_table, size
 
 if TYPE_CHECKING:
     from rlbroker.observer.leftovers import Leftover
@@ -124,7 +124,7 @@ def _delete(
                 progress=_lines(session, f"of {one.run} deleted"),
             )
             if not session.as_json and done[one.run].keys:
-                session.console.print(f"deleted {one.run}: {done[one.run].keys:,} keys")
+                session.console.print(f"deleted {one.run}: {counted(done[one.run].keys, 'key')}")
     except KeyboardInterrupt:
         session.say("interrupted; the same command finishes it")
         raise

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from rlbroker.cli.session import Session, with_session
-from rlbroker.cli.text import age, seconds_of, size
+from rlbroker.cli.text import age, counted, seconds_of, size
 
 
 @with_session
@@ -45,7 +45,7 @@ def report(
         return
     from rlbroker.cli.page.render import render
 
-    session.say(f"drawing {len(course.samples):,} samples of {age(course.end - course.begin)}")
+    session.say(f"drawing {counted(len(course.samples), 'sample')} of {age(course.end - course.begin)}")
     page = render(course, typed=session.typed)
     if str(output) == "-":
         sys.stdout.write(page)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rlbroker.cli.cells import cell_width, fitted, styled
-from rlbroker.observer.words import age as age
-from rlbroker.observer.words import counted as counted
+from rlbroker.words import age as age
+from rlbroker.words import counted as counted
 
 if TYPE_CHECKING:
     from rlbroker.cli.console import Console

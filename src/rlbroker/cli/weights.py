@@ -276,7 +276,7 @@ def _say_written(session: Session, file: Path, version: int, written: Written) -
     if written.as_bits:
         kinds = ", ".join(sorted(set(written.as_bits.values())))
         session.say(
-            f"numpy has no {kinds}: {len(written.as_bits):,} arrays hold the bits as integers "
+            f"numpy has no {kinds}: {counted(len(written.as_bits), 'array holds', 'arrays hold')} the bits as integers "
             "(bfloat16: (array.astype('uint32') << 16).view('float32'))"
         )
     if written.left_out:

@@ -25,6 +25,7 @@ from rlbroker.errors import ConnectionFailed, InvalidArgument, RunLost
 from rlbroker.learner import WorkerCommunicator
 from rlbroker.records import Batch
 from rlbroker.signals import Signals
+from rlbroker.words import counted
 
 #: Environment steps in one update, at least; PPO needs enough for advantages that are worth normalising.
 STEPS_PER_UPDATE = 1024
@@ -343,6 +344,6 @@ def learn(settings: LearnerSettings, view: View, began: float | None = None) -> 
         plot(
             settings.output,
             history,
-            f"PPO on {settings.env_id}, {settings.workers} workers, through rlbroker",
+            f"PPO on {settings.env_id}, {counted(settings.workers, 'worker')}, through rlbroker",
         )
     return summary

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlbroker.demo.progress import Progress, Summary
+from rlbroker.words import counted
 
 CHART_WIDTH, CHART_HEIGHT = 64, 8
 #: Over how long the steps per second are taken.
@@ -144,7 +145,7 @@ class PlainLines:
         self._unwritten = (
             f"{progress.seconds:6.1f} s  {progress.steps:>9,} steps  {self._rate(progress):>7,.0f} steps/s  "
             f"version {progress.version}  return {_mean(progress.mean_return)} "
-            f"({progress.episodes} episodes)  staleness {_staleness(progress)}  "
+            f"({counted(progress.episodes, 'episode')})  staleness {_staleness(progress)}  "
             f"queue {progress.queued}  missed {progress.missed}  "
             f"workers {len(progress.workers)}\n"
         )
@@ -271,9 +272,9 @@ def describe(summary: Summary) -> str:
     )
     lines = [
         f"{heading}: mean return {_mean(summary.mean_return)} over the last 100 episodes{target}",
-        f"  steps     {summary.steps:,} in {summary.episodes:,} episodes, "
+        f"  steps     {summary.steps:,} in {counted(summary.episodes, 'episode')}, "
         f"{summary.steps / max(summary.seconds, 1e-9):,.0f} a second",
-        f"  weights   {summary.versions:,} versions published; missed by workers: {missed}",
+        f"  weights   {counted(summary.versions, 'version')} published; missed by workers: {missed}",
         f"  staleness {summary.mean_staleness:.2f} versions on average, {summary.max_staleness} at most",
         f"  batches   {summary.batches_produced:,} produced = {' + '.join(batches)}",
     ]

@@ -16,6 +16,7 @@ from rlbroker.demo.outage import outlast
 from rlbroker.demo.policy import HIDDEN, ActorCritic
 from rlbroker.demo.rollout import Rollout, make_envs
 from rlbroker.errors import QueueFull, RunLost, Unconfirmed
+from rlbroker.words import counted
 from rlbroker.worker import WorkerClient
 
 STEPS_PER_BATCH = 64
@@ -150,6 +151,6 @@ def work(settings: WorkerSettings, learner_state: Callable[[], str]) -> None:
                 ) from full
             drained = worker.draining
         why = "told to go: sent what it had begun, and left" if drained else "stopped by the learner"
-        print(f"{why} after {sent:,} batches", flush=True)
+        print(f"{why} after {counted(sent, 'batch', 'batches')}", flush=True)
     finally:
         envs.close()

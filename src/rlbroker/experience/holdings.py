@@ -15,6 +15,7 @@ from rlbroker.deadline import Deadline
 from rlbroker.errors import ConnectionFailed
 from rlbroker.keys import GROUP, Keys
 from rlbroker.replies import text_fields, whole_number
+from rlbroker.words import counted
 
 logger = logging.getLogger("rlbroker")
 
@@ -319,11 +320,11 @@ class Holdings:
             taken = {entry_id.decode() for entry_id in others}
             self.gave_up(source, ids, (why for one, (_, why) in ids.items() if one not in taken))
             if taken:
-                logger.warning(
-                    "%d batches of worker %d were held for too long; another learner took them over",
-                    len(taken),
-                    source.worker_id,
+                worker = source.worker_id
+                what = counted(
+                    len(taken), f"batch of worker {worker} was", f"batches of worker {worker} were"
                 )
+                logger.warning("%s held for too long; another learner took over", what)
             if gone + len(taken) < len(ids):  # done before, and the reply was lost; or the server lost them
                 self.restore([source.worker_id], deadline=deadline)
         return removed

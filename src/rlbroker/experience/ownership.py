@@ -11,6 +11,7 @@ from rlbroker.deadline import Deadline
 from rlbroker.experience.holdings import OWN, Holdings, Source
 from rlbroker.keys import GROUP
 from rlbroker.replies import pending_rows
+from rlbroker.words import counted
 
 logger = logging.getLogger("rlbroker")
 
@@ -108,7 +109,8 @@ class Ownership:
         ]
         taken = sum(bool(one) for ids in self._connection.run_all(calls) for one in ids)
         if taken:
-            logger.warning("%d batches were taken over from a learner that gave no sign of life", taken)
+            what = counted(taken, "batch was", "batches were")
+            logger.warning("%s taken over from a learner that gave no sign of life", what)
         return [bool(ids) for ids in wanted]
 
     def hand_out(self, source: Source, entry_id: str, consumer: str, deliveries: int) -> bool:

@@ -39,6 +39,7 @@ from rlbroker.records import Registration, SendReceipt
 from rlbroker.replies import entry_place, group_position, newest_place, pending_summary
 from rlbroker.servers import Server
 from rlbroker.translation import KeysMove
+from rlbroker.words import counted
 
 logger = logging.getLogger("rlbroker")
 
@@ -545,8 +546,9 @@ class Sender:
                 return "stopped", 0
             if deadline.over:
                 raise QueueFull(
-                    f"worker {self._worker_id}'s queue stayed full for {deadline.seconds:g} s: {self._waiting} batches "
-                    f"waiting (max_queue_size {settings.max_queue_size}), {self._in_hand} in the learner's hands, "
+                    f"worker {self._worker_id}'s queue stayed full for {deadline.seconds:g} s: "
+                    f"{counted(self._waiting, 'batch', 'batches')} waiting (max_queue_size "
+                    f"{settings.max_queue_size}), {self._in_hand} in the learner's hands, "
                     f"{self._held_bytes:,} bytes in all (max_queue_bytes {settings.max_queue_bytes:,}); the learner "
                     "collects or acknowledges too slowly. Raise timeout or the bounds, or choose another when_full"
                 )

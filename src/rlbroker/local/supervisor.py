@@ -21,6 +21,7 @@ from typing import Literal, Self
 
 from rlbroker.errors import Closed, InvalidArgument
 from rlbroker.local.guarded_process import GUARD_MARGIN_SECONDS, GuardedProcess, StopSteps
+from rlbroker.words import counted
 
 _logger = logging.getLogger("rlbroker")
 
@@ -417,7 +418,8 @@ class Supervisor:
         while child.restarts and child.restarts[0] <= now - self._window:
             child.restarts.popleft()
         if len(child.restarts) >= self._max_restarts:
-            _logger.error("%s %s; it is given up after %d restarts", child.name, reason, len(child.restarts))
+            restarts = counted(len(child.restarts), "restart")
+            _logger.error("%s %s; it is given up after %s", child.name, reason, restarts)
             child.enter("failed")
             return
         child.restarts.append(now)

@@ -18,6 +18,7 @@ from rlbroker.membership.life_scripts import ANNOUNCE, HEARD_OF, NEXT_LIFE
 from rlbroker.membership.members import member_infos
 from rlbroker.records import WorkerInfo
 from rlbroker.replies import number_in, server_seconds, text_fields
+from rlbroker.words import counted
 
 logger = logging.getLogger("rlbroker")
 
@@ -400,7 +401,9 @@ class Roster:
         wrong = [worker for worker, kind in zip(ids, kinds, strict=True) if kind not in (b"hash", b"none")]
         if lives.unusable:
             logger.warning(
-                "removed %d names from %s that are no workers", len(lives.unusable), self._keys.workers
+                "removed from %s what is no worker: %s",
+                self._keys.workers,
+                counted(len(lives.unusable), "name"),
             )
             channel.execute_all(
                 [

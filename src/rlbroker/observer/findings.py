@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from rlbroker.observer.snapshot import LearnerStatus, Snapshot, WorkerStatus
-from rlbroker.observer.words import age, counted
 from rlbroker.records import WorkerInfo
+from rlbroker.words import age, counted
 
 Severity = Literal["warning", "critical"]
 
@@ -349,7 +349,7 @@ def _of_member(snapshot: Snapshot, info: WorkerInfo, limits: Limits) -> Iterator
             "warning",
             "worker_behind",
             worker,
-            f"worker {worker} is {info.staleness:,} versions behind: it runs {runs} of {latest:,}"
+            f"worker {worker} is {counted(info.staleness, 'version')} behind: it runs {runs} of {latest:,}"
             f"{_unpolled(info)}",
             more,
         )

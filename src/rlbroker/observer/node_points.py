@@ -12,9 +12,9 @@ from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 from rlbroker.observer.facts import Latency, ServerFacts, measure_latency, read_facts
 from rlbroker.observer.points import Point, unread
 from rlbroker.observer.server_points import CLOCKS_APART_SECONDS, of_clock, of_latency, of_server
-from rlbroker.observer.words import counted
 from rlbroker.replies import info_fields
 from rlbroker.servers import SLOTS, Address, SentinelServers, Server
+from rlbroker.words import counted
 
 #: A node that does not answer within this time is said to be silent, so that there is time for the others.
 LONGEST_SILENCE_SECONDS: Final = 1.0

@@ -15,6 +15,7 @@ from rlbroker.observer.points import Point, size, unread, untold
 from rlbroker.observer.runs import keys_of
 from rlbroker.observer.snapshot import Snapshot, take_snapshot
 from rlbroker.replies import text_fields
+from rlbroker.words import counted
 
 #: A learner that holds batches and has not been heard of in their stream for so many seconds is spoken of.
 IDLE_SECONDS: Final = 60.0
@@ -67,19 +68,20 @@ def _queues(connection: Connection, snapshot: Snapshot) -> Iterator[Point]:
         elif not isinstance(consumers, PeerError) and _goes_on(snapshot):
             for name, held, idle_seconds in _sleepers(consumers):
                 wrong = True
-                batches = "batch" if held == 1 else "batches"
+                batches = counted(held, f"batch of worker {worker} is", f"batches of worker {worker} are")
                 yield Point(
                     "holder_idle",
                     "warning",
-                    f"{held:,} {batches} of worker {worker} are in the hands of the learner {name!r}, not heard of "
-                    f"there for {idle_seconds:,.0f} s; another learner takes them over, or this one after a restart",
+                    f"{batches} in the hands of the learner {name!r}, not heard of "
+                    f"there for {idle_seconds:,.0f} s; another learner takes over, or this one after a restart",
                     f"rlbroker workers {worker}",
                 )
     if not wrong:
         counts = [one.counts for one in snapshot.workers.values() if one.counts]
         waiting, in_hand = (sum(getattr(one, name) for one in counts) for name in ("waiting", "in_hand"))
         most = max((one.waiting for one in counts), default=0)
-        what = f"{waiting:,} batches wait in {len(existing):,} queues, {most:,} at most in one; {in_hand:,} in hand"
+        where = f"{counted(len(existing), 'queue')}, {most:,} at most in one; {in_hand:,} in hand"
+        what = f"{counted(waiting, 'batch waits', 'batches wait')} in {where}"
         yield Point("queues", "ok", what)
 
 
@@ -112,7 +114,7 @@ def _bounds(facts: ServerFacts, snapshot: Snapshot) -> Iterator[Point]:
     )  # two full versions and differences, while they overlap
     needed = workers * bytes_of_one + weights
     room = facts.number("maxmemory") or facts.number("total_system_memory")
-    what = f"full queues of {workers:,} workers and the weights need {size(needed)}"
+    what = f"full queues of {counted(workers, 'worker')} and the weights need {size(needed)}"
     if room is None:
         yield untold("room", f"{what}; what the server has is not known", facts, "INFO")
     elif needed > room:

@@ -11,9 +11,9 @@ from rlbroker.keys import GROUP, Keys
 from rlbroker.lives import life_command
 from rlbroker.observer.facts import Latency, ServerFacts
 from rlbroker.observer.points import Point, State, size, untold
-from rlbroker.observer.words import counted
 from rlbroker.refusals import giving
 from rlbroker.replies import whole_number
+from rlbroker.words import counted
 
 #: A server that answers more slowly is spoken of: as a rule, and at worst.
 SLOW_SECONDS: Final = 0.005
@@ -174,8 +174,8 @@ def _evicted(facts: ServerFacts) -> Point:
     return Point(
         "evicted",
         "critical",
-        f"{evicted:,} keys were deleted for want of memory since the server started: weights or experiences may be "
-        "among them (CONFIG RESETSTAT begins to count anew)",
+        f"{counted(evicted, 'key was', 'keys were')} deleted for want of memory since the server started: weights or "
+        "experiences may be among them (CONFIG RESETSTAT begins to count anew)",
         f"redis-cli {mends}",
     )
 
@@ -263,7 +263,7 @@ def _clients(facts: ServerFacts) -> Point:
     if connected is None or limit is None:
         return untold("clients", "how many clients it has, and may have, is not known", facts, "INFO")
     blocked = facts.number("blocked_clients") or 0
-    what = f"{connected:,} of {limit:,} clients are connected, {blocked:,} of them wait in a blocking read"
+    what = f"{connected:,} of {counted(limit, 'client')} connected, {blocked:,} in a blocking read"
     if connected > CLIENTS_SHARE * limit:
         return Point("clients", "warning", what, f"redis-cli CONFIG SET maxclients {2 * limit}")
     return Point("clients", "ok", what)
@@ -276,7 +276,8 @@ def _rejected(facts: ServerFacts) -> Point:
     if not rejected:
         return Point("rejected", "ok", "no clients were turned away")
     limit = facts.number("maxclients") or 0
-    what = f"{rejected:,} connections were turned away since the server started, as maxclients was reached"
+    turned_away = counted(rejected, "connection was", "connections were")
+    what = f"{turned_away} turned away since the server started, as maxclients was reached"
     return Point("rejected", "warning", what, f"redis-cli CONFIG SET maxclients {2 * limit or 20_000}")
 
 
