@@ -278,6 +278,9 @@ class SentinelServers(_Watched):
         answering, silent = set[str](), list[str]()
         others, quorum, refusal = dict[str, dict[str, Any]](), 0, ""
         for sentinel in list(self._sentinels):
+            if _name(sentinel) in {_named(row) for row in others.values() if _is_away(row)}:
+                silent.append(_name(sentinel))  # it would only take time
+                continue
             try:
                 with within(Deadline(LONGEST_ASK_SECONDS)):
                     answering.add(_text(_ask(sentinel, "SENTINEL MYID")))
@@ -292,7 +295,7 @@ class SentinelServers(_Watched):
                 continue
             except redis_errors.ResponseError as error:
                 refusal = f"{_name(sentinel)} says {error}"
-        known = {one: f"{row['ip']}:{row['port']}" for one, row in others.items() if one not in answering}
+        known = {one: _named(row) for one, row in others.items() if one not in answering}
         away = {one: name for one, name in known.items() if name in silent or _is_away(others[one])}
         total = len(answering) + len(known)
         return Watch(
@@ -617,6 +620,10 @@ def _place(client: redis.Redis) -> Address:
 def _name(client: redis.Redis) -> str:
     host, port = _place(client)
     return f"{host}:{port}"
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    return f"{row['ip']}:{row['port']}"
 
 
 def _is_away(row: Mapping[str, Any]) -> bool:

@@ -258,6 +258,12 @@ def test_a_sentinel_that_does_not_answer_is_named_whoever_misses_it(answers: Ans
         assert found.watch().refusal == "a:1 says NOQUORUM 1 usable Sentinels"
 
 
+def test_a_sentinel_that_another_one_misses_is_not_waited_for(answers: Answers) -> None:
+    answers.update({A: sentinel("1", known(B, run_id="2", is_sdown=True)), B: AssertionError("it was asked")})
+    with closing(trio()) as found:
+        assert found.watch() == servers.Watch(silent=["b:2"], total=2, alive=1, needed=2, refusal="")
+
+
 def test_replicas_that_sentinels_miss_are_lost(answers: Answers) -> None:
     answers.update({A: AWAY, B: sentinel("2")})
     with closing(trio()) as found:
