@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import redis
 from test_server_points import facts
 
+from rlbroker.errors import ConnectionFailed, PeerError
 from rlbroker.observer.facts import Latency
-from rlbroker.observer.node_points import Node, _replication, _together, of_all, of_clocks
+from rlbroker.observer.node_points import Node, _of_lost, _replication, _together, of_all, of_clocks
 from rlbroker.observer.points import Point
 from rlbroker.observer.server_points import of_server
 from rlbroker.servers import Server
@@ -76,6 +79,24 @@ def test_a_master_that_nobody_could_replace_is_named() -> None:
     )
     assert (behind.state, behind.hint) == ("warning", "redis-cli -h host -p 4 INFO replication")
     assert alone.what.startswith("host:2: no replica could take its place")
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(ConnectionFailed("away"), "critical"), (PeerError("away"), "critical"), (None, "warning")],
+)
+def test_one_that_the_others_go_on_without_is_named_whether_it_answers_or_not(
+    error: PeerError | None, state: str
+) -> None:
+    def ask_at(*asked: Any) -> list[bytes]:
+        if error:
+            raise error
+        return [b"PONG"]
+
+    connection: Any = SimpleNamespace(servers=None, ask_at=ask_at)
+    point = _of_lost(connection, node(4).server)
+    assert (point.state, point.hint) == (state, "redis-cli CLUSTER NODES")
+    assert point.what.startswith("host:4 does not answer: away; " if error else "host:4 answers, but ")
 
 
 def test_a_run_may_use_the_memory_of_all_masters() -> None:

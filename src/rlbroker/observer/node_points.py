@@ -86,7 +86,7 @@ def _of_lost(connection: Connection, server: Server) -> Point:
     try:
         with within(Deadline(LONGEST_SILENCE_SECONDS)):
             connection.ask_at(server, [("PING",)])
-    except ConnectionFailed as error:
+    except PeerError as error:
         what = (
             f"{server.name} does not answer: {error}; {others} go on without it, and remember it until {forget} "
             "has them forget it"
