@@ -61,7 +61,8 @@ class Guarded:
 
 
 #: redis-py asks for it on every server, and takes a refusal.
-_TRIED = {"cmdstat_client|setinfo", "cmdstat_client"}
+#: A worker that comes to a node without scripts before the learner does tries to load them.
+_TRIED = {"cmdstat_client|setinfo", "cmdstat_client", "cmdstat_script|load", "cmdstat_script"}
 
 #: What doctor asks for, and says that it may not.
 _ONLY_FOR_DOCTOR = {"cmdstat_config|get", "cmdstat_config", "cmdstat_acl|whoami", "cmdstat_acl"}
