@@ -60,7 +60,7 @@ def test_the_history_tells_what_happened(learner: Learner, worker: Worker, monke
     meanwhile = record(comm)
     assert (meanwhile.in_hand, meanwhile.waiting, meanwhile.queued) == (2, 1, {3: 1})
     assert len(comm.collect_experiences(timeout=0.05, max_batches=1)) == 1
-    assert comm.collect_experiences(timeout=0.05) == []
+    assert comm.collect_experiences(timeout=0.2) == []
     client._heartbeat._beat()
     client.send_experiences({"steps": np.zeros(10)})
     after = record(comm)
@@ -72,7 +72,7 @@ def test_the_history_tells_what_happened(learner: Learner, worker: Worker, monke
     (interval,) = intervals([before, after])
     for name in ("encode_seconds", "send_seconds", "publish_seconds", "decode_seconds"):
         assert 0 < interval.growth(name) <= interval.seconds
-    assert 0.05 <= interval.growth("wait_seconds") <= interval.seconds
+    assert 0.1 <= interval.growth("wait_seconds") <= interval.seconds  # and looked for streams besides
     assert after.published_stored_bytes > 0
     assert after.collected_stored_bytes > 0
 

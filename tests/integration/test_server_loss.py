@@ -33,7 +33,7 @@ def test_the_learner_publishes_what_it_holds_under_a_new_version(
     wait_until("version 2 is applied", lambda: client.poll(model) and client.version == 2)
     server.client.flushall()
     wait_until("version 3 is applied", lambda: client.poll(model) and client.version == 3)
-    assert comm.version == 3
+    wait_until("the learner knows too that it is there", lambda: comm.version == 3)
     assert model["w"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert comm.send_model_weights({"w": weights}).version == 4
 
