@@ -258,9 +258,8 @@ class SentinelServers(_Watched):
         """Give the replicas that a Sentinel knows, and that are away or have lost their master."""
         for sentinel in list(self._sentinels):
             with suppress(*_AWAY, redis_errors.ResponseError), within(Deadline(LONGEST_ASK_SECONDS)):
-                rows = _ask(
-                    sentinel, "SENTINEL SLAVES", self.service
-                )  # redis-py cannot read SENTINEL REPLICAS
+                # redis-py cannot read SENTINEL REPLICAS.
+                rows = _ask(sentinel, "SENTINEL SLAVES", self.service)
                 return [
                     self.at((str(row["ip"]), int(row["port"])))
                     for row in rows
