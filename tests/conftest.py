@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import fakeredis
@@ -218,10 +218,18 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str,
             folder = tmp_path_factory.mktemp(engine)
             if engine == "cluster":
                 patient = "--cluster-node-timeout", "60000"  # a machine that is busy is no reason to promote
-                return ClusterServer(stack.enter_context(Cluster(binary, folder, 3, 1, *patient)))
+                made = ClusterServer(stack.enter_context(Cluster(binary, folder, 3, 1, *patient)))
+                made.client.flushall()  # they do not name a replica until they know how far it is
+                wait_until("each node names all others", partial(_all_are_named, made.engine), 30.0)
+                return made
             return TrioServer(stack.enter_context(SentinelTrio(binary, folder)))
 
         yield start
+
+
+def _all_are_named(made: Cluster) -> bool:
+    told = [str(node.ask("CLUSTER", "SLOTS")) for node in made.nodes]
+    return all(f", {node.port}," in one for one in told for node in made.nodes)
 
 
 @pytest.fixture
