@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from benchmarks.measure import Row, progress
 from benchmarks.policies import load
 from benchmarks.training import Version
-from rlbroker.wire.image import EncodedSegment, ImageFormat, ImagePlan
-from rlbroker.wire.limits import Limits
+from rlbroker.codec.image import EncodedSegment, ImageFormat, ImagePlan
+from rlbroker.codec.limits import Limits
 
 #: What is measured of the recordings: the one, what it is cast to on the way out, and its wanted delta ratio.
 CASES: tuple[tuple[str, str | None, float | None], ...] = (

@@ -17,8 +17,8 @@ from pathlib import Path
 import redis
 
 from rlbroker.local import RedisServer
-from rlbroker.local.guarded_process import GuardedProcess
-from rlbroker.local.redis_server import find_binary
+from rlbroker.local.child_process import GuardedProcess
+from rlbroker.local.embedded_server import find_binary
 
 _numbers = itertools.count(1)
 

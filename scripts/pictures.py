@@ -31,7 +31,7 @@ from rich.text import Text
 from screens import Screen
 
 from rlbroker import QueueFull, WorkerClient
-from rlbroker.local.redis_server import RedisServer
+from rlbroker.local.embedded_server import RedisServer
 from rlbroker.membership import heartbeat, roster
 
 ROOT = Path(__file__).resolve().parents[1]

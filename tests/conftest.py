@@ -33,8 +33,8 @@ from redis.sentinel import Sentinel
 from servers import KINDS, binary_of
 
 from rlbroker import WorkerClient, WorkerCommunicator
-from rlbroker.keys import Keys
-from rlbroker.local.redis_server import RedisServer
+from rlbroker.backend.keys import Keys
+from rlbroker.local.embedded_server import RedisServer
 
 #: Started by itself, with a package that only fuzzing needs.
 collect_ignore = ["fuzz/fuzz_harness.py"]
@@ -67,7 +67,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "on_every_engine: runs on a server, on a Cluster and on a Sentinel trio, also by default"
     )
+    config.addinivalue_line("markers", "unit: needs no server and starts no process")
     config.addinivalue_line("markers", "single_server(why): never runs on a Cluster or a Sentinel trio")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker("unit")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

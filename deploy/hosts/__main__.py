@@ -19,7 +19,7 @@ from deploy.hosts import checks
 from deploy.hosts.deployment import RUN, Deployment, ask, refusal, rlbroker, user_of
 from deploy.hosts.network import Network
 from deploy.hosts.training import Course, Processes
-from rlbroker.keys import Keys
+from rlbroker.backend.keys import Keys
 
 SERVER, LEARNER, STAYING, LEAVING = "server", "learner", "workers-a", "workers-b"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from deploy.hosts.network import Host
-from rlbroker.demo.progress import Progress, WorkerStatus, parse_report
+from rlbroker.demo.training_progress import Progress, WorkerStatus, parse_report
 
 #: How long a process gets to end, after a signal or by itself.
 END_SECONDS = 20.0

@@ -34,7 +34,7 @@ from rlbroker.errors import (
     WireError,
     WrongKeyType,
 )
-from rlbroker.records import (
+from rlbroker.types import (
     Batch,
     CleanupReport,
     DeadLetter,
@@ -48,7 +48,7 @@ from rlbroker.records import (
 )
 
 if TYPE_CHECKING:
-    from rlbroker.control.commander import Command
+    from rlbroker.control.commands import Command
     from rlbroker.learner import WorkerCommunicator
     from rlbroker.worker import WorkerClient
 
@@ -97,7 +97,7 @@ __all__ = [
 ]
 
 #: Imported when they are first asked for, as they need numpy and blosc2: whoever only looks at a run does not.
-_LATER = {"Command": "control.commander", "WorkerClient": "worker", "WorkerCommunicator": "learner"}
+_LATER = {"Command": "control.commands", "WorkerClient": "worker", "WorkerCommunicator": "learner"}
 
 
 def __getattr__(name: str) -> Any:

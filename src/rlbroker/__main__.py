@@ -1,5 +1,5 @@
 """`python -m rlbroker`: the command line."""
 
-from rlbroker.cli import main
+from rlbroker.ops.cli import main
 
 main()

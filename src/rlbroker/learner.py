@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 
 import redis
 
-from rlbroker.background import Background
+from rlbroker.backend.connection import BLOCK_SECONDS, Channel, Connection
+from rlbroker.backend.deadline import Deadline, within
+from rlbroker.backend.keys import Keys
+from rlbroker.backend.replies import entry_id
+from rlbroker.backend.text import counted
+from rlbroker.backend.threads import Background
+from rlbroker.codec.signing import SigningKey
+from rlbroker.codec.version import FORMAT_VERSION
 from rlbroker.config import (
     DEFAULT_RUN,
     MAX_SHARDS,
@@ -33,10 +40,8 @@ from rlbroker.config import (
     waiting_seconds,
     worker_number,
 )
-from rlbroker.connection import BLOCK_SECONDS, Channel, Connection
-from rlbroker.control.commander import RESTORE_COMMAND, SEND, Command, Commander
+from rlbroker.control.commands import RESTORE_COMMAND, SEND, Command, Commander
 from rlbroker.control.ledger import RESTORE_ACCOUNT, SETTLE, Ledger
-from rlbroker.deadline import Deadline, within
 from rlbroker.errors import (
     Closed,
     ConnectionFailed,
@@ -50,23 +55,18 @@ from rlbroker.errors import (
 from rlbroker.experience.collector import Collector
 from rlbroker.experience.counts import read_counts
 from rlbroker.experience.dead_letters import BURY, PURGE, RETRY, DeadLetters
-from rlbroker.experience.flow import FlowControl
-from rlbroker.experience.holdings import ACKNOWLEDGE, RESTORE_COUNTS, TAKE_OVER, Holdings
-from rlbroker.experience.ownership import HAND_OUT, RENEW, TAKE_ABANDONED, Ownership
+from rlbroker.experience.pending import ACKNOWLEDGE, RESTORE_COUNTS, TAKE_OVER, Holdings
 from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE, STATE
-from rlbroker.keys import Keys
+from rlbroker.experience.rate_limiter import FlowControl
+from rlbroker.experience.takeover import HAND_OUT, RENEW, TAKE_ABANDONED, Ownership
 from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER, REJOIN
 from rlbroker.membership.roster import ALIVE, CLOSE, FORGET, OPEN, RESTORE_RUN, Roster
-from rlbroker.metrics import Metrics
-from rlbroker.recorder import Known, Recorder
-from rlbroker.records import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
-from rlbroker.replies import entry_id
-from rlbroker.scalars import ScalarLog, SummaryWriter
-from rlbroker.signing import SigningKey
-from rlbroker.weights.images import Images
+from rlbroker.metrics.counters import Metrics
+from rlbroker.metrics.recorder import Known, Recorder
+from rlbroker.metrics.tensorboard import ScalarLog, SummaryWriter
+from rlbroker.types import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
+from rlbroker.weights.image_store import Images
 from rlbroker.weights.publisher import COMMIT, Publisher
-from rlbroker.wire.version import FORMAT_VERSION
-from rlbroker.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -544,7 +544,7 @@ class WorkerCommunicator:
         """Write the figures of this learner with TensorBoard's `SummaryWriter`, or anything that has `add_scalar`.
 
         In the background, until `cleanup`. An error of the writer's ends that, is logged, and harms nothing else.
-        `rlbroker.scalars.TAGS` lists what is written; tags begin with `rlbroker/`.
+        `rlbroker.metrics.tensorboard.TAGS` lists what is written; tags begin with `rlbroker/`.
 
         Args:
             writer: `add_scalar(tag, value, step)` is called in a thread of ours, but not after `cleanup`.

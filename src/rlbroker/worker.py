@@ -11,6 +11,12 @@ from typing import Any, Self, get_args
 
 import redis
 
+from rlbroker.backend.connection import Connection
+from rlbroker.backend.deadline import Deadline, within
+from rlbroker.backend.keys import Keys
+from rlbroker.backend.text import counted
+from rlbroker.codec.signing import SigningKey
+from rlbroker.codec.version import FORMAT_VERSION
 from rlbroker.config import (
     DEFAULT_RUN,
     HostCacheSetting,
@@ -23,22 +29,16 @@ from rlbroker.config import (
     signing_secret,
     waiting_seconds,
 )
-from rlbroker.connection import Connection
+from rlbroker.control.drain_signals import Signals
 from rlbroker.control.inbox import Inbox, Order
-from rlbroker.deadline import Deadline, within
 from rlbroker.errors import Closed, DeadlineExceeded, InvalidArgument, PeerError, UnsupportedType
 from rlbroker.experience.sender import Sender
-from rlbroker.keys import Keys
-from rlbroker.membership.attention import Attention
 from rlbroker.membership.heartbeat import Heartbeat
-from rlbroker.records import SendReceipt
-from rlbroker.signals import Signals
-from rlbroker.signing import SigningKey
-from rlbroker.weights.images import Images
+from rlbroker.membership.last_poll import Attention
+from rlbroker.types import SendReceipt
+from rlbroker.weights.image_store import Images
 from rlbroker.weights.loading import check_target, load
 from rlbroker.weights.subscriber import Subscriber, Update, only_newest
-from rlbroker.wire.version import FORMAT_VERSION
-from rlbroker.words import counted
 
 logger = logging.getLogger("rlbroker")
 

@@ -9,7 +9,7 @@ from conftest import wait_until
 from guarded import RUN, GuardedServer
 
 from rlbroker import WorkerClient, WorkerCommunicator
-from rlbroker.keys import Keys
+from rlbroker.backend.keys import Keys
 
 KEYS = Keys(RUN)
 

@@ -21,7 +21,7 @@ from redis.retry import Retry
 
 from rlbroker import TlsFailed, WorkerClient, WorkerCommunicator
 from rlbroker.config import TLS_VARIABLES
-from rlbroker.local.redis_server import RedisServer
+from rlbroker.local.embedded_server import RedisServer
 
 CA, CERTIFICATE, KEY = TLS_VARIABLES
 

@@ -1,6 +1,6 @@
 """The attacker has the password of an observer, which people and dashboards have. It wants more than to look.
 
-What an observer may not do, command by command, is in tests/integration/test_acl.py.
+What an observer may not do, command by command, is in tests/ops/test_acl.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from attacked import KEYS, Scene
 from guarded import RUN, GuardedServer
 
 from rlbroker import AccessDenied, WorkerClient, WorkerCommunicator
-from rlbroker.control.commander import SEND
+from rlbroker.control.commands import SEND
 from rlbroker.membership.roster import RESTORE_RUN
 
 OBSERVER = f"{RUN}-observer"

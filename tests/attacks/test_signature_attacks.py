@@ -19,16 +19,16 @@ import xxhash
 from conftest import Server, wait_until
 
 from rlbroker import Command, DeadlineExceeded, WorkerClient, WorkerCommunicator
-from rlbroker.connection import Connection
+from rlbroker.backend.connection import Connection
+from rlbroker.backend.keys import Keys
+from rlbroker.codec import format as wire_format
+from rlbroker.codec import image as wire_image
+from rlbroker.codec.signing import SigningKey
 from rlbroker.control import inbox
-from rlbroker.control.commander import Commander
-from rlbroker.keys import Keys
-from rlbroker.signing import SigningKey
-from rlbroker.weights.images import Images
-from rlbroker.weights.pointer import Pointer
+from rlbroker.control.commands import Commander
+from rlbroker.weights.image_store import Images
+from rlbroker.weights.manifest import Pointer
 from rlbroker.weights.publisher import Publisher
-from rlbroker.wire import format as wire_format
-from rlbroker.wire import image as wire_image
 
 KEY = "the key that learner and workers share"
 OTHER = SigningKey(b"some other key, which the attacker made up")

@@ -18,9 +18,9 @@ from engines import Cluster, SentinelTrio
 from proxy import Proxy
 from servers import FaultyServer
 
-from rlbroker.control.account import Account
-from rlbroker.keys import Keys
-from rlbroker.replies import text_fields
+from rlbroker.backend.keys import Keys
+from rlbroker.backend.replies import text_fields
+from rlbroker.control.outcomes import Account
 
 HERE = Path(__file__).parent
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from rlbroker.weights.host_cache import HostCache, SharedImage
+from rlbroker.weights.host_cache.cache import HostCache, SharedImage
 
 KILL_SECONDS = 3.0
 #: The end of a scenario that waits for something that does not come.

@@ -7,7 +7,7 @@ import random
 import msgpack
 import xxhash
 
-from rlbroker.wire.message import encode
+from rlbroker.codec.message import encode
 
 PRELUDE_BYTES = 28
 

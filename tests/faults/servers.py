@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import redis
 
-from rlbroker.local.redis_server import find_binary
+from rlbroker.local.embedded_server import find_binary
 
 #: Servers that the scenarios can run on, and how to get those that are missing.
 KINDS = {

@@ -14,12 +14,12 @@ from engines import Cluster, Node
 from servers import KINDS, binary_of
 
 from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.keys import Keys
 from rlbroker.config import Level
-from rlbroker.control.commander import Command
-from rlbroker.deadline import Deadline
+from rlbroker.control.commands import Command
 from rlbroker.errors import ConnectionFailed, RunLost, Unconfirmed
 from rlbroker.experience import collector
-from rlbroker.keys import Keys
 
 #: So that nobody notices by a heartbeat what is to be noticed without one.
 QUIET_SECONDS = 600.0

@@ -14,8 +14,10 @@ from servers import FaultyServer
 from typer.testing import CliRunner
 
 from rlbroker import ConnectionFailed, PeerError, WorkerClient, WorkerCommunicator
-from rlbroker.cli.app import app
-from rlbroker.observer import findings, snapshot  # noqa: F401 - not while the clock runs
+from rlbroker.ops.cli.app import app
+from rlbroker.ops.inspect import (
+    snapshot,  # noqa: F401 - not while the clock runs
+)
 
 NewServer = Callable[..., FaultyServer]
 

@@ -8,7 +8,7 @@ from typing import Any
 from arena import Arena
 from hostile import hostile
 
-from rlbroker.replies import text_fields
+from rlbroker.backend.replies import text_fields
 
 
 def test_10_hostile_payloads_in_every_stream_and_chunk(

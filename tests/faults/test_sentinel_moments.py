@@ -12,10 +12,10 @@ from conftest import wait_until
 from engines import Node, SentinelTrio
 
 from rlbroker import WorkerClient, WorkerCommunicator
-from rlbroker.deadline import Deadline
-from rlbroker.keys import Keys
-from rlbroker.replies import newest_place
-from rlbroker.servers import Server
+from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.keys import Keys
+from rlbroker.backend.replies import newest_place
+from rlbroker.backend.topology import Server
 
 RUN = "moments"
 

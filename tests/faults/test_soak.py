@@ -18,7 +18,7 @@ from hostile import hostile
 from proxy import Proxy
 from servers import FaultyServer
 
-from rlbroker.keys import GROUP
+from rlbroker.backend.keys import GROUP
 
 #: Seconds between a recovery and the next fault.
 CALM = 3.0

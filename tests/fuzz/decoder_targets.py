@@ -9,19 +9,19 @@ from __future__ import annotations
 import msgpack
 import numpy as np
 import xxhash
-from wire_hostile import PRELUDE, sealed, with_true_digests
+from hostile_messages import PRELUDE, sealed, with_true_digests
 
-from rlbroker.control.account import Account, Event, settle
+from rlbroker.backend.replies import text_fields, whole_number
+from rlbroker.codec import delta
+from rlbroker.codec.assembly import Assembly
+from rlbroker.codec.format import DENSE, SAME, SPARSE
+from rlbroker.codec.image import ImageFormat
+from rlbroker.codec.limits import Limits
+from rlbroker.codec.message import decode, encode
 from rlbroker.control.inbox import COMMAND_LIMITS
+from rlbroker.control.outcomes import Account, Event, settle
 from rlbroker.errors import WireError
-from rlbroker.replies import text_fields, whole_number
-from rlbroker.weights.pointer import Pointer, group
-from rlbroker.wire import delta
-from rlbroker.wire.assembly import Assembly
-from rlbroker.wire.format import DENSE, SAME, SPARSE
-from rlbroker.wire.image import ImageFormat
-from rlbroker.wire.limits import Limits
-from rlbroker.wire.message import decode, encode
+from rlbroker.weights.manifest import Pointer, group
 
 #: Small, so that what a message may ask for is a sharp bound also while fuzzing.
 LIMITS = Limits(max_raw_bytes=1 << 20)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from wire_hostile import forged
+from hostile_messages import forged
 
+from rlbroker.codec.assembly import Assembly
+from rlbroker.codec.format import StoredSegment
+from rlbroker.codec.image import ImageFormat
+from rlbroker.codec.limits import Limits
 from rlbroker.errors import WireError
-from rlbroker.wire.assembly import Assembly
-from rlbroker.wire.format import StoredSegment
-from rlbroker.wire.image import ImageFormat
-from rlbroker.wire.limits import Limits
 
 LIMITS = Limits(max_raw_bytes=1 << 20)
 EMPTY = xxhash.xxh3_64_intdigest(b"")

@@ -10,24 +10,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from rlbroker.background import Background
-from rlbroker.connection import Argument, Channel, Connection, flat
-from rlbroker.control.authorship import check
-from rlbroker.deadline import Deadline, within
-from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, WireError
-from rlbroker.keys import Keys
-from rlbroker.legible import legible
-from rlbroker.records import Registration
-from rlbroker.replies import (
+from rlbroker.backend.connection import Argument, Channel, Connection, flat
+from rlbroker.backend.deadline import Deadline, within
+from rlbroker.backend.keys import Keys
+from rlbroker.backend.replies import (
     entry_place,
     seconds_number,
     stream_entries,
     text_fields,
     whole_number,
 )
-from rlbroker.signing import NotSigned, SigningKey
-from rlbroker.wire.limits import Limits
-from rlbroker.wire.message import decode
+from rlbroker.backend.threads import Background
+from rlbroker.backend.unreadable import legible
+from rlbroker.codec.limits import Limits
+from rlbroker.codec.message import decode
+from rlbroker.codec.signing import NotSigned, SigningKey
+from rlbroker.control.command_signature import check
+from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, WireError
+from rlbroker.types import Registration
 
 logger = logging.getLogger("rlbroker")
 

@@ -16,15 +16,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from rlbroker.connection import LEADER_ONLY, Argument, Connection, Script, flat
-from rlbroker.control.account import REFUSED, TEXT_KEPT, Account, Event, Settled, missed_updates, settle
-from rlbroker.deadline import Deadline
+from rlbroker.backend.connection import LEADER_ONLY, Argument, Connection, Script, flat
+from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.keys import Keys
+from rlbroker.backend.replies import entry_place, number_in, server_seconds, stream_entries, text_fields
+from rlbroker.backend.unreadable import legible
+from rlbroker.control.outcomes import REFUSED, TEXT_KEPT, Account, Event, Settled, missed_updates, settle
 from rlbroker.errors import RunLost, ServerFault
-from rlbroker.keys import Keys
-from rlbroker.legible import legible
-from rlbroker.lives import life_command, lives_from
-from rlbroker.records import Missed, MissedUpdates, Outcome
-from rlbroker.replies import entry_place, number_in, server_seconds, stream_entries, text_fields
+from rlbroker.membership.incarnations import life_command, lives_from
+from rlbroker.types import Missed, MissedUpdates, Outcome
 
 logger = logging.getLogger("rlbroker")
 

@@ -23,13 +23,13 @@ from urllib.parse import unquote, urlsplit
 
 from rich.console import Console
 
+from rlbroker.backend.keys import Keys
 from rlbroker.config import redacted_url
 from rlbroker.demo import check_output
-from rlbroker.demo.progress import Progress, Summary, parse_report
-from rlbroker.demo.view import View, describe, open_view
+from rlbroker.demo.dashboard import View, describe, open_view
+from rlbroker.demo.training_progress import Progress, Summary, parse_report
 from rlbroker.errors import PeerError
-from rlbroker.keys import Keys
-from rlbroker.local.redis_server import RedisServer
+from rlbroker.local.embedded_server import RedisServer
 from rlbroker.local.supervisor import Supervisor
 
 LEARNER = "learner"
@@ -228,7 +228,7 @@ def _executable(command: list[str]) -> list[str]:
     program, *arguments = command
     assert program == "rlbroker"
     options = ["--progress", "json"] if arguments[0] == "learner" else []
-    return [sys.executable, "-c", "from rlbroker.cli import main; main()", *arguments, *options]
+    return [sys.executable, "-c", "from rlbroker.ops.cli import main; main()", *arguments, *options]
 
 
 def how_to_look(url: str, run: str, *, kept: bool, ours: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlbroker.demo.progress import Progress
+from rlbroker.demo.training_progress import Progress
 
 _EPISODES, _MEAN, _TARGET = "#9db4c0", "#1b4965", "#ca6702"
 _WORKERS = ("#1b4965", "#ca6702", "#2a9d8f", "#9b2226", "#6a4c93", "#606c38")

@@ -13,30 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rlbroker.config import Acknowledge
-from rlbroker.connection import BLOCK_SECONDS, Connection
-from rlbroker.deadline import Deadline
-from rlbroker.errors import (
-    ConnectionFailed,
-    PeerError,
-    ServerFault,
-    ServerOutOfMemory,
-    WireError,
-    WrongKeyType,
-)
-from rlbroker.experience.dead_letters import DeadLetters
-from rlbroker.experience.flow import FlowControl
-from rlbroker.experience.holdings import Holdings, Source
-from rlbroker.experience.ownership import Ownership
-from rlbroker.experience.parcels import shape_of
-from rlbroker.experience.progress import Entry, Place, Stream, covers
-from rlbroker.experience.shard_reader import ShardReader, ready
-from rlbroker.keys import GROUP, Keys, shard_of
-from rlbroker.legible import answered, unless_spoiled
-from rlbroker.metrics import Metrics
-from rlbroker.outage import Outage
-from rlbroker.records import Batch
-from rlbroker.replies import (
+from rlbroker.backend.connection import BLOCK_SECONDS, Connection
+from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.error_mapping import KeysMove, script_is_unknown
+from rlbroker.backend.keys import GROUP, Keys, shard_of
+from rlbroker.backend.outage import Outage
+from rlbroker.backend.replies import (
     StreamEntries,
     consumer_pending,
     entry_place,
@@ -46,8 +28,26 @@ from rlbroker.replies import (
     text_fields,
     whole_number,
 )
-from rlbroker.translation import KeysMove, script_is_unknown
-from rlbroker.wire.message import decode
+from rlbroker.backend.unreadable import answered, unless_spoiled
+from rlbroker.codec.message import decode
+from rlbroker.config import Acknowledge
+from rlbroker.errors import (
+    ConnectionFailed,
+    PeerError,
+    ServerFault,
+    ServerOutOfMemory,
+    WireError,
+    WrongKeyType,
+)
+from rlbroker.experience.dead_letters import DeadLetters
+from rlbroker.experience.outgoing import shape_of
+from rlbroker.experience.pending import Holdings, Source
+from rlbroker.experience.rate_limiter import FlowControl
+from rlbroker.experience.read_position import Entry, Place, Stream, covers
+from rlbroker.experience.stream_reader import ShardReader, ready
+from rlbroker.experience.takeover import Ownership
+from rlbroker.metrics.counters import Metrics
+from rlbroker.types import Batch
 
 logger = logging.getLogger("rlbroker")
 

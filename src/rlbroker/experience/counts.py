@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from rlbroker.connection import Connection
+from rlbroker.backend.connection import Connection
+from rlbroker.backend.keys import GROUP, Keys
+from rlbroker.backend.replies import newest_place, pending_count, text_fields, whole_number
+from rlbroker.backend.unreadable import unless_spoiled
 from rlbroker.errors import PeerError
-from rlbroker.keys import GROUP, Keys
-from rlbroker.legible import unless_spoiled
-from rlbroker.records import QueueCounts
-from rlbroker.replies import newest_place, pending_count, text_fields, whole_number
+from rlbroker.types import QueueCounts
 
 #: Why a batch that was produced is not delivered: by learners, and by the worker itself.
 LOST = (

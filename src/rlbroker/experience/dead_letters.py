@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from rlbroker.connection import Connection, Script
-from rlbroker.experience.holdings import OWN, Holdings, Source
-from rlbroker.keys import GROUP, Keys
-from rlbroker.records import DeadLetter
-from rlbroker.replies import entry_place, text_fields, whole_number
+from rlbroker.backend.connection import Connection, Script
+from rlbroker.backend.keys import GROUP, Keys
+from rlbroker.backend.replies import entry_place, text_fields, whole_number
+from rlbroker.experience.pending import OWN, Holdings, Source
+from rlbroker.types import DeadLetter
 
 #: Dead letters of one worker that are kept; the oldest go first. They are counted all the same.
 KEPT = 1_000

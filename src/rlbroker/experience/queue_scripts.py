@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlbroker.connection import Script
+from rlbroker.backend.connection import Script
 
 OPEN_QUEUE = Script(
     "open_queue",

@@ -17,9 +17,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from rlbroker.backend.connection import Channel, Connection, flat
+from rlbroker.backend.deadline import Backoff, Deadline, try_seconds
+from rlbroker.backend.error_mapping import KeysMove
+from rlbroker.backend.keys import GROUP, Keys
+from rlbroker.backend.replies import entry_place, group_position, newest_place, pending_summary
+from rlbroker.backend.text import counted
+from rlbroker.backend.topology import Server
 from rlbroker.config import Level, RunSettings, WhenFull
-from rlbroker.connection import Channel, Connection, flat
-from rlbroker.deadline import Backoff, Deadline, try_seconds
 from rlbroker.errors import (
     BatchTooLarge,
     ConnectionFailed,
@@ -32,14 +37,9 @@ from rlbroker.errors import (
     ServerUnsuitable,
     Unconfirmed,
 )
-from rlbroker.experience.parcels import Packer, Parcel
+from rlbroker.experience.outgoing import Packer, Parcel
 from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE, STATE
-from rlbroker.keys import GROUP, Keys
-from rlbroker.records import Registration, SendReceipt
-from rlbroker.replies import entry_place, group_position, newest_place, pending_summary
-from rlbroker.servers import Server
-from rlbroker.translation import KeysMove
-from rlbroker.words import counted
+from rlbroker.types import Registration, SendReceipt
 
 logger = logging.getLogger("rlbroker")
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from rlbroker.backend.text import counted
 from rlbroker.errors import Closed, InvalidArgument
-from rlbroker.local.guarded_process import GUARD_MARGIN_SECONDS, GuardedProcess, StopSteps
-from rlbroker.words import counted
+from rlbroker.local.child_process import GUARD_MARGIN_SECONDS, GuardedProcess, StopSteps
 
 _logger = logging.getLogger("rlbroker")
 

@@ -10,18 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Final
 
-from rlbroker.background import Background
+from rlbroker.backend.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
+from rlbroker.backend.deadline import Backoff, Deadline
+from rlbroker.backend.keys import Keys
+from rlbroker.backend.replies import seconds_number, text_fields, whole_number
+from rlbroker.backend.threads import Background
+from rlbroker.backend.unreadable import legible
 from rlbroker.config import MAX_WORKER_ID, RunSettings, worker_number
-from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
-from rlbroker.crowd import Crowd
-from rlbroker.deadline import Backoff, Deadline
 from rlbroker.errors import AccessDenied, DeadlineExceeded, IncompatibleFormat, RunLost
-from rlbroker.keys import Keys
-from rlbroker.legible import legible
-from rlbroker.lives import Life, read_lives
-from rlbroker.membership.life_scripts import ANNOUNCE, HEARD_OF, NEXT_LIFE, NOTE_FENCED
-from rlbroker.records import Registration
-from rlbroker.replies import seconds_number, text_fields, whole_number
+from rlbroker.membership.incarnation_scripts import ANNOUNCE, HEARD_OF, NEXT_LIFE, NOTE_FENCED
+from rlbroker.membership.incarnations import Life, read_lives
+from rlbroker.membership.run_size import Crowd
+from rlbroker.types import Registration
 
 #: Heartbeats in one lease: this many must fail in a row before a worker is called away.
 BEATS_PER_LEASE = 5

@@ -8,17 +8,17 @@ import socket
 import time
 from collections.abc import Sequence
 
+from rlbroker.backend.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
+from rlbroker.backend.keys import Keys
+from rlbroker.backend.replies import number_in, server_seconds, text_fields
+from rlbroker.backend.text import counted
+from rlbroker.backend.unreadable import legible, unless_spoiled
 from rlbroker.config import RunSettings
-from rlbroker.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
 from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
-from rlbroker.keys import Keys
-from rlbroker.legible import legible, unless_spoiled
-from rlbroker.lives import Lives, read_lives, worker_number_of, worker_numbers
-from rlbroker.membership.life_scripts import ANNOUNCE, HEARD_OF, NEXT_LIFE
-from rlbroker.membership.members import member_infos
-from rlbroker.records import WorkerInfo
-from rlbroker.replies import number_in, server_seconds, text_fields
-from rlbroker.words import counted
+from rlbroker.membership.incarnation_scripts import ANNOUNCE, HEARD_OF, NEXT_LIFE
+from rlbroker.membership.incarnations import Lives, read_lives, worker_number_of, worker_numbers
+from rlbroker.membership.worker_info import member_infos
+from rlbroker.types import WorkerInfo
 
 logger = logging.getLogger("rlbroker")
 

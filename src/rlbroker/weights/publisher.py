@@ -18,20 +18,20 @@ from typing import Any, Final, Self
 
 import xxhash
 
-from rlbroker.connection import LEADER_ONLY, Channel, Connection, Script, flat
-from rlbroker.deadline import Deadline
+from rlbroker.backend.connection import LEADER_ONLY, Channel, Connection, Script, flat
+from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.keys import Keys
+from rlbroker.backend.replies import text_fields, whole_number
+from rlbroker.codec.image import ImagePlan
+from rlbroker.codec.signing import SigningKey, chunk_hash
 from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, ServerOutOfMemory, WireError
-from rlbroker.keys import Keys
-from rlbroker.metrics import Metrics
-from rlbroker.records import Published, PublishReceipt
-from rlbroker.replies import text_fields, whole_number
-from rlbroker.signing import SigningKey, chunk_hash
-from rlbroker.weights.images import Bytes, Draft, Image, Images
-from rlbroker.weights.pointer import CHUNK_BYTES, Form, Pointer, kept, needs_whole
+from rlbroker.metrics.counters import Metrics
+from rlbroker.types import Published, PublishReceipt
+from rlbroker.weights.gpu_copy import Staged, Staging
+from rlbroker.weights.image_store import Bytes, Draft, Image, Images
+from rlbroker.weights.manifest import CHUNK_BYTES, Form, Pointer, kept, needs_whole
 from rlbroker.weights.retention import Retention
-from rlbroker.weights.staging import Staged, Staging
-from rlbroker.weights.uploader import Base, Pieces, Stored, Uploader
-from rlbroker.wire.image import ImagePlan
+from rlbroker.weights.upload import Base, Pieces, Stored, Uploader
 
 logger = logging.getLogger("rlbroker")
 

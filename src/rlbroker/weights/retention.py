@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Final
 
-from rlbroker.connection import Argument, Connection
-from rlbroker.deadline import Deadline
+from rlbroker.backend.connection import Argument, Connection
+from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.keys import Keys
 from rlbroker.errors import ConnectionFailed
-from rlbroker.keys import Keys
-from rlbroker.weights.pointer import Form, Pointer
+from rlbroker.weights.manifest import Form, Pointer
 
 logger = logging.getLogger("rlbroker")
 

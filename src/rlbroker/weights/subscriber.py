@@ -13,19 +13,19 @@ from typing import Any, Final
 import redis
 from redis import exceptions as redis_errors
 
-from rlbroker.background import Background
-from rlbroker.clients import STALL_SECONDS
-from rlbroker.connection import Connection
-from rlbroker.crowd import Crowd
-from rlbroker.deadline import Deadline
+from rlbroker.backend.client import STALL_SECONDS
+from rlbroker.backend.connection import Connection
+from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.keys import Keys
+from rlbroker.backend.replies import number_in, text_fields, whole_number
+from rlbroker.backend.threads import Background
+from rlbroker.backend.unreadable import answered
+from rlbroker.codec.signing import NotSigned, SigningKey
 from rlbroker.errors import ConnectionFailed, WireError
-from rlbroker.keys import Keys
-from rlbroker.legible import answered
-from rlbroker.replies import number_in, text_fields, whole_number
-from rlbroker.signing import NotSigned, SigningKey
-from rlbroker.weights.fetcher import Fetcher, Version
-from rlbroker.weights.images import Images
-from rlbroker.weights.pointer import Pointer
+from rlbroker.membership.run_size import Crowd
+from rlbroker.weights.download import Fetcher, Version
+from rlbroker.weights.image_store import Images
+from rlbroker.weights.manifest import Pointer
 
 logger = logging.getLogger("rlbroker")
 

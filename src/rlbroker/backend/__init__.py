@@ -1,0 +1,1 @@
+"""The one boundary to Redis: connections, topology, keys, scripts, and the translation of errors."""

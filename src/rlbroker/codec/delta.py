@@ -1,0 +1,228 @@
+"""Lossless differences between two states of one segment.
+
+A segment is seen as words of 1, 2, 4 or 8 bytes, little endian. A difference is taken modulo the word and
+*centred*: 0x80 is added to each of its bytes, so that small steps in either direction leave the high bytes
+alike, which costs a reader one addition and compresses as well as zigzag does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rlbroker.codec import compression
+from rlbroker.codec.format import DENSE, SAME, SPARSE, SPARSE_HEAD, StoredSegment, digest_of
+from rlbroker.codec.leaves import Bytes
+from rlbroker.errors import WireError
+
+Words = np.ndarray[Any, np.dtype[Any]]
+
+#: A gap of this many unchanged words that goes on in the next byte.
+_ESCAPE = 255
+
+#: Beyond this part of changed words, positions cost more than the differences of all words.
+_SPARSE_PART = 0.4
+_SAMPLE_WORDS = 2048
+
+#: Below this part most groups of eight bytes are unchanged, which is worth a look at them first.
+_RARE_PART = 0.12
+
+#: Work is done on pieces of this many bytes and gaps: few calls, and what is between two steps stays in the cache.
+_BLOCK_BYTES = 1 << 20
+_BLOCK_GAPS = 64 << 10
+
+#: From this many bytes of a segment it is guessed what compressing all of them would leave.
+_GUESS_BYTES = 32 << 10
+
+
+def word_type(typesize: int, raw_bytes: int) -> np.dtype[Any]:
+    """Return the words of a segment: as wide as its elements where that is possible, else bytes."""
+    word_bytes = {1: 1, 2: 2, 4: 4, 8: 8, 16: 8}.get(typesize, 1)
+    return np.dtype(f"<u{word_bytes if raw_bytes % word_bytes == 0 else 1}")
+
+
+def encode(new: Bytes, base: Bytes, typesize: int) -> tuple[int, bytes | memoryview]:
+    """Return (codec, stored bytes) of what is smallest, full codecs included, as far as samples tell.
+
+    `new` and `base` are equally long, contiguous and do not change during the call. The stored bytes are a view
+    of `new` where stored raw.
+    """
+    word = word_type(typesize, len(new))
+    changes = _changes(new, base, word)
+    if changes is not None and not len(changes[0]):
+        return SAME, b""
+    expected_bytes = compression.guess(new.data, typesize, _GUESS_BYTES)
+    if changes is None:
+        difference = _difference(new, base, word).view(np.uint8).data
+        if compression.guess(difference, word.itemsize, _GUESS_BYTES) < expected_bytes:
+            codec, stored = compression.compress(difference, word.itemsize)
+            if codec == compression.BLOSC2:
+                return DENSE, stored
+        return compression.compress(new.data, typesize)
+    sparse = _sparse(*changes)
+    if len(sparse) < expected_bytes:
+        return SPARSE, sparse
+    codec, stored = compression.compress(new.data, typesize)
+    return (SPARSE, sparse) if len(sparse) < len(stored) else (codec, stored)
+
+
+def apply(segment: StoredSegment, stored: memoryview, typesize: int, base: Bytes, out: Bytes) -> None:
+    """Fill `out` with the new state; it may be `base` itself.
+
+    Raises WireError for a base that is not the announced one, before anything is written, and for stored bytes
+    that do not lead to the announced result; `out` is then worthless unless nothing was written.
+    """
+    if len(base) != segment.raw_bytes or digest_of(base.data) != segment.base_digest:
+        raise WireError("the base of a delta is not the one that it was made from")
+    restore(segment.codec, stored, typesize, base, out)
+    if segment.codec != SAME and digest_of(out.data) != segment.raw_digest:
+        raise WireError("a delta did not lead to the announced bytes")
+
+
+def restore(codec: int, stored: memoryview, typesize: int, base: Bytes, out: Bytes) -> None:
+    """Fill `out` with what a delta makes of `base`, whatever that is; raise WireError for unsound stored bytes.
+
+    Whoever has digests calls `apply`.
+    """
+    word = word_type(typesize, len(out))
+    if codec == SPARSE:
+        _restore_sparse(stored, base, out, word)
+    elif codec == DENSE:
+        _restore_dense(stored, base, out, word)
+    else:
+        _copy(base, out)
+
+
+def _changes(new: Bytes, base: Bytes, word: np.dtype[Any]) -> tuple[Words, Words] | None:
+    """Return the positions of changed words and their centred differences; None if they are too many."""
+    words = len(new) // word.itemsize
+    step = max(words // _SAMPLE_WORDS, 1)
+    sample = new.view(word)[::step] != base.view(word)[::step]
+    sampled_part = np.count_nonzero(sample) / len(sample)
+    if sampled_part > _SPARSE_PART + 0.1:
+        return None
+    positions: list[Words] = []
+    differences: list[Words] = []
+    found = 0
+    for start in range(0, len(new), _BLOCK_BYTES):
+        ours, theirs = new[start : start + _BLOCK_BYTES], base[start : start + _BLOCK_BYTES]
+        if sampled_part < _RARE_PART and len(ours) % 8 == 0:
+            at, difference = _rare_changes(ours, theirs, word)
+        else:
+            difference = ours.view(word) - theirs.view(word)
+            at = np.flatnonzero(difference != 0)
+            difference = difference[at]
+        at += start // word.itemsize
+        positions.append(at)
+        differences.append(difference)
+        found += len(at)
+        if found > words * _SPARSE_PART:
+            return None
+    return np.concatenate(positions), np.concatenate(differences) + _bias(word)
+
+
+def _rare_changes(new: Bytes, base: Bytes, word: np.dtype[Any]) -> tuple[Words, Words]:
+    """Return positions and differences; eight bytes are compared at a time, and only what differs by the word."""
+    ours, theirs = new.view(np.uint64), base.view(np.uint64)
+    at = np.flatnonzero(ours != theirs)
+    difference = ours[at].view(word) - theirs[at].view(word)
+    inside = np.flatnonzero(difference != 0)
+    per = 8 // word.itemsize
+    return at[inside // per] * per + inside % per, difference[inside]
+
+
+def _bias(word: np.dtype[Any]) -> Any:
+    return word.type(int.from_bytes(b"\x80" * word.itemsize, "little"))
+
+
+def _sparse(positions: Words, differences: Words) -> bytes:
+    gaps = _gaps(positions).tobytes()
+    _, stored_gaps = compression.compress(memoryview(gaps), 1)
+    _, stored_differences = compression.compress(differences.view(np.uint8).data, differences.itemsize)
+    head = SPARSE_HEAD.pack(len(positions), len(gaps), len(stored_gaps))
+    return b"".join((head, stored_gaps, stored_differences))
+
+
+def _gaps(positions: Words) -> Bytes:
+    """Return the unchanged words before each changed one, as bytes."""
+    gaps = np.diff(positions, prepend=-1) - 1
+    if gaps.max() < _ESCAPE:
+        return gaps.astype(np.uint8)
+    escapes = gaps // _ESCAPE
+    ends = np.cumsum(escapes + 1) - 1
+    written = np.full(int(ends[-1]) + 1, _ESCAPE, np.uint8)
+    written[ends] = gaps - escapes * _ESCAPE
+    return written
+
+
+def _restore_sparse(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[Any]) -> None:
+    words = len(out) // word.itemsize
+    if len(stored) < SPARSE_HEAD.size:
+        raise WireError("a sparse segment is shorter than what it begins with")
+    changes, gap_bytes, stored_gap_bytes = SPARSE_HEAD.unpack_from(stored)
+    # So what is allocated here is less than twice the segment.
+    if not 0 < changes <= words or not changes <= gap_bytes <= changes + words // _ESCAPE:
+        raise WireError("a sparse segment claims an impossible number of changes")
+    gaps_end = SPARSE_HEAD.size + stored_gap_bytes
+    gaps = _part(stored[SPARSE_HEAD.size : gaps_end], gap_bytes, 1)
+    differences = _part(stored[gaps_end:], changes * word.itemsize, word.itemsize).view(word)
+    ends = gaps != _ESCAPE
+    if not ends[-1] or np.count_nonzero(ends) != changes or int(gaps.sum(dtype=np.uint64)) + changes > words:
+        raise WireError("the gaps of a sparse segment do not fit it")
+    _copy(base, out)
+    target = out.view(word)
+    bias = _bias(word)
+    done = 0
+    skipped = 0
+    # Positions only grow and end within the segment, as was checked above.
+    for start in range(0, gap_bytes, _BLOCK_GAPS):
+        at = np.cumsum(gaps[start : start + _BLOCK_GAPS], dtype=np.int64)
+        skipped_here = int(at[-1])
+        if gap_bytes != changes:
+            at = at[ends[start : start + _BLOCK_GAPS]]
+        at += np.arange(skipped + done, skipped + done + len(at))
+        skipped += skipped_here
+        target[at] += differences[done : done + len(at)] - bias
+        done += len(at)
+
+
+def _part(stored: memoryview, raw_bytes: int, typesize: int) -> Bytes:
+    """Return one part of a sparse segment, which is stored raw exactly if its size is the raw one."""
+    if len(stored) == raw_bytes:
+        return np.frombuffer(stored, np.uint8)
+    if len(stored) > raw_bytes:
+        raise WireError("a part of a sparse segment is larger than what it stands for")
+    raw = np.empty(raw_bytes, np.uint8)
+    compression.decompress(stored, typesize, raw.data)
+    return raw
+
+
+def _difference(new: Bytes, base: Bytes, word: np.dtype[Any]) -> Words:
+    """Return the centred differences of all words."""
+    ours, theirs = new.view(word), base.view(word)
+    difference = np.empty_like(ours)
+    bias = _bias(word)
+    step = _BLOCK_BYTES // word.itemsize
+    for start in range(0, len(ours), step):
+        part = difference[start : start + step]
+        np.subtract(ours[start : start + step], theirs[start : start + step], out=part)
+        np.add(part, bias, out=part)
+    return difference
+
+
+def _restore_dense(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[Any]) -> None:
+    difference = np.empty(len(out) // word.itemsize, word)
+    compression.decompress(stored, word.itemsize, difference.view(np.uint8).data)
+    ours, theirs = out.view(word), base.view(word)
+    bias = _bias(word)
+    step = _BLOCK_BYTES // word.itemsize
+    for start in range(0, len(ours), step):
+        part = difference[start : start + step]
+        np.subtract(part, bias, out=part)
+        np.add(theirs[start : start + step], part, out=ours[start : start + step])
+
+
+def _copy(base: Bytes, out: Bytes) -> None:
+    if base.__array_interface__["data"][0] != out.__array_interface__["data"][0]:
+        np.copyto(out, base)

@@ -1,0 +1,276 @@
+"""The layout of a message: a fixed prelude, a msgpack header, then the stored segments.
+
+The header is a map of three entries. ``tree`` is the nesting, in which extension values name leaves.
+``leaves`` describes each leaf: ``[kind, dtype, shape]``, and its original dtype where it was cast. ``lanes`` says
+where their bytes are: a lane is the bytes of some leaves, one after the other, cut into segments: ``[typesize,
+leaf numbers, segments]``, and a segment is ``[codec, raw bytes, stored bytes, digest]``; a delta also has the
+digests of the raw bytes before and after. No offset is written anywhere, so none can be wrong: every position
+follows from the sizes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgpack
+import xxhash
+
+from rlbroker.codec import compression
+from rlbroker.codec.leaves import Leaf, read_leaf
+from rlbroker.codec.limits import DEFAULT_LIMITS, Limits
+from rlbroker.codec.tree import brief, check_packed, ext_hook, pairs_hook
+from rlbroker.codec.version import FORMAT_VERSION
+from rlbroker.errors import IncompatibleFormat, UnsupportedType, WireError
+
+#: Segment codecs of deltas, as numbered on the wire: the base itself, differences of all words, and of some.
+SAME = 2
+DENSE = 3
+SPARSE = 4
+#: What a sparse segment begins with: changed words, bytes of gaps, and how many bytes the latter are stored in.
+SPARSE_HEAD = struct.Struct("<III")
+
+MAGIC = b"RLBW"
+#: magic, version, reserved, header bytes, body bytes, xxh3_64 of the header
+PRELUDE = struct.Struct("<4sHHIQQ")
+
+Buffer = bytes | bytearray | memoryview
+
+digest_of = xxhash.xxh3_64_intdigest
+
+
+class StoredSegment(NamedTuple):
+    """The facts of one segment: its codec, sizes, and xxh3_64 of the stored bytes.
+
+    A delta (codec 2 and above) has two more: the digests of the raw bytes before and after. They are 0 in others.
+    """
+
+    codec: int
+    raw_bytes: int
+    stored_bytes: int
+    digest: int
+    base_digest: int = 0
+    raw_digest: int = 0
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the stored bytes are the raw ones."""
+        return self.codec == compression.RAW
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether a base is needed to decode this segment."""
+        return self.codec >= SAME
+
+
+class Lane(NamedTuple):
+    """Bytes of leaves, one after the other, cut into segments.
+
+    One leaf in any number of segments, or any number of leaves in at most one segment.
+    """
+
+    typesize: int
+    leaf_numbers: Sequence[int]
+    segments: Sequence[StoredSegment]
+
+
+@dataclass(slots=True)
+class Header:
+    """A header after every check that needs no array bytes."""
+
+    tree: object
+    leaves: list[Leaf]
+    lanes: list[Lane]
+    body_bytes: int
+
+    @property
+    def raw_bytes(self) -> int:
+        """Size of all leaves in bytes."""
+        return sum(segment.raw_bytes for segment in self.segments)
+
+    @property
+    def segments(self) -> list[StoredSegment]:
+        """The segments of all lanes, in order."""
+        return [segment for lane in self.lanes for segment in lane.segments]
+
+    @property
+    def is_delta(self) -> bool:
+        """Whether a base is needed to decode this."""
+        return any(segment.is_delta for segment in self.segments)
+
+
+def write_header(
+    tree: object, leaves: Sequence[Leaf], lanes: Sequence[tuple[int, Sequence[int], Sequence[StoredSegment]]]
+) -> bytes:
+    """Return prelude and header; raise UnsupportedType if no reader with default limits could take them."""
+    manifest = {
+        "tree": tree,
+        "leaves": [leaf.row for leaf in leaves],
+        "lanes": [
+            (typesize, numbers, [segment if segment.is_delta else segment[:4] for segment in segments])
+            for typesize, numbers, segments in lanes
+        ],
+    }
+    try:
+        header: bytes = msgpack.packb(manifest)
+    except ValueError as error:  # One value, or the sum of them, beyond what msgpack can count.
+        raise UnsupportedType("the plain values of the tree are too large; send arrays") from error
+    if len(header) > DEFAULT_LIMITS.max_header_bytes or len(leaves) > DEFAULT_LIMITS.max_leaves:
+        raise UnsupportedType(
+            f"the plain values of the tree take {len(header)} bytes and it has {len(leaves)} leaves; "
+            f"{DEFAULT_LIMITS.max_header_bytes} and {DEFAULT_LIMITS.max_leaves} are the most: "
+            "send arrays in place of long lists of numbers"
+        )
+    body_bytes = sum(segment[2] for lane in lanes for segment in lane[2])
+    return PRELUDE.pack(MAGIC, FORMAT_VERSION, 0, len(header), body_bytes, digest_of(header)) + header
+
+
+def byte_view(data: Buffer) -> memoryview:
+    """Return a view of single bytes, whatever the items of `data` are."""
+    view = memoryview(data)
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
+
+
+def checked_bytes(index: int, segment: StoredSegment, data: Buffer) -> memoryview:
+    """Return the stored bytes of segment `index`; raise WireError unless they are the announced ones."""
+    stored = byte_view(data)
+    if len(stored) != segment.stored_bytes:
+        raise WireError(f"segment {index} has {len(stored)} bytes, announced were {segment.stored_bytes}")
+    if digest_of(stored) != segment.digest:
+        raise WireError(f"the digest of segment {index} does not match")
+    return stored
+
+
+def split_header(data: memoryview) -> tuple[int, int]:
+    """Return (where the header ends, how many body bytes follow) from the prelude of `data`."""
+    if len(data) < PRELUDE.size:
+        raise WireError(f"{len(data)} bytes are too short for a message")
+    magic, version, reserved, header_bytes, body_bytes, _ = PRELUDE.unpack_from(data)
+    if magic != MAGIC:
+        raise WireError("this is not a message of rlbroker: the first four bytes are wrong")
+    if version != FORMAT_VERSION:
+        raise IncompatibleFormat(f"format version {version}; this release reads {FORMAT_VERSION}")
+    if reserved:
+        raise WireError("the reserved field of the prelude is not zero")
+    return PRELUDE.size + header_bytes, body_bytes
+
+
+def read_header(data: memoryview, limits: Limits) -> Header:
+    """Check prelude and header, which `data` holds exactly, and return what they say."""
+    end, body_bytes = split_header(data)
+    if end - PRELUDE.size > limits.max_header_bytes:
+        raise WireError(f"a header of {end - PRELUDE.size} bytes; {limits.max_header_bytes} is the most")
+    if end != len(data):
+        raise WireError(f"{len(data)} bytes, where prelude and header have {end}")
+    packed = data[PRELUDE.size :]
+    if not packed:
+        raise WireError("the header is empty")
+    (digest,) = struct.unpack_from("<Q", data, PRELUDE.size - 8)
+    if digest_of(packed) != digest:
+        raise WireError("the header's digest does not match")
+    manifest = _unpack(packed)
+    if type(manifest) is not dict or list(manifest) != ["tree", "leaves", "lanes"]:
+        raise WireError("the header is not a map of tree, leaves and lanes")
+    rows = manifest["leaves"]
+    if type(rows) is not list or len(rows) > limits.max_leaves:
+        raise WireError(f"the leaf table is not a list, or longer than {limits.max_leaves}")
+    leaves = [read_leaf(*_row(row, "leaf", 3, 4)) for row in rows]
+    if sum(leaf.restored_bytes for leaf in leaves if leaf.original is not None) > limits.max_raw_bytes:
+        raise WireError(f"more than {limits.max_raw_bytes} bytes of arrays, once cast back")
+    lanes = _read_lanes(manifest["lanes"], leaves, limits.max_raw_bytes)
+    stored_bytes = sum(segment.stored_bytes for lane in lanes for segment in lane.segments)
+    if stored_bytes != body_bytes:
+        raise WireError(f"the segments have {stored_bytes} bytes, the body {body_bytes}")
+    check_packed(manifest["tree"], len(leaves), limits.max_depth)
+    return Header(manifest["tree"], leaves, lanes, body_bytes)
+
+
+def _unpack(packed: memoryview) -> Any:
+    try:
+        # Skipping allocates nothing. Once it reached the end, every length in there is backed by that many
+        # bytes; without it, a few nested arrays that claim to be long would take gigabytes.
+        skipper = msgpack.Unpacker(max_buffer_size=len(packed))
+        skipper.feed(packed)
+        skipper.skip()
+        return msgpack.unpackb(
+            packed,
+            strict_map_key=False,  # ints may be keys; pairs_hook is stricter than strict_map_key
+            ext_hook=ext_hook,
+            object_pairs_hook=pairs_hook,
+        )
+    except (
+        ValueError,
+        TypeError,
+        msgpack.exceptions.UnpackException,
+        msgpack.exceptions.BufferFull,
+    ) as error:
+        raise WireError(f"the header is not acceptable msgpack: {error!s:.200}") from error
+
+
+def _row(row: object, what: str, *lengths: int) -> list[Any]:
+    if type(row) is not list or len(row) not in lengths:
+        raise WireError(f"a row that describes a {what} is not a list of {' or '.join(map(str, lengths))}")
+    return row
+
+
+def _read_lanes(rows: object, leaves: list[Leaf], max_raw_bytes: int) -> list[Lane]:
+    if type(rows) is not list:
+        raise WireError("the lanes are not a list")
+    lanes: list[Lane] = []
+    seen = bytearray(len(leaves))
+    total = 0
+    for row in rows:
+        typesize, numbers, segment_rows = _row(row, "lane", 3)
+        if type(typesize) is not int or not 0 < typesize <= 255:
+            raise WireError(f"a lane with elements of {brief(typesize)} bytes")
+        if type(numbers) is not list or type(segment_rows) is not list:
+            raise WireError("the leaves or segments of a lane are not a list")
+        for number in numbers:
+            if type(number) is not int or not 0 <= number < len(leaves) or seen[number]:
+                raise WireError(
+                    f"a lane holds leaf {brief(number)}, which does not exist or has a lane already"
+                )
+            seen[number] = 1
+        if len(numbers) != 1 and len(segment_rows) > 1:
+            raise WireError("a lane has several leaves and several segments")
+        segments = [_read_segment(segment_row) for segment_row in segment_rows]
+        raw_bytes = sum(segment.raw_bytes for segment in segments)
+        if raw_bytes != sum(leaves[number].nbytes for number in numbers):
+            raise WireError("the segments of a lane do not add up to its leaves")
+        total += raw_bytes
+        if total > max_raw_bytes:
+            raise WireError(f"more than {max_raw_bytes} bytes of arrays")
+        lanes.append(Lane(typesize, numbers, segments))
+    if not all(seen):
+        raise WireError("a leaf is in no lane")
+    return lanes
+
+
+def _read_segment(row: object) -> StoredSegment:
+    values = _row(row, "segment", 4, 6)
+    if any(type(value) is not int for value in values):
+        raise WireError("a segment is described by something else than ints")
+    segment = StoredSegment(*values)
+    codec, raw_bytes, stored_bytes, *digests = segment
+    if not 0 < raw_bytes <= compression.MAX_SEGMENT_BYTES or not all(0 <= one < 1 << 64 for one in digests):
+        raise WireError(f"a segment of {raw_bytes} bytes, or an impossible digest")
+    if segment.is_delta != (len(values) == 6):
+        raise WireError(f"a segment of codec {codec} that is described by {len(values)} values")
+    if codec == compression.RAW:
+        if stored_bytes != raw_bytes:
+            raise WireError("a raw segment whose stored size is not its raw size")
+    elif codec == compression.BLOSC2:
+        if not compression.CHUNK_HEADER_BYTES <= stored_bytes < raw_bytes:
+            raise WireError("a compressed segment whose stored size is impossible")
+    elif codec == SAME:
+        if stored_bytes or segment.base_digest != segment.raw_digest:
+            raise WireError("an unchanged segment that stores something, or is not its base")
+    elif codec in (DENSE, SPARSE):
+        least = compression.CHUNK_HEADER_BYTES if codec == DENSE else SPARSE_HEAD.size + 2
+        if not least <= stored_bytes < raw_bytes:
+            raise WireError("a delta whose stored size is impossible")
+    else:
+        raise WireError(f"a segment of unknown codec {codec}")
+    return segment

@@ -1,0 +1,306 @@
+"""Weights as one flat buffer, the *image*: what a learner keeps of its latest version, and a worker decodes into.
+
+The lanes of a header lie in an image one after the other, each from a multiple of 64 bytes on. The next version
+of the same layout can be encoded as a difference between two images, and applied in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from rlbroker.codec import casts, delta
+from rlbroker.codec.compression import RAW, compress, restore
+from rlbroker.codec.contents import Content, contents_of
+from rlbroker.codec.format import Buffer, StoredSegment, byte_view, checked_bytes, digest_of, read_header
+from rlbroker.codec.lanes import DEFAULT_SEGMENT_BYTES, LARGE_LEAF_BYTES, plan_lanes, write_planned
+from rlbroker.codec.leaves import Bytes, Leaf, leaf_maker, normalise_bools
+from rlbroker.codec.limits import Limits
+from rlbroker.codec.taking import LeafTaker, plain_tensor
+from rlbroker.codec.tree import TreePacker, unpack
+from rlbroker.errors import InvalidArgument, WireError
+
+#: Where a lane may begin: a line of the cache, and enough for any element.
+_ALIGNMENT = 64
+
+#: Torch copies so many elements in the thread that asks. More are shared among threads, which then wait for the
+#: slowest of them: on a busy machine that takes many times as long as the copy.
+_UNSHARED_ELEMENTS = 32_768
+
+
+class EncodedSegment(NamedTuple):
+    """One segment as it is to be sent: its facts, its bytes, and xxh3_64 of its raw bytes."""
+
+    segment: StoredSegment
+    stored: bytes | memoryview
+    raw_digest: int
+
+
+class _LaneFacts(NamedTuple):
+    """What writer and reader know of a lane."""
+
+    typesize: int
+    leaf_numbers: Sequence[int]
+    #: Raw sizes of its segments.
+    sizes: Sequence[int]
+
+
+class _Place(NamedTuple):
+    start: int
+    end: int
+    typesize: int
+
+
+class _Geometry:
+    """Where the lanes and segments are in an image."""
+
+    def __init__(self, leaves: Sequence[Leaf], lanes: Sequence[_LaneFacts]) -> None:
+        self.lane_starts: list[int] = []
+        self.places: list[_Place] = []
+        end = 0
+        for lane in lanes:
+            end += -end % _ALIGNMENT
+            self.lane_starts.append(end)
+            for size in lane.sizes:
+                self.places.append(_Place(end, end + size, lane.typesize))
+                end += size
+        self.image_bytes = end + -end % _ALIGNMENT
+        described = [(leaf.kind, leaf.dtype, leaf.shape) for leaf in leaves]
+        self.layout = xxhash.xxh3_128_digest(msgpack.packb((described, lanes)))
+
+    def segment_view(self, index: int, image: Bytes) -> Bytes:
+        """Return the place of segment `index` in an image of this geometry."""
+        self.check(image)
+        place = self.places[index]
+        return image[place.start : place.end]
+
+    def check(self, image: Bytes) -> None:
+        """Raise InvalidArgument for what is no image of this size."""
+        if image.dtype != np.uint8 or image.shape != (self.image_bytes,) or not image.flags.c_contiguous:
+            raise InvalidArgument(
+                f"an image of shape {image.shape} and dtype {image.dtype}; "
+                f"it must be {self.image_bytes} contiguous bytes (uint8)"
+            )
+
+
+class ImagePlan:
+    """How a tree becomes an image, and an image becomes a header and segments.
+
+    Once `fill` returned, the tree may change: segments are encoded from the image, in any order by any thread.
+    """
+
+    def __init__(
+        self, tree: object, *, dtype: str | None = None, segment_bytes: int = DEFAULT_SEGMENT_BYTES
+    ) -> None:
+        """Take `tree` apart, without a copy; floating tensors and arrays wider than `dtype` are to be cast to it.
+
+        Raises UnsupportedType, which names the path, for what cannot travel, and InvalidArgument for a `dtype`
+        that is not the torch name of a floating type of at most 4 bytes.
+        """
+        if dtype is not None:
+            casts.check_dtype(dtype)
+        taker = LeafTaker(dtype)
+        self._tree = TreePacker(taker.take).pack(tree)
+        self._leaves = taker.leaves
+        self._sources: Sequence[Any] = taker.sources
+        self._lanes = plan_lanes(taker.leaves, segment_bytes)
+        self._geometry = _Geometry(
+            self._leaves,
+            [_LaneFacts(lane.typesize, lane.leaf_numbers, lane.segment_sizes) for lane in self._lanes],
+        )
+        #: Size of the image.
+        self.image_bytes: int = self._geometry.image_bytes
+        #: Size of all leaves as they travel, each tied one counted once.
+        self.raw_bytes: int = sum(lane.raw_bytes for lane in self._lanes)
+        self.segment_count: int = len(self._geometry.places)
+        #: 16 bytes that are equal exactly if a delta between two images makes sense.
+        self.layout: bytes = self._geometry.layout
+
+    def fill(self, image: NDArray[np.uint8]) -> None:
+        """Copy every leaf into `image`, cast where wanted; bytes between the lanes become 0. Only once.
+
+        The leaves are forgotten by that: their memory is the caller's alone again.
+        """
+        self._geometry.check(image)
+        end = 0
+        for lane, start in zip(self._lanes, self._geometry.lane_starts, strict=True):
+            image[end:start] = 0
+            end = start
+            for number in lane.leaf_numbers:
+                leaf = self._leaves[number]
+                place = image[end : end + leaf.nbytes]
+                end += leaf.nbytes
+                if lane.large:
+                    _write(leaf, self._sources[number], place)
+                elif leaf.nbytes:  # Small ones may lie anywhere, and torch counts on alignment.
+                    aligned = np.empty(leaf.nbytes, np.uint8)
+                    _write(leaf, self._sources[number], aligned)
+                    place[:] = aligned
+        image[end:] = 0
+        self._sources = ()
+
+    def encode_segment(
+        self,
+        index: int,
+        image: NDArray[np.uint8],
+        *,
+        compression: bool,
+        base: NDArray[np.uint8] | None = None,
+        base_digest: int = 0,
+    ) -> EncodedSegment:
+        """Return segment `index` of a filled image, as a difference to image `base` if that is smaller.
+
+        `base_digest` is the raw digest that this segment had in `base`; it is computed if it is 0. Without
+        `compression` the segment is stored raw: as a view of `image`, which must then not change until it was sent.
+        """
+        raw = self._geometry.segment_view(index, image)
+        typesize = self._geometry.places[index].typesize
+        raw_digest = digest_of(raw.data)
+        before = 0
+        codec: int = RAW
+        stored: bytes | memoryview = raw.data
+        if compression and base is not None:
+            base_raw = self._geometry.segment_view(index, base)
+            codec, stored = delta.encode(raw, base_raw, typesize)
+            before = base_digest or digest_of(base_raw.data)
+        elif compression:
+            codec, stored = compress(raw.data, typesize)
+        digest = raw_digest if codec == RAW else digest_of(stored)
+        segment = StoredSegment(codec, len(raw), len(stored), digest)
+        if segment.is_delta:
+            segment = segment._replace(base_digest=before, raw_digest=raw_digest)
+        return EncodedSegment(segment, stored, raw_digest)
+
+    def header(self, segments: Sequence[StoredSegment]) -> bytes:
+        """Return prelude and header, given the facts of all segments in order."""
+        return write_planned(self._tree, self._leaves, self._lanes, segments)
+
+
+class ImageFormat:
+    """What a header says of an image: how large it is, how its segments are filled in, and what it holds."""
+
+    def __init__(self, header: Buffer, limits: Limits, *, arrays_only: bool = False) -> None:
+        """Check the whole header against `limits`; nothing large is allocated.
+
+        With `arrays_only` nobody is going to ask for the tree, so that tensors need no torch.
+
+        Raises WireError, and IncompatibleFormat for another version of the format.
+        """
+        facts = read_header(byte_view(header), limits)
+        self._facts = facts
+        self._makers = [] if arrays_only else [leaf_maker(leaf) for leaf in facts.leaves]
+        lanes = [
+            _LaneFacts(lane.typesize, lane.leaf_numbers, [segment.raw_bytes for segment in lane.segments])
+            for lane in facts.lanes
+        ]
+        self._geometry = _Geometry(facts.leaves, lanes)
+        #: Size of the image.
+        self.image_bytes: int = self._geometry.image_bytes
+        #: Size of all leaves as they travel, each tied one counted once.
+        self.raw_bytes: int = facts.raw_bytes
+        #: The facts of each segment, in order.
+        self.segments: Sequence[StoredSegment] = facts.segments
+        #: Equal in two headers exactly if a delta between their images makes sense.
+        self.layout: bytes = self._geometry.layout
+        #: Whether a base is needed to decode this.
+        self.is_delta: bool = facts.is_delta
+
+    def segment_view(self, index: int, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the place of segment `index` in `image`: where the bytes of a raw one can be received into."""
+        return self._geometry.segment_view(index, image)
+
+    def decode_segment(
+        self, index: int, data: Buffer, image: NDArray[np.uint8], base: NDArray[np.uint8] | None = None
+    ) -> None:
+        """Fill in segment `index` of `image` from its stored bytes; raise WireError if they are not sound.
+
+        A delta needs `base`, an image of the same layout, which may be `image` itself; one that differs from
+        what the delta was made from is refused before anything is written. After any other WireError this
+        segment of the image is worthless. `data` of a raw segment may lie in its place already. Safe in
+        several threads, for different segments.
+        """
+        segment = self.segments[index]
+        out = self._geometry.segment_view(index, image)
+        stored = checked_bytes(index, segment, data)
+        typesize = self._geometry.places[index].typesize
+        if segment.is_delta:
+            if base is None or base.shape != image.shape:
+                raise WireError(f"segment {index} is a delta, and its base is missing or of another size")
+            delta.apply(segment, stored, typesize, self._geometry.segment_view(index, base), out)
+        elif not _is_in_place(stored, out):
+            restore(segment.codec, stored, typesize, out)
+
+    def contents(self) -> list[Content]:
+        """Return what the image holds, leaf by leaf."""
+        return contents_of(self._facts)
+
+    def arrays(self, image: NDArray[np.uint8]) -> list[NDArray[Any]]:
+        """Return the elements of each leaf, by its number, in the numpy dtype that carries its bits.
+
+        They are views of `image`, whose segments were all filled in.
+        """
+        self._geometry.check(image)
+        found: list[NDArray[Any]] = [image[:0]] * len(self._facts.leaves)
+        for lane, start in zip(self._facts.lanes, self._geometry.lane_starts, strict=True):
+            place = start
+            for number in lane.leaf_numbers:
+                leaf = self._facts.leaves[number]
+                found[number] = np.ndarray(leaf.shape, leaf.carrier, image, place)
+                place += leaf.nbytes
+        return found
+
+    def tree(self, image: NDArray[np.uint8], *, keep_dtype: bool = False) -> Any:
+        """Return the tree in an image whose segments were all filled in.
+
+        Large leaves are views of `image`, small ones and bools are copies. What was cast is cast back, unless
+        `keep_dtype`; bfloat16 of numpy arrays always is. Tensors that view an image mapped for reading only must
+        not be written to: torch does not know such memory, and the process would die.
+        """
+        makers = self._makers
+        if keep_dtype:
+            makers = [leaf_maker(leaf, keep_dtype=True) for leaf in self._facts.leaves]
+        leaves: list[object] = [None] * len(makers)
+        arrays = self.arrays(image)
+        for lane in self._facts.lanes:
+            for number in lane.leaf_numbers:
+                leaf, elements = self._facts.leaves[number], arrays[number]
+                if len(lane.leaf_numbers) > 1 or leaf.nbytes < LARGE_LEAF_BYTES or leaf.carrier.kind == "b":
+                    elements = elements.copy()
+                    normalise_bools(leaf, elements.reshape(-1).view(np.uint8))
+                leaves[number] = makers[number](elements)
+        return unpack(self._facts.tree, leaves)
+
+
+def _write(leaf: Leaf, source: Any, place: Bytes) -> None:
+    """Copy the elements of a leaf into its place, which is aligned and as large as they are."""
+    if isinstance(source, np.ndarray):
+        elements = place.view(leaf.carrier)
+        if leaf.original is None:
+            np.copyto(elements.reshape(leaf.shape), source)
+        else:
+            casts.cast_array(source, elements)
+    else:
+        import torch
+
+        # As integers where possible, so that no bit of a NaN changes on the way.
+        plain = plain_tensor(source) if leaf.original is None else source.detach()
+        dtype = plain.dtype if leaf.original is None else getattr(torch, leaf.dtype)
+        out = torch.from_numpy(place).view(dtype)
+        if plain.is_contiguous() and plain.device.type == "cpu":
+            flat = plain.reshape(-1)
+            for piece in range(0, len(flat), _UNSHARED_ELEMENTS):
+                end = piece + _UNSHARED_ELEMENTS
+                out[piece:end].copy_(flat[piece:end])
+        else:
+            out.reshape(leaf.shape).copy_(plain)
+    normalise_bools(leaf, place)
+
+
+def _is_in_place(stored: memoryview, out: Bytes) -> bool:
+    address = np.frombuffer(stored, np.uint8).__array_interface__["data"][0]
+    return bool(address == out.__array_interface__["data"][0])

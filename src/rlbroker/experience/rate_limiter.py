@@ -1,0 +1,86 @@
+"""Flow control between inserting and sampling, for learners with a replay buffer.
+
+The rule is that of Reverb's `SampleToInsertRatio` (Cassirer et al., "Reverb: A Framework For Experience Replay",
+arXiv 2102.04736): with `inserts` batches inserted and `samples` drawn, the difference `inserts * ratio - samples`
+must stay within `error_buffer` of `min_size * ratio`.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+
+from rlbroker.backend.deadline import Deadline
+from rlbroker.config import SamplesPerInsert
+from rlbroker.errors import InvalidArgument
+
+
+class FlowControl:
+    """Counts what is inserted and sampled, and says what may follow. Safe to use from several threads."""
+
+    def __init__(self, settings: SamplesPerInsert | None) -> None:
+        """Begin at zero; without settings everything is allowed."""
+        self._settings = settings
+        self._changed = threading.Condition()
+        self.inserts = 0
+        self.samples = 0
+
+    @property
+    def limits(self) -> bool:
+        """Whether inserting may have to wait."""
+        return self._settings is not None
+
+    @property
+    def _room(self) -> int | None:
+        if self._settings is None:
+            return None
+        rule = self._settings
+        highest = rule.ratio * rule.min_size + rule.error_buffer
+        by_ratio = math.floor((highest + self.samples) / rule.ratio + 1e-9) - self.inserts
+        return max(0, by_ratio, rule.min_size - self.inserts)
+
+    def wait(self, seconds: float) -> int | None:
+        """Give how many batches may be inserted now (None: any number); wait while it is none."""
+        deadline = Deadline(seconds)
+        with self._changed:
+            while self._room == 0 and not deadline.over:
+                self._changed.wait(deadline.remaining)
+            return self._room
+
+    def insert(self, count: int) -> None:
+        """Note that batches were inserted."""
+        with self._changed:
+            self.inserts += count
+
+    def may_sample(self, count: int) -> bool:
+        """Give whether this many samples may be drawn now; if so, they are counted.
+
+        Raises:
+            InvalidArgument: so many may never be drawn at once.
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise InvalidArgument(f"the number of samples must be an integer of at least 1; got {count!r}")
+        with self._changed:
+            if self._settings is not None:
+                rule = self._settings
+                # Inserting may stop within one ratio of the highest difference, and sampling at the lowest.
+                largest = max(1, math.floor(2 * rule.error_buffer - rule.ratio + 1e-9))
+                if count > largest:
+                    raise InvalidArgument(
+                        f"{count} samples can never be drawn at once with error_buffer={rule.error_buffer:g} and "
+                        f"ratio={rule.ratio:g}: {largest} at most. Raise error_buffer to "
+                        f"{(count + rule.ratio) / 2:g} or more, or ask for fewer"
+                    )
+                after = self.inserts * rule.ratio - self.samples - count
+                lowest = rule.ratio * rule.min_size - rule.error_buffer
+                if self.inserts < rule.min_size or after < lowest - 1e-9:
+                    return False
+            self.samples += count
+            self._changed.notify_all()
+            return True
+
+    def restore(self, inserts: int, samples: int) -> None:
+        """Go on from the counts of a checkpoint."""
+        with self._changed:
+            self.inserts, self.samples = inserts, samples
+            self._changed.notify_all()

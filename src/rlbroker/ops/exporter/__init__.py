@@ -1,0 +1,1 @@
+"""Metrics of the runs on a server, for Prometheus."""

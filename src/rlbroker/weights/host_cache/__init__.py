@@ -1,0 +1,1 @@
+"""Decoded weights in memory that all processes of a host share."""

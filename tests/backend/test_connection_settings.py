@@ -1,0 +1,229 @@
+"""Who we are to the server, and how we know it: what the URL says, then the environment, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+from certificates import Certificates
+
+from rlbroker.backend.client import client_from_url
+from rlbroker.config import TLS_VARIABLES
+from rlbroker.errors import InvalidArgument
+
+pytestmark = pytest.mark.unit
+
+CA, CERTIFICATE, KEY = TLS_VARIABLES
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("RLBROKER_REDIS_USERNAME", "RLBROKER_REDIS_PASSWORD", "RLBROKER_REDIS_PASSWORD_FILE")
+    for name in (*names, *TLS_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+
+
+def settings(url: str) -> dict[str, Any]:
+    found: dict[str, Any] = client_from_url(url).connection_pool.connection_kwargs
+    return found
+
+
+def login(url: str) -> tuple[str | None, str | None]:
+    found = settings(url)
+    return found.get("username"), found.get("password")
+
+
+def refused(url: str) -> str:
+    with pytest.raises(InvalidArgument) as caught:
+        client_from_url(url)
+    return str(caught.value)
+
+
+def test_user_and_password_come_from_the_environment_where_the_url_does_not_say_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert login("redis://host") == (None, None)
+    monkeypatch.setenv("RLBROKER_REDIS_USERNAME", "pong-worker-3")
+    monkeypatch.setenv("RLBROKER_REDIS_PASSWORD", "p@ss/word")
+    assert login("redis://host") == login("unix:///run/redis.sock") == ("pong-worker-3", "p@ss/word")
+    assert login("redis://me@host") == ("me", "p@ss/word")
+    assert login("redis://:mine@host") == ("pong-worker-3", "mine")
+    assert login("redis://host?username=me&password=mine") == ("me", "mine")
+    monkeypatch.delenv("RLBROKER_REDIS_PASSWORD")
+    file = tmp_path / "password"
+    monkeypatch.setenv("RLBROKER_REDIS_PASSWORD_FILE", str(file))
+    for text in (" kept ", " kept \n", " kept \r\n"):
+        file.write_bytes(text.encode())
+        assert login("redis://host") == ("pong-worker-3", " kept ")
+    file.unlink()
+    assert login("redis://me:mine@host") == ("me", "mine")  # it is not even read
+
+
+def test_a_password_that_cannot_be_used_is_refused_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "password"
+    monkeypatch.setenv("RLBROKER_REDIS_PASSWORD_FILE", str(file))
+    assert refused("redis://host") == (
+        f"RLBROKER_REDIS_PASSWORD_FILE: cannot read {file}: No such file or directory"
+    )
+    for text, said in (
+        (b"", "is empty"),
+        (b"\n", "is empty"),
+        (b"s3\ncret", "more than one line"),
+        (b"\xff", "no"),
+    ):
+        file.write_bytes(text)
+        found = refused("redis://host")
+        assert said in found
+        assert found.startswith(f"RLBROKER_REDIS_PASSWORD_FILE: {file} ")
+        assert "cret" not in found
+    monkeypatch.setenv("RLBROKER_REDIS_PASSWORD", "s3cret")
+    assert refused("redis://host") == (
+        "RLBROKER_REDIS_PASSWORD and RLBROKER_REDIS_PASSWORD_FILE are both set; unset one of them"
+    )
+
+
+def test_a_parameter_of_the_url_that_means_nothing_is_refused_by_name() -> None:
+    assert "a parameter 'sokcet_timeout' that rlbroker does not know" in refused(
+        "redis://host?sokcet_timeout=1"
+    )
+    assert "it knows db, username," in refused("unix:///run/redis.sock?retry=3")
+    assert refused("rediss://host?ssl_ca_certs=").startswith(
+        "ssl_ca_certs in the server's URL rediss://host has no"
+    )
+    assert "Invalid value for 'socket_timeout'" in refused("redis://host?socket_timeout=long")
+    assert "ssl_cert_reqs in the server's URL must be one of 'required'" in refused(
+        "rediss://h?ssl_cert_reqs=no"
+    )
+    assert settings("redis://host?socket_timeout=2.5")["socket_timeout"] == 2.5
+
+
+def test_settings_for_tls_are_refused_where_all_would_travel_in_the_open(
+    monkeypatch: pytest.MonkeyPatch,
+    certificates: Certificates,
+) -> None:
+    assert refused(f"redis://me:secret@host?ssl_ca_certs={certificates.ca()}") == (
+        "ssl_ca_certs in the server's URL redis://host is for TLS; write rediss:// to use TLS"
+    )
+    monkeypatch.setenv(CA, certificates.ca())
+    found = refused("redis://me:secret@host")
+    assert found.startswith(
+        "RLBROKER_TLS_CA_FILE is set, but the server's URL redis://host is one without TLS"
+    )
+    assert "secret" not in found
+    assert settings("unix:///run/redis.sock")  # leaves no machine
+
+
+def test_the_server_must_prove_who_it_is_with_tls_that_is_new(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    certificates: Certificates,
+) -> None:
+    own, key = certificates.certificate("me", client=True)
+    for name, path in ((CA, certificates.ca()), (CERTIFICATE, own), (KEY, key)):
+        monkeypatch.setenv(name, path)
+    tls = settings("rediss://host")["tls"]
+    context = tls.context()
+    assert context.verify_mode == ssl.CERT_REQUIRED
+    assert context.check_hostname
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+    assert len(context.get_ca_certs()) == 1, "those that the machine trusts are not trusted too"
+    assert (str(tls.certificate), str(tls.key)) == (f"{own} ({CERTIFICATE})", f"{key} ({KEY})")
+    assert tls.context() is context, "files are read once"
+    assert not caplog.records
+
+
+def test_the_url_wins_over_the_environment_and_a_key_comes_from_where_its_certificate_does(
+    monkeypatch: pytest.MonkeyPatch,
+    certificates: Certificates,
+) -> None:
+    for name in TLS_VARIABLES:
+        monkeypatch.setenv(name, "/nowhere")
+    own, key = certificates.certificate("me", client=True)
+    ca = f"ssl_ca_certs={certificates.ca()}"
+    assert refused(f"rediss://host?{ca}") == f"{CERTIFICATE}: cannot read /nowhere: No such file or directory"
+    tls = settings(f"rediss://host?{ca}&ssl_certfile={own}&ssl_keyfile={key}")["tls"]
+    assert (tls.authority.name, tls.certificate.name, tls.key.name) == (
+        "ssl_ca_certs",
+        "ssl_certfile",
+        "ssl_keyfile",
+    )
+    assert "ssl_certfile names a certificate without its key" in refused(
+        f"rediss://h?{ca}&ssl_certfile={own}"
+    )
+    both = certificates.folder / "both.pem"
+    both.write_text(Path(own).read_text() + Path(key).read_text())
+    assert settings(f"rediss://h?{ca}&ssl_certfile={both}")["tls"].key is None
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("ssl_cert_reqs=none", "ssl_cert_reqs=none: whoever is on the way there"),
+        ("ssl_check_hostname=false", "ssl_check_hostname is off: whoever has a certificate"),
+    ],
+)
+def test_a_server_that_need_not_prove_who_it_is_is_warned_of(
+    caplog: pytest.LogCaptureFixture, query: str, said: str
+) -> None:
+    with caplog.at_level(logging.WARNING, "rlbroker"):
+        context = settings(f"rediss://me:secret@host?{query}")["tls"].context()
+    assert not context.check_hostname
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"rediss://host: {said}")
+
+
+def test_files_that_cannot_be_used_are_refused_with_the_setting_that_names_them(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    certificates: Certificates,
+) -> None:
+    own, key = certificates.certificate("me", client=True)
+    _, other_key = certificates.certificate("other", client=True)
+    noise, damaged, locked = tmp_path / "noise", tmp_path / "damaged", tmp_path / "locked"
+    noise.write_bytes(b"\x30\x82\xff")
+    damaged.write_text(Path(own).read_text().replace("M", "N"))
+    from cryptography.hazmat.primitives import serialization
+
+    loaded = serialization.load_pem_private_key(Path(key).read_bytes(), None)
+    locked.write_bytes(
+        loaded.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"secret"),
+        )
+    )
+    for variables, said in (
+        ({CA: "/nowhere"}, f"{CA}: cannot read /nowhere: No such file or directory"),
+        ({CA: str(tmp_path)}, f"{CA}: cannot read {tmp_path}: Is a directory"),
+        ({CA: str(noise)}, f"{CA}: {noise} is not in PEM form"),
+        ({CA: key}, f"{CA}: {key} holds no certificate"),
+        ({CA: str(damaged)}, f"{CA}: {damaged} holds no certificate"),
+        ({CERTIFICATE: own}, f"{CERTIFICATE} names a certificate without its key: set {KEY} as well"),
+        ({KEY: key}, f"{KEY} names a key, but there is no certificate: set {CERTIFICATE} as well"),
+        ({CERTIFICATE: own, KEY: own}, f"{KEY}: {own} holds no private key"),
+        ({CERTIFICATE: key, KEY: key}, f"{CERTIFICATE}: {key} holds no certificate"),
+        ({CERTIFICATE: str(damaged), KEY: key}, f"{CERTIFICATE}: the certificate in {damaged} or its key in"),
+        (
+            {CERTIFICATE: own, KEY: other_key},
+            f"{KEY}: the key in {other_key} is not that of the certificate in {own}",
+        ),
+        ({CERTIFICATE: own, KEY: str(locked)}, f"{KEY}: the key in {locked} has a passphrase"),
+    ):
+        with monkeypatch.context() as patch:
+            for name, path in variables.items():
+                patch.setenv(name, path)
+            assert refused("rediss://host").startswith(said)
+
+
+def test_a_file_that_may_not_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbid(self: Path, *arguments: object, **options: object) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setenv(CA, "/etc/ca.crt")
+    monkeypatch.setattr(Path, "read_text", forbid)  # who runs the tests may be allowed everything
+    assert refused("rediss://host") == f"{CA}: cannot read /etc/ca.crt: Permission denied"

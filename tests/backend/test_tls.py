@@ -1,0 +1,400 @@
+"""TLS: a run goes through it bit for bit, and each way in which it can be refused says what to set, at once.
+
+Where something must be refused at once, the time to try is an hour: trying again would last longer than the test may.
+"""
+
+from __future__ import annotations
+
+import shutil
+import ssl
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import redis
+from certificates import Certificates, TlsProxy, server_context
+from conftest import wait_until
+from engines import BUS, Cluster
+from executable import rlbroker
+from servers import FaultyServer, binary_of, free_port
+
+from rlbroker import AccessDenied, ConnectionFailed, TlsFailed, WorkerClient, WorkerCommunicator
+from rlbroker.backend import tls
+from rlbroker.backend.connection import Channel, Connection
+from rlbroker.backend.deadline import Deadline
+from rlbroker.config import TLS_VARIABLES
+from rlbroker.local.embedded_server import RedisServer
+
+DEPLOY = Path(__file__).parents[2] / "deploy" / "redis"
+
+#: The embedded server behind a proxy; and the system's own, with the configuration that we ship, where there is one.
+KINDS = ["proxy", *(["redis"] if binary_of("redis-7.0") else [])]
+
+HOUR_SECONDS = 3600.0
+
+CA, CERTIFICATE, KEY = TLS_VARIABLES
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in TLS_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+class TlsServer(FaultyServer):
+    """The system's server, as deploy/redis/tls.conf has it."""
+
+    def __init__(self, folder: Path, certificate: tuple[str, str], certificates: Certificates) -> None:
+        binary = binary_of("redis-7.0")
+        assert binary is not None
+        super().__init__(binary, folder)
+        self._certificates = certificates
+        self._config = (
+            *("--include", str(DEPLOY / "tls.conf"), "--tls-port", str(self.port)),
+            *("--tls-cert-file", certificate[0], "--tls-key-file", certificate[1]),
+            *("--tls-ca-cert-file", certificates.ca()),
+        )
+
+    def client(self) -> Any:
+        certificate, key = self._certificates.certificate("me", client=True)
+        return redis.Redis(
+            port=self.port,
+            ssl=True,
+            ssl_cert_reqs="none",  # it may have to show one that is not good
+            ssl_certfile=certificate,
+            ssl_keyfile=key,
+            protocol=2,
+        )
+
+
+def proxied(server: RedisServer, context: ssl.SSLContext) -> tuple[TlsProxy, str]:
+    """Put a proxy before the embedded server; give it and its address, with who may log in there."""
+    parts = urlsplit(server.url)
+    proxy = TlsProxy(parts.path, context)
+    return proxy, f"{parts.username}:{parts.password}@127.0.0.1:{proxy.port}"
+
+
+Serve = Callable[..., str]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def serve(
+    request: pytest.FixtureRequest, certificates: Certificates, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Serve]:
+    """Gives the address of a server whose certificate is for these names."""
+    made: dict[Any, str] = {}
+    with ExitStack() as stack:
+
+        def address(*names: str, expired: bool = False) -> str:
+            if (names, expired) not in made:
+                certificate = certificates.certificate(*names, expired=expired)
+                if request.param == "proxy":
+                    context = server_context(certificate, certificates.ca())
+                    proxy, made[names, expired] = proxied(request.getfixturevalue("embedded"), context)
+                    stack.callback(proxy.close)
+                else:
+                    server = TlsServer(tmp_path_factory.mktemp("redis"), certificate, certificates)
+                    start(stack, server)
+                    made[names, expired] = f"127.0.0.1:{server.port}"
+            return made[names, expired]
+
+        yield address
+
+
+def start(stack: ExitStack, server: FaultyServer | Cluster) -> None:
+    """Start it until the stack ends."""
+    try:
+        stack.enter_context(server)
+    except AssertionError as error:
+        if "Bad directive" not in str(error):
+            raise
+        pytest.skip("the system's server was built without TLS")
+
+
+@pytest.fixture
+def own(certificates: Certificates) -> str:
+    """What a URL has to say to be let in."""
+    return query(certificates.ca(), certificates.certificate("me", client=True))
+
+
+def query(ca: str, certificate: tuple[str, str] | None = None) -> str:
+    found = f"ssl_ca_certs={ca}"
+    return f"{found}&ssl_certfile={certificate[0]}&ssl_keyfile={certificate[1]}" if certificate else found
+
+
+def refusal(url: str) -> str:
+    """Give what is said where a server must refuse, or be refused, at once."""
+    with (
+        pytest.raises(TlsFailed) as caught,
+        closing(Connection(url, timeout_seconds=HOUR_SECONDS)) as connection,
+    ):
+        connection.execute("PING")
+    said = str(caught.value)
+    address = urlsplit(url).netloc.rpartition("@")[2]
+    assert said.startswith((f"rediss://{address} ", f"redis://{address} "))
+    assert "\n" not in said
+    password = urlsplit(url).password
+    assert not password or password not in said
+    return said.partition(address)[2].strip()
+
+
+@pytest.fixture
+def variables(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Says in the environment what a client has to show."""
+    certificate, key = certificates.certificate("me", client=True)
+    for name, path in ((CA, certificates.ca()), (CERTIFICATE, certificate), (KEY, key)):
+        monkeypatch.setenv(name, path)
+
+
+@pytest.mark.usefixtures("variables")
+def test_a_run_goes_through_tls_bit_for_bit(serve: Serve, run: str) -> None:
+    goes_bit_for_bit(f"rediss://{serve()}", run)
+
+
+@pytest.mark.usefixtures("variables")
+@pytest.mark.parametrize("named", ["as a Cluster", "by one node"])
+def test_a_run_goes_through_tls_on_every_node_of_a_cluster(
+    tls_cluster: list[int], run: str, named: str
+) -> None:
+    places = ",".join(f"127.0.0.1:{port}" for port in tls_cluster)
+    goes_bit_for_bit(
+        f"rediss+cluster://{places}" if named == "as a Cluster" else f"rediss://127.0.0.1:{tls_cluster[1]}",
+        run,
+    )
+
+
+@pytest.fixture(scope="module")
+def tls_cluster(certificates: Certificates, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
+    """Three masters that speak TLS at these ports, also to one another, and tell who asks there those of the others."""
+    binary = binary_of("redis-7.0")
+    if binary is None:
+        pytest.skip("there is no server with TLS here (apt install redis-server)")
+    own, client = certificates.certificate(), certificates.certificate("node", client=True)
+    engine = Cluster(binary, tmp_path_factory.mktemp("tls-cluster"), 3, 0)
+    ports = [free_port() for _ in engine.nodes]
+    for node, port in zip(engine.nodes, ports, strict=True):
+        node._config += (
+            *("--tls-port", str(port), "--tls-cluster", "yes", "--cluster-port", str(node.port + BUS)),
+            *("--tls-cert-file", own[0], "--tls-key-file", own[1], "--tls-ca-cert-file", certificates.ca()),
+            *("--tls-client-cert-file", client[0], "--tls-client-key-file", client[1]),
+        )
+    with ExitStack() as stack:
+        start(stack, engine)
+        yield ports
+
+
+def goes_bit_for_bit(url: str, run: str) -> None:
+    """Send weights, a change of them, batches and a command there and back."""
+    random = np.random.default_rng(0)
+    weights: dict[str, Any] = {
+        "w": random.standard_normal(3_000_001),
+        "b": np.arange(7, dtype=np.int8),
+    }  # of several chunks
+    with (
+        WorkerCommunicator(1, redis_url=url, run=run, timeout=20.0) as learner,
+        WorkerClient(url, run, 0, host_cache=False, timeout=20.0) as worker,
+    ):
+        learner.send_model_weights(weights, compression_enabled=False)
+        model: dict[str, Any] = {}
+        worker.load_weights(model)
+        assert all(np.array_equal(model[name], weights[name]) for name in weights)
+        weights["w"][5] = 1.0
+        learner.send_model_weights(weights)
+        wait_until(
+            "the worker hears of the second version", lambda: worker.poll(model) and worker.version == 2
+        )
+        assert np.array_equal(model["w"], weights["w"])
+        batches = [{"obs": random.integers(0, 255, size, dtype=np.uint8)} for size in (1, 16_384, 2_000_003)]
+        for batch in batches:
+            worker.send_experiences(batch)
+        found: list[Any] = []
+
+        def all_found() -> bool:
+            found.extend(learner.collect_experiences(timeout=1.0))
+            return len(found) == len(batches)
+
+        wait_until("the learner has all batches", all_found)
+        assert all(
+            np.array_equal(got["obs"], sent["obs"]) for (_, got), sent in zip(found, batches, strict=True)
+        )
+        command = learner.send_control_command("stop")
+        wait_until("the worker obeys", lambda: (worker.poll(), not worker.running)[1])
+        assert command.wait(timeout=10.0)[0].state == "done"
+
+
+def test_weights_move_through_the_encrypted_socket_itself(serve: Serve, own: str) -> None:
+    with closing(Connection(f"rediss://{serve()}?{own}")) as connection:
+        channel = Channel(connection)
+        channel.connect()
+        assert isinstance(channel.raw_socket, ssl.SSLSocket)
+        assert channel.raw_socket.version() == "TLSv1.3"
+        channel.close()
+
+
+def test_messages_that_come_at_once_are_all_heard(serve: Serve, own: str, run: str) -> None:
+    said = [bytes([number]) * 20_000 for number in range(5)]
+    with closing(Connection(f"rediss://{serve()}?{own}")) as connection, connection.pubsub(run) as pubsub:
+        pubsub.subscribe(run)
+        wait_until("the subscription holds", lambda: connection.execute("PUBLISH", run, b"") == 1)
+        connection.execute_all([("PUBLISH", run, message) for message in said])
+        heard: list[bytes] = []
+
+        def hear() -> bool:
+            message = pubsub.get_message(timeout=0.1)
+            heard.extend([message["data"]] if message and message["data"] else [])
+            return heard == said
+
+        wait_until("all is heard", hear)
+
+
+def test_a_server_that_another_authority_signed_is_refused(serve: Serve, certificates: Certificates) -> None:
+    other = certificates.ca("other")
+    assert refusal(f"rediss://{serve()}?{query(other)}") == (
+        f"has a certificate that was not signed by the authority in {other} (ssl_ca_certs): name the one that signed it"
+    )
+    assert refusal(f"rediss://{serve()}") == (
+        "has a certificate that no authority has signed which this machine trusts: name its authority with "
+        f"{CA} (in a URL: ssl_ca_certs)"
+    )
+
+
+def test_a_server_whose_certificate_has_expired_is_refused(serve: Serve, own: str) -> None:
+    said = refusal(f"rediss://{serve(expired=True)}?{own}")
+    assert said == "has a certificate that has expired: renew it, or correct this machine's clock"
+
+
+def test_a_server_with_a_certificate_for_another_name_is_refused(serve: Serve, own: str) -> None:
+    address = serve("elsewhere.example")
+    assert refusal(f"rediss://{address}?{own}").startswith(
+        "has a certificate that is not for 127.0.0.1: put a name"
+    )
+    named = address.replace("127.0.0.1", "localhost")
+    assert refusal(f"rediss://{named}?{own}").startswith(
+        "has a certificate that is not for localhost: put a name"
+    )
+
+
+def test_a_client_without_a_certificate_hears_what_to_set(serve: Serve, certificates: Certificates) -> None:
+    for _ in range(5):  # with TLS 1.3 it is chance whether the reason arrives, or is looked for
+        assert refusal(f"rediss://{serve()}?{query(certificates.ca())}") == (
+            f"wants a client certificate, and none is set: set {CERTIFICATE} and {KEY} (in a URL: ssl_certfile and "
+            "ssl_keyfile)"
+        )
+
+
+def test_a_client_whose_certificate_is_not_accepted_hears_why(
+    serve: Serve, certificates: Certificates
+) -> None:
+    for pair, why in (
+        (
+            certificates.certificate("me", authority="other", client=True),
+            "was not signed by an authority that the",
+        ),
+        (
+            certificates.certificate("me", expired=True, client=True),
+            "has expired, or the server's clock is wrong",
+        ),
+    ):
+        said = refusal(f"rediss://{serve()}?{query(certificates.ca(), pair)}")
+        assert said.startswith(f"refuses this client: the client certificate {pair[0]} (ssl_certfile) {why}")
+
+
+def test_a_url_without_tls_for_a_server_with_tls_is_refused(serve: Serve) -> None:
+    assert refusal(f"redis://{serve()}") == "speaks TLS, and the URL says redis://: write rediss://"
+
+
+def test_a_url_with_tls_for_a_server_without_is_refused(
+    certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls, "QUIET_SECONDS", 0.2)  # it does not answer a handshake, so this is waited for
+    with RedisServer(bind="127.0.0.1") as server:
+        assert server.network_url is not None
+        url = server.network_url.replace("redis://", "rediss://").removesuffix("/0")
+        assert refusal(f"{url}?{query(certificates.ca())}").startswith(
+            "speaks no TLS, and the URL says rediss://: turn TLS on in the server"
+        )
+
+
+def test_old_tls_is_refused_and_without_a_certificate_tls_1_2_says_the_same(
+    embedded: RedisServer, certificates: Certificates
+) -> None:
+    certificate, ca = certificates.certificate(), certificates.ca()
+    proxy, address = proxied(embedded, server_context(certificate, ca, newest=ssl.TLSVersion.TLSv1_2))
+    with closing(proxy):
+        url = f"rediss://{address}?{query(ca)}"
+        assert refusal(url).startswith("wants a client certificate, and none is set")
+        proxy.context = old = server_context(certificate, ca)
+        with pytest.warns(DeprecationWarning, match="TLSVersion"):
+            old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
+        old.set_ciphers("ALL:@SECLEVEL=0")
+        assert refusal(url).startswith("speaks no TLS that is new enough: rlbroker needs 1.2")
+
+
+def test_a_client_that_was_given_is_refused_by_tls_as_well(serve: Serve, certificates: Certificates) -> None:
+    parts = urlsplit(f"rediss://{serve()}")
+    client = redis.Redis(
+        host="127.0.0.1",
+        port=parts.port or 0,
+        username=parts.username,
+        password=parts.password,
+        ssl=True,
+        ssl_ca_certs=certificates.ca("other"),
+    )
+    with closing(client), pytest.raises(TlsFailed, match="certificate that cannot be trusted: self-signed"):
+        Connection(client=client, timeout_seconds=HOUR_SECONDS).execute("PING")
+
+
+def test_renewed_files_are_read_again_and_a_server_that_changes_is_waited_for(
+    embedded: RedisServer, certificates: Certificates, tmp_path: Path
+) -> None:
+    client = certificates.certificate("me", client=True)
+    ours = server_context(certificates.certificate(), certificates.ca())
+    other = server_context(certificates.certificate(authority="other"), certificates.ca())
+    proxy, address = proxied(embedded, ours)
+    authority = tmp_path / "ca.crt"
+    shutil.copy(certificates.ca(), authority)
+    connection = Connection(f"rediss://{address}?{query(str(authority), client)}")
+    with closing(proxy), closing(connection):
+        assert connection.execute("PING")
+        proxy.context = other
+        connection.close()
+        with pytest.raises(
+            ConnectionFailed, match="can be reached by TLS no more: has a certificate that was not"
+        ):
+            connection.execute("PING", deadline=Deadline(0.1))
+        authority.unlink()
+        with pytest.raises(ConnectionFailed, match="cannot be asked: ssl_ca_certs: cannot read"):
+            connection.execute("PING", deadline=Deadline(0.1))
+        shutil.copy(certificates.ca("other"), authority)
+        assert connection.execute("PING")
+
+
+def test_a_wrong_password_is_still_told_as_one(
+    serve: Serve, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(self: tls.TlsConnection) -> None:
+        pytest.fail("the server has told what is wrong, so nothing must be looked for")
+
+    monkeypatch.setattr(tls.TlsConnection, "_later_alert", look)
+    address = serve().rpartition("@")[2]
+    with (
+        closing(
+            Connection(f"rediss://nobody:wrong@{address}?{own}", timeout_seconds=HOUR_SECONDS)
+        ) as connection,
+        pytest.raises(AccessDenied, match="check user and password"),
+    ):
+        connection.execute("PING")
+
+
+def test_commands_end_with_one_line_that_says_what_to_set(serve: Serve, certificates: Certificates) -> None:
+    for command, code in (("status", 2), ("doctor", 3)):
+        done = rlbroker(command, RLBROKER_REDIS_URL=f"rediss://{serve()}", **{CA: certificates.ca()})
+        assert done.returncode == code
+        assert not done.stdout
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("rlbroker: rediss://127.0.0.1:")
+        assert f"set {CERTIFICATE} and {KEY}" in line

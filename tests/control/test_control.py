@@ -1,0 +1,430 @@
+"""Control: commands are durable, done once and in order, and each has one final state at each worker."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Server, wait_until
+
+from rlbroker import Command, WorkerClient, WorkerCommunicator
+from rlbroker.backend.keys import Keys
+from rlbroker.control import commands
+from rlbroker.errors import (
+    ConnectionFailed,
+    DeadlineExceeded,
+    InvalidArgument,
+    PeerError,
+    UnknownWorker,
+    UnsupportedType,
+)
+from rlbroker.membership.incarnations import read_lives
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+
+def states(command: Command) -> dict[int, str]:
+    return {worker: str(outcome) for worker, outcome in command.outcomes().items()}
+
+
+def obey(client: WorkerClient, command: Command) -> None:
+    """Let a worker poll until it has answered."""
+    worker_id = client.worker_id
+    wait_until("it answered", lambda: client.poll() or states(command)[worker_id] != "waiting")
+
+
+@pytest.mark.on_every_engine
+def test_commands_are_done_once_and_in_order(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    done: list[int] = []
+    client.on_command("note", done.append)
+    commands = [comm.send_control_command("note", number) for number in range(50)]
+    obey(client, commands[-1])
+    assert done == list(range(50))
+    assert all(command.wait(5.0)[0] for command in commands)
+
+
+def test_a_command_reaches_whom_it_was_sent_to(learner: Learner, worker: Worker) -> None:
+    comm, clients = learner(num_workers=3), [worker() for _ in range(3)]
+    command = comm.send_control_command("reset", worker_ids=[0, 2])
+    for client in (clients[0], clients[2]):
+        obey(client, command)
+    clients[1].poll()
+    assert [client.reset_requested() for client in clients] == [True, False, True]
+    assert states(command) == {0: "done", 2: "done"}
+    assert command.worker_ids == (0, 2)
+
+
+def test_handlers_get_arrays_and_nested_data(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    got: list[dict[str, object]] = []
+    client.on_command("goals", got.append)
+    obey(client, comm.send_control_command("goals", {"xy": np.arange(3), "name": "left"}))
+    assert got[0]["name"] == "left"
+    assert np.array_equal(got[0]["xy"], np.arange(3))  # type: ignore[arg-type]
+
+
+def test_an_unknown_command_is_answered_as_unknown_and_recorded(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("dance")
+    obey(client, command)
+    assert states(command) == {0: "unknown"}
+    missed = comm.missed_updates()[0]
+    assert (missed.commands, missed.records[-1].why) == (1, "unknown")
+    assert missed.records[-1].command == f"{command.id} dance"
+
+
+def test_a_failing_handler_is_reported_and_the_worker_goes_on(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    client.on_command("divide", lambda by: 1 / by)
+    command = comm.send_control_command("divide", 0)
+    obey(client, command)
+    assert states(command) == {0: "failed: ZeroDivisionError: division by zero"}
+    assert client.running
+
+
+def test_a_command_that_comes_too_late_is_not_done(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("reset", expires=0.05)
+    time.sleep(0.1)  # what expires is measured in real time
+    obey(client, command)
+    assert states(command) == {0: "expired"}
+    assert not client.reset_requested()
+
+
+def test_pause_holds_the_worker_for_its_duration(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("pause", {"duration": 0.3})
+    wait_until("the command came", lambda: client._inbox.waiting)
+    began = time.monotonic()
+    client.poll()
+    assert time.monotonic() - began >= 0.3
+    assert command.wait(5.0)[0]
+
+
+def test_a_stop_ends_a_pause_without_end(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    comm.send_control_command("pause")
+    threading.Timer(0.3, comm.send_control_command, ("stop",)).start()
+    while client.running:
+        client.poll()
+    assert not client.running
+
+
+def test_a_resume_ends_a_pause(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    comm.send_control_command("pause")
+    comm.send_control_command("resume")
+    command = comm.send_control_command("reset")
+    obey(client, command)
+    assert not client.paused
+
+
+def test_a_paused_worker_stays_alive_on_the_roster(learner: Learner, worker: Worker) -> None:
+    comm = learner(lease_seconds=0.5)
+    client = worker()
+    wait_until("it knows its lease", lambda: client._heartbeat._settings)
+    comm.send_control_command("pause", {"duration": 1.2})
+    wait_until("the command came", lambda: client._inbox.waiting)
+    pausing = threading.Thread(target=client.poll)
+    pausing.start()
+    pausing.join(1.0)
+    assert [info.state for info in comm.workers()] == ["alive"]
+    pausing.join()
+
+
+@pytest.mark.parametrize("duration", [-1, "long", {"duration": "x"}])
+def test_a_pause_that_makes_no_sense_fails(learner: Learner, worker: Worker, duration: object) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("pause", duration)
+    obey(client, command)
+    assert states(command)[0].startswith("failed: InvalidArgument: pause takes a duration in seconds")
+
+
+def test_wait_tells_who_has_not_answered(learner: Learner, worker: Worker) -> None:
+    comm, _, slow = learner(), worker(), worker()
+    command = comm.send_control_command("reset")
+    obey(slow, command)
+    assert {one: outcome.state for one, outcome in command.wait(0.1).items()} == {0: "waiting", 1: "done"}
+    assert comm.get_queue_info()["control_queue_sizes"] == [1, 0]
+
+
+def test_a_worker_that_leaves_without_answering_missed_the_command(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("reset")
+    client.close()
+    assert {one: str(outcome) for one, outcome in command.wait(5.0).items()} == {0: "missed: left"}
+    assert comm.get_queue_info()["control_queue_sizes"] == [0, 0]
+
+
+def test_a_new_process_does_not_do_what_its_predecessor_was_told(learner: Learner, worker: Worker) -> None:
+    comm = learner()
+    worker(worker_id=0)
+    command = comm.send_control_command("stop")
+    successor = worker(worker_id=0)
+    assert {one: str(outcome) for one, outcome in command.wait(5.0).items()} == {0: "missed: away"}
+    successor.poll()
+    assert successor.running
+
+
+def test_a_command_to_nobody_is_false(learner: Learner) -> None:
+    command = learner().send_control_command("reset")
+    assert not command
+    assert command.wait(1.0) == {}
+
+
+def test_a_command_to_a_worker_that_does_not_exist_names_those_that_do(
+    learner: Learner, worker: Worker
+) -> None:
+    comm = learner()
+    worker(worker_id=4)
+    with pytest.raises(UnknownWorker, match=r"worker 7 is not a member .* members are: 4"):
+        comm.send_control_command("reset", worker_ids=[4, 7])
+    assert comm.get_queue_info()["control_queue_sizes"][4] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("",), InvalidArgument),
+        ((3,), InvalidArgument),
+        (("x" * 201,), InvalidArgument),
+        (("reset", None, [-1]), InvalidArgument),
+        (("reset", None, 0), InvalidArgument),
+        (("reset", object()), UnsupportedType),
+    ],
+)
+def test_commands_that_cannot_work_are_refused(
+    learner: Learner, arguments: tuple[object, ...], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        learner().send_control_command(*arguments)  # type: ignore[arg-type]
+
+
+def test_a_handler_must_be_callable(worker: Worker) -> None:
+    with pytest.raises(UnsupportedType, match="callable"):
+        worker().on_command("x", 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.on_every_engine
+def test_a_person_can_read_commands_and_their_outcomes(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("pause", {"duration": 0.01})
+    obey(client, command)
+    [(_, fields)] = server.client.xrange(keys.control)
+    assert (fields[b"name"], fields[b"arguments"]) == (b"pause", b'{"duration": 0.01}')
+    assert server.client.hgetall(keys.outcomes(command.id)) == {b"0": b"done"}
+
+
+def test_a_command_outlives_a_fault_while_it_is_looked_at(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, client = learner(), worker()
+    comm.send_control_command("stop", expires=600)
+    wait_until("the command came", lambda: client._inbox.waiting)
+
+    def fail(*command: object, **options: object) -> None:
+        raise ConnectionFailed("the server is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client._connection, "clock", fail)
+        with pytest.raises(ConnectionFailed):
+            client.poll()
+    client.poll()
+    assert not client.running
+
+
+def test_an_interrupted_handler_is_answered(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+
+    def interrupted(data: object) -> None:
+        raise KeyboardInterrupt
+
+    client.on_command("long", interrupted)
+    command = comm.send_control_command("long")
+    wait_until("the command came", lambda: client._inbox.waiting)
+    with pytest.raises(KeyboardInterrupt):
+        client.poll()
+    assert str(command.wait(5.0)[0]) == "failed: KeyboardInterrupt"
+
+
+def test_a_pause_does_not_outlast_the_wait_for_weights(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    comm.send_control_command("pause")
+    wait_until("the command came", lambda: client._inbox.waiting)
+    with pytest.raises(DeadlineExceeded):
+        client.load_weights({}, timeout=0.5)
+
+
+def test_two_pollers_keep_the_order(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    done: list[int] = []
+
+    def slowly(number: int) -> None:
+        time.sleep(0.01 if number % 2 else 0)
+        done.append(number)
+
+    client.on_command("note", slowly)
+    commands = [comm.send_control_command("note", number) for number in range(40)]
+
+    def poll() -> None:
+        while states(commands[-1])[0] == "waiting":
+            client.poll()
+
+    pollers = [threading.Thread(target=poll) for _ in range(3)]
+    for poller in pollers:
+        poller.start()
+    for poller in pollers:
+        poller.join()
+    assert done == list(range(40))
+
+
+def test_commands_come_from_a_server_whose_clock_is_behind(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(), worker()
+    ahead = int(server.client.time()[0] + 3600) * 1000
+    server.client.xadd(keys.control, {"event": "from the future"}, id=f"{ahead}-0")
+    wait_until("it was read", lambda: client._inbox._position == f"{ahead}-0")
+    server.client.flushall()
+    wait_until("the worker is back", lambda: comm.workers())
+    comm.send_control_command("stop")
+    wait_until("it stops", lambda: client.poll() or not client.running)
+
+
+def test_a_worker_that_reads_all_again_does_nothing_twice_and_nothing_of_its_predecessors(
+    learner: Learner, worker: Worker
+) -> None:
+    comm, first = learner(), worker(0)
+    comm.send_control_command("note", 1)
+    first.close()
+    second = worker(0)
+    done: list[int] = []
+    second.on_command("note", done.append)
+    command = comm.send_control_command("note", 2)
+    obey(second, command)
+    second._inbox._begin_again = True
+    obey(second, comm.send_control_command("note", 3))
+    assert done == [2, 3]
+
+
+def test_a_command_is_settled_although_the_list_of_those_that_wait_is_lost(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("reset")
+    server.client.delete(keys.pending)
+    obey(client, command)
+    assert states(command) == {0: "done"}
+
+
+def test_an_answer_after_a_day_leaves_nothing_for_ever(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("reset")
+    server.client.delete(keys.outcomes(command.id))  # as if it had expired
+    wait_until("the command came", lambda: client._inbox.waiting)
+    client.poll()
+    wait_until("it is settled", lambda: comm.get_queue_info()["control_queue_sizes"][0] == 0)
+    assert server.client.ttl(keys.outcomes(command.id)) > 0
+
+
+def test_answers_wait_while_the_learner_is_away(learner: Learner, worker: Worker) -> None:
+    """Acknowledgements are in Redis until a learner settles them, so a restarted one misses none."""
+    first, client = learner(), worker()
+    command = first.send_control_command("reset")
+    first._thread.stop(5.0)
+    wait_until("the command came", lambda: client._inbox.waiting)
+    client.poll()
+    assert states(command) == {0: "waiting"}
+    learner()
+    wait_until("the new learner settled it", lambda: states(command) == {0: "done"})
+
+
+def test_a_worker_that_comes_back_while_a_command_to_all_is_sent_gets_it(
+    learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, _ = learner(), worker()
+    worker(1).close()
+    read, back = read_lives, list[WorkerClient]()
+
+    def read_and_come_back(*arguments: Any) -> Any:
+        lives = read(*arguments)
+        if not back:
+            back.append(worker(1))
+        return lives
+
+    monkeypatch.setattr(commands, "read_lives", read_and_come_back)
+    command = comm.send_control_command("reset")
+    assert command.worker_ids == (0, 1)
+    obey(back[0], command)
+
+
+def test_an_expiry_is_a_number_that_everybody_reads_alike(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    command = comm.send_control_command("reset", expires=np.float64(60))
+    obey(client, command)
+    assert states(command) == {0: "done"}
+    for wrong in (True, np.float32(5), 0, -1.0, float("nan"), "5"):
+        with pytest.raises(InvalidArgument, match="expires"):
+            comm.send_control_command("reset", expires=wrong)  # type: ignore[arg-type]  # wrong on purpose
+
+
+@pytest.mark.parametrize(
+    ("key", "field"),
+    [
+        ("meta", "lease_seconds"),
+        ("meta", "epoch"),
+        ("meta", "wire_format"),
+        ("ledger", "event"),
+        ("pending", "x"),
+    ],
+)
+def test_what_somebody_else_wrote_is_outlasted(
+    learner: Learner, worker: Worker, server: Server, keys: Keys, key: str, field: str
+) -> None:
+    comm, client = learner(), worker()
+    obey(client, comm.send_control_command("reset"))
+    name = keys.ledger(0) if key == "ledger" else getattr(keys, key)
+    before = server.client.hget(name, field)
+    server.client.hset(name, field, "nonsense")
+    for step in (
+        client._heartbeat._beat,
+        client._inbox._forget_settled,
+        lambda: comm._roster.say_alive(comm._channel),
+    ):
+        with suppress(PeerError):
+            step()
+    if before is None:
+        server.client.hdel(name, field)
+    else:
+        server.client.hset(name, field, before)
+    obey(client, wait_until("commands are sent again", lambda: comm.send_control_command("reset")))
+
+
+def test_a_command_whose_sending_failed_is_not_sent_later(
+    learner: Learner, worker: Worker, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comm, client = learner(), worker()
+    done: list[object] = []
+    client.on_command("note", done.append)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ConnectionFailed("the server is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comm._connection, "run", fail)
+        with pytest.raises(ConnectionFailed):
+            comm.send_control_command("note")
+    comm._commander.restore()
+    obey(client, comm.send_control_command("reset"))
+    assert done == []

@@ -1,0 +1,229 @@
+"""`rlbroker demo` and its siblings as a person runs them: processes, exit codes, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+from unittest import mock
+
+import pytest
+from conftest import RealServer
+
+from rlbroker import QueueFull, WorkerCommunicator
+from rlbroker.demo.rollout_worker import WorkerSettings, work
+from rlbroker.ops.cli.worker import state_of_learner
+
+MAIN = [sys.executable, "-c", "from rlbroker.ops.cli import main; main()"]
+
+
+class Shell:
+    """Runs commands whose processes can all be found again, wherever they went."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._mark = f"RLBROKER_TEST={uuid.uuid4().hex}"
+        temporary = directory / "temporary"
+        temporary.mkdir()
+        name, _, value = self._mark.partition("=")
+        hidden = ("RLBROKER_REDIS_URL", "REDIS_URL")
+        self.environment = {key: text for key, text in os.environ.items() if key not in hidden}
+        self.environment |= {name: value, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*MAIN, *arguments],
+            cwd=self.directory,
+            env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # As a terminal does: Ctrl-C reaches this group.
+            process_group=0,
+        )
+
+    def processes(self, containing: str = "") -> list[int]:
+        """Return the processes that one of the commands started, or their children."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if self._mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    # A zombie has no command line, and is not running any more.
+                    if words and containing in words and "guard.py" not in words:
+                        found.append(int(entry.name))
+            except (OSError, ValueError):
+                continue
+        return found
+
+    def files(self) -> list[str]:
+        return sorted(
+            str(path.relative_to(self.directory)) for path in self.directory.rglob("*") if not path.is_dir()
+        )
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    shell = Shell(tmp_path)
+    yield shell
+    left = shell.processes()
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, "processes were left behind"
+
+
+def read_until(output: IO[str] | None, pattern: str) -> str:
+    """Read lines until one matches; fail at the end of the output."""
+    assert output is not None
+    lines = []
+    for line in output:
+        lines.append(line)
+        if re.search(pattern, line):
+            return "".join(lines)
+    raise AssertionError(f"{pattern!r} was not found in:\n{''.join(lines)}")
+
+
+def test_the_demo_solves_cartpole_though_a_worker_is_killed(shell: Shell) -> None:
+    demo = shell.start("demo", "--seed", "1", "--output", "picture.png")
+    said = read_until(demo.stdout, r"[1-9]\d* steps ")
+    (worker,) = [pid for pid in shell.processes("--worker-id 1") if pid != demo.pid]
+    os.kill(worker, signal.SIGKILL)
+    said += demo.communicate(timeout=100)[0]
+    assert demo.returncode == 0, said
+    assert "Solved CartPole-v1" in said
+    assert "worker-1 was started again 1 time" in said
+    found = re.search(r"([\d,]+) produced = ([\d,]+) delivered \+ (.*)", said)
+    assert found is not None
+    produced, delivered = (int(number.replace(",", "")) for number in found.groups()[:2])
+    lost = sum(int(number.replace(",", "")) for number in re.findall(r"([\d,]+) \w", found[3]))
+    assert produced == delivered + lost
+    assert delivered > 50
+    assert "did not leave when told to stop" not in said
+    assert shell.files() == ["picture.png"]
+
+
+def test_a_learner_says_when_it_did_not_make_it_in_time(shell: Shell, real_server: RealServer) -> None:
+    learner = shell.start("learner", "--max-seconds", "3", RLBROKER_REDIS_URL=real_server.url)
+    said = learner.communicate(timeout=60)[0]
+    assert learner.returncode == 1, said
+    assert "CartPole-v1 is not solved after" in said
+
+
+@pytest.mark.parametrize("when", [r"rlbroker worker", r"[1-9]\d* steps "], ids=["starting", "training"])
+def test_ctrl_c_leaves_no_process_and_no_file(shell: Shell, when: str) -> None:
+    demo = shell.start("demo", "--output", "picture.png")
+    read_until(demo.stdout, when)
+    began = time.monotonic()
+    os.killpg(demo.pid, signal.SIGINT)
+    said = demo.communicate(timeout=30)[0]
+    assert time.monotonic() - began < 5.0
+    assert demo.returncode == 130, said
+    assert "Interrupted" in said
+    assert shell.processes() == []
+    assert shell.files() == []
+
+
+def test_a_kept_server_can_be_looked_into(shell: Shell) -> None:
+    demo = shell.start("demo", "--env", "MountainCar-v0", "--max-seconds", "6", "--keep-server")
+    said = read_until(demo.stdout, "The server stays")
+    url = re.search(r"export RLBROKER_REDIS_URL='?(unix://rlbroker:[^*'\n]+)", said)
+    assert url is not None
+    run = re.search(r"rlbroker status --run (\S+)", said)
+    assert run is not None
+    status = shell.start("status", "--run", run[1], RLBROKER_REDIS_URL=url[1]).communicate(timeout=20)[0]
+    assert run[1] in status
+    os.killpg(demo.pid, signal.SIGINT)
+    demo.communicate(timeout=10)
+    assert demo.returncode == 1
+    assert "demo.png" in shell.files()
+
+
+def test_learner_and_worker_run_by_hand(shell: Shell, real_server: RealServer) -> None:
+    way: dict[str, Any] = {"RLBROKER_REDIS_URL": real_server.url}
+    learner = shell.start("learner", "--run", "hand", "--workers", "1", "--target", "25", **way)
+    worker = shell.start("worker", "--run", "hand", "--envs", "2", **way)
+    said = learner.communicate(timeout=60)[0]
+    assert learner.returncode == 0, said
+    assert "Solved CartPole-v1" in said
+    assert "stopped by the learner" in worker.communicate(timeout=20)[0]
+    assert worker.returncode == 0
+
+
+def test_an_unknown_environment_is_one_clear_line(shell: Shell) -> None:
+    demo = shell.start("demo", "--env", "NoSuchGame-v7")
+    said = demo.communicate(timeout=60)[0]
+    assert demo.returncode == 2
+    assert "NoSuchGame-v7" in said.splitlines()[-1]
+    assert "Traceback" not in said
+
+
+def test_missing_extras_are_named_with_what_installs_them(shell: Shell) -> None:
+    code = (
+        "import sys, importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
+        "from rlbroker.ops.cli import main; sys.argv = ['rlbroker', 'worker']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=shell.environment)
+    assert done.returncode == 2
+    assert done.stderr == "rlbroker: the demo needs torch: run `pip install 'rlbroker[demo]'`\n"
+
+
+def test_sigterm_drains_a_worker(shell: Shell, real_server: RealServer) -> None:
+    worker = shell.start("worker", "--run", "term", RLBROKER_REDIS_URL=real_server.url)
+    read_until(worker.stdout, "worker 0 of run term")
+    assert real_server.client.exists("rlb:{term}:hb:0")
+    worker.terminate()
+    said = worker.communicate(timeout=10)[0]
+    assert worker.returncode == 0
+    assert said == "told to go: sent what it had begun, and left after 0 batches\n"
+    assert not real_server.client.exists("rlb:{term}:hb:0")
+
+
+@pytest.mark.parametrize(("state", "what"), [("ended", "has ended"), ("open", "is away")])
+def test_a_worker_without_a_learner_says_so(
+    real_server: RealServer, capsys: pytest.CaptureFixture[str], state: str, what: str
+) -> None:
+    """When it joins, if the learner ended; and at its end, if its last batch finds no room for lack of one."""
+    run = f"alone-{state}"
+    WorkerCommunicator(1, run=run, redis_url=real_server.url).cleanup(over=state == "ended")
+    if state == "open":
+        real_server.client.hset(f"rlb:{{{run}}}:meta", "learner_seen", "1.0")
+    full = QueueFull("its queue is full")
+    settings = WorkerSettings(run, num_envs=1, url=real_server.url)
+    with (
+        mock.patch("rlbroker.demo.rollout_worker.run_worker", side_effect=full),
+        pytest.raises(QueueFull, match=f"last batch is lost.*the learner of 'alone-{state}' {what}"),
+    ):
+        work(settings, lambda: state_of_learner(real_server.url, run))
+    said = capsys.readouterr().out
+    assert "waits for the learner's weights" in said
+    assert ("has ended; waiting for another" in said) == (state == "ended")
+
+
+def test_a_learner_that_is_moved_goes_on_and_its_worker_waits(shell: Shell, real_server: RealServer) -> None:
+    way: dict[str, Any] = {"RLBROKER_REDIS_URL": real_server.url}
+    begin = ("learner", "--run", "moved", "--workers", "1", "--checkpoint", "state.pt", "--target", "25")
+    worker = shell.start("worker", "--run", "moved", "--envs", "2", **way)
+    first = shell.start(*begin, "--target", "1000", **way)
+    read_until(first.stdout, r"[1-9]\d* steps ")
+    first.send_signal(signal.SIGUSR1)
+    said = first.communicate(timeout=20)[0]
+    assert first.returncode == 75, said
+    assert "Told to go" in said
+    assert "no --checkpoint" not in said
+    assert shell.files() == ["state.pt"]
+    assert real_server.client.hget("rlb:{moved}:meta", "learner_state") == b"open"
+    assert worker.poll() is None
+    said = shell.start(*begin, **way).communicate(timeout=60)[0]
+    assert "the run 'moved' goes on" in said
+    assert "Solved CartPole-v1" in said
+    assert "stopped by the learner" in worker.communicate(timeout=20)[0]
+    assert worker.returncode == 0

@@ -1,0 +1,128 @@
+"""Whatever comes over the wire decodes or raises WireError, and nothing else ever happens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+import pytest
+from hostile_messages import (
+    decodes,
+    feed_every_damage,
+    forged,
+    manifest_of,
+    samples,
+    sealed,
+    split,
+    with_true_digests,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlbroker.codec.limits import Limits
+from rlbroker.codec.message import describe, encode
+from rlbroker.errors import WireError
+
+SAMPLES = samples()
+MESSAGES = {name: encode(tree) for name, tree in SAMPLES.items()}
+LIMITS = Limits(max_raw_bytes=4 << 20, max_leaves=1000)
+
+messages = st.sampled_from(list(MESSAGES.values()))
+odd_values: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 63), (1 << 64) - 1)
+    | st.integers(-2, 70)
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(
+        ["tensor", "array", "scalar", "bytes", "float32", "bfloat16", "<f4", "|b1", "|u1", "<c16"]
+    )
+    | st.binary(max_size=4)
+    | st.builds(msgpack.ExtType, st.integers(0, 5), st.binary(max_size=5)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize("name", sorted(MESSAGES))
+def test_no_damage_goes_unnoticed(name: str) -> None:
+    message = MESSAGES[name]
+    feed_every_damage(message, every=1 if len(message) < 2000 else len(message) // 500)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_bytes_are_a_wire_error(data: bytes) -> None:
+    assert not decodes(data)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary(max_size=100))
+def test_a_random_header_is_harmless(packed: bytes) -> None:
+    decodes(sealed(packed), LIMITS)
+
+
+@settings(max_examples=700, deadline=None)
+@given(messages, st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_mutated_header_with_a_true_digest_is_harmless(
+    message: bytes, edits: list[tuple[float, int]]
+) -> None:
+    packed, body = split(message)
+    mutated = bytearray(packed)
+    for where, value in edits:
+        mutated[int(where * (len(mutated) - 1))] = value
+    decodes(sealed(bytes(mutated), body), LIMITS)
+    describes(sealed(bytes(mutated)))
+
+
+@settings(max_examples=700, deadline=None)
+@given(messages, st.data())
+def test_a_header_with_any_value_replaced_is_harmless(message: bytes, data: st.DataObject) -> None:
+    manifest = manifest_of(message)
+    node = manifest
+    for _ in range(data.draw(st.integers(1, 6))):
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+        if not keys:
+            break
+        key = data.draw(st.sampled_from(keys))
+        if isinstance(node[key], list | dict) and data.draw(st.integers(0, 4)):
+            node = node[key]
+            continue
+        node[key] = data.draw(odd_values)
+        break
+    forgery = forged(manifest, split(message)[1])
+    decodes(forgery, LIMITS)
+    describes(forgery)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.sampled_from([MESSAGES["bundles"], MESSAGES["large"]]),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4),
+    st.booleans(),
+)
+def test_mutated_chunks_with_true_digests_are_harmless(
+    message: bytes, edits: list[tuple[float, int]], near_the_start: bool
+) -> None:
+    """What reaches blosc2 is checked; what blosc2 then finds wrong within a chunk is a WireError too."""
+    manifest = manifest_of(message)
+    body = bytearray(split(message)[1])
+    starts = [0]
+    for lane in manifest["lanes"]:
+        starts += [starts[-1] + segment[2] for segment in lane[2]]
+    for where, value in edits:
+        if near_the_start:
+            start = starts[int(where * (len(starts) - 2))]
+            body[start + int(where * 1e6) % 80] = value
+        else:
+            body[int(where * (len(body) - 1))] = value
+    decodes(with_true_digests(manifest, bytes(body)), LIMITS)
+
+
+def describes(data: bytes) -> bool:
+    try:
+        describe(data)
+    except WireError:
+        return False
+    return True

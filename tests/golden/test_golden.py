@@ -1,0 +1,85 @@
+"""Messages written by earlier releases are read for ever; a missing file is a failure."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from golden_v1 import EXPECTED, HERE, IMAGES
+from numpy.typing import NDArray
+
+from rlbroker.codec import compression
+from rlbroker.codec.format import DENSE, SAME, SPARSE, split_header
+from rlbroker.codec.image import ImageFormat
+from rlbroker.codec.limits import Limits
+from rlbroker.codec.message import decode, describe
+from rlbroker.codec.version import FORMAT_VERSION
+
+
+def bits(value: Any) -> Any:
+    """Return something that is equal exactly if type, dtype, shape and bits are."""
+    if isinstance(value, dict):
+        return [(key, bits(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return type(value), [bits(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.contiguous().reshape(-1).view(torch.uint8).tolist()
+    if isinstance(value, np.ndarray | np.generic):
+        return type(value), value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, float):
+        return float, struct.pack("<d", value)
+    return type(value), value
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_a_message_of_an_earlier_release_is_read(name: str) -> None:
+    assert bits(decode((HERE / name).read_bytes())) == bits(EXPECTED[name]())
+
+
+def test_tied_leaves_of_an_earlier_release_are_tied() -> None:
+    got = decode((HERE / "v1-large.bin").read_bytes())
+    assert got["w"] is got["tied"][0]
+
+
+def test_each_codec_has_a_golden_message() -> None:
+    summary = describe((HERE / "v1-large.bin").read_bytes())
+    assert 0 < summary["compressed_segments"] < summary["segments"]
+
+
+def read_image(name: str, base: NDArray[np.uint8] | None = None) -> tuple[ImageFormat, NDArray[np.uint8]]:
+    message = (HERE / name).read_bytes()
+    end, _ = split_header(memoryview(message))
+    form = ImageFormat(message[:end], Limits())
+    image = np.empty(form.image_bytes, np.uint8)
+    for index, segment in enumerate(form.segments):
+        form.decode_segment(index, message[end : end + segment.stored_bytes], image, base)
+        end += segment.stored_bytes
+    assert end == len(message)
+    return form, image
+
+
+def test_a_chain_of_deltas_of_an_earlier_release_is_read() -> None:
+    image = None
+    codecs = []
+    for name in ("v1-image-0.bin", "v1-image-1.bin", "v1-image-2.bin"):
+        form, image = read_image(name, image)
+        assert bits(form.tree(image)) == bits(IMAGES[name]())
+        codecs.append({segment.codec for segment in form.segments})
+    assert codecs[0] == {compression.RAW, compression.BLOSC2}
+    assert codecs[1] | codecs[2] == {compression.RAW, compression.BLOSC2, SAME, DENSE, SPARSE}
+
+
+def test_a_cast_image_of_an_earlier_release_is_read() -> None:
+    form, image = read_image("v1-image-cast.bin")
+    assert bits(form.tree(image)) == bits(IMAGES["v1-image-cast.bin"]())
+    kept = form.tree(image, keep_dtype=True)
+    assert kept["large"].dtype == kept["small"].dtype == torch.bfloat16
+    assert kept["array"].dtype == ">f4"
+
+
+def test_no_golden_file_is_forgotten_and_the_version_has_some() -> None:
+    assert {path.name for path in HERE.glob("*.bin") if path.name.startswith("v")} == set(EXPECTED | IMAGES)
+    assert any(name.startswith(f"v{FORMAT_VERSION}-") for name in EXPECTED)

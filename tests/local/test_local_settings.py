@@ -1,0 +1,78 @@
+"""What the embedded server and the supervisor refuse before they start anything."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlbroker.errors import InvalidArgument
+from rlbroker.local.embedded_server import RedisServer
+from rlbroker.local.supervisor import Supervisor, backoff_seconds
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"port": 6379},
+        {"bind": "127.0.0.1", "port": 65536},
+        {"bind": "127.0.0.1", "port": -1},
+        {"bind": "localhost"},
+        {"bind": "127.0.0.1\nport 1"},
+        {"persistence": True},
+        {"directory": Path("/somewhere")},
+        {"maxmemory_bytes": 0},
+        {"config": {"requirepass": "x"}},
+        {"config": {"Bind": "0.0.0.0"}},
+        {"config": {"hz": "10\nport 6379"}},
+        {"config": {"hz 10\nport": "6379"}},
+    ],
+    ids=repr,
+)
+def test_arguments_that_cannot_work_are_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument):
+        RedisServer(**arguments)
+
+
+def test_making_the_object_starts_nothing_and_writes_nothing() -> None:
+    server = RedisServer(bind="127.0.0.1")
+    assert not server.socket_path.parent.exists()
+    assert server.pid is None
+    assert server.network_url is None
+    assert server.binary is None
+
+
+def test_two_servers_share_neither_password_nor_place() -> None:
+    first, second = RedisServer(), RedisServer()
+    assert first.url != second.url
+    assert first.socket_path != second.socket_path
+    assert "***" in first.redacted_url
+    assert repr(first) == f"<RedisServer {first.redacted_url} stopped>"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"commands": {"../a": ["true"]}},
+        {"commands": {"": ["true"]}},
+        {"commands": {"a": []}},
+        {"commands": {"a": "true"}},
+        {"log_directory": Path("/logs"), "on_output": print},
+        {"first_backoff_seconds": 0.0},
+        {"first_backoff_seconds": 2.0, "longest_backoff_seconds": 1.0},
+        {"max_restarts": -1},
+        {"restart_window_seconds": 0.0},
+        {"stop_timeout_seconds": -1.0},
+    ],
+    ids=repr,
+)
+def test_a_supervisor_that_cannot_work_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument):
+        Supervisor(**{"commands": {"a": ["true"]}, **arguments})
+
+
+def test_workers_that_fail_together_come_back_apart() -> None:
+    pauses = {backoff_seconds(4, first=1.0, longest=60.0, chance=n / 100) for n in range(101)}
+    assert len(pauses) == 101
+    assert (min(pauses), max(pauses)) == (4.0, 8.0)

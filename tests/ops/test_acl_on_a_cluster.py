@@ -1,0 +1,207 @@
+"""What each role may do on a Cluster: all that it needs, on every node; nothing of what is another's, in any shard."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+from conftest import ClusterServer, wait_until
+from engines import Cluster, Node
+from executable import rlbroker
+
+from rlbroker import AccessDenied, WorkerClient, WorkerCommunicator
+from rlbroker.backend.keys import Keys
+from rlbroker.backend.missing_rights import says_refused
+
+RUN = "pong"
+ROLES = (f"{RUN}-learner", f"{RUN}-worker-0", f"{RUN}-worker-1", f"{RUN}-observer")
+
+
+class Guarded:
+    """A Cluster on every node of which there are the users that `rlbroker acl` prints for it."""
+
+    def __init__(self, engine: Cluster, folder: Path) -> None:
+        self.engine, self._folder = engine, folder
+        options = ("--run", RUN, "--workers", "2", "--secrets", str(folder), "--setuser")
+        printed = rlbroker("acl", *options, RLBROKER_REDIS_URL=engine.url)
+        assert printed.returncode == 0, printed.stderr
+        assert "give these to every one" in printed.stderr
+        for node in engine.nodes:
+            for line in printed.stdout.splitlines():
+                node.ask(*shlex.split(line))
+            node.ask("CONFIG", "RESETSTAT")
+
+    def password(self, user: str) -> str:
+        return (self._folder / user).read_text().strip()
+
+    def url(self, user: str) -> str:
+        return self.engine.url.replace("://", f"://{user}:{self.password(user)}@")
+
+    def at(self, node: Node, user: str) -> Any:
+        return redis.Redis(
+            host="127.0.0.1", port=node.port, protocol=2, username=user, password=self.password(user)
+        )
+
+    def refused(self) -> dict[str, Any]:
+        """Give the commands that any node has refused anybody."""
+        found = dict[str, Any]()
+        for node in self.engine.nodes:
+            with node.client() as client:
+                found |= {
+                    name: one
+                    for name, one in client.info("commandstats").items()
+                    if one.get("rejected_calls") and name not in _TRIED
+                }
+        return found
+
+
+#: redis-py asks for it on every server, and takes a refusal.
+#: A worker that comes to a node without scripts before the learner does tries to load them.
+_TRIED = {"cmdstat_client|setinfo", "cmdstat_client", "cmdstat_script|load", "cmdstat_script"}
+
+#: What doctor asks for, and says that it may not.
+_ONLY_FOR_DOCTOR = {"cmdstat_config|get", "cmdstat_config", "cmdstat_acl|whoami", "cmdstat_acl"}
+
+
+@pytest.fixture
+def guarded(
+    started: Callable[[str, str], ClusterServer], server_kind: str, tmp_path: Path
+) -> Iterator[Guarded]:
+    server = started("cluster", server_kind)
+    server.client.flushall()
+    try:
+        yield Guarded(server.engine, tmp_path / "secrets")
+    finally:
+        for node in server.engine.nodes:
+            node.ask("ACL", "DELUSER", *ROLES)
+        server.client.flushall()
+
+
+def test_a_role_has_all_the_rights_that_it_needs_on_every_node(guarded: Guarded) -> None:
+    weights = {"w": np.arange(40_000, dtype=np.float32)}
+    learner_url, observer = guarded.url(ROLES[0]), {"RLBROKER_REDIS_URL": guarded.url(ROLES[3])}
+    with WorkerCommunicator(
+        2, redis_url=learner_url, run=RUN, host_cache=False, acknowledge="manual"
+    ) as comm:
+        workers = [
+            WorkerClient(
+                guarded.url(ROLES[1 + number]),
+                RUN,
+                worker_id=number,
+                host_cache=False,
+                level="learner",
+                read_from_replicas=number == 1,
+            )
+            for number in range(2)
+        ]
+        for _ in range(3):  # whole, and as differences
+            weights["w"][::1000] += 1.0
+            comm.send_model_weights(weights)
+        models: list[dict[str, Any]] = [{}, {}]
+        for client, model in zip(workers, models, strict=True):
+            client.load_weights(model)
+            client.send_experiences({"number": np.full(3, client.worker_id)})
+        command = comm.send_control_command("reset")
+        pairs = list[Any]()
+
+        def all_is_done() -> bool:
+            for client, model in zip(workers, models, strict=True):
+                client.poll(model)
+            pairs.extend(comm.collect_experiences(timeout=0.1))
+            return len(pairs) == 2 and all(one.state == "done" for one in command.outcomes().values())
+
+        wait_until("batches came, and the command was obeyed", all_is_done)
+        comm.acknowledge(pairs)
+        bad = {"data": b"?", "version": 1, "rows": 1, "raw_bytes": 1, "stored_bytes": 1, "sent_at": 0}
+        key = _keys(guarded).experiences(1)
+        guarded.engine.client().xadd(key, bad, id=f"{workers[1].incarnation}-100")
+
+        def dead() -> Any:
+            comm.acknowledge(comm.collect_experiences(timeout=0.1))
+            return comm.dead_letters()
+
+        comm.retry_dead_letters(wait_until("a batch is dead", dead))
+        comm.purge_dead_letters(wait_until("it is dead again", dead))
+        for node in guarded.engine.masters():
+            node.ask("SCRIPT", "FLUSH")
+        comm.send_model_weights(weights)
+
+        def all_have_it() -> bool:
+            for client, model in zip(workers, models, strict=True):
+                client.poll(model)
+            return all(client.version == 4 for client in workers)
+
+        wait_until("version 4 is there", all_have_it)
+        for words in (
+            ["status"],
+            ["doctor"],
+            ["runs"],
+            ["weights", "list"],
+            ["workers"],
+            ["control", "list"],
+        ):
+            options = () if words == ["runs"] else ("--run", RUN)
+            done = rlbroker(*words, *options, **observer)
+            said = done.stdout + done.stderr
+            assert "lacks rights" not in said
+            assert done.returncode < 2, said
+        for client in workers:
+            client.close()
+        comm._check()
+    pruned = rlbroker("prune", "--run", RUN, "--yes", RLBROKER_REDIS_URL=learner_url)
+    assert pruned.returncode == 0, pruned.stdout + pruned.stderr
+    assert list(guarded.engine.client().scan_iter("rlb:*")) == []
+    assert guarded.refused().keys() <= _ONLY_FOR_DOCTOR
+
+
+def test_a_worker_gains_nothing_in_the_shard_of_another(guarded: Guarded) -> None:
+    with WorkerCommunicator(2, redis_url=guarded.url(ROLES[0]), run=RUN, host_cache=False) as comm:
+        comm.send_model_weights({"w": np.zeros(10)})
+        keys = _keys(guarded)
+        assert len(keys.shards) == 3
+        tried = [
+            ("XADD", keys.experiences(1), "*", "data", "1"),
+            ("XRANGE", keys.experiences(1), "-", "+"),
+            ("HSET", keys.counts(1), "delivered", "9"),
+            ("HSET", keys.epochs(0), "epoch", "9"),
+            ("XADD", keys.again(0), "*", "data", "1"),
+            ("XRANGE", keys.dead(1), "-", "+"),
+            ("SET", keys.chunk("1-1-1", 1), "mine"),
+            ("DEL", keys.chunk("1-1-1", 1)),
+            ("HSET", keys.life(1), "incarnation", "9"),
+            ("HSET", keys.weights, "version", "99"),
+            ("HSET", "rlb:{other/s0}:counts:0", "delivered", "9"),
+            ("CLUSTER", "RESET"),
+            ("CLUSTER", "FAILOVER"),
+            ("CLUSTER", "SETSLOT", "1", "STABLE"),
+            ("CLUSTER", "FORGET", "1"),
+            ("CONFIG", "SET", "maxmemory", "1"),
+        ]
+        for node in guarded.engine.nodes:
+            with guarded.at(node, ROLES[1]) as client:
+                for command in tried:
+                    with pytest.raises(redis.ResponseError) as caught:
+                        client.execute_command(*command)
+                    assert isinstance(caught.value, redis.exceptions.NoPermissionError) or says_refused(
+                        str(caught.value)
+                    ), command
+        with pytest.raises(AccessDenied):
+            WorkerClient(guarded.url(ROLES[1]), RUN, worker_id=1)
+
+
+def test_a_user_without_the_rights_of_a_cluster_is_told_which(guarded: Guarded) -> None:
+    for node in guarded.engine.nodes:
+        node.ask("ACL", "SETUSER", ROLES[1], "-cluster|slots")
+    with pytest.raises(AccessDenied, match=r"may not run CLUSTER SLOTS; .*rlbroker acl --cluster"):
+        WorkerClient(guarded.url(ROLES[1]), RUN, worker_id=0, timeout=2.0)
+
+
+def _keys(guarded: Guarded) -> Keys:
+    keys = Keys(RUN)
+    keys.spread(guarded.engine.client().hget(keys.meta, "shards").decode())
+    return keys

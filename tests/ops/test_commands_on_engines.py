@@ -1,0 +1,345 @@
+"""The command line on a Cluster and on what Sentinels watch: every node is looked at, and what is typed leads there."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+from conftest import ClusterServer, TrioServer, wait_until
+from engines import Cluster
+from executable import rlbroker
+from servers import binary_of
+
+from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker.backend.keys import Keys
+from rlbroker.errors import ServerUnsuitable
+from rlbroker.ops.stale_runs import BACK_SECONDS
+
+Start = Callable[[str, str], Any]
+RUN = "pong"
+
+
+@pytest.fixture(params=["cluster", "sentinel"])
+def several(request: pytest.FixtureRequest, started: Start, server_kind: str) -> Iterator[Any]:
+    found: ClusterServer | TrioServer = started(request.param, server_kind)
+    found.client.flushall()
+    yield found
+    found.client.flushall()
+
+
+def plant(url: str) -> None:
+    """Leave a run behind: its learner has ended, a batch of each worker waits, a version and a command are there."""
+    with WorkerCommunicator(3, redis_url=url, run=RUN, host_cache=False) as learner:
+        learner.send_model_weights({"w": np.zeros(10, np.float32)})
+        for number in range(3):
+            with WorkerClient(url, RUN, worker_id=number, host_cache=False) as worker:
+                worker.send_experiences({"x": np.zeros(3, np.float32)})
+        learner.send_control_command("noop")
+
+
+# Every node
+
+
+def test_every_command_that_looks_works(several: Any) -> None:
+    plant(several.url)
+    for command in (
+        *(
+            "status",
+            "workers",
+            "workers 1",
+            "missed",
+            "report --output /dev/null",
+            "weights list",
+            "weights show",
+        ),
+        *(
+            "control list",
+            "dead list",
+            "experiences peek --worker 1",
+            "runs",
+            "acl --json",
+            "check",
+            "prune --dry-run --run pong",
+        ),
+    ):
+        done = rlbroker(*command.split(), RLBROKER_REDIS_URL=several.url)
+        assert done.returncode < 2, f"{command}: {done.stdout}{done.stderr}"
+        assert "Traceback" not in done.stderr, command
+
+
+def test_the_memory_that_is_shown_is_that_of_the_fullest_node(cluster: ClusterServer) -> None:
+    plant(cluster.url)
+    for node in cluster.engine.masters():
+        slot = min(cluster.engine._slots(node))
+        name = next(
+            f"filler-{number}" for number in range(100_000) if _slot(f"filler-{number}") in (slot, slot + 1)
+        )
+        with node.client() as client:
+            before = client.info("memory")["used_memory"]
+            client.set(name, bytes(20_000_000))
+            said = json.loads(rlbroker("status", "--json", RLBROKER_REDIS_URL=cluster.url).stdout)["server"]
+            client.delete(name)
+        assert (said["node"], said["used_bytes"] > before + 15_000_000) == (f"127.0.0.1:{node.port}", True)
+
+
+def test_a_node_that_deletes_keys_is_named(cluster: ClusterServer) -> None:
+    plant(cluster.url)
+    node = cluster.engine.masters()[-1]
+    node.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    try:
+        said = json.loads(rlbroker("status", "--json", RLBROKER_REDIS_URL=cluster.url).stdout)
+    finally:
+        node.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    (evicts,) = [one for one in said["findings"] if one["code"] == "server_evicts"]
+    assert said["server"]["evicting_node"] == f"127.0.0.1:{node.port}"
+    assert evicts["what"].startswith(f"127.0.0.1:{node.port} has maxmemory-policy allkeys-lru: ")
+
+
+def test_a_replica_that_would_delete_keys_as_a_master_is_named_to_the_learner(several: Any) -> None:
+    engine = several.engine
+    node = engine.replicas()[0] if several.kind == "sentinel" else engine.replica_of(engine.masters()[0])
+    node.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(
+            ServerUnsuitable, match=f"^127.0.0.1:{node.port} has maxmemory-policy allkeys-lru"
+        ):
+            WorkerCommunicator(1, redis_url=several.url, run=RUN)
+    finally:
+        node.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+
+
+def _slot(key: str) -> int:
+    from rlbroker.backend.topology import slot_of
+
+    return slot_of(key)
+
+
+def test_doctor_names_the_node_that_is_not_well_and_what_it_says_to_type_leads_there(several: Any) -> None:
+    node = several.engine.nodes[-1]
+    node.ask("CONFIG", "SET", "timeout", "30")
+    try:
+        (idle,) = [one for one in points(several.url, "idle") if one["state"] == "warning"]
+        assert idle["what"].startswith(f"127.0.0.1:{node.port}: it closes clients that are idle for 30 s")
+        assert shlex.split(idle["hint"])[1:5] == ["-h", "127.0.0.1", "-p", str(node.port)]
+        node.ask(*shlex.split(idle["hint"])[5:])
+        assert [one["state"] for one in points(several.url, "idle")] == ["ok"]
+    finally:
+        node.ask("CONFIG", "SET", "timeout", "0")
+
+
+def test_doctor_names_a_node_that_does_not_answer(several: Any) -> None:
+    node = several.engine.replicas()[0] if several.kind == "sentinel" else several.engine.nodes[-1]
+    node.freeze()
+    try:
+        (silent,) = points(several.url, "nodes")
+        assert (silent["state"], f"127.0.0.1:{node.port} does not answer" in silent["what"]) == (
+            "critical",
+            True,
+        )
+        assert "ok" in [one["state"] for one in points(several.url, "version")]
+    finally:
+        node.thaw()
+
+
+def test_doctor_names_a_node_that_the_others_go_on_without(several: Any) -> None:
+    engine = several.engine
+    node = engine.replicas()[0] if several.kind == "sentinel" else engine.replica_of(engine.masters()[0])
+    with impatient(several):
+        node.kill()
+        try:
+            wait_until("the others hold it for dead", lambda: str(node.port) in held_for_dead(several), 30.0)
+            (silent,) = points(several.url, "nodes")
+        finally:
+            node.launch()
+            node.wait_ready()
+            engine.wait_ok()
+    name, _, others = silent["what"].partition(" does not answer: ")
+    assert (silent["state"], name) == ("critical", f"127.0.0.1:{node.port}")
+    assert "go on without it" in others
+    assert "nodes" not in [one["code"] for one in examined(several.url)]
+
+
+@contextmanager
+def impatient(several: Any) -> Iterator[None]:
+    """Have servers that are not there be held for dead soon."""
+    if several.kind == "sentinel":
+        servers, change = (
+            several.engine.sentinels,
+            f"SENTINEL SET {several.engine.service} down-after-milliseconds",
+        )
+    else:
+        servers, change = several.engine.nodes, "CONFIG SET cluster-node-timeout"
+    for server in servers:
+        server.ask(*change.split(), "1000")
+    yield
+    for server in servers:
+        server.ask(*change.split(), "60000")
+
+
+def held_for_dead(several: Any) -> set[str]:
+    """Give the ports of those that the others remember, and do without."""
+    if several.kind == "sentinel":
+        rows = several.engine.sentinels[0].ask("SENTINEL", "REPLICAS", several.engine.service)
+        fields = [dict(zip(row[::2], row[1::2], strict=True)) for row in rows]
+        return {one[b"port"].decode() for one in fields if b"s_down" in one[b"flags"]}
+    rows = several.engine.awake[0].ask("CLUSTER", "NODES").decode().splitlines()
+    return {
+        line.split()[1].partition("@")[0].rpartition(":")[2]
+        for line in rows
+        if "fail" in line.split()[2].split(",")
+    }
+
+
+def test_rights_that_are_missing_are_given_on_every_node_as_a_replica_has_users_of_its_own(
+    several: Any,
+) -> None:
+    nodes = several.engine.nodes
+    for node in nodes:
+        node.ask("ACL", "SETUSER", "poor", "on", ">secret", "~*", "+@all", "-memory|usage")
+    try:
+        scheme, _, places = several.url.partition("://")
+        (rights,) = points(f"{scheme}://poor:secret@{places}", "rights")
+    finally:
+        for node in nodes:
+            node.ask("ACL", "DELUSER", "poor")
+    lines = [line.partition(" ACL ")[0] for line in rights["hint"].splitlines()]
+    there = {f"redis-cli -h 127.0.0.1 -p {node.port}" for node in nodes}
+    assert (set(lines), len(lines)) == (
+        (there, len(nodes)) if several.kind == "sentinel" else ({"redis-cli"}, 1)
+    )
+
+
+def test_doctor_counts_the_sentinels_and_names_those_that_do_not_answer(
+    started: Start, server_kind: str
+) -> None:
+    trio = started("sentinel", server_kind)
+    _, *others = trio.engine.sentinels
+    seen = [points(trio.url, "sentinels")]
+    try:
+        for sentinel in others:
+            sentinel.kill()
+            seen.append(points(trio.url, "sentinels"))
+    finally:
+        trio.engine.start_sentinels()
+        trio.engine.wait_ok()
+    well, fewer, too_few = (one for (one,) in seen)
+    first, second = (f"127.0.0.1:{one.port}" for one in others)
+    assert (well["state"], well["what"].partition(" are ")[0]) == ("ok", "3 of 3 Sentinels")
+    assert fewer["state"] == "warning"
+    assert fewer["what"].startswith(f"{first} does not answer: 2 of 3 Sentinels are there, and 2 are enough")
+    assert too_few["state"] == "critical"
+    assert set(too_few["what"].partition(" do not answer: ")[0].split(", ")) == {first, second}
+    assert "1 of 3 Sentinels is there, and 2 have to agree" in too_few["what"]
+
+
+def test_doctor_asks_the_sentinels_for_those_that_the_url_does_not_name(
+    started: Start, server_kind: str
+) -> None:
+    trio = started("sentinel", server_kind)
+    engine = trio.engine
+    host, _, rest = trio.url.partition("://")
+    named = f"{host}://{rest.split(',')[0]}/{engine.service}"
+    with impatient(trio):
+        for sentinel in engine.sentinels[1:]:
+            sentinel.freeze()
+        try:
+            wait_until("the one that is left sees no others", lambda: refuses(engine), 30.0)
+            (too_few,) = points(named, "sentinels")
+        finally:
+            for sentinel in engine.sentinels[1:]:
+                sentinel.thaw()
+            engine.wait_ok()
+    assert too_few["state"] == "critical"
+    assert "1 of 3 Sentinels is there" in too_few["what"]
+    assert "NOQUORUM" in too_few["what"]
+
+
+def refuses(engine: Any) -> bool:
+    try:
+        engine.sentinels[0].ask("SENTINEL", "CKQUORUM", engine.service)
+    except redis.ResponseError:
+        return True
+    return False
+
+
+def test_doctor_warns_of_a_cluster_with_too_few_masters_to_replace_one(
+    cluster: ClusterServer, server_kind: str, tmp_path: Path
+) -> None:
+    binary = binary_of(server_kind)
+    assert binary is not None
+    with Cluster(binary, tmp_path, 2, 1) as small:
+        (too_few,) = points(small.url, "cluster")
+    (enough,) = points(cluster.url, "cluster")
+    assert (too_few["state"], too_few["what"].partition(":")[0]) == ("warning", "only 2 masters have slots")
+    assert (enough["state"], enough["what"].partition(" serve ")[0]) == ("ok", "3 masters and 3 replicas")
+
+
+def points(url: str, code: str) -> list[dict[str, str]]:
+    return [one for one in examined(url) if one["code"] == code]
+
+
+def examined(url: str) -> list[dict[str, str]]:
+    done = rlbroker("doctor", "--json", "--timeout", "20", RLBROKER_REDIS_URL=url)
+    found: list[dict[str, str]] = json.loads(done.stdout)["points"]
+    return found
+
+
+# Pruning
+
+
+def test_what_a_run_left_in_shards_that_it_knows_no_more_goes_too(cluster: ClusterServer) -> None:
+    wait_until("no node has just started", lambda: _uptime(cluster) >= BACK_SECONDS, 15.0)
+    plant(cluster.url)
+    client, keys = cluster.client, Keys(RUN)
+    before = set(client.scan_iter("rlb:*", target_nodes="all"))
+    assert len({key.partition(b"}")[0] for key in before}) == 4
+    client.hset(keys.meta, "shards", "9999")
+    client.xadd(keys.experiences(7), {"data": "from when there were no shards"})
+    client.set("rlb:{pong/s3}:meta", "of no run")
+    with_others = rlbroker("prune", "--run", RUN, "--yes", "--json", RLBROKER_REDIS_URL=cluster.url)
+    (said,) = json.loads(with_others.stdout)["runs"]
+    assert list(client.scan_iter("rlb:*", target_nodes="all")) == []
+    assert (with_others.returncode, said["kept"]) == (0, "")
+    assert said["deleted_keys"] >= len(before) - 4  # some had a lifetime
+
+
+def test_a_queue_in_an_old_shard_that_is_used_meanwhile_stays(
+    cluster: ClusterServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlbroker.backend.connection import Connection
+    from rlbroker.ops.prune import OPENED, PRUNE_QUEUE, prune
+    from rlbroker.ops.stale_runs import find_leftovers
+
+    wait_until("no node has just started", lambda: _uptime(cluster) >= BACK_SECONDS, 15.0)
+    plant(cluster.url)
+    keys = Keys(RUN)
+    keys.spread(cluster.client.hget(keys.meta, "shards").decode())
+    cluster.client.hset(keys.meta, "shards", "9999")
+    run = Connection.run
+
+    def watched(self: Connection, script: Any, names: Any, *arguments: Any, **options: Any) -> Any:
+        if script is PRUNE_QUEUE and names[0] == keys.experiences(1):
+            cluster.client.xadd(keys.experiences(1), {"data": "new"})
+        return run(self, script, names, *arguments, **options)
+
+    monkeypatch.setattr(Connection, "run", watched)
+    connection = Connection(cluster.url)
+    (found,) = find_leftovers(connection, older_than_seconds=3600.0, run=RUN, named=True)
+    done = prune(connection, RUN, found.names, older_than_seconds=3600.0, named=True)
+    connection.close()
+    assert done.kept == OPENED
+    left = {key.decode() for key in cluster.client.scan_iter("rlb:*", target_nodes="all")}
+    assert left == set(keys.queue(1)) & left
+    assert keys.experiences(1) in left
+
+
+def _uptime(cluster: ClusterServer) -> float:
+    told = [node.ask("INFO", "server").decode() for node in cluster.engine.nodes]
+    return min(float(text.partition("uptime_in_seconds:")[2].split()[0]) for text in told)

@@ -1,0 +1,160 @@
+"""`rlbroker control`: commands from the command line, and the answers of live workers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import redis
+from conftest import wait_until
+from executable import Shell, environment
+
+from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker.backend.keys import Keys
+from rlbroker.local.embedded_server import RedisServer
+
+RUN = "control-command"
+
+
+def fail(data: Any) -> None:
+    raise ValueError(f"no such level: {data['level']}")
+
+
+class Live:
+    """A run whose workers 0 and 1 obey at once, and 2 never looks."""
+
+    def __init__(self, url: str, stack: ExitStack) -> None:
+        self.told: list[Any] = []
+        self.learner = stack.enter_context(WorkerCommunicator(3, redis_url=url, run=RUN))
+        self.workers = [
+            stack.enter_context(WorkerClient(redis_url=url, run=RUN, worker_id=number)) for number in range(3)
+        ]
+        for worker in self.workers:
+            worker.on_command("level", self.told.append)
+            worker.on_command("fail", fail)
+        self._over = threading.Event()
+        stack.callback(self._end)
+        self._threads = [threading.Thread(target=self._work, args=(one,)) for one in self.workers[:2]]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self, worker: WorkerClient) -> None:
+        while not self._over.wait(0.01):
+            worker.poll({})
+
+    def _end(self) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def live(embedded: RedisServer) -> Iterator[Live]:
+    with ExitStack() as stack:
+        yield Live(embedded.url, stack)
+    with redis.Redis.from_url(embedded.url, protocol=2) as client:
+        client.flushall()
+
+
+@pytest.fixture
+def shell(embedded: RedisServer, live: Live) -> Shell:
+    return Shell(embedded.url, RUN)
+
+
+def test_a_command_is_sent_and_its_answers_are_told(shell: Shell, live: Live) -> None:
+    done = shell(
+        "control", "send", "level", "--data", '{"level": 7}', "--worker", "0", "--worker", "1", "--json"
+    )
+    assert (done.returncode, done.stderr) == (0, "sent level to 2 workers\n")
+    said = json.loads(done.stdout)
+    answered = {"state": "done", "detail": ""}
+    expected = {"run": RUN, "name": "level", "workers": [0, 1], "outcomes": {"0": answered, "1": answered}}
+    assert said == expected | {"id": said["id"], "done": True}
+    assert live.told == [{"level": 7}, {"level": 7}]
+
+
+def test_answers_arrive_under_a_bar_on_a_terminal(shell: Shell) -> None:
+    code, said = shell.on_terminal("control", "send", "reset", "--worker", "1")
+    assert code == 0
+    assert "0/1" in said or "1/1" in said
+    assert said.split()[-2:] == ["1", "done"]
+
+
+def test_who_fails_or_does_not_answer_is_named(shell: Shell) -> None:
+    done = shell("control", "send", "fail", "--data", '{"level": 9}', "--worker", "0", "--worker", "1")
+    assert (done.returncode, done.stderr) == (1, "sent fail to 2 workers\n")
+    rows = [line.split(maxsplit=2) for line in done.stdout.splitlines()[3:] if line.strip()]
+    assert [row[:2] for row in rows] == [["0", "failed"], ["1", "failed"]]
+    assert all("no such level: 9" in row[2] for row in rows)
+    done = shell("control", "send", "level", "--worker", "2", "--wait", "0.2s")
+    assert done.returncode == 1
+    assert done.stdout.split()[-2:] == ["2", "waiting"]
+    assert "the command stays sent" in done.stderr
+    first, second = shell.json("control", "list", "--count", "2")["commands"]
+    assert list(first) == ["id", "name", "arguments", "sent", "age_seconds", "states", "outcomes"]
+    assert (first["name"], first["arguments"], first["states"]) == ("fail", '{"level": 9}', {"failed": 2})
+    assert "no such level: 9" in first["outcomes"]["1"]["detail"]
+    assert 0 <= second["age_seconds"] <= first["age_seconds"] < 60
+    assert (second["states"], second["outcomes"]) == (
+        {"waiting": 1},
+        {"2": {"state": "waiting", "detail": ""}},
+    )
+
+
+def test_without_waiting_it_is_only_sent(shell: Shell, live: Live) -> None:
+    before = len(live.told)
+    done = shell("control", "send", "level", "--no-wait", "--expires", "1h")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("to workers 0, 1, 2\n")
+    wait_until("those who look obeyed", lambda: live.told[before:] == [None, None])
+    wait_until("and said so", lambda: live.learner.get_queue_info()["control_queue_sizes"][:2] == [0, 0])
+    table = shell("control", "list").stdout
+    last = table.rstrip().splitlines()[-1].split()
+    assert last[-9:] == ["null", "2", "done,", "1", "waiting", "no", "answer", "from", "2"]
+
+
+def test_ctrl_c_ends_the_watching_and_not_the_command(shell: Shell, live: Live) -> None:
+    process = subprocess.Popen(
+        shell.command("control", "send", "resume", "--worker", "2"),
+        env=environment(RLBROKER_REDIS_URL=shell.url),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "sent resume to 1 worker\n"
+    process.send_signal(signal.SIGINT)
+    said, more = process.communicate(timeout=10)
+    assert (process.returncode, said) == (130, "")
+    assert "the command stays sent; rlbroker control list" in more
+    assert live.learner.get_queue_info()["control_queue_sizes"][2] >= 1
+
+
+def test_a_worker_that_is_not_there_is_named_with_those_that_are(shell: Shell) -> None:
+    done = shell("control", "send", "level", "--worker", "9")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "rlbroker: worker 9 is not a member of the run 'control-command'; members are: 0, 1, 2\n"
+    )
+
+
+def test_without_a_learner_it_needs_force_and_workers_obey(embedded: RedisServer) -> None:
+    run = "control-alone"
+    shell = Shell(embedded.url, run)
+    with (
+        redis.Redis.from_url(embedded.url, protocol=2) as client,
+        WorkerCommunicator(1, redis_url=embedded.url, run=run),
+        WorkerClient(embedded.url, run) as worker,
+    ):
+        client.hset(Keys(run).meta, "learner_state", "ended")
+        refused = shell("control", "send", "stop")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "has ended, and nobody would settle the workers' answers; --force" in refused.stderr
+        shell("control", "send", "stop", "--force", "--no-wait")
+        wait_until("the worker obeys", lambda: worker.poll({}) or not worker.running)

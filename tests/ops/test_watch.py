@@ -1,0 +1,104 @@
+"""A run looked at again and again: rates of workers, and the learner's last minute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Reachable, Server, wait_until
+
+from rlbroker import WorkerClient, WorkerCommunicator
+from rlbroker.backend.connection import Connection
+from rlbroker.ops.inspect.snapshot import Observer
+from rlbroker.ops.inspect.watch import SERIES, Watch
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+
+@pytest.fixture
+def new_watch(server: Server, run: str) -> Iterator[Callable[[], Watch]]:
+    with ExitStack() as stack:
+
+        def make() -> Watch:
+            way = server.way()
+            connection = Connection(way.get("redis_url"), client=way.get("redis_client"), timeout_seconds=5.0)
+            stack.callback(connection.close)
+            return Watch(connection, run)
+
+        yield make
+
+
+@pytest.mark.on_every_engine
+def test_rates_are_what_happened_between_looks(
+    new_watch: Callable[[], Watch], learner: Learner, worker: Worker
+) -> None:
+    comm, client, idle = learner(), worker(), worker()
+    watch = new_watch()
+    first = watch.look()
+    for number in range(20):
+        client.send_experiences({"x": np.full(3, number)})
+    comm.collect_experiences(timeout=5.0, max_batches=5)
+    second = watch.look()
+    assert [one.batches_per_second for one in first.lines] == [None, None]
+    seconds = second.snapshot.at - first.snapshot.at
+    rates = {one.worker: one.batches_per_second for one in second.lines}
+    assert rates[client.worker_id] == 20 / seconds
+    assert not rates[idle.worker_id]
+    line = second.lines[client.worker_id]
+    assert (line.waiting + line.in_hand, line.in_hand >= 5) == (20, True)
+    assert line.room_share == 0.0
+
+
+def test_the_last_minute_is_there_from_the_first_look_on(
+    new_watch: Callable[[], Watch], learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(), worker()
+
+    def collected() -> bool:
+        client.send_experiences({"x": np.zeros((4, 3))})
+        comm.collect_experiences(timeout=0.1)
+        watch = new_watch()
+        watch.look()
+        view = watch.look()
+        fresh = new_watch().look()
+        assert view.series.keys() == SERIES.keys()
+        # Who looked before has read nothing twice, and misses what was written since at most.
+        assert len(fresh.series["waiting"]) - len(view.series["waiting"]) in (0, 1)
+        return bool(view.newest("rows_per_second")) and view.current
+
+    wait_until("there are figures of now", collected)
+
+
+def test_a_look_is_three_round_trips_and_goes_on_after_the_connection_broke(
+    reachable: Reachable, run: str
+) -> None:
+    with (
+        WorkerCommunicator(2, redis_url=reachable.url, run=run) as comm,
+        WorkerClient(reachable.url, run),
+    ):
+        comm.send_model_weights({"w": np.zeros(3)})
+        connection = Connection(reachable.url, timeout_seconds=5.0)
+        observer = Observer(connection, run)
+        trips = count_trips(connection)
+        assert observer.look().members[0].state == "alive"
+        assert len(trips) == 3
+        each = {"target_nodes": "primaries"} if reachable.kind == "cluster" else {}
+        reachable.client.client_kill_filter(_type="normal", skipme=True, **each)
+        assert observer.look().pointer is not None
+        connection.close()
+
+
+def count_trips(connection: Connection) -> list[Any]:
+    trips: list[Any] = []
+    ask = connection.ask_once
+
+    def counted(commands: Any) -> Any:
+        trips.append(commands)
+        return ask(commands)
+
+    connection.ask_once = counted  # type: ignore[method-assign]
+    return trips

@@ -1,0 +1,122 @@
+"""The architecture: which way imports point, and which names are public."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rlbroker
+
+pytestmark = pytest.mark.unit
+
+SOURCE = Path(rlbroker.__file__).parent
+
+#: Rooms from the lowest layer to the highest. A room may import from the layers below its own.
+LAYERS = (
+    {"errors"},
+    {"config", "types"},
+    {"codec"},
+    {"backend"},
+    {"metrics", "membership"},
+    {"weights", "experience", "control"},
+    {"learner", "worker"},
+    {"__init__"},
+    {"local"},
+    {"demo"},
+    {"ops"},
+    {"__main__"},
+)
+LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{path} imports relatively"
+            names = [node.module] if node.module != "rlbroker" else ["rlbroker.__init__"]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("rlbroker.")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_point_down_only(path: Path) -> None:
+    room = room_of(path)
+    assert all(LAYER_OF[other] < LAYER_OF[room] for other in imported_rooms(path) - {room})
+
+
+def test_a_key_is_named_in_one_place_only() -> None:
+    named = [path for path in SOURCE.rglob("*.py") if "rlb:{" in path.read_text()]
+    assert [path.name for path in named] == ["keys.py"]
+
+
+def test_the_environment_is_read_in_one_place_only() -> None:
+    readers = {path.name for path in SOURCE.rglob("*.py") if "os.environ.get(" in path.read_text()}
+    assert readers == {"config.py"}
+
+
+def test_public_names_are_pinned() -> None:
+    assert sorted(rlbroker.__all__) == rlbroker.__all__ == PUBLIC
+    assert all(hasattr(rlbroker, name) for name in PUBLIC)
+
+
+def test_torch_is_not_imported_with_the_package() -> None:
+
+    code = "import sys, rlbroker, rlbroker.ops.cli.app; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+PUBLIC = [
+    "AccessDenied",
+    "Batch",
+    "BatchTooLarge",
+    "CleanupReport",
+    "Closed",
+    "Command",
+    "ConnectionFailed",
+    "DeadLetter",
+    "DeadlineExceeded",
+    "Fenced",
+    "ForkedProcess",
+    "IncompatibleFormat",
+    "InvalidArgument",
+    "Missed",
+    "MissedUpdates",
+    "Outcome",
+    "PeerError",
+    "PublishReceipt",
+    "QueueCounts",
+    "QueueFull",
+    "RlbrokerError",
+    "RunLost",
+    "SamplesPerInsert",
+    "SendReceipt",
+    "ServerFault",
+    "ServerOutOfMemory",
+    "ServerUnsuitable",
+    "TlsFailed",
+    "Unconfirmed",
+    "UnknownWorker",
+    "UnsupportedType",
+    "UsageError",
+    "WeightsMismatch",
+    "WireError",
+    "WorkerClient",
+    "WorkerCommunicator",
+    "WorkerInfo",
+    "WrongKeyType",
+    "__version__",
+]
