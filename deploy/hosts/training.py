@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from deploy.hosts.network import Host
-from rlbroker.demo.training_progress import Progress, WorkerStatus, parse_report
+from rlbroker.demo.training_progress import DemoWorkerStatus, Progress, parse_report
 
 #: How long a process gets to end, after a signal or by itself.
 END_SECONDS = 20.0
@@ -59,7 +59,7 @@ class Course:
         """Steps of environments that the learner has trained on."""
         return self.reports[-1][1].steps if self.reports else 0
 
-    def worker(self, worker_id: int) -> WorkerStatus | None:
+    def worker(self, worker_id: int) -> DemoWorkerStatus | None:
         """Give what the learner's roster says of a worker; None if it is not there."""
         roster = self.reports[-1][1].workers if self.reports else ()
         return next((one for one in roster if one.worker_id == worker_id), None)

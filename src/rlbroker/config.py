@@ -189,12 +189,12 @@ def redis_url(url: str | None = None) -> str:
         )
     if "://" not in found:
         raise InvalidArgument(f"the server's URL lacks its //; write it like {DEFAULT_URL!r}")
-    way_of(found)
+    parse_endpoint(found)
     return found
 
 
 @dataclass(frozen=True)
-class Way:
+class Endpoint:
     """What a URL says of where the server is.
 
     Attributes:
@@ -212,7 +212,7 @@ class Way:
     login: Mapping[str, str] = field(default_factory=dict)
 
 
-def way_of(url: str) -> Way:
+def parse_endpoint(url: str) -> Endpoint:
     """Read where the server is from its URL.
 
     >>> way_of("redis+sentinel://a:1,b:2/pong/3").hosts
@@ -240,7 +240,7 @@ def way_of(url: str) -> Way:
     if scheme != "unix" and path and not path.isdecimal():
         raise InvalidArgument(f"the database in the server's URL must be a number, as in {DEFAULT_URL!r}")
     if not engine:
-        return Way("one", url)
+        return Endpoint("one", url)
     if engine == "cluster" and path.strip("0"):
         raise InvalidArgument(f"a Cluster has the database 0 only; {redacted_url(url)} names {path}")
     try:
@@ -260,7 +260,7 @@ def way_of(url: str) -> Way:
         login = {name.removeprefix("sentinel_"): value for name, value in said if name in _SENTINEL_LOGIN}
         query = urlencode([pair for pair in said if pair[0] not in _SENTINEL_LOGIN])
     first = parts._replace(scheme=scheme, path=f"/{path}", query=query, fragment="").geturl()
-    return Way("cluster" if engine == "cluster" else "sentinel", first, hosts, service, login)
+    return Endpoint("cluster" if engine == "cluster" else "sentinel", first, hosts, service, login)
 
 
 def url_parts(url: str) -> tuple[SplitResult, list[str]]:

@@ -17,7 +17,7 @@ from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import entry_id
 from rlbroker.backend.text import counted
-from rlbroker.backend.threads import Background
+from rlbroker.backend.threads import BackgroundThread
 from rlbroker.codec.signing import SigningKey
 from rlbroker.codec.version import FORMAT_VERSION
 from rlbroker.config import (
@@ -40,8 +40,8 @@ from rlbroker.config import (
     waiting_seconds,
     worker_number,
 )
-from rlbroker.control.commands import RESTORE_COMMAND, SEND, Command, Commander
-from rlbroker.control.ledger import RESTORE_ACCOUNT, SETTLE, Ledger
+from rlbroker.control.commands import RESTORE_COMMAND, SEND, Command, CommandSender
+from rlbroker.control.ledger import RESTORE_OUTCOMES, SETTLE, Ledger
 from rlbroker.errors import (
     Closed,
     ConnectionFailed,
@@ -55,17 +55,17 @@ from rlbroker.errors import (
 from rlbroker.experience.collector import Collector
 from rlbroker.experience.counts import read_counts
 from rlbroker.experience.dead_letters import BURY, PURGE, RETRY, DeadLetters
-from rlbroker.experience.pending import ACKNOWLEDGE, RESTORE_COUNTS, TAKE_OVER, Holdings
-from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE, STATE
-from rlbroker.experience.rate_limiter import FlowControl
-from rlbroker.experience.takeover import HAND_OUT, RENEW, TAKE_ABANDONED, Ownership
+from rlbroker.experience.pending import ACKNOWLEDGE, RESTORE_COUNTS, TAKE_OVER, PendingEntries
+from rlbroker.experience.rate_limiter import RateLimiter
+from rlbroker.experience.sender import DROP_OLDEST, OPEN_QUEUE, STATE
+from rlbroker.experience.takeover import HAND_OUT, RENEW, TAKE_ABANDONED, Takeover
 from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER, REJOIN
 from rlbroker.membership.roster import ALIVE, CLOSE, FORGET, OPEN, RESTORE_RUN, Roster
 from rlbroker.metrics.counters import Metrics
-from rlbroker.metrics.recorder import Known, Recorder
+from rlbroker.metrics.recorder import Recorder, RunState
 from rlbroker.metrics.tensorboard import ScalarLog, SummaryWriter
 from rlbroker.types import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
-from rlbroker.weights.image_store import Images
+from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.publisher import COMMIT, Publisher
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ SCRIPTS = (
     COMMIT,
     SEND,
     SETTLE,
-    RESTORE_ACCOUNT,
+    RESTORE_OUTCOMES,
     RESTORE_COMMAND,
     ACKNOWLEDGE,
     TAKE_OVER,
@@ -254,12 +254,12 @@ class WorkerCommunicator:
                 connection,
                 keys,
                 epoch=self._epoch,
-                images=Images(run, host_cache_place(host_cache)),
+                images=ImageStore(run, host_cache_place(host_cache)),
                 metrics=metrics,
                 key=key,
             )
-            self._holdings = Holdings(connection, keys, name=learner_name, epoch=self._epoch)
-            self._commander = Commander(connection, keys, epoch=self._epoch, key=key)
+            self._holdings = PendingEntries(connection, keys, name=learner_name, epoch=self._epoch)
+            self._commander = CommandSender(connection, keys, epoch=self._epoch, key=key)
             self._ledger = Ledger(
                 connection,
                 keys,
@@ -279,8 +279,8 @@ class WorkerCommunicator:
             connection.close()
             raise
         self._dead_letters = DeadLetters(connection, keys, self._holdings, max_bytes=max_queue_bytes)
-        self._ownership = Ownership(connection, self._holdings, take_over_seconds=take_over_seconds)
-        self._flow = FlowControl(samples_per_insert)
+        self._ownership = Takeover(connection, self._holdings, take_over_seconds=take_over_seconds)
+        self._flow = RateLimiter(samples_per_insert)
         self._collector = Collector(
             connection,
             keys,
@@ -301,7 +301,7 @@ class WorkerCommunicator:
         self._housekeeping_seconds = min(HOUSEKEEPING_SECONDS, forget_seconds / 2)
         self._next_housekeeping = Deadline(self._housekeeping_seconds)
         self._next_sign_of_life = Deadline(0)
-        self._thread = Background(f"ledger of {run!r}", self._look_after_run)
+        self._thread = BackgroundThread(f"ledger of {run!r}", self._run_once)
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -710,7 +710,7 @@ class WorkerCommunicator:
 
     # In the background
 
-    def _look_after_run(self) -> None:
+    def _run_once(self) -> None:
         """Settle acknowledgements as they come; one step of the background thread."""
         if self._channel.connect():
             self._doubt = self._began  # another server may be there now, or one that lost something
@@ -723,7 +723,7 @@ class WorkerCommunicator:
                 self._republish = not self._publisher.restore(unreadable_version=failed)
                 self._ledger.failed_version = 0
             if self._next_sign_of_life.over:
-                self._roster.say_alive(self._channel)
+                self._roster.heartbeat(self._channel)
                 self._look_after_shards()
                 self._connection.load_missing(SCRIPTS)
                 self._republish |= self._roster.leads and self._publisher.outrun()
@@ -735,9 +735,9 @@ class WorkerCommunicator:
             logger.warning("%s", error)
             self._doubt = True
         except Fenced:  # replaced; or only a newer one publishes now, and this one goes on collecting
-            self._roster.say_alive(self._channel)
+            self._roster.heartbeat(self._channel)
         if self._next_housekeeping.over:
-            self._keep_house()
+            self._housekeeping()
             self._next_housekeeping = Deadline(self._housekeeping_seconds)
 
     def _look_after_shards(self) -> None:
@@ -775,9 +775,9 @@ class WorkerCommunicator:
         said = Counter(text.decode() for text in found if isinstance(text, bytes) and _SHARDS.fullmatch(text))
         return max(said, key=said.__getitem__, default="")
 
-    def _known(self) -> Known:
+    def _known(self) -> RunState:
         delivered, lost = self._holdings.totals()
-        return Known(
+        return RunState(
             version=self._publisher.latest_version,
             alive=self._roster.alive,
             away=self._roster.away,
@@ -797,7 +797,7 @@ class WorkerCommunicator:
             self._settle(workers, Deadline(0))
             self._commander.look_again()
 
-    def _keep_house(self) -> None:
+    def _housekeeping(self) -> None:
         for worker in self._roster.forget_silent():
             logger.warning("worker %d was silent for too long and no longer belongs to the run", worker)
         if self._roster.leads:

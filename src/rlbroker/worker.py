@@ -29,14 +29,14 @@ from rlbroker.config import (
     signing_secret,
     waiting_seconds,
 )
-from rlbroker.control.drain_signals import Signals
-from rlbroker.control.inbox import Inbox, Order
+from rlbroker.control.drain_signals import DrainSignals
+from rlbroker.control.inbox import Inbox, ReceivedCommand
 from rlbroker.errors import Closed, DeadlineExceeded, InvalidArgument, PeerError, UnsupportedType
 from rlbroker.experience.sender import Sender
 from rlbroker.membership.heartbeat import Heartbeat
-from rlbroker.membership.last_poll import Attention
+from rlbroker.membership.last_poll import LastPoll
 from rlbroker.types import SendReceipt
-from rlbroker.weights.image_store import Images
+from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.loading import check_target, load
 from rlbroker.weights.subscriber import Subscriber, Update, only_newest
 
@@ -119,7 +119,7 @@ class WorkerClient:
         self._keys = keys = Keys(run)
         self._closed = self._draining = False
         self._running = True
-        self._signals = Signals(self.drain)
+        self._signals = DrainSignals(self.drain)
         self._version = 0
         self._misfit = ""  #: why the newest weights could not be loaded into the model
         self._paused_until: float | None = None
@@ -127,13 +127,13 @@ class WorkerClient:
         self._handlers: dict[str, Handler] = {}
         #: Held while commands are obeyed and weights applied, so that both keep their order.
         self._applying = threading.RLock()
-        self._attention = Attention()
+        self._attention = LastPoll()
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
         self._keep_dtype = keep_dtype
         self._subscriber = Subscriber(
             connection,
             keys,
-            Images(run, place),
+            ImageStore(run, place),
             key=key,
             from_replicas=read_from_replicas,
             crowd=lambda: self._heartbeat.crowd,
@@ -144,7 +144,7 @@ class WorkerClient:
             wire_format=FORMAT_VERSION,
             describe=self._describe,
             newest_seen=lambda: self._subscriber.newest_seen,
-            tend=self._tend,
+            maintain=self._maintain,
         )
         self._sender: Sender | None = None
         try:
@@ -421,13 +421,13 @@ class WorkerClient:
         if late:
             raise DeadlineExceeded("the server did not answer in time")
 
-    def _tend(self, returned: bool) -> None:
+    def _maintain(self, returned: bool) -> None:
         """Look after what is under way; called with each heartbeat."""
         assert self._sender is not None
         if returned:
-            self._inbox.doubt()
-            self._sender.doubt()
-        self._sender.tend()
+            self._inbox.mark_stale()
+            self._sender.mark_stale()
+        self._sender.maintain()
 
     def _check(self) -> None:
         if self._closed:
@@ -526,7 +526,7 @@ class WorkerClient:
                 else:
                     return
 
-    def _obey(self, order: Order) -> None:
+    def _obey(self, order: ReceivedCommand) -> None:
         known = order.name in _BUILT_IN or order.name in self._handlers
         expired = self._inbox.expired(order)  # if this cannot be found out, the order stays
         self._inbox.remove()

@@ -25,9 +25,9 @@ from rlbroker.codec import format as wire_format
 from rlbroker.codec import image as wire_image
 from rlbroker.codec.signing import SigningKey
 from rlbroker.control import inbox
-from rlbroker.control.commands import Commander
-from rlbroker.weights.image_store import Images
-from rlbroker.weights.manifest import Pointer
+from rlbroker.control.commands import CommandSender
+from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.manifest import Manifest
 from rlbroker.weights.publisher import Publisher
 
 KEY = "the key that learner and workers share"
@@ -59,7 +59,7 @@ class Attacker:
 
     def send(self, name: str, *, key: SigningKey | None = None) -> Command:
         """Send a command as the learner does."""
-        return Commander(self.connection, self.keys, epoch=self.epoch, key=key).send(
+        return CommandSender(self.connection, self.keys, epoch=self.epoch, key=key).send(
             name, None, None, expires_seconds=None
         )
 
@@ -72,7 +72,7 @@ class Attacker:
         return {name.decode(): text.decode() for name, text in self.redis.hgetall(self.keys.weights).items()}
 
     def form(self) -> Any:
-        found = Pointer.from_fields(self.pointer())
+        found = Manifest.from_fields(self.pointer())
         assert found
         return found.latest
 
@@ -316,7 +316,7 @@ def test_an_image_from_a_process_without_the_key_is_not_taken(
     form = attacker.form()
     header = attacker.redis.get(attacker.keys.chunk(form.upload, 0))
     genuine = load(signed_worker())
-    poisoner = Images(run, tmp_path)
+    poisoner = ImageStore(run, tmp_path)
     names = [form.name_of_image(None, run), form.name_of_image(OTHER, run)]
     names += [f"{form.upload}-{form.signature.partition(':')[2]}"]
     kept = []

@@ -11,10 +11,11 @@ import pytest
 import redis
 
 from rlbroker import errors
-from rlbroker.backend.connection import Connection, Script
+from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Backoff, Deadline
 from rlbroker.backend.error_mapping import translated
 from rlbroker.backend.replies import pending_count, stream_entries, text_fields
+from rlbroker.backend.scripts import Script
 
 pytestmark = pytest.mark.unit
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import wait_until
 
-from rlbroker.backend.threads import Background
+from rlbroker.backend.threads import BackgroundThread
 from rlbroker.errors import ConnectionFailed
 
 pytestmark = pytest.mark.unit
@@ -36,7 +36,7 @@ def test_only_a_step_that_asked_the_server_shows_that_it_works_again(
 ) -> None:
     caplog.set_level(logging.INFO, "rlbroker")
     step, done = steps(ConnectionFailed("away"), False, last)
-    thread = Background("test", step)
+    thread = BackgroundThread("test", step)
     thread.start()
     wait_until("the steps are done", lambda: len(done) > 3)
     assert thread.stop(5.0)
@@ -45,7 +45,7 @@ def test_only_a_step_that_asked_the_server_shows_that_it_works_again(
 
 
 @pytest.fixture
-def waiting() -> Iterator[tuple[Background, list[bool], socket.socket]]:
+def waiting() -> Iterator[tuple[BackgroundThread, list[bool], socket.socket]]:
     """Give a thread that waits for a socket for hours, again and again, what came of that, and the other end."""
     ours, theirs = socket.socketpair()
     ends: list[bool] = []
@@ -55,7 +55,7 @@ def waiting() -> Iterator[tuple[Background, list[bool], socket.socket]]:
         if ends[-1]:
             ours.recv(1)
 
-    thread = Background("test", step)
+    thread = BackgroundThread("test", step)
     with ours, theirs:
         thread.start()
         yield thread, ends, theirs
@@ -91,7 +91,7 @@ def test_who_is_woken_before_it_waits_does_not_wait() -> None:
         thread.wake()
         done.append(thread.wait_for(ours, 3600.0))
 
-    thread = Background("test", step)
+    thread = BackgroundThread("test", step)
     with ours, theirs:
         thread.start()
         wait_until("it goes on", lambda: done[2:])

@@ -12,7 +12,7 @@ from redis import exceptions as redis_errors
 
 from rlbroker.backend import topology
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.topology import Address, ClusterServers, SentinelServers, Server, slot_of
+from rlbroker.backend.topology import Address, ClusterTopology, SentinelTopology, Server, slot_of
 from rlbroker.errors import ServerUnsuitable
 
 pytestmark = pytest.mark.unit
@@ -62,8 +62,8 @@ def node(
     return said
 
 
-def cluster(*seeds: Address) -> ClusterServers:
-    return ClusterServers(client, seeds, "the Cluster")
+def cluster(*seeds: Address) -> ClusterTopology:
+    return ClusterTopology(client, seeds, "the Cluster")
 
 
 def test_a_node_that_is_away_is_passed_over(answers: Answers) -> None:
@@ -90,7 +90,7 @@ def test_a_node_that_is_cut_off_from_most_of_the_others_is_asked_last(answers: A
     with closing(cluster(A, B)) as found:
         assert found.holding(KEY).address == A  # of equal age, the first: nobody knows better
         answers[B] = node(B, epoch=2)
-        found.doubt(found.holding(KEY))
+        found.mark_stale(found.holding(KEY))
         assert found.holding(KEY).address == B
 
 
@@ -98,10 +98,10 @@ def test_a_master_that_was_something_else_meanwhile_is_another_server(answers: A
     answers[A] = node(A, epoch=1)
     with closing(cluster(A)) as found:
         before = found.holding(KEY)
-        found.doubt()
+        found.mark_stale()
         assert found.holding(KEY) == before
         answers[A] = node(A, epoch=3)
-        found.doubt()
+        found.mark_stale()
         assert found.holding(KEY) != before
 
 
@@ -159,8 +159,8 @@ def watched(address: Address, *, epoch: int = 1, down: bool = False) -> dict[str
     return {"mymaster": state | {"is_sdown": down, "is_odown": False}}
 
 
-def trio(service: str = "mymaster") -> SentinelServers:
-    return SentinelServers(client, map(client, (A, B)), service, "the Sentinels")
+def trio(service: str = "mymaster") -> SentinelTopology:
+    return SentinelTopology(client, map(client, (A, B)), service, "the Sentinels")
 
 
 def test_the_first_sentinel_that_answers_says_who_is_master(answers: Answers) -> None:
@@ -174,7 +174,7 @@ def test_a_sentinel_that_has_not_heard_of_the_newest_master_is_not_believed(answ
     with closing(trio()) as found:
         assert found.holding(KEY).address == B
         answers.update({A: watched(C, epoch=3), B: watched(B, epoch=4)})
-        found.doubt()
+        found.mark_stale()
         assert found.holding(KEY).address == B
 
 
@@ -187,7 +187,7 @@ def test_while_no_sentinel_knows_a_master_the_last_one_stays(
         before = found.holding(KEY)
         answers.update({A: silence, B: silence})
         for _ in range(2):
-            found.doubt()
+            found.mark_stale()
             assert found.holding(KEY) == before
     assert caplog.text.count("no Sentinel knows the master now") == 1
 
@@ -247,7 +247,7 @@ def test_sentinels_are_counted_by_who_they_are_and_not_by_how_they_are_reached(a
         {A: sentinel("1", other, third), B: sentinel("2", known(("10.0.0.1", 1), run_id="1"), third)}
     )
     with closing(trio()) as found:
-        assert found.watch() == topology.Watch(silent=[], total=3, alive=3, needed=2, refusal="")
+        assert found.watch() == topology.SentinelView(silent=[], total=3, alive=3, needed=2, refusal="")
 
 
 def test_a_sentinel_that_does_not_answer_is_named_whoever_misses_it(answers: Answers) -> None:
@@ -255,7 +255,9 @@ def test_a_sentinel_that_does_not_answer_is_named_whoever_misses_it(answers: Ans
         {A: sentinel("1", known(B, run_id="2"), known(C, run_id="3", is_sdown=True), quorum=3), B: AWAY}
     )
     with closing(trio()) as found:
-        assert found.watch() == topology.Watch(silent=["b:2", "c:3"], total=3, alive=1, needed=3, refusal="")
+        assert found.watch() == topology.SentinelView(
+            silent=["b:2", "c:3"], total=3, alive=1, needed=3, refusal=""
+        )
         answers[A] = sentinel("1", known(B, run_id="2"), refusal="NOQUORUM 1 usable Sentinels")
         assert found.watch().refusal == "a:1 says NOQUORUM 1 usable Sentinels"
 
@@ -263,7 +265,7 @@ def test_a_sentinel_that_does_not_answer_is_named_whoever_misses_it(answers: Ans
 def test_a_sentinel_that_another_one_misses_is_not_waited_for(answers: Answers) -> None:
     answers.update({A: sentinel("1", known(B, run_id="2", is_sdown=True)), B: AssertionError("it was asked")})
     with closing(trio()) as found:
-        assert found.watch() == topology.Watch(silent=["b:2"], total=2, alive=1, needed=2, refusal="")
+        assert found.watch() == topology.SentinelView(silent=["b:2"], total=2, alive=1, needed=2, refusal="")
 
 
 def test_replicas_that_sentinels_miss_are_lost(answers: Answers) -> None:

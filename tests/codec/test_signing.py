@@ -12,17 +12,17 @@ import pytest
 from rlbroker.codec.signing import NotSigned, SigningKey, canonical, chunk_hash
 from rlbroker.config import signing_secret
 from rlbroker.control import command_signature
-from rlbroker.control.outcomes import REFUSED_KEPT, Account, Event, settle
+from rlbroker.control.outcomes import REFUSED_KEPT, Event, WorkerOutcomes, settle
 from rlbroker.errors import InvalidArgument
 from rlbroker.types import Missed
-from rlbroker.weights.manifest import Form, Pointer
+from rlbroker.weights.manifest import Manifest, StoredForm
 
 pytestmark = pytest.mark.unit
 
 KEY = SigningKey(b"0123456789abcdef0123456789abcdef")
 OTHER = SigningKey(b"another key, which is long enough")
 HASHES = hashlib.sha256(b"header").hexdigest() + hashlib.sha256(b"chunk").hexdigest()
-FORM = Form(3, 0, "3-1-1", 1, 500, "c0ffee", HASHES)
+FORM = StoredForm(3, 0, "3-1-1", 1, 500, "c0ffee", HASHES)
 
 
 def test_fields_cannot_be_cut_otherwise() -> None:
@@ -91,8 +91,8 @@ def test_a_stored_form_is_bound_to_all_that_is_said_of_it(change: dict[str, obje
 
 def test_a_pointer_carries_signatures_and_every_form_counts() -> None:
     whole = replace(FORM, version=2, upload="2-1-1").signed(KEY, "pong")
-    at = Pointer(replace(FORM, base=2), (whole,), 100, 7, "raw", 1.5).signed(KEY, "pong")
-    there = Pointer.from_fields(at.to_fields())
+    at = Manifest(replace(FORM, base=2), (whole,), 100, 7, "raw", 1.5).signed(KEY, "pong")
+    there = Manifest.from_fields(at.to_fields())
     assert there == at
     there.check(KEY, "pong")
     with pytest.raises(NotSigned):
@@ -100,7 +100,7 @@ def test_a_pointer_carries_signatures_and_every_form_counts() -> None:
     at.numbered(9).signed(KEY, "pong").check(KEY, "pong")
     with pytest.raises(NotSigned, match="is missing"):
         replace(at, others=(replace(whole, signature=""),)).check(KEY, "pong")
-    unsigned = Pointer(FORM, (), 100, 7, "raw", 1.5)
+    unsigned = Manifest(FORM, (), 100, 7, "raw", 1.5)
     assert unsigned.to_fields()["signatures"] == ""
     with pytest.raises(NotSigned, match="the learner signs nothing"):
         unsigned.check(KEY, "pong")
@@ -142,7 +142,7 @@ def test_a_command_is_for_those_lives_only_that_it_was_signed_for() -> None:
 
 
 def test_what_is_refused_is_recorded_so_often_and_changes_no_other_sum() -> None:
-    account = Account(incarnation=1, member=True, settled=5, applied=5)
+    account = WorkerOutcomes(incarnation=1, member=True, settled=5, applied=5)
     records: list[Missed] = []
     for number in range(REFUSED_KEPT + 20):
         said = {"command": "c", "name": "stop", "outcome": "refused", "detail": "its signature is wrong"}
@@ -150,7 +150,7 @@ def test_what_is_refused_is_recorded_so_often_and_changes_no_other_sum() -> None
         account, records = settled.account, [*records, *settled.missed]
     assert len(records) == REFUSED_KEPT
     assert (account.refused, account.commands_missed, account.settled) == (REFUSED_KEPT + 20, 0, 5)
-    assert Account.from_fields(account.to_fields()) == account
+    assert WorkerOutcomes.from_fields(account.to_fields()) == account
     joined = settle(account, Event("2-1", 0, "joined", {"version": "5"}, 1.0), {}, 5).account
     assert joined.refused == 0
 
@@ -159,7 +159,7 @@ def test_what_is_refused_is_recorded_so_often_and_changes_no_other_sum() -> None
     ("version", "why", "settled"), [(999, "refused", 5), (5, "refused", 5), (6, "failed", 6)]
 )
 def test_a_refused_version_fails_only_if_there_is_one(version: int, why: str, settled: int) -> None:
-    account = Account(incarnation=1, member=True, settled=5, applied=5)
+    account = WorkerOutcomes(incarnation=1, member=True, settled=5, applied=5)
     said = {"version": str(version), "outcome": "refused", "detail": "its signature is wrong"}
     found = settle(account, Event("1-1", 0, "version", said, 1.0), {}, 6)
     [record] = found.missed

@@ -8,12 +8,13 @@ from typing import Any, cast
 
 import pytest
 
-from rlbroker.backend.connection import Connection, Script
+from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.scripts import Script
 from rlbroker.control import commands, ledger
-from rlbroker.control.commands import Commander
+from rlbroker.control.commands import CommandSender
 from rlbroker.control.ledger import Ledger
-from rlbroker.control.outcomes import Account, Event, settle
+from rlbroker.control.outcomes import Event, WorkerOutcomes, settle
 from rlbroker.types import Outcome
 
 pytestmark = pytest.mark.unit
@@ -41,7 +42,7 @@ def test_what_is_kept_of_versions_does_not_grow_with_their_number() -> None:
     books, random_ = Ledger(cast(Connection, None), KEYS), random.Random(1)
     for worker in range(3):
         for happened in _story(worker, random_):
-            done = settle(books._accounts.get(worker, Account()), happened, {}, VERSIONS)
+            done = settle(books._accounts.get(worker, WorkerOutcomes()), happened, {}, VERSIONS)
             books._unsure[worker, happened.entry_id] = done
             books._adopt([(worker, happened.entry_id)])
     assert books._accounts.keys() == {0, 1, 2}
@@ -75,7 +76,7 @@ class _Sending:
 def test_what_is_remembered_of_commands_is_bounded_by_all_their_answers(
     workers: int, remembered: int
 ) -> None:
-    sending = Commander(cast(Connection, _Sending(workers)), KEYS, epoch=1)
+    sending = CommandSender(cast(Connection, _Sending(workers)), KEYS, epoch=1)
     # Who they are for is noted after the next was remembered: the newest are one more.
     for _ in range(remembered + 5):
         command = sending.send("reset", None, None, expires_seconds=None)

@@ -23,7 +23,7 @@ from rlbroker.errors import (
     UnknownWorker,
     UnsupportedType,
 )
-from rlbroker.membership.incarnations import read_lives
+from rlbroker.membership.incarnations import read_incarnations
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -355,7 +355,7 @@ def test_a_worker_that_comes_back_while_a_command_to_all_is_sent_gets_it(
 ) -> None:
     comm, _ = learner(), worker()
     worker(1).close()
-    read, back = read_lives, list[WorkerClient]()
+    read, back = read_incarnations, list[WorkerClient]()
 
     def read_and_come_back(*arguments: Any) -> Any:
         lives = read(*arguments)
@@ -363,7 +363,7 @@ def test_a_worker_that_comes_back_while_a_command_to_all_is_sent_gets_it(
             back.append(worker(1))
         return lives
 
-    monkeypatch.setattr(commands, "read_lives", read_and_come_back)
+    monkeypatch.setattr(commands, "read_incarnations", read_and_come_back)
     command = comm.send_control_command("reset")
     assert command.worker_ids == (0, 1)
     obey(back[0], command)
@@ -400,7 +400,7 @@ def test_what_somebody_else_wrote_is_outlasted(
     for step in (
         client._heartbeat._beat,
         client._inbox._forget_settled,
-        lambda: comm._roster.say_alive(comm._channel),
+        lambda: comm._roster.heartbeat(comm._channel),
     ):
         with suppress(PeerError):
             step()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlbroker.control.outcomes import Account, Event, Settled
+from rlbroker.control.outcomes import Event, Settled, WorkerOutcomes
 from rlbroker.control.outcomes import settle as settle_up_to
 from rlbroker.types import Missed
 
@@ -23,12 +23,12 @@ def event(kind: str, entry_id: str = "", at: float = 100.0, **fields: object) ->
     return Event(entry_id, 0, kind, {name: str(value) for name, value in fields.items()}, at)
 
 
-def settle(account: Account, happened: Event, pending: dict[str, int]) -> Settled:
+def settle(account: WorkerOutcomes, happened: Event, pending: dict[str, int]) -> Settled:
     return settle_up_to(account, happened, pending, latest=1000)
 
 
-def member(settled: int, **fields: object) -> Account:
-    return Account(incarnation=1, member=True, settled=settled, applied=settled, **fields)  # type: ignore[arg-type]
+def member(settled: int, **fields: object) -> WorkerOutcomes:
+    return WorkerOutcomes(incarnation=1, member=True, settled=settled, applied=settled, **fields)  # type: ignore[arg-type]
 
 
 def spans(missed: tuple[Missed, ...]) -> list[tuple[int, int, str]]:
@@ -49,7 +49,7 @@ def test_a_worker_that_follows_each_version_missed_nothing() -> None:
 
 
 def test_the_version_that_was_there_when_a_worker_joined_does_not_concern_it() -> None:
-    joined = settle(Account(), event("joined", "1-0", version=7), {})
+    joined = settle(WorkerOutcomes(), event("joined", "1-0", version=7), {})
     loaded = settle(joined.account, event("version", version=7, outcome="applied"), {})
     assert joined.missed == loaded.missed == ()
     assert (loaded.account.applied, loaded.account.applied_total) == (7, 0)
@@ -100,7 +100,7 @@ def test_skips_in_a_row_are_counted_until_an_update_skips_nothing() -> None:
 
 def test_an_account_survives_its_hash() -> None:
     account = member(7, missed={"away": 3, "superseded": 2}, commands_missed=1, skips_in_a_row=2)
-    assert Account.from_fields(account.to_fields()) == account
+    assert WorkerOutcomes.from_fields(account.to_fields()) == account
 
 
 def test_an_event_of_an_unknown_kind_changes_nothing() -> None:
@@ -145,7 +145,7 @@ steps = st.lists(
 @given(steps)
 def test_each_version_has_exactly_one_outcome_for_a_member(story: list[tuple[str, int]]) -> None:
     """Whatever happens, the settled versions of each membership are either applied or missed, once."""
-    account, latest, incarnation = Account(), 0, 0
+    account, latest, incarnation = WorkerOutcomes(), 0, 0
     concerned: set[int] = set()
     outcomes: Counter[int] = Counter()
     for what, count in story:

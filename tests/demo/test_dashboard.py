@@ -15,7 +15,7 @@ from rich.console import Console
 from rlbroker.demo.dashboard import Dashboard, JsonLines, PlainLines, Rate, describe, open_view
 from rlbroker.demo.launch import DemoSettings, commands, how_to_look
 from rlbroker.demo.plot import plot
-from rlbroker.demo.training_progress import Progress, Summary, WorkerStatus, parse_report
+from rlbroker.demo.training_progress import DemoWorkerStatus, Progress, Summary, parse_report
 
 pytestmark = pytest.mark.unit
 
@@ -31,7 +31,7 @@ PROGRESS = Progress(
     batches=((1.5, 0, 1), (1.9, 1, 2)),
     queued=3,
     missed=5,
-    workers=(WorkerStatus(0, "hosta", 11, "alive", 6, 1), WorkerStatus(1, "hostb", 12, "away", 5, 2)),
+    workers=(DemoWorkerStatus(0, "hosta", 11, "alive", 6, 1), DemoWorkerStatus(1, "hostb", 12, "away", 5, 2)),
 )
 SUMMARY = Summary(
     env_id="CartPole-v1",

@@ -8,7 +8,7 @@ import pytest
 
 from deploy.hosts import checks
 from deploy.hosts.training import Course
-from rlbroker.demo.training_progress import Progress, WorkerStatus
+from rlbroker.demo.training_progress import DemoWorkerStatus, Progress
 
 pytestmark = pytest.mark.unit
 
@@ -21,7 +21,7 @@ CUT = checks.Cut(100.0, 120.0, 10, 14)
 def course(batches: dict[int, list[float]], state: str = "alive", version: int = 15) -> Course:
     """A course that ends with a report at 130, in which those of the cut host are in this state."""
     roster = tuple(
-        WorkerStatus(worker, "host", 1, state if worker in LEAVING else "alive", version, 0)
+        DemoWorkerStatus(worker, "host", 1, state if worker in LEAVING else "alive", version, 0)
         for worker in STAYING + LEAVING
     )
     last = Progress(130.0, 0.0, 1000, 15, 1, None, None, workers=roster)

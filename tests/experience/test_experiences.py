@@ -156,7 +156,7 @@ def test_the_arrays_of_a_batch_may_be_written_to_once_it_was_sent(learner: Learn
         array[:] = number
         client.send_experiences({"x": array})
     array[:] = 9
-    client._sender.doubt()  # type: ignore[union-attr]
+    client._sender.mark_stale()  # type: ignore[union-attr]
     got = [batch["x"] for _, batch in comm.collect_experiences(timeout=5.0)]
     assert [set(one.tolist()) for one in got] == [{0}, {1}, {2}]
     kept = [decode(parcel.fields[-1])["x"] for parcel in client._sender._kept]  # type: ignore[union-attr]

@@ -175,7 +175,7 @@ def test_a_batch_that_went_out_with_a_reopened_queue_keeps_its_number(
         channel.close()
         raise ConnectionFailed("broken on purpose")
 
-    client._sender.doubt()
+    client._sender.mark_stale()
     channel.execute_all = lose_reply
     with pytest.raises(Unconfirmed):
         client.send_experiences({"number": 1}, timeout=0.2)
@@ -319,7 +319,7 @@ def test_what_a_level_lacks_later_is_waited_for_and_told(real_server: RealServer
         with pytest.raises(Unconfirmed, match=r"batch 1 of worker 0.*append-only file for batch 1.* goes on"):
             client.send_experiences({"number": 1})
         assert client._sender is not None
-        client._sender.tend()  # no heartbeat fails of it
+        client._sender.maintain()  # no heartbeat fails of it
         real_server.client.client_kill_filter(_type="normal", skipme=True)
         with pytest.raises(ConnectionFailed, match="has no append-only file for batch 1; CONFIG SET"):
             client.send_experiences({"number": 2})

@@ -9,7 +9,7 @@ import pytest
 
 from rlbroker.codec.message import decode, encode_pieces
 from rlbroker.experience import outgoing
-from rlbroker.experience.outgoing import LONGEST_REST, TRIED_IN_VAIN, Packer, Parcel
+from rlbroker.experience.outgoing import LONGEST_REST, TRIED_IN_VAIN, Packer, PendingBatch
 from rlbroker.types import SendReceipt
 
 pytestmark = pytest.mark.unit
@@ -68,7 +68,7 @@ def test_a_batch_that_is_kept_does_not_change_with_the_arrays_of_the_caller() ->
     batch = {"obs": NOISE["obs"].copy()}
     message = Packer(compression=True).pack(batch)
     receipt = SendReceipt(0, 1, 1, 0, message.rows, message.raw_bytes, message.stored_bytes, accepted=True)
-    parcel = Parcel(1, ["data", message.pieces], receipt)
+    parcel = PendingBatch(1, ["data", message.pieces], receipt)
     parcel.keep()
     batch["obs"][:] = 0
     np.testing.assert_array_equal(decode(parcel.fields[-1])["obs"], NOISE["obs"])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlbroker import InvalidArgument, SamplesPerInsert
-from rlbroker.experience.rate_limiter import FlowControl
+from rlbroker.experience.rate_limiter import RateLimiter
 
 pytestmark = pytest.mark.unit
 
@@ -49,7 +49,7 @@ def test_what_cannot_work_is_refused_at_construction(settings: Any, name: str) -
 
 
 def test_sampling_begins_at_the_minimum_size_and_stops_when_it_is_ahead() -> None:
-    flow = FlowControl(SamplesPerInsert(ratio=2.0, min_size=3, error_buffer=2.0))
+    flow = RateLimiter(SamplesPerInsert(ratio=2.0, min_size=3, error_buffer=2.0))
     flow.insert(2)
     assert not flow.may_sample(1)
     flow.insert(1)
@@ -58,7 +58,7 @@ def test_sampling_begins_at_the_minimum_size_and_stops_when_it_is_ahead() -> Non
 
 
 def test_inserting_stops_when_sampling_is_behind_and_goes_on_with_it() -> None:
-    flow = FlowControl(SamplesPerInsert(ratio=2.0, min_size=3, error_buffer=2.0))
+    flow = RateLimiter(SamplesPerInsert(ratio=2.0, min_size=3, error_buffer=2.0))
     assert flow.wait(0) == 4
     flow.insert(4)
     assert flow.wait(0) == 0
@@ -67,7 +67,7 @@ def test_inserting_stops_when_sampling_is_behind_and_goes_on_with_it() -> None:
 
 
 def test_without_a_rule_everything_is_allowed() -> None:
-    flow = FlowControl(None)
+    flow = RateLimiter(None)
     assert flow.wait(0) is None
     assert flow.may_sample(10**6)
 
@@ -75,14 +75,14 @@ def test_without_a_rule_everything_is_allowed() -> None:
 @pytest.mark.parametrize("count", [0, -1, True, 1.0, "1"])
 def test_a_number_of_samples_is_a_positive_integer(count: Any) -> None:
     with pytest.raises(InvalidArgument, match="at least 1"):
-        FlowControl(None).may_sample(count)
+        RateLimiter(None).may_sample(count)
 
 
 @given(rules(), st.integers(1, 50), st.integers(1, 400))
 def test_drawing_many_at_once_is_refused_or_comes_through_in_the_end(
     rule: SamplesPerInsert, count: int, rounds: int
 ) -> None:
-    flow = FlowControl(rule)
+    flow = RateLimiter(rule)
     for _ in range(rounds):
         room = flow.wait(0)
         assert room is not None
@@ -94,7 +94,7 @@ def test_drawing_many_at_once_is_refused_or_comes_through_in_the_end(
 def test_one_side_may_always_go_on_and_both_stay_within_the_error_buffer(
     rule: SamplesPerInsert, turns: list[tuple[bool, int]]
 ) -> None:
-    flow = FlowControl(rule)
+    flow = RateLimiter(rule)
     for inserts, count in turns:
         room = flow.wait(0)
         assert room is not None
@@ -108,14 +108,14 @@ def test_one_side_may_always_go_on_and_both_stay_within_the_error_buffer(
             assert abs(off) <= rule.error_buffer + 1e-6
 
 
-def _could_sample(flow: FlowControl) -> bool:
+def _could_sample(flow: RateLimiter) -> bool:
     before = flow.samples
     possible = flow.may_sample(1)
     flow.samples = before
     return possible
 
 
-def _draw(flow: FlowControl, count: int) -> bool | None:
+def _draw(flow: RateLimiter, count: int) -> bool | None:
     """Give None where so many are refused."""
     try:
         return flow.may_sample(count)

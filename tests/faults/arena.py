@@ -20,7 +20,7 @@ from servers import FaultyServer
 
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import text_fields
-from rlbroker.control.outcomes import Account
+from rlbroker.control.outcomes import WorkerOutcomes
 
 HERE = Path(__file__).parent
 
@@ -275,7 +275,9 @@ class Arena:
             for key in client.scan_iter(self.keys.outcomes("*")):
                 assert b"waiting" not in client.hvals(key)
             for worker, missed in report["missed"].items():
-                account = Account.from_fields(text_fields(client.hgetall(self.keys.ledger(int(worker)))))
+                account = WorkerOutcomes.from_fields(
+                    text_fields(client.hgetall(self.keys.ledger(int(worker))))
+                )
                 assert account.applied_total + sum(account.missed.values()) <= account.settled
                 assert missed["recorded"] == sum(account.missed.values()), (
                     f"seed {self.seed}: worker {worker}"

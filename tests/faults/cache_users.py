@@ -300,7 +300,11 @@ def with_children(directory: Path, seed: int) -> dict[str, Any]:
 
     def parent() -> None:
         ours = must(HostCache.open("run", directory))
-        kept = make(ours, name_of(1)), ours.claim(name_of(2)), ours.reserve(SIZES[0])
+        kept = (
+            make(ours, name_of(1)),
+            ours.claim(name_of(2)),
+            ours.reserve(SIZES[0]),
+        )
 
         def grandchild() -> None:
             os.close(end)

@@ -19,9 +19,9 @@ from rlbroker.codec.image import ImageFormat
 from rlbroker.codec.limits import Limits
 from rlbroker.codec.message import decode, encode
 from rlbroker.control.inbox import COMMAND_LIMITS
-from rlbroker.control.outcomes import Account, Event, settle
+from rlbroker.control.outcomes import Event, WorkerOutcomes, settle
 from rlbroker.errors import WireError
-from rlbroker.weights.manifest import Pointer, group
+from rlbroker.weights.manifest import Manifest, group
 
 #: Small, so that what a message may ask for is a sharp bound also while fuzzing.
 LIMITS = Limits(max_raw_bytes=1 << 20)
@@ -81,7 +81,7 @@ def pointer(data: bytes) -> None:
     """Read the pointer to the latest weights from fields."""
     fields = text_fields(data.split(b"\n")[: len(data.split(b"\n")) // 2 * 2])
     try:
-        Pointer.from_fields(fields)
+        Manifest.from_fields(fields)
     except WireError:
         return
 
@@ -91,10 +91,10 @@ def answer(data: bytes) -> None:
     parts = data.split(b"\n")
     fields = text_fields(parts[: len(parts) // 2 * 2])
     whole_number(fields.get("version", ""))
-    before = Account(incarnation=1, member=True, settled=3, applied=3, event="1-1")
+    before = WorkerOutcomes(incarnation=1, member=True, settled=3, applied=3, event="1-1")
     done = settle(before, Event("1-2", 0, fields.get("event", ""), fields, 1.0), {"aaa": 1}, latest=9)
     assert done.account.settled <= 9
-    assert Account.from_fields(done.account.to_fields()) == done.account
+    assert WorkerOutcomes.from_fields(done.account.to_fields()) == done.account
 
 
 def delta_segment(data: bytes) -> None:

@@ -13,14 +13,14 @@ import rlbroker.membership.heartbeat
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.deadline import Deadline
 from rlbroker.membership.heartbeat import Heartbeat
-from rlbroker.membership.run_size import Crowd
+from rlbroker.membership.run_size import RunSize
 from rlbroker.types import Registration
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 
-class _Late(Crowd):
+class _Late(RunSize):
     """A crowd in which it is always somebody else's turn."""
 
     def wait_seconds(self, *facts: Any, **more: Any) -> float:
@@ -33,7 +33,7 @@ def test_workers_are_told_how_many_they_are(
     monkeypatch.setattr(rlbroker.learner, "HOUSEKEEPING_SECONDS", 0.1)
     learner(lease_seconds=1.0)
     clients = [worker() for _ in range(3)]
-    wait_until("each has heard of all", lambda: {one._heartbeat.crowd for one in clients} == {Crowd(3, 1)})
+    wait_until("each has heard of all", lambda: {one._heartbeat.crowd for one in clients} == {RunSize(3, 1)})
     clients[1]._heartbeat._host = "elsewhere"
     wait_until("they run on two hosts", lambda: clients[0]._heartbeat.crowd.hosts == 2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,8 @@ from conftest import Server, wait_until
 
 from rlbroker import Fenced, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
-from rlbroker.membership import roster
+from rlbroker.membership import heartbeat, roster
+from rlbroker.membership.heartbeat import BEAT
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -49,7 +51,7 @@ def test_a_newcomer_does_not_take_the_id_of_a_worker_that_nobody_could_hear(
     wait_until("its lease is over", lambda: comm.workers()[0].state == "away")
     assert worker().worker_id == 1
     comm._restore()
-    comm._roster.say_alive(comm._channel)
+    comm._roster.heartbeat(comm._channel)
     assert worker().worker_id == 2
     client._heartbeat._beat()
 
@@ -186,3 +188,9 @@ def test_the_settings_of_the_learner_reach_the_workers(learner: Learner, worker:
     learner(max_queue_size=5, lease_seconds=2.0)
     settings = wait_until("they came", lambda: client._heartbeat._settings)
     assert (settings.max_queue_size, settings.lease_seconds) == (5, 2.0)
+
+
+def test_a_heartbeat_returns_what_a_worker_must_know_of_the_run() -> None:
+    """The script names the fields, and the worker reads its reply by the same names in the same order."""
+    *_, returned = BEAT.text.partition("return redis.call('HMGET', KEYS[4],")
+    assert re.findall(r"'(\w+)'", returned) == list(heartbeat._KNOWN)

@@ -30,7 +30,7 @@ def quiet(comm: WorkerCommunicator) -> WorkerCommunicator:
 
 
 def record(comm: WorkerCommunicator, *, last: bool = False) -> Sample:
-    comm._roster.say_alive(comm._channel)
+    comm._roster.heartbeat(comm._channel)
     comm._record(last=last)
     return history(comm)[-1]
 
@@ -147,7 +147,7 @@ def test_a_fault_of_the_history_costs_the_learner_nothing(
     server.client.set(keys.experiences(0), "not mine either", ex=60)
     server.client.hset(keys.life(0), "incarnation", "1")
     server.client.sadd(keys.workers, 0)
-    comm._roster.say_alive(comm._channel)
+    comm._roster.heartbeat(comm._channel)
     comm._record()
     server.client.delete(keys.history(1))
     assert record(comm).waiting == 0

@@ -21,9 +21,9 @@ from executable import rlbroker
 from guarded import RUN, VERSIONS, WORKERS, GuardedServer
 
 from rlbroker import AccessDenied, Fenced, WorkerClient, WorkerCommunicator
-from rlbroker.backend.connection import Script
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.missing_rights import says_refused
+from rlbroker.backend.scripts import Script
 from rlbroker.control.commands import RESTORE_COMMAND, SEND
 from rlbroker.control.ledger import SETTLE
 from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER, REJOIN
@@ -97,7 +97,7 @@ def live(server: GuardedServer) -> None:
         comm.purge_dead_letters(wait_until("it is dead again", dead))
         admin.sadd(KEYS.workers, "nobody")
         wait_until("who is nobody is removed", lambda: not admin.sismember(KEYS.workers, "nobody"))
-        comm._keep_house()
+        comm._housekeeping()
         third = worker(1)
         with pytest.raises(Fenced):
             wait_until("the second is replaced", lambda: second.poll({}) and False)

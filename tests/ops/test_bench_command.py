@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 from conftest import RealServer
 
-from rlbroker.ops.bench import Codec, Published, Report
+from rlbroker.ops.bench import Codec, PublishTimings, Report
 
 #: As little as there can be.
 TINY = ("--megabytes", "0.1", "--seconds", "0.01")
@@ -65,7 +65,7 @@ def test_bench_says_what_to_expect_and_deletes_its_run(real_server: RealServer) 
 def test_bench_as_json_has_every_figure(real_server: RealServer) -> None:
     said = json.loads(bench(real_server, "--json").stdout)
     assert said.keys() == {field.name for field in fields(Report)} | {"verdict"}
-    assert said["published"][0].keys() == {field.name for field in fields(Published)}
+    assert said["published"][0].keys() == {field.name for field in fields(PublishTimings)}
     assert said["codecs"][0].keys() == {field.name for field in fields(Codec)}
     assert [one["size_bytes"] for one in said["batches"]] == [1 << 10, 64 << 10, 1 << 20]
     numbers = [number for one in (said, *said["published"], *said["batches"]) for number in one.values()]
@@ -74,7 +74,7 @@ def test_bench_as_json_has_every_figure(real_server: RealServer) -> None:
 
 def test_the_verdict_is_what_arrived_first() -> None:
     def report(raw_ms: float, compressed_ms: float) -> Report:
-        published = [Published(False, 1.0, raw_ms, 1.0), Published(True, 1.0, compressed_ms, 1.0)]
+        published = [PublishTimings(False, 1.0, raw_ms, 1.0), PublishTimings(True, 1.0, compressed_ms, 1.0)]
         return Report("server", "", 1.0, 1.0, 1.0, 1.0, published, [], [])
 
     assert "float32 weights pays (" in report(30.0, 20.0).verdict

@@ -315,7 +315,7 @@ def test_a_queue_in_an_old_shard_that_is_used_meanwhile_stays(
 ) -> None:
     from rlbroker.backend.connection import Connection
     from rlbroker.ops.prune import OPENED, PRUNE_QUEUE, prune
-    from rlbroker.ops.stale_runs import find_leftovers
+    from rlbroker.ops.stale_runs import find_stale_runs
 
     wait_until("no node has just started", lambda: _uptime(cluster) >= BACK_SECONDS, 15.0)
     plant(cluster.url)
@@ -331,7 +331,7 @@ def test_a_queue_in_an_old_shard_that_is_used_meanwhile_stays(
 
     monkeypatch.setattr(Connection, "run", watched)
     connection = Connection(cluster.url)
-    (found,) = find_leftovers(connection, older_than_seconds=3600.0, run=RUN, named=True)
+    (found,) = find_stale_runs(connection, older_than_seconds=3600.0, run=RUN, named=True)
     done = prune(connection, RUN, found.names, older_than_seconds=3600.0, named=True)
     connection.close()
     assert done.kept == OPENED

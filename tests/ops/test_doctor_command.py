@@ -23,8 +23,8 @@ from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.local.embedded_server import RedisServer
 from rlbroker.ops.cli.app import app
 from rlbroker.ops.doctor import run_checks
-from rlbroker.ops.doctor.checks import Point
-from rlbroker.ops.doctor.diagnosis import Examination, examine
+from rlbroker.ops.doctor.checks import Check
+from rlbroker.ops.doctor.diagnosis import Diagnosis, diagnose
 from rlbroker.ops.doctor.server_info import measure_latency
 
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
@@ -72,7 +72,7 @@ def connection(server: RedisServer, admin: Any) -> Iterator[Connection]:
     found.close()
 
 
-def failed(found: Examination) -> dict[str, Point]:
+def failed(found: Diagnosis) -> dict[str, Check]:
     return {one.code: one for one in found.points if one.state in ("warning", "critical")}
 
 
@@ -86,7 +86,7 @@ def type_in(client: Any, hint: str) -> None:
 def test_a_server_and_a_run_that_are_well_have_nothing_but_marks(
     server: RedisServer, connection: Connection
 ) -> None:
-    found = examine(connection, RUN)
+    found = diagnose(connection, RUN)
     slow = {"latency"}  # which this machine may be
     assert failed(found).keys() <= slow
     assert {"queues", "room", "run", "host_cache"} <= {one.code for one in found.points}
@@ -118,7 +118,7 @@ def test_planted_trouble_is_named_and_what_is_printed_mends_it(
         for one in found.values():
             if one["code"] != "latency":
                 type_in(admin, one["hint"])
-        assert not failed(examine(connection, RUN)).keys() & wanted
+        assert not failed(diagnose(connection, RUN)).keys() & wanted
     finally:
         for name, value in before.items():
             admin.config_set(name, value)
@@ -135,14 +135,14 @@ def test_missing_rights_are_named_all_at_once_and_the_hint_gives_them(
     path = server.url.partition("@")[2]
     poor = Connection(f"unix://poor:pw@{path}")
     try:
-        found = examine(poor, RUN)
+        found = diagnose(poor, RUN)
         assert found.state == "warning"
         rights = failed(found)["rights"]
         assert rights.what.startswith("the user 'poor' lacks rights that looking needs: +time +info")
         run = next(one for one in found.points if one.code == "run")
         assert run.state == "unknown"
         type_in(admin, rights.hint)
-        found = examine(poor, RUN)
+        found = diagnose(poor, RUN)
         states = {one.code: one.state for one in found.points}
         assert (states["rights"], states["run"]) == ("ok", "ok")
         assert states["idle"] == "unknown"
@@ -159,7 +159,7 @@ def test_a_learner_that_sleeps_over_batches_is_named(
     admin.xadd(key, {"data": b""})
     admin.xreadgroup(GROUP, "sleeper", {key: ">"})
     monkeypatch.setattr(run_checks, "IDLE_SECONDS", -1.0)
-    found = failed(examine(connection, RUN))["holder_idle"]
+    found = failed(diagnose(connection, RUN))["holder_idle"]
     assert re.match(r"\d+ batch(es)? of worker 0 (is|are) in the hands of the learner 'sleeper'", found.what)
     admin.xgroup_delconsumer(key, GROUP, "sleeper")
 

@@ -11,7 +11,7 @@ from test_findings import COUNTS, MISSED, RUN, STATUS, WELL, worker
 from rlbroker import DeadlineExceeded
 from rlbroker.backend.connection import Connection
 from rlbroker.metrics.history import Sample
-from rlbroker.ops.exporter.collector import Exposition, Reading, _families, staleness_buckets
+from rlbroker.ops.exporter.collector import MetricsCollector, Reading, _families, staleness_buckets
 from rlbroker.ops.exporter.metrics import WORKERS_LISTED
 from rlbroker.ops.inspect.snapshot import Snapshot
 
@@ -85,7 +85,7 @@ def test_buckets_only_grow_and_end_with_all(counts: dict[int, int]) -> None:
 
 
 def test_who_has_to_wait_for_others_waits_no_longer_than_the_timeout() -> None:
-    exposition = Exposition(Connection(client=fakeredis.FakeRedis()), version="1", timeout_seconds=0.05)
+    exposition = MetricsCollector(Connection(client=fakeredis.FakeRedis()), version="1", timeout_seconds=0.05)
     with exposition._reading, pytest.raises(DeadlineExceeded, match=r"within 0\.05 s"):
         list(exposition.collect())
     assert {family.name for family in exposition.collect()} == {

@@ -11,9 +11,9 @@ import pytest
 
 from rlbroker import MissedUpdates, QueueCounts, WorkerInfo
 from rlbroker.config import RunSettings
-from rlbroker.ops.inspect.findings import Limits, find
+from rlbroker.ops.inspect.findings import FindingLimits, find
 from rlbroker.ops.inspect.snapshot import LearnerStatus, ServerStatus, Snapshot, WorkerStatus
-from rlbroker.weights.manifest import Form, Pointer
+from rlbroker.weights.manifest import Manifest, StoredForm
 
 pytestmark = pytest.mark.unit
 
@@ -51,7 +51,7 @@ RUN = Snapshot(
     settings=RunSettings(max_queue_size=10),
     expected_workers=1,
     learner=LearnerStatus(epoch=1, state="alive", host="node-0", pid=1, last_seen_seconds=0.1),
-    pointer=Pointer(Form(20, 0, "20-1-1", 1, 10, "c0ffee"), (), 10, 1 << 20, "blosc2", 999.0),
+    pointer=Manifest(StoredForm(20, 0, "20-1-1", 1, 10, "c0ffee"), (), 10, 1 << 20, "blosc2", 999.0),
     workers={0: STATUS},
 )
 
@@ -186,11 +186,11 @@ def test_what_is_no_trouble_is_not_spoken_of(snapshot: Snapshot) -> None:
 
 
 def test_limits_can_be_set() -> None:
-    assert find(member(version=15, staleness=5), Limits(staleness=5))[0].code == "worker_behind"
-    (behind,) = find(member(version=19, staleness=1), Limits(staleness=1))
+    assert find(member(version=15, staleness=5), FindingLimits(staleness=5))[0].code == "worker_behind"
+    (behind,) = find(member(version=19, staleness=1), FindingLimits(staleness=1))
     assert behind.what.startswith("worker 0 is 1 version behind: ")
-    assert find(RUN, Limits(min_workers=2))[0].what == "1 worker is alive; 2 are wanted"
-    assert find(RUN, Limits(waiting_share=0.1))[0].code == "queue_full"
+    assert find(RUN, FindingLimits(min_workers=2))[0].what == "1 worker is alive; 2 are wanted"
+    assert find(RUN, FindingLimits(waiting_share=0.1))[0].code == "queue_full"
 
 
 def test_a_worker_whose_process_is_forgotten_is_named_without_it() -> None:

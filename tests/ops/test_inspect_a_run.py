@@ -18,7 +18,7 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.codec.contents import Content
 from rlbroker.codec.message import encode
-from rlbroker.control.commands import Commander
+from rlbroker.control.commands import CommandSender
 from rlbroker.errors import WireError
 from rlbroker.ops import send_command
 from rlbroker.ops.cli import control
@@ -62,14 +62,14 @@ def test_a_learner_that_comes_in_between_does_not_keep_a_command_from_being_sent
 ) -> None:
     learner()
     worker()
-    real, calls = Commander.send, itertools.count()
+    real, calls = CommandSender.send, itertools.count()
 
     def fenced_once(*arguments: Any, **more: Any) -> Any:
         if not next(calls):
             raise Fenced("a newer learner publishes in this run")
         return real(*arguments, **more)
 
-    monkeypatch.setattr(Commander, "send", fenced_once)
+    monkeypatch.setattr(CommandSender, "send", fenced_once)
     assert send(connection, keys).worker_ids == (0,)
 
 

@@ -11,7 +11,7 @@ from test_server_checks import facts
 
 from rlbroker.backend.topology import Server
 from rlbroker.errors import ConnectionFailed, PeerError
-from rlbroker.ops.doctor.checks import Point
+from rlbroker.ops.doctor.checks import Check
 from rlbroker.ops.doctor.node_checks import Node, _of_lost, _replication, _together, of_all, of_clocks
 from rlbroker.ops.doctor.server_checks import of_server
 from rlbroker.ops.doctor.server_info import Latency
@@ -24,7 +24,7 @@ def node(port: int, *, master: Node | None = None, ahead: float | None = 0.0, **
     return Node(server, master.server if master else None, facts(**changes), Latency(0.001, 0.002, 20, ahead))
 
 
-def together(code: str, *nodes: Node, at_once: bool = True) -> list[Point]:
+def together(code: str, *nodes: Node, at_once: bool = True) -> list[Check]:
     points = [(one, point) for one in nodes for point in of_server(one.facts) if point.code == code]
     return list(_together(points, at_once=at_once))
 

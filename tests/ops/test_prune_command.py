@@ -19,12 +19,13 @@ from executable import RLBROKER, environment, rlbroker
 from typer.testing import CliRunner
 
 from rlbroker import WorkerClient, WorkerCommunicator
-from rlbroker.backend.connection import Connection, Script
+from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.scripts import Script
 from rlbroker.ops import stale_runs
 from rlbroker.ops.cli.app import app
 from rlbroker.ops.prune import OPENED, PRUNE_QUEUE, PRUNE_RUN, Pruned, prune
-from rlbroker.ops.stale_runs import BACK_SECONDS, Leftover, find_leftovers
+from rlbroker.ops.stale_runs import BACK_SECONDS, StaleRun, find_stale_runs
 
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
 HOUR = 3600.0
@@ -66,8 +67,8 @@ def connection(real_server: RealServer) -> Iterator[Connection]:
     found.close()
 
 
-def leftover(connection: Connection, name: str, **options: Any) -> Leftover:
-    found = {one.run: one for one in find_leftovers(connection, **{"older_than_seconds": HOUR, **options})}
+def leftover(connection: Connection, name: str, **options: Any) -> StaleRun:
+    found = {one.run: one for one in find_stale_runs(connection, **{"older_than_seconds": HOUR, **options})}
     return found[name]
 
 
@@ -174,7 +175,7 @@ def test_a_server_that_has_just_started_has_heard_of_nobody(
 def test_keys_that_only_look_like_ours_are_nobodys(real_server: RealServer, connection: Connection) -> None:
     for name in ("rlb:{tenant}:session", "rlb:{cfg}:settings", "rlb:{a}:{b}:meta", "rlb:{a}:x:y"):
         real_server.client.set(name, "precious")
-    assert find_leftovers(connection, older_than_seconds=0.0) == []
+    assert find_stale_runs(connection, older_than_seconds=0.0) == []
 
 
 def unused(client: Any, run: str, seconds: float) -> None:

@@ -11,10 +11,10 @@ import pytest
 
 from rlbroker.backend.connection import Connection
 from rlbroker.ops.doctor import server_info as facts_module
-from rlbroker.ops.doctor.checks import Point
-from rlbroker.ops.doctor.diagnosis import examine
+from rlbroker.ops.doctor.checks import Check
+from rlbroker.ops.doctor.diagnosis import diagnose
 from rlbroker.ops.doctor.server_checks import of_clock, of_latency, of_server
-from rlbroker.ops.doctor.server_info import Latency, ServerFacts
+from rlbroker.ops.doctor.server_info import Latency, ServerInfo
 
 pytestmark = pytest.mark.unit
 
@@ -48,14 +48,14 @@ SETTINGS = {
 }
 
 
-def facts(version: tuple[int, ...] = (7, 2, 4), role: str = "master", **changes: Any) -> ServerFacts:
+def facts(version: tuple[int, ...] = (7, 2, 4), role: str = "master", **changes: Any) -> ServerInfo:
     settings = {name.replace("_", "-"): text for name, text in changes.items()}
-    return ServerFacts(
+    return ServerInfo(
         "me", f"Redis {version}", version, role, INFO | changes, SETTINGS | settings, missing={}
     )
 
 
-def points(found: ServerFacts) -> dict[str, Point]:
+def points(found: ServerInfo) -> dict[str, Check]:
     return {one.code: one for one in of_server(found)}
 
 
@@ -182,7 +182,7 @@ def test_each_point_says_what_was_seen_and_what_mends_it(
 
 
 def test_what_the_server_does_not_tell_is_unknown_and_no_fault() -> None:
-    silent = ServerFacts("me", "", (), "", missing={"INFO": "+info", "CONFIG GET": ""})
+    silent = ServerInfo("me", "", (), "", missing={"INFO": "+info", "CONFIG GET": ""})
     found = points(silent)
     assert {one.state for one in found.values()} == {"unknown"}
     assert found["memory"].hint == "redis-cli ACL SETUSER me +info"
@@ -206,7 +206,7 @@ def test_clocks_that_differ_are_spoken_of_in_both_directions() -> None:
 
 
 def test_a_fake_server_has_unknowns_and_no_faults() -> None:
-    found = examine(Connection(client=fakeredis.FakeRedis()))
+    found = diagnose(Connection(client=fakeredis.FakeRedis()))
     states = {one.code: one.state for one in found.points}
     states.pop("latency")  # which a busy machine worsens
     assert set(states.values()) == {"ok", "unknown"}

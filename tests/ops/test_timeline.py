@@ -12,7 +12,7 @@ from rlbroker.config import RunSettings
 from rlbroker.metrics.history import Sample
 from rlbroker.ops.inspect.bottleneck import judge
 from rlbroker.ops.inspect.snapshot import LearnerStatus, ServerStatus, Snapshot, WorkerStatus
-from rlbroker.ops.inspect.timeline import Behind, Course, thin
+from rlbroker.ops.inspect.timeline import Behind, Timeline, thin
 from rlbroker.ops.inspect.version_lanes import lay_lanes
 from rlbroker.ops.report.render import render
 from rlbroker.ops.report.times import Clock
@@ -44,7 +44,7 @@ def a_worker(worker: int, host: str = "node") -> WorkerStatus:
     )
 
 
-def a_course(samples: list[Sample], records: tuple[Missed, ...] = (), host: str = "node") -> Course:
+def a_course(samples: list[Sample], records: tuple[Missed, ...] = (), host: str = "node") -> Timeline:
     workers = sorted({worker for one in samples for worker in one.running})
     snapshot = Snapshot(
         run="pong",
@@ -56,7 +56,7 @@ def a_course(samples: list[Sample], records: tuple[Missed, ...] = (), host: str 
         pointer=None,
         workers={worker: a_worker(worker, host) for worker in workers},
     )
-    return Course(snapshot, samples, records)
+    return Timeline(snapshot, samples, records)
 
 
 def missed(worker: int, seconds: float, why: str, count: int = 1) -> Missed:

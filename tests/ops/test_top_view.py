@@ -14,7 +14,7 @@ from rlbroker.ops.cli.table_widths import cell_width
 from rlbroker.ops.cli.top_table import COLUMNS, SORTS
 from rlbroker.ops.cli.top_view import Look, Trouble, frame, page, settled, sparkline
 from rlbroker.ops.inspect.findings import Finding
-from rlbroker.ops.inspect.watch import SERIES, View, WorkerLine
+from rlbroker.ops.inspect.watch import SERIES, RunView, WorkerLine
 
 pytestmark = pytest.mark.unit
 
@@ -40,7 +40,7 @@ def line(worker: int, **changes: Any) -> WorkerLine:
     return WorkerLine(worker, **usual | changes)
 
 
-def view(*lines: WorkerLine, findings: int = 0, **series: list[float | None]) -> View:
+def view(*lines: WorkerLine, findings: int = 0, **series: list[float | None]) -> RunView:
     found = [
         Finding(
             "warning", "worker_behind", number, f"worker {number} is behind", f"rlbroker workers {number}"
@@ -48,16 +48,16 @@ def view(*lines: WorkerLine, findings: int = 0, **series: list[float | None]) ->
         for number in range(findings)
     ]
     values = {name: [0.0, 1.0, 2.0] for name in SERIES} | series
-    return View(RUN, found, lines, values, current=True)
+    return RunView(RUN, found, lines, values, current=True)
 
 
 def shown(
-    view: View, state: State | None = None, columns: int = 110, rows: int = 34, look: Look = PLAIN
+    view: RunView, state: State | None = None, columns: int = 110, rows: int = 34, look: Look = PLAIN
 ) -> list[str]:
     return frame(view, settled(state or State(), view, columns, rows), columns, rows, look)
 
 
-def ids(view: View, state: State) -> list[int]:
+def ids(view: RunView, state: State) -> list[int]:
     return [one.worker for one in chosen(view, state)]
 
 

@@ -13,28 +13,28 @@ from conftest import Reachable, Server, wait_until
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection
 from rlbroker.ops.inspect.snapshot import Observer
-from rlbroker.ops.inspect.watch import SERIES, Watch
+from rlbroker.ops.inspect.watch import SERIES, RunWatch
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 
 @pytest.fixture
-def new_watch(server: Server, run: str) -> Iterator[Callable[[], Watch]]:
+def new_watch(server: Server, run: str) -> Iterator[Callable[[], RunWatch]]:
     with ExitStack() as stack:
 
-        def make() -> Watch:
+        def make() -> RunWatch:
             way = server.way()
             connection = Connection(way.get("redis_url"), client=way.get("redis_client"), timeout_seconds=5.0)
             stack.callback(connection.close)
-            return Watch(connection, run)
+            return RunWatch(connection, run)
 
         yield make
 
 
 @pytest.mark.on_every_engine
 def test_rates_are_what_happened_between_looks(
-    new_watch: Callable[[], Watch], learner: Learner, worker: Worker
+    new_watch: Callable[[], RunWatch], learner: Learner, worker: Worker
 ) -> None:
     comm, client, idle = learner(), worker(), worker()
     watch = new_watch()
@@ -54,7 +54,7 @@ def test_rates_are_what_happened_between_looks(
 
 
 def test_the_last_minute_is_there_from_the_first_look_on(
-    new_watch: Callable[[], Watch], learner: Learner, worker: Worker
+    new_watch: Callable[[], RunWatch], learner: Learner, worker: Worker
 ) -> None:
     comm, client = learner(), worker()
 

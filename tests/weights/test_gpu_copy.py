@@ -12,14 +12,14 @@ import torch
 from rlbroker.codec.image import ImageFormat, ImagePlan
 from rlbroker.codec.limits import Limits
 from rlbroker.weights import gpu_copy
-from rlbroker.weights.gpu_copy import Staging
+from rlbroker.weights.gpu_copy import GpuCopy
 
 pytestmark = pytest.mark.unit
 
 
 def test_a_tree_in_host_memory_is_taken_as_it_is() -> None:
     tree = {"w": torch.ones(3)}
-    staged = Staging().take(tree)
+    staged = GpuCopy().take(tree)
     assert staged.tree is tree
     assert not staged.pending
 
@@ -32,7 +32,7 @@ def test_a_tree_with_a_gpus_tensors_is_copied_whole_and_ties_stay(monkeypatch: p
     tree: dict[str, Any] = OrderedDict(
         a=shared, b=shared, deep=[(array, torch.zeros(0)), torch.zeros(0)], step=3
     )
-    staged = Staging().take(tree)
+    staged = GpuCopy().take(tree)
     expected = shared.clone()
     shared.zero_()
     array[:] = 0

@@ -8,24 +8,24 @@ from collections.abc import Sequence
 import pytest
 
 from rlbroker.errors import WireError
-from rlbroker.weights.manifest import MAX_DELTAS, Form, Pointer, kept, needs_whole
+from rlbroker.weights.manifest import MAX_DELTAS, Manifest, StoredForm, kept, needs_whole
 
 pytestmark = pytest.mark.unit
 
 
-def full(version: int, size: int = 100) -> Form:
-    return Form(version, 0, f"{version}-1-1", 1, size, "d")
+def full(version: int, size: int = 100) -> StoredForm:
+    return StoredForm(version, 0, f"{version}-1-1", 1, size, "d")
 
 
-def delta(version: int, size: int = 1, base: int | None = None) -> Form:
-    return Form(version, version - 1 if base is None else base, f"{version}-1-2", 1, size, "d")
+def delta(version: int, size: int = 1, base: int | None = None) -> StoredForm:
+    return StoredForm(version, version - 1 if base is None else base, f"{version}-1-2", 1, size, "d")
 
 
-def pointer(latest: Form, *others: Form) -> Pointer:
-    return Pointer(latest, others, 100, 1, "blosc2", 1.0)
+def pointer(latest: StoredForm, *others: StoredForm) -> Manifest:
+    return Manifest(latest, others, 100, 1, "blosc2", 1.0)
 
 
-def path(at: Pointer, held: int = 0) -> list[str]:
+def path(at: Manifest, held: int = 0) -> list[str]:
     return [form.upload for form in at.path(held)]
 
 
@@ -68,19 +68,19 @@ def test_late_workers_keep_deltas_only_while_they_are_smaller_than_a_full_versio
 
 
 def test_a_pointer_comes_back_from_its_fields() -> None:
-    at = Pointer(delta(3), (full(1), delta(2)), 100, 7, "blosc2", 1.5, (full(9, 5),))
-    assert Pointer.from_fields(at.to_fields()) == at
+    at = Manifest(delta(3), (full(1), delta(2)), 100, 7, "blosc2", 1.5, (full(9, 5),))
+    assert Manifest.from_fields(at.to_fields()) == at
     assert at.numbered(8).latest.version == 8
-    assert Pointer.from_fields({}) is None
+    assert Manifest.from_fields({}) is None
 
 
 @pytest.mark.parametrize("field", ["others", "dropped", "digest", "upload", "base"])
 def test_what_no_learner_writes_is_refused(field: str) -> None:
     fields = pointer(delta(3), full(1), delta(2)).to_fields()
     with pytest.raises(WireError):
-        Pointer.from_fields({**fields, field: "1:2:3"})
+        Manifest.from_fields({**fields, field: "1:2:3"})
     with pytest.raises(WireError):
-        Pointer.from_fields({name: value for name, value in fields.items() if name != field})
+        Manifest.from_fields({name: value for name, value in fields.items() if name != field})
 
 
 @pytest.mark.parametrize(
@@ -97,14 +97,14 @@ def test_what_no_learner_writes_is_refused(field: str) -> None:
 )
 def test_what_would_become_a_name_of_a_file_or_too_many_keys_is_refused(written: dict[str, str]) -> None:
     with pytest.raises(WireError):
-        Pointer.from_fields({**pointer(delta(3), full(1), delta(2)).to_fields(), **written})
+        Manifest.from_fields({**pointer(delta(3), full(1), delta(2)).to_fields(), **written})
 
 
 def test_every_worker_comes_to_the_latest_whatever_was_published() -> None:
     """By simulation: bounded forms, a way for everyone, and never one that is dearer than the full version."""
     for seed in range(20):
         chance = random.Random(seed)
-        forms: Sequence[Form] = ()
+        forms: Sequence[StoredForm] = ()
         for version in range(1, 120):
             if not forms or chance.random() < 0.02:
                 latest, whole = full(version, chance.randrange(50, 150)), None

@@ -28,9 +28,9 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import text_fields
 from rlbroker.errors import WireError
-from rlbroker.weights.download import Fetcher, Version
-from rlbroker.weights.image_store import Images
-from rlbroker.weights.manifest import MAX_DELTAS, Pointer
+from rlbroker.weights.download import Downloader, Version
+from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.manifest import MAX_DELTAS, Manifest
 from rlbroker.weights.publisher import Publisher
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.float8_e4m3fn)
@@ -98,7 +98,8 @@ class Machine(RuleBasedStateMachine):
         self.publisher: Publisher | None = None
         places = (self.directory / "workers", self.directory / "workers", None)
         self.fetchers = [
-            Fetcher(self.connect(), self.keys, Images(run, place), stopping=lambda: False) for place in places
+            Downloader(self.connect(), self.keys, ImageStore(run, place), stopping=lambda: False)
+            for place in places
         ]
         self.held: list[Version | None] = [None] * len(self.fetchers)
         self.restart_learner()
@@ -117,7 +118,7 @@ class Machine(RuleBasedStateMachine):
             self.connect(),
             self.keys,
             epoch=self.epoch,
-            images=Images(self.keys.run, self.directory / "learner"),
+            images=ImageStore(self.keys.run, self.directory / "learner"),
             segment_bytes=1024,
             chunk_bytes=3000,
         )
@@ -201,7 +202,7 @@ class Machine(RuleBasedStateMachine):
             self.server.client.setrange(key, 9, b"xyz")
         else:
             self.server.client.delete(key)
-        alone = Fetcher(self.connect(), self.keys, Images(self.keys.run, None), stopping=lambda: False)
+        alone = Downloader(self.connect(), self.keys, ImageStore(self.keys.run, None), stopping=lambda: False)
         with pytest.raises(WireError):
             alone.fetch(pointer, None)
         alone.close()
@@ -232,8 +233,8 @@ class Machine(RuleBasedStateMachine):
         if getattr(self, "published", None):
             assert len(self.pointer().forms) <= 2 * MAX_DELTAS + 2
 
-    def pointer(self) -> Pointer:
-        found = Pointer.from_fields(text_fields(self.server.client.hgetall(self.keys.weights)))
+    def pointer(self) -> Manifest:
+        found = Manifest.from_fields(text_fields(self.server.client.hgetall(self.keys.weights)))
         assert found is not None
         return found
 
@@ -290,9 +291,9 @@ def test_a_chain_of_200_deltas_ends_in_the_same_bits(
         receipt = publisher.publish(weights, compression=True)
         assert receipt.kind == ("delta" if number else "full")
         sent, weights = weights, changed(weights, number, 0.01)
-    pointer = Pointer.from_fields(text_fields(real_server.client.hgetall(keys.weights)))
+    pointer = Manifest.from_fields(text_fields(real_server.client.hgetall(keys.weights)))
     assert pointer is not None
-    fetcher = Fetcher(connection, keys, Images(run, None), stopping=lambda: False)
+    fetcher = Downloader(connection, keys, ImageStore(run, None), stopping=lambda: False)
     assert len(pointer.path()) == 201
     version = fetcher.fetch(pointer, None)
     assert bits(version.weights) == bits(sent)

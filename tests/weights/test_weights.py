@@ -15,8 +15,9 @@ from conftest import RealServer, Server, wait_until
 
 import rlbroker.learner
 from rlbroker import Fenced, MissedUpdates, WeightsMismatch, WorkerClient, WorkerCommunicator
-from rlbroker.backend.connection import Connection, Script
+from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.scripts import Script
 from rlbroker.codec.image import ImagePlan
 from rlbroker.errors import (
     ConnectionFailed,
@@ -266,8 +267,8 @@ def test_weights_of_which_a_part_is_lost_are_published_again(
     wait_until("the learner knows too that they are there", lambda: comm.version == 2)
     assert (client.version, model["w"][-1]) == (2, 999)
     comm._thread.stop(5.0)
-    comm._keep_house()
-    comm._look_after_run()
+    comm._housekeeping()
+    comm._run_once()
     assert comm.version == 2  # and not once more
 
 

@@ -14,7 +14,7 @@ from conftest import Server, wait_until
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.errors import Closed, ConnectionFailed, DeadlineExceeded, InvalidArgument, UnsupportedType
-from rlbroker.weights.download import Fetcher
+from rlbroker.weights.download import Downloader
 from rlbroker.weights.upload import Uploader
 
 Learner = Callable[..., WorkerCommunicator]
@@ -45,13 +45,13 @@ def apply(client: WorkerClient, own: torch.nn.Module, version: int) -> None:
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was downloaded, by the version's image."""
     found: list[str] = []
-    download = Fetcher._download
+    download = Downloader._download
 
-    def noted(self: Fetcher, pointer: Any, held: Any, name: str) -> Any:
+    def noted(self: Downloader, pointer: Any, held: Any, name: str) -> Any:
         found.append(name)
         return download(self, pointer, held, name)
 
-    monkeypatch.setattr(Fetcher, "_download", noted)
+    monkeypatch.setattr(Downloader, "_download", noted)
     return found
 
 

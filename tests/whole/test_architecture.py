@@ -63,6 +63,15 @@ def test_a_key_is_named_in_one_place_only() -> None:
     assert [path.name for path in named] == ["keys.py"]
 
 
+def test_every_lua_file_has_a_header_and_is_used() -> None:
+    scripts = {str(path.relative_to(SOURCE)): path.read_text() for path in SOURCE.rglob("*.lua")}
+    code = "".join(path.read_text() for path in FILES)
+    for name, text in scripts.items():
+        assert text.startswith("-- "), f"{name} has no header"
+        included = any(f"-- include: {name}\n" in other for other in scripts.values())
+        assert included or f'Script.load("{name}")' in code, f"{name} is not used"
+
+
 def test_the_environment_is_read_in_one_place_only() -> None:
     readers = {path.name for path in SOURCE.rglob("*.py") if "os.environ.get(" in path.read_text()}
     assert readers == {"config.py"}

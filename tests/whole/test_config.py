@@ -8,7 +8,7 @@ import pytest
 
 from rlbroker.backend.client import client_from_url
 from rlbroker.backend.keys import Keys
-from rlbroker.config import DEFAULT_URL, RunSettings, redacted_url, redis_url, run_name, way_of
+from rlbroker.config import DEFAULT_URL, RunSettings, parse_endpoint, redacted_url, redis_url, run_name
 from rlbroker.demo import training_run
 from rlbroker.errors import InvalidArgument
 
@@ -63,16 +63,16 @@ def test_a_database_that_is_no_number_is_refused() -> None:
 
 
 def test_the_nodes_of_a_cluster_and_the_sentinels_are_read_from_a_url() -> None:
-    cluster = way_of("rediss+cluster://me:p%40ss%2Cword@a:7000,[::1]:7001,c/0?ssl_check_hostname=no")
+    cluster = parse_endpoint("rediss+cluster://me:p%40ss%2Cword@a:7000,[::1]:7001,c/0?ssl_check_hostname=no")
     assert cluster.kind == "cluster"
     assert cluster.hosts == (("a", 7000), ("::1", 7001), ("c", 6379))
     assert cluster.url == "rediss://me:p%40ss%2Cword@a:7000/0?ssl_check_hostname=no"
-    trio = way_of(
+    trio = parse_endpoint(
         "redis+sentinel://[::1],b:1/pong.main/3?sentinel_username=you&sentinel_password=p%26w&protocol=3"
     )
     assert (trio.kind, trio.service, trio.hosts) == ("sentinel", "pong.main", (("::1", 26379), ("b", 1)))
     assert (trio.url, trio.login) == ("redis://[::1]/3?protocol=3", {"username": "you", "password": "p&w"})
-    assert way_of("redis://a,b/1").url == "redis://a,b/1"
+    assert parse_endpoint("redis://a,b/1").url == "redis://a,b/1"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_the_nodes_of_a_cluster_and_the_sentinels_are_read_from_a_url() -> None:
 )
 def test_a_wrong_url_of_several_servers_says_what_to_write_and_shows_no_password(url: str, said: str) -> None:
     with pytest.raises(InvalidArgument, match=said) as caught:
-        client_from_url(way_of(redis_url(url)).url)
+        client_from_url(parse_endpoint(redis_url(url)).url)
     assert "secret" not in str(caught.value)
 
 

@@ -31,7 +31,7 @@ from lossy import Lossy
 from rlbroker import ConnectionFailed, Fenced, Unconfirmed, WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline
-from rlbroker.backend.threads import Background
+from rlbroker.backend.threads import BackgroundThread
 from rlbroker.config import Level
 from rlbroker.control import inbox
 from rlbroker.types import Outcome
@@ -62,7 +62,7 @@ class Line(Lossy):
 
 
 @dataclass
-class Life:
+class Incarnation:
     """One life of a worker.
 
     Attributes:
@@ -90,8 +90,8 @@ class Run(RuleBasedStateMachine):
     def begin(self) -> None:
         self.name = next(RUNS)
         self.numbers = itertools.count(1)
-        self.lives: dict[int, Life] = {}
-        self.replaced: list[Life] = []
+        self.lives: dict[int, Incarnation] = {}
+        self.replaced: list[Incarnation] = []
         self.former: list[WorkerCommunicator] = []
         #: The learner's buffer, and what its last checkpoint holds of it, with the marks.
         self.buffer: list[tuple[Place, int]] = []
@@ -130,7 +130,7 @@ class Run(RuleBasedStateMachine):
         """What the learner's background thread does, until it has done all."""
         for _ in range(4):
             self.learner._next_sign_of_life = Deadline(0)
-            self.again(self.learner._look_after_run)
+            self.again(self.learner._run_once)
         self.learner_behind = False
         self.see_version()
 
@@ -207,7 +207,7 @@ class Run(RuleBasedStateMachine):
             self.former[-1].send_model_weights({"number": -1})
         self.former[-1]._next_sign_of_life = Deadline(0)
         with pytest.raises(Fenced):
-            self.again(self.former[-1]._look_after_run)
+            self.again(self.former[-1]._run_once)
 
     # Workers
 
@@ -220,13 +220,13 @@ class Run(RuleBasedStateMachine):
         client = WorkerClient(
             worker_id=worker, run=self.name, redis_client=line.client, level=level, timeout=5.0
         )
-        life = Life(client, line, level)
+        life = Incarnation(client, line, level)
         client.on_command("note", life.obeyed.append)
         self.lives[worker] = life
         if not self.learner_behind:
             self.learner_steps()  # whom the learner has not seen yet, it cannot remember
 
-    def ended(self, worker: int) -> Life:
+    def ended(self, worker: int) -> Incarnation:
         life = self.lives.pop(worker)
         if life.behind:
             self.may_be_lost.update(life.sent)
@@ -289,7 +289,7 @@ class Run(RuleBasedStateMachine):
             self.worker_steps(self.lives[worker])
         self.server.client.hset(self.learner._keys.life(worker), "seen", 0)
         self.server.client.hset(self.learner._keys.meta, "back_at", 0)
-        self.learner._keep_house()
+        self.learner._housekeeping()
         with pytest.raises(Fenced):
             self.again(self.lives[worker].client._heartbeat._step)
         self.ended(worker)
@@ -300,14 +300,14 @@ class Run(RuleBasedStateMachine):
     def replaced_worker_wakes(self) -> None:
         life = self.replaced.pop()
         assert life.client._sender is not None
-        life.client._sender.doubt()
+        life.client._sender.mark_stale()
         if life.client._heartbeat._settings is not None:  # until it has them, it waits with sending
             with pytest.raises(Fenced):
                 life.client.send_experiences({"number": -1})
         with pytest.raises(Fenced):
             self.again(life.client._heartbeat._step)
 
-    def worker_steps(self, life: Life) -> None:
+    def worker_steps(self, life: Incarnation) -> None:
         """What a worker's background threads do, until it is known again."""
         for step in (life.client._heartbeat._step, life.client._heartbeat._step, life.client._inbox._step):
             self.again(step)
@@ -315,7 +315,7 @@ class Run(RuleBasedStateMachine):
 
     def again(self, step: Callable[[], None]) -> None:
         """As background threads do: what a fault of the network ends is tried again."""
-        thread = Background("once", lambda: None)
+        thread = BackgroundThread("once", lambda: None)
 
         def once() -> None:
             step()
@@ -325,7 +325,7 @@ class Run(RuleBasedStateMachine):
         thread._work()
         thread.check()
 
-    def some_life(self, data: st.DataObject) -> Life:
+    def some_life(self, data: st.DataObject) -> Incarnation:
         return self.lives[data.draw(st.sampled_from(sorted(self.lives)))]
 
     # The server
@@ -437,8 +437,8 @@ def _final(outcome: Outcome) -> bool:
 def test_any_order_of_events_keeps_the_promises(
     server: Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    monkeypatch.setattr(Background, "start", lambda self: None)
-    monkeypatch.setattr(Background, "pause", lambda self, seconds: None)
+    monkeypatch.setattr(BackgroundThread, "start", lambda self: None)
+    monkeypatch.setattr(BackgroundThread, "pause", lambda self, seconds: None)
     monkeypatch.setattr(Connection, "block_seconds", 0.002)
     monkeypatch.setattr(inbox, "READ_SECONDS", 0.002)
     # Servers end blocking commands at their ticks.

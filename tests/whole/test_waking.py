@@ -107,7 +107,7 @@ def test_an_answer_that_comes_while_another_thread_is_sending_is_sent_too(
 
 
 def test_what_the_server_may_have_lost_is_looked_after_at_once(sleeper: WorkerClient) -> None:
-    sleeper._inbox.doubt()
+    sleeper._inbox.mark_stale()
     wait_until("it has looked", lambda: not sleeper._inbox._doubt)
 
 

@@ -49,7 +49,7 @@ Part = bytes | memoryview
 Chunks = Sequence[tuple[str, memoryview]]
 
 
-class Patience:
+class ProgressTimeout:
     """How long moving goes on over faults of the connection: as long as something gets through in time."""
 
     def __init__(self, connection: Connection, deadline: Deadline | None = None) -> None:

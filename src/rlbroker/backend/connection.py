@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Final, Self, TypeVar
 
 import redis
@@ -35,25 +33,19 @@ from rlbroker.backend.error_mapping import (
 from rlbroker.backend.keys import shard_of
 from rlbroker.backend.resp import Argument as Argument
 from rlbroker.backend.resp import Pieces, packed
+from rlbroker.backend.scripts import Script
 from rlbroker.backend.tls import answers_only_tls, refusal_of
 from rlbroker.backend.topology import (
-    ClusterServers,
-    OneServer,
+    ClusterTopology,
     Server,
-    Servers,
+    SingleServer,
+    Topology,
     first_key_of,
     key_of,
-    servers_of,
     slot_of,
+    topology_for,
 )
-from rlbroker.config import (
-    DEFAULT_URL,
-    Way,
-    positive_seconds,
-    redacted_url,
-    redis_url,
-    way_of,
-)
+from rlbroker.config import DEFAULT_URL, Endpoint, parse_endpoint, positive_seconds, redacted_url, redis_url
 from rlbroker.errors import (
     AccessDenied,
     ConnectionFailed,
@@ -84,40 +76,6 @@ SEND_BYTES: Final = 1 << 20
 REFUSED_SECONDS: Final = 10.0
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Script:
-    """A Lua script. Every script of rlbroker can be run again with the same arguments without harm."""
-
-    name: str
-    text: str
-
-    @cached_property
-    def sha(self) -> str:
-        """The name under which the server caches it."""
-        return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
-
-    def call(self, keys: Sequence[str], arguments: Sequence[Argument] = ()) -> tuple[Argument, ...]:
-        """Give the command that runs it."""
-        return ("EVALSHA", self.sha, len(keys), *keys, *arguments)
-
-
-#: Put before the first write of a script that must work on a full server too: the server refuses a script at
-#: a first write that needs memory, and lets it pass after one that does not. For what frees memory, or is tiny.
-ALSO_WHEN_FULL: Final = "redis.call('HDEL', KEYS[1], '')"
-
-
-#: Put into scripts that only the learner may run that leads; KEYS[1] is `meta`, ARGV[1] the learner's epoch.
-LEADER_ONLY: Final = """
-    local leading = tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0
-    if leading > tonumber(ARGV[1]) then
-      return redis.error_reply('FENCED a newer learner publishes in this run; ' ..
-        'of several, make those that only collect experiences with publishes=False')
-    elseif leading < tonumber(ARGV[1]) then
-      return redis.error_reply('LOST the server has lost the run')
-    end
-"""
 
 
 class Connection:
@@ -165,13 +123,13 @@ class Connection:
                 self._hint = (
                     "; this is the default: start `rlbroker server`, or name a server with RLBROKER_REDIS_URL"
                 )
-            way = way_of(found)
+            way = parse_endpoint(found)
             base = client_from_url(way.url)
         elif url is not None:
             raise InvalidArgument("give either redis_url or redis_client, not both")
         elif isinstance(client, redis.RedisCluster):
             of_cluster: Any = client
-            way = Way(
+            way = Endpoint(
                 "cluster", "", tuple((str(node.host), int(node.port)) for node in of_cluster.get_nodes())
             )
             base = of_cluster.get_redis_connection(of_cluster.get_default_node())
@@ -206,7 +164,7 @@ class Connection:
             self.socket_seconds,
             socket_read_size=LARGE_READ_BYTES if reads_batches else SOCKET_READ_BYTES,
         )
-        self.servers: Servers = servers_of(way or Way("one", ""), self._make_client, self.address)
+        self.servers: Topology = topology_for(way or Endpoint("one", ""), self._make_client, self.address)
 
     @property
     def block_seconds(self) -> float:
@@ -540,7 +498,7 @@ class Connection:
         self.find_nodes()
         with within(Deadline(self.timeout_seconds)):
             for server in self.retry(self._everyone):
-                at = self.address if isinstance(self.servers, OneServer) else server.name
+                at = self.address if isinstance(self.servers, SingleServer) else server.name
                 try:
                     _check_info(at, self.server_info(server), allow_eviction=allow_eviction)
                 except ConnectionFailed as error:
@@ -553,7 +511,7 @@ class Connection:
             ServerUnsuitable: it is a Sentinel.
             PeerError: the server could not be reached in time.
         """
-        if not isinstance(self.servers, OneServer):
+        if not isinstance(self.servers, SingleServer):
             return
         found = self.server_info()
         mode = found.get("redis_mode", found.get("server_mode"))  # Valkey's own name for it
@@ -574,11 +532,11 @@ class Connection:
                 "redis+cluster://host:port,host:port"
             )
         logger.info("%s is a node of a Cluster; its others are used too", self.address)
-        self.servers = ClusterServers(self._make_client, [one.address], self.address)
+        self.servers = ClusterTopology(self._make_client, [one.address], self.address)
 
     def _everyone(self) -> list[Server]:
         masters = self.masters()
-        if isinstance(self.servers, OneServer):
+        if isinstance(self.servers, SingleServer):
             return list(masters)
         return [*masters, *(one for each in masters for one in self.replicas_of(each))]
 
@@ -718,13 +676,13 @@ class Connection:
         if server is not None:
             server.client.connection_pool.disconnect(inuse_connections=False)
         if isinstance(error, redis_errors.MovedError):
-            if isinstance(self.servers, OneServer):
+            if isinstance(self.servers, SingleServer):
                 self._use_nodes()
             self.servers.moved(error.slot_id, (str(error.host), int(error.port)))
         else:
-            self.servers.doubt(server)
+            self.servers.mark_stale(server)
 
-    def ours(
+    def to_rlbroker_error(
         self,
         error: redis_errors.RedisError,
         command: Sequence[Argument | Pieces] = (),
@@ -738,7 +696,7 @@ class Connection:
             server: which was asked, if that is known.
         """
         address = self.address
-        if server is not None and not isinstance(self.servers, OneServer):
+        if server is not None and not isinstance(self.servers, SingleServer):
             address = f"{server.name} of {address}"
         insecure = refusal_of(error)
         if self._worked and (insecure or is_refusal(error)):
@@ -771,7 +729,7 @@ class _Translating:
             return
         if is_moving(error):
             raise KeyMoves(error) from error
-        ours = self._connection.ours(error, self._command, self.server)
+        ours = self._connection.to_rlbroker_error(error, self._command, self.server)
         if isinstance(ours, ConnectionFailed):
             self._connection.failed(error, self.server)
         raise ours from error
@@ -984,7 +942,7 @@ class Channel:
         raise ours from error
 
     def _ours(self, error: redis_errors.RedisError, command: Sequence[Argument | Pieces] = ()) -> PeerError:
-        ours = self._connection.ours(error, command, self._server)
+        ours = self._connection.to_rlbroker_error(error, command, self._server)
         ours.__cause__ = error
         if isinstance(ours, ConnectionFailed):
             self._connection.failed(error, self._server)

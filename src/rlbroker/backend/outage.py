@@ -7,7 +7,7 @@ import logging
 logger = logging.getLogger("rlbroker")
 
 
-class Outage:
+class OutageLog:
     """Something that fails again and again until it works. Not for several threads at once."""
 
     def __init__(self, what: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from rlbroker.backend.deadline import Backoff
-from rlbroker.backend.outage import Outage
+from rlbroker.backend.outage import OutageLog
 from rlbroker.errors import AccessDenied, Fenced, IncompatibleFormat, PeerError, TlsFailed
 
 logger = logging.getLogger("rlbroker")
@@ -26,7 +26,7 @@ _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 FINAL = (AccessDenied, TlsFailed, Fenced, IncompatibleFormat)
 
 
-class Background:
+class BackgroundThread:
     """A daemon thread that repeats one step until it is stopped.
 
     A step that fails because of the server (away, out of memory, disk full …) is tried again after a growing
@@ -118,7 +118,7 @@ class Background:
                 end.close()
 
     def _work(self) -> None:
-        backoff, outage = Backoff(), Outage(self._thread.name)
+        backoff, outage = Backoff(), OutageLog(self._thread.name)
         while not self.stopping:
             try:
                 worked = self._step()

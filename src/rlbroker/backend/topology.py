@@ -22,8 +22,8 @@ from redis.crc import key_slot
 
 from rlbroker.backend.deadline import Deadline, try_seconds, within
 from rlbroker.backend.keys import EVERY_KEY
-from rlbroker.backend.threads import Background
-from rlbroker.config import Way
+from rlbroker.backend.threads import BackgroundThread
+from rlbroker.config import Endpoint
 from rlbroker.errors import ServerUnsuitable
 
 logger = logging.getLogger("rlbroker")
@@ -73,7 +73,7 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Watch:
+class SentinelView:
     """How the Sentinels of a master stand to one another.
 
     Attributes:
@@ -91,7 +91,7 @@ class Watch:
     refusal: str
 
 
-class Servers(ABC):
+class Topology(ABC):
     """Says on which server a key lives. Safe to use from several threads."""
 
     #: Whether there are several masters, each with a part of the keys.
@@ -113,7 +113,7 @@ class Servers(ABC):
         """Give the servers that the others know and do without: held for dead, or following no master."""
         return ()
 
-    def doubt(self, server: Server | None = None) -> None:
+    def mark_stale(self, server: Server | None = None) -> None:
         """Be told that what is known may be wrong: a server broke off, say."""
         return
 
@@ -130,7 +130,7 @@ class Servers(ABC):
         """Close the connections."""
 
 
-class OneServer(Servers):
+class SingleServer(Topology):
     """The only server; where a client was given that finds its own way, whatever that leads to."""
 
     def __init__(self, client: redis.Redis, at: Callable[[Address], redis.Redis]) -> None:
@@ -161,21 +161,21 @@ class OneServer(Servers):
         self._pools.close()
 
 
-class _Watched(Servers):
+class _Watched(Topology):
     """Servers whose roles change: looked at regularly in the background, and at once when there is doubt."""
 
     def __init__(self, at: Callable[[Address], redis.Redis], what: str) -> None:
         self._pools = _Pools(at)
         self._looking = threading.Lock()
         self._doubt = True
-        self._thread = Background(what, self._step)
+        self._thread = BackgroundThread(what, self._step)
         self._started = False
 
     @abstractmethod
     def _look(self) -> None:
         """Find out who is master. With nobody to ask, raise redis-py's error for that."""
 
-    def doubt(self, server: Server | None = None) -> None:
+    def mark_stale(self, server: Server | None = None) -> None:
         """Look again before the next answer; at this server last."""
         self._doubt = True
 
@@ -216,7 +216,7 @@ class _Watched(Servers):
             self._look()
 
 
-class SentinelServers(_Watched):
+class SentinelTopology(_Watched):
     """The master that Sentinels name, of those that they watch."""
 
     def __init__(
@@ -272,7 +272,7 @@ class SentinelServers(_Watched):
         """Those of the URL, first the one that answered last."""
         return [Server(sentinel, _place(sentinel)) for sentinel in self._sentinels]
 
-    def watch(self) -> Watch:
+    def watch(self) -> SentinelView:
         """Ask each Sentinel whether it is there, and whether it sees enough others to choose another master."""
         answering, silent = set[str](), list[str]()
         others, quorum, refusal = dict[str, dict[str, Any]](), 0, ""
@@ -297,7 +297,7 @@ class SentinelServers(_Watched):
         known = {one: _named(row) for one, row in others.items() if one not in answering}
         away = {one: name for one, name in known.items() if name in silent or _is_away(others[one])}
         total = len(answering) + len(known)
-        return Watch(
+        return SentinelView(
             silent=list(dict.fromkeys((*silent, *away.values()))),
             total=total,
             alive=total - len(away),
@@ -368,7 +368,7 @@ class SentinelServers(_Watched):
             before.client.connection_pool.disconnect(inuse_connections=False)
 
 
-class ClusterServers(_Watched):
+class ClusterTopology(_Watched):
     """The nodes of a Cluster; see https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/."""
 
     several = True
@@ -415,11 +415,11 @@ class ClusterServers(_Watched):
         """Give the nodes without slots that the others hold for dead: replicas, and masters that were replaced."""
         return [self.at(one) for one in self._lost]
 
-    def doubt(self, server: Server | None = None) -> None:
+    def mark_stale(self, server: Server | None = None) -> None:
         """Look again before the next answer; at this server last."""
         if server is not None and server.address is not None:
             self._ask_last(server.address)
-        super().doubt()
+        super().mark_stale()
 
     def _ask_last(self, address: Address) -> None:
         self._order = [*(one for one in self._order if one != address), address]
@@ -572,7 +572,7 @@ class _Pools:
                 client.connection_pool.disconnect()
 
 
-def servers_of(way: Way, make: Callable[..., redis.Redis], address: str) -> Servers:
+def topology_for(way: Endpoint, make: Callable[..., redis.Redis], address: str) -> Topology:
     """Give the servers that a URL names.
 
     Args:
@@ -581,11 +581,11 @@ def servers_of(way: Way, make: Callable[..., redis.Redis], address: str) -> Serv
         address: what the servers are called in errors.
     """
     if way.kind == "cluster":
-        return ClusterServers(make, way.hosts, address)
+        return ClusterTopology(make, way.hosts, address)
     if way.kind == "sentinel":
         login = {"db": 0, "username": None, "password": None, **way.login}
-        return SentinelServers(make, [make(place, **login) for place in way.hosts], way.service, address)
-    return OneServer(make(), make)
+        return SentinelTopology(make, [make(place, **login) for place in way.hosts], way.service, address)
+    return SingleServer(make(), make)
 
 
 def any_of(servers: Sequence[Server]) -> Server:

@@ -233,7 +233,7 @@ def unpack(value: Any, leaves: Sequence[object]) -> Any:
     return value
 
 
-class Node(NamedTuple):
+class PackedNode(NamedTuple):
     """One leaf or plain value of a tree, and where it is.
 
     ``leaf`` is its number in the leaf table, None for a plain value; ``kind`` is then the name of its type. Empty
@@ -246,7 +246,7 @@ class Node(NamedTuple):
     value: object = None
 
 
-def walk_packed(value: Any, path: tuple[object, ...] = ()) -> Iterator[Node]:
+def walk_packed(value: Any, path: tuple[object, ...] = ()) -> Iterator[PackedNode]:
     """Give each leaf and plain value of a checked packed tree, in order."""
     kind = type(value)
     if kind is dict and value:
@@ -257,9 +257,9 @@ def walk_packed(value: Any, path: tuple[object, ...] = ()) -> Iterator[Node]:
         for index, item in enumerate(items):
             yield from walk_packed(item, (*path, index))
     elif kind is _LeafNumber:
-        yield Node(path, int(value))
+        yield PackedNode(path, int(value))
     else:
-        yield Node(path, None, "tuple" if kind is list and value else kind.__name__, unpack(value, ()))
+        yield PackedNode(path, None, "tuple" if kind is list and value else kind.__name__, unpack(value, ()))
 
 
 def describe_packed(value: Any, leaves: Sequence[Any]) -> dict[str, Any]:

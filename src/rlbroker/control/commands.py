@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from rlbroker.backend.connection import LEADER_ONLY, Connection, Script, flat
+from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import server_seconds, text_fields
+from rlbroker.backend.scripts import Script
 from rlbroker.backend.unreadable import legible
 from rlbroker.codec.message import encode
 from rlbroker.codec.signing import SigningKey
@@ -22,7 +23,7 @@ from rlbroker.config import positive_seconds, waiting_seconds, worker_number
 from rlbroker.control.command_signature import SIGNED, signed
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.errors import DeadlineExceeded, InvalidArgument, UnknownWorker
-from rlbroker.membership.incarnations import read_lives
+from rlbroker.membership.incarnations import read_incarnations
 from rlbroker.types import Outcome
 
 #: What is older than this on the control stream, and has been answered, may be trimmed; what has not been
@@ -38,78 +39,9 @@ REMEMBERED: Final = 1_000
 #: And of so many workers, over all these commands; the newest command is remembered in any case.
 REMEMBERED_ANSWERS: Final = 100_000
 
-SEND = Script(
-    "send_command",
-    LEADER_ONLY
-    + """
-    -- KEYS: meta, workers, control, pending, outcomes of this command, then the life of each worker that it is for
-    -- ARGV: epoch, command id, seconds to keep the outcomes, how many workers there ever were (-1 for any number),
-    --       these workers in order and their incarnations, then the incarnations of others, whose lives follow in KEYS
-    --       and who are no members, all separated by commas; then field and value pairs
-    -- Gives 'changed' where one of them is not a member in this life any more, or another one has come.
-    if redis.call('EXISTS', KEYS[5]) == 1 then return 'sent' end  -- before; the reply was lost
-    if tonumber(ARGV[4]) >= 0 and redis.call('SCARD', KEYS[2]) ~= tonumber(ARGV[4]) then return 'changed' end
-    local workers, lives = {}, {}
-    for worker in string.gmatch(ARGV[5], '%d+') do table.insert(workers, worker) end
-    for life in string.gmatch(ARGV[6], '%d+') do table.insert(lives, life) end
-    for i, life in ipairs(lives) do
-      local there = redis.pcall('HMGET', KEYS[5 + i], 'incarnation', 'member')
-      if there['err'] or there[1] ~= life or there[2] ~= '1' then return 'changed' end
-    end
-    local place = 5 + #lives
-    for life in string.gmatch(ARGV[7], '%d+') do
-      place = place + 1
-      local there = redis.pcall('HMGET', KEYS[place], 'incarnation', 'member')
-      if there['err'] or there[1] ~= life or there[2] == '1' then return 'changed' end
-    end
-    if #workers == 0 then return 'sent' end
-    local entry = redis.call('XADD', KEYS[3], '*', 'event', 'command', 'command', ARGV[2],
-      'workers', ARGV[5], 'incarnations', ARGV[6], unpack(ARGV, 8))
-    for i, worker in ipairs(workers) do
-      redis.call('HSET', KEYS[5], worker, 'waiting')
-      redis.call('HSET', KEYS[4], ARGV[2] .. ':' .. worker, lives[i] .. ' ' .. entry)
-    end
-    redis.call('EXPIRE', KEYS[5], ARGV[3])
-    return 'sent'
-    """,
-)
+SEND = Script.load("control/lua/send_command.lua")
 
-RESTORE_COMMAND = Script(
-    "restore_command",
-    """
-    -- KEYS: meta, control, pending, outcomes of this command
-    -- ARGV: epoch, command id, seconds to keep the outcomes, number of workers,
-    --       then for each worker: id, incarnation, outcome; then field and value pairs
-    if (tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0) > tonumber(ARGV[1]) then
-      return redis.error_reply('FENCED a newer learner publishes in this run')
-    end
-    local lost = redis.call('EXISTS', KEYS[4]) == 0
-    local waiting, lives = {}, {}
-    local after = 5 + 3 * tonumber(ARGV[4])
-    for i = 5, after - 1, 3 do
-      local pending = ARGV[2] .. ':' .. ARGV[i]
-      if ARGV[i + 2] ~= 'waiting' then
-        redis.call('HSET', KEYS[4], ARGV[i], ARGV[i + 2])
-        redis.call('HDEL', KEYS[3], pending)
-      elseif lost then
-        redis.call('HSET', KEYS[4], ARGV[i], 'waiting')
-        table.insert(waiting, ARGV[i])
-        table.insert(lives, ARGV[i + 1])
-      end
-    end
-    if #waiting > 0 then
-      local entry = redis.call('XADD', KEYS[2], '*', 'event', 'command', 'command', ARGV[2],
-        'workers', table.concat(waiting, ','), 'incarnations', table.concat(lives, ','), unpack(ARGV, after))
-      for i = 5, after - 1, 3 do
-        if ARGV[i + 2] == 'waiting' then
-          redis.call('HSET', KEYS[3], ARGV[2] .. ':' .. ARGV[i], ARGV[i + 1] .. ' ' .. entry)
-        end
-      end
-    end
-    redis.call('EXPIRE', KEYS[4], ARGV[3])
-    return 1
-    """,
-)
+RESTORE_COMMAND = Script.load("control/lua/restore_command.lua")
 
 
 @dataclass
@@ -183,7 +115,7 @@ class Command:
                 self._changed.wait(min(LOOK_SECONDS, deadline.remaining))
 
 
-class Commander:
+class CommandSender:
     """Sends the commands of one learner."""
 
     def __init__(
@@ -252,7 +184,7 @@ class Commander:
         """Put a command on the control stream; give the workers that it is for, each with its incarnation."""
         deadline = Deadline(self._connection.timeout_seconds)
         while True:
-            lives = read_lives(self._connection.ask, self._keys)
+            lives = read_incarnations(self._connection.ask, self._keys)
             members = {worker: life.incarnation for worker, life in lives.members.items()}
             missing = [worker for worker in wanted or () if worker not in members]
             if wanted is not None and not missing:

@@ -11,7 +11,7 @@ from typing import Any
 from rlbroker.errors import InvalidArgument, UsageError
 
 
-class Signals:
+class DrainSignals:
     """Calls a function at the first signal of each kind; the next of that kind does what it did before."""
 
     def __init__(self, told: Callable[[], None]) -> None:

@@ -20,7 +20,7 @@ from rlbroker.backend.replies import (
     text_fields,
     whole_number,
 )
-from rlbroker.backend.threads import Background
+from rlbroker.backend.threads import BackgroundThread
 from rlbroker.backend.unreadable import legible
 from rlbroker.codec.limits import Limits
 from rlbroker.codec.message import decode
@@ -63,7 +63,7 @@ class _Answer:
 
 
 @dataclass(frozen=True)
-class Order:
+class ReceivedCommand:
     """A command as a worker gets it."""
 
     command_id: str
@@ -109,7 +109,7 @@ class Inbox:
         self._begin_again = False  #: whether to read the control stream from its first entry on
         self._acknowledgements = keys.acknowledgements(place.worker_id)
         self._arrived = threading.Condition()
-        self._orders: deque[Order] = deque()
+        self._orders: deque[ReceivedCommand] = deque()
         #: By id of a command: its answer, None until it has one.
         self._received: dict[str, dict[str, Argument] | None] = {}
         self._unsent: deque[_Answer] = deque()
@@ -121,7 +121,7 @@ class Inbox:
         self._answer_due: Deadline | None = None  #: when the server has answered what was asked over it
         self._doubt = False  #: whether the server may have lost answers
         self._next_look = Deadline(SETTLED_SECONDS)
-        self._thread = Background(f"inbox of worker {place.worker_id} in {keys.run!r}", self._step)
+        self._thread = BackgroundThread(f"inbox of worker {place.worker_id} in {keys.run!r}", self._step)
 
     def start(self) -> None:
         """Begin to read in the background."""
@@ -145,7 +145,7 @@ class Inbox:
             with self._alone():
                 self._channel.close()
 
-    def doubt(self) -> None:
+    def mark_stale(self) -> None:
         """Be told that the server may have lost something."""
         self._doubt = True
         self._thread.wake()
@@ -164,7 +164,7 @@ class Inbox:
         with self._arrived:
             return any(order.name == name for order in self._orders)
 
-    def next(self, timeout_seconds: float = 0) -> Order | None:
+    def next(self, timeout_seconds: float = 0) -> ReceivedCommand | None:
         """Give the next order, waiting for one if there is a timeout; it stays until `remove`."""
         with self._arrived:
             if not self._orders and timeout_seconds > 0:
@@ -176,14 +176,14 @@ class Inbox:
         with self._arrived:
             self._orders.popleft()
 
-    def expired(self, order: Order) -> bool:
+    def expired(self, order: ReceivedCommand) -> bool:
         """Whether an order came too late, by the server's clock."""
         if not order.expires_seconds:
             return False
         now = self._connection.clock(self._keys.control)
         return now - order.sent_milliseconds / 1000 > order.expires_seconds
 
-    def acknowledge_command(self, order: Order, outcome: str, detail: str = "") -> None:
+    def acknowledge_command(self, order: ReceivedCommand, outcome: str, detail: str = "") -> None:
         """Say what became of a command: done, failed, unknown or expired."""
         answer: dict[str, Argument] = {
             "event": "command",
@@ -336,7 +336,7 @@ class Inbox:
             and self._is_for_me(said)
             and self._is_genuine(entry_id, said, fields)
         ):
-            order = Order(
+            order = ReceivedCommand(
                 said.get("command", ""),
                 said.get("name", ""),
                 None,

@@ -16,14 +16,23 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from rlbroker.backend.connection import LEADER_ONLY, Argument, Connection, Script, flat
+from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import entry_place, number_in, server_seconds, stream_entries, text_fields
+from rlbroker.backend.scripts import Script
 from rlbroker.backend.unreadable import legible
-from rlbroker.control.outcomes import REFUSED, TEXT_KEPT, Account, Event, Settled, missed_updates, settle
+from rlbroker.control.outcomes import (
+    REFUSED,
+    TEXT_KEPT,
+    Event,
+    Settled,
+    WorkerOutcomes,
+    missed_updates,
+    settle,
+)
 from rlbroker.errors import RunLost, ServerFault
-from rlbroker.membership.incarnations import life_command, lives_from
+from rlbroker.membership.incarnations import incarnation_command, incarnations_from
 from rlbroker.types import Missed, MissedUpdates, Outcome
 
 logger = logging.getLogger("rlbroker")
@@ -40,49 +49,10 @@ READ_COUNT: Final = 256
 #: Entries that the `missed` stream keeps at least; older ones live on as sums in each worker's ledger.
 MISSED_KEPT = 10_000
 
-SETTLE = Script(
-    "settle",
-    LEADER_ONLY
-    + """
-    -- KEYS: meta, a worker's acknowledgements, its ledger, missed, pending, then outcomes of commands
-    -- ARGV: the learner's epoch, id of the event, number of writes,
-    --       then for each write: place of its key in KEYS, number of arguments, command, arguments
-    if redis.call('XDEL', KEYS[2], ARGV[2]) == 0 then
-      return 0  -- settled before
-    end
-    -- Workers can call scripts too, with rights of their own: no more than these may come of it.
-    local allowed = {HSET = true, HDEL = true, XADD = true, EXPIRE = true}
-    local at = 4
-    for _ = 1, tonumber(ARGV[3]) do
-      local count = tonumber(ARGV[at + 1])
-      if not allowed[ARGV[at + 2]] then return redis.error_reply('ERR no such write: ' .. ARGV[at + 2]) end
-      redis.call(ARGV[at + 2], KEYS[tonumber(ARGV[at])], unpack(ARGV, at + 3, at + 2 + count))
-      at = at + 3 + count
-    end
-    return 1
-    """,
-)
+SETTLE = Script.load("control/lua/settle.lua")
 
 
-RESTORE_ACCOUNT = Script(
-    "restore_account",
-    """
-    -- KEYS: meta, a worker's ledger
-    -- ARGV: the learner's epoch, incarnation and number of the account's last event, then field and value pairs
-    if (tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0) > tonumber(ARGV[1]) then
-      return redis.error_reply('FENCED a newer learner publishes in this run')
-    end
-    local event = redis.call('HGET', KEYS[2], 'event') or '0-0'
-    local life, number = string.match(event, '^(%d+)-(%d+)$')
-    life, number = tonumber(life), tonumber(number)
-    local later = tonumber(ARGV[2])
-    if life < later or (life == later and number < tonumber(ARGV[3])) then
-      redis.call('DEL', KEYS[2])
-      redis.call('HSET', KEYS[2], unpack(ARGV, 4))
-    end
-    return 1
-    """,
-)
+RESTORE_OUTCOMES = Script.load("control/lua/restore_account.lua")
 
 
 class Ledger:
@@ -112,7 +82,7 @@ class Ledger:
         self._connection, self._keys, self._epoch = connection, keys, epoch
         self._latest_version, self._settled, self._signed = latest_version, settled, signed
         self._lock = threading.Lock()
-        self._accounts: dict[int, Account] = {}
+        self._accounts: dict[int, WorkerOutcomes] = {}
         self._missed: deque[Missed] = deque(maxlen=MISSED_KEPT)
         #: By worker and id of the event: what may have been settled, and nobody said so.
         self._unsure: dict[tuple[int, str], Settled] = {}
@@ -177,7 +147,7 @@ class Ledger:
                 self._lost_version = latest
             calls = [
                 (
-                    RESTORE_ACCOUNT,
+                    RESTORE_OUTCOMES,
                     (self._keys.meta, self._keys.ledger(worker)),
                     (self._epoch, *account.place, *flat(account.to_fields())),
                 )
@@ -246,8 +216,10 @@ class Ledger:
             deadline=once,
         )
         ids = [worker for worker, _ in streams]
-        replies = self._connection.ask([life_command(self._keys, worker) for worker in ids], deadline=once)
-        lives = lives_from(ids, replies)
+        replies = self._connection.ask(
+            [incarnation_command(self._keys, worker) for worker in ids], deadline=once
+        )
+        lives = incarnations_from(ids, replies)
         now = round(server_seconds(clock), 3)  # as it is written, so that a record can be recognised
         newest_version = self._latest_version()
         if not self._signed:
@@ -258,7 +230,7 @@ class Ledger:
         calls, results = [], dict[tuple[int, str], Settled]()
         for (worker, entries), found in zip(streams, accounts, strict=True):
             with legible(self._keys.ledger(worker)):
-                there = Account.from_fields(text_fields(found))
+                there = WorkerOutcomes.from_fields(text_fields(found))
             account = max(there, self._accounts.get(worker, there), key=lambda one: one.place)
             commands = waiting.get(worker, {})
             for entry_id, fields in entries:
@@ -356,7 +328,7 @@ class Ledger:
         entries = self._connection.execute("XRANGE", self._keys.missed, first, "+")
         return [_missed_record(text_fields(fields)) for _, fields in entries]
 
-    def accounts(self, workers: Iterable[int], deadline: Deadline | None = None) -> dict[int, Account]:
+    def accounts(self, workers: Iterable[int], deadline: Deadline | None = None) -> dict[int, WorkerOutcomes]:
         """Give the account of each worker."""
         wanted = list(workers)
         found = self._connection.execute_all(
@@ -364,7 +336,7 @@ class Ledger:
         )
         with legible(f"{self._keys.prefix}:ledger:…"):
             return {
-                worker: Account.from_fields(text_fields(fields))
+                worker: WorkerOutcomes.from_fields(text_fields(fields))
                 for worker, fields in zip(wanted, found, strict=True)
             }
 

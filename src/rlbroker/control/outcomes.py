@@ -30,7 +30,7 @@ _ENDED = {"joined": "away", "gone": "away", "left": "left"}
 
 
 @dataclass(frozen=True)
-class Account:
+class WorkerOutcomes:
     """What the ledger knows of one worker; the fields of its `ledger:` hash.
 
     Attributes:
@@ -134,14 +134,14 @@ class Event:
 class Settled:
     """What one event changes: the account, the missed updates, and the outcomes of commands."""
 
-    account: Account
+    account: WorkerOutcomes
     missed: tuple[Missed, ...] = ()
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
 
 
 def missed_updates(
     worker_id: int,
-    account: Account,
+    account: WorkerOutcomes,
     *,
     latest_version: int,
     published: Mapping[int, float],
@@ -171,7 +171,9 @@ def missed_updates(
     )
 
 
-def settle(account: Account, event: Event, pending: Mapping[str, int], latest: int, lost: int = 0) -> Settled:
+def settle(
+    account: WorkerOutcomes, event: Event, pending: Mapping[str, int], latest: int, lost: int = 0
+) -> Settled:
     """Fold one event into a worker's account. What makes no sense changes nothing: workers are not trusted.
 
     Nor does what was folded before: a worker repeats what it thinks that the server has lost, and a server that
@@ -200,7 +202,7 @@ def settle(account: Account, event: Event, pending: Mapping[str, int], latest: i
     return Settled(account)
 
 
-def _settle_version(account: Account, event: Event) -> Settled:
+def _settle_version(account: WorkerOutcomes, event: Event) -> Settled:
     applied = event.fields.get("outcome") == "applied"
     account, missed = _miss(account, event, event.version - 1, "superseded")
     if not applied:
@@ -221,7 +223,7 @@ def _settle_version(account: Account, event: Event) -> Settled:
     )
 
 
-def _settle_command(account: Account, event: Event, pending: Mapping[str, int]) -> Settled:
+def _settle_command(account: WorkerOutcomes, event: Event, pending: Mapping[str, int]) -> Settled:
     command, name = event.text("command"), event.text("name")
     if command not in pending:  # it has its final state already
         return Settled(account)
@@ -234,7 +236,7 @@ def _settle_command(account: Account, event: Event, pending: Mapping[str, int]) 
     return Settled(account, (record,), {command: outcome})
 
 
-def _settle_refused(account: Account, event: Event, pending: Mapping[str, int]) -> Settled:
+def _settle_refused(account: WorkerOutcomes, event: Event, pending: Mapping[str, int]) -> Settled:
     """Record what a worker refused. Of versions, one that no learner made, or that was settled when it joined."""
     command, detail = event.text("command"), event.text("detail")
     name = f"{command} {event.text('name')}".strip()
@@ -260,7 +262,9 @@ def _settle_refused(account: Account, event: Event, pending: Mapping[str, int]) 
     )
 
 
-def _settle_membership(account: Account, event: Event, pending: Mapping[str, int], version: int) -> Settled:
+def _settle_membership(
+    account: WorkerOutcomes, event: Event, pending: Mapping[str, int], version: int
+) -> Settled:
     why = _ENDED[event.kind]
     missed: tuple[Missed, ...] = ()
     if account.member:
@@ -285,8 +289,8 @@ def _settle_membership(account: Account, event: Event, pending: Mapping[str, int
 
 
 def _miss(
-    account: Account, event: Event, last: int, why: str, detail: str = ""
-) -> tuple[Account, tuple[Missed, ...]]:
+    account: WorkerOutcomes, event: Event, last: int, why: str, detail: str = ""
+) -> tuple[WorkerOutcomes, tuple[Missed, ...]]:
     """Settle every open version up to `last` as missed."""
     first = account.settled + 1
     if last < first:

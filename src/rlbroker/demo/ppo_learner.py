@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from rlbroker.backend.text import counted
-from rlbroker.control.drain_signals import Signals
+from rlbroker.control.drain_signals import DrainSignals
 from rlbroker.demo import check_output
 from rlbroker.demo.checkpoint import Checkpoint
 from rlbroker.demo.dashboard import View
@@ -22,7 +22,7 @@ from rlbroker.demo.policy import HIDDEN, ActorCritic
 from rlbroker.demo.ppo import PPO
 from rlbroker.demo.retries import Result, outlast
 from rlbroker.demo.rollout import RolloutBatch, make_envs
-from rlbroker.demo.training_progress import Outcome, Progress, Summary, WorkerStatus
+from rlbroker.demo.training_progress import DemoWorkerStatus, Outcome, Progress, Summary
 from rlbroker.errors import ConnectionFailed, InvalidArgument, RunLost
 from rlbroker.learner import WorkerCommunicator
 from rlbroker.types import Batch
@@ -225,14 +225,16 @@ class Learner:
         self._new_returns, self._new_batches = [], []
         return progress
 
-    def _workers(self) -> list[WorkerStatus]:
+    def _workers(self) -> list[DemoWorkerStatus]:
         """Return the roster. A heartbeat's version is a second old; that of the newest batch is not."""
         found = []
         for info in self._comm.workers():
             newest = self._newest.get(info.worker_id)
             seen = info if newest is None else newest
             found.append(
-                WorkerStatus(info.worker_id, info.host, info.pid, info.state, seen.version, seen.staleness)
+                DemoWorkerStatus(
+                    info.worker_id, info.host, info.pid, info.state, seen.version, seen.staleness
+                )
             )
         return found
 
@@ -334,7 +336,7 @@ def learn(settings: LearnerSettings, view: View, began: float | None = None) -> 
             began=began,
             checkpoint=checkpoint,
         )
-        signals = Signals(learner.move)
+        signals = DrainSignals(learner.move)
         signals.watch(signal.SIGTERM, signal.SIGUSR1)
         try:
             summary = learner.run()

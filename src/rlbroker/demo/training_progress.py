@@ -16,7 +16,7 @@ MOVED: Final = 75
 
 
 @dataclass(frozen=True)
-class WorkerStatus:
+class DemoWorkerStatus:
     """One line of the learner's roster."""
 
     worker_id: int
@@ -42,7 +42,7 @@ class Progress:
     batches: tuple[tuple[float, int, int], ...] = ()  #: of each: seconds, worker id, staleness
     queued: int = 0  #: batches that wait in Redis
     missed: int = 0  #: versions that some worker never applied, summed over workers
-    workers: tuple[WorkerStatus, ...] = ()
+    workers: tuple[DemoWorkerStatus, ...] = ()
 
     def to_json(self) -> str:
         """Return one line without its end."""
@@ -94,7 +94,7 @@ def parse_report(line: str) -> Progress | Summary | None:
         return None
     match document:
         case {"progress": dict(values)}:
-            values["workers"] = tuple(WorkerStatus(**worker) for worker in values["workers"])
+            values["workers"] = tuple(DemoWorkerStatus(**worker) for worker in values["workers"])
             for name in ("returns", "batches"):
                 values[name] = tuple(map(tuple, values[name]))
             return Progress(**values)

@@ -17,7 +17,7 @@ from rlbroker.backend.connection import BLOCK_SECONDS, Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.error_mapping import KeysMove, script_is_unknown
 from rlbroker.backend.keys import GROUP, Keys, shard_of
-from rlbroker.backend.outage import Outage
+from rlbroker.backend.outage import OutageLog
 from rlbroker.backend.replies import (
     StreamEntries,
     consumer_pending,
@@ -41,11 +41,11 @@ from rlbroker.errors import (
 )
 from rlbroker.experience.dead_letters import DeadLetters
 from rlbroker.experience.outgoing import shape_of
-from rlbroker.experience.pending import Holdings, Source
-from rlbroker.experience.rate_limiter import FlowControl
+from rlbroker.experience.pending import PendingEntries, Source
+from rlbroker.experience.rate_limiter import RateLimiter
 from rlbroker.experience.read_position import Entry, Place, Stream, covers
 from rlbroker.experience.stream_reader import ShardReader, ready
-from rlbroker.experience.takeover import Ownership
+from rlbroker.experience.takeover import Takeover
 from rlbroker.metrics.counters import Metrics
 from rlbroker.types import Batch
 
@@ -88,10 +88,10 @@ class Collector:
         self,
         connection: Connection,
         keys: Keys,
-        holdings: Holdings,
+        holdings: PendingEntries,
         dead_letters: DeadLetters,
-        ownership: Ownership,
-        flow: FlowControl,
+        ownership: Takeover,
+        flow: RateLimiter,
         metrics: Metrics,
         *,
         acknowledge: Acknowledge,
@@ -139,7 +139,7 @@ class Collector:
         self._returned: list[tuple[str, str]] = []
         self._began = False
         self._look_again = Deadline(0)
-        self._outage = Outage("collecting")
+        self._outage = OutageLog("collecting")
         self._mended = False  #: whether a connection was closed that may have been broken for long
         self._recheck = Deadline(0)
         self._rechecked = 0

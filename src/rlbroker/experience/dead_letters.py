@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from rlbroker.backend.connection import Connection, Script
+from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import entry_place, text_fields, whole_number
-from rlbroker.experience.pending import OWN, Holdings, Source
+from rlbroker.backend.scripts import Script
+from rlbroker.experience.pending import PendingEntries, Source
 from rlbroker.types import DeadLetter
 
 #: Dead letters of one worker that are kept; the oldest go first. They are counted all the same.
@@ -21,84 +22,19 @@ READ_AT_ONCE = 4
 #: Fields that a dead letter has besides those of the batch.
 _OWN_FIELDS = ("entry", "reason", "detail", "deliveries", "died_at")
 
-BURY = Script(
-    "bury",
-    OWN
-    + """
-    -- further KEYS: the worker's dead letters
-    -- further ARGV: id, stored bytes, reason, entries to keep, bytes to keep, then field and value pairs
-    -- Moves an entry that no learner can use.
-    -- Gives 1, 0 if it was gone, or 2 if it is another learner's now.
-    local has = mine(ARGV[4])
-    if not has then return has == false and 2 or 0 end
-    local entry = redis.call('XRANGE', KEYS[1], ARGV[4], ARGV[4])[1]
-    redis.call('XACK', KEYS[1], ARGV[1], ARGV[4])
-    redis.call('XDEL', KEYS[1], ARGV[4])
-    count(ARGV[6], 1)
-    count('removed_bytes', ARGV[5])
-    if not entry then return 1 end
-    local function size(fields)
-      local sum = 0
-      for i = 1, #fields do sum = sum + #fields[i] end
-      return sum
-    end
-    local fields = {unpack(entry[2], 1, 1000)}  -- a worker may have sent more than Lua can pass on
-    for i = 9, #ARGV do table.insert(fields, ARGV[i]) end
-    local added = redis.pcall('XADD', KEYS[4], '*', unpack(fields))
-    if type(added) == 'table' and added['err'] then return 1 end  -- no room for it; it is counted
-    count('dead_bytes', size(fields))
-    while redis.call('XLEN', KEYS[4]) > tonumber(ARGV[7])
-      or (redis.call('XLEN', KEYS[4]) > 0
-        and (tonumber(redis.call('HGET', KEYS[2], 'dead_bytes')) or 0) > tonumber(ARGV[8])) do
-      local oldest = redis.call('XRANGE', KEYS[4], '-', '+', 'COUNT', 1)[1]
-      redis.call('XDEL', KEYS[4], oldest[1])
-      count('dead_bytes', -size(oldest[2]))
-    end
-    return 1
-    """,
-)
+BURY = Script.load("experience/lua/bury.lua")
 
-RETRY = Script(
-    "retry_dead_letter",
-    """
-    -- KEYS: the worker's dead letters, its stream of batches to be tried again, its counts
-    -- ARGV: group, id, reason for which it was counted
-    local entry = redis.call('XRANGE', KEYS[1], ARGV[2], ARGV[2])[1]
-    if not entry then return 0 end
-    if redis.call('EXISTS', KEYS[2]) == 0 then
-      redis.call('XGROUP', 'CREATE', KEYS[2], ARGV[1], '0', 'MKSTREAM')
-    end
-    redis.call('XADD', KEYS[2], '*', unpack(entry[2]))
-    redis.call('XDEL', KEYS[1], ARGV[2])
-    local size = 0
-    for i = 1, #entry[2] do size = size + #entry[2][i] end
-    -- The worker can write here too: what is no number is not counted.
-    redis.pcall('HINCRBY', KEYS[3], 'dead_bytes', -size)
-    redis.pcall('HINCRBY', KEYS[3], 'retried_' .. ARGV[3], 1)
-    return 1
-    """,
-)
+RETRY = Script.load("experience/lua/retry_dead_letter.lua")
 
-PURGE = Script(
-    "purge_dead_letter",
-    """
-    -- KEYS: the worker's dead letters, its counts
-    -- ARGV: id
-    local entry = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
-    if not entry then return 0 end
-    local size = 0
-    for i = 1, #entry[2] do size = size + #entry[2][i] end
-    redis.call('XDEL', KEYS[1], ARGV[1])
-    redis.pcall('HINCRBY', KEYS[2], 'dead_bytes', -size)  -- the worker may have written what is no number
-    return 1
-    """,
-)
+PURGE = Script.load("experience/lua/purge_dead_letter.lua")
 
 
 class DeadLetters:
     """The dead letters of one run."""
 
-    def __init__(self, connection: Connection, keys: Keys, holdings: Holdings, *, max_bytes: int) -> None:
+    def __init__(
+        self, connection: Connection, keys: Keys, holdings: PendingEntries, *, max_bytes: int
+    ) -> None:
         """Prepare; nothing is read yet.
 
         Args:

@@ -31,7 +31,7 @@ class Message:
 
 
 @dataclass(slots=True)
-class Parcel:
+class PendingBatch:
     """A batch that has its number.
 
     Attributes:

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rlbroker.backend.connection import ALSO_WHEN_FULL, Argument, Connection, Script, flat
+from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import text_fields, whole_number
+from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import counted
 from rlbroker.errors import ConnectionFailed
 
@@ -35,112 +36,13 @@ COUNTED = (
 LOST_HERE = ("stale", "corrupt", "poison", "trimmed")
 LOST_AT_WORKERS = ("dropped_oldest", "dropped_newest", "stopped", "fenced")
 
-#: The worker may write to its counts, whatever it likes: what is no hash goes.
-ONLY_COUNTS = """
-    local kind = redis.call('TYPE', KEYS[2])['ok']
-    if kind ~= 'hash' and kind ~= 'none' then redis.call('DEL', KEYS[2]) end
-"""
 
-TAKE_OVER = Script(
-    "take_over",
-    f"""
-    -- KEYS: the epochs of a worker's learners, its counts
-    -- ARGV: the learner's name, its epoch
-    {ALSO_WHEN_FULL}
-    if tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0') < tonumber(ARGV[2]) then
-      redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-    end
-    {ONLY_COUNTS}
-    return redis.call('HGETALL', KEYS[2])
-    """,
-)
+TAKE_OVER = Script.load("experience/lua/take_over.lua")
 
-#: Lua that scripts begin with: whether a learner still has an entry (nil: nobody has), and counting.
-OWN = f"""
-    -- KEYS: a stream, its worker's counts, the epochs of its learners
-    -- ARGV: group, the learner's name, its epoch
-    if tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or '0') > tonumber(ARGV[3]) then
-      return redis.error_reply('FENCED a newer learner has taken over the run')
-    end
-    {ONLY_COUNTS}
-    local function count(field, by)
-      local done = redis.pcall('HINCRBY', KEYS[2], field, by)
-      -- The worker can write here too: what is no number begins anew.
-      if type(done) == 'table' and done['err'] then redis.call('HSET', KEYS[2], field, by) end
-    end
-    local function mine(id)
-      local row = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1)[1]
-      if not row then return nil end
-      return row[2] == ARGV[2] or row[2] == ARGV[2] .. '+'
-    end
-    if redis.call('EXISTS', KEYS[1]) == 0 or #redis.call('XINFO', 'GROUPS', KEYS[1]) == 0 then
-      return {{0}}  -- the server lost it
-    end
-"""
 
-ACKNOWLEDGE = Script(
-    "acknowledge",
-    OWN
-    + """
-    -- further ARGV: for each entry: id, stored bytes, what became of it
-    -- Gives how many were there, then the ids of those that are another learner's now.
-    local reply, life, last = {0}, '', -1
-    -- One look finds all that is ours, where nobody else has any of it.
-    local number_of = (#ARGV - 3) / 3
-    local ours = {}
-    for _, row in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[4], ARGV[#ARGV - 2], number_of, ARGV[2])) do
-      ours[row[1]] = true
-    end
-    local done, bytes, reasons = {}, 0, {}
-    for i = 4, #ARGV, 3 do
-      local has = ours[ARGV[i]] or mine(ARGV[i])
-      if has then
-        table.insert(done, ARGV[i])
-        bytes = bytes + tonumber(ARGV[i + 1])
-        reasons[ARGV[i + 2]] = (reasons[ARGV[i + 2]] or 0) + 1
-      elseif has == false then
-        table.insert(reply, ARGV[i])
-      end
-      local of, number = string.match(ARGV[i], '^(%d+)-(%d+)$')
-      if of ~= life then life, last = of, -1 end
-      last = math.max(last, tonumber(number))
-    end
-    for from = 1, #done, 1000 do  -- Lua passes no more than some thousand arguments
-      local to = math.min(from + 999, #done)
-      redis.call('XACK', KEYS[1], ARGV[1], unpack(done, from, to))
-      redis.call('XDEL', KEYS[1], unpack(done, from, to))
-    end
-    reply[1] = #done
-    if #done > 0 then count('removed_bytes', string.format('%.0f', bytes)) end
-    for reason, times in pairs(reasons) do count(reason, times) end
-    -- What was delivered was sent: the worker says how much only now and then. (Not for the stream of retries.)
-    local said = redis.call('HGET', KEYS[2], 'sent:' .. life)
-    if said and (tonumber(said) or 0) < last then  -- the worker can write here too
-      redis.call('HSET', KEYS[2], 'sent:' .. life, string.format('%.0f', last))
-    end
-    return reply
-    """,
-)
+ACKNOWLEDGE = Script.load("experience/lua/acknowledge.lua")
 
-RESTORE_COUNTS = Script(
-    "restore_counts",
-    f"""
-    -- KEYS: the epochs of a worker's learners, its counts
-    -- ARGV: the learner's name, its epoch, number of fields that learners count, then these fields and values,
-    --       then every other field and value
-    {ALSO_WHEN_FULL}
-    {ONLY_COUNTS}
-    local epoch = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0')
-    local lost = epoch == 0
-    local last = lost and #ARGV or 3 + 2 * tonumber(ARGV[3])
-    for i = 4, last, 2 do
-      local found = tonumber(redis.call('HGET', KEYS[2], ARGV[i]) or '0') or 0
-      if found < tonumber(ARGV[i + 1]) then redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1]) end
-    end
-    if epoch < tonumber(ARGV[2]) then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
-    return 1
-    """,
-)
+RESTORE_COUNTS = Script.load("experience/lua/restore_counts.lua")
 
 
 @dataclass(frozen=True)
@@ -173,10 +75,10 @@ class Source:
 
 
 #: For each stream its entries by id: bytes that leave the queue's books, and what became of it.
-Fates = dict[Source, dict[str, tuple[int, str]]]
+Settlement = dict[Source, dict[str, tuple[int, str]]]
 
 
-class Holdings:
+class PendingEntries:
     """The batches in one learner's hands. Safe to use from several threads.
 
     It also remembers what was counted, so that the counts can be restored on a server that lost them.
@@ -285,9 +187,9 @@ class Holdings:
             replies = self._connection.run_all(self._acknowledgements(fates), deadline=deadline)
             return self.note_settled(fates, replies, deadline=deadline)
 
-    def fates(self, entries: Sequence[tuple[Source, str, str]]) -> Fates:
+    def fates(self, entries: Sequence[tuple[Source, str, str]]) -> Settlement:
         """Give what the server is to be told of entries, without those that are not held."""
-        found: Fates = {}
+        found: Settlement = {}
         with self._lock:
             for source, entry_id, reason in entries:
                 size = self._held.get(source, {}).get(entry_id)
@@ -296,11 +198,13 @@ class Holdings:
                     found.setdefault(source, {})[entry_id] = 0 if source.retried else size, reason
         return found
 
-    def commands(self, fates: Fates) -> list[tuple[Argument, ...]]:
+    def commands(self, fates: Settlement) -> list[tuple[Argument, ...]]:
         """Give the commands that acknowledge, for who sends them along with others while `counting`."""
         return [script.call(keys, arguments) for script, keys, arguments in self._acknowledgements(fates)]
 
-    def _acknowledgements(self, fates: Fates) -> list[tuple[Script, tuple[str, ...], tuple[Argument, ...]]]:
+    def _acknowledgements(
+        self, fates: Settlement
+    ) -> list[tuple[Script, tuple[str, ...], tuple[Argument, ...]]]:
         return [
             (
                 ACKNOWLEDGE,
@@ -311,7 +215,7 @@ class Holdings:
         ]
 
     def note_settled(
-        self, fates: Fates, replies: Sequence[list[Any]], *, deadline: Deadline | None = None
+        self, fates: Settlement, replies: Sequence[list[Any]], *, deadline: Deadline | None = None
     ) -> int:
         """Note what the server answered to the acknowledgements; give how many entries were there."""
         removed = 0

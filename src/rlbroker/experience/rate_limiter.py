@@ -15,7 +15,7 @@ from rlbroker.config import SamplesPerInsert
 from rlbroker.errors import InvalidArgument
 
 
-class FlowControl:
+class RateLimiter:
     """Counts what is inserted and sampled, and says what may follow. Safe to use from several threads."""
 
     def __init__(self, settings: SamplesPerInsert | None) -> None:

@@ -22,6 +22,7 @@ from rlbroker.backend.deadline import Backoff, Deadline, try_seconds
 from rlbroker.backend.error_mapping import KeysMove
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import entry_place, group_position, newest_place, pending_summary
+from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import counted
 from rlbroker.backend.topology import Server
 from rlbroker.config import Level, RunSettings, WhenFull
@@ -37,11 +38,14 @@ from rlbroker.errors import (
     ServerUnsuitable,
     Unconfirmed,
 )
-from rlbroker.experience.outgoing import Packer, Parcel
-from rlbroker.experience.queue_scripts import DROP_OLDEST, OPEN_QUEUE, STATE
+from rlbroker.experience.outgoing import Packer, PendingBatch
 from rlbroker.types import Registration, SendReceipt
 
 logger = logging.getLogger("rlbroker")
+
+OPEN_QUEUE = Script.load("experience/lua/open_queue.lua")
+STATE = Script.load("experience/lua/state.lua")
+DROP_OLDEST = Script.load("experience/lua/drop_oldest.lua")
 
 #: How long a sender at a full queue waits between two looks, at most.
 LONGEST_LOOK_SECONDS = 0.05
@@ -95,9 +99,9 @@ class Sender:
         self._doubt = False  #: whether the server may have lost something since the last look
         self._fenced = False
         self._sequence = self._stated = 0
-        self._outbox: Parcel | None = None
+        self._outbox: PendingBatch | None = None
         self._unreached = ""  #: why that has not reached its level, if a wait for it was in vain
-        self._kept: deque[Parcel] = deque()
+        self._kept: deque[PendingBatch] = deque()
         self._kept_bytes = 0
         #: What this life counted; absolute numbers, so that writing them again does no harm.
         self._tally = {"dropped_newest": 0, "fenced": 0, "stopped": 0, "dropped_oldest": 0}
@@ -198,7 +202,7 @@ class Sender:
                     "data": message.pieces,
                 }
                 taken = receipt(self._sequence + 1, dropped)
-                parcel = Parcel(taken.sequence, flat(fields), taken)
+                parcel = PendingBatch(taken.sequence, flat(fields), taken)
                 try:
                     self._store(parcel, deadline)
                 finally:
@@ -245,11 +249,11 @@ class Sender:
             finally:
                 self._lock.release()
 
-    def doubt(self) -> None:
+    def mark_stale(self) -> None:
         """Be told that the server may have lost something."""
         self._doubt = True
 
-    def tend(self) -> None:
+    def maintain(self) -> None:
         """Send again what has to be, let go of what is safe, and say how much was sent.
 
         Unless a thread is sending anyway. What is still not confirmed is no fault here: `unconfirmed` says why.
@@ -355,7 +359,7 @@ class Sender:
         self._state()
         self._doubt = False
 
-    def _add_all(self, parcels: Sequence[Parcel], *further: tuple[Any, ...]) -> list[Any]:
+    def _add_all(self, parcels: Sequence[PendingBatch], *further: tuple[Any, ...]) -> list[Any]:
         """Add batches to the stream in one round trip; give the replies to what is sent after them."""
         try:
             replies = self._channel.execute_all([*map(self._add, parcels), *further])
@@ -367,12 +371,12 @@ class Sender:
             self._note_stored(parcel, reply)
         return replies[len(parcels) :]
 
-    def _add(self, parcel: Parcel) -> tuple[Any, ...]:
+    def _add(self, parcel: PendingBatch) -> tuple[Any, ...]:
         entry_id = f"{self._incarnation}-{parcel.sequence}"
         # Only OPEN_QUEUE makes the stream: a server that lost it must not take a batch before it was opened.
         return ("XADD", self._stream, "NOMKSTREAM", entry_id, *parcel.fields)
 
-    def _note_stored(self, parcel: Parcel, reply: Any) -> None:
+    def _note_stored(self, parcel: PendingBatch, reply: Any) -> None:
         if reply is None:
             self._doubt = True
             raise RunLost(f"the server lost the queue of worker {self._worker_id}")
@@ -387,7 +391,7 @@ class Sender:
             self._held_bytes += parcel.size
             self._waiting += 1
 
-    def _check_stored(self, parcel: Parcel) -> None:
+    def _check_stored(self, parcel: PendingBatch) -> None:
         """Find out whether an id was refused because the batch is there already; raise if not."""
         newest, about = self._replies(
             [("HGET", self._counts, "incarnation"), ("XINFO", "STREAM", self._stream)]
@@ -423,7 +427,7 @@ class Sender:
             self._kept_bytes += parcel.size
         self._outbox = None
 
-    def _check_reached(self, parcel: Parcel, reply: Any) -> None:
+    def _check_reached(self, parcel: PendingBatch, reply: Any) -> None:
         """Raise if a batch has not reached its level; what the server lacks for that may be there again soon."""
         no_file = isinstance(reply, ServerFault) and "appendonly" in str(reply)
         if isinstance(reply, PeerError) and not no_file:
@@ -496,7 +500,7 @@ class Sender:
         )
         return self._tally["dropped_oldest"] - before
 
-    def _keep(self, parcels: Iterable[Parcel]) -> None:
+    def _keep(self, parcels: Iterable[PendingBatch]) -> None:
         self._kept = deque(parcels)
         self._kept_bytes = sum(parcel.size for parcel in self._kept)
 
@@ -560,7 +564,7 @@ class Sender:
         held_bytes = max(self._held_bytes, self._kept_bytes)
         return self._waiting < settings.max_queue_size and held_bytes + size <= settings.max_queue_bytes
 
-    def _store(self, parcel: Parcel, deadline: Deadline) -> None:
+    def _store(self, parcel: PendingBatch, deadline: Deadline) -> None:
         """Store a batch, or make sure that it is not: then its number is free again."""
         self._sequence, self._outbox = parcel.sequence, parcel
         backoff = Backoff()
@@ -661,9 +665,9 @@ class Sender:
             )
 
 
-def _slices(parcels: Sequence[Parcel]) -> Iterator[list[Parcel]]:
+def _slices(parcels: Sequence[PendingBatch]) -> Iterator[list[PendingBatch]]:
     """Cut what is to be sent again into pieces of some megabytes."""
-    some: list[Parcel] = []
+    some: list[PendingBatch] = []
     for parcel in parcels:
         some.append(parcel)
         if sum(one.size for one in some) >= REPLAY_BYTES:

@@ -12,7 +12,7 @@ from typing import Any
 from rlbroker.backend.connection import Argument, Channel, Connection
 from rlbroker.backend.deadline import SHORTEST_TRY_SECONDS, Deadline, within
 from rlbroker.backend.keys import GROUP
-from rlbroker.backend.outage import Outage
+from rlbroker.backend.outage import OutageLog
 from rlbroker.backend.replies import StreamEntries, stream_entries
 from rlbroker.errors import PeerError
 from rlbroker.experience.poll_schedule import Turns
@@ -56,7 +56,7 @@ class ShardReader:
         self._had_one = False
         self._away = Deadline(0)
         #: How often it failed since it has read something, and what is told when it is left out.
-        self.failures, self.outage = 0, Outage(f"collecting from {shard}")
+        self.failures, self.outage = 0, OutageLog(f"collecting from {shard}")
         #: Whether the last read took all that was there, as far as it asked; and whether it asked for all.
         self.drained = self.left_out = False
 

@@ -6,77 +6,30 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from rlbroker.backend.connection import Connection, Script
+from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import GROUP
 from rlbroker.backend.replies import pending_rows
+from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import counted
-from rlbroker.experience.pending import OWN, Holdings, Source
+from rlbroker.experience.pending import PendingEntries, Source
 
 logger = logging.getLogger("rlbroker")
 
 #: Entries of one stream that are taken over in one go.
 TAKE_COUNT = 100
 
-TAKE_ABANDONED = Script(
-    "take_abandoned",
-    OWN
-    + """
-    -- further ARGV: milliseconds for which an entry must have been idle, then ids
-    local taken = {}
-    for i = 5, #ARGV do
-      local row = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1)[1]
-      if row and not mine(ARGV[i]) and row[3] >= tonumber(ARGV[4]) then
-        -- Its number of deliveries stays: it counts one more when it is handed out.
-        redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2] .. '+', 0, ARGV[i], 'RETRYCOUNT', row[4], 'JUSTID')
-        if mine(ARGV[i]) == nil then
-          count('trimmed', 1)  -- somebody deleted it, and the server noticed just now
-        else
-          table.insert(taken, ARGV[i])
-        end
-      end
-    end
-    return taken
-    """,
-)
+TAKE_ABANDONED = Script.load("experience/lua/take_abandoned.lua")
 
-HAND_OUT = Script(
-    "hand_out",
-    OWN
-    + """
-    -- further ARGV: id, the consumer of this learner that has it, how often it is handed out with this time
-    -- Has the server remember it, before a learner can die over it. Gives 0 where another learner has it now.
-    if not mine(ARGV[4]) then return 0 end
-    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[5], 0, ARGV[4], 'RETRYCOUNT', ARGV[6], 'JUSTID')
-    return 1
-    """,
-)
+HAND_OUT = Script.load("experience/lua/hand_out.lua")
 
-RENEW = Script(
-    "renew",
-    """
-    -- KEYS: a stream
-    -- ARGV: group, a consumer
-    -- Only what the learner still has: another one may have taken some of it.
-    if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-    local position, renewed = '-', 0
-    while true do
-      local rows = redis.call('XPENDING', KEYS[1], ARGV[1], position, '+', 100, ARGV[2])
-      if #rows == 0 then return renewed end
-      for _, row in ipairs(rows) do
-        redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, row[1], 'RETRYCOUNT', row[4], 'JUSTID')
-        position = '(' .. row[1]  -- by name: a number may be larger than Lua can count
-        renewed = renewed + 1
-      end
-    end
-    """,
-)
+RENEW = Script.load("experience/lua/renew.lua")
 
 
-class Ownership:
+class Takeover:
     """Which pending entries are this learner's."""
 
-    def __init__(self, connection: Connection, holdings: Holdings, *, take_over_seconds: float) -> None:
+    def __init__(self, connection: Connection, holdings: PendingEntries, *, take_over_seconds: float) -> None:
         """Prepare.
 
         Args:

@@ -33,7 +33,7 @@ PR_SET_PDEATHSIG = 1
 COMMANDS, REPORTS, OUTPUT = 0, 1, 2
 
 
-class Ears:
+class EventSources:
     """Everything the guard listens to: its signals, the parent's pipe, and the parent's life."""
 
     def __init__(self, parent_pid: int) -> None:
@@ -117,7 +117,7 @@ def signal_group(child: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(child.pid, number)
 
 
-def run(ears: Ears, task: dict[str, Any]) -> None:
+def run(ears: EventSources, task: dict[str, Any]) -> None:
     """Run the command to its end, which the parent may ask for, or bring about by going away."""
     try:
         child = start(task)
@@ -160,7 +160,7 @@ def remove(directory: str) -> None:
 
 def main() -> None:
     """Wait for the task, run it in its directory, and leave nothing."""
-    ears = Ears(int(sys.argv[1]))
+    ears = EventSources(int(sys.argv[1]))
     while not ears.messages:
         if ears.parent_gone or ears.terminated:
             return

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_GUARD = Path(__file__).with_name("guard.py")
+_GUARD = Path(__file__).with_name("child_guard.py")
 
 #: What the guard needs beyond the stop steps: to see a killed process disappear, and to tidy up.
 GUARD_MARGIN_SECONDS = 7.0

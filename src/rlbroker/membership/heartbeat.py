@@ -10,17 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Final
 
-from rlbroker.backend.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
+from rlbroker.backend.connection import Channel, Connection, flat
 from rlbroker.backend.deadline import Backoff, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import seconds_number, text_fields, whole_number
-from rlbroker.backend.threads import Background
+from rlbroker.backend.scripts import Script
+from rlbroker.backend.threads import BackgroundThread
 from rlbroker.backend.unreadable import legible
 from rlbroker.config import MAX_WORKER_ID, RunSettings, worker_number
 from rlbroker.errors import AccessDenied, DeadlineExceeded, IncompatibleFormat, RunLost
-from rlbroker.membership.incarnation_scripts import ANNOUNCE, HEARD_OF, NEXT_LIFE, NOTE_FENCED
-from rlbroker.membership.incarnations import Life, read_lives
-from rlbroker.membership.run_size import Crowd
+from rlbroker.membership.incarnations import Incarnation, read_incarnations
+from rlbroker.membership.run_size import RunSize
 from rlbroker.types import Registration
 
 #: Heartbeats in one lease: this many must fail in a row before a worker is called away.
@@ -29,146 +29,17 @@ BEATS_PER_LEASE = 5
 #: How often a worker looks whether its run was opened: a look costs the server far less than a heartbeat.
 OPENED_SECONDS = 0.1
 
-REGISTER = Script(
-    "register",
-    ANNOUNCE
-    + NEXT_LIFE
-    + HEARD_OF
-    + """
-    -- KEYS: the worker's life, workers, its acknowledgements, weights, control, meta, its heartbeat, its ledger
-    -- ARGV: worker id, lease in seconds where no learner has set one, '1' to take the id only if it is free,
-    --       a token of this attempt, wire format
-    local wire_format = redis.call('HGET', KEYS[6], 'wire_format') or ''
-    if wire_format ~= '' and wire_format ~= ARGV[5] then
-      return {'incompatible', wire_format}  -- and the process that has this id goes on
-    end
-    local before = redis.call('HMGET', KEYS[7], 'token', 'incarnation', 'joined_version', 'joined_position')
-    if before[1] == ARGV[4] then  -- registered before; the reply was lost
-      return {'registered', before[2], before[3], before[4]}
-    end
-    local time = redis.call('TIME')
-    local now = time[1] * 1000 + math.floor(time[2] / 1000)
-    local lease = tonumber(redis.call('HGET', KEYS[6], 'lease_seconds') or ARGV[2])
-    local silent_since = heard_of(KEYS[1], KEYS[6])
-    if ARGV[3] == '1' and silent_since then
-      -- If the learner could not reach the server when the lease was over, the worker may not have reached it either.
-      local over = silent_since + lease * 1000
-      if now < over or tonumber(redis.call('HGET', KEYS[6], 'learner_seen') or '0') * 1000 < over then
-        return {'taken'}
-      end
-    end
-    -- What was settled may be of a later life than the hash says, if a process wrote nonsense into it.
-    local settled = string.match(redis.call('HGET', KEYS[8], 'event') or '', '^%d+') or '0'
-    local last_life = redis.call('HGET', KEYS[1], 'incarnation') or '0'
-    local incarnation = next_life(math.max(tonumber(last_life) or 0, tonumber(settled)))
-    redis.call('SADD', KEYS[2], ARGV[1])
-    redis.call('HSET', KEYS[1], 'incarnation', incarnation, 'member', '1', 'seen', string.format('%.0f', now))
-    local latest = redis.call('HGET', KEYS[4], 'version') or '0'
-    announce(KEYS[3], incarnation, 'joined', latest)
-    local last = redis.call('XREVRANGE', KEYS[5], '+', '-', 'COUNT', 1)
-    local position = last[1] and last[1][1] or '0-0'
-    redis.call('DEL', KEYS[7])
-    redis.call('HSET', KEYS[7], 'token', ARGV[4], 'incarnation', incarnation,
-      'joined_version', latest, 'joined_position', position)
-    redis.call('PEXPIRE', KEYS[7], string.format('%.0f', lease * 10000))
-    return {'registered', incarnation, latest, position}
-    """,
-)
+REGISTER = Script.load("membership/lua/register.lua")
 
-#: Put into scripts that only the newest life of a worker may run; KEYS[1] is its `life:`, ARGV[1] the worker's
-#: id, ARGV[2] its incarnation. Whoever is replaced, struck or leaves has an incarnation that is over.
-_ONLY_NEWEST = """
-    local newest = tonumber(redis.call('HGET', KEYS[1], 'incarnation') or '0') or 0
-    if newest > tonumber(ARGV[2]) then
-      return redis.error_reply('FENCED worker ' .. ARGV[1] .. ' was replaced by a newer process, or it was silent ' ..
-        'for longer than forget_seconds, or it has left; if nothing took its place, start it again')
-    end
-"""
 
-REJOIN = Script(
-    "rejoin",
-    ANNOUNCE
-    + f"""
-    -- KEYS: the worker's life, workers, its acknowledgements, weights, its heartbeat
-    -- ARGV: worker id, incarnation, newest version that the worker knows, token of its registration,
-    --       lifetime of the heartbeat in milliseconds, name of the upload of that version
-    -- For a worker that lives on after the server may have lost it. Its incarnation stays.
-    {ALSO_WHEN_FULL}
-    {_ONLY_NEWEST}
-    local time = redis.call('TIME')
-    local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
-    redis.call('SADD', KEYS[2], ARGV[1])
-    redis.call('HSET', KEYS[1], 'incarnation', ARGV[2], 'member', '1', 'seen', now)
-    redis.call('HSET', KEYS[5], 'token', ARGV[4], 'incarnation', ARGV[2])
-    redis.call('PEXPIRE', KEYS[5], ARGV[5])
-    local pointer = redis.call('HMGET', KEYS[4], 'version', 'upload')
-    local latest = tonumber(pointer[1] or '0') or 0
-    local known = tonumber(ARGV[3])
-    -- For the learner: these numbers were used. One that was given to something else must not be the latest any more.
-    if known > 0 and known == latest and pointer[2] ~= ARGV[6] then known = known + 1 end
-    if known > latest then
-      redis.call('HSET', KEYS[1], 'known_version', string.format('%.0f', known))
-    end
-    if redis.call('EXISTS', KEYS[3]) == 0 then
-      announce(KEYS[3], ARGV[2], 'joined', math.max(latest, known))
-    end
-    return 1
-    """,
-)
+REJOIN = Script.load("membership/lua/rejoin.lua")
 
 #: What a worker has to know of the run's `meta`, of which most stays as it is.
-_KNOWN: Final = ("wire_format", "shards", *Crowd._fields, *(field.name for field in fields(RunSettings)))
+_KNOWN: Final = ("wire_format", "shards", *RunSize._fields, *(field.name for field in fields(RunSettings)))
 
-BEAT = Script(
-    "beat",
-    NOTE_FENCED
-    + f"""
-    -- KEYS: the worker's life, workers, its heartbeat, meta
-    -- ARGV: worker id, incarnation, token of its registration, lifetime in milliseconds, the process as host:pid,
-    --       then field and value pairs
-    -- Gives what the learner says of the run.
-    local there = redis.call('HGET', KEYS[1], 'incarnation')
-    if (tonumber(there or '0') or 0) > tonumber(ARGV[2]) then
-      note_fenced(KEYS[1], KEYS[3], there, ARGV[5])
-    end
-    {ALSO_WHEN_FULL}
-    {_ONLY_NEWEST}
-    -- The learner writes back who took part, but no token: only the worker itself knows what else is missing.
-    local known = redis.call('HGET', KEYS[3], 'token') == ARGV[3]
-    local member = redis.call('HGET', KEYS[1], 'member') == '1' and redis.call('SISMEMBER', KEYS[2], ARGV[1]) == 1
-    if newest < tonumber(ARGV[2]) or not known or not member then
-      return redis.error_reply('LOST the server has lost worker ' .. ARGV[1])
-    end
-    local time = redis.call('TIME')
-    redis.call('HSET', KEYS[1], 'seen', string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)))
-    redis.call('HSET', KEYS[3], 'incarnation', ARGV[2], unpack(ARGV, 6))
-    redis.call('PEXPIRE', KEYS[3], ARGV[4])
-    return redis.call('HMGET', KEYS[4], {", ".join(map(repr, _KNOWN))})
-    """,
-)
+BEAT = Script.load("membership/lua/beat.lua")
 
-LEAVE = Script(
-    "leave",
-    NEXT_LIFE
-    + NOTE_FENCED
-    + """
-    -- KEYS: the worker's life, its heartbeat, its acknowledgements, weights
-    -- ARGV: incarnation, the process as host:pid
-    local newest = redis.call('HGET', KEYS[1], 'incarnation')
-    if (tonumber(newest or '0') or 0) > tonumber(ARGV[1]) then
-      note_fenced(KEYS[1], KEYS[2], newest, ARGV[2])
-    end
-    if newest ~= ARGV[1] or redis.call('HGET', KEYS[1], 'member') ~= '1' then
-      return 0
-    end
-    redis.call('DEL', KEYS[2])
-    redis.call('HSET', KEYS[1], 'incarnation', next_life(ARGV[1]), 'member', '0')  -- this life is over
-    -- The largest number that any answer of this incarnation can have: it is the last one.
-    local latest = redis.call('HGET', KEYS[4], 'version') or '0'
-    redis.call('XADD', KEYS[3], ARGV[1] .. '-18446744073709551615', 'event', 'left', 'version', latest)
-    return 1
-    """,
-)
+LEAVE = Script.load("membership/lua/leave.lua")
 
 
 class Heartbeat:
@@ -182,7 +53,7 @@ class Heartbeat:
         wire_format: int,
         describe: Callable[[], Mapping[str, str | int]],
         newest_seen: Callable[[], tuple[int, str]],
-        tend: Callable[[bool], None],
+        maintain: Callable[[bool], None],
     ) -> None:
         """Prepare a membership.
 
@@ -195,16 +66,16 @@ class Heartbeat:
             tend: is called after each heartbeat, with whether the server may have lost something since the last.
         """
         self._connection, self._keys, self._describe = connection, keys, describe
-        self._wire_format, self._newest_seen, self._tend = wire_format, newest_seen, tend
+        self._wire_format, self._newest_seen, self._maintain = wire_format, newest_seen, maintain
         self._channel = Channel(connection, keys.meta)
         self._began = self._returned = False
         self._settings: RunSettings | None = None
         self._settings_known = threading.Event()
         self._next_beat = Deadline(0)
-        self._thread = Background(f"heartbeat in {keys.run!r}", self._step)
+        self._thread = BackgroundThread(f"heartbeat in {keys.run!r}", self._step)
         self.registration = Registration(0, 0, 0, "0-0")
         #: Who takes part besides, as the learner said last.
-        self.crowd = Crowd()
+        self.crowd = RunSize()
         self._token = ""
         self._said: Sequence[bytes | None] = ()  #: the learner of the run, as the last heartbeat heard it
         self._host, self._pid = socket.gethostname(), os.getpid()
@@ -332,7 +203,7 @@ class Heartbeat:
         deadline, backoff = Deadline(self._connection.timeout_seconds), Backoff()
         while not deadline.over:
             try:
-                members = read_lives(self._connection.ask, self._keys).members
+                members = read_incarnations(self._connection.ask, self._keys).members
             except AccessDenied as error:
                 raise AccessDenied(
                     f"{error}; if this user is that of one worker, pass its worker_id: only the user that all workers "
@@ -348,7 +219,7 @@ class Heartbeat:
             self._thread.pause(backoff.next(deadline))
         raise DeadlineExceeded(f"no free worker id was found in the run {self._keys.run!r}")
 
-    def _silent(self, members: Mapping[int, Life]) -> list[int]:
+    def _silent(self, members: Mapping[int, Incarnation]) -> list[int]:
         """Give the members that were not heard of for a lease; whether their ids are free, the server decides."""
         said = self._connection.execute("HGET", self._keys.meta, "lease_seconds")
         lease_seconds = seconds_number(str(said or b"", "ascii", "replace")) or RunSettings.lease_seconds
@@ -380,7 +251,7 @@ class Heartbeat:
         if not self._thread.stopping:
             self._beat()
             returned, self._returned = self._returned, False
-            self._tend(returned)
+            self._maintain(returned)
 
     def _is_opened(self) -> bool:
         return self._connection.execute_once("HGET", self._keys.meta, "wire_format") is not None
@@ -417,7 +288,7 @@ class Heartbeat:
             self._next_beat = Deadline(self._lease_seconds / BEATS_PER_LEASE)  # the first beat knew no lease
             self._keys.spread(meta.get("shards", " ".join(self._keys.shards)))
             self._settings_known.set()
-        self.crowd = Crowd(*(whole_number(meta.get(name, "")) or 0 for name in Crowd._fields))
+        self.crowd = RunSize(*(whole_number(meta.get(name, "")) or 0 for name in RunSize._fields))
 
     def _come_back(self) -> None:
         self.rejoin(self._channel)

@@ -17,7 +17,7 @@ from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 _LONGEST_NAME: Final = len(str(MAX_WORKER_ID))
 
 
-class Life(NamedTuple):
+class Incarnation(NamedTuple):
     """The newest life of a worker id, as its `life:` hash has it. Workers write it, so it is read with care."""
 
     incarnation: int
@@ -26,8 +26,8 @@ class Life(NamedTuple):
     known_version: int = 0  #: the newest version that it saw on a server which has lost it; 0 for none
 
     @classmethod
-    def from_reply(cls, reply: Sequence[bytes | None]) -> Life | None:
-        """Read what `life_command` asks for; None where it is of no life."""
+    def from_reply(cls, reply: Sequence[bytes | None]) -> Incarnation | None:
+        """Read what `incarnation_command` asks for; None where it is of no life."""
         incarnation, member, seen, known = (str(one or b"", "ascii", "replace") for one in reply)
         number = whole_number(incarnation)
         # Scripts compare it as text, so that 07 is no 7.
@@ -41,7 +41,7 @@ class Life(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lives:
+class Incarnations:
     """Every worker id that the run ever had, in order, with its newest life.
 
     Attributes:
@@ -49,7 +49,7 @@ class Lives:
         unusable: members of the set that are no worker with a life: a worker wrote nonsense.
     """
 
-    of: Mapping[int, Life] = field(default_factory=dict)
+    of: Mapping[int, Incarnation] = field(default_factory=dict)
     unusable: Sequence[bytes] = ()
 
     @property
@@ -58,12 +58,12 @@ class Lives:
         return len(self.of) + len(self.unusable)
 
     @property
-    def members(self) -> dict[int, Life]:
+    def members(self) -> dict[int, Incarnation]:
         """Those who take part now."""
         return {worker: life for worker, life in self.of.items() if life.member}
 
 
-def life_command(keys: Keys, worker: int) -> tuple[str, ...]:
+def incarnation_command(keys: Keys, worker: int) -> tuple[str, ...]:
     """Give the command that reads a life: no more than its fields, whatever else a worker put there."""
     return ("HMGET", keys.life(worker), "incarnation", "member", "seen", "known_version")
 
@@ -86,7 +86,7 @@ def _number_of(name: bytes) -> int | None:
     return number if number is not None and number <= MAX_WORKER_ID and str(number) == text else None
 
 
-def read_lives(ask: Callable[[Sequence[Sequence[Argument]]], list[Any]], keys: Keys) -> Lives:
+def read_incarnations(ask: Callable[[Sequence[Sequence[Argument]]], list[Any]], keys: Keys) -> Incarnations:
     """Read who ever took part, in two round trips.
 
     Args:
@@ -101,11 +101,11 @@ def read_lives(ask: Callable[[Sequence[Sequence[Argument]]], list[Any]], keys: K
     if isinstance(names, PeerError):
         raise names
     ids = worker_numbers(names)
-    lives = lives_from(ids, ask([life_command(keys, worker) for worker in ids]) if ids else [])
-    return Lives(lives, [name for name in names if worker_number_of(name) not in lives])
+    lives = incarnations_from(ids, ask([incarnation_command(keys, worker) for worker in ids]) if ids else [])
+    return Incarnations(lives, [name for name in names if worker_number_of(name) not in lives])
 
 
-def lives_from(ids: Iterable[int], replies: Iterable[Any]) -> dict[int, Life]:
+def incarnations_from(ids: Iterable[int], replies: Iterable[Any]) -> dict[int, Incarnation]:
     """Give the lives that were read; a worker whose hash is none, or nonsense, is left out.
 
     Raises:
@@ -115,7 +115,7 @@ def lives_from(ids: Iterable[int], replies: Iterable[Any]) -> dict[int, Life]:
     for worker, reply in zip(ids, replies, strict=True):
         if isinstance(reply, AccessDenied | ConnectionFailed):
             raise reply
-        life = None if isinstance(reply, PeerError) else Life.from_reply(reply)
+        life = None if isinstance(reply, PeerError) else Incarnation.from_reply(reply)
         if life is not None:
             found[worker] = life
     return found

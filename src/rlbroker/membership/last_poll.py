@@ -6,7 +6,7 @@ import threading
 import time
 
 
-class Attention:
+class LastPoll:
     """A block that threads enter to look at what came; it knows how long nobody has been in it."""
 
     def __init__(self) -> None:

@@ -8,15 +8,15 @@ import socket
 import time
 from collections.abc import Sequence
 
-from rlbroker.backend.connection import ALSO_WHEN_FULL, Channel, Connection, Script, flat
+from rlbroker.backend.connection import Channel, Connection, flat
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import number_in, server_seconds, text_fields
+from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import counted
 from rlbroker.backend.unreadable import legible, unless_spoiled
 from rlbroker.config import RunSettings
 from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
-from rlbroker.membership.incarnation_scripts import ANNOUNCE, HEARD_OF, NEXT_LIFE
-from rlbroker.membership.incarnations import Lives, read_lives, worker_number_of, worker_numbers
+from rlbroker.membership.incarnations import Incarnations, read_incarnations, worker_number_of, worker_numbers
 from rlbroker.membership.worker_info import member_infos
 from rlbroker.types import WorkerInfo
 
@@ -30,130 +30,16 @@ BACK_SECONDS = 10.0
 CREDIBLE_VERSION = 1 << 40
 CREDIBLE_STEP = 10_000_000
 
-OPEN = Script(
-    "open",
-    f"""
-    {NEXT_LIFE}
-    -- KEYS: meta
-    -- ARGV: wire format, the learner's name, '1' if it publishes, then field and value pairs
-    -- Gives the learner's epoch, and 1 if the run was there before.
-    {ALSO_WHEN_FULL}
-    local written = redis.call('HGET', KEYS[1], 'wire_format')
-    if written and written ~= ARGV[1] then
-      return redis.error_reply('FORMAT ' .. written)
-    end
-    local epoch = next_life(redis.call('HGET', KEYS[1], 'epochs'))
-    local time = redis.call('TIME')
-    redis.call('HSET', KEYS[1], 'epochs', epoch, 'learner:' .. ARGV[2], epoch,
-      'back_at', string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)))
-    if ARGV[3] == '1' then redis.call('HSET', KEYS[1], 'epoch', epoch) end
-    -- Where batches may wait already, they are looked for.
-    local shards = redis.call('HGET', KEYS[1], 'shards')
-    if ARGV[3] == '1' or not written then
-      redis.call('HSET', KEYS[1], 'wire_format', ARGV[1], unpack(ARGV, 4))
-      if written then redis.call('HSET', KEYS[1], 'shards', shards or '') end
-    end
-    return {{epoch, written and 1 or 0, redis.call('HGET', KEYS[1], 'shards') or ''}}
-    """,
-)
+OPEN = Script.load("membership/lua/open.lua")
 
-RESTORE_RUN = Script(
-    "restore_run",
-    f"""
-    -- KEYS: meta, workers, then the life of each worker that took part
-    -- ARGV: the learner's epoch, its name, the epoch of the learner that leads, as far as it knows,
-    --       these workers in order, each with its incarnation and 1 for a member, as one text,
-    --       then field and value pairs for the learner that leads
-    -- Gives when it was, and the members that the server had lost.
-    {ALSO_WHEN_FULL}
-    local mine = tonumber(ARGV[1])
-    local named = 'learner:' .. ARGV[2]
-    if (tonumber(redis.call('HGET', KEYS[1], named) or '0') or 0) > mine then
-      return redis.error_reply('FENCED a newer learner with this name has taken over the run')
-    end
-    local time = redis.call('TIME')
-    local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
-    local reply, place = {{now}}, 3
-    -- Word by word: to look for all three parts in the whole text takes time that grows with its square, and workers
-    -- can call this too.
-    for word in string.gmatch(ARGV[4], '[^,]+') do
-      local worker, incarnation, member = string.match(word, '^(%d+):(%d+):(%d)$')
-      local life = KEYS[place]
-      place = place + 1
-      local there = redis.pcall('HMGET', life, 'incarnation', 'member')  -- a worker may have put something else there
-      if not there['err'] and (tonumber(there[1] or '0') or 0) < tonumber(incarnation) then
-        redis.call('SADD', KEYS[2], worker)
-        redis.call('HSET', life, 'incarnation', incarnation)
-        -- It comes back by itself, or is given up soon.
-        if member == '1' and there[2] ~= '1' then
-          redis.call('HSET', life, 'member', '1', 'seen', now)
-          table.insert(reply, worker)
-        end
-      end
-    end
-    local leading = tonumber(ARGV[3])
-    redis.call('HSET', KEYS[1], named, ARGV[1], 'back_at', now)
-    if (tonumber(redis.call('HGET', KEYS[1], 'epochs') or '0') or 0) < math.max(mine, leading) then
-      redis.call('HSET', KEYS[1], 'epochs', string.format('%.0f', math.max(mine, leading)))
-    end
-    local there = tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0
-    if there < leading then redis.call('HSET', KEYS[1], 'epoch', ARGV[3]) end
-    -- Another learner may have written the epoch of this one back, but not what only this one knows.
-    if leading == mine and (there < mine or redis.call('HEXISTS', KEYS[1], 'wire_format') == 0) then
-      redis.call('HSET', KEYS[1], unpack(ARGV, 5))
-    end
-    return reply
-    """,
-)
+RESTORE_RUN = Script.load("membership/lua/restore_run.lua")
 
-CLOSE = Script(
-    "close",
-    """
-    -- KEYS: meta
-    -- ARGV: epoch of the learner that ends
-    if redis.call('HGET', KEYS[1], 'epoch') == ARGV[1] then
-      redis.call('HSET', KEYS[1], 'learner_state', 'ended')
-    end
-    return 1
-    """,
-)
+CLOSE = Script.load("membership/lua/close.lua")
 
-FORGET = Script(
-    "forget",
-    ANNOUNCE
-    + NEXT_LIFE
-    + HEARD_OF
-    + """
-    -- KEYS: the worker's life, its acknowledgements, weights, meta
-    -- ARGV: milliseconds of silence after which it is gone, when it was seen last if that is to be still so; 0 for any
-    local time = redis.call('TIME')
-    local now = time[1] * 1000 + math.floor(time[2] / 1000)
-    local silent_since = heard_of(KEYS[1], KEYS[4])
-    if not silent_since or now - silent_since < tonumber(ARGV[1]) then
-      return 0
-    end
-    if ARGV[2] ~= '0' and redis.call('HGET', KEYS[1], 'seen') ~= ARGV[2] then
-      return 0
-    end
-    -- Should it come back, it has to register again: its incarnation is over.
-    local incarnation = next_life(redis.call('HGET', KEYS[1], 'incarnation'))
-    redis.call('HSET', KEYS[1], 'incarnation', incarnation, 'member', '0')
-    local latest = redis.call('HGET', KEYS[3], 'version') or '0'
-    announce(KEYS[2], incarnation, 'gone', latest)
-    return 1
-    """,
-)
+FORGET = Script.load("membership/lua/forget.lua")
 
 
-ALIVE = Script(
-    "alive",
-    f"""
-    -- KEYS: meta
-    -- ARGV: field and value pairs that say when its learner was last alive
-    {ALSO_WHEN_FULL}
-    return redis.call('HSET', KEYS[1], unpack(ARGV))
-    """,
-)
+ALIVE = Script.load("membership/lua/alive.lua")
 
 
 class Roster:
@@ -181,7 +67,7 @@ class Roster:
         self._name, self._publishes = learner_name, publishes
         self._facts: dict[str, str | int] = {}
         self._hosts = 0
-        self._lives = Lives()
+        self._lives = Incarnations()
         self._alive: frozenset[int] = frozenset()
         self._ids: tuple[int, Sequence[int]] | None = None  #: members of the set `workers`, and who they are
         #: Members that were written back and not heard of since: when that was, in the server's milliseconds.
@@ -230,14 +116,14 @@ class Roster:
         self._facts["shards"] = spread
         self._keys.spread(spread)
         self._leading = self.epoch if self._publishes else 0
-        self._raise_floor(read_lives(self._connection.ask, self._keys))
+        self._raise_floor(read_incarnations(self._connection.ask, self._keys))
         return self.epoch
 
     def close(self) -> None:
         """Note that the learner ended, so that nobody takes its silence for a fault."""
         self._connection.run(CLOSE, (self._keys.meta,), (self.epoch,))
 
-    def say_alive(self, channel: Channel) -> None:
+    def heartbeat(self, channel: Channel) -> None:
         """Note in the run's `meta` when its learner was last alive, by the server's clock; see who takes part.
 
         Raises:
@@ -247,7 +133,7 @@ class Roster:
         clock, epochs = channel.execute_all(
             [("TIME",), ("HMGET", self._keys.meta, f"learner:{self._name}", "epoch")], strict=True
         )
-        lives = read_lives(channel.execute_all, self._keys)
+        lives = read_incarnations(channel.execute_all, self._keys)
         self._ids = None
         with legible(self._keys.meta):
             named, leading = (int(epoch or 0) for epoch in epochs)
@@ -281,7 +167,7 @@ class Roster:
         channel.run(ALIVE, (self._keys.meta,), flat(said))
 
     def count_hosts(self) -> None:
-        """See on how many hosts those are who take part, for `say_alive` to tell.
+        """See on how many hosts those are who take part, for `heartbeat` to tell.
 
         Raises:
             ConnectionFailed: the server could not be reached in time.
@@ -309,7 +195,7 @@ class Roster:
 
     @property
     def alive(self) -> frozenset[int]:
-        """Members that `say_alive` last saw within their lease."""
+        """Members that `heartbeat` last saw within their lease."""
         return self._alive
 
     @property
@@ -325,7 +211,7 @@ class Roster:
     def ids(self) -> list[int]:
         """Give every worker id that the run ever had, in order.
 
-        The set hardly ever loses one, so it is only counted where `say_alive` has not looked since the last time.
+        The set hardly ever loses one, so it is only counted where `heartbeat` has not looked since the last time.
         """
         known = self._ids
         if known is None or self._connection.execute("SCARD", self._keys.workers) != known[0]:
@@ -336,7 +222,7 @@ class Roster:
     def workers(self) -> list[WorkerInfo]:
         """Give the members of the run, by id."""
         clock, latest = self._connection.execute_all([("TIME",), ("HGET", self._keys.weights, "version")])
-        members = read_lives(self._connection.ask, self._keys).members
+        members = read_incarnations(self._connection.ask, self._keys).members
         beats = self._connection.ask([("HGETALL", self._keys.heartbeat(worker)) for worker in members])
         return member_infos(
             now=server_seconds(clock),
@@ -354,7 +240,7 @@ class Roster:
         now_milliseconds = int(self._connection.clock(self._keys.meta) * 1000)
         limit_milliseconds = int(self._settings.forget_seconds * 1000)
         before = now_milliseconds - limit_milliseconds
-        members = read_lives(self._connection.ask, self._keys).members
+        members = read_incarnations(self._connection.ask, self._keys).members
         to_strike = {
             worker: (limit_milliseconds, 0)
             for worker, life in members.items()
@@ -381,7 +267,7 @@ class Roster:
         )
         return [worker for worker, struck in zip(to_strike, gone, strict=True) if struck]
 
-    def _raise_floor(self, lives: Lives) -> None:
+    def _raise_floor(self, lives: Incarnations) -> None:
         """Note the newest version that workers saw on a server which lost it: its number is not used again."""
         if not any(life.known_version for life in lives.of.values()):
             return
@@ -394,7 +280,7 @@ class Roster:
         if max(known, default=0) > max(floor, latest):
             self._connection.execute("HSET", self._keys.meta, "version_floor", max(known))
 
-    def _forget_unusable(self, lives: Lives, channel: Channel) -> None:
+    def _forget_unusable(self, lives: Incarnations, channel: Channel) -> None:
         """Remove what workers wrote that is no life, so that it costs nobody anything and ids can be used again."""
         ids = [worker for name in lives.unusable if (worker := worker_number_of(name)) is not None]
         kinds = channel.execute_all([("TYPE", self._keys.life(worker)) for worker in ids]) if ids else []

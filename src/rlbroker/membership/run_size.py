@@ -19,7 +19,7 @@ DOWNLOAD_SECONDS: Final = 0.0002
 LONGEST_SECONDS: Final = 2.0
 
 
-class Crowd(NamedTuple):
+class RunSize(NamedTuple):
     """Who takes part in a run, as its learner counts them; zero where it has not yet."""
 
     members: int = 0  #: workers that were heard of within their lease

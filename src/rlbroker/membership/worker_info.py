@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rlbroker.backend.replies import seconds_number, whole_number
-from rlbroker.membership.incarnations import Life
+from rlbroker.membership.incarnations import Incarnation
 from rlbroker.types import WorkerInfo
 
 #: Characters that are kept of how a process names itself.
@@ -16,7 +16,7 @@ def member_infos(
     *,
     now: float,
     latest_version: int,
-    members: Mapping[int, Life],
+    members: Mapping[int, Incarnation],
     beats: Sequence[Mapping[str, str]],
     lease_seconds: float,
 ) -> list[WorkerInfo]:

@@ -22,7 +22,7 @@ _SLACK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Known:
+class RunState:
     """What the learner knows of its run without asking.
 
     Attributes:
@@ -62,7 +62,13 @@ class Recorder:
     """
 
     def __init__(
-        self, connection: Connection, keys: Keys, metrics: Metrics, *, epoch: int, known: Callable[[], Known]
+        self,
+        connection: Connection,
+        keys: Keys,
+        metrics: Metrics,
+        *,
+        epoch: int,
+        known: Callable[[], RunState],
     ) -> None:
         """Begin a history, or go on with the one of the learner before.
 

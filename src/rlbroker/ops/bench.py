@@ -55,7 +55,7 @@ _EXPIRE_SECONDS: Final = 60
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishTimings:
     """Weights from this process to the worker's model and back to nobody: how long until they are applied."""
 
     compressed: bool
@@ -93,7 +93,7 @@ class Report:
     round_trip_p99_us: float
     set_megabytes_per_second: float
     get_megabytes_per_second: float
-    published: list[Published]
+    published: list[PublishTimings]
     batches: list[Batches]
     codecs: list[Codec]
 
@@ -215,7 +215,7 @@ def _timed(operation: Callable[[], Any], seconds: float) -> Iterator[float]:
 
 def _published(
     learner: WorkerCommunicator, worker: Pipe, megabytes: float, seconds: float
-) -> list[Published]:
+) -> list[PublishTimings]:
     count = max(1, round(megabytes * (1 << 18)))
     random = np.random.default_rng(1)
     weights = {"w": random.standard_normal(count, np.float32)}
@@ -236,7 +236,7 @@ def _published(
             found[compressed].append(once(compressed))
     size = weights["w"].nbytes
     return [
-        Published(compressed, size / (1 << 20), 1e3 * median(taken), size / 1e6 / median(taken))
+        PublishTimings(compressed, size / (1 << 20), 1e3 * median(taken), size / 1e6 / median(taken))
         for compressed, taken in found.items()
     ]
 

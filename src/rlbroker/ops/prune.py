@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from rlbroker.backend.connection import Argument, Connection, Script
+from rlbroker.backend.connection import Argument, Connection
 from rlbroker.backend.keys import Keys, shard_of
+from rlbroker.backend.scripts import Script
 from rlbroker.errors import AccessDenied, PeerError
-from rlbroker.ops.stale_runs import PRUNED, batches, find_leftovers, unused_seconds
+from rlbroker.ops.stale_runs import PRUNED, batches, find_stale_runs, unused_seconds
 
 #: The keys of one worker's batches, in the shard where they are; it need not be one that the run still knows.
 Queue = tuple[str, ...]
@@ -23,71 +24,12 @@ Queue = tuple[str, ...]
 #: Why a run, or a part of it, was kept that had been found dead.
 OPENED: Final = "somebody has opened it just now"
 
-#: Compares hashes with what was read before; ARGV has the number of their fields, then names and values.
-_SAME: Final = """
-    local at = 1
-    local function same(key)
-      local count = tonumber(ARGV[at])
-      local first = at + 1
-      at = at + 1 + 2 * math.max(count, 0)
-      local length = redis.pcall('HLEN', key)
-      if type(length) == 'table' then length = -1 end  -- no hash, then and now
-      if length ~= count then return false end
-      for i = first, at - 1, 2 do
-        if redis.call('HGET', key, ARGV[i]) ~= ARGV[i + 1] then return false end
-      end
-      return true
-    end
-"""
 
-PRUNE_RUN = Script(
-    "prune_run",
-    _SAME
-    + """
-    -- KEYS: workers, meta, the lives of workers that are known, then the run's other keys
-    -- ARGV: number of lives, fields of meta and of each life, number of workers, name of the mark
-    -- Gives 1, or 0 where somebody has used the run meanwhile.
-    at = 2
-    for i = 2, 2 + tonumber(ARGV[1]) do
-      if not same(KEYS[i]) then return 0 end
-    end
-    local count = redis.pcall('SCARD', KEYS[1])
-    if type(count) == 'table' then count = -1 end
-    if count ~= tonumber(ARGV[at]) then return 0 end
-    for _, key in ipairs(KEYS) do redis.call('UNLINK', key) end
-    redis.call('HSET', KEYS[2], 'learner_state', 'ended', ARGV[at + 1], '1')
-    return 1
-    """,
-)
+PRUNE_RUN = Script.load("ops/lua/prune_run.lua")
 
-PRUNE_QUEUE = Script(
-    "prune_queue",
-    _SAME
-    + """
-    -- KEYS: a worker's experiences, counts, epochs, dead and again
-    -- ARGV: fields of counts and of epochs, number of batches that waited
-    -- Gives 1, or 0 where somebody has used the queue meanwhile.
-    if not same(KEYS[2]) or not same(KEYS[3]) then return 0 end
-    local length = redis.pcall('XLEN', KEYS[1])
-    if type(length) == 'table' then length = -1 end
-    if length ~= tonumber(ARGV[at]) then return 0 end
-    for _, key in ipairs(KEYS) do redis.call('UNLINK', key) end
-    return 1
-    """,
-)
+PRUNE_QUEUE = Script.load("ops/lua/prune_queue.lua")
 
-FINISH = Script(
-    "finish_pruning",
-    """
-    -- KEYS: meta
-    -- ARGV: name of the mark
-    -- A learner that has opened the run keeps what it wrote.
-    if redis.call('HLEN', KEYS[1]) == 2 and redis.call('HGET', KEYS[1], ARGV[1]) then
-      return redis.call('UNLINK', KEYS[1])
-    end
-    return 0
-    """,
-)
+FINISH = Script.load("ops/lua/finish_pruning.lua")
 
 
 @dataclass(frozen=True)
@@ -119,8 +61,8 @@ def prune(
     Args:
         connection: way to the server.
         run: its name.
-        names: of its keys, as `find_leftovers` found them; what was added since is left to the next time.
-        older_than_seconds: as `find_leftovers` takes it.
+        names: of its keys, as `find_stale_runs` found them; what was added since is left to the next time.
+        older_than_seconds: as `find_stale_runs` takes it.
         named: whether somebody asked for this run, and not for whatever is dead.
         progress: is told how many keys are deleted.
 
@@ -135,7 +77,7 @@ def prune(
         [("SCARD", keys.workers), *(("HGETALL", name) for name in (keys.meta, *known))]
     )
     used = _use(connection, sorted({tuple(all_of) for name in names if (all_of := keys.queue_beside(name))}))
-    (found,) = find_leftovers(
+    (found,) = find_stale_runs(
         connection, older_than_seconds=older_than_seconds, run=run, named=named, unused=unused
     ) or (None,)
     if found is None:

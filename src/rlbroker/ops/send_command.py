@@ -10,7 +10,7 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import server_seconds, text_fields
 from rlbroker.codec.signing import SigningKey
 from rlbroker.control.commands import Command as Command
-from rlbroker.control.commands import Commander
+from rlbroker.control.commands import CommandSender
 from rlbroker.errors import Fenced, InvalidArgument
 from rlbroker.ops.inspect.runs import learner_silence, learner_state
 from rlbroker.ops.inspect.sent_commands import add_unsettled
@@ -66,7 +66,7 @@ def send_command(
                 f"the learner of {keys.run!r} {why}, and nobody would settle the workers' answers; --force sends the "
                 "command all the same, and workers that live obey it"
             )
-        commander = Commander(connection, keys, epoch=int(meta["epoch"]), key=key)
+        commander = CommandSender(connection, keys, epoch=int(meta["epoch"]), key=key)
         try:
             return commander.send(name, data, worker_ids, expires_seconds=expires_seconds)
         except Fenced:  # another learner has come since we looked

@@ -25,7 +25,7 @@ PRUNED: Final = "pruned"
 
 
 @dataclass(frozen=True)
-class Leftover:
+class StaleRun:
     """One run, and whether it may go.
 
     Attributes:
@@ -50,7 +50,7 @@ class Leftover:
     stored_bytes: int | None
 
 
-def find_leftovers(
+def find_stale_runs(
     connection: Connection,
     *,
     older_than_seconds: float,
@@ -58,7 +58,7 @@ def find_leftovers(
     named: bool = False,
     unused: Mapping[str, float | None] | None = None,
     progress: Callable[[int], None] = lambda count: None,
-) -> list[Leftover]:
+) -> list[StaleRun]:
     """Give the runs on a server, by name, each with whether it may go.
 
     Args:
@@ -98,7 +98,7 @@ def find_leftovers(
                 f"{why}, but the server has just started, and whoever lives may not be back yet",
             )
         found.append(
-            Leftover(
+            StaleRun(
                 run=name,
                 state=state,
                 silent_seconds=silent_seconds,

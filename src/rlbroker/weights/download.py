@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from rlbroker.backend.bulk import ChunkReader, Patience
+from rlbroker.backend.bulk import ChunkReader, ProgressTimeout
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Backoff, Deadline
 from rlbroker.backend.keys import Keys
@@ -22,8 +22,8 @@ from rlbroker.codec.image import ImageFormat
 from rlbroker.codec.limits import Limits
 from rlbroker.codec.signing import NotSigned, SigningKey, chunk_hash
 from rlbroker.errors import ConnectionFailed, WireError
-from rlbroker.weights.image_store import Bytes, Image, Images
-from rlbroker.weights.manifest import Form, Pointer, digest_of, group
+from rlbroker.weights.image_store import Bytes, Image, ImageStore
+from rlbroker.weights.manifest import Manifest, StoredForm, digest_of, group
 
 #: What weights may ask for when they are decoded.
 WEIGHTS_LIMITS: Final = Limits(max_raw_bytes=64 << 30, max_header_bytes=256 << 20)
@@ -66,14 +66,14 @@ class Version:
         return self.weights
 
 
-class Fetcher:
+class Downloader:
     """Fetches versions for one worker; from one thread."""
 
     def __init__(
         self,
         connection: Connection,
         keys: Keys,
-        images: Images,
+        images: ImageStore,
         *,
         key: SigningKey | None = None,
         from_replicas: bool = False,
@@ -101,7 +101,7 @@ class Fetcher:
         self._reader.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def fetch(self, pointer: Pointer, held: Version | None) -> Version:
+    def fetch(self, pointer: Manifest, held: Version | None) -> Version:
         """Give the latest version.
 
         Args:
@@ -130,7 +130,7 @@ class Fetcher:
         except MemoryError as error:
             raise WireError(f"version {pointer.version} needs more memory than there is") from error
 
-    def fetch_arrays(self, path: Sequence[Form], chunk_bytes: int) -> tuple[ImageFormat, Bytes]:
+    def fetch_arrays(self, path: Sequence[StoredForm], chunk_bytes: int) -> tuple[ImageFormat, Bytes]:
         """Give the image of a version, checked as for a worker, for who makes no tree of it: no torch is needed.
 
         Args:
@@ -157,7 +157,7 @@ class Fetcher:
         self._fill(path, formats, chunk_bytes, array, None, small)
         return formats[-1], array
 
-    def _find_or_download(self, pointer: Pointer, held: Version | None) -> Version:
+    def _find_or_download(self, pointer: Manifest, held: Version | None) -> Version:
         name = pointer.latest.name_of_image(self._key, self._keys.run)
         version = self._find(pointer, name)
         patience, backoff = Deadline(PATIENCE_SECONDS), Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
@@ -174,13 +174,13 @@ class Fetcher:
                 version = self._find(pointer, name)
         return version
 
-    def _find(self, pointer: Pointer, name: str) -> Version | None:
+    def _find(self, pointer: Manifest, name: str) -> Version | None:
         image = self._images.find(name, pointer.raw_bytes)
         if image is None:
             return None
         return Version(pointer.version, image, ImageFormat(image.header, WEIGHTS_LIMITS))
 
-    def _download(self, pointer: Pointer, held: Version | None, name: str) -> Version:
+    def _download(self, pointer: Manifest, held: Version | None, name: str) -> Version:
         path = pointer.path(held.number if held else 0)
         small = self._small(path)
         headers = [self._header(form, small) for form in path]
@@ -201,7 +201,7 @@ class Fetcher:
 
     def _fill(
         self,
-        path: Sequence[Form],
+        path: Sequence[StoredForm],
         formats: Sequence[ImageFormat],
         chunk_bytes: int,
         array: Bytes,
@@ -213,7 +213,7 @@ class Fetcher:
             self._decode(form, image_format, chunk_bytes, array, before, small)
             before = array
 
-    def _small(self, path: Sequence[Form]) -> dict[str, bytes]:
+    def _small(self, path: Sequence[StoredForm]) -> dict[str, bytes]:
         """Fetch what is small in one round trip, and of the rest the headers; by key."""
         wanted = [
             key
@@ -222,7 +222,7 @@ class Fetcher:
         ]
         return self._reader.values(wanted)
 
-    def _header(self, form: Form, small: dict[str, bytes]) -> bytes:
+    def _header(self, form: StoredForm, small: dict[str, bytes]) -> bytes:
         header = small.get(self._keys.chunk(form.upload, 0))
         if header is None:
             raise WireError(f"chunk 0 of {form.chunks} is gone")
@@ -234,7 +234,7 @@ class Fetcher:
 
     def _decode(
         self,
-        form: Form,
+        form: StoredForm,
         image_format: ImageFormat,
         chunk_bytes: int,
         array: Bytes,
@@ -279,7 +279,7 @@ class Fetcher:
 
     def _chunks(
         self,
-        form: Form,
+        form: StoredForm,
         image_format: ImageFormat,
         layout: Sequence[range],
         array: Bytes,
@@ -315,7 +315,7 @@ class Fetcher:
         self, chunks: list[tuple[str, memoryview]], ranges: list[range]
     ) -> Iterator[tuple[range, memoryview]]:
         """Receive chunks; once a server that went away answers again, go on with the first that is missing."""
-        done, patience = 0, Patience(self._connection)
+        done, patience = 0, ProgressTimeout(self._connection)
         while done < len(chunks):
             begin = done
             try:
@@ -333,7 +333,7 @@ class Fetcher:
 
 
 def _decode_checked(
-    form: Form,
+    form: StoredForm,
     number: int,
     image_format: ImageFormat,
     indices: range,
@@ -349,7 +349,7 @@ def _decode_checked(
         data = data[size:]
 
 
-def check_hash(form: Form, number: int, data: bytes | memoryview) -> None:
+def check_hash(form: StoredForm, number: int, data: bytes | memoryview) -> None:
     """Check that a chunk is the one that is signed; NotSigned if it is another."""
     if chunk_hash([data]) != form.hash_of(number):
         raise NotSigned(f"chunk {number} of version {form.version} is not what its signature speaks of")

@@ -33,7 +33,7 @@ class Staged:
         plan.fill(array)
 
 
-class Staging:
+class GpuCopy:
     """Pinned memory, kept from one version to the next."""
 
     def __init__(self) -> None:

@@ -54,7 +54,7 @@ class Draft:
             self._shared.abandon()
 
 
-class Images:
+class ImageStore:
     """The images of one run, for one process."""
 
     def __init__(self, run: str, directory: Path | None) -> None:

@@ -32,7 +32,7 @@ _NAME: Final = re.compile("[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
-class Form:
+class StoredForm:
     """One way in which a version is stored. Chunk 0 holds the header, chunks 1 to `chunks` its segments.
 
     Attributes:
@@ -109,7 +109,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Pointer:
+class Manifest:
     """The commit of one version.
 
     Attributes:
@@ -123,13 +123,13 @@ class Pointer:
         dropped: what was there before and is to expire.
     """
 
-    latest: Form
-    others: tuple[Form, ...]
+    latest: StoredForm
+    others: tuple[StoredForm, ...]
     raw_bytes: int
     chunk_bytes: int
     codec: str
     published: float
-    dropped: tuple[Form, ...] = ()
+    dropped: tuple[StoredForm, ...] = ()
 
     @property
     def version(self) -> int:
@@ -157,12 +157,12 @@ class Pointer:
         return self.latest.stored_bytes
 
     @property
-    def forms(self) -> tuple[Form, ...]:
+    def forms(self) -> tuple[StoredForm, ...]:
         """Everything that is stored and must stay."""
         return (*self.others, self.latest)
 
     @property
-    def new_forms(self) -> tuple[Form, ...]:
+    def new_forms(self) -> tuple[StoredForm, ...]:
         """How the latest version is stored: as `latest`, and perhaps as a whole too."""
         return tuple(form for form in self.forms if form.version == self.version)
 
@@ -227,7 +227,7 @@ class Pointer:
             latest = ("version", "base", "upload", "chunks", "stored_bytes", "digest")
             signatures = _signatures(found.get("signatures", ""))
             pointer = cls(
-                latest=_with(signatures, Form.from_text(":".join(found[name] for name in latest))),
+                latest=_with(signatures, StoredForm.from_text(":".join(found[name] for name in latest))),
                 others=tuple(_with(signatures, form) for form in _forms(found["others"])),
                 raw_bytes=int(found["raw_bytes"]),
                 chunk_bytes=int(found["chunk_bytes"]),
@@ -241,7 +241,7 @@ class Pointer:
         except (KeyError, ValueError) as error:
             raise WireError(f"the pointer to the latest weights cannot be read: {error!r}") from error
 
-    def path(self, held: int = 0) -> list[Form]:
+    def path(self, held: int = 0) -> list[StoredForm]:
         """Give what to download and apply, in order, to come to the latest version with the fewest bytes.
 
         Args:
@@ -253,13 +253,13 @@ class Pointer:
         return cheapest_path(self.forms, self.version, held)
 
 
-def cheapest_path(forms: Iterable[Form], version: int, held: int = 0) -> list[Form]:
-    """Give what to download and apply, in order, to come to a version with the fewest bytes; see `Pointer.path`.
+def cheapest_path(forms: Iterable[StoredForm], version: int, held: int = 0) -> list[StoredForm]:
+    """Give what to download and apply, in order, to come to a version with the fewest bytes; see `Manifest.path`.
 
     Raises:
         WireError: no way leads there.
     """
-    ways: dict[int, tuple[int, list[Form]]] = {0: (0, []), held: (0, [])}
+    ways: dict[int, tuple[int, list[StoredForm]]] = {0: (0, []), held: (0, [])}
     for form in sorted(forms, key=lambda form: form.version):
         if form.base in ways and form.version != held:
             bytes_before, before = ways[form.base]
@@ -270,7 +270,9 @@ def cheapest_path(forms: Iterable[Form], version: int, held: int = 0) -> list[Fo
     return ways[version][1]
 
 
-def kept(latest: Form, whole: Form | None, before: Sequence[Form]) -> tuple[Form, ...]:
+def kept(
+    latest: StoredForm, whole: StoredForm | None, before: Sequence[StoredForm]
+) -> tuple[StoredForm, ...]:
     """Choose what else stays stored once `latest` is published.
 
     From the newest full version on everything is needed. Of the deltas that lead there, those stay that together
@@ -298,7 +300,7 @@ def kept(latest: Form, whole: Form | None, before: Sequence[Form]) -> tuple[Form
     return tuple(sorted(found, key=lambda form: form.version))
 
 
-def needs_whole(latest: Form, before: Sequence[Form]) -> bool:
+def needs_whole(latest: StoredForm, before: Sequence[StoredForm]) -> bool:
     """Whether a version that is stored as a difference is due to be stored as a whole too.
 
     That is so once the differences since the last whole one are many, or twice as large together as it is: a new
@@ -344,13 +346,13 @@ def _signatures(text: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _with(signatures: Mapping[str, tuple[str, str]], form: Form) -> Form:
+def _with(signatures: Mapping[str, tuple[str, str]], form: StoredForm) -> StoredForm:
     signature, hashes = signatures.get(form.upload, ("", ""))
     return replace(form, signature=signature, hashes=hashes) if signature else form
 
 
-def _forms(text: str) -> tuple[Form, ...]:
+def _forms(text: str) -> tuple[StoredForm, ...]:
     words = text.split(" ") if text else []
     if len(words) > _MAX_FORMS:
         raise ValueError(f"{len(words)} stored forms")
-    return tuple(Form.from_text(word) for word in words)
+    return tuple(StoredForm.from_text(word) for word in words)

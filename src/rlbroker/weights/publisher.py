@@ -18,18 +18,19 @@ from typing import Any, Final, Self
 
 import xxhash
 
-from rlbroker.backend.connection import LEADER_ONLY, Channel, Connection, Script, flat
+from rlbroker.backend.connection import Channel, Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import text_fields, whole_number
+from rlbroker.backend.scripts import Script
 from rlbroker.codec.image import ImagePlan
 from rlbroker.codec.signing import SigningKey, chunk_hash
 from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, ServerOutOfMemory, WireError
 from rlbroker.metrics.counters import Metrics
 from rlbroker.types import Published, PublishReceipt
-from rlbroker.weights.gpu_copy import Staged, Staging
-from rlbroker.weights.image_store import Bytes, Draft, Image, Images
-from rlbroker.weights.manifest import CHUNK_BYTES, Form, Pointer, kept, needs_whole
+from rlbroker.weights.gpu_copy import GpuCopy, Staged
+from rlbroker.weights.image_store import Bytes, Draft, Image, ImageStore
+from rlbroker.weights.manifest import CHUNK_BYTES, Manifest, StoredForm, kept, needs_whole
 from rlbroker.weights.retention import Retention
 from rlbroker.weights.upload import Base, Pieces, Stored, Uploader
 
@@ -56,29 +57,7 @@ _LIKELY_VERSION: Final = 10**9
 #: How many versions' times of publication are remembered.
 TIMES_KEPT: Final = 10_000
 
-COMMIT = Script(
-    "commit",
-    LEADER_ONLY
-    + """
-    -- KEYS: meta, weights, control, notify channel
-    -- ARGV: epoch, version, upload, upload and version of what somebody else wrote there and does not count,
-    --       then field and value pairs of the pointer
-    local latest = redis.call('HMGET', KEYS[2], 'upload', 'version')
-    if (latest[1] or '') == ARGV[4] and (latest[2] or '') == ARGV[5] then latest = {} end
-    if latest[1] == ARGV[3] then
-      return 'committed'  -- before; the reply was lost
-    end
-    -- What workers saw on a server that lost it, and what an earlier try of ours came through with after all.
-    local floor = tonumber(redis.call('HGET', KEYS[1], 'version_floor') or '0') or 0
-    if math.max(floor, tonumber(latest[2] or '0') or math.huge) >= tonumber(ARGV[2]) then
-      return 'taken'
-    end
-    redis.call('HSET', KEYS[2], unpack(ARGV, 6))
-    redis.call('XADD', KEYS[3], '*', 'event', 'version', 'version', ARGV[2])
-    redis.call('PUBLISH', KEYS[4], ARGV[2])
-    return 'committed'
-    """,
-)
+COMMIT = Script.load("weights/lua/commit.lua")
 
 
 @dataclass(frozen=True)
@@ -108,7 +87,7 @@ class Publisher:
         keys: Keys,
         *,
         epoch: int,
-        images: Images | None = None,
+        images: ImageStore | None = None,
         metrics: Metrics | None = None,
         key: SigningKey | None = None,
         segment_bytes: int = SEGMENT_BYTES,
@@ -131,14 +110,14 @@ class Publisher:
         """
         self._connection, self._keys, self._epoch = connection, keys, epoch
         self._segment_bytes, self._chunk_bytes = segment_bytes, chunk_bytes
-        self._images = images or Images(keys.run, None)
+        self._images = images or ImageStore(keys.run, None)
         self._metrics = metrics or Metrics()
         self._key = key
         #: Upload and version of the pointer that was refused last: another one than ours is there.
         self._refused = (b"-", b"-")
         #: What a run that nobody signed had stored when it was opened: it is to expire.
-        self._unsigned: tuple[Form, ...] = ()
-        self._staging = Staging()
+        self._unsigned: tuple[StoredForm, ...] = ()
+        self._staging = GpuCopy()
         self._lock = threading.Lock()
         #: What was sent last without waiting.
         self._under_way: Future[Published] = Future()
@@ -159,7 +138,7 @@ class Publisher:
             metrics=self._metrics,
             hashes=key is not None,
         )
-        self._latest: Pointer | None = None
+        self._latest: Manifest | None = None
         self._published: dict[int, float] = {}
         #: What each chunk consists of that is stored and must stay, by upload.
         self._chunks: dict[str, Sequence[Pieces]] = {}
@@ -348,7 +327,7 @@ class Publisher:
         compression: bool,
         base: Base | None,
         deadline: Deadline | None = None,
-    ) -> Pointer:
+    ) -> Manifest:
         """Store an image and commit it as the latest version; hold it from then on."""
         for _ in range(_TRIES):
             pointer, stored, full_ratio = self._store(plan, draft.array, compression, base, deadline)
@@ -370,7 +349,7 @@ class Publisher:
 
     def _store(
         self, plan: ImagePlan, array: Bytes, compression: bool, base: Base | None, deadline: Deadline | None
-    ) -> tuple[Pointer, Stored, float]:
+    ) -> tuple[Manifest, Stored, float]:
         """Store an image, as a difference if that pays; and as a whole too, once many differences have come."""
         before = self._latest.forms if self._latest else ()
         store = partial(self._uploader.store, plan, array, compression=compression, deadline=deadline)
@@ -389,7 +368,7 @@ class Publisher:
             full_ratio = whole.form.stored_bytes / max(1, plan.raw_bytes)
         self._chunks[stored.form.upload] = stored.chunks
         others = kept(stored.form, whole.form if whole and whole is not stored else None, before)
-        pointer = Pointer(
+        pointer = Manifest(
             latest=stored.form,
             others=others,
             raw_bytes=plan.raw_bytes,
@@ -400,10 +379,10 @@ class Publisher:
         )
         return self._signed(pointer), stored, full_ratio
 
-    def _signed(self, pointer: Pointer) -> Pointer:
+    def _signed(self, pointer: Manifest) -> Manifest:
         return pointer.signed(self._key, self._keys.run) if self._key else pointer
 
-    def _commit(self, pointer: Pointer, held: _Held, deadline: Deadline | None) -> Pointer:
+    def _commit(self, pointer: Manifest, held: _Held, deadline: Deadline | None) -> Manifest:
         """Make what is stored the next version; give the pointer with its number."""
         for _ in range(_COMMITS):
             done = self._connection.retry(partial(self._try_commit, pointer, held), deadline)
@@ -428,14 +407,14 @@ class Publisher:
         )
         return pointer
 
-    def _discard(self, pointer: Pointer) -> None:
+    def _discard(self, pointer: Manifest) -> None:
         """Delete what was stored for a version that did not come to be; a full server needs the room."""
         if self._unsure is not None and self._unsure[0] == pointer.upload:
             return  # an earlier try may have been done after all
         for form in pointer.new_forms:
             self._uploader.discard(form.upload, form.chunks)
 
-    def _try_commit(self, pointer: Pointer, held: _Held) -> Any:
+    def _try_commit(self, pointer: Manifest, held: _Held) -> Any:
         """Commit over the connection on which every chunk was seen: a server may have lost some meanwhile.
 
         On a Cluster others have the chunks. If one loses some after this look, workers say that they are gone.
@@ -489,7 +468,7 @@ class Publisher:
             )
         return seen
 
-    def _adopt(self, pointer: Pointer) -> None:
+    def _adopt(self, pointer: Manifest) -> None:
         """Take a pointer for the latest; what it no longer names is to expire."""
         self._retention.adopt(pointer, self._latest.forms if self._latest else ())
         names = {form.upload for form in pointer.forms}
@@ -500,7 +479,7 @@ class Publisher:
         if len(self._published) > TIMES_KEPT:
             del self._published[next(iter(self._published))]
 
-    def _is_damaged(self, pointer: Pointer, *, compare: bool) -> bool:
+    def _is_damaged(self, pointer: Manifest, *, compare: bool) -> bool:
         """Whether a chunk is missing or, as far as its size or its digest tells, is not what was stored."""
         expected = [
             pair
@@ -525,7 +504,7 @@ class Publisher:
         self._attempt += 1
         return f"{self.last_used + 1}-{self._epoch}-{self._attempt}"
 
-    def _read_pointer(self, *, opening: bool = False) -> Pointer | None:
+    def _read_pointer(self, *, opening: bool = False) -> Manifest | None:
         """Give what the server names as the latest version; with a key, only what was signed with it.
 
         What others wrote there counts for nothing, and the next version replaces it, whatever its number. Only if
@@ -533,10 +512,10 @@ class Publisher:
         """
         fields = text_fields(self._connection.execute("HGETALL", self._keys.weights))
         if self._key is None:
-            return Pointer.from_fields(fields)
-        pointer: Pointer | None = None
+            return Manifest.from_fields(fields)
+        pointer: Manifest | None = None
         try:
-            pointer = Pointer.from_fields(fields)
+            pointer = Manifest.from_fields(fields)
             if pointer is not None:
                 pointer.check(self._key, self._keys.run)
             return pointer
@@ -551,7 +530,7 @@ class Publisher:
         return None
 
 
-def _stored_bytes(pointer: Pointer) -> int:
+def _stored_bytes(pointer: Manifest) -> int:
     """Give what a version took to store: as a difference, as a whole, or both."""
     return sum(form.stored_bytes for form in pointer.new_forms)
 

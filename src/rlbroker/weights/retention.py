@@ -12,7 +12,7 @@ from rlbroker.backend.connection import Argument, Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.errors import ConnectionFailed
-from rlbroker.weights.manifest import Form, Pointer
+from rlbroker.weights.manifest import Manifest, StoredForm
 
 logger = logging.getLogger("rlbroker")
 
@@ -30,12 +30,12 @@ class Retention:
         """Begin with nothing to do."""
         self._connection, self._keys = connection, keys
         self._latest = ""
-        self._to_keep: dict[str, Form] = {}
-        self._to_expire: dict[str, Form] = {}
+        self._to_keep: dict[str, StoredForm] = {}
+        self._to_expire: dict[str, StoredForm] = {}
         #: What is superseded, and since when.
-        self._superseded: deque[tuple[Form, float]] = deque()
+        self._superseded: deque[tuple[StoredForm, float]] = deque()
 
-    def adopt(self, pointer: Pointer, before: Sequence[Form]) -> None:
+    def adopt(self, pointer: Manifest, before: Sequence[StoredForm]) -> None:
         """Take note that a pointer is the latest: what it names is to stay, and what was there before to expire."""
         names = {form.upload for form in pointer.forms}
         gone = {form.upload: form for form in (*before, *pointer.dropped) if form.upload not in names}
@@ -79,7 +79,7 @@ class Retention:
         self._unlink(keep_bytes=0)
         return True
 
-    def chunk_keys(self, form: Form) -> list[str]:
+    def chunk_keys(self, form: StoredForm) -> list[str]:
         """Give the keys of a form's header and chunks."""
         return self._keys.upload(form.upload, form.chunks)
 

@@ -18,14 +18,14 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import number_in, text_fields, whole_number
-from rlbroker.backend.threads import Background
+from rlbroker.backend.threads import BackgroundThread
 from rlbroker.backend.unreadable import answered
 from rlbroker.codec.signing import NotSigned, SigningKey
 from rlbroker.errors import ConnectionFailed, WireError
-from rlbroker.membership.run_size import Crowd
-from rlbroker.weights.download import Fetcher, Version
-from rlbroker.weights.image_store import Images
-from rlbroker.weights.manifest import Pointer
+from rlbroker.membership.run_size import RunSize
+from rlbroker.weights.download import Downloader, Version
+from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.manifest import Manifest
 
 logger = logging.getLogger("rlbroker")
 
@@ -69,11 +69,11 @@ class Subscriber:
         self,
         connection: Connection,
         keys: Keys,
-        images: Images | None = None,
+        images: ImageStore | None = None,
         *,
         key: SigningKey | None = None,
         from_replicas: bool = False,
-        crowd: Callable[[], Crowd] = Crowd,
+        crowd: Callable[[], RunSize] = RunSize,
     ) -> None:
         """Prepare a subscriber; nothing is read yet.
 
@@ -88,8 +88,8 @@ class Subscriber:
         self._connection, self._keys, self._key = connection, keys, key
         self._crowd, self._host, self._name = crowd, socket.gethostname(), uuid.uuid4().hex
         self._turn: Deadline | None = None  #: when to fetch, where that was put off
-        self._last: Pointer | None = None  #: to what was fetched last
-        self._images = images or Images(keys.run, None)
+        self._last: Manifest | None = None  #: to what was fetched last
+        self._images = images or ImageStore(keys.run, None)
         self._pubsub: redis.client.PubSub | None = None
         self._next_ping, self._answered = Deadline(0), True
         self._hinted = 0
@@ -100,8 +100,8 @@ class Subscriber:
         self._problem = ""
         self._updates: list[Update] = []
         self._arrived = threading.Condition()
-        self._thread = Background(f"weights of {keys.run!r}", self._step)
-        self._fetcher = Fetcher(
+        self._thread = BackgroundThread(f"weights of {keys.run!r}", self._step)
+        self._fetcher = Downloader(
             connection,
             keys,
             self._images,
@@ -220,7 +220,7 @@ class Subscriber:
             pubsub.subscribe(self._keys.notify)
         except redis_errors.RedisError as error:
             pubsub.close()
-            raise self._connection.ours(error) from error
+            raise self._connection.to_rlbroker_error(error) from error
         self._pubsub = pubsub
         self._next_ping, self._answered = Deadline(PING_SECONDS), True
 
@@ -238,7 +238,7 @@ class Subscriber:
         except (redis_errors.RedisError, OSError) as error:
             self._unsubscribe()
             if isinstance(error, redis_errors.RedisError):
-                raise self._connection.ours(error) from error
+                raise self._connection.to_rlbroker_error(error) from error
             raise
         if message is not None:
             self._answered = True
@@ -302,7 +302,7 @@ class Subscriber:
         self._held = version if pointer.codec != "raw" else None  # raw versions are never differences
         self._hand_over(Update(pointer.version, version), pointer.upload)
 
-    def _put_off(self, version: int, like: Pointer) -> bool:
+    def _put_off(self, version: int, like: Manifest) -> bool:
         """Have a version fetched later, if so many want it that they must take turns; give whether that is so.
 
         Until then the server is asked for nothing, not for its pointer either: one that is known will be like it.
@@ -317,15 +317,15 @@ class Subscriber:
         """Give the number of the latest version, 0 before the first; None if what is there is no number."""
         return number_in(self._connection.execute("HGET", self._keys.weights, "version"))
 
-    def _read_pointer(self) -> Pointer | None:
+    def _read_pointer(self) -> Manifest | None:
         """Give what the server names as the latest version; see over which shards its chunks are spread."""
         asked = [("HGETALL", self._keys.weights), ("HGET", self._keys.meta, "shards")]
         fields, shards = answered(self._connection.ask(asked))
         if shards is not None:
             self._keys.spread(shards.decode("ascii", "replace"))
-        return Pointer.from_fields(text_fields(fields))
+        return Manifest.from_fields(text_fields(fields))
 
-    def _check(self, pointer: Pointer) -> None:
+    def _check(self, pointer: Manifest) -> None:
         """Check that a learner with our key has published this; note that it did."""
         if self._key:
             pointer.check(self._key, self._keys.run)
@@ -338,7 +338,7 @@ class Subscriber:
                 self._keys.run,
             )
 
-    def _refuse(self, pointer: Pointer, problem: str) -> None:
+    def _refuse(self, pointer: Manifest, problem: str) -> None:
         """Say that somebody else has published this; what the learner publishes may have a lower number."""
         self._problem = f"version {pointer.version}: {problem}"
         self._hinted = self._handled
@@ -354,7 +354,7 @@ class Subscriber:
                 )
             self._arrived.notify_all()
 
-    def _failed(self, pointer: Pointer, problem: str, *, refused: bool) -> None:
+    def _failed(self, pointer: Manifest, problem: str, *, refused: bool) -> None:
         if self._thread.stopping:
             return
         self._problem = f"version {pointer.version}: {problem}"

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from rlbroker.backend.bulk import ChunkWriter, Patience
+from rlbroker.backend.bulk import ChunkWriter, ProgressTimeout
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
@@ -26,7 +26,7 @@ from rlbroker.codec.image import EncodedSegment, ImagePlan
 from rlbroker.codec.signing import chunk_hash
 from rlbroker.errors import ConnectionFailed, PeerError, ServerOutOfMemory
 from rlbroker.metrics.counters import Metrics
-from rlbroker.weights.manifest import Form, digest_of
+from rlbroker.weights.manifest import StoredForm, digest_of
 
 #: Segments that may be encoded ahead of sending; bounds the memory that publishing takes.
 SEGMENTS_AHEAD: Final = 8
@@ -74,7 +74,7 @@ class Stored:
         chunks: what each chunk consists of, the header's first.
     """
 
-    form: Form
+    form: StoredForm
     header: bytes
     digests: Sequence[int]
     chunks: Sequence[Pieces]
@@ -217,7 +217,7 @@ class Uploader:
                 self.discard(upload, len(made.sent))
             raise
         *chunks, header = made.sent
-        form = Form(
+        form = StoredForm(
             version=version,
             base=base.version if base else 0,
             upload=upload,
@@ -283,7 +283,7 @@ class Uploader:
                 unconfirmed.append(chunk)
                 yield chunk
 
-        fresh, patience = noted(), Patience(self._connection, deadline)
+        fresh, patience = noted(), ProgressTimeout(self._connection, deadline)
         try:
             while True:
                 try:

@@ -63,14 +63,14 @@ def acl(
 
     Example: rlbroker acl --run pong --workers 50 --secrets pong.secrets --server-version 7.0 > users.acl
     """
-    from rlbroker.config import DEFAULT_RUN, redis_url, way_of
+    from rlbroker.config import DEFAULT_RUN, parse_endpoint, redis_url
     from rlbroker.errors import InvalidArgument
     from rlbroker.ops.acl import READ_ONLY_KEYS, acl_file, set_user_commands, users
 
     if secrets_folder is None and not session.as_json:
         raise InvalidArgument("--secrets names a folder for the passwords, such as --secrets pong.secrets")
     version = _numbers(server_version) if server_version else _version_of(session)
-    kind = way_of(redis_url(session.url)).kind
+    kind = parse_endpoint(redis_url(session.url)).kind
     cluster |= kind == "cluster" or (not server_version and session.connection.servers.several)
     found = users(
         session.named_run or DEFAULT_RUN, workers=workers, shared=shared, version=version, cluster=cluster

@@ -10,7 +10,7 @@ from rlbroker.ops.cli.formatting import age, counted, plain, seconds_of, the_sam
 from rlbroker.ops.cli.session import Session, with_session
 
 if TYPE_CHECKING:
-    from rlbroker.ops.inspect.findings import Limits
+    from rlbroker.ops.inspect.findings import FindingLimits
 
 #: What monitoring plugins end with.
 OK, WARNING, CRITICAL, UNKNOWN = range(4)
@@ -60,14 +60,14 @@ def check(
     Example: rlbroker check --run pong --staleness 20 --min-workers 8
     """
     from rlbroker.errors import InvalidArgument, RlbrokerError
-    from rlbroker.ops.inspect.findings import Limits
+    from rlbroker.ops.inspect.findings import FindingLimits
 
     if of_self:
         raise typer.Exit(_check_self(session, strict=strict))
     if strict:
         raise InvalidArgument("--strict needs --self")
     try:
-        code = _check(session, Limits(staleness, queue, min_workers), max_missed, since or 3600.0)
+        code = _check(session, FindingLimits(staleness, queue, min_workers), max_missed, since or 3600.0)
     except RlbrokerError as error:
         code = UNKNOWN
         _show_unknown(session, error)
@@ -122,7 +122,7 @@ def _check_self(session: Session, *, strict: bool) -> int:
     return code
 
 
-def _check(session: Session, limits: Limits, max_missed: int | None, since: float) -> int:
+def _check(session: Session, limits: FindingLimits, max_missed: int | None, since: float) -> int:
 
     from rlbroker.ops.inspect.findings import Finding, find, gather
     from rlbroker.ops.inspect.missed_updates import read_missed

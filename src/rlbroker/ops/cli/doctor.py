@@ -11,7 +11,7 @@ from rlbroker.ops.cli.formatting import counted, plain
 from rlbroker.ops.cli.session import Session, with_session
 
 if TYPE_CHECKING:
-    from rlbroker.ops.doctor.diagnosis import Examination
+    from rlbroker.ops.doctor.diagnosis import Diagnosis
 
 #: Exit code, mark and colour of each state.
 _CODES = {"ok": OK, "unknown": OK, "warning": WARNING, "critical": CRITICAL}
@@ -41,10 +41,10 @@ def doctor(session: Session) -> None:
 def _examine(session: Session) -> int:
     from dataclasses import asdict
 
-    from rlbroker.ops.doctor.diagnosis import examine
+    from rlbroker.ops.doctor.diagnosis import diagnose
 
     with session.in_time():
-        found = examine(session.connection, _run(session))
+        found = diagnose(session.connection, _run(session))
     if session.as_json:
         points = [asdict(one) for one in found.points]
         session.show_json({"server": found.server, "run": found.run, "state": found.state, "points": points})
@@ -72,7 +72,7 @@ def _run(session: Session) -> str | None:
     return None
 
 
-def _show(session: Session, found: Examination) -> None:
+def _show(session: Session, found: Diagnosis) -> None:
     of = f" and the run {found.run}" if found.run else ""
     session.console.print(f"{found.server}{of}")
     width = max(len(one.code) for one in found.points)

@@ -15,7 +15,7 @@ from rlbroker.ops.cli.session import Session, with_session
 if TYPE_CHECKING:
     from http.server import ThreadingHTTPServer
 
-    from rlbroker.ops.exporter.collector import Exposition
+    from rlbroker.ops.exporter.collector import MetricsCollector
 
 logger = logging.getLogger("rlbroker")
 
@@ -54,7 +54,7 @@ def exporter(
     from rlbroker.errors import UsageError
 
     try:
-        from rlbroker.ops.exporter.collector import Exposition
+        from rlbroker.ops.exporter.collector import MetricsCollector
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "prometheus_client":
             raise
@@ -65,7 +65,9 @@ def exporter(
         run_name(run)
     connection = Connection(session.url, timeout_seconds=session.timeout)
     try:
-        exposition = Exposition(connection, version=__version__, run=run, timeout_seconds=session.timeout)
+        exposition = MetricsCollector(
+            connection, version=__version__, run=run, timeout_seconds=session.timeout
+        )
         with _server(bind, port, exposition) as server:
             host, bound = server.server_address[:2]
             print(f"http://{f'[{host!s}]' if ':' in str(host) else host!s}:{bound}{PATH}", flush=True)
@@ -80,7 +82,7 @@ def exporter(
         connection.close()
 
 
-def _server(bind: str, port: int, exposition: Exposition) -> ThreadingHTTPServer:
+def _server(bind: str, port: int, exposition: MetricsCollector) -> ThreadingHTTPServer:
     """Give a web server that listens.
 
     Raises:
@@ -107,7 +109,7 @@ def _server(bind: str, port: int, exposition: Exposition) -> ThreadingHTTPServer
             except DeadlineExceeded as error:  # nothing was sent yet
                 self.send_error(503, str(error))
 
-    class Server(ThreadingHTTPServer):
+    class MetricsServer(ThreadingHTTPServer):
         daemon_threads = True
 
         def server_bind(self) -> None:
@@ -124,7 +126,7 @@ def _server(bind: str, port: int, exposition: Exposition) -> ThreadingHTTPServer
     Handler.registry.register(exposition)
     try:
         family, *_, address = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM)[0]
-        Server.address_family = family
-        return Server((str(address[0]), port), Handler)
+        MetricsServer.address_family = family
+        return MetricsServer((str(address[0]), port), Handler)
     except OSError as error:
         raise InvalidArgument(f"cannot listen on {bind} port {port}: {error.strerror or error}") from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from rlbroker.ops.cli.top_table import COLUMNS, SORTS
-from rlbroker.ops.inspect.watch import View, WorkerLine
+from rlbroker.ops.inspect.watch import RunView, WorkerLine
 
 #: How often to look can be chosen from these, seconds.
 INTERVALS: Final = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -110,7 +110,7 @@ def _other_interval(seconds: float, *, faster: bool) -> float:
     return min((one for one in INTERVALS if one > seconds), default=max(seconds, INTERVALS[-1]))
 
 
-def chosen(view: View, state: State) -> list[WorkerLine]:
+def chosen(view: RunView, state: State) -> list[WorkerLine]:
     """Give the workers that are to be shown, in order."""
     found = [
         line

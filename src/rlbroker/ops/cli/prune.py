@@ -13,7 +13,7 @@ from rlbroker.ops.cli.session import EXIT_NOT_FOUND, Session, with_session
 
 if TYPE_CHECKING:
     from rlbroker.ops.prune import Pruned
-    from rlbroker.ops.stale_runs import Leftover
+    from rlbroker.ops.stale_runs import StaleRun
 
 #: How long nobody of a run must have been heard of, unless it is said otherwise.
 OLDER_THAN_SECONDS = 3600.0
@@ -41,10 +41,10 @@ def prune(
     Example: rlbroker prune --dry-run
     """
     from rlbroker.ops.inspect.runs import choose_run
-    from rlbroker.ops.stale_runs import find_leftovers
+    from rlbroker.ops.stale_runs import find_stale_runs
 
     seconds, run = OLDER_THAN_SECONDS if older_than is None else older_than, session.asked_run
-    found = find_leftovers(
+    found = find_stale_runs(
         session.connection,
         older_than_seconds=seconds,
         run=run,
@@ -68,7 +68,7 @@ def prune(
         raise typer.Exit(EXIT_NOT_FOUND)
 
 
-def _show(session: Session, found: list[Leftover], dead: list[Leftover]) -> None:
+def _show(session: Session, found: list[StaleRun], dead: list[StaleRun]) -> None:
     for one in found:
         if not one.dead:
             session.say(f"kept: {one.run}, as {one.why}{_silent(one)}")
@@ -92,11 +92,11 @@ def _show(session: Session, found: list[Leftover], dead: list[Leftover]) -> None
     )
 
 
-def _silent(one: Leftover) -> str:
+def _silent(one: StaleRun) -> str:
     return "" if one.silent_seconds is None or "live" in one.why else f" ({age(one.silent_seconds)})"
 
 
-def _agreed(session: Session, dead: list[Leftover], *, yes: bool) -> bool:
+def _agreed(session: Session, dead: list[StaleRun], *, yes: bool) -> bool:
     from rlbroker.errors import InvalidArgument
 
     if yes:
@@ -108,7 +108,7 @@ def _agreed(session: Session, dead: list[Leftover], *, yes: bool) -> bool:
 
 
 def _delete(
-    session: Session, dead: list[Leftover], older_than_seconds: float, *, named: bool
+    session: Session, dead: list[StaleRun], older_than_seconds: float, *, named: bool
 ) -> dict[str, Pruned]:
     from rlbroker.ops.prune import prune as prune_run
 
@@ -144,7 +144,7 @@ def _lines(session: Session, what: str) -> Callable[[int], None]:
     return progress
 
 
-def _json(one: Leftover, done: Pruned | None) -> dict[str, object]:
+def _json(one: StaleRun, done: Pruned | None) -> dict[str, object]:
     return {
         "run": one.run,
         "state": one.state,

@@ -32,14 +32,14 @@ def report(
     Example: rlbroker report --run pong --output pong.html
     """
     from rlbroker.errors import InvalidArgument
-    from rlbroker.ops.inspect.timeline import read_course
+    from rlbroker.ops.inspect.timeline import read_timeline
     from rlbroker.ops.report import require_extras
 
     if not session.as_json:
         require_extras()
         _check(output)
     with session.in_time():
-        course = read_course(session.connection, session.run, span_seconds=since)
+        course = read_timeline(session.connection, session.run, span_seconds=since)
     if session.as_json:
         session.show_json(course.to_json())
         return

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rlbroker.backend.deadline import within
     from rlbroker.backend.keys import Keys
     from rlbroker.codec.signing import SigningKey
-    from rlbroker.config import Way
+    from rlbroker.config import Endpoint
 
 logger = logging.getLogger("rlbroker")
 
@@ -218,18 +218,18 @@ class Session:
         from urllib.parse import unquote, urlsplit
 
         from rlbroker.config import (
+            parse_endpoint,
             redacted_url,
             redis_password,
             redis_url,
             redis_username,
             url_variable,
             url_was_typed,
-            way_of,
         )
 
         url, variable = redis_url(self.url), url_variable()
         administrator = any(word in f" {command}" for word in (" ACL ", " SENTINEL "))
-        way = way_of(url)
+        way = parse_endpoint(url)
         parts = urlsplit(way.url)
         in_shell = variable and not self.url and not url_was_typed() and not administrator
         node = "" if command.startswith("-h ") else self._redis_cli_node(way, command)
@@ -250,7 +250,7 @@ class Session:
             where += _tls_options(parts.query) if node is None else f" --tls{_tls_options(parts.query)}"
         return where if node is None else f"{where} {node}".strip()
 
-    def _redis_cli_node(self, way: Way, command: str) -> str | None:
+    def _redis_cli_node(self, way: Endpoint, command: str) -> str | None:
         """Give the options that lead to the master that Sentinels name, or to a Cluster; None for a single server.
 
         What sets something is for all nodes of a Cluster, as each has settings, files and users of its own.

@@ -17,7 +17,7 @@ from rlbroker.ops.cli.session import Session, with_session
 if TYPE_CHECKING:
     from rlbroker.ops.cli.key_bindings import State
     from rlbroker.ops.cli.top_view import Trouble
-    from rlbroker.ops.inspect.watch import View, Watch
+    from rlbroker.ops.inspect.watch import RunView, RunWatch
 
 #: How often the age of a view that is old is shown anew.
 AGE_SECONDS = 1.0
@@ -55,7 +55,7 @@ def top(
     """
     from rlbroker.ops.cli.key_bindings import SHOWN, State
     from rlbroker.ops.cli.top_table import SORTS
-    from rlbroker.ops.inspect.watch import Watch
+    from rlbroker.ops.inspect.watch import RunWatch
 
     if sort not in SORTS:
         raise typer.BadParameter(f"{sort!r} is none of {', '.join(SORTS)}", param_hint="--sort")
@@ -65,7 +65,7 @@ def top(
         shown=filter_ if filter_ in SHOWN else "all",
         text="" if filter_ in SHOWN else filter_,
     )
-    watch = Watch(session.connection, session.run)
+    watch = RunWatch(session.connection, session.run)
     if session.as_json:
         _print_looks(session, watch, interval)
     elif sys.stdin.isatty() and sys.stdout.isatty():
@@ -74,12 +74,12 @@ def top(
         _print_once(session, watch, state)
 
 
-def _look(session: Session, watch: Watch) -> View:
+def _look(session: Session, watch: RunWatch) -> RunView:
     with session.in_time():
         return watch.look()
 
 
-def _print_looks(session: Session, watch: Watch, interval: float) -> None:
+def _print_looks(session: Session, watch: RunWatch, interval: float) -> None:
     due = time.monotonic()
     while True:
         print(json.dumps(_look(session, watch).to_json()), flush=True)
@@ -87,7 +87,7 @@ def _print_looks(session: Session, watch: Watch, interval: float) -> None:
         time.sleep(max(0.0, due - time.monotonic()))
 
 
-def _print_once(session: Session, watch: Watch, state: State) -> None:
+def _print_once(session: Session, watch: RunWatch, state: State) -> None:
     """Look twice, as rates are differences, and print all workers."""
     from rlbroker.ops.cli.top_view import Look, page
 
@@ -101,7 +101,7 @@ def _print_once(session: Session, watch: Watch, state: State) -> None:
         console.print(line)
 
 
-def _live(session: Session, watch: Watch, state: State) -> None:
+def _live(session: Session, watch: RunWatch, state: State) -> None:
     from rlbroker.ops.cli.key_bindings import pressed
     from rlbroker.ops.cli.terminal import Terminal
     from rlbroker.ops.cli.top_view import Look, frame, settled
@@ -126,7 +126,7 @@ class _Looks:
     """Looks in the background, so that keys are obeyed while a server does not answer."""
 
     def __init__(
-        self, session: Session, watch: Watch, view: View, interval: float, changed: Callable[[], None]
+        self, session: Session, watch: RunWatch, view: RunView, interval: float, changed: Callable[[], None]
     ) -> None:
         self._session, self._watch, self._interval, self._changed = session, watch, interval, changed
         self._view, self._problem, self._at = view, "", time.monotonic()
@@ -145,7 +145,7 @@ class _Looks:
             self._turn.notify()
         self._thread.join(END_SECONDS)
 
-    def newest(self) -> tuple[View, Trouble | None]:
+    def newest(self) -> tuple[RunView, Trouble | None]:
         """Give what was seen last, and what is the matter if that is old."""
         from rlbroker.ops.cli.top_view import Trouble
 

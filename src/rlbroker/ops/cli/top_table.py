@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from rlbroker.ops.cli.formatting import age, figure, plain, share
 from rlbroker.ops.cli.table_widths import Piece, cell_width, fitted
-from rlbroker.ops.inspect.findings import UNPOLLED_SECONDS, Limits
+from rlbroker.ops.inspect.findings import UNPOLLED_SECONDS, FindingLimits
 from rlbroker.ops.inspect.watch import WorkerLine
 
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
@@ -17,7 +17,7 @@ _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
 _BAR_WIDTH, _BAR_VERSIONS = 8, 10
 
 #: Staleness from which on a worker is behind, and one that is just not up to date.
-_FAR, _NEAR = Limits.staleness, 3
+_FAR, _NEAR = FindingLimits.staleness, 3
 
 #: A worker that waits for room for this share of the time stands out.
 _ROOM_SHARE = 0.25

@@ -11,7 +11,7 @@ from rlbroker.ops.cli.formatting import age, figure, plain, share, size
 from rlbroker.ops.cli.key_bindings import State, chosen
 from rlbroker.ops.cli.table_widths import Piece, cell_width, fitted, styled
 from rlbroker.ops.cli.top_table import COLUMNS, rows_of
-from rlbroker.ops.inspect.watch import View, WorkerLine
+from rlbroker.ops.inspect.watch import RunView, WorkerLine
 
 _SPARKS: Final = "▁▂▃▄▅▆▇█"
 
@@ -54,7 +54,7 @@ class Trouble:
     what: str
 
 
-def settled(state: State, view: View, columns: int, rows: int) -> State:
+def settled(state: State, view: RunView, columns: int, rows: int) -> State:
     """Give the state as it can be shown: it scrolls no further than there are workers."""
     page = max(1, rows - len(_above(view, columns, rows)) - 2)
     last = max(0, len(chosen(view, state)) - page)
@@ -78,7 +78,7 @@ class Look:
     trouble: Trouble | None = None
 
 
-def frame(view: View, state: State, columns: int, rows: int, look: Look) -> list[str]:
+def frame(view: RunView, state: State, columns: int, rows: int, look: Look) -> list[str]:
     """Give the lines of a terminal of this size, without their ends; the state must be `settled`."""
     above = _above(view, columns, rows, state, look)
     lines = chosen(view, state)
@@ -92,7 +92,7 @@ def frame(view: View, state: State, columns: int, rows: int, look: Look) -> list
     return [_drawn(pieces, columns, look.colors) for pieces in drawn[:rows]]
 
 
-def page(view: View, state: State, columns: int, look: Look) -> list[str]:
+def page(view: RunView, state: State, columns: int, look: Look) -> list[str]:
     """Give what a file or a pipe gets: everything, once."""
     above = _above(view, columns, 1000, state, look)
     table = _table(view, chosen(view, state), state, columns)
@@ -114,7 +114,7 @@ def _drawn(pieces: Sequence[Piece], columns: int, colors: bool) -> str:
 
 
 def _above(
-    view: View, columns: int, rows: int, state: State | None = None, look: Look | None = None
+    view: RunView, columns: int, rows: int, state: State | None = None, look: Look | None = None
 ) -> list[list[Piece]]:
     """Give what is above the table: as much of it as leaves room for the workers."""
     state, look = state or State(), look or Look()
@@ -132,7 +132,7 @@ def _above(
     ]
 
 
-def _head(view: View, state: State, look: Look, columns: int) -> Iterator[list[Piece]]:
+def _head(view: RunView, state: State, look: Look, columns: int) -> Iterator[list[Piece]]:
     snapshot = view.snapshot
     server = snapshot.server
     told = [server.version, "" if server.used_bytes is None else f"{size(server.used_bytes)} used"]
@@ -163,7 +163,7 @@ def _head(view: View, state: State, look: Look, columns: int) -> Iterator[list[P
         yield [("learner ", "dim"), *_learner(view), ("   ", ""), *_version(view), ("   ", ""), *_alive(view)]
 
 
-def _learner(view: View) -> Iterator[Piece]:
+def _learner(view: RunView) -> Iterator[Piece]:
     learner = view.snapshot.learner
     if learner is None:
         yield "none yet", "yellow"
@@ -174,7 +174,7 @@ def _learner(view: View) -> Iterator[Piece]:
     yield learner.state + ("" if learner.state == "alive" else seen), style
 
 
-def _version(view: View) -> Iterator[Piece]:
+def _version(view: RunView) -> Iterator[Piece]:
     pointer = view.snapshot.pointer
     yield "version ", "dim"
     if pointer is None:
@@ -186,7 +186,7 @@ def _version(view: View) -> Iterator[Piece]:
     yield f" {kind}, {size(pointer.stored_bytes)} for {size(pointer.raw_bytes)}, {when} ago", "dim"
 
 
-def _alive(view: View) -> Iterator[Piece]:
+def _alive(view: RunView) -> Iterator[Piece]:
     alive = sum(line.state == "alive" for line in view.lines)
     members = sum(line.state != "left" for line in view.lines)
     yield "workers ", "dim"
@@ -194,7 +194,7 @@ def _alive(view: View) -> Iterator[Piece]:
     yield f" of {members:,} alive", "dim"
 
 
-def _figures(view: View, columns: int) -> list[list[Piece]]:
+def _figures(view: RunView, columns: int) -> list[list[Piece]]:
     abreast = 2 if columns >= 76 else 1
     width = columns // abreast - 2 * (abreast - 1)
     drawn: list[list[Piece]] = []
@@ -230,7 +230,7 @@ def sparkline(values: Sequence[float | None], width: int, *, top: float | None =
     )
 
 
-def _findings(view: View, look: Look, columns: int, room: int) -> Iterator[list[Piece]]:
+def _findings(view: RunView, look: Look, columns: int, room: int) -> Iterator[list[Piece]]:
     shown = view.findings if len(view.findings) <= room else view.findings[: max(1, room - 1)]
     more = len(view.findings) - len(shown)
     for one in shown:
@@ -248,7 +248,7 @@ def _findings(view: View, look: Look, columns: int, room: int) -> Iterator[list[
         yield [(f"  and {more} more: {look.typed('rlbroker status')}", "dim")]
 
 
-def _table(view: View, lines: Sequence[WorkerLine], state: State, columns: int) -> Iterator[list[Piece]]:
+def _table(view: RunView, lines: Sequence[WorkerLine], state: State, columns: int) -> Iterator[list[Piece]]:
     furthest = max((line.staleness or 0 for line in view.lines), default=0)
     yield from rows_of(lines, columns, furthest=furthest, sort=state.sort, reverse=state.reverse)
     if not lines:

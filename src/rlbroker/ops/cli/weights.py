@@ -12,7 +12,7 @@ from rlbroker.ops.cli.progress import progress
 from rlbroker.ops.cli.session import Session, with_session
 
 if TYPE_CHECKING:
-    from rlbroker.ops.inspect.stored_weights import Form, Pointer, StoredForm, StoredWeights
+    from rlbroker.ops.inspect.stored_weights import FormSummary, Manifest, StoredForm, StoredWeights
     from rlbroker.ops.inspect.weight_files import Written
 
 weights = typer.Typer(
@@ -203,7 +203,7 @@ def pull_weights(
 _FACTS = ("version", "raw_bytes", "codec", "published")
 
 
-def _find(session: Session, version: int | None) -> tuple[Pointer, list[Form]]:
+def _find(session: Session, version: int | None) -> tuple[Manifest, list[StoredForm]]:
     """Give the pointer, and how to come to a version; say what is stored if nothing leads there."""
     from rlbroker.errors import WireError
     from rlbroker.ops.inspect.stored_weights import look_at_weights
@@ -233,13 +233,13 @@ def _which(stored: StoredWeights) -> str:
     return f"stored are: {there}" if there else "none is stored whole"
 
 
-def _stays(one: StoredForm) -> str:
+def _stays(one: FormSummary) -> str:
     if one.state in ("damaged", "gone"):
         return "a part is missing"
     return "" if one.expires_seconds is None else f"{age(one.expires_seconds)} more"
 
 
-def _form_facts(form: Form) -> dict[str, Any]:
+def _form_facts(form: StoredForm) -> dict[str, Any]:
     return {
         "version": form.version,
         "kind": "delta" if form.base else "full",
@@ -249,7 +249,7 @@ def _form_facts(form: Form) -> dict[str, Any]:
     }
 
 
-def _form_json(one: StoredForm) -> dict[str, Any]:
+def _form_json(one: FormSummary) -> dict[str, Any]:
     return _form_facts(one.form) | {
         "state": one.state,
         "expires_seconds": one.expires_seconds,

@@ -7,13 +7,13 @@ from typing import Literal
 
 from rlbroker.backend.missing_rights import giving
 from rlbroker.errors import AccessDenied, PeerError
-from rlbroker.ops.doctor.server_info import ServerFacts
+from rlbroker.ops.doctor.server_info import ServerInfo
 
 State = Literal["ok", "warning", "critical", "unknown"]
 
 
 @dataclass(frozen=True)
-class Point:
+class Check:
     """One thing that was looked at.
 
     Attributes:
@@ -30,7 +30,7 @@ class Point:
     hint: str = ""
 
 
-def untold(code: str, what: str, facts: ServerFacts, command: str) -> Point:
+def untold(code: str, what: str, facts: ServerInfo, command: str) -> Check:
     """Give the point for what the server does not tell.
 
     Args:
@@ -44,15 +44,15 @@ def untold(code: str, what: str, facts: ServerFacts, command: str) -> Point:
         why, hint = f"the user {facts.user!r} may not run {command}", giving(facts.user, rule)
     else:
         why, hint = f"the server does not tell ({command})", ""
-    return Point(code, "unknown", f"{what}: {why}", hint)
+    return Check(code, "unknown", f"{what}: {why}", hint)
 
 
-def unread(code: str, what: str, error: PeerError) -> Point:
+def unread(code: str, what: str, error: PeerError) -> Check:
     """Give the point for what could not be read: a right is missing, or somebody else wrote there."""
     if isinstance(error, AccessDenied):
         hint = giving(error.user, error.rule) if error.rule else ""
-        return Point(code, "unknown", f"{what}: {error}", hint)
-    return Point(code, "critical", f"{what}: {error}")
+        return Check(code, "unknown", f"{what}: {error}", hint)
+    return Check(code, "critical", f"{what}: {error}")
 
 
 def size(count: int) -> str:

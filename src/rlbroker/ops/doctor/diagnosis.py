@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from typing import Final
 
 from rlbroker.backend.connection import Connection
-from rlbroker.backend.topology import OneServer
-from rlbroker.ops.doctor.checks import Point, State
+from rlbroker.backend.topology import SingleServer
+from rlbroker.ops.doctor.checks import Check, State
 from rlbroker.ops.doctor.host_checks import of_host
 from rlbroker.ops.doctor.node_checks import at_each, look_at_nodes, of_all, of_clocks, of_nodes
 from rlbroker.ops.doctor.run_checks import of_run
 from rlbroker.ops.doctor.server_checks import of_clock, of_latency, of_rights, of_server
-from rlbroker.ops.doctor.server_info import measure_latency, read_facts
+from rlbroker.ops.doctor.server_info import measure_latency, read_server_info
 
 #: The states, the worst last; not to know something is no fault.
 _BY_WEIGHT: Final[tuple[State, ...]] = ("unknown", "ok", "warning", "critical")
 
 
 @dataclass(frozen=True)
-class Examination:
+class Diagnosis:
     """All that was looked at, in order.
 
     Attributes:
@@ -29,7 +29,7 @@ class Examination:
 
     server: str
     run: str | None
-    points: tuple[Point, ...]
+    points: tuple[Check, ...]
 
     @property
     def state(self) -> State:
@@ -37,14 +37,14 @@ class Examination:
         return max(("ok", *(one.state for one in self.points)), key=_BY_WEIGHT.index)
 
 
-def examine(connection: Connection, run: str | None = None) -> Examination:
+def diagnose(connection: Connection, run: str | None = None) -> Diagnosis:
     """Look at a server, or at every node where there are several, and at one run on it.
 
     Raises:
         PeerError: the server could not be reached in time.
     """
-    if isinstance(connection.servers, OneServer):
-        latency, facts = measure_latency(connection), read_facts(connection)
+    if isinstance(connection.servers, SingleServer):
+        latency, facts = measure_latency(connection), read_server_info(connection)
         points = [of_latency(latency), *of_server(facts)]
         points += [of_rights(connection, facts, run), of_clock(latency, facts)]
     else:
@@ -57,4 +57,4 @@ def examine(connection: Connection, run: str | None = None) -> Examination:
         of_this_run, snapshot = of_run(connection, facts, run)
         points += of_this_run
     points.append(of_host(snapshot))
-    return Examination(connection.address, run, tuple(points))
+    return Diagnosis(connection.address, run, tuple(points))

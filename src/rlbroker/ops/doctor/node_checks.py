@@ -10,11 +10,11 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.replies import info_fields
 from rlbroker.backend.text import counted
-from rlbroker.backend.topology import SLOTS, Address, SentinelServers, Server
+from rlbroker.backend.topology import SLOTS, Address, SentinelTopology, Server
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
-from rlbroker.ops.doctor.checks import Point, unread
+from rlbroker.ops.doctor.checks import Check, unread
 from rlbroker.ops.doctor.server_checks import CLOCKS_APART_SECONDS, of_clock, of_latency, of_server
-from rlbroker.ops.doctor.server_info import Latency, ServerFacts, measure_latency, read_facts
+from rlbroker.ops.doctor.server_info import Latency, ServerInfo, measure_latency, read_server_info
 
 #: A node that does not answer within this time is said to be silent, so that there is time for the others.
 LONGEST_SILENCE_SECONDS: Final = 1.0
@@ -39,7 +39,7 @@ class Node:
 
     server: Server
     master: Server | None
-    facts: ServerFacts
+    facts: ServerInfo
     latency: Latency
 
     @property
@@ -48,13 +48,13 @@ class Node:
         return self.server.name
 
 
-def look_at_nodes(connection: Connection) -> tuple[list[Node], list[Point]]:
+def look_at_nodes(connection: Connection) -> tuple[list[Node], list[Check]]:
     """Ask every master and every replica for what it says of itself; give a point for each that is silent.
 
     Raises:
         ConnectionFailed: nobody knows which they are, or none answers.
     """
-    nodes, silent = list[Node](), list[Point]()
+    nodes, silent = list[Node](), list[Check]()
     problem: ConnectionFailed | None = None
     asked = set[str]()
     for master in connection.retry(connection.masters):
@@ -62,11 +62,11 @@ def look_at_nodes(connection: Connection) -> tuple[list[Node], list[Point]]:
             asked.add(server.name)
             try:
                 with within(Deadline(LONGEST_SILENCE_SECONDS)):
-                    facts = read_facts(connection, server)
+                    facts = read_server_info(connection, server)
                 latency = measure_latency(connection, server)
             except ConnectionFailed as error:
                 problem = error
-                silent.append(Point("nodes", "critical", f"{server.name} does not answer: {error}"))
+                silent.append(Check("nodes", "critical", f"{server.name} does not answer: {error}"))
             else:
                 nodes.append(Node(server, None if server is master else master, facts, latency))
     if problem is not None and not nodes:
@@ -75,9 +75,9 @@ def look_at_nodes(connection: Connection) -> tuple[list[Node], list[Point]]:
     return nodes, silent
 
 
-def _of_lost(connection: Connection, server: Server) -> Point:
+def _of_lost(connection: Connection, server: Server) -> Check:
     """Look at one whom the others know, and do without."""
-    if isinstance(connection.servers, SentinelServers):
+    if isinstance(connection.servers, SentinelTopology):
         others, forget = "the Sentinels", "SENTINEL RESET at one Sentinel after the other"
         sentinel, service = connection.servers.sentinels[0].address, connection.servers.service
         hint = _hint_at(sentinel, f"redis-cli SENTINEL REPLICAS {service}")
@@ -91,12 +91,12 @@ def _of_lost(connection: Connection, server: Server) -> Point:
             f"{server.name} does not answer: {error}; {others} go on without it, and remember it until {forget} "
             "has them forget it"
         )
-        return Point("nodes", "critical", what, hint)
+        return Check("nodes", "critical", what, hint)
     what = f"{server.name} answers, but {others} do without it: they do not reach it, or it does not reach its master"
-    return Point("nodes", "warning", what, hint)
+    return Check("nodes", "warning", what, hint)
 
 
-def of_nodes(connection: Connection, nodes: Sequence[Node]) -> Iterator[Point]:
+def of_nodes(connection: Connection, nodes: Sequence[Node]) -> Iterator[Check]:
     """Judge several servers: what is wrong with any of them is said of it, what is well is said once."""
     slowest = max(nodes, key=lambda one: one.latency.median_seconds)
     yield _called(of_latency(slowest.latency), f"{slowest.name}, the slowest")
@@ -110,12 +110,12 @@ def of_nodes(connection: Connection, nodes: Sequence[Node]) -> Iterator[Point]:
             )
     if connection.servers.several:
         yield _cluster(connection, nodes)
-    if isinstance(connection.servers, SentinelServers):
+    if isinstance(connection.servers, SentinelTopology):
         yield _sentinels(connection.servers)
     yield from _replication(nodes)
 
 
-def of_clocks(nodes: Sequence[Node]) -> Iterator[Point]:
+def of_clocks(nodes: Sequence[Node]) -> Iterator[Check]:
     """Judge this machine's clock against each node's, and theirs against one another."""
     ahead = {one.name: one.latency.ahead_seconds for one in nodes if one.latency.ahead_seconds is not None}
     farthest = max(nodes, key=lambda one: abs(one.latency.ahead_seconds or 0.0))
@@ -125,7 +125,7 @@ def of_clocks(nodes: Sequence[Node]) -> Iterator[Point]:
     first, last = max(ahead, key=ahead.__getitem__), min(ahead, key=ahead.__getitem__)
     apart_seconds = ahead[first] - ahead[last]
     if apart_seconds <= CLOCKS_APART_SECONDS:
-        yield Point(
+        yield Check(
             "clocks",
             "ok",
             f"the clocks of {len(ahead):,} nodes are at most {apart_seconds * 1000:.0f} ms apart",
@@ -135,10 +135,10 @@ def of_clocks(nodes: Sequence[Node]) -> Iterator[Point]:
         f"the clocks of {last} and {first} are {apart_seconds:,.1f} s apart: when one takes the other's place, whoever "
         "lives seems silent, or heard of in the future, by that; set them on each machine"
     )
-    yield Point("clocks", "warning", what, "timedatectl set-ntp true")
+    yield Check("clocks", "warning", what, "timedatectl set-ntp true")
 
 
-def of_all(nodes: Sequence[Node]) -> ServerFacts:
+def of_all(nodes: Sequence[Node]) -> ServerInfo:
     """Give the facts of the masters together: a run may use the memory of all."""
     masters = [one.facts for one in nodes if one.master is None] or [nodes[0].facts]
     limits = [one.number("maxmemory") for one in masters]
@@ -148,16 +148,16 @@ def of_all(nodes: Sequence[Node]) -> ServerFacts:
     return replace(masters[0], info={**masters[0].info, "maxmemory": str(total)})
 
 
-def at_each(connection: Connection, nodes: Sequence[Node], point: Point) -> Point:
+def at_each(connection: Connection, nodes: Sequence[Node], point: Check) -> Check:
     """Have what is wrong everywhere mended at each node, unless one command reaches all: those of a Cluster."""
     return point if connection.servers.several else replace(point, hint=_hint_at_each(nodes, point.hint))
 
 
-def _called(point: Point, name: str) -> Point:
+def _called(point: Check, name: str) -> Check:
     return replace(point, what=f"{name}: {point.what}")
 
 
-def _together(points: Sequence[tuple[Node, Point]], *, at_once: bool) -> Iterator[Point]:
+def _together(points: Sequence[tuple[Node, Check]], *, at_once: bool) -> Iterator[Check]:
     """Give one point for all who say the same; of those that are well, the first speaks for the others.
 
     Args:
@@ -197,7 +197,7 @@ def _hint_at_each(nodes: Sequence[Node], hint: str) -> str:
     return "\n".join(dict.fromkeys(_hint_at(one.server.address, hint) for one in nodes))
 
 
-def _cluster(connection: Connection, nodes: Sequence[Node]) -> Point:
+def _cluster(connection: Connection, nodes: Sequence[Node]) -> Check:
     """Ask each node whether all slots are served, and by how many."""
     down, told = dict[str, dict[str, str]](), dict[str, str]()
     for node in nodes:
@@ -217,22 +217,22 @@ def _cluster(connection: Connection, nodes: Sequence[Node]) -> Point:
             f"{told.get('cluster_slots_ok', 'unknown')} of {SLOTS:,} slots are served: what is in the others is away"
         )
         address = next(one.server.address for one in nodes if one.name == name)
-        return Point("cluster", "critical", what, _hint_at(address, "redis-cli CLUSTER NODES"))
+        return Check("cluster", "critical", what, _hint_at(address, "redis-cli CLUSTER NODES"))
     masters = int(told["cluster_size"])
     if masters < LEAST_MASTERS:
         what = (
             f"only {counted(masters, 'master has', 'masters have')} slots: when one is gone, those left are no "
             "majority that could let a replica take its place, and the Cluster is down until it is back"
         )
-        return Point("cluster", "warning", what, "redis-cli CLUSTER NODES")
+        return Check("cluster", "warning", what, "redis-cli CLUSTER NODES")
     replicas = sum(one.master is not None for one in nodes)
     what = f"{counted(masters, 'master')} and {counted(replicas, 'replica')} serve all {SLOTS:,} slots"
     if "+cluster:" not in connection.address:
         what += ", found by the one that the URL names; redis+cluster://host:port,host:port can name several"
-    return Point("cluster", "ok", what)
+    return Check("cluster", "ok", what)
 
 
-def _sentinels(servers: SentinelServers) -> Point:
+def _sentinels(servers: SentinelTopology) -> Check:
     """Look whether enough Sentinels are there to choose another master."""
     found = servers.watch()
     there = f"{found.alive} of {counted(found.total, 'Sentinel')}"
@@ -244,18 +244,18 @@ def _sentinels(servers: SentinelServers) -> Point:
             f"{there} {'is' if found.alive == 1 else 'are'} there, and {found.needed} have to agree before a replica "
             "takes the master's place: when it is gone, nobody does"
         )
-        return Point("sentinels", "critical", f"{what} ({found.refusal})" if found.refusal else what, hint)
+        return Check("sentinels", "critical", f"{what} ({found.refusal})" if found.refusal else what, hint)
     what = f"{there} are there, and {found.needed} are enough to have a replica take the master's place"
-    return Point("sentinels", "warning" if found.silent else "ok", what, hint if found.silent else "")
+    return Check("sentinels", "warning" if found.silent else "ok", what, hint if found.silent else "")
 
 
-def _replication(nodes: Sequence[Node]) -> Iterator[Point]:
+def _replication(nodes: Sequence[Node]) -> Iterator[Check]:
     """Look whether each master has a replica that could take its place."""
     replicas = [one for one in nodes if one.master is not None]
     behind = [one for one in replicas if one.facts.info.get("master_link_status", "up") != "up"]
     for one in behind:
         what = f"{one.name} is not in step with its master: it could not take its place, and confirms nothing"
-        yield Point(_OF_ALL, "warning", what, _hint_at(one.server.address, "redis-cli INFO replication"))
+        yield Check(_OF_ALL, "warning", what, _hint_at(one.server.address, "redis-cli INFO replication"))
     ready = {one.master for one in replicas if one not in behind}
     alone = [one.name for one in nodes if one.master is None and one.server not in ready]
     if alone:
@@ -263,8 +263,8 @@ def _replication(nodes: Sequence[Node]) -> Iterator[Point]:
             f"{', '.join(alone)}: no replica could take its place; when it is gone, so is its part of the runs, and "
             "level='replica' is never confirmed"
         )
-        yield Point(_OF_ALL, "warning", what)
+        yield Check(_OF_ALL, "warning", what)
     elif not behind:
-        yield Point(
+        yield Check(
             _OF_ALL, "ok", f"{counted(len(replicas), 'replica')} in step: each master has one at least"
         )

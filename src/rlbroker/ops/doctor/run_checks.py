@@ -11,8 +11,8 @@ from rlbroker.backend.keys import GROUP
 from rlbroker.backend.replies import text_fields
 from rlbroker.backend.text import counted
 from rlbroker.errors import PeerError
-from rlbroker.ops.doctor.checks import Point, size, unread, untold
-from rlbroker.ops.doctor.server_info import ServerFacts
+from rlbroker.ops.doctor.checks import Check, size, unread, untold
+from rlbroker.ops.doctor.server_info import ServerInfo
 from rlbroker.ops.inspect.findings import find
 from rlbroker.ops.inspect.runs import keys_of
 from rlbroker.ops.inspect.snapshot import Snapshot, take_snapshot
@@ -24,7 +24,7 @@ IDLE_SECONDS: Final = 60.0
 _OF_THE_SERVER: Final = ("server_evicts", "server_full")
 
 
-def of_run(connection: Connection, facts: ServerFacts, run: str) -> tuple[list[Point], Snapshot | None]:
+def of_run(connection: Connection, facts: ServerInfo, run: str) -> tuple[list[Check], Snapshot | None]:
     """Judge a run; give the look at it too, if one was possible.
 
     Raises:
@@ -36,13 +36,13 @@ def of_run(connection: Connection, facts: ServerFacts, run: str) -> tuple[list[P
         return [unread("run", f"the run {run!r} cannot be read", error)], None
     points = [*_queues(connection, snapshot), *_bounds(facts, snapshot)]
     found = [one for one in find(snapshot) if one.code not in _OF_THE_SERVER]
-    points += [Point(one.code, one.severity, one.what, one.hint) for one in found]
+    points += [Check(one.code, one.severity, one.what, one.hint) for one in found]
     if not found:
-        points.append(Point("run", "ok", f"nothing is wrong with the run {run!r} itself"))
+        points.append(Check("run", "ok", f"nothing is wrong with the run {run!r} itself"))
     return points, snapshot
 
 
-def _queues(connection: Connection, snapshot: Snapshot) -> Iterator[Point]:
+def _queues(connection: Connection, snapshot: Snapshot) -> Iterator[Check]:
     """Look at each worker's stream: has it the learners' group, and does somebody hold batches and sleep?"""
     keys = keys_of(connection, snapshot.run)
     workers = {worker: keys.experiences(worker) for worker, one in snapshot.workers.items() if one.counts}
@@ -59,7 +59,7 @@ def _queues(connection: Connection, snapshot: Snapshot) -> Iterator[Point]:
             return
         if GROUP not in [one["name"] for one in map(text_fields, of_groups)]:
             wrong = True
-            yield Point(
+            yield Check(
                 "group_missing",
                 "critical",
                 f"the queue of worker {worker} has no group {GROUP!r}: no learner gets its batches",
@@ -69,7 +69,7 @@ def _queues(connection: Connection, snapshot: Snapshot) -> Iterator[Point]:
             for name, held, idle_seconds in _sleepers(consumers):
                 wrong = True
                 batches = counted(held, f"batch of worker {worker} is", f"batches of worker {worker} are")
-                yield Point(
+                yield Check(
                     "holder_idle",
                     "warning",
                     f"{batches} in the hands of the learner {name!r}, not heard of "
@@ -82,7 +82,7 @@ def _queues(connection: Connection, snapshot: Snapshot) -> Iterator[Point]:
         most = max((one.waiting for one in counts), default=0)
         where = f"{counted(len(existing), 'queue')}, {most:,} at most in one; {in_hand:,} in hand"
         what = f"{counted(waiting, 'batch waits', 'batches wait')} in {where}"
-        yield Point("queues", "ok", what)
+        yield Check("queues", "ok", what)
 
 
 def _goes_on(snapshot: Snapshot) -> bool:
@@ -96,12 +96,12 @@ def _sleepers(consumers: Any) -> Iterator[tuple[str, int, float]]:
             yield one["name"], held, idle_seconds
 
 
-def _bounds(facts: ServerFacts, snapshot: Snapshot) -> Iterator[Point]:
+def _bounds(facts: ServerInfo, snapshot: Snapshot) -> Iterator[Check]:
     """Compare what the learner allows with what the server can take."""
     bytes_of_one = snapshot.settings.max_queue_bytes
     largest = facts.number("proto-max-bulk-len")
     if largest is not None and largest < bytes_of_one:
-        yield Point(
+        yield Check(
             "batch_bytes",
             "warning",
             f"max_queue_bytes allows a batch of {size(bytes_of_one)}, the server takes {size(largest)} as one value",
@@ -123,11 +123,11 @@ def _bounds(facts: ServerFacts, snapshot: Snapshot) -> Iterator[Point]:
         hint = (
             f"redis-cli CONFIG SET maxmemory {needed}" if limit and needed < machine else "rlbroker workers"
         )
-        yield Point(
+        yield Check(
             "room",
             "warning",
             f"{what}, the server has {size(room)}: a learner that stands still fills it; lower max_queue_bytes",
             hint,
         )
     else:
-        yield Point("room", "ok", f"{what}, of {size(room)}")
+        yield Check("room", "ok", f"{what}, of {size(room)}")

@@ -11,9 +11,9 @@ from rlbroker.backend.missing_rights import giving
 from rlbroker.backend.replies import whole_number
 from rlbroker.backend.text import counted
 from rlbroker.errors import AccessDenied
-from rlbroker.membership.incarnations import life_command
-from rlbroker.ops.doctor.checks import Point, State, size, untold
-from rlbroker.ops.doctor.server_info import Latency, ServerFacts
+from rlbroker.membership.incarnations import incarnation_command
+from rlbroker.ops.doctor.checks import Check, State, size, untold
+from rlbroker.ops.doctor.server_info import Latency, ServerInfo
 
 #: A server that answers more slowly is spoken of: as a rule, and at worst.
 SLOW_SECONDS: Final = 0.005
@@ -44,7 +44,7 @@ IDLE_SECONDS: Final = 60
 _ANY_RUN: Final = "default"
 
 
-def of_latency(latency: Latency) -> Point:
+def of_latency(latency: Latency) -> Check:
     """Judge how fast the server answers."""
     slow = latency.median_seconds > SLOW_SECONDS or latency.worst_seconds > SLOW_WORST_SECONDS
     what = (
@@ -52,27 +52,27 @@ def of_latency(latency: Latency) -> Point:
         f"of {latency.trips}"
     )
     if slow:
-        return Point("latency", "warning", f"{what}; `bench` tells what that costs", "rlbroker bench")
-    return Point("latency", "ok", what)
+        return Check("latency", "warning", f"{what}; `bench` tells what that costs", "rlbroker bench")
+    return Check("latency", "ok", what)
 
 
-def of_clock(latency: Latency, facts: ServerFacts) -> Point:
+def of_clock(latency: Latency, facts: ServerInfo) -> Check:
     """Judge the difference between this machine's clock and the server's."""
     ahead = latency.ahead_seconds
     if ahead is None:
-        missing = ServerFacts(facts.user, "", (), "", missing={"TIME": "+time"})
+        missing = ServerInfo(facts.user, "", (), "", missing={"TIME": "+time"})
         return untold("clock", "the difference of the clocks is not known", missing, "TIME")
     side = "ahead of" if ahead >= 0 else "behind"
     if abs(ahead) <= CLOCKS_APART_SECONDS:
-        return Point("clock", "ok", f"this machine's clock is {abs(ahead) * 1000:.0f} ms {side} the server's")
+        return Check("clock", "ok", f"this machine's clock is {abs(ahead) * 1000:.0f} ms {side} the server's")
     what = (
         f"this machine's clock is {abs(ahead):,.1f} s {side} the server's: ages by `published` and `sent_at` of what "
         "it writes are wrong by that; who lives is judged by the server's clock alone"
     )
-    return Point("clock", "warning", what, "timedatectl set-ntp true")
+    return Check("clock", "warning", what, "timedatectl set-ntp true")
 
 
-def of_server(facts: ServerFacts) -> Iterator[Point]:
+def of_server(facts: ServerInfo) -> Iterator[Check]:
     """Judge what the server says of itself."""
     yield _version(facts)
     yield _role(facts)
@@ -89,29 +89,29 @@ def of_server(facts: ServerFacts) -> Iterator[Point]:
     yield from _fragmentation(facts)
 
 
-def _version(facts: ServerFacts) -> Point:
+def _version(facts: ServerInfo) -> Check:
     if not facts.version:
         return untold("version", "the server's version is not known", facts, "INFO")
     if facts.version[:2] < MIN_SERVER_VERSION:
         wanted = ".".join(map(str, MIN_SERVER_VERSION))
-        return Point("version", "critical", f"{facts.name} is too old: rlbroker needs {wanted} or newer")
+        return Check("version", "critical", f"{facts.name} is too old: rlbroker needs {wanted} or newer")
     lacks = []
     if facts.version < (7, 0):
         lacks.append("read-only rules for keys (give an observer '~rlb:*')")
     if facts.version < (7, 2):
         lacks.append("WAITAOF (level='fsync' is refused)")
-    return Point("version", "ok", f"{facts.name}{', without ' + ' and '.join(lacks) if lacks else ''}")
+    return Check("version", "ok", f"{facts.name}{', without ' + ' and '.join(lacks) if lacks else ''}")
 
 
-def _role(facts: ServerFacts) -> Point:
+def _role(facts: ServerInfo) -> Check:
     if facts.info.get("cluster_enabled") == "1":
         what = "this is a node of a cluster: a run works only through the node that has its keys"
-        return Point("replication", "warning", what, "redis-cli CLUSTER NODES")
+        return Check("replication", "warning", what, "redis-cli CLUSTER NODES")
     if facts.role == "replica":
         host, port = facts.info.get("master_host", ""), facts.info.get("master_port", "6379")
         master = f" of {host}:{port}" if host else ""
         hint = f"rlbroker doctor --url redis://{host}:{port}" if host else "redis-cli ROLE"
-        return Point(
+        return Check(
             "replication",
             "critical",
             f"this server is a replica{master}: it takes no writes; use its master",
@@ -121,19 +121,19 @@ def _role(facts: ServerFacts) -> Point:
     if not facts.role or replicas is None:
         return untold("replication", "its role and replicas are not known", facts, "INFO")
     if not replicas:
-        return Point("replication", "ok", "no replicas: level='replica' would never be confirmed")
+        return Check("replication", "ok", "no replicas: level='replica' would never be confirmed")
     what = f"{counted(replicas, 'replica')} for level='replica'"
-    return Point("replication", "ok", what)
+    return Check("replication", "ok", what)
 
 
-def _policy(facts: ServerFacts) -> Point:
+def _policy(facts: ServerInfo) -> Check:
     policy = facts.info.get("maxmemory_policy") or facts.settings.get("maxmemory-policy")
     if not policy:
         return untold("eviction", "what it deletes when memory is short is not known", facts, "INFO")
     if policy == "noeviction":
-        return Point("eviction", "ok", "maxmemory-policy noeviction: nothing is deleted when memory is short")
+        return Check("eviction", "ok", "maxmemory-policy noeviction: nothing is deleted when memory is short")
     lost = "weights and experiences" if policy.startswith("allkeys") else "heartbeats and weights"
-    return Point(
+    return Check(
         "eviction",
         "critical",
         f"maxmemory-policy {policy}: it deletes {lost} when memory is short",
@@ -141,7 +141,7 @@ def _policy(facts: ServerFacts) -> Point:
     )
 
 
-def _memory(facts: ServerFacts) -> Point:
+def _memory(facts: ServerInfo) -> Check:
     used, limit = facts.number("used_memory"), facts.number("maxmemory")
     machine = facts.number("total_system_memory")
     if used is None or limit is None:
@@ -149,29 +149,29 @@ def _memory(facts: ServerFacts) -> Point:
     if limit:
         share, what = used / limit, f"{size(used)} of maxmemory {size(limit)} are used"
         if share < MEMORY_SHARE:
-            return Point("memory", "ok", what)
+            return Check("memory", "ok", what)
         state: State = "critical" if share >= FULL_SHARE else "warning"
         roomy = machine is None or 2 * limit < MEMORY_SHARE * machine
         hint = f"redis-cli CONFIG SET maxmemory {2 * limit}" if roomy else "rlbroker prune --dry-run"
-        return Point("memory", state, f"{what} ({share:.0%}); a full server takes nothing more", hint)
+        return Check("memory", state, f"{what} ({share:.0%}); a full server takes nothing more", hint)
     what = f"{size(used)} are used, and there is no maxmemory"
     if machine and used > MACHINE_SHARE * machine:
         what += f" but the machine's {size(machine)}: the system ends the server when that is full"
-        return Point(
+        return Check(
             "memory", "warning", what, f"redis-cli CONFIG SET maxmemory {int(MEMORY_SHARE * machine)}"
         )
-    return Point("memory", "ok", what)
+    return Check("memory", "ok", what)
 
 
-def _evicted(facts: ServerFacts) -> Point:
+def _evicted(facts: ServerInfo) -> Check:
     evicted = facts.number("evicted_keys")
     if evicted is None:
         return untold("evicted", "whether keys were deleted for memory is not known", facts, "INFO")
     if not evicted:
-        return Point("evicted", "ok", "no keys were deleted for want of memory")
+        return Check("evicted", "ok", "no keys were deleted for want of memory")
     policy = facts.info.get("maxmemory_policy", "noeviction")
     mends = "CONFIG RESETSTAT" if policy == "noeviction" else "CONFIG SET maxmemory-policy noeviction"
-    return Point(
+    return Check(
         "evicted",
         "critical",
         f"{counted(evicted, 'key was', 'keys were')} deleted for want of memory since the server started: weights or "
@@ -180,7 +180,7 @@ def _evicted(facts: ServerFacts) -> Point:
     )
 
 
-def _persistence(facts: ServerFacts) -> Point:
+def _persistence(facts: ServerInfo) -> Check:
     aof = facts.info.get("aof_enabled")
     if aof is None:
         return untold("persistence", "what stays after a restart is not known", facts, "INFO")
@@ -191,7 +191,7 @@ def _persistence(facts: ServerFacts) -> Point:
     ):
         if facts.info.get(name, "ok") != "ok":
             what = f"{work} failed the last time: is the server's disk full? It may refuse writes ({name})"
-            return Point("persistence", "critical", what, f"redis-cli {again}")
+            return Check("persistence", "critical", what, f"redis-cli {again}")
     fsync = "level='fsync' loses nothing" if facts.version >= (7, 2) else "level='fsync' needs Redis 7.2"
     if aof == "1":
         how = facts.settings.get("appendfsync", "everysec")
@@ -199,7 +199,7 @@ def _persistence(facts: ServerFacts) -> Point:
             "always": "what level='redis' confirmed is on disk",
             "no": f"a crash of the machine loses what the system had not written yet; {fsync}",
         }.get(how, f"a crash loses about a second of what level='redis' confirmed; {fsync}")
-        return Point("persistence", "ok", f"append-only file, appendfsync {how}: {worth}")
+        return Check("persistence", "ok", f"append-only file, appendfsync {how}: {worth}")
     snapshots = facts.settings.get("save")
     if snapshots is None:
         return untold(
@@ -210,8 +210,8 @@ def _persistence(facts: ServerFacts) -> Point:
             f"snapshots only (save {snapshots}): a crash loses what came after the last one, whatever level='redis' "
             "confirmed; level='learner' loses nothing"
         )
-        return Point("persistence", "ok", what)
-    return Point(
+        return Check("persistence", "ok", what)
+    return Check(
         "persistence",
         "warning",
         "nothing stays after a restart: level='redis' and 'fsync' do not survive one, 'replica' only where a replica "
@@ -220,27 +220,27 @@ def _persistence(facts: ServerFacts) -> Point:
     )
 
 
-def _bulk(facts: ServerFacts) -> Point:
+def _bulk(facts: ServerInfo) -> Check:
     limit = facts.number("proto-max-bulk-len")
     if limit is None:
         return untold("bulk", "how large one value may be is not known", facts, "CONFIG GET")
     if limit < CHUNK_BYTES:
-        return Point(
+        return Check(
             "bulk",
             "critical",
             f"proto-max-bulk-len {size(limit)}: chunks of weights have up to {size(CHUNK_BYTES)}",
             "redis-cli CONFIG SET proto-max-bulk-len 512mb",
         )
-    return Point("bulk", "ok", f"one value may have {size(limit)}")
+    return Check("bulk", "ok", f"one value may have {size(limit)}")
 
 
-def _output_buffers(facts: ServerFacts) -> Point:
+def _output_buffers(facts: ServerInfo) -> Check:
     words = facts.settings.get("client-output-buffer-limit", "").split()
     if not words:
         return untold("buffers", "how much it holds for a slow reader is not known", facts, "CONFIG GET")
     hard = {kind: whole_number(limit) or 0 for kind, limit in zip(words[::4], words[1::4], strict=False)}
     if 0 < hard.get("normal", 0) < READER_BYTES:
-        return Point(
+        return Check(
             "buffers",
             "warning",
             f"it closes readers that have more than {size(hard['normal'])} on the way: one read of batches can be "
@@ -249,52 +249,52 @@ def _output_buffers(facts: ServerFacts) -> Point:
         )
     pubsub = hard.get("pubsub", 0)
     if 0 < pubsub < 1 << 16:
-        return Point(
+        return Check(
             "buffers",
             "warning",
             f"it closes subscribers that have more than {size(pubsub)} on the way: workers hear of versions later",
             'redis-cli CONFIG SET client-output-buffer-limit "pubsub 33554432 8388608 60"',
         )
-    return Point("buffers", "ok", f"subscribers may have {size(pubsub) if pubsub else 'anything'} on the way")
+    return Check("buffers", "ok", f"subscribers may have {size(pubsub) if pubsub else 'anything'} on the way")
 
 
-def _clients(facts: ServerFacts) -> Point:
+def _clients(facts: ServerInfo) -> Check:
     connected, limit = facts.number("connected_clients"), facts.number("maxclients")
     if connected is None or limit is None:
         return untold("clients", "how many clients it has, and may have, is not known", facts, "INFO")
     blocked = facts.number("blocked_clients") or 0
     what = f"{connected:,} of {counted(limit, 'client')} connected, {blocked:,} in a blocking read"
     if connected > CLIENTS_SHARE * limit:
-        return Point("clients", "warning", what, f"redis-cli CONFIG SET maxclients {2 * limit}")
-    return Point("clients", "ok", what)
+        return Check("clients", "warning", what, f"redis-cli CONFIG SET maxclients {2 * limit}")
+    return Check("clients", "ok", what)
 
 
-def _rejected(facts: ServerFacts) -> Point:
+def _rejected(facts: ServerInfo) -> Check:
     rejected = facts.number("rejected_connections")
     if rejected is None:
         return untold("rejected", "whether it turned clients away is not known", facts, "INFO")
     if not rejected:
-        return Point("rejected", "ok", "no clients were turned away")
+        return Check("rejected", "ok", "no clients were turned away")
     limit = facts.number("maxclients") or 0
     turned_away = counted(rejected, "connection was", "connections were")
     what = f"{turned_away} turned away since the server started, as maxclients was reached"
-    return Point("rejected", "warning", what, f"redis-cli CONFIG SET maxclients {2 * limit or 20_000}")
+    return Check("rejected", "warning", what, f"redis-cli CONFIG SET maxclients {2 * limit or 20_000}")
 
 
-def _idle(facts: ServerFacts) -> Point:
+def _idle(facts: ServerInfo) -> Check:
     seconds = facts.number("timeout")
     if seconds is None:
         return untold("idle", "whether it closes idle clients is not known", facts, "CONFIG GET")
     if 0 < seconds < IDLE_SECONDS:
         what = f"it closes clients that are idle for {seconds} s; ours connect again, which costs time and is logged"
-        return Point("idle", "warning", what, "redis-cli CONFIG SET timeout 0")
+        return Check("idle", "warning", what, "redis-cli CONFIG SET timeout 0")
     if seconds:
         what = f"clients that are idle for {seconds:,} s are closed; ours connect again"
-        return Point("idle", "ok", what)
-    return Point("idle", "ok", "idle clients are never closed")
+        return Check("idle", "ok", what)
+    return Check("idle", "ok", "idle clients are never closed")
 
 
-def _keepalive(facts: ServerFacts) -> Point:
+def _keepalive(facts: ServerInfo) -> Check:
     seconds = facts.number("tcp-keepalive")
     if seconds is None:
         return untold(
@@ -302,11 +302,11 @@ def _keepalive(facts: ServerFacts) -> Point:
         )
     if not seconds:
         what = "tcp-keepalive 0: connections of machines that are gone stay for ever, and count as clients"
-        return Point("keepalive", "warning", what, "redis-cli CONFIG SET tcp-keepalive 300")
-    return Point("keepalive", "ok", f"silent connections are probed after {seconds:,} s")
+        return Check("keepalive", "warning", what, "redis-cli CONFIG SET tcp-keepalive 300")
+    return Check("keepalive", "ok", f"silent connections are probed after {seconds:,} s")
 
 
-def _fragmentation(facts: ServerFacts) -> Iterator[Point]:
+def _fragmentation(facts: ServerInfo) -> Iterator[Check]:
     """Speak of memory only if it is absurd: an empty server has a high ratio always."""
     used = facts.number("used_memory") or 0
     try:
@@ -315,10 +315,10 @@ def _fragmentation(facts: ServerFacts) -> Iterator[Point]:
         return
     if used > FRAGMENTED_BYTES and ratio > FRAGMENTED:
         what = f"it takes {ratio:.1f} times the memory from the system that its data need"
-        yield Point("fragmentation", "warning", what, "redis-cli MEMORY PURGE")
+        yield Check("fragmentation", "warning", what, "redis-cli MEMORY PURGE")
 
 
-def of_rights(connection: Connection, facts: ServerFacts, run: str | None) -> Point:
+def of_rights(connection: Connection, facts: ServerInfo, run: str | None) -> Check:
     """Say who asks, and which of an observer's rights this user lacks: each is tried, on keys of the run."""
     keys = Keys(run or _ANY_RUN)
     stream, missing_stream = keys.experiences(0), keys.again(0)
@@ -331,7 +331,7 @@ def of_rights(connection: Connection, facts: ServerFacts, run: str | None) -> Po
         ("HGET", keys.meta, "epoch"),
         ("HGETALL", keys.heartbeat(0)),
         ("SMEMBERS", keys.workers),
-        life_command(keys, 0),
+        incarnation_command(keys, 0),
         ("XLEN", stream),
         ("XRANGE", keys.missed, "0-1", "0-1"),
         ("XREVRANGE", keys.missed, "0-1", "0-1"),
@@ -344,11 +344,11 @@ def of_rights(connection: Connection, facts: ServerFacts, run: str | None) -> Po
     lacks = {answer.rule: None for answer in connection.ask(commands) if isinstance(answer, AccessDenied)}
     who = f"the user {facts.user!r}"
     if not lacks:
-        return Point("rights", "ok", f"{who} may do all that looking needs")
+        return Check("rights", "ok", f"{who} may do all that looking needs")
     rules = [rule for rule in lacks if rule]
     if facts.version[:1] == (6,):
         rules = [rule.replace("%R~", "~") for rule in rules]
-    return Point(
+    return Check(
         "rights",
         "warning",
         f"{who} lacks rights that looking needs: {' '.join(rules)}",

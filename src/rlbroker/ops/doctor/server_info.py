@@ -54,7 +54,7 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class ServerFacts:
+class ServerInfo:
     """What a server says of itself.
 
     Attributes:
@@ -80,7 +80,7 @@ class ServerFacts:
         return whole_number(self.info.get(name, self.settings.get(name, "")))
 
 
-def read_facts(connection: Connection, server: Server | None = None) -> ServerFacts:
+def read_server_info(connection: Connection, server: Server | None = None) -> ServerInfo:
     """Ask a server, by default the only one, what it says of itself.
 
     Raises:
@@ -109,7 +109,7 @@ def read_facts(connection: Connection, server: Server | None = None) -> ServerFa
         word for word in (greeting.get("server", "").capitalize(), version) if word
     )
     role = info.get("role") or greeting.get("role", "")
-    return ServerFacts(
+    return ServerInfo(
         user=connection.user if isinstance(whoami, PeerError) else whoami.decode(errors="replace"),
         name=name,
         version=tuple(int(part) for part in version.split(".") if part.isdecimal()),

@@ -29,8 +29,8 @@ from rlbroker.ops.exporter.metrics import (
     RUN_FIGURES,
     WORKER_FIGURES,
     WORKERS_LISTED,
-    Figure,
     Member,
+    RunMetric,
 )
 from rlbroker.ops.inspect.runs import choose_run, run_names
 from rlbroker.ops.inspect.snapshot import Snapshot, take_snapshot
@@ -52,7 +52,7 @@ class Reading:
     sample: Sample | None = None
 
 
-class Exposition(Collector):
+class MetricsCollector(Collector):
     """Reads the figures of one run, or of all runs on a server, when it is asked for them. Keeps none."""
 
     def __init__(
@@ -191,7 +191,7 @@ def _members(snapshot: Snapshot) -> list[Member]:
 
 
 def _metrics(
-    figures: Sequence[Figure[Looked]],
+    figures: Sequence[RunMetric[Looked]],
     labels: tuple[str, ...],
     looks: Sequence[tuple[tuple[str, ...], Looked]],
 ) -> Iterator[Metric]:

@@ -38,7 +38,7 @@ _UNWANTED_LOSSES: Final = ("vanished", "trimmed", "fenced")
 
 
 @dataclass(frozen=True)
-class Limits:
+class FindingLimits:
     """From where on something is spoken of.
 
     Attributes:
@@ -118,9 +118,9 @@ ADVICE: Final = {
 }
 
 
-def find(snapshot: Snapshot, limits: Limits | None = None) -> list[Finding]:
+def find(snapshot: Snapshot, limits: FindingLimits | None = None) -> list[Finding]:
     """Give what is wrong, the worst first."""
-    limits = limits or Limits()
+    limits = limits or FindingLimits()
     found = [*_of_server(snapshot), *_of_learner(snapshot), *_of_members(snapshot, limits)]
     for worker, status in snapshot.workers.items():
         found += _of_worker(snapshot, worker, status, limits)
@@ -224,7 +224,7 @@ def _of_workers_without(snapshot: Snapshot, learner: LearnerStatus) -> Iterator[
         )
 
 
-def _of_members(snapshot: Snapshot, limits: Limits) -> Iterator[Finding]:
+def _of_members(snapshot: Snapshot, limits: FindingLimits) -> Iterator[Finding]:
     if snapshot.learner is None or snapshot.learner.state == "ended":
         return
     alive = sum(info.state == "alive" for info in snapshot.members)
@@ -241,7 +241,9 @@ def _of_members(snapshot: Snapshot, limits: Limits) -> Iterator[Finding]:
         )
 
 
-def _of_worker(snapshot: Snapshot, worker: int, status: WorkerStatus, limits: Limits) -> Iterator[Finding]:
+def _of_worker(
+    snapshot: Snapshot, worker: int, status: WorkerStatus, limits: FindingLimits
+) -> Iterator[Finding]:
     more = f"rlbroker workers {worker}"
     info, counts, missed = status.info, status.counts, status.missed
     if info is not None:
@@ -313,7 +315,7 @@ def _of_worker(snapshot: Snapshot, worker: int, status: WorkerStatus, limits: Li
         )
 
 
-def _of_member(snapshot: Snapshot, info: WorkerInfo, limits: Limits) -> Iterator[Finding]:
+def _of_member(snapshot: Snapshot, info: WorkerInfo, limits: FindingLimits) -> Iterator[Finding]:
     worker, more = info.worker_id, f"rlbroker workers {info.worker_id}"
     if info.state == "away":
         yield Finding(

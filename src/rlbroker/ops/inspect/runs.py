@@ -14,7 +14,7 @@ from rlbroker.backend.unreadable import answered, legible
 from rlbroker.codec.version import FORMAT_VERSION
 from rlbroker.config import RunSettings, is_run_name
 from rlbroker.errors import AccessDenied, IncompatibleFormat, InvalidArgument, PeerError
-from rlbroker.membership.incarnations import life_command, lives_from, worker_numbers
+from rlbroker.membership.incarnations import incarnation_command, incarnations_from, worker_numbers
 from rlbroker.types import Liveness
 
 logger = logging.getLogger("rlbroker")
@@ -127,7 +127,9 @@ def list_runs(connection: Connection, names: list[str] | None = None) -> list[Ru
         if not isinstance(workers, PeerError)
     }
     lives = iter(
-        connection.ask([life_command(Keys(name), worker) for name, some in ids.items() for worker in some])
+        connection.ask(
+            [incarnation_command(Keys(name), worker) for name, some in ids.items() for worker in some]
+        )
     )
     found = {name: list(islice(lives, len(some))) for name, some in ids.items()}
     now = server_seconds(clock)
@@ -175,7 +177,7 @@ def _summary_of(name: str, now: float, replies: list[Any], ids: list[int], lives
     try:
         with legible(Keys(name).meta):
             meta, version, _ = answered(replies)
-            members = [life for life in lives_from(ids, lives).values() if life.member]
+            members = [life for life in incarnations_from(ids, lives).values() if life.member]
             silences = [life.silent_seconds(now) for life in members]
             return _summary(name, now, text_fields(meta), int(version or 0), silences)
     except PeerError as error:

@@ -19,14 +19,14 @@ from rlbroker.backend.replies import (
 )
 from rlbroker.backend.unreadable import answered, legible, unless_spoiled
 from rlbroker.config import RunSettings
-from rlbroker.control.outcomes import Account, missed_updates
+from rlbroker.control.outcomes import WorkerOutcomes, missed_updates
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 from rlbroker.experience.counts import known_counts, right_types, types_of
-from rlbroker.membership.incarnations import life_command, lives_from, worker_numbers
+from rlbroker.membership.incarnations import incarnation_command, incarnations_from, worker_numbers
 from rlbroker.membership.worker_info import member_infos
 from rlbroker.ops.inspect.runs import learner_silence, learner_state, silences_of_others
 from rlbroker.types import Liveness, MissedUpdates, QueueCounts, WorkerInfo
-from rlbroker.weights.manifest import Pointer
+from rlbroker.weights.manifest import Manifest
 
 #: What asks a server for itself.
 _OF_SERVER = (("INFO", "server"), ("INFO", "memory"))
@@ -121,7 +121,7 @@ class Snapshot:
     settings: RunSettings
     expected_workers: int
     learner: LearnerStatus | None
-    pointer: Pointer | None
+    pointer: Manifest | None
     workers: dict[int, WorkerStatus]
 
     @property
@@ -197,7 +197,7 @@ class Observer:
                 ("SMEMBERS", keys.workers),
             ],
         )
-        now, pointer = server_seconds(clock), Pointer.from_fields(text_fields(pointer_reply))
+        now, pointer = server_seconds(clock), Manifest.from_fields(text_fields(pointer_reply))
         with legible(keys.meta):
             meta = text_fields(meta_reply)
             settings = RunSettings.from_fields(meta)
@@ -213,7 +213,7 @@ class Observer:
         replies = iter(
             self._connection.ask_once(
                 [
-                    *(life_command(keys, worker) for worker in ids),
+                    *(incarnation_command(keys, worker) for worker in ids),
                     *(("HGETALL", keys.heartbeat(worker)) for worker in ids),
                     *(("HGETALL", keys.ledger(worker)) for worker in ids),
                     *(("XLEN", keys.dead(worker)) for worker in ids),
@@ -221,7 +221,7 @@ class Observer:
                 ]
             )
         )
-        lives = lives_from(ids, islice(replies, len(ids)))
+        lives = incarnations_from(ids, islice(replies, len(ids)))
         beats = {
             worker: text_fields(unless_spoiled(reply, {}))
             for worker, reply in zip(ids, islice(replies, len(ids)), strict=True)
@@ -242,7 +242,7 @@ class Observer:
             missed = [
                 missed_updates(
                     worker,
-                    Account.from_fields(text_fields(reply)),
+                    WorkerOutcomes.from_fields(text_fields(reply)),
                     latest_version=pointer.version if pointer else 0,
                     published={pointer.version: pointer.published} if pointer else {},
                 )

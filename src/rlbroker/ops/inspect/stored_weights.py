@@ -9,8 +9,8 @@ from typing import Literal
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import text_fields
-from rlbroker.weights.manifest import Form as Form
-from rlbroker.weights.manifest import Pointer as Pointer
+from rlbroker.weights.manifest import Manifest as Manifest
+from rlbroker.weights.manifest import StoredForm as StoredForm
 from rlbroker.weights.manifest import cheapest_path
 
 #: What PTTL says of a key that is not there, and of one that stays.
@@ -18,7 +18,7 @@ _GONE, _STAYS = -2, -1
 
 
 @dataclass(frozen=True)
-class StoredForm:
+class FormSummary:
     """One way in which a version is stored.
 
     Attributes:
@@ -29,7 +29,7 @@ class StoredForm:
         reachable: whether the version can be read from here on: it is whole, and so is what it is a difference to.
     """
 
-    form: Form
+    form: StoredForm
     state: Literal["latest", "needed", "expiring", "damaged", "gone"]
     expires_seconds: float | None
     reachable: bool
@@ -44,15 +44,15 @@ class StoredWeights:
         forms: what it names, by version; also what was named before the latest came.
     """
 
-    pointer: Pointer | None
-    forms: tuple[StoredForm, ...]
+    pointer: Manifest | None
+    forms: tuple[FormSummary, ...]
 
     @property
     def versions(self) -> list[int]:
         """Numbers of the versions that can be read."""
         return sorted({one.form.version for one in self.forms if one.reachable})
 
-    def path(self, version: int) -> list[Form]:
+    def path(self, version: int) -> list[StoredForm]:
         """Give what to download, in order, to come to a version.
 
         Raises:
@@ -68,19 +68,19 @@ def look_at_weights(connection: Connection, keys: Keys) -> StoredWeights:
         WireError: the pointer to the latest version cannot be read.
         PeerError: the server refused, or could not be reached in time.
     """
-    pointer = Pointer.from_fields(text_fields(connection.execute("HGETALL", keys.weights)))
+    pointer = Manifest.from_fields(text_fields(connection.execute("HGETALL", keys.weights)))
     if pointer is None:
         return StoredWeights(None, ())
     forms = sorted((*pointer.dropped, *pointer.forms), key=lambda form: (form.version, form.base))
     names = [keys.upload(form.upload, form.chunks) for form in forms]
     left = iter(connection.execute_all([("PTTL", key) for some in names for key in some]))
-    found: list[StoredForm] = []
+    found: list[FormSummary] = []
     for form, some in zip(forms, names, strict=True):
         times = [int(next(left)) for _ in some]
         whole = _GONE not in times
         ends = [time / 1000 for time in times if time != _STAYS]
         found.append(
-            StoredForm(
+            FormSummary(
                 form=form,
                 state=_state(pointer, form, whole),
                 expires_seconds=min(ends, default=None) if whole else None,
@@ -91,7 +91,7 @@ def look_at_weights(connection: Connection, keys: Keys) -> StoredWeights:
 
 
 def _state(
-    pointer: Pointer, form: Form, whole: bool
+    pointer: Manifest, form: StoredForm, whole: bool
 ) -> Literal["latest", "needed", "expiring", "damaged", "gone"]:
     if form in pointer.dropped:
         return "expiring" if whole else "gone"
@@ -100,6 +100,6 @@ def _state(
     return "latest" if form.version == pointer.version else "needed"
 
 
-def _leads(form: Form, before: Sequence[StoredForm]) -> bool:
+def _leads(form: StoredForm, before: Sequence[FormSummary]) -> bool:
     """Whether a form is no difference, or one to a version that can be read; earlier versions come first."""
     return not form.base or any(one.reachable and one.form.version == form.base for one in before)

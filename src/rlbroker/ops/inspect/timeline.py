@@ -21,7 +21,7 @@ from rlbroker.types import Missed
 #: Points of a line that a plot as wide as a telephone can show.
 POINTS: Final = 200
 
-#: What `Course.total` can be asked for: sums that only grow while one learner lives.
+#: What `Timeline.total` can be asked for: sums that only grow while one learner lives.
 _SUMS: Final = (
     "published",
     "published_raw_bytes",
@@ -40,7 +40,7 @@ _SUMS: Final = (
 
 
 @dataclass(frozen=True)
-class Point:
+class TimelinePoint:
     """What happened between two samples of the history.
 
     Attributes:
@@ -104,7 +104,7 @@ class Behind:
 
 
 @dataclass(frozen=True)
-class Course:
+class Timeline:
     """What is known of a run: one look at it, and its history over a span of time.
 
     Attributes:
@@ -170,9 +170,9 @@ class Course:
             collected=self.total("collected"),
         )
 
-    def points(self, count: int = POINTS) -> list[Point]:
+    def points(self, count: int = POINTS) -> list[TimelinePoint]:
         """Give the history as lines of about so many points."""
-        found: list[Point] = []
+        found: list[TimelinePoint] = []
         last: Sample | None = None
         for one in intervals(thin(self.samples, count)):
             if one.seconds > 0:
@@ -248,7 +248,7 @@ class Course:
             `verdict`: text. `findings`: a list of the fields of `Finding`, and `advice`.
             `history`: `begin`, `end`, `seconds`, `samples`, `restarts`. `totals`: what its sums grew by.
             `bottleneck`: the fields of `Bottleneck`. `delivered`, `lost`: numbers. `losses`: by reason.
-            `missed`: by worker and reason. `points`: a list of the fields of `Point`.
+            `missed`: by worker and reason. `points`: a list of the fields of `TimelinePoint`.
         """
         found = self.snapshot.to_json()
         for worker, status in found["workers"].items():
@@ -274,7 +274,7 @@ class Course:
         }
 
 
-def read_course(connection: Connection, run: str, *, span_seconds: float | None = None) -> Course:
+def read_timeline(connection: Connection, run: str, *, span_seconds: float | None = None) -> Timeline:
     """Look at a run and read its history; nothing is changed.
 
     Args:
@@ -297,7 +297,7 @@ def read_course(connection: Connection, run: str, *, span_seconds: float | None 
         since = samples[0].at
     with legible(keys.missed):
         records = Ledger(connection, keys).records(since=since)
-    return Course(snapshot, samples, records)
+    return Timeline(snapshot, samples, records)
 
 
 def thin(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -319,10 +319,10 @@ def thin(samples: Sequence[Sample], count: int) -> list[Sample]:
     return kept
 
 
-def _point(one: Interval, *, continues: bool) -> Point:
+def _point(one: Interval, *, continues: bool) -> TimelinePoint:
     worker_seconds = _worker_seconds(one)
     room = one.rate("room_seconds") * one.seconds
-    return Point(
+    return TimelinePoint(
         at=one.after.at,
         seconds=one.seconds,
         continues=continues,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlbroker.metrics.history import Sample
-from rlbroker.ops.inspect.timeline import Course
+from rlbroker.ops.inspect.timeline import Timeline
 from rlbroker.types import Missed
 
 #: Time for which a sample holds at least, as those of one second may come a little late.
@@ -19,7 +19,7 @@ class Mark:
     """Versions that one worker missed at about one time, for one reason.
 
     Attributes:
-        lane: place of the worker in `Lanes.workers`.
+        lane: place of the worker in `VersionLanes.workers`.
         column: which cell of time.
         count: how many versions.
     """
@@ -31,7 +31,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Lanes:
+class VersionLanes:
     """What workers ran over a span of time.
 
     Attributes:
@@ -54,11 +54,11 @@ class Lanes:
         return len(self.versions[0]) if self.versions else 0
 
 
-def lay_lanes(course: Course, columns: int) -> Lanes:
+def lay_lanes(course: Timeline, columns: int) -> VersionLanes:
     """Cut the span into so many cells, or fewer where samples are further apart, and see who ran what in each."""
     samples = course.samples
     if len(samples) < 2 or course.end <= course.begin:
-        return Lanes((), course.begin, course.end, (), ())
+        return VersionLanes((), course.begin, course.end, (), ())
     begin, end = course.begin, course.end
     columns = max(1, min(columns, round(end - begin)))
     width = (end - begin) / columns
@@ -73,7 +73,7 @@ def lay_lanes(course: Course, columns: int) -> Lanes:
             for column in range(first, last + 1):
                 lane[column] = version
     place = {worker: number for number, worker in enumerate(workers)}
-    return Lanes(
+    return VersionLanes(
         workers, begin, end, list(lanes.values()), _marks(course.records, place, begin, width, columns)
     )
 

@@ -61,7 +61,7 @@ class WorkerLine:
 
 
 @dataclass(frozen=True)
-class View:
+class RunView:
     """What one look showed.
 
     Attributes:
@@ -132,7 +132,7 @@ class _Sums:
     room_seconds: Mapping[int, tuple[int, float]]
 
 
-class Watch:
+class RunWatch:
     """Looks at one run as often as it is told to, and remembers what rates are made of."""
 
     def __init__(self, connection: Connection, run: str) -> None:
@@ -142,7 +142,7 @@ class Watch:
         self._samples: deque[Sample] = deque(maxlen=SAMPLES + 1)
         self._sums: deque[_Sums] = deque()
 
-    def look(self) -> View:
+    def look(self) -> RunView:
         """Look at the run; the first look has no rates of workers.
 
         Raises:
@@ -155,7 +155,7 @@ class Watch:
         findings = find(snapshot)
         troubled = {one.worker for one in findings}
         spans = intervals(self._samples)
-        return View(
+        return RunView(
             snapshot=snapshot,
             findings=findings,
             lines=[

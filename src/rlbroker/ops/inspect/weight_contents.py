@@ -15,13 +15,13 @@ from rlbroker.codec.contents import ties as ties
 from rlbroker.codec.image import ImageFormat
 from rlbroker.codec.signing import SigningKey
 from rlbroker.errors import WireError
-from rlbroker.weights.download import WEIGHTS_LIMITS, Fetcher, check_hash
-from rlbroker.weights.image_store import Images
-from rlbroker.weights.manifest import Form, digest_of
+from rlbroker.weights.download import WEIGHTS_LIMITS, Downloader, check_hash
+from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.manifest import StoredForm, digest_of
 
 
 def weights_contents(
-    connection: Connection, keys: Keys, path: Sequence[Form], *, key: SigningKey | None = None
+    connection: Connection, keys: Keys, path: Sequence[StoredForm], *, key: SigningKey | None = None
 ) -> list[Content]:
     """Give what a version holds, from its header alone.
 
@@ -51,7 +51,7 @@ def weights_contents(
 def pull_weights(
     connection: Connection,
     keys: Keys,
-    path: Sequence[Form],
+    path: Sequence[StoredForm],
     *,
     chunk_bytes: int,
     received: Callable[[int], object],
@@ -73,7 +73,7 @@ def pull_weights(
         WireError: what is stored cannot be read, or is gone.
         PeerError: the server refused, or could not be reached in time.
     """
-    fetcher = Fetcher(connection, keys, Images(keys.run, None), key=key, received=received)
+    fetcher = Downloader(connection, keys, ImageStore(keys.run, None), key=key, received=received)
     try:
         image_format, image = fetcher.fetch_arrays(path, chunk_bytes)
     finally:

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rlbroker.ops.cli.formatting import size
 from rlbroker.ops.inspect.bottleneck import percent
-from rlbroker.ops.inspect.timeline import Course, Point
+from rlbroker.ops.inspect.timeline import Timeline, TimelinePoint
 from rlbroker.ops.report.svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, RED, SKY, inline, new_figure
 from rlbroker.ops.report.times import Clock
 
@@ -27,7 +27,7 @@ Values = list[float]
 class Plotted:
     """The span that the plots show, and its points with gaps as NaN."""
 
-    points: Sequence[Point]
+    points: Sequence[TimelinePoint]
     begin: float
     end: float
     restarts: Sequence[float]
@@ -38,7 +38,7 @@ class Plotted:
         """When each point ended; each line begins where its first interval did."""
         return self._line([(one.at - one.seconds, one.at) for one in self.points])
 
-    def values(self, of: Callable[[Point], float | None]) -> Values:
+    def values(self, of: Callable[[TimelinePoint], float | None]) -> Values:
         """Give one value of each point, with gaps."""
         found = [math.nan if (value := of(one)) is None else float(value) for one in self.points]
         return self._line([(value, value) for value in found])
@@ -52,7 +52,7 @@ class Plotted:
         return line
 
 
-def plots_of(course: Course, clock: Clock) -> dict[str, str]:
+def plots_of(course: Timeline, clock: Clock) -> dict[str, str]:
     """Draw all small plots; give them as `svg` elements by name. Call it within `styled`."""
     shown = Plotted(course.points(), course.begin, course.end, course.restarts, clock)
     draw = {

@@ -10,14 +10,14 @@ import jinja2
 from rlbroker.ops.cli.formatting import age, size, the_same_of
 from rlbroker.ops.inspect.bottleneck import RULE, percent
 from rlbroker.ops.inspect.findings import gather
-from rlbroker.ops.inspect.timeline import Course
+from rlbroker.ops.inspect.timeline import Timeline
 from rlbroker.ops.report.plots import plots_of
 from rlbroker.ops.report.svg import styled
 from rlbroker.ops.report.timeline_chart import pictures_of
 from rlbroker.ops.report.times import Clock, duration
 
 
-def render(course: Course, *, typed: Callable[[str], str]) -> str:
+def render(course: Timeline, *, typed: Callable[[str], str]) -> str:
     """Give the page.
 
     Args:
@@ -74,7 +74,7 @@ def _rate(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _settings(course: Course) -> dict[str, str]:
+def _settings(course: Timeline) -> dict[str, str]:
     run = course.snapshot
     chosen = run.settings
     return {

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from rlbroker.ops.inspect.timeline import Course
-from rlbroker.ops.inspect.version_lanes import Lanes, lay_lanes
+from rlbroker.ops.inspect.timeline import Timeline
+from rlbroker.ops.inspect.version_lanes import VersionLanes, lay_lanes
 from rlbroker.ops.report.plots import time_axis
 from rlbroker.ops.report.svg import ORANGE, PURPLE, RED, inline, new_figure
 from rlbroker.ops.report.times import Clock
@@ -46,7 +46,7 @@ _MISSED: Final = {"superseded": "#8d99a6", "left": PURPLE, "away": ORANGE, "fail
 _COLORS: Final = "viridis"
 
 
-def pictures_of(course: Course, clock: Clock) -> dict[str, str]:
+def pictures_of(course: Timeline, clock: Clock) -> dict[str, str]:
     """Draw the picture in each width, as `svg` elements by name; none without history. Call it within `styled`."""
     found = {}
     for name, width in WIDTHS.items():
@@ -56,7 +56,7 @@ def pictures_of(course: Course, clock: Clock) -> dict[str, str]:
     return found
 
 
-def _draw(lanes: Lanes, course: Course, clock: Clock, width: int) -> Figure:
+def _draw(lanes: VersionLanes, course: Timeline, clock: Clock, width: int) -> Figure:
     count, wide, narrow = len(lanes.workers), width == WIDTHS["wide"], width == WIDTHS["narrow"]
     lane_pixels = max(_LEAST_LANE_PIXELS, min(_LANE_PIXELS, _ALL_LANES_PIXELS // count))
     legend = _legend(lanes)
@@ -109,7 +109,7 @@ def _draw(lanes: Lanes, course: Course, clock: Clock, width: int) -> Figure:
     return figure
 
 
-def _pixels(lanes: Lanes, scale: Normalize, lane_pixels: int, mark_cells: int) -> np.ndarray:
+def _pixels(lanes: VersionLanes, scale: Normalize, lane_pixels: int, mark_cells: int) -> np.ndarray:
     """Give the colour of each pixel: rows of the version, rows of what was missed, and a row between high lanes."""
     versions = np.array(lanes.versions)
     colors = matplotlib.colormaps[_COLORS](scale(versions), bytes=True)
@@ -130,12 +130,12 @@ def _pixels(lanes: Lanes, scale: Normalize, lane_pixels: int, mark_cells: int) -
     return pixels
 
 
-def _legend(lanes: Lanes) -> list[Patch]:
+def _legend(lanes: VersionLanes) -> list[Patch]:
     missed = {why: sum(mark.count for mark in lanes.marks if mark.why == why) for why in reversed(_MISSED)}
     return [Patch(color=_MISSED[why], label=f"{why}: {count:,}") for why, count in missed.items() if count]
 
 
-def _label(course: Course, worker: int, *, with_host: bool) -> str:
+def _label(course: Timeline, worker: int, *, with_host: bool) -> str:
     status = course.snapshot.workers.get(worker)
     if not with_host or status is None or status.info is None:
         return str(worker)

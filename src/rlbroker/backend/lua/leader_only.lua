@@ -1,0 +1,9 @@
+-- Put into scripts that only the learner may run that leads; KEYS[1] is `meta`, ARGV[1] the learner's epoch.
+
+local leading = tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0
+if leading > tonumber(ARGV[1]) then
+  return redis.error_reply('FENCED a newer learner publishes in this run; ' ..
+    'of several, make those that only collect experiences with publishes=False')
+elseif leading < tonumber(ARGV[1]) then
+  return redis.error_reply('LOST the server has lost the run')
+end

@@ -1,0 +1,59 @@
+-- KEYS: the worker's experiences, its counts
+-- ARGV: incarnation, group, number of the last batch that this life has stored
+-- Gives the number of the last batch of this life that is or was here, and the bytes that were ever sent:
+-- -1 where what the worker knows of them is still true.
+
+local mine = tonumber(ARGV[1])
+local known = tonumber(redis.call('HGET', KEYS[2], 'incarnation') or '0') or 0
+if redis.call('EXISTS', KEYS[1]) == 0 or #redis.call('XINFO', 'GROUPS', KEYS[1]) == 0 then
+  redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[2], '0', 'MKSTREAM')
+end
+local life, last = 0, 0
+local info = redis.call('XINFO', 'STREAM', KEYS[1])
+for i = 1, #info, 2 do
+  if info[i] == 'last-generated-id' then
+    local found_life, found_last = string.match(info[i + 1], '^(%d+)-(%d+)$')
+    life, last = tonumber(found_life), tonumber(found_last)
+  end
+end
+if known > mine or life > mine then
+  return redis.error_reply('FENCED a newer process has this worker id')
+end
+if known < mine then
+  if known > 0 and life == known then
+    -- The life before may have ended without saying how much it sent.
+    local said = tonumber(redis.call('HGET', KEYS[2], 'sent:' .. known) or '0') or 0
+    redis.call('HSET', KEYS[2], 'sent:' .. known, string.format('%.0f', math.max(said, last)))
+  end
+  redis.call('HSET', KEYS[2], 'incarnation', ARGV[1])
+  -- What lives before the last one counted under their own names becomes one sum; the last may still count.
+  local counts = redis.call('HGETALL', KEYS[2])
+  for i = 1, #counts, 2 do
+    local reason, of = string.match(counts[i], '^([%a_]+):(%d+)$')
+    if reason and reason ~= 'epoch' and tonumber(of) < known then
+      redis.call('HSET', KEYS[2], reason,
+        (tonumber(redis.call('HGET', KEYS[2], reason) or '0') or 0) + (tonumber(counts[i + 1]) or 0))
+      redis.call('HDEL', KEYS[2], counts[i])
+    end
+  end
+end
+if life < mine then
+  -- From here on every entry of an older incarnation has too small an id and is refused.
+  redis.call('XDEL', KEYS[1], redis.call('XADD', KEYS[1], ARGV[1] .. '-0', 'incarnation', ARGV[1]))
+  last = 0
+end
+if known == mine and last >= tonumber(ARGV[3]) then
+  return {last, -1}
+end
+-- Bytes that were ever sent: those that were removed, and those that are here.
+local total = tonumber(redis.call('HGET', KEYS[2], 'removed_bytes') or '0') or 0
+local position = '-'
+while true do
+  local entry = redis.call('XRANGE', KEYS[1], position, '+', 'COUNT', 1)[1]
+  if not entry then break end
+  for i = 1, #entry[2], 2 do
+    if entry[2][i] == 'stored_bytes' then total = total + (tonumber(entry[2][i + 1]) or 0) end
+  end
+  position = '(' .. entry[1]
+end
+return {last, total}

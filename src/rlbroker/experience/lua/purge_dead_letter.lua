@@ -1,0 +1,10 @@
+-- KEYS: the worker's dead letters, its counts
+-- ARGV: id
+
+local entry = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
+if not entry then return 0 end
+local size = 0
+for i = 1, #entry[2] do size = size + #entry[2][i] end
+redis.call('XDEL', KEYS[1], ARGV[1])
+redis.pcall('HINCRBY', KEYS[2], 'dead_bytes', -size)  -- the worker may have written what is no number
+return 1

@@ -1,0 +1,15 @@
+-- KEYS: a stream
+-- ARGV: group, a consumer
+-- Only what the learner still has: another one may have taken some of it.
+
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+local position, renewed = '-', 0
+while true do
+  local rows = redis.call('XPENDING', KEYS[1], ARGV[1], position, '+', 100, ARGV[2])
+  if #rows == 0 then return renewed end
+  for _, row in ipairs(rows) do
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, row[1], 'RETRYCOUNT', row[4], 'JUSTID')
+    position = '(' .. row[1]  -- by name: a number may be larger than Lua can count
+    renewed = renewed + 1
+  end
+end
