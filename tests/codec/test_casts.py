@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_image import LIMITS, filled, received, sent
 
-from rlbroker.codec import casts
-from rlbroker.codec.dtypes import TORCH_DTYPES
+from rlbroker.codec.dtypes import CAST_DTYPES, TORCH_DTYPES
 from rlbroker.codec.image import ImageFormat, ImagePlan
 from rlbroker.codec.limits import Limits
 from rlbroker.codec.message import decode
@@ -39,7 +38,7 @@ def assert_same_numbers(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert_same(got.double().masked_fill(nan, 0), expected.double().masked_fill(nan, 0).contiguous())
 
 
-@pytest.mark.parametrize("dtype", sorted(casts.CAST_DTYPES))
+@pytest.mark.parametrize("dtype", sorted(CAST_DTYPES))
 @pytest.mark.parametrize("rows", [5, 40_000])
 def test_wider_floating_tensors_are_cast_as_torch_casts_them(dtype: str, rows: int) -> None:
     """Over random bits, so NaN, infinities and ties between two neighbours are among them."""
@@ -59,7 +58,7 @@ def test_wider_floating_tensors_are_cast_as_torch_casts_them(dtype: str, rows: i
             assert_same(back[name], value)
 
 
-@pytest.mark.parametrize("dtype", sorted(casts.CAST_DTYPES))
+@pytest.mark.parametrize("dtype", sorted(CAST_DTYPES))
 @pytest.mark.parametrize("rows", [5, 40_000])
 def test_floating_arrays_are_cast_where_numpy_has_the_type(dtype: str, rows: int) -> None:
     tree = {name: array_of(name, (rows, 3), 7) for name in ("<f2", "<f4", ">f4", "<f8", ">f8")}
@@ -67,7 +66,7 @@ def test_floating_arrays_are_cast_where_numpy_has_the_type(dtype: str, rows: int
     tree["scalar-like"] = np.array(1.0 + 2**-9)
     back = cast_and_back(tree, dtype)
     bytes_of = TORCH_DTYPES[dtype].carrier.itemsize
-    has_type = casts.CAST_DTYPES[dtype] is not None
+    has_type = CAST_DTYPES[dtype] is not None
     for name, value in tree.items():
         if not has_type or value.itemsize <= bytes_of:
             assert_same(back[name], value.copy())

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlbroker.codec.message import decode, encode
-from rlbroker.codec.plan import plan as make_plan
+from rlbroker.codec.message import MessagePlan, decode, encode
 
 pytestmark = pytest.mark.unit
 
@@ -28,7 +27,7 @@ def test_tied_tensors_are_stored_once_and_come_back_tied(rows: int) -> None:
     got = sent_and_back(tree)
     assert got["in"] is got["out"] is got["view"]
     assert got["copy"] is not got["in"]
-    assert make_plan(tree).raw_bytes == 2 * weight.nbytes
+    assert MessagePlan(tree).raw_bytes == 2 * weight.nbytes
 
 
 @pytest.mark.parametrize("rows", SIZES)
@@ -94,7 +93,7 @@ def test_what_came_back_does_not_share_memory_with_the_message() -> None:
 def test_a_plan_does_not_copy_large_leaves() -> None:
     array = np.zeros(100_000)
     tensor = torch.zeros(100_000)
-    plan = make_plan([array, tensor], compression=False)
+    plan = MessagePlan([array, tensor], compression=False)
     array[0] = tensor[0] = 7
     stored = [plan.encode_segment(i)[1] for i in range(2)]
     assert np.shares_memory(np.frombuffer(stored[0], np.float64), array)

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from rlbroker.codec.limits import Limits
-from rlbroker.codec.message import decode, encode
-from rlbroker.codec.plan import plan as make_plan
+from rlbroker.codec.message import MessagePlan, decode, encode
 from rlbroker.errors import InvalidArgument, UnsupportedType
 
 pytestmark = pytest.mark.unit
@@ -130,7 +129,7 @@ def test_an_empty_shape_that_no_reader_accepts_is_refused() -> None:
 @pytest.mark.parametrize("segment_bytes", [0, -1, 1 << 31])
 def test_an_impossible_segment_size_is_refused(segment_bytes: int) -> None:
     with pytest.raises(InvalidArgument, match="segment_bytes"):
-        make_plan({}, segment_bytes=segment_bytes)
+        MessagePlan({}, segment_bytes=segment_bytes)
 
 
 def test_a_depth_beyond_pythons_own_limit_is_refused() -> None:
@@ -140,4 +139,4 @@ def test_a_depth_beyond_pythons_own_limit_is_refused() -> None:
 
 def test_a_header_needs_the_facts_of_every_segment() -> None:
     with pytest.raises(InvalidArgument, match="0 segments given; the plan has 1"):
-        make_plan(np.ones(9)).header([])
+        MessagePlan(np.ones(9)).header([])

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections import OrderedDict, defaultdict
@@ -9,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from codec_trees import any_tree, array_of, assert_same, tensor_of
+from codec_trees import any_tree, array_of, assert_same, segments_of, tensor_of
 from hypothesis import given, settings
 
+from rlbroker.codec.compression import RAW
+from rlbroker.codec.describe import Content, describe, ties
 from rlbroker.codec.dtypes import NUMPY_DTYPES, TORCH_DTYPES
-from rlbroker.codec.message import decode, describe, encode
+from rlbroker.codec.message import decode, encode
 from rlbroker.errors import WireError
 
 pytestmark = pytest.mark.unit
@@ -86,8 +87,8 @@ def test_each_numpy_dtype_keeps_its_bits_and_byte_order(name: str, shape: tuple[
 
 
 def test_a_long_double_says_which_kind_it_is() -> None:
-    name = describe(encode(np.longdouble(1)))["values"]["the top level"]["dtype"]
-    assert name not in ("<f16", ">f16")
+    [content] = describe(encode(np.longdouble(1)))
+    assert content.dtype not in ("<f16", ">f16")
 
 
 @pytest.mark.parametrize("rows", [4, 400])
@@ -172,7 +173,7 @@ def test_constant_and_sparse_arrays_are_stored_small() -> None:
 
 def test_noise_is_stored_raw_and_never_grows_by_more_than_the_header() -> None:
     noise = array_of("|u1", (500_000,), seed=3)
-    assert describe(encode(noise))["compressed_segments"] == 0
+    assert {segment.codec for segment in segments_of(encode(noise))} == {RAW}
     assert len(encode(noise)) < noise.nbytes + 200
 
 
@@ -182,16 +183,21 @@ def test_repetition_beyond_a_frame_is_found() -> None:
     assert len(encode(np.stack([frame] * 200))) < 200 * frame.nbytes / 1.1
 
 
-def test_describe_is_ready_for_json_and_names_each_value() -> None:
-    tree = {"a": [torch.zeros(2, 3), ()], 7: {"x": np.float32(1), "e": {}}, "n": None}
-    text = json.dumps(describe(encode(tree)))
-    assert json.loads(text)["values"] == {
-        "['a'][0]": {"kind": "tensor", "dtype": "float32", "shape": [2, 3]},
-        "['a'][1]": {"kind": "tuple"},
-        "[7]['x']": {"kind": "scalar", "dtype": "<f4", "shape": []},
-        "[7]['e']": {"kind": "dict"},
-        "['n']": {"kind": "NoneType"},
-    }
+def test_a_description_names_every_leaf_and_plain_value() -> None:
+    tied = torch.zeros(2, 3)
+    tree = {"a": [tied, (), (1, tied)], 7: {"x": np.float32(1), "e": {}, "l": []}, "n": None}
+    contents = describe(encode(tree))
+    assert contents == [
+        Content(("a", 0), "tensor", "float32", (2, 3), 24, leaf=0),
+        Content(("a", 1), "tuple", value=()),
+        Content(("a", 2, 0), "int", value=1),
+        Content(("a", 2, 1), "tensor", "float32", (2, 3), 24, leaf=0),
+        Content((7, "x"), "scalar", "<f4", (), 4, leaf=1),
+        Content((7, "e"), "dict", value={}),
+        Content((7, "l"), "list", value=[]),
+        Content(("n",), "NoneType"),
+    ]
+    assert ties(contents) == {"a.2.1": "a.0"}
 
 
 def test_torch_is_not_imported_until_a_tensor_is_met() -> None:
@@ -199,9 +205,10 @@ def test_torch_is_not_imported_until_a_tensor_is_met() -> None:
     program = f"""
 import sys
 import numpy as np
-from rlbroker.codec.message import decode, describe, encode
+from rlbroker.codec.describe import describe
+from rlbroker.codec.message import decode, encode
 decode(encode({{"x": np.ones(3)}}))
-assert describe({message!r})["values"]["['x']"]["dtype"] == "float32"
+assert describe({message!r})[0].dtype == "float32"
 assert "torch" not in sys.modules
 decode({message!r})
 assert "torch" in sys.modules

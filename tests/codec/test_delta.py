@@ -231,7 +231,7 @@ def test_impossible_sparse_segments_are_refused_before_anything_is_written(store
     out = np.full(100, 7, np.uint8)
     tracemalloc.start()
     with pytest.raises(WireError):
-        delta.restore(SPARSE, memoryview(stored), 1, base, out)
+        delta.apply_unchecked(SPARSE, memoryview(stored), 1, base, out)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (out == 7).all()
@@ -243,10 +243,10 @@ def test_gaps_that_lead_nowhere_are_refused() -> None:
     for gaps, fits in ((b"\xff\0", True), (b"\0\xff", False), (b"\xff\0\xff", False)):
         stored = memoryview(sparse(1, gaps, b"\x81"))
         if fits:
-            delta.restore(SPARSE, stored, 1, base, base)
+            delta.apply_unchecked(SPARSE, stored, 1, base, base)
         else:
             with pytest.raises(WireError, match="gaps"):
-                delta.restore(SPARSE, stored, 1, base, base)
+                delta.apply_unchecked(SPARSE, stored, 1, base, base)
 
 
 @pytest.mark.parametrize("stored", [b"", bytes(40), BOMB])
@@ -254,7 +254,7 @@ def test_impossible_dense_segments_are_refused_before_anything_is_written(stored
     base = noise(100)
     out = np.full(100, 7, np.uint8)
     with pytest.raises(WireError):
-        delta.restore(DENSE, memoryview(stored), 1, base, out)
+        delta.apply_unchecked(DENSE, memoryview(stored), 1, base, out)
     assert (out == 7).all()
 
 

@@ -13,11 +13,10 @@ from hostile_messages import PRELUDE, sealed, with_true_digests
 
 from rlbroker.backend.replies import text_fields, whole_number
 from rlbroker.codec import delta
-from rlbroker.codec.assembly import Assembly
 from rlbroker.codec.format import DENSE, SAME, SPARSE
 from rlbroker.codec.image import ImageFormat
 from rlbroker.codec.limits import Limits
-from rlbroker.codec.message import decode, encode
+from rlbroker.codec.message import MessageAssembly, decode, encode
 from rlbroker.control.inbox import COMMAND_LIMITS
 from rlbroker.control.outcomes import Event, WorkerOutcomes, settle
 from rlbroker.errors import WireError
@@ -64,7 +63,7 @@ def weights(data: bytes) -> None:
     body = data[2 + header_bytes :]
     prelude = PRELUDE.pack(b"RLBW", 1, 0, len(packed), len(body), xxhash.xxh3_64_intdigest(packed))
     try:
-        assembly = Assembly(prelude + packed, LIMITS)
+        assembly = MessageAssembly(prelude + packed, LIMITS)
         assert sum(map(len, group((one.stored_bytes for one in assembly.segments), 64))) == len(
             assembly.segments
         )
@@ -109,7 +108,7 @@ def delta_segment(data: bytes) -> None:
     image = np.full(raw_bytes + 128, 0xAA, np.uint8)
     out = image[64:-64]
     try:
-        delta.restore(codec, memoryview(data[4:]), typesize, base, out)
+        delta.apply_unchecked(codec, memoryview(data[4:]), typesize, base, out)
     except WireError:
         assert (out == 0xAA).all()
         return
@@ -117,11 +116,11 @@ def delta_segment(data: bytes) -> None:
         assert (image[:64] == 0xAA).all()
         assert (image[-64:] == 0xAA).all()
     in_place = base.copy()
-    delta.restore(codec, memoryview(data[4:]), typesize, in_place, in_place)
+    delta.apply_unchecked(codec, memoryview(data[4:]), typesize, in_place, in_place)
     assert (in_place == out).all()
     again, stored = delta.encode(out, base, typesize)
     if again >= SAME:
-        delta.restore(again, memoryview(stored), typesize, base, in_place)
+        delta.apply_unchecked(again, memoryview(stored), typesize, base, in_place)
         assert (in_place == out).all()
 
 

@@ -184,7 +184,7 @@ def test_memory_that_is_not_there_is_a_wire_error(monkeypatch: pytest.MonkeyPatc
     def empty(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("rlbroker.codec.assembly.np.empty", empty)
+    monkeypatch.setattr("rlbroker.codec.message.np.empty", empty)
     with pytest.raises(WireError, match="no memory for 40000 bytes"):
         decode(ZEROS)
 
@@ -333,12 +333,12 @@ def test_a_chunk_of_bytes_may_lack_the_filter_and_nothing_else(
     chunk = bytearray(compression.compress(memoryview(bytes(4000)), 1)[1])
     assert chunk[16] == 0
     out = np.ones(4000, np.uint8)
-    compression.decompress(memoryview(bytes(chunk)), 1, out.data)
+    compression.decompress_chunk(memoryview(bytes(chunk)), 1, out.data)
     assert not out.any()
     monkeypatch.setattr("blosc2.decompress2", None)
     chunk[position] += 1
     with pytest.raises(WireError, match="not acceptable"):
-        compression.decompress(memoryview(bytes(chunk)), 1, out.data)
+        compression.decompress_chunk(memoryview(bytes(chunk)), 1, out.data)
 
 
 def test_a_chunk_that_is_too_short_is_refused() -> None:

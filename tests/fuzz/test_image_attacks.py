@@ -10,10 +10,10 @@ import torch
 import xxhash
 from hostile_messages import forged
 
-from rlbroker.codec.assembly import Assembly
 from rlbroker.codec.format import StoredSegment
 from rlbroker.codec.image import ImageFormat
 from rlbroker.codec.limits import Limits
+from rlbroker.codec.message import MessageAssembly
 from rlbroker.errors import WireError
 
 LIMITS = Limits(max_raw_bytes=1 << 20)
@@ -75,7 +75,7 @@ def test_each_codec_has_rows_that_are_read(row: list[int]) -> None:
     ids=str,
 )
 def test_impossible_rows_of_segments_are_refused(row: list[Any]) -> None:
-    for read in (ImageFormat, Assembly):
+    for read in (ImageFormat, MessageAssembly):
         with pytest.raises(WireError):
             read(one_segment(row), LIMITS)
 
@@ -125,7 +125,7 @@ def test_leaves_that_were_cast_are_read(row: list[Any]) -> None:
     ids=str,
 )
 def test_leaves_that_cannot_have_been_cast_are_refused(row: list[Any]) -> None:
-    for read in (ImageFormat, Assembly):
+    for read in (ImageFormat, MessageAssembly):
         with pytest.raises(WireError):
             read(header([row], [[2, [0], []]]), LIMITS)
 

@@ -11,6 +11,8 @@ import torch
 from hypothesis import strategies as st
 
 from rlbroker.codec.dtypes import NUMPY_DTYPES, NUMPY_NAMES, TORCH_DTYPES
+from rlbroker.codec.format import StoredSegment, find_body, read_header
+from rlbroker.codec.limits import Limits
 
 
 def assert_same(got: Any, sent: Any) -> None:
@@ -47,6 +49,12 @@ def assert_same(got: Any, sent: Any) -> None:
         assert struct.pack("<d", got) == struct.pack("<d", sent)
     else:
         assert got == sent
+
+
+def segments_of(message: bytes) -> list[StoredSegment]:
+    """Return the descriptions of all segments of a whole message."""
+    view = memoryview(message)
+    return read_header(view[: find_body(view)], Limits()).segments
 
 
 def element_bytes(array: np.ndarray[Any, Any] | np.generic) -> bytes:
