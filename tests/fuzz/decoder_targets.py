@@ -43,8 +43,8 @@ def _with_true_digests(data: bytes) -> tuple[bytes, bytes]:
     header_bytes = int.from_bytes(data[:2], "little")
     body = data[2 + header_bytes :]
     try:
-        manifest = msgpack.unpackb(data[2 : 2 + header_bytes], strict_map_key=False)
-        return with_true_digests(manifest, body), body
+        header_map = msgpack.unpackb(data[2 : 2 + header_bytes], strict_map_key=False)
+        return with_true_digests(header_map, body), body
     except Exception:  # noqa: BLE001 - not ours: the input is no header that could be sealed
         return b"", b""
 

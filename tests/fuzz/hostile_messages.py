@@ -75,28 +75,28 @@ def sealed(packed: bytes, body: bytes = b"") -> bytes:
     return PRELUDE.pack(b"RLBW", 1, 0, len(packed), len(body), digest) + packed + body
 
 
-def manifest_of(message: bytes) -> Any:
+def header_map_of(message: bytes) -> Any:
     """Return the header as plain msgpack values."""
     return msgpack.unpackb(split(message)[0], strict_map_key=False)
 
 
-def forged(manifest: Any, body: bytes = b"") -> bytes:
+def forged(header_map: Any, body: bytes = b"") -> bytes:
     """Return a message with this header, sealed."""
-    return sealed(msgpack.packb(manifest), body)
+    return sealed(msgpack.packb(header_map), body)
 
 
-def with_true_digests(manifest: Any, body: bytes) -> bytes:
+def with_true_digests(header_map: Any, body: bytes) -> bytes:
     """Return a message in which each segment's digest fits its bytes in `body`, whatever they are."""
     start = 0
-    for lane in manifest["lanes"]:
+    for lane in header_map["lanes"]:
         for segment in lane[2]:
             segment[3] = xxhash.xxh3_64_intdigest(body[start : start + segment[2]])
             start += segment[2]
-    return forged(manifest, body)
+    return forged(header_map, body)
 
 
 def changed(message: bytes, change: Callable[[Any], None]) -> bytes:
     """Return `message` with a changed header, sealed again."""
-    manifest = manifest_of(message)
-    change(manifest)
-    return forged(manifest, split(message)[1])
+    header_map = header_map_of(message)
+    change(header_map)
+    return forged(header_map, split(message)[1])

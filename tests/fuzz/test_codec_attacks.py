@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 import pytest
 import xxhash
-from hostile_messages import PRELUDE, changed, decodes, forged, manifest_of, samples, sealed, split
+from hostile_messages import PRELUDE, changed, decodes, forged, header_map_of, samples, sealed, split
 
 from rlbroker.codec import compression
 from rlbroker.codec.limits import Limits
@@ -48,12 +48,12 @@ def zeros_chunk(raw_bytes: int, flags: int = 0x10) -> bytes:
 
 def one_chunk(raw_bytes: int, chunk: bytes, limits: Limits | None = None) -> Any:
     digest = xxhash.xxh3_64_intdigest(chunk)
-    manifest = {
+    header_map = {
         "tree": msgpack.ExtType(1, bytes(4)),
         "leaves": [["array", "|u1", [raw_bytes]]],
         "lanes": [[4, [0], [[1, raw_bytes, len(chunk), digest]]]],
     }
-    return decode(forged(manifest, chunk), limits=limits or Limits())
+    return decode(forged(header_map, chunk), limits=limits or Limits())
 
 
 def test_another_version_is_named() -> None:
@@ -228,10 +228,10 @@ Change = Callable[[Any], None]
 
 
 def assign(path: list[Any], value: Any) -> Change:
-    def change(manifest: Any) -> None:
+    def change(header_map: Any) -> None:
         for key in path[:-1]:
-            manifest = manifest[key]
-        manifest[path[-1]] = value
+            header_map = header_map[key]
+        header_map[path[-1]] = value
 
     return change
 
@@ -272,7 +272,7 @@ def assign(path: list[Any], value: Any) -> Change:
     ids=str,
 )
 def test_a_header_that_contradicts_itself_is_refused(path: list[Any], value: Any) -> None:
-    assert manifest_of(SMALL)["lanes"][0][1] == [0, 1]
+    assert header_map_of(SMALL)["lanes"][0][1] == [0, 1]
     refuse(changed(SMALL, assign(path, value)))
 
 

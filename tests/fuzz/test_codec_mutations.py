@@ -11,7 +11,7 @@ from hostile_messages import (
     decodes,
     feed_every_damage,
     forged,
-    manifest_of,
+    header_map_of,
     samples,
     sealed,
     split,
@@ -83,8 +83,8 @@ def test_a_mutated_header_with_a_true_digest_is_harmless(
 @settings(max_examples=700, deadline=None)
 @given(messages, st.data())
 def test_a_header_with_any_value_replaced_is_harmless(message: bytes, data: st.DataObject) -> None:
-    manifest = manifest_of(message)
-    node = manifest
+    header_map = header_map_of(message)
+    node = header_map
     for _ in range(data.draw(st.integers(1, 6))):
         keys = list(node) if isinstance(node, dict) else list(range(len(node)))
         if not keys:
@@ -95,7 +95,7 @@ def test_a_header_with_any_value_replaced_is_harmless(message: bytes, data: st.D
             continue
         node[key] = data.draw(odd_values)
         break
-    forgery = forged(manifest, split(message)[1])
+    forgery = forged(header_map, split(message)[1])
     decodes(forgery, LIMITS)
     describe_safely(forgery)
 
@@ -110,10 +110,10 @@ def test_mutated_chunks_with_true_digests_are_harmless(
     message: bytes, edits: list[tuple[float, int]], near_the_start: bool
 ) -> None:
     """What reaches blosc2 is checked; what blosc2 then finds wrong within a chunk is a WireError too."""
-    manifest = manifest_of(message)
+    header_map = header_map_of(message)
     body = bytearray(split(message)[1])
     starts = [0]
-    for lane in manifest["lanes"]:
+    for lane in header_map["lanes"]:
         starts += [starts[-1] + segment[2] for segment in lane[2]]
     for where, value in edits:
         if near_the_start:
@@ -121,7 +121,7 @@ def test_mutated_chunks_with_true_digests_are_harmless(
             body[start + int(where * 1e6) % 80] = value
         else:
             body[int(where * (len(body) - 1))] = value
-    decodes(with_true_digests(manifest, bytes(body)), LIMITS)
+    decodes(with_true_digests(header_map, bytes(body)), LIMITS)
 
 
 def describe_safely(data: bytes) -> None:

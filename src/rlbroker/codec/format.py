@@ -158,10 +158,10 @@ def plan_lanes(leaves: Sequence[Leaf], segment_bytes: int) -> list[LanePlan]:
             lanes.append(open_lane)
         open_lane.add(number, nbytes)
     for lane in lanes:
-        whole_elements = max(segment_bytes // lane.typesize, 1) * lane.typesize
-        lane.cuts = range(0, lane.raw_bytes, whole_elements)
+        step = max(segment_bytes // lane.typesize, 1) * lane.typesize  # whole elements
         if len(lane.leaf_numbers) > 1:
-            lane.cuts = range(0, lane.raw_bytes, max(lane.raw_bytes, 1))
+            step = max(lane.raw_bytes, 1)
+        lane.cuts = range(0, lane.raw_bytes, step)
     return lanes
 
 
@@ -176,13 +176,13 @@ def write_header(
     if len(segments) != planned:
         raise InvalidArgument(f"{len(segments)} segments given; the plan has {planned}")
     rows = iter([segment if segment.is_delta else segment[:4] for segment in segments])
-    manifest = {
+    header_map = {
         "tree": tree,
         "leaves": [leaf.row for leaf in leaves],
         "lanes": [(lane.typesize, lane.leaf_numbers, [next(rows) for _ in lane.cuts]) for lane in lanes],
     }
     try:
-        header: bytes = msgpack.packb(manifest)
+        header: bytes = msgpack.packb(header_map)
     except ValueError as error:  # One value, or the sum of them, beyond what msgpack can count.
         raise UnsupportedType("the plain values of the tree are too large; send arrays") from error
     if len(header) > DEFAULT_LIMITS.max_header_bytes or len(leaves) > DEFAULT_LIMITS.max_leaves:
@@ -246,21 +246,21 @@ def read_header(data: memoryview, limits: Limits) -> Header:
     (digest,) = struct.unpack_from("<Q", data, PRELUDE.size - 8)
     if digest_of(packed) != digest:
         raise WireError("the header's digest does not match")
-    manifest = _unpack(packed)
-    if type(manifest) is not dict or list(manifest) != ["tree", "leaves", "lanes"]:
+    header_map = _unpack(packed)
+    if type(header_map) is not dict or list(header_map) != ["tree", "leaves", "lanes"]:
         raise WireError("the header is not a map of tree, leaves and lanes")
-    rows = manifest["leaves"]
+    rows = header_map["leaves"]
     if type(rows) is not list or len(rows) > limits.max_leaves:
         raise WireError(f"the leaf table is not a list, or longer than {limits.max_leaves}")
     leaves = [read_leaf(*_row(row, "leaf", 3, 4)) for row in rows]
     if sum(leaf.restored_bytes for leaf in leaves if leaf.original is not None) > limits.max_raw_bytes:
         raise WireError(f"more than {limits.max_raw_bytes} bytes of arrays, once cast back")
-    lanes = _read_lanes(manifest["lanes"], leaves, limits.max_raw_bytes)
+    lanes = _read_lanes(header_map["lanes"], leaves, limits.max_raw_bytes)
     stored_bytes = sum(segment.stored_bytes for lane in lanes for segment in lane.segments)
     if stored_bytes != body_bytes:
         raise WireError(f"the segments have {stored_bytes} bytes, the body {body_bytes}")
-    check_packed(manifest["tree"], len(leaves), limits.max_depth)
-    return Header(manifest["tree"], leaves, lanes, body_bytes)
+    check_packed(header_map["tree"], len(leaves), limits.max_depth)
+    return Header(header_map["tree"], leaves, lanes, body_bytes)
 
 
 def _unpack(packed: memoryview) -> Any:
@@ -286,6 +286,7 @@ def _unpack(packed: memoryview) -> Any:
 
 
 def _row(row: object, what: str, *lengths: int) -> list[Any]:
+    """Return `row`; raise WireError unless it is a list of one of these lengths."""
     if type(row) is not list or len(row) not in lengths:
         raise WireError(f"a row that describes a {what} is not a list of {' or '.join(map(str, lengths))}")
     return row
