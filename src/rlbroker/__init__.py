@@ -1,7 +1,7 @@
 """The Redis-backed broker between reinforcement-learning learners and rollout workers.
 
-The learner creates a `WorkerCommunicator`, each worker a `WorkerClient`. All that they share is a Redis URL and the name
-of the run.
+The learner creates a `WorkerCommunicator`, each worker a `WorkerClient`. They share nothing but a Redis URL and
+the name of the run.
 """
 
 from importlib import import_module

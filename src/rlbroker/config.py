@@ -107,8 +107,8 @@ class RunSettings:
         choice("when_full", self.when_full, get_args(WhenFull))
         if self.lease_seconds < MIN_LEASE_SECONDS:
             raise InvalidArgument(
-                f"lease_seconds must be at least {MIN_LEASE_SECONDS:g}, as workers cannot give signs of life more "
-                f"often; got {self.lease_seconds!r}"
+                f"lease_seconds must be at least {MIN_LEASE_SECONDS:g}, as heartbeats are not more frequent; got "
+                f"{self.lease_seconds!r}"
             )
         if self.forget_seconds < self.lease_seconds:
             raise InvalidArgument("forget_seconds must not be shorter than lease_seconds")
@@ -347,8 +347,8 @@ def signing_secret(given: SigningKeySetting | None = None) -> bytes | None:
         raise InvalidArgument(f"{setting} must be text, bytes or a Path; got {type(path).__name__}")
     if len(key) < MIN_SIGNING_KEY_BYTES:
         raise InvalidArgument(
-            f"{setting}: a key has at least {MIN_SIGNING_KEY_BYTES} bytes, and this one {len(key)}; "
-            "`openssl rand -hex 32` makes one (text is the key itself; a file is named by a Path)"
+            f"{setting}: the key has {len(key)} bytes and needs at least {MIN_SIGNING_KEY_BYTES} bytes; "
+            "`openssl rand -hex 32` makes one (text is the key itself; name a file by a Path)"
         )
     return key
 

@@ -1,4 +1,4 @@
-"""Plan and MessageAssembly: segments in any order, from any thread."""
+"""MessagePlan and MessageAssembly: segments in any order, from any thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.unit
 
 def encoded(plan: MessagePlan) -> tuple[bytes, list[bytes]]:
     parts = [plan.encode_segment(i) for i in range(plan.segment_count)]
-    return plan.header([facts for facts, _ in parts]), [bytes(stored) for _, stored in parts]
+    return plan.header([segment for segment, _ in parts]), [bytes(stored) for _, stored in parts]
 
 
 def weights() -> dict[str, Any]:
@@ -53,7 +53,7 @@ def test_threads_may_encode_and_decode_segments_together(segment_bytes: int, com
     plan = MessagePlan(tree, compression=compression, segment_bytes=segment_bytes)
     with ThreadPoolExecutor(8) as pool:
         parts = list(pool.map(plan.encode_segment, range(plan.segment_count)))
-        assembly = MessageAssembly(plan.header([facts for facts, _ in parts]))
+        assembly = MessageAssembly(plan.header([segment for segment, _ in parts]))
         list(pool.map(assembly.decode_segment, range(len(parts)), [stored for _, stored in parts]))
     assert_same(assembly.tree(), tree)
 
@@ -66,7 +66,7 @@ def test_segments_keep_to_their_size_and_to_whole_elements() -> None:
     assert 10_000 in sizes
 
 
-def test_small_leaves_together_keep_to_the_segment_size_too() -> None:
+def test_a_lane_of_small_leaves_keeps_to_the_segment_size() -> None:
     plan = MessagePlan([np.full(100, i) for i in range(60)], segment_bytes=10_000)
     assert [plan.segment_raw_bytes(i) for i in range(plan.segment_count)] == [9600] * 5
 
@@ -76,13 +76,13 @@ def test_an_element_larger_than_a_segment_is_not_cut() -> None:
     assert [plan.segment_raw_bytes(i) for i in range(plan.segment_count)] == [16] * 9
 
 
-def test_the_header_tells_size_and_digest_of_each_segment() -> None:
+def test_the_header_has_size_and_digest_of_each_segment() -> None:
     plan = MessagePlan(weights())
     parts = [plan.encode_segment(i) for i in range(plan.segment_count)]
-    assembly = MessageAssembly(plan.header([facts for facts, _ in parts]))
-    assert list(assembly.segments) == [facts for facts, _ in parts]
-    assert all(facts.stored_bytes == len(stored) for facts, stored in parts)
-    assert {facts.codec for facts, _ in parts} == {compression.RAW, compression.BLOSC2}
+    assembly = MessageAssembly(plan.header([segment for segment, _ in parts]))
+    assert list(assembly.segments) == [segment for segment, _ in parts]
+    assert all(segment.stored_bytes == len(stored) for segment, stored in parts)
+    assert {segment.codec for segment, _ in parts} == {compression.RAW, compression.BLOSC2}
 
 
 def test_a_missing_segment_is_a_wire_error() -> None:
@@ -96,7 +96,7 @@ def test_a_missing_segment_is_a_wire_error() -> None:
     assembly.tree()
 
 
-def test_a_damaged_segment_is_refused_and_can_be_given_again() -> None:
+def test_a_damaged_segment_is_refused_and_can_be_decoded_again() -> None:
     tree = weights()
     header, stored = encoded(MessagePlan(tree))
     assembly = MessageAssembly(header)
@@ -125,7 +125,7 @@ def test_a_header_alone_gives_sizes_and_codecs() -> None:
     assert [segment.codec for segment in found.segments] == [compression.BLOSC2] * 2
 
 
-def test_views_of_other_items_than_bytes_are_read_as_bytes() -> None:
+def test_views_with_items_other_than_bytes_are_read_as_bytes() -> None:
     tree = {"x": np.arange(100_000)}
     message = encode(tree)
     padded = np.frombuffer(message, np.int8).data

@@ -1,4 +1,4 @@
-"""What cannot travel is refused before anything is sent, with its path."""
+"""Values that cannot travel are refused before anything is sent, with their path."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ REFUSED: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(
     ("value", "reason"), REFUSED, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_what_cannot_travel_is_refused_with_its_path(value: Any, reason: str) -> None:
+def test_an_unsupported_value_is_refused_with_its_path(value: Any, reason: str) -> None:
     with pytest.raises(UnsupportedType, match=rf"^\['a'\]\[1\]\[7\]: .*{reason}"):
         encode({"a": (0, {7: value})})
 
@@ -85,7 +85,7 @@ def test_quantised_and_nested_tensors_are_refused_by_name(make: Any) -> None:
         encode({"x": make()})
 
 
-def test_a_value_at_the_top_is_refused_too() -> None:
+def test_an_unsupported_value_at_the_top_level_is_refused() -> None:
     with pytest.raises(UnsupportedType, match=r"^the top level: a value of type object"):
         encode(object())
 
@@ -132,11 +132,11 @@ def test_an_impossible_segment_size_is_refused(segment_bytes: int) -> None:
         MessagePlan({}, segment_bytes=segment_bytes)
 
 
-def test_a_depth_beyond_pythons_own_limit_is_refused() -> None:
+def test_a_depth_limit_beyond_pythons_recursion_limit_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="max_depth"):
         Limits(max_depth=1000)
 
 
-def test_a_header_needs_the_facts_of_every_segment() -> None:
+def test_a_header_needs_the_description_of_every_segment() -> None:
     with pytest.raises(InvalidArgument, match="0 segments given; the plan has 1"):
         MessagePlan(np.ones(9)).header([])
