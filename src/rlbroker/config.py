@@ -285,10 +285,10 @@ def redis_username() -> str | None:
 
 
 def redis_password() -> str | None:
-    """Give the password for a server whose URL has none, from the environment or from the file that it names.
+    """Return the password for a server whose URL has none, from the environment or the file that it names.
 
     Raises:
-        InvalidArgument: it names both, or the file cannot be used.
+        InvalidArgument: the environment has both, or the file cannot be used.
     """
     password, path = os.environ.get(PASSWORD_VARIABLE), os.environ.get(PASSWORD_FILE_VARIABLE)
     if not path:

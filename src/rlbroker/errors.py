@@ -134,7 +134,10 @@ class WrongKeyType(ServerFault):
 
 
 class WireError(PeerError, ValueError):
-    """Bytes that cannot be decoded: damaged, hostile, or beyond the limits. Nothing of them was used."""
+    """Bytes that cannot be decoded: damaged, hostile, or beyond the limits.
+
+    rlbroker fetches damaged weights again, and stores a damaged batch as a dead letter.
+    """
 
 
 class IncompatibleFormat(WireError):

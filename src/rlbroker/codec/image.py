@@ -151,10 +151,10 @@ class ImagePlan:
                 place = image[end : end + leaf.nbytes]
                 end += leaf.nbytes
                 if lane.large:
-                    _write(leaf, self._sources[number], place)
+                    _write_leaf(leaf, self._sources[number], place)
                 elif leaf.nbytes:  # Small leaves may lie at any address, and torch counts on alignment.
                     aligned = np.empty(leaf.nbytes, np.uint8)
-                    _write(leaf, self._sources[number], aligned)
+                    _write_leaf(leaf, self._sources[number], aligned)
                     place[:] = aligned
         image[end:] = 0
         self._sources = ()
@@ -176,19 +176,19 @@ class ImagePlan:
         raw = self._geometry.segment_view(index, image)
         typesize = self._geometry.places[index].typesize
         raw_digest = digest_of(raw.data)
-        before = 0
+        before_digest = 0
         codec: int = RAW
         stored: bytes | memoryview = raw.data
         if compression and base is not None:
             base_raw = self._geometry.segment_view(index, base)
             codec, stored = delta.encode(raw, base_raw, typesize)
-            before = base_digest or digest_of(base_raw.data)
+            before_digest = base_digest or digest_of(base_raw.data)
         elif compression:
             codec, stored = compress(raw.data, typesize)
         digest = raw_digest if codec == RAW else digest_of(stored)
         segment = StoredSegment(codec, len(raw), len(stored), digest)
         if segment.is_delta:
-            segment = segment._replace(base_digest=before, raw_digest=raw_digest)
+            segment = segment._replace(base_digest=before_digest, raw_digest=raw_digest)
         return EncodedSegment(segment, stored, raw_digest)
 
     def header(self, segments: Sequence[StoredSegment]) -> bytes:
@@ -298,7 +298,7 @@ class ImageFormat:
         return unpack(self._header.tree, leaves)
 
 
-def _write(leaf: Leaf, source: Any, place: Bytes) -> None:
+def _write_leaf(leaf: Leaf, source: Any, place: Bytes) -> None:
     """Copy the elements of a leaf into its place, which is aligned and as large as they are."""
     if isinstance(source, np.ndarray):
         elements = place.view(leaf.carrier)
