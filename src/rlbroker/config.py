@@ -280,7 +280,7 @@ def url_parts(url: str) -> tuple[SplitResult, list[str]]:
 
 
 def redis_username() -> str | None:
-    """Give who we are to the server, where its URL does not say it."""
+    """Return the user for a server whose URL has none, from the environment; None if it has none either."""
     return os.environ.get(USERNAME_VARIABLE) or None
 
 
@@ -367,26 +367,26 @@ def unusable_url(url: str, error: ValueError) -> InvalidArgument:
 
 
 def url_variable() -> str | None:
-    """Give the environment variable that holds the server's URL; None if none does."""
+    """Return the name of the environment variable that holds the server's URL; None if none is set."""
     return next((name for name in URL_VARIABLES if os.environ.get(name)), None)
 
 
 def url_was_typed() -> bool:
-    """Whether the URL in the environment came from the command line, whose variable a shell does not know."""
+    """Return whether the URL in the environment came from the command line: the user's shell does not have it."""
     return bool(os.environ.get(URL_TYPED_VARIABLE))
 
 
 def redacted_url(url: str) -> str:
-    """Give the URL without user, password and query, fit for logs and errors, also if it is malformed.
+    """Return the URL without user, password and query, for logs and errors, even if it is malformed.
 
     >>> redacted_url("redis://me:secret@host:6379/0?socket_timeout=1")
     'redis://host:6379/0'
     """
     scheme, colon, rest = url.partition("://")
-    if not colon:  # it is no URL, and what is in it nobody knows
+    if not colon:  # Not a URL: an @ may separate a password from a host.
         return "…" if "@" in url else url
     before, _, query = rest.partition("?")
-    if "@" in query:  # part of a password, or of a parameter
+    if "@" in query:  # The query is a part of a password, or contains one.
         return f"{scheme}://…"
     # A password may hold an @ or a / that should have been escaped.
     return scheme + colon + before.rpartition("@")[2]
