@@ -1,7 +1,7 @@
 """The Redis-backed broker between reinforcement-learning learners and rollout workers.
 
-The learner makes a `WorkerCommunicator`, each worker a `WorkerClient`; all they share is a Redis URL and the
-name of the run.
+The learner creates a `WorkerCommunicator`, each worker a `WorkerClient`. They share nothing but a Redis URL and
+the name of the run.
 """
 
 from importlib import import_module
@@ -96,14 +96,14 @@ __all__ = [
     "__version__",
 ]
 
-#: Imported when they are first asked for, as they need numpy and blosc2: whoever only looks at a run does not.
-_LATER = {"Command": "control.commands", "WorkerClient": "worker", "WorkerCommunicator": "learner"}
+#: Imported at first use: they need numpy and blosc2, which would slow down commands that only inspect a run.
+_LAZY = {"Command": "control.commands", "WorkerClient": "worker", "WorkerCommunicator": "learner"}
 
 
 def __getattr__(name: str) -> Any:
-    """Give what was left for later, and keep it."""
-    if name in _LATER:
-        found = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    """Import a name at its first use, and keep it."""
+    if name in _LAZY:
+        found = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     elif name == "__version__":
         found = import_module("importlib.metadata").version(__name__)
     else:

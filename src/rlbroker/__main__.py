@@ -1,4 +1,4 @@
-"""`python -m rlbroker`: the command line."""
+"""The command line, as `python -m rlbroker`."""
 
 from rlbroker.ops.cli import main
 

@@ -1,4 +1,4 @@
-"""Settings: what callers may choose, checked once, and the only place that reads the environment."""
+"""Settings, the checks of their values, and the environment, which no other module reads."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from rlbroker.errors import InvalidArgument
 
-#: What a sender does when its queue is full.
+#: The reaction of a worker to a full queue.
 WhenFull = Literal["block", "drop_oldest", "drop_newest"]
 
-#: What a batch must have reached before it counts as safe.
+#: The place that a batch must have reached before it counts as confirmed.
 Level = Literal["redis", "replica", "fsync", "learner"]
 
-#: When a batch that `collect_experiences` returned counts as done.
+#: When a batch that `collect_experiences` returned is acknowledged: at the next collect, or by the caller.
 Acknowledge = Literal["next", "manual"]
 
-#: Whether, and in which directory, the processes of one host share weights.
+#: Whether the processes of one host share weights, or the directory in which they do.
 HostCacheSetting = bool | str | Path
 
-#: A key itself, or the file that holds it.
+#: The key itself, as text or bytes, or the path of the file that holds it.
 SigningKeySetting = str | bytes | Path
 
 DEFAULT_URL = "redis://localhost:6379/0"
@@ -37,36 +37,37 @@ URL_SCHEMES = (
 URL_VARIABLES = ("RLBROKER_REDIS_URL", "REDIS_URL")
 RUN_VARIABLE = "RLBROKER_RUN"
 
-#: Who we are to the server, where its URL does not say it.
+#: User and password for a server whose URL has none.
 USERNAME_VARIABLE = "RLBROKER_REDIS_USERNAME"
 PASSWORD_VARIABLE = "RLBROKER_REDIS_PASSWORD"
 PASSWORD_FILE_VARIABLE = "RLBROKER_REDIS_PASSWORD_FILE"
 
-#: Files for `rediss://`, where the URL does not name them.
+#: Files for `rediss://`, for a URL that does not name them.
 TLS_CA_VARIABLE = "RLBROKER_TLS_CA_FILE"
 TLS_CERTIFICATE_VARIABLE = "RLBROKER_TLS_CERTIFICATE_FILE"
 TLS_KEY_VARIABLE = "RLBROKER_TLS_KEY_FILE"
 TLS_VARIABLES = (TLS_CA_VARIABLE, TLS_CERTIFICATE_VARIABLE, TLS_KEY_VARIABLE)
 
-#: The file with the key that signs weights and commands.
+#: The path of the file with the key that signs weights and commands.
 SIGNING_KEY_VARIABLE = "RLBROKER_SIGNING_KEY_FILE"
 
 #: A shorter key could be guessed; `openssl rand -hex 32` makes 64 characters.
 MIN_SIGNING_KEY_BYTES = 32
 
-#: Set by a command that took a URL with a password out of its arguments.
+#: Set by a command that moved a URL with a password from its arguments into the environment.
 URL_TYPED_VARIABLE = "RLBROKER_URL_TYPED"
 
-#: Worker ids stay below this bound, so that a typing error cannot create lists of millions.
+#: The highest worker id, so that a typing error cannot create lists of millions.
 MAX_WORKER_ID = 65_535
 
-#: The learner waits on each shard by a connection of its own.
+#: The most shards: the learner keeps one connection for each, on which it waits.
 MAX_SHARDS = 64
 
-#: Longest time that a setting may name: about thirty years.
+#: The longest time that a setting may have: about thirty years.
 MAX_SECONDS = 1_000_000_000
 
-#: Shortest lease, and shortest time after which a learner's batches go to another: signs of life take time.
+#: The shortest lease, and the shortest time after which another learner takes over pending batches: heartbeats are not
+#: more frequent.
 MIN_LEASE_SECONDS = 0.1
 MIN_TAKE_OVER_SECONDS = 0.5
 
@@ -81,14 +82,14 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What the learner decides for the whole run; workers read it from the run's `meta` hash.
+    """The settings of the learner that apply to the whole run; workers read them from the run's `meta` hash.
 
     Attributes:
-        max_queue_size: batches that may wait in one worker's queue.
-        max_queue_bytes: bytes of one worker's queue, batches in the learner's hands included.
-        when_full: what a worker does when its queue is full, unless it chooses for itself.
-        lease_seconds: a worker that was silent for longer is `away`.
-        forget_seconds: a worker that was silent for longer no longer belongs to the run.
+        max_queue_size: the most batches that wait in one worker's queue.
+        max_queue_bytes: the most bytes of one worker's queue, including batches that are pending at the learner.
+        when_full: the reaction of a worker to a full queue, unless the worker sets its own.
+        lease_seconds: a worker without a heartbeat for longer than this is `away`.
+        forget_seconds: a worker without a heartbeat for longer than this leaves the run.
     """
 
     max_queue_size: int = 1000
@@ -98,7 +99,7 @@ class RunSettings:
     forget_seconds: float = 600.0
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot work."""
+        """Raise InvalidArgument for settings that cannot work."""
         positive_int("max_queue_size", self.max_queue_size)
         positive_int("max_queue_bytes", self.max_queue_bytes)
         positive_seconds("lease_seconds", self.lease_seconds)
@@ -106,19 +107,19 @@ class RunSettings:
         choice("when_full", self.when_full, get_args(WhenFull))
         if self.lease_seconds < MIN_LEASE_SECONDS:
             raise InvalidArgument(
-                f"lease_seconds must be at least {MIN_LEASE_SECONDS:g}, as workers cannot give signs of life more "
-                f"often; got {self.lease_seconds!r}"
+                f"lease_seconds must be at least {MIN_LEASE_SECONDS:g}, as heartbeats are not more frequent; got "
+                f"{self.lease_seconds!r}"
             )
         if self.forget_seconds < self.lease_seconds:
             raise InvalidArgument("forget_seconds must not be shorter than lease_seconds")
 
     def to_fields(self) -> dict[str, str]:
-        """Give the fields of the `meta` hash that carry these settings."""
+        """Return these settings as fields of the `meta` hash."""
         return {name: str(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_fields(cls, found: Mapping[str, str]) -> Self:
-        """Read the settings back from the fields of the `meta` hash; what is missing keeps its default."""
+        """Read the settings from fields of the `meta` hash; a missing field has its default."""
         kinds = {"int": int, "float": float}
         return cls(
             **{
@@ -131,14 +132,14 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class SamplesPerInsert:
-    """How often each batch is to be sampled, on average.
+    """The average number of times that each batch is sampled.
 
     Attributes:
         ratio: samples for each inserted batch; above 0.
-        min_size: batches that must be inserted before the first sample; at least 1.
-        error_buffer: how far sampling may run ahead of inserting, or behind, in samples. At least
-            `max(1, ratio)`, and `(n + ratio) / 2` where n samples are drawn at once: otherwise both sides could
-            come to wait for each other.
+        min_size: number of batches that must be inserted before the first sample; at least 1.
+        error_buffer: the most samples by which sampling may be ahead of inserting, or behind it. At least
+            `max(1, ratio)`, and `(n + ratio) / 2` where n samples are drawn at once: otherwise both sides could wait
+            for each other for ever.
     """
 
     ratio: float
@@ -146,7 +147,7 @@ class SamplesPerInsert:
     error_buffer: float
 
     def __post_init__(self) -> None:
-        """Refuse settings with which both sides could come to wait for each other."""
+        """Raise InvalidArgument for settings with which both sides could wait for each other for ever."""
         for name in ("ratio", "error_buffer"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -279,15 +280,15 @@ def url_parts(url: str) -> tuple[SplitResult, list[str]]:
 
 
 def redis_username() -> str | None:
-    """Give who we are to the server, where its URL does not say it."""
+    """Return the user for a server whose URL has none, from the environment; None if it has none either."""
     return os.environ.get(USERNAME_VARIABLE) or None
 
 
 def redis_password() -> str | None:
-    """Give the password for a server whose URL has none, from the environment or from the file that it names.
+    """Return the password for a server whose URL has none, from the environment or the file that it names.
 
     Raises:
-        InvalidArgument: it names both, or the file cannot be used.
+        InvalidArgument: the environment has both, or the file cannot be used.
     """
     password, path = os.environ.get(PASSWORD_VARIABLE), os.environ.get(PASSWORD_FILE_VARIABLE)
     if not path:
@@ -308,7 +309,7 @@ def redis_password() -> str | None:
 
 
 def _secret_in(path: Path, setting: str) -> bytes:
-    """Give what a file holds; its last newline does not count. The setting is what names it, for errors."""
+    """Return the content of a file without its last newline. `setting` is what named the file, for errors."""
     try:
         found = path.read_bytes().rstrip(b"\r\n")
     except OSError as error:
@@ -319,12 +320,12 @@ def _secret_in(path: Path, setting: str) -> bytes:
 
 
 def tls_files() -> dict[str, str]:
-    """Give the files that the environment names for TLS, by variable."""
+    """Return the files that the environment names for TLS, by variable."""
     return {name: os.environ[name] for name in TLS_VARIABLES if os.environ.get(name)}
 
 
 def signing_secret(given: SigningKeySetting | None = None) -> bytes | None:
-    """Give the key that signs weights and commands: the argument, else what RLBROKER_SIGNING_KEY_FILE names.
+    """Return the key that signs weights and commands: `given`, else the file that RLBROKER_SIGNING_KEY_FILE names.
 
     Args:
         given: the key itself as text or bytes, or the path of a file with it, whose last newline does not count.
@@ -342,18 +343,18 @@ def signing_secret(given: SigningKeySetting | None = None) -> bytes | None:
         key = _secret_in(path, setting)
     elif isinstance(path, str | bytes):
         key = path.encode() if isinstance(path, str) else path
-    else:  # not the value itself: it may be a key of another type
+    else:  # The message does not show the value: it may be a key of another type.
         raise InvalidArgument(f"{setting} must be text, bytes or a Path; got {type(path).__name__}")
     if len(key) < MIN_SIGNING_KEY_BYTES:
         raise InvalidArgument(
-            f"{setting}: a key has at least {MIN_SIGNING_KEY_BYTES} bytes, and this one {len(key)}; "
-            "`openssl rand -hex 32` makes one (text is the key itself; a file is named by a Path)"
+            f"{setting}: the key has {len(key)} bytes and needs at least {MIN_SIGNING_KEY_BYTES} bytes; "
+            "`openssl rand -hex 32` makes one (text is the key itself; name a file by a Path)"
         )
     return key
 
 
 def colors_wanted() -> bool:
-    """Whether the environment allows colours on a terminal: it has them, and NO_COLOR does not ask for none."""
+    """Return whether the environment allows colours on a terminal: NO_COLOR is not set, and TERM has colours."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
@@ -366,39 +367,39 @@ def unusable_url(url: str, error: ValueError) -> InvalidArgument:
 
 
 def url_variable() -> str | None:
-    """Give the environment variable that holds the server's URL; None if none does."""
+    """Return the name of the environment variable that holds the server's URL; None if none is set."""
     return next((name for name in URL_VARIABLES if os.environ.get(name)), None)
 
 
 def url_was_typed() -> bool:
-    """Whether the URL in the environment came from the command line, whose variable a shell does not know."""
+    """Return whether the URL in the environment came from the command line: the user's shell does not have it."""
     return bool(os.environ.get(URL_TYPED_VARIABLE))
 
 
 def redacted_url(url: str) -> str:
-    """Give the URL without user, password and query, fit for logs and errors, also if it is malformed.
+    """Return the URL without user, password and query, for logs and errors, even if it is malformed.
 
     >>> redacted_url("redis://me:secret@host:6379/0?socket_timeout=1")
     'redis://host:6379/0'
     """
     scheme, colon, rest = url.partition("://")
-    if not colon:  # it is no URL, and what is in it nobody knows
+    if not colon:  # Not a URL: an @ may separate a password from a host.
         return "…" if "@" in url else url
     before, _, query = rest.partition("?")
-    if "@" in query:  # part of a password, or of a parameter
+    if "@" in query:  # The query is a part of a password, or contains one.
         return f"{scheme}://…"
     # A password may hold an @ or a / that should have been escaped.
     return scheme + colon + before.rpartition("@")[2]
 
 
 def run_name(run: str, *, what: str = "run") -> str:
-    """Check the name of a run, which becomes part of every key, or of a learner.
+    """Return `run`, the name of a run or of a learner, which becomes part of every key.
 
     Raises:
         InvalidArgument: it is not 1 to 100 letters, digits, dots, dashes and underscores.
     """
     if not isinstance(run, str) or not is_run_name(run):
-        # It may be a URL in the wrong place, with a password in it.
+        # It may be a URL that was given as the run, with a password in it.
         shown = redacted_url(run) if isinstance(run, str) and "://" in run else run
         raise InvalidArgument(
             f"{what} must be 1 to 100 letters, digits, '.', '_' or '-', and begin with a letter or digit; got {shown!r}"
@@ -407,22 +408,22 @@ def run_name(run: str, *, what: str = "run") -> str:
 
 
 def run_from_environment() -> str | None:
-    """Give the name of the run that a command is about if its `--run` is left out: RLBROKER_RUN; None without it.
+    """Return the run of a command without `--run`, which is RLBROKER_RUN; None if that is not set.
 
     Raises:
-        InvalidArgument: it cannot be the name of a run.
+        InvalidArgument: its value cannot be the name of a run.
     """
     run = os.environ.get(RUN_VARIABLE)
     return run_name(run, what=RUN_VARIABLE) if run else None
 
 
 def is_run_name(text: str) -> bool:
-    """Whether this can be the name of a run; other programs may use keys that look like those of one."""
+    """Return whether this can be the name of a run. Keys of other programs may look like those of a run."""
     return _RUN_NAME.fullmatch(text) is not None
 
 
 def worker_number(worker_id: int) -> int:
-    """Check a worker id.
+    """Return `worker_id`.
 
     Raises:
         InvalidArgument: it is not an integer from 0 to 65535.
@@ -433,16 +434,16 @@ def worker_number(worker_id: int) -> int:
 
 
 def positive_int(name: str, value: int) -> int:
-    """Check that a setting is an integer above zero."""
+    """Return the value of a setting; raise InvalidArgument unless it is an integer above 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        # Not the text itself: it may be a URL in the wrong place, with a password in it.
+        # The message does not show text: it may be a URL that was given for this setting, with a password in it.
         shown = "text" if isinstance(value, str) else repr(value)
         raise InvalidArgument(f"{name} must be an integer of at least 1; got {shown}")
     return value
 
 
 def positive_seconds(name: str, value: float) -> float:
-    """Check that a setting is a number of seconds above zero, and not beyond what a thread can wait."""
+    """Return a setting as a float; raise InvalidArgument unless it is above 0 s and no more than a thread can wait."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_SECONDS:
         raise InvalidArgument(
             f"{name} must be a number of seconds above 0, up to {MAX_SECONDS:,}; got {value!r}"
@@ -451,23 +452,23 @@ def positive_seconds(name: str, value: float) -> float:
 
 
 def waiting_seconds(name: str, value: float) -> float:
-    """Check that what a caller wants to wait is a number of seconds, 0 included."""
+    """Return a timeout as a float; raise InvalidArgument unless it is a number of seconds. 0 is valid."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_SECONDS:
         raise InvalidArgument(f"{name} must be a number of seconds, from 0 to {MAX_SECONDS:,}; got {value!r}")
     return float(value)
 
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """Check that a setting is one of a few words."""
+    """Return the value of a setting; raise InvalidArgument unless it is one of `choices`."""
     if value not in choices:
         raise InvalidArgument(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
     return value
 
 
 def host_cache_place(setting: HostCacheSetting) -> Path | None:
-    """Give the directory in which the processes of this host share weights; None for not at all.
+    """Return the directory in which the processes of this host share weights; None if they do not.
 
-    True stands for what the environment has in RLBROKER_HOST_CACHE, a directory or `off`; by default /dev/shm.
+    True stands for the value of RLBROKER_HOST_CACHE, which is a directory or `off`, and by default /dev/shm.
     """
     if isinstance(setting, bool):
         place = os.environ.get("RLBROKER_HOST_CACHE", "/dev/shm") if setting else "off"

@@ -1,31 +1,31 @@
-"""Every error that rlbroker raises.
+"""Every error that rlbroker raises: what the caller did wrong, or what the server, the network or a peer did.
 
 ::
 
     RlbrokerError
-    ├── UsageError                  the caller did something wrong; retrying will not help
-    │   ├── InvalidArgument         an argument's value (ValueError)
-    │   ├── UnsupportedType         an object that cannot travel; names its path (TypeError)
+    ├── UsageError                  the caller's mistake: the same call will fail again
+    │   ├── InvalidArgument         an argument or setting has a value that cannot work (ValueError)
+    │   ├── UnsupportedType         a value that cannot travel; names its path (TypeError)
     │   ├── WeightsMismatch         the weights do not fit the model; names keys and shapes (ValueError)
     │   ├── BatchTooLarge           one batch exceeds the byte bound of its queue (ValueError)
-    │   ├── UnknownWorker           no such worker id in this run (LookupError)
-    │   ├── ForkedProcess           used in a child after fork (RuntimeError)
-    │   └── Closed                  used after cleanup (RuntimeError)
-    └── PeerError                   the server, the network or another process did
+    │   ├── UnknownWorker           no worker with this id belongs to the run (LookupError)
+    │   ├── ForkedProcess           a client was used in a child process after a fork (RuntimeError)
+    │   └── Closed                  a client was used after it was closed (RuntimeError)
+    └── PeerError                   the server, the network or another process failed: a retry may succeed
         ├── ConnectionFailed        the server cannot be reached (ConnectionError)
-        ├── AccessDenied            wrong password, or a right is missing (PermissionError)
-        ├── TlsFailed               there can be no secure connection: a certificate, or a side without TLS
-        ├── ServerUnsuitable        the server is too old, would evict our keys, or cannot give a level
-        ├── ServerOutOfMemory       the server's memory limit is reached
-        ├── ServerFault             the server answered with any other error
-        │   └── WrongKeyType        a key of the run is not of the type that rlbroker writes
-        ├── WireError               bytes that do not decode (ValueError)
-        │   └── IncompatibleFormat  written by a release with another wire format
+        ├── AccessDenied            wrong password, or a missing right (PermissionError)
+        ├── TlsFailed               no secure connection: a certificate is refused, or one side has no TLS
+        ├── ServerUnsuitable        the server is too old, would evict keys, or cannot provide a level
+        ├── ServerOutOfMemory       the server reached its memory limit
+        ├── ServerFault             the server answered with an error that rlbroker does not expect
+        │   └── WrongKeyType        a key of the run has a type that rlbroker does not write
+        ├── WireError               bytes that cannot be decoded (ValueError)
+        │   └── IncompatibleFormat  written in another version of the wire format
         ├── Fenced                  a newer process took this one's place
-        ├── RunLost                 the server came back without the run's keys, and its learner did not restore them
-        └── DeadlineExceeded        what was waited for did not come in time (TimeoutError)
-            ├── QueueFull           no room for a batch (queue.Full)
-            └── Unconfirmed         a batch was taken, and its arrival not confirmed in time
+        ├── RunLost                 the server lost the run's keys, and the learner has not restored them
+        └── DeadlineExceeded        a wait ended without its result (TimeoutError)
+            ├── QueueFull           no room for a batch within the timeout (queue.Full)
+            └── Unconfirmed         a batch was accepted, and not confirmed within the timeout
 """
 
 from __future__ import annotations
@@ -35,55 +35,69 @@ from typing import Any
 
 
 class RlbrokerError(Exception):
-    """Base of every error that rlbroker raises."""
+    """Base of every error that rlbroker raises. An `except` for it catches all of them."""
 
 
 class UsageError(RlbrokerError):
-    """The caller did something wrong; the same call will fail again."""
+    """The caller made a mistake. The same call will fail again: change it, as the message says."""
 
 
 class InvalidArgument(UsageError, ValueError):
-    """An argument has a value that cannot work."""
+    """An argument or setting has a value that cannot work. Raised before anything is sent; says which values work."""
 
 
 class UnsupportedType(UsageError, TypeError):
-    """An object that cannot travel; the message names its path within the tree."""
+    """A value that cannot travel.
+
+    Raised before anything is sent. The message names the path of the value within the tree, and where there is one the
+    call that makes it travel, such as `_asdict()`.
+    """
 
 
 class WeightsMismatch(UsageError, ValueError):
-    """The received weights do not fit the model; the message names keys and shapes."""
+    """The received weights do not fit the model.
+
+    Raised before the model is changed. The message names keys and shapes: build the same model on both sides.
+    """
 
 
 class BatchTooLarge(UsageError, ValueError):
-    """One batch alone is larger than the byte bound of its queue."""
+    """One batch alone is larger than the byte bound of its queue, or holds more than 1 GiB of arrays.
+
+    Raised by `send_experiences`; the batch was not accepted. Send smaller batches, or raise `max_queue_bytes` on the
+    learner.
+    """
 
 
 class UnknownWorker(UsageError, LookupError):
-    """No worker with this id belongs to the run."""
+    """No worker with this id belongs to the run. The message names those that do."""
 
 
 class ForkedProcess(UsageError, RuntimeError):
-    """A client made before a fork is used in the child; make a new one there."""
+    """A client that was made before a fork was used in the child process. Make a new one there."""
 
 
 class Closed(UsageError, RuntimeError):
-    """The client was cleaned up and cannot be used any more."""
+    """A client was used after it was closed, or it was closed before the result was there. Make a new one."""
 
 
 class PeerError(RlbrokerError):
-    """The server, the network or another process did something wrong."""
+    """The server, the network or another process failed.
+
+    rlbroker has retried whatever is safe to repeat. The caller may try again later, or stop.
+    """
 
 
 class ConnectionFailed(PeerError, ConnectionError):
-    """The server cannot be reached, or the connection to it broke."""
+    """The server cannot be reached, or the connection to it broke. The same client may be used again later."""
 
 
 class AccessDenied(PeerError, PermissionError):
-    """Wrong user or password, or the user lacks a right.
+    """The server refused user or password, or the user lacks a right. Correct the login, or the user's ACL rules.
 
     Attributes:
-        rule: what an access-control list must have for this user, such as `+xinfo`; empty if that is not the reason.
-        user: who lacks it.
+        rule: what an ACL rule of this user must grant, such as `+xinfo`; empty if no right is missing.
+        user: the user that lacks it.
     """
 
     rule: str = ""
@@ -91,57 +105,75 @@ class AccessDenied(PeerError, PermissionError):
 
 
 class TlsFailed(PeerError):
-    """There can be no secure connection: one side does not accept the other's certificate, or speaks no TLS."""
+    """No secure connection is possible: one side refuses the other's certificate, or has no TLS.
+
+    Correct the certificate files, or the scheme of the URL (`redis://` or `rediss://`).
+    """
 
 
 class ServerUnsuitable(PeerError):
-    """The server is too old, or its settings would lose data."""
+    """The server is too old, would evict keys, is not what the URL says, or cannot provide the requested level.
+
+    Change its settings, or give the URL of another one. `rlbroker doctor` lists what is wrong.
+    """
 
 
 class ServerOutOfMemory(PeerError):
-    """The server refuses writes because its memory limit is reached."""
+    """The server refuses writes because it reached its `maxmemory`. Raise it, or lower the bounds of the queues."""
 
 
 class ServerFault(PeerError):
-    """The server answered with an error that rlbroker does not expect."""
+    """The server answered with an error that rlbroker does not expect. The message has its text."""
 
 
 class WrongKeyType(ServerFault):
-    """A key of the run is of another type than rlbroker writes: another program uses it, or a worker spoiled it."""
+    """A key of the run has a type that rlbroker does not write: another program uses it, or a worker spoiled it.
+
+    Choose another name for the run, or delete the key.
+    """
 
 
 class WireError(PeerError, ValueError):
-    """Bytes that cannot be decoded: damaged, hostile, or beyond the limits."""
+    """Bytes that cannot be decoded: damaged, hostile, or beyond the limits.
+
+    rlbroker fetches damaged weights again, and stores a damaged batch as a dead letter.
+    """
 
 
 class IncompatibleFormat(WireError):
-    """The other side writes another version of the wire format."""
+    """The other side writes another version of the wire format. Run the same release on both sides."""
 
 
 class Fenced(PeerError):
-    """A newer process with the same role has taken this one's place."""
+    """A newer process took this one's place: a learner of the same run, or a worker with the same id.
+
+    Nothing that this client sends is accepted any more. Stop; or make a new client, which fences the other process.
+    """
 
 
 class RunLost(PeerError):
-    """The server has lost the run's keys, and the learner has not restored them in time; is it alive?"""
+    """The server lost the run's keys, and the learner has not restored them in time.
+
+    The learner restores them by itself while it is alive. Try again later, or check that it runs.
+    """
 
 
 class DeadlineExceeded(PeerError, TimeoutError):
-    """What was waited for did not happen in time."""
+    """A wait ended without its result. What was waited for may still happen."""
 
 
 class Unconfirmed(DeadlineExceeded):
-    """A batch was taken and not confirmed in time; it is kept and sent again. Do not send it a second time.
+    """A batch was accepted, and not confirmed within the timeout. It is kept and sent again: do not send it again.
 
     Attributes:
         receipt: what is known of the batch; a `SendReceipt`.
     """
 
     def __init__(self, message: str, receipt: Any) -> None:
-        """Say what was not confirmed."""
+        """Attach the receipt of the batch."""
         super().__init__(message)
         self.receipt = receipt
 
 
 class QueueFull(DeadlineExceeded, queue.Full):
-    """There was no room for a batch within the timeout; the caller still has it."""
+    """No room for a batch within the timeout. It was not accepted: send it again, or drop it."""

@@ -18,8 +18,8 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import entry_id
 from rlbroker.backend.text import counted
 from rlbroker.backend.threads import BackgroundThread
+from rlbroker.codec.limits import FORMAT_VERSION
 from rlbroker.codec.signing import SigningKey
-from rlbroker.codec.version import FORMAT_VERSION
 from rlbroker.config import (
     DEFAULT_RUN,
     MAX_SHARDS,

@@ -1,4 +1,7 @@
-"""The values that callers get: batches, receipts, the roster, outcomes."""
+"""The values that callers receive: batches, receipts, the roster, outcomes, counts.
+
+Sizes are in bytes and durations in seconds. Timestamps are seconds since the Unix epoch.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +12,31 @@ from typing import Any, Literal, Self, cast
 
 from rlbroker.errors import Closed, DeadlineExceeded
 
-#: What became of one command, or of one version, at one worker.
+#: The outcome of one command, or of one version, at one worker.
 State = Literal["waiting", "done", "failed", "unknown", "expired", "missed"]
 
 #: Why a worker did not run a version.
 Why = Literal["superseded", "failed", "away", "left"]
 
-#: What the roster says of a worker: heard of lately, or silent for longer than its lease.
+#: A worker's state in the roster: `alive`, or `away` when its last heartbeat is older than its lease.
 Liveness = Literal["alive", "away"]
 
 
 class Batch(dict[str, Any]):
-    """What a worker sent, as it went in; its facts are attributes, which no key of the user's can collide with.
+    """The dictionary that a worker sent. What is known of it is in attributes, which collide with no key of the user's.
 
     Attributes:
         worker_id: the worker that sent it.
-        incarnation: which life of that worker.
-        sequence: the batch's number within that life; 1, 2, 3, ….
-        version: the weights that produced it; 0 before the first.
-        staleness: versions published since then, when the learner collected it.
+        incarnation: the incarnation of that worker.
+        sequence: its number within that incarnation: 1, 2, 3, ….
+        version: the version of the weights that produced it; 0 before the first.
+        staleness: number of versions published since that one, when the learner collected it.
         rows: leading dimension of its first array or tensor; 0 without one.
-        raw_bytes: bytes of its arrays and tensors.
-        stored_bytes: bytes that went through Redis.
-        sent_at: the worker's clock when it was sent, seconds since the epoch.
-        received_at: the learner's clock when it was collected, seconds since the epoch.
-        held_as: the stream and the id under which the learner holds it until it is acknowledged.
+        raw_bytes: size of its arrays and tensors.
+        stored_bytes: size of its message in Redis.
+        sent_at: time of sending, by the worker's clock.
+        received_at: time of collection, by the learner's clock.
+        held_as: stream and entry id of the batch, which is pending until the learner acknowledges it.
     """
 
     __slots__ = (
@@ -65,12 +68,13 @@ class Batch(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Registration:
-    """A worker's place in the run, as the server gave it.
+    """A worker's membership in the run, as the server granted it.
 
     Attributes:
-        incarnation: this life of the worker id; 0 before it registered.
-        latest_version: the latest version then.
-        control_position: id of the last entry of the control stream that does not concern this life.
+        worker_id: the worker.
+        incarnation: its incarnation; 0 before it registered.
+        latest_version: the latest version at that time.
+        control_position: id of the last entry of the control stream from before this incarnation.
     """
 
     worker_id: int
@@ -81,16 +85,18 @@ class Registration:
 
 @dataclass(frozen=True)
 class SendReceipt:
-    """What happened to one batch on the worker's side. True if it is in the queue.
+    """The result of sending one batch. True if the batch is in the queue.
 
     Attributes:
-        sequence: its number within this life of the worker; 0 if it was not accepted.
-        version: the weights that produced it.
+        worker_id: the worker that sent it.
+        incarnation: the incarnation of that worker.
+        sequence: its number within that incarnation; 0 if it was not accepted.
+        version: the version of the weights that produced it.
         rows: leading dimension of its first array or tensor; 0 without one.
-        raw_bytes: bytes of its arrays and tensors.
-        stored_bytes: bytes of the message.
+        raw_bytes: size of its arrays and tensors.
+        stored_bytes: size of its message.
         accepted: whether it is in the queue.
-        dropped: older batches that were dropped for it.
+        dropped: number of older batches that were dropped to make room.
     """
 
     worker_id: int
@@ -104,13 +110,13 @@ class SendReceipt:
     dropped: int = 0
 
     def __bool__(self) -> bool:
-        """Whether the batch was accepted; with `drop_newest` it may not be."""
+        """Return whether the batch was accepted; with `drop_newest` it may not be."""
         return self.accepted
 
 
 @dataclass(frozen=True)
 class Published:
-    """The facts of a version that is out; see `PublishReceipt`."""
+    """A published version; `PublishReceipt` has the same attributes, with their meaning."""
 
     version: int
     kind: Literal["full", "delta"]
@@ -122,23 +128,23 @@ class Published:
 
 
 class PublishReceipt:
-    """What `send_model_weights` did, or with `wait=False` is doing. False only if that has failed.
+    """The result of `send_model_weights`, which with `wait=False` may still be pending. False only if that failed.
 
-    Asking for any of its facts waits until the version is out, and raises what went wrong if it is not to be.
+    Each attribute but `done` waits until the version is published, and raises the error if it was not.
     """
 
     def __init__(self, work: Published | Future[Published]) -> None:
-        """Tell of what was done, or of what is under way."""
+        """Wrap the published version, or the future of one."""
         self._work = work
 
     def __bool__(self) -> bool:
-        """Whether every worker can fetch the version, or will be able to, as far as is known."""
+        """Return whether workers can fetch the version, or will be able to unless publishing fails."""
         if not isinstance(self._work, Future) or not self._work.done():
             return True
         return not self._work.cancelled() and self._work.exception() is None
 
     def __repr__(self) -> str:
-        """Show the facts, if they are there."""
+        """Show the published version, or that there is none yet."""
         if not self.done:
             return "<PublishReceipt: under way>"
         if not self:
@@ -147,18 +153,19 @@ class PublishReceipt:
 
     @property
     def done(self) -> bool:
-        """Whether the version is out, or will never be."""
+        """Whether publishing has ended, with or without success."""
         return not isinstance(self._work, Future) or self._work.done()
 
     def wait(self, timeout: float | None = None) -> Self:
-        """Wait until the version is out; give the receipt itself.
+        """Wait until the version is published; return this receipt.
 
         Args:
-            timeout: seconds to wait; by default until it is done, which ends like any publication by itself.
+            timeout: seconds to wait; None to wait until publishing ends, which has a deadline of its own.
 
         Raises:
-            DeadlineExceeded: it was not done in time, and goes on.
-            PeerError: it was not published; as `send_model_weights` without `wait=False`.
+            DeadlineExceeded: publishing has not ended within the timeout, and continues.
+            Closed: the learner was closed before the version was published.
+            PeerError: the version was not published; as `send_model_weights` raises it without `wait=False`.
         """
         if isinstance(self._work, Future):
             try:
@@ -166,51 +173,51 @@ class PublishReceipt:
             except TimeoutError as error:
                 if not self._work.done():
                     raise DeadlineExceeded(
-                        f"the weights are not out after {timeout:g} s; it goes on"
+                        f"the weights are not published after {timeout:g} s; publishing continues"
                     ) from error
                 raise
             except CancelledError as error:
-                raise Closed("the WorkerCommunicator was closed before the weights were out") from error
+                raise Closed("the WorkerCommunicator was closed before the weights were published") from error
         return self
 
     @property
     def version(self) -> int:
-        """The number that the weights got."""
+        """The number of the version."""
         return self._facts.version
 
     @property
     def kind(self) -> Literal["full", "delta"]:
-        """How they are stored: `full`, or as a `delta` to the version before."""
+        """How the weights are stored: `full`, or as a `delta` to the version before."""
         return self._facts.kind
 
     @property
     def base(self) -> int:
-        """The version that a delta is the difference to; 0 for a full one."""
+        """The version that a delta applies to; 0 for a full one."""
         return self._facts.base
 
     @property
     def raw_bytes(self) -> int:
-        """Bytes of the tensors as they travel, tied ones counted once."""
+        """Size of the tensors as they travel, in bytes; each tied one counts once."""
         return self._facts.raw_bytes
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that were stored for it on the server."""
+        """Size of what was stored on the server, in bytes."""
         return self._facts.stored_bytes
 
     @property
     def chunks(self) -> int:
-        """Values that hold them, besides the header."""
+        """Number of chunks, without the header's."""
         return self._facts.chunks
 
     @property
     def seconds(self) -> float:
-        """How long it took, from the call until it was out."""
+        """Duration from the call until the version was published."""
         return self._facts.seconds
 
     @property
     def ratio(self) -> float:
-        """Raw bytes for each stored byte."""
+        """Raw bytes per stored byte."""
         return self.raw_bytes / self.stored_bytes if self.stored_bytes else 1.0
 
     @property
@@ -221,22 +228,26 @@ class PublishReceipt:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """One line of the roster.
+    """One worker in the roster.
 
     Attributes:
-        state: `alive`, or `away` when it was silent for longer than its lease.
-        version: the weights that it runs; 0 for none yet.
-        staleness: versions published since.
+        worker_id: the worker.
+        incarnation: its incarnation. The counts and durations below are of this incarnation.
+        state: `alive`, or `away` when its last heartbeat is older than its lease.
+        host: name of the host that it runs on.
+        pid: its process id there.
+        version: the version of the weights that it runs; 0 before the first.
+        staleness: number of versions published since that one.
         last_seen_seconds: age of its last heartbeat, by the server's clock.
-        sent: batches that it says it sent in this life.
-        problem: what keeps it from applying the newest weights, if anything does.
-        unconfirmed: what keeps its last batch from its level, if it has waited for that in vain.
-        room_seconds: in which `send_experiences` waited in this life for room in a full queue, as it says.
-        unpolled_seconds: since it was last in `poll` or `load_weights` when it was last heard of; 0 while it was. A
-            worker that does not poll obeys no command and runs old weights.
-        fenced_process: host and pid of another process that had this worker's id and was turned away when it spoke
-            last; empty if none did since this one registered. Two processes of one id are a mistake in starting them.
-        fenced_seconds: how long ago that was.
+        sent: number of batches that it reports as sent.
+        problem: the reason why it cannot apply the latest weights; empty if it can.
+        unconfirmed: the reason why its last batch has not reached its level within the timeout; empty if it has.
+        room_seconds: total time that `send_experiences` waited for room in a full queue, as it reports.
+        unpolled_seconds: time since its last `poll` or `load_weights`, at its last heartbeat; 0 during one. A worker
+            that does not poll obeys no command and runs old weights.
+        fenced_process: host and pid of another process with this worker's id that was fenced most recently since this
+            one registered; empty without one. Two processes of one id are a mistake in starting them.
+        fenced_seconds: age of that event; None without one.
     """
 
     worker_id: int
@@ -258,38 +269,47 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a command at one worker. True if it is done."""
+    """The outcome of a command at one worker. True if it is done.
+
+    Attributes:
+        state: `waiting` for the acknowledgement; `done`; `failed`; `unknown`, if the worker has no handler for the
+            command; `expired`; or `missed`, if the worker was away or left.
+        detail: the reason, such as the text of the handler's error; may be empty.
+    """
 
     state: State
     detail: str = ""
 
     def __bool__(self) -> bool:
-        """Whether the worker did it."""
+        """Return whether the worker did it."""
         return self.state == "done"
 
     def __str__(self) -> str:
-        """Give the state, with its detail where there is one."""
+        """Return the state, with its detail where there is one."""
         return f"{self.state}: {self.detail}" if self.detail else self.state
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """Read what `str` gave: so outcomes are written in Redis."""
+        """Parse the result of `str`, which is how outcomes are stored in Redis."""
         state, _, detail = text.partition(": ")
         return cls(cast(State, state), detail)  # the ledger writes nothing else
 
 
 @dataclass(frozen=True)
 class Missed:
-    """Updates that one worker did not run, as one entry of the run's `missed` stream.
+    """Versions or a command that one worker missed: one entry of the run's `missed` stream.
 
     Attributes:
-        what: `weights`, or `command`.
+        worker_id: the worker.
+        incarnation: its incarnation.
+        what: `weights` or `command`.
         first: first missed version, for weights.
         last: last missed version, for weights.
         command: id and name of the missed command, for commands.
-        why: `superseded`, `failed`, `away` or `left`; for commands also `unknown` and `expired`;
-            `refused` for what lacked the signature of the worker's key and was no version of a learner's.
-        at: when it was recorded, the server's clock, seconds since the epoch.
+        why: `superseded`, `failed`, `away` or `left`; for commands also `unknown` and `expired`; `refused` for a
+            forgery: it lacked a signature of the worker's key, and no learner had sent it.
+        detail: more about the reason; may be empty.
+        at: time of the record, by the server's clock.
     """
 
     worker_id: int
@@ -304,24 +324,25 @@ class Missed:
 
     @property
     def count(self) -> int:
-        """How many updates it stands for."""
+        """The number of versions or commands in this record."""
         return self.last - self.first + 1 if self.what == "weights" else 1
 
 
 @dataclass(frozen=True)
 class MissedUpdates:
-    """What one worker missed so far.
+    """Everything that one worker missed so far.
 
     Attributes:
-        total: versions missed since the run began.
-        by_reason: the same, by why.
-        commands: commands missed since the run began.
-        behind: versions that are published and that it neither runs nor has missed for good yet.
-        behind_since: when the first of these was published, seconds since the epoch; None when there is none.
-        skips_in_a_row: how many of its latest updates each jumped over a version; 0 when the last one did not.
-        skipping_since: when that row began, seconds since the epoch; None without one.
-        records: the newest entries of the `missed` stream that are about it, oldest first.
-        refused: versions and commands that this life of it refused for their signature, and no learner had sent.
+        worker_id: the worker.
+        total: number of versions missed since the run began.
+        by_reason: the same number, by `Missed.why`.
+        commands: number of commands missed since the run began.
+        behind: number of published versions that it neither applied nor finally missed.
+        behind_since: time when the first of these was published; None if there is none.
+        skips_in_a_row: number of its latest updates that each skipped a version; 0 if the last one did not.
+        skipping_since: time when that series began; None without one.
+        records: the newest entries of the `missed` stream for this worker, oldest first.
+        refused: number of forged versions and commands that this incarnation refused for their signature.
     """
 
     worker_id: int
@@ -338,15 +359,15 @@ class MissedUpdates:
 
 @dataclass(frozen=True)
 class QueueCounts:
-    """What became of one worker's batches: produced = waiting + in_hand + delivered + what was lost.
+    """The number of one worker's batches in each state: produced = waiting + in_hand + delivered + all that are lost.
 
     Attributes:
         waiting: in the queue, not yet read.
-        in_hand: read by the learner, not yet acknowledged.
+        in_hand: pending: read by the learner, not yet acknowledged.
         delivered: acknowledged by the learner.
         lost: by reason: `stale`, `corrupt`, `poison`, `trimmed`, `dropped_oldest`, `dropped_newest`, `stopped`,
             `fenced`, `vanished`.
-        duplicates: copies of batches that had been read before, not given out a second time.
+        duplicates: copies of batches that had been read before; they are not delivered again.
     """
 
     waiting: int
@@ -357,7 +378,7 @@ class QueueCounts:
 
     @property
     def produced(self) -> int:
-        """Every batch that the worker sent, whatever became of it."""
+        """The number of batches that the worker sent."""
         return self.waiting + self.in_hand + self.delivered + sum(self.lost.values())
 
 
@@ -366,14 +387,15 @@ class DeadLetter:
     """A batch that no learner could use.
 
     Attributes:
-        incarnation: which life of the worker sent it.
-        sequence: its number within that life.
-        reason: `corrupt` (it does not decode), or `poison` (learners died over it).
-        detail: what exactly.
-        deliveries: how often it was handed out.
-        version: the weights that produced it, as the worker said.
-        stored_bytes: bytes of its data.
-        died_at: the learner's clock, seconds since the epoch.
+        worker_id: the worker that sent it.
+        incarnation: the incarnation of that worker.
+        sequence: its number within that incarnation.
+        reason: `corrupt`, if it does not decode, or `poison`, if learners died while they had it.
+        detail: more about the reason.
+        deliveries: number of times that it was delivered.
+        version: the version of the weights that produced it, as the worker reported.
+        stored_bytes: size of its message.
+        died_at: time when it became a dead letter, by the learner's clock.
         entry_id: id of its entry in the stream of dead letters.
     """
 
@@ -391,13 +413,14 @@ class DeadLetter:
 
 @dataclass(frozen=True)
 class CleanupReport:
-    """What `cleanup` left behind in Redis. True if nothing was.
+    """The batches and commands that `cleanup` left in Redis. True if there are none.
 
     Attributes:
-        waiting: batches that nobody read, by worker.
-        unacknowledged: batches that were read and not acknowledged, by worker; the next learner gets them.
-        commands: commands that were not answered.
-        complete: whether the server could be asked; without it the numbers are not known.
+        waiting: number of unread batches, by worker.
+        unacknowledged: number of batches that were read and not acknowledged, by worker; the next learner receives
+            them.
+        commands: number of commands without an acknowledgement.
+        complete: whether the server could be asked; if not, the numbers are unknown.
     """
 
     waiting: Mapping[int, int] = field(default_factory=dict)
@@ -406,7 +429,7 @@ class CleanupReport:
     complete: bool = True
 
     def __bool__(self) -> bool:
-        """Whether nothing was left behind."""
+        """Return whether nothing was left."""
         return self.complete and not (
             any(self.waiting.values()) or any(self.unacknowledged.values()) or self.commands
         )

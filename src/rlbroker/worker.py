@@ -15,8 +15,8 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.text import counted
+from rlbroker.codec.limits import FORMAT_VERSION
 from rlbroker.codec.signing import SigningKey
-from rlbroker.codec.version import FORMAT_VERSION
 from rlbroker.config import (
     DEFAULT_RUN,
     HostCacheSetting,

@@ -1,4 +1,4 @@
-"""Differences between two states of one segment: bit-exact, small, and checked before they are believed."""
+"""Differences between two states of one segment: bit-exact, small, and checked before they are applied."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ pytestmark = pytest.mark.unit
 
 Bytes = NDArray[np.uint8]
 HEAD = struct.Struct("<III")
-#: An element size, and the words that its segments are seen as.
+#: The word size of a segment, by element size.
 WORDS = {1: 1, 2: 2, 3: 1, 4: 4, 8: 8, 16: 8, 32: 1}
 
 
-def facts_of(codec: int, stored: bytes | bytearray | memoryview, base: Bytes, new: Bytes) -> StoredSegment:
+def describe_segment(
+    codec: int, stored: bytes | bytearray | memoryview, base: Bytes, new: Bytes
+) -> StoredSegment:
     digests = digest_of(stored), digest_of(base.data), digest_of(new.data)
     return StoredSegment(codec, len(new), len(stored), *digests)
 
 
-def applied(base: Bytes, new: Bytes, typesize: int) -> tuple[int, int]:
-    """Encode, apply in place and not, compare; return (codec, stored size)."""
+def apply_both_ways(base: Bytes, new: Bytes, typesize: int) -> tuple[int, int]:
+    """Encode, apply to a copy and in place, compare; return (codec, stored size)."""
     codec, stored = delta.encode(new, base, typesize)
     if codec < SAME:
         assert len(stored) <= len(new)
         return codec, len(stored)
     assert len(stored) < len(new)
-    facts = facts_of(codec, stored, base, new)
+    segment = describe_segment(codec, stored, base, new)
     kept = base.copy()
     out = np.full(len(base), 0xAA, np.uint8)
-    delta.apply(facts, memoryview(stored), typesize, base, out)
+    delta.apply(segment, memoryview(stored), typesize, base, out)
     assert (out == new).all()
     assert (base == kept).all()
-    delta.apply(facts, memoryview(stored), typesize, kept, kept)
+    delta.apply(segment, memoryview(stored), typesize, kept, kept)
     assert (kept == new).all()
     return codec, len(stored)
 
@@ -51,8 +53,8 @@ def noise(size: int, seed: int = 0) -> Bytes:
     return np.frombuffer(np.random.default_rng(seed).bytes(size), np.uint8).copy()
 
 
-def changed(base: Bytes, word: int, part: float, step: int, seed: int = 1) -> Bytes:
-    """Return a copy in which this part of the words went up or down by at most `step`."""
+def change_words(base: Bytes, word: int, part: float, step: int, seed: int = 1) -> Bytes:
+    """Return a copy in which this part of the words is larger or smaller by `step`."""
     rng = np.random.default_rng(seed)
     new = base.copy()
     words = new.view(f"<u{word}")
@@ -71,35 +73,35 @@ def changed(base: Bytes, word: int, part: float, step: int, seed: int = 1) -> By
 )
 def test_any_change_is_restored(typesize: int, elements: int, part: float, step: int, seed: int) -> None:
     base = noise(elements * typesize, seed)
-    applied(base, changed(base, WORDS[typesize], part, step, seed), typesize)
+    apply_both_ways(base, change_words(base, WORDS[typesize], part, step, seed), typesize)
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     st.binary(min_size=1, max_size=300), st.binary(min_size=300, max_size=300), st.sampled_from([1, 2, 4, 8])
 )
-def test_segments_that_are_no_whole_words_are_restored(before: bytes, after: bytes, typesize: int) -> None:
+def test_segments_of_incomplete_words_are_restored(before: bytes, after: bytes, typesize: int) -> None:
     base = np.frombuffer(before, np.uint8)
-    applied(base, np.frombuffer(after[: len(before)], np.uint8), typesize)
+    apply_both_ways(base, np.frombuffer(after[: len(before)], np.uint8), typesize)
 
 
 @pytest.mark.parametrize("gap", [0, 1, 253, 254, 255, 256, 509, 510, 511, 65_535, 65_536])
-def test_gaps_of_any_length_are_told(gap: int) -> None:
+def test_gaps_of_any_length_are_encoded(gap: int) -> None:
     base = noise(200_000)
     for places in ((gap,), (0, gap + 1), (gap, 2 * gap + 1), (199_999 - gap, 199_999)):
         new = base.copy()
         new[list(places)] += 1
-        assert applied(base, new, 1)[0] == SPARSE
+        assert apply_both_ways(base, new, 1)[0] == SPARSE
 
 
-def test_memory_at_an_odd_address_is_no_obstacle() -> None:
+def test_unaligned_memory_is_supported() -> None:
     buffer = noise(100_001)
     base = buffer[1:]
     new = np.empty(100_001, np.uint8)[1:]
-    new[:] = changed(base.copy(), 4, 0.02, 1)
-    assert applied(base, new, 4)[0] == SPARSE
-    new[:] = changed(base.copy(), 4, 0.9, 1)
-    assert applied(base, new, 4)[0] == DENSE
+    new[:] = change_words(base.copy(), 4, 0.02, 1)
+    assert apply_both_ways(base, new, 4)[0] == SPARSE
+    new[:] = change_words(base.copy(), 4, 0.9, 1)
+    assert apply_both_ways(base, new, 4)[0] == DENSE
 
 
 def bfloat16(size: int) -> Bytes:
@@ -110,7 +112,7 @@ def bfloat16(size: int) -> Bytes:
 @pytest.mark.parametrize(("part", "ratio"), [(0.01, 130), (0.03, 55), (0.1, 22), (0.3, 10)])
 def test_few_small_steps_of_bfloat16_take_few_bytes(part: float, ratio: float) -> None:
     base = bfloat16(4 << 20)
-    codec, stored_bytes = applied(base, changed(base, 2, part, 1), 2)
+    codec, stored_bytes = apply_both_ways(base, change_words(base, 2, part, 1), 2)
     assert codec == SPARSE
     assert len(base) / stored_bytes >= ratio
 
@@ -121,30 +123,30 @@ def test_steps_of_adam_in_float32_are_smaller_than_the_weights(rate: float, rati
     base = rng.standard_normal(1 << 20).astype(np.float32) * np.float32(0.02)
     step = rng.standard_normal(1 << 20) / (np.abs(rng.standard_normal(1 << 20)) + 1)
     new = (base - rate * step).astype(np.float32)
-    codec, stored_bytes = applied(base.view(np.uint8), new.view(np.uint8), 4)
+    codec, stored_bytes = apply_both_ways(base.view(np.uint8), new.view(np.uint8), 4)
     assert codec == DENSE
     assert base.nbytes / stored_bytes >= ratio
 
 
-def test_whatever_is_smallest_is_stored() -> None:
+def test_the_smallest_encoding_is_stored() -> None:
     size = 300_000
     base = noise(size)
-    assert applied(base, base.copy(), 4) == (SAME, 0)
-    assert applied(base, noise(size, 7), 4) == (compression.RAW, size)
-    assert applied(base, np.zeros(size, np.uint8), 4)[0] == compression.BLOSC2
-    assert applied(np.arange(size // 4, dtype="<u4").view(np.uint8), base, 4)[0] == compression.RAW
+    assert apply_both_ways(base, base.copy(), 4) == (SAME, 0)
+    assert apply_both_ways(base, noise(size, 7), 4) == (compression.RAW, size)
+    assert apply_both_ways(base, np.zeros(size, np.uint8), 4)[0] == compression.BLOSC2
+    assert apply_both_ways(np.arange(size // 4, dtype="<u4").view(np.uint8), base, 4)[0] == compression.RAW
 
 
-def test_little_segments_are_deltas_too() -> None:
+def test_small_segments_are_stored_as_deltas_too() -> None:
     base = noise(64)
     new = base.copy()
     new[5] += 1
-    assert applied(base, new, 1) == (SPARSE, HEAD.size + 2)
-    assert applied(base[:8], new[:8], 1)[0] == compression.RAW
+    assert apply_both_ways(base, new, 1) == (SPARSE, HEAD.size + 2)
+    assert apply_both_ways(base[:8], new[:8], 1)[0] == compression.RAW
 
 
-def deltas() -> Iterator[tuple[int, bytes, int, Bytes, Bytes]]:
-    """Give (codec, stored bytes, element size, base, new) of small segments of each kind."""
+def small_deltas() -> Iterator[tuple[int, bytes, int, Bytes, Bytes]]:
+    """Yield (codec, stored bytes, element size, base, new) of small segments of each codec."""
     for size, typesize, part, codec in (
         (3000, 1, 0.01, SPARSE),
         (60_000, 2, 0.05, SPARSE),
@@ -153,7 +155,7 @@ def deltas() -> Iterator[tuple[int, bytes, int, Bytes, Bytes]]:
         (6000, 2, 0.6, DENSE),
     ):
         base = noise(size)
-        new = changed(base, typesize, part, 1)
+        new = change_words(base, typesize, part, 1)
         found, stored = delta.encode(new, base, typesize)
         assert found == codec
         yield codec, bytes(stored), typesize, base, new
@@ -161,16 +163,16 @@ def deltas() -> Iterator[tuple[int, bytes, int, Bytes, Bytes]]:
 
 @pytest.mark.parametrize("case", range(5))
 def test_no_damage_to_stored_bytes_goes_unnoticed(case: int) -> None:
-    """Their digest is left out here, as who damages them on purpose makes a new one."""
-    codec, stored, typesize, base, new = list(deltas())[case]
+    """The digest of the damaged bytes is correct, as an attacker would make it."""
+    codec, stored, typesize, base, new = list(small_deltas())[case]
     out = np.zeros(len(base), np.uint8)
 
     def refused(damaged: bytes | bytearray) -> bool:
         try:
-            delta.apply(facts_of(codec, damaged, base, new), memoryview(damaged), typesize, base, out)
+            delta.apply(describe_segment(codec, damaged, base, new), memoryview(damaged), typesize, base, out)
         except WireError:
             return True
-        # Another way to say the same, such as in the padding of a compressed part.
+        # The same content in another encoding, such as in the padding of a compressed part.
         return bool((out == new).all())
 
     assert refused(stored)
@@ -207,7 +209,7 @@ BOMB = chunk_of_zeros(1 << 20)
         sparse(1, b"\x64", b"\x81"),  # a position beyond the end
         sparse(2, b"\x63\0", b"\x81\x81"),
         sparse(2, b"\0\x63", b"\x81\x81"),
-        sparse(1, b"\xff", b"\x81"),  # an escape that leads nowhere
+        sparse(1, b"\xff", b"\x81"),  # an escape without a change after it
         sparse(1, b"\xff\0", b"\x81"),
         sparse(1, b"\0\0", b"\x81"),  # more positions than changes
         sparse(3, b"\0\0", b"\x81" * 3),  # and fewer
@@ -222,7 +224,7 @@ BOMB = chunk_of_zeros(1 << 20)
         sparse(80, bytes(80), BOMB),
         sparse(1, BOMB, b"\x81", gap_bytes=1 << 20),
         sparse(1 << 20, b"\0", BOMB, gap_bytes=1 << 20),
-        sparse(20, chunk_of_zeros(20), b"\x81" * 20, gap_bytes=20),  # longer than what it stands for
+        sparse(20, chunk_of_zeros(20), b"\x81" * 20, gap_bytes=20),  # longer than its raw bytes
         sparse(20, bytes(20), chunk_of_zeros(20)),
     ],
 )
@@ -231,22 +233,22 @@ def test_impossible_sparse_segments_are_refused_before_anything_is_written(store
     out = np.full(100, 7, np.uint8)
     tracemalloc.start()
     with pytest.raises(WireError):
-        delta.restore(SPARSE, memoryview(stored), 1, base, out)
+        delta.apply_unchecked(SPARSE, memoryview(stored), 1, base, out)
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (out == 7).all()
     assert peak_bytes < 100_000
 
 
-def test_gaps_that_lead_nowhere_are_refused() -> None:
+def test_gaps_that_end_without_a_change_are_refused() -> None:
     base = noise(1000)
     for gaps, fits in ((b"\xff\0", True), (b"\0\xff", False), (b"\xff\0\xff", False)):
         stored = memoryview(sparse(1, gaps, b"\x81"))
         if fits:
-            delta.restore(SPARSE, stored, 1, base, base)
+            delta.apply_unchecked(SPARSE, stored, 1, base, base)
         else:
             with pytest.raises(WireError, match="gaps"):
-                delta.restore(SPARSE, stored, 1, base, base)
+                delta.apply_unchecked(SPARSE, stored, 1, base, base)
 
 
 @pytest.mark.parametrize("stored", [b"", bytes(40), BOMB])
@@ -254,18 +256,18 @@ def test_impossible_dense_segments_are_refused_before_anything_is_written(stored
     base = noise(100)
     out = np.full(100, 7, np.uint8)
     with pytest.raises(WireError):
-        delta.restore(DENSE, memoryview(stored), 1, base, out)
+        delta.apply_unchecked(DENSE, memoryview(stored), 1, base, out)
     assert (out == 7).all()
 
 
 @pytest.mark.parametrize("case", range(5))
 def test_another_base_is_refused_before_anything_is_written(case: int) -> None:
-    codec, stored, typesize, base, new = list(deltas())[case]
-    facts = facts_of(codec, stored, base, new)
+    codec, stored, typesize, base, new = list(small_deltas())[case]
+    segment = describe_segment(codec, stored, base, new)
     out = np.full(len(base), 7, np.uint8)
     for wrong in (new, base[:-1], base[: len(base) // 2]):
         with pytest.raises(WireError, match="base"):
-            delta.apply(facts, memoryview(stored), typesize, wrong, out)
+            delta.apply(segment, memoryview(stored), typesize, wrong, out)
     assert (out == 7).all()
     with pytest.raises(WireError, match="announced"):
-        delta.apply(facts._replace(raw_digest=1), memoryview(stored), typesize, base, out)
+        delta.apply(segment._replace(raw_digest=1), memoryview(stored), typesize, base, out)

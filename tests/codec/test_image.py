@@ -1,62 +1,29 @@
-"""Images: weights as one flat buffer, whole or changed by a delta."""
+"""Images: weights as one flat buffer, decoded whole or from a delta."""
 
 from __future__ import annotations
 
 import gc
 import tracemalloc
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from codec_images import LIMITS, Image, decode_image, encode_image, fill_image
 from codec_trees import any_tree, array_of, assert_same, tensor_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from rlbroker.codec import compression
-from rlbroker.codec.assembly import Assembly
 from rlbroker.codec.dtypes import NUMPY_DTYPES, TORCH_DTYPES
 from rlbroker.codec.format import DENSE, SAME, SPARSE
 from rlbroker.codec.image import EncodedSegment, ImageFormat, ImagePlan
-from rlbroker.codec.limits import Limits
-from rlbroker.codec.message import decode, describe
+from rlbroker.codec.message import MessageAssembly, decode
 from rlbroker.errors import InvalidArgument, UnsupportedType, WireError
 
 pytestmark = pytest.mark.unit
-
-Image = NDArray[np.uint8]
-LIMITS = Limits()
-
-
-def filled(plan: ImagePlan) -> Image:
-    # Not zeros, to see that every byte is written.
-    image = np.full(plan.image_bytes, 0xAA, np.uint8)
-    plan.fill(image)
-    return image
-
-
-def sent(
-    plan: ImagePlan, image: Image, base: Image | None = None, *, compression: bool = True
-) -> tuple[bytes, list[bytes]]:
-    parts = [
-        plan.encode_segment(index, image, compression=compression, base=base)
-        for index in range(plan.segment_count)
-    ]
-    return plan.header([part.segment for part in parts]), [bytes(part.stored) for part in parts]
-
-
-def received(
-    header: bytes, stored: Sequence[bytes], image: Image | None = None, base: Image | None = None
-) -> tuple[ImageFormat, Image]:
-    form = ImageFormat(header, LIMITS)
-    if image is None:
-        image = np.zeros(form.image_bytes, np.uint8)
-    for index, data in enumerate(stored):
-        form.decode_segment(index, data, image, base)
-    return form, image
 
 
 def every_dtype(rows: int, seed: int) -> dict[str, Any]:
@@ -70,12 +37,12 @@ def every_dtype(rows: int, seed: int) -> dict[str, Any]:
 @given(any_tree, st.integers(1, 200) | st.just(4 << 20), st.booleans())
 def test_an_image_holds_any_tree(tree: Any, segment_bytes: int, compression: bool) -> None:
     plan = ImagePlan(tree, segment_bytes=segment_bytes)
-    header, stored = sent(plan, filled(plan), compression=compression)
-    form, image = received(header, stored)
-    assert_same(form.tree(image), tree)
-    assert not form.is_delta
-    assert form.layout == plan.layout
-    assert (form.image_bytes, form.raw_bytes) == (plan.image_bytes, plan.raw_bytes)
+    header, stored = encode_image(plan, fill_image(plan), compression=compression)
+    image_format, image = decode_image(header, stored)
+    assert_same(image_format.tree(image), tree)
+    assert not image_format.is_delta
+    assert image_format.layout == plan.layout
+    assert (image_format.image_bytes, image_format.raw_bytes) == (plan.image_bytes, plan.raw_bytes)
     # A whole image is a message like any other.
     assert_same(decode(b"".join([header, *stored])), tree)
 
@@ -89,12 +56,12 @@ def test_every_dtype_survives_image_and_delta(rows: int) -> None:
         array.view(np.uint8)[-1, -1] = 0
     old_plan, new_plan = ImagePlan(old), ImagePlan(new)
     assert old_plan.layout == new_plan.layout
-    base, image = filled(old_plan), filled(new_plan)
-    form, got = received(*sent(new_plan, image, base), base=base)
-    assert_same(form.tree(got), new)
-    form, got = received(*sent(new_plan, image, base), image=base, base=base)
+    base, image = fill_image(old_plan), fill_image(new_plan)
+    image_format, got = decode_image(*encode_image(new_plan, image, base), base=base)
+    assert_same(image_format.tree(got), new)
+    image_format, got = decode_image(*encode_image(new_plan, image, base), image=base, base=base)
     assert got is base
-    assert_same(form.tree(got), new)
+    assert_same(image_format.tree(got), new)
 
 
 @settings(max_examples=150, deadline=None)
@@ -108,24 +75,24 @@ def test_any_edit_travels_as_a_delta(
     tree: Any, segment_bytes: int, edits: list[tuple[float, int]], in_place: bool
 ) -> None:
     plan = ImagePlan(tree, segment_bytes=segment_bytes)
-    base = filled(plan)
+    base = fill_image(plan)
     image = base.copy()
     places = np.concatenate([np.zeros(0, int), *(places_of(plan, image))])
     for where, byte in edits:
         if len(places):
             image[places[int(where * len(places))]] = byte
-    header, stored = sent(plan, image, base)
-    form = ImageFormat(header, LIMITS)
+    header, stored = encode_image(plan, image, base)
+    image_format = ImageFormat(header, LIMITS)
     out = base if in_place else np.zeros_like(base)
     for index, data in enumerate(stored):
-        form.decode_segment(index, data, out, base)
+        image_format.decode_segment(index, data, out, base)
     assert (out == image).all()
 
 
 def places_of(plan: ImagePlan, image: Image) -> list[NDArray[Any]]:
     """Return the indices in the image of each segment's bytes."""
-    form = ImageFormat(sent(plan, image)[0], LIMITS)
-    views = [form.segment_view(index, image) for index in range(plan.segment_count)]
+    image_format = ImageFormat(encode_image(plan, image)[0], LIMITS)
+    views = [image_format.segment_view(index, image) for index in range(plan.segment_count)]
     start = image.__array_interface__["data"][0]
     return [np.arange(len(view)) + (view.__array_interface__["data"][0] - start) for view in views]
 
@@ -155,77 +122,76 @@ def test_two_hundred_deltas_in_a_row_lead_to_the_same_bits() -> None:
         "steps": np.arange(3000),
     }
     plan = ImagePlan(latest, segment_bytes=10_000)
-    ours = filled(plan)
-    form, theirs = received(*sent(plan, ours))
+    learner_image = fill_image(plan)
+    image_format, worker_image = decode_image(*encode_image(plan, learner_image))
     digests = [0] * plan.segment_count
     for step in range(200):
         for value in (latest["in"].numpy(), latest["half"].view(torch.int16).numpy(), latest["steps"]):
             flat = value.reshape(-1)
             flat[rng.integers(0, flat.size, rng.integers(0, flat.size // 10))] += 1
         plan = ImagePlan(latest, segment_bytes=10_000)
-        before, ours = ours, filled(plan)
+        before, learner_image = learner_image, fill_image(plan)
         parts = [
-            plan.encode_segment(i, ours, compression=True, base=before, base_digest=digests[i])
+            plan.encode_segment(i, learner_image, compression=True, base=before, base_digest=digests[i])
             for i in range(plan.segment_count)
         ]
         digests = [part.raw_digest for part in parts]
-        form, theirs = received(
+        image_format, worker_image = decode_image(
             plan.header([part.segment for part in parts]),
             [bytes(part.stored) for part in parts],
-            image=theirs,
-            base=theirs,
+            image=worker_image,
+            base=worker_image,
         )
-        assert form.is_delta
-        assert (theirs == ours).all(), step
-    got = form.tree(theirs)
+        assert image_format.is_delta
+        assert (worker_image == learner_image).all(), step
+    got = image_format.tree(worker_image)
     assert_same(got, latest)
     assert got["in"] is got["out"]
 
 
 def test_a_wrong_base_is_never_applied() -> None:
     tree = weights(1)
-    base = filled(ImagePlan(tree))
+    base = fill_image(ImagePlan(tree))
     tree["in"] *= 1.00001
     tree["half"][::50] *= 2
     plan = ImagePlan(tree)
-    header, stored = sent(plan, filled(plan), base)
-    form = ImageFormat(header, LIMITS)
-    deltas = [i for i, segment in enumerate(form.segments) if segment.is_delta]
-    assert {form.segments[index].codec for index in deltas} == {SAME, DENSE, SPARSE}
+    header, stored = encode_image(plan, fill_image(plan), base)
+    image_format = ImageFormat(header, LIMITS)
+    deltas = [i for i, segment in enumerate(image_format.segments) if segment.is_delta]
+    assert {image_format.segments[index].codec for index in deltas} == {SAME, DENSE, SPARSE}
     for index in deltas:
         for wrong in (None, base[:-64]):
             with pytest.raises(WireError, match="base"):
-                form.decode_segment(index, stored[index], base.copy(), wrong)
+                image_format.decode_segment(index, stored[index], base.copy(), wrong)
         wrong = base.copy()
-        form.segment_view(index, wrong)[-1] ^= 1
+        image_format.segment_view(index, wrong)[-1] ^= 1
         out = np.full_like(base, 7)
         with pytest.raises(WireError, match="base"):
-            form.decode_segment(index, stored[index], out, wrong)
+            image_format.decode_segment(index, stored[index], out, wrong)
         assert (out == 7).all()
 
 
-def test_messages_without_a_base_refuse_deltas() -> None:
+def test_a_delta_without_a_base_is_refused() -> None:
     plan = ImagePlan(weights(1))
-    base = filled(plan)
+    base = fill_image(plan)
     image = base.copy()
     image[100] ^= 1
-    header, stored = sent(plan, image, base)
+    header, stored = encode_image(plan, image, base)
     with pytest.raises(WireError, match="this is a delta"):
-        Assembly(header)
+        MessageAssembly(header)
     with pytest.raises(WireError, match="this is a delta"):
         decode(b"".join([header, *stored]))
-    summary = describe(header)
-    assert summary["delta_segments"] == summary["segments"]
+    assert all(segment.is_delta for segment in ImageFormat(header, LIMITS).segments)
 
 
 def test_the_tree_may_change_once_an_image_is_filled() -> None:
     tree = weights(1)
     plan = ImagePlan(tree)
-    image = filled(plan)
+    image = fill_image(plan)
     tree["in"].zero_()
     tree["steps"][:] = 0
-    form, got = received(*sent(plan, image))
-    assert_same(form.tree(got), weights(1))
+    image_format, got = decode_image(*encode_image(plan, image))
+    assert_same(image_format.tree(got), weights(1))
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -251,16 +217,16 @@ def test_tensors_of_any_layout_fill_an_image(dtype: str | None) -> None:
         "small": pairs.conj().imag[:3],
     }
     plan = ImagePlan(tree, dtype=dtype)
-    form, image = received(*sent(plan, filled(plan)))
-    for name, got in form.tree(image).items():
+    image_format, image = decode_image(*encode_image(plan, fill_image(plan)))
+    for name, got in image_format.tree(image).items():
         plain = tree[name].detach().resolve_conj().resolve_neg()
         assert torch.equal(got, plain.bfloat16().float() if dtype and plain.is_floating_point() else plain)
 
 
 def test_large_leaves_are_views_of_the_image_and_small_ones_are_not() -> None:
     plan = ImagePlan(weights(1))
-    form, image = received(*sent(plan, filled(plan)))
-    got = form.tree(image)
+    image_format, image = decode_image(*encode_image(plan, fill_image(plan)))
+    got = image_format.tree(image)
     image[:] = 0
     assert not got["in"].any()
     assert not got["half"].any()
@@ -270,25 +236,25 @@ def test_large_leaves_are_views_of_the_image_and_small_ones_are_not() -> None:
 
 def test_a_view_keeps_its_image() -> None:
     plan = ImagePlan(weights(1))
-    form, image = received(*sent(plan, filled(plan)))
-    got = form.tree(image)
+    image_format, image = decode_image(*encode_image(plan, fill_image(plan)))
+    got = image_format.tree(image)
     del image
     gc.collect()
     assert_same(got, weights(1))
 
 
-def test_an_image_mapped_for_reading_can_be_read() -> None:
+def test_a_read_only_image_can_be_read() -> None:
     plan = ImagePlan(weights(1))
-    form, image = received(*sent(plan, filled(plan)))
+    image_format, image = decode_image(*encode_image(plan, fill_image(plan)))
     image.flags.writeable = False
-    got = form.tree(image)
+    got = image_format.tree(image)
     assert torch.equal(got["in"], weights(1)["in"])
     assert not got["steps"].flags.writeable
 
 
 def test_threads_may_encode_and_decode_segments_together() -> None:
     plan = ImagePlan(weights(1), segment_bytes=50_000)
-    base = filled(plan)
+    base = fill_image(plan)
     image = base.copy()
     image[::1000] ^= 1
 
@@ -297,9 +263,10 @@ def test_threads_may_encode_and_decode_segments_together() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         parts = list(pool.map(encode, range(plan.segment_count)))
-        form = ImageFormat(plan.header([part.segment for part in parts]), LIMITS)
+        image_format = ImageFormat(plan.header([part.segment for part in parts]), LIMITS)
         decoded = pool.map(
-            lambda index: form.decode_segment(index, parts[index].stored, base, base), range(len(parts))
+            lambda index: image_format.decode_segment(index, parts[index].stored, base, base),
+            range(len(parts)),
         )
         assert len(list(decoded)) > 20
     assert (base == image).all()
@@ -308,7 +275,7 @@ def test_threads_may_encode_and_decode_segments_together() -> None:
 def test_lanes_begin_at_multiples_of_64_with_zeros_between() -> None:
     tree = [torch.full((70_001,), 0xFF, dtype=torch.uint8), torch.ones(33_333).half(), np.int8(1)]
     plan = ImagePlan(tree)
-    image = filled(plan)
+    image = fill_image(plan)
     # The small leaf has its lane last, as it was met last.
     starts = (0, 70_016, 70_016 + 66_688)
     assert plan.image_bytes == starts[2] + 64
@@ -319,26 +286,26 @@ def test_lanes_begin_at_multiples_of_64_with_zeros_between() -> None:
 
 def test_a_raw_segment_may_be_received_into_its_place() -> None:
     plan = ImagePlan(weights(1))
-    header, stored = sent(plan, filled(plan), compression=False)
-    form = ImageFormat(header, LIMITS)
-    assert {segment.codec for segment in form.segments} == {compression.RAW}
-    image = np.zeros(form.image_bytes, np.uint8)
+    header, stored = encode_image(plan, fill_image(plan), compression=False)
+    image_format = ImageFormat(header, LIMITS)
+    assert {segment.codec for segment in image_format.segments} == {compression.RAW}
+    image = np.zeros(image_format.image_bytes, np.uint8)
     for index, data in enumerate(stored):
-        place = form.segment_view(index, image)
+        place = image_format.segment_view(index, image)
         place[:] = np.frombuffer(data, np.uint8)
         image.flags.writeable = False  # It is checked, and not written again.
-        form.decode_segment(index, place.data, image)
+        image_format.decode_segment(index, place.data, image)
         image.flags.writeable = True
         place[0] ^= 1
         with pytest.raises(WireError, match="digest"):
-            form.decode_segment(index, place.data, image)
+            image_format.decode_segment(index, place.data, image)
         place[0] ^= 1
-    assert_same(form.tree(image), weights(1))
+    assert_same(image_format.tree(image), weights(1))
 
 
 def test_raw_segments_are_sent_from_the_image_itself() -> None:
     plan = ImagePlan(weights(1))
-    image = filled(plan)
+    image = fill_image(plan)
     part = plan.encode_segment(0, image, compression=False, base=image)
     assert np.shares_memory(np.frombuffer(part.stored, np.uint8), image)
     assert part.raw_digest == part.segment.digest
@@ -364,7 +331,7 @@ def test_another_architecture_has_another_layout(change: Any) -> None:
     assert ImagePlan(tree, segment_bytes=1 << 16).layout != plan.layout
 
 
-def test_what_cannot_travel_is_refused_with_its_path() -> None:
+def test_an_unsupported_value_is_refused_with_its_path() -> None:
     with pytest.raises(UnsupportedType, match=r"^\['a'\]\[1\]: "):
         ImagePlan({"a": [1, object()]})
     with pytest.raises(InvalidArgument, match="segment_bytes"):
@@ -374,7 +341,7 @@ def test_what_cannot_travel_is_refused_with_its_path() -> None:
 @pytest.mark.parametrize(
     "image", [np.zeros(63, np.uint8), np.zeros(128, np.uint8)[::2], np.zeros(64, np.int8)]
 )
-def test_what_is_no_image_of_the_plan_is_refused(image: Any) -> None:
+def test_an_image_of_the_wrong_size_or_type_is_refused(image: Any) -> None:
     plan = ImagePlan([1.5, np.ones(3)])
     with pytest.raises(InvalidArgument, match="must be 64 contiguous bytes"):
         plan.fill(image)
@@ -387,16 +354,16 @@ def test_booleans_in_an_image_are_zero_or_one() -> None:
     odd[::2] = 0
     tree = {"array": odd.view(bool), "tensor": torch.from_numpy(odd[:99].copy()).view(torch.bool)}
     plan = ImagePlan(tree)
-    image = filled(plan)
+    image = fill_image(plan)
     assert set(image.tolist()) == {0, 1}
-    form, got = received(*sent(plan, image))
+    image_format, got = decode_image(*encode_image(plan, image))
     got[got == 1] = 3
-    assert set(form.tree(got)["array"].view(np.uint8).tolist()) == {0, 1}
+    assert set(image_format.tree(got)["array"].view(np.uint8).tolist()) == {0, 1}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_tensors_of_a_gpu_fill_an_image() -> None:
     tree = {"w": torch.randn(300, 500), "b": torch.randn(5), "t": torch.randn(400, 300).t()}
     plan = ImagePlan({name: tensor.cuda() for name, tensor in tree.items()})
-    form, image = received(*sent(plan, filled(plan)))
-    assert_same(form.tree(image), tree)
+    image_format, image = decode_image(*encode_image(plan, fill_image(plan)))
+    assert_same(image_format.tree(image), tree)

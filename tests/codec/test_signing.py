@@ -1,19 +1,16 @@
-"""The signing key: what its signatures bind, and what it refuses to be."""
+"""The signing key: the fields that its signatures cover, and the outcomes of forgeries."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from rlbroker.codec.signing import NotSigned, SigningKey, canonical, chunk_hash
-from rlbroker.config import signing_secret
 from rlbroker.control import command_signature
 from rlbroker.control.outcomes import REFUSED_KEPT, Event, WorkerOutcomes, settle
-from rlbroker.errors import InvalidArgument
 from rlbroker.types import Missed
 from rlbroker.weights.manifest import Manifest, StoredForm
 
@@ -25,14 +22,14 @@ HASHES = hashlib.sha256(b"header").hexdigest() + hashlib.sha256(b"chunk").hexdig
 FORM = StoredForm(3, 0, "3-1-1", 1, 500, "c0ffee", HASHES)
 
 
-def test_fields_cannot_be_cut_otherwise() -> None:
+def test_no_other_fields_have_the_same_canonical_bytes() -> None:
     assert canonical(["ab", "c"]) != canonical(["a", "bc"]) != canonical(["abc"]) != canonical(["abc", ""])
     assert canonical([12, 3]) != canonical([1, 23])
     assert canonical([b"x"]) == (1).to_bytes(8, "big") + b"x"
 
 
-def test_a_signature_is_what_others_can_compute() -> None:
-    """As docs/signing.md says, so that another language can check it."""
+def test_a_signature_can_be_computed_from_the_documentation() -> None:
+    """docs/signing.md describes it, so that another language can check it."""
     derived = hmac.digest(b"0123456789abcdef0123456789abcdef", canonical(["rlbroker 1", "weights"]), "sha256")
     expected = hmac.digest(derived, canonical(["pong", 7]), "sha256").hex()
     assert KEY.sign("weights", "pong", 7) == f"{KEY.id}:{expected}"
@@ -52,7 +49,7 @@ def test_a_signature_is_right_wrong_missing_or_of_another_key() -> None:
         (KEY.sign("command", "b"), "its signature is wrong"),
         (KEY.sign("command", "a")[:-1], "its signature is wrong"),
         ("ä" * 73, "its signature is wrong"),
-        (OTHER.sign("command", "a"), rf"signed with another key \(id {OTHER.id}, ours {KEY.id}\)"),
+        (OTHER.sign("command", "a"), rf"signed with another key \(id {OTHER.id}, expected {KEY.id}\)"),
     ]:
         with pytest.raises(NotSigned, match=why):
             KEY.check(signature, "command", "a")
@@ -78,7 +75,7 @@ def test_a_key_shows_its_id_and_not_itself() -> None:
         {"signature": ""},
     ],
 )
-def test_a_stored_form_is_bound_to_all_that_is_said_of_it(change: dict[str, object]) -> None:
+def test_a_signature_covers_every_field_of_a_stored_form(change: dict[str, object]) -> None:
     signed = FORM.signed(KEY, "pong")
     signed.check(KEY, "pong")
     with pytest.raises(NotSigned):
@@ -89,7 +86,7 @@ def test_a_stored_form_is_bound_to_all_that_is_said_of_it(change: dict[str, obje
         replace(FORM, hashes=HASHES[:64]).signed(KEY, "pong").check(KEY, "pong")
 
 
-def test_a_pointer_carries_signatures_and_every_form_counts() -> None:
+def test_a_manifest_has_a_signature_for_each_of_its_forms() -> None:
     whole = replace(FORM, version=2, upload="2-1-1").signed(KEY, "pong")
     at = Manifest(replace(FORM, base=2), (whole,), 100, 7, "raw", 1.5).signed(KEY, "pong")
     there = Manifest.from_fields(at.to_fields())
@@ -106,7 +103,7 @@ def test_a_pointer_carries_signatures_and_every_form_counts() -> None:
         unsigned.check(KEY, "pong")
 
 
-def test_an_image_is_called_what_nobody_without_the_key_can_tell() -> None:
+def test_the_name_of_an_image_depends_on_the_key() -> None:
     named = {FORM.name_of_image(key, "pong") for key in (None, KEY, OTHER)}
     assert len(named) == 3
     signed = FORM.signed(KEY, "pong")
@@ -126,7 +123,7 @@ def checked(**changes: bytes) -> None:
     command_signature.check(KEY, "pong", "c0", sent, 3, 17)
 
 
-def test_a_command_is_for_those_lives_only_that_it_was_signed_for() -> None:
+def test_a_command_is_valid_only_for_the_incarnations_that_it_was_signed_for() -> None:
     checked()
     for change in ("name", "arguments", "expires_seconds", "data", "signed_for", "signature"):
         with pytest.raises(NotSigned):
@@ -141,7 +138,7 @@ def test_a_command_is_for_those_lives_only_that_it_was_signed_for() -> None:
             command_signature.check(KEY, "a", "c", sent, worker, incarnation)
 
 
-def test_what_is_refused_is_recorded_so_often_and_changes_no_other_sum() -> None:
+def test_refusals_are_recorded_up_to_a_limit_and_change_no_other_count() -> None:
     account = WorkerOutcomes(incarnation=1, member=True, settled=5, applied=5)
     records: list[Missed] = []
     for number in range(REFUSED_KEPT + 20):
@@ -158,49 +155,10 @@ def test_what_is_refused_is_recorded_so_often_and_changes_no_other_sum() -> None
 @pytest.mark.parametrize(
     ("version", "why", "settled"), [(999, "refused", 5), (5, "refused", 5), (6, "failed", 6)]
 )
-def test_a_refused_version_fails_only_if_there_is_one(version: int, why: str, settled: int) -> None:
+def test_a_refused_version_fails_only_if_it_was_published(version: int, why: str, settled: int) -> None:
     account = WorkerOutcomes(incarnation=1, member=True, settled=5, applied=5)
     said = {"version": str(version), "outcome": "refused", "detail": "its signature is wrong"}
     found = settle(account, Event("1-1", 0, "version", said, 1.0), {}, 6)
     [record] = found.missed
     assert (record.first, record.last, record.why) == (version, version, why)
     assert found.account.settled == settled
-
-
-# Settings
-
-
-def test_a_key_comes_from_the_argument_or_else_from_the_file_that_the_environment_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("RLBROKER_SIGNING_KEY_FILE", raising=False)
-    assert signing_secret() is None
-    file = tmp_path / "key"
-    file.write_bytes(b"f" * 64 + b"\r\n")
-    monkeypatch.setenv("RLBROKER_SIGNING_KEY_FILE", str(file))
-    assert signing_secret() == signing_secret(file) == b"f" * 64
-    assert signing_secret("k" * 32) == signing_secret(b"k" * 32) == b"k" * 32
-
-
-def test_a_key_that_cannot_be_used_is_refused_by_the_name_of_its_setting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    short, empty = tmp_path / "short", tmp_path / "empty"
-    short.write_bytes(b"k" * 31 + b"\n")
-    empty.write_bytes(b"\n")
-    for name, wrong in (
-        ("cannot read", tmp_path / "none"),
-        ("is empty", empty),
-        ("at least 32 bytes", short),
-    ):
-        with pytest.raises(InvalidArgument, match=f"^signing_key: .*{name}"):
-            signing_secret(wrong)
-        monkeypatch.setenv("RLBROKER_SIGNING_KEY_FILE", str(wrong))
-        with pytest.raises(InvalidArgument, match=f"^RLBROKER_SIGNING_KEY_FILE: .*{name}"):
-            signing_secret()
-    for given in ("k" * 31, b"", ""):
-        with pytest.raises(InvalidArgument, match="at least 32 bytes"):
-            signing_secret(given)
-    with pytest.raises(InvalidArgument, match="must be text, bytes or a Path; got int") as error:
-        signing_secret(12345)  # type: ignore[arg-type]
-    assert "12345" not in str(error.value)

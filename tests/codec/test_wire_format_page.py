@@ -1,3 +1,5 @@
+"""The examples and numbers of docs/wire-format.md, compared with the code."""
+
 from __future__ import annotations
 
 import re
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.unit
 PAGE = (Path(__file__).parents[2] / "docs" / "wire-format.md").read_text(encoding="utf-8")
 
 
-def test_the_hexdump_in_the_documentation_is_what_is_written() -> None:
+def test_the_hexdump_in_the_documentation_is_what_encode_writes() -> None:
     dump = re.search(r"```hexdump\n(.*?)```", PAGE, re.DOTALL)
     assert dump
     message = b""
@@ -34,18 +36,18 @@ def test_the_hexdump_in_the_documentation_is_what_is_written() -> None:
     assert_same(decode(message), tree)
 
 
-def test_the_example_of_a_sparse_segment_is_one() -> None:
+def test_the_sparse_segment_in_the_documentation_is_valid() -> None:
     dump = re.search(r"```\n(02 00 00 00 .*?)```", PAGE, re.DOTALL)
     assert dump
     stored = bytes.fromhex(" ".join(line[:40] for line in dump[1].splitlines()))
     base = np.array([0, 0x3F80, 2, 3, 0x4000, 5, 6, 7], "<u2")
     new = np.array([0, 0x3F81, 2, 3, 0x3FFF, 5, 6, 7], "<u2")
     out = np.empty(16, np.uint8)
-    delta.restore(SPARSE, memoryview(stored), 2, base.view(np.uint8), out)
+    delta.apply_unchecked(SPARSE, memoryview(stored), 2, base.view(np.uint8), out)
     assert (out == new.view(np.uint8)).all()
 
 
-def test_the_documentation_tells_the_limits() -> None:
+def test_the_documentation_names_the_limits() -> None:
     limits = Limits()
     assert f"| header | {limits.max_header_bytes >> 20} MiB |" in PAGE
     assert f"| leaves | {limits.max_leaves:,} |" in PAGE

@@ -1,7 +1,7 @@
-"""What the fuzzer and the replay of its corpus feed: every decoder of bytes that another process wrote.
+"""The targets of the fuzzer and of the replay of its corpus: every decoder of bytes that another process wrote.
 
-The first byte chooses the target, the rest is its input. Each target either accepts its input, and then what it
-accepted survives another round, or raises the one error that it may raise; anything else escapes and is a find.
+The first byte selects the target, the rest is its input. A target either accepts its input, and the result must survive
+another round trip, or raises the one error that it may raise. Any other exception is a finding.
 """
 
 from __future__ import annotations
@@ -9,21 +9,20 @@ from __future__ import annotations
 import msgpack
 import numpy as np
 import xxhash
-from hostile_messages import PRELUDE, sealed, with_true_digests
+from hostile_messages import PRELUDE, forge_with_true_digests, seal
 
 from rlbroker.backend.replies import text_fields, whole_number
 from rlbroker.codec import delta
-from rlbroker.codec.assembly import Assembly
 from rlbroker.codec.format import DENSE, SAME, SPARSE
 from rlbroker.codec.image import ImageFormat
 from rlbroker.codec.limits import Limits
-from rlbroker.codec.message import decode, encode
+from rlbroker.codec.message import MessageAssembly, decode, encode
 from rlbroker.control.inbox import COMMAND_LIMITS
 from rlbroker.control.outcomes import Event, WorkerOutcomes, settle
 from rlbroker.errors import WireError
 from rlbroker.weights.manifest import Manifest, group
 
-#: Small, so that what a message may ask for is a sharp bound also while fuzzing.
+#: Small, so that the bound on allocations is tight while fuzzing.
 LIMITS = Limits(max_raw_bytes=1 << 20)
 
 
@@ -34,37 +33,37 @@ def message(data: bytes) -> None:
 
 
 def sealed_message(data: bytes) -> None:
-    """Decode what has a true digest over any header: the first two bytes say how long the header is."""
+    """Decode any header with a correct digest; the first two bytes of the input are the length of the header."""
     header_bytes = int.from_bytes(data[:2], "little")
-    _round_trip(sealed(data[2 : 2 + header_bytes], data[2 + header_bytes :]), LIMITS)
+    _round_trip(seal(data[2 : 2 + header_bytes], data[2 + header_bytes :]), LIMITS)
 
 
-def _with_true_digests(data: bytes) -> tuple[bytes, bytes]:
-    """Give a message whose digests are true, and its body; nothing where that cannot be."""
+def _forge_message(data: bytes) -> tuple[bytes, bytes]:
+    """Return a message with correct digests, and its body; empty if the header cannot be sealed."""
     header_bytes = int.from_bytes(data[:2], "little")
     body = data[2 + header_bytes :]
     try:
-        manifest = msgpack.unpackb(data[2 : 2 + header_bytes], strict_map_key=False)
-        return with_true_digests(manifest, body), body
-    except Exception:  # noqa: BLE001 - not ours: the input is no header that could be sealed
+        header_map = msgpack.unpackb(data[2 : 2 + header_bytes], strict_map_key=False)
+        return forge_with_true_digests(header_map, body), body
+    except Exception:  # noqa: BLE001 - the input is not a header that can be sealed
         return b"", b""
 
 
 def sealed_segments(data: bytes) -> None:
-    """Decode what has true digests over header and segments, as far as the header can be read."""
-    whole, _ = _with_true_digests(data)
+    """Decode any header and segments with correct digests."""
+    whole, _ = _forge_message(data)
     if whole:
         _round_trip(whole, LIMITS)
 
 
 def weights(data: bytes) -> None:
-    """Take a header as a worker takes that of weights, and lay out its chunks."""
+    """Decode header and segments as a worker decodes weights, and group the segments into chunks."""
     header_bytes = int.from_bytes(data[:2], "little")
     packed = data[2 : 2 + header_bytes]
     body = data[2 + header_bytes :]
     prelude = PRELUDE.pack(b"RLBW", 1, 0, len(packed), len(body), xxhash.xxh3_64_intdigest(packed))
     try:
-        assembly = Assembly(prelude + packed, LIMITS)
+        assembly = MessageAssembly(prelude + packed, LIMITS)
         assert sum(map(len, group((one.stored_bytes for one in assembly.segments), 64))) == len(
             assembly.segments
         )
@@ -78,7 +77,7 @@ def weights(data: bytes) -> None:
 
 
 def pointer(data: bytes) -> None:
-    """Read the pointer to the latest weights from fields."""
+    """Read the manifest of the latest weights from fields."""
     fields = text_fields(data.split(b"\n")[: len(data.split(b"\n")) // 2 * 2])
     try:
         Manifest.from_fields(fields)
@@ -87,7 +86,7 @@ def pointer(data: bytes) -> None:
 
 
 def answer(data: bytes) -> None:
-    """Fold what a worker acknowledged."""
+    """Fold an acknowledgement of a worker into its outcomes."""
     parts = data.split(b"\n")
     fields = text_fields(parts[: len(parts) // 2 * 2])
     whole_number(fields.get("version", ""))
@@ -98,18 +97,18 @@ def answer(data: bytes) -> None:
 
 
 def delta_segment(data: bytes) -> None:
-    """Apply the stored bytes of a delta: codec, element size and raw bytes (two) come first."""
+    """Apply the stored bytes of a delta, after a byte for the codec, one for the element size, two for the raw size."""
     if len(data) < 4:
         return
     codec = (SAME, DENSE, SPARSE)[data[0] % 3]
     typesize = data[1] or 1
     raw_bytes = (int.from_bytes(data[2:4], "little") or 1) % 5000 + 1
     base = (np.arange(raw_bytes) * 7 % 251).astype(np.uint8)
-    # What lies around the segment in an image must stay as it is.
+    # The bytes around the segment in an image must not change.
     image = np.full(raw_bytes + 128, 0xAA, np.uint8)
     out = image[64:-64]
     try:
-        delta.restore(codec, memoryview(data[4:]), typesize, base, out)
+        delta.apply_unchecked(codec, memoryview(data[4:]), typesize, base, out)
     except WireError:
         assert (out == 0xAA).all()
         return
@@ -117,27 +116,27 @@ def delta_segment(data: bytes) -> None:
         assert (image[:64] == 0xAA).all()
         assert (image[-64:] == 0xAA).all()
     in_place = base.copy()
-    delta.restore(codec, memoryview(data[4:]), typesize, in_place, in_place)
+    delta.apply_unchecked(codec, memoryview(data[4:]), typesize, in_place, in_place)
     assert (in_place == out).all()
     again, stored = delta.encode(out, base, typesize)
     if again >= SAME:
-        delta.restore(again, memoryview(stored), typesize, base, in_place)
+        delta.apply_unchecked(again, memoryview(stored), typesize, base, in_place)
         assert (in_place == out).all()
 
 
 def image(data: bytes) -> None:
-    """Fill an image of zeros, or change it, given any header with true digests of the stored bytes."""
-    whole, body = _with_true_digests(data)
+    """Decode any header and segments with correct digests into an image of zeros, which is also the base."""
+    whole, body = _forge_message(data)
     if not whole:
         return
     try:
-        form = ImageFormat(whole[: len(whole) - len(body)], LIMITS)
-        filled = np.zeros(form.image_bytes, np.uint8)
+        image_format = ImageFormat(whole[: len(whole) - len(body)], LIMITS)
+        filled = np.zeros(image_format.image_bytes, np.uint8)
         rest = memoryview(body)
-        for index, segment in enumerate(form.segments):
-            form.decode_segment(index, rest[: segment.stored_bytes], filled, filled)
+        for index, segment in enumerate(image_format.segments):
+            image_format.decode_segment(index, rest[: segment.stored_bytes], filled, filled)
             rest = rest[segment.stored_bytes :]
-        tree = form.tree(filled)
+        tree = image_format.tree(filled)
     except WireError:
         return
     again = encode(tree)
@@ -148,7 +147,7 @@ TARGETS = (message, sealed_message, sealed_segments, weights, pointer, answer, d
 
 
 def feed(data: bytes) -> None:
-    """Give an input to its target."""
+    """Pass an input to its target."""
     if data:
         TARGETS[data[0] % len(TARGETS)](data[1:])
 

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of every decoder; see decoder_targets.py for what is fed, and what counts as a find.
+"""Coverage-guided fuzzing of every decoder; decoder_targets.py has the targets, and says what a finding is.
 
     pip install atheris
     python tests/fuzz/fuzz_decoders.py --minutes 10
@@ -19,7 +19,7 @@ COMMITTED = HERE / "corpus"
 
 
 def main() -> int:
-    """Fuzz in a process of its own, as the fuzzer never returns."""
+    """Run the fuzzer in a process of its own, as it never returns."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--corpus", type=Path, help="folder for new inputs; a temporary one by default")
@@ -37,7 +37,7 @@ def main() -> int:
     status = subprocess.run(
         [*harness, str(found), str(COMMITTED), f"-max_total_time={seconds}", *common]
     ).returncode
-    print(f"new inputs and finds: {found}", file=sys.stderr)
+    print(f"new inputs and findings: {found}", file=sys.stderr)
     if chosen.update and status == 0:
         subprocess.run([*harness, str(COMMITTED), str(found), "-merge=1", "-max_len=2048"], check=True)
     return status

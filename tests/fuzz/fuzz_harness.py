@@ -1,4 +1,4 @@
-"""The process that libFuzzer drives; started by fuzz_decoders.py."""
+"""The process that libFuzzer runs in; fuzz_decoders.py starts it."""
 
 from __future__ import annotations
 

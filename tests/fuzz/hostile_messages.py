@@ -1,6 +1,6 @@
-"""Feeding the wire format what a damaged link or a hostile peer could send.
+"""Messages as a damaged link or a hostile peer could send them.
 
-The one promise: every input decodes or raises WireError.
+The promise under test: every input decodes or raises WireError.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def samples() -> dict[str, Any]:
     }
 
 
-def decodes(data: bytes | bytearray | memoryview, limits: Limits = Limits()) -> bool:  # noqa: B008
+def is_decodable(data: bytes | bytearray | memoryview, limits: Limits = Limits()) -> bool:  # noqa: B008
     """Return whether `data` decodes; any exception but WireError passes through and fails the test."""
     try:
         decode(data, limits=limits)
@@ -47,56 +47,56 @@ def decodes(data: bytes | bytearray | memoryview, limits: Limits = Limits()) -> 
     return True
 
 
-def feed_every_damage(message: bytes, every: int = 1) -> None:
-    """Give decode the whole message, and then each truncation, extension and flipped byte of it."""
-    assert decodes(message)
-    assert decodes(bytearray(message))
-    assert not decodes(message + b"\0")
-    assert not decodes(message + message)
-    assert not decodes(b"\0" + message)
+def try_every_damage(message: bytes, every: int = 1) -> None:
+    """Decode the whole message, which succeeds, and each truncation, extension and flipped byte, which must not."""
+    assert is_decodable(message)
+    assert is_decodable(bytearray(message))
+    assert not is_decodable(message + b"\0")
+    assert not is_decodable(message + message)
+    assert not is_decodable(b"\0" + message)
     damaged = bytearray(message)
     for position in range(0, len(message), every):
-        assert not decodes(message[:position])
+        assert not is_decodable(message[:position])
         for flip in (0x01, 0x80, 0xFF):
             damaged[position] ^= flip
-            assert not decodes(damaged), f"byte {position} xor {flip:#x} went unnoticed"
+            assert not is_decodable(damaged), f"byte {position} xor {flip:#x} went unnoticed"
             damaged[position] ^= flip
 
 
-def split(message: bytes) -> tuple[bytes, bytes]:
+def split_message(message: bytes) -> tuple[bytes, bytes]:
     """Return (packed header, body)."""
     end = PRELUDE.size + PRELUDE.unpack_from(message)[3]
     return message[PRELUDE.size : end], message[end:]
 
 
-def sealed(packed: bytes, body: bytes = b"") -> bytes:
-    """Return a message whose prelude fits, whatever the header says."""
+def seal(packed: bytes, body: bytes = b"") -> bytes:
+    """Return a message with a correct prelude for any header."""
     digest = xxhash.xxh3_64_intdigest(packed)
     return PRELUDE.pack(b"RLBW", 1, 0, len(packed), len(body), digest) + packed + body
 
 
-def manifest_of(message: bytes) -> Any:
+def read_header_map(message: bytes) -> Any:
     """Return the header as plain msgpack values."""
-    return msgpack.unpackb(split(message)[0], strict_map_key=False)
+    return msgpack.unpackb(split_message(message)[0], strict_map_key=False)
 
 
-def forged(manifest: Any, body: bytes = b"") -> bytes:
-    """Return a message with this header, sealed."""
-    return sealed(msgpack.packb(manifest), body)
+def forge(header_map: Any, body: bytes = b"") -> bytes:
+    """Return a message with this header and a correct prelude."""
+    return seal(msgpack.packb(header_map), body)
 
 
-def with_true_digests(manifest: Any, body: bytes) -> bytes:
-    """Return a message in which each segment's digest fits its bytes in `body`, whatever they are."""
+def forge_with_true_digests(header_map: Any, body: bytes) -> bytes:
+    """Return a message with the correct digest of each segment's bytes in `body`."""
     start = 0
-    for lane in manifest["lanes"]:
+    for lane in header_map["lanes"]:
         for segment in lane[2]:
             segment[3] = xxhash.xxh3_64_intdigest(body[start : start + segment[2]])
             start += segment[2]
-    return forged(manifest, body)
+    return forge(header_map, body)
 
 
-def changed(message: bytes, change: Callable[[Any], None]) -> bytes:
-    """Return `message` with a changed header, sealed again."""
-    manifest = manifest_of(message)
-    change(manifest)
-    return forged(manifest, split(message)[1])
+def change_header(message: bytes, change: Callable[[Any], None]) -> bytes:
+    """Return `message` with a changed header and a correct prelude."""
+    header_map = read_header_map(message)
+    change(header_map)
+    return forge(header_map, split_message(message)[1])

@@ -1,4 +1,4 @@
-"""Attacks that a mutation would hardly find, each refused before anything large is allocated."""
+"""Attacks that random mutation would hardly find; each is refused before anything large is allocated."""
 
 from __future__ import annotations
 
@@ -11,18 +11,29 @@ import msgpack
 import numpy as np
 import pytest
 import xxhash
-from hostile_messages import PRELUDE, changed, decodes, forged, manifest_of, samples, sealed, split
+from hostile_messages import (
+    PRELUDE,
+    change_header,
+    forge,
+    is_decodable,
+    read_header_map,
+    samples,
+    seal,
+    split_message,
+)
 
 from rlbroker.codec import compression
 from rlbroker.codec.limits import Limits
 from rlbroker.codec.message import decode, encode
 from rlbroker.errors import IncompatibleFormat, WireError
 
+pytestmark = pytest.mark.unit
+
 ZEROS = encode({"x": np.zeros(10_000, np.float32)})
 SMALL = encode({"x": np.arange(4), "y": np.arange(3)})
 
 
-#: Any reason but damage: what is refused must be refused for what it says.
+#: Any reason but damage: an attack must be refused for its content, not for a digest that does not match.
 NOT_DAMAGE = r"^(?!the digest of segment)"
 
 
@@ -38,7 +49,7 @@ def refuse(data: bytes, match: str = NOT_DAMAGE, limits: Limits | None = None) -
 
 
 def header(leaves: list[Any], lanes: list[Any], tree: object = None) -> bytes:
-    return forged({"tree": tree, "leaves": leaves, "lanes": lanes})
+    return forge({"tree": tree, "leaves": leaves, "lanes": lanes})
 
 
 def zeros_chunk(raw_bytes: int, flags: int = 0x10) -> bytes:
@@ -48,15 +59,15 @@ def zeros_chunk(raw_bytes: int, flags: int = 0x10) -> bytes:
 
 def one_chunk(raw_bytes: int, chunk: bytes, limits: Limits | None = None) -> Any:
     digest = xxhash.xxh3_64_intdigest(chunk)
-    manifest = {
+    header_map = {
         "tree": msgpack.ExtType(1, bytes(4)),
         "leaves": [["array", "|u1", [raw_bytes]]],
         "lanes": [[4, [0], [[1, raw_bytes, len(chunk), digest]]]],
     }
-    return decode(forged(manifest, chunk), limits=limits or Limits())
+    return decode(forge(header_map, chunk), limits=limits or Limits())
 
 
-def test_another_version_is_named() -> None:
+def test_another_format_version_is_refused_by_its_number() -> None:
     with pytest.raises(IncompatibleFormat, match="format version 2; this release reads 1"):
         decode(SMALL[:4] + b"\2\0" + SMALL[6:])
 
@@ -72,12 +83,12 @@ def test_another_version_is_named() -> None:
         (b"", "too short"),
     ],
 )
-def test_a_prelude_that_lies_is_refused(start: bytes, match: str) -> None:
+def test_an_inconsistent_prelude_is_refused(start: bytes, match: str) -> None:
     refuse(start, match)
 
 
-def test_a_header_beyond_its_limit_is_refused_unread() -> None:
-    refuse(sealed(b"\xc0" * 1001), "1000 is the most", Limits(max_header_bytes=1000))
+def test_a_header_beyond_its_limit_is_refused_before_it_is_read() -> None:
+    refuse(seal(b"\xc0" * 1001), "1000 is the most", Limits(max_header_bytes=1000))
 
 
 @pytest.mark.parametrize(
@@ -97,12 +108,12 @@ def test_a_header_beyond_its_limit_is_refused_unread() -> None:
     ],
     ids=lambda packed: packed[:4].hex(),
 )
-def test_a_header_that_is_no_acceptable_msgpack_is_refused(packed: bytes) -> None:
-    refuse(sealed(packed), "not acceptable msgpack|map of tree|header is empty")
+def test_a_header_of_unacceptable_msgpack_is_refused(packed: bytes) -> None:
+    refuse(seal(packed), "not acceptable msgpack|map of tree|header is empty")
 
 
 def with_tree(packed: bytes) -> bytes:
-    return sealed(b"\x83\xa4tree" + packed + b"\xa6leaves\x90\xa5lanes\x90")
+    return seal(b"\x83\xa4tree" + packed + b"\xa6leaves\x90\xa5lanes\x90")
 
 
 @pytest.mark.parametrize(
@@ -120,8 +131,8 @@ def with_tree(packed: bytes) -> bytes:
     ],
     ids=lambda packed: packed[:4].hex(),
 )
-def test_a_tree_that_is_no_acceptable_msgpack_is_refused(packed: bytes) -> None:
-    assert decodes(with_tree(b"\x81\x01\xc0"))
+def test_a_tree_of_unacceptable_msgpack_is_refused(packed: bytes) -> None:
+    assert is_decodable(with_tree(b"\x81\x01\xc0"))
     refuse(with_tree(packed), "not acceptable msgpack")
 
 
@@ -148,9 +159,9 @@ def test_nested_empty_containers_stop_at_the_depth_limit() -> None:
     ids=range(8),
 )
 def test_a_deep_value_where_a_number_belongs_is_refused(header: list[bytes]) -> None:
-    """Deep enough for its repr alone to be a RecursionError."""
+    """It is so deep that its repr alone raises RecursionError."""
     deep = b"\x91" * 1000 + b"\x90"
-    refuse(sealed(b"\x83\xa4tree\xc0\xa6" + deep.join(header)), r"^(?!the header is not acceptable)")
+    refuse(seal(b"\x83\xa4tree\xc0\xa6" + deep.join(header)), r"^(?!the header is not acceptable)")
 
 
 @pytest.mark.parametrize(
@@ -174,17 +185,17 @@ def test_arrays_beyond_the_limit_are_refused_before_they_are_allocated() -> None
     chunk = zeros_chunk(1 << 30)
     one = [1, 1 << 30, len(chunk), xxhash.xxh3_64_intdigest(chunk)]
     leaves = [["array", "|u1", [4 << 30]]]
-    refuse(forged({"tree": None, "leaves": leaves, "lanes": [[4, [0], [one] * 4]]}, chunk * 4), "more than")
+    refuse(forge({"tree": None, "leaves": leaves, "lanes": [[4, [0], [one] * 4]]}, chunk * 4), "more than")
     with pytest.raises(WireError, match="more than 39999 bytes"):
         decode(ZEROS, limits=Limits(max_raw_bytes=39_999))
-    assert decodes(ZEROS, Limits(max_raw_bytes=40_000))
+    assert is_decodable(ZEROS, Limits(max_raw_bytes=40_000))
 
 
-def test_memory_that_is_not_there_is_a_wire_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_allocation_is_a_wire_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def empty(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("rlbroker.codec.assembly.np.empty", empty)
+    monkeypatch.setattr("rlbroker.codec.message.np.empty", empty)
     with pytest.raises(WireError, match="no memory for 40000 bytes"):
         decode(ZEROS)
 
@@ -192,7 +203,7 @@ def test_memory_that_is_not_there_is_a_wire_error(monkeypatch: pytest.MonkeyPatc
 def test_more_leaves_than_the_limit_are_refused() -> None:
     leaves = [["array", "<f4", [0]]] * 11
     lanes = [[4, list(range(11)), []]]
-    assert decodes(header(leaves, lanes), Limits(max_leaves=11))
+    assert is_decodable(header(leaves, lanes), Limits(max_leaves=11))
     refuse(header(leaves, lanes), "longer than 10", Limits(max_leaves=10))
 
 
@@ -219,7 +230,7 @@ def test_more_leaves_than_the_limit_are_refused() -> None:
     ],
     ids=str,
 )
-def test_a_leaf_that_is_not_in_the_lists_is_refused(row: Any) -> None:
+def test_a_leaf_of_unknown_kind_or_dtype_is_refused(row: Any) -> None:
     raw = 16 if "<f16" in str(row) else 4
     refuse(header([row], [[1, [0], [[0, raw, raw, 0]]]]), "leaf|row")
 
@@ -228,10 +239,10 @@ Change = Callable[[Any], None]
 
 
 def assign(path: list[Any], value: Any) -> Change:
-    def change(manifest: Any) -> None:
+    def change(header_map: Any) -> None:
         for key in path[:-1]:
-            manifest = manifest[key]
-        manifest[path[-1]] = value
+            header_map = header_map[key]
+        header_map[path[-1]] = value
 
     return change
 
@@ -272,31 +283,31 @@ def assign(path: list[Any], value: Any) -> Change:
     ids=str,
 )
 def test_a_header_that_contradicts_itself_is_refused(path: list[Any], value: Any) -> None:
-    assert manifest_of(SMALL)["lanes"][0][1] == [0, 1]
-    refuse(changed(SMALL, assign(path, value)))
+    assert read_header_map(SMALL)["lanes"][0][1] == [0, 1]
+    refuse(change_header(SMALL, assign(path, value)))
 
 
 def test_a_wrong_digest_is_refused() -> None:
-    refuse(changed(SMALL, assign(["lanes", 0, 2, 0, 3], 1 << 63)), "digest of segment 0")
+    refuse(change_header(SMALL, assign(["lanes", 0, 2, 0, 3], 1 << 63)), "digest of segment 0")
 
 
 def test_a_leaf_in_no_lane_is_refused() -> None:
-    """It would be filled with whatever memory held before."""
+    """It would expose uninitialised memory."""
     refuse(header([["array", "<f4", [4]]], []), "in no lane")
 
 
 def test_a_leaf_in_two_lanes_is_refused() -> None:
-    """Else one small header could have the same memory filled again and again."""
+    """Otherwise one small header could make a reader fill the same memory many times."""
     lane = [4, [0], [[0, 16, 16, xxhash.xxh3_64_intdigest(bytes(16))]]]
     leaves = [["array", "<f4", [4]]]
-    assert decodes(forged({"tree": None, "leaves": leaves, "lanes": [lane]}, bytes(16)))
-    refuse(forged({"tree": None, "leaves": leaves, "lanes": [lane, lane]}, bytes(32)), "has a lane already")
+    assert is_decodable(forge({"tree": None, "leaves": leaves, "lanes": [lane]}, bytes(16)))
+    refuse(forge({"tree": None, "leaves": leaves, "lanes": [lane, lane]}, bytes(32)), "has a lane already")
 
 
 def test_the_body_length_must_be_the_sum_of_the_segments() -> None:
-    packed, body = split(SMALL)
-    refuse(sealed(packed, body + b"x"), "the segments have")
-    refuse(sealed(packed, body[:-1]), "the segments have")
+    packed, body = split_message(SMALL)
+    refuse(seal(packed, body + b"x"), "the segments have")
+    refuse(seal(packed, body[:-1]), "the segments have")
 
 
 def test_a_chunk_of_zeros_is_read() -> None:
@@ -318,7 +329,7 @@ def test_a_chunk_of_zeros_is_read() -> None:
 def test_a_chunk_that_this_format_does_not_write_never_reaches_blosc2(
     monkeypatch: pytest.MonkeyPatch, position: int, value: int
 ) -> None:
-    """Among them the "uninitialised" chunk, which would show our old memory, and one that overruns our buffer."""
+    """Such as the "uninitialised" chunk, which would expose old memory, and one that overruns the output buffer."""
     monkeypatch.setattr("blosc2.decompress2", None)
     chunk = bytearray(zeros_chunk(4000))
     chunk[position] = value
@@ -333,12 +344,12 @@ def test_a_chunk_of_bytes_may_lack_the_filter_and_nothing_else(
     chunk = bytearray(compression.compress(memoryview(bytes(4000)), 1)[1])
     assert chunk[16] == 0
     out = np.ones(4000, np.uint8)
-    compression.decompress(memoryview(bytes(chunk)), 1, out.data)
+    compression.decompress_chunk(memoryview(bytes(chunk)), 1, out.data)
     assert not out.any()
     monkeypatch.setattr("blosc2.decompress2", None)
     chunk[position] += 1
     with pytest.raises(WireError, match="not acceptable"):
-        compression.decompress(memoryview(bytes(chunk)), 1, out.data)
+        compression.decompress_chunk(memoryview(bytes(chunk)), 1, out.data)
 
 
 def test_a_chunk_that_is_too_short_is_refused() -> None:
@@ -347,7 +358,7 @@ def test_a_chunk_that_is_too_short_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(samples()))
-def test_what_is_accepted_is_what_is_written(name: str) -> None:
-    """Decoding and encoding again gives the same bytes: there is no second way to say the same."""
+def test_a_decoded_message_is_encoded_to_the_same_bytes(name: str) -> None:
+    """A tree has one encoding only."""
     message = encode(samples()[name])
     assert encode(decode(message)) == message

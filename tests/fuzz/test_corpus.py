@@ -1,4 +1,4 @@
-"""The fuzzer's corpus, replayed without the fuzzer: what it found stays mended."""
+"""The fuzzer's corpus, replayed without the fuzzer: its findings stay fixed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import decoder_targets
 import pytest
+
+pytestmark = pytest.mark.unit
 
 CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
 

@@ -8,24 +8,26 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from hostile_messages import forged
+from hostile_messages import forge
 
-from rlbroker.codec.assembly import Assembly
 from rlbroker.codec.format import StoredSegment
 from rlbroker.codec.image import ImageFormat
 from rlbroker.codec.limits import Limits
+from rlbroker.codec.message import MessageAssembly
 from rlbroker.errors import WireError
+
+pytestmark = pytest.mark.unit
 
 LIMITS = Limits(max_raw_bytes=1 << 20)
 EMPTY = xxhash.xxh3_64_intdigest(b"")
 
 
 def header(leaves: list[Any], lanes: list[Any]) -> bytes:
-    return forged({"tree": None, "leaves": leaves, "lanes": lanes}, b"")
+    return forge({"tree": None, "leaves": leaves, "lanes": lanes}, b"")
 
 
 def one_segment(row: list[Any]) -> bytes:
-    """Return a header of one leaf of 100 bytes, whose segment is described by `row`; the body is left out."""
+    """Return a header, without a body, of one leaf of 100 bytes, whose segment has the description `row`."""
     message = bytearray(header([["array", "|u1", [100]]], [[1, [0], [row]]]))
     stored = row[2] if len(row) > 2 and type(row[2]) is int else 0
     message[12:20] = max(stored, 0).to_bytes(8, "little")
@@ -43,10 +45,10 @@ def one_segment(row: list[Any]) -> bytes:
     ],
     ids=str,
 )
-def test_each_codec_has_rows_that_are_read(row: list[int]) -> None:
-    form = ImageFormat(one_segment(row), LIMITS)
-    assert list(form.segments) == [StoredSegment(*row)]
-    assert form.is_delta == (row[0] >= 2)
+def test_a_valid_segment_row_of_each_codec_is_read(row: list[int]) -> None:
+    image_format = ImageFormat(one_segment(row), LIMITS)
+    assert list(image_format.segments) == [StoredSegment(*row)]
+    assert image_format.is_delta == (row[0] >= 2)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +76,8 @@ def test_each_codec_has_rows_that_are_read(row: list[int]) -> None:
     ],
     ids=str,
 )
-def test_impossible_rows_of_segments_are_refused(row: list[Any]) -> None:
-    for read in (ImageFormat, Assembly):
+def test_an_impossible_segment_row_is_refused(row: list[Any]) -> None:
+    for read in (ImageFormat, MessageAssembly):
         with pytest.raises(WireError):
             read(one_segment(row), LIMITS)
 
@@ -91,7 +93,7 @@ def test_impossible_rows_of_segments_are_refused(row: list[Any]) -> None:
     ],
     ids=str,
 )
-def test_leaves_that_were_cast_are_read(row: list[Any]) -> None:
+def test_a_leaf_that_was_cast_is_read(row: list[Any]) -> None:
     lanes = [[2, [0], []]]
     for original in ({"keep_dtype": False}, {"keep_dtype": True}):
         ImageFormat(header([row], lanes), LIMITS).tree(np.zeros(0, np.uint8), **original)
@@ -124,34 +126,34 @@ def test_leaves_that_were_cast_are_read(row: list[Any]) -> None:
     ],
     ids=str,
 )
-def test_leaves_that_cannot_have_been_cast_are_refused(row: list[Any]) -> None:
-    for read in (ImageFormat, Assembly):
+def test_a_leaf_that_cannot_have_been_cast_is_refused(row: list[Any]) -> None:
+    for read in (ImageFormat, MessageAssembly):
         with pytest.raises(WireError):
             read(header([row], [[2, [0], []]]), LIMITS)
 
 
 @pytest.mark.parametrize("kind", [("tensor", "float32"), ("array", "<f4")])
 @pytest.mark.parametrize("shape", [[0, 1 << 58], [1 << 58, 0], [1 << 30, 0, 1 << 28]], ids=str)
-def test_empty_leaves_of_vast_shapes_make_no_trouble(kind: tuple[str, str], shape: list[int]) -> None:
-    form = ImageFormat(header([[*kind, shape]], [[4, [0], []]]), LIMITS)
-    assert form.image_bytes == 0
-    form.tree(np.zeros(0, np.uint8))
+def test_empty_leaves_of_vast_shapes_take_no_memory(kind: tuple[str, str], shape: list[int]) -> None:
+    image_format = ImageFormat(header([[*kind, shape]], [[4, [0], []]]), LIMITS)
+    assert image_format.image_bytes == 0
+    image_format.tree(np.zeros(0, np.uint8))
     cast = "bfloat16", "<f8" if kind[0] == "array" else "float64"
-    form = ImageFormat(header([[kind[0], cast[0], shape, cast[1]]], [[2, [0], []]]), LIMITS)
-    form.tree(np.zeros(0, np.uint8))
+    image_format = ImageFormat(header([[kind[0], cast[0], shape, cast[1]]], [[2, [0], []]]), LIMITS)
+    image_format.tree(np.zeros(0, np.uint8))
 
 
-def test_many_little_lanes_take_little_memory() -> None:
+def test_many_small_lanes_take_little_memory() -> None:
     rows = [["array", "|u1", [1]]] * 10_000
     raw = b"\0" * 10_000
     digest = xxhash.xxh3_64_intdigest(b"\0")
     lanes = [[1, [i], [[0, 1, 1, digest]]] for i in range(10_000)]
-    message = forged({"tree": None, "leaves": rows, "lanes": lanes}, raw)
-    form = ImageFormat(message[: -len(raw)], LIMITS)
-    assert form.image_bytes == 64 * 10_000
+    message = forge({"tree": None, "leaves": rows, "lanes": lanes}, raw)
+    image_format = ImageFormat(message[: -len(raw)], LIMITS)
+    assert image_format.image_bytes == 64 * 10_000
 
 
-def test_what_is_cast_back_is_bounded() -> None:
+def test_the_size_after_casting_back_is_bounded() -> None:
     shape = [1 << 18]
     segment = [0, 1 << 18, 1 << 18, 0]
     for original, fits in (("float32", True), ("float64", False)):

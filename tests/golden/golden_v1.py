@@ -1,7 +1,7 @@
-"""What the golden messages of wire format 1 hold, and how they were written.
+"""The contents of the golden messages of wire format 1, and the program that wrote them.
 
-``python tests/golden/golden_v1.py`` writes those that are missing. A golden file is never written anew: a release
-that cannot read it any more has broken the format, and needs a new version of it.
+``python tests/golden/golden_v1.py`` writes the files that are missing. A golden file is never rewritten: a release that
+cannot read one has broken the format, and needs a new version of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _bits(dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
 
 
 def _numpy() -> Any:
-    # Long doubles are left out: their layout is the platform's.
+    # Without long doubles, whose layout depends on the platform.
     portable = [name for name in sorted(NUMPY_DTYPES) if "-" not in name]
     return {name: [_bits(NUMPY_DTYPES[name], shape) for shape in ((), (0, 2), (3, 5))] for name in portable}
 
@@ -74,7 +74,7 @@ def _batch() -> Any:
 
 
 def _large() -> Any:
-    """Return leaves of lanes of their own, compressed and raw, and tied ones."""
+    """Return leaves large enough for lanes of their own, compressed and raw, and tied ones."""
     weight = torch.arange(20_000, dtype=torch.float32)
     noise = (np.arange(70_000, dtype=np.uint64) ** 3 * 0x9E3779B97F4A7C15 >> 40).astype(np.uint8)
     return {
@@ -87,7 +87,7 @@ def _large() -> Any:
 
 
 def _image(step: int) -> Any:
-    """Return weights whose second step is near the first: alike, in a few words, in all words, and anew."""
+    """Return weights at one step, whose leaves differ from the step before in no word, few, all, or completely."""
     counts = np.arange(6_000, dtype=np.uint32)
     few = (counts * 40_503 % 65_521).astype(np.uint16)
     few[:: 97 + step] += np.uint16(step)
@@ -106,7 +106,7 @@ def _image(step: int) -> Any:
 
 
 def _cast() -> Any:
-    """Return leaves that are cast to bfloat16; all of them exact."""
+    """Return leaves that bfloat16 represents exactly."""
     return {
         "large": torch.arange(40_000).float() % 256,
         "small": torch.arange(5.0).double(),
@@ -123,7 +123,7 @@ EXPECTED = {
     "v1-torch.bin": _torch,
 }
 
-#: Headers of images with their segments; each but the first of its kind a delta to the one before.
+#: Headers of images with their segments; each but the first and the cast one is a delta to the one before.
 IMAGES: dict[str, Callable[[], Any]] = {
     "v1-image-0.bin": lambda: _image(0),
     "v1-image-1.bin": lambda: _image(1),

@@ -16,7 +16,7 @@ from conftest import Server, wait_until
 from rlbroker import Fenced, InvalidArgument, UnsupportedType, UsageError, WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.codec.contents import Content
+from rlbroker.codec.describe import Content
 from rlbroker.codec.message import encode
 from rlbroker.control.commands import CommandSender
 from rlbroker.errors import WireError

@@ -1,4 +1,4 @@
-"""Random trees for the wire format, and what it means that one came back unchanged."""
+"""Random trees for the wire format, and the check that one came back unchanged."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 from hypothesis import strategies as st
 
 from rlbroker.codec.dtypes import NUMPY_DTYPES, NUMPY_NAMES, TORCH_DTYPES
+from rlbroker.codec.format import StoredSegment, find_body, read_header
+from rlbroker.codec.limits import Limits
 
 
 def assert_same(got: Any, sent: Any) -> None:
-    """Same types, keys in the same order, shapes, dtypes and bits; arrays and tensors writable."""
+    """Check types, order of keys, shapes, dtypes and bits, and that arrays and tensors are writable."""
     assert type(got) is type(sent)
     if isinstance(sent, dict):
         assert list(got) == list(sent)
@@ -49,8 +51,14 @@ def assert_same(got: Any, sent: Any) -> None:
         assert got == sent
 
 
+def segments_of(message: bytes) -> list[StoredSegment]:
+    """Return the descriptions of all segments of a whole message."""
+    view = memoryview(message)
+    return read_header(view[: find_body(view)], Limits()).segments
+
+
 def element_bytes(array: np.ndarray[Any, Any] | np.generic) -> bytes:
-    """Return the elements as bytes, without the six of each x87 long double that mean nothing."""
+    """Return the elements as bytes, without the six bytes of padding in each x87 long double."""
     raw = array.tobytes()
     if "x87" not in NUMPY_NAMES[array.dtype]:
         return raw
@@ -69,7 +77,7 @@ def tensor_of(dtype_name: str, shape: tuple[int, ...], seed: int) -> torch.Tenso
     dtype: torch.dtype = getattr(torch, dtype_name)
     raw = np.random.default_rng(seed).bytes(math.prod(shape) * dtype.itemsize)
     if not raw:
-        # By way of the carrier, as torch warns of making complex32 directly.
+        # Through the carrier: torch warns when complex32 is made directly.
         view = TORCH_DTYPES[dtype_name].view
         return torch.empty(shape, dtype=getattr(torch, view) if view else dtype).view(dtype)
     carrier = np.frombuffer(raw, np.uint8).copy()

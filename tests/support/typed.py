@@ -1,4 +1,4 @@
-"""What a command would be called with: for command lines in files of deploy/, which nobody types."""
+"""The options that a command would be called with, for the command lines in the files of deploy/."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlbroker.ops.cli.app import app
 
 
 def options(arguments: list[str]) -> dict[str, Any]:
-    """Give each option's value; it is an error if the command does not take these arguments."""
+    """Return the value of each option; fail if the command does not accept these arguments."""
     group: Any = typer.main.get_command(app)
     context = group.make_context("rlbroker", list(arguments))
     name, command, rest = group.resolve_command(context, list(arguments))

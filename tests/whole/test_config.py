@@ -1,14 +1,23 @@
-"""Settings: where they come from, and what they refuse."""
+"""Settings: where their values come from, and which values are refused."""
 
 from __future__ import annotations
 
 import traceback
+from pathlib import Path
 
 import pytest
 
 from rlbroker.backend.client import client_from_url
 from rlbroker.backend.keys import Keys
-from rlbroker.config import DEFAULT_URL, RunSettings, parse_endpoint, redacted_url, redis_url, run_name
+from rlbroker.config import (
+    DEFAULT_URL,
+    RunSettings,
+    parse_endpoint,
+    redacted_url,
+    redis_url,
+    run_name,
+    signing_secret,
+)
 from rlbroker.demo import training_run
 from rlbroker.errors import InvalidArgument
 
@@ -47,7 +56,7 @@ def test_the_run_of_learner_and_worker_is_the_argument_then_the_environment_then
         ("redis://host?password=sec@ret", "redis://…"),
     ],
 )
-def test_a_shown_url_has_no_password(url: str, shown: str) -> None:
+def test_a_redacted_url_has_no_password(url: str, shown: str) -> None:
     assert redacted_url(url) == shown
 
 
@@ -56,7 +65,7 @@ def test_a_malformed_url_is_refused_without_showing_its_password() -> None:
         redis_url("redis://:secret@[bad/0")
 
 
-def test_a_database_that_is_no_number_is_refused() -> None:
+def test_a_database_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="must be a number"):
         redis_url("redis://localhost:6379/main")
     assert redis_url("unix:///run/redis.sock")
@@ -122,7 +131,7 @@ def test_all_keys_of_a_run_share_one_hash_tag() -> None:
     assert all(name.startswith("rlb:{pong.v2}:") for name in names)
 
 
-def test_settings_survive_the_hash() -> None:
+def test_settings_survive_the_meta_hash() -> None:
     settings = RunSettings(7, 8, "drop_oldest", 1.5, 60.0)
     assert RunSettings.from_fields(settings.to_fields()) == settings
     assert RunSettings.from_fields({"epoch": "3"}) == RunSettings()
@@ -141,3 +150,39 @@ def test_a_url_in_the_place_of_a_run_does_not_show_its_password() -> None:
     with pytest.raises(InvalidArgument, match="got 'redis://host'") as caught:
         run_name("redis://me:secret@host")
     assert "secret" not in str(caught.value)
+
+
+def test_the_signing_key_is_the_argument_or_the_file_that_the_environment_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RLBROKER_SIGNING_KEY_FILE", raising=False)
+    assert signing_secret() is None
+    file = tmp_path / "key"
+    file.write_bytes(b"f" * 64 + b"\r\n")
+    monkeypatch.setenv("RLBROKER_SIGNING_KEY_FILE", str(file))
+    assert signing_secret() == signing_secret(file) == b"f" * 64
+    assert signing_secret("k" * 32) == signing_secret(b"k" * 32) == b"k" * 32
+
+
+def test_an_unusable_signing_key_is_refused_with_the_name_of_its_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, empty = tmp_path / "short", tmp_path / "empty"
+    short.write_bytes(b"k" * 31 + b"\n")
+    empty.write_bytes(b"\n")
+    for name, wrong in (
+        ("cannot read", tmp_path / "none"),
+        ("is empty", empty),
+        ("at least 32 bytes", short),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^signing_key: .*{name}"):
+            signing_secret(wrong)
+        monkeypatch.setenv("RLBROKER_SIGNING_KEY_FILE", str(wrong))
+        with pytest.raises(InvalidArgument, match=f"^RLBROKER_SIGNING_KEY_FILE: .*{name}"):
+            signing_secret()
+    for given in ("k" * 31, b"", ""):
+        with pytest.raises(InvalidArgument, match="at least 32 bytes"):
+            signing_secret(given)
+    with pytest.raises(InvalidArgument, match="must be text, bytes or a Path; got int") as error:
+        signing_secret(12345)  # type: ignore[arg-type]
+    assert "12345" not in str(error.value)

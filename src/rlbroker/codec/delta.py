@@ -1,8 +1,8 @@
 """Lossless differences between two states of one segment.
 
-A segment is seen as words of 1, 2, 4 or 8 bytes, little endian. A difference is taken modulo the word and
-*centred*: 0x80 is added to each of its bytes, so that small steps in either direction leave the high bytes
-alike, which costs a reader one addition and compresses as well as zigzag does.
+A segment is an array of words of 1, 2, 4 or 8 bytes, little endian. A difference is taken modulo the word and
+*centred*: 0x80 is added to each of its bytes, so that small steps in either direction have the same high bytes. That
+costs a reader one addition, and compresses as well as zigzag does.
 """
 
 from __future__ import annotations
@@ -18,44 +18,47 @@ from rlbroker.errors import WireError
 
 Words = np.ndarray[Any, np.dtype[Any]]
 
-#: A gap of this many unchanged words that goes on in the next byte.
+#: The byte for a gap of this many unchanged words that continues in the next byte.
 _ESCAPE = 255
 
-#: Beyond this part of changed words, positions cost more than the differences of all words.
+#: Where more than this part of the words changed, positions cost more than the differences of all words.
 _SPARSE_PART = 0.4
+
+#: So many words are compared to estimate which part has changed.
 _SAMPLE_WORDS = 2048
 
-#: Below this part most groups of eight bytes are unchanged, which is worth a look at them first.
+#: Where less than this part of the words changed, most groups of eight bytes are unchanged: it pays to compare those
+#: first.
 _RARE_PART = 0.12
 
-#: Work is done on pieces of this many bytes and gaps: few calls, and what is between two steps stays in the cache.
+#: Bytes and gaps that are worked on at a time: few calls, and what one step leaves for the next stays in the cache.
 _BLOCK_BYTES = 1 << 20
 _BLOCK_GAPS = 64 << 10
 
-#: From this many bytes of a segment it is guessed what compressing all of them would leave.
-_GUESS_BYTES = 32 << 10
+#: From a sample of this many bytes of a segment, its compressed size is estimated.
+_ESTIMATE_BYTES = 32 << 10
 
 
 def word_type(typesize: int, raw_bytes: int) -> np.dtype[Any]:
-    """Return the words of a segment: as wide as its elements where that is possible, else bytes."""
+    """Return the dtype of a segment's words: as wide as its elements where that is possible, else bytes."""
     word_bytes = {1: 1, 2: 2, 4: 4, 8: 8, 16: 8}.get(typesize, 1)
     return np.dtype(f"<u{word_bytes if raw_bytes % word_bytes == 0 else 1}")
 
 
 def encode(new: Bytes, base: Bytes, typesize: int) -> tuple[int, bytes | memoryview]:
-    """Return (codec, stored bytes) of what is smallest, full codecs included, as far as samples tell.
+    """Return (codec, stored bytes) of the smallest way to store `new`, whole ones included, as samples estimate it.
 
-    `new` and `base` are equally long, contiguous and do not change during the call. The stored bytes are a view
-    of `new` where stored raw.
+    `new` and `base` are equally long, contiguous and do not change during the call. The stored bytes of a raw segment
+    are a view of `new`.
     """
     word = word_type(typesize, len(new))
     changes = _changes(new, base, word)
     if changes is not None and not len(changes[0]):
         return SAME, b""
-    expected_bytes = compression.guess(new.data, typesize, _GUESS_BYTES)
+    expected_bytes = compression.estimate_stored_bytes(new.data, typesize, _ESTIMATE_BYTES)
     if changes is None:
         difference = _difference(new, base, word).view(np.uint8).data
-        if compression.guess(difference, word.itemsize, _GUESS_BYTES) < expected_bytes:
+        if compression.estimate_stored_bytes(difference, word.itemsize, _ESTIMATE_BYTES) < expected_bytes:
             codec, stored = compression.compress(difference, word.itemsize)
             if codec == compression.BLOSC2:
                 return DENSE, stored
@@ -68,34 +71,35 @@ def encode(new: Bytes, base: Bytes, typesize: int) -> tuple[int, bytes | memoryv
 
 
 def apply(segment: StoredSegment, stored: memoryview, typesize: int, base: Bytes, out: Bytes) -> None:
-    """Fill `out` with the new state; it may be `base` itself.
+    """Fill `out`, which may be `base` itself, with the new state.
 
-    Raises WireError for a base that is not the announced one, before anything is written, and for stored bytes
-    that do not lead to the announced result; `out` is then worthless unless nothing was written.
+    Raises:
+        WireError: `base` is not the one that the segment announces, and nothing was written; or the stored bytes do
+            not lead to the announced result, and the content of `out` is undefined.
     """
     if len(base) != segment.raw_bytes or digest_of(base.data) != segment.base_digest:
         raise WireError("the base of a delta is not the one that it was made from")
-    restore(segment.codec, stored, typesize, base, out)
+    apply_unchecked(segment.codec, stored, typesize, base, out)
     if segment.codec != SAME and digest_of(out.data) != segment.raw_digest:
         raise WireError("a delta did not lead to the announced bytes")
 
 
-def restore(codec: int, stored: memoryview, typesize: int, base: Bytes, out: Bytes) -> None:
-    """Fill `out` with what a delta makes of `base`, whatever that is; raise WireError for unsound stored bytes.
+def apply_unchecked(codec: int, stored: memoryview, typesize: int, base: Bytes, out: Bytes) -> None:
+    """Apply a delta without the digests of base and result; raise WireError, with `out` unchanged, if it is malformed.
 
-    Whoever has digests calls `apply`.
+    Callers that have the digests call `apply`.
     """
     word = word_type(typesize, len(out))
     if codec == SPARSE:
-        _restore_sparse(stored, base, out, word)
+        _apply_sparse(stored, base, out, word)
     elif codec == DENSE:
-        _restore_dense(stored, base, out, word)
+        _apply_dense(stored, base, out, word)
     else:
         _copy(base, out)
 
 
 def _changes(new: Bytes, base: Bytes, word: np.dtype[Any]) -> tuple[Words, Words] | None:
-    """Return the positions of changed words and their centred differences; None if they are too many."""
+    """Return the positions of changed words and their centred differences; None if there are too many."""
     words = len(new) // word.itemsize
     step = max(words // _SAMPLE_WORDS, 1)
     sample = new.view(word)[::step] != base.view(word)[::step]
@@ -106,11 +110,11 @@ def _changes(new: Bytes, base: Bytes, word: np.dtype[Any]) -> tuple[Words, Words
     differences: list[Words] = []
     found = 0
     for start in range(0, len(new), _BLOCK_BYTES):
-        ours, theirs = new[start : start + _BLOCK_BYTES], base[start : start + _BLOCK_BYTES]
-        if sampled_part < _RARE_PART and len(ours) % 8 == 0:
-            at, difference = _rare_changes(ours, theirs, word)
+        new_block, base_block = new[start : start + _BLOCK_BYTES], base[start : start + _BLOCK_BYTES]
+        if sampled_part < _RARE_PART and len(new_block) % 8 == 0:
+            at, difference = _rare_changes(new_block, base_block, word)
         else:
-            difference = ours.view(word) - theirs.view(word)
+            difference = new_block.view(word) - base_block.view(word)
             at = np.flatnonzero(difference != 0)
             difference = difference[at]
         at += start // word.itemsize
@@ -123,10 +127,10 @@ def _changes(new: Bytes, base: Bytes, word: np.dtype[Any]) -> tuple[Words, Words
 
 
 def _rare_changes(new: Bytes, base: Bytes, word: np.dtype[Any]) -> tuple[Words, Words]:
-    """Return positions and differences; eight bytes are compared at a time, and only what differs by the word."""
-    ours, theirs = new.view(np.uint64), base.view(np.uint64)
-    at = np.flatnonzero(ours != theirs)
-    difference = ours[at].view(word) - theirs[at].view(word)
+    """Return positions and differences; compare eight bytes at a time, and single words only where those differ."""
+    new_eights, base_eights = new.view(np.uint64), base.view(np.uint64)
+    at = np.flatnonzero(new_eights != base_eights)
+    difference = new_eights[at].view(word) - base_eights[at].view(word)
     inside = np.flatnonzero(difference != 0)
     per = 8 // word.itemsize
     return at[inside // per] * per + inside % per, difference[inside]
@@ -145,7 +149,7 @@ def _sparse(positions: Words, differences: Words) -> bytes:
 
 
 def _gaps(positions: Words) -> Bytes:
-    """Return the unchanged words before each changed one, as bytes."""
+    """Return the counts of unchanged words before each changed one, as bytes."""
     gaps = np.diff(positions, prepend=-1) - 1
     if gaps.max() < _ESCAPE:
         return gaps.astype(np.uint8)
@@ -156,12 +160,12 @@ def _gaps(positions: Words) -> Bytes:
     return written
 
 
-def _restore_sparse(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[Any]) -> None:
+def _apply_sparse(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[Any]) -> None:
     words = len(out) // word.itemsize
     if len(stored) < SPARSE_HEAD.size:
         raise WireError("a sparse segment is shorter than what it begins with")
     changes, gap_bytes, stored_gap_bytes = SPARSE_HEAD.unpack_from(stored)
-    # So what is allocated here is less than twice the segment.
+    # This bounds what is allocated here to less than twice the segment.
     if not 0 < changes <= words or not changes <= gap_bytes <= changes + words // _ESCAPE:
         raise WireError("a sparse segment claims an impossible number of changes")
     gaps_end = SPARSE_HEAD.size + stored_gap_bytes
@@ -188,39 +192,39 @@ def _restore_sparse(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[
 
 
 def _part(stored: memoryview, raw_bytes: int, typesize: int) -> Bytes:
-    """Return one part of a sparse segment, which is stored raw exactly if its size is the raw one."""
+    """Return one part of a sparse segment; it is stored raw exactly if its stored size is its raw size."""
     if len(stored) == raw_bytes:
         return np.frombuffer(stored, np.uint8)
     if len(stored) > raw_bytes:
         raise WireError("a part of a sparse segment is larger than what it stands for")
     raw = np.empty(raw_bytes, np.uint8)
-    compression.decompress(stored, typesize, raw.data)
+    compression.decompress_chunk(stored, typesize, raw.data)
     return raw
 
 
 def _difference(new: Bytes, base: Bytes, word: np.dtype[Any]) -> Words:
     """Return the centred differences of all words."""
-    ours, theirs = new.view(word), base.view(word)
-    difference = np.empty_like(ours)
+    new_words, base_words = new.view(word), base.view(word)
+    difference = np.empty_like(new_words)
     bias = _bias(word)
     step = _BLOCK_BYTES // word.itemsize
-    for start in range(0, len(ours), step):
+    for start in range(0, len(new_words), step):
         part = difference[start : start + step]
-        np.subtract(ours[start : start + step], theirs[start : start + step], out=part)
+        np.subtract(new_words[start : start + step], base_words[start : start + step], out=part)
         np.add(part, bias, out=part)
     return difference
 
 
-def _restore_dense(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[Any]) -> None:
+def _apply_dense(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[Any]) -> None:
     difference = np.empty(len(out) // word.itemsize, word)
-    compression.decompress(stored, word.itemsize, difference.view(np.uint8).data)
-    ours, theirs = out.view(word), base.view(word)
+    compression.decompress_chunk(stored, word.itemsize, difference.view(np.uint8).data)
+    new_words, base_words = out.view(word), base.view(word)
     bias = _bias(word)
     step = _BLOCK_BYTES // word.itemsize
-    for start in range(0, len(ours), step):
+    for start in range(0, len(new_words), step):
         part = difference[start : start + step]
         np.subtract(part, bias, out=part)
-        np.add(theirs[start : start + step], part, out=ours[start : start + step])
+        np.add(base_words[start : start + step], part, out=new_words[start : start + step])
 
 
 def _copy(base: Bytes, out: Bytes) -> None:

@@ -1,7 +1,7 @@
-"""The element types that travel, by the names they have on the wire.
+"""The element types of the wire format, their names there, and the casts to lower precision.
 
-Both tables are allow-lists: a name from the wire is looked up, never parsed. The torch table does not need
-torch, so that sizes can be checked (and a message described) without importing it.
+The tables are allow-lists: a name from the wire is looked up, never parsed. The torch table does not need torch, so
+that sizes can be checked without importing it. A cast rounds to nearest, ties to even, as torch does; NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from rlbroker.errors import InvalidArgument
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
 #: Byte orders as numpy writes them: little endian, big endian.
 ORDERS: tuple[Literal["<"], Literal[">"]] = ("<", ">")
 
 
 def _long_double_tag() -> str | None:
-    """Name this platform's ``long double``, which numpy calls f16 whatever its bits mean."""
+    """Return the layout of this platform's ``long double``, which numpy calls f16 whatever its bits mean."""
     mantissa_bits = np.finfo(np.longdouble).nmant
     return {63: "x87", 112: "quad", 105: "dd", 106: "dd"}.get(int(mantissa_bits))
 
@@ -26,7 +30,7 @@ def _numpy_dtypes() -> dict[str, np.dtype[Any]]:
         for order in ORDERS:
             table[order + code] = np.dtype(order + code)
     tag = _long_double_tag()
-    # Where long double is a plain double (tag None), numpy calls it f8 and so do we.
+    # Where long double is a plain double (tag None), it is called f8, by numpy and here.
     if tag is not None:
         for kind, scalar in (("f", np.longdouble), ("c", np.clongdouble)):
             native = np.dtype(scalar)
@@ -43,10 +47,12 @@ NUMPY_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 
 
 class TorchDtype(NamedTuple):
-    """How the bits of a torch dtype pass through numpy.
+    """The numpy dtype that carries the bits of a torch dtype.
 
-    ``carrier`` is a numpy dtype of the same size. ``view`` is the name of the torch dtype that equals the
-    carrier, or None where torch and numpy share the dtype and no reinterpretation is needed.
+    Attributes:
+        carrier: a numpy dtype of the same size.
+        view: name of the torch dtype that equals the carrier; None where torch and numpy share the dtype and no
+            reinterpretation is needed.
     """
 
     carrier: np.dtype[Any]
@@ -90,6 +96,97 @@ def _torch_dtypes() -> dict[str, TorchDtype]:
     return table
 
 
-#: Wire name (torch's own, without ``torch.``) to the way its bits travel. Quantised dtypes are absent: their
-#: values mean nothing without scales that live outside the elements.
+#: Wire name (torch's own, without ``torch.``) to its carrier. Quantised dtypes are absent: their values mean nothing
+#: without scales, which are not among the elements.
 TORCH_DTYPES = _torch_dtypes()
+
+_FLOATING_TORCH = frozenset(name for name in TORCH_DTYPES if name.startswith(("float", "bfloat")))
+
+#: The dtypes to which floating leaves can be cast, by torch's names, with numpy's name for the same type where there
+#: is one. float8_e8m0fnu is absent, as it has neither signs nor zero.
+CAST_DTYPES: dict[str, str | None] = {
+    "float32": "<f4",
+    "float16": "<f2",
+    "bfloat16": "bfloat16",
+    "float8_e4m3fn": None,
+    "float8_e4m3fnuz": None,
+    "float8_e5m2": None,
+    "float8_e5m2fnuz": None,
+}
+
+#: Carries the elements of a numpy array that was cast to bfloat16, for which numpy has no dtype: the upper halves of
+#: float32.
+BFLOAT16_CARRIER = np.dtype("<u2")
+
+#: Elements that `cast_array` buffers at a time.
+_BLOCK_ELEMENTS = 1 << 16
+
+
+def check_cast_dtype(dtype: str) -> None:
+    """Raise InvalidArgument unless floating leaves can be cast to `dtype`."""
+    if dtype not in CAST_DTYPES:
+        raise InvalidArgument(f"dtype={dtype!r}; {', '.join(CAST_DTYPES)} work")
+
+
+def tensor_target(name: str, dtype: str) -> str | None:
+    """Return the dtype to which a tensor of dtype `name` is cast; None if that would save nothing."""
+    wider = name in _FLOATING_TORCH and element_bytes("tensor", name) > element_bytes("tensor", dtype)
+    return dtype if wider else None
+
+
+def array_target(name: str, dtype: str) -> tuple[str, np.dtype[Any]] | None:
+    """Return wire name and carrier of the dtype to which an array of dtype `name` is cast; None if it is not cast."""
+    target = CAST_DTYPES[dtype]
+    source = NUMPY_DTYPES[name]
+    if target is None or source.kind != "f":
+        return None
+    carrier = BFLOAT16_CARRIER if target == "bfloat16" else NUMPY_DTYPES[target]
+    return (target, carrier) if source.itemsize > carrier.itemsize else None
+
+
+def is_cast(kind: str, dtype: str, original: str) -> bool:
+    """Return whether a cast can have made a leaf of `kind` and `dtype` on the wire from one of dtype `original`."""
+    if kind == "tensor":
+        return dtype in CAST_DTYPES and tensor_target(original, dtype) == dtype
+    if kind != "array" or original not in NUMPY_DTYPES:
+        return False
+    carrier = BFLOAT16_CARRIER if dtype == "bfloat16" else NUMPY_DTYPES.get(dtype)
+    return any(array_target(original, name) == (dtype, carrier) for name in CAST_DTYPES)
+
+
+def element_bytes(kind: str, name: str) -> int:
+    """Return the size of one element of dtype `name`, of a tensor or of an array."""
+    return TORCH_DTYPES[name].carrier.itemsize if kind == "tensor" else NUMPY_DTYPES[name].itemsize
+
+
+def cast_array(source: Array, out: Array) -> None:
+    """Fill `out`, which is flat, with the elements of a floating array of any layout."""
+    to_bfloat16 = out.dtype == BFLOAT16_CARRIER
+    done = 0
+    # What is too large becomes infinite, as in torch, and is no reason for a warning.
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        for block in np.nditer(
+            source,
+            flags=["external_loop", "buffered", "zerosize_ok"],
+            op_dtypes=[np.dtype("<f4") if to_bfloat16 else out.dtype],
+            casting="same_kind",
+            order="C",
+            buffersize=_BLOCK_ELEMENTS,
+        ):
+            part: Array = block  # type: ignore[assignment] # of one operand it is an array, which its type does not say
+            out[done : done + len(part)] = _bfloat16_bits(part) if to_bfloat16 else part
+            done += len(part)
+
+
+def array_from_bfloat16(bits: Array, original: str) -> Array:
+    """Return an array of the dtype `original`, given the bits of bfloat16 elements."""
+    wide = bits.astype(np.uint32)
+    wide <<= np.uint32(16)  # In place, as numpy makes a scalar of a new array without dimensions.
+    return wide.view(np.float32).astype(NUMPY_DTYPES[original])
+
+
+def _bfloat16_bits(values: Array) -> Array:
+    bits = values.view(np.uint32)
+    rounded = (bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))) >> np.uint32(16)
+    # Rounding could carry a NaN's payload into its sign, or make an infinity of it.
+    return np.where(np.isnan(values), (bits >> np.uint32(16)) | np.uint32(0x40), rounded).astype(np.uint16)

@@ -1,7 +1,7 @@
-"""Weights as one flat buffer, the *image*: what a learner keeps of its latest version, and a worker decodes into.
+"""Weights as one flat buffer, the *image*: a learner keeps one of its latest version, and a worker decodes into one.
 
-The lanes of a header lie in an image one after the other, each from a multiple of 64 bytes on. The next version
-of the same layout can be encoded as a difference between two images, and applied in place.
+The lanes of a header lie in an image one after the other, each from a multiple of 64 bytes on. The next version of the
+same layout can be encoded as a difference between two images, and applied in place.
 """
 
 from __future__ import annotations
@@ -14,35 +14,44 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from rlbroker.codec import casts, delta
-from rlbroker.codec.compression import RAW, compress, restore
-from rlbroker.codec.contents import Content, contents_of
-from rlbroker.codec.format import Buffer, StoredSegment, byte_view, checked_bytes, digest_of, read_header
-from rlbroker.codec.lanes import DEFAULT_SEGMENT_BYTES, LARGE_LEAF_BYTES, plan_lanes, write_planned
-from rlbroker.codec.leaves import Bytes, Leaf, leaf_maker, normalise_bools
+from rlbroker.codec import delta, dtypes
+from rlbroker.codec.compression import RAW, compress, decompress
+from rlbroker.codec.describe import Content, describe_header
+from rlbroker.codec.format import (
+    DEFAULT_SEGMENT_BYTES,
+    LARGE_LEAF_BYTES,
+    Buffer,
+    StoredSegment,
+    byte_view,
+    check_segment,
+    digest_of,
+    plan_lanes,
+    read_header,
+    write_header,
+)
+from rlbroker.codec.leaves import Bytes, Leaf, LeafTable, leaf_maker, normalise_bools, plain_tensor
 from rlbroker.codec.limits import Limits
-from rlbroker.codec.taking import LeafTaker, plain_tensor
 from rlbroker.codec.tree import TreePacker, unpack
 from rlbroker.errors import InvalidArgument, WireError
 
-#: Where a lane may begin: a line of the cache, and enough for any element.
+#: Lanes begin at multiples of this: one cache line, and enough for any element.
 _ALIGNMENT = 64
 
-#: Torch copies so many elements in the thread that asks. More are shared among threads, which then wait for the
-#: slowest of them: on a busy machine that takes many times as long as the copy.
+#: Torch copies this many elements in the calling thread. More it divides among threads, and waits for the slowest: on a
+#: busy machine that takes many times as long as the copy.
 _UNSHARED_ELEMENTS = 32_768
 
 
 class EncodedSegment(NamedTuple):
-    """One segment as it is to be sent: its facts, its bytes, and xxh3_64 of its raw bytes."""
+    """One segment that is to be sent: its description, its bytes, and xxh3_64 of its raw bytes."""
 
     segment: StoredSegment
     stored: bytes | memoryview
     raw_digest: int
 
 
-class _LaneFacts(NamedTuple):
-    """What writer and reader know of a lane."""
+class _LaneLayout(NamedTuple):
+    """The part of a lane that writer and reader both know."""
 
     typesize: int
     leaf_numbers: Sequence[int]
@@ -51,15 +60,17 @@ class _LaneFacts(NamedTuple):
 
 
 class _Place(NamedTuple):
+    """The bytes of an image that hold one segment, and their element size."""
+
     start: int
     end: int
     typesize: int
 
 
 class _Geometry:
-    """Where the lanes and segments are in an image."""
+    """The places of lanes and segments in an image."""
 
-    def __init__(self, leaves: Sequence[Leaf], lanes: Sequence[_LaneFacts]) -> None:
+    def __init__(self, leaves: Sequence[Leaf], lanes: Sequence[_LaneLayout]) -> None:
         self.lane_starts: list[int] = []
         self.places: list[_Place] = []
         end = 0
@@ -74,13 +85,13 @@ class _Geometry:
         self.layout = xxhash.xxh3_128_digest(msgpack.packb((described, lanes)))
 
     def segment_view(self, index: int, image: Bytes) -> Bytes:
-        """Return the place of segment `index` in an image of this geometry."""
+        """Return the bytes of segment `index` in an image of this geometry."""
         self.check(image)
         place = self.places[index]
         return image[place.start : place.end]
 
     def check(self, image: Bytes) -> None:
-        """Raise InvalidArgument for what is no image of this size."""
+        """Raise InvalidArgument unless `image` is a contiguous array of the right size."""
         if image.dtype != np.uint8 or image.shape != (self.image_bytes,) or not image.flags.c_contiguous:
             raise InvalidArgument(
                 f"an image of shape {image.shape} and dtype {image.dtype}; "
@@ -89,42 +100,46 @@ class _Geometry:
 
 
 class ImagePlan:
-    """How a tree becomes an image, and an image becomes a header and segments.
+    """The image of a tree, and the header and segments to be written from it.
 
-    Once `fill` returned, the tree may change: segments are encoded from the image, in any order by any thread.
+    Once `fill` returned, the tree may change: any thread may encode any segment from the image, in any order.
+
+    Attributes:
+        image_bytes: size of the image.
+        raw_bytes: size of all leaves as they travel; each tied one counts once.
+        segment_count: number of segments.
+        layout: 16 bytes that are equal exactly if a delta between two images makes sense.
     """
 
     def __init__(
         self, tree: object, *, dtype: str | None = None, segment_bytes: int = DEFAULT_SEGMENT_BYTES
     ) -> None:
-        """Take `tree` apart, without a copy; floating tensors and arrays wider than `dtype` are to be cast to it.
+        """Find the leaves of `tree`, without a copy. `fill` casts floating leaves wider than `dtype` to it.
 
-        Raises UnsupportedType, which names the path, for what cannot travel, and InvalidArgument for a `dtype`
-        that is not the torch name of a floating type of at most 4 bytes.
+        Raises:
+            UnsupportedType: a value cannot travel; the error names its path.
+            InvalidArgument: `dtype` is not the torch name of a floating type of at most 4 bytes.
         """
         if dtype is not None:
-            casts.check_dtype(dtype)
-        taker = LeafTaker(dtype)
-        self._tree = TreePacker(taker.take).pack(tree)
-        self._leaves = taker.leaves
-        self._sources: Sequence[Any] = taker.sources
-        self._lanes = plan_lanes(taker.leaves, segment_bytes)
+            dtypes.check_cast_dtype(dtype)
+        table = LeafTable(dtype)
+        self._tree = TreePacker(table.add).pack(tree)
+        self._leaves = table.leaves
+        self._sources: Sequence[Any] = table.sources
+        self._lanes = plan_lanes(table.leaves, segment_bytes)
         self._geometry = _Geometry(
             self._leaves,
-            [_LaneFacts(lane.typesize, lane.leaf_numbers, lane.segment_sizes) for lane in self._lanes],
+            [_LaneLayout(lane.typesize, lane.leaf_numbers, lane.segment_sizes) for lane in self._lanes],
         )
-        #: Size of the image.
         self.image_bytes: int = self._geometry.image_bytes
-        #: Size of all leaves as they travel, each tied one counted once.
         self.raw_bytes: int = sum(lane.raw_bytes for lane in self._lanes)
         self.segment_count: int = len(self._geometry.places)
-        #: 16 bytes that are equal exactly if a delta between two images makes sense.
         self.layout: bytes = self._geometry.layout
 
     def fill(self, image: NDArray[np.uint8]) -> None:
-        """Copy every leaf into `image`, cast where wanted; bytes between the lanes become 0. Only once.
+        """Copy every leaf into `image`, cast where that was asked for; bytes between the lanes become 0.
 
-        The leaves are forgotten by that: their memory is the caller's alone again.
+        Only once: the plan then forgets the leaves, so that the caller may reuse their memory.
         """
         self._geometry.check(image)
         end = 0
@@ -136,10 +151,10 @@ class ImagePlan:
                 place = image[end : end + leaf.nbytes]
                 end += leaf.nbytes
                 if lane.large:
-                    _write(leaf, self._sources[number], place)
-                elif leaf.nbytes:  # Small ones may lie anywhere, and torch counts on alignment.
+                    _write_leaf(leaf, self._sources[number], place)
+                elif leaf.nbytes:  # Small leaves may lie at any address, and torch counts on alignment.
                     aligned = np.empty(leaf.nbytes, np.uint8)
-                    _write(leaf, self._sources[number], aligned)
+                    _write_leaf(leaf, self._sources[number], aligned)
                     place[:] = aligned
         image[end:] = 0
         self._sources = ()
@@ -155,135 +170,142 @@ class ImagePlan:
     ) -> EncodedSegment:
         """Return segment `index` of a filled image, as a difference to image `base` if that is smaller.
 
-        `base_digest` is the raw digest that this segment had in `base`; it is computed if it is 0. Without
-        `compression` the segment is stored raw: as a view of `image`, which must then not change until it was sent.
+        `base_digest` is the raw digest of this segment in `base`; it is computed if it is 0. Without `compression` the
+        segment is stored raw, as a view of `image`, which must then not change until it was sent.
         """
         raw = self._geometry.segment_view(index, image)
         typesize = self._geometry.places[index].typesize
         raw_digest = digest_of(raw.data)
-        before = 0
+        before_digest = 0
         codec: int = RAW
         stored: bytes | memoryview = raw.data
         if compression and base is not None:
             base_raw = self._geometry.segment_view(index, base)
             codec, stored = delta.encode(raw, base_raw, typesize)
-            before = base_digest or digest_of(base_raw.data)
+            before_digest = base_digest or digest_of(base_raw.data)
         elif compression:
             codec, stored = compress(raw.data, typesize)
         digest = raw_digest if codec == RAW else digest_of(stored)
         segment = StoredSegment(codec, len(raw), len(stored), digest)
         if segment.is_delta:
-            segment = segment._replace(base_digest=before, raw_digest=raw_digest)
+            segment = segment._replace(base_digest=before_digest, raw_digest=raw_digest)
         return EncodedSegment(segment, stored, raw_digest)
 
     def header(self, segments: Sequence[StoredSegment]) -> bytes:
-        """Return prelude and header, given the facts of all segments in order."""
-        return write_planned(self._tree, self._leaves, self._lanes, segments)
+        """Return prelude and header, given the descriptions of all segments in order."""
+        return write_header(self._tree, self._leaves, self._lanes, segments)
 
 
 class ImageFormat:
-    """What a header says of an image: how large it is, how its segments are filled in, and what it holds."""
+    """The image that a header describes: its size, how its segments are filled in, and its contents.
+
+    Attributes:
+        image_bytes: size of the image.
+        raw_bytes: size of all leaves as they travel; each tied one counts once.
+        segments: the descriptions of all segments, in order.
+        layout: equal in two headers exactly if a delta between their images makes sense.
+        is_delta: whether a base is needed to decode this.
+    """
 
     def __init__(self, header: Buffer, limits: Limits, *, arrays_only: bool = False) -> None:
         """Check the whole header against `limits`; nothing large is allocated.
 
-        With `arrays_only` nobody is going to ask for the tree, so that tensors need no torch.
+        With `arrays_only`, `tree` must not be called, and tensors need no torch.
 
-        Raises WireError, and IncompatibleFormat for another version of the format.
+        Raises:
+            WireError: the header is unsound, or exceeds `limits`.
+            IncompatibleFormat: it is of another version of the format.
         """
-        facts = read_header(byte_view(header), limits)
-        self._facts = facts
-        self._makers = [] if arrays_only else [leaf_maker(leaf) for leaf in facts.leaves]
+        checked = read_header(byte_view(header), limits)
+        self._header = checked
+        self._makers = [] if arrays_only else [leaf_maker(leaf) for leaf in checked.leaves]
         lanes = [
-            _LaneFacts(lane.typesize, lane.leaf_numbers, [segment.raw_bytes for segment in lane.segments])
-            for lane in facts.lanes
+            _LaneLayout(lane.typesize, lane.leaf_numbers, [segment.raw_bytes for segment in lane.segments])
+            for lane in checked.lanes
         ]
-        self._geometry = _Geometry(facts.leaves, lanes)
-        #: Size of the image.
+        self._geometry = _Geometry(checked.leaves, lanes)
         self.image_bytes: int = self._geometry.image_bytes
-        #: Size of all leaves as they travel, each tied one counted once.
-        self.raw_bytes: int = facts.raw_bytes
-        #: The facts of each segment, in order.
-        self.segments: Sequence[StoredSegment] = facts.segments
-        #: Equal in two headers exactly if a delta between their images makes sense.
+        self.raw_bytes: int = checked.raw_bytes
+        self.segments: Sequence[StoredSegment] = checked.segments
         self.layout: bytes = self._geometry.layout
-        #: Whether a base is needed to decode this.
-        self.is_delta: bool = facts.is_delta
+        self.is_delta: bool = checked.is_delta
 
     def segment_view(self, index: int, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the place of segment `index` in `image`: where the bytes of a raw one can be received into."""
+        """Return the bytes of segment `index` in `image`, into which those of a raw segment can be received."""
         return self._geometry.segment_view(index, image)
 
     def decode_segment(
         self, index: int, data: Buffer, image: NDArray[np.uint8], base: NDArray[np.uint8] | None = None
     ) -> None:
-        """Fill in segment `index` of `image` from its stored bytes; raise WireError if they are not sound.
+        """Fill in segment `index` of `image` from its stored bytes.
 
-        A delta needs `base`, an image of the same layout, which may be `image` itself; one that differs from
-        what the delta was made from is refused before anything is written. After any other WireError this
-        segment of the image is worthless. `data` of a raw segment may lie in its place already. Safe in
-        several threads, for different segments.
+        A delta needs `base`, an image of the same layout, which may be `image` itself. `data` of a raw segment may lie
+        in its place already. Safe in several threads, for different segments.
+
+        Raises:
+            WireError: `base` is not the one that the delta was made from, and nothing was written; or the stored bytes
+                are unsound, and the content of this segment of the image is undefined.
         """
         segment = self.segments[index]
         out = self._geometry.segment_view(index, image)
-        stored = checked_bytes(index, segment, data)
+        stored = check_segment(index, segment, data)
         typesize = self._geometry.places[index].typesize
         if segment.is_delta:
             if base is None or base.shape != image.shape:
                 raise WireError(f"segment {index} is a delta, and its base is missing or of another size")
             delta.apply(segment, stored, typesize, self._geometry.segment_view(index, base), out)
         elif not _is_in_place(stored, out):
-            restore(segment.codec, stored, typesize, out)
+            decompress(segment.codec, stored, typesize, out)
 
     def contents(self) -> list[Content]:
-        """Return what the image holds, leaf by leaf."""
-        return contents_of(self._facts)
+        """Return the contents of the image, leaf by leaf."""
+        return describe_header(self._header)
 
     def arrays(self, image: NDArray[np.uint8]) -> list[NDArray[Any]]:
         """Return the elements of each leaf, by its number, in the numpy dtype that carries its bits.
 
-        They are views of `image`, whose segments were all filled in.
+        They are views of `image`, all of whose segments must have been filled in.
         """
         self._geometry.check(image)
-        found: list[NDArray[Any]] = [image[:0]] * len(self._facts.leaves)
-        for lane, start in zip(self._facts.lanes, self._geometry.lane_starts, strict=True):
+        found: list[NDArray[Any]] = [image[:0]] * len(self._header.leaves)
+        for lane, start in zip(self._header.lanes, self._geometry.lane_starts, strict=True):
             place = start
             for number in lane.leaf_numbers:
-                leaf = self._facts.leaves[number]
+                leaf = self._header.leaves[number]
                 found[number] = np.ndarray(leaf.shape, leaf.carrier, image, place)
                 place += leaf.nbytes
         return found
 
     def tree(self, image: NDArray[np.uint8], *, keep_dtype: bool = False) -> Any:
-        """Return the tree in an image whose segments were all filled in.
+        """Return the tree of an image, all of whose segments must have been filled in.
 
-        Large leaves are views of `image`, small ones and bools are copies. What was cast is cast back, unless
-        `keep_dtype`; bfloat16 of numpy arrays always is. Tensors that view an image mapped for reading only must
-        not be written to: torch does not know such memory, and the process would die.
+        Large leaves are views of `image`; small leaves and bools are copies. Leaves that were cast are cast back,
+        unless `keep_dtype`; bfloat16 arrays always are. Tensors that view an image mapped read-only must not be written
+        to: torch knows no read-only memory, and the process would die.
         """
         makers = self._makers
         if keep_dtype:
-            makers = [leaf_maker(leaf, keep_dtype=True) for leaf in self._facts.leaves]
+            makers = [leaf_maker(leaf, keep_dtype=True) for leaf in self._header.leaves]
         leaves: list[object] = [None] * len(makers)
         arrays = self.arrays(image)
-        for lane in self._facts.lanes:
+        for lane in self._header.lanes:
             for number in lane.leaf_numbers:
-                leaf, elements = self._facts.leaves[number], arrays[number]
+                leaf, elements = self._header.leaves[number], arrays[number]
                 if len(lane.leaf_numbers) > 1 or leaf.nbytes < LARGE_LEAF_BYTES or leaf.carrier.kind == "b":
                     elements = elements.copy()
                     normalise_bools(leaf, elements.reshape(-1).view(np.uint8))
                 leaves[number] = makers[number](elements)
-        return unpack(self._facts.tree, leaves)
+        return unpack(self._header.tree, leaves)
 
 
-def _write(leaf: Leaf, source: Any, place: Bytes) -> None:
+def _write_leaf(leaf: Leaf, source: Any, place: Bytes) -> None:
     """Copy the elements of a leaf into its place, which is aligned and as large as they are."""
     if isinstance(source, np.ndarray):
         elements = place.view(leaf.carrier)
         if leaf.original is None:
             np.copyto(elements.reshape(leaf.shape), source)
         else:
-            casts.cast_array(source, elements)
+            dtypes.cast_array(source, elements)
     else:
         import torch
 

@@ -1,4 +1,4 @@
-"""What a reader accepts at most, checked before anything is allocated."""
+"""The version of the wire format, and the most that a reader accepts of one message."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ from dataclasses import dataclass
 
 from rlbroker.errors import InvalidArgument
 
+#: The version that this release writes, and the only one that it reads.
+FORMAT_VERSION: int = 1
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Upper bounds of one message.
+    """Upper bounds of one message, checked before anything is allocated.
 
-    ``max_raw_bytes`` bounds the sum of all arrays once decompressed, and that of those that are cast back; a
-    reader of weights larger than 1 GiB must raise it. ``max_header_bytes`` bounds the header: building Python
-    objects from it takes up to some 70 times its size. ``max_leaves`` bounds the number of distinct arrays and
-    tensors, and ``max_depth`` the nesting of dictionaries, lists and tuples.
+    Attributes:
+        max_raw_bytes: of all arrays together once decompressed, and of those that are cast back. To read weights
+            larger than 1 GiB, raise it.
+        max_header_bytes: of the header. Building Python objects from it takes up to about 70 times its size.
+        max_leaves: distinct arrays and tensors.
+        max_depth: nesting of dictionaries, lists and tuples; 200 is the most.
     """
 
     max_raw_bytes: int = 1 << 30
@@ -23,10 +28,10 @@ class Limits:
     max_depth: int = 64
 
     def __post_init__(self) -> None:
-        """Refuse a depth at which Python's own recursion limit would come first."""
+        """Refuse a depth at which Python's own recursion limit would be reached first."""
         if self.max_depth > 200:
             raise InvalidArgument(f"max_depth={self.max_depth}; 200 is the most")
 
 
-#: What readers accept unless told otherwise; writers refuse what no such reader could take apart.
+#: What readers accept by default. Writers refuse what exceeds it, as most readers could not read it.
 DEFAULT_LIMITS = Limits()

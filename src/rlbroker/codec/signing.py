@@ -1,4 +1,4 @@
-"""The key that a learner shares with its workers, and not with the server: it signs weights and commands. Pure."""
+"""The key that a learner and its workers share, unknown to the server; it signs weights and commands."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ from typing import Final
 
 from rlbroker.errors import WireError
 
-#: What a key signs. Each purpose has a derived key of its own: a signature for one is worth nothing for another.
+#: The purposes of a signature. Each has a derived key of its own, so that a signature for one is invalid for another.
 WEIGHTS: Final = "weights"
 COMMAND: Final = "command"
 IMAGE: Final = "image"
 
-#: First 8 digits of a hash of the key, that tell keys apart in messages and say nothing of the key.
+#: Digits of a key's id, a hash that distinguishes keys in messages and reveals nothing of them.
 ID_LENGTH: Final = 8
 
-#: A signature as text: the id of the key, and HMAC-SHA256 in hexadecimal.
+#: The text of a signature: the id of the key, and HMAC-SHA256 in hexadecimal.
 _SIGNATURE: Final = re.compile("([0-9a-f]{8}):[0-9a-f]{64}")
 
 
 class NotSigned(WireError):
-    """What was received has no signature that our key makes; the message says what is wrong with it."""
+    """The signature of received data is missing, wrong, or of another key; the message says which."""
 
 
 class SigningKey:
-    """A key of at least 32 bytes. It shows itself nowhere."""
+    """A key of at least 32 bytes, which appears in no repr, log or error."""
 
     def __init__(self, secret: bytes) -> None:
-        """Take the secret, as `config.signing_secret` has checked it."""
+        """Keep the secret, which `config.signing_secret` has checked."""
         self._secret = secret
         self._derived: dict[str, bytes] = {}
 
     def __repr__(self) -> str:
-        """Show which key it is."""
+        """Show the id of the key."""
         return f"<SigningKey {self.id}>"
 
     @cached_property
     def id(self) -> str:
-        """Which key it is, for messages."""
+        """The id of the key, for messages."""
         return self.sign("id").partition(":")[2][:ID_LENGTH]
 
     def sign(self, purpose: str, *fields: str | int | bytes) -> str:
-        """Give the signature of some fields, as `<id of the key>:<hexadecimal>`."""
+        """Return the signature of some fields, as `<id of the key>:<hexadecimal>`."""
         mac = hmac.digest(self._key_for(purpose), canonical(fields), "sha256").hex()
         return f"{'' if purpose == 'id' else self.id}:{mac}"
 
     def check(self, signature: str, purpose: str, *fields: str | int | bytes) -> None:
-        """Check a signature that was received.
+        """Check a received signature of some fields.
 
         Raises:
             NotSigned: it is missing, of another key, or wrong.
@@ -61,7 +61,7 @@ class SigningKey:
             return
         found = _SIGNATURE.fullmatch(signature)
         if found and found[1] != self.id:
-            raise NotSigned(f"it was signed with another key (id {found[1]}, ours {self.id})")
+            raise NotSigned(f"it was signed with another key (id {found[1]}, expected {self.id})")
         raise NotSigned("its signature is wrong")
 
     def _key_for(self, purpose: str) -> bytes:
@@ -71,7 +71,7 @@ class SigningKey:
 
 
 def canonical(fields: Iterable[str | int | bytes]) -> bytes:
-    """Join fields so that no other fields give the same bytes: each after its length, 8 bytes, big endian.
+    """Join fields, each after its length in 8 bytes, big endian, so that no other fields result in the same bytes.
 
     >>> canonical(["ab", 1])
     b'\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x02ab\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x011'
@@ -81,7 +81,7 @@ def canonical(fields: Iterable[str | int | bytes]) -> bytes:
 
 
 def chunk_hash(parts: Iterable[bytes | memoryview]) -> str:
-    """Give SHA-256 of a chunk, in hexadecimal."""
+    """Return the SHA-256 of a chunk, in hexadecimal."""
     found = hashlib.sha256()
     for part in parts:
         found.update(part)

@@ -1,14 +1,14 @@
 """The nesting of a message: dictionaries, lists, tuples and plain values around numbered leaves.
 
-Packing turns a tree into what msgpack can carry; unpacking checks what came and puts the leaves back. What
-msgpack has no word for travels in three extension types.
+A tree is packed into values that msgpack can write, and unpacked from values that msgpack has read, once these were
+checked. Leaves, long ints and tuples, for which msgpack has no type, travel as three extension types.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgpack
 
@@ -25,7 +25,10 @@ EXT_TUPLE = 3
 #: The longest int, in bytes. Arithmetic on longer ones takes a time that an attacker could choose.
 MAX_INT_BYTES = 1024
 
-#: The most items of all containers of a tree together that a writer takes.
+#: Shorter bytes travel within the header, longer ones as leaves, so that they can be compressed.
+SMALL_BYTES = 1024
+
+#: The most items of all containers of a tree together that a writer accepts.
 MAX_VALUES = 1_500_000
 
 _TUPLE = msgpack.ExtType(EXT_TUPLE, b"")
@@ -35,21 +38,21 @@ _UINT64_MAX = (1 << 64) - 1
 _PLAIN = frozenset((bool, int, float, str, bytes))
 
 Path = Sequence[object]
-#: Takes a value that is no container and no plain value; returns its leaf number or raises UnsupportedType.
-TakeLeaf = Callable[[Any], int]
+#: Adds a value that is neither a container nor plain to the leaf table; returns its number or raises RefusedError.
+AddLeaf = Callable[[Any], int]
 
 
 class RefusedError(Exception):
-    """Why a value cannot travel; collects its path while it passes up through the tree."""
+    """The reason why a value cannot travel; it collects its path while it passes up through the tree."""
 
     def __init__(self, reason: str) -> None:
-        """Say why, as the end of a sentence."""
+        """Keep the reason, which ends a sentence that begins with the path."""
         super().__init__(reason)
         self.reason = reason
         self.keys: list[object] = []
 
     def unsupported(self) -> UnsupportedType:
-        """Return the caller's error, which names the path."""
+        """Return the error for the caller, which names the path."""
         return UnsupportedType(f"{format_path(self.keys[::-1])}: {self.reason}")
 
 
@@ -66,21 +69,21 @@ def format_path(keys: Path) -> str:
     return "".join(f"[{key!r}]" for key in keys)
 
 
-def brief(value: object) -> str:
-    """Show a value from the wire in an error; its repr could be deep or long beyond any limit."""
+def shorten(value: object) -> str:
+    """Return a value from the wire as text for an error; its repr could be deep or long beyond any limit."""
     return f"{value!r:.80}" if type(value) in _PLAIN else type(value).__name__
 
 
 class TreePacker:
-    """Turns one tree into what msgpack packs, handing each leaf to `take_leaf`."""
+    """Packs one tree for msgpack, and passes each leaf to `add_leaf`."""
 
-    def __init__(self, take_leaf: TakeLeaf) -> None:
-        """Number leaves with `take_leaf`."""
-        self._take_leaf = take_leaf
+    def __init__(self, add_leaf: AddLeaf) -> None:
+        """Number leaves with `add_leaf`."""
+        self._add_leaf = add_leaf
         self._values = 0
 
     def pack(self, tree: object) -> object:
-        """Return the packable tree; raise UnsupportedType naming the path of what cannot travel."""
+        """Return the packed tree; raise UnsupportedType, which names the path, for a value that cannot travel."""
         try:
             return self._pack(tree, 0)
         except RefusedError as refused:
@@ -89,7 +92,7 @@ class TreePacker:
     def _pack(self, value: Any, depth: int) -> object:
         kind = type(value)
         if kind is str:
-            return _checked_str(value)
+            return _check_str(value)
         if kind is float or kind is bool or value is None:
             return value
         if kind is int:
@@ -105,7 +108,7 @@ class TreePacker:
             return [_TUPLE, *(self._item(index, item, depth) for index, item in enumerate(value))]
         if kind is bytes and len(value) < SMALL_BYTES:
             return value
-        return leaf_reference(self._take_leaf(value))
+        return _leaf_reference(self._add_leaf(value))
 
     def _item(self, key: object, item: object, depth: int) -> object:
         try:
@@ -127,26 +130,23 @@ class TreePacker:
     def _key(self, key: object) -> object:
         kind = type(key)
         if kind is str:
-            return _checked_str(key)  # type: ignore[arg-type]
+            return _check_str(key)  # type: ignore[arg-type]
         if kind is int:
             return key if _INT64_MIN <= key <= _UINT64_MAX else _long_int(key)  # type: ignore
         raise RefusedError(f"the key {key!r:.80} is of type {kind.__name__}; keys must be str or int")
 
 
-#: Shorter bytes travel within the header, longer ones as leaves, so that they can be compressed.
-SMALL_BYTES = 1024
-
+#: The references to the first leaves, made once: most trees have no more.
 _LEAF_REFERENCES = [msgpack.ExtType(EXT_LEAF, i.to_bytes(4, "little")) for i in range(256)]
 
 
-def leaf_reference(number: int) -> msgpack.ExtType:
-    """Return what stands for leaf `number` in a packed tree."""
+def _leaf_reference(number: int) -> msgpack.ExtType:
     if number < len(_LEAF_REFERENCES):
         return _LEAF_REFERENCES[number]
     return msgpack.ExtType(EXT_LEAF, number.to_bytes(4, "little"))
 
 
-def _checked_str(value: str) -> str:
+def _check_str(value: str) -> str:
     if len(value) > DEFAULT_LIMITS.max_header_bytes:
         raise RefusedError(f"a str of {len(value)} characters is too long; send bytes")
     if not value.isascii():
@@ -166,21 +166,21 @@ def _long_int(value: int) -> msgpack.ExtType:
     return msgpack.ExtType(EXT_INT, value.to_bytes(size, "little", signed=True))
 
 
-class _LeafNumber(int):
-    """The number of a leaf, where an int would be taken for a plain value."""
+class LeafNumber(int):
+    """The number of a leaf in a packed tree; a plain int there would be a plain value."""
 
 
-class _TupleMark:
-    """Stands first in a list that is to become a tuple."""
+class TupleMark:
+    """The first item of a list, in a packed tree, that stands for a tuple."""
 
 
-_TUPLE_MARK = _TupleMark()
+_TUPLE_MARK = TupleMark()
 
 
 def ext_hook(code: int, payload: bytes) -> object:
-    """Read one extension value for msgpack; ValueError if it is not one of ours."""
+    """Read one extension value for msgpack; raise ValueError unless it is one of the three of this format."""
     if code == EXT_LEAF and len(payload) == 4:
-        return _LeafNumber.from_bytes(payload, "little")
+        return LeafNumber.from_bytes(payload, "little")
     if code == EXT_INT and 0 < len(payload) <= MAX_INT_BYTES:
         return int.from_bytes(payload, "little", signed=True)
     if code == EXT_TUPLE and not payload:
@@ -189,7 +189,7 @@ def ext_hook(code: int, payload: bytes) -> object:
 
 
 def pairs_hook(pairs: list[tuple[object, object]]) -> dict[object, object]:
-    """Make a dictionary for msgpack; ValueError unless its keys are distinct and str or int."""
+    """Make a dictionary for msgpack; raise ValueError unless its keys are distinct and each is a str or an int."""
     for key, _ in pairs:
         if type(key) is not str and type(key) is not int:
             raise ValueError(f"a key of type {type(key).__name__}")
@@ -200,19 +200,19 @@ def pairs_hook(pairs: list[tuple[object, object]]) -> dict[object, object]:
 
 
 def check_packed(value: object, leaf_count: int, max_depth: int, depth: int = 0) -> None:
-    """Raise WireError unless `value`, fresh from msgpack, is a tree over `leaf_count` leaves."""
+    """Raise WireError unless `value`, as msgpack has read it, is a packed tree over `leaf_count` leaves."""
     kind = type(value)
     if kind is dict or kind is list:
         if depth >= max_depth:
             raise WireError(f"containers are nested deeper than {max_depth} levels")
         items: Any = value.values() if kind is dict else value  # type: ignore[attr-defined]
         for position, item in enumerate(items):
-            if type(item) is _TupleMark:
+            if type(item) is TupleMark:
                 if kind is dict or position:
                     raise WireError("a tuple's mark in the wrong place")
             else:
                 check_packed(item, leaf_count, max_depth, depth + 1)
-    elif kind is _LeafNumber:
+    elif kind is LeafNumber:
         if value >= leaf_count:  # type: ignore[operator]
             raise WireError(f"leaf {value} of {leaf_count}")
     elif value is not None and kind not in _PLAIN:
@@ -220,59 +220,14 @@ def check_packed(value: object, leaf_count: int, max_depth: int, depth: int = 0)
 
 
 def unpack(value: Any, leaves: Sequence[object]) -> Any:
-    """Return the tree that a checked packed tree stands for, with `leaves` in their places."""
+    """Return the tree for a packed tree that was checked, with `leaves` in their places."""
     kind = type(value)
-    if kind is _LeafNumber:
+    if kind is LeafNumber:
         return leaves[value]
     if kind is dict:
         return {key: unpack(item, leaves) for key, item in value.items()}
     if kind is list:
-        if value and type(value[0]) is _TupleMark:
+        if value and type(value[0]) is TupleMark:
             return tuple([unpack(item, leaves) for item in value[1:]])
         return [unpack(item, leaves) for item in value]
     return value
-
-
-class PackedNode(NamedTuple):
-    """One leaf or plain value of a tree, and where it is.
-
-    ``leaf`` is its number in the leaf table, None for a plain value; ``kind`` is then the name of its type. Empty
-    containers are plain values.
-    """
-
-    path: tuple[object, ...]
-    leaf: int | None
-    kind: str = ""
-    value: object = None
-
-
-def walk_packed(value: Any, path: tuple[object, ...] = ()) -> Iterator[PackedNode]:
-    """Give each leaf and plain value of a checked packed tree, in order."""
-    kind = type(value)
-    if kind is dict and value:
-        for key, item in value.items():
-            yield from walk_packed(item, (*path, key))
-    elif kind is list and any(type(item) is not _TupleMark for item in value):
-        items = value[1:] if type(value[0]) is _TupleMark else value
-        for index, item in enumerate(items):
-            yield from walk_packed(item, (*path, index))
-    elif kind is _LeafNumber:
-        yield PackedNode(path, int(value))
-    else:
-        yield PackedNode(path, None, "tuple" if kind is list and value else kind.__name__, unpack(value, ()))
-
-
-def describe_packed(value: Any, leaves: Sequence[Any]) -> dict[str, Any]:
-    """Return path to description, ready for JSON, of each leaf and plain value of a checked packed tree."""
-    found: dict[str, Any] = {}
-    for node in walk_packed(value):
-        if node.leaf is None:
-            found[format_path(node.path)] = {"kind": node.kind}
-        else:
-            leaf = leaves[node.leaf]
-            found[format_path(node.path)] = {
-                "kind": leaf.kind,
-                "dtype": leaf.dtype,
-                "shape": list(leaf.shape),
-            }
-    return found

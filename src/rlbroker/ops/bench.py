@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.codec.assembly import Assembly
 from rlbroker.codec.limits import Limits
-from rlbroker.codec.plan import plan
+from rlbroker.codec.message import MessageAssembly, MessagePlan
 from rlbroker.errors import ConnectionFailed, DeadlineExceeded, RlbrokerError
 from rlbroker.learner import WorkerCommunicator
 from rlbroker.worker import WorkerClient
@@ -332,7 +331,7 @@ def _samples() -> Iterator[tuple[str, NDArray[Any]]]:
 
 
 def _codec(kind: str, sample: NDArray[Any], seconds: float) -> Codec:
-    parts = plan({"w": sample})
+    parts = MessagePlan({"w": sample})
     numbers = range(parts.segment_count)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         encoded = list(pool.map(parts.encode_segment, numbers))
@@ -343,7 +342,7 @@ def _codec(kind: str, sample: NDArray[Any], seconds: float) -> Codec:
             list(pool.map(parts.encode_segment, numbers))
 
         def decode() -> None:
-            list(pool.map(Assembly(header, Limits()).decode_segment, numbers, stored))
+            list(pool.map(MessageAssembly(header, Limits()).decode_segment, numbers, stored))
 
         decode()  # warms up, as encoding did
         megabytes = sample.nbytes / 1e6

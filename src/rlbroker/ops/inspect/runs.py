@@ -11,7 +11,7 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import server_seconds, text_fields
 from rlbroker.backend.unreadable import answered, legible
-from rlbroker.codec.version import FORMAT_VERSION
+from rlbroker.codec.limits import FORMAT_VERSION
 from rlbroker.config import RunSettings, is_run_name
 from rlbroker.errors import AccessDenied, IncompatibleFormat, InvalidArgument, PeerError
 from rlbroker.membership.incarnations import incarnation_command, incarnations_from, worker_numbers

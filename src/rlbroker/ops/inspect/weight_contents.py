@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.codec.contents import Content
-from rlbroker.codec.contents import ties as ties
+from rlbroker.codec.describe import Content
+from rlbroker.codec.describe import ties as ties
 from rlbroker.codec.image import ImageFormat
 from rlbroker.codec.signing import SigningKey
 from rlbroker.errors import WireError

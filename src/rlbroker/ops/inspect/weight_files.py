@@ -21,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from rlbroker.codec.contents import Content, ties
+from rlbroker.codec.describe import Content, ties
 from rlbroker.codec.dtypes import TORCH_DTYPES
 from rlbroker.errors import InvalidArgument, UnsupportedType, UsageError
 

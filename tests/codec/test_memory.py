@@ -1,4 +1,4 @@
-"""Ties, ownership and copies."""
+"""Tied leaves, ownership of memory, and copies."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from rlbroker.codec.message import decode, encode
-from rlbroker.codec.plan import plan as make_plan
+from rlbroker.codec.message import MessagePlan, decode, encode
 
 pytestmark = pytest.mark.unit
 
 SIZES = [5, 50_000]
 
 
-def sent_and_back(tree: Any) -> Any:
+def round_trip(tree: Any) -> Any:
     return decode(encode(tree))
 
 
@@ -25,36 +24,36 @@ def sent_and_back(tree: Any) -> Any:
 def test_tied_tensors_are_stored_once_and_come_back_tied(rows: int) -> None:
     weight = torch.nn.Parameter(torch.randn(rows, 3))
     tree = {"in": weight, "out": weight.detach(), "view": weight.data[:], "copy": weight.detach().clone()}
-    got = sent_and_back(tree)
+    got = round_trip(tree)
     assert got["in"] is got["out"] is got["view"]
     assert got["copy"] is not got["in"]
-    assert make_plan(tree).raw_bytes == 2 * weight.nbytes
+    assert MessagePlan(tree).raw_bytes == 2 * weight.nbytes
 
 
 @pytest.mark.parametrize("rows", SIZES)
 def test_tied_arrays_are_stored_once_and_come_back_tied(rows: int) -> None:
     array = np.arange(rows * 2.0).reshape(rows, 2)
-    got = sent_and_back([array, array[:], array.T, array[:, :1], array.view(np.int64), array.copy()])
+    got = round_trip([array, array[:], array.T, array[:, :1], array.view(np.int64), array.copy()])
     assert got[0] is got[1]
     assert len({id(item) for item in got}) == 5
 
 
 def test_tied_strided_tensors_come_back_tied() -> None:
     base = torch.randn(6, 6)
-    got = sent_and_back([base.t(), base.t(), base])
+    got = round_trip([base.t(), base.t(), base])
     assert got[0] is got[1]
     assert got[0] is not got[2]
 
 
-def test_memory_of_other_meaning_is_not_tied() -> None:
+def test_other_views_of_the_same_memory_are_not_tied() -> None:
     base = torch.zeros(8)
-    got = sent_and_back([base, base.view(torch.int32), base.view(2, 4), base[:4], base[::2], base.numpy()])
+    got = round_trip([base, base.view(torch.int32), base.view(2, 4), base[:4], base[::2], base.numpy()])
     assert len({id(item) for item in got}) == 6
 
 
 def test_empty_leaves_are_never_tied() -> None:
     empty = np.empty((0, 3))
-    got = sent_and_back([empty, empty, torch.empty(0), torch.empty(0)])
+    got = round_trip([empty, empty, torch.empty(0), torch.empty(0)])
     assert got[0] is not got[1]
     assert got[2] is not got[3]
 
@@ -63,16 +62,16 @@ def test_temporary_copies_do_not_look_tied() -> None:
     """A copy made while packing must not be mistaken for the next one at the same address."""
     base = torch.randn(40, 40)
     parts = [base[:, i : i + 2] for i in range(38)] + [(base * 1j)[:, i].conj() for i in range(38)]
-    got = sent_and_back(parts)
+    got = round_trip(parts)
     assert all(torch.equal(a, b) for a, b in zip(got, parts, strict=True))
     assert len({id(item) for item in got}) == len(parts)
 
 
 def test_each_leaf_owns_its_memory() -> None:
-    """Who keeps or saves one small tensor must not drag the whole batch along."""
+    """A caller that keeps or saves one small tensor must not keep the whole batch."""
     tree = {f"t{i}": torch.full((i,), 1.0) for i in range(1, 9)} | {f"a{i}": np.ones(i) for i in range(9)}
     tree["large"] = torch.ones(100_000)
-    got = sent_and_back(tree)
+    got = round_trip(tree)
     for key, value in got.items():
         if isinstance(value, np.ndarray):
             assert value.flags.owndata, key
@@ -83,7 +82,7 @@ def test_each_leaf_owns_its_memory() -> None:
     assert saved.tell() < 4000
 
 
-def test_what_came_back_does_not_share_memory_with_the_message() -> None:
+def test_a_decoded_tree_shares_no_memory_with_the_message() -> None:
     for size in (8, 100_000):
         message = bytearray(encode({"x": np.ones(size)}, compression=False))
         got = decode(message)
@@ -94,7 +93,7 @@ def test_what_came_back_does_not_share_memory_with_the_message() -> None:
 def test_a_plan_does_not_copy_large_leaves() -> None:
     array = np.zeros(100_000)
     tensor = torch.zeros(100_000)
-    plan = make_plan([array, tensor], compression=False)
+    plan = MessagePlan([array, tensor], compression=False)
     array[0] = tensor[0] = 7
     stored = [plan.encode_segment(i)[1] for i in range(2)]
     assert np.shares_memory(np.frombuffer(stored[0], np.float64), array)
@@ -107,7 +106,7 @@ def test_booleans_come_back_as_zero_or_one(rows: int) -> None:
     odd = np.full(rows, 0xFE, np.uint8)
     odd[::2] = 0
     tree = {"array": odd.view(bool), "tensor": torch.from_numpy(odd.copy()).view(torch.bool), "n": np.ones(3)}
-    got = sent_and_back(tree)
+    got = round_trip(tree)
     assert set(got["array"].view(np.uint8).tolist()) == {0, 1}
     assert set(got["tensor"].view(torch.uint8).tolist()) == {0, 1}
     assert got["array"].sum() == rows // 2

@@ -1,4 +1,4 @@
-"""What cannot travel is refused before anything is sent, with its path."""
+"""Values that cannot travel are refused before anything is sent, with their path."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from rlbroker.codec.limits import Limits
-from rlbroker.codec.message import decode, encode
-from rlbroker.codec.plan import plan as make_plan
+from rlbroker.codec.message import MessagePlan, decode, encode
 from rlbroker.errors import InvalidArgument, UnsupportedType
 
 pytestmark = pytest.mark.unit
@@ -75,7 +74,7 @@ REFUSED: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(
     ("value", "reason"), REFUSED, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_what_cannot_travel_is_refused_with_its_path(value: Any, reason: str) -> None:
+def test_an_unsupported_value_is_refused_with_its_path(value: Any, reason: str) -> None:
     with pytest.raises(UnsupportedType, match=rf"^\['a'\]\[1\]\[7\]: .*{reason}"):
         encode({"a": (0, {7: value})})
 
@@ -86,7 +85,7 @@ def test_quantised_and_nested_tensors_are_refused_by_name(make: Any) -> None:
         encode({"x": make()})
 
 
-def test_a_value_at_the_top_is_refused_too() -> None:
+def test_an_unsupported_value_at_the_top_level_is_refused() -> None:
     with pytest.raises(UnsupportedType, match=r"^the top level: a value of type object"):
         encode(object())
 
@@ -130,14 +129,14 @@ def test_an_empty_shape_that_no_reader_accepts_is_refused() -> None:
 @pytest.mark.parametrize("segment_bytes", [0, -1, 1 << 31])
 def test_an_impossible_segment_size_is_refused(segment_bytes: int) -> None:
     with pytest.raises(InvalidArgument, match="segment_bytes"):
-        make_plan({}, segment_bytes=segment_bytes)
+        MessagePlan({}, segment_bytes=segment_bytes)
 
 
-def test_a_depth_beyond_pythons_own_limit_is_refused() -> None:
+def test_a_depth_limit_beyond_pythons_recursion_limit_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="max_depth"):
         Limits(max_depth=1000)
 
 
-def test_a_header_needs_the_facts_of_every_segment() -> None:
+def test_a_header_needs_the_description_of_every_segment() -> None:
     with pytest.raises(InvalidArgument, match="0 segments given; the plan has 1"):
-        make_plan(np.ones(9)).header([])
+        MessagePlan(np.ones(9)).header([])

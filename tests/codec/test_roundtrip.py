@@ -1,6 +1,7 @@
+"""Any tree comes back from a message unchanged: types, dtypes, bits."""
+
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections import OrderedDict, defaultdict
@@ -9,30 +10,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from codec_trees import any_tree, array_of, assert_same, tensor_of
+from codec_trees import any_tree, array_of, assert_same, segments_of, tensor_of
 from hypothesis import given, settings
 
+from rlbroker.codec.compression import RAW
+from rlbroker.codec.describe import Content, describe, ties
 from rlbroker.codec.dtypes import NUMPY_DTYPES, TORCH_DTYPES
-from rlbroker.codec.message import decode, describe, encode
+from rlbroker.codec.message import decode, encode
 from rlbroker.errors import WireError
 
 pytestmark = pytest.mark.unit
 
 
-def sent_and_back(tree: Any, **options: Any) -> Any:
+def round_trip(tree: Any, **options: Any) -> Any:
     return decode(encode(tree, **options))
 
 
 @settings(max_examples=150, deadline=None)
 @given(any_tree)
-def test_any_tree_comes_back_as_it_was(tree: Any) -> None:
-    assert_same(sent_and_back(tree), tree)
+def test_any_tree_comes_back_unchanged(tree: Any) -> None:
+    assert_same(round_trip(tree), tree)
 
 
 @settings(max_examples=30, deadline=None)
 @given(any_tree)
 def test_any_tree_comes_back_without_compression(tree: Any) -> None:
-    assert_same(sent_and_back(tree, compression=False), tree)
+    assert_same(round_trip(tree, compression=False), tree)
 
 
 def test_a_message_of_the_ancestor_travels_as_it_is() -> None:
@@ -52,11 +55,11 @@ def test_a_message_of_the_ancestor_travels_as_it_is() -> None:
         "steps_collected": 640,
         "games_played": 2,
     }
-    assert_same(sent_and_back(message), message)
+    assert_same(round_trip(message), message)
 
 
 def test_every_torch_dtype_travels_or_is_quantised() -> None:
-    """A dtype that a new torch brings fails here until someone decides."""
+    """A dtype of a new torch fails here until it is in the table or refused."""
     dtypes = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
     quantised = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
     assert {str(dtype) for dtype in dtypes - quantised} == {f"torch.{name}" for name in TORCH_DTYPES}
@@ -66,11 +69,11 @@ def test_every_torch_dtype_travels_or_is_quantised() -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (3, 5), (300, 70)])
 def test_each_torch_dtype_keeps_its_bits(name: str, shape: tuple[int, ...]) -> None:
     tensor = tensor_of(name, shape, seed=1)
-    assert_same(sent_and_back({"x": tensor}), {"x": tensor})
+    assert_same(round_trip({"x": tensor}), {"x": tensor})
 
 
 def test_every_numeric_numpy_dtype_is_known() -> None:
-    """A numeric type that a new numpy brings fails here until someone decides."""
+    """A numeric type of a new numpy fails here until it is in the table."""
     dtypes = [np.dtype(kind) for kind in np.sctypeDict.values()]
     numeric = {dtype for dtype in dtypes if issubclass(dtype.type, np.number | np.bool) and dtype.kind != "m"}
     assert len(numeric) >= 14
@@ -82,12 +85,12 @@ def test_every_numeric_numpy_dtype_is_known() -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (3, 5), (300, 70)])
 def test_each_numpy_dtype_keeps_its_bits_and_byte_order(name: str, shape: tuple[int, ...]) -> None:
     array = array_of(name, shape, seed=1)
-    assert_same(sent_and_back({"x": array}), {"x": array})
+    assert_same(round_trip({"x": array}), {"x": array})
 
 
-def test_a_long_double_says_which_kind_it_is() -> None:
-    name = describe(encode(np.longdouble(1)))["values"]["the top level"]["dtype"]
-    assert name not in ("<f16", ">f16")
+def test_a_long_double_names_its_layout() -> None:
+    [content] = describe(encode(np.longdouble(1)))
+    assert content.dtype not in ("<f16", ">f16")
 
 
 @pytest.mark.parametrize("rows", [4, 400])
@@ -106,7 +109,7 @@ def test_strided_memory_travels_as_its_elements(rows: int) -> None:
         "bfloat16 stepped": tensor.bfloat16()[:, ::2],
     }
     assert_same(
-        sent_and_back(tree),
+        round_trip(tree),
         {
             key: np.ascontiguousarray(x) if isinstance(x, np.ndarray) and x.ndim else x
             for key, x in tree.items()
@@ -124,13 +127,13 @@ def test_lazily_conjugated_and_negated_tensors_are_resolved(rows: int) -> None:
     }
     assert tree["conj"].is_conj()
     assert tree["neg"].is_neg()
-    assert_same(sent_and_back(tree), tree)
+    assert_same(round_trip(tree), tree)
 
 
 def test_state_dicts_and_parameters_come_back_as_plain_dicts_and_tensors() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
     state = model.state_dict()
-    got = sent_and_back({"state": state, "parameters": dict(model.named_parameters())})
+    got = round_trip({"state": state, "parameters": dict(model.named_parameters())})
     assert type(got["state"]) is dict
     assert_same(got["state"], dict(state))
     assert_same(got["parameters"], {name: p.data for name, p in model.named_parameters()})
@@ -138,7 +141,7 @@ def test_state_dicts_and_parameters_come_back_as_plain_dicts_and_tensors() -> No
 
 
 def test_ordered_and_default_dictionaries_come_back_as_dict() -> None:
-    got = sent_and_back([OrderedDict(b=1, a=2), defaultdict(int, z=3)])
+    got = round_trip([OrderedDict(b=1, a=2), defaultdict(int, z=3)])
     assert_same(got, [{"b": 1, "a": 2}, {"z": 3}])
 
 
@@ -154,25 +157,25 @@ def test_ordered_and_default_dictionaries_come_back_as_dict() -> None:
     ),
 )
 def test_plain_values_keep_their_type_and_value(value: object) -> None:
-    assert_same(sent_and_back(value), value)
-    assert_same(sent_and_back({"k": [value]}), {"k": [value]})
+    assert_same(round_trip(value), value)
+    assert_same(round_trip({"k": [value]}), {"k": [value]})
 
 
 def test_a_large_leaf_of_either_kind_survives_beside_small_ones() -> None:
     tree = {f"w{i}": tensor_of("float32", (i * 100, 99), i) for i in range(8)}
     tree |= {f"b{i}": tensor_of("bfloat16", (i * 60, 70), i) for i in range(8)}
-    assert_same(sent_and_back(tree), tree)
+    assert_same(round_trip(tree), tree)
 
 
 def test_constant_and_sparse_arrays_are_stored_small() -> None:
     for array in (np.zeros(500_000, np.float32), np.full(500_000, 7, np.int64), np.arange(500_000)):
         assert len(encode(array)) < array.nbytes / 20
-        assert_same(sent_and_back(array), array)
+        assert_same(round_trip(array), array)
 
 
 def test_noise_is_stored_raw_and_never_grows_by_more_than_the_header() -> None:
     noise = array_of("|u1", (500_000,), seed=3)
-    assert describe(encode(noise))["compressed_segments"] == 0
+    assert {segment.codec for segment in segments_of(encode(noise))} == {RAW}
     assert len(encode(noise)) < noise.nbytes + 200
 
 
@@ -182,16 +185,21 @@ def test_repetition_beyond_a_frame_is_found() -> None:
     assert len(encode(np.stack([frame] * 200))) < 200 * frame.nbytes / 1.1
 
 
-def test_describe_is_ready_for_json_and_names_each_value() -> None:
-    tree = {"a": [torch.zeros(2, 3), ()], 7: {"x": np.float32(1), "e": {}}, "n": None}
-    text = json.dumps(describe(encode(tree)))
-    assert json.loads(text)["values"] == {
-        "['a'][0]": {"kind": "tensor", "dtype": "float32", "shape": [2, 3]},
-        "['a'][1]": {"kind": "tuple"},
-        "[7]['x']": {"kind": "scalar", "dtype": "<f4", "shape": []},
-        "[7]['e']": {"kind": "dict"},
-        "['n']": {"kind": "NoneType"},
-    }
+def test_a_description_names_every_leaf_and_plain_value() -> None:
+    tied = torch.zeros(2, 3)
+    tree = {"a": [tied, (), (1, tied)], 7: {"x": np.float32(1), "e": {}, "l": []}, "n": None}
+    contents = describe(encode(tree))
+    assert contents == [
+        Content(("a", 0), "tensor", "float32", (2, 3), 24, leaf=0),
+        Content(("a", 1), "tuple", value=()),
+        Content(("a", 2, 0), "int", value=1),
+        Content(("a", 2, 1), "tensor", "float32", (2, 3), 24, leaf=0),
+        Content((7, "x"), "scalar", "<f4", (), 4, leaf=1),
+        Content((7, "e"), "dict", value={}),
+        Content((7, "l"), "list", value=[]),
+        Content(("n",), "NoneType"),
+    ]
+    assert ties(contents) == {"a.2.1": "a.0"}
 
 
 def test_torch_is_not_imported_until_a_tensor_is_met() -> None:
@@ -199,9 +207,10 @@ def test_torch_is_not_imported_until_a_tensor_is_met() -> None:
     program = f"""
 import sys
 import numpy as np
-from rlbroker.codec.message import decode, describe, encode
+from rlbroker.codec.describe import describe
+from rlbroker.codec.message import decode, encode
 decode(encode({{"x": np.ones(3)}}))
-assert describe({message!r})["values"]["['x']"]["dtype"] == "float32"
+assert describe({message!r})[0].dtype == "float32"
 assert "torch" not in sys.modules
 decode({message!r})
 assert "torch" in sys.modules
