@@ -24,7 +24,7 @@ def test_superseded_chunks_do_not_stay_though_nobody_lets_them_expire(
     monkeypatch.setattr(retention, "SUPERSEDED_SECONDS", 0)
 
     def gone() -> bool:
-        comm._publisher.tidy()
+        comm._publisher.enforce_retention()
         return not server.client.exists(superseded)
 
     wait_until("it is deleted", gone)
@@ -46,7 +46,7 @@ def test_a_learner_that_was_replaced_deletes_nothing_that_the_newer_one_names(
     monkeypatch.setattr(retention, "SUPERSEDED_SECONDS", 0)
 
     def forgotten() -> bool:
-        old._publisher.tidy()
+        old._publisher.enforce_retention()
         return not old._publisher._retention._superseded
 
     wait_until("it has looked at what should have expired", forgotten)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from rlbroker.errors import WireError
-from rlbroker.weights.manifest import MAX_DELTAS, Manifest, StoredForm, kept, needs_whole
+from rlbroker.weights.manifest import MAX_DELTAS, Manifest, StoredForm, choose_others, needs_full
 
 pytestmark = pytest.mark.unit
 
@@ -47,7 +47,7 @@ def test_the_fewest_bytes_win() -> None:
 
 
 def test_what_leads_nowhere_is_refused() -> None:
-    with pytest.raises(WireError, match="nothing that is stored leads to version 3"):
+    with pytest.raises(WireError, match="no stored form leads to version 3"):
         pointer(delta(3), full(1)).path()
     assert path(pointer(delta(3), full(1)), held=2) == ["3-1-2"]
 
@@ -58,13 +58,13 @@ def test_who_has_the_latest_needs_nothing() -> None:
 
 def test_a_full_version_ends_what_was_before_unless_deltas_lead_to_it() -> None:
     before = (full(1), delta(2), delta(3))
-    assert kept(full(4), None, before) == ()
-    assert kept(delta(4), full(4), before) == (delta(2), delta(3), full(4))
+    assert choose_others(full(4), None, before) == ()
+    assert choose_others(delta(4), full(4), before) == (delta(2), delta(3), full(4))
 
 
 def test_late_workers_keep_deltas_only_while_they_are_smaller_than_a_full_version() -> None:
     before = (full(1), delta(2, 40), delta(3, 40), delta(4, 40))
-    assert kept(delta(5, 40), full(5), before) == (delta(3, 40), delta(4, 40), full(5))
+    assert choose_others(delta(5, 40), full(5), before) == (delta(3, 40), delta(4, 40), full(5))
 
 
 def test_a_pointer_comes_back_from_its_fields() -> None:
@@ -110,8 +110,8 @@ def test_every_worker_comes_to_the_latest_whatever_was_published() -> None:
                 latest, whole = full(version, chance.randrange(50, 150)), None
             else:
                 latest = delta(version, chance.randrange(1, 60))
-                whole = full(version) if needs_whole(latest, forms) else None
-            at = pointer(latest, *kept(latest, whole, forms))
+                whole = full(version) if needs_full(latest, forms) else None
+            at = pointer(latest, *choose_others(latest, whole, forms))
             forms = at.forms
             assert len(forms) <= 2 * MAX_DELTAS + 2
             cost = sum(form.stored_bytes for form in at.path())

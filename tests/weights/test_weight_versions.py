@@ -28,7 +28,7 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import text_fields
 from rlbroker.errors import WireError
-from rlbroker.weights.download import Downloader, Version
+from rlbroker.weights.download import DecodedVersion, Downloader
 from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.manifest import MAX_DELTAS, Manifest
 from rlbroker.weights.publisher import Publisher
@@ -97,11 +97,8 @@ class Machine(RuleBasedStateMachine):
         self.weights = some_weights(0, torch.float32, 30)
         self.publisher: Publisher | None = None
         places = (self.directory / "workers", self.directory / "workers", None)
-        self.fetchers = [
-            Downloader(self.connect(), self.keys, ImageStore(run, place), stopping=lambda: False)
-            for place in places
-        ]
-        self.held: list[Version | None] = [None] * len(self.fetchers)
+        self.fetchers = [Downloader(self.connect(), self.keys, ImageStore(run, place)) for place in places]
+        self.held: list[DecodedVersion | None] = [None] * len(self.fetchers)
         self.restart_learner()
 
     def connect(self) -> Connection:
@@ -112,7 +109,7 @@ class Machine(RuleBasedStateMachine):
     def restart_learner(self) -> None:
         if self.publisher:
             self.publisher.close()
-        self.epoch += 1
+        self.epoch, self.published_before = self.epoch + 1, False
         self.server.client.hset(self.keys.meta, "epoch", self.epoch)
         self.publisher = Publisher(
             self.connect(),
@@ -140,6 +137,7 @@ class Machine(RuleBasedStateMachine):
             receipt = self.publisher.publish(self.weights, compression=compression, dtype=cast, wait=wait)
             receipt.wait(10.0)
             self.note(receipt.version, cast)
+            self.published_before = True
             self.kinds[receipt.kind] += 1
 
     def note(self, version: int, cast: str | None) -> None:
@@ -202,7 +200,7 @@ class Machine(RuleBasedStateMachine):
             self.server.client.setrange(key, 9, b"xyz")
         else:
             self.server.client.delete(key)
-        alone = Downloader(self.connect(), self.keys, ImageStore(self.keys.run, None), stopping=lambda: False)
+        alone = Downloader(self.connect(), self.keys, ImageStore(self.keys.run, None))
         with pytest.raises(WireError):
             alone.fetch(pointer, None)
         alone.close()
@@ -226,7 +224,7 @@ class Machine(RuleBasedStateMachine):
 
     def publisher_is_new(self) -> bool:
         """Whether this learner has not published anything, and so cannot restore anything."""
-        return self.publisher is not None and self.publisher._held is None
+        return not self.published_before
 
     @invariant()
     def what_is_stored_is_bounded(self) -> None:
@@ -282,7 +280,7 @@ def test_a_chain_of_200_deltas_ends_in_the_same_bits(
     real_server: RealServer, run: str, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is stored whole on the way: the worker that comes last applies all of them."""
-    monkeypatch.setattr(rlbroker.weights.publisher, "needs_whole", lambda latest, before: False)
+    monkeypatch.setattr(rlbroker.weights.publisher, "needs_full", lambda latest, before: False)
     connection, keys = Connection(real_server.url), Keys(run)
     real_server.client.hset(keys.meta, "epoch", 1)
     publisher = Publisher(connection, keys, epoch=1, segment_bytes=4096)
@@ -293,7 +291,7 @@ def test_a_chain_of_200_deltas_ends_in_the_same_bits(
         sent, weights = weights, changed(weights, number, 0.01)
     pointer = Manifest.from_fields(text_fields(real_server.client.hgetall(keys.weights)))
     assert pointer is not None
-    fetcher = Downloader(connection, keys, ImageStore(run, None), stopping=lambda: False)
+    fetcher = Downloader(connection, keys, ImageStore(run, None))
     assert len(pointer.path()) == 201
     version = fetcher.fetch(pointer, None)
     assert bits(version.weights) == bits(sent)

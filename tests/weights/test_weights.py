@@ -26,7 +26,8 @@ from rlbroker.errors import (
     ServerOutOfMemory,
     UnsupportedType,
 )
-from rlbroker.weights.publisher import COMMIT, Publisher
+from rlbroker.weights.commit import COMMIT
+from rlbroker.weights.publisher import Publisher
 from rlbroker.weights.retention import SUPERSEDED_SECONDS
 from rlbroker.weights.subscriber import Subscriber
 
@@ -373,7 +374,7 @@ def test_a_version_is_not_used_again_after_a_commit_of_unknown_fate(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch, came_through: bool
 ) -> None:
     comm, client = learner(), worker()
-    run = comm._publisher._channel.run
+    run = comm._publisher._committer._channel.run
 
     def lose(script: Script, *arguments: Any, **options: Any) -> Any:
         if script is COMMIT:
@@ -383,7 +384,7 @@ def test_a_version_is_not_used_again_after_a_commit_of_unknown_fate(
         return run(script, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(comm._publisher._channel, "run", lose)
+        patch.setattr(comm._publisher._committer._channel, "run", lose)
         patch.setattr(comm._connection, "timeout_seconds", 0.5)
         with pytest.raises(ConnectionFailed):
             comm.send_model_weights({"from": "first"})
@@ -395,14 +396,14 @@ def test_a_version_is_not_used_again_after_a_commit_of_unknown_fate(
 
 def publish_unheard(comm: WorkerCommunicator, weights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Publish weights, and let nobody hear that it was done."""
-    run = comm._publisher._channel.run
+    run = comm._publisher._committer._channel.run
 
     def lose(script: Script, *arguments: Any, **options: Any) -> Any:
         run(script, *arguments, **options)
         raise ConnectionFailed("the reply was lost until the deadline")
 
     with monkeypatch.context() as patch:
-        patch.setattr(comm._publisher._channel, "run", lose)
+        patch.setattr(comm._publisher._committer._channel, "run", lose)
         patch.setattr(comm._connection, "timeout_seconds", 0.5)
         with pytest.raises(ConnectionFailed):
             comm.send_model_weights(weights)
@@ -487,7 +488,7 @@ def test_care_that_comes_late_keeps_nothing_that_was_superseded_meanwhile(
         cut_off_after_commit(old, patch)
         old.send_model_weights({"number": 1})
     learner().send_model_weights({"number": 2})
-    old._publisher.tidy()
+    old._publisher.enforce_retention()
     assert 0 < server.client.ttl(keys.chunk(f"1-{old.epoch}-1", 0)) <= SUPERSEDED_SECONDS
 
 
@@ -522,7 +523,7 @@ def test_what_was_stored_of_a_refused_version_does_not_stay(
         raise refusal
 
     with monkeypatch.context() as patch:
-        patch.setattr(comm._publisher._channel, "run", refuse)
+        patch.setattr(comm._publisher._committer._channel, "run", refuse)
         with pytest.raises(refusal):
             comm.send_model_weights({"number": 2})
     assert [*server.client.scan_iter(keys.chunk("*", 0))] == [keys.chunk(f"1-{comm.epoch}-1", 0).encode()]
@@ -575,7 +576,7 @@ def test_a_worker_that_slept_through_thirty_versions_runs_the_newest(
     # The background would fetch some of them meanwhile; it is the caller that sleeps, and does not poll.
     for number in range(30):
         comm.send_model_weights({"w": np.full(1, float(number))})
-    wait_until("the newest is ready", lambda: client._subscriber._handled == 31)
+    wait_until("the newest is ready", lambda: client._subscriber.newest == 31)
 
     client.poll(model)
 
@@ -615,7 +616,7 @@ def test_loading_skips_what_was_read_of_an_older_architecture(learner: Learner, 
     def read_late() -> None:
         time.sleep(0.3)
         client._subscriber._thread._stopping.clear()
-        client._subscriber._look()
+        client._subscriber._poll()
 
     late = threading.Thread(target=read_late)
     late.start()
