@@ -42,9 +42,9 @@ class GpuCopy:
         self._streams: dict[Any, Any] = {}
 
     def to_host(self, tree: Any) -> HostTree:
-        """Start copying the tensors on CUDA devices; a tree without such tensors is returned as it is.
+        """Start copying the tensors on CUDA devices; a tree without such tensors is not copied.
 
-        `fill` must have read the tree before, as its memory is reused.
+        The tree that the last call returned must have been read by its `fill`, as its memory is reused.
         """
         torch = sys.modules.get("torch")
         if torch is None or not torch.cuda.is_initialized() or not _is_on_gpu(tree):

@@ -153,7 +153,7 @@ class Subscriber:
 
     def fetch_again(self) -> None:
         """Fetch the latest version once more, for another model."""
-        self._updates.newest = 0
+        self._updates.forget_newest()
         self._next_poll = Deadline(0)
         self._thread.wake()
 
@@ -193,7 +193,7 @@ class Subscriber:
             self._announced = min(self._announced, manifest.version if manifest else 0)
             return
         try:
-            self._signatures.check(manifest)
+            self._signatures.accept(manifest)
         except NotSigned as error:
             self._refuse(manifest, str(error))
             return
@@ -309,8 +309,8 @@ class _SignatureCheck:
         if self._key:
             manifest.check(self._key, self._run)
 
-    def check(self, manifest: Manifest) -> None:
-        """Verify the manifest that is about to be fetched; warn once if signatures cannot be verified."""
+    def accept(self, manifest: Manifest) -> None:
+        """Verify the manifest of a version to fetch, and remember it as the newest; warn once if that needs a key."""
         if self._key:
             self.verify(manifest)
             self.newest = manifest.version

@@ -33,7 +33,7 @@ class UpdateQueue:
     """Updates that wait to be taken, and which version was the newest. Safe to use from several threads.
 
     Attributes:
-        newest: the newest version that was decoded or given up; 0 to fetch the latest again.
+        newest: the newest version that was decoded or given up; 0 before the first, and after `forget_newest`.
         newest_seen: the same with the name of its upload, since the worker started; 0 and "" before the first.
     """
 
@@ -76,6 +76,10 @@ class UpdateQueue:
                 self._arrived.wait(timeout_seconds)
             found, self._updates = self._updates, []
             return found
+
+    def forget_newest(self) -> None:
+        """Forget which version was the newest, so that the latest is fetched again."""
+        self.newest = 0
 
     def clear(self) -> None:
         """Drop all updates."""
