@@ -67,6 +67,7 @@ class Committer:
     Attributes:
         latest: the manifest of the latest version; None before the first.
         local_copy: the copy of the latest version; None if this learner did not publish it.
+        unsigned_forms: forms of an unsigned run that this learner, which signs, has opened; the next commit drops them.
     """
 
     def __init__(
@@ -100,7 +101,6 @@ class Committer:
         self._unconfirmed: tuple[str, LocalCopy] | None = None
         #: Upload and version of the manifest that was refused last. The next commit may replace exactly this one.
         self._refused = (b"-", b"-")
-        #: Forms of an unsigned run that this learner, which signs, has opened; the next commit drops them.
         self.unsigned_forms: tuple[StoredForm, ...] = ()
         self.catch_up(opening=True)
 

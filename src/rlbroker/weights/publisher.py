@@ -160,8 +160,10 @@ class Publisher:
 
     def is_behind_workers(self) -> bool:
         """Return whether workers have seen a newer version than the latest, on a server that lost it."""
-        commits = self._committer
-        return commits.local_copy is not None and commits.newest_seen_by_workers() > commits.latest_version
+        committer = self._committer
+        return (
+            committer.local_copy is not None and committer.newest_seen_by_workers() > committer.latest_version
+        )
 
     def restore(self, *, unreadable_version: int = 0) -> bool:
         """Publish the latest weights again, under a new version, if the server has lost them. Try once.
@@ -306,24 +308,24 @@ class Publisher:
         deadline: Deadline | None,
     ) -> tuple[Manifest, Upload, float]:
         """Store an image as a delta if that is worthwhile, and in full too once there are many deltas."""
-        commits = self._committer
-        before = commits.latest.forms if commits.latest else ()
+        committer = self._committer
+        before = committer.latest.forms if committer.latest else ()
         store = partial(
             self._uploader.store,
             plan,
             array,
-            version=commits.last_used + 1,
+            version=committer.last_used + 1,
             compression=compression,
             deadline=deadline,
         )
         trial = self._uploader.try_delta(plan, array, base) if base else None
         full: Upload | None = None
         if base and trial:
-            upload = store(upload=commits.new_upload(), base=base, encoded=trial)
+            upload = store(upload=committer.new_upload(), base=base, encoded=trial)
             if needs_full(upload.form, before):
-                full = store(upload=commits.new_upload())
+                full = store(upload=committer.new_upload())
         else:
-            upload = full = store(upload=commits.new_upload())
+            upload = full = store(upload=committer.new_upload())
         full_ratio = base.full_ratio if base else 1.0
         if full:
             full_ratio = full.form.stored_bytes / max(1, plan.raw_bytes)
@@ -335,9 +337,9 @@ class Publisher:
             chunk_bytes=self._chunk_bytes,
             codec="blosc2" if compression else "raw",
             published=time.time(),
-            dropped=(*(form for form in before if form not in others), *commits.unsigned_forms),
+            dropped=(*(form for form in before if form not in others), *committer.unsigned_forms),
         )
-        return commits.sign(manifest), upload, full_ratio
+        return committer.sign(manifest), upload, full_ratio
 
     def _discard(self, manifest: Manifest) -> None:
         """Delete what was stored of a version that was not committed: a full server needs the room."""
