@@ -65,8 +65,9 @@ from rlbroker.metrics.counters import Metrics
 from rlbroker.metrics.recorder import Recorder, RunState
 from rlbroker.metrics.tensorboard import ScalarLog, SummaryWriter
 from rlbroker.types import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
+from rlbroker.weights.commit import COMMIT
 from rlbroker.weights.image_store import ImageStore
-from rlbroker.weights.publisher import COMMIT, Publisher
+from rlbroker.weights.publisher import Publisher
 
 if TYPE_CHECKING:
     import torch
@@ -446,7 +447,7 @@ class WorkerCommunicator:
             raise InvalidArgument(
                 "restore(marks) comes before the first collect_experiences; make a new WorkerCommunicator for it"
             )
-        self._publisher.raise_floor(found["version"])
+        self._publisher.mark_used(found["version"])
         self._flow.restore(found["inserts"], found["samples"])
 
     def may_sample(self, count: int = 1) -> bool:
@@ -726,7 +727,7 @@ class WorkerCommunicator:
                 self._roster.heartbeat(self._channel)
                 self._look_after_shards()
                 self._connection.load_missing(SCRIPTS)
-                self._republish |= self._roster.leads and self._publisher.outrun()
+                self._republish |= self._roster.leads and self._publisher.is_behind_workers()
                 self._next_sign_of_life = Deadline(ALIVE_SECONDS)
                 self._record()
             self._ownership.renew(self._collector.sources)
@@ -803,7 +804,7 @@ class WorkerCommunicator:
         if self._roster.leads:
             self._roster.count_hosts()
             self._commander.trim()
-            self._publisher.tidy()
+            self._publisher.enforce_retention()
             self._republish = True
 
     def _restore(self) -> None:

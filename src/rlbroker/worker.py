@@ -38,7 +38,8 @@ from rlbroker.membership.last_poll import LastPoll
 from rlbroker.types import SendReceipt
 from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.loading import check_target, load
-from rlbroker.weights.subscriber import Subscriber, Update, only_newest
+from rlbroker.weights.subscriber import Subscriber
+from rlbroker.weights.updates import WeightsUpdate, drop_superseded
 
 logger = logging.getLogger("rlbroker")
 
@@ -136,7 +137,7 @@ class WorkerClient:
             ImageStore(run, place),
             key=key,
             from_replicas=read_from_replicas,
-            crowd=lambda: self._heartbeat.crowd,
+            run_size=lambda: self._heartbeat.crowd,
         )
         self._heartbeat = Heartbeat(
             connection,
@@ -155,7 +156,7 @@ class WorkerClient:
                 keys,
                 joined,
                 key=key,
-                noticed=self._subscriber.hint,
+                noticed=self._subscriber.announce,
                 rejoin=self._heartbeat.rejoin,
             )
             self._sender = Sender(
@@ -467,12 +468,14 @@ class WorkerClient:
             latest and not self._subscriber.ready
         ):  # taken before: for another model, or one that it did not fit
             self._subscriber.fetch_again()
-        loaded, waiting = False, list[Update]()
+        loaded, waiting = False, list[WeightsUpdate]()
         while self.running:
             with self._applying:
-                waiting = only_newest(waiting + self._subscriber.take(min(LOOK_SECONDS, deadline.remaining)))
+                waiting = drop_superseded(
+                    waiting + self._subscriber.take(min(LOOK_SECONDS, deadline.remaining))
+                )
                 # An older version is only good for a model if the latest does not come: it may have another shape.
-                if deadline.over or self._subscriber.has_handled(latest):
+                if deadline.over or self._subscriber.was_taken(latest):
                     loaded |= self._apply(waiting, model, again=True)
                     waiting = []
             if loaded:
@@ -488,7 +491,7 @@ class WorkerClient:
                 )
         return self._version
 
-    def _apply(self, updates: list[Update], model: Any, *, again: bool = False) -> bool:
+    def _apply(self, updates: list[WeightsUpdate], model: Any, *, again: bool = False) -> bool:
         loaded = False
         for update in updates:
             if update.version <= self._version and not again:

@@ -52,7 +52,7 @@ class Attacker:
     def publish(self, value: float, *, key: SigningKey | None = None, number: int = 0) -> int:
         """Publish weights as the learner does, under a number that may be chosen."""
         publisher = Publisher(self.connection, self.keys, epoch=self.epoch, key=key)
-        publisher.raise_floor(number - 1)
+        publisher.mark_used(number - 1)
         version = publisher.publish(some(value), compression=False).version
         publisher.close()
         return version
@@ -191,7 +191,7 @@ def test_a_chunk_with_the_same_digest_is_not_decoded(
     attacker.redis.set(key, evil)
     assert EVIL in load(worker(host_cache=False))["w"]  # without a key the attack succeeds
     client = signed_worker()
-    refused(comm, client, "is not what its signature speaks of")
+    refused(comm, client, "does not match its signature")
     wait_until("the learner looks", lambda: comm._publisher.restore(unreadable_version=1))
     assert comm.version == 2  # it has noticed, and published them again
     takes_the_next(comm, client, {}, size)
@@ -204,7 +204,7 @@ def test_the_header_is_bound_too(
     comm.send_model_weights(some(GOOD))
     key = attacker.keys.chunk(attacker.form().upload, 0)
     attacker.redis.set(key, attacker.redis.get(key) + b"\0")
-    refused(comm, signed_worker(), "chunk 0 of version 1 is not what its signature speaks of")
+    refused(comm, signed_worker(), "chunk 0 of version 1 does not match its signature")
 
 
 def test_chunks_and_digests_of_ones_own_under_an_old_signature_are_not_loaded(
@@ -283,7 +283,7 @@ def test_a_running_worker_never_goes_back(
     model = load(client)
     attacker.redis.delete(attacker.keys.weights)
     attacker.point_to(**old)
-    with pytest.raises(DeadlineExceeded, match="older than 2, which was here before"):
+    with pytest.raises(DeadlineExceeded, match="older than 2, which this worker has seen"):
         client.load_weights({}, timeout=1.5)
     assert not client.poll(model)
     assert client.version == 2

@@ -1,6 +1,6 @@
 """Processes that share a host cache and are killed: `cache_users.py SCENARIO DIRECTORY SEED`; an error ends it.
 
-They are forked from one that has everything imported, so that hundreds of them can die in a few seconds.
+They are forked from one process that has imported everything, so that hundreds of them can die in a few seconds.
 """
 
 from __future__ import annotations
@@ -24,16 +24,20 @@ import numpy as np
 from rlbroker.weights.host_cache.cache import HostCache, SharedImage
 
 KILL_SECONDS = 3.0
-#: The end of a scenario that waits for something that does not come.
-PATIENCE_SECONDS = 20.0
+
+#: A scenario that waits in vain fails after this.
+TIMEOUT_SECONDS = 20.0
+
 USERS = 8
 SIZES = [1 << 20, 1 << 20, 1 << 20, 700_000, 1 << 20, 1_500_000, 30_000]
 KEEP = 2
 
-_BASE = np.arange(max(SIZES) + 1, dtype=np.uint32).astype(np.uint8)
+_PATTERN = np.arange(max(SIZES) + 1, dtype=np.uint32).astype(np.uint8)
 
-#: What the processes count together: images made, images found, times without memory; and whether to stop.
+#: Places of the counts that the processes share: images made, images found, failed reservations; and whether to stop.
 MADE, FOUND, NO_MEMORY, STOP = range(4)
+
+Counts = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def name_of(version: int) -> str:
@@ -45,10 +49,11 @@ def size_of(name: str) -> int:
 
 
 def fill(image: np.ndarray[Any, np.dtype[np.uint8]], name: str) -> None:
-    mark = np.uint8(int(name.split("-")[0]) % 251)
+    """Write bytes that depend on the name and on their place."""
+    mask = np.uint8(int(name.split("-")[0]) % 251)
     for start in range(0, len(image), 100_000):
         piece = image[start : start + 100_000]
-        np.bitwise_xor(_BASE[start : start + len(piece)], mark, out=piece)
+        np.bitwise_xor(_PATTERN[start : start + len(piece)], mask, out=piece)
 
 
 def check(image: SharedImage, name: str) -> None:
@@ -66,13 +71,14 @@ def make(cache: HostCache, name: str) -> SharedImage | None:
     return draft.publish(name, name.encode())
 
 
-def must(cache: HostCache | None) -> HostCache:
-    assert cache is not None, "it cannot be entered"
+def open_cache(directory: Path, keep: int = KEEP) -> HostCache:
+    cache = HostCache.open("run", directory, keep=keep)
+    assert cache is not None, "the cache cannot be opened"
     return cache
 
 
 def fork(work: Callable[[], None]) -> int:
-    """Run it in a child that ends with 0, or with 1 and a traceback."""
+    """Run a function in a child that exits with 0, or with 1 and a traceback."""
     pid = os.fork()
     if pid:
         return pid
@@ -85,9 +91,9 @@ def fork(work: Callable[[], None]) -> int:
     os._exit(code)
 
 
-def ended(pid: int) -> int:
-    """Wait for a child, and give how it ended."""
-    end = time.monotonic() + PATIENCE_SECONDS
+def exit_code(pid: int) -> int:
+    """Wait for a child to end, and return its exit code; negative for a signal."""
+    end = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < end:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
@@ -97,11 +103,11 @@ def ended(pid: int) -> int:
     raise AssertionError("a process hangs")
 
 
-def live(directory: Path, seed: int, counts: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-    """Look for the version of the moment, make it if it is not there, check every byte, and again."""
+def use_until_stopped(directory: Path, seed: int, counts: Counts) -> None:
+    """Find the version of the moment or make it, check every byte, and repeat."""
     chance = random.Random(seed)
-    cache = must(HostCache.open("run", directory, keep=KEEP))
-    held: list[tuple[str, SharedImage]] = []
+    cache = open_cache(directory)
+    used: list[tuple[str, SharedImage]] = []
     while not counts[STOP]:
         name = name_of(int(time.time() * 25))
         image = cache.find(name)
@@ -120,58 +126,58 @@ def live(directory: Path, seed: int, counts: np.ndarray[Any, np.dtype[np.int64]]
         if image is None:
             counts[NO_MEMORY] += 1
             continue
-        held.append((name, image))
-        while len(held) > chance.randrange(3):
-            old_name, old = held.pop(0)
+        used.append((name, image))
+        while len(used) > chance.randrange(3):
+            old_name, old = used.pop(0)
             check(old, old_name)
             old.release()
         if chance.random() < 0.02:
             cache.close()
-            cache = must(HostCache.open("run", directory, keep=KEEP))
+            cache = open_cache(directory)
     cache.close()
-    for name, image in held:
+    for name, image in used:
         check(image, name)
 
 
-def at_random_moments(directory: Path, seed: int) -> dict[str, Any]:
-    """Kill one of eight at random, again and again; then see whether the others, and a new one, are well."""
+def kill_at_random_moments(directory: Path, seed: int) -> dict[str, Any]:
+    """Kill one of eight processes at random, again and again; the others and a new one must still work."""
     chance = random.Random(seed)
     counts = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.int64)
     seeds = iter(range(seed * 1_000_000, (seed + 1) * 1_000_000))
-    users = [fork(lambda: live(directory, next(seeds), counts)) for _ in range(USERS)]
+    users = [fork(lambda: use_until_stopped(directory, next(seeds), counts)) for _ in range(USERS)]
     killed = 0
     end = time.monotonic() + KILL_SECONDS
     while time.monotonic() < end:
         time.sleep(chance.random() * 0.03)
         place = chance.randrange(USERS)
         os.kill(users[place], signal.SIGKILL)
-        code = ended(users[place])
+        code = exit_code(users[place])
         assert code == -signal.SIGKILL, f"a process ended by itself: {code}"
         killed += 1
         next(seeds)
-        users[place] = fork(lambda: live(directory, next(seeds), counts))
+        users[place] = fork(lambda: use_until_stopped(directory, next(seeds), counts))
 
     found_before = counts[FOUND]
-    cache = must(HostCache.open("run", directory, keep=KEEP))
-    end = time.monotonic() + PATIENCE_SECONDS
+    cache = open_cache(directory)
+    end = time.monotonic() + TIMEOUT_SECONDS
     while counts[FOUND] < found_before + 20:
         assert time.monotonic() < end, "the survivors do nothing"
         time.sleep(0.01)
     for path in directory.glob("*/*/image-*"):
         name = path.name.removeprefix("image-")
         image = cache.find(name)
-        if image:  # or it was written over just now
+        if image:  # otherwise it was just overwritten
             check(image, name)
             image.release()
     counts[STOP] = 1
-    assert [ended(pid) for pid in users] == [0] * USERS
+    assert [exit_code(pid) for pid in users] == [0] * USERS
     use_and_leave(directory, cache)
     made, found, no_memory = (int(counts[index]) for index in (MADE, FOUND, NO_MEMORY))
     return {"killed": killed, "made": made, "found": found, "no_memory": no_memory}
 
 
 def use_and_leave(directory: Path, cache: HostCache) -> None:
-    """See that everything works for one that is alone, and that it leaves nothing."""
+    """Check that everything works for a process that is alone, and that it leaves nothing behind."""
     for version in (7, 8):
         name = name_of(version)
         claim = cache.claim(name)
@@ -181,13 +187,14 @@ def use_and_leave(directory: Path, cache: HostCache) -> None:
             assert image, "there is no memory"
             check(image, name)
             image.release()
-        there = sorted(path.name for path in directory.glob("*/*/*"))
-        assert not [file for file in there if file.startswith(("draft", "claim"))], there
-        assert len(there) <= KEEP + 1, there
+        files = sorted(path.name for path in directory.glob("*/*/*"))
+        assert not [file for file in files if file.startswith(("draft", "claim"))], files
+        assert len(files) <= KEEP + 1, files
     cache.close()
     assert list(directory.iterdir()) == [], "something is left"
 
 
+#: The functions of `os` that the host cache calls.
 CALLS = [
     "open",
     "close",
@@ -199,35 +206,38 @@ CALLS = [
     "pwrite",
     "pread",
     "posix_fallocate",
+    "mkdir",
+    "rmdir",
+    "scandir",
+    "fstatvfs",
 ]
-CALLS += ["mkdir", "rmdir", "scandir", "fstatvfs"]
 
 
-def die_at(number: int) -> None:
-    """Make this process kill itself at that call of the system, counted from 0."""
+def die_at_call(number: int) -> None:
+    """Make this process kill itself before its system call of this number, counted from 0."""
     left = number
 
-    def deadly(call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*arguments: Any, **options: Any) -> Any:
+    def make_deadly(call: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*arguments: Any, **options: Any) -> Any:
             nonlocal left
             left -= 1
             if left < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*arguments, **options)
 
-        return counted
+        return count
 
     for name in CALLS:
-        setattr(os, name, deadly(getattr(os, name)))
-    fcntl.flock = deadly(fcntl.flock)
+        setattr(os, name, make_deadly(getattr(os, name)))
+    fcntl.flock = make_deadly(fcntl.flock)
 
 
-def one_life(directory: Path) -> None:
-    """Do everything that can be done, once; the second version gets the memory of the first."""
-    cache = must(HostCache.open("run", directory, keep=1))
+def use_everything_once(directory: Path) -> None:
+    """Call everything once; the second version gets the memory of the first."""
+    cache = open_cache(directory, keep=1)
     for version in (1, 2):
         name = name_of(version)
-        with cache.claim(name) or sys.exit("somebody else has the claim"):
+        with cache.claim(name) or sys.exit("another process has the claim"):
             image = cache.find(name) or make(cache, name)
             assert image
             check(image, name)
@@ -235,41 +245,41 @@ def one_life(directory: Path) -> None:
     cache.close()
 
 
-def at_every_call(directory: Path, seed: int) -> dict[str, Any]:
-    """Let one die before each of its calls of the system: alone, and where another has images in use."""
+def kill_at_every_call(directory: Path, seed: int) -> dict[str, Any]:
+    """Kill a process before each of its system calls: alone, and beside another that has an image in use."""
     SIZES[:] = [20_000]
     deaths = [0, 0]
-    for company in (False, True):
+    for beside_another in (False, True):
         for number in range(1000):
-            witness = must(HostCache.open("run", directory, keep=1)) if company else None
-            used = make(witness, name_of(1)) if witness else None
+            other = open_cache(directory, keep=1) if beside_another else None
+            used = make(other, name_of(1)) if other else None
 
-            def short_life(number: int = number) -> None:
-                die_at(number)
-                one_life(directory)
+            def die_early(number: int = number) -> None:
+                die_at_call(number)
+                use_everything_once(directory)
 
-            code = ended(fork(short_life))
+            code = exit_code(fork(die_early))
             assert code in (0, -signal.SIGKILL), code
-            cache = must(HostCache.open("run", directory, keep=1))
+            cache = open_cache(directory, keep=1)
             for version in (1, 2):
                 image = cache.find(name_of(version))
                 if image:
                     check(image, name_of(version))
                     image.release()
-            if witness and used:
+            if other and used:
                 check(used, name_of(1))
                 used.release()
-                witness.close()
+                other.close()
             use_and_leave(directory, cache)
             if code == 0:
                 break
-            deaths[company] += 1
-    return {"alone": deaths[0], "in company": deaths[1]}
+            deaths[beside_another] += 1
+    return {"alone": deaths[0], "beside another": deaths[1]}
 
 
-def with_children(directory: Path, seed: int) -> dict[str, Any]:
-    """Fork children that have nothing to do with the cache: they free nothing, and keep nothing."""
-    cache, other = must(HostCache.open("run", directory)), must(HostCache.open("run", directory))
+def fork_children(directory: Path, seed: int) -> dict[str, Any]:
+    """Fork children that have nothing to do with the cache: they release nothing and keep nothing."""
+    cache, other = open_cache(directory), open_cache(directory)
     image, claim, draft = make(cache, name_of(1)), cache.claim(name_of(2)), cache.reserve(SIZES[0])
     assert image
     assert claim
@@ -286,7 +296,7 @@ def with_children(directory: Path, seed: int) -> dict[str, Any]:
         draft.abandon()
         cache.close()
 
-    assert ended(fork(child)) == 0
+    assert exit_code(fork(child)) == 0
     assert other.claim(name_of(2)) is None
     assert other.find(name_of(3)) is None
     for version in (4, 5, 6):
@@ -295,36 +305,32 @@ def with_children(directory: Path, seed: int) -> dict[str, Any]:
     cache.close()
     other.close()
 
-    ready, tell = os.pipe()
-    go_on, end = os.pipe()
+    ready, report_ready = os.pipe()
+    wait_for_end, end = os.pipe()
 
     def parent() -> None:
-        ours = must(HostCache.open("run", directory))
-        kept = (
-            make(ours, name_of(1)),
-            ours.claim(name_of(2)),
-            ours.reserve(SIZES[0]),
-        )
+        own = open_cache(directory)
+        in_use = make(own, name_of(1)), own.claim(name_of(2)), own.reserve(SIZES[0])
 
         def grandchild() -> None:
             os.close(end)
-            os.write(tell, b".")
-            os.read(go_on, 1)  # until the end of the scenario
+            os.write(report_ready, b".")
+            os.read(wait_for_end, 1)  # until the end of the scenario
 
         fork(grandchild)
-        time.sleep(PATIENCE_SECONDS)
-        assert kept
+        time.sleep(TIMEOUT_SECONDS)
+        assert in_use
 
     pid = fork(parent)
     os.read(ready, 1)
     os.kill(pid, signal.SIGKILL)
-    ended(pid)
-    use_and_leave(directory, must(HostCache.open("run", directory)))
+    exit_code(pid)
+    use_and_leave(directory, open_cache(directory))
     os.close(end)
     return {}
 
 
-SCENARIOS = {"random": at_random_moments, "every": at_every_call, "children": with_children}
+SCENARIOS = {"random": kill_at_random_moments, "every": kill_at_every_call, "children": fork_children}
 
 if __name__ == "__main__":
     print(json.dumps(SCENARIOS[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))))

@@ -1,4 +1,4 @@
-"""Whoever shares a host cache may be killed at any moment: the others go on, and nothing is left in the end."""
+"""Processes that share a host cache may be killed at any moment: the others continue, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="host caches need shared memory as Linux has it"
-)
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="host caches need the shared memory of Linux")
 
 
-def play(scenario: str, directory: Path) -> dict[str, Any]:
+def run_scenario(scenario: str, directory: Path) -> dict[str, Any]:
     seed = random.randrange(1000)
     print(f"seed {seed}")
     driver = Path(__file__).with_name("cache_users.py")
@@ -24,24 +22,24 @@ def play(scenario: str, directory: Path) -> dict[str, Any]:
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr == ""
-    figures: dict[str, Any] = json.loads(ended.stdout)
-    print(figures)
-    return figures
+    counts: dict[str, Any] = json.loads(ended.stdout)
+    print(counts)
+    return counts
 
 
 def test_processes_killed_at_random_moments_leave_whole_images(tmp_path: Path) -> None:
-    figures = play("random", tmp_path)
-    assert figures["killed"] >= 20
-    assert figures["found"] >= 20
-    assert figures["made"] >= 20
-    assert figures["no_memory"] == 0
+    counts = run_scenario("random", tmp_path)
+    assert counts["killed"] >= 20
+    assert counts["found"] >= 20
+    assert counts["made"] >= 20
+    assert counts["no_memory"] == 0
 
 
-def test_a_process_killed_at_any_call_of_the_system_harms_nobody(tmp_path: Path) -> None:
-    figures = play("every", tmp_path)
-    assert figures["alone"] >= 50
-    assert figures["in company"] >= 50
+def test_a_process_killed_at_any_system_call_harms_no_other(tmp_path: Path) -> None:
+    deaths = run_scenario("every", tmp_path)
+    assert deaths["alone"] >= 50
+    assert deaths["beside another"] >= 50
 
 
-def test_forked_children_neither_free_nor_keep_anything(tmp_path: Path) -> None:
-    play("children", tmp_path)
+def test_forked_children_neither_release_nor_keep_anything(tmp_path: Path) -> None:
+    run_scenario("children", tmp_path)

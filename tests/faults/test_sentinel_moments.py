@@ -79,7 +79,7 @@ def test_replicas_that_hang_hold_up_one_version_and_not_each(
         assert not asked_for_a_version()
         for node in replicas:
             node.thaw()
-        worker._subscriber._fetcher._reader._replicas_away = Deadline(0)  # it is over
+        worker._subscriber._downloader._reader._replicas_away = Deadline(0)  # it is over
         assert asked_for_a_version()
 
 

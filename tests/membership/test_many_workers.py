@@ -40,13 +40,13 @@ def test_workers_are_told_how_many_they_are(
 
 def test_who_had_to_wait_fetches_what_is_the_newest_by_then(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker()
-    client._subscriber._crowd = _Late
+    client._subscriber._jitter._run_size = _Late
     comm.send_model_weights({"number": 1})
-    wait_until("it waits for its turn", lambda: client._subscriber._turn)
+    wait_until("it waits for its turn", lambda: client._subscriber._not_before)
     comm.send_model_weights({"number": 2})
     model: dict[str, Any] = {}
     assert not client.poll(model)
-    client._subscriber._turn = Deadline(0)
+    client._subscriber._not_before = Deadline(0)
     wait_until("it is its turn", lambda: client.poll(model))
     assert (client.version, model) == (2, {"number": 2})
     assert comm.missed_updates()[0].by_reason == {"superseded": 1}
@@ -60,27 +60,27 @@ def test_who_waits_for_its_turn_asks_for_nothing_before(
     comm.send_model_weights({"number": 1})
     wait_until("it runs the first version", lambda: client.poll({}))
     subscriber, asked = client._subscriber, list[Any]()
-    read = subscriber._read_pointer
+    read = subscriber._read_manifest
 
     def noted() -> Any:
         asked.append(read())
         return asked[-1]
 
-    monkeypatch.setattr(subscriber, "_read_pointer", noted)
-    subscriber._crowd = _Late
+    monkeypatch.setattr(subscriber, "_read_manifest", noted)
+    subscriber._jitter._run_size = _Late
     comm.send_model_weights({"number": 2})
-    wait_until("it waits for its turn", lambda: subscriber._turn)
+    wait_until("it waits for its turn", lambda: subscriber._not_before)
     assert not asked
-    subscriber._turn = Deadline(0)
+    subscriber._not_before = Deadline(0)
     wait_until("it is its turn", lambda: client.poll({}))
     assert len(asked) == 1
 
 
 def test_who_waits_for_its_turn_leaves_without_it(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker()
-    client._subscriber._crowd = _Late
+    client._subscriber._jitter._run_size = _Late
     comm.send_model_weights({"number": 1})
-    wait_until("it waits for its turn", lambda: client._subscriber._turn)
+    wait_until("it waits for its turn", lambda: client._subscriber._not_before)
     client.close()
     assert not client._subscriber._thread._thread.is_alive()
 

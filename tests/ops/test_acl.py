@@ -30,7 +30,7 @@ from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER, REJOIN
 from rlbroker.membership.roster import ALIVE, CLOSE, FORGET, OPEN
 from rlbroker.ops.acl import _LEARNER, _WORKER
 from rlbroker.ops.prune import PRUNE_RUN
-from rlbroker.weights.publisher import COMMIT
+from rlbroker.weights.commit import COMMIT
 
 KEYS = Keys(RUN)
 LEARNER, OBSERVER = f"{RUN}-learner", f"{RUN}-observer"

@@ -244,7 +244,7 @@ def test_what_another_program_wrote_is_said_to_be_that(garbled: str, embedded: R
         if code == FAILED.get(command[0], 2):
             noticed = True
             assert said.count("\n") == 1, said
-            assert garbled.rpartition(":")[0] in said or "pointer" in said, said
+            assert garbled.rpartition(":")[0] in said or "manifest" in said, said
             assert "\x1b" not in said
         noticed |= (
             command == ("status",) and f"{garbled} of worker 0 is not what rlbroker writes there" in said

@@ -1,4 +1,4 @@
-"""Weights on a GPU: what arrives is what was there at the call, and the training goes on meanwhile."""
+"""Weights on a GPU: workers get the values of the call, while training continues."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from conftest import RealServer, wait_until
 
 from rlbroker import WorkerClient, WorkerCommunicator
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device here: weights on a GPU are not tested"
-)
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -26,7 +24,7 @@ def model() -> torch.nn.Sequential:
 
 @pytest.mark.parametrize("wait", [True, False])
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_versions_and_their_differences_have_the_bits_of_the_gpu(
+def test_full_versions_and_deltas_have_the_bits_of_the_gpu(
     real_server: RealServer, learner: Learner, worker: Worker, wait: bool, dtype: str | None
 ) -> None:
     comm, client, trained = learner(), worker(), model()
@@ -53,10 +51,10 @@ def test_versions_and_their_differences_have_the_bits_of_the_gpu(
     assert kinds == ["full", "delta", "delta", "delta"]
 
 
-def test_training_that_goes_on_at_once_does_not_change_what_is_sent(
+def test_training_that_continues_at_once_does_not_change_what_is_sent(
     real_server: RealServer, learner: Learner, worker: Worker
 ) -> None:
-    """The stream of the training waits for the copies, whatever it does next to the weights."""
+    """The training stream waits for the copies before it changes the weights."""
     comm, client = learner(), worker()
     weights = {"w": torch.ones(64 << 20, device="cuda")}
     receipt = comm.send_model_weights(weights, compression_enabled=False, wait=False)

@@ -1,4 +1,4 @@
-"""Loading weights into dictionaries: all of them fit, or nothing is changed."""
+"""Loading weights into a target: all of them fit, or nothing is changed."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def test_an_empty_dictionary_is_filled() -> None:
         ({f"k{number}": 0 for number in range(9)}, "k0, k1, k2, k3, k4 and 4 more"),
     ],
 )
-def test_what_does_not_fit_is_named_and_changes_nothing(weights: Any, named: str) -> None:
+def test_a_mismatch_is_named_and_changes_nothing(weights: Any, named: str) -> None:
     target = {"w": np.ones(2), "nested": {"b": np.ones(1)}}
     with pytest.raises(WeightsMismatch, match=named):
         load(weights, target)
     assert target["w"].tolist() == [1, 1]  # type: ignore[attr-defined]
 
 
-def test_weights_that_are_no_dictionary_fill_nothing() -> None:
+def test_weights_that_are_not_a_dictionary_fill_nothing() -> None:
     with pytest.raises(WeightsMismatch):
         load([1], {})
 
 
-def test_what_is_loaded_shares_no_memory_with_what_was_received() -> None:
+def test_loaded_weights_share_no_memory_with_the_received_ones() -> None:
     """That memory belongs to all processes of a host, and will hold another version."""
 
     class Module(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Whatever is published, skipped, restarted, lost or damaged: a worker has the bits of a version, or knows why not."""
+"""Whatever is published, skipped, restarted, lost or damaged: a worker gets the bits of a version, or an error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import text_fields
 from rlbroker.errors import WireError
-from rlbroker.weights.download import Downloader, Version
+from rlbroker.weights.download import DecodedVersion, Downloader
 from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.manifest import MAX_DELTAS, Manifest
 from rlbroker.weights.publisher import Publisher
@@ -53,7 +53,7 @@ def some_weights(seed: int, dtype: torch.dtype, rows: int) -> Weights:
 
 
 def changed(weights: Weights, seed: int, part: float) -> Weights:
-    """Give copies in which some elements of each tensor have other bits."""
+    """Return a copy in which some elements of each tensor have other bits."""
     chance = np.random.default_rng(seed)
     after = copy.deepcopy(weights)
     for name in ("w", "b", "array"):
@@ -67,7 +67,7 @@ def changed(weights: Weights, seed: int, part: float) -> Weights:
 
 
 def bits(weights: Weights) -> dict[str, Any]:
-    """Give what must be equal: dtypes and bytes, so that a NaN equals itself."""
+    """Return dtypes, shapes and bytes for a comparison in which a NaN equals itself."""
     found: dict[str, Any] = {}
     for name, value in weights.items():
         if isinstance(value, torch.Tensor):
@@ -80,7 +80,7 @@ def bits(weights: Weights) -> dict[str, Any]:
 
 
 class Machine(RuleBasedStateMachine):
-    """A learner, and on another host three workers: two share a cache, one is alone."""
+    """A learner and, on another host, three workers: two share a cache, one has no cache."""
 
     server: Server
     directory: Path
@@ -97,11 +97,9 @@ class Machine(RuleBasedStateMachine):
         self.weights = some_weights(0, torch.float32, 30)
         self.publisher: Publisher | None = None
         places = (self.directory / "workers", self.directory / "workers", None)
-        self.fetchers = [
-            Downloader(self.connect(), self.keys, ImageStore(run, place), stopping=lambda: False)
-            for place in places
-        ]
-        self.held: list[Version | None] = [None] * len(self.fetchers)
+        self.stores = [ImageStore(run, place) for place in places]
+        self.downloaders = [Downloader(self.connect(), self.keys, store) for store in self.stores]
+        self.decoded: list[DecodedVersion | None] = [None] * len(self.downloaders)
         self.restart_learner()
 
     def connect(self) -> Connection:
@@ -113,6 +111,7 @@ class Machine(RuleBasedStateMachine):
         if self.publisher:
             self.publisher.close()
         self.epoch += 1
+        self.learner_has_published = False
         self.server.client.hset(self.keys.meta, "epoch", self.epoch)
         self.publisher = Publisher(
             self.connect(),
@@ -140,6 +139,7 @@ class Machine(RuleBasedStateMachine):
             receipt = self.publisher.publish(self.weights, compression=compression, dtype=cast, wait=wait)
             receipt.wait(10.0)
             self.note(receipt.version, cast)
+            self.learner_has_published = True
             self.kinds[receipt.kind] += 1
 
     def note(self, version: int, cast: str | None) -> None:
@@ -160,107 +160,104 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.published)
     @rule(worker=st.integers(0, 2))
     def fetch(self, worker: int) -> None:
-        pointer = self.pointer()
-        self.held[worker] = version = self.fetchers[worker].fetch(pointer, self.held[worker])
+        manifest = self.manifest()
+        version = self.downloaders[worker].fetch(manifest, self.decoded[worker])
+        self.decoded[worker] = version
         got = version.weights_for({}, keep_dtype=False)
         assert bits(got) == self.published[version.number]
-        assert version.number == pointer.version
+        assert version.number == manifest.version
         assert got["b"] is got["tied"]
 
     @rule(worker=st.integers(0, 2))
     def lose_base(self, worker: int) -> None:
-        self.held[worker] = None
+        self.decoded[worker] = None
 
-    @precondition(lambda self: self.published and self.held[2])
+    @precondition(lambda self: self.published and self.decoded[2])
     @rule(data=st.data())
     def apply_to_a_wrong_base(self, data: st.DataObject) -> None:
-        """One bit of the base is another: the delta is refused, and the way from the full version works."""
-        held, pointer = self.held[2], self.pointer()
-        assert held is not None
-        path = pointer.path(held.number)
-        where = data.draw(st.integers(0, held.image.array.size - 1))
-        held.image.array[where] ^= 1
+        """With one wrong bit in the base the delta is refused, and the path from the full version works."""
+        base, manifest = self.decoded[2], self.manifest()
+        assert base is not None
+        path = manifest.path(base.number)
+        where = data.draw(st.integers(0, base.image.array.size - 1))
+        base.image.array[where] ^= 1
         if path and path[0].base:
             try:
-                version = self.fetchers[2].fetch(pointer, held)
+                version = self.downloaders[2].fetch(manifest, base)
             except WireError:
                 pass
-            else:  # the bit lies in what was stored anew, or between the lanes
+            else:  # the bit was in a segment that was stored anew, or between the lanes
                 assert bits(version.weights_for({}, keep_dtype=False)) == self.published[version.number]
-        self.held[2] = None
+        self.decoded[2] = None
         self.fetch(2)
 
-    @precondition(lambda self: self.published and not self.publisher_is_new())
+    @precondition(lambda self: self.published and self.learner_has_published)
     @rule(data=st.data(), damage=st.booleans())
     def lose_a_chunk(self, data: st.DataObject, damage: bool) -> None:
-        """A worker that needs it hears of it; the learner publishes again, whole, and all is well."""
+        """A worker that needs the chunk gets an error; the learner publishes a full version again."""
         assert self.publisher is not None
-        pointer = self.pointer()
-        form = data.draw(st.sampled_from(pointer.path()))
+        manifest = self.manifest()
+        form = data.draw(st.sampled_from(manifest.path()))
         key = self.keys.chunk(form.upload, data.draw(st.integers(0, form.chunks)))
         if damage:
             self.server.client.setrange(key, 9, b"xyz")
         else:
             self.server.client.delete(key)
-        alone = Downloader(self.connect(), self.keys, ImageStore(self.keys.run, None), stopping=lambda: False)
+        alone = Downloader(self.connect(), self.keys, ImageStore(self.keys.run, None))
         with pytest.raises(WireError):
-            alone.fetch(pointer, None)
+            alone.fetch(manifest, None)
         alone.close()
-        assert self.publisher.restore(unreadable_version=pointer.version)
-        again = self.pointer()
-        assert (again.version > pointer.version, again.kind) == (True, "full")
-        self.published[again.version] = self.published[pointer.version]
+        assert self.publisher.restore(unreadable_version=manifest.version)
+        again = self.manifest()
+        assert (again.version > manifest.version, again.kind) == (True, "full")
+        self.published[again.version] = self.published[manifest.version]
         for worker in range(3):
             self.fetch(worker)
 
-    @precondition(lambda self: self.published and not self.publisher_is_new())
+    @precondition(lambda self: self.published and self.learner_has_published)
     @rule()
-    def server_forgets(self) -> None:
+    def server_loses_everything(self) -> None:
         assert self.publisher is not None
-        before = self.pointer().version
+        before = self.manifest().version
         names = self.server.client.scan_iter(self.keys.everything)
         self.server.client.delete(self.keys.weights, *(name for name in names if b"}:w:" in name))
         assert self.publisher.restore()
         self.published[self.publisher.latest_version] = self.published[before]
         self.fetch(2)
 
-    def publisher_is_new(self) -> bool:
-        """Whether this learner has not published anything, and so cannot restore anything."""
-        return self.publisher is not None and self.publisher._held is None
-
     @invariant()
     def what_is_stored_is_bounded(self) -> None:
         if getattr(self, "published", None):
-            assert len(self.pointer().forms) <= 2 * MAX_DELTAS + 2
+            assert len(self.manifest().forms) <= 2 * MAX_DELTAS + 2
 
-    def pointer(self) -> Manifest:
+    def manifest(self) -> Manifest:
         found = Manifest.from_fields(text_fields(self.server.client.hgetall(self.keys.weights)))
         assert found is not None
         return found
 
     def teardown(self) -> None:
-        if not hasattr(self, "fetchers"):
+        if not hasattr(self, "downloaders"):
             return
         assert self.publisher is not None
-        self.held = []
+        self.decoded = []
         self.publisher.close()
-        for fetcher in self.fetchers:
-            fetcher._images.close()
-            fetcher.close()
+        for store, downloader in zip(self.stores, self.downloaders, strict=True):
+            store.close()
+            downloader.close()
         for connection in self.connections:
             connection.close()
 
 
 @pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kilobytes stand in for gigabytes."""
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lower the limits, so that kilobytes stand in for gigabytes."""
     monkeypatch.setattr(rlbroker.weights.publisher, "MIN_DELTA_BYTES", 0)
     monkeypatch.setattr(rlbroker.weights.image_store, "MIN_SHARED_BYTES", 1)
 
 
 @pytest.mark.on_every_engine
-def test_any_sequence_gives_the_bits_of_the_version(
-    server: Server, tmp_path: Path, small_parts: None
+def test_any_sequence_of_events_leads_to_the_bits_of_the_version(
+    server: Server, tmp_path: Path, small_limits: None
 ) -> None:
     for name in ("workers", "learner"):
         (tmp_path / name).mkdir()
@@ -278,11 +275,11 @@ def test_any_sequence_gives_the_bits_of_the_version(
     assert min(Machine.kinds["full"], Machine.kinds["delta"]) > 10
 
 
-def test_a_chain_of_200_deltas_ends_in_the_same_bits(
-    real_server: RealServer, run: str, small_parts: None, monkeypatch: pytest.MonkeyPatch
+def test_a_chain_of_200_deltas_leads_to_the_same_bits(
+    real_server: RealServer, run: str, small_limits: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is stored whole on the way: the worker that comes last applies all of them."""
-    monkeypatch.setattr(rlbroker.weights.publisher, "needs_whole", lambda latest, before: False)
+    """No full version is stored on the way: a new worker applies all of them."""
+    monkeypatch.setattr(rlbroker.weights.publisher, "needs_full", lambda latest, before: False)
     connection, keys = Connection(real_server.url), Keys(run)
     real_server.client.hset(keys.meta, "epoch", 1)
     publisher = Publisher(connection, keys, epoch=1, segment_bytes=4096)
@@ -291,12 +288,12 @@ def test_a_chain_of_200_deltas_ends_in_the_same_bits(
         receipt = publisher.publish(weights, compression=True)
         assert receipt.kind == ("delta" if number else "full")
         sent, weights = weights, changed(weights, number, 0.01)
-    pointer = Manifest.from_fields(text_fields(real_server.client.hgetall(keys.weights)))
-    assert pointer is not None
-    fetcher = Downloader(connection, keys, ImageStore(run, None), stopping=lambda: False)
-    assert len(pointer.path()) == 201
-    version = fetcher.fetch(pointer, None)
+    manifest = Manifest.from_fields(text_fields(real_server.client.hgetall(keys.weights)))
+    assert manifest is not None
+    downloader = Downloader(connection, keys, ImageStore(run, None))
+    assert len(manifest.path()) == 201
+    version = downloader.fetch(manifest, None)
     assert bits(version.weights) == bits(sent)
-    fetcher.close()
+    downloader.close()
     publisher.close()
     connection.close()

@@ -257,7 +257,7 @@ class Run(RuleBasedStateMachine):
     def worker_polls(self, data: st.DataObject, lose: bool) -> None:
         life = self.some_life(data)
         before = life.client.version
-        self.again(life.client._subscriber._look)
+        self.again(life.client._subscriber._poll)
         self.again(life.client._inbox._step)
         life.line.lose(int(lose))
         if life.client.poll(life.model):
@@ -369,7 +369,7 @@ class Run(RuleBasedStateMachine):
                 one._publisher._uploader.close()
             for life in (*self.lives.values(), *self.replaced):
                 life.client._connection.servers.close()
-                life.client._subscriber._fetcher.close()
+                life.client._subscriber._downloader.close()
 
     def finish(self) -> None:
         """All come to their end, and then the sums are right."""

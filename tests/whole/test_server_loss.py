@@ -99,7 +99,7 @@ def test_a_worker_that_has_seen_newer_weights_than_the_run_says_so(
     comm._thread.stop(5.0)
     server.client.hset(keys.weights, "version", 2)
     wait_until(
-        "it says so", lambda: "latest version is 2, and 3 was here before" in client._subscriber.problem
+        "it says so", lambda: "latest version is 2, but this worker has seen 3" in client._subscriber.problem
     )
 
 

@@ -12,6 +12,7 @@ from conftest import Reachable, wait_until
 
 import rlbroker.control.inbox
 import rlbroker.weights.subscriber
+import rlbroker.weights.version_channel
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Channel
 from rlbroker.backend.deadline import Deadline
@@ -34,8 +35,8 @@ def sleeper(
 ) -> WorkerClient:
     """Give a worker that looks for nothing by itself for hours; that takes a socket, which a fake has not."""
     monkeypatch.setattr(rlbroker.control.inbox, "READ_SECONDS", HOURS)
-    monkeypatch.setattr(rlbroker.weights.subscriber, "LOOK_SECONDS", HOURS)
-    monkeypatch.setattr(rlbroker.weights.subscriber, "PING_SECONDS", HOURS)
+    monkeypatch.setattr(rlbroker.weights.subscriber, "POLL_SECONDS", HOURS)
+    monkeypatch.setattr(rlbroker.weights.version_channel, "PING_SECONDS", HOURS)
     client = worker()
     client._connection.timeout_seconds = client._connection.socket_seconds = HOURS
     inbox = client._inbox
@@ -46,7 +47,7 @@ def sleeper(
 def test_a_version_whose_message_was_lost_is_heard_of_in_the_control_stream(
     comm: WorkerCommunicator, sleeper: WorkerClient
 ) -> None:
-    pubsub: Any = sleeper._subscriber._pubsub
+    pubsub: Any = sleeper._subscriber._channel._pubsub
     pubsub.unsubscribe()
     wait_until("it hears no messages", lambda: not pubsub.subscribed)
     comm.send_model_weights({"w": np.zeros(1)})
@@ -122,11 +123,11 @@ def test_a_subscription_that_gives_no_answer_is_made_anew(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     learner()
-    monkeypatch.setattr(rlbroker.weights.subscriber, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(rlbroker.weights.version_channel, "PING_SECONDS", 0.1)
     subscriber = worker()._subscriber
-    silent: Any = wait_until("it has subscribed", lambda: subscriber._pubsub)
+    silent: Any = wait_until("it has subscribed", lambda: subscriber._channel._pubsub)
     monkeypatch.setattr(silent, "get_message", lambda timeout: None)
-    wait_until("there is another", lambda: subscriber._pubsub not in (None, silent))
+    wait_until("there is another", lambda: subscriber._channel._pubsub not in (None, silent))
     assert "gives no answer" in caplog.text
 
 
@@ -136,13 +137,14 @@ def test_a_subscription_is_not_given_up_because_its_thread_had_no_time(
     """A thousand workers on few cores had all their subscriptions made anew, which took what was left of them."""
     learner()
     subscriber = worker()._subscriber
-    pubsub: Any = wait_until("it has subscribed", lambda: subscriber._pubsub)
+    pubsub: Any = wait_until("it has subscribed", lambda: subscriber._channel._pubsub)
     assert subscriber._thread.stop(5.0)
     pubsub.ping()
     wait_until("the answer is there", lambda: pubsub.connection.can_read(0))
-    subscriber._next_ping, subscriber._answered = Deadline(0), False
-    subscriber._hear()
-    assert subscriber._answered
+    channel = subscriber._channel
+    channel._next_ping, channel._answered = Deadline(0), False
+    channel.wait(Deadline(0), subscriber._thread)
+    assert channel._answered
 
 
 def test_a_heartbeat_is_one_round_trip(
@@ -166,7 +168,7 @@ def test_a_heartbeat_is_one_round_trip(
 
 def test_small_weights_are_decoded_by_the_thread_that_fetches_them(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker(host_cache=False)
-    pool = client._subscriber._fetcher._pool
+    pool = client._subscriber._downloader._pool
     comm.send_model_weights({"w": np.zeros(1000)})
     assert client.load_weights({}) == 1
     assert not pool._threads

@@ -1,4 +1,4 @@
-"""Downloads a version and decodes it, by the cheapest path, and once for all processes of this host."""
+"""Downloads and decodes a version along the cheapest path, once for all processes of this host."""
 
 from __future__ import annotations
 
@@ -22,52 +22,56 @@ from rlbroker.codec.image import ImageFormat
 from rlbroker.codec.limits import Limits
 from rlbroker.codec.signing import NotSigned, SigningKey, chunk_hash
 from rlbroker.errors import ConnectionFailed, WireError
-from rlbroker.weights.image_store import Bytes, Image, ImageStore
+from rlbroker.weights.host_cache.image_files import Bytes
+from rlbroker.weights.image_store import Image, ImageStore
 from rlbroker.weights.manifest import Manifest, StoredForm, digest_of, group
 
-#: What weights may ask for when they are decoded.
+#: The limits for decoding weights.
 WEIGHTS_LIMITS: Final = Limits(max_raw_bytes=64 << 30, max_header_bytes=256 << 20)
 
-#: What is smaller is fetched in one round trip, by guessing that all of it will be wanted; and such an image is decoded
-#: by the thread that fetches it, as handing it over takes longer.
+#: A smaller form is read in one round trip, before its header says what it consists of. A smaller image is decoded in
+#: the thread that reads it, as another thread would take longer to start.
 SMALL_BYTES: Final = 1 << 20
 
-#: Bytes that are fetched before the first of them must be decoded; bounds the memory for what is not in place yet.
-AHEAD_BYTES: Final = 64 << 20
+#: Bytes that are read before the first of them must be decoded; bounds the memory for chunks that are not read in
+#: place.
+READ_AHEAD_BYTES: Final = 64 << 20
 
-#: Segments that wait to be decoded, at most.
+#: The most segments that wait to be decoded.
 SEGMENTS_AHEAD: Final = 32
 
-#: A process that makes an image for all is waited for this long; it may hang.
-PATIENCE_SECONDS: Final = 60.0
+#: How long to wait for another process of this host that makes the image; it may hang.
+CLAIM_TIMEOUT_SECONDS: Final = 60.0
 
 _FIRST_PAUSE_SECONDS: Final = 0.001
 _LONGEST_PAUSE_SECONDS: Final = 0.02
 
 
-class Version:
-    """A version in our hands: decoded, and not to be written to.
+class DecodedVersion:
+    """A decoded version, which must not be written to.
 
     Attributes:
-        number: which version it is.
-        weights: its tree; large tensors and arrays are views of the image, in the dtypes in which they travelled.
+        number: the version.
+        weights: its tree; large tensors and arrays are views of the image, in the dtypes in which they were sent.
     """
 
     def __init__(self, number: int, image: Image, form: ImageFormat) -> None:
-        """Take a decoded image; raise WireError if its tree cannot be made here."""
+        """Wrap a decoded image; raise WireError if its tree cannot be built here."""
         self.number, self.image, self.form = number, image, form
-        np.add.reduce(image.array[:: mmap.PAGESIZE])  # here, and not in `poll`, its pages are mapped
+        np.add.reduce(
+            image.array[:: mmap.PAGESIZE]
+        )  # map its pages here, in the background, and not in `poll`
         self.weights: Any = form.tree(image.array, keep_dtype=True)
 
     def weights_for(self, target: Any, *, keep_dtype: bool) -> Any:
-        """Give what to load into a target: an empty dictionary gets the learner's dtypes unless told otherwise."""
+        """Return the tree to load into a target; an empty dictionary gets the learner's dtypes unless `keep_dtype`."""
         if target == {} and not keep_dtype:
             return self.form.tree(self.image.array)
         return self.weights
 
 
 class Downloader:
-    """Fetches versions for one worker; from one thread."""
+    """Downloads and decodes versions for one worker. For one thread, except for `cancel`."""
 
     def __init__(
         self,
@@ -77,79 +81,82 @@ class Downloader:
         *,
         key: SigningKey | None = None,
         from_replicas: bool = False,
-        stopping: Callable[[], bool] = lambda: False,
         received: Callable[[int], object] = lambda count: None,
     ) -> None:
-        """Prepare a fetcher.
+        """Create a downloader.
 
         Args:
-            connection: way to the server.
-            keys: names of the run's keys.
-            images: where to find what others decoded, and to put what we decode.
-            key: which signs weights; None to take them unsigned.
+            connection: connection to the server.
+            keys: the run's keys.
+            images: where to look for decoded images, and where to keep new ones.
+            key: the key that weights must be signed with; None to accept them unsigned.
             from_replicas: whether chunks are read from replicas, where there are any.
-            stopping: whether to give up.
-            received: is told of bytes as they come, from this thread.
+            received: called with the number of bytes of each chunk, in the thread that downloads.
         """
-        self._connection, self._keys, self._images, self._stopping = connection, keys, images, stopping
+        self._connection, self._keys, self._images = connection, keys, images
         self._received, self._key, self._from_replicas = received, key, from_replicas
+        self._cancelled = False
         self._reader = ChunkReader(connection)
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="rlbroker-decode")
 
+    def cancel(self) -> None:
+        """Make a running download fail soon, and every later one. May be called from any thread."""
+        self._cancelled = True
+
     def close(self) -> None:
-        """End the threads and the connection."""
+        """End the threads and close the connection."""
         self._reader.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def fetch(self, pointer: Manifest, held: Version | None) -> Version:
-        """Give the latest version.
+    def fetch(self, manifest: Manifest, previous: DecodedVersion | None) -> DecodedVersion:
+        """Return the latest version, from this host's cache or from the server.
 
         Args:
-            pointer: what the server says of it.
-            held: the version that we have already, which may save a part of the way.
+            manifest: the manifest of the latest version.
+            previous: a version that is decoded already and may be the base of a delta.
 
         Raises:
-            NotSigned: somebody else than a learner with our key has published it; nothing of it was read.
-            WireError: what is stored cannot be read, or is gone.
+            NotSigned: a signature is missing or wrong; nothing was decoded.
+            WireError: a chunk is missing or invalid.
             PeerError: the server refused, or could not be reached in time.
         """
         if self._key:
-            pointer.check(self._key, self._keys.run)
-        if held and held.number == pointer.version:
-            return held
+            manifest.check(self._key, self._keys.run)
+        if previous and previous.number == manifest.version:
+            return previous
         self._reader.from_replicas = self._from_replicas and self._reader.replicas_answer
         try:
             try:
-                return self._find_or_download(pointer, held)
+                return self._find_or_download(manifest, previous)
             except WireError:
                 if not self._reader.from_replicas:
                     raise
-            # What replicas have may be old, or belong to another master by now.
+            # The replica may be behind, or follow another master by now.
             self._reader.from_replicas = False
-            return self._find_or_download(pointer, held)
+            return self._find_or_download(manifest, previous)
         except MemoryError as error:
-            raise WireError(f"version {pointer.version} needs more memory than there is") from error
+            raise WireError(f"version {manifest.version} needs more memory than there is") from error
 
     def fetch_arrays(self, path: Sequence[StoredForm], chunk_bytes: int) -> tuple[ImageFormat, Bytes]:
-        """Give the image of a version, checked as for a worker, for who makes no tree of it: no torch is needed.
+        """Return the image of a version, checked as for a worker, without building tensors: torch is not needed.
 
         Args:
-            path: how the version is stored: as a whole, and the differences that lead on from there.
-            chunk_bytes: as the pointer says.
+            path: the stored forms of the version: a full one, and the deltas that follow it.
+            chunk_bytes: `chunk_bytes` of the manifest.
 
         Raises:
-            NotSigned: somebody else than a learner with our key has published it; nothing of it was read.
-            WireError: what is stored cannot be read, or is gone.
+            NotSigned: a signature is missing or wrong; nothing was decoded.
+            WireError: a chunk is missing or invalid.
             PeerError: the server refused, or could not be reached in time.
         """
         if self._key:
             for form in path:
                 form.check(self._key, self._keys.run)
-        small = self._small(path)
+        small = self._read_small(path)
         headers = [self._header(form, small) for form in path]
         formats = [ImageFormat(header, WEIGHTS_LIMITS, arrays_only=True) for header in headers]
         if len({form.layout for form in formats}) > 1:
-            raise WireError(f"version {path[-1].version} is a difference to weights of another layout")
+            raise WireError(f"version {path[-1].version} is a delta to weights of another layout")
         try:
             array = np.empty(formats[-1].image_bytes, np.uint8)
         except MemoryError as error:
@@ -157,47 +164,48 @@ class Downloader:
         self._fill(path, formats, chunk_bytes, array, None, small)
         return formats[-1], array
 
-    def _find_or_download(self, pointer: Manifest, held: Version | None) -> Version:
-        name = pointer.latest.name_of_image(self._key, self._keys.run)
-        version = self._find(pointer, name)
-        patience, backoff = Deadline(PATIENCE_SECONDS), Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
+    def _find_or_download(self, manifest: Manifest, previous: DecodedVersion | None) -> DecodedVersion:
+        name = manifest.latest.name_of_image(self._key, self._keys.run)
+        version = self._find(manifest, name)
+        timeout = Deadline(CLAIM_TIMEOUT_SECONDS)
+        backoff = Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
         while version is None:
-            claim = self._images.claim(name, pointer.raw_bytes)
+            claim = self._images.claim(name, manifest.raw_bytes)
             if claim is not None:
                 with claim:
-                    version = self._find(pointer, name) or self._download(pointer, held, name)
-            elif patience.over:
-                version = self._download(pointer, held, name)
-            else:  # another process of this host is at it
-                self._check_stopping()
+                    version = self._find(manifest, name) or self._download(manifest, previous, name)
+            elif timeout.over:
+                version = self._download(manifest, previous, name)
+            else:  # another process of this host is making the image
+                self._check_cancelled()
                 time.sleep(backoff.next())
-                version = self._find(pointer, name)
+                version = self._find(manifest, name)
         return version
 
-    def _find(self, pointer: Manifest, name: str) -> Version | None:
-        image = self._images.find(name, pointer.raw_bytes)
+    def _find(self, manifest: Manifest, name: str) -> DecodedVersion | None:
+        image = self._images.find(name, manifest.raw_bytes)
         if image is None:
             return None
-        return Version(pointer.version, image, ImageFormat(image.header, WEIGHTS_LIMITS))
+        return DecodedVersion(manifest.version, image, ImageFormat(image.header, WEIGHTS_LIMITS))
 
-    def _download(self, pointer: Manifest, held: Version | None, name: str) -> Version:
-        path = pointer.path(held.number if held else 0)
-        small = self._small(path)
+    def _download(self, manifest: Manifest, previous: DecodedVersion | None, name: str) -> DecodedVersion:
+        path = manifest.path(previous.number if previous else 0)
+        small = self._read_small(path)
         headers = [self._header(form, small) for form in path]
         formats = [ImageFormat(header, WEIGHTS_LIMITS) for header in headers]
-        base = held if path[0].base else None
+        base = previous if path[0].base else None
         layouts = {form.layout for form in formats} | ({base.form.layout} if base else set())
         if len(layouts) > 1:
-            raise WireError(f"version {pointer.version} is a difference to weights of another layout")
-        draft = self._images.reserve(formats[-1].image_bytes, pointer.raw_bytes)
+            raise WireError(f"version {manifest.version} is a delta to weights of another layout")
+        draft = self._images.reserve(formats[-1].image_bytes, manifest.raw_bytes)
         try:
-            before = base.image.array if base else None
-            self._fill(path, formats, pointer.chunk_bytes, draft.array, before, small)
+            base_array = base.image.array if base else None
+            self._fill(path, formats, manifest.chunk_bytes, draft.array, base_array, small)
             image = draft.publish(name, headers[-1])
         except BaseException:
             draft.abandon()
             raise
-        return Version(pointer.version, image, formats[-1])
+        return DecodedVersion(manifest.version, image, formats[-1])
 
     def _fill(
         self,
@@ -205,16 +213,16 @@ class Downloader:
         formats: Sequence[ImageFormat],
         chunk_bytes: int,
         array: Bytes,
-        before: Bytes | None,
+        base: Bytes | None,
         small: dict[str, bytes],
     ) -> None:
-        """Fill an image: with the first form, which may be a difference to `before`, and the next in place."""
+        """Fill an image: with the first form, which may be a delta to `base`, and with the next ones in place."""
         for form, image_format in zip(path, formats, strict=True):
-            self._decode(form, image_format, chunk_bytes, array, before, small)
-            before = array
+            self._decode(form, image_format, chunk_bytes, array, base, small)
+            base = array
 
-    def _small(self, path: Sequence[StoredForm]) -> dict[str, bytes]:
-        """Fetch what is small in one round trip, and of the rest the headers; by key."""
+    def _read_small(self, path: Sequence[StoredForm]) -> dict[str, bytes]:
+        """Read all chunks of small forms and the headers of the others in one round trip; return them by key."""
         wanted = [
             key
             for form in path
@@ -227,7 +235,7 @@ class Downloader:
         if header is None:
             raise WireError(f"chunk 0 of {form.chunks} is gone")
         if digest_of(header) != form.digest:
-            raise WireError("the digest of the header does not match the pointer")
+            raise WireError("the digest of the header does not match the manifest")
         if self._key:
             check_hash(form, 0, header)
         return header
@@ -245,7 +253,7 @@ class Downloader:
         segments = image_format.segments
         layout = list(group((segment.stored_bytes for segment in segments), chunk_bytes))
         if len(layout) != form.chunks:
-            raise WireError(f"the header describes {len(layout)} chunks, the pointer {form.chunks}")
+            raise WireError(f"the header describes {len(layout)} chunks, the manifest {form.chunks}")
         decoding: deque[Future[None]] = deque()
         try:
             chunks = self._chunks(form, image_format, layout, array, small)
@@ -273,7 +281,7 @@ class Downloader:
         finally:
             for future in decoding:
                 future.cancel()
-            for future in decoding:  # nothing may write to the image once it is given up
+            for future in decoding:  # no thread may write to the image once its memory is released
                 with suppress(BaseException):
                     future.result()
 
@@ -285,12 +293,12 @@ class Downloader:
         array: Bytes,
         small: dict[str, bytes],
     ) -> Iterator[tuple[range, memoryview]]:
-        """Receive chunks in order; those that are one raw segment come straight into their place in the image."""
+        """Read chunks in order; a chunk that is one raw segment is read directly into its place in the image."""
         waiting: list[tuple[str, memoryview]] = []
         ranges: list[range] = []
         waiting_bytes = 0
         for number, indices in enumerate(layout, start=1):
-            self._check_stopping()
+            self._check_cancelled()
             key = self._keys.chunk(form.upload, number)
             size = sum(image_format.segments[index].stored_bytes for index in indices)
             if form.stored_bytes <= SMALL_BYTES:
@@ -298,7 +306,7 @@ class Downloader:
                 if data is None:
                     raise WireError(f"chunk {number} of {form.chunks} is gone")
                 if len(data) != size:
-                    raise WireError(f"chunk {number} has {len(data)} bytes, expected were {size}")
+                    raise WireError(f"chunk {number} has {len(data)} bytes instead of {size}")
                 yield indices, memoryview(data)
                 continue
             in_place = len(indices) == 1 and image_format.segments[indices[0]].is_raw
@@ -306,30 +314,30 @@ class Downloader:
             waiting.append((key, memory.data))
             ranges.append(indices)
             waiting_bytes += size
-            if waiting_bytes >= AHEAD_BYTES:
-                yield from self._receive(waiting, ranges)
+            if waiting_bytes >= READ_AHEAD_BYTES:
+                yield from self._read(waiting, ranges)
                 waiting, ranges, waiting_bytes = [], [], 0
-        yield from self._receive(waiting, ranges)
+        yield from self._read(waiting, ranges)
 
-    def _receive(
+    def _read(
         self, chunks: list[tuple[str, memoryview]], ranges: list[range]
     ) -> Iterator[tuple[range, memoryview]]:
-        """Receive chunks; once a server that went away answers again, go on with the first that is missing."""
-        done, patience = 0, ProgressTimeout(self._connection)
+        """Read chunks into memory; after an outage, continue with the first one that is missing."""
+        done, progress = 0, ProgressTimeout(self._connection)
         while done < len(chunks):
             begin = done
             try:
                 for index in self._reader.read(chunks[begin:]):
-                    self._check_stopping()
+                    self._check_cancelled()
                     done = begin + index + 1
                     yield ranges[done - 1], chunks[done - 1][1]
             except ConnectionFailed as fault:
                 self._reader.leave_replicas()
-                patience.outlast(fault, moved=done > begin)
+                progress.outlast(fault, moved=done > begin)
 
-    def _check_stopping(self) -> None:
-        if self._stopping():
-            raise WireError("the worker stops")
+    def _check_cancelled(self) -> None:
+        if self._cancelled:
+            raise WireError("the download was cancelled")
 
 
 def _decode_checked(
@@ -341,7 +349,7 @@ def _decode_checked(
     array: Bytes,
     base: Bytes | None,
 ) -> None:
-    """Decode the segments of a chunk, once it is known to be what was signed."""
+    """Decode the segments of a chunk, after checking that it is the one that was signed."""
     check_hash(form, number, data)
     for index in indices:
         size = image_format.segments[index].stored_bytes
@@ -350,6 +358,10 @@ def _decode_checked(
 
 
 def check_hash(form: StoredForm, number: int, data: bytes | memoryview) -> None:
-    """Check that a chunk is the one that is signed; NotSigned if it is another."""
+    """Check that a chunk is the one that was signed.
+
+    Raises:
+        NotSigned: it is another one.
+    """
     if chunk_hash([data]) != form.hash_of(number):
-        raise NotSigned(f"chunk {number} of version {form.version} is not what its signature speaks of")
+        raise NotSigned(f"chunk {number} of version {form.version} does not match its signature")

@@ -1,7 +1,7 @@
-"""Weights on a GPU, on their way to the host: copied to pinned memory on a stream of their own.
+"""Copies of weights on a GPU to pinned host memory, made on a CUDA stream of their own.
 
-The stream of the training waits, on the GPU, until the copies are made, as its next kernels may overwrite the
-weights; the program does not wait for it.
+The training stream waits, on the GPU, for the copies: its next kernels may overwrite the weights. The host does not
+wait.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import sys
 from typing import Any
 
 from rlbroker.codec.image import ImagePlan
-from rlbroker.weights.image_store import Bytes
+from rlbroker.weights.host_cache.image_files import Bytes
 
 
-class Staged:
-    """A tree whose tensors are in host memory once `fill` reads them."""
+class HostTree:
+    """A tree whose tensors are in host memory, at the latest when `fill` reads them."""
 
-    def __init__(self, tree: Any, copied: Any = None) -> None:
-        """Take a tree, and the event after which its copies are made; None if there are none."""
+    def __init__(self, tree: Any, copied: _Events | None = None) -> None:
+        """Wrap a tree, and the events that its copies complete; None if nothing is being copied."""
         self.tree, self._copied = tree, copied
 
     @property
     def pending(self) -> bool:
-        """Whether the tree is our own copy, which is still being made: reading it can be put off."""
+        """Whether the tree is a private copy that is still being made, so that reading it can be deferred."""
         return self._copied is not None
 
     def fill(self, plan: ImagePlan, array: Bytes) -> None:
-        """Write the image of the tree, once its copies are made."""
+        """Write the image of the tree, once its copies are complete."""
         if self._copied is not None:
             self._copied.synchronize()
             self._copied = None
@@ -34,26 +34,26 @@ class Staged:
 
 
 class GpuCopy:
-    """Pinned memory, kept from one version to the next."""
+    """Copies trees to pinned memory, which is reused from one version to the next."""
 
     def __init__(self) -> None:
-        """Take no memory yet."""
+        """Begin without any memory."""
         self._buffers: list[Any] = []
         self._streams: dict[Any, Any] = {}
 
-    def take(self, tree: Any) -> Staged:
-        """Begin to copy what is on CUDA devices; a tree without such tensors is taken as it is.
+    def to_host(self, tree: Any) -> HostTree:
+        """Start copying the tensors on CUDA devices; a tree without such tensors is not copied.
 
-        The one before must have been filled in, as its memory is used again.
+        The tree that the last call returned must have been read by its `fill`, as its memory is reused.
         """
         torch = sys.modules.get("torch")
-        if torch is None or not torch.cuda.is_initialized() or not _on_gpu(tree):
-            return Staged(tree)
-        return _Copying(torch, self._buffers, self._streams).copy(tree)
+        if torch is None or not torch.cuda.is_initialized() or not _is_on_gpu(tree):
+            return HostTree(tree)
+        return _TreeCopy(torch, self._buffers, self._streams).start(tree)
 
 
-class _Copying:
-    """One tree, being copied."""
+class _TreeCopy:
+    """The copy of one tree."""
 
     def __init__(self, torch: Any, buffers: list[Any], streams: dict[Any, Any]) -> None:
         self._torch, self._buffers, self._streams = torch, buffers, streams
@@ -61,7 +61,7 @@ class _Copying:
         self._copies: dict[object, Any] = {}
         self._devices: set[Any] = set()
 
-    def copy(self, tree: Any) -> Staged:
+    def start(self, tree: Any) -> HostTree:
         copied = self._visit(tree)
         del self._buffers[self._used :]
         events = []
@@ -69,10 +69,10 @@ class _Copying:
             stream = self._streams[device]
             event = self._torch.cuda.Event()
             event.record(stream)
-            # What the training does next may change the weights: it begins after the copies.
+            # The next training step may change the weights: it starts after the copies.
             self._torch.cuda.current_stream(device).wait_event(event)
             events.append(event)
-        return Staged(copied, _All(events))
+        return HostTree(copied, _Events(events))
 
     def _visit(self, value: Any) -> Any:
         if isinstance(value, dict):
@@ -84,7 +84,7 @@ class _Copying:
         return value.copy() if hasattr(value, "__array_interface__") else value
 
     def _copy(self, tensor: Any) -> Any:
-        """Copy a tensor; one that is the same memory as an earlier one, only once: it stays tied."""
+        """Copy a tensor, or return the copy of an earlier tensor in the same memory, so that both stay tied."""
         key = tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
         if key not in self._copies:
             if tensor.is_cuda:
@@ -100,14 +100,14 @@ class _Copying:
             if device not in self._streams:
                 self._streams[device] = torch.cuda.Stream(device)
             self._streams[device].wait_stream(torch.cuda.current_stream(device))
-        buffer = self._buffer(tensor)
+        buffer = self._next_buffer(tensor)
         with torch.cuda.stream(self._streams[device]):
             buffer.copy_(tensor, non_blocking=True)
         tensor.record_stream(self._streams[device])
         return buffer
 
-    def _buffer(self, tensor: Any) -> Any:
-        """Give the pinned memory that the tensor at this place had last time, if it fits."""
+    def _next_buffer(self, tensor: Any) -> Any:
+        """Return pinned memory for a tensor: the memory that the same place of the last tree had, if it fits."""
         if self._used == len(self._buffers):
             self._buffers.append(None)
         found = self._buffers[self._used]
@@ -118,17 +118,8 @@ class _Copying:
         return found
 
 
-def _on_gpu(value: Any) -> bool:
-    """Whether a tree holds anything on a CUDA device."""
-    if isinstance(value, dict):
-        return any(map(_on_gpu, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_on_gpu, value))
-    return bool(getattr(value, "is_cuda", False))
-
-
-class _All:
-    """Several events as one."""
+class _Events:
+    """The CUDA events of all devices."""
 
     def __init__(self, events: list[Any]) -> None:
         self._events = events
@@ -136,3 +127,12 @@ class _All:
     def synchronize(self) -> None:
         for event in self._events:
             event.synchronize()
+
+
+def _is_on_gpu(value: Any) -> bool:
+    """Return whether a tree has a tensor on a CUDA device."""
+    if isinstance(value, dict):
+        return any(map(_is_on_gpu, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_on_gpu, value))
+    return bool(getattr(value, "is_cuda", False))

@@ -1,4 +1,4 @@
-"""Copies received weights into what the user trains or plays with: a torch module, or a dictionary."""
+"""Copies received weights into a torch module or a dictionary."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from rlbroker.errors import UnsupportedType, WeightsMismatch
 if TYPE_CHECKING:
     import torch
 
-#: What torch calls the extra state of a module.
+#: The name that torch gives to the extra state of a module.
 _EXTRA_STATE = "_extra_state"
 
-#: How many keys an error names before it only counts them.
+#: An error names this many keys and counts the others.
 _KEYS_NAMED = 5
 
 
 def load(weights: Any, target: Any) -> None:
-    """Copy weights into a target; nothing is changed unless all of them fit. The target keeps its dtypes.
+    """Copy weights into a target, which keeps its dtypes. Nothing is changed unless all of them fit.
 
     Args:
-        weights: what was received; it stays as it is, and is not kept.
-        target: a `torch.nn.Module`, or a dictionary. An empty dictionary is filled; in one that is not, tensors
-            and arrays are overwritten in place and other values replaced.
+        weights: the received weights; they are neither changed nor kept.
+        target: a `torch.nn.Module` or a dictionary. An empty dictionary is filled; in any other, tensors and arrays
+            are overwritten in place and other values are replaced.
 
     Raises:
-        WeightsMismatch: keys are missing or too many, or shapes or kinds differ; they are named.
-        UnsupportedType: the target is neither.
+        WeightsMismatch: keys are missing or unknown, or shapes or kinds differ; the message names them.
+        UnsupportedType: the target is neither a module nor a dictionary.
     """
     check_target(target)
     if not isinstance(target, MutableMapping):
         _load_module(weights, target)
     elif target:
-        _check(weights, target)
+        _check_fits(weights, target)
         _overwrite(weights, target)
     elif isinstance(weights, Mapping):
-        target.update(copy.deepcopy(weights))  # their own memory is shared
+        target.update(copy.deepcopy(weights))  # the received weights lie in memory that other processes share
     else:
         raise WeightsMismatch(f"the weights are a {type(weights).__name__}, not a dictionary")
 
 
 def check_target(target: Any) -> None:
-    """Refuse what weights cannot be loaded into.
+    """Check that weights can be loaded into a target of this kind.
 
     Raises:
-        UnsupportedType: it is neither a module nor a dictionary.
+        UnsupportedType: the target is neither a module nor a dictionary.
     """
     torch = sys.modules.get("torch")
     if not isinstance(target, MutableMapping) and not (torch and isinstance(target, torch.nn.Module)):
@@ -58,8 +58,8 @@ def check_target(target: Any) -> None:
 
 def _load_module(weights: Any, module: torch.nn.Module) -> None:
     own = module.state_dict()
-    _check(weights, own)
-    # All else is copied by torch; a module's extra state it may keep as it is.
+    _check_fits(weights, own)
+    # torch copies everything else; a module may keep its extra state as it is.
     module.load_state_dict(
         {key: copy.deepcopy(value) if key.endswith(_EXTRA_STATE) else value for key, value in weights.items()}
     )
@@ -77,31 +77,31 @@ def _overwrite(weights: Mapping[str, Any], target: MutableMapping[str, Any]) -> 
             else:
                 target[key][...] = value
         else:
-            target[key] = copy.deepcopy(value)  # it may hold tensors in memory that is not theirs for long
+            target[key] = copy.deepcopy(value)  # it may hold tensors whose memory will be reused
 
 
-def _check(weights: Any, target: Mapping[str, Any]) -> None:
+def _check_fits(weights: Any, target: Mapping[str, Any]) -> None:
     if not isinstance(weights, Mapping):
         raise WeightsMismatch(f"the weights are a {type(weights).__name__}, not a dictionary")
-    theirs, ours = _shapes(weights), _shapes(target)
+    received, expected = _shapes(weights), _shapes(target)
     problems = []
-    if missing := [key for key in ours if key not in theirs]:
-        problems.append(f"not in the weights: {_some(missing)}")
-    if unknown := [key for key in theirs if key not in ours]:
-        problems.append(f"not in the model: {_some(unknown)}")
+    if missing := [key for key in expected if key not in received]:
+        problems.append(f"not in the weights: {_name_some(missing)}")
+    if unknown := [key for key in received if key not in expected]:
+        problems.append(f"not in the model: {_name_some(unknown)}")
     different = [
-        f"{key} is {theirs[key]} in the weights and {ours[key]} in the model"
-        for key in ours
-        if key in theirs and theirs[key] != ours[key]
+        f"{key} is {received[key]} in the weights and {expected[key]} in the model"
+        for key in expected
+        if key in received and received[key] != expected[key]
     ]
     if different:
-        problems.append(_some(different))
+        problems.append(_name_some(different))
     if problems:
         raise WeightsMismatch("the received weights do not fit the model; " + "; ".join(problems))
 
 
 def _shapes(tree: Mapping[str, Any], path: str = "") -> dict[str, str]:
-    """Give the shape of each tensor and array by its path, and the kind of everything else."""
+    """Return, by path, the shape of each tensor and array and the type of every other value."""
     found: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -112,6 +112,6 @@ def _shapes(tree: Mapping[str, Any], path: str = "") -> dict[str, str]:
     return found
 
 
-def _some(names: list[str]) -> str:
+def _name_some(names: list[str]) -> str:
     rest = len(names) - _KEYS_NAMED
     return ", ".join(names[:_KEYS_NAMED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""What the `weights` hash says of the latest version: its stored forms, and the cheapest way to it."""
+"""The manifest of the latest version, as the hash `weights` holds it: its stored forms and the cheapest path to it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Final, Literal, Self
 
 import xxhash
 
+from rlbroker.backend.keys import Keys
 from rlbroker.codec.signing import IMAGE, WEIGHTS, NotSigned, SigningKey
 from rlbroker.errors import WireError
 
 #: A chunk is closed once it holds this much. Values of 1 to 4 MB move fastest through Redis.
 CHUNK_BYTES = 1 << 20
 
-#: The most deltas that lead from a full version to the latest one, and so the most that a new worker applies.
+#: The most deltas between a full version and the latest one, and so the most that a new worker applies.
 MAX_DELTAS: Final = 32
 
-#: The most stored forms that a pointer may name; what a reader accepts.
+#: The most stored forms that a reader accepts in one manifest.
 _MAX_FORMS: Final = 1000
 
-#: The most chunks of all of them together; what a reader accepts. It lists them before it asks for the first.
+#: The most chunks that a reader accepts in one manifest. It lists their keys before it reads the first of them.
 _MAX_CHUNKS: Final = 1 << 20
 
-#: Characters of one hash of a chunk.
+#: Characters of the hash of one chunk.
 HASH_LENGTH: Final = 64
 
 #: Uploads and digests become part of the names of keys and files.
@@ -33,17 +34,17 @@ _NAME: Final = re.compile("[A-Za-z0-9_-]{1,64}")
 
 @dataclass(frozen=True)
 class StoredForm:
-    """One way in which a version is stored. Chunk 0 holds the header, chunks 1 to `chunks` its segments.
+    """One way in which a version is stored. Chunk 0 holds the header, chunks 1 to `chunks` the segments.
 
     Attributes:
-        version: which version it is.
-        base: the version that it is a difference to; 0 for one that is whole.
-        upload: names its chunks: `<version>-<epoch>-<attempt>`, or anything else that is used once.
+        version: the version.
+        base: the version that this form is a delta to; 0 for a full form.
+        upload: the name in the keys of its chunks: `<version>-<epoch>-<attempt>`, or any other unique name.
         chunks: chunks that hold segments.
-        stored_bytes: bytes of its chunks, header included.
+        stored_bytes: bytes of all its chunks, the header included.
         digest: xxh3_128 of the header, which holds the digest of each segment.
-        hashes: SHA-256 of each chunk, the header's first, joined; empty where nothing is signed.
-        signature: of all that, and of the run; empty where nothing is signed.
+        hashes: SHA-256 of each chunk, the header first, joined; empty without a signing key.
+        signature: signature of all of the above and of the run's name; empty without a signing key.
     """
 
     version: int
@@ -55,50 +56,59 @@ class StoredForm:
     hashes: str = field(default="", repr=False)
     signature: str = ""
 
+    def chunk_keys(self, keys: Keys) -> list[str]:
+        """Return the keys of the header and of the chunks."""
+        return keys.upload(self.upload, self.chunks)
+
     def hash_of(self, chunk: int) -> str:
-        """Give the hash of a chunk, as it is signed."""
+        """Return the signed hash of a chunk."""
         return self.hashes[chunk * HASH_LENGTH : (chunk + 1) * HASH_LENGTH]
 
     def signed(self, key: SigningKey, run: str) -> Self:
-        """Give this with a signature."""
-        return replace(self, signature=key.sign(WEIGHTS, *self._facts(run)))
+        """Return a signed copy."""
+        return replace(self, signature=key.sign(WEIGHTS, *self._signed_fields(run)))
 
     def check(self, key: SigningKey, run: str) -> None:
-        """Check that a learner with this key has stored it, as this version of this run.
+        """Check that this form was signed with the key, for this run.
 
         Raises:
-            NotSigned: it did not.
+            NotSigned: the signature is missing or wrong.
         """
-        key.check(self.signature, WEIGHTS, *self._facts(run))
+        key.check(self.signature, WEIGHTS, *self._signed_fields(run))
         if len(self.hashes) != (self.chunks + 1) * HASH_LENGTH:
             raise NotSigned("its signature is for another number of chunks")
 
     def name_of_image(self, key: SigningKey | None, run: str) -> str:
-        """Give what the decoded version is called in a cache: no other one has this name.
+        """Return the name of the decoded version in a host cache, unique to this form.
 
-        With a key nobody can tell it who lacks the key: what is found under it was put there by one who has it.
+        With a signing key, the name cannot be computed without that key. An image that is found under it was therefore
+        written by a process that has the key.
         """
         if key is None:
             return f"{self.upload}-{self.digest}"
         secret = key.sign(IMAGE, run, self.base, self.upload, self.hashes).partition(":")[2]
         return f"{self.upload}-{secret}"
 
-    def _facts(self, run: str) -> tuple[str | int | bytes, ...]:
-        """Give what is signed. The hashes bind each byte that is stored."""
+    def _signed_fields(self, run: str) -> tuple[str | int | bytes, ...]:
+        """Return what the signature covers. The hashes cover every stored byte."""
         numbers = self.version, self.base, self.upload, self.chunks, self.stored_bytes
         return run, *numbers, self.digest, self.hashes
 
     def to_text(self) -> str:
-        """Give it as one word, for people and for `from_text`.
+        """Return one word that people can read and `from_text` parses.
 
-        >>> Form(7, 6, "7-1764-2", 1, 512, "c0ffee").to_text()
+        >>> StoredForm(7, 6, "7-1764-2", 1, 512, "c0ffee").to_text()
         '7:6:7-1764-2:1:512:c0ffee'
         """
         return f"{self.version}:{self.base}:{self.upload}:{self.chunks}:{self.stored_bytes}:{self.digest}"
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """Read the word that `to_text` made; ValueError for anything else."""
+        """Parse what `to_text` returned.
+
+        Raises:
+            ValueError: it is anything else.
+        """
         version, base, upload, chunks, stored_bytes, digest = text.split(":")
         form = cls(int(version), int(base), upload, int(chunks), int(stored_bytes), digest)
         if not 0 <= form.base < form.version or form.chunks < 0 or form.stored_bytes < 0:
@@ -110,17 +120,17 @@ class StoredForm:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The commit of one version.
+    """The latest version and everything that is stored to load it. Writing it is the commit of that version.
 
     Attributes:
-        latest: how the latest version is stored.
-        others: what else is there: the full version that a chain of deltas begins with, these deltas, and the
-            latest version as a whole where `latest` is a delta.
-        raw_bytes: bytes of its tensors.
+        latest: the stored form of the latest version.
+        others: the forms that stay besides: the full version that the chain of deltas begins with, these deltas, and
+            the full form of the latest version where `latest` is a delta.
+        raw_bytes: bytes of the tensors of the latest version.
         chunk_bytes: a chunk was closed once it held this much.
         codec: `blosc2` or `raw`.
-        published: when, the learner's clock, seconds since the epoch.
-        dropped: what was there before and is to expire.
+        published: time of publication by the learner's clock, seconds since the epoch.
+        dropped: the forms that the manifest before this one named and that expire now.
     """
 
     latest: StoredForm
@@ -133,49 +143,49 @@ class Manifest:
 
     @property
     def version(self) -> int:
-        """Number of the latest version."""
+        """The latest version."""
         return self.latest.version
 
     @property
     def upload(self) -> str:
-        """Name of its upload."""
+        """The name of the latest version's upload."""
         return self.latest.upload
 
     @property
     def kind(self) -> Literal["full", "delta"]:
-        """Whether it is stored as a difference to the version before."""
+        """The kind of the latest version's form."""
         return "delta" if self.latest.base else "full"
 
     @property
     def base(self) -> int:
-        """The version that it is a difference to; 0 for none."""
+        """The version that the latest one is a delta to; 0 for a full one."""
         return self.latest.base
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes that a worker downloads which has the version before."""
+        """Bytes that a worker downloads if it has the version before."""
         return self.latest.stored_bytes
 
     @property
     def forms(self) -> tuple[StoredForm, ...]:
-        """Everything that is stored and must stay."""
+        """All stored forms that must stay."""
         return (*self.others, self.latest)
 
     @property
     def new_forms(self) -> tuple[StoredForm, ...]:
-        """How the latest version is stored: as `latest`, and perhaps as a whole too."""
+        """The forms of the latest version: `latest`, and possibly a full form besides."""
         return tuple(form for form in self.forms if form.version == self.version)
 
     def signed(self, key: SigningKey, run: str) -> Self:
-        """Give the pointer with the latest version signed; what it rests on was signed before."""
+        """Return a copy with the forms of the latest version signed; the other forms were signed before."""
         others = (one.signed(key, run) if one.version == self.version else one for one in self.others)
         return replace(self, latest=self.latest.signed(key, run), others=tuple(others))
 
     def check(self, key: SigningKey, run: str) -> None:
-        """Check that a learner with this key has stored everything that it names.
+        """Check that every form was signed with the key, for this run.
 
         Raises:
-            NotSigned: something was stored by somebody else.
+            NotSigned: a signature is missing or wrong.
         """
         if not any(form.signature for form in self.forms):
             raise NotSigned(
@@ -186,13 +196,13 @@ class Manifest:
             form.check(key, run)
 
     def numbered(self, version: int) -> Self:
-        """Give the pointer under another version number."""
+        """Return a copy in which the latest version has another number."""
         before = self.version
         others = [replace(one, version=version) if one.version == before else one for one in self.others]
         return replace(self, latest=replace(self.latest, version=version), others=tuple(others))
 
     def to_fields(self) -> dict[str, str]:
-        """Give the fields of the hash."""
+        """Return the fields of the hash."""
         return {
             "version": str(self.version),
             "upload": self.upload,
@@ -216,95 +226,97 @@ class Manifest:
 
     @classmethod
     def from_fields(cls, found: Mapping[str, str]) -> Self | None:
-        """Read the fields of the hash; None if nothing was published yet.
+        """Parse the fields of the hash; return None if nothing was published yet.
 
         Raises:
-            WireError: the hash is not what a learner writes.
+            WireError: no learner writes such fields.
         """
         if "version" not in found:
             return None
         try:
             latest = ("version", "base", "upload", "chunks", "stored_bytes", "digest")
-            signatures = _signatures(found.get("signatures", ""))
-            pointer = cls(
-                latest=_with(signatures, StoredForm.from_text(":".join(found[name] for name in latest))),
-                others=tuple(_with(signatures, form) for form in _forms(found["others"])),
+            signatures = _parse_signatures(found.get("signatures", ""))
+            manifest = cls(
+                latest=_add_signature(
+                    StoredForm.from_text(":".join(found[name] for name in latest)), signatures
+                ),
+                others=_parse_forms(found["others"], signatures),
                 raw_bytes=int(found["raw_bytes"]),
                 chunk_bytes=int(found["chunk_bytes"]),
                 codec=found["codec"],
                 published=float(found["published"]),
-                dropped=tuple(_with(signatures, form) for form in _forms(found["dropped"])),
+                dropped=_parse_forms(found["dropped"], signatures),
             )
-            if sum(form.chunks for form in (*pointer.forms, *pointer.dropped)) > _MAX_CHUNKS:
+            if sum(form.chunks for form in (*manifest.forms, *manifest.dropped)) > _MAX_CHUNKS:
                 raise ValueError("too many chunks")
-            return pointer
+            return manifest
         except (KeyError, ValueError) as error:
-            raise WireError(f"the pointer to the latest weights cannot be read: {error!r}") from error
+            raise WireError(f"the manifest of the latest weights cannot be read: {error!r}") from error
 
-    def path(self, held: int = 0) -> list[StoredForm]:
-        """Give what to download and apply, in order, to come to the latest version with the fewest bytes.
+    def path(self, from_version: int = 0) -> list[StoredForm]:
+        """Return the forms to download and apply, in order, that lead to the latest version with the fewest bytes.
 
         Args:
-            held: the version that the worker has decoded already; 0 for none. With the latest there is nothing to do.
+            from_version: the version that the worker has decoded; 0 for none. From the latest the path is empty.
 
         Raises:
-            WireError: no way leads there.
+            WireError: no stored form leads there.
         """
-        return cheapest_path(self.forms, self.version, held)
+        return cheapest_path(self.forms, self.version, from_version)
 
 
-def cheapest_path(forms: Iterable[StoredForm], version: int, held: int = 0) -> list[StoredForm]:
-    """Give what to download and apply, in order, to come to a version with the fewest bytes; see `Manifest.path`.
+def cheapest_path(forms: Iterable[StoredForm], version: int, from_version: int = 0) -> list[StoredForm]:
+    """Return the forms that lead to a version with the fewest bytes; see `Manifest.path`.
 
     Raises:
-        WireError: no way leads there.
+        WireError: no stored form leads there.
     """
-    ways: dict[int, tuple[int, list[StoredForm]]] = {0: (0, []), held: (0, [])}
+    paths: dict[int, tuple[int, list[StoredForm]]] = {0: (0, []), from_version: (0, [])}
     for form in sorted(forms, key=lambda form: form.version):
-        if form.base in ways and form.version != held:
-            bytes_before, before = ways[form.base]
-            way = bytes_before + form.stored_bytes, [*before, form]
-            ways[form.version] = min(ways.get(form.version, way), way, key=lambda way: way[0])
-    if version not in ways:
-        raise WireError(f"nothing that is stored leads to version {version}")
-    return ways[version][1]
+        if form.base in paths and form.version != from_version:
+            bytes_before, before = paths[form.base]
+            path = bytes_before + form.stored_bytes, [*before, form]
+            paths[form.version] = min(paths.get(form.version, path), path, key=lambda path: path[0])
+    if version not in paths:
+        raise WireError(f"no stored form leads to version {version}")
+    return paths[version][1]
 
 
-def kept(
-    latest: StoredForm, whole: StoredForm | None, before: Sequence[StoredForm]
+def choose_others(
+    latest: StoredForm, full: StoredForm | None, before: Sequence[StoredForm]
 ) -> tuple[StoredForm, ...]:
-    """Choose what else stays stored once `latest` is published.
+    """Choose which forms stay besides `latest` once it is published.
 
-    From the newest full version on everything is needed. Of the deltas that lead there, those stay that together
-    with the needed ones are smaller than a full version: for workers that are late, and would need that one else.
+    The newest full form and all deltas after it are needed. Of the deltas before it, those stay that are smaller,
+    together with the needed ones, than a full version: a late worker would download a full version without them.
 
     Args:
-        latest: the new version.
-        whole: the same version stored as a whole too, if it is.
-        before: what the pointer named until now.
+        latest: the new version's form.
+        full: the new version's full form besides, if there is one.
+        before: the forms of the manifest before.
     """
-    full = whole or (latest if not latest.base else None)
-    found = [whole] if whole else []
-    bytes_left, wanted = full.stored_bytes if full else 0, latest.base
+    newest_full = full or (latest if not latest.base else None)
+    others = [full] if full else []
+    bytes_left, wanted = newest_full.stored_bytes if newest_full else 0, latest.base
     for form in sorted(before, key=lambda form: form.version, reverse=True):
-        if full is None and not form.base:
-            full, bytes_left = form, form.stored_bytes - sum(one.stored_bytes for one in found)
-            found.append(form)
+        if newest_full is None and not form.base:
+            newest_full, bytes_left = form, form.stored_bytes - sum(one.stored_bytes for one in others)
+            others.append(form)
         elif form.base and form.version == wanted:
-            if full is not None:
+            if newest_full is not None:
                 bytes_left -= form.stored_bytes
-                if bytes_left < 0 or len(found) >= MAX_DELTAS:
+                if bytes_left < 0 or len(others) >= MAX_DELTAS:
                     break
-            found.append(form)
+            others.append(form)
             wanted = form.base
-    return tuple(sorted(found, key=lambda form: form.version))
+    return tuple(sorted(others, key=lambda form: form.version))
 
 
-def needs_whole(latest: StoredForm, before: Sequence[StoredForm]) -> bool:
-    """Whether a version that is stored as a difference is due to be stored as a whole too.
+def needs_full(latest: StoredForm, before: Sequence[StoredForm]) -> bool:
+    """Return whether a version that is stored as a delta must be stored as a full one too.
 
-    That is so once the differences since the last whole one are many, or twice as large together as it is: a new
-    worker downloads at most some three times the bytes of a full version.
+    It must once there are many deltas since the last full form, or once they are twice as large as that form. A new
+    worker then downloads about three times the bytes of a full version at most.
     """
     full = max((form for form in before if not form.base), key=lambda form: form.version)
     deltas = [form.stored_bytes for form in before if form.version > full.version] + [latest.stored_bytes]
@@ -312,9 +324,9 @@ def needs_whole(latest: StoredForm, before: Sequence[StoredForm]) -> bool:
 
 
 def group(stored_bytes: Iterable[int], chunk_bytes: int) -> Iterator[range]:
-    """Give for each chunk the segments it holds: whole ones, in order, until there is enough.
+    """Yield the segments of each chunk: whole segments, in order, until the chunk is large enough.
 
-    Publisher and subscriber do the same sum, so the layout need not be sent.
+    Learner and worker compute the same ranges, so they are not stored.
 
     >>> list(group([4, 1, 1, 1, 5], chunk_bytes=3))
     [range(0, 1), range(1, 4), range(4, 5)]
@@ -330,12 +342,12 @@ def group(stored_bytes: Iterable[int], chunk_bytes: int) -> Iterator[range]:
 
 
 def digest_of(header: bytes | memoryview) -> str:
-    """Give the digest of a header, as the pointer has it."""
+    """Return the digest of a header as manifests hold it."""
     return xxhash.xxh3_128_hexdigest(header)
 
 
-def _signatures(text: str) -> dict[str, tuple[str, str]]:
-    """Give signature and hashes by upload."""
+def _parse_signatures(text: str) -> dict[str, tuple[str, str]]:
+    """Return signature and hashes by upload."""
     words = text.split(" ") if text else []
     if len(words) > 2 * _MAX_FORMS:
         raise ValueError(f"{len(words)} signatures")
@@ -346,13 +358,13 @@ def _signatures(text: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _with(signatures: Mapping[str, tuple[str, str]], form: StoredForm) -> StoredForm:
-    signature, hashes = signatures.get(form.upload, ("", ""))
-    return replace(form, signature=signature, hashes=hashes) if signature else form
-
-
-def _forms(text: str) -> tuple[StoredForm, ...]:
+def _parse_forms(text: str, signatures: Mapping[str, tuple[str, str]]) -> tuple[StoredForm, ...]:
     words = text.split(" ") if text else []
     if len(words) > _MAX_FORMS:
         raise ValueError(f"{len(words)} stored forms")
-    return tuple(StoredForm.from_text(word) for word in words)
+    return tuple(_add_signature(StoredForm.from_text(word), signatures) for word in words)
+
+
+def _add_signature(form: StoredForm, signatures: Mapping[str, tuple[str, str]]) -> StoredForm:
+    signature, hashes = signatures.get(form.upload, ("", ""))
+    return replace(form, signature=signature, hashes=hashes) if signature else form

@@ -1,7 +1,7 @@
-"""The learner's half: a version is encoded and stored once, then one atomic step makes it the latest.
+"""The learner's side: each version is encoded and stored once, and then committed in one atomic step.
 
-The learner keeps one image of its latest version: the next one may be stored as a difference to it, and a server
-that comes back without its data gets it again, under a new version: a number is never used twice.
+The learner keeps one image of its latest version. The next version may be stored as a delta to it, and a server that
+comes back without its data gets it again under a new version.
 """
 
 from __future__ import annotations
@@ -9,73 +9,38 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final, Self
+from typing import Any, Final
 
-import xxhash
-
-from rlbroker.backend.connection import Channel, Connection, flat
+from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import text_fields, whole_number
-from rlbroker.backend.scripts import Script
 from rlbroker.codec.image import ImagePlan
-from rlbroker.codec.signing import SigningKey, chunk_hash
-from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, ServerOutOfMemory, WireError
+from rlbroker.codec.signing import SigningKey
+from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, ServerOutOfMemory
 from rlbroker.metrics.counters import Metrics
 from rlbroker.types import Published, PublishReceipt
-from rlbroker.weights.gpu_copy import GpuCopy, Staged
-from rlbroker.weights.image_store import Bytes, Draft, Image, ImageStore
-from rlbroker.weights.manifest import CHUNK_BYTES, Manifest, StoredForm, kept, needs_whole
+from rlbroker.weights.commit import ChunksLost, Committer, LocalCopy
+from rlbroker.weights.gpu_copy import GpuCopy, HostTree
+from rlbroker.weights.host_cache.image_files import Bytes
+from rlbroker.weights.image_store import Draft, ImageStore
+from rlbroker.weights.manifest import CHUNK_BYTES, Manifest, choose_others, needs_full
 from rlbroker.weights.retention import Retention
-from rlbroker.weights.upload import Base, Pieces, Stored, Uploader
+from rlbroker.weights.upload import DeltaBase, Upload, Uploader
 
 logger = logging.getLogger("rlbroker")
 
-#: Raw bytes of one segment: the piece that is compressed, sent and decoded as one.
+#: Raw bytes of one segment, which is compressed, sent and decoded as a whole.
 SEGMENT_BYTES: Final = 2 << 20
 
-#: Smaller weights are always stored whole: a difference would save less than the look at it costs.
+#: Smaller weights are always stored in full: a delta would save less than finding it costs.
 MIN_DELTA_BYTES: Final = 64 << 10
 
-#: A version is stored this often before we give up, if the server loses parts of it meanwhile.
+#: How often a version is stored if the server loses parts of it meanwhile.
 _TRIES: Final = 3
-
-#: No number above it is a version: scripts count in floating numbers, which then do not grow by 1 any more.
-_LAST_VERSION: Final = 1 << 52
-
-#: A commit is tried this often while others write to the pointer.
-_COMMITS: Final = 20
-
-#: A higher number is believed only if it is signed.
-_LIKELY_VERSION: Final = 10**9
-
-#: How many versions' times of publication are remembered.
-TIMES_KEPT: Final = 10_000
-
-COMMIT = Script.load("weights/lua/commit.lua")
-
-
-@dataclass(frozen=True)
-class _Held:
-    """The image of a version, and what it takes to store it again, or a difference to it."""
-
-    plan: ImagePlan
-    image: Image
-    compression: bool
-    base: Base
-
-    def numbered(self, version: int) -> Self:
-        """Give what is held under the number that it got."""
-        return replace(self, base=replace(self.base, version=version))
-
-
-class _Incomplete(Exception):
-    """The server has lost chunks that the version needs."""
 
 
 class Publisher:
@@ -93,145 +58,122 @@ class Publisher:
         segment_bytes: int = SEGMENT_BYTES,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
-        """Take over from the version that the run has now.
+        """Continue with the version that the run has now.
 
         Args:
-            connection: way to the server.
-            keys: names of the run's keys.
-            epoch: the learner's epoch; a newer one fences this.
-            images: where images are kept; in our own memory by default.
-            metrics: is told what was published, and how long that took.
+            connection: connection to the server.
+            keys: the run's keys.
+            epoch: the learner's epoch; a newer one fences this learner.
+            images: where images are kept; in this process's memory by default.
+            metrics: records what was published, and how long that took.
             key: signs what is published, and what was published before must be signed with it; None for no signatures.
             segment_bytes: raw bytes that are compressed as one.
             chunk_bytes: a chunk is closed once it holds this much.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
         """
-        self._connection, self._keys, self._epoch = connection, keys, epoch
+        self._connection, self._keys, self._key = connection, keys, key
         self._segment_bytes, self._chunk_bytes = segment_bytes, chunk_bytes
         self._images = images or ImageStore(keys.run, None)
         self._metrics = metrics or Metrics()
-        self._key = key
-        #: Upload and version of the pointer that was refused last: another one than ours is there.
-        self._refused = (b"-", b"-")
-        #: What a run that nobody signed had stored when it was opened: it is to expire.
-        self._unsigned: tuple[StoredForm, ...] = ()
-        self._staging = GpuCopy()
+        self._gpu_copy = GpuCopy()
         self._lock = threading.Lock()
-        #: What was sent last without waiting.
-        self._under_way: Future[Published] = Future()
-        self._under_way.cancel()
-        self._attempt = 0
-        #: A commit of which nobody said what became of it: its upload, and what it would make the latest.
-        self._unsure: tuple[str, _Held] | None = None
-        #: Versions up to this one were used, or may have been, though nobody has them any more.
-        self._floor = 0
-        self._held: _Held | None = None
-        self._channel = Channel(connection, keys.meta)
+        #: The last publication in the background.
+        self._in_background: Future[Published] = Future()
+        self._in_background.cancel()
         self._retention = Retention(connection, keys)
+        self._committer = Committer(connection, keys, self._retention, epoch=epoch, key=key)
         self._uploader = Uploader(
             connection,
             keys,
             chunk_bytes=chunk_bytes,
-            make_room=self._retention.make_room,
+            retention=self._retention,
             metrics=self._metrics,
             hashes=key is not None,
         )
-        self._latest: Manifest | None = None
-        self._published: dict[int, float] = {}
-        #: What each chunk consists of that is stored and must stay, by upload.
-        self._chunks: dict[str, Sequence[Pieces]] = {}
-        self._catch_up(opening=True)
-        self._retention.tidy()
+        self._retention.enforce()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="rlbroker-publish")
 
     @property
     def latest_version(self) -> int:
-        """Number of the latest version; 0 before the first."""
-        return self._latest.version if self._latest else 0
+        """The latest version; 0 before the first."""
+        return self._committer.latest_version
 
     @property
     def last_used(self) -> int:
-        """The highest number that was ever used, as far as is known."""
-        return max(self.latest_version, self._floor)
+        """The highest version number that was ever used, as far as is known."""
+        return self._committer.last_used
 
     @property
     def published(self) -> Mapping[int, float]:
-        """When recent versions were published, seconds since the epoch."""
-        return self._published
+        """The times at which recent versions were published, seconds since the epoch."""
+        return self._committer.publish_times
 
     def publish(
         self, weights: Any, *, compression: bool, dtype: str | None = None, wait: bool = True
     ) -> PublishReceipt:
-        """Make these weights the run's next version, for every worker.
+        """Publish weights as the run's next version.
 
         Args:
             weights: a state dict, or any tree of tensors, arrays and plain values.
-            compression: whether to compress with blosc2, and to store differences; off is faster where the link is.
-            dtype: what floating tensors are cast to; None to leave them as they are.
-            wait: whether to return only when the version is out. If not, the weights have been copied on return,
-                and one publication at a time is under way: the next call waits for it.
+            compression: whether to compress with blosc2 and to store deltas; without, publishing is faster on a fast
+                link.
+            dtype: the dtype that floating tensors are cast to; None to leave them as they are.
+            wait: whether to return only when the version is published. Otherwise the weights have been copied on
+                return; the next call waits for this one, as one publication runs at a time.
 
         Raises:
-            InvalidArgument: `dtype` is not one that tensors can be cast to.
-            UnsupportedType: something in the weights cannot travel; its path is named.
+            InvalidArgument: tensors cannot be cast to `dtype`.
+            UnsupportedType: a value in the weights cannot be sent; the message names its path.
             Fenced: a newer learner has taken over the run.
-            PeerError: the server refused, or could not be reached in time; the version was not published, or,
-                after a lost connection, it was and nobody said so.
+            PeerError: the server refused or could not be reached in time. The version was not published, or its
+                commit may have been applied and the reply was lost.
         """
         began = time.monotonic()
         while True:
-            _wait_for(self._under_way)
+            _wait_for(self._in_background)
             with self._lock:
-                if not self._under_way.done():  # another thread was quicker
+                if not self._in_background.done():  # another thread was faster
                     continue
-                staged = self._staging.take(weights)
-                plan = ImagePlan(staged.tree, dtype=dtype, segment_bytes=self._segment_bytes)
+                tree = self._gpu_copy.to_host(weights)
+                plan = ImagePlan(tree.tree, dtype=dtype, segment_bytes=self._segment_bytes)
                 draft = self._images.reserve(plan.image_bytes, plan.raw_bytes)
-                if wait or not staged.pending:
-                    staged.fill(plan, draft.array)
+                if wait or not tree.pending:
+                    tree.fill(plan, draft.array)
                 if wait:
-                    return PublishReceipt(self._publish(staged, plan, draft, compression, began))
-                work = partial(self._publish_later, staged, plan, draft, compression, began)
-                self._under_way = self._background.submit(work)
-            self._under_way.add_done_callback(_log_failure)
-            return PublishReceipt(self._under_way)
+                    return PublishReceipt(self._publish(tree, plan, draft, compression, began))
+                work = partial(self._publish_in_background, tree, plan, draft, compression, began)
+                self._in_background = self._background.submit(work)
+            self._in_background.add_done_callback(_log_failure)
+            return PublishReceipt(self._in_background)
 
-    def tidy(self) -> None:
-        """Do again what a fault kept from being done: keep the latest chunks, let older ones expire.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+    def enforce_retention(self) -> None:
+        """Set the lifetimes of chunks that an earlier fault has left unset. Do nothing while a version is published."""
         if self._lock.acquire(blocking=False):
             try:
-                self._retention.tidy()
+                self._retention.enforce()
             finally:
                 self._lock.release()
 
-    def raise_floor(self, version: int) -> None:
-        """Never use this version's number, nor a lower one: a checkpoint knows of it."""
+    def mark_used(self, version: int) -> None:
+        """Never use this version number, nor a lower one: a checkpoint refers to it."""
         with self._lock:
-            self._floor = max(self._floor, version)
+            self._committer.mark_used(version)
 
-    def outrun(self) -> bool:
-        """Whether workers run a newer version than the latest: the server lost it, and they came back after that.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
-        return self._held is not None and self._seen() > self.latest_version
+    def is_behind_workers(self) -> bool:
+        """Return whether workers have seen a newer version than the latest, on a server that lost it."""
+        committer = self._committer
+        return (
+            committer.local_copy is not None and committer.newest_seen_by_workers() > committer.latest_version
+        )
 
     def restore(self, *, unreadable_version: int = 0) -> bool:
-        """Publish the latest weights again, under a new version, if the server has lost them; one try.
+        """Publish the latest weights again, under a new version, if the server has lost them. Try once.
 
         Args:
-            unreadable_version: a version that some worker could not read. If it is the latest, what is stored of
-                it is compared, and not only the sizes.
+            unreadable_version: a version that a worker could not read. If it is the latest, the stored chunks are
+                compared byte by byte; otherwise only their sizes are.
 
         Returns:
-            False if another thread is publishing: then it is to be called again.
+            False if another thread is publishing: call again later.
 
         Raises:
             Fenced: a newer learner publishes in this run.
@@ -240,320 +182,185 @@ class Publisher:
         if not self._lock.acquire(blocking=False):
             return False
         try:
-            seen = self._catch_up()
-            pointer, held = self._latest, self._held
-            if pointer is None or held is None:
+            seen = self._committer.catch_up()
+            manifest, copy = self._committer.latest, self._committer.local_copy
+            if manifest is None or copy is None:
                 return True
-            there = self._read_pointer()
-            lost = there is None or there.upload != pointer.upload or there.version != pointer.version
+            found = self._committer.read_manifest()
+            lost = found is None or found.upload != manifest.upload or found.version != manifest.version
             if (
                 lost
-                or seen > pointer.version
-                or self._is_damaged(pointer, compare=unreadable_version == pointer.version)
+                or seen > manifest.version
+                or self._uploader.is_damaged(manifest, compare=unreadable_version == manifest.version)
             ):
-                again = Draft(held.image.array, placed=held.image)
-                self._make_latest(held.plan, again, held.compression, None, Deadline(0))
+                again = Draft(copy.image.array, published=copy.image)
+                self._make_latest(copy.plan, again, copy.compression, None, Deadline(0))
                 logger.warning(
-                    "the server had lost version %d, or a part of it; it is published again as version %d",
-                    pointer.version,
+                    "the server has lost version %d, or a part of it; it is published again as version %d",
+                    manifest.version,
                     self.latest_version,
                 )
-                self._retention.tidy()
+                self._retention.enforce()
             return True
         finally:
             self._lock.release()
 
     def finish(self, timeout_seconds: float) -> bool:
-        """Wait until what was sent without waiting is out; give whether it is."""
+        """Wait until no publication is running in the background; return whether that came in time."""
         deadline = Deadline(timeout_seconds)
-        _wait_for(self._under_way, deadline.remaining)
-        if not self._under_way.done() or not self._lock.acquire(timeout=deadline.remaining):
+        _wait_for(self._in_background, deadline.remaining)
+        if not self._in_background.done() or not self._lock.acquire(timeout=deadline.remaining):
             return False
         self._lock.release()
         return True
 
     def close(self) -> None:
-        """End the threads; give up the image."""
+        """End the threads and release the image."""
         self._background.shutdown(wait=False, cancel_futures=True)
-        self._channel.close()
+        self._committer.close()
         self._uploader.close()
-        self._held = self._unsure = None
         self._images.close()
 
-    def _publish_later(self, *arguments: Any) -> Published:
+    def _publish_in_background(self, *arguments: Any) -> Published:
         with self._lock:
             return self._publish(*arguments)
 
     def _publish(
-        self, staged: Staged, plan: ImagePlan, draft: Draft, compression: bool, began: float
+        self, tree: HostTree, plan: ImagePlan, draft: Draft, compression: bool, began: float
     ) -> Published:
-        """Make what is in the draft the latest version."""
+        """Make the content of the draft the latest version."""
         try:
-            if staged.pending:
-                staged.fill(plan, draft.array)
-            if self._unsure:
-                self._catch_up()
+            if tree.pending:
+                tree.fill(plan, draft.array)
+            self._committer.resolve_unconfirmed()
             base = self._base_for(plan) if compression else None
-            pointer = self._make_latest(plan, draft, compression, base)
+            manifest = self._make_latest(plan, draft, compression, base)
         except BaseException:
             draft.abandon()
             raise
         self._metrics.add("publish_seconds", time.monotonic() - began)
         try:
-            self._retention.tidy()
-        except PeerError as error:  # the version is out; what is left to do is done later
-            logger.warning("version %d is published; its chunks wait for care: %s", pointer.version, error)
+            self._retention.enforce()
+        except PeerError as error:  # the version is published; the learner calls enforce_retention later
+            logger.warning(
+                "version %d is published; the lifetimes of its chunks are set later: %s",
+                manifest.version,
+                error,
+            )
         return Published(
-            version=pointer.version,
-            kind=pointer.kind,
-            base=pointer.latest.base,
-            raw_bytes=pointer.raw_bytes,
-            stored_bytes=_stored_bytes(pointer),
-            chunks=pointer.latest.chunks,
+            version=manifest.version,
+            kind=manifest.kind,
+            base=manifest.base,
+            raw_bytes=manifest.raw_bytes,
+            stored_bytes=_stored_bytes(manifest),
+            chunks=manifest.latest.chunks,
             seconds=time.monotonic() - began,
         )
 
-    def _base_for(self, plan: ImagePlan) -> Base | None:
-        """Give what is held, if a difference to it makes sense."""
-        held = self._held
-        if held is None or held.plan.layout != plan.layout or plan.raw_bytes < MIN_DELTA_BYTES:
+    def _base_for(self, plan: ImagePlan) -> DeltaBase | None:
+        """Return the latest version as a base, if a delta to it is possible and useful."""
+        copy = self._committer.local_copy
+        if copy is None or copy.plan.layout != plan.layout or plan.raw_bytes < MIN_DELTA_BYTES:
             return None
-        return held.base if held.base.version == self.latest_version else None
+        return copy.base if copy.base.version == self.latest_version else None
 
     def _make_latest(
         self,
         plan: ImagePlan,
         draft: Draft,
         compression: bool,
-        base: Base | None,
+        base: DeltaBase | None,
         deadline: Deadline | None = None,
     ) -> Manifest:
-        """Store an image and commit it as the latest version; hold it from then on."""
+        """Store an image, publish it on this host, and commit it as the latest version."""
         for _ in range(_TRIES):
-            pointer, stored, full_ratio = self._store(plan, draft.array, compression, base, deadline)
-            name = pointer.latest.name_of_image(self._key, self._keys.run)
-            image = draft.publish(name, stored.header)
-            draft = Draft(image.array, placed=image)
-            held = _Held(plan, image, compression, Base(0, image.array, stored.digests, full_ratio))
+            manifest, upload, full_ratio = self._store(plan, draft.array, compression, base, deadline)
+            name = manifest.latest.name_of_image(self._key, self._keys.run)
+            image = draft.publish(name, upload.header)
+            draft = Draft(image.array, published=image)
+            copy = LocalCopy(plan, image, compression, DeltaBase(0, image.array, upload.digests, full_ratio))
             try:
-                return self._commit(pointer, held, deadline)
-            except _Incomplete:
-                base = None  # it may have been lost too
-                self._discard(pointer)
+                manifest = self._committer.commit(manifest, copy, deadline)
+            except ChunksLost:
+                base = None  # the server may have lost it too
+                self._discard(manifest)
             except (Fenced, RunLost, ServerOutOfMemory):
-                self._discard(pointer)
+                self._discard(manifest)
                 raise
+            else:
+                self._uploader.forget_superseded(manifest)
+                self._metrics.add_all(
+                    published=1,
+                    published_raw_bytes=manifest.raw_bytes,
+                    published_stored_bytes=_stored_bytes(manifest),
+                )
+                return manifest
         raise ServerFault(
             f"{self._connection.address} loses chunks of weights before a version is complete; does it evict keys?"
         )
 
     def _store(
-        self, plan: ImagePlan, array: Bytes, compression: bool, base: Base | None, deadline: Deadline | None
-    ) -> tuple[Manifest, Stored, float]:
-        """Store an image, as a difference if that pays; and as a whole too, once many differences have come."""
-        before = self._latest.forms if self._latest else ()
-        store = partial(self._uploader.store, plan, array, compression=compression, deadline=deadline)
-        version = self.last_used + 1
-        tried = self._uploader.try_difference(plan, array, base) if base else None
-        whole: Stored | None = None
-        if base and tried:
-            stored = store(version=version, upload=self._new_upload(), base=base, encoded=tried)
-            if needs_whole(stored.form, before):
-                whole = store(version=version, upload=self._new_upload())
+        self,
+        plan: ImagePlan,
+        array: Bytes,
+        compression: bool,
+        base: DeltaBase | None,
+        deadline: Deadline | None,
+    ) -> tuple[Manifest, Upload, float]:
+        """Store an image as a delta if that is worthwhile, and in full too once there are many deltas."""
+        committer = self._committer
+        before = committer.latest.forms if committer.latest else ()
+        store = partial(
+            self._uploader.store,
+            plan,
+            array,
+            version=committer.last_used + 1,
+            compression=compression,
+            deadline=deadline,
+        )
+        trial = self._uploader.try_delta(plan, array, base) if base else None
+        full: Upload | None = None
+        if base and trial:
+            upload = store(upload=committer.new_upload(), base=base, encoded=trial)
+            if needs_full(upload.form, before):
+                full = store(upload=committer.new_upload())
         else:
-            stored = whole = store(version=version, upload=self._new_upload())
+            upload = full = store(upload=committer.new_upload())
         full_ratio = base.full_ratio if base else 1.0
-        if whole:
-            self._chunks[whole.form.upload] = whole.chunks
-            full_ratio = whole.form.stored_bytes / max(1, plan.raw_bytes)
-        self._chunks[stored.form.upload] = stored.chunks
-        others = kept(stored.form, whole.form if whole and whole is not stored else None, before)
-        pointer = Manifest(
-            latest=stored.form,
+        if full:
+            full_ratio = full.form.stored_bytes / max(1, plan.raw_bytes)
+        others = choose_others(upload.form, full.form if full and full is not upload else None, before)
+        manifest = Manifest(
+            latest=upload.form,
             others=others,
             raw_bytes=plan.raw_bytes,
             chunk_bytes=self._chunk_bytes,
             codec="blosc2" if compression else "raw",
             published=time.time(),
-            dropped=(*(form for form in before if form not in others), *self._unsigned),
+            dropped=(*(form for form in before if form not in others), *committer.unsigned_forms),
         )
-        return self._signed(pointer), stored, full_ratio
+        return committer.sign(manifest), upload, full_ratio
 
-    def _signed(self, pointer: Manifest) -> Manifest:
-        return pointer.signed(self._key, self._keys.run) if self._key else pointer
-
-    def _commit(self, pointer: Manifest, held: _Held, deadline: Deadline | None) -> Manifest:
-        """Make what is stored the next version; give the pointer with its number."""
-        for _ in range(_COMMITS):
-            done = self._connection.retry(partial(self._try_commit, pointer, held), deadline)
-            if done != b"taken":
-                break
-            before = self._latest
-            self._catch_up()
-            if self._latest is not before:  # what came through meanwhile is to be superseded
-                raise _Incomplete
-            pointer = self._signed(pointer.numbered(self.last_used + 1))
-        else:
-            raise ServerFault(
-                f"somebody else keeps writing {self._keys.weights}; version {pointer.version} is not out"
-            )
-        self._adopt(pointer)
-        self._unsure = None
-        self._held = held.numbered(pointer.version)
-        self._metrics.add_all(
-            published=1,
-            published_raw_bytes=pointer.raw_bytes,
-            published_stored_bytes=_stored_bytes(pointer),
-        )
-        return pointer
-
-    def _discard(self, pointer: Manifest) -> None:
-        """Delete what was stored for a version that did not come to be; a full server needs the room."""
-        if self._unsure is not None and self._unsure[0] == pointer.upload:
-            return  # an earlier try may have been done after all
-        for form in pointer.new_forms:
+    def _discard(self, manifest: Manifest) -> None:
+        """Delete what was stored of a version that was not committed: a full server needs the room."""
+        if self._committer.is_unconfirmed(manifest.upload):
+            return
+        for form in manifest.new_forms:
             self._uploader.discard(form.upload, form.chunks)
 
-    def _try_commit(self, pointer: Manifest, held: _Held) -> Any:
-        """Commit over the connection on which every chunk was seen: a server may have lost some meanwhile.
 
-        On a Cluster others have the chunks. If one loses some after this look, workers say that they are gone.
-        """
-        self._channel.connect()
-        chunks = [key for form in pointer.forms for key in self._retention.chunk_keys(form)]
-        there = (
-            self._connection.on_each("EXISTS", chunks)
-            if self._keys.shards
-            else self._channel.execute("EXISTS", *chunks)
-        )
-        if there < len(chunks):
-            raise _Incomplete
-        keys = (self._keys.meta, self._keys.weights, self._keys.control, self._keys.notify)
-        arguments = (self._epoch, pointer.version, pointer.upload, *self._refused, *flat(pointer.to_fields()))
-        try:
-            return self._channel.run(COMMIT, keys, arguments)
-        except (Fenced, RunLost, ServerOutOfMemory):  # it was not done
-            raise
-        except BaseException:  # it may have been done, and a worker may run it: the number is gone
-            self._unsure = pointer.upload, held
-            self._floor = max(self._floor, pointer.version)
-            raise
-
-    def _catch_up(self, *, opening: bool = False) -> int:
-        """Learn which numbers were used: by a commit whose reply never came, or by what the server lost.
-
-        Args:
-            opening: whether this is the first look at the run, which may have gone on without signatures so far.
-
-        Returns:
-            The newest version that workers saw on a server that lost it; 0 without one.
-        """
-        found = self._read_pointer(opening=opening)
-        if found is not None and found.version > self.latest_version:
-            self._adopt(found)
-            came_through = self._unsure is not None and self._unsure[0] == found.upload
-            self._held = self._unsure[1].numbered(found.version) if self._unsure and came_through else None
-        self._unsure = None
-        seen = self._seen()
-        self._floor = max(self._floor, seen)
-        return seen
-
-    def _seen(self) -> int:
-        """Give the newest version that workers saw on a server that lost it; 0 without one."""
-        text = self._connection.execute("HGET", self._keys.meta, "version_floor") or b"0"
-        seen = whole_number(str(text, "ascii", "replace"))
-        if seen is None or seen > _LAST_VERSION:
-            raise ServerFault(
-                f"version_floor of {self._keys.meta} is {text!r:.100}, which no worker saw; delete this field"
-            )
-        return seen
-
-    def _adopt(self, pointer: Manifest) -> None:
-        """Take a pointer for the latest; what it no longer names is to expire."""
-        self._retention.adopt(pointer, self._latest.forms if self._latest else ())
-        names = {form.upload for form in pointer.forms}
-        self._chunks = {upload: chunks for upload, chunks in self._chunks.items() if upload in names}
-        self._unsigned = ()
-        self._latest = pointer
-        self._published[pointer.version] = pointer.published
-        if len(self._published) > TIMES_KEPT:
-            del self._published[next(iter(self._published))]
-
-    def _is_damaged(self, pointer: Manifest, *, compare: bool) -> bool:
-        """Whether a chunk is missing or, as far as its size or its digest tells, is not what was stored."""
-        expected = [
-            pair
-            for form in pointer.forms
-            for pair in zip(self._retention.chunk_keys(form), self._chunks.get(form.upload, ()), strict=False)
-        ]
-        hashes = {
-            key: form.hash_of(number)
-            for form in pointer.forms
-            for number, key in enumerate(self._retention.chunk_keys(form))
-        }
-        there = self._connection.on_each("EXISTS", [key for key, _ in expected])
-        sizes = self._connection.execute_all([("STRLEN", key) for key, _ in expected])
-        if there < len(expected) or sizes != [sum(size for size, _ in pieces) for _, pieces in expected]:
-            return True
-        return compare and not all(
-            _consists_of(self._connection.execute("GET", key) or b"", pieces, hashes[key])
-            for key, pieces in expected
-        )
-
-    def _new_upload(self) -> str:
-        self._attempt += 1
-        return f"{self.last_used + 1}-{self._epoch}-{self._attempt}"
-
-    def _read_pointer(self, *, opening: bool = False) -> Manifest | None:
-        """Give what the server names as the latest version; with a key, only what was signed with it.
-
-        What others wrote there counts for nothing, and the next version replaces it, whatever its number. Only if
-        this learner just opens the run may that be an honest version without a signature: then its number is used.
-        """
-        fields = text_fields(self._connection.execute("HGETALL", self._keys.weights))
-        if self._key is None:
-            return Manifest.from_fields(fields)
-        pointer: Manifest | None = None
-        try:
-            pointer = Manifest.from_fields(fields)
-            if pointer is not None:
-                pointer.check(self._key, self._keys.run)
-            return pointer
-        except WireError as error:
-            upload, number = self._connection.execute("HMGET", self._keys.weights, "upload", "version")
-            if (upload, number) != self._refused:
-                logger.warning("the weights that the run %r names are refused: %s", self._keys.run, error)
-            self._refused = upload or b"", number or b""
-        if opening and pointer is not None and pointer.version <= _LIKELY_VERSION:
-            self._floor = max(self._floor, pointer.version)
-            self._unsigned = tuple(replace(form, signature="") for form in (*pointer.forms, *pointer.dropped))
-        return None
-
-
-def _stored_bytes(pointer: Manifest) -> int:
-    """Give what a version took to store: as a difference, as a whole, or both."""
-    return sum(form.stored_bytes for form in pointer.new_forms)
+def _stored_bytes(manifest: Manifest) -> int:
+    """Return the bytes that a version was stored in: as a delta, in full, or both."""
+    return sum(form.stored_bytes for form in manifest.new_forms)
 
 
 def _wait_for(work: Future[Any], timeout_seconds: float | None = None) -> None:
-    """Wait until work is done, whatever becomes of it."""
+    """Wait until work is done, whether it succeeds or fails."""
     with suppress(CancelledError, TimeoutError):
         work.exception(timeout_seconds)
 
 
-def _consists_of(data: bytes, pieces: Pieces, signed: str) -> bool:
-    """Whether a chunk is what was stored: by its hash where that is signed, or by the digests of its pieces."""
-    if signed:
-        return chunk_hash([data]) == signed
-    rest = memoryview(data)
-    for size, digest in pieces:
-        if xxhash.xxh3_64_intdigest(rest[:size]) != digest:
-            return False
-        rest = rest[size:]
-    return True
-
-
 def _log_failure(future: Future[Published]) -> None:
-    """Say that a version was not published, as perhaps nobody looks at its receipt."""
+    """Log that a version was not published: the caller may never read its receipt."""
     if not future.cancelled() and (error := future.exception()) is not None:
         logger.warning("weights that were sent without waiting were not published: %s", error)

@@ -1,65 +1,39 @@
-"""The worker's half: notices come as hints, the pointer is the truth, and decoding happens in the background."""
+"""The worker's side: announcements save waiting, the manifest is the truth, and decoding happens in the background."""
 
 from __future__ import annotations
 
 import logging
 import socket
-import threading
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
-import redis
-from redis import exceptions as redis_errors
-
-from rlbroker.backend.client import STALL_SECONDS
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import number_in, text_fields, whole_number
+from rlbroker.backend.replies import number_in, text_fields
 from rlbroker.backend.threads import BackgroundThread
 from rlbroker.backend.unreadable import answered
 from rlbroker.codec.signing import NotSigned, SigningKey
-from rlbroker.errors import ConnectionFailed, WireError
+from rlbroker.errors import WireError
 from rlbroker.membership.run_size import RunSize
-from rlbroker.weights.download import Downloader, Version
+from rlbroker.weights.download import DecodedVersion, Downloader
 from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.manifest import Manifest
+from rlbroker.weights.updates import UpdateQueue, WeightsUpdate
+from rlbroker.weights.version_channel import VersionChannel
 
 logger = logging.getLogger("rlbroker")
 
-#: Without any hint the pointer is read this often. Hints come by two ways, and who has lost one of them looks at once.
-LOOK_SECONDS: Final = 3.0
+#: How often the manifest is polled without an announcement. Announcements come over the channel and the control stream;
+#: a worker that has lost the connection of one of them polls as soon as it is back.
+POLL_SECONDS: Final = 3.0
 
-#: How often the subscription is asked whether it lives: a connection that broke on its way stays silent for ever.
-#: It has to answer before it is asked again.
-PING_SECONDS: Final = STALL_SECONDS / 2
-
-#: Refused versions are told of this often, at most: whoever writes to the server could name a new one at each look.
+#: At most one refused version is reported in this time: any client with write access could name a new one at each poll.
 REFUSED_SECONDS: Final = 1.0
 
-#: Updates that wait to be told of, at most, where they were refused.
-REFUSED_KEPT: Final = 100
-
-#: A version that cannot be read is tried this often before it counts as failed.
+#: How often a version is tried before it counts as failed.
 TRIES: Final = 3
-
-
-@dataclass(frozen=True)
-class Update:
-    """A version that is decoded and waits to be loaded, or that could not be read and says why."""
-
-    version: int
-    decoded: Version | None
-    problem: str = ""
-    refused: bool = False  #: whether the problem is its signature
-
-
-def only_newest(updates: Sequence[Update]) -> list[Update]:
-    """Give those that failed, and the newest that did not: it is the only one worth loading."""
-    good = [one for one in updates if not one.problem]
-    return [one for one in updates if one.problem] + good[-1:]
 
 
 class Subscriber:
@@ -73,302 +47,285 @@ class Subscriber:
         *,
         key: SigningKey | None = None,
         from_replicas: bool = False,
-        crowd: Callable[[], RunSize] = RunSize,
+        run_size: Callable[[], RunSize] = RunSize,
     ) -> None:
-        """Prepare a subscriber; nothing is read yet.
+        """Create a subscriber; nothing is read yet.
 
         Args:
-            connection: way to the server.
-            keys: names of the run's keys.
-            images: where decoded versions are kept; in our own memory by default.
-            key: which signs weights; None to take them unsigned.
+            connection: connection to the server.
+            keys: the run's keys.
+            images: where decoded versions are kept; in this process's memory by default.
+            key: the key that weights must be signed with; None to accept them unsigned.
             from_replicas: whether chunks are read from replicas, where there are any.
-            crowd: gives who else asks for each version.
+            run_size: returns how many workers and hosts download each version.
         """
-        self._connection, self._keys, self._key = connection, keys, key
-        self._crowd, self._host, self._name = crowd, socket.gethostname(), uuid.uuid4().hex
-        self._turn: Deadline | None = None  #: when to fetch, where that was put off
-        self._last: Manifest | None = None  #: to what was fetched last
+        self._connection, self._keys = connection, keys
         self._images = images or ImageStore(keys.run, None)
-        self._pubsub: redis.client.PubSub | None = None
-        self._next_ping, self._answered = Deadline(0), True
-        self._hinted = 0
-        self._handled = 0
-        self._seen = (0, "")
-        self._tried, self._tries = "", 0
-        self._next_look = Deadline(0)
+        self._jitter = _DownloadJitter(self._images, run_size)
+        self._signatures = _SignatureCheck(key, keys.run)
+        self._channel = VersionChannel(connection, keys)
+        self._updates = UpdateQueue()
+        self._downloader = Downloader(connection, keys, self._images, key=key, from_replicas=from_replicas)
+        self._thread = BackgroundThread(f"weights of {keys.run!r}", self._run_once)
+        self._announced = 0
+        self._next_poll = Deadline(0)
+        self._not_before: Deadline | None = None  #: when to download, if that was delayed
+        self._last_manifest: Manifest | None = None  #: of the version that was downloaded last
+        #: The version that was decoded last: the next one may be a delta to it.
+        self._previous: DecodedVersion | None = None
+        self._failures = ("", 0)  #: of which upload, and how many
         self._problem = ""
-        self._updates: list[Update] = []
-        self._arrived = threading.Condition()
-        self._thread = BackgroundThread(f"weights of {keys.run!r}", self._step)
-        self._fetcher = Downloader(
-            connection,
-            keys,
-            self._images,
-            key=key,
-            from_replicas=from_replicas,
-            stopping=lambda: self._thread.stopping,
-        )
-        #: The newest version with a right signature: a key keeps who has it from going back.
-        self._signed = 0
-        self._refused: tuple[int, str, str] | None = None  #: what was refused last
-        self._next_refusal = Deadline(0)
-        self._said_unchecked = False
-        #: The version that was read last: the next one may be a difference to it.
-        self._held: Version | None = None
 
     def start(self) -> None:
         """Begin to follow the run's weights in the background."""
         self._thread.start()
 
     def request_stop(self) -> None:
-        """Have the background thread end soon; does not wait."""
+        """Make the background thread end soon, without waiting for it."""
         self._thread.request_stop()
+        self._downloader.cancel()
 
     def stop(self, timeout_seconds: float) -> None:
-        """Stop following."""
+        """End the background thread and release all images."""
+        self.request_stop()
         self._thread.stop(timeout_seconds)
-        self._fetcher.close()
-        self._unsubscribe()
-        self._held, self._updates = None, []
+        self._downloader.close()
+        self._channel.close()
+        self._previous = None
+        self._updates.clear()
         self._images.close()
 
     def check(self) -> None:
-        """Raise what ended the following, if anything did."""
+        """Raise the error that ended the background thread, if one did."""
         self._thread.check()
 
     @property
     def problem(self) -> str:
-        """What keeps the newest version from being read; empty if nothing does."""
+        """The reason why the newest version cannot be read; empty if it can."""
         return self._problem
 
     @property
     def ready(self) -> bool:
         """Whether there is an update to take."""
-        return bool(self._updates)
+        return self._updates.ready
 
     @property
     def newest(self) -> int:
-        """The newest version that was read, or given up."""
-        return self._handled
+        """The newest version that was decoded or given up; 0 after `fetch_again`."""
+        return self._updates.newest
 
     @property
     def newest_seen(self) -> tuple[int, str]:
-        """The newest version that was ever read, or given up, and the name of its upload; 0 and "" before the first."""
-        return self._seen
+        """The newest version that was ever decoded or given up, and its upload; 0 and "" before the first."""
+        return self._updates.newest_seen
 
-    def has_handled(self, version: int) -> bool:
-        """Whether this version, or a newer one, was handed out by `take` or is past mending."""
-        with self._arrived:
-            return self._handled >= version and not self._updates
+    def was_taken(self, version: int) -> bool:
+        """Return whether this version or a newer one was taken or given up."""
+        return self._updates.was_taken(version)
+
+    def take(self, timeout_seconds: float = 0) -> list[WeightsUpdate]:
+        """Return what is ready, failed versions first; wait for an update if there is a timeout."""
+        return self._updates.take(timeout_seconds)
 
     def read_latest(self) -> int:
-        """Ask the server for the latest version; 0 before the first. With a key, for the latest that is signed.
+        """Ask the server for the latest version, with a signing key for the latest signed one; 0 before the first.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
         version = self._read_version() or 0
-        self.hint(version)
-        if self._key is None:
+        self.announce(version)
+        if not self._signatures.required:
             return version
         try:
-            pointer = self._read_pointer()
-            if pointer is not None:
-                pointer.check(self._key, self._keys.run)
-            return max(pointer.version if pointer else 0, self._signed)
-        except WireError:  # the background says so
-            return self._signed
+            manifest = self._read_manifest()
+            if manifest is not None:
+                self._signatures.verify(manifest)
+            return max(manifest.version if manifest else 0, self._signatures.newest)
+        except WireError:  # the background thread reports it
+            return self._signatures.newest
 
-    def hint(self, version: int) -> None:
-        """Be told from elsewhere that a version was published."""
-        if version > self._hinted:
-            self._hinted = version
+    def announce(self, version: int) -> None:
+        """Note that a version was published, as another part of the worker has learned."""
+        if version > self._announced:
+            self._announced = version
             self._thread.wake()
 
     def fetch_again(self) -> None:
-        """Have the latest version read once more, for another model."""
-        self._handled = 0
-        self._next_look = Deadline(0)
+        """Fetch the latest version once more, for another model."""
+        self._updates.forget_newest()
+        self._next_poll = Deadline(0)
         self._thread.wake()
 
-    def take(self, timeout_seconds: float = 0) -> list[Update]:
-        """Give what is ready, versions that failed first; wait for it if there is a timeout."""
-        with self._arrived:
-            if not self._updates and timeout_seconds > 0:
-                self._arrived.wait(timeout_seconds)
-            found, self._updates = self._updates, []
-            return found
-
-    def _step(self) -> bool:
-        """Look for a newer version when it is time; give whether it was."""
-        if self._pubsub is None:
-            self._subscribe()
-            self._next_look = Deadline(0)  # nothing published while unsubscribed is replayed
-        self._hear()
-        due = self._hinted > self._handled or self._next_look.over
-        if self._turn is not None:
-            due = self._turn.over
+    def _run_once(self) -> bool:
+        """Wait for an announcement, and poll when it is time; return whether it was."""
+        if not self._channel.subscribed:
+            self._channel.subscribe()
+            self._next_poll = Deadline(0)  # announcements that came before are not repeated
+        until = self._next_poll if self._not_before is None else self._not_before
+        announced = self._channel.wait(until, self._thread)
+        self._announced = max(self._announced, announced)
+        due = self._announced > self.newest or self._next_poll.over
+        if self._not_before is not None:
+            due = self._not_before.over
         if due:
-            self._next_look = Deadline(LOOK_SECONDS)
-            self._look()
+            self._next_poll = Deadline(POLL_SECONDS)
+            self._poll()
         return due
 
-    def _subscribe(self) -> None:
-        pubsub = self._connection.pubsub(self._keys.notify)
-        try:
-            pubsub.subscribe(self._keys.notify)
-        except redis_errors.RedisError as error:
-            pubsub.close()
-            raise self._connection.to_rlbroker_error(error) from error
-        self._pubsub = pubsub
-        self._next_ping, self._answered = Deadline(PING_SECONDS), True
-
-    def _unsubscribe(self) -> None:
-        pubsub, self._pubsub = self._pubsub, None
-        if pubsub is not None:
-            pubsub.close()
-
-    def _hear(self) -> None:
-        """Wait for a hint, or until there is something else to do."""
-        pubsub = self._pubsub
-        assert pubsub is not None
-        try:
-            message = pubsub.get_message(timeout=0) or self._wait(pubsub)
-        except (redis_errors.RedisError, OSError) as error:
-            self._unsubscribe()
-            if isinstance(error, redis_errors.RedisError):
-                raise self._connection.to_rlbroker_error(error) from error
-            raise
-        if message is not None:
-            self._answered = True
-            if message["type"] == "message":
-                version = whole_number(str(message["data"], "ascii", "replace")) or 0
-                self._hinted = max(self._hinted, version)
-
-    def _wait(self, pubsub: redis.client.PubSub) -> Any:
-        """Wait for a message, but not for longer than there is nothing else to do."""
-        if self._next_ping.over:
-            if not self._answered:
-                raise ConnectionFailed(f"the subscription to {self._connection.address} gives no answer")
-            pubsub.ping()
-            self._next_ping, self._answered = Deadline(PING_SECONDS), False
-        until = self._next_look if self._turn is None else self._turn
-        seconds = min(until.remaining, self._next_ping.remaining)
-        sock = getattr(pubsub.connection, "_sock", None)
-        if not isinstance(sock, socket.socket):
-            return pubsub.get_message(timeout=min(seconds, self._connection.block_seconds))
-        return pubsub.get_message(timeout=0) if self._thread.wait_for(sock, seconds) else None
-
-    def _look(self) -> None:
-        waited, self._turn = self._turn is not None, None
-        if self._hinted <= self._handled:
-            latest = self._read_version()
-            if latest is not None and latest <= self._handled:
-                if 0 < latest < self._seen[0]:
-                    self._problem = (
-                        f"the run's latest version is {latest}, and {self._seen[0]} was here before: its learner does "
-                        "not know of that"
-                    )
-                return
-            self._hinted = max(self._hinted, latest or 0)
-        # Who has waited once fetches what is the newest then.
-        if not waited and self._last and self._put_off(self._hinted, self._last):
+    def _poll(self) -> None:
+        """Fetch the latest version, if there is a new one and it is this worker's turn to download."""
+        delayed, self._not_before = self._not_before is not None, None
+        if not self._is_newer_announced():
             return
-        pointer = self._read_pointer()
-        if pointer is not None and pointer.version < self._signed:
+        # A worker that was delayed once downloads whatever is the latest then. Until then it asks the server for
+        # nothing: a thousand workers that read the manifest at once are a load too, and the next version is likely to
+        # have the size of the last one.
+        if not delayed and self._last_manifest and self._delay(self._announced, self._last_manifest):
+            return
+        manifest, signed = self._read_manifest(), self._signatures.newest
+        if manifest is not None and manifest.version < signed:
             self._problem = (
-                f"version {pointer.version}: it is older than {self._signed}, which was here before"
+                f"version {manifest.version}: it is older than {signed}, which this worker has seen"
             )
-        if pointer is None or pointer.version <= self._handled or pointer.version < self._signed:
-            # A hint of a version that the pointer does not have is wrong, or its server lost its data.
-            self._hinted = min(self._hinted, pointer.version if pointer else 0)
+        if manifest is None or manifest.version <= self.newest or manifest.version < signed:
+            # The announcement was wrong, or the server has lost the version.
+            self._announced = min(self._announced, manifest.version if manifest else 0)
             return
         try:
-            self._check(pointer)
+            self._signatures.accept(manifest)
         except NotSigned as error:
-            self._refuse(pointer, str(error))
+            self._refuse(manifest, str(error))
             return
-        first, self._last = self._last is None, pointer
-        if first and not waited and self._put_off(pointer.version, pointer):
+        first, self._last_manifest = self._last_manifest is None, manifest
+        if first and not delayed and self._delay(manifest.version, manifest):
             return
+        self._fetch(manifest)
+
+    def _is_newer_announced(self) -> bool:
+        """Return whether a newer version is announced; ask the server for the latest if none is."""
+        if self._announced > self.newest:
+            return True
+        latest = self._read_version()
+        if latest is not None and latest <= self.newest:
+            seen = self.newest_seen[0]
+            if 0 < latest < seen:
+                self._problem = (
+                    f"the run's latest version is {latest}, but this worker has seen {seen}, which the learner does "
+                    "not know of"
+                )
+            return False
+        self._announced = max(self._announced, latest or 0)
+        return True
+
+    def _delay(self, version: int, similar: Manifest) -> bool:
+        """Delay the download if many workers want this version; return whether it is delayed."""
+        seconds = self._jitter.seconds(version, similar)
+        self._not_before = Deadline(seconds) if seconds else None
+        return self._not_before is not None
+
+    def _fetch(self, manifest: Manifest) -> None:
+        """Fetch a version and queue it; after a failure try again later, or give it up."""
         try:
-            version = self._fetcher.fetch(pointer, self._held)
+            version = self._downloader.fetch(manifest, self._previous)
         except WireError as error:
-            self._held = None  # what we hold may be what does not fit
-            self._failed(pointer, str(error), refused=isinstance(error, NotSigned))
+            self._previous = None  # it may be the wrong base
+            self._fail(manifest, str(error), refused=isinstance(error, NotSigned))
             return
         self._problem = ""
-        self._held = version if pointer.codec != "raw" else None  # raw versions are never differences
-        self._hand_over(Update(pointer.version, version), pointer.upload)
-
-    def _put_off(self, version: int, like: Manifest) -> bool:
-        """Have a version fetched later, if so many want it that they must take turns; give whether that is so.
-
-        Until then the server is asked for nothing, not for its pointer either: one that is known will be like it.
-        """
-        shared = self._images.shares(like.raw_bytes)
-        name = self._host if shared else self._name
-        seconds = self._crowd().wait_seconds(version, like.stored_bytes, name=name, shared=shared)
-        self._turn = Deadline(seconds) if seconds else None
-        return self._turn is not None
+        self._previous = version if manifest.codec != "raw" else None  # raw versions are never deltas
+        self._updates.put(WeightsUpdate(manifest.version, version), manifest.upload)
 
     def _read_version(self) -> int | None:
-        """Give the number of the latest version, 0 before the first; None if what is there is no number."""
+        """Return the latest version, 0 before the first; None if the field is not a number."""
         return number_in(self._connection.execute("HGET", self._keys.weights, "version"))
 
-    def _read_pointer(self) -> Manifest | None:
-        """Give what the server names as the latest version; see over which shards its chunks are spread."""
-        asked = [("HGETALL", self._keys.weights), ("HGET", self._keys.meta, "shards")]
-        fields, shards = answered(self._connection.ask(asked))
+    def _read_manifest(self) -> Manifest | None:
+        """Return the server's manifest; learn over which shards its chunks are spread."""
+        commands = [("HGETALL", self._keys.weights), ("HGET", self._keys.meta, "shards")]
+        fields, shards = answered(self._connection.ask(commands))
         if shards is not None:
             self._keys.spread(shards.decode("ascii", "replace"))
         return Manifest.from_fields(text_fields(fields))
 
-    def _check(self, pointer: Manifest) -> None:
-        """Check that a learner with our key has published this; note that it did."""
+    def _refuse(self, manifest: Manifest, problem: str) -> None:
+        """Report a version with a wrong signature. The learner's next version may have a lower number."""
+        self._problem = f"version {manifest.version}: {problem}"
+        self._announced = self.newest
+        if self._signatures.is_new_refusal(manifest, problem):
+            logger.warning("%s", self._problem)
+            self._updates.put_refused(WeightsUpdate(manifest.version, None, problem, refused=True))
+
+    def _fail(self, manifest: Manifest, problem: str, *, refused: bool) -> None:
+        if self._thread.stopping:
+            return
+        self._problem = f"version {manifest.version}: {problem}"
+        upload, tries = self._failures
+        tries = tries + 1 if upload == manifest.upload else 1
+        self._failures = manifest.upload, tries
+        logger.warning("%s (try %d of %d)", self._problem, tries, TRIES)
+        if tries < TRIES:
+            self._not_before = Deadline(self._connection.block_seconds)
+        else:
+            self._updates.put(WeightsUpdate(manifest.version, None, problem, refused), manifest.upload)
+
+
+class _DownloadJitter:
+    """Spreads the downloads of a version over time, so that many workers do not all start at once."""
+
+    def __init__(self, images: ImageStore, run_size: Callable[[], RunSize]) -> None:
+        self._images, self._run_size = images, run_size
+        self._host, self._worker = socket.gethostname(), uuid.uuid4().hex
+
+    def seconds(self, version: int, similar: Manifest) -> float:
+        """Return how long to wait before downloading a version about as large as another one."""
+        shared = self._images.shares(similar.raw_bytes)
+        name = self._host if shared else self._worker
+        return self._run_size().wait_seconds(version, similar.stored_bytes, name=name, shared=shared)
+
+
+class _SignatureCheck:
+    """Checks the signatures of manifests.
+
+    Attributes:
+        newest: the newest version with a valid signature. An older one is not accepted after it, so that another
+            client cannot bring back old weights.
+    """
+
+    def __init__(self, key: SigningKey | None, run: str) -> None:
+        self._key, self._run = key, run
+        self.newest = 0
+        self._last_refusal: tuple[int, str, str] | None = None
+        self._next_refusal = Deadline(0)
+        self._warned = False
+
+    @property
+    def required(self) -> bool:
+        """Whether weights must be signed."""
+        return self._key is not None
+
+    def verify(self, manifest: Manifest) -> None:
+        """Raise NotSigned if a signature is required and is missing or wrong."""
         if self._key:
-            pointer.check(self._key, self._keys.run)
-            self._signed = pointer.version
-        elif pointer.latest.signature and not self._said_unchecked:
-            self._said_unchecked = True
+            manifest.check(self._key, self._run)
+
+    def accept(self, manifest: Manifest) -> None:
+        """Verify the manifest of a version to fetch, and remember it as the newest; warn once if that needs a key."""
+        if self._key:
+            self.verify(manifest)
+            self.newest = manifest.version
+        elif manifest.latest.signature and not self._warned:
+            self._warned = True
             logger.warning(
                 "the learner of %r signs its weights, and this worker does not check that, as it has no key: set "
                 "signing_key, or RLBROKER_SIGNING_KEY_FILE",
-                self._keys.run,
+                self._run,
             )
 
-    def _refuse(self, pointer: Manifest, problem: str) -> None:
-        """Say that somebody else has published this; what the learner publishes may have a lower number."""
-        self._problem = f"version {pointer.version}: {problem}"
-        self._hinted = self._handled
-        refused = pointer.version, pointer.upload, problem
-        if refused == self._refused or not self._next_refusal.over:
-            return
-        self._refused, self._next_refusal = refused, Deadline(REFUSED_SECONDS)
-        logger.warning("%s", self._problem)
-        with self._arrived:
-            if len(self._updates) < REFUSED_KEPT:
-                self._updates = only_newest(
-                    [*self._updates, Update(pointer.version, None, problem, refused=True)]
-                )
-            self._arrived.notify_all()
-
-    def _failed(self, pointer: Manifest, problem: str, *, refused: bool) -> None:
-        if self._thread.stopping:
-            return
-        self._problem = f"version {pointer.version}: {problem}"
-        self._tries = self._tries + 1 if self._tried == pointer.upload else 1
-        self._tried = pointer.upload
-        logger.warning("%s (try %d of %d)", self._problem, self._tries, TRIES)
-        if self._tries < TRIES:
-            self._turn = Deadline(self._connection.block_seconds)
-        else:
-            self._hand_over(Update(pointer.version, None, problem, refused), pointer.upload)
-
-    def _hand_over(self, update: Update, upload: str) -> None:
-        with self._arrived:
-            self._handled = update.version
-            self._seen = max(self._seen, (update.version, upload), key=lambda one: one[0])
-            self._updates = only_newest([*self._updates, update])
-            self._arrived.notify_all()
+    def is_new_refusal(self, manifest: Manifest, problem: str) -> bool:
+        """Return whether to report a refusal: a repeated one is not reported, nor one shortly after another."""
+        refusal = manifest.version, manifest.upload, problem
+        if refusal == self._last_refusal or not self._next_refusal.over:
+            return False
+        self._last_refusal, self._next_refusal = refusal, Deadline(REFUSED_SECONDS)
+        return True

@@ -1,4 +1,4 @@
-"""Encodes versions and stores their chunks. By that nothing becomes a version yet: the publisher commits it."""
+"""Encodes versions and stores their chunks. An upload becomes a version only when it is committed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from functools import partial
 from itertools import chain
 from typing import Final
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from rlbroker.backend.bulk import ChunkWriter, ProgressTimeout
 from rlbroker.backend.connection import Connection
@@ -26,7 +24,9 @@ from rlbroker.codec.image import EncodedSegment, ImagePlan
 from rlbroker.codec.signing import chunk_hash
 from rlbroker.errors import ConnectionFailed, PeerError, ServerOutOfMemory
 from rlbroker.metrics.counters import Metrics
-from rlbroker.weights.manifest import StoredForm, digest_of
+from rlbroker.weights.host_cache.image_files import Bytes
+from rlbroker.weights.manifest import Manifest, StoredForm, digest_of
+from rlbroker.weights.retention import Retention
 
 #: Segments that may be encoded ahead of sending; bounds the memory that publishing takes.
 SEGMENTS_AHEAD: Final = 8
@@ -34,104 +34,53 @@ SEGMENTS_AHEAD: Final = 8
 #: Chunks of a version that was never committed expire after this.
 UNCOMMITTED_SECONDS: Final = 3600
 
-#: So many segments are tried before a whole version is stored as a difference.
-_TRIED_SEGMENTS: Final = 3
+#: How many segments are encoded as a trial before a version is stored as a delta.
+_TRIAL_SEGMENTS: Final = 3
 
-#: A difference must be smaller than this part of the whole; else applying it is not worth the trouble.
-_WORTHWHILE: Final = 0.8
+#: A delta must be smaller than this part of the full version; otherwise applying it is not worth the effort.
+_WORTHWHILE_RATIO: Final = 0.8
 
+#: The key of a chunk, and the parts of its value.
 Chunk = tuple[str, Sequence[bytes | memoryview]]
 
-#: What a chunk consists of: size and xxh3_64 of each segment in it, or of the header.
-Pieces = Sequence[tuple[int, int]]
+#: Size and xxh3_64 of each part of a chunk: of its segments, or of the header.
+PartDigests = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Base:
-    """What a version may be stored as a difference to.
+class DeltaBase:
+    """A version that the next one may be stored as a delta to.
 
     Attributes:
         version: its number.
         image: its bytes.
         digests: xxh3_64 of each of its segments, raw.
-        full_ratio: stored bytes for each raw byte when a version was last stored as a whole.
+        full_ratio: stored bytes for each raw byte when a version was last stored in full.
     """
 
     version: int
-    image: NDArray[np.uint8]
+    image: Bytes
     digests: Sequence[int]
     full_ratio: float
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A version whose chunks are on the server.
+class Upload:
+    """A stored form whose chunks are on the server.
 
     Attributes:
-        form: what to fetch.
+        form: what a manifest says of it.
         header: its chunk 0.
         digests: xxh3_64 of each segment, raw.
-        chunks: what each chunk consists of, the header's first.
     """
 
     form: StoredForm
     header: bytes
     digests: Sequence[int]
-    chunks: Sequence[Pieces]
-
-
-class _Made:
-    """The chunks of one upload, as they are made."""
-
-    def __init__(
-        self, keys: Keys, upload: str, plan: ImagePlan, chunk_bytes: int, hashing: ThreadPoolExecutor | None
-    ) -> None:
-        self._keys, self._upload, self._plan, self._chunk_bytes = keys, upload, plan, chunk_bytes
-        self._hashing = hashing
-        self._hashes: list[Future[str]] = []  #: of each chunk, the header's last
-        self._segments: list[StoredSegment] = []
-        self.digests: list[int] = []
-        self.sent: list[Pieces] = []  #: what each chunk consists of, the header's last
-        self.header = b""
-
-    def chunks(self, encoded: Iterator[EncodedSegment]) -> Iterator[Chunk]:
-        """Group segments as `pointer.group` does; the header comes last, as it holds the facts of all of them."""
-        waiting: list[EncodedSegment] = []
-        size = 0
-        for one in encoded:
-            self._segments.append(one.segment)
-            self.digests.append(one.raw_digest)
-            waiting.append(one)
-            size += one.segment.stored_bytes
-            if size >= self._chunk_bytes:
-                yield self._chunk(waiting)
-                waiting, size = [], 0
-        if waiting:
-            yield self._chunk(waiting)
-        self.header = self._plan.header(self._segments)
-        self.sent.append([(len(self.header), xxhash.xxh3_64_intdigest(self.header))])
-        self._hash([self.header])
-        yield self._keys.chunk(self._upload, 0), [self.header]
-
-    def hashes(self) -> str:
-        """Give the hash of each chunk, the header's first; nothing where none are wanted."""
-        *chunks, header = [one.result() for one in self._hashes] or [""]
-        return "".join([header, *chunks])
-
-    def _chunk(self, segments: Sequence[EncodedSegment]) -> Chunk:
-        self.sent.append([(one.segment.stored_bytes, one.segment.digest) for one in segments])
-        parts = [one.stored for one in segments]
-        self._hash(parts)
-        return self._keys.chunk(self._upload, len(self.sent)), parts
-
-    def _hash(self, parts: Sequence[bytes | memoryview]) -> None:
-        """Have a chunk hashed beside all that goes on."""
-        if self._hashing:
-            self._hashes.append(self._hashing.submit(chunk_hash, parts))
 
 
 class Uploader:
-    """Stores images in chunks. Not safe to use from several threads at once."""
+    """Stores images in chunks, and checks that the server still has them. Not safe for several threads at once."""
 
     def __init__(
         self,
@@ -139,107 +88,135 @@ class Uploader:
         keys: Keys,
         *,
         chunk_bytes: int,
-        make_room: Callable[[], bool],
+        retention: Retention,
         metrics: Metrics,
         hashes: bool = False,
     ) -> None:
-        """Prepare an uploader.
+        """Create an uploader.
 
         Args:
-            connection: way to the server.
-            keys: names of the run's keys.
+            connection: connection to the server.
+            keys: the run's keys.
             chunk_bytes: a chunk is closed once it holds this much.
-            make_room: called when the server is full; gives whether it has deleted something.
-            metrics: is told how long encoding and sending took.
-            hashes: whether forms are to have the hashes of their chunks, to be signed.
+            retention: makes room when the server is full.
+            metrics: records the time for encoding and sending.
+            hashes: whether forms get the hashes of their chunks, to be signed.
         """
         self._connection, self._keys, self._metrics = connection, keys, metrics
-        self._chunk_bytes, self._make_room = chunk_bytes, make_room
+        self._chunk_bytes, self._retention = chunk_bytes, retention
         self._writer = ChunkWriter(connection)
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="rlbroker-encode")
         self._hashing = self._pool if hashes else None
+        #: What was stored in each chunk, the header first, by upload.
+        self._stored: dict[str, Sequence[PartDigests]] = {}
 
     def close(self) -> None:
-        """End the threads and the connection."""
+        """End the threads and close the connection."""
         self._writer.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def try_difference(
-        self, plan: ImagePlan, image: NDArray[np.uint8], base: Base
-    ) -> dict[int, EncodedSegment] | None:
-        """Encode a few segments as a difference; give them if the whole of it is worthwhile, else None."""
+    def try_delta(self, plan: ImagePlan, image: Bytes, base: DeltaBase) -> dict[int, EncodedSegment] | None:
+        """Encode a few segments as a delta; return them if a delta is worthwhile, and None otherwise."""
         count = plan.segment_count
-        step = max(1, count // _TRIED_SEGMENTS)
-        tried = {
+        step = max(1, count // _TRIAL_SEGMENTS)
+        trials = {
             index: self._pool.submit(self._encode, plan, image, base, True, index)
             for index in range(step // 2, count, step)
         }
-        found = {index: future.result() for index, future in tried.items()}
-        raw_bytes = sum(one.segment.raw_bytes for one in found.values())
-        stored_bytes = sum(one.segment.stored_bytes for one in found.values())
-        return found if stored_bytes < raw_bytes * base.full_ratio * _WORTHWHILE else None
+        encoded = {index: future.result() for index, future in trials.items()}
+        raw_bytes = sum(one.segment.raw_bytes for one in encoded.values())
+        stored_bytes = sum(one.segment.stored_bytes for one in encoded.values())
+        return encoded if stored_bytes < raw_bytes * base.full_ratio * _WORTHWHILE_RATIO else None
 
     def store(
         self,
         plan: ImagePlan,
-        image: NDArray[np.uint8],
+        image: Bytes,
         *,
         version: int,
         upload: str,
         compression: bool,
-        base: Base | None = None,
+        base: DeltaBase | None = None,
         encoded: Mapping[int, EncodedSegment] | None = None,
         deadline: Deadline | None = None,
-    ) -> Stored:
-        """Send every chunk of an image, encoding ahead.
+    ) -> Upload:
+        """Store every chunk of an image, while the next ones are being encoded.
 
         Args:
-            plan: how the image is cut.
-            image: its bytes; they do not change meanwhile.
-            version: number that it is to get.
-            upload: names its chunks.
+            plan: the plan of the image.
+            image: its bytes, which must not change meanwhile.
+            version: the number that the version is to get.
+            upload: the name in the keys of its chunks.
             compression: whether to compress.
-            base: what to store the difference to; None to store it as a whole.
+            base: the version to store a delta to; None to store the full version.
             encoded: segments that are encoded already.
-            deadline: how long to wait for a server that is away; by default the connection's timeout, from when
-                something was stored last.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
+            deadline: how long to wait for a server that is away; by default the connection's timeout, from when a
+                chunk was last stored.
         """
-        made = _Made(self._keys, upload, plan, self._chunk_bytes, self._hashing)
-        ahead = self._encoded(plan, partial(self._encode, plan, image, base, compression), encoded or {})
+        builder = _ChunkBuilder(self._keys, upload, plan, self._chunk_bytes, self._hashing)
+        ahead = self._encode_ahead(plan, partial(self._encode, plan, image, base, compression), encoded or {})
         try:
             with closing(ahead):
-                self._send(made.chunks(ahead), deadline)
+                self._send(builder.chunks(ahead), deadline)
         except BaseException as error:  # Ctrl-C too: half a version must not fill the server
-            if not isinstance(error, ConnectionFailed):  # it would not get through either, and chunks expire
-                self.discard(upload, len(made.sent))
+            # Over a broken connection nothing can be deleted either; the chunks expire.
+            if not isinstance(error, ConnectionFailed):
+                self.discard(upload, len(builder.built))
             raise
-        *chunks, header = made.sent
+        *chunks, header = builder.built
+        self._stored[upload] = [header, *chunks]
         form = StoredForm(
             version=version,
             base=base.version if base else 0,
             upload=upload,
             chunks=len(chunks),
-            stored_bytes=sum(size for pieces in made.sent for size, _ in pieces),
-            digest=digest_of(made.header),
-            hashes=made.hashes(),
+            stored_bytes=sum(size for parts in builder.built for size, _ in parts),
+            digest=digest_of(builder.header),
+            hashes=builder.hashes(),
         )
-        return Stored(form, made.header, made.digests, [header, *chunks])
+        return Upload(form, builder.header, builder.digests)
 
     def discard(self, upload: str, chunks: int) -> None:
-        """Delete what is stored of an upload, if the server can be reached."""
-        with suppress(PeerError):  # it expires by itself
+        """Delete the chunks of an upload, if the server can be reached."""
+        with suppress(PeerError):  # they expire anyway
             self._connection.on_each("UNLINK", self._keys.upload(upload, chunks), deadline=Deadline(0))
 
-    def _encoded(
-        self, plan: ImagePlan, encode: Callable[[int], EncodedSegment], done: Mapping[int, EncodedSegment]
+    def forget_superseded(self, manifest: Manifest) -> None:
+        """Forget what was stored of uploads that the latest manifest does not name."""
+        names = {form.upload for form in manifest.forms}
+        self._stored = {upload: chunks for upload, chunks in self._stored.items() if upload in names}
+
+    def is_damaged(self, manifest: Manifest, *, compare: bool) -> bool:
+        """Return whether a chunk that this learner stored is missing or has another size.
+
+        Args:
+            manifest: the latest manifest.
+            compare: whether to compare the chunks' contents too.
+        """
+        stored = [
+            (key, parts, form.hash_of(number))
+            for form in manifest.forms
+            for number, (key, parts) in enumerate(
+                zip(form.chunk_keys(self._keys), self._stored.get(form.upload, ()), strict=False)
+            )
+        ]
+        found = self._connection.on_each("EXISTS", [key for key, _, _ in stored])
+        sizes = self._connection.execute_all([("STRLEN", key) for key, _, _ in stored])
+        if found < len(stored) or sizes != [sum(size for size, _ in parts) for _, parts, _ in stored]:
+            return True
+        return compare and not all(
+            _has_content(self._connection.execute("GET", key) or b"", parts, signed_hash)
+            for key, parts, signed_hash in stored
+        )
+
+    def _encode_ahead(
+        self, plan: ImagePlan, encode: Callable[[int], EncodedSegment], encoded: Mapping[int, EncodedSegment]
     ) -> Generator[EncodedSegment]:
+        """Yield all segments in order; the next ones are encoded in the background."""
         ahead: deque[Future[EncodedSegment] | EncodedSegment] = deque()
         try:
             for index in range(plan.segment_count):
-                ahead.append(done.get(index) or self._pool.submit(encode, index))
+                ahead.append(encoded.get(index) or self._pool.submit(encode, index))
                 if len(ahead) >= SEGMENTS_AHEAD:
                     yield _result(ahead.popleft())
             while ahead:
@@ -250,7 +227,7 @@ class Uploader:
                     future.cancel()
 
     def _encode(
-        self, plan: ImagePlan, image: NDArray[np.uint8], base: Base | None, compression: bool, index: int
+        self, plan: ImagePlan, image: Bytes, base: DeltaBase | None, compression: bool, index: int
     ) -> EncodedSegment:
         with self._metrics.timed("encode_seconds"):
             if base is None:
@@ -260,7 +237,7 @@ class Uploader:
             )
 
     def _send(self, chunks: Iterator[Chunk], deadline: Deadline | None) -> None:
-        """Store chunks; once a server that went away answers again, go on with the first that may be missing."""
+        """Store chunks; after an outage, continue with the first one that is not confirmed."""
         unconfirmed: deque[Chunk] = deque()
         confirmed = 0
         began, encoding_seconds = time.perf_counter(), 0.0
@@ -271,7 +248,7 @@ class Uploader:
                 unconfirmed.popleft()
                 confirmed += 1
 
-        def noted() -> Iterator[Chunk]:
+        def keep_unconfirmed() -> Iterator[Chunk]:
             nonlocal encoding_seconds
             while True:
                 asked = time.perf_counter()
@@ -283,7 +260,7 @@ class Uploader:
                 unconfirmed.append(chunk)
                 yield chunk
 
-        fresh, patience = noted(), ProgressTimeout(self._connection, deadline)
+        fresh, progress = keep_unconfirmed(), ProgressTimeout(self._connection, deadline)
         try:
             while True:
                 try:
@@ -291,14 +268,76 @@ class Uploader:
                     return
                 except ServerOutOfMemory:
                     forget_confirmed()
-                    if not self._make_room():
+                    if not self._retention.make_room():
                         raise
                 except ConnectionFailed as fault:
                     forget_confirmed()
-                    patience.outlast(fault, moved=confirmed > 0)
+                    progress.outlast(fault, moved=confirmed > 0)
                 confirmed = 0
         finally:
             self._metrics.add("send_seconds", time.perf_counter() - began - encoding_seconds)
+
+
+class _ChunkBuilder:
+    """Groups the segments of one upload into chunks, and collects what its manifest must say of them."""
+
+    def __init__(
+        self, keys: Keys, upload: str, plan: ImagePlan, chunk_bytes: int, hashing: ThreadPoolExecutor | None
+    ) -> None:
+        self._keys, self._upload, self._plan, self._chunk_bytes = keys, upload, plan, chunk_bytes
+        self._hashing = hashing
+        self._hashes: list[Future[str]] = []  #: of each chunk, the header last
+        self._segments: list[StoredSegment] = []
+        self.digests: list[int] = []  #: xxh3_64 of each segment, raw
+        self.built: list[PartDigests] = []  #: the content of each chunk, the header last
+        self.header = b""
+
+    def chunks(self, encoded: Iterator[EncodedSegment]) -> Iterator[Chunk]:
+        """Group segments as `manifest.group` does; the header is last, as it describes all of them."""
+        waiting: list[EncodedSegment] = []
+        size = 0
+        for one in encoded:
+            self._segments.append(one.segment)
+            self.digests.append(one.raw_digest)
+            waiting.append(one)
+            size += one.segment.stored_bytes
+            if size >= self._chunk_bytes:
+                yield self._build(waiting)
+                waiting, size = [], 0
+        if waiting:
+            yield self._build(waiting)
+        self.header = self._plan.header(self._segments)
+        self.built.append([(len(self.header), xxhash.xxh3_64_intdigest(self.header))])
+        self._hash([self.header])
+        yield self._keys.chunk(self._upload, 0), [self.header]
+
+    def hashes(self) -> str:
+        """Return the hashes of all chunks, the header first; empty where none are wanted."""
+        *chunks, header = [one.result() for one in self._hashes] or [""]
+        return "".join([header, *chunks])
+
+    def _build(self, segments: Sequence[EncodedSegment]) -> Chunk:
+        self.built.append([(one.segment.stored_bytes, one.segment.digest) for one in segments])
+        parts = [one.stored for one in segments]
+        self._hash(parts)
+        return self._keys.chunk(self._upload, len(self.built)), parts
+
+    def _hash(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Hash a chunk in the background."""
+        if self._hashing:
+            self._hashes.append(self._hashing.submit(chunk_hash, parts))
+
+
+def _has_content(data: bytes, parts: PartDigests, signed_hash: str) -> bool:
+    """Return whether a chunk is what was stored: by its signed hash if there is one, or by the digests of its parts."""
+    if signed_hash:
+        return chunk_hash([data]) == signed_hash
+    rest = memoryview(data)
+    for size, digest in parts:
+        if xxhash.xxh3_64_intdigest(rest[:size]) != digest:
+            return False
+        rest = rest[size:]
+    return True
 
 
 def _result(one: Future[EncodedSegment] | EncodedSegment) -> EncodedSegment:
