@@ -52,7 +52,7 @@ MISSED_KEPT = 10_000
 SETTLE = Script.load("control/lua/settle.lua")
 
 
-RESTORE_OUTCOMES = Script.load("control/lua/restore_account.lua")
+RESTORE_OUTCOMES = Script.load("control/lua/restore_outcomes.lua")
 
 
 class Ledger:

@@ -15,7 +15,7 @@ if ARGV[2] ~= '0' and redis.call('HGET', KEYS[1], 'seen') ~= ARGV[2] then
   return 0
 end
 -- Should it come back, it has to register again: its incarnation is over.
-local incarnation = next_life(redis.call('HGET', KEYS[1], 'incarnation'))
+local incarnation = next_incarnation(redis.call('HGET', KEYS[1], 'incarnation'))
 redis.call('HSET', KEYS[1], 'incarnation', incarnation, 'member', '0')
 local latest = redis.call('HGET', KEYS[3], 'version') or '0'
 announce(KEYS[2], incarnation, 'gone', latest)

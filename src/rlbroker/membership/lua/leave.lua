@@ -12,7 +12,7 @@ if newest ~= ARGV[1] or redis.call('HGET', KEYS[1], 'member') ~= '1' then
   return 0
 end
 redis.call('DEL', KEYS[2])
-redis.call('HSET', KEYS[1], 'incarnation', next_life(ARGV[1]), 'member', '0')  -- this life is over
+redis.call('HSET', KEYS[1], 'incarnation', next_incarnation(ARGV[1]), 'member', '0')  -- this life is over
 -- The largest number that any answer of this incarnation can have: it is the last one.
 local latest = redis.call('HGET', KEYS[4], 'version') or '0'
 redis.call('XADD', KEYS[3], ARGV[1] .. '-18446744073709551615', 'event', 'left', 'version', latest)

@@ -3,7 +3,7 @@
 -- give numbers that were used before, and what a new process sends would be taken for what was delivered already.
 -- A last number that no clock can have given is nonsense that a worker wrote.
 
-local function next_life(last)
+local function next_incarnation(last)
   local time = redis.call('TIME')
   local now = time[1] * 1000 + math.floor(time[2] / 1000)
   local before = tonumber(last) or 0

@@ -9,7 +9,7 @@ local written = redis.call('HGET', KEYS[1], 'wire_format')
 if written and written ~= ARGV[1] then
   return redis.error_reply('FORMAT ' .. written)
 end
-local epoch = next_life(redis.call('HGET', KEYS[1], 'epochs'))
+local epoch = next_incarnation(redis.call('HGET', KEYS[1], 'epochs'))
 local time = redis.call('TIME')
 redis.call('HSET', KEYS[1], 'epochs', epoch, 'learner:' .. ARGV[2], epoch,
   'back_at', string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)))

@@ -28,7 +28,7 @@ end
 -- What was settled may be of a later life than the hash says, if a process wrote nonsense into it.
 local settled = string.match(redis.call('HGET', KEYS[8], 'event') or '', '^%d+') or '0'
 local last_life = redis.call('HGET', KEYS[1], 'incarnation') or '0'
-local incarnation = next_life(math.max(tonumber(last_life) or 0, tonumber(settled)))
+local incarnation = next_incarnation(math.max(tonumber(last_life) or 0, tonumber(settled)))
 redis.call('SADD', KEYS[2], ARGV[1])
 redis.call('HSET', KEYS[1], 'incarnation', incarnation, 'member', '1', 'seen', string.format('%.0f', now))
 local latest = redis.call('HGET', KEYS[4], 'version') or '0'
