@@ -59,7 +59,8 @@ from rlbroker.experience.pending import ACKNOWLEDGE, RESTORE_COUNTS, TAKE_OVER, 
 from rlbroker.experience.rate_limiter import RateLimiter
 from rlbroker.experience.sender import DROP_OLDEST, OPEN_QUEUE, STATE
 from rlbroker.experience.takeover import HAND_OUT, RENEW, TAKE_ABANDONED, Takeover
-from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER, REJOIN
+from rlbroker.membership.heartbeat import BEAT, LEAVE, REJOIN
+from rlbroker.membership.registration import REGISTER
 from rlbroker.membership.roster import ALIVE, CLOSE, FORGET, OPEN, RESTORE_RUN, Roster
 from rlbroker.metrics.counters import Metrics
 from rlbroker.metrics.recorder import Recorder, RunState
@@ -645,7 +646,7 @@ class WorkerCommunicator:
 
     def _tell_what_was_there(self) -> None:
         """Log that the run is not new: it is right after a crash, and not for another training."""
-        if not self._roster.goes_on or not self._publishes:
+        if not self._roster.existed or not self._publishes:
             return
         counts = read_counts(self._connection, self._keys, self._roster.ids()).values()
         batches = sum(one.waiting + one.in_hand for one in counts)

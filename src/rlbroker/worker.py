@@ -33,8 +33,7 @@ from rlbroker.control.drain_signals import DrainSignals
 from rlbroker.control.inbox import Inbox, ReceivedCommand
 from rlbroker.errors import Closed, DeadlineExceeded, InvalidArgument, PeerError, UnsupportedType
 from rlbroker.experience.sender import Sender
-from rlbroker.membership.heartbeat import Heartbeat
-from rlbroker.membership.last_poll import LastPoll
+from rlbroker.membership.heartbeat import Heartbeat, LastPoll
 from rlbroker.types import SendReceipt
 from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.loading import check_target, load
@@ -136,7 +135,7 @@ class WorkerClient:
             ImageStore(run, place),
             key=key,
             from_replicas=read_from_replicas,
-            crowd=lambda: self._heartbeat.crowd,
+            crowd=lambda: self._heartbeat.run_size,
         )
         self._heartbeat = Heartbeat(
             connection,

@@ -22,7 +22,7 @@ from rlbroker.codec.message import encode
 from rlbroker.control.ledger import SETTLE
 from rlbroker.experience import collector
 from rlbroker.membership import incarnations
-from rlbroker.membership.heartbeat import REGISTER
+from rlbroker.membership.registration import REGISTER
 from rlbroker.membership.roster import RESTORE_RUN
 
 Refused = redis.exceptions.NoPermissionError
@@ -232,11 +232,11 @@ def test_counts_that_are_no_numbers_end_no_learner(scene: Scene) -> None:
 
 
 def test_names_that_are_no_workers_do_not_stay_in_memory(scene: Scene) -> None:
-    before = incarnations._number_of.cache_info().currsize
+    before = incarnations._parse_short_id.cache_info().currsize
     for number in range(20):
         scene.attacker.sadd(KEYS.workers, f"{number}" * 100_000)
     wait_until("they are removed", lambda: scene.admin.scard(KEYS.workers) == 1)
-    assert incarnations._number_of.cache_info().currsize == before
+    assert incarnations._parse_short_id.cache_info().currsize == before
 
 
 @pytest.mark.parametrize("kind", ["life", "hb", "counts", "ack", "x"])

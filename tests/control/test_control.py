@@ -129,7 +129,7 @@ def test_a_resume_ends_a_pause(learner: Learner, worker: Worker) -> None:
 def test_a_paused_worker_stays_alive_on_the_roster(learner: Learner, worker: Worker) -> None:
     comm = learner(lease_seconds=0.5)
     client = worker()
-    wait_until("it knows its lease", lambda: client._heartbeat._settings)
+    wait_until("it knows its lease", lambda: client._heartbeat.knows_run)
     comm.send_control_command("pause", {"duration": 1.2})
     wait_until("the command came", lambda: client._inbox.waiting)
     pausing = threading.Thread(target=client.poll)

@@ -237,7 +237,7 @@ class Run(RuleBasedStateMachine):
     @rule(data=st.data(), lose=st.integers(0, 3))
     def worker_sends(self, data: st.DataObject, lose: int) -> None:
         life = self.some_life(data)
-        if life.client._heartbeat._settings is None:  # it came when the run was lost
+        if not life.client._heartbeat.knows_run:  # it came when the run was lost
             self.learner_steps()
             self.worker_steps(life)
         life.line.lose(lose)
@@ -301,7 +301,7 @@ class Run(RuleBasedStateMachine):
         life = self.replaced.pop()
         assert life.client._sender is not None
         life.client._sender.mark_stale()
-        if life.client._heartbeat._settings is not None:  # until it has them, it waits with sending
+        if life.client._heartbeat.knows_run:  # until it has them, it waits with sending
             with pytest.raises(Fenced):
                 life.client.send_experiences({"number": -1})
         with pytest.raises(Fenced):
@@ -335,7 +335,7 @@ class Run(RuleBasedStateMachine):
     def server_loses_everything(self, breaks: bool) -> None:
         """It was restarted, and connections broke; or it was flushed, and nobody noticed yet."""
         self.losses += 1
-        seen = self.learner._roster._lives.of
+        seen = self.learner._roster._incarnations.by_worker
         for worker, one in self.lives.items():  # one that joined after another loss is nobody's memory yet
             self.remembered &= worker in seen and seen[worker].incarnation == one.client.incarnation
         self.server.client.flushall()

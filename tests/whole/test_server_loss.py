@@ -155,7 +155,7 @@ def test_a_command_under_way_gets_its_answer(server: Server, learner: Learner, w
     client.on_command("note", done.append)
     first = comm.send_control_command("note", 1)
     wait_until("it arrived", lambda: client._inbox.waiting)
-    wait_until("the learner has seen the worker", lambda: comm._roster._lives.members)
+    wait_until("the learner has seen the worker", lambda: comm._roster._incarnations.members)
     server.client.flushall()
     second = comm.send_control_command("note", 2)
 
@@ -202,7 +202,7 @@ def test_an_answer_that_was_lost_unnoticed_is_sent_again(
     comm, client = learner(), worker()
     comm.send_model_weights({"number": 1})
     wait_until("version 1 is ready", lambda: client._subscriber.ready)
-    wait_until("the learner has seen the worker", lambda: comm._roster._lives.members)
+    wait_until("the learner has seen the worker", lambda: comm._roster._incarnations.members)
     comm._thread.stop(5.0)
     if closes:
         client._heartbeat._thread.stop(5.0)
@@ -220,7 +220,7 @@ def test_a_worker_of_which_a_part_is_lost_goes_on(
     server: Server, learner: Learner, worker: Worker, keys: Keys, lost: str
 ) -> None:
     comm, client = learner(lease_seconds=0.5), worker()
-    wait_until("it knows its lease", lambda: client._heartbeat._settings)
+    wait_until("it knows its lease", lambda: client._heartbeat.knows_run)
     server.client.delete(
         {"workers": keys.workers, "life": keys.life(0), "heartbeat": keys.heartbeat(0)}[lost]
     )

@@ -191,8 +191,8 @@ class CommandSender:
                 targets, others, ever = {worker: members[worker] for worker in wanted}, dict[int, int](), -1
             else:  # to all is also to who was there before, and comes back in between; who is missing may do so too
                 targets = {} if missing else members
-                others = {one: life.incarnation for one, life in lives.of.items() if not life.member}
-                ever = lives.named
+                others = {one: life.incarnation for one, life in lives.by_worker.items() if not life.member}
+                ever = lives.names_count
             pairs = flat(fields)
             if self._key:
                 pairs += flat(signed(self._key, self._keys.run, command_id, fields, targets))

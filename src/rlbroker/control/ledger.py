@@ -32,7 +32,7 @@ from rlbroker.control.outcomes import (
     settle,
 )
 from rlbroker.errors import RunLost, ServerFault
-from rlbroker.membership.incarnations import incarnation_command, incarnations_from
+from rlbroker.membership.incarnations import incarnation_command, parse_incarnations
 from rlbroker.types import Missed, MissedUpdates, Outcome
 
 logger = logging.getLogger("rlbroker")
@@ -219,7 +219,7 @@ class Ledger:
         replies = self._connection.ask(
             [incarnation_command(self._keys, worker) for worker in ids], deadline=once
         )
-        lives = incarnations_from(ids, replies)
+        lives = parse_incarnations(ids, replies)
         now = round(server_seconds(clock), 3)  # as it is written, so that a record can be recognised
         newest_version = self._latest_version()
         if not self._signed:

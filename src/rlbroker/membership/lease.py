@@ -1,0 +1,42 @@
+"""The times of a membership, all in one place: heartbeat, lease, forgetting, and return after a loss.
+
+| a worker that was silent for | is | and then |
+|---|---|---|
+| one heartbeat interval (`lease_seconds` / 5) | alive | some heartbeats may fail before anything happens |
+| `lease_seconds` (default 5 s) | `away` | its id is free for a process that asks for any free id |
+| `forget_seconds` (default 600 s) | forgotten | it is fenced, and what it left open is settled as missed |
+
+`lease_seconds` and `forget_seconds` are settings of the run (`config.RunSettings`). All times are measured by the
+server's clock. Time in which no learner was connected does not count as silence.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from rlbroker.config import RunSettings
+
+#: Heartbeats in one lease: so many must fail in a row before a worker is `away`.
+HEARTBEATS_PER_LEASE = 5
+
+#: Interval at which a worker polls for its run to be opened. A poll costs the server far less than a heartbeat.
+OPEN_POLL_SECONDS: Final = 0.1
+
+#: After the server lost the run, a worker must return within its lease, or within this time if that is longer: the
+#: worker has to notice the loss first.
+RETURN_SECONDS = 10.0
+
+
+def heartbeat_seconds(settings: RunSettings) -> float:
+    """Return the interval between two heartbeats."""
+    return settings.lease_seconds / HEARTBEATS_PER_LEASE
+
+
+def heartbeat_lifetime_milliseconds(settings: RunSettings) -> int:
+    """Return the lifetime of a heartbeat's key: people look there for the host of a worker that died."""
+    return int(max(10 * settings.lease_seconds, settings.forget_seconds) * 1000)
+
+
+def return_seconds(settings: RunSettings) -> float:
+    """Return the time in which a worker must return after the server lost the run."""
+    return min(max(settings.lease_seconds, RETURN_SECONDS), settings.forget_seconds)
