@@ -118,12 +118,12 @@ FIELDS = {"name": "stop", "arguments": "null", "expires_seconds": 1.5, "data": b
 
 
 def checked(**changes: bytes) -> None:
-    fields = {**FIELDS, **command_signature.signed(KEY, "pong", "c0", FIELDS, {3: 17, 4: 18})}
+    fields = {**FIELDS, **command_signature.sign_command(KEY, "pong", "c0", FIELDS, {3: 17, 4: 18})}
     sent = {
         name.encode(): one if isinstance(one, bytes) else str(one).encode() for name, one in fields.items()
     }
     sent |= {name.encode(): one for name, one in changes.items()}
-    command_signature.check(KEY, "pong", "c0", sent, 3, 17)
+    command_signature.check_command(KEY, "pong", "c0", sent, 3, 17)
 
 
 def test_a_command_is_for_those_lives_only_that_it_was_signed_for() -> None:
@@ -133,12 +133,14 @@ def test_a_command_is_for_those_lives_only_that_it_was_signed_for() -> None:
             checked(**{change: b"3:17"})
     sent = {
         name.encode(): one.encode()
-        for name, one in command_signature.signed(KEY, "a", "c", dict.fromkeys(FIELDS, ""), {3: 17}).items()
+        for name, one in command_signature.sign_command(
+            KEY, "a", "c", dict.fromkeys(FIELDS, ""), {3: 17}
+        ).items()
     }
-    command_signature.check(KEY, "a", "c", sent, 3, 17)
+    command_signature.check_command(KEY, "a", "c", sent, 3, 17)
     for worker, incarnation in [(3, 18), (3, 1), (1, 17), (4, 17)]:
         with pytest.raises(NotSigned, match="for others"):
-            command_signature.check(KEY, "a", "c", sent, worker, incarnation)
+            command_signature.check_command(KEY, "a", "c", sent, worker, incarnation)
 
 
 def test_what_is_refused_is_recorded_so_often_and_changes_no_other_sum() -> None:
@@ -147,11 +149,11 @@ def test_what_is_refused_is_recorded_so_often_and_changes_no_other_sum() -> None
     for number in range(REFUSED_KEPT + 20):
         said = {"command": "c", "name": "stop", "outcome": "refused", "detail": "its signature is wrong"}
         settled = settle(account, Event(f"1-{number + 1}", 0, "command", said, 1.0), {}, 5)
-        account, records = settled.account, [*records, *settled.missed]
+        account, records = settled.worker_outcomes, [*records, *settled.missed]
     assert len(records) == REFUSED_KEPT
     assert (account.refused, account.commands_missed, account.settled) == (REFUSED_KEPT + 20, 0, 5)
     assert WorkerOutcomes.from_fields(account.to_fields()) == account
-    joined = settle(account, Event("2-1", 0, "joined", {"version": "5"}, 1.0), {}, 5).account
+    joined = settle(account, Event("2-1", 0, "joined", {"version": "5"}, 1.0), {}, 5).worker_outcomes
     assert joined.refused == 0
 
 
@@ -164,7 +166,7 @@ def test_a_refused_version_fails_only_if_there_is_one(version: int, why: str, se
     found = settle(account, Event("1-1", 0, "version", said, 1.0), {}, 6)
     [record] = found.missed
     assert (record.first, record.last, record.why) == (version, version, why)
-    assert found.account.settled == settled
+    assert found.worker_outcomes.settled == settled
 
 
 # Settings

@@ -423,7 +423,7 @@ class Run(RuleBasedStateMachine):
         for life in self.lives.values():
             assert len(set(life.obeyed)) == len(life.obeyed), "a command was done twice"
         if self.remembered:
-            accounts = self.learner._ledger.accounts(range(2))
+            accounts = self.learner._ledger.read_outcomes(range(2))
             for worker, account in accounts.items():
                 known = account.applied_total + sum(account.missed.values())
                 assert known == self.owed[worker], f"{account}, owed {self.owed[worker]}"

@@ -211,8 +211,8 @@ def test_an_answer_that_was_lost_unnoticed_is_sent_again(
     comm._restore()  # before the worker's next heartbeat
     if closes:
         client.close()
-    wait_until("it is settled", lambda: comm.missed_updates() and comm._ledger.accounts([0])[0].settled)
-    assert comm._ledger.accounts([0])[0].applied_total == 1
+    wait_until("it is settled", lambda: comm.missed_updates() and comm._ledger.read_outcomes([0])[0].settled)
+    assert comm._ledger.read_outcomes([0])[0].applied_total == 1
 
 
 @pytest.mark.parametrize("lost", ["workers", "life", "heartbeat"])
@@ -251,9 +251,11 @@ def test_what_was_settled_without_a_reply_outlasts_a_loss(
     with monkeypatch.context() as patch:
         patch.setattr(comm._connection, "run_all", lose)
         client.poll(model)
-        wait_until("all is settled", lambda: lost.is_set() and comm._ledger.accounts([0])[0].commands_done)
+        wait_until(
+            "all is settled", lambda: lost.is_set() and comm._ledger.read_outcomes([0])[0].commands_done
+        )
         wait_until("the worker forgot its answers", lambda: not client._inbox._sent)
-        wait_until("the ledger looked again", lambda: not comm._ledger._unsure)
+        wait_until("the ledger looked again", lambda: not comm._ledger._unconfirmed)
     server.client.flushall()
     wait_until("version 4 is applied", lambda: client.poll(model) and client.version == 4)
     wait_until("the worker is back", lambda: comm.workers())

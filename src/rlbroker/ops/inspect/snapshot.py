@@ -19,7 +19,7 @@ from rlbroker.backend.replies import (
 )
 from rlbroker.backend.unreadable import answered, legible, unless_spoiled
 from rlbroker.config import RunSettings
-from rlbroker.control.outcomes import WorkerOutcomes, missed_updates
+from rlbroker.control.outcomes import WorkerOutcomes, summarize_missed
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 from rlbroker.experience.counts import known_counts, right_types, types_of
 from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
@@ -240,7 +240,7 @@ class Observer:
         }
         with legible(f"{keys.prefix}:ledger:…"):
             missed = [
-                missed_updates(
+                summarize_missed(
                     worker,
                     WorkerOutcomes.from_fields(text_fields(reply)),
                     latest_version=pointer.version if pointer else 0,
