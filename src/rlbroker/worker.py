@@ -154,7 +154,7 @@ class WorkerClient:
                 keys,
                 joined,
                 key=key,
-                noticed=self._subscriber.hint,
+                notice_version=self._subscriber.hint,
                 rejoin=self._heartbeat.rejoin,
             )
             self._sender = Sender(

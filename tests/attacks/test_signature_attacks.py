@@ -24,7 +24,7 @@ from rlbroker.backend.keys import Keys
 from rlbroker.codec import format as wire_format
 from rlbroker.codec import image as wire_image
 from rlbroker.codec.signing import SigningKey
-from rlbroker.control import inbox
+from rlbroker.control import command_signature, inbox
 from rlbroker.control.commands import CommandSender
 from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.manifest import Manifest
@@ -405,7 +405,7 @@ def test_an_old_stop_does_not_end_a_later_life(
     [sent] = attacker.commands()
     for life in (sent["incarnations"], str(second.incarnation), "0", ""):
         attacker.put_command({**sent, "incarnations": life})
-    refused(comm, second, "signed for others, or for an earlier life")
+    refused(comm, second, "signed for others, or for an earlier incarnation")
     attacker.put_command({**sent, "incarnations": "0", "signed_for": f"0:{second.incarnation}"})
     refused(comm, second, "its signature is wrong")
     assert second.running
@@ -465,21 +465,22 @@ def test_a_command_for_another_worker_is_not_obeyed(
 def test_a_flood_of_forged_commands_makes_no_worker_forget_what_it_did(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbox, "KEPT", 5)
+    monkeypatch.setattr(inbox, "REMEMBERED", 5)
+    monkeypatch.setattr(command_signature, "REFUSED_REMEMBERED", 5)
     told: list[Any] = []
     client = signed_worker()
     client.on_command("level", told.append)
     comm.send_control_command("level", {"to": 1})
     wait_until("it obeys", lambda: client.poll() or told)
     [sent] = attacker.commands()
-    for number in range(inbox.REFUSALS_SAID + 20):
+    for number in range(command_signature.REFUSALS_REPORTED + 20):
         attacker.put_command({**sent, "command": f"forged-{number}"})
     attacker.put_command(sent)
     last = comm.send_control_command("level", {"to": 2})
     wait_until("it has read all of them", lambda: client.poll() or last.outcomes()[0].state == "done")
     assert told == [{"to": 1}, {"to": 2}]
     assert comm.missed_updates()[0].total == 0
-    assert len(comm.missed_updates()[0].records) <= inbox.REFUSALS_SAID
+    assert len(comm.missed_updates()[0].records) <= command_signature.REFUSALS_REPORTED
 
 
 def test_a_signature_for_weights_is_none_for_a_command() -> None:

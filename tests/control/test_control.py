@@ -293,7 +293,7 @@ def test_commands_come_from_a_server_whose_clock_is_behind(
     comm, client = learner(), worker()
     ahead = int(server.client.time()[0] + 3600) * 1000
     server.client.xadd(keys.control, {"event": "from the future"}, id=f"{ahead}-0")
-    wait_until("it was read", lambda: client._inbox._position == f"{ahead}-0")
+    wait_until("it was read", lambda: client._inbox._reader.position == f"{ahead}-0")
     server.client.flushall()
     wait_until("the worker is back", lambda: comm.workers())
     comm.send_control_command("stop")
@@ -311,7 +311,7 @@ def test_a_worker_that_reads_all_again_does_nothing_twice_and_nothing_of_its_pre
     second.on_command("note", done.append)
     command = comm.send_control_command("note", 2)
     obey(second, command)
-    second._inbox._begin_again = True
+    second._inbox._reader.restart()
     obey(second, comm.send_control_command("note", 3))
     assert done == [2, 3]
 
@@ -399,7 +399,7 @@ def test_what_somebody_else_wrote_is_outlasted(
     server.client.hset(name, field, "nonsense")
     for step in (
         client._heartbeat._beat,
-        client._inbox._forget_settled,
+        client._inbox.acknowledgements._drop_settled,
         lambda: comm._roster.heartbeat(comm._channel),
     ):
         with suppress(PeerError):

@@ -33,7 +33,7 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.threads import BackgroundThread
 from rlbroker.config import Level
-from rlbroker.control import inbox
+from rlbroker.control import control_reader
 from rlbroker.types import Outcome
 
 RUNS = (f"model-{number}" for number in itertools.count(1))
@@ -440,7 +440,7 @@ def test_any_order_of_events_keeps_the_promises(
     monkeypatch.setattr(BackgroundThread, "start", lambda self: None)
     monkeypatch.setattr(BackgroundThread, "pause", lambda self, seconds: None)
     monkeypatch.setattr(Connection, "block_seconds", 0.002)
-    monkeypatch.setattr(inbox, "READ_SECONDS", 0.002)
+    monkeypatch.setattr(control_reader, "READ_SECONDS", 0.002)
     # Servers end blocking commands at their ticks.
     if isinstance(server, RealServer):
         hertz = server.client.config_get("hz")["hz"]

@@ -254,7 +254,7 @@ def test_what_was_settled_without_a_reply_outlasts_a_loss(
         wait_until(
             "all is settled", lambda: lost.is_set() and comm._ledger.read_outcomes([0])[0].commands_done
         )
-        wait_until("the worker forgot its answers", lambda: not client._inbox._sent)
+        wait_until("the worker forgot its answers", lambda: not client._inbox.acknowledgements.unsettled)
         wait_until("the ledger looked again", lambda: not comm._ledger._unconfirmed)
     server.client.flushall()
     wait_until("version 4 is applied", lambda: client.poll(model) and client.version == 4)
@@ -273,7 +273,7 @@ def test_a_command_whose_answer_was_forgotten_is_answered_again_and_done_once(
     client.on_command("note", done.append)
     command = comm.send_control_command("note", 1)
     wait_until("it is done", lambda: client.poll() or command.outcomes()[0])
-    wait_until("the worker forgot its answer", lambda: not client._inbox._sent)
+    wait_until("the worker forgot its answer", lambda: not client._inbox.acknowledgements.unsettled)
     comm._commander._sent[command.id].outcomes.clear()  # as if nobody had told the learner
     server.client.flushall()
     wait_until("it is answered again", lambda: client.poll() or command.outcomes()[0].state == "waiting")

@@ -1,6 +1,6 @@
 -- Put a command onto the control stream, if its workers are still the members that the learner read.
--- KEYS: meta, workers, control, pending, outcomes of this command, the life of each worker that it is for, then the life
---       of each former member
+-- KEYS: meta, workers, control, pending, outcomes of this command, the life of each worker that it is for, then the
+--       life of each former member
 -- ARGV: epoch, command id, lifetime of the outcomes in seconds, expected size of `workers` (-1 for any), ids of the
 --       workers, their incarnations, incarnations of the former members (each of the three a list separated by commas),
 --       then field and value pairs
