@@ -63,7 +63,7 @@ PUT_IN_PLACE = {
 }
 
 
-def test_others_read_nothing_of_shared_weights(learner: Learner, worker: Worker, base: Path) -> None:
+def test_other_users_cannot_read_shared_weights(learner: Learner, worker: Worker, base: Path) -> None:
     comm, client = learner(host_cache=base), worker(host_cache=base)
     comm.send_model_weights(WEIGHTS)
     client.load_weights({})
@@ -76,7 +76,7 @@ def test_others_read_nothing_of_shared_weights(learner: Learner, worker: Worker,
 
 
 @pytest.mark.parametrize("kind", PUT_IN_PLACE)
-def test_a_place_that_somebody_else_has_made_is_not_used(
+def test_a_cache_folder_of_another_user_is_not_used(
     learner: Learner, worker: Worker, base: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     comm = learner(host_cache=False)

@@ -24,7 +24,7 @@ def goes_on(comm: WorkerCommunicator, client: WorkerClient) -> None:
     assert comm.get_queue_info()["counts"][client.worker_id].produced >= 1
 
 
-def test_thousands_of_entries_without_a_batch(
+def test_thousands_of_entries_without_a_batch_are_counted_as_corrupt(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
     comm, good, bad = learner(), worker(), worker()
@@ -44,7 +44,7 @@ def test_thousands_of_entries_without_a_batch(
     goes_on(comm, good)
 
 
-def test_an_answer_from_the_future(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+def test_an_acknowledgement_from_the_future_blocks_no_successor(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
     comm, good = learner(lease_seconds=0.3, forget_seconds=0.6), worker()
     bad = worker()
     server.client.xadd(
@@ -58,7 +58,7 @@ def test_an_answer_from_the_future(learner: Learner, worker: Worker, server: Ser
     goes_on(comm, good)
 
 
-def test_more_fields_than_a_script_can_pass_on(
+def test_a_batch_with_too_many_fields_for_a_script_becomes_a_dead_letter(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
     comm, good, bad = learner(), worker(), worker()
@@ -72,7 +72,7 @@ def test_more_fields_than_a_script_can_pass_on(
     goes_on(comm, good)
 
 
-def test_answers_that_are_no_stream(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+def test_acknowledgements_of_a_wrong_type_are_deleted(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
     if server.kind == "fake":
         pytest.skip("fakeredis itself fails when it is to read a string as a stream")
     comm, good, bad = learner(), worker(), worker()
@@ -82,7 +82,7 @@ def test_answers_that_are_no_stream(learner: Learner, worker: Worker, server: Se
     goes_on(comm, good)
 
 
-def test_workers_and_lives_that_are_none(
+def test_invalid_worker_names_and_lives_are_removed(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
     comm, good = learner(), worker()
@@ -96,7 +96,7 @@ def test_workers_and_lives_that_are_none(
     assert worker(8).incarnation < 2**52
 
 
-def test_a_worker_cannot_have_numbers_of_versions_run_out(
+def test_an_incredible_version_of_a_worker_is_ignored(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
     comm, bad = learner(), worker()
@@ -105,7 +105,7 @@ def test_a_worker_cannot_have_numbers_of_versions_run_out(
     assert comm.send_model_weights({"x": 1}).version == 1
 
 
-def test_counts_that_are_no_numbers(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+def test_invalid_counts_are_ignored(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
     comm, good, bad = learner(), worker(), worker()
     bad.send_experiences({"x": 1})
     for field, value in (
@@ -122,7 +122,7 @@ def test_counts_that_are_no_numbers(learner: Learner, worker: Worker, server: Se
     goes_on(comm, good)
 
 
-def test_counts_that_are_no_hash(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+def test_counts_of_a_wrong_type_stop_no_delivery(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
     comm, good, bad = learner(), worker(), worker()
     bad.send_experiences({"x": 1})
     server.client.set(keys.counts(bad.worker_id), "x")
@@ -132,7 +132,7 @@ def test_counts_that_are_no_hash(learner: Learner, worker: Worker, server: Serve
 
 
 @pytest.mark.parametrize("kind", ["heartbeat", "counts", "experiences", "life"])
-def test_a_key_of_a_wrong_type_hides_nobody_else(
+def test_a_key_of_a_wrong_type_hides_no_other_worker(
     learner: Learner, worker: Worker, server: Server, keys: Keys, kind: str
 ) -> None:
     if server.kind == "fake" and kind in ("counts", "experiences"):
@@ -161,7 +161,7 @@ def test_a_key_of_a_wrong_type_hides_nobody_else(
     goes_on(comm, good)
 
 
-def test_long_texts_are_cut(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+def test_long_texts_of_a_worker_are_cut(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
     comm, good, bad = learner(), worker(), worker()
     comm.send_model_weights({})
     server.client.xadd(
@@ -173,7 +173,7 @@ def test_long_texts_are_cut(learner: Learner, worker: Worker, server: Server, ke
     goes_on(comm, good)
 
 
-def test_a_heartbeat_that_makes_no_sense(
+def test_an_invalid_heartbeat_is_read_as_zeros(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
     comm, good, bad = learner(), worker(), worker()

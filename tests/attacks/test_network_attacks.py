@@ -88,7 +88,7 @@ def url(embedded: RedisServer, port: int) -> str:
     return f"rediss://{user}@127.0.0.1:{port}/0"
 
 
-def test_listening_shows_nothing_of_batches_weights_and_passwords(
+def test_a_wiretap_sees_no_batches_weights_or_passwords(
     embedded: RedisServer, proxy: TlsProxy, run: str
 ) -> None:
     with closing(Wiretap(proxy.port)) as tap:
@@ -108,7 +108,7 @@ def test_listening_shows_nothing_of_batches_weights_and_passwords(
             assert word not in tap.seen
 
 
-def test_without_tls_listening_would_show_it(embedded: RedisServer, run: str) -> None:
+def test_the_wiretap_sees_what_travels_without_tls(embedded: RedisServer, run: str) -> None:
     """The wiretap works."""
     with RedisServer(bind="127.0.0.1") as server:
         assert server.network_url
@@ -122,7 +122,7 @@ def test_without_tls_listening_would_show_it(embedded: RedisServer, run: str) ->
 
 
 @pytest.mark.parametrize(("authority", "names"), [("other", ()), ("ours", ("elsewhere.example",))])
-def test_nobody_poses_as_the_server(
+def test_a_server_with_a_wrong_certificate_is_refused(
     embedded: RedisServer, certificates: Certificates, authority: str, names: tuple[str, ...]
 ) -> None:
     """In the middle, with a certificate of another authority, or of ours for another name."""
@@ -135,7 +135,7 @@ def test_nobody_poses_as_the_server(
         WorkerClient(url(embedded, middle.port), "attacked", timeout=3600)
 
 
-def test_without_a_certificate_nothing_is_answered(proxy: TlsProxy, certificates: Certificates) -> None:
+def test_a_client_without_a_certificate_gets_no_reply(proxy: TlsProxy, certificates: Certificates) -> None:
     context = ssl.create_default_context(cafile=certificates.ca())
     with (
         socket.create_connection(("127.0.0.1", proxy.port)) as plain,
@@ -146,7 +146,7 @@ def test_without_a_certificate_nothing_is_answered(proxy: TlsProxy, certificates
         assert sock.recv(100) == b""
 
 
-def test_a_certificate_alone_is_no_password(proxy: TlsProxy, certificates: Certificates) -> None:
+def test_a_client_certificate_does_not_replace_the_password(proxy: TlsProxy, certificates: Certificates) -> None:
     certificate, key = certificates.certificate(client=True)
     client = redis.Redis(
         port=proxy.port,

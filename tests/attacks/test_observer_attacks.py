@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import redis
-from attacked import KEYS, Scene
+from scene import KEYS, Scene
 from guarded import RUN, GuardedServer
 
 from rlbroker import AccessDenied, WorkerClient, WorkerCommunicator
@@ -29,7 +29,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
             found.close()
 
 
-def test_who_may_look_cannot_take_part(scene: Scene) -> None:
+def test_an_observer_cannot_take_part(scene: Scene) -> None:
     """Neither as a learner, nor as a worker, nor with what it read: epochs, lives and names of scripts."""
     scene.goes_on()
     url = scene.server.url(OBSERVER)
@@ -48,7 +48,7 @@ def test_who_may_look_cannot_take_part(scene: Scene) -> None:
     scene.goes_on()
 
 
-def test_who_may_look_learns_no_passwords(scene: Scene) -> None:
+def test_an_observer_learns_no_passwords(scene: Scene) -> None:
     scene.goes_on()
     commands = (
         "ACL LIST",

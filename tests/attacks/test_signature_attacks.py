@@ -140,7 +140,7 @@ def takes_the_next(
     ("key", "number", "why"),
     [(None, 2, "its signature is missing"), (OTHER, 2, "signed with another key"), (None, 10**6, "missing")],
 )
-def test_weights_of_ones_own_are_not_loaded(
+def test_forged_weights_are_not_loaded(
     comm: WorkerCommunicator,
     signed_worker: Make,
     attacker: Attacker,
@@ -197,7 +197,7 @@ def test_a_chunk_with_the_same_digest_is_not_decoded(
     takes_the_next(comm, client, {}, size)
 
 
-def test_the_header_is_bound_too(
+def test_a_header_with_the_same_digest_is_not_decoded(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collide(monkeypatch)
@@ -207,7 +207,7 @@ def test_the_header_is_bound_too(
     refused(comm, signed_worker(), "chunk 0 of version 1 is not what its signature speaks of")
 
 
-def test_chunks_and_digests_of_ones_own_under_an_old_signature_are_not_loaded(
+def test_forged_chunks_under_an_old_signature_are_not_loaded(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, opened: ExitStack
 ) -> None:
     comm.send_model_weights(some(GOOD))
@@ -220,7 +220,7 @@ def test_chunks_and_digests_of_ones_own_under_an_old_signature_are_not_loaded(
 
 
 @pytest.mark.parametrize("change", ["version", "base", "digest", "stored_bytes", "signatures"])
-def test_what_was_signed_cannot_be_altered(
+def test_an_altered_manifest_is_refused(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, change: str
 ) -> None:
     comm.send_model_weights(some(GOOD))
@@ -244,7 +244,7 @@ def test_what_was_signed_cannot_be_altered(
     takes_the_next(comm, client, model)
 
 
-def test_a_stripped_signature_is_missed(
+def test_a_manifest_without_its_signature_is_refused(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker
 ) -> None:
     client = signed_worker()
@@ -273,7 +273,7 @@ def test_weights_of_another_run_with_the_same_key_are_not_loaded(
     takes_the_next(comm, client, {})
 
 
-def test_a_running_worker_never_goes_back(
+def test_a_running_worker_never_loads_an_older_version(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker
 ) -> None:
     comm.send_model_weights(some(EVIL))  # which the learner has learned to be bad
@@ -290,7 +290,7 @@ def test_a_running_worker_never_goes_back(
     takes_the_next(comm, client, model)
 
 
-def test_a_difference_rests_on_what_was_signed_too(
+def test_the_base_of_a_delta_must_be_signed_too(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker
 ) -> None:
     first = some(GOOD)
@@ -309,7 +309,7 @@ def whole_form(fields: dict[str, str], evil: Any) -> tuple[str, str]:
     return fields["others"], f"1:0:{evil.upload}:{evil.chunks}:{evil.stored_bytes}:{evil.digest}"
 
 
-def test_an_image_from_a_process_without_the_key_is_not_taken(
+def test_a_cached_image_from_a_process_without_the_key_is_not_used(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, run: str, tmp_path: Path
 ) -> None:
     comm.send_model_weights(some(GOOD))
@@ -332,7 +332,7 @@ def test_an_image_from_a_process_without_the_key_is_not_taken(
 # A learner
 
 
-def test_a_learner_that_comes_back_does_not_go_on_from_what_others_wrote(
+def test_a_restarted_learner_does_not_continue_from_forged_weights(
     comm: WorkerCommunicator, learner: Make, signed_worker: Make, attacker: Attacker
 ) -> None:
     comm.send_model_weights(some(GOOD))
@@ -351,7 +351,7 @@ def test_a_learner_that_comes_back_does_not_go_on_from_what_others_wrote(
     "written",
     [{"version": "many"}, {"version": ""}, {"others": "x"}, {"upload": "\xff/.."}, {"version": "9" * 40}],
 )
-def test_nonsense_in_the_pointer_keeps_no_learner_from_publishing(
+def test_an_invalid_manifest_keeps_no_learner_from_publishing(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, written: dict[str, str]
 ) -> None:
     comm.send_model_weights(some(GOOD))
@@ -366,7 +366,7 @@ def test_nonsense_in_the_pointer_keeps_no_learner_from_publishing(
 
 
 @pytest.mark.parametrize("key", [None, OTHER])
-def test_a_command_of_ones_own_is_not_obeyed(
+def test_a_forged_command_is_not_done(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, key: SigningKey | None
 ) -> None:
     client = signed_worker()
@@ -380,7 +380,7 @@ def test_a_command_of_ones_own_is_not_obeyed(
     assert (record.what, record.why, record.command) == ("command", "refused", f"{command.id} stop")
 
 
-def test_a_command_that_no_ledger_knows_is_recorded(
+def test_a_forged_command_unknown_to_the_ledger_is_recorded(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker
 ) -> None:
     client = signed_worker()
@@ -393,7 +393,7 @@ def test_a_command_that_no_ledger_knows_is_recorded(
     assert (record.what, record.why, len(record.command)) == ("command", "refused", 200 + len(" stop"))
 
 
-def test_an_old_stop_does_not_end_a_later_life(
+def test_an_old_stop_does_not_stop_a_later_incarnation(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker
 ) -> None:
     first = signed_worker(0)
@@ -414,7 +414,7 @@ def test_an_old_stop_does_not_end_a_later_life(
 @pytest.mark.parametrize(
     "change", ["data", "name", "expires_seconds", "command", "arguments", "signature", "run"]
 )
-def test_an_altered_command_is_not_obeyed(
+def test_an_altered_command_is_not_done(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, learner: Make, run: str, change: str
 ) -> None:
     told: list[Any] = []
@@ -447,7 +447,7 @@ def test_an_altered_command_is_not_obeyed(
     assert client.running
 
 
-def test_a_command_for_another_worker_is_not_obeyed(
+def test_a_command_for_another_worker_is_not_done(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker
 ) -> None:
     clients = [signed_worker(0), signed_worker(1)]
@@ -462,7 +462,7 @@ def test_a_command_for_another_worker_is_not_obeyed(
     assert clients[1].running
 
 
-def test_a_flood_of_forged_commands_makes_no_worker_forget_what_it_did(
+def test_a_flood_of_forged_commands_makes_no_worker_repeat_a_command(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbox, "REMEMBERED", 5)
@@ -483,6 +483,6 @@ def test_a_flood_of_forged_commands_makes_no_worker_forget_what_it_did(
     assert len(comm.missed_updates()[0].records) <= command_signature.REFUSALS_REPORTED
 
 
-def test_a_signature_for_weights_is_none_for_a_command() -> None:
+def test_a_signature_for_weights_is_not_valid_for_a_command() -> None:
     key = SigningKey(KEY.encode())
     assert key.sign("weights", "a", 1) != key.sign("command", "a", 1)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from attacked import KEYS, Scene
+from scene import KEYS, Scene
 from conftest import wait_until
 from guarded import GuardedServer
 
@@ -62,7 +62,7 @@ def batch(number: Any) -> dict[str, Any]:
     return {"version": 1, "rows": 1, "raw_bytes": 1, "stored_bytes": len(data), "sent_at": 0, "data": data}
 
 
-def test_weights_cannot_be_published_or_spoiled(scene: Scene) -> None:
+def test_a_worker_cannot_publish_or_spoil_weights(scene: Scene) -> None:
     refused(scene, "HSET", KEYS.weights, "version", "99")
     refused(scene, "XADD", KEYS.control, "*", "event", "version", "version", "99")
     refused(scene, "PUBLISH", KEYS.notify, "99")
@@ -71,7 +71,7 @@ def test_weights_cannot_be_published_or_spoiled(scene: Scene) -> None:
         refused(scene, "PEXPIRE", key, 1)
 
 
-def test_others_cannot_be_commanded(scene: Scene) -> None:
+def test_a_worker_cannot_send_commands(scene: Scene) -> None:
     life = scene.worker.incarnation
     refused(
         scene,
@@ -91,7 +91,7 @@ def test_others_cannot_be_commanded(scene: Scene) -> None:
     )
 
 
-def test_batches_of_others_cannot_be_read_forged_or_deleted(scene: Scene) -> None:
+def test_a_worker_cannot_read_forge_or_delete_batches_of_others(scene: Scene) -> None:
     scene.worker.send_experiences({"number": "precious"})
     key = KEYS.experiences(1)
     for command in (("XRANGE", key, "-", "+"), ("XDEL", key, f"{scene.worker.incarnation}-1"), ("DEL", key)):
@@ -101,7 +101,7 @@ def test_batches_of_others_cannot_be_read_forged_or_deleted(scene: Scene) -> Non
     assert wait_until("it came", scene.collected) == ["precious"]
 
 
-def test_nobody_can_answer_for_another_or_end_its_life(scene: Scene) -> None:
+def test_a_worker_cannot_acknowledge_for_another_or_fence_it(scene: Scene) -> None:
     command = scene.learner.send_control_command("noop", worker_ids=[1])
     life = scene.worker.incarnation
     refused(
@@ -130,13 +130,13 @@ def test_nobody_can_answer_for_another_or_end_its_life(scene: Scene) -> None:
     assert scene.learner.workers()[-1].incarnation == life
 
 
-def test_the_learner_cannot_be_replaced(scene: Scene) -> None:
+def test_a_worker_cannot_replace_the_learner(scene: Scene) -> None:
     refused(scene, "HSET", KEYS.meta, "epoch", "9999999999999")
     refused(scene, "HSET", KEYS.meta, "learner:learner", "9999999999999")
     refused(scene, "HSET", KEYS.epochs(0), "learner", "9999999999999")
 
 
-def test_what_one_missed_cannot_be_hidden(scene: Scene) -> None:
+def test_a_worker_cannot_hide_what_it_missed(scene: Scene) -> None:
     client = scene.joined()
     for _ in range(3):
         version = scene.learner.send_model_weights({"w": np.zeros(8)}).version
@@ -153,7 +153,7 @@ def test_what_one_missed_cannot_be_hidden(scene: Scene) -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"RLBW", b"\x00" * 4096, encode({"x": 1})[:-3], encode({"x": 1}) + b"?", b"\xff" * 100]
 )
-def test_a_batch_that_is_none_becomes_a_dead_letter(scene: Scene, data: bytes) -> None:
+def test_an_invalid_batch_becomes_a_dead_letter(scene: Scene, data: bytes) -> None:
     client = scene.joined()
     scene.attacker.xadd(KEYS.experiences(0), batch(1) | {"data": data}, id=f"{client.incarnation}-1")
     (letter,) = wait_until("it is dead", lambda: dead(scene))
@@ -161,7 +161,7 @@ def test_a_batch_that_is_none_becomes_a_dead_letter(scene: Scene, data: bytes) -
     client.close()
 
 
-def test_a_batch_that_says_it_is_huge_has_no_memory_set_aside(scene: Scene) -> None:
+def test_a_batch_that_claims_to_be_huge_gets_no_memory(scene: Scene) -> None:
     client = scene.joined()
     data = encode({"x": np.random.default_rng(0).random(1 << 20)})[:200]
     said = {"data": data, "raw_bytes": 2**62, "stored_bytes": 2**62}
@@ -170,7 +170,7 @@ def test_a_batch_that_says_it_is_huge_has_no_memory_set_aside(scene: Scene) -> N
     client.close()
 
 
-def test_a_small_batch_that_holds_much_is_not_decoded_with_others(
+def test_highly_compressed_batches_are_decoded_one_at_a_time(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Zeros take next to nothing on the way; that they say how many they are is not believed."""
@@ -187,7 +187,7 @@ def test_a_small_batch_that_holds_much_is_not_decoded_with_others(
 
 @pytest.mark.parametrize("value", ["9" * 400, "-" + "9" * 400, "nan", ""])
 @pytest.mark.parametrize("field", ["version", "rows", "sent_at"])
-def test_a_batch_with_which_nobody_can_count_takes_no_other_with_it(
+def test_a_batch_with_invalid_numbers_loses_no_other_batch(
     scene: Scene, field: str, value: str
 ) -> None:
     client = scene.joined()
@@ -206,7 +206,7 @@ def test_a_batch_with_which_nobody_can_count_takes_no_other_with_it(
     client.close()
 
 
-def test_counts_that_are_no_numbers_end_no_learner(scene: Scene) -> None:
+def test_invalid_counts_do_not_stop_the_learner(scene: Scene) -> None:
     client, pairs = scene.joined(), list[Any]()
     client.send_experiences({"number": "mine"})
     scene.worker.send_experiences({"number": "precious"})
@@ -231,7 +231,7 @@ def test_counts_that_are_no_numbers_end_no_learner(scene: Scene) -> None:
     client.close()
 
 
-def test_names_that_are_no_workers_do_not_stay_in_memory(scene: Scene) -> None:
+def test_invalid_worker_names_do_not_stay_in_memory(scene: Scene) -> None:
     before = incarnations._parse_short_id.cache_info().currsize
     for number in range(20):
         scene.attacker.sadd(KEYS.workers, f"{number}" * 100_000)
@@ -241,7 +241,7 @@ def test_names_that_are_no_workers_do_not_stay_in_memory(scene: Scene) -> None:
 
 @pytest.mark.parametrize("kind", ["life", "hb", "counts", "ack", "x"])
 @pytest.mark.parametrize("what", ["type", "numbers"])
-def test_nonsense_in_ones_own_keys_troubles_nobody_else(scene: Scene, kind: str, what: str) -> None:
+def test_invalid_data_in_a_workers_own_keys_harms_no_other_worker(scene: Scene, kind: str, what: str) -> None:
     client = scene.joined()
     key = f"{KEYS.prefix}:{kind}:0"
     if what == "type":
@@ -274,7 +274,7 @@ def test_nonsense_in_ones_own_keys_troubles_nobody_else(scene: Scene, kind: str,
         client.close()
 
 
-def test_the_learners_scripts_run_nothing_that_one_likes(scene: Scene) -> None:
+def test_the_learners_scripts_run_no_commands_of_a_worker(scene: Scene) -> None:
     """One of them carries out writes that it is given: what takes long must not be among them."""
     own = (KEYS.counts(0), KEYS.experiences(0), KEYS.life(0), KEYS.counts(0))
     scene.attacker.hset(KEYS.counts(0), "epoch", "1")
@@ -288,14 +288,14 @@ def test_the_learners_scripts_run_nothing_that_one_likes(scene: Scene) -> None:
     scene.attacker.delete(KEYS.experiences(0), KEYS.counts(0))
 
 
-def test_the_learners_scripts_cannot_be_made_to_run_for_hours(scene: Scene) -> None:
+def test_the_learners_scripts_cannot_be_made_to_run_for_long(scene: Scene) -> None:
     """A text that is searched in a time that grows with its square would hold up everybody, who then give up."""
     own = (KEYS.counts(0), KEYS.counts(0))
     scene.attacker.execute_command(*RESTORE_RUN.call(own, (1, "x", 0, "1" * 200_000, "a", "b")))
     scene.attacker.delete(KEYS.counts(0))
 
 
-def test_a_life_that_is_written_oddly_keeps_no_command_from_others(scene: Scene) -> None:
+def test_an_invalid_incarnation_keeps_no_command_from_others(scene: Scene) -> None:
     client = scene.joined()
     for odd in (f"0{client.incarnation}", f" {client.incarnation}", f"{client.incarnation}.0", "\uff19" * 13):
         scene.attacker.hset(KEYS.life(0), "incarnation", odd)
@@ -306,7 +306,7 @@ def test_a_life_that_is_written_oddly_keeps_no_command_from_others(scene: Scene)
         client.close()
 
 
-def test_versions_do_not_run_out(scene: Scene) -> None:
+def test_a_worker_cannot_use_up_the_version_numbers(scene: Scene) -> None:
     client, before = scene.joined(), scene.learner.version
     for claimed in (2**51, 2**40, 20_000_000):
         scene.attacker.hset(KEYS.life(0), "known_version", claimed)
@@ -316,7 +316,7 @@ def test_versions_do_not_run_out(scene: Scene) -> None:
     client.close()
 
 
-def test_a_batch_is_taken_once_under_each_number_only(scene: Scene) -> None:
+def test_a_batch_with_a_used_number_is_refused(scene: Scene) -> None:
     client = scene.joined()
     client.send_experiences({"number": "mine"})
     (entry,) = scene.attacker.xrange(KEYS.experiences(0))
@@ -331,7 +331,7 @@ def test_a_batch_is_taken_once_under_each_number_only(scene: Scene) -> None:
     client.close()
 
 
-def test_nothing_is_learnt_of_passwords(scene: Scene) -> None:
+def test_a_worker_learns_no_passwords(scene: Scene) -> None:
     for command in (
         ("ACL", "LIST"),
         ("ACL", "GETUSER", "admin"),
@@ -342,7 +342,7 @@ def test_nothing_is_learnt_of_passwords(scene: Scene) -> None:
         refused(scene, *command)
 
 
-def test_the_server_cannot_be_held_up_by_a_program_of_ones_own(scene: Scene) -> None:
+def test_a_worker_cannot_block_the_server_with_a_script_of_its_own(scene: Scene) -> None:
     refused(scene, "EVAL", "while true do end", 0)
     refused(scene, "SCRIPT", "LOAD", "while true do end")
     refused(
