@@ -176,7 +176,7 @@ class AcknowledgementSender:
             newest = self._channel.execute("HGET", self._keys.life(self._worker_id), "incarnation")
             if int(newest or 0) > self._incarnation:
                 raise Fenced(
-                    f"worker {self._worker_id} was replaced by a newer process, or declared gone"
+                    f"worker {self._worker_id} was replaced by a newer process, or the run has forgotten it"
                 ) from error
             return  # it was stored before, and the reply was lost
         if stored is None:

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Deadline, within
@@ -23,7 +23,7 @@ from rlbroker.config import positive_seconds, waiting_seconds, worker_number
 from rlbroker.control.command_signature import SIGNATURE_FIELDS, sign_command
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.errors import DeadlineExceeded, InvalidArgument, UnknownWorker
-from rlbroker.membership.incarnations import read_incarnations
+from rlbroker.membership.incarnations import Incarnations, read_incarnations
 from rlbroker.types import Outcome
 
 #: Age from which settled commands are trimmed from the control stream: live workers have read them by then. Pending
@@ -129,6 +129,35 @@ class _SentCommand:
     incarnations: Mapping[int, int]
     sent: float
     outcomes: dict[int, Outcome] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Recipients:
+    """The workers that a command is for, and what must still hold when the script runs.
+
+    Attributes:
+        targets: the workers, each with its incarnation; they must still be members.
+        former: workers that must not have joined again, each with its last incarnation.
+        names_count: the size that the set `workers` must have; -1 for any.
+        missing: wanted workers that are no members; then there are no targets.
+    """
+
+    targets: Mapping[int, int]
+    former: Mapping[int, int]
+    names_count: int
+    missing: Sequence[int] = ()
+
+    @classmethod
+    def choose(cls, workers: Incarnations, wanted: Sequence[int] | None) -> Self:
+        """Choose the recipients of a command to the wanted workers, or to all members."""
+        members = {worker: one.incarnation for worker, one in workers.members.items()}
+        missing = [worker for worker in wanted or () if worker not in members]
+        if wanted is not None and not missing:
+            return cls({worker: members[worker] for worker in wanted}, {}, -1)
+        # Former and new workers may join before the script runs. The command is for them too, if it is for all, and a
+        # wanted worker among them must not be reported as unknown.
+        former = {worker: one.incarnation for worker, one in workers.by_worker.items() if not one.member}
+        return cls({} if missing else members, former, workers.names_count, missing)
 
 
 class CommandSender:
@@ -239,53 +268,17 @@ class CommandSender:
         deadline = Deadline(self._connection.timeout_seconds)
         while True:
             workers = read_incarnations(self._connection.ask, self._keys)
-            members = {worker: one.incarnation for worker, one in workers.members.items()}
-            missing = [worker for worker in wanted or () if worker not in members]
-            if wanted is not None and not missing:
-                targets, former, expected_names = (
-                    {worker: members[worker] for worker in wanted},
-                    dict[int, int](),
-                    -1,
-                )
-            else:
-                # Former and unknown workers may join before the script runs. They count as members too: for a
-                # command to all, and before a wanted worker is reported as unknown.
-                targets = {} if missing else members
-                former = {
-                    worker: one.incarnation for worker, one in workers.by_worker.items() if not one.member
-                }
-                expected_names = workers.names_count
+            recipients = _Recipients.choose(workers, wanted)
             pairs = flat(fields)
             if self._key:
-                pairs += flat(sign_command(self._key, self._keys.run, command_id, fields, targets))
+                pairs += flat(sign_command(self._key, self._keys.run, command_id, fields, recipients.targets))
             # Remember it first: a worker may acknowledge it before the reply of the script arrives.
             remembered = _SentCommand(pairs, {}, time.monotonic())
             self._remember(command_id, remembered)
-            reply = self._connection.run(
-                SEND,
-                (
-                    self._keys.meta,
-                    self._keys.workers,
-                    self._keys.control,
-                    self._keys.pending,
-                    self._keys.outcomes(command_id),
-                    *map(self._keys.life, (*targets, *former)),
-                ),
-                (
-                    self._epoch,
-                    command_id,
-                    OUTCOMES_KEPT_SECONDS,
-                    expected_names,
-                    ",".join(map(str, targets)),
-                    ",".join(map(str, targets.values())),
-                    ",".join(map(str, former.values())),
-                    *pairs,
-                ),
-            )
-            sent = reply == b"sent"
-            if sent and targets:
-                remembered.incarnations = targets
-                return targets
+            sent = self._try_to_send(command_id, pairs, recipients)
+            if sent and recipients.targets:
+                remembered.incarnations = recipients.targets
+                return recipients.targets
             if not sent and not deadline.over:
                 continue
             self._sent.pop(command_id, None)
@@ -294,12 +287,39 @@ class CommandSender:
                     f"the members of the run {self._keys.run!r} kept changing, so the command was not sent; "
                     "send it again"
                 )
-            if missing:
-                known = ", ".join(map(str, members)) or "none"
+            if recipients.missing:
+                known = ", ".join(map(str, workers.members)) or "none"
                 raise UnknownWorker(
-                    f"worker {missing[0]} is not a member of the run {self._keys.run!r}; members are: {known}"
+                    f"worker {recipients.missing[0]} is not a member of the run {self._keys.run!r}; "
+                    f"members are: {known}"
                 )
             return {}
+
+    def _try_to_send(self, command_id: str, pairs: Sequence[Any], recipients: _Recipients) -> bool:
+        """Run the script, and return whether the recipients were still the right ones."""
+        targets, former = recipients.targets, recipients.former
+        reply = self._connection.run(
+            SEND,
+            (
+                self._keys.meta,
+                self._keys.workers,
+                self._keys.control,
+                self._keys.pending,
+                self._keys.outcomes(command_id),
+                *map(self._keys.life, (*targets, *former)),
+            ),
+            (
+                self._epoch,
+                command_id,
+                OUTCOMES_KEPT_SECONDS,
+                recipients.names_count,
+                ",".join(map(str, targets)),
+                ",".join(map(str, targets.values())),
+                ",".join(map(str, former.values())),
+                *pairs,
+            ),
+        )
+        return bool(reply == b"sent")
 
     def _read_outcomes(self, command_id: str, workers: Sequence[int]) -> dict[int, Outcome]:
         """Read a command's outcomes; what the learner remembers holds, as the server may have lost it."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from rlbroker.backend.connection import Argument, Connection, flat
@@ -268,32 +268,19 @@ class Ledger:
         with legible(self._keys.pending):
             pending = _pending_by_worker(text_fields(pending_fields))
         self._find_pending(streams, pending)
-        calls, results = [], dict[tuple[int, str], Settled]()
+        calls, results = list[tuple[Script, list[str], list[Argument]]](), dict[tuple[int, str], Settled]()
         for (worker, entries), ledger in zip(streams, ledgers, strict=True):
             with legible(self._keys.ledger(worker)):
                 stored = WorkerOutcomes.from_fields(text_fields(ledger))
             outcomes = max(stored, self._outcomes.get(worker, stored), key=lambda one: one.position)
-            commands = pending.get(worker, {})
             newest = incarnations[worker].incarnation if worker in incarnations else 0
-            for entry_id, fields in entries:
-                texts = text_fields(fields)
-                event = Event(entry_id, worker, texts.get("event", ""), texts, now)
-                # An incarnation beyond the worker's newest is forged. So is one far beyond the clock: then the worker
-                # has forged its newest incarnation too. A forged event is removed and has no effect.
-                if event.incarnation > min(newest, 2000 * now):
-                    settled = Settled(outcomes)
-                else:
-                    settled = settle(outcomes, event, commands, latest, self._lost_version)
-                if event.kind == "version" and texts.get("outcome") in ("failed", REFUSED):
-                    self.failed_version = max(self.failed_version, min(event.version, latest))
+            # An incarnation beyond the worker's newest is forged. So is one far beyond the clock: then the worker has
+            # forged its newest incarnation too.
+            limit = min(newest, 2000 * now)
+            events = [_parse_event(worker, entry_id, fields, now) for entry_id, fields in entries]
+            for event, settled in self._fold(outcomes, events, pending.get(worker, {}), latest, limit):
                 calls.append(self._settle_call(event, settled))
-                results[worker, entry_id] = settled
-                outcomes = settled.worker_outcomes
-                commands = {
-                    command: incarnation
-                    for command, incarnation in commands.items()
-                    if command not in settled.command_outcomes
-                }
+                results[worker, event.entry_id] = settled
         try:
             self._connection.run_all(calls, deadline=one_try)
         except RunLost:  # nothing was applied
@@ -303,6 +290,33 @@ class Ledger:
             raise
         self._unconfirmed |= results
         self._confirm(list(results))
+
+    def _fold(
+        self,
+        outcomes: WorkerOutcomes,
+        events: Sequence[Event],
+        pending: Mapping[str, int],
+        latest: int,
+        newest_incarnation: float,
+    ) -> Iterator[tuple[Event, Settled]]:
+        """Fold the events of one worker into its outcomes, one after the other, and yield what each one changes.
+
+        Events of forged incarnations, which are beyond the newest one, change nothing.
+        """
+        for event in events:
+            if event.incarnation > newest_incarnation:
+                settled = Settled(outcomes)
+            else:
+                settled = settle(outcomes, event, pending, latest, self._lost_version)
+            if event.kind == "version" and event.fields.get("outcome") in ("failed", REFUSED):
+                self.failed_version = max(self.failed_version, min(event.version, latest))
+            yield event, settled
+            outcomes = settled.worker_outcomes
+            pending = {
+                command: incarnation
+                for command, incarnation in pending.items()
+                if command not in settled.command_outcomes
+            }
 
     def _find_pending(self, streams: Sequence[tuple[int, Entries]], pending: Pending) -> None:
         """Add acknowledged commands that `pending` lacks although their outcome is `waiting`: the server lost it."""
@@ -384,6 +398,12 @@ class Ledger:
         kept = {missed_from_fields(text_fields(fields)) for _, fields in entries}
         lost = [self._missed_command(missed) for missed in self._missed if missed not in kept]
         self._connection.execute_all(lost)
+
+
+def _parse_event(worker: int, entry_id: str, fields: dict[bytes, bytes] | None, now: float) -> Event:
+    """Parse an entry of an acknowledgement stream."""
+    texts = text_fields(fields)
+    return Event(entry_id, worker, texts.get("event", ""), texts, now)
 
 
 def _pending_by_worker(fields: Mapping[str, str]) -> Pending:

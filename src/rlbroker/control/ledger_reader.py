@@ -40,7 +40,7 @@ def read_missed_records(connection: Connection, keys: Keys, *, since: float = 0.
         since: only records from this time on, seconds since the epoch, by the server's clock.
 
     Raises:
-        LookupError: an entry holds what no learner writes, as does ValueError.
+        KeyError, ValueError: an entry holds what no learner writes.
         PeerError: the server refused, or could not be reached in time.
     """
     first = str(max(0, int(since * 1000)))

@@ -7,7 +7,8 @@
 | `forget_seconds` (default 600 s) | forgotten | it is fenced, and what it left open is settled as missed |
 
 `lease_seconds` and `forget_seconds` are settings of the run (`config.RunSettings`). All times are measured by the
-server's clock. Time in which no learner was connected does not count as silence.
+server's clock. Silence counts from the last heartbeat, or from when the learner opened or restored the run if that is
+later: before that the server may have been unreachable for workers too.
 """
 
 from __future__ import annotations
