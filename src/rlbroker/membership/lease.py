@@ -1,10 +1,12 @@
 """The times of a membership, all in one place: heartbeat, lease, forgetting, and return after a loss.
 
-| a worker that was silent for | is | and then |
+A worker sends HEARTBEATS_PER_LEASE heartbeats in each lease, by default one each second.
+
+| a worker that was silent for | is | which means |
 |---|---|---|
-| one heartbeat interval (`lease_seconds` / 5) | alive | some heartbeats may fail before anything happens |
-| `lease_seconds` (default 5 s) | `away` | its id is free for a process that asks for any free id |
-| `forget_seconds` (default 600 s) | forgotten | it is fenced, and what it left open is settled as missed |
+| less than `lease_seconds` (default 5 s) | `alive` | some heartbeats may fail before anything happens |
+| `lease_seconds` or longer | `away` | a process that asks for any free worker id may get this one |
+| `forget_seconds` (default 600 s) or longer | forgotten | it is fenced, and what it left open is settled as missed |
 
 `lease_seconds` and `forget_seconds` are settings of the run (`config.RunSettings`). All times are measured by the
 server's clock. Silence counts from the last heartbeat, or from when the learner opened or restored the run if that is
