@@ -59,7 +59,8 @@ from rlbroker.experience.pending import ACKNOWLEDGE, RESTORE_COUNTS, TAKE_OVER, 
 from rlbroker.experience.rate_limiter import RateLimiter
 from rlbroker.experience.sender import DROP_OLDEST, OPEN_QUEUE, STATE
 from rlbroker.experience.takeover import HAND_OUT, RENEW, TAKE_ABANDONED, Takeover
-from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER, REJOIN
+from rlbroker.membership.heartbeat import BEAT, LEAVE, REJOIN
+from rlbroker.membership.registration import REGISTER
 from rlbroker.membership.roster import ALIVE, CLOSE, FORGET, OPEN, RESTORE_RUN, Roster
 from rlbroker.metrics.counters import Metrics
 from rlbroker.metrics.recorder import Recorder, RunState
@@ -267,7 +268,7 @@ class WorkerCommunicator:
                 epoch=self._epoch,
                 latest_version=lambda: self._publisher.last_used,
                 signed=key is not None,
-                settled=self._commander.note,
+                note_outcomes=self._commander.note_outcomes,
             )
             workers = self._roster.ids()
             # From here on no acknowledgement of an older learner of this name is accepted.
@@ -581,8 +582,8 @@ class WorkerCommunicator:
             workers = self._roster.ids()
             self._settle(workers, deadline)
             counts = read_counts(self._connection, self._keys, workers)
-            accounts = self._ledger.accounts(counts)
-            waiting = self._commander.waiting()
+            accounts = self._ledger.read_outcomes(counts)
+            waiting = self._commander.count_pending()
         size = max(self._num_workers, *(worker + 1 for worker in counts), 0)
         experiences, models, control = [0] * size, [0] * size, [0] * size
         for worker, account in accounts.items():
@@ -636,7 +637,7 @@ class WorkerCommunicator:
         self._settle(workers, deadline)
         counts = read_counts(self._connection, self._keys, workers)
         waiting = {worker: count.waiting for worker, count in counts.items()}
-        commands = sum(self._commander.waiting().values())
+        commands = sum(self._commander.count_pending().values())
         if over:
             self._roster.close()
         if ended:
@@ -646,7 +647,7 @@ class WorkerCommunicator:
 
     def _tell_what_was_there(self) -> None:
         """Log that the run is not new: it is right after a crash, and not for another training."""
-        if not self._roster.goes_on or not self._publishes:
+        if not self._roster.existed or not self._publishes:
             return
         counts = read_counts(self._connection, self._keys, self._roster.ids()).values()
         batches = sum(one.waiting + one.in_hand for one in counts)
@@ -796,7 +797,7 @@ class WorkerCommunicator:
         elif self._ledger.wait(workers, self._connection.block_seconds):
             self._thread.pause(min(LONGEST_GATHER_SECONDS, len(workers) * GATHER_SECONDS))
             self._settle(workers, Deadline(0))
-            self._commander.look_again()
+            self._commander.notify_waiters()
 
     def _housekeeping(self) -> None:
         for worker in self._roster.forget_silent():

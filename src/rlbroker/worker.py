@@ -33,8 +33,7 @@ from rlbroker.control.drain_signals import DrainSignals
 from rlbroker.control.inbox import Inbox, ReceivedCommand
 from rlbroker.errors import Closed, DeadlineExceeded, InvalidArgument, PeerError, UnsupportedType
 from rlbroker.experience.sender import Sender
-from rlbroker.membership.heartbeat import Heartbeat
-from rlbroker.membership.last_poll import LastPoll
+from rlbroker.membership.heartbeat import Heartbeat, LastPoll
 from rlbroker.types import SendReceipt
 from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.loading import check_target, load
@@ -137,7 +136,7 @@ class WorkerClient:
             ImageStore(run, place),
             key=key,
             from_replicas=read_from_replicas,
-            run_size=lambda: self._heartbeat.crowd,
+            run_size=lambda: self._heartbeat.run_size,
         )
         self._heartbeat = Heartbeat(
             connection,
@@ -156,7 +155,7 @@ class WorkerClient:
                 keys,
                 joined,
                 key=key,
-                noticed=self._subscriber.announce,
+                notice_version=self._subscriber.announce,
                 rejoin=self._heartbeat.rejoin,
             )
             self._sender = Sender(

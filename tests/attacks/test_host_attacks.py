@@ -1,6 +1,6 @@
-"""The attacker is another user of a machine on which workers share weights in /dev/shm.
+"""Attacks by another user of a machine on which workers share weights in /dev/shm.
 
-It wants to read weights, or to have workers load its own.
+The attacker wants to read weights, or to make workers load forged ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rlbroker import WorkerClient, WorkerCommunicator
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
-#: Larger than what is not worth sharing.
+#: Large enough to be shared.
 WEIGHTS = {"w": np.arange(100_000, dtype=np.float32)}
 
 NOBODY = 65534
@@ -27,20 +27,20 @@ NOBODY = 65534
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A place that every user of the machine may write to, as /dev/shm is."""
-    found = tmp_path / "shm"
-    found.mkdir()
-    found.chmod(0o1777)
+    """A folder that every user of the machine may write to, as /dev/shm is."""
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    folder.chmod(0o1777)
     for parent in (tmp_path, *tmp_path.parents):
         if parent.stat().st_uid == os.geteuid() and parent != Path("/tmp"):
             parent.chmod(parent.stat().st_mode | 0o011)
-    return found
+    return folder
 
 
 def as_nobody(command: str, *arguments: str | Path) -> str:
     if os.geteuid() != 0:
         pytest.skip("only root can act as another user")
-    done = subprocess.run(
+    finished = subprocess.run(
         ["/bin/sh", "-c", command, "sh", *arguments],
         user=NOBODY,
         group=NOBODY,
@@ -51,37 +51,38 @@ def as_nobody(command: str, *arguments: str | Path) -> str:
         timeout=30,
         check=False,
     )
-    return done.stdout.strip()
+    return finished.stdout.strip()
 
 
 READ_ALL = 'find "$1" -type f -exec cat {} + | wc -c'
 
-PUT_IN_PLACE = {
-    "folder": 'mkdir -m 777 "$1" && mkdir -m 777 "$1/$2" && touch "$1/$2/users" && echo put',
-    "link": 'mkdir -m 777 "$1-mine" && ln -s "$1-mine" "$1" && echo put',
-    "file": 'touch "$1" && echo put',
+#: Commands that make the cache folder before rlbroker does.
+PREPARE = {
+    "folder": 'mkdir -m 777 "$1" && mkdir -m 777 "$1/$2" && touch "$1/$2/users" && echo made',
+    "link": 'mkdir -m 777 "$1-mine" && ln -s "$1-mine" "$1" && echo made',
+    "file": 'touch "$1" && echo made',
 }
 
 
-def test_others_read_nothing_of_shared_weights(learner: Learner, worker: Worker, base: Path) -> None:
+def test_other_users_cannot_read_shared_weights(learner: Learner, worker: Worker, base: Path) -> None:
     comm, client = learner(host_cache=base), worker(host_cache=base)
     comm.send_model_weights(WEIGHTS)
     client.load_weights({})
-    there = [path for path in base.rglob("*") if path.is_file() and path.stat().st_size > 100_000]
-    assert there  # it is shared
+    shared = [path for path in base.rglob("*") if path.is_file() and path.stat().st_size > 100_000]
+    assert shared
     assert as_nobody(READ_ALL, base) == "0"
     public = base / "public"
     public.write_text("x")
-    assert as_nobody(READ_ALL, base) == "1"  # it could have
+    assert as_nobody(READ_ALL, base) == "1"  # the attacker can read public files
 
 
-@pytest.mark.parametrize("kind", PUT_IN_PLACE)
-def test_a_place_that_somebody_else_has_made_is_not_used(
+@pytest.mark.parametrize("kind", PREPARE)
+def test_a_cache_folder_of_another_user_is_not_used(
     learner: Learner, worker: Worker, base: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     comm = learner(host_cache=False)
     name = hashlib.sha256(comm.run.encode()).hexdigest()[:32]
-    assert as_nobody(PUT_IN_PLACE[kind], base / f"rlbroker-{os.geteuid()}", name) == "put"
+    assert as_nobody(PREPARE[kind], base / f"rlbroker-{os.geteuid()}", name) == "made"
     before = sorted(path.name for path in base.rglob("*"))
     client, model = worker(host_cache=base), dict[str, np.ndarray]()
     comm.send_model_weights(WEIGHTS)

@@ -1,4 +1,4 @@
-"""A worker may write anything into its own keys: it spoils its own record, and nobody else's run."""
+"""A worker may write anything into its own keys: it spoils its own data, and no other worker's."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 
-def goes_on(comm: WorkerCommunicator, client: WorkerClient) -> None:
-    """The run works for everybody else."""
+def check_works(comm: WorkerCommunicator, client: WorkerClient) -> None:
+    """Check that the run works for an honest worker."""
     client.send_experiences({"still": "here"})
-    wait_until("the batch came", lambda: any("still" in batch for _, batch in comm.collect_experiences(0.1)))
+    wait_until(
+        "the batch is collected", lambda: any("still" in batch for _, batch in comm.collect_experiences(0.1))
+    )
     command = comm.send_control_command("reset", worker_ids=[client.worker_id])
-    wait_until("it answered", lambda: client.poll() or command.outcomes()[client.worker_id])
+    wait_until("the command is done", lambda: client.poll() or command.outcomes()[client.worker_id])
     assert comm.get_queue_info()["counts"][client.worker_id].produced >= 1
 
 
-def test_thousands_of_entries_without_a_batch(
+def test_thousands_of_entries_without_a_batch_are_counted_as_corrupt(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
     comm, good, bad = learner(), worker(), worker()
-    # Beyond what a script or a recursion can hold; on fakeredis each entry costs a millisecond.
+    # More than a script or a recursion can hold. On fakeredis each entry costs a millisecond.
     entries = 8000 if server.kind == "real" else 2000
     pipeline = server.client.pipeline()
     for sequence in range(1, entries + 1):
@@ -41,10 +43,12 @@ def test_thousands_of_entries_without_a_batch(
             and comm.get_queue_info()["counts"][bad.worker_id].lost.get("corrupt") == entries
         ),
     )
-    goes_on(comm, good)
+    check_works(comm, good)
 
 
-def test_an_answer_from_the_future(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+def test_an_acknowledgement_from_the_future_blocks_no_successor(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
     comm, good = learner(lease_seconds=0.3, forget_seconds=0.6), worker()
     bad = worker()
     server.client.xadd(
@@ -53,36 +57,40 @@ def test_an_answer_from_the_future(learner: Learner, worker: Worker, server: Ser
         id="18446744073709551615-5",
     )
     bad._heartbeat._thread.stop(5.0)
-    wait_until("it is struck", lambda: [one.worker_id for one in comm.workers()] == [good.worker_id])
-    assert worker(worker_id=bad.worker_id).incarnation > bad.incarnation + 1  # being struck was one more
-    goes_on(comm, good)
+    wait_until("it is forgotten", lambda: [one.worker_id for one in comm.workers()] == [good.worker_id])
+    assert worker(worker_id=bad.worker_id).incarnation > bad.incarnation + 1  # forgetting it took one more
+    check_works(comm, good)
 
 
-def test_more_fields_than_a_script_can_pass_on(
+def test_a_batch_with_too_many_fields_for_a_script_becomes_a_dead_letter(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
     comm, good, bad = learner(), worker(), worker()
     fields = {"data": "junk", "version": "1"} | {f"field-{number}": "x" for number in range(5000)}
     server.client.xadd(keys.experiences(bad.worker_id), fields, id=f"{bad.incarnation}-1")
-    wait_until("it is dead", lambda: not comm.collect_experiences() and comm.dead_letters())
+    wait_until("it is a dead letter", lambda: not comm.collect_experiences() and comm.dead_letters())
     (letter,) = comm.dead_letters()
     assert (letter.worker_id, letter.reason) == (bad.worker_id, "corrupt")
     assert comm.retry_dead_letters([letter]) == 1
-    wait_until("it is dead again", lambda: not comm.collect_experiences() and comm.dead_letters())
-    goes_on(comm, good)
+    wait_until("it is a dead letter again", lambda: not comm.collect_experiences() and comm.dead_letters())
+    check_works(comm, good)
 
 
-def test_answers_that_are_no_stream(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+def test_acknowledgements_of_a_wrong_type_are_deleted(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
     if server.kind == "fake":
-        pytest.skip("fakeredis itself fails when it is to read a string as a stream")
+        pytest.skip("fakeredis itself fails when it reads a string as a stream")
     comm, good, bad = learner(), worker(), worker()
     server.client.delete(keys.acknowledgements(bad.worker_id))
     server.client.set(keys.acknowledgements(bad.worker_id), "mine")
-    wait_until("it is gone", lambda: server.client.type(keys.acknowledgements(bad.worker_id)) == b"none")
-    goes_on(comm, good)
+    wait_until(
+        "the key is deleted", lambda: server.client.type(keys.acknowledgements(bad.worker_id)) == b"none"
+    )
+    check_works(comm, good)
 
 
-def test_workers_and_lives_that_are_none(
+def test_invalid_worker_names_and_lives_are_removed(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
     comm, good = learner(), worker()
@@ -90,13 +98,13 @@ def test_workers_and_lives_that_are_none(
     server.client.hset(keys.life(8), mapping={"incarnation": "1e300", "member": "1", "seen": "-1"})
     server.client.sadd(keys.workers, "evil", "01", "-1", 2**64, 7, 8, 9)
     assert [info.worker_id for info in comm.workers()] == [0]
-    goes_on(comm, good)
+    check_works(comm, good)
     wait_until("they are removed", lambda: server.client.smembers(keys.workers) == {b"0"})
     assert server.client.exists(keys.life(7)) == 0
     assert worker(8).incarnation < 2**52
 
 
-def test_a_worker_cannot_have_numbers_of_versions_run_out(
+def test_an_incredible_version_of_a_worker_is_ignored(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
     comm, bad = learner(), worker()
@@ -105,7 +113,7 @@ def test_a_worker_cannot_have_numbers_of_versions_run_out(
     assert comm.send_model_weights({"x": 1}).version == 1
 
 
-def test_counts_that_are_no_numbers(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+def test_invalid_counts_are_ignored(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
     comm, good, bad = learner(), worker(), worker()
     bad.send_experiences({"x": 1})
     for field, value in (
@@ -119,26 +127,28 @@ def test_counts_that_are_no_numbers(learner: Learner, worker: Worker, server: Se
     assert len(comm.collect_experiences(timeout=5.0)) == 1
     comm.collect_experiences()
     assert comm.get_queue_info()["counts"][bad.worker_id].delivered == 1
-    goes_on(comm, good)
+    check_works(comm, good)
 
 
-def test_counts_that_are_no_hash(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+def test_counts_of_a_wrong_type_stop_no_delivery(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
     comm, good, bad = learner(), worker(), worker()
     bad.send_experiences({"x": 1})
     server.client.set(keys.counts(bad.worker_id), "x")
     assert len(comm.collect_experiences(timeout=5.0)) == 1
     comm.collect_experiences()
-    goes_on(comm, good)
+    check_works(comm, good)
 
 
 @pytest.mark.parametrize("kind", ["heartbeat", "counts", "experiences", "life"])
-def test_a_key_of_a_wrong_type_hides_nobody_else(
+def test_a_key_of_a_wrong_type_hides_no_other_worker(
     learner: Learner, worker: Worker, server: Server, keys: Keys, kind: str
 ) -> None:
     if server.kind == "fake" and kind in ("counts", "experiences"):
-        pytest.skip("fakeredis itself fails when a script, or a read, finds a string in their place")
+        pytest.skip("fakeredis itself fails when a script or a read finds a string instead")
     comm, good, bad = learner(), worker(), worker()
-    bad._heartbeat._thread.stop(5.0)  # it would write it anew
+    bad._heartbeat._thread.stop(5.0)  # a heartbeat would write the key again
     for client in (good, bad):
         client.send_experiences({"x": 1})
     wait_until(
@@ -158,10 +168,10 @@ def test_a_key_of_a_wrong_type_hides_nobody_else(
         assert comm.workers()[0].worker_id == 0
         assert comm.get_queue_info()["counts"][0].delivered == 1
         comm._collector._look_at_holdings(comm._collector._watched.values())
-    goes_on(comm, good)
+    check_works(comm, good)
 
 
-def test_long_texts_are_cut(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
+def test_long_texts_of_a_worker_are_cut(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
     comm, good, bad = learner(), worker(), worker()
     comm.send_model_weights({})
     server.client.xadd(
@@ -170,10 +180,10 @@ def test_long_texts_are_cut(learner: Learner, worker: Worker, server: Server, ke
         id=f"{bad.incarnation}-1",
     )
     assert len(comm.missed_updates()[bad.worker_id].records[0].detail) == 500
-    goes_on(comm, good)
+    check_works(comm, good)
 
 
-def test_a_heartbeat_that_makes_no_sense(
+def test_an_invalid_heartbeat_is_read_as_zeros(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
     comm, good, bad = learner(), worker(), worker()
@@ -182,4 +192,4 @@ def test_a_heartbeat_that_makes_no_sense(
         keys.heartbeat(bad.worker_id), mapping={"version": "x", "pid": "9" * 400, "sent": "-1"}
     )
     assert [info.version for info in comm.workers()] == [0, 0]
-    goes_on(comm, good)
+    check_works(comm, good)

@@ -1,6 +1,6 @@
-"""The attacker is on the network, between clients and a server that speaks TLS; it may have a certificate.
+"""Attacks from the network, between clients and a server that uses TLS. The attacker may have a certificate.
 
-It wants to read what travels, to pose as the server, or to get in.
+It wants to read the traffic, to pose as the server, or to get access.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from rlbroker.local.embedded_server import RedisServer
 
 CA, CERTIFICATE, KEY = TLS_VARIABLES
 
-#: What nobody on the way may see.
+#: A value that must not appear in the traffic.
 SECRET = b"the opponent's next move"
 
 
 class Wiretap:
-    """Passes on what comes, both ways, and keeps a copy."""
+    """A proxy that forwards all bytes in both directions and keeps a copy."""
 
     def __init__(self, port: int) -> None:
         self._target, self.seen = port, bytearray()
@@ -51,12 +51,12 @@ class Wiretap:
 
     def _serve(self, client: socket.socket) -> None:
         with client, socket.create_connection(("127.0.0.1", self._target)) as server:
-            back = threading.Thread(target=self._pass_on, args=(server, client), daemon=True)
+            back = threading.Thread(target=self._forward, args=(server, client), daemon=True)
             back.start()
-            self._pass_on(client, server)
+            self._forward(client, server)
             back.join()
 
-    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+    def _forward(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 self.seen += data
@@ -70,13 +70,13 @@ class Wiretap:
 def proxy(embedded: RedisServer, certificates: Certificates) -> Iterator[TlsProxy]:
     with closing(
         TlsProxy(str(embedded.socket_path), server_context(certificates.certificate(), certificates.ca()))
-    ) as found:
-        yield found
+    ) as proxy:
+        yield proxy
 
 
 @pytest.fixture(autouse=True)
-def honest(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The honest have certificates; the attacker says what it has."""
+def honest_clients(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configure certificates for honest clients; the attacker passes its own."""
     monkeypatch.setenv(CA, certificates.ca())
     certificate, key = certificates.certificate(client=True)
     monkeypatch.setenv(CERTIFICATE, certificate)
@@ -88,54 +88,56 @@ def url(embedded: RedisServer, port: int) -> str:
     return f"rediss://{user}@127.0.0.1:{port}/0"
 
 
-def test_listening_shows_nothing_of_batches_weights_and_passwords(
+def test_a_wiretap_sees_no_batches_weights_or_passwords(
     embedded: RedisServer, proxy: TlsProxy, run: str
 ) -> None:
     with closing(Wiretap(proxy.port)) as tap:
-        there = url(embedded, tap.port)
+        tapped_url = url(embedded, tap.port)
         with (
-            WorkerCommunicator(1, redis_url=there, run=run) as learner,
-            WorkerClient(there, run, host_cache=False) as worker,
+            WorkerCommunicator(1, redis_url=tapped_url, run=run) as learner,
+            WorkerClient(tapped_url, run, host_cache=False) as worker,
         ):
             learner.send_model_weights({"secret": np.frombuffer(SECRET, np.uint8)}, compression_enabled=False)
             worker.load_weights({})
             worker.send_experiences({"secret": SECRET})
-            ((_, batch),) = wait_until("the batch came", lambda: learner.collect_experiences(timeout=1.0))
+            ((_, batch),) = wait_until(
+                "the batch has arrived", lambda: learner.collect_experiences(timeout=1.0)
+            )
             assert batch["secret"] == SECRET
-        password = there.partition("//")[2].partition("@")[0].partition(":")[2]
+        password = tapped_url.partition("//")[2].partition("@")[0].partition(":")[2]
         assert len(tap.seen) > 2000
         for word in (SECRET, password.encode(), run.encode(), b"XADD"):
             assert word not in tap.seen
 
 
-def test_without_tls_listening_would_show_it(embedded: RedisServer, run: str) -> None:
-    """The wiretap works."""
+def test_the_wiretap_sees_what_travels_without_tls(embedded: RedisServer, run: str) -> None:
+    """This shows that the wiretap works."""
     with RedisServer(bind="127.0.0.1") as server:
         assert server.network_url
         port = int(server.network_url.rpartition(":")[2].partition("/")[0])
         with closing(Wiretap(port)) as tap:
             plain = server.network_url.replace(f":{port}/", f":{tap.port}/")
-            tap_url = redis.Redis.from_url(plain)
-            tap_url.set("x", SECRET)
+            client = redis.Redis.from_url(plain)
+            client.set("x", SECRET)
             assert SECRET in tap.seen
-            tap_url.close()
+            client.close()
 
 
 @pytest.mark.parametrize(("authority", "names"), [("other", ()), ("ours", ("elsewhere.example",))])
-def test_nobody_poses_as_the_server(
+def test_a_server_with_a_wrong_certificate_is_refused(
     embedded: RedisServer, certificates: Certificates, authority: str, names: tuple[str, ...]
 ) -> None:
-    """In the middle, with a certificate of another authority, or of ours for another name."""
+    """A man in the middle has a certificate of another authority, or of the right one for another name."""
     own = certificates.certificate(*names, authority=authority)
-    said = "authority" if authority == "other" else "not for 127.0.0.1"
+    reason = "authority" if authority == "other" else "not for 127.0.0.1"
     with (
         closing(TlsProxy(str(embedded.socket_path), server_context(own, certificates.ca()))) as middle,
-        pytest.raises(TlsFailed, match=said),
+        pytest.raises(TlsFailed, match=reason),
     ):
         WorkerClient(url(embedded, middle.port), "attacked", timeout=3600)
 
 
-def test_without_a_certificate_nothing_is_answered(proxy: TlsProxy, certificates: Certificates) -> None:
+def test_a_client_without_a_certificate_gets_no_reply(proxy: TlsProxy, certificates: Certificates) -> None:
     context = ssl.create_default_context(cafile=certificates.ca())
     with (
         socket.create_connection(("127.0.0.1", proxy.port)) as plain,
@@ -146,7 +148,9 @@ def test_without_a_certificate_nothing_is_answered(proxy: TlsProxy, certificates
         assert sock.recv(100) == b""
 
 
-def test_a_certificate_alone_is_no_password(proxy: TlsProxy, certificates: Certificates) -> None:
+def test_a_client_certificate_does_not_replace_the_password(
+    proxy: TlsProxy, certificates: Certificates
+) -> None:
     certificate, key = certificates.certificate(client=True)
     client = redis.Redis(
         port=proxy.port,

@@ -1,9 +1,9 @@
-"""Attacks on workers that have a signing key, by somebody who has everything but the key.
+"""Attacks on workers with a signing key, by an attacker that has everything but the key.
 
-What the attacker can do: read and write every key of the Redis server (it may be its administrator), send whatever a
-learner sends, copy what was signed before, put files into the host's cache under names that can be read or guessed,
-and even make other bytes with the same XXH3 digest. It has no key, or another one. What it cannot do is have a worker
-load weights, or obey a command, that its learner did not make for it.
+The attacker can read and write every key of the Redis server (it may be its administrator), send everything that a
+learner sends, copy what was signed before, put files into the host cache under names that it can read or guess, and
+even find other bytes with the same XXH3 digest. It has no signing key, or another one. It cannot make a worker load
+weights or do a command that the worker's learner did not make for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rlbroker.backend.keys import Keys
 from rlbroker.codec import format as wire_format
 from rlbroker.codec import image as wire_image
 from rlbroker.codec.signing import SigningKey
-from rlbroker.control import inbox
+from rlbroker.control import command_signature, inbox
 from rlbroker.control.commands import CommandSender
 from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.manifest import Manifest
@@ -37,12 +37,12 @@ GOOD, EVIL = 1.0, 666.0
 Make = Callable[..., Any]
 
 
-def some(value: float, count: int = 30_000) -> dict[str, Any]:
+def make_weights(value: float, count: int = 30_000) -> dict[str, Any]:
     return {"w": np.full(count, value, np.float32), "noise": np.random.default_rng(1).bytes(200)}
 
 
 class Attacker:
-    """Writes to the run's keys as it likes."""
+    """Writes to any key of the run."""
 
     def __init__(self, server: Server, run: str, epoch: int) -> None:
         self.server, self.keys, self.epoch = server, Keys(run), epoch
@@ -50,29 +50,30 @@ class Attacker:
         self.redis = server.client
 
     def publish(self, value: float, *, key: SigningKey | None = None, number: int = 0) -> int:
-        """Publish weights as the learner does, under a number that may be chosen."""
+        """Publish weights as a learner does, under the next version or a chosen one."""
         publisher = Publisher(self.connection, self.keys, epoch=self.epoch, key=key)
         publisher.mark_used(number - 1)
-        version = publisher.publish(some(value), compression=False).version
+        version = publisher.publish(make_weights(value), compression=False).version
         publisher.close()
         return version
 
     def send(self, name: str, *, key: SigningKey | None = None) -> Command:
-        """Send a command as the learner does."""
+        """Send a command as a learner does."""
         return CommandSender(self.connection, self.keys, epoch=self.epoch, key=key).send(
             name, None, None, expires_seconds=None
         )
 
-    def point_to(self, **changes: str) -> None:
+    def change_manifest(self, **changes: str) -> None:
+        """Change fields of the manifest, and publish the notice of a version."""
         if changes:
             self.redis.hset(self.keys.weights, mapping=changes)
         self.redis.publish(self.keys.notify, changes.get("version", "1"))
 
-    def pointer(self) -> dict[str, str]:
+    def manifest_fields(self) -> dict[str, str]:
         return {name.decode(): text.decode() for name, text in self.redis.hgetall(self.keys.weights).items()}
 
-    def form(self) -> Any:
-        found = Manifest.from_fields(self.pointer())
+    def stored_form(self) -> Any:
+        found = Manifest.from_fields(self.manifest_fields())
         assert found
         return found.latest
 
@@ -87,8 +88,8 @@ class Attacker:
 
 @pytest.fixture
 def comm(learner: Make) -> WorkerCommunicator:
-    made: WorkerCommunicator = learner(signing_key=KEY, host_cache=False)
-    return made
+    comm: WorkerCommunicator = learner(signing_key=KEY, host_cache=False)
+    return comm
 
 
 @pytest.fixture
@@ -100,10 +101,10 @@ def signed_worker(worker: Make) -> Make:
 
 @pytest.fixture
 def attacker(server: Server, run: str, comm: WorkerCommunicator) -> Iterator[Attacker]:
-    made = Attacker(server, run, comm.epoch)
-    made.keys.shards = comm._keys.shards
-    yield made
-    made.connection.close()
+    attacker = Attacker(server, run, comm.epoch)
+    attacker.keys.shards = comm._keys.shards
+    yield attacker
+    attacker.connection.close()
 
 
 def load(client: WorkerClient) -> dict[str, Any]:
@@ -112,24 +113,24 @@ def load(client: WorkerClient) -> dict[str, Any]:
     return model
 
 
-def refused(comm: WorkerCommunicator, client: WorkerClient, why: str, model: Any = None) -> None:
-    """Have the worker look until its refusal is in the ledger."""
+def wait_for_refusal(comm: WorkerCommunicator, client: WorkerClient, reason: str, model: Any = None) -> None:
+    """Let the worker poll until its refusal is in the ledger."""
     target = {} if model is None else model
 
     def recorded() -> bool:
         assert not client.poll(target)
         records = comm.missed_updates()[client.worker_id].records
-        return any(why in one.detail for one in records)
+        return any(reason in one.detail for one in records)
 
-    wait_until(f"it is recorded: {why}", recorded)
+    wait_until(f"the refusal is recorded: {reason}", recorded)
 
 
-def takes_the_next(
+def check_next_version(
     comm: WorkerCommunicator, client: WorkerClient, model: dict[str, Any], count: int = 30_000
 ) -> None:
-    """Check that the worker takes the learner's next version, as ever."""
-    version = comm.send_model_weights(some(2.0, count), compression_enabled=False).version
-    wait_until("it runs", lambda: (client.poll(model), client.version == version)[1])
+    """Check that the worker applies the learner's next version."""
+    version = comm.send_model_weights(make_weights(2.0, count), compression_enabled=False).version
+    wait_until("it is applied", lambda: (client.poll(model), client.version == version)[1])
     assert (client.version, model["w"][0]) == (version, 2.0)
 
 
@@ -137,36 +138,36 @@ def takes_the_next(
 
 
 @pytest.mark.parametrize(
-    ("key", "number", "why"),
+    ("key", "number", "reason"),
     [(None, 2, "its signature is missing"), (OTHER, 2, "signed with another key"), (None, 10**6, "missing")],
 )
-def test_weights_of_ones_own_are_not_loaded(
+def test_forged_weights_are_not_loaded(
     comm: WorkerCommunicator,
     signed_worker: Make,
     attacker: Attacker,
     key: SigningKey | None,
     number: int,
-    why: str,
+    reason: str,
 ) -> None:
-    comm.send_model_weights(some(GOOD))
+    comm.send_model_weights(make_weights(GOOD))
     client = signed_worker()
     model = load(client)
-    if key is not None:  # and what it finds is no version to it, so that it counts from there
+    if key is not None:  # it does not count versions of another key, and starts at the given number
         number = attacker.publish(EVIL, key=key, number=number)
     else:
         attacker.publish(EVIL, number=number)
-    refused(comm, client, why, model)
+    wait_for_refusal(comm, client, reason, model)
     missed = comm.missed_updates()[0]
     assert [one.why for one in missed.records] == ["refused"]
     assert (missed.total, missed.records[0].first) == (0, number)
-    wait_until("it tells", lambda: comm.workers()[0].problem.startswith(f"version {number}: "))
-    takes_the_next(comm, client, model)
-    assert comm.version == 2  # a made-up number leaves no trace in those of the run
+    wait_until("a heartbeat reports it", lambda: comm.workers()[0].problem.startswith(f"version {number}: "))
+    check_next_version(comm, client, model)
+    assert comm.version == 2  # a forged version does not change the run's version numbers
     assert comm.missed_updates()[0].total == 0
 
 
 def collide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have all bytes have the same digest: the attacker can find others that do."""
+    """Make all digests equal, as if the attacker could find collisions."""
     monkeypatch.setattr(xxhash, "xxh3_128_hexdigest", lambda data: "c0ffee")
     for module in (wire_format, wire_image):
         monkeypatch.setattr(module, "digest_of", lambda data: 7)
@@ -181,53 +182,53 @@ def test_a_chunk_with_the_same_digest_is_not_decoded(
     monkeypatch: pytest.MonkeyPatch,
     size: int,
 ) -> None:
-    """Both ways of fetching: small weights in one round trip, and large ones straight into place."""
+    """Small weights are fetched in one round trip, and large ones directly into place."""
     collide(monkeypatch)
-    comm.send_model_weights(some(GOOD, size), compression_enabled=False)
-    key = attacker.keys.chunk(attacker.form().upload, 1)
+    comm.send_model_weights(make_weights(GOOD, size), compression_enabled=False)
+    key = attacker.keys.chunk(attacker.stored_form().upload, 1)
     genuine = attacker.redis.get(key)
     evil = genuine.replace(np.float32(GOOD).tobytes(), np.float32(EVIL).tobytes())
     assert len(evil) == len(genuine)
     attacker.redis.set(key, evil)
-    assert EVIL in load(worker(host_cache=False))["w"]  # without a key the attack succeeds
+    assert EVIL in load(worker(host_cache=False))["w"]  # without a signing key the attack succeeds
     client = signed_worker()
-    refused(comm, client, "does not match its signature")
-    wait_until("the learner looks", lambda: comm._publisher.restore(unreadable_version=1))
-    assert comm.version == 2  # it has noticed, and published them again
-    takes_the_next(comm, client, {}, size)
+    wait_for_refusal(comm, client, "does not match its signature")
+    wait_until("the learner has checked its chunks", lambda: comm._publisher.restore(unreadable_version=1))
+    assert comm.version == 2  # it noticed, and published the weights again
+    check_next_version(comm, client, {}, size)
 
 
-def test_the_header_is_bound_too(
+def test_a_header_with_the_same_digest_is_not_decoded(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collide(monkeypatch)
-    comm.send_model_weights(some(GOOD))
-    key = attacker.keys.chunk(attacker.form().upload, 0)
+    comm.send_model_weights(make_weights(GOOD))
+    key = attacker.keys.chunk(attacker.stored_form().upload, 0)
     attacker.redis.set(key, attacker.redis.get(key) + b"\0")
-    refused(comm, signed_worker(), "chunk 0 of version 1 does not match its signature")
+    wait_for_refusal(comm, signed_worker(), "chunk 0 of version 1 does not match its signature")
 
 
-def test_chunks_and_digests_of_ones_own_under_an_old_signature_are_not_loaded(
+def test_forged_chunks_under_an_old_signature_are_not_loaded(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, opened: ExitStack
 ) -> None:
-    comm.send_model_weights(some(GOOD))
-    genuine = attacker.pointer()
+    comm.send_model_weights(make_weights(GOOD))
+    genuine = attacker.manifest_fields()
     word = genuine["signatures"].partition(":")[2]
     attacker.publish(EVIL)
-    evil = attacker.pointer()
-    attacker.point_to(signatures=f"{evil['upload']}:{word}")
-    refused(comm, signed_worker(), "its signature is wrong")
+    evil = attacker.manifest_fields()
+    attacker.change_manifest(signatures=f"{evil['upload']}:{word}")
+    wait_for_refusal(comm, signed_worker(), "its signature is wrong")
 
 
 @pytest.mark.parametrize("change", ["version", "base", "digest", "stored_bytes", "signatures"])
-def test_what_was_signed_cannot_be_altered(
+def test_an_altered_manifest_is_refused(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, change: str
 ) -> None:
-    comm.send_model_weights(some(GOOD))
-    comm.send_model_weights(some(GOOD))
+    comm.send_model_weights(make_weights(GOOD))
+    comm.send_model_weights(make_weights(GOOD))
     client = signed_worker()
     model = load(client)
-    fields = attacker.pointer()
+    fields = attacker.manifest_fields()
     altered = {
         "version": {},
         "base": {"base": "1" if fields["base"] == "0" else "0"},
@@ -235,85 +236,85 @@ def test_what_was_signed_cannot_be_altered(
         "stored_bytes": {"stored_bytes": str(int(fields["stored_bytes"]) + 1)},
         "signatures": {"signatures": fields["signatures"][:-1] + "0"},
     }[change]
-    attacker.point_to(**{"version": "50", **altered})
-    refused(comm, client, "its signature is wrong", model)
-    # Nor for a worker that has seen nothing yet, under the number that it was signed for.
+    attacker.change_manifest(**{"version": "50", **altered})
+    wait_for_refusal(comm, client, "its signature is wrong", model)
+    # Nor does a new worker load it, under the version that it was signed for.
     if change != "version":
-        attacker.point_to(version="2")
-        refused(comm, signed_worker(), "its signature is wrong")
-    takes_the_next(comm, client, model)
+        attacker.change_manifest(version="2")
+        wait_for_refusal(comm, signed_worker(), "its signature is wrong")
+    check_next_version(comm, client, model)
 
 
-def test_a_stripped_signature_is_missed(
+def test_a_manifest_without_its_signature_is_refused(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker
 ) -> None:
     client = signed_worker()
-    comm.send_model_weights(some(GOOD))
+    comm.send_model_weights(make_weights(GOOD))
     assert load(client)
-    comm.send_model_weights(some(GOOD))
+    comm.send_model_weights(make_weights(GOOD))
     attacker.redis.hdel(attacker.keys.weights, "signatures")
-    refused(comm, signed_worker(), "its signature is missing")
-    takes_the_next(comm, client, {})
+    wait_for_refusal(comm, signed_worker(), "its signature is missing")
+    check_next_version(comm, client, {})
 
 
 def test_weights_of_another_run_with_the_same_key_are_not_loaded(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, learner: Make, run: str
 ) -> None:
     elsewhere = learner(run=f"{run}-other", signing_key=KEY, host_cache=False)
-    elsewhere.send_model_weights(some(EVIL))
+    elsewhere.send_model_weights(make_weights(EVIL))
     for name in list(attacker.redis.scan_iter(f"{Keys(f'{run}-other').prefix}:w*")):
         own = name.decode().replace(f"{run}-other", run)
         if attacker.redis.type(name) == b"hash":
             attacker.redis.hset(own, mapping=attacker.redis.hgetall(name))
         elif attacker.redis.type(name) == b"string":
             attacker.redis.set(own, attacker.redis.get(name), ex=60)
-    attacker.point_to()
+    attacker.change_manifest()
     client = signed_worker()
-    refused(comm, client, "its signature is wrong")
-    takes_the_next(comm, client, {})
+    wait_for_refusal(comm, client, "its signature is wrong")
+    check_next_version(comm, client, {})
 
 
-def test_a_running_worker_never_goes_back(
+def test_a_running_worker_never_loads_an_older_version(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker
 ) -> None:
-    comm.send_model_weights(some(EVIL))  # which the learner has learned to be bad
-    old = attacker.pointer()
-    comm.send_model_weights(some(GOOD))
+    comm.send_model_weights(make_weights(EVIL))  # an old version that the learner has replaced
+    old = attacker.manifest_fields()
+    comm.send_model_weights(make_weights(GOOD))
     client = signed_worker()
     model = load(client)
     attacker.redis.delete(attacker.keys.weights)
-    attacker.point_to(**old)
+    attacker.change_manifest(**old)
     with pytest.raises(DeadlineExceeded, match="older than 2, which this worker has seen"):
         client.load_weights({}, timeout=1.5)
     assert not client.poll(model)
     assert client.version == 2
-    takes_the_next(comm, client, model)
+    check_next_version(comm, client, model)
 
 
-def test_a_difference_rests_on_what_was_signed_too(
+def test_the_base_of_a_delta_must_be_signed_too(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker
 ) -> None:
-    first = some(GOOD)
+    first = make_weights(GOOD)
     comm.send_model_weights(first)
     first["w"][:10] = 2.0
     assert comm.send_model_weights(first).kind == "delta"
-    fields = attacker.pointer()
+    fields = attacker.manifest_fields()
     attacker.publish(EVIL)
-    evil = attacker.form()
-    attacker.point_to(**{**fields, "others": fields["others"].replace(*whole_form(fields, evil))})
-    refused(comm, signed_worker(), "its signature is missing")
+    evil = attacker.stored_form()
+    attacker.change_manifest(**{**fields, "others": fields["others"].replace(*forged_base(fields, evil))})
+    wait_for_refusal(comm, signed_worker(), "its signature is missing")
 
 
-def whole_form(fields: dict[str, str], evil: Any) -> tuple[str, str]:
-    """Give the word of the whole version 1, and one of the attacker's in its place."""
+def forged_base(fields: dict[str, str], evil: Any) -> tuple[str, str]:
+    """Return the word of the full version 1, and a forged one that replaces it."""
     return fields["others"], f"1:0:{evil.upload}:{evil.chunks}:{evil.stored_bytes}:{evil.digest}"
 
 
-def test_an_image_from_a_process_without_the_key_is_not_taken(
+def test_a_cached_image_from_a_process_without_the_key_is_not_used(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, run: str, tmp_path: Path
 ) -> None:
-    comm.send_model_weights(some(GOOD))
-    form = attacker.form()
+    comm.send_model_weights(make_weights(GOOD))
+    form = attacker.stored_form()
     header = attacker.redis.get(attacker.keys.chunk(form.upload, 0))
     genuine = load(signed_worker())
     poisoner = ImageStore(run, tmp_path)
@@ -332,33 +333,33 @@ def test_an_image_from_a_process_without_the_key_is_not_taken(
 # A learner
 
 
-def test_a_learner_that_comes_back_does_not_go_on_from_what_others_wrote(
+def test_a_restarted_learner_does_not_continue_from_forged_weights(
     comm: WorkerCommunicator, learner: Make, signed_worker: Make, attacker: Attacker
 ) -> None:
-    comm.send_model_weights(some(GOOD))
+    comm.send_model_weights(make_weights(GOOD))
     comm.cleanup()
     attacker.publish(EVIL)
-    again = learner(signing_key=KEY, host_cache=False)
-    assert again.version == 0
+    restarted = learner(signing_key=KEY, host_cache=False)
+    assert restarted.version == 0
     client = signed_worker()
     model: dict[str, Any] = {}
-    takes_the_next(again, client, model)
-    assert again.version == 3
-    assert "signatures" in attacker.pointer()
+    check_next_version(restarted, client, model)
+    assert restarted.version == 3
+    assert "signatures" in attacker.manifest_fields()
 
 
 @pytest.mark.parametrize(
     "written",
     [{"version": "many"}, {"version": ""}, {"others": "x"}, {"upload": "\xff/.."}, {"version": "9" * 40}],
 )
-def test_nonsense_in_the_pointer_keeps_no_learner_from_publishing(
+def test_an_invalid_manifest_keeps_no_learner_from_publishing(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, written: dict[str, str]
 ) -> None:
-    comm.send_model_weights(some(GOOD))
+    comm.send_model_weights(make_weights(GOOD))
     client = signed_worker()
     model = load(client)
-    attacker.point_to(**{"version": "7", **written})
-    takes_the_next(comm, client, model)
+    attacker.change_manifest(**{"version": "7", **written})
+    check_next_version(comm, client, model)
     assert comm.version == 2
 
 
@@ -366,34 +367,34 @@ def test_nonsense_in_the_pointer_keeps_no_learner_from_publishing(
 
 
 @pytest.mark.parametrize("key", [None, OTHER])
-def test_a_command_of_ones_own_is_not_obeyed(
+def test_a_forged_command_is_not_done(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, key: SigningKey | None
 ) -> None:
     client = signed_worker()
     command = attacker.send("stop", key=key)
-    why = "signed with another key" if key else "its signature is missing"
-    refused(comm, client, why)
+    reason = "signed with another key" if key else "its signature is missing"
+    wait_for_refusal(comm, client, reason)
     assert client.running
     assert command.outcomes()[0].state == "failed"
-    assert why in command.outcomes()[0].detail
+    assert reason in command.outcomes()[0].detail
     [record] = comm.missed_updates()[0].records
     assert (record.what, record.why, record.command) == ("command", "refused", f"{command.id} stop")
 
 
-def test_a_command_that_no_ledger_knows_is_recorded(
+def test_a_forged_command_unknown_to_the_ledger_is_recorded(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker
 ) -> None:
     client = signed_worker()
     attacker.put_command(
         {"event": "command", "command": "x" * 5000, "name": "stop", "workers": "0", "data": b"?"}
     )
-    refused(comm, client, "its signature is missing")
+    wait_for_refusal(comm, client, "its signature is missing")
     assert client.running
     [record] = comm.missed_updates()[0].records
     assert (record.what, record.why, len(record.command)) == ("command", "refused", 200 + len(" stop"))
 
 
-def test_an_old_stop_does_not_end_a_later_life(
+def test_an_old_stop_does_not_stop_a_later_incarnation(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker
 ) -> None:
     first = signed_worker(0)
@@ -403,29 +404,29 @@ def test_an_old_stop_does_not_end_a_later_life(
     first.close()
     second = signed_worker(0)
     [sent] = attacker.commands()
-    for life in (sent["incarnations"], str(second.incarnation), "0", ""):
-        attacker.put_command({**sent, "incarnations": life})
-    refused(comm, second, "signed for others, or for an earlier life")
+    for incarnation in (sent["incarnations"], str(second.incarnation), "0", ""):
+        attacker.put_command({**sent, "incarnations": incarnation})
+    wait_for_refusal(comm, second, "signed for others, or for an earlier incarnation")
     attacker.put_command({**sent, "incarnations": "0", "signed_for": f"0:{second.incarnation}"})
-    refused(comm, second, "its signature is wrong")
+    wait_for_refusal(comm, second, "its signature is wrong")
     assert second.running
 
 
 @pytest.mark.parametrize(
     "change", ["data", "name", "expires_seconds", "command", "arguments", "signature", "run"]
 )
-def test_an_altered_command_is_not_obeyed(
+def test_an_altered_command_is_not_done(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, learner: Make, run: str, change: str
 ) -> None:
-    told: list[Any] = []
+    received: list[Any] = []
     client = signed_worker()
-    client.on_command("level", told.append)
+    client.on_command("level", received.append)
     command = comm.send_control_command("level", {"to": 1}, expires=60.0)
-    wait_until("it obeys", lambda: client.poll() or told)
+    wait_until("it is done", lambda: client.poll() or received)
     wait_until("it is settled", lambda: command.outcomes()[0].state == "done")
     [sent] = attacker.commands()
     comm.send_control_command("level", {"to": 2})
-    wait_until("it obeys", lambda: client.poll() or len(told) == 2)
+    wait_until("it is done", lambda: client.poll() or len(received) == 2)
     other = attacker.commands()[1]
     altered: dict[str, Any] = dict(sent)
     if change in ("data", "arguments"):
@@ -442,12 +443,12 @@ def test_an_altered_command_is_not_obeyed(
     else:
         altered[change] = {"name": "stop", "expires_seconds": "0"}.get(change, "0123456789ab")
     attacker.put_command(altered)
-    refused(comm, client, "its signature is " + ("missing" if change == "signature" else "wrong"))
-    assert len(told) == 2
+    wait_for_refusal(comm, client, "its signature is " + ("missing" if change == "signature" else "wrong"))
+    assert len(received) == 2
     assert client.running
 
 
-def test_a_command_for_another_worker_is_not_obeyed(
+def test_a_command_for_another_worker_is_not_done(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker
 ) -> None:
     clients = [signed_worker(0), signed_worker(1)]
@@ -455,33 +456,34 @@ def test_a_command_for_another_worker_is_not_obeyed(
     wait_until("it stops", lambda: clients[0].poll() or not clients[0].running)
     [sent] = attacker.commands()
     attacker.put_command({**sent, "workers": "1", "incarnations": str(clients[1].incarnation)})
-    refused(comm, clients[1], "signed for others")
+    wait_for_refusal(comm, clients[1], "signed for others")
     both = sent["signed_for"].decode() + f",1:{clients[1].incarnation}"
     attacker.put_command({**sent, "workers": "1", "incarnations": "0", "signed_for": both})
-    refused(comm, clients[1], "its signature is wrong")
+    wait_for_refusal(comm, clients[1], "its signature is wrong")
     assert clients[1].running
 
 
-def test_a_flood_of_forged_commands_makes_no_worker_forget_what_it_did(
+def test_a_flood_of_forged_commands_makes_no_worker_repeat_a_command(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbox, "KEPT", 5)
-    told: list[Any] = []
+    monkeypatch.setattr(inbox, "REMEMBERED", 5)
+    monkeypatch.setattr(command_signature, "REFUSED_REMEMBERED", 5)
+    received: list[Any] = []
     client = signed_worker()
-    client.on_command("level", told.append)
+    client.on_command("level", received.append)
     comm.send_control_command("level", {"to": 1})
-    wait_until("it obeys", lambda: client.poll() or told)
+    wait_until("it is done", lambda: client.poll() or received)
     [sent] = attacker.commands()
-    for number in range(inbox.REFUSALS_SAID + 20):
+    for number in range(command_signature.REFUSALS_REPORTED + 20):
         attacker.put_command({**sent, "command": f"forged-{number}"})
     attacker.put_command(sent)
     last = comm.send_control_command("level", {"to": 2})
     wait_until("it has read all of them", lambda: client.poll() or last.outcomes()[0].state == "done")
-    assert told == [{"to": 1}, {"to": 2}]
+    assert received == [{"to": 1}, {"to": 2}]
     assert comm.missed_updates()[0].total == 0
-    assert len(comm.missed_updates()[0].records) <= inbox.REFUSALS_SAID
+    assert len(comm.missed_updates()[0].records) <= command_signature.REFUSALS_REPORTED
 
 
-def test_a_signature_for_weights_is_none_for_a_command() -> None:
+def test_a_signature_for_weights_is_not_valid_for_a_command() -> None:
     key = SigningKey(KEY.encode())
     assert key.sign("weights", "a", 1) != key.sign("command", "a", 1)

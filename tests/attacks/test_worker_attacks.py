@@ -1,7 +1,7 @@
-"""The attacker has the password of worker 0, can write what it likes to the server, and wants more than is worker 0's.
+"""Attacks with the password of worker 0: the attacker sends any command it likes, and wants more than is worker 0's.
 
-The server has our configuration and the users of `rlbroker acl`. Before each attack and after it a version reaches
-worker 1 as it was sent, worker 1 obeys a command, and its batch is collected.
+The server has the shipped configuration and the users of `rlbroker acl`. Before and after each attack the honest
+worker 1 applies a version, does a command, and its batch is collected.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from attacked import KEYS, Scene
 from conftest import wait_until
 from guarded import GuardedServer
+from scene import KEYS, Scene
 
 from rlbroker import AccessDenied, Fenced, PeerError, WorkerClient
 from rlbroker.codec.message import encode
 from rlbroker.control.ledger import SETTLE
 from rlbroker.experience import collector
 from rlbroker.membership import incarnations
-from rlbroker.membership.heartbeat import REGISTER
+from rlbroker.membership.registration import REGISTER
 from rlbroker.membership.roster import RESTORE_RUN
 
 Refused = redis.exceptions.NoPermissionError
@@ -37,13 +37,13 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedServer]
 @pytest.fixture
 def scene(guarded: GuardedServer) -> Iterator[Scene]:
     """A run that works, before the attack and after it."""
-    found = Scene(guarded)
+    scene = Scene(guarded)
     try:
-        found.goes_on()
-        yield found
-        found.goes_on()
+        scene.check_works()
+        yield scene
+        scene.check_works()
     finally:
-        found.close()
+        scene.close()
         guarded.client("admin").flushall()
 
 
@@ -52,8 +52,8 @@ def refused(scene: Scene, *command: Any) -> None:
         scene.attacker.execute_command(*command)
 
 
-def dead(scene: Scene) -> Any:
-    scene.collected()
+def dead_letters(scene: Scene) -> Any:
+    scene.collect()
     return scene.learner.dead_letters(0)
 
 
@@ -62,7 +62,7 @@ def batch(number: Any) -> dict[str, Any]:
     return {"version": 1, "rows": 1, "raw_bytes": 1, "stored_bytes": len(data), "sent_at": 0, "data": data}
 
 
-def test_weights_cannot_be_published_or_spoiled(scene: Scene) -> None:
+def test_a_worker_cannot_publish_or_spoil_weights(scene: Scene) -> None:
     refused(scene, "HSET", KEYS.weights, "version", "99")
     refused(scene, "XADD", KEYS.control, "*", "event", "version", "version", "99")
     refused(scene, "PUBLISH", KEYS.notify, "99")
@@ -71,8 +71,8 @@ def test_weights_cannot_be_published_or_spoiled(scene: Scene) -> None:
         refused(scene, "PEXPIRE", key, 1)
 
 
-def test_others_cannot_be_commanded(scene: Scene) -> None:
-    life = scene.worker.incarnation
+def test_a_worker_cannot_send_commands(scene: Scene) -> None:
+    incarnation = scene.worker.incarnation
     refused(
         scene,
         "XADD",
@@ -87,28 +87,28 @@ def test_others_cannot_be_commanded(scene: Scene) -> None:
         "workers",
         "1",
         "incarnations",
-        life,
+        incarnation,
     )
 
 
-def test_batches_of_others_cannot_be_read_forged_or_deleted(scene: Scene) -> None:
+def test_a_worker_cannot_read_forge_or_delete_batches_of_others(scene: Scene) -> None:
     scene.worker.send_experiences({"number": "precious"})
     key = KEYS.experiences(1)
     for command in (("XRANGE", key, "-", "+"), ("XDEL", key, f"{scene.worker.incarnation}-1"), ("DEL", key)):
         refused(scene, *command)
     refused(scene, "XADD", key, f"{scene.worker.incarnation}-999", "data", b"mine")
     refused(scene, "XACK", key, "learner", f"{scene.worker.incarnation}-1")
-    assert wait_until("it came", scene.collected) == ["precious"]
+    assert wait_until("it is collected", scene.collect) == ["precious"]
 
 
-def test_nobody_can_answer_for_another_or_end_its_life(scene: Scene) -> None:
+def test_a_worker_cannot_acknowledge_for_another_or_fence_it(scene: Scene) -> None:
     command = scene.learner.send_control_command("noop", worker_ids=[1])
-    life = scene.worker.incarnation
+    incarnation = scene.worker.incarnation
     refused(
         scene,
         "XADD",
         KEYS.acknowledgements(1),
-        f"{life}-500",
+        f"{incarnation}-500",
         "event",
         "command",
         "command",
@@ -116,8 +116,8 @@ def test_nobody_can_answer_for_another_or_end_its_life(scene: Scene) -> None:
         "outcome",
         "done",
     )
-    refused(scene, "XADD", KEYS.acknowledgements(1), f"{life}-501", "event", "left", "version", 0)
-    refused(scene, "HSET", KEYS.life(1), "incarnation", life + 1)
+    refused(scene, "XADD", KEYS.acknowledgements(1), f"{incarnation}-501", "event", "left", "version", 0)
+    refused(scene, "HSET", KEYS.life(1), "incarnation", incarnation + 1)
     refused(scene, "SREM", KEYS.workers, 1)
     keys = (KEYS.life(1), KEYS.workers, KEYS.acknowledgements(1), KEYS.weights, KEYS.control, KEYS.meta)
     with pytest.raises(redis.ResponseError):
@@ -126,23 +126,23 @@ def test_nobody_can_answer_for_another_or_end_its_life(scene: Scene) -> None:
         )
     with pytest.raises(AccessDenied):
         WorkerClient(scene.server.url("pong-worker-0"), "pong", worker_id=1)
-    assert scene.worker.incarnation == life
-    assert scene.learner.workers()[-1].incarnation == life
+    assert scene.worker.incarnation == incarnation
+    assert scene.learner.workers()[-1].incarnation == incarnation
 
 
-def test_the_learner_cannot_be_replaced(scene: Scene) -> None:
+def test_a_worker_cannot_replace_the_learner(scene: Scene) -> None:
     refused(scene, "HSET", KEYS.meta, "epoch", "9999999999999")
     refused(scene, "HSET", KEYS.meta, "learner:learner", "9999999999999")
     refused(scene, "HSET", KEYS.epochs(0), "learner", "9999999999999")
 
 
-def test_what_one_missed_cannot_be_hidden(scene: Scene) -> None:
-    client = scene.joined()
+def test_a_worker_cannot_hide_what_it_missed(scene: Scene) -> None:
+    client = scene.join_as_attacker()
     for _ in range(3):
         version = scene.learner.send_model_weights({"w": np.zeros(8)}).version
-    wait_until("the newest is there before it looks", lambda: client._subscriber.newest == version)
+    wait_until("the newest version has been noticed", lambda: client._subscriber.newest == version)
     wait_until("the newest is applied", lambda: client.poll({}) and client.version == version)
-    wait_until("it is on record", lambda: scene.learner.missed_updates()[0].by_reason)
+    wait_until("it is recorded", lambda: scene.learner.missed_updates()[0].by_reason)
     before = scene.learner.missed_updates()[0].by_reason
     refused(scene, "DEL", KEYS.missed)
     refused(scene, "HSET", KEYS.ledger(0), "missed:superseded", "0")
@@ -153,96 +153,94 @@ def test_what_one_missed_cannot_be_hidden(scene: Scene) -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"RLBW", b"\x00" * 4096, encode({"x": 1})[:-3], encode({"x": 1}) + b"?", b"\xff" * 100]
 )
-def test_a_batch_that_is_none_becomes_a_dead_letter(scene: Scene, data: bytes) -> None:
-    client = scene.joined()
+def test_an_invalid_batch_becomes_a_dead_letter(scene: Scene, data: bytes) -> None:
+    client = scene.join_as_attacker()
     scene.attacker.xadd(KEYS.experiences(0), batch(1) | {"data": data}, id=f"{client.incarnation}-1")
-    (letter,) = wait_until("it is dead", lambda: dead(scene))
+    (letter,) = wait_until("it is a dead letter", lambda: dead_letters(scene))
     scene.learner.purge_dead_letters([letter])
     client.close()
 
 
-def test_a_batch_that_says_it_is_huge_has_no_memory_set_aside(scene: Scene) -> None:
-    client = scene.joined()
+def test_a_batch_that_claims_to_be_huge_gets_no_memory(scene: Scene) -> None:
+    client = scene.join_as_attacker()
     data = encode({"x": np.random.default_rng(0).random(1 << 20)})[:200]
-    said = {"data": data, "raw_bytes": 2**62, "stored_bytes": 2**62}
-    scene.attacker.xadd(KEYS.experiences(0), batch(1) | said, id=f"{client.incarnation}-1")
-    wait_until("it is dead", lambda: dead(scene))
+    claimed = {"data": data, "raw_bytes": 2**62, "stored_bytes": 2**62}
+    scene.attacker.xadd(KEYS.experiences(0), batch(1) | claimed, id=f"{client.incarnation}-1")
+    wait_until("it is a dead letter", lambda: dead_letters(scene))
     client.close()
 
 
-def test_a_small_batch_that_holds_much_is_not_decoded_with_others(
+def test_highly_compressed_batches_are_decoded_one_at_a_time(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Zeros take next to nothing on the way; that they say how many they are is not believed."""
+    """Zeros compress to almost nothing, and the sizes that the attacker claims are not trusted."""
     monkeypatch.setattr(collector, "COLLECT_BYTES", 1 << 20)
-    client = scene.joined()
+    client = scene.join_as_attacker()
     data = encode({"number": np.zeros(1 << 20, np.uint8)})
     assert len(data) < 10_000
     for sequence in range(1, 5):
-        said = {"data": data, "raw_bytes": -(10**9), "stored_bytes": -(10**9)}
-        scene.attacker.xadd(KEYS.experiences(0), batch(1) | said, id=f"{client.incarnation}-{sequence}")
-    assert [len(wait_until("one came", lambda: scene.collected(0))) for _ in range(4)] == [1] * 4
+        claimed = {"data": data, "raw_bytes": -(10**9), "stored_bytes": -(10**9)}
+        scene.attacker.xadd(KEYS.experiences(0), batch(1) | claimed, id=f"{client.incarnation}-{sequence}")
+    assert [len(wait_until("one is collected", lambda: scene.collect(0))) for _ in range(4)] == [1] * 4
     client.close()
 
 
 @pytest.mark.parametrize("value", ["9" * 400, "-" + "9" * 400, "nan", ""])
 @pytest.mark.parametrize("field", ["version", "rows", "sent_at"])
-def test_a_batch_with_which_nobody_can_count_takes_no_other_with_it(
-    scene: Scene, field: str, value: str
-) -> None:
-    client = scene.joined()
+def test_a_batch_with_invalid_numbers_loses_no_other_batch(scene: Scene, field: str, value: str) -> None:
+    client = scene.join_as_attacker()
     scene.worker.send_experiences({"number": "precious"})
     scene.attacker.xadd(KEYS.experiences(0), batch(1) | {field: value}, id=f"{client.incarnation}-1")
     scene.worker.send_experiences({"number": "too"})
     found: list[Any] = []
 
-    def both() -> bool:
-        found.extend(scene.collected())
+    def collect_both() -> bool:
+        found.extend(scene.collect())
         return len(found) == 2
 
-    wait_until("both came", both)
+    wait_until("both are collected", collect_both)
     assert found == ["precious", "too"]
-    wait_until("the other is dead", lambda: dead(scene))
+    wait_until("the other is a dead letter", lambda: dead_letters(scene))
     client.close()
 
 
-def test_counts_that_are_no_numbers_end_no_learner(scene: Scene) -> None:
-    client, pairs = scene.joined(), list[Any]()
+def test_invalid_counts_do_not_stop_the_learner(scene: Scene) -> None:
+    client, pairs = scene.join_as_attacker(), list[Any]()
     client.send_experiences({"number": "mine"})
     scene.worker.send_experiences({"number": "precious"})
 
-    def both() -> bool:
+    def collect_both() -> bool:
         pairs.extend(scene.learner.collect_experiences(timeout=0.1))
         return len(pairs) == 2
 
-    wait_until("both came", both)
+    wait_until("both are collected", collect_both)
     scene.attacker.hset(KEYS.counts(0), f"sent:{client.incarnation}", "nonsense")
     scene.learner.acknowledge(pairs)
-    for sequence, put_away in (
+    for sequence, handle in (
         (8, scene.learner.purge_dead_letters),
         (9, scene.learner.retry_dead_letters),
     ):
         bad = batch(1) | {"data": b"?"}
         scene.attacker.xadd(KEYS.experiences(0), bad, id=f"{client.incarnation}-{sequence}")
-        letters = wait_until("it is dead", lambda: dead(scene))
+        letters = wait_until("it is a dead letter", lambda: dead_letters(scene))
         for field in ("dead_bytes", "retried_corrupt"):
             scene.attacker.hset(KEYS.counts(0), field, "nonsense")
-        assert put_away(letters) == 1
+        assert handle(letters) == 1
     client.close()
 
 
-def test_names_that_are_no_workers_do_not_stay_in_memory(scene: Scene) -> None:
-    before = incarnations._number_of.cache_info().currsize
+def test_invalid_worker_names_do_not_stay_in_memory(scene: Scene) -> None:
+    before = incarnations._parse_short_id.cache_info().currsize
     for number in range(20):
         scene.attacker.sadd(KEYS.workers, f"{number}" * 100_000)
     wait_until("they are removed", lambda: scene.admin.scard(KEYS.workers) == 1)
-    assert incarnations._number_of.cache_info().currsize == before
+    assert incarnations._parse_short_id.cache_info().currsize == before
 
 
 @pytest.mark.parametrize("kind", ["life", "hb", "counts", "ack", "x"])
 @pytest.mark.parametrize("what", ["type", "numbers"])
-def test_nonsense_in_ones_own_keys_troubles_nobody_else(scene: Scene, kind: str, what: str) -> None:
-    client = scene.joined()
+def test_invalid_data_in_a_workers_own_keys_harms_no_other_worker(scene: Scene, kind: str, what: str) -> None:
+    client = scene.join_as_attacker()
     key = f"{KEYS.prefix}:{kind}:0"
     if what == "type":
         scene.attacker.delete(key)
@@ -268,14 +266,14 @@ def test_nonsense_in_ones_own_keys_troubles_nobody_else(scene: Scene, kind: str,
     for _ in range(2):
         scene.learner.collect_experiences(timeout=0.1)
         scene.learner.missed_updates()
-    scene.goes_on()
+    scene.check_works()
     scene.attacker.delete(key)
     with suppress(Fenced):
         client.close()
 
 
-def test_the_learners_scripts_run_nothing_that_one_likes(scene: Scene) -> None:
-    """One of them carries out writes that it is given: what takes long must not be among them."""
+def test_the_learners_scripts_run_no_commands_of_a_worker(scene: Scene) -> None:
+    """`settle.lua` runs the commands in its arguments: expensive ones must not be among them."""
     own = (KEYS.counts(0), KEYS.experiences(0), KEYS.life(0), KEYS.counts(0))
     scene.attacker.hset(KEYS.counts(0), "epoch", "1")
     scene.attacker.delete(KEYS.experiences(0))
@@ -288,26 +286,31 @@ def test_the_learners_scripts_run_nothing_that_one_likes(scene: Scene) -> None:
     scene.attacker.delete(KEYS.experiences(0), KEYS.counts(0))
 
 
-def test_the_learners_scripts_cannot_be_made_to_run_for_hours(scene: Scene) -> None:
-    """A text that is searched in a time that grows with its square would hold up everybody, who then give up."""
+def test_the_learners_scripts_cannot_be_made_to_run_for_long(scene: Scene) -> None:
+    """A text that takes quadratic time to parse would block the server for everyone."""
     own = (KEYS.counts(0), KEYS.counts(0))
     scene.attacker.execute_command(*RESTORE_RUN.call(own, (1, "x", 0, "1" * 200_000, "a", "b")))
     scene.attacker.delete(KEYS.counts(0))
 
 
-def test_a_life_that_is_written_oddly_keeps_no_command_from_others(scene: Scene) -> None:
-    client = scene.joined()
-    for odd in (f"0{client.incarnation}", f" {client.incarnation}", f"{client.incarnation}.0", "\uff19" * 13):
-        scene.attacker.hset(KEYS.life(0), "incarnation", odd)
+def test_an_invalid_incarnation_keeps_no_command_from_others(scene: Scene) -> None:
+    client = scene.join_as_attacker()
+    for invalid in (
+        f"0{client.incarnation}",
+        f" {client.incarnation}",
+        f"{client.incarnation}.0",
+        "\uff19" * 13,
+    ):
+        scene.attacker.hset(KEYS.life(0), "incarnation", invalid)
         command = scene.learner.send_control_command("reset")
         assert 1 in command.worker_ids
-        wait_until("it obeys", lambda: [scene.worker.poll()] and command.outcomes()[1].state == "done")  # noqa: B023 - called at once
+        wait_until("it is done", lambda: [scene.worker.poll()] and command.outcomes()[1].state == "done")  # noqa: B023 - called at once
     with suppress(PeerError):
         client.close()
 
 
-def test_versions_do_not_run_out(scene: Scene) -> None:
-    client, before = scene.joined(), scene.learner.version
+def test_a_worker_cannot_use_up_the_version_numbers(scene: Scene) -> None:
+    client, before = scene.join_as_attacker(), scene.learner.version
     for claimed in (2**51, 2**40, 20_000_000):
         scene.attacker.hset(KEYS.life(0), "known_version", claimed)
         scene.learner._roster.heartbeat(scene.learner._channel)
@@ -316,22 +319,22 @@ def test_versions_do_not_run_out(scene: Scene) -> None:
     client.close()
 
 
-def test_a_batch_is_taken_once_under_each_number_only(scene: Scene) -> None:
-    client = scene.joined()
+def test_a_batch_with_a_used_number_is_refused(scene: Scene) -> None:
+    client = scene.join_as_attacker()
     client.send_experiences({"number": "mine"})
     (entry,) = scene.attacker.xrange(KEYS.experiences(0))
-    assert wait_until("it came", lambda: scene.collected(0)) == ["mine"]
+    assert wait_until("it is collected", lambda: scene.collect(0)) == ["mine"]
     with pytest.raises(redis.ResponseError, match="equal or smaller"):
         scene.attacker.xadd(KEYS.experiences(0), entry[1], id=entry[0])
-    # Under a new number it is a new batch, and nobody else's.
+    # Under a new number it is a new batch, of the same worker.
     scene.attacker.xadd(KEYS.experiences(0), entry[1], id=f"{client.incarnation}-2")
-    assert wait_until("it came", lambda: scene.collected(0)) == ["mine"]
+    assert wait_until("it is collected", lambda: scene.collect(0)) == ["mine"]
     counts = scene.learner.get_queue_info()["counts"]
     assert [counts[worker].delivered for worker in (0, 1)] == [2, scene.sent]
     client.close()
 
 
-def test_nothing_is_learnt_of_passwords(scene: Scene) -> None:
+def test_a_worker_learns_no_passwords(scene: Scene) -> None:
     for command in (
         ("ACL", "LIST"),
         ("ACL", "GETUSER", "admin"),
@@ -342,7 +345,7 @@ def test_nothing_is_learnt_of_passwords(scene: Scene) -> None:
         refused(scene, *command)
 
 
-def test_the_server_cannot_be_held_up_by_a_program_of_ones_own(scene: Scene) -> None:
+def test_a_worker_cannot_block_the_server_with_a_script_of_its_own(scene: Scene) -> None:
     refused(scene, "EVAL", "while true do end", 0)
     refused(scene, "SCRIPT", "LOAD", "while true do end")
     refused(

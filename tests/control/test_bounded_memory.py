@@ -1,4 +1,4 @@
-"""What is kept stays as small, however many versions and commands there were."""
+"""What a learner keeps of versions and commands stays small, however many there were."""
 
 from __future__ import annotations
 
@@ -23,40 +23,50 @@ KEYS = Keys("bounds")
 VERSIONS = 100_000
 
 
-def _story(worker: int, random_: random.Random) -> list[Event]:
-    """Give what a worker says that now follows, now jumps, now fails, and now comes again."""
-    events, life, version = [Event("1-0", worker, "joined", {"version": "0"}, 0.0)], 1, 0
+def _history(worker: int, random_: random.Random) -> list[Event]:
+    """Return the events of a worker that follows each version, jumps, fails, and now and then joins again."""
+    events, incarnation, version = [Event("1-0", worker, "joined", {"version": "0"}, 0.0)], 1, 0
     while version < VERSIONS:
         version = min(VERSIONS, version + random_.choice((1, 1, 1, 2, 50)))
         outcome = random_.choice(("applied", "applied", "applied", "failed"))
         fields = {"version": str(version), "outcome": outcome, "detail": "x" * 1000}
-        events.append(Event(f"{life}-{len(events)}", worker, "version", fields, float(version)))
+        events.append(Event(f"{incarnation}-{len(events)}", worker, "version", fields, float(version)))
         if random_.random() < 0.001:
-            life += 1
-            events.append(Event(f"{life}-0", worker, "joined", {"version": str(version)}, float(version)))
+            incarnation += 1
+            events.append(
+                Event(f"{incarnation}-0", worker, "joined", {"version": str(version)}, float(version))
+            )
     return events
 
 
 def test_what_is_kept_of_versions_does_not_grow_with_their_number() -> None:
-    """For each worker one account of a few fields; and of what was missed the newest, the rest as sums."""
-    books, random_ = Ledger(cast(Connection, None), KEYS), random.Random(1)
+    """A few fields for each worker, the newest records of missed updates, and sums for the older ones."""
+    books = Ledger(
+        cast(Connection, None),
+        KEYS,
+        epoch=1,
+        latest_version=lambda: VERSIONS,
+        signed=False,
+        note_outcomes=lambda worker, outcomes: None,
+    )
+    random_ = random.Random(1)
     for worker in range(3):
-        for happened in _story(worker, random_):
-            done = settle(books._accounts.get(worker, WorkerOutcomes()), happened, {}, VERSIONS)
-            books._unsure[worker, happened.entry_id] = done
-            books._adopt([(worker, happened.entry_id)])
-    assert books._accounts.keys() == {0, 1, 2}
-    assert not books._unsure
+        for event in _history(worker, random_):
+            settled = settle(books._outcomes.get(worker, WorkerOutcomes()), event, {}, VERSIONS)
+            books._unconfirmed[worker, event.entry_id] = settled
+            books._confirm([(worker, event.entry_id)])
+    assert books._outcomes.keys() == {0, 1, 2}
+    assert not books._unconfirmed
     assert len(books._missed) == ledger.MISSED_KEPT
-    for account in books._accounts.values():
-        fields = account.to_fields()
+    for outcomes in books._outcomes.values():
+        fields = outcomes.to_fields()
         assert len(fields) <= 20
         assert sum(map(len, fields.values())) < 200
-        assert account.applied_total + sum(account.missed.values()) == VERSIONS
+        assert outcomes.applied_total + sum(outcomes.missed.values()) == VERSIONS
 
 
-class _Sending:
-    """A way to a server which takes every command."""
+class _AcceptingConnection:
+    """A connection to a server that accepts every command for a number of workers."""
 
     timeout_seconds = 1.0
 
@@ -73,22 +83,22 @@ class _Sending:
 
 
 @pytest.mark.parametrize(("workers", "remembered"), [(1, 1000), (200, 500), (2000, 50)])
-def test_what_is_remembered_of_commands_is_bounded_by_all_their_answers(
+def test_what_is_remembered_of_commands_is_bounded_by_the_number_of_outcomes(
     workers: int, remembered: int
 ) -> None:
-    sending = CommandSender(cast(Connection, _Sending(workers)), KEYS, epoch=1)
-    # Who they are for is noted after the next was remembered: the newest are one more.
+    sender = CommandSender(cast(Connection, _AcceptingConnection(workers)), KEYS, epoch=1)
+    # The workers of the newest command are not counted until it was sent: one more command is remembered.
     for _ in range(remembered + 5):
-        command = sending.send("reset", None, None, expires_seconds=None)
+        command = sender.send("reset", None, None, expires_seconds=None)
         for worker in command.worker_ids:
-            sending.note(worker, {command.id: Outcome("done")})
-    assert remembered <= len(sending._sent) <= remembered + 1
-    answers = sum(len(sent.outcomes) for sent in sending._sent.values())
-    assert answers <= commands.REMEMBERED_ANSWERS + workers
+            sender.note_outcomes(worker, {command.id: Outcome("done")})
+    assert remembered <= len(sender._sent) <= remembered + 1
+    outcomes = sum(len(sent.outcomes) for sent in sender._sent.values())
+    assert outcomes <= commands.REMEMBERED_OUTCOMES + workers
 
 
 @pytest.mark.parametrize(("workers", "remembered"), [(1, 1000), (2000, 50), (200_000, 1)])
-def test_a_learner_reads_no_more_of_what_was_sent_before_it(workers: int, remembered: int) -> None:
+def test_a_learner_remembers_no_more_than_that_of_earlier_learners(workers: int, remembered: int) -> None:
     names = ",".join(map(str, range(workers))).encode()
     sent: list[tuple[bytes, Mapping[bytes, bytes]]] = [(b"1-0", {b"workers": names})] * 2000
     assert len(commands._newest(sent)) == remembered

@@ -1,4 +1,4 @@
-"""A worker that is told to go finishes its batch, sends it, and leaves; nobody waits for it, and nothing is lost."""
+"""A worker that drains finishes its batch, sends it and leaves: nothing is lost, and no learner waits for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Worker = Callable[..., WorkerClient]
 
 
 class Process:
-    """A worker in a process of its own, which can be told to go."""
+    """A worker in a process of its own, which can be asked to drain by a signal."""
 
     def __init__(self, url: str, run: str, worker_id: int, timeout: float) -> None:
         self.popen = subprocess.Popen(
@@ -38,27 +38,28 @@ class Process:
             text=True,
         )
 
-    def says(self, line: str) -> None:
-        """Wait until it says this."""
+    def wait_for_line(self, line: str) -> None:
+        """Wait until the process prints this line."""
         assert self.popen.stdout is not None
-        for said in self.popen.stdout:
-            if said == line + "\n":
+        for printed in self.popen.stdout:
+            if printed == line + "\n":
                 return
-        raise AssertionError(f"it ended without {line!r}: {self.popen.communicate()[1]}")
+        raise AssertionError(f"the process ended without {line!r}: {self.popen.communicate()[1]}")
 
     def let_it_send(self, wish: str = "") -> None:
+        """Let the process send its batch, or do something else before."""
         assert self.popen.stdin is not None
         self.popen.stdin.write(wish + "\n")
         self.popen.stdin.flush()
 
-    def told(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Tell it to go, and wait until that has arrived."""
+    def drain(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Send a signal, and wait until it has arrived."""
         self.popen.send_signal(number)
         mask = 1 << (number - 1)
         status = Path(f"/proc/{self.popen.pid}/status")
-        # After the first one the handler is what it was before, which for these is none.
+        # The first signal restores the previous handler, and these signals had none.
         wait_until(
-            "it has noted the signal",
+            "the signal has arrived",
             lambda: not int(re.findall(r"SigCgt:\s*(\w+)", status.read_text())[0], 16) & mask,
         )
 
@@ -70,13 +71,13 @@ class Process:
 def start(run: str) -> Iterator[Callable[..., Process]]:
     with ExitStack() as stack:
 
-        def begin(url: str, worker_id: int = 0, timeout: float = 10.0) -> Process:
+        def start_process(url: str, worker_id: int = 0, timeout: float = 10.0) -> Process:
             process = Process(url, run, worker_id, timeout)
             stack.enter_context(process.popen)
             stack.callback(process.popen.kill)
             return process
 
-        yield begin
+        yield start_process
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def comm(reachable: Reachable, run: str) -> Iterator[WorkerCommunicator]:
 
 
 def delivered(comm: WorkerCommunicator) -> int:
-    """Give how many batches arrived, after a check that no other was begun, and that nobody is waited for."""
+    """Return the number of delivered batches; check that no other was produced and that no worker is a member."""
     while comm.collect_experiences():
         pass
     counts = comm.get_queue_info()["counts"][0]
@@ -98,75 +99,75 @@ def delivered(comm: WorkerCommunicator) -> int:
 
 @pytest.mark.on_every_engine
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_the_batch_in_the_works_arrives(
+def test_a_batch_that_was_begun_is_delivered(
     comm: WorkerCommunicator, reachable: Reachable, start: Callable[..., Process], number: signal.Signals
 ) -> None:
     comm.send_model_weights({})
     process = start(reachable.url)
-    process.says("began 1")
-    process.told(number)
+    process.wait_for_line("began 1")
+    process.drain(number)
     comm.send_model_weights({})  # it will not apply this one
     process.let_it_send()
-    process.says("left")
+    process.wait_for_line("left")
     assert process.end() == 0
     assert delivered(comm) == 1
     wait_until("what it missed is settled", lambda: comm.missed_updates()[0].total)
     assert [(one.first, one.last, one.why) for one in comm.missed_updates()[0].records] == [(2, 2, "left")]
 
 
-def test_at_a_full_queue_the_batch_waits_for_room(
+def test_a_draining_worker_waits_for_room_in_a_full_queue(
     comm: WorkerCommunicator, reachable: Reachable, start: Callable[..., Process]
 ) -> None:
     comm.send_model_weights({})
     process = start(reachable.url)
     for number in (1, 2):
-        process.says(f"began {number}")
+        process.wait_for_line(f"began {number}")
         process.let_it_send()
     wait_until("the first fills the queue", lambda: comm.get_queue_info()["experience_queue_sizes"] == [1])
-    process.told()
+    process.drain()
     assert len(comm.collect_experiences()) == 1
-    process.says("left")
+    process.wait_for_line("left")
     assert process.end() == 0
     assert delivered(comm) == 2
 
 
-def test_a_pause_does_not_hold_a_worker_that_is_to_go(
+def test_draining_ends_a_pause(
     comm: WorkerCommunicator, reachable: Reachable, start: Callable[..., Process]
 ) -> None:
     comm.send_model_weights({})
     process = start(reachable.url)
-    process.says("began 1")
+    process.wait_for_line("began 1")
     pause = comm.send_control_command("pause")
     process.let_it_send("obey")  # or it might poll before the command is there, and begin a batch
-    process.says("polls")
+    process.wait_for_line("polls")
     assert str(pause.wait(10.0)[0]) == "done"
-    process.told()
-    process.says("left")
+    process.drain()
+    process.wait_for_line("left")
     assert process.end() == 0
     assert delivered(comm) == 1
 
 
-def test_a_worker_that_waits_for_the_first_version_goes_at_once(
+def test_draining_ends_the_wait_for_the_first_version(
     comm: WorkerCommunicator, reachable: Reachable, start: Callable[..., Process]
 ) -> None:
     process = start(reachable.url)
-    process.says("joined")
-    process.told()
-    process.says("left")
+    process.wait_for_line("joined")
+    process.drain()
+    process.wait_for_line("left")
     assert process.end() == 0
     assert delivered(comm) == 0
 
 
-def test_a_server_that_is_away_holds_a_worker_no_longer_than_its_timeout(
+def test_a_draining_worker_gives_up_on_an_unreachable_server_after_its_timeout(
     run: str, start: Callable[..., Process]
 ) -> None:
     with RedisServer() as server, WorkerCommunicator(1, redis_url=server.url, run=run, timeout=1.0) as comm:
         comm.send_model_weights({})
         process = start(server.url, timeout=1.0)
-        process.says("began 1")
+        process.wait_for_line("began 1")
         assert server.pid is not None
         os.kill(server.pid, signal.SIGKILL)
-        process.told()
+        process.drain()
         process.let_it_send()
         _, problem = process.popen.communicate(timeout=30)
         assert process.popen.returncode == 1
@@ -178,13 +179,13 @@ def test_a_second_signal_ends_a_worker_at_once(
 ) -> None:
     comm.send_model_weights({})
     process = start(reachable.url)
-    process.says("began 1")
-    process.told()
+    process.wait_for_line("began 1")
+    process.drain()
     process.popen.terminate()
     assert process.end() == -signal.SIGTERM
 
 
-def test_what_a_learner_has_not_acknowledged_is_waited_for(
+def test_a_draining_worker_waits_until_the_learner_has_acknowledged_its_batches(
     learner: Learner, worker: Worker, caplog: pytest.LogCaptureFixture
 ) -> None:
     comm, client = learner(1, acknowledge="manual"), worker(level="learner")
@@ -193,7 +194,7 @@ def test_what_a_learner_has_not_acknowledged_is_waited_for(
     client.drain()
     closing = threading.Thread(target=client.close)
     closing.start()
-    wait_until("it looks", lambda: client._closed)
+    wait_until("closing has begun", lambda: client._closed)
     assert closing.is_alive()
     comm.acknowledge(pairs)
     closing.join(10.0)
@@ -201,8 +202,8 @@ def test_what_a_learner_has_not_acknowledged_is_waited_for(
     assert "not reached level" not in caplog.text
 
 
-def test_a_drained_worker_can_still_be_stopped(learner: Learner, worker: Worker) -> None:
-    """Nobody collects any more after a stop, so that waiting for room would be in vain."""
+def test_a_stop_ends_a_draining_workers_wait_for_room(learner: Learner, worker: Worker) -> None:
+    """After a stop no learner collects any more, so waiting for room would be in vain."""
     comm, client = learner(1, max_queue_size=1), worker()
     client.send_experiences({})
     client.drain()
@@ -211,7 +212,9 @@ def test_a_drained_worker_can_still_be_stopped(learner: Learner, worker: Worker)
     assert not client.send_experiences({})
 
 
-def test_a_drained_worker_waits_for_room_no_longer_than_its_timeout(learner: Learner, worker: Worker) -> None:
+def test_a_draining_worker_waits_for_room_no_longer_than_its_timeout(
+    learner: Learner, worker: Worker
+) -> None:
     learner(1, max_queue_size=1)
     client = worker()
     client.send_experiences({})
@@ -220,20 +223,20 @@ def test_a_drained_worker_waits_for_room_no_longer_than_its_timeout(learner: Lea
         client.send_experiences({}, timeout=0.1)
 
 
-def test_a_worker_that_drains_takes_no_new_weights(learner: Learner, worker: Worker) -> None:
+def test_a_draining_worker_applies_no_new_weights(learner: Learner, worker: Worker) -> None:
     comm, client = learner(1), worker()
     comm.send_model_weights({})
-    wait_until("they are there", lambda: client._subscriber.ready)
+    wait_until("the weights are ready", lambda: client._subscriber.ready)
     assert client.running
     client.drain()
     assert (client.running, client.draining, client.poll({}), client.version) == (False, True, False, 0)
 
 
-def test_signals_are_given_back(worker: Worker) -> None:
+def test_signal_handlers_are_restored(worker: Worker) -> None:
     before, term_before = signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGTERM)
     with worker() as client:
         client.drain_on(signal.SIGUSR1, signal.SIGTERM)
-        client.drain_on(signal.SIGUSR1)  # again, which changes nothing
+        client.drain_on(signal.SIGUSR1)  # a second call changes nothing
         assert signal.getsignal(signal.SIGUSR1) != before
         signal.raise_signal(signal.SIGUSR1)
         assert client.draining
@@ -241,25 +244,25 @@ def test_signals_are_given_back(worker: Worker) -> None:
     assert signal.getsignal(signal.SIGTERM) == term_before
 
 
-def test_only_the_main_thread_can_take_signals(worker: Worker) -> None:
+def test_only_the_main_thread_can_handle_signals(worker: Worker) -> None:
     client, errors = worker(), list[Exception]()
 
-    def take() -> None:
+    def watch() -> None:
         try:
             client.drain_on(signal.SIGUSR1)
         except UsageError as error:
             errors.append(error)
 
-    thread = threading.Thread(target=take)
+    thread = threading.Thread(target=watch)
     thread.start()
     thread.join()
     assert "only the main thread" in str(errors[0])
-    with pytest.raises(InvalidArgument, match="is no signal"):
+    with pytest.raises(InvalidArgument, match="is not a signal"):
         client.drain_on(signal.SIGKILL)
 
 
-def test_leaving_is_recorded_at_once(reachable: Reachable, run: str, keys: Keys) -> None:
-    """Nobody has to wait for the lease of a worker that drained."""
+def test_a_drained_worker_leaves_at_once(reachable: Reachable, run: str, keys: Keys) -> None:
+    """The learner does not have to wait for its lease to expire."""
     with WorkerClient(redis_url=reachable.url, run=run) as client:
         client.drain()
     entries = reachable.client.xrange(keys.acknowledgements(0))

@@ -92,8 +92,8 @@ def answer(data: bytes) -> None:
     whole_number(fields.get("version", ""))
     before = WorkerOutcomes(incarnation=1, member=True, settled=3, applied=3, event="1-1")
     done = settle(before, Event("1-2", 0, fields.get("event", ""), fields, 1.0), {"aaa": 1}, latest=9)
-    assert done.account.settled <= 9
-    assert WorkerOutcomes.from_fields(done.account.to_fields()) == done.account
+    assert done.worker_outcomes.settled <= 9
+    assert WorkerOutcomes.from_fields(done.worker_outcomes.to_fields()) == done.worker_outcomes
 
 
 def delta_segment(data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What keeps many workers from asking for the same at the same time, and few from waiting for it."""
+"""Many workers must not send the same request at the same time, and few must not wait for each other."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 from conftest import wait_until
 
 import rlbroker.learner
-import rlbroker.membership.heartbeat
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.deadline import Deadline
+from rlbroker.membership import lease
 from rlbroker.membership.heartbeat import Heartbeat
+from rlbroker.membership.registration import Registrar
 from rlbroker.membership.run_size import RunSize
 from rlbroker.types import Registration
 
@@ -20,27 +21,32 @@ Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 
-class _Late(RunSize):
-    """A crowd in which it is always somebody else's turn."""
+class _EndlessWait(RunSize):
+    """A run so large that a download has to wait for an hour."""
 
     def wait_seconds(self, *facts: Any, **more: Any) -> float:
         return 3600.0
 
 
-def test_workers_are_told_how_many_they_are(
+def test_workers_learn_how_many_workers_and_hosts_there_are(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rlbroker.learner, "HOUSEKEEPING_SECONDS", 0.1)
     learner(lease_seconds=1.0)
     clients = [worker() for _ in range(3)]
-    wait_until("each has heard of all", lambda: {one._heartbeat.crowd for one in clients} == {RunSize(3, 1)})
+    wait_until(
+        "each worker knows of all three",
+        lambda: {client._heartbeat.run_size for client in clients} == {RunSize(3, 1)},
+    )
     clients[1]._heartbeat._host = "elsewhere"
-    wait_until("they run on two hosts", lambda: clients[0]._heartbeat.crowd.hosts == 2)
+    wait_until("they run on two hosts", lambda: clients[0]._heartbeat.run_size.hosts == 2)
 
 
-def test_who_had_to_wait_fetches_what_is_the_newest_by_then(learner: Learner, worker: Worker) -> None:
+def test_a_worker_that_had_to_wait_fetches_the_version_that_is_newest_by_then(
+    learner: Learner, worker: Worker
+) -> None:
     comm, client = learner(), worker()
-    client._subscriber._jitter._run_size = _Late
+    client._subscriber._jitter._run_size = _EndlessWait
     comm.send_model_weights({"number": 1})
     wait_until("it waits for its turn", lambda: client._subscriber._not_before)
     comm.send_model_weights({"number": 2})
@@ -52,63 +58,63 @@ def test_who_had_to_wait_fetches_what_is_the_newest_by_then(learner: Learner, wo
     assert comm.missed_updates()[0].by_reason == {"superseded": 1}
 
 
-def test_who_waits_for_its_turn_asks_for_nothing_before(
+def test_a_worker_that_waits_for_its_turn_sends_no_request_before(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thousand pointers that are read at once are a crowd too."""
+    """A thousand workers that read the manifest at once would be a load too."""
     comm, client = learner(), worker()
     comm.send_model_weights({"number": 1})
     wait_until("it runs the first version", lambda: client.poll({}))
-    subscriber, asked = client._subscriber, list[Any]()
+    subscriber, manifests = client._subscriber, list[Any]()
     read = subscriber._read_manifest
 
-    def noted() -> Any:
-        asked.append(read())
-        return asked[-1]
+    def count_and_read() -> Any:
+        manifests.append(read())
+        return manifests[-1]
 
-    monkeypatch.setattr(subscriber, "_read_manifest", noted)
-    subscriber._jitter._run_size = _Late
+    monkeypatch.setattr(subscriber, "_read_manifest", count_and_read)
+    subscriber._jitter._run_size = _EndlessWait
     comm.send_model_weights({"number": 2})
     wait_until("it waits for its turn", lambda: subscriber._not_before)
-    assert not asked
+    assert not manifests
     subscriber._not_before = Deadline(0)
     wait_until("it is its turn", lambda: client.poll({}))
-    assert len(asked) == 1
+    assert len(manifests) == 1
 
 
-def test_who_waits_for_its_turn_leaves_without_it(learner: Learner, worker: Worker) -> None:
+def test_a_worker_that_waits_for_its_turn_can_leave(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker()
-    client._subscriber._jitter._run_size = _Late
+    client._subscriber._jitter._run_size = _EndlessWait
     comm.send_model_weights({"number": 1})
     wait_until("it waits for its turn", lambda: client._subscriber._not_before)
     client.close()
     assert not client._subscriber._thread._thread.is_alive()
 
 
-def test_who_wants_a_free_id_does_not_ask_for_each_that_is_taken(
+def test_a_worker_without_an_id_does_not_try_ids_that_are_taken(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thousand workers that start would ask half a million times."""
+    """A thousand workers that start together would need half a million requests."""
     learner()
     for _ in range(5):
         worker()
-    asked: list[int] = []
-    claim = Heartbeat._claim
+    tried: list[int] = []
+    claim = Registrar._claim
 
-    def noted(self: Heartbeat, worker_id: int, *, only_if_free: bool) -> Registration | None:
-        asked.append(worker_id)
+    def note_and_claim(self: Registrar, worker_id: int, *, only_if_free: bool) -> Registration | None:
+        tried.append(worker_id)
         return claim(self, worker_id, only_if_free=only_if_free)
 
-    monkeypatch.setattr(Heartbeat, "_claim", noted)
+    monkeypatch.setattr(Registrar, "_claim", note_and_claim)
     assert worker().worker_id == 5
-    assert asked == [5]
+    assert tried == [5]
 
 
-def test_who_waits_for_a_learner_looks_for_it_more_often_than_it_beats(
+def test_a_worker_polls_for_its_learner_more_often_than_it_sends_heartbeats(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thousand workers that are there first would keep the server busy with heartbeats."""
-    monkeypatch.setattr(rlbroker.membership.heartbeat, "BEATS_PER_LEASE", 0.001)  # none for hours
+    """A thousand workers that start before their learner would keep the server busy with heartbeats."""
+    monkeypatch.setattr(lease, "HEARTBEATS_PER_LEASE", 0.001)  # the next heartbeat is hours away
     done: list[str] = []
 
     def noted(name: str) -> Callable[[Heartbeat], Any]:
@@ -123,7 +129,7 @@ def test_who_waits_for_a_learner_looks_for_it_more_often_than_it_beats(
     for name in ("_is_opened", "_beat"):
         monkeypatch.setattr(Heartbeat, name, noted(name))
     client = worker()
-    wait_until("it has looked a few times", lambda: done.count("_is_opened") > 3)
+    wait_until("it has polled a few times", lambda: done.count("_is_opened") > 3)
     assert done.count("_beat") == 1  # when it registered
     learner()
     wait_until("it knows the run", lambda: client._heartbeat.knows_run)

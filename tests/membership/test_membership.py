@@ -1,4 +1,4 @@
-"""Membership: who takes part, judged by the server's clock; one process for each worker id."""
+"""Membership: leases by the server's clock, forgetting, and one process for each worker id."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import pytest
 from conftest import Server, wait_until
 
 from rlbroker import Fenced, WorkerClient, WorkerCommunicator
+from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
-from rlbroker.membership import heartbeat, roster
+from rlbroker.membership import lease
 from rlbroker.membership.heartbeat import BEAT
+from rlbroker.membership.joined_run import META_FIELDS
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 
 def silence(client: WorkerClient) -> None:
-    """Stop its heartbeats, as if its host had lost the network."""
+    """Stop a worker's heartbeats, as if its host had lost the network."""
     client._heartbeat._thread.stop(5.0)
 
 
@@ -30,23 +32,26 @@ def test_a_silent_worker_is_away_after_its_lease(learner: Learner, worker: Worke
 
 
 @pytest.mark.on_every_engine
-def test_the_id_of_a_silent_worker_is_free_again(
+def test_the_id_of_a_silent_worker_becomes_free(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
     comm = learner(lease_seconds=0.5)
     first, second = worker(), worker()
     silence(first)
-    over = int(server.client.hget(keys.life(0), "seen")) / 1000 + 0.5
+    expires = int(server.client.hget(keys.life(0), "seen")) / 1000 + 0.5
     wait_until("it is away", lambda: comm.workers()[0].state == "away")
-    wait_until("its learner saw that", lambda: float(server.client.hget(keys.meta, "learner_seen")) > over)
+    wait_until(
+        "its learner was alive after that",
+        lambda: float(server.client.hget(keys.meta, "learner_seen")) > expires,
+    )
     assert (second.worker_id, worker().worker_id) == (1, 0)
 
 
-def test_a_newcomer_does_not_take_the_id_of_a_worker_that_nobody_could_hear(
+def test_the_id_of_a_silent_worker_stays_taken_while_its_learner_is_cut_off_too(
     learner: Learner, worker: Worker
 ) -> None:
     comm, client = learner(lease_seconds=0.5), worker()
-    comm._thread.stop(5.0)  # as if the server was away: neither can reach it
+    comm._thread.stop(5.0)  # as if neither could reach the server
     silence(client)
     wait_until("its lease is over", lambda: comm.workers()[0].state == "away")
     assert worker().worker_id == 1
@@ -56,7 +61,7 @@ def test_a_newcomer_does_not_take_the_id_of_a_worker_that_nobody_could_hear(
     client._heartbeat._beat()
 
 
-def test_time_in_which_nobody_could_be_heard_is_no_silence(learner: Learner, worker: Worker) -> None:
+def test_time_without_a_learner_does_not_count_as_silence(learner: Learner, worker: Worker) -> None:
     comm, client = learner(lease_seconds=0.3, forget_seconds=0.6), worker()
     comm._thread.stop(5.0)
     silence(client)
@@ -64,46 +69,46 @@ def test_time_in_which_nobody_could_be_heard_is_no_silence(learner: Learner, wor
     comm._restore()
     assert comm._roster.forget_silent() == []
     client._heartbeat._beat()
-    wait_until("it is struck after all", lambda: comm._roster.forget_silent() == [0])
+    wait_until("it is forgotten after all", lambda: comm._roster.forget_silent() == [0])
 
 
-def test_who_left_just_before_a_loss_is_soon_no_member_any_more(
+def test_a_worker_that_left_just_before_a_loss_is_soon_forgotten(
     learner: Learner, worker: Worker, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roster, "BACK_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "RETURN_SECONDS", 1.0)
     comm = learner(lease_seconds=0.5)
     leaving, staying = worker(), worker()
-    wait_until("the learner saw both", lambda: len(comm._roster._lives.members) == 2)
-    wait_until("they know their lease", lambda: staying._heartbeat._settings)
+    wait_until("the learner has seen both", lambda: comm._roster.alive == {0, 1})
+    wait_until("they know their lease", lambda: staying._heartbeat.knows_run)
     comm._thread.stop(5.0)
     leaving.close()
     server.client.flushall()
     comm._restore()
     assert len(comm.workers()) == 2
-    wait_until("one is struck", lambda: comm._roster.forget_silent() == [0])
+    wait_until("one is forgotten", lambda: comm._roster.forget_silent() == [0])
     assert [info.worker_id for info in comm.workers()] == [1]
     staying.poll()
 
 
-def test_a_worker_that_stays_silent_is_struck_from_the_roster(learner: Learner, worker: Worker) -> None:
+def test_a_worker_that_stays_silent_is_forgotten(learner: Learner, worker: Worker) -> None:
     comm = learner(lease_seconds=0.3, forget_seconds=0.6)
     client = worker()
     comm.send_model_weights({})
     silence(client)
-    wait_until("it is struck", lambda: comm.workers() == [])
+    wait_until("it is forgotten", lambda: comm.workers() == [])
     wait_until("its open version is settled", lambda: comm.missed_updates()[0].by_reason == {"away": 1})
     with pytest.raises(Fenced):
         client._inbox.acknowledge_version(0, 1, "applied")
 
 
-def test_a_worker_says_what_it_runs(learner: Learner, worker: Worker) -> None:
+def test_a_worker_reports_the_version_that_it_runs(learner: Learner, worker: Worker) -> None:
     comm, client = learner(lease_seconds=0.5), worker()
     comm.send_model_weights({})
     client.load_weights({})
     client.send_experiences({"x": 1})
     comm.send_model_weights({})
     info = wait_until(
-        "it said so",
+        "a heartbeat has reported it",
         lambda: next((one for one in comm.workers() if one.version == 1 and one.sent == 1), None),
     )
     assert (info.staleness, info.incarnation, info.worker_id) == (1, client.incarnation, 0)
@@ -114,7 +119,7 @@ def test_a_worker_says_what_it_runs(learner: Learner, worker: Worker) -> None:
 def test_every_heartbeat_of_a_replaced_process_is_refused(learner: Learner, worker: Worker) -> None:
     learner(lease_seconds=0.5)
     old = worker(worker_id=0)
-    wait_until("it knows its lease", lambda: old._heartbeat._settings)
+    wait_until("it knows its lease", lambda: old._heartbeat.knows_run)
     worker(worker_id=0)
 
     def fenced() -> bool:
@@ -124,10 +129,10 @@ def test_every_heartbeat_of_a_replaced_process_is_refused(learner: Learner, work
             return "worker 0 was replaced" in str(error)
         return False
 
-    wait_until("the old process knows", fenced)
+    wait_until("the old process is fenced", fenced)
 
 
-def test_what_a_replaced_process_tried_to_send_is_counted(learner: Learner, worker: Worker) -> None:
+def test_batches_of_a_replaced_process_are_counted_as_fenced(learner: Learner, worker: Worker) -> None:
     comm = learner()
     old = worker(worker_id=0)
     old.send_experiences({"x": 1})
@@ -141,7 +146,7 @@ def test_what_a_replaced_process_tried_to_send_is_counted(learner: Learner, work
 
 
 @pytest.mark.on_every_engine
-def test_a_replaced_process_is_refused_before_its_successor_sent_anything(
+def test_a_replaced_process_is_refused_before_its_successor_has_sent_anything(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
     learner()
@@ -152,7 +157,9 @@ def test_a_replaced_process_is_refused_before_its_successor_sent_anything(
     assert server.client.xlen(keys.experiences(0)) == 0
 
 
-def test_leaving_a_replaced_process_does_not_strike_its_successor(learner: Learner, worker: Worker) -> None:
+def test_a_replaced_process_that_leaves_does_not_end_its_successors_membership(
+    learner: Learner, worker: Worker
+) -> None:
     comm = learner()
     old = worker(worker_id=0)
     new = worker(worker_id=0)
@@ -160,7 +167,7 @@ def test_leaving_a_replaced_process_does_not_strike_its_successor(learner: Learn
     assert [info.incarnation for info in comm.workers()] == [new.incarnation]
 
 
-def test_a_late_heartbeat_revives_nobody(learner: Learner, worker: Worker) -> None:
+def test_a_heartbeat_after_leaving_is_refused(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker()
     client._heartbeat.leave(5.0)
     with pytest.raises(Fenced):
@@ -171,13 +178,13 @@ def test_a_late_heartbeat_revives_nobody(learner: Learner, worker: Worker) -> No
 def test_workers_join_late_and_leave_early(learner: Learner, worker: Worker) -> None:
     comm = learner(num_workers=1)
     comm.send_model_weights({})
-    lives = []
+    incarnations = []
     for _ in range(3):
         with worker() as client:
             assert client.load_weights({}) == 1
             client.send_experiences({"x": 1})
-            lives.append(client.incarnation)
-    assert lives == sorted(set(lives))
+            incarnations.append(client.incarnation)
+    assert incarnations == sorted(set(incarnations))
     assert comm.workers() == []
     assert len(comm.collect_experiences()) == 3
     wait_until("nothing is missed", lambda: comm.missed_updates()[0].total == 0)
@@ -186,11 +193,11 @@ def test_workers_join_late_and_leave_early(learner: Learner, worker: Worker) -> 
 def test_the_settings_of_the_learner_reach_the_workers(learner: Learner, worker: Worker) -> None:
     client = worker()
     learner(max_queue_size=5, lease_seconds=2.0)
-    settings = wait_until("they came", lambda: client._heartbeat._settings)
+    settings = client._heartbeat.settings(Deadline(10.0))
     assert (settings.max_queue_size, settings.lease_seconds) == (5, 2.0)
 
 
-def test_a_heartbeat_returns_what_a_worker_must_know_of_the_run() -> None:
-    """The script names the fields, and the worker reads its reply by the same names in the same order."""
+def test_a_heartbeat_returns_the_fields_that_a_worker_needs() -> None:
+    """The script names the fields, and the worker parses its reply by the same names in the same order."""
     *_, returned = BEAT.text.partition("return redis.call('HMGET', KEYS[4],")
-    assert re.findall(r"'(\w+)'", returned) == list(heartbeat._KNOWN)
+    assert re.findall(r"'(\w+)'", returned) == list(META_FIELDS)

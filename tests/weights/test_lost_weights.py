@@ -29,7 +29,9 @@ def test_a_damaged_version_is_recorded_and_the_next_one_is_applied(
     client = worker()
     model: dict[str, Any] = {}
     comm.collect_experiences()
-    wait_until("the worker gave up on version 1", lambda: client.poll(model) or client._inbox._answer_number)
+    wait_until(
+        "the worker gave up on version 1", lambda: client.poll(model) or client._inbox.acknowledgements.count
+    )
     assert (client.version, model) == (0, {})
 
     comm.send_model_weights({"w": np.arange(5)})

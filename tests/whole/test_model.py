@@ -33,7 +33,7 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.threads import BackgroundThread
 from rlbroker.config import Level
-from rlbroker.control import inbox
+from rlbroker.control import control_reader
 from rlbroker.types import Outcome
 
 RUNS = (f"model-{number}" for number in itertools.count(1))
@@ -237,7 +237,7 @@ class Run(RuleBasedStateMachine):
     @rule(data=st.data(), lose=st.integers(0, 3))
     def worker_sends(self, data: st.DataObject, lose: int) -> None:
         life = self.some_life(data)
-        if life.client._heartbeat._settings is None:  # it came when the run was lost
+        if not life.client._heartbeat.knows_run:  # it came when the run was lost
             self.learner_steps()
             self.worker_steps(life)
         life.line.lose(lose)
@@ -301,7 +301,7 @@ class Run(RuleBasedStateMachine):
         life = self.replaced.pop()
         assert life.client._sender is not None
         life.client._sender.mark_stale()
-        if life.client._heartbeat._settings is not None:  # until it has them, it waits with sending
+        if life.client._heartbeat.knows_run:  # until it has them, it waits with sending
             with pytest.raises(Fenced):
                 life.client.send_experiences({"number": -1})
         with pytest.raises(Fenced):
@@ -335,7 +335,7 @@ class Run(RuleBasedStateMachine):
     def server_loses_everything(self, breaks: bool) -> None:
         """It was restarted, and connections broke; or it was flushed, and nobody noticed yet."""
         self.losses += 1
-        seen = self.learner._roster._lives.of
+        seen = self.learner._roster._incarnations.by_worker
         for worker, one in self.lives.items():  # one that joined after another loss is nobody's memory yet
             self.remembered &= worker in seen and seen[worker].incarnation == one.client.incarnation
         self.server.client.flushall()
@@ -423,7 +423,7 @@ class Run(RuleBasedStateMachine):
         for life in self.lives.values():
             assert len(set(life.obeyed)) == len(life.obeyed), "a command was done twice"
         if self.remembered:
-            accounts = self.learner._ledger.accounts(range(2))
+            accounts = self.learner._ledger.read_outcomes(range(2))
             for worker, account in accounts.items():
                 known = account.applied_total + sum(account.missed.values())
                 assert known == self.owed[worker], f"{account}, owed {self.owed[worker]}"
@@ -440,7 +440,7 @@ def test_any_order_of_events_keeps_the_promises(
     monkeypatch.setattr(BackgroundThread, "start", lambda self: None)
     monkeypatch.setattr(BackgroundThread, "pause", lambda self, seconds: None)
     monkeypatch.setattr(Connection, "block_seconds", 0.002)
-    monkeypatch.setattr(inbox, "READ_SECONDS", 0.002)
+    monkeypatch.setattr(control_reader, "READ_SECONDS", 0.002)
     # Servers end blocking commands at their ticks.
     if isinstance(server, RealServer):
         hertz = server.client.config_get("hz")["hz"]

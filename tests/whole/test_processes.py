@@ -77,7 +77,7 @@ def test_four_workers_500_versions_and_20_000_batches(
             assert worker.popen.wait(60) == 0
         wait_until(
             "every version is settled",
-            lambda: all(account.settled >= versions for account in comm._ledger.accounts(ids).values()),
+            lambda: all(account.settled >= versions for account in comm._ledger.read_outcomes(ids).values()),
         )
         missed = comm.missed_updates()
         comm.collect_experiences()

@@ -155,7 +155,7 @@ def test_a_command_under_way_gets_its_answer(server: Server, learner: Learner, w
     client.on_command("note", done.append)
     first = comm.send_control_command("note", 1)
     wait_until("it arrived", lambda: client._inbox.waiting)
-    wait_until("the learner has seen the worker", lambda: comm._roster._lives.members)
+    wait_until("the learner has seen the worker", lambda: comm._roster._incarnations.members)
     server.client.flushall()
     second = comm.send_control_command("note", 2)
 
@@ -202,7 +202,7 @@ def test_an_answer_that_was_lost_unnoticed_is_sent_again(
     comm, client = learner(), worker()
     comm.send_model_weights({"number": 1})
     wait_until("version 1 is ready", lambda: client._subscriber.ready)
-    wait_until("the learner has seen the worker", lambda: comm._roster._lives.members)
+    wait_until("the learner has seen the worker", lambda: comm._roster._incarnations.members)
     comm._thread.stop(5.0)
     if closes:
         client._heartbeat._thread.stop(5.0)
@@ -211,8 +211,8 @@ def test_an_answer_that_was_lost_unnoticed_is_sent_again(
     comm._restore()  # before the worker's next heartbeat
     if closes:
         client.close()
-    wait_until("it is settled", lambda: comm.missed_updates() and comm._ledger.accounts([0])[0].settled)
-    assert comm._ledger.accounts([0])[0].applied_total == 1
+    wait_until("it is settled", lambda: comm.missed_updates() and comm._ledger.read_outcomes([0])[0].settled)
+    assert comm._ledger.read_outcomes([0])[0].applied_total == 1
 
 
 @pytest.mark.parametrize("lost", ["workers", "life", "heartbeat"])
@@ -220,7 +220,7 @@ def test_a_worker_of_which_a_part_is_lost_goes_on(
     server: Server, learner: Learner, worker: Worker, keys: Keys, lost: str
 ) -> None:
     comm, client = learner(lease_seconds=0.5), worker()
-    wait_until("it knows its lease", lambda: client._heartbeat._settings)
+    wait_until("it knows its lease", lambda: client._heartbeat.knows_run)
     server.client.delete(
         {"workers": keys.workers, "life": keys.life(0), "heartbeat": keys.heartbeat(0)}[lost]
     )
@@ -251,9 +251,11 @@ def test_what_was_settled_without_a_reply_outlasts_a_loss(
     with monkeypatch.context() as patch:
         patch.setattr(comm._connection, "run_all", lose)
         client.poll(model)
-        wait_until("all is settled", lambda: lost.is_set() and comm._ledger.accounts([0])[0].commands_done)
-        wait_until("the worker forgot its answers", lambda: not client._inbox._sent)
-        wait_until("the ledger looked again", lambda: not comm._ledger._unsure)
+        wait_until(
+            "all is settled", lambda: lost.is_set() and comm._ledger.read_outcomes([0])[0].commands_done
+        )
+        wait_until("the worker forgot its answers", lambda: not client._inbox.acknowledgements.unsettled)
+        wait_until("the ledger looked again", lambda: not comm._ledger._unconfirmed)
     server.client.flushall()
     wait_until("version 4 is applied", lambda: client.poll(model) and client.version == 4)
     wait_until("the worker is back", lambda: comm.workers())
@@ -271,7 +273,7 @@ def test_a_command_whose_answer_was_forgotten_is_answered_again_and_done_once(
     client.on_command("note", done.append)
     command = comm.send_control_command("note", 1)
     wait_until("it is done", lambda: client.poll() or command.outcomes()[0])
-    wait_until("the worker forgot its answer", lambda: not client._inbox._sent)
+    wait_until("the worker forgot its answer", lambda: not client._inbox.acknowledgements.unsettled)
     comm._commander._sent[command.id].outcomes.clear()  # as if nobody had told the learner
     server.client.flushall()
     wait_until("it is answered again", lambda: client.poll() or command.outcomes()[0].state == "waiting")

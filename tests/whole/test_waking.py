@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import Reachable, wait_until
 
-import rlbroker.control.inbox
+import rlbroker.control.control_reader
 import rlbroker.weights.subscriber
 import rlbroker.weights.version_channel
 from rlbroker import WorkerClient, WorkerCommunicator
@@ -34,13 +34,13 @@ def sleeper(
     reachable: Reachable, comm: WorkerCommunicator, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> WorkerClient:
     """Give a worker that looks for nothing by itself for hours; that takes a socket, which a fake has not."""
-    monkeypatch.setattr(rlbroker.control.inbox, "READ_SECONDS", HOURS)
+    monkeypatch.setattr(rlbroker.control.control_reader, "READ_SECONDS", HOURS)
     monkeypatch.setattr(rlbroker.weights.subscriber, "POLL_SECONDS", HOURS)
     monkeypatch.setattr(rlbroker.weights.version_channel, "PING_SECONDS", HOURS)
     client = worker()
     client._connection.timeout_seconds = client._connection.socket_seconds = HOURS
-    inbox = client._inbox
-    wait_until("it sleeps", lambda: inbox._answer_due is not None and inbox._answer_due.remaining > 1000)
+    reader = client._inbox._reader
+    wait_until("it sleeps", lambda: reader.reply_due is not None and reader.reply_due.remaining > 1000)
     return client
 
 
@@ -64,7 +64,8 @@ def test_an_answer_that_could_not_be_sent_is_sent_as_soon_as_that_works(
     sleeper: WorkerClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inbox = sleeper._inbox
-    store, fails = inbox._store, [True]
+    acknowledgements = inbox.acknowledgements
+    store, fails = acknowledgements._store, [True]
 
     def failing(answer: Any) -> None:
         if fails.pop():
@@ -73,10 +74,10 @@ def test_an_answer_that_could_not_be_sent_is_sent_as_soon_as_that_works(
         fails.append(False)
         store(answer)
 
-    monkeypatch.setattr(inbox, "_store", failing)
+    monkeypatch.setattr(acknowledgements, "_store", failing)
     inbox.acknowledge_version(0, 1, "failed", "for a test")
     assert fails == [False]
-    wait_until("it is sent", lambda: not inbox._unsent)
+    wait_until("it is sent", lambda: not inbox.acknowledgements.unsent)
 
 
 def test_an_answer_that_comes_while_another_thread_is_sending_is_sent_too(
@@ -84,7 +85,8 @@ def test_an_answer_that_comes_while_another_thread_is_sending_is_sent_too(
 ) -> None:
     """Whoever is sending may just have looked for the last time."""
     inbox = sleeper._inbox
-    release = inbox._sending.release
+    acknowledgements = inbox.acknowledgements
+    release = acknowledgements._sending.release
     late = [inbox]
 
     class Sending:
@@ -100,16 +102,16 @@ def test_an_answer_that_comes_while_another_thread_is_sending_is_sent_too(
                 other.join()
             release()
 
-    lock = inbox._sending
-    monkeypatch.setattr(inbox, "_sending", Sending())
+    lock = acknowledgements._sending
+    monkeypatch.setattr(acknowledgements, "_sending", Sending())
     inbox.acknowledge_version(0, 1, "failed")
     assert not late
-    assert not inbox._unsent
+    assert not inbox.acknowledgements.unsent
 
 
 def test_what_the_server_may_have_lost_is_looked_after_at_once(sleeper: WorkerClient) -> None:
     sleeper._inbox.mark_stale()
-    wait_until("it has looked", lambda: not sleeper._inbox._doubt)
+    wait_until("it has looked", lambda: not sleeper._inbox.acknowledgements.stale)
 
 
 def test_a_worker_ends_without_anything_to_wake_it(sleeper: WorkerClient) -> None:

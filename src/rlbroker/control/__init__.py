@@ -1,1 +1,13 @@
-"""Commands and the record of what became of them, and of every version, at every worker."""
+"""Commands, and the final outcome of every command and version at every worker.
+
+A command passes through these files:
+
+1. commands.py (learner): `CommandSender` puts it onto the run's control stream and marks it as pending.
+2. inbox.py (worker): `Inbox` reads it (control_reader.py), checks its signature (command_signature.py), and hands it to
+   the worker.
+3. acknowledgements.py (worker): `AcknowledgementSender` writes its outcome to the worker's acknowledgement stream.
+4. ledger.py (learner): `Ledger` folds the acknowledgement into the worker's outcomes (outcomes.py) and removes it from
+   the pending commands. `Command.wait` returns.
+
+Versions take the same way back: a worker acknowledges each version that it applied or failed to load.
+"""

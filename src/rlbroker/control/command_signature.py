@@ -1,40 +1,48 @@
-"""Who has made a command: it is signed with all that a worker goes by, and for whom it is, life by life."""
+"""The signature of a command: it covers all that a worker acts on, and the incarnations that the command is for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Final
 
+from rlbroker.backend.deadline import Deadline
 from rlbroker.codec.signing import COMMAND, NotSigned, SigningKey
 
-#: Fields of a command that its signature takes; they travel with it wherever it is sent again.
-SIGNED: Final = ("signed_for", "signature")
+#: Fields of a signed command that carry its signature; they are kept when the command is sent again.
+SIGNATURE_FIELDS: Final = ("signed_for", "signature")
 
-#: Fields that are signed as they are.
-_FACTS: Final = ("name", "arguments", "expires_seconds", "data")
+#: Fields of a command that the signature covers.
+_COVERED_FIELDS: Final = ("name", "arguments", "expires_seconds", "data")
+
+#: Refusals that are reported within each period: an attacker can send any number of forged commands.
+REFUSALS_REPORTED: Final = 50
+REFUSALS_SECONDS: Final = 10.0
+
+#: Refused entries that are remembered, at most.
+REFUSED_REMEMBERED: Final = 10_000
 
 
-def signed(
+def sign_command(
     key: SigningKey, run: str, command_id: str, fields: Mapping[str, Any], targets: Mapping[int, int]
 ) -> dict[str, str]:
-    """Give the fields that say who has made a command.
+    """Return the fields that carry a command's signature.
 
     Args:
-        key: of learner and workers.
+        key: the key that learner and workers share.
         run: the run's name.
-        command_id: how it is called.
-        fields: what is sent.
-        targets: whom it is for: workers, each with its incarnation.
+        command_id: the command's id.
+        fields: the command's fields.
+        targets: the workers that the command is for, each with its incarnation.
     """
     signed_for = ",".join(f"{worker}:{incarnation}" for worker, incarnation in targets.items())
-    facts = [fields[name] for name in _FACTS]
+    covered = [fields[name] for name in _COVERED_FIELDS]
     return {
         "signed_for": signed_for,
-        "signature": key.sign(COMMAND, run, command_id, signed_for, *facts),
+        "signature": key.sign(COMMAND, run, command_id, signed_for, *covered),
     }
 
 
-def check(
+def check_command(
     key: SigningKey,
     run: str,
     command_id: str,
@@ -42,13 +50,51 @@ def check(
     worker_id: int,
     incarnation: int,
 ) -> None:
-    """Check that whoever has our key made a command, and for this life of this worker.
+    """Check that a command was signed with this key, and for this incarnation of this worker.
 
     Raises:
-        NotSigned: that is not so.
+        NotSigned: its signature is missing or wrong, or it was signed for another worker or incarnation.
     """
-    found = {name: fields.get(name.encode(), b"") for name in (*_FACTS, *SIGNED)}
+    found = {name: fields.get(name.encode(), b"") for name in (*_COVERED_FIELDS, *SIGNATURE_FIELDS)}
     signature = found["signature"].decode("ascii", "replace")
-    key.check(signature, COMMAND, run, command_id, found["signed_for"], *(found[name] for name in _FACTS))
+    covered = [found[name] for name in _COVERED_FIELDS]
+    key.check(signature, COMMAND, run, command_id, found["signed_for"], *covered)
     if f"{worker_id}:{incarnation}".encode() not in found["signed_for"].split(b","):
-        raise NotSigned("it was signed for others, or for an earlier life of this worker")
+        raise NotSigned("it was signed for others, or for an earlier incarnation of this worker")
+
+
+class CommandVerifier:
+    """Checks the commands that one worker reads, and bounds how many refusals it reports."""
+
+    def __init__(self, key: SigningKey, run: str, worker_id: int, incarnation: int) -> None:
+        """Prepare a verifier.
+
+        Args:
+            key: the key that learner and workers share.
+            run: the run's name.
+            worker_id: the worker.
+            incarnation: its incarnation.
+        """
+        self._key, self._run, self._worker_id, self._incarnation = key, run, worker_id, incarnation
+        self._refused: dict[str, None] = {}  #: ids of refused entries, as the stream may be read again
+        self._reported, self._period_end = 0, Deadline(REFUSALS_SECONDS)
+
+    def check(self, command_id: str, fields: Mapping[bytes, bytes]) -> None:
+        """Check that a command was signed with the key, and for this incarnation of this worker.
+
+        Raises:
+            NotSigned: its signature is missing or wrong, or it was signed for another worker or incarnation.
+        """
+        check_command(self._key, self._run, command_id, fields, self._worker_id, self._incarnation)
+
+    def should_report(self, entry_id: str) -> bool:
+        """Return whether to report the refusal of this entry: each once, and only so many in a while."""
+        if entry_id in self._refused:
+            return False
+        self._refused[entry_id] = None
+        if len(self._refused) > REFUSED_REMEMBERED:
+            del self._refused[next(iter(self._refused))]
+        if self._period_end.over:
+            self._reported, self._period_end = 0, Deadline(REFUSALS_SECONDS)
+        self._reported += 1
+        return self._reported <= REFUSALS_REPORTED

@@ -1,4 +1,4 @@
-"""The learner's half: commands go onto the run's control stream, and their outcomes are waited for."""
+"""The learner's side of commands: put them onto the run's control stream, and wait for their outcomes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Deadline, within
@@ -20,47 +20,46 @@ from rlbroker.backend.unreadable import legible
 from rlbroker.codec.message import encode
 from rlbroker.codec.signing import SigningKey
 from rlbroker.config import positive_seconds, waiting_seconds, worker_number
-from rlbroker.control.command_signature import SIGNED, signed
+from rlbroker.control.command_signature import SIGNATURE_FIELDS, sign_command
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.errors import DeadlineExceeded, InvalidArgument, UnknownWorker
-from rlbroker.membership.incarnations import read_incarnations
+from rlbroker.membership.incarnations import Incarnations, read_incarnations
 from rlbroker.types import Outcome
 
-#: What is older than this on the control stream, and has been answered, may be trimmed; what has not been
-#: answered stays as long as its outcomes do. Live workers have read it by then.
+#: Age from which settled commands are trimmed from the control stream: live workers have read them by then. Pending
+#: commands stay as long as their outcomes.
 CONTROL_KEPT_SECONDS: Final = 3600
 
-#: Longest pause between two looks at a command's outcomes.
-LOOK_SECONDS: Final = 0.1
+#: Longest pause between two reads of a command's outcomes.
+POLL_SECONDS: Final = 0.1
 
-#: Commands whose outcomes are remembered, for a server that loses them.
-REMEMBERED: Final = 1_000
+#: Commands that the learner remembers, to send them again to a server that lost them.
+REMEMBERED_COMMANDS: Final = 1_000
 
-#: And of so many workers, over all these commands; the newest command is remembered in any case.
-REMEMBERED_ANSWERS: Final = 100_000
+#: Bound on the outcomes of all remembered commands together. The newest command is remembered in any case.
+REMEMBERED_OUTCOMES: Final = 100_000
+
+#: Characters of the longest name of a command.
+NAME_LENGTH: Final = 200
+
+#: Characters that are kept of the readable form of a command's arguments.
+ARGUMENTS_LENGTH: Final = 200
 
 SEND = Script.load("control/lua/send_command.lua")
 
 RESTORE_COMMAND = Script.load("control/lua/restore_command.lua")
 
-
-@dataclass
-class _Sent:
-    """A command as the learner remembers it."""
-
-    fields: Sequence[Any]
-    incarnations: Mapping[int, int]  #: of those it is for; empty until that is known
-    sent: float
-    outcomes: dict[int, Outcome] = field(default_factory=dict)
+#: Entries of the control stream: ids and fields.
+_Entries = Sequence[tuple[bytes, Mapping[bytes, bytes]]]
 
 
 class Command:
-    """A command that was sent. True if any worker can get it.
+    """A command that was sent. True if it was sent to any worker.
 
     Attributes:
-        id: how it is called in Redis.
-        name: what it asks for.
-        worker_ids: whom it was sent to.
+        id: its id in Redis.
+        name: the name that a worker's handler is registered under.
+        worker_ids: the workers that it was sent to.
     """
 
     def __init__(
@@ -68,39 +67,39 @@ class Command:
         command_id: str,
         name: str,
         worker_ids: Sequence[int],
-        look: Callable[[], dict[int, Outcome]],
+        read_outcomes: Callable[[], dict[int, Outcome]],
         changed: threading.Condition,
         timeout_seconds: float,
     ) -> None:
-        """Make a handle; only the commander does."""
+        """Make a handle; only `CommandSender` does."""
         self.id, self.name, self.worker_ids = command_id, name, tuple(worker_ids)
-        self._look, self._changed, self._timeout_seconds = look, changed, timeout_seconds
+        self._read_outcomes, self._changed, self._timeout_seconds = read_outcomes, changed, timeout_seconds
 
     def __bool__(self) -> bool:
-        """Whether there was anybody to send it to."""
+        """Return whether it was sent to any worker."""
         return bool(self.worker_ids)
 
     def __repr__(self) -> str:
-        """Show the name and whom it was sent to."""
+        """Show the name and the workers."""
         return f"<Command {self.id} {self.name!r} to workers {list(self.worker_ids)}>"
 
     def outcomes(self) -> dict[int, Outcome]:
-        """Give the present state at each worker.
+        """Return the present outcome at each worker, by worker id.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        return self._look()
+        return self._read_outcomes()
 
     def wait(self, timeout: float | None = None) -> dict[int, Outcome]:
-        """Wait until every worker has a final state, and give the states.
+        """Wait until every worker has a final outcome, and return the outcomes.
 
-        A worker answers when it polls. One that waits for room in its queue does not: where queues are small,
-        go on collecting, and look at `outcomes` meanwhile.
+        A worker does commands when it polls. A worker that waits for room in its queue does not poll: with small
+        queues, keep collecting and read `outcomes` in between.
 
         Args:
-            timeout: seconds to wait at most; the communicator's timeout by default. Workers that have not
-                answered by then are `waiting`.
+            timeout: seconds to wait at most; the communicator's timeout by default. Workers that have not acknowledged
+                the command by then are `waiting`.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
@@ -112,47 +111,94 @@ class Command:
             if deadline.over or not any(outcome.state == "waiting" for outcome in found.values()):
                 return found
             with self._changed:
-                self._changed.wait(min(LOOK_SECONDS, deadline.remaining))
+                self._changed.wait(min(POLL_SECONDS, deadline.remaining))
+
+
+@dataclass
+class _SentCommand:
+    """A command as the learner remembers it.
+
+    Attributes:
+        fields: names and values of its fields, one after the other.
+        incarnations: the incarnation of each worker that it was sent to; empty until the server has confirmed it.
+        sent: when it was sent, by the monotonic clock.
+        outcomes: final outcomes by worker.
+    """
+
+    fields: Sequence[Any]
+    incarnations: Mapping[int, int]
+    sent: float
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Recipients:
+    """The workers that a command is for, and what must still hold when the script runs.
+
+    Attributes:
+        targets: the workers, each with its incarnation; they must still be members.
+        former: workers that must not have joined again, each with its last incarnation.
+        names_count: the size that the set `workers` must have; -1 for any.
+        missing: wanted workers that are no members; then there are no targets.
+    """
+
+    targets: Mapping[int, int]
+    former: Mapping[int, int]
+    names_count: int
+    missing: Sequence[int] = ()
+
+    @classmethod
+    def choose(cls, workers: Incarnations, wanted: Sequence[int] | None) -> Self:
+        """Choose the recipients of a command to the wanted workers, or to all members."""
+        members = {worker: one.incarnation for worker, one in workers.members.items()}
+        missing = [worker for worker in wanted or () if worker not in members]
+        if wanted is not None and not missing:
+            return cls({worker: members[worker] for worker in wanted}, {}, -1)
+        # Former and new workers may join before the script runs. The command is for them too, if it is for all, and a
+        # wanted worker among them must not be reported as unknown.
+        former = {worker: one.incarnation for worker, one in workers.by_worker.items() if not one.member}
+        return cls({} if missing else members, former, workers.names_count, missing)
 
 
 class CommandSender:
-    """Sends the commands of one learner."""
+    """Sends the commands of one learner, and remembers them in case the server loses them."""
 
     def __init__(
         self, connection: Connection, keys: Keys, *, epoch: int, key: SigningKey | None = None
     ) -> None:
-        """Prepare a commander.
+        """Prepare a sender; nothing is sent yet.
 
         Args:
-            connection: way to the server.
+            connection: connection to the server.
             keys: names of the run's keys.
-            epoch: the learner's epoch; a newer one fences this.
-            key: signs commands; None for no signatures.
+            epoch: the learner's epoch; a newer one fences this learner.
+            key: the key that signs commands; None to send them unsigned.
         """
         self._connection, self._keys, self._epoch, self._key = connection, keys, epoch, key
         self._changed = threading.Condition()
-        self._sent: dict[str, _Sent] = {}
+        self._sent: dict[str, _SentCommand] = {}
 
     def send(
         self, name: str, data: Any, worker_ids: Sequence[int] | None, *, expires_seconds: float | None
     ) -> Command:
-        """Put a command on the control stream, for some workers or for all members.
+        """Send a command to some workers, or to all members of the run.
 
         Args:
-            name: what is asked for.
-            data: what the handler gets; anything that a batch may contain.
-            worker_ids: whom to ask; None for everyone.
-            expires_seconds: a worker that reads it later than this does not do it.
+            name: the command's name.
+            data: the argument of the handler; anything that a batch may contain.
+            worker_ids: the workers to send it to; None for all members.
+            expires_seconds: a worker that reads the command later than this does not do it.
 
         Raises:
-            InvalidArgument: the name or the expiry cannot work.
+            InvalidArgument: the name, the worker ids or the expiry are invalid.
             UnknownWorker: one of the ids is not a member of the run.
-            UnsupportedType: something in the data cannot travel.
+            UnsupportedType: the data contains a value that cannot be encoded.
             Fenced: a newer learner has taken over the run.
+            DeadlineExceeded: the members of the run kept changing.
             PeerError: the server refused, or could not be reached in time.
         """
-        if not isinstance(name, str) or not name or len(name) > 200:
-            raise InvalidArgument(f"a command is a name of 1 to 200 characters; got {name!r}")
+        if not isinstance(name, str) or not name or len(name) > NAME_LENGTH:
+            raise InvalidArgument(f"a command is a name of 1 to {NAME_LENGTH} characters; got {name!r}")
         if expires_seconds is not None:
             expires_seconds = positive_seconds("expires", expires_seconds)
         if worker_ids is not None and not isinstance(worker_ids, Iterable):
@@ -163,116 +209,26 @@ class CommandSender:
         command_id = uuid.uuid4().hex[:12]
         fields = {
             "name": name,
-            "arguments": _readable(data),
+            "arguments": _describe_arguments(data),
             "expires_seconds": expires_seconds or 0,
             "data": encode(data, compression=False),
         }
-        targets = self._send(command_id, fields, wanted)
-        workers = sorted(targets)
+        workers = sorted(self._send(command_id, fields, wanted))
         return Command(
             command_id,
             name,
             workers,
-            lambda: self._outcomes(command_id, workers),
+            lambda: self._read_outcomes(command_id, workers),
             self._changed,
             self._connection.timeout_seconds,
         )
 
-    def _send(
-        self, command_id: str, fields: Mapping[str, Any], wanted: Sequence[int] | None
-    ) -> dict[int, int]:
-        """Put a command on the control stream; give the workers that it is for, each with its incarnation."""
-        deadline = Deadline(self._connection.timeout_seconds)
-        while True:
-            lives = read_incarnations(self._connection.ask, self._keys)
-            members = {worker: life.incarnation for worker, life in lives.members.items()}
-            missing = [worker for worker in wanted or () if worker not in members]
-            if wanted is not None and not missing:
-                targets, others, ever = {worker: members[worker] for worker in wanted}, dict[int, int](), -1
-            else:  # to all is also to who was there before, and comes back in between; who is missing may do so too
-                targets = {} if missing else members
-                others = {one: life.incarnation for one, life in lives.of.items() if not life.member}
-                ever = lives.named
-            pairs = flat(fields)
-            if self._key:
-                pairs += flat(signed(self._key, self._keys.run, command_id, fields, targets))
-            # Before it is sent, as it may be answered before its reply is here.
-            remembered = _Sent(pairs, {}, time.monotonic())
-            self._remember(command_id, remembered)
-            sent = self._connection.run(
-                SEND,
-                (
-                    self._keys.meta,
-                    self._keys.workers,
-                    self._keys.control,
-                    self._keys.pending,
-                    self._keys.outcomes(command_id),
-                    *map(self._keys.life, (*targets, *others)),
-                ),
-                (
-                    self._epoch,
-                    command_id,
-                    OUTCOMES_KEPT_SECONDS,
-                    ever,
-                    ",".join(map(str, targets)),
-                    ",".join(map(str, targets.values())),
-                    ",".join(map(str, others.values())),
-                    *pairs,
-                ),
-            )
-            if sent == b"sent" and targets:
-                remembered.incarnations = targets
-                return targets
-            if sent != b"sent" and not deadline.over:
-                continue
-            self._sent.pop(command_id, None)
-            if sent != b"sent":
-                raise DeadlineExceeded(f"workers of the run {self._keys.run!r} come and go; send it again")
-            if missing:
-                known = ", ".join(map(str, members)) or "none"
-                raise UnknownWorker(
-                    f"worker {missing[0]} is not a member of the run {self._keys.run!r}; members are: {known}"
-                )
-            return {}
-
-    def remember(self) -> None:
-        """Learn what earlier learners sent and what became of it, as the server may lose that.
+    def count_pending(self) -> dict[int, int]:
+        """Return the number of commands that have not been acknowledged, by worker.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        clock, pending, entries = self._connection.execute_all(
-            [
-                ("TIME",),
-                ("HGETALL", self._keys.pending),
-                ("XREVRANGE", self._keys.control, "+", "-", "COUNT", 10 * REMEMBERED),
-            ]
-        )
-        names = ("name", "arguments", "expires_seconds", "data")
-        whole = {b"command", *(name.encode() for name in names)}
-        sent = [(entry, fields) for entry, fields in entries if whole <= fields.keys()]
-        sent = list(reversed(_newest(sent)))
-        replies = self._connection.execute_all(
-            [("HGETALL", self._keys.outcomes(fields[b"command"].decode())) for _, fields in sent]
-        )
-        lives = text_fields(pending)
-        for (entry, fields), reply in zip(sent, replies, strict=True):
-            command = fields[b"command"].decode()
-            outcomes = {int(worker): Outcome.from_text(text) for worker, text in text_fields(reply).items()}
-            age_seconds = server_seconds(clock) - int(entry.partition(b"-")[0]) / 1000
-            kept = {name: fields[name.encode()] for name in (*names, *SIGNED) if name.encode() in fields}
-            self._remember(
-                command,
-                _Sent(
-                    flat(kept),
-                    {one: int(lives.get(f"{command}:{one}", "0").split()[0]) for one in outcomes},
-                    time.monotonic() - age_seconds,
-                    {one: outcome for one, outcome in outcomes.items() if outcome.state != "waiting"},
-                ),
-            )
-
-    def waiting(self) -> dict[int, int]:
-        """Give how many commands wait for an answer, by worker."""
         counts: dict[int, int] = {}
         pending = text_fields(self._connection.execute("HGETALL", self._keys.pending))
         with legible(self._keys.pending):
@@ -281,22 +237,154 @@ class CommandSender:
                 counts[worker] = counts.get(worker, 0) + 1
         return counts
 
-    def look_again(self) -> None:
-        """Wake those who wait for a command: acknowledgements were settled."""
+    def notify_waiters(self) -> None:
+        """Wake the threads in `Command.wait`, because acknowledgements were settled."""
         with self._changed:
             self._changed.notify_all()
 
-    def note(self, worker: int, outcomes: Mapping[str, Outcome]) -> None:
-        """Remember what became of commands at one worker."""
+    def trim(self) -> None:
+        """Trim the control stream to entries that are younger than an hour or still pending.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        clock, pending = self._connection.execute_all([("TIME",), ("HGETALL", self._keys.pending)])
+        with legible(self._keys.pending):
+            sent = [int(value.split()[1].partition("-")[0]) for value in text_fields(pending).values()]
+        now = int(server_seconds(clock))
+        keep_from = min([(now - CONTROL_KEPT_SECONDS) * 1000, *sent])
+        keep_from = max(keep_from, (now - OUTCOMES_KEPT_SECONDS) * 1000)
+        self._connection.execute("XTRIM", self._keys.control, "MINID", "~", keep_from)
+
+    # Sending
+
+    def _send(
+        self, command_id: str, fields: Mapping[str, Any], wanted: Sequence[int] | None
+    ) -> Mapping[int, int]:
+        """Put a command on the control stream, and return its workers, each with its incarnation.
+
+        The script refuses if the members changed since they were read; then the command is tried again.
+        """
+        deadline = Deadline(self._connection.timeout_seconds)
+        while True:
+            workers = read_incarnations(self._connection.ask, self._keys)
+            recipients = _Recipients.choose(workers, wanted)
+            pairs = flat(fields)
+            if self._key:
+                pairs += flat(sign_command(self._key, self._keys.run, command_id, fields, recipients.targets))
+            # Remember it first: a worker may acknowledge it before the reply of the script arrives.
+            remembered = _SentCommand(pairs, {}, time.monotonic())
+            self._remember(command_id, remembered)
+            sent = self._try_to_send(command_id, pairs, recipients)
+            if sent and recipients.targets:
+                remembered.incarnations = recipients.targets
+                return recipients.targets
+            if not sent and not deadline.over:
+                continue
+            self._sent.pop(command_id, None)
+            if not sent:
+                raise DeadlineExceeded(
+                    f"the members of the run {self._keys.run!r} kept changing, so the command was not sent; "
+                    "send it again"
+                )
+            if recipients.missing:
+                known = ", ".join(map(str, workers.members)) or "none"
+                raise UnknownWorker(
+                    f"worker {recipients.missing[0]} is not a member of the run {self._keys.run!r}; "
+                    f"members are: {known}"
+                )
+            return {}
+
+    def _try_to_send(self, command_id: str, pairs: Sequence[Any], recipients: _Recipients) -> bool:
+        """Run the script, and return whether the recipients were still the right ones."""
+        targets, former = recipients.targets, recipients.former
+        reply = self._connection.run(
+            SEND,
+            (
+                self._keys.meta,
+                self._keys.workers,
+                self._keys.control,
+                self._keys.pending,
+                self._keys.outcomes(command_id),
+                *map(self._keys.life, (*targets, *former)),
+            ),
+            (
+                self._epoch,
+                command_id,
+                OUTCOMES_KEPT_SECONDS,
+                recipients.names_count,
+                ",".join(map(str, targets)),
+                ",".join(map(str, targets.values())),
+                ",".join(map(str, former.values())),
+                *pairs,
+            ),
+        )
+        return bool(reply == b"sent")
+
+    def _read_outcomes(self, command_id: str, workers: Sequence[int]) -> dict[int, Outcome]:
+        """Read a command's outcomes; what the learner remembers holds, as the server may have lost it."""
+        found = text_fields(self._connection.execute("HGETALL", self._keys.outcomes(command_id)))
+        sent = self._sent.get(command_id)
+        known = sent.outcomes if sent else {}
+        return {
+            worker: known[worker] if worker in known else Outcome.from_text(found.get(str(worker), "waiting"))
+            for worker in workers
+        }
+
+    # Remembering
+
+    def remember(self) -> None:
+        """Remember the commands of earlier learners and their outcomes, as the server may lose them.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        clock, pending, entries = self._connection.execute_all(
+            [
+                ("TIME",),
+                ("HGETALL", self._keys.pending),
+                ("XREVRANGE", self._keys.control, "+", "-", "COUNT", 10 * REMEMBERED_COMMANDS),
+            ]
+        )
+        names = ("name", "arguments", "expires_seconds", "data")
+        required = {b"command", *(name.encode() for name in names)}
+        complete = [(entry_id, fields) for entry_id, fields in entries if required <= fields.keys()]
+        oldest_first = list(reversed(_newest(complete)))
+        replies = self._connection.execute_all(
+            [("HGETALL", self._keys.outcomes(fields[b"command"].decode())) for _, fields in oldest_first]
+        )
+        pending_fields = text_fields(pending)
+        for (entry_id, fields), reply in zip(oldest_first, replies, strict=True):
+            command_id = fields[b"command"].decode()
+            outcomes = {int(worker): Outcome.from_text(text) for worker, text in text_fields(reply).items()}
+            age_seconds = server_seconds(clock) - int(entry_id.partition(b"-")[0]) / 1000
+            kept = {
+                name: fields[name.encode()] for name in (*names, *SIGNATURE_FIELDS) if name.encode() in fields
+            }
+            self._remember(
+                command_id,
+                _SentCommand(
+                    flat(kept),
+                    {
+                        worker: int(pending_fields.get(f"{command_id}:{worker}", "0").split()[0])
+                        for worker in outcomes
+                    },
+                    time.monotonic() - age_seconds,
+                    {worker: outcome for worker, outcome in outcomes.items() if outcome.state != "waiting"},
+                ),
+            )
+
+    def note_outcomes(self, worker: int, outcomes: Mapping[str, Outcome]) -> None:
+        """Remember final outcomes at one worker, by command id."""
         for command_id, outcome in outcomes.items():
             sent = self._sent.get(command_id)
             if sent is not None:
                 sent.outcomes[worker] = outcome
 
     def restore(self) -> None:
-        """Write back commands and outcomes that the server may have lost. Where it lost nothing, nothing changes.
+        """Write back commands and outcomes that the server may have lost. Changes nothing if it lost nothing.
 
-        A command that waits for an answer is sent again under its id; workers do what they know only once.
+        A pending command is sent again under its id; a worker does each id only once.
 
         Raises:
             Fenced: a newer learner publishes in this run.
@@ -304,8 +392,8 @@ class CommandSender:
         """
         calls = []
         for command_id, sent in list(self._sent.items()):
-            left = int(OUTCOMES_KEPT_SECONDS - (time.monotonic() - sent.sent))
-            if left <= 0 or not sent.incarnations:
+            remaining_seconds = int(OUTCOMES_KEPT_SECONDS - (time.monotonic() - sent.sent))
+            if remaining_seconds <= 0 or not sent.incarnations:
                 continue
             states: list[Any] = []
             for worker, incarnation in sent.incarnations.items():
@@ -316,50 +404,39 @@ class CommandSender:
                 self._keys.pending,
                 self._keys.outcomes(command_id),
             )
-            arguments = (self._epoch, command_id, left, len(sent.incarnations), *states, *sent.fields)
+            arguments = (
+                self._epoch,
+                command_id,
+                remaining_seconds,
+                len(sent.incarnations),
+                *states,
+                *sent.fields,
+            )
             calls.append((RESTORE_COMMAND, keys, arguments))
         self._connection.run_all(calls)
 
-    def _remember(self, command_id: str, sent: _Sent) -> None:
+    def _remember(self, command_id: str, sent: _SentCommand) -> None:
+        """Remember a command, and forget the oldest ones beyond the bounds."""
         with self._changed:
             self._sent[command_id] = sent
-            answers = sum(len(one.incarnations) for one in self._sent.values())
-            while len(self._sent) > REMEMBERED or (answers > REMEMBERED_ANSWERS and len(self._sent) > 1):
-                answers -= len(self._sent.pop(next(iter(self._sent))).incarnations)
-
-    def trim(self) -> None:
-        """Shorten the control stream to what is younger than an hour or not answered yet."""
-        clock, pending = self._connection.execute_all([("TIME",), ("HGETALL", self._keys.pending)])
-        with legible(self._keys.pending):
-            sent = [int(value.split()[1].partition("-")[0]) for value in text_fields(pending).values()]
-        now = int(server_seconds(clock))
-        keep_from = min([(now - CONTROL_KEPT_SECONDS) * 1000, *sent])
-        keep_from = max(keep_from, (now - OUTCOMES_KEPT_SECONDS) * 1000)
-        self._connection.execute("XTRIM", self._keys.control, "MINID", "~", keep_from)
-
-    def _outcomes(self, command_id: str, workers: Sequence[int]) -> dict[int, Outcome]:
-        found = text_fields(self._connection.execute("HGETALL", self._keys.outcomes(command_id)))
-        sent = self._sent.get(command_id)
-        known = sent.outcomes if sent else {}
-        return {
-            worker: known[worker] if worker in known else Outcome.from_text(found.get(str(worker), "waiting"))
-            for worker in workers
-        }
+            total = sum(len(one.incarnations) for one in self._sent.values())
+            while len(self._sent) > REMEMBERED_COMMANDS or (
+                total > REMEMBERED_OUTCOMES and len(self._sent) > 1
+            ):
+                total -= len(self._sent.pop(next(iter(self._sent))).incarnations)
 
 
-def _newest(
-    sent: Sequence[tuple[bytes, Mapping[bytes, bytes]]],
-) -> Sequence[tuple[bytes, Mapping[bytes, bytes]]]:
-    """Give the entries of commands that are worth remembering, out of those that there are, newest first."""
-    sums = itertools.accumulate(fields.get(b"workers", b"").count(b",") + 1 for _, fields in sent)
-    number = sum(answers <= REMEMBERED_ANSWERS for answers in sums)
-    return sent[: min(REMEMBERED, max(1, number))]
+def _newest(commands: _Entries) -> _Entries:
+    """Return the commands to remember, out of all that are there, newest first."""
+    totals = itertools.accumulate(fields.get(b"workers", b"").count(b",") + 1 for _, fields in commands)
+    within_bound = sum(total <= REMEMBERED_OUTCOMES for total in totals)
+    return commands[: min(REMEMBERED_COMMANDS, max(1, within_bound))]
 
 
-def _readable(data: Any) -> str:
-    """Give what a person sees of the arguments with redis-cli."""
+def _describe_arguments(data: Any) -> str:
+    """Return a command's arguments as a person reads them with redis-cli."""
     try:
         text = json.dumps(data)
     except (TypeError, ValueError):
         text = repr(data)
-    return text if len(text) <= 200 else text[:199] + "…"
+    return text if len(text) <= ARGUMENTS_LENGTH else text[: ARGUMENTS_LENGTH - 1] + "…"

@@ -1,4 +1,4 @@
-"""Signals by which a process is told to go: noted once, and then as they were before."""
+"""Signals that ask a process to drain: the first of each kind is noted, the next does what it did before."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ from rlbroker.errors import InvalidArgument, UsageError
 
 
 class DrainSignals:
-    """Calls a function at the first signal of each kind; the next of that kind does what it did before."""
+    """Calls a function at the first signal of each kind, and then restores that signal's handler."""
 
-    def __init__(self, told: Callable[[], None]) -> None:
-        """Prepare to be told; nothing changes yet.
+    def __init__(self, on_signal: Callable[[], None]) -> None:
+        """Prepare to watch signals; no handler is changed yet.
 
         Args:
-            told: is called from within the signal handler, so wherever the main thread happens to be: it may set
-                a variable, and must take no lock.
+            on_signal: called in the signal handler, at any point of the main thread. It may set a variable, and must
+                not take a lock.
         """
-        self._told = told
-        self._before: dict[int, Any] = {}
+        self._on_signal = on_signal
+        self._previous: dict[int, Any] = {}  #: handlers to restore, by signal
 
     def watch(self, *numbers: int) -> None:
-        """Take these signals over from whatever handles them now.
+        """Replace the handlers of these signals.
 
         Raises:
-            UsageError: this is not the main thread, and only that can take signals.
-            InvalidArgument: one of these is no signal that can be taken.
+            UsageError: called outside the main thread, which alone can handle signals.
+            InvalidArgument: one of these is not a signal, or cannot be handled.
         """
         if threading.current_thread() is not threading.main_thread():
             raise UsageError(
-                "only the main thread can take signals over; from another thread, call drain() instead"
+                "only the main thread can handle signals; from another thread, call drain() instead"
             )
         for number in numbers:
             try:
-                before = signal.getsignal(number)
-                # Noted first, as it may come at once. None: it was not set from Python.
-                self._before.setdefault(number, signal.SIG_DFL if before is None else before)
-                signal.signal(number, self._note)
+                previous = signal.getsignal(number)
+                # Stored first, as the signal may arrive at once. None stands for a handler that Python did not set.
+                self._previous.setdefault(number, signal.SIG_DFL if previous is None else previous)
+                signal.signal(number, self._handle)
             except (OSError, TypeError, ValueError) as error:
-                self._before.pop(number, None)
-                raise InvalidArgument(f"{number!r} is no signal that can be taken over: {error}") from error
+                self._previous.pop(number, None)
+                raise InvalidArgument(f"{number!r} is not a signal that can be handled: {error}") from error
 
     def restore(self) -> None:
-        """Give back what was taken over and has not come; only the main thread can."""
+        """Restore the handlers of the signals that did not arrive. Only the main thread can; others do nothing."""
         if threading.current_thread() is threading.main_thread():
-            for number in list(self._before):
-                self._give_back(number)
+            for number in list(self._previous):
+                self._restore(number)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._give_back(number)
-        self._told()
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._restore(number)
+        self._on_signal()
 
-    def _give_back(self, number: int) -> None:
-        if signal.getsignal(number) == self._note:  # else somebody else has it by now
-            signal.signal(number, self._before[number])
-            self._before.pop(number, None)  # the handler may have been here meanwhile
+    def _restore(self, number: int) -> None:
+        if signal.getsignal(number) == self._handle:  # otherwise other code has replaced it since
+            signal.signal(number, self._previous[number])
+            self._previous.pop(number, None)  # the handler may have run in between

@@ -1,49 +1,51 @@
-"""One worker's account: for every version published while it was a member, one final outcome.
+"""The final outcome of every version and command at one worker. Pure.
 
-A worker's acknowledgement stream tells its whole story in order: it joined, it went from one version to
-another, it did a command, it left or was given up. `settle` folds one such event into the account. Pure.
+A worker's acknowledgement stream is its history in order: it joined, it went from one version to another, it did a
+command, it left or was forgotten. `settle` folds one such event into the worker's outcomes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self, cast
+from typing import Any, Self, cast
 
 from rlbroker.backend.replies import entry_place, whole_number
 from rlbroker.types import Missed, MissedUpdates, Outcome, State
 
-#: Characters of what a worker says that are kept.
-TEXT_KEPT = 500
+#: Characters that are kept of a text from a worker.
+TEXT_LENGTH = 500
 
-#: What a worker may answer to a command.
-ANSWERS = ("done", "failed", "unknown", "expired")
+#: The states in which a worker can acknowledge a command.
+ACKNOWLEDGED_STATES = ("done", "failed", "unknown", "expired")
 
-#: What it says of weights and commands that lack its key's signature.
+#: The outcome of versions and commands that lack the signature of the worker's key.
 REFUSED = "refused"
 
-#: What a worker refuses that no learner has sent is recorded so often in one life: anybody may make up more.
+#: Forged versions and commands that are recorded in one incarnation: an attacker can send any number of them.
 REFUSED_KEPT = 100
 
-#: Why a command has no answer, by the event that ended the worker's membership.
-_ENDED = {"joined": "away", "gone": "away", "left": "left"}
+#: Why versions and commands were missed, by the event that ended an incarnation.
+_REASONS = {"joined": "away", "gone": "away", "left": "left"}
 
 
 @dataclass(frozen=True)
 class WorkerOutcomes:
-    """What the ledger knows of one worker; the fields of its `ledger:` hash.
+    """What became of versions and commands at one worker: the fields of its `ledger:` hash.
 
     Attributes:
-        incarnation: the life of the worker that the other fields speak of.
-        member: whether versions published now concern it.
+        incarnation: the incarnation that the other fields describe.
+        member: whether versions that are published now concern the worker.
         settled: every version up to this one has its final outcome.
-        applied: the version that it runs.
-        missed: versions missed, by why.
-        commands_missed: commands that were not done.
-        skips_in_a_row: latest updates in a row that jumped over a version.
-        skipping_since: when that row began, seconds since the epoch.
-        refused: what it refused in this life that no learner had sent: forged versions and commands.
-        event: id of the last event that was folded in; whatever is not later was folded before.
+        applied: the version that the worker runs.
+        applied_total: versions that it applied since the run began.
+        missed: versions that it missed since the run began, by reason.
+        commands_done: commands that it did.
+        commands_missed: commands that it did not do.
+        skips_in_a_row: the number of its latest updates that each jumped over a version.
+        skipping_since: when the first of these happened, seconds since the epoch.
+        refused: forged versions and commands that this incarnation refused.
+        event: id of the last event that was folded in; events up to this one are ignored.
     """
 
     incarnation: int = 0
@@ -60,12 +62,12 @@ class WorkerOutcomes:
     event: str = "0-0"
 
     @property
-    def place(self) -> tuple[int, int]:
-        """How far the worker's story is told: of two accounts of a worker the later one holds."""
+    def position(self) -> tuple[int, int]:
+        """The id of the last event as numbers. Of two outcomes of one worker, those with the later position hold."""
         return entry_place(self.event)
 
     def to_fields(self) -> dict[str, str]:
-        """Give the fields of the hash."""
+        """Return the fields of the hash."""
         plain = {
             "incarnation": self.incarnation,
             "member": int(self.member),
@@ -79,35 +81,47 @@ class WorkerOutcomes:
             "event": self.event,
         } | ({"refused": self.refused} if self.refused else {})
         return {name: str(value) for name, value in plain.items()} | {
-            f"missed:{why}": str(count) for why, count in self.missed.items()
+            f"missed:{reason}": str(count) for reason, count in self.missed.items()
         }
 
     @classmethod
-    def from_fields(cls, found: Mapping[str, str]) -> Self:
-        """Read the fields of the hash; an empty one is a worker that was never seen."""
+    def from_fields(cls, fields: Mapping[str, str]) -> Self:
+        """Parse the fields of the hash. A worker without a hash has the default outcomes.
+
+        Raises:
+            ValueError: a field is invalid.
+        """
         return cls(
-            incarnation=int(found.get("incarnation", 0)),
-            member=found.get("member") == "1",
-            settled=int(found.get("settled", 0)),
-            applied=int(found.get("applied", 0)),
-            applied_total=int(found.get("applied_total", 0)),
+            incarnation=int(fields.get("incarnation", 0)),
+            member=fields.get("member") == "1",
+            settled=int(fields.get("settled", 0)),
+            applied=int(fields.get("applied", 0)),
+            applied_total=int(fields.get("applied_total", 0)),
             missed={
                 name.removeprefix("missed:"): int(count)
-                for name, count in found.items()
+                for name, count in fields.items()
                 if name.startswith("missed:")
             },
-            commands_done=int(found.get("commands_done", 0)),
-            commands_missed=int(found.get("commands_missed", 0)),
-            skips_in_a_row=int(found.get("skips_in_a_row", 0)),
-            skipping_since=float(found.get("skipping_since", 0)),
-            refused=int(found.get("refused", 0)),
-            event=found.get("event", "0-0"),
+            commands_done=int(fields.get("commands_done", 0)),
+            commands_missed=int(fields.get("commands_missed", 0)),
+            skips_in_a_row=int(fields.get("skips_in_a_row", 0)),
+            skipping_since=float(fields.get("skipping_since", 0)),
+            refused=int(fields.get("refused", 0)),
+            event=fields.get("event", "0-0"),
         )
 
 
 @dataclass(frozen=True)
 class Event:
-    """One entry of a worker's acknowledgement stream."""
+    """One entry of a worker's acknowledgement stream.
+
+    Attributes:
+        entry_id: its id, `<incarnation>-<number>`.
+        worker_id: the worker.
+        kind: `joined`, `version`, `command`, `left` or `gone`.
+        fields: the other fields; the worker wrote them, so nothing in them is trusted.
+        at: when the ledger read it, seconds since the epoch, by the server's clock.
+    """
 
     entry_id: str
     worker_id: int
@@ -117,188 +131,229 @@ class Event:
 
     @property
     def incarnation(self) -> int:
-        """The life of the worker that it tells of."""
+        """The incarnation that the event belongs to."""
         return int(self.entry_id.partition("-")[0])
-
-    def text(self, name: str) -> str:
-        """Give a field, cut to what is worth keeping."""
-        return self.fields.get(name, "")[:TEXT_KEPT]
 
     @property
     def version(self) -> int:
-        """Latest version when the worker joined or left; the version that it went to."""
+        """The version that the worker went to; for `joined`, `left` and `gone` the latest version at that time."""
         return whole_number(self.fields.get("version", "")) or 0
+
+    def text(self, name: str) -> str:
+        """Return a field, cut to a bounded length."""
+        return self.fields.get(name, "")[:TEXT_LENGTH]
 
 
 @dataclass(frozen=True)
 class Settled:
-    """What one event changes: the account, the missed updates, and the outcomes of commands."""
+    """The result of folding in one event.
 
-    account: WorkerOutcomes
+    Attributes:
+        worker_outcomes: the worker's outcomes after the event.
+        missed: records of versions and commands that were missed.
+        command_outcomes: final outcomes by command id.
+    """
+
+    worker_outcomes: WorkerOutcomes
     missed: tuple[Missed, ...] = ()
-    outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    command_outcomes: Mapping[str, Outcome] = field(default_factory=dict)
 
 
-def missed_updates(
+def settle(
+    outcomes: WorkerOutcomes, event: Event, pending: Mapping[str, int], latest: int, lost: int = 0
+) -> Settled:
+    """Fold one event into a worker's outcomes.
+
+    An invalid event changes nothing, because workers are not trusted. Nor does an event that was folded in before: a
+    worker repeats what the server may have lost, and a server that was reset to an older state repeats old events.
+
+    Args:
+        outcomes: the worker's outcomes before the event.
+        event: the next event.
+        pending: ids of the worker's commands without a final outcome, each with the incarnation that it was sent to.
+        latest: the latest version.
+        lost: the latest version when the server lost the run last. A worker that joined or left between then and the
+            next publication was told a lower one.
+    """
+    if entry_place(event.entry_id) <= outcomes.position:
+        return Settled(outcomes)
+    outcomes = replace(outcomes, event=event.entry_id)
+    refused = event.fields.get("outcome") == REFUSED
+    if event.kind == "version" and (outcomes.settled if refused else 0) < event.version <= latest:
+        return _settle_version(outcomes, event)
+    if refused:
+        return _settle_refused(outcomes, event, pending)
+    if event.kind == "command" and event.fields.get("outcome") in ACKNOWLEDGED_STATES:
+        return _settle_command(outcomes, event, pending)
+    if event.kind in _REASONS:
+        return _settle_membership(outcomes, event, pending, max(lost, min(event.version, latest)))
+    return Settled(outcomes)
+
+
+def summarize_missed(
     worker_id: int,
-    account: WorkerOutcomes,
+    outcomes: WorkerOutcomes,
     *,
     latest_version: int,
     published: Mapping[int, float],
     records: Sequence[Missed] = (),
 ) -> MissedUpdates:
-    """Give what a worker missed.
+    """Return what a worker missed.
 
     Args:
-        worker_id: which worker.
-        account: what the ledger knows of it.
-        latest_version: the version that those who are up to date run.
+        worker_id: the worker.
+        outcomes: its outcomes.
+        latest_version: the latest version of the weights.
         published: when recent versions were published, seconds since the epoch.
-        records: the entries of the `missed` stream that are about it.
+        records: entries of the `missed` stream about this worker.
     """
-    behind = max(0, latest_version - account.settled) if account.member else 0
+    behind = max(0, latest_version - outcomes.settled) if outcomes.member else 0
     return MissedUpdates(
         worker_id=worker_id,
-        total=sum(account.missed.values()),
-        by_reason=dict(account.missed),
-        commands=account.commands_missed,
+        total=sum(outcomes.missed.values()),
+        by_reason=dict(outcomes.missed),
+        commands=outcomes.commands_missed,
         behind=behind,
-        behind_since=published.get(account.settled + 1) if behind else None,
-        skips_in_a_row=account.skips_in_a_row,
-        skipping_since=account.skipping_since or None,
+        behind_since=published.get(outcomes.settled + 1) if behind else None,
+        skips_in_a_row=outcomes.skips_in_a_row,
+        skipping_since=outcomes.skipping_since or None,
         records=tuple(records),
-        refused=account.refused,
+        refused=outcomes.refused,
     )
 
 
-def settle(
-    account: WorkerOutcomes, event: Event, pending: Mapping[str, int], latest: int, lost: int = 0
-) -> Settled:
-    """Fold one event into a worker's account. What makes no sense changes nothing: workers are not trusted.
+def missed_to_fields(missed: Missed) -> dict[str, Any]:
+    """Return the fields of an entry of the `missed` stream."""
+    return {
+        "worker": missed.worker_id,
+        "incarnation": missed.incarnation,
+        "what": missed.what,
+        "from": missed.first,
+        "to": missed.last,
+        "command": missed.command,
+        "why": missed.why,
+        "detail": missed.detail,
+        "at": f"{missed.at:.3f}",
+    }
 
-    Nor does what was folded before: a worker repeats what it thinks that the server has lost, and a server that
-    went back in time tells old events again.
 
-    Args:
-        account: the account before.
-        event: what happened next.
-        pending: commands that wait for this worker, with the incarnation that they were sent to.
-        latest: the latest version.
-        lost: the latest version when the server last lost it. Who joined or left before it was published again
-            was told a lower one.
+def missed_from_fields(fields: Mapping[str, str]) -> Missed:
+    """Parse an entry of the `missed` stream.
+
+    Raises:
+        KeyError: a field is missing.
+        ValueError: a field is invalid.
     """
-    if entry_place(event.entry_id) <= account.place:
-        return Settled(account)
-    account = replace(account, event=event.entry_id)
-    refused = event.fields.get("outcome") == REFUSED
-    if event.kind == "version" and (account.settled if refused else 0) < event.version <= latest:
-        return _settle_version(account, event)
-    if refused:
-        return _settle_refused(account, event, pending)
-    if event.kind == "command" and event.fields.get("outcome") in ANSWERS:
-        return _settle_command(account, event, pending)
-    if event.kind in _ENDED:
-        return _settle_membership(account, event, pending, max(lost, min(event.version, latest)))
-    return Settled(account)
+    return Missed(
+        worker_id=int(fields["worker"]),
+        incarnation=int(fields["incarnation"]),
+        what="command" if fields["what"] == "command" else "weights",
+        first=int(fields["from"]),
+        last=int(fields["to"]),
+        command=fields["command"],
+        why=fields["why"],
+        detail=fields["detail"],
+        at=round(float(fields["at"]), 3),
+    )
 
 
-def _settle_version(account: WorkerOutcomes, event: Event) -> Settled:
+def _settle_version(outcomes: WorkerOutcomes, event: Event) -> Settled:
     applied = event.fields.get("outcome") == "applied"
-    account, missed = _miss(account, event, event.version - 1, "superseded")
+    outcomes, missed = _miss(outcomes, event, event.version - 1, "superseded")
     if not applied:
-        account, failed = _miss(account, event, event.version, "failed", event.text("detail"))
-        return Settled(account, missed + failed)
+        outcomes, failed = _miss(outcomes, event, event.version, "failed", event.text("detail"))
+        return Settled(outcomes, missed + failed)
     skipped = bool(missed)
-    fresh = event.version > account.settled
+    new = event.version > outcomes.settled
     return Settled(
         replace(
-            account,
-            settled=max(account.settled, event.version),
+            outcomes,
+            settled=max(outcomes.settled, event.version),
             applied=event.version,
-            applied_total=account.applied_total + fresh,
-            skips_in_a_row=account.skips_in_a_row + 1 if skipped else 0,
-            skipping_since=(account.skipping_since or event.at) if skipped else 0.0,
+            applied_total=outcomes.applied_total + new,
+            skips_in_a_row=outcomes.skips_in_a_row + 1 if skipped else 0,
+            skipping_since=(outcomes.skipping_since or event.at) if skipped else 0.0,
         ),
         missed,
     )
 
 
-def _settle_command(account: WorkerOutcomes, event: Event, pending: Mapping[str, int]) -> Settled:
+def _settle_command(outcomes: WorkerOutcomes, event: Event, pending: Mapping[str, int]) -> Settled:
     command, name = event.text("command"), event.text("name")
-    if command not in pending:  # it has its final state already
-        return Settled(account)
-    state = cast(State, event.fields["outcome"])  # one of ANSWERS
+    if command not in pending:  # it has its final outcome already
+        return Settled(outcomes)
+    state = cast(State, event.fields["outcome"])  # one of ACKNOWLEDGED_STATES
     outcome = Outcome(state, event.text("detail"))
     if outcome:
-        return Settled(replace(account, commands_done=account.commands_done + 1), (), {command: outcome})
+        return Settled(replace(outcomes, commands_done=outcomes.commands_done + 1), (), {command: outcome})
     record = _missed_command(event, f"{command} {name}".strip(), outcome.state, outcome.detail)
-    account = replace(account, commands_missed=account.commands_missed + 1)
-    return Settled(account, (record,), {command: outcome})
+    outcomes = replace(outcomes, commands_missed=outcomes.commands_missed + 1)
+    return Settled(outcomes, (record,), {command: outcome})
 
 
-def _settle_refused(account: WorkerOutcomes, event: Event, pending: Mapping[str, int]) -> Settled:
-    """Record what a worker refused. Of versions, one that no learner made, or that was settled when it joined."""
+def _settle_refused(outcomes: WorkerOutcomes, event: Event, pending: Mapping[str, int]) -> Settled:
+    """Record a refused command, or a refused version that no learner published or that is settled already."""
     command, detail = event.text("command"), event.text("detail")
     name = f"{command} {event.text('name')}".strip()
-    if event.kind == "command" and command in pending:  # its learner lacks the key
-        account = replace(account, commands_missed=account.commands_missed + 1)
+    if event.kind == "command" and command in pending:  # a learner without the key sent it
+        outcomes = replace(outcomes, commands_missed=outcomes.commands_missed + 1)
         record = _missed_command(event, name, REFUSED, detail)
-        return Settled(account, (record,), {command: Outcome("failed", f"refused: {detail}")})
+        return Settled(outcomes, (record,), {command: Outcome("failed", f"refused: {detail}")})
     if event.kind not in ("command", "version"):
-        return Settled(account)
-    account = replace(account, refused=account.refused + 1)
-    if account.refused > REFUSED_KEPT:
-        return Settled(account)
+        return Settled(outcomes)
+    outcomes = replace(outcomes, refused=outcomes.refused + 1)
+    if outcomes.refused > REFUSED_KEPT:
+        return Settled(outcomes)
     if event.kind == "command":
-        return Settled(account, (_missed_command(event, name, REFUSED, detail),))
-    number = event.version
+        return Settled(outcomes, (_missed_command(event, name, REFUSED, detail),))
     return Settled(
-        account,
-        (
-            Missed(
-                event.worker_id, event.incarnation, "weights", number, number, "", REFUSED, detail, event.at
-            ),
-        ),
+        outcomes, (_missed_versions(event, event.incarnation, event.version, event.version, REFUSED, detail),)
     )
 
 
 def _settle_membership(
-    account: WorkerOutcomes, event: Event, pending: Mapping[str, int], version: int
+    outcomes: WorkerOutcomes, event: Event, pending: Mapping[str, int], version: int
 ) -> Settled:
-    why = _ENDED[event.kind]
+    reason = _REASONS[event.kind]
     missed: tuple[Missed, ...] = ()
-    if account.member:
-        account, missed = _miss(account, event, version, why)
-    # Commands that were sent to an earlier life of this worker; one that just left has ended this life too.
+    if outcomes.member:
+        outcomes, missed = _miss(outcomes, event, version, reason)
+    # Commands to ended incarnations are lost. `left` carries the incarnation that ends, other events the next one.
     ended = event.incarnation + (event.kind == "left")
     lost = [command for command, incarnation in pending.items() if incarnation < ended]
-    missed += tuple(_missed_command(event, command, why, "") for command in lost)
+    missed += tuple(_missed_command(event, command, reason, "") for command in lost)
     joined = event.kind == "joined"
-    account = replace(
-        account,
+    outcomes = replace(
+        outcomes,
         incarnation=event.incarnation,
         member=joined,
-        settled=max(account.settled, version) if account.member or joined else account.settled,
-        applied=0 if joined else account.applied,
-        commands_missed=account.commands_missed + len(lost),
+        settled=max(outcomes.settled, version) if outcomes.member or joined else outcomes.settled,
+        applied=0 if joined else outcomes.applied,
+        commands_missed=outcomes.commands_missed + len(lost),
         skips_in_a_row=0,
         skipping_since=0.0,
-        refused=0 if joined else account.refused,
+        refused=0 if joined else outcomes.refused,
     )
-    return Settled(account, missed, {command: Outcome("missed", why) for command in lost})
+    return Settled(outcomes, missed, {command: Outcome("missed", reason) for command in lost})
 
 
 def _miss(
-    account: WorkerOutcomes, event: Event, last: int, why: str, detail: str = ""
+    outcomes: WorkerOutcomes, event: Event, last: int, reason: str, detail: str = ""
 ) -> tuple[WorkerOutcomes, tuple[Missed, ...]]:
     """Settle every open version up to `last` as missed."""
-    first = account.settled + 1
+    first = outcomes.settled + 1
     if last < first:
-        return account, ()
-    record = Missed(event.worker_id, account.incarnation, "weights", first, last, "", why, detail, event.at)
-    sums = {**account.missed, why: account.missed.get(why, 0) + record.count}
-    return replace(account, settled=last, missed=sums), (record,)
+        return outcomes, ()
+    record = _missed_versions(event, outcomes.incarnation, first, last, reason, detail)
+    sums = {**outcomes.missed, reason: outcomes.missed.get(reason, 0) + record.count}
+    return replace(outcomes, settled=last, missed=sums), (record,)
 
 
-def _missed_command(event: Event, command: str, why: str, detail: str) -> Missed:
-    return Missed(event.worker_id, event.incarnation, "command", 0, 0, command, why, detail, event.at)
+def _missed_versions(
+    event: Event, incarnation: int, first: int, last: int, reason: str, detail: str
+) -> Missed:
+    return Missed(event.worker_id, incarnation, "weights", first, last, "", reason, detail, event.at)
+
+
+def _missed_command(event: Event, command: str, reason: str, detail: str) -> Missed:
+    return Missed(event.worker_id, event.incarnation, "command", 0, 0, command, reason, detail, event.at)

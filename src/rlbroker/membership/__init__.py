@@ -1,1 +1,1 @@
-"""Who takes part in a run: registration and heartbeats (worker), the roster (learner)."""
+"""The workers of a run: registration and heartbeats (worker), the roster (learner). lease.py has all times."""

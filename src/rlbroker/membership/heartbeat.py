@@ -1,41 +1,31 @@
-"""A worker's membership: it registers, says regularly that it lives, and leaves."""
+"""A worker's membership: it registers, sends heartbeats, rejoins after a loss, and leaves."""
 
 from __future__ import annotations
 
 import os
 import socket
 import threading
-import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
-from typing import Final
+import time
+from collections.abc import Callable, Mapping
 
 from rlbroker.backend.connection import Channel, Connection, flat
-from rlbroker.backend.deadline import Backoff, Deadline
+from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import seconds_number, text_fields, whole_number
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.threads import BackgroundThread
-from rlbroker.backend.unreadable import legible
-from rlbroker.config import MAX_WORKER_ID, RunSettings, worker_number
-from rlbroker.errors import AccessDenied, DeadlineExceeded, IncompatibleFormat, RunLost
-from rlbroker.membership.incarnations import Incarnation, read_incarnations
+from rlbroker.config import RunSettings
+from rlbroker.errors import DeadlineExceeded, RunLost
+from rlbroker.membership.joined_run import JoinedRun
+from rlbroker.membership.lease import (
+    OPEN_POLL_SECONDS,
+    heartbeat_lifetime_milliseconds,
+    heartbeat_seconds,
+)
+from rlbroker.membership.registration import Registrar
 from rlbroker.membership.run_size import RunSize
 from rlbroker.types import Registration
 
-#: Heartbeats in one lease: this many must fail in a row before a worker is called away.
-BEATS_PER_LEASE = 5
-
-#: How often a worker looks whether its run was opened: a look costs the server far less than a heartbeat.
-OPENED_SECONDS = 0.1
-
-REGISTER = Script.load("membership/lua/register.lua")
-
-
 REJOIN = Script.load("membership/lua/rejoin.lua")
-
-#: What a worker has to know of the run's `meta`, of which most stays as it is.
-_KNOWN: Final = ("wire_format", "shards", *RunSize._fields, *(field.name for field in fields(RunSettings)))
 
 BEAT = Script.load("membership/lua/beat.lua")
 
@@ -43,7 +33,7 @@ LEAVE = Script.load("membership/lua/leave.lua")
 
 
 class Heartbeat:
-    """Keeps one worker registered from `register` to `leave`."""
+    """Keeps one worker a member of its run, from `register` to `leave`."""
 
     def __init__(
         self,
@@ -55,62 +45,59 @@ class Heartbeat:
         newest_seen: Callable[[], tuple[int, str]],
         maintain: Callable[[bool], None],
     ) -> None:
-        """Prepare a membership.
+        """Prepare a membership; nothing is sent yet.
 
         Args:
-            connection: way to the server.
+            connection: connection to the server.
             keys: names of the run's keys.
-            wire_format: the only format that this process reads and writes.
-            describe: gives what each heartbeat says of the worker, besides host and pid.
-            newest_seen: gives the newest version that this worker knows of, and the name of its upload.
-            tend: is called after each heartbeat, with whether the server may have lost something since the last.
+            wire_format: the only wire format that this process reads and writes.
+            describe: returns the fields that each heartbeat reports, besides host and pid.
+            newest_seen: returns the newest version that this worker saw, and the name of its upload.
+            maintain: called after each heartbeat, with whether the server may have lost data since the last one.
         """
         self._connection, self._keys, self._describe = connection, keys, describe
-        self._wire_format, self._newest_seen, self._maintain = wire_format, newest_seen, maintain
+        self._newest_seen, self._maintain = newest_seen, maintain
+        self._run = JoinedRun(keys, wire_format=wire_format)
+        self._registrar = Registrar(connection, keys, self._run)
+        #: This worker's id and incarnation; zeros until it is registered.
+        self.registration = Registration(0, 0, 0, "0-0")
         self._channel = Channel(connection, keys.meta)
-        self._began = self._returned = False
-        self._settings: RunSettings | None = None
-        self._settings_known = threading.Event()
+        self._connected = (
+            False  #: whether the channel was ever connected: the first connection is no reconnect
+        )
+        self._rejoined = False  #: whether the server may have lost data since `maintain` was called last
         self._next_beat = Deadline(0)
         self._thread = BackgroundThread(f"heartbeat in {keys.run!r}", self._step)
-        self.registration = Registration(0, 0, 0, "0-0")
-        #: Who takes part besides, as the learner said last.
-        self.crowd = RunSize()
-        self._token = ""
-        self._said: Sequence[bytes | None] = ()  #: the learner of the run, as the last heartbeat heard it
         self._host, self._pid = socket.gethostname(), os.getpid()
 
     def register(self, worker_id: int | None) -> Registration:
-        """Become a member under this id, or under the lowest free one.
+        """Register under this worker id, or under the lowest free one, and send the first heartbeat.
 
-        A process that already has this id is fenced: nothing of it is accepted any more.
+        A process that already has the given id is fenced.
 
         Raises:
-            InvalidArgument: not a worker id.
+            InvalidArgument: the worker id is invalid.
             IncompatibleFormat: the run's learner writes another wire format.
-            DeadlineExceeded: no free id was found.
+            DeadlineExceeded: no free id was found in time.
+            PeerError: the server refused, or could not be reached in time.
         """
-        if worker_id is not None:
-            found = self._claim(worker_number(worker_id), only_if_free=False)
-        else:
-            found = self._claim_lowest_free()
-        assert found is not None
+        self.registration = self._registrar.register(worker_id)
         self._connection.retry(self._beat)
-        return found
+        return self.registration
 
     def start(self) -> None:
-        """Begin the heartbeats."""
+        """Start the background thread, which sends the heartbeats."""
         self._thread.start()
 
     def rejoin(self, channel: Channel) -> None:
-        """Be a member again where the server lost it, in the same life; otherwise nothing changes.
+        """Write this membership back if the server lost it. The incarnation stays.
 
         Args:
-            channel: over which the caller goes on.
+            channel: the channel that the caller writes over afterwards.
 
         Raises:
-            Fenced: a newer process has this worker id, or the run declared this one gone.
-            PeerError: the server refused or could not be reached.
+            Fenced: a newer process has this worker id, or the run has forgotten this worker.
+            PeerError: the server refused, or could not be reached.
         """
         worker = self.registration.worker_id
         keys = (
@@ -120,49 +107,62 @@ class Heartbeat:
             self._keys.weights,
             self._keys.heartbeat(worker),
         )
-        newest, lifetime = self._newest_seen(), self._lifetime_milliseconds
+        version, upload = self._newest_seen()
+        lifetime = heartbeat_lifetime_milliseconds(self._run.settings)
         channel.run(
-            REJOIN, keys, (worker, self.registration.incarnation, newest[0], self._token, lifetime, newest[1])
+            REJOIN,
+            keys,
+            (worker, self.registration.incarnation, version, self._registrar.token, lifetime, upload),
         )
 
     @property
     def knows_run(self) -> bool:
-        """Whether a learner has opened the run, so that it is known where its keys live."""
-        return self._settings is not None
+        """Whether a learner has opened the run, so that its settings and shards are known."""
+        return self._run.opened
+
+    @property
+    def run_size(self) -> RunSize:
+        """The number of workers and hosts of the run, as the learner counted them last."""
+        return self._run.size
 
     def settings(self, deadline: Deadline) -> RunSettings:
-        """Give the run's settings; wait for the learner to open the run where it has not yet.
+        """Return the run's settings, waiting for a learner to open the run.
 
         Raises:
             DeadlineExceeded: no learner opened the run in time.
+            Fenced: a newer process has this worker id, or the run has forgotten this worker.
         """
-        if not self._settings_known.wait(deadline.remaining):
+        settings = self._run.wait_for_settings(deadline)
+        if settings is None:
             self.check()
             raise DeadlineExceeded(
                 f"no learner has opened the run {self._keys.run!r} on {self._connection.address} within "
                 f"{deadline.seconds:g} s; start the learner, or check the run's name and the URL"
             )
-        assert self._settings is not None
-        return self._settings
+        return settings
 
     def check(self) -> None:
-        """Raise what ended the membership, if anything did.
+        """Raise the error that ended the membership, if one did.
 
         Raises:
-            Fenced: a newer process has this worker id, or the run declared this one gone.
+            Fenced: a newer process has this worker id, or the run has forgotten this worker.
             IncompatibleFormat: the learner came back with another wire format.
         """
         self._thread.check()
 
     def request_stop(self) -> None:
-        """Have the background thread end soon; does not wait."""
+        """Ask the background thread to stop, without waiting for it."""
         self._thread.request_stop()
 
     def leave(self, timeout_seconds: float) -> None:
-        """End the heartbeats and the membership, so that nobody waits for this worker."""
+        """Stop the heartbeats and end the membership, so that the learner does not wait for this worker.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
         if self._thread.stop(timeout_seconds):
             self._channel.close()
-        if not self.registration.incarnation:  # never joined
+        if not self.registration.incarnation:  # never registered
             return
         worker = self.registration.worker_id
         keys = (
@@ -174,129 +174,83 @@ class Heartbeat:
         arguments = (self.registration.incarnation, self._process)
         self._connection.run(LEAVE, keys, arguments, deadline=Deadline(timeout_seconds))
 
-    def _claim(self, worker: int, *, only_if_free: bool) -> Registration | None:
-        keys = (
-            self._keys.life(worker),
-            self._keys.workers,
-            self._keys.acknowledgements(worker),
-            self._keys.weights,
-            self._keys.control,
-            self._keys.meta,
-            self._keys.heartbeat(worker),
-            self._keys.ledger(worker),
-        )
-        self._token = uuid.uuid4().hex
-        reply = self._connection.run(
-            REGISTER,
-            keys,
-            (worker, RunSettings.lease_seconds, int(only_if_free), self._token, self._wire_format),
-        )
-        if reply[0] == b"taken":
-            return None
-        if reply[0] == b"incompatible":
-            self._check_format(reply[1].decode())
-        _, incarnation, latest, position = reply
-        self.registration = Registration(worker, int(incarnation), int(latest), position.decode())
-        return self.registration
-
-    def _claim_lowest_free(self) -> Registration:
-        deadline, backoff = Deadline(self._connection.timeout_seconds), Backoff()
-        while not deadline.over:
-            try:
-                members = read_incarnations(self._connection.ask, self._keys).members
-            except AccessDenied as error:
-                raise AccessDenied(
-                    f"{error}; if this user is that of one worker, pass its worker_id: only the user that all workers "
-                    "share (`rlbroker acl --shared`) can be given a free one"
-                ) from error
-            free = next((worker for worker in range(MAX_WORKER_ID) if worker not in members), MAX_WORKER_ID)
-            # Ids below it belong to members, but those whose lease is over may be free too.
-            over = [worker for worker in self._silent(members) if worker < free]
-            for worker in (*over, free):
-                claimed = self._claim(worker, only_if_free=True)
-                if claimed is not None:
-                    return claimed
-            self._thread.pause(backoff.next(deadline))
-        raise DeadlineExceeded(f"no free worker id was found in the run {self._keys.run!r}")
-
-    def _silent(self, members: Mapping[int, Incarnation]) -> list[int]:
-        """Give the members that were not heard of for a lease; whether their ids are free, the server decides."""
-        said = self._connection.execute("HGET", self._keys.meta, "lease_seconds")
-        lease_seconds = seconds_number(str(said or b"", "ascii", "replace")) or RunSettings.lease_seconds
-        now = self._connection.clock(self._keys.meta)
-        return [worker for worker, life in members.items() if life.silent_seconds(now) >= lease_seconds]
-
     @property
     def _process(self) -> str:
         return f"{self._host}:{self._pid}"
 
-    @property
-    def _lease_seconds(self) -> float:
-        return (self._settings or RunSettings()).lease_seconds
-
-    @property
-    def _lifetime_milliseconds(self) -> int:
-        settings = self._settings or RunSettings()
-        # For as long as it belongs to the run: who looks for a dead worker wants to know where it ran.
-        return int(max(10 * settings.lease_seconds, settings.forget_seconds) * 1000)
-
     def _step(self) -> None:
-        if not self._settings and not self._next_beat.over:
-            # Before the learner has opened the run, look often, so that nobody waits for long.
-            self._thread.pause(min(OPENED_SECONDS, self._next_beat.remaining))
+        if not self._run.opened and not self._next_beat.over:
+            # Poll often until a learner opens the run, so that the worker does not wait a whole heartbeat for it.
+            self._thread.pause(min(OPEN_POLL_SECONDS, self._next_beat.remaining))
             opened = not self._thread.stopping and self._is_opened()
             if not opened and not self._next_beat.over:
                 return
-        self._thread.pause(self._next_beat.remaining if self._settings else 0)
+        self._thread.pause(self._next_beat.remaining if self._run.opened else 0)
         if not self._thread.stopping:
             self._beat()
-            returned, self._returned = self._returned, False
-            self._maintain(returned)
+            rejoined, self._rejoined = self._rejoined, False
+            self._maintain(rejoined)
 
     def _is_opened(self) -> bool:
         return self._connection.execute_once("HGET", self._keys.meta, "wire_format") is not None
 
     def _beat(self) -> None:
-        self._next_beat = Deadline(self._lease_seconds / BEATS_PER_LEASE)
-        if self._channel.connect() and self._began:
-            self._come_back()
-        self._began = True
+        self._schedule_next()
+        if self._channel.connect() and self._connected:
+            self._rejoin()
+        self._connected = True
         worker = self.registration.worker_id
-        facts: dict[str, str | int] = {"host": self._host, "pid": self._pid, **self._describe()}
+        fields: dict[str, str | int] = {"host": self._host, "pid": self._pid, **self._describe()}
         keys = (self._keys.life(worker), self._keys.workers, self._keys.heartbeat(worker), self._keys.meta)
-        life = self.registration.incarnation
-        arguments = (worker, life, self._token, self._lifetime_milliseconds, self._process, *flat(facts))
+        arguments = (
+            worker,
+            self.registration.incarnation,
+            self._registrar.token,
+            heartbeat_lifetime_milliseconds(self._run.settings),
+            self._process,
+            *flat(fields),
+        )
         try:
-            said = self._channel.run(BEAT, keys, arguments)
+            reply = self._channel.run(BEAT, keys, arguments)
         except RunLost:
-            self._come_back()
-            said = self._channel.run(BEAT, keys, arguments)
-        if said != self._said:
-            self._heed(
-                text_fields(
-                    {name: value for name, value in zip(_KNOWN, said, strict=True) if value is not None}
-                )
-            )
-            self._said = said
+            self._rejoin()
+            reply = self._channel.run(BEAT, keys, arguments)
+        if self._run.apply(reply):
+            self._schedule_next()  # the lease may be another one
 
-    def _heed(self, meta: Mapping[str, str]) -> None:
-        """Take what the learner says of the run."""
-        if "wire_format" in meta:
-            with legible(self._keys.meta):
-                self._check_format(meta["wire_format"])
-                self._settings = RunSettings.from_fields(meta)
-            self._next_beat = Deadline(self._lease_seconds / BEATS_PER_LEASE)  # the first beat knew no lease
-            self._keys.spread(meta.get("shards", " ".join(self._keys.shards)))
-            self._settings_known.set()
-        self.crowd = RunSize(*(whole_number(meta.get(name, "")) or 0 for name in RunSize._fields))
+    def _schedule_next(self) -> None:
+        self._next_beat = Deadline(heartbeat_seconds(self._run.settings))
 
-    def _come_back(self) -> None:
+    def _rejoin(self) -> None:
         self.rejoin(self._channel)
-        self._returned = True
+        self._rejoined = True
 
-    def _check_format(self, found: str) -> None:
-        if found and int(found) != self._wire_format:
-            raise IncompatibleFormat(
-                f"the run {self._keys.run!r} uses wire format {found}, this process {self._wire_format}; "
-                "install the same release of rlbroker for learner and workers"
-            )
+
+class LastPoll:
+    """The time since the worker last polled: a worker that does not poll is alive, but obeys no command.
+
+    A context manager that each polling thread enters.
+    """
+
+    def __init__(self) -> None:
+        """Start as if a thread had polled just now."""
+        self._lock = threading.Lock()
+        self._polling = 0
+        self._ended = time.monotonic()
+
+    @property
+    def absent_seconds(self) -> float:
+        """Seconds since the last poll ended; 0 while a thread polls."""
+        with self._lock:
+            return 0.0 if self._polling else time.monotonic() - self._ended
+
+    def __enter__(self) -> None:
+        """Begin a poll."""
+        with self._lock:
+            self._polling += 1
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        """End a poll."""
+        with self._lock:
+            self._polling -= 1
+            self._ended = time.monotonic()

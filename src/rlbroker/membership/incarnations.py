@@ -1,4 +1,4 @@
-"""Who ever took part in a run, and in which life: what learners, commands and people read of it."""
+"""The workers of a run and their newest incarnations, read from what the workers wrote about themselves."""
 
 from __future__ import annotations
 
@@ -13,84 +13,86 @@ from rlbroker.backend.replies import whole_number
 from rlbroker.config import MAX_WORKER_ID
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 
-#: Characters of the longest name that a worker can have in the set `workers`.
+#: Length of the longest valid member of the set `workers`.
 _LONGEST_NAME: Final = len(str(MAX_WORKER_ID))
 
 
 class Incarnation(NamedTuple):
-    """The newest life of a worker id, as its `life:` hash has it. Workers write it, so it is read with care."""
+    """The newest incarnation of a worker id, from its `life:` hash. Workers write it, so nothing in it is trusted."""
 
     incarnation: int
-    member: bool  #: whether it takes part; False once it has left, or was given up
-    seen_milliseconds: int  #: when it was heard of last, by the server's clock
-    known_version: int = 0  #: the newest version that it saw on a server which has lost it; 0 for none
+    member: bool  #: whether it is a member; False after it left or was forgotten
+    seen_milliseconds: int  #: the time of its last heartbeat, by the server's clock
+    #: The newest version that the worker claims to have seen on a server that lost it since (field `known_version`);
+    #: 0 for none. The learner must not use these numbers again.
+    claimed_version: int = 0
 
     @classmethod
     def from_reply(cls, reply: Sequence[bytes | None]) -> Incarnation | None:
-        """Read what `incarnation_command` asks for; None where it is of no life."""
-        incarnation, member, seen, known = (str(one or b"", "ascii", "replace") for one in reply)
+        """Parse the reply of `incarnation_command`; None if it holds no valid incarnation."""
+        incarnation, member, seen, claimed = (str(one or b"", "ascii", "replace") for one in reply)
         number = whole_number(incarnation)
-        # Scripts compare it as text, so that 07 is no 7.
+        # Scripts compare it as text, so `07` must not count as 7.
         if not number or str(number) != incarnation:
             return None
-        return cls(number, member == "1", whole_number(seen) or 0, whole_number(known) or 0)
+        return cls(number, member == "1", whole_number(seen) or 0, whole_number(claimed) or 0)
 
     def silent_seconds(self, now: float) -> float:
-        """Give how long it has not been heard of, by the server's clock in seconds."""
+        """Return the seconds since its last heartbeat; `now` is the server's clock in seconds."""
         return max(0.0, now - self.seen_milliseconds / 1000)
 
 
 @dataclass(frozen=True)
 class Incarnations:
-    """Every worker id that the run ever had, in order, with its newest life.
+    """Every worker id that the run ever had, in order, with its newest incarnation.
 
     Attributes:
-        of: by worker.
-        unusable: members of the set that are no worker with a life: a worker wrote nonsense.
+        by_worker: incarnations by worker id.
+        invalid_names: members of the set `workers` without a valid id or incarnation; a worker wrote them.
     """
 
-    of: Mapping[int, Incarnation] = field(default_factory=dict)
-    unusable: Sequence[bytes] = ()
+    by_worker: Mapping[int, Incarnation] = field(default_factory=dict)
+    invalid_names: Sequence[bytes] = ()
 
     @property
-    def named(self) -> int:
-        """How many members the set has."""
-        return len(self.of) + len(self.unusable)
+    def names_count(self) -> int:
+        """The number of members of the set `workers`."""
+        return len(self.by_worker) + len(self.invalid_names)
 
     @property
     def members(self) -> dict[int, Incarnation]:
-        """Those who take part now."""
-        return {worker: life for worker, life in self.of.items() if life.member}
+        """The present members of the run."""
+        return {worker: incarnation for worker, incarnation in self.by_worker.items() if incarnation.member}
 
 
 def incarnation_command(keys: Keys, worker: int) -> tuple[str, ...]:
-    """Give the command that reads a life: no more than its fields, whatever else a worker put there."""
+    """Return the command that reads an incarnation: only its own fields, as a worker may have added others."""
     return ("HMGET", keys.life(worker), "incarnation", "member", "seen", "known_version")
 
 
-def worker_numbers(names: Iterable[bytes]) -> list[int]:
-    """Give the worker ids among the members of the set `workers`, in order."""
-    return sorted(worker for name in names if (worker := worker_number_of(name)) is not None)
+def parse_worker_ids(names: Iterable[bytes]) -> list[int]:
+    """Return the valid worker ids among the members of the set `workers`, in order."""
+    return sorted(worker for name in names if (worker := parse_worker_id(name)) is not None)
 
 
-def worker_number_of(name: bytes) -> int | None:
-    """Give the worker that a member of the set `workers` is; None for what is no worker id."""
-    # What is remembered stays in memory, and workers write these names.
-    return _number_of(name) if len(name) <= _LONGEST_NAME else None
+def parse_worker_id(name: bytes) -> int | None:
+    """Return the worker id that a member of the set `workers` stands for; None if it is invalid."""
+    # Results are cached, and workers choose these names: long ones must not fill the cache.
+    return _parse_short_id(name) if len(name) <= _LONGEST_NAME else None
 
 
-@lru_cache(maxsize=1 << 16)  # asked of the same names with each batch
-def _number_of(name: bytes) -> int | None:
+@lru_cache(maxsize=1 << 16)  # the same names are parsed for each batch
+def _parse_short_id(name: bytes) -> int | None:
     text = str(name, "ascii", "replace")
     number = whole_number(text)
     return number if number is not None and number <= MAX_WORKER_ID and str(number) == text else None
 
 
 def read_incarnations(ask: Callable[[Sequence[Sequence[Argument]]], list[Any]], keys: Keys) -> Incarnations:
-    """Read who ever took part, in two round trips.
+    """Read the incarnations of all workers that the run ever had, in two round trips.
 
     Args:
-        ask: runs commands, and gives as a `PeerError` what the server refused.
+        ask: runs commands and returns their replies; a refused command has a `PeerError` as its reply.
         keys: names of the run's keys.
 
     Raises:
@@ -100,22 +102,23 @@ def read_incarnations(ask: Callable[[Sequence[Sequence[Argument]]], list[Any]], 
     (names,) = ask([("SMEMBERS", keys.workers)])
     if isinstance(names, PeerError):
         raise names
-    ids = worker_numbers(names)
-    lives = incarnations_from(ids, ask([incarnation_command(keys, worker) for worker in ids]) if ids else [])
-    return Incarnations(lives, [name for name in names if worker_number_of(name) not in lives])
+    ids = parse_worker_ids(names)
+    found = parse_incarnations(ids, ask([incarnation_command(keys, worker) for worker in ids]) if ids else [])
+    return Incarnations(found, [name for name in names if parse_worker_id(name) not in found])
 
 
-def incarnations_from(ids: Iterable[int], replies: Iterable[Any]) -> dict[int, Incarnation]:
-    """Give the lives that were read; a worker whose hash is none, or nonsense, is left out.
+def parse_incarnations(ids: Iterable[int], replies: Iterable[Any]) -> dict[int, Incarnation]:
+    """Parse replies of `incarnation_command`, and leave out workers whose reply is invalid.
 
     Raises:
-        PeerError: the server refused for another reason than what a worker may have written.
+        AccessDenied: a right is missing.
+        ConnectionFailed: the server could not be reached.
     """
     found = {}
     for worker, reply in zip(ids, replies, strict=True):
         if isinstance(reply, AccessDenied | ConnectionFailed):
             raise reply
-        life = None if isinstance(reply, PeerError) else Incarnation.from_reply(reply)
-        if life is not None:
-            found[worker] = life
+        incarnation = None if isinstance(reply, PeerError) else Incarnation.from_reply(reply)
+        if incarnation is not None:
+            found[worker] = incarnation
     return found

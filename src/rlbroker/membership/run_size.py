@@ -1,4 +1,4 @@
-"""How many ask for each version, and how long each of them waits, so that many do not all ask at once."""
+"""The size of a run, and the jitter before a download that follows from it: not all workers may download at once."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from typing import Final, NamedTuple
 
 import xxhash
 
-#: So many downloads at the same time are no crowd: nobody waits for another.
+#: Downloads that may run at the same time: a run with no more than these needs no jitter.
 AT_ONCE: Final = 8
 
-#: Bytes that a server sends in a second, as a guess: waiting must not take longer than what it spares.
+#: Bytes per second that a server is assumed to send. The jitter must not cost more time than it saves.
 BYTES_PER_SECOND: Final = 2e9
 
-#: What a download costs server and learner besides its bytes: looks, and an acknowledgement to settle.
+#: The fixed cost of a download for server and learner: polls, and an acknowledgement to settle.
 DOWNLOAD_SECONDS: Final = 0.0002
 
-#: The longest that anybody waits.
+#: Upper bound of the jitter.
 LONGEST_SECONDS: Final = 2.0
 
 
 class RunSize(NamedTuple):
-    """Who takes part in a run, as its learner counts them; zero where it has not yet."""
+    """The size of a run, as its learner counted it last; zeros before that."""
 
-    members: int = 0  #: workers that were heard of within their lease
-    hosts: int = 0  #: on which they run
+    members: int = 0  #: workers that are alive
+    hosts: int = 0  #: hosts that they run on
 
     def wait_seconds(self, version: int, stored_bytes: int, *, name: str, shared: bool) -> float:
-        """Give how long to wait before a version is downloaded. Whoever has the same name waits equally long.
+        """Return how long to wait before downloading a version: a fixed share of the time that all downloads take.
 
         Args:
-            version: which.
-            stored_bytes: what is downloaded.
-            name: of the host, or of the worker.
+            version: the version to download; each version gives another order.
+            stored_bytes: the size of the download.
+            name: name of the host or worker; equal names wait equally long.
             shared: whether the workers of a host share one download.
         """
         downloads = self.hosts if shared else self.members

@@ -1,4 +1,4 @@
-"""What the members of a run said of themselves last, as values. Pure."""
+"""Parse the heartbeats of a run's members. Pure."""
 
 from __future__ import annotations
 
@@ -8,58 +8,58 @@ from rlbroker.backend.replies import seconds_number, whole_number
 from rlbroker.membership.incarnations import Incarnation
 from rlbroker.types import WorkerInfo
 
-#: Characters that are kept of how a process names itself.
-PROCESS_KEPT = 300
+#: Characters that are kept of the name of a fenced process.
+PROCESS_LENGTH = 300
 
 
-def member_infos(
+def parse_worker_infos(
     *,
     now: float,
     latest_version: int,
     members: Mapping[int, Incarnation],
-    beats: Sequence[Mapping[str, str]],
+    heartbeats: Sequence[Mapping[str, str]],
     lease_seconds: float,
 ) -> list[WorkerInfo]:
-    """Give the members of a run, by id.
+    """Return the members of a run, by worker id.
 
     Args:
         now: the server's clock, seconds since the epoch.
-        latest_version: of the weights.
-        members: who takes part, each with its newest life.
-        beats: what each of them said in its last heartbeat.
+        latest_version: the latest version of the weights.
+        members: the newest incarnation of each member.
+        heartbeats: the fields of each member's last heartbeat, in the order of `members`.
         lease_seconds: a worker that was silent for longer is `away`.
     """
     found = []
-    for (worker, life), said in zip(members.items(), beats, strict=True):
-        version, silent_seconds = _number(said, "version"), life.silent_seconds(now)
-        fenced_at = _seconds(said, "fenced_at")
+    for (worker, incarnation), heartbeat in zip(members.items(), heartbeats, strict=True):
+        version, silent_seconds = _parse_number(heartbeat, "version"), incarnation.silent_seconds(now)
+        fenced_at = _parse_seconds(heartbeat, "fenced_at")
         found.append(
             WorkerInfo(
                 worker_id=worker,
-                incarnation=life.incarnation,
+                incarnation=incarnation.incarnation,
                 state="alive" if silent_seconds < lease_seconds else "away",
-                host=said.get("host", ""),
-                pid=_number(said, "pid"),
+                host=heartbeat.get("host", ""),
+                pid=_parse_number(heartbeat, "pid"),
                 version=version,
                 staleness=max(0, latest_version - version),
                 last_seen_seconds=silent_seconds,
-                sent=_number(said, "sent"),
-                problem=said.get("problem", ""),
-                unconfirmed=said.get("unconfirmed", ""),
-                room_seconds=_seconds(said, "room_seconds") or 0.0,
-                unpolled_seconds=_seconds(said, "unpolled_seconds") or 0.0,
-                fenced_process=said.get("fenced_process", "")[:PROCESS_KEPT],
+                sent=_parse_number(heartbeat, "sent"),
+                problem=heartbeat.get("problem", ""),
+                unconfirmed=heartbeat.get("unconfirmed", ""),
+                room_seconds=_parse_seconds(heartbeat, "room_seconds") or 0.0,
+                unpolled_seconds=_parse_seconds(heartbeat, "unpolled_seconds") or 0.0,
+                fenced_process=heartbeat.get("fenced_process", "")[:PROCESS_LENGTH],
                 fenced_seconds=None if fenced_at is None else max(0.0, now - fenced_at),
             )
         )
     return sorted(found, key=lambda info: info.worker_id)
 
 
-def _seconds(said: Mapping[str, str], name: str) -> float | None:
-    """Give seconds that a worker wrote of itself; None for anything else, as older releases do not write all."""
-    return seconds_number(said.get(name, ""))
+def _parse_seconds(heartbeat: Mapping[str, str], name: str) -> float | None:
+    """Return seconds from a heartbeat; None if they are invalid, or missing as in older releases."""
+    return seconds_number(heartbeat.get(name, ""))
 
 
-def _number(said: Mapping[str, str], name: str) -> int:
-    """Give a number that a worker wrote of itself; 0 for anything else."""
-    return whole_number(said.get(name, "")) or 0
+def _parse_number(heartbeat: Mapping[str, str], name: str) -> int:
+    """Return a number from a heartbeat; 0 if it is invalid or missing."""
+    return whole_number(heartbeat.get(name, "")) or 0

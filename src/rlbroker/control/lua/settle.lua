@@ -1,13 +1,16 @@
--- KEYS: meta, a worker's acknowledgements, its ledger, missed, pending, then outcomes of commands
--- ARGV: the learner's epoch, id of the event, number of writes,
---       then for each write: place of its key in KEYS, number of arguments, command, arguments
+-- Settle one event of a worker: remove it, and write its effects in the same step.
+-- KEYS: meta, the worker's acknowledgements, its ledger, missed, pending, then outcomes of commands
+-- ARGV: the learner's epoch, id of the event, number of writes, then for each write: the place of its key in KEYS, the
+--       number of its arguments, the command, and the arguments
+-- Reply: 1 if the event was settled now, 0 if it was settled before
+-- Errors: FENCED, LOST; ERR for a command that is not allowed
 
 -- include: backend/lua/leader_only.lua
 
 if redis.call('XDEL', KEYS[2], ARGV[2]) == 0 then
-  return 0  -- settled before
+  return 0
 end
--- Workers can call scripts too, with rights of their own: no more than these may come of it.
+-- Workers can call this script too, with their own rights: it must not run expensive commands for them.
 local allowed = {HSET = true, HDEL = true, XADD = true, EXPIRE = true}
 local at = 4
 for _ = 1, tonumber(ARGV[3]) do

@@ -1,12 +1,12 @@
--- Joining and being given up are entries of the worker's own acknowledgement stream. From such an entry on, an
--- answer of an older incarnation has too small an id and is refused.
+-- Function: append an event to a worker's acknowledgement stream as the first entry of an incarnation: it joined, or it
+-- was forgotten. Redis then refuses later entries of older incarnations, because their ids are smaller.
 
 local function announce(stream, incarnation, event, version)
-  local said = {'XADD', stream, incarnation .. '-0', 'event', event, 'version', version}
-  local done = redis.pcall(unpack(said))
-  if type(done) == 'table' and done['err'] then
-    -- The worker itself wrote an id from the future. Its answers are worth nothing; the run goes on.
+  local entry = {'XADD', stream, incarnation .. '-0', 'event', event, 'version', version}
+  local reply = redis.pcall(unpack(entry))
+  if type(reply) == 'table' and reply['err'] then
+    -- The worker wrote an entry with an id from the future. Its acknowledgements are worthless; the run must continue.
     redis.call('DEL', stream)
-    redis.call(unpack(said))
+    redis.call(unpack(entry))
   end
 end

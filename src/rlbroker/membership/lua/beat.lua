@@ -1,19 +1,22 @@
+-- Record a worker's heartbeat. Works on a full server.
 -- KEYS: the worker's life, workers, its heartbeat, meta
--- ARGV: worker id, incarnation, token of its registration, lifetime in milliseconds, the process as host:pid,
---       then field and value pairs
--- Gives what the learner says of the run.
+-- ARGV: worker id, incarnation, token of its registration, lifetime of the heartbeat in milliseconds, its process as
+--       host:pid, then field and value pairs
+-- Reply: the fields of `meta` that a worker needs, in the order of META_FIELDS in joined_run.py
+-- Errors: FENCED for an old incarnation; LOST if the server lost any part of the registration
 
 -- include: membership/lua/note_fenced.lua
 
-local there = redis.call('HGET', KEYS[1], 'incarnation')
-if (tonumber(there or '0') or 0) > tonumber(ARGV[2]) then
-  note_fenced(KEYS[1], KEYS[3], there, ARGV[5])
+local stored = redis.call('HGET', KEYS[1], 'incarnation')
+if (tonumber(stored or '0') or 0) > tonumber(ARGV[2]) then
+  note_fenced(KEYS[1], KEYS[3], stored, ARGV[5])
 end
 
 -- include: backend/lua/also_when_full.lua
 -- include: membership/lua/only_newest.lua
 
--- The learner writes back who took part, but no token: only the worker itself knows what else is missing.
+-- After a loss the learner writes the members back, but not their tokens. A missing token tells the worker that it has
+-- to write back the rest itself.
 local known = redis.call('HGET', KEYS[3], 'token') == ARGV[3]
 local member = redis.call('HGET', KEYS[1], 'member') == '1' and redis.call('SISMEMBER', KEYS[2], ARGV[1]) == 1
 if newest < tonumber(ARGV[2]) or not known or not member then

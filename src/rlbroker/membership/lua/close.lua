@@ -1,5 +1,7 @@
+-- Record that the learner ended, unless a newer learner leads the run.
 -- KEYS: meta
--- ARGV: epoch of the learner that ends
+-- ARGV: the learner's epoch
+-- Reply: 1
 
 if redis.call('HGET', KEYS[1], 'epoch') == ARGV[1] then
   redis.call('HSET', KEYS[1], 'learner_state', 'ended')

@@ -1,5 +1,7 @@
+-- End the membership of a silent worker.
 -- KEYS: the worker's life, its acknowledgements, weights, meta
--- ARGV: milliseconds of silence after which it is gone, when it was seen last if that is to be still so; 0 for any
+-- ARGV: the minimum silence in milliseconds; the `seen` time that the worker must still have, 0 for any
+-- Reply: 1 if the worker was forgotten, 0 if it was heard of in time or is no member
 
 -- include: membership/lua/announce.lua
 -- include: membership/lua/next_incarnation.lua
@@ -7,15 +9,15 @@
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local silent_since = heard_of(KEYS[1], KEYS[4])
-if not silent_since or now - silent_since < tonumber(ARGV[1]) then
+local since = silent_since(KEYS[1], KEYS[4])
+if not since or now - since < tonumber(ARGV[1]) then
   return 0
 end
 if ARGV[2] ~= '0' and redis.call('HGET', KEYS[1], 'seen') ~= ARGV[2] then
   return 0
 end
--- Should it come back, it has to register again: its incarnation is over.
-local incarnation = next_life(redis.call('HGET', KEYS[1], 'incarnation'))
+-- The old incarnation is fenced: a worker that returns has to register again.
+local incarnation = next_incarnation(redis.call('HGET', KEYS[1], 'incarnation'))
 redis.call('HSET', KEYS[1], 'incarnation', incarnation, 'member', '0')
 local latest = redis.call('HGET', KEYS[3], 'version') or '0'
 announce(KEYS[2], incarnation, 'gone', latest)

@@ -1,5 +1,6 @@
--- Put into scripts that only the newest life of a worker may run; KEYS[1] is its `life:`, ARGV[1] the worker's
--- id, ARGV[2] its incarnation. Whoever is replaced, struck or leaves has an incarnation that is over.
+-- Guard: refuse a caller that is not the newest incarnation of a worker; KEYS[1] is the worker's life, ARGV[1] its id,
+-- ARGV[2] the caller's incarnation. An incarnation ends when another process registers, or when the worker is forgotten
+-- or leaves. Defines `newest`, the stored incarnation.
 
 local newest = tonumber(redis.call('HGET', KEYS[1], 'incarnation') or '0') or 0
 if newest > tonumber(ARGV[2]) then

@@ -10,7 +10,7 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import server_seconds, text_fields
 from rlbroker.backend.unreadable import legible
 from rlbroker.config import RunSettings
-from rlbroker.membership.incarnations import incarnation_command, incarnations_from, worker_numbers
+from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
 from rlbroker.ops.inspect.runs import learner_silence, learner_state
 from rlbroker.types import Liveness
 
@@ -60,11 +60,11 @@ def find_present(connection: Connection, run: str, host: str) -> list[Present]:
         if meta.get("learner_host") == host:
             silent_seconds = learner_silence(meta, now)
             found.append(Present(None, learner_state(meta, silent_seconds), silent_seconds))
-    ids = worker_numbers(names)
+    ids = parse_worker_ids(names)
     replies = connection.ask([("HGET", keys.heartbeat(worker), "host") for worker in ids])
     # A worker's user may read its own keys only.
     here = [worker for worker, said in zip(ids, replies, strict=True) if said == host.encode()]
-    lives = incarnations_from(here, connection.ask([incarnation_command(keys, worker) for worker in here]))
+    lives = parse_incarnations(here, connection.ask([incarnation_command(keys, worker) for worker in here]))
     for worker, life in lives.items():
         if life.member:
             silent_seconds = life.silent_seconds(now)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.unreadable import legible
-from rlbroker.control.ledger import Ledger
+from rlbroker.control.ledger_reader import read_missed_records
 from rlbroker.types import Missed
 
 
@@ -32,5 +32,7 @@ def read_missed(
     """
     now = connection.clock(keys.meta)
     with legible(keys.missed):
-        records = Ledger(connection, keys).records(since=0.0 if last_seconds is None else now - last_seconds)
+        records = read_missed_records(
+            connection, keys, since=0.0 if last_seconds is None else now - last_seconds
+        )
     return now, [one for one in records if worker in (None, one.worker_id) and why in (None, one.why)]

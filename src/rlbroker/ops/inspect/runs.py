@@ -14,7 +14,7 @@ from rlbroker.backend.unreadable import answered, legible
 from rlbroker.codec.limits import FORMAT_VERSION
 from rlbroker.config import RunSettings, is_run_name
 from rlbroker.errors import AccessDenied, IncompatibleFormat, InvalidArgument, PeerError
-from rlbroker.membership.incarnations import incarnation_command, incarnations_from, worker_numbers
+from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
 from rlbroker.types import Liveness
 
 logger = logging.getLogger("rlbroker")
@@ -122,7 +122,7 @@ def list_runs(connection: Connection, names: list[str] | None = None) -> list[Ru
         raise clock
     by_run = {name: replies[3 * number : 3 * number + 3] for number, name in enumerate(names)}
     ids = {
-        name: worker_numbers(workers)
+        name: parse_worker_ids(workers)
         for name, (*_, workers) in by_run.items()
         if not isinstance(workers, PeerError)
     }
@@ -142,7 +142,7 @@ def worker_ids(connection: Connection, keys: Keys) -> list[int]:
     Raises:
         PeerError: the server refused, or could not be reached in time.
     """
-    return worker_numbers(connection.execute("SMEMBERS", keys.workers))
+    return parse_worker_ids(connection.execute("SMEMBERS", keys.workers))
 
 
 def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Liveness | Literal["ended", "none"]:
@@ -177,7 +177,7 @@ def _summary_of(name: str, now: float, replies: list[Any], ids: list[int], lives
     try:
         with legible(Keys(name).meta):
             meta, version, _ = answered(replies)
-            members = [life for life in incarnations_from(ids, lives).values() if life.member]
+            members = [life for life in parse_incarnations(ids, lives).values() if life.member]
             silences = [life.silent_seconds(now) for life in members]
             return _summary(name, now, text_fields(meta), int(version or 0), silences)
     except PeerError as error:

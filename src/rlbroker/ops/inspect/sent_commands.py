@@ -9,7 +9,7 @@ from typing import cast
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import entry_place, server_seconds, text_fields
-from rlbroker.control.outcomes import ANSWERS
+from rlbroker.control.outcomes import ACKNOWLEDGED_STATES
 from rlbroker.types import Outcome, State
 
 #: Entries of the control stream that are read at once; most of them are notices of versions.
@@ -104,5 +104,6 @@ def _answers(connection: Connection, keys: Keys, workers: Iterable[int]) -> list
         (worker, said)
         for worker, entries in zip(wanted, replies, strict=True)
         for _, fields in entries
-        if (said := text_fields(fields)).get("event") == "command" and said.get("outcome") in ANSWERS
+        if (said := text_fields(fields)).get("event") == "command"
+        and said.get("outcome") in ACKNOWLEDGED_STATES
     ]

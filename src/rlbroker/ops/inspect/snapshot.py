@@ -19,11 +19,11 @@ from rlbroker.backend.replies import (
 )
 from rlbroker.backend.unreadable import answered, legible, unless_spoiled
 from rlbroker.config import RunSettings
-from rlbroker.control.outcomes import WorkerOutcomes, missed_updates
+from rlbroker.control.outcomes import WorkerOutcomes, summarize_missed
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 from rlbroker.experience.counts import known_counts, right_types, types_of
-from rlbroker.membership.incarnations import incarnation_command, incarnations_from, worker_numbers
-from rlbroker.membership.worker_info import member_infos
+from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
+from rlbroker.membership.worker_info import parse_worker_infos
 from rlbroker.ops.inspect.runs import learner_silence, learner_state, silences_of_others
 from rlbroker.types import Liveness, MissedUpdates, QueueCounts, WorkerInfo
 from rlbroker.weights.manifest import Manifest
@@ -204,7 +204,7 @@ class Observer:
             learner = _learner(meta, now, settings.lease_seconds) if meta else None
             expected_workers = int(meta.get("num_workers", 0))
         keys.spread(meta.get("shards", ""))
-        ids = worker_numbers(names_reply)
+        ids = parse_worker_ids(names_reply)
         types = {
             name: what
             for worker in ids
@@ -221,7 +221,7 @@ class Observer:
                 ]
             )
         )
-        lives = incarnations_from(ids, islice(replies, len(ids)))
+        lives = parse_incarnations(ids, islice(replies, len(ids)))
         beats = {
             worker: text_fields(unless_spoiled(reply, {}))
             for worker, reply in zip(ids, islice(replies, len(ids)), strict=True)
@@ -230,17 +230,17 @@ class Observer:
         members = {worker: life for worker, life in lives.items() if life.member}
         infos = {
             info.worker_id: info
-            for info in member_infos(
+            for info in parse_worker_infos(
                 now=now,
                 latest_version=pointer.version if pointer else 0,
                 members=members,
-                beats=[beats[worker] for worker in members],
+                heartbeats=[beats[worker] for worker in members],
                 lease_seconds=settings.lease_seconds,
             )
         }
         with legible(f"{keys.prefix}:ledger:…"):
             missed = [
-                missed_updates(
+                summarize_missed(
                     worker,
                     WorkerOutcomes.from_fields(text_fields(reply)),
                     latest_version=pointer.version if pointer else 0,

@@ -11,7 +11,7 @@ from typing import Any, Final
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.unreadable import legible
-from rlbroker.control.ledger import Ledger
+from rlbroker.control.ledger_reader import read_missed_records
 from rlbroker.metrics.history import Interval, Sample, intervals, read_history
 from rlbroker.ops.inspect.bottleneck import Bottleneck, judge
 from rlbroker.ops.inspect.findings import Finding, find
@@ -296,7 +296,7 @@ def read_timeline(connection: Connection, run: str, *, span_seconds: float | Non
     elif samples:
         since = samples[0].at
     with legible(keys.missed):
-        records = Ledger(connection, keys).records(since=since)
+        records = read_missed_records(connection, keys, since=since)
     return Timeline(snapshot, samples, records)
 
 

@@ -1,4 +1,4 @@
-"""What the attacks act on: a guarded server, and on it a learner and workers that do their work meanwhile."""
+"""The scene of the attacks: a guarded server with a learner and an honest worker that must keep working."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KEYS = Keys(RUN)
 
 
 class Scene:
-    """A learner and worker 1, who are honest; worker 0 is somebody who knows its password."""
+    """An honest learner, the honest worker 1, and an attacker with the password of worker 0."""
 
     def __init__(self, server: GuardedServer) -> None:
         self.server = server
@@ -28,25 +28,27 @@ class Scene:
         self.model: dict[str, Any] = {}
         self.sent = 0
 
-    def joined(self) -> WorkerClient:
-        """Have the attacker take part as an ordinary worker, too."""
+    def join_as_attacker(self) -> WorkerClient:
+        """Register the attacker as an ordinary worker, too."""
         return WorkerClient(self.server.url(f"{RUN}-worker-0"), RUN, worker_id=0, host_cache=False)
 
-    def goes_on(self) -> None:
-        """A version arrives at the honest worker as it was sent, a command is obeyed, and its batch is collected."""
+    def check_works(self) -> None:
+        """Check that the honest worker applies a version, does a command, and that its batch is collected."""
         version = self.learner.send_model_weights({"w": np.full(8, float(self.sent))}).version
         wait_until("it is applied", lambda: self.worker.poll(self.model) and self.worker.version == version)
         assert self.model["w"].tolist() == [float(self.sent)] * 8
         command = self.learner.send_control_command("reset", worker_ids=[1])
-        wait_until("it obeys", lambda: [self.worker.poll()] and command.outcomes()[1].state == "done")
+        wait_until(
+            "the command is done", lambda: [self.worker.poll()] and command.outcomes()[1].state == "done"
+        )
         self.sent += 1
         self.worker.send_experiences({"number": self.sent})
-        numbers = wait_until("its batch is there", self.collected)
+        numbers = wait_until("its batch is collected", self.collect)
         assert numbers == [self.sent]
         assert self.worker.running
 
-    def collected(self, worker: int = 1) -> list[Any]:
-        """Give the numbers in new batches of a worker, in order."""
+    def collect(self, worker: int = 1) -> list[Any]:
+        """Collect and acknowledge batches; return the numbers in those of a worker, in order."""
         pairs = self.learner.collect_experiences(timeout=0.2)
         self.learner.acknowledge(pairs)
         return [batch["number"] for one, batch in pairs if one == worker]

@@ -1,0 +1,102 @@
+"""Read a run's control stream: wait for new entries on a connection of its own."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any, Final
+
+from rlbroker.backend.connection import Channel, Connection
+from rlbroker.backend.deadline import Deadline, within
+from rlbroker.backend.keys import Keys
+from rlbroker.backend.replies import stream_entries
+from rlbroker.errors import PeerError
+
+#: Longest time that one read waits on the server: most workers hardly ever get an entry.
+READ_SECONDS: Final = 2.0
+
+#: Entries that one read returns at most.
+READ_COUNT: Final = 100
+
+
+class ControlReader:
+    """One worker's position in the control stream. Other threads may call `has_position` and `restart` only."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        keys: Keys,
+        position: str,
+        *,
+        wait_for: Callable[[socket.socket, float], bool],
+    ) -> None:
+        """Prepare a reader; nothing is read yet.
+
+        Args:
+            connection: connection to the server.
+            keys: names of the run's keys.
+            position: id of the entry to read after.
+            wait_for: waits until a socket is readable and returns whether it is; may return early, to interrupt `read`.
+        """
+        self._connection, self._key, self._wait_for = connection, keys.control, wait_for
+        self._channel = Channel(connection, keys.control)
+        #: The id of the last entry that was handled.
+        self.position = position
+        self._restart = False
+        #: When the reply to a read must have arrived; None if no read was sent.
+        self.reply_due: Deadline | None = None
+
+    def read(self) -> list[tuple[str, dict[bytes, bytes]]]:
+        """Wait for entries after `position`, and return their ids and fields; none after a while or an interruption.
+
+        Raises:
+            PeerError: the server refused, or could not be reached.
+        """
+        if self._restart:
+            self._restart, self.position = False, "0-0"
+            self.close()
+        return [
+            (entry_id, fields or {})
+            for _, entries in stream_entries(self._receive())
+            for entry_id, fields in entries
+        ]
+
+    def has_position(self, channel: Channel) -> bool:
+        """Return whether the server still has the last entry; if not, it lost or trimmed the stream.
+
+        Raises:
+            PeerError: the server refused, or could not be reached.
+        """
+        return bool(channel.execute("XRANGE", self._key, self.position, self.position))
+
+    def restart(self) -> None:
+        """Read from the first entry on at the next `read`."""
+        self._restart = True
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.reply_due = None
+        self._channel.close()
+
+    def _receive(self) -> Any:
+        """Return the reply to a read. An interrupted read stays sent, and the next call waits for its reply."""
+        if self._channel.connect():
+            self.reply_due = None
+        sock = self._channel.raw_socket
+        connection = self._connection
+        if self.reply_due is None:
+            seconds = min(READ_SECONDS, connection.timeout_seconds / 4, connection.socket_seconds / 2)
+            if sock is None:  # the read cannot be interrupted
+                seconds = connection.block_seconds
+            block = "BLOCK", max(1, int(seconds * 1000))
+            self._channel.send([("XREAD", "COUNT", READ_COUNT, *block, "STREAMS", self._key, self.position)])
+            self.reply_due = Deadline(seconds + connection.socket_seconds)
+        due = self.reply_due
+        if sock is not None and not self._wait_for(sock, due.remaining) and not due.over:
+            return None
+        self.reply_due = None
+        with within(due):
+            (reply,) = self._channel.receive(1)
+        if isinstance(reply, PeerError):
+            raise reply
+        return reply

@@ -1,0 +1,48 @@
+"""Read the ledger: the outcomes of each worker, and the record of missed updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rlbroker.backend.connection import Connection
+from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.keys import Keys
+from rlbroker.backend.replies import text_fields
+from rlbroker.backend.unreadable import legible
+from rlbroker.control.outcomes import WorkerOutcomes, missed_from_fields
+from rlbroker.types import Missed
+
+
+def read_outcomes(
+    connection: Connection, keys: Keys, workers: Iterable[int], *, deadline: Deadline | None = None
+) -> dict[int, WorkerOutcomes]:
+    """Return the outcomes of each worker.
+
+    Raises:
+        WireError: a ledger holds what no learner writes.
+        PeerError: the server refused, or could not be reached in time.
+    """
+    ids = list(workers)
+    replies = connection.execute_all([("HGETALL", keys.ledger(worker)) for worker in ids], deadline=deadline)
+    with legible(f"{keys.prefix}:ledger:…"):
+        return {
+            worker: WorkerOutcomes.from_fields(text_fields(fields))
+            for worker, fields in zip(ids, replies, strict=True)
+        }
+
+
+def read_missed_records(connection: Connection, keys: Keys, *, since: float = 0.0) -> list[Missed]:
+    """Return the record of missed updates, oldest first.
+
+    Args:
+        connection: connection to the server.
+        keys: names of the run's keys.
+        since: only records from this time on, seconds since the epoch, by the server's clock.
+
+    Raises:
+        KeyError, ValueError: an entry holds what no learner writes.
+        PeerError: the server refused, or could not be reached in time.
+    """
+    first = str(max(0, int(since * 1000)))
+    entries = connection.execute("XRANGE", keys.missed, first, "+")
+    return [missed_from_fields(text_fields(fields)) for _, fields in entries]

@@ -1,0 +1,91 @@
+"""What a worker knows of its run: the learner writes it to `meta`, and each heartbeat returns it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Final
+
+from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.keys import Keys
+from rlbroker.backend.replies import text_fields, whole_number
+from rlbroker.backend.unreadable import legible
+from rlbroker.config import RunSettings
+from rlbroker.errors import IncompatibleFormat
+from rlbroker.membership.run_size import RunSize
+
+#: Fields of `meta` that a worker needs, in the order in which `beat.lua` returns them.
+META_FIELDS: Final = (
+    "wire_format",
+    "shards",
+    *RunSize._fields,
+    *(field.name for field in fields(RunSettings)),
+)
+
+
+class JoinedRun:
+    """The settings and the size of one worker's run. Unknown until a learner has opened the run."""
+
+    def __init__(self, keys: Keys, *, wire_format: int) -> None:
+        """Start with nothing known.
+
+        Args:
+            keys: the run's keys; they learn their shards from `meta`.
+            wire_format: the only wire format that this process reads and writes.
+        """
+        self._keys, self.wire_format = keys, wire_format
+        self._settings: RunSettings | None = None
+        self._opened = threading.Event()
+        self._last_reply: Sequence[bytes | None] = ()
+        #: The number of workers and hosts, as the learner counted them last.
+        self.size = RunSize()
+
+    @property
+    def opened(self) -> bool:
+        """Whether a learner has opened the run, so that its settings and shards are known."""
+        return self._settings is not None
+
+    @property
+    def settings(self) -> RunSettings:
+        """The run's settings; the defaults until they are known."""
+        return self._settings or RunSettings()
+
+    def wait_for_settings(self, deadline: Deadline) -> RunSettings | None:
+        """Wait for a learner to open the run, and return its settings; None if the deadline passes."""
+        return self._settings if self._opened.wait(deadline.remaining) else None
+
+    def apply(self, reply: Sequence[bytes | None]) -> bool:
+        """Apply a heartbeat's reply, and return whether it brought new settings.
+
+        Raises:
+            IncompatibleFormat: the learner came back with another wire format.
+            WireError: `meta` holds invalid settings.
+        """
+        if reply == self._last_reply:
+            return False
+        meta = text_fields(
+            {name: value for name, value in zip(META_FIELDS, reply, strict=True) if value is not None}
+        )
+        opened = "wire_format" in meta
+        if opened:
+            with legible(self._keys.meta):
+                self.check_wire_format(meta["wire_format"])
+                self._settings = RunSettings.from_fields(meta)
+            self._keys.spread(meta.get("shards", " ".join(self._keys.shards)))
+            self._opened.set()
+        self.size = RunSize(*(whole_number(meta.get(name, "")) or 0 for name in RunSize._fields))
+        self._last_reply = reply
+        return opened
+
+    def check_wire_format(self, found: str) -> None:
+        """Check the run's wire format; empty text stands for a run that no learner has opened.
+
+        Raises:
+            IncompatibleFormat: this process reads and writes another one.
+        """
+        if found and int(found) != self.wire_format:
+            raise IncompatibleFormat(
+                f"the run {self._keys.run!r} uses wire format {found}, this process {self.wire_format}; "
+                "install the same release of rlbroker for learner and workers"
+            )
