@@ -101,7 +101,7 @@ def test_a_worker_cannot_have_numbers_of_versions_run_out(
 ) -> None:
     comm, bad = learner(), worker()
     server.client.hset(keys.life(bad.worker_id), "known_version", 2**51)
-    comm._roster.heartbeat(comm._channel)
+    comm._maintenance.send_heartbeat()
     assert comm.send_model_weights({"x": 1}).version == 1
 
 

@@ -310,7 +310,7 @@ def test_versions_do_not_run_out(scene: Scene) -> None:
     client, before = scene.joined(), scene.learner.version
     for claimed in (2**51, 2**40, 20_000_000):
         scene.attacker.hset(KEYS.life(0), "known_version", claimed)
-        scene.learner._roster.heartbeat(scene.learner._channel)
+        scene.learner._maintenance.send_heartbeat()
         before += 1
         assert scene.learner.send_model_weights({"w": np.zeros(8)}).version == before
     client.close()

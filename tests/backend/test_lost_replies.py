@@ -53,7 +53,7 @@ def test_with_every_twentieth_reply_lost_nothing_is_lost_or_doubled(
         if client.poll({}):
             applied.append(client.version)
         account = comm._ledger.accounts([0])[0]
-        return account.settled == versions and not comm._commander.waiting()
+        return account.settled == versions and not comm._commands.waiting()
 
     wait_until("all is settled", settled, timeout_seconds=30)
     while pairs := _collect(comm):

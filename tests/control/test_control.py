@@ -400,7 +400,7 @@ def test_what_somebody_else_wrote_is_outlasted(
     for step in (
         client._heartbeat._beat,
         client._inbox._forget_settled,
-        lambda: comm._roster.heartbeat(comm._channel),
+        lambda: comm._maintenance.send_heartbeat(),
     ):
         with suppress(PeerError):
             step()
@@ -425,6 +425,6 @@ def test_a_command_whose_sending_failed_is_not_sent_later(
         patch.setattr(comm._connection, "run", fail)
         with pytest.raises(ConnectionFailed):
             comm.send_control_command("note")
-    comm._commander.restore()
+    comm._commands.restore()
     obey(client, comm.send_control_command("reset"))
     assert done == []

@@ -377,8 +377,8 @@ def test_ids_that_lua_cannot_count_are_renewed_too(
     entry = server.client.xrange(keys.experiences(0))[0][1]
     server.client.xadd(keys.experiences(0), entry, id=f"{client.incarnation}-9007199254740993")
     comm.collect_experiences(timeout=5.0)
-    comm._ownership._next_renewal = Deadline(0)
-    comm._ownership.renew(comm._collector.sources)
+    comm._maintenance._takeover._next_renewal = Deadline(0)
+    comm._maintenance._takeover.renew(comm._collector.sources)
 
 
 def test_what_was_sent_is_known_at_once(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:

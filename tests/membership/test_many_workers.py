@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from conftest import wait_until
 
-import rlbroker.learner
 import rlbroker.membership.heartbeat
+import rlbroker.run.maintenance
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.deadline import Deadline
 from rlbroker.membership.heartbeat import Heartbeat
@@ -30,7 +30,7 @@ class _Late(RunSize):
 def test_workers_are_told_how_many_they_are(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rlbroker.learner, "HOUSEKEEPING_SECONDS", 0.1)
+    monkeypatch.setattr(rlbroker.run.maintenance, "HOUSEKEEPING_SECONDS", 0.1)
     learner(lease_seconds=1.0)
     clients = [worker() for _ in range(3)]
     wait_until("each has heard of all", lambda: {one._heartbeat.crowd for one in clients} == {RunSize(3, 1)})

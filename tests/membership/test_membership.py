@@ -50,8 +50,8 @@ def test_a_newcomer_does_not_take_the_id_of_a_worker_that_nobody_could_hear(
     silence(client)
     wait_until("its lease is over", lambda: comm.workers()[0].state == "away")
     assert worker().worker_id == 1
-    comm._restore()
-    comm._roster.heartbeat(comm._channel)
+    comm._maintenance.restore()
+    comm._maintenance.send_heartbeat()
     assert worker().worker_id == 2
     client._heartbeat._beat()
 
@@ -61,7 +61,7 @@ def test_time_in_which_nobody_could_be_heard_is_no_silence(learner: Learner, wor
     comm._thread.stop(5.0)
     silence(client)
     wait_until("it was silent for too long", lambda: comm.workers()[0].last_seen_seconds > 0.7)
-    comm._restore()
+    comm._maintenance.restore()
     assert comm._roster.forget_silent() == []
     client._heartbeat._beat()
     wait_until("it is struck after all", lambda: comm._roster.forget_silent() == [0])
@@ -78,7 +78,7 @@ def test_who_left_just_before_a_loss_is_soon_no_member_any_more(
     comm._thread.stop(5.0)
     leaving.close()
     server.client.flushall()
-    comm._restore()
+    comm._maintenance.restore()
     assert len(comm.workers()) == 2
     wait_until("one is struck", lambda: comm._roster.forget_silent() == [0])
     assert [info.worker_id for info in comm.workers()] == [1]

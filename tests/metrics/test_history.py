@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlbroker.metrics.counters import EXACT_BELOW, Metrics, staleness_bucket
-from rlbroker.metrics.history import Interval, Sample, intervals, joined
-from rlbroker.metrics.tensorboard import TAGS, scalars
+from rlbroker.metrics.history import Interval, Sample, intervals, merge_samples
+from rlbroker.metrics.tensorboard import TAGS, compute_scalars
 
 pytestmark = pytest.mark.unit
 
@@ -125,7 +125,7 @@ def test_learners_are_not_compared_with_each_other() -> None:
 def test_coarser_samples_stand_only_for_what_is_older(coarse: set[int], fine: set[int]) -> None:
     found = [
         one.at
-        for one in joined(
+        for one in merge_samples(
             [a_sample(float(at)) for at in sorted(coarse)], [a_sample(float(at)) for at in sorted(fine)]
         )
     ]
@@ -144,5 +144,5 @@ def test_timed_blocks_count_also_where_they_fail() -> None:
 def test_every_tag_is_documented_and_written() -> None:
     before = a_sample(1.0)
     after = a_sample(2.0, published=1, alive=1, collected=1, staleness={3: 1})
-    assert scalars(Interval(before, after)).keys() == TAGS.keys()
-    assert scalars(Interval(before, after))["rlbroker/staleness_p95"] == 3.0
+    assert compute_scalars(Interval(before, after)).keys() == TAGS.keys()
+    assert compute_scalars(Interval(before, after))["rlbroker/staleness_p95"] == 3.0

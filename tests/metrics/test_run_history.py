@@ -30,8 +30,8 @@ def quiet(comm: WorkerCommunicator) -> WorkerCommunicator:
 
 
 def record(comm: WorkerCommunicator, *, last: bool = False) -> Sample:
-    comm._roster.heartbeat(comm._channel)
-    comm._record(last=last)
+    comm._maintenance.send_heartbeat()
+    comm._maintenance.record(last=last)
     return history(comm)[-1]
 
 
@@ -44,7 +44,7 @@ def silence(client: WorkerClient) -> None:
 
 
 def test_the_history_tells_what_happened(learner: Learner, worker: Worker, monkeypatch: Any) -> None:
-    monkeypatch.setattr("rlbroker.learner.ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr("rlbroker.run.maintenance.HEARTBEAT_SECONDS", 0.05)
     comm = learner(max_staleness=2)
     client = worker(3)
     # The second sample is taken by itself.
@@ -107,7 +107,7 @@ def test_the_history_is_capped(learner: Learner, server: Server, keys: Keys, mon
     comm = quiet(learner())
     monkeypatch.setitem(TIERS, 1, 20)
     for _ in range(80):
-        comm._record()
+        comm._maintenance.record()
     # Whole nodes of the stream are cut off, so a few more may stay.
     assert 20 <= server.client.xlen(keys.history(1)) < 60
     assert server.client.xlen(keys.history(600)) == 1  # not due
@@ -147,15 +147,15 @@ def test_a_fault_of_the_history_costs_the_learner_nothing(
     server.client.set(keys.experiences(0), "not mine either", ex=60)
     server.client.hset(keys.life(0), "incarnation", "1")
     server.client.sadd(keys.workers, 0)
-    comm._roster.heartbeat(comm._channel)
-    comm._record()
+    comm._maintenance.send_heartbeat()
+    comm._maintenance.record()
     server.client.delete(keys.history(1))
     assert record(comm).waiting == 0
     assert server.client.xlen(keys.history(1)) == 1  # it works again
     assert "history" not in caplog.text
-    comm._recorder._known = lambda: 1 / 0  # type: ignore[assignment, return-value]
+    comm._recorder._read_state = lambda: 1 / 0  # type: ignore[assignment, return-value]
     for _ in range(2):
-        comm._record()
+        comm._maintenance.record()
     assert caplog.text.count("the history of the run") == 1
     assert comm.send_model_weights({"weights": np.zeros(1)})
     assert comm._thread.error is None
@@ -170,7 +170,7 @@ def test_a_learner_that_does_not_lead_writes_figures_but_no_history(
     writer = Writer()
     collects.log_to(writer, every_seconds=0.1)
     for _ in range(2):
-        collects._record()
+        collects._maintenance.record()
     wait_until("it has written figures", lambda: writer.written)
     assert history(collects) == []
 
@@ -308,18 +308,18 @@ def test_figures_are_written_for_tensorboard(learner: Learner, worker: Worker) -
     assert found["rlbroker/steps_per_second"][0] > 0
     assert {step for _, _, step in by_step.written} == {77}
     before = len(by_rows.written)
-    for log in comm._logs:
+    for log in comm._recorder._logs:
         log.offer(history_of_nothing())
-    assert not any(log._thread.is_alive() for log in comm._logs)
+    assert not any(log._thread.is_alive() for log in comm._recorder._logs)
     assert len(by_rows.written) == before
 
 
 def history_of_nothing() -> Sample:
-    from rlbroker.metrics.history import _WRITTEN
+    from rlbroker.metrics.history import _PARSERS
 
     found = Sample.from_fields(
         "99999999999999-0",
-        dict.fromkeys(_WRITTEN, "0") | dict.fromkeys(("staleness", "running", "queued"), ""),
+        dict.fromkeys(_PARSERS, "0") | dict.fromkeys(("staleness", "running", "queued"), ""),
     )
     assert found is not None
     return found
@@ -337,9 +337,9 @@ def test_an_error_of_the_writer_ends_the_writing_and_nothing_else(
     with caplog.at_level(logging.ERROR, "rlbroker"):
         for _ in range(2):
             record(comm)
-        wait_until("it has ended", lambda: not comm._logs[0]._thread.is_alive())
+        wait_until("it has ended", lambda: not comm._recorder._logs[0]._thread.is_alive())
         record(comm)
-    assert caplog.text.count("figures are not written to Broken any more") == 1
+    assert caplog.text.count("stopped writing scalars to Broken") == 1
     assert comm.send_model_weights({"weights": np.zeros(1)})
 
 

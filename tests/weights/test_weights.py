@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import RealServer, Server, wait_until
 
-import rlbroker.learner
+import rlbroker.run.maintenance
 from rlbroker import Fenced, MissedUpdates, WeightsMismatch, WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
@@ -138,7 +138,7 @@ def test_a_learner_that_goes_on_with_a_run_says_so(
     learner(learner_name="other", publishes=False)
     assert "goes on" not in caplog.text  # there was nothing, or nothing for this one to say
     learner()
-    assert "goes on: version 1, 1 batch of earlier workers waiting" in caplog.text
+    assert "continues: version 1, 1 batch of earlier workers waiting" in caplog.text
 
 
 def test_weights_are_not_loaded_into_anything_else(learner: Learner, worker: Worker) -> None:
@@ -253,7 +253,7 @@ def test_a_version_whose_chunk_is_gone_is_never_half_applied(
 def test_weights_of_which_a_part_is_lost_are_published_again(
     learner: Learner, worker: Worker, server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    monkeypatch.setattr(rlbroker.learner, "HOUSEKEEPING_SECONDS", 0.2)
+    monkeypatch.setattr(rlbroker.run.maintenance, "HOUSEKEEPING_SECONDS", 0.2)
     comm = learner()
     comm.send_model_weights({"w": np.arange(1000)}, compression_enabled=False)
     [key] = server.client.scan_iter(keys.chunk("1-*", 0 if lost == "header" else 1))
@@ -267,8 +267,8 @@ def test_weights_of_which_a_part_is_lost_are_published_again(
     wait_until("the learner knows too that they are there", lambda: comm.version == 2)
     assert (client.version, model["w"][-1]) == (2, 999)
     comm._thread.stop(5.0)
-    comm._housekeeping()
-    comm._run_once()
+    comm._maintenance.housekeep()
+    comm._maintenance.run_once()
     assert comm.version == 2  # and not once more
 
 

@@ -23,6 +23,7 @@ LAYERS = (
     {"backend"},
     {"metrics", "membership"},
     {"weights", "experience", "control"},
+    {"run"},
     {"learner", "worker"},
     {"__init__"},
     {"local"},

@@ -34,6 +34,7 @@ from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.threads import BackgroundThread
 from rlbroker.config import Level
 from rlbroker.control import inbox
+from rlbroker.run import maintenance
 from rlbroker.types import Outcome
 
 RUNS = (f"model-{number}" for number in itertools.count(1))
@@ -129,8 +130,7 @@ class Run(RuleBasedStateMachine):
     def learner_steps(self) -> None:
         """What the learner's background thread does, until it has done all."""
         for _ in range(4):
-            self.learner._next_sign_of_life = Deadline(0)
-            self.again(self.learner._run_once)
+            self.again(self.learner._maintenance.run_once)
         self.learner_behind = False
         self.see_version()
 
@@ -205,9 +205,8 @@ class Run(RuleBasedStateMachine):
     def former_learner_wakes(self) -> None:
         with pytest.raises(Fenced):
             self.former[-1].send_model_weights({"number": -1})
-        self.former[-1]._next_sign_of_life = Deadline(0)
         with pytest.raises(Fenced):
-            self.again(self.former[-1]._run_once)
+            self.again(self.former[-1]._maintenance.run_once)
 
     # Workers
 
@@ -289,7 +288,7 @@ class Run(RuleBasedStateMachine):
             self.worker_steps(self.lives[worker])
         self.server.client.hset(self.learner._keys.life(worker), "seen", 0)
         self.server.client.hset(self.learner._keys.meta, "back_at", 0)
-        self.learner._housekeeping()
+        self.learner._maintenance.housekeep()
         with pytest.raises(Fenced):
             self.again(self.lives[worker].client._heartbeat._step)
         self.ended(worker)
@@ -441,6 +440,7 @@ def test_any_order_of_events_keeps_the_promises(
     monkeypatch.setattr(BackgroundThread, "pause", lambda self, seconds: None)
     monkeypatch.setattr(Connection, "block_seconds", 0.002)
     monkeypatch.setattr(inbox, "READ_SECONDS", 0.002)
+    monkeypatch.setattr(maintenance, "HEARTBEAT_SECONDS", 0.0)  # each step of the learner sends one
     # Servers end blocking commands at their ticks.
     if isinstance(server, RealServer):
         hertz = server.client.config_get("hz")["hz"]

@@ -208,7 +208,7 @@ def test_an_answer_that_was_lost_unnoticed_is_sent_again(
         client._heartbeat._thread.stop(5.0)
     client.poll({})
     server.client.flushall()
-    comm._restore()  # before the worker's next heartbeat
+    comm._maintenance.restore()  # before the worker's next heartbeat
     if closes:
         client.close()
     wait_until("it is settled", lambda: comm.missed_updates() and comm._ledger.accounts([0])[0].settled)
@@ -272,7 +272,7 @@ def test_a_command_whose_answer_was_forgotten_is_answered_again_and_done_once(
     command = comm.send_control_command("note", 1)
     wait_until("it is done", lambda: client.poll() or command.outcomes()[0])
     wait_until("the worker forgot its answer", lambda: not client._inbox._sent)
-    comm._commander._sent[command.id].outcomes.clear()  # as if nobody had told the learner
+    comm._commands._sent[command.id].outcomes.clear()  # as if nobody had told the learner
     server.client.flushall()
     wait_until("it is answered again", lambda: client.poll() or command.outcomes()[0].state == "waiting")
     wait_until("it is answered again", lambda: client.poll() or command.outcomes()[0])
@@ -315,7 +315,7 @@ def test_looking_again_at_a_server_that_lost_nothing_changes_nothing(
     before = seen()
     assert before[0][0].records
     server.client.hdel(keys.meta, "learner_seen")
-    comm._channel.close()
+    comm._maintenance.close()
     wait_until("the learner has looked again", lambda: server.client.hexists(keys.meta, "learner_seen"))
     assert seen() == before
 
@@ -364,7 +364,7 @@ def test_a_count_that_is_under_way_while_counts_are_restored_is_kept(
     comm.acknowledge(first)
     second = comm.collect_experiences(timeout=5.0)
     server.client.hset(keys.counts(0), "delivered", 0)  # it came back with older data
-    restoring = threading.Thread(target=comm._holdings.restore)
+    restoring = threading.Thread(target=comm._pending.restore)
     run_all = comm._connection.run_all
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
