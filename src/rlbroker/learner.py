@@ -48,7 +48,7 @@ logger = logging.getLogger("rlbroker")
 class WorkerCommunicator:
     """The learner's client: it sends weights and commands to the workers of a run, and collects their experiences.
 
-    Use it as a context manager, so that the run is closed at the end. All methods may be called from several threads
+    Use it as a context manager, so that `cleanup` is called at the end. All methods may be called from several threads
     of one process. ::
 
         with WorkerCommunicator(num_workers=8, redis_url="redis://host:6379/0", run="pong") as comm:
@@ -101,7 +101,7 @@ class WorkerCommunicator:
             redis_url: `redis://`, `rediss://` or `unix://`; for a Cluster `redis+cluster://host:port,host:port`; for
                 Sentinels `redis+sentinel://host:port,host:port/service`. By default the environment's
                 RLBROKER_REDIS_URL, then REDIS_URL, then `redis://localhost:6379/0`.
-            run: name of the training job: 1 to 100 letters, digits, `.`, `_` and `-`.
+            run: name of the training job, `"default"` by default: 1 to 100 letters, digits, `.`, `_` and `-`.
             redis_client: a redis-py or fakeredis client to use instead of a URL.
             acknowledge: when a returned batch counts as done: `"next"`, at the following `collect_experiences`;
                 `"manual"`, when `acknowledge` is called. After a restart, batches that are not done are delivered
@@ -120,8 +120,9 @@ class WorkerCommunicator:
             publishes: whether this learner may send weights and commands.
             take_over_seconds: batches that another learner has read, and neither acknowledged nor renewed for so long,
                 are taken over by this one. At least 0.5.
-            lease_seconds: a worker without a heartbeat for so long is `away`. At least 0.1.
-            forget_seconds: a worker without a heartbeat for so long no longer belongs to the run.
+            lease_seconds: a worker without a heartbeat for so long is `away`. 5 by default, at least 0.1.
+            forget_seconds: a worker without a heartbeat for so long no longer belongs to the run. 600 by default, at
+                least `lease_seconds`.
             allow_eviction: whether to accept a server whose memory policy evicts keys, and so loses data.
             host_cache: whether workers on this machine read weights from shared memory. True for /dev/shm or what
                 RLBROKER_HOST_CACHE names; a directory to use that one.

@@ -44,6 +44,9 @@ class Maintenance:
     `run_once` is one step of the thread. It settles acknowledgements as they arrive. Every second it sends the
     learner's heartbeat and records a sample of the history. At least every ten seconds it forgets silent workers and
     deletes what is no longer needed. Before all that, `Restoration` repairs a run that a server lost.
+
+    Attributes:
+        thread: the background thread; its `check` raises the error that ended it.
     """
 
     def __init__(
