@@ -48,7 +48,11 @@ def sleeper(
 def test_a_version_whose_notification_was_lost_is_noticed_on_the_control_stream(
     comm: WorkerCommunicator, sleeper: WorkerClient
 ) -> None:
-    pubsub: Any = sleeper._subscriber._pubsub
+    subscriber = sleeper._subscriber
+    pubsub: Any = subscriber._pubsub
+    # The thread must have read the confirmation of the subscription before: it would sleep on the next one otherwise.
+    subscriber._answered = False
+    wait_until("the subscription is confirmed", lambda: pubsub.ping() or subscriber._answered)
     pubsub.unsubscribe()
     wait_until("it receives no notifications", lambda: not pubsub.subscribed)
     comm.send_model_weights({"w": np.zeros(1)})
