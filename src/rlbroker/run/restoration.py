@@ -54,7 +54,7 @@ class Restoration:
         self._reached_shards = set[str]()  #: shards whose server was reached before
         self._connected = False  #: whether the channel was connected before
         self._stale = False  #: whether a server may have lost data
-        self._republish = False  #: whether the stored weights are to be checked
+        self._republish = False  #: whether the stored weights are to be compared
 
     @property
     def is_stale(self) -> bool:
@@ -81,11 +81,11 @@ class Restoration:
                 self._stale |= is_new and was_reached
 
     def check_weights(self) -> None:
-        """Have the weights published again if workers run a newer version than the server has."""
+        """Schedule `republish_if_lost` if workers run a newer version than the server has."""
         self._republish |= self._roster.leads and self._publisher.outrun()
 
     def verify_weights(self) -> None:
-        """Have the stored weights compared with those that the learner keeps, and published again if they differ."""
+        """Schedule `republish_if_lost` for the next step."""
         self._republish = True
 
     def restore(self) -> None:
@@ -105,7 +105,7 @@ class Restoration:
         self._stale = False
 
     def republish_if_lost(self) -> None:
-        """Publish the latest weights under a new version if the server lost them and `verify_weights` asked."""
+        """Compare the stored weights with those that the learner keeps, if scheduled; publish lost ones as a new version."""
         if self._republish:
             unreadable = self._ledger.failed_version
             self._republish = not self._publisher.restore(unreadable_version=unreadable)
