@@ -105,7 +105,7 @@ class Restoration:
         self._stale = False
 
     def republish_if_lost(self) -> None:
-        """Compare the stored weights with those that the learner keeps, if scheduled; publish lost ones as a new version."""
+        """Compare the stored weights with the learner's, if scheduled, and publish lost ones under a new version."""
         if self._republish:
             unreadable = self._ledger.failed_version
             self._republish = not self._publisher.restore(unreadable_version=unreadable)
