@@ -3,11 +3,12 @@
     python examples/from_multiprocessing.py before
     python examples/from_multiprocessing.py after
 
-A learner trains a linear policy on what two workers send, and publishes weights after every batch. Worker 1 is
-slow, so it cannot load them all. Job and training loop are shared. What changes is marked BEFORE and AFTER: the
-constructor, and the worker's three queue calls. At the end each says what it knows about missed updates.
+A learner trains a linear policy on the batches of two workers, and publishes weights after every batch. Worker 1 is
+slow, so it cannot load them all. Both versions share the job and the training loop. The differences are marked BEFORE
+and AFTER: the constructor, and the worker's three queue calls. At the end each version prints what it knows about
+missed updates.
 
-`after` uses the server that RLBROKER_REDIS_URL names, or one of its own without it.
+`after` uses the server that RLBROKER_REDIS_URL names. Without it, it starts a server of its own.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ Weights = dict[str, NDArray[np.float32]]
 spawn = multiprocessing.get_context("spawn")
 
 
-# The job, which knows nothing of how things travel -----------------------------------------------------------
+# The job, independent of how batches and weights travel ------------------------------------------------------
 
 
 def rollout(worker_id: int, weights: Weights) -> dict[str, Any]:
-    """Act 64 times in a toy environment: action 1 is right where the observations' sum is positive."""
+    """Act 64 times in a toy environment: action 1 is right if the observation's sum is positive."""
     time.sleep(SECONDS_PER_ROLLOUT[worker_id])
     random = np.random.default_rng()
     obs = random.normal(size=(64, 4)).astype(np.float32)
@@ -56,7 +57,7 @@ def rollout(worker_id: int, weights: Weights) -> dict[str, Any]:
     return {"worker_id": worker_id, "experiences": experiences, "batch_size": 64, "timestamp": time.time()}
 
 
-def improved(weights: Weights, experiences: dict[str, Any]) -> Weights:
+def improve(weights: Weights, experiences: dict[str, Any]) -> Weights:
     """Take one REINFORCE step."""
     obs, actions, rewards = (experiences[name] for name in ("obs", "actions", "rewards"))
     advantages = rewards - rewards.mean()
@@ -77,15 +78,15 @@ def train(communicator: QueueCommunicator | WorkerCommunicator, workers: Sequenc
         worker.start()
     weights: Weights = {"w": np.zeros(4, np.float32)}
     communicator.send_model_weights(weights)
-    heard, rewards, published = set[int](), list[float](), 1
+    seen_workers, rewards, published = set[int](), list[float](), 1
     while len(rewards) < BATCHES:
         if not all(worker.is_alive() for worker in workers):
             raise RuntimeError("a worker ended before the training did")
         for worker_id, message in communicator.collect_experiences():
-            heard.add(worker_id)
-            if len(heard) == WORKERS:  # begin when all are there
+            seen_workers.add(worker_id)
+            if len(seen_workers) == WORKERS:  # start when all workers have sent something
                 rewards.append(float(message["experiences"]["rewards"].mean()))
-                weights = improved(weights, message["experiences"])
+                weights = improve(weights, message["experiences"])
                 communicator.send_model_weights(weights)
                 published += 1
         time.sleep(0.001)
@@ -106,7 +107,7 @@ class Queues(NamedTuple):
 
 
 class QueueCommunicator:
-    """What such a class often looks like: three queues for each worker, gzip and pickle."""
+    """A typical class of this kind: three queues for each worker, gzip and pickle."""
 
     def __init__(self, num_workers: int, max_queue_size: int = 1000, timeout: float = 10.0) -> None:
         self.queues = [
@@ -118,7 +119,7 @@ class QueueCommunicator:
     def send_model_weights(self, model_state_dict: Weights) -> None:
         for queues in self.queues:
             packed = gzip.compress(pickle.dumps(model_state_dict), compresslevel=6)
-            with contextlib.suppress(queue.Full):  # this worker misses the update, and nobody is told
+            with contextlib.suppress(queue.Full):  # this worker misses the update, silently
                 queues.model.put_nowait(packed)
 
     def collect_experiences(self) -> list[tuple[int, dict[str, Any]]]:
@@ -151,7 +152,7 @@ class QueueCommunicator:
 
 def _size(one: Queue[Any]) -> int:
     try:
-        return one.qsize()  # "approximate", says its documentation
+        return one.qsize()  # "approximate", according to its documentation
     except NotImplementedError:  # on macOS
         return -1
 
@@ -178,7 +179,7 @@ def before() -> None:
         ],
     )
     print(
-        "missed updates: cannot tell. A full queue was skipped in silence, and all that is left to look at is"
+        "missed updates: cannot tell. Full queues were skipped silently, and the only figure that is left is"
     )
     print(f"the length of the model queues: {communicator.get_queue_info()['model_queue_sizes']}")
     communicator.cleanup()
@@ -193,7 +194,7 @@ def worker_after(worker_id: int, url: str, run: str) -> None:
     with WorkerClient(url, run, worker_id) as client:
         client.load_weights(weights)
         while client.running:
-            loaded += client.poll(weights)  # new weights and commands, `stop` too
+            loaded += client.poll(weights)  # applies new weights and obeys commands, such as `stop`
             client.send_experiences(rollout(worker_id, weights))
     print(f"worker {worker_id}: loaded {loaded} updates", flush=True)
 
@@ -208,9 +209,9 @@ def after(url: str) -> None:
             for worker_id in range(WORKERS)
         ],
     )
-    patience = time.monotonic() + 5.0
-    while any(one.behind for one in communicator.missed_updates().values()) and time.monotonic() < patience:
-        time.sleep(0.01)  # the workers' last words are still on their way into the record
+    deadline = time.monotonic() + 5.0
+    while any(one.behind for one in communicator.missed_updates().values()) and time.monotonic() < deadline:
+        time.sleep(0.01)  # the workers' last acknowledgements are being settled
     for worker_id, missed in communicator.missed_updates().items():
         reasons = ", ".join(f"{count} {why}" for why, count in missed.by_reason.items())
         print(f"missed updates of worker {worker_id}: {missed.total} of {communicator.version} ({reasons})")

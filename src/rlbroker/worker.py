@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self, get_args
 
@@ -29,34 +28,42 @@ from rlbroker.config import (
     signing_secret,
     waiting_seconds,
 )
+from rlbroker.control.command_handlers import CommandHandlers, Handler
 from rlbroker.control.drain_signals import DrainSignals
-from rlbroker.control.inbox import Inbox, ReceivedCommand
-from rlbroker.errors import Closed, DeadlineExceeded, InvalidArgument, PeerError, UnsupportedType
+from rlbroker.control.inbox import Inbox
+from rlbroker.errors import Closed, DeadlineExceeded, PeerError, UnsupportedType
 from rlbroker.experience.sender import Sender
 from rlbroker.membership.heartbeat import Heartbeat, LastPoll
 from rlbroker.types import SendReceipt
+from rlbroker.weights.applier import WeightsApplier
 from rlbroker.weights.image_store import ImageStore
-from rlbroker.weights.loading import check_target, load
+from rlbroker.weights.loading import check_target
 from rlbroker.weights.subscriber import Subscriber
 from rlbroker.weights.updates import WeightsUpdate, drop_superseded
 
 logger = logging.getLogger("rlbroker")
 
-#: Gets a command's data; an exception is reported to the learner, and the worker goes on.
-Handler = Callable[[Any], None]
+#: The longest that a paused or waiting worker sleeps between two checks.
+CHECK_SECONDS = 0.1
 
-#: How long a paused or waiting worker sleeps between two looks at what arrived.
-LOOK_SECONDS = 0.1
-
-#: Which part of the time to leave a worker waits for what has not reached its level.
-SETTLE_PART = 0.75
+#: The fraction of its timeout for which `close` waits for batches that have not reached their level.
+CONFIRM_FRACTION = 0.75
 
 
 class WorkerClient:
-    """Takes part in a run as one of its workers.
+    """A worker's client: it gets weights and commands from the learner of a run, and sends experiences to it.
 
-    Usable as a context manager, and from several threads of one process. Weights and commands arrive in the
-    background; `poll` applies them, so that they take effect between two steps of the caller.
+    Use it as a context manager, so that the worker leaves the run at the end. All methods may be called from several
+    threads of one process. ::
+
+        with WorkerClient(redis_url="redis://host:6379/0", run="pong") as worker:
+            worker.load_weights(model)
+            while worker.running:
+                worker.poll(model)
+                worker.send_experiences(play(model))
+
+    Weights and commands arrive in the background. They take effect only in `poll` and `load_weights`, between two
+    steps of the caller.
     """
 
     def __init__(
@@ -75,69 +82,65 @@ class WorkerClient:
         signing_key: SigningKeySetting | None = None,
         read_from_replicas: bool = False,
     ) -> None:
-        """Join a run. The learner may come later; a process with the same worker id is fenced.
+        """Join a run. The learner may start later. A process that already has this worker id is fenced.
 
         Args:
-            redis_url: `redis://`, `rediss://` or `unix://`, or `redis+cluster://host:port,host:port` or
-                `redis+sentinel://host:port,host:port/service`; defaults to RLBROKER_REDIS_URL, then REDIS_URL, then
-                localhost.
+            redis_url: `redis://`, `rediss://` or `unix://`; for a Cluster `redis+cluster://host:port,host:port`; for
+                Sentinels `redis+sentinel://host:port,host:port/service`. By default the environment's
+                RLBROKER_REDIS_URL, then REDIS_URL, then `redis://localhost:6379/0`.
             run: name of the training job, as the learner has it.
-            worker_id: this worker's number; None for the lowest that is free.
-            redis_client: a ready client instead of a URL, a fakeredis one or one of a Cluster too.
-            timeout: seconds that any one operation may take, and that sending waits for room.
-            when_full: what to do at a full queue: `block`, `drop_oldest` or `drop_newest`; None for what the
+            worker_id: this worker's id, from 0 to 65535. None for the lowest that is free.
+            redis_client: a redis-py or fakeredis client to use instead of a URL.
+            timeout: the most seconds that one operation takes, and that sending waits for room in the queue.
+            when_full: what to do at a full queue: `"block"`, `"drop_oldest"` or `"drop_newest"`. None for what the
                 learner chose.
-            compression: whether to compress batches (lossless) where that makes them smaller; where it does not,
-                it is soon tried only now and then.
-            level: what a batch must have reached to be safe, and so what it survives: `redis`, the server has
-                it; `replica`, one replica too; `fsync`, the server's disk; `learner`, this process keeps it until
-                the learner has acknowledged it, and sends it again if the server loses it.
+            compression: whether to compress batches losslessly if that makes them smaller. If it does not, it is
+                soon tried only occasionally.
+            level: where a batch must be stored to count as safe: `"redis"`, in the server's memory; `"replica"`, on
+                one replica too; `"fsync"`, on the server's disk; `"learner"`, in this process until the learner
+                acknowledges it, so that it is sent again if the server loses it.
             host_cache: whether the processes of this machine share weights, so that each version is downloaded and
-                decoded once: in /dev/shm, or in the directory that is given instead.
-            keep_dtype: whether weights that the learner sent in a lower precision stay in it where they fill an
-                empty dictionary; else they get the dtypes back that they had at the learner.
-            signing_key: the learner's key, as text or bytes of at least 32, or a Path to a file with it: then weights
-                and commands that were not signed with it are refused. By default, from the file that
-                RLBROKER_SIGNING_KEY_FILE names.
-            read_from_replicas: whether weights are read from replicas of the servers, where there are any, so that
-                many workers do not load the masters. What a replica does not have yet comes from its master.
+                decoded once. True for /dev/shm or what RLBROKER_HOST_CACHE names; a directory to use that one.
+            keep_dtype: whether weights that the learner cast for the transfer keep that dtype when they fill an
+                empty dictionary. By default they get the learner's dtype back.
+            signing_key: the learner's key: text or bytes of at least 32 bytes, or a `Path` of a file with it. Weights
+                and commands without its signature are refused. By default the file that RLBROKER_SIGNING_KEY_FILE
+                names, if it is set.
+            read_from_replicas: whether to read weights from replicas of the servers, if there are any, so that many
+                workers do not load the masters. What a replica does not have yet is read from its master.
 
         Raises:
-            InvalidArgument: a setting cannot work.
-            ServerUnsuitable: the server is too old, or cannot give the level.
-            AccessDenied: wrong password, or a right is missing.
-            TlsFailed: there can be no secure connection to the server.
+            InvalidArgument: an argument has a value that cannot work.
+            ConnectionFailed: the server could not be reached within the timeout.
+            AccessDenied: the password is wrong, or the user lacks a right.
+            TlsFailed: no secure connection to the server is possible.
+            ServerUnsuitable: the server is too old, or cannot provide the level.
             IncompatibleFormat: the learner writes another wire format.
-            ConnectionFailed: the server cannot be reached within the timeout.
+            DeadlineExceeded: no free worker id was found within the timeout.
         """
         if when_full is not None:
             choice("when_full", when_full, get_args(WhenFull))
         choice("level", level, get_args(Level))
-        place = host_cache_place(host_cache)
+        images = ImageStore(run, host_cache_place(host_cache))
         secret = signing_secret(signing_key)
         key = SigningKey(secret) if secret else None
         self._keys = keys = Keys(run)
-        self._closed = self._draining = False
-        self._running = True
+        self._joined = self._closed = self._draining = False
         self._signals = DrainSignals(self.drain)
-        self._version = 0
-        self._misfit = ""  #: why the newest weights could not be loaded into the model
-        self._paused_until: float | None = None
-        self._resets = 0
-        self._handlers: dict[str, Handler] = {}
+        self._last_poll = LastPoll()
         #: Held while commands are obeyed and weights applied, so that both keep their order.
         self._applying = threading.RLock()
-        self._attention = LastPoll()
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
-        self._keep_dtype = keep_dtype
         self._subscriber = Subscriber(
             connection,
             keys,
-            ImageStore(run, place),
+            images,
             key=key,
             from_replicas=read_from_replicas,
             run_size=lambda: self._heartbeat.run_size,
         )
+        self._weights = WeightsApplier(self._subscriber, keep_dtype=keep_dtype)
+        self._commands = CommandHandlers()
         self._heartbeat = Heartbeat(
             connection,
             keys,
@@ -146,14 +149,13 @@ class WorkerClient:
             newest_seen=lambda: self._subscriber.newest_seen,
             maintain=self._maintain,
         )
-        self._sender: Sender | None = None
         try:
-            connection.check_server(allow_eviction=True)  # the learner decides
-            joined = self._heartbeat.register(worker_id)
+            connection.check_server(allow_eviction=True)  # that is the learner's decision
+            registration = self._heartbeat.register(worker_id)
             self._inbox = Inbox(
                 connection,
                 keys,
-                joined,
+                registration,
                 key=key,
                 notice_version=self._subscriber.announce,
                 rejoin=self._heartbeat.rejoin,
@@ -161,7 +163,7 @@ class WorkerClient:
             self._sender = Sender(
                 connection,
                 keys,
-                joined,
+                registration,
                 settings=self._heartbeat.settings,
                 rejoin=self._heartbeat.rejoin,
                 when_full=when_full,
@@ -169,14 +171,15 @@ class WorkerClient:
                 level=level,
                 known=self._heartbeat.knows_run or not connection.servers.several,
             )
+            self._joined = True
             for part in (self._heartbeat, self._subscriber, self._inbox):
                 part.start()
-        except BaseException:  # Ctrl-C too: nobody shall wait for a worker that never was
-            self._abandon()
+        except BaseException:  # Ctrl-C too: the run must not wait for a worker that never started
+            self._leave_unstarted()
             raise
 
     def __enter__(self) -> Self:
-        """Give the client itself; leaving the block closes it."""
+        """Return the client; leaving the block calls `close`."""
         return self
 
     def __exit__(
@@ -190,254 +193,266 @@ class WorkerClient:
 
     @property
     def worker_id(self) -> int:
-        """This worker's number in the run."""
+        """This worker's id in the run."""
         return self._heartbeat.registration.worker_id
 
     @property
     def incarnation(self) -> int:
-        """Which life of that worker this is: when it began by the server's clock, in milliseconds; it only grows."""
+        """This worker's incarnation: the server's time in milliseconds when it joined. It only grows."""
         return self._heartbeat.registration.incarnation
 
     @property
     def run(self) -> str:
-        """Name of the run."""
+        """The run's name."""
         return self._keys.run
 
     @property
     def version(self) -> int:
-        """The version that was applied last; 0 for none yet. Batches are tagged with it."""
-        return self._version
+        """The version that was applied last; 0 before the first. Batches are tagged with it."""
+        return self._weights.version
 
     @property
     def running(self) -> bool:
-        """Whether to go on: False after a `stop` command was obeyed, after `drain`, or after `close`."""
-        return self._running and not self._draining and not self._closed
+        """Whether the worker's loop should continue: False after a `stop` command, `drain` or `close`."""
+        return not (self._commands.stopped or self._draining or self._closed)
 
     @property
     def draining(self) -> bool:
-        """Whether this worker was told to go: by `drain`, or by a signal after `drain_on`."""
+        """Whether `drain` was called, or a signal of `drain_on` arrived."""
         return self._draining
 
     @property
     def paused(self) -> bool:
         """Whether a `pause` command is in force."""
-        until = self._paused_until
-        return until is not None and time.monotonic() < until
+        return self._commands.paused
+
+    # Commands
 
     def on_command(self, name: str, handler: Handler) -> None:
-        """Have a function called, from within `poll`, with the data of each command of this name.
+        """Register a function that is called, within `poll`, with the data of each command of this name.
 
-        For `reset`, `pause` and `stop` it is called besides what they do by themselves.
+        For `stop`, `pause`, `resume` and `reset` it is called after their built-in effect. If it raises an
+        `Exception`, the command's outcome at this worker is `failed`, with the error's text. ::
 
-        Raises:
-            UnsupportedType: the handler cannot be called.
-        """
-        if not callable(handler):
-            raise UnsupportedType(f"the handler of {name!r} must be callable; got {type(handler).__name__}")
-        self._handlers[name] = handler
-
-    def drain(self) -> None:
-        """Have this worker finish: `running` is False from here on, and what waits for weights or a `resume` returns.
-
-        The batch in the works is not lost: a following `send_experiences` sends it, and waits for room as always.
-        `close` then leaves the run. May be called from any thread, from a signal handler too, and again.
-        """
-        self._draining = True  # and nothing else: a signal handler may hold up whoever has a lock
-
-    def drain_on(self, *signals: int) -> None:
-        """Call `drain` at the first of each of these signals; a second of the same kind does what it did before.
-
-        So Kubernetes, Slurm, systemd and people say that a process should go. `close` gives the signals back.
+            worker.on_command("set_epsilon", policy.set_epsilon)
 
         Args:
-            signals: such as `signal.SIGTERM`, `signal.SIGUSR1`.
+            name: the command's name.
+            handler: takes the command's data. Registering a second handler for a name replaces the first.
 
         Raises:
-            UsageError: this is not the main thread, and only that can take signals.
-            InvalidArgument: one of these is no signal that can be taken.
+            UnsupportedType: the handler is not callable.
+        """
+        self._commands.register(name, handler)
+
+    def reset_requested(self) -> bool:
+        """Return whether a `reset` command was obeyed since the last call, so that new episodes should begin."""
+        return self._commands.take_reset()
+
+    def drain(self) -> None:
+        """Ask this worker to finish: `running` becomes False, and calls that wait for weights or `resume` return.
+
+        The batch in progress is not lost: a following `send_experiences` sends it and waits for room as usual. Then
+        `close` leaves the run. May be called several times, from any thread and from a signal handler.
+        """
+        self._draining = True  # takes no lock: a signal handler may run while this thread holds it
+
+    def drain_on(self, *signals: int) -> None:
+        """Call `drain` at the first of each of these signals. A second one of the same kind does what it did before.
+
+        Kubernetes, Slurm and systemd end a process with a signal. `close` restores the signal handlers. ::
+
+            worker.drain_on(signal.SIGTERM, signal.SIGINT)
+
+        Args:
+            signals: such as `signal.SIGTERM` or `signal.SIGUSR1`.
+
+        Raises:
+            UsageError: this is not the main thread, and only that can handle signals.
+            InvalidArgument: one of them is not a signal that can be handled.
         """
         self._check()
         self._signals.watch(*signals)
 
-    def reset_requested(self) -> bool:
-        """Give whether a `reset` command came since the last call: time to begin new episodes."""
-        requested, self._resets = self._resets > 0, 0
-        return requested
+    # Weights
 
     def load_weights(self, model: Any, timeout: float = 60.0) -> int:
-        """Load the latest weights into a model, waiting for the first version; give its number.
+        """Load the latest weights into a model. Wait for the first version if there is none yet.
 
-        Returns early, without weights, if a `stop` command or `drain` comes first: `running` is False then.
+        If a `stop` command or `drain` comes first, it returns without weights, and `running` is False.
 
         Args:
-            model: a `torch.nn.Module`, or a dictionary (see `poll`).
-            timeout: seconds to wait at most.
+            model: a `torch.nn.Module`, or a dictionary; see `poll`.
+            timeout: the most seconds to wait.
+
+        Returns:
+            The version that the worker runs now; 0 if none was loaded.
 
         Raises:
-            WeightsMismatch: the weights do not fit the model; keys and shapes are named.
+            WeightsMismatch: the weights do not fit the model; the message names keys and shapes.
             UnsupportedType: the model is neither a module nor a dictionary.
-            DeadlineExceeded: no weights came in time.
-            PeerError: a newer process has this worker id, or the server refused.
+            DeadlineExceeded: no weights arrived in time.
+            Fenced: a newer process has this worker id.
+            PeerError: the server refused, or could not be reached in time.
         """
-        with self._attention:
-            return self._load_weights(model, timeout)
+        with self._last_poll:
+            self._check()
+            check_target(model)
+            deadline = Deadline(positive_seconds("timeout", timeout))
+            with within(deadline):
+                latest = self._subscriber.read_latest()
+            if latest and not self._subscriber.ready:
+                # The latest version was taken before, for another model or one that it did not fit.
+                self._subscriber.fetch_again()
+            self._wait_and_load(model, latest, deadline)
+            return self.version
 
     def poll(self, model: Any = None) -> bool:
-        """Obey the commands that came, and load the newest weights if there are any; cheap otherwise.
+        """Obey the commands that have arrived, and load the newest weights if there are any. Cheap otherwise.
 
-        While a `pause` is in force this call does not return, unless the worker drains.
+        While a `pause` is in force, this does not return unless the worker drains.
 
         Args:
             model: a `torch.nn.Module`; or a dictionary, which is filled if it is empty, and otherwise has its
-                tensors and arrays overwritten in place; or None to obey commands only.
+                tensors and arrays overwritten in place; or None, to obey commands only.
 
         Returns:
-            Whether new weights were loaded.
+            Whether new weights were loaded. `version` is their number.
 
         Raises:
-            WeightsMismatch: the weights do not fit the model; keys and shapes are named. They are not offered again:
-                with a model that they fit, call `load_weights`.
+            WeightsMismatch: the weights do not fit the model; the message names keys and shapes. `poll` does not
+                offer them again: call `load_weights` with a model that they fit.
+            UnsupportedType: the model is neither a module nor a dictionary.
             Fenced: a newer process has this worker id.
-            PeerError: something else that waiting does not mend.
+            PeerError: a fault that waiting does not mend. Others are retried in the background.
         """
-        with self._attention:
+        with self._last_poll:
             self._check()
             if self._inbox.waiting or self.paused:
-                self._obey_waiting()
+                self._obey_commands()
             if model is None or not self._subscriber.ready or not self.running:
                 return False
             check_target(model)
             with self._applying:
-                return self._apply(self._subscriber.take(), model)
+                return self._weights.apply(self._subscriber.take(), model, self._inbox.acknowledge_version)
+
+    # Experiences
 
     def send_experiences(self, batch: Mapping[str, Any], timeout: float | None = None) -> SendReceipt:
-        """Send one batch, tagged with the applied version; once this returns, the server has it.
+        """Send one batch, tagged with the applied version. Return once it has reached the client's level.
 
         Args:
-            batch: nested dictionary of tensors, arrays and plain values; no other thread may write to them meanwhile.
-            timeout: seconds to wait for room; the client's timeout by default.
+            batch: a dictionary, nested or not, of tensors, arrays and plain values. No other thread may write to it
+                during the call.
+            timeout: the most seconds to wait for room in the queue; the client's timeout by default.
 
         Returns:
-            What happened. False if the batch was dropped: at a full queue with `drop_newest`, or when a
-            `stop` came while waiting for room.
+            A receipt with `sequence`, `version`, `rows` and sizes. It is false if the batch was dropped: at a full
+            queue with `when_full="drop_newest"`, or because a `stop` came while waiting for room.
 
         Raises:
-            UnsupportedType: something in the batch cannot travel; its path is named.
-            BatchTooLarge: the batch alone exceeds the queue's byte bound.
-            QueueFull: no room in time; the caller still has the batch.
-            Unconfirmed: the batch was taken, and nobody could say in time that it arrived. It is kept and sent
-                again by itself: do not send it a second time.
-            DeadlineExceeded: no learner opened the run in time.
+            UnsupportedType: a value cannot be encoded; the message names its path.
+            BatchTooLarge: the batch alone exceeds the queue's `max_queue_bytes`.
+            QueueFull: there was no room in time. The batch was not sent.
+            Unconfirmed: the batch was accepted, and its arrival was not confirmed in time. It is kept and sent again
+                in the background: do not send it a second time.
+            DeadlineExceeded: no learner opened the run in time. The batch was not sent.
             Fenced: a newer process has this worker id.
-            PeerError: the server stayed away or refused; the caller still has the batch.
+            PeerError: the server refused, or could not be reached in time. The batch was not sent.
         """
         self._check()
         if not isinstance(batch, dict):
             raise UnsupportedType(f"a batch is a dictionary, not a {type(batch).__name__}")
         if timeout is not None:
             positive_seconds("timeout", timeout)
-        assert self._sender is not None
         return self._sender.send(
             batch,
-            version=self._version,
+            version=self.version,
             timeout_seconds=self._connection.timeout_seconds if timeout is None else timeout,
-            # Not while it drains: what was begun is to arrive.
-            stopped=lambda: self._closed or not self._running or self._inbox.holds("stop"),
+            stopped=self._gives_up_sending,
         )
 
     def flush(self, timeout: float | None = None) -> int:
-        """Wait until every batch that was sent has reached its level; give how many have not in time.
+        """Wait until every batch that was sent has reached its level.
 
-        At level `learner` that is when the learner has acknowledged them. The other levels only leave
-        something to wait for after `Unconfirmed`.
+        At level `"learner"` that is when the learner has acknowledged it. At the other levels there is something to
+        wait for only after `Unconfirmed`.
 
         Args:
-            timeout: seconds to wait; the client's timeout by default.
+            timeout: the most seconds to wait; the client's timeout by default.
+
+        Returns:
+            How many batches have not reached their level in time.
 
         Raises:
             Fenced: a newer process has this worker id.
             PeerError: the server refused, or could not be reached in time.
         """
         self._check()
-        assert self._sender is not None
         seconds = self._connection.timeout_seconds if timeout is None else waiting_seconds("timeout", timeout)
         return self._sender.flush(seconds)
 
-    def close(self) -> None:
-        """Leave the run within the timeout, so that nobody waits for this worker. May be called again.
+    # The end
 
-        A batch that is `Unconfirmed` is waited for, for most of that time; by a worker that drains, all that have not
-        reached their level.
+    def close(self) -> None:
+        """Leave the run within the client's timeout. Further calls change nothing.
+
+        The order: wait for batches that have not reached their level, stop the threads, close the queue, send the
+        acknowledgements that are left, and leave the roster. An `Unconfirmed` batch is waited for during three
+        quarters of the timeout; if the worker drains, so are all batches that have not reached their level.
         """
         if self._closed:
             return
         self._connection.check_process()
         self._closed = True
+        deadline = Deadline(self._connection.timeout_seconds)
         try:
-            self._leave(Deadline(self._connection.timeout_seconds))
+            self._confirm_batches(deadline.remaining * CONFIRM_FRACTION)
+            for part in (self._subscriber, self._inbox, self._heartbeat):
+                part.request_stop()
+            self._leave(deadline)
         finally:
             self._signals.restore()
 
-    def _leave(self, deadline: Deadline) -> None:
-        self._settle(deadline.remaining * SETTLE_PART)
-        for part in (self._subscriber, self._inbox, self._heartbeat):
-            part.request_stop()
-        try:
-            self._subscriber.stop(deadline.remaining)
-            with within(deadline):
-                self._finish(deadline)
-        except PeerError as error:
-            logger.warning("worker %d left the run %r without saying so: %s", self.worker_id, self.run, error)
-        finally:
-            if self._sender is not None and self._sender.unsafe:
-                logger.warning(
-                    "worker %d leaves with %s not reached level %r: %s",
-                    self.worker_id,
-                    counted(self._sender.unsafe, "batch that has", "batches that have"),
-                    self._sender.level,
-                    self._sender.unconfirmed or "flush() waits for that",
-                )
-            self._connection.close()
-
-    def _settle(self, seconds: float) -> None:
-        assert self._sender is not None
+    def _confirm_batches(self, seconds: float) -> None:
         if not self._sender.unsafe:
             return
         try:
             with within(Deadline(seconds)):
                 (self._sender.flush if self._draining else self._sender.confirm)(seconds)
         except PeerError as error:
-            logger.debug("worker %d leaves: %s", self.worker_id, error)  # what remains is told below
+            logger.debug("worker %d leaves: %s", self.worker_id, error)  # `_leave` warns of what remains
 
-    def _finish(self, deadline: Deadline) -> None:
-        assert self._sender is not None
+    def _leave(self, deadline: Deadline) -> None:
         try:
-            self._sender.close(deadline)
-            self._inbox.stop(deadline.remaining)
-        finally:  # one that was replaced says so too: the run then knows that there are two of it
-            late = deadline.over
-            if not late:
-                self._heartbeat.leave(deadline.remaining)
-        if late:
-            raise DeadlineExceeded("the server did not answer in time")
+            self._subscriber.stop(deadline.remaining)
+            with within(deadline):
+                try:
+                    self._sender.close(deadline)
+                    self._inbox.stop(deadline.remaining)
+                finally:  # a fenced worker leaves too: so the run knows that two processes have its id
+                    late = deadline.over
+                    if not late:
+                        self._heartbeat.leave(deadline.remaining)
+                if late:
+                    raise DeadlineExceeded("the server did not answer in time")
+        except PeerError as error:
+            logger.warning(
+                "worker %d could not leave the run %r properly: %s", self.worker_id, self.run, error
+            )
+        finally:
+            if self._sender.unsafe:
+                logger.warning(
+                    "worker %d leaves with %s not reached level %r: %s",
+                    self.worker_id,
+                    counted(self._sender.unsafe, "batch that has", "batches that have"),
+                    self._sender.level,
+                    self._sender.unconfirmed or "call flush() to wait for it",
+                )
+            self._connection.close()
 
-    def _maintain(self, returned: bool) -> None:
-        """Look after what is under way; called with each heartbeat."""
-        assert self._sender is not None
-        if returned:
-            self._inbox.mark_stale()
-            self._sender.mark_stale()
-        self._sender.maintain()
-
-    def _check(self) -> None:
-        if self._closed:
-            raise Closed("this WorkerClient was closed; make a new one")
-        self._connection.check_process()
-        self._heartbeat.check()
-        self._inbox.check()
-        self._subscriber.check()
-
-    def _abandon(self) -> None:
+    def _leave_unstarted(self) -> None:
+        """Leave the run after the constructor failed."""
         self._closed = True
         try:
             self._heartbeat.leave(self._connection.timeout_seconds)
@@ -445,134 +460,70 @@ class WorkerClient:
             logger.debug("leaving the run %r: %s", self.run, error)
         self._connection.close()
 
-    def _describe(self) -> dict[str, str | int]:
-        return {
-            "version": self._version,
-            "sent": self._sender.sent if self._sender else 0,
-            "problem": self._subscriber.problem or self._misfit,
-            "unconfirmed": self._sender.unconfirmed if self._sender else "",
-            "room_seconds": f"{self._sender.room_seconds if self._sender else 0.0:.3f}",
-            "unpolled_seconds": f"{self._attention.absent_seconds:.3f}",
-        }
+    # Internals
 
-    # Weights
+    def _check(self) -> None:
+        """Raise `Closed`, `ForkedProcess`, or the error that ended a background thread, such as `Fenced`."""
+        if self._closed:
+            raise Closed("this WorkerClient was closed; make a new one")
+        self._connection.check_process()
+        for part in (self._heartbeat, self._inbox, self._subscriber):
+            part.check()
 
-    def _load_weights(self, model: Any, timeout: float) -> int:
-        self._check()
-        check_target(model)
-        deadline = Deadline(positive_seconds("timeout", timeout))
-        with within(deadline):
-            latest = self._subscriber.read_latest()
-        if (
-            latest and not self._subscriber.ready
-        ):  # taken before: for another model, or one that it did not fit
-            self._subscriber.fetch_again()
-        loaded, waiting = False, list[WeightsUpdate]()
-        while self.running:
-            with self._applying:
-                waiting = drop_superseded(
-                    waiting + self._subscriber.take(min(LOOK_SECONDS, deadline.remaining))
-                )
-                # An older version is only good for a model if the latest does not come: it may have another shape.
-                if deadline.over or self._subscriber.was_taken(latest):
-                    loaded |= self._apply(waiting, model, again=True)
-                    waiting = []
-            if loaded:
-                break
-            self._obey_waiting(deadline)
-            self._check()
-            if deadline.over:
-                waits = "is its learner running, and has it published?"
-                problem = self._subscriber.problem or waits
-                raise DeadlineExceeded(
-                    f"no weights came in the run {self.run!r} on {self._connection.address} within {timeout:g} s: "
-                    f"{problem}"
-                )
-        return self._version
-
-    def _apply(self, updates: list[WeightsUpdate], model: Any, *, again: bool = False) -> bool:
-        loaded = False
-        for update in updates:
-            if update.version <= self._version and not again:
-                continue
-            if update.problem:
-                outcome = "refused" if update.refused else "failed"
-                self._inbox.acknowledge_version(self._version, update.version, outcome, update.problem)
-                continue
-            try:
-                assert update.decoded is not None
-                load(update.decoded.weights_for(model, keep_dtype=self._keep_dtype), model)
-            except Exception as error:
-                self._misfit = f"version {update.version}: {error}"
-                self._inbox.acknowledge_version(self._version, update.version, "failed", str(error))
-                raise
-            except BaseException:  # Ctrl-C: the model may hold half of it, so it is offered again
-                self._subscriber.fetch_again()
-                raise
-            before, self._version, self._misfit = self._version, update.version, ""
-            self._inbox.acknowledge_version(before, update.version, "applied")
-            loaded = True
-        return loaded
-
-    # Commands
-
-    def _obey_waiting(self, deadline: Deadline | None = None) -> None:
-        """Obey every command that is there; while paused, wait for more, but not beyond the deadline."""
+    def _obey_commands(self, deadline: Deadline | None = None) -> None:
+        """Obey every command that has arrived. While paused, wait for further ones, up to the deadline."""
         with self._applying:
             while self.running and not (deadline and deadline.over):
-                order = self._inbox.next(LOOK_SECONDS if self.paused else 0)
-                if order is not None:
-                    self._obey(order)
+                command = self._inbox.next(CHECK_SECONDS if self.paused else 0)
+                if command is not None:
+                    self._commands.obey(command, self._inbox)
                 elif self.paused:
                     self._check()
                 else:
                     return
 
-    def _obey(self, order: ReceivedCommand) -> None:
-        known = order.name in _BUILT_IN or order.name in self._handlers
-        expired = self._inbox.expired(order)  # if this cannot be found out, the order stays
-        self._inbox.remove()
-        if expired:
-            self._inbox.acknowledge_command(order, "expired")
-        elif not known:
-            self._inbox.acknowledge_command(order, "unknown")
-        else:
-            try:
-                if order.name in _BUILT_IN:
-                    _BUILT_IN[order.name](self, order.data)
-                if order.name in self._handlers:
-                    self._handlers[order.name](order.data)
-            except Exception as error:
-                logger.exception("the command %r failed", order.name)
-                self._inbox.acknowledge_command(order, "failed", f"{type(error).__name__}: {error}")
-            except BaseException as error:  # Ctrl-C, sys.exit: the worker ends, but not without an answer
-                self._inbox.acknowledge_command(order, "failed", type(error).__name__)
-                raise
-            else:
-                self._inbox.acknowledge_command(order, "done")
+    def _wait_and_load(self, model: Any, latest: int, deadline: Deadline) -> None:
+        """Load the version `latest`, or a newer one, as soon as it is ready; obey commands meanwhile.
 
-    def _stop(self, data: Any) -> None:
-        self._running = False
+        An older version is loaded only at the deadline: it may have other shapes than the model.
+        """
+        waiting = list[WeightsUpdate]()
+        while self.running:
+            with self._applying:
+                updates = self._subscriber.take(min(CHECK_SECONDS, deadline.remaining))
+                waiting = drop_superseded(waiting + updates)
+                if deadline.over or self._subscriber.was_taken(latest):
+                    if self._weights.apply(waiting, model, self._inbox.acknowledge_version, again=True):
+                        return
+                    waiting = []
+            self._obey_commands(deadline)
+            self._check()
+            if deadline.over:
+                problem = self._subscriber.problem or "is its learner running, and has it published?"
+                raise DeadlineExceeded(
+                    f"no weights came in the run {self.run!r} on {self._connection.address} within "
+                    f"{deadline.seconds:g} s: {problem}"
+                )
 
-    def _pause(self, data: Any) -> None:
-        duration = data.get("duration") if isinstance(data, dict) else data
-        if duration is None:
-            self._paused_until = float("inf")
-        elif isinstance(duration, (int, float)) and duration >= 0:
-            self._paused_until = time.monotonic() + duration
-        else:
-            raise InvalidArgument(f"pause takes a duration in seconds, or None; got {duration!r}")
+    def _gives_up_sending(self) -> bool:
+        """Return whether a batch that waits for room is dropped. Not while draining: it is still to arrive."""
+        return self._closed or self._commands.stopped or self._inbox.holds("stop")
 
-    def _resume(self, data: Any) -> None:
-        self._paused_until = None
+    def _maintain(self, returned: bool) -> None:
+        """Retry what is under way. Called after each heartbeat; `returned` if the server may have lost data."""
+        if returned:
+            self._inbox.mark_stale()
+            self._sender.mark_stale()
+        self._sender.maintain()
 
-    def _reset(self, data: Any) -> None:
-        self._resets += 1
-
-
-_BUILT_IN: dict[str, Callable[[WorkerClient, Any], None]] = {
-    "stop": WorkerClient._stop,
-    "pause": WorkerClient._pause,
-    "resume": WorkerClient._resume,
-    "reset": WorkerClient._reset,
-}
+    def _describe(self) -> dict[str, str | int]:
+        """Return what each heartbeat reports. The first one is sent before there is a sender."""
+        sender = self._sender if self._joined else None
+        return {
+            "version": self.version,
+            "sent": sender.sent if sender else 0,
+            "problem": self._subscriber.problem or self._weights.problem,
+            "unconfirmed": sender.unconfirmed if sender else "",
+            "room_seconds": f"{sender.room_seconds if sender else 0.0:.3f}",
+            "unpolled_seconds": f"{self._last_poll.absent_seconds:.3f}",
+        }

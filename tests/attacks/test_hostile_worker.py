@@ -109,7 +109,7 @@ def test_an_incredible_version_of_a_worker_is_ignored(
 ) -> None:
     comm, bad = learner(), worker()
     server.client.hset(keys.life(bad.worker_id), "known_version", 2**51)
-    comm._roster.heartbeat(comm._channel)
+    comm._maintenance.send_heartbeat()
     assert comm.send_model_weights({"x": 1}).version == 1
 
 

@@ -313,7 +313,7 @@ def test_a_worker_cannot_use_up_the_version_numbers(scene: Scene) -> None:
     client, before = scene.join_as_attacker(), scene.learner.version
     for claimed in (2**51, 2**40, 20_000_000):
         scene.attacker.hset(KEYS.life(0), "known_version", claimed)
-        scene.learner._roster.heartbeat(scene.learner._channel)
+        scene.learner._maintenance.send_heartbeat()
         before += 1
         assert scene.learner.send_model_weights({"w": np.zeros(8)}).version == before
     client.close()

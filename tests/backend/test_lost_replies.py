@@ -53,7 +53,7 @@ def test_with_every_twentieth_reply_lost_nothing_is_lost_or_doubled(
         if client.poll({}):
             applied.append(client.version)
         account = comm._ledger.read_outcomes([0])[0]
-        return account.settled == versions and not comm._commander.count_pending()
+        return account.settled == versions and not comm._commands.count_pending()
 
     wait_until("all is settled", settled, timeout_seconds=30)
     while pairs := _collect(comm):

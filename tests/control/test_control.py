@@ -402,7 +402,7 @@ def test_a_field_that_another_program_spoiled_stops_commands_only_while_it_is_th
     for step in (
         client._heartbeat._beat,
         client._inbox.acknowledgements._drop_settled,
-        lambda: comm._roster.heartbeat(comm._channel),
+        lambda: comm._maintenance.send_heartbeat(),
     ):
         with suppress(PeerError):
             step()
@@ -429,6 +429,6 @@ def test_a_command_that_could_not_be_sent_is_not_sent_later(
         patch.setattr(comm._connection, "run", fail)
         with pytest.raises(ConnectionFailed):
             comm.send_control_command("note")
-    comm._commander.restore()
+    comm._commands.restore()
     poll_until_acknowledged(client, comm.send_control_command("reset"))
     assert done == []

@@ -133,7 +133,7 @@ def test_a_retried_batch_stays_retried_when_counts_are_restored(
     damage(server, keys, 1)
     comm.collect_experiences(timeout=0.1)
     comm.retry_dead_letters(comm.dead_letters())
-    comm._holdings.restore()
+    comm._pending.restore()
     counts = comm.get_queue_info()["counts"][0]
     assert (counts.produced, counts.waiting, counts.lost) == (1, 1, {})
 
@@ -149,10 +149,10 @@ def test_a_learner_hears_of_what_others_tried_again(
     connection.close()
     wait_until(
         "it has heard, and the batch has died again",
-        lambda: comm.collect_experiences(timeout=0.1) or comm._holdings._counted[0]["retried_corrupt"],
+        lambda: comm.collect_experiences(timeout=0.1) or comm._pending._counted[0]["retried_corrupt"],
     )
     server.client.delete(keys.counts(0))
-    comm._holdings.restore()
+    comm._pending.restore()
     assert server.client.hget(keys.counts(0), "retried_corrupt") == b"1"
 
 

@@ -156,10 +156,10 @@ def test_the_arrays_of_a_batch_may_be_written_to_once_it_was_sent(learner: Learn
         array[:] = number
         client.send_experiences({"x": array})
     array[:] = 9
-    client._sender.mark_stale()  # type: ignore[union-attr]
+    client._sender.mark_stale()
     got = [batch["x"] for _, batch in comm.collect_experiences(timeout=5.0)]
     assert [set(one.tolist()) for one in got] == [{0}, {1}, {2}]
-    kept = [decode(parcel.fields[-1])["x"] for parcel in client._sender._kept]  # type: ignore[union-attr]
+    kept = [decode(parcel.fields[-1])["x"] for parcel in client._sender._kept]
     assert [set(one.tolist()) for one in kept] == [{0}, {1}, {2}]
 
 
@@ -377,8 +377,8 @@ def test_ids_that_lua_cannot_count_are_renewed_too(
     entry = server.client.xrange(keys.experiences(0))[0][1]
     server.client.xadd(keys.experiences(0), entry, id=f"{client.incarnation}-9007199254740993")
     comm.collect_experiences(timeout=5.0)
-    comm._ownership._next_renewal = Deadline(0)
-    comm._ownership.renew(comm._collector.sources)
+    comm._maintenance._takeover._next_renewal = Deadline(0)
+    comm._maintenance._takeover.renew(comm._collector.sources)
 
 
 def test_what_was_sent_is_known_at_once(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
@@ -409,7 +409,7 @@ def test_a_batch_sent_twice_is_delivered_once(
 ) -> None:
     comm, client = learner(), worker()
     client.send_experiences({"number": 1})
-    client._sender._sequence = 0  # type: ignore[union-attr] # as if the reply had been lost
+    client._sender._sequence = 0  # as if the reply had been lost
     client.send_experiences({"number": 1})
     assert len(comm.collect_experiences(timeout=5.0)) == 1
     assert comm.collect_experiences(timeout=0.1) == []
@@ -480,7 +480,7 @@ def test_a_sender_in_a_second_thread_keeps_its_own_timeout(learner: Learner, wor
     client.send_experiences({"x": 1})
     first = threading.Thread(target=client.send_experiences, args=({"x": 2},), kwargs={"timeout": 10.0})
     first.start()
-    wait_until("the first one waits", client._sender._lock.locked)  # type: ignore[union-attr]
+    wait_until("the first one waits", client._sender._lock.locked)
     began = time.monotonic()
     with pytest.raises(QueueFull, match="another thread"):
         client.send_experiences({"x": 3}, timeout=0.2)

@@ -248,7 +248,7 @@ def test_a_fenced_worker_counts_what_it_could_not_deliver(
     worker(0)
     mended.set()
     with pytest.raises(Fenced):
-        client._sender.send({"number": 3}, version=0, timeout_seconds=5.0)  # type: ignore[union-attr]
+        client._sender.send({"number": 3}, version=0, timeout_seconds=5.0)
     assert server.client.hget(keys.counts(0), f"fenced:{client.incarnation}") == b"2"
     assert server.client.hget(keys.counts(0), f"sent:{client.incarnation}") == b"1"
 

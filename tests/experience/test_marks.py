@@ -121,7 +121,7 @@ def test_what_a_fault_kept_from_being_settled_is_settled_later(
         raise ConnectionFailed("the server is away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(again._holdings, "settle", fail)
+        patch.setattr(again._pending, "settle", fail)
         with pytest.raises(ConnectionFailed):
             again.collect_experiences(timeout=5.0)
     assert again.collect_experiences() == []

@@ -111,13 +111,13 @@ def test_one_that_was_frozen_before_it_handed_out_takes_nothing_back(
     frozen = learner(learner_name="a", publishes=False, acknowledge="manual")
     other = learner(learner_name="b", take_over_seconds=0.5, acknowledge="manual")
     frozen._thread.stop(5.0)
-    hand_out = frozen._ownership.hand_out
+    hand_out = frozen._maintenance._takeover.hand_out
 
     def freeze(*arguments: Any) -> bool:
         wait_until("the other has it", lambda: other.collect_experiences(timeout=0.1))
         return hand_out(*arguments)
 
-    monkeypatch.setattr(frozen._ownership, "hand_out", freeze)
+    monkeypatch.setattr(frozen._maintenance._takeover, "hand_out", freeze)
     assert frozen.collect_experiences() == []
     assert other.acknowledge(other.marks()) == 1
 
@@ -159,7 +159,7 @@ def test_one_that_was_superseded_never_leads_again(
     for forbidden in (lambda: older.send_model_weights({"w": 2}), lambda: older.send_control_command("stop")):
         with pytest.raises(Fenced):
             forbidden()
-    newer._restore()
+    newer._maintenance.restore()
     assert newer.send_model_weights({"w": 3}).version == 2
     send(worker(), 1)
     assert numbers(newer.collect_experiences(timeout=5.0)) == [1]
@@ -307,7 +307,7 @@ def test_a_server_that_lost_everything_gets_back_what_each_of_them_knows(
 
 def _mirrored(comm: WorkerCommunicator) -> int:
     comm.collect_experiences()
-    return comm._holdings._counted[0]["delivered"]
+    return comm._pending._counted[0]["delivered"]
 
 
 def _delivered(comm: WorkerCommunicator) -> int:

@@ -55,8 +55,8 @@ def test_the_id_of_a_silent_worker_stays_taken_while_its_learner_is_cut_off_too(
     silence(client)
     wait_until("its lease is over", lambda: comm.workers()[0].state == "away")
     assert worker().worker_id == 1
-    comm._restore()
-    comm._roster.heartbeat(comm._channel)
+    comm._maintenance.restore()
+    comm._maintenance.send_heartbeat()
     assert worker().worker_id == 2
     client._heartbeat._beat()
 
@@ -66,7 +66,7 @@ def test_time_without_a_learner_does_not_count_as_silence(learner: Learner, work
     comm._thread.stop(5.0)
     silence(client)
     wait_until("it was silent for too long", lambda: comm.workers()[0].last_seen_seconds > 0.7)
-    comm._restore()
+    comm._maintenance.restore()
     assert comm._roster.forget_silent() == []
     client._heartbeat._beat()
     wait_until("it is forgotten after all", lambda: comm._roster.forget_silent() == [0])
@@ -83,7 +83,7 @@ def test_a_worker_that_left_just_before_a_loss_is_soon_forgotten(
     comm._thread.stop(5.0)
     leaving.close()
     server.client.flushall()
-    comm._restore()
+    comm._maintenance.restore()
     assert len(comm.workers()) == 2
     wait_until("one is forgotten", lambda: comm._roster.forget_silent() == [0])
     assert [info.worker_id for info in comm.workers()] == [1]

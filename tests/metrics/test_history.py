@@ -1,4 +1,4 @@
-"""History: samples survive writing and reading, and two of them tell what happened in between."""
+"""Samples of the history survive writing and reading, and intervals between them are computed right."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlbroker.metrics.counters import EXACT_BELOW, Metrics, staleness_bucket
-from rlbroker.metrics.history import Interval, Sample, intervals, joined
-from rlbroker.metrics.tensorboard import TAGS, scalars
+from rlbroker.metrics.history import Interval, Sample, intervals, merge_samples
 
 pytestmark = pytest.mark.unit
 
@@ -29,11 +28,11 @@ _any_sample = st.builds(
 )
 
 
-def a_sample(at: float = 0.0, **figures: Any) -> Sample:
+def a_sample(at: float = 0.0, **values: Any) -> Sample:
     zeros: dict[str, Any] = {
         one.name: {"int": 0, "float": 0.0}.get(str(one.type), {}) for one in fields(Sample)
     }
-    return Sample(**zeros | {"at": at} | figures)
+    return Sample(**zeros | {"at": at} | values)
 
 
 @given(_any_sample)
@@ -43,7 +42,7 @@ def test_a_sample_is_read_as_it_was_written(sample: Sample) -> None:
 
 @settings(max_examples=40)
 @given(st.sampled_from(sorted(a_sample().to_fields())), st.text(max_size=12))
-def test_whatever_is_written_is_a_sample_or_none(name: str, text: str) -> None:
+def test_any_text_in_a_field_gives_a_sample_or_none(name: str, text: str) -> None:
     written = a_sample().to_fields()
     found = Sample.from_fields("5250-0", written | {name: text})
     assert found is None or found.to_fields() == found.to_fields()
@@ -52,14 +51,14 @@ def test_whatever_is_written_is_a_sample_or_none(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "-1", "nan", "inf", "1e400", "0x1", "1:", "1:2 x"])
-def test_what_is_no_figure_makes_no_sample(text: str) -> None:
+def test_an_invalid_number_makes_no_sample(text: str) -> None:
     written = a_sample().to_fields()
     assert Sample.from_fields("5250-0", written | {"rows": text, "wait_seconds": text}) is None
     if text:
         assert Sample.from_fields("5250-0", written | {"staleness": text}) is None
 
 
-def test_fields_of_a_later_release_are_passed_over() -> None:
+def test_fields_of_a_later_release_are_ignored() -> None:
     assert Sample.from_fields("5250-0", a_sample().to_fields() | {"mood": "good"}) == a_sample(5.25)
 
 
@@ -68,7 +67,7 @@ def test_fields_of_a_later_release_are_passed_over() -> None:
     st.lists(st.integers(0, 200)),
     st.floats(0.01, 1.0),
 )
-def test_quantiles_are_those_of_the_batches_in_between(
+def test_quantiles_are_those_of_the_batches_of_the_interval(
     between: list[int], earlier: list[int], q: float
 ) -> None:
     metrics = Metrics()
@@ -85,12 +84,12 @@ def test_quantiles_are_those_of_the_batches_in_between(
     assert found.staleness == Counter(between)
 
 
-def test_the_median_of_two_is_the_lower() -> None:
+def test_the_median_of_two_batches_is_the_lower_staleness() -> None:
     found = Interval(a_sample(1.0), a_sample(2.0, staleness={0: 1, 7: 1}))
     assert (found.staleness_quantile(0.5), found.staleness_quantile(0.51)) == (0.0, 7.0)
 
 
-def test_nothing_collected_has_no_staleness() -> None:
+def test_an_interval_without_batches_has_no_staleness() -> None:
     same = a_sample(1.0, staleness={0: 5})
     found = Interval(same, replace(same, at=2.0))
     assert (found.staleness_quantile(0.5), found.mean_staleness) == (None, None)
@@ -107,13 +106,13 @@ def test_a_staleness_is_counted_in_the_bucket_below_it(staleness: int) -> None:
     )
 
 
-def test_rates_are_growth_by_time() -> None:
+def test_rates_are_growth_per_second_and_never_negative() -> None:
     found = Interval(a_sample(10.0, rows=5, lost=3), a_sample(14.0, rows=25, lost=1, wait_seconds=1.0))
     assert (found.seconds, found.rate("rows"), found.share("wait_seconds")) == (4.0, 5.0, 0.25)
-    assert found.rate("lost") == 0.0  # dead letters were tried again
+    assert found.rate("lost") == 0.0  # retried dead letters are subtracted
 
 
-def test_learners_are_not_compared_with_each_other() -> None:
+def test_samples_of_different_learners_make_no_interval() -> None:
     first, second, third = a_sample(1.0, epoch=1), a_sample(2.0, epoch=1), a_sample(3.0, epoch=2)
     assert intervals([first, second, third, replace(third, at=4.0)]) == [
         Interval(first, second),
@@ -122,10 +121,10 @@ def test_learners_are_not_compared_with_each_other() -> None:
 
 
 @given(st.sets(st.integers(0, 100)), st.sets(st.integers(0, 100)))
-def test_coarser_samples_stand_only_for_what_is_older(coarse: set[int], fine: set[int]) -> None:
+def test_coarser_samples_are_used_only_before_the_finer_ones(coarse: set[int], fine: set[int]) -> None:
     found = [
         one.at
-        for one in joined(
+        for one in merge_samples(
             [a_sample(float(at)) for at in sorted(coarse)], [a_sample(float(at)) for at in sorted(fine)]
         )
     ]
@@ -134,15 +133,8 @@ def test_coarser_samples_stand_only_for_what_is_older(coarse: set[int], fine: se
     assert set(found) - fine == {at for at in coarse if not fine or at < min(fine)}
 
 
-def test_timed_blocks_count_also_where_they_fail() -> None:
+def test_a_timed_block_that_raises_is_counted() -> None:
     metrics = Metrics()
     with pytest.raises(ValueError, match="no"), metrics.timed("seconds"):
         raise ValueError("no")
     assert metrics.totals()["seconds"] > 0
-
-
-def test_every_tag_is_documented_and_written() -> None:
-    before = a_sample(1.0)
-    after = a_sample(2.0, published=1, alive=1, collected=1, staleness={3: 1})
-    assert scalars(Interval(before, after)).keys() == TAGS.keys()
-    assert scalars(Interval(before, after))["rlbroker/staleness_p95"] == 3.0

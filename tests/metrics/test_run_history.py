@@ -1,8 +1,7 @@
-"""The run's history, as its learner writes it and anyone reads it; and what workers say for it."""
+"""The history of a run as its learner writes it and any client reads it, and the times that workers report for it."""
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import threading
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import Server, wait_until
 
-from rlbroker import Fenced, InvalidArgument, QueueFull, WorkerClient, WorkerCommunicator
+from rlbroker import Fenced, QueueFull, WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import server_seconds
@@ -23,33 +22,36 @@ Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 
-def quiet(comm: WorkerCommunicator) -> WorkerCommunicator:
-    """End its background, so that a test decides when a sample is taken."""
+def stop_background(comm: WorkerCommunicator) -> WorkerCommunicator:
+    """Stop a learner's background thread, so that the test decides when a sample is taken."""
     assert comm._thread.stop(5.0)
     return comm
 
 
 def record(comm: WorkerCommunicator, *, last: bool = False) -> Sample:
-    comm._roster.heartbeat(comm._channel)
-    comm._record(last=last)
+    """Take a sample, as the background thread does once a second, and return it as it was stored."""
+    comm._maintenance.send_heartbeat()
+    comm._maintenance.record(last=last)
     return history(comm)[-1]
 
 
-def history(comm: WorkerCommunicator, **choice: Any) -> list[Sample]:
-    return read_history(comm._connection, comm._keys, **choice)
+def history(comm: WorkerCommunicator, **selection: Any) -> list[Sample]:
+    return read_history(comm._connection, comm._keys, **selection)
 
 
-def silence(client: WorkerClient) -> None:
+def stop_heartbeats(client: WorkerClient) -> None:
     assert client._heartbeat._thread.stop(5.0)
 
 
-def test_the_history_tells_what_happened(learner: Learner, worker: Worker, monkeypatch: Any) -> None:
-    monkeypatch.setattr("rlbroker.learner.ALIVE_SECONDS", 0.05)
+def test_a_sample_counts_versions_batches_bytes_and_seconds(
+    learner: Learner, worker: Worker, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("rlbroker.run.maintenance.HEARTBEAT_SECONDS", 0.05)
     comm = learner(max_staleness=2)
     client = worker(3)
-    # The second sample is taken by itself.
+    # The background thread takes the second sample.
     wait_until("a sample has been taken", lambda: any(one.alive for one in history(comm)))
-    quiet(comm)
+    stop_background(comm)
     before = history(comm)[-1]
     comm.send_model_weights({"weights": np.zeros(1000, np.float32)})
     client.load_weights({})
@@ -72,13 +74,13 @@ def test_the_history_tells_what_happened(learner: Learner, worker: Worker, monke
     (interval,) = intervals([before, after])
     for name in ("encode_seconds", "send_seconds", "publish_seconds", "decode_seconds"):
         assert 0 < interval.growth(name) <= interval.seconds
-    assert 0.1 <= interval.growth("wait_seconds") <= interval.seconds  # and looked for streams besides
+    assert 0.1 <= interval.growth("wait_seconds") <= interval.seconds  # it also looked for new streams
     assert after.published_stored_bytes > 0
     assert after.collected_stored_bytes > 0
 
 
-def test_the_history_tells_what_was_lost_and_missed(learner: Learner, worker: Worker) -> None:
-    comm = quiet(learner(max_staleness=1, max_queue_size=1, when_full="drop_newest"))
+def test_a_sample_counts_lost_batches_and_missed_versions(learner: Learner, worker: Worker) -> None:
+    comm = stop_background(learner(max_staleness=1, max_queue_size=1, when_full="drop_newest"))
     client = worker(0)
     client.send_experiences({"steps": np.zeros(1)})
     assert not client.send_experiences({"steps": np.zeros(1)})
@@ -91,43 +93,45 @@ def test_the_history_tells_what_was_lost_and_missed(learner: Learner, worker: Wo
     assert (found.lost, found.missed, found.collected) == (2, 2, 0)
 
 
-def test_a_new_learner_goes_on_with_the_history_and_begins_its_own_sums(learner: Learner) -> None:
+def test_a_new_learner_continues_the_history_with_sums_of_its_own(learner: Learner) -> None:
     first = learner()
     first.send_model_weights({"weights": np.zeros(10)})
     first.cleanup()
     second = learner()
-    wait_until("it has written", lambda: history(second)[-1].epoch == second.epoch)
+    wait_until("it has written a sample", lambda: history(second)[-1].epoch == second.epoch)
     found = history(second)
-    assert [one.published for one in found if one.epoch == first.epoch][-1] == 1  # at its very end
+    assert [one.published for one in found if one.epoch == first.epoch][-1] == 1  # its last sample
     assert (found[-1].published, found[-1].version) == (0, 1)
     assert all(one.before.epoch == one.after.epoch for one in intervals(found))
 
 
-def test_the_history_is_capped(learner: Learner, server: Server, keys: Keys, monkeypatch: Any) -> None:
-    comm = quiet(learner())
+def test_the_streams_of_the_history_are_capped(
+    learner: Learner, server: Server, keys: Keys, monkeypatch: Any
+) -> None:
+    comm = stop_background(learner())
     monkeypatch.setitem(TIERS, 1, 20)
     for _ in range(80):
-        comm._record()
+        comm._maintenance.record()
     # Whole nodes of the stream are cut off, so a few more may stay.
     assert 20 <= server.client.xlen(keys.history(1)) < 60
-    assert server.client.xlen(keys.history(600)) == 1  # not due
+    assert server.client.xlen(keys.history(600)) == 1  # not due again
 
 
-def test_coarser_samples_tell_what_finer_ones_have_forgotten(
+def test_coarser_samples_fill_in_for_finer_ones_that_were_trimmed(
     learner: Learner, server: Server, keys: Keys
 ) -> None:
-    comm = quiet(learner())
+    comm = stop_background(learner())
     for _ in range(4):
         comm.send_model_weights({"w": np.zeros(1)})
         record(comm, last=True)
-        wait_until("the server's clock goes on", lambda: _age(comm, server) > 0.005)
+        wait_until("the server's clock has advanced", lambda: _age(comm, server) > 0.005)
     whole = history(comm)
     assert len(whole) >= 4
     server.client.xtrim(keys.history(1), maxlen=2, approximate=False)
     server.client.xtrim(keys.history(30), maxlen=3, approximate=False)
     server.client.xadd(keys.history(30), {"junk": "x"})
     again = history(comm)
-    # The streams get a sample one after the other, so its time differs a little.
+    # A sample gets a slightly different time in each stream.
     assert [one.version for one in again] == [one.version for one in whole]
     assert [one.at for one in again] == sorted(one.at for one in again)
     assert history(comm, count=1) == whole[-1:]
@@ -138,63 +142,49 @@ def _age(comm: WorkerCommunicator, server: Server) -> float:
     return server_seconds(server.client.time()) - history(comm)[-1].at
 
 
-def test_a_fault_of_the_history_costs_the_learner_nothing(
+def test_a_fault_in_the_history_does_not_affect_the_learner(
     learner: Learner, server: Server, keys: Keys, caplog: pytest.LogCaptureFixture
 ) -> None:
-    comm = quiet(learner())
+    comm = stop_background(learner())
     server.client.delete(keys.history(1))
     server.client.set(keys.history(1), "not mine")
     server.client.set(keys.experiences(0), "not mine either", ex=60)
     server.client.hset(keys.life(0), "incarnation", "1")
     server.client.sadd(keys.workers, 0)
-    comm._roster.heartbeat(comm._channel)
-    comm._record()
+    comm._maintenance.send_heartbeat()
+    comm._maintenance.record()
     server.client.delete(keys.history(1))
     assert record(comm).waiting == 0
-    assert server.client.xlen(keys.history(1)) == 1  # it works again
+    assert server.client.xlen(keys.history(1)) == 1  # the next sample is written
     assert "history" not in caplog.text
-    comm._recorder._known = lambda: 1 / 0  # type: ignore[assignment, return-value]
+    comm._recorder._read_state = lambda: 1 / 0  # type: ignore[assignment, return-value]
     for _ in range(2):
-        comm._record()
+        comm._maintenance.record()
     assert caplog.text.count("the history of the run") == 1
     assert comm.send_model_weights({"weights": np.zeros(1)})
     assert comm._thread.error is None
 
 
-def test_a_learner_that_does_not_lead_writes_figures_but_no_history(
-    learner: Learner, server: Server, keys: Keys
-) -> None:
-    collects = learner(learner_name="other", publishes=False)
-    wait_until("it lives", lambda: server.client.hget(keys.meta, "seen:other"))
-    quiet(collects)
-    writer = Writer()
-    collects.log_to(writer, every_seconds=0.1)
-    for _ in range(2):
-        collects._record()
-    wait_until("it has written figures", lambda: writer.written)
-    assert history(collects) == []
+# What workers report
 
 
-# What workers say
-
-
-@pytest.mark.parametrize("learns_by", ["its heartbeat", "sending", "closing"])
-def test_a_fenced_twin_is_noted(
-    learns_by: str, learner: Learner, worker: Worker, server: Server, keys: Keys
+@pytest.mark.parametrize("call", ["heartbeat", "send", "close"])
+def test_a_fenced_twin_is_reported(
+    call: str, learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
     comm = learner()
     first = worker(0)
-    silence(first)
+    stop_heartbeats(first)
     second = worker(0)
     assert comm.workers()[0].fenced_process == ""
     assert comm.workers()[0].fenced_seconds is None
-    if learns_by == "its heartbeat":
+    if call == "heartbeat":
         with pytest.raises(Fenced):
             first._heartbeat._beat()
-    elif learns_by == "sending":
+    elif call == "send":
         with pytest.raises(Fenced):
             first.send_experiences({"steps": np.zeros(1)})
-    if learns_by != "its heartbeat":
+    if call != "heartbeat":
         first.close()
     second._heartbeat._beat()
     (found,) = comm.workers()
@@ -205,12 +195,12 @@ def test_a_fenced_twin_is_noted(
     assert server.client.pttl(keys.heartbeat(0)) > 0
 
 
-def test_who_left_or_was_forgotten_is_no_twin(
+def test_a_worker_that_left_or_was_forgotten_is_not_reported_as_a_twin(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
-    comm = quiet(learner(forget_seconds=0.2, lease_seconds=0.2))
+    comm = stop_background(learner(forget_seconds=0.2, lease_seconds=0.2))
     gone = worker(0)
-    silence(gone)
+    stop_heartbeats(gone)
     wait_until("it is forgotten", comm._roster.forget_silent)
     with pytest.raises(Fenced):
         gone._heartbeat._beat()
@@ -224,18 +214,18 @@ def test_who_left_or_was_forgotten_is_no_twin(
     assert (back.worker_id, comm.workers()[0].fenced_process) == (1, "")
 
 
-def test_waiting_for_room_is_told(learner: Learner, worker: Worker) -> None:
-    comm = quiet(learner(max_queue_size=1))
+def test_time_spent_waiting_for_room_is_reported_once(learner: Learner, worker: Worker) -> None:
+    comm = stop_background(learner(max_queue_size=1))
     assert record(comm).room_seconds == 0
     client = worker(0)
     client.send_experiences({"steps": np.zeros(1)})
     client._heartbeat._beat()
     assert comm.workers()[0].room_seconds == 0
-    blocked = threading.Thread(target=_send_in_vain, args=(client,))
+    blocked = threading.Thread(target=_fail_to_send, args=(client,))
     blocked.start()
-    wait_until("it waits", lambda: client._sender is not None and client._sender.room_seconds > 0.05)
+    wait_until("it waits", lambda: client._sender.room_seconds > 0.05)
     client._heartbeat._beat()
-    assert comm.workers()[0].room_seconds >= 0.05  # while it still waits; a heartbeat gives milliseconds
+    assert comm.workers()[0].room_seconds >= 0.05  # while it still waits
     blocked.join()
     client._heartbeat._beat()
     waited = comm.workers()[0].room_seconds
@@ -244,26 +234,26 @@ def test_waiting_for_room_is_told(learner: Learner, worker: Worker) -> None:
     assert record(comm).room_seconds == pytest.approx(waited, abs=0.002)  # counted once
 
 
-def _send_in_vain(client: WorkerClient) -> None:
+def _fail_to_send(client: WorkerClient) -> None:
     with pytest.raises(QueueFull):
         client.send_experiences({"steps": np.zeros(1)}, timeout=0.15)
 
 
-def test_a_worker_that_does_not_poll_is_told(learner: Learner, worker: Worker) -> None:
+def test_a_worker_that_does_not_poll_is_reported(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker(0)
-    wait_until("it is noticed", lambda: comm.workers()[0].unpolled_seconds > 0)
+    wait_until("a heartbeat reports it", lambda: comm.workers()[0].unpolled_seconds > 0)
     inside: list[Any] = []
-    client.on_command("look", lambda _: inside.append(client._describe()["unpolled_seconds"]))
-    comm.send_control_command("look")
+    client.on_command("note", lambda _: inside.append(client._describe()["unpolled_seconds"]))
+    comm.send_control_command("note")
     wait_until("it obeys", lambda: client.poll() or inside)
     assert inside == ["0.000"]
 
 
-def test_what_a_worker_says_of_its_time_is_checked(
+def test_times_that_a_worker_reports_are_checked(
     learner: Learner, worker: Worker, server: Server, keys: Keys
 ) -> None:
-    comm, client = quiet(learner()), worker(0)
-    silence(client)
+    comm, client = stop_background(learner()), worker(0)
+    stop_heartbeats(client)
     record(comm)
     said = {
         "room_seconds": "1e300",
@@ -276,86 +266,14 @@ def test_what_a_worker_says_of_its_time_is_checked(
     assert (found.room_seconds, found.unpolled_seconds, found.fenced_seconds) == (0.0, 0.0, None)
     assert len(found.fenced_process) < 999
     server.client.hset(keys.heartbeat(0), "room_seconds", "999999")
-    assert record(comm).room_seconds < 60  # nobody waits for longer than there was time
-    server.client.hdel(keys.heartbeat(0), *said)  # an older release says nothing
+    assert record(comm).room_seconds < 60  # no more than the time that has passed
+    server.client.hdel(keys.heartbeat(0), *said)  # an older release does not report them
     assert comm.workers()[0].room_seconds == 0.0
 
 
-# TensorBoard
-
-
-class Writer:
-    def __init__(self) -> None:
-        self.written: list[tuple[str, float, int]] = []
-
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        self.written.append((tag, value, step))
-
-
-def test_figures_are_written_for_tensorboard(learner: Learner, worker: Worker) -> None:
-    comm, client = quiet(learner()), worker(0)
-    by_rows, by_step = Writer(), Writer()
-    comm.log_to(by_rows, every_seconds=0.1)
-    comm.log_to(by_step, step=lambda: 77, every_seconds=0.1)
-    record(comm)
-    client.send_experiences({"steps": np.zeros(5)})
-    assert comm.collect_experiences(timeout=5.0)
-    record(comm)
-    wait_until("both have written", lambda: by_rows.written and by_step.written)
-    comm.cleanup()
-    found = {tag: (value, step) for tag, value, step in by_rows.written}
-    assert found["rlbroker/staleness_mean"] == (0.0, 5)
-    assert found["rlbroker/steps_per_second"][0] > 0
-    assert {step for _, _, step in by_step.written} == {77}
-    before = len(by_rows.written)
-    for log in comm._logs:
-        log.offer(history_of_nothing())
-    assert not any(log._thread.is_alive() for log in comm._logs)
-    assert len(by_rows.written) == before
-
-
-def history_of_nothing() -> Sample:
-    from rlbroker.metrics.history import _WRITTEN
-
-    found = Sample.from_fields(
-        "99999999999999-0",
-        dict.fromkeys(_WRITTEN, "0") | dict.fromkeys(("staleness", "running", "queued"), ""),
-    )
-    assert found is not None
-    return found
-
-
-def test_an_error_of_the_writer_ends_the_writing_and_nothing_else(
-    learner: Learner, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Broken:
-        def add_scalar(self, *_: Any) -> None:
-            raise OSError("disk full")
-
-    comm = quiet(learner())
-    comm.log_to(Broken(), every_seconds=0.1)
-    with caplog.at_level(logging.ERROR, "rlbroker"):
-        for _ in range(2):
-            record(comm)
-        wait_until("it has ended", lambda: not comm._logs[0]._thread.is_alive())
-        record(comm)
-    assert caplog.text.count("figures are not written to Broken any more") == 1
-    assert comm.send_model_weights({"weights": np.zeros(1)})
-
-
-def test_what_cannot_write_figures_is_refused(learner: Learner) -> None:
+def test_any_client_reads_the_history(learner: Learner, server: Server, keys: Keys) -> None:
     comm = learner()
-    with pytest.raises(InvalidArgument, match="add_scalar"):
-        comm.log_to(object())  # type: ignore[arg-type]
-    with pytest.raises(InvalidArgument, match="step"):
-        comm.log_to(Writer(), step=7)  # type: ignore[arg-type]
-    with pytest.raises(InvalidArgument, match="every_seconds"):
-        comm.log_to(Writer(), every_seconds=0)
-
-
-def test_anyone_reads_the_history(learner: Learner, server: Server, keys: Keys) -> None:
-    comm = learner()
-    wait_until("it has written", lambda: history(comm))
+    wait_until("it has written a sample", lambda: history(comm))
     comm.cleanup()
     connection = Connection(server.way().get("redis_url"), client=server.way().get("redis_client"))
     assert read_history(connection, keys)[-1].epoch == comm.epoch

@@ -98,7 +98,7 @@ def live(server: GuardedServer) -> None:
         comm.purge_dead_letters(wait_until("it is dead again", dead))
         admin.sadd(KEYS.workers, "nobody")
         wait_until("who is nobody is removed", lambda: not admin.sismember(KEYS.workers, "nobody"))
-        comm._housekeeping()
+        comm._maintenance.housekeep()
         third = worker(1)
         with pytest.raises(Fenced):
             wait_until("the second is replaced", lambda: second.poll({}) and False)

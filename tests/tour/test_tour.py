@@ -1,4 +1,4 @@
-"""A tour of rlbroker, in the order in which one meets it. Each stop runs on fakeredis and on a real server."""
+"""A tour of rlbroker, in the order of a first use. Each stop runs on fakeredis and on a real server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Worker = Callable[..., WorkerClient]
 
 
 def test_1_weights_reach_a_worker(learner: Learner, worker: Worker) -> None:
-    """The learner publishes a state dict once; each worker loads it, bit by bit the same."""
+    """The learner publishes a state dict once. Each worker loads it, bit by bit the same."""
     trained, acting = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
 
     receipt = learner().send_model_weights(trained.state_dict())
@@ -27,7 +27,7 @@ def test_1_weights_reach_a_worker(learner: Learner, worker: Worker) -> None:
 
 
 def test_2_a_worker_polls_for_newer_weights(learner: Learner, worker: Worker) -> None:
-    """`poll` costs next to nothing until there is something to apply; then it applies the newest."""
+    """`poll` is cheap until there is something to apply. Then it applies the newest version."""
     comm, client = learner(), worker()
     model = torch.nn.Linear(4, 2)
     comm.send_model_weights(model.state_dict())
@@ -41,7 +41,7 @@ def test_2_a_worker_polls_for_newer_weights(learner: Learner, worker: Worker) ->
 
 
 def test_3_experiences_come_back_as_they_went_in(learner: Learner, worker: Worker) -> None:
-    """A batch is a dictionary of what you have: tensors, arrays, nested, with plain values."""
+    """A batch is a dictionary of tensors, arrays and plain values, nested or not."""
     comm, client = learner(), worker(worker_id=1)
     client.send_experiences(
         {
@@ -59,8 +59,8 @@ def test_3_experiences_come_back_as_they_went_in(learner: Learner, worker: Worke
     assert batch["info"] == {"episode_return": 17.5, "env": "CartPole-v1"}
 
 
-def test_4_a_batch_knows_where_it_comes_from(learner: Learner, worker: Worker) -> None:
-    """Its facts are attributes, so that they cannot collide with your keys."""
+def test_4_a_batch_knows_its_worker_and_version(learner: Learner, worker: Worker) -> None:
+    """They are attributes of the batch, so they cannot collide with your keys."""
     comm, client = learner(), worker()
     comm.send_model_weights({"w": np.zeros(3)})
     client.load_weights({})
@@ -73,8 +73,8 @@ def test_4_a_batch_knows_where_it_comes_from(learner: Learner, worker: Worker) -
     assert (batch.worker_id, batch.version, batch.staleness, batch.rows, batch.sequence) == (0, 1, 1, 128, 1)
 
 
-def test_5_what_was_not_acknowledged_comes_again(learner: Learner, worker: Worker) -> None:
-    """A learner that dies with batches in its hands loses none of them: the next one gets them first."""
+def test_5_an_unacknowledged_batch_is_delivered_again(learner: Learner, worker: Worker) -> None:
+    """A learner that dies before it acknowledges its batches loses none of them: the next learner gets them first."""
     first, client = learner(acknowledge="manual"), worker()
     for number in range(3):
         client.send_experiences({"number": number})
@@ -86,8 +86,8 @@ def test_5_what_was_not_acknowledged_comes_again(learner: Learner, worker: Worke
     assert [batch["number"] for _, batch in second.collect_experiences(timeout=5.0)] == [1, 2]
 
 
-def test_6_a_full_queue_says_so(learner: Learner, worker: Worker) -> None:
-    """By default a sender waits for room, up to its timeout; then it raises, and you still have the batch."""
+def test_6_a_full_queue_blocks_and_then_raises(learner: Learner, worker: Worker) -> None:
+    """By default `send_experiences` waits for room. After the timeout it raises `QueueFull`; the batch was not sent."""
     learner(max_queue_size=2)
     client = worker()
     client.send_experiences({"number": 1})
@@ -97,8 +97,8 @@ def test_6_a_full_queue_says_so(learner: Learner, worker: Worker) -> None:
         client.send_experiences({"number": 3}, timeout=0.2)
 
 
-def test_7_or_it_drops_and_counts(learner: Learner, worker: Worker) -> None:
-    """Produced is always delivered plus what was lost, by reason."""
+def test_7_or_it_drops_batches_and_counts_them(learner: Learner, worker: Worker) -> None:
+    """The number of produced batches is always that of the delivered ones plus the lost ones, by reason."""
     comm, client = learner(max_queue_size=2, when_full="drop_oldest"), worker()
     for number in range(5):
         client.send_experiences({"number": number})
@@ -111,15 +111,15 @@ def test_7_or_it_drops_and_counts(learner: Learner, worker: Worker) -> None:
 
 
 def test_8_commands_have_an_outcome(learner: Learner, worker: Worker) -> None:
-    """Every worker answers every command: done, failed with the error's text, unknown, or expired."""
+    """Every worker acknowledges every command: done, failed with the error's text, unknown, or expired."""
     comm = learner()
     good, bad = worker(), worker()
     good.on_command("set_lr", lambda lr: None)
     bad.on_command("set_lr", lambda lr: 1 / lr)
 
     command = comm.send_control_command("set_lr", 0)
-    wait_until("the good one answered", lambda: good.poll() or not _waits(command, good))
-    wait_until("the bad one answered", lambda: bad.poll() or not _waits(command, bad))
+    wait_until("the good worker has obeyed", lambda: good.poll() or not _is_waiting(command, good))
+    wait_until("the bad worker has obeyed", lambda: bad.poll() or not _is_waiting(command, bad))
 
     outcomes = command.wait(timeout=5.0)
     assert outcomes[0].state == "done"
@@ -137,8 +137,8 @@ def test_9_stop_ends_the_loop(learner: Learner, worker: Worker) -> None:
     assert command.wait(timeout=5.0)[0]
 
 
-def test_10_nothing_is_missed_in_silence(learner: Learner, worker: Worker) -> None:
-    """A worker that was busy while versions went by runs the newest; the others are on record."""
+def test_10_every_missed_version_is_recorded(learner: Learner, worker: Worker) -> None:
+    """A worker that is busy while versions are published applies the newest one. The others are recorded as missed."""
     comm, client = learner(), worker()
     for _ in range(4):
         comm.send_model_weights({"w": np.zeros(2)})
@@ -151,12 +151,12 @@ def test_10_nothing_is_missed_in_silence(learner: Learner, worker: Worker) -> No
         records = comm.missed_updates()[0].records
         return {version for record in records for version in range(record.first, record.last + 1)}
 
-    wait_until("the others are on record", lambda: missed() == {1, 2, 3, 4} - applied)
+    wait_until("the others are recorded", lambda: missed() == {1, 2, 3, 4} - applied)
     assert comm.missed_updates()[0].total == 4 - len(applied)
 
 
 def test_11_one_process_for_each_worker_id(learner: Learner, worker: Worker) -> None:
-    """A second process with the same id fences the first: nothing of the old one is accepted any more."""
+    """A second process with the same id fences the first: from then on nothing of the first is accepted."""
     comm = learner()
     old = worker(worker_id=3)
     new = worker(worker_id=3)
@@ -169,8 +169,8 @@ def test_11_one_process_for_each_worker_id(learner: Learner, worker: Worker) -> 
     assert new.incarnation > old.incarnation
 
 
-def test_12_the_roster_tells_who_is_there(learner: Learner, worker: Worker) -> None:
-    """Without an id of its own a worker gets the lowest free one; who leaves is struck from the roster."""
+def test_12_the_roster_lists_the_members(learner: Learner, worker: Worker) -> None:
+    """A worker without an id gets the lowest free one. A worker that leaves is removed from the roster."""
     comm = learner()
     first, second = worker(), worker()
     assert [info.worker_id for info in comm.workers()] == [first.worker_id, second.worker_id] == [0, 1]
@@ -181,5 +181,5 @@ def test_12_the_roster_tells_who_is_there(learner: Learner, worker: Worker) -> N
     assert worker().worker_id == 0
 
 
-def _waits(command: Command, client: WorkerClient) -> bool:
+def _is_waiting(command: Command, client: WorkerClient) -> bool:
     return command.outcomes()[client.worker_id].state == "waiting"

@@ -111,8 +111,8 @@ def test_weights_that_were_lost_in_part_are_published_again(
     wait_until("the learner knows too that they are there", lambda: comm.version == 2)
     assert (client.version, model["w"][-1]) == (2, 999)
     comm._thread.stop(5.0)
-    comm._housekeeping()
-    comm._run_once()
+    comm._maintenance.housekeep()
+    comm._maintenance.run_once()
     assert comm.version == 2  # they are not published once more
 
 

@@ -1,21 +1,24 @@
-"""The architecture: which way imports point, and which names are public."""
+"""The architecture: imports point down, each kind of thing has one place, and public names are pinned."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import rlbroker
+from rlbroker.backend.scripts import Script
+from rlbroker.run.scripts import SCRIPTS
 
 pytestmark = pytest.mark.unit
 
 SOURCE = Path(rlbroker.__file__).parent
 
-#: Rooms from the lowest layer to the highest. A room may import from the layers below its own.
+#: Rooms from the lowest layer to the highest. A room imports only from itself and from lower layers.
 LAYERS = (
     {"errors"},
     {"config", "types"},
@@ -23,6 +26,7 @@ LAYERS = (
     {"backend"},
     {"metrics", "membership"},
     {"weights", "experience", "control"},
+    {"run"},
     {"learner", "worker"},
     {"__init__"},
     {"local"},
@@ -58,7 +62,7 @@ def test_imports_point_down_only(path: Path) -> None:
     assert all(LAYER_OF[other] < LAYER_OF[room] for other in imported_rooms(path) - {room})
 
 
-def test_a_key_is_named_in_one_place_only() -> None:
+def test_only_keys_py_names_redis_keys() -> None:
     named = [path for path in SOURCE.rglob("*.py") if "rlb:{" in path.read_text()]
     assert [path.name for path in named] == ["keys.py"]
 
@@ -72,7 +76,19 @@ def test_every_lua_file_has_a_header_and_is_used() -> None:
         assert included or f'Script.load("{name}")' in code, f"{name} is not used"
 
 
-def test_the_environment_is_read_in_one_place_only() -> None:
+def test_the_learner_loads_every_script_of_the_library() -> None:
+    rooms = {"membership", "weights", "experience", "control"}
+    modules = [path.relative_to(SOURCE.parent).with_suffix("") for path in FILES if room_of(path) in rooms]
+    found = {
+        value
+        for module in modules
+        for value in vars(import_module(".".join(module.parts))).values()
+        if isinstance(value, Script)
+    }
+    assert found == set(SCRIPTS)
+
+
+def test_only_config_py_reads_the_environment() -> None:
     readers = {path.name for path in SOURCE.rglob("*.py") if "os.environ.get(" in path.read_text()}
     assert readers == {"config.py"}
 
@@ -83,7 +99,6 @@ def test_public_names_are_pinned() -> None:
 
 
 def test_torch_is_not_imported_with_the_package() -> None:
-
     code = "import sys, rlbroker, rlbroker.ops.cli.app; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

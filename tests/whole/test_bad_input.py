@@ -1,4 +1,4 @@
-"""What goes wrong in practice: each has a clear, typed error, and nothing is half done."""
+"""Mistakes and faults that happen in practice: each raises a clear, typed error, and leaves nothing half done."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def test_worker_ids_are_small_integers(worker_id: Any) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://localhost", "localhost:6379", "redi://x"])
-def test_an_unknown_scheme_names_those_that_work(url: str) -> None:
+def test_an_unknown_url_scheme_names_the_valid_ones(url: str) -> None:
     with pytest.raises(errors.InvalidArgument, match="redis://, rediss://, unix://"):
         WorkerClient(url)
 
 
-def test_nothing_at_the_default_url_says_that_it_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_at_the_default_url_says_that_it_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RLBROKER_REDIS_URL", "REDIS_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("rlbroker.config.DEFAULT_URL", "redis://127.0.0.1:1/0")
@@ -88,7 +88,7 @@ def test_a_worker_id_in_place_of_the_url_is_refused() -> None:
         WorkerClient(0)  # type: ignore[arg-type]
 
 
-def test_a_url_in_place_of_a_number_is_not_shown() -> None:
+def test_a_url_in_place_of_a_number_does_not_leak_its_password() -> None:
     with pytest.raises(errors.InvalidArgument, match="num_workers") as caught:
         WorkerCommunicator("redis://:hunter2@host")  # type: ignore[arg-type]
     assert "hunter2" not in str(caught.value)
@@ -114,7 +114,7 @@ def test_a_client_with_too_few_connections_is_refused() -> None:
         WorkerClient(redis_client=redis.Redis(connection_pool=pool))
 
 
-def test_a_client_is_no_url() -> None:
+def test_a_url_in_place_of_a_client_is_refused() -> None:
     with pytest.raises(
         errors.InvalidArgument, match=r"must be a redis\.Redis or a redis\.RedisCluster; got str"
     ):
@@ -139,12 +139,10 @@ def test_a_wrong_password_is_refused_at_once(real_server: RealServer) -> None:
 
 def test_a_server_that_is_too_old_is_refused() -> None:
     with pytest.raises(errors.ServerUnsuitable, match=r"runs Redis 5\.0\.7; rlbroker needs 6\.2 or newer"):
-        WorkerCommunicator(2, redis_client=_telling(redis_version="5.0.7"))
+        WorkerCommunicator(2, redis_client=_FakeServer(redis_version="5.0.7"))
 
 
-def test_a_server_that_evicts_keys_is_refused_unless_told_otherwise(
-    real_server: RealServer, run: str
-) -> None:
+def test_a_server_that_evicts_keys_is_refused_unless_allowed(real_server: RealServer, run: str) -> None:
     real_server.client.config_set("maxmemory-policy", "allkeys-lru")
     try:
         with pytest.raises(errors.ServerUnsuitable, match=r"allkeys-lru.*maxmemory-policy to noeviction"):
@@ -154,7 +152,7 @@ def test_a_server_that_evicts_keys_is_refused_unless_told_otherwise(
         real_server.client.config_set("maxmemory-policy", "noeviction")
 
 
-def test_a_server_out_of_memory_says_so(real_server: RealServer, run: str) -> None:
+def test_a_server_out_of_memory_raises_a_typed_error(real_server: RealServer, run: str) -> None:
     with WorkerCommunicator(1, redis_url=real_server.url, run=run, timeout=2.0) as comm:
         real_server.client.config_set("maxmemory", 1)
         try:
@@ -165,16 +163,20 @@ def test_a_server_out_of_memory_says_so(real_server: RealServer, run: str) -> No
         assert comm.send_model_weights({"w": b"x"}).version == 1
 
 
-def test_a_learner_on_a_full_server_still_says_that_it_lives(
+def test_a_learner_on_a_full_server_still_sends_heartbeats(
     real_server: RealServer, run: str, keys: Keys
 ) -> None:
     with WorkerCommunicator(1, redis_url=real_server.url, run=run, timeout=2.0):
         real_server.client.config_set("maxmemory", 1)
         try:
             before = real_server.client.hget(keys.meta, "learner_seen")
-            wait_until("it says so", lambda: real_server.client.hget(keys.meta, "learner_seen") != before)
+            wait_until(
+                "a heartbeat is sent", lambda: real_server.client.hget(keys.meta, "learner_seen") != before
+            )
             again = real_server.client.hget(keys.meta, "learner_seen")
-            wait_until("and again", lambda: real_server.client.hget(keys.meta, "learner_seen") != again)
+            wait_until(
+                "another one is sent", lambda: real_server.client.hget(keys.meta, "learner_seen") != again
+            )
         finally:
             real_server.client.config_set("maxmemory", 0)
 
@@ -190,7 +192,7 @@ def test_a_worker_with_another_wire_format_is_refused(
         learner()
 
 
-def test_a_worker_with_another_wire_format_fences_nobody(
+def test_a_worker_with_another_wire_format_does_not_fence_the_worker_of_its_id(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comm, client = learner(), worker(worker_id=0)
@@ -203,8 +205,10 @@ def test_a_worker_with_another_wire_format_fences_nobody(
     assert [info.worker_id for info in comm.workers()] == [0]
 
 
-def test_a_server_that_is_full_for_a_while_ends_nobody(real_server: RealServer, run: str) -> None:
-    """What needs memory is refused; reading and acknowledging are not, and make room."""
+def test_learner_and_worker_survive_a_server_that_is_full_for_a_while(
+    real_server: RealServer, run: str
+) -> None:
+    """Commands that need memory are refused. Reading and acknowledging are not, and free some."""
     with (
         WorkerCommunicator(1, redis_url=real_server.url, run=run, lease_seconds=0.5, timeout=5.0) as comm,
         WorkerClient(real_server.url, run=run, timeout=5.0) as client,
@@ -216,8 +220,7 @@ def test_a_server_that_is_full_for_a_while_ends_nobody(real_server: RealServer, 
         try:
             with pytest.raises(errors.ServerOutOfMemory):
                 client.send_experiences({"number": 5}, timeout=1.5)
-            assert client._sender is not None
-            assert client._sender._waiting == 5  # what was refused takes no room
+            assert client._sender._waiting == 5  # the refused batch takes no room
             assert [one.state for one in comm.workers()] == ["alive"]
             with WorkerCommunicator(1, redis_url=real_server.url, run=run, timeout=5.0) as successor:
                 assert len(successor.collect_experiences(timeout=5.0)) == 5
@@ -242,7 +245,7 @@ def test_collecting_checks_its_arguments(learner: Learner, arguments: dict[str, 
         learner().collect_experiences(**arguments)
 
 
-def test_a_closed_client_says_so(learner: Learner, worker: Worker) -> None:
+def test_a_closed_client_raises_closed(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker()
     comm.cleanup()
     client.close()
@@ -254,7 +257,7 @@ def test_a_closed_client_says_so(learner: Learner, worker: Worker) -> None:
     assert not client.running
 
 
-def test_cleanup_ends_a_collect_of_another_thread(learner: Learner) -> None:
+def test_cleanup_ends_a_collect_in_another_thread(learner: Learner) -> None:
     comm = learner(timeout=2.0)
     ended: list[type[Exception]] = []
 
@@ -273,7 +276,7 @@ def test_cleanup_ends_a_collect_of_another_thread(learner: Learner) -> None:
     assert time.monotonic() - began < 5.0
 
 
-def test_cleanup_without_a_server_says_that_it_does_not_know(run: str) -> None:
+def test_cleanup_without_a_server_returns_an_incomplete_report_in_time(run: str) -> None:
     with RedisServer() as server:
         comm = WorkerCommunicator(1, redis_url=server.url, run=run, timeout=1.0)
     began = time.monotonic()
@@ -283,31 +286,31 @@ def test_cleanup_without_a_server_says_that_it_does_not_know(run: str) -> None:
     assert not report
 
 
-def test_fakeredis_without_lua_is_named() -> None:
+def test_an_error_of_fakeredis_without_lua_names_the_package_to_install() -> None:
     with pytest.raises(errors.ServerUnsuitable, match=r"fakeredis\[lua\]"):
-        Connection(client=_telling(no_eval=True)).execute("EVALSHA", "0" * 40, 0)
+        Connection(client=_FakeServer(no_eval=True)).execute("EVALSHA", "0" * 40, 0)
 
 
 def test_a_forked_child_is_refused(real_server: RealServer, run: str) -> None:
     with WorkerCommunicator(1, redis_url=real_server.url, run=run) as comm:
         context = multiprocessing.get_context("fork")
-        told = context.SimpleQueue()
+        errors_of_child = context.SimpleQueue()
 
         def child() -> None:
             try:
                 comm.collect_experiences()
             except errors.ForkedProcess as error:
-                told.put(str(error))
+                errors_of_child.put(str(error))
 
         process = context.Process(target=child)
         process.start()
         process.join(20)
-        assert "made before a fork" in told.get()
+        assert "made before a fork" in errors_of_child.get()
         assert process.exitcode == 0
 
 
-class _telling(fakeredis.FakeRedis):  # noqa: N801 - a verb reads better in the tests
-    """A fake server that says of itself what a test needs."""
+class _FakeServer(fakeredis.FakeRedis):
+    """A fake server with the INFO fields, or the lack of Lua, that a test needs."""
 
     def __init__(self, *, no_eval: bool = False, **facts: str) -> None:
         super().__init__()
@@ -318,8 +321,8 @@ class _telling(fakeredis.FakeRedis):  # noqa: N801 - a verb reads better in the 
             return self._facts
         if arguments[0] == "EVALSHA" and self._no_eval:
             raise redis.ResponseError("unknown command 'evalsha'")
-        ask: Callable[..., Any] = super().execute_command
-        return ask(*arguments, **options)
+        execute: Callable[..., Any] = super().execute_command
+        return execute(*arguments, **options)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +344,7 @@ class _telling(fakeredis.FakeRedis):  # noqa: N801 - a verb reads better in the 
         (lambda comm: comm.send_control_command("reset").wait("1"), errors.InvalidArgument),
     ],
 )
-def test_arguments_of_the_wrong_kind_are_named(
+def test_arguments_of_the_wrong_kind_raise_usage_errors(
     learner: Learner, call: Callable[[Any], Any], error: type[Exception]
 ) -> None:
     comm = learner()
@@ -355,7 +358,7 @@ def test_a_flush_takes_a_number_of_seconds(worker: Worker) -> None:
         worker().flush("1")  # type: ignore[arg-type] # on purpose
 
 
-def test_marks_that_come_too_late_say_what_to_do(learner: Learner) -> None:
+def test_restoring_marks_too_late_says_what_to_do(learner: Learner) -> None:
     comm = learner()
     marks = comm.marks()
     comm.collect_experiences()
@@ -363,7 +366,7 @@ def test_marks_that_come_too_late_say_what_to_do(learner: Learner) -> None:
         comm.restore(marks)
 
 
-def test_a_second_publisher_of_another_name_hears_of_the_setting_for_it(learner: Learner) -> None:
+def test_a_fenced_publisher_hears_of_the_setting_for_several_learners(learner: Learner) -> None:
     first = learner(learner_name="first")
     learner(learner_name="second")
     with pytest.raises(errors.Fenced, match="publishes=False"):

@@ -1,4 +1,4 @@
-"""The examples run as a reader would run them, and say what the text around them claims."""
+"""The examples run as a reader runs them, and print what the text around them claims."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FROM_MULTIPROCESSING = Path(__file__).parents[2] / "examples" / "from_multiproce
 
 
 def run_example(*arguments: str, url: str | None = None) -> str:
-    """Give what the example prints; it must end well and in time, and ours without a word on stderr.
+    """Return what the example prints. It must exit with 0 in time, and print nothing on stderr.
 
-    For the queues' half that cannot be asked: at exit, on a busy machine, the interpreter's own tracker of
-    semaphores now and then reports one of theirs that is gone already.
+    The half with queues may print on stderr: on a busy machine the interpreter's semaphore tracker sometimes reports
+    a semaphore of theirs that is already gone.
     """
     environment = {
         key: text for key, text in os.environ.items() if key not in ("RLBROKER_REDIS_URL", "REDIS_URL")
@@ -37,24 +37,24 @@ def run_example(*arguments: str, url: str | None = None) -> str:
     return done.stdout
 
 
-def loaded(said: str) -> dict[int, int]:
-    found = re.findall(r"worker (\d): loaded (\d+) updates", said)
+def count_loaded(output: str) -> dict[int, int]:
+    found = re.findall(r"worker (\d): loaded (\d+) updates", output)
     return {int(worker): int(count) for worker, count in found}
 
 
-def published(said: str) -> int:
-    """Give how many updates the learner published; the policy must have learned something by then."""
-    found = re.search(r"(\d+) updates published, mean reward (\S+) at first and (\S+) at last", said)
-    assert found is not None, said
+def count_published(output: str) -> int:
+    """Return how many updates the learner published. By then the policy must have improved."""
+    found = re.search(r"(\d+) updates published, mean reward (\S+) at first and (\S+) at last", output)
+    assert found is not None, output
     assert float(found[3]) > max(0.7, float(found[2]))
     return int(found[1])
 
 
-def listed(said: str) -> dict[int, set[int]]:
-    """Give the versions that are listed as missed, by worker."""
+def list_missed(output: str) -> dict[int, set[int]]:
+    """Return the versions that are listed as missed, by worker."""
     found: dict[int, set[int]] = {}
     worker = -1
-    for line in said.splitlines():
+    for line in output.splitlines():
         if heading := re.match(r"missed updates of worker (\d)", line):
             worker = int(heading[1])
             found[worker] = set()
@@ -64,19 +64,19 @@ def listed(said: str) -> dict[int, set[int]]:
     return found
 
 
-def test_queues_cannot_tell_what_was_missed() -> None:
-    said = run_example("before")
-    assert loaded(said).keys() == {0, 1}
-    assert loaded(said)[1] < published(said)
-    assert "missed updates: cannot tell" in said
-    assert re.search(r"the length of the model queues: \[-?\d, -?\d\]$", said.rstrip())
+def test_the_queues_of_multiprocessing_cannot_tell_which_updates_were_missed() -> None:
+    output = run_example("before")
+    assert count_loaded(output).keys() == {0, 1}
+    assert count_loaded(output)[1] < count_published(output)
+    assert "missed updates: cannot tell" in output
+    assert re.search(r"the length of the model queues: \[-?\d, -?\d\]$", output.rstrip())
 
 
 @pytest.mark.parametrize("where", ["embedded", "given"])
 def test_rlbroker_lists_every_update_that_was_missed(where: str, real_server: RealServer) -> None:
-    said = run_example("after", url=real_server.url if where == "given" else None)
-    missed = listed(said)
-    assert loaded(said).keys() == missed.keys() == {0, 1}
-    for worker, count in loaded(said).items():
-        assert count + len(missed[worker]) == published(said)
+    output = run_example("after", url=real_server.url if where == "given" else None)
+    missed = list_missed(output)
+    assert count_loaded(output).keys() == missed.keys() == {0, 1}
+    for worker, count in count_loaded(output).items():
+        assert count + len(missed[worker]) == count_published(output)
     assert bool(list(real_server.client.scan_iter("rlb:{from-multiprocessing-*"))) == (where == "given")

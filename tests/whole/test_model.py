@@ -1,7 +1,7 @@
 """A model of one run: any order of sends, crashes, twins, lost replies and lost servers keeps the promises.
 
-The clients are real, and their background threads sleep: the machine takes their steps itself, one at a time, so
-that Hypothesis can find, repeat and shorten what goes wrong. What should be true is kept beside them in plain
+The clients are real, but their background threads do not run: the state machine calls their steps itself, one at a
+time, so that Hypothesis can find, repeat and shorten a failing order. The expected state is kept beside them in plain
 dictionaries and sets.
 """
 
@@ -34,26 +34,27 @@ from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.threads import BackgroundThread
 from rlbroker.config import Level
 from rlbroker.control import control_reader
+from rlbroker.run import maintenance
 from rlbroker.types import Outcome
 
 RUNS = (f"model-{number}" for number in itertools.count(1))
 
-workers = st.integers(0, 1)
+worker_ids = st.integers(0, 1)
 levels: st.SearchStrategy[Level] = st.sampled_from(["redis", "learner"])
 
 #: Worker, incarnation and sequence of a batch.
-Place = tuple[int, int, int]
+BatchId = tuple[int, int, int]
 
 
-class Line(Lossy):
-    """One client's way to the server, on which a chosen reply is lost."""
+class LossyClient(Lossy):
+    """One client's connection to the server, on which a chosen reply is lost."""
 
     def __init__(self, server: Server) -> None:
         self._left = 0
         super().__init__(server.another_client(), self._is_due)
 
     def lose(self, number: int) -> None:
-        """Lose this reply from now on, 1 for the next; 0 for none."""
+        """Lose the reply with this number: 1 for the next one, 0 for none."""
         self._left = number
 
     def _is_due(self) -> bool:
@@ -63,26 +64,26 @@ class Line(Lossy):
 
 @dataclass
 class Incarnation:
-    """One life of a worker.
+    """One incarnation of a worker.
 
     Attributes:
         sent: its batches.
-        model: what it loads weights into.
-        obeyed: numbers of the commands that it did.
-        behind: whether it has not noticed yet that the server lost everything.
+        model: the dictionary that it loads weights into.
+        obeyed: numbers of the commands that it obeyed.
+        behind: whether it has not yet noticed that the server lost everything.
     """
 
     client: WorkerClient
-    line: Line
+    lossy: LossyClient
     level: Level
-    sent: list[Place] = field(default_factory=list)
+    sent: list[BatchId] = field(default_factory=list)
     model: dict[str, Any] = field(default_factory=dict)
     obeyed: list[int] = field(default_factory=list)
     behind: bool = False
 
 
 class Run(RuleBasedStateMachine):
-    """One run, and what should be true of it."""
+    """One run, and its expected state."""
 
     server: Server
 
@@ -90,23 +91,24 @@ class Run(RuleBasedStateMachine):
     def begin(self) -> None:
         self.name = next(RUNS)
         self.numbers = itertools.count(1)
-        self.lives: dict[int, Incarnation] = {}
+        self.workers: dict[int, Incarnation] = {}
         self.replaced: list[Incarnation] = []
         self.former: list[WorkerCommunicator] = []
-        #: The learner's buffer, and what its last checkpoint holds of it, with the marks.
-        self.buffer: list[tuple[Place, int]] = []
-        self.saved: tuple[list[tuple[Place, int]], Any] = ([], None)
-        self.produced: dict[Place, int] = {}
-        self.may_be_lost: set[Place] = set()
+        #: The learner's buffer, and the buffer and the marks in its last checkpoint.
+        self.buffer: list[tuple[BatchId, int]] = []
+        self.saved: tuple[list[tuple[BatchId, int]], Any] = ([], None)
+        self.produced: dict[BatchId, int] = {}
+        self.may_be_lost: set[BatchId] = set()
         self.weights: dict[int, int] = {}
         self.version = 0
-        #: By worker: versions that it has to apply or to miss.
+        #: By worker: how many versions it has to apply or to miss.
         self.owed: Counter[int] = Counter()
         self.commands: list[tuple[Any, int, list[int]]] = []
-        #: By number of a command: outcomes that a learner saw before it crashed; no later one has to know them.
+        #: By number of a command: final outcomes that a learner saw before it crashed; a later one may not know them.
         self.ended_before: dict[int, dict[int, Outcome]] = {}
         self.learner_behind = False
-        #: False once all have forgotten who knew: then sums cannot be right, and old lives are not recognised.
+        #: False once no process remembers a fact that the server lost: then sums may be wrong, and old incarnations
+        #: may be accepted.
         self.remembered = True
         self.losses = 0
         self.learner = self.new_learner()
@@ -116,39 +118,38 @@ class Run(RuleBasedStateMachine):
     # Learner
 
     def new_learner(self) -> WorkerCommunicator:
-        self.learner_line = Line(self.server)
+        self.learner_lossy = LossyClient(self.server)
         return WorkerCommunicator(
             2,
             run=self.name,
-            redis_client=self.learner_line.client,
+            redis_client=self.learner_lossy.client,
             acknowledge="manual",
             take_over_seconds=3600.0,
             timeout=5.0,
         )
 
     def learner_steps(self) -> None:
-        """What the learner's background thread does, until it has done all."""
+        """Do the steps of the learner's background thread until it has nothing left to do."""
         for _ in range(4):
-            self.learner._next_sign_of_life = Deadline(0)
-            self.again(self.learner._run_once)
+            self.again(self.learner._maintenance.run_once)
         self.learner_behind = False
         self.see_version()
 
     def see_version(self) -> None:
-        """Versions up to the latest are owed by whoever is a member."""
-        for worker in self.lives:
+        """Note that all members have to apply or miss the versions up to the latest."""
+        for worker in self.workers:
             self.owed[worker] += self.learner.version - self.version
-        # One that was not published by us is the latest again, which the server had lost.
+        # A version that no rule published is the latest one, published again because the server had lost it.
         self.weights.setdefault(self.learner.version, self.weights.get(self.version, 0))
         self.version = self.learner.version
 
     @rule(lose=st.booleans())
     def publish(self, lose: bool) -> None:
         self.learner_steps()
-        self.learner_line.lose(int(lose))
+        self.learner_lossy.lose(int(lose))
         number = next(self.numbers)
         version = self.learner.send_model_weights({"number": number}).version
-        assert version > self.version or not self.remembered, "a number of a version was used twice"
+        assert version > self.version or not self.remembered, "a version was used twice"
         self.weights[version] = number
         self.see_version()
 
@@ -157,14 +158,18 @@ class Run(RuleBasedStateMachine):
         self.learner_steps()
         number = next(self.numbers)
         command = self.learner.send_control_command("note", number)
-        known = {worker for worker, life in self.lives.items() if not life.behind or self.remembered}
-        assert known <= set(command.worker_ids) <= self.lives.keys()
+        known = {
+            worker
+            for worker, incarnation in self.workers.items()
+            if not incarnation.behind or self.remembered
+        }
+        assert known <= set(command.worker_ids) <= self.workers.keys()
         self.commands.append((command, number, sorted(command.worker_ids)))
 
     @rule(lose=st.booleans(), count=st.integers(1, 5))
     def collect(self, lose: bool, count: int) -> None:
-        self.learner_line.lose(int(lose))
-        with contextlib.suppress(ConnectionFailed):  # then the next call gives them
+        self.learner_lossy.lose(int(lose))
+        with contextlib.suppress(ConnectionFailed):  # then the next call returns them
             for _, batch in self.learner.collect_experiences(max_batches=count):
                 self.buffer.append(((batch.worker_id, batch.incarnation, batch.sequence), batch["number"]))
 
@@ -175,11 +180,11 @@ class Run(RuleBasedStateMachine):
     @precondition(lambda self: self.saved[1])
     @rule(lose=st.booleans())
     def acknowledge_checkpoint(self, lose: bool) -> None:
-        self.learner_line.lose(int(lose))
+        self.learner_lossy.lose(int(lose))
         self.learner.acknowledge(self.saved[1])
 
     @rule()
-    def learner_looks_after_run(self) -> None:
+    def learner_works_in_background(self) -> None:
         self.learner_steps()
 
     @rule()
@@ -195,126 +200,128 @@ class Run(RuleBasedStateMachine):
         self.buffer = list(buffer)
         if marks:
             self.learner.restore(marks)
-        if self.learner.version < self.version:  # nobody held the weights that the server had lost
+        if self.learner.version < self.version:  # no process had the weights that the server lost
             self.remembered = False
             self.version = self.learner.version
         self.learner_steps()
 
     @precondition(lambda self: self.former and not self.learner_behind)
     @rule()
-    def former_learner_wakes(self) -> None:
+    def former_learner_resumes(self) -> None:
         with pytest.raises(Fenced):
             self.former[-1].send_model_weights({"number": -1})
-        self.former[-1]._next_sign_of_life = Deadline(0)
         with pytest.raises(Fenced):
-            self.again(self.former[-1]._run_once)
+            self.again(self.former[-1]._maintenance.run_once)
 
     # Workers
 
-    @rule(worker=workers, level=levels)
+    @rule(worker=worker_ids, level=levels)
     def worker_starts(self, worker: int, level: Level) -> None:
-        """Also where one is there: that was a crash, or it is a twin."""
-        if worker in self.lives:
-            self.replaced.append(self.ended(worker))
-        line = Line(self.server)
+        """Start a worker, even if one with its id exists: that one crashed, or has a twin now."""
+        if worker in self.workers:
+            self.replaced.append(self.remove_worker(worker))
+        lossy = LossyClient(self.server)
         client = WorkerClient(
-            worker_id=worker, run=self.name, redis_client=line.client, level=level, timeout=5.0
+            worker_id=worker, run=self.name, redis_client=lossy.client, level=level, timeout=5.0
         )
-        life = Incarnation(client, line, level)
-        client.on_command("note", life.obeyed.append)
-        self.lives[worker] = life
+        incarnation = Incarnation(client, lossy, level)
+        client.on_command("note", incarnation.obeyed.append)
+        self.workers[worker] = incarnation
         if not self.learner_behind:
-            self.learner_steps()  # whom the learner has not seen yet, it cannot remember
+            self.learner_steps()  # the learner remembers only workers that it has seen
 
-    def ended(self, worker: int) -> Incarnation:
-        life = self.lives.pop(worker)
-        if life.behind:
-            self.may_be_lost.update(life.sent)
+    def remove_worker(self, worker: int) -> Incarnation:
+        incarnation = self.workers.pop(worker)
+        if incarnation.behind:
+            self.may_be_lost.update(incarnation.sent)
             self.remembered = False
-        return life
+        return incarnation
 
-    @precondition(lambda self: self.lives)
+    @precondition(lambda self: self.workers)
     @rule(data=st.data(), lose=st.integers(0, 3))
     def worker_sends(self, data: st.DataObject, lose: int) -> None:
-        life = self.some_life(data)
-        if not life.client._heartbeat.knows_run:  # it came when the run was lost
+        incarnation = self.draw_worker(data)
+        if not incarnation.client._heartbeat.knows_run:  # it joined while the run was lost
             self.learner_steps()
-            self.worker_steps(life)
-        life.line.lose(lose)
+            self.worker_steps(incarnation)
+        incarnation.lossy.lose(lose)
         number = next(self.numbers)
         try:
-            receipt = life.client.send_experiences({"number": number})
+            receipt = incarnation.client.send_experiences({"number": number})
         except Unconfirmed as error:
             receipt = error.receipt
-        life.behind = False
-        place = (receipt.worker_id, receipt.incarnation, receipt.sequence)
-        assert place not in self.produced, "a place was given twice"
-        self.produced[place] = number
-        life.sent.append(place)
+        incarnation.behind = False
+        batch_id = (receipt.worker_id, receipt.incarnation, receipt.sequence)
+        assert batch_id not in self.produced, "a sequence was used twice"
+        self.produced[batch_id] = number
+        incarnation.sent.append(batch_id)
 
-    @precondition(lambda self: self.lives)
+    @precondition(lambda self: self.workers)
     @rule(data=st.data(), lose=st.booleans())
     def worker_polls(self, data: st.DataObject, lose: bool) -> None:
-        life = self.some_life(data)
-        before = life.client.version
-        self.again(life.client._subscriber._poll)
-        self.again(life.client._inbox._step)
-        life.line.lose(int(lose))
-        if life.client.poll(life.model):
-            assert life.client.version > before
-        if life.client.version and self.remembered:
-            assert life.model["number"] == self.weights[life.client.version]
+        incarnation = self.draw_worker(data)
+        before = incarnation.client.version
+        self.again(incarnation.client._subscriber._poll)
+        self.again(incarnation.client._inbox._step)
+        incarnation.lossy.lose(int(lose))
+        if incarnation.client.poll(incarnation.model):
+            assert incarnation.client.version > before
+        if incarnation.client.version and self.remembered:
+            assert incarnation.model["number"] == self.weights[incarnation.client.version]
 
-    @precondition(lambda self: self.lives)
+    @precondition(lambda self: self.workers)
     @rule(data=st.data(), lose=st.booleans())
     def worker_beats(self, data: st.DataObject, lose: bool) -> None:
-        life = self.some_life(data)
-        life.line.lose(int(lose))
-        self.worker_steps(life)
+        incarnation = self.draw_worker(data)
+        incarnation.lossy.lose(int(lose))
+        self.worker_steps(incarnation)
 
-    @precondition(lambda self: self.lives)
+    @precondition(lambda self: self.workers)
     @rule(data=st.data())
     def worker_leaves(self, data: st.DataObject) -> None:
-        worker = data.draw(st.sampled_from(sorted(self.lives)))
-        self.worker_steps(self.lives[worker])
-        self.ended(worker).client.close()
-        self.learner_steps()  # which sees it; otherwise it would take it for a member after a loss
+        worker = data.draw(st.sampled_from(sorted(self.workers)))
+        self.worker_steps(self.workers[worker])
+        self.remove_worker(worker).client.close()
+        self.learner_steps()  # so that it notices; else it would restore the worker as a member after a loss
 
-    @precondition(lambda self: self.lives and not self.learner_behind)
+    @precondition(lambda self: self.workers and not self.learner_behind)
     @rule(data=st.data())
-    def worker_is_struck(self, data: st.DataObject) -> None:
-        """It was silent for too long; what it does then is refused."""
-        worker = data.draw(st.sampled_from(sorted(self.lives)))
-        if self.lives[worker].behind:
-            self.worker_steps(self.lives[worker])
+    def worker_is_forgotten(self, data: st.DataObject) -> None:
+        """A worker was silent for too long. It is fenced when it continues."""
+        worker = data.draw(st.sampled_from(sorted(self.workers)))
+        if self.workers[worker].behind:
+            self.worker_steps(self.workers[worker])
         self.server.client.hset(self.learner._keys.life(worker), "seen", 0)
         self.server.client.hset(self.learner._keys.meta, "back_at", 0)
-        self.learner._housekeeping()
+        self.learner._maintenance.housekeep()
         with pytest.raises(Fenced):
-            self.again(self.lives[worker].client._heartbeat._step)
-        self.ended(worker)
+            self.again(self.workers[worker].client._heartbeat._step)
+        self.remove_worker(worker)
         self.learner_steps()
 
     @precondition(lambda self: self.replaced and self.remembered and not self.learner_behind)
     @rule()
-    def replaced_worker_wakes(self) -> None:
-        life = self.replaced.pop()
-        assert life.client._sender is not None
-        life.client._sender.mark_stale()
-        if life.client._heartbeat.knows_run:  # until it has them, it waits with sending
+    def replaced_worker_resumes(self) -> None:
+        incarnation = self.replaced.pop()
+        incarnation.client._sender.mark_stale()
+        if incarnation.client._heartbeat.knows_run:  # before, it waits for the settings instead
             with pytest.raises(Fenced):
-                life.client.send_experiences({"number": -1})
+                incarnation.client.send_experiences({"number": -1})
         with pytest.raises(Fenced):
-            self.again(life.client._heartbeat._step)
+            self.again(incarnation.client._heartbeat._step)
 
-    def worker_steps(self, life: Incarnation) -> None:
-        """What a worker's background threads do, until it is known again."""
-        for step in (life.client._heartbeat._step, life.client._heartbeat._step, life.client._inbox._step):
+    def worker_steps(self, incarnation: Incarnation) -> None:
+        """Do the steps of a worker's background threads until the server knows it again."""
+        for step in (
+            incarnation.client._heartbeat._step,
+            incarnation.client._heartbeat._step,
+            incarnation.client._inbox._step,
+        ):
             self.again(step)
-        life.behind = False
+        incarnation.behind = False
 
     def again(self, step: Callable[[], None]) -> None:
-        """As background threads do: what a fault of the network ends is tried again."""
+        """Do a step as a background thread does: retry it after a network fault."""
         thread = BackgroundThread("once", lambda: None)
 
         def once() -> None:
@@ -325,36 +332,35 @@ class Run(RuleBasedStateMachine):
         thread._work()
         thread.check()
 
-    def some_life(self, data: st.DataObject) -> Incarnation:
-        return self.lives[data.draw(st.sampled_from(sorted(self.lives)))]
+    def draw_worker(self, data: st.DataObject) -> Incarnation:
+        return self.workers[data.draw(st.sampled_from(sorted(self.workers)))]
 
     # The server
 
-    @precondition(lambda self: self.losses < 2)  # more of them only hide what else goes on
+    @precondition(lambda self: self.losses < 2)  # more of them only hide other failures
     @rule(breaks=st.booleans())
     def server_loses_everything(self, breaks: bool) -> None:
-        """It was restarted, and connections broke; or it was flushed, and nobody noticed yet."""
+        """Restart the server, which breaks connections; or flush it, which no client notices at once."""
         self.losses += 1
         seen = self.learner._roster._incarnations.by_worker
-        for worker, one in self.lives.items():  # one that joined after another loss is nobody's memory yet
+        for worker, one in self.workers.items():  # one that joined after another loss may not have been seen
             self.remembered &= worker in seen and seen[worker].incarnation == one.client.incarnation
         self.server.client.flushall()
-        saved = {place for place, _ in self.saved[0]}
-        for place in self.produced:
-            life = self.lives.get(place[0])
-            kept = life is not None and life.level == "learner" and place in life.sent
-            if not kept and place not in saved:
-                self.may_be_lost.add(place)
-                self.remembered &= (
-                    life is not None and place in life.sent
-                )  # the dead cannot say how many they sent
-        for life in (*self.lives.values(), *self.replaced):
-            life.behind = True
+        saved = {batch_id for batch_id, _ in self.saved[0]}
+        for batch_id in self.produced:
+            incarnation = self.workers.get(batch_id[0])
+            kept = incarnation is not None and incarnation.level == "learner" and batch_id in incarnation.sent
+            if not kept and batch_id not in saved:
+                self.may_be_lost.add(batch_id)
+                # A dead worker cannot report how many batches it sent.
+                self.remembered &= incarnation is not None and batch_id in incarnation.sent
+        for incarnation in (*self.workers.values(), *self.replaced):
+            incarnation.behind = True
             if breaks:
-                life.line.break_connections()
+                incarnation.lossy.break_connections()
         self.learner_behind = True
         if breaks:
-            self.learner_line.break_connections()
+            self.learner_lossy.break_connections()
 
     # The end
 
@@ -367,41 +373,43 @@ class Run(RuleBasedStateMachine):
             for one in (self.learner, *self.former):
                 one._connection.servers.close()
                 one._publisher._uploader.close()
-            for life in (*self.lives.values(), *self.replaced):
-                life.client._connection.servers.close()
-                life.client._subscriber._downloader.close()
+            for incarnation in (*self.workers.values(), *self.replaced):
+                incarnation.client._connection.servers.close()
+                incarnation.client._subscriber._downloader.close()
 
     def finish(self) -> None:
-        """All come to their end, and then the sums are right."""
+        """Let all clients finish their work; then the sums must be right."""
         self.learner_steps()
-        for worker in sorted(self.lives):
-            life = self.lives[worker]
-            self.worker_steps(life)
-            life.client.poll()
-            self.again(life.client._inbox._step)
+        for worker in sorted(self.workers):
+            incarnation = self.workers[worker]
+            self.worker_steps(incarnation)
+            incarnation.client.poll()
+            self.again(incarnation.client._inbox._step)
         for _ in range(3):
             while pairs := self.learner.collect_experiences(0.0):
                 for _, batch in pairs:
-                    place = (batch.worker_id, batch.incarnation, batch.sequence)
-                    self.buffer.append((place, batch["number"]))
+                    batch_id = (batch.worker_id, batch.incarnation, batch.sequence)
+                    self.buffer.append((batch_id, batch["number"]))
                 self.learner.acknowledge(pairs)
             self.learner._collector._recheck = self.learner._collector._look_again = Deadline(0)
         self.learner.acknowledge(self.learner.marks())
-        for worker in sorted(self.lives):
-            self.ended(worker).client.close()
+        for worker in sorted(self.workers):
+            self.remove_worker(worker).client.close()
         self.learner_steps()
         self.check_experiences()
         self.check_ledger()
 
     def check_experiences(self) -> None:
-        places = [place for place, _ in self.buffer]
-        assert len(set(places)) == len(places), "inserted twice"
-        assert dict(self.buffer).items() <= self.produced.items(), "inserted and never produced"
-        for life in {place[:2] for place in places}:
-            sequences = [sequence for *of, sequence in places if tuple(of) == life]
-            assert sequences == sorted(sequences), "out of order"
-        missing = self.produced.keys() - set(places)
-        assert missing <= self.may_be_lost, f"lost without a reason: {sorted(missing - self.may_be_lost)}"
+        batch_ids = [batch_id for batch_id, _ in self.buffer]
+        assert len(set(batch_ids)) == len(batch_ids), "a batch was inserted twice"
+        assert dict(self.buffer).items() <= self.produced.items(), "a batch was inserted and never produced"
+        for incarnation in {batch_id[:2] for batch_id in batch_ids}:
+            sequences = [sequence for *of, sequence in batch_ids if tuple(of) == incarnation]
+            assert sequences == sorted(sequences), "batches were inserted out of order"
+        missing = self.produced.keys() - set(batch_ids)
+        assert missing <= self.may_be_lost, (
+            f"batches were lost without a reason: {sorted(missing - self.may_be_lost)}"
+        )
         counts = self.learner.get_queue_info()["counts"]
         for count in counts.values():
             assert count.waiting == count.in_hand == 0
@@ -415,13 +423,13 @@ class Run(RuleBasedStateMachine):
             (command.outcomes() | self.ended_before.get(number, {}), number, targets)
             for command, number, targets in self.commands
         ]
-        assert self.server.client.hlen(self.learner._keys.pending) == 0, "a command without an end"
+        assert self.server.client.hlen(self.learner._keys.pending) == 0, "a command has no final outcome"
         for found, _, targets in outcomes:
             assert sorted(found) == targets
             if self.remembered:
                 assert all(_final(outcome) for outcome in found.values()), found
-        for life in self.lives.values():
-            assert len(set(life.obeyed)) == len(life.obeyed), "a command was done twice"
+        for incarnation in self.workers.values():
+            assert len(set(incarnation.obeyed)) == len(incarnation.obeyed), "a command was obeyed twice"
         if self.remembered:
             accounts = self.learner._ledger.read_outcomes(range(2))
             for worker, account in accounts.items():
@@ -441,7 +449,8 @@ def test_any_order_of_events_keeps_the_promises(
     monkeypatch.setattr(BackgroundThread, "pause", lambda self, seconds: None)
     monkeypatch.setattr(Connection, "block_seconds", 0.002)
     monkeypatch.setattr(control_reader, "READ_SECONDS", 0.002)
-    # Servers end blocking commands at their ticks.
+    monkeypatch.setattr(maintenance, "HEARTBEAT_SECONDS", 0.0)  # each step of the learner sends one
+    # A server ends a blocking command at its next tick.
     if isinstance(server, RealServer):
         hertz = server.client.config_get("hz")["hz"]
         request.addfinalizer(partial(server.client.config_set, "hz", hertz))
@@ -458,10 +467,10 @@ def test_any_order_of_events_keeps_the_promises(
         return run
 
     run_state_machine_as_test(
-        machine,  # type: ignore[arg-type] # any callable that gives a machine will do
+        machine,  # type: ignore[arg-type] # any callable that returns a machine is accepted
         settings=settings(
             max_examples=1000 if full else 40,
-            derandomize=not full,  # the long run looks for new ones
+            derandomize=not full,  # only the long run searches for new orders
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=list(HealthCheck),

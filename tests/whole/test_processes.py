@@ -1,4 +1,4 @@
-"""Real processes on a real server: nothing lost, nothing twice, every outcome on record."""
+"""Real processes on a real server: nothing is lost or delivered twice, and every outcome is recorded."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def start(children: ExitStack, script: Path, log: Path, *arguments: object) -> P
 
 
 @pytest.mark.timeout(300)
-def test_four_workers_500_versions_and_20_000_batches(
+def test_500_versions_and_20_000_batches_reach_everybody_once_and_in_order(
     real_server: RealServer, run: str, tmp_path: Path, children: ExitStack
 ) -> None:
-    """Each batch in order and once; each version at each worker with one outcome; the sums add up."""
+    """Each batch is delivered once and in order. Each version has one outcome at each worker. The sums add up."""
     versions, batches, ids = 500, 5_000, range(4)
     workers = [
         start(children, WORKER, tmp_path / f"{one}.log", real_server, run, one, batches, "stays")
@@ -64,7 +64,7 @@ def test_four_workers_500_versions_and_20_000_batches(
     ]
     got: dict[int, list[tuple[int, int]]] = {one: [] for one in ids}
     with WorkerCommunicator(4, max_queue_size=200, redis_url=real_server.url, run=run) as comm:
-        wait_until("all workers are there", lambda: len(comm.workers()) == 4, timeout_seconds=60)
+        wait_until("all workers have joined", lambda: len(comm.workers()) == 4, timeout_seconds=60)
         weights = {"w": np.random.default_rng(1).random(1000, np.float32)}
         while comm.version < versions or sum(map(len, got.values())) < batches * 4:
             if comm.version < versions:
@@ -93,16 +93,16 @@ def test_four_workers_500_versions_and_20_000_batches(
         assert sorted(applied + passed) == list(range(1, versions + 1))
 
 
-def test_a_killed_learner_loses_and_doubles_nothing(
+def test_killed_learners_lose_and_repeat_no_batch(
     real_server: RealServer, run: str, tmp_path: Path, children: ExitStack
 ) -> None:
-    """A learner inserts, and then acknowledges; it is killed between reading and acknowledging, three times."""
+    """A learner inserts batches, then acknowledges them. It is killed in between, three times."""
     worker = start(children, WORKER, tmp_path / "worker.log", real_server, run, 0, 300)
     inserted: list[int] = []
-    for life in range(4):
-        learner = start(children, LEARNER, tmp_path / f"learner{life}.log", real_server, run, life == 3)
-        if life < 3:
-            wait_until("it holds batches", partial(_holds, learner), timeout_seconds=30)
+    for attempt in range(4):
+        learner = start(children, LEARNER, tmp_path / f"learner{attempt}.log", real_server, run, attempt == 3)
+        if attempt < 3:
+            wait_until("the learner has read batches", partial(_has_read, learner), timeout_seconds=30)
             learner.kill()
         else:
             assert worker.popen.wait(60) == 0
@@ -111,44 +111,46 @@ def test_a_killed_learner_loses_and_doubles_nothing(
     assert inserted == list(range(1, 301))
 
 
-def test_a_killed_worker_goes_on_under_a_new_incarnation(
+def test_the_successor_of_a_killed_worker_continues_under_a_new_incarnation(
     real_server: RealServer, run: str, tmp_path: Path, children: ExitStack
 ) -> None:
     got: list[tuple[int, int]] = []
     with WorkerCommunicator(1, redis_url=real_server.url, run=run) as comm:
         comm.send_model_weights({})
         first = start(children, WORKER, tmp_path / "first.log", real_server, run, 0, 1_000_000)
-        wait_until("it sends", lambda: _collect(comm, got), timeout_seconds=30)
+        wait_until("the worker sends", lambda: _collect(comm, got), timeout_seconds=30)
         first.kill()
         second = start(children, WORKER, tmp_path / "second.log", real_server, run, 0, 50)
         wait_until(
-            "its successor sent all",
-            lambda: _collect(comm, got)[-1][1] == 50 and len(_lives(got)) == 2,
+            "its successor has sent all batches",
+            lambda: _collect(comm, got)[-1][1] == 50 and len(_incarnations(got)) == 2,
             timeout_seconds=30,
         )
         comm.send_control_command("stop")
         assert second.popen.wait(30) == 0
-    lives = [incarnation for incarnation, _ in got]
-    assert lives == sorted(lives)
-    for life in set(lives):
-        numbers = [sequence for incarnation, sequence in got if incarnation == life]
+    incarnations = [incarnation for incarnation, _ in got]
+    assert incarnations == sorted(incarnations)
+    for one in set(incarnations):
+        numbers = [sequence for incarnation, sequence in got if incarnation == one]
         assert numbers == list(range(1, len(numbers) + 1))
     sent = [line["sent"] for line in first.lines() if "sent" in line]
-    # What the killed process knew to be stored was delivered; at most its very last batch was not known to it.
-    assert 0 <= len([1 for life in lives if life == lives[0]]) - len(sent) <= 1
+    # Every batch that the killed process knew to be stored was delivered. It may not have known that of its last one.
+    assert 0 <= incarnations.count(incarnations[0]) - len(sent) <= 1
 
 
-def test_a_stopped_process_is_refused_when_it_goes_on(
+def test_a_suspended_worker_is_fenced_when_it_resumes(
     real_server: RealServer, run: str, tmp_path: Path, children: ExitStack
 ) -> None:
     got: list[tuple[int, int]] = []
     with WorkerCommunicator(1, redis_url=real_server.url, run=run) as comm:
         comm.send_model_weights({})
         old = start(children, WORKER, tmp_path / "old.log", real_server, run, 0, 1_000_000)
-        wait_until("it sends", lambda: _collect(comm, got), timeout_seconds=30)
+        wait_until("the worker sends", lambda: _collect(comm, got), timeout_seconds=30)
         old.popen.send_signal(signal.SIGSTOP)
         new = start(children, WORKER, tmp_path / "new.log", real_server, run, 0, 1_000_000)
-        wait_until("its successor sends", lambda: len(_lives(_collect(comm, got))) == 2, timeout_seconds=30)
+        wait_until(
+            "its successor sends", lambda: len(_incarnations(_collect(comm, got))) == 2, timeout_seconds=30
+        )
         old.popen.send_signal(signal.SIGCONT)
         assert old.popen.wait(30) != 0
         assert any("fenced" in line for line in old.lines())
@@ -157,15 +159,15 @@ def test_a_stopped_process_is_refused_when_it_goes_on(
         while comm.collect_experiences(timeout=0.2):
             pass
         assert [info.incarnation for info in comm.workers()] == []
-    lives = [incarnation for incarnation, _ in got]
-    assert lives == sorted(lives)
+    incarnations = [incarnation for incarnation, _ in got]
+    assert incarnations == sorted(incarnations)
 
 
-def _holds(learner: Process) -> bool:
+def _has_read(learner: Process) -> bool:
     return any("held" in line for line in learner.lines())
 
 
-def _lives(got: list[tuple[int, int]]) -> set[int]:
+def _incarnations(got: list[tuple[int, int]]) -> set[int]:
     return {incarnation for incarnation, _ in got}
 
 

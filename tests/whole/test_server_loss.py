@@ -1,4 +1,4 @@
-"""The server comes back without its data: learner and workers go on by themselves, and what was lost is known."""
+"""A server loses its data: learner and workers restore the run by themselves, and report what was lost."""
 
 from __future__ import annotations
 
@@ -21,29 +21,27 @@ Worker = Callable[..., WorkerClient]
 
 
 @pytest.mark.on_every_engine
-def test_the_learner_publishes_what_it_holds_under_a_new_version(
+def test_the_learner_publishes_its_latest_weights_again_under_a_new_version(
     server: Server, learner: Learner, worker: Worker
 ) -> None:
     comm, client = learner(), worker()
     weights = np.arange(5.0)
     comm.send_model_weights({"w": weights})
     comm.send_model_weights({"w": weights})
-    weights[:] = -1.0  # training goes on; what was published stays what it was
+    weights[:] = -1.0  # training continues; what was published must not change
     model: dict[str, np.ndarray] = {}
     wait_until("version 2 is applied", lambda: client.poll(model) and client.version == 2)
     server.client.flushall()
     wait_until("version 3 is applied", lambda: client.poll(model) and client.version == 3)
-    wait_until("the learner knows too that it is there", lambda: comm.version == 3)
+    wait_until("the learner has it too", lambda: comm.version == 3)
     assert model["w"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert comm.send_model_weights({"w": weights}).version == 4
 
 
-def test_a_worker_is_a_member_again_in_the_same_life(
-    server: Server, learner: Learner, worker: Worker
-) -> None:
+def test_a_worker_rejoins_with_the_same_incarnation(server: Server, learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker(3)
     server.client.flushall()
-    (info,) = wait_until("it is back", lambda: comm.workers())
+    (info,) = wait_until("the worker is back", lambda: comm.workers())
     assert (info.worker_id, info.incarnation) == (3, client.incarnation)
     assert worker().worker_id == 0
     assert worker(3).incarnation > client.incarnation
@@ -71,15 +69,15 @@ def test_new_processes_on_a_server_that_lost_everything_are_not_taken_for_old_on
 
 
 @pytest.mark.parametrize("versions", [1, 2])
-def test_a_new_learner_that_comes_to_a_number_that_was_used_takes_another(
+def test_a_new_learner_does_not_reuse_a_version_that_workers_have_seen(
     server: Server, learner: Learner, worker: Worker, keys: Keys, versions: int
 ) -> None:
     comm, client, model = learner(), worker(), dict[str, int]()
     for number in range(versions):
         comm.send_model_weights({"number": number})
-    wait_until("they are applied", lambda: client.poll(model) and client.version == versions)
+    wait_until("the versions are applied", lambda: client.poll(model) and client.version == versions)
     comm.cleanup()
-    client._heartbeat._thread.stop(5.0)  # it does not notice before the new learner has published
+    client._heartbeat._thread.stop(5.0)  # so it does not notice the loss before the new learner publishes
     server.client.flushall()
     comm = learner()
     for number in range(versions):
@@ -89,22 +87,23 @@ def test_a_new_learner_that_comes_to_a_number_that_was_used_takes_another(
     assert model == {"number": 100 + versions - 1}
 
 
-def test_a_worker_that_has_seen_newer_weights_than_the_run_says_so(
+def test_a_worker_that_has_seen_newer_weights_than_the_run_reports_it(
     server: Server, learner: Learner, worker: Worker, keys: Keys
 ) -> None:
     comm, client, model = learner(), worker(), dict[str, int]()
     for number in range(3):
         comm.send_model_weights({"number": number})
-    wait_until("they are applied", lambda: client.poll(model) and client.version == 3)
+    wait_until("the versions are applied", lambda: client.poll(model) and client.version == 3)
     comm._thread.stop(5.0)
     server.client.hset(keys.weights, "version", 2)
     wait_until(
-        "it says so", lambda: "latest version is 2, but this worker has seen 3" in client._subscriber.problem
+        "the worker reports it",
+        lambda: "latest version is 2, and 3 was here before" in client._subscriber.problem,
     )
 
 
 @pytest.mark.on_every_engine
-def test_at_level_learner_nothing_is_lost_and_nothing_comes_twice(
+def test_at_level_learner_no_batch_is_lost_or_delivered_twice(
     server: Server, learner: Learner, worker: Worker
 ) -> None:
     comm, client = learner(), worker(level="learner")
@@ -118,15 +117,19 @@ def test_at_level_learner_nothing_is_lost_and_nothing_comes_twice(
         got.extend(batch["number"] for _, batch in comm.collect_experiences(timeout=0.5))
         return len(got) >= 11
 
-    wait_until("all came", collected)
+    wait_until("all batches are collected", collected)
     assert got == list(range(11))
-    wait_until("all are safe", lambda: not comm.collect_experiences() and client.flush(timeout=0.1) == 0)
-    counts = wait_until("the books agree", lambda: _settled(comm))
+    wait_until(
+        "all batches are safe", lambda: not comm.collect_experiences() and client.flush(timeout=0.1) == 0
+    )
+    counts = wait_until("the counts add up", lambda: _final_counts(comm))
     assert (counts.produced, counts.delivered, counts.lost) == (11, 11, {})
 
 
 @pytest.mark.on_every_engine
-def test_at_level_redis_the_exact_gap_is_reported(server: Server, learner: Learner, worker: Worker) -> None:
+def test_at_level_redis_the_exact_number_of_lost_batches_is_reported(
+    server: Server, learner: Learner, worker: Worker
+) -> None:
     comm, client = learner(), worker()
     for number in range(10):
         client.send_experiences({"number": number})
@@ -140,34 +143,34 @@ def test_at_level_redis_the_exact_gap_is_reported(server: Server, learner: Learn
         got.extend(batch["number"] for _, batch in comm.collect_experiences(timeout=0.5))
         return bool(got[-1] == 10)
 
-    wait_until("the last one came", collected)
+    wait_until("the last batch is collected", collected)
     comm.collect_experiences()
-    counts = wait_until("the books agree", lambda: _settled(comm))
+    counts = wait_until("the counts add up", lambda: _final_counts(comm))
     assert len(held) == 1
     delivered = len(got) + len(held)
     assert (counts.produced, counts.delivered, counts.lost) == (11, delivered, {"vanished": 11 - delivered})
 
 
 @pytest.mark.on_every_engine
-def test_a_command_under_way_gets_its_answer(server: Server, learner: Learner, worker: Worker) -> None:
+def test_a_pending_command_is_still_acknowledged(server: Server, learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker()
     done: list[int] = []
     client.on_command("note", done.append)
     first = comm.send_control_command("note", 1)
-    wait_until("it arrived", lambda: client._inbox.waiting)
+    wait_until("the command has arrived", lambda: client._inbox.waiting)
     wait_until("the learner has seen the worker", lambda: comm._roster._incarnations.members)
     server.client.flushall()
     second = comm.send_control_command("note", 2)
 
-    def answered() -> bool:
+    def acknowledged() -> bool:
         client.poll()
         return all(first.outcomes().values()) and all(second.outcomes().values())
 
-    wait_until("both are answered", answered)
+    wait_until("both are acknowledged", acknowledged)
     assert done == [1, 2]
 
 
-def test_a_command_that_was_answered_before_its_sender_knew_stays_answered(
+def test_a_command_acknowledged_before_its_sender_got_the_reply_stays_acknowledged(
     server: Server, learner: Learner, worker: Worker, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comm, client = learner(), worker()
@@ -175,14 +178,14 @@ def test_a_command_that_was_answered_before_its_sender_knew_stays_answered(
     client.on_command("note", done.append)
     send = comm._connection.execute_once
 
-    def answered(outcomes: str) -> bool:
+    def acknowledged(outcomes: str) -> bool:
         client.poll()
         return bool(server.client.hget(outcomes, "0") == b"done")
 
     def lose(*command: Any, **options: Any) -> Any:
         reply = send(*command, **options)
         if command[:2] == ("EVALSHA", SEND.sha) and not done:
-            wait_until("it is answered", lambda: answered(command[7]))
+            wait_until("it is acknowledged", lambda: acknowledged(command[7]))
             raise ConnectionFailed("the reply was lost")
         return reply
 
@@ -191,12 +194,14 @@ def test_a_command_that_was_answered_before_its_sender_knew_stays_answered(
         command = comm.send_control_command("note", 1)
     server.client.flushall()
     wait_until("the worker is back", lambda: comm.workers())
-    wait_until("it is on record", lambda: server.client.hget(keys.outcomes(command.id), "0") == b"done")
+    wait_until(
+        "the outcome is recorded", lambda: server.client.hget(keys.outcomes(command.id), "0") == b"done"
+    )
     assert (done, comm.get_queue_info()["control_queue_sizes"]) == ([1], [0, 0])
 
 
 @pytest.mark.parametrize("closes", [False, True])
-def test_an_answer_that_was_lost_unnoticed_is_sent_again(
+def test_an_acknowledgement_that_was_lost_unnoticed_is_sent_again(
     server: Server, learner: Learner, worker: Worker, closes: bool
 ) -> None:
     comm, client = learner(), worker()
@@ -208,7 +213,7 @@ def test_an_answer_that_was_lost_unnoticed_is_sent_again(
         client._heartbeat._thread.stop(5.0)
     client.poll({})
     server.client.flushall()
-    comm._restore()  # before the worker's next heartbeat
+    comm._maintenance.restore()  # before the worker's next heartbeat
     if closes:
         client.close()
     wait_until("it is settled", lambda: comm.missed_updates() and comm._ledger.read_outcomes([0])[0].settled)
@@ -216,7 +221,7 @@ def test_an_answer_that_was_lost_unnoticed_is_sent_again(
 
 
 @pytest.mark.parametrize("lost", ["workers", "life", "heartbeat"])
-def test_a_worker_of_which_a_part_is_lost_goes_on(
+def test_a_worker_recovers_from_the_loss_of_one_of_its_keys(
     server: Server, learner: Learner, worker: Worker, keys: Keys, lost: str
 ) -> None:
     comm, client = learner(lease_seconds=0.5), worker()
@@ -229,7 +234,7 @@ def test_a_worker_of_which_a_part_is_lost_goes_on(
     client.poll()
 
 
-def test_what_was_settled_without_a_reply_outlasts_a_loss(
+def test_outcomes_settled_without_a_reply_survive_a_loss(
     server: Server, learner: Learner, worker: Worker, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comm, client = learner(), worker()
@@ -238,7 +243,7 @@ def test_what_was_settled_without_a_reply_outlasts_a_loss(
     model: dict[str, int] = {}
     wait_until("the newest is ready", lambda: client._subscriber.newest == 3)
     command = comm.send_control_command("reset")
-    wait_until("it arrived", lambda: client._inbox.waiting)
+    wait_until("the command has arrived", lambda: client._inbox.waiting)
     run_all, lost = comm._connection.run_all, threading.Event()
 
     def lose(calls: Any, **options: Any) -> Any:
@@ -265,7 +270,7 @@ def test_what_was_settled_without_a_reply_outlasts_a_loss(
     assert command.wait(0.0)[0]
 
 
-def test_a_command_whose_answer_was_forgotten_is_answered_again_and_done_once(
+def test_a_command_whose_acknowledgement_was_forgotten_is_acknowledged_again_and_done_once(
     server: Server, learner: Learner, worker: Worker
 ) -> None:
     comm, client = learner(), worker()
@@ -274,14 +279,16 @@ def test_a_command_whose_answer_was_forgotten_is_answered_again_and_done_once(
     command = comm.send_control_command("note", 1)
     wait_until("it is done", lambda: client.poll() or command.outcomes()[0])
     wait_until("the worker forgot its answer", lambda: not client._inbox.acknowledgements.unsettled)
-    comm._commander._sent[command.id].outcomes.clear()  # as if nobody had told the learner
+    comm._commands._sent[command.id].outcomes.clear()  # as if the learner had not heard of it
     server.client.flushall()
-    wait_until("it is answered again", lambda: client.poll() or command.outcomes()[0].state == "waiting")
-    wait_until("it is answered again", lambda: client.poll() or command.outcomes()[0])
+    wait_until("the command is restored", lambda: client.poll() or command.outcomes()[0].state == "waiting")
+    wait_until("it is acknowledged again", lambda: client.poll() or command.outcomes()[0])
     assert done == [1]
 
 
-def test_what_was_missed_before_is_still_on_record(server: Server, learner: Learner, worker: Worker) -> None:
+def test_missed_updates_recorded_before_a_loss_stay_recorded(
+    server: Server, learner: Learner, worker: Worker
+) -> None:
     comm, client = learner(), worker()
     for number in range(1, 6):
         comm.send_model_weights({"number": number})
@@ -298,7 +305,7 @@ def test_what_was_missed_before_is_still_on_record(server: Server, learner: Lear
     assert after.records == before.records
 
 
-def test_looking_again_at_a_server_that_lost_nothing_changes_nothing(
+def test_restoring_a_server_that_lost_nothing_changes_nothing(
     server: Server, learner: Learner, worker: Worker, keys: Keys
 ) -> None:
     comm, client = learner(), worker()
@@ -311,20 +318,20 @@ def test_looking_again_at_a_server_that_lost_nothing_changes_nothing(
     comm.collect_experiences(timeout=5.0)
     comm.collect_experiences()
 
-    def seen() -> tuple[Any, ...]:
+    def read_all() -> tuple[Any, ...]:
         return comm.missed_updates(), comm.get_queue_info(), comm.version
 
-    before = seen()
+    before = read_all()
     assert before[0][0].records
     server.client.hdel(keys.meta, "learner_seen")
-    comm._channel.close()
-    wait_until("the learner has looked again", lambda: server.client.hexists(keys.meta, "learner_seen"))
-    assert seen() == before
+    comm._maintenance.close()
+    wait_until("the learner has restored the run", lambda: server.client.hexists(keys.meta, "learner_seen"))
+    assert read_all() == before
 
 
 @pytest.mark.on_every_engine
 @pytest.mark.parametrize("kept", ["nothing", "older"])
-def test_counts_are_right_at_once_where_only_a_workers_own_keys_were_lost_with_the_connections(
+def test_counts_are_right_at_once_after_the_loss_of_one_workers_keys_and_of_all_connections(
     reachable: Reachable,
     learner: Learner,
     worker: Worker,
@@ -351,12 +358,12 @@ def test_counts_are_right_at_once_where_only_a_workers_own_keys_were_lost_with_t
         count: int = comm.get_queue_info()["counts"][0].delivered
         return count
 
-    wait_until("the last one is delivered", lambda: delivered() in (1, 3, 6))
+    wait_until("the last batch is delivered", lambda: delivered() in (1, 3, 6))
     counts = comm.get_queue_info()["counts"][0]
     assert (counts.delivered, counts.lost) == (6, {})
 
 
-def test_a_count_that_is_under_way_while_counts_are_restored_is_kept(
+def test_counts_written_while_counts_are_restored_are_kept(
     server: Server, learner: Learner, worker: Worker, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comm, client = learner(acknowledge="manual"), worker()
@@ -366,7 +373,7 @@ def test_a_count_that_is_under_way_while_counts_are_restored_is_kept(
     comm.acknowledge(first)
     second = comm.collect_experiences(timeout=5.0)
     server.client.hset(keys.counts(0), "delivered", 0)  # it came back with older data
-    restoring = threading.Thread(target=comm._holdings.restore)
+    restoring = threading.Thread(target=comm._pending.restore)
     run_all = comm._connection.run_all
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
@@ -382,16 +389,16 @@ def test_a_count_that_is_under_way_while_counts_are_restored_is_kept(
     assert server.client.hget(keys.counts(0), "delivered") == b"2"
 
 
-def test_a_question_that_needs_the_run_does_not_hold_up_its_restoring(
+def test_a_call_that_needs_the_run_does_not_delay_its_restoration(
     server: Server, learner: Learner, worker: Worker, keys: Keys
 ) -> None:
     comm, client = learner(timeout=3.0), worker()
     comm.send_control_command("stop")
-    server.client.delete(keys.meta)  # from now on nothing can be settled
-    wait_until("an answer is to be settled", lambda: client.poll() or not client.running)
+    server.client.delete(keys.meta)  # from now on no acknowledgement can be settled
+    wait_until("an acknowledgement is to be settled", lambda: client.poll() or not client.running)
     assert comm.get_queue_info()["control_queue_sizes"] == [0, 0]
 
 
-def _settled(comm: WorkerCommunicator):  # type: ignore[no-untyped-def]
+def _final_counts(comm: WorkerCommunicator):  # type: ignore[no-untyped-def]
     counts = comm.get_queue_info()["counts"].get(0)
     return counts if counts and counts.waiting == counts.in_hand == 0 and counts.produced == 11 else None

@@ -1,4 +1,4 @@
-"""A worker's threads sleep until there is something to do, and do it at once: here nothing else wakes them."""
+"""A worker's threads sleep until there is something to do, and then do it at once, without waiting for a timeout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from conftest import Reachable, wait_until
 
 import rlbroker.control.control_reader
 import rlbroker.weights.subscriber
-import rlbroker.weights.version_channel
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Channel
 from rlbroker.backend.deadline import Deadline
@@ -33,7 +32,7 @@ def comm(learner: Learner) -> WorkerCommunicator:
 def sleeper(
     reachable: Reachable, comm: WorkerCommunicator, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> WorkerClient:
-    """Give a worker that looks for nothing by itself for hours; that takes a socket, which a fake has not."""
+    """A worker whose threads poll nothing for hours. They sleep on a socket, which fakeredis does not have."""
     monkeypatch.setattr(rlbroker.control.control_reader, "READ_SECONDS", HOURS)
     monkeypatch.setattr(rlbroker.weights.subscriber, "POLL_SECONDS", HOURS)
     monkeypatch.setattr(rlbroker.weights.version_channel, "PING_SECONDS", HOURS)
@@ -44,23 +43,29 @@ def sleeper(
     return client
 
 
-def test_a_version_whose_message_was_lost_is_heard_of_in_the_control_stream(
+def test_a_version_whose_notification_was_lost_is_noticed_on_the_control_stream(
     comm: WorkerCommunicator, sleeper: WorkerClient
 ) -> None:
-    pubsub: Any = sleeper._subscriber._channel._pubsub
+    subscriber = sleeper._subscriber
+    pubsub: Any = subscriber._channel._pubsub
+    # The thread must have read the confirmation of the subscription before: it would sleep on the next one otherwise.
+    subscriber._channel._answered = False
+    wait_until("the subscription is confirmed", lambda: pubsub.ping() or subscriber._channel._answered)
     pubsub.unsubscribe()
-    wait_until("it hears no messages", lambda: not pubsub.subscribed)
+    wait_until("it receives no notifications", lambda: not pubsub.subscribed)
     comm.send_model_weights({"w": np.zeros(1)})
-    wait_until("it runs the version", lambda: sleeper.poll({}))
+    wait_until("it has applied the version", lambda: sleeper.poll({}))
 
 
-def test_what_is_asked_for_anew_is_fetched_at_once(comm: WorkerCommunicator, sleeper: WorkerClient) -> None:
+def test_a_version_that_is_loaded_again_is_fetched_at_once(
+    comm: WorkerCommunicator, sleeper: WorkerClient
+) -> None:
     comm.send_model_weights({"w": np.zeros(1)})
-    wait_until("it runs the version", lambda: sleeper.poll({}))
+    wait_until("it has applied the version", lambda: sleeper.poll({}))
     assert sleeper.load_weights({}) == 1
 
 
-def test_an_answer_that_could_not_be_sent_is_sent_as_soon_as_that_works(
+def test_an_acknowledgement_that_could_not_be_sent_is_retried_at_once(
     sleeper: WorkerClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inbox = sleeper._inbox
@@ -77,20 +82,20 @@ def test_an_answer_that_could_not_be_sent_is_sent_as_soon_as_that_works(
     monkeypatch.setattr(acknowledgements, "_store", failing)
     inbox.acknowledge_version(0, 1, "failed", "for a test")
     assert fails == [False]
-    wait_until("it is sent", lambda: not inbox.acknowledgements.unsent)
+    wait_until("the acknowledgement is sent", lambda: not inbox.acknowledgements.unsent)
 
 
-def test_an_answer_that_comes_while_another_thread_is_sending_is_sent_too(
+def test_an_acknowledgement_added_while_another_thread_sends_is_sent_too(
     sleeper: WorkerClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever is sending may just have looked for the last time."""
+    """The sending thread may just have checked for the last time whether there are more."""
     inbox = sleeper._inbox
     acknowledgements = inbox.acknowledgements
     release = acknowledgements._sending.release
     late = [inbox]
 
     class Sending:
-        """The lock, shortly before whose release there is one more answer."""
+        """The lock of the sending thread; before its release another thread adds an acknowledgement."""
 
         def acquire(self, *, blocking: bool) -> bool:
             return lock.acquire(blocking=blocking)
@@ -109,19 +114,19 @@ def test_an_answer_that_comes_while_another_thread_is_sending_is_sent_too(
     assert not inbox.acknowledgements.unsent
 
 
-def test_what_the_server_may_have_lost_is_looked_after_at_once(sleeper: WorkerClient) -> None:
+def test_acknowledgements_that_the_server_may_have_lost_are_checked_at_once(sleeper: WorkerClient) -> None:
     sleeper._inbox.mark_stale()
-    wait_until("it has looked", lambda: not sleeper._inbox.acknowledgements.stale)
+    wait_until("they are checked", lambda: not sleeper._inbox.acknowledgements.stale)
 
 
-def test_a_worker_ends_without_anything_to_wake_it(sleeper: WorkerClient) -> None:
+def test_closing_wakes_the_sleeping_threads(sleeper: WorkerClient) -> None:
     sleeper.close()
     assert not any(
         part._thread._thread.is_alive() for part in (sleeper._heartbeat, sleeper._inbox, sleeper._subscriber)
     )
 
 
-def test_a_subscription_that_gives_no_answer_is_made_anew(
+def test_a_subscription_that_does_not_answer_is_replaced(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     learner()
@@ -133,10 +138,8 @@ def test_a_subscription_that_gives_no_answer_is_made_anew(
     assert "gives no answer" in caplog.text
 
 
-def test_a_subscription_is_not_given_up_because_its_thread_had_no_time(
-    learner: Learner, worker: Worker
-) -> None:
-    """A thousand workers on few cores had all their subscriptions made anew, which took what was left of them."""
+def test_a_subscription_is_kept_if_only_its_thread_was_late(learner: Learner, worker: Worker) -> None:
+    """A thousand workers on few cores once replaced all their subscriptions, which overloaded the machine further."""
     learner()
     subscriber = worker()._subscriber
     pubsub: Any = wait_until("it has subscribed", lambda: subscriber._channel._pubsub)
@@ -168,12 +171,12 @@ def test_a_heartbeat_is_one_round_trip(
     assert sent == [1]
 
 
-def test_small_weights_are_decoded_by_the_thread_that_fetches_them(learner: Learner, worker: Worker) -> None:
+def test_small_weights_are_decoded_without_a_thread_pool(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker(host_cache=False)
     pool = client._subscriber._downloader._pool
     comm.send_model_weights({"w": np.zeros(1000)})
     assert client.load_weights({}) == 1
     assert not pool._threads
     comm.send_model_weights({"w": np.zeros(1_000_000)})
-    wait_until("it runs large ones", lambda: client.poll({}))
+    wait_until("it has applied large ones", lambda: client.poll({}))
     assert pool._threads

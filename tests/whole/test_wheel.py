@@ -1,4 +1,4 @@
-"""The wheel that users install holds all that the package reads at run time."""
+"""The wheel contains every file that the package reads at run time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_an_installed_wheel_has_the_scripts_and_templates(tmp_path: Path) -> None:
+def test_an_installed_wheel_has_scripts_and_templates_and_can_be_imported(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")

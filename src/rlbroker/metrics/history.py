@@ -1,8 +1,8 @@
-"""The history of a run: figures that its learner writes each second, and how to read them.
+"""The history of a run: samples that its learner writes every second, and the functions that read them.
 
-They are kept in three streams (`TIERS`): each second, each half minute and each ten minutes. Whoever reads gets
-the finest that is still there. Most figures are sums that only grow, so that two samples, however far apart, tell
-what happened in between: `Interval` does that.
+Samples are kept in three streams (`TIERS`): one a second, one every 30 seconds, and one every ten minutes. A reader
+gets the finest samples that are still stored. Most values are sums that only grow, so two samples, however far apart,
+describe the time between them: an `Interval`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import entry_place, seconds_number, text_fields, whole_number
 from rlbroker.metrics.counters import EXACT_BELOW
 
-#: Seconds between two samples, and how many are kept: half an hour, twelve hours, two weeks.
+#: By the seconds between two samples: how many are kept. That is half an hour, twelve hours, and two weeks.
 TIERS: Final = {1: 1800, 30: 1440, 600: 2000}
 
-#: Workers whose version and queue a sample names, the lowest ids first: it must stay small.
+#: The most workers whose version and queue a sample contains, lowest ids first, so that samples stay small.
 WORKERS_NAMED: Final = 256
 
 _FINEST: Final = min(TIERS)
@@ -29,42 +29,41 @@ _FINEST: Final = min(TIERS)
 
 @dataclass(frozen=True)
 class Sample:
-    """The figures of one moment.
+    """The state of a run at one moment, and sums up to then.
 
     Attributes:
-        at: when it was, by the server's clock, seconds since the epoch.
-        epoch: of the learner that wrote it. Its own sums begin at 0 with each epoch.
+        at: the time by the server's clock, in seconds since the epoch.
+        epoch: the epoch of the learner that wrote the sample. Its own sums start at 0.
         version: the latest version.
-        alive: workers that were heard of within their lease.
+        alive: workers heard of within their lease.
         away: members that were not.
-        waiting: batches in the queues that this learner has not read. What other learners hold counts too.
-        in_hand: batches that it has read and not acknowledged.
-        published: versions that this learner published, as the further sums since it began.
+        waiting: batches in the queues that this learner has not read; batches pending at other learners count too.
+        in_hand: batches that this learner has read and not acknowledged.
+        published: versions that this learner published. This and the following sums count from its start.
         published_raw_bytes: bytes of their tensors.
-        published_stored_bytes: bytes that went to the server for them.
-        encode_seconds: encoding them, summed over threads: it goes on while earlier chunks are sent.
-        send_seconds: sending chunks, without the time that sending waited for encoding.
-        publish_seconds: from the call of `send_model_weights` until the version was out.
-        collected: batches given out by `collect_experiences`.
+        published_stored_bytes: bytes sent to the server for them.
+        encode_seconds: time spent encoding them, summed over threads; encoding continues while chunks are sent.
+        send_seconds: time spent sending chunks, without the time that sending waited for encoding.
+        publish_seconds: time from the call of `send_model_weights` until the version was published.
+        collected: batches that `collect_experiences` returned.
         rows: rows of these batches.
         collected_raw_bytes: bytes of their tensors.
-        collected_stored_bytes: bytes that came from the server for them.
-        decode_seconds: decoding what was read.
-        wait_seconds: in which `collect_experiences` had nothing to give and waited for the server: the learner waits
-            for its workers.
-        room_seconds: in which `send_experiences` waited for room in a full queue, as workers say, summed over those
-            that were members: workers wait for the learner.
-        delivered: batches of the run that were acknowledged, as far as this learner knows: what other learners
-            acknowledge is noticed within seconds, if this one collects.
-        lost: batches of the run that were counted for another reason, as far as it knows: `stale`, `corrupt`, `poison`
-            and `trimmed` at once, what workers count (`dropped_oldest`, `dropped_newest`, `stopped`, `fenced`) within
-            seconds, if this learner collects. Without `vanished`, which takes a look at every queue. Dead letters
-            that are tried again are taken off.
-        missed: versions of the run that some worker missed, summed over workers.
-        staleness: batches collected since this learner began, by staleness: exact below 16; from there on by powers of
-            two, each standing for itself and all up to the next.
-        running: version that each member runs, by worker id; the 256 lowest ids at most.
-        queued: batches waiting by worker id, of the same workers, where there are any.
+        collected_stored_bytes: bytes received from the server for them.
+        decode_seconds: time spent decoding them.
+        wait_seconds: time that `collect_experiences` waited for a first batch: the learner waits for its workers.
+        room_seconds: time that `send_experiences` waited for room in a full queue, as reported by the workers and
+            summed over those that were members: workers wait for the learner.
+        delivered: batches of the run that were acknowledged, as far as this learner knows. If it collects, it learns
+            within seconds what other learners acknowledged.
+        lost: batches of the run that were counted for another reason, as far as this learner knows. `stale`,
+            `corrupt`, `poison` and `trimmed` count at once. What workers count (`dropped_oldest`, `dropped_newest`,
+            `stopped`, `fenced`) is known within seconds if this learner collects. `vanished` is not included, because
+            it takes a read of every queue. Retried dead letters are subtracted.
+        missed: versions of the run that a worker missed, summed over workers.
+        staleness: batches collected since this learner started, by staleness: exact below 16, then by powers of two,
+            each the lower bound of its bucket.
+        running: the version that each member runs, by worker id; the 256 lowest ids at most.
+        queued: batches waiting, by worker id, for the same workers; those without any are left out.
     """
 
     at: float
@@ -95,58 +94,59 @@ class Sample:
     queued: Mapping[int, int]
 
     def to_fields(self) -> dict[str, str]:
-        """Give the sample as the fields of a stream entry, whose id says when it was."""
-        return {name: _text(getattr(self, name)) for name in _WRITTEN}
+        """Return the sample as the fields of a stream entry. The entry's id holds the time."""
+        return {name: _text(getattr(self, name)) for name in _PARSERS}
 
     @classmethod
     def from_fields(cls, entry_id: str, written: Mapping[str, str]) -> Self | None:
-        """Give the sample of a stream entry; None if it is none, whatever is in it."""
+        """Return the sample in a stream entry, or None if the entry does not hold a valid one."""
         try:
             at = entry_place(entry_id)[0] / 1000
-            read: dict[str, Any] = {name: value_of(written[name]) for name, value_of in _WRITTEN.items()}
-            return cls(at=at, **read)
+            values: dict[str, Any] = {name: parse(written[name]) for name, parse in _PARSERS.items()}
+            return cls(at=at, **values)
         except (KeyError, ValueError):
             return None
 
 
 @dataclass(frozen=True)
 class Interval:
-    """What happened between two samples of one learner."""
+    """The time between two samples of one learner."""
 
     before: Sample
     after: Sample
 
     @property
     def seconds(self) -> float:
-        """How long it was."""
+        """The length of the interval."""
         return self.after.at - self.before.at
 
     def growth(self, name: str) -> float:
-        """Give by how much a sum grew; never less than 0."""
+        """Return how much a sum grew; 0 if it fell."""
         return float(max(0, getattr(self.after, name) - getattr(self.before, name)))
 
     def rate(self, name: str) -> float:
-        """Give by how much a sum grew each second."""
+        """Return how much a sum grew per second."""
         return self.growth(name) / self.seconds if self.seconds > 0 else 0.0
 
     def share(self, name: str) -> float:
-        """Give which part of the time something took, from a sum of seconds.
+        """Return the fraction of the interval that went into a sum of seconds.
 
-        More than 1 where several threads or workers did it at once.
+        It exceeds 1 if several threads or workers spent that time at once.
         """
         return self.rate(name)
 
     @property
     def staleness(self) -> dict[int, int]:
-        """Batches collected in between, by staleness, as in `Sample`."""
+        """Batches collected in the interval, by staleness, as in `Sample`."""
         before = self.before.staleness
         grown = {bound: count - before.get(bound, 0) for bound, count in self.after.staleness.items()}
         return {bound: count for bound, count in sorted(grown.items()) if count > 0}
 
     def staleness_quantile(self, q: float) -> float | None:
-        """Give the staleness that this part of the batches collected in between did not exceed; None without any.
+        """Return a quantile of the staleness of the batches collected in the interval; None without any.
 
-        From 16 on it is a lower bound.
+        Args:
+            q: which quantile, from 0 to 1. A result of 16 or more is the lower bound of its bucket.
         """
         counts = self.staleness
         wanted, seen = q * sum(counts.values()), 0
@@ -158,14 +158,16 @@ class Interval:
 
     @property
     def mean_staleness(self) -> float | None:
-        """Mean staleness of the batches collected in between; None without any. From 16 on it is estimated."""
+        """Mean staleness of the batches collected in the interval; None without any. From 16 on an estimate."""
         counts = self.staleness
         number = sum(counts.values())
-        return sum(_middle(bound) * count for bound, count in counts.items()) / number if number else None
+        return (
+            sum(_bucket_middle(bound) * count for bound, count in counts.items()) / number if number else None
+        )
 
 
 def intervals(samples: Iterable[Sample]) -> list[Interval]:
-    """Give what happened between neighbours; sums of different learners do not compare."""
+    """Return the intervals between neighbours, except between samples of different learners."""
     return [
         Interval(before, after)
         for before, after in pairwise(samples)
@@ -176,13 +178,13 @@ def intervals(samples: Iterable[Sample]) -> list[Interval]:
 def read_history(
     connection: Connection, keys: Keys, *, since: float = 0.0, count: int | None = None
 ) -> list[Sample]:
-    """Give the samples of a run, oldest first.
+    """Return the samples of a run, oldest first.
 
     Args:
-        connection: way to the server.
-        keys: names of the run's keys.
-        since: seconds since the epoch; older ones are left out.
-        count: give only so many of the newest, each second's.
+        connection: the connection to the server.
+        keys: the run's keys.
+        since: leave out samples older than this, in seconds since the epoch.
+        count: return only this many of the newest one-second samples.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
@@ -194,17 +196,17 @@ def read_history(
     found, last = list[Sample](), "+"
     for seconds in sorted(TIERS):
         older = _samples(connection.execute("XRANGE", keys.history(seconds), first, last))
-        found = joined(older, found)
+        found = merge_samples(older, found)
         if found:
-            # Only what is older than the finer ones is left to look for.
+            # The coarser streams are read only before the finer samples.
             last = str(max(0, round(found[0].at * 1000) - 1))
     return found
 
 
-def joined(coarse: Sequence[Sample], fine: Sequence[Sample]) -> list[Sample]:
-    """Give the finer samples, and before them the coarser ones that are older."""
-    begins = fine[0].at if fine else math.inf
-    return [*(one for one in coarse if one.at < begins), *fine]
+def merge_samples(coarse: Sequence[Sample], fine: Sequence[Sample]) -> list[Sample]:
+    """Return the finer samples, preceded by the coarser ones that are older."""
+    fine_from = fine[0].at if fine else math.inf
+    return [*(sample for sample in coarse if sample.at < fine_from), *fine]
 
 
 def _samples(reply: Any) -> list[Sample]:
@@ -215,7 +217,7 @@ def _samples(reply: Any) -> list[Sample]:
     return [sample for sample in found if sample is not None]
 
 
-def _middle(bound: int) -> float:
+def _bucket_middle(bound: int) -> float:
     return bound if bound < EXACT_BELOW else (3 * bound - 1) / 2
 
 
@@ -244,9 +246,9 @@ def _pairs(text: str) -> dict[int, int]:
     return {_whole(key): _whole(number) for key, _, number in pairs}
 
 
-#: What is written, in this order, and how it is read.
-_WRITTEN: Final[Mapping[str, Callable[[str], Any]]] = {
-    one.name: {"int": _whole, "float": _seconds}.get(str(one.type), _pairs)
-    for one in fields(Sample)
-    if one.name != "at"
+#: By field of a stream entry, in the order in which they are written: its parser.
+_PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    field.name: {"int": _whole, "float": _seconds}.get(str(field.type), _pairs)
+    for field in fields(Sample)
+    if field.name != "at"
 }

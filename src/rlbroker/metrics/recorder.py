@@ -1,9 +1,9 @@
-"""Writes the history of a run: one sample each second, made of what the learner remembers and one look."""
+"""The writer of a run's history: one sample a second, to Redis and to the user's scalar logs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,26 +14,27 @@ from rlbroker.backend.replies import seconds_number, whole_number
 from rlbroker.errors import PeerError
 from rlbroker.metrics.counters import Metrics
 from rlbroker.metrics.history import TIERS, WORKERS_NAMED, Sample
+from rlbroker.metrics.tensorboard import ScalarLog
 
 logger = logging.getLogger("rlbroker")
 
-#: What a worker may say that it waited beyond the time since it last said so: what it says is not looked at often.
+#: A worker may report this much more waiting than there was time since its last report: its value is read late.
 _SLACK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What the learner knows of its run without asking.
+    """What a learner knows of its run without asking the server.
 
     Attributes:
-        version: the latest.
-        alive: workers by id that were heard of within their lease.
-        away: members that were not.
-        everyone: whoever ever took part.
-        in_hand: batches that this learner holds, by worker.
-        delivered: batches.
-        lost: batches.
-        missed: versions.
+        version: the latest version.
+        alive: ids of the workers heard of within their lease.
+        away: ids of the members that were not.
+        everyone: ids of all workers that ever took part.
+        in_hand: batches that this learner has read and not acknowledged, by worker.
+        delivered: batches of the run that were acknowledged.
+        lost: batches of the run that were counted for another reason.
+        missed: versions that a worker missed, summed over workers.
     """
 
     version: int
@@ -47,8 +48,8 @@ class RunState:
 
 
 @dataclass
-class _Waits:
-    """How long one life of a worker has waited for room, as it said last, and when it first said so much."""
+class _RoomWait:
+    """The time that one incarnation of a worker waited for room, as last reported, and when that value was new."""
 
     incarnation: int
     seconds: float
@@ -56,9 +57,9 @@ class _Waits:
 
 
 class Recorder:
-    """Takes the samples of one learner. For one thread at a time.
+    """Takes the samples of one learner. Not thread-safe, except for `add_log` and `end_logs`.
 
-    A fault of the server's, a full one or a missing right among them, costs a sample and nothing else.
+    A server fault, such as a full server or a missing right, costs one sample and nothing else.
     """
 
     def __init__(
@@ -68,50 +69,65 @@ class Recorder:
         metrics: Metrics,
         *,
         epoch: int,
-        known: Callable[[], RunState],
+        read_state: Callable[[], RunState],
     ) -> None:
-        """Begin a history, or go on with the one of the learner before.
+        """Start a history, or continue the one of an earlier learner.
 
         Args:
-            connection: way to the server.
-            keys: names of the run's keys.
-            metrics: what this learner does.
+            connection: the connection to the server.
+            keys: the run's keys.
+            metrics: the sums of this learner.
             epoch: the learner's epoch.
-            known: gives what it knows of its run.
+            read_state: returns what the learner knows of its run.
         """
         self._connection, self._keys = connection, keys
-        self._metrics, self._epoch, self._known = metrics, epoch, known
+        self._metrics, self._epoch, self._read_state = metrics, epoch, read_state
         self._due = {seconds: Deadline(0) for seconds in TIERS}
-        self._waits: dict[int, _Waits] = {}
+        self._room_waits: dict[int, _RoomWait] = {}
         self._room_seconds = 0.0
-        self._began = False
+        self._has_sampled = False
         self._broken = False
+        self._logs: list[ScalarLog] = []
+
+    def add_log(self, log: ScalarLog) -> None:
+        """Offer every further sample to this log too."""
+        self._logs.append(log)
+
+    def end_logs(self, deadline: Deadline) -> None:
+        """Stop all logs, and wait for calls of their writers that have begun."""
+        for log in self._logs:
+            log.end(deadline.remaining)
 
     def record(self, *, write: bool = True, last: bool = False) -> Sample | None:
-        """Take a sample and write it where it is due; give it, or None if that could not be done.
+        """Take a sample, write it to the streams where it is due, and offer it to the logs.
 
         Args:
             write: whether this learner is the one that writes the history.
-            last: whether no further one follows, so that all streams get it.
+            last: whether no further sample follows, so that all streams get this one.
+
+        Returns:
+            The sample; None if none was taken, because it had no reader or because that failed.
         """
-        if self._broken:
+        if self._broken or not (write or self._logs):
             return None
         try:
-            sample = self._take()
+            sample = self._take_sample()
             if write:
                 self._write(sample, last=last)
         except PeerError as error:
-            logger.debug("no figures for the history: %s", error)
+            logger.debug("no sample for the history: %s", error)
             return None
-        except Exception:  # the learner's work is worth more than its history
+        except Exception:  # a mistake in here must not end the learner's background work
             self._broken = True
             logger.exception("the history of the run %r ends here", self._keys.run)
             return None
+        for log in self._logs:
+            log.offer(sample)
         return sample
 
-    def _take(self) -> Sample:
-        known = self._known()
-        members, everyone = sorted(known.alive | known.away), sorted(known.everyone)
+    def _take_sample(self) -> Sample:
+        state = self._read_state()
+        members, everyone = sorted(state.alive | state.away), sorted(state.everyone)
         time, *replies = self._connection.ask_once(
             [
                 ("TIME",),
@@ -125,58 +141,62 @@ class Recorder:
         if isinstance(time, PeerError):
             raise time
         at = int(time[0]) + int(time[1]) / 1e6
-        # What a worker has put where its batches or its heartbeat belong may be anything.
-        lengths = dict(zip(everyone, replies[: len(everyone)], strict=True))
-        queued = {
-            worker: length - known.in_hand.get(worker, 0)
-            for worker, length in lengths.items()
-            if isinstance(length, int) and length > known.in_hand.get(worker, 0)
+        queued = _queued(everyone, replies[: len(everyone)], state.in_hand)
+        running = self._read_heartbeats(members, replies[len(everyone) :], at)
+        self._room_waits = {
+            worker: wait for worker, wait in self._room_waits.items() if worker in state.everyone
         }
-        running = {}
-        for worker, said in zip(members, replies[len(everyone) :], strict=True):
-            incarnation, version, waited = map(_text, (None,) * 3 if isinstance(said, PeerError) else said)
-            running[worker] = whole_number(version) or 0
-            if incarnation and waited:
-                self._note_wait(worker, whole_number(incarnation) or 0, seconds_number(waited) or 0.0, at)
-        self._waits = {worker: waits for worker, waits in self._waits.items() if worker in known.everyone}
-        self._began = True
+        self._has_sampled = True
         sums = self._metrics.totals()
         own: dict[str, Any] = {name: int(sums.get(name, 0)) for name in _COUNTS}
         own |= {name: round(sums.get(name, 0.0), 4) for name in _SECONDS}
         return Sample(
             at=at,
             epoch=self._epoch,
-            version=known.version,
-            alive=len(known.alive),
-            away=len(known.away),
+            version=state.version,
+            alive=len(state.alive),
+            away=len(state.away),
             waiting=sum(queued.values()),
-            in_hand=sum(known.in_hand.values()),
+            in_hand=sum(state.in_hand.values()),
             **own,
             room_seconds=round(self._room_seconds, 4),
-            delivered=known.delivered,
-            lost=known.lost,
-            missed=known.missed,
+            delivered=state.delivered,
+            lost=state.lost,
+            missed=state.missed,
             staleness=self._metrics.staleness_counts(),
             running=dict(list(running.items())[:WORKERS_NAMED]),
             queued={worker: queued[worker] for worker in everyone[:WORKERS_NAMED] if worker in queued},
         )
 
-    def _note_wait(self, worker: int, incarnation: int, seconds: float, at: float) -> None:
-        """Add what a worker says it has waited since it last said so; it cannot have waited for longer than that."""
-        waits = self._waits.get(worker)
-        if waits is None or waits.incarnation != incarnation:
-            # What it waited before this learner began is none of its figures.
-            known = 0.0 if self._began else seconds
-            waits = self._waits[worker] = _Waits(incarnation, known, waits.since if waits else at)
-        if seconds > waits.seconds:
-            self._room_seconds += min(seconds - waits.seconds, max(0.0, at - waits.since) + _SLACK_SECONDS)
-            waits.seconds, waits.since = seconds, at
+    def _read_heartbeats(self, members: Sequence[int], replies: Sequence[Any], at: float) -> dict[int, int]:
+        """Return the version that each member runs, and add up the time that they waited for room."""
+        running = {}
+        for worker, reply in zip(members, replies, strict=True):
+            # A worker may have written anything in place of its heartbeat.
+            values = (None,) * 3 if isinstance(reply, PeerError) else reply
+            incarnation, version, waited = map(_text, values)
+            running[worker] = whole_number(version) or 0
+            if incarnation and waited:
+                seconds = seconds_number(waited) or 0.0
+                self._add_room_wait(worker, whole_number(incarnation) or 0, seconds, at)
+        return running
+
+    def _add_room_wait(self, worker: int, incarnation: int, seconds: float, at: float) -> None:
+        """Add what a worker waited since its last report, but no more than the time that has passed since then."""
+        wait = self._room_waits.get(worker)
+        if wait is None or wait.incarnation != incarnation:
+            # Time that the worker waited before this learner started does not count.
+            counted = 0.0 if self._has_sampled else seconds
+            wait = self._room_waits[worker] = _RoomWait(incarnation, counted, wait.since if wait else at)
+        if seconds > wait.seconds:
+            self._room_seconds += min(seconds - wait.seconds, max(0.0, at - wait.since) + _SLACK_SECONDS)
+            wait.seconds, wait.since = seconds, at
 
     def _write(self, sample: Sample, *, last: bool) -> None:
         due = [seconds for seconds, deadline in self._due.items() if last or seconds == 1 or deadline.over]
-        said = flat(sample.to_fields())
+        fields = flat(sample.to_fields())
         commands: list[list[Argument]] = [
-            ["XADD", self._keys.history(seconds), "MAXLEN", "~", TIERS[seconds], "*", *said]
+            ["XADD", self._keys.history(seconds), "MAXLEN", "~", TIERS[seconds], "*", *fields]
             for seconds in due
         ]
         replies = self._connection.ask_once(commands)
@@ -197,6 +217,15 @@ _COUNTS = (
     "collected_stored_bytes",
 )
 _SECONDS = ("encode_seconds", "send_seconds", "publish_seconds", "decode_seconds", "wait_seconds")
+
+
+def _queued(workers: Sequence[int], replies: Sequence[Any], in_hand: Mapping[int, int]) -> dict[int, int]:
+    """Return the batches that wait, by worker; without workers that have none, or no stream of batches."""
+    return {
+        worker: length - in_hand.get(worker, 0)
+        for worker, length in zip(workers, replies, strict=True)
+        if isinstance(length, int) and length > in_hand.get(worker, 0)
+    }
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Figures of a run for TensorBoard, made of the samples of its history."""
+"""The scalars of a run for TensorBoard, computed from the samples of its history."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
+from rlbroker.config import positive_seconds
+from rlbroker.errors import InvalidArgument
 from rlbroker.metrics.history import Interval, Sample
 
 logger = logging.getLogger("rlbroker")
 
-#: What each tag says, of what happened since the last time. Those that have nothing to say then are left out.
+#: The tags that are written, with their meaning. Rates, shares and means are those of the time since the last write;
+#: a tag without a value for that time is left out.
 TAGS: Final = {
     "rlbroker/version": "the latest version",
     "rlbroker/workers_alive": "workers heard of within their lease",
@@ -22,84 +25,98 @@ TAGS: Final = {
     "rlbroker/batches_in_hand": "batches collected and not acknowledged",
     "rlbroker/batches_lost": "batches that were not delivered, in the whole run",
     "rlbroker/versions_missed": "versions missed, summed over workers, in the whole run",
-    "rlbroker/steps_per_second": "rows collected each second",
-    "rlbroker/batches_per_second": "batches collected each second",
-    "rlbroker/collected_bytes_per_second": "bytes of tensors collected each second",
-    "rlbroker/published_bytes_per_second": "bytes of weights stored each second",
-    "rlbroker/versions_per_second": "versions published each second",
-    "rlbroker/wait_share": "part of the time in which the learner waited for batches",
-    "rlbroker/room_share": "part of the time in which a worker waited for room in its queue, mean over workers",
-    "rlbroker/publish_seconds": "from the call until a version was out, mean over versions",
+    "rlbroker/steps_per_second": "rows collected per second",
+    "rlbroker/batches_per_second": "batches collected per second",
+    "rlbroker/collected_bytes_per_second": "bytes of tensors collected per second",
+    "rlbroker/published_bytes_per_second": "bytes of weights stored per second",
+    "rlbroker/versions_per_second": "versions published per second",
+    "rlbroker/wait_share": "fraction of the time that the learner waited for batches",
+    "rlbroker/room_share": "fraction of the time that a worker waited for room in its queue, mean over workers",
+    "rlbroker/publish_seconds": "time from the call until the version was published, mean over versions",
     "rlbroker/staleness_mean": "mean staleness of the batches collected",
     "rlbroker/staleness_p50": "median staleness",
-    "rlbroker/staleness_p95": "staleness that 95 % of the batches did not exceed",
+    "rlbroker/staleness_p95": "95th percentile of the staleness",
 }
 
 
 class SummaryWriter(Protocol):
-    """What TensorBoard's `SummaryWriter` has, and others of its kind."""
+    """The interface of TensorBoard's `SummaryWriter` that is used."""
 
     def add_scalar(self, tag: str, value: float, step: int, /) -> Any:
-        """Note one figure."""
+        """Write one value under a tag, at a training step."""
 
 
 class ScalarLog:
-    """Writes figures with a writer of the user's, in a thread of its own: a slow disk must not hold up the run."""
+    """Writes scalars with the user's writer, in a thread of its own, so that a slow disk does not delay the run."""
 
     def __init__(
         self, writer: SummaryWriter, *, step: Callable[[], int] | None, every_seconds: float
     ) -> None:
-        """Begin to wait for samples.
+        """Start the thread, which waits for samples.
 
         Args:
             writer: has `add_scalar(tag, value, step)`.
-            step: gives the training step; rows collected so far by default.
-            every_seconds: how often to write; not more often than samples come.
+            step: returns the training step; None for the rows collected so far.
+            every_seconds: the time between two writes; at least the time between two samples.
+
+        Raises:
+            InvalidArgument: the writer has no `add_scalar`, `step` is not callable, or `every_seconds` is not a
+                positive number.
         """
+        if not callable(getattr(writer, "add_scalar", None)):
+            raise InvalidArgument(
+                f"log_to takes a writer with add_scalar, such as TensorBoard's SummaryWriter; got "
+                f"{type(writer).__name__}"
+            )
+        if step is not None and not callable(step):
+            raise InvalidArgument(
+                f"step must be a function that returns the training step; got {type(step).__name__}"
+            )
+        positive_seconds("every_seconds", every_seconds)
         self._writer, self._step, self._every_seconds = writer, step, every_seconds
-        self._before: Sample | None = None
-        self._offered: queue.Queue[Interval | None] = queue.Queue(1)
+        self._last_written: Sample | None = None
+        self._intervals: queue.Queue[Interval | None] = queue.Queue(1)
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="rlbroker-scalars", daemon=True)
+        self._thread = threading.Thread(target=self._write_all, name="rlbroker-scalars", daemon=True)
         self._thread.start()
 
     def offer(self, sample: Sample) -> None:
-        """Write what happened since the last time, if it is time again; never waits."""
-        if self._before is None:
-            self._before = sample
-        # Samples come nearly on the second: one that is a little early is meant.
-        elif sample.at - self._before.at > self._every_seconds - 0.5 and not self._ended.is_set():
+        """Write the scalars since the last write if that is due. Never wait."""
+        if self._last_written is None:
+            self._last_written = sample
+        # Samples do not arrive exactly on the second: one that is a little early counts.
+        elif sample.at - self._last_written.at > self._every_seconds - 0.5 and not self._ended.is_set():
             try:
-                self._offered.put_nowait(Interval(self._before, sample))
-            except queue.Full:  # the writer is slow: the next interval is longer
+                self._intervals.put_nowait(Interval(self._last_written, sample))
+            except queue.Full:  # the writer is slow: the next interval includes this one
                 return
-            self._before = sample
+            self._last_written = sample
 
     def end(self, timeout_seconds: float) -> None:
-        """Write nothing any more; wait for a call that is under way."""
+        """Stop writing, and wait for a call of the writer that has begun."""
         self._ended.set()
-        with suppress(queue.Full):  # then the thread looks at the flag when it takes what is there
-            self._offered.put_nowait(None)
+        with suppress(queue.Full):  # then the thread checks the flag when it takes the next interval
+            self._intervals.put_nowait(None)
         self._thread.join(timeout_seconds)
 
-    def _work(self) -> None:
-        while (interval := self._offered.get()) is not None and not self._ended.is_set():
+    def _write_all(self) -> None:
+        while (interval := self._intervals.get()) is not None and not self._ended.is_set():
             try:
                 step = interval.after.rows if self._step is None else int(self._step())
-                for name, value in scalars(interval).items():
+                for name, value in compute_scalars(interval).items():
                     if self._ended.is_set():
                         return
                     self._writer.add_scalar(name, value, step)
-            except Exception:  # the run is worth more than its figures
-                logger.exception("figures are not written to %s any more", type(self._writer).__name__)
+            except Exception:  # an error of the user's writer must not end the run
+                logger.exception("stopped writing scalars to %s", type(self._writer).__name__)
                 self._ended.set()
                 return
 
 
-def scalars(interval: Interval) -> dict[str, float]:
-    """Give the figures of an interval by tag, each of `TAGS` that has something to say."""
+def compute_scalars(interval: Interval) -> dict[str, float]:
+    """Return the values of an interval by tag, for each of `TAGS` that has one."""
     after, mean_staleness = interval.after, interval.mean_staleness
-    found: dict[str, float] = {
+    values: dict[str, float] = {
         "version": after.version,
         "workers_alive": after.alive,
         "workers_away": after.away,
@@ -115,11 +132,11 @@ def scalars(interval: Interval) -> dict[str, float]:
         "wait_share": interval.share("wait_seconds"),
     }
     if after.alive + after.away:
-        found["room_share"] = interval.share("room_seconds") / (after.alive + after.away)
+        values["room_share"] = interval.share("room_seconds") / (after.alive + after.away)
     if published := interval.growth("published"):
-        found["publish_seconds"] = interval.growth("publish_seconds") / published
+        values["publish_seconds"] = interval.growth("publish_seconds") / published
     if mean_staleness is not None:
-        found["staleness_mean"] = mean_staleness
-        found["staleness_p50"] = interval.staleness_quantile(0.5) or 0.0
-        found["staleness_p95"] = interval.staleness_quantile(0.95) or 0.0
-    return {f"rlbroker/{name}": value for name, value in found.items()}
+        values["staleness_mean"] = mean_staleness
+        values["staleness_p50"] = interval.staleness_quantile(0.5) or 0.0
+        values["staleness_p95"] = interval.staleness_quantile(0.95) or 0.0
+    return {f"rlbroker/{name}": value for name, value in values.items()}

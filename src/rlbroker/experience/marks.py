@@ -1,0 +1,48 @@
+"""The marks of a training checkpoint: which batches of a run it covers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlbroker.backend.replies import entry_id
+from rlbroker.config import worker_number
+from rlbroker.errors import InvalidArgument
+
+
+def parse_marks(marks: Mapping[str, Any], run: str) -> dict[str, Any]:
+    """Return marks that come from outside, such as from a file, with every value checked and of its type.
+
+    Args:
+        marks: what `WorkerCommunicator.marks` returned; extra entries are dropped.
+        run: the name of the run that they must belong to.
+
+    Raises:
+        InvalidArgument: an entry is missing or has a wrong value, or the marks belong to another run.
+    """
+    try:
+        parsed = {
+            "run": str(marks["run"]),
+            "version": int(marks["version"]),
+            "inserts": int(marks["inserts"]),
+            "samples": int(marks["samples"]),
+            "batches": {
+                str(name): _parse_mark(mark)
+                for name, mark in marks["batches"].items()
+                if worker_number(int(str(name).removeprefix("again:"))) >= 0
+            },
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidArgument(f"invalid marks, pass what marks() returned: {error!r}") from error
+    if parsed["run"] != run:
+        raise InvalidArgument(f"these marks belong to the run {parsed['run']!r}; this is the run {run!r}")
+    return parsed
+
+
+def _parse_mark(mark: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "through": entry_id(mark["through"]),
+        "except": [*map(entry_id, mark["except"])],
+        "passed_over": [[entry_id(first), entry_id(last)] for first, last in mark["passed_over"]],
+        "taken_over": [*map(entry_id, mark["taken_over"])],
+    }

@@ -1,0 +1,196 @@
+"""The objects that a learner consists of, how they are wired, and how they take a run over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
+
+from rlbroker.backend.connection import Connection
+from rlbroker.backend.keys import Keys
+from rlbroker.backend.text import counted
+from rlbroker.codec.limits import FORMAT_VERSION
+from rlbroker.codec.signing import SigningKey
+from rlbroker.control.commands import CommandSender
+from rlbroker.control.ledger import Ledger
+from rlbroker.experience.collector import Collector
+from rlbroker.experience.counts import read_counts
+from rlbroker.experience.dead_letters import DeadLetters
+from rlbroker.experience.pending import PendingEntries
+from rlbroker.experience.rate_limiter import RateLimiter
+from rlbroker.experience.takeover import Takeover
+from rlbroker.membership.roster import Roster
+from rlbroker.metrics.counters import Metrics
+from rlbroker.metrics.recorder import Recorder, RunState
+from rlbroker.run.maintenance import Maintenance
+from rlbroker.run.options import LearnerOptions
+from rlbroker.run.shards import choose_shards
+from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.publisher import Publisher
+
+logger = logging.getLogger("rlbroker")
+
+
+@dataclass(frozen=True)
+class LearnerParts:
+    """The objects that one learner consists of.
+
+    Attributes:
+        roster: the run and its members.
+        publisher: the run's weights.
+        pending: batches that the learner has read and not acknowledged.
+        commands: the commands that the learner sends.
+        ledger: what the workers acknowledged.
+        dead_letters: batches that no learner could use.
+        rate_limiter: the balance of collecting and sampling.
+        collector: reads the workers' batches.
+        recorder: writes the history.
+        maintenance: the background work.
+    """
+
+    roster: Roster
+    publisher: Publisher
+    pending: PendingEntries
+    commands: CommandSender
+    ledger: Ledger
+    dead_letters: DeadLetters
+    rate_limiter: RateLimiter
+    collector: Collector
+    recorder: Recorder
+    maintenance: Maintenance
+
+    @classmethod
+    def open(
+        cls,
+        connection: Connection,
+        keys: Keys,
+        options: LearnerOptions,
+        *,
+        images: ImageStore,
+        signing_key: SigningKey | None,
+        check: Callable[[], None],
+    ) -> Self:
+        """Open the run, take it over from earlier learners of this name, and return the parts that work on it.
+
+        The roster comes first: it gets the epoch by which every other part fences an earlier learner.
+
+        Args:
+            connection: the connection to the server.
+            keys: the run's keys; on a Cluster they are spread over the run's shards here.
+            options: the learner's settings.
+            images: where the latest weights are kept.
+            signing_key: signs weights and commands; None for no signatures.
+            check: raises if the learner cannot continue; called while it waits for batches.
+        """
+        metrics = Metrics()
+        roster = Roster(
+            connection,
+            keys,
+            options.run_settings,
+            learner_name=options.learner_name,
+            publishes=options.publishes,
+        )
+        epoch = roster.open(
+            wire_format=FORMAT_VERSION,
+            num_workers=options.num_workers,
+            shards=choose_shards(connection, keys, options.shards),
+        )
+        publisher = Publisher(connection, keys, epoch=epoch, images=images, metrics=metrics, key=signing_key)
+        pending = PendingEntries(connection, keys, name=options.learner_name, epoch=epoch)
+        commands = CommandSender(connection, keys, epoch=epoch, key=signing_key)
+        ledger = Ledger(
+            connection,
+            keys,
+            epoch=epoch,
+            latest_version=lambda: publisher.last_used,
+            signed=signing_key is not None,
+            note_outcomes=commands.note_outcomes,
+        )
+        workers = roster.ids()
+        pending.take_over(workers)  # from here on no acknowledgement of an earlier learner is accepted
+        if options.publishes:
+            commands.remember()
+            ledger.remember(workers)
+            _warn_of_earlier_training(connection, keys, roster, publisher.latest_version)
+        dead_letters = DeadLetters(connection, keys, pending, max_bytes=options.run_settings.max_queue_bytes)
+        takeover = Takeover(connection, pending, take_over_seconds=options.take_over_seconds)
+        rate_limiter = RateLimiter(options.samples_per_insert)
+        collector = Collector(
+            connection,
+            keys,
+            pending,
+            dead_letters,
+            takeover,
+            rate_limiter,
+            metrics,
+            acknowledge=options.acknowledge,
+            max_staleness=options.max_staleness,
+            max_deliveries=options.max_deliveries,
+            workers=roster.ids,
+            latest_version=lambda: publisher.latest_version,
+            check=check,
+        )
+        recorder = Recorder(
+            connection,
+            keys,
+            metrics,
+            epoch=epoch,
+            read_state=partial(_read_state, roster, publisher, pending, ledger),
+        )
+        maintenance = Maintenance(
+            connection,
+            keys,
+            roster=roster,
+            publisher=publisher,
+            pending=pending,
+            commands=commands,
+            ledger=ledger,
+            takeover=takeover,
+            collector=collector,
+            recorder=recorder,
+            forget_seconds=options.run_settings.forget_seconds,
+        )
+        return cls(
+            roster=roster,
+            publisher=publisher,
+            pending=pending,
+            commands=commands,
+            ledger=ledger,
+            dead_letters=dead_letters,
+            rate_limiter=rate_limiter,
+            collector=collector,
+            recorder=recorder,
+            maintenance=maintenance,
+        )
+
+
+def _warn_of_earlier_training(connection: Connection, keys: Keys, roster: Roster, version: int) -> None:
+    """Log that the run has data of an earlier learner: right after a crash, and wrong for a new training."""
+    if not roster.existed:
+        return
+    counts = read_counts(connection, keys, roster.ids()).values()
+    batches = sum(count.waiting + count.in_hand for count in counts)
+    if version or batches:
+        logger.warning(
+            "the run %r continues: version %d, %s of earlier workers waiting. For a new training, choose another "
+            "run name",
+            keys.run,
+            version,
+            counted(batches, "batch", "batches"),
+        )
+
+
+def _read_state(roster: Roster, publisher: Publisher, pending: PendingEntries, ledger: Ledger) -> RunState:
+    delivered, lost = pending.totals()
+    return RunState(
+        version=publisher.latest_version,
+        alive=roster.alive,
+        away=roster.away,
+        everyone=roster.everyone,
+        in_hand=pending.counts(),
+        delivered=delivered,
+        lost=lost,
+        missed=ledger.missed_versions,
+    )

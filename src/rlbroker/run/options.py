@@ -1,0 +1,66 @@
+"""The settings of one learner, checked before anything is sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from rlbroker.config import (
+    MAX_SHARDS,
+    MAX_WORKER_ID,
+    MIN_TAKE_OVER_SECONDS,
+    Acknowledge,
+    RunSettings,
+    SamplesPerInsert,
+    choice,
+    positive_int,
+    positive_seconds,
+    run_name,
+)
+from rlbroker.errors import InvalidArgument
+
+
+@dataclass(frozen=True)
+class LearnerOptions:
+    """The settings of one learner, documented by `WorkerCommunicator`; those of the whole run are in `run_settings`."""
+
+    num_workers: int
+    run_settings: RunSettings
+    acknowledge: Acknowledge
+    max_staleness: int | None
+    max_deliveries: int | None
+    samples_per_insert: SamplesPerInsert | None
+    learner_name: str
+    publishes: bool
+    take_over_seconds: float
+    shards: int | None
+
+    def __post_init__(self) -> None:
+        """Raise `InvalidArgument` for a setting that cannot work."""
+        if positive_int("num_workers", self.num_workers) > MAX_WORKER_ID + 1:
+            raise InvalidArgument(
+                f"num_workers must be at most {MAX_WORKER_ID + 1:,}; got {self.num_workers!r}"
+            )
+        choice("acknowledge", self.acknowledge, get_args(Acknowledge))
+        if self.max_staleness is not None and not _is_count(self.max_staleness):
+            raise InvalidArgument(
+                f"max_staleness must be None or an integer of at least 0; got {self.max_staleness!r}"
+            )
+        if self.max_deliveries is not None:
+            positive_int("max_deliveries", self.max_deliveries)
+        if not isinstance(self.samples_per_insert, SamplesPerInsert | None):
+            raise InvalidArgument(
+                f"samples_per_insert must be a SamplesPerInsert; got {type(self.samples_per_insert).__name__}"
+            )
+        run_name(self.learner_name, what="learner_name")
+        if positive_seconds("take_over_seconds", self.take_over_seconds) < MIN_TAKE_OVER_SECONDS:
+            raise InvalidArgument(
+                f"take_over_seconds must be at least {MIN_TAKE_OVER_SECONDS:g}, because a learner cannot renew its "
+                f"pending batches more often; got {self.take_over_seconds!r}"
+            )
+        if self.shards is not None and positive_int("shards", self.shards) > MAX_SHARDS:
+            raise InvalidArgument(f"shards must be at most {MAX_SHARDS}; got {self.shards!r}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
