@@ -20,7 +20,7 @@ from servers import binary_of
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
 from rlbroker.errors import ServerUnsuitable
-from rlbroker.ops.stale_runs import BACK_SECONDS
+from rlbroker.ops.prune import BACK_SECONDS
 
 Start = Callable[[str, str], Any]
 RUN = "pong"
@@ -314,8 +314,7 @@ def test_a_queue_in_an_old_shard_that_is_used_meanwhile_stays(
     cluster: ClusterServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rlbroker.backend.connection import Connection
-    from rlbroker.ops.prune import OPENED, PRUNE_QUEUE, prune
-    from rlbroker.ops.stale_runs import find_stale_runs
+    from rlbroker.ops.prune import OPENED, PRUNE_QUEUE, find_stale_runs, prune
 
     wait_until("no node has just started", lambda: _uptime(cluster) >= BACK_SECONDS, 15.0)
     plant(cluster.url)

@@ -22,12 +22,11 @@ from rlbroker.control.commands import CommandSender
 from rlbroker.errors import WireError
 from rlbroker.ops import send_command
 from rlbroker.ops.cli import control
-from rlbroker.ops.inspect import sent_commands
+from rlbroker.ops.inspect import control_records
 from rlbroker.ops.inspect.dead_letters import find_letters
 from rlbroker.ops.inspect.queues import peek
 from rlbroker.ops.inspect.stored_weights import look_at_weights
-from rlbroker.ops.inspect.weight_contents import pull_weights, weights_contents
-from rlbroker.ops.inspect.weight_files import write_weights
+from rlbroker.ops.inspect.weight_contents import pull_weights, weights_contents, write_weights
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -87,7 +86,7 @@ def test_answers_are_seen_before_a_learner_settles_them(
 
     wait_until("the answer is seen", answered)
     assert command.outcomes()[0].state == "waiting"
-    assert [dict(one.outcomes) for one in sent_commands.list_commands(connection, keys, count=5)] == [
+    assert [dict(one.outcomes) for one in control_records.list_commands(connection, keys, count=5)] == [
         send_command.look_at_command(connection, keys, command)
     ]
 
@@ -95,15 +94,18 @@ def test_answers_are_seen_before_a_learner_settles_them(
 def test_commands_are_found_among_many_notices_of_versions(
     connection: Connection, keys: Keys, learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sent_commands, "PAGE", 3)
+    monkeypatch.setattr(control_records, "PAGE", 3)
     comm, _ = learner(), worker()
     for name in ("first", "second", "third"):
         send(connection, keys, name)
         for _ in range(4):
             comm.send_model_weights({})
-    found = sent_commands.list_commands(connection, keys, count=9)
+    found = control_records.list_commands(connection, keys, count=9)
     assert [one.name for one in found] == ["first", "second", "third"]
-    assert [one.name for one in sent_commands.list_commands(connection, keys, count=2)] == ["second", "third"]
+    assert [one.name for one in control_records.list_commands(connection, keys, count=2)] == [
+        "second",
+        "third",
+    ]
 
 
 def test_arguments_that_are_no_json_are_refused() -> None:

@@ -22,10 +22,18 @@ from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.scripts import Script
-from rlbroker.ops import stale_runs
+from rlbroker.ops import prune as prune_module
 from rlbroker.ops.cli.app import app
-from rlbroker.ops.prune import OPENED, PRUNE_QUEUE, PRUNE_RUN, Pruned, prune
-from rlbroker.ops.stale_runs import BACK_SECONDS, StaleRun, find_stale_runs
+from rlbroker.ops.prune import (
+    BACK_SECONDS,
+    OPENED,
+    PRUNE_QUEUE,
+    PRUNE_RUN,
+    Pruned,
+    StaleRun,
+    find_stale_runs,
+    prune,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
 HOUR = 3600.0
@@ -168,7 +176,7 @@ def test_a_server_that_has_just_started_has_heard_of_nobody(
     plant(real_server.url, "down")
     age(real_server.client, "down", 2 * HOUR, state="open")
     assert leftover(connection, "down").dead
-    monkeypatch.setattr(stale_runs, "BACK_SECONDS", uptime(real_server) + 100)
+    monkeypatch.setattr(prune_module, "BACK_SECONDS", uptime(real_server) + 100)
     assert "has just started" in leftover(connection, "down").why
 
 

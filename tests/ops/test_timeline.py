@@ -12,8 +12,7 @@ from rlbroker.config import RunSettings
 from rlbroker.metrics.history import Sample
 from rlbroker.ops.inspect.bottleneck import judge
 from rlbroker.ops.inspect.snapshot import LearnerStatus, ServerStatus, Snapshot, WorkerStatus
-from rlbroker.ops.inspect.timeline import Behind, Timeline, thin
-from rlbroker.ops.inspect.version_lanes import lay_lanes
+from rlbroker.ops.inspect.timeline import Behind, Timeline, lay_lanes, thin
 from rlbroker.ops.report.render import render
 from rlbroker.ops.report.times import Clock
 from rlbroker.types import Missed, MissedUpdates, WorkerInfo

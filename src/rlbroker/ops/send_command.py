@@ -12,8 +12,8 @@ from rlbroker.codec.signing import SigningKey
 from rlbroker.control.commands import Command as Command
 from rlbroker.control.commands import CommandSender
 from rlbroker.errors import Fenced, InvalidArgument
-from rlbroker.ops.inspect.runs import learner_silence, learner_state
-from rlbroker.ops.inspect.sent_commands import add_unsettled
+from rlbroker.ops.inspect.control_records import add_unsettled
+from rlbroker.ops.inspect.liveness import learner_silence, learner_state
 from rlbroker.types import Outcome
 
 #: Learners that may come in between while a command is sent.

@@ -124,8 +124,8 @@ def _check_self(session: Session, *, strict: bool) -> int:
 
 def _check(session: Session, limits: FindingLimits, max_missed: int | None, since: float) -> int:
 
+    from rlbroker.ops.inspect.control_records import read_missed
     from rlbroker.ops.inspect.findings import Finding, find, gather
-    from rlbroker.ops.inspect.missed_updates import read_missed
     from rlbroker.ops.inspect.snapshot import take_snapshot
 
     with session.in_time():

@@ -15,7 +15,7 @@ from rlbroker.ops.cli.progress import progress
 from rlbroker.ops.cli.session import EXIT_INTERRUPTED, Session, with_session
 
 if TYPE_CHECKING:
-    from rlbroker.ops.inspect.sent_commands import SentCommand
+    from rlbroker.ops.inspect.control_records import SentCommand
     from rlbroker.ops.send_command import Command
     from rlbroker.types import Outcome
 
@@ -104,10 +104,10 @@ def list_commands(
 
     Example: rlbroker control list --run pong --count 5
     """
-    from rlbroker.ops.inspect import sent_commands
+    from rlbroker.ops.inspect import control_records
 
     with session.in_time():
-        found = sent_commands.list_commands(session.connection, session.keys, count=count)
+        found = control_records.list_commands(session.connection, session.keys, count=count)
     if session.as_json:
         session.show_json({"run": session.run, "commands": [_command_json(one) for one in found]})
         return

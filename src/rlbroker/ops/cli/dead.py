@@ -78,8 +78,8 @@ def show_dead(session: Session, names: Names = None, worker: Worker = None) -> N
     """
     if not names and worker is None:
         raise typer.BadParameter("say which: ids as `rlbroker dead list` prints them, or --worker")
-    from rlbroker.ops.inspect.batch_shapes import shape_of
     from rlbroker.ops.inspect.dead_letters import letter_data
+    from rlbroker.ops.inspect.queues import shape_of
 
     letters, now = _letters(session, worker, names)
     shown = []

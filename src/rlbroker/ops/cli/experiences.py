@@ -11,8 +11,7 @@ from rlbroker.ops.cli.formatting import age, counted, plain, size
 from rlbroker.ops.cli.session import Session, with_session
 
 if TYPE_CHECKING:
-    from rlbroker.ops.inspect.batch_shapes import Content
-    from rlbroker.ops.inspect.queues import WaitingBatch
+    from rlbroker.ops.inspect.queues import Content, WaitingBatch
 
 #: Workers that are looked at, unless they are named: batches may be large.
 WORKERS_SHOWN = 16

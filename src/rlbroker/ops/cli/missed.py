@@ -32,7 +32,7 @@ def missed(
     """
     from dataclasses import asdict
 
-    from rlbroker.ops.inspect.missed_updates import read_missed
+    from rlbroker.ops.inspect.control_records import read_missed
     from rlbroker.ops.inspect.runs import worker_ids
 
     with session.in_time():

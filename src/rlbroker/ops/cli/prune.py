@@ -12,8 +12,7 @@ from rlbroker.ops.cli.formatting import age, counted, seconds_of, show_table, si
 from rlbroker.ops.cli.session import EXIT_NOT_FOUND, Session, with_session
 
 if TYPE_CHECKING:
-    from rlbroker.ops.prune import Pruned
-    from rlbroker.ops.stale_runs import StaleRun
+    from rlbroker.ops.prune import Pruned, StaleRun
 
 #: How long nobody of a run must have been heard of, unless it is said otherwise.
 OLDER_THAN_SECONDS = 3600.0
@@ -41,7 +40,7 @@ def prune(
     Example: rlbroker prune --dry-run
     """
     from rlbroker.ops.inspect.runs import choose_run
-    from rlbroker.ops.stale_runs import find_stale_runs
+    from rlbroker.ops.prune import find_stale_runs
 
     seconds, run = OLDER_THAN_SECONDS if older_than is None else older_than, session.asked_run
     found = find_stale_runs(

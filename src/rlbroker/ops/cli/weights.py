@@ -13,7 +13,7 @@ from rlbroker.ops.cli.session import Session, with_session
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.stored_weights import FormSummary, Manifest, StoredForm, StoredWeights
-    from rlbroker.ops.inspect.weight_files import Written
+    from rlbroker.ops.inspect.weight_contents import Written
 
 weights = typer.Typer(
     name="weights",
@@ -161,7 +161,7 @@ def pull_weights(
     """
     from rlbroker.errors import WireError
     from rlbroker.ops.inspect import weight_contents
-    from rlbroker.ops.inspect.weight_files import check_file, write_weights
+    from rlbroker.ops.inspect.weight_contents import check_file, write_weights
 
     if output is not None:
         check_file(output, force=force)

@@ -64,7 +64,7 @@ def state_of_learner(url: str | None, run: str) -> str:
     from rlbroker.backend.connection import Connection
     from rlbroker.backend.keys import Keys
     from rlbroker.backend.replies import server_seconds, text_fields
-    from rlbroker.ops.inspect.runs import learner_silence, learner_state
+    from rlbroker.ops.inspect.liveness import learner_silence, learner_state
 
     connection = Connection(url, timeout_seconds=2.0)
     try:

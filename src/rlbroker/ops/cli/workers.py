@@ -33,8 +33,8 @@ def workers(
     """
     from dataclasses import asdict
 
+    from rlbroker.ops.inspect.control_records import read_missed
     from rlbroker.ops.inspect.findings import find
-    from rlbroker.ops.inspect.missed_updates import read_missed
     from rlbroker.ops.inspect.snapshot import take_snapshot
 
     with session.in_time():

@@ -11,7 +11,6 @@ from rlbroker.backend.replies import server_seconds, text_fields
 from rlbroker.backend.unreadable import legible
 from rlbroker.config import RunSettings
 from rlbroker.membership.incarnations import incarnation_command, incarnations_from, worker_numbers
-from rlbroker.ops.inspect.runs import learner_silence, learner_state
 from rlbroker.types import Liveness
 
 
@@ -71,3 +70,31 @@ def find_present(connection: Connection, run: str, host: str) -> list[Present]:
             state: Liveness = "alive" if silent_seconds < lease_seconds else "away"
             found.append(Present(worker, state, silent_seconds))
     return found
+
+
+def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Liveness | Literal["ended", "none"]:
+    """Say what the newest learner of a run is about, by the run's `meta` and how long it has been silent."""
+    if not meta:
+        return "none"
+    if meta.get("learner_state") == "ended":
+        return "ended"
+    lease_seconds = RunSettings.from_fields(meta).lease_seconds
+    return "alive" if silent_seconds is not None and silent_seconds < lease_seconds else "away"
+
+
+def learner_silence(meta: dict[str, str], now: float) -> float | None:
+    """Give for how many seconds the newest learner of a run has been silent; None if it never gave a sign of life."""
+    return max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
+
+
+def silences_of_others(meta: dict[str, str], now: float) -> list[float]:
+    """Give for how many seconds each further learner of a run has been silent: those that only collect."""
+    return [
+        max(0.0, now - float(seen))
+        for name, seen in _by_name(meta, "seen:").items()
+        if meta.get(f"learner:{name}") != meta.get("epoch")
+    ]
+
+
+def _by_name(meta: dict[str, str], prefix: str) -> dict[str, str]:
+    return {name.removeprefix(prefix): value for name, value in meta.items() if name.startswith(prefix)}

@@ -18,8 +18,10 @@ from rlbroker.backend.replies import (
     whole_number,
 )
 from rlbroker.backend.unreadable import legible
+from rlbroker.codec.contents import Content as Content
+from rlbroker.codec.message import contents
+from rlbroker.errors import WireError
 from rlbroker.experience.dead_letters import READ_AT_ONCE
-from rlbroker.ops.inspect.batch_shapes import Content, shape_of
 
 
 @dataclass(frozen=True)
@@ -184,3 +186,11 @@ def _age(sent_at: str, now: float) -> float | None:
     except ValueError:
         return None
     return max(0.0, now - sent) if math.isfinite(sent) else None
+
+
+def shape_of(data: bytes) -> tuple[tuple[Content, ...], str]:
+    """Give what a message holds, or why it does not decode."""
+    try:
+        return tuple(contents(data)), ""
+    except WireError as error:
+        return (), f"{type(error).__name__}: {error}"

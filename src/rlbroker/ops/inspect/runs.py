@@ -15,6 +15,7 @@ from rlbroker.codec.version import FORMAT_VERSION
 from rlbroker.config import RunSettings, is_run_name
 from rlbroker.errors import AccessDenied, IncompatibleFormat, InvalidArgument, PeerError
 from rlbroker.membership.incarnations import incarnation_command, incarnations_from, worker_numbers
+from rlbroker.ops.inspect.liveness import learner_silence, learner_state, silences_of_others
 from rlbroker.types import Liveness
 
 logger = logging.getLogger("rlbroker")
@@ -145,30 +146,6 @@ def worker_ids(connection: Connection, keys: Keys) -> list[int]:
     return worker_numbers(connection.execute("SMEMBERS", keys.workers))
 
 
-def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Liveness | Literal["ended", "none"]:
-    """Say what the newest learner of a run is about, by the run's `meta` and how long it has been silent."""
-    if not meta:
-        return "none"
-    if meta.get("learner_state") == "ended":
-        return "ended"
-    lease_seconds = RunSettings.from_fields(meta).lease_seconds
-    return "alive" if silent_seconds is not None and silent_seconds < lease_seconds else "away"
-
-
-def learner_silence(meta: dict[str, str], now: float) -> float | None:
-    """Give for how many seconds the newest learner of a run has been silent; None if it never gave a sign of life."""
-    return max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
-
-
-def silences_of_others(meta: dict[str, str], now: float) -> list[float]:
-    """Give for how many seconds each further learner of a run has been silent: those that only collect."""
-    return [
-        max(0.0, now - float(seen))
-        for name, seen in _by_name(meta, "seen:").items()
-        if meta.get(f"learner:{name}") != meta.get("epoch")
-    ]
-
-
 def _summary_of(name: str, now: float, replies: list[Any], ids: list[int], lives: list[Any]) -> RunSummary:
     """Sum a run up; one that another program has written into must not hide the others."""
     for reply in replies:
@@ -200,10 +177,6 @@ def _summary(name: str, now: float, meta: dict[str, str], version: int, silences
         last_seen_seconds=min(heard, default=None),
         wire_format=int(meta["wire_format"]) if "wire_format" in meta else None,
     )
-
-
-def _by_name(meta: dict[str, str], prefix: str) -> dict[str, str]:
-    return {name.removeprefix(prefix): value for name, value in meta.items() if name.startswith(prefix)}
 
 
 def _there(names: list[str]) -> str:

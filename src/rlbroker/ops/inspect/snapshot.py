@@ -24,7 +24,7 @@ from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 from rlbroker.experience.counts import known_counts, right_types, types_of
 from rlbroker.membership.incarnations import incarnation_command, incarnations_from, worker_numbers
 from rlbroker.membership.worker_info import member_infos
-from rlbroker.ops.inspect.runs import learner_silence, learner_state, silences_of_others
+from rlbroker.ops.inspect.liveness import learner_silence, learner_state, silences_of_others
 from rlbroker.types import Liveness, MissedUpdates, QueueCounts, WorkerInfo
 from rlbroker.weights.manifest import Manifest
 

@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from rlbroker.ops.inspect.timeline import Timeline
-from rlbroker.ops.inspect.version_lanes import VersionLanes, lay_lanes
+from rlbroker.ops.inspect.timeline import Timeline, VersionLanes, lay_lanes
 from rlbroker.ops.report.plots import time_axis
 from rlbroker.ops.report.svg import ORANGE, PURPLE, RED, inline, new_figure
 from rlbroker.ops.report.times import Clock

@@ -9,8 +9,10 @@ from typing import cast
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import entry_place, server_seconds, text_fields
+from rlbroker.backend.unreadable import legible
+from rlbroker.control.ledger import Ledger
 from rlbroker.control.outcomes import ANSWERS
-from rlbroker.types import Outcome, State
+from rlbroker.types import Missed, Outcome, State
 
 #: Entries of the control stream that are read at once; most of them are notices of versions.
 PAGE = 1_000
@@ -106,3 +108,30 @@ def _answers(connection: Connection, keys: Keys, workers: Iterable[int]) -> list
         for _, fields in entries
         if (said := text_fields(fields)).get("event") == "command" and said.get("outcome") in ANSWERS
     ]
+
+
+def read_missed(
+    connection: Connection,
+    keys: Keys,
+    *,
+    last_seconds: float | None = None,
+    worker: int | None = None,
+    why: str | None = None,
+) -> tuple[float, list[Missed]]:
+    """Give the server's clock, seconds since the epoch, and what was missed, oldest first.
+
+    Args:
+        connection: way to the server.
+        keys: names of the run's keys.
+        last_seconds: only what was recorded within so many seconds; None for all that is kept.
+        worker: only what this worker missed.
+        why: only what was missed for this reason.
+
+    Raises:
+        WireError: the record holds what no learner writes.
+        PeerError: the server refused, or could not be reached in time.
+    """
+    now = connection.clock(keys.meta)
+    with legible(keys.missed):
+        records = Ledger(connection, keys).records(since=0.0 if last_seconds is None else now - last_seconds)
+    return now, [one for one in records if worker in (None, one.worker_id) and why in (None, one.why)]
