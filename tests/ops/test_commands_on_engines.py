@@ -162,7 +162,7 @@ def test_doctor_names_a_node_that_the_others_go_on_without(several: Any) -> None
             engine.wait_ok()
     name, _, others = silent["what"].partition(" does not answer: ")
     assert (silent["state"], name) == ("critical", f"127.0.0.1:{node.port}")
-    assert "go on without it" in others
+    assert "continue without it" in others
     assert "nodes" not in [one["code"] for one in examined(several.url)]
 
 

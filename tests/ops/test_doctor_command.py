@@ -73,7 +73,7 @@ def connection(server: RedisServer, admin: Any) -> Iterator[Connection]:
 
 
 def failed(found: Diagnosis) -> dict[str, Check]:
-    return {one.code: one for one in found.points if one.state in ("warning", "critical")}
+    return {one.code: one for one in found.checks if one.state in ("warning", "critical")}
 
 
 def type_in(client: Any, hint: str) -> None:
@@ -89,7 +89,7 @@ def test_a_server_and_a_run_that_are_well_have_nothing_but_marks(
     found = diagnose(connection, RUN)
     slow = {"latency"}  # which this machine may be
     assert failed(found).keys() <= slow
-    assert {"queues", "room", "run", "host_cache"} <= {one.code for one in found.points}
+    assert {"queues", "room", "run", "host_cache"} <= {one.code for one in found.checks}
     done = rlbroker("doctor", RLBROKER_REDIS_URL=server.url)
     assert done.returncode in (0, 1)
     assert done.stderr == ""
@@ -139,11 +139,11 @@ def test_missing_rights_are_named_all_at_once_and_the_hint_gives_them(
         assert found.state == "warning"
         rights = failed(found)["rights"]
         assert rights.what.startswith("the user 'poor' lacks rights that looking needs: +time +info")
-        run = next(one for one in found.points if one.code == "run")
+        run = next(one for one in found.checks if one.code == "run")
         assert run.state == "unknown"
         type_in(admin, rights.hint)
         found = diagnose(poor, RUN)
-        states = {one.code: one.state for one in found.points}
+        states = {one.code: one.state for one in found.checks}
         assert (states["rights"], states["run"]) == ("ok", "ok")
         assert states["idle"] == "unknown"
         assert "latency" in failed(found) or found.state == "ok"

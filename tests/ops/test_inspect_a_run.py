@@ -24,9 +24,9 @@ from rlbroker.ops import send_command
 from rlbroker.ops.cli import control
 from rlbroker.ops.inspect import control_records
 from rlbroker.ops.inspect.dead_letters import find_letters
-from rlbroker.ops.inspect.queues import peek
-from rlbroker.ops.inspect.stored_weights import look_at_weights
-from rlbroker.ops.inspect.weight_contents import pull_weights, weights_contents, write_weights
+from rlbroker.ops.inspect.queues import peek_queue
+from rlbroker.ops.inspect.stored_weights import read_stored_weights
+from rlbroker.ops.inspect.weight_contents import download_weights, read_contents, write_weights
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -78,16 +78,16 @@ def test_answers_are_seen_before_a_learner_settles_them(
     comm, client = learner(), worker()
     comm._thread.stop(5.0)  # nobody settles
     command = send(connection, keys)
-    assert send_command.look_at_command(connection, keys, command)[0].state == "waiting"
+    assert send_command.read_outcomes(connection, keys, command)[0].state == "waiting"
 
     def answered() -> bool:
         client.poll({})
-        return send_command.look_at_command(connection, keys, command)[0].state == "done"
+        return send_command.read_outcomes(connection, keys, command)[0].state == "done"
 
     wait_until("the answer is seen", answered)
     assert command.outcomes()[0].state == "waiting"
     assert [dict(one.outcomes) for one in control_records.list_commands(connection, keys, count=5)] == [
-        send_command.look_at_command(connection, keys, command)
+        send_command.read_outcomes(connection, keys, command)
     ]
 
 
@@ -123,12 +123,12 @@ def test_no_more_batches_are_read_than_asked_for(
     client = worker()
     for number in range(5):
         client.send_experiences({"number": number})
-    queue = peek(connection, keys, 0, count=2)
+    queue = peek_queue(connection, keys, 0, count=2)
     assert (queue.waiting, [one.batch_id for one in queue.batches]) == (
         5,
         [f"{client.incarnation}-{number}" for number in (1, 2)],
     )
-    queue = peek(connection, keys, 0, count=2, newest=True)
+    queue = peek_queue(connection, keys, 0, count=2, newest=True)
     assert [one.batch_id for one in queue.batches] == [f"{client.incarnation}-{number}" for number in (4, 5)]
 
 
@@ -136,11 +136,11 @@ def test_whatever_a_worker_wrote_into_its_queue_can_be_looked_at(
     server: Server, connection: Connection, keys: Keys
 ) -> None:
     server.client.set(keys.experiences(0), "no stream")
-    assert peek(connection, keys, 0, count=9).batches == ()
+    assert peek_queue(connection, keys, 0, count=9).batches == ()
     nonsense = {"version": "-1", "rows": "many", "sent_at": "nan", "data": b"\xff"}
     server.client.xadd(keys.experiences(1), nonsense)  # nor is there a group
     server.client.xadd(keys.experiences(1), {"\xff": "", "sent_at": "1e999", "entry": "1-"})
-    first, second = peek(connection, keys, 1, count=9).batches
+    first, second = peek_queue(connection, keys, 1, count=9).batches
     assert (first.version, first.staleness, first.rows, first.age_seconds) == (None, None, None, None)
     assert (second.age_seconds, second.held_by, second.stored_bytes) == (None, "", 0)
     assert all("too short for a message" in one.problem for one in (first, second))
@@ -151,13 +151,13 @@ def test_a_batch_that_is_tried_again_is_shown_under_its_own_id(
 ) -> None:
     fields = {"entry": "17-3", "version": 1, "data": encode({"x": np.zeros(2)})}
     server.client.xadd(keys.again(0), fields)
-    (batch,) = peek(connection, keys, 0, count=1).batches
+    (batch,) = peek_queue(connection, keys, 0, count=1).batches
     assert (batch.batch_id, batch.retried, batch.contents[0].name) == ("17-3", True, "x")
 
 
 @pytest.mark.parametrize("name", ["3", "3/", "3/7", "x/1-2", "3/1-2-x", "3/1-2/4"])
 def test_what_names_no_dead_batch_is_refused(connection: Connection, keys: Keys, name: str) -> None:
-    with pytest.raises(InvalidArgument, match="they look like 3/"):
+    with pytest.raises(InvalidArgument, match="ids look like 3/"):
         find_letters(connection, keys, names=[name])
 
 
@@ -165,8 +165,8 @@ def test_what_names_no_dead_batch_is_refused(connection: Connection, keys: Keys,
 
 
 def test_before_the_first_version_nothing_is_stored(connection: Connection, keys: Keys) -> None:
-    stored = look_at_weights(connection, keys)
-    assert (stored.pointer, stored.forms, stored.versions) == (None, (), [])
+    stored = read_stored_weights(connection, keys)
+    assert (stored.manifest, stored.forms, stored.versions) == (None, (), [])
 
 
 def test_the_latest_version_is_pulled_over_the_differences_that_lead_there(
@@ -180,8 +180,8 @@ def test_the_latest_version_is_pulled_over_the_differences_that_lead_there(
     for step in range(3):
         weights["w"][step] = step
         comm.send_model_weights(weights)
-    stored = look_at_weights(connection, keys)
-    assert stored.pointer is not None
+    stored = read_stored_weights(connection, keys)
+    assert stored.manifest is not None
     assert [(one.form.base, one.state) for one in stored.forms] == [
         (0, "needed"),
         (1, "needed"),
@@ -191,8 +191,8 @@ def test_the_latest_version_is_pulled_over_the_differences_that_lead_there(
     for version in (3, 2):
         path = stored.path(version)
         assert [form.version for form in path] == list(range(1, version + 1))
-        chunk_bytes = stored.pointer.chunk_bytes
-        contents, arrays = pull_weights(
+        chunk_bytes = stored.manifest.chunk_bytes
+        contents, arrays = download_weights(
             connection, keys, path, chunk_bytes=chunk_bytes, received=received.append
         )
         assert [one.name for one in contents] == ["w", "flag"]
@@ -210,12 +210,12 @@ def test_a_header_that_is_not_the_one_that_was_published_is_refused(
     comm = learner()
     for size in (1, 2):
         comm.send_model_weights({"w": np.zeros(size)})
-    stored = look_at_weights(connection, keys)
+    stored = read_stored_weights(connection, keys)
     first, second = (keys.chunk(one.form.upload, 0) for one in stored.forms)
-    assert [one.shape for one in weights_contents(connection, keys, stored.path(2))] == [(2,)]
+    assert [one.shape for one in read_contents(connection, keys, stored.path(2))] == [(2,)]
     server.client.set(second, server.client.get(first))
     with pytest.raises(WireError, match="does not match the pointer"):
-        weights_contents(connection, keys, stored.path(2))
+        read_contents(connection, keys, stored.path(2))
 
 
 def leaf(name: str, array: np.ndarray[Any, Any], number: int = 0) -> Content:

@@ -29,7 +29,7 @@ from rlbroker.ops.prune import (
     OPENED,
     PRUNE_QUEUE,
     PRUNE_RUN,
-    Pruned,
+    PruneResult,
     StaleRun,
     find_stale_runs,
     prune,
@@ -80,7 +80,7 @@ def leftover(connection: Connection, name: str, **options: Any) -> StaleRun:
     return found[name]
 
 
-def prune_now(connection: Connection, run: str, **options: Any) -> Pruned:
+def prune_now(connection: Connection, run: str, **options: Any) -> PruneResult:
     names = leftover(connection, run).names
     return prune(connection, run, names, **{"older_than_seconds": HOUR, "named": False, **options})
 
@@ -259,7 +259,7 @@ def test_a_learner_that_opens_the_run_just_before_keeps_it(
         lambda: opened.append(WorkerCommunicator(1, redis_url=real_server.url, run="back")),
     )
     try:
-        assert prune_now(connection, "back") == Pruned("back", 0, OPENED)
+        assert prune_now(connection, "back") == PruneResult("back", 0, OPENED)
         assert all_of(real_server.client, "back").keys() >= before
         assert [worker for worker, _ in opened[0].collect_experiences(timeout=5.0)] == [0]
     finally:

@@ -12,7 +12,7 @@ from conftest import Reachable, Server, wait_until
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection
-from rlbroker.ops.inspect.snapshot import Observer
+from rlbroker.ops.inspect.snapshot import SnapshotReader
 from rlbroker.ops.inspect.watch import SERIES, RunWatch
 
 Learner = Callable[..., WorkerCommunicator]
@@ -38,11 +38,11 @@ def test_rates_are_what_happened_between_looks(
 ) -> None:
     comm, client, idle = learner(), worker(), worker()
     watch = new_watch()
-    first = watch.look()
+    first = watch.read()
     for number in range(20):
         client.send_experiences({"x": np.full(3, number)})
     comm.collect_experiences(timeout=5.0, max_batches=5)
-    second = watch.look()
+    second = watch.read()
     assert [one.batches_per_second for one in first.lines] == [None, None]
     seconds = second.snapshot.at - first.snapshot.at
     rates = {one.worker: one.batches_per_second for one in second.lines}
@@ -62,9 +62,9 @@ def test_the_last_minute_is_there_from_the_first_look_on(
         client.send_experiences({"x": np.zeros((4, 3))})
         comm.collect_experiences(timeout=0.1)
         watch = new_watch()
-        watch.look()
-        view = watch.look()
-        fresh = new_watch().look()
+        watch.read()
+        view = watch.read()
+        fresh = new_watch().read()
         assert view.series.keys() == SERIES.keys()
         # Who looked before has read nothing twice, and misses what was written since at most.
         assert len(fresh.series["waiting"]) - len(view.series["waiting"]) in (0, 1)
@@ -82,13 +82,13 @@ def test_a_look_is_three_round_trips_and_goes_on_after_the_connection_broke(
     ):
         comm.send_model_weights({"w": np.zeros(3)})
         connection = Connection(reachable.url, timeout_seconds=5.0)
-        observer = Observer(connection, run)
+        observer = SnapshotReader(connection, run)
         trips = count_trips(connection)
-        assert observer.look().members[0].state == "alive"
+        assert observer.read().members[0].state == "alive"
         assert len(trips) == 3
         each = {"target_nodes": "primaries"} if reachable.kind == "cluster" else {}
         reachable.client.client_kill_filter(_type="normal", skipme=True, **each)
-        assert observer.look().pointer is not None
+        assert observer.read().manifest is not None
         connection.close()
 
 

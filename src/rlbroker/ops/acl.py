@@ -16,7 +16,7 @@ from rlbroker.backend.keys import EVERY_KEY, Keys
 Role = Literal["learner", "worker", "observer"]
 
 #: From this version on keys can be read-only, and there are rules in parentheses.
-READ_ONLY_KEYS: Final = (7, 0)
+READ_ONLY_KEYS_VERSION: Final = (7, 0)
 
 #: From this version on the server knows CLIENT SETINFO, with which redis-py says what it is, and WAITAOF.
 SETINFO: Final = (7, 2)
@@ -61,7 +61,7 @@ class User:
     rules: tuple[str, ...]
 
 
-def users(
+def make_users(
     run: str, *, workers: int, shared: bool, version: Sequence[int], cluster: bool = False
 ) -> list[User]:
     """Give the users of one run: its learner, its workers, and an observer of all runs.
@@ -80,7 +80,7 @@ def users(
     ids = ("*",) if shared else tuple(map(str, range(workers)))
     names = (f"{keys.run}-workers",) if shared else tuple(f"{keys.run}-worker-{one}" for one in ids)
     told = ("+client|setinfo", "+waitaof") if tuple(version) >= SETINFO else ()
-    read_only = "%R~" if tuple(version) >= READ_ONLY_KEYS else "~"
+    read_only = "%R~" if tuple(version) >= READ_ONLY_KEYS_VERSION else "~"
     return [
         User(
             f"{keys.run}-learner",
@@ -109,7 +109,7 @@ def users(
     ]
 
 
-def acl_file(found: Sequence[User], passwords: dict[str, str], administrator: str) -> Iterator[str]:
+def format_acl_file(found: Sequence[User], passwords: dict[str, str], administrator: str) -> Iterator[str]:
     """Give the lines of a server's ACL file: these users, one who may do everything, and nobody without a password.
 
     Args:
@@ -123,7 +123,7 @@ def acl_file(found: Sequence[User], passwords: dict[str, str], administrator: st
         yield f"user {user.name} on {_digest(passwords[user.name])} {' '.join(user.rules)}"
 
 
-def set_user_commands(found: Sequence[User], passwords: dict[str, str]) -> Iterator[str]:
+def format_set_user_commands(found: Sequence[User], passwords: dict[str, str]) -> Iterator[str]:
     """Give a command for each user that makes it on a running server, as redis-cli reads them from its input."""
     for user in found:
         rules = " ".join(f'"{rule}"' if " " in rule else rule for rule in user.rules)
@@ -148,6 +148,6 @@ def _through_scripts(keys: Keys, version: Sequence[int]) -> tuple[str, ...]:
 
     And add itself to the set of workers, from which it cannot remove anybody.
     """
-    if tuple(version) < READ_ONLY_KEYS:
+    if tuple(version) < READ_ONLY_KEYS_VERSION:
         return "+evalsha", "+sadd", f"~{keys.workers}"
     return f"(+evalsha ~{keys.everything})", f"(+sadd ~{keys.workers})"

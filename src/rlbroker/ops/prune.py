@@ -216,7 +216,7 @@ FINISH = Script.load("ops/lua/finish_pruning.lua")
 
 
 @dataclass(frozen=True)
-class Pruned:
+class PruneResult:
     """What became of one run.
 
     Attributes:
@@ -238,7 +238,7 @@ def prune(
     older_than_seconds: float,
     named: bool,
     progress: Callable[[int], None] = lambda count: None,
-) -> Pruned:
+) -> PruneResult:
     """Delete what a run left, if it is dead still. Doing it again finishes what was interrupted.
 
     Args:
@@ -264,9 +264,9 @@ def prune(
         connection, older_than_seconds=older_than_seconds, run=run, named=named, unused=unused
     ) or (None,)
     if found is None:
-        return Pruned(run, 0)
+        return PruneResult(run, 0)
     if not found.dead:
-        return Pruned(run, 0, found.why)
+        return PruneResult(run, 0, found.why)
     there = set(found.names)
     in_queues = there.intersection(name for queue in used for name in queue)
     # What is elsewhere no script could take along, and no learner reads.
@@ -281,7 +281,7 @@ def prune(
     workers_there = -1 if isinstance(count, PeerError) else count
     arguments = [len(known), *before, workers_there, PRUNED]
     if not connection.run(PRUNE_RUN, (*named_first, *own), arguments):
-        return Pruned(run, 0, OPENED)
+        return PruneResult(run, 0, OPENED)
     deleted, kept = len(there.intersection((*named_first, *own))), ""
     progress(deleted)
     for queue, use in used.items():
@@ -294,7 +294,7 @@ def prune(
         deleted += connection.on_each("UNLINK", some)
         progress(deleted)
     connection.run(FINISH, (keys.meta,), (PRUNED,))
-    return Pruned(run, deleted, kept)
+    return PruneResult(run, deleted, kept)
 
 
 def _use(connection: Connection, queues: Sequence[Queue]) -> dict[Queue, list[Argument]]:

@@ -12,8 +12,8 @@ from rlbroker.codec.signing import SigningKey
 from rlbroker.control.commands import Command as Command
 from rlbroker.control.commands import CommandSender
 from rlbroker.errors import Fenced, InvalidArgument
-from rlbroker.ops.inspect.control_records import add_unsettled
-from rlbroker.ops.inspect.liveness import learner_silence, learner_state
+from rlbroker.ops.inspect.control_records import add_unsettled_answers
+from rlbroker.ops.inspect.liveness import learner_silent_seconds, learner_state
 from rlbroker.types import Outcome
 
 #: Learners that may come in between while a command is sent.
@@ -55,7 +55,7 @@ def send_command(
     for tried in range(_TRIES):
         clock, fields = connection.execute_all([("TIME",), ("HGETALL", keys.meta)])
         meta = text_fields(fields)
-        state = learner_state(meta, learner_silence(meta, server_seconds(clock)))
+        state = learner_state(meta, learner_silent_seconds(meta, server_seconds(clock)))
         if int(meta.get("epoch", 0)) == 0:
             raise InvalidArgument(
                 f"no learner has opened the run {keys.run!r} yet, and only then can its workers be sent commands"
@@ -75,12 +75,12 @@ def send_command(
     raise AssertionError("each try returns or raises")
 
 
-def look_at_command(connection: Connection, keys: Keys, command: Command) -> dict[int, Outcome]:
+def read_outcomes(connection: Connection, keys: Keys, command: Command) -> dict[int, Outcome]:
     """Give what became of a command at each worker: what is settled, and else what the worker answered.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
     """
     outcomes = {command.id: command.outcomes()}
-    add_unsettled(connection, keys, outcomes)
+    add_unsettled_answers(connection, keys, outcomes)
     return outcomes[command.id]

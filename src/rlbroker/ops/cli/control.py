@@ -142,7 +142,7 @@ def _arguments(data: str | None) -> Any:
 
 def _watch(session: Session, command: Command, seconds: float) -> dict[int, Outcome]:
     """Look for answers until all are there, or the time is over; give what there is."""
-    from rlbroker.ops.send_command import look_at_command
+    from rlbroker.ops.send_command import read_outcomes
 
     end = time.monotonic() + seconds
     workers = len(command.worker_ids)
@@ -150,7 +150,7 @@ def _watch(session: Session, command: Command, seconds: float) -> dict[int, Outc
     with progress(session, plain(command.name), workers, "workers") as advance:
         while True:
             with session.in_time():
-                outcomes = look_at_command(session.connection, session.keys, command)
+                outcomes = read_outcomes(session.connection, session.keys, command)
             answered = sum(one.state != "waiting" for one in outcomes.values())
             advance(answered)
             if answered == workers or time.monotonic() >= end:

@@ -1,1 +1,1 @@
-"""Metrics of the runs on a server, for Prometheus."""
+"""The metrics of runs for Prometheus; needs prometheus-client."""

@@ -1,1 +1,1 @@
-"""What an operator sees of a run, from any machine, while it goes on and after it ended; looking changes nothing."""
+"""Read-only views of a run, from any machine, during the run and after it ended."""

@@ -1,4 +1,4 @@
-"""Commands of a run: what was sent, and what became of it; reading changes nothing."""
+"""Records of control: which commands were sent, what became of them, and which updates and commands were missed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rlbroker.control.ledger import Ledger
 from rlbroker.control.outcomes import ANSWERS
 from rlbroker.types import Missed, Outcome, State
 
-#: Entries of the control stream that are read at once; most of them are notices of versions.
-PAGE = 1_000
+#: Entries of the control stream per read; most of them are notices of versions.
+ENTRIES_AT_ONCE = 1_000
 
-#: Answers of one worker that are looked through for one that no learner has settled yet.
-ANSWERS_READ = 1_000
+#: Acknowledgements of one worker that are searched for those that no learner has settled yet.
+ANSWERS_AT_ONCE = 1_000
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class SentCommand:
     """A command on the control stream.
 
     Attributes:
-        command_id: how it is called in Redis.
-        name: what it asks for.
-        arguments: what the handler gets, as people read it; cut at 200 characters.
-        sent: when, by the server's clock, seconds since the epoch.
+        command_id: its id in Redis.
+        name: its name.
+        arguments: its data as text, cut at 200 characters.
+        sent: when it was sent, seconds since the epoch by the server's clock.
         age_seconds: how long ago that is.
-        outcomes: by worker what became of it; empty once nobody remembers, a day later.
+        outcomes: its outcome by worker; empty once they are expired, a day later.
     """
 
     command_id: str
@@ -43,7 +43,7 @@ class SentCommand:
 
 
 def list_commands(connection: Connection, keys: Keys, *, count: int) -> list[SentCommand]:
-    """Give the newest commands, oldest first.
+    """Return the newest commands, oldest first.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
@@ -51,63 +51,61 @@ def list_commands(connection: Connection, keys: Keys, *, count: int) -> list[Sen
     found: dict[str, tuple[str, dict[str, str]]] = {}
     position = "+"
     while len(found) < count:
-        entries = connection.execute("XREVRANGE", keys.control, position, "-", "COUNT", PAGE)
+        entries = connection.execute("XREVRANGE", keys.control, position, "-", "COUNT", ENTRIES_AT_ONCE)
         for entry_id, fields in entries:
-            said = text_fields({name: value for name, value in fields.items() if name != b"data"})
-            known = said.get("command", "")
-            # One that was sent again to a server that had lost it is known by its id.
-            if said.get("event") == "command" and (known in found or len(found) < count):
-                found[known] = entry_id.decode(), said
-        if len(entries) < PAGE:
+            header = text_fields({name: value for name, value in fields.items() if name != b"data"})
+            command_id = header.get("command", "")
+            # A command that was sent again, to a server that had lost it, has the same id in both entries.
+            if header.get("event") == "command" and (command_id in found or len(found) < count):
+                found[command_id] = entry_id.decode(), header
+        if len(entries) < ENTRIES_AT_ONCE:
             break
         position = f"({entries[-1][0].decode()}"
     clock, *replies = connection.execute_all(
-        [("TIME",), *(("HGETALL", keys.outcomes(command)) for command in found)]
+        [("TIME",), *(("HGETALL", keys.outcomes(command_id)) for command_id in found)]
     )
     now = server_seconds(clock)
     outcomes = {
-        command: {int(worker): Outcome.from_text(text) for worker, text in text_fields(reply).items()}
-        for command, reply in zip(found, replies, strict=True)
+        command_id: {int(worker): Outcome.from_text(text) for worker, text in text_fields(reply).items()}
+        for command_id, reply in zip(found, replies, strict=True)
     }
-    add_unsettled(connection, keys, outcomes)
+    add_unsettled_answers(connection, keys, outcomes)
     commands = []
-    for command, (entry_id, said) in reversed(found.items()):
+    for command_id, (entry_id, header) in reversed(found.items()):
         sent = entry_place(entry_id)[0] / 1000
         commands.append(
             SentCommand(
-                command_id=command,
-                name=said.get("name", ""),
-                arguments=said.get("arguments", ""),
+                command_id=command_id,
+                name=header.get("name", ""),
+                arguments=header.get("arguments", ""),
                 sent=sent,
                 age_seconds=max(0.0, now - sent),
-                outcomes=dict(sorted(outcomes[command].items())),
+                outcomes=dict(sorted(outcomes[command_id].items())),
             )
         )
     return commands
 
 
-def add_unsettled(connection: Connection, keys: Keys, outcomes: dict[str, dict[int, Outcome]]) -> None:
-    """Fill in, by command and worker, what was answered and is not settled yet: the learner may be away."""
+def add_unsettled_answers(
+    connection: Connection, keys: Keys, outcomes: dict[str, dict[int, Outcome]]
+) -> None:
+    """Replace outcomes that wait by acknowledgements that no learner has settled yet: the learner may be away.
+
+    Args:
+        connection: the connection to the server.
+        keys: the run's keys.
+        outcomes: outcomes by command id and worker; changed in place.
+    """
     waiting = {
-        worker for states in outcomes.values() for worker, one in states.items() if one.state == "waiting"
+        worker
+        for by_worker in outcomes.values()
+        for worker, outcome in by_worker.items()
+        if outcome.state == "waiting"
     }
-    for worker, said in _answers(connection, keys, sorted(waiting)):
-        states = outcomes.get(said.get("command", ""), {})
-        if worker in states and states[worker].state == "waiting":
-            states[worker] = Outcome(cast(State, said["outcome"]), said.get("detail", ""))
-
-
-def _answers(connection: Connection, keys: Keys, workers: Iterable[int]) -> list[tuple[int, dict[str, str]]]:
-    wanted = list(workers)
-    replies = connection.execute_all(
-        [("XRANGE", keys.acknowledgements(worker), "-", "+", "COUNT", ANSWERS_READ) for worker in wanted]
-    )
-    return [
-        (worker, said)
-        for worker, entries in zip(wanted, replies, strict=True)
-        for _, fields in entries
-        if (said := text_fields(fields)).get("event") == "command" and said.get("outcome") in ANSWERS
-    ]
+    for worker, answer in _read_answers(connection, keys, sorted(waiting)):
+        by_worker = outcomes.get(answer.get("command", ""), {})
+        if worker in by_worker and by_worker[worker].state == "waiting":
+            by_worker[worker] = Outcome(cast(State, answer["outcome"]), answer.get("detail", ""))
 
 
 def read_missed(
@@ -118,14 +116,14 @@ def read_missed(
     worker: int | None = None,
     why: str | None = None,
 ) -> tuple[float, list[Missed]]:
-    """Give the server's clock, seconds since the epoch, and what was missed, oldest first.
+    """Return the server's clock, seconds since the epoch, and the missed updates and commands, oldest first.
 
     Args:
-        connection: way to the server.
-        keys: names of the run's keys.
-        last_seconds: only what was recorded within so many seconds; None for all that is kept.
-        worker: only what this worker missed.
-        why: only what was missed for this reason.
+        connection: the connection to the server.
+        keys: the run's keys.
+        last_seconds: only the records of the last seconds; None for every stored record.
+        worker: only the records of this worker.
+        why: only the records with this reason.
 
     Raises:
         WireError: the record holds what no learner writes.
@@ -134,4 +132,21 @@ def read_missed(
     now = connection.clock(keys.meta)
     with legible(keys.missed):
         records = Ledger(connection, keys).records(since=0.0 if last_seconds is None else now - last_seconds)
-    return now, [one for one in records if worker in (None, one.worker_id) and why in (None, one.why)]
+    return now, [
+        record for record in records if worker in (None, record.worker_id) and why in (None, record.why)
+    ]
+
+
+def _read_answers(
+    connection: Connection, keys: Keys, workers: Iterable[int]
+) -> list[tuple[int, dict[str, str]]]:
+    ids = list(workers)
+    replies = connection.execute_all(
+        [("XRANGE", keys.acknowledgements(worker), "-", "+", "COUNT", ANSWERS_AT_ONCE) for worker in ids]
+    )
+    return [
+        (worker, answer)
+        for worker, entries in zip(ids, replies, strict=True)
+        for _, fields in entries
+        if (answer := text_fields(fields)).get("event") == "command" and answer.get("outcome") in ANSWERS
+    ]

@@ -52,7 +52,7 @@ class Plotted:
         return line
 
 
-def plots_of(course: Timeline, clock: Clock) -> dict[str, str]:
+def draw_plots(course: Timeline, clock: Clock) -> dict[str, str]:
     """Draw all small plots; give them as `svg` elements by name. Call it within `styled`."""
     shown = Plotted(course.points(), course.begin, course.end, course.restarts, clock)
     draw = {

@@ -9,11 +9,11 @@ import jinja2
 
 from rlbroker.ops.cli.formatting import age, size, the_same_of
 from rlbroker.ops.inspect.bottleneck import RULE, percent
-from rlbroker.ops.inspect.findings import gather
+from rlbroker.ops.inspect.findings import group_findings
 from rlbroker.ops.inspect.timeline import Timeline
-from rlbroker.ops.report.plots import plots_of
+from rlbroker.ops.report.plots import draw_plots
 from rlbroker.ops.report.svg import styled
-from rlbroker.ops.report.timeline_chart import pictures_of
+from rlbroker.ops.report.timeline_chart import draw_timeline
 from rlbroker.ops.report.times import Clock, duration
 
 
@@ -26,7 +26,7 @@ def render(course: Timeline, *, typed: Callable[[str], str]) -> str:
     """
     clock = Clock(course.snapshot.at)
     with styled():
-        plots = plots_of(course, clock) | pictures_of(course, clock)
+        plots = draw_plots(course, clock) | draw_timeline(course, clock)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rlbroker.ops.report", "."),
         autoescape=True,
@@ -48,7 +48,7 @@ def render(course: Timeline, *, typed: Callable[[str], str]) -> str:
     }
     return environment.get_template("report.html.jinja").render(
         course=course,
-        gathered=gather(course.findings),
+        gathered=group_findings(course.findings),
         run=course.snapshot,
         plots={name: _drawn(svg) for name, svg in plots.items()},
         zone=clock.zone,

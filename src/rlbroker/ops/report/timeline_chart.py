@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from rlbroker.ops.inspect.timeline import Timeline, VersionLanes, lay_lanes
+from rlbroker.ops.inspect.timeline import Timeline, VersionLanes, build_lanes
 from rlbroker.ops.report.plots import time_axis
 from rlbroker.ops.report.svg import ORANGE, PURPLE, RED, inline, new_figure
 from rlbroker.ops.report.times import Clock
@@ -45,11 +45,11 @@ _MISSED: Final = {"superseded": "#8d99a6", "left": PURPLE, "away": ORANGE, "fail
 _COLORS: Final = "viridis"
 
 
-def pictures_of(course: Timeline, clock: Clock) -> dict[str, str]:
+def draw_timeline(course: Timeline, clock: Clock) -> dict[str, str]:
     """Draw the picture in each width, as `svg` elements by name; none without history. Call it within `styled`."""
     found = {}
     for name, width in WIDTHS.items():
-        lanes = lay_lanes(course, width - 50)
+        lanes = build_lanes(course, width - 50)
         if lanes.workers:
             found[f"lanes-{name}"] = inline(_draw(lanes, course, clock, width), f"lanes-{name}")
     return found
