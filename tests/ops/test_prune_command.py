@@ -102,7 +102,7 @@ def test_dead_runs_are_shown_and_deleted_and_those_that_live_stay(real_server: R
         assert done.returncode == 0, done.stderr
         assert re.search(r"old +its learner has ended +2 h +1 +\d+ +\S+ k?B", done.stdout)
         assert re.search(r"lost +its learner is away +2 h", done.stdout)
-        assert "kept: live, as its learner lives\n" in done.stderr
+        assert "kept: live, as its learner is alive\n" in done.stderr
         assert "kept: recent, as its learner has ended, but not for long enough (30 min)\n" in done.stderr
         assert all_of(client).keys() == before.keys()
         assert all_of(client, "old") == {key: one for key, one in before.items() if b"{old}" in key}
@@ -151,13 +151,13 @@ def test_a_run_that_is_named_goes_at_once_when_its_learner_has_ended(real_server
 def test_a_worker_that_lives_keeps_its_run(real_server: RealServer, connection: Connection) -> None:
     with WorkerClient(real_server.url, "waiting"):
         found = leftover(connection, "waiting", older_than_seconds=0.0)
-        assert (found.dead, found.why) == (False, "a worker of it lives")
+        assert (found.dead, found.why) == (False, "a worker is alive")
     with WorkerCommunicator(1, redis_url=real_server.url, run="short") as learner:
         worker = WorkerClient(real_server.url, "short")
         assert learner.workers()
     with worker:
         found = leftover(connection, "short", run="short", named=True, older_than_seconds=0.0)
-        assert (found.dead, found.why) == (False, "a worker of it lives")
+        assert (found.dead, found.why) == (False, "a worker is alive")
 
 
 def test_a_learner_that_only_collects_keeps_its_run(real_server: RealServer, connection: Connection) -> None:
@@ -167,7 +167,7 @@ def test_a_learner_that_only_collects_keeps_its_run(real_server: RealServer, con
         assert learner.workers() == []
     with other:
         found = leftover(connection, "two", run="two", named=True, older_than_seconds=0.0)
-        assert (found.dead, found.why) == (False, "another learner of it lives, which collects")
+        assert (found.dead, found.why) == (False, "another learner is alive, which collects")
 
 
 def test_a_server_that_has_just_started_has_heard_of_nobody(
@@ -214,7 +214,7 @@ def test_what_nobody_knows_the_age_of_is_kept(real_server: RealServer, connectio
     finally:
         real_server.client.config_set("maxmemory-policy", "noeviction")
     assert (found.dead, found.silent_seconds) == (False, None)
-    assert found.why.endswith("but nobody knows for how long")
+    assert found.why.endswith("but for how long is unknown")
 
 
 def test_a_run_that_cannot_be_read_is_kept_while_its_keys_are_used(

@@ -98,8 +98,8 @@ def test_a_report_shows_what_a_run_did(report: str) -> None:
     headings = re.findall(r"<h2>(.*?)</h2>", report)
     assert headings == [
         "What is wrong",
-        "Who ran which version when",
-        "Who waits for whom",
+        "Versions over time",
+        "Bottleneck",
         "Throughput",
         "Staleness",
         "Waits and work",
