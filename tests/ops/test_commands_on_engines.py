@@ -231,12 +231,12 @@ def test_doctor_counts_the_sentinels_and_names_those_that_do_not_answer(
         trio.engine.wait_ok()
     well, fewer, too_few = (one for (one,) in seen)
     first, second = (f"127.0.0.1:{one.port}" for one in others)
-    assert (well["state"], well["what"].partition(" are ")[0]) == ("ok", "3 of 3 Sentinels")
+    assert (well["state"], well["what"].partition(" answer, ")[0]) == ("ok", "3 of 3 Sentinels")
     assert fewer["state"] == "warning"
-    assert fewer["what"].startswith(f"{first} does not answer: 2 of 3 Sentinels are there, and 2 are enough")
+    assert fewer["what"].startswith(f"{first} does not answer: 2 of 3 Sentinels answer, and 2 are enough")
     assert too_few["state"] == "critical"
     assert set(too_few["what"].partition(" do not answer: ")[0].split(", ")) == {first, second}
-    assert "1 of 3 Sentinels is there, and 2 have to agree" in too_few["what"]
+    assert "1 of 3 Sentinels answers, and 2 must agree" in too_few["what"]
 
 
 def test_doctor_asks_the_sentinels_for_those_that_the_url_does_not_name(
@@ -257,7 +257,7 @@ def test_doctor_asks_the_sentinels_for_those_that_the_url_does_not_name(
                 sentinel.thaw()
             engine.wait_ok()
     assert too_few["state"] == "critical"
-    assert "1 of 3 Sentinels is there" in too_few["what"]
+    assert "1 of 3 Sentinels answers" in too_few["what"]
     assert "NOQUORUM" in too_few["what"]
 
 

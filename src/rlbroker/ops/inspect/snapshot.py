@@ -277,16 +277,7 @@ class SnapshotReader:
                 lease_seconds=lease_seconds,
             )
         }
-        with legible(f"{keys.prefix}:ledger:…"):
-            missed = [
-                missed_updates(
-                    worker,
-                    WorkerOutcomes.from_fields(text_fields(reply)),
-                    latest_version=latest_version,
-                    published={manifest.version: manifest.published} if manifest else {},
-                )
-                for worker, reply in zip(ids, ledgers, strict=True)
-            ]
+        missed = _parse_missed(keys, ids, ledgers, manifest)
         sent = {worker: (info.incarnation, info.sent) for worker, info in infos.items()}
         is_right_type = right_types(types, found_types)
         counts = known_counts(self._connection, keys, ids, is_right_type, said=sent)
@@ -319,6 +310,21 @@ def _is_refusal(reply: Any) -> bool:
     if isinstance(reply, AccessDenied) or "unknown command" in str(reply).lower():  # fakeredis has no INFO
         return True
     raise reply
+
+
+def _parse_missed(
+    keys: Keys, ids: Sequence[int], ledgers: Sequence[Any], manifest: Manifest | None
+) -> list[MissedUpdates]:
+    with legible(f"{keys.prefix}:ledger:…"):
+        return [
+            missed_updates(
+                worker,
+                WorkerOutcomes.from_fields(text_fields(reply)),
+                latest_version=manifest.version if manifest else 0,
+                published={manifest.version: manifest.published} if manifest else {},
+            )
+            for worker, reply in zip(ids, ledgers, strict=True)
+        ]
 
 
 def _parse_waiting_commands(pending: dict[str, str], now: float) -> dict[int, list[float]]:
