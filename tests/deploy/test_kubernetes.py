@@ -17,7 +17,7 @@ import yaml
 from typed import options
 
 from rlbroker import WorkerClient, WorkerCommunicator
-from rlbroker.ops.exporter.metrics import LEARNER_FIGURES, RUN_FIGURES
+from rlbroker.ops.exporter.metrics import LEARNER_METRICS, RUN_METRICS
 
 pytestmark = pytest.mark.unit
 
@@ -126,7 +126,7 @@ QUERY = SCALER["triggers"][0]["metadata"]["query"]
 
 
 def test_the_query_names_figures_that_the_exporter_has() -> None:
-    known = {figure.name for figure in RUN_FIGURES} | {figure.name for figure in LEARNER_FIGURES}
+    known = {figure.name for figure in RUN_METRICS} | {figure.name for figure in LEARNER_METRICS}
     named = set(re.findall(r"rlbroker_\w+", QUERY))
     assert named <= known
     assert not any("waiting" in name or "queue" in name for name in named)

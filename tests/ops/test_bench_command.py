@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 from conftest import RealServer
 
-from rlbroker.ops.bench import Codec, PublishTimings, Report
+from rlbroker.ops.bench import CodecRates, PublishTimings, Report
 
 #: As little as there can be.
 TINY = ("--megabytes", "0.1", "--seconds", "0.01")
@@ -66,7 +66,7 @@ def test_bench_as_json_has_every_figure(real_server: RealServer) -> None:
     said = json.loads(bench(real_server, "--json").stdout)
     assert said.keys() == {field.name for field in fields(Report)} | {"verdict"}
     assert said["published"][0].keys() == {field.name for field in fields(PublishTimings)}
-    assert said["codecs"][0].keys() == {field.name for field in fields(Codec)}
+    assert said["codecs"][0].keys() == {field.name for field in fields(CodecRates)}
     assert [one["size_bytes"] for one in said["batches"]] == [1 << 10, 64 << 10, 1 << 20]
     numbers = [number for one in (said, *said["published"], *said["batches"]) for number in one.values()]
     assert all(number > 0 for number in numbers if isinstance(number, float))

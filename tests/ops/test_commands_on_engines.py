@@ -20,7 +20,7 @@ from servers import binary_of
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
 from rlbroker.errors import ServerUnsuitable
-from rlbroker.ops.stale_runs import BACK_SECONDS
+from rlbroker.ops.prune import BACK_SECONDS
 
 Start = Callable[[str, str], Any]
 RUN = "pong"
@@ -162,7 +162,7 @@ def test_doctor_names_a_node_that_the_others_go_on_without(several: Any) -> None
             engine.wait_ok()
     name, _, others = silent["what"].partition(" does not answer: ")
     assert (silent["state"], name) == ("critical", f"127.0.0.1:{node.port}")
-    assert "go on without it" in others
+    assert "continue without it" in others
     assert "nodes" not in [one["code"] for one in examined(several.url)]
 
 
@@ -231,12 +231,12 @@ def test_doctor_counts_the_sentinels_and_names_those_that_do_not_answer(
         trio.engine.wait_ok()
     well, fewer, too_few = (one for (one,) in seen)
     first, second = (f"127.0.0.1:{one.port}" for one in others)
-    assert (well["state"], well["what"].partition(" are ")[0]) == ("ok", "3 of 3 Sentinels")
+    assert (well["state"], well["what"].partition(" answer, ")[0]) == ("ok", "3 of 3 Sentinels")
     assert fewer["state"] == "warning"
-    assert fewer["what"].startswith(f"{first} does not answer: 2 of 3 Sentinels are there, and 2 are enough")
+    assert fewer["what"].startswith(f"{first} does not answer: 2 of 3 Sentinels answer, and 2 are enough")
     assert too_few["state"] == "critical"
     assert set(too_few["what"].partition(" do not answer: ")[0].split(", ")) == {first, second}
-    assert "1 of 3 Sentinels is there, and 2 have to agree" in too_few["what"]
+    assert "1 of 3 Sentinels answers, and 2 must agree" in too_few["what"]
 
 
 def test_doctor_asks_the_sentinels_for_those_that_the_url_does_not_name(
@@ -257,7 +257,7 @@ def test_doctor_asks_the_sentinels_for_those_that_the_url_does_not_name(
                 sentinel.thaw()
             engine.wait_ok()
     assert too_few["state"] == "critical"
-    assert "1 of 3 Sentinels is there" in too_few["what"]
+    assert "1 of 3 Sentinels answers" in too_few["what"]
     assert "NOQUORUM" in too_few["what"]
 
 
@@ -314,8 +314,7 @@ def test_a_queue_in_an_old_shard_that_is_used_meanwhile_stays(
     cluster: ClusterServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rlbroker.backend.connection import Connection
-    from rlbroker.ops.prune import OPENED, PRUNE_QUEUE, prune
-    from rlbroker.ops.stale_runs import find_stale_runs
+    from rlbroker.ops.prune import OPENED, PRUNE_QUEUE, find_stale_runs, prune
 
     wait_until("no node has just started", lambda: _uptime(cluster) >= BACK_SECONDS, 15.0)
     plant(cluster.url)

@@ -155,6 +155,6 @@ def test_without_a_learner_it_needs_force_and_workers_obey(embedded: RedisServer
         client.hset(Keys(run).meta, "learner_state", "ended")
         refused = shell("control", "send", "stop")
         assert (refused.returncode, refused.stdout) == (2, "")
-        assert "has ended, and nobody would settle the workers' answers; --force" in refused.stderr
+        assert "has ended, so no learner settles the workers' answers; --force" in refused.stderr
         shell("control", "send", "stop", "--force", "--no-wait")
         wait_until("the worker obeys", lambda: worker.poll({}) or not worker.running)

@@ -1,4 +1,4 @@
-"""`rlbroker doctor` on a server and a run with planted trouble; and what it says to type mends it."""
+"""`rlbroker doctor` on a server and a run with planted faults, and the commands that it prints repair them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from rlbroker.ops.doctor.server_info import measure_latency
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
 RUN = "pong"
 
-#: Settings that doctor is to find fault with, and the points that do.
-TROUBLE = {
+#: Faulty settings by name: the value, and the check that reports it.
+FAULTS = {
     "maxmemory-policy": ("allkeys-lru", "eviction"),
     "proto-max-bulk-len": ("2097152", "bulk"),
     "client-output-buffer-limit": ("normal 1048576 0 0", "buffers"),
@@ -43,13 +43,14 @@ TROUBLE = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A server of its own, as its settings are changed, with a run that is well but for what a test does to it."""
-    with RedisServer(persistence=True, directory=tmp_path_factory.mktemp("server")) as found:
-        yield found
+    """A server for these tests alone, because they change its settings."""
+    with RedisServer(persistence=True, directory=tmp_path_factory.mktemp("server")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def admin(server: RedisServer) -> Iterator[Any]:
+    """A client with all rights, while a healthy run is on the server."""
     client = redis.Redis.from_url(server.url, protocol=2)
     with (
         WorkerCommunicator(1, redis_url=server.url, run=RUN) as learner,
@@ -59,7 +60,7 @@ def admin(server: RedisServer) -> Iterator[Any]:
         wait_until("the worker runs version 1", lambda: worker.poll({}) and worker.version == 1)
         worker.send_experiences({"x": np.zeros(3, np.float32)})
         wait_until(
-            "that is said", lambda: learner.workers()[0].version == 1 and learner.workers()[0].sent == 1
+            "that is reported", lambda: learner.workers()[0].version == 1 and learner.workers()[0].sent == 1
         )
         yield client
     client.close()
@@ -67,29 +68,26 @@ def admin(server: RedisServer) -> Iterator[Any]:
 
 @pytest.fixture
 def connection(server: RedisServer, admin: Any) -> Iterator[Connection]:
-    found = Connection(server.url)
-    yield found
-    found.close()
+    connection = Connection(server.url)
+    yield connection
+    connection.close()
 
 
-def failed(found: Diagnosis) -> dict[str, Check]:
-    return {one.code: one for one in found.points if one.state in ("warning", "critical")}
+def faults_of(diagnosis: Diagnosis) -> dict[str, Check]:
+    return {check.code: check for check in diagnosis.checks if check.state in ("warning", "critical")}
 
 
-def type_in(client: Any, hint: str) -> None:
-    """Do what a hint says, as redis-cli would."""
-    words = shlex.split(hint)
-    assert words[0] == "redis-cli"
-    assert client.execute_command(*words[1:]) is not None
+def run_hint(client: Any, hint: str) -> None:
+    """Run the command of a redis-cli hint."""
+    program, *command = shlex.split(hint)
+    assert program == "redis-cli"
+    assert client.execute_command(*command) is not None
 
 
-def test_a_server_and_a_run_that_are_well_have_nothing_but_marks(
-    server: RedisServer, connection: Connection
-) -> None:
-    found = diagnose(connection, RUN)
-    slow = {"latency"}  # which this machine may be
-    assert failed(found).keys() <= slow
-    assert {"queues", "room", "run", "host_cache"} <= {one.code for one in found.points}
+def test_a_healthy_server_and_run_have_no_faults(server: RedisServer, connection: Connection) -> None:
+    diagnosis = diagnose(connection, RUN)
+    assert faults_of(diagnosis).keys() <= {"latency"}  # this machine may be slow
+    assert {"queues", "room", "run", "host_cache"} <= {check.code for check in diagnosis.checks}
     done = rlbroker("doctor", RLBROKER_REDIS_URL=server.url)
     assert done.returncode in (0, 1)
     assert done.stderr == ""
@@ -98,36 +96,36 @@ def test_a_server_and_a_run_that_are_well_have_nothing_but_marks(
     assert re.search(r"^\d+ well, \d warnings?, 0 critical, 0 unknown$", done.stdout, re.MULTILINE)
 
 
-def test_planted_trouble_is_named_and_what_is_printed_mends_it(
+def test_planted_faults_are_reported_and_the_printed_commands_repair_them(
     server: RedisServer, admin: Any, connection: Connection
 ) -> None:
-    before = {name: admin.config_get(name)[name] for name in TROUBLE}
+    before = {name: admin.config_get(name)[name] for name in FAULTS}
     key = Keys(RUN).experiences(0)
     try:
-        for name, (value, _) in TROUBLE.items():
+        for name, (value, _) in FAULTS.items():
             admin.config_set(name, value)
-        # A learner that reads makes its group again.
+        # Only until the learner reads: it makes its group again.
         admin.xgroup_destroy(key, GROUP)
         done = rlbroker("doctor", "--json", RLBROKER_REDIS_URL=server.url)
-        said = json.loads(done.stdout)
-        assert (done.returncode, done.stderr, said["state"]) == (2, "", "critical")
-        found = {one["code"]: one for one in said["points"] if one["state"] in ("warning", "critical")}
-        wanted = {code for _, code in TROUBLE.values()} | {"group_missing", "batch_bytes"}
-        assert wanted <= found.keys()
-        assert found.keys() <= wanted | {"latency"}
-        for one in found.values():
-            if one["code"] != "latency":
-                type_in(admin, one["hint"])
-        assert not failed(diagnose(connection, RUN)).keys() & wanted
+        output = json.loads(done.stdout)
+        assert (done.returncode, done.stderr, output["state"]) == (2, "", "critical")
+        reported = {one["code"]: one for one in output["points"] if one["state"] in ("warning", "critical")}
+        expected = {code for _, code in FAULTS.values()} | {"group_missing", "batch_bytes"}
+        assert expected <= reported.keys()
+        assert reported.keys() <= expected | {"latency"}
+        for check in reported.values():
+            if check["code"] != "latency":
+                run_hint(admin, check["hint"])
+        assert not faults_of(diagnose(connection, RUN)).keys() & expected
     finally:
         for name, value in before.items():
             admin.config_set(name, value)
     section = PAGE.read_text().partition("## rlbroker doctor")[2].partition("\n## ")[0]
     documented = set(re.findall(r"`(?:points\[\]\.)?(\w+)`", section.partition("JSON:")[2]))
-    assert {*said, *said["points"][0]} - {"points"} <= documented
+    assert {*output, *output["points"][0]} - {"points"} <= documented
 
 
-def test_missing_rights_are_named_all_at_once_and_the_hint_gives_them(
+def test_missing_rights_are_reported_together_and_the_hint_grants_them(
     server: RedisServer, admin: Any
 ) -> None:
     rules = ("%R~rlb:*", "+@connection", "+get", "+hget", "+exists", "+scan")
@@ -135,23 +133,22 @@ def test_missing_rights_are_named_all_at_once_and_the_hint_gives_them(
     path = server.url.partition("@")[2]
     poor = Connection(f"unix://poor:pw@{path}")
     try:
-        found = diagnose(poor, RUN)
-        assert found.state == "warning"
-        rights = failed(found)["rights"]
-        assert rights.what.startswith("the user 'poor' lacks rights that looking needs: +time +info")
-        run = next(one for one in found.points if one.code == "run")
-        assert run.state == "unknown"
-        type_in(admin, rights.hint)
-        found = diagnose(poor, RUN)
-        states = {one.code: one.state for one in found.points}
+        diagnosis = diagnose(poor, RUN)
+        assert diagnosis.state == "warning"
+        rights = faults_of(diagnosis)["rights"]
+        assert rights.what.startswith("the user 'poor' lacks rights for reading a run: +time +info")
+        assert next(check.state for check in diagnosis.checks if check.code == "run") == "unknown"
+        run_hint(admin, rights.hint)
+        diagnosis = diagnose(poor, RUN)
+        states = {check.code: check.state for check in diagnosis.checks}
         assert (states["rights"], states["run"]) == ("ok", "ok")
         assert states["idle"] == "unknown"
-        assert "latency" in failed(found) or found.state == "ok"
+        assert "latency" in faults_of(diagnosis) or diagnosis.state == "ok"
     finally:
         poor.close()
 
 
-def test_a_learner_that_sleeps_over_batches_is_named(
+def test_an_idle_learner_with_pending_batches_is_reported(
     admin: Any, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = Keys(RUN).experiences(0)
@@ -159,12 +156,12 @@ def test_a_learner_that_sleeps_over_batches_is_named(
     admin.xadd(key, {"data": b""})
     admin.xreadgroup(GROUP, "sleeper", {key: ">"})
     monkeypatch.setattr(run_checks, "IDLE_SECONDS", -1.0)
-    found = failed(diagnose(connection, RUN))["holder_idle"]
-    assert re.match(r"\d+ batch(es)? of worker 0 (is|are) in the hands of the learner 'sleeper'", found.what)
+    check = faults_of(diagnose(connection, RUN))["holder_idle"]
+    assert re.match(r"\d+ batch(es)? of worker 0 (is|are) pending at the learner 'sleeper'", check.what)
     admin.xgroup_delconsumer(key, GROUP, "sleeper")
 
 
-def test_without_a_single_run_the_server_alone_is_examined(server: RedisServer, admin: Any) -> None:
+def test_with_several_runs_and_none_named_only_the_server_is_checked(server: RedisServer, admin: Any) -> None:
     other = Keys("other").meta
     admin.hset(other, "wire_format", 1)
     try:
@@ -177,9 +174,7 @@ def test_without_a_single_run_the_server_alone_is_examined(server: RedisServer, 
     assert " queues " not in done.stdout
 
 
-def test_the_clocks_of_both_machines_are_compared(
-    connection: Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_clock_difference_is_measured(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + 7.0)
     assert measure_latency(connection).ahead_seconds == pytest.approx(7.0, abs=1.0)

@@ -1,4 +1,4 @@
-"""What is said to be wrong with a run, and what is not."""
+"""The findings of a snapshot: what is reported as wrong, and what is not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from rlbroker import MissedUpdates, QueueCounts, WorkerInfo
 from rlbroker.config import RunSettings
-from rlbroker.ops.inspect.findings import FindingLimits, find
+from rlbroker.ops.inspect.findings import FindingLimits, list_findings
 from rlbroker.ops.inspect.snapshot import LearnerStatus, ServerStatus, Snapshot, WorkerStatus
 from rlbroker.weights.manifest import Manifest, StoredForm
 
@@ -51,7 +51,7 @@ RUN = Snapshot(
     settings=RunSettings(max_queue_size=10),
     expected_workers=1,
     learner=LearnerStatus(epoch=1, state="alive", host="node-0", pid=1, last_seen_seconds=0.1),
-    pointer=Manifest(StoredForm(20, 0, "20-1-1", 1, 10, "c0ffee"), (), 10, 1 << 20, "blosc2", 999.0),
+    manifest=Manifest(StoredForm(20, 0, "20-1-1", 1, 10, "c0ffee"), (), 10, 1 << 20, "blosc2", 999.0),
     workers={0: STATUS},
 )
 
@@ -73,8 +73,8 @@ def learner(**changes: Any) -> Snapshot:
     return replace(RUN, learner=replace(RUN.learner, **changes))
 
 
-#: By code, a run with which just that is wrong, and the words that must be said of it.
-TROUBLE: dict[str, tuple[Snapshot, str, str]] = {
+#: By code, a run with only this fault, the severity, and a part of the sentence.
+FAULTS: dict[str, tuple[Snapshot, str, str]] = {
     "server_evicts": (server(maxmemory_policy="allkeys-lru"), "critical", "allkeys-lru"),
     "server_full": (server(used_bytes=950), "warning", "95%"),
     "learner_missing": (replace(RUN, learner=None), "warning", "no learner"),
@@ -82,10 +82,10 @@ TROUBLE: dict[str, tuple[Snapshot, str, str]] = {
     "learner_ended": (
         learner(state="ended", last_seen_seconds=42.0),
         "warning",
-        "ended 42 s ago, and 1 worker still",
+        "ended 42 s ago, and 1 worker still sends",
     ),
     "no_weights": (
-        replace(RUN, pointer=None, workers={0: replace(STATUS, info=replace(WELL, version=0))}),
+        replace(RUN, manifest=None, workers={0: replace(STATUS, info=replace(WELL, version=0))}),
         "warning",
         "not published",
     ),
@@ -115,13 +115,17 @@ TROUBLE: dict[str, tuple[Snapshot, str, str]] = {
         "warning",
         "2 commands, the oldest for 90 s",
     ),
-    "queue_full": (worker(counts=replace(COUNTS, waiting=9)), "warning", "full to 90%"),
+    "queue_full": (worker(counts=replace(COUNTS, waiting=9)), "warning", "is 90% full"),
     "batches_lost": (
         worker(counts=replace(COUNTS, lost={"vanished": 2, "stale": 9})),
         "warning",
         "2 vanished",
     ),
-    "dead_letters": (worker(dead_letters=1), "warning", "1 batch of worker 0 could not be used and is kept"),
+    "dead_letters": (
+        worker(dead_letters=1),
+        "warning",
+        "1 batch of worker 0 could not be used and is kept as a dead letter",
+    ),
     "keys_spoiled": (
         worker(spoiled=("rlb:{pong}:x:0",)),
         "warning",
@@ -130,28 +134,28 @@ TROUBLE: dict[str, tuple[Snapshot, str, str]] = {
 }
 
 
-def test_nothing_is_wrong_with_a_run_that_is_well() -> None:
-    assert find(RUN) == []
+def test_a_healthy_run_has_no_findings() -> None:
+    assert list_findings(RUN) == []
 
 
-@pytest.mark.parametrize("code", TROUBLE)
-def test_each_trouble_is_named_alone_with_a_command(code: str) -> None:
-    snapshot, severity, words = TROUBLE[code]
-    (found,) = find(snapshot)
-    assert (found.code, found.severity) == (code, severity)
-    assert words in found.what
-    assert found.hint.startswith(("rlbroker ", "redis-cli "))
-    assert found.advice
+@pytest.mark.parametrize("code", FAULTS)
+def test_each_fault_is_one_finding_with_a_command_and_advice(code: str) -> None:
+    snapshot, severity, text = FAULTS[code]
+    (finding,) = list_findings(snapshot)
+    assert (finding.code, finding.severity) == (code, severity)
+    assert text in finding.what
+    assert finding.hint.startswith(("rlbroker ", "redis-cli "))
+    assert finding.advice
 
 
-def test_the_page_lists_every_finding() -> None:
+def test_the_commands_page_lists_every_finding() -> None:
     section = PAGE.read_text().partition("\n## Finding\n")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == [*TROUBLE]
+    assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == [*FAULTS]
 
 
-def test_the_worst_comes_first() -> None:
+def test_critical_findings_come_first() -> None:
     both = replace(server(maxmemory_policy="allkeys-lru"), expected_workers=4)
-    assert [one.severity for one in find(both)] == ["critical", "warning"]
+    assert [finding.severity for finding in list_findings(both)] == ["critical", "warning"]
 
 
 @pytest.mark.parametrize(
@@ -172,31 +176,33 @@ def test_the_worst_comes_first() -> None:
         "the run is over",
         "just ended",
         "ended within a long lease",
-        "another one collects",
+        "another learner collects",
         "worker left",
-        "losses that were asked for",
+        "losses by the settings",
         "a little behind",
         "just joined",
-        "long ago",
-        "silent server",
+        "fenced long ago",
+        "server without INFO",
     ],
 )
-def test_what_is_no_trouble_is_not_spoken_of(snapshot: Snapshot) -> None:
-    assert find(replace(snapshot, expected_workers=0)) == []
+def test_a_normal_state_is_not_a_finding(snapshot: Snapshot) -> None:
+    assert list_findings(replace(snapshot, expected_workers=0)) == []
 
 
-def test_limits_can_be_set() -> None:
-    assert find(member(version=15, staleness=5), FindingLimits(staleness=5))[0].code == "worker_behind"
-    (behind,) = find(member(version=19, staleness=1), FindingLimits(staleness=1))
+def test_limits_can_be_changed() -> None:
+    assert (
+        list_findings(member(version=15, staleness=5), FindingLimits(staleness=5))[0].code == "worker_behind"
+    )
+    (behind,) = list_findings(member(version=19, staleness=1), FindingLimits(staleness=1))
     assert behind.what.startswith("worker 0 is 1 version behind: ")
-    assert find(RUN, FindingLimits(min_workers=2))[0].what == "1 worker is alive; 2 are wanted"
-    assert find(RUN, FindingLimits(waiting_share=0.1))[0].code == "queue_full"
+    assert list_findings(RUN, FindingLimits(min_workers=2))[0].what == "1 worker is alive; 2 are required"
+    assert list_findings(RUN, FindingLimits(waiting_share=0.1))[0].code == "queue_full"
 
 
-def test_a_worker_whose_process_is_forgotten_is_named_without_it() -> None:
-    known, forgotten = (
-        next(one.what for one in find(member(state="away", **changes)) if one.code == "worker_away")
+def test_a_worker_without_a_known_process_is_reported_without_it() -> None:
+    known, unknown = (
+        {finding.code: finding.what for finding in list_findings(member(state="away", **changes))}
         for changes in ({}, {"host": "", "pid": 0})
     )
-    assert known.startswith("worker 0 (node-1 pid 7) is away: ")
-    assert forgotten.startswith("worker 0 is away: ")
+    assert known["worker_away"].startswith("worker 0 (node-1 pid 7) is away: ")
+    assert unknown["worker_away"].startswith("worker 0 is away: ")

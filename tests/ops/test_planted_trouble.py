@@ -1,4 +1,4 @@
-"""An operator finds planted trouble of every kind, and what is printed next to it works when it is typed."""
+"""An operator finds planted faults of every kind, and the command printed next to each works when it is typed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from planted import BEHIND, DEAD, POISONER, TWIN, VERSIONS_BEHIND, Planted, plan
 
 from rlbroker.local.embedded_server import RedisServer
 
-#: What was planted, by the code of its finding and the worker that it is about.
-TROUBLE = {
+#: The planted faults: the code of the finding and its worker.
+FAULTS = {
     ("server_evicts", None),
     ("worker_behind", BEHIND),
     ("worker_away", DEAD),
@@ -29,9 +29,9 @@ TROUBLE = {
 
 @pytest.fixture(scope="module")
 def planted() -> Iterator[Planted]:
-    with RedisServer(bind="127.0.0.1") as server, plant(server) as found:
-        assert server.network_url  # as redis-cli takes it
-        yield replace(found, url=server.network_url)
+    with RedisServer(bind="127.0.0.1") as server, plant(server) as planted:
+        assert server.network_url  # redis-cli takes no other URL
+        yield replace(planted, url=server.network_url)
 
 
 def ask(planted: Planted, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -41,47 +41,46 @@ def ask(planted: Planted, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def findings(planted: Planted, command: str) -> set[tuple[str, Any]]:
-    said = json.loads(ask(planted, *command.split(), "--json").stdout)
-    return {(one["code"], one["worker"]) for one in said["findings"]}
+    output = json.loads(ask(planted, *command.split(), "--json").stdout)
+    return {(finding["code"], finding["worker"]) for finding in output["findings"]}
 
 
 @pytest.mark.parametrize("command", ["status", "check", "workers"])
-def test_the_trouble_is_named_by(command: str, planted: Planted) -> None:
-    expected = {one for one in TROUBLE if command != "workers" or one[1] is not None}
+def test_the_faults_are_reported_by(command: str, planted: Planted) -> None:
+    expected = {fault for fault in FAULTS if command != "workers" or fault[1] is not None}
     assert findings(planted, command) >= expected
 
 
-def test_the_words_say_which_worker_and_what(planted: Planted) -> None:
-    said = ask(planted, "status").stdout
-    assert f"worker {BEHIND} is {VERSIONS_BEHIND} versions behind: it runs 3 of 20" in said
-    assert re.search(rf"worker {DEAD} \(\S+ pid \d+\) is away: last heard of [\d.]+ s ago", said)
-    assert re.search(rf"a second process \(\S+:\d+\) used the id of worker {TWIN}, and was turned away", said)
-    assert f"1 batch of worker {POISONER} could not be used" in said
-    assert "maxmemory-policy allkeys-lru: it deletes weights and experiences" in said
+def test_each_finding_names_its_worker_and_the_fault(planted: Planted) -> None:
+    output = ask(planted, "status").stdout
+    assert f"worker {BEHIND} is {VERSIONS_BEHIND} versions behind: it runs 3 of 20" in output
+    assert re.search(rf"worker {DEAD} \(\S+ pid \d+\) is away: last seen [\d.]+ s ago", output)
+    assert re.search(rf"a second process \(\S+:\d+\) used the id of worker {TWIN} and was fenced", output)
+    assert f"1 batch of worker {POISONER} could not be used" in output
+    assert "maxmemory-policy allkeys-lru: it deletes weights and experiences" in output
 
 
-def test_check_is_critical(planted: Planted) -> None:
+def test_check_ends_with_the_critical_exit_code(planted: Planted) -> None:
     assert ask(planted, "check").returncode == 2
 
 
-def test_missed_names_what_the_dead_worker_did_not_run(planted: Planted) -> None:
-    said = json.loads(ask(planted, "missed", "--json").stdout)["missed"]
-    assert said
+def test_missed_lists_versions(planted: Planted) -> None:
+    assert json.loads(ask(planted, "missed", "--json").stdout)["missed"]
 
 
 def test_every_hint_works_when_it_is_typed(planted: Planted) -> None:
-    """Those of redis-cli come last: they mend what was found."""
+    """The redis-cli command comes last, because it repairs a fault."""
     lines = {*re.findall(r"^    ((?:rlbroker|redis-cli) .*)$", ask(planted, "status").stdout, re.MULTILINE)}
-    ours = sorted(line for line in lines if line.startswith("rlbroker "))
-    assert len(ours) >= 4
-    for line in ours:
+    rlbroker_lines = sorted(line for line in lines if line.startswith("rlbroker "))
+    assert len(rlbroker_lines) >= 4
+    for line in rlbroker_lines:
         done = ask(planted, *shlex.split(line)[1:])
         assert done.returncode == 0, (line, done.stderr)
         assert done.stdout.strip(), line
-    (mends,) = lines - {*ours}
+    (repair,) = lines - {*rlbroker_lines}
     if shutil.which("redis-cli") is None:
         pytest.skip("redis-cli is not installed: apt install redis-tools")
-    typed = ["bash", "-c", mends]
+    typed = ["bash", "-c", repair]
     environ = environment(RLBROKER_REDIS_URL=planted.url)
     done = subprocess.run(typed, env=environ, capture_output=True, text=True, check=True, timeout=10)
     assert "OK" in done.stdout

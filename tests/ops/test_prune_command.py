@@ -22,10 +22,18 @@ from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.scripts import Script
-from rlbroker.ops import stale_runs
+from rlbroker.ops import prune as prune_module
 from rlbroker.ops.cli.app import app
-from rlbroker.ops.prune import OPENED, PRUNE_QUEUE, PRUNE_RUN, Pruned, prune
-from rlbroker.ops.stale_runs import BACK_SECONDS, StaleRun, find_stale_runs
+from rlbroker.ops.prune import (
+    BACK_SECONDS,
+    OPENED,
+    PRUNE_QUEUE,
+    PRUNE_RUN,
+    PruneResult,
+    StaleRun,
+    find_stale_runs,
+    prune,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
 HOUR = 3600.0
@@ -72,7 +80,7 @@ def leftover(connection: Connection, name: str, **options: Any) -> StaleRun:
     return found[name]
 
 
-def prune_now(connection: Connection, run: str, **options: Any) -> Pruned:
+def prune_now(connection: Connection, run: str, **options: Any) -> PruneResult:
     names = leftover(connection, run).names
     return prune(connection, run, names, **{"older_than_seconds": HOUR, "named": False, **options})
 
@@ -94,7 +102,7 @@ def test_dead_runs_are_shown_and_deleted_and_those_that_live_stay(real_server: R
         assert done.returncode == 0, done.stderr
         assert re.search(r"old +its learner has ended +2 h +1 +\d+ +\S+ k?B", done.stdout)
         assert re.search(r"lost +its learner is away +2 h", done.stdout)
-        assert "kept: live, as its learner lives\n" in done.stderr
+        assert "kept: live, as its learner is alive\n" in done.stderr
         assert "kept: recent, as its learner has ended, but not for long enough (30 min)\n" in done.stderr
         assert all_of(client).keys() == before.keys()
         assert all_of(client, "old") == {key: one for key, one in before.items() if b"{old}" in key}
@@ -143,13 +151,13 @@ def test_a_run_that_is_named_goes_at_once_when_its_learner_has_ended(real_server
 def test_a_worker_that_lives_keeps_its_run(real_server: RealServer, connection: Connection) -> None:
     with WorkerClient(real_server.url, "waiting"):
         found = leftover(connection, "waiting", older_than_seconds=0.0)
-        assert (found.dead, found.why) == (False, "a worker of it lives")
+        assert (found.dead, found.why) == (False, "a worker is alive")
     with WorkerCommunicator(1, redis_url=real_server.url, run="short") as learner:
         worker = WorkerClient(real_server.url, "short")
         assert learner.workers()
     with worker:
         found = leftover(connection, "short", run="short", named=True, older_than_seconds=0.0)
-        assert (found.dead, found.why) == (False, "a worker of it lives")
+        assert (found.dead, found.why) == (False, "a worker is alive")
 
 
 def test_a_learner_that_only_collects_keeps_its_run(real_server: RealServer, connection: Connection) -> None:
@@ -159,7 +167,7 @@ def test_a_learner_that_only_collects_keeps_its_run(real_server: RealServer, con
         assert learner.workers() == []
     with other:
         found = leftover(connection, "two", run="two", named=True, older_than_seconds=0.0)
-        assert (found.dead, found.why) == (False, "another learner of it lives, which collects")
+        assert (found.dead, found.why) == (False, "another learner is alive, which collects")
 
 
 def test_a_server_that_has_just_started_has_heard_of_nobody(
@@ -168,7 +176,7 @@ def test_a_server_that_has_just_started_has_heard_of_nobody(
     plant(real_server.url, "down")
     age(real_server.client, "down", 2 * HOUR, state="open")
     assert leftover(connection, "down").dead
-    monkeypatch.setattr(stale_runs, "BACK_SECONDS", uptime(real_server) + 100)
+    monkeypatch.setattr(prune_module, "BACK_SECONDS", uptime(real_server) + 100)
     assert "has just started" in leftover(connection, "down").why
 
 
@@ -206,7 +214,7 @@ def test_what_nobody_knows_the_age_of_is_kept(real_server: RealServer, connectio
     finally:
         real_server.client.config_set("maxmemory-policy", "noeviction")
     assert (found.dead, found.silent_seconds) == (False, None)
-    assert found.why.endswith("but nobody knows for how long")
+    assert found.why.endswith("but for how long is unknown")
 
 
 def test_a_run_that_cannot_be_read_is_kept_while_its_keys_are_used(
@@ -251,7 +259,7 @@ def test_a_learner_that_opens_the_run_just_before_keeps_it(
         lambda: opened.append(WorkerCommunicator(1, redis_url=real_server.url, run="back")),
     )
     try:
-        assert prune_now(connection, "back") == Pruned("back", 0, OPENED)
+        assert prune_now(connection, "back") == PruneResult("back", 0, OPENED)
         assert all_of(real_server.client, "back").keys() >= before
         assert [worker for worker, _ in opened[0].collect_experiences(timeout=5.0)] == [0]
     finally:

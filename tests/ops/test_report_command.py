@@ -98,8 +98,8 @@ def test_a_report_shows_what_a_run_did(report: str) -> None:
     headings = re.findall(r"<h2>(.*?)</h2>", report)
     assert headings == [
         "What is wrong",
-        "Who ran which version when",
-        "Who waits for whom",
+        "Versions over time",
+        "Bottleneck",
         "Throughput",
         "Staleness",
         "Waits and work",
@@ -128,7 +128,7 @@ def test_a_report_loads_nothing_and_runs_nothing(report: str) -> None:
 
 def test_what_workers_wrote_is_escaped_in_a_report(report: str) -> None:
     escaped = html.escape(HOSTILE).replace("&#x27;", "&#39;")
-    findings, table = report.index("What is wrong"), report.index("Versions behind over the time")
+    findings, table = report.index("What is wrong"), report.index("Versions behind: over the history")
     plots = report.index("<svg")
     assert escaped[:30] in report[findings:plots]  # why it cannot load the weights
     assert escaped in report[table:]

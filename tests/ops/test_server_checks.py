@@ -1,4 +1,4 @@
-"""What an examination says of a server, fact by fact, and that it never guesses."""
+"""The checks of one server: each fault is reported with a repair, and unknown values are never guessed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import fakeredis
 import pytest
 
 from rlbroker.backend.connection import Connection
-from rlbroker.ops.doctor import server_info as facts_module
+from rlbroker.ops import doctor
 from rlbroker.ops.doctor.checks import Check
 from rlbroker.ops.doctor.diagnosis import diagnose
-from rlbroker.ops.doctor.server_checks import of_clock, of_latency, of_server
+from rlbroker.ops.doctor.server_checks import check_clock, check_latency, check_server
 from rlbroker.ops.doctor.server_info import Latency, ServerInfo
 
 pytestmark = pytest.mark.unit
@@ -48,27 +48,28 @@ SETTINGS = {
 }
 
 
-def facts(version: tuple[int, ...] = (7, 2, 4), role: str = "master", **changes: Any) -> ServerInfo:
+def server_info(version: tuple[int, ...] = (7, 2, 4), role: str = "master", **changes: Any) -> ServerInfo:
     settings = {name.replace("_", "-"): text for name, text in changes.items()}
     return ServerInfo(
         "me", f"Redis {version}", version, role, INFO | changes, SETTINGS | settings, missing={}
     )
 
 
-def points(found: ServerInfo) -> dict[str, Check]:
-    return {one.code: one for one in of_server(found)}
+def checks_by_code(info: ServerInfo) -> dict[str, Check]:
+    return {check.code: check for check in check_server(info)}
 
 
-def test_a_server_that_is_well_has_no_hints() -> None:
-    assert {one.state for one in of_server(facts())} == {"ok"}
-    assert not any(one.hint for one in of_server(facts()))
+def test_a_healthy_server_has_no_hints() -> None:
+    checks = list(check_server(server_info()))
+    assert {check.state for check in checks} == {"ok"}
+    assert not any(check.hint for check in checks)
 
 
 @pytest.mark.parametrize(
-    ("changes", "code", "state", "says", "hint"),
+    ("changes", "code", "state", "what", "hint"),
     [
         ({"version": (6, 0, 9)}, "version", "critical", "too old: rlbroker needs 6.2", ""),
-        ({"version": (6, 2, 14)}, "version", "ok", "without read-only rules .* and WAITAOF", ""),
+        ({"version": (6, 2, 14)}, "version", "ok", "without read-only ACL rules .* and WAITAOF", ""),
         ({"version": (7, 0, 15)}, "version", "ok", "without WAITAOF", ""),
         (
             {"role": "replica", "master_host": "10.0.0.1", "master_port": "6380"},
@@ -77,7 +78,7 @@ def test_a_server_that_is_well_has_no_hints() -> None:
             "a replica of 10.0.0.1:6380",
             "rlbroker doctor --url redis://10.0.0.1:6380",
         ),
-        ({"connected_slaves": "0"}, "replication", "ok", "level='replica' would never be confirmed", ""),
+        ({"connected_slaves": "0"}, "replication", "ok", "level='replica' is never confirmed", ""),
         ({"cluster_enabled": "1"}, "replication", "warning", "a node of a cluster", "CLUSTER NODES"),
         (
             {"maxmemory_policy": "allkeys-lru"},
@@ -102,12 +103,12 @@ def test_a_server_that_is_well_has_no_hints() -> None:
             "950 MB of maxmemory 1 GB",
             "rlbroker prune --dry-run",
         ),
-        ({"maxmemory": "0"}, "memory", "ok", "no maxmemory", ""),
+        ({"maxmemory": "0"}, "memory", "ok", "without a maxmemory", ""),
         (
             {"maxmemory": "0", "used_memory": "5000000000"},
             "memory",
             "warning",
-            "the machine's 8 GB",
+            "a machine of 8 GB",
             "CONFIG SET maxmemory 7200000000",
         ),
         ({"evicted_keys": "7"}, "evicted", "critical", "7 keys were deleted", "CONFIG RESETSTAT"),
@@ -126,7 +127,13 @@ def test_a_server_that_is_well_has_no_hints() -> None:
             "9,000 of 10,000",
             "CONFIG SET maxclients 20000",
         ),
-        ({"aof_enabled": "0"}, "persistence", "warning", "nothing stays", "CONFIG SET appendonly yes"),
+        (
+            {"aof_enabled": "0"},
+            "persistence",
+            "warning",
+            "nothing survives a restart",
+            "CONFIG SET appendonly yes",
+        ),
         ({"aof_enabled": "0", "save": "3600 1"}, "persistence", "ok", r"snapshots only \(save 3600 1\)", ""),
         ({"appendfsync": "always"}, "persistence", "ok", "level='redis' confirmed is on disk", ""),
         ({"version": (7, 0, 15)}, "persistence", "ok", "a second .*'fsync' needs Redis 7.2", ""),
@@ -149,7 +156,7 @@ def test_a_server_that_is_well_has_no_hints() -> None:
             {"client_output_buffer_limit": "normal 1048576 0 0 pubsub 33554432 8388608 60"},
             "buffers",
             "warning",
-            "closes readers that have more than 1.05 MB",
+            "closes readers with more than 1.05 MB",
             '"normal 0 0 0"',
         ),
         (
@@ -161,7 +168,13 @@ def test_a_server_that_is_well_has_no_hints() -> None:
         ),
         ({"timeout": "5"}, "idle", "warning", "idle for 5 s", "CONFIG SET timeout 0"),
         ({"timeout": "3600"}, "idle", "ok", "3,600 s", ""),
-        ({"tcp_keepalive": "0"}, "keepalive", "warning", "stay for ever", "CONFIG SET tcp-keepalive 300"),
+        (
+            {"tcp_keepalive": "0"},
+            "keepalive",
+            "warning",
+            "stay open for ever",
+            "CONFIG SET tcp-keepalive 300",
+        ),
         (
             {"mem_fragmentation_ratio": "4.2", "used_memory": "500000000"},
             "fragmentation",
@@ -171,54 +184,54 @@ def test_a_server_that_is_well_has_no_hints() -> None:
         ),
     ],
 )
-def test_each_point_says_what_was_seen_and_what_mends_it(
-    changes: dict[str, Any], code: str, state: str, says: str, hint: str
+def test_each_check_reports_its_values_and_a_repair(
+    changes: dict[str, Any], code: str, state: str, what: str, hint: str
 ) -> None:
-    found = points(facts(**changes))[code]
-    assert found.state == state
-    assert re.search(says, found.what), found.what
-    assert hint in found.hint
-    assert bool(found.hint) == bool(hint)
+    check = checks_by_code(server_info(**changes))[code]
+    assert check.state == state
+    assert re.search(what, check.what), check.what
+    assert hint in check.hint
+    assert bool(check.hint) == bool(hint)
 
 
-def test_what_the_server_does_not_tell_is_unknown_and_no_fault() -> None:
+def test_a_value_that_the_server_does_not_report_is_unknown_and_not_a_fault() -> None:
     silent = ServerInfo("me", "", (), "", missing={"INFO": "+info", "CONFIG GET": ""})
-    found = points(silent)
-    assert {one.state for one in found.values()} == {"unknown"}
-    assert found["memory"].hint == "redis-cli ACL SETUSER me +info"
-    assert found["idle"].hint == ""
+    checks = checks_by_code(silent)
+    assert {check.state for check in checks.values()} == {"unknown"}
+    assert checks["memory"].hint == "redis-cli ACL SETUSER me +info"
+    assert checks["idle"].hint == ""
 
 
-def test_speed_is_judged_by_the_median_and_the_worst() -> None:
-    assert of_latency(Latency(0.001, 0.01, 20, 0.0)).state == "ok"
-    slow = of_latency(Latency(0.006, 0.01, 20, 0.0))
+def test_latency_is_checked_by_the_median_and_the_worst() -> None:
+    assert check_latency(Latency(0.001, 0.01, 20, 0.0)).state == "ok"
+    slow = check_latency(Latency(0.006, 0.01, 20, 0.0))
     assert (slow.state, slow.hint) == ("warning", "rlbroker bench")
     assert "6.00 ms, at worst 10.00 ms of 20" in slow.what
-    assert of_latency(Latency(0.001, 0.06, 20, 0.0)).state == "warning"
+    assert check_latency(Latency(0.001, 0.06, 20, 0.0)).state == "warning"
 
 
-def test_clocks_that_differ_are_spoken_of_in_both_directions() -> None:
-    assert of_clock(Latency(0.001, 0.001, 20, -0.4), facts()).state == "ok"
-    assert "5.0 s ahead of" in of_clock(Latency(0.001, 0.001, 20, 5.0), facts()).what
-    behind = of_clock(Latency(0.001, 0.001, 20, -5.0), facts())
+def test_a_clock_difference_is_reported_in_both_directions() -> None:
+    assert check_clock(Latency(0.001, 0.001, 20, -0.4), server_info()).state == "ok"
+    assert "5.0 s ahead of" in check_clock(Latency(0.001, 0.001, 20, 5.0), server_info()).what
+    behind = check_clock(Latency(0.001, 0.001, 20, -5.0), server_info())
     assert (behind.state, "5.0 s behind" in behind.what) == ("warning", True)
-    assert of_clock(Latency(0.001, 0.001, 20, None), facts()).state == "unknown"
+    assert check_clock(Latency(0.001, 0.001, 20, None), server_info()).state == "unknown"
 
 
-def test_a_fake_server_has_unknowns_and_no_faults() -> None:
-    found = diagnose(Connection(client=fakeredis.FakeRedis()))
-    states = {one.code: one.state for one in found.points}
-    states.pop("latency")  # which a busy machine worsens
+def test_a_fake_server_has_unknown_values_and_no_faults() -> None:
+    checks = diagnose(Connection(client=fakeredis.FakeRedis())).checks
+    states = {check.code: check.state for check in checks}
+    states.pop("latency")  # a busy machine may be slow
     assert set(states.values()) == {"ok", "unknown"}
     assert states["memory"] == states["persistence"] == states["bulk"] == "unknown"
     assert states["clock"] == "ok"
-    assert not any(one.hint for one in found.points if one.state == "unknown")
+    assert not any(check.hint for check in checks if check.state == "unknown")
 
 
-def test_each_point_is_documented() -> None:
+def test_each_check_is_documented() -> None:
     section = PAGE.read_text().partition("## rlbroker doctor")[2].partition("\n## ")[0]
     documented = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE))))
-    source = "".join(path.read_text() for path in Path(facts_module.__file__).parent.glob("*_checks.py"))
-    codes = set(re.findall(r'(?:Point|untold|unread)\(\s*"(\w+)"', source))
+    source = "".join(path.read_text() for path in Path(doctor.__file__).parent.glob("*_checks.py"))
+    codes = set(re.findall(r'(?:Check|unknown_check|unreadable_check)\(\s*"(\w+)"', source))
     assert codes <= documented
     assert {"latency", "group_missing", "host_cache"} <= codes

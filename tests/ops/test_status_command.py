@@ -189,7 +189,10 @@ def test_a_learner_that_broke_off_is_spoken_of_while_workers_go_on(
     assert status_json(real_server)["findings"] == []
     real_server.client.hincrbyfloat(Keys(run).meta, "learner_seen", -60)
     done = rlbroker("check", RLBROKER_REDIS_URL=real_server.url)
-    assert (done.returncode, "ago, and 1 worker still sends: nobody collects it" in done.stdout) == (1, True)
+    assert (
+        done.returncode,
+        "ago, and 1 worker still sends: no learner collects the batches" in done.stdout,
+    ) == (1, True)
 
 
 def test_status_of_a_run_whose_learner_is_silent(real_server: RealServer, run: str) -> None:

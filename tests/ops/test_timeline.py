@@ -1,4 +1,4 @@
-"""The course of a run: thinned history keeps its sums, lanes show gaps, and the page stands whatever there is."""
+"""The timeline of a run and its report: thinned history keeps totals, lanes show gaps, any run has a page."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from rlbroker.config import RunSettings
 from rlbroker.metrics.history import Sample
 from rlbroker.ops.inspect.bottleneck import judge
 from rlbroker.ops.inspect.snapshot import LearnerStatus, ServerStatus, Snapshot, WorkerStatus
-from rlbroker.ops.inspect.timeline import Behind, Timeline, thin
-from rlbroker.ops.inspect.version_lanes import lay_lanes
+from rlbroker.ops.inspect.timeline import Timeline, VersionsBehind, build_lanes, thin
 from rlbroker.ops.report.render import render
 from rlbroker.ops.report.times import Clock
 from rlbroker.types import Missed, MissedUpdates, WorkerInfo
@@ -26,14 +25,14 @@ BEGIN = 1_700_000_000.0
 HOSTILE = "<script>alert('$x$')</script>"
 
 
-def a_sample(seconds: float, **figures: Any) -> Sample:
+def make_sample(seconds: float, **fields_set: Any) -> Sample:
     zeros: dict[str, Any] = {
         one.name: {"int": 0, "float": 0.0}.get(str(one.type), {}) for one in fields(Sample)
     }
-    return Sample(**zeros | {"at": BEGIN + seconds, "epoch": 1, "alive": 2} | figures)
+    return Sample(**zeros | {"at": BEGIN + seconds, "epoch": 1, "alive": 2} | fields_set)
 
 
-def a_worker(worker: int, host: str = "node") -> WorkerStatus:
+def make_worker(worker: int, host: str = "node") -> WorkerStatus:
     return WorkerStatus(
         info=WorkerInfo(worker, 1, "alive", host, 7, 1, 0, 0.1, 0, ""),
         counts=None,
@@ -44,7 +43,7 @@ def a_worker(worker: int, host: str = "node") -> WorkerStatus:
     )
 
 
-def a_course(samples: list[Sample], records: tuple[Missed, ...] = (), host: str = "node") -> Timeline:
+def make_timeline(samples: list[Sample], records: tuple[Missed, ...] = (), host: str = "node") -> Timeline:
     workers = sorted({worker for one in samples for worker in one.running})
     snapshot = Snapshot(
         run="pong",
@@ -53,27 +52,27 @@ def a_course(samples: list[Sample], records: tuple[Missed, ...] = (), host: str 
         settings=RunSettings(),
         expected_workers=0,
         learner=LearnerStatus(1, "alive", "learner", 1, 0.1),
-        pointer=None,
-        workers={worker: a_worker(worker, host) for worker in workers},
+        manifest=None,
+        workers={worker: make_worker(worker, host) for worker in workers},
     )
     return Timeline(snapshot, samples, records)
 
 
-def missed(worker: int, seconds: float, why: str, count: int = 1) -> Missed:
+def make_missed(worker: int, seconds: float, why: str, count: int = 1) -> Missed:
     return Missed(worker, 1, "weights", 1, count, "", why, "", BEGIN + seconds)
 
 
-def test_history_that_is_thinned_keeps_its_sums_and_where_learners_changed() -> None:
-    first = [a_sample(number, collected=number**2) for number in range(1000)]
-    second = [a_sample(1100 + number, epoch=2, collected=3 * number) for number in range(1000)]
-    course = a_course([*first, *second])
-    thinned = thin(course.samples, 100)
+def test_thinned_history_keeps_its_totals_and_the_changes_of_learner() -> None:
+    first = [make_sample(number, collected=number**2) for number in range(1000)]
+    second = [make_sample(1100 + number, epoch=2, collected=3 * number) for number in range(1000)]
+    timeline = make_timeline([*first, *second])
+    thinned = thin(timeline.samples, 100)
     assert len(thinned) <= 110
-    assert course.total("collected") == 999**2 + 3 * 999
-    points = course.points(100)
+    assert timeline.total("collected") == 999**2 + 3 * 999
+    points = timeline.points(100)
     assert sum(one.batches_per_second * one.seconds for one in points) == pytest.approx(999**2 + 3 * 999)
     assert [one.at - one.seconds for one in points if not one.continues] == [BEGIN, BEGIN + 1100]
-    assert course.restarts == [BEGIN + 1100]
+    assert timeline.restarts == [BEGIN + 1100]
 
 
 @pytest.mark.parametrize(
@@ -87,84 +86,84 @@ def test_history_that_is_thinned_keeps_its_sums_and_where_learners_changed() -> 
         ({"learner_waits": 0.2, "workers_wait": 0.05, "publishing": 0.2}, "nothing"),
     ],
 )
-def test_who_waits_for_whom_is_told_from_shares(shares: dict[str, float], which: str) -> None:
-    nobody = dict.fromkeys(("learner_waits", "workers_wait", "encoding", "sending", "publishing"), 0.0)
-    assert judge(60.0, **nobody | shares).which == which
-    assert judge(5.0, **nobody | shares).which == "unknown"
+def test_the_bottleneck_is_judged_by_shares_of_time(shares: dict[str, float], which: str) -> None:
+    no_shares = dict.fromkeys(("learner_waits", "workers_wait", "encoding", "sending", "publishing"), 0.0)
+    assert judge(60.0, **no_shares | shares).which == which
+    assert judge(5.0, **no_shares | shares).which == "unknown"
 
 
-def test_workers_wait_by_their_own_time_and_the_learner_by_the_clock() -> None:
+def test_waits_of_workers_are_shares_of_their_added_time() -> None:
     samples = [
-        a_sample(number, alive=4, wait_seconds=0.5 * number, room_seconds=number) for number in range(20)
+        make_sample(number, alive=4, wait_seconds=0.5 * number, room_seconds=number) for number in range(20)
     ]
-    found = a_course(samples).bottleneck
-    assert (found.learner_waits, found.workers_wait) == (0.5, 0.25)
+    bottleneck = make_timeline(samples).bottleneck
+    assert (bottleneck.learner_waits, bottleneck.workers_wait) == (0.5, 0.25)
 
 
-def test_how_far_a_worker_was_behind_is_weighted_by_time() -> None:
-    near = [a_sample(number, version=9, running={3: 8, 4: 0}) for number in range(10)]
-    far = [a_sample(9 + 100 * number, version=20, running={3: 3}) for number in range(1, 4)]
-    assert a_course([*near, *far]).behind == {3: Behind(median=17, ninth=17, most=17)}
+def test_versions_behind_are_weighted_by_time() -> None:
+    near = [make_sample(number, version=9, running={3: 8, 4: 0}) for number in range(10)]
+    far = [make_sample(9 + 100 * number, version=20, running={3: 3}) for number in range(1, 4)]
+    assert make_timeline([*near, *far]).behind == {3: VersionsBehind(median=17, ninth=17, most=17)}
 
 
-def test_lanes_are_empty_while_nobody_wrote_and_while_a_worker_was_gone() -> None:
-    samples = [a_sample(number, running={3: 1, 8: 1}) for number in range(50)]
+def test_lanes_are_empty_while_no_learner_wrote_and_while_a_worker_was_away() -> None:
+    samples = [make_sample(number, running={3: 1, 8: 1}) for number in range(50)]
     samples += [
-        a_sample(number, epoch=2, running={3: 2, 8: 0} if number < 90 else {3: 2})
+        make_sample(number, epoch=2, running={3: 2, 8: 0} if number < 90 else {3: 2})
         for number in range(80, 101)
     ]
-    lanes = lay_lanes(a_course(samples), 100)
+    lanes = build_lanes(make_timeline(samples), 100)
     assert (list(lanes.workers), lanes.columns) == ([3, 8], 100)
     assert list(lanes.versions[0]) == [1] * 52 + [0] * 28 + [2] * 20
     assert list(lanes.versions[1]) == [1] * 52 + [0] * 48
 
 
-def test_lanes_hold_coarse_samples_until_the_next_one() -> None:
-    coarse = [a_sample(30 * number, running={0: number + 1}) for number in range(10)]
-    fine = [a_sample(270 + number, running={0: 10}) for number in range(1, 31)]
-    lanes = lay_lanes(a_course([*coarse, *fine]), 300)
+def test_a_coarse_sample_fills_its_lane_until_the_next_one() -> None:
+    coarse = [make_sample(30 * number, running={0: number + 1}) for number in range(10)]
+    fine = [make_sample(270 + number, running={0: 10}) for number in range(1, 31)]
+    lanes = build_lanes(make_timeline([*coarse, *fine]), 300)
     assert list(lanes.versions[0]) == [number for number in range(1, 11) for _ in range(30)]
 
 
-def test_missed_versions_are_marked_where_and_why_they_were_missed() -> None:
-    samples = [a_sample(number, running={3: 1, 8: 1}) for number in range(101)]
+def test_missed_versions_are_marked_by_time_and_reason() -> None:
+    samples = [make_sample(number, running={3: 1, 8: 1}) for number in range(101)]
     records = (
-        missed(8, 10.5, "failed", 3),
-        missed(8, 10.7, "failed"),
-        missed(3, 100.0, "away"),
-        missed(3, 200.0, "away"),
-        missed(9, 10.0, "failed"),
+        make_missed(8, 10.5, "failed", 3),
+        make_missed(8, 10.7, "failed"),
+        make_missed(3, 100.0, "away"),
+        make_missed(3, 200.0, "away"),
+        make_missed(9, 10.0, "failed"),
     )
-    lanes = lay_lanes(a_course(samples, records), 100)
+    lanes = build_lanes(make_timeline(samples, records), 100)
     assert [(one.lane, one.column, one.why, one.count) for one in lanes.marks] == [
         (1, 10, "failed", 4),
         (0, 99, "away", 1),
     ]
 
 
-def test_a_page_of_many_workers_stays_small() -> None:
+def test_a_report_of_many_workers_stays_small() -> None:
     samples = [
-        a_sample(
+        make_sample(
             30.0 * number, version=number, running={worker: number - worker % 7 for worker in range(256)}
         )
         for number in range(8, 200)
     ]
-    records = tuple(missed(number % 256, 3.0 * number, "superseded") for number in range(2000))
-    page = render(a_course(samples, records), typed=str)
+    records = tuple(make_missed(number % 256, 3.0 * number, "superseded") for number in range(2000))
+    page = render(make_timeline(samples, records), typed=str)
     assert page.count("<svg") == 6 + 3
     assert len(page) < 500_000
 
 
-def test_a_run_of_one_second_has_a_page() -> None:
-    page = render(a_course([a_sample(number, running={0: 0}) for number in range(2)]), typed=str)
+def test_a_run_of_one_second_has_a_report() -> None:
+    page = render(make_timeline([make_sample(number, running={0: 0}) for number in range(2)]), typed=str)
     assert page.count("<svg") == 6 + 3
-    assert "there is too little history to tell" in page.lower()
+    assert "the history is too short to tell" in page.lower()
     assert not re.search(r"\b(nan|inf)\b|>None<", page.partition("</style>")[2])
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_a_run_without_history_has_a_page_that_says_so(count: int) -> None:
-    page = render(a_course([a_sample(number, running={0: 0}) for number in range(count)]), typed=str)
+def test_the_report_of_a_run_without_history_says_so(count: int) -> None:
+    page = render(make_timeline([make_sample(number, running={0: 0}) for number in range(count)]), typed=str)
     assert "<svg" not in page
     assert "No history" in page
     assert not re.search(r"\b(nan|inf)\b|>None<", page.partition("</style>")[2])
@@ -172,28 +171,30 @@ def test_a_run_without_history_has_a_page_that_says_so(count: int) -> None:
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    """The page of a run whose learner was started again, with a worker on a host that is no host."""
-    samples = [a_sample(number, running={0: 1, 1: 1}) for number in range(60)]
-    return render(a_course([*samples, replace(samples[-1], at=BEGIN + 90, epoch=2)], host=HOSTILE), typed=str)
+    """The report of a run whose learner was restarted, with workers on a hostile host name."""
+    samples = [make_sample(number, running={0: 1, 1: 1}) for number in range(60)]
+    return render(
+        make_timeline([*samples, replace(samples[-1], at=BEGIN + 90, epoch=2)], host=HOSTILE), typed=str
+    )
 
 
-def test_what_workers_wrote_is_text_in_the_page_and_in_its_plots(page: str) -> None:
+def test_text_from_workers_is_escaped_in_the_page_and_in_its_plots(page: str) -> None:
     assert "<script" not in page
     assert "&lt;script&gt;alert(&#39;$x$&#39;)" in page  # in the table
     plot = page[page.index("<svg") : page.rindex("</svg>")]
-    assert "&lt;script&gt;alert('$x$…" in plot  # cut, and no formula
+    assert "&lt;script&gt;alert('$x$…" in plot  # cut, and not a formula
 
 
-def test_no_two_elements_of_a_page_share_an_id_and_each_reference_has_its_target(page: str) -> None:
+def test_ids_in_a_report_are_unique_and_each_reference_has_its_target(page: str) -> None:
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) > 100
     assert len(ids) == len(set(ids))
     targets = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page)
     assert targets
-    assert {one or other for one, other in targets} <= set(ids)
+    assert {href or url for href, url in targets} <= set(ids)
 
 
-def test_times_are_round_in_the_zone_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ticks_are_round_times_in_the_named_zone(monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
     monkeypatch.setenv("TZ", "Asia/Kolkata")
@@ -205,5 +206,5 @@ def test_times_are_round_in_the_zone_that_is_named(monkeypatch: pytest.MonkeyPat
         time.tzset()
     assert clock.zone == "IST, UTC+05:30"
     ticks, write = clock.ticks(BEGIN, BEGIN + 7200, 5)
-    assert [write(one) for one in ticks] == ["04:00", "04:30", "05:00", "05:30"]
+    assert [write(tick) for tick in ticks] == ["04:00", "04:30", "05:00", "05:30"]
     assert clock.full(BEGIN) == "15 Nov 2023, 03:43:20"

@@ -1,4 +1,4 @@
-"""A run looked at again and again: rates of workers, and the learner's last minute."""
+"""A run over time: rates of workers, and the last minute of the learner's history."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conftest import Reachable, Server, wait_until
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection
-from rlbroker.ops.inspect.snapshot import Observer
+from rlbroker.ops.inspect.snapshot import SnapshotReader
 from rlbroker.ops.inspect.watch import SERIES, RunWatch
 
 Learner = Callable[..., WorkerCommunicator]
@@ -24,8 +24,10 @@ def new_watch(server: Server, run: str) -> Iterator[Callable[[], RunWatch]]:
     with ExitStack() as stack:
 
         def make() -> RunWatch:
-            way = server.way()
-            connection = Connection(way.get("redis_url"), client=way.get("redis_client"), timeout_seconds=5.0)
+            where = server.way()
+            connection = Connection(
+                where.get("redis_url"), client=where.get("redis_client"), timeout_seconds=5.0
+            )
             stack.callback(connection.close)
             return RunWatch(connection, run)
 
@@ -33,19 +35,19 @@ def new_watch(server: Server, run: str) -> Iterator[Callable[[], RunWatch]]:
 
 
 @pytest.mark.on_every_engine
-def test_rates_are_what_happened_between_looks(
+def test_rates_are_computed_between_two_reads(
     new_watch: Callable[[], RunWatch], learner: Learner, worker: Worker
 ) -> None:
     comm, client, idle = learner(), worker(), worker()
     watch = new_watch()
-    first = watch.look()
+    first = watch.read()
     for number in range(20):
         client.send_experiences({"x": np.full(3, number)})
     comm.collect_experiences(timeout=5.0, max_batches=5)
-    second = watch.look()
-    assert [one.batches_per_second for one in first.lines] == [None, None]
+    second = watch.read()
+    assert [line.batches_per_second for line in first.lines] == [None, None]
     seconds = second.snapshot.at - first.snapshot.at
-    rates = {one.worker: one.batches_per_second for one in second.lines}
+    rates = {line.worker: line.batches_per_second for line in second.lines}
     assert rates[client.worker_id] == 20 / seconds
     assert not rates[idle.worker_id]
     line = second.lines[client.worker_id]
@@ -53,7 +55,7 @@ def test_rates_are_what_happened_between_looks(
     assert line.room_share == 0.0
 
 
-def test_the_last_minute_is_there_from_the_first_look_on(
+def test_the_first_read_has_the_last_minute(
     new_watch: Callable[[], RunWatch], learner: Learner, worker: Worker
 ) -> None:
     comm, client = learner(), worker()
@@ -62,18 +64,18 @@ def test_the_last_minute_is_there_from_the_first_look_on(
         client.send_experiences({"x": np.zeros((4, 3))})
         comm.collect_experiences(timeout=0.1)
         watch = new_watch()
-        watch.look()
-        view = watch.look()
-        fresh = new_watch().look()
+        watch.read()
+        view = watch.read()
+        fresh = new_watch().read()
         assert view.series.keys() == SERIES.keys()
-        # Who looked before has read nothing twice, and misses what was written since at most.
+        # An earlier watch has no sample twice, and lacks at most the one that was written since its last read.
         assert len(fresh.series["waiting"]) - len(view.series["waiting"]) in (0, 1)
         return bool(view.newest("rows_per_second")) and view.current
 
-    wait_until("there are figures of now", collected)
+    wait_until("there are current values", collected)
 
 
-def test_a_look_is_three_round_trips_and_goes_on_after_the_connection_broke(
+def test_a_snapshot_takes_three_round_trips_and_survives_a_broken_connection(
     reachable: Reachable, run: str
 ) -> None:
     with (
@@ -82,23 +84,23 @@ def test_a_look_is_three_round_trips_and_goes_on_after_the_connection_broke(
     ):
         comm.send_model_weights({"w": np.zeros(3)})
         connection = Connection(reachable.url, timeout_seconds=5.0)
-        observer = Observer(connection, run)
-        trips = count_trips(connection)
-        assert observer.look().members[0].state == "alive"
+        reader = SnapshotReader(connection, run)
+        trips = record_round_trips(connection)
+        assert reader.read().members[0].state == "alive"
         assert len(trips) == 3
-        each = {"target_nodes": "primaries"} if reachable.kind == "cluster" else {}
-        reachable.client.client_kill_filter(_type="normal", skipme=True, **each)
-        assert observer.look().pointer is not None
+        on_each = {"target_nodes": "primaries"} if reachable.kind == "cluster" else {}
+        reachable.client.client_kill_filter(_type="normal", skipme=True, **on_each)
+        assert reader.read().manifest is not None
         connection.close()
 
 
-def count_trips(connection: Connection) -> list[Any]:
+def record_round_trips(connection: Connection) -> list[Any]:
     trips: list[Any] = []
     ask = connection.ask_once
 
-    def counted(commands: Any) -> Any:
+    def recorded(commands: Any) -> Any:
         trips.append(commands)
         return ask(commands)
 
-    connection.ask_once = counted  # type: ignore[method-assign]
+    connection.ask_once = recorded  # type: ignore[method-assign]
     return trips

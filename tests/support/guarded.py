@@ -1,4 +1,4 @@
-"""A server with the configuration that we ship, and with the users that `rlbroker acl` prints for it."""
+"""A server with the configuration of deploy/redis, and with the users that `rlbroker acl` prints for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from servers import binary_of, free_port
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "redis" / "redis.conf"
 
-#: What each kind of server is like, as Redis counts.
+#: The Redis version that each kind of server is compatible with.
 VERSIONS = {"embedded": "7.2", "redis-6.2": "6.2", "redis-7.0": "7.0"}
 
 RUN = "pong"
@@ -21,15 +21,15 @@ WORKERS = 3
 
 
 class GuardedServer:
-    """One server on loopback; whoever comes needs a name and a password."""
+    """A server on loopback whose clients need a user and a password."""
 
     def __init__(self, kind: str, folder: Path, *options: str) -> None:
-        """Start it.
+        """Start the server.
 
         Args:
-            kind: which server, as `servers.KINDS` names them.
-            folder: for its data and the passwords.
-            options: further ones of `rlbroker acl`.
+            kind: the kind of server, one of `servers.KINDS`.
+            folder: the folder for its data and the passwords.
+            options: further options of `rlbroker acl`.
         """
         self.kind, self.folder, self.port = kind, folder, free_port()
         self.has_read_only_keys = VERSIONS[kind] != "6.2"
@@ -93,6 +93,6 @@ class GuardedServer:
         return redis.Redis.from_url(self.url(user), protocol=2, socket_timeout=5.0)
 
     def everything(self) -> dict[bytes, Any]:
-        """Give what is in each key."""
+        """Return the content of each key."""
         client = self.client("admin")
         return {key: client.dump(key) for key in client.keys("*")}

@@ -1,4 +1,4 @@
-"""A run with planted trouble on a real server: what an operator must be able to find, all of it at once."""
+"""A run with planted faults on a real server, all of which an operator must be able to find."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from rlbroker import Fenced, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
 from rlbroker.local.embedded_server import RedisServer
 
-#: Workers of the run. 0 is well. 1 polled at version 3 and never since. 2 died. 3 is there twice. 4 sent a batch over
-#: which a learner died.
+#: Workers of the run. 0 is healthy. 1 has not polled since version 3. 2 died. 3 was started twice. 4 sent a batch that
+#: killed a learner.
 DILIGENT, BEHIND, DEAD, TWIN, POISONER = range(5)
 
 #: How many versions worker 1 is behind.
 VERSIONS_BEHIND = 17
 
-#: A worker that is silent for so long is away. Short, as a dead one has to be waited for.
+#: The lease: short, because the fixture waits until the dead worker is away.
 LEASE_SECONDS = 1.5
 
-#: What worker 1 never answers.
+#: A command that worker 1 never answers.
 COMMAND = "recalibrate"
 
-#: What each version consists of, if nothing else is said.
+#: The default contents of each version.
 WEIGHTS: Mapping[str, Any] = {"w": np.zeros(10, np.float32)}
 
 _POLICY = "maxmemory-policy"
@@ -40,15 +40,15 @@ _POLICY = "maxmemory-policy"
 
 @dataclass
 class Planted:
-    """A run with trouble, while it lasts.
+    """The run with planted faults.
 
     Attributes:
-        url: of its server, with the password.
+        url: the URL of its server, with the password.
         run: its name.
-        learner: alive; it publishes nothing by itself.
-        workers: those that are alive; they poll by themselves, but for the one that is behind.
-        fenced: the process whose place another one of its id has taken.
-        command: id of the command that is not answered.
+        learner: the live learner; it publishes nothing by itself.
+        workers: the live workers; all but the one that is behind poll in the background.
+        fenced: the worker that was fenced by a second process with its id.
+        command: the id of the unanswered command.
     """
 
     url: str
@@ -61,11 +61,11 @@ class Planted:
 
     @property
     def keys(self) -> Keys:
-        """The names of the run's keys."""
+        """The run's keys."""
         return Keys(self.run)
 
     def undo(self) -> None:
-        """End the run, delete its keys, and give the server its memory policy back. May be called again."""
+        """End the run, delete its keys, and restore the memory policy of the server. Idempotent."""
         self._stack.close()
 
 
@@ -78,22 +78,22 @@ def plant(
     weights: Mapping[str, Any] = WEIGHTS,
     **settings: Any,
 ) -> Iterator[Planted]:
-    """Make the run; at the end of the block nothing is left of it.
+    """Make the run; delete it at the end of the block.
 
     Args:
-        server: where to.
-        run: its name.
-        url: how the processes reach the server, if not as it says itself.
-        weights: what each version consists of.
-        settings: of the learner, besides those that the trouble needs.
+        server: the server.
+        run: the name of the run.
+        url: the URL for learners and workers, if not the server's own.
+        weights: the contents of each version.
+        settings: further settings of the learner.
     """
     with ExitStack() as stack:
         with _quiet():
-            planted = _planted(url or server.url, run, weights, settings, stack)
+            planted = _make_run(url or server.url, run, weights, settings, stack)
         yield planted
 
 
-def _planted(
+def _make_run(
     url: str, run: str, weights: Mapping[str, Any], settings: Mapping[str, Any], stack: ExitStack
 ) -> Planted:
     client = stack.enter_context(redis.Redis.from_url(url))
@@ -115,36 +115,40 @@ def _planted(
     def join(worker: int) -> WorkerClient:
         return stack.enter_context(WorkerClient(url, run, worker_id=worker, timeout=5.0))
 
-    doomed = open_learner()
-    doomed.send_model_weights(weights)
-    dead = WorkerClient(url, run, worker_id=DEAD, timeout=5.0)
-    stack.callback(dead._connection.close)
-    dead.load_weights({})
-    wait_until("2 said that it runs version 1", lambda: [info.version for info in doomed.workers()] == [1])
-    die(dead)
+    dying_learner = open_learner()
+    dying_learner.send_model_weights(weights)
+    dead_worker = WorkerClient(url, run, worker_id=DEAD, timeout=5.0)
+    stack.callback(dead_worker._connection.close)
+    dead_worker.load_weights({})
+    wait_until(
+        "worker 2 has reported version 1", lambda: [info.version for info in dying_learner.workers()] == [1]
+    )
+    die(dead_worker)
     fenced = join(TWIN)
     workers = {worker: join(worker) for worker in (DILIGENT, BEHIND, TWIN, POISONER)}
 
     workers[POISONER].load_weights({})
     workers[POISONER].send_experiences({"x": np.zeros(3, np.float32)})
-    wait_until("the batch is in the hands of a learner", lambda: doomed.collect_experiences(0.5))
-    doomed._thread.stop(5.0)  # and it dies over it
-    stack.callback(doomed._connection.close)
+    wait_until("a learner has read the batch", lambda: dying_learner.collect_experiences(0.5))
+    dying_learner._thread.stop(5.0)  # it dies before it acknowledges the batch
+    stack.callback(dying_learner._connection.close)
     learner = stack.enter_context(open_learner())
-    wait_until("it is a dead letter", lambda: learner.collect_experiences(0.1) or learner.dead_letters())
+    wait_until(
+        "the batch is a dead letter", lambda: learner.collect_experiences(0.1) or learner.dead_letters()
+    )
 
     publish(learner, 2, weights)
-    wait_until("1 runs version 3", lambda: workers[BEHIND].poll({}) and workers[BEHIND].version == 3)
+    wait_until("worker 1 runs version 3", lambda: workers[BEHIND].poll({}) and workers[BEHIND].version == 3)
     publish(learner, VERSIONS_BEHIND, weights)
     polling = [client for worker, client in workers.items() if worker != BEHIND]
-    stack.enter_context(_polled(polling))
+    stack.enter_context(_polling(polling))
     command = learner.send_control_command(COMMAND, worker_ids=[BEHIND])
     memory_policy = client.config_get(_POLICY)[_POLICY]
-    client.config_set(_POLICY, "allkeys-lru")  # after the learner looked
+    client.config_set(_POLICY, "allkeys-lru")  # after the learner has checked it
     stack.callback(client.config_set, _POLICY, memory_policy)
-    stack.callback(_hurry, [*workers.values(), fenced])
+    stack.callback(_request_stop, [*workers.values(), fenced])
 
-    def on_record() -> bool:
+    def is_recorded() -> bool:
         members = {info.worker_id: info for info in learner.workers()}
         stale = [members[worker].staleness for worker in workers]
         return (
@@ -153,34 +157,34 @@ def _planted(
             and stale == [0, VERSIONS_BEHIND, 0, 0]
         )
 
-    wait_until("everything is on record", on_record)
+    wait_until("every fault is recorded", is_recorded)
     return Planted(url, run, learner, workers, fenced, command.id, stack)
 
 
 def die(worker: WorkerClient) -> None:
-    """End what a worker does in the background without a word to anybody, as a killed process does."""
-    _hurry([worker])
+    """Stop the background threads of a worker without leaving the run, like a killed process."""
+    _request_stop([worker])
     worker._heartbeat._thread.stop(5.0)
 
 
 def publish(learner: WorkerCommunicator, versions: int, weights: Mapping[str, Any] = WEIGHTS) -> None:
-    """Publish so many versions."""
+    """Publish a number of versions."""
     for _ in range(versions):
         learner.send_model_weights(weights)
 
 
 @contextmanager
-def _polled(workers: list[WorkerClient]) -> Iterator[None]:
-    """Have workers poll in the background."""
-    over = threading.Event()
+def _polling(workers: list[WorkerClient]) -> Iterator[None]:
+    """Poll workers in the background."""
+    ended = threading.Event()
 
     def poll() -> None:
         models: list[dict[str, Any]] = [{} for _ in workers]
-        while not over.is_set():
+        while not ended.is_set():
             for worker, model in zip(workers, models, strict=True):
                 try:
                     worker.poll(model)
-                except Fenced:  # the test took its place
+                except Fenced:  # the test has started a second process with its id
                     continue
             time.sleep(0.02)
 
@@ -189,12 +193,12 @@ def _polled(workers: list[WorkerClient]) -> Iterator[None]:
     try:
         yield
     finally:
-        over.set()
+        ended.set()
         thread.join()
 
 
-def _hurry(workers: Iterable[WorkerClient]) -> None:
-    """Have all of them end in the background at once, as closing one after the other takes its time."""
+def _request_stop(workers: Iterable[WorkerClient]) -> None:
+    """Stop the background threads of all workers at once: closing one worker after another is slow."""
     for worker in workers:
         for part in (worker._heartbeat, worker._subscriber, worker._inbox):
             part.request_stop()
@@ -202,14 +206,14 @@ def _hurry(workers: Iterable[WorkerClient]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the log from warning of what is planted."""
+    """Suppress the warnings that the faults cause."""
     logger = logging.getLogger("rlbroker")
-    before = logger.level
+    level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
 
 
 def _delete(client: redis.Redis, pattern: str) -> None:

@@ -1,7 +1,8 @@
-"""What each role may do on the server, as rules of its access control lists (ACL). Pure.
+"""The rights of each role on the server, as ACL rules. Pure: no I/O.
 
-Scripts run with the rights of who calls them, so a role needs the commands inside them too. From Redis 7 on a key can
-be read-only, and a further set of rules, in parentheses, gives a command on keys on which nothing else is allowed.
+A script runs with the rights of its caller, so a role also needs the commands inside its scripts. From Redis 7 on a key
+can be read-only, and a selector, a further set of rules in parentheses, allows a command on keys on which nothing else
+is allowed.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from rlbroker.backend.keys import EVERY_KEY, Keys
 
 Role = Literal["learner", "worker", "observer"]
 
-#: From this version on keys can be read-only, and there are rules in parentheses.
-READ_ONLY_KEYS: Final = (7, 0)
+#: The first version with read-only keys and selectors.
+READ_ONLY_KEYS_VERSION: Final = (7, 0)
 
-#: From this version on the server knows CLIENT SETINFO, with which redis-py says what it is, and WAITAOF.
-SETINFO: Final = (7, 2)
+#: The first version with CLIENT SETINFO, which redis-py sends on connecting, and WAITAOF.
+SETINFO_VERSION: Final = (7, 2)
 
-#: What looking takes, without the commands that disturb others.
-_LOOKING: Final = ("+@read", "+@connection", "-@dangerous", "+info", "+time")
+#: Commands for reading a run, without those that disturb other clients.
+_READING: Final = ("+@read", "+@connection", "-@dangerous", "+info", "+time")
 
 _LEARNER: Final = (
-    *_LOOKING,
+    *_READING,
     *("+evalsha", "+script|load", "+script|exists", "+publish"),
     *("+set", "+del", "+unlink", "+expire", "+pexpire", "+persist"),
     *("+hset", "+hdel", "+hincrby", "+sadd", "+srem"),
@@ -39,11 +40,11 @@ _WORKER: Final = (
     *("+del", "+pexpire", "+hset", "+hdel", "+hincrby", "+xadd", "+xdel", "+xgroup|create"),
 )
 
-#: Besides, on a Cluster, to find the node of each key: these for all, and for a worker, which reads replicas too;
-#: and what is asked by who examines it.
-_FINDING: Final = ("+cluster|slots", "+cluster|nodes")
-_FOLLOWING: Final = ("+asking", "+readonly")
-_EXAMINING: Final = ("+cluster|info",)
+#: Further commands on a Cluster: to find the node of each key, to read from replicas and during a migration (workers),
+#: and to check the Cluster (observers).
+_CLUSTER: Final = ("+cluster|slots", "+cluster|nodes")
+_CLUSTER_WORKER: Final = ("+asking", "+readonly")
+_CLUSTER_OBSERVER: Final = ("+cluster|info",)
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class User:
     """One user of a server, without its password.
 
     Attributes:
-        name: as it is typed into a URL.
-        role: what it is for.
-        rules: what it may do, as `ACL SETUSER` takes them.
+        name: its name.
+        role: its role.
+        rules: its rules for `ACL SETUSER`.
     """
 
     name: str
@@ -61,31 +62,31 @@ class User:
     rules: tuple[str, ...]
 
 
-def users(
+def make_users(
     run: str, *, workers: int, shared: bool, version: Sequence[int], cluster: bool = False
 ) -> list[User]:
-    """Give the users of one run: its learner, its workers, and an observer of all runs.
+    """Return the users of one run: its learner, its workers, and an observer of all runs.
 
     Args:
-        run: its name.
-        workers: how many of them there are, with ids from 0 on.
-        shared: whether they are one user, who may be any of them.
-        version: of the server, as Redis counts; Valkey says which Redis it is like.
-        cluster: whether it is a Cluster, on whose nodes the run's shards are.
+        run: the run.
+        workers: the number of workers; their ids begin at 0.
+        shared: whether all workers share one user.
+        version: the Redis version of the server; for Valkey the version that it is compatible with.
+        cluster: whether the server is a Cluster, over which the run's shards are spread.
     """
     keys = Keys(run, shards=("*",) if cluster else ())
-    finding, following, examining = (
-        (_FINDING, _FINDING + _FOLLOWING, _FINDING + _EXAMINING) if cluster else ((), (), ())
-    )
+    cluster_rules = _CLUSTER if cluster else ()
+    worker_rules = _CLUSTER + _CLUSTER_WORKER if cluster else ()
+    observer_rules = _CLUSTER + _CLUSTER_OBSERVER if cluster else ()
     ids = ("*",) if shared else tuple(map(str, range(workers)))
     names = (f"{keys.run}-workers",) if shared else tuple(f"{keys.run}-worker-{one}" for one in ids)
-    told = ("+client|setinfo", "+waitaof") if tuple(version) >= SETINFO else ()
-    read_only = "%R~" if tuple(version) >= READ_ONLY_KEYS else "~"
+    client_rules = ("+client|setinfo", "+waitaof") if tuple(version) >= SETINFO_VERSION else ()
+    read_only = "%R~" if tuple(version) >= READ_ONLY_KEYS_VERSION else "~"
     return [
         User(
             f"{keys.run}-learner",
             "learner",
-            ("resetchannels", f"~{keys.everything}", f"&{keys.everything}", *_LEARNER, *finding),
+            ("resetchannels", f"~{keys.everything}", f"&{keys.everything}", *_LEARNER, *cluster_rules),
         ),
         *(
             User(
@@ -94,9 +95,9 @@ def users(
                 (
                     *_worker_keys(keys, one, read_only),
                     *_WORKER,
-                    *following,
-                    *told,
-                    *_through_scripts(keys, version),
+                    *worker_rules,
+                    *client_rules,
+                    *_script_rules(keys, version),
                 ),
             )
             for name, one in zip(names, ids, strict=True)
@@ -104,28 +105,28 @@ def users(
         User(
             f"{keys.run}-observer",
             "observer",
-            ("resetchannels", f"{read_only}{EVERY_KEY}", *_LOOKING, *examining),
+            ("resetchannels", f"{read_only}{EVERY_KEY}", *_READING, *observer_rules),
         ),
     ]
 
 
-def acl_file(found: Sequence[User], passwords: dict[str, str], administrator: str) -> Iterator[str]:
-    """Give the lines of a server's ACL file: these users, one who may do everything, and nobody without a password.
+def format_acl_file(users: Sequence[User], passwords: dict[str, str], administrator: str) -> Iterator[str]:
+    """Yield the lines of a server's ACL file: these users and an administrator; the default user is off.
 
     Args:
-        found: the users.
-        passwords: of each, and of the administrator; only their digests are in the lines.
-        administrator: name of the one who may do everything.
+        users: the users.
+        passwords: the password of each user and of the administrator; the lines hold only their digests.
+        administrator: the name of the user with all rights.
     """
     yield "user default off resetkeys resetchannels -@all"
     yield f"user {administrator} on {_digest(passwords[administrator])} ~* &* +@all"
-    for user in found:
+    for user in users:
         yield f"user {user.name} on {_digest(passwords[user.name])} {' '.join(user.rules)}"
 
 
-def set_user_commands(found: Sequence[User], passwords: dict[str, str]) -> Iterator[str]:
-    """Give a command for each user that makes it on a running server, as redis-cli reads them from its input."""
-    for user in found:
+def format_set_user_commands(users: Sequence[User], passwords: dict[str, str]) -> Iterator[str]:
+    """Yield a command for each user that creates it on a running server, for the input of redis-cli."""
+    for user in users:
         rules = " ".join(f'"{rule}"' if " " in rule else rule for rule in user.rules)
         yield f"ACL SETUSER {user.name} reset on {_digest(passwords[user.name])} {rules}"
 
@@ -135,7 +136,7 @@ def _digest(password: str) -> str:
 
 
 def _worker_keys(keys: Keys, worker: str, read_only: str) -> tuple[str, ...]:
-    """Give the keys of one worker, or of any: what it writes, and what it only reads."""
+    """Return the rules for the keys that one worker, or any worker, writes, and for those that it only reads."""
     return (
         *(f"~{name}" for name in keys.written_by_worker(worker)),
         *(f"{read_only}{name}" for name in keys.read_by_worker(worker)),
@@ -143,11 +144,11 @@ def _worker_keys(keys: Keys, worker: str, read_only: str) -> tuple[str, ...]:
     )
 
 
-def _through_scripts(keys: Keys, version: Sequence[int]) -> tuple[str, ...]:
-    """Give what a worker may do on keys that it may not write: call scripts, whose every command is checked again.
+def _script_rules(keys: Keys, version: Sequence[int]) -> tuple[str, ...]:
+    """Return the rules for keys that a worker may not write.
 
-    And add itself to the set of workers, from which it cannot remove anybody.
+    It may call scripts with them, in which the server checks every command again, and add itself to the set of workers.
     """
-    if tuple(version) < READ_ONLY_KEYS:
+    if tuple(version) < READ_ONLY_KEYS_VERSION:
         return "+evalsha", "+sadd", f"~{keys.workers}"
     return f"(+evalsha ~{keys.everything})", f"(+sadd ~{keys.workers})"

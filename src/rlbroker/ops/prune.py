@@ -1,29 +1,41 @@
-"""Deleting what a dead run left, so that a learner which opens it meanwhile loses nothing.
+"""Stale runs: find those that no learner or worker uses any more, and delete their keys.
 
-First the run's own keys go, in one step and only if nothing about the run has changed since it was found dead: whoever
-opens it before keeps it, whoever opens it after begins a new run. A mark takes the place of `meta`, by which an
-interrupted deletion is recognised. Then each worker's queue goes, in one step too and only if nobody used it since;
-and last what no later run can share: chunks and outcomes have names that are given once.
+A deletion is safe against a learner or worker that opens the run meanwhile. First the run's own keys are deleted in one
+step, if nothing about the run has changed since it was found dead: a learner that opens it before keeps it, one that
+opens it after begins a new run. A mark replaces `meta`, by which an interrupted deletion is recognised. Then each
+worker's queue is deleted, also in one step and only if it has not changed. Last come chunks and outcomes: their names
+are used once, so a new run cannot share them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
 
 from rlbroker.backend.connection import Argument, Connection
-from rlbroker.backend.keys import Keys, shard_of
+from rlbroker.backend.keys import EVERY_KEY, Keys, run_of, shard_of
+from rlbroker.backend.replies import text_fields, whole_number
 from rlbroker.backend.scripts import Script
 from rlbroker.errors import AccessDenied, PeerError
-from rlbroker.ops.stale_runs import PRUNED, batches, find_stale_runs, unused_seconds
+from rlbroker.ops.inspect.runs import RunSummary, list_runs
 
-#: The keys of one worker's batches, in the shard where they are; it need not be one that the run still knows.
+Item = TypeVar("Item")
+
+#: The keys of one worker's batches, in their shard; the run may not know this shard any more.
 Queue = tuple[str, ...]
 
-#: Why a run, or a part of it, was kept that had been found dead.
-OPENED: Final = "somebody has opened it just now"
+#: Keys that are read, or deleted, in one round trip.
+KEYS_AT_ONCE: Final = 1000
 
+#: Time in which learners and workers reconnect after the server's start.
+BACK_SECONDS: Final = 10
+
+#: The only field of `meta` besides `learner_state` while a run is deleted; a learner that opens it adds others.
+PRUNED: Final = "pruned"
+
+#: Why a run, or a part of it, was kept although it was dead.
+OPENED: Final = "it has just been opened again"
 
 PRUNE_RUN = Script.load("ops/lua/prune_run.lua")
 
@@ -33,18 +45,105 @@ FINISH = Script.load("ops/lua/finish_pruning.lua")
 
 
 @dataclass(frozen=True)
-class Pruned:
-    """What became of one run.
+class StaleRun:
+    """One run, and whether it may be deleted.
 
     Attributes:
         run: its name.
-        keys: how many of its keys were deleted.
-        kept: why it was kept, or a part of it; empty if everything is gone.
+        state: the state of its learner, as in `RunSummary`; `orphaned` for keys without a run, `pruned` after an
+            interrupted deletion.
+        silent_seconds: time since the last heartbeat of any learner or worker, or else since the last use of a key;
+            None if unknown.
+        version: its latest version.
+        dead: whether it may be deleted.
+        why: why it may, or may not.
+        names: the names of its keys.
+        stored_bytes: their memory on the server; None if unknown.
+    """
+
+    run: str
+    state: str
+    silent_seconds: float | None
+    version: int
+    dead: bool
+    why: str
+    names: tuple[str, ...] = field(repr=False)
+    stored_bytes: int | None
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """The result of deleting one run.
+
+    Attributes:
+        run: its name.
+        keys: the number of deleted keys.
+        kept: why the run, or a part of it, was kept; empty if everything was deleted.
     """
 
     run: str
     keys: int
     kept: str = ""
+
+
+def find_stale_runs(
+    connection: Connection,
+    *,
+    older_than_seconds: float,
+    run: str | None = None,
+    named: bool = False,
+    unused: Mapping[str, float | None] | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> list[StaleRun]:
+    """Return the runs on a server, by name, each with whether it may be deleted.
+
+    Args:
+        connection: the connection to the server.
+        older_than_seconds: a run is dead only after this time without a heartbeat.
+        run: only this run.
+        named: whether the user named this run: without live workers it is dead as soon as its learner has ended.
+        unused: by run, the result of `unused_seconds` from before its keys were read, which counts as a use.
+        progress: called from time to time with the number of keys read.
+
+    Raises:
+        PeerError: the server refused, or could not be reached in time.
+    """
+    names: dict[str, list[str]] = {}
+    for key in list_keys(connection, Keys(run).everything if run else EVERY_KEY, progress):
+        if owner := run_of(key):
+            names.setdefault(owner, []).append(key)
+    # Reading the keys of an orphan would count as a use.
+    runs = [name for name in sorted(names) if not _is_orphan(name, names[name])]
+    summaries = {summary.run: summary for summary in list_runs(connection, runs)}
+    just_started = _has_just_started(connection)
+    found = []
+    for name in sorted(names):
+        keys, summary = sorted(names[name]), summaries.get(name)
+        if summary is None:
+            summary, state = RunSummary(name, "none", 0, 0, 0, 0, None, None), "orphaned"
+        else:
+            state = _read_state(connection, summary)
+        silent_seconds = summary.last_seen_seconds
+        if silent_seconds is None:
+            known = unused or {}
+            silent_seconds = known[name] if name in known else unused_seconds(connection, name, keys)
+        dead, why = _judge(summary, state, silent_seconds, older_than_seconds, named=named)
+        if dead and just_started and not (named and state in ("ended", "pruned")):
+            dead = False
+            why = f"{why}, but the server has just started: its learner and workers may not be back yet"
+        found.append(
+            StaleRun(
+                run=name,
+                state=state,
+                silent_seconds=silent_seconds,
+                version=summary.version,
+                dead=dead,
+                why=why,
+                names=tuple(keys),
+                stored_bytes=_read_stored_bytes(connection, keys) if dead else None,
+            )
+        )
+    return found
 
 
 def prune(
@@ -55,87 +154,180 @@ def prune(
     older_than_seconds: float,
     named: bool,
     progress: Callable[[int], None] = lambda count: None,
-) -> Pruned:
-    """Delete what a run left, if it is dead still. Doing it again finishes what was interrupted.
+) -> PruneResult:
+    """Delete the keys of a run if it is still dead. A second call finishes an interrupted one.
 
     Args:
-        connection: way to the server.
+        connection: the connection to the server.
         run: its name.
-        names: of its keys, as `find_stale_runs` found them; what was added since is left to the next time.
-        older_than_seconds: as `find_stale_runs` takes it.
-        named: whether somebody asked for this run, and not for whatever is dead.
-        progress: is told how many keys are deleted.
+        names: the names of its keys from `find_stale_runs`; keys that were added since are left for the next time.
+        older_than_seconds: as in `find_stale_runs`.
+        named: whether the user named this run, rather than all dead runs.
+        progress: called with the number of deleted keys.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
     """
     keys = Keys(run)
     unused = {run: unused_seconds(connection, run, names)}
-    # First what the scripts compare, and then the judgement: what changes in between, they find changed.
-    known = [name for name in names if name.startswith(keys.life_prefix)] if keys.workers in names else []
-    count, *hashes = connection.ask(
-        [("SCARD", keys.workers), *(("HGETALL", name) for name in (keys.meta, *known))]
+    # Read what the scripts compare before judging the run: the scripts detect every change in between.
+    incarnations = (
+        [name for name in names if name.startswith(keys.life_prefix)] if keys.workers in names else []
     )
-    used = _use(connection, sorted({tuple(all_of) for name in names if (all_of := keys.queue_beside(name))}))
+    worker_count, *hashes = connection.ask(
+        [("SCARD", keys.workers), *(("HGETALL", name) for name in (keys.meta, *incarnations))]
+    )
+    queues = sorted({tuple(beside) for name in names if (beside := keys.queue_beside(name))})
+    queue_states = _read_queue_states(connection, queues)
     (found,) = find_stale_runs(
         connection, older_than_seconds=older_than_seconds, run=run, named=named, unused=unused
     ) or (None,)
     if found is None:
-        return Pruned(run, 0)
+        return PruneResult(run, 0)
     if not found.dead:
-        return Pruned(run, 0, found.why)
-    there = set(found.names)
-    in_queues = there.intersection(name for queue in used for name in queue)
-    # What is elsewhere no script could take along, and no learner reads.
+        return PruneResult(run, 0, found.why)
+    existing = set(found.names)
+    in_queues = existing.intersection(name for queue in queue_states for name in queue)
+    # Keys in other slots than the scripts can reach. No learner reads them.
     rest = [
         name
         for name in found.names
         if name not in in_queues and (keys.is_given_once(name) or shard_of(name) != keys.prefix)
     ]
-    named_first = (keys.workers, keys.meta, *known)
-    own = sorted(there - in_queues - set(rest) - set(named_first))
-    before = [part for answer in hashes for part in _fields(answer)]
-    workers_there = -1 if isinstance(count, PeerError) else count
-    arguments = [len(known), *before, workers_there, PRUNED]
-    if not connection.run(PRUNE_RUN, (*named_first, *own), arguments):
-        return Pruned(run, 0, OPENED)
-    deleted, kept = len(there.intersection((*named_first, *own))), ""
+    compared = (keys.workers, keys.meta, *incarnations)
+    own = sorted(existing - in_queues - set(rest) - set(compared))
+    arguments = [
+        len(incarnations),
+        *(part for reply in hashes for part in _hash_arguments(reply)),
+        -1 if isinstance(worker_count, PeerError) else worker_count,
+        PRUNED,
+    ]
+    if not connection.run(PRUNE_RUN, (*compared, *own), arguments):
+        return PruneResult(run, 0, OPENED)
+    deleted, kept = len(existing.intersection((*compared, *own))), ""
     progress(deleted)
-    for queue, use in used.items():
-        if connection.run(PRUNE_QUEUE, queue, use):
-            deleted += len(there.intersection(queue))
+    for queue, state in queue_states.items():
+        if connection.run(PRUNE_QUEUE, queue, state):
+            deleted += len(existing.intersection(queue))
             progress(deleted)
         else:
             kept = OPENED
-    for some in batches(rest):
-        deleted += connection.on_each("UNLINK", some)
+    for names_at_once in split(rest):
+        deleted += connection.on_each("UNLINK", names_at_once)
         progress(deleted)
     connection.run(FINISH, (keys.meta,), (PRUNED,))
-    return Pruned(run, deleted, kept)
+    return PruneResult(run, deleted, kept)
 
 
-def _use(connection: Connection, queues: Sequence[Queue]) -> dict[Queue, list[Argument]]:
-    """Give what changes of each queue when somebody uses it, as the script compares it."""
-    found: dict[Queue, list[Argument]] = {}
-    for some in batches(queues):
+def list_keys(
+    connection: Connection, pattern: str, progress: Callable[[int], None] = lambda count: None
+) -> list[str]:
+    """Return the names of all keys that match a pattern, each once."""
+    found = dict[str, None]()
+    for keys in connection.scan(pattern, count=KEYS_AT_ONCE):
+        found.update((key.decode(), None) for key in keys if key.isascii())  # rlbroker's keys are ASCII
+        progress(len(found))
+    return list(found)
+
+
+def unused_seconds(connection: Connection, run: str, names: Sequence[str]) -> float | None:
+    """Return the time since the last use of any key of a run; None if the server's eviction policy records none.
+
+    The keys that `list_runs` reads do not count, unless the run is an orphan.
+    """
+    keys, idle, orphan = Keys(run), list[int](), _is_orphan(run, names)
+    for names_at_once in split([name for name in names if orphan or not keys.tells_of_run(name)]):
+        replies = connection.ask([("OBJECT", "IDLETIME", name) for name in names_at_once])
+        idle += [reply for reply in replies if isinstance(reply, int)]
+    return float(min(idle)) if idle else None
+
+
+def split(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    """Yield keys, or queues, in pieces for one round trip each."""
+    return (items[first : first + KEYS_AT_ONCE] for first in range(0, len(items), KEYS_AT_ONCE))
+
+
+def _judge(
+    summary: RunSummary, state: str, silent_seconds: float | None, older_than_seconds: float, *, named: bool
+) -> tuple[bool, str]:
+    """Return whether a run may be deleted, and why."""
+    if summary.learner == "alive":
+        return False, "its learner is alive"
+    if summary.others:
+        return False, "another learner is alive, which collects"
+    if summary.alive:
+        return (
+            False,
+            f"{summary.alive} of its workers are alive" if summary.alive > 1 else "a worker is alive",
+        )
+    why = {
+        "ended": "its learner has ended",
+        "pruned": "its deletion was interrupted",
+        "orphaned": "its keys belong to no known run",
+        "none": "no learner ever opened it",
+        "unreadable": "it cannot be read",
+    }.get(state, "its learner is away")
+    if state == "pruned" or (named and state == "ended"):
+        return True, why
+    if silent_seconds is None:
+        return False, f"{why}, but for how long is unknown"
+    if silent_seconds < older_than_seconds:
+        return False, f"{why}, but not for long enough"
+    return True, why
+
+
+def _read_state(connection: Connection, summary: RunSummary) -> str:
+    if summary.learner == "ended":
+        (meta,) = connection.ask([("HGETALL", Keys(summary.run).meta)])
+        if not isinstance(meta, PeerError) and text_fields(meta).keys() == {"learner_state", PRUNED}:
+            return "pruned"
+    return summary.learner
+
+
+def _has_just_started(connection: Connection) -> bool:
+    """Return whether a server started so recently that learners and workers may not have reconnected."""
+    uptimes = [connection.server_info(master).get("uptime_in_seconds", "") for master in connection.masters()]
+    return any(seconds < BACK_SECONDS for seconds in map(whole_number, uptimes) if seconds is not None)
+
+
+def _is_orphan(run: str, names: Sequence[str]) -> bool:
+    """Return whether a run has keys, but neither `meta` nor `workers`."""
+    keys = Keys(run)
+    return keys.meta not in names and keys.workers not in names
+
+
+def _read_stored_bytes(connection: Connection, names: list[str]) -> int | None:
+    total = 0
+    for names_at_once in split(names):
+        for reply in connection.ask([("MEMORY", "USAGE", name) for name in names_at_once]):
+            if isinstance(reply, PeerError):
+                return None
+            total += whole_number(str(reply)) or 0
+    return total
+
+
+def _read_queue_states(connection: Connection, queues: Sequence[Queue]) -> dict[Queue, list[Argument]]:
+    """Return the state of each queue, which changes with every use, as arguments of `PRUNE_QUEUE`."""
+    states: dict[Queue, list[Argument]] = {}
+    for queues_at_once in split(queues):
         commands = [
             command
-            for experiences, counts, epochs, *_ in some
+            for experiences, counts, epochs, *_ in queues_at_once
             for command in (("HGETALL", counts), ("HGETALL", epochs), ("XLEN", experiences))
         ]
-        answers = iter(connection.ask(commands))
-        for queue, counts, epochs, length in zip(some, answers, answers, answers, strict=False):
+        replies = iter(connection.ask(commands))
+        for queue, counts, epochs, length in zip(queues_at_once, replies, replies, replies, strict=False):
             waiting = -1 if isinstance(length, PeerError) else length
-            found[queue] = [*_fields(counts), *_fields(epochs), waiting]
-    return found
+            states[queue] = [*_hash_arguments(counts), *_hash_arguments(epochs), waiting]
+    return states
 
 
-def _fields(answer: Any) -> list[Argument]:
-    """Give a hash as the scripts compare it: the number of its fields, their names and values; -1 for no hash."""
-    if isinstance(answer, AccessDenied):
-        raise answer
-    if isinstance(answer, PeerError):
+def _hash_arguments(reply: Any) -> list[Argument]:
+    """Return a hash as arguments of the scripts: the number of its fields, names and values; -1 for another type."""
+    if isinstance(reply, AccessDenied):
+        raise reply
+    if isinstance(reply, PeerError):
         return [-1]
-    if isinstance(answer, dict):
-        return [len(answer), *(part for pair in answer.items() for part in pair)]
-    return [len(answer) // 2, *answer]
+    if isinstance(reply, dict):
+        return [len(reply), *(part for pair in reply.items() for part in pair)]
+    return [len(reply) // 2, *reply]

@@ -1,4 +1,4 @@
-"""Sending a command in the place of a run's learner, and watching the answers."""
+"""Send a command in place of a run's learner, and read the answers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rlbroker.codec.signing import SigningKey
 from rlbroker.control.commands import Command as Command
 from rlbroker.control.commands import CommandSender
 from rlbroker.errors import Fenced, InvalidArgument
-from rlbroker.ops.inspect.runs import learner_silence, learner_state
-from rlbroker.ops.inspect.sent_commands import add_unsettled
+from rlbroker.ops.inspect.control_records import add_unsettled_answers
+from rlbroker.ops.inspect.liveness import learner_silent_seconds, learner_state
 from rlbroker.types import Outcome
 
-#: Learners that may come in between while a command is sent.
+#: Tries to send a command: each new learner fences the one before.
 _TRIES = 3
 
 
@@ -31,56 +31,55 @@ def send_command(
     also_without_learner: bool = False,
     key: SigningKey | None = None,
 ) -> Command:
-    """Send a command as the run's present learner would.
+    """Send a command with the epoch of the run's latest learner.
 
-    That learner does not know of it: it settles the answers, but does not send the command again to a server that
-    lost it.
+    That learner settles the answers, but does not send the command again to a server that lost it.
 
     Args:
-        connection: way to the server.
-        keys: names of the run's keys.
-        name: what is asked for.
-        data: what the handler gets; anything that a batch may contain.
-        worker_ids: whom to ask; None for all members.
-        expires_seconds: a worker that reads it later than this does not do it.
-        also_without_learner: whether to send it although nobody settles the answers: the learner has ended, or is
-            away. Workers that live obey all the same.
-        key: signs it; workers that have a key obey nothing else.
+        connection: the connection to the server.
+        keys: the run's keys.
+        name: the name of the command.
+        data: the argument of the handler; anything that a batch may contain.
+        worker_ids: the workers; None for all members.
+        expires_seconds: workers that read it later than this do not apply it.
+        also_without_learner: whether to send it if the learner has ended or is away, and no learner settles the
+            answers. Live workers apply it all the same.
+        key: the key that signs it; workers with a key apply only signed commands.
 
     Raises:
-        InvalidArgument: the name or the expiry cannot work, or there is no learner.
+        InvalidArgument: the name or the expiry is not valid, or there is no learner.
         UnknownWorker: one of the ids is not a member of the run.
         PeerError: the server refused, or could not be reached in time.
     """
     for tried in range(_TRIES):
         clock, fields = connection.execute_all([("TIME",), ("HGETALL", keys.meta)])
         meta = text_fields(fields)
-        state = learner_state(meta, learner_silence(meta, server_seconds(clock)))
+        state = learner_state(meta, learner_silent_seconds(meta, server_seconds(clock)))
         if int(meta.get("epoch", 0)) == 0:
             raise InvalidArgument(
-                f"no learner has opened the run {keys.run!r} yet, and only then can its workers be sent commands"
+                f"no learner has opened the run {keys.run!r} yet; start its learner before you send commands"
             )
         if state != "alive" and not also_without_learner:
-            why = "has ended" if state == "ended" else "is away: it died, or is cut off"
+            why = "has ended" if state == "ended" else "is away: it died, or lost its connection"
             raise InvalidArgument(
-                f"the learner of {keys.run!r} {why}, and nobody would settle the workers' answers; --force sends the "
-                "command all the same, and workers that live obey it"
+                f"the learner of {keys.run!r} {why}, so no learner settles the workers' answers; --force sends the "
+                "command all the same, and live workers apply it"
             )
-        commander = CommandSender(connection, keys, epoch=int(meta["epoch"]), key=key)
+        sender = CommandSender(connection, keys, epoch=int(meta["epoch"]), key=key)
         try:
-            return commander.send(name, data, worker_ids, expires_seconds=expires_seconds)
-        except Fenced:  # another learner has come since we looked
+            return sender.send(name, data, worker_ids, expires_seconds=expires_seconds)
+        except Fenced:  # another learner has opened the run meanwhile
             if tried == _TRIES - 1:
                 raise
     raise AssertionError("each try returns or raises")
 
 
-def look_at_command(connection: Connection, keys: Keys, command: Command) -> dict[int, Outcome]:
-    """Give what became of a command at each worker: what is settled, and else what the worker answered.
+def read_outcomes(connection: Connection, keys: Keys, command: Command) -> dict[int, Outcome]:
+    """Return the outcome of a command at each worker: the settled one, or else the worker's answer.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
     """
     outcomes = {command.id: command.outcomes()}
-    add_unsettled(connection, keys, outcomes)
+    add_unsettled_answers(connection, keys, outcomes)
     return outcomes[command.id]

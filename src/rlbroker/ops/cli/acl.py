@@ -65,14 +65,14 @@ def acl(
     """
     from rlbroker.config import DEFAULT_RUN, parse_endpoint, redis_url
     from rlbroker.errors import InvalidArgument
-    from rlbroker.ops.acl import READ_ONLY_KEYS, acl_file, set_user_commands, users
+    from rlbroker.ops.acl import READ_ONLY_KEYS_VERSION, format_acl_file, format_set_user_commands, make_users
 
     if secrets_folder is None and not session.as_json:
         raise InvalidArgument("--secrets names a folder for the passwords, such as --secrets pong.secrets")
     version = _numbers(server_version) if server_version else _version_of(session)
     kind = parse_endpoint(redis_url(session.url)).kind
     cluster |= kind == "cluster" or (not server_version and session.connection.servers.several)
-    found = users(
+    found = make_users(
         session.named_run or DEFAULT_RUN, workers=workers, shared=shared, version=version, cluster=cluster
     )
     if session.as_json:
@@ -83,14 +83,18 @@ def acl(
     assert secrets_folder is not None
     names = [one.name for one in found] + ([] if setuser else [ADMINISTRATOR])
     passwords, made = _passwords(secrets_folder, names)
-    lines = set_user_commands(found, passwords) if setuser else acl_file(found, passwords, ADMINISTRATOR)
+    lines = (
+        format_set_user_commands(found, passwords)
+        if setuser
+        else format_acl_file(found, passwords, ADMINISTRATOR)
+    )
     print(*lines, sep="\n")
     session.say(
         f"{counted(made, 'new password')}, {len(names) - made} that were there, in {secrets_folder}/<user>"
     )
     if cluster or kind == "sentinel":
         session.say("each node has users of its own: give these to every one, the replicas too")
-    for warning in _given_up(found, shared=shared, read_only=version >= READ_ONLY_KEYS):
+    for warning in _given_up(found, shared=shared, read_only=version >= READ_ONLY_KEYS_VERSION):
         session.say(f"warning: {warning}")
 
 

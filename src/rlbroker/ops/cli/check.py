@@ -93,7 +93,7 @@ def _check_self(session: Session, *, strict: bool) -> int:
 
     from rlbroker.config import run_name
     from rlbroker.errors import InvalidArgument, RlbrokerError, UsageError
-    from rlbroker.ops.inspect.liveness import find_present
+    from rlbroker.ops.inspect.liveness import find_participants
 
     run, host = session.named_run, socket.gethostname()
     if run is None:  # the only one would do until somebody begins another
@@ -101,7 +101,7 @@ def _check_self(session: Session, *, strict: bool) -> int:
     run_name(run)
     try:
         with session.in_time():
-            present = find_present(session.connection, run, host)
+            present = find_participants(session.connection, run, host)
     except UsageError:  # it would not work at any other time either
         raise
     except RlbrokerError as error:
@@ -124,13 +124,13 @@ def _check_self(session: Session, *, strict: bool) -> int:
 
 def _check(session: Session, limits: FindingLimits, max_missed: int | None, since: float) -> int:
 
-    from rlbroker.ops.inspect.findings import Finding, find, gather
-    from rlbroker.ops.inspect.missed_updates import read_missed
+    from rlbroker.ops.inspect.control_records import read_missed
+    from rlbroker.ops.inspect.findings import Finding, group_findings, list_findings
     from rlbroker.ops.inspect.snapshot import take_snapshot
 
     with session.in_time():
         snapshot = take_snapshot(session.connection, session.run)
-        findings = find(snapshot, limits)
+        findings = list_findings(snapshot, limits)
         if max_missed is not None:
             _, records = read_missed(session.connection, session.keys, last_seconds=since)
             count = sum(one.count for one in records if one.what == "weights")
@@ -141,7 +141,7 @@ def _check(session: Session, limits: FindingLimits, max_missed: int | None, sinc
                 findings.append(Finding("warning", "too_many_missed", None, what, hint))
     code = max(({"warning": WARNING, "critical": CRITICAL}[one.severity] for one in findings), default=OK)
     figures = {
-        "version": snapshot.pointer.version if snapshot.pointer else 0,
+        "version": snapshot.manifest.version if snapshot.manifest else 0,
         "alive": sum(info.state == "alive" for info in snapshot.members),
         "max_staleness": max((info.staleness for info in snapshot.members), default=0),
         "waiting": sum(one.counts.waiting for one in snapshot.workers.values() if one.counts),
@@ -156,7 +156,7 @@ def _check(session: Session, limits: FindingLimits, max_missed: int | None, sinc
             f"{_WORDS[code]}: {snapshot.run}: {problems} |",
             *(f"{name}={value}" for name, value in figures.items()),
         )
-        for one, others in gather(findings):
+        for one, others in group_findings(findings):
             more = f"; {the_same_of(others)}" if others else ""
             print(f"{one.severity.upper()}: {plain(one.what)} ({session.typed(one.hint)}){more}")
     return code

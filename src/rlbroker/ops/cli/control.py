@@ -15,7 +15,7 @@ from rlbroker.ops.cli.progress import progress
 from rlbroker.ops.cli.session import EXIT_INTERRUPTED, Session, with_session
 
 if TYPE_CHECKING:
-    from rlbroker.ops.inspect.sent_commands import SentCommand
+    from rlbroker.ops.inspect.control_records import SentCommand
     from rlbroker.ops.send_command import Command
     from rlbroker.types import Outcome
 
@@ -104,10 +104,10 @@ def list_commands(
 
     Example: rlbroker control list --run pong --count 5
     """
-    from rlbroker.ops.inspect import sent_commands
+    from rlbroker.ops.inspect import control_records
 
     with session.in_time():
-        found = sent_commands.list_commands(session.connection, session.keys, count=count)
+        found = control_records.list_commands(session.connection, session.keys, count=count)
     if session.as_json:
         session.show_json({"run": session.run, "commands": [_command_json(one) for one in found]})
         return
@@ -142,7 +142,7 @@ def _arguments(data: str | None) -> Any:
 
 def _watch(session: Session, command: Command, seconds: float) -> dict[int, Outcome]:
     """Look for answers until all are there, or the time is over; give what there is."""
-    from rlbroker.ops.send_command import look_at_command
+    from rlbroker.ops.send_command import read_outcomes
 
     end = time.monotonic() + seconds
     workers = len(command.worker_ids)
@@ -150,7 +150,7 @@ def _watch(session: Session, command: Command, seconds: float) -> dict[int, Outc
     with progress(session, plain(command.name), workers, "workers") as advance:
         while True:
             with session.in_time():
-                outcomes = look_at_command(session.connection, session.keys, command)
+                outcomes = read_outcomes(session.connection, session.keys, command)
             answered = sum(one.state != "waiting" for one in outcomes.values())
             advance(answered)
             if answered == workers or time.monotonic() >= end:

@@ -78,8 +78,8 @@ def show_dead(session: Session, names: Names = None, worker: Worker = None) -> N
     """
     if not names and worker is None:
         raise typer.BadParameter("say which: ids as `rlbroker dead list` prints them, or --worker")
-    from rlbroker.ops.inspect.batch_shapes import shape_of
     from rlbroker.ops.inspect.dead_letters import letter_data
+    from rlbroker.ops.inspect.queues import describe_batch
 
     letters, now = _letters(session, worker, names)
     shown = []
@@ -88,7 +88,7 @@ def show_dead(session: Session, names: Names = None, worker: Worker = None) -> N
             data = letter_data(session.connection, session.keys, one)
         if data is None:  # it was tried again or deleted meanwhile
             continue
-        contents, problem = shape_of(data)
+        contents, problem = describe_batch(data)
         if session.as_json:
             more = {"problem": problem or None, "contents": contents_json(contents)}
             shown.append(_letter_json(one, now) | more)
@@ -198,9 +198,9 @@ def _end(session: Session, names: list[str] | None, letters: Sequence[DeadLetter
 
 
 def _name(letter: DeadLetter) -> str:
-    from rlbroker.ops.inspect.dead_letters import name_of
+    from rlbroker.ops.inspect.dead_letters import letter_name
 
-    return name_of(letter)
+    return letter_name(letter)
 
 
 def _batches(count: int) -> str:

@@ -46,7 +46,7 @@ def _examine(session: Session) -> int:
     with session.in_time():
         found = diagnose(session.connection, _run(session))
     if session.as_json:
-        points = [asdict(one) for one in found.points]
+        points = [asdict(one) for one in found.checks]
         session.show_json({"server": found.server, "run": found.run, "state": found.state, "points": points})
     else:
         _show(session, found)
@@ -56,12 +56,12 @@ def _examine(session: Session) -> int:
 def _run(session: Session) -> str | None:
     """Give the run that is asked for, or the only one; None if there is no single one."""
     from rlbroker.errors import AccessDenied
-    from rlbroker.ops.inspect.runs import run_names
+    from rlbroker.ops.inspect.runs import list_run_names
 
     if session.named_run is not None:
         return session.run
     try:
-        names = run_names(session.connection)
+        names = list_run_names(session.connection)
     except AccessDenied:  # one of the points says so
         names = []
     if len(names) == 1:
@@ -75,16 +75,16 @@ def _run(session: Session) -> str | None:
 def _show(session: Session, found: Diagnosis) -> None:
     of = f" and the run {found.run}" if found.run else ""
     session.console.print(f"{found.server}{of}")
-    width = max(len(one.code) for one in found.points)
+    width = max(len(one.code) for one in found.checks)
     said = set[str]()
-    for one in found.points:
+    for one in found.checks:
         mark, style = _MARKS[one.state]
         session.console.print(f"{mark} {one.code:<{width}}  {plain(one.what)}", style=style)
         if one.hint and not (one.state == "unknown" and one.hint in said):
             said.add(one.hint)
             for line in one.hint.splitlines():
                 session.console.print(f"  {'':<{width}}  {session.typed(line)}")
-    count = {state: sum(one.state == state for one in found.points) for state in _MARKS}
+    count = {state: sum(one.state == state for one in found.checks) for state in _MARKS}
     session.console.print(
         f"{count['ok']} well, {counted(count['warning'], 'warning')}, {count['critical']} critical, "
         f"{count['unknown']} unknown"

@@ -11,8 +11,7 @@ from rlbroker.ops.cli.formatting import age, counted, plain, size
 from rlbroker.ops.cli.session import Session, with_session
 
 if TYPE_CHECKING:
-    from rlbroker.ops.inspect.batch_shapes import Content
-    from rlbroker.ops.inspect.queues import WaitingBatch
+    from rlbroker.ops.inspect.queues import Content, WaitingBatch
 
 #: Workers that are looked at, unless they are named: batches may be large.
 WORKERS_SHOWN = 16
@@ -45,11 +44,11 @@ def peek(
 
     Example: rlbroker experiences peek --run pong --worker 3 --count 2
     """
-    from rlbroker.ops.inspect.queues import peek as look
-    from rlbroker.ops.inspect.runs import worker_ids
+    from rlbroker.ops.inspect.queues import peek_queue
+    from rlbroker.ops.inspect.runs import read_worker_ids
 
     with session.in_time():
-        owners = worker_ids(session.connection, session.keys)
+        owners = read_worker_ids(session.connection, session.keys)
     if worker is not None and worker not in owners:
         there = ", ".join(map(str, owners)) or "none"
         session.fail(f"there is no worker {worker} in the run {session.run!r}; workers there are: {there}")
@@ -58,7 +57,7 @@ def peek(
     for one in chosen:
         # Each by itself: together they may be too large for our memory, or for the time.
         with session.in_time():
-            queues.append(look(session.connection, session.keys, one, count=count, newest=newest))
+            queues.append(peek_queue(session.connection, session.keys, one, count=count, newest=newest))
     if session.as_json:
         session.show_json(
             {

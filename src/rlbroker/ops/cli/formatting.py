@@ -164,9 +164,9 @@ def the_same_of(workers: Sequence[int]) -> str:
 
 def show_findings(session: Session, findings: Iterable[Finding], *, with_advice: bool = False) -> None:
     """Print what is wrong, each with what to type, or with what to do about it."""
-    from rlbroker.ops.inspect.findings import gather
+    from rlbroker.ops.inspect.findings import group_findings
 
-    for one, others in gather(findings):
+    for one, others in group_findings(findings):
         mark = {"critical": "✗", "warning": "!"}[one.severity]
         session.console.print(f"{mark} {plain(one.what)}", style="red" if mark == "✗" else "yellow")
         session.console.print(f"    {one.advice if with_advice else session.typed(one.hint)}")

@@ -32,14 +32,14 @@ def missed(
     """
     from dataclasses import asdict
 
-    from rlbroker.ops.inspect.missed_updates import read_missed
-    from rlbroker.ops.inspect.runs import worker_ids
+    from rlbroker.ops.inspect.control_records import read_missed
+    from rlbroker.ops.inspect.runs import read_worker_ids
 
     with session.in_time():
         now, records = read_missed(
             session.connection, session.keys, last_seconds=since, worker=worker, why=why
         )
-    if worker is not None and not records and worker not in worker_ids(session.connection, session.keys):
+    if worker is not None and not records and worker not in read_worker_ids(session.connection, session.keys):
         session.fail(f"there is no worker {worker} in the run {session.run!r}")
     if session.as_json:
         session.show_json({"missed": [asdict(one) for one in records]})

@@ -12,8 +12,7 @@ from rlbroker.ops.cli.formatting import age, counted, seconds_of, show_table, si
 from rlbroker.ops.cli.session import EXIT_NOT_FOUND, Session, with_session
 
 if TYPE_CHECKING:
-    from rlbroker.ops.prune import Pruned
-    from rlbroker.ops.stale_runs import StaleRun
+    from rlbroker.ops.prune import PruneResult, StaleRun
 
 #: How long nobody of a run must have been heard of, unless it is said otherwise.
 OLDER_THAN_SECONDS = 3600.0
@@ -41,7 +40,7 @@ def prune(
     Example: rlbroker prune --dry-run
     """
     from rlbroker.ops.inspect.runs import choose_run
-    from rlbroker.ops.stale_runs import find_stale_runs
+    from rlbroker.ops.prune import find_stale_runs
 
     seconds, run = OLDER_THAN_SECONDS if older_than is None else older_than, session.asked_run
     found = find_stale_runs(
@@ -56,7 +55,7 @@ def prune(
     dead = [one for one in found if one.dead]
     if not session.as_json:
         _show(session, found, dead)
-    done: dict[str, Pruned] = {}
+    done: dict[str, PruneResult] = {}
     if dead and not dry_run and _agreed(session, dead, yes=yes):
         done = _delete(session, dead, seconds, named=run is not None)
     if session.as_json:
@@ -109,7 +108,7 @@ def _agreed(session: Session, dead: list[StaleRun], *, yes: bool) -> bool:
 
 def _delete(
     session: Session, dead: list[StaleRun], older_than_seconds: float, *, named: bool
-) -> dict[str, Pruned]:
+) -> dict[str, PruneResult]:
     from rlbroker.ops.prune import prune as prune_run
 
     done = {}
@@ -144,7 +143,7 @@ def _lines(session: Session, what: str) -> Callable[[int], None]:
     return progress
 
 
-def _json(one: StaleRun, done: Pruned | None) -> dict[str, object]:
+def _json(one: StaleRun, done: PruneResult | None) -> dict[str, object]:
     return {
         "run": one.run,
         "state": one.state,

@@ -135,9 +135,9 @@ class Session:
     @cached_property
     def keys(self) -> Keys:
         """The names of the run's keys."""
-        from rlbroker.ops.inspect.runs import keys_of
+        from rlbroker.ops.inspect.runs import read_keys
 
-        return keys_of(self.connection, self.run)
+        return read_keys(self.connection, self.run)
 
     @cached_property
     def signing_key(self) -> SigningKey | None:

@@ -45,12 +45,12 @@ def status(
 
 def _look(session: Session) -> None:
 
-    from rlbroker.ops.inspect.findings import find
+    from rlbroker.ops.inspect.findings import list_findings
     from rlbroker.ops.inspect.snapshot import take_snapshot
 
     with session.in_time():
         snapshot = take_snapshot(session.connection, session.run)
-    findings = find(snapshot)
+    findings = list_findings(snapshot)
     if session.as_json:
         session.show_json(snapshot.to_json() | {"findings": [one.to_json() for one in findings]})
     else:
@@ -92,7 +92,7 @@ def _learner(snapshot: Snapshot) -> str:
 
 
 def _weights(snapshot: Snapshot) -> str:
-    pointer = snapshot.pointer
+    pointer = snapshot.manifest
     if pointer is None:
         return "none published yet"
     kind = f"delta to version {pointer.base}" if pointer.base else "full"

@@ -76,7 +76,7 @@ def top(
 
 def _look(session: Session, watch: RunWatch) -> RunView:
     with session.in_time():
-        return watch.look()
+        return watch.read()
 
 
 def _print_looks(session: Session, watch: RunWatch, interval: float) -> None:

@@ -175,7 +175,7 @@ def _learner(view: RunView) -> Iterator[Piece]:
 
 
 def _version(view: RunView) -> Iterator[Piece]:
-    pointer = view.snapshot.pointer
+    pointer = view.snapshot.manifest
     yield "version ", "dim"
     if pointer is None:
         yield "none yet", "yellow"

@@ -13,7 +13,7 @@ from rlbroker.ops.cli.session import Session, with_session
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.stored_weights import FormSummary, Manifest, StoredForm, StoredWeights
-    from rlbroker.ops.inspect.weight_files import Written
+    from rlbroker.ops.inspect.weight_contents import WrittenFile
 
 weights = typer.Typer(
     name="weights",
@@ -33,11 +33,11 @@ def list_weights(session: Session) -> None:
 
     Example: rlbroker weights list --run pong
     """
-    from rlbroker.ops.inspect.stored_weights import look_at_weights
+    from rlbroker.ops.inspect.stored_weights import read_stored_weights
 
     with session.in_time():
-        stored = look_at_weights(session.connection, session.keys)
-    pointer = stored.pointer
+        stored = read_stored_weights(session.connection, session.keys)
+    pointer = stored.manifest
     if session.as_json:
         facts = {name: getattr(pointer, name) if pointer else None for name in _FACTS}
         facts["version"] = facts["version"] or 0
@@ -77,11 +77,11 @@ def show_weights(session: Session, version: Version = None) -> None:
 
     Example: rlbroker weights show 12 --run pong
     """
-    from rlbroker.ops.inspect.weight_contents import ties, weights_contents
+    from rlbroker.ops.inspect.weight_contents import read_contents, ties
 
     with session.in_time():
         pointer, path = _find(session, version)
-        contents = weights_contents(session.connection, session.keys, path, key=session.signing_key)
+        contents = read_contents(session.connection, session.keys, path, key=session.signing_key)
     form = path[-1]
     leaves = [one for one in contents if one.leaf is not None]
     values = [one for one in contents if one.leaf is None]
@@ -161,7 +161,7 @@ def pull_weights(
     """
     from rlbroker.errors import WireError
     from rlbroker.ops.inspect import weight_contents
-    from rlbroker.ops.inspect.weight_files import check_file, write_weights
+    from rlbroker.ops.inspect.weight_contents import check_file, write_weights
 
     if output is not None:
         check_file(output, force=force)
@@ -180,7 +180,7 @@ def pull_weights(
             advance(done)
 
         try:
-            contents, arrays = weight_contents.pull_weights(
+            contents, arrays = weight_contents.download_weights(
                 session.connection,
                 session.keys,
                 path,
@@ -206,21 +206,21 @@ _FACTS = ("version", "raw_bytes", "codec", "published")
 def _find(session: Session, version: int | None) -> tuple[Manifest, list[StoredForm]]:
     """Give the pointer, and how to come to a version; say what is stored if nothing leads there."""
     from rlbroker.errors import WireError
-    from rlbroker.ops.inspect.stored_weights import look_at_weights
+    from rlbroker.ops.inspect.stored_weights import read_stored_weights
 
-    stored = look_at_weights(session.connection, session.keys)
-    if stored.pointer is None:
+    stored = read_stored_weights(session.connection, session.keys)
+    if stored.manifest is None:
         session.fail(f"nothing is published in {session.run} yet")
-    latest = stored.pointer.version
+    latest = stored.manifest.version
     wanted = version or latest
     try:
-        return stored.pointer, stored.path(wanted)
+        return stored.manifest, stored.path(wanted)
     except WireError:
         session.fail(f"version {wanted:,} is not stored{_why_not(stored, wanted)}; {_which(stored)}")
 
 
 def _why_not(stored: StoredWeights, wanted: int) -> str:
-    latest = stored.pointer.version if stored.pointer else 0
+    latest = stored.manifest.version if stored.manifest else 0
     if wanted > latest:
         return f": the latest is {latest:,}"
     if wanted == latest:
@@ -257,7 +257,7 @@ def _form_json(one: FormSummary) -> dict[str, Any]:
     }
 
 
-def _say_written(session: Session, file: Path, version: int, written: Written) -> None:
+def _say_written(session: Session, file: Path, version: int, written: WrittenFile) -> None:
     if session.as_json:
         session.show_json(
             {

@@ -64,13 +64,13 @@ def state_of_learner(url: str | None, run: str) -> str:
     from rlbroker.backend.connection import Connection
     from rlbroker.backend.keys import Keys
     from rlbroker.backend.replies import server_seconds, text_fields
-    from rlbroker.ops.inspect.runs import learner_silence, learner_state
+    from rlbroker.ops.inspect.liveness import learner_silent_seconds, learner_state
 
     connection = Connection(url, timeout_seconds=2.0)
     try:
         meta, clock = connection.ask([("HGETALL", Keys(run).meta), ("TIME",)])
         fields = text_fields(meta)
-        return learner_state(fields, learner_silence(fields, server_seconds(clock)))
+        return learner_state(fields, learner_silent_seconds(fields, server_seconds(clock)))
     except Exception:  # noqa: BLE001 - it is only for what is said; whatever is wrong, the worker meets it too
         return "unknown"
     finally:

@@ -33,8 +33,8 @@ def workers(
     """
     from dataclasses import asdict
 
-    from rlbroker.ops.inspect.findings import find
-    from rlbroker.ops.inspect.missed_updates import read_missed
+    from rlbroker.ops.inspect.control_records import read_missed
+    from rlbroker.ops.inspect.findings import list_findings
     from rlbroker.ops.inspect.snapshot import take_snapshot
 
     with session.in_time():
@@ -43,7 +43,7 @@ def workers(
     if worker is not None and worker not in snapshot.workers:
         there = ", ".join(map(str, snapshot.workers)) or "none"
         session.fail(f"there is no worker {worker} in the run {session.run!r}; workers there are: {there}")
-    findings = [one for one in find(snapshot) if one.worker is not None]
+    findings = [one for one in list_findings(snapshot) if one.worker is not None]
     if worker is None:
         if session.as_json:
             session.show_json(
@@ -97,7 +97,7 @@ def _row(worker: int, one: WorkerStatus) -> dict[str, str]:
 def _show_one(session: Session, snapshot: Snapshot, worker: int, findings: list[Finding]) -> None:
     console, one = session.console, snapshot.workers[worker]
     info, counts, missed = one.info, one.counts, one.missed
-    latest = snapshot.pointer.version if snapshot.pointer else 0
+    latest = snapshot.manifest.version if snapshot.manifest else 0
     if info is None:
         console.print(f"worker {worker} of {snapshot.run}: it has left, or was silent for too long")
     else:

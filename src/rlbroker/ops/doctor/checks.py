@@ -1,4 +1,4 @@
-"""The points of an examination: what was looked at, what was seen, and what mends it."""
+"""The result of one check of `rlbroker doctor`; the checks themselves are in `*_checks.py`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ State = Literal["ok", "warning", "critical", "unknown"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """One check and its result.
 
     Attributes:
         code: one word for programs, such as `latency`.
-        state: `unknown` if the server does not tell, or not this user.
-        what: one sentence for people, with what was seen.
-        hint: a command that mends it, or lets it be looked at, or a line for each server where that has to be done;
-            empty where there is none, or need not be one.
+        state: `unknown` if the server does not report it, or not to this user.
+        what: one sentence for people, with the values that were read.
+        hint: a command that repairs it or shows more, or one line for each server that needs it; empty without one.
     """
 
     code: str
@@ -30,25 +29,25 @@ class Check:
     hint: str = ""
 
 
-def untold(code: str, what: str, facts: ServerInfo, command: str) -> Check:
-    """Give the point for what the server does not tell.
+def unknown_check(code: str, what: str, info: ServerInfo, command: str) -> Check:
+    """Return the check for a value that the server does not report.
 
     Args:
-        code: of the point.
-        what: what is not known.
-        facts: what the server tells.
-        command: what would have to be asked.
+        code: the code of the check.
+        what: what is unknown.
+        info: what the server reports.
+        command: the command that would read the value.
     """
-    rule = facts.missing.get(command, "")
+    rule = info.missing.get(command, "")
     if rule:
-        why, hint = f"the user {facts.user!r} may not run {command}", giving(facts.user, rule)
+        why, hint = f"the user {info.user!r} may not run {command}", giving(info.user, rule)
     else:
-        why, hint = f"the server does not tell ({command})", ""
+        why, hint = f"the server does not report it ({command})", ""
     return Check(code, "unknown", f"{what}: {why}", hint)
 
 
-def unread(code: str, what: str, error: PeerError) -> Check:
-    """Give the point for what could not be read: a right is missing, or somebody else wrote there."""
+def unreadable_check(code: str, what: str, error: PeerError) -> Check:
+    """Return the check for keys that cannot be read: a right is missing, or another program wrote into them."""
     if isinstance(error, AccessDenied):
         hint = giving(error.user, error.rule) if error.rule else ""
         return Check(code, "unknown", f"{what}: {error}", hint)
@@ -56,12 +55,12 @@ def unread(code: str, what: str, error: PeerError) -> Check:
 
 
 def size(count: int) -> str:
-    """Give a number of bytes that is short to read.
+    """Return a number of bytes for people.
 
     >>> [size(count) for count in (999, 4_194_304, 536_870_912, 12_000_000_000)]
     ['999 B', '4.19 MB', '537 MB', '12 GB']
     """
-    for unit, bytes_of_it in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= bytes_of_it:
-            return f"{count / bytes_of_it:,.3g} {unit}"
+    for unit, unit_bytes in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= unit_bytes:
+            return f"{count / unit_bytes:,.3g} {unit}"
     return f"{count} B"

@@ -1,4 +1,4 @@
-"""Whether a server, a run on it and this machine are fit for each other, point by point, with what mends each."""
+"""The diagnosis of `rlbroker doctor`: all checks of a server or its nodes, a run, and this machine."""
 
 from __future__ import annotations
 
@@ -8,53 +8,60 @@ from typing import Final
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.topology import SingleServer
 from rlbroker.ops.doctor.checks import Check, State
-from rlbroker.ops.doctor.host_checks import of_host
-from rlbroker.ops.doctor.node_checks import at_each, look_at_nodes, of_all, of_clocks, of_nodes
-from rlbroker.ops.doctor.run_checks import of_run
-from rlbroker.ops.doctor.server_checks import of_clock, of_latency, of_rights, of_server
+from rlbroker.ops.doctor.host_checks import check_host_cache
+from rlbroker.ops.doctor.node_checks import (
+    check_clocks,
+    check_nodes,
+    combine_masters,
+    hint_at_each_node,
+    read_nodes,
+)
+from rlbroker.ops.doctor.run_checks import check_run
+from rlbroker.ops.doctor.server_checks import check_clock, check_latency, check_rights, check_server
 from rlbroker.ops.doctor.server_info import measure_latency, read_server_info
 
-#: The states, the worst last; not to know something is no fault.
+#: The states, the worst last; an unknown value is not a fault.
 _BY_WEIGHT: Final[tuple[State, ...]] = ("unknown", "ok", "warning", "critical")
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that was looked at, in order.
+    """All checks, in order.
 
     Attributes:
-        server: its address, without user and password.
-        run: the run that was looked at; None for none.
+        server: the server's address, without user and password.
+        run: the run that was checked; None for none.
+        checks: the checks.
     """
 
     server: str
     run: str | None
-    points: tuple[Check, ...]
+    checks: tuple[Check, ...]
 
     @property
     def state(self) -> State:
-        """The worst that was found; `ok` if nothing was wrong."""
-        return max(("ok", *(one.state for one in self.points)), key=_BY_WEIGHT.index)
+        """The worst state of all checks; `ok` if nothing is wrong."""
+        return max(("ok", *(check.state for check in self.checks)), key=_BY_WEIGHT.index)
 
 
 def diagnose(connection: Connection, run: str | None = None) -> Diagnosis:
-    """Look at a server, or at every node where there are several, and at one run on it.
+    """Check a server, or every node where there are several, one run on it, and this machine.
 
     Raises:
         PeerError: the server could not be reached in time.
     """
     if isinstance(connection.servers, SingleServer):
-        latency, facts = measure_latency(connection), read_server_info(connection)
-        points = [of_latency(latency), *of_server(facts)]
-        points += [of_rights(connection, facts, run), of_clock(latency, facts)]
+        latency, info = measure_latency(connection), read_server_info(connection)
+        checks = [check_latency(latency), *check_server(info)]
+        checks += [check_rights(connection, info, run), check_clock(latency, info)]
     else:
-        nodes, points = look_at_nodes(connection)
-        facts = of_all(nodes)
-        rights = at_each(connection, nodes, of_rights(connection, facts, run))
-        points += [*of_nodes(connection, nodes), rights, *of_clocks(nodes)]
+        nodes, checks = read_nodes(connection)
+        info = combine_masters(nodes)
+        rights = hint_at_each_node(connection, nodes, check_rights(connection, info, run))
+        checks += [*check_nodes(connection, nodes), rights, *check_clocks(nodes)]
     snapshot = None
     if run is not None:
-        of_this_run, snapshot = of_run(connection, facts, run)
-        points += of_this_run
-    points.append(of_host(snapshot))
-    return Diagnosis(connection.address, run, tuple(points))
+        run_checks, snapshot = check_run(connection, info, run)
+        checks += run_checks
+    checks.append(check_host_cache(snapshot))
+    return Diagnosis(connection.address, run, tuple(checks))

@@ -1,4 +1,4 @@
-"""What an examination says of several servers: of each as of one alone, and of how they stand to one another."""
+"""The checks of several servers (Cluster or Sentinel): those of one server for each node, clocks and replication."""
 
 from __future__ import annotations
 
@@ -12,114 +12,93 @@ from rlbroker.backend.replies import info_fields
 from rlbroker.backend.text import counted
 from rlbroker.backend.topology import SLOTS, Address, SentinelTopology, Server
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
-from rlbroker.ops.doctor.checks import Check, unread
-from rlbroker.ops.doctor.server_checks import CLOCKS_APART_SECONDS, of_clock, of_latency, of_server
+from rlbroker.ops.doctor.checks import Check, unreadable_check
+from rlbroker.ops.doctor.server_checks import CLOCKS_APART_SECONDS, check_clock, check_latency, check_server
 from rlbroker.ops.doctor.server_info import Latency, ServerInfo, measure_latency, read_server_info
 
-#: A node that does not answer within this time is said to be silent, so that there is time for the others.
+#: Timeout for one node, so that there is time for the others.
 LONGEST_SILENCE_SECONDS: Final = 1.0
 
-#: With fewer masters, those that are left when one dies are no majority.
+#: With fewer masters, the rest is no majority when one dies.
 LEAST_MASTERS: Final = 3
 
-#: What is said of how the nodes stand to one another replaces what each says of it.
-_OF_ALL: Final = "replication"
+#: The check that is made for all nodes together, and replaces that of each node.
+_REPLICATION: Final = "replication"
 
 
 @dataclass(frozen=True)
 class Node:
-    """One of several servers, as it answered.
+    """One of several servers.
 
     Attributes:
-        server: way to it.
-        master: of whom it is a replica; None for a master.
-        facts: what it says of itself.
-        latency: how long it takes to answer, and its clock.
+        server: the server.
+        master: its master; None if it is a master itself.
+        info: what it reports.
+        latency: its round-trip time and clock.
     """
 
     server: Server
     master: Server | None
-    facts: ServerInfo
+    info: ServerInfo
     latency: Latency
 
     @property
     def name(self) -> str:
-        """How it is called."""
+        """The name of the server."""
         return self.server.name
 
 
-def look_at_nodes(connection: Connection) -> tuple[list[Node], list[Check]]:
-    """Ask every master and every replica for what it says of itself; give a point for each that is silent.
+def read_nodes(connection: Connection) -> tuple[list[Node], list[Check]]:
+    """Read every master and replica; return a check for each node that does not answer.
 
     Raises:
-        ConnectionFailed: nobody knows which they are, or none answers.
+        ConnectionFailed: the nodes are unknown, or none answers.
     """
-    nodes, silent = list[Node](), list[Check]()
+    nodes, checks = list[Node](), list[Check]()
     problem: ConnectionFailed | None = None
-    asked = set[str]()
+    known = set[str]()
     for master in connection.retry(connection.masters):
         for server in (master, *connection.replicas_of(master)):
-            asked.add(server.name)
+            known.add(server.name)
             try:
                 with within(Deadline(LONGEST_SILENCE_SECONDS)):
-                    facts = read_server_info(connection, server)
+                    info = read_server_info(connection, server)
                 latency = measure_latency(connection, server)
             except ConnectionFailed as error:
                 problem = error
-                silent.append(Check("nodes", "critical", f"{server.name} does not answer: {error}"))
+                checks.append(Check("nodes", "critical", f"{server.name} does not answer: {error}"))
             else:
-                nodes.append(Node(server, None if server is master else master, facts, latency))
+                nodes.append(Node(server, None if server is master else master, info, latency))
     if problem is not None and not nodes:
         raise problem
-    silent += [_of_lost(connection, one) for one in connection.servers.lost() if one.name not in asked]
-    return nodes, silent
+    lost = [server for server in connection.servers.lost() if server.name not in known]
+    return nodes, [*checks, *(check_lost_node(connection, server) for server in lost)]
 
 
-def _of_lost(connection: Connection, server: Server) -> Check:
-    """Look at one whom the others know, and do without."""
-    if isinstance(connection.servers, SentinelTopology):
-        others, forget = "the Sentinels", "SENTINEL RESET at one Sentinel after the other"
-        sentinel, service = connection.servers.sentinels[0].address, connection.servers.service
-        hint = _hint_at(sentinel, f"redis-cli SENTINEL REPLICAS {service}")
-    else:
-        others, forget, hint = "the other nodes", "CLUSTER FORGET at each", "redis-cli CLUSTER NODES"
-    try:
-        with within(Deadline(LONGEST_SILENCE_SECONDS)):
-            connection.ask_at(server, [("PING",)])
-    except PeerError as error:
-        what = (
-            f"{server.name} does not answer: {error}; {others} go on without it, and remember it until {forget} "
-            "has them forget it"
-        )
-        return Check("nodes", "critical", what, hint)
-    what = f"{server.name} answers, but {others} do without it: they do not reach it, or it does not reach its master"
-    return Check("nodes", "warning", what, hint)
-
-
-def of_nodes(connection: Connection, nodes: Sequence[Node]) -> Iterator[Check]:
-    """Judge several servers: what is wrong with any of them is said of it, what is well is said once."""
-    slowest = max(nodes, key=lambda one: one.latency.median_seconds)
-    yield _called(of_latency(slowest.latency), f"{slowest.name}, the slowest")
-    by_memory = sorted(nodes, key=lambda one: one.facts.number("used_memory") or 0, reverse=True)
-    points = [[(one, point) for point in of_server(one.facts)] for one in by_memory]
-    for code in dict.fromkeys(point.code for of_one in points for _, point in of_one):
-        if code != _OF_ALL:
-            yield from _together(
-                [(one, point) for of_one in points for one, point in of_one if point.code == code],
-                at_once=connection.servers.several,
-            )
+def check_nodes(connection: Connection, nodes: Sequence[Node]) -> Iterator[Check]:
+    """Check several servers: a fault is reported for its node, what is ok is reported once."""
+    slowest = max(nodes, key=lambda node: node.latency.median_seconds)
+    yield _with_name(check_latency(slowest.latency), f"{slowest.name}, the slowest")
+    by_memory = sorted(nodes, key=lambda node: node.info.number("used_memory") or 0, reverse=True)
+    checks = [(node, check) for node in by_memory for check in check_server(node.info)]
+    for code in dict.fromkeys(check.code for _, check in checks):
+        if code != _REPLICATION:
+            same_code = [(node, check) for node, check in checks if check.code == code]
+            yield from merge_checks(same_code, reaches_all=connection.servers.several)
     if connection.servers.several:
-        yield _cluster(connection, nodes)
+        yield _check_cluster(connection, nodes)
     if isinstance(connection.servers, SentinelTopology):
-        yield _sentinels(connection.servers)
-    yield from _replication(nodes)
+        yield _check_sentinels(connection.servers)
+    yield from check_replication(nodes)
 
 
-def of_clocks(nodes: Sequence[Node]) -> Iterator[Check]:
-    """Judge this machine's clock against each node's, and theirs against one another."""
-    ahead = {one.name: one.latency.ahead_seconds for one in nodes if one.latency.ahead_seconds is not None}
-    farthest = max(nodes, key=lambda one: abs(one.latency.ahead_seconds or 0.0))
-    yield _called(of_clock(farthest.latency, farthest.facts), f"{farthest.name}, the farthest")
+def check_clocks(nodes: Sequence[Node]) -> Iterator[Check]:
+    """Check this machine's clock against that of each node, and the nodes' clocks against one another."""
+    ahead = {
+        node.name: node.latency.ahead_seconds for node in nodes if node.latency.ahead_seconds is not None
+    }
+    farthest = max(nodes, key=lambda node: abs(node.latency.ahead_seconds or 0.0))
+    yield _with_name(check_clock(farthest.latency, farthest.info), f"{farthest.name}, the farthest")
     if len(ahead) < 2:
         return
     first, last = max(ahead, key=ahead.__getitem__), min(ahead, key=ahead.__getitem__)
@@ -132,139 +111,165 @@ def of_clocks(nodes: Sequence[Node]) -> Iterator[Check]:
         )
         return
     what = (
-        f"the clocks of {last} and {first} are {apart_seconds:,.1f} s apart: when one takes the other's place, whoever "
-        "lives seems silent, or heard of in the future, by that; set them on each machine"
+        f"the clocks of {last} and {first} are {apart_seconds:,.1f} s apart: after a failover the age of every "
+        "heartbeat is wrong by that; set the clock of each machine"
     )
     yield Check("clocks", "warning", what, "timedatectl set-ntp true")
 
 
-def of_all(nodes: Sequence[Node]) -> ServerInfo:
-    """Give the facts of the masters together: a run may use the memory of all."""
-    masters = [one.facts for one in nodes if one.master is None] or [nodes[0].facts]
-    limits = [one.number("maxmemory") for one in masters]
+def combine_masters(nodes: Sequence[Node]) -> ServerInfo:
+    """Return the info of the first master with the memory limits of all added up: a run may use them all."""
+    masters = [node.info for node in nodes if node.master is None] or [nodes[0].info]
+    limits = [info.number("maxmemory") for info in masters]
     if None in limits:
         return masters[0]
     total = sum(filter(None, limits)) if all(limits) else 0
-    return replace(masters[0], info={**masters[0].info, "maxmemory": str(total)})
+    return replace(masters[0], fields={**masters[0].fields, "maxmemory": str(total)})
 
 
-def at_each(connection: Connection, nodes: Sequence[Node], point: Check) -> Check:
-    """Have what is wrong everywhere mended at each node, unless one command reaches all: those of a Cluster."""
-    return point if connection.servers.several else replace(point, hint=_hint_at_each(nodes, point.hint))
+def hint_at_each_node(connection: Connection, nodes: Sequence[Node], check: Check) -> Check:
+    """Return a check with a hint for each node; in a Cluster one command reaches all nodes."""
+    return check if connection.servers.several else replace(check, hint=_repeat_hint(nodes, check.hint))
 
 
-def _called(point: Check, name: str) -> Check:
-    return replace(point, what=f"{name}: {point.what}")
-
-
-def _together(points: Sequence[tuple[Node, Check]], *, at_once: bool) -> Iterator[Check]:
-    """Give one point for all who say the same; of those that are well, the first speaks for the others.
+def merge_checks(checks: Sequence[tuple[Node, Check]], *, reaches_all: bool) -> Iterator[Check]:
+    """Merge equal checks of several nodes into one; among nodes that are ok, the first stands for the others.
 
     Args:
-        points: of one kind, of every node.
-        at_once: whether one command for redis-cli reaches every node: those of a Cluster.
+        checks: the checks of one code, of every node.
+        reaches_all: whether one redis-cli command reaches every node, as in a Cluster.
     """
-    by_words: dict[tuple[str, str, str], list[Node]] = {}
-    for node, point in points:
-        words = ("ok", "", "") if point.state == "ok" else (point.state, point.what, point.hint)
-        by_words.setdefault(words, []).append(node)
-    said = {node.name: point for node, point in points}
-    for (state, _, hint), nodes in by_words.items():
-        point = said[nodes[0].name]
-        if len(nodes) == len(points) and state != "ok":
-            who, hint = "every node: ", hint if at_once else _hint_at_each(nodes, hint)
-        elif len(nodes) == len(points):
-            who = (
-                "" if len({one.what for one in said.values()}) == 1 else f"{nodes[0].name}, as the fullest: "
-            )
+    by_result: dict[tuple[str, str, str], list[Node]] = {}
+    for node, check in checks:
+        result = ("ok", "", "") if check.state == "ok" else (check.state, check.what, check.hint)
+        by_result.setdefault(result, []).append(node)
+    by_node = {node.name: check for node, check in checks}
+    for (state, _, hint), nodes in by_result.items():
+        check = by_node[nodes[0].name]
+        if len(nodes) == len(checks) and state != "ok":
+            prefix, hint = "every node: ", hint if reaches_all else _repeat_hint(nodes, hint)
+        elif len(nodes) == len(checks):
+            all_equal = len({one.what for one in by_node.values()}) == 1
+            prefix = "" if all_equal else f"{nodes[0].name}, the fullest: "
         elif state == "ok":
-            who = f"{counted(len(nodes), 'other node')}, as {nodes[0].name}: "
+            prefix = f"{counted(len(nodes), 'other node')}, such as {nodes[0].name}: "
         else:
-            who, hint = f"{', '.join(one.name for one in nodes)}: ", _hint_at_each(nodes, hint)
-        yield replace(point, what=f"{who}{point.what}", hint=hint)
+            prefix, hint = f"{', '.join(node.name for node in nodes)}: ", _repeat_hint(nodes, hint)
+        yield replace(check, what=f"{prefix}{check.what}", hint=hint)
 
 
-def _hint_at(address: Address | None, hint: str) -> str:
-    """Lead a hint for redis-cli to one node."""
-    words = hint.removeprefix("redis-cli ")
-    if address is None or words == hint:
-        return hint
-    return f"redis-cli -h {address[0]} -p {address[1]} {words}"
+def check_replication(nodes: Sequence[Node]) -> Iterator[Check]:
+    """Check that each master has a replica that could replace it."""
+    replicas = [node for node in nodes if node.master is not None]
+    behind = [node for node in replicas if node.info.fields.get("master_link_status", "up") != "up"]
+    for node in behind:
+        what = f"{node.name} is disconnected from its master: it cannot replace it, and confirms nothing"
+        yield Check(
+            _REPLICATION, "warning", what, _add_address(node.server.address, "redis-cli INFO replication")
+        )
+    ready = {node.master for node in replicas if node not in behind}
+    alone = [node.name for node in nodes if node.master is None and node.server not in ready]
+    if alone:
+        what = (
+            f"{', '.join(alone)}: no replica could replace it; if it dies, its part of the runs is lost, and "
+            "level='replica' is never confirmed"
+        )
+        yield Check(_REPLICATION, "warning", what)
+    elif not behind:
+        what = f"{counted(len(replicas), 'replica')} connected: each master has at least one"
+        yield Check(_REPLICATION, "ok", what)
 
 
-def _hint_at_each(nodes: Sequence[Node], hint: str) -> str:
-    """Lead a hint to several nodes, with a line for each."""
-    return "\n".join(dict.fromkeys(_hint_at(one.server.address, hint) for one in nodes))
+def check_lost_node(connection: Connection, server: Server) -> Check:
+    """Check a node that the others know, and consider dead."""
+    if isinstance(connection.servers, SentinelTopology):
+        others, forget = "the Sentinels", "SENTINEL RESET at one Sentinel after the other"
+        sentinel, service = connection.servers.sentinels[0].address, connection.servers.service
+        hint = _add_address(sentinel, f"redis-cli SENTINEL REPLICAS {service}")
+    else:
+        others, forget, hint = "the other nodes", "CLUSTER FORGET at each of them", "redis-cli CLUSTER NODES"
+    try:
+        with within(Deadline(LONGEST_SILENCE_SECONDS)):
+            connection.ask_at(server, [("PING",)])
+    except PeerError as error:
+        what = (
+            f"{server.name} does not answer: {error}; {others} continue without it, and list it until {forget} "
+            "removes it"
+        )
+        return Check("nodes", "critical", what, hint)
+    what = (
+        f"{server.name} answers, but {others} continue without it: they do not reach it, or it does not reach its "
+        "master"
+    )
+    return Check("nodes", "warning", what, hint)
 
 
-def _cluster(connection: Connection, nodes: Sequence[Node]) -> Check:
-    """Ask each node whether all slots are served, and by how many."""
-    down, told = dict[str, dict[str, str]](), dict[str, str]()
+def _check_cluster(connection: Connection, nodes: Sequence[Node]) -> Check:
+    """Check that each node of a Cluster sees all slots served, and how many masters serve them."""
+    down, info = dict[str, dict[str, str]](), dict[str, str]()
     for node in nodes:
         try:
             (reply,) = connection.ask_at(node.server, [("CLUSTER", "INFO")])
         except ConnectionFailed as error:
             reply = error
         if isinstance(reply, AccessDenied):
-            return unread("cluster", "whether all slots are served is not known", reply)
-        told = {} if isinstance(reply, PeerError) else info_fields(reply)
-        if told.get("cluster_state") != "ok" or told.get("cluster_slots_ok") != str(SLOTS):
-            down[node.name] = told
+            return unreadable_check("cluster", "whether all slots are served is unknown", reply)
+        info = {} if isinstance(reply, PeerError) else info_fields(reply)
+        if info.get("cluster_state") != "ok" or info.get("cluster_slots_ok") != str(SLOTS):
+            down[node.name] = info
     if down:
-        name, told = next(iter(down.items()))
+        name, info = next(iter(down.items()))
         what = (
-            f"{', '.join(down)}: cluster_state {told.get('cluster_state', 'unknown')}, "
-            f"{told.get('cluster_slots_ok', 'unknown')} of {SLOTS:,} slots are served: what is in the others is away"
+            f"{', '.join(down)}: cluster_state {info.get('cluster_state', 'unknown')}, "
+            f"{info.get('cluster_slots_ok', 'unknown')} of {SLOTS:,} slots are served; data in the others is "
+            "unavailable"
         )
-        address = next(one.server.address for one in nodes if one.name == name)
-        return Check("cluster", "critical", what, _hint_at(address, "redis-cli CLUSTER NODES"))
-    masters = int(told["cluster_size"])
+        address = next(node.server.address for node in nodes if node.name == name)
+        return Check("cluster", "critical", what, _add_address(address, "redis-cli CLUSTER NODES"))
+    masters = int(info["cluster_size"])
     if masters < LEAST_MASTERS:
         what = (
-            f"only {counted(masters, 'master has', 'masters have')} slots: when one is gone, those left are no "
-            "majority that could let a replica take its place, and the Cluster is down until it is back"
+            f"only {counted(masters, 'master has', 'masters have')} slots: if one dies, the rest is no majority that "
+            "could promote a replica, and the Cluster is down until it is back"
         )
         return Check("cluster", "warning", what, "redis-cli CLUSTER NODES")
-    replicas = sum(one.master is not None for one in nodes)
+    replicas = sum(node.master is not None for node in nodes)
     what = f"{counted(masters, 'master')} and {counted(replicas, 'replica')} serve all {SLOTS:,} slots"
     if "+cluster:" not in connection.address:
         what += ", found by the one that the URL names; redis+cluster://host:port,host:port can name several"
     return Check("cluster", "ok", what)
 
 
-def _sentinels(servers: SentinelTopology) -> Check:
-    """Look whether enough Sentinels are there to choose another master."""
-    found = servers.watch()
-    there = f"{found.alive} of {counted(found.total, 'Sentinel')}"
+def _check_sentinels(topology: SentinelTopology) -> Check:
+    """Check that enough Sentinels answer to promote a replica."""
+    found = topology.watch()
+    answering = f"{found.alive} of {counted(found.total, 'Sentinel')}"
     if found.silent:
-        there = f"{', '.join(found.silent)} {'does' if len(found.silent) == 1 else 'do'} not answer: {there}"
-    hint = _hint_at(servers.sentinels[0].address, f"redis-cli SENTINEL CKQUORUM {servers.service}")
+        verb = "does" if len(found.silent) == 1 else "do"
+        answering = f"{', '.join(found.silent)} {verb} not answer: {answering}"
+    hint = _add_address(topology.sentinels[0].address, f"redis-cli SENTINEL CKQUORUM {topology.service}")
     if found.refusal or found.alive < found.needed:
         what = (
-            f"{there} {'is' if found.alive == 1 else 'are'} there, and {found.needed} have to agree before a replica "
-            "takes the master's place: when it is gone, nobody does"
+            f"{answering} {'answers' if found.alive == 1 else 'answer'}, and {found.needed} must agree before a "
+            "replica replaces the master: if it dies, no replica does"
         )
         return Check("sentinels", "critical", f"{what} ({found.refusal})" if found.refusal else what, hint)
-    what = f"{there} are there, and {found.needed} are enough to have a replica take the master's place"
+    what = f"{answering} answer, and {found.needed} are enough to promote a replica"
     return Check("sentinels", "warning" if found.silent else "ok", what, hint if found.silent else "")
 
 
-def _replication(nodes: Sequence[Node]) -> Iterator[Check]:
-    """Look whether each master has a replica that could take its place."""
-    replicas = [one for one in nodes if one.master is not None]
-    behind = [one for one in replicas if one.facts.info.get("master_link_status", "up") != "up"]
-    for one in behind:
-        what = f"{one.name} is not in step with its master: it could not take its place, and confirms nothing"
-        yield Check(_OF_ALL, "warning", what, _hint_at(one.server.address, "redis-cli INFO replication"))
-    ready = {one.master for one in replicas if one not in behind}
-    alone = [one.name for one in nodes if one.master is None and one.server not in ready]
-    if alone:
-        what = (
-            f"{', '.join(alone)}: no replica could take its place; when it is gone, so is its part of the runs, and "
-            "level='replica' is never confirmed"
-        )
-        yield Check(_OF_ALL, "warning", what)
-    elif not behind:
-        yield Check(
-            _OF_ALL, "ok", f"{counted(len(replicas), 'replica')} in step: each master has one at least"
-        )
+def _with_name(check: Check, name: str) -> Check:
+    return replace(check, what=f"{name}: {check.what}")
+
+
+def _add_address(address: Address | None, hint: str) -> str:
+    """Return a redis-cli hint that connects to one node."""
+    arguments = hint.removeprefix("redis-cli ")
+    if address is None or arguments == hint:
+        return hint
+    return f"redis-cli -h {address[0]} -p {address[1]} {arguments}"
+
+
+def _repeat_hint(nodes: Sequence[Node], hint: str) -> str:
+    """Return a hint with one line for each node."""
+    return "\n".join(dict.fromkeys(_add_address(node.server.address, hint) for node in nodes))

@@ -1,4 +1,4 @@
-"""What an examination says of one run: its queues as Redis has them, their bounds, and what is wrong with it."""
+"""The checks of one run: its queues, their limits, and its findings."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from rlbroker.backend.keys import GROUP
 from rlbroker.backend.replies import text_fields
 from rlbroker.backend.text import counted
 from rlbroker.errors import PeerError
-from rlbroker.ops.doctor.checks import Check, size, unread, untold
+from rlbroker.ops.doctor.checks import Check, size, unknown_check, unreadable_check
 from rlbroker.ops.doctor.server_info import ServerInfo
-from rlbroker.ops.inspect.findings import find
-from rlbroker.ops.inspect.runs import keys_of
+from rlbroker.ops.inspect.findings import list_findings
+from rlbroker.ops.inspect.runs import read_keys
 from rlbroker.ops.inspect.snapshot import Snapshot, take_snapshot
 
-#: A learner that holds batches and has not been heard of in their stream for so many seconds is spoken of.
+#: Idle time in a queue from which a learner with pending batches is reported.
 IDLE_SECONDS: Final = 60.0
 
-#: What the points of the server say already.
-_OF_THE_SERVER: Final = ("server_evicts", "server_full")
+#: Findings that the checks of the server report already.
+_SERVER_FINDINGS: Final = ("server_evicts", "server_full")
 
 
-def of_run(connection: Connection, facts: ServerInfo, run: str) -> tuple[list[Check], Snapshot | None]:
-    """Judge a run; give the look at it too, if one was possible.
+def check_run(connection: Connection, info: ServerInfo, run: str) -> tuple[list[Check], Snapshot | None]:
+    """Check a run; return its snapshot too, if it could be read.
 
     Raises:
         ConnectionFailed: the server could not be reached in time.
@@ -33,101 +33,106 @@ def of_run(connection: Connection, facts: ServerInfo, run: str) -> tuple[list[Ch
     try:
         snapshot = take_snapshot(connection, run)
     except PeerError as error:
-        return [unread("run", f"the run {run!r} cannot be read", error)], None
-    points = [*_queues(connection, snapshot), *_bounds(facts, snapshot)]
-    found = [one for one in find(snapshot) if one.code not in _OF_THE_SERVER]
-    points += [Check(one.code, one.severity, one.what, one.hint) for one in found]
-    if not found:
-        points.append(Check("run", "ok", f"nothing is wrong with the run {run!r} itself"))
-    return points, snapshot
+        return [unreadable_check("run", f"the run {run!r} cannot be read", error)], None
+    checks = [*_check_queues(connection, snapshot), *_check_limits(info, snapshot)]
+    findings = [finding for finding in list_findings(snapshot) if finding.code not in _SERVER_FINDINGS]
+    checks += [Check(finding.code, finding.severity, finding.what, finding.hint) for finding in findings]
+    if not findings:
+        checks.append(Check("run", "ok", f"nothing is wrong with the run {run!r} itself"))
+    return checks, snapshot
 
 
-def _queues(connection: Connection, snapshot: Snapshot) -> Iterator[Check]:
-    """Look at each worker's stream: has it the learners' group, and does somebody hold batches and sleep?"""
-    keys = keys_of(connection, snapshot.run)
-    workers = {worker: keys.experiences(worker) for worker, one in snapshot.workers.items() if one.counts}
-    there = connection.ask([("EXISTS", key) for key in workers.values()])
-    existing = {
-        worker: key for (worker, key), found in zip(workers.items(), there, strict=True) if found == 1
+def _check_queues(connection: Connection, snapshot: Snapshot) -> Iterator[Check]:
+    """Check each worker's stream: it has the learners' group, and no idle learner has pending batches."""
+    keys = read_keys(connection, snapshot.run)
+    streams = {
+        worker: keys.experiences(worker) for worker, status in snapshot.workers.items() if status.counts
     }
-    groups = connection.ask([("XINFO", "GROUPS", key) for key in existing.values()])
-    read = connection.ask([("XINFO", "CONSUMERS", key, GROUP) for key in existing.values()])
-    wrong = False
-    for (worker, key), of_groups, consumers in zip(existing.items(), groups, read, strict=True):
-        if isinstance(of_groups, PeerError):
-            yield unread("queues", f"the queue of worker {worker} cannot be looked at", of_groups)
+    exists = connection.ask([("EXISTS", key) for key in streams.values()])
+    existing = {
+        worker: key for (worker, key), reply in zip(streams.items(), exists, strict=True) if reply == 1
+    }
+    groups_replies = connection.ask([("XINFO", "GROUPS", key) for key in existing.values()])
+    consumers_replies = connection.ask([("XINFO", "CONSUMERS", key, GROUP) for key in existing.values()])
+    ok = True
+    for (worker, key), groups, consumers in zip(
+        existing.items(), groups_replies, consumers_replies, strict=True
+    ):
+        if isinstance(groups, PeerError):
+            yield unreadable_check("queues", f"the queue of worker {worker} cannot be read", groups)
             return
-        if GROUP not in [one["name"] for one in map(text_fields, of_groups)]:
-            wrong = True
+        if GROUP not in [group["name"] for group in map(text_fields, groups)]:
+            ok = False
             yield Check(
                 "group_missing",
                 "critical",
                 f"the queue of worker {worker} has no group {GROUP!r}: no learner gets its batches",
                 f"redis-cli XGROUP CREATE {shlex.quote(key)} {GROUP} 0",
             )
-        elif not isinstance(consumers, PeerError) and _goes_on(snapshot):
-            for name, held, idle_seconds in _sleepers(consumers):
-                wrong = True
-                batches = counted(held, f"batch of worker {worker} is", f"batches of worker {worker} are")
+        elif not isinstance(consumers, PeerError) and _has_learner(snapshot):
+            for name, pending, idle_seconds in _idle_holders(consumers):
+                ok = False
+                batches = counted(pending, f"batch of worker {worker} is", f"batches of worker {worker} are")
                 yield Check(
                     "holder_idle",
                     "warning",
-                    f"{batches} in the hands of the learner {name!r}, not heard of "
-                    f"there for {idle_seconds:,.0f} s; another learner takes over, or this one after a restart",
+                    f"{batches} pending at the learner {name!r}, which has not read this queue for "
+                    f"{idle_seconds:,.0f} s; another learner takes over, or this one after a restart",
                     f"rlbroker workers {worker}",
                 )
-    if not wrong:
-        counts = [one.counts for one in snapshot.workers.values() if one.counts]
+    if ok:
+        counts = [status.counts for status in snapshot.workers.values() if status.counts]
         waiting, in_hand = (sum(getattr(one, name) for one in counts) for name in ("waiting", "in_hand"))
         most = max((one.waiting for one in counts), default=0)
-        where = f"{counted(len(existing), 'queue')}, {most:,} at most in one; {in_hand:,} in hand"
+        where = f"{counted(len(existing), 'queue')}, {most:,} at most in one; {in_hand:,} pending"
         what = f"{counted(waiting, 'batch waits', 'batches wait')} in {where}"
         yield Check("queues", "ok", what)
 
 
-def _goes_on(snapshot: Snapshot) -> bool:
+def _has_learner(snapshot: Snapshot) -> bool:
     return snapshot.learner is not None and snapshot.learner.state != "ended"
 
 
-def _sleepers(consumers: Any) -> Iterator[tuple[str, int, float]]:
-    for one in map(text_fields, consumers):
-        held, idle_seconds = int(one["pending"]), int(one["idle"]) / 1000
-        if held and idle_seconds > IDLE_SECONDS:
-            yield one["name"], held, idle_seconds
+def _idle_holders(consumers: Any) -> Iterator[tuple[str, int, float]]:
+    """Yield each idle learner with pending batches: its name, the number of batches, and its idle time in seconds."""
+    for consumer in map(text_fields, consumers):
+        pending, idle_seconds = int(consumer["pending"]), int(consumer["idle"]) / 1000
+        if pending and idle_seconds > IDLE_SECONDS:
+            yield consumer["name"], pending, idle_seconds
 
 
-def _bounds(facts: ServerInfo, snapshot: Snapshot) -> Iterator[Check]:
-    """Compare what the learner allows with what the server can take."""
-    bytes_of_one = snapshot.settings.max_queue_bytes
-    largest = facts.number("proto-max-bulk-len")
-    if largest is not None and largest < bytes_of_one:
+def _check_limits(info: ServerInfo, snapshot: Snapshot) -> Iterator[Check]:
+    """Compare the limits of the run with those of the server."""
+    queue_bytes = snapshot.settings.max_queue_bytes
+    value_limit = info.number("proto-max-bulk-len")
+    if value_limit is not None and value_limit < queue_bytes:
         yield Check(
             "batch_bytes",
             "warning",
-            f"max_queue_bytes allows a batch of {size(bytes_of_one)}, the server takes {size(largest)} as one value",
-            f"redis-cli CONFIG SET proto-max-bulk-len {bytes_of_one}",
+            f"max_queue_bytes allows a batch of {size(queue_bytes)}, but the server accepts values of "
+            f"{size(value_limit)}",
+            f"redis-cli CONFIG SET proto-max-bulk-len {queue_bytes}",
         )
     workers = max(len(snapshot.members), snapshot.expected_workers)
-    pointer = snapshot.pointer
-    weights = (
-        4 * pointer.stored_bytes if pointer else 0
-    )  # two full versions and differences, while they overlap
-    needed = workers * bytes_of_one + weights
-    room = facts.number("maxmemory") or facts.number("total_system_memory")
+    # Two full versions and their deltas exist at once while the older one expires.
+    weights_bytes = 4 * snapshot.manifest.stored_bytes if snapshot.manifest else 0
+    needed = workers * queue_bytes + weights_bytes
+    room = info.number("maxmemory") or info.number("total_system_memory")
     what = f"full queues of {counted(workers, 'worker')} and the weights need {size(needed)}"
     if room is None:
-        yield untold("room", f"{what}; what the server has is not known", facts, "INFO")
+        yield unknown_check("room", f"{what}; the server's memory is unknown", info, "INFO")
     elif needed > room:
-        limit = facts.number("maxmemory")
-        machine = facts.number("total_system_memory") or 0
+        limit = info.number("maxmemory")
+        machine = info.number("total_system_memory") or 0
         hint = (
             f"redis-cli CONFIG SET maxmemory {needed}" if limit and needed < machine else "rlbroker workers"
         )
         yield Check(
             "room",
             "warning",
-            f"{what}, the server has {size(room)}: a learner that stands still fills it; lower max_queue_bytes",
+            f"{what}, but the server has {size(room)}: a learner that stops collecting fills it; lower "
+            "max_queue_bytes",
             hint,
         )
     else:
-        yield Check("room", "ok", f"{what}, of {size(room)}")
+        yield Check("room", "ok", f"{what} of {size(room)}")

@@ -1,4 +1,4 @@
-"""What of a server matters to rlbroker: limits, persistence, rights, and what it already had to refuse or delete."""
+"""The checks of one server: speed, version, role, memory, persistence, limits, connections, clock and rights."""
 
 from __future__ import annotations
 
@@ -12,124 +12,126 @@ from rlbroker.backend.replies import whole_number
 from rlbroker.backend.text import counted
 from rlbroker.errors import AccessDenied
 from rlbroker.membership.incarnations import incarnation_command
-from rlbroker.ops.doctor.checks import Check, State, size, untold
+from rlbroker.ops.doctor.checks import Check, State, size, unknown_check
 from rlbroker.ops.doctor.server_info import Latency, ServerInfo
 
-#: A server that answers more slowly is spoken of: as a rule, and at worst.
+#: Slow round trips: the median, and the worst.
 SLOW_SECONDS: Final = 0.005
 SLOW_WORST_SECONDS: Final = 0.05
 
-#: Clocks that differ by more make the ages of batches and versions wrong.
+#: A larger difference of the clocks makes the ages of batches and versions wrong.
 CLOCKS_APART_SECONDS: Final = 1.0
 
-#: Shares of a limit from which on it is spoken of.
+#: Shares of a limit: memory that is nearly full and full, and clients.
 MEMORY_SHARE, FULL_SHARE, CLIENTS_SHARE = 0.9, 0.99, 0.8
 
-#: Share of the machine's memory from which on a server without a limit of its own is spoken of.
+#: Share of the machine's memory that a server without a limit may use.
 MACHINE_SHARE: Final = 0.5
 
-#: The largest value that rlbroker sends besides batches: a chunk of weights with its last segment.
+#: The largest value besides batches: a chunk of weights with its last segment.
 CHUNK_BYTES: Final = 4 << 20
 
-#: A reader has so much on its way as a rule: chunks of weights, or the batches of one read.
+#: Output buffer of a normal reader: chunks of weights, or the batches of one read.
 READER_BYTES: Final = 64 << 20
 
-#: Memory of which several times as much is taken from the system is spoken of, once it is much.
+#: Fragmentation: the ratio, and the memory from which it counts. A small server always has a high ratio.
 FRAGMENTED, FRAGMENTED_BYTES = 3.0, 256 << 20
 
-#: Idle clients that are closed sooner have to connect again often.
+#: A server with a shorter idle timeout makes clients reconnect often.
 IDLE_SECONDS: Final = 60
 
-#: Any run will do to see which rights a user has.
+#: The run whose keys test the rights if no run is given.
 _ANY_RUN: Final = "default"
 
 
-def of_latency(latency: Latency) -> Check:
-    """Judge how fast the server answers."""
+def check_latency(latency: Latency) -> Check:
+    """Check the round-trip time."""
     slow = latency.median_seconds > SLOW_SECONDS or latency.worst_seconds > SLOW_WORST_SECONDS
     what = (
         f"a round trip takes {latency.median_seconds * 1000:.2f} ms, at worst {latency.worst_seconds * 1000:.2f} ms "
         f"of {latency.trips}"
     )
     if slow:
-        return Check("latency", "warning", f"{what}; `bench` tells what that costs", "rlbroker bench")
+        return Check("latency", "warning", f"{what}; `bench` measures what that costs", "rlbroker bench")
     return Check("latency", "ok", what)
 
 
-def of_clock(latency: Latency, facts: ServerInfo) -> Check:
-    """Judge the difference between this machine's clock and the server's."""
+def check_clock(latency: Latency, info: ServerInfo) -> Check:
+    """Check the difference between this machine's clock and the server's."""
     ahead = latency.ahead_seconds
     if ahead is None:
-        missing = ServerInfo(facts.user, "", (), "", missing={"TIME": "+time"})
-        return untold("clock", "the difference of the clocks is not known", missing, "TIME")
+        missing = ServerInfo(info.user, "", (), "", missing={"TIME": "+time"})
+        return unknown_check("clock", "the difference of the clocks is unknown", missing, "TIME")
     side = "ahead of" if ahead >= 0 else "behind"
     if abs(ahead) <= CLOCKS_APART_SECONDS:
         return Check("clock", "ok", f"this machine's clock is {abs(ahead) * 1000:.0f} ms {side} the server's")
     what = (
-        f"this machine's clock is {abs(ahead):,.1f} s {side} the server's: ages by `published` and `sent_at` of what "
-        "it writes are wrong by that; who lives is judged by the server's clock alone"
+        f"this machine's clock is {abs(ahead):,.1f} s {side} the server's: the times `published` and `sent_at` that it "
+        "writes are wrong by that; leases use the server's clock alone"
     )
     return Check("clock", "warning", what, "timedatectl set-ntp true")
 
 
-def of_server(facts: ServerInfo) -> Iterator[Check]:
-    """Judge what the server says of itself."""
-    yield _version(facts)
-    yield _role(facts)
-    yield _policy(facts)
-    yield _memory(facts)
-    yield _evicted(facts)
-    yield _persistence(facts)
-    yield _bulk(facts)
-    yield _output_buffers(facts)
-    yield _clients(facts)
-    yield _rejected(facts)
-    yield _idle(facts)
-    yield _keepalive(facts)
-    yield from _fragmentation(facts)
+def check_server(info: ServerInfo) -> Iterator[Check]:
+    """Check what the server reports."""
+    yield _check_version(info)
+    yield _check_role(info)
+    yield _check_policy(info)
+    yield _check_memory(info)
+    yield _check_evicted(info)
+    yield _check_persistence(info)
+    yield _check_bulk(info)
+    yield _check_output_buffers(info)
+    yield _check_clients(info)
+    yield _check_rejected(info)
+    yield _check_idle(info)
+    yield _check_keepalive(info)
+    yield from _check_fragmentation(info)
 
 
-def _version(facts: ServerInfo) -> Check:
-    if not facts.version:
-        return untold("version", "the server's version is not known", facts, "INFO")
-    if facts.version[:2] < MIN_SERVER_VERSION:
+def _check_version(info: ServerInfo) -> Check:
+    if not info.version:
+        return unknown_check("version", "the server's version is unknown", info, "INFO")
+    if info.version[:2] < MIN_SERVER_VERSION:
         wanted = ".".join(map(str, MIN_SERVER_VERSION))
-        return Check("version", "critical", f"{facts.name} is too old: rlbroker needs {wanted} or newer")
+        return Check("version", "critical", f"{info.name} is too old: rlbroker needs {wanted} or newer")
     lacks = []
-    if facts.version < (7, 0):
-        lacks.append("read-only rules for keys (give an observer '~rlb:*')")
-    if facts.version < (7, 2):
+    if info.version < (7, 0):
+        lacks.append("read-only ACL rules for keys (an observer needs '~rlb:*')")
+    if info.version < (7, 2):
         lacks.append("WAITAOF (level='fsync' is refused)")
-    return Check("version", "ok", f"{facts.name}{', without ' + ' and '.join(lacks) if lacks else ''}")
+    return Check("version", "ok", f"{info.name}{', without ' + ' and '.join(lacks) if lacks else ''}")
 
 
-def _role(facts: ServerInfo) -> Check:
-    if facts.info.get("cluster_enabled") == "1":
-        what = "this is a node of a cluster: a run works only through the node that has its keys"
+def _check_role(info: ServerInfo) -> Check:
+    if info.fields.get("cluster_enabled") == "1":
+        what = "this is a node of a cluster: a run works only through the node that holds its keys"
         return Check("replication", "warning", what, "redis-cli CLUSTER NODES")
-    if facts.role == "replica":
-        host, port = facts.info.get("master_host", ""), facts.info.get("master_port", "6379")
+    if info.role == "replica":
+        host, port = info.fields.get("master_host", ""), info.fields.get("master_port", "6379")
         master = f" of {host}:{port}" if host else ""
         hint = f"rlbroker doctor --url redis://{host}:{port}" if host else "redis-cli ROLE"
         return Check(
             "replication",
             "critical",
-            f"this server is a replica{master}: it takes no writes; use its master",
+            f"this server is a replica{master}: it accepts no writes; use its master",
             hint,
         )
-    replicas = facts.number("connected_slaves")
-    if not facts.role or replicas is None:
-        return untold("replication", "its role and replicas are not known", facts, "INFO")
+    replicas = info.number("connected_slaves")
+    if not info.role or replicas is None:
+        return unknown_check("replication", "its role and replicas are unknown", info, "INFO")
     if not replicas:
-        return Check("replication", "ok", "no replicas: level='replica' would never be confirmed")
+        return Check("replication", "ok", "no replicas: level='replica' is never confirmed")
     what = f"{counted(replicas, 'replica')} for level='replica'"
     return Check("replication", "ok", what)
 
 
-def _policy(facts: ServerInfo) -> Check:
-    policy = facts.info.get("maxmemory_policy") or facts.settings.get("maxmemory-policy")
+def _check_policy(info: ServerInfo) -> Check:
+    policy = info.fields.get("maxmemory_policy") or info.settings.get("maxmemory-policy")
     if not policy:
-        return untold("eviction", "what it deletes when memory is short is not known", facts, "INFO")
+        return unknown_check(
+            "eviction", "which keys it deletes when memory is short is unknown", info, "INFO"
+        )
     if policy == "noeviction":
         return Check("eviction", "ok", "maxmemory-policy noeviction: nothing is deleted when memory is short")
     lost = "weights and experiences" if policy.startswith("allkeys") else "heartbeats and weights"
@@ -141,11 +143,11 @@ def _policy(facts: ServerInfo) -> Check:
     )
 
 
-def _memory(facts: ServerInfo) -> Check:
-    used, limit = facts.number("used_memory"), facts.number("maxmemory")
-    machine = facts.number("total_system_memory")
+def _check_memory(info: ServerInfo) -> Check:
+    used, limit = info.number("used_memory"), info.number("maxmemory")
+    machine = info.number("total_system_memory")
     if used is None or limit is None:
-        return untold("memory", "how much memory it uses, and may use, is not known", facts, "INFO")
+        return unknown_check("memory", "its memory use and limit are unknown", info, "INFO")
     if limit:
         share, what = used / limit, f"{size(used)} of maxmemory {size(limit)} are used"
         if share < MEMORY_SHARE:
@@ -153,98 +155,103 @@ def _memory(facts: ServerInfo) -> Check:
         state: State = "critical" if share >= FULL_SHARE else "warning"
         roomy = machine is None or 2 * limit < MEMORY_SHARE * machine
         hint = f"redis-cli CONFIG SET maxmemory {2 * limit}" if roomy else "rlbroker prune --dry-run"
-        return Check("memory", state, f"{what} ({share:.0%}); a full server takes nothing more", hint)
-    what = f"{size(used)} are used, and there is no maxmemory"
+        return Check("memory", state, f"{what} ({share:.0%}); a full server refuses writes", hint)
+    what = f"{size(used)} are used, without a maxmemory"
     if machine and used > MACHINE_SHARE * machine:
-        what += f" but the machine's {size(machine)}: the system ends the server when that is full"
+        what += f", on a machine of {size(machine)}: when that is full, the system kills the server"
         return Check(
             "memory", "warning", what, f"redis-cli CONFIG SET maxmemory {int(MEMORY_SHARE * machine)}"
         )
     return Check("memory", "ok", what)
 
 
-def _evicted(facts: ServerInfo) -> Check:
-    evicted = facts.number("evicted_keys")
+def _check_evicted(info: ServerInfo) -> Check:
+    evicted = info.number("evicted_keys")
     if evicted is None:
-        return untold("evicted", "whether keys were deleted for memory is not known", facts, "INFO")
+        return unknown_check(
+            "evicted", "whether it deleted keys because memory was short is unknown", info, "INFO"
+        )
     if not evicted:
-        return Check("evicted", "ok", "no keys were deleted for want of memory")
-    policy = facts.info.get("maxmemory_policy", "noeviction")
-    mends = "CONFIG RESETSTAT" if policy == "noeviction" else "CONFIG SET maxmemory-policy noeviction"
+        return Check("evicted", "ok", "no keys were deleted because memory was short")
+    policy = info.fields.get("maxmemory_policy", "noeviction")
+    repair = "CONFIG RESETSTAT" if policy == "noeviction" else "CONFIG SET maxmemory-policy noeviction"
     return Check(
         "evicted",
         "critical",
-        f"{counted(evicted, 'key was', 'keys were')} deleted for want of memory since the server started: weights or "
-        "experiences may be among them (CONFIG RESETSTAT begins to count anew)",
-        f"redis-cli {mends}",
+        f"{counted(evicted, 'key was', 'keys were')} deleted because memory was short since the server started: "
+        "weights or experiences may be lost (CONFIG RESETSTAT resets the count)",
+        f"redis-cli {repair}",
     )
 
 
-def _persistence(facts: ServerInfo) -> Check:
-    aof = facts.info.get("aof_enabled")
+def _check_persistence(info: ServerInfo) -> Check:
+    aof = info.fields.get("aof_enabled")
     if aof is None:
-        return untold("persistence", "what stays after a restart is not known", facts, "INFO")
-    for name, work, again in (
+        return unknown_check("persistence", "what survives a restart is unknown", info, "INFO")
+    for name, task, command in (
         ("aof_last_write_status", "writing its append-only file", "BGREWRITEAOF"),
         ("aof_last_bgrewrite_status", "rewriting its append-only file", "BGREWRITEAOF"),
         ("rdb_last_bgsave_status", "saving a snapshot", "BGSAVE"),
     ):
-        if facts.info.get(name, "ok") != "ok":
-            what = f"{work} failed the last time: is the server's disk full? It may refuse writes ({name})"
-            return Check("persistence", "critical", what, f"redis-cli {again}")
-    fsync = "level='fsync' loses nothing" if facts.version >= (7, 2) else "level='fsync' needs Redis 7.2"
+        if info.fields.get(name, "ok") != "ok":
+            what = f"{task} failed the last time: is the server's disk full? It may refuse writes ({name})"
+            return Check("persistence", "critical", what, f"redis-cli {command}")
+    fsync = "level='fsync' loses nothing" if info.version >= (7, 2) else "level='fsync' needs Redis 7.2"
     if aof == "1":
-        how = facts.settings.get("appendfsync", "everysec")
-        worth = {
+        policy = info.settings.get("appendfsync", "everysec")
+        guarantee = {
             "always": "what level='redis' confirmed is on disk",
-            "no": f"a crash of the machine loses what the system had not written yet; {fsync}",
-        }.get(how, f"a crash loses about a second of what level='redis' confirmed; {fsync}")
-        return Check("persistence", "ok", f"append-only file, appendfsync {how}: {worth}")
-    snapshots = facts.settings.get("save")
+            "no": f"a crash of the machine loses what the system had not written to disk; {fsync}",
+        }.get(policy, f"a crash loses about a second of what level='redis' confirmed; {fsync}")
+        return Check("persistence", "ok", f"append-only file, appendfsync {policy}: {guarantee}")
+    snapshots = info.settings.get("save")
     if snapshots is None:
-        return untold(
-            "persistence", "there is no append-only file; whether it saves is not known", facts, "CONFIG GET"
+        return unknown_check(
+            "persistence",
+            "there is no append-only file; whether it saves snapshots is unknown",
+            info,
+            "CONFIG GET",
         )
     if snapshots:
         what = (
-            f"snapshots only (save {snapshots}): a crash loses what came after the last one, whatever level='redis' "
+            f"snapshots only (save {snapshots}): a crash loses everything after the last one, also what level='redis' "
             "confirmed; level='learner' loses nothing"
         )
         return Check("persistence", "ok", what)
     return Check(
         "persistence",
         "warning",
-        "nothing stays after a restart: level='redis' and 'fsync' do not survive one, 'replica' only where a replica "
-        "takes over, 'learner' does; the learner publishes its weights again",
+        "nothing survives a restart: level='redis' and 'fsync' lose what they confirmed, 'replica' too unless a "
+        "replica takes over, 'learner' loses nothing; the learner publishes its weights again",
         "redis-cli CONFIG SET appendonly yes",
     )
 
 
-def _bulk(facts: ServerInfo) -> Check:
-    limit = facts.number("proto-max-bulk-len")
+def _check_bulk(info: ServerInfo) -> Check:
+    limit = info.number("proto-max-bulk-len")
     if limit is None:
-        return untold("bulk", "how large one value may be is not known", facts, "CONFIG GET")
+        return unknown_check("bulk", "the size limit of a value is unknown", info, "CONFIG GET")
     if limit < CHUNK_BYTES:
         return Check(
             "bulk",
             "critical",
-            f"proto-max-bulk-len {size(limit)}: chunks of weights have up to {size(CHUNK_BYTES)}",
+            f"proto-max-bulk-len {size(limit)}: chunks of weights are up to {size(CHUNK_BYTES)} large",
             "redis-cli CONFIG SET proto-max-bulk-len 512mb",
         )
-    return Check("bulk", "ok", f"one value may have {size(limit)}")
+    return Check("bulk", "ok", f"a value may have up to {size(limit)}")
 
 
-def _output_buffers(facts: ServerInfo) -> Check:
-    words = facts.settings.get("client-output-buffer-limit", "").split()
+def _check_output_buffers(info: ServerInfo) -> Check:
+    words = info.settings.get("client-output-buffer-limit", "").split()
     if not words:
-        return untold("buffers", "how much it holds for a slow reader is not known", facts, "CONFIG GET")
+        return unknown_check("buffers", "the output buffer limits are unknown", info, "CONFIG GET")
     hard = {kind: whole_number(limit) or 0 for kind, limit in zip(words[::4], words[1::4], strict=False)}
     if 0 < hard.get("normal", 0) < READER_BYTES:
         return Check(
             "buffers",
             "warning",
-            f"it closes readers that have more than {size(hard['normal'])} on the way: one read of batches can be "
-            "more",
+            f"it closes readers with more than {size(hard['normal'])} in their output buffer: one read of batches can "
+            "be larger",
             'redis-cli CONFIG SET client-output-buffer-limit "normal 0 0 0"',
         )
     pubsub = hard.get("pubsub", 0)
@@ -252,76 +259,78 @@ def _output_buffers(facts: ServerInfo) -> Check:
         return Check(
             "buffers",
             "warning",
-            f"it closes subscribers that have more than {size(pubsub)} on the way: workers hear of versions later",
+            f"it closes subscribers with more than {size(pubsub)} in their output buffer: workers learn of versions "
+            "later",
             'redis-cli CONFIG SET client-output-buffer-limit "pubsub 33554432 8388608 60"',
         )
-    return Check("buffers", "ok", f"subscribers may have {size(pubsub) if pubsub else 'anything'} on the way")
+    return Check(
+        "buffers",
+        "ok",
+        f"subscribers may have {size(pubsub) if pubsub else 'any amount'} in their output buffer",
+    )
 
 
-def _clients(facts: ServerInfo) -> Check:
-    connected, limit = facts.number("connected_clients"), facts.number("maxclients")
+def _check_clients(info: ServerInfo) -> Check:
+    connected, limit = info.number("connected_clients"), info.number("maxclients")
     if connected is None or limit is None:
-        return untold("clients", "how many clients it has, and may have, is not known", facts, "INFO")
-    blocked = facts.number("blocked_clients") or 0
+        return unknown_check("clients", "the number of clients and its limit are unknown", info, "INFO")
+    blocked = info.number("blocked_clients") or 0
     what = f"{connected:,} of {counted(limit, 'client')} connected, {blocked:,} in a blocking read"
     if connected > CLIENTS_SHARE * limit:
         return Check("clients", "warning", what, f"redis-cli CONFIG SET maxclients {2 * limit}")
     return Check("clients", "ok", what)
 
 
-def _rejected(facts: ServerInfo) -> Check:
-    rejected = facts.number("rejected_connections")
+def _check_rejected(info: ServerInfo) -> Check:
+    rejected = info.number("rejected_connections")
     if rejected is None:
-        return untold("rejected", "whether it turned clients away is not known", facts, "INFO")
+        return unknown_check("rejected", "whether it refused connections is unknown", info, "INFO")
     if not rejected:
-        return Check("rejected", "ok", "no clients were turned away")
-    limit = facts.number("maxclients") or 0
-    turned_away = counted(rejected, "connection was", "connections were")
-    what = f"{turned_away} turned away since the server started, as maxclients was reached"
+        return Check("rejected", "ok", "no connections were refused")
+    limit = info.number("maxclients") or 0
+    refused = counted(rejected, "connection was", "connections were")
+    what = f"{refused} refused since the server started, because maxclients was reached"
     return Check("rejected", "warning", what, f"redis-cli CONFIG SET maxclients {2 * limit or 20_000}")
 
 
-def _idle(facts: ServerInfo) -> Check:
-    seconds = facts.number("timeout")
+def _check_idle(info: ServerInfo) -> Check:
+    seconds = info.number("timeout")
     if seconds is None:
-        return untold("idle", "whether it closes idle clients is not known", facts, "CONFIG GET")
+        return unknown_check("idle", "its timeout for idle clients is unknown", info, "CONFIG GET")
     if 0 < seconds < IDLE_SECONDS:
-        what = f"it closes clients that are idle for {seconds} s; ours connect again, which costs time and is logged"
+        what = f"it closes clients that are idle for {seconds} s; rlbroker reconnects, which costs time and is logged"
         return Check("idle", "warning", what, "redis-cli CONFIG SET timeout 0")
     if seconds:
-        what = f"clients that are idle for {seconds:,} s are closed; ours connect again"
+        what = f"it closes clients that are idle for {seconds:,} s; rlbroker reconnects"
         return Check("idle", "ok", what)
     return Check("idle", "ok", "idle clients are never closed")
 
 
-def _keepalive(facts: ServerInfo) -> Check:
-    seconds = facts.number("tcp-keepalive")
+def _check_keepalive(info: ServerInfo) -> Check:
+    seconds = info.number("tcp-keepalive")
     if seconds is None:
-        return untold(
-            "keepalive", "whether it looks after silent connections is not known", facts, "CONFIG GET"
-        )
+        return unknown_check("keepalive", "its tcp-keepalive is unknown", info, "CONFIG GET")
     if not seconds:
-        what = "tcp-keepalive 0: connections of machines that are gone stay for ever, and count as clients"
+        what = "tcp-keepalive 0: connections of dead machines stay open for ever, and count as clients"
         return Check("keepalive", "warning", what, "redis-cli CONFIG SET tcp-keepalive 300")
     return Check("keepalive", "ok", f"silent connections are probed after {seconds:,} s")
 
 
-def _fragmentation(facts: ServerInfo) -> Iterator[Check]:
-    """Speak of memory only if it is absurd: an empty server has a high ratio always."""
-    used = facts.number("used_memory") or 0
+def _check_fragmentation(info: ServerInfo) -> Iterator[Check]:
+    used = info.number("used_memory") or 0
     try:
-        ratio = float(facts.info.get("mem_fragmentation_ratio", "0"))
+        ratio = float(info.fields.get("mem_fragmentation_ratio", "0"))
     except ValueError:
         return
     if used > FRAGMENTED_BYTES and ratio > FRAGMENTED:
-        what = f"it takes {ratio:.1f} times the memory from the system that its data need"
+        what = f"it takes {ratio:.1f} times the memory that its data need from the system"
         yield Check("fragmentation", "warning", what, "redis-cli MEMORY PURGE")
 
 
-def of_rights(connection: Connection, facts: ServerInfo, run: str | None) -> Check:
-    """Say who asks, and which of an observer's rights this user lacks: each is tried, on keys of the run."""
+def check_rights(connection: Connection, info: ServerInfo, run: str | None) -> Check:
+    """Check the rights of this user for reading a run: each is tried on keys of the run."""
     keys = Keys(run or _ANY_RUN)
-    stream, missing_stream = keys.experiences(0), keys.again(0)
+    stream, retry_stream = keys.experiences(0), keys.again(0)
     commands: list[tuple[str | int, ...]] = [
         ("TIME",),
         ("INFO", "server"),
@@ -335,22 +344,24 @@ def of_rights(connection: Connection, facts: ServerInfo, run: str | None) -> Che
         ("XLEN", stream),
         ("XRANGE", keys.missed, "0-1", "0-1"),
         ("XREVRANGE", keys.missed, "0-1", "0-1"),
-        ("XPENDING", missing_stream, GROUP),
-        ("XINFO", "STREAM", missing_stream),
-        ("XINFO", "GROUPS", missing_stream),
-        ("XINFO", "CONSUMERS", missing_stream, GROUP),
+        ("XPENDING", retry_stream, GROUP),
+        ("XINFO", "STREAM", retry_stream),
+        ("XINFO", "GROUPS", retry_stream),
+        ("XINFO", "CONSUMERS", retry_stream, GROUP),
         ("MEMORY", "USAGE", keys.heartbeat(0)),
     ]
-    lacks = {answer.rule: None for answer in connection.ask(commands) if isinstance(answer, AccessDenied)}
-    who = f"the user {facts.user!r}"
-    if not lacks:
-        return Check("rights", "ok", f"{who} may do all that looking needs")
-    rules = [rule for rule in lacks if rule]
-    if facts.version[:1] == (6,):
+    missing_rules = {
+        reply.rule: None for reply in connection.ask(commands) if isinstance(reply, AccessDenied)
+    }
+    user = f"the user {info.user!r}"
+    if not missing_rules:
+        return Check("rights", "ok", f"{user} has all rights for reading a run")
+    rules = [rule for rule in missing_rules if rule]
+    if info.version[:1] == (6,):
         rules = [rule.replace("%R~", "~") for rule in rules]
     return Check(
         "rights",
         "warning",
-        f"{who} lacks rights that looking needs: {' '.join(rules)}",
-        giving(facts.user, *rules),
+        f"{user} lacks rights for reading a run: {' '.join(rules)}",
+        giving(info.user, *rules),
     )

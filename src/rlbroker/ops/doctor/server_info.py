@@ -1,4 +1,4 @@
-"""What a server says of itself, as far as it tells this user; what it does not tell is missing, and no error."""
+"""What a server reports: INFO, settings, rights, latency and clock. What this user may not read is missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlbroker.backend.replies import server_seconds, text_fields, whole_number
 from rlbroker.backend.topology import Server
 from rlbroker.errors import AccessDenied, PeerError
 
-#: Settings that matter to rlbroker.
+#: Settings that the checks read.
 SETTINGS: Final = (
     "appendfsync",
     "client-output-buffer-limit",
@@ -26,25 +26,24 @@ SETTINGS: Final = (
     "timeout",
 )
 
-#: Round trips that are measured, as long as there is time for them.
+#: Round trips to measure, fewer if they take longer than the time limit.
 ROUND_TRIPS: Final = 20
 _ROUND_TRIPS_SECONDS: Final = 1.0
 _LEAST_ROUND_TRIPS: Final = 3
 
-
-#: How servers that rlbroker knows call themselves when they are greeted.
+#: Server names in the reply to HELLO that rlbroker knows.
 _SERVERS: Final = ("redis", "valkey")
 
 
 @dataclass(frozen=True)
 class Latency:
-    """How long the server takes to answer, and how far this machine's clock is from its.
+    """The round-trip time to a server, and the difference of the clocks.
 
     Attributes:
-        median_seconds: of the round trips.
-        worst_seconds: of the slowest one.
+        median_seconds: p50 of the round trips.
+        worst_seconds: the slowest round trip.
         trips: how many were measured.
-        ahead_seconds: by how much this machine's clock is ahead of the server's; None where it may not be asked.
+        ahead_seconds: by how much this machine's clock is ahead of the server's; None if the user may not run TIME.
     """
 
     median_seconds: float
@@ -55,77 +54,78 @@ class Latency:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server says of itself.
+    """What a server reports to this user.
 
     Attributes:
-        user: who asks.
-        name: the server's name and version; empty if it does not tell.
-        version: the version of Redis that it is like, such as (7, 2, 4); empty if it does not tell.
-        role: `master` or `replica`; empty if it does not tell.
-        info: what INFO gives.
-        settings: what CONFIG GET gives.
-        missing: by command, the rule that this user lacks; empty where the server does not know the command.
+        user: the user of the connection.
+        name: the server's name and version; empty if unknown.
+        version: the version of Redis that it is compatible with, such as (7, 2, 4); empty if unknown.
+        role: `master` or `replica`; empty if unknown.
+        fields: the fields of INFO.
+        settings: the values of CONFIG GET.
+        missing: by command, the ACL rule that this user lacks.
     """
 
     user: str
     name: str
     version: tuple[int, ...]
     role: str
-    info: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
 
     def number(self, name: str) -> int | None:
-        """Give a whole number of INFO, or of a setting; None if the server does not tell it."""
-        return whole_number(self.info.get(name, self.settings.get(name, "")))
+        """Return an integer field of INFO or an integer setting; None if unknown."""
+        return whole_number(self.fields.get(name, self.settings.get(name, "")))
 
 
 def read_server_info(connection: Connection, server: Server | None = None) -> ServerInfo:
-    """Ask a server, by default the only one, what it says of itself.
+    """Read what a server reports; of the only server by default.
 
     Raises:
-        PeerError: it could not be reached in time.
+        PeerError: the server could not be reached in time.
     """
-    info = connection.server_info(server)
+    fields = connection.server_info(server)
     names = ["ACL WHOAMI", "HELLO", "INFO server", *(f"CONFIG GET {name}" for name in SETTINGS)]
     commands = [tuple(name.split()) for name in names]
     replies = connection.ask_at(server, commands) if server else connection.ask(commands)
-    answers = dict(zip(names, replies, strict=True))
+    by_name = dict(zip(names, replies, strict=True))
     missing = {}
-    for name, answer in answers.items():
-        if isinstance(answer, AccessDenied):
-            missing[_command(name)] = answer.rule
+    for name, reply in by_name.items():
+        if isinstance(reply, AccessDenied):
+            missing[_command_of(name)] = reply.rule
     settings: dict[str, str] = {}
     for name in SETTINGS:
-        answer = answers[f"CONFIG GET {name}"]
-        if not isinstance(answer, PeerError):
-            settings |= text_fields(answer)
-    whoami, hello = answers["ACL WHOAMI"], answers["HELLO"]
+        reply = by_name[f"CONFIG GET {name}"]
+        if not isinstance(reply, PeerError):
+            settings |= text_fields(reply)
+    whoami, hello = by_name["ACL WHOAMI"], by_name["HELLO"]
     greeting = {} if isinstance(hello, PeerError) else text_fields(hello)
-    if greeting.get("server") not in _SERVERS:  # a fake, which counts its versions otherwise
+    if greeting.get("server") not in _SERVERS:  # a fake server, with version numbers of its own
         greeting = {}
-    version = info.get("redis_version") or greeting.get("version", "")
-    name = connection.server_version(info) or " ".join(
+    version = fields.get("redis_version") or greeting.get("version", "")
+    name = connection.server_version(fields) or " ".join(
         word for word in (greeting.get("server", "").capitalize(), version) if word
     )
-    role = info.get("role") or greeting.get("role", "")
+    role = fields.get("role") or greeting.get("role", "")
     return ServerInfo(
         user=connection.user if isinstance(whoami, PeerError) else whoami.decode(errors="replace"),
         name=name,
         version=tuple(int(part) for part in version.split(".") if part.isdecimal()),
         role="replica" if role == "slave" else role,
-        info=info,
+        fields=fields,
         settings=settings,
         missing=missing,
     )
 
 
-def _command(words: str) -> str:
-    return words.removesuffix(" server") if words.startswith("INFO") else " ".join(words.split()[:2])
+def _command_of(call: str) -> str:
+    """Return the command of a call, without its arguments."""
+    return "INFO" if call.startswith("INFO") else " ".join(call.split()[:2])
 
 
 def measure_latency(connection: Connection, server: Server | None = None) -> Latency:
-    """Measure round trips to a server, by default the only one, and the difference of the clocks.
+    """Measure round trips to a server, and the difference of the clocks; of the only server by default.
 
     Raises:
         PeerError: the server could not be reached in time.
@@ -141,7 +141,7 @@ def measure_latency(connection: Connection, server: Server | None = None) -> Lat
         taken.append(time.perf_counter() - sent)
         if len(taken) >= _LEAST_ROUND_TRIPS and time.perf_counter() - began > _ROUND_TRIPS_SECONDS:
             break
-    best: tuple[float, float] | None = None  # of several answers, that of the shortest trip is the most exact
+    best: tuple[float, float] | None = None  # the shortest round trip gives the most exact difference
     for _ in range(_LEAST_ROUND_TRIPS):
         sent = time.perf_counter()
         (clock,) = connection.ask_at(server, [("TIME",)]) if server else connection.ask([("TIME",)])

@@ -1,1 +1,1 @@
-"""Metrics of the runs on a server, for Prometheus."""
+"""The metrics of runs for Prometheus: `metrics` defines them, `collector` reads them. Needs prometheus-client."""

@@ -1,4 +1,4 @@
-"""What Prometheus is given: every figure of the runs on a server, read anew each time it asks."""
+"""The collector that reads the metrics of all runs from the server whenever Prometheus scrapes."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ from rlbroker.errors import ConnectionFailed, DeadlineExceeded, PeerError, Rlbro
 from rlbroker.metrics.counters import EXACT_BELOW
 from rlbroker.metrics.history import Sample, read_history
 from rlbroker.ops.exporter.metrics import (
-    LEARNER_FIGURES,
-    RUN_FIGURES,
-    WORKER_FIGURES,
+    LEARNER_METRICS,
+    RUN_METRICS,
+    WORKER_METRICS,
     WORKERS_LISTED,
+    LearnerSource,
     Member,
     RunMetric,
 )
-from rlbroker.ops.inspect.runs import choose_run, run_names
+from rlbroker.ops.inspect.runs import choose_run, list_run_names
 from rlbroker.ops.inspect.snapshot import Snapshot, take_snapshot
 
 logger = logging.getLogger("rlbroker")
 
-#: Upper bounds of the staleness histogram's buckets. The history counts from 16 on by powers of two.
+#: Upper bounds of the staleness histogram's buckets. From 16 on the history counts by powers of two.
 STALENESS_BOUNDS: Final = (0, 1, 2, 3, 4, 6, 8, 10, 12, 15, 31, 63, 127, 255, 511, 1023)
 
-Looked = TypeVar("Looked")
+Source = TypeVar("Source")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What was read of one run; without a snapshot it could not be read."""
+class RunReading:
+    """What was read of one run; without a snapshot if the run cannot be read."""
 
     run: str
     snapshot: Snapshot | None = None
@@ -53,64 +54,64 @@ class Reading:
 
 
 class MetricsCollector(Collector):
-    """Reads the figures of one run, or of all runs on a server, when it is asked for them. Keeps none."""
+    """Reads the metrics of one run, or of all runs on a server, at each scrape, and keeps none."""
 
     def __init__(
         self, connection: Connection, *, version: str, run: str | None = None, timeout_seconds: float = 5.0
     ) -> None:
-        """Prepare to read; nothing is asked yet.
+        """Prepare; nothing is read yet.
 
         Args:
-            connection: way to the server, which need not be there.
-            version: of this program.
-            run: name of the run; all that are on the server when it is asked for them by default.
-            timeout_seconds: how long one reading may take; what was not read by then cannot be read.
+            connection: the connection to the server.
+            version: the version of this program.
+            run: the run; None for all runs that exist at each scrape.
+            timeout_seconds: how long one scrape may take; runs that were not read by then are unreadable.
         """
         self._connection, self._version, self._run = connection, version, run
         self._timeout_seconds = timeout_seconds
-        self._reading = threading.Lock()
+        self._scrape_lock = threading.Lock()
         self._problems: dict[str, str] = {}
 
     def describe(self) -> Iterable[Metric]:
-        """Give every metric without figures, so that single ones can be asked for."""
-        return [*_own(False, 0.0, self._version), *_families(())]
+        """Return every metric without values, so that single metrics can be requested."""
+        return [*_build_own_families(False, 0.0, self._version), *build_families(())]
 
     def collect(self) -> Iterator[Metric]:
-        """Read everything now. Those who ask at once are answered one after the other: the server is others'.
+        """Read all metrics. Concurrent scrapes wait for one another, to spare the server.
 
         Raises:
-            DeadlineExceeded: those who asked before are not answered yet.
+            DeadlineExceeded: an earlier scrape has not ended in time.
         """
         began, deadline = time.perf_counter(), Deadline(self._timeout_seconds)
-        if not self._reading.acquire(timeout=deadline.remaining):
-            raise DeadlineExceeded(f"others who asked before were not answered within {deadline.seconds:g} s")
+        if not self._scrape_lock.acquire(timeout=deadline.remaining):
+            raise DeadlineExceeded(f"an earlier scrape did not end within {deadline.seconds:g} s")
         try:
             readings = self._read(deadline)
         finally:
-            self._reading.release()
-        families = list(_families(readings or ()))
+            self._scrape_lock.release()
+        families = list(build_families(readings or ()))
         took_seconds = time.perf_counter() - began
-        yield from _own(readings is not None, took_seconds, self._version)
+        yield from _build_own_families(readings is not None, took_seconds, self._version)
         yield from families
 
-    def _read(self, deadline: Deadline) -> list[Reading] | None:
-        """Give what can be read of each run; None if the server does not answer."""
+    def _read(self, deadline: Deadline) -> list[RunReading] | None:
+        """Read all runs; return None if the server does not answer."""
         with within(deadline):
             try:
-                # That nobody answers is to be said long before whoever asks stops waiting.
+                # Half the timeout: the scrape must report a silent server before Prometheus gives up.
                 self._connection.execute("PING", deadline=Deadline(self._timeout_seconds / 2))
-                names = run_names(self._connection) if self._run is None else [self._run]
+                names = list_run_names(self._connection) if self._run is None else [self._run]
                 readings = [self._read_run(name, deadline) for name in names]
             except PeerError as error:
-                self._note("", str(error))
+                self._log_problem("", str(error))
                 return None
-        for name in self._problems.keys() - {"", *names}:  # these runs are gone
+        for name in self._problems.keys() - {"", *names}:  # runs that no longer exist
             del self._problems[name]
-        self._note("", "")
+        self._log_problem("", "")
         return readings
 
-    def _read_run(self, run: str, deadline: Deadline) -> Reading:
-        """Read one run. One that cannot be read must not hide the others."""
+    def _read_run(self, run: str, deadline: Deadline) -> RunReading:
+        """Read one run; one that cannot be read must not hide the others."""
         try:
             if deadline.over:
                 raise DeadlineExceeded(f"there was no time left after {self._timeout_seconds:g} s")
@@ -119,15 +120,15 @@ class MetricsCollector(Collector):
             newest = read_history(self._connection, Keys(run), count=1)
         except ConnectionFailed:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever somebody wrote into this run
+        except Exception as error:  # noqa: BLE001 - another program may have written anything into this run
             known = isinstance(error, RlbrokerError)
-            self._note(run, str(error) if known else f"unexpected {type(error).__name__}: {error}")
-            return Reading(run)
-        self._note(run, "")
-        return Reading(run, snapshot, newest[-1] if newest else None)
+            self._log_problem(run, str(error) if known else f"unexpected {type(error).__name__}: {error}")
+            return RunReading(run)
+        self._log_problem(run, "")
+        return RunReading(run, snapshot, newest[-1] if newest else None)
 
-    def _note(self, run: str, problem: str) -> None:
-        """Say what is wrong when it begins, and when it is over; not each time."""
+    def _log_problem(self, run: str, problem: str) -> None:
+        """Log a problem of a run, or of the server, when it begins and when it ends, not at each scrape."""
         before = self._problems.pop(run, "")
         if problem:
             self._problems[run] = problem
@@ -140,76 +141,83 @@ class MetricsCollector(Collector):
             logger.warning("%s can be read again", what)
 
 
-def _own(up: bool, took_seconds: float, version: str) -> list[Metric]:
+def _build_own_families(up: bool, took_seconds: float, version: str) -> list[Metric]:
+    """Build the metrics of the exporter itself."""
     return [
         GaugeMetricFamily("rlbroker_up", "Whether the Redis server answered.", up),
-        GaugeMetricFamily("rlbroker_scrape_seconds", "How long it took to read these figures.", took_seconds),
-        InfoMetricFamily("rlbroker_build", "The release of rlbroker that reads.", {"version": version}),
+        GaugeMetricFamily("rlbroker_scrape_seconds", "Time that reading these metrics took.", took_seconds),
+        InfoMetricFamily(
+            "rlbroker_build", "The release of rlbroker that the exporter runs.", {"version": version}
+        ),
     ]
 
 
-def _families(readings: Sequence[Reading]) -> Iterator[Metric]:
-    """Give the metrics of all runs: those of one name belong together."""
+def build_families(readings: Sequence[RunReading]) -> Iterator[Metric]:
+    """Build the metrics of all runs, grouped by name as Prometheus requires."""
     readable = GaugeMetricFamily(
         "rlbroker_run_readable",
-        "Whether the run could be read: 0 if another release or program wrote it, or it is not there.",
+        "Whether the run could be read: 0 if another release or program wrote it, or it does not exist.",
         labels=["run"],
     )
     for reading in readings:
         readable.add_metric([reading.run], reading.snapshot is not None)
     yield readable
-    runs = [((one.run,), one.snapshot) for one in readings if one.snapshot]
-    yield from _metrics(RUN_FIGURES, ("run",), runs)
+    runs = [((reading.run,), reading.snapshot) for reading in readings if reading.snapshot]
+    yield from _read_metrics(RUN_METRICS, ("run",), runs)
     members = [
-        ((run[0], str(member.info.worker_id)), member)
-        for run, snapshot in runs
-        for member in _members(snapshot)
+        ((*labels, str(member.info.worker_id)), member)
+        for labels, snapshot in runs
+        for member in _list_members(snapshot)
     ]
-    yield from _metrics(WORKER_FIGURES, ("run", "worker"), members)
-    learners = [((one.run,), (one.snapshot, one.sample)) for one in readings if one.snapshot and one.sample]
-    yield from _metrics(LEARNER_FIGURES, ("run",), learners)
+    yield from _read_metrics(WORKER_METRICS, ("run", "worker"), members)
+    learners = [
+        ((reading.run,), LearnerSource(reading.snapshot, reading.sample))
+        for reading in readings
+        if reading.snapshot and reading.sample
+    ]
+    yield from _read_metrics(LEARNER_METRICS, ("run",), learners)
     histogram = HistogramMetricFamily(
         "rlbroker_batch_staleness_versions",
-        "Staleness of the batches that this learner collected: how many versions old the weights were that produced "
-        "them. The sum is estimated above 15.",
+        "Staleness of the batches that this learner collected, in versions. The sum is estimated above 15.",
         labels=["run"],
     )
-    for one in readings:
-        if one.snapshot and one.sample:
-            buckets, total = staleness_buckets(one.sample.staleness)
-            histogram.add_metric([one.run], buckets, total)
+    for labels, learner in learners:
+        buckets, total = staleness_buckets(learner.sample.staleness)
+        histogram.add_metric(labels, buckets, total)
     yield histogram
 
 
-def _members(snapshot: Snapshot) -> list[Member]:
-    there = [
+def _list_members(snapshot: Snapshot) -> list[Member]:
+    members = [
         Member(snapshot, status.info, status)
         for status in snapshot.workers.values()
         if status.info is not None
     ]
-    return there[:WORKERS_LISTED]
+    return members[:WORKERS_LISTED]
 
 
-def _metrics(
-    figures: Sequence[RunMetric[Looked]],
+def _read_metrics(
+    metrics: Sequence[RunMetric[Source]],
     labels: tuple[str, ...],
-    looks: Sequence[tuple[tuple[str, ...], Looked]],
+    sources: Sequence[tuple[tuple[str, ...], Source]],
 ) -> Iterator[Metric]:
-    for figure in figures:
-        make = CounterMetricFamily if figure.kind == "counter" else GaugeMetricFamily
-        family = make(figure.name, figure.says, labels=[*labels, "reason"] if figure.by_reason else labels)
-        for values, looked in looks:
-            found = figure.of(looked)
-            if isinstance(found, Mapping):
-                for reason, number in found.items():
+    for metric in metrics:
+        make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+        family = make(
+            metric.name, metric.description, labels=[*labels, "reason"] if metric.by_reason else labels
+        )
+        for values, source in sources:
+            value = metric.read(source)
+            if isinstance(value, Mapping):
+                for reason, number in value.items():
                     family.add_metric([*values, reason], number)
-            elif found is not None:
-                family.add_metric(values, found)
+            elif value is not None:
+                family.add_metric(values, value)
         yield family
 
 
 def staleness_buckets(counts: Mapping[int, int]) -> tuple[list[tuple[str, float]], float]:
-    """Give a histogram's buckets, each with all that are not above its bound, and the sum of all.
+    """Return a histogram's buckets, each with all batches up to its bound, and the sum of all staleness.
 
     >>> buckets, total = staleness_buckets({0: 5, 1: 2, 16: 1})
     >>> buckets[0], buckets[1], buckets[9], buckets[10], buckets[-1], total

@@ -1,4 +1,4 @@
-"""Who waits for whom: whether the learner, its workers or the way between them holds a run back."""
+"""The bottleneck of a run: the learner, its workers, or publishing weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final, Literal
 #: History that a judgement needs.
 ENOUGH_SECONDS: Final = 10.0
 
-#: Shares of time from which on a wait is spoken of. A worker that waits loses little: its queue is full meanwhile.
+#: Shares of time from which a wait makes a bottleneck. A waiting worker costs little: its queue is full meanwhile.
 LEARNER_WAITS: Final = 0.25
 WORKERS_WAIT: Final = 0.10
 PUBLISHING: Final = 0.25
@@ -17,22 +17,22 @@ PUBLISHING: Final = 0.25
 RULE: Final = (
     f"Workers are too slow, or too few, if the learner waits for data for {LEARNER_WAITS * 100:.0f} % of the time or "
     "more, and for a larger share than workers wait for room. The learner is too slow if workers wait for room for "
-    f"{WORKERS_WAIT * 100:.0f} % of their time or more. Publishing holds the run back if neither is so and it takes "
+    f"{WORKERS_WAIT * 100:.0f} % of their time or more. Otherwise publishing holds the run back if it takes "
     f"{PUBLISHING * 100:.0f} % of the time or more. Only waits within collect_experiences and send_experiences count."
 )
 
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """Shares of a span of time, from 0 to 1, and what they mean.
+    """Shares of a span of time, from 0 to 1, and the bottleneck that they show.
 
     Attributes:
         learner_waits: `collect_experiences` waited for data.
-        workers_wait: `send_experiences` waited for room in a queue, of the time of all workers alive.
+        workers_wait: `send_experiences` waited for room in a queue, as a share of the time of all live workers.
         encoding: weights were compressed.
-        sending: weights were on their way to the server.
-        publishing: all of it, from the call until versions were out.
-        which: what holds the run back: `workers`, `learner`, `encoding`, `sending`, `nothing`, or `unknown`.
+        sending: weights were sent to the server.
+        publishing: from calls of `send_model_weights` until the versions were published.
+        which: the bottleneck: `workers`, `learner`, `encoding`, `sending`, `nothing`, or `unknown`.
         what: one sentence for people.
     """
 
@@ -55,16 +55,16 @@ def judge(
     publishing: float,
     collected: float = 1,
 ) -> Bottleneck:
-    """Say what holds a run back; see `RULE`.
+    """Return the bottleneck of a run by `RULE`.
 
     Args:
-        seconds: how long the shares were measured.
-        learner_waits: as in `Bottleneck`, like the others.
-        workers_wait: see there.
-        encoding: see there.
-        sending: see there.
-        publishing: see there.
-        collected: batches that the learner got in this time.
+        seconds: the length of the measured span.
+        learner_waits: share of the time, as in `Bottleneck`.
+        workers_wait: share of the time, as in `Bottleneck`.
+        encoding: share of the time, as in `Bottleneck`.
+        sending: share of the time, as in `Bottleneck`.
+        publishing: share of the time, as in `Bottleneck`.
+        collected: batches that the learner collected in this span.
 
     >>> judge(60, learner_waits=0.63, workers_wait=0, encoding=0, sending=0, publishing=0).what
     'the learner waits for data 63 % of the time: more or faster workers would help'
@@ -72,10 +72,10 @@ def judge(
     which: Literal["workers", "learner", "encoding", "sending", "nothing", "unknown"]
     if seconds < ENOUGH_SECONDS:
         which = "unknown"
-        what = "there is too little history to tell what holds the run back"
+        what = "the history is too short to tell what holds the run back"
     elif not collected:
         which = "unknown"
-        what = "no batches were collected in this time, so nobody can tell what holds the run back"
+        what = "no batches were collected in this time, so what holds the run back is unknown"
     elif learner_waits >= LEARNER_WAITS and learner_waits >= workers_wait:
         which = "workers"
         what = f"the learner waits for data {percent(learner_waits)} of the time: more or faster workers would help"
@@ -83,17 +83,15 @@ def judge(
         which = "learner"
         what = (
             f"workers wait for room {percent(workers_wait)} of their time: the learner is too slow for them; fewer "
-            "workers would do"
+            "workers would be enough"
         )
     elif publishing >= PUBLISHING:
         which = "encoding" if encoding >= sending else "sending"
-        does = "most of it encoding" if which == "encoding" else "most of it sending"
-        helps = (
-            "compression_enabled=False, or wait=False, would help"
-            if which == "encoding"
-            else "a faster network, or wait=False, would help"
+        helps = "compression_enabled=False" if which == "encoding" else "a faster network"
+        what = (
+            f"publishing weights takes {percent(publishing)} of the time, most of it {which}: {helps}, or wait=False, "
+            "would help"
         )
-        what = f"publishing weights takes {percent(publishing)} of the time, {does}: {helps}"
     else:
         which = "nothing"
         what = (
@@ -104,7 +102,7 @@ def judge(
 
 
 def percent(share: float) -> str:
-    """Give a share as people read it.
+    """Return a share as a percentage for people.
 
     >>> [percent(share) for share in (0, 0.004, 0.631, 1)]
     ['0 %', '0.4 %', '63 %', '100 %']

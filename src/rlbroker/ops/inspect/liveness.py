@@ -1,4 +1,4 @@
-"""Who of a run is on one host, and whether it lives: what a container's health check asks."""
+"""Which learners and workers of a run are alive, and which of them run on one host."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from rlbroker.backend.replies import server_seconds, text_fields
 from rlbroker.backend.unreadable import legible
 from rlbroker.config import RunSettings
 from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
-from rlbroker.ops.inspect.runs import learner_silence, learner_state
 from rlbroker.types import Liveness
 
 
 @dataclass(frozen=True)
-class Present:
-    """The learner, or a worker, of a run on a host.
+class Participant:
+    """The learner, or a worker, of a run on one host.
 
     Attributes:
-        worker_id: None for the learner.
-        state: `alive`; `away` when it has been silent for longer than a lease; `ended`: a learner that was cleaned up.
-        last_seen_seconds: age of its last sign of life, by the server's clock; None if it never gave one.
+        worker_id: the worker; None for the learner.
+        state: `alive`; `away` after a lease without a heartbeat; `ended`: the learner was cleaned up.
+        last_seen_seconds: age of the last heartbeat by the server's clock; None without any.
     """
 
     worker_id: int | None
@@ -31,43 +30,70 @@ class Present:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The name for people: `learner` or `worker 3`."""
         return "learner" if self.worker_id is None else f"worker {self.worker_id}"
 
 
-def find_present(connection: Connection, run: str, host: str) -> list[Present]:
-    """Give the learner of a run, if it is on this host, and the workers that are, by id.
+def find_participants(connection: Connection, run: str, host: str) -> list[Participant]:
+    """Return the learner of a run if it is on this host, and the workers on this host, by id.
 
-    A further learner, which only collects, does not say where it is.
+    A further learner, which only collects, does not record its host.
 
     Args:
-        connection: way to the server.
-        run: its name; a run that is not there has nobody.
-        host: as the host calls itself.
+        connection: the connection to the server.
+        run: the run; one that does not exist has no participants.
+        host: the name of the host, as the host reports it.
 
     Raises:
-        WireError: what is stored is not what learners and workers write.
+        WireError: the run's keys hold what no learner or worker writes.
         PeerError: the server refused, or could not be reached in time.
     """
     keys = Keys(run)
     clock, meta_reply, names = connection.execute_all(
         [("TIME",), ("HGETALL", keys.meta), ("SMEMBERS", keys.workers)]
     )
-    now, found = server_seconds(clock), list[Present]()
+    now, participants = server_seconds(clock), list[Participant]()
     with legible(keys.meta):
         meta = text_fields(meta_reply)
         lease_seconds = RunSettings.from_fields(meta).lease_seconds
         if meta.get("learner_host") == host:
-            silent_seconds = learner_silence(meta, now)
-            found.append(Present(None, learner_state(meta, silent_seconds), silent_seconds))
+            silent_seconds = learner_silent_seconds(meta, now)
+            participants.append(Participant(None, learner_state(meta, silent_seconds), silent_seconds))
     ids = parse_worker_ids(names)
     replies = connection.ask([("HGET", keys.heartbeat(worker), "host") for worker in ids])
-    # A worker's user may read its own keys only.
-    here = [worker for worker, said in zip(ids, replies, strict=True) if said == host.encode()]
-    lives = parse_incarnations(here, connection.ask([incarnation_command(keys, worker) for worker in here]))
-    for worker, life in lives.items():
-        if life.member:
-            silent_seconds = life.silent_seconds(now)
+    # The user of a worker may read only that worker's keys: the other replies are errors.
+    local = [worker for worker, reply in zip(ids, replies, strict=True) if reply == host.encode()]
+    incarnations = parse_incarnations(
+        local, connection.ask([incarnation_command(keys, worker) for worker in local])
+    )
+    for worker, incarnation in incarnations.items():
+        if incarnation.member:
+            silent_seconds = incarnation.silent_seconds(now)
             state: Liveness = "alive" if silent_seconds < lease_seconds else "away"
-            found.append(Present(worker, state, silent_seconds))
-    return found
+            participants.append(Participant(worker, state, silent_seconds))
+    return participants
+
+
+def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Liveness | Literal["ended", "none"]:
+    """Return the state of the latest learner, from the run's `meta` and the time since its last heartbeat."""
+    if not meta:
+        return "none"
+    if meta.get("learner_state") == "ended":
+        return "ended"
+    lease_seconds = RunSettings.from_fields(meta).lease_seconds
+    return "alive" if silent_seconds is not None and silent_seconds < lease_seconds else "away"
+
+
+def learner_silent_seconds(meta: dict[str, str], now: float) -> float | None:
+    """Return the seconds since the latest learner's last heartbeat; None without any."""
+    return max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
+
+
+def other_learners_silent_seconds(meta: dict[str, str], now: float) -> list[float]:
+    """Return the seconds since the last heartbeat of each further learner, which only collects."""
+    epoch = meta.get("epoch")
+    return [
+        max(0.0, now - float(seen))
+        for field, seen in meta.items()
+        if field.startswith("seen:") and meta.get(f"learner:{field.removeprefix('seen:')}") != epoch
+    ]

@@ -1,4 +1,4 @@
-"""What waits in the workers' queues: a look into batches that takes none of them; reading changes nothing."""
+"""The workers' queues: counts and contents of batches that wait or are pending, without taking them."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ from rlbroker.backend.replies import (
     whole_number,
 )
 from rlbroker.backend.unreadable import legible
+from rlbroker.codec.describe import Content as Content
+from rlbroker.codec.describe import describe
+from rlbroker.errors import WireError
 from rlbroker.experience.dead_letters import READ_AT_ONCE
-from rlbroker.ops.inspect.batch_shapes import Content, shape_of
 
 
 @dataclass(frozen=True)
 class WaitingBatch:
-    """A batch in a worker's queue. What the worker wrote of it may be wrong: workers are not trusted.
+    """A batch in a worker's queue. The fields that the worker wrote may be wrong: workers are not trusted.
 
     Attributes:
-        worker_id: whose it is.
+        worker_id: the worker that sent it.
         batch_id: `<incarnation>-<sequence>`.
-        retried: whether it was dead before, and is tried again.
-        held_by: the learner that has it in its hands; empty if it waits.
-        deliveries: how often it was handed out.
-        version: the weights that produced it; None if the entry does not say.
+        retried: whether it was a dead letter and is delivered again.
+        held_by: the learner that has read and not acknowledged it; empty if it waits.
+        deliveries: how often it was delivered.
+        version: the version that produced it; None if the entry has none.
         staleness: versions published since.
         rows: its leading dimension.
         raw_bytes: bytes of its arrays.
-        stored_bytes: bytes of its message, as it is there.
-        age_seconds: since it was sent, by the worker's clock then, and the server's now; None if it does not say.
-        contents: what it holds; empty if it does not decode.
+        stored_bytes: bytes of its message.
+        age_seconds: from sending, by the worker's clock, to now, by the server's; None if the entry has no time.
+        contents: its arrays and values; empty if it does not decode.
         problem: why it does not decode; empty if it does.
     """
 
@@ -62,10 +64,10 @@ class WaitingQueue:
     """One worker's queue.
 
     Attributes:
-        worker_id: whose it is.
-        waiting: batches that nobody has read.
+        worker_id: the worker.
+        waiting: batches that no learner has read.
         in_hand: batches that a learner has read and not acknowledged.
-        batches: those that were looked at, in the order of the queue.
+        batches: the batches that were read, in the order of the queue.
     """
 
     worker_id: int
@@ -74,19 +76,19 @@ class WaitingQueue:
     batches: tuple[WaitingBatch, ...]
 
 
-def peek(
+def peek_queue(
     connection: Connection, keys: Keys, worker: int, *, count: int, newest: bool = False
 ) -> WaitingQueue:
-    """Look at some batches of one worker, those that are tried again first; nothing is taken.
+    """Read some batches of one worker without taking them; retried dead letters first.
 
-    The batches are transferred: `count` bounds how many.
+    The batches are transferred: `count` limits how many.
 
     Args:
-        connection: way to the server.
-        keys: names of the run's keys.
-        worker: whose.
-        count: how many, at most, of each of its two streams.
-        newest: the newest, and not the oldest.
+        connection: the connection to the server.
+        keys: the run's keys.
+        worker: the worker.
+        count: the most batches to read from each of its two streams.
+        newest: read the newest batches, not the oldest.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
@@ -94,91 +96,101 @@ def peek(
     waiting = in_hand = 0
     batches: list[WaitingBatch] = []
     for key, retried in ((keys.again(worker), True), (keys.experiences(worker), False)):
-        if connection.execute("TYPE", key) in (b"stream", "stream"):  # learners delete anything else
+        if connection.execute("TYPE", key) in (b"stream", "stream"):  # a learner deletes any other type
             length, pending, found = _peek_stream(connection, keys, worker, key, count, newest, retried)
             waiting, in_hand = waiting + length - pending, in_hand + pending
             batches += found
     return WaitingQueue(worker, waiting, in_hand, tuple(batches))
 
 
+def describe_batch(data: bytes) -> tuple[tuple[Content, ...], str]:
+    """Return the contents of a message, or the reason why it does not decode; needs no torch."""
+    try:
+        return tuple(describe(data)), ""
+    except WireError as error:
+        return (), f"{type(error).__name__}: {error}"
+
+
 def _peek_stream(
     connection: Connection, keys: Keys, worker: int, key: str, count: int, newest: bool, retried: bool
 ) -> tuple[int, int, list[WaitingBatch]]:
-    """Give how many entries a stream has, how many of them are in a learner's hands, and some of them."""
+    """Return the length of a stream, the number of its pending entries, and some of its batches."""
     clock, latest, length, groups = connection.execute_all(
         [("TIME",), ("HGET", keys.weights, "version"), ("XLEN", key), ("XINFO GROUPS", key)]
     )
-    entries = _read(connection, key, count, newest)
+    entries = _read_entries(connection, key, count, newest)
     ids = [entry_id.decode() for entry_id, _ in entries]
-    pending, held = 0, list[Any]([()] * len(ids))
+    pending, pending_replies = 0, list[Any]([()] * len(ids))
     if any(text_fields(group)["name"] == GROUP for group in groups):
-        summary, *held = connection.execute_all(
+        summary, *pending_replies = connection.execute_all(
             [("XPENDING", key, GROUP), *(("XPENDING", key, GROUP, one, one, 1) for one in ids)]
         )
         pending = pending_count(summary)
     with legible(keys.weights):
         now, version = server_seconds(clock), int(latest or 0)
-    found = [
-        _batch(worker, entry_id, fields, pending_rows(rows), now, version, retried)
-        for entry_id, (_, fields), rows in zip(ids, entries, held, strict=True)
+    batches = [
+        _parse_batch(worker, entry_id, fields, pending_rows(rows), now, version, retried)
+        for entry_id, (_, fields), rows in zip(ids, entries, pending_replies, strict=True)
     ]
-    return int(length), pending, found[::-1] if newest else found
+    return int(length), pending, batches[::-1] if newest else batches
 
 
-def _read(connection: Connection, key: str, count: int, newest: bool) -> list[Any]:
-    """Give the first or last entries of a stream, few at once: the server holds each answer in memory."""
-    found: list[Any] = []
+def _read_entries(connection: Connection, key: str, count: int, newest: bool) -> list[Any]:
+    """Return the first or last entries of a stream. Each read is small: the server holds each reply in memory."""
+    entries: list[Any] = []
     command, position, end = ("XREVRANGE", "+", "-") if newest else ("XRANGE", "-", "+")
-    while len(found) < count:
-        some = connection.execute(command, key, position, end, "COUNT", min(READ_AT_ONCE, count - len(found)))
-        if not some:
+    while len(entries) < count:
+        page = connection.execute(
+            command, key, position, end, "COUNT", min(READ_AT_ONCE, count - len(entries))
+        )
+        if not page:
             break
-        found += some
-        position = f"({some[-1][0].decode()}"
-    return found
+        entries += page
+        position = f"({page[-1][0].decode()}"
+    return entries
 
 
-def _batch(
+def _parse_batch(
     worker: int,
     entry_id: str,
     fields: Mapping[bytes, bytes],
-    held: Sequence[tuple[str, str, int, int]],
+    pending: Sequence[tuple[str, str, int, int]],
     now: float,
     latest: int,
     retried: bool,
 ) -> WaitingBatch:
-    said = text_fields({name: value for name, value in fields.items() if name != b"data"})
+    header = text_fields({name: value for name, value in fields.items() if name != b"data"})
     data = fields.get(b"data", b"")
-    version = whole_number(said.get("version", ""))
-    _, consumer, _, deliveries = held[0] if held else ("", "", 0, 0)
-    found, problem = shape_of(data)
+    version = whole_number(header.get("version", ""))
+    _, consumer, _, deliveries = pending[0] if pending else ("", "", 0, 0)
+    found, problem = describe_batch(data)
     return WaitingBatch(
         worker_id=worker,
-        batch_id=_batch_id(said.get("entry", ""), entry_id),
+        batch_id=_parse_batch_id(header.get("entry", ""), entry_id),
         retried=retried,
         held_by=consumer.removesuffix("+"),
         deliveries=deliveries,
         version=version,
         staleness=None if version is None else max(0, latest - version),
-        rows=whole_number(said.get("rows", "")),
-        raw_bytes=whole_number(said.get("raw_bytes", "")),
+        rows=whole_number(header.get("rows", "")),
+        raw_bytes=whole_number(header.get("raw_bytes", "")),
         stored_bytes=len(data),
-        age_seconds=_age(said.get("sent_at", ""), now),
+        age_seconds=_parse_age(header.get("sent_at", ""), now),
         contents=found,
         problem=problem,
     )
 
 
-def _batch_id(said: str, entry_id: str) -> str:
-    """Give the id under which a batch was sent: one that is tried again has another one now."""
+def _parse_batch_id(original_id: str, entry_id: str) -> str:
+    """Return the id under which the worker sent a batch: a retried one has another entry id."""
     try:
-        life, sequence = entry_place(said)
+        incarnation, sequence = entry_place(original_id)
     except ValueError:
         return entry_id
-    return f"{life}-{sequence}"
+    return f"{incarnation}-{sequence}"
 
 
-def _age(sent_at: str, now: float) -> float | None:
+def _parse_age(sent_at: str, now: float) -> float | None:
     try:
         sent = float(sent_at)
     except ValueError:

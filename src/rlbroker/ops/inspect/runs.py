@@ -1,4 +1,4 @@
-"""Which runs are on a server, and which of them is meant."""
+"""The runs on a server: their names, a summary of each, and the choice of one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ from rlbroker.codec.limits import FORMAT_VERSION
 from rlbroker.config import RunSettings, is_run_name
 from rlbroker.errors import AccessDenied, IncompatibleFormat, InvalidArgument, PeerError
 from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
+from rlbroker.ops.inspect.liveness import (
+    learner_silent_seconds,
+    learner_state,
+    other_learners_silent_seconds,
+)
 from rlbroker.types import Liveness
 
 logger = logging.getLogger("rlbroker")
@@ -25,14 +30,14 @@ class RunSummary:
     """One run of a server.
 
     Attributes:
-        learner: `alive`; `ended` after it was cleaned up; `away` when it has been silent for longer than a lease;
-            `none` if no learner has opened the run yet; `unreadable` if what is stored was not written by one.
-        version: its latest version; 0 before the first.
-        alive: workers heard of within their lease.
-        members: workers that belong to it, those included.
-        others: further learners that were heard of within their lease; they only collect.
-        last_seen_seconds: how long ago a learner or a worker of it was heard of; None if none ever was.
-        wire_format: as its learner writes it; None before there was one.
+        learner: `alive`; `ended` after cleanup; `away` after a lease without a heartbeat; `none` before the first
+            learner opened the run; `unreadable` if its keys hold what no learner writes.
+        version: the latest version; 0 before the first.
+        alive: workers with a heartbeat within their lease.
+        members: workers that belong to the run, whether alive or away.
+        others: further learners with a heartbeat within their lease; they only collect.
+        last_seen_seconds: age of the newest heartbeat of any learner or worker; None without any.
+        wire_format: the wire format of the learner; None before the first learner.
     """
 
     run: str
@@ -45,8 +50,8 @@ class RunSummary:
     wire_format: int | None
 
 
-def run_names(connection: Connection) -> list[str]:
-    """Give the names of the runs on a server, in order; those that wait for their learner too.
+def list_run_names(connection: Connection) -> list[str]:
+    """Return the names of the runs on a server, sorted, with runs that have workers but no learner yet.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
@@ -60,8 +65,8 @@ def run_names(connection: Connection) -> list[str]:
     return sorted(filter(is_run_name, found))
 
 
-def keys_of(connection: Connection, run: str) -> Keys:
-    """Give the names of a run's keys, in its shards if it has any.
+def read_keys(connection: Connection, run: str) -> Keys:
+    """Return the key names of a run, spread over its shards if it has any.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
@@ -72,27 +77,29 @@ def keys_of(connection: Connection, run: str) -> Keys:
 
 
 def choose_run(connection: Connection, run: str | None) -> str:
-    """Give the name of a run that exists: the one that was asked for, or the only one.
+    """Return the name of an existing run: the given one, or the only one on the server.
 
     Raises:
-        InvalidArgument: there is none, or more than one to choose from; those that exist are named.
-        IncompatibleFormat: it was written by a release with another wire format.
+        InvalidArgument: there is no such run, or more than one to choose from; the message lists the existing ones.
+        IncompatibleFormat: a release with another wire format wrote the run.
         PeerError: the server refused, or could not be reached in time.
     """
     if run is None:
-        names = run_names(connection)
+        names = list_run_names(connection)
         if not names:
             raise InvalidArgument(f"there are no runs on {connection.address}")
         if len(names) > 1:
-            raise InvalidArgument(f"there are {len(names):,} runs on {connection.address}; {_there(names)}")
+            raise InvalidArgument(
+                f"there are {len(names):,} runs on {connection.address}; {_list_names(names)}"
+            )
         run = names[0]
     keys = Keys(run)
-    wire_format, there = connection.execute_all(
+    wire_format, key_count = connection.execute_all(
         [("HGET", keys.meta, "wire_format"), ("EXISTS", keys.meta, keys.workers)]
     )
-    if not there:
+    if not key_count:
         raise InvalidArgument(
-            f"there is no run {run!r} on {connection.address}; {_there(run_names(connection))}"
+            f"there is no run {run!r} on {connection.address}; {_list_names(list_run_names(connection))}"
         )
     if wire_format is not None and wire_format != str(FORMAT_VERSION).encode():
         raise IncompatibleFormat(
@@ -103,16 +110,16 @@ def choose_run(connection: Connection, run: str | None) -> str:
 
 
 def list_runs(connection: Connection, names: list[str] | None = None) -> list[RunSummary]:
-    """Give the runs on a server, by name.
+    """Return a summary of each run on a server, by name.
 
     Args:
-        connection: way to the server.
-        names: only these, in this order.
+        connection: the connection to the server.
+        names: only these runs, in this order.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
     """
-    names = run_names(connection) if names is None else names
+    names = list_run_names(connection) if names is None else names
     commands: list[tuple[Any, ...]] = [("TIME",)]
     for keys in map(Keys, names):
         commands += [("HGETALL", keys.meta), ("HGET", keys.weights, "version")]
@@ -121,23 +128,26 @@ def list_runs(connection: Connection, names: list[str] | None = None) -> list[Ru
     if isinstance(clock, PeerError):
         raise clock
     by_run = {name: replies[3 * number : 3 * number + 3] for number, name in enumerate(names)}
-    ids = {
+    ids_by_run = {
         name: parse_worker_ids(workers)
         for name, (*_, workers) in by_run.items()
         if not isinstance(workers, PeerError)
     }
-    lives = iter(
+    incarnations = iter(
         connection.ask(
-            [incarnation_command(Keys(name), worker) for name, some in ids.items() for worker in some]
+            [incarnation_command(Keys(name), worker) for name, ids in ids_by_run.items() for worker in ids]
         )
     )
-    found = {name: list(islice(lives, len(some))) for name, some in ids.items()}
+    incarnations_by_run = {name: list(islice(incarnations, len(ids))) for name, ids in ids_by_run.items()}
     now = server_seconds(clock)
-    return [_summary_of(name, now, by_run[name], ids.get(name, []), found.get(name, [])) for name in names]
+    return [
+        _parse_summary(name, now, by_run[name], ids_by_run.get(name, []), incarnations_by_run.get(name, []))
+        for name in names
+    ]
 
 
-def worker_ids(connection: Connection, keys: Keys) -> list[int]:
-    """Give every worker id that the run ever had, in order.
+def read_worker_ids(connection: Connection, keys: Keys) -> list[int]:
+    """Return every worker id that the run ever had, sorted.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
@@ -145,68 +155,44 @@ def worker_ids(connection: Connection, keys: Keys) -> list[int]:
     return parse_worker_ids(connection.execute("SMEMBERS", keys.workers))
 
 
-def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Liveness | Literal["ended", "none"]:
-    """Say what the newest learner of a run is about, by the run's `meta` and how long it has been silent."""
-    if not meta:
-        return "none"
-    if meta.get("learner_state") == "ended":
-        return "ended"
-    lease_seconds = RunSettings.from_fields(meta).lease_seconds
-    return "alive" if silent_seconds is not None and silent_seconds < lease_seconds else "away"
-
-
-def learner_silence(meta: dict[str, str], now: float) -> float | None:
-    """Give for how many seconds the newest learner of a run has been silent; None if it never gave a sign of life."""
-    return max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
-
-
-def silences_of_others(meta: dict[str, str], now: float) -> list[float]:
-    """Give for how many seconds each further learner of a run has been silent: those that only collect."""
-    return [
-        max(0.0, now - float(seen))
-        for name, seen in _by_name(meta, "seen:").items()
-        if meta.get(f"learner:{name}") != meta.get("epoch")
-    ]
-
-
-def _summary_of(name: str, now: float, replies: list[Any], ids: list[int], lives: list[Any]) -> RunSummary:
-    """Sum a run up; one that another program has written into must not hide the others."""
+def _parse_summary(
+    name: str, now: float, replies: list[Any], ids: list[int], incarnation_replies: list[Any]
+) -> RunSummary:
+    """Summarize a run; one that another program has written into must not hide the others."""
     for reply in replies:
         if isinstance(reply, AccessDenied):
             raise reply
     try:
         with legible(Keys(name).meta):
             meta, version, _ = answered(replies)
-            members = [life for life in parse_incarnations(ids, lives).values() if life.member]
-            silences = [life.silent_seconds(now) for life in members]
-            return _summary(name, now, text_fields(meta), int(version or 0), silences)
+            incarnations = parse_incarnations(ids, incarnation_replies).values()
+            silences = [one.silent_seconds(now) for one in incarnations if one.member]
+            return _summarize(name, now, text_fields(meta), int(version or 0), silences)
     except PeerError as error:
         logger.info("the run %r cannot be read: %s", name, error)
         return RunSummary(name, "unreadable", 0, 0, 0, 0, None, None)
 
 
-def _summary(name: str, now: float, meta: dict[str, str], version: int, silences: list[float]) -> RunSummary:
+def _summarize(
+    name: str, now: float, meta: dict[str, str], version: int, silences: list[float]
+) -> RunSummary:
     lease_seconds = RunSettings.from_fields(meta).lease_seconds
-    of_learner = learner_silence(meta, now)
-    others = silences_of_others(meta, now)
-    heard = [*silences, *others, *([] if of_learner is None else [of_learner])]
+    learner_silence = learner_silent_seconds(meta, now)
+    other_silences = other_learners_silent_seconds(meta, now)
+    known = [*silences, *other_silences, *([] if learner_silence is None else [learner_silence])]
     return RunSummary(
         run=name,
-        learner=learner_state(meta, of_learner),
+        learner=learner_state(meta, learner_silence),
         version=version,
         alive=sum(silence < lease_seconds for silence in silences),
         members=len(silences),
-        others=sum(silence < lease_seconds for silence in others),
-        last_seen_seconds=min(heard, default=None),
+        others=sum(silence < lease_seconds for silence in other_silences),
+        last_seen_seconds=min(known, default=None),
         wire_format=int(meta["wire_format"]) if "wire_format" in meta else None,
     )
 
 
-def _by_name(meta: dict[str, str], prefix: str) -> dict[str, str]:
-    return {name.removeprefix(prefix): value for name, value in meta.items() if name.startswith(prefix)}
-
-
-def _there(names: list[str]) -> str:
+def _list_names(names: list[str]) -> str:
     if not names:
         return "there are no runs on it"
     return f"runs there are: {', '.join(names)}; choose one with --run"

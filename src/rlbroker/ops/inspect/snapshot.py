@@ -1,4 +1,7 @@
-"""One look at a run: its learner, its weights, and each worker with its batches and what it missed."""
+"""The snapshot of a run: server, learner, weights, and each worker with its batches and missed updates.
+
+`rlbroker status`, the findings, the exporter and the report are all made from it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
-from rlbroker.backend.connection import Argument, Connection
+from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import (
     entry_place,
@@ -24,15 +27,15 @@ from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 from rlbroker.experience.counts import known_counts, right_types, types_of
 from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
 from rlbroker.membership.worker_info import parse_worker_infos
-from rlbroker.ops.inspect.runs import learner_silence, learner_state, silences_of_others
+from rlbroker.ops.inspect.liveness import learner_silent_seconds, learner_state, other_learners_silent_seconds
 from rlbroker.types import Liveness, MissedUpdates, QueueCounts, WorkerInfo
 from rlbroker.weights.manifest import Manifest
 
-#: What asks a server for itself.
-_OF_SERVER = (("INFO", "server"), ("INFO", "memory"))
+#: Commands that a server, or a user without the right, may refuse.
+_SERVER_COMMANDS = (("INFO", "server"), ("INFO", "memory"))
 
-#: What of the pointer concerns people; the rest says how to fetch it.
-_WEIGHTS = ("version", "kind", "base", "codec", "raw_bytes", "stored_bytes", "published")
+#: Fields of the manifest for people; the others are for downloads.
+_WEIGHTS_FIELDS = ("version", "kind", "base", "codec", "raw_bytes", "stored_bytes", "published")
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,10 @@ class LearnerStatus:
     """The latest learner of a run.
 
     Attributes:
-        epoch: number of this life of the learner; it only grows.
-        state: `alive`; `ended` after it was cleaned up; or `away` when it has been silent for longer than a lease.
-        last_seen_seconds: age of its last sign of life, by the server's clock; None if it never gave one.
-        others: further learners that were heard of within their lease; they only collect.
+        epoch: its incarnation; it only grows.
+        state: `alive`; `ended` after cleanup; `away` after a lease without a heartbeat.
+        last_seen_seconds: age of its last heartbeat by the server's clock; None without any.
+        others: further learners with a heartbeat within their lease; they only collect.
     """
 
     epoch: int
@@ -56,16 +59,16 @@ class LearnerStatus:
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """The server that holds the run, or the fullest node of a Cluster; what it does not tell is empty or None.
+    """The server of the run, or the fullest node of a Cluster; unknown fields are empty or None.
 
     Attributes:
         address: without user and password.
         version: its name and version.
-        maxmemory_policy: what it deletes when memory is short, it or any of the other masters.
-        used_bytes: memory that it uses.
-        maxmemory_bytes: memory that it may use; 0 for as much as there is.
-        node: which one it is; empty where there is only one.
-        evicting_node: which master of a Cluster has that policy, if it may delete keys; empty where there is only one.
+        maxmemory_policy: its policy; in a Cluster the policy of a master that evicts keys, if any does.
+        used_bytes: memory in use.
+        maxmemory_bytes: the memory limit; 0 for no limit.
+        node: the name of the node; empty for a single server.
+        evicting_node: the master of a Cluster that has this policy, if it may evict keys; empty for a single server.
     """
 
     address: str
@@ -83,12 +86,12 @@ class WorkerStatus:
 
     Attributes:
         info: its line of the roster; None once it left.
-        counts: what became of its batches; None before its first.
-        missed: what it missed, in sums; without the records.
+        counts: the fate of its batches; None before the first.
+        missed: totals of what it missed, without the records.
         commands_waiting: commands that it has not answered.
-        command_seconds: how long the oldest of them has been waiting; 0 without one.
-        dead_letters: its batches that no learner could use and that are kept.
-        spoiled: keys that it should write, and that are of another type now.
+        command_seconds: age of the oldest of them; 0 without one.
+        dead_letters: its batches that are kept because no learner could use them.
+        spoiled: keys that it writes, and that have another type than they must.
     """
 
     info: WorkerInfo | None
@@ -106,13 +109,13 @@ class Snapshot:
 
     Attributes:
         run: its name.
-        at: when that was, by the server's clock, seconds since the epoch.
-        server: where it is.
-        settings: what the learner chose for the run; the defaults before there is one.
-        expected_workers: how many the learner expects; 0 before there is one.
-        learner: the latest learner; None if no learner has opened the run.
-        pointer: the latest version; None before the first.
-        workers: by worker id, whoever ever took part.
+        at: the moment, seconds since the epoch by the server's clock.
+        server: its server.
+        settings: the learner's settings for the run; the defaults before the first learner.
+        expected_workers: the number of workers that the learner expects; 0 before the first learner.
+        learner: the latest learner; None before the first.
+        manifest: the manifest of the latest version; None before the first.
+        workers: every worker that ever took part, by id.
     """
 
     run: str
@@ -121,16 +124,21 @@ class Snapshot:
     settings: RunSettings
     expected_workers: int
     learner: LearnerStatus | None
-    pointer: Manifest | None
+    manifest: Manifest | None
     workers: dict[int, WorkerStatus]
 
     @property
     def members(self) -> list[WorkerInfo]:
-        """Those that belong to the run, by id."""
+        """The workers that belong to the run, by id."""
         return [status.info for status in self.workers.values() if status.info]
 
+    @property
+    def alive(self) -> int:
+        """The number of workers with a heartbeat within their lease."""
+        return sum(info.state == "alive" for info in self.members)
+
     def to_json(self) -> dict[str, Any]:
-        """Give the snapshot as what JSON can hold.
+        """Return the snapshot as values for JSON.
 
         Returns:
             `run`: text. `at`: seconds since the epoch.
@@ -140,9 +148,12 @@ class Snapshot:
             `workers`: by id, each with
             `member`: null once it left, or the fields of `WorkerInfo`;
             `batches`: null before its first, or the fields of `QueueCounts`, and `produced`;
-            `missed`: the fields of `MissedUpdates` but for its `records`;
+            `missed`: the fields of `MissedUpdates` without `records`;
             `commands_waiting`, `command_seconds`, `dead_letters`, `spoiled`: as in `WorkerStatus`.
         """
+        weights = None
+        if self.manifest:
+            weights = {name: getattr(self.manifest, name) for name in _WEIGHTS_FIELDS}
         return {
             "run": self.run,
             "at": self.at,
@@ -150,65 +161,91 @@ class Snapshot:
             "settings": asdict(self.settings),
             "expected_workers": self.expected_workers,
             "learner": asdict(self.learner) if self.learner else None,
-            "weights": {name: getattr(self.pointer, name) for name in _WEIGHTS} if self.pointer else None,
-            "workers": {str(worker): _worker_json(status) for worker, status in self.workers.items()},
+            "weights": weights,
+            "workers": {str(worker): _worker_to_json(status) for worker, status in self.workers.items()},
         }
 
 
 def take_snapshot(connection: Connection, run: str) -> Snapshot:
-    """Look at a run, once.
+    """Read the state of a run, once.
 
     Raises:
-        WireError: what is stored is not what learners and workers write.
+        WireError: the run's keys hold what no learner or worker writes.
         PeerError: the server refused, or could not be reached in time.
     """
-    return Observer(connection, run).look()
+    return SnapshotReader(connection, run).read()
 
 
-class Observer:
-    """Looks at one run again and again, in three round trips each time.
+class SnapshotReader:
+    """Reads snapshots of one run, each in three round trips.
 
-    Which keys there are is asked before what is in them, as asking for a queue that is not there is an error, which
-    the server would count.
+    The types of the keys are read before their contents: a command on a missing queue is an error, and the server
+    counts errors.
     """
 
     def __init__(self, connection: Connection, run: str) -> None:
         """Prepare; nothing is read yet."""
         self._connection, self._keys = connection, Keys(run)
 
-    def look(self) -> Snapshot:
-        """Look at the run.
+    def read(self) -> Snapshot:
+        """Read a snapshot.
 
         Raises:
-            WireError: what is stored is not what learners and workers write.
+            WireError: the run's keys hold what no learner or worker writes.
             PeerError: the server refused, or could not be reached in time.
         """
-        return self._connection.retry(self._look)
+        return self._connection.retry(self._read)
 
-    def _look(self) -> Snapshot:
+    def _read(self) -> Snapshot:
         keys = self._keys
-        told, (clock, meta_reply, pointer_reply, pending, names_reply) = self._ask(
-            _OF_SERVER,
+        replies = self._connection.ask_once(
             [
+                *_SERVER_COMMANDS,
                 ("TIME",),
                 ("HGETALL", keys.meta),
                 ("HGETALL", keys.weights),
                 ("HGETALL", keys.pending),
                 ("SMEMBERS", keys.workers),
-            ],
+            ]
         )
-        now, pointer = server_seconds(clock), Manifest.from_fields(text_fields(pointer_reply))
+        server_replies = _without_refusals(replies[: len(_SERVER_COMMANDS)])
+        clock, meta_reply, manifest_reply, pending_reply, names_reply = answered(
+            replies[len(_SERVER_COMMANDS) :]
+        )
+        now, manifest = server_seconds(clock), Manifest.from_fields(text_fields(manifest_reply))
         with legible(keys.meta):
             meta = text_fields(meta_reply)
             settings = RunSettings.from_fields(meta)
-            learner = _learner(meta, now, settings.lease_seconds) if meta else None
+            learner = _parse_learner(meta, now, settings.lease_seconds) if meta else None
             expected_workers = int(meta.get("num_workers", 0))
         keys.spread(meta.get("shards", ""))
-        ids = parse_worker_ids(names_reply)
+        workers = self._read_workers(
+            parse_worker_ids(names_reply), now, manifest, settings.lease_seconds, pending_reply
+        )
+        return Snapshot(
+            run=keys.run,
+            at=now,
+            server=_read_server(self._connection, server_replies),
+            settings=settings,
+            expected_workers=expected_workers,
+            learner=learner,
+            manifest=manifest,
+            workers=workers,
+        )
+
+    def _read_workers(
+        self,
+        ids: Sequence[int],
+        now: float,
+        manifest: Manifest | None,
+        lease_seconds: float,
+        pending_reply: Any,
+    ) -> dict[int, WorkerStatus]:
+        keys, latest_version = self._keys, manifest.version if manifest else 0
         types = {
-            name: what
+            key: kind
             for worker in ids
-            for name, what in (keys.written_by_worker(worker) | types_of(keys, worker)).items()
+            for key, kind in (keys.written_by_worker(worker) | types_of(keys, worker)).items()
         }
         replies = iter(
             self._connection.ask_once(
@@ -217,75 +254,57 @@ class Observer:
                     *(("HGETALL", keys.heartbeat(worker)) for worker in ids),
                     *(("HGETALL", keys.ledger(worker)) for worker in ids),
                     *(("XLEN", keys.dead(worker)) for worker in ids),
-                    *(("TYPE", name) for name in types),
+                    *(("TYPE", key) for key in types),
                 ]
             )
         )
-        lives = parse_incarnations(ids, islice(replies, len(ids)))
-        beats = {
+        incarnations = parse_incarnations(ids, islice(replies, len(ids)))
+        heartbeats = {
             worker: text_fields(unless_spoiled(reply, {}))
             for worker, reply in zip(ids, islice(replies, len(ids)), strict=True)
         }
-        ledgers, dead, found = (answered(islice(replies, many)) for many in (len(ids), len(ids), None))
-        members = {worker: life for worker, life in lives.items() if life.member}
+        ledgers = answered(islice(replies, len(ids)))
+        dead_letters = answered(islice(replies, len(ids)))
+        found_types = answered(replies)
+        members = {worker: incarnation for worker, incarnation in incarnations.items() if incarnation.member}
         infos = {
             info.worker_id: info
             for info in parse_worker_infos(
                 now=now,
-                latest_version=pointer.version if pointer else 0,
+                latest_version=latest_version,
                 members=members,
-                heartbeats=[beats[worker] for worker in members],
-                lease_seconds=settings.lease_seconds,
+                heartbeats=[heartbeats[worker] for worker in members],
+                lease_seconds=lease_seconds,
             )
         }
-        with legible(f"{keys.prefix}:ledger:…"):
-            missed = [
-                summarize_missed(
-                    worker,
-                    WorkerOutcomes.from_fields(text_fields(reply)),
-                    latest_version=pointer.version if pointer else 0,
-                    published={pointer.version: pointer.published} if pointer else {},
-                )
-                for worker, reply in zip(ids, ledgers, strict=True)
-            ]
-        said = {worker: (info.incarnation, info.sent) for worker, info in infos.items()}
-        there = right_types(types, found)
-        counts = known_counts(self._connection, keys, ids, there, said=said)
+        missed = _parse_missed(keys, ids, ledgers, manifest)
+        sent = {worker: (info.incarnation, info.sent) for worker, info in infos.items()}
+        is_right_type = right_types(types, found_types)
+        counts = known_counts(self._connection, keys, ids, is_right_type, said=sent)
         with legible(keys.pending):
-            waiting = _waiting_commands(text_fields(pending), now)
-        return Snapshot(
-            run=keys.run,
-            at=now,
-            server=_server(self._connection, told),
-            settings=settings,
-            expected_workers=expected_workers,
-            learner=learner,
-            pointer=pointer,
-            workers={
-                worker: WorkerStatus(
-                    info=infos.get(worker),
-                    counts=counts.get(worker),
-                    missed=missed_by_worker,
-                    commands_waiting=len(waiting.get(worker, ())),
-                    command_seconds=max(waiting.get(worker, ()), default=0.0),
-                    dead_letters=letters,
-                    spoiled=tuple(key for key in keys.written_by_worker(worker) if not there.get(key, True)),
-                )
-                for worker, missed_by_worker, letters in zip(ids, missed, dead, strict=True)
-            },
-        )
-
-    def _ask(
-        self, optional: Sequence[Sequence[Argument]], commands: Sequence[Sequence[Argument]]
-    ) -> tuple[list[Any], list[Any]]:
-        """Give the answers to what this user, or this server, need not answer; and those to the others."""
-        replies = self._connection.ask_once([*optional, *commands])
-        told, left = replies[: len(optional)], replies[len(optional) :]
-        return [None if _untold(reply) else reply for reply in told], answered(left)
+            waiting = _parse_waiting_commands(text_fields(pending_reply), now)
+        return {
+            worker: WorkerStatus(
+                info=infos.get(worker),
+                counts=counts.get(worker),
+                missed=worker_missed,
+                commands_waiting=len(waiting.get(worker, ())),
+                command_seconds=max(waiting.get(worker, ()), default=0.0),
+                dead_letters=letters,
+                spoiled=tuple(
+                    key for key in keys.written_by_worker(worker) if not is_right_type.get(key, True)
+                ),
+            )
+            for worker, worker_missed, letters in zip(ids, missed, dead_letters, strict=True)
+        }
 
 
-def _untold(reply: Any) -> bool:
-    """Whether a user, or a server, has no answer; any other refusal is raised."""
+def _without_refusals(replies: Sequence[Any]) -> list[Any]:
+    """Return replies with None for those that a server or a user without the right may refuse; raise other errors."""
+    return [None if _is_refusal(reply) else reply for reply in replies]
+
+
+def _is_refusal(reply: Any) -> bool:
     if not isinstance(reply, PeerError):
         return False
     if isinstance(reply, AccessDenied) or "unknown command" in str(reply).lower():  # fakeredis has no INFO
@@ -293,28 +312,43 @@ def _untold(reply: Any) -> bool:
     raise reply
 
 
-def _waiting_commands(pending: dict[str, str], now: float) -> dict[int, list[float]]:
-    """Give, by worker, how long each command without an answer has been waiting, in seconds."""
-    found: dict[int, list[float]] = {}
+def _parse_missed(
+    keys: Keys, ids: Sequence[int], ledgers: Sequence[Any], manifest: Manifest | None
+) -> list[MissedUpdates]:
+    with legible(f"{keys.prefix}:ledger:…"):
+        return [
+            summarize_missed(
+                worker,
+                WorkerOutcomes.from_fields(text_fields(reply)),
+                latest_version=manifest.version if manifest else 0,
+                published={manifest.version: manifest.published} if manifest else {},
+            )
+            for worker, reply in zip(ids, ledgers, strict=True)
+        ]
+
+
+def _parse_waiting_commands(pending: dict[str, str], now: float) -> dict[int, list[float]]:
+    """Return, by worker, the age of each command without an answer, in seconds."""
+    ages: dict[int, list[float]] = {}
     for name, value in pending.items():
         sent_seconds = entry_place(value.split()[1])[0] / 1000
-        found.setdefault(int(name.rpartition(":")[2]), []).append(max(0.0, now - sent_seconds))
-    return found
+        ages.setdefault(int(name.rpartition(":")[2]), []).append(max(0.0, now - sent_seconds))
+    return ages
 
 
-def _server(connection: Connection, replies: Sequence[bytes | None]) -> ServerStatus:
+def _read_server(connection: Connection, replies: Sequence[bytes | None]) -> ServerStatus:
     if not connection.servers.several:
-        return _status(connection, "", replies)
+        return _parse_server(connection, "", replies)
     nodes = []
-    for node in connection.masters():
-        with suppress(ConnectionFailed):  # what is on it could not be read either
-            told = [None if _untold(reply) else reply for reply in connection.ask_at(node, _OF_SERVER)]
-            nodes.append(_status(connection, node.name, told))
-    fullest = max(nodes, key=_fullness, default=_status(connection, "", ()))
-    evicting = [one for one in nodes if one.maxmemory_policy not in ("noeviction", "")]
+    for master in connection.masters():
+        with suppress(ConnectionFailed):  # the snapshot has read nothing from this node either
+            node_replies = _without_refusals(connection.ask_at(master, _SERVER_COMMANDS))
+            nodes.append(_parse_server(connection, master.name, node_replies))
+    fullest = max(nodes, key=_fullness, default=_parse_server(connection, "", ()))
+    evicting = [node for node in nodes if node.maxmemory_policy not in ("noeviction", "")]
     if not evicting:
         return fullest
-    worst = min(evicting, key=lambda one: one.maxmemory_policy)
+    worst = min(evicting, key=lambda node: node.maxmemory_policy)
     return replace(fullest, maxmemory_policy=worst.maxmemory_policy, evicting_node=worst.node)
 
 
@@ -323,7 +357,7 @@ def _fullness(status: ServerStatus) -> tuple[float, int]:
     return used / status.maxmemory_bytes if status.maxmemory_bytes else 0.0, used
 
 
-def _status(connection: Connection, node: str, replies: Sequence[bytes | None]) -> ServerStatus:
+def _parse_server(connection: Connection, node: str, replies: Sequence[bytes | None]) -> ServerStatus:
     info: dict[str, str] = {}
     for reply in replies:
         info |= info_fields(reply) if reply else {}
@@ -337,19 +371,19 @@ def _status(connection: Connection, node: str, replies: Sequence[bytes | None]) 
     )
 
 
-def _learner(meta: dict[str, str], now: float, lease_seconds: float) -> LearnerStatus:
-    silent_seconds = learner_silence(meta, now)
+def _parse_learner(meta: dict[str, str], now: float, lease_seconds: float) -> LearnerStatus:
+    silent_seconds = learner_silent_seconds(meta, now)
     return LearnerStatus(
         epoch=int(meta.get("epoch", 0)),
         state=learner_state(meta, silent_seconds),
         host=meta.get("learner_host", ""),
         pid=int(meta.get("learner_pid", 0)),
         last_seen_seconds=silent_seconds,
-        others=sum(silence < lease_seconds for silence in silences_of_others(meta, now)),
+        others=sum(silence < lease_seconds for silence in other_learners_silent_seconds(meta, now)),
     )
 
 
-def _worker_json(status: WorkerStatus) -> dict[str, Any]:
+def _worker_to_json(status: WorkerStatus) -> dict[str, Any]:
     counts = status.counts
     return {
         "member": asdict(status.info) if status.info else None,

@@ -1,4 +1,4 @@
-"""Which versions of the weights are stored, and how; reading changes nothing."""
+"""Which versions of the weights are stored, in which forms, and for how long."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from rlbroker.weights.manifest import Manifest as Manifest
 from rlbroker.weights.manifest import StoredForm as StoredForm
 from rlbroker.weights.manifest import cheapest_path
 
-#: What PTTL says of a key that is not there, and of one that stays.
+#: Replies of PTTL for a missing key, and for a key that does not expire.
 _GONE, _STAYS = -2, -1
 
 
 @dataclass(frozen=True)
 class FormSummary:
-    """One way in which a version is stored.
+    """One stored form of a version.
 
     Attributes:
-        form: how.
-        state: `latest`; `needed`, as others are differences to it; `expiring`, as newer ones have superseded it;
-            `damaged` if a part of it is missing though it should stay; `gone` if it should not.
-        expires_seconds: how long all of it is still there; None if it stays, or is not whole any more.
-        reachable: whether the version can be read from here on: it is whole, and so is what it is a difference to.
+        form: the form.
+        state: `latest`; `needed` as the base of a delta; `expiring` once newer forms have superseded it; `damaged` if
+            a chunk is missing that should stay; `gone` if one is missing that was to expire.
+        expires_seconds: how long it is still complete; None if it does not expire, or is not complete.
+        reachable: whether the version can be read: the form is complete, and its bases are reachable.
     """
 
     form: StoredForm
@@ -37,69 +37,69 @@ class FormSummary:
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """What is stored of a run's weights.
+    """The stored weights of a run.
 
     Attributes:
-        pointer: what the server says of the latest version; None before the first.
-        forms: what it names, by version; also what was named before the latest came.
+        manifest: the manifest of the latest version; None before the first.
+        forms: the forms in the manifest by version, with those that the latest version superseded.
     """
 
-    pointer: Manifest | None
+    manifest: Manifest | None
     forms: tuple[FormSummary, ...]
 
     @property
     def versions(self) -> list[int]:
-        """Numbers of the versions that can be read."""
+        """The versions that can be read, sorted."""
         return sorted({one.form.version for one in self.forms if one.reachable})
 
     def path(self, version: int) -> list[StoredForm]:
-        """Give what to download, in order, to come to a version.
+        """Return the forms to download, in order, for a version.
 
         Raises:
-            WireError: it is not stored, or not any more.
+            WireError: the version is not stored (any more).
         """
         return cheapest_path([one.form for one in self.forms if one.reachable], version)
 
 
-def look_at_weights(connection: Connection, keys: Keys) -> StoredWeights:
-    """Look which versions are stored.
+def read_stored_weights(connection: Connection, keys: Keys) -> StoredWeights:
+    """Read which versions are stored.
 
     Raises:
-        WireError: the pointer to the latest version cannot be read.
+        WireError: the manifest cannot be read.
         PeerError: the server refused, or could not be reached in time.
     """
-    pointer = Manifest.from_fields(text_fields(connection.execute("HGETALL", keys.weights)))
-    if pointer is None:
+    manifest = Manifest.from_fields(text_fields(connection.execute("HGETALL", keys.weights)))
+    if manifest is None:
         return StoredWeights(None, ())
-    forms = sorted((*pointer.dropped, *pointer.forms), key=lambda form: (form.version, form.base))
-    names = [keys.upload(form.upload, form.chunks) for form in forms]
-    left = iter(connection.execute_all([("PTTL", key) for some in names for key in some]))
-    found: list[FormSummary] = []
-    for form, some in zip(forms, names, strict=True):
-        times = [int(next(left)) for _ in some]
-        whole = _GONE not in times
-        ends = [time / 1000 for time in times if time != _STAYS]
-        found.append(
+    forms = sorted((*manifest.dropped, *manifest.forms), key=lambda form: (form.version, form.base))
+    chunk_keys = [keys.upload(form.upload, form.chunks) for form in forms]
+    ttls = iter(connection.execute_all([("PTTL", key) for names in chunk_keys for key in names]))
+    summaries: list[FormSummary] = []
+    for form, names in zip(forms, chunk_keys, strict=True):
+        form_ttls = [int(next(ttls)) for _ in names]
+        complete = _GONE not in form_ttls
+        ends = [ttl / 1000 for ttl in form_ttls if ttl != _STAYS]
+        summaries.append(
             FormSummary(
                 form=form,
-                state=_state(pointer, form, whole),
-                expires_seconds=min(ends, default=None) if whole else None,
-                reachable=whole and _leads(form, found),
+                state=_form_state(manifest, form, complete),
+                expires_seconds=min(ends, default=None) if complete else None,
+                reachable=complete and _has_base(form, summaries),
             )
         )
-    return StoredWeights(pointer, tuple(found))
+    return StoredWeights(manifest, tuple(summaries))
 
 
-def _state(
-    pointer: Manifest, form: StoredForm, whole: bool
+def _form_state(
+    manifest: Manifest, form: StoredForm, complete: bool
 ) -> Literal["latest", "needed", "expiring", "damaged", "gone"]:
-    if form in pointer.dropped:
-        return "expiring" if whole else "gone"
-    if not whole:
+    if form in manifest.dropped:
+        return "expiring" if complete else "gone"
+    if not complete:
         return "damaged"
-    return "latest" if form.version == pointer.version else "needed"
+    return "latest" if form.version == manifest.version else "needed"
 
 
-def _leads(form: StoredForm, before: Sequence[FormSummary]) -> bool:
-    """Whether a form is no difference, or one to a version that can be read; earlier versions come first."""
+def _has_base(form: StoredForm, before: Sequence[FormSummary]) -> bool:
+    """Return whether a form needs no base, or its base is reachable; `before` has all earlier versions."""
     return not form.base or any(one.reachable and one.form.version == form.base for one in before)

@@ -1,4 +1,4 @@
-"""The course of a run over a span of time: what its history and its record of missed updates say."""
+"""A run over a span of time, from its history and its record of missed updates: rates, totals and version lanes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from rlbroker.backend.unreadable import legible
 from rlbroker.control.ledger_reader import read_missed_records
 from rlbroker.metrics.history import Interval, Sample, intervals, read_history
 from rlbroker.ops.inspect.bottleneck import Bottleneck, judge
-from rlbroker.ops.inspect.findings import Finding, find
+from rlbroker.ops.inspect.findings import Finding, list_findings
 from rlbroker.ops.inspect.snapshot import Snapshot, take_snapshot
 from rlbroker.types import Missed
 
-#: Points of a line that a plot as wide as a telephone can show.
+#: Points of a line that a plot on a phone can show.
 POINTS: Final = 200
 
-#: What `Timeline.total` can be asked for: sums that only grow while one learner lives.
-_SUMS: Final = (
+#: Least time that a sample covers, because samples of one second may come a little late.
+_COVERED_SECONDS: Final = 3.0
+
+#: The names that `Timeline.total` takes: totals that only grow while one learner lives.
+_TOTALS: Final = (
     "published",
     "published_raw_bytes",
     "published_stored_bytes",
@@ -44,26 +47,26 @@ class TimelinePoint:
     """What happened between two samples of the history.
 
     Attributes:
-        at: when it ended, the server's clock, seconds since the epoch.
-        seconds: how long it lasted.
-        continues: whether it begins where the point before ended; False after a gap, and for the first.
-        batches_per_second: batches that the learner's code got.
+        at: when it ended, seconds since the epoch by the server's clock.
+        seconds: its length.
+        continues: whether it begins where the point before ended; False after a gap, and for the first point.
+        batches_per_second: batches that the learner collected.
         rows_per_second: their rows.
         bytes_per_second: their bytes, as arrays.
-        stored_bytes_per_second: the same, as they went through Redis.
+        stored_bytes_per_second: their bytes, as stored in Redis.
         versions_per_second: versions published.
         published_bytes_per_second: their bytes, as tensors.
-        published_stored_bytes_per_second: the same, as they were stored.
-        staleness_median: of the batches that the learner's code got; None without one.
-        staleness_90: nine of ten had this staleness or less; None without one.
+        published_stored_bytes_per_second: their bytes, as stored in Redis.
+        staleness_median: p50 of the staleness of collected batches; None without any.
+        staleness_90: p90 of the staleness of collected batches; None without any.
         learner_waits: share of the time in which the learner waited for data.
         workers_wait: share of the workers' time in which they waited for room.
-        encoding: share of the time that compressing weights took.
-        sending: share of the time that sending weights took.
+        encoding: share of the time for compressing weights.
+        sending: share of the time for sending weights.
         waiting: batches in the queues, at its end.
         in_hand: batches that the learner had read and not acknowledged, at its end.
-        alive: workers heard of within their lease, at its end.
-        away: members that were not.
+        alive: workers with a heartbeat within their lease, at its end.
+        away: members without.
     """
 
     at: float
@@ -89,13 +92,13 @@ class TimelinePoint:
 
 
 @dataclass(frozen=True)
-class Behind:
-    """How many versions one worker was behind, over the time that it ran any.
+class VersionsBehind:
+    """How many versions one worker was behind, over the time in which it ran any.
 
     Attributes:
-        median: half of the time it was so many behind, or fewer.
-        ninth: nine tenths of the time it was so many behind, or fewer.
-        most: the most that it ever was.
+        median: p50 over time.
+        ninth: p90 over time.
+        most: the maximum.
     """
 
     median: int
@@ -105,12 +108,12 @@ class Behind:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What is known of a run: one look at it, and its history over a span of time.
+    """A snapshot of a run and its history over a span of time.
 
     Attributes:
-        snapshot: the look.
-        samples: the history of the span, oldest first; empty where there is none.
-        records: what was recorded as missed in the span, oldest first.
+        snapshot: the snapshot.
+        samples: the history of the span, oldest first; empty without history.
+        records: the missed updates of the span, oldest first.
     """
 
     snapshot: Snapshot
@@ -119,51 +122,51 @@ class Timeline:
 
     @cached_property
     def findings(self) -> list[Finding]:
-        """What is wrong now, the worst first."""
-        return find(self.snapshot)
+        """What is wrong now, critical findings first."""
+        return list_findings(self.snapshot)
 
     @property
     def begin(self) -> float:
-        """When the span begins, seconds since the epoch: with the first sample, or now without one."""
+        """The time of the first sample, seconds since the epoch; of the snapshot without samples."""
         return self.samples[0].at if self.samples else self.snapshot.at
 
     @property
     def end(self) -> float:
-        """When the span ends: with the last sample, or now without one."""
+        """The time of the last sample; of the snapshot without samples."""
         return self.samples[-1].at if self.samples else self.snapshot.at
 
     @cached_property
     def intervals(self) -> list[Interval]:
-        """The time between samples of one learner."""
-        return [one for one in intervals(list(self.samples)) if one.seconds > 0]
+        """The intervals between samples of one learner."""
+        return [interval for interval in intervals(list(self.samples)) if interval.seconds > 0]
 
     @property
     def seconds(self) -> float:
-        """For how long there are figures, gaps left out."""
-        return sum(one.seconds for one in self.intervals)
+        """The length of the history without its gaps."""
+        return sum(interval.seconds for interval in self.intervals)
 
     @property
     def restarts(self) -> list[float]:
-        """When a new learner went on with the run, seconds since the epoch."""
-        both = zip(self.samples, self.samples[1:], strict=False)
-        return [after.at for before, after in both if after.epoch != before.epoch]
+        """The times at which a new learner continued the run, seconds since the epoch."""
+        pairs = zip(self.samples, self.samples[1:], strict=False)
+        return [after.at for before, after in pairs if after.epoch != before.epoch]
 
     def total(self, name: str) -> float:
-        """Give how much one of the history's sums grew in the span."""
-        return sum(one.growth(name) for one in self.intervals)
+        """Return the growth of one of the history's totals over the span."""
+        return sum(interval.growth(name) for interval in self.intervals)
 
     def rate(self, name: str) -> float:
-        """Give the same for each second; 0 without history."""
+        """Return the growth of a total for each second; 0 without history."""
         return self.total(name) / self.seconds if self.seconds else 0.0
 
     @cached_property
     def bottleneck(self) -> Bottleneck:
-        """Who waits for whom."""
-        worker_seconds = sum(_worker_seconds(one) for one in self.intervals)
+        """The bottleneck of the span."""
+        worker_seconds = sum(_worker_seconds(interval) for interval in self.intervals)
         return judge(
             self.seconds,
-            learner_waits=_bounded(self.rate("wait_seconds")),
-            workers_wait=_bounded(self.total("room_seconds") / worker_seconds) if worker_seconds else 0.0,
+            learner_waits=_clamp(self.rate("wait_seconds")),
+            workers_wait=_clamp(self.total("room_seconds") / worker_seconds) if worker_seconds else 0.0,
             encoding=self.rate("encode_seconds"),
             sending=self.rate("send_seconds"),
             publishing=self.rate("publish_seconds"),
@@ -171,42 +174,42 @@ class Timeline:
         )
 
     def points(self, count: int = POINTS) -> list[TimelinePoint]:
-        """Give the history as lines of about so many points."""
-        found: list[TimelinePoint] = []
+        """Return the history as about `count` points."""
+        points: list[TimelinePoint] = []
         last: Sample | None = None
-        for one in intervals(thin(self.samples, count)):
-            if one.seconds > 0:
-                found.append(_point(one, continues=last is one.before))
-                last = one.after
-        return found
+        for interval in intervals(thin(self.samples, count)):
+            if interval.seconds > 0:
+                points.append(_make_point(interval, continues=last is interval.before))
+                last = interval.after
+        return points
 
     @cached_property
-    def behind(self) -> dict[int, Behind]:
-        """How many versions each worker was behind, by worker id; only those that ran one."""
-        times: dict[int, Counter[int]] = {}
-        for one in self.intervals:
-            for worker, version in one.before.running.items():
+    def behind(self) -> dict[int, VersionsBehind]:
+        """How many versions each worker was behind, by worker id; without workers that ran none."""
+        milliseconds_by_worker: dict[int, Counter[int]] = {}
+        for interval in self.intervals:
+            for worker, version in interval.before.running.items():
                 if version:
-                    by = max(0, one.before.version - version)
-                    # Milliseconds, as counters count.
-                    times.setdefault(worker, Counter())[by] += max(1, round(one.seconds * 1000))
+                    behind = max(0, interval.before.version - version)
+                    by_distance = milliseconds_by_worker.setdefault(worker, Counter())
+                    by_distance[behind] += max(1, round(interval.seconds * 1000))
         return {
-            worker: Behind(_quantile(found, 0.5), _quantile(found, 0.9), max(found))
-            for worker, found in sorted(times.items())
+            worker: VersionsBehind(_quantile(by_distance, 0.5), _quantile(by_distance, 0.9), max(by_distance))
+            for worker, by_distance in sorted(milliseconds_by_worker.items())
         }
 
     @property
     def losses(self) -> dict[str, int]:
-        """Batches lost since the run began, by reason, of all workers; the largest first."""
-        found = Counter[str]()
+        """Batches lost since the run began, of all workers, by reason; the most frequent first."""
+        losses = Counter[str]()
         for status in self.snapshot.workers.values():
             if status.counts:
-                found.update(status.counts.lost)
-        return {why: count for why, count in found.most_common() if count}
+                losses.update(status.counts.lost)
+        return {why: count for why, count in losses.most_common() if count}
 
     @property
     def missed(self) -> dict[int, dict[str, int]]:
-        """Versions missed since the run began, by worker and reason; only who missed any."""
+        """Versions missed since the run began, by worker and reason; without workers that missed none."""
         return {
             worker: {why: count for why, count in status.missed.by_reason.items() if count}
             for worker, status in self.snapshot.workers.items()
@@ -216,7 +219,7 @@ class Timeline:
     @property
     def delivered(self) -> int:
         """Batches delivered since the run began."""
-        return sum(one.counts.delivered for one in self.snapshot.workers.values() if one.counts)
+        return sum(status.counts.delivered for status in self.snapshot.workers.values() if status.counts)
 
     @property
     def lost(self) -> int:
@@ -225,38 +228,39 @@ class Timeline:
 
     @property
     def verdict(self) -> str:
-        """The run in one sentence."""
+        """The state of the run in one sentence."""
         learner, findings = self.snapshot.learner, self.findings
-        critical = [one for one in findings if one.severity == "critical"]
+        critical = [finding for finding in findings if finding.severity == "critical"]
         if critical:
-            said = critical[0].what
-            said += f"; {len(findings) - 1:,} more below" if len(findings) > 1 else ""
+            verdict = critical[0].what
+            verdict += f"; {len(findings) - 1:,} more below" if len(findings) > 1 else ""
         elif findings:
-            things = "one thing needs" if len(findings) == 1 else f"{len(findings):,} things need"
-            said = f"{things} a look; {self.bottleneck.what}"
+            count = "1 finding" if len(findings) == 1 else f"{len(findings):,} findings"
+            verdict = f"{count} below; {self.bottleneck.what}"
         elif learner is not None and learner.state == "ended":
-            said = f"the run has ended, and nothing was found wrong; {self.bottleneck.what}"
+            verdict = f"the run has ended, and nothing is wrong; {self.bottleneck.what}"
         else:
-            said = f"nothing was found wrong; {self.bottleneck.what}"
-        return said[0].upper() + said[1:] + "."
+            verdict = f"nothing is wrong; {self.bottleneck.what}"
+        return verdict[0].upper() + verdict[1:] + "."
 
     def to_json(self) -> dict[str, Any]:
-        """Give the figures that the report is made from, as what JSON can hold.
+        """Return the data of the report as values for JSON.
 
         Returns:
-            What `Snapshot.to_json` gives; each of `workers` also has `behind`: null, or the fields of `Behind`.
+            What `Snapshot.to_json` returns; each of `workers` also has `behind`: null, or the fields of
+            `VersionsBehind`.
             `verdict`: text. `findings`: a list of the fields of `Finding`, and `advice`.
-            `history`: `begin`, `end`, `seconds`, `samples`, `restarts`. `totals`: what its sums grew by.
+            `history`: `begin`, `end`, `seconds`, `samples`, `restarts`. `totals`: the growth of each total.
             `bottleneck`: the fields of `Bottleneck`. `delivered`, `lost`: numbers. `losses`: by reason.
             `missed`: by worker and reason. `points`: a list of the fields of `TimelinePoint`.
         """
-        found = self.snapshot.to_json()
-        for worker, status in found["workers"].items():
+        result = self.snapshot.to_json()
+        for worker, status in result["workers"].items():
             behind = self.behind.get(int(worker))
             status["behind"] = asdict(behind) if behind else None
-        return found | {
+        return result | {
             "verdict": self.verdict,
-            "findings": [one.to_json() for one in self.findings],
+            "findings": [finding.to_json() for finding in self.findings],
             "history": {
                 "begin": self.begin,
                 "end": self.end,
@@ -264,24 +268,64 @@ class Timeline:
                 "samples": len(self.samples),
                 "restarts": self.restarts,
             },
-            "totals": {name: self.total(name) for name in _SUMS},
+            "totals": {name: self.total(name) for name in _TOTALS},
             "bottleneck": asdict(self.bottleneck),
             "delivered": self.delivered,
             "lost": self.lost,
             "losses": self.losses,
             "missed": {str(worker): reasons for worker, reasons in self.missed.items()},
-            "points": [asdict(one) for one in self.points()],
+            "points": [asdict(point) for point in self.points()],
         }
 
 
+@dataclass(frozen=True)
+class MissedMark:
+    """Versions that one worker missed in one cell of time, for one reason.
+
+    Attributes:
+        lane: index of the worker in `VersionLanes.workers`.
+        column: index of the cell.
+        count: the number of versions.
+    """
+
+    lane: int
+    column: int
+    why: str
+    count: int
+
+
+@dataclass(frozen=True)
+class VersionLanes:
+    """The versions that workers ran over a span of time: a lane for each worker, cut into cells of equal time.
+
+    Attributes:
+        workers: worker ids, sorted, one for each lane.
+        begin: when the first cell begins, seconds since the epoch.
+        end: when the last one ends.
+        versions: by lane, the version in each cell; 0 where none is known.
+        marks: missed versions.
+    """
+
+    workers: Sequence[int]
+    begin: float
+    end: float
+    versions: Sequence[Sequence[int]]
+    marks: Sequence[MissedMark]
+
+    @property
+    def columns(self) -> int:
+        """The number of cells of each lane."""
+        return len(self.versions[0]) if self.versions else 0
+
+
 def read_timeline(connection: Connection, run: str, *, span_seconds: float | None = None) -> Timeline:
-    """Look at a run and read its history; nothing is changed.
+    """Read a snapshot of a run and its history.
 
     Args:
-        connection: way to the server.
-        run: name of the run.
-        span_seconds: how much of the history, up to its last sample, so that it can be asked for after the run's
-            end too; None for all of it.
+        connection: the connection to the server.
+        run: the run.
+        span_seconds: how much of the history, up to its last sample, which may be long ago if the run has ended;
+            None for all of it.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
@@ -292,7 +336,7 @@ def read_timeline(connection: Connection, run: str, *, span_seconds: float | Non
     since = 0.0
     if span_seconds is not None:
         since = (samples[-1].at if samples else snapshot.at) - span_seconds
-        samples = [one for one in samples if one.at >= since]
+        samples = [sample for sample in samples if sample.at >= since]
     elif samples:
         since = samples[0].at
     with legible(keys.missed):
@@ -301,65 +345,118 @@ def read_timeline(connection: Connection, run: str, *, span_seconds: float | Non
 
 
 def thin(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Leave out samples until about so many are left, evenly over time; what each learner began and ended with stays.
+    """Return about `count` samples, evenly over time, with the first and last sample of each learner.
 
-    Their sums only grow, so that what lies between two that stay is still counted in full.
+    No growth is lost: totals only grow, so an interval between two kept samples covers those in between.
     """
     if len(samples) <= count:
         return list(samples)
     begin = samples[0].at
     step = max((samples[-1].at - begin) / count, 1e-3)
     kept: list[Sample] = []
-    for number, one in enumerate(samples):
+    for number, sample in enumerate(samples):
         before = samples[number - 1] if number else None
         after = samples[number + 1] if number + 1 < len(samples) else None
-        ends = before is None or after is None or before.epoch != one.epoch or after.epoch != one.epoch
-        if ends or (after and int((after.at - begin) / step) != int((one.at - begin) / step)):
-            kept.append(one)
+        is_end = (
+            before is None or after is None or before.epoch != sample.epoch or after.epoch != sample.epoch
+        )
+        if is_end or (after and int((after.at - begin) / step) != int((sample.at - begin) / step)):
+            kept.append(sample)
     return kept
 
 
-def _point(one: Interval, *, continues: bool) -> TimelinePoint:
-    worker_seconds = _worker_seconds(one)
-    room = one.rate("room_seconds") * one.seconds
+def build_lanes(timeline: Timeline, columns: int) -> VersionLanes:
+    """Cut the span into at most `columns` cells of a second or more, and find the version of each worker in each."""
+    samples = timeline.samples
+    if len(samples) < 2 or timeline.end <= timeline.begin:
+        return VersionLanes((), timeline.begin, timeline.end, (), ())
+    begin, end = timeline.begin, timeline.end
+    columns = max(1, min(columns, round(end - begin)))
+    width = (end - begin) / columns
+    workers = sorted({worker for sample in samples for worker in sample.running})
+    lanes = {worker: [0] * columns for worker in workers}
+    for sample, until in zip(samples, _covered_until(samples), strict=True):
+        # A cell shows the last version within it: later samples overwrite earlier ones.
+        first = min(columns - 1, int((sample.at - begin) / width))
+        last = min(columns - 1, max(first, int((until - begin) / width - 1e-9)))
+        for worker, version in sample.running.items():
+            lane = lanes[worker]
+            for column in range(first, last + 1):
+                lane[column] = version
+    index = {worker: number for number, worker in enumerate(workers)}
+    marks = _make_marks(timeline.records, index, begin, width, columns)
+    return VersionLanes(workers, begin, end, list(lanes.values()), marks)
+
+
+def _covered_until(samples: Sequence[Sample]) -> list[float]:
+    """Return the time until which each sample is valid: until the next one, or until a gap begins.
+
+    A gap is a pause much longer than the usual distance of samples: no learner was alive, or its samples were lost.
+    """
+    ends = []
+    for number, sample in enumerate(samples):
+        before = samples[number - 1] if number else None
+        after = samples[number + 1] if number + 1 < len(samples) else None
+        distances = [
+            abs(sample.at - other.at) for other in (before, after) if other and other.epoch == sample.epoch
+        ]
+        until = sample.at + max(_COVERED_SECONDS, 2.5 * min(distances, default=0.0))
+        ends.append(min(until, after.at) if after else sample.at)
+    return ends
+
+
+def _make_marks(
+    records: Sequence[Missed], index: dict[int, int], begin: float, width: float, columns: int
+) -> list[MissedMark]:
+    counts = Counter[tuple[int, int, str]]()
+    for record in records:
+        column = int((record.at - begin) / width)
+        if record.what == "weights" and record.worker_id in index and 0 <= column <= columns:
+            counts[index[record.worker_id], min(column, columns - 1), record.why] += record.count
+    return [MissedMark(lane, column, why, count) for (lane, column, why), count in counts.items()]
+
+
+def _make_point(interval: Interval, *, continues: bool) -> TimelinePoint:
+    worker_seconds = _worker_seconds(interval)
+    room_seconds = interval.rate("room_seconds") * interval.seconds
     return TimelinePoint(
-        at=one.after.at,
-        seconds=one.seconds,
+        at=interval.after.at,
+        seconds=interval.seconds,
         continues=continues,
-        batches_per_second=one.rate("collected"),
-        rows_per_second=one.rate("rows"),
-        bytes_per_second=one.rate("collected_raw_bytes"),
-        stored_bytes_per_second=one.rate("collected_stored_bytes"),
-        versions_per_second=one.rate("published"),
-        published_bytes_per_second=one.rate("published_raw_bytes"),
-        published_stored_bytes_per_second=one.rate("published_stored_bytes"),
-        staleness_median=one.staleness_quantile(0.5),
-        staleness_90=one.staleness_quantile(0.9),
-        learner_waits=_bounded(one.rate("wait_seconds")),
-        workers_wait=_bounded(room / worker_seconds) if worker_seconds else 0.0,
-        encoding=one.rate("encode_seconds"),
-        sending=one.rate("send_seconds"),
-        waiting=one.after.waiting,
-        in_hand=one.after.in_hand,
-        alive=one.after.alive,
-        away=one.after.away,
+        batches_per_second=interval.rate("collected"),
+        rows_per_second=interval.rate("rows"),
+        bytes_per_second=interval.rate("collected_raw_bytes"),
+        stored_bytes_per_second=interval.rate("collected_stored_bytes"),
+        versions_per_second=interval.rate("published"),
+        published_bytes_per_second=interval.rate("published_raw_bytes"),
+        published_stored_bytes_per_second=interval.rate("published_stored_bytes"),
+        staleness_median=interval.staleness_quantile(0.5),
+        staleness_90=interval.staleness_quantile(0.9),
+        learner_waits=_clamp(interval.rate("wait_seconds")),
+        workers_wait=_clamp(room_seconds / worker_seconds) if worker_seconds else 0.0,
+        encoding=interval.rate("encode_seconds"),
+        sending=interval.rate("send_seconds"),
+        waiting=interval.after.waiting,
+        in_hand=interval.after.in_hand,
+        alive=interval.after.alive,
+        away=interval.after.away,
     )
 
 
-def _worker_seconds(one: Interval) -> float:
-    """Give the time of all workers alive in an interval, added up."""
-    return one.seconds * (one.before.alive + one.after.alive) / 2
+def _worker_seconds(interval: Interval) -> float:
+    """Return the time of all live workers in an interval, added up."""
+    return interval.seconds * (interval.before.alive + interval.after.alive) / 2
 
 
-def _bounded(share: float) -> float:
+def _clamp(share: float) -> float:
     # A wait is counted when it ends, and may have begun before the interval.
     return min(1.0, max(0.0, share))
 
 
-def _quantile(found: Counter[int], share: float) -> int:
-    wanted, seen = share * found.total(), 0
-    for value in sorted(found):
-        seen += found[value]
+def _quantile(counts: Counter[int], share: float) -> int:
+    wanted, seen = share * counts.total(), 0
+    for value in sorted(counts):
+        seen += counts[value]
         if seen >= wanted:
             return value
-    return max(found)
+    return max(counts)

@@ -1,4 +1,4 @@
-"""A run looked at again and again: its state, what changed since, and the last minute of its history."""
+"""A run over time: snapshots in a row, the rates between them, and the last minute of the learner's history."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from typing import Any, Final, Literal
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.metrics.history import Interval, Sample, intervals, read_history
-from rlbroker.ops.inspect.findings import Finding, find
-from rlbroker.ops.inspect.snapshot import Observer, Snapshot, WorkerStatus
+from rlbroker.ops.inspect.findings import Finding, list_findings
+from rlbroker.ops.inspect.snapshot import Snapshot, SnapshotReader, WorkerStatus
 from rlbroker.types import Liveness
 
-#: Samples of the history that are looked at: the last minute.
+#: Samples of the history: the last minute.
 SAMPLES: Final = 60
 
-#: Over how long rates of single workers are taken. Workers say only once a second how long they waited.
+#: Span for the rates of single workers. Workers report their waits only once a second.
 RATE_SECONDS: Final = 5.0
 
-#: After how long without a sample the last figures are no longer those of now.
+#: Age from which the newest sample no longer is the present state.
 CURRENT_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True)
 class WorkerLine:
-    """What one line about a worker says; what is not known is None.
+    """One worker's line of the table; unknown fields are None.
 
     Attributes:
         state: `alive`, `away`, or `left`.
-        version: the weights that it runs.
+        version: the version that it runs.
         staleness: versions published since.
-        batches_per_second: that it produced lately.
+        batches_per_second: batches that it produced, over the last seconds.
         waiting: batches in its queue.
-        in_hand: batches that the learner has and has not acknowledged.
-        lost: batches that were produced and not delivered, for whatever reason.
-        missed: versions and commands.
-        unpolled_seconds: since it last looked for weights and commands.
-        room_share: part of the time lately in which it waited for room in its queue.
-        last_seen_seconds: since its last heartbeat.
-        process: host and pid, as it wrote them.
+        in_hand: batches that the learner has read and not acknowledged.
+        lost: batches that were produced and not delivered, for any reason.
+        missed: missed versions and commands.
+        unpolled_seconds: time since it last polled.
+        room_share: share of the last seconds in which it waited for room in its queue.
+        last_seen_seconds: age of its last heartbeat.
+        process: host and pid, as the worker wrote them.
         troubled: whether a finding is about it.
     """
 
@@ -62,15 +62,14 @@ class WorkerLine:
 
 @dataclass(frozen=True)
 class RunView:
-    """What one look showed.
+    """A snapshot of a run with its rates.
 
     Attributes:
         snapshot: the state of the run.
-        findings: what is wrong, the worst first.
+        findings: what is wrong, critical findings first.
         lines: its workers, by id.
-        series: by name, a figure of the learner for each second of the last minute, oldest first; None where there
-            was nothing to measure. See `SERIES`.
-        current: whether the last of these figures are those of now.
+        series: each metric of `SERIES` for every second of the last minute, oldest first; None where there is no value.
+        current: whether the last values of the series are the present state.
     """
 
     snapshot: Snapshot
@@ -80,12 +79,12 @@ class RunView:
     current: bool
 
     def to_json(self) -> dict[str, Any]:
-        """Give the view as what JSON can hold.
+        """Return the view as values for JSON.
 
         Returns:
             `run`, `at`, `learner` (its state), `version`, `alive`, `used_bytes`;
-            `figures`: the newest of each series, null where there is none of now;
-            `workers`: by id, the fields of `WorkerLine` but for the id;
+            `figures`: the newest value of each series, null without a current one;
+            `workers`: by id, the fields of `WorkerLine` without the id;
             `findings`: as `Finding.to_json`.
         """
         snapshot = self.snapshot
@@ -93,39 +92,45 @@ class RunView:
             "run": snapshot.run,
             "at": snapshot.at,
             "learner": snapshot.learner.state if snapshot.learner else "none",
-            "version": snapshot.pointer.version if snapshot.pointer else 0,
-            "alive": sum(line.state == "alive" for line in self.lines),
+            "version": snapshot.manifest.version if snapshot.manifest else 0,
+            "alive": snapshot.alive,
             "used_bytes": snapshot.server.used_bytes,
             "figures": {name: self.newest(name) for name in SERIES},
             "workers": {
                 str(line.worker): {name: value for name, value in vars(line).items() if name != "worker"}
                 for line in self.lines
             },
-            "findings": [one.to_json() for one in self.findings],
+            "findings": [finding.to_json() for finding in self.findings],
         }
 
     def newest(self, name: str) -> float | None:
-        """Give the figure of now of a series, if there is one."""
+        """Return the newest value of a series; None without a current one."""
         values = self.series[name]
         return values[-1] if values and self.current else None
 
 
-#: The figures of the whole run, each from what happened between two samples.
+#: The metrics of the whole run, each computed from the interval between two samples.
 SERIES: Final[Mapping[str, Callable[[Interval], float | None]]] = {
-    "batches_per_second": lambda one: one.rate("collected"),
-    "rows_per_second": lambda one: one.rate("rows"),
-    "staleness": lambda one: one.mean_staleness,
-    "waiting": lambda one: float(one.after.waiting),
-    "missed_per_second": lambda one: one.rate("missed"),
-    "encode_share": lambda one: one.share("encode_seconds"),
-    "send_share": lambda one: one.share("send_seconds"),
-    "wait_share": lambda one: one.share("wait_seconds"),
+    "batches_per_second": lambda interval: interval.rate("collected"),
+    "rows_per_second": lambda interval: interval.rate("rows"),
+    "staleness": lambda interval: interval.mean_staleness,
+    "waiting": lambda interval: float(interval.after.waiting),
+    "missed_per_second": lambda interval: interval.rate("missed"),
+    "encode_share": lambda interval: interval.share("encode_seconds"),
+    "send_share": lambda interval: interval.share("send_seconds"),
+    "wait_share": lambda interval: interval.share("wait_seconds"),
 }
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """What rates of workers are differences of: by worker id, with the life that it is of."""
+class _Totals:
+    """Growing totals of one snapshot, whose differences are the rates of workers.
+
+    Attributes:
+        at: the time of the snapshot.
+        produced: batches by worker id.
+        room_seconds: by worker id, its incarnation and the time that this incarnation waited for room.
+    """
 
     at: float
     produced: Mapping[int, int]
@@ -133,59 +138,58 @@ class _Sums:
 
 
 class RunWatch:
-    """Looks at one run as often as it is told to, and remembers what rates are made of."""
+    """Reads views of one run, and keeps the samples and totals that rates are computed from."""
 
     def __init__(self, connection: Connection, run: str) -> None:
         """Prepare; nothing is read yet."""
         self._connection, self._keys = connection, Keys(run)
-        self._observer = Observer(connection, run)
+        self._reader = SnapshotReader(connection, run)
         self._samples: deque[Sample] = deque(maxlen=SAMPLES + 1)
-        self._sums: deque[_Sums] = deque()
+        self._totals: deque[_Totals] = deque()
 
-    def look(self) -> RunView:
-        """Look at the run; the first look has no rates of workers.
+    def read(self) -> RunView:
+        """Read a view of the run; the first one has no rates of workers.
 
         Raises:
-            WireError: what is stored is not what learners and workers write.
+            WireError: the run's keys hold what no learner or worker writes.
             PeerError: the server refused, or could not be reached in time.
         """
-        snapshot = self._observer.look()
+        snapshot = self._reader.read()
         self._read_history()
-        self._remember(snapshot)
-        findings = find(snapshot)
-        troubled = {one.worker for one in findings}
+        self._add_totals(snapshot)
+        findings = list_findings(snapshot)
+        troubled = {finding.worker for finding in findings}
         spans = intervals(self._samples)
         return RunView(
             snapshot=snapshot,
             findings=findings,
             lines=[
-                self._line(worker, status, troubled=worker in troubled)
+                self._make_line(worker, status, troubled=worker in troubled)
                 for worker, status in snapshot.workers.items()
             ],
-            series={name: [figure(one) for one in spans] for name, figure in SERIES.items()},
+            series={name: [metric(span) for span in spans] for name, metric in SERIES.items()},
             current=bool(spans) and snapshot.at - spans[-1].after.at < CURRENT_SECONDS,
         )
 
     def _read_history(self) -> None:
-        # Half a second behind the last one: an id of the server's clock does not survive being a float exactly.
+        # Start half a second after the last sample: as a float, its time is not exact enough to exclude it.
         since = self._samples[-1].at + 0.5 if self._samples else 0.0
-        found = read_history(self._connection, self._keys, since=since, count=SAMPLES + 1)
-        self._samples.extend(found)
+        self._samples.extend(read_history(self._connection, self._keys, since=since, count=SAMPLES + 1))
 
-    def _remember(self, snapshot: Snapshot) -> None:
-        sums = _Sums(
+    def _add_totals(self, snapshot: Snapshot) -> None:
+        totals = _Totals(
             snapshot.at,
-            {worker: one.counts.produced for worker, one in snapshot.workers.items() if one.counts},
+            {worker: status.counts.produced for worker, status in snapshot.workers.items() if status.counts},
             {info.worker_id: (info.incarnation, info.room_seconds) for info in snapshot.members},
         )
-        if self._sums and sums.at <= self._sums[-1].at:  # another server, with another clock
-            self._sums.clear()
-        self._sums.append(sums)
-        while len(self._sums) > 2 and sums.at - self._sums[1].at >= RATE_SECONDS:
-            self._sums.popleft()
+        if self._totals and totals.at <= self._totals[-1].at:  # another server, with another clock
+            self._totals.clear()
+        self._totals.append(totals)
+        while len(self._totals) > 2 and totals.at - self._totals[1].at >= RATE_SECONDS:
+            self._totals.popleft()
 
-    def _line(self, worker: int, one: WorkerStatus, *, troubled: bool) -> WorkerLine:
-        info, counts = one.info, one.counts
+    def _make_line(self, worker: int, status: WorkerStatus, *, troubled: bool) -> WorkerLine:
+        info, counts = status.info, status.counts
         silent_seconds = info.last_seen_seconds if info and info.state == "away" else 0.0
         return WorkerLine(
             worker=worker,
@@ -196,7 +200,7 @@ class RunWatch:
             waiting=counts.waiting if counts else 0,
             in_hand=counts.in_hand if counts else 0,
             lost=sum(counts.lost.values()) if counts else 0,
-            missed=one.missed.total + one.missed.commands,
+            missed=status.missed.total + status.missed.commands,
             unpolled_seconds=info.unpolled_seconds + silent_seconds if info else None,
             room_share=self._room_share(worker),
             last_seen_seconds=info.last_seen_seconds if info else None,
@@ -205,15 +209,15 @@ class RunWatch:
         )
 
     def _batches_per_second(self, worker: int) -> float | None:
-        first, last = self._sums[0], self._sums[-1]
+        first, last = self._totals[0], self._totals[-1]
         if last.at <= first.at or worker not in last.produced:
             return None
         return max(0, last.produced[worker] - first.produced.get(worker, 0)) / (last.at - first.at)
 
     def _room_share(self, worker: int) -> float | None:
-        first, last = self._sums[0], self._sums[-1]
-        life, seconds = last.room_seconds.get(worker, (0, 0.0))
-        life_before, before = first.room_seconds.get(worker, (-1, 0.0))
-        if last.at <= first.at or life != life_before:
+        first, last = self._totals[0], self._totals[-1]
+        incarnation, seconds = last.room_seconds.get(worker, (0, 0.0))
+        first_incarnation, first_seconds = first.room_seconds.get(worker, (-1, 0.0))
+        if last.at <= first.at or incarnation != first_incarnation:
             return None
-        return min(1.0, max(0.0, seconds - before) / (last.at - first.at))
+        return min(1.0, max(0.0, seconds - first_seconds) / (last.at - first.at))

@@ -1,6 +1,7 @@
--- KEYS: a worker's experiences, counts, epochs, dead and again
--- ARGV: fields of counts and of epochs, number of batches that waited
--- Gives 1, or 0 where somebody has used the queue meanwhile.
+-- Deletes the queue of one worker, if it has not changed since it was read.
+-- KEYS: the worker's experiences, counts, epochs, dead and again
+-- ARGV: fields of counts and of epochs (see unchanged.lua), number of entries in experiences
+-- Reply: 1, or 0 if the queue has changed
 
 -- include: ops/lua/unchanged.lua
 

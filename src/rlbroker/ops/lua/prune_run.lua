@@ -1,6 +1,8 @@
--- KEYS: workers, meta, the lives of workers that are known, then the run's other keys
--- ARGV: number of lives, fields of meta and of each life, number of workers, name of the mark
--- Gives 1, or 0 where somebody has used the run meanwhile.
+-- Deletes the keys of a run and leaves a mark in meta, if the run has not changed since it was read.
+-- KEYS: workers, meta, the incarnations of the known workers, then the run's other keys
+-- ARGV: number of incarnations, fields of meta and of each incarnation (see unchanged.lua), number of workers,
+--       name of the mark
+-- Reply: 1, or 0 if the run has changed
 
 -- include: ops/lua/unchanged.lua
 

@@ -1,7 +1,7 @@
-"""The page that `rlbroker report` writes: one HTML file with everything in it, without scripts.
+"""The report of `rlbroker report`: one self-contained HTML page without scripts.
 
-Whatever workers wrote is hostile: templates escape it, plots take it as text, and the page forbids the browser to load
-or run anything.
+Text that workers wrote is hostile: the template and the plots escape it, and the page forbids the browser to load or
+run anything.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from rlbroker.errors import UsageError
 
 
 def require_extras() -> None:
-    """Check that what the page needs beyond rlbroker itself is installed, without importing it.
+    """Check that the packages for the report are installed, without importing them.
 
     Raises:
-        UsageError: something is missing; the message says how to install it.
+        UsageError: a package is missing; the message says how to install it.
     """
     missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:

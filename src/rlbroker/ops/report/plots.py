@@ -1,4 +1,4 @@
-"""The small plots of the page, each as wide as a telephone: what happened over time."""
+"""The small plots of the report: each metric over time, as wide as a phone."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from rlbroker.ops.inspect.timeline import Timeline, TimelinePoint
 from rlbroker.ops.report.svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, RED, SKY, inline, new_figure
 from rlbroker.ops.report.times import Clock
 
-#: Their natural width, in CSS pixels.
+#: Width of a plot in CSS pixels.
 WIDTH = 330
 
-#: Values of a line, one for each point.
+#: Coordinates of a line.
 Values = list[float]
 
 
 @dataclass(frozen=True)
-class Plotted:
-    """The span that the plots show, and its points with gaps as NaN."""
+class PlotData:
+    """The span of the plots, and its points with gaps as NaN."""
 
     points: Sequence[TimelinePoint]
     begin: float
@@ -35,157 +35,156 @@ class Plotted:
 
     @property
     def times(self) -> Values:
-        """When each point ended; each line begins where its first interval did."""
-        return self._line([(one.at - one.seconds, one.at) for one in self.points])
+        """The times of the line; each piece of it begins where its first interval begins."""
+        return self._make_line([(point.at - point.seconds, point.at) for point in self.points])
 
-    def values(self, of: Callable[[TimelinePoint], float | None]) -> Values:
-        """Give one value of each point, with gaps."""
-        found = [math.nan if (value := of(one)) is None else float(value) for one in self.points]
-        return self._line([(value, value) for value in found])
+    def values(self, read: Callable[[TimelinePoint], float | None]) -> Values:
+        """Return the values of the line, one value of each point."""
+        values = [math.nan if (value := read(point)) is None else float(value) for point in self.points]
+        return self._make_line([(value, value) for value in values])
 
-    def _line(self, both: Sequence[tuple[float, float]]) -> Values:
+    def _make_line(self, ends: Sequence[tuple[float, float]]) -> Values:
+        """Return a line through the ends of all intervals; NaN breaks it at gaps."""
         line: Values = []
-        for one, (first, second) in zip(self.points, both, strict=True):
-            if not one.continues:
-                line += [math.nan, first] if line else [first]
-            line.append(second)
+        for point, (begin, end) in zip(self.points, ends, strict=True):
+            if not point.continues:
+                line += [math.nan, begin] if line else [begin]
+            line.append(end)
         return line
 
 
-def plots_of(course: Timeline, clock: Clock) -> dict[str, str]:
-    """Draw all small plots; give them as `svg` elements by name. Call it within `styled`."""
-    shown = Plotted(course.points(), course.begin, course.end, course.restarts, clock)
-    draw = {
-        "throughput": _throughput,
-        "weights": _weights,
-        "staleness": _staleness,
-        "waits": _waits,
-        "queues": _queues,
-        "workers": _workers,
+def draw_plots(timeline: Timeline, clock: Clock) -> dict[str, str]:
+    """Return all small plots as `svg` elements by name. Call it within `styled`."""
+    data = PlotData(timeline.points(), timeline.begin, timeline.end, timeline.restarts, clock)
+    draw_by_name = {
+        "throughput": _draw_throughput,
+        "weights": _draw_weights,
+        "staleness": _draw_staleness,
+        "waits": _draw_waits,
+        "queues": _draw_queues,
+        "workers": _draw_workers,
     }
-    return {name: inline(one(shown), name) for name, one in draw.items()} if shown.points else {}
+    return {name: inline(draw(data), name) for name, draw in draw_by_name.items()} if data.points else {}
 
 
-def _throughput(shown: Plotted) -> Figure:
+def _draw_throughput(data: PlotData) -> Figure:
     figure = new_figure(WIDTH, 330)
-    for axes, (title, color, of, write) in zip(
+    for axes, (title, color, read, format_value) in zip(
         figure.subplots(3, 1, sharex=True),
         (
-            ("batches per second", BLUE, lambda one: one.batches_per_second, _short),
-            ("rows per second", GREEN, lambda one: one.rows_per_second, _short),
-            ("bytes per second", PURPLE, lambda one: one.bytes_per_second, size),
+            ("batches per second", BLUE, lambda point: point.batches_per_second, _shorten),
+            ("rows per second", GREEN, lambda point: point.rows_per_second, _shorten),
+            ("bytes per second", PURPLE, lambda point: point.bytes_per_second, size),
         ),
         strict=True,
     ):
-        _area(axes, shown, shown.values(of), color)
-        _dress(axes, shown, title, write)
+        _draw_area(axes, data, data.values(read), color)
+        _finish(axes, data, title, format_value)
     return figure
 
 
-def _weights(shown: Plotted) -> Figure:
+def _draw_weights(data: PlotData) -> Figure:
     figure = new_figure(WIDTH, 240)
     first, second = figure.subplots(2, 1, sharex=True)
-    _area(first, shown, shown.values(lambda one: one.versions_per_second), BLUE)
-    _dress(first, shown, "versions per second", _short)
+    _draw_area(first, data, data.values(lambda point: point.versions_per_second), BLUE)
+    _finish(first, data, "versions per second", _shorten)
     second.plot(
-        shown.times, shown.values(lambda one: one.published_bytes_per_second), color=SKY, label="as tensors"
+        data.times, data.values(lambda point: point.published_bytes_per_second), color=SKY, label="as tensors"
     )
     second.plot(
-        shown.times,
-        shown.values(lambda one: one.published_stored_bytes_per_second),
+        data.times,
+        data.values(lambda point: point.published_stored_bytes_per_second),
         color=BLUE,
         label="as stored",
     )
-    _dress(second, shown, "bytes per second", size)
-    _legend(second)
+    _finish(second, data, "bytes per second", size)
+    _add_legend(second)
     return figure
 
 
-def _staleness(shown: Plotted) -> Figure:
+def _draw_staleness(data: PlotData) -> Figure:
     figure = new_figure(WIDTH, 220)
     axes = figure.subplots()
-    median, ninth = (
-        shown.values(lambda one: one.staleness_median),
-        shown.values(lambda one: one.staleness_90),
+    p50, p90 = (
+        data.values(lambda point: point.staleness_median),
+        data.values(lambda point: point.staleness_90),
     )
-    axes.fill_between(shown.times, median, ninth, color=ORANGE, alpha=0.3, lw=0)
-    axes.plot(shown.times, ninth, color=ORANGE, label="nine of ten")
-    axes.plot(shown.times, median, color=BLUE, label="median")
-    _dress(axes, shown, "versions behind", _short)
+    axes.fill_between(data.times, p50, p90, color=ORANGE, alpha=0.3, lw=0)
+    axes.plot(data.times, p90, color=ORANGE, label="p90")
+    axes.plot(data.times, p50, color=BLUE, label="p50")
+    _finish(axes, data, "versions behind", _shorten)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _legend(axes)
+    _add_legend(axes)
     return figure
 
 
-def _waits(shown: Plotted) -> Figure:
+def _draw_waits(data: PlotData) -> Figure:
     figure = new_figure(WIDTH, 220)
     axes = figure.subplots()
-    for of, color, label, style in (
-        (lambda one: one.learner_waits, BLUE, "learner waits for data", "-"),
-        (lambda one: one.workers_wait, RED, "workers wait for room", "-"),
-        (lambda one: one.encoding, GREEN, "encoding", "--"),
-        (lambda one: one.sending, PURPLE, "sending", ":"),
+    for read, color, label, style in (
+        (lambda point: point.learner_waits, BLUE, "learner waits for data", "-"),
+        (lambda point: point.workers_wait, RED, "workers wait for room", "-"),
+        (lambda point: point.encoding, GREEN, "encoding", "--"),
+        (lambda point: point.sending, PURPLE, "sending", ":"),
     ):
-        axes.plot(shown.times, shown.values(of), color=color, label=label, linestyle=style)
-    _dress(axes, shown, "share of the time", percent)
+        axes.plot(data.times, data.values(read), color=color, label=label, linestyle=style)
+    _finish(axes, data, "share of the time", percent)
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     if axes.get_ylim()[1] <= 1:
         axes.set_yticks((0, 0.5, 1))
-    _legend(axes)
+    _add_legend(axes)
     return figure
 
 
-def _queues(shown: Plotted) -> Figure:
+def _draw_queues(data: PlotData) -> Figure:
     figure = new_figure(WIDTH, 200)
     axes = figure.subplots()
-    axes.plot(shown.times, shown.values(lambda one: one.waiting), color=BLUE, label="waiting")
-    axes.plot(
-        shown.times, shown.values(lambda one: one.in_hand), color=ORANGE, label="in the learner's hands"
-    )
-    _dress(axes, shown, "batches", _short)
-    _legend(axes)
+    axes.plot(data.times, data.values(lambda point: point.waiting), color=BLUE, label="waiting")
+    axes.plot(data.times, data.values(lambda point: point.in_hand), color=ORANGE, label="pending")
+    _finish(axes, data, "batches", _shorten)
+    _add_legend(axes)
     return figure
 
 
-def _workers(shown: Plotted) -> Figure:
+def _draw_workers(data: PlotData) -> Figure:
     figure = new_figure(WIDTH, 200)
     axes = figure.subplots()
-    axes.plot(shown.times, shown.values(lambda one: one.alive), color=GREEN, label="alive")
-    axes.plot(shown.times, shown.values(lambda one: one.away), color=RED, label="away", linestyle="--")
-    _dress(axes, shown, "workers", _short)
+    axes.plot(data.times, data.values(lambda point: point.alive), color=GREEN, label="alive")
+    axes.plot(data.times, data.values(lambda point: point.away), color=RED, label="away", linestyle="--")
+    _finish(axes, data, "workers", _shorten)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _legend(axes)
+    _add_legend(axes)
     return figure
 
 
-def _area(axes: Axes, shown: Plotted, values: Values, color: str) -> None:
-    axes.fill_between(shown.times, values, color=color, alpha=0.15, lw=0)
-    axes.plot(shown.times, values, color=color)
+def _draw_area(axes: Axes, data: PlotData, values: Values, color: str) -> None:
+    axes.fill_between(data.times, values, color=color, alpha=0.15, lw=0)
+    axes.plot(data.times, values, color=color)
 
 
-def _dress(axes: Axes, shown: Plotted, title: str, write: Callable[[float], str]) -> None:
+def _finish(axes: Axes, data: PlotData, title: str, format_value: Callable[[float], str]) -> None:
     axes.set_title(title, loc="left", color=FAINT, pad=4)
     axes.set_ylim(bottom=0)
-    if axes.get_ylim()[1] <= 0.06:  # nothing happened
+    if axes.get_ylim()[1] <= 0.06:  # no value above 0
         axes.set_ylim(0, 1)
     axes.yaxis.set_major_locator(MaxNLocator(3))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
-    time_axis(axes, shown.begin, shown.end, shown.restarts, shown.clock, ticks=4)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value)))
+    draw_time_axis(axes, data.begin, data.end, data.restarts, data.clock, ticks=4)
 
 
-def time_axis(
+def draw_time_axis(
     axes: Axes, begin: float, end: float, restarts: Sequence[float], clock: Clock, *, ticks: int
 ) -> None:
-    """Have the horizontal axis show times, and mark where a new learner went on."""
+    """Show times on the horizontal axis, and mark where a new learner continued the run."""
     axes.set_xlim(begin, max(end, begin + 1))
-    places, write = clock.ticks(begin, end, ticks)
-    axes.set_xticks(places, [write(one) for one in places])
+    times, format_time = clock.ticks(begin, end, ticks)
+    axes.set_xticks(times, [format_time(at) for at in times])
     axes.grid(visible=False, axis="x")
     for at in restarts:
         axes.axvline(at, color=FAINT, linewidth=0.9, linestyle=(0, (2, 2)))
 
 
-def _legend(axes: Axes) -> None:
+def _add_legend(axes: Axes) -> None:
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(-0.02, 1.0),
@@ -198,10 +197,10 @@ def _legend(axes: Axes) -> None:
         columnspacing=1.2,
         labelspacing=0.25,
     )
-    axes.set_title("", loc="left")  # the legend says it
+    axes.set_title("", loc="left")  # the legend replaces it
 
 
-def _short(value: float) -> str:
+def _shorten(value: float) -> str:
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g} {unit}"

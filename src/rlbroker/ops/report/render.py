@@ -1,4 +1,4 @@
-"""Puts the page together."""
+"""Renders the HTML page of the report."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import jinja2
 
 from rlbroker.ops.cli.formatting import age, size, the_same_of
 from rlbroker.ops.inspect.bottleneck import RULE, percent
-from rlbroker.ops.inspect.findings import gather
+from rlbroker.ops.inspect.findings import group_findings
 from rlbroker.ops.inspect.timeline import Timeline
-from rlbroker.ops.report.plots import plots_of
+from rlbroker.ops.report.plots import draw_plots
 from rlbroker.ops.report.svg import styled
-from rlbroker.ops.report.timeline_chart import pictures_of
+from rlbroker.ops.report.timeline_chart import draw_timeline
 from rlbroker.ops.report.times import Clock, duration
 
 
-def render(course: Timeline, *, typed: Callable[[str], str]) -> str:
-    """Give the page.
+def render(timeline: Timeline, *, typed: Callable[[str], str]) -> str:
+    """Return the HTML page.
 
     Args:
-        course: what is known of the run.
-        typed: completes a hint to what a person can type.
+        timeline: the run.
+        typed: completes a hint to a command that a person can type.
     """
-    clock = Clock(course.snapshot.at)
+    clock = Clock(timeline.snapshot.at)
     with styled():
-        plots = plots_of(course, clock) | pictures_of(course, clock)
+        plots = draw_plots(timeline, clock) | draw_timeline(timeline, clock)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rlbroker.ops.report", "."),
         autoescape=True,
@@ -47,26 +47,26 @@ def render(course: Timeline, *, typed: Callable[[str], str]) -> str:
         "iso": clock.iso,
     }
     return environment.get_template("report.html.jinja").render(
-        course=course,
-        gathered=gather(course.findings),
-        run=course.snapshot,
-        plots={name: _drawn(svg) for name, svg in plots.items()},
+        timeline=timeline,
+        finding_groups=group_findings(timeline.findings),
+        run=timeline.snapshot,
+        plots={name: _mark_safe(svg) for name, svg in plots.items()},
         zone=clock.zone,
         rule=RULE,
         typed=typed,
-        settings=_settings(course),
-        most_behind=max((one.most for one in course.behind.values()), default=0),
+        settings=_describe_settings(timeline),
+        most_behind=max((behind.most for behind in timeline.behind.values()), default=0),
     )
 
 
-def _drawn(svg: str) -> Any:
+def _mark_safe(svg: str) -> Any:
     from markupsafe import Markup
 
     return Markup(svg)
 
 
 def _rate(number: float) -> str:
-    """Give a rate that is short to read.
+    """Return a rate for people.
 
     >>> [_rate(number) for number in (0, 0.25, 12.34, 12345.6)]
     ['0', '0.25', '12.3', '12,346']
@@ -74,8 +74,8 @@ def _rate(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _settings(course: Timeline) -> dict[str, str]:
-    run = course.snapshot
+def _describe_settings(timeline: Timeline) -> dict[str, str]:
+    run = timeline.snapshot
     chosen = run.settings
     return {
         "server": f"{run.server.address}, {run.server.version or 'version unknown'}",

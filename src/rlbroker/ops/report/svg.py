@@ -1,4 +1,4 @@
-"""Figures of matplotlib as SVG that can stand within a page: text stays text, and no two share an id."""
+"""matplotlib figures as inline SVG: text stays text, and ids are unique within the page."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 #: CSS pixels of an inch.
 PIXELS = 96
 
-#: Size of all text: what a page of 400 pixels still shows with 11.
+#: Size of all text; on a page of 400 pixels it still appears as 11 pixels.
 TEXT_PIXELS = 11.5
 
 INK, FAINT, GRID = "#1f2933", "#52606d", "#d9dee4"
 
-#: Colours that people who see few of them can tell apart (Okabe and Ito).
+#: Colours for people with colour blindness (Okabe and Ito).
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#a5588a"
 
 _STYLE: dict[Any, Any] = {
@@ -61,7 +61,7 @@ _NUMBER = re.compile(r"(\d+\.\d\d)\d+")
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Have what is drawn in this block look like the report, whatever the user's own settings of matplotlib are."""
+    """Apply the style of the report in this block, regardless of the user's matplotlib settings."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -69,24 +69,24 @@ def styled() -> Iterator[None]:
 
 
 def new_figure(width_pixels: float, height_pixels: float) -> Figure:
-    """Make an empty figure of this size."""
+    """Return an empty figure of this size."""
     return Figure(figsize=(width_pixels / PIXELS, height_pixels / PIXELS), layout="constrained")
 
 
 def inline(figure: Figure, name: str) -> str:
-    """Give a figure as an `svg` element for a page.
+    """Return a figure as an `svg` element for a page.
 
     Args:
-        figure: made within `styled`.
-        name: begins all of its ids, which must be the figure's alone.
+        figure: a figure made within `styled`.
+        name: the prefix of its ids, unique within the page.
     """
     written = io.BytesIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(written, format="svg", dpi=2 * PIXELS, transparent=True, metadata=nothing)
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(written, format="svg", dpi=2 * PIXELS, transparent=True, metadata=no_metadata)
     root = ElementTree.fromstring(written.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag in (f"{_SVG}style", f"{_SVG}metadata"):  # their rules would hold for the whole page
+            if child.tag in (f"{_SVG}style", f"{_SVG}metadata"):  # their rules would apply to the whole page
                 parent.remove(child)
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)
@@ -99,11 +99,11 @@ def inline(figure: Figure, name: str) -> str:
                 value = f"#{name}-{value[1:]}" if value.startswith("#") else value
             else:
                 value = _REFERENCE.sub(rf"url(#{name}-\1)", value)
-            # Factors keep their digits: an image of a thousand pixels would end ten pixels early.
+            # Scale factors keep their digits: an image of a thousand pixels would end ten pixels early.
             if attribute in ("d", "x", "y") or value.startswith("translate"):
                 value = _NUMBER.sub(r"\1", value)
             element.set(attribute, value)
     for attribute in ("width", "height", "version"):
         root.attrib.pop(attribute, None)
-    root.set("aria-hidden", "true")  # the figure that it stands in says what it shows
+    root.set("aria-hidden", "true")  # the figure element around it has a caption
     return ElementTree.tostring(root, encoding="unicode")

@@ -1,7 +1,7 @@
-"""The large picture of the page: a lane for each worker, coloured by the version that it ran.
+"""The timeline chart of the report: a lane for each worker, coloured by the version that it ran.
 
-It is drawn pixel by pixel, as a thousand versions of a hundred workers would be too many shapes for one page. The
-versions that a worker missed are marks at the foot of its lane, on white where lanes are high enough for that.
+It is drawn as pixels, because a thousand versions of a hundred workers would be too many shapes for one page. Versions
+that a worker missed are marks at the foot of its lane, on white where lanes are high enough.
 """
 
 from __future__ import annotations
@@ -16,58 +16,58 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from rlbroker.ops.inspect.timeline import Timeline
-from rlbroker.ops.inspect.version_lanes import VersionLanes, lay_lanes
-from rlbroker.ops.report.plots import time_axis
+from rlbroker.ops.inspect.timeline import Timeline, VersionLanes, build_lanes
+from rlbroker.ops.report.plots import draw_time_axis
 from rlbroker.ops.report.svg import ORANGE, PURPLE, RED, inline, new_figure
 from rlbroker.ops.report.times import Clock
 
-#: Widths in CSS pixels: for a page on a desk, on paper and on a telephone.
+#: Widths in CSS pixels: for a desktop, for paper and for a phone.
 WIDTHS: Final = {"wide": 1130, "middle": 660, "narrow": 325}
 
-#: Height of a lane in CSS pixels: at most, at least, and of all of them together where that leaves room for it.
+#: Height of a lane in CSS pixels: at most, at least, and of all lanes together if they stay high enough.
 _LANE_PIXELS, _LEAST_LANE_PIXELS, _ALL_LANES_PIXELS = 22, 3, 560
 
-#: Lanes of this height have white between them.
+#: Lanes of this height are separated by white.
 _WHITE_FROM_PIXELS = 6
 
-#: Height of a line of text, in CSS pixels.
+#: Height of a line of text in CSS pixels.
 _LINE_PIXELS = 14
 
-#: Letters of a host's name that are shown.
+#: Characters of a host name that are shown.
 _HOST_LETTERS = 18
 
-#: Missed versions are this wide at least, in CSS pixels: one pixel would not be seen.
+#: Least width of a mark in CSS pixels: one pixel would be invisible.
 _MARK_PIXELS = 3
 
-#: Colours of missed versions, by reason; the later ones hide the earlier ones. Most are superseded, which is no harm.
+#: Colours of missed versions by reason; later ones cover earlier ones. Superseded versions are frequent and harmless.
 _MISSED: Final = {"superseded": "#8d99a6", "left": PURPLE, "away": ORANGE, "failed": RED}
 
 _COLORS: Final = "viridis"
 
 
-def pictures_of(course: Timeline, clock: Clock) -> dict[str, str]:
-    """Draw the picture in each width, as `svg` elements by name; none without history. Call it within `styled`."""
-    found = {}
+def draw_timeline(timeline: Timeline, clock: Clock) -> dict[str, str]:
+    """Return the chart in each width as `svg` elements by name; none without history. Call it within `styled`."""
+    charts = {}
     for name, width in WIDTHS.items():
-        lanes = lay_lanes(course, width - 50)
+        lanes = build_lanes(timeline, width - 50)
         if lanes.workers:
-            found[f"lanes-{name}"] = inline(_draw(lanes, course, clock, width), f"lanes-{name}")
-    return found
+            charts[f"lanes-{name}"] = inline(_draw_lanes(lanes, timeline, clock, width), f"lanes-{name}")
+    return charts
 
 
-def _draw(lanes: VersionLanes, course: Timeline, clock: Clock, width: int) -> Figure:
+def _draw_lanes(lanes: VersionLanes, timeline: Timeline, clock: Clock, width: int) -> Figure:
     count, wide, narrow = len(lanes.workers), width == WIDTHS["wide"], width == WIDTHS["narrow"]
     lane_pixels = max(_LEAST_LANE_PIXELS, min(_LANE_PIXELS, _ALL_LANES_PIXELS // count))
-    legend = _legend(lanes)
+    legend = _make_legend(lanes)
     legend_columns = 2 if narrow else 4
     lines = 4 + -(-len(legend) // legend_columns)
     figure = new_figure(width, count * lane_pixels + lines * _LINE_PIXELS + 34)
     axes = figure.subplots()
-    known = [version for lane in lanes.versions for version in lane if version]
-    scale = Normalize(min(known, default=0), max(max(known, default=0), min(known, default=0) + 1))
+    versions = [version for lane in lanes.versions for version in lane if version]
+    lowest, highest = min(versions, default=0), max(versions, default=0)
+    scale = Normalize(lowest, max(highest, lowest + 1))
     axes.imshow(
-        _pixels(lanes, scale, lane_pixels, max(1, round(_MARK_PIXELS * lanes.columns / (width - 50)))),
+        _make_pixels(lanes, scale, lane_pixels, max(1, round(_MARK_PIXELS * lanes.columns / (width - 50)))),
         aspect="auto",
         interpolation="none",
         extent=(lanes.begin, lanes.end, count - 0.5, -0.5),
@@ -75,12 +75,13 @@ def _draw(lanes: VersionLanes, course: Timeline, clock: Clock, width: int) -> Fi
     step = next(step for step in (1, 2, 4, 8, 16, 32) if step * lane_pixels >= _LINE_PIXELS - 1)
     labelled = range(0, count, step)
     axes.set_yticks(
-        labelled, [_label(course, lanes.workers[lane], with_host=wide and step == 1) for lane in labelled]
+        labelled,
+        [_label_worker(timeline, lanes.workers[lane], with_host=wide and step == 1) for lane in labelled],
     )
     axes.set_ylabel("worker")
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
-    time_axis(axes, lanes.begin, lanes.end, course.restarts, clock, ticks=max(4, width // 110))
+    draw_time_axis(axes, lanes.begin, lanes.end, timeline.restarts, clock, ticks=max(4, width // 110))
     if legend:
         axes.legend(
             handles=legend,
@@ -98,7 +99,7 @@ def _draw(lanes: VersionLanes, course: Timeline, clock: Clock, width: int) -> Fi
         ScalarMappable(scale, _COLORS),
         ax=axes,
         location="bottom",
-        # As thick in a low picture as in a high one.
+        # The same thickness in a low chart and in a high one.
         fraction=10 / (count * lane_pixels),
         pad=0.01,
         aspect=(width - 100) / 10,
@@ -109,8 +110,8 @@ def _draw(lanes: VersionLanes, course: Timeline, clock: Clock, width: int) -> Fi
     return figure
 
 
-def _pixels(lanes: VersionLanes, scale: Normalize, lane_pixels: int, mark_cells: int) -> np.ndarray:
-    """Give the colour of each pixel: rows of the version, rows of what was missed, and a row between high lanes."""
+def _make_pixels(lanes: VersionLanes, scale: Normalize, lane_pixels: int, mark_cells: int) -> np.ndarray:
+    """Return the colour of each pixel: rows for the version, rows for missed versions, and a row between high lanes."""
     versions = np.array(lanes.versions)
     colors = matplotlib.colormaps[_COLORS](scale(versions), bytes=True)
     colors[versions == 0] = 255
@@ -121,22 +122,24 @@ def _pixels(lanes: VersionLanes, scale: Normalize, lane_pixels: int, mark_cells:
             if mark.why == why:
                 first = max(0, min(mark.column - mark_cells // 2, lanes.columns - mark_cells))
                 missed[mark.lane, first : first + mark_cells] = np.round(np.array(to_rgba(color)) * 255)
-    strip = max(1, lane_pixels // 4)
+    missed_rows = max(1, lane_pixels // 4)
     lane = (
-        [colors] * (lane_pixels - strip - between) + [missed] * strip + [np.full_like(colors, 255)] * between
+        [colors] * (lane_pixels - missed_rows - between)
+        + [missed] * missed_rows
+        + [np.full_like(colors, 255)] * between
     )
-    # The first pixel of all lanes, the second of all lanes, … become pixels one below the other.
+    # Stack the rows of each lane below one another.
     pixels: np.ndarray = np.stack(lane, axis=1).reshape(-1, lanes.columns, 4)
     return pixels
 
 
-def _legend(lanes: VersionLanes) -> list[Patch]:
+def _make_legend(lanes: VersionLanes) -> list[Patch]:
     missed = {why: sum(mark.count for mark in lanes.marks if mark.why == why) for why in reversed(_MISSED)}
     return [Patch(color=_MISSED[why], label=f"{why}: {count:,}") for why, count in missed.items() if count]
 
 
-def _label(course: Timeline, worker: int, *, with_host: bool) -> str:
-    status = course.snapshot.workers.get(worker)
+def _label_worker(timeline: Timeline, worker: int, *, with_host: bool) -> str:
+    status = timeline.snapshot.workers.get(worker)
     if not with_host or status is None or status.info is None:
         return str(worker)
     host = status.info.host

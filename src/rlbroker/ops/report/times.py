@@ -1,4 +1,4 @@
-"""Times as the page shows them, all in one named time zone."""
+"""Times and durations of the report, in one named time zone."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ _STEPS = (
 
 
 class Clock:
-    """Turns the server's seconds into times of this machine's zone, as it is at one moment."""
+    """Formats times in this machine's time zone, with the UTC offset of one moment."""
 
     def __init__(self, at: float) -> None:
-        """Take the zone as it is then: all times of a page have one and the same distance to UTC."""
-        here = datetime.fromtimestamp(at).astimezone()
-        self._offset = here.utcoffset() or timedelta()
+        """Take the UTC offset of this moment: all times of a page have the same offset."""
+        local = datetime.fromtimestamp(at).astimezone()
+        self._offset = local.utcoffset() or timedelta()
         self._zone = timezone(self._offset)
-        hours = here.strftime("%z")
-        name = here.tzname() or "UTC"
-        #: The zone for people: its name, and how far it is from UTC.
+        hours = local.strftime("%z")
+        name = local.tzname() or "UTC"
+        #: The name of the zone with its UTC offset.
         self.zone = name if name == "UTC" else f"{name}, UTC{hours[:3]}:{hours[3:]}"
 
     def full(self, at: float) -> str:
-        """Give date and time; the page names the zone."""
+        """Return date and time for people; the page names the zone."""
         return self._format(at, "%-d %b %Y, %H:%M:%S")
 
     def iso(self, at: float) -> str:
-        """Give date and time for programs."""
+        """Return date and time in ISO format."""
         return datetime.fromtimestamp(at, self._zone).isoformat(timespec="seconds")
 
     def ticks(self, begin: float, end: float, count: int) -> tuple[list[float], Callable[[float], str]]:
-        """Give at most so many round times of a span, and how to write them."""
+        """Return at most `count` round times of a span, and the function that formats them."""
         span = max(end - begin, 1.0)
         step = next(
-            (one for one in _STEPS if span / one <= count), math.ceil(span / count / 604_800) * 604_800
+            (step for step in _STEPS if span / step <= count), math.ceil(span / count / 604_800) * 604_800
         )
         shift = self._offset.total_seconds()
         first = math.ceil((begin + shift) / step) * step - shift
@@ -57,7 +57,7 @@ class Clock:
 
 
 def duration(seconds: float) -> str:
-    """Give how long something lasted, in its two largest units.
+    """Return a duration in its two largest units.
 
     >>> [duration(seconds) for seconds in (0.4, 48, 124, 7380, 90_000)]
     ['0.4 s', '48 s', '2 min 4 s', '2 h 3 min', '1 d 1 h']
@@ -70,4 +70,4 @@ def duration(seconds: float) -> str:
         if whole < {1: 3600, 60: 86_400, 3600: math.inf}[small]:
             rest = whole % large // small
             return f"{whole // large:,} {names[0]}" + (f" {rest} {names[1]}" if rest else "")
-    return ""  # not reached
+    raise AssertionError("the largest unit has no limit")
