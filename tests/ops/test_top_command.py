@@ -106,7 +106,7 @@ def test_what_ends_the_process_leaves_the_terminal_as_it_was(planted: Planted) -
 
 def test_a_mistake_of_ours_leaves_the_terminal_as_it_was() -> None:
     program = """
-from rlbroker.ops.cli.terminal import Terminal
+from rlbroker.ops.cli.top.terminal import Terminal
 with Terminal() as terminal:
     terminal.draw(["drawn"])
     terminal.keys(10.0)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from test_findings import RUN
 
-from rlbroker.ops.cli.key_bindings import INTERVALS, State, chosen, pressed
-from rlbroker.ops.cli.keyboard import keys
-from rlbroker.ops.cli.table_widths import cell_width
-from rlbroker.ops.cli.top_table import COLUMNS, SORTS
-from rlbroker.ops.cli.top_view import Look, Trouble, frame, page, settled, sparkline
+from rlbroker.ops.cli.styled_text import cell_width
+from rlbroker.ops.cli.top.key_bindings import INTERVALS, State, chosen, pressed
+from rlbroker.ops.cli.top.keyboard import keys
+from rlbroker.ops.cli.top.table import COLUMNS, SORTS
+from rlbroker.ops.cli.top.view import Look, Trouble, frame, page, settled, sparkline
 from rlbroker.ops.inspect.findings import Finding
 from rlbroker.ops.inspect.watch import SERIES, RunView, WorkerLine
 

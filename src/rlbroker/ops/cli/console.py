@@ -9,7 +9,7 @@ import shutil
 from typing import TextIO
 
 from rlbroker.config import colors_wanted
-from rlbroker.ops.cli.table_widths import styled
+from rlbroker.ops.cli.styled_text import styled
 
 
 class Console:

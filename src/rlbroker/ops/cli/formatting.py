@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rlbroker.backend.text import age as age
 from rlbroker.backend.text import counted as counted
-from rlbroker.ops.cli.table_widths import cell_width, fitted, styled
+from rlbroker.ops.cli.styled_text import cell_width, fitted, styled
 
 if TYPE_CHECKING:
     from rlbroker.ops.cli.console import Console

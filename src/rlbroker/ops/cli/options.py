@@ -13,10 +13,3 @@ Url = Annotated[
         "RLBROKER_REDIS_URL, REDIS_URL, localhost."
     ),
 ]
-Env = Annotated[str, typer.Option(help="Gymnasium environment; learner and workers must have the same.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Random seed of the run; random if left out.")]
-Minutes = Annotated[float, typer.Option(min=0.0, help="Longest time for everything.")]
-MaxSeconds = Annotated[float | None, typer.Option(min=0.0, help="The same in seconds, instead of --minutes.")]
-Hidden = Annotated[
-    int, typer.Option(min=1, help="Units in each of the network's layers; learner and workers must agree.")
-]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlbroker.ops.cli.experiences import contents_json, show_contents
+from rlbroker.ops.cli.experiences_commands import contents_json, show_contents
 from rlbroker.ops.cli.formatting import age, counted, plain, show_table, size
 from rlbroker.ops.cli.session import EXIT_NOT_FOUND, Session, with_session
 

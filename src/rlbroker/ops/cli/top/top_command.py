@@ -15,8 +15,8 @@ from rlbroker.errors import RlbrokerError
 from rlbroker.ops.cli.session import Session, with_session
 
 if TYPE_CHECKING:
-    from rlbroker.ops.cli.key_bindings import State
-    from rlbroker.ops.cli.top_view import Trouble
+    from rlbroker.ops.cli.top.key_bindings import State
+    from rlbroker.ops.cli.top.view import Trouble
     from rlbroker.ops.inspect.watch import RunView, RunWatch
 
 #: How often the age of a view that is old is shown anew.
@@ -53,8 +53,8 @@ def top(
 
     Example: rlbroker top --run pong --sort stale
     """
-    from rlbroker.ops.cli.key_bindings import SHOWN, State
-    from rlbroker.ops.cli.top_table import SORTS
+    from rlbroker.ops.cli.top.key_bindings import SHOWN, State
+    from rlbroker.ops.cli.top.table import SORTS
     from rlbroker.ops.inspect.watch import RunWatch
 
     if sort not in SORTS:
@@ -89,7 +89,7 @@ def _print_looks(session: Session, watch: RunWatch, interval: float) -> None:
 
 def _print_once(session: Session, watch: RunWatch, state: State) -> None:
     """Look twice, as rates are differences, and print all workers."""
-    from rlbroker.ops.cli.top_view import Look, page
+    from rlbroker.ops.cli.top.view import Look, page
 
     _look(session, watch)
     time.sleep(state.interval)
@@ -102,9 +102,9 @@ def _print_once(session: Session, watch: RunWatch, state: State) -> None:
 
 
 def _live(session: Session, watch: RunWatch, state: State) -> None:
-    from rlbroker.ops.cli.key_bindings import pressed
-    from rlbroker.ops.cli.terminal import Terminal
-    from rlbroker.ops.cli.top_view import Look, frame, settled
+    from rlbroker.ops.cli.top.key_bindings import pressed
+    from rlbroker.ops.cli.top.terminal import Terminal
+    from rlbroker.ops.cli.top.view import Look, frame, settled
 
     colors = session.console.colors
     view = _look(session, watch)  # what is wrong with server or run is said as by any command
@@ -147,7 +147,7 @@ class _Looks:
 
     def newest(self) -> tuple[RunView, Trouble | None]:
         """Give what was seen last, and what is the matter if that is old."""
-        from rlbroker.ops.cli.top_view import Trouble
+        from rlbroker.ops.cli.top.view import Trouble
 
         with self._turn:
             if self._mistake is not None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from rlbroker.ops.cli.check import CRITICAL, OK, UNKNOWN, WARNING
+from rlbroker.ops.cli.check_command import CRITICAL, OK, UNKNOWN, WARNING
 from rlbroker.ops.cli.formatting import counted, plain
 from rlbroker.ops.cli.session import Session, with_session
 

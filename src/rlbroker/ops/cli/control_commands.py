@@ -65,7 +65,7 @@ def send(
     """
     from rlbroker.ops.send_command import send_command
 
-    arguments = _arguments(data)
+    arguments = parse_arguments(data)
     with session.in_time():
         command = send_command(
             session.connection,
@@ -131,7 +131,8 @@ def list_commands(
     )
 
 
-def _arguments(data: str | None) -> Any:
+def parse_arguments(data: str | None) -> Any:
+    """Return the value of --data, which is JSON; without it None."""
     try:
         return None if data is None else json.loads(data)
     except ValueError as error:

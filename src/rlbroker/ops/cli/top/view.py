@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from rlbroker.ops.cli.formatting import age, figure, plain, share, size
-from rlbroker.ops.cli.key_bindings import State, chosen
-from rlbroker.ops.cli.table_widths import Piece, cell_width, fitted, styled
-from rlbroker.ops.cli.top_table import COLUMNS, rows_of
+from rlbroker.ops.cli.styled_text import Piece, cell_width, fitted, styled
+from rlbroker.ops.cli.top.key_bindings import State, chosen
+from rlbroker.ops.cli.top.table import COLUMNS, rows_of
 from rlbroker.ops.inspect.watch import RunView, WorkerLine
 
 _SPARKS: Final = "▁▂▃▄▅▆▇█"

@@ -8,7 +8,7 @@ import typer
 
 from rlbroker.ops.cli.formatting import age, counted, describe_missed, plain, show_findings, show_table
 from rlbroker.ops.cli.session import Session, with_session
-from rlbroker.ops.cli.status import cell_style
+from rlbroker.ops.cli.status_command import cell_style
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.findings import Finding

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rlbroker.ops.cli.formatting import age, figure, plain, share
-from rlbroker.ops.cli.table_widths import Piece, cell_width, fitted
+from rlbroker.ops.cli.styled_text import Piece, cell_width, fitted
 from rlbroker.ops.inspect.findings import UNPOLLED_SECONDS, FindingLimits
 from rlbroker.ops.inspect.watch import WorkerLine
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Final, Self
 
-from rlbroker.ops.cli.keyboard import keys
+from rlbroker.ops.cli.top.keyboard import keys
 
 #: The other screen, without a cursor, and without wrapping of long lines; and back.
 _ENTER: Final = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[2J"

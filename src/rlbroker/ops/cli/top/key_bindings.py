@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from rlbroker.ops.cli.top_table import COLUMNS, SORTS
+from rlbroker.ops.cli.top.table import COLUMNS, SORTS
 from rlbroker.ops.inspect.watch import RunView, WorkerLine
 
 #: How often to look can be chosen from these, seconds.

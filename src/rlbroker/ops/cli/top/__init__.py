@@ -1,0 +1,1 @@
+"""`rlbroker top`: the command, and the screen that it draws."""
