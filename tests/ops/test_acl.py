@@ -467,7 +467,7 @@ def test_passwords_are_made_once_and_nobody_else_reads_them(tmp_path: Path) -> N
 
     first, second = print_users(), print_users()
     assert (first.returncode, first.stdout) == (0, second.stdout)
-    assert "0 new passwords, 5 that were there" in second.stderr
+    assert "0 new passwords, 5 existing" in second.stderr
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()}
     assert (modes, stat.S_IMODE((tmp_path / "new").stat().st_mode)) == ({0o600}, 0o700)
     assert not [path for path in (tmp_path / "new").iterdir() if path.read_text().strip() in first.stdout]

@@ -30,7 +30,7 @@ class Guarded:
         options = ("--run", RUN, "--workers", "2", "--secrets", str(folder), "--setuser")
         printed = rlbroker("acl", *options, RLBROKER_REDIS_URL=engine.url)
         assert printed.returncode == 0, printed.stderr
-        assert "give these to every one" in printed.stderr
+        assert "add these to every node" in printed.stderr
         for node in engine.nodes:
             for line in printed.stdout.splitlines():
                 node.ask(*shlex.split(line))

@@ -180,7 +180,7 @@ def test_dead_batches_are_listed_shown_and_tried_again_as_the_hint_says(
 def test_a_dead_batch_that_is_not_there_is_named(shell: Shell) -> None:
     done = shell("dead", "retry", "1/99-9", "1/17-3")
     assert (done.returncode, done.stdout) == (1, "1 dead batch will be delivered once more\n")
-    assert "1/99-9 is no dead batch (any more)" in done.stderr
+    assert "1/99-9 is not a dead batch, or no longer" in done.stderr
 
 
 def test_purging_needs_a_yes(shell: Shell, planted: Planted) -> None:
@@ -193,7 +193,7 @@ def test_purging_needs_a_yes(shell: Shell, planted: Planted) -> None:
     there = dead()
     done = shell("dead", "purge")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "--yes does it" in done.stderr
+    assert "confirm it with --yes" in done.stderr
     code, said = shell.on_terminal("dead", "purge", answer="n\n")
     assert code == 2
     assert f"Delete {there} dead batch" in said

@@ -70,12 +70,12 @@ def check(*arguments: str, **variables: str | None) -> tuple[int, str]:
 def test_whoever_of_the_run_is_on_this_host_is_well(
     url: str, run: str, learner: WorkerCommunicator, worker: WorkerClient, on_host: OnHost
 ) -> None:
-    heard = r"\(heard of \d\.\d s ago\)\n"
+    seen = r"\(last seen \d\.\d s ago\)\n"
     for host, name in (("box-7", "worker 0"), ("learner-0", "learner")):
         on_host(host)
         code, said = check("--url", url, "--run", run)
         assert code == 0, said
-        assert re.fullmatch(f"OK: {run} on {host}: {name} alive {heard}", said)
+        assert re.fullmatch(f"OK: {run} on {host}: {name} alive {seen}", said)
 
 
 def test_a_host_without_anybody_of_the_run_is_not_well(
@@ -108,7 +108,7 @@ def test_a_worker_that_fell_silent_is_not_well_until_another_of_its_host_is_aliv
         "it is away", lambda: found if (found := check("--url", url, "--run", run))[0] else None
     )
     assert code == 2
-    assert re.fullmatch(rf"CRITICAL: {run} on box-8: worker 5 away \(heard of \d\.\d s ago\)\n", said)
+    assert re.fullmatch(rf"CRITICAL: {run} on box-8: worker 5 away \(last seen \d\.\d s ago\)\n", said)
 
     opened.enter_context(WorkerClient(url, run))  # as after the container began anew
 

@@ -171,7 +171,7 @@ def test_without_a_single_run_the_server_alone_is_examined(server: RedisServer, 
         done = CliRunner().invoke(app, ["doctor", "--url", server.url])
     finally:
         admin.delete(other)
-    assert done.stderr == f"no run was examined: runs there are: other, {RUN}; choose one with --run\n"
+    assert done.stderr == f"no run was examined: there are 2 runs: other, {RUN}; choose one with --run\n"
     assert done.exit_code in (0, 1)
     assert " persistence " in done.stdout
     assert " queues " not in done.stdout

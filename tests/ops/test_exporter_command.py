@@ -299,7 +299,7 @@ def test_an_exporter_starts_without_a_server_and_ends_at_ctrl_c() -> None:
             said, problem = process.communicate(timeout=10)
     assert (process.returncode, said) == (130, "")
     ready, away_now = problem.splitlines()  # it is said once
-    assert ready.startswith("serving the figures of all runs on redis://127.0.0.1:")
+    assert ready.startswith("serving the metrics of all runs on redis://127.0.0.1:")
     assert "cannot be read: cannot reach" in away_now
     assert "secret" not in problem
 

@@ -88,7 +88,7 @@ def test_one_worker_is_shown_with_what_it_missed(url: str) -> None:
 def test_a_worker_that_is_not_there_is_named_with_those_that_are(url: str) -> None:
     done = rlbroker("workers", "9", "--run", RUN, RLBROKER_REDIS_URL=url)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"rlbroker: there is no worker 9 in the run '{RUN}'; workers there are: 0, 1, 2\n"
+    assert done.stderr == f"rlbroker: there is no worker 9 in the run '{RUN}'; its workers are: 0, 1, 2\n"
 
 
 def test_missed_updates_are_listed_by_worker_and_reason(url: str) -> None:

@@ -101,7 +101,9 @@ def test_dead_runs_are_shown_and_deleted_and_those_that_live_stay(real_server: R
 
         asked = CliRunner().invoke(app, ["prune", "--url", url])  # without a terminal
         assert asked.exit_code == 2
-        assert asked.output.splitlines()[-1].startswith("rlbroker: nothing was deleted: say --yes")
+        assert asked.output.splitlines()[-1].startswith(
+            "rlbroker: nothing was deleted: confirm it with --yes"
+        )
         assert all_of(client).keys() == before.keys()
 
         done = rlbroker("prune", "--yes", "--json", RLBROKER_REDIS_URL=url)
@@ -133,7 +135,7 @@ def test_a_run_that_is_named_goes_at_once_when_its_learner_has_ended(real_server
     os.close(ours)
     os.close(theirs)
     assert process.returncode == 0, said
-    assert "Delete the run done for ever?" in said
+    assert "Delete the run done for good?" in said
     assert all_of(client) == {}
 
 

@@ -70,7 +70,7 @@ def test_it_shows_the_run_and_obeys_keys_and_leaves_the_terminal_as_it_was(plant
         screen.type("ff")
         screen.until("the good one is not shown", lambda: str(DILIGENT) not in rows_of(screen))
         screen.type("?")
-        screen.shows("any key ends the help")
+        screen.shows("any key closes the help")
         screen.type("x")
         screen.until("the workers are back", lambda: len(rows_of(screen)) == 4)
         screen.type("-")

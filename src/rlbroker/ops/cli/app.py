@@ -15,7 +15,7 @@ from rlbroker.ops.cli.demo_commands import demo, learner, worker
 from rlbroker.ops.cli.doctor_command import doctor
 from rlbroker.ops.cli.experiences_commands import experiences
 from rlbroker.ops.cli.exporter_command import exporter
-from rlbroker.ops.cli.formatting import unwrapped
+from rlbroker.ops.cli.formatting import unwrap
 from rlbroker.ops.cli.missed_command import missed
 from rlbroker.ops.cli.prune_command import prune
 from rlbroker.ops.cli.report_command import report
@@ -46,7 +46,7 @@ for heading, commands in COMMANDS.items():
         if isinstance(command, typer.Typer):
             app.add_typer(command, rich_help_panel=heading)
         else:
-            app.command(rich_help_panel=heading, help=unwrapped(command.__doc__ or ""))(command)
+            app.command(rich_help_panel=heading, help=unwrap(command.__doc__ or ""))(command)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,4 +1,4 @@
-"""`rlbroker control`: send a command to the workers and watch their answers, and what was sent before."""
+"""`rlbroker control`: send commands to the workers, and list those that were sent."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlbroker.ops.cli.formatting import age, counted, plain, seconds_of, show_table
-from rlbroker.ops.cli.progress import progress
-from rlbroker.ops.cli.session import EXIT_INTERRUPTED, Session, with_session
+from rlbroker.ops.cli.exit_codes import EXIT_INTERRUPTED
+from rlbroker.ops.cli.formatting import age, counted, parse_span, sanitize
+from rlbroker.ops.cli.options import with_session
+from rlbroker.ops.cli.progress import show_progress
+from rlbroker.ops.cli.session import Session
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.sent_commands import SentCommand
     from rlbroker.ops.send_command import Command
     from rlbroker.types import Outcome
 
-#: How often the answers are looked for.
-LOOK_SECONDS = 0.1
+#: How often to read the workers' answers.
+POLL_SECONDS = 0.1
 
-#: Exit code if not every worker did it.
+#: Exit code if at least one worker did not do the command.
 EXIT_NOT_DONE = 1
 
+#: How many workers without an answer are listed in a table.
+WAITING_SHOWN = 8
+
 control = typer.Typer(
-    name="control", no_args_is_help=True, help="Commands to the workers: send one, and what became of them."
+    name="control", no_args_is_help=True, help="Send commands to the workers, and list the commands sent."
 )
 
 
@@ -35,38 +40,43 @@ control = typer.Typer(
 def send(
     session: Session,
     name: Annotated[
-        str, typer.Argument(help="stop, pause, resume, reset, or a name for which workers have a handler.")
+        str,
+        typer.Argument(help="stop, pause, resume, reset, or a name for which the workers have a handler."),
     ],
     data: Annotated[
-        str | None, typer.Option(metavar="JSON", help='What the handler gets, such as {"duration": 5}.')
+        str | None, typer.Option(metavar="JSON", help='Data for the handler, such as {"duration": 5}.')
     ] = None,
     worker: Annotated[
-        list[int] | None, typer.Option(min=0, help="To this worker; may be repeated. Else to all.")
+        list[int] | None, typer.Option(min=0, help="Only this worker; may be repeated. By default all.")
     ] = None,
     expires: Annotated[
         float | None,
-        typer.Option(parser=seconds_of, metavar="SPAN", help="A worker that reads it later leaves it; 30s."),
+        typer.Option(
+            parser=parse_span, metavar="SPAN", help="Workers ignore the command after this time; 30s."
+        ),
     ] = None,
     wait: Annotated[
         float | None,
-        typer.Option(parser=seconds_of, metavar="SPAN", help="How long to wait for the answers; 30s."),
+        typer.Option(parser=parse_span, metavar="SPAN", help="How long to wait for the answers; 30s."),
     ] = None,
-    no_wait: Annotated[bool, typer.Option("--no-wait", help="Send it, and wait for nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Also if the learner has ended or is away.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait for the answers.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Send even if the learner has ended or is away.")
+    ] = False,
 ) -> None:
-    """Send a command to workers in the place of their learner, and watch the answers arrive.
+    """Send a command to workers on behalf of their learner, and show the answers as they arrive.
 
-    Without a learner that lives nobody settles the answers, so that needs --force; workers that live obey all the
-    same. Ctrl-C ends the watching: the command stays sent. Unlike a command of the learner's own, it is not sent again
-    to a server that has lost it.
-    Exit code: 0 all workers did it, or --no-wait; 1 some did not (yet); 2 it could not be sent; 130 after Ctrl-C.
+    Without an alive learner no process records the answers, so --force is needed; the workers obey all the same.
+    Ctrl-C ends the wait: the command stays sent. Unlike a command of the learner, it is not sent again to a server
+    that has lost it.
+    Exit code: 0 all workers did it, or --no-wait; 1 some did not, or not yet; 2 it could not be sent; 130 after Ctrl-C.
 
     Example: rlbroker control send pause --data '{"duration": 5}' --worker 0 --worker 3
     """
     from rlbroker.ops.send_command import send_command
 
     arguments = parse_arguments(data)
-    with session.in_time():
+    with session.time_limit():
         command = send_command(
             session.connection,
             session.keys,
@@ -78,15 +88,16 @@ def send(
             key=session.signing_key,
         )
     if not command:
-        session.fail(f"nobody belongs to the run {session.run!r} at present; nothing was sent", EXIT_NOT_DONE)
+        session.fail(f"the run {session.run!r} has no workers at present; nothing was sent", EXIT_NOT_DONE)
     outcomes: dict[int, Outcome] = {}
     if not no_wait:
         try:
-            outcomes = _watch(session, command, 30.0 if wait is None else wait)
+            outcomes = _wait_for_answers(session, command, 30.0 if wait is None else wait)
         except KeyboardInterrupt:
-            session.say(f"the command stays sent; {session.typed('rlbroker control list')} shows the answers")
+            hint = session.complete_hint("rlbroker control list")
+            session.note(f"the command stays sent; {hint} shows the answers")
             raise typer.Exit(EXIT_INTERRUPTED) from None
-    _show_sent(session, command, outcomes, waited=not no_wait)
+    _print_outcomes(session, command, outcomes, waited=not no_wait)
     if not no_wait and not all(outcomes.values()):
         raise typer.Exit(EXIT_NOT_DONE)
 
@@ -95,73 +106,74 @@ def send(
 @with_session
 def list_commands(
     session: Session,
-    count: Annotated[int, typer.Option(min=1, max=1000, help="How many, the newest.")] = 20,
+    count: Annotated[int, typer.Option(min=1, max=1000, help="How many of the newest to list.")] = 20,
 ) -> None:
-    """List the commands that were sent, newest last, and what became of them at how many workers.
+    """List the newest commands, newest last, with their outcomes.
 
-    They are kept for about an hour, and until they are answered, but for a day at most.
-    Exit code: 0, or 2 if the server or the run is not there.
+    A command is kept for about an hour, and longer while answers are missing, but for a day at most.
+    Exit code: 0, or 2 if the server or the run cannot be read.
 
     Example: rlbroker control list --run pong --count 5
     """
     from rlbroker.ops.inspect import sent_commands
 
-    with session.in_time():
-        found = sent_commands.list_commands(session.connection, session.keys, count=count)
+    with session.time_limit():
+        commands = sent_commands.list_commands(session.connection, session.keys, count=count)
     if session.as_json:
-        session.show_json({"run": session.run, "commands": [_command_json(one) for one in found]})
+        session.print_json({"run": session.run, "commands": [_command_json(command) for command in commands]})
         return
-    if not found:
-        session.say("no commands were sent lately")
-    show_table(
-        session.console,
+    if not commands:
+        session.note("no commands are recorded")
+    session.console.print_table(
         [
             {
-                "ago": age(one.age_seconds),
-                "id": plain(one.command_id),
-                "command": plain(one.name),
-                "arguments": plain(one.arguments),
-                "outcomes": _sums(one.outcomes),
-                "detail": _first_fault(one.outcomes),
+                "ago": age(command.age_seconds),
+                "id": sanitize(command.command_id),
+                "command": sanitize(command.name),
+                "arguments": sanitize(command.arguments),
+                "outcomes": _count_states(command.outcomes),
+                "detail": _describe_problem(command.outcomes),
             }
-            for one in found
+            for command in commands
         ],
-        left=("id", "command", "arguments", "outcomes", "detail"),
-        spare=("id", "detail", "arguments"),
+        text=("id", "command", "arguments", "outcomes", "detail"),
+        optional=("id", "detail", "arguments"),
     )
 
 
 def parse_arguments(data: str | None) -> Any:
-    """Return the value of --data, which is JSON; without it None."""
+    """Return the value of --data, which is JSON; None without it."""
     try:
         return None if data is None else json.loads(data)
     except ValueError as error:
         raise typer.BadParameter(
-            f"""not JSON: {error}; such as '{{"duration": 5}}'""", param_hint="--data"
+            f"""not JSON: {error}; write it as '{{"duration": 5}}'""", param_hint="--data"
         ) from None
 
 
-def _watch(session: Session, command: Command, seconds: float) -> dict[int, Outcome]:
-    """Look for answers until all are there, or the time is over; give what there is."""
+def _wait_for_answers(session: Session, command: Command, seconds: float) -> dict[int, Outcome]:
+    """Return the outcomes once all workers have answered, or when the time is over."""
     from rlbroker.ops.send_command import look_at_command
 
     end = time.monotonic() + seconds
     workers = len(command.worker_ids)
-    session.say(f"sent {plain(command.name)} to {counted(workers, 'worker')}")
-    with progress(session, plain(command.name), workers, "workers") as advance:
+    session.note(f"sent {sanitize(command.name)} to {counted(workers, 'worker')}")
+    with show_progress(session, sanitize(command.name), workers, "workers") as advance:
         while True:
-            with session.in_time():
+            with session.time_limit():
                 outcomes = look_at_command(session.connection, session.keys, command)
-            answered = sum(one.state != "waiting" for one in outcomes.values())
+            answered = sum(outcome.state != "waiting" for outcome in outcomes.values())
             advance(answered)
             if answered == workers or time.monotonic() >= end:
                 return outcomes
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
 
 
-def _show_sent(session: Session, command: Command, outcomes: Mapping[int, Outcome], *, waited: bool) -> None:
+def _print_outcomes(
+    session: Session, command: Command, outcomes: Mapping[int, Outcome], *, waited: bool
+) -> None:
     if session.as_json:
-        session.show_json(
+        session.print_json(
             {
                 "run": session.run,
                 "id": command.id,
@@ -173,57 +185,61 @@ def _show_sent(session: Session, command: Command, outcomes: Mapping[int, Outcom
         )
         return
     if not waited:
-        where = ", ".join(map(str, command.worker_ids))
-        session.console.print(f"sent {plain(command.name)} as {command.id} to workers {where}")
+        workers = ", ".join(map(str, command.worker_ids))
+        session.console.print(f"sent {sanitize(command.name)} as {command.id} to workers {workers}")
         return
-    show_table(
-        session.console,
+    session.console.print_table(
         [
-            {"worker": str(worker), "outcome": one.state, "detail": plain(one.detail)}
-            for worker, one in sorted(outcomes.items())
+            {"worker": str(worker), "outcome": outcome.state, "detail": sanitize(outcome.detail)}
+            for worker, outcome in sorted(outcomes.items())
         ],
-        left=("outcome", "detail"),
-        style=_style,
+        text=("outcome", "detail"),
+        style=_cell_style,
     )
-    if any(one.state == "waiting" for one in outcomes.values()):
-        session.say(
-            f"not all have answered; the command stays sent: {session.typed('rlbroker control list')}"
-        )
+    if any(outcome.state == "waiting" for outcome in outcomes.values()):
+        hint = session.complete_hint("rlbroker control list")
+        session.note(f"some workers have not answered; the command stays sent: {hint}")
 
 
-def _style(column: str, cell: str) -> str:
+def _cell_style(column: str, cell: str) -> str:
     if column != "outcome" or cell == "done":
         return ""
     return "yellow" if cell == "waiting" else "red"
 
 
-def _sums(outcomes: Mapping[int, Outcome]) -> str:
-    states = Counter(one.state for one in outcomes.values())
+def _count_states(outcomes: Mapping[int, Outcome]) -> str:
+    states = Counter(outcome.state for outcome in outcomes.values())
     return ", ".join(f"{count:,} {state}" for state, count in states.items()) or "forgotten"
 
 
-def _first_fault(outcomes: Mapping[int, Outcome]) -> str:
-    """Give the first worker that did not do it, and why, or those that have not answered; the JSON has all."""
-    for worker, one in outcomes.items():
-        if one.state not in ("done", "waiting"):
-            return f"worker {worker}: {one.state}" + (f", {plain(one.detail)}" if one.detail else "")
-    waiting = [str(worker) for worker, one in outcomes.items() if one.state == "waiting"]
-    return f"no answer from {', '.join(waiting[:8])}{' …' if len(waiting) > 8 else ''}" if waiting else ""
+def _describe_problem(outcomes: Mapping[int, Outcome]) -> str:
+    """Return the first worker that did not do it, with the reason; or the workers without an answer."""
+    for worker, outcome in outcomes.items():
+        if outcome.state not in ("done", "waiting"):
+            reason = f", {sanitize(outcome.detail)}" if outcome.detail else ""
+            return f"worker {worker}: {outcome.state}{reason}"
+    waiting = [str(worker) for worker, outcome in outcomes.items() if outcome.state == "waiting"]
+    if not waiting:
+        return ""
+    return (
+        f"no answer from {', '.join(waiting[:WAITING_SHOWN])}{' …' if len(waiting) > WAITING_SHOWN else ''}"
+    )
 
 
-def _command_json(one: SentCommand) -> dict[str, Any]:
+def _command_json(command: SentCommand) -> dict[str, Any]:
     return {
-        "id": one.command_id,
-        "name": one.name,
-        "arguments": one.arguments,
-        "sent": one.sent,
-        "age_seconds": one.age_seconds,
-        "states": dict(Counter(outcome.state for outcome in one.outcomes.values())),
-        "outcomes": _outcomes_json(one.outcomes),
+        "id": command.command_id,
+        "name": command.name,
+        "arguments": command.arguments,
+        "sent": command.sent,
+        "age_seconds": command.age_seconds,
+        "states": dict(Counter(outcome.state for outcome in command.outcomes.values())),
+        "outcomes": _outcomes_json(command.outcomes),
     }
 
 
 def _outcomes_json(outcomes: Mapping[int, Outcome]) -> dict[str, dict[str, str]]:
     return {
-        str(worker): {"state": one.state, "detail": one.detail} for worker, one in sorted(outcomes.items())
+        str(worker): {"state": outcome.state, "detail": outcome.detail}
+        for worker, outcome in sorted(outcomes.items())
     }

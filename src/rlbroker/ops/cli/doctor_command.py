@@ -1,4 +1,4 @@
-"""`rlbroker doctor`: whether server, run and this machine are fit for each other."""
+"""`rlbroker doctor`: examines the server, the run and this machine."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from typing import TYPE_CHECKING
 import typer
 
 from rlbroker.ops.cli.check_command import CRITICAL, OK, UNKNOWN, WARNING
-from rlbroker.ops.cli.formatting import counted, plain
-from rlbroker.ops.cli.session import Session, with_session
+from rlbroker.ops.cli.formatting import counted, sanitize
+from rlbroker.ops.cli.options import with_session
+from rlbroker.ops.cli.session import Session
 
 if TYPE_CHECKING:
     from rlbroker.ops.doctor.diagnosis import Diagnosis
 
-#: Exit code, mark and colour of each state.
-_CODES = {"ok": OK, "unknown": OK, "warning": WARNING, "critical": CRITICAL}
+#: The exit code for each state, and its mark with colour.
+_EXIT_CODES = {"ok": OK, "unknown": OK, "warning": WARNING, "critical": CRITICAL}
 _MARKS = {"ok": ("✓", "green"), "unknown": ("?", "dim"), "warning": ("!", "yellow"), "critical": ("✗", "red")}
 
 
 @with_session
 def doctor(session: Session) -> None:
-    """Examine the server, the run and this machine: settings, speed, rights, room, and what is wrong with the run.
+    """Examine the server, the run and this machine: settings, latency, rights, memory, and what is wrong with the run.
 
-    Each point that fails comes with what mends it. What the server does not tell, or not this user, is marked with ?
-    and is no fault. Without a run, or with several and no --run, the server alone is examined.
-    Exit code: 0 all is well; 1 warning; 2 critical; 3 the server or the run cannot be examined.
+    Each point that fails comes with a command that fixes it. A point that the server does not report, or not to this
+    user, is marked with ? and is not an error. Without a run, or with several runs and no --run, only the server is
+    examined.
+    Exit code: 0 ok; 1 warning; 2 critical; 3 the server or the run cannot be examined.
 
     Example: rlbroker doctor --url redis://host:6379/0 --run pong
     """
@@ -33,28 +35,31 @@ def doctor(session: Session) -> None:
     try:
         code = _examine(session)
     except RlbrokerError as error:
-        session.explain()
+        session.print_traceback()
         session.fail(str(error), UNKNOWN)
     raise typer.Exit(code)
 
 
 def _examine(session: Session) -> int:
+    """Print the diagnosis and return the exit code."""
     from dataclasses import asdict
 
     from rlbroker.ops.doctor.diagnosis import diagnose
 
-    with session.in_time():
-        found = diagnose(session.connection, _run(session))
+    with session.time_limit():
+        diagnosis = diagnose(session.connection, _find_run(session))
     if session.as_json:
-        points = [asdict(one) for one in found.points]
-        session.show_json({"server": found.server, "run": found.run, "state": found.state, "points": points})
+        points = [asdict(point) for point in diagnosis.points]
+        session.print_json(
+            {"server": diagnosis.server, "run": diagnosis.run, "state": diagnosis.state, "points": points}
+        )
     else:
-        _show(session, found)
-    return _CODES[found.state]
+        _print_text(session, diagnosis)
+    return _EXIT_CODES[diagnosis.state]
 
 
-def _run(session: Session) -> str | None:
-    """Give the run that is asked for, or the only one; None if there is no single one."""
+def _find_run(session: Session) -> str | None:
+    """Return the run that was named, or the only one on the server; None if there are none or several."""
     from rlbroker.errors import AccessDenied
     from rlbroker.ops.inspect.runs import run_names
 
@@ -62,30 +67,35 @@ def _run(session: Session) -> str | None:
         return session.run
     try:
         names = run_names(session.connection)
-    except AccessDenied:  # one of the points says so
+    except AccessDenied:  # the point `rights` reports it
         names = []
     if len(names) == 1:
-        session.asked_run = names[0]
+        session.run_option = names[0]
         return session.run
-    there = f"runs there are: {', '.join(names)}; choose one with --run" if names else "there are no runs"
-    session.say(f"no run was examined: {there}")
+    reason = (
+        f"there are {len(names)} runs: {', '.join(names)}; choose one with --run"
+        if names
+        else "there are none"
+    )
+    session.note(f"no run was examined: {reason}")
     return None
 
 
-def _show(session: Session, found: Diagnosis) -> None:
-    of = f" and the run {found.run}" if found.run else ""
-    session.console.print(f"{found.server}{of}")
-    width = max(len(one.code) for one in found.points)
-    said = set[str]()
-    for one in found.points:
-        mark, style = _MARKS[one.state]
-        session.console.print(f"{mark} {one.code:<{width}}  {plain(one.what)}", style=style)
-        if one.hint and not (one.state == "unknown" and one.hint in said):
-            said.add(one.hint)
-            for line in one.hint.splitlines():
-                session.console.print(f"  {'':<{width}}  {session.typed(line)}")
-    count = {state: sum(one.state == state for one in found.points) for state in _MARKS}
+def _print_text(session: Session, diagnosis: Diagnosis) -> None:
+    run = f" and the run {diagnosis.run}" if diagnosis.run else ""
+    session.console.print(f"{diagnosis.server}{run}")
+    width = max(len(point.code) for point in diagnosis.points)
+    printed_hints = set[str]()
+    for point in diagnosis.points:
+        mark, style = _MARKS[point.state]
+        session.console.print(f"{mark} {point.code:<{width}}  {sanitize(point.what)}", style=style)
+        # One missing right makes many points unknown: its hint is printed once.
+        if point.hint and not (point.state == "unknown" and point.hint in printed_hints):
+            printed_hints.add(point.hint)
+            for line in point.hint.splitlines():
+                session.console.print(f"  {'':<{width}}  {session.complete_hint(line)}")
+    count = {state: sum(point.state == state for point in diagnosis.points) for state in _MARKS}
     session.console.print(
-        f"{count['ok']} well, {counted(count['warning'], 'warning')}, {count['critical']} critical, "
+        f"{count['ok']} ok, {counted(count['warning'], 'warning')}, {count['critical']} critical, "
         f"{count['unknown']} unknown"
     )

@@ -1,4 +1,4 @@
-"""`rlbroker experiences`: a look into the batches that wait."""
+"""`rlbroker experiences`: the contents of waiting batches."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlbroker.ops.cli.formatting import age, counted, plain, size
-from rlbroker.ops.cli.session import Session, with_session
+from rlbroker.ops.cli.formatting import age, counted, format_bytes, sanitize
+from rlbroker.ops.cli.options import with_session
+from rlbroker.ops.cli.session import Session
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.batch_shapes import Content
     from rlbroker.ops.inspect.queues import WaitingBatch
 
-#: Workers that are looked at, unless they are named: batches may be large.
+#: How many workers are shown by default: their batches are downloaded, and may be large.
 WORKERS_SHOWN = 16
 
 experiences = typer.Typer(
@@ -24,43 +25,43 @@ experiences = typer.Typer(
 
 @experiences.callback()
 def _group() -> None:
-    """Have a group, although there is only one command."""
+    """Make typer treat `experiences` as a group, although it has one command."""
 
 
 @experiences.command("peek")
 @with_session
 def peek(
     session: Session,
-    worker: Annotated[int | None, typer.Option(min=0, help="Only this worker's.")] = None,
-    count: Annotated[int, typer.Option(min=1, max=1000, help="Batches of each worker.")] = 1,
+    worker: Annotated[int | None, typer.Option(min=0, help="Only batches of this worker.")] = None,
+    count: Annotated[int, typer.Option(min=1, max=1000, help="How many batches of each worker.")] = 1,
     newest: Annotated[bool, typer.Option("--newest", help="The newest instead of the oldest.")] = False,
     every: Annotated[
-        bool, typer.Option("--all", help=f"Of all workers, not only of the first {WORKERS_SHOWN}.")
+        bool, typer.Option("--all", help=f"All workers, not only the first {WORKERS_SHOWN}.")
     ] = False,
 ) -> None:
-    """Show what waiting batches hold, without taking them: facts, and the dtype and shape of each array.
+    """Show the contents of waiting batches without taking them: metadata, and dtype and shape of each array.
 
-    The batches that are shown travel to this machine. One that does not decode is shown with the reason.
-    Exit code: 0; 1 if there is no such worker; 2 if the server or the run is not there.
+    The batches are downloaded to this machine. One that does not decode is shown with the reason.
+    Exit code: 0; 1 if there is no such worker; 2 if the server or the run cannot be read.
 
     Example: rlbroker experiences peek --run pong --worker 3 --count 2
     """
-    from rlbroker.ops.inspect.queues import peek as look
+    from rlbroker.ops.inspect.queues import peek as peek_queue
     from rlbroker.ops.inspect.runs import worker_ids
 
-    with session.in_time():
-        owners = worker_ids(session.connection, session.keys)
-    if worker is not None and worker not in owners:
-        there = ", ".join(map(str, owners)) or "none"
-        session.fail(f"there is no worker {worker} in the run {session.run!r}; workers there are: {there}")
-    chosen = [worker] if worker is not None else owners if every else owners[:WORKERS_SHOWN]
+    with session.time_limit():
+        existing = worker_ids(session.connection, session.keys)
+    if worker is not None and worker not in existing:
+        names = ", ".join(map(str, existing)) or "none"
+        session.fail(f"there is no worker {worker} in the run {session.run!r}; its workers are: {names}")
+    selected = [worker] if worker is not None else existing if every else existing[:WORKERS_SHOWN]
     queues = []
-    for one in chosen:
-        # Each by itself: together they may be too large for our memory, or for the time.
-        with session.in_time():
-            queues.append(look(session.connection, session.keys, one, count=count, newest=newest))
+    for worker_id in selected:
+        # One queue at a time: all of them may be too large for the memory, or for the timeout.
+        with session.time_limit():
+            queues.append(peek_queue(session.connection, session.keys, worker_id, count=count, newest=newest))
     if session.as_json:
-        session.show_json(
+        session.print_json(
             {
                 "run": session.run,
                 "workers": [
@@ -68,80 +69,85 @@ def peek(
                         "worker": queue.worker_id,
                         "waiting": queue.waiting,
                         "in_hand": queue.in_hand,
-                        "batches": [_batch_json(one) for one in queue.batches],
+                        "batches": [_batch_json(batch) for batch in queue.batches],
                     }
                     for queue in queues
                 ],
-                "not_shown": len(owners) - len(chosen) if worker is None else 0,
+                "not_shown": len(existing) - len(selected) if worker is None else 0,
             }
         )
         return
     if not any(queue.waiting or queue.in_hand for queue in queues):
-        session.say("no batches wait")
+        session.note("no batches are waiting")
     for queue in queues:
         if queue.waiting or queue.in_hand:
             session.console.print(
                 f"worker {queue.worker_id}: {queue.waiting:,} waiting, {queue.in_hand:,} in the learner's hands"
             )
         for batch in queue.batches:
-            _show(session, batch)
-    if worker is None and len(chosen) < len(owners):
-        session.say(f"{counted(len(owners) - len(chosen), 'more worker')}: --worker N, or --all")
+            _print_batch(session, batch)
+    if worker is None and len(selected) < len(existing):
+        more = counted(len(existing) - len(selected), "more worker")
+        session.note(f"{more} not shown: give --worker N, or --all")
 
 
-def _show(session: Session, one: WaitingBatch) -> None:
+def _print_batch(session: Session, batch: WaitingBatch) -> None:
     facts = [
-        f"batch {one.worker_id}/{one.batch_id}" + (", tried again" if one.retried else ""),
-        "version unknown" if one.version is None else f"version {one.version:,}, {one.staleness:,} behind",
-        counted(one.rows, "row") if one.rows is not None else "",
-        (f"{size(one.raw_bytes)} of arrays in " if one.raw_bytes is not None else "")
-        + size(one.stored_bytes),
-        f"sent {age(one.age_seconds)} ago" if one.age_seconds is not None else "",
-        f"in the hands of {plain(one.held_by)}, delivery {one.deliveries:,}" if one.held_by else "",
+        f"batch {batch.worker_id}/{batch.batch_id}" + (", retried" if batch.retried else ""),
+        (
+            "version unknown"
+            if batch.version is None
+            else f"version {batch.version:,}, {batch.staleness:,} behind"
+        ),
+        counted(batch.rows, "row") if batch.rows is not None else "",
+        (f"{format_bytes(batch.raw_bytes)} of arrays in " if batch.raw_bytes is not None else "")
+        + format_bytes(batch.stored_bytes),
+        f"sent {age(batch.age_seconds)} ago" if batch.age_seconds is not None else "",
+        f"in the hands of {sanitize(batch.held_by)}, delivery {batch.deliveries:,}" if batch.held_by else "",
     ]
     session.console.print("  " + "; ".join(filter(None, facts)))
-    if one.problem:
-        session.console.print(f"    does not decode: {plain(one.problem)}", style="red")
-    show_contents(session, one.contents)
+    if batch.problem:
+        session.console.print(f"    does not decode: {sanitize(batch.problem)}", style="red")
+    print_contents(session, batch.contents)
 
 
-def show_contents(session: Session, contents: Sequence[Content]) -> None:
-    """Print what a batch holds, one line for each leaf and plain value."""
-    width = max((len(plain(one.name)) for one in contents), default=0)
-    for one in contents:
-        what = plain(repr(one.value))
-        if one.leaf is not None:
-            what = f"{one.kind} {one.dtype} {' × '.join(map(str, one.shape)) or 'scalar'}"
-        session.console.print(f"    {plain(one.name):{width}}  {what}")
+def print_contents(session: Session, contents: Sequence[Content]) -> None:
+    """Print the contents of a batch, one line for each array, tensor and plain value."""
+    width = max((len(sanitize(content.name)) for content in contents), default=0)
+    for content in contents:
+        value = sanitize(repr(content.value))
+        if content.leaf is not None:
+            value = f"{content.kind} {content.dtype} {' × '.join(map(str, content.shape)) or 'scalar'}"
+        session.console.print(f"    {sanitize(content.name):{width}}  {value}")
 
 
 def contents_json(contents: Sequence[Content]) -> list[dict[str, Any]]:
-    """Give what a batch holds as JSON can."""
+    """Return the contents of a batch for JSON."""
     return [
         {
-            "name": one.name,
-            "kind": one.kind,
-            "dtype": one.dtype or None,
-            "shape": list(one.shape) if one.leaf is not None else None,
-            "bytes": one.nbytes if one.leaf is not None else None,
+            "name": content.name,
+            "kind": content.kind,
+            "dtype": content.dtype or None,
+            "shape": list(content.shape) if content.leaf is not None else None,
+            "bytes": content.nbytes if content.leaf is not None else None,
         }
-        for one in contents
+        for content in contents
     ]
 
 
-def _batch_json(one: WaitingBatch) -> dict[str, Any]:
+def _batch_json(batch: WaitingBatch) -> dict[str, Any]:
     return {
-        "id": f"{one.worker_id}/{one.batch_id}",
-        "retried": one.retried,
-        "in_hand": bool(one.held_by),
-        "held_by": one.held_by or None,
-        "deliveries": one.deliveries,
-        "version": one.version,
-        "staleness": one.staleness,
-        "rows": one.rows,
-        "raw_bytes": one.raw_bytes,
-        "stored_bytes": one.stored_bytes,
-        "age_seconds": one.age_seconds,
-        "problem": one.problem or None,
-        "contents": contents_json(one.contents),
+        "id": f"{batch.worker_id}/{batch.batch_id}",
+        "retried": batch.retried,
+        "in_hand": bool(batch.held_by),
+        "held_by": batch.held_by or None,
+        "deliveries": batch.deliveries,
+        "version": batch.version,
+        "staleness": batch.staleness,
+        "rows": batch.rows,
+        "raw_bytes": batch.raw_bytes,
+        "stored_bytes": batch.stored_bytes,
+        "age_seconds": batch.age_seconds,
+        "problem": batch.problem or None,
+        "contents": contents_json(batch.contents),
     }

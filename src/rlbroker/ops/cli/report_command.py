@@ -1,4 +1,4 @@
-"""`rlbroker report`: a run as one page."""
+"""`rlbroker report`: a run as one HTML page."""
 
 from __future__ import annotations
 
@@ -9,64 +9,75 @@ from typing import Annotated
 
 import typer
 
-from rlbroker.ops.cli.formatting import age, counted, seconds_of, size
-from rlbroker.ops.cli.session import Session, with_session
+from rlbroker.ops.cli.formatting import age, counted, format_bytes, parse_span
+from rlbroker.ops.cli.options import with_session
+from rlbroker.ops.cli.session import Session
 
 
 @with_session
 def report(
     session: Session,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it; - for stdout.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="File for the page; - for stdout.")] = Path(
         "report.html"
     ),
     since: Annotated[
         float | None,
-        typer.Option(parser=seconds_of, metavar="SPAN", help="Only the last 90s, 15m, 1h … of its history."),
+        typer.Option(parser=parse_span, metavar="SPAN", help="Only the last 90s, 15m, 1h … of the history."),
     ] = None,
 ) -> None:
-    """Write a run as one HTML page, with everything in it: who ran what when, what was lost, and who waits for whom.
+    """Write a run as one self-contained HTML page: versions by worker and time, losses, throughput and waits.
 
-    It can be read without a network, sent to others and printed, and works after the run's end too. --json gives the
-    figures instead. Exit code: 0, or 2 if the server or the run is not there, or the file cannot be written.
+    The page can be read without a network, sent and printed, and can be made after the end of the run, too. --json
+    prints the figures instead. Exit code: 0, or 2 if the run cannot be read or the file cannot be written.
 
     Example: rlbroker report --run pong --output pong.html
     """
-    from rlbroker.errors import InvalidArgument
     from rlbroker.ops.inspect.timeline import read_timeline
     from rlbroker.ops.report import require_extras
 
     if not session.as_json:
         require_extras()
-        _check(output)
-    with session.in_time():
-        course = read_timeline(session.connection, session.run, span_seconds=since)
+        _check_writable(output)
+    with session.time_limit():
+        timeline = read_timeline(session.connection, session.run, span_seconds=since)
     if session.as_json:
-        session.show_json(course.to_json())
+        session.print_json(timeline.to_json())
         return
     from rlbroker.ops.report.render import render
 
-    session.say(f"drawing {counted(len(course.samples), 'sample')} of {age(course.end - course.begin)}")
-    page = render(course, typed=session.typed)
+    session.note(
+        f"drawing {counted(len(timeline.samples), 'sample')} of {age(timeline.end - timeline.begin)}"
+    )
+    page = render(timeline, typed=session.complete_hint)
     if str(output) == "-":
         sys.stdout.write(page)
         return
-    beside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(output)
-    except OSError as error:
-        raise InvalidArgument(f"the report cannot be written to {output}: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)
-    session.say(f"{size(len(page.encode()))} in {output}")
+    _write(output, page)
+    session.note(f"{format_bytes(len(page.encode()))} in {output}")
 
 
-def _check(output: Path) -> None:
-    """Refuse, before anything is read and drawn, where nothing can be written."""
+def _check_writable(output: Path) -> None:
+    """Raise `InvalidArgument` if the file cannot be written: before the run is read and the page drawn."""
     from rlbroker.errors import InvalidArgument
 
     parent = output.absolute().parent
     if output.is_dir():
         raise InvalidArgument(f"the report cannot be written to {output}: it is a directory")
     if str(output) != "-" and not os.access(parent, os.W_OK):
-        raise InvalidArgument(f"the report cannot be written to {output}: {parent} is no writable directory")
+        raise InvalidArgument(
+            f"the report cannot be written to {output}: {parent} is not a writable directory"
+        )
+
+
+def _write(output: Path, page: str) -> None:
+    """Write the file whole or not at all."""
+    from rlbroker.errors import InvalidArgument
+
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(output)
+    except OSError as error:
+        raise InvalidArgument(f"the report cannot be written to {output}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

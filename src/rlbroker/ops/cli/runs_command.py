@@ -1,16 +1,17 @@
-"""`rlbroker runs`: which runs are on a server."""
+"""`rlbroker runs`: the runs on a server."""
 
 from __future__ import annotations
 
-from rlbroker.ops.cli.formatting import age, show_table
-from rlbroker.ops.cli.session import Session, with_session
+from rlbroker.ops.cli.formatting import age
+from rlbroker.ops.cli.options import with_session
+from rlbroker.ops.cli.session import Session
 
 
 @with_session(without=("run",))
 def runs(session: Session) -> None:
-    """List the runs on a server: whether their learners live, their versions and workers.
+    """List the runs on a server: the state of each learner, the latest version, and how many workers are alive.
 
-    Exit code: 0, or 2 if the server is not there.
+    Exit code: 0, or 2 if the server cannot be read.
 
     Example: rlbroker runs --url redis://host:6379/0
     """
@@ -18,27 +19,26 @@ def runs(session: Session) -> None:
 
     from rlbroker.ops.inspect.runs import list_runs
 
-    with session.in_time():
+    with session.time_limit():
         found = list_runs(session.connection)
     if session.as_json:
-        session.show_json({"runs": [asdict(one) for one in found]})
+        session.print_json({"runs": [asdict(run) for run in found]})
         return
     if not found:
-        session.say(f"there are no runs on {session.connection.address}")
-    show_table(
-        session.console,
+        session.note(f"there are no runs on {session.connection.address}")
+    session.console.print_table(
         [
             {
-                "run": one.run,
-                "learner": one.learner,
-                "version": f"{one.version:,}",
-                "workers": f"{one.alive:,} of {one.members:,} alive" if one.members else "none",
-                "seen": "never" if one.last_seen_seconds is None else f"{age(one.last_seen_seconds)} ago",
-                "format": "" if one.wire_format is None else str(one.wire_format),
+                "run": run.run,
+                "learner": run.learner,
+                "version": f"{run.version:,}",
+                "workers": f"{run.alive:,} of {run.members:,} alive" if run.members else "none",
+                "seen": "never" if run.last_seen_seconds is None else f"{age(run.last_seen_seconds)} ago",
+                "format": "" if run.wire_format is None else str(run.wire_format),
             }
-            for one in found
+            for run in found
         ],
-        left=("run", "learner", "workers"),
-        spare=("format",),
+        text=("run", "learner", "workers"),
+        optional=("format",),
         style=lambda column, cell: "red" if (column, cell) == ("learner", "away") else "",
     )

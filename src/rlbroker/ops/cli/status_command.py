@@ -1,4 +1,4 @@
-"""`rlbroker status`: one look at a run."""
+"""`rlbroker status`: a snapshot of a run."""
 
 from __future__ import annotations
 
@@ -8,58 +8,60 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlbroker.ops.cli.formatting import age, plain, show_findings, show_table, size
-from rlbroker.ops.cli.session import Session, with_session
+from rlbroker.ops.cli.formatting import age, format_bytes, sanitize
+from rlbroker.ops.cli.options import with_session
+from rlbroker.ops.cli.session import Session
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.findings import Finding
     from rlbroker.ops.inspect.snapshot import Snapshot, WorkerStatus
 
-#: How often `--watch` looks.
+#: Seconds between two snapshots with `--watch`.
 WATCH_SECONDS = 2.0
 
-#: What a narrow terminal does not show, in this order.
-SPARE_COLUMNS = ("process", "in hand", "unanswered", "delivered", "seen", "stale")
+#: Columns of text in the table of workers; the others are numbers. `_cells` defines all columns.
+TEXT_COLUMNS = ("state", "process")
+
+#: Columns that a narrow terminal omits, the first of them first.
+OPTIONAL_COLUMNS = ("process", "in hand", "unanswered", "delivered", "seen", "stale")
 
 
 @with_session
 def status(
     session: Session,
     watch: Annotated[
-        bool, typer.Option("--watch", "-w", help="Look again every 2 seconds, until Ctrl-C.")
+        bool, typer.Option("--watch", "-w", help="Refresh every 2 seconds, until Ctrl-C.")
     ] = False,
 ) -> None:
-    """Show a run: its server, version, workers with their versions, queues, losses, and what is wrong.
+    """Show a run: server, learner, latest weights, workers with their queues and losses, and what is wrong.
 
-    Reading changes nothing. Exit code: 0, or 2 if the server or the run is not there.
+    It only reads from Redis. Exit code: 0, or 2 if the server or the run cannot be read.
 
     Example: rlbroker status --url redis://host:6379/0 --run pong
     """
-    _look(session)
+    _print_status(session)
     while watch:
         time.sleep(WATCH_SECONDS)
         if sys.stdout.isatty() and not session.as_json:
             session.console.clear()
-        _look(session)
+        _print_status(session)
 
 
-def _look(session: Session) -> None:
-
+def _print_status(session: Session) -> None:
     from rlbroker.ops.inspect.findings import find
     from rlbroker.ops.inspect.snapshot import take_snapshot
 
-    with session.in_time():
+    with session.time_limit():
         snapshot = take_snapshot(session.connection, session.run)
     findings = find(snapshot)
     if session.as_json:
-        session.show_json(snapshot.to_json() | {"findings": [one.to_json() for one in findings]})
+        session.print_json(snapshot.to_json() | {"findings": [finding.to_json() for finding in findings]})
     else:
-        _show(session, snapshot, findings)
+        _print_text(session, snapshot, findings)
 
 
-def _show(session: Session, snapshot: Snapshot, findings: list[Finding]) -> None:
-    console = session.console
-    server = snapshot.server
+def _print_text(session: Session, snapshot: Snapshot, findings: list[Finding]) -> None:
+    console, server = session.console, snapshot.server
     console.print(
         f"run      {snapshot.run} on {server.address} ({server.version or 'version unknown'}{_memory(snapshot)})"
     )
@@ -67,17 +69,21 @@ def _show(session: Session, snapshot: Snapshot, findings: list[Finding]) -> None
     console.print(f"weights  {_weights(snapshot)}")
     if not snapshot.workers:
         console.print("workers  none yet")
-    rows = [_row(worker, one) for worker, one in snapshot.workers.items()]
-    show_table(console, rows, left=("state", "process"), spare=SPARE_COLUMNS, style=cell_style)
-    show_findings(session, findings)
+    console.print_table(
+        [_cells(worker, worker_status) for worker, worker_status in snapshot.workers.items()],
+        text=TEXT_COLUMNS,
+        optional=OPTIONAL_COLUMNS,
+        style=cell_style,
+    )
+    session.print_findings(findings)
 
 
 def _memory(snapshot: Snapshot) -> str:
     used, limit = snapshot.server.used_bytes, snapshot.server.maxmemory_bytes
     if used is None:
         return ""
-    where = f" on {snapshot.server.node}, the fullest node" if snapshot.server.node else ""
-    return f", {size(used)} used" + (f" of {size(limit)}" if limit else "") + where
+    node = f" on {snapshot.server.node}, the fullest node" if snapshot.server.node else ""
+    return f", {format_bytes(used)} used" + (f" of {format_bytes(limit)}" if limit else "") + node
 
 
 def _learner(snapshot: Snapshot) -> str:
@@ -88,24 +94,24 @@ def _learner(snapshot: Snapshot) -> str:
         "not seen yet" if learner.last_seen_seconds is None else f"seen {age(learner.last_seen_seconds)} ago"
     )
     state = {"away": "; it died, or is cut off", "ended": "; it has ended"}.get(learner.state, "")
-    return f"{plain(learner.host)} pid {learner.pid}, {seen}{state}"
+    return f"{sanitize(learner.host)} pid {learner.pid}, {seen}{state}"
 
 
 def _weights(snapshot: Snapshot) -> str:
-    pointer = snapshot.pointer
-    if pointer is None:
+    manifest = snapshot.pointer
+    if manifest is None:
         return "none published yet"
-    kind = f"delta to version {pointer.base}" if pointer.base else "full"
-    when = age(max(0.0, snapshot.at - pointer.published))
+    kind = f"delta to version {manifest.base}" if manifest.base else "full"
+    when = age(max(0.0, snapshot.at - manifest.published))
     return (
-        f"version {pointer.version}: {kind}, {pointer.codec}, {size(pointer.stored_bytes)} stored for "
-        f"{size(pointer.raw_bytes)}, published {when} ago"
+        f"version {manifest.version}: {kind}, {manifest.codec}, {format_bytes(manifest.stored_bytes)} stored for "
+        f"{format_bytes(manifest.raw_bytes)}, published {when} ago"
     )
 
 
-def _row(worker: int, one: WorkerStatus) -> dict[str, str]:
-    """Give one worker's cells by column, in order; a worker that left has no version any more."""
-    info, counts = one.info, one.counts
+def _cells(worker: int, status: WorkerStatus) -> dict[str, str]:
+    """Return the cells of one worker by column, in the order of the columns; some are empty for one that has left."""
+    info, counts = status.info, status.counts
     return {
         "id": str(worker),
         "state": info.state if info else "left",
@@ -115,15 +121,15 @@ def _row(worker: int, one: WorkerStatus) -> dict[str, str]:
         "in hand": f"{counts.in_hand:,}" if counts else "0",
         "delivered": f"{counts.delivered:,}" if counts else "0",
         "lost": f"{sum(counts.lost.values()):,}" if counts else "0",
-        "missed": f"{one.missed.total + one.missed.commands:,}",
-        "unanswered": str(one.commands_waiting),
+        "missed": f"{status.missed.total + status.missed.commands:,}",
+        "unanswered": str(status.commands_waiting),
         "seen": age(info.last_seen_seconds) if info else "",
-        "process": f"{plain(info.host)}:{info.pid}" if info else "",
+        "process": f"{sanitize(info.host)}:{info.pid}" if info else "",
     }
 
 
 def cell_style(column: str, cell: str) -> str:
-    """Give the colour of a cell about a worker."""
+    """Return the style of a cell in a table of workers."""
     if cell == "away" or (column == "lost" and cell != "0"):
         return "red"
     return "yellow" if column == "missed" and cell != "0" else ""

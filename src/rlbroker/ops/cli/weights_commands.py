@@ -1,4 +1,4 @@
-"""`rlbroker weights`: which versions are stored, what they hold, and one of them as a file."""
+"""`rlbroker weights`: the stored versions, their contents, and a version as a file."""
 
 from __future__ import annotations
 
@@ -7,63 +7,70 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlbroker.ops.cli.formatting import age, counted, plain, show_table, size
-from rlbroker.ops.cli.progress import progress
-from rlbroker.ops.cli.session import Session, with_session
+from rlbroker.ops.cli.exit_codes import EXIT_ERROR
+from rlbroker.ops.cli.formatting import age, counted, format_bytes, sanitize
+from rlbroker.ops.cli.options import with_session
+from rlbroker.ops.cli.progress import show_progress
+from rlbroker.ops.cli.session import Session
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.stored_weights import FormSummary, Manifest, StoredForm, StoredWeights
     from rlbroker.ops.inspect.weight_files import Written
 
+#: Fields of the manifest that the JSON of `weights list` has.
+_MANIFEST_FIELDS = ("version", "raw_bytes", "codec", "published")
+
 weights = typer.Typer(
     name="weights",
     no_args_is_help=True,
-    help="Stored versions of the weights: which, what they hold, and as a file.",
+    help="Stored versions of the weights: list them, show the contents of one, or write it to a file.",
 )
 
-Version = Annotated[int | None, typer.Argument(min=1, help="Which version; the latest if left out.")]
+Version = Annotated[int | None, typer.Argument(min=1, help="Which version; by default the latest.")]
 
 
 @weights.command("list")
 @with_session
 def list_weights(session: Session) -> None:
-    """List the versions that are stored: as a whole or as differences, how large, and how long they stay.
+    """List the stored versions: full or delta, size, state, and the time until they expire.
 
-    Exit code: 0, or 2 if the server or the run is not there.
+    Exit code: 0, or 2 if the server or the run cannot be read.
 
     Example: rlbroker weights list --run pong
     """
     from rlbroker.ops.inspect.stored_weights import look_at_weights
 
-    with session.in_time():
+    with session.time_limit():
         stored = look_at_weights(session.connection, session.keys)
-    pointer = stored.pointer
+    manifest = stored.pointer
     if session.as_json:
-        facts = {name: getattr(pointer, name) if pointer else None for name in _FACTS}
+        facts = {name: getattr(manifest, name) if manifest else None for name in _MANIFEST_FIELDS}
         facts["version"] = facts["version"] or 0
-        session.show_json({"run": session.run, **facts, "forms": [_form_json(one) for one in stored.forms]})
+        session.print_json(
+            {"run": session.run, **facts, "forms": [_summary_json(summary) for summary in stored.forms]}
+        )
         return
-    if pointer is None:
-        session.say(f"nothing is published in {session.run} yet")
+    if manifest is None:
+        session.note(f"nothing is published in {session.run} yet")
         return
     session.console.print(
-        f"run {session.run}: version {pointer.version:,}, {size(pointer.raw_bytes)} of tensors, {plain(pointer.codec)}"
+        f"run {session.run}: version {manifest.version:,}, {format_bytes(manifest.raw_bytes)} of tensors, "
+        f"{sanitize(manifest.codec)}"
     )
-    show_table(
-        session.console,
+    session.console.print_table(
         [
             {
-                "version": f"{one.form.version:,}",
-                "stored as": f"delta to {one.form.base:,}" if one.form.base else "full",
-                "bytes": size(one.form.stored_bytes),
-                "chunks": f"{one.form.chunks:,}",
-                "state": one.state,
-                "stays": _stays(one),
+                "version": f"{summary.form.version:,}",
+                "stored as": f"delta to {summary.form.base:,}" if summary.form.base else "full",
+                "bytes": format_bytes(summary.form.stored_bytes),
+                "chunks": f"{summary.form.chunks:,}",
+                "state": summary.state,
+                "expires": _describe_expiry(summary),
             }
-            for one in stored.forms
+            for summary in stored.forms
         ],
-        left=("stored as", "state", "stays"),
-        spare=("chunks",),
+        text=("stored as", "state", "expires"),
+        optional=("chunks",),
         style=lambda column, cell: "red" if (column, cell) == ("state", "damaged") else "",
     )
 
@@ -71,68 +78,75 @@ def list_weights(session: Session) -> None:
 @weights.command("show")
 @with_session
 def show_weights(session: Session, version: Version = None) -> None:
-    """Show what a version holds: its tensors with dtypes and shapes, and its plain values. Only headers are read.
+    """Show the contents of a version: its tensors with dtype and shape, and its plain values.
 
-    Exit code: 0; 1 if the version is not stored (any more); 2 if the server or the run is not there.
+    Only the header is downloaded. Exit code: 0; 1 if the version is not stored, or no longer; 2 if the server or the
+    run cannot be read.
 
     Example: rlbroker weights show 12 --run pong
     """
     from rlbroker.ops.inspect.weight_contents import ties, weights_contents
 
-    with session.in_time():
-        pointer, path = _find(session, version)
+    with session.time_limit():
+        manifest, path = _find_version(session, version)
         contents = weights_contents(session.connection, session.keys, path, key=session.signing_key)
     form = path[-1]
-    leaves = [one for one in contents if one.leaf is not None]
-    values = [one for one in contents if one.leaf is None]
-    tied = ties(leaves)
-    raw_bytes = sum({one.leaf: one.nbytes for one in leaves}.values())
+    tensors = [content for content in contents if content.leaf is not None]
+    values = [content for content in contents if content.leaf is None]
+    tied = ties(tensors)
+    raw_bytes = sum({tensor.leaf: tensor.nbytes for tensor in tensors}.values())
+    download_bytes = sum(part.stored_bytes for part in path)
     if session.as_json:
-        session.show_json(
+        session.print_json(
             {
                 "run": session.run,
-                **_form_facts(form),
-                "latest": form.version == pointer.version,
+                **_form_json(form),
+                "latest": form.version == manifest.version,
                 "raw_bytes": raw_bytes,
-                "download_bytes": sum(one.stored_bytes for one in path),
+                "download_bytes": download_bytes,
                 "tensors": [
                     {
-                        "name": one.name,
-                        "kind": one.kind,
-                        "dtype": one.dtype,
-                        "original_dtype": one.original,
-                        "shape": list(one.shape),
-                        "bytes": one.nbytes,
-                        "tied_to": tied.get(one.name),
+                        "name": tensor.name,
+                        "kind": tensor.kind,
+                        "dtype": tensor.dtype,
+                        "original_dtype": tensor.original,
+                        "shape": list(tensor.shape),
+                        "bytes": tensor.nbytes,
+                        "tied_to": tied.get(tensor.name),
                     }
-                    for one in leaves
+                    for tensor in tensors
                 ],
-                "values": [{"name": one.name, "kind": one.kind, "value": repr(one.value)} for one in values],
+                "values": [
+                    {"name": value.name, "kind": value.kind, "value": repr(value.value)} for value in values
+                ],
             }
         )
         return
-    how = f"a delta to {form.base:,}" if form.base else "a full version"
+    kind = f"a delta to {form.base:,}" if form.base else "a full version"
     session.console.print(
-        f"version {form.version:,} of {session.run}: {_tensors(len(leaves))}, {size(raw_bytes)}, stored as {how} in "
-        f"{size(form.stored_bytes)}; {size(sum(one.stored_bytes for one in path))} to download"
+        f"version {form.version:,} of {session.run}: {_counted(len(tensors))}, {format_bytes(raw_bytes)}, stored as "
+        f"{kind} in {format_bytes(form.stored_bytes)}; {format_bytes(download_bytes)} to download"
     )
-    show_table(
-        session.console,
+    session.console.print_table(
         [
             {
-                "name": plain(one.name),
-                "kind": one.kind,
-                "dtype": one.dtype + (f" (was {one.original})" if one.original else ""),
-                "shape": " × ".join(map(str, one.shape)) or "scalar",
-                "bytes": f"tied to {plain(tied[one.name])}" if one.name in tied else size(one.nbytes),
+                "name": sanitize(tensor.name),
+                "kind": tensor.kind,
+                "dtype": tensor.dtype + (f" (was {tensor.original})" if tensor.original else ""),
+                "shape": " × ".join(map(str, tensor.shape)) or "scalar",
+                "bytes": (
+                    f"tied to {sanitize(tied[tensor.name])}"
+                    if tensor.name in tied
+                    else format_bytes(tensor.nbytes)
+                ),
             }
-            for one in leaves
+            for tensor in tensors
         ],
-        left=("name", "kind", "dtype", "shape"),
-        spare=("kind",),
+        text=("name", "kind", "dtype", "shape"),
+        optional=("kind",),
     )
-    for one in values:
-        session.console.print(f"{plain(one.name)} = {plain(repr(one.value))}")
+    for value in values:
+        session.console.print(f"{sanitize(value.name)} = {sanitize(repr(value.value))}")
 
 
 @weights.command("pull")
@@ -146,16 +160,17 @@ def pull_weights(
             "--output",
             "-o",
             metavar="FILE",
-            help="Ends in .safetensors or .npz; without it RUN-VERSION.safetensors, here.",
+            help="A name that ends in .safetensors or .npz; by default RUN-VERSION.safetensors.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Download a version, check it as workers do, and write it to a file that others read.
+    """Download a version, check it as workers do, and write it to a safetensors or npz file.
 
-    The file is whole or not there. Names are paths with dots; dtypes are those in which the weights travelled. An .npz
-    has no bfloat16 or float8: it holds their bits as integers; and no plain values. The file's path is on stdout.
-    Exit code: 0; 1 if the version is not stored (any more); 2 for errors, such as a file that is there already.
+    The file is written whole or not at all. Names are paths joined by dots; dtypes are those that were published. An
+    .npz file holds bfloat16 and float8 as integers with the same bits, and no plain values. The file's path is printed
+    on stdout.
+    Exit code: 0; 1 if the version is not stored, or no longer; 2 after an error, such as an existing file.
 
     Example: rlbroker weights pull 12 --run pong --output pong.safetensors
     """
@@ -165,14 +180,14 @@ def pull_weights(
 
     if output is not None:
         check_file(output, force=force)
-    with session.in_time():
-        pointer, path = _find(session, version)
+    with session.time_limit():
+        manifest, path = _find_version(session, version)
     number = path[-1].version
     file = output or Path(f"{session.run}-{number}.safetensors")
     check_file(file, force=force)
-    total, done = sum(form.stored_bytes for form in path), 0
-    session.say(f"version {number:,}: {size(total)} in {counted(len(path), 'part')}")
-    with progress(session, f"version {number}", total, "bytes") as advance:
+    total, done = sum(part.stored_bytes for part in path), 0
+    session.note(f"version {number:,}: {format_bytes(total)} in {counted(len(path), 'part')}")
+    with show_progress(session, f"version {number}", total, "bytes") as advance:
 
         def received(count: int) -> None:
             nonlocal done
@@ -184,27 +199,23 @@ def pull_weights(
                 session.connection,
                 session.keys,
                 path,
-                chunk_bytes=pointer.chunk_bytes,
+                chunk_bytes=manifest.chunk_bytes,
                 received=received,
                 key=session.signing_key,
             )
         except WireError:
-            _find(session, number)  # it may have expired meanwhile
+            _find_version(session, number)  # if it expired during the download, that is the better message
             raise
     facts = {"run": session.run, "version": number}
     try:
         written = write_weights(file, contents, arrays, facts=facts, force=force)
     except OSError as error:
-        session.fail(f"cannot write {file}: {error.strerror or error}", 2)
-    _say_written(session, file, number, written)
+        session.fail(f"cannot write {file}: {error.strerror or error}", EXIT_ERROR)
+    _print_written(session, file, number, written)
 
 
-#: Facts of the pointer that `list` gives.
-_FACTS = ("version", "raw_bytes", "codec", "published")
-
-
-def _find(session: Session, version: int | None) -> tuple[Manifest, list[StoredForm]]:
-    """Give the pointer, and how to come to a version; say what is stored if nothing leads there."""
+def _find_version(session: Session, version: int | None) -> tuple[Manifest, list[StoredForm]]:
+    """Return the manifest, and the forms to download for a version; end the command if it is not stored."""
     from rlbroker.errors import WireError
     from rlbroker.ops.inspect.stored_weights import look_at_weights
 
@@ -216,50 +227,33 @@ def _find(session: Session, version: int | None) -> tuple[Manifest, list[StoredF
     try:
         return stored.pointer, stored.path(wanted)
     except WireError:
-        session.fail(f"version {wanted:,} is not stored{_why_not(stored, wanted)}; {_which(stored)}")
+        session.fail(
+            f"version {wanted:,} is not stored{_why_not_stored(wanted, latest)}; {_list_versions(stored)}"
+        )
 
 
-def _why_not(stored: StoredWeights, wanted: int) -> str:
-    latest = stored.pointer.version if stored.pointer else 0
+def _why_not_stored(wanted: int, latest: int) -> str:
     if wanted > latest:
         return f": the latest is {latest:,}"
     if wanted == latest:
-        return ": a part of it is missing; a learner that lives publishes it again within some seconds"
-    return " any more: versions stay for a minute at most once newer ones have superseded them"
+        return ": a part of it is missing; an alive learner publishes it again within seconds"
+    return " any more: a version expires within a minute after newer ones have superseded it"
 
 
-def _which(stored: StoredWeights) -> str:
-    there = ", ".join(f"{one:,}" for one in stored.versions)
-    return f"stored are: {there}" if there else "none is stored whole"
+def _list_versions(stored: StoredWeights) -> str:
+    versions = ", ".join(f"{version:,}" for version in stored.versions)
+    return f"stored are: {versions}" if versions else "no version is stored whole"
 
 
-def _stays(one: FormSummary) -> str:
-    if one.state in ("damaged", "gone"):
+def _describe_expiry(summary: FormSummary) -> str:
+    if summary.state in ("damaged", "gone"):
         return "a part is missing"
-    return "" if one.expires_seconds is None else f"{age(one.expires_seconds)} more"
+    return "" if summary.expires_seconds is None else f"in {age(summary.expires_seconds)}"
 
 
-def _form_facts(form: StoredForm) -> dict[str, Any]:
-    return {
-        "version": form.version,
-        "kind": "delta" if form.base else "full",
-        "base": form.base,
-        "stored_bytes": form.stored_bytes,
-        "chunks": form.chunks,
-    }
-
-
-def _form_json(one: FormSummary) -> dict[str, Any]:
-    return _form_facts(one.form) | {
-        "state": one.state,
-        "expires_seconds": one.expires_seconds,
-        "reachable": one.reachable,
-    }
-
-
-def _say_written(session: Session, file: Path, version: int, written: Written) -> None:
+def _print_written(session: Session, file: Path, version: int, written: Written) -> None:
     if session.as_json:
-        session.show_json(
+        session.print_json(
             {
                 "run": session.run,
                 "version": version,
@@ -272,16 +266,35 @@ def _say_written(session: Session, file: Path, version: int, written: Written) -
         )
     else:
         print(file)
-    session.say(f"{_tensors(written.tensors)}, {size(written.file_bytes)}")
+    session.note(f"{_counted(written.tensors)}, {format_bytes(written.file_bytes)}")
     if written.as_bits:
-        kinds = ", ".join(sorted(set(written.as_bits.values())))
-        session.say(
-            f"numpy has no {kinds}: {counted(len(written.as_bits), 'array holds', 'arrays hold')} the bits as integers "
+        dtypes = ", ".join(sorted(set(written.as_bits.values())))
+        arrays = counted(len(written.as_bits), "array holds", "arrays hold")
+        session.note(
+            f"numpy has no {dtypes}: {arrays} the bits as integers "
             "(bfloat16: (array.astype('uint32') << 16).view('float32'))"
         )
     if written.left_out:
-        session.say(f"left out, as they are no arrays: {', '.join(map(plain, written.left_out))}")
+        session.note(f"left out, as they are not arrays: {', '.join(map(sanitize, written.left_out))}")
 
 
-def _tensors(count: int) -> str:
-    return counted(count, "tensor")
+def _counted(tensors: int) -> str:
+    return counted(tensors, "tensor")
+
+
+def _form_json(form: StoredForm) -> dict[str, Any]:
+    return {
+        "version": form.version,
+        "kind": "delta" if form.base else "full",
+        "base": form.base,
+        "stored_bytes": form.stored_bytes,
+        "chunks": form.chunks,
+    }
+
+
+def _summary_json(summary: FormSummary) -> dict[str, Any]:
+    return _form_json(summary.form) | {
+        "state": summary.state,
+        "expires_seconds": summary.expires_seconds,
+        "reachable": summary.reachable,
+    }

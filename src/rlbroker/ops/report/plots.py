@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from rlbroker.ops.cli.formatting import size
+from rlbroker.ops.cli.formatting import format_bytes
 from rlbroker.ops.inspect.bottleneck import percent
 from rlbroker.ops.inspect.timeline import Timeline, TimelinePoint
 from rlbroker.ops.report.svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, RED, SKY, inline, new_figure
@@ -73,7 +73,7 @@ def _throughput(shown: Plotted) -> Figure:
         (
             ("batches per second", BLUE, lambda one: one.batches_per_second, _short),
             ("rows per second", GREEN, lambda one: one.rows_per_second, _short),
-            ("bytes per second", PURPLE, lambda one: one.bytes_per_second, size),
+            ("bytes per second", PURPLE, lambda one: one.bytes_per_second, format_bytes),
         ),
         strict=True,
     ):
@@ -96,7 +96,7 @@ def _weights(shown: Plotted) -> Figure:
         color=BLUE,
         label="as stored",
     )
-    _dress(second, shown, "bytes per second", size)
+    _dress(second, shown, "bytes per second", format_bytes)
     _legend(second)
     return figure
 

@@ -1,4 +1,4 @@
-"""`rlbroker top`: a run, live."""
+"""`rlbroker top`: a live view of a run."""
 
 from __future__ import annotations
 
@@ -12,27 +12,33 @@ from typing import TYPE_CHECKING, Annotated, Self
 import typer
 
 from rlbroker.errors import RlbrokerError
-from rlbroker.ops.cli.session import Session, with_session
+from rlbroker.ops.cli.options import with_session
+from rlbroker.ops.cli.session import Session
 
 if TYPE_CHECKING:
-    from rlbroker.ops.cli.top.key_bindings import State
-    from rlbroker.ops.cli.top.view import Trouble
+    from rlbroker.ops.cli.top.key_bindings import ViewState
+    from rlbroker.ops.cli.top.view import Outage
     from rlbroker.ops.inspect.watch import RunView, RunWatch
 
-#: How often the age of a view that is old is shown anew.
-AGE_SECONDS = 1.0
+#: How often the screen is drawn while nothing happens: the age of a stale view must be updated.
+REDRAW_SECONDS = 1.0
 
-#: How much later than it should a look may come before that is said.
+#: How late an answer may be before the server is reported as silent.
 SILENT_SECONDS = 1.5
 
-#: How long the end waits for a look that is under way.
-END_SECONDS = 1.0
+#: How long the end of the command waits for a read that is under way.
+STOP_SECONDS = 1.0
+
+#: The greatest width of the table in a pipe.
+PIPE_WIDTH = 160
 
 
 @with_session
 def top(
     session: Session,
-    interval: Annotated[float, typer.Option(min=0.1, max=3600.0, help="Seconds between two looks.")] = 0.5,
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=3600.0, help="Seconds between two refreshes.")
+    ] = 0.5,
     sort: Annotated[
         str, typer.Option(metavar="COLUMN", help="Order by this column: id, stale, rate, lost, …")
     ] = "id",
@@ -41,98 +47,98 @@ def top(
         typer.Option(
             "--filter",
             metavar="TEXT",
-            help="Only workers with this id, or this in state or process; or 'trouble'.",
+            help="Only workers with this id, or this text in state or process; or 'alive' or 'trouble'.",
         ),
     ] = "",
 ) -> None:
-    """Show a run as it goes on: rates, staleness, queues and what is wrong; and its workers, ordered as you like.
+    """Show a run live: rates, staleness, queues, what is wrong, and a table of its workers.
 
-    `?` explains the keys, `q` ends. Without a terminal it looks twice and prints once; with --json it prints an
-    object on a line of its own for each look, until Ctrl-C. Reading changes nothing. Exit code: 0, or 2 if the server
-    or the run is not there.
+    `?` explains the keys, `q` quits. Without a terminal the run is read twice and printed once; with --json an object
+    is printed on its own line for each refresh, until Ctrl-C. It only reads from Redis. Exit code: 0, or 2 if the
+    server or the run cannot be read.
 
     Example: rlbroker top --run pong --sort stale
     """
-    from rlbroker.ops.cli.top.key_bindings import SHOWN, State
-    from rlbroker.ops.cli.top.table import SORTS
+    from rlbroker.ops.cli.top.key_bindings import GROUPS, ViewState
+    from rlbroker.ops.cli.top.table import SORT_COLUMNS
     from rlbroker.ops.inspect.watch import RunWatch
 
-    if sort not in SORTS:
-        raise typer.BadParameter(f"{sort!r} is none of {', '.join(SORTS)}", param_hint="--sort")
-    state = State(
+    if sort not in SORT_COLUMNS:
+        raise typer.BadParameter(f"{sort!r} is not one of {', '.join(SORT_COLUMNS)}", param_hint="--sort")
+    state = ViewState(
         sort=sort,
         interval=interval,
-        shown=filter_ if filter_ in SHOWN else "all",
-        text="" if filter_ in SHOWN else filter_,
+        group=filter_ if filter_ in GROUPS else "all",
+        search="" if filter_ in GROUPS else filter_,
     )
     watch = RunWatch(session.connection, session.run)
     if session.as_json:
-        _print_looks(session, watch, interval)
+        _print_json_lines(session, watch, interval)
     elif sys.stdin.isatty() and sys.stdout.isatty():
-        _live(session, watch, state)
+        _show_live(session, watch, state)
     else:
         _print_once(session, watch, state)
 
 
-def _look(session: Session, watch: RunWatch) -> RunView:
-    with session.in_time():
+def _read_run(session: Session, watch: RunWatch) -> RunView:
+    with session.time_limit():
         return watch.look()
 
 
-def _print_looks(session: Session, watch: RunWatch, interval: float) -> None:
+def _print_json_lines(session: Session, watch: RunWatch, interval: float) -> None:
     due = time.monotonic()
     while True:
-        print(json.dumps(_look(session, watch).to_json()), flush=True)
+        print(json.dumps(_read_run(session, watch).to_json()), flush=True)
         due = max(due + interval, time.monotonic())
         time.sleep(max(0.0, due - time.monotonic()))
 
 
-def _print_once(session: Session, watch: RunWatch, state: State) -> None:
-    """Look twice, as rates are differences, and print all workers."""
-    from rlbroker.ops.cli.top.view import Look, page
+def _print_once(session: Session, watch: RunWatch, state: ViewState) -> None:
+    """Print all workers. The run is read twice: rates are differences."""
+    from rlbroker.ops.cli.top.view import DrawOptions, draw_text
 
-    _look(session, watch)
+    _read_run(session, watch)
     time.sleep(state.interval)
-    view = _look(session, watch)
+    view = _read_run(session, watch)
     console = session.console
-    for line in page(
-        view, state, min(console.width, 160), Look(console.colors, live=False, typed=session.typed)
-    ):
+    options = DrawOptions(console.colors, live=False, complete_hint=session.complete_hint)
+    for line in draw_text(view, state, min(console.width, PIPE_WIDTH), options):
         console.print(line)
 
 
-def _live(session: Session, watch: RunWatch, state: State) -> None:
-    from rlbroker.ops.cli.top.key_bindings import pressed
+def _show_live(session: Session, watch: RunWatch, state: ViewState) -> None:
+    from rlbroker.ops.cli.top.key_bindings import press_key
     from rlbroker.ops.cli.top.terminal import Terminal
-    from rlbroker.ops.cli.top.view import Look, frame, settled
+    from rlbroker.ops.cli.top.view import DrawOptions, clamp_scroll, draw_screen
 
     colors = session.console.colors
-    view = _look(session, watch)  # what is wrong with server or run is said as by any command
-    with Terminal() as terminal, _Looks(session, watch, view, state.interval, terminal.wake) as looks:
+    # Read once before the screen is taken over: if server or run cannot be read, the error is printed as usual.
+    view = _read_run(session, watch)
+    with Terminal() as terminal, _Refresher(session, watch, view, state.interval, terminal.wake) as refresher:
         while True:
-            view, trouble = looks.newest()
+            view, outage = refresher.latest()
             columns, rows = terminal.size
-            state = settled(state, view, columns, rows)
-            look = Look(colors=colors, typed=session.typed, trouble=trouble)
-            terminal.draw(frame(view, state, columns, rows, look))
-            for key in terminal.keys(AGE_SECONDS):
-                state = settled(pressed(state, key), view, columns, rows)
-                if state.over:
+            state = clamp_scroll(state, view, columns, rows)
+            options = DrawOptions(colors=colors, complete_hint=session.complete_hint, outage=outage)
+            terminal.draw(draw_screen(view, state, columns, rows, options))
+            for key in terminal.read_keys(REDRAW_SECONDS):
+                state = clamp_scroll(press_key(state, key), view, columns, rows)
+                if state.quit:
                     return
-            looks.pace(state.interval, paused=state.paused)
+            refresher.set_interval(state.interval, paused=state.paused)
 
 
-class _Looks:
-    """Looks in the background, so that keys are obeyed while a server does not answer."""
+class _Refresher:
+    """Reads the run in a thread, so that keys work while the server does not answer."""
 
     def __init__(
-        self, session: Session, watch: RunWatch, view: RunView, interval: float, changed: Callable[[], None]
+        self, session: Session, watch: RunWatch, view: RunView, interval: float, on_change: Callable[[], None]
     ) -> None:
-        self._session, self._watch, self._interval, self._changed = session, watch, interval, changed
-        self._view, self._problem, self._at = view, "", time.monotonic()
-        self._paused = self._over = False
-        self._mistake: Exception | None = None
-        self._turn = threading.Condition()
+        self._session, self._watch, self._interval, self._on_change = session, watch, interval, on_change
+        self._view, self._error, self._read_at = view, "", time.monotonic()
+        self._paused = self._stopped = False
+        self._bug: Exception | None = None
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="rlbroker-top", daemon=True)
 
     def __enter__(self) -> Self:
@@ -140,54 +146,54 @@ class _Looks:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with self._turn:
-            self._over = True
-            self._turn.notify()
-        self._thread.join(END_SECONDS)
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join(STOP_SECONDS)
 
-    def newest(self) -> tuple[RunView, Trouble | None]:
-        """Give what was seen last, and what is the matter if that is old."""
-        from rlbroker.ops.cli.top.view import Trouble
+    def latest(self) -> tuple[RunView, Outage | None]:
+        """Return the latest view, and the reason if it is stale."""
+        from rlbroker.ops.cli.top.view import Outage
 
-        with self._turn:
-            if self._mistake is not None:
-                raise self._mistake
-            seconds = time.monotonic() - self._at
+        with self._changed:
+            if self._bug is not None:
+                raise self._bug
+            seconds = time.monotonic() - self._read_at
             silent = not self._paused and seconds > self._interval + SILENT_SECONDS
-            problem = self._problem or (f"{self._session.connection.address} is silent" if silent else "")
-            return self._view, Trouble(seconds, problem) if problem else None
+            reason = self._error or (f"{self._session.connection.address} is silent" if silent else "")
+            return self._view, Outage(seconds, reason) if reason else None
 
-    def pace(self, interval: float, *, paused: bool) -> None:
-        """Look as often as this, or not at all."""
-        with self._turn:
+    def set_interval(self, interval: float, *, paused: bool) -> None:
+        """Read the run this often, or not at all."""
+        with self._changed:
             if (interval, paused) != (self._interval, self._paused):
                 self._interval, self._paused = interval, paused
-                self._at = time.monotonic() if not self._problem else self._at
-                self._turn.notify()
+                self._read_at = time.monotonic() if not self._error else self._read_at
+                self._changed.notify()
 
     def _work(self) -> None:
         began = time.monotonic()
-        while self._wait(began):
+        while self._wait_until_due(began):
             began = time.monotonic()
             try:
-                view = _look(self._session, self._watch)
+                view = _read_run(self._session, self._watch)
             except RlbrokerError as error:
-                with self._turn:
-                    self._problem = str(error)
-            except Exception as error:  # noqa: BLE001 - a mistake of ours, which the command is to end with
-                with self._turn:
-                    self._mistake = error
+                with self._changed:
+                    self._error = str(error)
+            except Exception as error:  # noqa: BLE001 - a bug in rlbroker: the main thread raises it
+                with self._changed:
+                    self._bug = error
             else:
-                with self._turn:
-                    self._view, self._problem, self._at = view, "", time.monotonic()
-            self._changed()
+                with self._changed:
+                    self._view, self._error, self._read_at = view, "", time.monotonic()
+            self._on_change()
 
-    def _wait(self, began: float) -> bool:
-        """Wait for the next turn to look; give whether there is one."""
-        with self._turn:
-            while not self._over and self._mistake is None:
+    def _wait_until_due(self, began: float) -> bool:
+        """Wait for the time of the next read; return False if there is none any more."""
+        with self._changed:
+            while not self._stopped and self._bug is None:
                 left = began + self._interval - time.monotonic()
                 if left <= 0 and not self._paused:
                     return True
-                self._turn.wait(None if self._paused else left)
+                self._changed.wait(None if self._paused else left)
             return False
