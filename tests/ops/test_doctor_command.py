@@ -95,7 +95,7 @@ def test_a_server_and_a_run_that_are_well_have_nothing_but_marks(
     assert done.stderr == ""
     assert re.search(r"^✓ persistence +append-only file", done.stdout, re.MULTILINE)
     assert re.search(r"^✓ run +nothing is wrong", done.stdout, re.MULTILINE)
-    assert re.search(r"^\d+ well, \d warnings?, 0 critical, 0 unknown$", done.stdout, re.MULTILINE)
+    assert re.search(r"^\d+ ok, \d warnings?, 0 critical, 0 unknown$", done.stdout, re.MULTILINE)
 
 
 def test_planted_trouble_is_named_and_what_is_printed_mends_it(

@@ -99,8 +99,7 @@ def learner(
     Ctrl-C ends training and stops the workers. SIGTERM and SIGUSR1 announce that the learner is to be moved: it saves
     its checkpoint and ends, and the workers wait until it is started again. Without --checkpoint the training state
     is lost then. With it, --minutes limits the total time of all starts.
-    Exit code: 0 solved, 1 not solved in time, 130 after Ctrl-C, 75 if the learner was told to move and expects to be
-    started again.
+    Exit code: 0 solved, 1 not solved in time, 130 after Ctrl-C, 75 if a signal ended it and it is to be started again.
 
     Example: rlbroker learner --url redis://host:6379/0 --run demo --env CartPole-v1
     """

@@ -36,7 +36,7 @@ def prune(
         ),
     ] = None,
 ) -> None:
-    """Delete dead runs: the learner has ended or is away, no worker lives, and all were silent for an hour.
+    """Delete dead runs: the learner has ended or is away, no worker is alive, and all were silent for an hour.
 
     A live run is never touched; if a learner opens a dead run meanwhile, it keeps the run or begins a new one. With
     --run only that run is deleted, at once if its learner has ended. If Ctrl-C interrupts the deletion, the same
@@ -111,7 +111,7 @@ def _is_confirmed(session: Session, dead: list[StaleRun], *, yes: bool) -> bool:
     if yes:
         return True
     if session.as_json or not sys.stdin.isatty():
-        raise InvalidArgument("nothing was deleted: confirm it with --yes, or use --dry-run to only look")
+        raise InvalidArgument("nothing was deleted: confirm it with --yes, or list the runs with --dry-run")
     runs = f"{len(dead)} runs" if len(dead) > 1 else f"the run {dead[0].run}"
     return typer.confirm(f"Delete {runs} for good?", abort=True, err=True)
 

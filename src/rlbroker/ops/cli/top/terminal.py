@@ -87,12 +87,8 @@ class Terminal:
                 signal.signal(number, handler)
             self._handlers.clear()
             signal.set_wakeup_fd(self._wakeup_fd_before)
-            wake_read, wake_write, self._wake_read, self._wake_write = (
-                self._wake_read,
-                self._wake_write,
-                -1,
-                -1,
-            )
+            wake_read, wake_write = self._wake_read, self._wake_write
+            self._wake_read = self._wake_write = -1
             os.close(wake_read)
             os.close(wake_write)
 
