@@ -188,7 +188,7 @@ def test_dead_batches_are_listed_shown_and_retried_with_the_printed_hint(
 def test_an_unknown_dead_batch_is_named(shell: Shell) -> None:
     done = shell("dead", "retry", "1/99-9", "1/17-3")
     assert (done.returncode, done.stdout) == (1, "1 dead batch will be delivered once more\n")
-    assert "1/99-9 is not a dead batch, or no longer" in done.stderr
+    assert "1/99-9 is not a dead batch (any more)" in done.stderr
 
 
 def test_purging_needs_confirmation(shell: Shell, planted: Planted) -> None:

@@ -29,7 +29,7 @@ from rlbroker.ops.cli.workers_command import workers
 #: The commands and groups of commands, by their heading in the help.
 COMMANDS = {
     "Run": (demo, server, learner, worker),
-    "Look": (status, top, workers, missed, report, weights, experiences, runs),
+    "Inspect": (status, top, workers, missed, report, weights, experiences, runs),
     "Act": (control, dead),
     "Server": (check, doctor, acl, exporter, bench, prune),
 }

@@ -52,12 +52,16 @@ def send(
     expires: Annotated[
         float | None,
         typer.Option(
-            parser=parse_span, metavar="SPAN", help="Workers ignore the command after this time; 30s."
+            parser=parse_span,
+            metavar="SPAN",
+            help="Workers ignore the command after this time; by default 30s.",
         ),
     ] = None,
     wait: Annotated[
         float | None,
-        typer.Option(parser=parse_span, metavar="SPAN", help="How long to wait for the answers; 30s."),
+        typer.Option(
+            parser=parse_span, metavar="SPAN", help="How long to wait for the answers; by default 30s."
+        ),
     ] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait for the answers.")] = False,
     force: Annotated[

@@ -74,7 +74,7 @@ def list_dead(session: Session, worker: Worker = None) -> None:
 def show_dead(session: Session, names: Ids = None, worker: Worker = None) -> None:
     """Show dead batches in detail, with their contents as far as they can be decoded: by id, or all of a worker.
 
-    Exit code: 0; 1 if one of the ids does not exist, or no longer; 2 if the server or the run cannot be read.
+    Exit code: 0; 1 if an id does not exist (any more); 2 if the server or the run cannot be read.
 
     Example: rlbroker dead show 3/1795599266911-7
     """
@@ -119,7 +119,7 @@ def retry_dead(
 ) -> None:
     """Deliver dead batches once more, to the learner within seconds, or else to the next one.
 
-    Exit code: 0; 1 if one of the ids does not exist, or no longer; 2 if the server or the run cannot be read.
+    Exit code: 0; 1 if an id does not exist (any more); 2 if the server or the run cannot be read.
 
     Example: rlbroker dead retry 3/1795599266911-7
     """
@@ -148,7 +148,7 @@ def purge_dead(
     """Delete dead batches for good: by id, or all of a worker, or all of the run. They stay counted as lost.
 
     It asks for confirmation; where there is no terminal, --yes is needed.
-    Exit code: 0; 1 if one of the ids does not exist, or no longer; 2 if not confirmed, or the run cannot be read.
+    Exit code: 0; 1 if an id does not exist (any more); 2 if not confirmed, or the run cannot be read.
 
     Example: rlbroker dead purge --worker 3
     """
@@ -197,7 +197,7 @@ def _fail_if_missing(session: Session, names: list[str] | None, letters: Sequenc
     if missing:
         what = "is not a dead batch" if len(missing) == 1 else "are not dead batches"
         hint = session.complete_hint("rlbroker dead list")
-        session.fail(f"{', '.join(map(sanitize, missing))} {what}, or no longer: {hint}", EXIT_NOT_FOUND)
+        session.fail(f"{', '.join(map(sanitize, missing))} {what} (any more): {hint}", EXIT_NOT_FOUND)
 
 
 def _id_of(letter: DeadLetter) -> str:

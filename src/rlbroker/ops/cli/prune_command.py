@@ -24,9 +24,10 @@ OLDER_THAN_SECONDS = 3600.0
 KEYS_PER_LINE = 100_000
 
 
-@with_session
+@with_session(without=("run",))
 def prune(
     session: Session,
+    run: Annotated[str | None, typer.Option(help="Only this run; RLBROKER_RUN is ignored.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be deleted.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     older_than: Annotated[
@@ -49,7 +50,6 @@ def prune(
     from rlbroker.ops.stale_runs import find_stale_runs
 
     seconds = OLDER_THAN_SECONDS if older_than is None else older_than
-    run = session.run_option  # not RLBROKER_RUN: without --run the command is about all runs
     found = find_stale_runs(
         session.connection,
         older_than_seconds=seconds,

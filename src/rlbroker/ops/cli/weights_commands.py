@@ -80,7 +80,7 @@ def list_weights(session: Session) -> None:
 def show_weights(session: Session, version: Version = None) -> None:
     """Show the contents of a version: its tensors with dtype and shape, and its plain values.
 
-    Only the header is downloaded. Exit code: 0; 1 if the version is not stored, or no longer; 2 if the server or the
+    Only the header is downloaded. Exit code: 0; 1 if the version is not stored (any more); 2 if the server or the
     run cannot be read.
 
     Example: rlbroker weights show 12 --run pong
@@ -170,7 +170,7 @@ def pull_weights(
     The file is written whole or not at all. Names are paths joined by dots; dtypes are those that were published. An
     .npz file holds bfloat16 and float8 as integers with the same bits, and no plain values. The file's path is printed
     on stdout.
-    Exit code: 0; 1 if the version is not stored, or no longer; 2 after an error, such as an existing file.
+    Exit code: 0; 1 if the version is not stored (any more); 2 after an error, such as an existing file.
 
     Example: rlbroker weights pull 12 --run pong --output pong.safetensors
     """
