@@ -22,7 +22,7 @@ RUN = "pong"
 ROLES = (f"{RUN}-learner", f"{RUN}-worker-0", f"{RUN}-worker-1", f"{RUN}-observer")
 
 
-class Guarded:
+class GuardedCluster:
     """A Cluster whose nodes all have the users that `rlbroker acl` prints for it."""
 
     def __init__(self, engine: Cluster, folder: Path) -> None:
@@ -71,18 +71,18 @@ _ONLY_FOR_DOCTOR = {"cmdstat_config|get", "cmdstat_config", "cmdstat_acl|whoami"
 @pytest.fixture
 def guarded(
     started: Callable[[str, str], ClusterServer], server_kind: str, tmp_path: Path
-) -> Iterator[Guarded]:
+) -> Iterator[GuardedCluster]:
     server = started("cluster", server_kind)
     server.client.flushall()
     try:
-        yield Guarded(server.engine, tmp_path / "secrets")
+        yield GuardedCluster(server.engine, tmp_path / "secrets")
     finally:
         for node in server.engine.nodes:
             node.ask("ACL", "DELUSER", *ROLES)
         server.client.flushall()
 
 
-def test_each_role_has_the_rights_that_it_needs_on_every_node(guarded: Guarded) -> None:
+def test_each_role_has_the_rights_that_it_needs_on_every_node(guarded: GuardedCluster) -> None:
     weights = {"w": np.arange(40_000, dtype=np.float32)}
     learner_url, observer = guarded.url(ROLES[0]), {"RLBROKER_REDIS_URL": guarded.url(ROLES[3])}
     with WorkerCommunicator(
@@ -159,7 +159,7 @@ def test_each_role_has_the_rights_that_it_needs_on_every_node(guarded: Guarded) 
     assert guarded.refused().keys() <= _ONLY_FOR_DOCTOR
 
 
-def test_a_worker_has_no_rights_in_the_shard_of_another(guarded: Guarded) -> None:
+def test_a_worker_has_no_rights_in_the_shard_of_another(guarded: GuardedCluster) -> None:
     with WorkerCommunicator(2, redis_url=guarded.url(ROLES[0]), run=RUN, host_cache=False) as comm:
         comm.send_model_weights({"w": np.zeros(10)})
         keys = _keys(guarded)
@@ -194,14 +194,14 @@ def test_a_worker_has_no_rights_in_the_shard_of_another(guarded: Guarded) -> Non
             WorkerClient(guarded.url(ROLES[1]), RUN, worker_id=1)
 
 
-def test_missing_cluster_rights_are_named(guarded: Guarded) -> None:
+def test_missing_cluster_rights_are_named(guarded: GuardedCluster) -> None:
     for node in guarded.engine.nodes:
         node.ask("ACL", "SETUSER", ROLES[1], "-cluster|slots")
     with pytest.raises(AccessDenied, match=r"may not run CLUSTER SLOTS; .*rlbroker acl --cluster"):
         WorkerClient(guarded.url(ROLES[1]), RUN, worker_id=0, timeout=2.0)
 
 
-def _keys(guarded: Guarded) -> Keys:
+def _keys(guarded: GuardedCluster) -> Keys:
     keys = Keys(RUN)
     keys.spread(guarded.engine.client().hget(keys.meta, "shards").decode())
     return keys

@@ -11,7 +11,7 @@ import pytest
 import redis
 import torch
 from conftest import wait_until
-from executable import Shell
+from executable import RunShell
 
 from rlbroker import DeadLetter, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import GROUP, Keys
@@ -24,7 +24,7 @@ KEYS = Keys(RUN)
 BATCH = {"obs": np.zeros((4, 3), np.float32), "more": {"mask": torch.ones(4, dtype=torch.bool)}, "note": "x"}
 
 
-class Planted:
+class RunWithBatches:
     """A run with an alive learner.
 
     Worker 0 has one batch in the learner's hands and three that wait, one of them damaged. Worker 1 has two dead
@@ -64,7 +64,7 @@ class Planted:
 
 
 @pytest.fixture(scope="module")
-def planted(embedded: RedisServer) -> Iterator[Planted]:
+def planted(embedded: RedisServer) -> Iterator[RunWithBatches]:
     endpoint: dict[str, Any] = {"redis_url": embedded.url, "run": RUN}
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(collector, "RECHECK_SECONDS", 0.1)
@@ -74,7 +74,7 @@ def planted(embedded: RedisServer) -> Iterator[Planted]:
         WorkerClient(worker_id=0, **endpoint) as first,
         WorkerClient(worker_id=1, **endpoint) as second,
     ):
-        run = Planted(client, learner, first)
+        run = RunWithBatches(client, learner, first)
         learner.send_model_weights({"w": np.zeros(3)})
         wait_until("worker 0 runs version 1", lambda: first.poll({}) and first.version == 1)
         learner.send_model_weights({"w": np.ones(3)})
@@ -101,14 +101,16 @@ def planted(embedded: RedisServer) -> Iterator[Planted]:
 
 
 @pytest.fixture
-def shell(embedded: RedisServer, planted: Planted) -> Shell:
-    return Shell(embedded.url, RUN)
+def shell(embedded: RedisServer, planted: RunWithBatches) -> RunShell:
+    return RunShell(embedded.url, RUN)
 
 
 # experiences peek
 
 
-def test_peek_shows_the_contents_of_batches_without_taking_them(shell: Shell, planted: Planted) -> None:
+def test_peek_shows_the_contents_of_batches_without_taking_them(
+    shell: RunShell, planted: RunWithBatches
+) -> None:
     before = planted.queues()
     data = shell.json("experiences", "peek", "--count", "9")
     assert planted.queues() == before
@@ -143,7 +145,7 @@ def test_peek_shows_the_contents_of_batches_without_taking_them(shell: Shell, pl
     assert "digest" in batches[3]["problem"]
 
 
-def test_peek_prints_the_newest_batches_as_text(shell: Shell, planted: Planted) -> None:
+def test_peek_prints_the_newest_batches_as_text(shell: RunShell, planted: RunWithBatches) -> None:
     output = shell("experiences", "peek", "--newest", "--count", "2", "--worker", "0").stdout
     assert "worker 0: 3 waiting, 1 in the learner's hands" in output
     assert f"batch 0/{planted.incarnation}-3; version 1, 1 behind; 4 rows" in output
@@ -157,7 +159,7 @@ def test_peek_prints_the_newest_batches_as_text(shell: Shell, planted: Planted) 
 
 
 def test_dead_batches_are_listed_shown_and_retried_with_the_printed_hint(
-    shell: Shell, planted: Planted
+    shell: RunShell, planted: RunWithBatches
 ) -> None:
     before = planted.queues()
     listed = shell("dead", "list", "--worker", "1")
@@ -185,13 +187,13 @@ def test_dead_batches_are_listed_shown_and_retried_with_the_printed_hint(
     assert (letter.reason, letter.sequence) == ("corrupt", 2)
 
 
-def test_an_unknown_dead_batch_is_named(shell: Shell) -> None:
+def test_an_unknown_dead_batch_is_named(shell: RunShell) -> None:
     done = shell("dead", "retry", "1/99-9", "1/17-3")
     assert (done.returncode, done.stdout) == (1, "1 dead batch will be delivered once more\n")
     assert "1/99-9 is not a dead batch (any more)" in done.stderr
 
 
-def test_purging_needs_confirmation(shell: Shell, planted: Planted) -> None:
+def test_purging_needs_confirmation(shell: RunShell, planted: RunWithBatches) -> None:
     def dead() -> int:
         return len(planted.learner.dead_letters())
 

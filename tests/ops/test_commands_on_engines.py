@@ -339,5 +339,5 @@ def test_prune_keeps_a_queue_in_an_old_shard_that_is_used_meanwhile(
 
 
 def _uptime(cluster: ClusterServer) -> float:
-    told = [node.ask("INFO", "server").decode() for node in cluster.engine.nodes]
-    return min(float(text.partition("uptime_in_seconds:")[2].split()[0]) for text in told)
+    replies = [node.ask("INFO", "server").decode() for node in cluster.engine.nodes]
+    return min(float(text.partition("uptime_in_seconds:")[2].split()[0]) for text in replies)

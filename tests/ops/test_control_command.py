@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 from conftest import wait_until
-from executable import Shell, environment
+from executable import RunShell, environment
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
@@ -63,11 +63,11 @@ def active_run(embedded: RedisServer) -> Iterator[ActiveRun]:
 
 
 @pytest.fixture
-def shell(embedded: RedisServer, active_run: ActiveRun) -> Shell:
-    return Shell(embedded.url, RUN)
+def shell(embedded: RedisServer, active_run: ActiveRun) -> RunShell:
+    return RunShell(embedded.url, RUN)
 
 
-def test_a_command_is_sent_and_its_answers_are_printed(shell: Shell, active_run: ActiveRun) -> None:
+def test_a_command_is_sent_and_its_answers_are_printed(shell: RunShell, active_run: ActiveRun) -> None:
     done = shell(
         "control", "send", "level", "--data", '{"level": 7}', "--worker", "0", "--worker", "1", "--json"
     )
@@ -79,14 +79,14 @@ def test_a_command_is_sent_and_its_answers_are_printed(shell: Shell, active_run:
     assert active_run.received == [{"level": 7}, {"level": 7}]
 
 
-def test_a_terminal_shows_a_progress_bar(shell: Shell) -> None:
+def test_a_terminal_shows_a_progress_bar(shell: RunShell) -> None:
     code, output = shell.on_terminal("control", "send", "reset", "--worker", "1")
     assert code == 0
     assert "0/1" in output or "1/1" in output
     assert output.split()[-2:] == ["1", "done"]
 
 
-def test_workers_that_fail_or_do_not_answer_are_named(shell: Shell) -> None:
+def test_workers_that_fail_or_do_not_answer_are_named(shell: RunShell) -> None:
     done = shell("control", "send", "fail", "--data", '{"level": 9}', "--worker", "0", "--worker", "1")
     assert (done.returncode, done.stderr) == (1, "sent fail to 2 workers\n")
     rows = [line.split(maxsplit=2) for line in done.stdout.splitlines()[3:] if line.strip()]
@@ -107,7 +107,7 @@ def test_workers_that_fail_or_do_not_answer_are_named(shell: Shell) -> None:
     )
 
 
-def test_no_wait_only_sends_the_command(shell: Shell, active_run: ActiveRun) -> None:
+def test_no_wait_only_sends_the_command(shell: RunShell, active_run: ActiveRun) -> None:
     before = len(active_run.received)
     done = shell("control", "send", "level", "--no-wait", "--expires", "1h")
     assert (done.returncode, done.stderr) == (0, "")
@@ -121,7 +121,7 @@ def test_no_wait_only_sends_the_command(shell: Shell, active_run: ActiveRun) -> 
     assert last[-9:] == ["null", "2", "done,", "1", "waiting", "no", "answer", "from", "2"]
 
 
-def test_ctrl_c_ends_the_wait_and_not_the_command(shell: Shell, active_run: ActiveRun) -> None:
+def test_ctrl_c_ends_the_wait_and_not_the_command(shell: RunShell, active_run: ActiveRun) -> None:
     process = subprocess.Popen(
         shell.command("control", "send", "resume", "--worker", "2"),
         env=environment(RLBROKER_REDIS_URL=shell.url),
@@ -138,7 +138,7 @@ def test_ctrl_c_ends_the_wait_and_not_the_command(shell: Shell, active_run: Acti
     assert active_run.learner.get_queue_info()["control_queue_sizes"][2] >= 1
 
 
-def test_an_unknown_worker_is_answered_with_the_members(shell: Shell) -> None:
+def test_an_unknown_worker_is_answered_with_the_members(shell: RunShell) -> None:
     done = shell("control", "send", "level", "--worker", "9")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
@@ -148,7 +148,7 @@ def test_an_unknown_worker_is_answered_with_the_members(shell: Shell) -> None:
 
 def test_without_a_learner_force_is_needed_and_workers_obey(embedded: RedisServer) -> None:
     run = "control-alone"
-    shell = Shell(embedded.url, run)
+    shell = RunShell(embedded.url, run)
     with (
         redis.Redis.from_url(embedded.url, protocol=2) as client,
         WorkerCommunicator(1, redis_url=embedded.url, run=run),

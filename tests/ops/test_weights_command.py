@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import redis
 import torch
-from executable import Shell
+from executable import RunShell
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -48,7 +48,7 @@ def client(embedded: RedisServer) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def shell(embedded: RedisServer, client: Any) -> Shell:
+def shell(embedded: RedisServer, client: Any) -> RunShell:
     """A run that has ended, with versions 1 to 3 and version 4 of another layout; a part of version 2 has expired."""
     with WorkerCommunicator(1, redis_url=embedded.url, run=RUN) as learner:
         for step in (1, 2, 3):
@@ -59,7 +59,7 @@ def shell(embedded: RedisServer, client: Any) -> Shell:
     forms = client.hget(KEYS.weights, "dropped").decode().split()
     assert [form.split(":")[:2] for form in forms] == [["1", "0"], ["2", "1"], ["3", "2"]]
     client.delete(KEYS.chunk(forms[1].split(":")[2], 1))
-    return Shell(embedded.url, RUN)
+    return RunShell(embedded.url, RUN)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def no_torch(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_changes(shell: Shell, client: Any) -> Iterator[None]:
+def _nothing_changes(shell: RunShell, client: Any) -> Iterator[None]:
     """Check after each test that the run has not changed."""
     before = everything(client)
     assert len(before) > 5
@@ -83,7 +83,7 @@ def everything(client: Any) -> dict[bytes, tuple[bytes, bool]]:
     return {key: (client.dump(key), client.pttl(key) == -1) for key in client.scan_iter(KEYS.everything)}
 
 
-def test_list_shows_the_stored_versions_and_when_they_expire(shell: Shell) -> None:
+def test_list_shows_the_stored_versions_and_when_they_expire(shell: RunShell) -> None:
     data = shell.json("weights", "list")
     assert data.keys() == {"run", "version", "raw_bytes", "codec", "published", "forms"}
     assert (data["run"], data["version"], data["codec"]) == (RUN, 4, "blosc2")
@@ -105,7 +105,7 @@ def test_list_shows_the_stored_versions_and_when_they_expire(shell: Shell) -> No
     assert "a part is missing" in table
 
 
-def test_show_reads_only_the_header_and_needs_no_torch(shell: Shell, no_torch: dict[str, str]) -> None:
+def test_show_reads_only_the_header_and_needs_no_torch(shell: RunShell, no_torch: dict[str, str]) -> None:
     data = shell.json("weights", "show", "1", **no_torch)
     facts = ["run", "version", "kind", "base", "stored_bytes", "chunks", "latest", "raw_bytes"]
     assert list(data) == [*facts, "download_bytes", "tensors", "values"]
@@ -129,7 +129,7 @@ def test_show_reads_only_the_header_and_needs_no_torch(shell: Shell, no_torch: d
 
 
 def test_a_pulled_safetensors_file_is_bit_exact(
-    shell: Shell, tmp_path: Path, no_torch: dict[str, str]
+    shell: RunShell, tmp_path: Path, no_torch: dict[str, str]
 ) -> None:
     file = tmp_path / "one.safetensors"
     done = shell("weights", "pull", "1", "--output", str(file), **no_torch)
@@ -156,7 +156,7 @@ def test_a_pulled_safetensors_file_is_bit_exact(
     assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
 
 
-def test_pulling_an_npz_file_reports_what_it_cannot_hold(shell: Shell, tmp_path: Path) -> None:
+def test_pulling_an_npz_file_reports_what_it_cannot_hold(shell: RunShell, tmp_path: Path) -> None:
     file = tmp_path / "four.npz"
     file.write_text("not precious")
     data = shell.json("weights", "pull", "-o", str(file), "--force")
@@ -172,7 +172,7 @@ def test_pulling_an_npz_file_reports_what_it_cannot_hold(shell: Shell, tmp_path:
         np.testing.assert_array_equal(bits.view("float32"), weights(4)["half"].float().numpy())
 
 
-def test_an_existing_file_is_overwritten_only_with_force(shell: Shell, tmp_path: Path) -> None:
+def test_an_existing_file_is_overwritten_only_with_force(shell: RunShell, tmp_path: Path) -> None:
     file = tmp_path / "mine.npz"
     file.write_text("precious")
     done = shell("weights", "pull", "-o", str(file))
@@ -182,14 +182,14 @@ def test_an_existing_file_is_overwritten_only_with_force(shell: Shell, tmp_path:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_an_expired_version_is_answered_with_those_that_are_stored(shell: Shell) -> None:
+def test_an_expired_version_is_answered_with_those_that_are_stored(shell: RunShell) -> None:
     done = shell("weights", "pull", "3")
     assert (done.returncode, done.stdout) == (1, "")
     assert "version 3 is not stored any more" in done.stderr
     assert "stored are: 1, 4" in done.stderr
 
 
-def test_damaged_weights_are_refused_and_leave_no_file(shell: Shell, client: Any, tmp_path: Path) -> None:
+def test_damaged_weights_are_refused_and_leave_no_file(shell: RunShell, client: Any, tmp_path: Path) -> None:
     upload = client.hget(KEYS.weights, "upload").decode()
     data = client.get(KEYS.chunk(upload, 1))
     client.set(KEYS.chunk(upload, 1), data[:-1] + bytes([data[-1] ^ 1]))

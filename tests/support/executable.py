@@ -72,7 +72,7 @@ def cells(output: str, first: int | str) -> dict[str, str]:
     return dict(zip(names, re.split(r"\s{2,}", line.strip()), strict=False))
 
 
-class Shell:
+class RunShell:
     """Runs commands for one run of a server, whose URL is in the environment."""
 
     def __init__(self, url: str, run: str) -> None:
