@@ -18,9 +18,12 @@ from rlbroker.ops.cli.session import Session
 ADMINISTRATOR = "admin"
 
 
-@with_session
+@with_session(without=("run",))
 def acl(
     session: Session,
+    run: Annotated[
+        str | None, typer.Option(help="Name of the run; by default RLBROKER_RUN, then 'default'.")
+    ] = None,
     workers: Annotated[
         int, typer.Option(min=1, max=65_536, help="Number of workers, with ids from 0 on.")
     ] = 8,
@@ -72,7 +75,11 @@ def acl(
     kind = parse_endpoint(redis_url(session.url)).kind
     cluster |= kind == "cluster" or (not server_version and session.connection.servers.several)
     run_users = users(
-        session.named_run or DEFAULT_RUN, workers=workers, shared=shared, version=version, cluster=cluster
+        run or session.named_run or DEFAULT_RUN,
+        workers=workers,
+        shared=shared,
+        version=version,
+        cluster=cluster,
     )
     if session.as_json:
         session.print_json(
