@@ -19,7 +19,7 @@ from conftest import RealServer
 
 from rlbroker import QueueFull, WorkerCommunicator
 from rlbroker.demo.rollout_worker import WorkerSettings, work
-from rlbroker.ops.cli.worker import state_of_learner
+from rlbroker.ops.cli.demo_commands import read_learner_state
 
 MAIN = [sys.executable, "-c", "from rlbroker.ops.cli import main; main()"]
 
@@ -202,7 +202,7 @@ def test_a_worker_without_a_learner_says_so(
         mock.patch("rlbroker.demo.rollout_worker.run_worker", side_effect=full),
         pytest.raises(QueueFull, match=f"last batch is lost.*the learner of 'alone-{state}' {what}"),
     ):
-        work(settings, lambda: state_of_learner(real_server.url, run))
+        work(settings, lambda: read_learner_state(real_server.url, run))
     said = capsys.readouterr().out
     assert "waits for the learner's weights" in said
     assert ("has ended; waiting for another" in said) == (state == "ended")

@@ -1,6 +1,6 @@
-"""What each role may do on a server with our configuration and our users: all that it needs, and nothing else.
+"""The rights of each role on a server with the users of `rlbroker acl`: all that it needs, and nothing else.
 
-On the embedded server; with `scripts/test --all-servers` on Redis 6.2 and 7.0 too.
+Tested on the embedded server; with `scripts/test --all-servers` on Redis 6.2 and 7.0, too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rlbroker.weights.commit import COMMIT
 KEYS = Keys(RUN)
 LEARNER, OBSERVER = f"{RUN}-learner", f"{RUN}-observer"
 
-#: Large enough to be stored as a difference.
+#: Large enough to be stored as a delta.
 SIZE = 40_000
 
 
@@ -54,13 +54,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def planted(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[GuardedServer]:
-    """A run that stands still, in which everybody did everything, with nothing but the rights of a role."""
+    """A run in which each role has done everything that it can do, and which no process changes any more."""
     with GuardedServer(request.param, tmp_path_factory.mktemp(request.param)) as server:
-        live(server)
+        exercise_all_roles(server)
         yield server
 
 
-def live(server: GuardedServer) -> None:
+def exercise_all_roles(server: GuardedServer) -> None:
     def learner(**settings: Any) -> WorkerCommunicator:
         return WorkerCommunicator(
             WORKERS, redis_url=server.url(LEARNER), run=RUN, host_cache=False, **settings
@@ -76,7 +76,7 @@ def live(server: GuardedServer) -> None:
     bad = {"data": b"?", "version": 1, "rows": 1, "raw_bytes": 1, "stored_bytes": 1, "sent_at": 0}
     with learner(max_queue_size=4, acknowledge="manual", take_over_seconds=0.5) as comm:
         first, second = worker(0, level="learner"), worker(1, when_full="drop_oldest")
-        for _ in range(3):  # whole, and as differences
+        for _ in range(3):  # full, and as deltas
             weights["w"][::1000] += 1.0
             comm.send_model_weights(weights)
         for client, batches in ((first, 2), (second, 7)):
@@ -84,9 +84,9 @@ def live(server: GuardedServer) -> None:
             for number in range(batches):
                 client.send_experiences({"number": np.full(3, number)})
         commands = comm.send_control_command("reset"), comm.send_control_command("resume", worker_ids=[1])
-        wait_until("they obeyed", lambda: [first.poll({}), second.poll({})] and all_done(*commands))
-        pairs = wait_until("batches came", lambda: comm.collect_experiences(timeout=1.0))
-        wait_until("what is in its hands is renewed", lambda: calls(admin, "xclaim"))
+        wait_until("both workers obey", lambda: [first.poll({}), second.poll({})] and all_done(*commands))
+        pairs = wait_until("batches arrive", lambda: comm.collect_experiences(timeout=1.0))
+        wait_until("the learner renews its pending entries", lambda: calls(admin, "xclaim"))
         comm.acknowledge(pairs)
         server.client(worker_user(1)).xadd(KEYS.experiences(1), bad, id=f"{second.incarnation}-100")
 
@@ -96,15 +96,15 @@ def live(server: GuardedServer) -> None:
 
         comm.retry_dead_letters(wait_until("a batch is dead", dead))
         comm.purge_dead_letters(wait_until("it is dead again", dead))
-        admin.sadd(KEYS.workers, "nobody")
-        wait_until("who is nobody is removed", lambda: not admin.sismember(KEYS.workers, "nobody"))
+        admin.sadd(KEYS.workers, "invalid")
+        wait_until("the invalid id is removed", lambda: not admin.sismember(KEYS.workers, "invalid"))
         comm._maintenance.housekeep()
         third = worker(1)
         with pytest.raises(Fenced):
-            wait_until("the second is replaced", lambda: second.poll({}) and False)
+            wait_until("the second worker is fenced", lambda: second.poll({}) and False)
         admin.flushall()
         wait_until(
-            "the run is back", lambda: admin.hget(KEYS.weights, "version") and len(comm.workers()) == 2
+            "the run is restored", lambda: admin.hget(KEYS.weights, "version") and len(comm.workers()) == 2
         )
         for client in (first, third):
             client.poll({})
@@ -120,15 +120,15 @@ def live(server: GuardedServer) -> None:
         client.send_experiences({"number": 1})
         comm.collect_experiences(timeout=5.0)
         silent._heartbeat._thread.stop(5.0)
-        wait_until("it is given up", lambda: admin.hget(KEYS.life(0), "member") == b"0")
+        wait_until("the silent worker is forgotten", lambda: admin.hget(KEYS.life(0), "member") == b"0")
         silent.close()
         comm._check()
-    client = worker(0)  # it stays, silently
+    client = worker(0)  # it stays a member, and is silent
     client._heartbeat._thread.stop(5.0)
     for part in (client._subscriber, client._inbox):
         part.stop(5.0)
     client._connection.close()
-    for key in admin.scan_iter():  # nothing ends by itself while the tests look
+    for key in admin.scan_iter():  # no key may expire during the tests
         admin.persist(key)
 
 
@@ -140,23 +140,25 @@ def all_done(*commands: Any) -> bool:
     return all(outcome.state == "done" for command in commands for outcome in command.outcomes().values())
 
 
-def test_a_role_has_all_the_rights_that_it_needs(planted: GuardedServer) -> None:
+def test_each_role_has_the_rights_that_it_needs(planted: GuardedServer) -> None:
     done = planted.client("admin").info("commandstats")
-    refused = {name: one for name, one in done.items() if one.get("rejected_calls") and name not in _TRIED}
+    refused = {
+        name: one for name, one in done.items() if one.get("rejected_calls") and name not in _MAY_BE_REFUSED
+    }
     assert not refused
 
 
-#: redis-py asks for it on every server, and takes a refusal.
-_TRIED = {"cmdstat_client|setinfo", "cmdstat_client"}
+#: redis-py sends CLIENT SETINFO to every server, and ignores its refusal.
+_MAY_BE_REFUSED = {"cmdstat_client|setinfo", "cmdstat_client"}
 
 
-def test_no_right_is_given_that_nobody_uses(planted: GuardedServer) -> None:
+def test_no_role_has_a_right_that_it_does_not_use(planted: GuardedServer) -> None:
     used = {name.removeprefix("cmdstat_") for name in planted.client("admin").info("commandstats")}
     used |= {name.partition("|")[0] for name in used}
     given = {rule.removeprefix("+") for rule in (*_LEARNER, *_WORKER) if rule[0] == "+" and rule[1] != "@"}
-    if planted.kind == "redis-6.2":  # which counts by command, not by its parts
+    if planted.kind == "redis-6.2":  # which counts subcommands with their command
         given = {name.partition("|")[0] for name in given}
-    # Where the server is another database than 0, speaks RESP3, keeps replicas, or has lost one script only.
+    # Needed on a database other than 0, with RESP3, with replicas, or after the loss of a single script.
     assert given - used == {"select", "hello", "wait"} - used
 
 
@@ -226,7 +228,7 @@ WORKER_WRITES_NOT: list[tuple[Any, ...]] = [
     ("PERSIST", KEYS.heartbeat(0)),
 ]
 
-#: What read-only keys keep a worker from: only from Redis 7 on.
+#: Writes that only the read-only keys of Redis 7 and newer prevent.
 WORKER_ONLY_READS: list[tuple[Any, ...]] = [
     ("HSET", KEYS.weights, "version", "99"),
     ("DEL", KEYS.weights),
@@ -260,12 +262,12 @@ def refuses(client: Any, command: tuple[Any, ...]) -> bool:
 
 
 def allowed(server: GuardedServer, user: str, commands: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Give the commands that a user may run of those that it may not; nothing of them must have changed anything."""
+    """Return those of the commands that the user is allowed to run."""
     with server.client(user) as client:
         return [command for command in commands if not refuses(client, command)]
 
 
-def test_a_worker_writes_and_reads_only_what_is_its_own(planted: GuardedServer) -> None:
+def test_a_worker_writes_and_reads_only_its_own_keys(planted: GuardedServer) -> None:
     before = planted.everything()
     denied = DENIED_TO_ALL + WORKER_READS_NOT + WORKER_WRITES_NOT
     if planted.has_read_only_keys:
@@ -274,7 +276,7 @@ def test_a_worker_writes_and_reads_only_what_is_its_own(planted: GuardedServer) 
     assert planted.everything() == before
 
 
-def test_an_observer_writes_nothing(planted: GuardedServer) -> None:
+def test_an_observer_cannot_write(planted: GuardedServer) -> None:
     before = planted.everything()
     writes = [
         *DENIED_TO_ALL,
@@ -297,7 +299,7 @@ def test_a_learner_has_no_rights_beyond_its_run(planted: GuardedServer) -> None:
 
 
 def keys_of(script: Script, worker: int) -> list[str]:
-    """Give the keys with which a script would do harm to a worker, or to the run."""
+    """Return the keys with which a script would harm a worker, or the run."""
     own = {
         OPEN: [KEYS.meta],
         CLOSE: [KEYS.meta],
@@ -329,15 +331,15 @@ def keys_of(script: Script, worker: int) -> list[str]:
 
 FAR = "9999999999999"
 
-#: Stand for the epoch of the learner that leads, and for the life of worker 1.
-EPOCH, LIFE = "<epoch>", "<life>"
+#: Placeholders for the epoch of the learner and for the incarnation of worker 1.
+EPOCH, INCARNATION = "<epoch>", "<incarnation>"
 
 ATTACKS: dict[str, tuple[Script, list[Any]]] = {
     "open": (OPEN, ["1", "learner", "1", "max_queue_size", "1"]),
     "close": (CLOSE, [EPOCH]),
     "alive": (ALIVE, ["learner_seen", "1"]),
     "publish": (COMMIT, [EPOCH, FAR, "9-9-9", "-", "-", "version", FAR]),
-    "command": (SEND, [EPOCH, "abc", "60", "-1", "1", LIFE, "", "name", "stop", "data", ""]),
+    "command": (SEND, [EPOCH, "abc", "60", "-1", "1", INCARNATION, "", "name", "stop", "data", ""]),
     "command-again": (
         RESTORE_COMMAND,
         [EPOCH, "abc", "60", "1", "1", "1", "waiting", "name", "stop", "data", ""],
@@ -353,33 +355,31 @@ ATTACKS: dict[str, tuple[Script, list[Any]]] = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_worker_gains_nothing_from_scripts_that_are_not_its_own(
-    planted: GuardedServer, attack: str
-) -> None:
+def test_a_worker_cannot_use_the_scripts_of_others(planted: GuardedServer, attack: str) -> None:
     if not planted.has_read_only_keys and attack in ("open", "alive", "publish", "close", "prune"):
-        pytest.skip("before Redis 7 a worker can write what it can read: said by `rlbroker acl`")
+        pytest.skip("before Redis 7 a worker can write what it can read; `rlbroker acl` warns of it")
     script, arguments = ATTACKS[attack]
     epoch = planted.client("admin").hget(KEYS.meta, "epoch")
-    life = planted.client("admin").hget(KEYS.life(1), "incarnation")
-    arguments = [{EPOCH: epoch, LIFE: life}.get(one, one) for one in arguments]
+    incarnation = planted.client("admin").hget(KEYS.life(1), "incarnation")
+    arguments = [{EPOCH: epoch, INCARNATION: incarnation}.get(one, one) for one in arguments]
     planted.client(LEARNER).script_load(script.text)
     before = planted.everything()
     with planted.client(worker_user(0)) as client:
         try:
             client.execute_command(*script.call(keys_of(script, 1), arguments))
         except redis.ResponseError as error:
-            assert says_refused(f"{error}") or isinstance(error, redis.exceptions.NoPermissionError), error  # noqa: PT017 - some succeed, and change nothing
+            assert says_refused(f"{error}") or isinstance(error, redis.exceptions.NoPermissionError), error  # noqa: PT017 - some scripts succeed, and change nothing
     assert planted.everything() == before
 
 
-def test_a_worker_cannot_take_the_place_of_another(planted: GuardedServer) -> None:
+def test_a_worker_cannot_take_the_id_of_another(planted: GuardedServer) -> None:
     with pytest.raises(AccessDenied):
         WorkerClient(planted.url(worker_user(0)), RUN, worker_id=1)
     with pytest.raises(AccessDenied, match="--shared"):
         WorkerClient(planted.url(worker_user(0)), RUN)
 
 
-def test_looking_needs_no_more_than_an_observers_rights(planted: GuardedServer) -> None:
+def test_an_observer_can_run_every_command_that_reads(planted: GuardedServer) -> None:
     for command in (
         ["status"],
         ["workers"],
@@ -397,19 +397,19 @@ def test_looking_needs_no_more_than_an_observers_rights(planted: GuardedServer) 
             if command[0] != "runs"
             else rlbroker(*command, RLBROKER_REDIS_URL=planted.url(OBSERVER))
         )
-        said = done.stdout + done.stderr
-        assert not re.search("lacks rights" if command == ["doctor"] else "may not", said), (
-            f"{command}: {said}"
+        output = done.stdout + done.stderr
+        assert not re.search("lacks rights" if command == ["doctor"] else "may not", output), (
+            f"{command}: {output}"
         )
 
 
-def test_nobody_comes_without_a_password(planted: GuardedServer) -> None:
+def test_a_client_without_a_password_is_refused(planted: GuardedServer) -> None:
     for url in ("redis://127.0.0.1", f"redis://{LEARNER}:wrong@127.0.0.1"):
         with pytest.raises(AccessDenied):
             WorkerCommunicator(1, redis_url=f"{url}:{planted.port}/0", run=RUN)
 
 
-def test_the_rules_fit_the_server_that_is_asked(planted: GuardedServer) -> None:
+def test_the_rules_fit_the_version_of_the_server(planted: GuardedServer) -> None:
     def rules(*options: str) -> Any:
         done = rlbroker(
             "acl", *planted.acl_options, "--json", *options, RLBROKER_REDIS_URL=planted.url(OBSERVER)
@@ -421,7 +421,7 @@ def test_the_rules_fit_the_server_that_is_asked(planted: GuardedServer) -> None:
 
 def test_shared_workers_take_any_free_id(tmp_path: Path) -> None:
     with GuardedServer("embedded", tmp_path, "--shared") as server:
-        assert "any of them can write" in server.said
+        assert "any of them can read and write" in server.said
         with WorkerCommunicator(2, redis_url=server.url(LEARNER), run=RUN) as comm:
             url = server.url(f"{RUN}-workers")
             with WorkerClient(url, RUN) as first, WorkerClient(url, RUN) as second:
@@ -431,7 +431,7 @@ def test_shared_workers_take_any_free_id(tmp_path: Path) -> None:
         assert allowed(server, f"{RUN}-workers", DENIED_TO_ALL + WORKER_ONLY_READS) == []
 
 
-def test_users_are_added_to_a_server_that_runs(tmp_path: Path, planted: GuardedServer) -> None:
+def test_users_can_be_added_to_a_running_server(tmp_path: Path, planted: GuardedServer) -> None:
     options = ("--run", "second", "--workers", "1", "--secrets", str(tmp_path), "--setuser")
     done = rlbroker("acl", *options, RLBROKER_REDIS_URL=planted.url(OBSERVER))
     assert "1 new" not in done.stderr
@@ -452,7 +452,7 @@ def test_users_are_added_to_a_server_that_runs(tmp_path: Path, planted: GuardedS
         admin.delete(*admin.keys("rlb:{second}:*"))
 
 
-def test_passwords_are_made_once_and_nobody_else_reads_them(tmp_path: Path) -> None:
+def test_passwords_are_created_once_and_readable_by_their_owner_only(tmp_path: Path) -> None:
     def print_users(*more: str) -> Any:
         options = (
             "--run",
@@ -468,7 +468,7 @@ def test_passwords_are_made_once_and_nobody_else_reads_them(tmp_path: Path) -> N
 
     first, second = print_users(), print_users()
     assert (first.returncode, first.stdout) == (0, second.stdout)
-    assert "0 new passwords, 5 that were there" in second.stderr
+    assert "0 new passwords, 5 existing" in second.stderr
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()}
     assert (modes, stat.S_IMODE((tmp_path / "new").stat().st_mode)) == ({0o600}, 0o700)
     assert not [path for path in (tmp_path / "new").iterdir() if path.read_text().strip() in first.stdout]
@@ -486,7 +486,7 @@ def test_passwords_are_made_once_and_nobody_else_reads_them(tmp_path: Path) -> N
         (("--secrets", "s", "--run", "a b"), "run"),
     ],
 )
-def test_wrong_settings_are_named(options: tuple[str, ...], named: str, tmp_path: Path) -> None:
+def test_invalid_options_are_named(options: tuple[str, ...], named: str, tmp_path: Path) -> None:
     more = () if "--server-version" in options else ("--server-version", "7.2")
     done = rlbroker(
         "acl", *(one.replace("s", str(tmp_path)) if one == "s" else one for one in options), *more

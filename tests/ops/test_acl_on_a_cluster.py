@@ -1,4 +1,4 @@
-"""What each role may do on a Cluster: all that it needs, on every node; nothing of what is another's, in any shard."""
+"""The rights of each role on a Cluster: all that it needs on every node, and nothing of another worker in any shard."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ RUN = "pong"
 ROLES = (f"{RUN}-learner", f"{RUN}-worker-0", f"{RUN}-worker-1", f"{RUN}-observer")
 
 
-class Guarded:
-    """A Cluster on every node of which there are the users that `rlbroker acl` prints for it."""
+class GuardedCluster:
+    """A Cluster whose nodes all have the users that `rlbroker acl` prints for it."""
 
     def __init__(self, engine: Cluster, folder: Path) -> None:
         self.engine, self._folder = engine, folder
         options = ("--run", RUN, "--workers", "2", "--secrets", str(folder), "--setuser")
         printed = rlbroker("acl", *options, RLBROKER_REDIS_URL=engine.url)
         assert printed.returncode == 0, printed.stderr
-        assert "give these to every one" in printed.stderr
+        assert "add these to every node" in printed.stderr
         for node in engine.nodes:
             for line in printed.stdout.splitlines():
                 node.ask(*shlex.split(line))
@@ -48,41 +48,41 @@ class Guarded:
         )
 
     def refused(self) -> dict[str, Any]:
-        """Give the commands that any node has refused anybody."""
+        """Return the commands that any node has refused to any user."""
         found = dict[str, Any]()
         for node in self.engine.nodes:
             with node.client() as client:
                 found |= {
                     name: one
                     for name, one in client.info("commandstats").items()
-                    if one.get("rejected_calls") and name not in _TRIED
+                    if one.get("rejected_calls") and name not in _MAY_BE_REFUSED
                 }
         return found
 
 
-#: redis-py asks for it on every server, and takes a refusal.
-#: A worker that comes to a node without scripts before the learner does tries to load them.
-_TRIED = {"cmdstat_client|setinfo", "cmdstat_client", "cmdstat_script|load", "cmdstat_script"}
+#: Commands whose refusal is ignored: CLIENT SETINFO, which redis-py sends to every server; and SCRIPT LOAD, which a
+#: worker tries on a node that the learner has not used yet.
+_MAY_BE_REFUSED = {"cmdstat_client|setinfo", "cmdstat_client", "cmdstat_script|load", "cmdstat_script"}
 
-#: What doctor asks for, and says that it may not.
+#: Commands that doctor tries; it reports their refusal.
 _ONLY_FOR_DOCTOR = {"cmdstat_config|get", "cmdstat_config", "cmdstat_acl|whoami", "cmdstat_acl"}
 
 
 @pytest.fixture
 def guarded(
     started: Callable[[str, str], ClusterServer], server_kind: str, tmp_path: Path
-) -> Iterator[Guarded]:
+) -> Iterator[GuardedCluster]:
     server = started("cluster", server_kind)
     server.client.flushall()
     try:
-        yield Guarded(server.engine, tmp_path / "secrets")
+        yield GuardedCluster(server.engine, tmp_path / "secrets")
     finally:
         for node in server.engine.nodes:
             node.ask("ACL", "DELUSER", *ROLES)
         server.client.flushall()
 
 
-def test_a_role_has_all_the_rights_that_it_needs_on_every_node(guarded: Guarded) -> None:
+def test_each_role_has_the_rights_that_it_needs_on_every_node(guarded: GuardedCluster) -> None:
     weights = {"w": np.arange(40_000, dtype=np.float32)}
     learner_url, observer = guarded.url(ROLES[0]), {"RLBROKER_REDIS_URL": guarded.url(ROLES[3])}
     with WorkerCommunicator(
@@ -99,7 +99,7 @@ def test_a_role_has_all_the_rights_that_it_needs_on_every_node(guarded: Guarded)
             )
             for number in range(2)
         ]
-        for _ in range(3):  # whole, and as differences
+        for _ in range(3):  # full, and as deltas
             weights["w"][::1000] += 1.0
             comm.send_model_weights(weights)
         models: list[dict[str, Any]] = [{}, {}]
@@ -109,13 +109,13 @@ def test_a_role_has_all_the_rights_that_it_needs_on_every_node(guarded: Guarded)
         command = comm.send_control_command("reset")
         pairs = list[Any]()
 
-        def all_is_done() -> bool:
+        def is_done() -> bool:
             for client, model in zip(workers, models, strict=True):
                 client.poll(model)
             pairs.extend(comm.collect_experiences(timeout=0.1))
             return len(pairs) == 2 and all(one.state == "done" for one in command.outcomes().values())
 
-        wait_until("batches came, and the command was obeyed", all_is_done)
+        wait_until("batches arrive, and the command is done", is_done)
         comm.acknowledge(pairs)
         bad = {"data": b"?", "version": 1, "rows": 1, "raw_bytes": 1, "stored_bytes": 1, "sent_at": 0}
         key = _keys(guarded).experiences(1)
@@ -131,12 +131,12 @@ def test_a_role_has_all_the_rights_that_it_needs_on_every_node(guarded: Guarded)
             node.ask("SCRIPT", "FLUSH")
         comm.send_model_weights(weights)
 
-        def all_have_it() -> bool:
+        def is_applied() -> bool:
             for client, model in zip(workers, models, strict=True):
                 client.poll(model)
             return all(client.version == 4 for client in workers)
 
-        wait_until("version 4 is there", all_have_it)
+        wait_until("both workers run version 4", is_applied)
         for words in (
             ["status"],
             ["doctor"],
@@ -147,9 +147,9 @@ def test_a_role_has_all_the_rights_that_it_needs_on_every_node(guarded: Guarded)
         ):
             options = () if words == ["runs"] else ("--run", RUN)
             done = rlbroker(*words, *options, **observer)
-            said = done.stdout + done.stderr
-            assert "lacks rights" not in said
-            assert done.returncode < 2, said
+            output = done.stdout + done.stderr
+            assert "lacks rights" not in output
+            assert done.returncode < 2, output
         for client in workers:
             client.close()
         comm._check()
@@ -159,7 +159,7 @@ def test_a_role_has_all_the_rights_that_it_needs_on_every_node(guarded: Guarded)
     assert guarded.refused().keys() <= _ONLY_FOR_DOCTOR
 
 
-def test_a_worker_gains_nothing_in_the_shard_of_another(guarded: Guarded) -> None:
+def test_a_worker_has_no_rights_in_the_shard_of_another(guarded: GuardedCluster) -> None:
     with WorkerCommunicator(2, redis_url=guarded.url(ROLES[0]), run=RUN, host_cache=False) as comm:
         comm.send_model_weights({"w": np.zeros(10)})
         keys = _keys(guarded)
@@ -194,14 +194,14 @@ def test_a_worker_gains_nothing_in_the_shard_of_another(guarded: Guarded) -> Non
             WorkerClient(guarded.url(ROLES[1]), RUN, worker_id=1)
 
 
-def test_a_user_without_the_rights_of_a_cluster_is_told_which(guarded: Guarded) -> None:
+def test_missing_cluster_rights_are_named(guarded: GuardedCluster) -> None:
     for node in guarded.engine.nodes:
         node.ask("ACL", "SETUSER", ROLES[1], "-cluster|slots")
     with pytest.raises(AccessDenied, match=r"may not run CLUSTER SLOTS; .*rlbroker acl --cluster"):
         WorkerClient(guarded.url(ROLES[1]), RUN, worker_id=0, timeout=2.0)
 
 
-def _keys(guarded: Guarded) -> Keys:
+def _keys(guarded: GuardedCluster) -> Keys:
     keys = Keys(RUN)
     keys.spread(guarded.engine.client().hget(keys.meta, "shards").decode())
     return keys

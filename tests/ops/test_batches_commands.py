@@ -1,4 +1,4 @@
-"""`rlbroker experiences` and `rlbroker dead`: a look into batches, and what becomes of dead ones."""
+"""`rlbroker experiences` and `rlbroker dead`: the contents of waiting and of dead batches, and retrying them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import redis
 import torch
 from conftest import wait_until
-from executable import Shell
+from executable import RunShell
 
 from rlbroker import DeadLetter, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import GROUP, Keys
@@ -24,19 +24,20 @@ KEYS = Keys(RUN)
 BATCH = {"obs": np.zeros((4, 3), np.float32), "more": {"mask": torch.ones(4, dtype=torch.bool)}, "note": "x"}
 
 
-class Planted:
-    """A live run. Worker 0 has a batch in the learner's hands, and three that wait, of which one is damaged.
+class RunWithBatches:
+    """A run with an alive learner.
 
-    Worker 1 has two dead batches: one that does not decode, and one over which learners died.
+    Worker 0 has one batch in the learner's hands and three that wait, one of them damaged. Worker 1 has two dead
+    batches: a corrupt one, and a poison one over which learners died.
     """
 
     def __init__(self, client: Any, learner: WorkerCommunicator, worker: WorkerClient) -> None:
         self.client, self.learner, self.worker = client, learner, worker
-        self.life = worker.incarnation
+        self.incarnation = worker.incarnation
 
-    def damage(self, worker: int, sequence: int, data: bytes) -> None:
-        """Write a batch as a broken worker would."""
-        life = self.client.hget(KEYS.life(worker), "incarnation").decode()
+    def add_damaged(self, worker: int, sequence: int, data: bytes) -> None:
+        """Add a batch that a broken worker would send."""
+        incarnation = self.client.hget(KEYS.life(worker), "incarnation").decode()
         fields = {
             "version": 0,
             "rows": 1,
@@ -45,15 +46,15 @@ class Planted:
             "sent_at": 0,
             "data": data,
         }
-        self.client.xadd(KEYS.experiences(worker), fields, id=f"{life}-{sequence}")
+        self.client.xadd(KEYS.experiences(worker), fields, id=f"{incarnation}-{sequence}")
 
     def queues(self) -> list[Any]:
-        """What looking must not alter."""
+        """Return everything that reading must not change."""
         found: list[Any] = [self.client.dump(KEYS.dead(worker)) for worker in (0, 1)]
         for key in (KEYS.experiences(0), KEYS.experiences(1)):
             found += [self.client.xinfo_stream(key), self.client.xinfo_groups(key)]
             found += [self.client.xrange(key), self.client.xpending(key, GROUP)]
-            # Not how long ago it was handed out: that the learner renews by itself.
+            # Without the idle times: the learner renews them by itself.
             found += [(row["message_id"], row["times_delivered"]) for row in self.pending(key)]
         return found
 
@@ -63,24 +64,29 @@ class Planted:
 
 
 @pytest.fixture(scope="module")
-def planted(embedded: RedisServer) -> Iterator[Planted]:
-    way: dict[str, Any] = {"redis_url": embedded.url, "run": RUN}
+def planted(embedded: RedisServer) -> Iterator[RunWithBatches]:
+    endpoint: dict[str, Any] = {"redis_url": embedded.url, "run": RUN}
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(collector, "RECHECK_SECONDS", 0.1)
     with (
         redis.Redis.from_url(embedded.url, protocol=2) as client,
-        WorkerCommunicator(2, acknowledge="manual", **way) as learner,
-        WorkerClient(worker_id=0, **way) as first,
-        WorkerClient(worker_id=1, **way) as second,
+        WorkerCommunicator(2, acknowledge="manual", **endpoint) as learner,
+        WorkerClient(worker_id=0, **endpoint) as first,
+        WorkerClient(worker_id=1, **endpoint) as second,
     ):
-        run = Planted(client, learner, first)
+        run = RunWithBatches(client, learner, first)
         learner.send_model_weights({"w": np.zeros(3)})
         wait_until("worker 0 runs version 1", lambda: first.poll({}) and first.version == 1)
         learner.send_model_weights({"w": np.ones(3)})
         second.send_experiences(BATCH)
-        wait_until("worker 1's came", lambda: learner.acknowledge(learner.collect_experiences(timeout=0.1)))
-        run.damage(1, 2, b"damaged")
-        wait_until("it is dead", lambda: learner.collect_experiences() or learner.dead_letters())
+        wait_until(
+            "the batch of worker 1 arrives",
+            lambda: learner.acknowledge(learner.collect_experiences(timeout=0.1)),
+        )
+        run.add_damaged(1, 2, b"damaged")
+        wait_until(
+            "the damaged batch is dead", lambda: learner.collect_experiences() or learner.dead_letters()
+        )
         letter = {"data": encode(BATCH), "version": 1, "rows": 4, "raw_bytes": 52, "sent_at": 0}
         reason = {"entry": "17-3", "reason": "poison", "detail": "", "deliveries": 3, "died_at": 1.5}
         client.xadd(KEYS.dead(1), {**letter, **reason})
@@ -88,30 +94,34 @@ def planted(embedded: RedisServer) -> Iterator[Planted]:
         wait_until("one is in hand", lambda: learner.collect_experiences(timeout=0.1))
         for _ in range(2):
             first.send_experiences(BATCH)
-        run.damage(0, 4, encode(BATCH)[:-1] + b"?")
+        run.add_damaged(0, 4, encode(BATCH)[:-1] + b"?")
         yield run
         client.flushall()
     monkeypatch.undo()
 
 
 @pytest.fixture
-def shell(embedded: RedisServer, planted: Planted) -> Shell:
-    return Shell(embedded.url, RUN)
+def shell(embedded: RedisServer, planted: RunWithBatches) -> RunShell:
+    return RunShell(embedded.url, RUN)
 
 
 # experiences peek
 
 
-def test_peek_shows_what_batches_hold_and_takes_none(shell: Shell, planted: Planted) -> None:
+def test_peek_shows_the_contents_of_batches_without_taking_them(
+    shell: RunShell, planted: RunWithBatches
+) -> None:
     before = planted.queues()
-    said = shell.json("experiences", "peek", "--count", "9")
+    data = shell.json("experiences", "peek", "--count", "9")
     assert planted.queues() == before
-    assert said.keys() == {"run", "workers", "not_shown"}
-    first, second = said["workers"]
+    assert data.keys() == {"run", "workers", "not_shown"}
+    first, second = data["workers"]
     assert (first["worker"], first["waiting"], first["in_hand"]) == (0, 3, 1)
     assert second == {"worker": 1, "waiting": 0, "in_hand": 0, "batches": []}
     batches = first["batches"]
-    assert [one["id"] for one in batches] == [f"0/{planted.life}-{sequence}" for sequence in (1, 2, 3, 4)]
+    assert [one["id"] for one in batches] == [
+        f"0/{planted.incarnation}-{sequence}" for sequence in (1, 2, 3, 4)
+    ]
     assert [one["in_hand"] for one in batches] == [True, False, False, False]
     assert batches[0]["deliveries"] == 1
     assert batches[0]["held_by"]
@@ -135,36 +145,36 @@ def test_peek_shows_what_batches_hold_and_takes_none(shell: Shell, planted: Plan
     assert "digest" in batches[3]["problem"]
 
 
-def test_peek_tells_people_what_is_at_the_end_of_the_queue(shell: Shell, planted: Planted) -> None:
-    said = shell("experiences", "peek", "--newest", "--count", "2", "--worker", "0").stdout
-    assert "worker 0: 3 waiting, 1 in the learner's hands" in said
-    assert f"batch 0/{planted.life}-3; version 1, 1 behind; 4 rows" in said
-    assert re.search(r"more\.mask +tensor bool 4$", said, re.MULTILINE)
-    assert f"batch 0/{planted.life}-4" in said
-    assert "does not decode: WireError: the digest" in said
-    assert f"{planted.life}-2" not in said
+def test_peek_prints_the_newest_batches_as_text(shell: RunShell, planted: RunWithBatches) -> None:
+    output = shell("experiences", "peek", "--newest", "--count", "2", "--worker", "0").stdout
+    assert "worker 0: 3 waiting, 1 in the learner's hands" in output
+    assert f"batch 0/{planted.incarnation}-3; version 1, 1 behind; 4 rows" in output
+    assert re.search(r"more\.mask +tensor bool 4$", output, re.MULTILINE)
+    assert f"batch 0/{planted.incarnation}-4" in output
+    assert "does not decode: WireError: the digest" in output
+    assert f"{planted.incarnation}-2" not in output
 
 
 # dead
 
 
-def test_dead_batches_are_listed_shown_and_tried_again_as_the_hint_says(
-    shell: Shell, planted: Planted
+def test_dead_batches_are_listed_shown_and_retried_with_the_printed_hint(
+    shell: RunShell, planted: RunWithBatches
 ) -> None:
     before = planted.queues()
     listed = shell("dead", "list", "--worker", "1")
     corrupt = planted.learner.dead_letters()[0]
     assert re.search(rf"^ *1/{corrupt.incarnation}-2 +corrupt", listed.stdout, re.MULTILINE)
     assert re.search(r"^ *1/17-3 +poison", listed.stdout, re.MULTILINE)
-    said = shell.json("dead", "show", "--worker", "1")["dead"]
+    data = shell.json("dead", "show", "--worker", "1")["dead"]
     assert planted.queues() == before
-    assert [one["id"] for one in said] == [f"1/{corrupt.incarnation}-2", "1/17-3"]
+    assert [one["id"] for one in data] == [f"1/{corrupt.incarnation}-2", "1/17-3"]
     facts = ["id", "worker", "incarnation", "sequence", "reason", "detail", "deliveries", "version"]
-    assert list(said[0]) == [*facts, "stored_bytes", "died_at", "age_seconds", "problem", "contents"]
-    assert (said[0]["reason"], said[0]["contents"]) == ("corrupt", [])
-    assert "WireError" in said[0]["problem"]
-    assert (said[1]["deliveries"], said[1]["problem"]) == (3, None)
-    assert [one["name"] for one in said[1]["contents"]] == ["obs", "more.mask", "note"]
+    assert list(data[0]) == [*facts, "stored_bytes", "died_at", "age_seconds", "problem", "contents"]
+    assert (data[0]["reason"], data[0]["contents"]) == ("corrupt", [])
+    assert "WireError" in data[0]["problem"]
+    assert (data[1]["deliveries"], data[1]["problem"]) == (3, None)
+    assert [one["name"] for one in data[1]["contents"]] == ["obs", "more.mask", "note"]
     hint = next(line for line in listed.stderr.splitlines() if " dead retry " in line)
     done = shell.type(hint[hint.index("rlbroker") :])
     assert (done.returncode, done.stdout) == (0, "1 dead batch will be delivered once more\n")
@@ -173,17 +183,17 @@ def test_dead_batches_are_listed_shown_and_tried_again_as_the_hint_says(
         planted.learner.collect_experiences()
         return [one for one in planted.learner.dead_letters(1) if one.died_at > corrupt.died_at]
 
-    (letter,) = wait_until("it came, and died again", died_again)
+    (letter,) = wait_until("it is delivered, and dies again", died_again)
     assert (letter.reason, letter.sequence) == ("corrupt", 2)
 
 
-def test_a_dead_batch_that_is_not_there_is_named(shell: Shell) -> None:
+def test_an_unknown_dead_batch_is_named(shell: RunShell) -> None:
     done = shell("dead", "retry", "1/99-9", "1/17-3")
     assert (done.returncode, done.stdout) == (1, "1 dead batch will be delivered once more\n")
-    assert "1/99-9 is no dead batch (any more)" in done.stderr
+    assert "1/99-9 is not a dead batch (any more)" in done.stderr
 
 
-def test_purging_needs_a_yes(shell: Shell, planted: Planted) -> None:
+def test_purging_needs_confirmation(shell: RunShell, planted: RunWithBatches) -> None:
     def dead() -> int:
         return len(planted.learner.dead_letters())
 
@@ -193,10 +203,10 @@ def test_purging_needs_a_yes(shell: Shell, planted: Planted) -> None:
     there = dead()
     done = shell("dead", "purge")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "--yes does it" in done.stderr
-    code, said = shell.on_terminal("dead", "purge", answer="n\n")
+    assert "confirm it with --yes" in done.stderr
+    code, output = shell.on_terminal("dead", "purge", answer="n\n")
     assert code == 2
-    assert f"Delete {there} dead batch" in said
+    assert f"Delete {there} dead batch" in output
     assert dead() == there
     assert shell.json("dead", "purge", "--yes") == {"run": RUN, "purged": there, "missing": []}
     assert dead() == 0

@@ -1,4 +1,4 @@
-"""`rlbroker bench` as a person runs it: it measures, says what to expect, and leaves nothing on the server."""
+"""`rlbroker bench` as a person runs it: it measures, prints the results, and leaves nothing on the server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from conftest import RealServer
 
 from rlbroker.ops.bench import CodecRates, PublishTimings, Report
 
-#: As little as there can be.
+#: The smallest measurement.
 TINY = ("--megabytes", "0.1", "--seconds", "0.01")
 
 
@@ -45,8 +45,8 @@ def bench(server: RealServer, *arguments: str) -> subprocess.CompletedProcess[st
     return done
 
 
-def test_bench_says_what_to_expect_and_deletes_its_run(real_server: RealServer) -> None:
-    real_server.client.set("of somebody else", "stays")
+def test_bench_prints_every_measurement_and_deletes_its_run(real_server: RealServer) -> None:
+    real_server.client.set("of another program", "stays")
     done = bench(real_server)
     heads = [line.split("  ")[0] for line in done.stdout.splitlines()]
     assert heads == [
@@ -59,20 +59,20 @@ def test_bench_says_what_to_expect_and_deletes_its_run(real_server: RealServer) 
         "verdict",
     ]
     assert all(line.startswith("… ") for line in done.stderr.splitlines()), done.stderr
-    assert real_server.client.keys("*") == [b"of somebody else"]
+    assert real_server.client.keys("*") == [b"of another program"]
 
 
-def test_bench_as_json_has_every_figure(real_server: RealServer) -> None:
-    said = json.loads(bench(real_server, "--json").stdout)
-    assert said.keys() == {field.name for field in fields(Report)} | {"verdict"}
-    assert said["published"][0].keys() == {field.name for field in fields(PublishTimings)}
-    assert said["codecs"][0].keys() == {field.name for field in fields(CodecRates)}
-    assert [one["size_bytes"] for one in said["batches"]] == [1 << 10, 64 << 10, 1 << 20]
-    numbers = [number for one in (said, *said["published"], *said["batches"]) for number in one.values()]
+def test_bench_as_json_has_every_measurement(real_server: RealServer) -> None:
+    data = json.loads(bench(real_server, "--json").stdout)
+    assert data.keys() == {field.name for field in fields(Report)} | {"verdict"}
+    assert data["published"][0].keys() == {field.name for field in fields(PublishTimings)}
+    assert data["codecs"][0].keys() == {field.name for field in fields(CodecRates)}
+    assert [one["size_bytes"] for one in data["batches"]] == [1 << 10, 64 << 10, 1 << 20]
+    numbers = [number for one in (data, *data["published"], *data["batches"]) for number in one.values()]
     assert all(number > 0 for number in numbers if isinstance(number, float))
 
 
-def test_the_verdict_is_what_arrived_first() -> None:
+def test_the_verdict_prefers_what_arrives_sooner() -> None:
     def report(raw_ms: float, compressed_ms: float) -> Report:
         published = [PublishTimings(False, 1.0, raw_ms, 1.0), PublishTimings(True, 1.0, compressed_ms, 1.0)]
         return Report("server", "", 1.0, 1.0, 1.0, 1.0, published, [], [])
@@ -81,7 +81,7 @@ def test_the_verdict_is_what_arrived_first() -> None:
     assert "does not pay: compression_enabled=False is as fast" in report(30.0, 60.0).verdict
 
 
-def test_bench_loads_neither_torch_nor_the_demo(real_server: RealServer) -> None:
+def test_bench_imports_neither_torch_nor_the_demo(real_server: RealServer) -> None:
     code = """
 import sys
 from rlbroker.ops.cli.app import app
@@ -94,7 +94,7 @@ sys.exit(" ".join(name for name in ("torch", "rlbroker.demo", "gymnasium") if na
 
 @pytest.fixture(params=[("60", "round trip"), ("0.5", "batches of 1,024 bytes")])
 def running(real_server: RealServer, request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
-    """A bench that has come so far, in a process group of its own, as a terminal starts it."""
+    """A bench that has reached this stage, in a process group of its own, as a terminal starts it."""
     seconds, stage = request.param
     process = subprocess.Popen(
         command("--megabytes", "0.1", "--seconds", seconds),
@@ -120,7 +120,7 @@ def test_ctrl_c_ends_bench_and_its_worker_and_deletes_its_run(
     assert real_server.client.keys("*") == []
 
 
-def test_bench_of_a_server_that_is_not_there() -> None:
+def test_bench_of_an_unreachable_server() -> None:
     done = subprocess.run(
         command("--url", "unix:///nowhere.sock"), capture_output=True, text=True, timeout=60, check=False
     )

@@ -1,4 +1,4 @@
-"""`rlbroker check --self`: whether the learner or a worker of this host is alive, for a container's health check."""
+"""`rlbroker check --self`: whether the learner or a worker on this host is alive, for health checks of containers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
 from rlbroker.ops.cli.app import app
 
-#: A worker that is silent for so long is away.
+#: After this silence a worker is away.
 LEASE_SECONDS = 0.5
 
 OnHost = Callable[[str], None]
@@ -28,7 +28,7 @@ OnHost = Callable[[str], None]
 
 @pytest.fixture
 def on_host(monkeypatch: pytest.MonkeyPatch) -> OnHost:
-    """Has what follows be on the host of this name."""
+    """Return a function that sets the host name of this process."""
     return lambda name: monkeypatch.setattr(socket, "gethostname", lambda: name)
 
 
@@ -57,7 +57,9 @@ def worker(
 ) -> WorkerClient:
     on_host("box-7")
     worker = opened.enter_context(WorkerClient(url, run))
-    wait_until("it said where it is", lambda: [info.host for info in learner.workers()] == ["box-7"])
+    wait_until(
+        "its heartbeat has the host name", lambda: [info.host for info in learner.workers()] == ["box-7"]
+    )
     return worker
 
 
@@ -67,18 +69,18 @@ def check(*arguments: str, **variables: str | None) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def test_whoever_of_the_run_is_on_this_host_is_well(
+def test_a_learner_or_worker_on_this_host_is_ok(
     url: str, run: str, learner: WorkerCommunicator, worker: WorkerClient, on_host: OnHost
 ) -> None:
-    heard = r"\(heard of \d\.\d s ago\)\n"
+    seen = r"\(last seen \d\.\d s ago\)\n"
     for host, name in (("box-7", "worker 0"), ("learner-0", "learner")):
         on_host(host)
-        code, said = check("--url", url, "--run", run)
-        assert code == 0, said
-        assert re.fullmatch(f"OK: {run} on {host}: {name} alive {heard}", said)
+        code, output = check("--url", url, "--run", run)
+        assert code == 0, output
+        assert re.fullmatch(f"OK: {run} on {host}: {name} alive {seen}", output)
 
 
-def test_a_host_without_anybody_of_the_run_is_not_well(
+def test_a_host_without_a_process_of_the_run_is_critical(
     url: str, run: str, worker: WorkerClient, on_host: OnHost
 ) -> None:
     on_host("elsewhere")
@@ -89,7 +91,7 @@ def test_a_host_without_anybody_of_the_run_is_not_well(
     assert check("--url", url, "--run", "tetris")[0] == 2
 
 
-def test_a_worker_that_fell_silent_is_not_well_until_another_of_its_host_is_alive(
+def test_a_silent_worker_is_critical_until_another_one_on_its_host_is_alive(
     url: str, run: str, learner: WorkerCommunicator, on_host: OnHost, opened: ExitStack
 ) -> None:
     program = (
@@ -104,65 +106,63 @@ def test_a_worker_that_fell_silent_is_not_well_until_another_of_its_host_is_aliv
     finally:
         killed.kill()
         killed.wait()
-    code, said = wait_until(
+    code, output = wait_until(
         "it is away", lambda: found if (found := check("--url", url, "--run", run))[0] else None
     )
     assert code == 2
-    assert re.fullmatch(rf"CRITICAL: {run} on box-8: worker 5 away \(heard of \d\.\d s ago\)\n", said)
+    assert re.fullmatch(rf"CRITICAL: {run} on box-8: worker 5 away \(last seen \d\.\d s ago\)\n", output)
 
-    opened.enter_context(WorkerClient(url, run))  # as after the container began anew
+    opened.enter_context(WorkerClient(url, run))  # as after a restart of the container
 
     def both() -> Any:
-        code, said = check("--url", url, "--run", run, "--json")
-        found = json.loads(said)
+        code, output = check("--url", url, "--run", run, "--json")
+        found = json.loads(output)
         return (code, found) if len(found["here"]) == 2 else None
 
-    code, found = wait_until("both have said where they are", both)
+    code, found = wait_until("both heartbeats are known", both)
     assert (code, found["state"], found["run"], found["host"]) == (0, "ok", run, "box-8")
     assert [(one["worker_id"], one["state"]) for one in found["here"]] == [(0, "alive"), (5, "away")]
 
 
-def test_a_learner_that_has_ended_may_still_save_what_it_learned(
+def test_a_learner_that_has_ended_is_ok_as_it_may_still_save_its_checkpoint(
     url: str, run: str, learner: WorkerCommunicator
 ) -> None:
     learner.cleanup()
-    code, said = check("--url", url, "--run", run)
+    code, output = check("--url", url, "--run", run)
     assert code == 0
-    assert said.startswith(f"OK: {run} on learner-0: learner ended ")
+    assert output.startswith(f"OK: {run} on learner-0: learner ended ")
 
 
-def test_a_server_that_is_away_is_no_reason_to_restart_a_container(run: str) -> None:
+def test_an_unreachable_server_is_unknown_and_restarts_no_container(run: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     where = ("--url", f"redis://127.0.0.1:{port}/0", "--run", run)
-    code, said = check(*where)
-    assert (code, said.count("\n")) == (0, 1)
-    assert said.startswith(f"UNKNOWN: cannot reach redis://127.0.0.1:{port}/0: ")
-    assert check(*where, "--strict") == (3, said)
+    code, output = check(*where)
+    assert (code, output.count("\n")) == (0, 1)
+    assert output.startswith(f"UNKNOWN: cannot reach redis://127.0.0.1:{port}/0: ")
+    assert check(*where, "--strict") == (3, output)
     assert json.loads(check(*where, "--json")[1])["state"] == "unknown"
 
 
-def test_a_run_that_is_not_named_is_asked_for_whether_or_not_there_is_only_one(
-    url: str, run: str, worker: WorkerClient
-) -> None:
-    code, said = check("--url", url)
-    assert (code, said) == (
+def test_the_run_must_be_named_even_if_there_is_only_one(url: str, run: str, worker: WorkerClient) -> None:
+    code, output = check("--url", url)
+    assert (code, output) == (
         2,
         "rlbroker: --self needs the name of the run: set RLBROKER_RUN, or give --run\n",
     )
 
 
-def test_settings_that_cannot_work_are_refused_and_named(url: str) -> None:
+def test_invalid_settings_are_refused_and_named(url: str) -> None:
     assert check("--url", "http://host", "--run", "pong")[0] == 2
-    code, said = check("--url", url, RLBROKER_RUN="not a name")
+    code, output = check("--url", url, RLBROKER_RUN="not a name")
     assert code == 2
-    assert said.startswith("rlbroker: RLBROKER_RUN must be 1 to 100 letters")
+    assert output.startswith("rlbroker: RLBROKER_RUN must be 1 to 100 letters")
     assert CliRunner().invoke(app, ["check", "--strict", "--url", url]).output == (
         "rlbroker: --strict needs --self\n"
     )
 
 
-def test_the_run_of_the_environment_is_that_of_all_commands_unless_one_is_named(
+def test_commands_use_the_run_of_the_environment_unless_one_is_named(
     url: str, run: str, worker: WorkerClient, real_server: RealServer
 ) -> None:
     with WorkerCommunicator(1, redis_url=url, run="another"):
@@ -174,7 +174,7 @@ def test_the_run_of_the_environment_is_that_of_all_commands_unless_one_is_named(
         assert json.loads(done.stdout)["run"] == "another"
 
 
-def test_pruning_is_about_all_runs_also_where_the_environment_names_one(
+def test_prune_ignores_the_run_of_the_environment(
     url: str, run: str, real_server: RealServer, worker: WorkerClient
 ) -> None:
     with WorkerCommunicator(1, redis_url=url, run="another"):
@@ -183,7 +183,7 @@ def test_pruning_is_about_all_runs_also_where_the_environment_names_one(
         assert {one["run"] for one in json.loads(done.stdout)["runs"]} == {run, "another"}, done.output
 
 
-def test_a_health_check_loads_nothing_heavy_and_needs_few_rights(
+def test_a_health_check_imports_nothing_heavy_and_needs_few_rights(
     url: str, run: str, real_server: RealServer, worker: WorkerClient
 ) -> None:
     rights = (

@@ -1,4 +1,4 @@
-"""What holds for every command of `rlbroker`."""
+"""Rules that every command of `rlbroker` keeps."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from executable import rlbroker
 
 from rlbroker.ops.cli.app import app
 
-#: Commands that do not look at a run, and so have options of their own.
-OTHERS = {"demo", "server", "learner", "worker"}
+#: Commands that do not read a run: they have no shared options.
+WITHOUT_SESSION = {"demo", "server", "learner", "worker"}
 
 
 def commands(group: Any = None, before: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command with its name, such as `weights list`."""
+    """Yield every command with its name, such as `weights list`."""
     for name, command in getattr(group or typer.main.get_command(app), "commands").items():  # noqa: B009
         if isinstance(command, typer.core.TyperGroup):  # weights, experiences, …
             yield from commands(command, f"{before}{name} ")
@@ -32,17 +32,17 @@ ALL = dict(commands())
 
 @pytest.mark.parametrize("name", ALL)
 def test_each_command_has_help_with_its_exit_codes_and_an_example(name: str) -> None:
-    said = ALL[name].help
-    assert re.search(rf"^Example: rlbroker {name}\b", said, re.MULTILINE)
-    assert name in OTHERS or "Exit code" in said
+    text = ALL[name].help
+    assert re.search(rf"^Example: rlbroker {name}\b", text, re.MULTILINE)
+    assert name in WITHOUT_SESSION or "Exit code" in text
     assert all(option.help for option in ALL[name].params)
 
 
-@pytest.mark.parametrize("name", sorted(set(ALL) - OTHERS))
-def test_each_command_that_looks_has_the_shared_options(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(set(ALL) - WITHOUT_SESSION))
+def test_each_command_about_a_run_has_the_shared_options(name: str) -> None:
     found = {option for parameter in ALL[name].params for option in parameter.opts}
-    shown = {"--json", "--no-color"} if name != "exporter" else set()  # it shows nothing
-    assert {"--url", "--quiet", "-q", "--verbose", "-v"} | shown <= found
+    output = {"--json", "--no-color"} if name != "exporter" else set()  # it prints no data
+    assert {"--url", "--quiet", "-q", "--verbose", "-v"} | output <= found
 
 
 def test_help_lists_the_commands() -> None:
@@ -52,7 +52,7 @@ def test_help_lists_the_commands() -> None:
     assert set(listed) == {name.partition(" ")[0] for name in ALL}
 
 
-def test_version_is_that_of_the_package() -> None:
+def test_version_is_the_version_of_the_package() -> None:
     done = rlbroker("--version")
     assert (done.returncode, done.stdout) == (0, f"{version('rlbroker')}\n")
 

@@ -1,4 +1,4 @@
-"""The command line on a Cluster and on what Sentinels watch: every node is looked at, and what is typed leads there."""
+"""The command line on a Cluster and with Sentinels: every node is read, and hints lead to the right node."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def several(request: pytest.FixtureRequest, started: Start, server_kind: str) ->
 
 
 def plant(url: str) -> None:
-    """Leave a run behind: its learner has ended, a batch of each worker waits, a version and a command are there."""
+    """Leave a run whose learner has ended, with a waiting batch of each worker, a version and a command."""
     with WorkerCommunicator(3, redis_url=url, run=RUN, host_cache=False) as learner:
         learner.send_model_weights({"w": np.zeros(10, np.float32)})
         for number in range(3):
@@ -47,7 +47,7 @@ def plant(url: str) -> None:
 # Every node
 
 
-def test_every_command_that_looks_works(several: Any) -> None:
+def test_every_command_that_reads_works(several: Any) -> None:
     plant(several.url)
     for command in (
         *(
@@ -74,7 +74,7 @@ def test_every_command_that_looks_works(several: Any) -> None:
         assert "Traceback" not in done.stderr, command
 
 
-def test_the_memory_that_is_shown_is_that_of_the_fullest_node(cluster: ClusterServer) -> None:
+def test_status_shows_the_memory_of_the_fullest_node(cluster: ClusterServer) -> None:
     plant(cluster.url)
     for node in cluster.engine.masters():
         slot = min(cluster.engine._slots(node))
@@ -84,25 +84,25 @@ def test_the_memory_that_is_shown_is_that_of_the_fullest_node(cluster: ClusterSe
         with node.client() as client:
             before = client.info("memory")["used_memory"]
             client.set(name, bytes(20_000_000))
-            said = json.loads(rlbroker("status", "--json", RLBROKER_REDIS_URL=cluster.url).stdout)["server"]
+            data = json.loads(rlbroker("status", "--json", RLBROKER_REDIS_URL=cluster.url).stdout)["server"]
             client.delete(name)
-        assert (said["node"], said["used_bytes"] > before + 15_000_000) == (f"127.0.0.1:{node.port}", True)
+        assert (data["node"], data["used_bytes"] > before + 15_000_000) == (f"127.0.0.1:{node.port}", True)
 
 
-def test_a_node_that_deletes_keys_is_named(cluster: ClusterServer) -> None:
+def test_a_node_that_evicts_keys_is_named(cluster: ClusterServer) -> None:
     plant(cluster.url)
     node = cluster.engine.masters()[-1]
     node.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     try:
-        said = json.loads(rlbroker("status", "--json", RLBROKER_REDIS_URL=cluster.url).stdout)
+        data = json.loads(rlbroker("status", "--json", RLBROKER_REDIS_URL=cluster.url).stdout)
     finally:
         node.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
-    (evicts,) = [one for one in said["findings"] if one["code"] == "server_evicts"]
-    assert said["server"]["evicting_node"] == f"127.0.0.1:{node.port}"
+    (evicts,) = [one for one in data["findings"] if one["code"] == "server_evicts"]
+    assert data["server"]["evicting_node"] == f"127.0.0.1:{node.port}"
     assert evicts["what"].startswith(f"127.0.0.1:{node.port} has maxmemory-policy allkeys-lru: ")
 
 
-def test_a_replica_that_would_delete_keys_as_a_master_is_named_to_the_learner(several: Any) -> None:
+def test_a_learner_refuses_a_replica_that_would_evict_keys_as_a_master(several: Any) -> None:
     engine = several.engine
     node = engine.replicas()[0] if several.kind == "sentinel" else engine.replica_of(engine.masters()[0])
     node.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
@@ -121,7 +121,7 @@ def _slot(key: str) -> int:
     return slot_of(key)
 
 
-def test_doctor_names_the_node_that_is_not_well_and_what_it_says_to_type_leads_there(several: Any) -> None:
+def test_doctor_names_a_misconfigured_node_with_a_command_that_fixes_it(several: Any) -> None:
     node = several.engine.nodes[-1]
     node.ask("CONFIG", "SET", "timeout", "30")
     try:
@@ -148,13 +148,13 @@ def test_doctor_names_a_node_that_does_not_answer(several: Any) -> None:
         node.thaw()
 
 
-def test_doctor_names_a_node_that_the_others_go_on_without(several: Any) -> None:
+def test_doctor_names_a_node_that_the_others_have_marked_as_failed(several: Any) -> None:
     engine = several.engine
     node = engine.replicas()[0] if several.kind == "sentinel" else engine.replica_of(engine.masters()[0])
-    with impatient(several):
+    with short_timeouts(several):
         node.kill()
         try:
-            wait_until("the others hold it for dead", lambda: str(node.port) in held_for_dead(several), 30.0)
+            wait_until("the others mark it as failed", lambda: str(node.port) in failed_ports(several), 30.0)
             (silent,) = points(several.url, "nodes")
         finally:
             node.launch()
@@ -163,12 +163,12 @@ def test_doctor_names_a_node_that_the_others_go_on_without(several: Any) -> None
     name, _, others = silent["what"].partition(" does not answer: ")
     assert (silent["state"], name) == ("critical", f"127.0.0.1:{node.port}")
     assert "continue without it" in others
-    assert "nodes" not in [one["code"] for one in examined(several.url)]
+    assert "nodes" not in [one["code"] for one in examine(several.url)]
 
 
 @contextmanager
-def impatient(several: Any) -> Iterator[None]:
-    """Have servers that are not there be held for dead soon."""
+def short_timeouts(several: Any) -> Iterator[None]:
+    """Make the other servers mark an unreachable one as failed soon."""
     if several.kind == "sentinel":
         servers, change = (
             several.engine.sentinels,
@@ -183,8 +183,8 @@ def impatient(several: Any) -> Iterator[None]:
         server.ask(*change.split(), "60000")
 
 
-def held_for_dead(several: Any) -> set[str]:
-    """Give the ports of those that the others remember, and do without."""
+def failed_ports(several: Any) -> set[str]:
+    """Return the ports of the servers that the others have marked as failed."""
     if several.kind == "sentinel":
         rows = several.engine.sentinels[0].ask("SENTINEL", "REPLICAS", several.engine.service)
         fields = [dict(zip(row[::2], row[1::2], strict=True)) for row in rows]
@@ -197,7 +197,7 @@ def held_for_dead(several: Any) -> set[str]:
     }
 
 
-def test_rights_that_are_missing_are_given_on_every_node_as_a_replica_has_users_of_its_own(
+def test_missing_rights_are_granted_on_every_node(
     several: Any,
 ) -> None:
     nodes = several.engine.nodes
@@ -239,18 +239,16 @@ def test_doctor_counts_the_sentinels_and_names_those_that_do_not_answer(
     assert "1 of 3 Sentinels answers, and 2 must agree" in too_few["what"]
 
 
-def test_doctor_asks_the_sentinels_for_those_that_the_url_does_not_name(
-    started: Start, server_kind: str
-) -> None:
+def test_doctor_finds_sentinels_that_the_url_does_not_name(started: Start, server_kind: str) -> None:
     trio = started("sentinel", server_kind)
     engine = trio.engine
     host, _, rest = trio.url.partition("://")
     named = f"{host}://{rest.split(',')[0]}/{engine.service}"
-    with impatient(trio):
+    with short_timeouts(trio):
         for sentinel in engine.sentinels[1:]:
             sentinel.freeze()
         try:
-            wait_until("the one that is left sees no others", lambda: refuses(engine), 30.0)
+            wait_until("the remaining Sentinel has no quorum", lambda: lacks_quorum(engine), 30.0)
             (too_few,) = points(named, "sentinels")
         finally:
             for sentinel in engine.sentinels[1:]:
@@ -261,7 +259,7 @@ def test_doctor_asks_the_sentinels_for_those_that_the_url_does_not_name(
     assert "NOQUORUM" in too_few["what"]
 
 
-def refuses(engine: Any) -> bool:
+def lacks_quorum(engine: Any) -> bool:
     try:
         engine.sentinels[0].ask("SENTINEL", "CKQUORUM", engine.service)
     except redis.ResponseError:
@@ -269,7 +267,7 @@ def refuses(engine: Any) -> bool:
     return False
 
 
-def test_doctor_warns_of_a_cluster_with_too_few_masters_to_replace_one(
+def test_doctor_warns_of_a_cluster_with_too_few_masters_for_a_failover(
     cluster: ClusterServer, server_kind: str, tmp_path: Path
 ) -> None:
     binary = binary_of(server_kind)
@@ -282,10 +280,10 @@ def test_doctor_warns_of_a_cluster_with_too_few_masters_to_replace_one(
 
 
 def points(url: str, code: str) -> list[dict[str, str]]:
-    return [one for one in examined(url) if one["code"] == code]
+    return [one for one in examine(url) if one["code"] == code]
 
 
-def examined(url: str) -> list[dict[str, str]]:
+def examine(url: str) -> list[dict[str, str]]:
     done = rlbroker("doctor", "--json", "--timeout", "20", RLBROKER_REDIS_URL=url)
     found: list[dict[str, str]] = json.loads(done.stdout)["points"]
     return found
@@ -294,25 +292,26 @@ def examined(url: str) -> list[dict[str, str]]:
 # Pruning
 
 
-def test_what_a_run_left_in_shards_that_it_knows_no_more_goes_too(cluster: ClusterServer) -> None:
+def test_prune_deletes_keys_in_shards_that_the_run_no_longer_has(cluster: ClusterServer) -> None:
     wait_until("no node has just started", lambda: _uptime(cluster) >= BACK_SECONDS, 15.0)
     plant(cluster.url)
     client, keys = cluster.client, Keys(RUN)
     before = set(client.scan_iter("rlb:*", target_nodes="all"))
     assert len({key.partition(b"}")[0] for key in before}) == 4
     client.hset(keys.meta, "shards", "9999")
-    client.xadd(keys.experiences(7), {"data": "from when there were no shards"})
+    client.xadd(keys.experiences(7), {"data": "from before the run had shards"})
     client.set("rlb:{pong/s3}:meta", "of no run")
-    with_others = rlbroker("prune", "--run", RUN, "--yes", "--json", RLBROKER_REDIS_URL=cluster.url)
-    (said,) = json.loads(with_others.stdout)["runs"]
+    done = rlbroker("prune", "--run", RUN, "--yes", "--json", RLBROKER_REDIS_URL=cluster.url)
+    (data,) = json.loads(done.stdout)["runs"]
     assert list(client.scan_iter("rlb:*", target_nodes="all")) == []
-    assert (with_others.returncode, said["kept"]) == (0, "")
-    assert said["deleted_keys"] >= len(before) - 4  # some had a lifetime
+    assert (done.returncode, data["kept"]) == (0, "")
+    assert data["deleted_keys"] >= len(before) - 4  # some have expired
 
 
-def test_a_queue_in_an_old_shard_that_is_used_meanwhile_stays(
+def test_prune_keeps_a_queue_in_an_old_shard_that_is_used_meanwhile(
     cluster: ClusterServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+
     from rlbroker.backend.connection import Connection
     from rlbroker.ops.prune import OPENED, PRUNE_QUEUE, find_stale_runs, prune
 
@@ -340,5 +339,5 @@ def test_a_queue_in_an_old_shard_that_is_used_meanwhile_stays(
 
 
 def _uptime(cluster: ClusterServer) -> float:
-    told = [node.ask("INFO", "server").decode() for node in cluster.engine.nodes]
-    return min(float(text.partition("uptime_in_seconds:")[2].split()[0]) for text in told)
+    replies = [node.ask("INFO", "server").decode() for node in cluster.engine.nodes]
+    return min(float(text.partition("uptime_in_seconds:")[2].split()[0]) for text in replies)

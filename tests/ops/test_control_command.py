@@ -1,4 +1,4 @@
-"""`rlbroker control`: commands from the command line, and the answers of live workers."""
+"""`rlbroker control`: commands from the command line, and the answers of alive workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 from conftest import wait_until
-from executable import Shell, environment
+from executable import RunShell, environment
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
@@ -26,67 +26,67 @@ def fail(data: Any) -> None:
     raise ValueError(f"no such level: {data['level']}")
 
 
-class Live:
-    """A run whose workers 0 and 1 obey at once, and 2 never looks."""
+class ActiveRun:
+    """A run whose workers 0 and 1 poll all the time, and whose worker 2 never polls."""
 
     def __init__(self, url: str, stack: ExitStack) -> None:
-        self.told: list[Any] = []
+        self.received: list[Any] = []
         self.learner = stack.enter_context(WorkerCommunicator(3, redis_url=url, run=RUN))
         self.workers = [
             stack.enter_context(WorkerClient(redis_url=url, run=RUN, worker_id=number)) for number in range(3)
         ]
         for worker in self.workers:
-            worker.on_command("level", self.told.append)
+            worker.on_command("level", self.received.append)
             worker.on_command("fail", fail)
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         stack.callback(self._end)
         self._threads = [threading.Thread(target=self._work, args=(one,)) for one in self.workers[:2]]
         for thread in self._threads:
             thread.start()
 
     def _work(self, worker: WorkerClient) -> None:
-        while not self._over.wait(0.01):
+        while not self._stopped.wait(0.01):
             worker.poll({})
 
     def _end(self) -> None:
-        self._over.set()
+        self._stopped.set()
         for thread in self._threads:
             thread.join()
 
 
 @pytest.fixture(scope="module")
-def live(embedded: RedisServer) -> Iterator[Live]:
+def active_run(embedded: RedisServer) -> Iterator[ActiveRun]:
     with ExitStack() as stack:
-        yield Live(embedded.url, stack)
+        yield ActiveRun(embedded.url, stack)
     with redis.Redis.from_url(embedded.url, protocol=2) as client:
         client.flushall()
 
 
 @pytest.fixture
-def shell(embedded: RedisServer, live: Live) -> Shell:
-    return Shell(embedded.url, RUN)
+def shell(embedded: RedisServer, active_run: ActiveRun) -> RunShell:
+    return RunShell(embedded.url, RUN)
 
 
-def test_a_command_is_sent_and_its_answers_are_told(shell: Shell, live: Live) -> None:
+def test_a_command_is_sent_and_its_answers_are_printed(shell: RunShell, active_run: ActiveRun) -> None:
     done = shell(
         "control", "send", "level", "--data", '{"level": 7}', "--worker", "0", "--worker", "1", "--json"
     )
     assert (done.returncode, done.stderr) == (0, "sent level to 2 workers\n")
-    said = json.loads(done.stdout)
+    data = json.loads(done.stdout)
     answered = {"state": "done", "detail": ""}
     expected = {"run": RUN, "name": "level", "workers": [0, 1], "outcomes": {"0": answered, "1": answered}}
-    assert said == expected | {"id": said["id"], "done": True}
-    assert live.told == [{"level": 7}, {"level": 7}]
+    assert data == expected | {"id": data["id"], "done": True}
+    assert active_run.received == [{"level": 7}, {"level": 7}]
 
 
-def test_answers_arrive_under_a_bar_on_a_terminal(shell: Shell) -> None:
-    code, said = shell.on_terminal("control", "send", "reset", "--worker", "1")
+def test_a_terminal_shows_a_progress_bar(shell: RunShell) -> None:
+    code, output = shell.on_terminal("control", "send", "reset", "--worker", "1")
     assert code == 0
-    assert "0/1" in said or "1/1" in said
-    assert said.split()[-2:] == ["1", "done"]
+    assert "0/1" in output or "1/1" in output
+    assert output.split()[-2:] == ["1", "done"]
 
 
-def test_who_fails_or_does_not_answer_is_named(shell: Shell) -> None:
+def test_workers_that_fail_or_do_not_answer_are_named(shell: RunShell) -> None:
     done = shell("control", "send", "fail", "--data", '{"level": 9}', "--worker", "0", "--worker", "1")
     assert (done.returncode, done.stderr) == (1, "sent fail to 2 workers\n")
     rows = [line.split(maxsplit=2) for line in done.stdout.splitlines()[3:] if line.strip()]
@@ -107,19 +107,21 @@ def test_who_fails_or_does_not_answer_is_named(shell: Shell) -> None:
     )
 
 
-def test_without_waiting_it_is_only_sent(shell: Shell, live: Live) -> None:
-    before = len(live.told)
+def test_no_wait_only_sends_the_command(shell: RunShell, active_run: ActiveRun) -> None:
+    before = len(active_run.received)
     done = shell("control", "send", "level", "--no-wait", "--expires", "1h")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("to workers 0, 1, 2\n")
-    wait_until("those who look obeyed", lambda: live.told[before:] == [None, None])
-    wait_until("and said so", lambda: live.learner.get_queue_info()["control_queue_sizes"][:2] == [0, 0])
+    wait_until("workers 0 and 1 obey", lambda: active_run.received[before:] == [None, None])
+    wait_until(
+        "and acknowledge it", lambda: active_run.learner.get_queue_info()["control_queue_sizes"][:2] == [0, 0]
+    )
     table = shell("control", "list").stdout
     last = table.rstrip().splitlines()[-1].split()
     assert last[-9:] == ["null", "2", "done,", "1", "waiting", "no", "answer", "from", "2"]
 
 
-def test_ctrl_c_ends_the_watching_and_not_the_command(shell: Shell, live: Live) -> None:
+def test_ctrl_c_ends_the_wait_and_not_the_command(shell: RunShell, active_run: ActiveRun) -> None:
     process = subprocess.Popen(
         shell.command("control", "send", "resume", "--worker", "2"),
         env=environment(RLBROKER_REDIS_URL=shell.url),
@@ -130,13 +132,13 @@ def test_ctrl_c_ends_the_watching_and_not_the_command(shell: Shell, live: Live) 
     assert process.stderr is not None
     assert process.stderr.readline() == "sent resume to 1 worker\n"
     process.send_signal(signal.SIGINT)
-    said, more = process.communicate(timeout=10)
-    assert (process.returncode, said) == (130, "")
+    output, more = process.communicate(timeout=10)
+    assert (process.returncode, output) == (130, "")
     assert "the command stays sent; rlbroker control list" in more
-    assert live.learner.get_queue_info()["control_queue_sizes"][2] >= 1
+    assert active_run.learner.get_queue_info()["control_queue_sizes"][2] >= 1
 
 
-def test_a_worker_that_is_not_there_is_named_with_those_that_are(shell: Shell) -> None:
+def test_an_unknown_worker_is_answered_with_the_members(shell: RunShell) -> None:
     done = shell("control", "send", "level", "--worker", "9")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
@@ -144,9 +146,9 @@ def test_a_worker_that_is_not_there_is_named_with_those_that_are(shell: Shell) -
     )
 
 
-def test_without_a_learner_it_needs_force_and_workers_obey(embedded: RedisServer) -> None:
+def test_without_a_learner_force_is_needed_and_workers_obey(embedded: RedisServer) -> None:
     run = "control-alone"
-    shell = Shell(embedded.url, run)
+    shell = RunShell(embedded.url, run)
     with (
         redis.Redis.from_url(embedded.url, protocol=2) as client,
         WorkerCommunicator(1, redis_url=embedded.url, run=run),

@@ -93,7 +93,7 @@ def test_a_healthy_server_and_run_have_no_faults(server: RedisServer, connection
     assert done.stderr == ""
     assert re.search(r"^✓ persistence +append-only file", done.stdout, re.MULTILINE)
     assert re.search(r"^✓ run +nothing is wrong", done.stdout, re.MULTILINE)
-    assert re.search(r"^\d+ well, \d warnings?, 0 critical, 0 unknown$", done.stdout, re.MULTILINE)
+    assert re.search(r"^\d+ ok, \d warnings?, 0 critical, 0 unknown$", done.stdout, re.MULTILINE)
 
 
 def test_planted_faults_are_reported_and_the_printed_commands_repair_them(
@@ -168,7 +168,7 @@ def test_with_several_runs_and_none_named_only_the_server_is_checked(server: Red
         done = CliRunner().invoke(app, ["doctor", "--url", server.url])
     finally:
         admin.delete(other)
-    assert done.stderr == f"no run was examined: runs there are: other, {RUN}; choose one with --run\n"
+    assert done.stderr == f"no run was examined: there are 2 runs: other, {RUN}; choose one with --run\n"
     assert done.exit_code in (0, 1)
     assert " persistence " in done.stdout
     assert " queues " not in done.stdout

@@ -311,7 +311,7 @@ def test_an_exporter_starts_without_a_server_and_ends_after_ctrl_c() -> None:
             output, log = process.communicate(timeout=10)
     assert (process.returncode, output) == (130, "")
     ready, unreachable = log.splitlines()  # two scrapes log it once
-    assert ready.startswith("serving the figures of all runs on redis://127.0.0.1:")
+    assert ready.startswith("serving the metrics of all runs on redis://127.0.0.1:")
     assert "cannot be read: cannot reach" in unreachable
     assert "secret" not in log
 

@@ -21,7 +21,7 @@ from rlbroker.codec.message import encode
 from rlbroker.control.commands import CommandSender
 from rlbroker.errors import WireError
 from rlbroker.ops import send_command
-from rlbroker.ops.cli import control
+from rlbroker.ops.cli import control_commands
 from rlbroker.ops.inspect import control_records
 from rlbroker.ops.inspect.dead_letters import find_letters
 from rlbroker.ops.inspect.queues import peek_queue
@@ -110,7 +110,7 @@ def test_commands_are_found_among_many_notices_of_versions(
 
 def test_arguments_that_are_not_json_are_refused() -> None:
     with pytest.raises(typer.BadParameter, match="not JSON"):
-        control._arguments("{level")
+        control_commands.parse_arguments("{level")
 
 
 # Batches

@@ -1,4 +1,4 @@
-"""`rlbroker workers`, `missed`, `runs` and `check` on a live run, and their JSON as docs/commands.md has it."""
+"""`rlbroker workers`, `missed`, `runs` and `check` on a live run; and every command's JSON against docs/commands.md."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
 
 @pytest.fixture(scope="module")
 def url(embedded: RedisServer) -> Iterator[str]:
-    """A server with a run of three workers that a learner of four expects.
+    """A server with a run of three workers, of which the learner expects four.
 
-    Worker 0 runs version 20, worker 1 version 3, and worker 2 could not load any. Worker 0 missed versions, and has
-    one batch waiting; nobody has answered the command `noop`.
+    Worker 0 runs version 20, worker 1 runs version 3, and worker 2 could not load any version. Worker 0 missed
+    versions, and has one waiting batch; no worker has answered the command `noop`.
     """
     client = redis.Redis.from_url(embedded.url)
     client.flushall()
     with ExitStack() as stack:
         learner = stack.enter_context(WorkerCommunicator(4, redis_url=embedded.url, run=RUN))
-        diligent, slow, unfit = (stack.enter_context(WorkerClient(embedded.url, RUN)) for _ in range(3))
+        current, slow, broken = (stack.enter_context(WorkerClient(embedded.url, RUN)) for _ in range(3))
         for _ in range(3):
             learner.send_model_weights({"w": np.zeros(10, np.float32)})
-        wait_until("0 runs version 3", lambda: diligent.poll({}) and diligent.version == 3)
+        wait_until("0 runs version 3", lambda: current.poll({}) and current.version == 3)
         wait_until("1 runs version 3", lambda: slow.poll({}) and slow.version == 3)
-        wait_until("2 has the newest before it looks", lambda: unfit._subscriber.newest == 3)
+        wait_until("2 has received version 3", lambda: broken._subscriber.newest == 3)
         with pytest.raises(WeightsMismatch):
-            wait_until("2 tries", lambda: unfit.poll({"other": np.zeros(1, np.float32)}))
+            wait_until("2 fails to load it", lambda: broken.poll({"other": np.zeros(1, np.float32)}))
         for _ in range(17):
             learner.send_model_weights({"w": np.zeros(10, np.float32)})
-        wait_until("0 runs version 20", lambda: diligent.poll({}) and diligent.version == 20)
-        diligent.send_experiences({"x": np.zeros(3, np.float32)})
+        wait_until("0 runs version 20", lambda: current.poll({}) and current.version == 20)
+        current.send_experiences({"x": np.zeros(3, np.float32)})
         learner.send_control_command("noop")
 
-        def on_record() -> bool:
+        def is_recorded() -> bool:
             members = {info.worker_id: info for info in learner.workers()}
             missed = learner.missed_updates()
-            said = members[0].version == 20 and members[0].sent == 1 and bool(members[2].problem)
-            return said and missed[0].behind == 0
+            reported = members[0].version == 20 and members[0].sent == 1 and bool(members[2].problem)
+            return reported and missed[0].behind == 0
 
-        wait_until("the heartbeats and the ledger say so", on_record)
+        wait_until("heartbeats and ledger have recorded it", is_recorded)
         yield embedded.url
     client.flushall()
     client.close()
@@ -67,31 +67,33 @@ def ask(url: str, *arguments: str, code: int = 0) -> str:
     return done.stdout
 
 
-def test_workers_are_listed_with_what_they_run(url: str) -> None:
-    said = ask(url, "workers")
-    assert cells(said, 0) | {"state": "alive", "version": "20", "stale": "0", "sent": "1"} == cells(said, 0)
-    assert cells(said, 1) | {"version": "3", "stale": "17"} == cells(said, 1)
-    assert "! worker 1 is 17 versions behind: it runs 3 of 20" in said
-    assert f"    rlbroker workers 1 --run {RUN}\n" in said
+def test_workers_are_listed_with_their_version(url: str) -> None:
+    output = ask(url, "workers")
+    assert cells(output, 0) | {"state": "alive", "version": "20", "stale": "0", "sent": "1"} == cells(
+        output, 0
+    )
+    assert cells(output, 1) | {"version": "3", "stale": "17"} == cells(output, 1)
+    assert "! worker 1 is 17 versions behind: it runs 3 of 20" in output
+    assert f"    rlbroker workers 1 --run {RUN}\n" in output
 
 
-def test_one_worker_is_shown_with_what_it_missed(url: str) -> None:
-    said = ask(url, "workers", "2")
-    assert f"worker 2 of {RUN}: alive" in said
-    assert f"pid {os.getpid()}" in said
-    assert re.search(r"unanswered   1 command,", said)
-    assert re.search(r"missed \S+ s ago +version 3: failed, ", said)
-    assert "✗ worker 2 cannot load the newest weights: version 3: " in said
-    assert "worker 1" not in said
+def test_one_worker_is_shown_with_its_missed_updates(url: str) -> None:
+    output = ask(url, "workers", "2")
+    assert f"worker 2 of {RUN}: alive" in output
+    assert f"pid {os.getpid()}" in output
+    assert re.search(r"unanswered   1 command,", output)
+    assert re.search(r"missed \S+ s ago +version 3: failed, ", output)
+    assert "✗ worker 2 cannot load the newest weights: version 3: " in output
+    assert "worker 1" not in output
 
 
-def test_a_worker_that_is_not_there_is_named_with_those_that_are(url: str) -> None:
+def test_an_unknown_worker_is_answered_with_those_that_exist(url: str) -> None:
     done = rlbroker("workers", "9", "--run", RUN, RLBROKER_REDIS_URL=url)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"rlbroker: there is no worker 9 in the run '{RUN}'; workers there are: 0, 1, 2\n"
+    assert done.stderr == f"rlbroker: there is no worker 9 in the run '{RUN}'; its workers are: 0, 1, 2\n"
 
 
-def test_missed_updates_are_listed_by_worker_and_reason(url: str) -> None:
+def test_missed_updates_are_filtered_by_worker_and_reason(url: str) -> None:
     failed = ask(url, "missed", "--why", "failed")
     row = cells(failed, r"[\d.]+ s")
     assert (row["worker"], row["which"], row["count"], row["why"]) == ("2", "3", "1", "failed")
@@ -108,9 +110,9 @@ def test_runs_are_listed(url: str) -> None:
     assert row | {"learner": "alive", "version": "20", "workers": "3 of 3 alive"} == row
 
 
-def test_check_names_what_is_wrong_and_ends_as_monitoring_plugins_do(url: str) -> None:
-    said = ask(url, "check", code=2)
-    first, *others = said.splitlines()
+def test_check_prints_findings_and_has_the_exit_codes_of_monitoring_plugins(url: str) -> None:
+    output = ask(url, "check", code=2)
+    first, *others = output.splitlines()
     assert re.match(
         rf"CRITICAL: {RUN}: \d findings \| version=20 alive=3 max_staleness=20 waiting=1 missed=\d+$", first
     )
@@ -119,23 +121,23 @@ def test_check_names_what_is_wrong_and_ends_as_monitoring_plugins_do(url: str) -
     assert any(line.startswith("WARNING: worker 1 is 17 versions behind") for line in others)
 
 
-def test_check_keeps_to_the_limits_that_are_given(url: str) -> None:
+def test_check_applies_the_given_limits(url: str) -> None:
     options = ("--staleness", "18", "--min-workers", "3", "--max-missed", "0", "--json")
-    said = json.loads(ask(url, "check", *options, code=2))
-    found = {one["code"]: one for one in said["findings"]}
+    data = json.loads(ask(url, "check", *options, code=2))
+    found = {one["code"]: one for one in data["findings"]}
     assert found.keys() >= {"worker_cannot_load", "updates_failed", "too_many_missed"}
     assert not found.keys() & {"worker_behind", "too_few_workers"}
-    assert (said["state"], said["alive"], said["waiting"]) == ("critical", 3, 1)
+    assert (data["state"], data["alive"], data["waiting"]) == ("critical", 3, 1)
 
 
-def test_check_of_what_cannot_be_read_is_unknown(url: str) -> None:
+def test_check_of_a_run_that_cannot_be_read_is_unknown(url: str) -> None:
     done = rlbroker("check", "--run", "pnog", RLBROKER_REDIS_URL=url)
     assert done.returncode == 3
     assert re.match(rf"UNKNOWN: there is no run 'pnog' .*; runs there are: {RUN}; ", done.stdout)
     assert done.stderr == ""
 
 
-def test_hints_work_when_they_are_typed(url: str) -> None:
+def test_hints_work_as_printed(url: str) -> None:
     hints = [one["hint"] for one in json.loads(ask(url, "status", "--json"))["findings"]]
     shown = re.findall(r"^    (rlbroker .*)$", ask(url, "status"), re.MULTILINE)
     assert len(shown) == len(hints) > 3
@@ -145,7 +147,7 @@ def test_hints_work_when_they_are_typed(url: str) -> None:
         assert done.stdout
 
 
-def test_a_reader_that_goes_away_is_no_error(url: str) -> None:
+def test_a_closed_pipe_is_not_an_error(url: str) -> None:
     command = f"{RLBROKER} workers | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", command], env=environment(RLBROKER_REDIS_URL=url), capture_output=True, check=False
@@ -154,13 +156,13 @@ def test_a_reader_that_goes_away_is_no_error(url: str) -> None:
     assert done.returncode in (0, 1, 141)
 
 
-# What the page says
+# The page
 
 
 def documented(name: str) -> set[str]:
-    """The keys in the JSON table of a command, as the page has them."""
+    """Return the keys in the JSON table of a command's section of the page."""
     heading = re.search(rf"^##+ rlbroker {name}\n", PAGE.read_text(), re.MULTILINE)
-    assert heading, "it has no chapter"
+    assert heading, "the page has no section for it"
     section = re.split(r"^##+ rlbroker", PAGE.read_text()[heading.end() :], maxsplit=1, flags=re.MULTILINE)[0]
     table = section.partition("\nJSON:\n")[2]
     rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
@@ -168,7 +170,7 @@ def documented(name: str) -> set[str]:
 
 
 def keys_of(value: Any, name: str = "", *, ids: str = "workers") -> Iterator[str]:
-    """The keys of what a command gave, as the page writes them."""
+    """Yield the keys of a command's JSON as the page writes them."""
     if isinstance(value, list) and value:
         for item in value:
             yield from keys_of(item, f"{name}[]")
@@ -191,16 +193,16 @@ def test_the_json_of_a_command_is_as_documented(url: str, name: str) -> None:
     more = {"prune": ["--dry-run"], "check --self": ["--run", RUN]}.get(name, [])
     done = rlbroker(*name.split(), "--json", *more, RLBROKER_REDIS_URL=url)
     found, page = set(keys_of(json.loads(done.stdout))), documented(name)
-    if name == "report":  # as the page says
+    if name == "report":  # as the page states
         page |= documented("status")
     assert page
-    # What is below a null or an empty list is not there, and what has no certain keys ends the name.
-    unknown = {key for key in found if not any(_begin_alike(key, one) for one in page)}
-    assert not unknown, "the page does not speak of them"
-    missing = {key for key in page if not any(_begin_alike(key, one) for one in found)}
-    assert not missing, "they are not there"
+    # A null or an empty list has no keys below it, and an object without fixed keys is the end of a name.
+    unknown = {key for key in found if not any(_is_prefix(key, one) for one in page)}
+    assert not unknown, "the page lacks them"
+    missing = {key for key in page if not any(_is_prefix(key, one) for one in found)}
+    assert not missing, "the JSON lacks them"
 
 
-def _begin_alike(first: str, second: str) -> bool:
+def _is_prefix(first: str, second: str) -> bool:
     long, short = sorted((first, second), key=len, reverse=True)
     return long == short or long.startswith((f"{short}.", f"{short}["))

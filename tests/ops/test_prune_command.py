@@ -1,4 +1,4 @@
-"""`rlbroker prune`: what dead runs left goes, what lives stays, whoever comes in between."""
+"""`rlbroker prune`: deletes dead runs and keeps live ones, also if a process joins a run meanwhile."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HOUR = 3600.0
 
 
 def plant(url: str, run: str) -> None:
-    """Leave a run behind: its learner has ended, a batch of its worker waits, a version and a command are there."""
+    """Leave a run whose learner has ended, with a waiting batch, a version and a command."""
     with WorkerCommunicator(1, redis_url=url, run=run) as learner, WorkerClient(url, run) as worker:
         learner.send_model_weights({"w": np.zeros(10, np.float32)})
         worker.send_experiences({"x": np.zeros(3, np.float32)})
@@ -48,20 +48,20 @@ def plant(url: str, run: str) -> None:
 
 
 def age(client: Any, run: str, seconds: float, *, state: str = "ended") -> None:
-    """Have a run be as silent as it would be after so long."""
+    """Make a run look as if it had been silent for this long."""
     keys, then = Keys(run), time.time() - seconds
     client.hset(keys.meta, mapping={"learner_seen": f"{then:.3f}", "learner_state": state})
     client.hset(keys.life(0), mapping={"seen": int(then * 1000)})
 
 
-def all_of(client: Any, run: str = "*") -> dict[bytes, Any]:
+def read_keys(client: Any, run: str = "*") -> dict[bytes, Any]:
     found = client.keys(f"rlb:{{{run}}}:*" if run != "*" else "*")
     return {key: client.dump(key) for key in found}
 
 
 @pytest.fixture(autouse=True)
 def _long_started(real_server: RealServer) -> None:
-    wait_until("the server runs for long enough", lambda: uptime(real_server) >= BACK_SECONDS, 15.0)
+    wait_until("the server has run long enough", lambda: uptime(real_server) >= BACK_SECONDS, 15.0)
 
 
 def uptime(server: RealServer) -> int:
@@ -75,20 +75,20 @@ def connection(real_server: RealServer) -> Iterator[Connection]:
     found.close()
 
 
-def leftover(connection: Connection, name: str, **options: Any) -> StaleRun:
+def find_run(connection: Connection, name: str, **options: Any) -> StaleRun:
     found = {one.run: one for one in find_stale_runs(connection, **{"older_than_seconds": HOUR, **options})}
     return found[name]
 
 
 def prune_now(connection: Connection, run: str, **options: Any) -> PruneResult:
-    names = leftover(connection, run).names
+    names = find_run(connection, run).names
     return prune(connection, run, names, **{"older_than_seconds": HOUR, "named": False, **options})
 
 
 # The command
 
 
-def test_dead_runs_are_shown_and_deleted_and_those_that_live_stay(real_server: RealServer) -> None:
+def test_dead_runs_are_listed_and_deleted_and_live_ones_are_kept(real_server: RealServer) -> None:
     url, client = real_server.url, real_server.client
     for run in ("old", "lost", "recent", "live"):
         plant(url, run)
@@ -97,66 +97,68 @@ def test_dead_runs_are_shown_and_deleted_and_those_that_live_stay(real_server: R
     age(client, "recent", HOUR / 2)
     client.set("another", "program")
     with WorkerCommunicator(1, redis_url=url, run="live"):
-        before = all_of(client)
+        before = read_keys(client)
         done = rlbroker("prune", "--dry-run", RLBROKER_REDIS_URL=url)
         assert done.returncode == 0, done.stderr
         assert re.search(r"old +its learner has ended +2 h +1 +\d+ +\S+ k?B", done.stdout)
         assert re.search(r"lost +its learner is away +2 h", done.stdout)
         assert "kept: live, as its learner is alive\n" in done.stderr
         assert "kept: recent, as its learner has ended, but not for long enough (30 min)\n" in done.stderr
-        assert all_of(client).keys() == before.keys()
-        assert all_of(client, "old") == {key: one for key, one in before.items() if b"{old}" in key}
+        assert read_keys(client).keys() == before.keys()
+        assert read_keys(client, "old") == {key: one for key, one in before.items() if b"{old}" in key}
 
         asked = CliRunner().invoke(app, ["prune", "--url", url])  # without a terminal
         assert asked.exit_code == 2
-        assert asked.output.splitlines()[-1].startswith("rlbroker: nothing was deleted: say --yes")
-        assert all_of(client).keys() == before.keys()
+        assert asked.output.splitlines()[-1].startswith(
+            "rlbroker: nothing was deleted: confirm it with --yes"
+        )
+        assert read_keys(client).keys() == before.keys()
 
         done = rlbroker("prune", "--yes", "--json", RLBROKER_REDIS_URL=url)
         assert (done.returncode, done.stderr) == (0, "")
-        said = json.loads(done.stdout)
-        deleted = {one["run"]: one["deleted_keys"] for one in said["runs"]}
+        data = json.loads(done.stdout)
+        deleted = {one["run"]: one["deleted_keys"] for one in data["runs"]}
         kept = {key for key in before if not re.match(rb"rlb:\{(old|lost)\}:", key)}
-        assert all_of(client).keys() == kept
+        assert read_keys(client).keys() == kept
         assert deleted["old"] + deleted["lost"] == len(before) - len(kept)
         assert deleted["live"] == deleted["recent"] == 0
     section = PAGE.read_text().partition("## rlbroker prune")[2].partition("\n## ")[0]
     documented = set(re.findall(r"`(?:runs\[\]\.)?(\w+)`", section.partition("JSON:")[2]))
-    assert {*said, *said["runs"][0]} - {"runs"} <= documented
+    assert {*data, *data["runs"][0]} - {"runs"} <= documented
 
 
-def test_a_run_that_is_named_goes_at_once_when_its_learner_has_ended(real_server: RealServer) -> None:
+def test_a_named_run_is_deleted_at_once_if_its_learner_has_ended(real_server: RealServer) -> None:
     url, client = real_server.url, real_server.client
     plant(url, "done")
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
     process = subprocess.Popen(
         [RLBROKER, "prune", "--run", "done"],
         env=environment(RLBROKER_REDIS_URL=url),
-        stdin=theirs,
+        stdin=terminal,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    os.write(ours, b"y\n")
-    said = process.communicate(timeout=20)[0].decode()
-    os.close(ours)
-    os.close(theirs)
-    assert process.returncode == 0, said
-    assert "Delete the run done for ever?" in said
-    assert all_of(client) == {}
+    os.write(controller, b"y\n")
+    output = process.communicate(timeout=20)[0].decode()
+    os.close(controller)
+    os.close(terminal)
+    assert process.returncode == 0, output
+    assert "Delete the run done for good?" in output
+    assert read_keys(client) == {}
 
 
-# Who is dead
+# Which runs are dead
 
 
-def test_a_worker_that_lives_keeps_its_run(real_server: RealServer, connection: Connection) -> None:
+def test_an_alive_worker_keeps_its_run(real_server: RealServer, connection: Connection) -> None:
     with WorkerClient(real_server.url, "waiting"):
-        found = leftover(connection, "waiting", older_than_seconds=0.0)
+        found = find_run(connection, "waiting", older_than_seconds=0.0)
         assert (found.dead, found.why) == (False, "a worker is alive")
     with WorkerCommunicator(1, redis_url=real_server.url, run="short") as learner:
         worker = WorkerClient(real_server.url, "short")
         assert learner.workers()
     with worker:
-        found = leftover(connection, "short", run="short", named=True, older_than_seconds=0.0)
+        found = find_run(connection, "short", run="short", named=True, older_than_seconds=0.0)
         assert (found.dead, found.why) == (False, "a worker is alive")
 
 
@@ -166,82 +168,88 @@ def test_a_learner_that_only_collects_keeps_its_run(real_server: RealServer, con
         other = WorkerCommunicator(1, redis_url=url, run="two", learner_name="second", publishes=False)
         assert learner.workers() == []
     with other:
-        found = leftover(connection, "two", run="two", named=True, older_than_seconds=0.0)
+        found = find_run(connection, "two", run="two", named=True, older_than_seconds=0.0)
         assert (found.dead, found.why) == (False, "another learner is alive, which collects")
 
 
-def test_a_server_that_has_just_started_has_heard_of_nobody(
+def test_nothing_is_dead_on_a_server_that_has_just_started(
     real_server: RealServer, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(real_server.url, "down")
     age(real_server.client, "down", 2 * HOUR, state="open")
-    assert leftover(connection, "down").dead
+    assert find_run(connection, "down").dead
     monkeypatch.setattr(prune_module, "BACK_SECONDS", uptime(real_server) + 100)
-    assert "has just started" in leftover(connection, "down").why
+    assert "has just started" in find_run(connection, "down").why
 
 
-def test_keys_that_only_look_like_ours_are_nobodys(real_server: RealServer, connection: Connection) -> None:
+def test_keys_that_only_look_like_those_of_a_run_are_ignored(
+    real_server: RealServer, connection: Connection
+) -> None:
     for name in ("rlb:{tenant}:session", "rlb:{cfg}:settings", "rlb:{a}:{b}:meta", "rlb:{a}:x:y"):
         real_server.client.set(name, "precious")
     assert find_stale_runs(connection, older_than_seconds=0.0) == []
 
 
-def unused(client: Any, run: str, seconds: float) -> None:
-    """Have all keys of a run be as if nobody had used them for so long."""
-    for key, dumped in all_of(client, run).items():
+def set_idle(client: Any, run: str, seconds: float) -> None:
+    """Make all keys of a run look as if they had not been used for this long."""
+    for key, dumped in read_keys(client, run).items():
         client.restore(key, 0, dumped, replace=True, idletime=int(seconds))
 
 
-def test_keys_without_a_run_go_once_nobody_used_them(real_server: RealServer, connection: Connection) -> None:
+def test_orphaned_keys_are_deleted_once_they_are_idle(
+    real_server: RealServer, connection: Connection
+) -> None:
     client = real_server.client
     plant(real_server.url, "orphan")
     age(client, "orphan", HOUR)
     client.delete(Keys("orphan").meta, Keys("orphan").workers)
-    found = leftover(connection, "orphan")
+    found = find_run(connection, "orphan")
     assert (found.state, found.dead) == ("orphaned", False)
     assert prune_now(connection, "orphan").kept
-    unused(client, "orphan", 2 * HOUR)
-    assert leftover(connection, "orphan").dead
-    assert prune_now(connection, "orphan").kept == ""  # looking had not counted as using
-    assert all_of(client) == {}
+    set_idle(client, "orphan", 2 * HOUR)
+    assert find_run(connection, "orphan").dead
+    assert prune_now(connection, "orphan").kept == ""  # reading the keys did not count as use
+    assert read_keys(client) == {}
 
 
-def test_what_nobody_knows_the_age_of_is_kept(real_server: RealServer, connection: Connection) -> None:
+def test_keys_of_unknown_age_are_kept(real_server: RealServer, connection: Connection) -> None:
     real_server.client.set(Keys("orphan").control, "x")
-    real_server.client.config_set("maxmemory-policy", "volatile-lfu")  # such servers do not tell idle times
+    real_server.client.config_set(
+        "maxmemory-policy", "volatile-lfu"
+    )  # with this policy the server has no idle times
     try:
-        found = leftover(connection, "orphan", older_than_seconds=0.0)
+        found = find_run(connection, "orphan", older_than_seconds=0.0)
     finally:
         real_server.client.config_set("maxmemory-policy", "noeviction")
     assert (found.dead, found.silent_seconds) == (False, None)
     assert found.why.endswith("but for how long is unknown")
 
 
-def test_a_run_that_cannot_be_read_is_kept_while_its_keys_are_used(
+def test_an_unreadable_run_is_kept_while_its_keys_are_used(
     real_server: RealServer, connection: Connection
 ) -> None:
     plant(real_server.url, "odd")
     real_server.client.hset(Keys("odd").meta, "lease_seconds", "soon")
-    assert leftover(connection, "odd").state == "unreadable"
-    assert not leftover(connection, "odd").dead
-    unused(real_server.client, "odd", 2 * HOUR)
-    assert leftover(connection, "odd").dead
+    assert find_run(connection, "odd").state == "unreadable"
+    assert not find_run(connection, "odd").dead
+    set_idle(real_server.client, "odd", 2 * HOUR)
+    assert find_run(connection, "odd").dead
     assert prune_now(connection, "odd").kept == ""
-    assert all_of(real_server.client) == {}
+    assert read_keys(real_server.client) == {}
 
 
-# Who comes in between
+# Processes that join meanwhile
 
 
-def meanwhile(monkeypatch: pytest.MonkeyPatch, before: Script, what: Callable[[], None]) -> None:
-    """Have something happen right before a script runs."""
+def call_before(monkeypatch: pytest.MonkeyPatch, script: Script, action: Callable[[], None]) -> None:
+    """Call a function right before a script runs."""
     run = Connection.run
 
-    def watched(self: Connection, script: Script, *arguments: Any, **options: Any) -> Any:
-        if script is before:
+    def watched(self: Connection, called: Script, *arguments: Any, **options: Any) -> Any:
+        if called is script:
             monkeypatch.setattr(Connection, "run", run)
-            what()
-        return run(self, script, *arguments, **options)
+            action()
+        return run(self, called, *arguments, **options)
 
     monkeypatch.setattr(Connection, "run", watched)
 
@@ -251,16 +259,16 @@ def test_a_learner_that_opens_the_run_just_before_keeps_it(
 ) -> None:
     plant(real_server.url, "back")
     age(real_server.client, "back", 2 * HOUR)
-    before = all_of(real_server.client, "back").keys()
+    before = read_keys(real_server.client, "back").keys()
     opened: list[WorkerCommunicator] = []
-    meanwhile(
+    call_before(
         monkeypatch,
         PRUNE_RUN,
         lambda: opened.append(WorkerCommunicator(1, redis_url=real_server.url, run="back")),
     )
     try:
         assert prune_now(connection, "back") == PruneResult("back", 0, OPENED)
-        assert all_of(real_server.client, "back").keys() >= before
+        assert read_keys(real_server.client, "back").keys() >= before
         assert [worker for worker, _ in opened[0].collect_experiences(timeout=5.0)] == [0]
     finally:
         opened[0].cleanup()
@@ -271,12 +279,12 @@ def test_a_worker_that_joins_just_before_keeps_the_run(
 ) -> None:
     plant(real_server.url, "back")
     age(real_server.client, "back", 2 * HOUR)
-    before = all_of(real_server.client, "back").keys()
+    before = read_keys(real_server.client, "back").keys()
     joined: list[WorkerClient] = []
-    meanwhile(monkeypatch, PRUNE_RUN, lambda: joined.append(WorkerClient(real_server.url, "back")))
+    call_before(monkeypatch, PRUNE_RUN, lambda: joined.append(WorkerClient(real_server.url, "back")))
     try:
         assert prune_now(connection, "back").kept == OPENED
-        assert all_of(real_server.client, "back").keys() >= before
+        assert read_keys(real_server.client, "back").keys() >= before
     finally:
         joined[0].close()
 
@@ -294,24 +302,24 @@ def test_a_run_that_begins_while_the_old_one_is_deleted_loses_nothing(
         opened[0].send_model_weights({"w": np.ones(10, np.float32)})
         opened[1].send_experiences({"new": np.ones(3, np.float32)})
 
-    meanwhile(monkeypatch, PRUNE_QUEUE, begin)
+    call_before(monkeypatch, PRUNE_QUEUE, begin)
     found = prune_now(connection, "anew")
     try:
         assert found.kept == OPENED
         learner, worker = opened
         wait_until(
-            "the new batch is there",
+            "the new batch arrives",
             lambda: any("new" in batch for _, batch in learner.collect_experiences(timeout=0.1)),
         )
         weights: dict[str, Any] = {}
-        wait_until("the new version too", lambda: worker.poll(weights) or worker.version == 1)
+        wait_until("the new version arrives", lambda: worker.poll(weights) or worker.version == 1)
         assert weights["w"].sum() == 10
     finally:
         opened[1].close()
         opened[0].cleanup()
 
 
-def test_what_was_interrupted_is_finished_at_once(
+def test_an_interrupted_deletion_is_completed_by_the_next_one(
     real_server: RealServer, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(real_server.url, "half")
@@ -320,11 +328,11 @@ def test_what_was_interrupted_is_finished_at_once(
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    meanwhile(monkeypatch, PRUNE_QUEUE, interrupt)
+    call_before(monkeypatch, PRUNE_QUEUE, interrupt)
     with pytest.raises(KeyboardInterrupt):
         prune_now(connection, "half")
-    assert all_of(real_server.client, "half")
-    found = leftover(connection, "half")
+    assert read_keys(real_server.client, "half")
+    found = find_run(connection, "half")
     assert (found.state, found.dead, found.why) == ("pruned", True, "its deletion was interrupted")
     assert prune_now(connection, "half").kept == ""
-    assert all_of(real_server.client) == {}
+    assert read_keys(real_server.client) == {}

@@ -1,4 +1,4 @@
-"""`rlbroker server`: the server lives as long as the command."""
+"""`rlbroker server`: the server runs as long as the command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlbroker import WorkerCommunicator
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str, int]]]:
-    """Starts `rlbroker server`; gives the process, its URL, and the server's process id."""
+    """Return a function that starts `rlbroker server`, and returns its process, the URL and the server's process id."""
     with ExitStack() as stack:
 
         def begin(*arguments: str) -> tuple[subprocess.Popen[str], str, int]:
@@ -38,7 +38,7 @@ def serve() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str, int]]]:
         yield begin
 
 
-def runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
@@ -47,7 +47,7 @@ def runs(pid: int) -> bool:
     [((), signal.SIGINT), (("--bind", "127.0.0.1"), signal.SIGTERM)],
     ids=["socket-ctrl-c", "network-terminated"],
 )
-def test_a_server_can_be_used_and_goes_away(
+def test_a_server_can_be_used_until_the_command_is_stopped(
     arguments: tuple[str, ...],
     end: signal.Signals,
     run: str,
@@ -58,22 +58,22 @@ def test_a_server_can_be_used_and_goes_away(
     with WorkerCommunicator(1, redis_url=url, run=run) as communicator:
         assert communicator.send_model_weights({"w": np.ones(3)}).version == 1
         assert f"run      {run} on" in rlbroker("status", RLBROKER_REDIS_URL=url).stdout
-    assert runs(pid)
+    assert is_running(pid)
     process.send_signal(end)
     assert process.wait(timeout=10) == 130
-    assert not runs(pid)
+    assert not is_running(pid)
     assert process.stderr is not None
     assert process.stderr.read() == ""
     if not arguments:
         assert not Path(urlsplit(url).path).parent.exists()
 
 
-def test_a_killed_command_takes_its_server_along(
+def test_a_killed_command_stops_its_server(
     serve: Callable[..., tuple[subprocess.Popen[str], str, int]],
 ) -> None:
     process, _, pid = serve()
     process.kill()
-    wait_until("the server is gone", lambda: not runs(pid))
+    wait_until("the server is gone", lambda: not is_running(pid))
 
 
 def test_a_server_that_dies_is_reported(
@@ -91,7 +91,7 @@ def test_a_server_that_dies_is_reported(
     ("arguments", "problem"),
     [(("--port", "7000"), "--port needs --bind"), (("--bind", "nonsense"), "nonsense")],
 )
-def test_a_server_says_what_is_wrong_with_its_options(arguments: tuple[str, ...], problem: str) -> None:
+def test_wrong_options_are_named(arguments: tuple[str, ...], problem: str) -> None:
     done = rlbroker("server", *arguments)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert problem in done.stderr

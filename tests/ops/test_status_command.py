@@ -1,4 +1,4 @@
-"""`rlbroker status`: what it shows, where, and that it changes nothing."""
+"""`rlbroker status`: what it prints, how it finds the run, and that it only reads."""
 
 from __future__ import annotations
 
@@ -59,39 +59,39 @@ def worker(real_server: RealServer, run: str, opened: ExitStack) -> Callable[[],
 
 @pytest.fixture
 def live(learner: WorkerCommunicator, worker: Callable[[], WorkerClient]) -> WorkerCommunicator:
-    """A run of two workers: 0 runs version 3 and sent 4 batches, 1 runs nothing; and a command for both."""
-    diligent, idle = worker(), worker()
+    """A run of two workers: 0 runs version 3 and sent 4 batches, 1 runs no version; and a command for both."""
+    current, idle = worker(), worker()
     weights = {"w": np.zeros(1000, np.float32)}
     for _ in range(3):
         learner.send_model_weights(weights)
-    wait_until("worker 0 runs version 3", lambda: diligent.poll({}) and diligent.version == 3)
+    wait_until("worker 0 runs version 3", lambda: current.poll({}) and current.version == 3)
     for number in range(4):
-        diligent.send_experiences({"number": number})
+        current.send_experiences({"number": number})
     pairs = learner.collect_experiences(timeout=5.0, max_batches=2)
     learner.acknowledge(pairs[:1])
     learner.send_control_command("reset")
     assert idle.version == 0
 
-    def all_on_record() -> bool:
+    def is_recorded() -> bool:
         missed, members = learner.missed_updates(), {info.worker_id: info for info in learner.workers()}
         return missed[0].behind == 0 and missed[1].behind == 3 and members[0].version == 3
 
-    wait_until("the heartbeats and the ledger say so", all_on_record)
+    wait_until("heartbeats and ledger have recorded it", is_recorded)
     return learner
 
 
-# status: what it shows
+# Output
 
 
 def test_status_shows_a_live_run(real_server: RealServer, run: str, live: WorkerCommunicator) -> None:
-    said = status(real_server, "--run", run)
-    assert f"run      {run} on unix://{real_server.embedded.socket_path} (" in said
-    assert re.search(rf"learner  \S+ pid {os.getpid()}, seen \d\.\d s ago$", said, re.MULTILINE)
+    output = status(real_server, "--run", run)
+    assert f"run      {run} on unix://{real_server.embedded.socket_path} (" in output
+    assert re.search(rf"learner  \S+ pid {os.getpid()}, seen \d\.\d s ago$", output, re.MULTILINE)
     stored = r"\d+ B stored for 4\.0 kB"
     assert re.search(
-        rf"^weights  version 3: full, blosc2, {stored}, published \d\.\d s ago$", said, re.MULTILINE
+        rf"^weights  version 3: full, blosc2, {stored}, published \d\.\d s ago$", output, re.MULTILINE
     )
-    first, second = cells(said, 0), cells(said, 1)
+    first, second = cells(output, 0), cells(output, 1)
     missed = live.missed_updates()[0].total
     expected = {
         "state": "alive",
@@ -111,19 +111,19 @@ def test_status_shows_a_live_run(real_server: RealServer, run: str, live: Worker
 def test_status_as_json_has_the_documented_keys(
     real_server: RealServer, run: str, live: WorkerCommunicator
 ) -> None:
-    said = status_json(real_server, "--run", run)
-    assert list(said) == [
+    data = status_json(real_server, "--run", run)
+    assert list(data) == [
         *("run", "at", "server", "settings", "expected_workers", "learner", "weights", "workers", "findings")
     ]
-    assert said["server"].keys() == {field.name for field in fields(ServerStatus)}
-    assert said["settings"].keys() == {field.name for field in fields(RunSettings)}
-    assert said["learner"].keys() == {field.name for field in fields(LearnerStatus)}
-    assert said["learner"]["state"] == "alive"
+    assert data["server"].keys() == {field.name for field in fields(ServerStatus)}
+    assert data["settings"].keys() == {field.name for field in fields(RunSettings)}
+    assert data["learner"].keys() == {field.name for field in fields(LearnerStatus)}
+    assert data["learner"]["state"] == "alive"
     names = ["version", "kind", "base", "codec", "raw_bytes", "stored_bytes", "published"]
-    assert list(said["weights"]) == names
-    assert (said["weights"]["version"], said["weights"]["raw_bytes"]) == (3, 4000)
-    assert said["workers"].keys() == {"0", "1"}
-    first, second = said["workers"]["0"], said["workers"]["1"]
+    assert list(data["weights"]) == names
+    assert (data["weights"]["version"], data["weights"]["raw_bytes"]) == (3, 4000)
+    assert data["workers"].keys() == {"0", "1"}
+    first, second = data["workers"]["0"], data["workers"]["1"]
     assert list(first) == [
         *("member", "batches", "missed", "commands_waiting", "command_seconds", "dead_letters", "spoiled")
     ]
@@ -135,7 +135,7 @@ def test_status_as_json_has_the_documented_keys(
     assert (second["missed"]["behind"], second["commands_waiting"]) == (3, 1)
 
 
-def test_status_lists_what_a_worker_that_left_missed(
+def test_status_lists_the_missed_updates_of_a_worker_that_left(
     real_server: RealServer, learner: WorkerCommunicator, worker: Callable[[], WorkerClient]
 ) -> None:
     leaving = worker()
@@ -143,7 +143,7 @@ def test_status_lists_what_a_worker_that_left_missed(
         learner.send_model_weights({})
     learner.send_control_command("reset")
     leaving.close()
-    wait_until("that is on record", lambda: learner.missed_updates()[0].commands == 1)
+    wait_until("it is recorded", lambda: learner.missed_updates()[0].commands == 1)
     assert re.search(r"^ +0 +left +0 +0 +0 +0 +4 +0 *$", status(real_server), re.MULTILINE)
     assert status_json(real_server)["workers"]["0"]["member"] is None
 
@@ -151,40 +151,43 @@ def test_status_lists_what_a_worker_that_left_missed(
 def test_status_of_a_run_without_weights_and_workers(
     real_server: RealServer, learner: WorkerCommunicator
 ) -> None:
-    said = status(real_server)
-    assert "weights  none published yet" in said
-    assert "workers  none yet" in said
+    output = status(real_server)
+    assert "weights  none published yet" in output
+    assert "workers  none yet" in output
 
 
 def test_status_of_workers_that_wait_for_their_learner(
     real_server: RealServer, run: str, worker: Callable[[], WorkerClient]
 ) -> None:
     worker()
-    said = status(real_server)
-    assert f"run      {run} " in said
-    assert "learner  none yet" in said
-    assert cells(said, 0)["state"] == "alive"
+    output = status(real_server)
+    assert f"run      {run} " in output
+    assert "learner  none yet" in output
+    assert cells(output, 0)["state"] == "alive"
 
 
 def test_status_of_a_run_that_ended(real_server: RealServer, run: str) -> None:
     with WorkerCommunicator(1, redis_url=real_server.url, run=run, lease_seconds=0.2):
-        wait_until("it lives", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None)
+        wait_until(
+            "it has a heartbeat", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None
+        )
     assert status_json(real_server)["learner"]["state"] == "ended"
     assert re.search(r"seen \S+ s ago; it has ended$", status(real_server), re.MULTILINE)
 
 
-def test_a_learner_that_broke_off_is_spoken_of_while_workers_go_on(
+def test_a_learner_that_ended_by_an_error_is_reported_while_workers_send(
     real_server: RealServer, run: str, worker: Callable[[], WorkerClient]
 ) -> None:
     def learn() -> None:
         with WorkerCommunicator(1, redis_url=real_server.url, run=run):
             worker()
             wait_until(
-                "it lives", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None
+                "it has a heartbeat",
+                lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None,
             )
-            raise RuntimeError("a mistake of the learner's")
+            raise RuntimeError("a bug in the training loop")
 
-    with pytest.raises(RuntimeError, match="mistake"):
+    with pytest.raises(RuntimeError, match="bug"):
         learn()
     assert status_json(real_server)["findings"] == []
     real_server.client.hincrbyfloat(Keys(run).meta, "learner_seen", -60)
@@ -197,53 +200,55 @@ def test_a_learner_that_broke_off_is_spoken_of_while_workers_go_on(
 
 def test_status_of_a_run_whose_learner_is_silent(real_server: RealServer, run: str) -> None:
     with WorkerCommunicator(1, redis_url=real_server.url, run=run, lease_seconds=0.2) as comm:
-        wait_until("it lives", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None)
+        wait_until(
+            "it has a heartbeat", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None
+        )
         comm._thread.stop(5.0)
-        wait_until("its lease is over", lambda: status_json(real_server)["learner"]["state"] == "away")
+        wait_until("its lease has expired", lambda: status_json(real_server)["learner"]["state"] == "away")
         assert re.search(r"seen \S+ s ago; it died, or is cut off$", status(real_server), re.MULTILINE)
 
 
-def test_what_a_worker_writes_does_not_steer_the_terminal(
+def test_text_from_workers_cannot_control_the_terminal(
     real_server: RealServer, run: str, worker: Callable[[], WorkerClient]
 ) -> None:
     beat = f"rlb:{{{run}}}:hb:0"
     real_server.client.sadd(f"rlb:{{{run}}}:workers", 0)
     real_server.client.hset(f"rlb:{{{run}}}:life:0", mapping={"incarnation": 1, "member": 1, "seen": 1})
     real_server.client.hset(beat, mapping={"host": "\x1b[2Jevil[red]", "problem": "a\nrun  other \x07"})
-    said = status(real_server)
-    assert "?[2Jevil[red]:0" in said
-    assert "worker 0 cannot load the newest weights: a?run  other ?\n" in said
+    output = status(real_server)
+    assert "?[2Jevil[red]:0" in output
+    assert "worker 0 cannot load the newest weights: a?run  other ?\n" in output
 
 
-# status: where it shows it
+# Terminals
 
 
 def test_status_fits_a_terminal_of_80_columns(real_server: RealServer, live: WorkerCommunicator) -> None:
-    said = re.sub(r"\x1b\[[\d;]*m", "", on_terminal(80, "status", RLBROKER_REDIS_URL=real_server.url))
-    table = said[said.index(" id") :].splitlines()
+    output = re.sub(r"\x1b\[[\d;]*m", "", on_terminal(80, "status", RLBROKER_REDIS_URL=real_server.url))
+    table = output[output.index(" id") :].splitlines()
     assert max(map(len, table)) <= 80
-    found = cells(said, 0)
+    found = cells(output, 0)
     assert (found["version"], found["stale"], found["waiting"]) == ("3", "0", "2")
     assert "process" not in found
     assert "process" in cells(on_terminal(160, "status", RLBROKER_REDIS_URL=real_server.url, NO_COLOR="1"), 0)
 
 
-def test_status_has_colours_unless_they_are_unwanted(
+def test_status_has_colours_only_on_a_terminal_without_no_color(
     real_server: RealServer, learner: WorkerCommunicator, worker: Callable[[], WorkerClient]
 ) -> None:
     client = worker()
     learner.send_model_weights({})
     client.close()
-    wait_until("it missed that", lambda: learner.missed_updates()[0].total == 1)
+    wait_until("it missed the version", lambda: learner.missed_updates()[0].total == 1)
     assert re.search(r"\x1b\[33m\s*1\x1b\[0m", on_terminal(80, "status", RLBROKER_REDIS_URL=real_server.url))
     assert "\x1b" not in on_terminal(80, "status", RLBROKER_REDIS_URL=real_server.url, NO_COLOR="1")
     assert "\x1b" not in status(real_server)
 
 
-# status: which run, which server
+# Runs and servers
 
 
-def test_status_names_the_runs_there_are(
+def test_an_unknown_or_missing_run_is_answered_with_those_that_exist(
     real_server: RealServer, learner: WorkerCommunicator, run: str
 ) -> None:
     wrong = rlbroker("status", "--run", "pnog", RLBROKER_REDIS_URL=real_server.url)
@@ -264,9 +269,9 @@ def test_status_of_a_server_without_runs(real_server: RealServer) -> None:
     assert done.stderr.startswith("rlbroker: there are no runs on unix://")
 
 
-def test_status_of_a_server_that_is_not_there() -> None:
+def test_status_of_an_unreachable_server() -> None:
     with closing(socket.socket()) as taken:
-        taken.bind(("127.0.0.1", 0))  # and nobody listens on it
+        taken.bind(("127.0.0.1", 0))  # no process listens on it
         port = taken.getsockname()[1]
         done = rlbroker("status", "--url", f"redis://me:secret@127.0.0.1:{port}/0")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -282,16 +287,16 @@ def test_status_with_a_wrong_password(real_server: RealServer) -> None:
     assert "secret" not in done.stderr
 
 
-# status: what it must not do
+# Side effects
 
 
-def test_status_changes_nothing(real_server: RealServer, learner: WorkerCommunicator, run: str) -> None:
+def test_status_only_reads(real_server: RealServer, learner: WorkerCommunicator, run: str) -> None:
     with WorkerClient(real_server.url, run) as client:
         learner.send_model_weights({"w": np.zeros(10)})
         client.load_weights({})
         client.send_experiences({"number": 1})
         learner.collect_experiences(timeout=5.0)
-    learner.cleanup()  # from here on nobody else writes
+    learner.cleanup()  # from here on no other process writes
 
     def everything() -> dict[bytes, tuple[bytes, int]]:
         keys = real_server.client.keys()
@@ -313,7 +318,7 @@ def test_status_changes_nothing(real_server: RealServer, learner: WorkerCommunic
     assert everything() == before
 
 
-def test_status_loads_neither_torch_nor_the_demo(
+def test_status_imports_neither_torch_nor_the_demo(
     real_server: RealServer, learner: WorkerCommunicator
 ) -> None:
     program = (
@@ -341,5 +346,5 @@ def test_ctrl_c_ends_status_with_130() -> None:
         with closing(connection):
             connection.recv(1)
             process.send_signal(signal.SIGINT)
-            said, problem = process.communicate(timeout=10)
-    assert (process.returncode, said, problem) == (130, "", "")
+            output, problem = process.communicate(timeout=10)
+    assert (process.returncode, output, problem) == (130, "", "")

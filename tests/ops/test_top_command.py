@@ -1,4 +1,4 @@
-"""`rlbroker top` on a terminal: what it shows, what keys do, and that the terminal is left as it was."""
+"""`rlbroker top` on a terminal: what it shows, what keys do, and that it restores the terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlbroker.local.embedded_server import RedisServer
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RedisServer]:
-    """A server that nobody else uses: it is stopped for a while."""
+    """A server for this file alone: a test stops it for a while."""
     with RedisServer() as server:
         yield server
 
@@ -31,7 +31,7 @@ def planted(server: RedisServer) -> Iterator[Planted]:
         yield planted
 
 
-#: A shell that has a command as its job, says when Ctrl-Z has stopped it, and lets it go on after Enter.
+#: A shell that runs a command as a job, prints its exit code when Ctrl-Z stops it, and continues it after Enter.
 SHELL = ("bash", "-c", 'set -m; "$0" "$@"; echo "stopped with $?"; read -r; fg >/dev/null')
 
 
@@ -41,11 +41,11 @@ def open_top(planted: Planted, *arguments: str, shell: tuple[str, ...] = ()) -> 
 
 
 def rows_of(screen: Screen) -> dict[str, list[str]]:
-    """The table's lines by worker id, in the order in which they are shown."""
+    """Return the words of the table's lines by worker id, in the order of the lines."""
     return {words[0]: words for line in screen.lines if (words := line.split()) and words[0].isdecimal()}
 
 
-def test_it_shows_the_run_and_obeys_keys_and_leaves_the_terminal_as_it_was(planted: Planted) -> None:
+def test_it_shows_the_run_and_obeys_keys_and_restores_the_terminal(planted: Planted) -> None:
     with open_top(planted, shell=SHELL) as screen:
         screen.shows("q quit")
         rows = rows_of(screen)
@@ -57,22 +57,24 @@ def test_it_shows_the_run_and_obeys_keys_and_leaves_the_terminal_as_it_was(plant
         assert "id▲" in screen.text
 
         screen.type("s")
-        screen.until("the stalest are first", lambda: list(rows_of(screen))[:2] == [str(DEAD), str(BEHIND)])
+        screen.until(
+            "the stalest worker is first", lambda: list(rows_of(screen))[:2] == [str(DEAD), str(BEHIND)]
+        )
         assert "stale▼" in screen.text
         screen.type("r")
-        screen.until("the freshest are first", lambda: list(rows_of(screen))[-1] == str(DEAD))
+        screen.until("the stalest worker is last", lambda: list(rows_of(screen))[-1] == str(DEAD))
         screen.type("\x1b[D\x1b[D")
         screen.shows("state▲")
         screen.type("/away\r")
-        screen.until("only the dead one is shown", lambda: list(rows_of(screen)) == [str(DEAD)])
+        screen.until("only the dead worker is shown", lambda: list(rows_of(screen)) == [str(DEAD)])
         screen.type("\x1b")
-        screen.until("all are shown", lambda: len(rows_of(screen)) == 5)
+        screen.until("all workers are shown", lambda: len(rows_of(screen)) == 5)
         screen.type("ff")
-        screen.until("the good one is not shown", lambda: str(DILIGENT) not in rows_of(screen))
+        screen.until("the worker without findings is hidden", lambda: str(DILIGENT) not in rows_of(screen))
         screen.type("?")
-        screen.shows("any key ends the help")
+        screen.shows("any key closes the help")
         screen.type("x")
-        screen.until("the workers are back", lambda: len(rows_of(screen)) == 4)
+        screen.until("the table is shown again", lambda: len(rows_of(screen)) == 4)
         screen.type("-")
         screen.shows("every 1 s")
         screen.type(" ")
@@ -87,7 +89,7 @@ def test_it_shows_the_run_and_obeys_keys_and_leaves_the_terminal_as_it_was(plant
         assert screen.restored
         before = len(screen.sent)
         screen.type("\n")
-        screen.until("it is drawn anew", lambda: b"q quit" in screen.sent[before:])
+        screen.until("it is drawn again", lambda: b"q quit" in screen.sent[before:])
         assert not screen.restored
 
         screen.type("q")
@@ -95,7 +97,7 @@ def test_it_shows_the_run_and_obeys_keys_and_leaves_the_terminal_as_it_was(plant
         assert screen.restored
 
 
-def test_what_ends_the_process_leaves_the_terminal_as_it_was(planted: Planted) -> None:
+def test_a_signal_restores_the_terminal(planted: Planted) -> None:
     with open_top(planted) as screen:
         screen.shows("q quit")
         screen.process.terminate()
@@ -104,23 +106,23 @@ def test_what_ends_the_process_leaves_the_terminal_as_it_was(planted: Planted) -
         assert b"Traceback" not in screen.sent
 
 
-def test_a_mistake_of_ours_leaves_the_terminal_as_it_was() -> None:
+def test_a_bug_restores_the_terminal() -> None:
     program = """
-from rlbroker.ops.cli.terminal import Terminal
+from rlbroker.ops.cli.top.terminal import Terminal
 with Terminal() as terminal:
     terminal.draw(["drawn"])
-    terminal.keys(10.0)
-    raise ArithmeticError("a mistake")
+    terminal.read_keys(10.0)
+    raise ArithmeticError("a bug")
 """
     with Screen([sys.executable, "-c", program], 80, 24) as screen:
         screen.shows("drawn")
         screen.type("x")
         assert screen.ends() == 1
         assert screen.restored
-        assert "ArithmeticError: a mistake" in screen.text
+        assert "ArithmeticError: a bug" in screen.text
 
 
-def test_while_the_server_is_silent_the_view_stays_and_says_so(planted: Planted, server: RedisServer) -> None:
+def test_while_the_server_is_silent_the_stale_view_stays(planted: Planted, server: RedisServer) -> None:
     assert server.pid
     with open_top(planted, "--timeout", "0.5", "--interval", "0.1", "--no-color") as screen:
         screen.shows("q quit")
@@ -132,14 +134,14 @@ def test_while_the_server_is_silent_the_view_stays_and_says_so(planted: Planted,
             screen.shows("stale▼")
         finally:
             os.kill(server.pid, signal.SIGCONT)
-        screen.until("it is back", lambda: "no answer" not in screen.text)
+        screen.until("the server answers again", lambda: "no answer" not in screen.text)
         screen.type("\x03")
         assert screen.ends() == 130
         assert screen.restored
-    assert not re.search(rb"\x1b\[[0-9;]*m", screen.sent), "colours"
+    assert not re.search(rb"\x1b\[[0-9;]*m", screen.sent), "--no-color"
 
 
-def test_a_pipe_gets_one_look_as_text(planted: Planted) -> None:
+def test_a_pipe_gets_one_view_as_text(planted: Planted) -> None:
     done = rlbroker(
         "top", "--sort", "stale", "--filter", "trouble", "--interval", "0.1", RLBROKER_REDIS_URL=planted.url
     )
@@ -150,7 +152,7 @@ def test_a_pipe_gets_one_look_as_text(planted: Planted) -> None:
     assert str(DILIGENT) not in ids
 
 
-def test_json_is_a_line_for_each_look_with_the_documented_keys(planted: Planted) -> None:
+def test_json_is_one_line_per_refresh_with_the_documented_keys(planted: Planted) -> None:
     with start("top", "--json", "--interval", "0.2", RLBROKER_REDIS_URL=planted.url) as process:
         assert process.stdout is not None
         first, second = (json.loads(process.stdout.readline()) for _ in range(2))

@@ -1,4 +1,4 @@
-"""`rlbroker weights`: what is stored, what it holds, and as a file, with the real executable."""
+"""`rlbroker weights`: lists versions, shows their contents and writes them to files, with the real executable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import redis
 import torch
-from executable import Shell
+from executable import RunShell
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -48,8 +48,8 @@ def client(embedded: RedisServer) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def shell(embedded: RedisServer, client: Any) -> Shell:
-    """A run that ended: versions 1 to 3 and 4, which is of another layout; a part of 2 has expired."""
+def shell(embedded: RedisServer, client: Any) -> RunShell:
+    """A run that has ended, with versions 1 to 3 and version 4 of another layout; a part of version 2 has expired."""
     with WorkerCommunicator(1, redis_url=embedded.url, run=RUN) as learner:
         for step in (1, 2, 3):
             learner.send_model_weights(weights(step))
@@ -59,19 +59,19 @@ def shell(embedded: RedisServer, client: Any) -> Shell:
     forms = client.hget(KEYS.weights, "dropped").decode().split()
     assert [form.split(":")[:2] for form in forms] == [["1", "0"], ["2", "1"], ["3", "2"]]
     client.delete(KEYS.chunk(forms[1].split(":")[2], 1))
-    return Shell(embedded.url, RUN)
+    return RunShell(embedded.url, RUN)
 
 
 @pytest.fixture
 def no_torch(tmp_path: Path) -> dict[str, str]:
-    """An environment in which torch cannot be imported."""
+    """Variables with which torch cannot be imported."""
     (tmp_path / "torch.py").write_text("raise ImportError('torch is not installed')")
     return {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_altered(shell: Shell, client: Any) -> Iterator[None]:
-    """Holds for each test: whatever is looked at and pulled, the run is what it was."""
+def _nothing_changes(shell: RunShell, client: Any) -> Iterator[None]:
+    """Check after each test that the run has not changed."""
     before = everything(client)
     assert len(before) > 5
     yield
@@ -79,15 +79,15 @@ def _nothing_is_altered(shell: Shell, client: Any) -> Iterator[None]:
 
 
 def everything(client: Any) -> dict[bytes, tuple[bytes, bool]]:
-    """The run's keys: what they hold, and whether they stay."""
+    """Return the value of each of the run's keys, and whether it has no expiry."""
     return {key: (client.dump(key), client.pttl(key) == -1) for key in client.scan_iter(KEYS.everything)}
 
 
-def test_list_says_what_is_stored_and_how_long_it_stays(shell: Shell) -> None:
-    said = shell.json("weights", "list")
-    assert said.keys() == {"run", "version", "raw_bytes", "codec", "published", "forms"}
-    assert (said["run"], said["version"], said["codec"]) == (RUN, 4, "blosc2")
-    forms = said["forms"]
+def test_list_shows_the_stored_versions_and_when_they_expire(shell: RunShell) -> None:
+    data = shell.json("weights", "list")
+    assert data.keys() == {"run", "version", "raw_bytes", "codec", "published", "forms"}
+    assert (data["run"], data["version"], data["codec"]) == (RUN, 4, "blosc2")
+    forms = data["forms"]
     names = ["version", "kind", "base", "stored_bytes", "chunks", "state", "expires_seconds", "reachable"]
     assert all(list(form) == names for form in forms)
     assert [
@@ -105,12 +105,12 @@ def test_list_says_what_is_stored_and_how_long_it_stays(shell: Shell) -> None:
     assert "a part is missing" in table
 
 
-def test_show_reads_the_header_alone_and_needs_no_torch(shell: Shell, no_torch: dict[str, str]) -> None:
-    said = shell.json("weights", "show", "1", **no_torch)
+def test_show_reads_only_the_header_and_needs_no_torch(shell: RunShell, no_torch: dict[str, str]) -> None:
+    data = shell.json("weights", "show", "1", **no_torch)
     facts = ["run", "version", "kind", "base", "stored_bytes", "chunks", "latest", "raw_bytes"]
-    assert list(said) == [*facts, "download_bytes", "tensors", "values"]
-    assert (said["version"], said["kind"], said["latest"]) == (1, "full", False)
-    tensors = {one["name"]: one for one in said["tensors"]}
+    assert list(data) == [*facts, "download_bytes", "tensors", "values"]
+    assert (data["version"], data["kind"], data["latest"]) == (1, "full", False)
+    tensors = {one["name"]: one for one in data["tensors"]}
     assert list(tensors) == ["model.first", "model.last", "half", "eighth", "big", "flag"]
     expected = {
         "kind": "tensor",
@@ -121,15 +121,15 @@ def test_show_reads_the_header_alone_and_needs_no_torch(shell: Shell, no_torch: 
     }
     assert tensors["model.first"] == {"name": "model.first", **expected, "tied_to": None}
     assert tensors["model.last"] == {"name": "model.last", **expected, "tied_to": "model.first"}
-    assert said["values"][0] == {"name": "step", "kind": "int", "value": "1"}
+    assert data["values"][0] == {"name": "step", "kind": "int", "value": "1"}
     table = shell("weights", "show").stdout
     assert f"version 4 of {RUN}" in table
     assert "where.0.x" in table
     assert "tied to model.first" in table
 
 
-def test_a_pulled_safetensors_file_holds_every_bit(
-    shell: Shell, tmp_path: Path, no_torch: dict[str, str]
+def test_a_pulled_safetensors_file_is_bit_exact(
+    shell: RunShell, tmp_path: Path, no_torch: dict[str, str]
 ) -> None:
     file = tmp_path / "one.safetensors"
     done = shell("weights", "pull", "1", "--output", str(file), **no_torch)
@@ -146,25 +146,25 @@ def test_a_pulled_safetensors_file_holds_every_bit(
             tensor.view(torch.uint8).numpy()
         )
     with safe_open(file, "pt") as opened:
-        said = opened.metadata()
-    assert said["format"] == "pt"
-    assert json.loads(said["rlbroker"]) == {"run": RUN, "version": 1}
-    assert json.loads(said["values"]) == {"step": 1, "rate": "inf", "name": "net"}
-    assert json.loads(said["tied"]) == {"model.last": "model.first"}
+        output = opened.metadata()
+    assert output["format"] == "pt"
+    assert json.loads(output["rlbroker"]) == {"run": RUN, "version": 1}
+    assert json.loads(output["values"]) == {"step": 1, "rate": "inf", "name": "net"}
+    assert json.loads(output["tied"]) == {"model.last": "model.first"}
     mask = os.umask(0)
     os.umask(mask)
     assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask
 
 
-def test_a_pulled_npz_file_says_what_it_cannot_hold(shell: Shell, tmp_path: Path) -> None:
+def test_pulling_an_npz_file_reports_what_it_cannot_hold(shell: RunShell, tmp_path: Path) -> None:
     file = tmp_path / "four.npz"
     file.write_text("not precious")
-    said = shell.json("weights", "pull", "-o", str(file), "--force")
-    assert (said["version"], said["file"], said["bytes"]) == (4, str(file), file.stat().st_size)
-    assert said["left_out"] == ["step", "rate", "name"]
-    assert said["as_bits"] == {"half": "bfloat16", "eighth": "float8_e4m3fn"}
+    data = shell.json("weights", "pull", "-o", str(file), "--force")
+    assert (data["version"], data["file"], data["bytes"]) == (4, str(file), file.stat().st_size)
+    assert data["left_out"] == ["step", "rate", "name"]
+    assert data["as_bits"] == {"half": "bfloat16", "eighth": "float8_e4m3fn"}
     with np.load(file) as found:
-        assert len(found) == said["tensors"] == 8
+        assert len(found) == data["tensors"] == 8
         np.testing.assert_array_equal(found["model.last"], weights(4)["model"]["last"].numpy(), strict=True)
         np.testing.assert_array_equal(found["big"], weights(4)["big"], strict=True)
         assert found["where.0.x"] == np.int16(7)
@@ -172,7 +172,7 @@ def test_a_pulled_npz_file_says_what_it_cannot_hold(shell: Shell, tmp_path: Path
         np.testing.assert_array_equal(bits.view("float32"), weights(4)["half"].float().numpy())
 
 
-def test_a_file_that_is_there_is_only_overwritten_when_told(shell: Shell, tmp_path: Path) -> None:
+def test_an_existing_file_is_overwritten_only_with_force(shell: RunShell, tmp_path: Path) -> None:
     file = tmp_path / "mine.npz"
     file.write_text("precious")
     done = shell("weights", "pull", "-o", str(file))
@@ -182,14 +182,14 @@ def test_a_file_that_is_there_is_only_overwritten_when_told(shell: Shell, tmp_pa
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_version_that_is_not_stored_any_more_is_named_with_those_that_are(shell: Shell) -> None:
+def test_an_expired_version_is_answered_with_those_that_are_stored(shell: RunShell) -> None:
     done = shell("weights", "pull", "3")
     assert (done.returncode, done.stdout) == (1, "")
     assert "version 3 is not stored any more" in done.stderr
     assert "stored are: 1, 4" in done.stderr
 
 
-def test_damaged_weights_are_refused_and_leave_no_file(shell: Shell, client: Any, tmp_path: Path) -> None:
+def test_damaged_weights_are_refused_and_leave_no_file(shell: RunShell, client: Any, tmp_path: Path) -> None:
     upload = client.hget(KEYS.weights, "upload").decode()
     data = client.get(KEYS.chunk(upload, 1))
     client.set(KEYS.chunk(upload, 1), data[:-1] + bytes([data[-1] ^ 1]))

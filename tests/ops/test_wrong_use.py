@@ -1,4 +1,4 @@
-"""Wrong use, missing rights, and keys that others have written into: one clear line, and never a traceback."""
+"""Wrong use, missing rights and foreign data in keys end in one clear line, and never in a traceback."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ RUN = "wrong-use"
 KEYS = Keys(RUN)
 PASSWORD = f"not-to-be-seen-{secrets.token_hex(8)}"
 
-#: Commands that look at one run, and at all.
-OF_A_RUN = [
+#: Commands that read one run, and all that read from the server.
+ABOUT_A_RUN = [
     ("status",),
     ("workers",),
     ("missed",),
@@ -40,13 +40,13 @@ OF_A_RUN = [
     ("report", "--json"),
     ("top", "--interval", "0.1"),
 ]
-ALL = [*OF_A_RUN, ("runs",), ("prune", "--dry-run")]
+ALL = [*ABOUT_A_RUN, ("runs",), ("prune", "--dry-run")]
 
-#: Those that read different keys.
+#: Commands that read different keys.
 READERS = [("status",), ("missed",), ("experiences", "peek"), ("control", "list"), ("report", "--json")]
 
-#: What commands end with that could not look: `check` and `doctor` as monitoring plugins do.
-FAILED = {"check": 3, "doctor": 3}
+#: Exit codes of commands that cannot read the run; it is 2 for the others.
+UNREADABLE_CODES = {"check": 3, "doctor": 3}
 
 
 def names(commands: list[tuple[str, ...]]) -> list[str]:
@@ -55,7 +55,7 @@ def names(commands: list[tuple[str, ...]]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def admin(embedded: RedisServer) -> Iterator[Any]:
-    """A server with one run that ended, of one worker."""
+    """A server with a run of one worker that has ended."""
     client = redis.Redis.from_url(embedded.url, protocol=2)
     client.flushall()
     with (
@@ -65,7 +65,7 @@ def admin(embedded: RedisServer) -> Iterator[Any]:
         learner.send_model_weights({})
         learner.send_model_weights({})
         wait_until("the worker runs version 2", lambda: worker.poll({}) and worker.version == 2)
-        wait_until("it is on record", lambda: learner.missed_updates()[0].behind == 0)
+        wait_until("it is recorded", lambda: learner.missed_updates()[0].behind == 0)
         learner.send_control_command("noop")
     yield client
     client.flushall()
@@ -73,7 +73,7 @@ def admin(embedded: RedisServer) -> Iterator[Any]:
 
 
 def observer(admin: Any, url: str, *rules: str, name: str = "observer") -> str:
-    """Make a user with the rights to look, changed by these rules; give its URL."""
+    """Create a user with the rights to read, changed by these rules, and return its URL."""
     rights = ("%R~rlb:*", "+@read", "+@connection", "+info", "+time", "+scan", *rules)
     admin.execute_command("ACL", "SETUSER", name, "reset", "on", f">{PASSWORD}", *rights)
     return with_user(url, name, PASSWORD)
@@ -85,57 +85,65 @@ def with_user(url: str, name: str, password: str) -> str:
 
 
 def call(*arguments: str, url: str) -> tuple[int, str]:
-    """Run a command in this process; give its exit code and what it said."""
+    """Run a command in this process, and return its exit code and output."""
     found = CliRunner().invoke(app, [*arguments, "--url", url])
     assert found.exception is None or isinstance(found.exception, SystemExit)
     assert "Traceback" not in found.output
     return found.exit_code, found.output
 
 
-def refuses(*arguments: str, url: str, says: str) -> None:
-    code, said = call(*arguments, url=url)
-    assert code == FAILED.get(arguments[0], 2), said
-    assert said.count("\n") == 1
-    assert re.search(says, said), said
+def assert_refused(*arguments: str, url: str, message: str) -> None:
+    code, output = call(*arguments, url=url)
+    assert code == UNREADABLE_CODES.get(arguments[0], 2), output
+    assert output.count("\n") == 1
+    assert re.search(message, output), output
 
 
 # Runs and servers
 
 
-@pytest.mark.parametrize("command", OF_A_RUN, ids=names(OF_A_RUN))
+@pytest.mark.parametrize("command", ABOUT_A_RUN, ids=names(ABOUT_A_RUN))
 def test_an_unknown_run_is_answered_with_those_that_exist(
     command: tuple[str, ...], admin: Any, embedded: RedisServer
 ) -> None:
-    refuses(
-        *command, "--run", "tetris", url=embedded.url, says=f"no run 'tetris' on .*; runs there are: {RUN};"
+    assert_refused(
+        *command,
+        "--run",
+        "tetris",
+        url=embedded.url,
+        message=f"no run 'tetris' on .*; runs there are: {RUN};",
     )
 
 
-@pytest.mark.parametrize("command", OF_A_RUN, ids=names(OF_A_RUN))
-def test_a_run_of_another_wire_format_is_refused_with_what_reads_it(
+@pytest.mark.parametrize("command", ABOUT_A_RUN, ids=names(ABOUT_A_RUN))
+def test_a_run_of_another_wire_format_is_refused_with_advice(
     command: tuple[str, ...], admin: Any, embedded: RedisServer
 ) -> None:
     old = Keys("older").meta
     admin.hset(old, "wire_format", 0)
     try:
-        refuses(*command, "--run", "older", url=embedded.url, says="wire format 0, this release reads 1; use")
+        assert_refused(
+            *command, "--run", "older", url=embedded.url, message="wire format 0, this release reads 1; use"
+        )
     finally:
         admin.delete(old)
 
 
 @pytest.mark.parametrize("command", ALL, ids=names(ALL))
-def test_a_server_that_is_not_there_is_named(command: tuple[str, ...]) -> None:
+def test_an_unreachable_server_is_named(command: tuple[str, ...]) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
     url = f"redis://me:{PASSWORD}@127.0.0.1:{port}/0"
-    refuses(*command, url=url, says=rf"cannot reach redis://127\.0\.0\.1:{port}/0: .*refused")
+    assert_refused(*command, url=url, message=rf"cannot reach redis://127\.0\.0\.1:{port}/0: .*refused")
     assert PASSWORD not in call(*command, url=url)[1]
 
 
 @pytest.mark.parametrize("command", ALL, ids=names(ALL))
-def test_a_wrong_password_is_called_that(command: tuple[str, ...], admin: Any, embedded: RedisServer) -> None:
+def test_a_wrong_password_is_reported_as_such(
+    command: tuple[str, ...], admin: Any, embedded: RedisServer
+) -> None:
     url = with_user(embedded.url, "rlbroker", "wrong-one")
-    refuses(*command, url=url, says="refused: .*; check user and password in the server's URL")
+    assert_refused(*command, url=url, message="refused: .*; check user and password in the server's URL")
     assert "wrong-one" not in call(*command, url=url)[1]
 
 
@@ -143,19 +151,17 @@ def test_a_wrong_password_is_called_that(command: tuple[str, ...], admin: Any, e
 
 
 @pytest.mark.parametrize("command", ALL, ids=names(ALL))
-def test_an_observer_needs_no_more_than_the_rights_to_read(
-    command: tuple[str, ...], admin: Any, embedded: RedisServer
-) -> None:
+def test_the_rights_to_read_are_enough(command: tuple[str, ...], admin: Any, embedded: RedisServer) -> None:
     url = observer(admin, embedded.url)
     denied = "acl_access_denied_cmd"
     before = int(admin.info("stats")[denied])
-    code, said = call(*command, url=url)
-    assert code in ((0, 1) if command[0] in FAILED else (0,)), said
+    code, output = call(*command, url=url)
+    assert code in ((0, 1) if command[0] in UNREADABLE_CODES else (0,)), output
     assert command[0] == "doctor" or int(admin.info("stats")[denied]) == before
 
 
 @pytest.mark.parametrize(
-    ("command", "rule", "says"),
+    ("command", "rule", "message"),
     [
         (("status",), "-hgetall", r"may not run HGETALL; .*redis-cli ACL SETUSER poor \+hgetall\n"),
         (("workers",), "-time", r"may not run TIME; .*redis-cli ACL SETUSER poor \+time\n"),
@@ -170,108 +176,106 @@ def test_an_observer_needs_no_more_than_the_rights_to_read(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
-def test_the_rule_that_is_missing_is_named_and_mends_it(
-    command: tuple[str, ...], rule: str, says: str, admin: Any, embedded: RedisServer
+def test_a_missing_right_is_named_with_the_rule_that_grants_it(
+    command: tuple[str, ...], rule: str, message: str, admin: Any, embedded: RedisServer
 ) -> None:
     url = observer(admin, embedded.url, rule, name="poor")
-    code, said = call(*command, url=url)
-    assert code == FAILED.get(command[0], 2)
-    assert re.search(says, said), said
-    assert said.count("\n") == 1
-    assert "password" not in said
-    typed = re.search(r"redis-cli ACL SETUSER poor (\S+?),? ?(?:before|$)", said.strip())
+    code, output = call(*command, url=url)
+    assert code == UNREADABLE_CODES.get(command[0], 2)
+    assert re.search(message, output), output
+    assert output.count("\n") == 1
+    assert "password" not in output
+    typed = re.search(r"redis-cli ACL SETUSER poor (\S+?),? ?(?:before|$)", output.strip())
     assert typed
     admin.execute_command("ACL", "SETUSER", "poor", typed[1].strip("',"))
-    assert call(*command, url=url)[0] in ((0, 1) if command[0] in FAILED else (0,))
+    assert call(*command, url=url)[0] in ((0, 1) if command[0] in UNREADABLE_CODES else (0,))
 
 
-# What other programs wrote
+# Foreign data
 
 
-def _string(client: Any, key: str) -> None:
-    client.set(key, "\x1b[31mnot yours")
+def _write_string(client: Any, key: str) -> None:
+    client.set(key, "\x1b[31mforeign")
 
 
-def _field(name: str, value: str) -> Callable[[Any, str], None]:
+def _write_field(name: str, value: str) -> Callable[[Any, str], None]:
     return lambda client, key: client.hset(key, name, value)
 
 
-def _entry(client: Any, key: str) -> None:
-    client.xadd(key, {"worker": "nobody"})
+def _write_entry(client: Any, key: str) -> None:
+    client.xadd(key, {"worker": "no worker"})
 
 
-GARBLED = {
-    "meta-string": (KEYS.meta, _string),
-    "meta-lease": (KEYS.meta, _field("lease_seconds", "soon")),
-    "meta-lease-negative": (KEYS.meta, _field("lease_seconds", "-1")),
-    "meta-seen": (KEYS.meta, _field("learner_seen", "yesterday")),
-    "meta-workers": (KEYS.meta, _field("num_workers", "many")),
-    "weights-string": (KEYS.weights, _string),
-    "weights-version": (KEYS.weights, _field("version", "latest")),
-    "workers-string": (KEYS.workers, _string),
-    "life-string": (KEYS.life(0), _string),
-    "pending": (KEYS.pending, _field("noop", "?")),
-    "ledger-string": (KEYS.ledger(0), _string),
-    "ledger-field": (KEYS.ledger(0), _field("settled", "all")),
-    "missed": (KEYS.missed, _entry),
-    "control-string": (KEYS.control, _string),
-    "history-string": (KEYS.history(1), _string),
-    "experiences": (KEYS.experiences(0), _string),
-    "dead": (KEYS.dead(0), _string),
+FOREIGN_DATA = {
+    "meta-string": (KEYS.meta, _write_string),
+    "meta-lease": (KEYS.meta, _write_field("lease_seconds", "soon")),
+    "meta-lease-negative": (KEYS.meta, _write_field("lease_seconds", "-1")),
+    "meta-seen": (KEYS.meta, _write_field("learner_seen", "yesterday")),
+    "meta-workers": (KEYS.meta, _write_field("num_workers", "many")),
+    "weights-string": (KEYS.weights, _write_string),
+    "weights-version": (KEYS.weights, _write_field("version", "latest")),
+    "workers-string": (KEYS.workers, _write_string),
+    "life-string": (KEYS.life(0), _write_string),
+    "pending": (KEYS.pending, _write_field("noop", "?")),
+    "ledger-string": (KEYS.ledger(0), _write_string),
+    "ledger-field": (KEYS.ledger(0), _write_field("settled", "all")),
+    "missed": (KEYS.missed, _write_entry),
+    "control-string": (KEYS.control, _write_string),
+    "history-string": (KEYS.history(1), _write_string),
+    "experiences": (KEYS.experiences(0), _write_string),
+    "dead": (KEYS.dead(0), _write_string),
 }
 
 
 @pytest.fixture
-def garbled(request: pytest.FixtureRequest, admin: Any) -> Iterator[str]:
-    """A key that another program has written into, as long as the test goes on."""
-    key, spoil = GARBLED[request.param]
+def foreign(request: pytest.FixtureRequest, admin: Any) -> Iterator[str]:
+    """A key that another program has written into, until the test ends."""
+    key, write = FOREIGN_DATA[request.param]
     before = admin.dump(key)
-    if spoil is _string:
+    if write is _write_string:
         admin.delete(key)
-    spoil(admin, key)
+    write(admin, key)
     yield key
     admin.delete(key)
     if before is not None:
         admin.restore(key, 0, before)
 
 
-@pytest.mark.parametrize("garbled", GARBLED, indirect=True)
-def test_what_another_program_wrote_is_said_to_be_that(garbled: str, embedded: RedisServer) -> None:
+@pytest.mark.parametrize("foreign", FOREIGN_DATA, indirect=True)
+def test_foreign_data_is_reported_as_such(foreign: str, embedded: RedisServer) -> None:
     noticed = False
     for command in READERS:
-        code, said = call(*command, "--run", RUN, url=embedded.url)
-        assert "unexpected" not in said, f"{command}: {said}"
-        if code == FAILED.get(command[0], 2):
+        code, output = call(*command, "--run", RUN, url=embedded.url)
+        assert "unexpected" not in output, f"{command}: {output}"
+        if code == UNREADABLE_CODES.get(command[0], 2):
             noticed = True
-            assert said.count("\n") == 1, said
-            assert garbled.rpartition(":")[0] in said or "manifest" in said, said
-            assert "\x1b" not in said
+            assert output.count("\n") == 1, output
+            assert foreign.rpartition(":")[0] in output or "manifest" in output, output
+            assert "\x1b" not in output
         noticed |= (
-            command == ("status",) and f"{garbled} of worker 0 is not what rlbroker writes there" in said
+            command == ("status",) and f"{foreign} of worker 0 is not what rlbroker writes there" in output
         )
     assert noticed
 
 
-@pytest.mark.parametrize("garbled", ["meta-string", "meta-lease"], indirect=True)
-def test_a_run_that_cannot_be_read_does_not_hide_the_others(
-    garbled: str, admin: Any, embedded: RedisServer
-) -> None:
+@pytest.mark.parametrize("foreign", ["meta-string", "meta-lease"], indirect=True)
+def test_an_unreadable_run_does_not_hide_the_others(foreign: str, admin: Any, embedded: RedisServer) -> None:
     other = Keys("other").meta
     admin.hset(other, "wire_format", 1)
     admin.set("rlb:{not a run}:meta", "1")
     try:
-        code, said = call("runs", url=embedded.url)
+        code, output = call("runs", url=embedded.url)
     finally:
         admin.delete(other, "rlb:{not a run}:meta")
     assert code == 0
-    assert re.search(rf"{RUN} +unreadable", said)
-    assert re.search(r"other +away", said)
+    assert re.search(rf"{RUN} +unreadable", output)
+    assert re.search(r"other +away", output)
 
 
-# As a person sees it
+# The executable
 
 
-def test_the_executable_says_one_line_and_shows_where_from_only_with_vv(
+def test_the_executable_prints_one_line_and_a_traceback_only_with_vv(
     admin: Any, embedded: RedisServer
 ) -> None:
     done = rlbroker("status", "--run", "tetris", "--url", embedded.url)
@@ -284,7 +288,7 @@ def test_the_executable_says_one_line_and_shows_where_from_only_with_vv(
     assert PASSWORD not in done.stdout + done.stderr
 
 
-def test_a_password_is_in_no_message_and_not_in_the_list_of_processes() -> None:
+def test_a_password_is_in_no_message_and_not_in_the_process_list() -> None:
     with closing(socket.create_server(("127.0.0.1", 0), backlog=8)) as silent:
         url = f"redis://me:{PASSWORD}@127.0.0.1:{silent.getsockname()[1]}/0"
         commands = [
@@ -304,11 +308,11 @@ def test_a_password_is_in_no_message_and_not_in_the_list_of_processes() -> None:
 
                 wait_until(f"{command[0]} has hidden its password", hidden)
             silent.settimeout(20.0)
-            with closing(silent.accept()[0]) as accepted:  # the first of them that came
+            with closing(silent.accept()[0]) as accepted:  # of the first command that connects
                 assert PASSWORD.encode() in accepted.recv(4096)
                 assert PASSWORD not in command_lines()
         finally:
             for process in processes:
                 process.kill()
-                said, problem = process.communicate(timeout=10)
-                assert PASSWORD not in said + problem
+                output, problem = process.communicate(timeout=10)
+                assert PASSWORD not in output + problem

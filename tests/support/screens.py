@@ -1,4 +1,4 @@
-"""A terminal for a command that fills it: what it shows, what is typed, and how it is left."""
+"""A terminal for a full-screen command: types keys, shows the screen, and checks that it is restored."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from executable import environment
 
 
 class Screen:
-    """A process on a terminal of its own, as its controlling one, and what a person would see on it."""
+    """A process with a controlling terminal of its own, and what the terminal shows."""
 
     def __init__(self, command: Sequence[str], columns: int, rows: int, **more: str) -> None:
-        """Start a command; more variables can be given."""
-        self._ours, self._theirs = pty.openpty()
+        """Start a command, with more environment variables."""
+        self._controller, self._terminal = pty.openpty()
         self._screen = pyte.Screen(columns, rows)
         self._stream = pyte.ByteStream(self._screen)
         self.sent = b""
-        self._size(columns, rows)
-        self.settings: list[Any] = termios.tcgetattr(self._theirs)
+        self._set_size(columns, rows)
+        self.settings: list[Any] = termios.tcgetattr(self._terminal)
         self.process = subprocess.Popen(
             command,
             env=environment(**{"TERM": "xterm-256color"} | more),
-            stdin=self._theirs,
-            stdout=self._theirs,
-            stderr=self._theirs,
+            stdin=self._terminal,
+            stdout=self._terminal,
+            stderr=self._terminal,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
@@ -50,12 +50,12 @@ class Screen:
     ) -> None:
         self.process.kill()
         self.process.wait()
-        os.close(self._ours)
-        os.close(self._theirs)
+        os.close(self._controller)
+        os.close(self._terminal)
 
     @property
     def lines(self) -> list[str]:
-        """What is to be seen, without spaces at the ends of lines."""
+        """The lines of the screen, without trailing spaces."""
         return [line.rstrip() for line in self._screen.display]
 
     @property
@@ -64,45 +64,45 @@ class Screen:
 
     @property
     def restored(self) -> bool:
-        """Whether the terminal is as it was: its settings, its own screen, and its cursor."""
+        """Whether the terminal is restored: settings, main screen and cursor."""
         last = max(self.sent.rfind(b"\x1b[?1049l"), 0)
         shown = self.sent.rfind(b"\x1b[?25h") > self.sent.rfind(b"\x1b[?25l")
         left = last > self.sent.rfind(b"\x1b[?1049h")
-        return left and shown and bool(termios.tcgetattr(self._theirs) == self.settings)
+        return left and shown and bool(termios.tcgetattr(self._terminal) == self.settings)
 
     def type(self, keys: str) -> None:
-        os.write(self._ours, keys.encode())
+        os.write(self._controller, keys.encode())
 
     def resize(self, columns: int, rows: int) -> None:
         self._screen.resize(rows, columns)
-        self._size(columns, rows)
+        self._set_size(columns, rows)
 
     def until(self, what: str, condition: Callable[[], Any], timeout_seconds: float = 10.0) -> Any:
-        """Take in what the process sends until a condition holds, and give its value."""
+        """Read what the process sends until the condition holds, and return the value of the condition."""
         end = time.monotonic() + timeout_seconds
         while True:
-            self._take_in()
+            self._read()
             found = condition()
             if found:
                 return found
-            assert time.monotonic() < end, f"waited in vain until {what}:\n{self.text}"
+            assert time.monotonic() < end, f"timed out waiting until {what}:\n{self.text}"
 
     def shows(self, text: str) -> None:
-        """Wait until this is to be seen."""
+        """Wait until the screen shows this text."""
         self.until(f"it shows {text!r}", lambda: text in self.text)
 
     def ends(self) -> int:
-        """Wait until the process ends, and give its exit code."""
+        """Wait until the process ends, and return its exit code."""
         self.until("it ends", lambda: self.process.poll() is not None)
-        self._take_in()
+        self._read()
         return self.process.returncode
 
-    def _take_in(self) -> None:
-        ready, _, _ = select.select([self._ours], [], [], 0.02)
+    def _read(self) -> None:
+        ready, _, _ = select.select([self._controller], [], [], 0.02)
         if ready:
-            part = os.read(self._ours, 1 << 16)
+            part = os.read(self._controller, 1 << 16)
             self.sent += part
             self._stream.feed(part)
 
-    def _size(self, columns: int, rows: int) -> None:
-        fcntl.ioctl(self._ours, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    def _set_size(self, columns: int, rows: int) -> None:
+        fcntl.ioctl(self._controller, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))

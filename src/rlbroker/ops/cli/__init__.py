@@ -1,19 +1,22 @@
-"""The command line: `rlbroker`."""
+"""The command line: `rlbroker`.
+
+`app` registers the commands; each has a file `…_command.py`, or `…_commands.py` for a group. A command about a run is
+decorated with `options.with_session`, which adds the shared options and passes the command a `session.Session`: the
+connection, the run and the output. `console` prints tables, `formatting` has numbers and names as text.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 
-#: Exit code of every command for an error that its message explains.
-EXIT_ERROR = 2
-
 
 def main() -> None:
-    """Run the command line; errors that rlbroker explains are one line, not a traceback."""
+    """Run the command line; print an `RlbrokerError` as one line instead of a traceback."""
     hide_password()
     from rlbroker.errors import RlbrokerError
     from rlbroker.ops.cli.app import app
+    from rlbroker.ops.cli.exit_codes import EXIT_ERROR
 
     try:
         app()
@@ -23,7 +26,7 @@ def main() -> None:
 
 
 def hide_password() -> None:
-    """Start this process anew without the password in its arguments, where all users of the machine can read it."""
+    """Restart this process without the password in its arguments, where every user of the machine can read it."""
     kept, url, rest = sys.argv[:1], "", iter(sys.argv[1:])
     for argument in rest:
         name, equals, value = argument.partition("=")
@@ -33,6 +36,6 @@ def hide_password() -> None:
             kept.append(argument)
     if "@" in url or "password=" in url:
         os.environ["RLBROKER_REDIS_URL"] = url
-        os.environ["RLBROKER_URL_TYPED"] = "1"  # nothing of ours is imported yet, for speed
+        os.environ["RLBROKER_URL_TYPED"] = "1"  # a literal: importing config.py would cost start-up time
         interpreter = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
         os.execv(sys.executable, [*interpreter, *kept[1:]])

@@ -1,4 +1,4 @@
-"""All commands, in the order in which `rlbroker --help` shows them."""
+"""All commands, in the order in which `rlbroker --help` shows them. A new command is added to `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -6,32 +6,30 @@ from typing import Annotated
 
 import typer
 
-from rlbroker.ops.cli.acl import acl
-from rlbroker.ops.cli.bench import bench
-from rlbroker.ops.cli.check import check
-from rlbroker.ops.cli.control import control
-from rlbroker.ops.cli.dead import dead
-from rlbroker.ops.cli.demo import demo
-from rlbroker.ops.cli.doctor import doctor
-from rlbroker.ops.cli.experiences import experiences
-from rlbroker.ops.cli.exporter import exporter
-from rlbroker.ops.cli.formatting import unwrapped
-from rlbroker.ops.cli.learner import learner
-from rlbroker.ops.cli.missed import missed
-from rlbroker.ops.cli.prune import prune
-from rlbroker.ops.cli.report import report
-from rlbroker.ops.cli.runs import runs
-from rlbroker.ops.cli.server import server
-from rlbroker.ops.cli.status import status
-from rlbroker.ops.cli.top import top
-from rlbroker.ops.cli.weights import weights
-from rlbroker.ops.cli.worker import worker
-from rlbroker.ops.cli.workers import workers
+from rlbroker.ops.cli.acl_command import acl
+from rlbroker.ops.cli.bench_command import bench
+from rlbroker.ops.cli.check_command import check
+from rlbroker.ops.cli.control_commands import control
+from rlbroker.ops.cli.dead_commands import dead
+from rlbroker.ops.cli.demo_commands import demo, learner, worker
+from rlbroker.ops.cli.doctor_command import doctor
+from rlbroker.ops.cli.experiences_commands import experiences
+from rlbroker.ops.cli.exporter_command import exporter
+from rlbroker.ops.cli.formatting import unwrap
+from rlbroker.ops.cli.missed_command import missed
+from rlbroker.ops.cli.prune_command import prune
+from rlbroker.ops.cli.report_command import report
+from rlbroker.ops.cli.runs_command import runs
+from rlbroker.ops.cli.server_command import server
+from rlbroker.ops.cli.status_command import status
+from rlbroker.ops.cli.top.top_command import top
+from rlbroker.ops.cli.weights_commands import weights
+from rlbroker.ops.cli.workers_command import workers
 
-#: Headings of the help, with the commands below each, and the groups of commands.
+#: The commands and groups of commands, by their heading in the help.
 COMMANDS = {
     "Run": (demo, server, learner, worker),
-    "Look": (status, top, workers, missed, report, weights, experiences, runs),
+    "Inspect": (status, top, workers, missed, report, weights, experiences, runs),
     "Act": (control, dead),
     "Server": (check, doctor, acl, exporter, bench, prune),
 }
@@ -48,12 +46,12 @@ for heading, commands in COMMANDS.items():
         if isinstance(command, typer.Typer):
             app.add_typer(command, rich_help_panel=heading)
         else:
-            app.command(rich_help_panel=heading, help=unwrapped(command.__doc__ or ""))(command)
+            app.command(rich_help_panel=heading, help=unwrap(command.__doc__ or ""))(command)
 
 
 @app.callback(invoke_without_command=True)
 def rlbroker(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and end.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """The Redis-backed broker between reinforcement-learning learners and rollout workers."""
     if version:

@@ -1,37 +1,92 @@
-"""Stdout for people: as wide as the terminal, and in colours where they are wanted.
+"""Stdout for people: lines and tables as wide as the terminal, in colour where that is wanted.
 
-It is what little these commands need of rich, which takes a fifth of a second to start.
+It is the part of rich that the commands need; rich itself takes a fifth of a second to import.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
 from rlbroker.config import colors_wanted
-from rlbroker.ops.cli.table_widths import styled
+from rlbroker.ops.cli.styled_text import add_style, cell_width, fit
+
+#: The space between two columns of a table.
+_GAP = " " * 3
 
 
 class Console:
-    """Where a command prints what it found."""
+    """Prints lines and tables to a file.
 
-    def __init__(self, file: TextIO, *, no_color: bool = False, other_width: int = 1000) -> None:
-        """Take a file as it is now; a terminal may be resized later.
+    Attributes:
+        width: columns of the terminal, or of a pipe.
+        colors: whether to print colours.
+    """
+
+    def __init__(self, file: TextIO, *, no_color: bool = False, pipe_width: int = 1000) -> None:
+        """Read the size of the terminal once.
 
         Args:
             file: where to print.
-            no_color: whether to do without colours, also where NO_COLOR does not ask for that.
-            other_width: columns where there is no terminal.
+            no_color: print no colours; so does NO_COLOR.
+            pipe_width: columns to use where the file is not a terminal.
         """
         self._file = file
         terminal = file.isatty()
-        self.width = shutil.get_terminal_size().columns if terminal else other_width
+        self.width = shutil.get_terminal_size().columns if terminal else pipe_width
         self.colors = terminal and colors_wanted() and not no_color
 
     def print(self, text: str = "", style: str = "") -> None:
         """Print a line."""
-        print(styled(text, style if self.colors else ""), file=self._file)
+        print(add_style(text, style if self.colors else ""), file=self._file)
 
     def clear(self) -> None:
         """Empty the screen."""
         print("\x1b[H\x1b[2J", end="", file=self._file)
+
+    def print_table(
+        self,
+        rows: Sequence[Mapping[str, str]],
+        *,
+        text: Sequence[str] = (),
+        optional: Sequence[str] = (),
+        style: Callable[[str, str], str] = lambda column, cell: "",
+    ) -> None:
+        """Print a table; nothing without rows.
+
+        Args:
+            rows: cells by column; every row has the same columns in the same order.
+            text: columns of text, which are aligned to the left; numbers are aligned to the right.
+            optional: columns that a narrow terminal omits, the first of them first, before numbers are cut.
+            style: returns the style of a cell of a column.
+        """
+        if not rows:
+            return
+        columns = list(rows[0])
+        widths = {name: max(map(cell_width, (name, *(row[name] for row in rows)))) for name in columns}
+        for name in optional:
+            if _table_width(columns, widths) <= self.width:
+                break
+            if name in columns:
+                columns.remove(name)
+        excess = _table_width(columns, widths) - self.width
+        if excess > 0:  # the last column has the longest text, as a rule
+            widths[columns[-1]] = max(1, widths[columns[-1]] - excess)
+
+        def line(cells: Mapping[str, str], style: Callable[[str, str], str]) -> str:
+            return " " + _GAP.join(
+                add_style(fit(cells[name], widths[name], right=name not in text), style(name, cells[name]))
+                for name in columns
+            )
+
+        self.print()
+        self.print(line({name: name for name in columns}, lambda column, cell: "").rstrip())
+        self.print(" " + "─" * (_table_width(columns, widths) - 1))
+        for row in rows:
+            self.print(line(row, style if self.colors else lambda column, cell: "").rstrip())
+        self.print()
+
+
+def _table_width(columns: Sequence[str], widths: Mapping[str, int]) -> int:
+    return 1 + sum(widths[name] for name in columns) + len(_GAP) * (len(columns) - 1)

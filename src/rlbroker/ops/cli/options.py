@@ -1,22 +1,103 @@
-"""Options that several commands share, so that they read and behave alike."""
+"""The options that all commands about a run share, and `with_session`, which adds them to a command."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+import signal
+import sys
+from collections.abc import Callable, Collection
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from rlbroker.ops.cli.exit_codes import exit_on_errors
+from rlbroker.ops.cli.formatting import unwrap
+from rlbroker.ops.cli.session import Session
+
+_PANEL = "Shared options"
+
+#: Where the server is. Every command takes it, and lists it with its own options.
 Url = Annotated[
     str | None,
     typer.Option(
-        help="Server: redis://, rediss:// (TLS) or unix://; several: redis+sentinel://, redis+cluster://. Without it "
-        "RLBROKER_REDIS_URL, REDIS_URL, localhost."
+        help="Server: redis://, rediss:// (TLS) or unix://; several servers: redis+sentinel://, redis+cluster://. "
+        "By default RLBROKER_REDIS_URL, then REDIS_URL, then localhost."
     ),
 ]
-Env = Annotated[str, typer.Option(help="Gymnasium environment; learner and workers must have the same.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Random seed of the run; random if left out.")]
-Minutes = Annotated[float, typer.Option(min=0.0, help="Longest time for everything.")]
-MaxSeconds = Annotated[float | None, typer.Option(min=0.0, help="The same in seconds, instead of --minutes.")]
-Hidden = Annotated[
-    int, typer.Option(min=1, help="Units in each of the network's layers; learner and workers must agree.")
+_Run = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of the run; by default RLBROKER_RUN, then the only run on the server.",
+        rich_help_panel=_PANEL,
+    ),
 ]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.", rich_help_panel=_PANEL)]
+_NoColor = Annotated[
+    bool, typer.Option("--no-color", help="Print no colours; so does NO_COLOR=1.", rich_help_panel=_PANEL)
+]
+_Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print data and errors only.", rich_help_panel=_PANEL)
+]
+_Verbose = Annotated[
+    int,
+    typer.Option(
+        "--verbose",
+        "-v",
+        count=True,
+        help="Log more; -vv also prints the traceback of an error.",
+        rich_help_panel=_PANEL,
+    ),
+]
+_Timeout = Annotated[
+    float, typer.Option(min=0.1, help="Seconds to wait for the server.", rich_help_panel=_PANEL)
+]
+
+#: The shared options by the parameter of `Session` that each one sets: type and default.
+SHARED_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "url": (Url, None),
+    "run": (_Run, None),
+    "as_json": (_Json, False),
+    "no_color": (_NoColor, False),
+    "quiet": (_Quiet, False),
+    "verbose": (_Verbose, 0),
+    "timeout": (_Timeout, 5.0),
+}
+
+
+def with_session(
+    body: Callable[..., None] | None = None, *, without: Collection[str] = ()
+) -> Callable[..., Any]:
+    """Add the shared options to a command, and pass it a `Session` with their values as its first argument.
+
+    Errors become one line on stderr and an exit code, see `exit_on_errors`.
+
+    Args:
+        body: the command: a function of a `Session` and of its own options.
+        without: names in `SHARED_OPTIONS` of those that the command does not take.
+    """
+    if body is None:
+        return lambda body: with_session(body, without=without)
+
+    def command(**options: Any) -> None:
+        session = Session(**{name: options.pop(name) for name in shared})
+        # As after Ctrl-C, so that half-written files are deleted.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with exit_on_errors(session), session:
+            body(session, **options)
+            sys.stdout.flush()
+
+    hints = get_type_hints(body, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in list(inspect.signature(body).parameters.items())[1:]
+    ]
+    shared = {
+        name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in SHARED_OPTIONS.items()
+        if name not in without
+    }
+    parameters = [*own, *shared.values()]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__name__, command.__doc__ = body.__name__, unwrap(body.__doc__ or "")
+    return command

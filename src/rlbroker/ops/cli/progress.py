@@ -1,4 +1,4 @@
-"""How far a command is, on stderr: a bar on a terminal, and now and then a line elsewhere."""
+"""Shows on stderr how far a command is: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -8,47 +8,52 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from rlbroker.ops.cli.formatting import size
+from rlbroker.ops.cli.formatting import format_bytes
 from rlbroker.ops.cli.session import Session
 
-#: Where there is no terminal, a line says how far it is, at most so often.
+#: The least time between two lines where stderr is not a terminal.
 LINE_SECONDS = 5.0
 
-#: Is told how much is done by now.
+#: Takes how much is done by now.
 Advance = Callable[[int], None]
 
 
 @contextmanager
-def progress(session: Session, what: str, total: int, unit: Literal["bytes", "workers"]) -> Iterator[Advance]:
-    """Show how far something is, until the block ends; nothing with --quiet."""
+def show_progress(
+    session: Session, what: str, total: int, unit: Literal["bytes", "workers"]
+) -> Iterator[Advance]:
+    """Show progress until the block ends; nothing with --quiet."""
     if session.quiet:
         yield lambda done: None
     elif sys.stderr.isatty():
-        yield from _bar(session, what, total, unit)
+        yield from _show_bar(session, what, total, unit)
     else:
-        yield from _lines(session, what, total, unit)
+        yield from _print_lines(session, what, total, unit)
 
 
-def _bar(session: Session, what: str, total: int, unit: str) -> Iterator[Advance]:
+def _show_bar(session: Session, what: str, total: int, unit: str) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
-    figures = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
     console = Console(stderr=True, no_color=session.no_color or None)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), figures)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount)
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
 
 
-def _lines(session: Session, what: str, total: int, unit: str) -> Iterator[Advance]:
+def _print_lines(session: Session, what: str, total: int, unit: str) -> Iterator[Advance]:
     last = time.monotonic()
 
     def advance(done: int) -> None:
         nonlocal last
         if done < total and time.monotonic() - last >= LINE_SECONDS:
             last = time.monotonic()
-            far = f"{size(done)} of {size(total)}" if unit == "bytes" else f"{done:,} of {total:,} {unit}"
-            session.say(f"{what}: {far}")
+            if unit == "bytes":
+                amount = f"{format_bytes(done)} of {format_bytes(total)}"
+            else:
+                amount = f"{done:,} of {total:,} {unit}"
+            session.note(f"{what}: {amount}")
 
     yield advance

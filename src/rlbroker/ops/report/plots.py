@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from rlbroker.ops.cli.formatting import size
+from rlbroker.ops.cli.formatting import format_bytes
 from rlbroker.ops.inspect.bottleneck import percent
 from rlbroker.ops.inspect.timeline import Timeline, TimelinePoint
 from rlbroker.ops.report.svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, RED, SKY, inline, new_figure
@@ -74,7 +74,7 @@ def _draw_throughput(data: PlotData) -> Figure:
         (
             ("batches per second", BLUE, lambda point: point.batches_per_second, _shorten),
             ("rows per second", GREEN, lambda point: point.rows_per_second, _shorten),
-            ("bytes per second", PURPLE, lambda point: point.bytes_per_second, size),
+            ("bytes per second", PURPLE, lambda point: point.bytes_per_second, format_bytes),
         ),
         strict=True,
     ):
@@ -97,7 +97,7 @@ def _draw_weights(data: PlotData) -> Figure:
         color=BLUE,
         label="as stored",
     )
-    _finish(second, data, "bytes per second", size)
+    _finish(second, data, "bytes per second", format_bytes)
     _add_legend(second)
     return figure
 

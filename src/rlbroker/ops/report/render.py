@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 
-from rlbroker.ops.cli.formatting import age, size, the_same_of
+from rlbroker.ops.cli.formatting import age, describe_other_workers, format_bytes
 from rlbroker.ops.inspect.bottleneck import RULE, percent
 from rlbroker.ops.inspect.findings import group_findings
 from rlbroker.ops.inspect.timeline import Timeline
@@ -36,12 +36,12 @@ def render(timeline: Timeline, *, typed: Callable[[str], str]) -> str:
     )
     environment.filters |= {
         "age": age,
-        "size": size,
+        "size": format_bytes,
         "percent": percent,
         "duration": duration,
         "number": lambda number: f"{number:,}",
         "rate": _rate,
-        "the_same_of": the_same_of,
+        "the_same_of": describe_other_workers,
         "sentence": _sentence,
         "full": clock.full,
         "iso": clock.iso,
@@ -82,12 +82,12 @@ def _describe_settings(timeline: Timeline) -> dict[str, str]:
         "maxmemory-policy": run.server.maxmemory_policy or "unknown",
         "memory used": "unknown"
         if run.server.used_bytes is None
-        else size(run.server.used_bytes)
-        + (f" of {size(run.server.maxmemory_bytes)}" if run.server.maxmemory_bytes else ", no limit")
+        else format_bytes(run.server.used_bytes)
+        + (f" of {format_bytes(run.server.maxmemory_bytes)}" if run.server.maxmemory_bytes else ", no limit")
         + (f", on {run.server.node}, the fullest node" if run.server.node else ""),
         "num_workers": f"{run.expected_workers:,}",
         "max_queue_size": f"{chosen.max_queue_size:,}",
-        "max_queue_bytes": size(chosen.max_queue_bytes),
+        "max_queue_bytes": format_bytes(chosen.max_queue_bytes),
         "when_full": chosen.when_full,
         "lease_seconds": f"{chosen.lease_seconds:g}",
         "forget_seconds": f"{chosen.forget_seconds:g}",

@@ -1,4 +1,4 @@
-"""`rlbroker exporter`: figures for Prometheus, for as long as the command runs."""
+"""`rlbroker exporter`: serves metrics to Prometheus as long as the command runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlbroker.ops.cli.session import Session, with_session
+from rlbroker.ops.cli.options import with_session
+from rlbroker.ops.cli.session import Session
 
 if TYPE_CHECKING:
     from http.server import ThreadingHTTPServer
@@ -19,35 +20,36 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rlbroker")
 
-#: Longest that a client may take to say what it wants, or to take what it asked for.
+#: The longest that an HTTP client may take to send its request, or to read the answer.
 CLIENT_SECONDS = 10.0
 
-#: Where the figures are.
+#: Where the metrics are served.
 PATH = "/metrics"
 
 
 @with_session(without=("run", "as_json", "no_color"))
 def exporter(
     session: Session,
-    bind: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0: a free one.")] = 9717,
+    bind: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for other machines, too.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 for a free one.")] = 9717,
     run: Annotated[
-        str | None, typer.Option(help="Which run; without it all on the server, new ones too.")
+        str | None,
+        typer.Option(help="Name of the run; by default all runs on the server, new ones included."),
     ] = None,
 ) -> None:
-    """Serve the figures of one run, or of all runs on a server, to Prometheus, and stop at Ctrl-C.
+    """Serve metrics of one run, or of all runs on a server, to Prometheus until Ctrl-C.
 
-    The URL is printed on stdout. Everything is read from Redis when Prometheus asks, within --timeout; a server that
-    is away is said to be away (`rlbroker_up 0`). Whoever reaches the port can read the figures: there is no password.
+    The URL is printed on stdout. Redis is read when Prometheus asks, within --timeout; if the server does not answer,
+    `rlbroker_up` is 0. There is no password: every client that reaches the port can read the metrics.
     Exit code: 130 after Ctrl-C, 0 after SIGTERM, 2 if it cannot start.
 
     Example: rlbroker exporter --url redis://host:6379/0 --port 9717
     """
-    # First of all, so that it is no failure whenever a service manager ends it.
-    over = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: over.set())
+    # Before anything else: a service manager that stops it during the start must get exit code 0, too.
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     from rlbroker import __version__
     from rlbroker.backend.connection import Connection
     from rlbroker.config import run_name
@@ -65,29 +67,25 @@ def exporter(
         run_name(run)
     connection = Connection(session.url, timeout_seconds=session.timeout)
     try:
-        exposition = MetricsCollector(
+        collector = MetricsCollector(
             connection, version=__version__, run=run, timeout_seconds=session.timeout
         )
-        with _server(bind, port, exposition) as server:
-            host, bound = server.server_address[:2]
-            print(f"http://{f'[{host!s}]' if ':' in str(host) else host!s}:{bound}{PATH}", flush=True)
-            what = "all runs" if run is None else f"the run {run}"
-            session.say(f"serving the figures of {what} on {connection.address}; Ctrl-C ends it")
+        with _open_server(bind, port, collector) as server:
+            host, bound_port = server.server_address[:2]
+            print(f"http://{f'[{host!s}]' if ':' in str(host) else host!s}:{bound_port}{PATH}", flush=True)
+            runs = "all runs" if run is None else f"the run {run}"
+            session.note(f"serving the metrics of {runs} on {connection.address}; Ctrl-C ends it")
             threading.Thread(target=server.serve_forever, daemon=True).start()
             try:
-                over.wait()
+                stopped.wait()
             finally:
                 server.shutdown()
     finally:
         connection.close()
 
 
-def _server(bind: str, port: int, exposition: MetricsCollector) -> ThreadingHTTPServer:
-    """Give a web server that listens.
-
-    Raises:
-        InvalidArgument: it cannot listen there.
-    """
+def _open_server(bind: str, port: int, collector: MetricsCollector) -> ThreadingHTTPServer:
+    """Return a web server that listens on the address; raise `InvalidArgument` if it cannot."""
     import socket
     from http.server import ThreadingHTTPServer
     from socketserver import TCPServer
@@ -100,30 +98,30 @@ def _server(bind: str, port: int, exposition: MetricsCollector) -> ThreadingHTTP
         timeout = CLIENT_SECONDS
         registry = CollectorRegistry()
 
-        def do_GET(self) -> None:  # noqa: N802 - so it is called by the server
+        def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
             if self.path.partition("?")[0] != PATH:
-                self.send_error(404, f"the figures are at {PATH}")
+                self.send_error(404, f"the metrics are at {PATH}")
                 return
             try:
                 super().do_GET()
-            except DeadlineExceeded as error:  # nothing was sent yet
+            except DeadlineExceeded as error:  # raised before anything was sent
                 self.send_error(503, str(error))
 
     class MetricsServer(ThreadingHTTPServer):
         daemon_threads = True
 
         def server_bind(self) -> None:
-            """Do not ask a name server for the name of this machine, which may take long."""
+            """Bind without looking up this machine's name, which may take long."""
             TCPServer.server_bind(self)
             self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            """Say in one line what went wrong; a client that went away is nothing to speak of."""
+            """Log an error in one line; ignore clients that went away."""
             error = sys.exception()
             if not isinstance(error, OSError):
-                logger.error("the figures could not be given: %s: %s", type(error).__name__, error)
+                logger.error("the metrics could not be served: %s: %s", type(error).__name__, error)
 
-    Handler.registry.register(exposition)
+    Handler.registry.register(collector)
     try:
         family, *_, address = socket.getaddrinfo(bind, port, type=socket.SOCK_STREAM)[0]
         MetricsServer.address_family = family

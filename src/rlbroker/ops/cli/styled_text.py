@@ -1,11 +1,11 @@
-"""How much room text takes on a terminal, and text that takes just so much. Pure."""
+"""Text on a terminal: how many columns it takes, text of a given width, and text in colour. Pure."""
 
 from __future__ import annotations
 
-#: A part of a line, and its style.
+#: A part of a line, and its style: words that are in `_CODES`.
 Piece = tuple[str, str]
 
-#: Colours and weights by the names that rich has for them.
+#: The codes of colours and weights, by rich's names for them.
 _CODES = {
     "bold": "1",
     "dim": "2",
@@ -20,7 +20,7 @@ _CODES = {
 
 
 def cell_width(text: str) -> int:
-    """Give the columns that text takes; Asian letters and pictures take two.
+    """Return the number of terminal columns that text takes; East Asian letters and emoji take two each.
 
     >>> [cell_width(text) for text in ("abc", "世界", "e\\u0301")]
     [3, 4, 1]
@@ -32,12 +32,12 @@ def cell_width(text: str) -> int:
     return cell_len(text)
 
 
-def fitted(text: str, width: int, *, right: bool = False) -> str:
-    """Give text that takes just so many columns: with spaces behind it, or before it; or cut, which shows.
+def fit(text: str, width: int, *, right: bool = False) -> str:
+    """Return text that takes exactly `width` columns: padded with spaces, or cut with `…` at the end.
 
-    >>> [fitted(text, 4) for text in ("ab", "abcde", "世界人")]
+    >>> [fit(text, 4) for text in ("ab", "abcde", "世界人")]
     ['ab  ', 'abc…', '世… ']
-    >>> fitted("7", 3, right=True)
+    >>> fit("7", 3, right=True)
     '  7'
     """
     missing = width - cell_width(text)
@@ -52,10 +52,10 @@ def fitted(text: str, width: int, *, right: bool = False) -> str:
     return set_cell_size(set_cell_size(text, width - 1).rstrip() + "…", width)
 
 
-def styled(text: str, style: str) -> str:
-    """Give text in a colour, with the codes that terminals understand.
+def add_style(text: str, style: str) -> str:
+    """Return text with the terminal's codes for a style.
 
-    >>> styled("away", "bold red")
+    >>> add_style("away", "bold red")
     '\\x1b[1;31maway\\x1b[0m'
     """
     return f"\x1b[{';'.join(_CODES[word] for word in style.split())}m{text}\x1b[0m" if style else text

@@ -1,4 +1,4 @@
-"""`rlbroker server`: an embedded server for as long as the command runs."""
+"""`rlbroker server`: an embedded server that runs as long as the command."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ from typing import Annotated
 
 import typer
 
-#: How often to look whether the server still runs.
-LOOK_SECONDS = 0.2
+#: How often to check that the server still runs.
+CHECK_SECONDS = 0.2
 
 
 def server(
     bind: Annotated[
         str | None,
-        typer.Option(help="Address to listen on for other machines; without it only a Unix socket."),
+        typer.Option(help="Address to listen on for other machines; by default only a Unix socket."),
     ] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, help="TCP port, with --bind; 0 or none: a free one.")
+        int | None, typer.Option(min=0, help="TCP port, needs --bind; 0, or by default, a free one.")
     ] = None,
     directory: Annotated[
         Path | None,
-        typer.Option(help="Keep data, synced each second, and password here; without it nothing stays."),
+        typer.Option(
+            help="Keep the data, synced every second, and the password here; by default nothing is kept."
+        ),
     ] = None,
     maxmemory_mb: Annotated[
         int | None, typer.Option("--maxmemory-mb", min=16, help="Memory limit in MB.")
     ] = None,
 ) -> None:
-    """Start a Redis-compatible server that asks for a password, and stop it at Ctrl-C.
+    """Start a Redis-compatible server that requires a password, and stop it at Ctrl-C.
 
-    The URL, password included, is printed on stdout; give it to learner and workers as RLBROKER_REDIS_URL.
-    Exit code: 130 after Ctrl-C or SIGTERM, 2 if the server cannot start or ends by itself.
+    The URL, with the password, is printed on stdout; pass it to the learner and the workers as RLBROKER_REDIS_URL.
+    Exit code: 130 after Ctrl-C or SIGTERM, 2 if the server cannot start or stops by itself.
 
     Example: rlbroker server --bind 0.0.0.0 --port 6379
     """
-    # First of all, so that the server's end is orderly from the very start.
+    # Before anything else: SIGTERM during the start must stop the server in order, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from rlbroker.errors import ConnectionFailed, InvalidArgument
     from rlbroker.local.embedded_server import RedisServer
@@ -55,7 +57,7 @@ def server(
             print(f"{embedded.version}, process {embedded.pid}; Ctrl-C ends it", file=sys.stderr)
             print(f"export RLBROKER_REDIS_URL='{embedded.network_url or embedded.url}'", flush=True)
             while embedded.running:
-                time.sleep(LOOK_SECONDS)
+                time.sleep(CHECK_SECONDS)
             raise ConnectionFailed(f"the server ended by itself; its log ends with:\n{embedded.log_tail(5)}")
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -1,0 +1,199 @@
+"""`rlbroker top`: a live view of a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Self
+
+import typer
+
+from rlbroker.errors import RlbrokerError
+from rlbroker.ops.cli.options import with_session
+from rlbroker.ops.cli.session import Session
+
+if TYPE_CHECKING:
+    from rlbroker.ops.cli.top.key_bindings import ViewState
+    from rlbroker.ops.cli.top.view import Outage
+    from rlbroker.ops.inspect.watch import RunView, RunWatch
+
+#: How often the screen is drawn while nothing happens: the age of a stale view must be updated.
+REDRAW_SECONDS = 1.0
+
+#: How late an answer may be before the server is reported as silent.
+SILENT_SECONDS = 1.5
+
+#: How long the end of the command waits for a read that is under way.
+STOP_SECONDS = 1.0
+
+#: The greatest width of the table in a pipe.
+PIPE_WIDTH = 160
+
+
+@with_session
+def top(
+    session: Session,
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=3600.0, help="Seconds between two refreshes.")
+    ] = 0.5,
+    sort: Annotated[
+        str, typer.Option(metavar="COLUMN", help="Order by this column: id, stale, rate, lost, …")
+    ] = "id",
+    filter_: Annotated[
+        str,
+        typer.Option(
+            "--filter",
+            metavar="TEXT",
+            help="Only workers with this id, or this text in state or process; or 'alive' or 'trouble'.",
+        ),
+    ] = "",
+) -> None:
+    """Show a run live: rates, staleness, queues, what is wrong, and a table of its workers.
+
+    `?` explains the keys, `q` quits. Without a terminal the run is read twice and printed once; with --json an object
+    is printed on its own line for each refresh, until Ctrl-C. It only reads from Redis. Exit code: 0, or 2 if the
+    server or the run cannot be read.
+
+    Example: rlbroker top --run pong --sort stale
+    """
+    from rlbroker.ops.cli.top.key_bindings import GROUPS, ViewState
+    from rlbroker.ops.cli.top.table import SORT_COLUMNS
+    from rlbroker.ops.inspect.watch import RunWatch
+
+    if sort not in SORT_COLUMNS:
+        raise typer.BadParameter(f"{sort!r} is not one of {', '.join(SORT_COLUMNS)}", param_hint="--sort")
+    state = ViewState(
+        sort=sort,
+        interval=interval,
+        group=filter_ if filter_ in GROUPS else "all",
+        search="" if filter_ in GROUPS else filter_,
+    )
+    watch = RunWatch(session.connection, session.run)
+    if session.as_json:
+        _print_json_lines(session, watch, interval)
+    elif sys.stdin.isatty() and sys.stdout.isatty():
+        _show_live(session, watch, state)
+    else:
+        _print_once(session, watch, state)
+
+
+def _read_run(session: Session, watch: RunWatch) -> RunView:
+    with session.time_limit():
+        return watch.read()
+
+
+def _print_json_lines(session: Session, watch: RunWatch, interval: float) -> None:
+    due = time.monotonic()
+    while True:
+        print(json.dumps(_read_run(session, watch).to_json()), flush=True)
+        due = max(due + interval, time.monotonic())
+        time.sleep(max(0.0, due - time.monotonic()))
+
+
+def _print_once(session: Session, watch: RunWatch, state: ViewState) -> None:
+    """Print all workers. The run is read twice: rates are differences."""
+    from rlbroker.ops.cli.top.view import DrawOptions, draw_text
+
+    _read_run(session, watch)
+    time.sleep(state.interval)
+    view = _read_run(session, watch)
+    console = session.console
+    options = DrawOptions(console.colors, live=False, complete_hint=session.complete_hint)
+    for line in draw_text(view, state, min(console.width, PIPE_WIDTH), options):
+        console.print(line)
+
+
+def _show_live(session: Session, watch: RunWatch, state: ViewState) -> None:
+    from rlbroker.ops.cli.top.key_bindings import press_key
+    from rlbroker.ops.cli.top.terminal import Terminal
+    from rlbroker.ops.cli.top.view import DrawOptions, clamp_scroll, draw_screen
+
+    colors = session.console.colors
+    # Read once before the screen is taken over: if server or run cannot be read, the error is printed as usual.
+    view = _read_run(session, watch)
+    with Terminal() as terminal, _Refresher(session, watch, view, state.interval, terminal.wake) as refresher:
+        while True:
+            view, outage = refresher.latest()
+            columns, rows = terminal.size
+            state = clamp_scroll(state, view, columns, rows)
+            options = DrawOptions(colors=colors, complete_hint=session.complete_hint, outage=outage)
+            terminal.draw(draw_screen(view, state, columns, rows, options))
+            for key in terminal.read_keys(REDRAW_SECONDS):
+                state = clamp_scroll(press_key(state, key), view, columns, rows)
+                if state.quit:
+                    return
+            refresher.set_interval(state.interval, paused=state.paused)
+
+
+class _Refresher:
+    """Reads the run in a thread, so that keys work while the server does not answer."""
+
+    def __init__(
+        self, session: Session, watch: RunWatch, view: RunView, interval: float, on_change: Callable[[], None]
+    ) -> None:
+        self._session, self._watch, self._interval, self._on_change = session, watch, interval, on_change
+        self._view, self._error, self._read_at = view, "", time.monotonic()
+        self._paused = self._stopped = False
+        self._bug: Exception | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="rlbroker-top", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        self._thread.join(STOP_SECONDS)
+
+    def latest(self) -> tuple[RunView, Outage | None]:
+        """Return the latest view, and the reason if it is stale."""
+        from rlbroker.ops.cli.top.view import Outage
+
+        with self._changed:
+            if self._bug is not None:
+                raise self._bug
+            seconds = time.monotonic() - self._read_at
+            silent = not self._paused and seconds > self._interval + SILENT_SECONDS
+            reason = self._error or (f"{self._session.connection.address} is silent" if silent else "")
+            return self._view, Outage(seconds, reason) if reason else None
+
+    def set_interval(self, interval: float, *, paused: bool) -> None:
+        """Read the run this often, or not at all."""
+        with self._changed:
+            if (interval, paused) != (self._interval, self._paused):
+                self._interval, self._paused = interval, paused
+                self._read_at = time.monotonic() if not self._error else self._read_at
+                self._changed.notify()
+
+    def _work(self) -> None:
+        began = time.monotonic()
+        while self._wait_until_due(began):
+            began = time.monotonic()
+            try:
+                view = _read_run(self._session, self._watch)
+            except RlbrokerError as error:
+                with self._changed:
+                    self._error = str(error)
+            except Exception as error:  # noqa: BLE001 - a bug in rlbroker: the main thread raises it
+                with self._changed:
+                    self._bug = error
+            else:
+                with self._changed:
+                    self._view, self._error, self._read_at = view, "", time.monotonic()
+            self._on_change()
+
+    def _wait_until_due(self, began: float) -> bool:
+        """Wait for the time of the next read; return False if there is none any more."""
+        with self._changed:
+            while not self._stopped and self._bug is None:
+                left = began + self._interval - time.monotonic()
+                if left <= 0 and not self._paused:
+                    return True
+                self._changed.wait(None if self._paused else left)
+            return False
