@@ -55,10 +55,18 @@ from rlbroker.errors import (
 from rlbroker.experience.collector import Collector
 from rlbroker.experience.counts import read_counts
 from rlbroker.experience.dead_letters import BURY, PURGE, RETRY, DeadLetters
-from rlbroker.experience.pending import ACKNOWLEDGE, RESTORE_COUNTS, TAKE_OVER, PendingEntries
+from rlbroker.experience.pending import (
+    ACKNOWLEDGE,
+    COUNT_DELIVERY,
+    FENCE_LEARNER,
+    RENEW,
+    RESTORE_COUNTS,
+    TAKE_ABANDONED,
+    PendingEntries,
+    Takeover,
+)
 from rlbroker.experience.rate_limiter import RateLimiter
-from rlbroker.experience.sender import DROP_OLDEST, OPEN_QUEUE, STATE
-from rlbroker.experience.takeover import HAND_OUT, RENEW, TAKE_ABANDONED, Takeover
+from rlbroker.experience.send_queue import DROP_OLDEST, OPEN_QUEUE, WRITE_COUNTS
 from rlbroker.membership.heartbeat import BEAT, LEAVE, REGISTER, REJOIN
 from rlbroker.membership.roster import ALIVE, CLOSE, FORGET, OPEN, RESTORE_RUN, Roster
 from rlbroker.metrics.counters import Metrics
@@ -86,12 +94,12 @@ SCRIPTS = (
     RESTORE_OUTCOMES,
     RESTORE_COMMAND,
     ACKNOWLEDGE,
-    TAKE_OVER,
+    FENCE_LEARNER,
     RESTORE_COUNTS,
     RESTORE_RUN,
     ALIVE,
     TAKE_ABANDONED,
-    HAND_OUT,
+    COUNT_DELIVERY,
     RENEW,
     BURY,
     RETRY,
@@ -102,7 +110,7 @@ SCRIPTS = (
     REJOIN,
     LEAVE,
     OPEN_QUEUE,
-    STATE,
+    WRITE_COUNTS,
     DROP_OLDEST,
 )
 
@@ -270,7 +278,7 @@ class WorkerCommunicator:
             )
             workers = self._roster.ids()
             # From here on no acknowledgement of an older learner of this name is accepted.
-            self._holdings.take_over(workers)
+            self._holdings.fence_older(workers)
             if publishes:
                 self._commander.remember()
                 self._ledger.remember(workers)
@@ -641,7 +649,7 @@ class WorkerCommunicator:
         if ended:
             with suppress(PeerError):  # the report counts for more
                 self._record(last=True)
-        return CleanupReport(waiting, self._holdings.counts(), commands)
+        return CleanupReport(waiting, self._holdings.count_by_worker(), commands)
 
     def _tell_what_was_there(self) -> None:
         """Log that the run is not new: it is right after a crash, and not for another training."""
@@ -729,7 +737,7 @@ class WorkerCommunicator:
                 self._republish |= self._roster.leads and self._publisher.outrun()
                 self._next_sign_of_life = Deadline(ALIVE_SECONDS)
                 self._record()
-            self._ownership.renew(self._collector.sources)
+            self._ownership.renew(self._collector.streams)
             self._settle_for_a_while()
         except RunLost as error:
             logger.warning("%s", error)
@@ -782,7 +790,7 @@ class WorkerCommunicator:
             alive=self._roster.alive,
             away=self._roster.away,
             everyone=self._roster.everyone,
-            in_hand=self._holdings.counts(),
+            in_hand=self._holdings.count_by_worker(),
             delivered=delivered,
             lost=lost,
             missed=self._ledger.missed_versions,

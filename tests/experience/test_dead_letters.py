@@ -14,7 +14,7 @@ from rlbroker import ConnectionFailed, WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.codec.message import encode
-from rlbroker.experience import collector, dead_letters
+from rlbroker.experience import dead_letters, discovery
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -22,7 +22,7 @@ Worker = Callable[..., WorkerClient]
 
 @pytest.fixture(autouse=True)
 def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collector, "RECHECK_SECONDS", 0.1)
+    monkeypatch.setattr(discovery, "RECHECK_SECONDS", 0.1)
 
 
 def damage(server: Server, keys: Keys, sequence: int, data: bytes = b"damaged") -> None:

@@ -159,7 +159,7 @@ def test_the_arrays_of_a_batch_may_be_written_to_once_it_was_sent(learner: Learn
     client._sender.mark_stale()  # type: ignore[union-attr]
     got = [batch["x"] for _, batch in comm.collect_experiences(timeout=5.0)]
     assert [set(one.tolist()) for one in got] == [{0}, {1}, {2}]
-    kept = [decode(parcel.fields[-1])["x"] for parcel in client._sender._kept]  # type: ignore[union-attr]
+    kept = [decode(parcel.fields[-1])["x"] for parcel in client._sender.queue.pending.kept]  # type: ignore[union-attr]
     assert [set(one.tolist()) for one in kept] == [{0}, {1}, {2}]
 
 
@@ -378,7 +378,7 @@ def test_ids_that_lua_cannot_count_are_renewed_too(
     server.client.xadd(keys.experiences(0), entry, id=f"{client.incarnation}-9007199254740993")
     comm.collect_experiences(timeout=5.0)
     comm._ownership._next_renewal = Deadline(0)
-    comm._ownership.renew(comm._collector.sources)
+    comm._ownership.renew(comm._collector.streams)
 
 
 def test_what_was_sent_is_known_at_once(learner: Learner, worker: Worker, server: Server, keys: Keys) -> None:
@@ -409,7 +409,7 @@ def test_a_batch_sent_twice_is_delivered_once(
 ) -> None:
     comm, client = learner(), worker()
     client.send_experiences({"number": 1})
-    client._sender._sequence = 0  # type: ignore[union-attr] # as if the reply had been lost
+    client._sender.queue.sequence = 0  # type: ignore[union-attr] # as if the reply had been lost
     client.send_experiences({"number": 1})
     assert len(comm.collect_experiences(timeout=5.0)) == 1
     assert comm.collect_experiences(timeout=0.1) == []
@@ -549,7 +549,7 @@ def test_what_a_replaced_learner_still_read_is_found(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may read for a moment after it was replaced; what it then holds must not wait for a restart."""
-    monkeypatch.setattr("rlbroker.experience.collector.RECHECK_SECONDS", 0.2)
+    monkeypatch.setattr("rlbroker.experience.discovery.RECHECK_SECONDS", 0.2)
     old, client = learner(), worker()
     old._thread.stop(5.0)  # so that it does not notice yet
     new = learner()

@@ -40,7 +40,7 @@ def break_channel(client: WorkerClient, *, after_sending: bool) -> threading.Eve
     """Have the sender's connection fail, before or after the server got the command, until the event is set."""
     mended = threading.Event()
     assert client._sender is not None
-    channel: Any = client._sender._channel
+    channel: Any = client._sender.queue.channel
     execute_all = channel.execute_all
 
     def fail(commands: Any) -> Any:
@@ -161,7 +161,7 @@ def test_a_batch_that_went_out_with_a_reopened_queue_keeps_its_number(
     learner()
     client = worker()
     assert client._sender is not None
-    channel: Any = client._sender._channel
+    channel: Any = client._sender.queue.channel
     execute_all = channel.execute_all
 
     away: list[bool] = []
@@ -188,7 +188,7 @@ def test_what_is_read_during_a_look_is_kept(learner: Learner, worker: Worker) ->
     comm, client = learner(acknowledge="manual"), worker(level="learner")
     client.send_experiences({"number": 1})
     assert client._sender is not None
-    channel: Any = client._sender._channel
+    channel: Any = client._sender.queue.channel
     execute_all = channel.execute_all
 
     def slowly(commands: Any) -> list[Any]:
@@ -222,7 +222,7 @@ def test_a_batch_that_was_never_sent_stays_with_the_caller(
     learner()
     client = worker()
     assert client._sender is not None
-    channel = client._sender._channel
+    channel = client._sender.queue.channel
     channel.close()
 
     def refuse() -> bool:
@@ -316,7 +316,9 @@ def test_what_a_level_lacks_later_is_waited_for_and_told(real_server: RealServer
             client = stack.enter_context(
                 WorkerClient(run=run, level="fsync", timeout=1.0, **real_server.way())
             )
-        with pytest.raises(Unconfirmed, match=r"batch 1 of worker 0.*append-only file for batch 1.* goes on"):
+        with pytest.raises(
+            Unconfirmed, match=r"batch 1 of worker 0.*append-only file for batch 1.* to continue"
+        ):
             client.send_experiences({"number": 1})
         assert client._sender is not None
         client._sender.maintain()  # no heartbeat fails of it

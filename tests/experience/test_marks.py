@@ -10,7 +10,7 @@ import pytest
 from conftest import Server, wait_until
 
 from rlbroker import ConnectionFailed, InvalidArgument, WorkerClient, WorkerCommunicator
-from rlbroker.experience import collector
+from rlbroker.experience import discovery
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -18,7 +18,7 @@ Worker = Callable[..., WorkerClient]
 
 @pytest.fixture(autouse=True)
 def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collector, "RECHECK_SECONDS", 0.1)
+    monkeypatch.setattr(discovery, "RECHECK_SECONDS", 0.1)
 
 
 def send(client: WorkerClient, *numbers: int) -> None:
@@ -121,7 +121,7 @@ def test_what_a_fault_kept_from_being_settled_is_settled_later(
         raise ConnectionFailed("the server is away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(again._holdings, "settle", fail)
+        patch.setattr(again._holdings, "acknowledge", fail)
         with pytest.raises(ConnectionFailed):
             again.collect_experiences(timeout=5.0)
     assert again.collect_experiences() == []

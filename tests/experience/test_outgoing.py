@@ -9,7 +9,7 @@ import pytest
 
 from rlbroker.codec.message import decode, encode_pieces
 from rlbroker.experience import outgoing
-from rlbroker.experience.outgoing import LONGEST_REST, TRIED_IN_VAIN, Packer, PendingBatch
+from rlbroker.experience.outgoing import MOST_SKIPPED, TRIED_IN_VAIN, Packer, PendingBatch
 from rlbroker.types import SendReceipt
 
 pytestmark = pytest.mark.unit
@@ -33,7 +33,7 @@ def tries(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def test_what_does_not_get_smaller_is_seldom_tried(tries: list[bool]) -> None:
     packer = Packer(compression=True)
-    for _ in range(20 * LONGEST_REST):
+    for _ in range(20 * MOST_SKIPPED):
         message = packer.pack(NOISE)
         assert message.raw_bytes <= message.stored_bytes < 1.02 * message.raw_bytes
     assert all(tries[:TRIED_IN_VAIN])
@@ -42,11 +42,11 @@ def test_what_does_not_get_smaller_is_seldom_tried(tries: list[bool]) -> None:
 
 def test_what_begins_to_get_smaller_is_noticed(tries: list[bool]) -> None:
     packer = Packer(compression=True)
-    for _ in range(10 * LONGEST_REST):
+    for _ in range(10 * MOST_SKIPPED):
         packer.pack(NOISE)
-    sizes = [packer.pack(ZEROS).stored_bytes for _ in range(2 * LONGEST_REST)]
+    sizes = [packer.pack(ZEROS).stored_bytes for _ in range(2 * MOST_SKIPPED)]
     first = next(number for number, size in enumerate(sizes) if size < 8192)
-    assert first <= LONGEST_REST
+    assert first <= MOST_SKIPPED
     assert all(tries[-len(sizes) + first :])
 
 
@@ -69,6 +69,6 @@ def test_a_batch_that_is_kept_does_not_change_with_the_arrays_of_the_caller() ->
     message = Packer(compression=True).pack(batch)
     receipt = SendReceipt(0, 1, 1, 0, message.rows, message.raw_bytes, message.stored_bytes, accepted=True)
     parcel = PendingBatch(1, ["data", message.pieces], receipt)
-    parcel.keep()
+    parcel.copy_message()
     batch["obs"][:] = 0
     np.testing.assert_array_equal(decode(parcel.fields[-1])["obs"], NOISE["obs"])

@@ -12,7 +12,7 @@ from conftest import Server, wait_until
 
 from rlbroker import Fenced, InvalidArgument, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
-from rlbroker.experience import collector
+from rlbroker.experience import discovery
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -20,7 +20,7 @@ Worker = Callable[..., WorkerClient]
 
 @pytest.fixture(autouse=True)
 def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collector, "RECHECK_SECONDS", 0.1)
+    monkeypatch.setattr(discovery, "RECHECK_SECONDS", 0.1)
 
 
 def send(client: WorkerClient, *numbers: int) -> None:
@@ -111,13 +111,13 @@ def test_one_that_was_frozen_before_it_handed_out_takes_nothing_back(
     frozen = learner(learner_name="a", publishes=False, acknowledge="manual")
     other = learner(learner_name="b", take_over_seconds=0.5, acknowledge="manual")
     frozen._thread.stop(5.0)
-    hand_out = frozen._ownership.hand_out
+    count_delivery = frozen._ownership.count_delivery
 
     def freeze(*arguments: Any) -> bool:
         wait_until("the other has it", lambda: other.collect_experiences(timeout=0.1))
-        return hand_out(*arguments)
+        return count_delivery(*arguments)
 
-    monkeypatch.setattr(frozen._ownership, "hand_out", freeze)
+    monkeypatch.setattr(frozen._ownership, "count_delivery", freeze)
     assert frozen.collect_experiences() == []
     assert other.acknowledge(other.marks()) == 1
 

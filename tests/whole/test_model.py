@@ -385,7 +385,7 @@ class Run(RuleBasedStateMachine):
                     place = (batch.worker_id, batch.incarnation, batch.sequence)
                     self.buffer.append((place, batch["number"]))
                 self.learner.acknowledge(pairs)
-            self.learner._collector._recheck = self.learner._collector._look_again = Deadline(0)
+            self.learner._collector._discovery.make_due()
         self.learner.acknowledge(self.learner.marks())
         for worker in sorted(self.lives):
             self.ended(worker).client.close()

@@ -6,7 +6,7 @@ if tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or '0') > tonumber(ARGV[3]) the
   return redis.error_reply('FENCED a newer learner has taken over the run')
 end
 
--- include: experience/lua/only_counts.lua
+-- include: experience/lua/ensure_counts.lua
 
 local function count(field, by)
   local done = redis.pcall('HINCRBY', KEYS[2], field, by)

@@ -3,7 +3,7 @@
 --       then every other field and value
 
 -- include: backend/lua/also_when_full.lua
--- include: experience/lua/only_counts.lua
+-- include: experience/lua/ensure_counts.lua
 
 local epoch = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0')
 local lost = epoch == 0

@@ -7,6 +7,6 @@ if tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0') < tonumber(ARGV[2]) the
   redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 end
 
--- include: experience/lua/only_counts.lua
+-- include: experience/lua/ensure_counts.lua
 
 return redis.call('HGETALL', KEYS[2])

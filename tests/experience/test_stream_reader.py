@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlbroker.experience.poll_schedule import FEW, LONGEST_SECONDS, QUIET_SECONDS, Turns
+from rlbroker.experience.stream_reader import FEW, MAX_SKIP_SECONDS, QUIET_SECONDS, PollSchedule
 
 pytestmark = pytest.mark.unit
 
@@ -13,9 +13,9 @@ def _watched(number: int) -> dict[str, int]:
     return {str(one): one for one in range(number)}
 
 
-def _after_all_were_asked(number: int, *found: str, at: float = 100.0) -> Turns:
-    turns = Turns()
-    turns.note(found, number, at, all_asked=True)
+def _after_all_were_asked(number: int, *found: str, at: float = 100.0) -> PollSchedule:
+    turns = PollSchedule()
+    turns.note(found, number, at, polled_all=True)
     return turns
 
 
@@ -31,8 +31,8 @@ def test_among_many_only_the_busy_are_asked_until_it_is_everybodys_turn() -> Non
     asked, seconds = turns.choose(_watched(1000), 100.0)
     assert asked == [3, 7]
     assert seconds is not None
-    assert 0 < seconds <= LONGEST_SECONDS
-    assert turns.choose(_watched(1000), 100.0 + LONGEST_SECONDS) == (list(range(1000)), None)
+    assert 0 < seconds <= MAX_SKIP_SECONDS
+    assert turns.choose(_watched(1000), 100.0 + MAX_SKIP_SECONDS) == (list(range(1000)), None)
 
 
 def test_where_nobody_is_busy_all_are_asked() -> None:
@@ -44,14 +44,14 @@ def test_who_had_nothing_for_a_while_is_quiet_again() -> None:
     """Workers that were busy once do not make reads long for ever."""
     turns = _after_all_were_asked(1000, "3")
     later = 100.0 + QUIET_SECONDS
-    turns.note(["7"], 1000, later, all_asked=True)
+    turns.note(["7"], 1000, later, polled_all=True)
     assert turns.choose(_watched(1000), later)[0] == [7]
 
 
 def test_who_is_told_to_ask_all_does_so_at_once() -> None:
     """A call that may not wait looks at everybody before it says that there is nothing."""
     turns = _after_all_were_asked(1000, "3")
-    turns.ask_all()
+    turns.poll_all()
     assert turns.choose(_watched(1000), 100.0) == (list(range(1000)), None)
 
 
