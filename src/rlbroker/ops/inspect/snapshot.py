@@ -21,7 +21,7 @@ from rlbroker.backend.unreadable import answered, legible, unless_spoiled
 from rlbroker.config import RunSettings
 from rlbroker.control.outcomes import WorkerOutcomes, missed_updates
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
-from rlbroker.experience.counts import known_counts, right_types, types_of
+from rlbroker.experience.counts import expected_types, match_types, read_existing_counts
 from rlbroker.membership.incarnations import incarnation_command, incarnations_from, worker_numbers
 from rlbroker.membership.worker_info import member_infos
 from rlbroker.ops.inspect.runs import learner_silence, learner_state, silences_of_others
@@ -208,7 +208,7 @@ class Observer:
         types = {
             name: what
             for worker in ids
-            for name, what in (keys.written_by_worker(worker) | types_of(keys, worker)).items()
+            for name, what in (keys.written_by_worker(worker) | expected_types(keys, worker)).items()
         }
         replies = iter(
             self._connection.ask_once(
@@ -249,8 +249,8 @@ class Observer:
                 for worker, reply in zip(ids, ledgers, strict=True)
             ]
         said = {worker: (info.incarnation, info.sent) for worker, info in infos.items()}
-        there = right_types(types, found)
-        counts = known_counts(self._connection, keys, ids, there, said=said)
+        there = match_types(types, found)
+        counts = read_existing_counts(self._connection, keys, ids, there, reported=said)
         with legible(keys.pending):
             waiting = _waiting_commands(text_fields(pending), now)
         return Snapshot(
