@@ -317,7 +317,7 @@ def test_batches_that_a_fenced_learner_read_are_delivered(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may read for a moment after it was replaced; those batches must not wait for a restart."""
-    monkeypatch.setattr("rlbroker.experience.discovery.RECHECK_SECONDS", 0.2)
+    monkeypatch.setattr("rlbroker.experience.watched_streams.RECHECK_SECONDS", 0.2)
     old, client = learner(), worker()
     old._thread.stop(5.0)  # so that it does not know yet
     new = learner()

@@ -14,7 +14,7 @@ from rlbroker import ConnectionFailed, WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.codec.message import encode
-from rlbroker.experience import dead_letters, discovery
+from rlbroker.experience import dead_letters, watched_streams
 from rlbroker.experience.entry_reader import EntryReader
 
 Learner = Callable[..., WorkerCommunicator]
@@ -23,7 +23,7 @@ Worker = Callable[..., WorkerClient]
 
 @pytest.fixture(autouse=True)
 def _recheck_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery, "RECHECK_SECONDS", 0.1)
+    monkeypatch.setattr(watched_streams, "RECHECK_SECONDS", 0.1)
 
 
 def damage(server: Server, keys: Keys, sequence: int, data: bytes = b"damaged") -> None:

@@ -10,7 +10,7 @@ import pytest
 from conftest import Server, wait_until
 
 from rlbroker import ConnectionFailed, InvalidArgument, WorkerClient, WorkerCommunicator
-from rlbroker.experience import discovery
+from rlbroker.experience import watched_streams
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -18,7 +18,7 @@ Worker = Callable[..., WorkerClient]
 
 @pytest.fixture(autouse=True)
 def _recheck_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery, "RECHECK_SECONDS", 0.1)
+    monkeypatch.setattr(watched_streams, "RECHECK_SECONDS", 0.1)
 
 
 def send(client: WorkerClient, *numbers: int) -> None:

@@ -12,7 +12,7 @@ from conftest import Server, wait_until
 
 from rlbroker import Fenced, InvalidArgument, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
-from rlbroker.experience import discovery
+from rlbroker.experience import watched_streams
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -20,7 +20,7 @@ Worker = Callable[..., WorkerClient]
 
 @pytest.fixture(autouse=True)
 def _recheck_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery, "RECHECK_SECONDS", 0.1)
+    monkeypatch.setattr(watched_streams, "RECHECK_SECONDS", 0.1)
 
 
 def send(client: WorkerClient, *numbers: int) -> None:

@@ -16,7 +16,7 @@ from executable import Shell
 from rlbroker import DeadLetter, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.codec.message import encode
-from rlbroker.experience import discovery
+from rlbroker.experience import watched_streams
 from rlbroker.local.embedded_server import RedisServer
 
 RUN = "batches-commands"
@@ -66,7 +66,7 @@ class Planted:
 def planted(embedded: RedisServer) -> Iterator[Planted]:
     way: dict[str, Any] = {"redis_url": embedded.url, "run": RUN}
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(discovery, "RECHECK_SECONDS", 0.1)
+    monkeypatch.setattr(watched_streams, "RECHECK_SECONDS", 0.1)
     with (
         redis.Redis.from_url(embedded.url, protocol=2) as client,
         WorkerCommunicator(2, acknowledge="manual", **way) as learner,

@@ -14,7 +14,7 @@ from rlbroker import ConnectionFailed, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
 from rlbroker.control.commands import SEND
 from rlbroker.control.ledger import SETTLE
-from rlbroker.experience import discovery
+from rlbroker.experience import watched_streams
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -330,7 +330,7 @@ def test_counts_are_right_at_once_where_only_a_workers_own_keys_were_lost_with_t
     kept: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(discovery, "RECHECK_SECONDS", 3600.0)
+    monkeypatch.setattr(watched_streams, "RECHECK_SECONDS", 3600.0)
     comm, client = learner(acknowledge="manual"), worker()
     for number in range(5):
         client.send_experiences({"number": number})

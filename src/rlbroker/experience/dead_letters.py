@@ -110,7 +110,7 @@ class DeadLetters:
 
 
 # The functions below need no learner. A live learner finds in the server's counts what others retried, within
-# RECHECK_SECONDS of discovery.py: each of these counts only grows.
+# RECHECK_SECONDS of watched_streams.py: each of these counts only grows.
 
 
 def read_letters(connection: Connection, keys: Keys, worker: int) -> Iterator[DeadLetter]:

@@ -91,7 +91,7 @@ class SendQueue:
         self,
         connection: Connection,
         keys: Keys,
-        place: Registration,
+        registration: Registration,
         confirmation: Confirmation,
         rejoin: Callable[[Channel], None],
     ) -> None:
@@ -100,12 +100,12 @@ class SendQueue:
         Args:
             connection: connection to the server.
             keys: names of the run's keys.
-            place: the worker and its incarnation.
+            registration: the worker and its incarnation.
             confirmation: how batches are confirmed.
             rejoin: registers the worker again if the server has lost its registration.
         """
         self._connection, self._keys, self._rejoin = connection, keys, rejoin
-        self._worker_id, self._incarnation = place.worker_id, place.incarnation
+        self._worker_id, self._incarnation = registration.worker_id, registration.incarnation
         self.confirmation, self.pending, self.size = confirmation, PendingBatches(), QueueSize()
         self.sequence = self._written_sequence = 0
         self.stale = self.opened = False

@@ -41,7 +41,7 @@ class Sender:
         self,
         connection: Connection,
         keys: Keys,
-        place: Registration,
+        registration: Registration,
         *,
         settings: Callable[[Deadline], RunSettings],
         rejoin: Callable[[Channel], None],
@@ -55,7 +55,7 @@ class Sender:
         Args:
             connection: connection to the server.
             keys: names of the run's keys.
-            place: the worker and its incarnation.
+            registration: the worker and its incarnation.
             settings: returns the run's settings, after waiting for the learner if necessary.
             rejoin: registers the worker again if the server has lost its registration.
             when_full: what to do at a full queue; None for the run's setting.
@@ -68,14 +68,14 @@ class Sender:
             ServerUnsuitable: the server cannot give this level. If it cannot later, that is an outage.
         """
         self._settings, self._when_full = settings, when_full
-        self._place, self.level = place, level
+        self._registration, self.level = registration, level
         self._packer = Packer(compression=compression)
         self._lock = threading.Lock()
         self._fenced = False
         self._room_seconds = 0.0
         self._waiting_since: float | None = None  #: since when it waits for room, if it does
         confirmation = Confirmation(connection, level)
-        self.queue = SendQueue(connection, keys, place, confirmation, rejoin)
+        self.queue = SendQueue(connection, keys, registration, confirmation, rejoin)
         if known:
             self.queue.refresh()
         connection.retry(lambda: confirmation.check(self.queue.stream_key, known=known))
@@ -248,8 +248,8 @@ class Sender:
 
     def _receipt(self, message: Message, version: int, *, sequence: int, dropped: int) -> SendReceipt:
         return SendReceipt(
-            worker_id=self._place.worker_id,
-            incarnation=self._place.incarnation,
+            worker_id=self._registration.worker_id,
+            incarnation=self._registration.incarnation,
             sequence=sequence,
             version=version,
             rows=message.rows,
@@ -262,8 +262,8 @@ class Sender:
     def _acquire(self, deadline: Deadline) -> None:
         if not self._lock.acquire(timeout=deadline.remaining):
             raise QueueFull(
-                f"worker {self._place.worker_id}'s queue is full, and another thread of the worker has been waiting "
-                f"for room for {deadline.seconds:g} s"
+                f"worker {self._registration.worker_id}'s queue is full, and another thread of the worker has been "
+                f"waiting for room for {deadline.seconds:g} s"
             )
 
     def _make_room(
@@ -302,7 +302,7 @@ class Sender:
             if deadline.over:
                 found = self.queue.size
                 raise QueueFull(
-                    f"worker {self._place.worker_id}'s queue stayed full for {deadline.seconds:g} s: "
+                    f"worker {self._registration.worker_id}'s queue stayed full for {deadline.seconds:g} s: "
                     f"{counted(found.waiting, 'batch', 'batches')} waiting (max_queue_size "
                     f"{settings.max_queue_size}), {found.in_hand} in the learner's hands, "
                     f"{found.held_bytes:,} bytes in all (max_queue_bytes {settings.max_queue_bytes:,}); the learner "
@@ -335,7 +335,7 @@ class Sender:
                     self.queue.sequence, self.queue.pending.unconfirmed = batch.sequence - 1, None
                     raise
                 raise Unconfirmed(
-                    f"batch {batch.sequence} of worker {self._place.worker_id} was not confirmed within "
+                    f"batch {batch.sequence} of worker {self._registration.worker_id} was not confirmed within "
                     f"{deadline.seconds:g} s at level {self.level!r}: {error}. The worker keeps it and sends it again; "
                     "do not send it again",
                     batch.receipt,
