@@ -150,7 +150,7 @@ class Collector:
 
     @property
     def streams(self) -> list[Stream]:
-        """The streams that are watched."""
+        """The streams that are watched; also for other threads."""
         return [position.stream for position in list(self._streams.watched.values())]
 
     def marks(self) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _read_consistently(
     """Run each worker's commands again until no batch moved meanwhile: it would be counted twice, or not at all.
 
     Acknowledging, dropping or burying a batch changes the counts in the same step, so the counts are read before and
-    after the sizes. MULTI would do, but a user who may only read has no right to it.
+    after the sizes. MULTI is not used, because read-only users have no right to it.
     """
     found: dict[int, list[Any]] = {worker: [] for worker in commands}
     changing = dict(commands)

@@ -23,7 +23,7 @@ SUSPECT_AFTER = 2
 
 
 class Unpacker:
-    """Makes batches of entries, and sorts out those that cannot be delivered. Not for several threads at once."""
+    """Makes batches of entries, and sorts out those that cannot be delivered. Not thread-safe."""
 
     def __init__(
         self,

@@ -132,7 +132,7 @@ class ShardReader:
         return not self._away.over
 
     def skip_for(self, seconds: float) -> None:
-        """Give up the read in progress, and skip the shard for a while."""
+        """Cancel the read in progress, and skip the shard for a while."""
         self.close()
         self._away = Deadline(seconds)
 
@@ -199,7 +199,7 @@ class ShardReader:
         return found
 
     def close(self) -> None:
-        """Give up the read in progress; entries in its reply stay pending on the server."""
+        """Cancel the read in progress; entries in its reply stay pending on the server."""
         self._read = None
         self.channel.close()
 

@@ -43,7 +43,7 @@ class WatchedStreams:
             consumer: the consumer that new entries are delivered to.
         """
         self._connection, self._keys, self._consumer = connection, keys, consumer
-        #: All streams that the learner has looked for or restored from marks, by name.
+        #: All streams that the learner has searched for or restored from marks, by name.
         self.positions: dict[str, ReadPosition] = {}
         #: Of these, the streams that exist on the server.
         self.watched: dict[str, ReadPosition] = {}
@@ -61,7 +61,7 @@ class WatchedStreams:
         return position
 
     def stream(self, name: str) -> Stream:
-        """Return the stream of this name, also if the learner never looked for it."""
+        """Return the stream of this name, even if the learner has not searched for it."""
         position = self.positions.get(name)
         return Stream.named(name, self._keys) if position is None else position.stream
 
@@ -87,7 +87,7 @@ class WatchedStreams:
                 self._to_scan[position.stream.name] = position
 
     def rescan_all(self) -> None:
-        """Give up all reads in progress: their replies may be lost, with entries that are pending now."""
+        """Cancel all reads in progress, and rescan all streams: entries in lost replies are pending now."""
         self.rescan(self.watched.values())
         for reader in self._readers.values():
             reader.close()
@@ -151,7 +151,7 @@ class WatchedStreams:
 
 
 class StreamDiscovery:
-    """Looks, now and then, for new streams, lost entries and abandoned entries. Not for several threads at once."""
+    """The periodic search for new streams, lost entries and abandoned entries. Not thread-safe."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class StreamDiscovery:
         return self._next_search.over
 
     def find(self) -> None:
-        """Watch streams that were created, and now and then recheck those that are watched.
+        """Watch streams that were created, and every `RECHECK_SECONDS` recheck those that are watched.
 
         Raises:
             ConnectionFailed: no server could be reached.
@@ -196,9 +196,8 @@ class StreamDiscovery:
         workers = list(self._workers())
         names = [str(worker) for worker in workers]
         rechecked = set(self._next_workers(workers) if recheck else ())
-        names += [
-            f"again:{worker}" for worker in rechecked
-        ]  # searched for less often: dead letters are seldom retried
+        # The streams of retried dead letters are searched for less often, because they are seldom used.
+        names += [f"again:{worker}" for worker in rechecked]
         positions = [self._streams.position(name) for name in names]
         for reader, some in self._streams.by_reader(positions):
             if reader.is_away:
@@ -266,15 +265,14 @@ class StreamDiscovery:
                 if consumer_pending(summary, self._pending.consumers) > len(self._pending.ids(stream)):
                     self._streams.rescan([position])
         except ServerFault as error:
-            if not is_stream_lost(error):
+            if not is_stream_lost(error):  # otherwise the next read fails too, and searches for the stream
                 raise
-            return  # the next read fails too, and searches again
 
     def _create_group(self, stream: Stream) -> None:
         try:
             self._connection.execute("XGROUP CREATE", stream.key, GROUP, "0")
         except ServerOutOfMemory:
-            pass  # the worker creates it with its stream; if it did not, the next read fails and searches again
+            pass  # the worker creates it with its stream; if it did not, the next read fails, and searches for the stream
         except PeerError as error:
             if "BUSYGROUP" not in str(error):
                 raise
