@@ -136,9 +136,9 @@ class SendQueue:
         """Confirm the unconfirmed batch if there is one; otherwise refresh."""
         self._repeat(self._confirm if self.pending.unconfirmed else self._refresh, deadline)
 
-    def drop_oldest(self, size: int, settings: RunSettings, deadline: Deadline) -> int:
+    def drop_oldest(self, stored_bytes: int, settings: RunSettings, deadline: Deadline) -> int:
         """Drop waiting batches until one of this size fits, as far as possible; return how many were dropped."""
-        return self._repeat(lambda: self._drop_oldest(size, settings), deadline)
+        return self._repeat(lambda: self._drop_oldest(stored_bytes, settings), deadline)
 
     def write_counts(self, deadline: Deadline) -> None:
         """Write what this incarnation counted."""
@@ -325,8 +325,8 @@ class SendQueue:
 
         self.pending.release_oldest(is_acknowledged)
 
-    def _drop_oldest(self, size: int, settings: RunSettings) -> int:
-        limits = (settings.max_queue_size - 1, settings.max_queue_bytes - size)
+    def _drop_oldest(self, stored_bytes: int, settings: RunSettings) -> int:
+        limits = (settings.max_queue_size - 1, settings.max_queue_bytes - stored_bytes)
         reply = self._run(DROP_OLDEST, (GROUP, *limits, self.size.sent_bytes, self._incarnation))
         before, self._counted["dropped_oldest"] = self._counted["dropped_oldest"], int(reply[0])
         delivered, first_waiting = entry_place(reply[1]), entry_place(reply[2])

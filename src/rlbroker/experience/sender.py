@@ -267,7 +267,7 @@ class Sender:
             )
 
     def _make_room(
-        self, size: int, settings: RunSettings, deadline: Deadline, stopped: Callable[[], bool]
+        self, stored_bytes: int, settings: RunSettings, deadline: Deadline, stopped: Callable[[], bool]
     ) -> tuple[str, int]:
         """Make room for a batch as `when_full` says.
 
@@ -275,28 +275,28 @@ class Sender:
             The outcome to count if there is no room, or an empty text; and how many batches were dropped for this one.
         """
         when_full = self._when_full or settings.when_full
-        if self._fits(size, settings):
+        if self._fits(stored_bytes, settings):
             return "", 0
         self.queue.refresh(deadline)
-        if when_full == "drop_oldest" and not self._fits(size, settings):
-            dropped = self.queue.drop_oldest(size, settings, deadline)
+        if when_full == "drop_oldest" and not self._fits(stored_bytes, settings):
+            dropped = self.queue.drop_oldest(stored_bytes, settings, deadline)
             self.queue.refresh(deadline)
             # What is in the learner's hands cannot be dropped, so there may still be no room.
-            return "" if self._fits(size, settings) else "dropped_newest", dropped
-        if when_full == "drop_newest" and not self._fits(size, settings):
+            return "" if self._fits(stored_bytes, settings) else "dropped_newest", dropped
+        if when_full == "drop_newest" and not self._fits(stored_bytes, settings):
             return "dropped_newest", 0
         self._waiting_since = time.monotonic()
         try:
-            return self._wait_for_room(size, settings, deadline, stopped), 0
+            return self._wait_for_room(stored_bytes, settings, deadline, stopped), 0
         finally:
             waited, self._waiting_since = self.room_seconds, None
             self._room_seconds = waited
 
     def _wait_for_room(
-        self, size: int, settings: RunSettings, deadline: Deadline, stopped: Callable[[], bool]
+        self, stored_bytes: int, settings: RunSettings, deadline: Deadline, stopped: Callable[[], bool]
     ) -> str:
         backoff = Backoff(first=0.001, longest=MAX_POLL_SECONDS)
-        while not self._fits(size, settings):
+        while not self._fits(stored_bytes, settings):
             if stopped():
                 return "stopped"
             if deadline.over:
@@ -312,10 +312,12 @@ class Sender:
             self.queue.refresh(deadline)
         return ""
 
-    def _fits(self, size: int, settings: RunSettings) -> bool:
+    def _fits(self, stored_bytes: int, settings: RunSettings) -> bool:
         found = self.queue.size
         held_bytes = max(found.held_bytes, self.queue.pending.kept_bytes)
-        return found.waiting < settings.max_queue_size and held_bytes + size <= settings.max_queue_bytes
+        return (
+            found.waiting < settings.max_queue_size and held_bytes + stored_bytes <= settings.max_queue_bytes
+        )
 
     def _store(self, batch: PendingBatch, deadline: Deadline) -> None:
         """Store a batch; or, if it is certain that it was not stored, release its number and raise."""

@@ -272,7 +272,7 @@ class StreamDiscovery:
         try:
             self._connection.execute("XGROUP CREATE", stream.key, GROUP, "0")
         except ServerOutOfMemory:
-            pass  # the worker creates it with its stream; if it did not, the next read fails, and searches for the stream
+            pass  # the worker creates it with its stream; otherwise the next read fails, and searches for it
         except PeerError as error:
             if "BUSYGROUP" not in str(error):
                 raise
