@@ -47,7 +47,7 @@ class Confirmation:
             PeerError: the server refused.
         """
         if isinstance(reply, PeerError):
-            if _has_no_file(reply):
+            if _has_no_file(reply):  # an outage and no refusal: the file may be back soon
                 return False
             raise reply
         confirmed = bool(reply if isinstance(reply, int) else reply[0])

@@ -185,7 +185,7 @@ class SendQueue:
             try:
                 return operation()
             finally:
-                # Another node answered, also part of `_open`; what it loses does not show in this connection.
+                # A node that was asked instead, by `_open` too, can lose what it stored without breaking this connection.
                 self.stale |= self.channel.strayed
 
         return self._connection.retry(attempt, deadline)
