@@ -318,7 +318,7 @@ def test_each_learner_restores_its_counts_on_a_server_that_lost_everything(
 
 def _delivered_as_remembered(comm: WorkerCommunicator) -> int:
     comm.collect_experiences()
-    return comm._holdings._counted[0]["delivered"]
+    return comm._holdings.totals()[0]
 
 
 def _delivered(comm: WorkerCommunicator) -> int:

@@ -185,7 +185,7 @@ class SendQueue:
             try:
                 return operation()
             finally:
-                # A node that was asked instead, by `_open` too, can lose what it stored without breaking this connection.
+                # If another node was asked instead, by `_open` too, its losses do not break this connection.
                 self.stale |= self.channel.strayed
 
         return self._connection.retry(attempt, deadline)
