@@ -578,7 +578,7 @@ class WorkerCommunicator:
         if ended:
             with suppress(PeerError):  # the report must not depend on the last sample
                 self._maintenance.record(last=True)
-        return CleanupReport(waiting, self._pending.counts(), commands)
+        return CleanupReport(waiting, self._pending.count_by_worker(), commands)
 
     # Checks
 

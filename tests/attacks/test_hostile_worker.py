@@ -167,7 +167,7 @@ def test_a_key_of_a_wrong_type_hides_no_other_worker(
         assert counts.delivered == 1
         assert comm.workers()[0].worker_id == 0
         assert comm.get_queue_info()["counts"][0].delivered == 1
-        comm._collector._look_at_holdings(comm._collector._watched.values())
+        comm._collector._discovery.recheck(comm._collector._streams.watched.values())
     check_works(comm, good)
 
 

@@ -1,4 +1,4 @@
-"""The levels: what a batch must have reached before its worker lets go of it."""
+"""The levels: what a batch must have reached before its worker releases it."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ Worker = Callable[..., WorkerClient]
 
 
 def waiting(server: Server, keys: Keys, client: WorkerClient) -> list[int]:
-    """Give the numbers of the batches of this life that are in its queue."""
+    """Return the numbers of the batches in the queue, which must all be of this incarnation."""
     ids = [entry_place(entry_id) for entry_id, _ in server.client.xrange(keys.experiences(0))]
-    assert {life for life, _ in ids} <= {client.incarnation}
+    assert {incarnation for incarnation, _ in ids} <= {client.incarnation}
     return [number for _, number in ids]
 
 
 def break_channel(client: WorkerClient, *, after_sending: bool) -> threading.Event:
-    """Have the sender's connection fail, before or after the server got the command, until the event is set."""
+    """Break the sender's connection, before or after the server receives the commands, until the event is set."""
     mended = threading.Event()
     assert client._sender is not None
-    channel: Any = client._sender._channel
+    channel: Any = client._sender.queue.channel
     execute_all = channel.execute_all
 
     def fail(commands: Any) -> Any:
@@ -67,23 +67,25 @@ def test_at_level_learner_a_batch_is_kept_until_it_is_acknowledged(learner: Lear
     assert client.flush(timeout=5.0) == 0
 
 
-def test_flushing_while_another_thread_sends_tells_what_is_left(learner: Learner, worker: Worker) -> None:
-    learner(acknowledge="manual")
-    client = worker(level="learner")
+def test_flush_reports_pending_batches_while_another_thread_sends(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(max_queue_size=1, acknowledge="manual"), worker(level="learner")
     client.send_experiences({})
-    assert client._sender is not None
-    with client._sender._lock:  # as a thread does that waits for the server
-        assert client.flush(timeout=0.05) == 1
+    sending = threading.Thread(target=client.send_experiences, args=({},))
+    sending.start()
+    wait_until("it waits for room", lambda: client._sender.room_seconds > 0)
+    assert client.flush(timeout=0.05) == 1
+    comm.collect_experiences(timeout=5.0)
+    sending.join()
 
 
-def test_at_level_redis_nothing_is_kept(learner: Learner, worker: Worker) -> None:
+def test_at_level_redis_no_batch_is_kept(learner: Learner, worker: Worker) -> None:
     learner()
     client = worker()
     client.send_experiences({})
     assert client.flush(timeout=0.1) == 0
 
 
-def test_at_level_learner_what_the_server_lost_is_sent_again_in_order(
+def test_at_level_learner_lost_batches_are_sent_again_in_order(
     server: Server, learner: Learner, worker: Worker, keys: Keys
 ) -> None:
     comm, client = learner(acknowledge="manual"), worker(level="learner")
@@ -93,10 +95,10 @@ def test_at_level_learner_what_the_server_lost_is_sent_again_in_order(
     wait_until("two are safe", lambda: client.flush(timeout=0.01) == 3)
     comm.cleanup()
     server.client.flushall()
-    wait_until("the rest is there again", lambda: waiting(server, keys, client) == [3, 4, 5])
+    wait_until("the rest is stored again", lambda: waiting(server, keys, client) == [3, 4, 5])
 
 
-def test_a_server_that_lost_the_queue_takes_no_batch_before_those_that_it_lost(
+def test_lost_batches_are_sent_again_before_new_ones(
     server: Server, learner: Learner, worker: Worker, keys: Keys
 ) -> None:
     comm, client = learner(), worker(level="learner")
@@ -108,7 +110,7 @@ def test_a_server_that_lost_the_queue_takes_no_batch_before_those_that_it_lost(
 
 
 @pytest.mark.parametrize(("batches", "words"), [(1, "1 is"), (2, "2 are")])
-def test_what_is_sent_again_is_told(
+def test_batches_sent_again_are_logged(
     server: Server,
     learner: Learner,
     worker: Worker,
@@ -121,12 +123,12 @@ def test_what_is_sent_again_is_told(
         client.send_experiences({"number": number})
     comm.cleanup()
     server.client.flushall()
-    with suppress(RunLost):  # there is no learner
+    with suppress(RunLost):  # there is no learner to open the run
         client.flush(timeout=0.01)
     assert f"the server lost what worker 0 sent after batch 0; {words} sent again" in caplog.text
 
 
-def test_a_worker_says_how_many_batches_it_sent_when_the_server_lost_them(
+def test_a_worker_writes_again_how_many_batches_it_sent_after_a_loss(
     server: Server, learner: Learner, worker: Worker, keys: Keys
 ) -> None:
     comm, client = learner(), worker()
@@ -134,7 +136,9 @@ def test_a_worker_says_how_many_batches_it_sent_when_the_server_lost_them(
         client.send_experiences({"number": number})
     comm.cleanup()
     server.client.flushall()
-    wait_until("it said so", lambda: server.client.hget(keys.counts(0), f"sent:{client.incarnation}") == b"4")
+    wait_until(
+        "it wrote so", lambda: server.client.hget(keys.counts(0), f"sent:{client.incarnation}") == b"4"
+    )
     assert waiting(server, keys, client) == []
     client.send_experiences({"number": 4})
     assert waiting(server, keys, client) == [5]
@@ -161,17 +165,17 @@ def test_a_batch_that_went_out_with_a_reopened_queue_keeps_its_number(
     learner()
     client = worker()
     assert client._sender is not None
-    channel: Any = client._sender._channel
+    channel: Any = client._sender.queue.channel
     execute_all = channel.execute_all
 
-    away: list[bool] = []
+    lost: list[bool] = []
 
     def lose_reply(commands: Any) -> Any:
-        if not away:
+        if not lost:
             replies = execute_all(commands)
             if not any(command[0] == "XADD" for command in commands):
                 return replies
-            away.append(True)
+            lost.append(True)
         channel.close()
         raise ConnectionFailed("broken on purpose")
 
@@ -184,11 +188,11 @@ def test_a_batch_that_went_out_with_a_reopened_queue_keeps_its_number(
     assert waiting(server, keys, client) == [1, 2]
 
 
-def test_what_is_read_during_a_look_is_kept(learner: Learner, worker: Worker) -> None:
+def test_a_batch_collected_during_a_refresh_is_kept(learner: Learner, worker: Worker) -> None:
     comm, client = learner(acknowledge="manual"), worker(level="learner")
     client.send_experiences({"number": 1})
     assert client._sender is not None
-    channel: Any = client._sender._channel
+    channel: Any = client._sender.queue.channel
     execute_all = channel.execute_all
 
     def slowly(commands: Any) -> list[Any]:
@@ -202,7 +206,7 @@ def test_what_is_read_during_a_look_is_kept(learner: Learner, worker: Worker) ->
     assert client.flush(timeout=0.01) == 1
 
 
-def test_an_unconfirmed_batch_arrives_by_itself(
+def test_an_unconfirmed_batch_is_sent_in_the_background(
     server: Server, learner: Learner, worker: Worker, keys: Keys
 ) -> None:
     learner()
@@ -212,7 +216,7 @@ def test_an_unconfirmed_batch_arrives_by_itself(
         client.send_experiences({"number": 1}, timeout=0.2)
     assert waiting(server, keys, client) == []
     mended.set()
-    wait_until("it is there", lambda: waiting(server, keys, client) == [1])
+    wait_until("it is stored", lambda: waiting(server, keys, client) == [1])
     assert client.flush(timeout=5.0) == 0
 
 
@@ -222,21 +226,21 @@ def test_a_batch_that_was_never_sent_stays_with_the_caller(
     learner()
     client = worker()
     assert client._sender is not None
-    channel = client._sender._channel
+    channel = client._sender.queue.channel
     channel.close()
 
     def refuse() -> bool:
-        raise ConnectionFailed("nobody there")
+        raise ConnectionFailed("broken on purpose")
 
     with monkeypatch.context() as patch:
         patch.setattr(channel, "connect", refuse)
-        with pytest.raises(ConnectionFailed, match="nobody there"):
+        with pytest.raises(ConnectionFailed, match="broken on purpose"):
             client.send_experiences({"number": 1}, timeout=0.2)
     assert client.send_experiences({"number": 2}).sequence == 1
     assert waiting(server, keys, client) == [1]
 
 
-def test_a_fenced_worker_counts_what_it_could_not_deliver(
+def test_a_fenced_worker_counts_its_undelivered_batches(
     server: Server, learner: Learner, worker: Worker, keys: Keys
 ) -> None:
     learner()
@@ -254,7 +258,7 @@ def test_a_fenced_worker_counts_what_it_could_not_deliver(
 
 
 @pytest.mark.on_every_engine
-def test_what_was_dropped_is_not_sent_again(
+def test_dropped_batches_are_not_sent_again(
     server: Server, learner: Learner, worker: Worker, keys: Keys
 ) -> None:
     comm = learner(max_queue_size=2, when_full="drop_oldest")
@@ -263,9 +267,9 @@ def test_what_was_dropped_is_not_sent_again(
         client.send_experiences({"number": number})
     comm.cleanup()
     server.client.flushall()
-    wait_until("the rest is there", lambda: waiting(server, keys, client) == [4, 5])
+    wait_until("the rest is stored", lambda: waiting(server, keys, client) == [4, 5])
     dropped = f"dropped_oldest:{client.incarnation}"
-    wait_until("the dropped are counted", lambda: server.client.hget(keys.counts(0), dropped) == b"3")
+    wait_until("the dropped batches are counted", lambda: server.client.hget(keys.counts(0), dropped) == b"3")
 
 
 def test_an_unknown_level_is_refused(worker: Worker) -> None:
@@ -287,7 +291,7 @@ def test_a_level_that_the_server_cannot_give_is_refused_at_once(
         worker(level=level)
 
 
-def test_at_level_fsync_a_batch_is_on_the_disk(real_server: RealServer, run: str) -> None:
+def test_at_level_fsync_a_batch_is_confirmed_by_the_disk(real_server: RealServer, run: str) -> None:
     with WorkerCommunicator(1, run=run, **real_server.way()) as comm:
         real_server.client.config_set("appendonly", "yes")
         try:
@@ -301,7 +305,7 @@ def test_at_level_fsync_a_batch_is_on_the_disk(real_server: RealServer, run: str
 
 @contextmanager
 def on_the_disk(server: RealServer) -> Iterator[None]:
-    """Have the server keep an append-only file meanwhile."""
+    """Make the server keep an append-only file within this block."""
     server.client.config_set("appendonly", "yes")
     try:
         yield
@@ -309,33 +313,37 @@ def on_the_disk(server: RealServer) -> Iterator[None]:
         server.client.config_set("appendonly", "no")
 
 
-def test_what_a_level_lacks_later_is_waited_for_and_told(real_server: RealServer, run: str) -> None:
-    """What was right when the worker started is an outage when it is gone, like any other."""
+def test_a_level_that_the_server_loses_later_is_reported_and_waited_for(
+    real_server: RealServer, run: str
+) -> None:
+    """Only a level that is impossible from the start is refused; later it is an outage."""
     with WorkerCommunicator(1, run=run, lease_seconds=1.0, **real_server.way()) as comm, ExitStack() as stack:
         with on_the_disk(real_server):
             client = stack.enter_context(
                 WorkerClient(run=run, level="fsync", timeout=1.0, **real_server.way())
             )
-        with pytest.raises(Unconfirmed, match=r"batch 1 of worker 0.*append-only file for batch 1.* goes on"):
+        with pytest.raises(
+            Unconfirmed, match=r"batch 1 of worker 0.*append-only file for batch 1.* to continue"
+        ):
             client.send_experiences({"number": 1})
         assert client._sender is not None
-        client._sender.maintain()  # no heartbeat fails of it
+        client._sender.maintain()  # it must not make heartbeats fail
         real_server.client.client_kill_filter(_type="normal", skipme=True)
         with pytest.raises(ConnectionFailed, match="has no append-only file for batch 1; CONFIG SET"):
             client.send_experiences({"number": 2})
-        said = wait_until("the learner hears why", lambda: comm.workers()[0].unconfirmed)
-        assert "has no append-only file" in said
+        why = wait_until("the learner knows why", lambda: comm.workers()[0].unconfirmed)
+        assert "has no append-only file" in why
         with on_the_disk(real_server):
             client.send_experiences({"number": 2}, timeout=10.0)
             assert [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)] == [1, 2]
-            wait_until("all is well", lambda: not comm.workers()[0].unconfirmed)
+            wait_until("the worker reports no problem", lambda: not comm.workers()[0].unconfirmed)
 
 
 @pytest.mark.parametrize("drains", [False, True])
-def test_a_worker_leaves_in_time_though_its_batch_is_not_confirmed(
+def test_a_worker_with_an_unconfirmed_batch_leaves_in_time(
     real_server: RealServer, run: str, drains: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The server answers, so that leaving is recorded; and why the batch is not safe is said once."""
+    """The server answers, so the worker can leave the run; it logs once why the batch is not safe."""
     caplog.set_level(logging.WARNING, "rlbroker")
     with WorkerCommunicator(1, run=run, **real_server.way()) as comm:
         with on_the_disk(real_server):
@@ -346,18 +354,18 @@ def test_a_worker_leaves_in_time_though_its_batch_is_not_confirmed(
             client.drain()
         client.close()
         assert comm.workers() == []
-        (said,) = caplog.messages
-        assert said.startswith("worker 0 leaves with 1 batch that has not reached level 'fsync': ")
-        assert "has no append-only file for batch 1" in said
+        (message,) = caplog.messages
+        assert message.startswith("worker 0 leaves with 1 batch that has not reached level 'fsync': ")
+        assert "has no append-only file for batch 1" in message
 
 
 @contextmanager
 def without_replica(cluster: ClusterServer, key: str) -> Iterator[Node]:
-    """Have no replica at the master that has a key, and give that master."""
+    """Stop the replica of the master that has a key, within this block; yield that master."""
     master = cluster.engine.owner_of(cluster.engine.slot_of(key))
     replica = cluster.engine.replica_of(master)
     replica.kill()
-    wait_until("that is noticed", lambda: b"connected_slaves:0" in master.ask("INFO", "replication"))
+    wait_until("the master has noticed", lambda: b"connected_slaves:0" in master.ask("INFO", "replication"))
     try:
         yield master
     finally:
@@ -366,15 +374,15 @@ def without_replica(cluster: ClusterServer, key: str) -> Iterator[Node]:
 
 
 def queue_on(master: Node, cluster: ClusterServer, keys: Keys) -> int:
-    """Give the worker whose queue is on a master."""
+    """Return the worker whose queue is on a master."""
     slots = [cluster.engine.slot_of(keys.experiences(number)) for number in range(3)]
     return next(number for number, slot in enumerate(slots) if cluster.engine.owner_of(slot) is master)
 
 
-def test_level_replica_asks_for_one_of_the_master_that_has_the_queue(
+def test_level_replica_needs_a_replica_of_the_queues_own_master(
     cluster: ClusterServer, run: str, keys: Keys
 ) -> None:
-    """Not of the one that has the run's own keys; and how to add one is said as a Cluster needs it."""
+    """Not one of the master that has the run's own keys; the error says how to add one to a Cluster."""
     with without_replica(cluster, keys.meta) as lonely, ExitStack() as stack:
         way: dict[str, Any] = {"run": run, "level": "replica", "timeout": 2.0, **cluster.way()}
         early = [stack.enter_context(WorkerClient(worker_id=number, **way)) for number in range(3)]
@@ -390,7 +398,7 @@ def test_level_replica_asks_for_one_of_the_master_that_has_the_queue(
             WorkerClient(worker_id=alone, **way)
 
 
-def test_a_replica_that_is_missing_when_the_run_is_opened_is_waited_for(
+def test_a_replica_that_is_missing_when_the_run_opens_is_waited_for(
     cluster: ClusterServer, run: str, keys: Keys
 ) -> None:
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Marks: what a checkpoint holds never comes again, and what it does not hold does."""
+"""Marks: batches that a checkpoint covers are never delivered again, and all others are."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 from conftest import Server, wait_until
 
 from rlbroker import ConnectionFailed, InvalidArgument, WorkerClient, WorkerCommunicator
-from rlbroker.experience import collector
+from rlbroker.experience import watched_streams
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 
 @pytest.fixture(autouse=True)
-def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collector, "RECHECK_SECONDS", 0.1)
+def _recheck_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched_streams, "RECHECK_SECONDS", 0.1)
 
 
 def send(client: WorkerClient, *numbers: int) -> None:
@@ -27,32 +27,32 @@ def send(client: WorkerClient, *numbers: int) -> None:
 
 
 def collect(comm: WorkerCommunicator, count: int) -> list[int]:
-    """Collect until so many have come, and see that no more do."""
+    """Collect until this many batches were delivered, and a moment longer; return all of them."""
     found: list[int] = []
 
     def enough() -> bool:
         found.extend(batch["number"] for _, batch in comm.collect_experiences(timeout=0.2))
         return len(found) >= count
 
-    wait_until(f"{count} batches came", enough)
+    wait_until(f"{count} batches were collected", enough)
     found.extend(batch["number"] for _, batch in comm.collect_experiences(timeout=0.3))
     return found
 
 
 @pytest.mark.on_every_engine
-def test_a_learner_goes_on_exactly_where_its_checkpoint_ends(learner: Learner, worker: Worker) -> None:
+def test_a_learner_continues_exactly_where_its_checkpoint_ends(learner: Learner, worker: Worker) -> None:
     comm, client = learner(acknowledge="manual"), worker()
     send(client, 1, 2, 3, 4)
     comm.collect_experiences(timeout=5.0, max_batches=2)
     marks = json.loads(json.dumps(comm.marks()))
-    comm.collect_experiences(timeout=5.0)  # after the checkpoint, so lost with the learner
+    comm.collect_experiences(timeout=5.0)  # after the checkpoint, so they are lost with the learner
     again = learner(acknowledge="manual")
     again.restore(marks)
     send(client, 5)
     assert collect(again, 3) == [3, 4, 5]
 
 
-def test_what_the_checkpoint_holds_counts_as_delivered(learner: Learner, worker: Worker) -> None:
+def test_batches_covered_by_a_checkpoint_count_as_delivered(learner: Learner, worker: Worker) -> None:
     comm, client = learner(acknowledge="manual"), worker()
     send(client, 1, 2, 3)
     comm.collect_experiences(timeout=5.0)
@@ -64,7 +64,7 @@ def test_what_the_checkpoint_holds_counts_as_delivered(learner: Learner, worker:
     assert (counts.produced, counts.delivered, counts.in_hand, counts.lost) == (3, 3, 0, {})
 
 
-def test_without_marks_what_was_not_acknowledged_comes_again(learner: Learner, worker: Worker) -> None:
+def test_without_marks_unacknowledged_batches_are_delivered_again(learner: Learner, worker: Worker) -> None:
     comm, client = learner(acknowledge="manual"), worker()
     send(client, 1, 2)
     comm.acknowledge(comm.collect_experiences(timeout=5.0, max_batches=1))
@@ -72,9 +72,7 @@ def test_without_marks_what_was_not_acknowledged_comes_again(learner: Learner, w
     assert collect(learner(), 1) == [2]
 
 
-def test_acknowledging_marks_acknowledges_what_they_cover_and_no_more(
-    learner: Learner, worker: Worker
-) -> None:
+def test_acknowledging_marks_acknowledges_only_what_they_cover(learner: Learner, worker: Worker) -> None:
     comm, client = learner(acknowledge="manual"), worker(level="learner")
     send(client, 1, 2, 3)
     comm.collect_experiences(timeout=5.0, max_batches=2)
@@ -85,7 +83,7 @@ def test_acknowledging_marks_acknowledges_what_they_cover_and_no_more(
     wait_until("the worker keeps the third only", lambda: client.flush(timeout=0.01) == 1)
 
 
-def test_batches_that_wait_within_the_learner_are_not_covered(learner: Learner, worker: Worker) -> None:
+def test_batches_that_were_read_and_not_returned_are_not_covered(learner: Learner, worker: Worker) -> None:
     comm, first, second = learner(acknowledge="manual"), worker(), worker()
     send(first, 1, 2, 3)
     send(second, 11, 12, 13)
@@ -96,7 +94,7 @@ def test_batches_that_wait_within_the_learner_are_not_covered(learner: Learner, 
     assert sorted(got + collect(again, 4)) == [1, 2, 3, 11, 12, 13]
 
 
-def test_a_new_life_of_a_worker_is_not_covered(learner: Learner, worker: Worker) -> None:
+def test_a_new_incarnation_of_a_worker_is_not_covered(learner: Learner, worker: Worker) -> None:
     comm, client = learner(acknowledge="manual"), worker(0)
     send(client, 1, 2, 3)
     comm.collect_experiences(timeout=5.0)
@@ -107,7 +105,7 @@ def test_a_new_life_of_a_worker_is_not_covered(learner: Learner, worker: Worker)
     assert collect(again, 1) == [4]
 
 
-def test_what_a_fault_kept_from_being_settled_is_settled_later(
+def test_a_repeat_that_could_not_be_acknowledged_is_acknowledged_later(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comm, client = learner(acknowledge="manual"), worker(level="learner")
@@ -118,10 +116,10 @@ def test_what_a_fault_kept_from_being_settled_is_settled_later(
     again.restore(marks)
 
     def fail(*arguments: Any, **options: Any) -> None:
-        raise ConnectionFailed("the server is away")
+        raise ConnectionFailed("broken on purpose")
 
     with monkeypatch.context() as patch:
-        patch.setattr(again._pending, "settle", fail)
+        patch.setattr(again._pending, "acknowledge", fail)
         with pytest.raises(ConnectionFailed):
             again.collect_experiences(timeout=5.0)
     assert again.collect_experiences() == []
@@ -130,14 +128,14 @@ def test_what_a_fault_kept_from_being_settled_is_settled_later(
     assert (counts.in_hand, counts.delivered, counts.produced) == (0, 3, 3)
 
 
-def test_a_tried_batch_that_the_checkpoint_holds_does_not_come_again(
+def test_a_retried_batch_covered_by_a_checkpoint_is_not_delivered_again(
     server: Server, learner: Learner, worker: Worker
 ) -> None:
     comm, client = learner(acknowledge="manual", max_deliveries=1), worker()
     send(client, 1)
     comm.collect_experiences(timeout=5.0)
-    comm = learner(acknowledge="manual", max_deliveries=1)  # the one before died over it
-    wait_until("it is dead", lambda: comm.collect_experiences() or comm.dead_letters())
+    comm = learner(acknowledge="manual", max_deliveries=1)  # the learner before died over it
+    wait_until("it is a dead letter", lambda: comm.collect_experiences() or comm.dead_letters())
     comm.retry_dead_letters(comm.dead_letters())
     assert collect(comm, 1) == [1]
     marks = comm.marks()
@@ -147,9 +145,7 @@ def test_a_tried_batch_that_the_checkpoint_holds_does_not_come_again(
     assert collect(again, 1) == [2]
 
 
-def test_numbers_of_versions_go_on_though_the_server_is_new(
-    server: Server, learner: Learner, run: str
-) -> None:
+def test_version_numbers_continue_on_a_new_server(server: Server, learner: Learner, run: str) -> None:
     comm = learner()
     for _ in range(3):
         comm.send_model_weights({"w": 1})
@@ -161,7 +157,7 @@ def test_numbers_of_versions_go_on_though_the_server_is_new(
     assert again.send_model_weights({"w": 1}).version == 4
 
 
-def test_marks_come_before_the_first_collect(learner: Learner, worker: Worker) -> None:
+def test_marks_are_restored_before_the_first_collect(learner: Learner, worker: Worker) -> None:
     comm = learner()
     comm.collect_experiences()
     with pytest.raises(InvalidArgument, match="before the first"):
@@ -193,9 +189,7 @@ def test_marks_of_another_run_are_refused(learner: Learner) -> None:
     ],
     ids=str,
 )
-def test_what_are_no_marks_is_refused_and_changes_nothing(
-    learner: Learner, worker: Worker, wrong: Any
-) -> None:
+def test_invalid_marks_are_refused_and_change_nothing(learner: Learner, worker: Worker, wrong: Any) -> None:
     comm, client = learner(), worker()
     send(client, 1)
     damaged = comm.marks() | wrong if isinstance(wrong, dict) else wrong

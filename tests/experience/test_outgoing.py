@@ -1,4 +1,4 @@
-"""Batches as bytes: what does not get smaller is seldom tried, and what would is noticed."""
+"""Packing batches: incompressible ones are seldom compressed, and a kept batch owns its memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from rlbroker.codec.message import decode, encode_pieces
 from rlbroker.experience import outgoing
-from rlbroker.experience.outgoing import LONGEST_REST, TRIED_IN_VAIN, Packer, PendingBatch
+from rlbroker.experience.outgoing import MOST_SKIPPED, TRIED_IN_VAIN, Packer, PendingBatch
 from rlbroker.types import SendReceipt
 
 pytestmark = pytest.mark.unit
@@ -19,8 +19,8 @@ ZEROS = {"obs": np.zeros((8, 8192), np.uint8)}
 
 
 @pytest.fixture
-def tries(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether compressing was tried, batch by batch."""
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each batch was compressed."""
     found: list[bool] = []
 
     def spy(batch: object, *, compression: bool) -> Any:
@@ -31,44 +31,44 @@ def tries(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
-def test_what_does_not_get_smaller_is_seldom_tried(tries: list[bool]) -> None:
+def test_incompressible_batches_are_seldom_compressed(attempts: list[bool]) -> None:
     packer = Packer(compression=True)
-    for _ in range(20 * LONGEST_REST):
+    for _ in range(20 * MOST_SKIPPED):
         message = packer.pack(NOISE)
         assert message.raw_bytes <= message.stored_bytes < 1.02 * message.raw_bytes
-    assert all(tries[:TRIED_IN_VAIN])
-    assert TRIED_IN_VAIN < sum(tries) < TRIED_IN_VAIN + 25
+    assert all(attempts[:TRIED_IN_VAIN])
+    assert TRIED_IN_VAIN < sum(attempts) < TRIED_IN_VAIN + 25
 
 
-def test_what_begins_to_get_smaller_is_noticed(tries: list[bool]) -> None:
+def test_batches_that_become_compressible_are_compressed(attempts: list[bool]) -> None:
     packer = Packer(compression=True)
-    for _ in range(10 * LONGEST_REST):
+    for _ in range(10 * MOST_SKIPPED):
         packer.pack(NOISE)
-    sizes = [packer.pack(ZEROS).stored_bytes for _ in range(2 * LONGEST_REST)]
+    sizes = [packer.pack(ZEROS).stored_bytes for _ in range(2 * MOST_SKIPPED)]
     first = next(number for number, size in enumerate(sizes) if size < 8192)
-    assert first <= LONGEST_REST
-    assert all(tries[-len(sizes) + first :])
+    assert first <= MOST_SKIPPED
+    assert all(attempts[-len(sizes) + first :])
 
 
-def test_what_gets_smaller_now_and_then_is_always_tried(tries: list[bool]) -> None:
+def test_batches_that_sometimes_compress_are_always_compressed(attempts: list[bool]) -> None:
     packer = Packer(compression=True)
     for _ in range(50):
         packer.pack(ZEROS)
         packer.pack(NOISE)
-    assert all(tries)
+    assert all(attempts)
 
 
-def test_without_compression_nothing_is_tried(tries: list[bool]) -> None:
+def test_without_compression_nothing_is_compressed(attempts: list[bool]) -> None:
     packer = Packer(compression=False)
     assert packer.pack(ZEROS).stored_bytes > 65536
-    assert not any(tries)
+    assert not any(attempts)
 
 
-def test_a_batch_that_is_kept_does_not_change_with_the_arrays_of_the_caller() -> None:
+def test_a_kept_batch_does_not_change_with_the_callers_arrays() -> None:
     batch = {"obs": NOISE["obs"].copy()}
     message = Packer(compression=True).pack(batch)
     receipt = SendReceipt(0, 1, 1, 0, message.rows, message.raw_bytes, message.stored_bytes, accepted=True)
-    parcel = PendingBatch(1, ["data", message.pieces], receipt)
-    parcel.keep()
+    pending = PendingBatch(1, ["data", message.pieces], receipt)
+    pending.copy_message()
     batch["obs"][:] = 0
-    np.testing.assert_array_equal(decode(parcel.fields[-1])["obs"], NOISE["obs"])
+    np.testing.assert_array_equal(decode(pending.fields[-1])["obs"], NOISE["obs"])

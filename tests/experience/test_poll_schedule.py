@@ -1,63 +1,63 @@
-"""Which streams a read asks, with nothing but numbers."""
+"""The poll schedule: which streams a read polls."""
 
 from __future__ import annotations
 
 import pytest
 
-from rlbroker.experience.poll_schedule import FEW, LONGEST_SECONDS, QUIET_SECONDS, Turns
+from rlbroker.experience.stream_reader import FEW, MAX_SKIP_SECONDS, QUIET_SECONDS, PollSchedule
 
 pytestmark = pytest.mark.unit
 
 
-def _watched(number: int) -> dict[str, int]:
+def _streams(number: int) -> dict[str, int]:
     return {str(one): one for one in range(number)}
 
 
-def _after_all_were_asked(number: int, *found: str, at: float = 100.0) -> Turns:
-    turns = Turns()
-    turns.note(found, number, at, all_asked=True)
-    return turns
+def _after_a_full_poll(number: int, *found: str, at: float = 100.0) -> PollSchedule:
+    schedule = PollSchedule()
+    schedule.note(found, number, at, polled_all=True)
+    return schedule
 
 
-def test_a_small_run_asks_all_each_time() -> None:
-    """Where there are few workers nothing is saved, and nobody waits for a turn."""
-    turns = _after_all_were_asked(FEW, "3")
-    assert turns.choose(_watched(FEW), 100.0) == (list(range(FEW)), None)
+def test_few_streams_are_all_polled_each_time() -> None:
+    """With few workers, skipping streams would save nothing."""
+    schedule = _after_a_full_poll(FEW, "3")
+    assert schedule.choose(_streams(FEW), 100.0) == (list(range(FEW)), None)
 
 
-def test_among_many_only_the_busy_are_asked_until_it_is_everybodys_turn() -> None:
-    """A read costs what arrives; and a quiet worker is never left out for longer than a moment."""
-    turns = _after_all_were_asked(1000, "3", "7")
-    asked, seconds = turns.choose(_watched(1000), 100.0)
-    assert asked == [3, 7]
+def test_of_many_streams_only_busy_ones_are_polled_until_the_next_full_poll() -> None:
+    """A read costs what arrives, and a quiet worker is skipped only for a moment."""
+    schedule = _after_a_full_poll(1000, "3", "7")
+    polled, seconds = schedule.choose(_streams(1000), 100.0)
+    assert polled == [3, 7]
     assert seconds is not None
-    assert 0 < seconds <= LONGEST_SECONDS
-    assert turns.choose(_watched(1000), 100.0 + LONGEST_SECONDS) == (list(range(1000)), None)
+    assert 0 < seconds <= MAX_SKIP_SECONDS
+    assert schedule.choose(_streams(1000), 100.0 + MAX_SKIP_SECONDS) == (list(range(1000)), None)
 
 
-def test_where_nobody_is_busy_all_are_asked() -> None:
-    """A read that waits on nobody would hear nothing."""
-    assert _after_all_were_asked(1000).choose(_watched(1000), 100.0) == (list(range(1000)), None)
+def test_without_a_busy_stream_all_are_polled() -> None:
+    """A read that polls no stream would never return."""
+    assert _after_a_full_poll(1000).choose(_streams(1000), 100.0) == (list(range(1000)), None)
 
 
-def test_who_had_nothing_for_a_while_is_quiet_again() -> None:
-    """Workers that were busy once do not make reads long for ever."""
-    turns = _after_all_were_asked(1000, "3")
+def test_a_stream_with_nothing_new_for_a_while_is_quiet_again() -> None:
+    """Workers that were busy once do not make all later reads long."""
+    schedule = _after_a_full_poll(1000, "3")
     later = 100.0 + QUIET_SECONDS
-    turns.note(["7"], 1000, later, all_asked=True)
-    assert turns.choose(_watched(1000), later)[0] == [7]
+    schedule.note(["7"], 1000, later, polled_all=True)
+    assert schedule.choose(_streams(1000), later)[0] == [7]
 
 
-def test_who_is_told_to_ask_all_does_so_at_once() -> None:
-    """A call that may not wait looks at everybody before it says that there is nothing."""
-    turns = _after_all_were_asked(1000, "3")
-    turns.ask_all()
-    assert turns.choose(_watched(1000), 100.0) == (list(range(1000)), None)
+def test_poll_all_takes_effect_at_the_next_read() -> None:
+    """A call that may not wait polls all streams before it returns nothing."""
+    schedule = _after_a_full_poll(1000, "3")
+    schedule.poll_all()
+    assert schedule.choose(_streams(1000), 100.0) == (list(range(1000)), None)
 
 
-def test_who_is_not_watched_any_more_is_not_asked() -> None:
-    """A busy worker's stream may be lost."""
-    turns = _after_all_were_asked(1000, "3", "7")
-    watched = _watched(1000)
-    del watched["3"]
-    assert turns.choose(watched, 100.0)[0] == [7]
+def test_a_stream_that_is_no_longer_watched_is_not_polled() -> None:
+    """The server may lose a busy worker's stream."""
+    schedule = _after_a_full_poll(1000, "3", "7")
+    streams = _streams(1000)
+    del streams["3"]
+    assert schedule.choose(streams, 100.0)[0] == [7]

@@ -1,4 +1,4 @@
-"""Flow control: what is refused, and that inserting and sampling never both wait."""
+"""The rate limiter: which settings it refuses, and that inserting and sampling never both wait."""
 
 from __future__ import annotations
 
@@ -43,33 +43,33 @@ def rules(draw: st.DrawFn) -> SamplesPerInsert:
         ((4.0, 1, 3.9), "would wait for each other"),
     ],
 )
-def test_what_cannot_work_is_refused_at_construction(settings: Any, name: str) -> None:
+def test_settings_that_cannot_work_are_refused_at_construction(settings: Any, name: str) -> None:
     with pytest.raises(InvalidArgument, match=name):
         SamplesPerInsert(*settings)
 
 
-def test_sampling_begins_at_the_minimum_size_and_stops_when_it_is_ahead() -> None:
-    flow = RateLimiter(SamplesPerInsert(ratio=2.0, min_size=3, error_buffer=2.0))
-    flow.insert(2)
-    assert not flow.may_sample(1)
-    flow.insert(1)
-    assert [flow.may_sample(1) for _ in range(3)] == [True, True, False]
-    assert (flow.inserts, flow.samples) == (3, 2)
+def test_sampling_starts_at_min_size_and_stops_when_it_is_ahead() -> None:
+    limiter = RateLimiter(SamplesPerInsert(ratio=2.0, min_size=3, error_buffer=2.0))
+    limiter.insert(2)
+    assert not limiter.may_sample(1)
+    limiter.insert(1)
+    assert [limiter.may_sample(1) for _ in range(3)] == [True, True, False]
+    assert (limiter.inserts, limiter.samples) == (3, 2)
 
 
-def test_inserting_stops_when_sampling_is_behind_and_goes_on_with_it() -> None:
-    flow = RateLimiter(SamplesPerInsert(ratio=2.0, min_size=3, error_buffer=2.0))
-    assert flow.wait(0) == 4
-    flow.insert(4)
-    assert flow.wait(0) == 0
-    assert flow.may_sample(2)
-    assert flow.wait(0) == 1
+def test_inserting_stops_while_sampling_is_behind() -> None:
+    limiter = RateLimiter(SamplesPerInsert(ratio=2.0, min_size=3, error_buffer=2.0))
+    assert limiter.wait(0) == 4
+    limiter.insert(4)
+    assert limiter.wait(0) == 0
+    assert limiter.may_sample(2)
+    assert limiter.wait(0) == 1
 
 
-def test_without_a_rule_everything_is_allowed() -> None:
-    flow = RateLimiter(None)
-    assert flow.wait(0) is None
-    assert flow.may_sample(10**6)
+def test_without_settings_nothing_is_limited() -> None:
+    limiter = RateLimiter(None)
+    assert limiter.wait(0) is None
+    assert limiter.may_sample(10**6)
 
 
 @pytest.mark.parametrize("count", [0, -1, True, 1.0, "1"])
@@ -79,45 +79,45 @@ def test_a_number_of_samples_is_a_positive_integer(count: Any) -> None:
 
 
 @given(rules(), st.integers(1, 50), st.integers(1, 400))
-def test_drawing_many_at_once_is_refused_or_comes_through_in_the_end(
+def test_drawing_many_samples_is_refused_or_succeeds_in_the_end(
     rule: SamplesPerInsert, count: int, rounds: int
 ) -> None:
-    flow = RateLimiter(rule)
+    limiter = RateLimiter(rule)
     for _ in range(rounds):
-        room = flow.wait(0)
+        room = limiter.wait(0)
         assert room is not None
-        flow.insert(room)  # as far as it may go
-        assert _draw(flow, count) is not False
+        limiter.insert(room)  # as many as allowed
+        assert _draw(limiter, count) is not False
 
 
 @given(rules(), steps)
-def test_one_side_may_always_go_on_and_both_stay_within_the_error_buffer(
-    rule: SamplesPerInsert, turns: list[tuple[bool, int]]
+def test_one_side_may_always_continue_within_the_error_buffer(
+    rule: SamplesPerInsert, actions: list[tuple[bool, int]]
 ) -> None:
-    flow = RateLimiter(rule)
-    for inserts, count in turns:
-        room = flow.wait(0)
+    limiter = RateLimiter(rule)
+    for inserts, count in actions:
+        room = limiter.wait(0)
         assert room is not None
-        assert room > 0 or _could_sample(flow)
+        assert room > 0 or _could_sample(limiter)
         if inserts:
-            flow.insert(min(room, count))
+            limiter.insert(min(room, count))
         else:
-            flow.may_sample(1)
-        if flow.inserts > rule.min_size:
-            off = flow.inserts * rule.ratio - flow.samples - rule.min_size * rule.ratio
-            assert abs(off) <= rule.error_buffer + 1e-6
+            limiter.may_sample(1)
+        if limiter.inserts > rule.min_size:
+            difference = limiter.inserts * rule.ratio - limiter.samples - rule.min_size * rule.ratio
+            assert abs(difference) <= rule.error_buffer + 1e-6
 
 
-def _could_sample(flow: RateLimiter) -> bool:
-    before = flow.samples
-    possible = flow.may_sample(1)
-    flow.samples = before
+def _could_sample(limiter: RateLimiter) -> bool:
+    before = limiter.samples
+    possible = limiter.may_sample(1)
+    limiter.samples = before
     return possible
 
 
-def _draw(flow: RateLimiter, count: int) -> bool | None:
-    """Give None where so many are refused."""
+def _draw(limiter: RateLimiter, count: int) -> bool | None:
+    """Return None if this many samples are refused."""
     try:
-        return flow.may_sample(count)
+        return limiter.may_sample(count)
     except InvalidArgument:
         return None

@@ -1,4 +1,4 @@
-"""Collecting and training held together by a ratio of samples to inserts."""
+"""`samples_per_insert`: collecting and training limit each other."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ Worker = Callable[..., WorkerClient]
 
 
 @pytest.mark.on_every_engine
-def test_training_too_little_holds_up_collecting_and_then_the_workers(
-    learner: Learner, worker: Worker
-) -> None:
+def test_too_little_training_blocks_collecting_and_then_the_workers(learner: Learner, worker: Worker) -> None:
     comm = learner(max_queue_size=2, samples_per_insert=SamplesPerInsert(1.0, min_size=2, error_buffer=2.0))
     client = worker()
     collected = []
@@ -32,7 +30,7 @@ def test_training_too_little_holds_up_collecting_and_then_the_workers(
     client.send_experiences({"number": 6})
 
 
-def test_training_too_much_is_refused_until_more_came(learner: Learner, worker: Worker) -> None:
+def test_too_much_training_is_refused_until_more_is_collected(learner: Learner, worker: Worker) -> None:
     comm = learner(samples_per_insert=SamplesPerInsert(2.0, min_size=1, error_buffer=2.0))
     client = worker()
     assert not comm.may_sample()
@@ -44,7 +42,7 @@ def test_training_too_much_is_refused_until_more_came(learner: Learner, worker: 
     assert [comm.may_sample() for _ in range(3)] == [True, True, False]
 
 
-def test_a_waiting_collect_goes_on_when_another_thread_samples(learner: Learner, worker: Worker) -> None:
+def test_a_waiting_collect_continues_when_another_thread_samples(learner: Learner, worker: Worker) -> None:
     comm = learner(samples_per_insert=SamplesPerInsert(1.0, min_size=1, error_buffer=1.0))
     client = worker()
     for number in range(3):
@@ -53,13 +51,13 @@ def test_a_waiting_collect_goes_on_when_another_thread_samples(learner: Learner,
     found: list[Any] = []
     waiting = threading.Thread(target=lambda: found.extend(comm.collect_experiences(timeout=30.0)))
     waiting.start()
-    waiting.join(timeout=0.3)  # it waits by now
+    waiting.join(timeout=0.3)  # until it waits
     assert comm.may_sample()
     waiting.join(timeout=10.0)
     assert len(found) == 1
 
 
-def test_the_counts_go_into_the_marks(learner: Learner, worker: Worker) -> None:
+def test_marks_contain_the_counts_of_inserts_and_samples(learner: Learner, worker: Worker) -> None:
     rule = SamplesPerInsert(1.0, min_size=1, error_buffer=1.0)
     comm, client = learner(samples_per_insert=rule), worker()
     client.send_experiences({"number": 0})
@@ -75,6 +73,6 @@ def test_the_counts_go_into_the_marks(learner: Learner, worker: Worker) -> None:
 
 
 @pytest.mark.parametrize("rule", [(1.0, 1, 1.0), 4, {"ratio": 1.0}])
-def test_anything_but_a_rule_is_refused(learner: Learner, rule: Any) -> None:
+def test_only_samples_per_insert_is_accepted(learner: Learner, rule: Any) -> None:
     with pytest.raises(InvalidArgument, match="SamplesPerInsert"):
         learner(samples_per_insert=rule)

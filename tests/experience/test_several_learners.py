@@ -1,4 +1,4 @@
-"""Several learners share the experiences of a run; one of them publishes."""
+"""Several learners of one run: each batch is delivered to one of them, and only one of them publishes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from conftest import Server, wait_until
 
 from rlbroker import Fenced, InvalidArgument, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
-from rlbroker.experience import collector
+from rlbroker.experience import watched_streams
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 
 @pytest.fixture(autouse=True)
-def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collector, "RECHECK_SECONDS", 0.1)
+def _recheck_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched_streams, "RECHECK_SECONDS", 0.1)
 
 
 def send(client: WorkerClient, *numbers: int) -> None:
@@ -32,7 +32,7 @@ def numbers(pairs: Any) -> list[int]:
     return [batch["number"] for _, batch in pairs]
 
 
-def test_each_batch_goes_to_one_of_them(learner: Learner, worker: Worker) -> None:
+def test_each_batch_is_delivered_to_one_learner(learner: Learner, worker: Worker) -> None:
     first, second = learner(learner_name="a"), learner(learner_name="b", publishes=False)
     client = worker()
     found: list[list[int]] = [[], []]
@@ -49,26 +49,26 @@ def test_each_batch_goes_to_one_of_them(learner: Learner, worker: Worker) -> Non
 
 
 @pytest.mark.on_every_engine
-def test_what_a_dead_one_held_goes_to_another(learner: Learner, worker: Worker) -> None:
+def test_pending_batches_of_a_dead_learner_go_to_another(learner: Learner, worker: Worker) -> None:
     dead, client = learner(learner_name="dead", publishes=False), worker()
     send(client, 1, 2, 3)
     dead.collect_experiences(timeout=5.0, max_batches=2)
-    dead._thread.stop(5.0)  # no sign of life from here on
+    dead._thread.stop(5.0)  # from now on it renews nothing
     living = learner(take_over_seconds=0.5)
     found: list[int] = []
 
-    def all_came() -> bool:
+    def all_collected() -> bool:
         found.extend(numbers(living.collect_experiences(timeout=0.1)))
         return len(found) >= 3
 
-    wait_until("all came", all_came)
+    wait_until("all were collected", all_collected)
     living.collect_experiences()
     assert sorted(found) == [1, 2, 3]
     assert living.get_queue_info()["counts"][0].delivered == 3
 
 
 @pytest.mark.parametrize("take_over_seconds", [0.75, 1.5])
-def test_what_a_living_one_works_on_for_long_stays_with_it(
+def test_pending_batches_of_a_slow_live_learner_stay_with_it(
     learner: Learner, worker: Worker, take_over_seconds: float
 ) -> None:
     busy = learner(
@@ -83,7 +83,7 @@ def test_what_a_living_one_works_on_for_long_stays_with_it(
     assert busy.acknowledge(pairs) == 2
 
 
-def test_one_that_was_only_frozen_is_told_when_it_acknowledges(
+def test_a_learner_that_was_frozen_is_warned_when_it_acknowledges(
     learner: Learner, worker: Worker, caplog: pytest.LogCaptureFixture
 ) -> None:
     frozen, client = learner(learner_name="frozen", publishes=False, acknowledge="manual"), worker()
@@ -91,7 +91,7 @@ def test_one_that_was_only_frozen_is_told_when_it_acknowledges(
     held = frozen.collect_experiences(timeout=5.0)
     frozen._thread.stop(5.0)
     living = learner(take_over_seconds=0.5)
-    found = wait_until("it came", lambda: living.collect_experiences(timeout=0.1))
+    found = wait_until("it was collected", lambda: living.collect_experiences(timeout=0.1))
     with caplog.at_level(logging.WARNING, "rlbroker"):
         assert frozen.acknowledge(held) == 0
     assert "another learner took over" in caplog.text
@@ -101,7 +101,7 @@ def test_one_that_was_only_frozen_is_told_when_it_acknowledges(
     assert (counts.produced, counts.delivered, counts.lost) == (1, 1, {})
 
 
-def test_one_that_was_frozen_before_it_handed_out_takes_nothing_back(
+def test_a_learner_frozen_during_a_collect_takes_nothing_back(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dead, client = learner(learner_name="a", publishes=False), worker()
@@ -111,31 +111,29 @@ def test_one_that_was_frozen_before_it_handed_out_takes_nothing_back(
     frozen = learner(learner_name="a", publishes=False, acknowledge="manual")
     other = learner(learner_name="b", take_over_seconds=0.5, acknowledge="manual")
     frozen._thread.stop(5.0)
-    hand_out = frozen._maintenance._takeover.hand_out
+    count_delivery = frozen._maintenance._takeover.count_delivery
 
     def freeze(*arguments: Any) -> bool:
-        wait_until("the other has it", lambda: other.collect_experiences(timeout=0.1))
-        return hand_out(*arguments)
+        wait_until("the other learner has it", lambda: other.collect_experiences(timeout=0.1))
+        return count_delivery(*arguments)
 
-    monkeypatch.setattr(frozen._maintenance._takeover, "hand_out", freeze)
+    monkeypatch.setattr(frozen._maintenance._takeover, "count_delivery", freeze)
     assert frozen.collect_experiences() == []
     assert other.acknowledge(other.marks()) == 1
 
 
-def test_one_that_learns_late_that_a_newer_one_publishes_goes_on_collecting(
-    learner: Learner, worker: Worker
-) -> None:
+def test_a_learner_that_is_superseded_continues_to_collect(learner: Learner, worker: Worker) -> None:
     older = learner(learner_name="older")
     newer = learner(learner_name="newer")
-    wait_until("the older one knows", lambda: not older._roster.leads)
-    newer._thread.stop(5.0)  # so that the older one is the first to see what comes now
+    wait_until("the older learner knows", lambda: not older._roster.leads)
+    newer._thread.stop(5.0)  # so that the older one collects what is sent now
     older._roster.leads = True
     send(worker(), 1)
-    wait_until("it found out", lambda: not older._roster.leads)
+    wait_until("it knows again", lambda: not older._roster.leads)
     assert numbers(older.collect_experiences(timeout=5.0)) == [1]
 
 
-def test_only_the_newest_of_those_that_may_publishes(learner: Learner, worker: Worker) -> None:
+def test_only_the_newest_learner_publishes(learner: Learner, worker: Worker) -> None:
     older = learner(learner_name="older")
     assert older.send_model_weights({"w": 1}).version == 1
     newer = learner(learner_name="newer")
@@ -147,15 +145,17 @@ def test_only_the_newest_of_those_that_may_publishes(learner: Learner, worker: W
     assert numbers(older.collect_experiences(timeout=5.0)) == [1]
 
 
-def test_one_that_was_superseded_never_leads_again(
+def test_a_superseded_learner_never_leads_again(
     server: Server, learner: Learner, worker: Worker, keys: Keys
 ) -> None:
     older, newer = learner(learner_name="older"), learner(learner_name="newer")
     newer.send_model_weights({"w": 1})
-    wait_until("the older one knows", lambda: not older._roster.leads)
-    newer._thread.stop(5.0)  # it sleeps
+    wait_until("the older learner knows", lambda: not older._roster.leads)
+    newer._thread.stop(5.0)  # it is frozen
     server.client.flushall()
-    wait_until("the older one is back", lambda: server.client.hexists(keys.meta, "learner:older"))
+    wait_until(
+        "the older learner has registered again", lambda: server.client.hexists(keys.meta, "learner:older")
+    )
     for forbidden in (lambda: older.send_model_weights({"w": 2}), lambda: older.send_control_command("stop")):
         with pytest.raises(Fenced):
             forbidden()
@@ -165,7 +165,9 @@ def test_one_that_was_superseded_never_leads_again(
     assert numbers(newer.collect_experiences(timeout=5.0)) == [1]
 
 
-def test_one_that_does_not_publish_leaves_the_one_that_does_alone(learner: Learner, worker: Worker) -> None:
+def test_a_learner_with_publishes_false_does_not_supersede_the_leader(
+    learner: Learner, worker: Worker
+) -> None:
     leading = learner(learner_name="leading")
     collecting = learner(learner_name="collecting", publishes=False, max_queue_size=1)
     for wrong in (
@@ -176,13 +178,13 @@ def test_one_that_does_not_publish_leaves_the_one_that_does_alone(learner: Learn
             wrong()
     assert leading.send_model_weights({"w": 1}).version == 1
     client = worker()
-    send(client, 1, 2)  # the bounds are those of the leading one
+    send(client, 1, 2)  # the bounds are those of the leading learner
     command = leading.send_control_command("stop")
     wait_until("it stops", lambda: client.poll() or not client.running)
     assert command.wait(5.0)[0]
 
 
-def test_a_second_of_the_same_name_takes_the_place_of_the_first(learner: Learner, worker: Worker) -> None:
+def test_a_second_learner_of_the_same_name_replaces_the_first(learner: Learner, worker: Worker) -> None:
     leading = learner()
     first = learner(learner_name="b", publishes=False, acknowledge="manual")
     client = worker()
@@ -195,7 +197,7 @@ def test_a_second_of_the_same_name_takes_the_place_of_the_first(learner: Learner
     assert leading.send_model_weights({"w": 1}).version == 1
 
 
-def test_marks_of_one_say_nothing_of_what_another_holds(learner: Learner, worker: Worker) -> None:
+def test_marks_do_not_cover_what_another_learner_read(learner: Learner, worker: Worker) -> None:
     first = learner(learner_name="a", acknowledge="manual")
     second = learner(learner_name="b", publishes=False, acknowledge="manual")
     client = worker()
@@ -209,7 +211,7 @@ def test_marks_of_one_say_nothing_of_what_another_holds(learner: Learner, worker
     assert second.acknowledge(second.marks()) == 1
 
 
-def test_marks_leave_open_what_was_taken_over_and_not_collected_yet(learner: Learner, worker: Worker) -> None:
+def test_marks_do_not_cover_what_was_taken_over_and_not_collected(learner: Learner, worker: Worker) -> None:
     dead, client = learner(learner_name="dead", publishes=False), worker()
     send(client, 1, 2)
     dead.collect_experiences(timeout=5.0)
@@ -217,17 +219,21 @@ def test_marks_leave_open_what_was_taken_over_and_not_collected_yet(learner: Lea
     send(client, 3)
     assert numbers(comm.collect_experiences(timeout=5.0)) == [3]
     dead._thread.stop(5.0)
-    assert numbers(wait_until("one came", lambda: comm.collect_experiences(0.1, max_batches=1))) == [1]
+    assert numbers(wait_until("one was collected", lambda: comm.collect_experiences(0.1, max_batches=1))) == [
+        1
+    ]
     marks = comm.marks()
-    for _ in range(2):  # also where the marks of the second life are those of the first
+    for _ in range(2):  # also if the second learner only restored the marks of the first
         comm = learner(acknowledge="manual", take_over_seconds=0.5)
         comm.restore(marks)
         marks = comm.marks()
-    assert numbers(wait_until("the other came", lambda: comm.collect_experiences(timeout=0.1))) == [2]
+    assert numbers(wait_until("the other was collected", lambda: comm.collect_experiences(timeout=0.1))) == [
+        2
+    ]
     assert comm.collect_experiences(timeout=0.3) == []
 
 
-def test_what_is_taken_over_after_a_checkpoint_is_not_covered_by_it(learner: Learner, worker: Worker) -> None:
+def test_marks_do_not_cover_what_was_taken_over_later(learner: Learner, worker: Worker) -> None:
     dead, client = learner(learner_name="dead", publishes=False), worker()
     send(client, 1, 2)
     dead.collect_experiences(timeout=5.0)
@@ -236,7 +242,9 @@ def test_what_is_taken_over_after_a_checkpoint_is_not_covered_by_it(learner: Lea
     assert numbers(comm.collect_experiences(timeout=5.0)) == [3]
     before = comm.marks()
     dead._thread.stop(5.0)
-    assert numbers(wait_until("one came", lambda: comm.collect_experiences(0.1, max_batches=1))) == [1]
+    assert numbers(wait_until("one was collected", lambda: comm.collect_experiences(0.1, max_batches=1))) == [
+        1
+    ]
     after = comm.marks()
 
     def found_with(marks: Any) -> list[int]:
@@ -252,12 +260,12 @@ def test_what_is_taken_over_after_a_checkpoint_is_not_covered_by_it(learner: Lea
 
 
 def collects(comm: WorkerCommunicator, got: list[int]) -> int:
-    """Collect once; give how many there are by now."""
+    """Collect once; return how many batches were collected so far."""
     got += numbers(comm.collect_experiences(timeout=0.1))
     return len(got)
 
 
-def test_what_only_a_dead_learner_had_read_comes_again_after_a_loss(
+def test_batches_that_only_a_dead_learner_had_read_are_delivered_after_a_loss(
     server: Server, learner: Learner, worker: Worker
 ) -> None:
     first = learner(learner_name="a", acknowledge="manual")
@@ -266,26 +274,26 @@ def test_what_only_a_dead_learner_had_read_comes_again_after_a_loss(
     got: list[int] = []
     for number in range(1, 7):
         send(client, number)
-        collector = dead if number % 2 else first
-        found = numbers(collector.collect_experiences(timeout=5.0))
-        got += found if collector is first else []
+        collecting = dead if number % 2 else first
+        found = numbers(collecting.collect_experiences(timeout=5.0))
+        got += found if collecting is first else []
     assert got == [2, 4, 6]
     marks = first.marks()
     dead._thread.stop(5.0)
     dead._connection.close()
     server.client.flushall()
-    wait_until("the rest came", lambda: collects(first, got) == 6)
+    wait_until("the rest was collected", lambda: collects(first, got) == 6)
     assert sorted(got) == [1, 2, 3, 4, 5, 6]
-    assert first.acknowledge(marks) == 3  # and not those that came after that checkpoint
+    assert first.acknowledge(marks) == 3  # without those collected after that checkpoint
     again = learner(learner_name="a", acknowledge="manual")
     again.restore(marks)
     found = []
-    wait_until("they came", lambda: collects(again, found) == 3)
+    wait_until("they were collected", lambda: collects(again, found) == 3)
     assert found == [1, 3, 5]
 
 
 @pytest.mark.on_every_engine
-def test_a_server_that_lost_everything_gets_back_what_each_of_them_knows(
+def test_each_learner_restores_its_counts_on_a_server_that_lost_everything(
     server: Server, learner: Learner, worker: Worker
 ) -> None:
     leading, other = learner(), learner(learner_name="other", publishes=False)
@@ -296,18 +304,21 @@ def test_a_server_that_lost_everything_gets_back_what_each_of_them_knows(
         (leading, other)[number % 2].collect_experiences(timeout=5.0)
     leading.collect_experiences()
     other.collect_experiences()
-    wait_until("each knows the sums", lambda: _mirrored(leading) == _mirrored(other) == 6)
+    wait_until(
+        "each learner knows all counts",
+        lambda: _delivered_as_remembered(leading) == _delivered_as_remembered(other) == 6,
+    )
     server.client.flushall()
-    wait_until("it is published again", lambda: leading.version == 2)
+    wait_until("the weights are published again", lambda: leading.version == 2)
     assert leading.epoch < other.epoch
-    wait_until("the sums are there", lambda: _delivered(leading) == 6)
+    wait_until("the counts are restored", lambda: _delivered(leading) == 6)
     send(client, 6)
     assert numbers(other.collect_experiences(timeout=5.0)) == [6]
 
 
-def _mirrored(comm: WorkerCommunicator) -> int:
+def _delivered_as_remembered(comm: WorkerCommunicator) -> int:
     comm.collect_experiences()
-    return comm._pending._counted[0]["delivered"]
+    return comm._pending.totals()[0]
 
 
 def _delivered(comm: WorkerCommunicator) -> int:

@@ -19,7 +19,7 @@ from rlbroker.backend.keys import Keys
 from rlbroker.config import Level
 from rlbroker.control.commands import Command
 from rlbroker.errors import ConnectionFailed, RunLost, Unconfirmed
-from rlbroker.experience import collector
+from rlbroker.experience import watched_streams
 
 #: So that nobody notices by a heartbeat what is to be noticed without one.
 QUIET_SECONDS = 600.0
@@ -174,7 +174,7 @@ def test_what_a_node_counted_is_written_back_where_its_data_was_lost_and_nothing
     without_replicas: Cluster, run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FLUSHALL on a shard's node breaks no connection: each batch is still delivered or counted, and none twice."""
-    monkeypatch.setattr(collector, "RECHECK_SECONDS", 0.2)
+    monkeypatch.setattr(watched_streams, "RECHECK_SECONDS", 0.2)
     scene = Scene(without_replicas, run)
     with scene.learner() as learner:
         worker_id = scene.worker_whose_queue_is("elsewhere")

@@ -16,7 +16,7 @@ from executable import RunShell
 from rlbroker import DeadLetter, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.codec.message import encode
-from rlbroker.experience import collector
+from rlbroker.experience import watched_streams
 from rlbroker.local.embedded_server import RedisServer
 
 RUN = "batches-commands"
@@ -67,7 +67,7 @@ class RunWithBatches:
 def planted(embedded: RedisServer) -> Iterator[RunWithBatches]:
     endpoint: dict[str, Any] = {"redis_url": embedded.url, "run": RUN}
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(collector, "RECHECK_SECONDS", 0.1)
+    monkeypatch.setattr(watched_streams, "RECHECK_SECONDS", 0.1)
     with (
         redis.Redis.from_url(embedded.url, protocol=2) as client,
         WorkerCommunicator(2, acknowledge="manual", **endpoint) as learner,

@@ -30,7 +30,6 @@ from lossy import Lossy
 
 from rlbroker import ConnectionFailed, Fenced, Unconfirmed, WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection
-from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.threads import BackgroundThread
 from rlbroker.config import Level
 from rlbroker.control import control_reader
@@ -391,7 +390,7 @@ class Run(RuleBasedStateMachine):
                     batch_id = (batch.worker_id, batch.incarnation, batch.sequence)
                     self.buffer.append((batch_id, batch["number"]))
                 self.learner.acknowledge(pairs)
-            self.learner._collector._recheck = self.learner._collector._look_again = Deadline(0)
+            self.learner._collector._discovery.make_due()
         self.learner.acknowledge(self.learner.marks())
         for worker in sorted(self.workers):
             self.remove_worker(worker).client.close()

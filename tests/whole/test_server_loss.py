@@ -14,7 +14,7 @@ from rlbroker import ConnectionFailed, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
 from rlbroker.control.commands import SEND
 from rlbroker.control.ledger import SETTLE
-from rlbroker.experience import collector
+from rlbroker.experience import watched_streams
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -339,7 +339,7 @@ def test_counts_are_right_at_once_after_the_loss_of_one_workers_keys_and_of_all_
     kept: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(collector, "RECHECK_SECONDS", 3600.0)
+    monkeypatch.setattr(watched_streams, "RECHECK_SECONDS", 3600.0)
     comm, client = learner(acknowledge="manual"), worker()
     for number in range(5):
         client.send_experiences({"number": number})

@@ -1,1 +1,1 @@
-"""Experiences: the worker's half sends batches, the learner's half collects and acknowledges them."""
+"""The experiences of a run: the worker sends batches, the learner collects and acknowledges them."""

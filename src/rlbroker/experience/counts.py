@@ -1,4 +1,4 @@
-"""What became of each worker's batches, as the server has it; reading changes nothing."""
+"""How many batches of each worker wait, were delivered, and were lost, as the server counts them. Only reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlbroker.backend.unreadable import unless_spoiled
 from rlbroker.errors import PeerError
 from rlbroker.types import QueueCounts
 
-#: Why a batch that was produced is not delivered: by learners, and by the worker itself.
+#: Why a batch is lost, as learners and workers count it; `vanished` batches are missing without a count.
 LOST = (
     "stale",
     "corrupt",
@@ -26,136 +26,135 @@ LOST = (
     "vanished",
 )
 
-#: Counts that change while they are read are read so often. The server answers such a question in one go as a rule.
-_TRIES: Final = 5
+#: How often counts that change while they are read are read again. Usually the server answers all commands at once.
+_ATTEMPTS: Final = 5
 
-#: What became of batches that were in the queue once.
-_ONCE_QUEUED = ("delivered", "stale", "corrupt", "poison", "trimmed", "dropped_oldest")
+#: Outcomes of batches that were in the queue before.
+_QUEUED = ("delivered", "stale", "corrupt", "poison", "trimmed", "dropped_oldest")
 
 
-def read_counts(
-    connection: Connection,
-    keys: Keys,
-    workers: Iterable[int],
-    *,
-    said: Mapping[int, tuple[int, int]] | None = None,
-) -> dict[int, QueueCounts]:
-    """Give the counts of each worker's batches.
+def read_counts(connection: Connection, keys: Keys, workers: Iterable[int]) -> dict[int, QueueCounts]:
+    """Return the counts of each worker's batches.
 
     Args:
-        connection: way to the server.
+        connection: connection to the server.
         keys: names of the run's keys.
         workers: which workers.
-        said: by worker, its incarnation and how many batches it says that it sent. Without it the streams are asked,
-            which costs more: their answers hold their first and last batch.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
     """
     wanted = list(workers)
-    types = {name: what for worker in wanted for name, what in types_of(keys, worker).items()}
-    there = right_types(types, connection.execute_all([("TYPE", name) for name in types]))
-    return connection.retry(lambda: known_counts(connection, keys, wanted, there, said=said))
+    types = {key: kind for worker in wanted for key, kind in expected_types(keys, worker).items()}
+    existing = match_types(types, connection.execute_all([("TYPE", key) for key in types]))
+    return connection.retry(lambda: read_existing_counts(connection, keys, wanted, existing))
 
 
-def types_of(keys: Keys, worker: int) -> dict[str, str]:
-    """Give the keys that hold one worker's counts and batches, each with the type that it must have."""
+def expected_types(keys: Keys, worker: int) -> dict[str, str]:
+    """Return the keys that hold one worker's counts and batches, each with the Redis type that it must have."""
     return {keys.counts(worker): "hash", keys.experiences(worker): "stream", keys.again(worker): "stream"}
 
 
-def right_types(wanted: Mapping[str, str], replies: Iterable[Any]) -> dict[str, bool]:
-    """Give the keys that exist, and whether each is of the type that it must have. One that is not was spoiled.
+def match_types(expected: Mapping[str, str], replies: Iterable[Any]) -> dict[str, bool]:
+    """Return for each key that exists whether it has the type that it must have; another program overwrote it if not.
 
     Args:
-        wanted: keys with their types.
-        replies: what TYPE says of each.
+        expected: keys with their types.
+        replies: the reply to TYPE for each.
     """
     found = [reply.decode() if isinstance(reply, bytes) else str(reply) for reply in replies]
     return {
-        name: kind == what for (name, what), kind in zip(wanted.items(), found, strict=True) if kind != "none"
+        key: actual == kind
+        for (key, kind), actual in zip(expected.items(), found, strict=True)
+        if actual != "none"
     }
 
 
-def known_counts(
+def read_existing_counts(
     connection: Connection,
     keys: Keys,
     workers: Iterable[int],
-    there: Mapping[str, bool],
+    existing: Mapping[str, bool],
     *,
-    said: Mapping[int, tuple[int, int]] | None = None,
+    reported: Mapping[int, tuple[int, int]] | None = None,
 ) -> dict[int, QueueCounts]:
-    """Give the counts of each worker's batches where it is known which keys exist, in one round trip as a rule.
+    """Return the counts of each worker's batches, usually in one round trip, given which keys exist.
 
     Args:
-        connection: way to the server.
+        connection: connection to the server.
         keys: names of the run's keys.
         workers: which workers.
-        there: what `right_types` gives.
-        said: as in `read_counts`.
+        existing: what `match_types` returned.
+        reported: by worker, its incarnation and how many batches it reports to have sent. Without it the streams are
+            asked, which costs more: the replies contain their first and last batch.
 
     Raises:
         PeerError: the server refused, or the connection broke.
     """
-    groups: dict[int, list[tuple[str, ...]]] = {}
+    commands: dict[int, list[tuple[str, ...]]] = {}
     for worker in workers:
         counts, queue = keys.counts(worker), keys.experiences(worker)
-        streams = [stream for stream in (queue, keys.again(worker)) if there.get(stream)]
-        if not streams and not there.get(counts):
+        streams = [stream for stream in (queue, keys.again(worker)) if existing.get(stream)]
+        if not streams and not existing.get(counts):
             continue
-        group: list[tuple[str, ...]] = [("HGETALL", counts)]
+        of_worker: list[tuple[str, ...]] = [("HGETALL", counts)]
         for stream in streams:
-            group += [("XLEN", stream), ("XPENDING", stream, GROUP)]
-        if said is None and queue in streams:
-            group.append(("XINFO", "STREAM", queue))
-        groups[worker] = group
+            of_worker += [("XLEN", stream), ("XPENDING", stream, GROUP)]
+        if reported is None and queue in streams:
+            of_worker.append(("XINFO", "STREAM", queue))
+        commands[worker] = of_worker
     found = {}
-    for worker, (counted, *sizes) in _in_one_step(connection, groups).items():
-        newest = said.get(worker, (0, 0)) if said is not None else (0, 0)
-        if groups[worker][-1][0] == "XINFO":
+    for worker, (counted, *sizes) in _read_consistently(connection, commands).items():
+        newest = reported.get(worker, (0, 0)) if reported is not None else (0, 0)
+        if commands[worker][-1][0] == "XINFO":
             newest = newest_place(sizes.pop())
         in_hand = sum(map(pending_count, sizes[1::2]))
-        found[worker] = _counts(sum(map(int, sizes[::2])), in_hand, text_fields(counted), newest)
+        found[worker] = _queue_counts(sum(map(int, sizes[::2])), in_hand, text_fields(counted), newest)
     return found
 
 
-def _in_one_step(connection: Connection, groups: Mapping[int, list[tuple[str, ...]]]) -> dict[int, list[Any]]:
-    """Ask each worker's questions as if nothing happened between them: a batch would be counted twice, or not at all.
+def _read_consistently(
+    connection: Connection, commands: Mapping[int, list[tuple[str, ...]]]
+) -> dict[int, list[Any]]:
+    """Run each worker's commands again until no batch moved meanwhile: it would be counted twice, or not at all.
 
-    What is acknowledged, dropped or set aside changes the counts in the same step. So they are asked for before and
-    after; who only may read has no right to MULTI.
+    Acknowledging, dropping or burying a batch changes the counts in the same step, so the counts are read before and
+    after the sizes. MULTI is not used, because read-only users have no right to it.
     """
-    found: dict[int, list[Any]] = {worker: [] for worker in groups}
-    left = dict(groups)
-    for _ in range(_TRIES):
-        asked = [one for group in left.values() for one in (*group, group[0])]
+    found: dict[int, list[Any]] = {worker: [] for worker in commands}
+    changing = dict(commands)
+    for _ in range(_ATTEMPTS):
+        asked = [one for of_worker in changing.values() for one in (*of_worker, of_worker[0])]
         replies = iter(connection.ask_once(asked) if asked else ())
-        for worker, group in list(left.items()):
-            *found[worker], after = map(_answer, itertools.islice(replies, len(group) + 1))
+        for worker, of_worker in list(changing.items()):
+            *found[worker], after = map(_checked, itertools.islice(replies, len(of_worker) + 1))
             if found[worker][0] == after:
-                del left[worker]
-        if not left:
+                del changing[worker]
+        if not changing:
             break
     return found
 
 
-def _answer(reply: Any) -> Any:
-    """Give a reply of the server; without the group, which the learner makes again, nothing is in its hands."""
+def _checked(reply: Any) -> Any:
+    # Without a group, which the learner creates again, nothing is pending.
     return [0] if isinstance(reply, PeerError) and "NOGROUP" in str(reply) else unless_spoiled(reply, {})
 
 
-def _counts(length: int, in_hand: int, counted: Mapping[str, str], newest: tuple[int, int]) -> QueueCounts:
-    life, number = newest
-    if counted.get("incarnation") == str(life):  # the worker says how much it sent only now and then
-        sent = f"sent:{life}"
+def _queue_counts(
+    length: int, in_hand: int, counted: Mapping[str, str], newest: tuple[int, int]
+) -> QueueCounts:
+    incarnation, number = newest
+    if counted.get("incarnation") == str(incarnation):  # the worker writes only now and then how many it sent
+        sent = f"sent:{incarnation}"
         counted = {**counted, sent: str(max(number, whole_number(counted.get(sent, "")) or 0))}
     sums: dict[str, int] = {}
     for name, value in counted.items():
-        reason = name.partition(":")[0]  # some are kept by incarnation: `fenced:3`
-        sums[reason] = sums.get(reason, 0) + (whole_number(value) or 0)  # the worker can write here too
-    for reason in ("corrupt", "poison"):  # what was tried again is no longer lost
+        outcome = name.partition(":")[0]  # some are counted by incarnation: `fenced:3`
+        sums[outcome] = sums.get(outcome, 0) + (whole_number(value) or 0)  # a worker may write anything here
+    for reason in ("corrupt", "poison"):  # a retried batch is no longer lost
         sums[reason] = max(0, sums.get(reason, 0) - sums.get(f"retried_{reason}", 0))
-    # What the worker got stored, and is neither there nor settled: the server lost it, or somebody deleted it.
-    accounted = length + sum(sums.get(reason, 0) for reason in _ONCE_QUEUED)
+    # Batches that were stored, and are neither in the stream nor counted: the server lost them, or they were deleted.
+    accounted = length + sum(sums.get(outcome, 0) for outcome in _QUEUED)
     sums["vanished"] = max(0, sums.get("sent", 0) - accounted)
     return QueueCounts(
         waiting=length - in_hand,

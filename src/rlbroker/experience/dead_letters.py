@@ -1,4 +1,4 @@
-"""Dead letters: batches that no learner could use, kept with the reason, to be looked at and tried again."""
+"""Dead letters: batches that no learner could use, kept with the reason until they are retried or purged."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import entry_place, text_fields, whole_number
 from rlbroker.backend.scripts import Script
-from rlbroker.experience.pending import PendingEntries, Source
+from rlbroker.experience.pending import PendingEntries
+from rlbroker.experience.read_position import Entry
 from rlbroker.types import DeadLetter
 
-#: Dead letters of one worker that are kept; the oldest go first. They are counted all the same.
+#: Dead letters that are kept for each worker. Older ones are deleted, and stay counted.
 KEPT = 1_000
 
-#: Dead letters that are read in one round trip: the server holds an answer in memory, which a full one does not have.
+#: Dead letters that are read in one round trip. A server that is out of memory has no room for a larger reply.
 READ_AT_ONCE = 4
 
-#: Fields that a dead letter has besides those of the batch.
+#: Fields of a dead letter besides those of the batch.
 _OWN_FIELDS = ("entry", "reason", "detail", "deliveries", "died_at")
 
 BURY = Script.load("experience/lua/bury.lua")
@@ -33,49 +34,52 @@ class DeadLetters:
     """The dead letters of one run."""
 
     def __init__(
-        self, connection: Connection, keys: Keys, holdings: PendingEntries, *, max_bytes: int
+        self, connection: Connection, keys: Keys, pending: PendingEntries, *, max_bytes: int
     ) -> None:
         """Prepare; nothing is read yet.
 
         Args:
-            connection: way to the server.
+            connection: connection to the server.
             keys: names of the run's keys.
-            holdings: what the learner holds, and gives up when it dies.
+            pending: the learner's pending entries, from which dead batches are removed.
             max_bytes: bytes of dead letters that are kept for each worker.
         """
-        self._connection, self._keys, self._holdings = connection, keys, holdings
+        self._connection, self._keys, self._pending = connection, keys, pending
         self._max_bytes = max_bytes
 
-    def bury(
-        self,
-        source: Source,
-        entry_id: str,
-        size: int,
-        *,
-        reason: str,
-        detail: str,
-        deliveries: int,
-        batch: str,
-    ) -> None:
-        """Move an entry that is held to the dead letters, and count it.
+    def bury(self, entry: Entry, reason: str, detail: str) -> None:
+        """Move a pending entry to the dead letters, and count it.
+
+        Args:
+            entry: the entry; its message may be gone from memory, the server still has it.
+            reason: the outcome that is counted: `corrupt` or `poison`.
+            detail: what is wrong, for people.
 
         Raises:
             Fenced: a newer learner of this name has taken over.
             PeerError: the server refused, or could not be reached in time.
         """
-        said: tuple[Any, ...] = (batch, reason, detail[:500], deliveries, f"{time.time():.3f}")
-        fields = [part for pair in zip(_OWN_FIELDS, said, strict=True) for part in pair]
-        keys = (*source.keys, self._keys.dead(source.worker_id))
-        bytes_in_books = 0 if source.retried else size
-        arguments = (*self._holdings.signature, entry_id, bytes_in_books, reason, KEPT, self._max_bytes)
-        with self._holdings.counting():
+        stream = entry.stream
+        values: tuple[Any, ...] = (
+            entry.batch_id,
+            reason,
+            detail[:500],
+            max(1, entry.deliveries),
+            f"{time.time():.3f}",
+        )
+        fields = [part for pair in zip(_OWN_FIELDS, values, strict=True) for part in pair]
+        keys = (*stream.keys, self._keys.dead(stream.worker_id))
+        # The queue was credited the bytes of a retried batch when it became a dead letter.
+        credited_bytes = 0 if stream.retried else entry.stored_bytes
+        arguments = (*self._pending.identity, entry.entry_id, credited_bytes, reason, KEPT, self._max_bytes)
+        with self._pending.writing_counts():
             moved = self._connection.run(BURY, keys, (*arguments, *fields))
-            self._holdings.gave_up(source, [entry_id], [reason] if moved != 2 else [])
-            if moved not in (1, 2):  # done before, and the reply was lost; or the server lost it
-                self._holdings.restore([source.worker_id])
+            self._pending.remove(stream, [entry.entry_id], [reason] if moved != 2 else [])
+            if moved not in (1, 2):  # moved before, and the reply was lost; or the server lost the entry
+                self._pending.restore([stream.worker_id])
 
     def list(self, workers: Iterable[int]) -> list[DeadLetter]:
-        """Give the dead letters of some workers, oldest first.
+        """Return the dead letters of these workers, oldest first.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
@@ -83,21 +87,21 @@ class DeadLetters:
         return [letter for worker in workers for letter in read_letters(self._connection, self._keys, worker)]
 
     def retry(self, letters: Sequence[DeadLetter]) -> int:
-        """Have batches delivered once more; give how many were still there.
+        """Queue batches to be delivered again; return how many dead letters still existed.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        done = 0
+        found = 0
         for letter in letters:
-            with self._holdings.counting():
-                done += retry_letters(self._connection, self._keys, [letter])
+            with self._pending.writing_counts():
+                found += retry_letters(self._connection, self._keys, [letter])
                 counts = self._connection.execute("HGETALL", self._keys.counts(letter.worker_id))
-                self._holdings.remember(letter.worker_id, counts)
-        return done
+                self._pending.remember_counts(letter.worker_id, counts)
+        return found
 
     def purge(self, letters: Sequence[DeadLetter]) -> int:
-        """Delete dead letters for good; give how many were still there. They stay counted.
+        """Delete dead letters for good; return how many still existed. They stay counted.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
@@ -105,12 +109,12 @@ class DeadLetters:
         return purge_letters(self._connection, self._keys, letters)
 
 
-# What needs no learner. One that lives learns from the server's counts what others tried again: within
-# RECHECK_SECONDS (see collector.py), as each of these numbers only grows.
+# The functions below need no learner. A live learner finds in the server's counts what others retried, within
+# RECHECK_SECONDS of watched_streams.py: each of these counts only grows.
 
 
 def read_letters(connection: Connection, keys: Keys, worker: int) -> Iterator[DeadLetter]:
-    """Give one worker's dead letters, oldest first. They are read piece by piece, as they may be large together.
+    """Return one worker's dead letters, oldest first. A few are read at a time, because they may be large.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
@@ -126,7 +130,7 @@ def read_letters(connection: Connection, keys: Keys, worker: int) -> Iterator[De
 
 
 def letter_data(connection: Connection, keys: Keys, letter: DeadLetter) -> bytes | None:
-    """Give the message of a dead letter; None if it is not there any more.
+    """Return the message of a dead letter; None if it no longer exists.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
@@ -136,7 +140,7 @@ def letter_data(connection: Connection, keys: Keys, letter: DeadLetter) -> bytes
 
 
 def retry_letters(connection: Connection, keys: Keys, letters: Sequence[DeadLetter]) -> int:
-    """Have batches delivered once more, by whoever may; give how many were still there.
+    """Queue batches to be delivered again to any learner; return how many dead letters still existed.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
@@ -153,7 +157,7 @@ def retry_letters(connection: Connection, keys: Keys, letters: Sequence[DeadLett
 
 
 def purge_letters(connection: Connection, keys: Keys, letters: Sequence[DeadLetter]) -> int:
-    """Delete dead letters for good; give how many were still there. They stay counted.
+    """Delete dead letters for good; return how many still existed. They stay counted.
 
     Raises:
         PeerError: the server refused, or could not be reached in time.
@@ -165,17 +169,17 @@ def purge_letters(connection: Connection, keys: Keys, letters: Sequence[DeadLett
 
 
 def _letter(worker: int, entry_id: bytes, fields: dict[bytes, bytes]) -> DeadLetter:
-    said = text_fields({name: value for name, value in fields.items() if name != b"data"})
-    incarnation, sequence = entry_place(said["entry"])
+    text = text_fields({name: value for name, value in fields.items() if name != b"data"})
+    incarnation, sequence = entry_place(text["entry"])
     return DeadLetter(
         worker_id=worker,
         incarnation=incarnation,
         sequence=sequence,
-        reason=said["reason"],
-        detail=said["detail"],
-        deliveries=int(said["deliveries"]),
-        version=whole_number(said.get("version", "")) or 0,
+        reason=text["reason"],
+        detail=text["detail"],
+        deliveries=int(text["deliveries"]),
+        version=whole_number(text.get("version", "")) or 0,
         stored_bytes=len(fields.get(b"data", b"")),
-        died_at=float(said["died_at"]),
+        died_at=float(text["died_at"]),
         entry_id=entry_id.decode(),
     )

@@ -1,8 +1,9 @@
-"""Batches on their way: as bytes, with their number, and with what is known of where they are."""
+"""Batches on their way out: packed into messages, numbered, and kept until they are confirmed."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +13,18 @@ from rlbroker.codec.message import encode_pieces
 from rlbroker.errors import BatchTooLarge
 from rlbroker.types import SendReceipt
 
-#: A message that is not smaller than this part of its arrays was not worth compressing.
+#: Compression is worthwhile if the message is smaller than this part of its arrays.
 WORTHWHILE = 0.97
 
-#: So many batches in a row that did not get smaller, and the next ones are not tried; so many then, at most.
+#: After this many batches in a row that compression did not shrink, it is skipped for a number of batches that doubles
+#: up to a maximum.
 TRIED_IN_VAIN = 4
-LONGEST_REST = 63
+MOST_SKIPPED = 63
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A batch as bytes, of which some are the memory of its arrays; they must not change while it is used."""
+    """A batch as bytes. Some of the pieces are the memory of its arrays, which must not change while they are used."""
 
     pieces: Pieces
     stored_bytes: int
@@ -32,13 +34,13 @@ class Message:
 
 @dataclass(slots=True)
 class PendingBatch:
-    """A batch that has its number.
+    """A batch that has its number, and has not reached its level.
 
     Attributes:
-        fields: of its entry; the last is its message.
-        uncertain: whether a try to store it ended in a broken connection, so that it may be there.
-        stored: whether the server as it is now is known to have it.
-        charged: whether its bytes are in the queue's books.
+        fields: the fields of its entry; the last value is its message.
+        uncertain: whether an attempt to store it ended in a broken connection, so that it may have been stored.
+        stored: whether the server in its present state is known to have it.
+        charged: whether its bytes are counted in the queue's size.
     """
 
     sequence: int
@@ -49,66 +51,112 @@ class PendingBatch:
     charged: bool = False
 
     @property
-    def size(self) -> int:
+    def stored_bytes(self) -> int:
         """Bytes of its message."""
         return self.receipt.stored_bytes
 
-    def keep(self) -> None:
-        """Have memory of its own: the caller may write to the batch's arrays from now on."""
+    def copy_message(self) -> None:
+        """Copy the message into memory of its own: the caller may write to the batch's arrays from now on."""
         if isinstance(self.fields[-1], tuple):
             self.fields[-1] = b"".join(self.fields[-1])
 
 
-class Packer:
-    """Makes messages of batches, and wastes little time on compressing what does not get smaller.
+class PendingBatches:
+    """The batches of one worker that have not reached their level.
 
-    Safe to use from several threads: at worst a batch more or less is tried.
+    Attributes:
+        unconfirmed: the newest batch, while its level is not confirmed.
+        kept: earlier batches, which level `learner` keeps until the learner has acknowledged them.
+        kept_bytes: bytes of their messages.
+    """
+
+    def __init__(self) -> None:
+        """Begin without batches."""
+        self.unconfirmed: PendingBatch | None = None
+        self.kept: deque[PendingBatch] = deque()
+        self.kept_bytes = 0
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.kept) + (self.unconfirmed is not None)
+
+    def __iter__(self) -> Iterator[PendingBatch]:
+        """Iterate over them in the order of their numbers."""
+        yield from self.kept
+        if self.unconfirmed is not None:
+            yield self.unconfirmed
+
+    def keep(self, batch: PendingBatch) -> None:
+        """Keep a batch until the learner has acknowledged it."""
+        batch.copy_message()
+        self.kept.append(batch)
+        self.kept_bytes += batch.stored_bytes
+
+    def release_oldest(self, is_safe: Callable[[PendingBatch], bool]) -> None:
+        """Release kept batches, oldest first, up to the first one that is not safe."""
+        while self.kept and is_safe(self.kept[0]):
+            self.kept_bytes -= self.kept.popleft().stored_bytes
+
+    def release_all(self, is_dropped: Callable[[PendingBatch], bool]) -> None:
+        """Release all kept batches that were dropped."""
+        self.kept = deque(batch for batch in self.kept if not is_dropped(batch))
+        self.kept_bytes = sum(batch.stored_bytes for batch in self.kept)
+
+    def clear(self) -> None:
+        """Release all batches."""
+        self.unconfirmed, self.kept, self.kept_bytes = None, deque(), 0
+
+
+class Packer:
+    """Makes messages of batches, and seldom tries to compress what compression does not shrink.
+
+    Safe to use from several threads: a race only changes which batches are tried.
     """
 
     def __init__(self, *, compression: bool) -> None:
-        """Begin without an opinion.
+        """Begin by compressing.
 
         Args:
             compression: whether arrays are compressed where that makes them smaller.
         """
         self._compression = compression
-        self._in_vain = self._resting = 0
+        self._in_vain = self._skipping = 0
 
     def pack(self, batch: dict[str, Any]) -> Message:
-        """Give the message of a batch.
+        """Return the message of a batch.
 
         Raises:
             UnsupportedType: something in the batch cannot travel; its path is named.
             BatchTooLarge: it holds more than 1 GiB of arrays.
         """
-        rows, raw_bytes = shape_of(batch)
+        rows, raw_bytes = measure(batch)
         if raw_bytes > Limits().max_raw_bytes:
             raise BatchTooLarge(
                 f"the batch holds {raw_bytes:,} bytes; no more than {Limits().max_raw_bytes:,} may travel"
             )
-        tries = self._compression and not self._resting
-        pieces = encode_pieces(batch, compression=tries)
+        compress = self._compression and not self._skipping
+        pieces = encode_pieces(batch, compression=compress)
         stored_bytes = sum(map(len, pieces))
-        if tries:
+        if compress:
             worthwhile = stored_bytes < raw_bytes * WORTHWHILE
             self._in_vain = 0 if worthwhile else self._in_vain + 1
             if self._in_vain >= TRIED_IN_VAIN:
-                self._resting = min(LONGEST_REST, 2**self._in_vain)
-        elif self._resting:
-            self._resting -= 1
+                self._skipping = min(MOST_SKIPPED, 2**self._in_vain)
+        elif self._skipping:
+            self._skipping -= 1
         return Message(pieces, stored_bytes, rows, raw_bytes)
 
 
-def shape_of(batch: dict[str, Any]) -> tuple[int, int]:
-    """Give the leading dimension of the first array or tensor, and the bytes of all of them."""
+def measure(batch: dict[str, Any]) -> tuple[int, int]:
+    """Return the leading dimension of the first array or tensor, and the bytes of all of them."""
     rows, raw_bytes = 0, 0
-    waiting: deque[Any] = deque([batch])
-    while waiting:
-        node = waiting.popleft()
+    unvisited: deque[Any] = deque([batch])
+    while unvisited:
+        node = unvisited.popleft()
         if isinstance(node, dict):
-            waiting.extend(node.values())
+            unvisited.extend(node.values())
         elif isinstance(node, (list, tuple)):
-            waiting.extend(node)
+            unvisited.extend(node)
         elif hasattr(node, "nbytes") and hasattr(node, "shape"):
             raw_bytes += int(node.nbytes)
             rows = rows or (int(node.shape[0]) if len(node.shape) else 0)

@@ -1,4 +1,4 @@
-"""What the learner holds: batches it has read and not acknowledged, and how it gives them up."""
+"""The batches that one learner has read and not acknowledged, and those that it takes over from other learners."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import GROUP, Keys
-from rlbroker.backend.replies import text_fields, whole_number
+from rlbroker.backend.replies import pending_rows, text_fields, whole_number
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import counted
 from rlbroker.errors import ConnectionFailed
+from rlbroker.experience.read_position import Stream
 
 logger = logging.getLogger("rlbroker")
 
-#: Reasons that learners count; they survive the loss of the server, as each learner remembers them.
+#: Outcomes that learners count. They survive the loss of the server, because each learner remembers them.
 COUNTED = (
     "delivered",
     "stale",
@@ -32,80 +32,76 @@ COUNTED = (
     "retried_poison",
 )
 
-#: Of these, and of what workers count, the reasons why a batch is not delivered.
-LOST_HERE = ("stale", "corrupt", "poison", "trimmed")
+#: The outcomes of batches that are lost: those that learners count, and those that workers count.
+LOST_AT_LEARNERS = ("stale", "corrupt", "poison", "trimmed")
 LOST_AT_WORKERS = ("dropped_oldest", "dropped_newest", "stopped", "fenced")
 
+#: Fields of a worker's counts that do not count batches.
+NOT_BATCHES = ("removed_bytes", "incarnation", "dead_bytes")
 
-TAKE_OVER = Script.load("experience/lua/take_over.lua")
+#: Entries of one stream that are taken over at once, at most.
+TAKE_COUNT = 100
 
+FENCE_LEARNER = Script.load("experience/lua/fence_learner.lua")
 
 ACKNOWLEDGE = Script.load("experience/lua/acknowledge.lua")
 
 RESTORE_COUNTS = Script.load("experience/lua/restore_counts.lua")
 
+TAKE_ABANDONED = Script.load("experience/lua/take_abandoned.lua")
 
-@dataclass(frozen=True)
-class Source:
-    """A stream of batches of one worker: what it sends, or what is to be tried again.
+COUNT_DELIVERY = Script.load("experience/lua/count_delivery.lua")
 
-    Attributes:
-        retried: whether it holds dead batches that are tried again.
-    """
+RENEW = Script.load("experience/lua/renew.lua")
 
-    worker_id: int
-    key: str
-    counts_key: str
-    epochs_key: str
-    retried: bool = False
-
-    def __hash__(self) -> int:
-        """Give what finds it in a dictionary: one of the names of which there are no two."""
-        return hash(self.key)
-
-    @property
-    def keys(self) -> tuple[str, str, str]:
-        """The keys that scripts touch to give an entry up."""
-        return self.key, self.counts_key, self.epochs_key
-
-    @property
-    def name(self) -> str:
-        """How marks call it."""
-        return f"again:{self.worker_id}" if self.retried else str(self.worker_id)
-
-
-#: For each stream its entries by id: bytes that leave the queue's books, and what became of it.
-Settlement = dict[Source, dict[str, tuple[int, str]]]
+#: For each stream, by entry id: the bytes that its queue is credited, and the outcome that is counted.
+Acknowledgements = dict[Stream, dict[str, tuple[int, str]]]
 
 
 class PendingEntries:
-    """The batches in one learner's hands. Safe to use from several threads.
+    """The pending entries of one learner. Safe to use from several threads.
 
-    It also remembers what was counted, so that the counts can be restored on a server that lost them.
+    It also remembers what was counted, to restore the counts on a server that lost them.
     """
 
     def __init__(self, connection: Connection, keys: Keys, *, name: str, epoch: int) -> None:
-        """Begin with empty hands.
+        """Begin without pending entries.
 
         Args:
-            connection: way to the server.
+            connection: connection to the server.
             keys: names of the run's keys.
             name: the learner's name; its consumer in the group.
-            epoch: the learner's epoch; acknowledgements of older ones of this name are refused.
+            epoch: the learner's epoch; the server refuses acknowledgements of older epochs of this name.
         """
         self._connection, self._keys = connection, keys
         self.name, self.epoch = name, epoch
         self._lock = threading.Lock()
-        self._turn = threading.RLock()
-        self._held: dict[Source, dict[str, int]] = {}
+        #: Held while counts are written to the server and noted here.
+        self._writing_counts = threading.RLock()
+        self._entries: dict[Stream, dict[str, int]] = {}
         self._counted: dict[int, Counter[str]] = {}
-        self._others: dict[int, dict[str, int]] = {}
+        #: What workers count, by worker, as old as the last `remember_counts`.
+        self._counted_by_workers: dict[int, dict[str, int]] = {}
 
-    def take_over(self, workers: Iterable[int], *, deadline: Deadline | None = None) -> None:
-        """Become the only learner of this name whose acknowledgements for these workers are accepted.
+    @property
+    def consumers(self) -> tuple[str, str]:
+        """The consumers of this learner in the group: one for what it read, one for what it took over.
+
+        No learner's name ends like the second. They differ because a mark covers what was read up to some entry, but
+        of what was taken over only the entries that it names: those come at any time, from anywhere in the stream.
+        """
+        return self.name, f"{self.name}+"
+
+    @property
+    def identity(self) -> tuple[str, str, int]:
+        """The first arguments of each script: group, name, epoch."""
+        return GROUP, self.name, self.epoch
+
+    def fence_older(self, workers: Iterable[int], *, deadline: Deadline | None = None) -> None:
+        """Fence older epochs of this learner: from now on the server refuses their acknowledgements.
 
         Args:
-            workers: which ones.
+            workers: the workers whose streams are concerned.
             deadline: the connection's timeout by default.
 
         Raises:
@@ -113,181 +109,162 @@ class PendingEntries:
         """
         with self._lock:
             new = [one for one in workers if one not in self._counted]
-        calls = [(TAKE_OVER, self._keys_of(one), (self.name, self.epoch)) for one in new]
+        calls = [(FENCE_LEARNER, self._keys_of(one), (self.name, self.epoch)) for one in new]
         for worker, counts in zip(new, self._connection.run_all(calls, deadline=deadline), strict=True):
-            self.remember(worker, counts)
+            self.remember_counts(worker, counts)
 
-    def remember(self, worker: int, counts: Any) -> None:
-        """Note what the server has counted for a worker, from HGETALL."""
+    def remember_counts(self, worker: int, counts: Any) -> None:
+        """Remember what the server has counted for a worker, from HGETALL."""
         numbers = {name: whole_number(value) for name, value in text_fields(counts).items()}
         found = {name: number for name, number in numbers.items() if number is not None}
         with self._lock:
             counted = self._counted.setdefault(worker, Counter())
             counted |= Counter({name: found[name] for name in COUNTED if name in found})
             self._counted[worker] = counted
-            self._others[worker] = {
+            self._counted_by_workers[worker] = {
                 name: value
                 for name, value in found.items()
-                if name not in COUNTED and name not in ("removed_bytes", "incarnation", "dead_bytes")
+                if name not in COUNTED and name not in NOT_BATCHES
             }
 
-    def add(self, source: Source, entry_id: str, stored_bytes: int) -> bool:
-        """Note an entry that was read; give False if it is held already."""
+    def add(self, stream: Stream, entry_id: str, stored_bytes: int) -> bool:
+        """Add an entry that was read; return False if it was pending already."""
         with self._lock:
-            entries = self._held.setdefault(source, {})
+            entries = self._entries.setdefault(stream, {})
             if entry_id in entries:
                 return False
             entries[entry_id] = stored_bytes
             return True
 
-    def counts(self) -> dict[int, int]:
-        """Give how many batches of each worker are held."""
+    def ids(self, stream: Stream) -> list[str]:
+        """Return the ids of a stream's pending entries."""
+        with self._lock:
+            return list(self._entries.get(stream, ()))
+
+    def count_by_worker(self) -> dict[int, int]:
+        """Return the number of pending batches of each worker."""
         found = dict.fromkeys(self._counted, 0)
         with self._lock:
-            for source, entries in self._held.items():
-                found[source.worker_id] = found.get(source.worker_id, 0) + len(entries)
+            for stream, entries in self._entries.items():
+                found[stream.worker_id] = found.get(stream.worker_id, 0) + len(entries)
         return found
 
     def totals(self) -> tuple[int, int]:
-        """Give how many batches of the run were delivered, and how many were lost, as far as is known here.
+        """Return how many batches of the run were delivered, and how many were lost, as far as this learner knows.
 
-        What workers and other learners count is as old as the last `remember`.
+        What workers and other learners count is as old as the last `remember_counts`.
         """
         delivered = lost = 0
         with self._lock:
             for counted in self._counted.values():
                 delivered += counted["delivered"]
-                lost += sum(counted[reason] for reason in LOST_HERE)
-                for reason in ("corrupt", "poison"):  # what was tried again is no longer lost
+                lost += sum(counted[reason] for reason in LOST_AT_LEARNERS)
+                for reason in ("corrupt", "poison"):  # a retried batch is no longer lost
                     lost -= min(counted[reason], counted[f"retried_{reason}"])
-            for others in self._others.values():
+            for by_worker in self._counted_by_workers.values():
                 lost += sum(
-                    number for name, number in others.items() if name.partition(":")[0] in LOST_AT_WORKERS
+                    number for name, number in by_worker.items() if name.partition(":")[0] in LOST_AT_WORKERS
                 )
         return delivered, lost
 
-    def held(self, source: Source) -> list[str]:
-        """Give the ids of the entries of one stream that are held."""
-        with self._lock:
-            return list(self._held.get(source, ()))
-
-    def settle(self, entries: Sequence[tuple[Source, str, str]], *, deadline: Deadline | None = None) -> int:
-        """Acknowledge, count and delete entries, in one step for each stream; give how many were there.
+    def acknowledge(
+        self, entries: Sequence[tuple[Stream, str, str]], *, deadline: Deadline | None = None
+    ) -> int:
+        """Acknowledge, count and delete entries, in one step for each stream; return how many the server still had.
 
         Args:
-            entries: stream, entry id, and what became of it. What is not held is passed over.
+            entries: stream, entry id and outcome of each. Entries that are not pending are skipped.
             deadline: the connection's timeout by default.
 
         Raises:
             Fenced: a newer learner of this name has taken over.
             PeerError: the server refused, or could not be reached in time.
         """
-        with self.counting(deadline):
-            fates = self.fates(entries)
-            replies = self._connection.run_all(self._acknowledgements(fates), deadline=deadline)
-            return self.note_settled(fates, replies, deadline=deadline)
+        with self.writing_counts(deadline):
+            acknowledgements = self.acknowledgements(entries)
+            replies = self._connection.run_all(
+                _script_calls(self.identity, acknowledgements), deadline=deadline
+            )
+            return self.note_acknowledged(acknowledgements, replies, deadline=deadline)
 
-    def fates(self, entries: Sequence[tuple[Source, str, str]]) -> Settlement:
-        """Give what the server is to be told of entries, without those that are not held."""
-        found: Settlement = {}
+    def acknowledgements(self, entries: Sequence[tuple[Stream, str, str]]) -> Acknowledgements:
+        """Return what to acknowledge: these entries, without those that are not pending."""
+        found: Acknowledgements = {}
         with self._lock:
-            for source, entry_id, reason in entries:
-                size = self._held.get(source, {}).get(entry_id)
+            for stream, entry_id, outcome in entries:
+                size = self._entries.get(stream, {}).get(entry_id)
                 if size is not None:
-                    # What is tried again was taken out of the queue's books when it died.
-                    found.setdefault(source, {})[entry_id] = 0 if source.retried else size, reason
+                    # The queue was credited the bytes of a retried batch when the batch became a dead letter.
+                    found.setdefault(stream, {})[entry_id] = 0 if stream.retried else size, outcome
         return found
 
-    def commands(self, fates: Settlement) -> list[tuple[Argument, ...]]:
-        """Give the commands that acknowledge, for who sends them along with others while `counting`."""
-        return [script.call(keys, arguments) for script, keys, arguments in self._acknowledgements(fates)]
-
-    def _acknowledgements(
-        self, fates: Settlement
-    ) -> list[tuple[Script, tuple[str, ...], tuple[Argument, ...]]]:
+    def commands(self, acknowledgements: Acknowledgements) -> list[tuple[Argument, ...]]:
+        """Return the commands that acknowledge, to be sent with other commands within `writing_counts`."""
         return [
-            (
-                ACKNOWLEDGE,
-                source.keys,
-                (*self.signature, *(part for entry_id, fate in ids.items() for part in (entry_id, *fate))),
-            )
-            for source, ids in fates.items()
+            script.call(keys, arguments)
+            for script, keys, arguments in _script_calls(self.identity, acknowledgements)
         ]
 
-    def note_settled(
-        self, fates: Settlement, replies: Sequence[list[Any]], *, deadline: Deadline | None = None
+    def note_acknowledged(
+        self,
+        acknowledgements: Acknowledgements,
+        replies: Sequence[list[Any]],
+        *,
+        deadline: Deadline | None = None,
     ) -> int:
-        """Note what the server answered to the acknowledgements; give how many entries were there."""
+        """Apply the server's replies to acknowledgements; return how many entries the server still had."""
         removed = 0
-        for (source, ids), (gone, *others) in zip(fates.items(), replies, strict=True):
+        for (stream, outcomes), (gone, *others) in zip(acknowledgements.items(), replies, strict=True):
             removed += gone
-            taken = {entry_id.decode() for entry_id in others}
-            self.gave_up(source, ids, (why for one, (_, why) in ids.items() if one not in taken))
-            if taken:
-                worker = source.worker_id
-                what = counted(
-                    len(taken), f"batch of worker {worker} was", f"batches of worker {worker} were"
-                )
-                logger.warning("%s held for too long; another learner took over", what)
-            if gone + len(taken) < len(ids):  # done before, and the reply was lost; or the server lost them
-                self.restore([source.worker_id], deadline=deadline)
+            lost = {entry_id.decode() for entry_id in others}
+            self.remove(stream, outcomes, (why for one, (_, why) in outcomes.items() if one not in lost))
+            if lost:
+                worker = stream.worker_id
+                what = counted(len(lost), f"batch of worker {worker} was", f"batches of worker {worker} were")
+                logger.warning("%s pending for too long; another learner took over", what)
+            if gone + len(lost) < len(outcomes):
+                # Acknowledged before, and the reply was lost; or the server lost entries, and counts with them.
+                self.restore([stream.worker_id], deadline=deadline)
         return removed
 
+    def remove(self, stream: Stream, entry_ids: Iterable[str], outcomes: Iterable[str]) -> None:
+        """Remove entries that are no longer pending, and remember the outcomes that were counted for them."""
+        with self._lock:
+            for entry_id in entry_ids:
+                self._entries[stream].pop(entry_id, None)
+            self._counted[stream.worker_id].update(outcomes)
+
     @contextmanager
-    def counting(self, deadline: Deadline | None = None) -> Iterator[None]:
-        """Let no other thread write counts to the server meanwhile: what it holds and what we know must agree.
+    def writing_counts(self, deadline: Deadline | None = None) -> Iterator[None]:
+        """Keep other threads from writing counts to the server, so that the server's and the remembered ones agree.
 
         Args:
             deadline: the connection's timeout by default.
 
         Raises:
-            ConnectionFailed: another thread waits for the server all the time.
+            ConnectionFailed: another thread waited for the server all the time.
         """
         limit = deadline or Deadline(self._connection.timeout_seconds)
-        if not self._turn.acquire(timeout=limit.remaining):
+        if not self._writing_counts.acquire(timeout=limit.remaining):
             raise ConnectionFailed(
                 f"{self._connection.address} has not answered another thread for {limit.seconds:g} s"
             )
         try:
             yield
         finally:
-            self._turn.release()
-
-    def _keys_of(self, worker: int) -> tuple[str, str]:
-        return self._keys.epochs(worker), self._keys.counts(worker)
-
-    @property
-    def consumers(self) -> tuple[str, str]:
-        """Under which names the group keeps what is ours: what we read, and what we took over from others.
-
-        No learner's name ends like the second. A mark covers what was read up to it, but of what was taken over
-        only what it names: that may come at any time, and from anywhere in the stream.
-        """
-        return self.name, f"{self.name}+"
-
-    @property
-    def signature(self) -> tuple[str, str, int]:
-        """Give what each script wants to know first: group, name, epoch."""
-        return GROUP, self.name, self.epoch
-
-    def gave_up(self, source: Source, entry_ids: Iterable[str], reasons: Iterable[str]) -> None:
-        """Note that entries are not held any more, and what was counted for them."""
-        with self._lock:
-            for entry_id in entry_ids:
-                self._held[source].pop(entry_id, None)
-            self._counted[source.worker_id].update(reasons)
+            self._writing_counts.release()
 
     def restore(self, workers: Iterable[int] | None = None, *, deadline: Deadline | None = None) -> None:
-        """Write back what the server may have lost of the counts. Harmless where it lost nothing.
+        """Write back the counts that the server may have lost. Harmless where it lost none.
 
         Args:
-            workers: of which ones; by default of all, but on a Cluster not where a server is away.
+            workers: whose counts; by default those of all workers, on a Cluster except where a server is away.
             deadline: the connection's timeout by default.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        with self.counting(deadline):
+        with self.writing_counts(deadline):
             with self._lock:
                 wanted = list(self._counted) if workers is None else list(workers)
                 calls = [
@@ -299,7 +276,7 @@ class PendingEntries:
                             self.epoch,
                             len(self._counted[one]),
                             *flat(self._counted[one]),
-                            *flat(self._others.get(one, {})),
+                            *flat(self._counted_by_workers.get(one, {})),
                         ),
                     )
                     for one in wanted
@@ -308,3 +285,85 @@ class PendingEntries:
                 self._connection.run_where_there(calls, deadline=deadline)
             else:
                 self._connection.run_all(calls, deadline=deadline)
+
+    def _keys_of(self, worker: int) -> tuple[str, str]:
+        return self._keys.epochs(worker), self._keys.counts(worker)
+
+
+class Takeover:
+    """Batches that other learners abandoned; and the claim of this learner on its own pending entries."""
+
+    def __init__(self, connection: Connection, pending: PendingEntries, *, take_over_seconds: float) -> None:
+        """Prepare; nothing is taken over yet.
+
+        Args:
+            connection: connection to the server.
+            pending: the pending entries of this learner.
+            take_over_seconds: entries that another learner did not renew for this long are abandoned.
+        """
+        self._connection, self._pending = connection, pending
+        self._seconds = take_over_seconds
+        self._next_renewal = Deadline(take_over_seconds / 3)
+
+    def take_abandoned(self, streams: Sequence[Stream]) -> list[bool]:
+        """Take over entries that other learners abandoned; return for each stream whether some may belong to us now.
+
+        True wherever a takeover was tried: if the reply is lost, entries belong to this learner without its knowledge.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        own, idle_milliseconds = self._pending.consumers, int(self._seconds * 1000)
+        replies = self._connection.execute_all(
+            [("XPENDING", one.key, GROUP, "IDLE", idle_milliseconds, "-", "+", TAKE_COUNT) for one in streams]
+        )
+        abandoned = [[row[0] for row in pending_rows(reply) if row[1] not in own] for reply in replies]
+        calls: list[tuple[Script, tuple[str, ...], tuple[Any, ...]]] = [
+            (TAKE_ABANDONED, stream.keys, (*self._pending.identity, idle_milliseconds, *ids))
+            for stream, ids in zip(streams, abandoned, strict=True)
+            if ids
+        ]
+        taken = sum(bool(one) for ids in self._connection.run_all(calls) for one in ids)
+        if taken:
+            what = counted(taken, "batch was", "batches were")
+            logger.warning("%s taken over from a learner that stopped renewing them", what)
+        return [bool(ids) for ids in abandoned]
+
+    def count_delivery(self, stream: Stream, entry_id: str, consumer: str, deliveries: int) -> bool:
+        """Record one more delivery of an entry on the server; return False if another learner has taken it over.
+
+        Raises:
+            Fenced: a newer learner of this name has taken over.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        arguments = (*self._pending.identity, entry_id, consumer, deliveries)
+        return bool(self._connection.run(COUNT_DELIVERY, stream.keys, arguments) == 1)
+
+    def renew(self, streams: Sequence[Stream]) -> None:
+        """Renew this learner's claim on its pending entries when a third of `take_over_seconds` has passed.
+
+        Raises:
+            PeerError: the server refused, or could not be reached in time.
+        """
+        if self._next_renewal.over:
+            calls = [
+                (RENEW, (one.key,), (GROUP, name)) for one in streams for name in self._pending.consumers
+            ]
+            self._connection.run_where_there(calls)
+            self._next_renewal = Deadline(self._seconds / 3)
+
+
+def _script_calls(
+    identity: tuple[str, str, int], acknowledgements: Acknowledgements
+) -> list[tuple[Script, tuple[str, ...], tuple[Argument, ...]]]:
+    return [
+        (
+            ACKNOWLEDGE,
+            stream.keys,
+            (
+                *identity,
+                *(part for entry_id, outcome in outcomes.items() for part in (entry_id, *outcome)),
+            ),
+        )
+        for stream, outcomes in acknowledgements.items()
+    ]

@@ -1,4 +1,4 @@
-"""Flow control between inserting and sampling, for learners with a replay buffer.
+"""Rate limiting between inserting and sampling, for learners with a replay buffer.
 
 The rule is that of Reverb's `SampleToInsertRatio` (Cassirer et al., "Reverb: A Framework For Experience Replay",
 arXiv 2102.04736): with `inserts` batches inserted and `samples` drawn, the difference `inserts * ratio - samples`
@@ -16,10 +16,10 @@ from rlbroker.errors import InvalidArgument
 
 
 class RateLimiter:
-    """Counts what is inserted and sampled, and says what may follow. Safe to use from several threads."""
+    """Limits how far inserting and sampling may run ahead of each other. Safe to use from several threads."""
 
     def __init__(self, settings: SamplesPerInsert | None) -> None:
-        """Begin at zero; without settings everything is allowed."""
+        """Begin at zero. Without settings nothing is limited."""
         self._settings = settings
         self._changed = threading.Condition()
         self.inserts = 0
@@ -40,7 +40,7 @@ class RateLimiter:
         return max(0, by_ratio, rule.min_size - self.inserts)
 
     def wait(self, seconds: float) -> int | None:
-        """Give how many batches may be inserted now (None: any number); wait while it is none."""
+        """Wait until batches may be inserted; return how many: 0 after the timeout, None for any number."""
         deadline = Deadline(seconds)
         with self._changed:
             while self._room == 0 and not deadline.over:
@@ -48,22 +48,22 @@ class RateLimiter:
             return self._room
 
     def insert(self, count: int) -> None:
-        """Note that batches were inserted."""
+        """Count batches that were inserted."""
         with self._changed:
             self.inserts += count
 
     def may_sample(self, count: int) -> bool:
-        """Give whether this many samples may be drawn now; if so, they are counted.
+        """Return whether this many samples may be drawn now; if so, count them.
 
         Raises:
-            InvalidArgument: so many may never be drawn at once.
+            InvalidArgument: this many samples can never be drawn at once.
         """
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise InvalidArgument(f"the number of samples must be an integer of at least 1; got {count!r}")
         with self._changed:
             if self._settings is not None:
                 rule = self._settings
-                # Inserting may stop within one ratio of the highest difference, and sampling at the lowest.
+                # Inserting stops up to one ratio below the highest difference, sampling at the lowest one.
                 largest = max(1, math.floor(2 * rule.error_buffer - rule.ratio + 1e-9))
                 if count > largest:
                     raise InvalidArgument(
@@ -80,7 +80,7 @@ class RateLimiter:
             return True
 
     def restore(self, inserts: int, samples: int) -> None:
-        """Go on from the counts of a checkpoint."""
+        """Continue from the counts of a checkpoint."""
         with self._changed:
             self.inserts, self.samples = inserts, samples
             self._changed.notify_all()

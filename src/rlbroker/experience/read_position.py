@@ -1,4 +1,4 @@
-"""How far one learner has read each stream, and what of it is not to be handed out again."""
+"""How far one learner has read each stream of batches, and which entries it must not deliver again."""
 
 from __future__ import annotations
 
@@ -6,159 +6,204 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
+from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import entry_place
-from rlbroker.experience.pending import Source
 from rlbroker.types import Batch
 
-#: Gaps of one stream that are remembered.
+#: Gaps that are remembered for each stream.
 GAPS_KEPT = 1_000
 
-#: An entry's id as what can be compared: incarnation and sequence.
+#: An entry's id in a form that can be compared: incarnation and sequence.
 Place = tuple[int, int]
 
-#: The first and the last entry of what was passed over.
+#: The first and the last entry of a range that was skipped.
 Gap = tuple[Place, Place]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream of batches of one worker: those it sends, or its dead letters that are retried.
+
+    Attributes:
+        key: the stream's key.
+        counts_key: the worker's counts.
+        epochs_key: the epochs of the learners that read the worker's streams.
+        retried: whether the stream holds dead letters that are retried.
+    """
+
+    worker_id: int
+    key: str
+    counts_key: str
+    epochs_key: str
+    retried: bool = False
+
+    @classmethod
+    def named(cls, name: str, keys: Keys) -> Self:
+        """Return the stream that marks call by this name."""
+        prefix, _, worker = name.rpartition(":")
+        number, retried = int(worker), prefix == "again"
+        key = keys.again(number) if retried else keys.experiences(number)
+        return cls(number, key, keys.counts(number), keys.epochs(number), retried)
+
+    def __hash__(self) -> int:
+        """Return the hash of the key, which is unique: cheaper than hashing all fields."""
+        return hash(self.key)
+
+    @property
+    def keys(self) -> tuple[str, str, str]:
+        """The keys that a script needs to remove an entry."""
+        return self.key, self.counts_key, self.epochs_key
+
+    @property
+    def name(self) -> str:
+        """The stream's name in marks."""
+        return f"again:{self.worker_id}" if self.retried else str(self.worker_id)
 
 
 @dataclass(slots=True)
 class Entry:
-    """One entry as it was read, before it is decoded.
+    """One entry of a stream as it was read.
 
     Attributes:
-        place: its id, to be compared.
-        taken_over: whether another learner had it before.
-        came_again: why it is not to be handed out, if it was before.
-        deliveries: how often it was handed out before, if a learner died over it; 0 otherwise.
-        opened: the batch that is in it, once it was decoded.
+        fields: as the worker wrote them; None if the entry was deleted while it was pending.
+        taken_over: whether it was taken over from another learner.
+        repeat_reason: how an entry that was collected before is counted; empty for a new one.
+        deliveries: how many learners it was delivered to that died before they acknowledged it.
+        batch: its batch, once it was decoded.
+        place: its id in a form that can be compared.
     """
 
-    source: Source
+    stream: Stream
     entry_id: str
     fields: dict[bytes, bytes] | None
     taken_over: bool = False
-    came_again: str = ""
+    repeat_reason: str = ""
     deliveries: int = 0
-    opened: Batch | None = None
+    batch: Batch | None = None
     place: Place = field(init=False)
 
     def __post_init__(self) -> None:
-        """Read its id."""
+        """Parse the id."""
         self.place = entry_place(self.entry_id)
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of its batch."""
+        """Bytes of its message."""
         return len(self.fields.get(b"data", b"")) if self.fields else 0
 
-    def let_go_of_message(self, opened: Batch) -> None:
-        """Keep the batch in place of its message: there is no need for the memory of both."""
-        self.opened = opened
-        if self.fields:
-            self.fields.pop(b"data", None)
-
     @property
-    def batch(self) -> str:
+    def batch_id(self) -> str:
         """Incarnation and sequence of its batch."""
-        if self.source.retried and self.fields:
+        if self.stream.retried and self.fields:
             return self.fields.get(b"entry", b"").decode(errors="replace")
         return self.entry_id
 
+    def replace_message(self, batch: Batch) -> None:
+        """Keep the decoded batch in place of its message, so that memory holds only one of them."""
+        self.batch = batch
+        if self.fields:
+            self.fields.pop(b"data", None)
+
 
 @dataclass
-class Stream:
-    """How far the collector has read one stream.
+class ReadPosition:
+    """How far the learner has read one stream.
 
     Attributes:
-        pending_from: where to go on looking for entries that are pending; None to read what is new.
-        fresh: whether the first look at what is pending is not over: it was read by an earlier learner.
-        newest_read: nothing up to here is taken again, but for what another learner gave up.
-        restored: the part of that which a checkpoint holds.
-        handed_out: the last entry that the caller got.
-        open: entries up to `restored` that the checkpoint does not hold.
-        taken_over: entries that another learner gave up, and we hold.
-        restored_too: such entries that the checkpoint holds.
-        gaps: what was passed over since then, from and to: other learners read it, or nobody did.
+        scan_from: where to continue the scan for pending entries; None when the scan is complete.
+        first_scan: whether the first scan is not complete: what it finds was read by an earlier learner.
+        newest_read: the newest entry that was read; entries up to here are new only if they were taken over or skipped.
+        restored: the newest entry that the restored checkpoint covers.
+        last_collected: the newest entry that `collect` returned.
+        excluded: entries up to `restored` that the checkpoint does not cover.
+        taken_over: entries that were taken over from other learners and are pending here.
+        restored_taken_over: entries taken over from other learners that the checkpoint covers.
+        gaps: ranges that were skipped: other learners read them, or they were never read.
     """
 
-    source: Source
-    pending_from: str | None = "-"
-    fresh: bool = True
+    stream: Stream
+    scan_from: str | None = "-"
+    first_scan: bool = True
     newest_read: Place = (0, 0)
     restored: Place = (0, 0)
-    handed_out: Place = (0, 0)
-    open: set[str] = field(default_factory=set)
+    last_collected: Place = (0, 0)
+    excluded: set[str] = field(default_factory=set)
     taken_over: set[str] = field(default_factory=set)
-    restored_too: set[str] = field(default_factory=set)
+    restored_taken_over: set[str] = field(default_factory=set)
     gaps: deque[Gap] = field(default_factory=partial(deque, maxlen=GAPS_KEPT))
 
-    def knows(self, entry: Entry) -> bool:
-        """Whether an entry was read before, or is in the restored checkpoint."""
+    def has_read(self, entry: Entry) -> bool:
+        """Return whether an entry was read before, or is covered by the restored checkpoint."""
         if entry.taken_over:
-            return entry.entry_id in self.restored_too
-        if entry.place > self.newest_read or entry.entry_id in self.open:
+            return entry.entry_id in self.restored_taken_over
+        if entry.place > self.newest_read or entry.entry_id in self.excluded:
             return False
-        return not _within(self.gaps, entry.place)
+        return not _in_gaps(self.gaps, entry.place)
 
-    def note(self, entry: Entry) -> None:
-        """Note that an entry was read."""
-        life, number = place = entry.place
-        self.open.discard(entry.entry_id)
+    def is_in_checkpoint(self, entry: Entry) -> bool:
+        """Return whether an entry that `has_read` knows is pending only because an earlier learner did not finish."""
+        return entry.taken_over or (self.first_scan and entry.place <= self.restored)
+
+    def note_read(self, entry: Entry) -> None:
+        """Record that an entry was read."""
+        incarnation, number = place = entry.place
+        self.excluded.discard(entry.entry_id)
         if entry.taken_over:
             self.taken_over.add(entry.entry_id)
         if place > self.newest_read:
-            before = self.newest_read[1] if life == self.newest_read[0] else number - 1
+            before = self.newest_read[1] if incarnation == self.newest_read[0] else number - 1
             if before < number - 1:
-                self.gaps.append(((life, before + 1), (life, number - 1)))
+                self.gaps.append(((incarnation, before + 1), (incarnation, number - 1)))
             self.newest_read = place
             return
         for first, last in list(self.gaps):
             if first <= place <= last:
                 self.gaps.remove((first, last))
-                rest = (first, (life, number - 1)), ((life, number + 1), last)
+                rest = (first, (incarnation, number - 1)), ((incarnation, number + 1), last)
                 self.gaps.extend(gap for gap in rest if gap[0] <= gap[1])
 
-    def mark(self, waiting: Set[str], held: Collection[str]) -> dict[str, Any]:
-        """Give what a checkpoint is to remember of it.
+    def mark(self, unreturned: Set[str], pending: Collection[str]) -> dict[str, Any]:
+        """Return the mark of this stream for a checkpoint.
 
-        That is the last entry that was handed out, those before it that were not, gaps that others may have read,
-        and what was taken over from them.
+        It names the last entry that was collected, the entries before it that were not, the gaps that other learners
+        may have read, and the entries that were taken over from them.
 
         Args:
-            waiting: ids of entries that were read and not handed out.
-            held: ids of entries that were not acknowledged.
+            unreturned: ids of entries that were read, and that `collect` has not returned.
+            pending: ids of entries that are not acknowledged.
         """
-        self.taken_over.intersection_update(held)
-        before = {one for one in waiting if entry_place(one) <= self.handed_out}
+        self.taken_over.intersection_update(pending)
+        before = {one for one in unreturned if entry_place(one) <= self.last_collected}
         return {
-            "through": _id_of(self.handed_out),
-            "except": sorted(before | self.open),
+            "through": _id_of(self.last_collected),
+            "except": sorted(before | self.excluded),
             "passed_over": [[_id_of(first), _id_of(last)] for first, last in self.gaps],
-            "taken_over": sorted(self.restored_too | self.taken_over - waiting),
+            "taken_over": sorted(self.restored_taken_over | self.taken_over - unreturned),
         }
 
     def restore(self, mark: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.newest_read = self.restored = self.handed_out = entry_place(mark["through"])
-        self.open, self.restored_too = set(mark["except"]), set(mark["taken_over"])
-        self.gaps.extend(_gaps_of(mark))
+        """Continue from the mark of a checkpoint."""
+        self.newest_read = self.restored = self.last_collected = entry_place(mark["through"])
+        self.excluded, self.restored_taken_over = set(mark["except"]), set(mark["taken_over"])
+        self.gaps.extend(_gaps_in(mark))
 
 
 def covers(mark: Mapping[str, Any], entry_id: str, *, taken_over: bool) -> bool:
-    """Whether a checkpoint with this mark holds an entry."""
+    """Return whether a checkpoint with this mark covers an entry."""
     if taken_over:
         return entry_id in mark["taken_over"]
     place = entry_place(entry_id)
     read = place <= entry_place(mark["through"]) and entry_id not in mark["except"]
-    return read and not _within(_gaps_of(mark), place)
+    return read and not _in_gaps(_gaps_in(mark), place)
 
 
-def _gaps_of(mark: Mapping[str, Any]) -> list[Gap]:
+def _gaps_in(mark: Mapping[str, Any]) -> list[Gap]:
     return [(entry_place(first), entry_place(last)) for first, last in mark["passed_over"]]
 
 
-def _within(gaps: Iterable[Gap], place: Place) -> bool:
+def _in_gaps(gaps: Iterable[Gap], place: Place) -> bool:
     return any(first <= place <= last for first, last in gaps)
 
 

@@ -1,13 +1,13 @@
-"""Reading what is new in the streams of one shard, over a connection of its own; on a single server there is one."""
+"""Reading new entries from the streams of one shard, over a dedicated connection. A single server is one shard."""
 
 from __future__ import annotations
 
 import selectors
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, TypeVar
 
 from rlbroker.backend.connection import Argument, Channel, Connection
 from rlbroker.backend.deadline import SHORTEST_TRY_SECONDS, Deadline, within
@@ -15,142 +15,200 @@ from rlbroker.backend.keys import GROUP
 from rlbroker.backend.outage import OutageLog
 from rlbroker.backend.replies import StreamEntries, stream_entries
 from rlbroker.errors import PeerError
-from rlbroker.experience.poll_schedule import Turns
-from rlbroker.experience.read_position import Stream
+from rlbroker.experience.read_position import ReadPosition
+
+#: Up to this many quiet streams add next to nothing to a read, so all streams are polled each time.
+FEW: Final = 32
+
+#: A stream is quiet after it had nothing new for this long.
+QUIET_SECONDS: Final = 2.0
+
+#: For how long the quiet streams are skipped, per quiet stream: polling one costs about a hundredth of that.
+SKIP_SECONDS: Final = 0.0001
+
+#: And for how long at most.
+MAX_SKIP_SECONDS: Final = 0.2
+
+T = TypeVar("T")
+
+
+class PollSchedule:
+    """Which streams a read polls: busy ones each time, quiet ones now and then.
+
+    So a read costs what arrives, however many workers there are.
+    """
+
+    def __init__(self) -> None:
+        """Begin by polling all streams."""
+        self._busy: dict[str, float] = {}  #: when each stream had something last, by key
+        self._poll_all_at = 0.0
+
+    def poll_all(self) -> None:
+        """Poll all streams at the next read."""
+        self._poll_all_at = 0.0
+
+    def choose(self, streams: Mapping[str, T], now: float) -> tuple[list[T], float | None]:
+        """Return the streams to poll, and the seconds until all are polled; None for the latter if all are now.
+
+        Args:
+            streams: all streams that can be polled, by key.
+            now: seconds by a monotonic clock.
+        """
+        quiet = len(streams) - len(self._busy)
+        if quiet > FEW and now < self._poll_all_at:
+            busy = [streams[key] for key in self._busy if key in streams]
+            if busy:
+                return busy, self._poll_all_at - now
+        return list(streams.values()), None
+
+    def note(self, found: Iterable[str], streams: int, now: float, *, polled_all: bool) -> None:
+        """Record which streams had something new.
+
+        Args:
+            found: their keys.
+            streams: how many streams can be polled.
+            now: seconds by the clock of `choose`, after the read.
+            polled_all: whether all streams were polled.
+        """
+        self._busy |= dict.fromkeys(found, now)
+        if polled_all:
+            self._busy = {key: at for key, at in self._busy.items() if now - at < QUIET_SECONDS}
+            quiet = streams - len(self._busy)
+            self._poll_all_at = now + min(MAX_SKIP_SECONDS, quiet * SKIP_SECONDS)
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A read that is under way.
+class _Read:
+    """A read in progress.
 
     Attributes:
-        streams: how many streams it is about.
-        count: how many entries of each it gives at most.
-        left_out: whether streams were left out that had nothing for a while.
-        answer_due: when the server has answered, or hangs.
+        count: entries of each stream that it returns at most.
+        skips_some: whether quiet streams were skipped.
+        reply_due: when the server must have replied.
     """
 
-    streams: int
     count: int
-    left_out: bool
-    answer_due: Deadline
+    skips_some: bool
+    reply_due: Deadline
 
 
 class ShardReader:
-    """Has at most one read under way, which may wait for something new. Not for several threads at once."""
+    """Reads new entries of one shard's streams: one read at a time, which may block. Not thread-safe."""
 
     def __init__(self, connection: Connection, consumer: str, shard: str) -> None:
         """Prepare a reader; nothing is connected yet.
 
         Args:
-            connection: way to the server.
-            consumer: for whom it reads.
-            shard: what the names of the streams begin with.
+            connection: connection to the server.
+            consumer: the consumer that entries are delivered to.
+            shard: the prefix of the streams' keys.
         """
         self.channel = Channel(connection, f"{shard}:x")
-        #: What is read, by key.
-        self.streams: dict[str, Stream] = {}
-        self._consumer, self._turns = consumer, Turns()
-        self._patience_seconds = connection.socket_seconds
-        self._asked: _Asked | None = None
-        self._had_one = False
+        #: The streams that are read, by key.
+        self.streams: dict[str, ReadPosition] = {}
+        self._consumer, self._schedule = consumer, PollSchedule()
+        self._reply_seconds = connection.socket_seconds
+        self._read: _Read | None = None
+        self._was_connected = False
         self._away = Deadline(0)
-        #: How often it failed since it has read something, and what is told when it is left out.
+        #: Failures since the last successful read, and the log of when the shard is skipped for that.
         self.failures, self.outage = 0, OutageLog(f"collecting from {shard}")
-        #: Whether the last read took all that was there, as far as it asked; and whether it asked for all.
-        self.drained = self.left_out = False
+        #: Whether the last read returned all that there was in the streams it polled; and whether it skipped some.
+        self.drained = self.skipped_some = False
 
     @property
-    def waits(self) -> bool:
-        """Whether a read is under way."""
-        return self._asked is not None
+    def is_reading(self) -> bool:
+        """Whether a read is in progress."""
+        return self._read is not None
 
     @property
-    def hangs(self) -> bool:
-        """Whether a read has been under way for too long."""
-        return self._asked is not None and self._asked.answer_due.over
+    def is_overdue(self) -> bool:
+        """Whether the reply to the read in progress is overdue."""
+        return self._read is not None and self._read.reply_due.over
 
     @property
     def is_away(self) -> bool:
-        """Whether it is left out for now."""
+        """Whether the shard is skipped for now, because its server did not answer."""
         return not self._away.over
 
-    def leave_out(self, seconds: float) -> None:
-        """Give up what is under way, and do not read for a while."""
+    def skip_for(self, seconds: float) -> None:
+        """Cancel the read in progress, and skip the shard for a while."""
         self.close()
         self._away = Deadline(seconds)
 
-    def begins_anew(self) -> bool:
-        """Give whether there was a connection, and it is another one now: its server may know less than we do.
+    def reconnect(self) -> bool:
+        """Connect if there is no connection; return whether a new one has replaced an earlier one.
+
+        Its server may then have lost something: entries that it delivered, or counts.
 
         Raises:
-            ConnectionFailed: there is no connection.
+            ConnectionFailed: the server cannot be reached.
         """
-        if self.waits or not self.channel.connect():
+        if self.is_reading or not self.channel.connect():
             return False
-        had_one, self._had_one = self._had_one, True
-        return had_one
+        was_connected, self._was_connected = self._was_connected, True
+        return was_connected
 
-    def ask_all(self) -> None:
-        """Have the next read leave no stream out."""
-        self._turns.ask_all()
+    def poll_all(self) -> None:
+        """Poll all streams at the next read."""
+        self._schedule.poll_all()
 
-    def ask(
+    def start_read(
         self, count: int, wait_seconds: float | None, *, after: Sequence[Sequence[Argument]] = ()
     ) -> None:
-        """Begin a read.
+        """Start a read.
 
         Args:
             count: entries of each stream, at most.
-            wait_seconds: how long it waits for a first entry; None for not at all.
-            after: commands that go before it. Their answers come first and are the caller's to receive.
+            wait_seconds: how long to block until a first entry arrives; None to not block.
+            after: commands to send before it. Their replies come first, and the caller receives them.
 
         Raises:
             ConnectionFailed: the connection broke.
         """
-        streams, turn_seconds = self._turns.choose(self.streams, time.monotonic())
+        positions, skip_seconds = self._schedule.choose(self.streams, time.monotonic())
         command: list[Argument] = ["XREADGROUP", "GROUP", GROUP, self._consumer, "COUNT", count]
         if wait_seconds is not None:
-            wait_seconds = wait_seconds if turn_seconds is None else min(wait_seconds, turn_seconds)
+            wait_seconds = wait_seconds if skip_seconds is None else min(wait_seconds, skip_seconds)
             command += ["BLOCK", max(1, int(wait_seconds * 1000))]
-        command += ["STREAMS", *(stream.source.key for stream in streams), *(">" for _ in streams)]
+        command += ["STREAMS", *(position.stream.key for position in positions), *(">" for _ in positions)]
         self.channel.send([*after, command])
-        answer_due = Deadline((wait_seconds or 0.0) + self._patience_seconds)
-        self._asked = _Asked(len(streams), count, turn_seconds is not None, answer_due)
+        reply_due = Deadline((wait_seconds or 0.0) + self._reply_seconds)
+        self._read = _Read(count, skip_seconds is not None, reply_due)
 
-    def take(self) -> list[StreamEntries]:
-        """Give what the read that is under way has found, once it has; nothing if it found nothing.
+    def finish_read(self) -> list[StreamEntries]:
+        """Wait for the reply to the read in progress, and return the entries in it, if any.
 
         Raises:
-            KeysMove: a Cluster moves the streams.
+            KeysMove: a Cluster is moving the streams.
             PeerError: the server refused, or the connection broke.
         """
-        asked, self._asked = self._asked, None
-        assert asked is not None
-        with within(Deadline(SHORTEST_TRY_SECONDS)) if asked.answer_due.over else nullcontext():
+        read, self._read = self._read, None
+        assert read is not None
+        with within(Deadline(SHORTEST_TRY_SECONDS)) if read.reply_due.over else nullcontext():
             (reply,) = self.channel.receive(1)
         if isinstance(reply, PeerError):
             raise reply
         self.failures = 0
         self.outage.end()
         found = stream_entries(reply)
-        having = [key for key, _ in found]
-        self._turns.note(having, len(self.streams), time.monotonic(), all_asked=not asked.left_out)
-        self.drained = all(len(entries) < asked.count for _, entries in found)
-        self.left_out = asked.left_out
+        keys = [key for key, _ in found]
+        self._schedule.note(keys, len(self.streams), time.monotonic(), polled_all=not read.skips_some)
+        self.drained = all(len(entries) < read.count for _, entries in found)
+        self.skipped_some = read.skips_some
         return found
 
     def close(self) -> None:
-        """Give up what is under way: what it found is pending."""
-        self._asked = None
+        """Cancel the read in progress; entries in its reply stay pending on the server."""
+        self._read = None
         self.channel.close()
 
 
-def ready(readers: Sequence[ShardReader], wait_seconds: float) -> list[ShardReader]:
-    """Give the readers whose reads have ended, or hang; wait for the first of them.
+def wait_for_replies(readers: Sequence[ShardReader], wait_seconds: float) -> list[ShardReader]:
+    """Wait until a reply arrives; return the readers whose replies have arrived or are overdue.
 
     Args:
-        readers: with a read under way each.
+        readers: readers with a read in progress.
         wait_seconds: how long to wait at most.
     """
     if not readers:
@@ -160,4 +218,4 @@ def ready(readers: Sequence[ShardReader], wait_seconds: float) -> list[ShardRead
             sock: Any = reader.channel.raw_socket
             selector.register(sock, selectors.EVENT_READ, reader)
         ended = [key.data for key, _ in selector.select(wait_seconds)]
-    return [*ended, *(one for one in readers if one.hangs and one not in ended)]
+    return [*ended, *(one for one in readers if one.is_overdue and one not in ended)]

@@ -18,9 +18,8 @@ from rlbroker.control.ledger import Ledger
 from rlbroker.experience.collector import Collector
 from rlbroker.experience.counts import read_counts
 from rlbroker.experience.dead_letters import DeadLetters
-from rlbroker.experience.pending import PendingEntries
+from rlbroker.experience.pending import PendingEntries, Takeover
 from rlbroker.experience.rate_limiter import RateLimiter
-from rlbroker.experience.takeover import Takeover
 from rlbroker.membership.roster import Roster
 from rlbroker.metrics.counters import Metrics
 from rlbroker.metrics.recorder import Recorder, RunState
@@ -109,7 +108,7 @@ class LearnerParts:
             note_outcomes=commands.note_outcomes,
         )
         workers = roster.ids()
-        pending.take_over(workers)  # from here on no acknowledgement of an earlier learner is accepted
+        pending.fence_older(workers)  # from here on no acknowledgement of an earlier learner is accepted
         if options.publishes:
             commands.remember()
             ledger.remember(workers)
@@ -189,7 +188,7 @@ def _read_state(roster: Roster, publisher: Publisher, pending: PendingEntries, l
         alive=roster.alive,
         away=roster.away,
         everyone=roster.everyone,
-        in_hand=pending.counts(),
+        in_hand=pending.count_by_worker(),
         delivered=delivered,
         lost=lost,
         missed=ledger.missed_versions,

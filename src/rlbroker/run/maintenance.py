@@ -14,8 +14,7 @@ from rlbroker.control.commands import CommandSender
 from rlbroker.control.ledger import Ledger
 from rlbroker.errors import Fenced, RunLost
 from rlbroker.experience.collector import Collector
-from rlbroker.experience.pending import PendingEntries
-from rlbroker.experience.takeover import Takeover
+from rlbroker.experience.pending import PendingEntries, Takeover
 from rlbroker.membership.roster import Roster
 from rlbroker.metrics.recorder import Recorder
 from rlbroker.run.restoration import Restoration
@@ -116,7 +115,7 @@ class Maintenance:
                 self._restoration.check_weights()
                 self._next_heartbeat = Deadline(HEARTBEAT_SECONDS)
                 self.record()
-            self._takeover.renew(self._collector.sources)
+            self._takeover.renew(self._collector.streams)
             self._settle_as_they_arrive()
         except RunLost as error:
             logger.warning("%s", error)

@@ -7,7 +7,7 @@ from typing import Final
 
 from rlbroker.backend.scripts import Script
 from rlbroker.control import commands, ledger
-from rlbroker.experience import dead_letters, pending, sender, takeover
+from rlbroker.experience import dead_letters, pending, send_queue
 from rlbroker.membership import heartbeat, registration, roster
 from rlbroker.weights import commit
 
@@ -18,9 +18,8 @@ _OWNERS: Final[tuple[ModuleType, ...]] = (
     commit,
     commands,
     ledger,
-    sender,
+    send_queue,
     pending,
-    takeover,
     dead_letters,
 )
 

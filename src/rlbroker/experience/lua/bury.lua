@@ -1,12 +1,12 @@
--- further KEYS: the worker's dead letters
--- further ARGV: id, stored bytes, reason, entries to keep, bytes to keep, then field and value pairs
--- Moves an entry that no learner can use.
--- Gives 1, 0 if it was gone, or 2 if it is another learner's now.
+-- Moves an entry that no learner can use to the dead letters, counts it, and deletes the oldest dead letters.
+-- KEYS: as in own_entries.lua; then the worker's dead letters
+-- ARGV: as in own_entries.lua; then id, stored bytes, reason, letters to keep, bytes to keep, field and value pairs
+-- Reply: 1; 0 if the entry did not exist; 2 if another learner has it now.
 
 -- include: experience/lua/own_entries.lua
 
-local has = mine(ARGV[4])
-if not has then return has == false and 2 or 0 end
+local owned = owns(ARGV[4])
+if not owned then return owned == false and 2 or 0 end
 local entry = redis.call('XRANGE', KEYS[1], ARGV[4], ARGV[4])[1]
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[4])
 redis.call('XDEL', KEYS[1], ARGV[4])
@@ -18,10 +18,10 @@ local function size(fields)
   for i = 1, #fields do sum = sum + #fields[i] end
   return sum
 end
-local fields = {unpack(entry[2], 1, 1000)}  -- a worker may have sent more than Lua can pass on
+local fields = {unpack(entry[2], 1, 1000)}  -- a worker may have sent more fields than Lua can pass
 for i = 9, #ARGV do table.insert(fields, ARGV[i]) end
 local added = redis.pcall('XADD', KEYS[4], '*', unpack(fields))
-if type(added) == 'table' and added['err'] then return 1 end  -- no room for it; it is counted
+if type(added) == 'table' and added['err'] then return 1 end  -- there is no room for it, but it is counted
 count('dead_bytes', size(fields))
 while redis.call('XLEN', KEYS[4]) > tonumber(ARGV[7])
   or (redis.call('XLEN', KEYS[4]) > 0

@@ -1,6 +1,7 @@
+-- Drops the oldest waiting batches of a queue until it is within its bounds.
 -- KEYS: the worker's experiences, its counts
--- ARGV: group, entries that may stay waiting, bytes that may stay held, bytes that were ever sent, incarnation
--- Gives how many this life has dropped, the last id that was delivered, and the first that waits.
+-- ARGV: group, entries that may stay waiting, bytes that may stay in the queue, bytes that were ever sent, incarnation
+-- Reply: how many batches this incarnation has dropped, the last id that was delivered, the first id that waits.
 
 local newest = tonumber(redis.call('HGET', KEYS[2], 'incarnation') or '0') or 0
 if newest > tonumber(ARGV[5]) then
@@ -22,7 +23,7 @@ local removed = tonumber(redis.call('HGET', KEYS[2], 'removed_bytes') or '0') or
 local dropped = 0
 local first = '18446744073709551615-18446744073709551615'
 while true do
-  -- What the learner has read is in its hands and cannot be taken back.
+  -- Only entries after the last delivered one: what a learner has read cannot be taken back.
   local oldest = redis.call('XRANGE', KEYS[1], '(' .. last_read, '+', 'COUNT', 1)[1]
   if not oldest then break end
   first = oldest[1]

@@ -1,32 +1,33 @@
+-- Creates a worker's queue if it does not exist, and fences older incarnations.
 -- KEYS: the worker's experiences, its counts
--- ARGV: incarnation, group, number of the last batch that this life has stored
--- Gives the number of the last batch of this life that is or was here, and the bytes that were ever sent:
--- -1 where what the worker knows of them is still true.
+-- ARGV: incarnation, group, number of the last batch that this incarnation has stored
+-- Reply: the number of this incarnation's last batch that is or was in the stream, and the bytes that were ever sent;
+--        -1 for the latter if the server lost nothing, so that what the worker knows is right.
 
-local mine = tonumber(ARGV[1])
+local own = tonumber(ARGV[1])
 local known = tonumber(redis.call('HGET', KEYS[2], 'incarnation') or '0') or 0
 if redis.call('EXISTS', KEYS[1]) == 0 or #redis.call('XINFO', 'GROUPS', KEYS[1]) == 0 then
   redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[2], '0', 'MKSTREAM')
 end
-local life, last = 0, 0
+local incarnation, last = 0, 0
 local info = redis.call('XINFO', 'STREAM', KEYS[1])
 for i = 1, #info, 2 do
   if info[i] == 'last-generated-id' then
-    local found_life, found_last = string.match(info[i + 1], '^(%d+)-(%d+)$')
-    life, last = tonumber(found_life), tonumber(found_last)
+    local found_incarnation, found_last = string.match(info[i + 1], '^(%d+)-(%d+)$')
+    incarnation, last = tonumber(found_incarnation), tonumber(found_last)
   end
 end
-if known > mine or life > mine then
+if known > own or incarnation > own then
   return redis.error_reply('FENCED a newer process has this worker id')
 end
-if known < mine then
-  if known > 0 and life == known then
-    -- The life before may have ended without saying how much it sent.
-    local said = tonumber(redis.call('HGET', KEYS[2], 'sent:' .. known) or '0') or 0
-    redis.call('HSET', KEYS[2], 'sent:' .. known, string.format('%.0f', math.max(said, last)))
+if known < own then
+  if known > 0 and incarnation == known then
+    -- The incarnation before may have died without writing how many it sent.
+    local sent = tonumber(redis.call('HGET', KEYS[2], 'sent:' .. known) or '0') or 0
+    redis.call('HSET', KEYS[2], 'sent:' .. known, string.format('%.0f', math.max(sent, last)))
   end
   redis.call('HSET', KEYS[2], 'incarnation', ARGV[1])
-  -- What lives before the last one counted under their own names becomes one sum; the last may still count.
+  -- Counts of all incarnations but the last are added up in one field; the last one may still count.
   local counts = redis.call('HGETALL', KEYS[2])
   for i = 1, #counts, 2 do
     local reason, of = string.match(counts[i], '^([%a_]+):(%d+)$')
@@ -37,15 +38,15 @@ if known < mine then
     end
   end
 end
-if life < mine then
-  -- From here on every entry of an older incarnation has too small an id and is refused.
+if incarnation < own then
+  -- From now on the server refuses entries of older incarnations, because their ids are too small.
   redis.call('XDEL', KEYS[1], redis.call('XADD', KEYS[1], ARGV[1] .. '-0', 'incarnation', ARGV[1]))
   last = 0
 end
-if known == mine and last >= tonumber(ARGV[3]) then
+if known == own and last >= tonumber(ARGV[3]) then
   return {last, -1}
 end
--- Bytes that were ever sent: those that were removed, and those that are here.
+-- Bytes that were ever sent: those that were removed, and those in the stream.
 local total = tonumber(redis.call('HGET', KEYS[2], 'removed_bytes') or '0') or 0
 local position = '-'
 while true do

@@ -1,4 +1,4 @@
--- Lua that scripts begin with: whether a learner still has an entry (nil: nobody has), and counting.
+-- Include: refuses a fenced learner, and defines `count` and `owns`. Replies {0} if the stream or its group is lost.
 -- KEYS: a stream, its worker's counts, the epochs of its learners
 -- ARGV: group, the learner's name, its epoch
 
@@ -6,18 +6,19 @@ if tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or '0') > tonumber(ARGV[3]) the
   return redis.error_reply('FENCED a newer learner has taken over the run')
 end
 
--- include: experience/lua/only_counts.lua
+-- include: experience/lua/ensure_counts.lua
 
 local function count(field, by)
   local done = redis.pcall('HINCRBY', KEYS[2], field, by)
-  -- The worker can write here too: what is no number begins anew.
+  -- A worker may write anything here: a field that is not a number starts again.
   if type(done) == 'table' and done['err'] then redis.call('HSET', KEYS[2], field, by) end
 end
-local function mine(id)
+-- Whether this learner has an entry pending: false if another learner has, nil if none has.
+local function owns(id)
   local row = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1)[1]
   if not row then return nil end
   return row[2] == ARGV[2] or row[2] == ARGV[2] .. '+'
 end
 if redis.call('EXISTS', KEYS[1]) == 0 or #redis.call('XINFO', 'GROUPS', KEYS[1]) == 0 then
-  return {0}  -- the server lost it
+  return {0}
 end

@@ -1,6 +1,7 @@
+-- Renews a learner's claim on its pending entries. Entries that another learner has taken over stay with it.
 -- KEYS: a stream
 -- ARGV: group, a consumer
--- Only what the learner still has: another one may have taken some of it.
+-- Reply: how many entries were renewed.
 
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 local position, renewed = '-', 0
@@ -9,7 +10,7 @@ while true do
   if #rows == 0 then return renewed end
   for _, row in ipairs(rows) do
     redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, row[1], 'RETRYCOUNT', row[4], 'JUSTID')
-    position = '(' .. row[1]  -- by name: a number may be larger than Lua can count
+    position = '(' .. row[1]  -- as text: the number may be larger than Lua can represent
     renewed = renewed + 1
   end
 end

@@ -1,9 +1,12 @@
+-- Raises a worker's counts to what a learner remembers, where the server has lost some; what only workers count, only
+-- where the server has lost the learner's epoch too.
 -- KEYS: the epochs of a worker's learners, its counts
 -- ARGV: the learner's name, its epoch, number of fields that learners count, then these fields and values,
 --       then every other field and value
+-- Reply: 1.
 
 -- include: backend/lua/also_when_full.lua
--- include: experience/lua/only_counts.lua
+-- include: experience/lua/ensure_counts.lua
 
 local epoch = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '0')
 local lost = epoch == 0

@@ -24,7 +24,7 @@ from rlbroker.backend.unreadable import answered, legible, unless_spoiled
 from rlbroker.config import RunSettings
 from rlbroker.control.outcomes import WorkerOutcomes, summarize_missed
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
-from rlbroker.experience.counts import known_counts, right_types, types_of
+from rlbroker.experience.counts import expected_types, match_types, read_existing_counts
 from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
 from rlbroker.membership.worker_info import parse_worker_infos
 from rlbroker.ops.inspect.liveness import learner_silent_seconds, learner_state, other_learners_silent_seconds
@@ -245,7 +245,7 @@ class SnapshotReader:
         types = {
             key: kind
             for worker in ids
-            for key, kind in (keys.written_by_worker(worker) | types_of(keys, worker)).items()
+            for key, kind in (keys.written_by_worker(worker) | expected_types(keys, worker)).items()
         }
         replies = iter(
             self._connection.ask_once(
@@ -279,8 +279,8 @@ class SnapshotReader:
         }
         missed = _parse_missed(keys, ids, ledgers, manifest)
         sent = {worker: (info.incarnation, info.sent) for worker, info in infos.items()}
-        is_right_type = right_types(types, found_types)
-        counts = known_counts(self._connection, keys, ids, is_right_type, said=sent)
+        is_right_type = match_types(types, found_types)
+        counts = read_existing_counts(self._connection, keys, ids, is_right_type, reported=sent)
         with legible(keys.pending):
             waiting = _parse_waiting_commands(text_fields(pending_reply), now)
         return {

@@ -1,0 +1,284 @@
+"""Reading entries from all watched streams: pending ones first, then new ones, each once and in order."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from rlbroker.backend.connection import Connection
+from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.error_mapping import KeysMove, script_is_unknown
+from rlbroker.backend.keys import GROUP
+from rlbroker.backend.replies import (
+    StreamEntries,
+    consumer_pending,
+    entry_place,
+    pending_rows,
+    stream_entries,
+    text_fields,
+)
+from rlbroker.errors import PeerError
+from rlbroker.experience.pending import PendingEntries
+from rlbroker.experience.read_position import Entry, ReadPosition, Stream
+from rlbroker.experience.stream_reader import ShardReader, wait_for_replies
+from rlbroker.experience.watched_streams import WatchedStreams
+
+logger = logging.getLogger("rlbroker")
+
+#: Stored bytes that one read asks for, as far as can be foreseen. Small reads reuse memory that is still in the cache.
+READ_BYTES = 8 << 20
+
+#: Entries of one stream that one read asks for, at most.
+READ_COUNT = 64
+
+#: Size assumed for a batch before one was read.
+FIRST_BATCH_BYTES = 1 << 20
+
+#: How long to wait before the streams are read again while a Cluster moves them.
+MOVING_SECONDS = 0.02
+
+
+class EntryReader:
+    """Reads entries into a queue in the learner, and acknowledges with the same round trip. Not thread-safe."""
+
+    def __init__(self, connection: Connection, streams: WatchedStreams, pending: PendingEntries) -> None:
+        """Prepare; nothing is read yet.
+
+        Args:
+            connection: connection to the server.
+            streams: the streams to read.
+            pending: the learner's pending entries.
+        """
+        self._connection, self._streams, self._pending = connection, streams, pending
+        #: Entries that were read, and are to be unpacked in this order.
+        self.entries: deque[Entry] = deque()
+        #: Stream, id and outcome of what the caller was given, to be acknowledged with the next read. Only names, so
+        #: that the memory of the batches is the caller's.
+        self.returned: list[tuple[Stream, str, str]] = []
+        #: Whether the last read returned all that there was.
+        self.drained = False
+        self._average_bytes = float(FIRST_BATCH_BYTES)
+        self._busy_streams = 1  #: streams that had something new at the last read
+
+    def acknowledge_returned(self, deadline: Deadline | None = None) -> None:
+        """Acknowledge what the caller was given, in a round trip of its own."""
+        if self.returned:
+            self._pending.acknowledge(self.returned, deadline=deadline)
+            self.returned = []
+
+    def count_per_stream(self, max_batches: int | None, max_bytes: int) -> int:
+        """Return how many entries of each stream to read.
+
+        Args:
+            max_batches: how many entries are wanted at most, of all streams.
+            max_bytes: stored bytes that one read may return if every stream is full.
+        """
+        size = max(1.0, self._average_bytes)
+        # As many streams as at the last read are expected to have something.
+        fitting = int(
+            min(READ_BYTES / size / self._busy_streams, max_bytes / size / len(self._streams.watched))
+        )
+        return max(1, min(READ_COUNT, fitting, max_batches or READ_COUNT))
+
+    # New entries
+
+    def read_new(self, count: int, deadline: Deadline | None) -> bool:
+        """Read new entries; with a deadline, block until the first one arrives in any stream.
+
+        Args:
+            count: entries of each stream, at most.
+            deadline: until when to wait for a first entry; None to not wait.
+
+        Returns:
+            Whether to read once more at once: because a connection was replaced, or because a read that may not wait
+            skipped some streams.
+        """
+        wait_seconds = None if deadline is None else min(self._connection.block_seconds, deadline.remaining)
+        readers = self._streams.readers()
+        self._streams.dropped_connection = False
+        if self._reconnect(readers):
+            return True
+        readers = [reader for reader in readers if not reader.is_away]
+        if len(readers) == 1:
+            replies = self._acknowledge_and_read(readers[0], count, wait_seconds)
+        else:
+            self.acknowledge_returned()
+            replies = self._read_shards(readers, count, wait_seconds)
+        self._add_new(replies)
+        self.drained = all(reader.drained or reader.is_reading for reader in readers)
+        if self._streams.dropped_connection:
+            return True
+        if self.entries or deadline is not None or not any(reader.skipped_some for reader in readers):
+            return False
+        for reader in readers:
+            reader.poll_all()
+        return True
+
+    def _reconnect(self, readers: Sequence[ShardReader]) -> bool:
+        """Connect; where a connection was replaced, restore what the server may have lost, and return True."""
+        replaced = False
+        for reader in readers:
+            with self._streams.skip_if_away(reader):
+                if reader.reconnect():
+                    replaced = True
+                    self._streams.rescan(reader.streams.values())
+                    workers = {position.stream.worker_id for position in reader.streams.values()}
+                    self._pending.restore(workers, deadline=self._streams.deadline)
+        return replaced
+
+    def _acknowledge_and_read(
+        self, reader: ShardReader, count: int, wait_seconds: float | None
+    ) -> list[StreamEntries]:
+        """Acknowledge what the caller was given and read new entries, in one round trip."""
+        try:
+            with self._pending.writing_counts():
+                acknowledgements = self._pending.acknowledgements(self.returned)
+                reader.start_read(count, wait_seconds, after=self._pending.commands(acknowledgements))
+                replies = reader.channel.receive(len(acknowledgements))
+                refusal = next((one for one in replies if isinstance(one, PeerError)), None)
+                if refusal is None:
+                    self._pending.note_acknowledged(acknowledgements, replies)
+                elif not script_is_unknown(refusal):
+                    raise refusal
+            found = self._finish_read(reader, count)
+        except BaseException:
+            reader.close()  # or the next command would get the replies that were not received
+            raise
+        if refusal is None:
+            self.returned = []
+        else:
+            self.acknowledge_returned()
+        return found
+
+    def _read_shards(
+        self, readers: Sequence[ShardReader], count: int, wait_seconds: float | None
+    ) -> list[StreamEntries]:
+        """Read from all shards at once. A read that waits when another shard replies continues to wait.
+
+        What it returns between two calls is taken at the next one, or stays pending for the next learner.
+        """
+        idle = [reader for reader in readers if not reader.is_reading]
+        for reader in idle:
+            with self._streams.skip_if_away(reader):
+                reader.start_read(count, wait_seconds)
+        at_once = [reader for reader in idle if reader.is_reading and wait_seconds is None]
+        blocking = [reader for reader in readers if reader.is_reading and reader not in at_once]
+        found: list[StreamEntries] = []
+        for reader in (*at_once, *wait_for_replies(blocking, wait_seconds or 0.0)):
+            with self._streams.skip_if_away(reader):
+                found += self._finish_read(reader, count)
+        return found
+
+    def _finish_read(self, reader: ShardReader, count: int) -> list[StreamEntries]:
+        """Return what a reader read. While a Cluster moves streams, read each by itself: nodes share them now."""
+        try:
+            return reader.finish_read()
+        except KeysMove as moving:
+            logger.info("%s; reading each stream by itself", moving)
+        positions = list(reader.streams.values())
+        self._streams.rescan(positions)  # entries of the failed read may be pending
+        time.sleep(MOVING_SECONDS)
+        command = ("XREADGROUP", "GROUP", GROUP, self._pending.name, "COUNT", count, "STREAMS")
+        replies = self._connection.execute_all([(*command, one.stream.key, ">") for one in positions])
+        return [one for reply in replies for one in stream_entries(reply)]
+
+    def _add_new(self, replies: Sequence[StreamEntries]) -> None:
+        self._busy_streams = max(1, len(replies))
+        for key, entries in replies:
+            position = self._streams.reader_of(key).streams.get(key)
+            if position is None or not entries:
+                continue
+            if self._missed_entries(position, entries):
+                self._streams.rescan([position])
+                continue
+            incarnation = entry_place(entries[0][0])[0]
+            if incarnation > position.newest_read[0] and self._is_shared(position.stream):
+                # The entries of this incarnation before the first one here went to other learners.
+                position.newest_read = (incarnation, 0)
+            for entry_id, fields in entries:
+                self._add(position, Entry(position.stream, entry_id, fields))
+
+    def _missed_entries(
+        self, position: ReadPosition, entries: list[tuple[str, dict[bytes, bytes] | None]]
+    ) -> bool:
+        """Return whether the server delivered entries to this learner that never arrived.
+
+        A client that repeats a read by itself after a lost reply skips what that reply held. It shows as a gap.
+        """
+        incarnation, sequence = position.newest_read
+        if entry_place(entries[0][0]) == (incarnation, sequence + 1):
+            return False
+        reply = self._connection.execute("XPENDING", position.stream.key, GROUP)
+        pending = consumer_pending(reply, self._pending.consumers)
+        return pending > len(self._pending.ids(position.stream)) + len(entries)
+
+    def _is_shared(self, stream: Stream) -> bool:
+        """Return whether other learners have read this stream too."""
+        consumers = self._connection.execute("XINFO", "CONSUMERS", stream.key, GROUP)
+        return any(text_fields(one)["name"] not in self._pending.consumers for one in consumers)
+
+    # Pending entries
+
+    def read_pending(self, positions: Sequence[ReadPosition], count: int) -> None:
+        """Read entries that the server delivered to this learner and that are unknown here; it counts no delivery.
+
+        Args:
+            positions: the streams to scan; each continues where its last scan ended.
+            count: entries of each stream, at most.
+        """
+        for reader, some in self._streams.by_reader(positions):
+            with self._streams.skip_if_away(reader):
+                if reader.is_reading:
+                    self._add_new(self._finish_read(reader, count))  # or its entries would be read twice
+                self._scan(some, count)
+
+    def _scan(self, positions: Sequence[ReadPosition], count: int) -> None:
+        read, taken_over = self._pending.consumers
+        replies = self._connection.execute_all(
+            [
+                ("XPENDING", one.stream.key, GROUP, one.scan_from or "-", "+", count, consumer)
+                for one in positions
+                for consumer in (read, taken_over)
+            ],
+            deadline=self._streams.deadline,
+        )
+        unknown: list[tuple[ReadPosition, Entry]] = []
+        ends: list[str | None] = []
+        for position, *both in zip(positions, replies[::2], replies[1::2], strict=True):
+            rows = sorted((row for reply in both for row in pending_rows(reply)), key=_place_of)[:count]
+            known = set(self._pending.ids(position.stream))
+            for entry_id, consumer, _, deliveries in rows:
+                if entry_id not in known:
+                    entry = Entry(position.stream, entry_id, None, taken_over=consumer == taken_over)
+                    entry.deliveries = deliveries if position.first_scan or entry.taken_over else 0
+                    unknown.append((position, entry))
+            ends.append(f"({rows[-1][0]}" if rows else None)
+        found = self._connection.execute_all(
+            [("XRANGE", entry.stream.key, entry.entry_id, entry.entry_id) for _, entry in unknown],
+            deadline=self._streams.deadline,
+        )
+        for (position, entry), entries in zip(unknown, found, strict=True):
+            entry.fields = dict(entries[0][1]) if entries else None
+            self._add(position, entry)
+        for position, end in zip(positions, ends, strict=True):
+            self._streams.note_scan(position, end)
+
+    # Both
+
+    def _add(self, position: ReadPosition, entry: Entry) -> None:
+        """Queue an entry, unless it is queued or returned already."""
+        if not self._pending.add(position.stream, entry.entry_id, entry.stored_bytes):
+            return
+        if position.has_read(entry):
+            # What a checkpoint covers was delivered, and an earlier learner died before it acknowledged it.
+            entry.repeat_reason = "delivered" if position.is_in_checkpoint(entry) else "duplicate"
+        else:
+            position.note_read(entry)
+            self._average_bytes += 0.1 * (entry.stored_bytes - self._average_bytes)
+        self.entries.append(entry)
+
+
+def _place_of(row: tuple[str, str, int, int]) -> tuple[int, int]:
+    return entry_place(row[0])

@@ -1,0 +1,123 @@
+"""The levels that the server confirms: whether it can, how to wait for it, and what is missing if it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlbroker.backend.connection import Connection
+from rlbroker.backend.deadline import try_seconds
+from rlbroker.backend.topology import Server
+from rlbroker.config import Level
+from rlbroker.errors import ConnectionFailed, PeerError, ServerFault, ServerUnsuitable
+
+
+class Confirmation:
+    """What it takes to confirm that a batch has reached its level. Not thread-safe.
+
+    Attributes:
+        level: the level.
+        missing: why the last wait for the level was in vain; empty if it was not.
+    """
+
+    def __init__(self, connection: Connection, level: Level) -> None:
+        """Prepare; nothing is asked yet.
+
+        Args:
+            connection: connection to the server.
+            level: what a batch must have reached to be safe.
+        """
+        self._connection, self.level = connection, level
+        self.missing = ""
+
+    @property
+    def waits(self) -> bool:
+        """Whether the server is asked to confirm each batch."""
+        return self.level in ("replica", "fsync")
+
+    def wait_command(self) -> tuple[Any, ...]:
+        """Return the command that waits until the server has confirmed what its connection wrote last."""
+        # Half of what is left, because a wait that the socket's timeout cuts off does not report what is missing.
+        milliseconds = max(1, int(try_seconds(2 * self._connection.block_seconds) * 500))
+        return ("WAIT", 1, milliseconds) if self.level == "replica" else ("WAITAOF", 1, 0, milliseconds)
+
+    def accept(self, reply: Any) -> bool:
+        """Return whether the reply to `wait_command` confirms the level; if so, nothing is missing any more.
+
+        Raises:
+            PeerError: the server refused.
+        """
+        if isinstance(reply, PeerError):
+            if _has_no_file(reply):  # an outage and no refusal: the file may be back soon
+                return False
+            raise reply
+        confirmed = bool(reply if isinstance(reply, int) else reply[0])
+        if confirmed:
+            self.missing = ""
+        return confirmed
+
+    def fail(self, reply: Any, server: Server, batch: str) -> None:
+        """Remember what is missing for the level, and raise it.
+
+        Raises:
+            ConnectionFailed: always: like any outage, it may be over soon.
+        """
+        node = self._name(server)
+        if _has_no_file(reply):
+            self.missing = (
+                f"{node} has no append-only file for {batch}; CONFIG SET appendonly yes there to continue"
+            )
+        elif self.level == "replica":
+            self.missing = (
+                f"no replica of {node} has confirmed {batch} yet; bring one back or add one to continue"
+            )
+        else:
+            self.missing = f"the disk of {node} has not confirmed {batch} yet"
+        raise ConnectionFailed(self.missing)
+
+    def check(self, stream_key: str, *, known: bool) -> None:
+        """Refuse a level that the stream's master cannot give; if the stream's place is unknown, that no master can.
+
+        Raises:
+            ServerUnsuitable: the server cannot give this level.
+            PeerError: the server refused for another reason, or could not be reached.
+        """
+        if not self.waits:
+            return
+        lacking = ""
+        for master in [self._connection.holding(stream_key)] if known else self._connection.masters():
+            try:
+                lacking = self._what_lacks(master)
+            except ConnectionFailed:
+                if known:
+                    raise
+                return  # the master may be back before the run is opened
+            if not lacking:
+                return
+        raise ServerUnsuitable(f"level {self.level!r} needs {lacking}")
+
+    def _what_lacks(self, master: Server) -> str:
+        """Return what a master lacks for the level; empty if it can give it."""
+        replica, node = self.level == "replica", self._name(master)
+        probes = [("WAIT", 0, 1), ("INFO", "replication")] if replica else [("WAITAOF", 1, 0, 1)]
+        replies = self._connection.ask_at(master, probes)
+        refusal = next((reply for reply in replies if isinstance(reply, PeerError)), None)
+        if refusal is None:
+            if "connected_slaves:0" not in str(replies):
+                return ""
+            add_node = f"`redis-cli --cluster add-node HOST:PORT {node} --cluster-slave`"
+            remedy = add_node if self._connection.servers.several else "REPLICAOF"
+            return f"a replica, and {node} has none now; add one ({remedy}), or choose another level"
+        if not isinstance(refusal, ServerFault):
+            raise refusal
+        if _has_no_file(refusal):
+            return f"an append-only file, and {node} has none; `redis-cli CONFIG SET appendonly yes` there"
+        version = "Redis or Valkey" if replica else "Redis 7.2 or newer, or Valkey"
+        found = self._connection.server_version(self._connection.server_info(master))
+        return f"{version}; this is {found or 'another server'}"
+
+    def _name(self, server: Server) -> str:
+        return server.name if server.address else self._connection.address
+
+
+def _has_no_file(reply: Any) -> bool:
+    return isinstance(reply, ServerFault) and "appendonly" in str(reply)

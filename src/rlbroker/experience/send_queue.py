@@ -1,0 +1,371 @@
+"""The queue of one worker, as its only sender sees it: batches are stored once and in order, also after a loss.
+
+The worker is the only one that adds to its stream, and the learner only removes. So the queue can only have become
+emptier since the last `refresh`, apart from what was sent since.
+
+All commands go over one channel. When that has to reconnect, the server may have lost what it had acknowledged: the
+queue is then opened again, and pending batches are sent again before any new one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from rlbroker.backend.connection import Channel, Connection, flat
+from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.error_mapping import KeysMove
+from rlbroker.backend.keys import GROUP, Keys
+from rlbroker.backend.replies import entry_place, group_position, newest_place, pending_summary
+from rlbroker.backend.scripts import Script
+from rlbroker.config import RunSettings
+from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault
+from rlbroker.experience.levels import Confirmation
+from rlbroker.experience.outgoing import PendingBatch, PendingBatches
+from rlbroker.types import Registration
+
+logger = logging.getLogger("rlbroker")
+
+OPEN_QUEUE = Script.load("experience/lua/open_queue.lua")
+WRITE_COUNTS = Script.load("experience/lua/write_counts.lua")
+DROP_OLDEST = Script.load("experience/lua/drop_oldest.lua")
+
+#: Bytes that are sent again in one round trip.
+RESEND_BYTES = 8 << 20
+
+T = TypeVar("T")
+
+
+class QueueSize:
+    """How full a queue was at the last `refresh`, with what was sent since.
+
+    Attributes:
+        sent_bytes: bytes of all batches that were ever sent.
+        held_bytes: bytes of the batches that wait or are in the learner's hands.
+        waiting: batches that no learner has read.
+        in_hand: batches that learners have read and not acknowledged.
+    """
+
+    def __init__(self) -> None:
+        """Begin with an empty queue."""
+        self.sent_bytes = self.held_bytes = self.waiting = self.in_hand = 0
+
+    def add(self, stored_bytes: int) -> None:
+        """Count a batch that was sent."""
+        self.sent_bytes += stored_bytes
+        self.held_bytes += stored_bytes
+        self.waiting += 1
+
+    def update(self, length: int, in_hand: int, removed_bytes: int) -> None:
+        """Count what the server has.
+
+        Args:
+            length: batches in the stream.
+            in_hand: those of them that are pending.
+            removed_bytes: bytes of all batches that were ever removed from the queue.
+        """
+        self.in_hand, self.waiting = in_hand, length - in_hand
+        if length == 0:
+            self.sent_bytes = removed_bytes  # corrects a difference that a fault left behind
+        self.held_bytes = self.sent_bytes - removed_bytes
+
+
+class SendQueue:
+    """The queue of one worker, with its batches that have not reached their level. Not thread-safe.
+
+    Every operation is repeated until its deadline while the connection is broken. It raises `Fenced` if a newer process
+    has this worker id, and any other `PeerError` if the server refused or could not be reached in time.
+
+    Attributes:
+        channel: the connection to the stream's server.
+        pending: batches that have not reached their level.
+        confirmation: how they are confirmed.
+        size: how full the queue is.
+        sequence: the number of the last batch of this incarnation.
+        stale: whether the server may have lost something since the queue was opened.
+        opened: whether the queue was opened by this incarnation.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        keys: Keys,
+        registration: Registration,
+        confirmation: Confirmation,
+        rejoin: Callable[[Channel], None],
+    ) -> None:
+        """Prepare; the first operation opens the queue, and fences older incarnations of the worker.
+
+        Args:
+            connection: connection to the server.
+            keys: names of the run's keys.
+            registration: the worker and its incarnation.
+            confirmation: how batches are confirmed.
+            rejoin: registers the worker again if the server has lost its registration.
+        """
+        self._connection, self._keys, self._rejoin = connection, keys, rejoin
+        self._worker_id, self._incarnation = registration.worker_id, registration.incarnation
+        self.confirmation, self.pending, self.size = confirmation, PendingBatches(), QueueSize()
+        self.sequence = self._written_sequence = 0
+        self.stale = self.opened = False
+        #: What this incarnation counted, in absolute numbers, so that writing them again does no harm.
+        self._counted = {"dropped_newest": 0, "fenced": 0, "stopped": 0, "dropped_oldest": 0}
+        self._locate()
+
+    def _locate(self) -> None:
+        """Use the keys that the queue has now: a run that was opened again may have other shards."""
+        self.stream_key = self._keys.experiences(self._worker_id)
+        self._counts_key = self._keys.counts(self._worker_id)
+        self.channel = Channel(self._connection, self.stream_key)
+
+    @property
+    def has_unwritten_counts(self) -> bool:
+        """Whether batches were sent since the counts were written."""
+        return self._written_sequence < self.sequence
+
+    def refresh(self, deadline: Deadline | None = None) -> None:
+        """Read how full the queue is, and release the batches that the learner has acknowledged."""
+        self._repeat(self._refresh, deadline)
+
+    def confirm(self, deadline: Deadline) -> None:
+        """Store the unconfirmed batch if it is not stored, and wait until it has reached its level."""
+        self._repeat(self._confirm, deadline)
+
+    def advance(self, deadline: Deadline) -> None:
+        """Confirm the unconfirmed batch if there is one; otherwise refresh."""
+        self._repeat(self._confirm if self.pending.unconfirmed else self._refresh, deadline)
+
+    def drop_oldest(self, stored_bytes: int, settings: RunSettings, deadline: Deadline) -> int:
+        """Drop waiting batches until one of this size fits, as far as possible; return how many were dropped."""
+        return self._repeat(lambda: self._drop_oldest(stored_bytes, settings), deadline)
+
+    def write_counts(self, deadline: Deadline) -> None:
+        """Write what this incarnation counted."""
+        self._repeat(self._write_counts, deadline)
+
+    def count(self, outcome: str, deadline: Deadline, by: int = 1) -> None:
+        """Count batches that are not accepted, under this incarnation's name also after a newer one has joined."""
+        counted = (f"{outcome}:{self._incarnation}", self._counted[outcome] + by)
+        self._connection.run(
+            WRITE_COUNTS, (self._counts_key,), (self._incarnation, *counted), deadline=deadline
+        )
+        self._counted[outcome] += by
+
+    def count_fenced(self, *, refused: bool) -> None:
+        """Count and release the pending batches that are not on the server, after this worker was fenced.
+
+        Args:
+            refused: whether a batch without a number is lost too.
+        """
+        taken = [batch.sequence for batch in self.pending]
+        try:
+            written = self._connection.execute("HGET", self._counts_key, f"sent:{self._incarnation}")
+            lost = sum(sequence > int(written or 0) for sequence in taken)
+            self.count("fenced", Deadline(self._connection.timeout_seconds), by=lost + refused)
+        except PeerError as error:
+            logger.warning("worker %d was replaced, and cannot count its batches: %s", self._worker_id, error)
+        self.pending.clear()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.channel.close()
+
+    def _repeat(self, operation: Callable[[], T], deadline: Deadline | None) -> T:
+        """Run an operation that is harmless to repeat, after opening the queue if the server may have lost it."""
+
+        def attempt() -> T:
+            if self.stream_key != self._keys.experiences(self._worker_id):
+                self.channel.close()
+                self._locate()
+            is_new, self.channel.strayed = self.channel.connect(), False
+            if is_new or self.stale:
+                self._open()
+                self.opened = True
+            try:
+                return operation()
+            finally:
+                # If another node was asked instead, by `_open` too, its losses do not break this connection.
+                self.stale |= self.channel.strayed
+
+        return self._connection.retry(attempt, deadline)
+
+    def _open(self) -> None:
+        """Open the queue, and send the pending batches again that the server does not have."""
+        self.stale = True
+        # First, because the queue alone does not show that a newer process had joined before the loss.
+        if self._keys.shards:
+            home = Channel(self._connection, self._keys.meta)
+            try:
+                self._rejoin(home)
+                home.give_back()
+            finally:
+                home.close()
+        else:
+            self._rejoin(self.channel)
+        arguments = (self._incarnation, GROUP, self.sequence)
+        last, sent_bytes = map(int, self._run(OPEN_QUEUE, arguments))
+        if sent_bytes >= 0:
+            self.size.sent_bytes = sent_bytes
+        missing = []
+        for batch in self.pending:
+            batch.stored = batch.sequence <= last
+            if not batch.stored:
+                batch.charged = batch.charged and sent_bytes < 0
+                missing.append(batch)
+        if last < self.sequence - (self.pending.unconfirmed is not None):
+            logger.warning(
+                "the server lost what worker %d sent after batch %d; %d %s sent again",
+                self._worker_id,
+                last,
+                len(missing),
+                "is" if len(missing) == 1 else "are",
+            )
+        for some in _in_slices(missing):
+            self._add_all(some)
+        self._write_counts()
+        self.stale = False
+
+    def _add_all(self, batches: Sequence[PendingBatch], *further: tuple[Any, ...]) -> list[Any]:
+        """Add batches to the stream and run further commands, in one round trip; return the replies to the latter."""
+        try:
+            replies = self.channel.execute_all([*map(self._add_command, batches), *further])
+        except BaseException:  # Ctrl-C too: what was sent may arrive later than the next command
+            for batch in batches:
+                batch.uncertain = True
+            raise
+        for batch, reply in zip(batches, replies, strict=False):
+            self._note_stored(batch, reply)
+        return replies[len(batches) :]
+
+    def _add_command(self, batch: PendingBatch) -> tuple[Any, ...]:
+        entry_id = f"{self._incarnation}-{batch.sequence}"
+        # Only OPEN_QUEUE creates the stream: a server that lost it must not accept a batch before it was opened again.
+        return ("XADD", self.stream_key, "NOMKSTREAM", entry_id, *batch.fields)
+
+    def _note_stored(self, batch: PendingBatch, reply: Any) -> None:
+        if reply is None:
+            self.stale = True
+            raise RunLost(f"the server lost the queue of worker {self._worker_id}")
+        if isinstance(reply, ServerFault) and "equal or smaller" in str(reply):
+            self._check_stored(batch)
+        elif isinstance(reply, PeerError):
+            raise reply
+        batch.stored = True
+        if not batch.charged:
+            batch.charged = True
+            self.size.add(batch.stored_bytes)
+
+    def _check_stored(self, batch: PendingBatch) -> None:
+        """Raise unless an id was refused because the batch is stored already."""
+        newest, info = self._replies(
+            [("HGET", self._counts_key, "incarnation"), ("XINFO", "STREAM", self.stream_key)]
+        )
+        self._check_incarnation(newest)
+        incarnation, number = newest_place(info)
+        if incarnation != self._incarnation or number < batch.sequence:
+            raise ServerFault(
+                f"another program wrote the entry {incarnation}-{number} to {self.stream_key}, so the server accepts "
+                f"no more batches of worker {self._worker_id}; start this worker again"
+            )
+
+    def _confirm(self) -> None:
+        batch = self.pending.unconfirmed
+        assert batch is not None
+        further: list[tuple[Any, ...]] = []
+        if self.confirmation.waits:
+            # A wait is for what this connection wrote last, so each attempt writes something.
+            counts = ("HSET", self._counts_key, *self._count_fields())
+            further = [counts, self.confirmation.wait_command()]
+        replies = self._add_all([] if batch.stored else [batch], *further)
+        if further:
+            if self.channel.strayed:  # the wait was for another connection
+                batch.uncertain = True
+                raise KeysMove(f"the queue of worker {self._worker_id} is being moved to another node")
+            if not self.confirmation.accept(replies[-1]):
+                assert self.channel.server is not None
+                batch.uncertain = True
+                self.confirmation.fail(replies[-1], self.channel.server, f"batch {batch.sequence}")
+        if self.confirmation.level == "learner":
+            self.pending.keep(batch)
+        self.pending.unconfirmed = None
+
+    def _write_counts(self) -> None:
+        self.channel.run(WRITE_COUNTS, (self._counts_key,), (self._incarnation, *self._count_fields()))
+        self._written_sequence = self._stored_sequence
+
+    @property
+    def _stored_sequence(self) -> int:
+        unconfirmed = self.pending.unconfirmed
+        return self.sequence - (unconfirmed is not None and not unconfirmed.stored)
+
+    def _count_fields(self) -> list[Any]:
+        counted = {"sent": self._stored_sequence}
+        counted |= {outcome: number for outcome, number in self._counted.items() if number}
+        return flat({f"{name}:{self._incarnation}": number for name, number in counted.items()})
+
+    def _refresh(self) -> None:
+        # The group's position before its pending entries: an entry read in between must not seem acknowledged.
+        length, groups, summary, (removed_bytes, newest) = self._replies(
+            [
+                ("XLEN", self.stream_key),
+                ("XINFO", "GROUPS", self.stream_key),
+                ("XPENDING", self.stream_key, GROUP),
+                ("HMGET", self._counts_key, "removed_bytes", "incarnation"),
+            ]
+        )
+        self._check_incarnation(newest)
+        in_hand, first_pending = pending_summary(summary)
+        self.size.update(int(length), in_hand, int(removed_bytes or 0))
+        delivered = group_position(groups, GROUP)
+
+        def is_acknowledged(batch: PendingBatch) -> bool:
+            place = (self._incarnation, batch.sequence)
+            return place <= delivered and not (in_hand and place >= first_pending)
+
+        self.pending.release_oldest(is_acknowledged)
+
+    def _drop_oldest(self, stored_bytes: int, settings: RunSettings) -> int:
+        limits = (settings.max_queue_size - 1, settings.max_queue_bytes - stored_bytes)
+        reply = self._run(DROP_OLDEST, (GROUP, *limits, self.size.sent_bytes, self._incarnation))
+        before, self._counted["dropped_oldest"] = self._counted["dropped_oldest"], int(reply[0])
+        delivered, first_waiting = entry_place(reply[1]), entry_place(reply[2])
+        self.pending.release_all(
+            lambda batch: delivered < (self._incarnation, batch.sequence) < first_waiting
+        )
+        return self._counted["dropped_oldest"] - before
+
+    def _run(self, script: Script, arguments: Sequence[Any]) -> Any:
+        return self.channel.run(script, (self.stream_key, self._counts_key), arguments)
+
+    def _replies(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        replies = self.channel.execute_all(commands)
+        for reply in replies:
+            if isinstance(reply, PeerError):
+                if "NOGROUP" in str(reply) or "no such key" in str(reply).lower():
+                    self.stale = True
+                    raise RunLost(f"the server lost the queue of worker {self._worker_id}") from reply
+                raise reply
+        return replies
+
+    def _check_incarnation(self, newest: bytes | None) -> None:
+        found = int(newest or 0)
+        if found > self._incarnation:
+            raise Fenced(
+                f"worker {self._worker_id} was replaced by a newer process; the server accepts nothing more of this one"
+            )
+        if found < self._incarnation:
+            self.stale = True
+            raise RunLost(f"the server lost the queue of worker {self._worker_id}")
+
+
+def _in_slices(batches: Sequence[PendingBatch]) -> Iterator[list[PendingBatch]]:
+    """Cut batches to be sent again into slices of some megabytes."""
+    some: list[PendingBatch] = []
+    for batch in batches:
+        some.append(batch)
+        if sum(one.stored_bytes for one in some) >= RESEND_BYTES:
+            yield some
+            some = []
+    if some:
+        yield some
