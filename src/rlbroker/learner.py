@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 
 import redis
 
-from rlbroker.backend.connection import BLOCK_SECONDS, Channel, Connection
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import BLOCK_SECONDS, Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import entry_id
@@ -767,7 +768,7 @@ class WorkerCommunicator:
         if not self._connection.execute("EXISTS", self._keys.meta) and (found := self._shards_there()):
             return found
         masters = len(self._connection.masters())
-        return self._keys.choose_shards(count or masters, masters, self._connection.holding)
+        return self._keys.choose_shards(count or masters, masters, self._connection.master_for)
 
     def _shards_there(self) -> str:
         """Give the shards of a run whose `meta` a node has lost, as those on others say; empty if there are none."""

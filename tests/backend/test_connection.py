@@ -13,7 +13,7 @@ import redis
 from rlbroker import errors
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Backoff, Deadline
-from rlbroker.backend.error_mapping import translated
+from rlbroker.backend.error_mapping import translate_error
 from rlbroker.backend.replies import pending_count, stream_entries, text_fields
 from rlbroker.backend.scripts import Script
 
@@ -114,15 +114,15 @@ def test_scripts_are_loaded_where_the_server_forgot_them() -> None:
     ids=str,
 )
 def test_errors_of_the_client_library_become_ours(found: redis.RedisError, ours: type[Exception]) -> None:
-    assert type(translated(found, "host:1")) is ours
+    assert type(translate_error(found, "host:1")) is ours
 
 
 def test_messages_of_the_server_end_without_a_full_stop() -> None:
     assert (
-        str(translated(redis.ConnectionError("Error 1. Gone."), "host:1"))
+        str(translate_error(redis.ConnectionError("Error 1. Gone."), "host:1"))
         == "cannot reach host:1: Error 1. Gone"
     )
-    full = translated(redis.ResponseError("OOM command not allowed."), "host:1")
+    full = translate_error(redis.ResponseError("OOM command not allowed."), "host:1")
     assert str(full).endswith("allowed; raise maxmemory, or lower max_queue_bytes or max_queue_size")
 
 
@@ -159,28 +159,28 @@ def test_replies_have_one_shape_whatever_the_protocol() -> None:
             "User poor has no permissions to run the 'xinfo|stream' command",
             ("XINFO", "STREAM", "rlb:{a}:x:0"),
             "+xinfo|stream",
-            "the user 'poor' may not run XINFO STREAM; whoever administers the server can allow it: "
+            "the user 'poor' may not run XINFO STREAM; an administrator of the server can allow it: "
             "redis-cli ACL SETUSER poor '+xinfo|stream'",
         ),
         (
             "this user has no permissions to run the 'hgetall' command or its subcommand",
             ("HGETALL", "rlb:{a}:meta"),
             "+hgetall",
-            "the user 'me' may not run HGETALL; whoever administers the server can allow it: "
+            "the user 'me' may not run HGETALL; an administrator of the server can allow it: "
             "redis-cli ACL SETUSER me +hgetall",
         ),
         (
             "this user has no permissions to run the 'config' command or its subcommand",
             ("CONFIG", "GET", "save"),
             "+config|get",
-            "the user 'me' may not run CONFIG GET; whoever administers the server can allow it: "
+            "the user 'me' may not run CONFIG GET; an administrator of the server can allow it: "
             "redis-cli ACL SETUSER me '+config|get'",
         ),
         (
             "No permissions to access a key",
             ("HGETALL", "rlb:{a}:meta"),
             "%R~rlb:*",
-            "the user 'me' may not read the key rlb:{a}:meta (HGETALL); whoever administers the server can allow it: "
+            "the user 'me' may not read the key rlb:{a}:meta (HGETALL); an administrator of the server can allow it: "
             "redis-cli ACL SETUSER me '%R~rlb:*', before Redis 7 '~rlb:*'",
         ),
         (
@@ -188,7 +188,7 @@ def test_replies_have_one_shape_whatever_the_protocol() -> None:
             "one of the keys used as arguments",
             (),
             "~rlb:*",
-            "may not use the key rlb:{a}:meta (HSET); whoever",
+            "may not use the key rlb:{a}:meta (HSET); an administrator",
         ),
         (
             "User poor has no permissions to access the 'rlb:{a}:x:1' key",
@@ -213,7 +213,7 @@ def test_replies_have_one_shape_whatever_the_protocol() -> None:
 def test_a_missing_right_is_named_with_what_gives_it(
     said: str, sent: tuple[str, ...], rule: str, words: str
 ) -> None:
-    error = translated(redis.exceptions.NoPermissionError(said), "host:1", command=sent, user="me")
+    error = translate_error(redis.exceptions.NoPermissionError(said), "host:1", command=sent, user="me")
     assert isinstance(error, errors.AccessDenied)
     assert error.rule == rule
     assert words in str(error)
@@ -224,7 +224,7 @@ def test_a_missing_right_is_named_with_what_gives_it(
     "said", ["WRONGPASS invalid username-password pair", "NOAUTH Authentication required"]
 )
 def test_a_wrong_password_is_called_that(said: str) -> None:
-    error = translated(redis.ResponseError(said), "host:1", command=("PING",), user="me")
+    error = translate_error(redis.ResponseError(said), "host:1", command=("PING",), user="me")
     assert (
         "check user and password in the server's URL, or where it has none, in RLBROKER_REDIS_USERNAME"
         in str(error)
@@ -233,6 +233,8 @@ def test_a_wrong_password_is_called_that(said: str) -> None:
 
 def test_a_key_of_another_program_is_named() -> None:
     said = redis.ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value")
-    assert "(HGETALL rlb:{a}:meta)" in str(translated(said, "host:1", command=("HGETALL", "rlb:{a}:meta")))
+    assert "(HGETALL rlb:{a}:meta)" in str(
+        translate_error(said, "host:1", command=("HGETALL", "rlb:{a}:meta"))
+    )
     said = redis.ResponseError(f"Command # 2 (HGETALL rlb:b) of pipeline caused error: {said}")
-    assert "(HGETALL rlb:b)" in str(translated(said, "host:1"))
+    assert "(HGETALL rlb:b)" in str(translate_error(said, "host:1"))

@@ -112,7 +112,7 @@ def test_settings_for_tls_are_refused_where_all_would_travel_in_the_open(
     monkeypatch.setenv(CA, certificates.ca())
     found = refused("redis://me:secret@host")
     assert found.startswith(
-        "RLBROKER_TLS_CA_FILE is set, but the server's URL redis://host is one without TLS"
+        "RLBROKER_TLS_CA_FILE is set, but the server's URL redis://host is without TLS"
     )
     assert "secret" not in found
     assert settings("unix:///run/redis.sock")  # leaves no machine
@@ -163,8 +163,8 @@ def test_the_url_wins_over_the_environment_and_a_key_comes_from_where_its_certif
 @pytest.mark.parametrize(
     ("query", "said"),
     [
-        ("ssl_cert_reqs=none", "ssl_cert_reqs=none: whoever is on the way there"),
-        ("ssl_check_hostname=false", "ssl_check_hostname is off: whoever has a certificate"),
+        ("ssl_cert_reqs=none", "ssl_cert_reqs=none: an attacker in the network"),
+        ("ssl_check_hostname=false", "ssl_check_hostname is off: anyone with a certificate"),
     ],
 )
 def test_a_server_that_need_not_prove_who_it_is_is_warned_of(

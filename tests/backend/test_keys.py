@@ -7,8 +7,8 @@ from collections import Counter
 import fakeredis
 import pytest
 
+from rlbroker.backend.cluster import slot_of
 from rlbroker.backend.keys import Keys, run_of, shard_of
-from rlbroker.backend.topology import slot_of
 
 pytestmark = pytest.mark.unit
 

@@ -7,8 +7,9 @@ from typing import Any
 import fakeredis
 import pytest
 
-from rlbroker.backend.connection import Channel, Connection
-from rlbroker.backend.resp import COPY_BYTES, packed
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Connection
+from rlbroker.backend.resp import COPY_BYTES, pack_commands
 
 pytestmark = pytest.mark.unit
 
@@ -36,7 +37,7 @@ def resp(*words: bytes) -> bytes:
 )
 @pytest.mark.parametrize("piece_bytes", [7, 1000, 1 << 20])
 def test_a_command_is_what_the_server_reads(command: Any, words: tuple[bytes, ...], piece_bytes: int) -> None:
-    pieces = list(packed([command, ("PING",)], piece_bytes=piece_bytes))
+    pieces = list(pack_commands([command, ("PING",)], piece_bytes=piece_bytes))
     assert b"".join(pieces) == resp(*words) + resp(b"PING")
     assert max(map(len, pieces)) <= max(piece_bytes, COPY_BYTES) + 100
 
@@ -45,7 +46,7 @@ def test_large_arguments_are_not_copied() -> None:
     whole = memoryview(LARGE)
     assert any(
         isinstance(piece, memoryview) and piece.obj is LARGE
-        for piece in packed([("SET", "x", (b"head", whole))], piece_bytes=1 << 20)
+        for piece in pack_commands([("SET", "x", (b"head", whole))], piece_bytes=1 << 20)
     )
 
 

@@ -24,7 +24,8 @@ from servers import FaultyServer, binary_of, free_port
 
 from rlbroker import AccessDenied, ConnectionFailed, TlsFailed, WorkerClient, WorkerCommunicator
 from rlbroker.backend import tls
-from rlbroker.backend.connection import Channel, Connection
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.config import TLS_VARIABLES
 from rlbroker.local.embedded_server import RedisServer
@@ -257,7 +258,7 @@ def test_a_server_that_another_authority_signed_is_refused(serve: Serve, certifi
         f"has a certificate that was not signed by the authority in {other} (ssl_ca_certs): name the one that signed it"
     )
     assert refusal(f"rediss://{serve()}") == (
-        "has a certificate that no authority has signed which this machine trusts: name its authority with "
+        "has a certificate that was not signed by an authority that this machine trusts: name its authority with "
         f"{CA} (in a URL: ssl_ca_certs)"
     )
 
@@ -331,7 +332,7 @@ def test_old_tls_is_refused_and_without_a_certificate_tls_1_2_says_the_same(
         with pytest.warns(DeprecationWarning, match="TLSVersion"):
             old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
         old.set_ciphers("ALL:@SECLEVEL=0")
-        assert refusal(url).startswith("speaks no TLS that is new enough: rlbroker needs 1.2")
+        assert refusal(url).startswith("speaks only old versions of TLS: rlbroker needs 1.2")
 
 
 def test_a_client_that_was_given_is_refused_by_tls_as_well(serve: Serve, certificates: Certificates) -> None:
@@ -363,11 +364,11 @@ def test_renewed_files_are_read_again_and_a_server_that_changes_is_waited_for(
         proxy.context = other
         connection.close()
         with pytest.raises(
-            ConnectionFailed, match="can be reached by TLS no more: has a certificate that was not"
+            ConnectionFailed, match="can no longer be reached by TLS: has a certificate that was not"
         ):
             connection.execute("PING", deadline=Deadline(0.1))
         authority.unlink()
-        with pytest.raises(ConnectionFailed, match="cannot be asked: ssl_ca_certs: cannot read"):
+        with pytest.raises(ConnectionFailed, match="cannot be reached: ssl_ca_certs: cannot read"):
             connection.execute("PING", deadline=Deadline(0.1))
         shutil.copy(certificates.ca("other"), authority)
         assert connection.execute("PING")
@@ -379,7 +380,7 @@ def test_a_wrong_password_is_still_told_as_one(
     def look(self: tls.TlsConnection) -> None:
         pytest.fail("the server has told what is wrong, so nothing must be looked for")
 
-    monkeypatch.setattr(tls.TlsConnection, "_later_alert", look)
+    monkeypatch.setattr(tls.TlsConnection, "_fetch_alert", look)
     address = serve().rpartition("@")[2]
     with (
         closing(

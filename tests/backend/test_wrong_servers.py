@@ -61,7 +61,7 @@ def place(node: Node) -> str:
 def test_a_single_server_is_no_cluster(trio: TrioServer) -> None:
     where = place(trio.engine.nodes[0])
     said = refusal(f"redis+cluster://{where}/0")
-    assert f"is a single server and no node of a Cluster; write redis://{where}" in said
+    assert f"is a single server, not a node of a Cluster; write redis://{where}" in said
 
 
 def test_a_sentinel_is_no_server(trio: TrioServer) -> None:
@@ -73,12 +73,12 @@ def test_a_sentinel_is_no_server(trio: TrioServer) -> None:
 def test_a_server_is_no_sentinel(trio: TrioServer, cluster: ClusterServer) -> None:
     for node in (trio.engine.nodes[0], cluster.engine.nodes[0]):
         said = refusal(f"redis+sentinel://{place(node)}/mymaster")
-        assert f"{place(node)} is no Sentinel; for a server write redis://host:port" in said
+        assert f"{place(node)} is not a Sentinel; for a server write redis://host:port" in said
 
 
 def test_a_master_that_no_sentinel_watches_is_told_from_those_that_they_do(trio: TrioServer) -> None:
     said = refusal(trio.url.replace("mymaster", "others"))
-    assert "the Sentinels watch no master 'others', but mymaster; its name comes last in the URL" in said
+    assert "the Sentinels monitor no master 'others', but mymaster; its name comes last in the URL" in said
 
 
 def test_a_cluster_has_one_database(cluster: ClusterServer, trio: TrioServer) -> None:
@@ -95,7 +95,7 @@ def test_a_cluster_whose_slots_nobody_has_given_out(binary: Path, tmp_path: Path
         node.start()
         for scheme in ("redis", "redis+cluster"):
             said = refusal(f"{scheme}://{place(node)}/0")
-            assert f"{place(node)} is a node of a Cluster that has no slots yet; redis-cli --cluster" in said
+            assert f"{place(node)} is a node of a Cluster that has no slots yet; assign them with redis-cli --cluster" in said
 
 
 @pytest.mark.parametrize("number", [0, -1])
@@ -108,7 +108,7 @@ def test_a_node_of_a_cluster_is_used_as_one(
     url = f"redis://{place(node)}/0"
     caplog.set_level(logging.INFO, "rlbroker")
     with learner(url) as comm, worker(url) as client:
-        assert f"{url} is a node of a Cluster; its others are used too" in caplog.text
+        assert f"{url} is a node of a Cluster; its other nodes are used too" in caplog.text
         comm.send_model_weights({"w": np.zeros(10)})
         client.load_weights({})
         client.send_experiences({"x": np.zeros(3)})
@@ -204,10 +204,10 @@ def test_a_proxy_without_streams_and_scripts_is_named(proxy: str) -> None:
 
 
 def test_a_proxy_is_no_cluster_and_no_sentinel(proxy: str) -> None:
-    assert "is no node of a Cluster, as it does not know CLUSTER SLOTS" in refusal(
+    assert "is not a node of a Cluster, as it does not know CLUSTER SLOTS" in refusal(
         f"redis+cluster://{proxy}/0"
     )
-    assert "is no Sentinel" in refusal(f"redis+sentinel://{proxy}/mymaster")
+    assert "is not a Sentinel" in refusal(f"redis+sentinel://{proxy}/mymaster")
 
 
 # Who may not come in

@@ -116,7 +116,7 @@ def test_a_replica_that_would_delete_keys_as_a_master_is_named_to_the_learner(se
 
 
 def _slot(key: str) -> int:
-    from rlbroker.backend.topology import slot_of
+    from rlbroker.backend.cluster import slot_of
 
     return slot_of(key)
 

@@ -172,11 +172,11 @@ class Keys:
             return None
         return int(worker) if len(worker) <= len(str(MAX_WORKER_ID)) else None
 
-    def is_given_once(self, key: str) -> bool:
+    def is_never_reused(self, key: str) -> bool:
         """Whether no later life of the run uses this name again: chunks and outcomes have ids of their own."""
         return run_of(key) == self.run and key.partition("}:")[2].startswith(("w:", "outcomes:"))
 
-    def tells_of_run(self, key: str) -> bool:
+    def describes_run(self, key: str) -> bool:
         """Whether a key is read to see how a run is doing: who looks for runs uses it."""
         return key in (self.meta, self.weights, self.workers) or key.startswith(self.life_prefix)
 

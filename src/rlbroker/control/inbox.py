@@ -10,18 +10,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from rlbroker.backend.connection import Argument, Channel, Connection, flat
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import (
     entry_place,
+    parsing,
     seconds_number,
     stream_entries,
     text_fields,
     whole_number,
 )
 from rlbroker.backend.threads import BackgroundThread
-from rlbroker.backend.unreadable import legible
 from rlbroker.codec.limits import Limits
 from rlbroker.codec.message import decode
 from rlbroker.codec.signing import NotSigned, SigningKey
@@ -272,7 +273,7 @@ class Inbox:
         """Let go of the answers that the ledger has settled."""
         self._next_look = Deadline(SETTLED_SECONDS)
         last = self._channel.execute("HGET", self._keys.ledger(self._worker_id), "event")
-        with legible(self._keys.ledger(self._worker_id)):
+        with parsing(self._keys.ledger(self._worker_id)):
             settled = entry_place(last) if last else (0, 0)
         while self._sent and ((self._incarnation, self._sent[0].number) <= settled or len(self._sent) > KEPT):
             self._sent.popleft()

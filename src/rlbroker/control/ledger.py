@@ -19,9 +19,15 @@ from typing import Any, Final
 from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import entry_place, number_in, server_seconds, stream_entries, text_fields
+from rlbroker.backend.replies import (
+    entry_place,
+    number_in,
+    parsing,
+    server_seconds,
+    stream_entries,
+    text_fields,
+)
 from rlbroker.backend.scripts import Script
-from rlbroker.backend.unreadable import legible
 from rlbroker.control.outcomes import (
     REFUSED,
     TEXT_KEPT,
@@ -224,12 +230,12 @@ class Ledger:
         newest_version = self._latest_version()
         if not self._signed:
             newest_version = max(number_in(latest) or 0, newest_version)
-        with legible(self._keys.pending):
+        with parsing(self._keys.pending):
             waiting = _pending_by_worker(text_fields(pending))
         self._find_waiting(streams, waiting)
         calls, results = [], dict[tuple[int, str], Settled]()
         for (worker, entries), found in zip(streams, accounts, strict=True):
-            with legible(self._keys.ledger(worker)):
+            with parsing(self._keys.ledger(worker)):
                 there = WorkerOutcomes.from_fields(text_fields(found))
             account = max(there, self._accounts.get(worker, there), key=lambda one: one.place)
             commands = waiting.get(worker, {})
@@ -334,7 +340,7 @@ class Ledger:
         found = self._connection.execute_all(
             [("HGETALL", self._keys.ledger(worker)) for worker in wanted], deadline=deadline
         )
-        with legible(f"{self._keys.prefix}:ledger:…"):
+        with parsing(f"{self._keys.prefix}:ledger:…"):
             return {
                 worker: WorkerOutcomes.from_fields(text_fields(fields))
                 for worker, fields in zip(wanted, found, strict=True)

@@ -15,20 +15,21 @@ from typing import Any
 
 from rlbroker.backend.connection import BLOCK_SECONDS, Connection
 from rlbroker.backend.deadline import Deadline
-from rlbroker.backend.error_mapping import KeysMove, script_is_unknown
+from rlbroker.backend.error_mapping import SlotMigrating, script_is_unknown
 from rlbroker.backend.keys import GROUP, Keys, shard_of
-from rlbroker.backend.outage import OutageLog
 from rlbroker.backend.replies import (
     StreamEntries,
     consumer_pending,
+    default_if_wrong_type,
     entry_place,
     pending_rows,
+    raise_first_error,
     seconds_number,
     stream_entries,
     text_fields,
     whole_number,
 )
-from rlbroker.backend.unreadable import answered, unless_spoiled
+from rlbroker.backend.threads import OutageLog
 from rlbroker.codec.message import decode
 from rlbroker.config import Acknowledge
 from rlbroker.errors import (
@@ -348,7 +349,7 @@ class Collector:
                 return True
             if deadline is None or deadline.over:
                 raise
-            self._outage.tell(error)
+            self._outage.report(error)
             time.sleep(min(BLOCK_SECONDS, deadline.remaining))
             return False
         self._outage.end()
@@ -450,7 +451,7 @@ class Collector:
             others = [one for one in self._readers.values() if one.streams and one is not reader]
             if all(one.is_away for one in others):
                 raise
-            reader.outage.tell(error, "the other shards go on")
+            reader.outage.report(error, "the other shards go on")
             reader.leave_out(max(AWAY_SECONDS, AWAY_TRIES * (time.monotonic() - began)))
             self._look_back(reader.streams.values())
 
@@ -469,7 +470,7 @@ class Collector:
         """Take what was read; while a Cluster moves the streams, read each by itself: they may not be together now."""
         try:
             return reader.take()
-        except KeysMove as moving:
+        except SlotMigrating as moving:
             logger.info("%s; reading each stream by itself", moving)
         streams = list(reader.streams.values())
         self._look_back(streams)  # what was read may have got lost
@@ -692,7 +693,7 @@ class Collector:
         except ConnectionFailed as error:
             if deadline.over:
                 raise
-            self._outage.tell(error)
+            self._outage.report(error)
         else:
             if not self._watched:  # otherwise reading will show it
                 self._outage.end()
@@ -769,10 +770,14 @@ class Collector:
                 deadline=self._once,
             )
             for stream, pending, known, counts in zip(
-                streams, answered(replies[::3]), answered(replies[1::3]), replies[2::3], strict=True
+                streams,
+                raise_first_error(replies[::3]),
+                raise_first_error(replies[1::3]),
+                replies[2::3],
+                strict=True,
             ):
                 if known:
-                    self._holdings.remember(stream.source.worker_id, unless_spoiled(counts, {}))
+                    self._holdings.remember(stream.source.worker_id, default_if_wrong_type(counts, {}))
                 else:  # it has lost what it counted, and may have kept its connections
                     self._holdings.restore([stream.source.worker_id], deadline=self._once)
                 held = len(self._holdings.held(stream.source))

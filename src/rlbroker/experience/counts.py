@@ -8,8 +8,13 @@ from typing import Any, Final
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import GROUP, Keys
-from rlbroker.backend.replies import newest_place, pending_count, text_fields, whole_number
-from rlbroker.backend.unreadable import unless_spoiled
+from rlbroker.backend.replies import (
+    default_if_wrong_type,
+    newest_place,
+    pending_count,
+    text_fields,
+    whole_number,
+)
 from rlbroker.errors import PeerError
 from rlbroker.types import QueueCounts
 
@@ -140,7 +145,9 @@ def _in_one_step(connection: Connection, groups: Mapping[int, list[tuple[str, ..
 
 def _answer(reply: Any) -> Any:
     """Give a reply of the server; without the group, which the learner makes again, nothing is in its hands."""
-    return [0] if isinstance(reply, PeerError) and "NOGROUP" in str(reply) else unless_spoiled(reply, {})
+    return (
+        [0] if isinstance(reply, PeerError) and "NOGROUP" in str(reply) else default_if_wrong_type(reply, {})
+    )
 
 
 def _counts(length: int, in_hand: int, counted: Mapping[str, str], newest: tuple[int, int]) -> QueueCounts:

@@ -17,9 +17,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from rlbroker.backend.connection import Channel, Connection, flat
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Backoff, Deadline, try_seconds
-from rlbroker.backend.error_mapping import KeysMove
+from rlbroker.backend.error_mapping import SlotMigrating
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import entry_place, group_position, newest_place, pending_summary
 from rlbroker.backend.scripts import Script
@@ -310,7 +311,7 @@ class Sender:
             if self._stream != self._keys.experiences(self._worker_id):
                 self._channel.close()
                 self._find_queue()
-            fresh, self._channel.strayed = self._channel.connect(), False
+            fresh, self._channel.redirected = self._channel.connect(), False
             if fresh or self._doubt:
                 self._open()
                 self._opened = True
@@ -318,7 +319,7 @@ class Sender:
                 return operation()
             finally:
                 # What the other node loses, of what `_open` sent too, does not show in this connection.
-                self._doubt |= self._channel.strayed
+                self._doubt |= self._channel.redirected
 
         return self._connection.retry(attempt, deadline)
 
@@ -417,9 +418,11 @@ class Sender:
             further = [("HSET", self._counts, *self._statement()), (*wait, milliseconds)]
         replies = self._add_all([] if parcel.stored else [parcel], *further)
         if further:
-            if self._channel.strayed:  # and what was waited for is something else
+            if self._channel.redirected:  # and what was waited for is something else
                 parcel.uncertain = True
-                raise KeysMove(f"the queue of worker {self._worker_id} is just being moved to another node")
+                raise SlotMigrating(
+                    f"the queue of worker {self._worker_id} is just being moved to another node"
+                )
             self._check_reached(parcel, replies[-1])
         if self.level == "learner":
             parcel.keep()
@@ -603,7 +606,7 @@ class Sender:
         if self.level not in ("replica", "fsync"):
             return
         lacks = ""
-        for master in [self._connection.holding(self._stream)] if known else self._connection.masters():
+        for master in [self._connection.master_for(self._stream)] if known else self._connection.masters():
             try:
                 lacks = self._lacking(master)
             except ConnectionFailed:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Final
 
-from rlbroker.backend.connection import Channel, Connection, flat
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Backoff, Deadline
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import seconds_number, text_fields, whole_number
+from rlbroker.backend.replies import parsing, seconds_number, text_fields, whole_number
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.threads import BackgroundThread
-from rlbroker.backend.unreadable import legible
 from rlbroker.config import MAX_WORKER_ID, RunSettings, worker_number
 from rlbroker.errors import AccessDenied, DeadlineExceeded, IncompatibleFormat, RunLost
 from rlbroker.membership.incarnations import Incarnation, read_incarnations
@@ -282,7 +282,7 @@ class Heartbeat:
     def _heed(self, meta: Mapping[str, str]) -> None:
         """Take what the learner says of the run."""
         if "wire_format" in meta:
-            with legible(self._keys.meta):
+            with parsing(self._keys.meta):
                 self._check_format(meta["wire_format"])
                 self._settings = RunSettings.from_fields(meta)
             self._next_beat = Deadline(self._lease_seconds / BEATS_PER_LEASE)  # the first beat knew no lease

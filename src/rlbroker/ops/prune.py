@@ -90,7 +90,7 @@ def prune(
     rest = [
         name
         for name in found.names
-        if name not in in_queues and (keys.is_given_once(name) or shard_of(name) != keys.prefix)
+        if name not in in_queues and (keys.is_never_reused(name) or shard_of(name) != keys.prefix)
     ]
     named_first = (keys.workers, keys.meta, *known)
     own = sorted(there - in_queues - set(rest) - set(named_first))

@@ -168,7 +168,7 @@ def unused_seconds(connection: Connection, run: str, names: Sequence[str]) -> fl
     Where there is a run, the keys do not count that are used by looking for runs.
     """
     keys, idle, orphan = Keys(run), list[int](), _is_orphan(run, names)
-    for some in batches([name for name in names if orphan or not keys.tells_of_run(name)]):
+    for some in batches([name for name in names if orphan or not keys.describes_run(name)]):
         answers = connection.ask([("OBJECT", "IDLETIME", name) for name in some])
         idle += [answer for answer in answers if isinstance(answer, int)]
     return float(min(idle)) if idle else None

@@ -17,9 +17,8 @@ from rlbroker.backend.client import STALL_SECONDS
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import number_in, text_fields, whole_number
+from rlbroker.backend.replies import number_in, raise_first_error, text_fields, whole_number
 from rlbroker.backend.threads import BackgroundThread
-from rlbroker.backend.unreadable import answered
 from rlbroker.codec.signing import NotSigned, SigningKey
 from rlbroker.errors import ConnectionFailed, WireError
 from rlbroker.membership.run_size import RunSize
@@ -320,7 +319,7 @@ class Subscriber:
     def _read_pointer(self) -> Manifest | None:
         """Give what the server names as the latest version; see over which shards its chunks are spread."""
         asked = [("HGETALL", self._keys.weights), ("HGET", self._keys.meta, "shards")]
-        fields, shards = answered(self._connection.ask(asked))
+        fields, shards = raise_first_error(self._connection.ask(asked))
         if shards is not None:
             self._keys.spread(shards.decode("ascii", "replace"))
         return Manifest.from_fields(text_fields(fields))

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from rlbroker.backend.connection import Connection
     from rlbroker.backend.deadline import within
     from rlbroker.backend.keys import Keys
+    from rlbroker.backend.url import Endpoint
     from rlbroker.codec.signing import SigningKey
-    from rlbroker.config import Endpoint
 
 logger = logging.getLogger("rlbroker")
 
@@ -201,7 +201,8 @@ class Session:
         return f"rlbroker {words}"
 
     def _url_to_type(self) -> str | None:
-        from rlbroker.config import redis_url, url_parts, url_was_typed
+        from rlbroker.backend.url import redis_url, url_parts
+        from rlbroker.config import url_was_typed
 
         if self.url or not url_was_typed():
             return self.url
@@ -217,15 +218,8 @@ class Session:
         """
         from urllib.parse import unquote, urlsplit
 
-        from rlbroker.config import (
-            parse_endpoint,
-            redacted_url,
-            redis_password,
-            redis_url,
-            redis_username,
-            url_variable,
-            url_was_typed,
-        )
+        from rlbroker.backend.url import parse_endpoint, redis_url
+        from rlbroker.config import redacted_url, redis_password, redis_username, url_variable, url_was_typed
 
         url, variable = redis_url(self.url), url_variable()
         administrator = any(word in f" {command}" for word in (" ACL ", " SENTINEL "))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlbroker.backend.missing_rights import giving
+from rlbroker.backend.error_mapping import grant_command
 from rlbroker.errors import AccessDenied, PeerError
 from rlbroker.ops.doctor.server_info import ServerInfo
 
@@ -41,7 +41,7 @@ def untold(code: str, what: str, facts: ServerInfo, command: str) -> Check:
     """
     rule = facts.missing.get(command, "")
     if rule:
-        why, hint = f"the user {facts.user!r} may not run {command}", giving(facts.user, rule)
+        why, hint = f"the user {facts.user!r} may not run {command}", grant_command(facts.user, rule)
     else:
         why, hint = f"the server does not tell ({command})", ""
     return Check(code, "unknown", f"{what}: {why}", hint)
@@ -50,7 +50,7 @@ def untold(code: str, what: str, facts: ServerInfo, command: str) -> Check:
 def unread(code: str, what: str, error: PeerError) -> Check:
     """Give the point for what could not be read: a right is missing, or somebody else wrote there."""
     if isinstance(error, AccessDenied):
-        hint = giving(error.user, error.rule) if error.rule else ""
+        hint = grant_command(error.user, error.rule) if error.rule else ""
         return Check(code, "unknown", f"{what}: {error}", hint)
     return Check(code, "critical", f"{what}: {error}")
 

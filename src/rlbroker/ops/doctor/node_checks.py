@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from rlbroker.backend.cluster import SLOTS
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.replies import info_fields
+from rlbroker.backend.sentinel import SentinelTopology
 from rlbroker.backend.text import counted
-from rlbroker.backend.topology import SLOTS, Address, SentinelTopology, Server
+from rlbroker.backend.topology import Address, Server
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 from rlbroker.ops.doctor.checks import Check, unread
 from rlbroker.ops.doctor.server_checks import CLOCKS_APART_SECONDS, of_clock, of_latency, of_server
@@ -234,7 +236,7 @@ def _cluster(connection: Connection, nodes: Sequence[Node]) -> Check:
 
 def _sentinels(servers: SentinelTopology) -> Check:
     """Look whether enough Sentinels are there to choose another master."""
-    found = servers.watch()
+    found = servers.view_sentinels()
     there = f"{found.alive} of {counted(found.total, 'Sentinel')}"
     if found.silent:
         there = f"{', '.join(found.silent)} {'does' if len(found.silent) == 1 else 'do'} not answer: {there}"

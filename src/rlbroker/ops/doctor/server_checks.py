@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from rlbroker.backend.connection import MIN_SERVER_VERSION, Connection
+from rlbroker.backend.connection import Connection
+from rlbroker.backend.error_mapping import grant_command
 from rlbroker.backend.keys import GROUP, Keys
-from rlbroker.backend.missing_rights import giving
 from rlbroker.backend.replies import whole_number
+from rlbroker.backend.suitability import MIN_SERVER_VERSION
 from rlbroker.backend.text import counted
 from rlbroker.errors import AccessDenied
 from rlbroker.membership.incarnations import incarnation_command
@@ -352,5 +353,5 @@ def of_rights(connection: Connection, facts: ServerInfo, run: str | None) -> Che
         "rights",
         "warning",
         f"{who} lacks rights that looking needs: {' '.join(rules)}",
-        giving(facts.user, *rules),
+        grant_command(facts.user, *rules),
     )

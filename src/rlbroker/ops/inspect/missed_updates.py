@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.unreadable import legible
+from rlbroker.backend.replies import parsing
 from rlbroker.control.ledger import Ledger
 from rlbroker.types import Missed
 
@@ -31,6 +31,6 @@ def read_missed(
         PeerError: the server refused, or could not be reached in time.
     """
     now = connection.clock(keys.meta)
-    with legible(keys.missed):
+    with parsing(keys.missed):
         records = Ledger(connection, keys).records(since=0.0 if last_seconds is None else now - last_seconds)
     return now, [one for one in records if worker in (None, one.worker_id) and why in (None, one.why)]

@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import server_seconds, text_fields
-from rlbroker.backend.unreadable import answered, legible
+from rlbroker.backend.replies import parsing, raise_first_error, server_seconds, text_fields
 from rlbroker.codec.version import FORMAT_VERSION
 from rlbroker.config import RunSettings, is_run_name
 from rlbroker.errors import AccessDenied, IncompatibleFormat, InvalidArgument, PeerError
@@ -175,8 +174,8 @@ def _summary_of(name: str, now: float, replies: list[Any], ids: list[int], lives
         if isinstance(reply, AccessDenied):
             raise reply
     try:
-        with legible(Keys(name).meta):
-            meta, version, _ = answered(replies)
+        with parsing(Keys(name).meta):
+            meta, version, _ = raise_first_error(replies)
             members = [life for life in incarnations_from(ids, lives).values() if life.member]
             silences = [life.silent_seconds(now) for life in members]
             return _summary(name, now, text_fields(meta), int(version or 0), silences)

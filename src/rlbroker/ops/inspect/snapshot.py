@@ -11,13 +11,15 @@ from typing import Any, Literal
 from rlbroker.backend.connection import Argument, Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import (
+    default_if_wrong_type,
     entry_place,
     info_fields,
+    parsing,
+    raise_first_error,
     server_seconds,
     text_fields,
     whole_number,
 )
-from rlbroker.backend.unreadable import answered, legible, unless_spoiled
 from rlbroker.config import RunSettings
 from rlbroker.control.outcomes import WorkerOutcomes, missed_updates
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
@@ -198,7 +200,7 @@ class Observer:
             ],
         )
         now, pointer = server_seconds(clock), Manifest.from_fields(text_fields(pointer_reply))
-        with legible(keys.meta):
+        with parsing(keys.meta):
             meta = text_fields(meta_reply)
             settings = RunSettings.from_fields(meta)
             learner = _learner(meta, now, settings.lease_seconds) if meta else None
@@ -223,10 +225,12 @@ class Observer:
         )
         lives = incarnations_from(ids, islice(replies, len(ids)))
         beats = {
-            worker: text_fields(unless_spoiled(reply, {}))
+            worker: text_fields(default_if_wrong_type(reply, {}))
             for worker, reply in zip(ids, islice(replies, len(ids)), strict=True)
         }
-        ledgers, dead, found = (answered(islice(replies, many)) for many in (len(ids), len(ids), None))
+        ledgers, dead, found = (
+            raise_first_error(islice(replies, many)) for many in (len(ids), len(ids), None)
+        )
         members = {worker: life for worker, life in lives.items() if life.member}
         infos = {
             info.worker_id: info
@@ -238,7 +242,7 @@ class Observer:
                 lease_seconds=settings.lease_seconds,
             )
         }
-        with legible(f"{keys.prefix}:ledger:…"):
+        with parsing(f"{keys.prefix}:ledger:…"):
             missed = [
                 missed_updates(
                     worker,
@@ -251,7 +255,7 @@ class Observer:
         said = {worker: (info.incarnation, info.sent) for worker, info in infos.items()}
         there = right_types(types, found)
         counts = known_counts(self._connection, keys, ids, there, said=said)
-        with legible(keys.pending):
+        with parsing(keys.pending):
             waiting = _waiting_commands(text_fields(pending), now)
         return Snapshot(
             run=keys.run,
@@ -281,7 +285,7 @@ class Observer:
         """Give the answers to what this user, or this server, need not answer; and those to the others."""
         replies = self._connection.ask_once([*optional, *commands])
         told, left = replies[: len(optional)], replies[len(optional) :]
-        return [None if _untold(reply) else reply for reply in told], answered(left)
+        return [None if _untold(reply) else reply for reply in told], raise_first_error(left)
 
 
 def _untold(reply: Any) -> bool:

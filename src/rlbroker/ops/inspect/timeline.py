@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.unreadable import legible
+from rlbroker.backend.replies import parsing
 from rlbroker.control.ledger import Ledger
 from rlbroker.metrics.history import Interval, Sample, intervals, read_history
 from rlbroker.ops.inspect.bottleneck import Bottleneck, judge
@@ -295,7 +295,7 @@ def read_timeline(connection: Connection, run: str, *, span_seconds: float | Non
         samples = [one for one in samples if one.at >= since]
     elif samples:
         since = samples[0].at
-    with legible(keys.missed):
+    with parsing(keys.missed):
         records = Ledger(connection, keys).records(since=since)
     return Timeline(snapshot, samples, records)
 
