@@ -1,4 +1,4 @@
-"""Commands as bytes: what a server reads is what was meant, however it was cut."""
+"""Commands in RESP: the server reads the same command, whatever the pieces."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def resp(*words: bytes) -> bytes:
     ],
 )
 @pytest.mark.parametrize("piece_bytes", [7, 1000, 1 << 20])
-def test_a_command_is_what_the_server_reads(command: Any, words: tuple[bytes, ...], piece_bytes: int) -> None:
+def test_a_command_arrives_unchanged_in_pieces_of_any_size(
+    command: Any, words: tuple[bytes, ...], piece_bytes: int
+) -> None:
     pieces = list(pack_commands([command, ("PING",)], piece_bytes=piece_bytes))
     assert b"".join(pieces) == resp(*words) + resp(b"PING")
     assert max(map(len, pieces)) <= max(piece_bytes, COPY_BYTES) + 100
@@ -50,7 +52,7 @@ def test_large_arguments_are_not_copied() -> None:
     )
 
 
-def test_an_argument_in_pieces_arrives_as_one() -> None:
+def test_an_argument_in_pieces_arrives_as_one_value() -> None:
     client = fakeredis.FakeRedis()
     channel = Channel(Connection(client=client))
     channel.execute_all([("SET", "x", (b"head", memoryview(LARGE), b"tail")), ("SET", "y", 1)], strict=True)

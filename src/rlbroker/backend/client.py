@@ -19,7 +19,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
 from rlbroker.backend.deadline import try_seconds
-from rlbroker.backend.tls import Tls, TlsConnection, TlsFile
+from rlbroker.backend.tls import TlsConnection, TlsFile, TlsSettings
 from rlbroker.backend.url import Endpoint, invalid_url_error, parse_endpoint, redis_url
 from rlbroker.config import (
     DEFAULT_URL,
@@ -300,10 +300,10 @@ def _parameters(url: str) -> dict[str, str]:
     return found
 
 
-def _tls(url: str, parameters: Mapping[str, str]) -> Tls:
+def _tls(url: str, parameters: Mapping[str, str]) -> TlsSettings:
     wanted = parameters.get("ssl_cert_reqs", "required")
     choice("ssl_cert_reqs in the server's URL", wanted, ("required", "optional", "none"))
-    tls = Tls(
+    tls = TlsSettings(
         *tls_settings(parameters),
         check_certificate=wanted != "none",
         check_name=parameters.get("ssl_check_hostname", "yes").upper() not in FALSE_STRINGS,

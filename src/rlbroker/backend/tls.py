@@ -71,7 +71,7 @@ class TlsFile:
         """Return the path and the setting."""
         return f"{self.path} ({self.name})"
 
-    def text(self) -> str:
+    def read(self) -> str:
         """Read the file; raise `InvalidArgument` if that fails or it is not PEM."""
         try:
             text = Path(self.path).read_text("ascii", "replace")
@@ -86,7 +86,7 @@ class TlsFile:
         return text
 
 
-class Tls:
+class TlsSettings:
     """How a client verifies the server, and the certificate that it shows."""
 
     def __init__(
@@ -122,9 +122,9 @@ class Tls:
             InvalidArgument: a file can no longer be used.
         """
         with self._lock:
-            if (states := self._fingerprints()) != self._read:
+            if (fingerprints := self._fingerprints()) != self._read:
                 self._context = self._make_context()
-                self._read = states
+                self._read = fingerprints
             return self._context
 
     def warn_if_unchecked(self, url: str) -> None:
@@ -158,7 +158,7 @@ class Tls:
         return context
 
     def _load_authority(self, context: ssl.SSLContext, authority: TlsFile) -> None:
-        authority.text()
+        authority.read()
         try:
             context.load_verify_locations(authority.path)
         except ssl.SSLError:
@@ -168,7 +168,7 @@ class Tls:
         self, context: ssl.SSLContext, certificate: TlsFile, given_key: TlsFile | None
     ) -> None:
         key = given_key or certificate
-        text, key_text = certificate.text(), key.text()
+        text, key_text = certificate.read(), key.read()
         if "PRIVATE KEY-----" not in key_text:
             if given_key is not None:
                 raise InvalidArgument(f"{key.name}: {key.path} holds no private key")
@@ -193,7 +193,7 @@ class Tls:
 class TlsConnection(redis.Connection):
     """A TLS connection that says why it cannot be made."""
 
-    def __init__(self, *, tls: Tls, **settings: Any) -> None:
+    def __init__(self, *, tls: TlsSettings, **settings: Any) -> None:
         """Prepare the connection; nothing is connected yet."""
         self._tls = tls
         prepare: Callable[..., None] = super().__init__
@@ -204,9 +204,7 @@ class TlsConnection(redis.Connection):
         try:
             super().on_connect_check_health(check_health)
         except redis.ConnectionError as error:
-            if (
-                type(error) is redis.ConnectionError
-            ):  # no subclass: those have another cause, such as a wrong password
+            if type(error) is redis.ConnectionError:  # subclasses have other causes, such as a wrong password
                 why = self._explain(_find_alert(error) or self._fetch_alert())
                 if why:
                     raise TlsRefused(why) from error
