@@ -24,6 +24,7 @@ from servers import FaultyServer
 from rlbroker import errors
 from rlbroker.backend import bulk
 from rlbroker.backend.bulk import ChunkReader, ChunkWriter
+from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
@@ -343,9 +344,12 @@ def test_wrong_passwords_and_missing_rights_are_access_denied(keys: Keys) -> Non
 
 @pytest.fixture
 def without_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the fallback to redis-py fail."""
-    monkeypatch.setattr(bulk, "_read_by_client", None)
-    monkeypatch.setattr(ChunkWriter, "_write_by_client", None)
+    """Make chunks that redis-py moves fail the test."""
+
+    def execute(self: Channel, *command: Any) -> Any:
+        pytest.fail(f"redis-py runs {command[0]}")
+
+    monkeypatch.setattr(Channel, "execute", execute)
 
 
 @pytest.mark.usefixtures("without_fallback")

@@ -27,8 +27,9 @@ from rlbroker.backend.topology import Server, pick_server
 from rlbroker.codec.format import byte_view
 from rlbroker.errors import ConnectionFailed, PeerError, WireError
 
-#: Bytes that may be requested and not yet received, or else one chunk besides the one that is being received. A server
-#: that waits for requests costs a third of the speed over TCP. It may buffer this much for each reader.
+#: Bytes that may be requested and not yet received; at least one chunk is, besides the one that is being received.
+#: Otherwise the server would wait for requests, which costs a third of the speed over TCP. The server may buffer this
+#: much for each reader.
 READ_WINDOW_BYTES: Final = 4 << 20
 
 #: Bytes that may be sent and not yet confirmed, besides the chunk that is being sent.
@@ -215,7 +216,7 @@ class ChunkWriter:
             for number, (key, parts) in enumerate(chunks):
                 pipe = pipes.for_key(key)
                 if pipe.sock is None:
-                    self._write_by_client(pipe, key, parts, expire_seconds)
+                    pipe.channel.execute("SET", key, b"".join(parts), "EX", expire_seconds)
                     self._record(number)
                     continue
                 views = [byte_view(part) for part in parts]
@@ -244,9 +245,6 @@ class ChunkWriter:
         elif line != b"+OK":
             raise pipe.error(line)
         self._record(number)
-
-    def _write_by_client(self, pipe: _Pipe, key: str, parts: Sequence[Part], expire_seconds: int) -> None:
-        pipe.channel.execute("SET", key, b"".join(parts), "EX", expire_seconds)
 
     def _record(self, number: int) -> None:
         self._stored.add(number)
