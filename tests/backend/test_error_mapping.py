@@ -6,7 +6,8 @@ import pytest
 import redis
 
 from rlbroker import errors
-from rlbroker.backend.error_mapping import translate_error
+from rlbroker.backend import error_mapping
+from rlbroker.backend.error_mapping import ErrorTranslator, translate_error
 
 pytestmark = pytest.mark.unit
 
@@ -136,3 +137,27 @@ def test_the_command_on_a_key_of_another_program_is_named() -> None:
     )
     in_pipeline = redis.ResponseError(f"Command # 2 (HGETALL rlb:b) of pipeline caused error: {wrong_type}")
     assert "(HGETALL rlb:b)" in str(translate_error(in_pipeline, "host:1"))
+
+
+def test_a_user_that_was_accepted_before_may_be_refused_for_some_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    translator = ErrorTranslator("host:1", "me", redis.ConnectionPool())
+    refusal = redis.AuthenticationError("WRONGPASS")
+    assert type(translator.translate(refusal)) is errors.AccessDenied
+    translator.record_answer()
+    found = translator.translate(refusal)
+    assert type(found) is errors.ConnectionFailed
+    assert "no longer accepts this user" in str(found)
+    translator.record_answer()
+    monkeypatch.setattr(error_mapping, "REFUSAL_GRACE_SECONDS", 0.0)
+    assert type(translator.translate(refusal)) is errors.AccessDenied
+
+
+def test_the_hint_is_given_only_while_the_server_has_never_answered() -> None:
+    translator = ErrorTranslator("host:1", "me", redis.ConnectionPool(), hint="; is it running?")
+    refused = redis.TimeoutError("no reply")
+    assert str(translator.translate(refused)).endswith("; is it running?")
+    translator.record_answer()
+    assert not str(translator.translate(refused)).endswith("; is it running?")
+    assert "b:2 of host:1" in str(translator.translate(refused, server_name="b:2"))

@@ -220,7 +220,7 @@ class Connection:
             if not script_is_unknown(problem):
                 break
             for server in self.masters():
-                self.router.scripts.reload(server)
+                self.router.scripts.reload(partial(self.router.send_to, server))
         assert problem is not None
         raise problem
 
@@ -343,13 +343,14 @@ class Connection:
     def load(self, scripts: Sequence[Script]) -> None:
         """Load scripts into the cache of every server, for processes whose users may not load them."""
         for server in self.retry(self.masters):
-            self.retry(partial(self.router.scripts.load, server, scripts))
+            send = partial(self.router.send_to, server)
+            self.retry(partial(self.router.scripts.load, send, scripts))
 
     def load_missing(self, scripts: Sequence[Script]) -> None:
         """Load scripts again into the cache of each server that lacks any of them."""
         for server in self.retry(self.masters):
             try:
-                self.router.scripts.load_missing(server, scripts)
+                self.router.scripts.load_missing(partial(self.router.send_to, server), scripts)
             except (
                 ConnectionFailed
             ):  # of several servers, it must not delay the others; a later call tries again

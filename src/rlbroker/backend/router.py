@@ -54,7 +54,7 @@ class Router:
         #: The name with which the connections log in.
         self.user = str(pool.connection_kwargs.get("username") or "default")
         self.errors = ErrorTranslator(base.address, self.user, pool, hint=base.hint)
-        self.scripts = ScriptLoader(self.send_to, base.address)
+        self.scripts = ScriptLoader(base.address)
         self.servers = _make_topology(base.endpoint, self._make_client, base.address)
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class Router:
         try:
             return operation(server.client)
         except redis_errors.NoScriptError:
-            self.scripts.reload(server)
+            self.scripts.reload(partial(self.send_to, server))
             return operation(server.client)
 
     def send_to(self, server: Server, command: Sequence[Argument]) -> Any:

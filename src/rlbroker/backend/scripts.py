@@ -12,8 +12,10 @@ from typing import Any, Self
 
 from rlbroker.backend.error_mapping import missing_scripts_error
 from rlbroker.backend.resp import Argument
-from rlbroker.backend.topology import Server
 from rlbroker.errors import AccessDenied
+
+#: Sends a command to one server, and returns the reply.
+SendCommand = Callable[[Sequence[Argument]], Any]
 
 #: A line of a script that is replaced by another file of the package.
 _INCLUDE = re.compile(r"^-- include: (\S+)\n", re.MULTILINE)
@@ -58,14 +60,13 @@ class ScriptLoader:
     a server that was restarted.
     """
 
-    def __init__(self, send_to: Callable[[Server, Sequence[Argument]], Any], address: str) -> None:
+    def __init__(self, address: str) -> None:
         """Start with no scripts.
 
         Args:
-            send_to: sends a command to one server.
             address: name of the servers in messages.
         """
-        self._send_to, self._address = send_to, address
+        self._address = address
         self._used: dict[str, Script] = {}
 
     @property
@@ -77,23 +78,23 @@ class ScriptLoader:
         """Note a script that is about to run."""
         self._used[script.sha] = script
 
-    def load(self, server: Server, scripts: Iterable[Script]) -> None:
-        """Load scripts into the cache of one server."""
+    def load(self, send: SendCommand, scripts: Iterable[Script]) -> None:
+        """Load scripts into the cache of the server to which the function sends."""
         for script in scripts:
-            self._send_to(server, ("SCRIPT LOAD", script.text))
+            send(("SCRIPT LOAD", script.text))
 
-    def load_missing(self, server: Server, scripts: Sequence[Script]) -> None:
-        """Load scripts into the cache of one server, if it lacks any of them."""
-        if not all(self._send_to(server, ("SCRIPT EXISTS", *(script.sha for script in scripts)))):
-            self.load(server, scripts)
+    def load_missing(self, send: SendCommand, scripts: Sequence[Script]) -> None:
+        """Load scripts into the cache of a server that lacks any of them."""
+        if not all(send(("SCRIPT EXISTS", *(script.sha for script in scripts)))):
+            self.load(send, scripts)
 
-    def reload(self, server: Server) -> None:
+    def reload(self, send: SendCommand) -> None:
         """Load the used scripts into the cache of a server that lacks one.
 
         Raises:
             RunLost: this user may not load scripts.
         """
         try:
-            self.load(server, self.used)
+            self.load(send, self.used)
         except AccessDenied as error:
             raise missing_scripts_error(self._address) from error
