@@ -46,7 +46,8 @@ class Router:
         """
         pool = base.client.connection_pool
         self._pid = os.getpid()
-        self._base = base  # kept alive: connections of redis-py's Sentinel pool refer to that pool only weakly
+        # Kept alive here: the connections of redis-py's Sentinel pool refer to that pool only weakly.
+        self._base = base
         self._make_client = partial(
             bounded_client, base.client, timeout_seconds, socket_seconds, socket_read_size=read_bytes
         )
