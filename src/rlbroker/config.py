@@ -6,10 +6,9 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, Self, get_args
-from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from rlbroker.errors import InvalidArgument
 
@@ -30,10 +29,6 @@ SigningKeySetting = str | bytes | Path
 
 DEFAULT_URL = "redis://localhost:6379/0"
 DEFAULT_RUN = "default"
-URL_SCHEMES = (
-    *("redis", "rediss", "unix"),
-    *("redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"),
-)
 URL_VARIABLES = ("RLBROKER_REDIS_URL", "REDIS_URL")
 RUN_VARIABLE = "RLBROKER_RUN"
 
@@ -70,12 +65,6 @@ MAX_SECONDS = 1_000_000_000
 #: more frequent.
 MIN_LEASE_SECONDS = 0.1
 MIN_TAKE_OVER_SECONDS = 0.5
-
-#: What a URL may say of the Sentinels: they know no user and password but their own.
-_SENTINEL_LOGIN = ("sentinel_username", "sentinel_password")
-
-#: What Sentinels take for the name of a master.
-_SERVICE = re.compile(r"[\w.-]+", re.ASCII)
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -168,117 +157,6 @@ class SamplesPerInsert:
             )
 
 
-def redis_url(url: str | None = None) -> str:
-    """Give the server's URL: the argument, else RLBROKER_REDIS_URL, else REDIS_URL, else localhost.
-
-    Raises:
-        InvalidArgument: the URL cannot be used; says why.
-    """
-    if url is not None and not isinstance(url, str):
-        raise InvalidArgument(f"redis_url must be text, such as {DEFAULT_URL!r}; got {url!r}")
-    variable = url_variable()
-    found = url or (os.environ[variable] if variable else DEFAULT_URL)
-    try:
-        scheme = url_parts(found)[0].scheme
-    except ValueError as error:
-        raise unusable_url(found, error) from None
-    if scheme not in URL_SCHEMES:
-        known = ", ".join(f"{name}://" for name in URL_SCHEMES)
-        raise InvalidArgument(
-            f"the server's URL has the scheme {scheme!r}; use one of {known}, such as {DEFAULT_URL!r} "
-            "(it comes from the argument, RLBROKER_REDIS_URL, or REDIS_URL)"
-        )
-    if "://" not in found:
-        raise InvalidArgument(f"the server's URL lacks its //; write it like {DEFAULT_URL!r}")
-    parse_endpoint(found)
-    return found
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """What a URL says of where the server is.
-
-    Attributes:
-        kind: one server; the nodes of a Cluster; or Sentinels, who know where the master is.
-        url: as redis-py reads it, with the first host.
-        hosts: host and port of each node or Sentinel that it names; empty for one server.
-        service: name of the master among those that the Sentinels watch; empty without Sentinels.
-        login: user and password for the Sentinels, if they want any.
-    """
-
-    kind: Literal["one", "cluster", "sentinel"]
-    url: str
-    hosts: tuple[tuple[str, int], ...] = ()
-    service: str = ""
-    login: Mapping[str, str] = field(default_factory=dict)
-
-
-def parse_endpoint(url: str) -> Endpoint:
-    """Read where the server is from its URL.
-
-    >>> way_of("redis+sentinel://a:1,b:2/pong/3").hosts
-    (('a', 1), ('b', 2))
-
-    Raises:
-        InvalidArgument: a part of it is missing, or cannot be used.
-    """
-    parts, places = url_parts(url)
-    scheme, _, engine = parts.scheme.partition("+")
-    path = parts.path.strip("/")
-    service = ""
-    if engine == "sentinel":
-        service, _, path = path.partition("/")
-        if not service:
-            raise InvalidArgument(
-                f"the URL of the Sentinels {redacted_url(url)} does not say which master they are asked for; write it "
-                "like redis+sentinel://host:26379,host:26379/mymaster"
-            )
-        if not _SERVICE.fullmatch(service):  # which may be a part of a password
-            raise InvalidArgument(
-                f"the URL of the Sentinels {redacted_url(url)} names a master that none can have: its name is of "
-                "letters, digits and .-_; in a password write / as %2F"
-            )
-    if scheme != "unix" and path and not path.isdecimal():
-        raise InvalidArgument(f"the database in the server's URL must be a number, as in {DEFAULT_URL!r}")
-    if not engine:
-        return Endpoint("one", url)
-    if engine == "cluster" and path.strip("0"):
-        raise InvalidArgument(f"a Cluster has the database 0 only; {redacted_url(url)} names {path}")
-    try:
-        named = [urlsplit(f"//{place}") for place in places]
-        default_port = 26379 if engine == "sentinel" else 6379
-        hosts = tuple((one.hostname or "", one.port or default_port) for one in named)
-    except ValueError as error:
-        raise unusable_url(url, error) from None
-    if not all(host for host, _ in hosts):
-        raise InvalidArgument(
-            f"the server's URL {redacted_url(url)} names a host that is empty; write at least one, and a comma only "
-            f"between two, as in redis+{engine}://host:{default_port},host:{default_port}"
-        )
-    query, login = parts.query, dict[str, str]()
-    if engine == "sentinel":
-        said = parse_qsl(query, keep_blank_values=True)
-        login = {name.removeprefix("sentinel_"): value for name, value in said if name in _SENTINEL_LOGIN}
-        query = urlencode([pair for pair in said if pair[0] not in _SENTINEL_LOGIN])
-    first = parts._replace(scheme=scheme, path=f"/{path}", query=query, fragment="").geturl()
-    return Endpoint("cluster" if engine == "cluster" else "sentinel", first, hosts, service, login)
-
-
-def url_parts(url: str) -> tuple[SplitResult, list[str]]:
-    """Give the parts of a URL without the hosts after the first, with which no library reads it; and all its hosts.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    scheme, _, rest = url.partition("://")
-    place = re.split("[/?#]", rest, maxsplit=1)[0]
-    user, at, named = place.rpartition("@")
-    hosts = named.split(",")
-    if "+" not in scheme or len(hosts) == 1:
-        return urlsplit(url), hosts
-    return urlsplit(f"{scheme}://{user}{at}{hosts[0]}{rest[len(place) :]}"), hosts
-
-
 def redis_username() -> str | None:
     """Return the user for a server whose URL has none, from the environment; None if it has none either."""
     return os.environ.get(USERNAME_VARIABLE) or None
@@ -358,17 +236,15 @@ def colors_wanted() -> bool:
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
-def unusable_url(url: str, error: ValueError) -> InvalidArgument:
-    """Give the error for a URL that cannot be used; what is said of it may hold its password, or a part of it."""
-    why = str(error)
-    if "Port" in why or "netloc" in why:
-        why = "host or port cannot be read; in a password write / as %2F, ? as %3F, # as %23, @ as %40"
-    return InvalidArgument(f"the server's URL {redacted_url(url)} cannot be used: {why}")
-
-
 def url_variable() -> str | None:
     """Return the name of the environment variable that holds the server's URL; None if none is set."""
     return next((name for name in URL_VARIABLES if os.environ.get(name)), None)
+
+
+def default_url() -> str:
+    """Return the server's URL from the environment, or that of localhost."""
+    variable = url_variable()
+    return os.environ[variable] if variable else DEFAULT_URL
 
 
 def url_was_typed() -> bool:

@@ -1,4 +1,4 @@
-"""Chunks move bit by bit as they were, or say why not; over every kind of connection."""
+"""Chunks arrive bit-exact, or the error says why not; over every kind of connection."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from servers import FaultyServer
 from rlbroker import errors
 from rlbroker.backend import bulk
 from rlbroker.backend.bulk import ChunkReader, ChunkWriter
+from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
@@ -31,10 +32,10 @@ from rlbroker.local.embedded_server import RedisServer
 
 NewServer = Callable[..., FaultyServer]
 
-#: What a step may take beyond its deadline.
+#: How long a step may take beyond its deadline.
 GRACE_SECONDS = 1.0
 
-#: Sizes at which something begins or ends: nothing, what fits the buffer for lines, and chunks as they are.
+#: Sizes at the boundaries: empty, around the line buffer, and usual chunks.
 SIZES = (0, 1, 2, bulk.LINE_BYTES - 6, bulk.LINE_BYTES, bulk.LINE_BYTES + 1, 300_000, 4 << 20)
 
 
@@ -100,7 +101,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 @pytest.mark.on_every_engine
-def test_chunks_come_back_bit_by_bit_and_expire(server: Server, connection: Connection, keys: Keys) -> None:
+def test_chunks_are_read_bit_exact_and_expire(server: Server, connection: Connection, keys: Keys) -> None:
     sizes = [*SIZES, *reversed(SIZES)]
     pairs = dict(zip(names(keys, len(sizes)), values(sizes), strict=True))
     move(connection, pairs)
@@ -108,11 +109,11 @@ def test_chunks_come_back_bit_by_bit_and_expire(server: Server, connection: Conn
     assert all(0 < server.client.ttl(key) <= 60 for key in pairs)
 
 
-def test_many_small_chunks_come_in_order(connection: Connection, keys: Keys) -> None:
+def test_many_small_chunks_are_read_in_order(connection: Connection, keys: Keys) -> None:
     move(connection, {key: key.encode() for key in names(keys, 3000)})
 
 
-def test_a_chunk_of_very_many_parts_arrives(connection: Connection, keys: Keys) -> None:
+def test_a_chunk_of_very_many_parts_is_stored_whole(connection: Connection, keys: Keys) -> None:
     parts = [bytes([number % 256]) * (number % 3) for number in range(5000)]
     ChunkWriter(connection).write([(keys.chunk("1-1-1", 0), parts)], expire_seconds=60)
     assert connection.execute("GET", keys.chunk("1-1-1", 0)) == b"".join(parts)
@@ -124,12 +125,12 @@ def test_parts_of_any_shape_are_sent_as_their_bytes(connection: Connection, keys
     assert connection.execute("GET", keys.chunk("1-1-1", 0)) == bytes(range(64))
 
 
-def test_nothing_to_move_is_no_mistake(connection: Connection) -> None:
+def test_no_chunks_are_valid(connection: Connection) -> None:
     move(connection, {})
 
 
 @pytest.mark.on_every_engine
-def test_a_chunk_that_is_gone_is_told_and_those_before_are_there(connection: Connection, keys: Keys) -> None:
+def test_a_missing_chunk_is_an_error_and_earlier_chunks_are_read(connection: Connection, keys: Keys) -> None:
     pairs = dict(zip(names(keys, 4), values([5, 1 << 20, 7, 9]), strict=True))
     write(connection, pairs)
     gone = list(pairs)[2]
@@ -148,7 +149,7 @@ def test_a_chunk_that_is_gone_is_told_and_those_before_are_there(connection: Con
 
 
 @pytest.mark.parametrize("stored_bytes", [0, 99, 101, 3 << 20])
-def test_a_chunk_of_another_length_is_refused_and_stays_within_its_memory(
+def test_a_chunk_of_another_length_is_refused_and_not_written_beyond_its_memory(
     connection: Connection, keys: Keys, stored_bytes: int
 ) -> None:
     key, other = names(keys, 2)
@@ -161,7 +162,7 @@ def test_a_chunk_of_another_length_is_refused_and_stays_within_its_memory(
     assert read(connection, {other: b"y" * 10}) == [b"y" * 10]
 
 
-def test_reads_that_are_abandoned_half_way_leave_nothing_behind(connection: Connection, keys: Keys) -> None:
+def test_abandoned_reads_leave_no_half_read_connection(connection: Connection, keys: Keys) -> None:
     pairs = dict(zip(names(keys, 6), values([100_000] * 6), strict=True))
     write(connection, pairs)
     reader = ChunkReader(connection)
@@ -174,14 +175,14 @@ def test_reads_that_are_abandoned_half_way_leave_nothing_behind(connection: Conn
         assert next(others[-1]) == 0
     newer = reader.read(wanted)
     assert next(newer) == 0
-    with contextlib.suppress(errors.ConnectionFailed):  # with fakeredis it goes on
+    with contextlib.suppress(errors.ConnectionFailed):  # with fakeredis the read continues
         list(older)
     assert list(newer) == [1, 2, 3, 4, 5]
     reader.close()
     assert read(connection, pairs) == list(pairs.values())
 
 
-def test_what_the_server_refuses_is_told_as_elsewhere(connection: Connection, keys: Keys) -> None:
+def test_a_refusal_of_the_server_is_the_usual_error(connection: Connection, keys: Keys) -> None:
     key, other = names(keys, 2)
     connection.execute_all([("RPUSH", key, "no string"), ("EXPIRE", key, 60)])
     write(connection, {other: b"y"})
@@ -192,7 +193,7 @@ def test_what_the_server_refuses_is_told_as_elsewhere(connection: Connection, ke
     assert read(connection, {other: b"y"}) == [b"y"]
 
 
-def test_a_failure_to_encode_reaches_the_caller_as_it_is(
+def test_an_error_while_encoding_reaches_the_caller_unchanged(
     server: Server, connection: Connection, keys: Keys
 ) -> None:
     first, second, third = names(keys, 3)
@@ -208,7 +209,7 @@ def test_a_failure_to_encode_reaches_the_caller_as_it_is(
     assert [server.client.get(key) for key in (first, second, third)] == [b"1", b"2", None]
 
 
-def test_chunks_are_made_while_earlier_ones_are_under_way(real: Connection, keys: Keys) -> None:
+def test_chunks_are_encoded_while_earlier_ones_are_sent(real: Connection, keys: Keys) -> None:
     writer = ChunkWriter(real)
     behind: list[int] = []
 
@@ -222,11 +223,11 @@ def test_chunks_are_made_while_earlier_ones_are_under_way(real: Connection, keys
     assert max(behind) == 4
 
 
-def test_chunks_are_not_copied_on_their_way(real: Connection, keys: Keys) -> None:
+def test_chunks_are_not_copied(real: Connection, keys: Keys) -> None:
     whole = random.Random(1).randbytes(16 << 20)
     back = memoryview(bytearray(16 << 20))
     places = [slice(start, start + (4 << 20)) for start in range(0, 16 << 20, 4 << 20)]
-    real.execute("PING")  # redis-py has a buffer of its own
+    real.execute("PING")  # so that redis-py's own buffer exists already
     tracemalloc.start()
     try:
         parts = [[memoryview(whole)[place]] for place in places]
@@ -240,10 +241,10 @@ def test_chunks_are_not_copied_on_their_way(real: Connection, keys: Keys) -> Non
     assert peak_bytes < 1 << 20
 
 
-# What servers do
+# Faults of the server
 
 
-def test_a_full_server_is_told_and_the_rest_goes_on_from_what_is_confirmed(
+def test_after_a_full_server_a_write_continues_from_the_confirmed_chunks(
     new_server: NewServer, keys: Keys
 ) -> None:
     server = new_server("--maxmemory", "12mb", "--maxmemory-policy", "noeviction")
@@ -263,7 +264,7 @@ def test_a_full_server_is_told_and_the_rest_goes_on_from_what_is_confirmed(
     connection.close()
 
 
-def test_a_server_that_dies_breaks_off_both_ways_and_serves_when_it_is_back(
+def test_a_server_crash_fails_reads_and_writes_and_a_restart_serves_them(
     new_server: NewServer, keys: Keys
 ) -> None:
     server = new_server()
@@ -294,7 +295,7 @@ def test_a_server_that_dies_breaks_off_both_ways_and_serves_when_it_is_back(
 
 
 @pytest.mark.parametrize("deadline", [True, False])
-def test_a_server_that_stands_still_is_not_waited_for_beyond_the_deadline(
+def test_a_frozen_server_is_not_waited_for_beyond_the_deadline(
     new_server: NewServer, keys: Keys, deadline: bool
 ) -> None:
     server = new_server()
@@ -323,7 +324,7 @@ def test_a_server_that_stands_still_is_not_waited_for_beyond_the_deadline(
     connection.close()
 
 
-def test_password_tcp_and_rights_are_as_with_any_command(keys: Keys) -> None:
+def test_wrong_passwords_and_missing_rights_are_access_denied(keys: Keys) -> None:
     with RedisServer(bind="127.0.0.1") as server:
         assert server.network_url is not None
         address = server.network_url.partition("@")[2]
@@ -342,13 +343,16 @@ def test_password_tcp_and_rights_are_as_with_any_command(keys: Keys) -> None:
 
 
 @pytest.fixture
-def straight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has what falls back to redis-py fail."""
-    monkeypatch.setattr(bulk, "_read_by_client", None)
-    monkeypatch.setattr(ChunkWriter, "_write_by_client", None)
+def without_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make chunks that redis-py moves fail the test."""
+
+    def execute(self: Channel, *command: Any) -> Any:
+        pytest.fail(f"redis-py runs {command[0]}")
+
+    monkeypatch.setattr(Channel, "execute", execute)
 
 
-@pytest.mark.usefixtures("straight")
+@pytest.mark.usefixtures("without_fallback")
 @pytest.mark.parametrize("protocol", [2, 3])
 def test_both_protocols_carry_chunks(real_server: RealServer, keys: Keys, protocol: int) -> None:
     client = redis.Redis.from_url(real_server.url, protocol=protocol)
@@ -361,7 +365,7 @@ def test_both_protocols_carry_chunks(real_server: RealServer, keys: Keys, protoc
 
 @pytest.fixture
 def tls_url(tmp_path: Path) -> Iterator[str]:
-    """A server that speaks TLS only; it and the certificate's maker are the system's own."""
+    """The URL of a server that speaks TLS only; needs the system's redis-server and openssl."""
     redis_server, openssl = shutil.which("redis-server"), shutil.which("openssl")
     if redis_server is None or openssl is None:
         pytest.skip("redis-server or openssl is not on the PATH: TLS is not tested")
@@ -392,7 +396,7 @@ def tls_url(tmp_path: Path) -> Iterator[str]:
         process.wait()
 
 
-@pytest.mark.usefixtures("straight")
+@pytest.mark.usefixtures("without_fallback")
 def test_tls_carries_chunks_too(tls_url: str, keys: Keys) -> None:
     connection = Connection(tls_url)
     sizes = [*SIZES, *[4 << 20] * 6]
@@ -401,10 +405,10 @@ def test_tls_carries_chunks_too(tls_url: str, keys: Keys) -> None:
 
 
 class Scripted:
-    """A server that keeps what it is given and sends short replies byte by byte, or says what it is told to."""
+    """A server that stores values and sends short replies byte by byte, or scripted replies."""
 
     def __init__(self) -> None:
-        self.told: dict[bytes, Callable[[socket.socket], None] | bytes] = {}
+        self.replies: dict[bytes, Callable[[socket.socket], None] | bytes] = {}
         self.connections = 0
         self._stored: dict[bytes, bytes] = {}
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -430,7 +434,7 @@ class Scripted:
                 for _ in range(int(line[1:])):
                     words.append(stream.read(int(stream.readline()[1:])))
                     stream.readline()
-                reply = self.told.get(words[0]) or self._reply(words)
+                reply = self.replies.get(words[0]) or self._reply(words)
                 if not isinstance(reply, bytes):
                     reply(client)
                 elif len(reply) > 10_000:
@@ -455,7 +459,7 @@ def scripted() -> Iterator[Scripted]:
     server.close()
 
 
-def test_replies_may_come_byte_by_byte(scripted: Scripted, keys: Keys) -> None:
+def test_replies_may_arrive_byte_by_byte(scripted: Scripted, keys: Keys) -> None:
     connection = Connection(scripted.url)
     sizes = [0, 1, 2, 5000, 3, 4095, 4096]
     move(connection, dict(zip(names(keys, len(sizes)), values(sizes), strict=True)))
@@ -482,46 +486,48 @@ def test_replies_may_come_byte_by_byte(scripted: Scripted, keys: Keys) -> None:
     ],
     ids=lambda value: value[1:8].decode(errors="replace").strip() if isinstance(value, bytes) else "",
 )
-def test_error_replies_become_our_errors(scripted: Scripted, reply: bytes, expected: type[Exception]) -> None:
+def test_error_replies_become_errors_of_rlbroker(
+    scripted: Scripted, reply: bytes, expected: type[Exception]
+) -> None:
     connection = Connection(scripted.url)
-    scripted.told = {b"GET": reply, b"SET": reply}
+    scripted.replies = {b"GET": reply, b"SET": reply}
     with pytest.raises(errors.PeerError) as caught:
         write(connection, {"a": b"1", "b": b"2"})
     assert type(caught.value) is expected
     with pytest.raises(errors.PeerError) as caught:
         read(connection, {"a": b"1", "b": b"2"})
     assert type(caught.value) is expected
-    scripted.told = {}
+    scripted.replies = {}
     move(connection, {"a": b"1", "b": b"2"})
     connection.close()
 
 
 @pytest.mark.parametrize("part", [b"", b"$1", b"$10\r\n", b"$10\r\nabc", b"$10\r\n0123456789\r"])
-def test_a_connection_that_ends_within_a_reply_has_failed(scripted: Scripted, part: bytes) -> None:
+def test_a_connection_closed_within_a_reply_has_failed(scripted: Scripted, part: bytes) -> None:
     def end(client: socket.socket) -> None:
         client.sendall(part)
         client.shutdown(socket.SHUT_RDWR)
 
-    scripted.told = {b"GET": end}
+    scripted.replies = {b"GET": end}
     connection = Connection(scripted.url)
     with pytest.raises(errors.ConnectionFailed, match="closed the connection"):
         read(connection, {"k": bytes(10)})
     connection.close()
 
 
-def test_a_line_that_does_not_end_does_not_fill_the_memory(scripted: Scripted) -> None:
-    scripted.told = {b"GET": b"-ERR " + bytes(2 * bulk.LONGEST_LINE_BYTES)}
+def test_an_endless_line_does_not_fill_the_memory(scripted: Scripted) -> None:
+    scripted.replies = {b"GET": b"-ERR " + bytes(2 * bulk.LONGEST_LINE_BYTES)}
     connection = Connection(scripted.url)
     with pytest.raises(errors.ConnectionFailed, match="does not end"):
         read(connection, {"k": bytes(10)})
     connection.close()
 
 
-def test_nothing_is_under_way_any_more_when_a_write_has_failed(scripted: Scripted) -> None:
+def test_a_failed_write_waits_for_the_chunks_that_were_sent(scripted: Scripted) -> None:
     done = []
 
     def store_late(client: socket.socket) -> None:
-        time.sleep(0.1)  # as long as it takes: the writer waits
+        time.sleep(0.1)  # the writer waits for the reply
         done.append(1)
         client.sendall(b"+OK\r\n")
 
@@ -530,7 +536,7 @@ def test_nothing_is_under_way_any_more_when_a_write_has_failed(scripted: Scripte
         yield "b", [b"2"]
         raise OSError("no room to encode")
 
-    scripted.told = {b"SET": store_late}
+    scripted.replies = {b"SET": store_late}
     connection = Connection(scripted.url)
     with pytest.raises(OSError, match="no room to encode"):
         ChunkWriter(connection).write(encoded(), expire_seconds=60)
@@ -539,7 +545,7 @@ def test_nothing_is_under_way_any_more_when_a_write_has_failed(scripted: Scripte
 
 
 @pytest.mark.parametrize(("window_bytes", "asked"), [(0, [2, 1, 1, 1]), (30, [3, 1, 1]), (1000, [5])])
-def test_chunks_are_asked_for_ahead_within_the_window(
+def test_chunks_are_requested_ahead_within_the_window(
     scripted: Scripted, monkeypatch: pytest.MonkeyPatch, window_bytes: int, asked: list[int]
 ) -> None:
     sent: list[int] = []
@@ -559,7 +565,7 @@ def test_chunks_are_asked_for_ahead_within_the_window(
     connection.close()
 
 
-def test_a_chunk_that_trickles_in_is_not_waited_for_beyond_the_deadline(scripted: Scripted) -> None:
+def test_a_trickling_chunk_is_not_waited_for_beyond_the_deadline(scripted: Scripted) -> None:
     ended = threading.Event()
 
     def trickle(client: socket.socket) -> None:
@@ -567,7 +573,7 @@ def test_a_chunk_that_trickles_in_is_not_waited_for_beyond_the_deadline(scripted
         while not ended.wait(0.02):
             client.sendall(b"x")
 
-    scripted.told = {b"GET": trickle}
+    scripted.replies = {b"GET": trickle}
     connection = Connection(scripted.url)
     with at_most(0.3), within(Deadline(0.3)), pytest.raises(errors.ConnectionFailed, match="timed out"):
         read(connection, {"k": bytes(1_000_000)})
@@ -575,12 +581,12 @@ def test_a_chunk_that_trickles_in_is_not_waited_for_beyond_the_deadline(scripted
     connection.close()
 
 
-def test_ctrl_c_in_the_middle_drops_the_connection(scripted: Scripted) -> None:
+def test_ctrl_c_within_a_reply_closes_the_connection(scripted: Scripted) -> None:
     def interrupt(client: socket.socket) -> None:
         client.sendall(b"$1000\r\nxxx")
         os.kill(os.getpid(), signal.SIGINT)
 
-    scripted.told = {b"GET": interrupt}
+    scripted.replies = {b"GET": interrupt}
     connection = Connection(scripted.url)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -589,13 +595,13 @@ def test_ctrl_c_in_the_middle_drops_the_connection(scripted: Scripted) -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert scripted.connections == 1
-    scripted.told = {}
+    scripted.replies = {}
     move(connection, {"k": b"whole"})
     assert scripted.connections == 2
     connection.close()
 
 
-def test_a_connection_that_did_well_is_used_again(scripted: Scripted) -> None:
+def test_a_healthy_connection_is_used_again(scripted: Scripted) -> None:
     connection = Connection(scripted.url)
     for _ in range(3):
         move(connection, {"k": b"v"})

@@ -1,4 +1,4 @@
-"""Commands as bytes: what a server reads is what was meant, however it was cut."""
+"""Commands in RESP: the server reads the same command, whatever the pieces."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import fakeredis
 import pytest
 
-from rlbroker.backend.connection import Channel, Connection
-from rlbroker.backend.resp import COPY_BYTES, packed
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Connection
+from rlbroker.backend.resp import COPY_BYTES, pack_commands
 
 pytestmark = pytest.mark.unit
 
@@ -35,8 +36,10 @@ def resp(*words: bytes) -> bytes:
     ],
 )
 @pytest.mark.parametrize("piece_bytes", [7, 1000, 1 << 20])
-def test_a_command_is_what_the_server_reads(command: Any, words: tuple[bytes, ...], piece_bytes: int) -> None:
-    pieces = list(packed([command, ("PING",)], piece_bytes=piece_bytes))
+def test_a_command_arrives_unchanged_in_pieces_of_any_size(
+    command: Any, words: tuple[bytes, ...], piece_bytes: int
+) -> None:
+    pieces = list(pack_commands([command, ("PING",)], piece_bytes=piece_bytes))
     assert b"".join(pieces) == resp(*words) + resp(b"PING")
     assert max(map(len, pieces)) <= max(piece_bytes, COPY_BYTES) + 100
 
@@ -45,11 +48,11 @@ def test_large_arguments_are_not_copied() -> None:
     whole = memoryview(LARGE)
     assert any(
         isinstance(piece, memoryview) and piece.obj is LARGE
-        for piece in packed([("SET", "x", (b"head", whole))], piece_bytes=1 << 20)
+        for piece in pack_commands([("SET", "x", (b"head", whole))], piece_bytes=1 << 20)
     )
 
 
-def test_an_argument_in_pieces_arrives_as_one() -> None:
+def test_an_argument_in_pieces_arrives_as_one_value() -> None:
     client = fakeredis.FakeRedis()
     channel = Channel(Connection(client=client))
     channel.execute_all([("SET", "x", (b"head", memoryview(LARGE), b"tail")), ("SET", "y", 1)], strict=True)

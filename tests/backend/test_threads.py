@@ -1,4 +1,4 @@
-"""The background threads: what they log and when they end."""
+"""Background threads: what they log, when they wake, and when they end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def steps(*results: bool | Exception | None) -> tuple[Callable[[], bool | None],
 
 
 @pytest.mark.parametrize(("last", "recovered"), [(False, False), (True, True), (None, True)])
-def test_only_a_step_that_asked_the_server_shows_that_it_works_again(
+def test_an_outage_ends_only_with_a_step_that_used_the_server(
     caplog: pytest.LogCaptureFixture, last: bool | None, recovered: bool
 ) -> None:
     caplog.set_level(logging.INFO, "rlbroker")
@@ -46,60 +46,59 @@ def test_only_a_step_that_asked_the_server_shows_that_it_works_again(
 
 @pytest.fixture
 def waiting() -> Iterator[tuple[BackgroundThread, list[bool], socket.socket]]:
-    """Give a thread that waits for a socket for hours, again and again, what came of that, and the other end."""
-    ours, theirs = socket.socketpair()
+    """A thread that repeatedly waits an hour for a socket; the results of the waits; the socket's other end."""
+    near, far = socket.socketpair()
     ends: list[bool] = []
 
     def step() -> None:
-        ends.append(thread.wait_for(ours, 3600.0))
+        ends.append(thread.wait_for(near, 3600.0))
         if ends[-1]:
-            ours.recv(1)
+            near.recv(1)
 
     thread = BackgroundThread("test", step)
-    with ours, theirs:
+    with near, far:
         thread.start()
-        yield thread, ends, theirs
+        yield thread, ends, far
         assert thread.stop(5.0)
 
 
-def test_who_waits_for_a_socket_goes_on_when_there_is_something_to_read(waiting: Any) -> None:
-    _, ends, theirs = waiting
-    theirs.send(b"x")
-    wait_until("it has seen that", lambda: ends)
+def test_a_wait_for_a_socket_ends_when_it_is_readable(waiting: Any) -> None:
+    _, ends, far = waiting
+    far.send(b"x")
+    wait_until("the wait has ended", lambda: ends)
     assert ends == [True]
 
 
-def test_who_waits_for_a_socket_ends_at_once_when_it_is_to_stop(waiting: Any) -> None:
+def test_a_wait_for_a_socket_ends_at_once_on_stop(waiting: Any) -> None:
     thread, ends, _ = waiting
     assert thread.stop(5.0)
     assert not any(ends)
 
 
-def test_who_waits_for_a_socket_can_be_woken_for_something_else(waiting: Any) -> None:
+def test_a_wait_for_a_socket_ends_on_wake(waiting: Any) -> None:
     thread, ends, _ = waiting
     thread.wake()
-    wait_until("it goes on", lambda: ends)
+    wait_until("the wait has ended", lambda: ends)
     assert ends == [False]
 
 
-def test_who_is_woken_before_it_waits_does_not_wait() -> None:
-    """What there is to do may come just before the wait."""
-    ours, theirs = socket.socketpair()
+def test_a_wake_before_the_wait_is_not_lost() -> None:
+    near, far = socket.socketpair()
     done: list[bool] = []
 
     def step() -> None:
         thread.wake()
-        done.append(thread.wait_for(ours, 3600.0))
+        done.append(thread.wait_for(near, 3600.0))
 
     thread = BackgroundThread("test", step)
-    with ours, theirs:
+    with near, far:
         thread.start()
-        wait_until("it goes on", lambda: done[2:])
+        wait_until("the wait has ended", lambda: done[2:])
         assert thread.stop(5.0)
-        thread.wake()  # which is nothing now
+        thread.wake()  # has no effect after the end
 
 
-def test_who_is_woken_very_often_is_not_held_up(waiting: Any) -> None:
+def test_waking_often_does_not_block(waiting: Any) -> None:
     thread, _, _ = waiting
     for _ in range(10_000):
         thread.wake()

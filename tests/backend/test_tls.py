@@ -1,6 +1,6 @@
-"""TLS: a run goes through it bit for bit, and each way in which it can be refused says what to set, at once.
+"""TLS: all data of a run arrives bit-exact, and each kind of refusal says at once what to set.
 
-Where something must be refused at once, the time to try is an hour: trying again would last longer than the test may.
+A refusal that must come at once is tested with a timeout of an hour: a retry would exceed the test's own timeout.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from servers import FaultyServer, binary_of, free_port
 
 from rlbroker import AccessDenied, ConnectionFailed, TlsFailed, WorkerClient, WorkerCommunicator
 from rlbroker.backend import tls
-from rlbroker.backend.connection import Channel, Connection
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.config import TLS_VARIABLES
 from rlbroker.local.embedded_server import RedisServer
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "redis"
 
-#: The embedded server behind a proxy; and the system's own, with the configuration that we ship, where there is one.
+#: The embedded server behind a proxy; and the system's Redis with deploy/redis/tls.conf, if it is installed.
 KINDS = ["proxy", *(["redis"] if binary_of("redis-7.0") else [])]
 
 HOUR_SECONDS = 3600.0
@@ -46,7 +47,7 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TlsServer(FaultyServer):
-    """The system's server, as deploy/redis/tls.conf has it."""
+    """The system's Redis with deploy/redis/tls.conf."""
 
     def __init__(self, folder: Path, certificate: tuple[str, str], certificates: Certificates) -> None:
         binary = binary_of("redis-7.0")
@@ -64,7 +65,7 @@ class TlsServer(FaultyServer):
         return redis.Redis(
             port=self.port,
             ssl=True,
-            ssl_cert_reqs="none",  # it may have to show one that is not good
+            ssl_cert_reqs="none",  # in some tests the server's certificate is invalid
             ssl_certfile=certificate,
             ssl_keyfile=key,
             protocol=2,
@@ -72,7 +73,7 @@ class TlsServer(FaultyServer):
 
 
 def proxied(server: RedisServer, context: ssl.SSLContext) -> tuple[TlsProxy, str]:
-    """Put a proxy before the embedded server; give it and its address, with who may log in there."""
+    """Start a TLS proxy for the embedded server; return it and its address with user and password."""
     parts = urlsplit(server.url)
     proxy = TlsProxy(parts.path, context)
     return proxy, f"{parts.username}:{parts.password}@127.0.0.1:{proxy.port}"
@@ -85,7 +86,7 @@ Serve = Callable[..., str]
 def serve(
     request: pytest.FixtureRequest, certificates: Certificates, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Serve]:
-    """Gives the address of a server whose certificate is for these names."""
+    """A function that returns the address of a server whose certificate is for some names."""
     made: dict[Any, str] = {}
     with ExitStack() as stack:
 
@@ -106,7 +107,7 @@ def serve(
 
 
 def start(stack: ExitStack, server: FaultyServer | Cluster) -> None:
-    """Start it until the stack ends."""
+    """Start a server that runs until the stack is closed."""
     try:
         stack.enter_context(server)
     except AssertionError as error:
@@ -117,7 +118,7 @@ def start(stack: ExitStack, server: FaultyServer | Cluster) -> None:
 
 @pytest.fixture
 def own(certificates: Certificates) -> str:
-    """What a URL has to say to be let in."""
+    """The URL parameters that the server accepts."""
     return query(certificates.ca(), certificates.certificate("me", client=True))
 
 
@@ -127,41 +128,39 @@ def query(ca: str, certificate: tuple[str, str] | None = None) -> str:
 
 
 def refusal(url: str) -> str:
-    """Give what is said where a server must refuse, or be refused, at once."""
+    """Return the message of the `TlsFailed` that must be raised at once, without the address."""
     with (
         pytest.raises(TlsFailed) as caught,
         closing(Connection(url, timeout_seconds=HOUR_SECONDS)) as connection,
     ):
         connection.execute("PING")
-    said = str(caught.value)
+    message = str(caught.value)
     address = urlsplit(url).netloc.rpartition("@")[2]
-    assert said.startswith((f"rediss://{address} ", f"redis://{address} "))
-    assert "\n" not in said
+    assert message.startswith((f"rediss://{address} ", f"redis://{address} "))
+    assert "\n" not in message
     password = urlsplit(url).password
-    assert not password or password not in said
-    return said.partition(address)[2].strip()
+    assert not password or password not in message
+    return message.partition(address)[2].strip()
 
 
 @pytest.fixture
 def variables(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Says in the environment what a client has to show."""
+    """The client's TLS files in the environment."""
     certificate, key = certificates.certificate("me", client=True)
     for name, path in ((CA, certificates.ca()), (CERTIFICATE, certificate), (KEY, key)):
         monkeypatch.setenv(name, path)
 
 
 @pytest.mark.usefixtures("variables")
-def test_a_run_goes_through_tls_bit_for_bit(serve: Serve, run: str) -> None:
-    goes_bit_for_bit(f"rediss://{serve()}", run)
+def test_a_run_over_tls_is_bit_exact(serve: Serve, run: str) -> None:
+    check_a_run(f"rediss://{serve()}", run)
 
 
 @pytest.mark.usefixtures("variables")
 @pytest.mark.parametrize("named", ["as a Cluster", "by one node"])
-def test_a_run_goes_through_tls_on_every_node_of_a_cluster(
-    tls_cluster: list[int], run: str, named: str
-) -> None:
+def test_a_run_over_tls_on_a_cluster_is_bit_exact(tls_cluster: list[int], run: str, named: str) -> None:
     places = ",".join(f"127.0.0.1:{port}" for port in tls_cluster)
-    goes_bit_for_bit(
+    check_a_run(
         f"rediss+cluster://{places}" if named == "as a Cluster" else f"rediss://127.0.0.1:{tls_cluster[1]}",
         run,
     )
@@ -169,7 +168,7 @@ def test_a_run_goes_through_tls_on_every_node_of_a_cluster(
 
 @pytest.fixture(scope="module")
 def tls_cluster(certificates: Certificates, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
-    """Three masters that speak TLS at these ports, also to one another, and tell who asks there those of the others."""
+    """The TLS ports of a Cluster of three masters that use TLS among themselves, and name each other's TLS ports."""
     binary = binary_of("redis-7.0")
     if binary is None:
         pytest.skip("there is no server with TLS here (apt install redis-server)")
@@ -187,8 +186,8 @@ def tls_cluster(certificates: Certificates, tmp_path_factory: pytest.TempPathFac
         yield ports
 
 
-def goes_bit_for_bit(url: str, run: str) -> None:
-    """Send weights, a change of them, batches and a command there and back."""
+def check_a_run(url: str, run: str) -> None:
+    """Send weights, an update of them, batches and a command, and compare what arrives."""
     random = np.random.default_rng(0)
     weights: dict[str, Any] = {
         "w": random.standard_normal(3_000_001),
@@ -205,7 +204,7 @@ def goes_bit_for_bit(url: str, run: str) -> None:
         weights["w"][5] = 1.0
         learner.send_model_weights(weights)
         wait_until(
-            "the worker hears of the second version", lambda: worker.poll(model) and worker.version == 2
+            "the worker applies the second version", lambda: worker.poll(model) and worker.version == 2
         )
         assert np.array_equal(model["w"], weights["w"])
         batches = [{"obs": random.integers(0, 255, size, dtype=np.uint8)} for size in (1, 16_384, 2_000_003)]
@@ -213,11 +212,11 @@ def goes_bit_for_bit(url: str, run: str) -> None:
             worker.send_experiences(batch)
         found: list[Any] = []
 
-        def all_found() -> bool:
+        def all_collected() -> bool:
             found.extend(learner.collect_experiences(timeout=1.0))
             return len(found) == len(batches)
 
-        wait_until("the learner has all batches", all_found)
+        wait_until("the learner has all batches", all_collected)
         assert all(
             np.array_equal(got["obs"], sent["obs"]) for (_, got), sent in zip(found, batches, strict=True)
         )
@@ -226,7 +225,7 @@ def goes_bit_for_bit(url: str, run: str) -> None:
         assert command.wait(timeout=10.0)[0].state == "done"
 
 
-def test_weights_move_through_the_encrypted_socket_itself(serve: Serve, own: str) -> None:
+def test_a_channel_gives_the_encrypted_socket(serve: Serve, own: str) -> None:
     with closing(Connection(f"rediss://{serve()}?{own}")) as connection:
         channel = Channel(connection)
         channel.connect()
@@ -235,39 +234,41 @@ def test_weights_move_through_the_encrypted_socket_itself(serve: Serve, own: str
         channel.close()
 
 
-def test_messages_that_come_at_once_are_all_heard(serve: Serve, own: str, run: str) -> None:
-    said = [bytes([number]) * 20_000 for number in range(5)]
+def test_messages_that_arrive_together_are_all_received(serve: Serve, own: str, run: str) -> None:
+    sent = [bytes([number]) * 20_000 for number in range(5)]
     with closing(Connection(f"rediss://{serve()}?{own}")) as connection, connection.pubsub(run) as pubsub:
         pubsub.subscribe(run)
-        wait_until("the subscription holds", lambda: connection.execute("PUBLISH", run, b"") == 1)
-        connection.execute_all([("PUBLISH", run, message) for message in said])
-        heard: list[bytes] = []
+        wait_until("the subscription is active", lambda: connection.execute("PUBLISH", run, b"") == 1)
+        connection.execute_all([("PUBLISH", run, message) for message in sent])
+        received: list[bytes] = []
 
-        def hear() -> bool:
+        def receive() -> bool:
             message = pubsub.get_message(timeout=0.1)
-            heard.extend([message["data"]] if message and message["data"] else [])
-            return heard == said
+            received.extend([message["data"]] if message and message["data"] else [])
+            return received == sent
 
-        wait_until("all is heard", hear)
+        wait_until("all messages are received", receive)
 
 
-def test_a_server_that_another_authority_signed_is_refused(serve: Serve, certificates: Certificates) -> None:
+def test_a_server_certificate_of_another_authority_is_refused(
+    serve: Serve, certificates: Certificates
+) -> None:
     other = certificates.ca("other")
     assert refusal(f"rediss://{serve()}?{query(other)}") == (
         f"has a certificate that was not signed by the authority in {other} (ssl_ca_certs): name the one that signed it"
     )
     assert refusal(f"rediss://{serve()}") == (
-        "has a certificate that no authority has signed which this machine trusts: name its authority with "
+        "has a certificate that was not signed by an authority that this machine trusts: name its authority with "
         f"{CA} (in a URL: ssl_ca_certs)"
     )
 
 
-def test_a_server_whose_certificate_has_expired_is_refused(serve: Serve, own: str) -> None:
-    said = refusal(f"rediss://{serve(expired=True)}?{own}")
-    assert said == "has a certificate that has expired: renew it, or correct this machine's clock"
+def test_an_expired_server_certificate_is_refused(serve: Serve, own: str) -> None:
+    message = refusal(f"rediss://{serve(expired=True)}?{own}")
+    assert message == "has a certificate that has expired: renew it, or correct this machine's clock"
 
 
-def test_a_server_with_a_certificate_for_another_name_is_refused(serve: Serve, own: str) -> None:
+def test_a_server_certificate_for_another_name_is_refused(serve: Serve, own: str) -> None:
     address = serve("elsewhere.example")
     assert refusal(f"rediss://{address}?{own}").startswith(
         "has a certificate that is not for 127.0.0.1: put a name"
@@ -278,17 +279,15 @@ def test_a_server_with_a_certificate_for_another_name_is_refused(serve: Serve, o
     )
 
 
-def test_a_client_without_a_certificate_hears_what_to_set(serve: Serve, certificates: Certificates) -> None:
-    for _ in range(5):  # with TLS 1.3 it is chance whether the reason arrives, or is looked for
+def test_a_client_without_a_certificate_is_told_what_to_set(serve: Serve, certificates: Certificates) -> None:
+    for _ in range(5):  # with TLS 1.3 it varies whether the reason arrives or must be fetched
         assert refusal(f"rediss://{serve()}?{query(certificates.ca())}") == (
             f"wants a client certificate, and none is set: set {CERTIFICATE} and {KEY} (in a URL: ssl_certfile and "
             "ssl_keyfile)"
         )
 
 
-def test_a_client_whose_certificate_is_not_accepted_hears_why(
-    serve: Serve, certificates: Certificates
-) -> None:
+def test_a_client_whose_certificate_is_refused_is_told_why(serve: Serve, certificates: Certificates) -> None:
     for pair, why in (
         (
             certificates.certificate("me", authority="other", client=True),
@@ -299,18 +298,22 @@ def test_a_client_whose_certificate_is_not_accepted_hears_why(
             "has expired, or the server's clock is wrong",
         ),
     ):
-        said = refusal(f"rediss://{serve()}?{query(certificates.ca(), pair)}")
-        assert said.startswith(f"refuses this client: the client certificate {pair[0]} (ssl_certfile) {why}")
+        message = refusal(f"rediss://{serve()}?{query(certificates.ca(), pair)}")
+        assert message.startswith(
+            f"refuses this client: the client certificate {pair[0]} (ssl_certfile) {why}"
+        )
 
 
 def test_a_url_without_tls_for_a_server_with_tls_is_refused(serve: Serve) -> None:
     assert refusal(f"redis://{serve()}") == "speaks TLS, and the URL says redis://: write rediss://"
 
 
-def test_a_url_with_tls_for_a_server_without_is_refused(
+def test_a_url_with_tls_for_a_server_without_tls_is_refused(
     certificates: Certificates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tls, "QUIET_SECONDS", 0.2)  # it does not answer a handshake, so this is waited for
+    monkeypatch.setattr(
+        tls, "QUIET_SECONDS", 0.2
+    )  # the server does not answer the handshake, so this time passes
     with RedisServer(bind="127.0.0.1") as server:
         assert server.network_url is not None
         url = server.network_url.replace("redis://", "rediss://").removesuffix("/0")
@@ -319,7 +322,7 @@ def test_a_url_with_tls_for_a_server_without_is_refused(
         )
 
 
-def test_old_tls_is_refused_and_without_a_certificate_tls_1_2_says_the_same(
+def test_old_tls_is_refused_and_tls_1_2_asks_for_a_client_certificate(
     embedded: RedisServer, certificates: Certificates
 ) -> None:
     certificate, ca = certificates.certificate(), certificates.ca()
@@ -331,10 +334,10 @@ def test_old_tls_is_refused_and_without_a_certificate_tls_1_2_says_the_same(
         with pytest.warns(DeprecationWarning, match="TLSVersion"):
             old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
         old.set_ciphers("ALL:@SECLEVEL=0")
-        assert refusal(url).startswith("speaks no TLS that is new enough: rlbroker needs 1.2")
+        assert refusal(url).startswith("speaks only old versions of TLS: rlbroker needs 1.2")
 
 
-def test_a_client_that_was_given_is_refused_by_tls_as_well(serve: Serve, certificates: Certificates) -> None:
+def test_a_given_client_is_refused_with_the_reason(serve: Serve, certificates: Certificates) -> None:
     parts = urlsplit(f"rediss://{serve()}")
     client = redis.Redis(
         host="127.0.0.1",
@@ -348,13 +351,13 @@ def test_a_client_that_was_given_is_refused_by_tls_as_well(serve: Serve, certifi
         Connection(client=client, timeout_seconds=HOUR_SECONDS).execute("PING")
 
 
-def test_renewed_files_are_read_again_and_a_server_that_changes_is_waited_for(
+def test_renewed_files_are_read_again_and_a_changing_server_is_an_outage(
     embedded: RedisServer, certificates: Certificates, tmp_path: Path
 ) -> None:
     client = certificates.certificate("me", client=True)
-    ours = server_context(certificates.certificate(), certificates.ca())
+    original = server_context(certificates.certificate(), certificates.ca())
     other = server_context(certificates.certificate(authority="other"), certificates.ca())
-    proxy, address = proxied(embedded, ours)
+    proxy, address = proxied(embedded, original)
     authority = tmp_path / "ca.crt"
     shutil.copy(certificates.ca(), authority)
     connection = Connection(f"rediss://{address}?{query(str(authority), client)}")
@@ -363,23 +366,23 @@ def test_renewed_files_are_read_again_and_a_server_that_changes_is_waited_for(
         proxy.context = other
         connection.close()
         with pytest.raises(
-            ConnectionFailed, match="can be reached by TLS no more: has a certificate that was not"
+            ConnectionFailed, match="can no longer be reached by TLS: has a certificate that was not"
         ):
             connection.execute("PING", deadline=Deadline(0.1))
         authority.unlink()
-        with pytest.raises(ConnectionFailed, match="cannot be asked: ssl_ca_certs: cannot read"):
+        with pytest.raises(ConnectionFailed, match="cannot be reached: ssl_ca_certs: cannot read"):
             connection.execute("PING", deadline=Deadline(0.1))
         shutil.copy(certificates.ca("other"), authority)
         assert connection.execute("PING")
 
 
-def test_a_wrong_password_is_still_told_as_one(
+def test_a_wrong_password_over_tls_is_named_as_the_cause(
     serve: Serve, own: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def look(self: tls.TlsConnection) -> None:
-        pytest.fail("the server has told what is wrong, so nothing must be looked for")
+    def fetch(self: tls.TlsConnection) -> None:
+        pytest.fail("the server has given the reason, so there must be no second connection")
 
-    monkeypatch.setattr(tls.TlsConnection, "_later_alert", look)
+    monkeypatch.setattr(tls.TlsConnection, "_fetch_alert", fetch)
     address = serve().rpartition("@")[2]
     with (
         closing(
@@ -390,7 +393,7 @@ def test_a_wrong_password_is_still_told_as_one(
         connection.execute("PING")
 
 
-def test_commands_end_with_one_line_that_says_what_to_set(serve: Serve, certificates: Certificates) -> None:
+def test_commands_fail_with_one_line_that_says_what_to_set(serve: Serve, certificates: Certificates) -> None:
     for command, code in (("status", 2), ("doctor", 3)):
         done = rlbroker(command, RLBROKER_REDIS_URL=f"rediss://{serve()}", **{CA: certificates.ca()})
         assert done.returncode == code

@@ -1,4 +1,4 @@
-"""Who is master, by what nodes of a Cluster and Sentinels say: scripted answers, no server."""
+"""Which server is the master, by the replies of Sentinels and nodes of a Cluster: scripted replies, no server."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 import redis
 from redis import exceptions as redis_errors
 
-from rlbroker.backend import topology
+from rlbroker.backend.cluster import ClusterTopology, slot_of
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.topology import Address, ClusterTopology, SentinelTopology, Server, slot_of
+from rlbroker.backend.sentinel import SentinelTopology, SentinelView
+from rlbroker.backend.topology import Address, Server
 from rlbroker.errors import ServerUnsuitable
 
 pytestmark = pytest.mark.unit
@@ -20,255 +21,268 @@ pytestmark = pytest.mark.unit
 A, B, C = ("a", 1), ("b", 2), ("c", 3)
 KEY = Keys("pong").meta
 
-#: What each server answers, or the error that it gives.
-Answers = dict[Address, Any]
+AWAY = redis_errors.ConnectionError("away")
+
+#: The reply of each server: an error to raise, a function of the command, or the reply to every command.
+Replies = dict[Address, Any]
 
 
-def client(address: Address, **settings: Any) -> redis.Redis:
-    return redis.Redis(host=address[0], port=address[1])
+class ScriptedClient(redis.Redis):
+    """A client of a server that gives scripted replies."""
+
+    replies: Replies
+
+    def execute_command(self, *command: Any, **options: Any) -> Any:
+        settings = self.connection_pool.connection_kwargs
+        reply = self.replies[settings["host"], settings["port"]]
+        if isinstance(reply, Exception):
+            raise reply
+        return reply(command) if callable(reply) else reply
+
+
+class Scene:
+    """Servers with scripted replies, and topologies of them."""
+
+    def __init__(self) -> None:
+        self.replies: Replies = {}
+
+    def client(self, address: Address, **settings: Any) -> redis.Redis:
+        made = ScriptedClient(host=address[0], port=address[1])
+        made.replies = self.replies
+        return made
+
+    def cluster(self, *seeds: Address) -> ClusterTopology:
+        return ClusterTopology(self.client, seeds, "the Cluster")
+
+    def sentinels(self, service: str = "mymaster") -> SentinelTopology:
+        return SentinelTopology(self.client, map(self.client, (A, B)), service, "the Sentinels")
 
 
 @pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
-    found: Answers = {}
-
-    def ask(one: redis.Redis, *command: str, **options: Any) -> Any:
-        settings = one.connection_pool.connection_kwargs
-        said = found[settings["host"], settings["port"]]
-        if isinstance(said, Exception):
-            raise said
-        return said(command) if callable(said) else said
-
-    monkeypatch.setattr(topology, "_ask", ask)
-    return found
+def scene() -> Scene:
+    return Scene()
 
 
-AWAY = redis_errors.ConnectionError("away")
+# Cluster
 
 
 def node(
-    owner: Address, *, epoch: int = 1, replica: Address | None = None, fails: int = 0
+    owner: Address, *, epoch: int = 1, replica: Address | None = None, failed: int = 0
 ) -> Callable[..., Any]:
-    """Answer as a node that knows of one master with all slots, and of others of which some fail."""
-    there = [owner] if replica is None else [owner, replica]
+    """Reply as a node that knows one master with all slots, and some other masters that have failed."""
+    nodes = [owner] if replica is None else [owner, replica]
 
-    def said(command: tuple[str, ...]) -> Any:
+    def reply(command: tuple[str, ...]) -> Any:
         if command == ("CLUSTER SLOTS",):
-            return [[0, 16383, *([host.encode(), port, host.encode()] for host, port in there)]]
-        mine = {"node_id": owner[0], "epoch": str(epoch), "flags": "master", "slots": [["0", "16383"]]}
-        failed = {"node_id": "x", "epoch": "0", "flags": "master,fail", "slots": [["1"]]}
-        return {"mine": mine} | {str(number): failed for number in range(fails)}
+            return [[0, 16383, *([host.encode(), port, host.encode()] for host, port in nodes)]]
+        own = {"node_id": owner[0], "epoch": str(epoch), "flags": "master", "slots": [["0", "16383"]]}
+        other = {"node_id": "x", "epoch": "0", "flags": "master,fail", "slots": [["1"]]}
+        return {"own": own} | {str(number): other for number in range(failed)}
 
-    return said
-
-
-def cluster(*seeds: Address) -> ClusterTopology:
-    return ClusterTopology(client, seeds, "the Cluster")
+    return reply
 
 
-def test_a_node_that_is_away_is_passed_over(answers: Answers) -> None:
-    answers.update({A: AWAY, B: node(C)})
-    with closing(cluster(A, B)) as found:
-        assert found.holding(KEY).address == C
+def test_a_node_that_does_not_answer_is_skipped(scene: Scene) -> None:
+    scene.replies.update({A: AWAY, B: node(C)})
+    with closing(scene.cluster(A, B)) as found:
+        assert found.master_for(KEY).address == C
         assert [one.address for one in found.masters()] == [C]
 
 
-def test_who_has_not_heard_of_the_newest_change_is_not_believed(answers: Answers) -> None:
-    answers.update({A: node(A, epoch=5), B: node(B, epoch=7), C: node(A, epoch=5)})
-    with closing(cluster(B, A)) as found:
-        assert found.holding(KEY) == Server(client(B), B, term=7)
-        answers[B] = AWAY
-        found._order, found._doubt = [A, B], True
-        answers[A] = node(A, epoch=5)
-        answers[C] = node(B, epoch=7)
-        found._seeds = (A, C)
-        assert found.holding(KEY).address == B
+def test_a_node_that_does_not_know_the_latest_failover_is_not_believed(scene: Scene) -> None:
+    scene.replies.update({A: node(A, epoch=5), B: node(B, epoch=7), C: node(B, epoch=7)})
+    with closing(scene.cluster(B, A, C)) as found:
+        before = found.master_for(KEY)
+        assert before == Server(scene.client(B), B, term=7)
+        scene.replies[B] = AWAY
+        found.mark_stale(before)
+        assert found.master_for(KEY).address == B, "A is asked before C, and names an older master"
 
 
-def test_a_node_that_is_cut_off_from_most_of_the_others_is_asked_last(answers: Answers) -> None:
-    answers.update({A: node(A, fails=2), B: node(B)})
-    with closing(cluster(A, B)) as found:
-        assert found.holding(KEY).address == A  # of equal age, the first: nobody knows better
-        answers[B] = node(B, epoch=2)
-        found.mark_stale(found.holding(KEY))
-        assert found.holding(KEY).address == B
+def test_a_node_that_is_cut_off_from_most_masters_is_asked_last(scene: Scene) -> None:
+    scene.replies.update({A: node(A, failed=2), B: node(B)})
+    with closing(scene.cluster(A, B)) as found:
+        assert found.master_for(KEY).address == A, "of two views of equal age, the first counts"
+        scene.replies[B] = node(B, epoch=2)
+        found.mark_stale(found.master_for(KEY))
+        assert found.master_for(KEY).address == B
 
 
-def test_a_master_that_was_something_else_meanwhile_is_another_server(answers: Answers) -> None:
-    answers[A] = node(A, epoch=1)
-    with closing(cluster(A)) as found:
-        before = found.holding(KEY)
+def test_a_master_that_was_replaced_in_between_is_another_server(scene: Scene) -> None:
+    scene.replies[A] = node(A, epoch=1)
+    with closing(scene.cluster(A)) as found:
+        before = found.master_for(KEY)
         found.mark_stale()
-        assert found.holding(KEY) == before
-        answers[A] = node(A, epoch=3)
+        assert found.master_for(KEY) == before
+        scene.replies[A] = node(A, epoch=3)
         found.mark_stale()
-        assert found.holding(KEY) != before
+        assert found.master_for(KEY) != before
 
 
-def test_a_slot_that_has_moved_is_where_its_node_says(answers: Answers) -> None:
-    answers[A] = node(A)
-    with closing(cluster(A)) as found:
-        found.holding(KEY)
+def test_a_moved_slot_is_on_the_node_that_a_redirect_names(scene: Scene) -> None:
+    scene.replies[A] = node(A)
+    with closing(scene.cluster(A)) as found:
+        found.master_for(KEY)
         found.moved(slot_of(KEY), B)
         other = Keys("another").meta
-        assert (found.holding(KEY).address, found.holding(other).address) == (B, A)
+        assert (found.master_for(KEY).address, found.master_for(other).address) == (B, A)
 
 
-def test_replicas_of_a_master_are_known(answers: Answers) -> None:
-    answers[A] = node(A, replica=B)
-    with closing(cluster(A)) as found:
-        assert [one.address for one in found.replicas_of(found.holding(KEY))] == [B]
+def test_the_replicas_of_a_master_are_known(scene: Scene) -> None:
+    scene.replies[A] = node(A, replica=B)
+    with closing(scene.cluster(A)) as found:
+        assert [one.address for one in found.replicas_of(found.master_for(KEY))] == [B]
 
 
-def test_nodes_that_the_others_hold_for_dead_are_lost(answers: Answers) -> None:
+def test_nodes_that_the_others_consider_failed_are_lost(scene: Scene) -> None:
     nodes = {
-        "a:1@11": {"node_id": "a", "epoch": "1", "flags": "myself,master", "slots": [["0", "16383"]]},
-        "b:2@12": {"node_id": "b", "epoch": "0", "flags": "slave,fail?", "slots": []},
-        "c:3@13": {"node_id": "c", "epoch": "0", "flags": "master,fail", "slots": []},
-        "d:4@14": {"node_id": "d", "epoch": "0", "flags": "slave", "slots": []},
-        ":0@0": {"node_id": "e", "epoch": "0", "flags": "master,fail,noaddr", "slots": []},
+        "a:1": {"node_id": "a", "epoch": "1", "flags": "myself,master", "slots": [["0", "16383"]]},
+        "b:2": {"node_id": "b", "epoch": "0", "flags": "slave,fail?", "slots": []},
+        "c:3": {"node_id": "c", "epoch": "0", "flags": "master,fail", "slots": []},
+        "d:4": {"node_id": "d", "epoch": "0", "flags": "slave", "slots": []},
+        ":0": {"node_id": "e", "epoch": "0", "flags": "master,fail,noaddr", "slots": []},
     }
     slots = [[0, 16383, [b"a", 1, b"a"], [b"b", 2, b"b"]]]
-    answers[A] = lambda command: (
-        slots
-        if command == ("CLUSTER SLOTS",)
-        else {place.partition("@")[0]: row for place, row in nodes.items()}
-    )
-    with closing(cluster(A)) as found:
-        assert [one.address for one in found.replicas_of(found.holding(KEY))] == [B]
+    scene.replies[A] = lambda command: slots if command == ("CLUSTER SLOTS",) else nodes
+    with closing(scene.cluster(A)) as found:
+        assert [one.address for one in found.replicas_of(found.master_for(KEY))] == [B]
         assert [one.address for one in found.lost()] == [C]
 
 
-def test_with_nobody_to_ask_it_is_an_error_that_may_pass(answers: Answers) -> None:
-    answers.update({A: AWAY, B: TimeoutError("silent")})
-    with closing(cluster(A, B)) as found, pytest.raises(redis_errors.ConnectionError, match="away; silent"):
-        found.holding(KEY)
+def test_if_no_node_answers_the_error_is_an_outage(scene: Scene) -> None:
+    scene.replies.update({A: AWAY, B: TimeoutError("silent")})
+    with (
+        closing(scene.cluster(A, B)) as found,
+        pytest.raises(redis_errors.ConnectionError, match="away; silent"),
+    ):
+        found.master_for(KEY)
 
 
-def test_a_single_server_is_no_cluster(answers: Answers) -> None:
-    answers[A] = redis_errors.ResponseError("This instance has cluster support disabled")
-    with closing(cluster(A)) as found, pytest.raises(ServerUnsuitable, match="write redis://a:1"):
-        found.holding(KEY)
+def test_a_single_server_is_refused_as_a_cluster(scene: Scene) -> None:
+    scene.replies[A] = redis_errors.ResponseError("This instance has cluster support disabled")
+    with closing(scene.cluster(A)) as found, pytest.raises(ServerUnsuitable, match="write redis://a:1"):
+        found.master_for(KEY)
 
 
-# Sentinels
+# Sentinel
 
 
-def watched(address: Address, *, epoch: int = 1, down: bool = False) -> dict[str, Any]:
+def monitored(address: Address, *, epoch: int = 1, down: bool = False) -> dict[str, Any]:
+    """The reply of a Sentinel to SENTINEL MASTERS."""
     state = {"ip": address[0], "port": address[1], "config-epoch": epoch, "is_master": True}
     return {"mymaster": state | {"is_sdown": down, "is_odown": False}}
 
 
-def trio(service: str = "mymaster") -> SentinelTopology:
-    return SentinelTopology(client, map(client, (A, B)), service, "the Sentinels")
+def test_the_first_sentinel_that_answers_names_the_master(scene: Scene) -> None:
+    scene.replies.update({A: AWAY, B: monitored(C, epoch=2)})
+    with closing(scene.sentinels()) as found:
+        assert found.master_for(KEY) == Server(scene.client(C), C, term=2)
 
 
-def test_the_first_sentinel_that_answers_says_who_is_master(answers: Answers) -> None:
-    answers.update({A: AWAY, B: watched(C, epoch=2)})
-    with closing(trio()) as found:
-        assert found.holding(KEY) == Server(client(C), C, term=2)
-
-
-def test_a_sentinel_that_has_not_heard_of_the_newest_master_is_not_believed(answers: Answers) -> None:
-    answers.update({A: watched(B, epoch=4), B: AWAY})
-    with closing(trio()) as found:
-        assert found.holding(KEY).address == B
-        answers.update({A: watched(C, epoch=3), B: watched(B, epoch=4)})
+def test_a_sentinel_that_does_not_know_the_latest_failover_is_not_believed(scene: Scene) -> None:
+    scene.replies.update({A: monitored(B, epoch=4), B: AWAY})
+    with closing(scene.sentinels()) as found:
+        assert found.master_for(KEY).address == B
+        scene.replies.update({A: monitored(C, epoch=3), B: monitored(B, epoch=4)})
         found.mark_stale()
-        assert found.holding(KEY).address == B
+        assert found.master_for(KEY).address == B
 
 
-@pytest.mark.parametrize("silence", [AWAY, watched(C, epoch=9, down=True)])
-def test_while_no_sentinel_knows_a_master_the_last_one_stays(
-    answers: Answers, silence: Any, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("silence", [AWAY, monitored(C, epoch=9, down=True)])
+def test_while_no_sentinel_knows_a_master_the_last_one_is_used(
+    scene: Scene, silence: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answers.update({A: watched(C), B: AWAY})
-    with closing(trio()) as found:
-        before = found.holding(KEY)
-        answers.update({A: silence, B: silence})
+    scene.replies.update({A: monitored(C), B: AWAY})
+    with closing(scene.sentinels()) as found:
+        before = found.master_for(KEY)
+        scene.replies.update({A: silence, B: silence})
         for _ in range(2):
             found.mark_stale()
-            assert found.holding(KEY) == before
+            assert found.master_for(KEY) == before
     assert caplog.text.count("no Sentinel knows the master now") == 1
 
 
-def test_with_no_sentinel_at_all_nobody_begins(answers: Answers) -> None:
-    answers.update({A: AWAY, B: AWAY})
-    with closing(trio()) as found, pytest.raises(redis_errors.ConnectionError, match="no Sentinel knows"):
-        found.holding(KEY)
+def test_if_no_sentinel_answers_at_first_it_is_an_error(scene: Scene) -> None:
+    scene.replies.update({A: AWAY, B: AWAY})
+    with (
+        closing(scene.sentinels()) as found,
+        pytest.raises(redis_errors.ConnectionError, match="no Sentinel knows"),
+    ):
+        found.master_for(KEY)
 
 
-def test_a_service_that_no_sentinel_watches_is_named_with_those_that_they_do(answers: Answers) -> None:
-    answers.update({A: watched(C), B: watched(C)})
-    with closing(trio("pong")) as found, pytest.raises(ServerUnsuitable, match="'pong', but mymaster"):
-        found.holding(KEY)
+def test_a_service_that_no_sentinel_monitors_is_named_with_the_known_ones(scene: Scene) -> None:
+    scene.replies.update({A: monitored(C), B: monitored(C)})
+    with (
+        closing(scene.sentinels("pong")) as found,
+        pytest.raises(ServerUnsuitable, match="'pong', but mymaster"),
+    ):
+        found.master_for(KEY)
 
 
-def test_a_server_is_no_sentinel(answers: Answers) -> None:
-    answers[A] = redis_errors.ResponseError("unknown command 'SENTINEL'")
-    with closing(trio()) as found, pytest.raises(ServerUnsuitable, match="a:1 is no Sentinel"):
-        found.holding(KEY)
+def test_a_server_is_refused_as_a_sentinel(scene: Scene) -> None:
+    scene.replies[A] = redis_errors.ResponseError("unknown command 'SENTINEL'")
+    with closing(scene.sentinels()) as found, pytest.raises(ServerUnsuitable, match="a:1 is not a Sentinel"):
+        found.master_for(KEY)
 
 
-def known(address: Address, *, run_id: str = "", **flags: Any) -> dict[str, Any]:
-    there = {
+def row(address: Address, *, run_id: str = "", **flags: Any) -> dict[str, Any]:
+    """A row in which a Sentinel describes another server or Sentinel."""
+    found = {
         "ip": address[0],
         "port": address[1],
         "runid": run_id,
         "is_sdown": False,
         "is_disconnected": False,
     }
-    return there | flags
+    return found | flags
 
 
 def sentinel(run_id: str, *others: dict[str, Any], refusal: str = "", quorum: int = 2) -> Callable[..., Any]:
-    """Answer as a Sentinel that knows others."""
+    """Reply as a Sentinel that knows others."""
 
-    def said(command: tuple[str, ...]) -> Any:
+    def reply(command: tuple[str, ...]) -> Any:
         if command[0] == "SENTINEL CKQUORUM" and refusal:
             raise redis_errors.ResponseError(refusal)
         return {
             "SENTINEL MYID": run_id.encode(),
             "SENTINEL MASTER": {"quorum": quorum},
             "SENTINEL SENTINELS": list(others),
-            "SENTINEL SLAVES": [
-                known(A),
-                known(B, is_sdown=True),
-                known(C, **{"master-link-status": "err"}),
-            ],
+            "SENTINEL SLAVES": [row(A), row(B, is_sdown=True), row(C, **{"master-link-status": "err"})],
         }.get(command[0])
 
-    return said
+    return reply
 
 
-def test_sentinels_are_counted_by_who_they_are_and_not_by_how_they_are_reached(answers: Answers) -> None:
-    other, third = known(("10.0.0.2", 2), run_id="2"), known(C, run_id="3")
-    answers.update(
-        {A: sentinel("1", other, third), B: sentinel("2", known(("10.0.0.1", 1), run_id="1"), third)}
+def test_sentinels_are_counted_by_their_ids_and_not_by_their_addresses(scene: Scene) -> None:
+    other, third = row(("10.0.0.2", 2), run_id="2"), row(C, run_id="3")
+    scene.replies.update(
+        {A: sentinel("1", other, third), B: sentinel("2", row(("10.0.0.1", 1), run_id="1"), third)}
     )
-    with closing(trio()) as found:
-        assert found.watch() == topology.SentinelView(silent=[], total=3, alive=3, needed=2, refusal="")
+    with closing(scene.sentinels()) as found:
+        assert found.view_sentinels() == SentinelView(silent=[], total=3, alive=3, needed=2, refusal="")
 
 
-def test_a_sentinel_that_does_not_answer_is_named_whoever_misses_it(answers: Answers) -> None:
-    answers.update(
-        {A: sentinel("1", known(B, run_id="2"), known(C, run_id="3", is_sdown=True), quorum=3), B: AWAY}
-    )
-    with closing(trio()) as found:
-        assert found.watch() == topology.SentinelView(
+def test_sentinels_that_do_not_answer_us_or_another_sentinel_are_named(scene: Scene) -> None:
+    third = row(C, run_id="3", is_sdown=True)
+    scene.replies.update({A: sentinel("1", row(B, run_id="2"), third, quorum=3), B: AWAY})
+    with closing(scene.sentinels()) as found:
+        assert found.view_sentinels() == SentinelView(
             silent=["b:2", "c:3"], total=3, alive=1, needed=3, refusal=""
         )
-        answers[A] = sentinel("1", known(B, run_id="2"), refusal="NOQUORUM 1 usable Sentinels")
-        assert found.watch().refusal == "a:1 says NOQUORUM 1 usable Sentinels"
+        scene.replies[A] = sentinel("1", row(B, run_id="2"), refusal="NOQUORUM 1 usable Sentinels")
+        assert found.view_sentinels().refusal == "a:1 says NOQUORUM 1 usable Sentinels"
 
 
-def test_a_sentinel_that_another_one_misses_is_not_waited_for(answers: Answers) -> None:
-    answers.update({A: sentinel("1", known(B, run_id="2", is_sdown=True)), B: AssertionError("it was asked")})
-    with closing(trio()) as found:
-        assert found.watch() == topology.SentinelView(silent=["b:2"], total=2, alive=1, needed=2, refusal="")
+def test_a_sentinel_that_another_one_cannot_reach_is_not_waited_for(scene: Scene) -> None:
+    scene.replies.update(
+        {A: sentinel("1", row(B, run_id="2", is_sdown=True)), B: AssertionError("it was asked")}
+    )
+    with closing(scene.sentinels()) as found:
+        assert found.view_sentinels() == SentinelView(silent=["b:2"], total=2, alive=1, needed=2, refusal="")
 
 
-def test_replicas_that_sentinels_miss_are_lost(answers: Answers) -> None:
-    answers.update({A: AWAY, B: sentinel("2")})
-    with closing(trio()) as found:
+def test_replicas_that_sentinels_cannot_reach_are_lost(scene: Scene) -> None:
+    scene.replies.update({A: AWAY, B: sentinel("2")})
+    with closing(scene.sentinels()) as found:
         assert [one.address for one in found.lost()] == [B, C]

@@ -1,4 +1,4 @@
-"""A URL that leads to another kind of server than it says, or to one that would lose data, is named at once."""
+"""A URL of the wrong kind of server, or of a server that would lose data, is refused at once with what to write."""
 
 from __future__ import annotations
 
@@ -37,78 +37,83 @@ def worker(url: str) -> WorkerClient:
 
 
 def refusal(url: str, kind: type[RlbrokerError] = ServerUnsuitable) -> str:
-    """Give what a learner, a worker and the command line say of it alike."""
-    said = []
+    """Return the message with which a learner, a worker and the command line refuse a URL."""
+    messages = []
     for make in (learner, worker):
         with pytest.raises(kind) as caught:
             make(url)
-        said.append(str(caught.value))
+        messages.append(str(caught.value))
     for command in ("status", "doctor", "runs"):
         done = rlbroker(command, RLBROKER_REDIS_URL=url)
         assert done.returncode in (2, 3), done.stdout
-        assert said[0] in done.stderr
-    assert said[0] == said[1]
-    return said[0]
+        assert messages[0] in done.stderr
+    assert messages[0] == messages[1]
+    return messages[0]
 
 
 def place(node: Node) -> str:
     return f"127.0.0.1:{node.port}"
 
 
-# Another kind
+# Servers of another kind
 
 
-def test_a_single_server_is_no_cluster(trio: TrioServer) -> None:
+def test_a_single_server_is_refused_as_a_cluster(trio: TrioServer) -> None:
     where = place(trio.engine.nodes[0])
-    said = refusal(f"redis+cluster://{where}/0")
-    assert f"is a single server and no node of a Cluster; write redis://{where}" in said
+    message = refusal(f"redis+cluster://{where}/0")
+    assert f"is a single server, not a node of a Cluster; write redis://{where}" in message
 
 
-def test_a_sentinel_is_no_server(trio: TrioServer) -> None:
+def test_a_sentinel_is_refused_as_a_server(trio: TrioServer) -> None:
     where = place(trio.engine.sentinels[0])
     assert "is a Sentinel; write redis+sentinel://host:port/service" in refusal(f"redis://{where}/0")
     assert f"write redis+sentinel://{where}/service" in refusal(f"redis+cluster://{where}/0")
 
 
-def test_a_server_is_no_sentinel(trio: TrioServer, cluster: ClusterServer) -> None:
+def test_a_server_is_refused_as_a_sentinel(trio: TrioServer, cluster: ClusterServer) -> None:
     for node in (trio.engine.nodes[0], cluster.engine.nodes[0]):
-        said = refusal(f"redis+sentinel://{place(node)}/mymaster")
-        assert f"{place(node)} is no Sentinel; for a server write redis://host:port" in said
+        message = refusal(f"redis+sentinel://{place(node)}/mymaster")
+        assert f"{place(node)} is not a Sentinel; for a server write redis://host:port" in message
 
 
-def test_a_master_that_no_sentinel_watches_is_told_from_those_that_they_do(trio: TrioServer) -> None:
-    said = refusal(trio.url.replace("mymaster", "others"))
-    assert "the Sentinels watch no master 'others', but mymaster; its name comes last in the URL" in said
+def test_a_master_that_no_sentinel_monitors_is_named_with_the_known_ones(trio: TrioServer) -> None:
+    message = refusal(trio.url.replace("mymaster", "others"))
+    assert "the Sentinels monitor no master 'others', but mymaster; its name comes last in the URL" in message
 
 
-def test_a_cluster_has_one_database(cluster: ClusterServer, trio: TrioServer) -> None:
+def test_a_second_database_of_a_cluster_or_sentinel_is_refused(
+    cluster: ClusterServer, trio: TrioServer
+) -> None:
     for node in (cluster.engine.nodes[0], trio.engine.sentinels[0]):
-        said = refusal(f"redis://{place(node)}/3")
-        assert "does not have this database" in said
-        assert "a Cluster has the database 0 only" in said
+        message = refusal(f"redis://{place(node)}/3")
+        assert "does not have this database" in message
+        assert "a Cluster has the database 0 only" in message
 
 
-def test_a_cluster_whose_slots_nobody_has_given_out(binary: Path, tmp_path: Path) -> None:
+def test_a_cluster_without_assigned_slots_is_refused(binary: Path, tmp_path: Path) -> None:
     with ExitStack() as stack:
         node = Node(binary, tmp_path / "node", "--cluster-enabled", "yes")
         stack.callback(node.give_up)
         node.start()
         for scheme in ("redis", "redis+cluster"):
-            said = refusal(f"{scheme}://{place(node)}/0")
-            assert f"{place(node)} is a node of a Cluster that has no slots yet; redis-cli --cluster" in said
+            message = refusal(f"{scheme}://{place(node)}/0")
+            assert (
+                f"{place(node)} is a node of a Cluster that has no slots yet; assign them with redis-cli --cluster"
+                in message
+            )
 
 
 @pytest.mark.parametrize("number", [0, -1])
-def test_a_node_of_a_cluster_is_used_as_one(
+def test_the_url_of_one_node_leads_to_its_whole_cluster(
     cluster: ClusterServer, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A master, and a replica, which takes no writes itself."""
+    """By the URL of a master, and by that of a replica, which accepts no writes."""
     node = cluster.engine.nodes[number]
     assert node.role() == ("master" if number == 0 else "slave")
     url = f"redis://{place(node)}/0"
     caplog.set_level(logging.INFO, "rlbroker")
     with learner(url) as comm, worker(url) as client:
-        assert f"{url} is a node of a Cluster; its others are used too" in caplog.text
+        assert f"{url} is a node of a Cluster; its other nodes are used too" in caplog.text
         comm.send_model_weights({"w": np.zeros(10)})
         client.load_weights({})
         client.send_experiences({"x": np.zeros(3)})
@@ -116,10 +121,10 @@ def test_a_node_of_a_cluster_is_used_as_one(
         for command in ("status", "workers", "runs", "weights list", "report --output /dev/null"):
             done = rlbroker(*command.split(), RLBROKER_REDIS_URL=url)
             assert done.returncode == 0, done.stderr
-        said = rlbroker("doctor", RLBROKER_REDIS_URL=url).stdout
+        message = rlbroker("doctor", RLBROKER_REDIS_URL=url).stdout
         assert (
-            "3 masters and 3 replicas serve all 16,384 slots, found by the one that the URL names" in said
-        ), said
+            "3 masters and 3 replicas serve all 16,384 slots, found by the one that the URL names" in message
+        ), message
     done = rlbroker("bench", "--seconds", "0.01", "--megabytes", "0.1", RLBROKER_REDIS_URL=url)
     assert (done.returncode, "batches " in done.stdout) == (0, True), done.stderr
     done = rlbroker("prune", "--run", "pong", "--yes", RLBROKER_REDIS_URL=url)
@@ -127,18 +132,18 @@ def test_a_node_of_a_cluster_is_used_as_one(
     assert list(cluster.client.scan_iter("rlb:*", target_nodes="all")) == []
 
 
-# Those that would lose data
+# Servers that would lose data
 
 
 @pytest.mark.parametrize("number", [1, -1])
-def test_a_policy_that_evicts_is_found_on_any_node_of_a_cluster(cluster: ClusterServer, number: int) -> None:
-    """A master other than that which is asked first, and a replica."""
+def test_an_evicting_policy_is_found_on_any_node_of_a_cluster(cluster: ClusterServer, number: int) -> None:
+    """On a master that is not asked first, and on a replica."""
     with evicting(cluster.engine.nodes[number]) as node, pytest.raises(ServerUnsuitable) as caught:
         learner(cluster.url)
     assert f"{place(node)} has maxmemory-policy allkeys-lru" in str(caught.value)
 
 
-def test_a_policy_that_evicts_is_found_on_a_replica_of_what_sentinels_watch(trio: TrioServer) -> None:
+def test_an_evicting_policy_is_found_on_a_replica_behind_sentinels(trio: TrioServer) -> None:
     (replica, *_) = trio.engine.replicas()
     with evicting(replica), pytest.raises(ServerUnsuitable, match="maxmemory-policy allkeys-lru"):
         learner(trio.url)
@@ -153,7 +158,7 @@ def evicting(node: Node) -> Iterator[Node]:
         node.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
 
 
-# No server
+# A proxy
 
 
 KNOWN = {
@@ -167,7 +172,7 @@ KNOWN |= {"EXISTS": b":0\r\n", "SCAN": b"*2\r\n$1\r\n0\r\n*0\r\n"}
 
 
 class _Proxy(socketserver.StreamRequestHandler):
-    """Knows strings and hashes, and no streams, scripts or channels: as some proxies do."""
+    """A proxy that knows strings and hashes, but no streams, scripts or publish/subscribe."""
 
     def handle(self) -> None:
         while line := self.rfile.readline():
@@ -189,7 +194,7 @@ def proxy() -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_proxy_without_streams_and_scripts_is_named(proxy: str) -> None:
+def test_a_proxy_without_streams_and_scripts_is_refused(proxy: str) -> None:
     url = f"redis://{proxy}/0"
     with pytest.raises(
         ServerUnsuitable, match=r"does not know the command SCRIPT: .* give the URL of the server itself"
@@ -203,18 +208,18 @@ def test_a_proxy_without_streams_and_scripts_is_named(proxy: str) -> None:
                 connection.execute(*command)
 
 
-def test_a_proxy_is_no_cluster_and_no_sentinel(proxy: str) -> None:
-    assert "is no node of a Cluster, as it does not know CLUSTER SLOTS" in refusal(
+def test_a_proxy_is_refused_as_a_cluster_and_as_a_sentinel(proxy: str) -> None:
+    assert "is not a node of a Cluster, as it does not know CLUSTER SLOTS" in refusal(
         f"redis+cluster://{proxy}/0"
     )
-    assert "is no Sentinel" in refusal(f"redis+sentinel://{proxy}/mymaster")
+    assert "is not a Sentinel" in refusal(f"redis+sentinel://{proxy}/mymaster")
 
 
-# Who may not come in
+# Wrong passwords
 
 
-def test_a_wrong_password_is_no_outage(cluster: ClusterServer, trio: TrioServer) -> None:
+def test_a_wrong_password_is_refused_at_once(cluster: ClusterServer, trio: TrioServer) -> None:
     for url in (cluster.url.replace("://", "://me:secret@"), f"{trio.url}?sentinel_password=secret"):
-        said = refusal(url, AccessDenied)
-        assert "check user and password in the server's URL" in said
-        assert "secret" not in said
+        message = refusal(url, AccessDenied)
+        assert "check user and password in the server's URL" in message
+        assert "secret" not in message

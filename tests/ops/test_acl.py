@@ -21,8 +21,8 @@ from executable import rlbroker
 from guarded import RUN, VERSIONS, WORKERS, GuardedServer
 
 from rlbroker import AccessDenied, Fenced, WorkerClient, WorkerCommunicator
+from rlbroker.backend.error_mapping import is_missing_right
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.missing_rights import says_refused
 from rlbroker.backend.scripts import Script
 from rlbroker.control.commands import RESTORE_COMMAND, SEND
 from rlbroker.control.ledger import SETTLE
@@ -368,7 +368,9 @@ def test_a_worker_cannot_use_the_scripts_of_others(planted: GuardedServer, attac
         try:
             client.execute_command(*script.call(keys_of(script, 1), arguments))
         except redis.ResponseError as error:
-            assert says_refused(f"{error}") or isinstance(error, redis.exceptions.NoPermissionError), error  # noqa: PT017 - some scripts succeed, and change nothing
+            assert is_missing_right(f"{error}") or isinstance(error, redis.exceptions.NoPermissionError), (
+                error
+            )  # noqa: PT017 - some scripts succeed, and change nothing
     assert planted.everything() == before
 
 

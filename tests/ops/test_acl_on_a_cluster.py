@@ -15,8 +15,8 @@ from engines import Cluster, Node
 from executable import rlbroker
 
 from rlbroker import AccessDenied, WorkerClient, WorkerCommunicator
+from rlbroker.backend.error_mapping import is_missing_right
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.missing_rights import says_refused
 
 RUN = "pong"
 ROLES = (f"{RUN}-learner", f"{RUN}-worker-0", f"{RUN}-worker-1", f"{RUN}-observer")
@@ -187,7 +187,7 @@ def test_a_worker_has_no_rights_in_the_shard_of_another(guarded: GuardedCluster)
                 for command in tried:
                     with pytest.raises(redis.ResponseError) as caught:
                         client.execute_command(*command)
-                    assert isinstance(caught.value, redis.exceptions.NoPermissionError) or says_refused(
+                    assert isinstance(caught.value, redis.exceptions.NoPermissionError) or is_missing_right(
                         str(caught.value)
                     ), command
         with pytest.raises(AccessDenied):

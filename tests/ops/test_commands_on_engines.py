@@ -116,7 +116,7 @@ def test_a_learner_refuses_a_replica_that_would_evict_keys_as_a_master(several: 
 
 
 def _slot(key: str) -> int:
-    from rlbroker.backend.topology import slot_of
+    from rlbroker.backend.cluster import slot_of
 
     return slot_of(key)
 

@@ -73,7 +73,7 @@ def test_an_error_at_the_default_url_says_that_it_is_the_default(monkeypatch: py
     for name in ("RLBROKER_REDIS_URL", "REDIS_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("rlbroker.config.DEFAULT_URL", "redis://127.0.0.1:1/0")
-    monkeypatch.setattr("rlbroker.backend.connection.DEFAULT_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setattr("rlbroker.backend.client.DEFAULT_URL", "redis://127.0.0.1:1/0")
     with pytest.raises(
         errors.ConnectionFailed, match=r"default: start `rlbroker server`.*RLBROKER_REDIS_URL"
     ):

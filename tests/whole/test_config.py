@@ -9,15 +9,8 @@ import pytest
 
 from rlbroker.backend.client import client_from_url
 from rlbroker.backend.keys import Keys
-from rlbroker.config import (
-    DEFAULT_URL,
-    RunSettings,
-    parse_endpoint,
-    redacted_url,
-    redis_url,
-    run_name,
-    signing_secret,
-)
+from rlbroker.backend.url import parse_endpoint, redis_url
+from rlbroker.config import DEFAULT_URL, RunSettings, redacted_url, run_name, signing_secret
 from rlbroker.demo import training_run
 from rlbroker.errors import InvalidArgument
 

@@ -13,7 +13,7 @@ from conftest import Reachable, wait_until
 import rlbroker.control.control_reader
 import rlbroker.weights.subscriber
 from rlbroker import WorkerClient, WorkerCommunicator
-from rlbroker.backend.connection import Channel
+from rlbroker.backend.channel import Channel
 from rlbroker.backend.deadline import Deadline
 from rlbroker.errors import ConnectionFailed
 

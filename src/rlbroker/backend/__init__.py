@@ -1,1 +1,1 @@
-"""The one boundary to Redis: connections, topology, keys, scripts, and the translation of errors."""
+"""The one boundary to Redis: connections, topology, keys, scripts, and the mapping of errors."""

@@ -1,10 +1,10 @@
-"""Moving chunks between servers and memory without a copy in between.
+"""Chunks between servers and memory, without a copy in between.
 
-On a Cluster the chunks of a version are on several nodes. One thread serves them all: it asks each for more than it is
-taking from it, so that while one chunk is received, the others are under way.
+On a Cluster the chunks of a version are on several nodes. One thread serves all of them: it requests more chunks from
+each node than it is receiving, so that the others are on their way while one is received.
 
-redis-py connects, logs in and does TLS. The chunks themselves go through its connection's socket: out from where
-the parts lie, and in to where they belong. Where there is no such socket, as with fakeredis, redis-py moves them.
+redis-py connects, logs in and does TLS. The chunks themselves are sent from the caller's memory and received into it
+through the connection's socket. Without such a socket, as with fakeredis, redis-py moves them.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any, Final
 
-from rlbroker.backend.connection import SEND_BYTES, Channel, Connection
+from rlbroker.backend.channel import SEND_BYTES, Channel
+from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Backoff, Deadline, try_seconds
-from rlbroker.backend.topology import Server, any_of
-from rlbroker.backend.unreadable import answered
+from rlbroker.backend.replies import raise_first_error
+from rlbroker.backend.topology import Server, pick_server
 from rlbroker.codec.format import byte_view
 from rlbroker.errors import ConnectionFailed, PeerError, WireError
 
-#: Bytes that are asked for and not received, or one chunk more than is being received: a server with nothing to do
-#: costs a third of the speed over TCP. The server may hold so much in memory for each reader.
+#: Bytes that may be requested and not yet received; at least one chunk is, besides the one that is being received.
+#: Otherwise the server would wait for requests, which costs a third of the speed over TCP. The server may buffer this
+#: much for each reader.
 READ_WINDOW_BYTES: Final = 4 << 20
 
-#: Bytes that are sent and not confirmed, besides the chunk that is being sent.
+#: Bytes that may be sent and not yet confirmed, besides the chunk that is being sent.
 WRITE_WINDOW_BYTES: Final = 8 << 20
 
-#: How long replicas are left alone after one did not answer: each version would wait for it again.
+#: How long replicas are not read after one did not answer. Otherwise each version would wait for it again.
 REPLICAS_AWAY_SECONDS: Final = 30.0
 
-#: Bytes read at once where a line is expected: the beginning of a chunk that comes with it is copied.
+#: Bytes read at once while a line is expected; the beginning of a chunk that comes with it is copied.
 LINE_BYTES: Final = 4096
 
-#: No line of a reply is longer; errors are the longest.
+#: The longest line of a reply; errors are the longest lines.
 LONGEST_LINE_BYTES: Final = 1 << 16
 
-#: Pieces that one system call may take: 1,024 on Linux.
+#: Pieces given to one system call; Linux takes up to 1,024.
 PIECES: Final = 512
 
 Part = bytes | memoryview
@@ -50,296 +52,294 @@ Chunks = Sequence[tuple[str, memoryview]]
 
 
 class ProgressTimeout:
-    """How long moving goes on over faults of the connection: as long as something gets through in time."""
+    """How long a transfer retries after connection faults: as long as it makes progress within the timeout."""
 
     def __init__(self, connection: Connection, deadline: Deadline | None = None) -> None:
-        """Wait until the deadline; by default for the connection's timeout, from when something moved last."""
+        """Retry until the deadline; by default for the connection's timeout after the last progress."""
         self._connection, self._deadline = connection, deadline
         self._backoff = Backoff()
-        self._quiet = deadline or Deadline(connection.timeout_seconds)
+        self._limit = deadline or Deadline(connection.timeout_seconds)
 
     def outlast(self, fault: ConnectionFailed, *, moved: bool) -> None:
         """Wait until the server answers again; raise the fault if that takes too long.
 
         Args:
-            fault: what happened.
-            moved: whether something had got through since the fault before.
+            fault: the connection fault.
+            moved: whether the transfer made progress since the last fault.
         """
         if moved and self._deadline is None:
-            self._quiet = Deadline(self._connection.timeout_seconds)
+            self._limit = Deadline(self._connection.timeout_seconds)
             self._backoff.reset()
-        time.sleep(self._backoff.next(self._quiet))
-        if self._quiet.over:
+        time.sleep(self._backoff.next(self._limit))
+        if self._limit.over:
             raise fault
-        self._connection.execute("PING", deadline=self._quiet)
+        self._connection.execute("PING", deadline=self._limit)
 
 
 class ChunkReader:
-    """Reads chunks straight into memory. One read at a time; not for several threads at once."""
+    """Reads chunks directly into memory, one read at a time. Not safe to use from several threads at once."""
 
     def __init__(self, connection: Connection) -> None:
         """Prepare a reader; nothing is connected yet."""
         self._connection = connection
-        self._lines = _Lines(connection)
-        #: Whether replicas are read. What one does not have yet comes from its master.
+        self._pipes = _Pipes(connection)
+        #: Whether to read from replicas. A chunk that a replica does not have yet comes from its master.
         self.from_replicas = False
         self._replicas_away = Deadline(0)
 
     @property
     def replicas_answer(self) -> bool:
-        """Whether replicas can be read, as far as is known."""
+        """Whether replicas may be read: none has failed lately."""
         return self._replicas_away.over
 
     def leave_replicas(self) -> None:
-        """Read from masters from now on, as something did not answer; replicas are worth another try after a while."""
+        """Read from masters from now on, after a replica did not answer; replicas may be read again after a while."""
         if self.from_replicas:
             self.from_replicas, self._replicas_away = False, Deadline(REPLICAS_AWAY_SECONDS)
 
     def read(self, chunks: Chunks) -> Iterator[int]:
-        """Fill the memory of each chunk, in order, and give its index once it is filled.
+        """Fill the memory of each chunk, in order, and yield its index once it is filled.
 
-        Who stops half-way drops the connections. Each step keeps the deadline that holds for its thread.
+        If the caller stops early, the connections are closed. Each step keeps its thread's deadline.
 
         Args:
-            chunks: key and memory: writable, contiguous, of bytes, and as long as what is stored.
+            chunks: key and memory of each: writable, contiguous, of bytes, and as long as the stored value.
 
         Raises:
-            WireError: a chunk is gone, or has another length; what its memory then holds means nothing.
-            ConnectionFailed: a connection broke, or nothing came for too long.
+            WireError: a chunk is gone or has another length; the content of its memory is then undefined.
+            ConnectionFailed: a connection broke, or nothing was received for too long.
             PeerError: a server refused.
         """
         self.close()
-        lines = self._lines = _Lines(self._connection, replicas=self.from_replicas)
-        return self._read(lines, chunks)
+        pipes = self._pipes = _Pipes(self._connection, replicas=self.from_replicas)
+        return self._read(pipes, chunks)
 
     def values(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """Give the values that are there, by key, in one round trip; for what is small.
+        """Return the values that exist, by key, in one round trip; for small values.
 
         Raises:
             PeerError: a server refused, or could not be reached in time.
         """
         found: dict[str, bytes] = {}
         if self.from_replicas:
-            lines = _Lines(self._connection, replicas=True)
+            pipes = _Pipes(self._connection, replicas=True)
             try:
-                found = lines.values(keys)
+                found = pipes.values(keys)
             except ConnectionFailed:
                 self.leave_replicas()
             finally:
-                lines.close()
+                pipes.close()
         missing = [key for key in keys if key not in found]
-        values = answered(self._connection.ask([("GET", key) for key in missing]))
+        values = raise_first_error(self._connection.ask([("GET", key) for key in missing]))
         return found | {key: value for key, value in zip(missing, values, strict=True) if value is not None}
 
     def close(self) -> None:
-        """Give up what is being read. May be called again."""
-        self._lines.close()
+        """Abandon the present read. May be called again."""
+        self._pipes.close()
 
-    def _read(self, lines: _Lines, chunks: Chunks) -> Iterator[int]:
+    def _read(self, pipes: _Pipes, chunks: Chunks) -> Iterator[int]:
         try:
-            if chunks and lines.to(chunks[0][0]).sock is None:
-                yield from _read_by_client(lines, chunks)
+            if chunks and pipes.for_key(chunks[0][0]).sock is None:
+                yield from _read_by_client(pipes, chunks)
             else:
-                yield from self._receive(lines, chunks)
-            lines.give_back()
+                yield from self._receive(pipes, chunks)
+            pipes.give_back()
         finally:
-            lines.close()
+            pipes.close()
 
-    def _receive(self, lines: _Lines, chunks: Chunks) -> Iterator[int]:
-        ways = [lines.to(key) for key, _ in chunks]
-        for way, (key, memory) in zip(ways, chunks, strict=True):
-            way.wanted.append((key, len(memory)))
-        for index, (way, (key, memory)) in enumerate(zip(ways, chunks, strict=True)):
-            for each in lines.all:
+    def _receive(self, pipes: _Pipes, chunks: Chunks) -> Iterator[int]:
+        by_chunk = [pipes.for_key(key) for key, _ in chunks]
+        for pipe, (key, memory) in zip(by_chunk, chunks, strict=True):
+            pipe.wanted.append((key, len(memory)))
+        for index, (pipe, (key, memory)) in enumerate(zip(by_chunk, chunks, strict=True)):
+            for each in pipes.all:
                 each.begin()
-                each.ask()
-            line = way.line()
-            way.asked.popleft()
-            if line in (b"$-1", b"_") and not way.is_replica:
+                each.request()
+            line = pipe.read_line()
+            pipe.requested.popleft()
+            is_missing = line in (b"$-1", b"_")
+            if is_missing and not pipe.is_replica:
                 raise WireError(f"chunk {key} is gone")
-            if line in (b"$-1", b"_") or line.startswith((b"-ASK ", b"-MOVED ")):
-                if line.startswith(b"-"):
-                    way.error(line)  # whoever keeps track of that
+            if is_missing or line.startswith((b"-ASK ", b"-MOVED ")):
+                if not is_missing:
+                    pipe.error(line)  # records that the slot has moved
                 _copy(key, self._connection.execute("GET", key), memory)
             else:
                 if not re.fullmatch(rb"\$\d{1,18}", line):
-                    raise way.error(line)
+                    raise pipe.error(line)
                 _check(key, int(line[1:]), memory)
-                way.fill(memory)
-                if end := way.line():
-                    raise way.error(end)
+                pipe.fill(memory)
+                if end := pipe.read_line():
+                    raise pipe.error(end)
             yield index
 
 
 class ChunkWriter:
-    """Stores chunks straight from memory. One write at a time; not for several threads at once."""
+    """Stores chunks directly from memory, one write at a time. Not safe to use from several threads at once."""
 
     def __init__(self, connection: Connection) -> None:
         """Prepare a writer; nothing is connected yet."""
         self._connection = connection
-        self._lines = _Lines(connection)
-        #: How many of the chunks of the last `write` are stored for certain, from the first on.
+        self._pipes = _Pipes(connection)
+        #: How many chunks of the last `write` are confirmed without a gap, counted from the first.
         self.confirmed = 0
-        self._stored: set[int] = set()  #: those behind them
+        self._stored: set[int] = set()  #: indexes of confirmed chunks after the first gap
 
     def write(self, chunks: Iterable[tuple[str, Sequence[Part]]], *, expire_seconds: int) -> None:
-        """Store chunks, which are made while earlier ones are under way; once, within the deadline that holds.
+        """Store chunks once, within the thread's deadline; chunks are taken while earlier ones are on their way.
 
         Args:
-            chunks: key, and the parts that make up the value when joined. The parts must stay as they are until
-                all is written; after an error, those from `confirmed` on may be stored or not.
-            expire_seconds: how long they stay, unless told otherwise later.
+            chunks: key, and the parts that make up the value when joined. The parts must not change until all chunks
+                are written. After an error, chunks from `confirmed` on may be stored or not.
+            expire_seconds: the lifetime of the chunks, unless it is changed later.
 
         Raises:
-            ServerOutOfMemory: the server is full.
-            ConnectionFailed: the connection broke, or nothing moved for too long.
+            ServerOutOfMemory: the server's memory limit is reached.
+            ConnectionFailed: the connection broke, or there was no progress for too long.
             PeerError: the server refused.
         """
         self.close()
         self.confirmed, self._stored = 0, set()
-        lines = self._lines = _Lines(self._connection)
+        pipes = self._pipes = _Pipes(self._connection)
         try:
-            self._send(lines, chunks, expire_seconds)
-            lines.give_back()
+            self._send(pipes, chunks, expire_seconds)
+            pipes.give_back()
         finally:
-            lines.close()
+            pipes.close()
 
     def close(self) -> None:
-        """Give the connections up. May be called again."""
-        self._lines.close()
+        """Abandon the present write. May be called again."""
+        self._pipes.close()
 
-    def _send(self, lines: _Lines, chunks: Iterable[tuple[str, Sequence[Part]]], expire_seconds: int) -> None:
+    def _send(self, pipes: _Pipes, chunks: Iterable[tuple[str, Sequence[Part]]], expire_seconds: int) -> None:
         try:
             for number, (key, parts) in enumerate(chunks):
-                way = lines.to(key)
-                if way.sock is None:
-                    self._write_by_client(way, key, parts, expire_seconds)
-                    self._note(number)
+                pipe = pipes.for_key(key)
+                if pipe.sock is None:
+                    pipe.channel.execute("SET", key, b"".join(parts), "EX", expire_seconds)
+                    self._record(number)
                     continue
                 views = [byte_view(part) for part in parts]
                 size = sum(map(len, views))
                 head = b"*5\r\n$3\r\nSET\r\n%b$%d\r\n" % (_bulk(key), size)
-                way.send([head, *views, b"\r\n$2\r\nEX\r\n" + _bulk(str(expire_seconds))])
-                way.sent.append((number, size, key, parts))
-                while sum(size for _, size, *_ in way.sent) > WRITE_WINDOW_BYTES:
-                    self._confirm(way, expire_seconds)
-            for way in lines.all:
-                while way.sent:
-                    self._confirm(way, expire_seconds)
+                pipe.send([head, *views, b"\r\n$2\r\nEX\r\n" + _bulk(str(expire_seconds))])
+                pipe.sent.append((number, size, key, parts))
+                while sum(size for _, size, *_ in pipe.sent) > WRITE_WINDOW_BYTES:
+                    self._confirm(pipe, expire_seconds)
+            for pipe in pipes.all:
+                while pipe.sent:
+                    self._confirm(pipe, expire_seconds)
         except BaseException:  # Ctrl-C too
-            for way in lines.all:
-                with suppress(PeerError):  # nothing may still arrive when the caller clears what was stored
-                    for _ in way.sent:
-                        way.line()
+            for pipe in pipes.all:
+                with suppress(PeerError):  # a late SET must not store a chunk after the caller has deleted it
+                    for _ in pipe.sent:
+                        pipe.read_line()
             raise
 
-    def _confirm(self, way: _Pipe, expire_seconds: int) -> None:
-        line = way.line()
-        number, _, key, parts = way.sent.popleft()
+    def _confirm(self, pipe: _Pipe, expire_seconds: int) -> None:
+        line = pipe.read_line()
+        number, _, key, parts = pipe.sent.popleft()
         if line.startswith((b"-ASK ", b"-MOVED ")):
-            way.error(line)  # whoever keeps track of that
+            pipe.error(line)  # records that the slot has moved
             self._connection.execute("SET", key, b"".join(parts), "EX", expire_seconds)
         elif line != b"+OK":
-            raise way.error(line)
-        self._note(number)
+            raise pipe.error(line)
+        self._record(number)
 
-    def _write_by_client(self, way: _Pipe, key: str, parts: Sequence[Part], expire_seconds: int) -> None:
-        way.channel.execute("SET", key, b"".join(parts), "EX", expire_seconds)
-
-    def _note(self, number: int) -> None:
+    def _record(self, number: int) -> None:
         self._stored.add(number)
         while self.confirmed in self._stored:
             self._stored.remove(self.confirmed)
             self.confirmed += 1
 
 
-class _Lines:
-    """A connection to each server that has some of the chunks, made when it is wanted first."""
+class _Pipes:
+    """A connection to each server that has some of the chunks, made when it is first needed."""
 
     def __init__(self, connection: Connection, *, replicas: bool = False) -> None:
         self._connection, self._replicas = connection, replicas
-        self._by_master: dict[Server, _Pipe] = {}
+        self._pipes_by_master: dict[Server, _Pipe] = {}
 
     @property
     def all(self) -> Collection[_Pipe]:
-        """Those that were made."""
-        return self._by_master.values()
+        """The connections that were made."""
+        return self._pipes_by_master.values()
 
-    def to(self, key: str) -> _Pipe:
-        """Give the connection to where a key lives, or to one of the replicas there."""
-        master = self._connection.holding(key)
-        found = self._by_master.get(master)
+    def for_key(self, key: str) -> _Pipe:
+        """Return the connection to the master that has a key, or to one of its replicas."""
+        master = self._connection.master_for(key)
+        found = self._pipes_by_master.get(master)
         if found is None:
             replicas = self._connection.replicas_of(master) if self._replicas else ()
-            server = any_of(replicas) if replicas else master
+            server = pick_server(replicas) if replicas else master
             channel = Channel(self._connection, server=server)
-            found = self._by_master[master] = _Pipe(channel, self._connection.socket_seconds)
+            found = self._pipes_by_master[master] = _Pipe(channel, self._connection.socket_seconds)
             found.is_replica = bool(replicas)
             if replicas and self._connection.servers.several:
                 channel.execute("READONLY")
         return found
 
     def values(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """Give the values that are there, by key."""
-        ways = [self.to(key) for key in keys]
-        for way, key in zip(ways, keys, strict=True):
-            way.channel.send([("GET", key)])
-        found = [way.channel.receive(1)[0] for way in ways]
+        """Return the values that exist, by key."""
+        by_chunk = [self.for_key(key) for key in keys]
+        for pipe, key in zip(by_chunk, keys, strict=True):
+            pipe.channel.send([("GET", key)])
+        found = [pipe.channel.receive(1)[0] for pipe in by_chunk]
         self.give_back()
         return {key: value for key, value in zip(keys, found, strict=True) if isinstance(value, bytes)}
 
     def give_back(self) -> None:
-        """Leave the connections to others: every answer was read."""
-        for one in self._by_master.values():
+        """Return the connections to their pools; every reply must have been read."""
+        for one in self._pipes_by_master.values():
             if one.is_replica and self._connection.servers.several:
-                one.channel.close()  # others are not to read what is old
+                one.channel.close()  # after READONLY, another user of it could read stale data
             one.channel.give_back()
 
     def close(self) -> None:
-        """Give the connections up. May be called again."""
-        for one in self._by_master.values():
+        """Close the connections. May be called again."""
+        for one in self._pipes_by_master.values():
             one.channel.close()
 
 
 class _Pipe:
-    """The socket of a channel, as requests and replies need it."""
+    """The socket of a channel, with its requests and replies."""
 
     def __init__(self, channel: Channel, socket_seconds: float) -> None:
         self.channel, self._socket_seconds = channel, socket_seconds
         channel.connect()
         self.sock: Any = channel.raw_socket
         self.is_replica = False
-        #: Keys and sizes of chunks that are to be read, and sizes of those that were asked for.
+        #: Keys and sizes of the chunks to request, and sizes of the chunks that were requested.
         self.wanted: deque[tuple[str, int]] = deque()
-        self.asked: deque[int] = deque()
-        #: Number, size, key and parts of chunks that were sent and not confirmed.
+        self.requested: deque[int] = deque()
+        #: Index, size, key and parts of the chunks that were sent and not confirmed.
         self.sent: deque[tuple[int, int, str, Sequence[Part]]] = deque()
         self._buffer = memoryview(bytearray(LINE_BYTES))
         self._unread = self._buffer[:0]
         self.begin()
 
     def begin(self) -> None:
-        """Have what follows keep the deadline that now holds for this thread."""
+        """Begin a step that keeps the thread's present deadline."""
         self._deadline = Deadline(try_seconds(math.inf))
 
-    def ask(self) -> None:
-        """Ask for what is to be read next, as much as may be under way."""
+    def request(self) -> None:
+        """Request the next chunks, up to the window."""
         requests = []
         while self.wanted and (
-            len(self.asked) < 2 or sum(self.asked) + self.wanted[0][1] <= READ_WINDOW_BYTES
+            len(self.requested) < 2 or sum(self.requested) + self.wanted[0][1] <= READ_WINDOW_BYTES
         ):
             key, size = self.wanted.popleft()
             requests.append(b"*2\r\n$3\r\nGET\r\n" + _bulk(key))
-            self.asked.append(size)
+            self.requested.append(size)
         if requests:
             self.send([b"".join(requests)])
 
     def send(self, parts: Sequence[Part]) -> None:
-        """Send parts, one after the other; the first is not empty."""
+        """Send parts in order; the first must not be empty."""
         left: deque[memoryview] = deque(memoryview(part) for part in parts)
-        with self.channel.care:
+        with self.channel.closing_on_error:
             while left:
-                self._bound()
+                self._set_timeout()
                 if isinstance(self.sock, ssl.SSLSocket):
                     sent = self.sock.send(left[0][:SEND_BYTES])
                 else:
@@ -349,10 +349,10 @@ class _Pipe:
                 if sent:
                     left[0] = left[0][sent:]
 
-    def line(self) -> bytes:
-        """Receive the next line of a reply, without its end."""
+    def read_line(self) -> bytes:
+        """Return the next line of a reply without its line end."""
         found = bytearray()
-        with self.channel.care:
+        with self.channel.closing_on_error:
             while not found.endswith(b"\r\n"):
                 if len(found) > LONGEST_LINE_BYTES:
                     raise ConnectionError("a line of a reply does not end")
@@ -364,28 +364,28 @@ class _Pipe:
         return bytes(found[:-2])
 
     def fill(self, memory: memoryview) -> None:
-        """Receive as many bytes as fit."""
+        """Receive bytes until the memory is full."""
         have = min(len(memory), len(self._unread))
         memory[:have] = self._unread[:have]
         self._unread = self._unread[have:]
-        with self.channel.care:
+        with self.channel.closing_on_error:
             while have < len(memory):
                 have += self._receive(memory[have:])
 
     def error(self, line: bytes) -> PeerError:
-        """Give the error for a reply that is not what was asked for."""
+        """Return the error for an error reply or an unexpected one."""
         if line.startswith(b"-"):
-            return self.channel.refusal(line[1:])
-        return self.channel.refusal(b"unexpected reply %r" % line)
+            return self.channel.parse_error(line[1:])
+        return self.channel.parse_error(b"unexpected reply %r" % line)
 
     def _receive(self, memory: memoryview) -> int:
-        self._bound()
+        self._set_timeout()
         received: int = self.sock.recv_into(memory)
         if not received:
             raise ConnectionResetError("the server closed the connection")
         return received
 
-    def _bound(self) -> None:
+    def _set_timeout(self) -> None:
         limit = min(self._socket_seconds, self._deadline.remaining)
         if not limit:
             raise TimeoutError("timed out")
@@ -393,9 +393,9 @@ class _Pipe:
             self.sock.settimeout(limit)
 
 
-def _read_by_client(lines: _Lines, chunks: Chunks) -> Iterator[int]:
+def _read_by_client(pipes: _Pipes, chunks: Chunks) -> Iterator[int]:
     for index, (key, memory) in enumerate(chunks):
-        _copy(key, lines.to(key).channel.execute("GET", key), memory)
+        _copy(key, pipes.for_key(key).channel.execute("GET", key), memory)
         yield index
 
 

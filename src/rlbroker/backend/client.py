@@ -1,4 +1,4 @@
-"""Clients of redis-py as we use them: no retries of their own, and no wait beyond the deadline that holds."""
+"""How redis-py clients are made: without retries of their own, and with no wait beyond the thread's deadline."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlsplit
@@ -18,8 +19,10 @@ from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
 from rlbroker.backend.deadline import try_seconds
-from rlbroker.backend.tls import Setting, Tls, TlsConnection
+from rlbroker.backend.tls import TlsConnection, TlsFile, TlsSettings
+from rlbroker.backend.url import Endpoint, invalid_url_error, parse_endpoint, redis_url
 from rlbroker.config import (
+    DEFAULT_URL,
     TLS_CA_VARIABLE,
     TLS_CERTIFICATE_VARIABLE,
     TLS_KEY_VARIABLE,
@@ -28,26 +31,28 @@ from rlbroker.config import (
     redis_password,
     redis_username,
     tls_files,
-    unusable_url,
 )
 from rlbroker.errors import InvalidArgument
 
-#: A connection that is silent for longer than this, with an answer due, counts as broken.
+#: A connection counts as broken if a reply that is due does not come within this time.
 STALL_SECONDS: Final = 4.0
 
-#: A deadline is kept to within this time, which saves setting a timeout for each command of a short operation.
+#: A socket's timeout may differ from the deadline by this much. It saves a system call for each command.
 TOLERATED_SECONDS: Final = 0.02
 
-#: Connections that one client may hold open at the same time.
+#: The most connections that one client may have open.
 MAX_CONNECTIONS: Final = 16
 
-#: Bytes read from a socket at once: each connection has a buffer of this size, and a host may have many workers.
+#: The fewest that a given client must allow: background threads occupy some.
+MIN_CONNECTIONS: Final = 6
+
+#: Bytes read from a socket at once. Each connection has a buffer of this size, and a host may have many workers.
 SOCKET_READ_BYTES: Final = 1 << 16
 
-#: The same for who reads batches; weights come without such a buffer.
+#: The same for a client that reads batches. Weights are received without such a buffer.
 LARGE_READ_BYTES: Final = 1 << 20
 
-#: What a URL may say besides user, server and database; as redis-py names it.
+#: The parameters that a URL may have, with redis-py's names.
 PARAMETERS: Final = (
     *("db", "username", "password", "client_name", "protocol", "max_connections", "socket_timeout"),
     *("socket_connect_timeout", "socket_keepalive", "health_check_interval"),
@@ -58,7 +63,7 @@ TLS_PARAMETERS: Final = (
 
 
 def stall_seconds(timeout_seconds: float) -> float:
-    """Give how long a connection may be silent, so that whole tries fill the time of an operation.
+    """Return how long to wait for a reply, so that a whole number of attempts fills an operation's time.
 
     >>> stall_seconds(10.0)
     3.333
@@ -67,7 +72,7 @@ def stall_seconds(timeout_seconds: float) -> float:
 
 
 class _Bounded(AbstractConnection):
-    """A connection that is not waited for beyond the deadline that holds for the thread which uses it."""
+    """A connection that keeps the deadline of the thread that uses it."""
 
     @property
     def socket_timeout(self) -> float:
@@ -100,7 +105,7 @@ class _Bounded(AbstractConnection):
             return
         now = sock.gettimeout()
         if now is None or abs(now - limit) > TOLERATED_SECONDS:
-            with suppress(OSError):  # another thread has closed it, which the next step will find
+            with suppress(OSError):  # another thread has closed it; the next step finds that
                 self.update_current_socket_timeout(limit)
 
 
@@ -111,7 +116,7 @@ def _bounded(connection_class: type) -> type:
 
 @cache
 def _driver() -> redis.DriverInfo:
-    """Give what is told to servers of redis-py: each connection would look for its version in the file system."""
+    """Return redis-py's name and version for the server, once: each connection would read it from the file system."""
     return redis.DriverInfo()
 
 
@@ -122,14 +127,14 @@ def bounded_client(
     address: tuple[str, int] | None = None,
     **other: Any,
 ) -> redis.Redis:
-    """Give a client like this one with connections of our own, which keep deadlines and do not try again.
+    """Return a client with the settings of another one, whose connections keep deadlines and do not retry.
 
     Args:
-        client: whose settings it gets.
-        timeout_seconds: how long a thread waits for a connection.
-        socket_seconds: how long a connection may be silent, with an answer due.
-        address: host and port, where they are others.
-        other: settings of its connections that are others.
+        client: the client with the settings.
+        timeout_seconds: how long a thread waits for a free connection.
+        socket_seconds: how long a connection waits for a reply.
+        address: another host and port.
+        other: other settings of its connections.
     """
     pool = client.connection_pool
     settings = {
@@ -161,16 +166,79 @@ def bounded_client(
     return own
 
 
+@dataclass(frozen=True)
+class BaseClient:
+    """The client whose settings all clients of a connection get, and where it leads.
+
+    Attributes:
+        client: the client; it is never used to send.
+        endpoint: the server, or the several of a Cluster or Sentinel.
+        address: its name in messages, without a password.
+        hint: what to add to an error while the server has never answered.
+    """
+
+    client: redis.Redis
+    endpoint: Endpoint
+    address: str
+    hint: str = ""
+
+    @classmethod
+    def make(cls, url: str | None, client: redis.Redis | redis.RedisCluster | None) -> BaseClient:
+        """Return the base for a URL or for a client that the user gave.
+
+        Raises:
+            InvalidArgument: both were given, or the one that was given cannot be used.
+        """
+        if client is not None and url is not None:
+            raise InvalidArgument("give either redis_url or redis_client, not both")
+        base = _base_of_url(url) if client is None else _base_of_client(client)
+        pool = base.client.connection_pool
+        if pool.connection_kwargs.get("decode_responses"):
+            raise InvalidArgument("the client must not decode responses: batches and weights are bytes")
+        if pool.max_connections < MIN_CONNECTIONS:
+            raise InvalidArgument(
+                f"the client's pool holds {pool.max_connections} connections; {MIN_CONNECTIONS} are needed, "
+                "as background threads occupy some"
+            )
+        return base
+
+
+def _base_of_url(url: str | None) -> BaseClient:
+    found = redis_url(url)
+    hint = ""
+    if url is None and found == DEFAULT_URL:
+        hint = "; this is the default: start `rlbroker server`, or name a server with RLBROKER_REDIS_URL"
+    endpoint = parse_endpoint(found)
+    return BaseClient(client_from_url(endpoint.url), endpoint, redacted_url(found), hint)
+
+
+def _base_of_client(client: redis.Redis | redis.RedisCluster) -> BaseClient:
+    if isinstance(client, redis.RedisCluster):
+        cluster: Any = client
+        hosts = tuple((str(node.host), int(node.port)) for node in cluster.get_nodes())
+        node_client = cluster.get_redis_connection(cluster.get_default_node())
+        address = f"the Cluster of {hosts[0][0]}:{hosts[0][1]}"
+        return BaseClient(node_client, Endpoint("cluster", "", hosts), address)
+    if not isinstance(client, redis.Redis):
+        raise InvalidArgument(
+            f"redis_client must be a redis.Redis or a redis.RedisCluster; got {type(client).__name__}"
+        )
+    settings = client.connection_pool.connection_kwargs
+    host = f"{settings['host']}:{settings.get('port')}" if "host" in settings else ""
+    address = str(settings.get("path") or host or "the given redis_client")
+    return BaseClient(client, Endpoint("one", ""), address)
+
+
 def client_from_url(url: str) -> redis.Redis:
-    """Give a client for a server's URL; what the URL does not say of user and TLS, the environment may.
+    """Return a client for a server's URL; user, password and TLS files that it lacks come from the environment.
 
     Raises:
-        InvalidArgument: the URL, or a setting of the environment, cannot be used; says which.
+        InvalidArgument: the URL or an environment variable cannot be used; the message says which.
     """
     try:
         pool = redis.ConnectionPool.from_url(url, protocol=2)
     except ValueError as error:
-        raise unusable_url(url, error) from None
+        raise invalid_url_error(url, error) from None
     parameters = _parameters(url)
     secure = url.startswith("rediss:")
     settings = pool.connection_kwargs
@@ -185,24 +253,24 @@ def client_from_url(url: str) -> redis.Redis:
         pool.connection_class = TlsConnection
     elif url.startswith("redis:") and (unused := next(iter(tls_files()), None)):
         raise InvalidArgument(
-            f"{unused} is set, but the server's URL {redacted_url(url)} is one without TLS, by which passwords and "
-            f"weights would travel in the open; write rediss://, or unset {unused}"
+            f"{unused} is set, but the server's URL {redacted_url(url)} is without TLS: passwords and weights would be "
+            f"sent unencrypted; write rediss://, or unset {unused}"
         )
     return redis.Redis.from_pool(pool)
 
 
-def tls_settings(parameters: Mapping[str, str]) -> tuple[Setting | None, Setting | None, Setting | None]:
-    """Give the files of the authority, the certificate and its key: of the URL's parameters, else the environment."""
+def tls_settings(parameters: Mapping[str, str]) -> tuple[TlsFile | None, TlsFile | None, TlsFile | None]:
+    """Return the files of the authority, the certificate and its key, from the URL's parameters or the environment."""
     variables = tls_files()
 
-    def named(parameter: str, variable: str) -> Setting | None:
+    def named(parameter: str, variable: str) -> TlsFile | None:
         if parameter in parameters:
-            return Setting(parameter, parameters[parameter])
-        return Setting(variable, variables[variable]) if variable in variables else None
+            return TlsFile(parameter, parameters[parameter])
+        return TlsFile(variable, variables[variable]) if variable in variables else None
 
     authority = named("ssl_ca_certs", TLS_CA_VARIABLE)
     if "ssl_certfile" in parameters or "ssl_keyfile" in parameters:
-        variables = {}  # a certificate and its key come from one place
+        variables = {}  # a certificate and its key come from the same source
     return (
         authority,
         named("ssl_certfile", TLS_CERTIFICATE_VARIABLE),
@@ -211,7 +279,7 @@ def tls_settings(parameters: Mapping[str, str]) -> tuple[Setting | None, Setting
 
 
 def _parameters(url: str) -> dict[str, str]:
-    """Give the parameters of a URL, of which redis-py would only say when it connects that it does not know one."""
+    """Return the parameters of a URL, checked now: redis-py would refuse an unknown one only when it connects."""
     secure = url.startswith("rediss:")
     query = urlsplit(url).query
     found = dict(reversed(parse_qsl(query, keep_blank_values=True)))  # the first one counts
@@ -222,7 +290,7 @@ def _parameters(url: str) -> dict[str, str]:
             )
         if name not in PARAMETERS + TLS_PARAMETERS:
             known = ", ".join(PARAMETERS + TLS_PARAMETERS if secure else PARAMETERS)
-            # Behind a ? that is part of a password stands the rest of it.
+            # If a password contains a ?, the supposed name is the rest of that password.
             shown = "parameters (write ? in a password as %3F)" if "@" in query else f"a parameter {name!r}"
             raise InvalidArgument(
                 f"the server's URL {redacted_url(url)} has {shown} that rlbroker does not know; it knows {known}"
@@ -232,10 +300,10 @@ def _parameters(url: str) -> dict[str, str]:
     return found
 
 
-def _tls(url: str, parameters: Mapping[str, str]) -> Tls:
+def _tls(url: str, parameters: Mapping[str, str]) -> TlsSettings:
     wanted = parameters.get("ssl_cert_reqs", "required")
     choice("ssl_cert_reqs in the server's URL", wanted, ("required", "optional", "none"))
-    tls = Tls(
+    tls = TlsSettings(
         *tls_settings(parameters),
         check_certificate=wanted != "none",
         check_name=parameters.get("ssl_check_hostname", "yes").upper() not in FALSE_STRINGS,

@@ -1,4 +1,4 @@
-"""How long to wait: one deadline for all steps of an operation, and growing pauses between tries."""
+"""Deadlines that all steps of an operation share, and exponential back-off between attempts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import threading
 import time
 from typing import Final
 
-#: A try may always take this long, also where less is left: a server that is well answers within it.
+#: An attempt may always take this long, even if less time is left: a healthy server answers within it.
 SHORTEST_TRY_SECONDS: Final = 0.25
 
-#: Not the generator that programs seed to get the same results again: these must not depend on the network.
+#: Not Python's global generator, which programs seed for repeatable results: those must not depend on the network.
 _jitter: Final = random.SystemRandom()
 
 _FIRST_PAUSE_SECONDS: Final = 0.02
@@ -18,7 +18,7 @@ _LONGEST_PAUSE_SECONDS: Final = 1.0
 
 
 class Deadline:
-    """A point in time that all steps of one operation share. One of 0 seconds asks for one try, however long."""
+    """A point in time that all steps of one operation share. 0 seconds mean one attempt, however long it takes."""
 
     def __init__(self, seconds: float) -> None:
         """Set the deadline this many seconds from now."""
@@ -36,15 +36,17 @@ class Deadline:
         return time.monotonic() >= self._end
 
 
-class _Holding(threading.local):
+class _ThreadState(threading.local):
+    """The deadline of each thread."""
+
     deadline: Deadline | None = None
 
 
-_holding = _Holding()
+_thread_state = _ThreadState()
 
 
-class within:  # noqa: N801 # used as a function, and a class is faster than a generator
-    """Have this thread keep a deadline in all that it does here; give the one that holds: an outer may be earlier."""
+class within:  # noqa: N801 # used like a function, and a class is faster than a generator
+    """A block in which this thread keeps a deadline; an earlier one from an outer block stays in force."""
 
     __slots__ = ("_deadline", "_outer")
 
@@ -53,39 +55,39 @@ class within:  # noqa: N801 # used as a function, and a class is faster than a g
         self._deadline = deadline
 
     def __enter__(self) -> Deadline:
-        """Give the deadline that holds."""
-        outer = self._outer = _holding.deadline
-        if not self._deadline.seconds:  # it says nothing of how long the one try may take
+        """Return the deadline in force: this one or the outer one."""
+        outer = self._outer = _thread_state.deadline
+        if not self._deadline.seconds:  # one attempt: no limit on how long it may take
             return self._deadline
         if outer is not None and outer.remaining < self._deadline.remaining:
             return outer
-        _holding.deadline = self._deadline
+        _thread_state.deadline = self._deadline
         return self._deadline
 
     def __exit__(self, *error: object) -> None:
-        """Go on with what held before."""
-        _holding.deadline = self._outer
+        """Restore the outer deadline."""
+        _thread_state.deadline = self._outer
 
 
 def try_seconds(longest: float) -> float:
-    """Give how long one try may take now: no longer than what is left of the deadline that holds."""
-    deadline = _holding.deadline
+    """Return how long one attempt may take: `longest`, or what is left of the thread's deadline if that is less."""
+    deadline = _thread_state.deadline
     return longest if deadline is None else min(longest, max(SHORTEST_TRY_SECONDS, deadline.remaining))
 
 
 class Backoff:
-    """Growing pauses with jitter, for one series of tries."""
+    """Exponential back-off with jitter, for one series of attempts."""
 
     def __init__(self, first: float = _FIRST_PAUSE_SECONDS, longest: float = _LONGEST_PAUSE_SECONDS) -> None:
-        """Begin with pauses around `first` seconds, which double up to `longest`."""
+        """Start with pauses of about `first` seconds, which double up to `longest`."""
         self._first, self._pause, self._longest = first, first, longest
 
     def next(self, deadline: Deadline | None = None) -> float:
-        """Give the seconds to wait before the next try, not beyond the deadline."""
+        """Return the seconds to wait before the next attempt, at most until the deadline."""
         pause = self._pause * _jitter.uniform(0.5, 1.0)
         self._pause = min(self._pause * 2, self._longest)
         return pause if deadline is None else min(pause, deadline.remaining)
 
     def reset(self) -> None:
-        """Begin again with the shortest pause, after a success."""
+        """Start again with the shortest pause, after a success."""
         self._pause = self._first

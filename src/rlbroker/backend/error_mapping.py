@@ -1,15 +1,18 @@
-"""redis-py's errors, turned into ours."""
+"""redis-py's errors as rlbroker's: what happened, and what to do about it."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Final, TypeGuard
 
+import redis
 from redis import exceptions as redis_errors
 
-from rlbroker.backend.missing_rights import refused, says_refused
-from rlbroker.backend.tls import refusal_of
+from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.keys import EVERY_KEY
+from rlbroker.backend.tls import requires_tls, tls_refusal
 from rlbroker.config import PASSWORD_FILE_VARIABLE, PASSWORD_VARIABLE, USERNAME_VARIABLE
 from rlbroker.errors import (
     AccessDenied,
@@ -24,58 +27,112 @@ from rlbroker.errors import (
     WrongKeyType,
 )
 
-
-class KeysMove(ConnectionFailed):
-    """Nodes of a Cluster hand keys over, or have done so: nothing is broken, and nothing was done."""
-
-
-class KeyMoves(KeysMove):
-    """A node of a Cluster has handed a key over, and says where: it is to be asked there, this time only."""
-
-    def __init__(self, said: redis_errors.AskError) -> None:
-        """Take what the node said."""
-        super().__init__(f"the key is just being moved to {said.host}:{said.port}")
-        self.said = said
+#: How long a server that once accepted this user may refuse it before that counts as final. After a restart, an
+#: administrator or a script may still have to create the users.
+REFUSAL_GRACE_SECONDS: Final = 10.0
 
 
-def translated(
+class SlotMigrating(ConnectionFailed):
+    """The Cluster is moving a key's slot, or has just moved it. Nothing is broken, and the command had no effect."""
+
+
+class AskRedirect(SlotMigrating):
+    """A node of the Cluster has handed a key to another node; this one command must be sent there."""
+
+    def __init__(self, redirect: redis_errors.AskError) -> None:
+        """Take the node's reply, which names the other node."""
+        super().__init__(f"the key is just being moved to {redirect.host}:{redirect.port}")
+        self.redirect = redirect
+
+
+class ErrorTranslator:
+    """Translates the errors of one connection; it knows the server's address, and whether the server ever answered."""
+
+    def __init__(self, address: str, user: str, pool: redis.ConnectionPool, *, hint: str = "") -> None:
+        """Prepare to translate.
+
+        Args:
+            address: the server's, without its password.
+            user: the name with which the connections log in.
+            pool: makes connections like those whose errors are translated.
+            hint: added to errors while the server has never answered.
+        """
+        self._address, self._user, self._pool, self._hint = address, user, pool, hint
+        self._refused: Deadline | None = None
+        #: Whether the server has ever answered this user.
+        self.has_answered = False
+
+    def record_answer(self) -> None:
+        """Note that the server has answered this user."""
+        self.has_answered, self._refused = True, None
+
+    def translate(
+        self,
+        error: redis_errors.RedisError,
+        *,
+        command: Sequence[object] = (),
+        server_name: str = "",
+    ) -> PeerError:
+        """Return rlbroker's error for one of redis-py's.
+
+        Args:
+            error: the error that redis-py raised.
+            command: the command, as a server that refuses a key may not name it.
+            server_name: which of several servers was asked.
+        """
+        address = f"{server_name} of {self._address}" if server_name else self._address
+        insecure = tls_refusal(error)
+        if self.has_answered and (insecure or is_login_refusal(error)):
+            self._refused = self._refused or Deadline(REFUSAL_GRACE_SECONDS)
+            if not self._refused.over:
+                what = "can no longer be reached by TLS" if insecure else "no longer accepts this user"
+                return ConnectionFailed(f"{address} {what}: {error}; was it restarted?")
+        translated = translate_error(error, address, command=command, user=self._user)
+        if not self.has_answered and isinstance(translated, ConnectionFailed):
+            if requires_tls(self._pool, error):
+                return TlsFailed(f"{address} speaks TLS, and the URL says redis://: write rediss://")
+            return ConnectionFailed(f"{translated}{self._hint}")
+        return translated
+
+
+def translate_error(
     error: redis_errors.RedisError,
     address: str,
     *,
     command: Sequence[object] = (),
     user: str = "default",
 ) -> PeerError:
-    """Give our error for one of redis-py's.
+    """Return rlbroker's error for one of redis-py's.
 
     Args:
-        error: what redis-py raised.
+        error: the error that redis-py raised.
         address: the server's, without its password.
-        command: what was sent, as far as it is known.
-        user: who sent it.
+        command: the command, as far as it is known.
+        user: the user who sent it.
     """
-    # Redis 6.2 says what was refused within a script after where that was.
+    # For an error within a script, Redis 6.2 puts the place in the script before the error itself.
     text = re.sub(r"^Error running script .*?: -(?=[A-Z]+ )", "", str(error)).rstrip(".")
-    if isinstance(error, redis_errors.NoPermissionError) or says_refused(text):
-        return refused(text, address, command=command, user=user)
-    if insecure := refusal_of(error):
+    if isinstance(error, redis_errors.NoPermissionError) or is_missing_right(text):
+        return _access_denied(text, address, command=command, user=user)
+    if insecure := tls_refusal(error):
         return TlsFailed(f"{address} {insecure}")
-    if is_refusal(error):
+    if is_login_refusal(error):
         return AccessDenied(
             f"{address} refused: {text}; check user and password in the server's URL, or where it has none, in "
             f"{USERNAME_VARIABLE} and {PASSWORD_VARIABLE} (or {PASSWORD_FILE_VARIABLE})"
         )
     if isinstance(error, redis_errors.MovedError):
-        return KeysMove(f"{address} has moved slot {error.slot_id} to {error.host}:{error.port}")
+        return SlotMigrating(f"{address} has moved slot {error.slot_id} to {error.host}:{error.port}")
     if isinstance(error, redis_errors.AskError | redis_errors.TryAgainError):
-        return KeysMove(f"{address} moves keys just now: {text}")
+        return SlotMigrating(f"{address} is moving keys: {text}")
     no_master = (redis_errors.ReadOnlyError, redis_errors.ClusterDownError)
-    away = (redis_errors.ConnectionError, redis_errors.TimeoutError, *no_master)
+    unreachable = (redis_errors.ConnectionError, redis_errors.TimeoutError, *no_master)
     if (
-        isinstance(error, away)
+        isinstance(error, unreachable)
         or text.startswith(("LOADING", "BUSY ", "MASTERDOWN", "READONLY"))
         or "NOREPLICAS" in text
     ):
-        return ConnectionFailed(f"cannot reach {address}: {_for_people(text)}")
+        return ConnectionFailed(f"cannot reach {address}: {_plain_text(text)}")
     if isinstance(error, redis_errors.OutOfMemoryError) or text.startswith("OOM"):
         return ServerOutOfMemory(
             f"{address} has reached its maxmemory: {text}; raise maxmemory, or lower max_queue_bytes or max_queue_size"
@@ -84,14 +141,26 @@ def translated(
         return Fenced(text.partition("FENCED")[2].strip())
     if "LOST" in text:
         return RunLost(f"{address}: {text.partition('LOST')[2].strip()}")
+    if unsuitable := _unsuitable(text, address):
+        return unsuitable
+    if "WRONGTYPE" in text:
+        return WrongKeyType(
+            f"{address} has a key of another type than rlbroker writes ({_failed_command(text, command)}); another "
+            "program uses the run's keys"
+        )
+    return ServerFault(f"{address} answered: {_plain_text(text)}")
+
+
+def _unsuitable(text: str, address: str) -> ServerUnsuitable | None:
+    """Return the error for a server that lacks a command or a database that rlbroker needs."""
     if found := re.search(r"unknown command\W*(x\w+|subscribe|publish|script)\b", text, re.IGNORECASE):
         return ServerUnsuitable(
-            f"{address} does not know the command {found[1].upper()}: it is no Redis or Valkey, or there is a "
-            "proxy before it that lacks streams, scripts or publish/subscribe; give the URL of the server itself"
+            f"{address} does not know the command {found[1].upper()}: it is not Redis or Valkey, or a proxy in front "
+            "of it lacks streams, scripts or publish/subscribe; give the URL of the server itself"
         )
     if "unknown command" in text.lower() and "eval" in text.lower():
         return ServerUnsuitable(
-            f"{address} runs no Lua scripts; where there is a proxy before it, give the URL of the server itself, and "
+            f"{address} runs no Lua scripts; if there is a proxy in front of it, give the URL of the server itself; "
             "with fakeredis, install 'fakeredis[lua]'"
         )
     if re.search(
@@ -101,46 +170,166 @@ def translated(
             f"{address} does not have this database ({text}): a Cluster has the database 0 only, and a Sentinel none "
             "(for Sentinels write redis+sentinel://host:port/service)"
         )
-    if "WRONGTYPE" in text:
-        return WrongKeyType(
-            f"{address} has a key of another type than rlbroker writes ({_asked(text, command)}): another program "
-            "uses the run's keys"
-        )
-    return ServerFault(f"{address} answered: {_for_people(text)}")
+    return None
 
 
-def _for_people(text: str) -> str:
-    """Leave out which command of many it was, and where in which script."""
+def _plain_text(text: str) -> str:
+    """Remove the pipeline position and the place in the script, which mean nothing to a user."""
     text = re.sub(r"^Command # \d+ \(.*\) of pipeline caused error: ", "", text, flags=re.DOTALL)
     return re.sub(r"\s*script: [0-9a-f]{40}, on @user_script:\d+$", "", text)
 
 
-def _asked(text: str, command: Sequence[object]) -> str:
-    """Give the command that an error is about: redis-py says it where it was one of many."""
+def _failed_command(text: str, command: Sequence[object]) -> str:
+    """Return the command that an error is about; in a pipeline's error, redis-py names it."""
     found = re.match(r"Command # \d+ \((.*?)\) of pipeline", text, re.DOTALL)
     words = found[1] if found else " ".join(str(word) for word in command if isinstance(word, str | int))
     return words[:200] or text
 
 
-def is_moving(error: redis_errors.RedisError) -> TypeGuard[redis_errors.AskError]:
-    """Whether a node of a Cluster says where a key is just being moved to; for redis-py, MOVED is one of these."""
+def is_ask_redirect(error: redis_errors.RedisError) -> TypeGuard[redis_errors.AskError]:
+    """Whether a node of a Cluster redirects this one command (ASK). redis-py derives MOVED from the same class."""
     return isinstance(error, redis_errors.AskError) and not isinstance(error, redis_errors.MovedError)
 
 
+def is_login_refusal(error: redis_errors.RedisError) -> bool:
+    """Whether the server refused the login; servers report authorization errors on connecting."""
+    refusal = (redis_errors.AuthenticationError, redis_errors.AuthorizationError)
+    return isinstance(error, refusal) or str(error).startswith(("WRONGPASS", "NOAUTH"))
+
+
 def script_is_unknown(error: PeerError) -> bool:
-    """Whether the server has lost a script that it was to run."""
+    """Whether the server does not have the script that it was asked to run."""
     return "NOSCRIPT" in str(error) or "No matching script" in str(error)
 
 
-def scripts_missing(address: str) -> RunLost:
-    """Give the error for scripts that only the learner may load."""
+def missing_scripts_error(address: str) -> RunLost:
+    """Return the error for missing scripts that only the learner may load."""
     return RunLost(
         f"{address} does not have rlbroker's scripts, and this user may not load them; the run's learner does when it "
         "starts: is it running?"
     )
 
 
-def is_refusal(error: redis_errors.RedisError) -> bool:
-    """Whether the server did not let the user in; authorization errors are said when it connects."""
-    refusal = (redis_errors.AuthenticationError, redis_errors.AuthorizationError)
-    return isinstance(error, refusal) or str(error).startswith(("WRONGPASS", "NOAUTH"))
+# Missing rights: how Redis 6.2, Redis 7 and Valkey word what they refuse.
+
+_REFUSED_COMMAND = re.compile(r"no permissions to run the '([^']+)' command", re.IGNORECASE)
+_REFUSED_KEY = re.compile(
+    r"no permissions to access (?:the '(.+)' key|a key|one of the keys)|can't access at least one of the keys",
+    re.IGNORECASE,
+)
+_REFUSED_CHANNEL = re.compile(
+    r"no permissions to access (?:the '(.+)' channel|a channel|one of the channels)", re.IGNORECASE
+)
+_REFUSED_USER = re.compile(r"^User (\S+) has no permissions")
+
+#: redis-py puts this before the server's text if the command was one of a pipeline.
+_PIPELINE_PREFIX = re.compile(r"^Command # \d+ \((.*)\) of pipeline caused error: ", re.DOTALL)
+
+#: Commands that only read keys.
+_READ_COMMANDS = frozenset(
+    (
+        *(
+            "EXISTS",
+            "GET",
+            "GETRANGE",
+            "HGET",
+            "HGETALL",
+            "HKEYS",
+            "HLEN",
+            "HMGET",
+            "MEMORY",
+            "MGET",
+            "OBJECT",
+        ),
+        *("PTTL", "STRLEN", "TTL", "TYPE", "XINFO", "XLEN", "XPENDING", "XRANGE", "XREAD", "XREVRANGE"),
+        *("ZCARD", "ZRANGE", "ZRANGEBYSCORE", "ZSCORE"),
+    )
+)
+
+#: Commands whose subcommands are allowed one by one: CONFIG GET without CONFIG SET.
+_CONTAINERS = ("acl", "client", "cluster", "config", "memory", "object", "script", "xgroup", "xinfo")
+
+#: Rules that only a user of a Cluster has.
+_CLUSTER_RULES = ("+cluster", "+asking", "+readonly")
+
+#: Names of the users that `rlbroker acl` makes.
+_ROLE = re.compile(r"(.+)-(learner|workers|observer|worker-(\d+))")
+_ROLE_NAMES = {"learner": "the learner", "workers": "all workers", "observer": "an observer"}
+
+#: How many keys a message names.
+_KEYS_SHOWN = 3
+
+
+def is_missing_right(text: str) -> bool:
+    """Whether an error's text says that a right is missing; within scripts, each version has its own words."""
+    return any(
+        part in text for part in ("NOPERM", "ACL failure in script", "The user executing the script can't")
+    )
+
+
+def _access_denied(text: str, address: str, *, command: Sequence[object], user: str) -> AccessDenied:
+    """Return the error for a user that logged in and lacks a right: which right, and how to grant it.
+
+    Args:
+        text: the server's error.
+        address: the server's, without its password.
+        command: the command, for texts that do not name it.
+        user: the user, for texts that do not name it.
+    """
+    sent = [str(word) for word in command if isinstance(word, str | int)]
+    in_pipeline = _PIPELINE_PREFIX.match(text)
+    if in_pipeline:
+        text, sent = text[in_pipeline.end() :], in_pipeline[1].split()
+    named_user = _REFUSED_USER.match(text)
+    user = named_user[1] if named_user else user
+    name = sent[0].upper() if sent else ""
+    reads = name in _READ_COMMANDS
+    if found := _REFUSED_COMMAND.search(text):
+        refused = found[1].lower()
+        if "subcommand" in text and len(sent) > 1 and sent[0].lower() in _CONTAINERS:
+            refused = f"{sent[0]}|{sent[1]}".lower()  # Redis 6.2 does not name the subcommand
+        what, rule = f"may not run {refused.replace('|', ' ').upper()}", f"+{refused}"
+    elif found := _REFUSED_KEY.search(text):
+        what = f"may not {'read' if reads else 'use'} {_refused_keys(found[1], sent)}"
+        what, rule = what + (f" ({name})" if name else ""), f"%R~{EVERY_KEY}" if reads else f"~{EVERY_KEY}"
+    elif found := _REFUSED_CHANNEL.search(text):
+        what = f"may not use the channel {found[1] or ' '.join(sent[1:]) or 'of this command'}"
+        rule = f"&{EVERY_KEY}"
+    else:
+        return AccessDenied(f"{address} refused: {text}; the user {user!r} lacks a right")
+    error = AccessDenied(f"{address}: the user {user!r} {what}; {_grant_advice(user, rule)}")
+    error.rule, error.user = rule, user
+    return error
+
+
+def _grant_advice(user: str, rule: str) -> str:
+    """Return what to do about a missing right. A user that was made for one role is not given more rights."""
+    role = _ROLE.fullmatch(user)
+    if role and rule.startswith(_CLUSTER_RULES):
+        return "its rules are for a single server; `rlbroker acl --cluster` makes those for the nodes of a Cluster"
+    if role:
+        owner = _ROLE_NAMES.get(role[2], f"worker {role[3]}")
+        return (
+            f"`rlbroker acl` made it for {owner} of {role[1]!r}: log in as the user that is meant for this, with "
+            "RLBROKER_REDIS_USERNAME and its password"
+        )
+    before_7 = f", before Redis 7 '~{EVERY_KEY}'" if rule.startswith("%R") else ""
+    return f"an administrator of the server can allow it: {grant_command(user, rule)}{before_7}"
+
+
+def grant_command(user: str, *rules: str) -> str:
+    """Return the shell command that grants rights to a user."""
+    return f"redis-cli ACL SETUSER {shlex.quote(user)} " + " ".join(map(shlex.quote, rules))
+
+
+def _refused_keys(named: str | None, sent: Sequence[str]) -> str:
+    """Return the key that the server refused; if it did not name one, the keys of the command."""
+    if named:
+        return f"the key {named}"
+    names = [word for word in sent[1:] if word.startswith(EVERY_KEY[:-1])]
+    if not names:
+        return "a key of this command"
+    if len(names) == 1:
+        return f"the key {names[0]}"
+    more = ", …" if len(names) > _KEYS_SHOWN else ""
+    return f"one of the keys {', '.join(names[:_KEYS_SHOWN])}{more}"

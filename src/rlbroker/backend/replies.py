@@ -1,17 +1,28 @@
-"""Redis's replies as plain values, whatever shape redis-py gave them: it depends on protocol and version."""
+"""Redis's replies as plain values: one shape for every protocol and version, and checks of foreign data."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
-#: As Python writes seconds; no more digits than make sense.
+from rlbroker.errors import InvalidArgument, PeerError, RlbrokerError, WireError, WrongKeyType
+
+#: A number of seconds as Python writes it, with no more digits than make sense.
 _SECONDS: Final = re.compile(r"[0-9]{1,13}(\.[0-9]{1,17})?(e-[0-9]{2})?")
+
+#: The longest part of an error's text that a message repeats.
+_SHOWN_CHARACTERS: Final = 120
+
+#: The key of a stream, with the id and the fields of each entry.
+StreamEntries = tuple[str, list[tuple[str, dict[bytes, bytes] | None]]]
+
+# Shapes: redis-py returns lists or dictionaries, depending on protocol and version.
 
 
 def text_fields(reply: Any) -> dict[str, str]:
-    """Give a hash or a stream entry's fields as text, from a list of pairs or a dictionary of bytes."""
+    """Return the fields of a hash or stream entry as text, from a flat list of pairs or a dictionary of bytes."""
     if isinstance(reply, dict):
         return {_text(name): _text(value) for name, value in reply.items()}
     flat = list(reply or ())
@@ -19,17 +30,13 @@ def text_fields(reply: Any) -> dict[str, str]:
 
 
 def info_fields(reply: bytes) -> dict[str, str]:
-    """Give what INFO says, as the server sends it."""
+    """Return the fields of an INFO reply, from the text that the server sends."""
     lines = (line.partition(":") for line in reply.decode(errors="replace").splitlines())
     return {name: value for name, colon, value in lines if colon}
 
 
-#: Key of a stream, and ids and fields of entries in it.
-StreamEntries = tuple[str, list[tuple[str, dict[bytes, bytes] | None]]]
-
-
 def stream_entries(reply: Any) -> list[StreamEntries]:
-    """Give (key, [(entry id, fields), …]) from XREAD or XREADGROUP, whatever shape redis-py chose for them.
+    """Return (key, [(entry id, fields), …]) from a reply to XREAD or XREADGROUP.
 
     Fields are None for an entry that was deleted while it was pending.
     """
@@ -38,7 +45,7 @@ def stream_entries(reply: Any) -> list[StreamEntries]:
     streams = reply.items() if isinstance(reply, dict) else reply
     found = []
     for key, entries in streams:
-        # RESP3 wraps the entries of a stream once more, an empty list of them too.
+        # RESP3 wraps the entries of a stream in one more list, even if there are none.
         first = entries[0] if entries else None
         if isinstance(first, list) and (not first or isinstance(first[0], (list, tuple))):
             entries = first
@@ -47,46 +54,31 @@ def stream_entries(reply: Any) -> list[StreamEntries]:
 
 
 def _fields(reply: Any) -> dict[bytes, bytes] | None:
-    if isinstance(reply, list):  # as the server sends them
+    if isinstance(reply, list):  # the raw reply of the server
         reply = dict(zip(reply[::2], reply[1::2], strict=True))
     return reply or None
 
 
 def server_seconds(reply: Any) -> float:
-    """Give the server's clock from TIME, seconds since the epoch."""
+    """Return the server's clock from a reply to TIME, in seconds since the Unix epoch."""
     seconds, microseconds = reply
     return int(seconds) + int(microseconds) / 1e6
 
 
-def whole_number(text: str) -> int | None:
-    """Give a number that a worker wrote; None for anything else, as workers are not trusted."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
-
-
-def number_in(reply: bytes | None) -> int | None:
-    """Give the number in a field that a server sent, 0 where there is none; None where that is no number."""
-    return whole_number(str(reply or b"0", "ascii", "replace"))
-
-
-def seconds_number(text: str) -> float | None:
-    """Give seconds that a worker wrote; None for anything else, as workers are not trusted."""
-    return float(text) if _SECONDS.fullmatch(text) else None
-
-
 def pending_count(reply: Any) -> int:
-    """Give the number of pending entries from XPENDING's summary, in either of redis-py's shapes."""
+    """Return the number of pending entries from XPENDING's summary."""
     return int(reply["pending"] if isinstance(reply, dict) else reply[0])
 
 
 def consumer_pending(reply: Any, consumers: Collection[str]) -> int:
-    """Give how many entries are pending for some consumers, from XPENDING's summary."""
+    """Return how many entries are pending for some consumers, from XPENDING's summary."""
     rows = reply["consumers"] if isinstance(reply, dict) else reply[3] or ()
     pairs = [(row["name"], row["pending"]) if isinstance(row, dict) else row for row in rows]
     return sum(int(count) for name, count in pairs if _text(name) in consumers)
 
 
 def pending_rows(reply: Any) -> list[tuple[str, str, int, int]]:
-    """Give (id, consumer, idle milliseconds, deliveries) from XPENDING with a range."""
+    """Return (entry id, consumer, idle milliseconds, deliveries) from a reply to XPENDING with a range."""
     rows = []
     for row in reply or ():
         if isinstance(row, dict):
@@ -96,36 +88,107 @@ def pending_rows(reply: Any) -> list[tuple[str, str, int, int]]:
 
 
 def pending_summary(reply: Any) -> tuple[int, tuple[int, int]]:
-    """Give how many entries are pending, and the place of the first, from XPENDING's summary."""
+    """Return the number of pending entries and the place of the first, from XPENDING's summary."""
     found = [reply["pending"], reply["min"]] if isinstance(reply, dict) else reply
     return int(found[0]), entry_place(_text(found[1])) if found[1] else (0, 0)
 
 
 def group_position(reply: Any, group: str) -> tuple[int, int]:
-    """Give the place of the last entry that a group has delivered, from XINFO GROUPS."""
+    """Return the place of the last entry delivered to a consumer group, from a reply to XINFO GROUPS."""
     groups = [text_fields(one) for one in reply]
     return next((entry_place(one["last-delivered-id"]) for one in groups if one["name"] == group), (0, 0))
 
 
 def newest_place(reply: Any) -> tuple[int, int]:
-    """Give the place of the last entry that a stream ever had, from XINFO STREAM."""
+    """Return the place of the newest entry ever added to a stream, from a reply to XINFO STREAM."""
     return entry_place(text_fields(reply)["last-generated-id"])
 
 
 def entry_place(entry_id: str | bytes) -> tuple[int, int]:
-    """Give an entry's id as what can be compared: for a batch, incarnation and sequence."""
+    """Return an entry's id as a pair that can be compared: for a batch, its incarnation and sequence number."""
     first, _, second = _text(entry_id).partition("-")
     return int(first), int(second)
 
 
 def entry_id(text: str) -> str:
-    """Give a stream entry's id, checked.
+    """Return a stream entry's id in its normal form.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not an entry id.
     """
     first, second = entry_place(text)
     return f"{first}-{second}"
+
+
+# Values that a worker or another program wrote: they are not trusted.
+
+
+def whole_number(text: str) -> int | None:
+    """Return the number in a text that a worker wrote; None if it is not a number of at most 19 digits."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
+
+
+def number_in(reply: bytes | None) -> int | None:
+    """Return the number in a field's value, 0 if the field is missing; None if the value is not a number."""
+    return whole_number(str(reply or b"0", "ascii", "replace"))
+
+
+def seconds_number(text: str) -> float | None:
+    """Return the seconds in a text that a worker wrote; None if it is not a plain number."""
+    return float(text) if _SECONDS.fullmatch(text) else None
+
+
+@contextmanager
+def parsing(key: str) -> Iterator[None]:
+    """Turn the errors of parsing a key's value in this block into `WireError`, as another program wrote it.
+
+    Args:
+        key: what is parsed, for the message.
+
+    Raises:
+        WireError: a number is malformed, a field is missing, or a setting is invalid.
+    """
+    try:
+        yield
+    except InvalidArgument as error:  # settings that no learner accepts
+        raise _foreign_data(key, error) from error
+    except RlbrokerError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise _foreign_data(key, error) from error
+
+
+def _foreign_data(key: str, error: Exception) -> WireError:
+    reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return WireError(
+        f"{key} holds data that rlbroker does not write ({reason[:_SHOWN_CHARACTERS]}); another program uses this key"
+    )
+
+
+def default_if_wrong_type(reply: Any, default: Any) -> Any:
+    """Return the reply about a key that a worker writes, or the default if the key has the wrong type.
+
+    Raises:
+        PeerError: the server refused for another reason.
+    """
+    if isinstance(reply, WrongKeyType):
+        return default
+    if isinstance(reply, PeerError):
+        raise reply
+    return reply
+
+
+def raise_first_error(replies: Iterable[Any]) -> list[Any]:
+    """Return the replies as a list.
+
+    Raises:
+        PeerError: the first of the replies that is one.
+    """
+    found = list(replies)
+    for reply in found:
+        if isinstance(reply, PeerError):
+            raise reply
+    return found
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Commands as the bytes that a server reads, in pieces for a socket: large arguments are not copied."""
+"""Commands in RESP, the server's protocol, in pieces for a socket: large arguments are not copied."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from hiredis import pack_command
 #: A part of an argument, or all of it.
 Piece = bytes | memoryview
 
-#: What a command consists of, and one argument in several pieces.
+#: An argument of a command; and one that is given in several pieces.
 Argument = str | bytes | int | float | memoryview
 Pieces = tuple[Piece, ...]
 
-#: Larger pieces are sent from where they are; a smaller one costs less to copy than to send apart.
+#: Larger pieces are sent from where they are. For a smaller one, a copy costs less than a system call of its own.
 COPY_BYTES = 128 << 10
 
-#: How an empty argument is written.
+#: An empty argument in RESP.
 _EMPTY = b"$0\r\n\r\n"
 
 
-def packed(commands: Sequence[Sequence[Argument | Pieces]], *, piece_bytes: int) -> Iterator[Piece]:
-    """Give what to send for some commands, of which each last argument may be in pieces; each of limited size.
+def pack_commands(commands: Sequence[Sequence[Argument | Pieces]], *, piece_bytes: int) -> Iterator[Piece]:
+    """Yield what to send for some commands, in pieces of limited size. Each command's last argument may be in pieces.
 
-    >>> b"".join(packed([("SCRIPT LOAD", 1), ("GET", (b"a", b"b"))], piece_bytes=100))
+    >>> b"".join(pack_commands([("SCRIPT LOAD", 1), ("GET", (b"a", b"b"))], piece_bytes=100))
     b'*3\\r\\n$6\\r\\nSCRIPT\\r\\n$4\\r\\nLOAD\\r\\n$1\\r\\n1\\r\\n*2\\r\\n$3\\r\\nGET\\r\\n$2\\r\\nab\\r\\n'
     """
     ready: list[Piece] = []  # joined before they are sent
@@ -32,10 +32,10 @@ def packed(commands: Sequence[Sequence[Argument | Pieces]], *, piece_bytes: int)
     for command in commands:
         *before, last = command
         if not isinstance(last, tuple):
-            ready.append(_whole(command))
+            ready.append(_pack(command))
             size += len(ready[-1])
         else:
-            ready.append(_whole((*before, b""))[: -len(_EMPTY)] + b"$%d\r\n" % sum(map(len, last)))
+            ready.append(_pack((*before, b""))[: -len(_EMPTY)] + b"$%d\r\n" % sum(map(len, last)))
             for piece in last:
                 if len(piece) > COPY_BYTES:
                     yield b"".join(ready)
@@ -48,12 +48,12 @@ def packed(commands: Sequence[Sequence[Argument | Pieces]], *, piece_bytes: int)
                     size += len(piece)
             ready.append(b"\r\n")
         if size >= piece_bytes:
-            yield from _cut(ready, piece_bytes)
+            yield from _split(ready, piece_bytes)
             ready, size = [], 0
-    yield from _cut(ready, piece_bytes)
+    yield from _split(ready, piece_bytes)
 
 
-def _whole(command: Sequence[Any]) -> bytes:
+def _pack(command: Sequence[Any]) -> bytes:
     words: Any = (*command[0].split(), *command[1:])
     pack: Callable[[Any], bytes] = pack_command
     try:
@@ -62,7 +62,7 @@ def _whole(command: Sequence[Any]) -> bytes:
         return pack(tuple(bytes(word) if isinstance(word, memoryview) else word for word in words))
 
 
-def _cut(ready: list[Piece], piece_bytes: int) -> Iterator[Piece]:
+def _split(ready: list[Piece], piece_bytes: int) -> Iterator[Piece]:
     whole = b"".join(ready)
     if len(whole) <= piece_bytes:
         yield whole

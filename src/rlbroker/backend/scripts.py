@@ -1,24 +1,29 @@
-"""Lua scripts: read from the package's `.lua` files, with their includes, and known to the server by their hash."""
+"""Lua scripts: read from the package's `.lua` files, and loaded into the servers' script caches."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
-from typing import Self
+from typing import Any, Self
 
+from rlbroker.backend.error_mapping import missing_scripts_error
 from rlbroker.backend.resp import Argument
+from rlbroker.errors import AccessDenied
 
-#: A line of a script that stands for another file of the package.
+#: Sends a command to one server, and returns the reply.
+SendCommand = Callable[[Sequence[Argument]], Any]
+
+#: A line of a script that is replaced by another file of the package.
 _INCLUDE = re.compile(r"^-- include: (\S+)\n", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Script:
-    """A Lua script. Running it again with the same arguments does no harm; this holds for every script of rlbroker."""
+    """A Lua script. Every script of rlbroker is idempotent: running it again with the same arguments does no harm."""
 
     name: str
     text: str
@@ -46,3 +51,50 @@ class Script:
 def _read(path: str) -> str:
     text = files("rlbroker").joinpath(path).read_text(encoding="utf-8")
     return _INCLUDE.sub(lambda found: _read(found[1]), text)
+
+
+class ScriptLoader:
+    """Loads scripts into the caches of servers, and remembers the scripts that a connection has used.
+
+    A server may lack a script that was loaded before: a replica after a failover, a node to which a slot was moved, or
+    a server that was restarted.
+    """
+
+    def __init__(self, address: str) -> None:
+        """Start with no scripts.
+
+        Args:
+            address: name of the servers in messages.
+        """
+        self._address = address
+        self._used: dict[str, Script] = {}
+
+    @property
+    def used(self) -> list[Script]:
+        """The scripts that the connection has used."""
+        return list(self._used.values())
+
+    def remember(self, script: Script) -> None:
+        """Note a script that is about to run."""
+        self._used[script.sha] = script
+
+    def load(self, send: SendCommand, scripts: Iterable[Script]) -> None:
+        """Load scripts into the cache of the server to which the function sends."""
+        for script in scripts:
+            send(("SCRIPT LOAD", script.text))
+
+    def load_missing(self, send: SendCommand, scripts: Sequence[Script]) -> None:
+        """Load scripts into the cache of a server that lacks any of them."""
+        if not all(send(("SCRIPT EXISTS", *(script.sha for script in scripts)))):
+            self.load(send, scripts)
+
+    def reload(self, send: SendCommand) -> None:
+        """Load the used scripts into the cache of a server that lacks one.
+
+        Raises:
+            RunLost: this user may not load scripts.
+        """
+        try:
+            self.load(send, self.used)
+        except AccessDenied as error:
+            raise missing_scripts_error(self._address) from error

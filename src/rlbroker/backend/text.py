@@ -1,10 +1,10 @@
-"""Time spans and numbers of things, as people read them."""
+"""Time spans and counts as text for people."""
 
 from __future__ import annotations
 
 
 def age(seconds: float) -> str:
-    """Give a time span that is short to read.
+    """Return a time span in short form.
 
     >>> [age(seconds) for seconds in (0.25, 75, 300, 7200, 260000)]
     ['0.2 s', '75 s', '5 min', '2 h', '3 days']
@@ -16,7 +16,7 @@ def age(seconds: float) -> str:
 
 
 def counted(count: int, one: str, many: str = "") -> str:
-    """Give a number with its noun.
+    """Return a number with its noun in the singular or plural.
 
     >>> counted(1, "version"), counted(2000, "version"), counted(0, "batch", "batches")
     ('1 version', '2,000 versions', '0 batches')

@@ -1,11 +1,13 @@
-"""TLS: files are checked before anything connects, and a handshake that fails says what to set.
+"""TLS connections: certificate files are checked before connecting, and a failed handshake says what to set.
 
-Three things differ from redis-py's own TLS connection: an authority that was named is the only one that is trusted;
-files are read once and again only when they changed, as reading all authorities of a machine for each connection
-takes longer than connecting; and a refusal is told from a connection that merely broke. That needs a second look
-in two cases: TLS 1.3 tells a client that its certificate is not wanted only after the handshake, when the client
-has already sent its first command, whose arrival may wipe out the reason; and a Redis server without TLS does
-not answer a handshake at all, but waits.
+Three things differ from redis-py's own TLS connection:
+
+- A certificate authority that the user names is the only one that is trusted.
+- Files are read once, and again only after they changed. To read all of a machine's authorities for each connection
+  would take longer than connecting.
+- A refusal is distinguished from a broken connection. Two cases need a second connection for that. With TLS 1.3 the
+  server refuses the client's certificate only after the handshake; the client has then sent its first command, whose
+  arrival may discard the reason. And a Redis server without TLS does not answer a handshake, but waits for more.
 """
 
 from __future__ import annotations
@@ -31,16 +33,16 @@ from rlbroker.errors import InvalidArgument
 
 logger = logging.getLogger("rlbroker")
 
-#: A side that says nothing for so long, where it should, is asked in another way.
+#: How long to wait for a server that should answer before the cause is looked for in another way.
 QUIET_SECONDS: Final = 1.0
 
-#: What OpenSSL says of a server's certificate: X509_V_ERR_….
+#: OpenSSL's codes for a server's certificate: X509_V_ERR_….
 _NOT_YET_VALID, _EXPIRED = 9, 10
 _UNKNOWN_AUTHORITY = (2, 18, 19, 20, 21)
-_OTHER_NAME = (62, 64)
+_WRONG_NAME = (62, 64)
 
-#: What a server says that does not take a client's certificate, in the names that releases of OpenSSL give it.
-_WANTS_CERTIFICATE = ("CERTIFICATE_REQUIRED", "HANDSHAKE_FAILURE")
+#: The alerts of a server that does not accept a client's certificate, by the names in several OpenSSL releases.
+_CERTIFICATE_WANTED = ("CERTIFICATE_REQUIRED", "HANDSHAKE_FAILURE")
 _REFUSALS = {
     "UNKNOWN_CA": "was not signed by an authority that the server trusts (its tls-ca-cert-file)",
     "CERTIFICATE_EXPIRED": "has expired, or the server's clock is wrong",
@@ -51,30 +53,26 @@ _REFUSALS = {
     "ACCESS_DENIED": "is not accepted",
     "DECRYPT_ERROR": "does not fit its key",
 }
-_TOO_OLD = ("UNSUPPORTED_PROTOCOL", "PROTOCOL_VERSION")
+_OLD_PROTOCOL = ("UNSUPPORTED_PROTOCOL", "PROTOCOL_VERSION")
 
 
 class TlsRefused(redis.ConnectionError):
-    """There can be no secure connection; says why, as what is said of the server's address."""
+    """A secure connection is impossible. The text is a predicate of the server: "speaks no TLS"."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A file that was named, and by what: a variable, or a parameter of the URL."""
+class TlsFile:
+    """A file, and the setting that names it: an environment variable or a parameter of the URL."""
 
     name: str
     path: str
 
     def __str__(self) -> str:
-        """Show both."""
+        """Return the path and the setting."""
         return f"{self.path} ({self.name})"
 
-    def text(self) -> str:
-        """Read the file.
-
-        Raises:
-            InvalidArgument: it cannot be read, or is not PEM.
-        """
+    def read(self) -> str:
+        """Read the file; raise `InvalidArgument` if that fails or it is not PEM."""
         try:
             text = Path(self.path).read_text("ascii", "replace")
         except OSError as error:
@@ -88,14 +86,14 @@ class Setting:
         return text
 
 
-class Tls:
-    """How to know the server, and how to be known to it."""
+class TlsSettings:
+    """How a client verifies the server, and the certificate that it shows."""
 
     def __init__(
         self,
-        authority: Setting | None = None,
-        certificate: Setting | None = None,
-        key: Setting | None = None,
+        authority: TlsFile | None = None,
+        certificate: TlsFile | None = None,
+        key: TlsFile | None = None,
         *,
         check_certificate: bool = True,
         check_name: bool = True,
@@ -103,47 +101,47 @@ class Tls:
         """Check and read the files.
 
         Args:
-            authority: certificates of those whose signature is trusted; by default those that the machine trusts.
-            certificate: the client's own; it may hold the key too.
-            key: its private key.
-            check_certificate: whether the server must show that it is the right one.
-            check_name: whether its certificate must be for the host that the URL names.
+            authority: certificates of the trusted authorities; by default those that the machine trusts.
+            certificate: the client's certificate; the file may hold its key, too.
+            key: the private key of the client's certificate.
+            check_certificate: whether the server's certificate must be valid.
+            check_name: whether the server's certificate must be for the host in the URL.
 
         Raises:
-            InvalidArgument: a file cannot be used; says which setting named it.
+            InvalidArgument: a file cannot be used; the message names its setting.
         """
         self.authority, self.certificate, self.key = authority, certificate, key
         self._check_certificate, self._check_name = check_certificate, check_certificate and check_name
         self._lock = threading.Lock()
-        self._read, self._context = self._states(), self._make_context()
+        self._read, self._context = self._fingerprints(), self._make_context()
 
     def context(self) -> ssl.SSLContext:
-        """Give what connections are made with; certificates that were renewed meanwhile are read again.
+        """Return the context for new connections; certificates that were renewed are read again.
 
         Raises:
-            InvalidArgument: a file cannot be used any more.
+            InvalidArgument: a file can no longer be used.
         """
         with self._lock:
-            if (states := self._states()) != self._read:
+            if (fingerprints := self._fingerprints()) != self._read:
                 self._context = self._make_context()
-                self._read = states
+                self._read = fingerprints
             return self._context
 
     def warn_if_unchecked(self, url: str) -> None:
-        """Say in the log that somebody between us and the server could read and change everything."""
+        """Log a warning if an attacker between client and server could read and change everything."""
         if not self._check_certificate:
-            logger.warning("%s: ssl_cert_reqs=none: whoever is on the way there can pose as the server", url)
+            logger.warning("%s: ssl_cert_reqs=none: an attacker in the network can pose as the server", url)
         elif not self._check_name:
             logger.warning(
-                "%s: ssl_check_hostname is off: whoever has a certificate of the same authority can pose as the server",
+                "%s: ssl_check_hostname is off: anyone with a certificate of the same authority can pose as the server",
                 url,
             )
 
-    def _states(self) -> list[tuple[int, int, int] | None]:
-        return [_state(one.path) for one in (self.authority, self.certificate, self.key) if one]
+    def _fingerprints(self) -> list[tuple[int, int, int] | None]:
+        return [_fingerprint(one.path) for one in (self.authority, self.certificate, self.key) if one]
 
     def _make_context(self) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which checks certificate and name
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks certificate and name by default
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.check_hostname = self._check_name
         context.verify_mode = ssl.CERT_REQUIRED if self._check_certificate else ssl.CERT_NONE
@@ -155,27 +153,27 @@ class Tls:
             self._load_certificate(context, self.certificate, self.key)
         elif self.key is not None:
             raise InvalidArgument(
-                f"{self.key.name} names a key, but there is no certificate: set {_pair(self.key)} as well"
+                f"{self.key.name} names a key, but there is no certificate: set {_counterpart(self.key)} as well"
             )
         return context
 
-    def _load_authority(self, context: ssl.SSLContext, authority: Setting) -> None:
-        authority.text()
+    def _load_authority(self, context: ssl.SSLContext, authority: TlsFile) -> None:
+        authority.read()
         try:
             context.load_verify_locations(authority.path)
         except ssl.SSLError:
             raise InvalidArgument(f"{authority.name}: {authority.path} holds no certificate") from None
 
     def _load_certificate(
-        self, context: ssl.SSLContext, certificate: Setting, given_key: Setting | None
+        self, context: ssl.SSLContext, certificate: TlsFile, given_key: TlsFile | None
     ) -> None:
         key = given_key or certificate
-        text, key_text = certificate.text(), key.text()
+        text, key_text = certificate.read(), key.read()
         if "PRIVATE KEY-----" not in key_text:
             if given_key is not None:
                 raise InvalidArgument(f"{key.name}: {key.path} holds no private key")
             raise InvalidArgument(
-                f"{certificate.name} names a certificate without its key: set {_pair(certificate)} as well"
+                f"{certificate.name} names a certificate without its key: set {_counterpart(certificate)} as well"
             )
         if "-----BEGIN CERTIFICATE-----" not in text:
             raise InvalidArgument(f"{certificate.name}: {certificate.path} holds no certificate")
@@ -193,21 +191,21 @@ class Tls:
 
 
 class TlsConnection(redis.Connection):
-    """A connection by TLS, or an error that says why there is none."""
+    """A TLS connection that says why it cannot be made."""
 
-    def __init__(self, *, tls: Tls, **settings: Any) -> None:
-        """Prepare it; nothing is connected yet."""
+    def __init__(self, *, tls: TlsSettings, **settings: Any) -> None:
+        """Prepare the connection; nothing is connected yet."""
         self._tls = tls
         prepare: Callable[..., None] = super().__init__
         prepare(**settings)
 
     def on_connect_check_health(self, check_health: bool = True) -> None:
-        """Log in. It is here that a client with TLS 1.3 hears whether its certificate is accepted."""
+        """Log in. With TLS 1.3 this is where a client learns whether its certificate is accepted."""
         try:
             super().on_connect_check_health(check_health)
         except redis.ConnectionError as error:
-            if type(error) is redis.ConnectionError:  # not of its kinds: a wrong password, say
-                why = self._explained(_alert_of(error) or self._later_alert())
+            if type(error) is redis.ConnectionError:  # subclasses have other causes, such as a wrong password
+                why = self._explain(_find_alert(error) or self._fetch_alert())
                 if why:
                     raise TlsRefused(why) from error
             raise
@@ -215,8 +213,8 @@ class TlsConnection(redis.Connection):
     def _connect(self) -> ssl.SSLSocket:
         try:
             context = self._tls.context()
-        except InvalidArgument as error:  # it could be used when the client was made
-            raise TlsRefused(f"cannot be asked: {error}") from error
+        except InvalidArgument as error:  # the files were usable when the client was made
+            raise TlsRefused(f"cannot be reached: {error}") from error
         plain = self._connect_plain()
         try:
             sock = context.wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
@@ -224,10 +222,10 @@ class TlsConnection(redis.Connection):
             plain.close()
             raise
         try:
-            self._shake_hands(sock)
+            self._handshake(sock)
         except BaseException as error:
             sock.close()
-            why = self._explained(error) if isinstance(error, ssl.SSLError) else ""
+            why = self._explain(error) if isinstance(error, ssl.SSLError) else ""
             if why:
                 raise TlsRefused(why) from error
             raise
@@ -237,32 +235,32 @@ class TlsConnection(redis.Connection):
         connect: Callable[[], socket.socket] = super()._connect
         return connect()
 
-    def _shake_hands(self, sock: ssl.SSLSocket) -> None:
+    def _handshake(self, sock: ssl.SSLSocket) -> None:
         try:
             sock.settimeout(min(QUIET_SECONDS, try_seconds(math.inf) / 2))
             sock.do_handshake()
         except (TimeoutError, ssl.SSLError) as error:
             certain = isinstance(error, ssl.SSLCertVerificationError) or _is_alert(error)
-            if not certain and self._is_answered_without_tls():
+            if not certain and self._answers_without_tls():
                 raise TlsRefused(
-                    "speaks no TLS, and the URL says rediss://: turn TLS on in the server, or write redis:// where the "
+                    "speaks no TLS, and the URL says rediss://: turn TLS on in the server, or write redis:// if the "
                     "network can be trusted"
                 ) from error
             if not isinstance(error, TimeoutError):
                 raise
             sock.settimeout(self.socket_connect_timeout)
-            sock.do_handshake()  # goes on where it stood
+            sock.do_handshake()  # continues the handshake
         sock.settimeout(self.socket_timeout)
 
-    def _is_answered_without_tls(self) -> bool:
+    def _answers_without_tls(self) -> bool:
         with suppress(OSError), self._connect_plain() as sock:
             sock.settimeout(min(QUIET_SECONDS, try_seconds(math.inf) / 2))
             sock.sendall(b"PING\r\n")
             return bool(sock.recv(1) in (b"+", b"-"))
         return False
 
-    def _later_alert(self) -> ssl.SSLError | None:
-        """Connect once more and send nothing: what the server then says is why it refuses."""
+    def _fetch_alert(self) -> ssl.SSLError | None:
+        """Connect once more and send nothing, so that the server's reason for refusing arrives."""
         try:
             with self._connect() as sock:
                 sock.settimeout(try_seconds(QUIET_SECONDS))
@@ -273,19 +271,21 @@ class TlsConnection(redis.Connection):
             pass
         return None
 
-    def _explained(self, error: ssl.SSLError | None) -> str:
-        """Say why there is no connection; nothing if it may just have broken."""
+    def _explain(self, error: ssl.SSLError | None) -> str:
+        """Return why there is no connection; empty if it may just have broken."""
         if error is None:
             return ""
         if isinstance(error, ssl.SSLCertVerificationError):
-            return self._explained_certificate(error)
+            return self._explain_certificate(error)
         reason = error.reason or ""
-        if any(word in reason for word in _TOO_OLD):
-            return "speaks no TLS that is new enough: rlbroker needs 1.2; see the server's tls-protocols"
+        if any(word in reason for word in _OLD_PROTOCOL):
+            return (
+                "speaks only old versions of TLS: rlbroker needs 1.2 or newer; see the server's tls-protocols"
+            )
         if not _is_alert(error):
             return ""
         own = self._tls.certificate
-        if any(word in reason for word in _WANTS_CERTIFICATE):
+        if any(word in reason for word in _CERTIFICATE_WANTED):
             if own is None:
                 return (
                     "wants a client certificate, and none is set: set "
@@ -297,57 +297,59 @@ class TlsConnection(redis.Connection):
                 return f"refuses this client: the client certificate {own or ''} {what}"
         return ""
 
-    def _explained_certificate(self, error: ssl.SSLCertVerificationError) -> str:
+    def _explain_certificate(self, error: ssl.SSLCertVerificationError) -> str:
         if error.verify_code == _EXPIRED:
             return "has a certificate that has expired: renew it, or correct this machine's clock"
         if error.verify_code == _NOT_YET_VALID:
             return "has a certificate that is not valid yet: this machine's clock, or the server's, is wrong"
-        if error.verify_code in _OTHER_NAME:
+        if error.verify_code in _WRONG_NAME:
             return (
-                f"has a certificate that is not for {self.host}: put a name that it is for into the URL, or make one "
-                "that is for this name too"
+                f"has a certificate that is not for {self.host}: put a name in the certificate into the URL, or make a "
+                "certificate that is for this name too"
             )
         if error.verify_code in _UNKNOWN_AUTHORITY:
             trusted = self._tls.authority
             if trusted is None:
                 return (
-                    "has a certificate that no authority has signed which this machine trusts: name its authority with "
-                    f"{TLS_CA_VARIABLE} (in a URL: ssl_ca_certs)"
+                    "has a certificate that was not signed by an authority that this machine trusts: name its "
+                    f"authority with {TLS_CA_VARIABLE} (in a URL: ssl_ca_certs)"
                 )
             return f"has a certificate that was not signed by the authority in {trusted}: name the one that signed it"
         return f"has a certificate that cannot be trusted: {error.verify_message}"
 
 
-def refusal_of(error: BaseException) -> str:
-    """Give why there can be no secure connection, as what is said of the server's address; empty if that is not it.
+def tls_refusal(error: BaseException) -> str:
+    """Return why a secure connection is impossible, as a predicate of the server; empty if the error has another cause.
 
-    A client that the user made has redis-py's own connections, which do not explain.
+    A client that the user made has redis-py's own connections, whose errors need an explanation here.
     """
     if isinstance(error, TlsRefused):
         return str(error)
-    for one in _causes(error):
+    for one in _chain(error):
         if isinstance(one, ssl.SSLCertVerificationError):
             return f"has a certificate that cannot be trusted: {one.verify_message}"
-        if _is_alert(one) and any(word in str(one) for word in (*_WANTS_CERTIFICATE, *_REFUSALS, *_TOO_OLD)):
+        if _is_alert(one) and any(
+            word in str(one) for word in (*_CERTIFICATE_WANTED, *_REFUSALS, *_OLD_PROTOCOL)
+        ):
             return f"refuses this client by TLS: {one}"
     return ""
 
 
-def answers_only_tls(pool: redis.ConnectionPool, error: BaseException) -> bool:
-    """Whether a server broke a connection without TLS because it wants TLS.
+def requires_tls(pool: redis.ConnectionPool, error: BaseException) -> bool:
+    """Whether a server broke a connection without TLS because it speaks TLS only; connects once to find out.
 
     Args:
         pool: makes the connections.
-        error: what redis-py raised.
+        error: the error that redis-py raised.
     """
     host, port = pool.connection_kwargs.get("host"), pool.connection_kwargs.get("port")
     if not host or issubclass(pool.connection_class, TlsConnection | redis.SSLConnection):
         return False
-    if not _broke(error):
+    if not _is_broken(error):
         return False
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE  # nothing will be sent to whoever answers
+    context.verify_mode = ssl.CERT_NONE  # nothing is sent over this connection
     limit = try_seconds(QUIET_SECONDS)
     try:
         with socket.create_connection((host, port or 6379), limit) as sock:
@@ -360,31 +362,31 @@ def answers_only_tls(pool: redis.ConnectionPool, error: BaseException) -> bool:
     return True
 
 
-def _broke(error: BaseException) -> bool:
-    """Whether the other side closed the connection, or answered with what is no Redis."""
+def _is_broken(error: BaseException) -> bool:
+    """Whether the other side closed the connection, or its answer was not Redis's protocol."""
     if isinstance(error, InvalidResponse):
         return True
-    return any(isinstance(one, ConnectionResetError | BrokenPipeError) for one in _causes(error)) or (
+    return any(isinstance(one, ConnectionResetError | BrokenPipeError) for one in _chain(error)) or (
         type(error) is redis.ConnectionError and "closed by server" in str(error)
     )
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
-def _alert_of(error: BaseException) -> ssl.SSLError | None:
-    return next((one for one in _causes(error) if isinstance(one, ssl.SSLError) and _is_alert(one)), None)
+def _find_alert(error: BaseException) -> ssl.SSLError | None:
+    return next((one for one in _chain(error) if isinstance(one, ssl.SSLError) and _is_alert(one)), None)
 
 
 def _is_alert(error: BaseException) -> bool:
-    """Whether the other side said what it has against us, rather than just going away."""
+    """Whether the other side gave a reason before it closed the connection."""
     return isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or "")
 
 
-def _state(path: str) -> tuple[int, int, int] | None:
+def _fingerprint(path: str) -> tuple[int, int, int] | None:
     try:
         found = Path(path).stat()
     except OSError:
@@ -392,14 +394,14 @@ def _state(path: str) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _pair(setting: Setting) -> str:
-    """Give the setting without which this one is of no use."""
+def _counterpart(setting: TlsFile) -> str:
+    """Return the setting that must accompany this one: certificate and key belong together."""
     pairs = {TLS_CERTIFICATE_VARIABLE: TLS_KEY_VARIABLE, "ssl_certfile": "ssl_keyfile"}
     return (pairs | {key: certificate for certificate, key in pairs.items()})[setting.name]
 
 
-def _refuse_passphrase(key: Setting) -> str:
+def _refuse_passphrase(key: TlsFile) -> str:
     raise InvalidArgument(
-        f"{key.name}: the key in {key.path} has a passphrase, which nobody could type for every worker: take it off "
+        f"{key.name}: the key in {key.path} has a passphrase, which cannot be typed for every worker: remove it "
         "(openssl pkey -in OLD -out NEW) and let only its owner read the file (chmod 600 NEW)"
     )

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from rlbroker.backend.connection import Argument, Channel, Connection, flat
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import entry_place
-from rlbroker.backend.unreadable import legible
+from rlbroker.backend.replies import entry_place, parsing
 from rlbroker.errors import Fenced, RunLost, ServerFault
 from rlbroker.types import Registration
 
@@ -186,7 +186,7 @@ class AcknowledgementSender:
     def _drop_settled(self) -> None:
         self._next_settled_check = Deadline(SETTLED_SECONDS)
         last = self._channel.execute("HGET", self._keys.ledger(self._worker_id), "event")
-        with legible(self._keys.ledger(self._worker_id)):
+        with parsing(self._keys.ledger(self._worker_id)):
             settled = entry_place(last) if last else (0, 0)
         while self._unsettled and (
             (self._incarnation, self._unsettled[0].number) <= settled or len(self._unsettled) > KEPT

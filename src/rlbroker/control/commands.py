@@ -14,9 +14,8 @@ from typing import Any, Final, Self
 from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import server_seconds, text_fields
+from rlbroker.backend.replies import parsing, server_seconds, text_fields
 from rlbroker.backend.scripts import Script
-from rlbroker.backend.unreadable import legible
 from rlbroker.codec.message import encode
 from rlbroker.codec.signing import SigningKey
 from rlbroker.config import positive_seconds, waiting_seconds, worker_number
@@ -231,7 +230,7 @@ class CommandSender:
         """
         counts: dict[int, int] = {}
         pending = text_fields(self._connection.execute("HGETALL", self._keys.pending))
-        with legible(self._keys.pending):
+        with parsing(self._keys.pending):
             for name in pending:
                 worker = int(name.rpartition(":")[2])
                 counts[worker] = counts.get(worker, 0) + 1
@@ -249,7 +248,7 @@ class CommandSender:
             PeerError: the server refused, or could not be reached in time.
         """
         clock, pending = self._connection.execute_all([("TIME",), ("HGETALL", self._keys.pending)])
-        with legible(self._keys.pending):
+        with parsing(self._keys.pending):
             sent = [int(value.split()[1].partition("-")[0]) for value in text_fields(pending).values()]
         now = int(server_seconds(clock))
         keep_from = min([(now - CONTROL_KEPT_SECONDS) * 1000, *sent])

@@ -6,7 +6,8 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final
 
-from rlbroker.backend.connection import Channel, Connection
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import stream_entries

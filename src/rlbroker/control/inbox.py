@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from rlbroker.backend.connection import Argument, Channel, Connection
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Argument, Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import seconds_number, text_fields, whole_number

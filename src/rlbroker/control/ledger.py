@@ -19,9 +19,15 @@ from typing import Final
 from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import entry_place, number_in, server_seconds, stream_entries, text_fields
+from rlbroker.backend.replies import (
+    entry_place,
+    number_in,
+    parsing,
+    server_seconds,
+    stream_entries,
+    text_fields,
+)
 from rlbroker.backend.scripts import Script
-from rlbroker.backend.unreadable import legible
 from rlbroker.control.ledger_reader import read_missed_records, read_outcomes
 from rlbroker.control.outcomes import (
     REFUSED,
@@ -265,12 +271,12 @@ class Ledger:
         latest = self._latest_version()
         if not self._signed:
             latest = max(number_in(stored_version) or 0, latest)
-        with legible(self._keys.pending):
+        with parsing(self._keys.pending):
             pending = _pending_by_worker(text_fields(pending_fields))
         self._find_pending(streams, pending)
         calls, results = list[tuple[Script, list[str], list[Argument]]](), dict[tuple[int, str], Settled]()
         for (worker, entries), ledger in zip(streams, ledgers, strict=True):
-            with legible(self._keys.ledger(worker)):
+            with parsing(self._keys.ledger(worker)):
                 stored = WorkerOutcomes.from_fields(text_fields(ledger))
             outcomes = max(stored, self._outcomes.get(worker, stored), key=lambda one: one.position)
             newest = incarnations[worker].incarnation if worker in incarnations else 0

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import text_fields
-from rlbroker.backend.unreadable import legible
+from rlbroker.backend.replies import parsing, text_fields
 from rlbroker.control.outcomes import WorkerOutcomes, missed_from_fields
 from rlbroker.types import Missed
 
@@ -24,7 +23,7 @@ def read_outcomes(
     """
     ids = list(workers)
     replies = connection.execute_all([("HGETALL", keys.ledger(worker)) for worker in ids], deadline=deadline)
-    with legible(f"{keys.prefix}:ledger:…"):
+    with parsing(f"{keys.prefix}:ledger:…"):
         return {
             worker: WorkerOutcomes.from_fields(text_fields(fields))
             for worker, fields in zip(ids, replies, strict=True)

@@ -9,7 +9,8 @@ import importlib.util
 import os
 from pathlib import Path
 
-from rlbroker.config import redacted_url, redis_url, run_from_environment, run_name
+from rlbroker.backend.url import redis_url
+from rlbroker.config import redacted_url, run_from_environment, run_name
 from rlbroker.errors import InvalidArgument, UsageError
 
 

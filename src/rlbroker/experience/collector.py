@@ -14,7 +14,7 @@ from typing import Any
 from rlbroker.backend.connection import BLOCK_SECONDS, Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.outage import OutageLog
+from rlbroker.backend.threads import OutageLog
 from rlbroker.config import Acknowledge
 from rlbroker.errors import ConnectionFailed, ServerFault
 from rlbroker.experience.dead_letters import DeadLetters
@@ -224,7 +224,7 @@ class Collector:
         except ConnectionFailed as error:
             if deadline.over:
                 raise
-            self._outage.tell(error)
+            self._outage.report(error)
         else:
             if not self._streams.watched:  # otherwise the next read shows whether the outage is over
                 self._outage.end()
@@ -290,7 +290,7 @@ class Collector:
                 return True
             if deadline is None or deadline.over:
                 raise
-            self._outage.tell(error)
+            self._outage.report(error)
             time.sleep(min(BLOCK_SECONDS, deadline.remaining))
             return False
         self._outage.end()

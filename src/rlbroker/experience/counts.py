@@ -8,8 +8,13 @@ from typing import Any, Final
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import GROUP, Keys
-from rlbroker.backend.replies import newest_place, pending_count, text_fields, whole_number
-from rlbroker.backend.unreadable import unless_spoiled
+from rlbroker.backend.replies import (
+    default_if_wrong_type,
+    newest_place,
+    pending_count,
+    text_fields,
+    whole_number,
+)
 from rlbroker.errors import PeerError
 from rlbroker.types import QueueCounts
 
@@ -137,7 +142,9 @@ def _read_consistently(
 
 def _checked(reply: Any) -> Any:
     # Without a group, which the learner creates again, nothing is pending.
-    return [0] if isinstance(reply, PeerError) and "NOGROUP" in str(reply) else unless_spoiled(reply, {})
+    return (
+        [0] if isinstance(reply, PeerError) and "NOGROUP" in str(reply) else default_if_wrong_type(reply, {})
+    )
 
 
 def _queue_counts(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline
-from rlbroker.backend.error_mapping import KeysMove, script_is_unknown
+from rlbroker.backend.error_mapping import SlotMigrating, script_is_unknown
 from rlbroker.backend.keys import GROUP
 from rlbroker.backend.replies import (
     StreamEntries,
@@ -175,7 +175,7 @@ class EntryReader:
         """Return what a reader read. While a Cluster moves streams, read each by itself: nodes share them now."""
         try:
             return reader.finish_read()
-        except KeysMove as moving:
+        except SlotMigrating as moving:
             logger.info("%s; reading each stream by itself", moving)
         positions = list(reader.streams.values())
         self._streams.rescan(positions)  # entries of the failed read may be pending

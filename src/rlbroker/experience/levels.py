@@ -84,7 +84,7 @@ class Confirmation:
         if not self.waits:
             return
         lacking = ""
-        for master in [self._connection.holding(stream_key)] if known else self._connection.masters():
+        for master in [self._connection.master_for(stream_key)] if known else self._connection.masters():
             try:
                 lacking = self._what_lacks(master)
             except ConnectionFailed:

@@ -13,9 +13,10 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from rlbroker.backend.connection import Channel, Connection, flat
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Deadline
-from rlbroker.backend.error_mapping import KeysMove
+from rlbroker.backend.error_mapping import SlotMigrating
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import entry_place, group_position, newest_place, pending_summary
 from rlbroker.backend.scripts import Script
@@ -178,7 +179,7 @@ class SendQueue:
             if self.stream_key != self._keys.experiences(self._worker_id):
                 self.channel.close()
                 self._locate()
-            is_new, self.channel.strayed = self.channel.connect(), False
+            is_new, self.channel.redirected = self.channel.connect(), False
             if is_new or self.stale:
                 self._open()
                 self.opened = True
@@ -186,7 +187,7 @@ class SendQueue:
                 return operation()
             finally:
                 # If another node was asked instead, by `_open` too, its losses do not break this connection.
-                self.stale |= self.channel.strayed
+                self.stale |= self.channel.redirected
 
         return self._connection.retry(attempt, deadline)
 
@@ -279,9 +280,9 @@ class SendQueue:
             further = [counts, self.confirmation.wait_command()]
         replies = self._add_all([] if batch.stored else [batch], *further)
         if further:
-            if self.channel.strayed:  # the wait was for another connection
+            if self.channel.redirected:  # the wait was for another connection
                 batch.uncertain = True
-                raise KeysMove(f"the queue of worker {self._worker_id} is being moved to another node")
+                raise SlotMigrating(f"the queue of worker {self._worker_id} is being moved to another node")
             if not self.confirmation.accept(replies[-1]):
                 assert self.channel.server is not None
                 batch.uncertain = True

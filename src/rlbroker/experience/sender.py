@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rlbroker.backend.connection import Channel, Connection, flat
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Backoff, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.text import counted

@@ -9,11 +9,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from rlbroker.backend.connection import Argument, Channel, Connection
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Argument, Connection
 from rlbroker.backend.deadline import SHORTEST_TRY_SECONDS, Deadline, within
 from rlbroker.backend.keys import GROUP
-from rlbroker.backend.outage import OutageLog
 from rlbroker.backend.replies import StreamEntries, stream_entries
+from rlbroker.backend.threads import OutageLog
 from rlbroker.errors import PeerError
 from rlbroker.experience.read_position import ReadPosition
 

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from rlbroker.backend.connection import BLOCK_SECONDS, Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import GROUP, Keys, shard_of
-from rlbroker.backend.replies import consumer_pending
-from rlbroker.backend.unreadable import answered, unless_spoiled
+from rlbroker.backend.replies import consumer_pending, default_if_wrong_type, raise_first_error
 from rlbroker.errors import ConnectionFailed, PeerError, ServerFault, ServerOutOfMemory, WrongKeyType
 from rlbroker.experience.pending import PendingEntries, Takeover
 from rlbroker.experience.read_position import ReadPosition, Stream
@@ -145,7 +144,7 @@ class WatchedStreams:
             others = [one for one in self._readers.values() if one.streams and one is not reader]
             if all(one.is_away for one in others):
                 raise
-            reader.outage.tell(error, "the other shards are collected meanwhile")
+            reader.outage.report(error, "the other shards are collected meanwhile")
             reader.skip_for(max(AWAY_SECONDS, AWAY_ATTEMPTS * (time.monotonic() - began)))
             self.rescan(reader.streams.values())
 
@@ -255,11 +254,15 @@ class StreamDiscovery:
                 deadline=self._streams.deadline,
             )
             for position, summary, has_epoch, counts in zip(
-                positions, answered(replies[::3]), answered(replies[1::3]), replies[2::3], strict=True
+                positions,
+                raise_first_error(replies[::3]),
+                raise_first_error(replies[1::3]),
+                replies[2::3],
+                strict=True,
             ):
                 stream = position.stream
                 if has_epoch:
-                    self._pending.remember_counts(stream.worker_id, unless_spoiled(counts, {}))
+                    self._pending.remember_counts(stream.worker_id, default_if_wrong_type(counts, {}))
                 else:  # the server has lost its counts, perhaps without breaking a connection
                     self._pending.restore([stream.worker_id], deadline=self._streams.deadline)
                 if consumer_pending(summary, self._pending.consumers) > len(self._pending.ids(stream)):

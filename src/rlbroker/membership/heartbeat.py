@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from rlbroker.backend.connection import Channel, Connection, flat
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.scripts import Script

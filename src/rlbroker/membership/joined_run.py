@@ -9,8 +9,7 @@ from typing import Final
 
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import text_fields, whole_number
-from rlbroker.backend.unreadable import legible
+from rlbroker.backend.replies import parsing, text_fields, whole_number
 from rlbroker.config import RunSettings
 from rlbroker.errors import IncompatibleFormat
 from rlbroker.membership.run_size import RunSize
@@ -69,7 +68,7 @@ class JoinedRun:
         )
         opened = "wire_format" in meta
         if opened:
-            with legible(self._keys.meta):
+            with parsing(self._keys.meta):
                 self.check_wire_format(meta["wire_format"])
                 self._settings = RunSettings.from_fields(meta)
             self._keys.spread(meta.get("shards", " ".join(self._keys.shards)))

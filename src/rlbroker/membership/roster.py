@@ -9,12 +9,12 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from rlbroker.backend.connection import Channel, Connection, flat
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import number_in, server_seconds, text_fields
+from rlbroker.backend.replies import default_if_wrong_type, number_in, parsing, server_seconds, text_fields
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import counted
-from rlbroker.backend.unreadable import legible, unless_spoiled
 from rlbroker.config import RunSettings
 from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
 from rlbroker.membership.incarnations import (
@@ -146,7 +146,7 @@ class Roster:
         )
         incarnations = read_incarnations(channel.execute_all, self._keys)
         self._ids = None
-        with legible(self._keys.meta):
+        with parsing(self._keys.meta):
             named, leading = (int(epoch or 0) for epoch in epochs)
         if named > self.epoch:
             raise Fenced(f"a newer learner has taken over the run {self._keys.run!r}")
@@ -250,7 +250,7 @@ class Roster:
             now=server_seconds(clock),
             latest_version=int(latest or 0),
             members=members,
-            heartbeats=[text_fields(unless_spoiled(heartbeat, {})) for heartbeat in heartbeats],
+            heartbeats=[text_fields(default_if_wrong_type(heartbeat, {})) for heartbeat in heartbeats],
             lease_seconds=self._settings.lease_seconds,
         )
 

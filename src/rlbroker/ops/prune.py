@@ -192,7 +192,7 @@ def prune(
     rest = [
         name
         for name in found.names
-        if name not in in_queues and (keys.is_given_once(name) or shard_of(name) != keys.prefix)
+        if name not in in_queues and (keys.is_never_reused(name) or shard_of(name) != keys.prefix)
     ]
     compared = (keys.workers, keys.meta, *incarnations)
     own = sorted(existing - in_queues - set(rest) - set(compared))
@@ -236,7 +236,7 @@ def unused_seconds(connection: Connection, run: str, names: Sequence[str]) -> fl
     The keys that `list_runs` reads do not count, unless the run is an orphan.
     """
     keys, idle, orphan = Keys(run), list[int](), _is_orphan(run, names)
-    for names_at_once in split([name for name in names if orphan or not keys.tells_of_run(name)]):
+    for names_at_once in split([name for name in names if orphan or not keys.describes_run(name)]):
         replies = connection.ask([("OBJECT", "IDLETIME", name) for name in names_at_once])
         idle += [reply for reply in replies if isinstance(reply, int)]
     return float(min(idle)) if idle else None

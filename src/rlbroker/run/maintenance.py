@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
-from rlbroker.backend.connection import BLOCK_SECONDS, Channel, Connection
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import BLOCK_SECONDS, Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.threads import BackgroundThread

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from rlbroker.backend.connection import Channel, Connection
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.control.commands import CommandSender
 from rlbroker.control.ledger import Ledger

@@ -34,7 +34,7 @@ def choose_shards(connection: Connection, keys: Keys, count: int | None) -> str:
     if not connection.execute("EXISTS", keys.meta) and (found := _read_shards(connection, keys)):
         return found
     masters = len(connection.masters())
-    return keys.choose_shards(count or masters, masters, connection.holding)
+    return keys.choose_shards(count or masters, masters, connection.master_for)
 
 
 def _read_shards(connection: Connection, keys: Keys) -> str:

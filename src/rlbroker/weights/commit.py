@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, Self
 
-from rlbroker.backend.connection import Channel, Connection, flat
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import text_fields, whole_number

@@ -11,9 +11,8 @@ from typing import Final
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import number_in, text_fields
+from rlbroker.backend.replies import number_in, raise_first_error, text_fields
 from rlbroker.backend.threads import BackgroundThread
-from rlbroker.backend.unreadable import answered
 from rlbroker.codec.signing import NotSigned, SigningKey
 from rlbroker.errors import WireError
 from rlbroker.membership.run_size import RunSize
@@ -243,7 +242,7 @@ class Subscriber:
     def _read_manifest(self) -> Manifest | None:
         """Return the server's manifest; learn over which shards its chunks are spread."""
         commands = [("HGETALL", self._keys.weights), ("HGET", self._keys.meta, "shards")]
-        fields, shards = answered(self._connection.ask(commands))
+        fields, shards = raise_first_error(self._connection.ask(commands))
         if shards is not None:
             self._keys.spread(shards.decode("ascii", "replace"))
         return Manifest.from_fields(text_fields(fields))

@@ -1,4 +1,6 @@
--- Put before the first write of a script that must work on a full server too: the server refuses a script at
--- a first write that needs memory, and lets it pass after one that does not. For what frees memory, or is tiny.
+-- Makes the script that includes this work on a server that is out of memory.
+-- The server refuses a script at its first write that needs memory, but not after a write that needs none.
+-- Include it before the first write, in scripts that free memory or write very little.
+-- KEYS[1]: any key that is a hash or missing
 
 redis.call('HDEL', KEYS[1], '')

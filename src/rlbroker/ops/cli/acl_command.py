@@ -65,7 +65,8 @@ def acl(
 
     Example: rlbroker acl --run pong --workers 50 --secrets pong.secrets --server-version 7.0 > users.acl
     """
-    from rlbroker.config import DEFAULT_RUN, parse_endpoint, redis_url
+    from rlbroker.backend.url import parse_endpoint, redis_url
+    from rlbroker.config import DEFAULT_RUN
     from rlbroker.errors import InvalidArgument
     from rlbroker.ops.acl import READ_ONLY_KEYS_VERSION, format_acl_file, format_set_user_commands, make_users
 
@@ -113,7 +114,7 @@ def _read_version(session: Session) -> tuple[int, ...]:
 
 
 def _parse_version(text: str) -> tuple[int, ...]:
-    from rlbroker.backend.connection import MIN_SERVER_VERSION
+    from rlbroker.backend.suitability import MIN_SERVER_VERSION
     from rlbroker.errors import InvalidArgument
 
     found = re.fullmatch(r"([0-9]+)\.([0-9]+)(\.[0-9]+)*", text)

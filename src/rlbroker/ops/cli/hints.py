@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rlbroker.errors import RlbrokerError
 
 if TYPE_CHECKING:
-    from rlbroker.config import Endpoint
+    from rlbroker.backend.url import Endpoint
     from rlbroker.ops.cli.session import Session
 
 #: Commands that take no --run, or are about a server with all its runs.
@@ -49,7 +49,8 @@ def lacks_password(line: str) -> bool:
 
 def _url_to_type(url: str | None) -> str | None:
     """Return the value that --url needs, without password; None if the environment names the server."""
-    from rlbroker.config import redis_url, url_parts, url_was_typed
+    from rlbroker.backend.url import redis_url, url_parts
+    from rlbroker.config import url_was_typed
 
     if url or not url_was_typed():
         return url
@@ -67,15 +68,8 @@ def _redis_cli_options(session: Session, command: str) -> str:
     """
     from urllib.parse import unquote, urlsplit
 
-    from rlbroker.config import (
-        parse_endpoint,
-        redacted_url,
-        redis_password,
-        redis_url,
-        redis_username,
-        url_variable,
-        url_was_typed,
-    )
+    from rlbroker.backend.url import parse_endpoint, redis_url
+    from rlbroker.config import redacted_url, redis_password, redis_username, url_variable, url_was_typed
 
     url, variable = redis_url(session.url), url_variable()
     other_user = any(word in f" {command}" for word in (" ACL ", " SENTINEL "))

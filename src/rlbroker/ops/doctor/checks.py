@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlbroker.backend.missing_rights import giving
+from rlbroker.backend.error_mapping import grant_command
 from rlbroker.errors import AccessDenied, PeerError
 from rlbroker.ops.doctor.server_info import ServerInfo
 
@@ -40,7 +40,7 @@ def unknown_check(code: str, what: str, info: ServerInfo, command: str) -> Check
     """
     rule = info.missing.get(command, "")
     if rule:
-        why, hint = f"the user {info.user!r} may not run {command}", giving(info.user, rule)
+        why, hint = f"the user {info.user!r} may not run {command}", grant_command(info.user, rule)
     else:
         why, hint = f"the server does not report it ({command})", ""
     return Check(code, "unknown", f"{what}: {why}", hint)
@@ -49,7 +49,7 @@ def unknown_check(code: str, what: str, info: ServerInfo, command: str) -> Check
 def unreadable_check(code: str, what: str, error: PeerError) -> Check:
     """Return the check for keys that cannot be read: a right is missing, or another program wrote into them."""
     if isinstance(error, AccessDenied):
-        hint = giving(error.user, error.rule) if error.rule else ""
+        hint = grant_command(error.user, error.rule) if error.rule else ""
         return Check(code, "unknown", f"{what}: {error}", hint)
     return Check(code, "critical", f"{what}: {error}")
 

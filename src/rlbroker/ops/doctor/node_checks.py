@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from rlbroker.backend.cluster import SLOTS
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.replies import info_fields
+from rlbroker.backend.sentinel import SentinelTopology
 from rlbroker.backend.text import counted
-from rlbroker.backend.topology import SLOTS, Address, SentinelTopology, Server
+from rlbroker.backend.topology import Address, Server
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 from rlbroker.ops.doctor.checks import Check, unreadable_check
 from rlbroker.ops.doctor.server_checks import CLOCKS_APART_SECONDS, check_clock, check_latency, check_server
@@ -242,7 +244,7 @@ def _check_cluster(connection: Connection, nodes: Sequence[Node]) -> Check:
 
 def _check_sentinels(topology: SentinelTopology) -> Check:
     """Check that enough Sentinels answer to promote a replica."""
-    found = topology.watch()
+    found = topology.view_sentinels()
     answering = f"{found.alive} of {counted(found.total, 'Sentinel')}"
     if found.silent:
         verb = "does" if len(found.silent) == 1 else "do"

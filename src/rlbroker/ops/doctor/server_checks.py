@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from rlbroker.backend.connection import MIN_SERVER_VERSION, Connection
+from rlbroker.backend.connection import Connection
+from rlbroker.backend.error_mapping import grant_command
 from rlbroker.backend.keys import GROUP, Keys
-from rlbroker.backend.missing_rights import giving
 from rlbroker.backend.replies import whole_number
+from rlbroker.backend.suitability import MIN_SERVER_VERSION
 from rlbroker.backend.text import counted
 from rlbroker.errors import AccessDenied
 from rlbroker.membership.incarnations import incarnation_command
@@ -363,5 +364,5 @@ def check_rights(connection: Connection, info: ServerInfo, run: str | None) -> C
         "rights",
         "warning",
         f"{user} lacks rights for reading a run: {' '.join(rules)}",
-        giving(info.user, *rules),
+        grant_command(info.user, *rules),
     )

@@ -8,8 +8,7 @@ from typing import cast
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import entry_place, server_seconds, text_fields
-from rlbroker.backend.unreadable import legible
+from rlbroker.backend.replies import entry_place, parsing, server_seconds, text_fields
 from rlbroker.control.ledger_reader import read_missed_records
 from rlbroker.control.outcomes import ACKNOWLEDGED_STATES
 from rlbroker.types import Missed, Outcome, State
@@ -130,7 +129,7 @@ def read_missed(
         PeerError: the server refused, or could not be reached in time.
     """
     now = connection.clock(keys.meta)
-    with legible(keys.missed):
+    with parsing(keys.missed):
         records = read_missed_records(
             connection, keys, since=0.0 if last_seconds is None else now - last_seconds
         )

@@ -7,8 +7,7 @@ from typing import Literal
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import server_seconds, text_fields
-from rlbroker.backend.unreadable import legible
+from rlbroker.backend.replies import parsing, server_seconds, text_fields
 from rlbroker.config import RunSettings
 from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
 from rlbroker.types import Liveness
@@ -53,7 +52,7 @@ def find_participants(connection: Connection, run: str, host: str) -> list[Parti
         [("TIME",), ("HGETALL", keys.meta), ("SMEMBERS", keys.workers)]
     )
     now, participants = server_seconds(clock), list[Participant]()
-    with legible(keys.meta):
+    with parsing(keys.meta):
         meta = text_fields(meta_reply)
         lease_seconds = RunSettings.from_fields(meta).lease_seconds
         if meta.get("learner_host") == host:

@@ -11,13 +11,13 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import (
     entry_place,
+    parsing,
     pending_count,
     pending_rows,
     server_seconds,
     text_fields,
     whole_number,
 )
-from rlbroker.backend.unreadable import legible
 from rlbroker.codec.describe import Content as Content
 from rlbroker.codec.describe import describe
 from rlbroker.errors import WireError
@@ -126,7 +126,7 @@ def _peek_stream(
             [("XPENDING", key, GROUP), *(("XPENDING", key, GROUP, one, one, 1) for one in ids)]
         )
         pending = pending_count(summary)
-    with legible(keys.weights):
+    with parsing(keys.weights):
         now, version = server_seconds(clock), int(latest or 0)
     batches = [
         _parse_batch(worker, entry_id, fields, pending_rows(rows), now, version, retried)

@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import server_seconds, text_fields
-from rlbroker.backend.unreadable import answered, legible
+from rlbroker.backend.replies import parsing, raise_first_error, server_seconds, text_fields
 from rlbroker.codec.limits import FORMAT_VERSION
 from rlbroker.config import RunSettings, is_run_name
 from rlbroker.errors import AccessDenied, IncompatibleFormat, InvalidArgument, PeerError
@@ -163,8 +162,8 @@ def _parse_summary(
         if isinstance(reply, AccessDenied):
             raise reply
     try:
-        with legible(Keys(name).meta):
-            meta, version, _ = answered(replies)
+        with parsing(Keys(name).meta):
+            meta, version, _ = raise_first_error(replies)
             incarnations = parse_incarnations(ids, incarnation_replies).values()
             silences = [one.silent_seconds(now) for one in incarnations if one.member]
             return _summarize(name, now, text_fields(meta), int(version or 0), silences)

@@ -14,13 +14,15 @@ from typing import Any, Literal
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import (
+    default_if_wrong_type,
     entry_place,
     info_fields,
+    parsing,
+    raise_first_error,
     server_seconds,
     text_fields,
     whole_number,
 )
-from rlbroker.backend.unreadable import answered, legible, unless_spoiled
 from rlbroker.config import RunSettings
 from rlbroker.control.outcomes import WorkerOutcomes, summarize_missed
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
@@ -209,11 +211,11 @@ class SnapshotReader:
             ]
         )
         server_replies = _without_refusals(replies[: len(_SERVER_COMMANDS)])
-        clock, meta_reply, manifest_reply, pending_reply, names_reply = answered(
+        clock, meta_reply, manifest_reply, pending_reply, names_reply = raise_first_error(
             replies[len(_SERVER_COMMANDS) :]
         )
         now, manifest = server_seconds(clock), Manifest.from_fields(text_fields(manifest_reply))
-        with legible(keys.meta):
+        with parsing(keys.meta):
             meta = text_fields(meta_reply)
             settings = RunSettings.from_fields(meta)
             learner = _parse_learner(meta, now, settings.lease_seconds) if meta else None
@@ -260,12 +262,12 @@ class SnapshotReader:
         )
         incarnations = parse_incarnations(ids, islice(replies, len(ids)))
         heartbeats = {
-            worker: text_fields(unless_spoiled(reply, {}))
+            worker: text_fields(default_if_wrong_type(reply, {}))
             for worker, reply in zip(ids, islice(replies, len(ids)), strict=True)
         }
-        ledgers = answered(islice(replies, len(ids)))
-        dead_letters = answered(islice(replies, len(ids)))
-        found_types = answered(replies)
+        ledgers = raise_first_error(islice(replies, len(ids)))
+        dead_letters = raise_first_error(islice(replies, len(ids)))
+        found_types = raise_first_error(replies)
         members = {worker: incarnation for worker, incarnation in incarnations.items() if incarnation.member}
         infos = {
             info.worker_id: info
@@ -281,7 +283,7 @@ class SnapshotReader:
         sent = {worker: (info.incarnation, info.sent) for worker, info in infos.items()}
         is_right_type = match_types(types, found_types)
         counts = read_existing_counts(self._connection, keys, ids, is_right_type, reported=sent)
-        with legible(keys.pending):
+        with parsing(keys.pending):
             waiting = _parse_waiting_commands(text_fields(pending_reply), now)
         return {
             worker: WorkerStatus(
@@ -315,7 +317,7 @@ def _is_refusal(reply: Any) -> bool:
 def _parse_missed(
     keys: Keys, ids: Sequence[int], ledgers: Sequence[Any], manifest: Manifest | None
 ) -> list[MissedUpdates]:
-    with legible(f"{keys.prefix}:ledger:…"):
+    with parsing(f"{keys.prefix}:ledger:…"):
         return [
             summarize_missed(
                 worker,

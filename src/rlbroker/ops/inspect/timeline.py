@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.unreadable import legible
+from rlbroker.backend.replies import parsing
 from rlbroker.control.ledger_reader import read_missed_records
 from rlbroker.metrics.history import Interval, Sample, intervals, read_history
 from rlbroker.ops.inspect.bottleneck import Bottleneck, judge
@@ -339,7 +339,7 @@ def read_timeline(connection: Connection, run: str, *, span_seconds: float | Non
         samples = [sample for sample in samples if sample.at >= since]
     elif samples:
         since = samples[0].at
-    with legible(keys.missed):
+    with parsing(keys.missed):
         records = read_missed_records(connection, keys, since=since)
     return Timeline(snapshot, samples, records)
 

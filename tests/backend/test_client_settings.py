@@ -1,4 +1,4 @@
-"""Who we are to the server, and how we know it: what the URL says, then the environment, and what is refused."""
+"""User, password and TLS files of a client: from the URL, then from the environment; and what is refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def refused(url: str) -> str:
     return str(caught.value)
 
 
-def test_user_and_password_come_from_the_environment_where_the_url_does_not_say_them(
+def test_user_and_password_come_from_the_environment_if_the_url_lacks_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert login("redis://host") == (None, None)
@@ -59,10 +59,10 @@ def test_user_and_password_come_from_the_environment_where_the_url_does_not_say_
         file.write_bytes(text.encode())
         assert login("redis://host") == ("pong-worker-3", " kept ")
     file.unlink()
-    assert login("redis://me:mine@host") == ("me", "mine")  # it is not even read
+    assert login("redis://me:mine@host") == ("me", "mine")  # the file is not read
 
 
-def test_a_password_that_cannot_be_used_is_refused_and_not_shown(
+def test_an_unusable_password_is_refused_and_not_shown(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "password"
@@ -70,7 +70,7 @@ def test_a_password_that_cannot_be_used_is_refused_and_not_shown(
     assert refused("redis://host") == (
         f"RLBROKER_REDIS_PASSWORD_FILE: cannot read {file}: No such file or directory"
     )
-    for text, said in (
+    for text, message in (
         (b"", "is empty"),
         (b"\n", "is empty"),
         (b"s3\ncret", "more than one line"),
@@ -78,7 +78,7 @@ def test_a_password_that_cannot_be_used_is_refused_and_not_shown(
     ):
         file.write_bytes(text)
         found = refused("redis://host")
-        assert said in found
+        assert message in found
         assert found.startswith(f"RLBROKER_REDIS_PASSWORD_FILE: {file} ")
         assert "cret" not in found
     monkeypatch.setenv("RLBROKER_REDIS_PASSWORD", "s3cret")
@@ -87,7 +87,7 @@ def test_a_password_that_cannot_be_used_is_refused_and_not_shown(
     )
 
 
-def test_a_parameter_of_the_url_that_means_nothing_is_refused_by_name() -> None:
+def test_an_unknown_or_invalid_parameter_of_the_url_is_refused_by_name() -> None:
     assert "a parameter 'sokcet_timeout' that rlbroker does not know" in refused(
         "redis://host?sokcet_timeout=1"
     )
@@ -102,7 +102,7 @@ def test_a_parameter_of_the_url_that_means_nothing_is_refused_by_name() -> None:
     assert settings("redis://host?socket_timeout=2.5")["socket_timeout"] == 2.5
 
 
-def test_settings_for_tls_are_refused_where_all_would_travel_in_the_open(
+def test_tls_settings_are_refused_with_a_url_without_tls(
     monkeypatch: pytest.MonkeyPatch,
     certificates: Certificates,
 ) -> None:
@@ -111,14 +111,12 @@ def test_settings_for_tls_are_refused_where_all_would_travel_in_the_open(
     )
     monkeypatch.setenv(CA, certificates.ca())
     found = refused("redis://me:secret@host")
-    assert found.startswith(
-        "RLBROKER_TLS_CA_FILE is set, but the server's URL redis://host is one without TLS"
-    )
+    assert found.startswith("RLBROKER_TLS_CA_FILE is set, but the server's URL redis://host is without TLS")
     assert "secret" not in found
-    assert settings("unix:///run/redis.sock")  # leaves no machine
+    assert settings("unix:///run/redis.sock")  # a Unix socket does not leave the machine
 
 
-def test_the_server_must_prove_who_it_is_with_tls_that_is_new(
+def test_the_server_must_have_a_valid_certificate_and_at_least_tls_1_2(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     certificates: Certificates,
@@ -131,13 +129,13 @@ def test_the_server_must_prove_who_it_is_with_tls_that_is_new(
     assert context.verify_mode == ssl.CERT_REQUIRED
     assert context.check_hostname
     assert context.minimum_version == ssl.TLSVersion.TLSv1_2
-    assert len(context.get_ca_certs()) == 1, "those that the machine trusts are not trusted too"
+    assert len(context.get_ca_certs()) == 1, "the machine's own authorities are not trusted"
     assert (str(tls.certificate), str(tls.key)) == (f"{own} ({CERTIFICATE})", f"{key} ({KEY})")
     assert tls.context() is context, "files are read once"
     assert not caplog.records
 
 
-def test_the_url_wins_over_the_environment_and_a_key_comes_from_where_its_certificate_does(
+def test_the_url_wins_over_the_environment_and_key_and_certificate_have_one_source(
     monkeypatch: pytest.MonkeyPatch,
     certificates: Certificates,
 ) -> None:
@@ -161,23 +159,23 @@ def test_the_url_wins_over_the_environment_and_a_key_comes_from_where_its_certif
 
 
 @pytest.mark.parametrize(
-    ("query", "said"),
+    ("query", "message"),
     [
-        ("ssl_cert_reqs=none", "ssl_cert_reqs=none: whoever is on the way there"),
-        ("ssl_check_hostname=false", "ssl_check_hostname is off: whoever has a certificate"),
+        ("ssl_cert_reqs=none", "ssl_cert_reqs=none: an attacker in the network"),
+        ("ssl_check_hostname=false", "ssl_check_hostname is off: anyone with a certificate"),
     ],
 )
-def test_a_server_that_need_not_prove_who_it_is_is_warned_of(
-    caplog: pytest.LogCaptureFixture, query: str, said: str
+def test_an_unchecked_certificate_is_logged_as_a_warning(
+    caplog: pytest.LogCaptureFixture, query: str, message: str
 ) -> None:
     with caplog.at_level(logging.WARNING, "rlbroker"):
         context = settings(f"rediss://me:secret@host?{query}")["tls"].context()
     assert not context.check_hostname
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"rediss://host: {said}")
+    assert record.getMessage().startswith(f"rediss://host: {message}")
 
 
-def test_files_that_cannot_be_used_are_refused_with_the_setting_that_names_them(
+def test_unusable_files_are_refused_with_the_setting_that_names_them(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     certificates: Certificates,
@@ -197,7 +195,7 @@ def test_files_that_cannot_be_used_are_refused_with_the_setting_that_names_them(
             serialization.BestAvailableEncryption(b"secret"),
         )
     )
-    for variables, said in (
+    for variables, message in (
         ({CA: "/nowhere"}, f"{CA}: cannot read /nowhere: No such file or directory"),
         ({CA: str(tmp_path)}, f"{CA}: cannot read {tmp_path}: Is a directory"),
         ({CA: str(noise)}, f"{CA}: {noise} is not in PEM form"),
@@ -217,13 +215,13 @@ def test_files_that_cannot_be_used_are_refused_with_the_setting_that_names_them(
         with monkeypatch.context() as patch:
             for name, path in variables.items():
                 patch.setenv(name, path)
-            assert refused("rediss://host").startswith(said)
+            assert refused("rediss://host").startswith(message)
 
 
-def test_a_file_that_may_not_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbid(self: Path, *arguments: object, **options: object) -> str:
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setenv(CA, "/etc/ca.crt")
-    monkeypatch.setattr(Path, "read_text", forbid)  # who runs the tests may be allowed everything
+    monkeypatch.setattr(Path, "read_text", forbid)  # root may read every file
     assert refused("rediss://host") == f"{CA}: cannot read /etc/ca.crt: Permission denied"

@@ -1,0 +1,266 @@
+"""One physical connection of its own, for commands that must be ordered after a look at the server's state."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from redis import exceptions as redis_errors
+
+from rlbroker.backend.error_mapping import is_ask_redirect, missing_scripts_error, script_is_unknown
+from rlbroker.backend.resp import Argument, Pieces, pack_commands
+from rlbroker.backend.scripts import Script
+from rlbroker.backend.topology import Server
+from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError, ServerFault
+
+if TYPE_CHECKING:
+    from rlbroker.backend.connection import Connection
+
+#: The most bytes given to a socket at once. The socket's timeout applies to each such piece.
+SEND_BYTES: Final = 1 << 20
+
+
+class Channel:
+    """One physical connection of its own, for commands that must be ordered after a read of the server's state.
+
+    A server loses acknowledged writes only by a restart or a failover, and both break its connections. So a caller
+    that reads the state after `connect` returned True, and then writes over the same channel, writes to the state that
+    it has read. Not safe to use from several threads at once.
+    """
+
+    def __init__(self, connection: Connection, key: str = "", *, server: Server | None = None) -> None:
+        """Prepare a channel; nothing is connected yet.
+
+        Args:
+            connection: knows the servers.
+            key: the channel leads to the master that has this key.
+            server: the channel leads to this server instead.
+        """
+        self._connection, self._router = connection, connection.router
+        self._key, self._fixed_server = key, server
+        self._server = server
+        self._wire: Any = None
+        self._unanswered: deque[Sequence[Argument | Pieces]] = deque()
+        #: Whether another node has answered, as a Cluster is moving a key there. The caller resets it.
+        self.redirected = False
+        #: A block in which each error closes the channel and becomes one of rlbroker's.
+        self.closing_on_error = _OnError(self._break)
+
+    def connect(self) -> bool:
+        """Connect if there is no connection; return whether the connection is new.
+
+        Raises:
+            ConnectionFailed: the server cannot be reached.
+            AccessDenied: the server refuses this user.
+        """
+        self._router.check_process()
+        with self.closing_on_error:
+            if self._wire is not None:
+                if self._fixed_server or self._router.servers.master_for(self._key) == self._server:
+                    return False
+                self.close()
+            self._open()
+        return True
+
+    def _open(self) -> None:
+        self._server = self._fixed_server or self._router.servers.master_for(self._key)
+        self._wire = self._server.client.connection_pool.get_connection()
+
+    def execute(self, *command: Argument) -> Any:
+        """Return the reply to one command, sent once.
+
+        Raises:
+            PeerError: the server refused. After `ConnectionFailed`, the next `connect` makes a new connection.
+        """
+        (result,) = self.execute_all([command])
+        if isinstance(result, PeerError):
+            raise result
+        return result
+
+    def execute_all(
+        self, commands: Sequence[Sequence[Argument | Pieces]], *, strict: bool = False
+    ) -> list[Any]:
+        """Return the replies to many commands, sent once in one round trip; a refusal is returned as a `PeerError`.
+
+        Args:
+            commands: the commands in order. A last argument may be in pieces: large ones are not copied.
+            strict: whether the first refusal is raised instead.
+
+        Raises:
+            ConnectionFailed: the connection broke; the commands may have been applied.
+        """
+        self.send(commands)
+        results = self.receive(len(commands))
+        if strict:
+            for result in results:
+                if isinstance(result, PeerError):
+                    raise result
+        return results
+
+    def send(self, commands: Sequence[Sequence[Argument | Pieces]]) -> None:
+        """Send commands without waiting for the replies: `receive` returns them, or `close` discards them.
+
+        Raises:
+            ConnectionFailed: the connection broke; the commands may have been applied.
+        """
+        self._router.check_process()
+        with self.closing_on_error:
+            if self._wire is None:
+                self._open()
+            self._unanswered.extend(commands)
+            for piece in pack_commands(commands, piece_bytes=SEND_BYTES):
+                self._wire.send_packed_command([piece], check_health=False)
+
+    def receive(self, count: int) -> list[Any]:
+        """Return the next replies to what was sent; a refusal is returned as a `PeerError`.
+
+        Raises:
+            ConnectionFailed: the connection broke; the commands may have been applied.
+        """
+        results = []
+        with self.closing_on_error:
+            for _ in range(count):
+                command = self._unanswered.popleft()
+                try:
+                    results.append(self._wire.read_response())
+                except redis_errors.ResponseError as error:
+                    if is_ask_redirect(error):
+                        results.append(self._follow(error, command))
+                        continue
+                    refusal = self._translate(error, command)
+                    if isinstance(
+                        refusal, ConnectionFailed
+                    ):  # the server is of no use now, such as a replica
+                        raise refusal from error
+                    results.append(refusal)
+        self._router.errors.record_answer()
+        return results
+
+    def _follow(self, redirect: redis_errors.AskError, command: Sequence[Argument | Pieces]) -> Any:
+        self.redirected = True
+        try:
+            return follow_redirect(self._connection, redirect, command)
+        except ConnectionFailed:
+            raise
+        except PeerError as error:
+            return error
+
+    def run(self, script: Script, keys: Sequence[str], arguments: Sequence[Argument] = ()) -> Any:
+        """Return the reply of a script, run once; it is loaded first if the server lacks it.
+
+        Raises:
+            PeerError: as `execute`.
+        """
+        self._router.scripts.remember(script)
+        try:
+            return self.execute(*script.call(keys, arguments))
+        except ServerFault as error:
+            if not script_is_unknown(error):
+                raise
+        try:
+            self.execute("SCRIPT LOAD", script.text)
+        except AccessDenied as error:
+            raise missing_scripts_error(self._router.address) from error
+        return self.execute(*script.call(keys, arguments))
+
+    @property
+    def server(self) -> Server | None:
+        """The server of the present or last connection; None before the first."""
+        return self._server
+
+    @property
+    def raw_socket(self) -> socket.socket | None:
+        """The connection's socket, of which nothing was read ahead; None if redis-py must be used.
+
+        It is None with fakeredis, behind redis-py's cache, and with unknown releases of redis-py.
+        """
+        found = getattr(self._wire, "_sock", None)
+        parser = getattr(self._wire, "_parser", None)
+        return found if isinstance(found, socket.socket) and hasattr(parser, "parse_error") else None
+
+    def parse_error(self, line: bytes) -> PeerError:
+        """Return the error for an error reply that was read from the raw socket, without its leading `-`."""
+        return self._translate(self._wire._parser.parse_error(line.decode(errors="replace")))
+
+    def give_back(self) -> None:
+        """Return the connection to the pool; every reply must have been read."""
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            self._router.errors.record_answer()
+            self._pool.release(wire)
+
+    def close(self) -> None:
+        """Close the connection. May be called again."""
+        wire, self._wire = self._wire, None
+        self._unanswered.clear()
+        if wire is not None:
+            wire.disconnect()
+            self._pool.release(wire)
+
+    @property
+    def _pool(self) -> Any:
+        assert self._server is not None
+        return self._server.client.connection_pool
+
+    def _break(self, error: BaseException) -> None:
+        """Close the connection, so that no half-read reply stays behind, and raise rlbroker's error."""
+        self.close()
+        if isinstance(error, PeerError) or not isinstance(error, (redis_errors.RedisError, OSError)):
+            return  # translated already, or an interrupt in the middle of a reply
+        if not isinstance(error, redis_errors.RedisError):
+            error = redis_errors.ConnectionError(str(error))
+        translated = self._translate(error)
+        if not isinstance(translated, ConnectionFailed):
+            self._router.record_failure(error, self._server)
+        raise translated from error
+
+    def _translate(
+        self, error: redis_errors.RedisError, command: Sequence[Argument | Pieces] = ()
+    ) -> PeerError:
+        translated = self._router.translate(error, command, self._server)
+        translated.__cause__ = error
+        if isinstance(translated, ConnectionFailed):
+            self._router.record_failure(error, self._server)
+        return translated
+
+
+class _OnError:
+    """A block after whose error a function is called. A class, as a generator would be slower."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: Callable[[BaseException], None]) -> None:
+        self._handle = handle
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._handle(error)
+
+
+def follow_redirect(
+    connection: Connection, redirect: redis_errors.AskError, command: Sequence[Argument | Pieces]
+) -> Any:
+    """Return the reply to a command from the node to which a Cluster is moving its key; sent once.
+
+    Raises:
+        PeerError: that node refused, or could not be reached.
+    """
+    router = connection.router
+    channel = Channel(connection, server=router.servers.at((str(redirect.host), int(redirect.port))))
+    try:
+        for _ in range(2):
+            asking, reply = channel.execute_all([("ASKING",), command])
+            if not isinstance(reply, PeerError) or not script_is_unknown(reply):
+                break
+            channel.execute_all([("SCRIPT LOAD", script.text) for script in router.scripts.used])
+        for one in (asking, reply):
+            if isinstance(one, PeerError):
+                raise one
+        return reply
+    finally:
+        channel.give_back()

@@ -1,0 +1,76 @@
+"""The only retry policy: an idempotent operation is repeated until it succeeds or the deadline is over."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from rlbroker.backend.deadline import Backoff, Deadline, within
+from rlbroker.backend.error_mapping import ErrorTranslator
+from rlbroker.errors import ConnectionFailed, RunLost
+
+logger = logging.getLogger("rlbroker")
+
+Result = TypeVar("Result")
+
+
+class RetryPolicy:
+    """Retries with exponential back-off after a broken connection, and while the run waits for its learner."""
+
+    def __init__(self, timeout_seconds: float, errors: ErrorTranslator) -> None:
+        """Start without an attempt.
+
+        Args:
+            timeout_seconds: how long an operation may take that has no deadline of its own.
+            errors: knows whether the server has ever answered.
+        """
+        self._timeout_seconds, self._errors = timeout_seconds, errors
+        self._silence_logged = False
+
+    def run(self, operation: Callable[[], Result], deadline: Deadline | None = None) -> Result:
+        """Return the result of an operation, repeated until it succeeds or the deadline is over.
+
+        After an attempt that hung, there is no further one that would hang far beyond the deadline.
+
+        Args:
+            operation: raises rlbroker's errors, and must be idempotent.
+            deadline: by default the connection's timeout from now.
+
+        Raises:
+            ConnectionFailed: no attempt succeeded, and one of them may have been applied.
+            RunLost: the server lost the run, and no learner restored it in time.
+            PeerError: the server refused.
+        """
+        with within(deadline or Deadline(self._timeout_seconds)) as in_force:
+            return self._repeat(operation, in_force)
+
+    def _repeat(self, operation: Callable[[], Result], deadline: Deadline) -> Result:
+        backoff: Backoff | None = None
+        unclear: ConnectionFailed | None = (
+            None  # the latest error after which an attempt may have been applied
+        )
+        while True:
+            began = time.monotonic()
+            try:
+                return operation()
+            except (ConnectionFailed, RunLost) as error:
+                took_seconds = time.monotonic() - began
+                unclear = error if isinstance(error, ConnectionFailed) else unclear
+                backoff = backoff or Backoff()
+                pause = backoff.next(deadline)
+                if deadline.over or deadline.remaining < took_seconds / 2:
+                    if unclear not in (None, error):
+                        raise unclear from error
+                    raise
+                # A user who waits for a server that has never answered may have mistyped its address.
+                first = not self._errors.has_answered and not self._silence_logged and deadline.remaining > 1
+                self._silence_logged |= first
+                logger.log(
+                    logging.WARNING if first else logging.DEBUG,
+                    "%s; trying again for %.0f s",
+                    error,
+                    deadline.remaining,
+                )
+                time.sleep(pause)

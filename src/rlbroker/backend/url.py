@@ -1,0 +1,154 @@
+"""URLs of servers: which are accepted, and what they say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
+
+from rlbroker.config import DEFAULT_URL, default_url, redacted_url
+from rlbroker.errors import InvalidArgument
+
+URL_SCHEMES = (
+    *("redis", "rediss", "unix"),
+    *("redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"),
+)
+
+#: Parameters with the user and password for the Sentinels; those for the server do not count there.
+_SENTINEL_LOGIN = ("sentinel_username", "sentinel_password")
+
+#: The names of masters that Sentinels accept.
+_SERVICE = re.compile(r"[\w.-]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a URL says that the server is.
+
+    Attributes:
+        kind: one server; the nodes of a Cluster; or Sentinels, which name the master.
+        url: the URL of the first host in the form that redis-py reads.
+        hosts: host and port of each node or Sentinel in the URL; empty for one server.
+        service: the Sentinels' name of the master; empty without Sentinels.
+        login: user and password for the Sentinels, if they need any.
+    """
+
+    kind: Literal["one", "cluster", "sentinel"]
+    url: str
+    hosts: tuple[tuple[str, int], ...] = ()
+    service: str = ""
+    login: Mapping[str, str] = field(default_factory=dict)
+
+
+def redis_url(url: str | None = None) -> str:
+    """Return the server's URL: the argument, else RLBROKER_REDIS_URL, else REDIS_URL, else localhost.
+
+    Raises:
+        InvalidArgument: the URL cannot be used; the message says why.
+    """
+    if url is not None and not isinstance(url, str):
+        raise InvalidArgument(f"redis_url must be text, such as {DEFAULT_URL!r}; got {url!r}")
+    found = url or default_url()
+    try:
+        scheme = url_parts(found)[0].scheme
+    except ValueError as error:
+        raise invalid_url_error(found, error) from None
+    if scheme not in URL_SCHEMES:
+        known = ", ".join(f"{name}://" for name in URL_SCHEMES)
+        raise InvalidArgument(
+            f"the server's URL has the scheme {scheme!r}; use one of {known}, such as {DEFAULT_URL!r} "
+            "(it comes from the argument, RLBROKER_REDIS_URL, or REDIS_URL)"
+        )
+    if "://" not in found:
+        raise InvalidArgument(f"the server's URL lacks its //; write it like {DEFAULT_URL!r}")
+    parse_endpoint(found)
+    return found
+
+
+def parse_endpoint(url: str) -> Endpoint:
+    """Return where a URL says that the server is.
+
+    >>> parse_endpoint("redis+sentinel://a:1,b:2/pong/3").hosts
+    (('a', 1), ('b', 2))
+
+    Raises:
+        InvalidArgument: a part of the URL is missing or cannot be used.
+    """
+    parts, places = url_parts(url)
+    scheme, _, engine = parts.scheme.partition("+")
+    service, path = "", parts.path.strip("/")
+    if engine == "sentinel":
+        service, _, path = path.partition("/")
+        _check_service(service, url)
+    if scheme != "unix" and path and not path.isdecimal():
+        raise InvalidArgument(f"the database in the server's URL must be a number, as in {DEFAULT_URL!r}")
+    if not engine:
+        return Endpoint("one", url)
+    if engine == "cluster" and path.strip("0"):
+        raise InvalidArgument(f"a Cluster has the database 0 only; {redacted_url(url)} names {path}")
+    hosts = _parse_hosts(places, engine, url)
+    query, login = parts.query, dict[str, str]()
+    if engine == "sentinel":
+        parameters = parse_qsl(query, keep_blank_values=True)
+        login = {
+            name.removeprefix("sentinel_"): value for name, value in parameters if name in _SENTINEL_LOGIN
+        }
+        query = urlencode([pair for pair in parameters if pair[0] not in _SENTINEL_LOGIN])
+    first = parts._replace(scheme=scheme, path=f"/{path}", query=query, fragment="").geturl()
+    return Endpoint("cluster" if engine == "cluster" else "sentinel", first, hosts, service, login)
+
+
+def _check_service(service: str, url: str) -> None:
+    """Refuse a URL of Sentinels without a valid name of a master."""
+    if not service:
+        raise InvalidArgument(
+            f"the URL of the Sentinels {redacted_url(url)} does not name the master; write it like "
+            "redis+sentinel://host:26379,host:26379/mymaster"
+        )
+    if not _SERVICE.fullmatch(service):  # not the name itself: it may be a part of a password
+        raise InvalidArgument(
+            f"the URL of the Sentinels {redacted_url(url)} has an invalid name of a master: use letters, digits and "
+            ".-_; in a password write / as %2F"
+        )
+
+
+def _parse_hosts(places: list[str], engine: str, url: str) -> tuple[tuple[str, int], ...]:
+    default_port = 26379 if engine == "sentinel" else 6379
+    try:
+        parsed = [urlsplit(f"//{place}") for place in places]
+        hosts = tuple((one.hostname or "", one.port or default_port) for one in parsed)
+    except ValueError as error:
+        raise invalid_url_error(url, error) from None
+    if not all(host for host, _ in hosts):
+        raise InvalidArgument(
+            f"the server's URL {redacted_url(url)} names a host that is empty; write at least one, and a comma only "
+            f"between two, as in redis+{engine}://host:{default_port},host:{default_port}"
+        )
+    return hosts
+
+
+def url_parts(url: str) -> tuple[SplitResult, list[str]]:
+    """Return the parts of a URL with its first host only, as no library reads several; and all of its hosts.
+
+    Raises:
+        ValueError: the URL cannot be read.
+    """
+    scheme, _, rest = url.partition("://")
+    place = re.split("[/?#]", rest, maxsplit=1)[0]
+    user, at, named = place.rpartition("@")
+    hosts = named.split(",")
+    if "+" not in scheme or len(hosts) == 1:
+        return urlsplit(url), hosts
+    return urlsplit(f"{scheme}://{user}{at}{hosts[0]}{rest[len(place) :]}"), hosts
+
+
+def invalid_url_error(url: str, error: ValueError) -> InvalidArgument:
+    """Return the error for a URL that cannot be used."""
+    why = str(error)
+    if (
+        "Port" in why or "netloc" in why
+    ):  # these messages repeat a part of the URL, which may hold the password
+        why = "host or port cannot be read; in a password write / as %2F, ? as %3F, # as %23, @ as %40"
+    return InvalidArgument(f"the server's URL {redacted_url(url)} cannot be used: {why}")
