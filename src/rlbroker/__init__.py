@@ -49,7 +49,7 @@ from rlbroker.types import (
 
 if TYPE_CHECKING:
     from rlbroker.control.commands import Command
-    from rlbroker.learner import WorkerCommunicator
+    from rlbroker.learner.communicator import WorkerCommunicator
     from rlbroker.worker import WorkerClient
 
     __version__: str
@@ -97,7 +97,11 @@ __all__ = [
 ]
 
 #: Imported at first use: they need numpy and blosc2, which would slow down commands that only inspect a run.
-_LAZY = {"Command": "control.commands", "WorkerClient": "worker", "WorkerCommunicator": "learner"}
+_LAZY = {
+    "Command": "control.commands",
+    "WorkerClient": "worker",
+    "WorkerCommunicator": "learner.communicator",
+}
 
 
 def __getattr__(name: str) -> Any:

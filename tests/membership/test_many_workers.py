@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import wait_until
 
-import rlbroker.run.maintenance
+import rlbroker.learner.maintenance
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.deadline import Deadline
 from rlbroker.membership import lease
@@ -31,7 +31,7 @@ class _EndlessWait(RunSize):
 def test_workers_learn_how_many_workers_and_hosts_there_are(
     learner: Learner, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rlbroker.run.maintenance, "HOUSEKEEPING_SECONDS", 0.1)
+    monkeypatch.setattr(rlbroker.learner.maintenance, "HOUSEKEEPING_SECONDS", 0.1)
     learner(lease_seconds=1.0)
     clients = [worker() for _ in range(3)]
     wait_until(

@@ -46,7 +46,7 @@ def stop_heartbeats(client: WorkerClient) -> None:
 def test_a_sample_counts_versions_batches_bytes_and_seconds(
     learner: Learner, worker: Worker, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("rlbroker.run.maintenance.HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr("rlbroker.learner.maintenance.HEARTBEAT_SECONDS", 0.05)
     comm = learner(max_staleness=2)
     client = worker(3)
     # The background thread takes the second sample.

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from conftest import Server, wait_until
 
-import rlbroker.learner
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.scripts import Script
 from rlbroker.errors import ConnectionFailed
+from rlbroker.learner import maintenance
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -97,7 +97,7 @@ def test_a_lost_announcement_delays_an_update_and_loses_nothing(
 def test_weights_that_were_lost_in_part_are_published_again(
     learner: Learner, worker: Worker, server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
-    monkeypatch.setattr(rlbroker.learner, "HOUSEKEEPING_SECONDS", 0.2)
+    monkeypatch.setattr(maintenance, "HOUSEKEEPING_SECONDS", 0.2)
     comm = learner()
     comm.send_model_weights({"w": np.arange(1000)}, compression_enabled=False)
     [key] = server.client.scan_iter(keys.chunk("1-*", 0 if lost == "header" else 1))

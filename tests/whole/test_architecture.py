@@ -12,7 +12,7 @@ import pytest
 
 import rlbroker
 from rlbroker.backend.scripts import Script
-from rlbroker.run.scripts import SCRIPTS
+from rlbroker.learner.run_scripts import SCRIPTS
 
 pytestmark = pytest.mark.unit
 
@@ -26,7 +26,6 @@ LAYERS = (
     {"backend"},
     {"metrics", "membership"},
     {"weights", "experience", "control"},
-    {"run"},
     {"learner", "worker"},
     {"__init__"},
     {"local"},

@@ -32,6 +32,6 @@ def test_an_installed_wheel_has_scripts_and_templates_and_can_be_imported(tmp_pa
     ]
     assert data
     assert installed.issuperset(data)
-    code = f"import sys; sys.path.insert(0, {str(site)!r}); import rlbroker.learner as found; print(found.__file__)"
+    code = f"import sys; sys.path.insert(0, {str(site)!r}); from rlbroker.learner import parts; print(parts.__file__)"
     done = subprocess.run([sys.executable, "-I", "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.startswith(str(site))

@@ -24,7 +24,7 @@ from rlbroker.demo.retries import Result, outlast
 from rlbroker.demo.rollout import RolloutBatch, make_envs
 from rlbroker.demo.training_progress import DemoWorkerStatus, Outcome, Progress, Summary
 from rlbroker.errors import ConnectionFailed, InvalidArgument, RunLost
-from rlbroker.learner import WorkerCommunicator
+from rlbroker.learner.communicator import WorkerCommunicator
 from rlbroker.types import Batch
 
 #: Environment steps in one update, at least; PPO needs enough for advantages that are worth normalising.

@@ -28,7 +28,7 @@ from rlbroker.backend.keys import Keys
 from rlbroker.codec.limits import Limits
 from rlbroker.codec.message import MessageAssembly, MessagePlan
 from rlbroker.errors import ConnectionFailed, DeadlineExceeded, RlbrokerError
-from rlbroker.learner import WorkerCommunicator
+from rlbroker.learner.communicator import WorkerCommunicator
 from rlbroker.worker import WorkerClient
 
 #: Size of the values that measure transfer rates: values of 1 to 4 MB move fastest.

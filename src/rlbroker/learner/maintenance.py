@@ -16,10 +16,10 @@ from rlbroker.control.ledger import Ledger
 from rlbroker.errors import Fenced, RunLost
 from rlbroker.experience.collector import Collector
 from rlbroker.experience.pending import PendingEntries, Takeover
+from rlbroker.learner.restoration import Restoration
+from rlbroker.learner.run_scripts import SCRIPTS
 from rlbroker.membership.roster import Roster
 from rlbroker.metrics.recorder import Recorder
-from rlbroker.run.restoration import Restoration
-from rlbroker.run.scripts import SCRIPTS
 from rlbroker.weights.publisher import Publisher
 
 logger = logging.getLogger("rlbroker")

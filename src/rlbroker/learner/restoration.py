@@ -11,8 +11,8 @@ from rlbroker.control.commands import CommandSender
 from rlbroker.control.ledger import Ledger
 from rlbroker.errors import ConnectionFailed, ServerOutOfMemory
 from rlbroker.experience.pending import PendingEntries
+from rlbroker.learner.run_scripts import SCRIPTS
 from rlbroker.membership.roster import Roster
-from rlbroker.run.scripts import SCRIPTS
 from rlbroker.weights.publisher import Publisher
 
 

@@ -32,10 +32,10 @@ from rlbroker.control.commands import Command
 from rlbroker.errors import Closed, InvalidArgument, PeerError, UnsupportedType
 from rlbroker.experience.counts import read_counts
 from rlbroker.experience.marks import parse_marks
+from rlbroker.learner.options import LearnerOptions
+from rlbroker.learner.parts import LearnerParts
+from rlbroker.learner.run_scripts import SCRIPTS
 from rlbroker.metrics.tensorboard import ScalarLog, SummaryWriter
-from rlbroker.run.learner_parts import LearnerParts
-from rlbroker.run.options import LearnerOptions
-from rlbroker.run.scripts import SCRIPTS
 from rlbroker.types import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
 from rlbroker.weights.image_store import ImageStore
 

@@ -20,12 +20,12 @@ from rlbroker.experience.counts import read_counts
 from rlbroker.experience.dead_letters import DeadLetters
 from rlbroker.experience.pending import PendingEntries, Takeover
 from rlbroker.experience.rate_limiter import RateLimiter
+from rlbroker.learner.maintenance import Maintenance
+from rlbroker.learner.options import LearnerOptions
+from rlbroker.learner.shards import choose_shards
 from rlbroker.membership.roster import Roster
 from rlbroker.metrics.counters import Metrics
 from rlbroker.metrics.recorder import Recorder, RunState
-from rlbroker.run.maintenance import Maintenance
-from rlbroker.run.options import LearnerOptions
-from rlbroker.run.shards import choose_shards
 from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.publisher import Publisher
 
