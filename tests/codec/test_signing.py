@@ -49,7 +49,7 @@ def test_a_signature_is_right_wrong_missing_or_of_another_key() -> None:
         (KEY.sign("command", "b"), "its signature is wrong"),
         (KEY.sign("command", "a")[:-1], "its signature is wrong"),
         ("ä" * 73, "its signature is wrong"),
-        (OTHER.sign("command", "a"), rf"signed with another key \(id {OTHER.id}, ours {KEY.id}\)"),
+        (OTHER.sign("command", "a"), rf"signed with another key \(id {OTHER.id}, expected {KEY.id}\)"),
     ]:
         with pytest.raises(NotSigned, match=why):
             KEY.check(signature, "command", "a")

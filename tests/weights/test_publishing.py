@@ -123,7 +123,7 @@ def test_a_learner_that_continues_a_run_warns_of_it(
     learner(learner_name="other", publishes=False)
     assert "goes on" not in caplog.text  # the run was empty, or this learner does not publish
     learner()
-    assert "goes on: version 1, 1 batch of earlier workers waiting" in caplog.text
+    assert "continues: version 1, 1 batch of earlier workers waiting" in caplog.text
 
 
 @pytest.mark.on_every_engine
@@ -264,7 +264,7 @@ def test_weights_that_are_sent_without_waiting_may_change_at_once(
         assert not receipt.done
         assert receipt
         weights["w"].zero_()
-        with pytest.raises(DeadlineExceeded, match="not out after 0"):
+        with pytest.raises(DeadlineExceeded, match="not published after 0"):
             receipt.wait(0.01)
         go_on.set()
         assert receipt.wait(10).version == 1
