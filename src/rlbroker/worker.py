@@ -39,7 +39,7 @@ from rlbroker.weights.applier import WeightsApplier
 from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.loading import check_target
 from rlbroker.weights.subscriber import Subscriber
-from rlbroker.weights.updates import WeightsUpdate, drop_superseded
+from rlbroker.weights.update_queue import WeightsUpdate, drop_superseded
 
 logger = logging.getLogger("rlbroker")
 

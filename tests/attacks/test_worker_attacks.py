@@ -22,8 +22,8 @@ from rlbroker.codec.message import encode
 from rlbroker.control.ledger import SETTLE
 from rlbroker.experience import collector
 from rlbroker.membership import incarnations
-from rlbroker.membership.registration import REGISTER
 from rlbroker.membership.roster import RESTORE_RUN
+from rlbroker.membership.worker_ids import REGISTER
 
 Refused = redis.exceptions.NoPermissionError
 

@@ -13,8 +13,8 @@ from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.deadline import Deadline
 from rlbroker.membership import lease
 from rlbroker.membership.heartbeat import Heartbeat
-from rlbroker.membership.registration import Registrar
 from rlbroker.membership.run_size import RunSize
+from rlbroker.membership.worker_ids import Registrar
 from rlbroker.types import Registration
 
 Learner = Callable[..., WorkerCommunicator]

@@ -27,8 +27,8 @@ from rlbroker.backend.scripts import Script
 from rlbroker.control.commands import RESTORE_COMMAND, SEND
 from rlbroker.control.ledger import SETTLE
 from rlbroker.membership.heartbeat import BEAT, LEAVE, REJOIN
-from rlbroker.membership.registration import REGISTER
 from rlbroker.membership.roster import ALIVE, CLOSE, FORGET, OPEN
+from rlbroker.membership.worker_ids import REGISTER
 from rlbroker.ops.acl import _LEARNER, _WORKER
 from rlbroker.ops.prune import PRUNE_RUN
 from rlbroker.weights.commit import COMMIT

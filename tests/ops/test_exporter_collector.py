@@ -13,8 +13,13 @@ from test_findings import COUNTS, MISSED, RUN, STATUS, WELL, worker
 from rlbroker import DeadlineExceeded
 from rlbroker.backend.connection import Connection
 from rlbroker.metrics.history import Sample
-from rlbroker.ops.exporter.collector import MetricsCollector, RunReading, build_families, staleness_buckets
 from rlbroker.ops.exporter.metrics import WORKERS_LISTED
+from rlbroker.ops.exporter.prometheus_collector import (
+    MetricsCollector,
+    RunReading,
+    build_families,
+    staleness_buckets,
+)
 from rlbroker.ops.inspect.snapshot import Snapshot
 
 pytestmark = pytest.mark.unit

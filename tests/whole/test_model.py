@@ -27,13 +27,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from lossy import Lossy
-from rlbroker.run import maintenance
 
 from rlbroker import ConnectionFailed, Fenced, Unconfirmed, WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.threads import BackgroundThread
 from rlbroker.config import Level
 from rlbroker.control import control_reader
+from rlbroker.learner import maintenance
 from rlbroker.types import Outcome
 
 RUNS = (f"model-{number}" for number in itertools.count(1))

@@ -19,10 +19,10 @@ from rlbroker.config import Acknowledge
 from rlbroker.errors import ConnectionFailed, ServerFault
 from rlbroker.experience.dead_letters import DeadLetters
 from rlbroker.experience.entry_reader import EntryReader
-from rlbroker.experience.incoming import Unpacker
 from rlbroker.experience.pending import PendingEntries, Takeover
 from rlbroker.experience.rate_limiter import RateLimiter
 from rlbroker.experience.read_position import Entry, ReadPosition, Stream, covers
+from rlbroker.experience.rejections import Unpacker
 from rlbroker.experience.watched_streams import StreamDiscovery, WatchedStreams, is_stream_lost
 from rlbroker.metrics.counters import Metrics
 from rlbroker.types import Batch

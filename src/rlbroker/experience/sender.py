@@ -1,7 +1,7 @@
 """The worker's side of the experiences: batches go to the worker's own queue, in order, once, and within its bounds.
 
-A batch costs one plain XADD (`SendQueue`). The queue's size is read again only when what was sent since the last time
-could have filled it.
+A batch costs one plain XADD (`StreamWriter`). The queue's size is read again only when what was sent since the last
+time could have filled it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlbroker.errors import (
 )
 from rlbroker.experience.levels import Confirmation
 from rlbroker.experience.outgoing import Message, Packer, PendingBatch
-from rlbroker.experience.send_queue import SendQueue
+from rlbroker.experience.stream_writer import StreamWriter
 from rlbroker.types import Registration, SendReceipt
 
 #: How often a sender that waits for a full queue reads its size, at least.
@@ -76,7 +76,7 @@ class Sender:
         self._room_seconds = 0.0
         self._waiting_since: float | None = None  #: since when it waits for room, if it does
         confirmation = Confirmation(connection, level)
-        self.queue = SendQueue(connection, keys, registration, confirmation, rejoin)
+        self.queue = StreamWriter(connection, keys, registration, confirmation, rejoin)
         if known:
             self.queue.refresh()
         connection.retry(lambda: confirmation.check(self.queue.stream_key, known=known))

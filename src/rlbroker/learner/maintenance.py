@@ -19,7 +19,7 @@ from rlbroker.experience.pending import PendingEntries, Takeover
 from rlbroker.learner.restoration import Restoration
 from rlbroker.learner.run_scripts import SCRIPTS
 from rlbroker.membership.roster import Roster
-from rlbroker.metrics.recorder import Recorder
+from rlbroker.metrics.history_recorder import Recorder
 from rlbroker.weights.publisher import Publisher
 
 logger = logging.getLogger("rlbroker")

@@ -7,18 +7,18 @@ from typing import Final
 
 from rlbroker.backend.scripts import Script
 from rlbroker.control import commands, ledger
-from rlbroker.experience import dead_letters, pending, send_queue
-from rlbroker.membership import heartbeat, registration, roster
+from rlbroker.experience import dead_letters, pending, stream_writer
+from rlbroker.membership import heartbeat, roster, worker_ids
 from rlbroker.weights import commit
 
 _OWNERS: Final[tuple[ModuleType, ...]] = (
     roster,
-    registration,
+    worker_ids,
     heartbeat,
     commit,
     commands,
     ledger,
-    send_queue,
+    stream_writer,
     pending,
     dead_letters,
 )

@@ -22,8 +22,8 @@ from rlbroker.membership.lease import (
     heartbeat_lifetime_milliseconds,
     heartbeat_seconds,
 )
-from rlbroker.membership.registration import Registrar
 from rlbroker.membership.run_size import RunSize
+from rlbroker.membership.worker_ids import Registrar
 from rlbroker.types import Registration
 
 REJOIN = Script.load("membership/lua/rejoin.lua")

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlbroker.weights.loading import load
 from rlbroker.weights.subscriber import Subscriber
-from rlbroker.weights.updates import WeightsUpdate
+from rlbroker.weights.update_queue import WeightsUpdate
 
 #: Acknowledges a version: the version before, the version, the outcome, and a detail.
 Acknowledge = Callable[[int, int, str, str], None]

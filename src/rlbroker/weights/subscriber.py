@@ -19,7 +19,7 @@ from rlbroker.membership.run_size import RunSize
 from rlbroker.weights.download import DecodedVersion, Downloader
 from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.manifest import Manifest
-from rlbroker.weights.updates import UpdateQueue, WeightsUpdate
+from rlbroker.weights.update_queue import UpdateQueue, WeightsUpdate
 from rlbroker.weights.version_channel import VersionChannel
 
 logger = logging.getLogger("rlbroker")

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from rlbroker.ops.cli.formatting import counted
-from rlbroker.ops.cli.options import with_session
 from rlbroker.ops.cli.session import Session
+from rlbroker.ops.cli.shared_options import with_session
 
 #: The user of an ACL file with all rights.
 ADMINISTRATOR = "admin"

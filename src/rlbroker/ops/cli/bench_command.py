@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlbroker.ops.cli.options import with_session
 from rlbroker.ops.cli.session import Session
+from rlbroker.ops.cli.shared_options import with_session
 
 if TYPE_CHECKING:
     from rlbroker.ops.bench import Report

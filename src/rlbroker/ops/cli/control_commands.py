@@ -12,9 +12,9 @@ import typer
 
 from rlbroker.ops.cli.exit_codes import EXIT_INTERRUPTED
 from rlbroker.ops.cli.formatting import age, counted, parse_span, sanitize
-from rlbroker.ops.cli.options import with_session
 from rlbroker.ops.cli.progress import show_progress
 from rlbroker.ops.cli.session import Session
+from rlbroker.ops.cli.shared_options import with_session
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.control_records import SentCommand

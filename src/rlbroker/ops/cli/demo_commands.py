@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rlbroker.ops.cli.options import Url
+from rlbroker.ops.cli.shared_options import Url
 
 Env = Annotated[str, typer.Option(help="Gymnasium environment; the same for the learner and its workers.")]
 Hidden = Annotated[

@@ -8,8 +8,8 @@ import typer
 
 from rlbroker.ops.cli.check_command import CRITICAL, OK, UNKNOWN, WARNING
 from rlbroker.ops.cli.formatting import counted, sanitize
-from rlbroker.ops.cli.options import with_session
 from rlbroker.ops.cli.session import Session
+from rlbroker.ops.cli.shared_options import with_session
 
 if TYPE_CHECKING:
     from rlbroker.ops.doctor.diagnosis import Diagnosis

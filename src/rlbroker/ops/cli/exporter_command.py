@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlbroker.ops.cli.options import with_session
 from rlbroker.ops.cli.session import Session
+from rlbroker.ops.cli.shared_options import with_session
 
 if TYPE_CHECKING:
     from http.server import ThreadingHTTPServer
 
-    from rlbroker.ops.exporter.collector import MetricsCollector
+    from rlbroker.ops.exporter.prometheus_collector import MetricsCollector
 
 logger = logging.getLogger("rlbroker")
 
@@ -56,7 +56,7 @@ def exporter(
     from rlbroker.errors import UsageError
 
     try:
-        from rlbroker.ops.exporter.collector import MetricsCollector
+        from rlbroker.ops.exporter.prometheus_collector import MetricsCollector
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "prometheus_client":
             raise

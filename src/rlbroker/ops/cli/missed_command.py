@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import typer
 
 from rlbroker.ops.cli.formatting import age, parse_span, sanitize
-from rlbroker.ops.cli.options import with_session
 from rlbroker.ops.cli.session import Session
+from rlbroker.ops.cli.shared_options import with_session
 
 
 @with_session

@@ -10,8 +10,8 @@ import typer
 
 from rlbroker.ops.cli.exit_codes import EXIT_NOT_FOUND
 from rlbroker.ops.cli.formatting import age, counted, format_bytes, parse_span
-from rlbroker.ops.cli.options import with_session
 from rlbroker.ops.cli.session import Session
+from rlbroker.ops.cli.shared_options import with_session
 
 if TYPE_CHECKING:
     from rlbroker.ops.prune import PruneResult, StaleRun

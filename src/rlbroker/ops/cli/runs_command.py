@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rlbroker.ops.cli.formatting import age
-from rlbroker.ops.cli.options import with_session
 from rlbroker.ops.cli.session import Session
+from rlbroker.ops.cli.shared_options import with_session
 
 
 @with_session(without=("run",))

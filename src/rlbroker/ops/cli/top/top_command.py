@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Self
 import typer
 
 from rlbroker.errors import RlbrokerError
-from rlbroker.ops.cli.options import with_session
 from rlbroker.ops.cli.session import Session
+from rlbroker.ops.cli.shared_options import with_session
 
 if TYPE_CHECKING:
     from rlbroker.ops.cli.top.key_bindings import ViewState

@@ -72,7 +72,7 @@ class QueueSize:
         self.held_bytes = self.sent_bytes - removed_bytes
 
 
-class SendQueue:
+class StreamWriter:
     """The queue of one worker, with its batches that have not reached their level. Not thread-safe.
 
     Every operation is repeated until its deadline while the connection is broken. It raises `Fenced` if a newer process
