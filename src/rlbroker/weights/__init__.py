@@ -3,6 +3,6 @@
     learner -> publisher -> upload, commit -> (Redis) -> subscriber -> worker
 
 All other modules are leaves that these call and that call nothing back: `manifest` (what is stored), `retention` (how
-long chunks stay), `download` and `loading`, `version_channel` and `update_queue` (which the subscriber waits for and hands
-on), `gpu_copy`, `image_store` and `host_cache` (memory for images).
+long chunks stay), `download` and `loading`, `version_channel` and `update_queue` (between the subscriber and `poll`),
+`gpu_copy`, `image_store` and `host_cache` (memory for images).
 """
