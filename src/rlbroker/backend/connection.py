@@ -362,7 +362,7 @@ class Connection:
     def pubsub(self, channel: str) -> redis.client.PubSub:
         """Return a subscriber with a connection of its own to the server of a publish/subscribe channel."""
         make: Callable[..., redis.client.PubSub] = self.router.master_for(channel).client.pubsub
-        return make(ignore_subscribe_messages=True)
+        return make()
 
     def master_for(self, key: str) -> Server:
         """Return the master that has a key now.

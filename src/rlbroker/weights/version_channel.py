@@ -70,6 +70,8 @@ class VersionChannel:
         if message is None:
             return 0
         self._answered = True
+        # The confirmation of the subscription is a message too. It must end the wait: an announcement may have come
+        # with it in one read, and the socket would not become readable again for that.
         if message["type"] != "message":
             return 0
         return whole_number(str(message["data"], "ascii", "replace")) or 0
