@@ -180,7 +180,7 @@ def test_workers_whose_time_is_up_drain_and_are_queued_again(
     )
     workers.send_signal(signal.SIGUSR1)
     assert workers.wait(timeout=30) == 0
-    assert slurm.workers_said("told to go: sent what it had begun") == tasks
+    assert slurm.workers_said("drained: sent its last batch") == tasks
     assert slurm.requeued() == [WORKERS]
     assert slurm.left() == []
 
