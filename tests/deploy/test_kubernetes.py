@@ -279,9 +279,8 @@ def _render_with_all_files(folder: Path) -> subprocess.CompletedProcess[str]:
             path.parent.mkdir(exist_ok=True)
             path.write_text("x")
     kustomization = folder / "pong" / "kustomization.yaml"
-    kustomization.write_text(
-        re.sub(r"# (- \.\./\w+)", r"\1", kustomization.read_text())
-    )  # enable all components
+    # Enable all components.
+    kustomization.write_text(re.sub(r"# (- \.\./\w+)", r"\1", kustomization.read_text()))
     done = _render(folder / "pong")
     assert done.returncode == 0, done.stderr
     return done

@@ -51,9 +51,8 @@ def open_view(env_id: str, console: Console | None = None) -> View:
     console = console or Console()
     if console.is_terminal and not console.is_dumb_terminal and not console.no_color:
         return Dashboard(env_id, console)
-    return PlainLines(
-        partial(print, end="", file=console.file, flush=True)
-    )  # flush, because a log is read while training runs
+    # Flush, because a log is read while training runs.
+    return PlainLines(partial(print, end="", file=console.file, flush=True))
 
 
 def draw_chart(values: Sequence[float], width: int, height: int, top: float) -> list[str]:
