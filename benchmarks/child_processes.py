@@ -12,7 +12,7 @@ from typing import Any
 #: A child process that does not answer for this long is stuck.
 TIMEOUT_SECONDS = 300.0
 
-#: How long a child process may take to end after it was told to.
+#: How long a child process may take to end at the end of its block.
 _END_SECONDS = 10.0
 
 _spawn = multiprocessing.get_context("spawn")

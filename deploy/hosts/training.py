@@ -83,7 +83,7 @@ class Processes:
     """The processes on the hosts."""
 
     def __init__(self, folder: Path) -> None:
-        """Write the output of each process to a file of its own in the folder."""
+        """Write the stderr of each process to its own file in the folder."""
         self._folder = folder
         self._running: dict[str, subprocess.Popen[str]] = {}
 
