@@ -7,7 +7,8 @@ import pytest
 
 from rlbroker.errors import InvalidArgument
 from rlbroker.local.embedded_server import RedisServer
-from rlbroker.local.supervisor import Supervisor, backoff_seconds
+from rlbroker.local.restarts import backoff_seconds
+from rlbroker.local.supervisor import Supervisor
 
 pytestmark = pytest.mark.unit
 

@@ -13,6 +13,7 @@ from conftest import wait_until
 from processes import alive, parent_of
 
 from rlbroker.errors import Closed
+from rlbroker.local import restarts
 from rlbroker.local import supervisor as supervisor_module
 from rlbroker.local.supervisor import LONGEST_LINE_BYTES, Supervisor
 
@@ -95,7 +96,7 @@ def test_a_healthy_run_resets_the_backoff(monkeypatch: pytest.MonkeyPatch) -> No
         recorded.append(failures)
         return 0.001
 
-    monkeypatch.setattr(supervisor_module, "backoff_seconds", record)
+    monkeypatch.setattr(restarts, "backoff_seconds", record)
     with Supervisor({"a": shell("exit 1")}, max_restarts=3) as supervisor:
         assert supervisor.wait(15.0)
     assert recorded == [1, 2, 3]

@@ -6,13 +6,11 @@ import atexit
 import contextlib
 import logging
 import os
-import random
 import re
 import selectors
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Literal, Self
 from rlbroker.backend.text import counted
 from rlbroker.errors import Closed, InvalidArgument
 from rlbroker.local.child_process import GUARD_MARGIN_SECONDS, GuardedProcess, StopSteps
+from rlbroker.local.restarts import RestartPolicy, RestartSchedule
 
 _logger = logging.getLogger("rlbroker")
 
@@ -52,60 +51,6 @@ class ProcessStatus:
     error: str | None
     #: When the process entered this state, in seconds since the epoch.
     since: float
-
-
-def backoff_seconds(failures: int, *, first: float, longest: float, chance: float) -> float:
-    """Return the pause before a restart: exponential back-off with jitter, after ``failures`` failures in a row.
-
-    ``chance`` is a random number from 0 to 1, which spreads the pause over the upper half of its range. Without
-    jitter, workers that fail together (the server went down) would all reconnect at the same moment.
-
-    >>> [backoff_seconds(n, first=0.5, longest=3.0, chance=1.0) for n in (1, 2, 3, 4, 2000)]
-    [0.5, 1.0, 2.0, 3.0, 3.0]
-    >>> backoff_seconds(3, first=0.5, longest=3.0, chance=0.0)
-    1.0
-    """
-    pause = min(longest, first * 2.0 ** min(failures - 1, 60))
-    return pause * (0.5 + 0.5 * chance)
-
-
-@dataclass(frozen=True)
-class _RestartPolicy:
-    """When to restart a failed process, and when to give up."""
-
-    first_backoff_seconds: float
-    longest_backoff_seconds: float
-    healthy_seconds: float
-    max_restarts: int
-    window_seconds: float
-
-
-class _RestartSchedule:
-    """The failures and recent restarts of one process."""
-
-    def __init__(self, policy: _RestartPolicy) -> None:
-        self._policy = policy
-        self._failures = 0  # in a row
-        self.recent_restarts: deque[float] = deque()  # monotonic times within the policy's window
-
-    def plan_restart(self, started: float) -> float | None:
-        """Record that the run that began at ``started`` failed; return the restart's delay, or None to give up."""
-        policy = self._policy
-        now = time.monotonic()
-        if now - started >= policy.healthy_seconds:
-            self._failures = 0
-        self._failures += 1
-        while self.recent_restarts and self.recent_restarts[0] <= now - policy.window_seconds:
-            self.recent_restarts.popleft()
-        if len(self.recent_restarts) >= policy.max_restarts:
-            return None
-        self.recent_restarts.append(now)
-        return backoff_seconds(
-            self._failures,
-            first=policy.first_backoff_seconds,
-            longest=policy.longest_backoff_seconds,
-            chance=random.SystemRandom().random(),
-        )
 
 
 class _OutputPipe:
@@ -155,12 +100,12 @@ class _OutputPipe:
 class _Child:
     """The command of one name, the process that runs it, and the restarts of that process."""
 
-    def __init__(self, name: str, command: Sequence[str], policy: _RestartPolicy) -> None:
+    def __init__(self, name: str, command: Sequence[str], policy: RestartPolicy) -> None:
         self.name = name
         self.command = command
         self.process: GuardedProcess | None = None
         self.output: _OutputPipe | None = None
-        self.schedule = _RestartSchedule(policy)
+        self.schedule = RestartSchedule(policy)
         self.restart_count = 0
         self.started = 0.0
         self.due: float | None = None  # when to start the process, in monotonic time
@@ -252,7 +197,7 @@ class Supervisor:
                 "max_restarts, healthy_seconds and stop_timeout_seconds must be at least 0, "
                 "and restart_window_seconds must be positive"
             )
-        policy = _RestartPolicy(
+        policy = RestartPolicy(
             first_backoff_seconds,
             longest_backoff_seconds,
             healthy_seconds,
