@@ -1,1 +1,1 @@
-"""Ours and its peers side by side: `python -m benchmarks --help`."""
+"""Benchmarks of rlbroker and its peers, side by side: `python -m benchmarks --help`."""

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.measure import Row, progress
-from benchmarks.report import machine, save, show
-from benchmarks.servers import server
+from benchmarks.report import describe_machine, print_table, save_report
+from benchmarks.servers import open_server
 
-#: The modules that measure, by what they are about; each has `run(url, quick=…, repetitions=…)`, which gives rows.
+#: The modules of each scenario. Each has a function `run(url, quick=…, repetitions=…)` that returns rows.
 SCENARIOS = {
     "weights": ("weights", "link", "codecs"),
     "experiences": ("experiences",),
@@ -26,15 +26,15 @@ SCENARIOS = {
     "soak": ("soak",),
 }
 
-#: Those of `all`; a soak takes ten minutes by itself.
+#: The scenarios of `all`, without the soak, which takes ten minutes alone.
 ALL = ("weights", "experiences", "latency", "scale")
 
-#: Parts that take a number of workers, and minutes.
-CROWDS, LONG = ("growth", "soak"), ("soak",)
+#: The modules whose `run` also takes `workers`, and those whose `run` also takes `minutes`.
+TAKE_WORKERS, TAKE_MINUTES = ("growth", "soak"), ("soak",)
 
 
 class Scenario(StrEnum):
-    """What to measure."""
+    """The scenarios of the command line."""
 
     WEIGHTS = "weights"
     EXPERIENCES = "experiences"
@@ -47,7 +47,7 @@ class Scenario(StrEnum):
 def benchmarks(
     scenario: Annotated[Scenario, typer.Argument(help="What to measure.")],
     quick: Annotated[
-        bool, typer.Option("--quick", help="Small sizes: to see that it works, not to compare.")
+        bool, typer.Option("--quick", help="Use small sizes, to test the benchmarks and not to compare.")
     ] = False,
     repetitions: Annotated[int, typer.Option(min=1, help="Samples of each contender.")] = 5,
     output: Annotated[Path, typer.Option(help="Directory for NAME.json, NAME.md and NAME.png.")] = Path(
@@ -62,16 +62,16 @@ def benchmarks(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Simulated workers: of scale at most, of soak all the time [1,000]."),
+        typer.Option(min=1, help="Simulated workers: the most for scale, the number for soak [1,000]."),
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="How long soak takes [10].")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Duration of soak [10].")] = None,
     url: Annotated[str | None, typer.Option(help="Server to use; without one, an embedded server.")] = None,
 ) -> None:
     """Run rlbroker and its peers side by side, and print medians and ratios.
 
-    Several minutes; progress goes to stderr, the table to stdout, and the same as JSON, Markdown and a picture to
-    the output directory. Part of it needs root (network namespaces) or Ray (`pip install '.\\[bench]'`), and says so
-    where they are missing. Exit code: 0, or 130 after Ctrl-C.
+    Takes several minutes. Progress goes to stderr, the table to stdout, and JSON, Markdown and a picture of the same
+    rows to the output directory. Some parts need root (network namespaces) or Ray (`pip install '.\\[bench]'`); without
+    them the row says so. Exit code: 0, or 130 after Ctrl-C.
 
     Examples:
 
@@ -84,32 +84,32 @@ def benchmarks(
         python -m benchmarks soak --workers 1000 --minutes 10
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    began, facts = time.monotonic(), machine() | {"repetitions": repetitions, "quick": quick}
-    names = [name for one in _chosen(scenario) for name in SCENARIOS[one] if only in (None, name)]
+    started, facts = time.monotonic(), describe_machine() | {"repetitions": repetitions, "quick": quick}
+    names = [name for part in _scenario_names(scenario) for name in SCENARIOS[part] if only in (None, name)]
     if not names:
         raise typer.BadParameter(f"{scenario} has no part {only!r}", param_hint="--only")
     rows: list[Row] = []
     try:
-        with server(url) as place:
+        with open_server(url) as server_url:
             for name in names:
                 if importlib.util.find_spec(f"benchmarks.{name}") is None:
-                    progress(f"{name}: not there")
+                    progress(f"{name}: not found")
                     continue
                 module = importlib.import_module(f"benchmarks.{name}")
-                more: dict[str, Any] = {"workers": workers} if name in CROWDS else {}
-                more |= {"minutes": minutes} if name in LONG else {}
-                rows += module.run(place, quick=quick, repetitions=repetitions, **more)
+                more: dict[str, Any] = {"workers": workers} if name in TAKE_WORKERS else {}
+                more |= {"minutes": minutes} if name in TAKE_MINUTES else {}
+                rows += module.run(server_url, quick=quick, repetitions=repetitions, **more)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    finally:  # what was measured before Ctrl-C, or before an error, is not lost
+    finally:  # keep the rows measured before Ctrl-C or an error
         if rows:
-            show(rows)
-            for path in save(rows, facts, output, only or scenario.value):
+            print_table(rows)
+            for path in save_report(rows, facts, output, only or scenario.value):
                 progress(f"wrote {path}")
-    progress(f"done in {time.monotonic() - began:.0f} s")
+    progress(f"done in {time.monotonic() - started:.0f} s")
 
 
-def _chosen(scenario: Scenario) -> list[str]:
+def _scenario_names(scenario: Scenario) -> list[str]:
     return list(ALL) if scenario is Scenario.ALL else [scenario.value]
 
 

@@ -1,7 +1,7 @@
-"""How small weights get, and how fast: `python -m benchmarks.codecs` prints when that pays, as Markdown.
+"""Size and speed of stored weights. `python -m benchmarks.codecs` prints, as Markdown, when compression pays.
 
-No server takes part. Every image is decoded again and compared. Everything runs on one thread, and seconds are
-of processor time: rates are those of one core that has nothing else to do.
+This needs no server. Every image is decoded again and compared. Everything runs on one thread and is measured in CPU
+time, so the rates are those of one idle core.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.training import Version
 from rlbroker.codec.image import EncodedSegment, ImageFormat, ImagePlan
 from rlbroker.codec.limits import Limits
 
-#: What is measured of the recordings: the one, what it is cast to on the way out, and its wanted delta ratio.
+#: The measured cases: the recording, the dtype that it is cast to when published, and the target of its delta ratio.
 CASES: tuple[tuple[str, str | None, float | None], ...] = (
     ("transformer-master", None, 2.2),
     ("ppo-step", None, 1.5),
@@ -36,8 +36,8 @@ CASES: tuple[tuple[str, str | None, float | None], ...] = (
     ("atari", "bfloat16", None),
 )
 
-#: What they are, for the reader of a table.
-DESCRIBED = {
+#: Their titles in the rows.
+TITLES = {
     "transformer-master": "transformer, a step of AdamW at 3e-6",
     "transformer": "transformer in bfloat16, a step of AdamW at 3e-6",
     "ppo-step": "policy for CartPole, a step of Adam at 3e-4",
@@ -45,18 +45,18 @@ DESCRIBED = {
     "atari": "Atari network, a step of Adam at 2.5e-4",
 }
 
-#: Bytes per second of links: the last is what one Redis server and one client reach on one machine.
+#: Bytes per second of links. The last is the rate of one Redis server and one client on one machine.
 LINKS = {"1 Gbit/s": 0.117e9, "10 Gbit/s": 1.17e9, "loopback": 2.5e9}
 
-#: Compressed by gzip for comparison: it takes a second for 30 MB.
+#: How much gzip compresses for the comparison. It takes a second for 30 MB.
 _GZIP_BYTES = 2 << 20
 
 _Image = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Passage:
-    """One version, encoded and decoded on one core."""
+class CodecTiming:
+    """The sizes and times of one version, encoded and decoded on one core."""
 
     raw_bytes: int
     stored_bytes: int
@@ -76,49 +76,49 @@ class Passage:
 
 @dataclass(frozen=True)
 class Images:
-    """Consecutive versions as they lie in memory before they are encoded."""
+    """Images of consecutive versions in memory, before they are encoded."""
 
     plan: ImagePlan
     images: list[_Image]
-    copy_seconds: float  #: for one version: out of the model, with the cast, and back into tensors
-    changed: float  #: part of the elements that an update changes, mean
+    copy_seconds: float  #: for one version: from the model, with the cast, and back into tensors
+    changed: float  #: mean fraction of the elements that an update changes
 
     @classmethod
-    def of(cls, versions: Iterable[Version], dtype: str | None = None) -> Images:
+    def from_versions(cls, versions: Iterable[Version], dtype: str | None = None) -> Images:
         """Fill an image with each version, cast to `dtype`."""
         images: list[_Image] = []
         seconds: list[float] = []
         for version in versions:
             plan = ImagePlan(version, dtype=dtype)
             image = np.empty(plan.image_bytes, np.uint8)
-            image.fill(0)  # a learner's image has its pages already
+            image.fill(0)  # touch the pages: a learner reuses its image
             started = time.process_time()
             plan.fill(image)
             filled = time.process_time() - started
-            layout = _layout(plan, _raw(plan, image))
+            layout = _layout(plan, _encode_raw(plan, image))
             started = time.process_time()
-            layout.tree(image)  # views, unless something was cast
+            layout.tree(image)  # views, unless a tensor was cast
             seconds.append(filled + time.process_time() - started)
             images.append(image)
-        # Every floating tensor here is of one width, and what lies between them is always 0.
+        # All floating tensors have the same width, and the padding between them is always 0.
         word = np.uint16 if dtype or next(iter(version.values())).dtype == torch.bfloat16 else np.uint32
         differing = [np.count_nonzero(a.view(word) != b.view(word)) for a, b in pairwise(images)]
         elements = plan.raw_bytes // np.dtype(word).itemsize
         return cls(plan, images, median(seconds), sum(map(int, differing)) / len(differing) / elements)
 
-    def full(self) -> list[Passage]:
-        """Encode and decode each version but the first, whole."""
-        return [self._pass(image, None) for image in self.images[1:]]
+    def full(self) -> list[CodecTiming]:
+        """Encode and decode each version but the first as a full version."""
+        return [self._encode_and_decode(image, None) for image in self.images[1:]]
 
-    def deltas(self) -> list[Passage]:
-        """Encode and apply each version but the first as a delta to the one before."""
-        return [self._pass(image, base) for base, image in pairwise(self.images)]
+    def deltas(self) -> list[CodecTiming]:
+        """Encode and apply each version but the first as a delta to the version before it."""
+        return [self._encode_and_decode(image, base) for base, image in pairwise(self.images)]
 
-    def _pass(self, image: _Image, base: _Image | None) -> Passage:
+    def _encode_and_decode(self, image: _Image, base: _Image | None) -> CodecTiming:
         plan, indices = self.plan, range(self.plan.segment_count)
         digests = [0] * len(indices)
-        if base is not None:  # The learner has them: it encoded the base before.
-            digests = [each.raw_digest for each in _raw(plan, base)]
+        if base is not None:  # The learner has these digests, because it encoded the base before.
+            digests = [segment.raw_digest for segment in _encode_raw(plan, base)]
         started = time.process_time()
         encoded = [
             plan.encode_segment(i, image, compression=True, base=base, base_digest=digests[i])
@@ -127,54 +127,54 @@ class Images:
         encoded_at = time.process_time()
         layout = _layout(plan, encoded)
         out = np.ones_like(image) if base is None else base.copy()
-        begun = time.process_time()
-        for i, each in enumerate(encoded):
-            layout.decode_segment(i, each.stored, out, None if base is None else out)
+        decoding_started = time.process_time()
+        for i, segment in enumerate(encoded):
+            layout.decode_segment(i, segment.stored, out, None if base is None else out)
         ended = time.process_time()
         for i in indices:
             if not np.array_equal(layout.segment_view(i, out), layout.segment_view(i, image)):
-                raise RuntimeError(f"segment {i} did not come back as it was")
-        stored = sum(len(each.stored) for each in encoded)
-        return Passage(plan.raw_bytes, stored, encoded_at - started, ended - begun)
+                raise RuntimeError(f"segment {i} was not restored bit for bit")
+        stored = sum(len(segment.stored) for segment in encoded)
+        return CodecTiming(plan.raw_bytes, stored, encoded_at - started, ended - decoding_started)
 
 
 def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
-    """Give the rows on size and speed of stored weights; `url` is not used.
+    """Return the rows on size and speed of stored weights.
 
     Args:
-        url: of a server, as for the other benchmarks.
-        quick: a quarter of the bytes, and three versions of each recording.
-        repetitions: samples of each rate.
+        url: not used; the other benchmarks need a server.
+        quick: use a quarter of the bytes, and three versions of each recording.
+        repetitions: the number of samples of each rate.
     """
     rows: list[Row] = []
     for percent, wanted in ((1, 130), (3, 55)):
         progress(f"bfloat16, {percent} % changed")
-        images = Images.of(_perturbed((16 if quick else 64) << 20, percent / 100))
+        images = Images.from_versions(_make_perturbed((16 if quick else 64) << 20, percent / 100))
         title = f"bfloat16, {percent} % changed by 1 ulp"
         rows += _delta_rows(title, images, wanted, repetitions, encode_wanted=True)
     for name, dtype, ratio in CASES:
         versions = load(name)
-        progress(_title(name, dtype))
-        images = Images.of(versions[:3] if quick else versions, dtype)
-        rows += _full_rows(_title(name, dtype), images, repetitions)
-        rows += _delta_rows(_title(name, dtype), images, ratio, repetitions)
+        progress(_format_title(name, dtype))
+        images = Images.from_versions(versions[:3] if quick else versions, dtype)
+        rows += _full_rows(_format_title(name, dtype), images, repetitions)
+        rows += _delta_rows(_format_title(name, dtype), images, ratio, repetitions)
     return rows
 
 
 def _delta_rows(
     title: str, images: Images, wanted: float | None, repetitions: int, *, encode_wanted: bool = False
 ) -> list[Row]:
-    """Give bytes of deltas against full ones, and the rates at which they are encoded and applied."""
+    """Return rows with the sizes of deltas and full versions, and the rates of encoding and applying deltas."""
     rounds = [images.deltas() for _ in range(repetitions + 1)][1:]  # the first warms up
-    encode, apply = _rates(rounds)
-    below = pays_below(rounds[-1], encode, apply) / 0.125e9
+    encode, apply = _median_rates(rounds)
+    below = break_even_rate(rounds[-1], encode, apply) / 0.125e9
     return [
         Row(
             f"{title}: delta",
             "its full size",
             f"≥ {wanted:g}× fewer bytes" if wanted else "",
-            [each.stored_bytes / 1e6 for each in rounds[-1]],
-            [each.raw_bytes / 1e6 for each in rounds[-1]],
+            [timing.stored_bytes / 1e6 for timing in rounds[-1]],
+            [timing.raw_bytes / 1e6 for timing in rounds[-1]],
             "MB",
             higher_is_better=False,
             target=1 / wanted if wanted else None,
@@ -199,9 +199,9 @@ def _rate_row(work: str, mark: float, rates: list[float], *, wanted: bool) -> Ro
 
 
 def _full_rows(title: str, images: Images, repetitions: int) -> list[Row]:
-    """Give size and speed of full versions against gzip 6, which the ancestor used."""
+    """Return rows that compare full versions with gzip 6, which the ancestor used."""
     part = bytes(images.images[-1][:_GZIP_BYTES])
-    rounds: list[list[Passage]] = []
+    rounds: list[list[CodecTiming]] = []
     gzip_rates: list[float] = []
     images.full()
     for _ in range(repetitions):
@@ -209,13 +209,13 @@ def _full_rows(title: str, images: Images, repetitions: int) -> list[Row]:
         started = time.process_time()
         zipped = gzip.compress(part, 6)
         gzip_rates.append(len(part) / (time.process_time() - started))
-    encode, _ = _rates(rounds)
+    encode, _ = _median_rates(rounds)
     return [
         Row(
             f"{title}: full",
             "gzip 6",
             "",
-            [100 * each.stored_bytes / each.raw_bytes for each in rounds[-1]],
+            [100 * timing.stored_bytes / timing.raw_bytes for timing in rounds[-1]],
             [100 * len(zipped) / len(part)],
             "% of raw",
             higher_is_better=False,
@@ -235,80 +235,80 @@ def _full_rows(title: str, images: Images, repetitions: int) -> list[Row]:
     ]
 
 
-def _rates(rounds: list[list[Passage]]) -> tuple[list[float], list[float]]:
-    """Give the median rates of encoding and decoding, in bytes per second, of each round."""
+def _median_rates(rounds: list[list[CodecTiming]]) -> tuple[list[float], list[float]]:
+    """Return the median rates of encoding and decoding in each round, in bytes per second."""
     return (
-        [median(each.encode_rate for each in passages) for passages in rounds],
-        [median(each.decode_rate for each in passages) for passages in rounds],
+        [median(timing.encode_rate for timing in timings) for timings in rounds],
+        [median(timing.decode_rate for timing in timings) for timings in rounds],
     )
 
 
-def pays_below(passages: list[Passage], encode: list[float], decode: list[float]) -> float:
-    """Give the rate of a link, in bytes per second, at which one core saves as much time as it takes.
+def break_even_rate(timings: list[CodecTiming], encode: list[float], decode: list[float]) -> float:
+    """Return the rate of a link, in bytes per second, at which encoding and decoding take as much time as they save.
 
-    Of one version, one step after the other: encoding, the link, decoding. With more cores, and with the
-    steps overlapped as rlbroker does, the true limit is higher.
+    The steps of one version run one after the other on one core: encoding, the link, decoding. With more cores, and
+    with overlapping steps as in rlbroker, the real limit is higher.
     """
-    saved = 1 - sum(each.stored_bytes for each in passages) / sum(each.raw_bytes for each in passages)
+    saved = 1 - sum(timing.stored_bytes for timing in timings) / sum(timing.raw_bytes for timing in timings)
     return saved / (1 / median(encode) + 1 / median(decode))
 
 
-def _raw(plan: ImagePlan, image: _Image) -> list[EncodedSegment]:
+def _encode_raw(plan: ImagePlan, image: _Image) -> list[EncodedSegment]:
     return [plan.encode_segment(i, image, compression=False) for i in range(plan.segment_count)]
 
 
 def _layout(plan: ImagePlan, encoded: list[EncodedSegment]) -> ImageFormat:
-    return ImageFormat(plan.header([each.segment for each in encoded]), Limits())
+    return ImageFormat(plan.header([encoded_segment.segment for encoded_segment in encoded]), Limits())
 
 
-def _perturbed(nbytes: int, part: float) -> list[Version]:
-    """Give two versions of a bfloat16 tensor, `part` of whose elements differ by one unit in the last place."""
+def _make_perturbed(nbytes: int, part: float) -> list[Version]:
+    """Return two versions of a bfloat16 tensor that differ in a fraction `part` of the elements, by 1 ulp."""
     random = np.random.default_rng(0)
     weights = random.standard_normal(nbytes // 2, np.float32) * np.float32(0.02)
     before = torch.from_numpy(weights).to(torch.bfloat16)
     after = before.clone()
-    places = torch.from_numpy(np.flatnonzero(random.random(nbytes // 2, np.float32) < part))
-    signs = torch.from_numpy(random.choice(np.array([-1, 1], np.int16), len(places)))
-    after.view(torch.int16)[places] += signs
+    positions = torch.from_numpy(np.flatnonzero(random.random(nbytes // 2, np.float32) < part))
+    signs = torch.from_numpy(random.choice(np.array([-1, 1], np.int16), len(positions)))
+    after.view(torch.int16)[positions] += signs
     return [{"weight": before}, {"weight": after}]
 
 
-def _title(name: str, dtype: str | None) -> str:
-    return DESCRIBED[name] + (f", cast to {dtype}" if dtype else "")
+def _format_title(name: str, dtype: str | None) -> str:
+    return TITLES[name] + (f", cast to {dtype}" if dtype else "")
 
 
-def advice(rounds: int = 3) -> str:
-    """Measure, and give as Markdown when compression, deltas and lower precision pay, case by case.
+def format_advice(rounds: int = 3) -> str:
+    """Measure, and return as Markdown when compression, deltas and lower precision pay, case by case.
 
-    All times are milliseconds for as many weights as are 100 MB in float32, with each step on one core after
-    the other: the copy out of the model and back (with the casts), encoding, the link, decoding.
+    All times are milliseconds for as many weights as 100 MB of float32. The steps run one after the other on one core:
+    the copy from the model and back (with the casts), encoding, the link, decoding.
     """
     head = ["weights", "sent as", "changed", "bytes", "copy", "encode", "decode", *LINKS, "pays below"]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     for name, dtype, _ in CASES:
-        progress(_title(name, dtype))
-        images = Images.of(load(name), dtype)
+        progress(_format_title(name, dtype))
+        images = Images.from_versions(load(name), dtype)
         share = 0.5 if dtype or name == "transformer" else 1.0
         for kind in ("raw", "full", "delta"):
             cells = _advice_cells(images, kind, 100e6 * share, rounds)
-            lines.append(f"| {_title(name, dtype)} | {kind} | " + " | ".join(cells) + " |")
+            lines.append(f"| {_format_title(name, dtype)} | {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _advice_cells(images: Images, kind: str, raw_bytes: float, rounds: int) -> list[str]:
-    """Give the numbers of one line, as text."""
+    """Return the cells of one line."""
     copying = images.copy_seconds * raw_bytes / images.plan.raw_bytes
     changed = below = ""
     encoding = decoding = 0.0
     stored_bytes = raw_bytes
     if kind != "raw":
         measured = [images.deltas() if kind == "delta" else images.full() for _ in range(rounds + 1)][1:]
-        encode, decode = _rates(measured)
+        encode, decode = _median_rates(measured)
         encoding, decoding = raw_bytes / median(encode), raw_bytes / median(decode)
-        stored_bytes *= sum(each.stored_bytes for each in measured[0]) / (
+        stored_bytes *= sum(timing.stored_bytes for timing in measured[0]) / (
             len(measured[0]) * images.plan.raw_bytes
         )
-        below = f"{pays_below(measured[0], encode, decode) / 0.125e9:.2g} Gbit/s"
+        below = f"{break_even_rate(measured[0], encode, decode) / 0.125e9:.2g} Gbit/s"
         changed = f"{images.changed:.1%}" if kind == "delta" else ""
     steps = (copying, encoding, decoding)
     times = [*steps, *(sum(steps) + stored_bytes / link for link in LINKS.values())]
@@ -318,7 +318,7 @@ def _advice_cells(images: Images, kind: str, raw_bytes: float, rounds: int) -> l
 if __name__ == "__main__":
     argparse.ArgumentParser(
         prog="python -m benchmarks.codecs",
-        description="Print, as Markdown, when compressing and differences pay; records trainings first where needed.",
+        description="Print, as Markdown, when compression and deltas pay. Record the trainings first if needed.",
     ).parse_args()
     torch.set_num_threads(1)
-    print(advice())
+    print(format_advice())

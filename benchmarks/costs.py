@@ -1,4 +1,4 @@
-"""A cost model: what each worker, batch, version and byte costs, fitted to measured crowds, and what a run would need.
+"""A cost model of workers, batches, versions and bytes, fitted to measurements, and its prediction for a planned run.
 
 python -m benchmarks.costs build/benchmarks/scale.json --workers 1000 --weights-mb 100 --versions-per-minute 10
 """
@@ -18,95 +18,102 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.crowd import BATCH_BYTES, Point
 from benchmarks.measure import Row
-from benchmarks.report import number
+from benchmarks.report import format_number
+from benchmarks.simulated_run import BATCH_BYTES, Measurement
 
-#: What the rows of the model are compared with, which is nothing.
+#: The `against` column of the model's rows, which are compared with nothing.
 AGAINST = "cost model"
 
-#: What costs something, each per second (memory and connections: as long as it is there).
-TERMS: dict[str, Callable[[Point], float]] = {
-    "run": lambda point: 1.0,
-    "process": lambda point: float(len(point.crowd)),
-    "worker": lambda point: float(point.workers),
-    "batch": lambda point: point.batches_per_second,
-    "read": lambda point: point.reads_per_second,
-    "version": lambda point: point.versions_per_second,
-    "delivery": lambda point: point.deliveries_per_second,
-    "MB published": lambda point: point.published_per_second / 1e6,
-    "MB downloaded": lambda point: point.downloaded_per_second / 1e6,
+#: The terms of the model: rates per second. For memory and connections, the numbers at the time.
+TERMS: dict[str, Callable[[Measurement], float]] = {
+    "run": lambda measurement: 1.0,
+    "process": lambda measurement: float(len(measurement.worker_processes)),
+    "worker": lambda measurement: float(measurement.workers),
+    "batch": lambda measurement: measurement.batches_per_second,
+    "read": lambda measurement: measurement.reads_per_second,
+    "version": lambda measurement: measurement.versions_per_second,
+    "delivery": lambda measurement: measurement.deliveries_per_second,
+    "MB published": lambda measurement: measurement.published_per_second / 1e6,
+    "MB downloaded": lambda measurement: measurement.downloaded_per_second / 1e6,
 }
 
 
 @dataclass(frozen=True)
-class Figure:
-    """Something that is used up, and by what."""
+class Resource:
+    """A resource that a run uses, and the terms that it depends on."""
 
     name: str
     unit: str
-    of: Callable[[Point], float]  #: in that unit, per second if it is a rate
+    usage: Callable[[Measurement], float]  #: in this unit, per second if it is a rate
     terms: Sequence[str]
 
 
-FIGURES = (
-    Figure(
+RESOURCES = (
+    Resource(
         "learner's CPU",
         "ms",
-        lambda point: 1e3 * point.learner.cpu_seconds / point.seconds,
+        lambda measurement: 1e3 * measurement.learner.cpu_seconds / measurement.seconds,
         ("run", "worker", "batch", "read", "version", "delivery", "MB published"),
     ),
-    Figure(
+    Resource(
         "server's CPU",
         "ms",
-        lambda point: 1e3 * point.server.cpu_seconds / point.seconds,
+        lambda measurement: 1e3 * measurement.server.cpu_seconds / measurement.seconds,
         ("run", "worker", "batch", "read", "version", "delivery", "MB published", "MB downloaded"),
     ),
-    Figure(
+    Resource(
         "workers' CPU",
         "ms",
-        lambda point: 1e3 * point.crowd_cpu_seconds / point.seconds,
+        lambda measurement: 1e3 * measurement.workers_cpu_seconds / measurement.seconds,
         ("process", "worker", "batch", "delivery", "MB downloaded"),
     ),
-    Figure(
+    Resource(
         "bytes to the server",
         "KB",
-        lambda point: point.server.received_bytes / point.seconds / 1e3,
+        lambda measurement: measurement.server.received_bytes / measurement.seconds / 1e3,
         ("run", "worker", "batch", "delivery", "MB published"),
     ),
-    Figure(
+    Resource(
         "bytes from the server",
         "KB",
-        lambda point: point.server.sent_bytes / point.seconds / 1e3,
+        lambda measurement: measurement.server.sent_bytes / measurement.seconds / 1e3,
         ("run", "worker", "batch", "delivery", "MB downloaded"),
     ),
-    Figure("connections", "", lambda point: float(point.server.connections), ("run", "worker")),
+    Resource("connections", "", lambda measurement: float(measurement.server.connections), ("run", "worker")),
 )
 
-#: Of a crowd that has done nothing yet: versions stay in memory for a while.
-SETTLED_FIGURES = (
-    Figure("server's memory", "KB", lambda point: point.server.memory_bytes / 1e3, ("run", "worker")),
-    Figure("workers' memory", "KB", lambda point: point.crowd_memory_bytes / 1e3, ("process", "worker")),
+#: Resources measured in an idle run, because versions stay in memory for a while.
+IDLE_RESOURCES = (
+    Resource(
+        "server's memory", "KB", lambda measurement: measurement.server.memory_bytes / 1e3, ("run", "worker")
+    ),
+    Resource(
+        "workers' memory",
+        "KB",
+        lambda measurement: measurement.workers_memory_bytes / 1e3,
+        ("process", "worker"),
+    ),
 )
 
-#: By figure and term.
+#: The cost of each term, by resource and term.
 Model = Mapping[tuple[str, str], float]
 
 
-def least_squares(amounts: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Give what one of each thing costs, none less than nothing, such that the relative errors are small.
+def least_squares(amounts: NDArray[np.float64], usage: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return non-negative costs of the terms that minimise the relative errors.
 
-    A thing whose cost comes out below nothing costs too little to be seen in the noise: it is left out.
+    A term with a negative cost is too cheap to be seen in the noise, so it is left out.
 
     >>> amounts = np.array([[1.0, 0.0], [1.0, 10.0], [1.0, 1000.0]])
     >>> least_squares(amounts, amounts @ [2.0, 0.5]).round(6).tolist()
     [2.0, 0.5]
     """
-    weights = 1 / np.maximum(np.abs(found), 1e-9)
+    weights = 1 / np.maximum(np.abs(usage), 1e-9)
     costs = np.zeros(amounts.shape[1])
     kept = [column for column in range(amounts.shape[1]) if amounts[:, column].any()]
     while kept:
-        fitted = np.linalg.lstsq(amounts[:, kept] * weights[:, None], found * weights, rcond=None)[0]
+        fitted = np.linalg.lstsq(amounts[:, kept] * weights[:, None], usage * weights, rcond=None)[0]
         if fitted.min() >= 0:
             costs[kept] = fitted
             break
@@ -114,24 +121,36 @@ def least_squares(amounts: NDArray[np.float64], found: NDArray[np.float64]) -> N
     return costs
 
 
-def fit(points: Sequence[Point], figures: Iterable[Figure] = FIGURES) -> list[Row]:
-    """Give the rows of the model: one for each thing that a figure depends on."""
+def fit_rows(measurements: Sequence[Measurement], resources: Iterable[Resource] = RESOURCES) -> list[Row]:
+    """Fit the model; return a row for each resource and term."""
     rows = []
-    for figure in figures:
-        amounts = np.array([[TERMS[term](point) for term in figure.terms] for point in points])
-        found = np.array([figure.of(point) for point in points])
-        costs = least_squares(amounts, found)
-        error = float(np.median(np.abs(amounts @ costs - found) / np.maximum(np.abs(found), 1e-9)))
-        note = f"off by {100 * error:.0f} % (median of {len(points)} measurements)"
+    for resource in resources:
+        amounts = np.array(
+            [[TERMS[term](measurement) for term in resource.terms] for measurement in measurements]
+        )
+        usage = np.array([resource.usage(measurement) for measurement in measurements])
+        costs = least_squares(amounts, usage)
+        error = float(np.median(np.abs(amounts @ costs - usage) / np.maximum(np.abs(usage), 1e-9)))
+        note = f"off by {100 * error:.0f} % (median of {len(measurements)} measurements)"
         rows += [
-            Row(f"{figure.name} per {term}", AGAINST, "", [float(cost)], [], figure.unit, False, None, note)
-            for term, cost in zip(figure.terms, costs, strict=True)
+            Row(
+                f"{resource.name} per {term}",
+                AGAINST,
+                "",
+                [float(cost)],
+                [],
+                resource.unit,
+                False,
+                None,
+                note,
+            )
+            for term, cost in zip(resource.terms, costs, strict=True)
         ]
     return rows
 
 
-def model_of(rows: Iterable[Mapping[str, object]]) -> Model:
-    """Give the model that the rows of a saved report hold."""
+def read_model(rows: Iterable[Mapping[str, object]]) -> Model:
+    """Return the model from the rows of a saved report."""
     model = {}
     for row in rows:
         if row["against"] == AGAINST:
@@ -143,20 +162,20 @@ def model_of(rows: Iterable[Mapping[str, object]]) -> Model:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run that somebody thinks of."""
+class PlannedRun:
+    """A run whose needs are to be predicted."""
 
     workers: int
-    workers_per_host: int  #: that share what their host downloads; 1 where there is no host cache
-    weights_bytes: float  #: as stored: after compression
+    workers_per_host: int  #: workers that share downloads; 1 without a host cache
+    weights_bytes: float  #: the stored size, after compression
     versions_per_second: float
     batches_per_second: float
     batch_bytes: float
-    reads_per_second: float  #: how often the learner collects, at most
+    reads_per_second: float  #: the highest rate at which the learner collects
 
     @property
     def downloads(self) -> float:
-        """How often each version leaves the server."""
+        """The number of downloads of each version."""
         return -(-self.workers // self.workers_per_host)
 
     @property
@@ -164,7 +183,7 @@ class Run:
         published = self.versions_per_second * self.weights_bytes / 1e6
         return {
             "run": 1.0,
-            "process": 0.0,  # polling is the work of the run itself
+            "process": 0.0,  # polling is part of the run's own work
             "worker": self.workers,
             "batch": self.batches_per_second,
             "read": min(self.reads_per_second, self.batches_per_second),
@@ -175,16 +194,16 @@ class Run:
         }
 
 
-def needed(model: Model, figure: str, run: Run) -> float:
-    """Give how much of a figure a run would need, in the figure's unit."""
-    return sum(cost * run.amounts[term] for (name, term), cost in model.items() if name == figure)
+def predict_usage(model: Model, resource: str, run: PlannedRun) -> float:
+    """Return how much of a resource a run would use, in the resource's unit."""
+    return sum(cost * run.amounts[term] for (name, term), cost in model.items() if name == resource)
 
 
-def needs(model: Model, run: Run) -> dict[str, str]:
-    """Give what a run would need, for people."""
+def describe_needs(model: Model, run: PlannedRun) -> dict[str, str]:
+    """Return what a run would need, as text by title."""
     learner, server, workers, received, sent, connections, memory = (
-        needed(model, figure, run)
-        for figure in (
+        predict_usage(model, resource, run)
+        for resource in (
             "learner's CPU",
             "server's CPU",
             "workers' CPU",
@@ -194,40 +213,42 @@ def needs(model: Model, run: Run) -> dict[str, str]:
             "server's memory",
         )
     )
-    larger = run.batches_per_second * (run.batch_bytes - BATCH_BYTES) / 1e3  # than those of the model
-    received, sent = received + larger, sent + larger
+    # The batches of the model have `BATCH_BYTES`.
+    additional = run.batches_per_second * (run.batch_bytes - BATCH_BYTES) / 1e3
+    received, sent = received + additional, sent + additional
     return {
         "downloads of each version": f"{run.downloads:,.0f}",
-        "to the server": f"{number(received / 1e3)} MB/s",
-        "from the server": f"{number(sent / 1e3)} MB/s",
-        "link of the server, at least": f"{number(max(sent, received) * 8 / 1e6)} Gbit/s",
-        "server's CPU": f"{number(server / 1e3)} cores",
-        "learner's CPU for it": f"{number(learner / 1e3)} cores",
-        "CPU for it of each worker": f"{number(workers / run.workers)} ms/s",
-        "server's memory, besides weights and queues": f"{number(memory / 1e3)} MB",
+        "to the server": f"{format_number(received / 1e3)} MB/s",
+        "from the server": f"{format_number(sent / 1e3)} MB/s",
+        "link of the server, at least": f"{format_number(max(sent, received) * 8 / 1e6)} Gbit/s",
+        "server's CPU": f"{format_number(server / 1e3)} cores",
+        "learner's CPU for it": f"{format_number(learner / 1e3)} cores",
+        "CPU for it of each worker": f"{format_number(workers / run.workers)} ms/s",
+        "server's memory, besides weights and queues": f"{format_number(memory / 1e3)} MB",
         "connections": f"{connections:,.0f}",
     }
 
 
 def costs(
-    report: Annotated[Path, typer.Argument(help="What `python -m benchmarks scale` has written.")],
+    report: Annotated[Path, typer.Argument(help="The JSON report of `python -m benchmarks scale`.")],
     workers: Annotated[int, typer.Option(min=1)] = 1000,
     workers_per_host: Annotated[
-        list[int] | None, typer.Option(min=1, help="That share downloads; 1 for none. [1, 8, 64]")
+        list[int] | None,
+        typer.Option(min=1, help="Workers that share downloads; 1 without a host cache. [1, 8, 64]"),
     ] = None,
-    weights_mb: Annotated[float, typer.Option(help="One version as it is stored.")] = 100.0,
+    weights_mb: Annotated[float, typer.Option(help="Stored size of one version.")] = 100.0,
     versions_per_minute: Annotated[float, typer.Option()] = 10.0,
     batches_per_second: Annotated[float, typer.Option(help="Of all workers together.")] = 1000.0,
     batch_kb: Annotated[float, typer.Option()] = 4.0,
     reads_per_second: Annotated[float, typer.Option(help="How often the learner collects.")] = 20.0,
 ) -> None:
-    """Say what a run would need of its server, its learner and its links, by the fitted model."""
+    """Predict with the fitted model what a run would need of its server, its learner and its links."""
     shares = workers_per_host or [1, 8, 64]
-    model = model_of(json.loads(report.read_text())["rows"])
+    model = read_model(json.loads(report.read_text())["rows"])
     columns = [
-        needs(
+        describe_needs(
             model,
-            Run(
+            PlannedRun(
                 workers,
                 share,
                 weights_mb * 1e6,

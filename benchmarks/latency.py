@@ -1,4 +1,4 @@
-"""A small network: from publishing it to having it applied."""
+"""The latency of a small network, from publishing to applied."""
 
 from __future__ import annotations
 
@@ -8,50 +8,56 @@ import itertools
 from collections.abc import Callable
 from statistics import median
 
-from benchmarks.crew import MakeReceiver, Sender, crew
 from benchmarks.measure import Row, interleaved, progress
 from benchmarks.models import training_steps
-from benchmarks.ours import OurReceiver, OurSender, learner
 from benchmarks.peers.naive import NaiveReceiver, NaiveSender
-from benchmarks.servers import scratch
+from benchmarks.receiving_workers import MakeReceiver, Sender, start_receiving_workers
+from benchmarks.rlbroker_transport import RlbrokerReceiver, RlbrokerSender, open_learner
+from benchmarks.servers import scratch_name
 
-OURS, RAW, NAIVE = "ours", "ours, uncompressed", "naive SET + PUBLISH + GET"
+DEFAULT, UNCOMPRESSED, NAIVE = "ours", "ours, uncompressed", "naive SET + PUBLISH + GET"
 
-#: Deliveries whose median is one sample.
+#: The number of deliveries whose median is one sample.
 DELIVERIES = 30
 
 
 def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
-    """Give the rows of a 1 MB network and one worker."""
+    """Return the rows of a 1 MB network and one worker."""
     size_bytes, deliveries = 1 << 20, 5 if quick else DELIVERIES
     progress("latency: 1 MB float32, publish to applied, one worker")
     steps = training_steps(size_bytes)
     with contextlib.ExitStack() as stack:
-        name = stack.enter_context(scratch(url))
-        keys = {OURS: f"{name}-default", RAW: f"{name}-raw", NAIVE: f"{name}-naive"}
+        name = stack.enter_context(scratch_name(url))
+        keys = {DEFAULT: f"{name}-default", UNCOMPRESSED: f"{name}-raw", NAIVE: f"{name}-naive"}
         senders: dict[str, Sender] = {
-            OURS: OurSender(stack.enter_context(learner(url, keys[OURS], workers=1))),
-            RAW: OurSender(
-                stack.enter_context(learner(url, keys[RAW], workers=1)), compression_enabled=False
+            DEFAULT: RlbrokerSender(stack.enter_context(open_learner(url, keys[DEFAULT], workers=1))),
+            UNCOMPRESSED: RlbrokerSender(
+                stack.enter_context(open_learner(url, keys[UNCOMPRESSED], workers=1)),
+                compression_enabled=False,
             ),
             NAIVE: NaiveSender(url, keys[NAIVE]),
         }
-        ways: dict[str, MakeReceiver] = {
-            OURS: functools.partial(OurReceiver, url, keys[OURS], True),
-            RAW: functools.partial(OurReceiver, url, keys[RAW], True),
+        transports: dict[str, MakeReceiver] = {
+            DEFAULT: functools.partial(RlbrokerReceiver, url, keys[DEFAULT], True),
+            UNCOMPRESSED: functools.partial(RlbrokerReceiver, url, keys[UNCOMPRESSED], True),
             NAIVE: functools.partial(NaiveReceiver, url, keys[NAIVE]),
         }
-        workers = stack.enter_context(crew(1, size_bytes, ways))
+        workers = stack.enter_context(start_receiving_workers(1, size_bytes, transports))
 
-        def contender(way: str) -> Callable[[], float]:
+        def contender(transport: str) -> Callable[[], float]:
             versions = itertools.cycle(steps)
             return lambda: (
-                1e3 * median(workers.deliver(way, senders[way], next(versions)) for _ in range(deliveries))
+                1e3
+                * median(
+                    workers.deliver(transport, senders[transport], next(versions)) for _ in range(deliveries)
+                )
             )
 
-        found = interleaved({way: contender(way) for way in ways}, repetitions)
+        samples = interleaved({transport: contender(transport) for transport in transports}, repetitions)
     work = "1 MB float32, publish to applied, median"
     return [
-        Row(work, NAIVE, "≤ 1.2×", found[OURS], found[NAIVE], "ms", False, 1.2),
-        Row(f"{work}, uncompressed", NAIVE, "≤ 1.2×", found[RAW], found[NAIVE], "ms", False, 1.2),
+        Row(work, NAIVE, "≤ 1.2×", samples[DEFAULT], samples[NAIVE], "ms", False, 1.2),
+        Row(
+            f"{work}, uncompressed", NAIVE, "≤ 1.2×", samples[UNCOMPRESSED], samples[NAIVE], "ms", False, 1.2
+        ),
     ]

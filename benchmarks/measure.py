@@ -1,4 +1,4 @@
-"""One line of the table, and the order in which its samples are taken."""
+"""A row of the results, and the order in which the samples of the contenders are taken."""
 
 from __future__ import annotations
 
@@ -10,36 +10,35 @@ from statistics import median
 
 
 def progress(text: str) -> None:
-    """Say on stderr what is being done: stdout is for results."""
+    """Print progress on stderr; stdout is for results."""
     print(f"… {text}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class Row:
-    """What ours and a peer took for the same work, one sample of each repetition."""
+    """The samples of rlbroker and of a peer for the same work, one per repetition."""
 
     work: str
     against: str
-    wanted: str  #: for people, such as "≥ 3× faster"
-    ours: list[float]
-    theirs: list[float]  #: empty where the peer could not run; `note` says why
+    wanted: str  #: the target as text, such as "≥ 3× faster"
+    ours: list[float]  #: samples of rlbroker
+    theirs: list[float]  #: samples of the peer; empty if it could not run, and `note` says why
     unit: str
     higher_is_better: bool
-    target: (
-        float | None
-    )  #: wanted ratio: at least that if higher is better, else at most; None for information
+    #: The wanted ratio: a minimum if higher is better, else a maximum; None for no target.
+    target: float | None
     note: str = ""
 
     @property
     def ratio(self) -> float | None:
-        """Median of ours by median of theirs; None where one side has no samples, or theirs is zero."""
+        """The median of `ours` divided by that of `theirs`; None without samples of both, or if theirs is zero."""
         if not self.ours or not self.theirs or not median(self.theirs):
             return None
         return median(self.ours) / median(self.theirs)
 
     @property
     def met(self) -> bool | None:
-        """Whether the target was reached; None where there is none, or no ratio."""
+        """Whether the target was reached; None without a target or ratio."""
         ratio = self.ratio
         if ratio is None or self.target is None:
             return None
@@ -47,13 +46,13 @@ class Row:
 
 
 def interleaved(contenders: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
-    """Let everyone do the work in turn, so that what the machine does meanwhile hits all of them alike.
+    """Return the samples of all contenders, taken in turn so that other load on the machine affects all alike.
 
-    Each warms up once, unmeasured. Who begins changes from round to round.
+    Each contender warms up once without being measured. Another contender is first in each round.
 
     Args:
-        contenders: by name, does the work once and gives its sample.
-        repetitions: samples of each.
+        contenders: by name, a function that does the work once and returns its sample.
+        repetitions: the number of samples of each contender.
     """
     for name, contender in contenders.items():
         progress(f"  warming up: {name}")

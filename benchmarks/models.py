@@ -1,4 +1,4 @@
-"""The models of the benchmarks: as many float32 as wanted, in tensors of up to 1 MB, as a training moves them."""
+"""The models of the benchmarks: float32 tensors of up to 1 MB, changed as by training steps."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 State = dict[str, torch.Tensor]
 
-#: Bytes of one layer at most.
+#: The largest size of a layer.
 LAYER_BYTES = 1 << 20
 
-#: How far one step of Adam moves a weight at most: its learning rate.
+#: The learning rate, which limits how far one step of Adam changes a weight.
 LEARNING_RATE = 3e-4
 
 
 def make_model(size_bytes: int) -> torch.nn.Module:
-    """Give a module with parameters of about this size."""
+    """Return a module whose parameters have about this size."""
     torch.set_num_threads(1)
     width = int((min(size_bytes, LAYER_BYTES) / 4) ** 0.5)
     layers = max(1, size_bytes // (width * width * 4))
@@ -28,19 +28,19 @@ def make_model(size_bytes: int) -> torch.nn.Module:
 
 
 def training_steps(size_bytes: int, count: int = 3) -> list[State]:
-    """Give state dicts of so many consecutive steps: normal weights, moved at random by a learning rate at most."""
+    """Return the state dicts of consecutive steps: normal weights, changed at random by at most the learning rate."""
     random = np.random.default_rng(1)
     shapes = {name: tuple(value.shape) for name, value in make_model(size_bytes).state_dict().items()}
     states: list[dict[str, NDArray[np.float32]]] = [
         {name: random.standard_normal(shape, np.float32) * np.float32(0.05) for name, shape in shapes.items()}
     ]
     while len(states) < count:
-        states.append({name: value + _step(random, value.shape) for name, value in states[-1].items()})
+        states.append({name: value + _random_step(random, value.shape) for name, value in states[-1].items()})
     return [{name: torch.from_numpy(value) for name, value in state.items()} for state in states]
 
 
-def arrays(state: Mapping[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]:
-    """Give the same memory as arrays, which pickle faster than tensors."""
+def to_arrays(state: Mapping[str, torch.Tensor]) -> dict[str, NDArray[np.float32]]:
+    """Return arrays on the same memory. Arrays pickle faster than tensors."""
     return {name: value.numpy() for name, value in state.items()}
 
 
@@ -51,10 +51,10 @@ def load_arrays(model: torch.nn.Module, received: Mapping[str, NDArray[np.float3
             value.copy_(torch.from_numpy(received[name]))
 
 
-def probe(state: Mapping[str, Any]) -> tuple[float, ...]:
-    """Give a few of the numbers, by which to see that they arrived."""
+def last_values(state: Mapping[str, Any]) -> tuple[float, ...]:
+    """Return the last value of each tensor, to check that the weights arrived."""
     return tuple(float(value.flatten()[-1]) for value in state.values())
 
 
-def _step(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _random_step(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.float32]:
     return (random.random(shape, np.float32) * np.float32(2) - np.float32(1)) * np.float32(LEARNING_RATE)

@@ -1,4 +1,4 @@
-"""Two hosts on one machine: a network namespace behind a link of known speed. Linux, root, `ip` and `tc` only."""
+"""Two hosts on one machine: a network namespace behind a link of known speed. Needs Linux, root, `ip` and `tc`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Bits per second of the link, each way.
+#: Bits per second of the link in each direction.
 RATE_BITS = 1_000_000_000
 
-#: What the shaper lets pass at once: larger than the largest packet that a veth takes (64 KB).
+#: The burst of the traffic shaper. It exceeds the largest packet of a veth device (64 KB).
 _BURST_BYTES = 256 << 10
 
 _CLONE_NEWNET = 0x40000000
@@ -23,28 +23,28 @@ _CLONE_NEWNET = 0x40000000
 
 @dataclass(frozen=True)
 class Link:
-    """The way from this host to the other one."""
+    """The link from this host to the other one."""
 
     namespace: str  #: the other host's name
     device: str  #: this host's end
     address: str  #: this host's address on the link
 
     def sent_bytes(self) -> int:
-        """Give how many bytes this host has sent over the link until now."""
+        """Return the number of bytes that this host has sent over the link so far."""
         return int(Path(f"/sys/class/net/{self.device}/statistics/tx_bytes").read_text())
 
 
 def unavailable() -> str:
-    """Give why there can be no second host here; empty if there can."""
+    """Return why this machine cannot simulate a second host, or an empty string if it can."""
     if sys.platform != "linux":
-        return "network namespaces are Linux's"
+        return "network namespaces exist only on Linux"
     if os.geteuid() != 0:
         return "network namespaces need root"
     missing = [tool for tool in ("ip", "tc") if not shutil.which(tool)]
     if missing:
         return f"{' and '.join(missing)} not installed"
     try:
-        with two_hosts():  # in a container root may still lack the right, and the kernel the shaper
+        with two_hosts():  # in a container, root may lack the rights, or the kernel the traffic shaper
             return ""
     except RuntimeError as error:
         return str(error)
@@ -52,39 +52,39 @@ def unavailable() -> str:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[Link]:
-    """Set up a second host behind a link, and remove both in the end, after Ctrl-C and errors too.
+    """Create a second host behind a link. Remove both at the end, even after Ctrl-C or an error.
 
     Raises:
-        RuntimeError: the system refused; its message is in it.
+        RuntimeError: a command failed; the message has its output.
     """
     name = f"rlb{os.getpid()}"
-    # 198.18.0.0/15 is set aside for benchmarks of networks (RFC 2544).
+    # 198.18.0.0/15 is reserved for network benchmarks (RFC 2544).
     subnet = f"198.18.{os.getpid() % 256}"
     link = Link(namespace=name, device=f"{name}a", address=f"{subnet}.1")
-    there = f"{name}b"
+    other_device = f"{name}b"
     shaper = f"root tbf rate {RATE_BITS}bit burst {_BURST_BYTES}b latency 50ms"
     try:
         _run(f"ip netns add {name}")
-        _run(f"ip link add {link.device} type veth peer name {there} netns {name}")
+        _run(f"ip link add {link.device} type veth peer name {other_device} netns {name}")
         _run(f"ip addr add {subnet}.1/30 dev {link.device}")
-        _run(f"ip -n {name} addr add {subnet}.2/30 dev {there}")
+        _run(f"ip -n {name} addr add {subnet}.2/30 dev {other_device}")
         _run(f"ip link set {link.device} up")
-        _run(f"ip -n {name} link set {there} up")
+        _run(f"ip -n {name} link set {other_device} up")
         _run(f"ip -n {name} link set lo up")
         _run(f"tc qdisc add dev {link.device} {shaper}")
-        _run(f"tc -n {name} qdisc add dev {there} {shaper}")
+        _run(f"tc -n {name} qdisc add dev {other_device} {shaper}")
         yield link
     finally:
         for command in (f"ip link del {link.device}", f"ip netns del {name}"):
-            with contextlib.suppress(RuntimeError):  # it may not have come so far
+            with contextlib.suppress(RuntimeError):  # the device may not exist yet
                 _run(command)
 
 
 def enter(namespace: str) -> None:
-    """Move this thread, and those that it starts, to another host.
+    """Move this thread, and the threads that it starts later, to another host.
 
     Raises:
-        OSError: there is no such namespace, or it may not be entered.
+        OSError: the namespace does not exist, or entering it is not permitted.
     """
     descriptor = os.open(f"/var/run/netns/{namespace}", os.O_RDONLY)
     try:
@@ -96,7 +96,7 @@ def enter(namespace: str) -> None:
 
 
 def _run(command: str) -> None:
-    # In a session of its own: Ctrl-C shall not end it halfway.
+    # In its own session: Ctrl-C must not interrupt the command halfway.
     done = subprocess.run(
         command.split(), capture_output=True, text=True, check=False, start_new_session=True, timeout=30
     )

@@ -1,4 +1,4 @@
-"""A Cluster of one node and of three, with and without replicas: what each node carries, and how long it takes."""
+"""Clusters of one and of three nodes, with and without replicas: the load of each node, and the time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from benchmarks.crowd import Crowd, Point, Work, crowd
 from benchmarks.measure import Row, progress
-from benchmarks.servers import Cluster, ServerFigures, cluster
+from benchmarks.servers import Cluster, ServerMetrics, start_cluster
+from benchmarks.simulated_run import Measurement, SimulatedRun, Workload, start_simulated_run
 
 WORKERS, QUICK_WORKERS = 8, 2
 
@@ -16,45 +16,45 @@ ONE, THREE, REPLICAS, CACHE = "1 node", "3 nodes", "3 nodes, read from replicas"
 
 
 def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
-    """Give the rows of Clusters, which are started for it."""
+    """Return the rows of Clusters. `url` is not used: the Clusters are started here."""
     megabytes = 12 if quick else 32
     workers = QUICK_WORKERS if quick else WORKERS
     seconds = 0.6 if quick else 6.0
-    weights = Work(seconds, 0.0, seconds / 2, megabytes << 20)
-    batches = Work(seconds, 50.0 if quick else 200.0)
-    found: dict[tuple[str, str], list[Point]] = {}
+    weights = Workload(seconds, 0.0, seconds / 2, megabytes << 20)
+    batches = Workload(seconds, 50.0 if quick else 200.0)
+    found: dict[tuple[str, str], list[Measurement]] = {}
     with contextlib.ExitStack() as stack:
         progress("nodes: starting Clusters")
-        single = stack.enter_context(cluster(1))
-        three = stack.enter_context(cluster(3))
-        replicated = stack.enter_context(cluster(3, 1))
-        crowds = {
-            ONE: _crowd(stack, single, workers),
-            THREE: _crowd(stack, three, workers),
-            REPLICAS: _crowd(stack, replicated, workers, read_from_replicas=True),
-            CACHE: _crowd(stack, three, workers, host_cache=True),
+        single = stack.enter_context(start_cluster(1))
+        three = stack.enter_context(start_cluster(3))
+        replicated = stack.enter_context(start_cluster(3, 1))
+        runs = {
+            ONE: _start_run(stack, single, workers),
+            THREE: _start_run(stack, three, workers),
+            REPLICAS: _start_run(stack, replicated, workers, read_from_replicas=True),
+            CACHE: _start_run(stack, three, workers, host_cache=True),
         }
-        for name, simulated in crowds.items():
+        for name, simulated in runs.items():
             progress(f"  warming up: {name}")
-            simulated.do(weights)
+            simulated.measure(weights)
         for repetition in range(repetitions):
-            for name, simulated in crowds.items():
-                found.setdefault((name, "weights"), []).append(simulated.do(weights))
+            for name, simulated in runs.items():
+                found.setdefault((name, "weights"), []).append(simulated.measure(weights))
                 if name in (ONE, THREE):
-                    found.setdefault((name, "batches"), []).append(simulated.do(batches))
+                    found.setdefault((name, "batches"), []).append(simulated.measure(batches))
             progress(f"  {repetition + 1} of {repetitions}")
     return _rows(found, f"{megabytes} MB to {workers} workers")
 
 
-def _crowd(
-    stack: contextlib.ExitStack, place: Cluster, workers: int, *, host_cache: bool = False, **settings: bool
-) -> Crowd:
+def _start_run(
+    stack: contextlib.ExitStack, cluster: Cluster, workers: int, *, host_cache: bool = False, **settings: bool
+) -> SimulatedRun:
     return stack.enter_context(
-        crowd(place.url, workers, host_cache=host_cache, nodes=place.nodes, **settings)
+        start_simulated_run(cluster.url, workers, host_cache=host_cache, nodes=cluster.nodes, **settings)
     )
 
 
-def _rows(found: dict[tuple[str, str], list[Point]], weights: str) -> list[Row]:
+def _rows(found: dict[tuple[str, str], list[Measurement]], weights: str) -> list[Row]:
     return [
         _row(
             found, f"{weights}: to the busiest node, per version", THREE, ONE, "weights", _received, "MB", 0.4
@@ -96,59 +96,61 @@ def _rows(found: dict[tuple[str, str], list[Point]], weights: str) -> list[Row]:
 
 
 def _row(
-    found: dict[tuple[str, str], list[Point]],
+    found: dict[tuple[str, str], list[Measurement]],
     label: str,
     name: str,
     against: str,
     kind: str,
-    figure: Callable[[Point], float],
+    metric: Callable[[Measurement], float],
     unit: str,
     target: float | None = None,
 ) -> Row:
     wanted = "" if target is None else f"≤ {target:g}×"
-    ours, theirs = ([figure(point) for point in found[one, kind]] for one in (name, against))
+    ours, theirs = (
+        [metric(measurement) for measurement in found[cluster, kind]] for cluster in (name, against)
+    )
     return Row(f"{label}: {name}", against, wanted, ours, theirs, unit, False, target)
 
 
-def _received(point: Point) -> float:
-    return max(node.received_bytes for node in point.nodes) / point.versions / 1e6
+def _received(measurement: Measurement) -> float:
+    return max(node.received_bytes for node in measurement.nodes) / measurement.versions / 1e6
 
 
-def _sent(point: Point) -> float:
-    return max(node.sent_bytes for node in point.nodes) / point.versions / 1e6
+def _sent(measurement: Measurement) -> float:
+    return max(node.sent_bytes for node in measurement.nodes) / measurement.versions / 1e6
 
 
-def _from_masters(point: Point) -> float:
-    return sum(node.sent_bytes for node in _masters(point)) / point.versions / 1e6
+def _from_masters(measurement: Measurement) -> float:
+    return sum(node.sent_bytes for node in _masters(measurement)) / measurement.versions / 1e6
 
 
-def _replicated(point: Point) -> float:
-    return sum(node.replicated_bytes for node in point.nodes) / point.versions / 1e6
+def _replicated(measurement: Measurement) -> float:
+    return sum(node.replicated_bytes for node in measurement.nodes) / measurement.versions / 1e6
 
 
-def _masters(point: Point) -> Sequence[ServerFigures]:
-    return point.nodes[:3]
+def _masters(measurement: Measurement) -> Sequence[ServerMetrics]:
+    return measurement.nodes[:3]
 
 
-def _cpu(point: Point) -> float:
-    return 1e3 * max(node.cpu_seconds for node in point.nodes) / point.versions
+def _cpu(measurement: Measurement) -> float:
+    return 1e3 * max(node.cpu_seconds for node in measurement.nodes) / measurement.versions
 
 
-def _publishing(point: Point) -> float:
-    return 1e3 * median(point.learner.publish_seconds)
+def _publishing(measurement: Measurement) -> float:
+    return 1e3 * median(measurement.learner.publish_seconds)
 
 
-def _applied(point: Point) -> float:
-    return median(point.milliseconds)
+def _applied(measurement: Measurement) -> float:
+    return median(measurement.milliseconds)
 
 
-def _batch_bytes(point: Point) -> float:
-    return max(node.received_bytes for node in point.nodes) / point.batches / 1e3
+def _batch_bytes(measurement: Measurement) -> float:
+    return max(node.received_bytes for node in measurement.nodes) / measurement.batches / 1e3
 
 
-def _batch_cpu(point: Point) -> float:
-    return 1e6 * max(node.cpu_seconds for node in point.nodes) / point.batches
+def _batch_cpu(measurement: Measurement) -> float:
+    return 1e6 * max(node.cpu_seconds for node in measurement.nodes) / measurement.batches
 
 
-def _learner_cpu(point: Point) -> float:
-    return 1e6 * point.learner.cpu_seconds / point.batches
+def _learner_cpu(measurement: Measurement) -> float:
+    return 1e6 * measurement.learner.cpu_seconds / measurement.batches

@@ -1,6 +1,6 @@
-"""Recordings of consecutive weights: `python -m benchmarks.policies [--output DIR]` makes them all anew.
+"""Recordings of consecutive weights. `python -m benchmarks.policies [--output DIR]` creates all of them again.
 
-They are made once, in about a minute, and kept beside this file; git does not.
+They are created once, in about a minute, and kept beside this file. Git ignores them.
 """
 
 from __future__ import annotations
@@ -18,54 +18,54 @@ import torch
 
 from benchmarks import training
 from benchmarks.measure import progress
-from benchmarks.training import Effort, Version
+from benchmarks.training import TrainingSize, Version
 
-#: Where recordings are kept.
+#: The folder of the recordings.
 FOLDER = Path(__file__).parent / ".recordings"
 
-#: By recording, the training that makes it, perhaps with others, and how far that goes.
-RECORDINGS: dict[str, tuple[Callable[[Effort], dict[str, list[Version]]], Effort]] = {
-    "ppo": (training.ppo, _PPO := Effort(updates=20, width=1024)),
+#: For each recording, the training that creates it (perhaps together with others) and its size.
+RECORDINGS: dict[str, tuple[Callable[[TrainingSize], dict[str, list[Version]]], TrainingSize]] = {
+    "ppo": (training.ppo, _PPO := TrainingSize(updates=20, width=1024)),
     "ppo-step": (training.ppo, _PPO),
-    "atari": (training.atari, Effort(updates=120, width=512)),
-    "transformer": (training.transformer, _TRANSFORMER := Effort(updates=60, width=320)),
+    "atari": (training.atari, TrainingSize(updates=120, width=512)),
+    "transformer": (training.transformer, _TRANSFORMER := TrainingSize(updates=60, width=320)),
     "transformer-master": (training.transformer, _TRANSFORMER),
 }
 
 
-def load(name: str, folder: Path = FOLDER, *, effort: Effort | None = None) -> list[Version]:
-    """Give the consecutive versions of a recording, oldest first; train first where it is missing or stale.
+def load(name: str, folder: Path = FOLDER, *, size: TrainingSize | None = None) -> list[Version]:
+    """Return the consecutive versions of a recording, oldest first. Train first if it is missing or outdated.
 
     Args:
         name: a key of `RECORDINGS`.
-        folder: where recordings are kept.
-        effort: how much training, where one is needed; by default as in `RECORDINGS`.
+        folder: the folder of the recordings.
+        size: the size of the training, if it is needed; None for that in `RECORDINGS`.
     """
     path = folder / f"{name}.pt"
     if not path.exists() or path.stat().st_mtime < Path(training.__file__).stat().st_mtime:
-        make(name, folder, effort=effort)
+        record(name, folder, size=size)
     versions: list[Version] = torch.load(path, weights_only=True)
     return versions
 
 
-def make(name: str, folder: Path = FOLDER, *, effort: Effort | None = None) -> None:
-    """Train, and write recording `name` and those that come with it.
+def record(name: str, folder: Path = FOLDER, *, size: TrainingSize | None = None) -> None:
+    """Train, and write recording `name` and those that the same training creates.
 
-    On one thread: the sums, and so the weights, are then the same however many cores there are.
+    The training uses one thread, so that sums and weights do not depend on the number of cores.
     """
-    train, usual = RECORDINGS[name]
+    train, default_size = RECORDINGS[name]
     progress(f"recording {name} into {folder}")
     started = time.perf_counter()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng():
-            recorded = train(effort or usual)
+            recorded = train(size or default_size)
     finally:
         torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
     for title, versions in recorded.items():
-        # A recording that was broken off must not pass for one.
+        # Rename atomically: an interrupted recording must not look complete.
         unfinished = folder / f"{title}.{os.getpid()}.tmp"
         torch.save(versions, unfinished)
         unfinished.replace(folder / f"{title}.pt")
@@ -73,12 +73,12 @@ def make(name: str, folder: Path = FOLDER, *, effort: Effort | None = None) -> N
 
 
 def main() -> None:
-    """Make all recordings, each in a process of its own, the longest first."""
+    """Create all recordings, each in its own process, the longest first."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.policies", description=__doc__)
     parser.add_argument("--output", type=Path, default=FOLDER, metavar="DIR")
     folder = parser.parse_args().output
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(make, ("transformer", "ppo", "atari"), itertools.repeat(folder)))
+        list(pool.map(record, ("transformer", "ppo", "atari"), itertools.repeat(folder)))
 
 
 if __name__ == "__main__":

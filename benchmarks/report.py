@@ -19,20 +19,20 @@ from rich.table import Table
 
 from benchmarks.measure import Row
 
-#: Columns of every table.
+#: The columns of every table.
 COLUMNS = ("work", "against", "ours", "theirs", "unit", "ratio", "wanted", "met", "note")
 
-#: Columns of text that a pipe has room for.
+#: The width of the table if stdout is not a terminal.
 _PIPE_WIDTH = 1000
 
-#: Packages whose version a result depends on, where they are installed.
+#: Packages whose versions affect the results.
 _PACKAGES = ("rlbroker", "redis", "hiredis", "numpy", "blosc2", "torch", "ray")
 
 
-def number(value: float) -> str:
-    """Give a number with three digits that count.
+def format_number(value: float) -> str:
+    """Return a number with three significant digits.
 
-    >>> [number(value) for value in (0.01234, 1.5, 23.456, 1234.5, 0.0)]
+    >>> [format_number(value) for value in (0.01234, 1.5, 23.456, 1234.5, 0.0)]
     ['0.0123', '1.50', '23.5', '1,234', '0']
     """
     if value == 0:
@@ -43,32 +43,32 @@ def number(value: float) -> str:
     return f"{value:.{digits}f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
-def ratio_text(row: Row) -> str:
-    """Give the ratio as a person says it: how many times ours is, or, where less is wanted, how many times less."""
+def format_ratio(row: Row) -> str:
+    """Return the ratio as text: "3.00×", or "28.0× less" if the target is below 1."""
     ratio = row.ratio
     if ratio is None:
         return "–"
     if not row.higher_is_better and row.target is not None and row.target < 1 and 0 < ratio < 1:
-        return f"{number(1 / ratio)}× less"
-    return f"{number(ratio)}×"
+        return f"{format_number(1 / ratio)}× less"
+    return f"{format_number(ratio)}×"
 
 
-def cells(row: Row) -> dict[str, str]:
-    """Give one line of the table, by column."""
+def format_cells(row: Row) -> dict[str, str]:
+    """Return one line of the table, by column."""
     return {
         "work": row.work,
         "against": row.against,
-        "ours": number(median(row.ours)) if row.ours else "–",
-        "theirs": number(median(row.theirs)) if row.theirs else "–",
+        "ours": format_number(median(row.ours)) if row.ours else "–",
+        "theirs": format_number(median(row.theirs)) if row.theirs else "–",
         "unit": row.unit,
-        "ratio": ratio_text(row),
+        "ratio": format_ratio(row),
         "wanted": row.wanted or "–",
         "met": {True: "yes", False: "no", None: "–"}[row.met],
         "note": row.note,
     }
 
 
-def show(rows: Sequence[Row]) -> None:
+def print_table(rows: Sequence[Row]) -> None:
     """Print the table on stdout."""
     table = Table(show_lines=False)
     for column in COLUMNS:
@@ -76,24 +76,24 @@ def show(rows: Sequence[Row]) -> None:
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     for row in rows:
         style = "red" if row.met is False else ""
-        table.add_row(*cells(row).values(), style=style)
+        table.add_row(*format_cells(row).values(), style=style)
     Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, markup=False, highlight=False).print(table)
 
 
-def markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
-    """Give the table as Markdown, with what it was measured on."""
+def format_markdown(rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
+    """Return the table as Markdown, with a description of the machine."""
 
     def line(texts: Sequence[str]) -> str:
         return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts) + " |"
 
     lines = [line(COLUMNS), line(["---"] * len(COLUMNS))]
-    lines += [line(list(cells(row).values())) for row in rows]
+    lines += [line(list(format_cells(row).values())) for row in rows]
     described = "; ".join(f"{name} {fact}" for name, fact in facts.items())
     return "\n".join([*lines, "", f"Medians, measured side by side in one run: {described}.", ""])
 
 
-def machine() -> dict[str, Any]:
-    """Give what the figures depend on besides the code: cores, what else runs, Python, versions of packages."""
+def describe_machine() -> dict[str, Any]:
+    """Return what the results depend on besides the code: processor, load, Python, versions of packages."""
     found: dict[str, Any] = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -117,23 +117,23 @@ def _processor() -> str:
     return platform.processor() or "unknown"
 
 
-def save(rows: Sequence[Row], facts: Mapping[str, Any], directory: Path, name: str) -> list[Path]:
-    """Write `<name>.json`, `<name>.md` and, where matplotlib is installed, `<name>.png`; give their paths."""
+def save_report(rows: Sequence[Row], facts: Mapping[str, Any], directory: Path, name: str) -> list[Path]:
+    """Write `<name>.json`, `<name>.md` and, if matplotlib is installed, `<name>.png`; return their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{name}.json", directory / f"{name}.md"]
-    listed = [asdict(row) | {"ratio": row.ratio, "met": row.met} for row in rows]
+    row_dicts = [asdict(row) | {"ratio": row.ratio, "met": row.met} for row in rows]
     paths[0].write_text(
-        json.dumps({"facts": dict(facts), "rows": listed}, indent=2, ensure_ascii=False) + "\n"
+        json.dumps({"facts": dict(facts), "rows": row_dicts}, indent=2, ensure_ascii=False) + "\n"
     )
-    paths[1].write_text(markdown(rows, facts))
+    paths[1].write_text(format_markdown(rows, facts))
     picture = directory / f"{name}.png"
-    if draw(rows, picture):
+    if draw_picture(rows, picture):
         paths.append(picture)
     return paths
 
 
-def draw(rows: Sequence[Row], path: Path) -> bool:
-    """Draw how many times better ours is, for rows with a target if there are any; give whether matplotlib is there."""
+def draw_picture(rows: Sequence[Row], path: Path) -> bool:
+    """Draw how many times better rlbroker is, for the rows with a target; return False without matplotlib."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -144,20 +144,20 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     measured = [row for row in rows if row.ratio]
     shown = [row for row in measured if row.target] or measured
     figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.4 * len(shown)), layout="constrained")
-    for place, row in enumerate(shown):
+    for position, row in enumerate(shown):
         color = {True: "tab:green", False: "tab:red", None: "tab:gray"}[row.met]
         assert row.ratio
-        axes.barh(place, _better(row, row.ratio) - 1, left=1, color=color, height=0.6)
+        axes.barh(position, _better(row, row.ratio) - 1, left=1, color=color, height=0.6)
         if row.target:
             mark = _better(row, row.target)
-            axes.plot([mark, mark], [place - 0.45, place + 0.45], color="black", linewidth=2)
+            axes.plot([mark, mark], [position - 0.45, position + 0.45], color="black", linewidth=2)
     axes.set_yticks(range(len(shown)), [_label(row) for row in shown], fontsize=8)
     axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.axvline(1, color="black", linewidth=0.5)
-    axes.set_xlabel("times better than the peer; black: wanted")
+    axes.set_xlabel("times better than the peer; black: target")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Makes an environment of its own for the peer Reverb, which wants numpy < 2 and its release of TensorFlow; says why if
-# it cannot.
+# Create a separate environment for the peer Reverb, which needs numpy < 2 and a particular release of TensorFlow.
 set -euo pipefail
 
 folder=$(dirname "$0")/.reverb
@@ -9,12 +8,12 @@ limit_seconds=300
 python3 -m venv "$folder"
 if ! timeout "$limit_seconds" "$folder/bin/pip" install --quiet --only-binary :all: \
     "numpy<2" "dm-reverb[tensorflow]" >"$folder/pip.log" 2>&1; then
-    echo "Reverb does not install here within $limit_seconds s:" >&2
+    echo "Reverb could not be installed within $limit_seconds s:" >&2
     tail -n 5 "$folder/pip.log" >&2
     exit 1
 fi
 if ! "$folder/bin/python" -c "import reverb" 2>"$folder/import.log"; then
-    echo "Reverb installs here and cannot be imported:" >&2
+    echo "Reverb was installed, but it cannot be imported:" >&2
     tail -n 3 "$folder/import.log" >&2
     exit 1
 fi

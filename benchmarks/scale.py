@@ -1,4 +1,4 @@
-"""Many workers: what they cost the learner while most are idle, and how long a version takes to reach them all."""
+"""Many workers: their cost to the learner while most are idle, and the time until all have a version."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.children import answer, child
+from benchmarks.child_processes import receive, start_child
 from benchmarks.measure import Row, interleaved, progress
-from benchmarks.ours import learner, worker
-from benchmarks.servers import scratch
+from benchmarks.rlbroker_transport import open_learner, open_worker
+from benchmarks.servers import scratch_name
 from rlbroker import WorkerClient
 
-#: Workers that only were there: longer than any benchmark they count as members.
+#: The lease of workers that have exited: they must count as members for longer than any benchmark takes.
 LEASE_SECONDS = 3600.0
 
-#: Batches that wait when the learner collects, over all busy workers, and how often it does for one sample.
+#: The number of batches that wait when the learner collects, and the number of collections for one sample.
 BATCHES, ROUNDS = 8, 40
 
-#: Versions whose deliveries are one sample.
+#: The number of versions whose deliveries are one sample.
 VERSIONS = 20
 
-#: No more processes than this hold the simulated workers.
+#: The largest number of processes for the simulated workers.
 PROCESSES = 4
 
 STEP_SECONDS = 0.0002
 
 
 def run(url: str, *, quick: bool, repetitions: int) -> list[Row]:
-    """Give the rows of collecting, and of delivering to growing numbers of workers."""
+    """Return the rows of collecting, and of delivering to growing numbers of workers."""
     return [
         *_collecting(url, 32 if quick else 256, 5 if quick else ROUNDS, repetitions),
         *_delivering(url, (1, 4) if quick else (1, 4, 16, 64), 3 if quick else VERSIONS, repetitions),
     ]
 
 
-# What idle workers cost
+# The cost of idle workers
 
 
 def _collecting(url: str, registered: int, rounds: int, repetitions: int) -> list[Row]:
     progress(f"scale: collecting from 8 busy workers of {registered}")
     sizes = {"4 workers, all busy": (4, 4), "8 workers, all busy": (8, 8), "many": (registered, 8)}
     with contextlib.ExitStack() as stack:
-        name = stack.enter_context(scratch(url))
+        name = stack.enter_context(scratch_name(url))
         contenders = {}
         for number, (label, (members, busy)) in enumerate(sizes.items()):
             collecting = _Collecting(stack, url, f"{name}-{number}", members, busy, rounds)
@@ -61,37 +61,39 @@ def _collecting(url: str, registered: int, rounds: int, repetitions: int) -> lis
 
 
 class _Collecting:
-    """A run with many members of which a few send."""
+    """A run with many members, of which a few send."""
 
     def __init__(
         self, stack: contextlib.ExitStack, url: str, run: str, members: int, busy: int, rounds: int
     ) -> None:
         self._rounds, self._busy = rounds, busy
         self._learner = stack.enter_context(
-            learner(url, run, workers=members, lease_seconds=LEASE_SECONDS, forget_seconds=2 * LEASE_SECONDS)
+            open_learner(
+                url, run, workers=members, lease_seconds=LEASE_SECONDS, forget_seconds=2 * LEASE_SECONDS
+            )
         )
-        with child(_register, url, run, range(busy, members)) as pipe:
-            answer(pipe, "registered")
-        self._pipe = stack.enter_context(child(_send, url, run, busy))
-        answer(self._pipe, "open")
+        with start_child(_register, url, run, range(busy, members)) as pipe:
+            receive(pipe, "registered")
+        self._pipe = stack.enter_context(start_child(_send, url, run, busy))
+        receive(self._pipe, "open")
         assert len(self._learner.workers()) == members
 
     def microseconds(self) -> float:
-        """Give what one batch costs the learner, when a few wait at a time."""
+        """Return the learner's time per batch, when a few batches wait at a time."""
         seconds = 0.0
         for _ in range(self._rounds):
             self._pipe.send(BATCHES // self._busy)
-            answer(self._pipe, "sent")
-            began, found = time.perf_counter(), 0
+            receive(self._pipe, "sent")
+            started, found = time.perf_counter(), 0
             while found < BATCHES:
                 found += len(self._learner.collect_experiences(timeout=5.0))
-            seconds += time.perf_counter() - began
+            seconds += time.perf_counter() - started
         return 1e6 * seconds / (self._rounds * BATCHES)
 
 
 def _register(pipe: Connection, url: str, run: str, numbers: range) -> None:
-    """Become workers of a run, and die without a word, so that they stay its members."""
-    clients = [worker(url, run, number) for number in numbers]
+    """Join a run as several workers and exit without leaving, so that they stay members."""
+    clients = [open_worker(url, run, number) for number in numbers]
     pipe.send(("registered", len(clients)))
     pipe.recv()
     os._exit(0)
@@ -100,7 +102,7 @@ def _register(pipe: Connection, url: str, run: str, numbers: range) -> None:
 def _send(pipe: Connection, url: str, run: str, busy: int) -> None:
     batch = {"obs": np.arange(1000, dtype=np.float32)}
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(worker(url, run, number)) for number in range(busy)]
+        clients = [stack.enter_context(open_worker(url, run, number)) for number in range(busy)]
         pipe.send(("open", None))
         while (count := pipe.recv()) is not None:
             for client in clients:
@@ -109,7 +111,7 @@ def _send(pipe: Connection, url: str, run: str, busy: int) -> None:
             pipe.send(("sent", None))
 
 
-# How long a version takes to reach everyone
+# The time until all workers have a version
 
 
 def _delivering(url: str, sizes: tuple[int, ...], versions: int, repetitions: int) -> list[Row]:
@@ -134,32 +136,32 @@ def _delivering(url: str, sizes: tuple[int, ...], versions: int, repetitions: in
 
 
 def _deliver_milliseconds(url: str, size: int, versions: int) -> list[float]:
-    """Give, for each version and worker, how long it took from publishing to applying."""
+    """Return the time from publishing to applied, for each version and worker."""
     random = np.random.default_rng(1)
     base = random.standard_normal(1 << 18, np.float32)
     found: list[float] = []
     with contextlib.ExitStack() as stack:
-        name = stack.enter_context(scratch(url))
-        communicator = stack.enter_context(learner(url, name, workers=size))
+        name = stack.enter_context(scratch_name(url))
+        communicator = stack.enter_context(open_learner(url, name, workers=size))
         shares = [range(first, size, PROCESSES) for first in range(min(size, PROCESSES))]
-        pipes = [stack.enter_context(child(_apply, url, name, share)) for share in shares]
+        pipes = [stack.enter_context(start_child(_apply, url, name, share)) for share in shares]
         for pipe in pipes:
-            answer(pipe, "open")
+            receive(pipe, "open")
         for version in range(versions + 1):
             weights = {"w": base + np.float32(3e-4) * random.standard_normal(1 << 18, np.float32)}
             for pipe in pipes:
                 pipe.send("next")
-                answer(pipe, "ready")
-            began = time.perf_counter()
+                receive(pipe, "ready")
+            started = time.perf_counter()
             communicator.send_model_weights(weights)
-            applied = [one for pipe in pipes for one in answer(pipe, "applied")]
-            found += [1e3 * (one - began) for one in applied] if version else []  # the first one warms up
+            applied = [at for pipe in pipes for at in receive(pipe, "applied")]
+            found += [1e3 * (at - started) for at in applied] if version else []  # the first version warms up
     return found
 
 
 def _apply(pipe: Connection, url: str, run: str, numbers: range) -> None:
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(worker(url, run, number)) for number in numbers]
+        clients = [stack.enter_context(open_worker(url, run, number)) for number in numbers]
         models: list[dict[str, Any]] = [{"w": np.zeros(1 << 18, np.float32)} for _ in clients]
         pipe.send(("open", None))
         while pipe.recv() is not None:
@@ -167,14 +169,14 @@ def _apply(pipe: Connection, url: str, run: str, numbers: range) -> None:
             waiting = list(zip(clients, models, strict=True))
             applied: list[float] = []
             while waiting:
-                late = [pair for pair in waiting if not _polled(*pair, applied)]
-                if len(late) == len(waiting):
+                remaining = [pair for pair in waiting if not _poll(*pair, applied)]
+                if len(remaining) == len(waiting):
                     time.sleep(STEP_SECONDS)
-                waiting = late
+                waiting = remaining
             pipe.send(("applied", applied))
 
 
-def _polled(client: WorkerClient, model: dict[str, Any], applied: list[float]) -> bool:
+def _poll(client: WorkerClient, model: dict[str, Any], applied: list[float]) -> bool:
     if not client.poll(model):
         return False
     applied.append(time.perf_counter())

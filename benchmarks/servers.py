@@ -1,4 +1,4 @@
-"""The server that everyone uses, and names on it that are removed afterwards."""
+"""The server of the benchmarks, its metrics, and Clusters of embedded servers."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from rlbroker.local.embedded_server import find_binary
 
 _numbers = itertools.count(1)
 
-#: Of a Cluster: its slots, ports that its nodes take, and how far above those they listen for each other.
+#: Of a Cluster: its slots, the ports of its nodes, and the offset of the ports for the Cluster bus.
 _SLOTS, _PORTS, _BUS = 16_384, range(11_000, 22_000), 10_000
 
-#: So long a Cluster may take to be there, and a node to end.
+#: How long a Cluster may take to start, and a node to end.
 _START_SECONDS, _STOP_SECONDS = 30.0, 5.0
 
-#: Keys that are deleted with one command.
-_AT_ONCE = 500
+#: The number of keys that are deleted with one command.
+_KEYS_PER_COMMAND = 500
 
 
 @contextlib.contextmanager
-def server(url: str | None) -> Iterator[str]:
-    """Give the URL of the given server, or of an embedded one that ends with the block."""
+def open_server(url: str | None) -> Iterator[str]:
+    """Yield the given URL, or that of an embedded server that ends with the block."""
     if url is not None:
         yield url
         return
@@ -43,10 +43,10 @@ def server(url: str | None) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def scratch(url: str) -> Iterator[str]:
-    """Give a name that nobody uses, for runs and keys; all that begins with it is deleted in the end.
+def scratch_name(url: str) -> Iterator[str]:
+    """Yield a new name for runs and keys, and delete all keys that begin with it at the end.
 
-    On a Cluster it stays: that ends with who started it.
+    On a Cluster the keys stay, because the benchmark that started the Cluster also ends it.
     """
     name = f"bench-{os.getpid()}-{next(_numbers)}"
     if url.startswith("redis+cluster:"):
@@ -57,28 +57,30 @@ def scratch(url: str) -> Iterator[str]:
     finally:
         client = redis.Redis.from_url(url)
         try:
-            found = [key for pattern in ("", "rlb:{") for key in client.scan_iter(f"{pattern}{name}*", 1000)]
-            for batch in (found[first : first + _AT_ONCE] for first in range(0, len(found), _AT_ONCE)):
+            keys = [key for pattern in ("", "rlb:{") for key in client.scan_iter(f"{pattern}{name}*", 1000)]
+            for batch in (
+                keys[first : first + _KEYS_PER_COMMAND] for first in range(0, len(keys), _KEYS_PER_COMMAND)
+            ):
                 client.unlink(*batch)
         finally:
             client.close()
 
 
 @dataclass(frozen=True)
-class ServerFigures:
-    """What a server has done and holds; `since` gives what it did between two readings."""
+class ServerMetrics:
+    """The metrics of a server: totals since its start, and current memory and connections."""
 
     cpu_seconds: float
     received_bytes: int  #: from clients
     sent_bytes: int  #: to clients
     replicated_bytes: int  #: sent to replicas
-    commands: Mapping[str, int]  #: by name: calls
+    commands: Mapping[str, int]  #: calls by name
     memory_bytes: int
     peak_memory_bytes: int
     connections: int
 
-    def since(self, before: ServerFigures) -> ServerFigures:
-        """Give what was done after `before`; what it holds is that of now."""
+    def since(self, before: ServerMetrics) -> ServerMetrics:
+        """Return the totals since `before`, with the current memory and connections."""
         calls = {name: count - before.commands.get(name, 0) for name, count in self.commands.items()}
         return replace(
             self,
@@ -89,10 +91,10 @@ class ServerFigures:
             commands={name: count for name, count in calls.items() if count},
         )
 
-    def __add__(self, other: ServerFigures) -> ServerFigures:
-        """Give what both did and hold together."""
+    def __add__(self, other: ServerMetrics) -> ServerMetrics:
+        """Return the sum for two servers."""
         names = self.commands.keys() | other.commands.keys()
-        return ServerFigures(
+        return ServerMetrics(
             self.cpu_seconds + other.cpu_seconds,
             self.received_bytes + other.received_bytes,
             self.sent_bytes + other.sent_bytes,
@@ -104,28 +106,28 @@ class ServerFigures:
         )
 
 
-class Meter:
-    """Reads the figures of one server, over a connection of its own that is not counted."""
+class ServerMeter:
+    """Reads the metrics of one server over its own connection, which is not counted."""
 
     def __init__(self, url: str) -> None:
         self._client = redis.Redis.from_url(url)
 
-    def read(self) -> ServerFigures:
-        found = self._client.info("everything")
-        replicated = found.get("total_net_repl_output_bytes", 0)
-        return ServerFigures(
-            cpu_seconds=found["used_cpu_sys"] + found["used_cpu_user"],
-            received_bytes=found["total_net_input_bytes"] - found.get("total_net_repl_input_bytes", 0),
-            sent_bytes=found["total_net_output_bytes"] - replicated,
+    def read(self) -> ServerMetrics:
+        info = self._client.info("everything")
+        replicated = info.get("total_net_repl_output_bytes", 0)
+        return ServerMetrics(
+            cpu_seconds=info["used_cpu_sys"] + info["used_cpu_user"],
+            received_bytes=info["total_net_input_bytes"] - info.get("total_net_repl_input_bytes", 0),
+            sent_bytes=info["total_net_output_bytes"] - replicated,
             replicated_bytes=replicated,
             commands={
-                name.removeprefix("cmdstat_"): said["calls"]
-                for name, said in found.items()
+                name.removeprefix("cmdstat_"): statistics["calls"]
+                for name, statistics in info.items()
                 if name.startswith("cmdstat_")
             },
-            memory_bytes=found["used_memory"],
-            peak_memory_bytes=found["used_memory_peak"],
-            connections=found["connected_clients"] - 1,
+            memory_bytes=info["used_memory"],
+            peak_memory_bytes=info["used_memory_peak"],
+            connections=info["connected_clients"] - 1,
         )
 
     def close(self) -> None:
@@ -137,11 +139,11 @@ class Meter:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Cluster of embedded servers, without a password, on the loopback device."""
+    """A Cluster of embedded servers on the loopback device, without a password."""
 
     url: str
-    masters: Sequence[str]  #: URL of each
-    replicas: Sequence[str]
+    masters: Sequence[str]  #: their URLs
+    replicas: Sequence[str]  #: their URLs
 
     @property
     def nodes(self) -> Sequence[str]:
@@ -149,31 +151,31 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(masters: int, replicas: int = 0) -> Iterator[Cluster]:
-    """Give a Cluster of so many masters, each with so many replicas; all end with the block."""
+def start_cluster(masters: int, replicas: int = 0) -> Iterator[Cluster]:
+    """Start a Cluster with the given number of masters, and of replicas of each; it ends with the block."""
     binary = find_binary().path
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(_node(binary)) for _ in range(masters * (1 + replicas))]
+        clients = [stack.enter_context(_start_node(binary)) for _ in range(masters * (1 + replicas))]
         for number, client in enumerate(clients[:masters]):
             first, end = _SLOTS * number // masters, _SLOTS * (number + 1) // masters
-            _ask(client, "CLUSTER ADDSLOTS", *range(first, end))
+            _execute(client, "CLUSTER ADDSLOTS", *range(first, end))
         for client in clients[1:]:
-            _ask(client, "CLUSTER MEET", "127.0.0.1", _port_of(clients[0]))
+            _execute(client, "CLUSTER MEET", "127.0.0.1", _port_of(clients[0]))
         _wait(lambda: all(len(client.cluster("nodes")) == len(clients) for client in clients))
         for number, client in enumerate(clients[masters:]):
-            _ask(client, "CLUSTER REPLICATE", clients[number % masters].cluster("myid").decode())
+            _execute(client, "CLUSTER REPLICATE", clients[number % masters].cluster("myid").decode())
         _wait(lambda: all(client.cluster("info")["cluster_state"] == "ok" for client in clients))
-        _wait(lambda: all(one.info("replication")["master_link_status"] == "up" for one in clients[masters:]))
-        places = [f"127.0.0.1:{_port_of(client)}" for client in clients]
-        urls = [f"redis://{place}/0" for place in places]
-        yield Cluster(f"redis+cluster://{','.join(places[:masters])}/0", urls[:masters], urls[masters:])
+        _wait(lambda: all(_is_connected_replica(client) for client in clients[masters:]))
+        addresses = [f"127.0.0.1:{_port_of(client)}" for client in clients]
+        urls = [f"redis://{address}/0" for address in addresses]
+        yield Cluster(f"redis+cluster://{','.join(addresses[:masters])}/0", urls[:masters], urls[masters:])
 
 
 @contextlib.contextmanager
-def _node(binary: Path) -> Iterator[redis.Redis]:
-    """Start a server that is to be part of a Cluster; give a client of it."""
+def _start_node(binary: Path) -> Iterator[redis.Redis]:
+    """Start a server in cluster mode; yield a client of it."""
     port = _free_port()
-    with tempfile.TemporaryDirectory() as parent, Path(os.devnull).open("wb") as nowhere:
+    with tempfile.TemporaryDirectory() as parent, Path(os.devnull).open("wb") as null_device:
         folder = Path(parent) / "node"
         lines = (
             "bind 127.0.0.1",
@@ -187,7 +189,7 @@ def _node(binary: Path) -> Iterator[redis.Redis]:
             [str(binary), "-"],
             input_text="\n".join(lines) + "\n",
             directory=folder,
-            output=nowhere.fileno(),
+            output=null_device.fileno(),
             stop_steps=[(signal.SIGTERM, _STOP_SECONDS)],
         )
         client = redis.Redis(port=port, protocol=2)
@@ -199,23 +201,27 @@ def _node(binary: Path) -> Iterator[redis.Redis]:
             process.stop()
 
 
-def _ask(client: redis.Redis, *command: str | int) -> None:
+def _execute(client: redis.Redis, *command: str | int) -> None:
     execute: Callable[..., object] = client.execute_command
     execute(*command)
 
 
 def _free_port() -> int:
-    """Give a port that is free, and whose node may listen for the others ten thousand above."""
+    """Return a port that is free, and whose port for the Cluster bus is free too."""
     for port in random.sample(_PORTS, len(_PORTS)):
         with contextlib.suppress(OSError):
-            for one in (port, port + _BUS):
-                socket.create_server(("127.0.0.1", one)).close()
+            for number in (port, port + _BUS):
+                socket.create_server(("127.0.0.1", number)).close()
             return port
-    raise RuntimeError("no port is free for a node of a Cluster")
+    raise RuntimeError("found no free port for a node of the Cluster")
 
 
 def _port_of(client: redis.Redis) -> int:
     return int(client.connection_pool.connection_kwargs["port"])
+
+
+def _is_connected_replica(client: redis.Redis) -> bool:
+    return bool(client.info("replication")["master_link_status"] == "up")
 
 
 def _answers(client: redis.Redis) -> bool:
@@ -228,5 +234,5 @@ def _wait(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + _START_SECONDS
     while not condition():
         if time.monotonic() > end:
-            raise RuntimeError(f"the Cluster was not there within {_START_SECONDS:g} s")
+            raise RuntimeError(f"the Cluster did not start within {_START_SECONDS:g} s")
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""A crowd at work for minutes: whether anybody's memory grows."""
+"""A simulated run for minutes: the growth of memory of learner, workers and server."""
 
 from __future__ import annotations
 
@@ -6,88 +6,89 @@ import time
 
 import numpy as np
 
-from benchmarks.crowd import Point, Work, crowd
 from benchmarks.measure import Row, progress
+from benchmarks.simulated_run import Measurement, Workload, start_simulated_run
 
-#: A sample each so often, with one version in it.
+#: The duration of a sample, in which one version is published.
 SAMPLE_SECONDS, QUICK_SAMPLE_SECONDS = 20.0, 0.5
 
-#: The first part of the time, in which caches and pools fill, does not count.
-WARM_PART = 0.3
+#: The first part of the time, in which caches and pools fill, is not measured.
+WARM_UP_PART = 0.3
 
 
 def run(
     url: str, *, quick: bool, repetitions: int, workers: int | None = None, minutes: float | None = None
 ) -> list[Row]:
-    """Give the growth of the memory of learner, workers and server per minute; there is one repetition."""
+    """Return the growth of memory per minute of learner, workers and server. `repetitions` is not used."""
     workers = workers or (2 if quick else 1000)
     minutes = minutes or (0.05 if quick else 10.0)
     seconds = QUICK_SAMPLE_SECONDS if quick else SAMPLE_SECONDS
-    work = Work(seconds, float(min(workers, 100)), seconds, 64 << 10)
-    points, at = list[Point](), list[float]()
-    with crowd(url, workers, host_cache=True) as simulated:
-        began = time.monotonic()
-        while not at or at[-1] < minutes:
-            points.append(simulated.do(work))
-            at.append((time.monotonic() - began) / 60)
-            progress(f"soak: {at[-1]:.1f} minutes; {_told(points[-1])}")
-    return _rows(f"{workers:,} workers for {minutes:g} minutes", points, at)
+    workload = Workload(seconds, float(min(workers, 100)), seconds, 64 << 10)
+    measurements, minutes_at = list[Measurement](), list[float]()
+    with start_simulated_run(url, workers, host_cache=True) as simulated:
+        started = time.monotonic()
+        while not minutes_at or minutes_at[-1] < minutes:
+            measurements.append(simulated.measure(workload))
+            minutes_at.append((time.monotonic() - started) / 60)
+            progress(f"soak: {minutes_at[-1]:.1f} minutes; {_describe(measurements[-1])}")
+    return _rows(f"{workers:,} workers for {minutes:g} minutes", measurements, minutes_at)
 
 
-def _rows(name: str, points: list[Point], at: list[float]) -> list[Row]:
-    batches = sum(point.batches for point in points)
-    note = f"{batches:,} batches, {_applied(points)}, {sum(point.warnings for point in points):,} warnings"
-    warm = int(len(points) * WARM_PART)
-    held = {
-        "learner": [point.learner.memory_bytes / 1e6 for point in points],
-        "workers": [point.crowd_memory_bytes / 1e6 for point in points],
-        "server": [point.server.memory_bytes / 1e6 for point in points],
+def _rows(name: str, measurements: list[Measurement], minutes_at: list[float]) -> list[Row]:
+    batches = sum(measurement.batches for measurement in measurements)
+    warnings = sum(measurement.warnings for measurement in measurements)
+    note = f"{batches:,} batches, {_applied(measurements)}, {warnings:,} warnings"
+    warm_up = int(len(measurements) * WARM_UP_PART)
+    memory_megabytes = {
+        "learner": [measurement.learner.memory_bytes / 1e6 for measurement in measurements],
+        "workers": [measurement.workers_memory_bytes / 1e6 for measurement in measurements],
+        "server": [measurement.server.memory_bytes / 1e6 for measurement in measurements],
     }
-    used = {
-        "learner": [point.learner.cpu_seconds / point.seconds for point in points],
-        "workers": [point.crowd_cpu_seconds / point.seconds for point in points],
-        "server": [point.server.cpu_seconds / point.seconds for point in points],
+    cores = {
+        "learner": [measurement.learner.cpu_seconds / measurement.seconds for measurement in measurements],
+        "workers": [measurement.workers_cpu_seconds / measurement.seconds for measurement in measurements],
+        "server": [measurement.server.cpu_seconds / measurement.seconds for measurement in measurements],
     }
-    late = sorted(one for point in points for one in point.milliseconds)
+    latencies = sorted(latency for measurement in measurements for latency in measurement.milliseconds)
     rows = []
-    for who, megabytes in held.items():
-        memory, growth = f"{name}: memory of {who}", f"{name}: growth of {who} per minute"
+    for part, megabytes in memory_megabytes.items():
+        memory, growth = f"{name}: memory of {part}", f"{name}: growth of {part} per minute"
         rows += [
             Row(
                 memory,
                 "after the first part",
                 "",
                 megabytes[-1:],
-                megabytes[warm : warm + 1],
+                megabytes[warm_up : warm_up + 1],
                 "MB",
                 False,
                 None,
                 note,
             ),
-            Row(growth, "", "", [_slope(at[warm:], megabytes[warm:])], [], "MB", False, None),
-            Row(f"{name}: CPU of {who}", "", "", used[who], [], "cores", False, None),
+            Row(growth, "", "", [_slope(minutes_at[warm_up:], megabytes[warm_up:])], [], "MB", False, None),
+            Row(f"{name}: CPU of {part}", "", "", cores[part], [], "cores", False, None),
         ]
     for percent in (50, 99):
-        percentile = [float(np.percentile(late, percent))] if late else []
+        percentile = [float(np.percentile(latencies, percent))] if latencies else []
         rows.append(Row(f"{name}: publish to applied, p{percent}", "", "", percentile, [], "ms", False, None))
     return rows
 
 
 def _slope(minutes: list[float], megabytes: list[float]) -> float:
-    """Give the growth per minute: the slope of the straight line through the samples."""
+    """Return the growth per minute: the slope of a line fitted to the samples."""
     return float(np.polyfit(minutes, megabytes, 1)[0]) if len(megabytes) > 1 else float("nan")
 
 
-def _applied(points: list[Point]) -> str:
-    expected = sum(point.versions * point.workers for point in points)
-    return f"{sum(len(point.milliseconds) for point in points):,} of {expected:,} versions applied"
+def _applied(measurements: list[Measurement]) -> str:
+    expected = sum(measurement.versions * measurement.workers for measurement in measurements)
+    return f"{sum(len(measurement.milliseconds) for measurement in measurements):,} of {expected:,} versions applied"
 
 
-def _told(last: Point) -> str:
+def _describe(last: Measurement) -> str:
     return (
         f"memory of learner {last.learner.memory_bytes / 1e6:.1f}, "
-        f"workers {last.crowd_memory_bytes / 1e6:.1f}, server {last.server.memory_bytes / 1e6:.1f} MB; CPU "
-        f"{last.learner.cpu_seconds / last.seconds:.2f}, {last.crowd_cpu_seconds / last.seconds:.2f}, "
+        f"workers {last.workers_memory_bytes / 1e6:.1f}, server {last.server.memory_bytes / 1e6:.1f} MB; CPU "
+        f"{last.learner.cpu_seconds / last.seconds:.2f}, {last.workers_cpu_seconds / last.seconds:.2f}, "
         f"{last.server.cpu_seconds / last.seconds:.2f} cores; {last.batches} batches; {_applied([last])}; "
         f"{last.warnings} warnings"
     )

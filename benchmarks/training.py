@@ -1,7 +1,7 @@
-"""Three small trainings whose consecutive weights the benchmarks ship.
+"""Three small trainings, whose consecutive weights the benchmarks send.
 
-Random weights would say little: how well weights compress, and how many of them an update changes, follows
-from the network, the optimizer and its rate, and from how far the training has come.
+Random weights would not be representative: how well weights compress, and how many of them an update changes, depends
+on the network, the optimizer, its learning rate, and the progress of the training.
 """
 
 from __future__ import annotations
@@ -25,61 +25,61 @@ from rlbroker.demo.policy import ActorCritic
 from rlbroker.demo.ppo import PPO, PPOSettings
 from rlbroker.demo.rollout import Rollout, make_envs
 
-#: What is sent to workers: a state dict.
+#: The state dict that is sent to workers.
 Version = dict[str, Tensor]
 
 _SEED = 20
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How long a training takes, and how large its network is."""
+class TrainingSize:
+    """The length of a training, and the size of its network."""
 
-    updates: int  #: before the first recorded version
-    width: int  #: units of a hidden layer; for the transformer, a multiple of 4
-    versions: int = 12  #: how many are recorded
+    updates: int  #: updates before the first recorded version
+    width: int  #: units of a hidden layer; a multiple of 4 for the transformer
+    versions: int = 12  #: the number of recorded versions
 
 
-def snapshot(model: nn.Module) -> Version:
-    """Copy the weights of `model`."""
+def copy_weights(model: nn.Module) -> Version:
+    """Return a copy of the weights of a model."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def ppo(effort: Effort) -> dict[str, list[Version]]:
+def ppo(size: TrainingSize) -> dict[str, list[Version]]:
     """Train two tanh networks on CartPole-v1 with PPO, Adam at 3e-4, in float32.
 
-    A PPO learner publishes once per update, which here is 16 steps of Adam: these versions are `ppo`.
-    `ppo-step` are the versions after each of the last steps of Adam.
+    The versions of `ppo` are those after each update, as a PPO learner publishes them; an update is 16 steps of Adam.
+    The versions of `ppo-step` are those after each of the last steps of Adam.
     """
     torch.manual_seed(_SEED)
     envs = make_envs("CartPole-v1", 8)
-    policy = ActorCritic(envs.single_observation_space, envs.single_action_space, hidden=effort.width)
+    policy = ActorCritic(envs.single_observation_space, envs.single_action_space, hidden=size.width)
     trainer = PPO(policy, PPOSettings(learning_rate=3e-4, epochs=4, minibatch_rows=128))
     rollout = Rollout(envs, seed=_SEED)
     updates: list[Version] = []
     steps: list[Version] = []
     returns: list[float] = []
-    for update in range(effort.updates + effort.versions):
-        if update == effort.updates + effort.versions - 1:
-            trainer.optimizer.register_step_post_hook(lambda *_: steps.append(snapshot(policy)))
+    for update in range(size.updates + size.versions):
+        if update == size.updates + size.versions - 1:
+            trainer.optimizer.register_step_post_hook(lambda *_: steps.append(copy_weights(policy)))
         batch = rollout.collect(policy, 64)
         returns += batch["episode_returns"].tolist()
         trainer.update([batch])
-        if update >= effort.updates:
-            updates.append(snapshot(policy))
+        if update >= size.updates:
+            updates.append(copy_weights(policy))
     envs.close()
     tenth = max(len(returns) // 10, 1)
     progress(
-        f"  ppo: mean return {_mean(returns[:tenth]):.0f} at first, {_mean(returns[-tenth:]):.0f} at last"
+        f"  ppo: mean return {_mean(returns[:tenth]):.0f} at the start, {_mean(returns[-tenth:]):.0f} at the end"
     )
-    return {"ppo": updates, "ppo-step": steps[-effort.versions :]}
+    return {"ppo": updates, "ppo-step": steps[-size.versions :]}
 
 
 class Catch:
-    """Games in which a paddle is to be under a falling dot, seen as an Atari learner sees its own.
+    """Games in which a paddle must catch a falling dot, with observations like those of Atari games.
 
     Observations are uint8 `[games, 4, 84, 84]`: the last four frames. The actions are left, stay, right. The
-    reward of a step is 1 if it brought the paddle nearer to the dot, -1 if it took it away, else 0.
+    reward of a step is 1 if the paddle moved towards the dot, -1 if it moved away, else 0.
     """
 
     ACTIONS = 3
@@ -87,7 +87,7 @@ class Catch:
     _STEP = 4
 
     def __init__(self, games: int) -> None:
-        """Start `games` games, each with its dot at another height."""
+        """Start `games` games, with their dots at different heights."""
         self._dot = torch.randint(0, self._SIDE - 6, (games, 2))  # row, column
         self._drift = torch.randint(-2, 3, (games,))
         self._paddle = torch.randint(0, self._SIDE - 12, (games,))
@@ -95,15 +95,15 @@ class Catch:
         self._render()
 
     def step(self, actions: Tensor) -> Tensor:
-        """Move paddles by `actions`, int64 `[games]`, and let the dots fall; give the rewards, `[games]`."""
+        """Move the paddles by `actions`, int64 `[games]`, and the dots; return the rewards, `[games]`."""
         before = self._distance()
         self._paddle = (self._paddle + (actions - 1) * self._STEP).clamp(0, self._SIDE - 12)
         rewards = (before - self._distance()).sign().float()
         self._dot[:, 0] += self._STEP
         self._dot[:, 1] = (self._dot[:, 1] + self._drift).clamp(0, self._SIDE - 6)
-        fallen = self._dot[:, 0] > self._SIDE - 6
-        self._dot[fallen, 0] = 0
-        self._dot[fallen, 1] = torch.randint(0, self._SIDE - 6, (int(fallen.sum()),))
+        landed = self._dot[:, 0] > self._SIDE - 6
+        self._dot[landed, 0] = 0
+        self._dot[landed, 1] = torch.randint(0, self._SIDE - 6, (int(landed.sum()),))
         self._render()
         return rewards
 
@@ -124,7 +124,7 @@ class AtariNet(nn.Module):
     """The convolutions of Mnih et al. 2015 (doi:10.1038/nature14236), with heads for actions and value."""
 
     def __init__(self, actions: int, hidden: int) -> None:
-        """Make a network for frames `[rows, 4, 84, 84]` whose dense layer has `hidden` units."""
+        """Create a network for frames `[rows, 4, 84, 84]`, with `hidden` units in its dense layer."""
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(4, 32, 8, stride=4),
@@ -145,20 +145,20 @@ class AtariNet(nn.Module):
         nn.init.orthogonal_(self.actor.weight, 0.01)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Give action logits `[rows, actions]` and values `[rows]` for uint8 frames."""
+        """Return action logits `[rows, actions]` and values `[rows]` for uint8 frames."""
         features = self.body(frames.float() / 255)
         return self.actor(features), self.critic(features).squeeze(-1)
 
 
-def atari(effort: Effort) -> dict[str, list[Version]]:
-    """Train `AtariNet` to catch with advantage actor-critic, Adam at 2.5e-4: one step is one version."""
+def atari(size: TrainingSize) -> dict[str, list[Version]]:
+    """Train `AtariNet` on `Catch` with advantage actor-critic, Adam at 2.5e-4. Each step is a version."""
     torch.manual_seed(_SEED)
     steps, games = 8, Catch(16)
-    model = AtariNet(games.ACTIONS, effort.width)
+    model = AtariNet(games.ACTIONS, size.width)
     optimizer = torch.optim.Adam(model.parameters(), lr=2.5e-4, eps=1e-5)
     versions: list[Version] = []
-    earned: list[float] = []
-    for update in range(effort.updates + effort.versions):
+    mean_rewards: list[float] = []
+    for update in range(size.updates + size.versions):
         frames, actions, rewards = [], [], []
         for _ in range(steps):
             with torch.no_grad():
@@ -170,35 +170,36 @@ def atari(effort: Effort) -> dict[str, list[Version]]:
         future = values[-len(games.obs) :].detach()
         returns: list[Tensor] = []
         for reward in reversed(rewards):
-            future = reward + 0.5 * future  # what a step earned is soon known
+            future = reward + 0.5 * future  # a short horizon is enough for this game
             returns.insert(0, future)
         values, policy = values[: -len(games.obs)], Categorical(logits=logits[: -len(games.obs)])
         advantage = torch.cat(returns) - values
         weight = advantage.detach() - advantage.detach().mean()
         log_probs: Tensor = policy.log_prob(torch.cat(actions))
-        gained = (log_probs * weight).mean() / (weight.std() + 1e-8)
+        policy_gain = (log_probs * weight).mean() / (weight.std() + 1e-8)
         entropy: Tensor = policy.entropy()
-        loss = 0.5 * advantage.square().mean() - gained - 0.01 * entropy.mean()
+        loss = 0.5 * advantage.square().mean() - policy_gain - 0.01 * entropy.mean()
         _step(model, optimizer, loss)
-        earned.append(torch.stack(rewards).mean().item())
-        if update >= effort.updates:
-            versions.append(snapshot(model))
-    progress(f"  atari: mean reward {_mean(earned[:10]):+.2f} at first, {_mean(earned[-10:]):+.2f} at last")
+        mean_rewards.append(torch.stack(rewards).mean().item())
+        if update >= size.updates:
+            versions.append(copy_weights(model))
+    first, last = _mean(mean_rewards[:10]), _mean(mean_rewards[-10:])
+    progress(f"  atari: mean reward {first:+.2f} at the start, {last:+.2f} at the end")
     return {"atari": versions}
 
 
 class Transformer(nn.Module):
-    """A decoder of characters, of four layers with four heads, initialised as GPT-2 is."""
+    """A decoder of characters with four layers and four heads, initialised like GPT-2."""
 
     CONTEXT = 64
     _LAYERS = 4
 
     def __init__(self, width: int) -> None:
-        """Make a network whose residual stream has `width` elements."""
+        """Create a network with a residual stream of `width` elements."""
         super().__init__()
         self.characters = nn.Embedding(128, width)
-        self.places = nn.Embedding(self.CONTEXT, width)
-        # One by one: nn.TransformerEncoder would begin with equal layers, and equal weights compress.
+        self.positions = nn.Embedding(self.CONTEXT, width)
+        # Created one by one: nn.TransformerEncoder would start with equal layers, which compress too well.
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
@@ -212,25 +213,25 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, text: Tensor) -> Tensor:
-        """Give logits `[rows, CONTEXT, 128]` for the characters that follow those of int64 `text`."""
+        """Return logits `[rows, CONTEXT, 128]` for the characters after those of the int64 `text`."""
         mask = nn.Transformer.generate_square_subsequent_mask(text.shape[1])
-        stream = self.characters(text) + self.places.weight[: text.shape[1]]
+        stream = self.characters(text) + self.positions.weight[: text.shape[1]]
         for layer in self.layers:
             stream = layer(stream, src_mask=mask, is_causal=True)
         logits: Tensor = self.head(self.norm(stream))
         return logits
 
 
-def transformer(effort: Effort) -> dict[str, list[Version]]:
-    """Train a transformer on Python's own library, then go on as a fine-tuning does: AdamW at 3e-6.
+def transformer(size: TrainingSize) -> dict[str, list[Version]]:
+    """Train a transformer on the source of Python's standard library, then fine-tune it with AdamW at 3e-6.
 
-    `transformer-master` are the float32 weights that the optimizer keeps, one version per step;
-    `transformer` are their copies in bfloat16, which is what such a learner publishes.
+    The versions of `transformer-master` are the float32 weights of the optimizer after each step. Those of
+    `transformer` are copies in bfloat16, as such a learner publishes them.
     """
     torch.manual_seed(_SEED)
     source = "".join(inspect.getsource(module) for module in (argparse, ast, inspect, tarfile, typing))
     text = torch.frombuffer(bytearray(source, "ascii", "replace"), dtype=torch.uint8).long()
-    model = Transformer(effort.width)
+    model = Transformer(size.width)
     losses: list[float] = []
 
     def train(learning_rate: float, steps: int, after: Callable[[], object] = lambda: None) -> None:
@@ -245,11 +246,11 @@ def transformer(effort: Effort) -> dict[str, list[Version]]:
             after()
 
     versions: list[Version] = []
-    train(1e-3, effort.updates)
-    # The first steps of a new optimizer are as long as its rate, whatever the gradient: they are left out.
-    train(3e-6, 8 + effort.versions, lambda: versions.append(snapshot(model)))
-    versions = versions[-effort.versions :]
-    progress(f"  transformer: loss {losses[0]:.2f} at first, {_mean(losses[-8:]):.2f} at last")
+    train(1e-3, size.updates)
+    # The first steps of a new optimizer are as long as its learning rate for any gradient, so they are left out.
+    train(3e-6, 8 + size.versions, lambda: versions.append(copy_weights(model)))
+    versions = versions[-size.versions :]
+    progress(f"  transformer: loss {losses[0]:.2f} at the start, {_mean(losses[-8:]):.2f} at the end")
     published = [
         {name: tensor.to(torch.bfloat16) for name, tensor in version.items()} for version in versions
     ]

@@ -1,6 +1,6 @@
-"""Makes a run with trouble, and pictures of what `rlbroker top` and `rlbroker report` show of it.
+"""Create the pictures of `rlbroker top` and `rlbroker report` of a run with problems.
 
-It is a real run on a real server, with light workers and a learner that only sleeps where others train.
+The run is real and uses a real server. Its workers do little work, and its learner sleeps instead of training.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 RUN = "pong"
 
-#: Size of the terminal, and how long the run has been going on when it is looked at: the charts are full then.
+#: The size of the terminal, and the age of the run when the pictures are taken: the charts are full then.
 COLUMNS, ROWS = 110, 34
 SECONDS = 45.0
 
-#: Workers besides those of the planted trouble: how long one of their rollouts takes, and how often they poll.
+#: Workers besides those with planted problems: the seconds of a rollout, and the seconds between polls.
 ROLLOUTS = {5: (0.1, 0.5), 6: (0.12, 1.5), 7: (0.15, 3.0), 8: (0.1, 5.0), 9: (0.004, 0.5), 10: (0.004, 0.5)}
 
-#: Those that by turns send faster than the learner collects; the latter rather drops old batches than waits.
-HASTY, CARELESS = 9, 10
+#: Workers that at times send faster than the learner collects. The first waits for room, the second drops old batches.
+BLOCKING, DROPPING = 9, 10
 
-#: A worker that died is known by name for ten times as long.
+#: The roster keeps a dead worker for ten times as long.
 LEASE_SECONDS = 6.0
 
 WEIGHTS = {"layer": np.random.default_rng(1).normal(size=(400, 1000)).astype(np.float32)}
@@ -57,19 +57,23 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def main() -> None:
-    """Make both pictures; what is missing for one of them is said, and the other one made all the same."""
+    """Create both pictures. If one fails, report the problem and still create the other."""
     problems = []
-    # On a port, as its address is to be read in the pictures.
-    with RedisServer(bind="127.0.0.1") as server, running(server) as planted, TemporaryDirectory() as place:
+    # On a TCP port, so that the pictures show a short address.
+    with (
+        RedisServer(bind="127.0.0.1") as server,
+        run_with_problems(server) as planted,
+        TemporaryDirectory() as folder,
+    ):
         capture_top(planted, DOCS / "top.svg")
         browser = next(filter(None, map(shutil.which, BROWSERS)), None)
         if browser is None:
             problems.append(f"docs/report.png needs one of {', '.join(BROWSERS)} on the PATH")
         else:
-            page = Path(place) / "report.html"
+            page = Path(folder) / "report.html"
             try:
-                report(planted, page)
-                photograph(browser, page, DOCS / "report.png")
+                write_report(planted, page)
+                take_screenshot(browser, page, DOCS / "report.png")
             except subprocess.CalledProcessError as error:
                 problems.append(f"docs/report.png: {error}")
     for problem in problems:
@@ -78,8 +82,8 @@ def main() -> None:
 
 
 @contextmanager
-def running(server: RedisServer) -> Iterator[Planted]:
-    """Have a run with trouble go on in the background, from `SECONDS` ago on."""
+def run_with_problems(server: RedisServer) -> Iterator[Planted]:
+    """Run learner and workers in the background; enter the context after `SECONDS`."""
     with ExitStack() as stack:
         name_hosts(stack)
         planted = stack.enter_context(
@@ -94,19 +98,19 @@ def running(server: RedisServer) -> Iterator[Planted]:
                 timeout=10.0,
             )
         )
-        joined = dict(planted.workers)
+        clients = dict(planted.workers)
         for worker in ROLLOUTS:
-            when_full: Any = "drop_oldest" if worker == CARELESS else "block"
+            when_full: Any = "drop_oldest" if worker == DROPPING else "block"
             client = WorkerClient(planted.url, RUN, worker_id=worker, when_full=when_full)
-            joined[worker] = stack.enter_context(client)
+            clients[worker] = stack.enter_context(client)
         over = threading.Event()
         threads = [threading.Thread(target=train, args=(planted, over))]
-        for worker, client in joined.items():
+        for worker, client in clients.items():
             if worker != BEHIND:
                 threads.append(threading.Thread(target=roll_out, args=(worker, client, over)))
         for thread in threads:
             thread.start()
-        print(f"==> a run is going on; it is looked at in {SECONDS:.0f} s", file=sys.stderr)
+        print(f"==> the run has started; the pictures follow in {SECONDS:.0f} s", file=sys.stderr)
         try:
             time.sleep(SECONDS)
             yield planted
@@ -117,7 +121,7 @@ def running(server: RedisServer) -> Iterator[Planted]:
 
 
 def name_hosts(stack: ExitStack) -> None:
-    """Have the processes call themselves like those of a small network: names end up in the pictures."""
+    """Replace host names and pids by those of a small network, because they appear in the pictures."""
     real = roster.socket, heartbeat.socket, heartbeat.os
     hosts, pids = itertools.cycle(range(1, 5)), itertools.count(4211, 57)
     roster.socket = SimpleNamespace(gethostname=lambda: "trainer")  # type: ignore[attr-defined] # in place of the module
@@ -133,10 +137,10 @@ def name_hosts(stack: ExitStack) -> None:
 
 
 def train(planted: Planted, over: threading.Event) -> None:
-    """Collect, and publish now and then; slower and faster by turns, as trainings are."""
-    began, due = time.monotonic(), 0.0
+    """Collect all the time and publish every 1.2 s, at a speed that varies like that of real training."""
+    started, due = time.monotonic(), 0.0
     while not over.is_set():
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - started
         planted.learner.acknowledge(planted.learner.collect_experiences(timeout=0.2, max_batches=16))
         time.sleep(0.06 + 0.05 * math.sin(seconds / 3))
         if seconds >= due:
@@ -146,7 +150,7 @@ def train(planted: Planted, over: threading.Event) -> None:
 
 
 def roll_out(worker: int, client: WorkerClient, over: threading.Event) -> None:
-    """Send batches, and poll where nobody else does."""
+    """Send batches. Poll too, if the worker is not polled by the planted run."""
     rollout_seconds, poll_seconds = ROLLOUTS.get(worker, (0.2, None))
     model: dict[str, Any] = {}
     batch = {"obs": np.zeros((32, 24), np.float32), "rewards": np.zeros(32, np.float32)}
@@ -158,12 +162,12 @@ def roll_out(worker: int, client: WorkerClient, over: threading.Event) -> None:
             due = now + poll_seconds
         with suppress(QueueFull):
             client.send_experiences(batch, timeout=1.0)
-        by_turns = worker in (HASTY, CARELESS) and math.sin(now / 4) < 0
-        over.wait(0.2 if by_turns else rollout_seconds)
+        sends_slowly = worker in (BLOCKING, DROPPING) and math.sin(now / 4) < 0
+        over.wait(0.2 if sends_slowly else rollout_seconds)
 
 
 def capture_top(planted: Planted, picture: Path) -> None:
-    """Draw what a terminal shows after `rlbroker top` has looked for some seconds."""
+    """Draw the terminal after `rlbroker top` has run for some seconds."""
     command = [RLBROKER, "top", "--run", RUN]
     with Screen(command, COLUMNS, ROWS, RLBROKER_REDIS_URL=planted.url) as screen:
         screen.shows("q quit")
@@ -182,31 +186,31 @@ def capture_top(planted: Planted, picture: Path) -> None:
 
 
 def line_of(cells: Any) -> Text:
-    """Give one line of the terminal with its colours."""
+    """Return one line of the terminal with its colours."""
     text = Text()
     for column in range(COLUMNS):
         cell = cells[column]
-        words = [word for word in ("bold", "reverse") if getattr(cell, word)]
+        styles = [style for style in ("bold", "reverse") if getattr(cell, style)]
         if cell.fg != "default":
-            words.append({"brown": "yellow"}.get(cell.fg, cell.fg))
-        text.append(cell.data, " ".join(words))
+            styles.append({"brown": "yellow"}.get(cell.fg, cell.fg))
+        text.append(cell.data, " ".join(styles))
     return text
 
 
 def svg_format() -> str:
-    """Give rich's frame without its font from the network: a picture in a README may load nothing."""
+    """Return rich's SVG template without its web font, because a picture in a README cannot load one."""
     without = re.sub(r"@font-face \{\{.*?\}\}", "", _export_format.CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     return without.replace("Fira Code", "DejaVu Sans Mono, Menlo, Consolas")
 
 
-def report(planted: Planted, page: Path) -> None:
-    """Have `rlbroker report` write its page."""
+def write_report(planted: Planted, page: Path) -> None:
+    """Run `rlbroker report` to write its page."""
     command = [RLBROKER, "report", "--run", RUN, "--output", page]
     subprocess.run(command, env=os.environ | {"RLBROKER_REDIS_URL": planted.url}, check=True)
 
 
-def photograph(browser: str, page: Path, picture: Path) -> None:
-    """Take a picture of a page as a headless browser shows it, 1280 wide."""
+def take_screenshot(browser: str, page: Path, picture: Path) -> None:
+    """Write a screenshot of the page in a headless browser, 1280 pixels wide."""
     subprocess.run(
         [
             *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),

@@ -1,1 +1,1 @@
-"""What one would use without rlbroker, each at its best simple setting."""
+"""The peers: what one would use without rlbroker, each with its best simple settings."""

@@ -1,4 +1,4 @@
-"""What rlbroker replaces: a queue per worker, and for each of them the weights pickled and gzipped again."""
+"""rlbroker's ancestor: a queue per worker, and the weights pickled and compressed again for each."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from multiprocessing.queues import Queue
 
 import torch
 
-from benchmarks.models import State, arrays, load_arrays
+from benchmarks.models import State, load_arrays, to_arrays
 
-#: gzip's default in Python is 9, in the shell 6; the ancestor chose 6.
+#: The level that the ancestor used. The default is 9 in Python, and 6 in the shell.
 GZIP_LEVEL = 6
 
 
 class AncestorSender:
-    """Serialises once per worker."""
+    """Serialises the weights once per worker."""
 
     def __init__(self, workers: int) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -29,7 +29,7 @@ class AncestorSender:
 
     def send(self, weights: State) -> None:
         for queue in self._queues:
-            queue.put(gzip.compress(pickle.dumps(arrays(weights), protocol=5), GZIP_LEVEL))
+            queue.put(gzip.compress(pickle.dumps(to_arrays(weights), protocol=5), GZIP_LEVEL))
 
     def close(self) -> None:
         for queue in self._queues:

@@ -1,4 +1,4 @@
-"""Ray: `put` once, and as many actors get it from the machine's object store into their models."""
+"""Ray: one `put`, and actors that copy the weights from the machine's object store into their models."""
 
 from __future__ import annotations
 
@@ -8,33 +8,35 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.models import State, arrays, load_arrays, make_model, probe
+from benchmarks.models import State, last_values, load_arrays, make_model, to_arrays
 
-#: What a row says where Ray is missing.
+#: The note of a row if Ray is missing.
 MISSING = "Ray is not installed: pip install '.[bench]'"
 
 
-def installed() -> bool:
+def is_installed() -> bool:
     return importlib.util.find_spec("ray") is not None
 
 
-class RayCrew:
-    """Actors that each hold a model."""
+class RayActors:
+    """Actors with a model each."""
 
     def __init__(self, ray: Any, size: int, model_bytes: int) -> None:
         self._ray = ray
         remote = ray.remote(num_cpus=0)(_Actor)
         self._actors = [remote.remote(model_bytes) for _ in range(size)]
-        ray.get([actor.probe.remote() for actor in self._actors])
+        ray.get([actor.last_values.remote() for actor in self._actors])
 
     def deliver(self, weights: State) -> float:
-        """Send weights; give the seconds until the last actor has them in its model."""
-        began = time.perf_counter()
-        reference = self._ray.put(arrays(weights))
+        """Send weights; return the seconds until the last actor has them in its model."""
+        started = time.perf_counter()
+        reference = self._ray.put(to_arrays(weights))
         self._ray.get([actor.load.remote(reference) for actor in self._actors])
-        seconds = time.perf_counter() - began
-        found = self._ray.get([actor.probe.remote() for actor in self._actors])
-        assert all(tuple(one) == probe(weights) for one in found), "Ray: an actor has other weights"
+        seconds = time.perf_counter() - started
+        found = self._ray.get([actor.last_values.remote() for actor in self._actors])
+        assert all(tuple(values) == last_values(weights) for values in found), (
+            "Ray: an actor has other weights"
+        )
         return seconds
 
 
@@ -45,18 +47,18 @@ class _Actor:
     def load(self, received: Any) -> None:
         import warnings
 
-        # The store's memory is read-only, and torch warns about that; it is only read here.
+        # torch warns that the store's memory is read-only, but this code only reads it.
         warnings.simplefilter("ignore")
         load_arrays(self._model, received)
 
-    def probe(self) -> tuple[float, ...]:
-        return probe(self._model.state_dict())
+    def last_values(self) -> tuple[float, ...]:
+        return last_values(self._model.state_dict())
 
 
 @contextlib.contextmanager
-def ray_crew(size: int, model_bytes: int) -> Iterator[RayCrew | None]:
-    """Give a crew of actors, and end all of Ray's processes with the block; None where Ray is not installed."""
-    if not installed():
+def start_ray_actors(size: int, model_bytes: int) -> Iterator[RayActors | None]:
+    """Start Ray and its actors, which end with the block; yield None if Ray is not installed."""
+    if not is_installed():
         yield None
         return
     import logging
@@ -72,6 +74,6 @@ def ray_crew(size: int, model_bytes: int) -> Iterator[RayCrew | None]:
         log_to_driver=False,
     )
     try:
-        yield RayCrew(ray, size, model_bytes)
+        yield RayActors(ray, size, model_bytes)
     finally:
         ray.shutdown()

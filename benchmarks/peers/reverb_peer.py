@@ -1,6 +1,6 @@
-"""Batches from worker processes to one learner with Reverb; runs in the environment that `reverb_env.sh` makes.
+"""Batches from worker processes to one learner with Reverb, in the environment that `reverb_env.sh` creates.
 
-Usage: python reverb_peer.py WORKERS BATCHES BATCH_BYTES, and it prints the seconds that all batches took.
+Usage: python reverb_peer.py WORKERS BATCHES BATCH_BYTES. Prints the seconds for all batches.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from typing import Any
 import numpy as np
 
 TABLE = "batches"
-ROOM = 1000
+MAX_SIZE = 1000
 
 
 def serve(port: int, ready: Connection, done: Event) -> None:
-    """Be the server, with one queue for all."""
+    """Run the server, with one queue for all workers."""
     reverb: Any = importlib.import_module("reverb")
-    server = reverb.Server(tables=[reverb.Table.queue(TABLE, max_size=ROOM)], port=port)
+    server = reverb.Server(tables=[reverb.Table.queue(TABLE, max_size=MAX_SIZE)], port=port)
     ready.send(None)
     done.wait()
     server.stop()
 
 
 def work(port: int, batches: int, batch_bytes: int, ready: Barrier) -> None:
-    """Be one worker that sends its batches."""
+    """Run one worker, which sends its batches."""
     reverb: Any = importlib.import_module("reverb")
     arrays = [
         np.random.default_rng(seed).integers(0, 256, (64, batch_bytes // 64), np.uint8) for seed in range(4)
     ]
     with reverb.Client(f"localhost:{port}").trajectory_writer(num_keep_alive_refs=1) as writer:
-        for number in range(-1, batches):  # the first is not counted
+        for number in range(-1, batches):  # the first batch is not measured
             writer.append({"obs": arrays[number % len(arrays)]})
             writer.create_item(TABLE, 1.0, {"obs": writer.history["obs"][-1:]})
             if number < 0:
@@ -46,17 +46,17 @@ def work(port: int, batches: int, batch_bytes: int, ready: Barrier) -> None:
 
 
 def main(workers: int, batches: int, batch_bytes: int) -> float:
-    """Give the seconds that all batches took, each worker sending so many."""
+    """Return the seconds for all batches; each worker sends `batches` of them."""
     reverb: Any = importlib.import_module("reverb")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     ready, done = context.Barrier(workers + 1), context.Event()
-    told, tells = context.Pipe(duplex=False)
-    server = context.Process(target=serve, args=(port, tells, done))
+    receiver, sender = context.Pipe(duplex=False)
+    server = context.Process(target=serve, args=(port, sender, done))
     server.start()
-    told.recv()
+    receiver.recv()
     processes = [
         context.Process(target=work, args=(port, batches, batch_bytes, ready)) for _ in range(workers)
     ]
@@ -65,10 +65,10 @@ def main(workers: int, batches: int, batch_bytes: int) -> float:
     client = reverb.Client(f"localhost:{port}")
     list(client.sample(TABLE, num_samples=workers))
     ready.wait()
-    began = time.perf_counter()
+    started = time.perf_counter()
     for sample in client.sample(TABLE, num_samples=workers * batches):
         assert sample[0].data[0].nbytes == batch_bytes
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     for process in processes:
         process.join()
     done.set()

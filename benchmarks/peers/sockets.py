@@ -1,4 +1,4 @@
-"""The floor: the same bytes through the same server, over plain sockets, with just enough of its protocol."""
+"""The lower limit: the same bytes through the same server, over plain sockets with a minimal client."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 import torch
 
-from benchmarks.models import State, arrays, load_arrays
+from benchmarks.models import State, load_arrays, to_arrays
 
-#: A chunk is closed once it holds this much.
+#: A chunk is complete when it has at least this size.
 CHUNK_BYTES = 4 << 20
 
 
 class RespSocket:
-    """One connection that knows the replies which it waits for."""
+    """A connection to Redis that knows the exact replies to expect."""
 
     def __init__(self, url: str) -> None:
-        """Connect and log in; TCP and Unix sockets, no TLS."""
+        """Connect and authenticate, over TCP or a Unix socket, without TLS."""
         parts = urlsplit(url)
         if parts.scheme == "unix":
             self._socket = socket.socket(socket.AF_UNIX)
@@ -28,20 +28,20 @@ class RespSocket:
             self._socket = socket.create_connection((parts.hostname or "localhost", parts.port or 6379))
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         else:
-            raise ValueError(f"plain sockets speak redis:// and unix://, not {parts.scheme}://")
+            raise ValueError(f"plain sockets support redis:// and unix://, not {parts.scheme}://")
         if parts.password:
             user = [unquote(parts.username)] if parts.username else []
-            self.ask(b"+OK\r\n", "AUTH", *user, unquote(parts.password))
+            self.execute(b"+OK\r\n", "AUTH", *user, unquote(parts.password))
         database = (
             parts.path.strip("/") if parts.scheme == "redis" else parse_qs(parts.query).get("db", [""])[0]
         )
         if database:
-            self.ask(b"+OK\r\n", "SELECT", database)
+            self.execute(b"+OK\r\n", "SELECT", database)
 
     def close(self) -> None:
         self._socket.close()
 
-    def ask(self, expected: bytes, *words: str) -> None:
+    def execute(self, expected: bytes, *words: str) -> None:
         self.write(*(word.encode() for word in words))
         self.expect(expected)
 
@@ -50,7 +50,7 @@ class RespSocket:
         self._socket.sendall(b"*%d\r\n" % len(words) + lines)
 
     def write_set(self, key: str, parts: list[memoryview]) -> None:
-        """Send SET with a value of several pieces, without copying any of them."""
+        """Send SET with a value in several parts, without copying them."""
         size = sum(len(part) for part in parts)
         name = key.encode()
         self._socket.sendall(b"*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(name), name, size))
@@ -62,7 +62,7 @@ class RespSocket:
         found = bytearray(len(expected))
         self.read_into(memoryview(found))
         if found != expected:
-            raise RuntimeError(f"the server answered {bytes(found)!r}, not {expected!r}")
+            raise RuntimeError(f"the server replied {bytes(found)!r}, not {expected!r}")
 
     def read_into(self, view: memoryview) -> None:
         while len(view):
@@ -73,7 +73,7 @@ class RespSocket:
 
 
 class SocketSender:
-    """SETs one after the other without waiting for answers, then PUBLISH."""
+    """Sends all SETs without waiting for the replies, then PUBLISH."""
 
     def __init__(self, url: str, key: str, workers: int) -> None:
         self._socket, self._key, self._workers = RespSocket(url), key, workers
@@ -84,14 +84,14 @@ class SocketSender:
             self._socket.write_set(f"{self._key}:{count}", parts)
         for _ in range(count):
             self._socket.expect(b"+OK\r\n")
-        self._socket.ask(b":%d\r\n" % self._workers, "PUBLISH", self._key, "new")
+        self._socket.execute(b":%d\r\n" % self._workers, "PUBLISH", self._key, "new")
 
     def close(self) -> None:
         self._socket.close()
 
 
 class SocketReceiver:
-    """GETs straight into memory that is there already."""
+    """Receives the replies to GET directly into existing memory."""
 
     def __init__(self, url: str, key: str, number: int) -> None:
         self._socket, self._notices, self._key = RespSocket(url), RespSocket(url), key
@@ -105,7 +105,7 @@ class SocketReceiver:
         if not self._arrays:
             self._arrays = {name: np.zeros_like(value.numpy()) for name, value in model.state_dict().items()}
         self._notices.expect(self._notice)
-        chunks = list(_grouped(self._arrays))
+        chunks = list(_group_into_chunks(self._arrays))
         for number in range(1, len(chunks) + 1):
             self._socket.write(b"GET", f"{self._key}:{number}".encode())
         for parts in chunks:
@@ -121,11 +121,11 @@ class SocketReceiver:
 
 
 def _chunks(weights: State) -> Iterator[list[memoryview]]:
-    return _grouped(arrays(weights))
+    return _group_into_chunks(to_arrays(weights))
 
 
-def _grouped(values: dict[str, np.ndarray]) -> Iterator[list[memoryview]]:
-    """Give the memory of all arrays in order, as the pieces of each chunk."""
+def _group_into_chunks(values: dict[str, np.ndarray]) -> Iterator[list[memoryview]]:
+    """Yield the parts of each chunk: the memory of the arrays, in order."""
     parts: list[memoryview] = []
     for value in values.values():
         parts.append(value.data.cast("B"))

@@ -1,1 +1,1 @@
-"""`deploy/test-hosts`: training across several hosts, one of which is cut off."""
+"""`deploy/test-hosts`: a test that trains across several hosts and cuts one of them off."""

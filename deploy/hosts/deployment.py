@@ -1,4 +1,4 @@
-"""What an administrator sets up: certificates, users, the server, and on each host the files that belong there."""
+"""The setup that an administrator does: certificates, users, the server, and the files of each host."""
 
 from __future__ import annotations
 
@@ -19,47 +19,49 @@ REDIS = REPOSITORY / "deploy" / "redis"
 RUN = "pong"
 PORT = 6379
 
-#: Longest that one command may take.
+#: Timeout of one command.
 COMMAND_SECONDS = 60.0
 
 
 def rlbroker(*arguments: str) -> list[str]:
-    """Give the command line of an rlbroker command: the executable of this environment."""
+    """Return the command line of an rlbroker command in this environment."""
     return [sys.executable, "-m", "rlbroker", *arguments]
 
 
 def user_of(worker: int) -> str:
-    """Give the user of a worker, as `rlbroker acl` names it."""
+    """Return the name that `rlbroker acl` gives to a worker's user."""
     return f"{RUN}-worker-{worker}"
 
 
-def rights_of(said: str) -> str:
-    """Give the version whose rights a server knows, from its `--version`; Valkey's are those of Redis 7.2.
+def acl_version(output: str) -> str:
+    """Return the Redis version whose ACL rules a server supports, from the output of its `--version`.
 
-    >>> rights_of("Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.2.1 bits=64 build=b0a7514f8b35dc1f")
+    Valkey supports those of Redis 7.2.
+
+    >>> acl_version("Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.2.1 bits=64 build=b0a7514f8b35dc1f")
     '7.0'
-    >>> rights_of("Valkey server v=9.1.2 sha=00000000:1 malloc=jemalloc-5.3.0 bits=64 build=bb2ee57236e6aa3a")
+    >>> acl_version("Valkey server v=9.1.2 sha=00000000:1 malloc=jemalloc-5.3.0 bits=64 build=bb2ee57236e6aa3a")
     '7.2'
     """
-    found = re.search(r"v=(\d+\.\d+)", said)
+    found = re.search(r"v=(\d+\.\d+)", output)
     if found is None:
-        raise RuntimeError(f"the server does not say which version it is: {said.strip()}")
-    return "7.2" if said.startswith("Valkey") else found[1]
+        raise RuntimeError(f"the server does not print its version: {output.strip()}")
+    return "7.2" if output.startswith("Valkey") else found[1]
 
 
 class Deployment:
-    """A server with deploy/redis and the users of one run, and what each host needs to reach it."""
+    """A server configured with deploy/redis, the users of one run, and the files that each host needs."""
 
     def __init__(self, folder: Path, server: Host, workers: int) -> None:
-        """Make certificates and users.
+        """Create certificates and users.
 
         Args:
-            folder: for everything; the files of each host get a folder of their own in it.
+            folder: the folder for all files; each host gets a subfolder.
             server: the server's host.
-            workers: how many there will be.
+            workers: the number of workers.
 
         Raises:
-            RuntimeError: a command failed; its message is in it.
+            RuntimeError: a command failed; the message has its output.
         """
         self._folder, self._server = folder, server
         self._certificates, self._secrets = folder / "certificates", folder / "secrets"
@@ -68,54 +70,54 @@ class Deployment:
         _run([str(REDIS / "make-certificates"), str(self._certificates), server.address])
         users = rlbroker(
             *("acl", "--run", RUN, "--workers", str(workers), "--secrets", str(self._secrets)),
-            *("--server-version", rights_of(_run([self.program, "--version"]))),
+            *("--server-version", acl_version(_run([self.program, "--version"]))),
         )
         (folder / "users.acl").write_text(_run(users))
 
     def server_command(self, log: Path) -> list[str]:
-        """Give the command that starts the server, with the files of deploy/redis as they are."""
-        here = self._files_of(self._server, ["server.crt", "server.key", "ca.crt"])
-        data = here / "data"
+        """Return the command that starts the server with the unchanged files of deploy/redis."""
+        folder = self._copy_files_to(self._server, ["server.crt", "server.key", "ca.crt"])
+        data = folder / "data"
         data.mkdir()
-        shutil.copy(self._folder / "users.acl", here)
+        shutil.copy(self._folder / "users.acl", folder)
         settings = {
             "include": REDIS / "tls.conf",
-            "tls-cert-file": here / "server.crt",
-            "tls-key-file": here / "server.key",
-            "tls-ca-cert-file": here / "ca.crt",
-            "aclfile": here / "users.acl",
+            "tls-cert-file": folder / "server.crt",
+            "tls-key-file": folder / "server.key",
+            "tls-ca-cert-file": folder / "ca.crt",
+            "aclfile": folder / "users.acl",
             "bind": self._server.address,
             "dir": data,
             "logfile": log,
         }
-        given = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-        return [self.program, str(REDIS / "redis.conf"), *given]
+        options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        return [self.program, str(REDIS / "redis.conf"), *options]
 
     def environment(self, host: Host, user: str) -> dict[str, str]:
-        """Give the variables that lead a user's processes on a host to the server."""
-        here = self._files_of(host, ["client.crt", "client.key", "ca.crt"])
-        password = here / f"{user}.password"
+        """Return the environment of a user's processes on a host, with the server's URL and the credentials."""
+        folder = self._copy_files_to(host, ["client.crt", "client.key", "ca.crt"])
+        password = folder / f"{user}.password"
         shutil.copy(self.password_file(user), password)
-        cache = here / "memory"  # namespaces share /dev/shm, hosts do not
+        cache = folder / "memory"  # the namespaces share /dev/shm, but real hosts do not
         cache.mkdir(exist_ok=True)
         return clean_environment() | {
             "RLBROKER_REDIS_URL": f"rediss://{self._server.address}:{PORT}/0",
             "RLBROKER_REDIS_USERNAME": user,
             "RLBROKER_REDIS_PASSWORD_FILE": str(password),
-            "RLBROKER_TLS_CA_FILE": str(here / "ca.crt"),
-            "RLBROKER_TLS_CERTIFICATE_FILE": str(here / "client.crt"),
-            "RLBROKER_TLS_KEY_FILE": str(here / "client.key"),
+            "RLBROKER_TLS_CA_FILE": str(folder / "ca.crt"),
+            "RLBROKER_TLS_CERTIFICATE_FILE": str(folder / "client.crt"),
+            "RLBROKER_TLS_KEY_FILE": str(folder / "client.key"),
             "RLBROKER_HOST_CACHE": str(cache),
         }
 
     def password_file(self, user: str) -> Path:
-        """Give the file that holds a user's password."""
+        """Return the path of the file with a user's password."""
         return self._secrets / user
 
     def redis_cli(self, host: Host, user: str, *command: str) -> str:
-        """Run a command of Redis as a user on a host; give what the server said, errors too."""
+        """Run a Redis command as a user on a host; return the server's reply, or its error."""
         files = self.environment(host, user)
-        asked = [
+        command_line = [
             *(self._client, "-h", self._server.address, "-p", str(PORT), "--tls", "--user", user),
             *("--cacert", files["RLBROKER_TLS_CA_FILE"]),
             *("--cert", files["RLBROKER_TLS_CERTIFICATE_FILE"]),
@@ -123,38 +125,38 @@ class Deployment:
             *command,
         ]
         password = {"REDISCLI_AUTH": self.password_file(user).read_text().strip()}
-        done = _completed(host.command(*asked), files | password)
+        done = _execute(host.command(*command_line), files | password)
         return (done.stdout + done.stderr).strip()
 
-    def _files_of(self, host: Host, names: Sequence[str]) -> Path:
-        here = self._folder / "hosts" / host.name
-        here.mkdir(parents=True, exist_ok=True)
+    def _copy_files_to(self, host: Host, names: Sequence[str]) -> Path:
+        folder = self._folder / "hosts" / host.name
+        folder.mkdir(parents=True, exist_ok=True)
         for name in names:
-            shutil.copy(self._certificates / name, here)
-        return here
+            shutil.copy(self._certificates / name, folder)
+        return folder
 
 
-def ask(host: Host, environment: dict[str, str], *command: str) -> Any:
-    """Run a command of rlbroker on a host and give the JSON that it prints.
+def query_rlbroker(host: Host, environment: dict[str, str], *command: str) -> Any:
+    """Run an rlbroker command on a host; return the JSON that it prints.
 
     Raises:
-        RuntimeError: it printed none; its message is in it.
+        RuntimeError: the command printed no JSON; the message has its output.
     """
-    done = _completed(host.command(*rlbroker(*command, "--run", RUN, "--json")), environment)
+    done = _execute(host.command(*rlbroker(*command, "--run", RUN, "--json")), environment)
     try:
         return json.loads(done.stdout)
     except ValueError:
         raise RuntimeError(f"rlbroker {' '.join(command)}: {(done.stdout + done.stderr).strip()}") from None
 
 
-def refusal(host: Host, environment: dict[str, str], *command: str) -> str:
-    """Run a command of rlbroker that should be refused; give its error, empty if it was not."""
-    done = _completed(host.command(*rlbroker(*command)), environment)
+def refusal_of(host: Host, environment: dict[str, str], *command: str) -> str:
+    """Run an rlbroker command that should fail; return its error, or an empty string if it succeeded."""
+    done = _execute(host.command(*rlbroker(*command)), environment)
     return done.stderr.strip() if done.returncode else ""
 
 
 def clean_environment() -> dict[str, str]:
-    """Give this process's environment without what would lead a client to another server."""
+    """Return this process's environment without the variables that configure a Redis client."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -163,14 +165,14 @@ def clean_environment() -> dict[str, str]:
 
 
 def _run(command: Sequence[str]) -> str:
-    done = _completed(command, clean_environment())
+    done = _execute(command, clean_environment())
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 
-def _completed(command: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    # In a session of its own: Ctrl-C shall not end it halfway.
+def _execute(command: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    # In its own session: Ctrl-C must not interrupt the command halfway.
     return subprocess.run(
         command,
         env=environment,

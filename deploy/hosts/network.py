@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces at one switch, each behind a link of 1 Gbit/s."""
+"""Several hosts on one machine: network namespaces at one switch, each with a link of 1 Gbit/s."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-#: What one direction of a link carries. The burst is larger than the largest packet that a veth takes (64 KB).
+#: The traffic shaper of one direction of a link. The burst exceeds the largest packet of a veth device (64 KB).
 SHAPER = ("root", "tbf", "rate", "1gbit", "burst", "256kb", "latency", "50ms")
 
-#: 198.18.0.0/15 is set aside for tests of networks (RFC 2544). Nothing of it is seen outside the namespaces.
+#: 198.18.0.0/15 is reserved for network tests (RFC 2544). The addresses are not visible outside the namespaces.
 SUBNET = "198.18.0"
 
 
@@ -25,21 +25,21 @@ class Host:
     address: str
 
     def command(self, *arguments: str) -> list[str]:
-        """Give the command line that runs a command on this host, under this host's name.
+        """Return the command line that runs a command on this host, under this host's name.
 
-        Each step replaces itself by the next: the process that is started is the command itself.
+        Each program replaces itself with the next one, so the pid of the started process is that of the command.
         """
-        named = 'hostname "$0" && exec "$@"'
+        script = 'hostname "$0" && exec "$@"'
         return [
-            "ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", named, self.name, *arguments
+            "ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", script, self.name, *arguments
         ]  # fmt: skip
 
 
 class Network:
-    """Hosts at a switch. Cutting one off leaves its link up: frames no longer pass the switch, and nobody is told."""
+    """Hosts at a switch. A host that is cut off keeps its link up, but the switch drops its frames."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
-        """Name the hosts and their addresses; `opened` makes them."""
+        """Choose the names and addresses of the hosts. `open` creates them."""
         prefix = f"rlb{os.getpid()}"
         self._switch = f"{prefix}-switch"
         self.hosts = {
@@ -47,11 +47,11 @@ class Network:
         }
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[Network]:
-        """Make all of it, and remove all of it in the end, with whatever still runs in it.
+    def open(self) -> Iterator[Network]:
+        """Create the network. At the end remove it, and kill the processes that still run in it.
 
         Raises:
-            RuntimeError: the system refused; its message is in it.
+            RuntimeError: a command failed; the message has its output.
         """
         try:
             _run("ip", "netns", "add", self._switch)
@@ -66,33 +66,45 @@ class Network:
             _remove(self._switch)
 
     def _connect(self, host: Host) -> None:
-        """Add a host: `eth0` there, and a port of its name at the switch."""
-        here, there = ("-n", self._switch), ("-n", host.namespace)
+        """Add a host: the device `eth0` in its namespace, and a port with its name at the switch."""
+        at_switch, at_host = ("-n", self._switch), ("-n", host.namespace)
         _run("ip", "netns", "add", host.namespace)
-        _run("ip", *here, "link", "add", host.name, "type", "veth", "peer", "eth0", "netns", host.namespace)
-        _run("ip", *there, "address", "add", f"{host.address}/24", "dev", "eth0")
+        _run(
+            "ip",
+            *at_switch,
+            "link",
+            "add",
+            host.name,
+            "type",
+            "veth",
+            "peer",
+            "eth0",
+            "netns",
+            host.namespace,
+        )
+        _run("ip", *at_host, "address", "add", f"{host.address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
-            _run("ip", *there, "link", "set", device, "up")
-        _run("ip", *here, "link", "set", host.name, "master", "switch", "up")
-        _run("tc", *there, "qdisc", "add", "dev", "eth0", *SHAPER)
-        _run("tc", *here, "qdisc", "add", "dev", host.name, *SHAPER)
+            _run("ip", *at_host, "link", "set", device, "up")
+        _run("ip", *at_switch, "link", "set", host.name, "master", "switch", "up")
+        _run("tc", *at_host, "qdisc", "add", "dev", "eth0", *SHAPER)
+        _run("tc", *at_switch, "qdisc", "add", "dev", host.name, *SHAPER)
 
     def cut(self, host: Host) -> None:
-        """Cut a host off, as where a cable breaks behind the next switch: its own link stays up."""
+        """Cut a host off. Its own link stays up, as if a cable broke behind the next switch."""
         _run("ip", "-n", self._switch, "link", "set", host.name, "nomaster")
 
-    def mend(self, host: Host) -> None:
-        """Connect it again."""
+    def reconnect(self, host: Host) -> None:
+        """Connect a host that was cut off."""
         _run("ip", "-n", self._switch, "link", "set", host.name, "master", "switch")
 
     def received_bytes(self, host: Host) -> int:
-        """Give how many bytes the host's link has brought to it until now."""
-        said = json.loads(_run("ip", "-n", self._switch, "-s", "-j", "link", "show", "dev", host.name))
-        return int(said[0]["stats64"]["tx"]["bytes"])
+        """Return the number of bytes that the host has received over its link so far."""
+        links = json.loads(_run("ip", "-n", self._switch, "-s", "-j", "link", "show", "dev", host.name))
+        return int(links[0]["stats64"]["tx"]["bytes"])
 
 
 def _remove(namespace: str) -> None:
-    with contextlib.suppress(RuntimeError):  # it may not have come so far
+    with contextlib.suppress(RuntimeError):  # the namespace may not exist yet
         for pid in _run("ip", "netns", "pids", namespace).split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), 9)
@@ -100,7 +112,7 @@ def _remove(namespace: str) -> None:
 
 
 def _run(*command: str) -> str:
-    # In a session of its own: Ctrl-C shall not end it halfway.
+    # In its own session: Ctrl-C must not interrupt the command halfway.
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, start_new_session=True, timeout=30
     )

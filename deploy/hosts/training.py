@@ -1,4 +1,4 @@
-"""The demo's training as processes on the hosts, and what its learner reports."""
+"""The processes of the demo on the hosts, and the reports of its learner."""
 
 from __future__ import annotations
 
@@ -15,84 +15,82 @@ from typing import IO
 from deploy.hosts.network import Host
 from rlbroker.demo.training_progress import DemoWorkerStatus, Progress, parse_report
 
-#: How long a process gets to end, after a signal or by itself.
+#: How long a process may take to end, after a signal or on its own.
 END_SECONDS = 20.0
 
-#: The same, where something failed or a person waits.
-HURRY_SECONDS = 5.0
+#: The same, after a failure or when a user waits.
+SHORT_END_SECONDS = 5.0
 
-#: Of a process that failed, so much of what it said last is shown.
+#: How many characters of the output are shown of a process that failed.
 TAIL_CHARACTERS = 2000
 
 
 @dataclass
-class Course:
-    """What the learner has reported so far; times are those of `time.monotonic()` here."""
+class LearnerReports:
+    """The reports of the learner so far. Times are those of `time.monotonic()` in this process."""
 
-    batches: list[tuple[float, int]] = field(
-        default_factory=list
-    )  #: when the learner got it; of which worker
+    batches: list[tuple[float, int]] = field(default_factory=list)  #: the time of collection and the worker
     reports: list[tuple[float, Progress]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, lines: IO[str]) -> Course:
-        """Read the learner's lines in the background."""
-        course = cls()
-        threading.Thread(target=course._read, args=(lines,), name="reports", daemon=True).start()
-        return course
+    def read_from(cls, lines: IO[str]) -> LearnerReports:
+        """Return an object that reads the learner's lines in a background thread."""
+        reports = cls()
+        threading.Thread(target=reports._read, args=(lines,), name="reports", daemon=True).start()
+        return reports
 
     def _read(self, lines: IO[str]) -> None:
         for line in lines:
             now, report = time.monotonic(), parse_report(line)
             if isinstance(report, Progress):
-                began = now - report.seconds
-                self.batches += [(began + seconds, worker) for seconds, worker, _ in report.batches]
+                started = now - report.seconds
+                self.batches += [(started + seconds, worker) for seconds, worker, _ in report.batches]
                 self.reports.append((now, report))
 
     @property
     def version(self) -> int:
-        """The newest version; 0 before the first."""
+        """The latest version; 0 before the first."""
         return self.reports[-1][1].version if self.reports else 0
 
     @property
     def steps(self) -> int:
-        """Steps of environments that the learner has trained on."""
+        """The number of environment steps that the learner has collected."""
         return self.reports[-1][1].steps if self.reports else 0
 
     def worker(self, worker_id: int) -> DemoWorkerStatus | None:
-        """Give what the learner's roster says of a worker; None if it is not there."""
+        """Return a worker's status in the learner's roster, or None if the worker is not in it."""
         roster = self.reports[-1][1].workers if self.reports else ()
-        return next((one for one in roster if one.worker_id == worker_id), None)
+        return next((status for status in roster if status.worker_id == worker_id), None)
 
     def states(self, workers: Sequence[int]) -> set[str]:
-        """Give in which states these workers are."""
-        return {one.state if one else "missing" for one in map(self.worker, workers)}
+        """Return the states of these workers."""
+        return {status.state if status else "missing" for status in map(self.worker, workers)}
 
-    def alive_since(self, workers: Sequence[int], since: float) -> float | None:
-        """Give when all of these workers were first seen alive after a time; None if they were not yet."""
+    def time_all_alive(self, workers: Sequence[int], since: float) -> float | None:
+        """Return the time at which all these workers were first seen alive since `since`, or None."""
         for at, report in list(self.reports):
-            alive = {one.worker_id for one in report.workers if one.state == "alive"}
+            alive = {status.worker_id for status in report.workers if status.state == "alive"}
             if at >= since and alive.issuperset(workers):
                 return at
         return None
 
-    def collected(self, worker: int, since: float, until: float = float("inf")) -> list[float]:
-        """Give when batches of a worker were collected within a time."""
+    def collection_times(self, worker: int, since: float, until: float = float("inf")) -> list[float]:
+        """Return the times at which batches of a worker were collected, from `since` to `until`."""
         return [at for at, sender in list(self.batches) if sender == worker and since <= at < until]
 
 
 class Processes:
-    """Processes on the hosts; each is ended by its own pid."""
+    """The processes on the hosts."""
 
     def __init__(self, folder: Path) -> None:
-        """Write what each of them says into the folder, a file for each."""
+        """Write the stderr of each process to its own file in the folder."""
         self._folder = folder
         self._running: dict[str, subprocess.Popen[str]] = {}
 
     def start(
         self, name: str, host: Host, command: Sequence[str], environment: Mapping[str, str]
     ) -> subprocess.Popen[str]:
-        """Start a process; stdout is a pipe for who started it, the rest goes to its file."""
+        """Start a process. Its stdout is a pipe to the caller, its stderr goes to its file."""
         with self.log_of(name).open("w") as log:
             process = subprocess.Popen(
                 host.command(*command),
@@ -101,36 +99,36 @@ class Processes:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                start_new_session=True,  # Ctrl-C is for us alone: we end them in order
+                start_new_session=True,  # Ctrl-C reaches only this process, which ends the others in order
             )
         self._running[name] = process
         return process
 
     def log_of(self, name: str) -> Path:
-        """Give the file that holds what a process says."""
+        """Return the path of the file with a process's stderr."""
         return self._folder / f"{name}.log"
 
     def check(self) -> None:
-        """Find those that ended.
+        """Check that all processes still run.
 
         Raises:
-            RuntimeError: one did.
+            RuntimeError: a process has ended.
         """
         for name, process in self._running.items():
             if process.poll() is not None:
                 raise RuntimeError(f"{name} ended with exit code {process.returncode}")
 
     def tail_of(self, name: str) -> str:
-        """Give what a process said last."""
+        """Return the end of a process's stderr."""
         return self.log_of(name).read_text(errors="replace")[-TAIL_CHARACTERS:].strip()
 
     def signal(self, name: str, number: signal.Signals) -> None:
-        """Ask one to end."""
+        """Send a signal to a process, if it still runs."""
         with contextlib.suppress(ProcessLookupError):
             self._running[name].send_signal(number)
 
     def wait(self, name: str, seconds: float = END_SECONDS) -> int:
-        """Wait for the end of one, and end it by force if need be; give its exit code."""
+        """Wait until a process ends, and kill it after the given time; return its exit code."""
         process = self._running.pop(name)
         try:
             return process.wait(seconds)
@@ -139,8 +137,8 @@ class Processes:
             return process.wait()
 
     @contextlib.contextmanager
-    def ended_at_last(self) -> Iterator[Processes]:
-        """End those that still run when the block ends: the first one, which the others need, at last."""
+    def end_at_exit(self) -> Iterator[Processes]:
+        """End the running processes at the end of the block. The server was started first and is ended last."""
         try:
             yield self
         finally:
@@ -148,6 +146,6 @@ class Processes:
             for group in (names[1:], names[:1]):
                 for name in group:
                     self.signal(name, signal.SIGTERM)
-                end = time.monotonic() + HURRY_SECONDS
+                end = time.monotonic() + SHORT_END_SECONDS
                 for name in group:
                     self.wait(name, max(0.0, end - time.monotonic()))

@@ -1,4 +1,4 @@
-"""What a person gets to see of the demo: lines, the dashboard, the picture, the commands."""
+"""Tests of the demo's output: progress lines, the dashboard, the picture, the printed commands."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rlbroker.demo.dashboard import Dashboard, JsonLines, PlainLines, Rate, describe, open_view
-from rlbroker.demo.launch import DemoSettings, commands, how_to_look
+from rlbroker.demo.dashboard import Dashboard, JsonLines, PlainLines, StepRate, describe, open_view
+from rlbroker.demo.launch import DemoSettings, build_commands, describe_inspection
 from rlbroker.demo.plot import plot
 from rlbroker.demo.training_progress import DemoWorkerStatus, Progress, Summary, parse_report
 
@@ -51,19 +51,19 @@ SUMMARY = Summary(
 )
 
 
-def at(seconds: float, steps: int = 0) -> Progress:
+def progress_at(seconds: float, steps: int = 0) -> Progress:
     return replace(PROGRESS, seconds=seconds, steps=steps)
 
 
 @pytest.mark.parametrize("report", [PROGRESS, SUMMARY])
-def test_a_report_survives_its_line(report: Progress | Summary) -> None:
+def test_a_report_survives_the_round_trip_through_json(report: Progress | Summary) -> None:
     line = report.to_json()
     assert "\n" not in line
     assert parse_report(line) == report
 
 
 @pytest.mark.parametrize("line", ["", "hello", "12", "[]", "{}", '{"progress": 1}', "{"])
-def test_other_output_is_no_report(line: str) -> None:
+def test_other_output_is_not_parsed_as_a_report(line: str) -> None:
     assert parse_report(line) is None
 
 
@@ -71,62 +71,62 @@ def test_other_output_is_no_report(line: str) -> None:
     ("outcome", "code"),
     [("solved", 0), ("trained", 0), ("not solved in time", 1), ("interrupted", 130), ("moved", 75)],
 )
-def test_the_exit_code_says_what_came_of_it(outcome: str, code: int) -> None:
+def test_each_outcome_has_its_exit_code(outcome: str, code: int) -> None:
     assert replace(SUMMARY, outcome=outcome).exit_code == code  # type: ignore[arg-type]
 
 
-def test_without_a_terminal_there_are_plain_lines() -> None:
+def test_without_a_terminal_the_view_is_plain_lines() -> None:
     assert isinstance(open_view("E", Console(file=io.StringIO())), PlainLines)
 
 
-def test_a_log_is_written_while_training_goes_on(tmp_path: Path) -> None:
+def test_a_log_is_flushed_during_training(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log, open_view("E", Console(file=log)) as view:
         view.update(PROGRESS)
         assert "steps" in (tmp_path / "log").read_text()
 
 
-def test_with_no_color_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_no_color_the_view_is_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     assert isinstance(open_view("E", Console(file=io.StringIO(), force_terminal=True)), PlainLines)
 
 
-def test_on_a_terminal_there_is_a_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_the_view_is_a_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     assert isinstance(open_view("E", Console(file=io.StringIO(), force_terminal=True)), Dashboard)
 
 
-def test_plain_lines_come_every_few_seconds_and_at_the_end() -> None:
+def test_plain_lines_are_written_every_few_seconds_and_at_the_end() -> None:
     written: list[str] = []
     with PlainLines(written.append, seconds=5.0) as view:
         for seconds in (1.0, 2.0, 5.9, 6.0, 7.0, 8.0):
-            view.update(at(seconds))
+            view.update(progress_at(seconds))
     assert [line.split()[0] for line in written] == ["1.0", "6.0", "8.0"]
     with PlainLines(written.append, seconds=5.0) as view:
-        view.update(at(9.0))
-    assert [line.split()[0] for line in written] == ["1.0", "6.0", "8.0", "9.0"], "none is written twice"
+        view.update(progress_at(9.0))
+    assert [line.split()[0] for line in written] == ["1.0", "6.0", "8.0", "9.0"], "a line was written twice"
     assert all(line.endswith("\n") and "\x1b" not in line for line in written)
 
 
-def test_a_plain_line_tells_everything() -> None:
+def test_a_plain_line_has_all_numbers() -> None:
     written: list[str] = []
     PlainLines(written.append).update(PROGRESS)
     for part in ("4,000 steps", "version 7", "123.4", "staleness 1.5", "queue 3", "missed 5", "workers 2"):
         assert part in written[0]
 
 
-def test_json_lines_are_what_the_parent_reads(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_lines_have_the_progress(capsys: pytest.CaptureFixture[str]) -> None:
     with JsonLines() as view:
         view.update(PROGRESS)
     assert json.loads(capsys.readouterr().out)["progress"]["version"] == 7
 
 
-def test_the_rate_is_that_of_the_last_seconds() -> None:
-    rate = Rate()
-    assert rate(at(1.0)) == 0.0
-    assert rate(at(2.0, 500)) == 500.0
+def test_the_step_rate_is_that_of_the_last_seconds() -> None:
+    step_rate = StepRate()
+    assert step_rate.update(progress_at(1.0)) == 0.0
+    assert step_rate.update(progress_at(2.0, 500)) == 500.0
     for second in range(3, 20):
-        found = rate(at(float(second), 1_000 * second))
+        found = step_rate.update(progress_at(float(second), 1_000 * second))
     assert found == 1_000.0
 
 
@@ -146,24 +146,26 @@ def test_a_summary_accounts_for_every_batch() -> None:
     assert text.startswith("Solved CartPole-v1 in 10.0 s")
     assert "164 produced = 161 delivered + 3 dropped_oldest" in text
     assert "40 versions published; missed by workers: 2 on leaving" in text
-    assert "when told to stop" not in text
-    assert "workers that did not leave when told to stop: 1" in describe(replace(SUMMARY, workers_left=(1,)))
+    assert "did not leave" not in text
+    assert "workers that did not leave after the stop command: 1" in describe(
+        replace(SUMMARY, workers_left=(1,))
+    )
 
 
 @pytest.mark.parametrize("history", [[], [PROGRESS], [PROGRESS, replace(PROGRESS, returns=(), batches=())]])
-def test_the_picture_is_drawn_of_whatever_there_is(tmp_path: Path, history: list[Progress]) -> None:
+def test_the_picture_is_drawn_from_any_history(tmp_path: Path, history: list[Progress]) -> None:
     plot(tmp_path / "demo.png", history, "title")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["demo.png"]
 
 
-def test_the_commands_are_those_for_separate_machines() -> None:
-    todo = commands(DemoSettings(workers=3, env_id="Acrobot-v1", seed=5), "demo-1", 60.0)
-    assert list(todo) == ["learner", "worker-0", "worker-1", "worker-2"]
-    assert " ".join(todo["worker-2"]) == (
+def test_the_printed_commands_work_on_separate_machines() -> None:
+    commands = build_commands(DemoSettings(workers=3, env_id="Acrobot-v1", seed=5), "demo-1", 60.0)
+    assert list(commands) == ["learner", "worker-0", "worker-1", "worker-2"]
+    assert " ".join(commands["worker-2"]) == (
         "rlbroker worker --run demo-1 --env Acrobot-v1 --seed 5 --worker-id 2"
     )
-    assert " ".join(todo["learner"]) == (
+    assert " ".join(commands["learner"]) == (
         "rlbroker learner --run demo-1 --env Acrobot-v1 --seed 5 --workers 3 --max-seconds 60.0 --output demo.png"
     )
 
@@ -176,20 +178,20 @@ def test_the_commands_are_those_for_separate_machines() -> None:
         ("redis://host", "redis-cli -u redis://host HGETALL "),
     ],
 )
-def test_the_commands_to_look_into_redis_fit_the_server(url: str, command: str) -> None:
-    text = how_to_look(url, "demo-1", kept=True, ours=True)
+def test_the_inspection_commands_fit_the_servers_url(url: str, command: str) -> None:
+    text = describe_inspection(url, "demo-1", kept=True, embedded=True)
     assert f"{command}'rlb:{{demo-1}}:weights'" in text
     assert ("REDISCLI_AUTH=pass/word" in text) == ("pass" in url)
-    assert "--keep-server" in how_to_look(url, "demo-1", kept=False, ours=True)
+    assert "--keep-server" in describe_inspection(url, "demo-1", kept=False, embedded=True)
 
 
-def test_the_password_of_a_server_that_was_there_before_is_not_shown() -> None:
-    text = how_to_look("redis://me:top-secret@host:6379/0", "demo-1", kept=True, ours=False)
+def test_the_password_of_another_server_is_not_shown() -> None:
+    text = describe_inspection("redis://me:top-secret@host:6379/0", "demo-1", kept=True, embedded=False)
     assert "top-secret" not in text
     assert "redis-cli -u redis://host:6379/0 --user me" in text
 
 
-def test_the_parent_leaves_the_heavy_imports_to_its_children() -> None:
+def test_the_parent_process_imports_no_heavy_package() -> None:
     code = "import sys, rlbroker.demo.launch; print({'torch', 'gymnasium', 'matplotlib'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert found.stdout == "set()\n"

@@ -1,4 +1,4 @@
-"""`rlbroker demo` and its siblings as a person runs them: processes, exit codes, and nothing left behind."""
+"""Tests of the commands `rlbroker demo`, `learner` and `worker`: processes, exit codes, files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAIN = [sys.executable, "-c", "from rlbroker.ops.cli import main; main()"]
 
 
 class Shell:
-    """Runs commands whose processes can all be found again, wherever they went."""
+    """Runs commands, and finds all their processes by a mark in the environment."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -46,19 +46,19 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            # As a terminal does: Ctrl-C reaches this group.
+            # As in a terminal: Ctrl-C reaches the whole group.
             process_group=0,
         )
 
     def processes(self, containing: str = "") -> list[int]:
-        """Return the processes that one of the commands started, or their children."""
+        """Return the pids of the commands and of their children, except the guards."""
         found = []
         for entry in Path("/proc").iterdir():
             try:
                 if self._mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    # A zombie has no command line, and is not running any more.
-                    if words and containing in words and "guard.py" not in words:
+                    command_line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    # A zombie has no command line: it does not run any more.
+                    if command_line and containing in command_line and "child_guard.py" not in command_line:
                         found.append(int(entry.name))
             except (OSError, ValueError):
                 continue
@@ -74,10 +74,10 @@ class Shell:
 def shell(tmp_path: Path) -> Iterator[Shell]:
     shell = Shell(tmp_path)
     yield shell
-    left = shell.processes()
-    for pid in left:
+    remaining = shell.processes()
+    for pid in remaining:
         os.kill(pid, signal.SIGKILL)
-    assert not left, "processes were left behind"
+    assert not remaining, "processes were left behind"
 
 
 def read_until(output: IO[str] | None, pattern: str) -> str:
@@ -91,52 +91,52 @@ def read_until(output: IO[str] | None, pattern: str) -> str:
     raise AssertionError(f"{pattern!r} was not found in:\n{''.join(lines)}")
 
 
-def test_the_demo_solves_cartpole_though_a_worker_is_killed(shell: Shell) -> None:
+def test_the_demo_solves_cartpole_although_a_worker_is_killed(shell: Shell) -> None:
     demo = shell.start("demo", "--seed", "1", "--output", "picture.png")
-    said = read_until(demo.stdout, r"[1-9]\d* steps ")
+    output = read_until(demo.stdout, r"[1-9]\d* steps ")
     (worker,) = [pid for pid in shell.processes("--worker-id 1") if pid != demo.pid]
     os.kill(worker, signal.SIGKILL)
-    said += demo.communicate(timeout=100)[0]
-    assert demo.returncode == 0, said
-    assert "Solved CartPole-v1" in said
-    assert "worker-1 was started again 1 time" in said
-    found = re.search(r"([\d,]+) produced = ([\d,]+) delivered \+ (.*)", said)
+    output += demo.communicate(timeout=100)[0]
+    assert demo.returncode == 0, output
+    assert "Solved CartPole-v1" in output
+    assert "worker-1 was restarted 1 time" in output
+    found = re.search(r"([\d,]+) produced = ([\d,]+) delivered \+ (.*)", output)
     assert found is not None
     produced, delivered = (int(number.replace(",", "")) for number in found.groups()[:2])
     lost = sum(int(number.replace(",", "")) for number in re.findall(r"([\d,]+) \w", found[3]))
     assert produced == delivered + lost
     assert delivered > 50
-    assert "did not leave when told to stop" not in said
+    assert "did not leave" not in output
     assert shell.files() == ["picture.png"]
 
 
-def test_a_learner_says_when_it_did_not_make_it_in_time(shell: Shell, real_server: RealServer) -> None:
+def test_a_learner_reports_that_it_did_not_solve_in_time(shell: Shell, real_server: RealServer) -> None:
     learner = shell.start("learner", "--max-seconds", "3", RLBROKER_REDIS_URL=real_server.url)
-    said = learner.communicate(timeout=60)[0]
-    assert learner.returncode == 1, said
-    assert "CartPole-v1 is not solved after" in said
+    output = learner.communicate(timeout=60)[0]
+    assert learner.returncode == 1, output
+    assert "CartPole-v1 is not solved after" in output
 
 
 @pytest.mark.parametrize("when", [r"rlbroker worker", r"[1-9]\d* steps "], ids=["starting", "training"])
 def test_ctrl_c_leaves_no_process_and_no_file(shell: Shell, when: str) -> None:
     demo = shell.start("demo", "--output", "picture.png")
     read_until(demo.stdout, when)
-    began = time.monotonic()
+    started = time.monotonic()
     os.killpg(demo.pid, signal.SIGINT)
-    said = demo.communicate(timeout=30)[0]
-    assert time.monotonic() - began < 5.0
-    assert demo.returncode == 130, said
-    assert "Interrupted" in said
+    output = demo.communicate(timeout=30)[0]
+    assert time.monotonic() - started < 5.0
+    assert demo.returncode == 130, output
+    assert "Interrupted" in output
     assert shell.processes() == []
     assert shell.files() == []
 
 
-def test_a_kept_server_can_be_looked_into(shell: Shell) -> None:
+def test_a_kept_server_can_be_inspected(shell: Shell) -> None:
     demo = shell.start("demo", "--env", "MountainCar-v0", "--max-seconds", "6", "--keep-server")
-    said = read_until(demo.stdout, "The server stays")
-    url = re.search(r"export RLBROKER_REDIS_URL='?(unix://rlbroker:[^*'\n]+)", said)
+    output = read_until(demo.stdout, "The server keeps running")
+    url = re.search(r"export RLBROKER_REDIS_URL='?(unix://rlbroker:[^*'\n]+)", output)
     assert url is not None
-    run = re.search(r"rlbroker status --run (\S+)", said)
+    run = re.search(r"rlbroker status --run (\S+)", output)
     assert run is not None
     status = shell.start("status", "--run", run[1], RLBROKER_REDIS_URL=url[1]).communicate(timeout=20)[0]
     assert run[1] in status
@@ -146,26 +146,26 @@ def test_a_kept_server_can_be_looked_into(shell: Shell) -> None:
     assert "demo.png" in shell.files()
 
 
-def test_learner_and_worker_run_by_hand(shell: Shell, real_server: RealServer) -> None:
-    way: dict[str, Any] = {"RLBROKER_REDIS_URL": real_server.url}
-    learner = shell.start("learner", "--run", "hand", "--workers", "1", "--target", "25", **way)
-    worker = shell.start("worker", "--run", "hand", "--envs", "2", **way)
-    said = learner.communicate(timeout=60)[0]
-    assert learner.returncode == 0, said
-    assert "Solved CartPole-v1" in said
+def test_learner_and_worker_work_without_the_demo_command(shell: Shell, real_server: RealServer) -> None:
+    server_url: dict[str, Any] = {"RLBROKER_REDIS_URL": real_server.url}
+    learner = shell.start("learner", "--run", "hand", "--workers", "1", "--target", "25", **server_url)
+    worker = shell.start("worker", "--run", "hand", "--envs", "2", **server_url)
+    output = learner.communicate(timeout=60)[0]
+    assert learner.returncode == 0, output
+    assert "Solved CartPole-v1" in output
     assert "stopped by the learner" in worker.communicate(timeout=20)[0]
     assert worker.returncode == 0
 
 
-def test_an_unknown_environment_is_one_clear_line(shell: Shell) -> None:
+def test_an_unknown_environment_is_reported_in_one_line(shell: Shell) -> None:
     demo = shell.start("demo", "--env", "NoSuchGame-v7")
-    said = demo.communicate(timeout=60)[0]
+    output = demo.communicate(timeout=60)[0]
     assert demo.returncode == 2
-    assert "NoSuchGame-v7" in said.splitlines()[-1]
-    assert "Traceback" not in said
+    assert "NoSuchGame-v7" in output.splitlines()[-1]
+    assert "Traceback" not in output
 
 
-def test_missing_extras_are_named_with_what_installs_them(shell: Shell) -> None:
+def test_the_error_for_missing_packages_says_how_to_install_them(shell: Shell) -> None:
     code = (
         "import sys, importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
@@ -181,17 +181,17 @@ def test_sigterm_drains_a_worker(shell: Shell, real_server: RealServer) -> None:
     read_until(worker.stdout, "worker 0 of run term")
     assert real_server.client.exists("rlb:{term}:hb:0")
     worker.terminate()
-    said = worker.communicate(timeout=10)[0]
+    output = worker.communicate(timeout=10)[0]
     assert worker.returncode == 0
-    assert said == "told to go: sent what it had begun, and left after 0 batches\n"
+    assert output == "drained: sent its last batch and left the run after 0 batches\n"
     assert not real_server.client.exists("rlb:{term}:hb:0")
 
 
 @pytest.mark.parametrize(("state", "what"), [("ended", "has ended"), ("open", "is away")])
-def test_a_worker_without_a_learner_says_so(
+def test_a_worker_reports_that_its_learner_ended_or_is_away(
     real_server: RealServer, capsys: pytest.CaptureFixture[str], state: str, what: str
 ) -> None:
-    """When it joins, if the learner ended; and at its end, if its last batch finds no room for lack of one."""
+    """It does so when it joins, and when the queue has no room for its last batch."""
     run = f"alone-{state}"
     WorkerCommunicator(1, run=run, redis_url=real_server.url).cleanup(over=state == "ended")
     if state == "open":
@@ -203,27 +203,29 @@ def test_a_worker_without_a_learner_says_so(
         pytest.raises(QueueFull, match=f"last batch is lost.*the learner of 'alone-{state}' {what}"),
     ):
         work(settings, lambda: read_learner_state(real_server.url, run))
-    said = capsys.readouterr().out
-    assert "waits for the learner's weights" in said
-    assert ("has ended; waiting for another" in said) == (state == "ended")
+    output = capsys.readouterr().out
+    assert "waits for the learner's weights" in output
+    assert ("has ended; waiting for another" in output) == (state == "ended")
 
 
-def test_a_learner_that_is_moved_goes_on_and_its_worker_waits(shell: Shell, real_server: RealServer) -> None:
-    way: dict[str, Any] = {"RLBROKER_REDIS_URL": real_server.url}
-    begin = ("learner", "--run", "moved", "--workers", "1", "--checkpoint", "state.pt", "--target", "25")
-    worker = shell.start("worker", "--run", "moved", "--envs", "2", **way)
-    first = shell.start(*begin, "--target", "1000", **way)
+def test_a_moved_learner_continues_after_its_restart_and_its_worker_waits(
+    shell: Shell, real_server: RealServer
+) -> None:
+    server_url: dict[str, Any] = {"RLBROKER_REDIS_URL": real_server.url}
+    command = ("learner", "--run", "moved", "--workers", "1", "--checkpoint", "state.pt", "--target", "25")
+    worker = shell.start("worker", "--run", "moved", "--envs", "2", **server_url)
+    first = shell.start(*command, "--target", "1000", **server_url)
     read_until(first.stdout, r"[1-9]\d* steps ")
     first.send_signal(signal.SIGUSR1)
-    said = first.communicate(timeout=20)[0]
-    assert first.returncode == 75, said
-    assert "Told to go" in said
-    assert "no --checkpoint" not in said
+    output = first.communicate(timeout=20)[0]
+    assert first.returncode == 75, output
+    assert "Asked to leave" in output
+    assert "no --checkpoint" not in output
     assert shell.files() == ["state.pt"]
     assert real_server.client.hget("rlb:{moved}:meta", "learner_state") == b"open"
     assert worker.poll() is None
-    said = shell.start(*begin, **way).communicate(timeout=60)[0]
-    assert "the run 'moved' goes on" in said
-    assert "Solved CartPole-v1" in said
+    output = shell.start(*command, **server_url).communicate(timeout=60)[0]
+    assert "the run 'moved' continues" in output
+    assert "Solved CartPole-v1" in output
     assert "stopped by the learner" in worker.communicate(timeout=20)[0]
     assert worker.returncode == 0

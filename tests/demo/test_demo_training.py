@@ -1,4 +1,4 @@
-"""The demo's learner and workers, in threads of one process, through a server."""
+"""Tests of the demo's learner and workers, in threads of one process, with a server."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ENV = "CartPole-v1"
 
 @pytest.fixture(autouse=True)
 def quick_threads() -> Iterator[None]:
-    """Let threads share two cores: torch gives the GIL away at each operation, to get it back 5 ms later."""
+    """Switch threads often: torch releases the GIL at each operation, and would wait 5 ms to get it back."""
     before = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)
     sys.setswitchinterval(0.0002)
@@ -46,28 +46,28 @@ def quick_threads() -> Iterator[None]:
     sys.setswitchinterval(before[1])
 
 
-class Team:
-    """Workers in threads; leaving the block waits for them and raises what they raised."""
+class WorkerThreads:
+    """Workers in threads. Leaving the context joins the threads and raises their exceptions."""
 
-    def __init__(self, way: Callable[[], dict[str, Any]], run: str, count: int) -> None:
+    def __init__(self, connect: Callable[[], dict[str, Any]], run: str, count: int) -> None:
         self._errors: list[BaseException] = []
         self._threads = [
-            threading.Thread(target=self._work, args=(way(), run, number), daemon=True)
+            threading.Thread(target=self._work, args=(connect(), run, number), daemon=True)
             for number in range(count)
         ]
 
-    def _work(self, way: dict[str, Any], run: str, number: int) -> None:
+    def _work(self, endpoint: dict[str, Any], run: str, number: int) -> None:
         envs = make_envs(ENV, 4)
         try:
-            with WorkerClient(run=run, worker_id=number, timeout=5.0, **way) as worker:
+            with WorkerClient(run=run, worker_id=number, timeout=5.0, **endpoint) as worker:
                 run_worker(worker, envs, env_id=ENV, seed=1, timeout=10.0)
-        except BaseException as error:  # noqa: BLE001 - raised in the test's own thread
+        except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
             self._errors.append(error)
         finally:
             envs.close()
 
     @property
-    def working(self) -> bool:
+    def running(self) -> bool:
         return all(thread.is_alive() for thread in self._threads)
 
     def __enter__(self) -> Self:
@@ -83,21 +83,24 @@ class Team:
             raise error
 
 
-def make_learner(comm: WorkerCommunicator, env_id: str = ENV, **given: Any) -> Learner:
+def make_ppo(env_id: str = ENV) -> PPO:
     torch.manual_seed(1)
-    envs = make_envs(env_id, 1)
-    policy = ActorCritic(envs.single_observation_space, envs.single_action_space)
-    envs.close()
+    return PPO(ActorCritic(*_spaces(env_id)))
+
+
+def make_learner(
+    comm: WorkerCommunicator, env_id: str = ENV, *, ppo: PPO | None = None, **given: Any
+) -> Learner:
     settings: dict[str, Any] = {"env_id": env_id, "target": None, "seconds": 10.0, "report": lambda _: None}
-    return Learner(comm, PPO(policy), **{**settings, **given})
+    return Learner(comm, ppo or make_ppo(env_id), **{**settings, **given})
 
 
 def test_training_ends_when_solved_and_accounts_for_every_batch(
     server: Server, run: str, opened: ExitStack, learner: Callable[..., WorkerCommunicator]
 ) -> None:
     reports: list[Progress] = []
-    with learner(2, max_queue_size=MAX_QUEUE_SIZE) as comm, Team(server.way, run, 2):
-        # Whoever plays 100 episodes has solved this: about 2000 steps, and so two versions.
+    with learner(2, max_queue_size=MAX_QUEUE_SIZE) as comm, WorkerThreads(server.way, run, 2):
+        # 100 episodes reach this target. They take about 2000 steps, so at least two versions.
         summary = make_learner(comm, target=1.0, seconds=60.0, report=reports.append).run()
     assert summary.outcome == "solved"
     assert summary.mean_return is not None
@@ -113,7 +116,7 @@ def test_training_ends_when_solved_and_accounts_for_every_batch(
     assert {worker.worker_id for worker in reports[-1].workers} == {0, 1}
 
 
-def test_training_ends_when_the_time_is_up_though_no_worker_came(
+def test_training_ends_at_its_time_limit_without_any_worker(
     opened: ExitStack, learner: Callable[..., WorkerCommunicator]
 ) -> None:
     with learner() as comm:
@@ -130,14 +133,14 @@ def test_ctrl_c_ends_training_and_stops_the_workers(
         if progress.steps:
             raise KeyboardInterrupt
 
-    with learner() as comm, Team(server.way, run, 1):
+    with learner() as comm, WorkerThreads(server.way, run, 1):
         summary = make_learner(comm, report=interrupt).run()
     assert summary.outcome == "interrupted"
     assert summary.steps > 0
     assert summary.workers_left == ()
 
 
-def test_a_worker_in_another_environment_is_refused_by_name(
+def test_a_worker_with_another_environment_is_refused_with_its_name(
     opened: ExitStack, learner: Callable[..., WorkerCommunicator], worker: Callable[..., WorkerClient]
 ) -> None:
     comm, other = learner(), worker(7)
@@ -146,7 +149,7 @@ def test_a_worker_in_another_environment_is_refused_by_name(
         make_learner(comm).run()
 
 
-def test_a_worker_whose_environment_does_not_fit_gets_an_error(
+def test_weights_for_another_environment_are_an_error_in_the_worker(
     opened: ExitStack, learner: Callable[..., WorkerCommunicator], worker: Callable[..., WorkerClient]
 ) -> None:
     comm = learner()
@@ -158,7 +161,7 @@ def test_a_worker_whose_environment_does_not_fit_gets_an_error(
     envs.close()
 
 
-def test_a_worker_outlasts_an_outage_longer_than_its_timeout_and_sends_each_batch_once(
+def test_a_worker_survives_an_outage_longer_than_its_timeout_and_sends_each_batch_once(
     opened: ExitStack, learner: Callable[..., WorkerCommunicator], worker: Callable[..., WorkerClient]
 ) -> None:
     comm, other, envs = learner(1), worker(0), make_envs(ENV, 1)
@@ -170,12 +173,12 @@ def test_a_worker_outlasts_an_outage_longer_than_its_timeout_and_sends_each_batc
         tried.append(batch)
         state = outage.pop(0) if outage else ""
         if state == "unreachable":
-            raise ConnectionFailed("no way to the server")
+            raise ConnectionFailed("the server is unreachable")
         if state == "lost":
-            raise RunLost("the server came back empty")
+            raise RunLost("the server restarted without data")
         receipt = send(batch)
         if state == "unconfirmed":
-            raise Unconfirmed("the answer was lost", receipt)
+            raise Unconfirmed("the reply was lost", receipt)
         if not outage:
             comm.send_control_command("stop")
         return receipt
@@ -183,18 +186,18 @@ def test_a_worker_outlasts_an_outage_longer_than_its_timeout_and_sends_each_batc
     with closing(envs), mock.patch.object(other, "send_experiences", send_through_outage):
         sent = run_worker(other, envs, env_id=ENV, seed=1, timeout=10.0)
 
-    assert len(tried) == 5 + (sent - 3)  # one more may go out before the stop has arrived
+    assert len(tried) == 5 + (sent - 3)  # one more batch may be sent before the stop command arrives
     assert tried[0] is not tried[1] is not tried[2]
     assert tried[2] is tried[3] is tried[4]
     assert len(comm.collect_experiences(timeout=5.0)) == sent
 
 
-def test_a_learner_outlasts_an_outage_longer_than_its_timeout(
+def test_a_learner_survives_an_outage_longer_than_its_timeout(
     server: Server, run: str, opened: ExitStack, learner: Callable[..., WorkerCommunicator]
 ) -> None:
-    with learner() as comm, Team(server.way, run, 1), ExitStack() as faults:
+    with learner() as comm, WorkerThreads(server.way, run, 1), ExitStack() as faults:
         for name in ("send_model_weights", "collect_experiences", "get_queue_info"):
-            outage = [ConnectionFailed("away"), RunLost("came back empty"), *[mock.DEFAULT] * 10_000]
+            outage = [ConnectionFailed("away"), RunLost("restarted without data"), *[mock.DEFAULT] * 10_000]
             away = mock.Mock(side_effect=outage, wraps=getattr(comm, name))
             faults.enter_context(mock.patch.object(comm, name, away))
         summary = make_learner(comm, target=1.0, seconds=60.0).run()
@@ -202,7 +205,7 @@ def test_a_learner_outlasts_an_outage_longer_than_its_timeout(
     assert summary.batches_produced == summary.batches_delivered + sum(summary.batches_lost.values())
 
 
-def test_a_worker_gives_up_on_a_server_that_is_away_for_too_long(
+def test_a_worker_gives_up_after_the_longest_outage(
     opened: ExitStack, learner: Callable[..., WorkerCommunicator], worker: Callable[..., WorkerClient]
 ) -> None:
     comm, other, envs = learner(1), worker(0), make_envs(ENV, 1)
@@ -223,41 +226,45 @@ def _spaces(env_id: str) -> tuple[Any, Any]:
     return envs.single_observation_space, envs.single_action_space
 
 
-def test_a_learner_goes_on_from_its_checkpoint(
+def test_a_restarted_learner_continues_from_its_checkpoint(
     server: Server, run: str, opened: ExitStack, learner: Callable[..., WorkerCommunicator], tmp_path: Path
 ) -> None:
     checkpoint = Checkpoint(tmp_path / "state.pt")
-    with learner() as comm, Team(server.way, run, 1) as team:
+    with learner() as comm, WorkerThreads(server.way, run, 1) as workers:
 
-        def move(progress: Progress) -> None:
+        def request_move(progress: Progress) -> None:
             if progress.version > 2:
-                first.move()
+                first.request_move()
 
-        first = make_learner(comm, checkpoint=checkpoint, report=move)
+        first_ppo, second_ppo = make_ppo(), make_ppo()
+        reports: list[Progress] = []
+        first = make_learner(comm, ppo=first_ppo, checkpoint=checkpoint, report=request_move)
         before = first.run()
         assert before.outcome == "moved"
-        assert team.working
+        assert workers.running
         with learner() as again:
-            second = make_learner(again, checkpoint=checkpoint, seconds=0.0)
-            trained, loaded = (one._ppo.policy.state_dict() for one in (first, second))
+            second = make_learner(
+                again, ppo=second_ppo, checkpoint=checkpoint, seconds=0.0, report=reports.append
+            )
+            trained, loaded = (ppo.policy.state_dict() for ppo in (first_ppo, second_ppo))
             assert all(torch.equal(trained[name], loaded[name]) for name in trained)
             after = second.run()
     assert after.outcome == "trained"
     assert after.episodes >= before.episodes > 0
     assert after.steps >= before.steps > 1024
-    assert after.seconds > before.seconds, "the time that was used is forgotten"
-    assert second._first_version > before.versions
+    assert after.seconds > before.seconds, "the training time before the checkpoint was forgotten"
+    assert reports[-1].version > before.versions
 
 
-def test_a_checkpoint_of_something_else_is_refused(
+def test_a_checkpoint_of_another_kind_or_environment_is_refused(
     opened: ExitStack, learner: Callable[..., WorkerCommunicator], tmp_path: Path
 ) -> None:
     path = tmp_path / "state.pt"
     path.write_bytes(b"something else")
     comm = learner()
-    with pytest.raises(InvalidArgument, match=r"state\.pt is no checkpoint"):
+    with pytest.raises(InvalidArgument, match=r"state\.pt is not a checkpoint"):
         make_learner(comm, checkpoint=Checkpoint(path))
-    with pytest.raises(InvalidArgument, match="no writable directory"):
+    with pytest.raises(InvalidArgument, match="is not a writable directory"):
         Checkpoint(tmp_path / "nowhere" / "state.pt")
     path.unlink()
     make_learner(comm, checkpoint=Checkpoint(path), seconds=0.0).run()
@@ -267,7 +274,7 @@ def test_a_checkpoint_of_something_else_is_refused(
         make_learner(comm, "Acrobot-v1", checkpoint=Checkpoint(path))
 
 
-def test_a_worker_waits_for_the_learner_that_brings_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_waits_for_the_learner_that_loads_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     tries = []
 
     def client(**_: Any) -> str:

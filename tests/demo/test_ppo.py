@@ -1,4 +1,4 @@
-"""PPO's arithmetic on examples small enough to work out by hand."""
+"""Tests of PPO's arithmetic, on examples that are small enough to compute by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GAMMA, LAMBDA = 0.5, 0.5
 
 
 def column(*values: float) -> Tensor:
-    """One environment's values over time, `[T, 1]`."""
+    """The values of one environment over time, `[T, 1]`."""
     return torch.tensor(values, dtype=torch.float32)[:, None]
 
 
@@ -59,7 +59,7 @@ def test_an_unfinished_episode_is_bootstrapped_from_the_last_observation() -> No
     assert estimate(batch, last_value=16.0) == [1.5, 2.0]
 
 
-def test_a_terminated_episode_is_worth_nothing_afterwards() -> None:
+def test_after_a_termination_the_value_is_zero() -> None:
     batch = make_batch(
         rewards=column(1, 2, 0, 3),
         values=column(4, 8, 100, 2),
@@ -70,7 +70,7 @@ def test_a_terminated_episode_is_worth_nothing_afterwards() -> None:
     assert estimate(batch, last_value=4.0) == [1.0 - 0.25 * 6.0, -6.0, 0.0, 3.0]
 
 
-def test_a_truncated_episode_is_worth_the_value_of_its_final_observation() -> None:
+def test_a_truncated_episode_is_bootstrapped_from_its_final_observation() -> None:
     batch = make_batch(
         rewards=column(1, 2, 0, 3),
         values=column(4, 8, 100, 2),
@@ -91,7 +91,7 @@ def test_a_termination_in_the_last_row_ignores_the_last_observation() -> None:
     assert estimate(batch, last_value=16.0) == [1.0 - 4.0]
 
 
-def test_a_batch_that_begins_with_a_reset_row_gives_it_no_advantage() -> None:
+def test_a_reset_row_at_the_start_of_a_batch_has_no_advantage() -> None:
     batch = make_batch(rewards=column(0, 1), values=column(100, 4), mask=flags(0, 1))
     assert estimate(batch, last_value=8.0) == [0.0, 1.0]
 
@@ -102,7 +102,7 @@ def make_ppo(**settings: Any) -> PPO:
     return PPO(policy, PPOSettings(**{"minibatch_rows": 4, **settings}))
 
 
-def acted_by(policy: ActorCritic, steps: int, **given: Tensor) -> RolloutBatch:
+def make_batch_of(policy: ActorCritic, steps: int, **given: Tensor) -> RolloutBatch:
     obs = torch.linspace(-1.0, 1.0, steps)[:, None, None]
     actions, logprobs, values = policy.act(obs)
     rewards = actions.float()
@@ -113,7 +113,7 @@ def test_updating_makes_the_better_action_more_likely() -> None:
     ppo = make_ppo(learning_rate=1e-2, gamma=0.0)
     obs = torch.zeros(1, 1)
     before = ppo.policy.distribution(obs).log_prob(torch.tensor([1])).item()
-    statistics = ppo.update([acted_by(ppo.policy, 32)])
+    statistics = ppo.update([make_batch_of(ppo.policy, 32)])
     assert ppo.policy.distribution(obs).log_prob(torch.tensor([1])).item() > before + 0.05
     assert statistics.rows == 32
     assert statistics.kl > 0.0
@@ -121,25 +121,25 @@ def test_updating_makes_the_better_action_more_likely() -> None:
 
 
 def test_reset_rows_are_not_trained_on() -> None:
-    """Rubbish in the reset rows changes nothing, not even through the normalisation of advantages."""
+    """Garbage in the reset rows has no effect, not even through the normalisation of the advantages."""
     mask = flags(*([1, 1, 1, 0] * 4))
     results = []
-    for rubbish in (0.0, 1e3):
+    for garbage in (0.0, 1e3):
         ppo = make_ppo()
-        batch = acted_by(ppo.policy, 16, mask=mask, truncations=mask.roll(-1, 0).logical_not())
-        batch["logprobs"][~mask] += rubbish
-        batch["rewards"][~mask] += rubbish
-        batch["obs"][~mask] += rubbish
+        batch = make_batch_of(ppo.policy, 16, mask=mask, truncations=mask.roll(-1, 0).logical_not())
+        batch["logprobs"][~mask] += garbage
+        batch["rewards"][~mask] += garbage
+        batch["obs"][~mask] += garbage
         assert ppo.update([batch]).rows == 12
         results.append([parameter.clone() for parameter in ppo.policy.parameters()])
-    for quiet, loud in zip(*results, strict=True):
-        assert torch.equal(quiet, loud)
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(expected, actual)
 
 
-def test_the_ratio_is_taken_to_the_policy_that_acted() -> None:
-    """A stale batch whose good actions became far more likely since trains the policy no further."""
+def test_the_ratio_uses_the_recorded_log_probabilities() -> None:
+    """If the good actions of a stale batch are already much more likely, the clip stops the update."""
     ppo = make_ppo(epochs=1, minibatch_rows=64, value_coefficient=0.0, gamma=0.0)
-    batch = acted_by(ppo.policy, 32)
+    batch = make_batch_of(ppo.policy, 32)
     better = batch["actions"] == 1
     batch["logprobs"] = batch["logprobs"] + torch.where(better, -1.0, 1.0)
     before = [parameter.clone() for parameter in ppo.policy.actor.parameters()]
@@ -149,15 +149,15 @@ def test_the_ratio_is_taken_to_the_policy_that_acted() -> None:
         assert torch.equal(old, new)
 
 
-def test_batches_of_different_shapes_train_together() -> None:
+def test_batches_of_different_shapes_can_be_combined() -> None:
     ppo = make_ppo()
-    assert ppo.update([acted_by(ppo.policy, 8), acted_by(ppo.policy, 5)]).rows == 13
+    assert ppo.update([make_batch_of(ppo.policy, 8), make_batch_of(ppo.policy, 5)]).rows == 13
 
 
-def test_a_batch_of_reset_rows_only_is_no_update() -> None:
+def test_a_batch_of_only_reset_rows_changes_nothing() -> None:
     ppo = make_ppo()
     before = [parameter.clone() for parameter in ppo.policy.parameters()]
-    statistics = ppo.update([acted_by(ppo.policy, 2, mask=flags(0, 0))])
+    statistics = ppo.update([make_batch_of(ppo.policy, 2, mask=flags(0, 0))])
     assert statistics.rows == 0
     for old, new in zip(before, ppo.policy.parameters(), strict=True):
         assert torch.equal(old, new)
@@ -168,7 +168,7 @@ def test_continuous_actions_have_one_log_probability_per_row() -> None:
     actions, logprobs, values = policy.act(torch.zeros(5, 4, 3))
     assert actions.shape == (5, 4, 2)
     assert logprobs.shape == values.shape == (5, 4)
-    # The policy begins as a standard normal around nearly nothing.
+    # The initial policy is a standard normal around almost zero.
     expected = -0.5 * actions.square().sum(-1) - math.log(2 * math.pi)
     torch.testing.assert_close(logprobs, expected, atol=0.1, rtol=0.1)
 
@@ -181,7 +181,9 @@ def test_continuous_actions_have_one_log_probability_per_row() -> None:
         (Box(0.0, 1.0, (8,)), Box(0.0, 1.0, (2, 2)), "Discrete actions"),
     ],
 )
-def test_unsupported_spaces_are_refused_with_a_way_out(observations: Any, actions: Any, message: str) -> None:
+def test_unsupported_spaces_are_refused_with_a_suggestion(
+    observations: Any, actions: Any, message: str
+) -> None:
     with pytest.raises(InvalidArgument, match=message) as caught:
         ActorCritic(observations, actions)
     assert "CartPole-v1" in str(caught.value)

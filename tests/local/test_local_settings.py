@@ -1,4 +1,4 @@
-"""What the embedded server and the supervisor refuse before they start anything."""
+"""Tests of the arguments of the embedded server and the supervisor. No process is started."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,8 @@ import pytest
 
 from rlbroker.errors import InvalidArgument
 from rlbroker.local.embedded_server import RedisServer
-from rlbroker.local.supervisor import Supervisor, backoff_seconds
+from rlbroker.local.restarts import backoff_seconds
+from rlbroker.local.supervisor import Supervisor
 
 pytestmark = pytest.mark.unit
 
@@ -30,12 +31,12 @@ pytestmark = pytest.mark.unit
     ],
     ids=repr,
 )
-def test_arguments_that_cannot_work_are_refused(arguments: dict[str, Any]) -> None:
+def test_invalid_server_arguments_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument):
         RedisServer(**arguments)
 
 
-def test_making_the_object_starts_nothing_and_writes_nothing() -> None:
+def test_the_constructor_starts_no_process_and_writes_no_file() -> None:
     server = RedisServer(bind="127.0.0.1")
     assert not server.socket_path.parent.exists()
     assert server.pid is None
@@ -43,7 +44,7 @@ def test_making_the_object_starts_nothing_and_writes_nothing() -> None:
     assert server.binary is None
 
 
-def test_two_servers_share_neither_password_nor_place() -> None:
+def test_two_servers_have_different_passwords_and_sockets() -> None:
     first, second = RedisServer(), RedisServer()
     assert first.url != second.url
     assert first.socket_path != second.socket_path
@@ -67,12 +68,12 @@ def test_two_servers_share_neither_password_nor_place() -> None:
     ],
     ids=repr,
 )
-def test_a_supervisor_that_cannot_work_is_refused(arguments: dict[str, Any]) -> None:
+def test_invalid_supervisor_arguments_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument):
         Supervisor(**{"commands": {"a": ["true"]}, **arguments})
 
 
-def test_workers_that_fail_together_come_back_apart() -> None:
+def test_jitter_spreads_the_restarts_of_processes_that_fail_together() -> None:
     pauses = {backoff_seconds(4, first=1.0, longest=60.0, chance=n / 100) for n in range(101)}
     assert len(pauses) == 101
     assert (min(pauses), max(pauses)) == (4.0, 8.0)

@@ -1,6 +1,6 @@
-"""The showcase: PPO on a Gymnasium environment, with learner and workers as separate processes.
+"""The demo: PPO on a Gymnasium environment, with learner and workers as separate processes.
 
-Nothing heavy is imported here: the parent process of `rlbroker demo` never pays for torch.
+This module does not import torch, so the parent process of `rlbroker demo` starts quickly.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ from rlbroker.errors import InvalidArgument, UsageError
 
 
 def require_extras() -> None:
-    """Check that what the demo needs beyond rlbroker itself is installed, without importing it.
+    """Check that the demo's extra packages are installed, without importing them.
 
     Raises:
-        UsageError: something is missing; the message says how to install it.
+        UsageError: a package is missing; the message says how to install it.
     """
-    needed = ("torch", "gymnasium", "matplotlib")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    packages = ("torch", "gymnasium", "matplotlib")
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"the demo needs {', '.join(missing)}: run `pip install 'rlbroker[demo]'`")
 
 
 def check_output(output: Path | None) -> None:
-    """Check, before any training, that a picture can be written there.
+    """Check, before training starts, that the picture can be written.
 
     Raises:
-        InvalidArgument: its directory does not exist, or is not writable.
+        InvalidArgument: the picture's directory does not exist or is not writable.
     """
     if output is not None and not os.access(output.absolute().parent, os.W_OK):
         raise InvalidArgument(
-            f"no picture can be written to {output}: {output.parent} is no writable directory"
+            f"the picture cannot be written to {output}: {output.parent} is not a writable directory"
         )
 
 
 def training_run(run: str | None) -> str:
-    """Give the name of the run: the argument, else RLBROKER_RUN, else demo.
+    """Return the name of the run: the argument, else RLBROKER_RUN, else demo.
 
     Raises:
-        InvalidArgument: that cannot be the name of a run.
+        InvalidArgument: the name is not a valid run name.
     """
     return run_name(run) if run is not None else run_from_environment() or "demo"
 
 
-def place(url: str | None, run: str) -> str:
-    """Return which run on which server is meant, without a password, to be shown to a person.
+def describe_run(url: str | None, run: str) -> str:
+    """Return run and server as text for the user, without the password.
 
-    >>> place("redis://me:secret@host:6379/0", "pong")
+    >>> describe_run("redis://me:secret@host:6379/0", "pong")
     'run pong on redis://host:6379/0'
     """
     return f"run {run} on {redacted_url(redis_url(url))}"

@@ -1,4 +1,4 @@
-"""What a learner that is moved, or dies, goes on from: one file, always whole."""
+"""The checkpoint file from which a restarted learner continues training."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from rlbroker.errors import InvalidArgument
 
 
 class Checkpoint:
-    """A file that holds a training run's state."""
+    """A file with the state of a training run. It is replaced atomically, so it is always complete."""
 
     def __init__(self, path: Path) -> None:
-        """Name the file, which need not be there.
+        """Check that the file can be written. It need not exist.
 
         Raises:
-            InvalidArgument: it could not be written.
+            InvalidArgument: the file's directory does not exist or is not writable.
         """
         if not os.access(path.absolute().parent, os.W_OK):
             raise InvalidArgument(
-                f"no checkpoint can be kept in {path}: {path.parent} is no writable directory"
+                f"the checkpoint cannot be written to {path}: {path.parent} is not a writable directory"
             )
         self._path = path
 
     def load(self) -> dict[str, Any] | None:
-        """Give what was saved last; None before the first time.
+        """Return the state that was saved last, or None if the file does not exist.
 
         Raises:
-            InvalidArgument: something else is in that file.
+            InvalidArgument: the file is not a checkpoint, or it is damaged.
         """
         if not self._path.exists():
             return None
         try:
-            state = torch.load(self._path, weights_only=True)  # so nothing in it is executed
+            state = torch.load(self._path, weights_only=True)  # refuses pickled code
             return {name: state[name] for name in ("env_id", "policy", "optimizer", "progress", "marks")}
         except Exception as error:
             raise InvalidArgument(
-                f"{self._path} is no checkpoint of `rlbroker learner`, or a damaged one: {error}"
+                f"{self._path} is not a checkpoint of `rlbroker learner`, or it is damaged: {error}"
             ) from error
 
     def save(self, state: dict[str, Any]) -> None:
-        """Put a newer state in place of the older, in one step."""
-        beside = self._path.with_name(f"{self._path.name}.new")
-        with beside.open("wb") as file:
+        """Replace the file's state atomically."""
+        temporary = self._path.with_name(f"{self._path.name}.new")
+        with temporary.open("wb") as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())  # else a machine that goes down may leave an empty file under the name
-        beside.replace(self._path)
+            os.fsync(file.fileno())  # else a crash of the machine could leave an empty file
+        temporary.replace(self._path)

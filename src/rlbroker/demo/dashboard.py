@@ -1,4 +1,4 @@
-"""What a person sees while training runs: a dashboard on a terminal, lines elsewhere."""
+"""The views of a training run: a dashboard on a terminal, plain lines or JSON elsewhere."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rlbroker.backend.text import counted
 from rlbroker.demo.training_progress import Progress, Summary
 
 CHART_WIDTH, CHART_HEIGHT = 64, 8
-#: Over how long the steps per second are taken.
+#: The window for the steps per second.
 RATE_SECONDS = 5.0
-PLAIN_SECONDS = 5.0
-#: For people, why a worker missed a version.
-_MISSED = {
+PLAIN_LINE_SECONDS = 5.0
+#: The text in the summary for each reason of a missed version.
+_MISSED_TEXTS = {
     "superseded": "superseded by a newer one",
-    "failed": "that could not be applied",
+    "failed": "failed to apply",
     "away": "while away",
     "left": "on leaving",
 }
@@ -32,42 +32,43 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 class View(Protocol):
-    """Shows progress; a context manager, so that a terminal is left as it was."""
+    """A view of the progress. It is a context manager, so that it can restore the terminal at the end."""
 
     def __enter__(self) -> Self:
-        """Start showing."""
+        """Start the view."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop showing, and leave the last state on the screen."""
+        """End the view, and leave the last state on the screen."""
 
     def update(self, progress: Progress) -> None:
-        """Show the newest state."""
+        """Show a new state."""
 
 
 def open_view(env_id: str, console: Console | None = None) -> View:
-    """Return a dashboard for a terminal; plain lines for a file or a pipe, or where NO_COLOR is set."""
+    """Return a dashboard for a terminal, or plain lines for a file, for a pipe, or if NO_COLOR is set."""
     console = console or Console()
     if console.is_terminal and not console.is_dumb_terminal and not console.no_color:
         return Dashboard(env_id, console)
-    return PlainLines(partial(print, end="", file=console.file, flush=True))  # a log is read while it grows
+    # Flush, because a log is read while training runs.
+    return PlainLines(partial(print, end="", file=console.file, flush=True))
 
 
-def chart(values: Sequence[float], width: int, height: int, top: float) -> list[str]:
-    """Draw values between 0 and `top` as columns of block characters; return `height` lines.
+def draw_chart(values: Sequence[float], width: int, height: int, top: float) -> list[str]:
+    """Return a chart of values between 0 and `top`: `height` lines of block characters.
 
-    The values are spread over the whole width, with straight lines between them.
+    The values are spread over the whole width, with linear interpolation between them.
 
-    >>> chart([0, 4], 5, 2, top=4.0)
+    >>> draw_chart([0, 4], 5, 2, top=4.0)
     ['   ▄█', ' ▄███']
     """
     columns = []
     for column in range(width):
-        place = column * (len(values) - 1) / max(width - 1, 1)
-        before = int(place)
+        position = column * (len(values) - 1) / max(width - 1, 1)
+        before = int(position)
         after = min(before + 1, len(values) - 1)
-        columns.append(values[before] + (values[after] - values[before]) * (place - before))
+        columns.append(values[before] + (values[after] - values[before]) * (position - before))
     lines = []
     for row in reversed(range(height)):
         eighths = (round((value / top * height - row) * 8) for value in columns)
@@ -75,15 +76,15 @@ def chart(values: Sequence[float], width: int, height: int, top: float) -> list[
     return lines
 
 
-class Rate:
-    """Steps per second over the last few seconds."""
+class StepRate:
+    """The steps per second over the last few seconds."""
 
     def __init__(self) -> None:
-        """Know nothing yet."""
+        """Start without any points."""
         self._points: deque[tuple[float, int]] = deque()
 
-    def __call__(self, progress: Progress) -> float:
-        """Take a point, and return the rate up to it."""
+    def update(self, progress: Progress) -> float:
+        """Add a point; return the rate up to it."""
         self._points.append((progress.seconds, progress.steps))
         while len(self._points) > 2 and progress.seconds - self._points[1][0] >= RATE_SECONDS:
             self._points.popleft()
@@ -91,61 +92,62 @@ class Rate:
         return (progress.steps - steps) / max(progress.seconds - seconds, 1e-9) if progress.steps else 0.0
 
 
-def _mean(value: float | None) -> str:
+def _format_mean(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _staleness(progress: Progress) -> str:
+def _format_staleness(progress: Progress) -> str:
     if not progress.batches:
         return "-"
     return f"{sum(staleness for _, _, staleness in progress.batches) / len(progress.batches):.1f}"
 
 
 class JsonLines:
-    """Writes every state as a line of JSON, for `rlbroker demo` to read."""
+    """A view that writes each state as a line of JSON, which `rlbroker demo` reads."""
 
     def __enter__(self) -> Self:
-        """Return itself."""
+        """Return the view itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Do nothing."""
+        """Do nothing: each line is already written."""
 
     def update(self, progress: Progress) -> None:
-        """Write a line, at once."""
+        """Write and flush a line."""
         print(progress.to_json(), flush=True)
 
 
 class PlainLines:
-    """Writes a line every few seconds, and the last state at the end."""
+    """A view that writes a line every few seconds, and the last state at the end."""
 
-    def __init__(self, write: Callable[[str], object], seconds: float = PLAIN_SECONDS) -> None:
-        """Write with `write`, at most once in `seconds`."""
+    def __init__(self, write: Callable[[str], object], seconds: float = PLAIN_LINE_SECONDS) -> None:
+        """Call `write` at most once per `seconds`."""
         self._write = write
         self._seconds = seconds
-        self._rate = Rate()
+        self._step_rate = StepRate()
         self._due = 0.0
         self._unwritten: str | None = None
 
     def __enter__(self) -> Self:
-        """Return itself."""
+        """Return the view itself."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Write the last state, if it was not due yet."""
+        """Write the last state if it was not written yet."""
         if self._unwritten is not None:
             self._write(self._unwritten)
 
     def update(self, progress: Progress) -> None:
-        """Write a line if one is due."""
+        """Write a line if it is due."""
+        step_rate = self._step_rate.update(progress)
         self._unwritten = (
-            f"{progress.seconds:6.1f} s  {progress.steps:>9,} steps  {self._rate(progress):>7,.0f} steps/s  "
-            f"version {progress.version}  return {_mean(progress.mean_return)} "
-            f"({counted(progress.episodes, 'episode')})  staleness {_staleness(progress)}  "
+            f"{progress.seconds:6.1f} s  {progress.steps:>9,} steps  {step_rate:>7,.0f} steps/s  "
+            f"version {progress.version}  return {_format_mean(progress.mean_return)} "
+            f"({counted(progress.episodes, 'episode')})  staleness {_format_staleness(progress)}  "
             f"queue {progress.queued}  missed {progress.missed}  "
             f"workers {len(progress.workers)}\n"
         )
@@ -156,13 +158,13 @@ class PlainLines:
 
 
 class Dashboard:
-    """Redraws one panel in place, a few times a second."""
+    """A view that redraws one panel in place at each update."""
 
     def __init__(self, env_id: str, console: Console) -> None:
-        """Draw on `console`, which should be a terminal."""
+        """Prepare to draw on `console`, which should be a terminal."""
         self._env_id = env_id
-        self._rate = Rate()
-        self._curve: list[float] = []
+        self._step_rate = StepRate()
+        self._mean_returns: list[float] = []
         self._live = Live(
             Panel("starting the processes …", title=self._title()),
             console=console,
@@ -173,7 +175,7 @@ class Dashboard:
         return f"rlbroker: PPO on {self._env_id}"
 
     def __enter__(self) -> Self:
-        """Show that something is about to begin."""
+        """Show the first panel."""
         self._live.start(refresh=True)
         return self
 
@@ -184,56 +186,58 @@ class Dashboard:
         self._live.stop()
 
     def update(self, progress: Progress) -> None:
-        """Redraw."""
+        """Redraw the panel."""
         if progress.mean_return is not None:
-            self._curve.append(progress.mean_return)
+            self._mean_returns.append(progress.mean_return)
         self._live.update(self.render(progress), refresh=True)
 
     def render(self, progress: Progress) -> RenderableType:
-        """Return the panel for a state."""
+        """Return the panel that shows a state."""
         return Panel(
-            Group(self._chart(progress), Text(), self._figures(progress), Text(), _roster(progress)),
+            Group(self._chart(progress), Text(), self._statistics(progress), Text(), _worker_table(progress)),
             title=self._title(),
             subtitle=f"{progress.seconds:.0f} s, {progress.seconds_left:.0f} s left",
             width=CHART_WIDTH + 14,
         )
 
     def _chart(self, progress: Progress) -> RenderableType:
-        """Draw the learning curve; returns below zero are shifted up, so that 0 is the lowest column."""
-        if not self._curve:
+        """Return the learning curve. Negative returns are shifted up, so that the lowest value has height 0."""
+        if not self._mean_returns:
             return Text("waiting for the first episodes …", style="dim")
-        low = min(0.0, *self._curve)
-        high = max(progress.target or 0.0, *self._curve, low + 1.0)
+        low = min(0.0, *self._mean_returns)
+        high = max(progress.target or 0.0, *self._mean_returns, low + 1.0)
         text = Text("mean return of the last 100 episodes", style="dim")
         if progress.target is not None:
             text.append(f", solved at {progress.target:g}")
-        lines = chart([value - low for value in self._curve], CHART_WIDTH, CHART_HEIGHT, high - low)
+        lines = draw_chart(
+            [value - low for value in self._mean_returns], CHART_WIDTH, CHART_HEIGHT, high - low
+        )
         for number, line in enumerate(lines):
             label = f"{high:.0f}" if number == 0 else f"{low:.0f}" if number == CHART_HEIGHT - 1 else ""
             text.append(f"\n{label:>7} │", style="dim")
             text.append(line, style="not dim green")
         return text
 
-    def _figures(self, progress: Progress) -> RenderableType:
+    def _statistics(self, progress: Progress) -> RenderableType:
         table = Table.grid(padding=(0, 2), expand=True)
         for _ in range(4):
             table.add_column()
         table.add_row(
-            f"return [bold]{_mean(progress.mean_return)}[/]",
+            f"return [bold]{_format_mean(progress.mean_return)}[/]",
             f"episodes [bold]{progress.episodes:,}[/]",
             f"steps [bold]{progress.steps:,}[/]",
-            f"steps/s [bold]{self._rate(progress):,.0f}[/]",
+            f"steps/s [bold]{self._step_rate.update(progress):,.0f}[/]",
         )
         table.add_row(
             f"version [bold]{progress.version}[/]",
-            f"staleness [bold]{_staleness(progress)}[/]",
+            f"staleness [bold]{_format_staleness(progress)}[/]",
             f"queued [bold]{progress.queued}[/]",
             f"missed updates [bold]{progress.missed}[/]",
         )
         return table
 
 
-def _roster(progress: Progress) -> RenderableType:
+def _worker_table(progress: Progress) -> RenderableType:
     if not progress.workers:
         return Text("no worker yet", style="dim")
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -252,7 +256,7 @@ def _roster(progress: Progress) -> RenderableType:
 
 
 def describe(summary: Summary) -> str:
-    """Return what came of a training run, in a few lines for a person.
+    """Return the summary of a training run as text of a few lines.
 
     Example: the first line is ``Solved CartPole-v1 in 14.2 s: mean return 476.9 …``.
     """
@@ -261,17 +265,20 @@ def describe(summary: Summary) -> str:
         "not solved in time": f"{summary.env_id} is not solved after {summary.seconds:.1f} s",
         "trained": f"Trained on {summary.env_id} for {summary.seconds:.1f} s",
         "interrupted": f"Interrupted after {summary.seconds:.1f} s of training on {summary.env_id}",
-        "moved": f"Told to go after {summary.seconds:.1f} s of training on {summary.env_id}, to be started again; "
-        "the workers go on",
+        "moved": f"Asked to leave after {summary.seconds:.1f} s of training on {summary.env_id}, to be restarted; "
+        "the workers keep running",
     }[summary.outcome]
     target = "" if summary.target is None else f" (solved at {summary.target:g})"
     batches = [f"{summary.batches_delivered:,} delivered"]
     batches += [f"{count:,} {reason}" for reason, count in summary.batches_lost.items()] or ["0 lost"]
     missed = (
-        ", ".join(f"{count:,} {_MISSED.get(why, why)}" for why, count in summary.missed.items()) or "none"
+        ", ".join(
+            f"{count:,} {_MISSED_TEXTS.get(reason, reason)}" for reason, count in summary.missed.items()
+        )
+        or "none"
     )
     lines = [
-        f"{heading}: mean return {_mean(summary.mean_return)} over the last 100 episodes{target}",
+        f"{heading}: mean return {_format_mean(summary.mean_return)} over the last 100 episodes{target}",
         f"  steps     {summary.steps:,} in {counted(summary.episodes, 'episode')}, "
         f"{summary.steps / max(summary.seconds, 1e-9):,.0f} a second",
         f"  weights   {counted(summary.versions, 'version')} published; missed by workers: {missed}",
@@ -280,5 +287,5 @@ def describe(summary: Summary) -> str:
     ]
     if summary.workers_left:
         left = ", ".join(map(str, summary.workers_left))
-        lines.append(f"  workers that did not leave when told to stop: {left}")
+        lines.append(f"  workers that did not leave after the stop command: {left}")
     return "\n".join(lines)

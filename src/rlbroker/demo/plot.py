@@ -1,4 +1,4 @@
-"""The picture of a training run."""
+"""The picture of a training run: returns and staleness."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def plot(path: Path, history: Sequence[Progress], title: str) -> None:
     """Draw the return over steps, and each worker's staleness over time, into a PNG file.
 
     Args:
-        path: the file to write; it appears whole or not at all.
-        history: every report of the run, in order.
-        title: a line above the picture.
+        path: the file to write, atomically.
+        history: all progress reports of the run, in order.
+        title: the line above the picture.
     """
-    # Here and not above: a parent that only shows lines never pays for matplotlib.
+    # Imported here, because the parent process of the demo does not draw and should start quickly.
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -38,14 +38,14 @@ def plot(path: Path, history: Sequence[Progress], title: str) -> None:
     target = history[-1].target if history else None
     if target is not None:
         returns.axhline(target, color=_TARGET, linewidth=1.2, linestyle="--", label=f"solved: {target:g}")
-    returns.set(xlabel="environment steps, of all workers", ylabel="return")
+    returns.set(xlabel="environment steps, all workers", ylabel="return")
     returns.xaxis.set_major_formatter(FuncFormatter(lambda steps, _: f"{steps:,.0f}"))
     returns.legend(frameon=False, loc="best", fontsize=9)
 
     batches = [batch for point in history for batch in point.batches]
     workers = sorted({worker_id for _, worker_id, _ in batches})
     for number, worker_id in enumerate(workers):
-        # Staleness is a whole number: without a shift each worker would hide the one before.
+        # Staleness is an integer: without a shift the points of the workers would hide each other.
         shift = 0.12 * (number - (len(workers) - 1) / 2) / max(1.0, len(workers) / 4)
         staleness.scatter(
             [seconds for seconds, worker, _ in batches if worker == worker_id],
@@ -76,7 +76,7 @@ def plot(path: Path, history: Sequence[Progress], title: str) -> None:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Return for each value the mean of it and those before it, `window` in all at most.
+    """Return, for each value, the mean of the last `window` values up to it.
 
     >>> running_mean([2, 4, 6, 8], 2)
     [2.0, 3.0, 5.0, 7.0]

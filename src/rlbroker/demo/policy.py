@@ -1,4 +1,4 @@
-"""The network that the learner trains and the workers act with."""
+"""The network that the learner trains and the workers use to act."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from rlbroker.errors import InvalidArgument
 
-#: Units in each of the two layers of a network.
+#: Units in each of the two hidden layers.
 HIDDEN = 64
 
 
@@ -36,23 +36,23 @@ def _mlp(inputs: int, hidden: int, outputs: int, last_gain: float) -> nn.Sequent
 class ActorCritic(nn.Module):
     """Two separate tanh networks: action logits (or the mean of a Gaussian), and the value of a state.
 
-    Observations are float32 `[..., observation_size]`. Actions are int64 `[...]` counted from zero for a
-    `Discrete` space, float32 `[..., action_size]` and not yet clipped for a `Box`.
+    Observations are float32 `[..., observation_size]`. Actions are int64 `[...]`, counted from zero, for a
+    `Discrete` space, and float32 `[..., action_size]`, not clipped, for a `Box`.
 
-    Initialisation after Andrychowicz et al. 2021 (arXiv:2006.05990): orthogonal, and a last policy layer
-    small enough that the first policy is close to uniform.
+    Initialisation after Andrychowicz et al. 2021 (arXiv:2006.05990): orthogonal, with a last policy layer
+    so small that the initial policy is close to uniform.
 
     Raises:
-        InvalidArgument: an observation space that is no 1-D `Box`, or an action space that is neither
+        InvalidArgument: the observation space is not a 1-D `Box`, or the action space is neither
             `Discrete` nor a 1-D `Box`.
     """
 
     def __init__(self, observation_space: Space[Any], action_space: Space[Any], hidden: int = HIDDEN) -> None:
-        """Make networks with two layers of `hidden` units, for one environment's spaces."""
+        """Create networks with two layers of `hidden` units for the spaces of an environment."""
         super().__init__()
         if not isinstance(observation_space, Box) or len(observation_space.shape) != 1:
             raise InvalidArgument(
-                f"the demo needs observations that are one vector (a 1-D Box), not {observation_space}: "
+                f"the demo needs a vector as observation (a 1-D Box), not {observation_space}: "
                 "choose another environment, such as CartPole-v1"
             )
         self.log_std: nn.Parameter | None = None
@@ -63,14 +63,14 @@ class ActorCritic(nn.Module):
             self.log_std = nn.Parameter(torch.zeros(action_size))
         else:
             raise InvalidArgument(
-                f"the demo needs Discrete actions or a vector of continuous ones (a 1-D Box), not "
+                f"the demo needs Discrete actions or a vector of continuous actions (a 1-D Box), not "
                 f"{action_space}: choose another environment, such as CartPole-v1 or Pendulum-v1"
             )
         self.actor = _mlp(observation_space.shape[0], hidden, action_size, last_gain=0.01)
         self.critic = _mlp(observation_space.shape[0], hidden, 1, last_gain=1.0)
 
     def distribution(self, obs: Tensor) -> Distribution:
-        """Return the distribution over actions, with the batch shape of `obs` less its last dimension."""
+        """Return the distribution over actions. Its batch shape is that of `obs` without the last dimension."""
         output = self.actor(obs)
         if self.log_std is None:
             return Categorical(logits=output, validate_args=False)
@@ -83,7 +83,7 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample actions; return them with their log-probabilities and the values of `obs`."""
+        """Sample actions; return actions, log-probabilities and the values of `obs`."""
         distribution = self.distribution(obs)
         actions = distribution.sample()
         return actions, distribution.log_prob(actions), self.value(obs)

@@ -15,7 +15,7 @@ from rlbroker.demo.rollout import RolloutBatch
 
 @dataclass(frozen=True)
 class PPOSettings:
-    """What PPO can be tuned with. The defaults solve CartPole-v1."""
+    """The hyperparameters of PPO. The defaults solve CartPole-v1."""
 
     learning_rate: float = 1e-3
     gamma: float = 0.99
@@ -30,56 +30,56 @@ class PPOSettings:
 
 @dataclass(frozen=True)
 class PPOStatistics:
-    """Means over one update, but for `rows` and `clip_fraction`."""
+    """Statistics of one update. All but `rows` are means over its minibatches."""
 
-    rows: int  #: transitions trained on, without reset rows
+    rows: int  #: transitions used for training, without reset rows
     policy_loss: float
     value_loss: float
     entropy: float
-    kl: float  #: from the policy that acted to the last one trained, estimated as in http://joschu.net/blog/kl-approx.html
+    kl: float  #: from the acting policy to the trained one, estimated as in http://joschu.net/blog/kl-approx.html
     clip_fraction: float
 
 
 def advantages(batch: RolloutBatch, last_values: Tensor, *, gamma: float, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimates `[T, B]` (Schulman et al. 2016, arXiv:1506.02438).
+    """Return generalised advantage estimates `[T, B]` (Schulman et al. 2016, arXiv:1506.02438).
 
-    A terminated episode is worth nothing after its last step. A truncated one is worth the value of its
-    final observation, and that is the next row's: a reset row (`mask` False), which itself gets 0.
+    After a termination the value of the rest of the episode is 0. After a truncation it is the value of the final
+    observation, which is in the next row. That row is a reset row (`mask` False), and its own advantage is 0.
 
     Args:
-        batch: what a worker collected.
-        last_values: `[B]`, values of `batch["last_obs"]`.
-        gamma: discount per step.
-        gae_lambda: from 0 (one step, biased) to 1 (whole episodes, noisy).
+        batch: the rollout of one worker.
+        last_values: `[B]`, the values of `batch["last_obs"]`.
+        gamma: the discount per step.
+        gae_lambda: from 0 (one step, biased) to 1 (whole episodes, high variance).
     """
     rewards, values, mask = batch["rewards"], batch["values"], batch["mask"]
     next_values = torch.cat([values[1:], last_values[None]])
-    going_on = 1.0 - batch["terminations"].float()
-    deltas = rewards + gamma * next_values * going_on - values
+    not_terminated = 1.0 - batch["terminations"].float()
+    deltas = rewards + gamma * next_values * not_terminated - values
     result = torch.zeros_like(rewards)
     following = torch.zeros_like(last_values)
     for t in reversed(range(len(rewards))):
-        # Between two episodes there is a reset row, whose 0 keeps the one from reaching the other.
+        # The mask of the reset row is 0, so an advantage does not cross from one episode to another.
         following = (deltas[t] + gamma * gae_lambda * following) * mask[t]
         result[t] = following
     return result
 
 
 class PPO:
-    """Trains a policy on batches which older versions of it may have collected.
+    """PPO training of a policy, on batches from the current or older versions of it.
 
-    The ratio is taken to the probabilities that the worker recorded, so a batch that is a few versions
-    stale is handled as what it is: data of another policy, whose influence the clip limits.
+    The ratio uses the log-probabilities that the worker recorded. A stale batch is therefore treated as data of
+    another policy, and the clip limits its influence.
     """
 
     def __init__(self, policy: ActorCritic, settings: PPOSettings | None = None) -> None:
-        """Train `policy` in place."""
+        """Prepare to train `policy` in place."""
         self.policy = policy
         self.settings = settings or PPOSettings()
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=self.settings.learning_rate, eps=1e-5)
 
     def update(self, batches: Sequence[RolloutBatch]) -> PPOStatistics:
-        """Train on the batches, `epochs` times over. They may differ in `T` and `B`."""
+        """Train on the batches for `epochs` epochs. The batches may differ in `T` and `B`."""
         s = self.settings
         rows = self._rows(batches)
         count = len(rows["obs"])
@@ -88,7 +88,7 @@ class PPO:
         minibatches = math.ceil(count / s.minibatch_rows)
         sums = torch.zeros(5)
         for _ in range(s.epochs):
-            # Of about equal size: a small rest would be a noisy step as long as the others.
+            # Minibatches of equal size: a small last one would be a noisy step of the same length.
             for index in torch.randperm(count).chunk(minibatches):
                 obs, advantage = rows["obs"][index], rows["advantages"][index]
                 distribution = self.policy.distribution(obs)
@@ -114,7 +114,7 @@ class PPO:
 
     @torch.no_grad()
     def _rows(self, batches: Sequence[RolloutBatch]) -> dict[str, Tensor]:
-        """Estimate advantages, and flatten all batches to their unmasked rows."""
+        """Return the unmasked rows of all batches, with their advantages."""
         parts: dict[str, list[Tensor]] = {}
         for batch in batches:
             estimates = advantages(

@@ -1,4 +1,4 @@
-"""The learner's side of the demo: collect, train, publish, until the environment is solved."""
+"""The learner of the demo: collect batches, train and publish until the environment is solved."""
 
 from __future__ import annotations
 
@@ -20,29 +20,76 @@ from rlbroker.demo.dashboard import View
 from rlbroker.demo.plot import plot
 from rlbroker.demo.policy import HIDDEN, ActorCritic
 from rlbroker.demo.ppo import PPO
-from rlbroker.demo.retries import Result, outlast
+from rlbroker.demo.retries import Result, retry_during_outage
 from rlbroker.demo.rollout import RolloutBatch, make_envs
 from rlbroker.demo.training_progress import DemoWorkerStatus, Outcome, Progress, Summary
 from rlbroker.errors import ConnectionFailed, InvalidArgument, RunLost
 from rlbroker.learner.communicator import WorkerCommunicator
 from rlbroker.types import Batch
 
-#: Environment steps in one update, at least; PPO needs enough for advantages that are worth normalising.
+#: Environment steps per update, at least. With fewer steps the normalised advantages are too noisy.
 STEPS_PER_UPDATE = 1024
-#: A few batches per worker: enough that nobody waits for the learner's round trips, and few enough that what
-#: waits is not stale.
+#: Batches per worker queue: enough that workers do not wait for the learner, and few enough to limit staleness.
 MAX_QUEUE_SIZE = 2
-#: An environment is solved when the mean return of so many episodes reaches its target.
+#: An environment is solved when the mean return of this many episodes reaches its target.
 EPISODES = 100
 REPORT_SECONDS = 0.25
-#: How long the workers get to obey "stop" and to leave the run.
+#: How long the learner waits for the workers to leave after "stop".
 STOP_SECONDS = 2.0
-#: How much training a learner that dies loses, about.
+#: About how much training is lost when the learner dies.
 CHECKPOINT_SECONDS = 10.0
 
 
+class _Statistics:
+    """Totals over all collected batches, and what is new since the last report."""
+
+    def __init__(self) -> None:
+        self.steps = self.episodes = 0
+        self.returns: deque[float] = deque(maxlen=EPISODES)
+        self.staleness: Counter[int] = Counter()
+        self.newest_batches: dict[int, Batch] = {}
+        self._new_returns: list[tuple[int, float]] = []
+        self._new_batches: list[tuple[float, int, int]] = []
+
+    @property
+    def mean_return(self) -> float | None:
+        """The mean return of the last `EPISODES` episodes; None before the end of the first."""
+        return sum(self.returns) / len(self.returns) if self.returns else None
+
+    @property
+    def mean_staleness(self) -> float:
+        """The mean staleness of all batches."""
+        total = sum(staleness * count for staleness, count in self.staleness.items())
+        return total / max(self.staleness.total(), 1)
+
+    def is_solved(self, target: float | None) -> bool:
+        """Return whether the mean return over `EPISODES` episodes has reached the target."""
+        mean = self.mean_return
+        return target is not None and mean is not None and len(self.returns) == EPISODES and mean >= target
+
+    def add(self, worker_id: int, batch: Batch, seconds: float) -> None:
+        """Count a batch that was collected after so many seconds of training."""
+        rollout = cast(RolloutBatch, batch)
+        returns = rollout["episode_returns"].tolist()
+        self.steps += int(rollout["mask"].sum())
+        self.episodes += len(returns)
+        self.returns += returns
+        self.staleness[batch.staleness] += 1
+        self.newest_batches[worker_id] = batch
+        self._new_returns += [(self.steps, value) for value in returns]
+        self._new_batches.append((seconds, worker_id, batch.staleness))
+
+    def new_since_report(self) -> tuple[tuple[tuple[int, float], ...], tuple[tuple[float, int, int], ...]]:
+        """Return the new `returns` and `batches` of a `Progress`."""
+        return tuple(self._new_returns), tuple(self._new_batches)
+
+    def clear_new(self) -> None:
+        """Forget what is new, once it was reported."""
+        self._new_returns, self._new_batches = [], []
+
+
 class Learner:
-    """Trains one policy with what the workers of a run send."""
+    """Trains one policy with the batches of a run's workers."""
 
     def __init__(
         self,
@@ -53,78 +100,70 @@ class Learner:
         target: float | None,
         seconds: float,
         report: Callable[[Progress], None],
-        began: float | None = None,
+        started: float | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """Prepare a training run, or go on with the one in the checkpoint.
+        """Prepare a training run, or continue the one in the checkpoint.
 
         Args:
             comm: the run's communicator, with a small `max_queue_size`.
-            ppo: the policy and how to train it.
-            env_id: the environment that the workers should step.
-            target: mean return of 100 episodes at which training ends; None to train until the time is up.
-            seconds: when training ends anyway, counted from `began`, and what was used before the checkpoint counts.
-            report: gets the state about four times a second; must be quick.
-            began: `time.monotonic()` of the beginning; now, if None.
-            checkpoint: where the state is kept; None to begin anew each time.
+            ppo: the policy and its training.
+            env_id: the environment that the workers must use.
+            target: mean return of 100 episodes at which training ends; None to train for all of `seconds`.
+            seconds: limit of the training time, counted from `started`; includes the time before the checkpoint.
+            report: receives the progress about four times a second; must return quickly.
+            started: `time.monotonic()` of the start; None for now.
+            checkpoint: the file for the state; None to start from scratch each time.
 
         Raises:
-            InvalidArgument: the checkpoint is of another environment, or run.
+            InvalidArgument: the checkpoint belongs to another environment or run.
         """
         self._comm, self._ppo, self._report = comm, ppo, report
         self._env_id, self._target, self._seconds = env_id, target, seconds
-        self._began = time.monotonic() if began is None else began
+        self._started = time.monotonic() if started is None else started
         self._version = self._first_version = 0
-        self._steps = self._episodes = 0
-        self._returns: deque[float] = deque(maxlen=EPISODES)
-        self._staleness: Counter[int] = Counter()
-        self._newest: dict[int, Batch] = {}
-        # What the next report tells.
-        self._new_returns: list[tuple[int, float]] = []
-        self._new_batches: list[tuple[float, int, int]] = []
+        self._statistics = _Statistics()
         self._report_due = 0.0
-        self._moving = False
+        self._move_requested = False
         self._checkpoint = checkpoint
         self._checkpoint_due = time.monotonic() + CHECKPOINT_SECONDS
-        self._resume(checkpoint.load() if checkpoint else None)
+        self._restore(checkpoint.load() if checkpoint else None)
 
     def run(self) -> Summary:
-        """Train, stop the workers, and return what came of it. Ctrl-C ends training early.
+        """Train, stop the workers, and return the summary. Ctrl-C ends training early.
 
-        After `move` the workers are not stopped: they wait for this learner to come back.
+        After `request_move` the workers are not stopped: they wait until the learner is restarted.
         """
         try:
             outcome = self._train()
         except KeyboardInterrupt:
             outcome = "interrupted"
         except (ConnectionFailed, RunLost):
-            if not self._moving:
+            if not self._move_requested:
                 raise
             outcome = "moved"
-        self._seconds = time.monotonic() - self._began  # what follows is no training
+        self._seconds = self._elapsed_seconds  # the training time, without the steps below
         self._save()
         if outcome == "moved":
-            summary = self._summary(outcome, ())
+            summary = self._summarize(outcome, ())
             self._comm.cleanup(over=False)
             return summary
-        return self._summary(outcome, self._stop_workers())
+        return self._summarize(outcome, self._stop_workers())
 
-    def move(self) -> None:
-        """End training soon, to go on with it in another process. Signal handlers may call it."""
-        self._moving = True
+    def request_move(self) -> None:
+        """End training soon, so that another process can continue it. Signal handlers may call this method."""
+        self._move_requested = True
 
     def _train(self) -> Outcome:
         self._publish()
         self._first_version = self._version
         batches: list[RolloutBatch] = []
-        while not self._moving:
+        while not self._move_requested:
             batches += self._collect(timeout=min(REPORT_SECONDS, max(self._seconds_left, 0.0)))
-            solved = (
-                self._target is not None and len(self._returns) == EPISODES and self._mean >= self._target
-            )
+            solved = self._statistics.is_solved(self._target)
             over = solved or self._seconds_left <= 0.0
             if over or time.monotonic() >= self._report_due:
-                self._report(self._outlast(self._progress))
+                self._report(self._retry(self._read_progress))
                 self._report_due = time.monotonic() + REPORT_SECONDS
             if over:
                 return "solved" if solved else "trained" if self._target is None else "not solved in time"
@@ -134,11 +173,11 @@ class Learner:
                 batches = []
                 if time.monotonic() >= self._checkpoint_due:
                     self._save()
-        if batches:  # they count as collected, so they are not to be lost
+        if batches:  # they are already acknowledged, so train on them before the checkpoint is saved
             self._ppo.update(batches)
         return "moved"
 
-    def _resume(self, state: dict[str, Any] | None) -> None:
+    def _restore(self, state: dict[str, Any] | None) -> None:
         if state is None:
             return
         if state["env_id"] != self._env_id:
@@ -148,10 +187,11 @@ class Learner:
         self._comm.restore(state["marks"])
         self._ppo.policy.load_state_dict(state["policy"])
         self._ppo.optimizer.load_state_dict(state["optimizer"])
-        self._steps, self._episodes = state["progress"]["steps"], state["progress"]["episodes"]
-        self._returns += state["progress"]["returns"]
-        # Else each start would have all of the time again.
-        self._began -= state["progress"].get("seconds", 0.0)
+        statistics, progress = self._statistics, state["progress"]
+        statistics.steps, statistics.episodes = progress["steps"], progress["episodes"]
+        statistics.returns += progress["returns"]
+        # The time limit covers all restarts together.
+        self._started -= progress.get("seconds", 0.0)
 
     def _save(self) -> None:
         if self._checkpoint is not None:
@@ -161,89 +201,86 @@ class Learner:
                     "policy": self._ppo.policy.state_dict(),
                     "optimizer": self._ppo.optimizer.state_dict(),
                     "progress": {
-                        "steps": self._steps,
-                        "episodes": self._episodes,
-                        "returns": list(self._returns),
-                        "seconds": time.monotonic() - self._began,
+                        "steps": self._statistics.steps,
+                        "episodes": self._statistics.episodes,
+                        "returns": list(self._statistics.returns),
+                        "seconds": self._elapsed_seconds,
                     },
                     "marks": self._comm.marks(),
                 }
             )
             self._checkpoint_due = time.monotonic() + CHECKPOINT_SECONDS
 
-    def _outlast(self, call: Callable[[], Result]) -> Result:
-        return outlast(call, leaving=lambda: self._moving)
+    def _retry(self, call: Callable[[], Result]) -> Result:
+        return retry_during_outage(call, give_up=lambda: self._move_requested)
 
     def _publish(self) -> None:
         weights = self._ppo.policy.state_dict()
-        self._version = self._outlast(lambda: self._comm.send_model_weights(weights).version)
+        self._version = self._retry(lambda: self._comm.send_model_weights(weights).version)
 
     def _collect(self, timeout: float) -> list[RolloutBatch]:
         batches = []
-        for worker_id, batch in self._outlast(lambda: self._comm.collect_experiences(timeout=timeout)):
+        for worker_id, batch in self._retry(lambda: self._comm.collect_experiences(timeout=timeout)):
             if batch["env_id"] != self._env_id:
                 raise InvalidArgument(
                     f"worker {worker_id} steps {batch['env_id']}, and this learner trains {self._env_id}: "
                     f"start the worker with --env {self._env_id}"
                 )
-            rollout = cast(RolloutBatch, batch)
-            batches.append(rollout)
-            returns = rollout["episode_returns"].tolist()
-            self._steps += int(rollout["mask"].sum())
-            self._episodes += len(returns)
-            self._returns += returns
-            self._new_returns += [(self._steps, one) for one in returns]
-            self._staleness[batch.staleness] += 1
-            self._new_batches.append((self._seconds - self._seconds_left, worker_id, batch.staleness))
-            self._newest[worker_id] = batch
+            self._statistics.add(worker_id, batch, self._elapsed_seconds)
+            batches.append(cast(RolloutBatch, batch))
         return batches
 
     @property
-    def _seconds_left(self) -> float:
-        return self._began + self._seconds - time.monotonic()
+    def _elapsed_seconds(self) -> float:
+        return time.monotonic() - self._started
 
     @property
-    def _mean(self) -> float:
-        return sum(self._returns) / len(self._returns)
+    def _seconds_left(self) -> float:
+        return self._seconds - self._elapsed_seconds
 
-    def _progress(self) -> Progress:
-        counts = self._comm.get_queue_info()["experience_queue_sizes"]
+    def _read_progress(self) -> Progress:
+        queue_sizes = self._comm.get_queue_info()["experience_queue_sizes"]
+        statistics = self._statistics
+        new_returns, new_batches = statistics.new_since_report()
         progress = Progress(
-            seconds=self._seconds - self._seconds_left,
+            seconds=self._elapsed_seconds,
             seconds_left=max(self._seconds_left, 0.0),
-            steps=self._steps,
+            steps=statistics.steps,
             version=self._version,
-            episodes=self._episodes,
-            mean_return=self._mean if self._returns else None,
+            episodes=statistics.episodes,
+            mean_return=statistics.mean_return,
             target=self._target,
-            returns=tuple(self._new_returns),
-            batches=tuple(self._new_batches),
-            queued=sum(counts),
-            missed=sum(one.total for one in self._comm.missed_updates().values()),
-            workers=tuple(self._workers()),
+            returns=new_returns,
+            batches=new_batches,
+            queued=sum(queue_sizes),
+            missed=sum(missed.total for missed in self._comm.missed_updates().values()),
+            workers=tuple(self._read_workers()),
         )
-        self._new_returns, self._new_batches = [], []
+        statistics.clear_new()  # not before: after a connection error the next report needs it
         return progress
 
-    def _workers(self) -> list[DemoWorkerStatus]:
-        """Return the roster. A heartbeat's version is a second old; that of the newest batch is not."""
-        found = []
+    def _read_workers(self) -> list[DemoWorkerStatus]:
+        """Return the status of each worker, with the version of its newest batch.
+
+        The roster's version comes from the heartbeat, which can be a second old.
+        """
+        statuses = []
         for info in self._comm.workers():
-            newest = self._newest.get(info.worker_id)
-            seen = info if newest is None else newest
-            found.append(
+            newest = self._statistics.newest_batches.get(info.worker_id)
+            source = info if newest is None else newest
+            statuses.append(
                 DemoWorkerStatus(
-                    info.worker_id, info.host, info.pid, info.state, seen.version, seen.staleness
+                    info.worker_id, info.host, info.pid, info.state, source.version, source.staleness
                 )
             )
-        return found
+        return statuses
 
     def _stop_workers(self) -> tuple[int, ...]:
-        """Tell the workers to stop; return those that have not left a few seconds later."""
+        """Send "stop" to the workers; return those that have not left after `STOP_SECONDS`."""
         self._comm.send_control_command("stop")
         deadline = time.monotonic() + STOP_SECONDS
         while True:
-            # Until the call that finds nothing, which acknowledges what came before.
+            # Until a call returns nothing: it acknowledges the batches of the call before.
             while self._comm.collect_experiences():
                 pass
             left = tuple(info.worker_id for info in self._comm.workers() if info.state == "alive")
@@ -251,29 +288,29 @@ class Learner:
                 return left
             time.sleep(0.02)
 
-    def _summary(self, outcome: Outcome, workers_left: tuple[int, ...]) -> Summary:
+    def _summarize(self, outcome: Outcome, workers_left: tuple[int, ...]) -> Summary:
         counts = self._comm.get_queue_info()["counts"].values()
         lost: Counter[str] = Counter()
         missed: Counter[str] = Counter()
-        for one in counts:
-            lost.update(one.lost)
-            lost["left in the queue"] += one.waiting + one.in_hand
+        for worker_counts in counts:
+            lost.update(worker_counts.lost)
+            lost["left in the queue"] += worker_counts.waiting + worker_counts.in_hand
         for updates in self._comm.missed_updates().values():
             missed.update(updates.by_reason)
-        batches = self._staleness.total()
+        statistics = self._statistics
         return Summary(
             env_id=self._env_id,
             outcome=outcome,
             seconds=self._seconds,
-            steps=self._steps,
-            episodes=self._episodes,
+            steps=statistics.steps,
+            episodes=statistics.episodes,
             versions=self._version - self._first_version + 1 if self._version else 0,
-            mean_return=self._mean if self._returns else None,
+            mean_return=statistics.mean_return,
             target=self._target,
-            mean_staleness=sum(n * count for n, count in self._staleness.items()) / max(batches, 1),
-            max_staleness=max(self._staleness, default=0),
-            batches_produced=sum(one.produced for one in counts),
-            batches_delivered=sum(one.delivered for one in counts),
+            mean_staleness=statistics.mean_staleness,
+            max_staleness=max(statistics.staleness, default=0),
+            batches_produced=sum(worker_counts.produced for worker_counts in counts),
+            batches_delivered=sum(worker_counts.delivered for worker_counts in counts),
             batches_lost=dict(+lost),
             missed=dict(+missed),
             workers_left=workers_left,
@@ -282,30 +319,30 @@ class Learner:
 
 @dataclass(frozen=True)
 class LearnerSettings:
-    """What `rlbroker learner` was asked to do."""
+    """The options of `rlbroker learner`."""
 
     run: str
     env_id: str = "CartPole-v1"
     workers: int = 2
     seed: int | None = None
     seconds: float = 180.0
-    target: float | None = None  #: None for the environment's own, if it has one
+    target: float | None = None  #: None for the environment's own target, if it has one
     output: Path | None = None
     checkpoint: Path | None = None
     url: str | None = None
     hidden: int = HIDDEN
 
 
-def learn(settings: LearnerSettings, view: View, began: float | None = None) -> Summary:
-    """Connect, train, and draw the picture; return what came of it.
+def learn(settings: LearnerSettings, view: View, started: float | None = None) -> Summary:
+    """Connect, train and draw the picture; return the summary.
 
     Raises:
-        InvalidArgument: the environment is unknown, or none that the demo can train on.
-        PeerError: the server refused, or could not be reached in time.
+        InvalidArgument: the environment is unknown, or the demo cannot train on it.
+        PeerError: the server refused the learner, or could not be reached in time.
     """
     check_output(settings.output)
     checkpoint = Checkpoint(settings.checkpoint) if settings.checkpoint else None
-    torch.set_num_threads(1)  # networks this small are slower with more
+    torch.set_num_threads(1)  # networks of this size are slower with more threads
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
     envs = make_envs(settings.env_id, 1)
@@ -333,10 +370,10 @@ def learn(settings: LearnerSettings, view: View, began: float | None = None) -> 
             target=target,
             seconds=settings.seconds,
             report=report,
-            began=began,
+            started=started,
             checkpoint=checkpoint,
         )
-        signals = DrainSignals(learner.move)
+        signals = DrainSignals(learner.request_move)
         signals.watch(signal.SIGTERM, signal.SIGUSR1)
         try:
             summary = learner.run()

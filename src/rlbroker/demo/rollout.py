@@ -1,4 +1,4 @@
-"""Stepping environments with a policy, into batches that PPO can train on."""
+"""Rollouts: stepping environments with a policy, into batches for PPO."""
 
 from __future__ import annotations
 
@@ -19,56 +19,55 @@ from rlbroker.errors import InvalidArgument
 class RolloutBatch(TypedDict):
     """`T` steps of `B` environments, time first, on the CPU.
 
-    Row `t` is what happened at step `t`: the observation that the policy saw, what it chose, and what came
-    of it. `terminations[t]` and `truncations[t]` say that the episode ended *with* that step (CleanRL's
-    `dones` says that it began there, one row later).
+    Row `t` holds step `t`: the observation before it, the policy's action, and the reward. `terminations[t]` and
+    `truncations[t]` are set if the episode ended *with* that step. (In CleanRL `dones[t]` is set one row later,
+    where the next episode begins.)
     """
 
     obs: Tensor  #: float32 [T, B, O]
     actions: Tensor  #: int64 [T, B], or float32 [T, B, A] before clipping
-    logprobs: Tensor  #: float32 [T, B], of the policy that acted
-    values: Tensor  #: float32 [T, B], of the critic that came with that policy
+    logprobs: Tensor  #: float32 [T, B], from the policy that acted
+    values: Tensor  #: float32 [T, B], from the critic of the same version
     rewards: Tensor  #: float32 [T, B]
     terminations: Tensor  #: bool [T, B]
     truncations: Tensor  #: bool [T, B]
-    mask: Tensor  #: bool [T, B], False where the row is a reset and no transition
+    mask: Tensor  #: bool [T, B], False for reset rows, which are not transitions
     last_obs: Tensor  #: float32 [B, O], the observation after the last row
-    episode_returns: Tensor  #: float32 [N], undiscounted, of the episodes that ended in this batch
-    episode_lengths: Tensor  #: int64 [N]
+    episode_returns: Tensor  #: float32 [N], undiscounted returns of the episodes that ended in this batch
+    episode_lengths: Tensor  #: int64 [N], of the same episodes
 
 
 def make_envs(env_id: str, num_envs: int) -> VectorEnv[Any, Any, Any]:
-    """Make `num_envs` copies of an environment, which step in this process and reset themselves.
+    """Create `num_envs` copies of an environment, which run in this process and reset automatically.
 
     Raises:
-        InvalidArgument: Gymnasium does not know the environment, or lacks a package that it needs.
+        InvalidArgument: Gymnasium does not know the environment, or a package that it needs is missing.
     """
     try:
         envs = gymnasium.make_vec(env_id, num_envs=num_envs, vectorization_mode="sync")
     except gymnasium.error.Error as error:
-        raise InvalidArgument(f"Gymnasium cannot make the environment {env_id!r}: {error}") from error
-    # A mode without reset rows would silently train on wrong rows.
+        raise InvalidArgument(f"Gymnasium cannot create the environment {env_id!r}: {error}") from error
+    # In another mode there are no reset rows, and training would silently use wrong rows.
     mode = envs.metadata.get("autoreset_mode")
     if mode != AutoresetMode.NEXT_STEP:
         envs.close()
         raise InvalidArgument(
-            f"the demo needs environments with autoreset mode NEXT_STEP, {env_id} has {mode}"
+            f"the demo needs an environment with autoreset mode NEXT_STEP, but {env_id} has {mode}"
         )
     return envs
 
 
 class Rollout:
-    """Steps a vector of environments; episodes run on from one batch to the next.
+    """A vector of environments and their current episodes, which continue from one batch to the next.
 
-    Gymnasium's autoreset mode NEXT_STEP: at the step that ends an episode, the environment returns the
-    episode's final observation. At the following step it ignores the action, returns the first
-    observation of a new episode, and a reward of 0. The row of that step is no transition: its `mask` is
-    False. But its `obs` is the final observation of the episode, and so its `values` are just what a
-    truncated episode must be bootstrapped from.
+    In Gymnasium's autoreset mode NEXT_STEP, the step that ends an episode returns the episode's final observation.
+    The next step ignores the action, and returns the first observation of a new episode and a reward of 0. The row
+    of that step is a reset row and not a transition, so its `mask` is False. Its `obs` is the final observation of
+    the old episode, so its `values` are the bootstrap values for a truncated episode.
     """
 
     def __init__(self, envs: VectorEnv[Any, Any, Any], seed: int | None = None) -> None:
-        """Reset the environments: number `i` with `seed + i`."""
+        """Reset the environments; environment `i` gets the seed `seed + i`."""
         self.envs = envs
         obs, _ = envs.reset(seed=seed)
         self._obs = torch.as_tensor(obs, dtype=torch.float32)
@@ -77,7 +76,7 @@ class Rollout:
         self._lengths = np.zeros(envs.num_envs, dtype=np.int64)
 
     def collect(self, policy: ActorCritic, steps: int) -> RolloutBatch:
-        """Step every environment `steps` times and return what happened."""
+        """Step every environment `steps` times; return the batch."""
         shape = (steps, self.envs.num_envs)
         space = self.envs.single_action_space
         batch = RolloutBatch(
@@ -100,7 +99,7 @@ class Rollout:
         episode_lengths: list[int] = []
         for t in range(steps):
             actions, logprobs, values = policy.act(self._obs)
-            obs, rewards, terminations, truncations, _ = self.envs.step(self._for_envs(actions))
+            obs, rewards, terminations, truncations, _ = self.envs.step(self._to_env_actions(actions))
             batch["obs"][t], batch["actions"][t] = self._obs, actions
             batch["logprobs"][t], batch["values"][t] = logprobs, values
             batch["rewards"][t] = torch.as_tensor(rewards)
@@ -122,12 +121,12 @@ class Rollout:
         batch["episode_lengths"] = torch.tensor(episode_lengths, dtype=torch.int64)
         return batch
 
-    def _for_envs(self, actions: Tensor) -> NDArray[Any]:
-        """Return the actions as the environments take them: in their own numbering, or clipped."""
+    def _to_env_actions(self, actions: Tensor) -> NDArray[Any]:
+        """Return the actions in the form of the environments: in their own numbering, or clipped."""
         space = self.envs.single_action_space
-        taken: NDArray[Any] = actions.numpy()
+        env_actions: NDArray[Any] = actions.numpy()
         if isinstance(space, Discrete):
-            taken = taken + space.start
+            env_actions = env_actions + space.start
         elif isinstance(space, Box):
-            taken = np.clip(taken, space.low, space.high)
-        return taken
+            env_actions = np.clip(env_actions, space.low, space.high)
+        return env_actions

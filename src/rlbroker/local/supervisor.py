@@ -1,4 +1,4 @@
-"""Keeps local processes running: restarts those that fail, and lets none outlive this process."""
+"""A supervisor of local processes: it restarts those that fail, and ends all of them with this process."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import atexit
 import contextlib
 import logging
 import os
-import random
 import re
 import selectors
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +20,15 @@ from typing import Literal, Self
 from rlbroker.backend.text import counted
 from rlbroker.errors import Closed, InvalidArgument
 from rlbroker.local.child_process import GUARD_MARGIN_SECONDS, GuardedProcess, StopSteps
+from rlbroker.local.restarts import RestartPolicy, RestartSchedule
 
 _logger = logging.getLogger("rlbroker")
 
-#: A longer line of output is handed on in pieces, so that a process without line ends fills no memory.
+#: A longer line of output is passed on in pieces, so that output without line ends does not fill the memory.
 LONGEST_LINE_BYTES = 64 * 1024
-#: How long `Supervisor.start` waits to see its processes; they need a fraction of a second.
+#: How long `Supervisor.start` waits until its processes run. They need a fraction of a second.
 START_SECONDS = 10.0
-#: Shells' exit code for a command that cannot be run.
+#: The exit code of shells for a command that cannot be run.
 CANNOT_RUN = 127
 STANDARD_ERROR = 2
 
@@ -38,58 +37,43 @@ State = Literal["running", "backing off", "finished", "failed", "stopped"]
 
 @dataclass(frozen=True)
 class ProcessStatus:
-    """What one supervised process does now."""
+    """The state of one supervised process."""
 
     name: str
-    #: "finished" ended with exit code 0; "failed" was restarted too often and is given up.
+    #: "finished" ended with exit code 0; "failed" was restarted too often, and is not restarted any more.
     state: State
-    #: None while it does not run, and for the first milliseconds of a restart.
+    #: None while the process does not run, and for the first milliseconds of a restart.
     pid: int | None
     restarts: int
     #: Of its last end; negative for a signal, as in `subprocess`; None before the first end.
     exit_code: int | None
-    #: Why it could not be started or watched the last time, if so.
+    #: Why the process could not be started or watched the last time; None without an error.
     error: str | None
-    #: When it came into this state: seconds since the epoch.
+    #: When the process entered this state, in seconds since the epoch.
     since: float
 
 
-def backoff_seconds(failures: int, *, first: float, longest: float, chance: float) -> float:
-    """Return the pause after so many failures in a row: doubling, and a random half of it.
-
-    ``chance`` is a random number from 0 to 1. Without it workers that fail together (the server went away)
-    would come back together, again and again.
-
-    >>> [backoff_seconds(n, first=0.5, longest=3.0, chance=1.0) for n in (1, 2, 3, 4, 2000)]
-    [0.5, 1.0, 2.0, 3.0, 3.0]
-    >>> backoff_seconds(3, first=0.5, longest=3.0, chance=0.0)
-    1.0
-    """
-    pause = min(longest, first * 2.0 ** min(failures - 1, 60))
-    return pause * (0.5 + 0.5 * chance)
-
-
-class _Output:
-    """Hands a process's output on, line by line, without ever waiting for it."""
+class _OutputPipe:
+    """A pipe that passes a process's output to a handler, line by line, without blocking."""
 
     def __init__(self, name: str, handler: Callable[[str, str], None]) -> None:
         self.name = name
         self._handler = handler
-        self._partial = b""
+        self._partial_line = b""
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.reader, False)
 
-    def pump(self) -> None:
-        """Hand on what is there, at most one piece, so that one loud process does not silence the others."""
-        if piece := self._read():
-            self._take(piece)
+    def forward(self) -> None:
+        """Pass on what is available, at most one read, so that one busy process does not delay the others."""
+        if data := self._read():
+            self._split(data)
 
     def finish(self) -> None:
-        """Hand on all that was written, the last line without an end too."""
-        while piece := self._read():
-            self._take(piece)
-        if self._partial:
-            self._hand_on(self._partial)
+        """Pass on the rest of the output, including a last line without an end, and close the pipe."""
+        while data := self._read():
+            self._split(data)
+        if self._partial_line:
+            self._call_handler(self._partial_line)
         os.close(self.reader)
 
     def _read(self) -> bytes | None:
@@ -98,15 +82,15 @@ class _Output:
         except BlockingIOError:
             return None
 
-    def _take(self, piece: bytes) -> None:
-        *lines, self._partial = (self._partial + piece).split(b"\n")
+    def _split(self, data: bytes) -> None:
+        *lines, self._partial_line = (self._partial_line + data).split(b"\n")
         for line in lines:
-            self._hand_on(line)
-        while len(self._partial) >= LONGEST_LINE_BYTES:
-            self._hand_on(self._partial[:LONGEST_LINE_BYTES])
-            self._partial = self._partial[LONGEST_LINE_BYTES:]
+            self._call_handler(line)
+        while len(self._partial_line) >= LONGEST_LINE_BYTES:
+            self._call_handler(self._partial_line[:LONGEST_LINE_BYTES])
+            self._partial_line = self._partial_line[LONGEST_LINE_BYTES:]
 
-    def _hand_on(self, line: bytes) -> None:
+    def _call_handler(self, line: bytes) -> None:
         try:
             self._handler(self.name, line.decode(errors="replace"))
         except Exception:
@@ -114,18 +98,17 @@ class _Output:
 
 
 class _Child:
-    """One name's command, and the process that runs it now, if any."""
+    """The command of one name, the process that runs it, and the restarts of that process."""
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
+    def __init__(self, name: str, command: Sequence[str], policy: RestartPolicy) -> None:
         self.name = name
         self.command = command
         self.process: GuardedProcess | None = None
-        self.output: _Output | None = None
-        self.restarts: deque[float] = deque()  # when, within the window
+        self.output: _OutputPipe | None = None
+        self.schedule = RestartSchedule(policy)
         self.restart_count = 0
-        self.failures = 0  # in a row
         self.started = 0.0
-        self.due: float | None = None  # when to start it again
+        self.due: float | None = None  # when to start the process, in monotonic time
         self.exit_code: int | None = None
         self.error: str | None = None
         self.state: State = "stopped"
@@ -135,8 +118,8 @@ class _Child:
         self.state = state
         self.since = time.time()
 
-    def has_begun(self) -> bool:
-        """Whether its first start has succeeded or failed."""
+    def was_started(self) -> bool:
+        """Return whether the first start has succeeded or failed."""
         return self.exit_code is not None or (self.process is not None and self.process.pid is not None)
 
     def status(self) -> ProcessStatus:
@@ -145,23 +128,37 @@ class _Child:
             self.name, self.state, pid, self.restart_count, self.exit_code, self.error, self.since
         )
 
+    def restart_later(self) -> None:
+        """Plan the restart after a failure, or give up."""
+        reason = self.error or f"ended with exit code {self.exit_code}"
+        pause = self.schedule.plan_restart(self.started)
+        if pause is None:
+            restarts = counted(len(self.schedule.recent_restarts), "restart")
+            _logger.error("%s %s; giving up after %s", self.name, reason, restarts)
+            self.enter("failed")
+            return
+        _logger.warning("%s %s; restarting in %.2g s", self.name, reason, pause)
+        self.due = time.monotonic() + pause
+        self.enter("backing off")
+
 
 class Supervisor:
-    """Runs a command per name, and starts it again when it fails.
+    """Runs one command per name, and restarts a command that fails.
 
-    A process that ends with exit code 0 is finished. Any other end is a failure: it is started again after a
-    pause that doubles from ``first_backoff_seconds`` to ``longest_backoff_seconds`` and begins anew after a
-    run of ``healthy_seconds``; after ``max_restarts`` within ``restart_window_seconds`` it is given up.
+    A process that ends with exit code 0 is finished. Any other end is a failure, and the process is restarted. The
+    pause before a restart doubles from ``first_backoff_seconds`` to ``longest_backoff_seconds``; a run of
+    ``healthy_seconds`` resets it. After ``max_restarts`` within ``restart_window_seconds`` the supervisor gives up
+    on this process.
 
-    ``environment`` is added to this process's own. Output (both streams, in order) goes to
-    ``log_directory/<name>.log``, appended; or line by line to ``on_output(name, line)``, called in the
-    supervisor's thread, where it must be quick; or else to this process's standard error.
+    ``environment`` is added to this process's environment. Output (both streams, in order) is appended to
+    ``log_directory/<name>.log``, or passed line by line to ``on_output(name, line)``, or else written to this
+    process's standard error. ``on_output`` is called in the supervisor's thread and must return quickly.
 
-    To stop, ``stop_signal`` is sent to the process and all that it started, then SIGTERM, then SIGKILL,
-    within ``stop_timeout_seconds``. What a process started ends with it. All of them end with this process,
-    whatever ends it, SIGKILL too; Ctrl-C in the terminal reaches this process only.
+    To stop a process, the supervisor sends ``stop_signal``, SIGTERM and SIGKILL, one after the other within
+    ``stop_timeout_seconds``, to the process and to all processes that it started. All of them also end when this
+    process ends, even by SIGKILL. Ctrl-C in the terminal reaches only this process.
 
-    Raises `InvalidArgument`. Safe to use from several threads, not in a forked child.
+    Safe to use from several threads, not in a forked child.
     """
 
     def __init__(
@@ -179,41 +176,56 @@ class Supervisor:
         stop_signal: signal.Signals = signal.SIGINT,
         stop_timeout_seconds: float = 10.0,
     ) -> None:
-        """Check the arguments; nothing starts yet."""
+        """Check the arguments. `start` starts the processes.
+
+        Raises:
+            InvalidArgument: an argument is invalid, or two arguments contradict each other.
+        """
         for name, command in commands.items():
             if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
-                raise InvalidArgument(f"a name may have letters, digits and _ . - in it: not {name!r}")
+                raise InvalidArgument(f"a name must consist of letters, digits and _ . -, not {name!r}")
             if isinstance(command, str) or not command:
                 raise InvalidArgument(f"the command of {name!r} must be a list of arguments, not {command!r}")
         if log_directory is not None and on_output is not None:
-            raise InvalidArgument("give log_directory or on_output, not both")
+            raise InvalidArgument("pass log_directory or on_output, not both")
         if not 0 < first_backoff_seconds <= longest_backoff_seconds:
-            raise InvalidArgument("first_backoff_seconds must be positive, and the longest no shorter")
+            raise InvalidArgument(
+                "first_backoff_seconds must be positive and at most longest_backoff_seconds"
+            )
         if max_restarts < 0 or restart_window_seconds <= 0 or healthy_seconds < 0 or stop_timeout_seconds < 0:
-            raise InvalidArgument("max_restarts and the times must not be negative, nor the window zero")
+            raise InvalidArgument(
+                "max_restarts, healthy_seconds and stop_timeout_seconds must be at least 0, "
+                "and restart_window_seconds must be positive"
+            )
+        policy = RestartPolicy(
+            first_backoff_seconds,
+            longest_backoff_seconds,
+            healthy_seconds,
+            max_restarts,
+            restart_window_seconds,
+        )
         self._environment = dict(environment or {})
         self._log_directory = log_directory
         self._on_output = on_output
-        self._first_backoff = first_backoff_seconds
-        self._longest_backoff = longest_backoff_seconds
-        self._healthy_seconds = healthy_seconds
-        self._max_restarts = max_restarts
-        self._window = restart_window_seconds
         self._stop_signal = stop_signal
-        self._stop_timeout = stop_timeout_seconds
-        self._children = {name: _Child(name, list(command)) for name, command in commands.items()}
-        self._changed = threading.Condition()  # guards the children's fields, and tells of their changes
+        self._stop_timeout_seconds = stop_timeout_seconds
+        self._children = {name: _Child(name, list(command), policy) for name, command in commands.items()}
+        self._changed = threading.Condition()  # guards the children's fields, and signals their changes
         self._stop_lock = threading.Lock()
-        self._stop_steps: StopSteps | None = None  # once set, it is time to stop
+        self._stop_steps: StopSteps | None = None  # set once a stop is requested
         self._killed: list[str] = []
         self._thread: threading.Thread | None = None
         self._wake_reader = self._wake_writer = -1
         self._owner_pid = os.getpid()
 
     def start(self) -> Self:
-        """Start every process, and the thread that watches them. Raises `Closed` the second time."""
+        """Start every process, and the thread that watches them.
+
+        Raises:
+            Closed: the supervisor was started before.
+        """
         if self._thread is not None:
-            raise Closed("a Supervisor starts once: make a new one")
+            raise Closed("a Supervisor can be started only once: create a new one")
         if self._log_directory is not None:
             self._log_directory.mkdir(parents=True, exist_ok=True)
         self._wake_reader, self._wake_writer = os.pipe()
@@ -224,36 +236,36 @@ class Supervisor:
         try:
             self._thread.start()
             with self._changed:
-                begun = self._changed.wait_for(
-                    lambda: all(child.has_begun() for child in self._children.values()), START_SECONDS
+                all_started = self._changed.wait_for(
+                    lambda: all(child.was_started() for child in self._children.values()), START_SECONDS
                 )
-            if not begun:
+            if not all_started:
                 _logger.warning("some processes have not started within %g s", START_SECONDS)
-        except BaseException:  # Ctrl-C too must leave no process
+        except BaseException:  # including Ctrl-C, which must not leave a process behind
             self.stop()
             raise
         return self
 
     def status(self) -> dict[str, ProcessStatus]:
-        """Return what each process does, by name."""
+        """Return the status of each process, by name."""
         with self._changed:
             return {name: child.status() for name, child in self._children.items()}
 
     def wait(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until no process runs or will be started again; return whether that came in time."""
+        """Wait until no process runs and none will be restarted; return False if that takes too long."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._busy(), timeout_seconds)
+            return self._changed.wait_for(lambda: not self._is_busy(), timeout_seconds)
 
     def stop(self, timeout_seconds: float | None = None) -> list[str]:
         """Stop every process; return the names of those that had to be killed.
 
-        Bounded by the timeout (default: ``stop_timeout_seconds``) and a few seconds for what hangs in the
-        kernel. Calling it again does nothing and returns the same.
+        Takes at most the timeout (default: ``stop_timeout_seconds``), and a few seconds more if a process hangs in
+        the kernel. A second call only returns the same names again.
         """
         if os.getpid() != self._owner_pid or self._thread is None:
             return []
-        timeout = self._stop_timeout if timeout_seconds is None else timeout_seconds
-        if threading.current_thread() is self._thread:  # from on_output: it cannot wait for itself
+        timeout = self._stop_timeout_seconds if timeout_seconds is None else timeout_seconds
+        if threading.current_thread() is self._thread:  # called by on_output: the thread cannot join itself
             self._request_stop(timeout)
             return []
         with self._stop_lock:
@@ -274,24 +286,24 @@ class Supervisor:
             return sorted(set(self._killed))
 
     def __enter__(self) -> Self:
-        """Start."""
+        """Start the processes."""
         return self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop."""
+        """Stop the processes."""
         self.stop()
 
     def _request_stop(self, timeout_seconds: float) -> None:
-        self._stop_steps = _stop_steps(self._stop_signal, timeout_seconds)
+        self._stop_steps = _split_timeout(self._stop_signal, timeout_seconds)
         os.write(self._wake_writer, b"s")
 
-    def _busy(self) -> bool:
+    def _is_busy(self) -> bool:
         return any(child.process is not None or child.due is not None for child in self._children.values())
 
     def _run(self) -> None:
-        """Watch the processes, in the supervisor's own thread, which alone touches them."""
+        """Start, watch and stop the processes. Only the supervisor's own thread uses them."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_reader, selectors.EVENT_READ)
             try:
@@ -300,13 +312,13 @@ class Supervisor:
                     self._handle_events(selector, self._next_due())
                 self._stop_all(selector, self._stop_steps)
             finally:
-                # If this thread failed, nobody watches any more: better no process than a forgotten one.
+                # If this thread failed, nothing watches the processes any more, so end them.
                 self._stop_steps = self._stop_steps or ()
                 for child in self._children.values():
                     if child.process is not None:
                         child.process.kill()
                         child.process.wait(1.0)
-                        self._bury(selector, child)
+                        self._handle_end(selector, child)
 
     def _next_due(self) -> float | None:
         return min((child.due for child in self._children.values() if child.due is not None), default=None)
@@ -317,22 +329,22 @@ class Supervisor:
                 self._launch(selector, child)
 
     def _handle_events(self, selector: selectors.BaseSelector, until: float | None) -> None:
-        """Wait for news of any process, or for the moment ``until``, and take it in."""
+        """Wait for an event of any process, or until the time ``until``, and handle the events."""
         for key, _ in selector.select(None if until is None else max(0.0, until - time.monotonic())):
             child: _Child | None = key.data
             if child is None:
                 os.read(self._wake_reader, 4096)
             elif isinstance(key.fileobj, GuardedProcess):
                 with self._changed:
-                    known, ended = key.fileobj.pid is not None, key.fileobj.pump()
+                    had_pid, ended = key.fileobj.pid is not None, key.fileobj.read_reports()
                     self._changed.notify_all()
                 if ended:
-                    self._bury(selector, child)
-                elif not known and key.fileobj.pid is not None and child.output is not None:
-                    # Not before: a handler that hangs must not keep its process from being known.
+                    self._handle_end(selector, child)
+                elif not had_pid and key.fileobj.pid is not None and child.output is not None:
+                    # Not earlier: a handler that hangs would keep `start` from seeing the process's pid.
                     selector.register(child.output.reader, selectors.EVENT_READ, child)
             elif child.output is not None:
-                child.output.pump()
+                child.output.forward()
 
     def _stop_all(self, selector: selectors.BaseSelector, steps: StopSteps) -> None:
         deadline = time.monotonic() + sum(seconds for _, seconds in steps) + GUARD_MARGIN_SECONDS
@@ -342,29 +354,29 @@ class Supervisor:
                     child.due = None
                     child.enter("stopped")
                 elif child.process is not None:
-                    child.process.ask_to_stop(steps)
+                    child.process.request_stop(steps)
             self._changed.notify_all()
-        while self._busy() and time.monotonic() < deadline:
+        while self._is_busy() and time.monotonic() < deadline:
             self._handle_events(selector, deadline)
 
     def _launch(self, selector: selectors.BaseSelector, child: _Child) -> None:
         log: int | None = None
-        output: _Output | None = None
+        output: _OutputPipe | None = None
         process: GuardedProcess | None = None
         error = None
         try:
             if self._on_output is not None:
-                output = _Output(child.name, self._on_output)
+                output = _OutputPipe(child.name, self._on_output)
             elif self._log_directory is not None:
                 path = self._log_directory / f"{child.name}.log"
                 log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             process = GuardedProcess(
                 child.command,
-                stop_steps=_stop_steps(self._stop_signal, self._stop_timeout),
+                stop_steps=_split_timeout(self._stop_signal, self._stop_timeout_seconds),
                 output=output.writer if output is not None else STANDARD_ERROR if log is None else log,
                 environment={**os.environ, **self._environment},
             )
-        except OSError as reason:  # no more processes, files, or space: that may pass
+        except OSError as reason:  # out of processes, files or space: a later try may succeed
             error = f"cannot start a process: {reason}"
         finally:
             if log is not None:
@@ -379,12 +391,12 @@ class Supervisor:
             child.error = error
             child.enter("running")
         if process is None:
-            self._bury(selector, child)
+            self._handle_end(selector, child)
             return
         selector.register(process, selectors.EVENT_READ, child)
 
-    def _bury(self, selector: selectors.BaseSelector, child: _Child) -> None:
-        """Take note of an end, and decide what comes next."""
+    def _handle_end(self, selector: selectors.BaseSelector, child: _Child) -> None:
+        """Record the end of a process, and plan its restart if it failed."""
         process, output = child.process, child.output
         if process is not None:
             with contextlib.suppress(KeyError):
@@ -406,35 +418,12 @@ class Supervisor:
             elif child.exit_code == 0:
                 child.enter("finished")
             else:
-                self._plan_restart(child)
+                child.restart_later()
             self._changed.notify_all()
 
-    def _plan_restart(self, child: _Child) -> None:
-        now = time.monotonic()
-        reason = child.error or f"ended with exit code {child.exit_code}"
-        if now - child.started >= self._healthy_seconds:
-            child.failures = 0
-        child.failures += 1
-        while child.restarts and child.restarts[0] <= now - self._window:
-            child.restarts.popleft()
-        if len(child.restarts) >= self._max_restarts:
-            restarts = counted(len(child.restarts), "restart")
-            _logger.error("%s %s; it is given up after %s", child.name, reason, restarts)
-            child.enter("failed")
-            return
-        child.restarts.append(now)
-        pause = backoff_seconds(
-            child.failures,
-            first=self._first_backoff,
-            longest=self._longest_backoff,
-            chance=random.SystemRandom().random(),
-        )
-        _logger.warning("%s %s; it is started again in %.2g s", child.name, reason, pause)
-        child.due = now + pause
-        child.enter("backing off")
 
-
-def _stop_steps(first: signal.Signals, seconds: float) -> StopSteps:
+def _split_timeout(first: signal.Signals, seconds: float) -> StopSteps:
+    """Return the stop steps that use ``seconds``: most of them for the first signal, the rest for SIGTERM."""
     if first == signal.SIGTERM:
         return [(first, seconds)]
     return [(first, 0.7 * seconds), (signal.SIGTERM, 0.3 * seconds)]

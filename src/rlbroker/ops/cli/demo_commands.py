@@ -106,12 +106,12 @@ def learner(
     began = time.monotonic()
     for number in (signal.SIGTERM, signal.SIGUSR1):  # before training begins there is no state to save
         signal.signal(number, signal.default_int_handler)
-    from rlbroker.demo import place, require_extras, training_run
+    from rlbroker.demo import describe_run, require_extras, training_run
 
     require_extras()
     run = training_run(run)
     if progress == "auto":
-        print(f"learner of {place(url, run)}", flush=True)
+        print(f"learner of {describe_run(url, run)}", flush=True)
     from rlbroker.demo.dashboard import JsonLines, describe, open_view
     from rlbroker.demo.ppo_learner import LearnerSettings, learn
 

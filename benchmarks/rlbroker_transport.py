@@ -1,4 +1,4 @@
-"""rlbroker's sides of a way."""
+"""rlbroker's learner and workers, with the settings of the benchmarks, and as a transport to be compared."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from benchmarks.models import State
 
-#: Between two polls a worker does something else.
+#: The pause between two polls, in which a real worker would step its environments.
 STEP_SECONDS = 0.0002
 
 
-def learner(
-    url: str, run: str, *, workers: int, host_cache: bool | str = True, **more: Any
+def open_learner(
+    url: str, run: str, *, workers: int, host_cache: bool | str = True, **settings: Any
 ) -> WorkerCommunicator:
     return WorkerCommunicator(
         workers,
@@ -29,26 +29,28 @@ def learner(
         redis_url=url,
         run=run,
         host_cache=host_cache,
-        **more,
+        **settings,
     )
 
 
-def worker(url: str, run: str, worker_id: int, *, host_cache: bool | str = True, **more: Any) -> WorkerClient:
-    return WorkerClient(url, run, worker_id, timeout=60.0, host_cache=host_cache, **more)
+def open_worker(
+    url: str, run: str, worker_id: int, *, host_cache: bool | str = True, **settings: Any
+) -> WorkerClient:
+    return WorkerClient(url, run, worker_id, timeout=60.0, host_cache=host_cache, **settings)
 
 
 @contextlib.contextmanager
-def memory_of_host() -> Iterator[str]:
-    """Give a directory that stands for another host's /dev/shm, which on one machine would be the learner's."""
-    shared = Path("/dev/shm")
+def temporary_host_cache() -> Iterator[str]:
+    """Yield a directory for the host cache of a simulated host, which must not share the learner's /dev/shm."""
+    shared_memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(
-        prefix="rlb-bench-", dir=shared if shared.is_dir() else None
+        prefix="rlb-bench-", dir=shared_memory if shared_memory.is_dir() else None
     ) as directory:
         yield directory
 
 
-class OurSender:
-    """Publishes to a run."""
+class RlbrokerSender:
+    """Publishes weights to a run."""
 
     def __init__(self, communicator: WorkerCommunicator, **settings: Any) -> None:
         self._communicator, self._settings = communicator, settings
@@ -58,11 +60,11 @@ class OurSender:
         self.receipt = self._communicator.send_model_weights(weights, **self._settings)
 
 
-class OurReceiver:
-    """Polls, as a rollout loop does."""
+class RlbrokerReceiver:
+    """Polls for weights, as a rollout loop does."""
 
     def __init__(self, url: str, run: str, host_cache: bool | str, number: int) -> None:
-        self._worker = worker(url, run, number, host_cache=host_cache)
+        self._worker = open_worker(url, run, number, host_cache=host_cache)
 
     def receive(self, model: torch.nn.Module) -> None:
         while not self._worker.poll(model):
