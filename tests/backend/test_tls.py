@@ -244,7 +244,8 @@ def test_messages_that_arrive_together_are_all_received(serve: Serve, own: str, 
 
         def receive() -> bool:
             message = pubsub.get_message(timeout=0.1)
-            received.extend([message["data"]] if message and message["data"] else [])
+            if message and message["type"] == "message" and message["data"]:
+                received.append(message["data"])
             return received == sent
 
         wait_until("all messages are received", receive)

@@ -123,9 +123,13 @@ def test_batches_sent_again_are_logged(
         client.send_experiences({"number": number})
     comm.cleanup()
     server.client.flushall()
-    with suppress(RunLost):  # there is no learner to open the run
-        client.flush(timeout=0.01)
-    assert f"the server lost what worker 0 sent after batch 0; {words} sent again" in caplog.text
+
+    def logged() -> bool:
+        with suppress(RunLost):  # there is no learner to open the run
+            client.flush(timeout=0.1)
+        return f"the server lost what worker 0 sent after batch 0; {words} sent again" in caplog.text
+
+    wait_until("the loss is logged", logged)
 
 
 def test_a_worker_writes_again_how_many_batches_it_sent_after_a_loss(
