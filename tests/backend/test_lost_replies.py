@@ -78,3 +78,22 @@ def _collect(comm: WorkerCommunicator) -> list[Any]:
             return comm.collect_experiences()
         except ConnectionError:
             continue
+
+
+@pytest.mark.on_every_engine
+def test_connections_that_broke_while_idle_fail_no_collect_that_does_not_wait(
+    server: Server, learner: Learner, worker: Worker
+) -> None:
+    link = Lossy(server.another_client(), lambda: False)
+    comm = learner(redis_url=None, redis_client=link.client, acknowledge="manual")
+    client = worker()
+    comm.send_model_weights({"w": 1})
+    client.send_experiences({"number": 1})
+    wait_until("the learner reads the stream", lambda: comm.collect_experiences(1.0))
+    for number in (2, 3):
+        client.send_experiences({"number": number})
+        link.break_connections()
+        found = comm.collect_experiences(0.0) or wait_until(
+            "it arrives", lambda: comm.collect_experiences(0.0)
+        )
+        assert [batch["number"] for _, batch in found] == [number]

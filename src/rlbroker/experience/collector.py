@@ -84,6 +84,7 @@ class Collector:
         self._collecting = threading.Lock()
         self._began = False
         self._outage = OutageLog("collecting")
+        self._connected = False  #: whether the last read succeeded
         self._wait_seconds = 0.0  #: seconds that the present call has waited for entries
 
     def collect(self, *, timeout_seconds: float, max_batches: int | None) -> list[tuple[int, Batch]]:
@@ -289,10 +290,14 @@ class Collector:
                 self._reader.acknowledge_returned()  # waits for the server as long as the connection's timeout
                 return True
             if deadline is None or deadline.over:
+                if self._connected:  # the connection may have broken long ago, while no call used it
+                    self._connected = False
+                    return True
                 raise
             self._outage.report(error)
             time.sleep(min(BLOCK_SECONDS, deadline.remaining))
             return False
+        self._connected = True
         self._outage.end()
         return filled
 
