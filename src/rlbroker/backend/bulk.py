@@ -108,18 +108,13 @@ class ChunkReader:
         Raises:
             WireError: a chunk is gone or has another length; the content of its memory is then undefined.
             ConnectionFailed: a connection broke, or nothing was received for too long.
-            PeerError: a server refused.
         """
         self.close()
         pipes = self._pipes = _Pipes(self._connection, replicas=self.from_replicas)
         return self._read(pipes, chunks)
 
     def values(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """Return the values that exist, by key, in one round trip; for small values.
-
-        Raises:
-            PeerError: a server refused, or could not be reached in time.
-        """
+        """Return the values that exist, by key, in one round trip; for small values."""
         found: dict[str, bytes] = {}
         if self.from_replicas:
             pipes = _Pipes(self._connection, replicas=True)
@@ -196,7 +191,6 @@ class ChunkWriter:
         Raises:
             ServerOutOfMemory: the server's memory limit is reached.
             ConnectionFailed: the connection broke, or there was no progress for too long.
-            PeerError: the server refused.
         """
         self.close()
         self.confirmed, self._stored = 0, set()

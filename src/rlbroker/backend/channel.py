@@ -49,12 +49,7 @@ class Channel:
         self.closing_on_error = _OnError(self._break)
 
     def connect(self) -> bool:
-        """Connect if there is no connection; return whether the connection is new.
-
-        Raises:
-            ConnectionFailed: the server cannot be reached.
-            AccessDenied: the server refuses this user.
-        """
+        """Connect if there is no connection; return whether the connection is new."""
         self._router.check_process()
         with self.closing_on_error:
             if self._wire is not None:
@@ -69,11 +64,7 @@ class Channel:
         self._wire = self._server.client.connection_pool.get_connection()
 
     def execute(self, *command: Argument) -> Any:
-        """Return the reply to one command, sent once.
-
-        Raises:
-            PeerError: the server refused. After `ConnectionFailed`, the next `connect` makes a new connection.
-        """
+        """Return the reply to one command, sent once."""
         (result,) = self.execute_all([command])
         if isinstance(result, PeerError):
             raise result
@@ -87,9 +78,6 @@ class Channel:
         Args:
             commands: the commands in order. A last argument may be in pieces: large ones are not copied.
             strict: whether the first refusal is raised instead.
-
-        Raises:
-            ConnectionFailed: the connection broke; the commands may have been applied.
         """
         self.send(commands)
         results = self.receive(len(commands))
@@ -100,11 +88,7 @@ class Channel:
         return results
 
     def send(self, commands: Sequence[Sequence[Argument | Pieces]]) -> None:
-        """Send commands without waiting for the replies: `receive` returns them, or `close` discards them.
-
-        Raises:
-            ConnectionFailed: the connection broke; the commands may have been applied.
-        """
+        """Send commands without waiting for the replies: `receive` returns them, or `close` discards them."""
         self._router.check_process()
         with self.closing_on_error:
             if self._wire is None:
@@ -114,11 +98,7 @@ class Channel:
                 self._wire.send_packed_command([piece], check_health=False)
 
     def receive(self, count: int) -> list[Any]:
-        """Return the next replies to what was sent; a refusal is returned as a `PeerError`.
-
-        Raises:
-            ConnectionFailed: the connection broke; the commands may have been applied.
-        """
+        """Return the next replies to what was sent; a refusal is returned as a `PeerError`."""
         results = []
         with self.closing_on_error:
             for _ in range(count):
@@ -148,11 +128,7 @@ class Channel:
             return error
 
     def run(self, script: Script, keys: Sequence[str], arguments: Sequence[Argument] = ()) -> Any:
-        """Return the reply of a script, run once; it is loaded first if the server lacks it.
-
-        Raises:
-            PeerError: as `execute`.
-        """
+        """Return the reply of a script, run once; it is loaded first if the server lacks it."""
         self._router.scripts.remember(script)
         try:
             return self.execute(*script.call(keys, arguments))
@@ -245,11 +221,7 @@ class _OnError:
 def follow_redirect(
     connection: Connection, redirect: redis_errors.AskError, command: Sequence[Argument | Pieces]
 ) -> Any:
-    """Return the reply to a command from the node to which a Cluster is moving its key; sent once.
-
-    Raises:
-        PeerError: that node refused, or could not be reached.
-    """
+    """Return the reply to a command from the node to which a Cluster is moving its key; sent once."""
     router = connection.router
     channel = Channel(connection, server=router.servers.at((str(redirect.host), int(redirect.port))))
     try:

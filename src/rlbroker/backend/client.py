@@ -130,7 +130,6 @@ def bounded_client(
     """Return a client with the settings of another one, whose connections keep deadlines and do not retry.
 
     Args:
-        client: the client with the settings.
         timeout_seconds: how long a thread waits for a free connection.
         socket_seconds: how long a connection waits for a reply.
         address: another host and port.

@@ -47,7 +47,6 @@ class ClusterTopology(DiscoveredTopology):
         """Prepare; no node is asked yet.
 
         Args:
-            make_client: makes clients of nodes.
             seeds: the nodes that are asked first for the others.
             address: name of the Cluster in messages.
         """

@@ -130,19 +130,11 @@ class Connection:
     # Single commands
 
     def execute(self, *command: Argument, deadline: Deadline | None = None) -> Any:
-        """Return the reply to one command, with retries until the deadline.
-
-        Raises:
-            PeerError: the server refused, or could not be reached within the deadline.
-        """
+        """Return the reply to one command, with retries until the deadline."""
         return self.retry(lambda: self.execute_once(*command), deadline)
 
     def execute_once(self, *command: Argument) -> Any:
-        """Return the reply to one command, sent once, such as a blocking read; the caller handles its loss.
-
-        Raises:
-            PeerError: the server refused or could not be reached.
-        """
+        """Return the reply to one command, sent once, such as a blocking read; the caller handles its loss."""
 
         def send(client: redis.Redis) -> Any:
             execute: Callable[..., Any] = client.execute_command
@@ -159,9 +151,6 @@ class Connection:
         """Add an entry with an explicit id to a stream; return False if the stream already has a later or equal id.
 
         That is so for a resend after a lost reply, and for a worker that was replaced by a newer incarnation.
-
-        Raises:
-            PeerError: the server refused, or could not be reached within the deadline.
         """
         try:
             self.execute("XADD", key, entry_id, *fields, deadline=deadline)
@@ -172,11 +161,7 @@ class Connection:
         return True
 
     def clock(self, key: str) -> float:
-        """Return the time of the server that has a key, in seconds since the Unix epoch.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Return the time of the server that has a key, in seconds since the Unix epoch."""
         return server_seconds(self.execute_all([("EXISTS", key), ("TIME",)])[1])
 
     # Many commands
@@ -184,11 +169,7 @@ class Connection:
     def execute_all(
         self, commands: Sequence[Sequence[Argument]], *, deadline: Deadline | None = None
     ) -> list[Any]:
-        """Return the replies to many commands in one round trip, with retries; the first refusal is raised.
-
-        Raises:
-            PeerError: the server refused one of them, or could not be reached within the deadline.
-        """
+        """Return the replies to many commands in one round trip, with retries; the first refusal is raised."""
         if not commands:
             return []
 
@@ -225,19 +206,11 @@ class Connection:
         raise problem
 
     def ask(self, commands: Sequence[Sequence[Argument]], *, deadline: Deadline | None = None) -> list[Any]:
-        """Return the replies to many commands in one round trip, with retries; a refusal is returned as a `PeerError`.
-
-        Raises:
-            ConnectionFailed: the server could not be reached in time.
-        """
+        """Return the replies to many commands in one round trip, with retries; a refusal is returned as a `PeerError`."""
         return self.retry(lambda: self.ask_once(commands), deadline) if commands else []
 
     def ask_once(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
-        """Return the replies to many commands, sent once in one round trip; a refusal is returned as a `PeerError`.
-
-        Raises:
-            ConnectionFailed: the server could not be reached, or the connection broke.
-        """
+        """Return the replies to many commands, sent once in one round trip; a refusal is returned as a `PeerError`."""
         channels: list[Channel] = []
         results: list[Any] = [None] * len(commands)
         try:
@@ -256,11 +229,7 @@ class Connection:
         return results
 
     def ask_at(self, server: Server, commands: Sequence[Sequence[Argument]]) -> list[Any]:
-        """Return one server's replies to many commands, sent once; a refusal is returned as a `PeerError`.
-
-        Raises:
-            ConnectionFailed: the server could not be reached, or the connection broke.
-        """
+        """Return one server's replies to many commands, sent once; a refusal is returned as a `PeerError`."""
         channel = Channel(self, server=server)
         try:
             results = channel.execute_all(commands)
@@ -270,22 +239,14 @@ class Connection:
         return results
 
     def on_each(self, command: str, keys: Sequence[str], *, deadline: Deadline | None = None) -> int:
-        """Run a command that takes any number of keys and counts, such as UNLINK; return the sum.
-
-        Raises:
-            PeerError: the server refused, or could not be reached within the deadline.
-        """
+        """Run a command that takes any number of keys and counts, such as UNLINK; return the sum."""
         by_slot: dict[int, list[str]] = {}
         for key in keys:
             by_slot.setdefault(slot_of(key) if self.servers.several else 0, []).append(key)
         return sum(self.execute_all([(command, *some) for some in by_slot.values()], deadline=deadline))
 
     def scan(self, pattern: str, *, count: int = 1000) -> Iterator[list[bytes]]:
-        """Yield the keys of every server that match a pattern, some at a time.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Yield the keys of every server that match a pattern, some at a time."""
         self.find_nodes()
         for server in self.retry(self.masters):
             cursor: bytes | int = b"0"
@@ -310,7 +271,6 @@ class Connection:
 
         Raises:
             Fenced: the script found that a newer process took this one's place.
-            PeerError: the server refused, or could not be reached within the deadline.
         """
         self.router.scripts.remember(script)
         return self.execute(*script.call(keys, arguments), deadline=deadline)
@@ -323,11 +283,7 @@ class Connection:
         return self.execute_all(commands, deadline=deadline)
 
     def run_where_there(self, calls: Sequence[ScriptCall], *, deadline: Deadline | None = None) -> None:
-        """Run scripts whose replies are not needed; on a Cluster once, without the servers that cannot be reached.
-
-        Raises:
-            PeerError: a server refused; or a single server could not be reached within the deadline.
-        """
+        """Run scripts whose replies are not needed; on a Cluster once, without the servers that cannot be reached."""
         if not self.servers.several:
             self.run_all(calls, deadline=deadline)
             return
@@ -365,27 +321,15 @@ class Connection:
         return make(ignore_subscribe_messages=True)
 
     def master_for(self, key: str) -> Server:
-        """Return the master that has a key now.
-
-        Raises:
-            ConnectionFailed: there is none, or no server that knows it answers.
-        """
+        """Return the master that has a key now."""
         return self.router.master_for(key)
 
     def masters(self) -> Sequence[Server]:
-        """Return every master.
-
-        Raises:
-            ConnectionFailed: no server that knows them answers.
-        """
+        """Return every master."""
         return self.router.masters()
 
     def replicas_of(self, master: Server) -> Sequence[Server]:
-        """Return the replicas of a master; none if this user may not know them.
-
-        Raises:
-            ConnectionFailed: no server that knows them answers.
-        """
+        """Return the replicas of a master; none if this user may not know them."""
         return self.router.replicas_of(master)
 
     def find_nodes(self) -> None:
@@ -393,7 +337,6 @@ class Connection:
 
         Raises:
             ServerUnsuitable: the server is a Sentinel.
-            PeerError: the server could not be reached in time.
         """
         if isinstance(self.servers, SingleServer) and is_cluster_node(self.address, self.server_info()):
             self.router.use_cluster_nodes()
@@ -403,7 +346,6 @@ class Connection:
 
         Raises:
             ServerUnsuitable: a server cannot be used; the message says what to change.
-            PeerError: the server cannot be reached, or refuses the user.
         """
         self.execute("PING")
         self.find_nodes()
@@ -423,11 +365,7 @@ class Connection:
         return [*masters, *(replica for master in masters for replica in self.replicas_of(master))]
 
     def server_info(self, server: Server | None = None) -> dict[str, str]:
-        """Return the fields of a server's INFO, by default any server's; empty if it hides them from this user.
-
-        Raises:
-            PeerError: the server could not be reached in time.
-        """
+        """Return the fields of a server's INFO, by default any server's; empty if it hides them from this user."""
         command = ("INFO",)
         try:
             found = self.router.send_to(server, command) if server else self.execute(*command)

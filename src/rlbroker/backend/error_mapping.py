@@ -76,7 +76,6 @@ class ErrorTranslator:
         """Return rlbroker's error for one of redis-py's.
 
         Args:
-            error: the error that redis-py raised.
             command: the command, as a server that refuses a key may not name it.
             server_name: which of several servers was asked.
         """
@@ -105,10 +104,8 @@ def translate_error(
     """Return rlbroker's error for one of redis-py's.
 
     Args:
-        error: the error that redis-py raised.
         address: the server's, without its password.
         command: the command, as far as it is known.
-        user: the user who sent it.
     """
     # For an error within a script, Redis 6.2 puts the place in the script before the error itself.
     text = re.sub(r"^Error running script .*?: -(?=[A-Z]+ )", "", str(error)).rstrip(".")

@@ -98,8 +98,6 @@ class Keys:
         """Return numbers of shards that are spread evenly over the servers of a Cluster, as text for `meta`.
 
         Args:
-            count: number of shards.
-            servers: number of servers.
             server_of: returns the present server of a key.
         """
         found: list[str] = []

@@ -186,9 +186,7 @@ class Router:
         """Return rlbroker's error for one of redis-py's.
 
         Args:
-            error: the error that redis-py raised.
             command: the command, as a server that refuses a key may not name it.
-            server: the server that was asked, if it is known.
         """
         name = "" if server is None or isinstance(self.servers, SingleServer) else server.name
         return self.errors.translate(error, command=command, server_name=name)

@@ -56,7 +56,6 @@ class SentinelTopology(DiscoveredTopology):
         """Prepare; no Sentinel is asked yet.
 
         Args:
-            make_client: makes clients of masters and replicas.
             sentinels: a client of each Sentinel.
             service: name of the master.
             address: name of the Sentinels in messages.

@@ -45,7 +45,6 @@ class OutageLog:
         """Record a failure, and log it if it begins an outage.
 
         Args:
-            error: what happened.
             more: what else a reader of the log should know.
         """
         if self.error is None:
@@ -100,10 +99,6 @@ class BackgroundThread:
 
     def wait_for(self, sock: socket.socket, seconds: float) -> bool:
         """Wait until a socket is readable, `wake` or `stop` is called, or the time is over.
-
-        Args:
-            sock: the socket.
-            seconds: the longest wait.
 
         Returns:
             Whether the socket is readable.

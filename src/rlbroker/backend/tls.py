@@ -340,7 +340,6 @@ def requires_tls(pool: redis.ConnectionPool, error: BaseException) -> bool:
 
     Args:
         pool: makes the connections.
-        error: the error that redis-py raised.
     """
     host, port = pool.connection_kwargs.get("host"), pool.connection_kwargs.get("port")
     if not host or issubclass(pool.connection_class, TlsConnection | redis.SSLConnection):

@@ -140,7 +140,6 @@ class DiscoveredTopology(Topology):
         """Prepare; nothing is read yet.
 
         Args:
-            make_client: makes clients of the servers.
             what: name of the background thread.
         """
         self._clients = ClientsByAddress(make_client)

@@ -54,9 +54,6 @@ class Collector:
         """Prepare a collector; nothing is read yet.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
-            pending: the learner's pending entries.
             dead_letters: where corrupt and poison batches go.
             takeover: takes over what other learners abandoned.
             rate_limiter: limits how many batches may be collected.
@@ -92,9 +89,6 @@ class Collector:
         Args:
             timeout_seconds: how long to wait for a first batch; 0 to return only what is there.
             max_batches: how many to return at most.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
         """
         deadline = Deadline(timeout_seconds)
         if not self._collecting.acquire(timeout=deadline.remaining):
@@ -132,12 +126,7 @@ class Collector:
             self._collecting.release()
 
     def acknowledge(self, pairs: Sequence[tuple[int, Batch]], deadline: Deadline | None = None) -> int:
-        """Acknowledge batches, so that the server deletes them; return how many it still had.
-
-        Raises:
-            Fenced: a newer learner of this name has taken over.
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Acknowledge batches, so that the server deletes them; return how many it still had."""
         return self._pending.acknowledge(self._delivered(pairs), deadline=deadline)
 
     def acknowledge_returned(self, deadline: Deadline) -> None:
@@ -176,12 +165,7 @@ class Collector:
             return True
 
     def acknowledge_marks(self, marks: Mapping[str, Any]) -> int:
-        """Acknowledge the batches that these marks cover; return how many the server still had.
-
-        Raises:
-            Fenced: a newer learner of this name has taken over.
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Acknowledge the batches that these marks cover; return how many the server still had."""
         entries = []
         # A repeat that is still queued was delivered once, and must not be counted as delivered again.
         repeats = {

@@ -39,16 +39,7 @@ _QUEUED = ("delivered", "stale", "corrupt", "poison", "trimmed", "dropped_oldest
 
 
 def read_counts(connection: Connection, keys: Keys, workers: Iterable[int]) -> dict[int, QueueCounts]:
-    """Return the counts of each worker's batches.
-
-    Args:
-        connection: connection to the server.
-        keys: names of the run's keys.
-        workers: which workers.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Return the counts of each worker's batches."""
     wanted = list(workers)
     types = {key: kind for worker in wanted for key, kind in expected_types(keys, worker).items()}
     existing = match_types(types, connection.execute_all([("TYPE", key) for key in types]))
@@ -86,15 +77,9 @@ def read_existing_counts(
     """Return the counts of each worker's batches, usually in one round trip, given which keys exist.
 
     Args:
-        connection: connection to the server.
-        keys: names of the run's keys.
-        workers: which workers.
         existing: what `match_types` returned.
         reported: by worker, its incarnation and how many batches it reports to have sent. Without it the streams are
             asked, which costs more: the replies contain their first and last batch.
-
-    Raises:
-        PeerError: the server refused, or the connection broke.
     """
     commands: dict[int, list[tuple[str, ...]]] = {}
     for worker in workers:

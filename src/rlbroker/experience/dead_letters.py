@@ -39,8 +39,6 @@ class DeadLetters:
         """Prepare; nothing is read yet.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
             pending: the learner's pending entries, from which dead batches are removed.
             max_bytes: bytes of dead letters that are kept for each worker.
         """
@@ -54,10 +52,6 @@ class DeadLetters:
             entry: the entry; its message may be gone from memory, the server still has it.
             reason: the outcome that is counted: `corrupt` or `poison`.
             detail: what is wrong, for people.
-
-        Raises:
-            Fenced: a newer learner of this name has taken over.
-            PeerError: the server refused, or could not be reached in time.
         """
         stream = entry.stream
         values: tuple[Any, ...] = (
@@ -79,19 +73,11 @@ class DeadLetters:
                 self._pending.restore([stream.worker_id])
 
     def list(self, workers: Iterable[int]) -> list[DeadLetter]:
-        """Return the dead letters of these workers, oldest first.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Return the dead letters of these workers, oldest first."""
         return [letter for worker in workers for letter in read_letters(self._connection, self._keys, worker)]
 
     def retry(self, letters: Sequence[DeadLetter]) -> int:
-        """Queue batches to be delivered again; return how many dead letters still existed.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Queue batches to be delivered again; return how many dead letters still existed."""
         found = 0
         for letter in letters:
             with self._pending.writing_counts():
@@ -101,11 +87,7 @@ class DeadLetters:
         return found
 
     def purge(self, letters: Sequence[DeadLetter]) -> int:
-        """Delete dead letters for good; return how many still existed. They stay counted.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Delete dead letters for good; return how many still existed. They stay counted."""
         return purge_letters(self._connection, self._keys, letters)
 
 
@@ -114,11 +96,7 @@ class DeadLetters:
 
 
 def read_letters(connection: Connection, keys: Keys, worker: int) -> Iterator[DeadLetter]:
-    """Return one worker's dead letters, oldest first. A few are read at a time, because they may be large.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Return one worker's dead letters, oldest first. A few are read at a time, because they may be large."""
     position = "-"
     while True:
         entries = connection.execute("XRANGE", keys.dead(worker), position, "+", "COUNT", READ_AT_ONCE)
@@ -130,21 +108,13 @@ def read_letters(connection: Connection, keys: Keys, worker: int) -> Iterator[De
 
 
 def letter_data(connection: Connection, keys: Keys, letter: DeadLetter) -> bytes | None:
-    """Return the message of a dead letter; None if it no longer exists.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Return the message of a dead letter; None if it no longer exists."""
     found = connection.execute("XRANGE", keys.dead(letter.worker_id), letter.entry_id, letter.entry_id)
     return bytes(found[0][1].get(b"data", b"")) if found else None
 
 
 def retry_letters(connection: Connection, keys: Keys, letters: Sequence[DeadLetter]) -> int:
-    """Queue batches to be delivered again to any learner; return how many dead letters still existed.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Queue batches to be delivered again to any learner; return how many dead letters still existed."""
     calls = [
         (
             RETRY,
@@ -157,11 +127,7 @@ def retry_letters(connection: Connection, keys: Keys, letters: Sequence[DeadLett
 
 
 def purge_letters(connection: Connection, keys: Keys, letters: Sequence[DeadLetter]) -> int:
-    """Delete dead letters for good; return how many still existed. They stay counted.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Delete dead letters for good; return how many still existed. They stay counted."""
     calls = [
         (PURGE, (keys.dead(one.worker_id), keys.counts(one.worker_id)), (one.entry_id,)) for one in letters
     ]

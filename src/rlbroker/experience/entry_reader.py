@@ -44,13 +44,7 @@ class EntryReader:
     """Reads entries into a queue in the learner, and acknowledges with the same round trip. Not thread-safe."""
 
     def __init__(self, connection: Connection, streams: WatchedStreams, pending: PendingEntries) -> None:
-        """Prepare; nothing is read yet.
-
-        Args:
-            connection: connection to the server.
-            streams: the streams to read.
-            pending: the learner's pending entries.
-        """
+        """Prepare; nothing is read yet."""
         self._connection, self._streams, self._pending = connection, streams, pending
         #: Entries that were read, and are to be unpacked in this order.
         self.entries: deque[Entry] = deque()

@@ -23,7 +23,6 @@ class Confirmation:
         """Prepare; nothing is asked yet.
 
         Args:
-            connection: connection to the server.
             level: what a batch must have reached to be safe.
         """
         self._connection, self.level = connection, level
@@ -41,11 +40,7 @@ class Confirmation:
         return ("WAIT", 1, milliseconds) if self.level == "replica" else ("WAITAOF", 1, 0, milliseconds)
 
     def accept(self, reply: Any) -> bool:
-        """Return whether the reply to `wait_command` confirms the level; if so, nothing is missing any more.
-
-        Raises:
-            PeerError: the server refused.
-        """
+        """Return whether the reply to `wait_command` confirms the level; if so, nothing is missing any more."""
         if isinstance(reply, PeerError):
             if _has_no_file(reply):  # an outage and no refusal: the file may be back soon
                 return False
@@ -79,7 +74,6 @@ class Confirmation:
 
         Raises:
             ServerUnsuitable: the server cannot give this level.
-            PeerError: the server refused for another reason, or could not be reached.
         """
         if not self.waits:
             return

@@ -68,8 +68,6 @@ class PendingEntries:
         """Begin without pending entries.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
             name: the learner's name; its consumer in the group.
             epoch: the learner's epoch; the server refuses acknowledgements of older epochs of this name.
         """
@@ -98,15 +96,7 @@ class PendingEntries:
         return GROUP, self.name, self.epoch
 
     def fence_older(self, workers: Iterable[int], *, deadline: Deadline | None = None) -> None:
-        """Fence older epochs of this learner: from now on the server refuses their acknowledgements.
-
-        Args:
-            workers: the workers whose streams are concerned.
-            deadline: the connection's timeout by default.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Fence older epochs of this learner: from now on the server refuses their acknowledgements."""
         with self._lock:
             new = [one for one in workers if one not in self._counted]
         calls = [(FENCE_LEARNER, self._keys_of(one), (self.name, self.epoch)) for one in new]
@@ -174,11 +164,6 @@ class PendingEntries:
 
         Args:
             entries: stream, entry id and outcome of each. Entries that are not pending are skipped.
-            deadline: the connection's timeout by default.
-
-        Raises:
-            Fenced: a newer learner of this name has taken over.
-            PeerError: the server refused, or could not be reached in time.
         """
         with self.writing_counts(deadline):
             acknowledgements = self.acknowledgements(entries)
@@ -238,9 +223,6 @@ class PendingEntries:
     def writing_counts(self, deadline: Deadline | None = None) -> Iterator[None]:
         """Keep other threads from writing counts to the server, so that the server's and the remembered ones agree.
 
-        Args:
-            deadline: the connection's timeout by default.
-
         Raises:
             ConnectionFailed: another thread waited for the server all the time.
         """
@@ -259,10 +241,6 @@ class PendingEntries:
 
         Args:
             workers: whose counts; by default those of all workers, on a Cluster except where a server is away.
-            deadline: the connection's timeout by default.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
         """
         with self.writing_counts(deadline):
             with self._lock:
@@ -297,8 +275,6 @@ class Takeover:
         """Prepare; nothing is taken over yet.
 
         Args:
-            connection: connection to the server.
-            pending: the pending entries of this learner.
             take_over_seconds: entries that another learner did not renew for this long are abandoned.
         """
         self._connection, self._pending = connection, pending
@@ -309,9 +285,6 @@ class Takeover:
         """Take over entries that other learners abandoned; return for each stream whether some may belong to us now.
 
         True wherever a takeover was tried: if the reply is lost, entries belong to this learner without its knowledge.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
         """
         own, idle_milliseconds = self._pending.consumers, int(self._seconds * 1000)
         replies = self._connection.execute_all(
@@ -330,21 +303,12 @@ class Takeover:
         return [bool(ids) for ids in abandoned]
 
     def count_delivery(self, stream: Stream, entry_id: str, consumer: str, deliveries: int) -> bool:
-        """Record one more delivery of an entry on the server; return False if another learner has taken it over.
-
-        Raises:
-            Fenced: a newer learner of this name has taken over.
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Record one more delivery of an entry on the server; return False if another learner has taken it over."""
         arguments = (*self._pending.identity, entry_id, consumer, deliveries)
         return bool(self._connection.run(COUNT_DELIVERY, stream.keys, arguments) == 1)
 
     def renew(self, streams: Sequence[Stream]) -> None:
-        """Renew this learner's claim on its pending entries when a third of `take_over_seconds` has passed.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Renew this learner's claim on its pending entries when a third of `take_over_seconds` has passed."""
         if self._next_renewal.over:
             calls = [
                 (RENEW, (one.key,), (GROUP, name)) for one in streams for name in self._pending.consumers

@@ -38,7 +38,6 @@ class Unpacker:
         """Prepare.
 
         Args:
-            pending: the learner's pending entries.
             dead_letters: where corrupt and poison batches go.
             takeover: counts deliveries on the server.
             max_staleness: batches that are staler are counted and not delivered; None for no limit.

@@ -54,9 +54,6 @@ class Sender:
         """Open the worker's queue, and fence older incarnations of the worker.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
-            registration: the worker and its incarnation.
             settings: returns the run's settings, after waiting for the learner if necessary.
             rejoin: registers the worker again if the server has lost its registration.
             when_full: what to do at a full queue; None for the run's setting.
@@ -171,7 +168,6 @@ class Sender:
 
         Raises:
             Fenced: a newer process has this worker id.
-            PeerError: the server refused, or could not be reached in time.
         """
         deadline, backoff = Deadline(timeout_seconds), Backoff(first=0.001, longest=MAX_POLL_SECONDS)
         while True:
@@ -190,7 +186,6 @@ class Sender:
 
         Raises:
             Fenced: a newer process has this worker id.
-            PeerError: the server refused, or did not confirm it in time.
         """
         deadline = Deadline(timeout_seconds)
         if self._lock.acquire(timeout=deadline.remaining):
@@ -228,11 +223,7 @@ class Sender:
             self._lock.release()
 
     def close(self, deadline: Deadline) -> None:
-        """Confirm the last batch, unless a wait for that was in vain, and write how many batches were sent.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Confirm the last batch, unless a wait for that was in vain, and write how many batches were sent."""
         if not self._lock.acquire(timeout=deadline.remaining):
             return  # another thread is sending: it gets an error when the worker closes the connections
         try:

@@ -100,7 +100,6 @@ class ShardReader:
         """Prepare a reader; nothing is connected yet.
 
         Args:
-            connection: connection to the server.
             consumer: the consumer that entries are delivered to.
             shard: the prefix of the streams' keys.
         """
@@ -141,9 +140,6 @@ class ShardReader:
         """Connect if there is no connection; return whether a new one has replaced an earlier one.
 
         Its server may then have lost something: entries that it delivered, or counts.
-
-        Raises:
-            ConnectionFailed: the server cannot be reached.
         """
         if self.is_reading or not self.channel.connect():
             return False
@@ -163,9 +159,6 @@ class ShardReader:
             count: entries of each stream, at most.
             wait_seconds: how long to block until a first entry arrives; None to not block.
             after: commands to send before it. Their replies come first, and the caller receives them.
-
-        Raises:
-            ConnectionFailed: the connection broke.
         """
         positions, skip_seconds = self._schedule.choose(self.streams, time.monotonic())
         command: list[Argument] = ["XREADGROUP", "GROUP", GROUP, self._consumer, "COUNT", count]
@@ -182,7 +175,6 @@ class ShardReader:
 
         Raises:
             KeysMove: a Cluster is moving the streams.
-            PeerError: the server refused, or the connection broke.
         """
         read, self._read = self._read, None
         assert read is not None
@@ -210,7 +202,6 @@ def wait_for_replies(readers: Sequence[ShardReader], wait_seconds: float) -> lis
 
     Args:
         readers: readers with a read in progress.
-        wait_seconds: how long to wait at most.
     """
     if not readers:
         return []

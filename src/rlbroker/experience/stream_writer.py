@@ -99,9 +99,6 @@ class StreamWriter:
         """Prepare; the first operation opens the queue, and fences older incarnations of the worker.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
-            registration: the worker and its incarnation.
             confirmation: how batches are confirmed.
             rejoin: registers the worker again if the server has lost its registration.
         """

@@ -37,8 +37,6 @@ class WatchedStreams:
         """Begin with no stream.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
             consumer: the consumer that new entries are delivered to.
         """
         self._connection, self._keys, self._consumer = connection, keys, consumer
@@ -164,9 +162,6 @@ class StreamDiscovery:
         """Prepare; the first search is due at once.
 
         Args:
-            connection: connection to the server.
-            streams: the streams to extend.
-            pending: the learner's pending entries.
             takeover: takes over what other learners abandoned.
             workers: returns every worker id that may have batches.
         """

@@ -83,8 +83,6 @@ class Committer:
         """Read the latest version of the run.
 
         Args:
-            connection: connection to the server.
-            keys: the run's keys.
             retention: learns which chunks must stay and which must expire.
             epoch: the learner's epoch; a newer one fences this learner.
             key: signs manifests, and what the run has must be signed with it; None for no signatures.

@@ -86,8 +86,6 @@ class Downloader:
         """Create a downloader.
 
         Args:
-            connection: connection to the server.
-            keys: the run's keys.
             images: where to look for decoded images, and where to keep new ones.
             key: the key that weights must be signed with; None to accept them unsigned.
             from_replicas: whether chunks are read from replicas, where there are any.
@@ -112,13 +110,11 @@ class Downloader:
         """Return the latest version, from this host's cache or from the server.
 
         Args:
-            manifest: the manifest of the latest version.
             previous: a version that is decoded already and may be the base of a delta.
 
         Raises:
             NotSigned: a signature is missing or wrong; nothing was decoded.
             WireError: a chunk is missing or invalid.
-            PeerError: the server refused, or could not be reached in time.
         """
         if self._key:
             manifest.check(self._key, self._keys.run)
@@ -147,7 +143,6 @@ class Downloader:
         Raises:
             NotSigned: a signature is missing or wrong; nothing was decoded.
             WireError: a chunk is missing or invalid.
-            PeerError: the server refused, or could not be reached in time.
         """
         if self._key:
             for form in path:

@@ -61,8 +61,6 @@ class Publisher:
         """Continue with the version that the run has now.
 
         Args:
-            connection: connection to the server.
-            keys: the run's keys.
             epoch: the learner's epoch; a newer one fences this learner.
             images: where images are kept; in this process's memory by default.
             metrics: records what was published, and how long that took.
@@ -174,10 +172,6 @@ class Publisher:
 
         Returns:
             False if another thread is publishing: call again later.
-
-        Raises:
-            Fenced: a newer learner publishes in this run.
-            PeerError: the server refused, or could not be reached in time.
         """
         if not self._lock.acquire(blocking=False):
             return False

@@ -51,8 +51,6 @@ class Subscriber:
         """Create a subscriber; nothing is read yet.
 
         Args:
-            connection: connection to the server.
-            keys: the run's keys.
             images: where decoded versions are kept; in this process's memory by default.
             key: the key that weights must be signed with; None to accept them unsigned.
             from_replicas: whether chunks are read from replicas, where there are any.
@@ -127,11 +125,7 @@ class Subscriber:
         return self._updates.take(timeout_seconds)
 
     def read_latest(self) -> int:
-        """Ask the server for the latest version, with a signing key for the latest signed one; 0 before the first.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Ask the server for the latest version, with a signing key for the latest signed one; 0 before the first."""
         version = self._read_version() or 0
         self.announce(version)
         if not self._signatures.required:

@@ -95,8 +95,6 @@ class Uploader:
         """Create an uploader.
 
         Args:
-            connection: connection to the server.
-            keys: the run's keys.
             chunk_bytes: a chunk is closed once it holds this much.
             retention: makes room when the server is full.
             metrics: records the time for encoding and sending.
@@ -143,7 +141,6 @@ class Uploader:
         """Store every chunk of an image, while the next ones are being encoded.
 
         Args:
-            plan: the plan of the image.
             image: its bytes, which must not change meanwhile.
             version: the number that the version is to get.
             upload: the name in the keys of its chunks.
@@ -190,7 +187,6 @@ class Uploader:
         """Return whether a chunk that this learner stored is missing or has another size.
 
         Args:
-            manifest: the latest manifest.
             compare: whether to compare the chunks' contents too.
         """
         stored = [

@@ -34,7 +34,6 @@ class HostCache:
         """Join the processes that share the images of a run; log the reason and return None where that is impossible.
 
         Args:
-            run: the run's name.
             directory: a directory such as `/dev/shm`.
             keep: unused images that stay, at least 1.
 
