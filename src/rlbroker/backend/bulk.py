@@ -27,24 +27,23 @@ from rlbroker.backend.topology import Server, pick_server
 from rlbroker.codec.format import byte_view
 from rlbroker.errors import ConnectionFailed, PeerError, WireError
 
-#: Bytes that may be requested and not yet received; at least one chunk is, besides the one that is being received.
-#: Otherwise the server would wait for requests, which costs a third of the speed over TCP. The server may buffer this
-#: much for each reader.
+#: Bytes that may be requested and not yet received; one chunk beyond the one being received is always requested.
+#: A server that has to wait for requests loses a third of the speed over TCP. It may buffer this much for each reader.
 READ_WINDOW_BYTES: Final = 4 << 20
 
-#: Bytes that may be sent and not yet confirmed, besides the chunk that is being sent.
+#: Bytes that may be sent and not yet confirmed, in addition to the chunk being sent.
 WRITE_WINDOW_BYTES: Final = 8 << 20
 
-#: How long replicas are not read after one did not answer. Otherwise each version would wait for it again.
+#: How long to read from masters after a replica did not answer. Otherwise each version would wait for it again.
 REPLICAS_AWAY_SECONDS: Final = 30.0
 
-#: Bytes read at once while a line is expected; the beginning of a chunk that comes with it is copied.
+#: Bytes read at once while a line is expected; the part of a chunk that arrives with it is copied.
 LINE_BYTES: Final = 4096
 
 #: The longest line of a reply; errors are the longest lines.
 LONGEST_LINE_BYTES: Final = 1 << 16
 
-#: Pieces given to one system call; Linux takes up to 1,024.
+#: Pieces passed to one system call; Linux accepts up to 1,024.
 PIECES: Final = 512
 
 Part = bytes | memoryview
@@ -52,7 +51,7 @@ Chunks = Sequence[tuple[str, memoryview]]
 
 
 class ProgressTimeout:
-    """How long a transfer retries after connection faults: as long as it makes progress within the timeout."""
+    """The limit on retries of a transfer after connection faults: it must make progress within the timeout."""
 
     def __init__(self, connection: Connection, deadline: Deadline | None = None) -> None:
         """Retry until the deadline; by default for the connection's timeout after the last progress."""
@@ -93,17 +92,17 @@ class ChunkReader:
         return self._replicas_away.over
 
     def leave_replicas(self) -> None:
-        """Read from masters from now on, after a replica did not answer; replicas may be read again after a while."""
+        """Read from masters for a while, because a replica did not answer."""
         if self.from_replicas:
             self.from_replicas, self._replicas_away = False, Deadline(REPLICAS_AWAY_SECONDS)
 
     def read(self, chunks: Chunks) -> Iterator[int]:
         """Fill the memory of each chunk, in order, and yield its index once it is filled.
 
-        If the caller stops early, the connections are closed. Each step keeps its thread's deadline.
+        If the caller stops early, the connections are closed. Each step observes the thread's deadline.
 
         Args:
-            chunks: key and memory of each: writable, contiguous, of bytes, and as long as the stored value.
+            chunks: key and memory of each; the memory is writable, contiguous, and as long as the stored value.
 
         Raises:
             WireError: a chunk is gone or has another length; the content of its memory is then undefined.
@@ -129,7 +128,7 @@ class ChunkReader:
         return found | {key: value for key, value in zip(missing, values, strict=True) if value is not None}
 
     def close(self) -> None:
-        """Abandon the present read. May be called again."""
+        """Cancel the read in progress. May be called again."""
         self._pipes.close()
 
     def _read(self, pipes: _Pipes, chunks: Chunks) -> Iterator[int]:
@@ -162,7 +161,7 @@ class ChunkReader:
             else:
                 if not re.fullmatch(rb"\$\d{1,18}", line):
                     raise pipe.error(line)
-                _check(key, int(line[1:]), memory)
+                _check_length(key, int(line[1:]), memory)
                 pipe.fill(memory)
                 if end := pipe.read_line():
                     raise pipe.error(end)
@@ -181,11 +180,11 @@ class ChunkWriter:
         self._stored: set[int] = set()  #: indexes of confirmed chunks after the first gap
 
     def write(self, chunks: Iterable[tuple[str, Sequence[Part]]], *, expire_seconds: int) -> None:
-        """Store chunks once, within the thread's deadline; chunks are taken while earlier ones are on their way.
+        """Store each chunk once, within the thread's deadline; chunks are taken while earlier ones are in flight.
 
         Args:
             chunks: key, and the parts that make up the value when joined. The parts must not change until all chunks
-                are written. After an error, chunks from `confirmed` on may be stored or not.
+                are written. After an error, chunks from `confirmed` on may or may not be stored.
             expire_seconds: the lifetime of the chunks, unless it is changed later.
 
         Raises:
@@ -202,7 +201,7 @@ class ChunkWriter:
             pipes.close()
 
     def close(self) -> None:
-        """Abandon the present write. May be called again."""
+        """Cancel the write in progress. May be called again."""
         self._pipes.close()
 
     def _send(self, pipes: _Pipes, chunks: Iterable[tuple[str, Sequence[Part]]], expire_seconds: int) -> None:
@@ -248,7 +247,7 @@ class ChunkWriter:
 
 
 class _Pipes:
-    """A connection to each server that has some of the chunks, made when it is first needed."""
+    """Connections to the servers that have the chunks, each made when it is first needed."""
 
     def __init__(self, connection: Connection, *, replicas: bool = False) -> None:
         self._connection, self._replicas = connection, replicas
@@ -256,7 +255,7 @@ class _Pipes:
 
     @property
     def all(self) -> Collection[_Pipe]:
-        """The connections that were made."""
+        """The connections made so far."""
         return self._pipes_by_master.values()
 
     def for_key(self, key: str) -> _Pipe:
@@ -286,7 +285,7 @@ class _Pipes:
         """Return the connections to their pools; every reply must have been read."""
         for one in self._pipes_by_master.values():
             if one.is_replica and self._connection.servers.several:
-                one.channel.close()  # after READONLY, another user of it could read stale data
+                one.channel.close()  # after READONLY, its next user could read stale data
             one.channel.give_back()
 
     def close(self) -> None:
@@ -313,7 +312,7 @@ class _Pipe:
         self.begin()
 
     def begin(self) -> None:
-        """Begin a step that keeps the thread's present deadline."""
+        """Begin a step with the thread's present deadline."""
         self._deadline = Deadline(try_seconds(math.inf))
 
     def request(self) -> None:
@@ -396,11 +395,11 @@ def _read_by_client(pipes: _Pipes, chunks: Chunks) -> Iterator[int]:
 def _copy(key: str, data: bytes | None, memory: memoryview) -> None:
     if data is None:
         raise WireError(f"chunk {key} is gone")
-    _check(key, len(data), memory)
+    _check_length(key, len(data), memory)
     memory[:] = data
 
 
-def _check(key: str, length: int, memory: memoryview) -> None:
+def _check_length(key: str, length: int, memory: memoryview) -> None:
     if length != len(memory):
         raise WireError(f"chunk {key} has {length} bytes instead of {len(memory)}")
 

@@ -1,4 +1,4 @@
-"""One physical connection of its own, for commands that must be ordered after a look at the server's state."""
+"""A dedicated connection to one server, for commands that must follow a read of the server's state."""
 
 from __future__ import annotations
 
@@ -23,29 +23,31 @@ SEND_BYTES: Final = 1 << 20
 
 
 class Channel:
-    """One physical connection of its own, for commands that must be ordered after a read of the server's state.
+    """A dedicated connection to one server, for commands that must follow a read of the server's state.
 
     A server loses acknowledged writes only by a restart or a failover, and both break its connections. So a caller
     that reads the state after `connect` returned True, and then writes over the same channel, writes to the state that
-    it has read. Not safe to use from several threads at once.
+    it has read.
+
+    Errors are rlbroker's. After `ConnectionFailed`, commands that were sent may have been applied, and the next
+    `connect` makes a new connection. Not safe to use from several threads at once.
     """
 
     def __init__(self, connection: Connection, key: str = "", *, server: Server | None = None) -> None:
         """Prepare a channel; nothing is connected yet.
 
         Args:
-            connection: knows the servers.
-            key: the channel leads to the master that has this key.
-            server: the channel leads to this server instead.
+            key: connect to the master that has this key.
+            server: connect to this server instead.
         """
         self._connection, self._router = connection, connection.router
         self._key, self._fixed_server = key, server
         self._server = server
         self._wire: Any = None
         self._unanswered: deque[Sequence[Argument | Pieces]] = deque()
-        #: Whether another node has answered, as a Cluster is moving a key there. The caller resets it.
+        #: Whether another node has answered, because a Cluster is moving a key to it. The caller resets this.
         self.redirected = False
-        #: A block in which each error closes the channel and becomes one of rlbroker's.
+        #: A block in which an error closes the channel and is raised as rlbroker's error.
         self.closing_on_error = _OnError(self._break)
 
     def connect(self) -> bool:
@@ -70,22 +72,13 @@ class Channel:
             raise result
         return result
 
-    def execute_all(
-        self, commands: Sequence[Sequence[Argument | Pieces]], *, strict: bool = False
-    ) -> list[Any]:
+    def execute_all(self, commands: Sequence[Sequence[Argument | Pieces]]) -> list[Any]:
         """Return the replies to many commands, sent once in one round trip; a refusal is returned as a `PeerError`.
 
-        Args:
-            commands: the commands in order. A last argument may be in pieces: large ones are not copied.
-            strict: whether the first refusal is raised instead.
+        The last argument of a command may be in pieces, of which large ones are not copied.
         """
         self.send(commands)
-        results = self.receive(len(commands))
-        if strict:
-            for result in results:
-                if isinstance(result, PeerError):
-                    raise result
-        return results
+        return self.receive(len(commands))
 
     def send(self, commands: Sequence[Sequence[Argument | Pieces]]) -> None:
         """Send commands without waiting for the replies: `receive` returns them, or `close` discards them."""
@@ -112,7 +105,7 @@ class Channel:
                     refusal = self._translate(error, command)
                     if isinstance(
                         refusal, ConnectionFailed
-                    ):  # the server is of no use now, such as a replica
+                    ):  # a server that cannot be used now, such as a replica
                         raise refusal from error
                     results.append(refusal)
         self._router.errors.record_answer()
@@ -148,9 +141,9 @@ class Channel:
 
     @property
     def raw_socket(self) -> socket.socket | None:
-        """The connection's socket, of which nothing was read ahead; None if redis-py must be used.
+        """The connection's socket, with nothing read ahead; None if redis-py must read and write itself.
 
-        It is None with fakeredis, behind redis-py's cache, and with unknown releases of redis-py.
+        That is so with fakeredis, with redis-py's client-side cache, and with unknown releases of redis-py.
         """
         found = getattr(self._wire, "_sock", None)
         parser = getattr(self._wire, "_parser", None)
@@ -203,7 +196,7 @@ class Channel:
 
 
 class _OnError:
-    """A block after whose error a function is called. A class, as a generator would be slower."""
+    """A block whose error is passed to a function. A class, because a generator would be slower."""
 
     __slots__ = ("_handle",)
 

@@ -1,4 +1,4 @@
-"""The connection of one client to the server, or to the several of a Cluster: commands with retries."""
+"""The connection of one client to a server, or to the nodes of a Cluster: commands with retries."""
 
 from __future__ import annotations
 
@@ -38,12 +38,15 @@ ScriptCall = tuple[Script, Sequence[str], Sequence[Argument]]
 
 
 class Connection:
-    """One client's connection to the server, or to the several of a Cluster: a command goes to where its first key is.
+    """One client's connection to a server, or to the nodes of a Cluster; a command goes to the node of its first key.
 
     Every operation that rlbroker sends is idempotent (explicit ids, compare-and-set scripts, plain writes of the same
     value), so a broken connection is handled by retrying until the deadline. redis-py's own retries are off, also for
-    a given client: they would repeat commands whose errors must be handled here first. No attempt waits for longer
-    than the rest of the thread's deadline.
+    a user's client: they would repeat commands whose errors must be handled here first. No attempt waits beyond the
+    thread's deadline.
+
+    A deadline that is not given is the connection's timeout from now. Every method that sends raises `PeerError` if
+    the server refuses, or cannot be reached before the deadline.
     """
 
     def __init__(
@@ -59,9 +62,9 @@ class Connection:
         Args:
             url: `redis://`, `rediss://` or `unix://`, or `redis+cluster://host:port,host:port` or
                 `redis+sentinel://host:port,host:port/service`; by default from the environment, else localhost.
-            client: a ready client instead of a URL, also one of fakeredis or of a Cluster. Only its settings are used.
+            client: a ready client instead of a URL; may be fakeredis's or a Cluster's. Only its settings are used.
             timeout_seconds: how long an operation may take, retries included.
-            reads_batches: whether large replies must be read fast, at the cost of memory.
+            reads_batches: whether to read large replies faster, at the cost of memory.
 
         Raises:
             InvalidArgument: the URL, the client or the timeout cannot be used.
@@ -118,7 +121,6 @@ class Connection:
 
         Args:
             operation: raises rlbroker's errors, and must be idempotent.
-            deadline: by default the connection's timeout from now.
 
         Raises:
             ConnectionFailed: no attempt succeeded, and one of them may have been applied.
@@ -150,7 +152,7 @@ class Connection:
     ) -> bool:
         """Add an entry with an explicit id to a stream; return False if the stream already has a later or equal id.
 
-        That is so for a resend after a lost reply, and for a worker that was replaced by a newer incarnation.
+        It has one if this is a resend after a lost reply, or if a newer incarnation has replaced the worker.
         """
         try:
             self.execute("XADD", key, entry_id, *fields, deadline=deadline)
@@ -206,11 +208,11 @@ class Connection:
         raise problem
 
     def ask(self, commands: Sequence[Sequence[Argument]], *, deadline: Deadline | None = None) -> list[Any]:
-        """Return the replies to many commands in one round trip, with retries; a refusal is returned as a `PeerError`."""
+        """Return the replies to many commands in one round trip, with retries; return a refusal as a `PeerError`."""
         return self.retry(lambda: self.ask_once(commands), deadline) if commands else []
 
     def ask_once(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
-        """Return the replies to many commands, sent once in one round trip; a refusal is returned as a `PeerError`."""
+        """Return the replies to many commands, sent once in one round trip; return a refusal as a `PeerError`."""
         channels: list[Channel] = []
         results: list[Any] = [None] * len(commands)
         try:
@@ -229,7 +231,7 @@ class Connection:
         return results
 
     def ask_at(self, server: Server, commands: Sequence[Sequence[Argument]]) -> list[Any]:
-        """Return one server's replies to many commands, sent once; a refusal is returned as a `PeerError`."""
+        """Return one server's replies to many commands, sent once; return a refusal as a `PeerError`."""
         channel = Channel(self, server=server)
         try:
             results = channel.execute_all(commands)
@@ -239,7 +241,7 @@ class Connection:
         return results
 
     def on_each(self, command: str, keys: Sequence[str], *, deadline: Deadline | None = None) -> int:
-        """Run a command that takes any number of keys and counts, such as UNLINK; return the sum."""
+        """Run a command that takes many keys and returns a count, such as UNLINK; return the sum of the counts."""
         by_slot: dict[int, list[str]] = {}
         for key in keys:
             by_slot.setdefault(slot_of(key) if self.servers.several else 0, []).append(key)
@@ -307,10 +309,10 @@ class Connection:
         for server in self.retry(self.masters):
             try:
                 self.router.scripts.load_missing(partial(self.router.send_to, server), scripts)
-            except (
-                ConnectionFailed
-            ):  # of several servers, it must not delay the others; a later call tries again
-                if not self.servers.several:
+            except ConnectionFailed:
+                if (
+                    not self.servers.several
+                ):  # one of several must not delay the others; a later call tries again
                     raise
 
     # Servers
@@ -333,7 +335,7 @@ class Connection:
         return self.router.replicas_of(master)
 
     def find_nodes(self) -> None:
-        """Find out whether the single server is a node of a Cluster, and if so use all of its nodes.
+        """Use all nodes of a Cluster if the single server turns out to be one of them.
 
         Raises:
             ServerUnsuitable: the server is a Sentinel.

@@ -46,12 +46,12 @@ _thread_state = _ThreadState()
 
 
 class within:  # noqa: N801 # used like a function, and a class is faster than a generator
-    """A block in which this thread keeps a deadline; an earlier one from an outer block stays in force."""
+    """A block in which this thread observes a deadline; an earlier one from an outer block stays in force."""
 
     __slots__ = ("_deadline", "_outer")
 
     def __init__(self, deadline: Deadline) -> None:
-        """Prepare to keep this deadline."""
+        """Take the deadline, which applies inside the block."""
         self._deadline = deadline
 
     def __enter__(self) -> Deadline:

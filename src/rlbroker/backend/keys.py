@@ -48,7 +48,7 @@ _TAG = re.compile(r"(?P<run>[^/}]*)(/s\d+)?")
 #: How many shard numbers are tried until the shards are spread evenly over the servers.
 _SHARDS_TRIED = 2_000
 
-#: Every run has at least two of the first shard numbers: the first, and the first on another server.
+#: A run has at least two of this many first shard numbers: the first, and the first on another server.
 _SHARDS_LIKELY = 10
 
 
@@ -126,7 +126,7 @@ class Keys:
 
     @property
     def one_of_likely_shards(self) -> list[str]:
-        """The same for shard numbers of which every run has at least two, on more than one server."""
+        """The same for the first shard numbers: every run has at least two of them, on different servers."""
         return Keys(self.run, shards=tuple(map(str, range(_SHARDS_LIKELY)))).one_of_each_shard
 
     def shard_of(self, number: int | str) -> str:
@@ -173,11 +173,11 @@ class Keys:
         return int(worker) if len(worker) <= len(str(MAX_WORKER_ID)) else None
 
     def is_never_reused(self, key: str) -> bool:
-        """Whether no later learner of the run uses this key again: chunks and outcomes have unique ids."""
+        """Return whether no later learner of the run uses this key again: chunks and outcomes have unique ids."""
         return run_of(key) == self.run and key.partition("}:")[2].startswith(("w:", "outcomes:"))
 
     def describes_run(self, key: str) -> bool:
-        """Whether commands read this key to find runs and their state."""
+        """Return whether commands read this key to find runs and their state."""
         return key in (self.meta, self.weights, self.workers) or key.startswith(self.life_prefix)
 
     @property

@@ -33,7 +33,7 @@ from rlbroker.errors import InvalidArgument
 
 logger = logging.getLogger("rlbroker")
 
-#: How long to wait for a server that should answer before the cause is looked for in another way.
+#: How long to wait for an answer that is due before checking for another cause.
 QUIET_SECONDS: Final = 1.0
 
 #: OpenSSL's codes for a server's certificate: X509_V_ERR_….
@@ -194,7 +194,7 @@ class TlsConnection(redis.Connection):
     """A TLS connection that says why it cannot be made."""
 
     def __init__(self, *, tls: TlsSettings, **settings: Any) -> None:
-        """Prepare the connection; nothing is connected yet."""
+        """Create a connection; nothing is connected yet."""
         self._tls = tls
         prepare: Callable[..., None] = super().__init__
         prepare(**settings)
@@ -336,7 +336,7 @@ def tls_refusal(error: BaseException) -> str:
 
 
 def requires_tls(pool: redis.ConnectionPool, error: BaseException) -> bool:
-    """Whether a server broke a connection without TLS because it speaks TLS only; connects once to find out.
+    """Return whether a server broke a connection without TLS because it speaks TLS only; connects once to find out.
 
     Args:
         pool: makes the connections.
@@ -362,7 +362,7 @@ def requires_tls(pool: redis.ConnectionPool, error: BaseException) -> bool:
 
 
 def _is_broken(error: BaseException) -> bool:
-    """Whether the other side closed the connection, or its answer was not Redis's protocol."""
+    """Return whether the other side closed the connection, or its answer was not Redis's protocol."""
     if isinstance(error, InvalidResponse):
         return True
     return any(isinstance(one, ConnectionResetError | BrokenPipeError) for one in _chain(error)) or (
@@ -381,7 +381,7 @@ def _find_alert(error: BaseException) -> ssl.SSLError | None:
 
 
 def _is_alert(error: BaseException) -> bool:
-    """Whether the other side gave a reason before it closed the connection."""
+    """Return whether the other side gave a reason before it closed the connection."""
     return isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or "")
 
 

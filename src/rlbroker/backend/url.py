@@ -1,4 +1,4 @@
-"""URLs of servers: which are accepted, and what they say."""
+"""URLs of servers, validated and parsed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ URL_SCHEMES = (
     *("redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"),
 )
 
-#: Parameters with the user and password for the Sentinels; those for the server do not count there.
+#: Parameters with the user and password for the Sentinels, which do not use those for the server.
 _SENTINEL_LOGIN = ("sentinel_username", "sentinel_password")
 
 #: The names of masters that Sentinels accept.
@@ -25,7 +25,7 @@ _SERVICE = re.compile(r"[\w.-]+", re.ASCII)
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a URL says that the server is.
+    """The server or servers that a URL names.
 
     Attributes:
         kind: one server; the nodes of a Cluster; or Sentinels, which name the master.
@@ -68,7 +68,7 @@ def redis_url(url: str | None = None) -> str:
 
 
 def parse_endpoint(url: str) -> Endpoint:
-    """Return where a URL says that the server is.
+    """Return the server or servers that a URL names.
 
     >>> parse_endpoint("redis+sentinel://a:1,b:2/pong/3").hosts
     (('a', 1), ('b', 2))
