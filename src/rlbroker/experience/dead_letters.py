@@ -24,9 +24,7 @@ READ_AT_ONCE = 4
 _OWN_FIELDS = ("entry", "reason", "detail", "deliveries", "died_at")
 
 BURY = Script.load("experience/lua/bury.lua")
-
 RETRY = Script.load("experience/lua/retry_dead_letter.lua")
-
 PURGE = Script.load("experience/lua/purge_dead_letter.lua")
 
 
@@ -36,12 +34,7 @@ class DeadLetters:
     def __init__(
         self, connection: Connection, keys: Keys, pending: PendingEntries, *, max_bytes: int
     ) -> None:
-        """Prepare; nothing is read yet.
-
-        Args:
-            pending: the learner's pending entries, from which dead batches are removed.
-            max_bytes: bytes of dead letters that are kept for each worker.
-        """
+        """Keep at most `max_bytes` of dead letters for each worker; nothing is read yet."""
         self._connection, self._keys, self._pending = connection, keys, pending
         self._max_bytes = max_bytes
 
@@ -49,9 +42,9 @@ class DeadLetters:
         """Move a pending entry to the dead letters, and count it.
 
         Args:
-            entry: the entry; its message may be gone from memory, the server still has it.
-            reason: the outcome that is counted: `corrupt` or `poison`.
-            detail: what is wrong, for people.
+            entry: the entry; its message may be gone from memory, as the server still has it.
+            reason: the outcome to count: `corrupt` or `poison`.
+            detail: what is wrong, in words.
         """
         stream = entry.stream
         values: tuple[Any, ...] = (
@@ -91,8 +84,8 @@ class DeadLetters:
         return purge_letters(self._connection, self._keys, letters)
 
 
-# The functions below need no learner. A live learner finds in the server's counts what others retried, within
-# RECHECK_SECONDS of watched_streams.py: each of these counts only grows.
+# The functions below need no learner. A live learner learns of their retries from the server's counts, which only grow,
+# within RECHECK_SECONDS of watched_streams.py.
 
 
 def read_letters(connection: Connection, keys: Keys, worker: int) -> Iterator[DeadLetter]:
@@ -101,7 +94,7 @@ def read_letters(connection: Connection, keys: Keys, worker: int) -> Iterator[De
     while True:
         entries = connection.execute("XRANGE", keys.dead(worker), position, "+", "COUNT", READ_AT_ONCE)
         for entry_id, fields in entries:
-            yield _letter(worker, entry_id, fields)
+            yield _parse_letter(worker, entry_id, fields)
         if len(entries) < READ_AT_ONCE:
             return
         position = f"({entries[-1][0].decode()}"
@@ -134,7 +127,7 @@ def purge_letters(connection: Connection, keys: Keys, letters: Sequence[DeadLett
     return sum(connection.run_all(calls))
 
 
-def _letter(worker: int, entry_id: bytes, fields: dict[bytes, bytes]) -> DeadLetter:
+def _parse_letter(worker: int, entry_id: bytes, fields: dict[bytes, bytes]) -> DeadLetter:
     text = text_fields({name: value for name, value in fields.items() if name != b"data"})
     incarnation, sequence = entry_place(text["entry"])
     return DeadLetter(

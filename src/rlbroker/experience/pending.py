@@ -16,42 +16,25 @@ from rlbroker.backend.replies import pending_rows, text_fields, whole_number
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import counted
 from rlbroker.errors import ConnectionFailed
+from rlbroker.experience.counts import LOST_AT_LEARNERS, LOST_AT_WORKERS
 from rlbroker.experience.read_position import Stream
 
 logger = logging.getLogger("rlbroker")
 
 #: Outcomes that learners count. They survive the loss of the server, because each learner remembers them.
-COUNTED = (
-    "delivered",
-    "stale",
-    "corrupt",
-    "poison",
-    "trimmed",
-    "duplicate",
-    "retried_corrupt",
-    "retried_poison",
-)
-
-#: The outcomes of batches that are lost: those that learners count, and those that workers count.
-LOST_AT_LEARNERS = ("stale", "corrupt", "poison", "trimmed")
-LOST_AT_WORKERS = ("dropped_oldest", "dropped_newest", "stopped", "fenced")
+COUNTED = ("delivered", *LOST_AT_LEARNERS, "duplicate", "retried_corrupt", "retried_poison")
 
 #: Fields of a worker's counts that do not count batches.
 NOT_BATCHES = ("removed_bytes", "incarnation", "dead_bytes")
 
-#: Entries of one stream that are taken over at once, at most.
+#: The most entries of one stream that are taken over at once.
 TAKE_COUNT = 100
 
 FENCE_LEARNER = Script.load("experience/lua/fence_learner.lua")
-
 ACKNOWLEDGE = Script.load("experience/lua/acknowledge.lua")
-
 RESTORE_COUNTS = Script.load("experience/lua/restore_counts.lua")
-
 TAKE_ABANDONED = Script.load("experience/lua/take_abandoned.lua")
-
 COUNT_DELIVERY = Script.load("experience/lua/count_delivery.lua")
-
 RENEW = Script.load("experience/lua/renew.lua")
 
 #: For each stream, by entry id: the bytes that its queue is credited, and the outcome that is counted.
@@ -61,7 +44,8 @@ Acknowledgements = dict[Stream, dict[str, tuple[int, str]]]
 class PendingEntries:
     """The pending entries of one learner. Safe to use from several threads.
 
-    It also remembers what was counted, to restore the counts on a server that lost them.
+    It also remembers the counts, to restore them on a server that lost them. Writing to the server raises `Fenced` once
+    a newer learner of this name has taken over.
     """
 
     def __init__(self, connection: Connection, keys: Keys, *, name: str, epoch: int) -> None:
@@ -78,7 +62,7 @@ class PendingEntries:
         self._writing_counts = threading.RLock()
         self._entries: dict[Stream, dict[str, int]] = {}
         self._counted: dict[int, Counter[str]] = {}
-        #: What workers count, by worker, as old as the last `remember_counts`.
+        #: What workers count, by worker, as of the last `remember_counts`.
         self._counted_by_workers: dict[int, dict[str, int]] = {}
 
     @property
@@ -108,9 +92,8 @@ class PendingEntries:
         numbers = {name: whole_number(value) for name, value in text_fields(counts).items()}
         found = {name: number for name, number in numbers.items() if number is not None}
         with self._lock:
-            counted = self._counted.setdefault(worker, Counter())
-            counted |= Counter({name: found[name] for name in COUNTED if name in found})
-            self._counted[worker] = counted
+            by_learners = Counter({name: found[name] for name in COUNTED if name in found})
+            self._counted[worker] = self._counted.get(worker, Counter()) | by_learners
             self._counted_by_workers[worker] = {
                 name: value
                 for name, value in found.items()
@@ -142,15 +125,15 @@ class PendingEntries:
     def totals(self) -> tuple[int, int]:
         """Return how many batches of the run were delivered, and how many were lost, as far as this learner knows.
 
-        What workers and other learners count is as old as the last `remember_counts`.
+        The counts of workers and other learners are as of the last `remember_counts`.
         """
         delivered = lost = 0
         with self._lock:
-            for counted in self._counted.values():
-                delivered += counted["delivered"]
-                lost += sum(counted[reason] for reason in LOST_AT_LEARNERS)
+            for counts in self._counted.values():
+                delivered += counts["delivered"]
+                lost += sum(counts[reason] for reason in LOST_AT_LEARNERS)
                 for reason in ("corrupt", "poison"):  # a retried batch is no longer lost
-                    lost -= min(counted[reason], counted[f"retried_{reason}"])
+                    lost -= min(counts[reason], counts[f"retried_{reason}"])
             for by_worker in self._counted_by_workers.values():
                 lost += sum(
                     number for name, number in by_worker.items() if name.partition(":")[0] in LOST_AT_WORKERS
@@ -173,7 +156,7 @@ class PendingEntries:
             return self.note_acknowledged(acknowledgements, replies, deadline=deadline)
 
     def acknowledgements(self, entries: Sequence[tuple[Stream, str, str]]) -> Acknowledgements:
-        """Return what to acknowledge: these entries, without those that are not pending."""
+        """Return acknowledgements of those of these entries that are pending."""
         found: Acknowledgements = {}
         with self._lock:
             for stream, entry_id, outcome in entries:
@@ -184,7 +167,7 @@ class PendingEntries:
         return found
 
     def commands(self, acknowledgements: Acknowledgements) -> list[tuple[Argument, ...]]:
-        """Return the commands that acknowledge, to be sent with other commands within `writing_counts`."""
+        """Return the commands of acknowledgements, to be sent with other commands within `writing_counts`."""
         return [
             script.call(keys, arguments)
             for script, keys, arguments in _script_calls(self.identity, acknowledgements)
@@ -224,7 +207,7 @@ class PendingEntries:
         """Keep other threads from writing counts to the server, so that the server's and the remembered ones agree.
 
         Raises:
-            ConnectionFailed: another thread waited for the server all the time.
+            ConnectionFailed: another thread was waiting for the server until the deadline.
         """
         limit = deadline or Deadline(self._connection.timeout_seconds)
         if not self._writing_counts.acquire(timeout=limit.remaining):
@@ -240,7 +223,7 @@ class PendingEntries:
         """Write back the counts that the server may have lost. Harmless where it lost none.
 
         Args:
-            workers: whose counts; by default those of all workers, on a Cluster except where a server is away.
+            workers: the workers whose counts to write; by default all, on a Cluster without those whose server is away.
         """
         with self.writing_counts(deadline):
             with self._lock:
@@ -269,20 +252,20 @@ class PendingEntries:
 
 
 class Takeover:
-    """Batches that other learners abandoned; and the claim of this learner on its own pending entries."""
+    """The takeover of entries that other learners abandoned, and the renewal of this learner's own claims."""
 
     def __init__(self, connection: Connection, pending: PendingEntries, *, take_over_seconds: float) -> None:
-        """Prepare; nothing is taken over yet.
+        """Create it; nothing is taken over yet.
 
         Args:
-            take_over_seconds: entries that another learner did not renew for this long are abandoned.
+            take_over_seconds: entries that their learner did not renew for this long are abandoned.
         """
         self._connection, self._pending = connection, pending
         self._seconds = take_over_seconds
         self._next_renewal = Deadline(take_over_seconds / 3)
 
     def take_abandoned(self, streams: Sequence[Stream]) -> list[bool]:
-        """Take over entries that other learners abandoned; return for each stream whether some may belong to us now.
+        """Take over abandoned entries; return for each stream whether some may belong to this learner now.
 
         True wherever a takeover was tried: if the reply is lost, entries belong to this learner without its knowledge.
         """

@@ -41,7 +41,7 @@ class Stream:
 
     @classmethod
     def named(cls, name: str, keys: Keys) -> Self:
-        """Return the stream that marks call by this name."""
+        """Return the stream with this name in marks."""
         prefix, _, worker = name.rpartition(":")
         number, retried = int(worker), prefix == "again"
         key = keys.again(number) if retried else keys.experiences(number)
@@ -70,8 +70,8 @@ class Entry:
         fields: as the worker wrote them; None if the entry was deleted while it was pending.
         taken_over: whether it was taken over from another learner.
         repeat_reason: how an entry that was collected before is counted; empty for a new one.
-        deliveries: how many learners it was delivered to that died before they acknowledged it.
-        batch: its batch, once it was decoded.
+        deliveries: how many learners died after they received it and before they acknowledged it.
+        batch: its batch, once decoded.
         place: its id in a form that can be compared.
     """
 
@@ -171,8 +171,8 @@ class ReadPosition:
         may have read, and the entries that were taken over from them.
 
         Args:
-            unreturned: ids of entries that were read, and that `collect` has not returned.
-            pending: ids of entries that are not acknowledged.
+            unreturned: ids of entries that were read and that `collect` has not returned.
+            pending: ids of the stream's pending entries.
         """
         self.taken_over.intersection_update(pending)
         before = {one for one in unreturned if entry_place(one) <= self.last_collected}

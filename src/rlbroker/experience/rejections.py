@@ -1,4 +1,4 @@
-"""Batches on their way in: decoded for the learner, or taken out of the queue where they cannot be delivered."""
+"""Decodes batches for the learner, and removes from the queue those that cannot be delivered."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from rlbroker.types import Batch
 
 logger = logging.getLogger("rlbroker")
 
-#: A batch that was delivered this often, each time to a learner that died, is returned alone from then on, and at the
-#: latest at its last delivery, so that other batches are not blamed for a death.
+#: After this many deliveries to learners that died, and in any case at its last delivery, a batch is returned alone, so
+#: that other batches are not blamed for a death.
 SUSPECT_AFTER = 2
 
 
 class Unpacker:
-    """Makes batches of entries, and sorts out those that cannot be delivered. Not thread-safe."""
+    """Makes batches of entries, and removes those that cannot be delivered. Not thread-safe."""
 
     def __init__(
         self,
@@ -35,12 +35,12 @@ class Unpacker:
         max_deliveries: int | None,
         latest_version: Callable[[], int],
     ) -> None:
-        """Prepare.
+        """Set the limits.
 
         Args:
             dead_letters: where corrupt and poison batches go.
             takeover: counts deliveries on the server.
-            max_staleness: batches that are staler are counted and not delivered; None for no limit.
+            max_staleness: staler batches are counted and not delivered; None for no limit.
             max_deliveries: deliveries after which a batch is poison; None for no limit.
             latest_version: returns the version that staleness is measured from.
         """

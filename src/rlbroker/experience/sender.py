@@ -1,7 +1,7 @@
-"""The worker's side of the experiences: batches go to the worker's own queue, in order, once, and within its bounds.
+"""Sends a worker's batches to its own queue, in order, once, and within the queue's bounds.
 
-A batch costs one plain XADD (`StreamWriter`). The queue's size is read again only when what was sent since the last
-time could have filled it.
+A batch costs one plain XADD (`StreamWriter`). The queue's size is read again only when the batches sent since the last
+read could have filled it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ from rlbroker.experience.outgoing import Message, Packer, PendingBatch
 from rlbroker.experience.stream_writer import StreamWriter
 from rlbroker.types import Registration, SendReceipt
 
-#: How often a sender that waits for a full queue reads its size, at least.
+#: The longest pause between two reads of a full queue's size.
 MAX_POLL_SECONDS = 0.05
 
 
 class Sender:
-    """Sends the batches of one worker. Safe to use from several threads."""
+    """Sends the batches of one worker. Safe to use from several threads.
+
+    Its methods raise `Fenced` once a newer process has this worker id.
+    """
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class Sender:
             settings: returns the run's settings, after waiting for the learner if necessary.
             rejoin: registers the worker again if the server has lost its registration.
             when_full: what to do at a full queue; None for the run's setting.
-            compression: whether arrays are compressed where that makes them smaller.
+            compression: whether to compress arrays where that makes them smaller.
             level: what a batch must have reached to be safe.
             known: whether the place of the queue is known; if not, it is opened with the first batch.
 
@@ -71,7 +74,7 @@ class Sender:
         self._lock = threading.Lock()
         self._fenced = False
         self._room_seconds = 0.0
-        self._waiting_since: float | None = None  #: since when it waits for room, if it does
+        self._waiting_since: float | None = None  #: when the present wait for room began, if there is one
         confirmation = Confirmation(connection, level)
         self.queue = StreamWriter(connection, keys, registration, confirmation, rejoin)
         if known:
@@ -85,18 +88,21 @@ class Sender:
 
     @property
     def room_seconds(self) -> float:
-        """Seconds for which this incarnation has waited for room in a full queue, until now."""
-        so_far, since = self._room_seconds, self._waiting_since  # in this order it is never too much
+        """Seconds that this incarnation has waited for room in a full queue, until now."""
+        so_far, since = (
+            self._room_seconds,
+            self._waiting_since,
+        )  # read in this order, the sum is never too large
         return so_far + (time.monotonic() - since if since is not None else 0.0)
 
     @property
     def unsafe(self) -> int:
-        """Batches that have not reached their level yet, and are kept for that."""
+        """How many batches have not reached their level, and are kept until they do."""
         return len(self.queue.pending)
 
     @property
     def unconfirmed(self) -> str:
-        """Why the last batch has not reached its level, if a wait for that was in vain."""
+        """Why the last batch has not reached its level, if a wait for that failed; otherwise empty."""
         return self.queue.confirmation.missing if self.queue.pending.unconfirmed is not None else ""
 
     def send(
@@ -111,9 +117,9 @@ class Sender:
 
         Args:
             batch: nested dictionary of tensors, arrays and plain values.
-            version: the weights that produced it.
+            version: the version that produced it.
             timeout_seconds: how long to wait for room, or for a server that is away.
-            stopped: returns whether to stop waiting for room, because the worker was told to stop.
+            stopped: returns whether the worker was stopped, which ends a wait for room.
 
         Raises:
             UnsupportedType: something in the batch cannot travel; its path is named.
@@ -164,11 +170,7 @@ class Sender:
             self._lock.release()
 
     def flush(self, timeout_seconds: float) -> int:
-        """Wait until every batch has reached its level; return how many have not at the timeout.
-
-        Raises:
-            Fenced: a newer process has this worker id.
-        """
+        """Wait until every batch has reached its level; return how many have not at the timeout."""
         deadline, backoff = Deadline(timeout_seconds), Backoff(first=0.001, longest=MAX_POLL_SECONDS)
         while True:
             if not self._lock.acquire(timeout=deadline.remaining):
@@ -182,11 +184,7 @@ class Sender:
             time.sleep(backoff.next(deadline))
 
     def confirm(self, timeout_seconds: float) -> None:
-        """Wait until the last batch has reached its level, if it was not confirmed in time.
-
-        Raises:
-            Fenced: a newer process has this worker id.
-        """
+        """Wait until the last batch has reached its level, if it was not confirmed in time."""
         deadline = Deadline(timeout_seconds)
         if self._lock.acquire(timeout=deadline.remaining):
             try:
@@ -202,11 +200,8 @@ class Sender:
     def maintain(self) -> None:
         """Send pending batches again, release those that are safe, and write how many were sent.
 
-        Does nothing while another thread is sending. A batch that is still not confirmed is not raised: `unconfirmed`
-        says why.
-
-        Raises:
-            PeerError: the server refused or could not be reached; call it again later.
+        Do nothing while another thread is sending. For a batch that is still not confirmed, `unconfirmed` has the
+        reason, and no error is raised. After a `PeerError`, call this again later.
         """
         is_unsafe = self.queue.stale or self.unsafe
         if not (is_unsafe or self.queue.has_unwritten_counts) or not self._lock.acquire(blocking=False):
@@ -223,7 +218,7 @@ class Sender:
             self._lock.release()
 
     def close(self, deadline: Deadline) -> None:
-        """Confirm the last batch, unless a wait for that was in vain, and write how many batches were sent."""
+        """Confirm the last batch, unless a wait for that has failed, and write how many batches were sent."""
         if not self._lock.acquire(timeout=deadline.remaining):
             return  # another thread is sending: it gets an error when the worker closes the connections
         try:
@@ -261,10 +256,10 @@ class Sender:
     def _make_room(
         self, stored_bytes: int, settings: RunSettings, deadline: Deadline, stopped: Callable[[], bool]
     ) -> tuple[str, int]:
-        """Make room for a batch as `when_full` says.
+        """Make room for a batch according to `when_full`.
 
         Returns:
-            The outcome to count if there is no room, or an empty text; and how many batches were dropped for this one.
+            The outcome to count if there is no room, empty otherwise; and how many batches were dropped for this one.
         """
         when_full = self._when_full or settings.when_full
         if self._fits(stored_bytes, settings):
@@ -273,7 +268,7 @@ class Sender:
         if when_full == "drop_oldest" and not self._fits(stored_bytes, settings):
             dropped = self.queue.drop_oldest(stored_bytes, settings, deadline)
             self.queue.refresh(deadline)
-            # What is in the learner's hands cannot be dropped, so there may still be no room.
+            # Pending batches cannot be dropped, so there may still be no room.
             return "" if self._fits(stored_bytes, settings) else "dropped_newest", dropped
         if when_full == "drop_newest" and not self._fits(stored_bytes, settings):
             return "dropped_newest", 0
@@ -292,12 +287,12 @@ class Sender:
             if stopped():
                 return "stopped"
             if deadline.over:
-                found = self.queue.size
+                size = self.queue.size
                 raise QueueFull(
                     f"worker {self._registration.worker_id}'s queue stayed full for {deadline.seconds:g} s: "
-                    f"{counted(found.waiting, 'batch', 'batches')} waiting (max_queue_size "
-                    f"{settings.max_queue_size}), {found.in_hand} in the learner's hands, "
-                    f"{found.held_bytes:,} bytes in all (max_queue_bytes {settings.max_queue_bytes:,}); the learner "
+                    f"{counted(size.waiting, 'batch', 'batches')} waiting (max_queue_size "
+                    f"{settings.max_queue_size}), {size.in_hand} in the learner's hands, "
+                    f"{size.queued_bytes:,} bytes in all (max_queue_bytes {settings.max_queue_bytes:,}); the learner "
                     "collects or acknowledges too slowly. Raise timeout or the bounds, or choose another when_full"
                 )
             time.sleep(backoff.next(deadline))
@@ -305,14 +300,14 @@ class Sender:
         return ""
 
     def _fits(self, stored_bytes: int, settings: RunSettings) -> bool:
-        found = self.queue.size
-        held_bytes = max(found.held_bytes, self.queue.pending.kept_bytes)
+        size = self.queue.size
+        queued_bytes = max(size.queued_bytes, self.queue.pending.kept_bytes)
         return (
-            found.waiting < settings.max_queue_size and held_bytes + stored_bytes <= settings.max_queue_bytes
+            size.waiting < settings.max_queue_size and queued_bytes + stored_bytes <= settings.max_queue_bytes
         )
 
     def _store(self, batch: PendingBatch, deadline: Deadline) -> None:
-        """Store a batch; or, if it is certain that it was not stored, release its number and raise."""
+        """Store a batch; if that fails and it is certain that it was not stored, release its number."""
         self.queue.sequence, self.queue.pending.unconfirmed = batch.sequence, batch
         backoff = Backoff()
         while True:
