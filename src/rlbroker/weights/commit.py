@@ -30,10 +30,10 @@ _LAST_VERSION: Final = 1 << 52
 #: How often a commit is tried while another client writes to the manifest.
 _TRIES: Final = 20
 
-#: A higher version number is believed only if it is signed.
+#: An unsigned manifest with a higher version number is not believed.
 _LIKELY_VERSION: Final = 10**9
 
-#: How many versions' times of publication are remembered.
+#: How many publication times are remembered.
 TIMES_KEPT: Final = 10_000
 
 COMMIT = Script.load("weights/lua/commit.lua")
@@ -41,7 +41,7 @@ COMMIT = Script.load("weights/lua/commit.lua")
 
 @dataclass(frozen=True)
 class LocalCopy:
-    """A version that this learner published: its image, and what it takes to store it again or a delta to it."""
+    """A version that this learner published: its image, and what is needed to store it again, or a delta to it."""
 
     plan: ImagePlan
     image: Image
@@ -58,7 +58,7 @@ class ChunksLost(Exception):
 
 
 class Committer:
-    """The latest version of a run as this learner knows it, and the way to commit the next one.
+    """Commits versions of a run, and knows the latest one.
 
     A commit whose reply is lost may or may not have been applied. Its number counts as used, and the next `catch_up`
     finds out which it was.
@@ -83,9 +83,9 @@ class Committer:
         """Read the latest version of the run.
 
         Args:
-            retention: learns which chunks must stay and which must expire.
+            retention: keeps and expires the chunks of committed versions.
             epoch: the learner's epoch; a newer one fences this learner.
-            key: signs manifests, and what the run has must be signed with it; None for no signatures.
+            key: signs manifests, and must have signed the run's present one; None for no signatures.
         """
         self._connection, self._keys, self._retention, self._epoch = connection, keys, retention, epoch
         self._key = key
@@ -94,7 +94,7 @@ class Committer:
         self.local_copy: LocalCopy | None = None
         self._publish_times: dict[int, float] = {}
         self._uploads = 0
-        #: All versions up to this one are used, or may be, even if the server has none of them any more.
+        #: All versions up to this one may have been used, even if the server has lost them.
         self._floor = 0
         #: The upload and the copy of a commit whose reply was lost.
         self._unconfirmed: tuple[str, LocalCopy] | None = None
@@ -110,7 +110,7 @@ class Committer:
 
     @property
     def last_used(self) -> int:
-        """The highest version number that was ever used, as far as is known."""
+        """The highest version number known to have been used."""
         return max(self.latest_version, self._floor)
 
     @property
@@ -129,7 +129,7 @@ class Committer:
         return f"{self.last_used + 1}-{self._epoch}-{self._uploads}"
 
     def mark_used(self, version: int) -> None:
-        """Never use this version number, nor a lower one."""
+        """Never use this version number or a lower one."""
         self._floor = max(self._floor, version)
 
     def sign(self, manifest: Manifest) -> Manifest:
@@ -148,7 +148,7 @@ class Committer:
                 break
             before = self.latest
             self.catch_up()
-            if self.latest is not before:  # the forms of that version must be superseded too
+            if self.latest is not before:  # the forms of that other version must be superseded too
                 raise ChunksLost
             manifest = self.sign(manifest.numbered(self.last_used + 1))
         else:
@@ -173,7 +173,7 @@ class Committer:
         """Learn which version numbers were used by a commit whose reply was lost, or before the server lost its data.
 
         Args:
-            opening: whether this learner just opens the run, which may have had no signatures until now.
+            opening: whether this learner is opening the run, which may have had no signatures until now.
 
         Returns:
             The newest version that workers have seen on a server that lost it; 0 without one.
@@ -202,7 +202,7 @@ class Committer:
         """Return the manifest that the server has; with a signing key, only one that was signed with it.
 
         A manifest from another writer is ignored, and the next version replaces it, whatever its number. Only when
-        this learner opens the run may it be an honest manifest without a signature: then its number counts as used.
+        this learner opens the run may it be an honest manifest without a signature, whose number counts as used.
         """
         fields = text_fields(self._connection.execute("HGETALL", self._keys.weights))
         if self._key is None:
@@ -226,7 +226,7 @@ class Committer:
         return None
 
     def _try_commit(self, manifest: Manifest, copy: LocalCopy) -> Any:
-        """Commit over the connection that has just seen every chunk: after a reconnect the server may have lost some.
+        """Commit over the connection that has just checked the chunks: after a reconnect the server may have lost some.
 
         On a Cluster the chunks are on other nodes. If one of them loses chunks after this check, workers report it.
         """
@@ -254,7 +254,7 @@ class Committer:
             raise
 
     def _adopt(self, manifest: Manifest) -> None:
-        """Take this manifest for the latest; forms that it no longer names are to expire."""
+        """Adopt this manifest as the latest; forms that it no longer names will expire."""
         self._retention.adopt(manifest, self.latest.forms if self.latest else ())
         self.unsigned_forms = ()
         self.latest = manifest

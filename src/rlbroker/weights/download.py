@@ -29,12 +29,11 @@ from rlbroker.weights.manifest import Manifest, StoredForm, digest_of, group
 #: The limits for decoding weights.
 WEIGHTS_LIMITS: Final = Limits(max_raw_bytes=64 << 30, max_header_bytes=256 << 20)
 
-#: A smaller form is read in one round trip, before its header says what it consists of. A smaller image is decoded in
-#: the thread that reads it, as another thread would take longer to start.
+#: A smaller form is read in one round trip, together with its header. A smaller image is decoded in the thread that
+#: reads it, as another thread would take longer to start.
 SMALL_BYTES: Final = 1 << 20
 
-#: Bytes that are read before the first of them must be decoded; bounds the memory for chunks that are not read in
-#: place.
+#: Bytes that are read before the first of them must be decoded; bounds the memory of chunks that are not read in place.
 READ_AHEAD_BYTES: Final = 64 << 20
 
 #: The most segments that wait to be decoded.
@@ -52,7 +51,7 @@ class DecodedVersion:
 
     Attributes:
         number: the version.
-        weights: its tree; large tensors and arrays are views of the image, in the dtypes in which they were sent.
+        weights: its tree, in the dtypes in which it was sent; large tensors and arrays are views of the image.
     """
 
     def __init__(self, number: int, image: Image, form: ImageFormat) -> None:
@@ -60,7 +59,7 @@ class DecodedVersion:
         self.number, self.image, self.form = number, image, form
         np.add.reduce(
             image.array[:: mmap.PAGESIZE]
-        )  # map its pages here, in the background, and not in `poll`
+        )  # maps its pages now, in the background, and not in `poll`
         self.weights: Any = form.tree(image.array, keep_dtype=True)
 
     def weights_for(self, target: Any, *, keep_dtype: bool) -> Any:
@@ -110,7 +109,7 @@ class Downloader:
         """Return the latest version, from this host's cache or from the server.
 
         Args:
-            previous: a version that is decoded already and may be the base of a delta.
+            previous: a decoded version that may be the base of a delta.
 
         Raises:
             NotSigned: a signature is missing or wrong; nothing was decoded.
@@ -127,14 +126,14 @@ class Downloader:
             except WireError:
                 if not self._reader.from_replicas:
                     raise
-            # The replica may be behind, or follow another master by now.
+            # The replica may be behind, or may follow another master by now.
             self._reader.from_replicas = False
             return self._find_or_download(manifest, previous)
         except MemoryError as error:
             raise WireError(f"version {manifest.version} needs more memory than there is") from error
 
     def fetch_arrays(self, path: Sequence[StoredForm], chunk_bytes: int) -> tuple[ImageFormat, Bytes]:
-        """Return the image of a version, checked as for a worker, without building tensors: torch is not needed.
+        """Return the image of a version, checked as for a worker, without building tensors, which would need torch.
 
         Args:
             path: the stored forms of the version: a full one, and the deltas that follow it.
@@ -211,7 +210,7 @@ class Downloader:
         base: Bytes | None,
         small: dict[str, bytes],
     ) -> None:
-        """Fill an image: with the first form, which may be a delta to `base`, and with the next ones in place."""
+        """Fill an image with the first form, which may be a delta to `base`; then apply the next ones in place."""
         for form, image_format in zip(path, formats, strict=True):
             self._decode(form, image_format, chunk_bytes, array, base, small)
             base = array
@@ -344,7 +343,7 @@ def _decode_checked(
     array: Bytes,
     base: Bytes | None,
 ) -> None:
-    """Decode the segments of a chunk, after checking that it is the one that was signed."""
+    """Check that a chunk is the one that was signed, and decode its segments."""
     check_hash(form, number, data)
     for index in indices:
         size = image_format.segments[index].stored_bytes
@@ -353,10 +352,6 @@ def _decode_checked(
 
 
 def check_hash(form: StoredForm, number: int, data: bytes | memoryview) -> None:
-    """Check that a chunk is the one that was signed.
-
-    Raises:
-        NotSigned: it is another one.
-    """
+    """Raise `NotSigned` unless a chunk is the one that was signed."""
     if chunk_hash([data]) != form.hash_of(number):
         raise NotSigned(f"chunk {number} of version {form.version} does not match its signature")

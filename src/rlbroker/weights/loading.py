@@ -38,7 +38,7 @@ def load(weights: Any, target: Any) -> None:
         _check_fits(weights, target)
         _overwrite(weights, target)
     elif isinstance(weights, Mapping):
-        target.update(copy.deepcopy(weights))  # the received weights lie in memory that other processes share
+        target.update(copy.deepcopy(weights))  # the received weights are in memory that other processes share
     else:
         raise WeightsMismatch(f"the weights are a {type(weights).__name__}, not a dictionary")
 

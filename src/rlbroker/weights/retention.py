@@ -25,10 +25,10 @@ SUPERSEDED_BYTES: Final = 1 << 30
 
 
 class Retention:
-    """The chunks that one learner must keep, let expire and may delete. Not safe for several threads at once."""
+    """The chunks that one learner keeps, lets expire, or deletes. Not safe to use from several threads at once."""
 
     def __init__(self, connection: Connection, keys: Keys) -> None:
-        """Begin without any chunks."""
+        """Begin without chunks."""
         self._connection, self._keys = connection, keys
         self._latest_upload = ""
         self._to_keep: dict[str, StoredForm] = {}
@@ -37,7 +37,7 @@ class Retention:
         self._superseded: deque[tuple[StoredForm, float]] = deque()
 
     def adopt(self, manifest: Manifest, before: Sequence[StoredForm]) -> None:
-        """Note that this manifest is the latest: its forms must stay, forms from before that it drops must expire."""
+        """Adopt the latest manifest: its forms stay, and forms of the manifest `before` that it drops expire."""
         names = {form.upload for form in manifest.forms}
         gone = {form.upload: form for form in (*before, *manifest.dropped) if form.upload not in names}
         known = {form.upload for form in before}
@@ -52,7 +52,7 @@ class Retention:
         self._superseded += [(form, now) for form in gone.values()]
 
     def enforce(self) -> None:
-        """Set the lifetimes that are due. What fails stays due and is done by the next call."""
+        """Set the lifetimes that are due. What fails stays due for the next call."""
         keep = [key for form in self._to_keep.values() for key in form.chunk_keys(self._keys)]
         commands: list[tuple[Argument, ...]] = [("PERSIST", key) for key in keep]
         for form in self._to_expire.values():
@@ -60,8 +60,8 @@ class Retention:
         if commands:
             *_, latest = self._connection.execute_all([*commands, ("HGET", self._keys.weights, "upload")])
             if latest is not None and latest.decode(errors="replace") != self._latest_upload:
-                # A newer learner has superseded these chunks, perhaps before our PERSIST: without an expiry they would
-                # stay for ever.
+                # A newer learner has superseded these chunks, perhaps before this PERSIST: without an expiry they
+                # would stay for ever.
                 self._connection.execute_all([("EXPIRE", key, SUPERSEDED_SECONDS) for key in keep])
         self._to_keep, self._to_expire = {}, {}
         self._delete_overdue()

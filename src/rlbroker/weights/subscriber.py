@@ -1,4 +1,4 @@
-"""The worker's side: announcements save waiting, the manifest is the truth, and decoding happens in the background."""
+"""Follows the latest weights for a worker: waits for announcements, reads the manifest, decodes in the background."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ logger = logging.getLogger("rlbroker")
 #: a worker that has lost the connection of one of them polls as soon as it is back.
 POLL_SECONDS: Final = 3.0
 
-#: At most one refused version is reported in this time: any client with write access could name a new one at each poll.
+#: At most one refused version is reported in this time: any client with write access can name a new one at each poll.
 REFUSED_SECONDS: Final = 1.0
 
-#: How often a version is tried before it counts as failed.
+#: How often a download is tried before the version counts as failed.
 TRIES: Final = 3
 
 
@@ -51,10 +51,10 @@ class Subscriber:
         """Create a subscriber; nothing is read yet.
 
         Args:
-            images: where decoded versions are kept; in this process's memory by default.
+            images: where decoded versions are kept; by default in this process's memory.
             key: the key that weights must be signed with; None to accept them unsigned.
             from_replicas: whether chunks are read from replicas, where there are any.
-            run_size: returns how many workers and hosts download each version.
+            run_size: returns the number of workers and hosts that download each version.
         """
         self._connection, self._keys = connection, keys
         self._images = images or ImageStore(keys.run, None)
@@ -70,7 +70,7 @@ class Subscriber:
         self._last_manifest: Manifest | None = None  #: of the version that was downloaded last
         #: The version that was decoded last: the next one may be a delta to it.
         self._previous: DecodedVersion | None = None
-        self._failures = ("", 0)  #: of which upload, and how many
+        self._failures = ("", 0)  #: the upload that failed last, and how often
         self._problem = ""
 
     def start(self) -> None:
@@ -108,7 +108,7 @@ class Subscriber:
 
     @property
     def newest(self) -> int:
-        """The newest version that was decoded or given up; 0 after `fetch_again`."""
+        """The newest version that was decoded or given up; 0 before the first, and after `fetch_again`."""
         return self._updates.newest
 
     @property
@@ -125,7 +125,7 @@ class Subscriber:
         return self._updates.take(timeout_seconds)
 
     def read_latest(self) -> int:
-        """Ask the server for the latest version, with a signing key for the latest signed one; 0 before the first."""
+        """Return the server's latest version; with a signing key, the latest signed one. 0 before the first."""
         version = self._read_version() or 0
         self.announce(version)
         if not self._signatures.required:
@@ -139,7 +139,7 @@ class Subscriber:
             return self._signatures.newest
 
     def announce(self, version: int) -> None:
-        """Note that a version was published, as another part of the worker has learned."""
+        """Note that a version was published, as another part of the worker found out."""
         if version > self._announced:
             self._announced = version
             self._thread.wake()
@@ -151,7 +151,7 @@ class Subscriber:
         self._thread.wake()
 
     def _run_once(self) -> bool:
-        """Wait for an announcement, and poll when it is time; return whether it was."""
+        """Wait for an announcement, and poll when it is time; return whether it polled."""
         if not self._channel.subscribed:
             self._channel.subscribe()
             self._next_poll = Deadline(0)  # announcements that came before are not repeated
@@ -171,9 +171,8 @@ class Subscriber:
         delayed, self._not_before = self._not_before is not None, None
         if not self._is_newer_announced():
             return
-        # A worker that was delayed once downloads whatever is the latest then. Until then it asks the server for
-        # nothing: a thousand workers that read the manifest at once are a load too, and the next version is likely to
-        # have the size of the last one.
+        # A delayed worker then downloads whatever is the latest. Until then it does not even read the manifest: a
+        # thousand workers that read it at once are a load too, and a version is likely as large as the one before.
         if not delayed and self._last_manifest and self._delay(self._announced, self._last_manifest):
             return
         manifest, signed = self._read_manifest(), self._signatures.newest
@@ -234,7 +233,7 @@ class Subscriber:
         return number_in(self._connection.execute("HGET", self._keys.weights, "version"))
 
     def _read_manifest(self) -> Manifest | None:
-        """Return the server's manifest; learn over which shards its chunks are spread."""
+        """Return the server's manifest, and use the shards over which its chunks are spread."""
         commands = [("HGETALL", self._keys.weights), ("HGET", self._keys.meta, "shards")]
         fields, shards = raise_first_error(self._connection.ask(commands))
         if shards is not None:
@@ -264,7 +263,7 @@ class Subscriber:
 
 
 class _DownloadJitter:
-    """Spreads the downloads of a version over time, so that many workers do not all start at once."""
+    """Spreads the downloads of a version over time, so that many workers do not start at once."""
 
     def __init__(self, images: ImageStore, run_size: Callable[[], RunSize]) -> None:
         self._images, self._run_size = images, run_size
@@ -303,7 +302,7 @@ class _SignatureCheck:
             manifest.check(self._key, self._run)
 
     def accept(self, manifest: Manifest) -> None:
-        """Verify the manifest of a version to fetch, and remember it as the newest; warn once if that needs a key."""
+        """Verify the manifest of a version to fetch, and remember its version; without a key, warn once."""
         if self._key:
             self.verify(manifest)
             self.newest = manifest.version
@@ -316,7 +315,7 @@ class _SignatureCheck:
             )
 
     def is_new_refusal(self, manifest: Manifest, problem: str) -> bool:
-        """Return whether to report a refusal: a repeated one is not reported, nor one shortly after another."""
+        """Return whether to report a refusal: not one that repeats the last, nor one shortly after it."""
         refusal = manifest.version, manifest.upload, problem
         if refusal == self._last_refusal or not self._next_refusal.over:
             return False

@@ -1,4 +1,4 @@
-"""Encodes versions and stores their chunks. An upload becomes a version only when it is committed."""
+"""Encodes versions and stores their chunks. An upload becomes a version when it is committed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ UNCOMMITTED_SECONDS: Final = 3600
 #: How many segments are encoded as a trial before a version is stored as a delta.
 _TRIAL_SEGMENTS: Final = 3
 
-#: A delta must be smaller than this part of the full version; otherwise applying it is not worth the effort.
+#: A delta must be smaller than this fraction of the full version; otherwise it is not worth applying.
 _WORTHWHILE_RATIO: Final = 0.8
 
 #: The key of a chunk, and the parts of its value.
@@ -69,7 +69,7 @@ class Upload:
     """A stored form whose chunks are on the server.
 
     Attributes:
-        form: what a manifest says of it.
+        form: its entry in a manifest.
         header: its chunk 0.
         digests: xxh3_64 of each segment, raw.
     """
@@ -80,7 +80,10 @@ class Upload:
 
 
 class Uploader:
-    """Stores images in chunks, and checks that the server still has them. Not safe for several threads at once."""
+    """Stores images in chunks, and checks that the server still has them.
+
+    Not safe to use from several threads at once.
+    """
 
     def __init__(
         self,
@@ -147,8 +150,8 @@ class Uploader:
             compression: whether to compress.
             base: the version to store a delta to; None to store the full version.
             encoded: segments that are encoded already.
-            deadline: how long to wait for a server that is away; by default the connection's timeout, from when a
-                chunk was last stored.
+            deadline: how long to wait for a server that is away; by default the connection's timeout after the last
+                stored chunk.
         """
         builder = _ChunkBuilder(self._keys, upload, plan, self._chunk_bytes, self._hashing)
         ahead = self._encode_ahead(plan, partial(self._encode, plan, image, base, compression), encoded or {})
@@ -179,7 +182,7 @@ class Uploader:
             self._connection.on_each("UNLINK", self._keys.upload(upload, chunks), deadline=Deadline(0))
 
     def forget_superseded(self, manifest: Manifest) -> None:
-        """Forget what was stored of uploads that the latest manifest does not name."""
+        """Forget the stored chunks of uploads that the latest manifest does not name."""
         names = {form.upload for form in manifest.forms}
         self._stored = {upload: chunks for upload, chunks in self._stored.items() if upload in names}
 
@@ -275,7 +278,7 @@ class Uploader:
 
 
 class _ChunkBuilder:
-    """Groups the segments of one upload into chunks, and collects what its manifest must say of them."""
+    """Groups the segments of one upload into chunks, and collects what its manifest needs."""
 
     def __init__(
         self, keys: Keys, upload: str, plan: ImagePlan, chunk_bytes: int, hashing: ThreadPoolExecutor | None
@@ -325,7 +328,7 @@ class _ChunkBuilder:
 
 
 def _has_content(data: bytes, parts: PartDigests, signed_hash: str) -> bool:
-    """Return whether a chunk is what was stored: by its signed hash if there is one, or by the digests of its parts."""
+    """Return whether a chunk is unchanged, by its signed hash if there is one, else by the digests of its parts."""
     if signed_hash:
         return chunk_hash([data]) == signed_hash
     rest = memoryview(data)

@@ -1,15 +1,16 @@
--- Acknowledges, deletes and counts entries of one stream.
+-- Acknowledge, delete and count entries of one stream.
 -- KEYS: as in own_entries.lua
 -- ARGV: as in own_entries.lua; then for each entry: id, stored bytes, outcome
--- Reply: how many entries were still there, then the ids of those that another learner has now.
+-- Reply: how many entries this learner still had, then the ids of those that another learner has now
+-- Errors: as in own_entries.lua
 
 -- include: experience/lua/own_entries.lua
 
 local reply, incarnation, last = {0}, '', -1
 -- One read finds all pending entries of this learner, unless other learners have some in between.
-local number_of = (#ARGV - 3) / 3
+local entry_count = (#ARGV - 3) / 3
 local pending = {}
-for _, row in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[4], ARGV[#ARGV - 2], number_of, ARGV[2])) do
+for _, row in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[4], ARGV[#ARGV - 2], entry_count, ARGV[2])) do
   pending[row[1]] = true
 end
 local done, bytes, outcomes = {}, 0, {}
@@ -34,8 +35,8 @@ end
 reply[1] = #done
 if #done > 0 then count('removed_bytes', string.format('%.0f', bytes)) end
 for outcome, times in pairs(outcomes) do count(outcome, times) end
--- What was acknowledged was sent, and the worker writes only now and then how many it sent. The ids of retried batches
--- belong to no incarnation, so there is no such field for them.
+-- An acknowledged batch was sent, and the worker writes `sent` only now and then. The ids of retried batches belong to
+-- no incarnation, so they have no such field.
 local sent = redis.call('HGET', KEYS[2], 'sent:' .. incarnation)
 if sent and (tonumber(sent) or 0) < last then  -- a worker may write anything here
   redis.call('HSET', KEYS[2], 'sent:' .. incarnation, string.format('%.0f', last))
