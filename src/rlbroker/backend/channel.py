@@ -103,9 +103,7 @@ class Channel:
                         results.append(self._follow(error, command))
                         continue
                     refusal = self._translate(error, command)
-                    if isinstance(
-                        refusal, ConnectionFailed
-                    ):  # a server that cannot be used now, such as a replica
+                    if isinstance(refusal, ConnectionFailed):  # the server cannot be used now: a replica
                         raise refusal from error
                     results.append(refusal)
         self._router.errors.record_answer()

@@ -310,9 +310,8 @@ class Connection:
             try:
                 self.router.scripts.load_missing(partial(self.router.send_to, server), scripts)
             except ConnectionFailed:
-                if (
-                    not self.servers.several
-                ):  # one of several must not delay the others; a later call tries again
+                # One of several servers must not delay the others; a later call tries again.
+                if not self.servers.several:
                     raise
 
     # Servers

@@ -147,8 +147,7 @@ def url_parts(url: str) -> tuple[SplitResult, list[str]]:
 def invalid_url_error(url: str, error: ValueError) -> InvalidArgument:
     """Return the error for a URL that cannot be used."""
     why = str(error)
-    if (
-        "Port" in why or "netloc" in why
-    ):  # these messages repeat a part of the URL, which may hold the password
+    # These messages repeat a part of the URL, which may contain the password.
+    if "Port" in why or "netloc" in why:
         why = "host or port cannot be read; in a password write / as %2F, ? as %3F, # as %23, @ as %40"
     return InvalidArgument(f"the server's URL {redacted_url(url)} cannot be used: {why}")

@@ -89,10 +89,8 @@ class Sender:
     @property
     def room_seconds(self) -> float:
         """Seconds that this incarnation has waited for room in a full queue, until now."""
-        so_far, since = (
-            self._room_seconds,
-            self._waiting_since,
-        )  # read in this order, the sum is never too large
+        # Read in this order, the sum is never too large.
+        so_far, since = self._room_seconds, self._waiting_since
         return so_far + (time.monotonic() - since if since is not None else 0.0)
 
     @property

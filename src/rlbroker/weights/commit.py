@@ -246,9 +246,8 @@ class Committer:
             return self._channel.run(COMMIT, keys, arguments)
         except (Fenced, RunLost, ServerOutOfMemory):  # it was not applied
             raise
-        except (
-            BaseException
-        ):  # it may have been applied, and a worker may run the version: its number is used
+        except BaseException:
+            # It may have been applied, and a worker may run the version: its number is used.
             self._unconfirmed = manifest.upload, copy
             self.mark_used(manifest.version)
             raise

@@ -57,9 +57,8 @@ class DecodedVersion:
     def __init__(self, number: int, image: Image, form: ImageFormat) -> None:
         """Wrap a decoded image; raise WireError if its tree cannot be built here."""
         self.number, self.image, self.form = number, image, form
-        np.add.reduce(
-            image.array[:: mmap.PAGESIZE]
-        )  # maps its pages now, in the background, and not in `poll`
+        # Map its pages now, in the background, and not in `poll`.
+        np.add.reduce(image.array[:: mmap.PAGESIZE])
         self.weights: Any = form.tree(image.array, keep_dtype=True)
 
     def weights_for(self, target: Any, *, keep_dtype: bool) -> Any:
