@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from redis import exceptions as redis_errors
 
 from rlbroker.backend.error_mapping import is_ask_redirect, missing_scripts_error, script_is_unknown
+from rlbroker.backend.replies import raise_first_error
 from rlbroker.backend.resp import Argument, Pieces, pack_commands
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.topology import Server
@@ -72,13 +73,18 @@ class Channel:
             raise result
         return result
 
-    def execute_all(self, commands: Sequence[Sequence[Argument | Pieces]]) -> list[Any]:
-        """Return the replies to many commands, sent once in one round trip; a refusal is returned as a `PeerError`.
+    def execute_all(
+        self, commands: Sequence[Sequence[Argument | Pieces]], *, strict: bool = False
+    ) -> list[Any]:
+        """Return the replies to many commands, sent once in one round trip.
 
-        The last argument of a command may be in pieces, of which large ones are not copied.
+        Args:
+            commands: the last argument of each may be in pieces, of which large ones are not copied.
+            strict: whether the first refusal is raised; otherwise each is returned as a `PeerError`.
         """
         self.send(commands)
-        return self.receive(len(commands))
+        results = self.receive(len(commands))
+        return raise_first_error(results) if strict else results
 
     def send(self, commands: Sequence[Sequence[Argument | Pieces]]) -> None:
         """Send commands without waiting for the replies: `receive` returns them, or `close` discards them."""
