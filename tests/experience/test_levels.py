@@ -40,7 +40,7 @@ def break_channel(client: WorkerClient, *, after_sending: bool) -> threading.Eve
     """Break the sender's connection, before or after the server receives the commands, until the event is set."""
     mended = threading.Event()
     assert client._sender is not None
-    channel: Any = client._sender.queue.channel
+    channel: Any = client._sender.writer.channel
     execute_all = channel.execute_all
 
     def fail(commands: Any) -> Any:
@@ -165,7 +165,7 @@ def test_a_batch_that_went_out_with_a_reopened_queue_keeps_its_number(
     learner()
     client = worker()
     assert client._sender is not None
-    channel: Any = client._sender.queue.channel
+    channel: Any = client._sender.writer.channel
     execute_all = channel.execute_all
 
     lost: list[bool] = []
@@ -192,7 +192,7 @@ def test_a_batch_collected_during_a_refresh_is_kept(learner: Learner, worker: Wo
     comm, client = learner(acknowledge="manual"), worker(level="learner")
     client.send_experiences({"number": 1})
     assert client._sender is not None
-    channel: Any = client._sender.queue.channel
+    channel: Any = client._sender.writer.channel
     execute_all = channel.execute_all
 
     def slowly(commands: Any) -> list[Any]:
@@ -226,7 +226,7 @@ def test_a_batch_that_was_never_sent_stays_with_the_caller(
     learner()
     client = worker()
     assert client._sender is not None
-    channel = client._sender.queue.channel
+    channel = client._sender.writer.channel
     channel.close()
 
     def refuse() -> bool:

@@ -44,7 +44,7 @@ class Channel:
         self._connection, self._router = connection, connection.router
         self._key, self._fixed_server = key, server
         self._server = server
-        self._wire: Any = None
+        self._redis_connection: Any = None
         self._unanswered: deque[Sequence[Argument | Pieces]] = deque()
         #: Whether another node has answered, because a Cluster is moving a key to it. The caller resets this.
         self.redirected = False
@@ -55,7 +55,7 @@ class Channel:
         """Connect if there is no connection; return whether the connection is new."""
         self._router.check_process()
         with self.closing_on_error:
-            if self._wire is not None:
+            if self._redis_connection is not None:
                 if self._fixed_server or self._router.servers.master_for(self._key) == self._server:
                     return False
                 self.close()
@@ -64,7 +64,7 @@ class Channel:
 
     def _open(self) -> None:
         self._server = self._fixed_server or self._router.servers.master_for(self._key)
-        self._wire = self._server.client.connection_pool.get_connection()
+        self._redis_connection = self._server.client.connection_pool.get_connection()
 
     def execute(self, *command: Argument) -> Any:
         """Return the reply to one command, sent once."""
@@ -90,11 +90,11 @@ class Channel:
         """Send commands without waiting for the replies: `receive` returns them, or `close` discards them."""
         self._router.check_process()
         with self.closing_on_error:
-            if self._wire is None:
+            if self._redis_connection is None:
                 self._open()
             self._unanswered.extend(commands)
             for piece in pack_commands(commands, piece_bytes=SEND_BYTES):
-                self._wire.send_packed_command([piece], check_health=False)
+                self._redis_connection.send_packed_command([piece], check_health=False)
 
     def receive(self, count: int) -> list[Any]:
         """Return the next replies to what was sent; a refusal is returned as a `PeerError`."""
@@ -103,7 +103,7 @@ class Channel:
             for _ in range(count):
                 command = self._unanswered.popleft()
                 try:
-                    results.append(self._wire.read_response())
+                    results.append(self._redis_connection.read_response())
                 except redis_errors.ResponseError as error:
                     if is_ask_redirect(error):
                         results.append(self._follow(error, command))
@@ -149,28 +149,28 @@ class Channel:
 
         That is so with fakeredis, with redis-py's client-side cache, and with unknown releases of redis-py.
         """
-        found = getattr(self._wire, "_sock", None)
-        parser = getattr(self._wire, "_parser", None)
+        found = getattr(self._redis_connection, "_sock", None)
+        parser = getattr(self._redis_connection, "_parser", None)
         return found if isinstance(found, socket.socket) and hasattr(parser, "parse_error") else None
 
     def parse_error(self, line: bytes) -> PeerError:
         """Return the error for an error reply that was read from the raw socket, without its leading `-`."""
-        return self._translate(self._wire._parser.parse_error(line.decode(errors="replace")))
+        return self._translate(self._redis_connection._parser.parse_error(line.decode(errors="replace")))
 
     def give_back(self) -> None:
         """Return the connection to the pool; every reply must have been read."""
-        wire, self._wire = self._wire, None
-        if wire is not None:
+        redis_connection, self._redis_connection = self._redis_connection, None
+        if redis_connection is not None:
             self._router.errors.record_answer()
-            self._pool.release(wire)
+            self._pool.release(redis_connection)
 
     def close(self) -> None:
         """Close the connection. May be called again."""
-        wire, self._wire = self._wire, None
+        redis_connection, self._redis_connection = self._redis_connection, None
         self._unanswered.clear()
-        if wire is not None:
-            wire.disconnect()
-            self._pool.release(wire)
+        if redis_connection is not None:
+            redis_connection.disconnect()
+            self._pool.release(redis_connection)
 
     @property
     def _pool(self) -> Any:

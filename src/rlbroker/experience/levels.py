@@ -61,8 +61,8 @@ class Confirmation:
             self.missing = f"the disk of {node} has not confirmed {batch} yet"
         raise ConnectionFailed(self.missing)
 
-    def check(self, stream_key: str, *, known: bool) -> None:
-        """Refuse a level that the stream's master cannot give or, if that master is unknown, that no master can.
+    def check(self, stream_key: str, *, shards_known: bool) -> None:
+        """Refuse a level that the stream's master cannot give or, with unknown shards, that no master can.
 
         Raises:
             ServerUnsuitable: the server cannot give this level.
@@ -70,18 +70,19 @@ class Confirmation:
         if not self.waits:
             return
         lacking = ""
-        for master in [self._connection.master_for(stream_key)] if known else self._connection.masters():
+        masters = [self._connection.master_for(stream_key)] if shards_known else self._connection.masters()
+        for master in masters:
             try:
-                lacking = self._what_lacks(master)
+                lacking = self._find_lack(master)
             except ConnectionFailed:
-                if known:
+                if shards_known:
                     raise
                 return  # this master may be back before the run is opened
             if not lacking:
                 return
         raise ServerUnsuitable(f"level {self.level!r} needs {lacking}")
 
-    def _what_lacks(self, master: Server) -> str:
+    def _find_lack(self, master: Server) -> str:
         """Return what a master lacks for the level; empty if it can give it."""
         replica, node = self.level == "replica", self._name(master)
         probes = [("WAIT", 0, 1), ("INFO", "replication")] if replica else [("WAITAOF", 1, 0, 1)]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rlbroker.backend.connection import Argument, Connection, flat
+from rlbroker.backend.connection import Argument, Connection, ScriptCall, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import pending_rows, text_fields, whole_number
@@ -150,9 +150,7 @@ class PendingEntries:
         """
         with self.writing_counts(deadline):
             acknowledgements = self.acknowledgements(entries)
-            replies = self._connection.run_all(
-                _script_calls(self.identity, acknowledgements), deadline=deadline
-            )
+            replies = self._connection.run_all(self._script_calls(acknowledgements), deadline=deadline)
             return self.note_acknowledged(acknowledgements, replies, deadline=deadline)
 
     def acknowledgements(self, entries: Sequence[tuple[Stream, str, str]]) -> Acknowledgements:
@@ -168,10 +166,8 @@ class PendingEntries:
 
     def commands(self, acknowledgements: Acknowledgements) -> list[tuple[Argument, ...]]:
         """Return the commands of acknowledgements, to be sent with other commands within `writing_counts`."""
-        return [
-            script.call(keys, arguments)
-            for script, keys, arguments in _script_calls(self.identity, acknowledgements)
-        ]
+        calls = self._script_calls(acknowledgements)
+        return [script.call(keys, arguments) for script, keys, arguments in calls]
 
     def note_acknowledged(
         self,
@@ -227,25 +223,23 @@ class PendingEntries:
         """
         with self.writing_counts(deadline):
             with self._lock:
-                wanted = list(self._counted) if workers is None else list(workers)
-                calls = [
-                    (
-                        RESTORE_COUNTS,
-                        self._keys_of(one),
-                        (
-                            self.name,
-                            self.epoch,
-                            len(self._counted[one]),
-                            *flat(self._counted[one]),
-                            *flat(self._counted_by_workers.get(one, {})),
-                        ),
-                    )
-                    for one in wanted
-                ]
+                calls = [self._restore_call(one) for one in (self._counted if workers is None else workers)]
             if workers is None:
                 self._connection.run_where_there(calls, deadline=deadline)
             else:
                 self._connection.run_all(calls, deadline=deadline)
+
+    def _script_calls(self, acknowledgements: Acknowledgements) -> list[ScriptCall]:
+        calls: list[ScriptCall] = []
+        for stream, outcomes in acknowledgements.items():
+            entries = [part for entry_id, outcome in outcomes.items() for part in (entry_id, *outcome)]
+            calls.append((ACKNOWLEDGE, stream.keys, (*self.identity, *entries)))
+        return calls
+
+    def _restore_call(self, worker: int) -> ScriptCall:
+        counted, by_workers = self._counted[worker], self._counted_by_workers.get(worker, {})
+        arguments = (self.name, self.epoch, len(counted), *flat(counted), *flat(by_workers))
+        return RESTORE_COUNTS, self._keys_of(worker), arguments
 
     def _keys_of(self, worker: int) -> tuple[str, str]:
         return self._keys.epochs(worker), self._keys.counts(worker)
@@ -274,7 +268,7 @@ class Takeover:
             [("XPENDING", one.key, GROUP, "IDLE", idle_milliseconds, "-", "+", TAKE_COUNT) for one in streams]
         )
         abandoned = [[row[0] for row in pending_rows(reply) if row[1] not in own] for reply in replies]
-        calls: list[tuple[Script, tuple[str, ...], tuple[Any, ...]]] = [
+        calls: list[ScriptCall] = [
             (TAKE_ABANDONED, stream.keys, (*self._pending.identity, idle_milliseconds, *ids))
             for stream, ids in zip(streams, abandoned, strict=True)
             if ids
@@ -298,19 +292,3 @@ class Takeover:
             ]
             self._connection.run_where_there(calls)
             self._next_renewal = Deadline(self._seconds / 3)
-
-
-def _script_calls(
-    identity: tuple[str, str, int], acknowledgements: Acknowledgements
-) -> list[tuple[Script, tuple[str, ...], tuple[Argument, ...]]]:
-    return [
-        (
-            ACKNOWLEDGE,
-            stream.keys,
-            (
-                *identity,
-                *(part for entry_id, outcome in outcomes.items() for part in (entry_id, *outcome)),
-            ),
-        )
-        for stream, outcomes in acknowledgements.items()
-    ]

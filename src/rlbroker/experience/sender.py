@@ -52,7 +52,7 @@ class Sender:
         when_full: WhenFull | None,
         compression: bool,
         level: Level = "redis",
-        known: bool = True,
+        shards_known: bool = True,
     ) -> None:
         """Open the worker's queue, and fence older incarnations of the worker.
 
@@ -62,7 +62,7 @@ class Sender:
             when_full: what to do at a full queue; None for the run's setting.
             compression: whether to compress arrays where that makes them smaller.
             level: what a batch must have reached to be safe.
-            known: whether the place of the queue is known; if not, it is opened with the first batch.
+            shards_known: whether the run's shards are known; if not, the queue is opened with the first batch.
 
         Raises:
             Fenced: a newer process has this worker id.
@@ -76,15 +76,15 @@ class Sender:
         self._room_seconds = 0.0
         self._waiting_since: float | None = None  #: when the present wait for room began, if there is one
         confirmation = Confirmation(connection, level)
-        self.queue = StreamWriter(connection, keys, registration, confirmation, rejoin)
-        if known:
-            self.queue.refresh()
-        connection.retry(lambda: confirmation.check(self.queue.stream_key, known=known))
+        self.writer = StreamWriter(connection, keys, registration, confirmation, rejoin)
+        if shards_known:
+            self.writer.refresh()
+        connection.retry(lambda: confirmation.check(self.writer.stream_key, shards_known=shards_known))
 
     @property
     def sent(self) -> int:
         """Batches that this incarnation of the worker has numbered."""
-        return self.queue.sequence
+        return self.writer.sequence
 
     @property
     def room_seconds(self) -> float:
@@ -96,12 +96,12 @@ class Sender:
     @property
     def unsafe(self) -> int:
         """How many batches have not reached their level, and are kept until they do."""
-        return len(self.queue.pending)
+        return len(self.writer.pending)
 
     @property
     def unconfirmed(self) -> str:
         """Why the last batch has not reached its level, if a wait for that failed; otherwise empty."""
-        return self.queue.confirmation.missing if self.queue.pending.unconfirmed is not None else ""
+        return self.writer.confirmation.missing if self.writer.pending.unconfirmed is not None else ""
 
     def send(
         self,
@@ -139,11 +139,11 @@ class Sender:
         try:
             receipt: SendReceipt | None = None
             try:
-                if self.queue.pending.unconfirmed is not None:
-                    self.queue.confirm(deadline)
+                if self.writer.pending.unconfirmed is not None:
+                    self.writer.confirm(deadline)
                 refusal, dropped = self._make_room(message.stored_bytes, settings, deadline, stopped)
                 if refusal:
-                    self.queue.count(refusal, deadline)
+                    self.writer.count(refusal, deadline)
                     return self._receipt(message, version, sequence=0, dropped=dropped)
                 fields = {
                     "version": version,
@@ -153,12 +153,12 @@ class Sender:
                     "sent_at": f"{time.time():.3f}",
                     "data": message.pieces,
                 }
-                receipt = self._receipt(message, version, sequence=self.queue.sequence + 1, dropped=dropped)
+                receipt = self._receipt(message, version, sequence=self.writer.sequence + 1, dropped=dropped)
                 pending = PendingBatch(receipt.sequence, flat(fields), receipt)
                 try:
                     self._store(pending, deadline)
                 finally:
-                    if self.queue.pending.unconfirmed is pending:
+                    if self.writer.pending.unconfirmed is pending:
                         pending.copy_message()
                 return receipt
             except Fenced:
@@ -174,7 +174,7 @@ class Sender:
             if not self._lock.acquire(timeout=deadline.remaining):
                 return self.unsafe  # another thread is sending
             try:
-                self.queue.advance(deadline)
+                self.writer.advance(deadline)
             finally:
                 self._lock.release()
             if not self.unsafe or deadline.over:
@@ -186,14 +186,14 @@ class Sender:
         deadline = Deadline(timeout_seconds)
         if self._lock.acquire(timeout=deadline.remaining):
             try:
-                if self.queue.pending.unconfirmed is not None:
-                    self.queue.confirm(deadline)
+                if self.writer.pending.unconfirmed is not None:
+                    self.writer.confirm(deadline)
             finally:
                 self._lock.release()
 
     def mark_stale(self) -> None:
         """Open the queue again before the next operation: the server may have lost something."""
-        self.queue.stale = True
+        self.writer.stale = True
 
     def maintain(self) -> None:
         """Send pending batches again, release those that are safe, and write how many were sent.
@@ -201,16 +201,16 @@ class Sender:
         Do nothing while another thread is sending. For a batch that is still not confirmed, `unconfirmed` has the
         reason, and no error is raised. After a `PeerError`, call this again later.
         """
-        is_unsafe = self.queue.stale or self.unsafe
-        if not (is_unsafe or self.queue.has_unwritten_counts) or not self._lock.acquire(blocking=False):
+        is_unsafe = self.writer.stale or self.unsafe
+        if not (is_unsafe or self.writer.has_unwritten_counts) or not self._lock.acquire(blocking=False):
             return
         try:
             if is_unsafe:
-                self.queue.advance(Deadline(0))
-            if self.queue.has_unwritten_counts:
-                self.queue.write_counts(Deadline(0))
+                self.writer.advance(Deadline(0))
+            if self.writer.has_unwritten_counts:
+                self.writer.write_counts(Deadline(0))
         except ConnectionFailed as error:
-            if str(error) != self.queue.confirmation.missing:
+            if str(error) != self.writer.confirmation.missing:
                 raise
         finally:
             self._lock.release()
@@ -220,15 +220,15 @@ class Sender:
         if not self._lock.acquire(timeout=deadline.remaining):
             return  # another thread is sending: it gets an error when the worker closes the connections
         try:
-            if self.queue.opened and not self._fenced:
-                if self.queue.pending.unconfirmed is not None and not self.queue.confirmation.missing:
-                    self.queue.confirm(deadline)
-                self.queue.write_counts(deadline)
+            if self.writer.opened and not self._fenced:
+                if self.writer.pending.unconfirmed is not None and not self.writer.confirmation.missing:
+                    self.writer.confirm(deadline)
+                self.writer.write_counts(deadline)
         except Fenced:
             self._count_fenced(refused=False)
             raise
         finally:
-            self.queue.close()
+            self.writer.close()
             self._lock.release()
 
     def _receipt(self, message: Message, version: int, *, sequence: int, dropped: int) -> SendReceipt:
@@ -262,10 +262,10 @@ class Sender:
         when_full = self._when_full or settings.when_full
         if self._fits(stored_bytes, settings):
             return "", 0
-        self.queue.refresh(deadline)
+        self.writer.refresh(deadline)
         if when_full == "drop_oldest" and not self._fits(stored_bytes, settings):
-            dropped = self.queue.drop_oldest(stored_bytes, settings, deadline)
-            self.queue.refresh(deadline)
+            dropped = self.writer.drop_oldest(stored_bytes, settings, deadline)
+            self.writer.refresh(deadline)
             # Pending batches cannot be dropped, so there may still be no room.
             return "" if self._fits(stored_bytes, settings) else "dropped_newest", dropped
         if when_full == "drop_newest" and not self._fits(stored_bytes, settings):
@@ -285,7 +285,7 @@ class Sender:
             if stopped():
                 return "stopped"
             if deadline.over:
-                size = self.queue.size
+                size = self.writer.size
                 raise QueueFull(
                     f"worker {self._registration.worker_id}'s queue stayed full for {deadline.seconds:g} s: "
                     f"{counted(size.waiting, 'batch', 'batches')} waiting (max_queue_size "
@@ -294,23 +294,23 @@ class Sender:
                     "collects or acknowledges too slowly. Raise timeout or the bounds, or choose another when_full"
                 )
             time.sleep(backoff.next(deadline))
-            self.queue.refresh(deadline)
+            self.writer.refresh(deadline)
         return ""
 
     def _fits(self, stored_bytes: int, settings: RunSettings) -> bool:
-        size = self.queue.size
-        queued_bytes = max(size.queued_bytes, self.queue.pending.kept_bytes)
+        size = self.writer.size
+        queued_bytes = max(size.queued_bytes, self.writer.pending.kept_bytes)
         return (
             size.waiting < settings.max_queue_size and queued_bytes + stored_bytes <= settings.max_queue_bytes
         )
 
     def _store(self, batch: PendingBatch, deadline: Deadline) -> None:
         """Store a batch; if that fails and it is certain that it was not stored, release its number."""
-        self.queue.sequence, self.queue.pending.unconfirmed = batch.sequence, batch
+        self.writer.sequence, self.writer.pending.unconfirmed = batch.sequence, batch
         backoff = Backoff()
         while True:
             try:
-                return self.queue.confirm(deadline)
+                return self.writer.confirm(deadline)
             except Fenced:
                 raise
             except PeerError as error:
@@ -319,7 +319,7 @@ class Sender:
                     time.sleep(backoff.next(deadline))
                     continue
                 if not batch.stored and not batch.uncertain:
-                    self.queue.sequence, self.queue.pending.unconfirmed = batch.sequence - 1, None
+                    self.writer.sequence, self.writer.pending.unconfirmed = batch.sequence - 1, None
                     raise
                 raise Unconfirmed(
                     f"batch {batch.sequence} of worker {self._registration.worker_id} was not confirmed within "
@@ -330,4 +330,4 @@ class Sender:
 
     def _count_fenced(self, *, refused: bool) -> None:
         self._fenced = True
-        self.queue.count_fenced(refused=refused)
+        self.writer.count_fenced(refused=refused)

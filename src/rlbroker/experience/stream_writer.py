@@ -73,7 +73,7 @@ class QueueSize:
 
 
 class StreamWriter:
-    """The queue of one worker, with its batches that have not reached their level. Not thread-safe.
+    """Writes the batches of one worker, and keeps those that have not reached their level. Not thread-safe.
 
     Every operation is repeated until its deadline while the connection is broken. It raises `Fenced` if a newer process
     has this worker id.

@@ -68,7 +68,8 @@ class Committer:
     Attributes:
         latest: the manifest of the latest version; None before the first.
         local_copy: the copy of the latest version; None if this learner did not publish it.
-        unsigned_forms: forms of an unsigned run that this learner, which signs, has opened; the next commit drops them.
+        unsigned_forms: the forms of a run that was unsigned until this learner, which signs, opened it; the next commit
+            drops them.
     """
 
     def __init__(

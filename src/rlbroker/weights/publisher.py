@@ -101,7 +101,7 @@ class Publisher:
         return self._committer.last_used
 
     @property
-    def published(self) -> Mapping[int, float]:
+    def publish_times(self) -> Mapping[int, float]:
         """The times at which recent versions were published, seconds since the epoch."""
         return self._committer.publish_times
 
