@@ -193,7 +193,7 @@ class Connection:
         return self.retry(attempt, deadline)
 
     def _execute_on_many(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
-        """Return the replies from several servers; load the scripts and send once more if a server lacks one."""
+        """Return the replies from several servers; if one lacks a script, load the scripts and send again."""
         problem: PeerError | None = None
         for _ in range(2):
             results = self.ask_once(commands)
@@ -317,7 +317,7 @@ class Connection:
     # Servers
 
     def pubsub(self, channel: str) -> redis.client.PubSub:
-        """Return a subscriber with a connection of its own to the server of a publish/subscribe channel."""
+        """Return a subscriber with its own connection to the server of a publish/subscribe channel."""
         make: Callable[..., redis.client.PubSub] = self.router.master_for(channel).client.pubsub
         return make(ignore_subscribe_messages=True)
 
@@ -334,7 +334,7 @@ class Connection:
         return self.router.replicas_of(master)
 
     def find_nodes(self) -> None:
-        """Use all nodes of a Cluster if the single server turns out to be one of them.
+        """If the single server is a node of a Cluster, use all nodes.
 
         Raises:
             ServerUnsuitable: the server is a Sentinel.
@@ -388,5 +388,5 @@ class Connection:
 
 
 def flat(fields: Mapping[str, Any]) -> list[Any]:
-    """Return fields as commands take them: name, value, name, value."""
+    """Return fields as the arguments of a command: name, value, name, value."""
     return [part for pair in fields.items() for part in pair]

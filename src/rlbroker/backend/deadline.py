@@ -70,7 +70,7 @@ class within:  # noqa: N801 # used like a function, and a class is faster than a
 
 
 def try_seconds(longest: float) -> float:
-    """Return how long one attempt may take: `longest`, or what is left of the thread's deadline if that is less."""
+    """Return how long one attempt may take: `longest`, or the rest of the thread's deadline if that is less."""
     deadline = _thread_state.deadline
     return longest if deadline is None else min(longest, max(SHORTEST_TRY_SECONDS, deadline.remaining))
 

@@ -215,7 +215,7 @@ class Keys:
         return f"{self.shard_of(worker)}:x:{worker}"
 
     def counts(self, worker: int) -> str:
-        """Return the key of a hash: one worker's batches, counted by what became of them. Both sides write. Stays."""
+        """Return the key of a hash: one worker's batches, counted by outcome. Both sides write. Stays."""
         return f"{self.shard_of(worker)}:counts:{worker}"
 
     def epochs(self, worker: int) -> str:

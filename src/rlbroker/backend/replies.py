@@ -1,4 +1,4 @@
-"""Redis's replies as plain values: one shape for every protocol and version, and checks of foreign data."""
+"""Parses Redis's replies into plain values, for every protocol and version, and checks untrusted data."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Final
 
 from rlbroker.errors import InvalidArgument, PeerError, RlbrokerError, WireError, WrongKeyType
 
-#: A number of seconds as Python writes it, with no more digits than make sense.
+#: A number of seconds as Python writes it, with a reasonable number of digits.
 _SECONDS: Final = re.compile(r"[0-9]{1,13}(\.[0-9]{1,17})?(e-[0-9]{2})?")
 
-#: The longest part of an error's text that a message repeats.
+#: How much of an error's text a message repeats.
 _SHOWN_CHARACTERS: Final = 120
 
 #: The key of a stream, with the id and the fields of each entry.
@@ -120,11 +120,11 @@ def entry_id(text: str) -> str:
     return f"{first}-{second}"
 
 
-# Values that a worker or another program wrote: they are not trusted.
+# Values that a worker or another program wrote, which are not trusted.
 
 
 def whole_number(text: str) -> int | None:
-    """Return the number in a text that a worker wrote; None if it is not a number of at most 19 digits."""
+    """Return the number in a text that a worker wrote; None unless it is a number of at most 19 digits."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
@@ -140,10 +140,10 @@ def seconds_number(text: str) -> float | None:
 
 @contextmanager
 def parsing(key: str) -> Iterator[None]:
-    """Turn the errors of parsing a key's value in this block into `WireError`, as another program wrote it.
+    """Turn errors in parsing a key's value within this block into `WireError`: another program wrote the value.
 
     Args:
-        key: what is parsed, for the message.
+        key: the key whose value is parsed; named in the message.
 
     Raises:
         WireError: a number is malformed, a field is missing, or a setting is invalid.

@@ -30,7 +30,7 @@ logger = logging.getLogger("rlbroker")
 
 @dataclass(frozen=True)
 class SentinelView:
-    """The state of all Sentinels of a master, as those that answer report it.
+    """The state of a master's Sentinels, as reported by those that answer.
 
     Attributes:
         silent: names of the Sentinels that do not answer: those in the URL, and others that these know.

@@ -55,7 +55,7 @@ class Collector:
 
         Args:
             dead_letters: where corrupt and poison batches go.
-            acknowledge: `next` acknowledges what a call returned at the next call, `manual` when the caller says so.
+            acknowledge: `next` acknowledges returned batches at the next call; with `manual`, the caller acknowledges.
             max_staleness: staler batches are counted and not delivered; None for no limit.
             max_deliveries: deliveries after which a batch is poison; None for no limit.
             workers: returns every worker id that may have batches.
@@ -127,7 +127,7 @@ class Collector:
         return self._pending.acknowledge(self._delivered(pairs), deadline=deadline)
 
     def acknowledge_returned(self, deadline: Deadline) -> None:
-        """Acknowledge what the last `collect` returned, if the next one would do so."""
+        """Acknowledge the batches that the last `collect` returned, if the next one would do so."""
         if self._acknowledges_next and self._collecting.acquire(timeout=deadline.remaining):
             try:
                 self._reader.acknowledge_returned(deadline)
@@ -140,7 +140,7 @@ class Collector:
         return [position.stream for position in list(self._streams.watched.values())]
 
     def marks(self) -> dict[str, Any]:
-        """Return marks of what was collected so far, by the stream's name."""
+        """Return a mark for each stream of what was collected so far, by the stream's name."""
         with self._collecting:
             unreturned: dict[str, set[str]] = {}
             for entry in self._reader.entries:

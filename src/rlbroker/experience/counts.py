@@ -25,7 +25,8 @@ LOST_AT_WORKERS = ("dropped_oldest", "dropped_newest", "stopped", "fenced")
 #: All of them; `vanished` batches are missing without a count.
 LOST = (*LOST_AT_LEARNERS, *LOST_AT_WORKERS, "vanished")
 
-#: How often counts are read that change meanwhile. Usually the server answers all commands at once, so none do.
+#: How often to read counts that change while they are read. That is rare: usually the server answers all commands at
+#: once.
 _ATTEMPTS: Final = 5
 
 #: Outcomes of batches that were in the queue.
@@ -129,7 +130,7 @@ def _queue_counts(
     length: int, in_hand: int, counted: Mapping[str, str], newest: tuple[int, int]
 ) -> QueueCounts:
     incarnation, number = newest
-    if counted.get("incarnation") == str(incarnation):  # the worker writes `sent` only now and then
+    if counted.get("incarnation") == str(incarnation):  # the worker updates `sent` only occasionally
         sent = f"sent:{incarnation}"
         counted = {**counted, sent: str(max(number, whole_number(counted.get(sent, "")) or 0))}
     sums: dict[str, int] = {}

@@ -20,7 +20,7 @@ KEPT = 1_000
 #: Dead letters that are read in one round trip. A server that is out of memory has no room for a larger reply.
 READ_AT_ONCE = 4
 
-#: Fields of a dead letter besides those of the batch.
+#: Fields of a dead letter that are added to those of the batch.
 _OWN_FIELDS = ("entry", "reason", "detail", "deliveries", "died_at")
 
 BURY = Script.load("experience/lua/bury.lua")
@@ -44,7 +44,7 @@ class DeadLetters:
         Args:
             entry: the entry; its message may be gone from memory, as the server still has it.
             reason: the outcome to count: `corrupt` or `poison`.
-            detail: what is wrong, in words.
+            detail: a description of what is wrong.
         """
         stream = entry.stream
         values: tuple[Any, ...] = (

@@ -1,4 +1,4 @@
-"""The batches that one learner has read and not acknowledged, and those that it takes over from other learners."""
+"""A learner's pending entries, and those that it takes over from other learners."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class PendingEntries:
         self._connection, self._keys = connection, keys
         self.name, self.epoch = name, epoch
         self._lock = threading.Lock()
-        #: Held while counts are written to the server and noted here.
+        #: Acquired while counts are written to the server and noted here.
         self._writing_counts = threading.RLock()
         self._entries: dict[Stream, dict[str, int]] = {}
         self._counted: dict[int, Counter[str]] = {}
@@ -67,10 +67,10 @@ class PendingEntries:
 
     @property
     def consumers(self) -> tuple[str, str]:
-        """The consumers of this learner in the group: one for what it read, one for what it took over.
+        """The consumers of this learner in the group: one for entries it read, one for entries it took over.
 
-        No learner's name ends like the second. They differ because a mark covers what was read up to some entry, but
-        of what was taken over only the entries that it names: those come at any time, from anywhere in the stream.
+        They differ because a mark covers all entries that were read up to some entry, but of the entries that were
+        taken over, which come in any order, only those that it names. No learner's name ends like the second.
         """
         return self.name, f"{self.name}+"
 
@@ -88,7 +88,7 @@ class PendingEntries:
             self.remember_counts(worker, counts)
 
     def remember_counts(self, worker: int, counts: Any) -> None:
-        """Remember what the server has counted for a worker, from HGETALL."""
+        """Remember a worker's counts on the server, from HGETALL."""
         numbers = {name: whole_number(value) for name, value in text_fields(counts).items()}
         found = {name: number for name, number in numbers.items() if number is not None}
         with self._lock:
@@ -154,7 +154,7 @@ class PendingEntries:
             return self.note_acknowledged(acknowledgements, replies, deadline=deadline)
 
     def acknowledgements(self, entries: Sequence[tuple[Stream, str, str]]) -> Acknowledgements:
-        """Return acknowledgements of those of these entries that are pending."""
+        """Return the acknowledgements of these entries, without entries that are not pending."""
         found: Acknowledgements = {}
         with self._lock:
             for stream, entry_id, outcome in entries:
@@ -249,11 +249,7 @@ class Takeover:
     """The takeover of entries that other learners abandoned, and the renewal of this learner's own claims."""
 
     def __init__(self, connection: Connection, pending: PendingEntries, *, take_over_seconds: float) -> None:
-        """Create it; nothing is taken over yet.
-
-        Args:
-            take_over_seconds: entries that their learner did not renew for this long are abandoned.
-        """
+        """Treat entries that their learner did not renew for `take_over_seconds` as abandoned."""
         self._connection, self._pending = connection, pending
         self._seconds = take_over_seconds
         self._next_renewal = Deadline(take_over_seconds / 3)

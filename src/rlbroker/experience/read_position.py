@@ -1,4 +1,4 @@
-"""How far one learner has read each stream of batches, and which entries it must not deliver again."""
+"""How far a learner has read each stream, and which entries it must not deliver again."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Entry:
         return self.entry_id
 
     def replace_message(self, batch: Batch) -> None:
-        """Keep the decoded batch in place of its message, so that memory holds only one of them."""
+        """Replace the message with the decoded batch, so that only one of them is in memory."""
         self.batch = batch
         if self.fields:
             self.fields.pop(b"data", None)
@@ -113,7 +113,7 @@ class ReadPosition:
 
     Attributes:
         scan_from: where to continue the scan for pending entries; None when the scan is complete.
-        first_scan: whether the first scan is not complete: what it finds was read by an earlier learner.
+        first_scan: whether the first scan is incomplete; an earlier learner read what it finds.
         newest_read: the newest entry that was read; entries up to here are new only if they were taken over or skipped.
         restored: the newest entry that the restored checkpoint covers.
         last_collected: the newest entry that `collect` returned.

@@ -66,7 +66,7 @@ class Sender:
 
         Raises:
             Fenced: a newer process has this worker id.
-            ServerUnsuitable: the server cannot give this level. If it cannot later, that is an outage.
+            ServerUnsuitable: the server cannot give this level. A server that no longer can is treated as an outage.
         """
         self._settings, self._when_full = settings, when_full
         self._registration, self.level = registration, level
@@ -111,7 +111,7 @@ class Sender:
         timeout_seconds: float,
         stopped: Callable[[], bool] = lambda: False,
     ) -> SendReceipt:
-        """Put one batch into the queue, and return what happened to it.
+        """Put one batch into the queue, and return its receipt.
 
         Args:
             batch: nested dictionary of tensors, arrays and plain values.
@@ -196,7 +196,7 @@ class Sender:
         self.writer.stale = True
 
     def maintain(self) -> None:
-        """Send pending batches again, release those that are safe, and write how many were sent.
+        """Resend pending batches, release those that are safe, and write the counts.
 
         Do nothing while another thread is sending. For a batch that is still not confirmed, `unconfirmed` has the
         reason, and no error is raised. After a `PeerError`, call this again later.
@@ -216,7 +216,7 @@ class Sender:
             self._lock.release()
 
     def close(self, deadline: Deadline) -> None:
-        """Confirm the last batch, unless a wait for that has failed, and write how many batches were sent."""
+        """Confirm the last batch, unless a wait for that has failed, and write the counts."""
         if not self._lock.acquire(timeout=deadline.remaining):
             return  # another thread is sending: it gets an error when the worker closes the connections
         try:

@@ -45,7 +45,7 @@ class QueueSize:
         sent_bytes: bytes of all batches that were ever sent.
         queued_bytes: bytes of the batches that wait or are in the learner's hands.
         waiting: batches that no learner has read.
-        in_hand: batches that learners have read and not acknowledged.
+        in_hand: batches that are pending: read and not acknowledged.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class QueueSize:
 
         Args:
             length: batches in the stream.
-            in_hand: those of them that are pending.
+            in_hand: pending batches among them.
             removed_bytes: bytes of all batches that were ever removed from the queue.
         """
         self.in_hand, self.waiting = in_hand, length - in_hand
@@ -139,7 +139,7 @@ class StreamWriter:
         return self._repeat(lambda: self._drop_oldest(stored_bytes, settings), deadline)
 
     def write_counts(self, deadline: Deadline) -> None:
-        """Write what this incarnation counted."""
+        """Write the counts of this incarnation."""
         self._repeat(self._write_counts, deadline)
 
     def count(self, outcome: str, deadline: Deadline, by: int = 1) -> None:
@@ -228,7 +228,7 @@ class StreamWriter:
         """Add batches to the stream and run further commands, in one round trip; return the replies to the latter."""
         try:
             replies = self.channel.execute_all([*map(self._add_command, batches), *further])
-        except BaseException:  # Ctrl-C too: what was sent may arrive later than the next command
+        except BaseException:  # Ctrl-C too: the batches may arrive after the next command
             for batch in batches:
                 batch.uncertain = True
             raise

@@ -22,7 +22,7 @@ logger = logging.getLogger("rlbroker")
 #: retried batches.
 RECHECK_SECONDS = 5.0
 
-#: How many workers are rechecked at once; the others follow in turn.
+#: How many workers are rechecked at once, in turn.
 RECHECK_WORKERS = 250
 
 #: A shard whose server is away is skipped for at least this long, and at least this many times as long as the attempt
@@ -32,7 +32,7 @@ AWAY_ATTEMPTS = 2
 
 
 class WatchedStreams:
-    """The streams that exist, and those of them to scan for pending entries. Not thread-safe."""
+    """The streams that exist, and which of them to scan for pending entries. Not thread-safe."""
 
     def __init__(self, connection: Connection, keys: Keys, consumer: str) -> None:
         """Begin with no stream.
@@ -181,7 +181,7 @@ class StreamDiscovery:
         return self._next_search.over
 
     def find(self) -> None:
-        """Watch streams that were created, and every `RECHECK_SECONDS` recheck those that are watched.
+        """Watch streams that were created; every `RECHECK_SECONDS`, recheck the watched streams.
 
         Raises:
             ConnectionFailed: no server could be reached.
@@ -214,7 +214,7 @@ class StreamDiscovery:
         return workers[first : first + RECHECK_WORKERS]
 
     def watch_existing(self, positions: Sequence[ReadPosition]) -> None:
-        """Watch those of these streams that exist on the server. Only workers create them: see `Sender`."""
+        """Watch those of these streams that exist on the server. Only workers create streams."""
         types = self._connection.execute_all(
             [("TYPE", position.stream.key) for position in positions], deadline=self._streams.deadline
         )

@@ -229,7 +229,7 @@ class Committer:
     def _try_commit(self, manifest: Manifest, copy: LocalCopy) -> Any:
         """Commit over the connection that has just checked the chunks: after a reconnect the server may have lost some.
 
-        On a Cluster the chunks are on other nodes. If one of them loses chunks after this check, workers report it.
+        On a Cluster the chunks are on other nodes. If a node loses chunks after this check, workers report it.
         """
         self._channel.connect()
         chunks = [key for form in manifest.forms for key in form.chunk_keys(self._keys)]

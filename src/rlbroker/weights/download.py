@@ -84,10 +84,10 @@ class Downloader:
         """Create a downloader.
 
         Args:
-            images: where to look for decoded images, and where to keep new ones.
+            images: where to find decoded images and to keep new ones.
             key: the key that weights must be signed with; None to accept them unsigned.
             from_replicas: whether chunks are read from replicas, where there are any.
-            received: called with the number of bytes of each chunk, in the thread that downloads.
+            received: called with the size of each chunk in bytes, in the thread that downloads.
         """
         self._connection, self._keys, self._images = connection, keys, images
         self._received, self._key, self._from_replicas = received, key, from_replicas

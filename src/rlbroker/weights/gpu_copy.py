@@ -107,7 +107,7 @@ class _TreeCopy:
         return buffer
 
     def _next_buffer(self, tensor: Any) -> Any:
-        """Return pinned memory for a tensor: that of the tensor at the same position in the last tree, if it fits."""
+        """Return pinned memory for a tensor: if it fits, that of the tensor at the same position in the last tree."""
         if self._used == len(self._buffers):
             self._buffers.append(None)
         found = self._buffers[self._used]

@@ -63,8 +63,8 @@ class Publisher:
         Args:
             epoch: the learner's epoch; a newer one fences this learner.
             images: where images are kept; in this process's memory by default.
-            metrics: records what was published, and how long that took.
-            key: signs what is published, and must have signed what was published before; None for no signatures.
+            metrics: records publications and their durations.
+            key: signs versions, and must have signed the present one; None for no signatures.
             segment_bytes: raw bytes of one segment.
             chunk_bytes: a chunk is closed once it holds this much.
         """
@@ -336,7 +336,7 @@ class Publisher:
         return committer.sign(manifest), upload, full_ratio
 
     def _discard(self, manifest: Manifest) -> None:
-        """Delete what was stored of a version that was not committed: a full server needs the room."""
+        """Delete the stored chunks of a version that was not committed: a full server needs the room."""
         if self._committer.is_unconfirmed(manifest.upload):
             return
         for form in manifest.new_forms:

@@ -19,8 +19,8 @@ logger = logging.getLogger("rlbroker")
 #: Chunks of a superseded version stay this long, for workers that are still reading them.
 SUPERSEDED_SECONDS: Final = 60
 
-#: At most this many superseded bytes stay, besides the version superseded last: frequent versions must not fill the
-#: server.
+#: At most this many superseded bytes stay, but always the version superseded last. Otherwise frequent versions could
+#: fill the server.
 SUPERSEDED_BYTES: Final = 1 << 30
 
 

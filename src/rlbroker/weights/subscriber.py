@@ -25,7 +25,7 @@ from rlbroker.weights.version_channel import VersionChannel
 logger = logging.getLogger("rlbroker")
 
 #: How often the manifest is polled without an announcement. Announcements come over the channel and the control stream;
-#: a worker that has lost the connection of one of them polls as soon as it is back.
+#: a worker that has lost the connection of either polls as soon as it is back.
 POLL_SECONDS: Final = 3.0
 
 #: At most one refused version is reported in this time: any client with write access can name a new one at each poll.
@@ -145,7 +145,7 @@ class Subscriber:
             self._thread.wake()
 
     def fetch_again(self) -> None:
-        """Fetch the latest version once more, for another model."""
+        """Fetch the latest version again, for another model."""
         self._updates.forget_newest()
         self._next_poll = Deadline(0)
         self._thread.wake()

@@ -144,12 +144,12 @@ class Uploader:
         """Store every chunk of an image, while the next ones are being encoded.
 
         Args:
-            image: its bytes, which must not change meanwhile.
-            version: the number that the version is to get.
+            image: its bytes, which must not change until this returns.
+            version: the number that the version will get.
             upload: the name in the keys of its chunks.
             compression: whether to compress.
             base: the version to store a delta to; None to store the full version.
-            encoded: segments that are encoded already.
+            encoded: segments that are already encoded, by index.
             deadline: how long to wait for a server that is away; by default the connection's timeout after the last
                 stored chunk.
         """

@@ -35,7 +35,7 @@ end
 reply[1] = #done
 if #done > 0 then count('removed_bytes', string.format('%.0f', bytes)) end
 for outcome, times in pairs(outcomes) do count(outcome, times) end
--- An acknowledged batch was sent, and the worker writes `sent` only now and then. The ids of retried batches belong to
+-- An acknowledged batch was sent, but the worker updates `sent` only occasionally. The ids of retried batches belong to
 -- no incarnation, so they have no such field.
 local sent = redis.call('HGET', KEYS[2], 'sent:' .. incarnation)
 if sent and (tonumber(sent) or 0) < last then  -- a worker may write anything here
