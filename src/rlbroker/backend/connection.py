@@ -240,7 +240,7 @@ class Connection:
             channel.close()
         return results
 
-    def on_each(self, command: str, keys: Sequence[str], *, deadline: Deadline | None = None) -> int:
+    def execute_on_keys(self, command: str, keys: Sequence[str], *, deadline: Deadline | None = None) -> int:
         """Run a command that takes many keys and returns a count, such as UNLINK; return the sum of the counts."""
         by_slot: dict[int, list[str]] = {}
         for key in keys:
@@ -284,7 +284,7 @@ class Connection:
         commands = [script.call(keys, arguments) for script, keys, arguments in calls]
         return self.execute_all(commands, deadline=deadline)
 
-    def run_where_there(self, calls: Sequence[ScriptCall], *, deadline: Deadline | None = None) -> None:
+    def run_where_reachable(self, calls: Sequence[ScriptCall], *, deadline: Deadline | None = None) -> None:
         """Run scripts whose replies are not needed; on a Cluster once, without the servers that cannot be reached."""
         if not self.servers.several:
             self.run_all(calls, deadline=deadline)

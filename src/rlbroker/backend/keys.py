@@ -90,7 +90,7 @@ class Keys:
         """Check the run's name, which becomes part of every key."""
         self.prefix = f"{_ROOT}{run_name(self.run)}}}"
 
-    def spread(self, shards: str) -> None:
+    def use_shards(self, shards: str) -> None:
         """Use the shards of the run, from the text in its `meta`."""
         self.shards = tuple(shards.split())
 

@@ -225,7 +225,7 @@ class PendingEntries:
             with self._lock:
                 calls = [self._restore_call(one) for one in (self._counted if workers is None else workers)]
             if workers is None:
-                self._connection.run_where_there(calls, deadline=deadline)
+                self._connection.run_where_reachable(calls, deadline=deadline)
             else:
                 self._connection.run_all(calls, deadline=deadline)
 
@@ -286,5 +286,5 @@ class Takeover:
             calls = [
                 (RENEW, (one.key,), (GROUP, name)) for one in streams for name in self._pending.consumers
             ]
-            self._connection.run_where_there(calls)
+            self._connection.run_where_reachable(calls)
             self._next_renewal = Deadline(self._seconds / 3)

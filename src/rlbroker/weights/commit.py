@@ -234,7 +234,7 @@ class Committer:
         self._channel.connect()
         chunks = [key for form in manifest.forms for key in form.chunk_keys(self._keys)]
         found = (
-            self._connection.on_each("EXISTS", chunks)
+            self._connection.execute_on_keys("EXISTS", chunks)
             if self._keys.shards
             else self._channel.execute("EXISTS", *chunks)
         )

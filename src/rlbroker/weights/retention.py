@@ -87,7 +87,7 @@ class Retention:
             latest = self._connection.execute("HGET", self._keys.weights, "upload", deadline=Deadline(0))
             if latest is not None and latest.decode(errors="replace") == self._latest_upload:
                 keys = [key for form in gone for key in form.chunk_keys(self._keys)]
-                self._connection.on_each("UNLINK", keys, deadline=Deadline(0))
+                self._connection.execute_on_keys("UNLINK", keys, deadline=Deadline(0))
         except ConnectionFailed as error:
             logger.info("%s; a later check deletes superseded weights that did not expire", error)
             return
@@ -98,4 +98,4 @@ class Retention:
         """Delete superseded forms, oldest first; a worker that is reading one continues with the latest version."""
         while self._superseded and sum(form.stored_bytes for form, _ in self._superseded) > keep_bytes:
             form, _ = self._superseded.popleft()
-            self._connection.on_each("UNLINK", form.chunk_keys(self._keys))
+            self._connection.execute_on_keys("UNLINK", form.chunk_keys(self._keys))

@@ -237,7 +237,7 @@ class Subscriber:
         commands = [("HGETALL", self._keys.weights), ("HGET", self._keys.meta, "shards")]
         fields, shards = raise_first_error(self._connection.ask(commands))
         if shards is not None:
-            self._keys.spread(shards.decode("ascii", "replace"))
+            self._keys.use_shards(shards.decode("ascii", "replace"))
         return Manifest.from_fields(text_fields(fields))
 
     def _refuse(self, manifest: Manifest, problem: str) -> None:

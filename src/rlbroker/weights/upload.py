@@ -179,7 +179,9 @@ class Uploader:
     def discard(self, upload: str, chunks: int) -> None:
         """Delete the chunks of an upload, if the server can be reached."""
         with suppress(PeerError):  # they expire anyway
-            self._connection.on_each("UNLINK", self._keys.upload(upload, chunks), deadline=Deadline(0))
+            self._connection.execute_on_keys(
+                "UNLINK", self._keys.upload(upload, chunks), deadline=Deadline(0)
+            )
 
     def forget_superseded(self, manifest: Manifest) -> None:
         """Forget the stored chunks of uploads that the latest manifest does not name."""
@@ -199,7 +201,7 @@ class Uploader:
                 zip(form.chunk_keys(self._keys), self._stored.get(form.upload, ()), strict=False)
             )
         ]
-        found = self._connection.on_each("EXISTS", [key for key, _, _ in stored])
+        found = self._connection.execute_on_keys("EXISTS", [key for key, _, _ in stored])
         sizes = self._connection.execute_all([("STRLEN", key) for key, _, _ in stored])
         if found < len(stored) or sizes != [sum(size for size, _ in parts) for _, parts, _ in stored]:
             return True
