@@ -125,7 +125,8 @@ def test_batches_sent_again_are_logged(
     server.client.flushall()
     with suppress(RunLost):  # there is no learner to open the run
         client.flush(timeout=0.01)
-    assert f"the server lost what worker 0 sent after batch 0; {words} sent again" in caplog.text
+    text = f"the server lost what worker 0 sent after batch 0; {words} sent again"
+    wait_until("it is logged, perhaps by the heartbeat thread", lambda: text in caplog.text)
 
 
 def test_a_worker_writes_again_how_many_batches_it_sent_after_a_loss(

@@ -62,9 +62,7 @@ class ProgressTimeout:
     def outlast(self, fault: ConnectionFailed, *, moved: bool) -> None:
         """Wait until the server answers again; raise the fault if that takes too long.
 
-        Args:
-            fault: the connection fault.
-            moved: whether the transfer made progress since the last fault.
+        Progress since the last fault, `moved`, starts the timeout again.
         """
         if moved and self._deadline is None:
             self._limit = Deadline(self._connection.timeout_seconds)

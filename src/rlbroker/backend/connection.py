@@ -109,11 +109,7 @@ class Connection:
         self.router.close()
 
     def check_process(self) -> None:
-        """Refuse to work in a forked child, where sockets and threads are the parent's.
-
-        Raises:
-            ForkedProcess: the client was made in another process.
-        """
+        """Raise `ForkedProcess` in a forked child, where sockets and threads are the parent's."""
         self.router.check_process()
 
     def retry(self, operation: Callable[[], Result], deadline: Deadline | None = None) -> Result:
@@ -269,11 +265,7 @@ class Connection:
         *,
         deadline: Deadline | None = None,
     ) -> Any:
-        """Return the reply of a script, with retries; it is loaded first if the server lacks it.
-
-        Raises:
-            Fenced: the script found that a newer process took this one's place.
-        """
+        """Return the reply of a script, with retries; it is loaded first if the server lacks it."""
         self.router.scripts.remember(script)
         return self.execute(*script.call(keys, arguments), deadline=deadline)
 
@@ -334,11 +326,7 @@ class Connection:
         return self.router.replicas_of(master)
 
     def find_nodes(self) -> None:
-        """If the single server is a node of a Cluster, use all nodes.
-
-        Raises:
-            ServerUnsuitable: the server is a Sentinel.
-        """
+        """If the single server is a node of a Cluster, use all nodes; raise `ServerUnsuitable` for a Sentinel."""
         if isinstance(self.servers, SingleServer) and is_cluster_node(self.address, self.server_info()):
             self.router.use_cluster_nodes()
 

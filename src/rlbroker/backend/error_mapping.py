@@ -54,7 +54,7 @@ class ErrorTranslator:
         Args:
             address: the server's, without its password.
             user: the name with which the connections log in.
-            pool: makes connections like those whose errors are translated.
+            pool: makes test connections, to find out whether the server requires TLS.
             hint: added to errors while the server has never answered.
         """
         self._address, self._user, self._pool, self._hint = address, user, pool, hint
@@ -101,12 +101,7 @@ def translate_error(
     command: Sequence[object] = (),
     user: str = "default",
 ) -> PeerError:
-    """Return rlbroker's error for one of redis-py's.
-
-    Args:
-        address: the server's, without its password.
-        command: the command that failed, if it is known.
-    """
+    """Return rlbroker's error for one of redis-py's. The address is the server's, without its password."""
     # For an error within a script, Redis 6.2 puts the place in the script before the error itself.
     text = re.sub(r"^Error running script .*?: -(?=[A-Z]+ )", "", str(error)).rstrip(".")
     if isinstance(error, redis_errors.NoPermissionError) or is_missing_right(text):
@@ -265,13 +260,9 @@ def is_missing_right(text: str) -> bool:
 
 
 def _access_denied(text: str, address: str, *, command: Sequence[object], user: str) -> AccessDenied:
-    """Return the error for a user that logged in and lacks a right: which right, and how to grant it.
+    """Return the error for a user that lacks a right: which right, and how to grant it.
 
-    Args:
-        text: the server's error.
-        address: the server's, without its password.
-        command: the command, for texts that do not name it.
-        user: the user, for texts that do not name it.
+    The command and the user are used if the server's text does not name them.
     """
     sent = [str(word) for word in command if isinstance(word, str | int)]
     in_pipeline = _PIPELINE_PREFIX.match(text)

@@ -97,8 +97,7 @@ class Keys:
     def choose_shards(self, count: int, servers: int, server_of: Callable[[str], object]) -> str:
         """Return numbers of shards that are spread evenly over the servers of a Cluster, as text for `meta`.
 
-        Args:
-            server_of: returns the present server of a key.
+        `server_of` returns the present server of a key.
         """
         found: list[str] = []
         per_server = Counter[object]()

@@ -111,11 +111,7 @@ def entry_place(entry_id: str | bytes) -> tuple[int, int]:
 
 
 def entry_id(text: str) -> str:
-    """Return a stream entry's id in its normal form.
-
-    Raises:
-        ValueError: the text is not an entry id.
-    """
+    """Return a stream entry's id in its normal form; raise ValueError if the text is not an entry id."""
     first, second = entry_place(text)
     return f"{first}-{second}"
 
@@ -140,14 +136,7 @@ def seconds_number(text: str) -> float | None:
 
 @contextmanager
 def parsing(key: str) -> Iterator[None]:
-    """Turn errors in parsing a key's value within this block into `WireError`: another program wrote the value.
-
-    Args:
-        key: the key whose value is parsed; named in the message.
-
-    Raises:
-        WireError: a number is malformed, a field is missing, or a setting is invalid.
-    """
+    """Turn errors in parsing a key's value within this block into `WireError`: another program wrote the value."""
     try:
         yield
     except InvalidArgument as error:  # settings that no learner accepts
@@ -168,8 +157,7 @@ def _foreign_data(key: str, error: Exception) -> WireError:
 def default_if_wrong_type(reply: Any, default: Any) -> Any:
     """Return the reply about a key that a worker writes, or the default if the key has the wrong type.
 
-    Raises:
-        PeerError: the server refused for another reason.
+    Raise any other `PeerError`.
     """
     if isinstance(reply, WrongKeyType):
         return default
@@ -179,11 +167,7 @@ def default_if_wrong_type(reply: Any, default: Any) -> Any:
 
 
 def raise_first_error(replies: Iterable[Any]) -> list[Any]:
-    """Return the replies as a list.
-
-    Raises:
-        PeerError: the first of the replies that is one.
-    """
+    """Return the replies as a list, or raise the first `PeerError` among them."""
     found = list(replies)
     for reply in found:
         if isinstance(reply, PeerError):

@@ -185,8 +185,7 @@ class Router:
     ) -> PeerError:
         """Return rlbroker's error for one of redis-py's.
 
-        Args:
-            command: the command that failed; a server that refuses a key may not name it.
+        The command is used if the server does not name the key that it refuses.
         """
         name = "" if server is None or isinstance(self.servers, SingleServer) else server.name
         return self.errors.translate(error, command=command, server_name=name)

@@ -83,11 +83,7 @@ class ScriptLoader:
             self.load(send, scripts)
 
     def reload(self, send: SendCommand) -> None:
-        """Load the used scripts into the cache of a server that lacks one.
-
-        Raises:
-            RunLost: this user may not load scripts.
-        """
+        """Load the used scripts into the cache of a server that lacks one; raise `RunLost` if this user may not."""
         try:
             self.load(send, self.used)
         except AccessDenied as error:

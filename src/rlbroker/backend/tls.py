@@ -336,11 +336,7 @@ def tls_refusal(error: BaseException) -> str:
 
 
 def requires_tls(pool: redis.ConnectionPool, error: BaseException) -> bool:
-    """Return whether a server broke a connection without TLS because it speaks TLS only; connects once to find out.
-
-    Args:
-        pool: makes the connections.
-    """
+    """Return whether a server broke a connection without TLS because it requires TLS; connect once to find out."""
     host, port = pool.connection_kwargs.get("host"), pool.connection_kwargs.get("port")
     if not host or issubclass(pool.connection_class, TlsConnection | redis.SSLConnection):
         return False

@@ -137,11 +137,7 @@ class DiscoveredTopology(Topology):
     """Servers whose roles are read from Sentinels or nodes: in the background, and at once if they may be stale."""
 
     def __init__(self, make_client: MakeClient, what: str) -> None:
-        """Create a topology; nothing is read yet.
-
-        Args:
-            what: name of the background thread.
-        """
+        """Create a topology; nothing is read yet. `what` names the background thread."""
         self._clients = ClientsByAddress(make_client)
         self._refreshing = threading.Lock()
         self._stale = True

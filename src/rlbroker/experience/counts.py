@@ -49,9 +49,7 @@ def expected_types(keys: Keys, worker: int) -> dict[str, str]:
 def match_types(expected: Mapping[str, str], replies: Iterable[Any]) -> dict[str, bool]:
     """Return for each key that exists whether it has its type; if not, another program overwrote it.
 
-    Args:
-        expected: keys with their types.
-        replies: the reply to TYPE for each.
+    `replies` are the replies to TYPE for each expected key.
     """
     found = [reply.decode() if isinstance(reply, bytes) else str(reply) for reply in replies]
     return {

@@ -62,11 +62,7 @@ class Confirmation:
         raise ConnectionFailed(self.missing)
 
     def check(self, stream_key: str, *, shards_known: bool) -> None:
-        """Refuse a level that the stream's master cannot give or, with unknown shards, that no master can.
-
-        Raises:
-            ServerUnsuitable: the server cannot give this level.
-        """
+        """Raise `ServerUnsuitable` if the stream's master cannot give the level; with unknown shards, if no master can."""
         if not self.waits:
             return
         lacking = ""

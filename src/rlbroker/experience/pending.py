@@ -145,8 +145,7 @@ class PendingEntries:
     ) -> int:
         """Acknowledge, count and delete entries, in one step for each stream; return how many the server still had.
 
-        Args:
-            entries: stream, entry id and outcome of each. Entries that are not pending are skipped.
+        Each entry is given by stream, id and outcome. Entries that are not pending are skipped.
         """
         with self.writing_counts(deadline):
             acknowledgements = self.acknowledgements(entries)
@@ -218,8 +217,7 @@ class PendingEntries:
     def restore(self, workers: Iterable[int] | None = None, *, deadline: Deadline | None = None) -> None:
         """Write back the counts that the server may have lost. Harmless where it lost none.
 
-        Args:
-            workers: the workers whose counts to write; by default all, on a Cluster without those whose server is away.
+        By default write those of all workers, on a Cluster without the workers whose server is away.
         """
         with self.writing_counts(deadline):
             with self._lock:

@@ -97,12 +97,7 @@ class ShardReader:
     """Reads new entries of one shard's streams: one read at a time, which may block. Not thread-safe."""
 
     def __init__(self, connection: Connection, consumer: str, shard: str) -> None:
-        """Create a reader; nothing is connected yet.
-
-        Args:
-            consumer: the consumer that entries are delivered to.
-            shard: the prefix of the streams' keys.
-        """
+        """Create a reader; nothing is connected yet. The shard is the prefix of the streams' keys."""
         self.channel = Channel(connection, f"{shard}:x")
         #: The streams that are read, by key.
         self.streams: dict[str, ReadPosition] = {}
@@ -173,8 +168,7 @@ class ShardReader:
     def finish_read(self) -> list[StreamEntries]:
         """Wait for the reply to the read in progress, and return its entries.
 
-        Raises:
-            SlotMigrating: a Cluster is moving the streams.
+        Raise `SlotMigrating` while a Cluster is moving the streams.
         """
         read, self._read = self._read, None
         assert read is not None
@@ -198,11 +192,7 @@ class ShardReader:
 
 
 def wait_for_replies(readers: Sequence[ShardReader], wait_seconds: float) -> list[ShardReader]:
-    """Wait until a reply arrives; return the readers whose replies have arrived or are overdue.
-
-    Args:
-        readers: readers with a read in progress.
-    """
+    """Wait for a reply to any of these reads in progress; return the readers with a reply, or with an overdue one."""
     if not readers:
         return []
     with selectors.DefaultSelector() as selector:

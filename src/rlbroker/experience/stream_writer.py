@@ -153,8 +153,7 @@ class StreamWriter:
     def count_fenced(self, *, refused: bool) -> None:
         """Count and release the pending batches that are not on the server, after this worker was fenced.
 
-        Args:
-            refused: whether a batch without a number is lost too.
+        With `refused`, a batch without a number is lost too.
         """
         sequences = [batch.sequence for batch in self.pending]
         try:

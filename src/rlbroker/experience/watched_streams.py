@@ -35,11 +35,7 @@ class WatchedStreams:
     """The streams that exist, and which of them to scan for pending entries. Not thread-safe."""
 
     def __init__(self, connection: Connection, keys: Keys, consumer: str) -> None:
-        """Begin with no stream.
-
-        Args:
-            consumer: the consumer that new entries are delivered to.
-        """
+        """Begin with no stream. New entries are delivered to this consumer."""
         self._connection, self._keys, self._consumer = connection, keys, consumer
         #: All streams that the learner has searched for or restored from marks, by name.
         self.positions: dict[str, ReadPosition] = {}
@@ -160,12 +156,7 @@ class StreamDiscovery:
         *,
         workers: Callable[[], Iterable[int]],
     ) -> None:
-        """Create a search that is due at once.
-
-        Args:
-            takeover: takes over what other learners abandoned.
-            workers: returns every worker id that may have batches.
-        """
+        """Create a search that is due at once. `workers` returns every worker id that may have batches."""
         self._connection, self._streams, self._pending = connection, streams, pending
         self._takeover, self._workers = takeover, workers
         self._next_search = self._next_recheck = Deadline(0)
@@ -181,11 +172,7 @@ class StreamDiscovery:
         return self._next_search.over
 
     def find(self) -> None:
-        """Watch streams that were created; every `RECHECK_SECONDS`, recheck the watched streams.
-
-        Raises:
-            ConnectionFailed: no server could be reached.
-        """
+        """Watch streams that were created; every `RECHECK_SECONDS`, recheck the watched streams."""
         self._next_search = Deadline(BLOCK_SECONDS)
         recheck = self._next_recheck.over
         workers = list(self._workers())

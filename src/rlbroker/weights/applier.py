@@ -24,9 +24,7 @@ class WeightsApplier:
     def __init__(self, subscriber: Subscriber, *, keep_dtype: bool) -> None:
         """Begin without a version.
 
-        Args:
-            subscriber: fetches a version again after an interrupt.
-            keep_dtype: whether an empty dictionary gets weights in the dtypes in which they were sent.
+        With `keep_dtype`, an empty dictionary gets weights in the dtypes in which they were sent.
         """
         self._subscriber, self._keep_dtype = subscriber, keep_dtype
         self.version = 0
@@ -42,11 +40,7 @@ class WeightsApplier:
     ) -> bool:
         """Load updates in order, and acknowledge the outcome of each. Return whether one was loaded.
 
-        Args:
-            updates: what `Subscriber.take` returned.
-            model: a module, or a dictionary.
-            acknowledge: sends the outcome to the learner.
-            again: whether to load a version that was applied before, for another model.
+        With `again`, load a version that was applied before, for another model.
 
         Raises:
             WeightsMismatch: the weights do not fit the model.

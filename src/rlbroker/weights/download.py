@@ -107,8 +107,7 @@ class Downloader:
     def fetch(self, manifest: Manifest, previous: DecodedVersion | None) -> DecodedVersion:
         """Return the latest version, from this host's cache or from the server.
 
-        Args:
-            previous: a decoded version that may be the base of a delta.
+        `previous` is a decoded version that may be the base of a delta.
 
         Raises:
             NotSigned: a signature is missing or wrong; nothing was decoded.

@@ -44,11 +44,7 @@ def load(weights: Any, target: Any) -> None:
 
 
 def check_target(target: Any) -> None:
-    """Check that weights can be loaded into a target of this kind.
-
-    Raises:
-        UnsupportedType: the target is neither a module nor a dictionary.
-    """
+    """Raise `UnsupportedType` unless the target is a module or a dictionary."""
     torch = sys.modules.get("torch")
     if not isinstance(target, MutableMapping) and not (torch and isinstance(target, torch.nn.Module)):
         raise UnsupportedType(

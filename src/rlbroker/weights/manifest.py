@@ -69,11 +69,7 @@ class StoredForm:
         return replace(self, signature=key.sign(WEIGHTS, *self._signed_fields(run)))
 
     def check(self, key: SigningKey, run: str) -> None:
-        """Check that this form was signed with the key, for this run.
-
-        Raises:
-            NotSigned: the signature is missing or wrong.
-        """
+        """Raise `NotSigned` unless this form was signed with the key, for this run."""
         key.check(self.signature, WEIGHTS, *self._signed_fields(run))
         if len(self.hashes) != (self.chunks + 1) * HASH_LENGTH:
             raise NotSigned("its signature is for another number of chunks")
@@ -104,11 +100,7 @@ class StoredForm:
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """Parse what `to_text` returned.
-
-        Raises:
-            ValueError: it is anything else.
-        """
+        """Parse what `to_text` returned; raise ValueError for anything else."""
         version, base, upload, chunks, stored_bytes, digest = text.split(":")
         form = cls(int(version), int(base), upload, int(chunks), int(stored_bytes), digest)
         if not 0 <= form.base < form.version or form.chunks < 0 or form.stored_bytes < 0:
@@ -182,11 +174,7 @@ class Manifest:
         return replace(self, latest=self.latest.signed(key, run), others=tuple(others))
 
     def check(self, key: SigningKey, run: str) -> None:
-        """Check that every form that stays was signed with the key, for this run.
-
-        Raises:
-            NotSigned: a signature is missing or wrong.
-        """
+        """Raise `NotSigned` unless every form that stays was signed with the key, for this run."""
         if not any(form.signature for form in self.forms):
             raise NotSigned(
                 "its signature is missing: the learner signs nothing; this process wants signatures: give the learner "
@@ -228,8 +216,7 @@ class Manifest:
     def from_fields(cls, found: Mapping[str, str]) -> Self | None:
         """Parse the fields of the hash; return None if nothing was published yet.
 
-        Raises:
-            WireError: no learner writes such fields.
+        Raise `WireError` for fields that no learner writes.
         """
         if "version" not in found:
             return None

@@ -167,8 +167,8 @@ class Publisher:
         """Publish the latest weights again, under a new version, if the server has lost them. Try once.
 
         Args:
-            unreadable_version: a version that a worker could not read. If it is the latest, the stored chunks are
-                compared byte by byte; otherwise only their sizes are.
+            unreadable_version: a version that a worker could not read. If it is the latest, the contents of the stored
+                chunks are checked; otherwise only their sizes.
 
         Returns:
             False if another thread is publishing: call again later.

@@ -191,8 +191,7 @@ class Uploader:
     def is_damaged(self, manifest: Manifest, *, compare: bool) -> bool:
         """Return whether a chunk that this learner stored is missing or has another size.
 
-        Args:
-            compare: whether to compare the chunks' contents too.
+        With `compare`, return True for a chunk with other content, too.
         """
         stored = [
             (key, parts, form.hash_of(number))

@@ -53,8 +53,7 @@ class ImageFiles:
     def reserve(self, image_bytes: int) -> tuple[str, FileLock]:
         """Return a draft that is large enough: an unused file if possible, and new memory otherwise.
 
-        Raises:
-            OSError: there is no room.
+        Raise OSError if there is no room.
         """
         file_bytes = -(-(image_bytes + _HEADER_ROOM) // mmap.PAGESIZE) * mmap.PAGESIZE
         return self._recycle(file_bytes) or self._create(file_bytes)
