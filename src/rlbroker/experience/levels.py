@@ -62,7 +62,10 @@ class Confirmation:
         raise ConnectionFailed(self.missing)
 
     def check(self, stream_key: str, *, shards_known: bool) -> None:
-        """Raise `ServerUnsuitable` if the stream's master cannot give the level or, with unknown shards, if no master can."""
+        """Raise `ServerUnsuitable` if the stream's master cannot give the level.
+
+        While the run's shards are unknown, raise it if no master can.
+        """
         if not self.waits:
             return
         lacking = ""
