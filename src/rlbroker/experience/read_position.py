@@ -114,11 +114,11 @@ class ReadPosition:
     Attributes:
         scan_from: where to continue the scan for pending entries; None when the scan is complete.
         first_scan: whether the first scan is incomplete; an earlier learner read what it finds.
-        newest_read: the newest entry that was read; entries up to here are new only if they were taken over or skipped.
+        newest_read: the newest entry that was read; earlier entries are new only if they were taken over or skipped.
         restored: the newest entry that the restored checkpoint covers.
         last_collected: the newest entry that `collect` returned.
         excluded: entries up to `restored` that the checkpoint does not cover.
-        taken_over: entries that were taken over from other learners and are pending here.
+        taken_over: pending entries that were taken over from other learners.
         restored_taken_over: entries taken over from other learners that the checkpoint covers.
         gaps: ranges that were skipped: other learners read them, or they were never read.
     """
@@ -143,7 +143,7 @@ class ReadPosition:
         return not _in_gaps(self.gaps, entry.place)
 
     def is_in_checkpoint(self, entry: Entry) -> bool:
-        """Return whether an entry that `has_read` knows is pending only because an earlier learner did not finish."""
+        """Return whether a read entry is pending only because an earlier learner died before acknowledging it."""
         return entry.taken_over or (self.first_scan and entry.place <= self.restored)
 
     def note_read(self, entry: Entry) -> None:

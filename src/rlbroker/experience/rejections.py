@@ -58,7 +58,7 @@ class Unpacker:
         return entry.deliveries >= self._suspect_after
 
     def unpack(self, entry: Entry) -> Batch | None:
-        """Return the batch of an entry; None, after it was counted, if it cannot be delivered."""
+        """Return the batch of an entry; count it and return None if it cannot be delivered."""
         worker, reason = entry.stream.worker_id, entry.repeat_reason or "trimmed"
         if entry.repeat_reason:
             logger.info("worker %d: batch %s came again: %s", worker, entry.batch_id, reason)
@@ -109,28 +109,28 @@ class Unpacker:
         batch.incarnation, batch.sequence = (
             entry_place(entry.batch_id) if entry.stream.retried else entry.place
         )
-        batch.version = _integer(fields, b"version")
+        batch.version = _parse_integer(fields, b"version")
         batch.staleness = max(0, self._latest_version() - batch.version)
-        batch.rows = _integer(fields, b"rows")
-        # Measured and not read from the entry: it bounds what one call decodes, and a few stored bytes can hold a
+        batch.rows = _parse_integer(fields, b"rows")
+        # Measured, not read from the entry: it bounds what one call decodes, and a few stored bytes can decode to a
         # gigabyte of zeros.
         batch.raw_bytes = measure(content)[1]
         batch.stored_bytes = entry.stored_bytes
-        batch.sent_at = _seconds(fields, b"sent_at")
+        batch.sent_at = _parse_seconds(fields, b"sent_at")
         batch.received_at = time.time()
         batch.held_as = (entry.stream.name, entry.entry_id)
         entry.replace_message(batch)
         return batch
 
 
-def _integer(fields: Mapping[bytes, bytes], name: bytes) -> int:
+def _parse_integer(fields: Mapping[bytes, bytes], name: bytes) -> int:
     number = whole_number(fields[name].decode("ascii", "replace"))
     if number is None:
         raise WireError(f"the batch's {name.decode()} is not a valid integer")
     return number
 
 
-def _seconds(fields: Mapping[bytes, bytes], name: bytes) -> float:
+def _parse_seconds(fields: Mapping[bytes, bytes], name: bytes) -> float:
     seconds = seconds_number(fields[name].decode("ascii", "replace"))
     if seconds is None:
         raise WireError(f"the batch's {name.decode()} is not a valid time")

@@ -7,7 +7,7 @@
 -- include: experience/lua/own_entries.lua
 
 local reply, incarnation, last = {0}, '', -1
--- One read finds all pending entries of this learner, unless other learners have some in between.
+-- One read finds most of the entries. `owns` finds the rest: those taken over, and those after other pending entries.
 local entry_count = (#ARGV - 3) / 3
 local pending = {}
 for _, row in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[4], ARGV[#ARGV - 2], entry_count, ARGV[2])) do
@@ -23,8 +23,8 @@ for i = 4, #ARGV, 3 do
   elseif owned == false then
     table.insert(reply, ARGV[i])
   end
-  local of, number = string.match(ARGV[i], '^(%d+)-(%d+)$')
-  if of ~= incarnation then incarnation, last = of, -1 end
+  local entry_incarnation, number = string.match(ARGV[i], '^(%d+)-(%d+)$')
+  if entry_incarnation ~= incarnation then incarnation, last = entry_incarnation, -1 end
   last = math.max(last, tonumber(number))
 end
 for from = 1, #done, 1000 do  -- Lua cannot pass more than some thousand arguments

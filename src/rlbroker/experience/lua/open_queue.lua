@@ -31,8 +31,8 @@ if known < own then
   -- The counts of all incarnations before the previous one are added up in one field. The previous one may still count.
   local counts = redis.call('HGETALL', KEYS[2])
   for i = 1, #counts, 2 do
-    local reason, of = string.match(counts[i], '^([%a_]+):(%d+)$')
-    if reason and reason ~= 'epoch' and tonumber(of) < known then
+    local reason, counted_by = string.match(counts[i], '^([%a_]+):(%d+)$')
+    if reason and tonumber(counted_by) < known then
       redis.call('HSET', KEYS[2], reason,
         (tonumber(redis.call('HGET', KEYS[2], reason) or '0') or 0) + (tonumber(counts[i + 1]) or 0))
       redis.call('HDEL', KEYS[2], counts[i])
