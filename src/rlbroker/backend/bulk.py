@@ -59,12 +59,12 @@ class ProgressTimeout:
         self._backoff = Backoff()
         self._limit = deadline or Deadline(connection.timeout_seconds)
 
-    def outlast(self, fault: ConnectionFailed, *, moved: bool) -> None:
+    def outlast(self, fault: ConnectionFailed, *, progressed: bool) -> None:
         """Wait until the server answers again; raise the fault if that takes too long.
 
-        Progress since the last fault, `moved`, starts the timeout again.
+        Progress since the last fault, `progressed`, starts the timeout again.
         """
-        if moved and self._deadline is None:
+        if progressed and self._deadline is None:
             self._limit = Deadline(self._connection.timeout_seconds)
             self._backoff.reset()
         time.sleep(self._backoff.next(self._limit))
@@ -85,11 +85,11 @@ class ChunkReader:
         self._replicas_away = Deadline(0)
 
     @property
-    def replicas_answer(self) -> bool:
+    def may_read_replicas(self) -> bool:
         """Whether replicas may be read: none has failed lately."""
         return self._replicas_away.over
 
-    def leave_replicas(self) -> None:
+    def avoid_replicas(self) -> None:
         """Read from masters for a while, because a replica did not answer."""
         if self.from_replicas:
             self.from_replicas, self._replicas_away = False, Deadline(REPLICAS_AWAY_SECONDS)
@@ -118,7 +118,7 @@ class ChunkReader:
             try:
                 found = pipes.values(keys)
             except ConnectionFailed:
-                self.leave_replicas()
+                self.avoid_replicas()
             finally:
                 pipes.close()
         missing = [key for key in keys if key not in found]

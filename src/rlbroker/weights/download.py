@@ -117,7 +117,7 @@ class Downloader:
             manifest.check(self._key, self._keys.run)
         if previous and previous.number == manifest.version:
             return previous
-        self._reader.from_replicas = self._from_replicas and self._reader.replicas_answer
+        self._reader.from_replicas = self._from_replicas and self._reader.may_read_replicas
         try:
             try:
                 return self._find_or_download(manifest, previous)
@@ -324,8 +324,8 @@ class Downloader:
                     done = begin + index + 1
                     yield ranges[done - 1], chunks[done - 1][1]
             except ConnectionFailed as fault:
-                self._reader.leave_replicas()
-                progress.outlast(fault, moved=done > begin)
+                self._reader.avoid_replicas()
+                progress.outlast(fault, progressed=done > begin)
 
     def _check_cancelled(self) -> None:
         if self._cancelled:

@@ -272,7 +272,7 @@ class Uploader:
                         raise
                 except ConnectionFailed as fault:
                     forget_confirmed()
-                    progress.outlast(fault, moved=confirmed > 0)
+                    progress.outlast(fault, progressed=confirmed > 0)
                 confirmed = 0
         finally:
             self._metrics.add("send_seconds", time.perf_counter() - began - encoding_seconds)
