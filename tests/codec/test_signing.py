@@ -99,7 +99,7 @@ def test_a_pointer_carries_signatures_and_every_form_counts() -> None:
         replace(at, others=(replace(whole, signature=""),)).check(KEY, "pong")
     unsigned = Manifest(FORM, (), 100, 7, "raw", 1.5)
     assert unsigned.to_fields()["signatures"] == ""
-    with pytest.raises(NotSigned, match="the learner signs nothing"):
+    with pytest.raises(NotSigned, match="the learner does not sign"):
         unsigned.check(KEY, "pong")
 
 

@@ -109,7 +109,7 @@ class Router:
         one.client.connection_pool.disconnect(inuse_connections=False)
         if one.address is None:
             raise ServerUnsuitable(
-                f"{self.address} is a node of a Cluster, and the other nodes are reached by host and port: name some, "
+                f"{self.address} is a node of a Cluster, and its other nodes need a host and port: name some, "
                 "as in redis+cluster://host:port,host:port"
             )
         logger.info("%s is a node of a Cluster; its other nodes are used too", self.address)

@@ -177,8 +177,8 @@ class Manifest:
         """Raise `NotSigned` unless every form that stays was signed with the key, for this run."""
         if not any(form.signature for form in self.forms):
             raise NotSigned(
-                "its signature is missing: the learner signs nothing; this process wants signatures: give the learner "
-                f"the same key (id {key.id})"
+                "its signature is missing: the learner does not sign, but this process requires signatures; give the "
+                f"learner the same key (id {key.id})"
             )
         for form in (self.latest, *self.others):
             form.check(key, run)

@@ -309,8 +309,8 @@ class _SignatureCheck:
         elif manifest.latest.signature and not self._warned:
             self._warned = True
             logger.warning(
-                "the learner of %r signs its weights, and this worker does not check that, as it has no key: set "
-                "signing_key, or RLBROKER_SIGNING_KEY_FILE",
+                "the learner of %r signs its weights, but this worker does not check the signatures, as it has no key: "
+                "set signing_key or RLBROKER_SIGNING_KEY_FILE",
                 self._run,
             )
 
