@@ -220,21 +220,9 @@ _PIPELINE_PREFIX = re.compile(r"^Command # \d+ \((.*)\) of pipeline caused error
 #: Commands that only read keys.
 _READ_COMMANDS = frozenset(
     (
-        *(
-            "EXISTS",
-            "GET",
-            "GETRANGE",
-            "HGET",
-            "HGETALL",
-            "HKEYS",
-            "HLEN",
-            "HMGET",
-            "MEMORY",
-            "MGET",
-            "OBJECT",
-        ),
-        *("PTTL", "STRLEN", "TTL", "TYPE", "XINFO", "XLEN", "XPENDING", "XRANGE", "XREAD", "XREVRANGE"),
-        *("ZCARD", "ZRANGE", "ZRANGEBYSCORE", "ZSCORE"),
+        *("EXISTS", "GET", "GETRANGE", "HGET", "HGETALL", "HKEYS", "HLEN", "HMGET", "MEMORY", "MGET"),
+        *("OBJECT", "PTTL", "STRLEN", "TTL", "TYPE", "XINFO", "XLEN", "XPENDING", "XRANGE", "XREAD"),
+        *("XREVRANGE", "ZCARD", "ZRANGE", "ZRANGEBYSCORE", "ZSCORE"),
     )
 )
 

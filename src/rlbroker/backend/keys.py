@@ -38,7 +38,6 @@ _REST = re.compile(
     r"|(x|counts|epochs|dead|again|ack|ledger|life|hb):\d+"
 )
 
-
 #: The kinds of keys of a worker's queue, in the order in which scripts take them.
 _QUEUE = ("x", "counts", "epochs", "dead", "again")
 
