@@ -77,7 +77,7 @@ class ChunkReader:
     """Reads chunks directly into memory, one read at a time. Not safe to use from several threads at once."""
 
     def __init__(self, connection: Connection) -> None:
-        """Prepare a reader; nothing is connected yet."""
+        """Create a reader; nothing is connected yet."""
         self._connection = connection
         self._pipes = _Pipes(connection)
         #: Whether to read from replicas. A chunk that a replica does not have yet comes from its master.
@@ -170,7 +170,7 @@ class ChunkWriter:
     """Stores chunks directly from memory, one write at a time. Not safe to use from several threads at once."""
 
     def __init__(self, connection: Connection) -> None:
-        """Prepare a writer; nothing is connected yet."""
+        """Create a writer; nothing is connected yet."""
         self._connection = connection
         self._pipes = _Pipes(connection)
         #: How many chunks of the last `write` are confirmed without a gap, counted from the first.

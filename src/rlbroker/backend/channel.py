@@ -35,7 +35,7 @@ class Channel:
     """
 
     def __init__(self, connection: Connection, key: str = "", *, server: Server | None = None) -> None:
-        """Prepare a channel; nothing is connected yet.
+        """Create a channel; nothing is connected yet.
 
         Args:
             key: connect to the master that has this key.

@@ -57,7 +57,7 @@ class Connection:
         timeout_seconds: float = 10.0,
         reads_batches: bool = False,
     ) -> None:
-        """Prepare a connection; nothing is sent yet.
+        """Create a connection; nothing is sent yet.
 
         Args:
             url: `redis://`, `rediss://` or `unix://`, or `redis+cluster://host:port,host:port` or

@@ -51,7 +51,7 @@ class within:  # noqa: N801 # used like a function, and a class is faster than a
     __slots__ = ("_deadline", "_outer")
 
     def __init__(self, deadline: Deadline) -> None:
-        """Take the deadline, which applies inside the block."""
+        """Set the deadline of the block."""
         self._deadline = deadline
 
     def __enter__(self) -> Deadline:

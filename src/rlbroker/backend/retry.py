@@ -20,7 +20,7 @@ class RetryPolicy:
     """Retries with exponential back-off after a broken connection, and while the run waits for its learner."""
 
     def __init__(self, timeout_seconds: float, errors: ErrorTranslator) -> None:
-        """Take the timeout of operations without a deadline; `errors` knows whether the server has ever answered."""
+        """Set the default timeout of operations; `errors` knows whether the server has ever answered."""
         self._timeout_seconds, self._errors = timeout_seconds, errors
         self._silence_logged = False
 

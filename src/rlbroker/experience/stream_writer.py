@@ -59,7 +59,7 @@ class QueueSize:
         self.waiting += 1
 
     def update(self, length: int, in_hand: int, removed_bytes: int) -> None:
-        """Take over the numbers that the server has.
+        """Adopt the server's numbers.
 
         Args:
             length: batches in the stream.
