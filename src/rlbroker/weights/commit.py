@@ -48,7 +48,7 @@ class LocalCopy:
     compression: bool
     base: DeltaBase
 
-    def numbered(self, version: int) -> Self:
+    def with_version(self, version: int) -> Self:
         """Return the copy with the number that the version got."""
         return replace(self, base=replace(self.base, version=version))
 
@@ -151,14 +151,14 @@ class Committer:
             self.catch_up()
             if self.latest is not before:  # the forms of that other version must be superseded too
                 raise ChunksLost
-            manifest = self.sign(manifest.numbered(self.last_used + 1))
+            manifest = self.sign(manifest.with_version(self.last_used + 1))
         else:
             raise ServerFault(
                 f"another client keeps writing {self._keys.weights}; version {manifest.version} was not published"
             )
         self._adopt(manifest)
         self._unconfirmed = None
-        self.local_copy = copy.numbered(manifest.version)
+        self.local_copy = copy.with_version(manifest.version)
         return manifest
 
     def is_unconfirmed(self, upload: str) -> bool:
@@ -183,7 +183,7 @@ class Committer:
         if found is not None and found.version > self.latest_version:
             copy = self._unconfirmed[1] if self._unconfirmed and self.is_unconfirmed(found.upload) else None
             self._adopt(found)
-            self.local_copy = copy.numbered(found.version) if copy else None
+            self.local_copy = copy.with_version(found.version) if copy else None
         self._unconfirmed = None
         seen = self.newest_seen_by_workers()
         self.mark_used(seen)

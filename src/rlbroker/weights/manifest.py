@@ -183,7 +183,7 @@ class Manifest:
         for form in (self.latest, *self.others):
             form.check(key, run)
 
-    def numbered(self, version: int) -> Self:
+    def with_version(self, version: int) -> Self:
         """Return a copy in which the latest version has another number."""
         before = self.version
         others = [replace(one, version=version) if one.version == before else one for one in self.others]

@@ -4,7 +4,7 @@
 -- Errors: FENCED if a newer learner of this name has taken over
 
 if tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or '0') > tonumber(ARGV[3]) then
-  return redis.error_reply('FENCED a newer learner has taken over the run')
+  return redis.error_reply('FENCED a newer learner with this name has taken over the run')
 end
 
 -- include: experience/lua/ensure_counts.lua
