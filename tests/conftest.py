@@ -325,7 +325,7 @@ def worker(server: Server, run: str, opened: ExitStack) -> Callable[..., WorkerC
 def spread(keys: Keys, server: Server) -> Keys:
     """Spread the keys of a run that has no learner over a Cluster, as that would."""
     if server.kind == "cluster":
-        keys.spread(keys.choose_shards(3, 3, lambda key: server.client.get_node_from_key(key).name))
+        keys.use_shards(keys.choose_shards(3, 3, lambda key: server.client.get_node_from_key(key).name))
     return keys
 
 

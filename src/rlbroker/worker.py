@@ -169,7 +169,7 @@ class WorkerClient:
                 when_full=when_full,
                 compression=compression,
                 level=level,
-                known=self._heartbeat.knows_run or not connection.servers.several,
+                shards_known=self._heartbeat.knows_run or not connection.servers.several,
             )
             self._joined = True
             for part in (self._heartbeat, self._subscriber, self._inbox):

@@ -46,14 +46,14 @@ def test_shards_are_spread_evenly_over_the_servers(count: int, servers: int, sha
 
     found = keys().choose_shards(count, servers, server_of)
     spread = Keys("pong")
-    spread.spread(found)
+    spread.use_shards(found)
     assert len(spread.shards) == count
     assert max(Counter(map(server_of, spread.one_of_each_shard)).values()) == share
 
 
 def test_shards_are_read_from_the_text_in_meta() -> None:
     spread = keys()
-    spread.spread("0 4 7")
+    spread.use_shards("0 4 7")
     assert spread == keys("0", "4", "7")
 
 

@@ -123,7 +123,7 @@ def test_a_moved_slot_is_on_the_node_that_a_redirect_names(scene: Scene) -> None
     scene.replies[A] = node(A)
     with closing(scene.cluster(A)) as found:
         found.master_for(KEY)
-        found.moved(slot_of(KEY), B)
+        found.note_moved(slot_of(KEY), B)
         other = Keys("another").meta
         assert (found.master_for(KEY).address, found.master_for(other).address) == (B, A)
 
@@ -271,7 +271,7 @@ def test_sentinels_that_do_not_answer_us_or_another_sentinel_are_named(scene: Sc
             silent=["b:2", "c:3"], total=3, alive=1, needed=3, refusal=""
         )
         scene.replies[A] = sentinel("1", row(B, run_id="2"), refusal="NOQUORUM 1 usable Sentinels")
-        assert found.view_sentinels().refusal == "a:1 says NOQUORUM 1 usable Sentinels"
+        assert found.view_sentinels().refusal == "a:1 reports NOQUORUM 1 usable Sentinels"
 
 
 def test_a_sentinel_that_another_one_cannot_reach_is_not_waited_for(scene: Scene) -> None:

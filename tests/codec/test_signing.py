@@ -93,13 +93,13 @@ def test_a_pointer_carries_signatures_and_every_form_counts() -> None:
     assert there == at
     there.check(KEY, "pong")
     with pytest.raises(NotSigned):
-        at.numbered(9).check(KEY, "pong")
-    at.numbered(9).signed(KEY, "pong").check(KEY, "pong")
+        at.with_version(9).check(KEY, "pong")
+    at.with_version(9).signed(KEY, "pong").check(KEY, "pong")
     with pytest.raises(NotSigned, match="is missing"):
         replace(at, others=(replace(whole, signature=""),)).check(KEY, "pong")
     unsigned = Manifest(FORM, (), 100, 7, "raw", 1.5)
     assert unsigned.to_fields()["signatures"] == ""
-    with pytest.raises(NotSigned, match="the learner signs nothing"):
+    with pytest.raises(NotSigned, match="the learner does not sign"):
         unsigned.check(KEY, "pong")
 
 

@@ -81,7 +81,7 @@ def test_signed_commands_are_done_and_sent_again_to_a_server_that_lost_them(
 def test_a_worker_with_a_key_reports_that_its_learner_has_none(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker(signing_key=KEY)
     comm.send_model_weights({"w": np.zeros(3)})
-    reason = "the learner signs nothing; this process wants signatures: give the learner the same key"
+    reason = "the learner does not sign, but this process requires signatures; give the learner the same key"
     with pytest.raises(DeadlineExceeded, match=reason):
         client.load_weights({}, timeout=0.5)
     wait_until("a heartbeat reports it", lambda: reason in comm.workers()[0].problem)
@@ -108,7 +108,7 @@ def test_a_worker_without_a_key_works_and_warns_once_that_it_checks_no_signature
         apply(client, model, number)
     comm.send_control_command("stop")
     wait_until("it stops", lambda: client.poll() or not client.running)
-    assert caplog.text.count("this worker does not check that") == 1
+    assert caplog.text.count("this worker does not check the signatures") == 1
 
 
 def test_a_restarted_learner_continues_from_weights_that_are_signed_with_its_key(

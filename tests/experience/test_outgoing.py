@@ -9,7 +9,7 @@ import pytest
 
 from rlbroker.codec.message import decode, encode_pieces
 from rlbroker.experience import outgoing
-from rlbroker.experience.outgoing import MOST_SKIPPED, TRIED_IN_VAIN, Packer, PendingBatch
+from rlbroker.experience.outgoing import INCOMPRESSIBLE_TRIES, MOST_SKIPPED, Packer, PendingBatch
 from rlbroker.types import SendReceipt
 
 pytestmark = pytest.mark.unit
@@ -36,8 +36,8 @@ def test_incompressible_batches_are_seldom_compressed(attempts: list[bool]) -> N
     for _ in range(20 * MOST_SKIPPED):
         message = packer.pack(NOISE)
         assert message.raw_bytes <= message.stored_bytes < 1.02 * message.raw_bytes
-    assert all(attempts[:TRIED_IN_VAIN])
-    assert TRIED_IN_VAIN < sum(attempts) < TRIED_IN_VAIN + 25
+    assert all(attempts[:INCOMPRESSIBLE_TRIES])
+    assert INCOMPRESSIBLE_TRIES < sum(attempts) < INCOMPRESSIBLE_TRIES + 25
 
 
 def test_batches_that_become_compressible_are_compressed(attempts: list[bool]) -> None:

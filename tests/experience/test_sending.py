@@ -35,7 +35,7 @@ def test_the_arrays_of_a_batch_may_be_overwritten_after_it_was_sent(learner: Lea
     client._sender.mark_stale()
     got = [batch["x"] for _, batch in comm.collect_experiences(timeout=5.0)]
     assert [set(one.tolist()) for one in got] == [{0}, {1}, {2}]
-    kept = [decode(one.fields[-1])["x"] for one in client._sender.queue.pending.kept]
+    kept = [decode(one.fields[-1])["x"] for one in client._sender.writer.pending.kept]
     assert [set(one.tolist()) for one in kept] == [{0}, {1}, {2}]
 
 
@@ -85,7 +85,7 @@ def test_a_batch_sent_twice_is_delivered_once(
 ) -> None:
     comm, client = learner(), worker()
     client.send_experiences({"number": 1})
-    client._sender.queue.sequence = 0  # as if the reply was lost
+    client._sender.writer.sequence = 0  # as if the reply was lost
     client.send_experiences({"number": 1})
     assert len(comm.collect_experiences(timeout=5.0)) == 1
     assert comm.collect_experiences(timeout=0.1) == []

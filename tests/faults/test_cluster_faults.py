@@ -135,7 +135,7 @@ def _shards(arena: Arena) -> list[int]:
     """Give the slots of the run's shards."""
     assert isinstance(arena.server, Cluster)
     with arena.server.client() as client:
-        arena.keys.spread(client.hget(arena.keys.meta, "shards").decode())
+        arena.keys.use_shards(client.hget(arena.keys.meta, "shards").decode())
     assert len(arena.keys.shards) == 3
     return [arena.server.slot_of(key) for key in arena.keys.one_of_each_shard]
 

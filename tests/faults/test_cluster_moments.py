@@ -45,7 +45,7 @@ class Scene:
         """The names of the run's keys; only a learner that opens the run chooses its shards."""
         keys = Keys(self._run)
         with self.cluster.client() as client:
-            keys.spread(client.hget(keys.meta, "shards").decode())
+            keys.use_shards(client.hget(keys.meta, "shards").decode())
         return keys
 
     @property

@@ -203,5 +203,5 @@ def test_missing_cluster_rights_are_named(guarded: GuardedCluster) -> None:
 
 def _keys(guarded: GuardedCluster) -> Keys:
     keys = Keys(RUN)
-    keys.spread(guarded.engine.client().hget(keys.meta, "shards").decode())
+    keys.use_shards(guarded.engine.client().hget(keys.meta, "shards").decode())
     return keys

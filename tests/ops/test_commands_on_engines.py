@@ -318,7 +318,7 @@ def test_prune_keeps_a_queue_in_an_old_shard_that_is_used_meanwhile(
     wait_until("no node has just started", lambda: _uptime(cluster) >= BACK_SECONDS, 15.0)
     plant(cluster.url)
     keys = Keys(RUN)
-    keys.spread(cluster.client.hget(keys.meta, "shards").decode())
+    keys.use_shards(cluster.client.hget(keys.meta, "shards").decode())
     cluster.client.hset(keys.meta, "shards", "9999")
     run = Connection.run
 

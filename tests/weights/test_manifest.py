@@ -71,7 +71,7 @@ def test_earlier_deltas_stay_only_while_they_are_smaller_than_a_full_version() -
 def test_a_manifest_is_the_same_after_a_round_trip_through_its_fields() -> None:
     manifest = Manifest(delta(3), (full(1), delta(2)), 100, 7, "blosc2", 1.5, (full(9, 5),))
     assert Manifest.from_fields(manifest.to_fields()) == manifest
-    assert manifest.numbered(8).latest.version == 8
+    assert manifest.with_version(8).latest.version == 8
     assert Manifest.from_fields({}) is None
 
 

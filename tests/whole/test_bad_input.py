@@ -220,7 +220,7 @@ def test_learner_and_worker_survive_a_server_that_is_full_for_a_while(
         try:
             with pytest.raises(errors.ServerOutOfMemory):
                 client.send_experiences({"number": 5}, timeout=1.5)
-            assert client._sender.queue.size.waiting == 5  # the refused batch takes no room
+            assert client._sender.writer.size.waiting == 5  # the refused batch takes no room
             assert [one.state for one in comm.workers()] == ["alive"]
             with WorkerCommunicator(1, redis_url=real_server.url, run=run, timeout=5.0) as successor:
                 assert len(successor.collect_experiences(timeout=5.0)) == 5

@@ -27,24 +27,23 @@ from rlbroker.backend.topology import Server, pick_server
 from rlbroker.codec.format import byte_view
 from rlbroker.errors import ConnectionFailed, PeerError, WireError
 
-#: Bytes that may be requested and not yet received; at least one chunk is, besides the one that is being received.
-#: Otherwise the server would wait for requests, which costs a third of the speed over TCP. The server may buffer this
-#: much for each reader.
+#: Bytes that may be requested and not yet received; one chunk beyond the one being received is always requested.
+#: A server that has to wait for requests loses a third of the speed over TCP. It may buffer this much for each reader.
 READ_WINDOW_BYTES: Final = 4 << 20
 
-#: Bytes that may be sent and not yet confirmed, besides the chunk that is being sent.
+#: Bytes that may be sent and not yet confirmed, in addition to the chunk being sent.
 WRITE_WINDOW_BYTES: Final = 8 << 20
 
-#: How long replicas are not read after one did not answer. Otherwise each version would wait for it again.
+#: How long to read from masters after a replica did not answer. Otherwise each version would wait for it again.
 REPLICAS_AWAY_SECONDS: Final = 30.0
 
-#: Bytes read at once while a line is expected; the beginning of a chunk that comes with it is copied.
+#: Bytes read at once while a line is expected; the part of a chunk that arrives with it is copied.
 LINE_BYTES: Final = 4096
 
 #: The longest line of a reply; errors are the longest lines.
 LONGEST_LINE_BYTES: Final = 1 << 16
 
-#: Pieces given to one system call; Linux takes up to 1,024.
+#: Pieces passed to one system call; Linux accepts up to 1,024.
 PIECES: Final = 512
 
 Part = bytes | memoryview
@@ -52,7 +51,7 @@ Chunks = Sequence[tuple[str, memoryview]]
 
 
 class ProgressTimeout:
-    """How long a transfer retries after connection faults: as long as it makes progress within the timeout."""
+    """The limit on retries of a transfer after connection faults: it must make progress within the timeout."""
 
     def __init__(self, connection: Connection, deadline: Deadline | None = None) -> None:
         """Retry until the deadline; by default for the connection's timeout after the last progress."""
@@ -60,14 +59,12 @@ class ProgressTimeout:
         self._backoff = Backoff()
         self._limit = deadline or Deadline(connection.timeout_seconds)
 
-    def outlast(self, fault: ConnectionFailed, *, moved: bool) -> None:
+    def outlast(self, fault: ConnectionFailed, *, progressed: bool) -> None:
         """Wait until the server answers again; raise the fault if that takes too long.
 
-        Args:
-            fault: the connection fault.
-            moved: whether the transfer made progress since the last fault.
+        Progress since the last fault, `progressed`, starts the timeout again.
         """
-        if moved and self._deadline is None:
+        if progressed and self._deadline is None:
             self._limit = Deadline(self._connection.timeout_seconds)
             self._backoff.reset()
         time.sleep(self._backoff.next(self._limit))
@@ -80,7 +77,7 @@ class ChunkReader:
     """Reads chunks directly into memory, one read at a time. Not safe to use from several threads at once."""
 
     def __init__(self, connection: Connection) -> None:
-        """Prepare a reader; nothing is connected yet."""
+        """Create a reader; nothing is connected yet."""
         self._connection = connection
         self._pipes = _Pipes(connection)
         #: Whether to read from replicas. A chunk that a replica does not have yet comes from its master.
@@ -88,45 +85,40 @@ class ChunkReader:
         self._replicas_away = Deadline(0)
 
     @property
-    def replicas_answer(self) -> bool:
+    def may_read_replicas(self) -> bool:
         """Whether replicas may be read: none has failed lately."""
         return self._replicas_away.over
 
-    def leave_replicas(self) -> None:
-        """Read from masters from now on, after a replica did not answer; replicas may be read again after a while."""
+    def avoid_replicas(self) -> None:
+        """Read from masters for a while, because a replica did not answer."""
         if self.from_replicas:
             self.from_replicas, self._replicas_away = False, Deadline(REPLICAS_AWAY_SECONDS)
 
     def read(self, chunks: Chunks) -> Iterator[int]:
         """Fill the memory of each chunk, in order, and yield its index once it is filled.
 
-        If the caller stops early, the connections are closed. Each step keeps its thread's deadline.
+        If the caller stops early, the connections are closed. Each step observes the thread's deadline.
 
         Args:
-            chunks: key and memory of each: writable, contiguous, of bytes, and as long as the stored value.
+            chunks: key and memory of each; the memory is writable, contiguous, and as long as the stored value.
 
         Raises:
             WireError: a chunk is gone or has another length; the content of its memory is then undefined.
             ConnectionFailed: a connection broke, or nothing was received for too long.
-            PeerError: a server refused.
         """
         self.close()
         pipes = self._pipes = _Pipes(self._connection, replicas=self.from_replicas)
         return self._read(pipes, chunks)
 
     def values(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """Return the values that exist, by key, in one round trip; for small values.
-
-        Raises:
-            PeerError: a server refused, or could not be reached in time.
-        """
+        """Return the values that exist, by key, in one round trip; for small values."""
         found: dict[str, bytes] = {}
         if self.from_replicas:
             pipes = _Pipes(self._connection, replicas=True)
             try:
                 found = pipes.values(keys)
             except ConnectionFailed:
-                self.leave_replicas()
+                self.avoid_replicas()
             finally:
                 pipes.close()
         missing = [key for key in keys if key not in found]
@@ -134,7 +126,7 @@ class ChunkReader:
         return found | {key: value for key, value in zip(missing, values, strict=True) if value is not None}
 
     def close(self) -> None:
-        """Abandon the present read. May be called again."""
+        """Cancel the read in progress. May be called again."""
         self._pipes.close()
 
     def _read(self, pipes: _Pipes, chunks: Chunks) -> Iterator[int]:
@@ -167,7 +159,7 @@ class ChunkReader:
             else:
                 if not re.fullmatch(rb"\$\d{1,18}", line):
                     raise pipe.error(line)
-                _check(key, int(line[1:]), memory)
+                _check_length(key, int(line[1:]), memory)
                 pipe.fill(memory)
                 if end := pipe.read_line():
                     raise pipe.error(end)
@@ -178,7 +170,7 @@ class ChunkWriter:
     """Stores chunks directly from memory, one write at a time. Not safe to use from several threads at once."""
 
     def __init__(self, connection: Connection) -> None:
-        """Prepare a writer; nothing is connected yet."""
+        """Create a writer; nothing is connected yet."""
         self._connection = connection
         self._pipes = _Pipes(connection)
         #: How many chunks of the last `write` are confirmed without a gap, counted from the first.
@@ -186,17 +178,16 @@ class ChunkWriter:
         self._stored: set[int] = set()  #: indexes of confirmed chunks after the first gap
 
     def write(self, chunks: Iterable[tuple[str, Sequence[Part]]], *, expire_seconds: int) -> None:
-        """Store chunks once, within the thread's deadline; chunks are taken while earlier ones are on their way.
+        """Store each chunk once, within the thread's deadline; chunks are taken while earlier ones are in flight.
 
         Args:
             chunks: key, and the parts that make up the value when joined. The parts must not change until all chunks
-                are written. After an error, chunks from `confirmed` on may be stored or not.
+                are written. After an error, chunks from `confirmed` on may or may not be stored.
             expire_seconds: the lifetime of the chunks, unless it is changed later.
 
         Raises:
             ServerOutOfMemory: the server's memory limit is reached.
             ConnectionFailed: the connection broke, or there was no progress for too long.
-            PeerError: the server refused.
         """
         self.close()
         self.confirmed, self._stored = 0, set()
@@ -208,7 +199,7 @@ class ChunkWriter:
             pipes.close()
 
     def close(self) -> None:
-        """Abandon the present write. May be called again."""
+        """Cancel the write in progress. May be called again."""
         self._pipes.close()
 
     def _send(self, pipes: _Pipes, chunks: Iterable[tuple[str, Sequence[Part]]], expire_seconds: int) -> None:
@@ -254,7 +245,7 @@ class ChunkWriter:
 
 
 class _Pipes:
-    """A connection to each server that has some of the chunks, made when it is first needed."""
+    """Connections to the servers that have the chunks, each made when it is first needed."""
 
     def __init__(self, connection: Connection, *, replicas: bool = False) -> None:
         self._connection, self._replicas = connection, replicas
@@ -262,7 +253,7 @@ class _Pipes:
 
     @property
     def all(self) -> Collection[_Pipe]:
-        """The connections that were made."""
+        """The connections made so far."""
         return self._pipes_by_master.values()
 
     def for_key(self, key: str) -> _Pipe:
@@ -292,7 +283,7 @@ class _Pipes:
         """Return the connections to their pools; every reply must have been read."""
         for one in self._pipes_by_master.values():
             if one.is_replica and self._connection.servers.several:
-                one.channel.close()  # after READONLY, another user of it could read stale data
+                one.channel.close()  # after READONLY, its next user could read stale data
             one.channel.give_back()
 
     def close(self) -> None:
@@ -319,7 +310,7 @@ class _Pipe:
         self.begin()
 
     def begin(self) -> None:
-        """Begin a step that keeps the thread's present deadline."""
+        """Begin a step with the thread's present deadline."""
         self._deadline = Deadline(try_seconds(math.inf))
 
     def request(self) -> None:
@@ -402,11 +393,11 @@ def _read_by_client(pipes: _Pipes, chunks: Chunks) -> Iterator[int]:
 def _copy(key: str, data: bytes | None, memory: memoryview) -> None:
     if data is None:
         raise WireError(f"chunk {key} is gone")
-    _check(key, len(data), memory)
+    _check_length(key, len(data), memory)
     memory[:] = data
 
 
-def _check(key: str, length: int, memory: memoryview) -> None:
+def _check_length(key: str, length: int, memory: memoryview) -> None:
     if length != len(memory):
         raise WireError(f"chunk {key} has {length} bytes instead of {len(memory)}")
 

@@ -1,4 +1,4 @@
-"""One physical connection of its own, for commands that must be ordered after a look at the server's state."""
+"""A dedicated connection to one server, for commands that must follow a read of the server's state."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from redis import exceptions as redis_errors
 
 from rlbroker.backend.error_mapping import is_ask_redirect, missing_scripts_error, script_is_unknown
+from rlbroker.backend.replies import raise_first_error
 from rlbroker.backend.resp import Argument, Pieces, pack_commands
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.topology import Server
@@ -23,41 +24,38 @@ SEND_BYTES: Final = 1 << 20
 
 
 class Channel:
-    """One physical connection of its own, for commands that must be ordered after a read of the server's state.
+    """A dedicated connection to one server, for commands that must follow a read of the server's state.
 
     A server loses acknowledged writes only by a restart or a failover, and both break its connections. So a caller
     that reads the state after `connect` returned True, and then writes over the same channel, writes to the state that
-    it has read. Not safe to use from several threads at once.
+    it has read.
+
+    Errors are rlbroker's. After `ConnectionFailed`, commands that were sent may have been applied, and the next
+    `connect` makes a new connection. Not safe to use from several threads at once.
     """
 
     def __init__(self, connection: Connection, key: str = "", *, server: Server | None = None) -> None:
-        """Prepare a channel; nothing is connected yet.
+        """Create a channel; nothing is connected yet.
 
         Args:
-            connection: knows the servers.
-            key: the channel leads to the master that has this key.
-            server: the channel leads to this server instead.
+            key: connect to the master that has this key.
+            server: connect to this server instead.
         """
         self._connection, self._router = connection, connection.router
         self._key, self._fixed_server = key, server
         self._server = server
-        self._wire: Any = None
+        self._redis_connection: Any = None
         self._unanswered: deque[Sequence[Argument | Pieces]] = deque()
-        #: Whether another node has answered, as a Cluster is moving a key there. The caller resets it.
+        #: Whether another node has answered, because a Cluster is moving a key to it. The caller resets this.
         self.redirected = False
-        #: A block in which each error closes the channel and becomes one of rlbroker's.
+        #: A block in which an error closes the channel and is raised as rlbroker's error.
         self.closing_on_error = _OnError(self._break)
 
     def connect(self) -> bool:
-        """Connect if there is no connection; return whether the connection is new.
-
-        Raises:
-            ConnectionFailed: the server cannot be reached.
-            AccessDenied: the server refuses this user.
-        """
+        """Connect if there is no connection; return whether the connection is new."""
         self._router.check_process()
         with self.closing_on_error:
-            if self._wire is not None:
+            if self._redis_connection is not None:
                 if self._fixed_server or self._router.servers.master_for(self._key) == self._server:
                     return False
                 self.close()
@@ -66,14 +64,10 @@ class Channel:
 
     def _open(self) -> None:
         self._server = self._fixed_server or self._router.servers.master_for(self._key)
-        self._wire = self._server.client.connection_pool.get_connection()
+        self._redis_connection = self._server.client.connection_pool.get_connection()
 
     def execute(self, *command: Argument) -> Any:
-        """Return the reply to one command, sent once.
-
-        Raises:
-            PeerError: the server refused. After `ConnectionFailed`, the next `connect` makes a new connection.
-        """
+        """Return the reply to one command, sent once."""
         (result,) = self.execute_all([command])
         if isinstance(result, PeerError):
             raise result
@@ -82,57 +76,40 @@ class Channel:
     def execute_all(
         self, commands: Sequence[Sequence[Argument | Pieces]], *, strict: bool = False
     ) -> list[Any]:
-        """Return the replies to many commands, sent once in one round trip; a refusal is returned as a `PeerError`.
+        """Return the replies to many commands, sent once in one round trip.
 
         Args:
-            commands: the commands in order. A last argument may be in pieces: large ones are not copied.
-            strict: whether the first refusal is raised instead.
-
-        Raises:
-            ConnectionFailed: the connection broke; the commands may have been applied.
+            commands: the last argument of each may be in pieces, of which large ones are not copied.
+            strict: whether the first refusal is raised; otherwise each is returned as a `PeerError`.
         """
         self.send(commands)
         results = self.receive(len(commands))
-        if strict:
-            for result in results:
-                if isinstance(result, PeerError):
-                    raise result
-        return results
+        return raise_first_error(results) if strict else results
 
     def send(self, commands: Sequence[Sequence[Argument | Pieces]]) -> None:
-        """Send commands without waiting for the replies: `receive` returns them, or `close` discards them.
-
-        Raises:
-            ConnectionFailed: the connection broke; the commands may have been applied.
-        """
+        """Send commands without waiting for the replies: `receive` returns them, or `close` discards them."""
         self._router.check_process()
         with self.closing_on_error:
-            if self._wire is None:
+            if self._redis_connection is None:
                 self._open()
             self._unanswered.extend(commands)
             for piece in pack_commands(commands, piece_bytes=SEND_BYTES):
-                self._wire.send_packed_command([piece], check_health=False)
+                self._redis_connection.send_packed_command([piece], check_health=False)
 
     def receive(self, count: int) -> list[Any]:
-        """Return the next replies to what was sent; a refusal is returned as a `PeerError`.
-
-        Raises:
-            ConnectionFailed: the connection broke; the commands may have been applied.
-        """
+        """Return the next replies to what was sent; a refusal is returned as a `PeerError`."""
         results = []
         with self.closing_on_error:
             for _ in range(count):
                 command = self._unanswered.popleft()
                 try:
-                    results.append(self._wire.read_response())
+                    results.append(self._redis_connection.read_response())
                 except redis_errors.ResponseError as error:
                     if is_ask_redirect(error):
                         results.append(self._follow(error, command))
                         continue
                     refusal = self._translate(error, command)
-                    if isinstance(
-                        refusal, ConnectionFailed
-                    ):  # the server is of no use now, such as a replica
+                    if isinstance(refusal, ConnectionFailed):  # the server cannot be used now: a replica
                         raise refusal from error
                     results.append(refusal)
         self._router.errors.record_answer()
@@ -148,11 +125,7 @@ class Channel:
             return error
 
     def run(self, script: Script, keys: Sequence[str], arguments: Sequence[Argument] = ()) -> Any:
-        """Return the reply of a script, run once; it is loaded first if the server lacks it.
-
-        Raises:
-            PeerError: as `execute`.
-        """
+        """Return the reply of a script, run once; it is loaded first if the server lacks it."""
         self._router.scripts.remember(script)
         try:
             return self.execute(*script.call(keys, arguments))
@@ -172,32 +145,32 @@ class Channel:
 
     @property
     def raw_socket(self) -> socket.socket | None:
-        """The connection's socket, of which nothing was read ahead; None if redis-py must be used.
+        """The connection's socket, with nothing read ahead; None if redis-py must read and write itself.
 
-        It is None with fakeredis, behind redis-py's cache, and with unknown releases of redis-py.
+        That is so with fakeredis, with redis-py's client-side cache, and with unknown releases of redis-py.
         """
-        found = getattr(self._wire, "_sock", None)
-        parser = getattr(self._wire, "_parser", None)
+        found = getattr(self._redis_connection, "_sock", None)
+        parser = getattr(self._redis_connection, "_parser", None)
         return found if isinstance(found, socket.socket) and hasattr(parser, "parse_error") else None
 
     def parse_error(self, line: bytes) -> PeerError:
         """Return the error for an error reply that was read from the raw socket, without its leading `-`."""
-        return self._translate(self._wire._parser.parse_error(line.decode(errors="replace")))
+        return self._translate(self._redis_connection._parser.parse_error(line.decode(errors="replace")))
 
     def give_back(self) -> None:
         """Return the connection to the pool; every reply must have been read."""
-        wire, self._wire = self._wire, None
-        if wire is not None:
+        redis_connection, self._redis_connection = self._redis_connection, None
+        if redis_connection is not None:
             self._router.errors.record_answer()
-            self._pool.release(wire)
+            self._pool.release(redis_connection)
 
     def close(self) -> None:
         """Close the connection. May be called again."""
-        wire, self._wire = self._wire, None
+        redis_connection, self._redis_connection = self._redis_connection, None
         self._unanswered.clear()
-        if wire is not None:
-            wire.disconnect()
-            self._pool.release(wire)
+        if redis_connection is not None:
+            redis_connection.disconnect()
+            self._pool.release(redis_connection)
 
     @property
     def _pool(self) -> Any:
@@ -227,7 +200,7 @@ class Channel:
 
 
 class _OnError:
-    """A block after whose error a function is called. A class, as a generator would be slower."""
+    """A block whose error is passed to a function. A class, because a generator would be slower."""
 
     __slots__ = ("_handle",)
 
@@ -245,11 +218,7 @@ class _OnError:
 def follow_redirect(
     connection: Connection, redirect: redis_errors.AskError, command: Sequence[Argument | Pieces]
 ) -> Any:
-    """Return the reply to a command from the node to which a Cluster is moving its key; sent once.
-
-    Raises:
-        PeerError: that node refused, or could not be reached.
-    """
+    """Return the reply to a command from the node to which a Cluster is moving its key; sent once."""
     router = connection.router
     channel = Channel(connection, server=router.servers.at((str(redirect.host), int(redirect.port))))
     try:

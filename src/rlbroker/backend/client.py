@@ -1,4 +1,4 @@
-"""How redis-py clients are made: without retries of their own, and with no wait beyond the thread's deadline."""
+"""Makes redis-py clients that do not retry, and do not wait beyond the thread's deadline."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ from rlbroker.config import (
 )
 from rlbroker.errors import InvalidArgument
 
-#: A connection counts as broken if a reply that is due does not come within this time.
+#: A connection counts as broken if a reply takes longer than this.
 STALL_SECONDS: Final = 4.0
 
-#: A socket's timeout may differ from the deadline by this much. It saves a system call for each command.
+#: A socket's timeout may differ from the deadline by this much, which saves a system call for each command.
 TOLERATED_SECONDS: Final = 0.02
 
 #: The most connections that one client may have open.
 MAX_CONNECTIONS: Final = 16
 
-#: The fewest that a given client must allow: background threads occupy some.
+#: The fewest that the pool of a user's client must allow: background threads occupy some.
 MIN_CONNECTIONS: Final = 6
 
 #: Bytes read from a socket at once. Each connection has a buffer of this size, and a host may have many workers.
 SOCKET_READ_BYTES: Final = 1 << 16
 
-#: The same for a client that reads batches. Weights are received without such a buffer.
+#: The same for a client that reads batches. Chunks of weights bypass this buffer.
 LARGE_READ_BYTES: Final = 1 << 20
 
-#: The parameters that a URL may have, with redis-py's names.
+#: The parameters that a URL may have, by redis-py's names.
 PARAMETERS: Final = (
     *("db", "username", "password", "client_name", "protocol", "max_connections", "socket_timeout"),
     *("socket_connect_timeout", "socket_keepalive", "health_check_interval"),
@@ -63,7 +63,7 @@ TLS_PARAMETERS: Final = (
 
 
 def stall_seconds(timeout_seconds: float) -> float:
-    """Return how long to wait for a reply, so that a whole number of attempts fills an operation's time.
+    """Return how long to wait for a reply, so that a whole number of attempts fills an operation's timeout.
 
     >>> stall_seconds(10.0)
     3.333
@@ -72,7 +72,7 @@ def stall_seconds(timeout_seconds: float) -> float:
 
 
 class _Bounded(AbstractConnection):
-    """A connection that keeps the deadline of the thread that uses it."""
+    """A connection that observes the deadline of the thread that uses it."""
 
     @property
     def socket_timeout(self) -> float:
@@ -91,15 +91,15 @@ class _Bounded(AbstractConnection):
         self._socket_connect_timeout = value
 
     def send_packed_command(self, *arguments: Any, **options: Any) -> Any:
-        self._bound()
+        self._apply_deadline()
         send: Callable[..., Any] = super().send_packed_command
         return send(*arguments, **options)
 
     def read_response(self, *arguments: Any, **options: Any) -> Any:
-        self._bound()
+        self._apply_deadline()
         return super().read_response(*arguments, **options)
 
-    def _bound(self) -> None:
+    def _apply_deadline(self) -> None:
         sock, limit = self._sock, self.socket_timeout
         if not isinstance(sock, socket.socket):
             return
@@ -116,7 +116,7 @@ def _bounded(connection_class: type) -> type:
 
 @cache
 def _driver() -> redis.DriverInfo:
-    """Return redis-py's name and version for the server, once: each connection would read it from the file system."""
+    """Return redis-py's name and version, cached: otherwise each connection would read them from the file system."""
     return redis.DriverInfo()
 
 
@@ -127,14 +127,13 @@ def bounded_client(
     address: tuple[str, int] | None = None,
     **other: Any,
 ) -> redis.Redis:
-    """Return a client with the settings of another one, whose connections keep deadlines and do not retry.
+    """Return a client with another client's settings, whose connections observe deadlines and do not retry.
 
     Args:
-        client: the client with the settings.
         timeout_seconds: how long a thread waits for a free connection.
         socket_seconds: how long a connection waits for a reply.
-        address: another host and port.
-        other: other settings of its connections.
+        address: host and port to connect to instead.
+        other: further settings of its connections.
     """
     pool = client.connection_pool
     settings = {
@@ -168,11 +167,11 @@ def bounded_client(
 
 @dataclass(frozen=True)
 class BaseClient:
-    """The client whose settings all clients of a connection get, and where it leads.
+    """The client whose settings all clients of a connection share, and its endpoint.
 
     Attributes:
         client: the client; it is never used to send.
-        endpoint: the server, or the several of a Cluster or Sentinel.
+        endpoint: one server, the nodes of a Cluster, or Sentinels.
         address: its name in messages, without a password.
         hint: what to add to an error while the server has never answered.
     """

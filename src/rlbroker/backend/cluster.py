@@ -44,10 +44,9 @@ class ClusterTopology(DiscoveredTopology):
     several = True
 
     def __init__(self, make_client: MakeClient, seeds: Iterable[Address], address: str) -> None:
-        """Prepare; no node is asked yet.
+        """Create a topology; no node is asked yet.
 
         Args:
-            make_client: makes clients of nodes.
             seeds: the nodes that are asked first for the others.
             address: name of the Cluster in messages.
         """
@@ -86,7 +85,7 @@ class ClusterTopology(DiscoveredTopology):
         return [self.at(one) for one in self._lost]
 
     def mark_stale(self, server: Server | None = None) -> None:
-        """Read the roles again before they are next used, from this server last."""
+        """Read the roles again before they are next used; ask this server last."""
         if server is not None and server.address is not None:
             self._ask_last(server.address)
         super().mark_stale()
@@ -94,8 +93,8 @@ class ClusterTopology(DiscoveredTopology):
     def _ask_last(self, address: Address) -> None:
         self._order = [*(one for one in self._order if one != address), address]
 
-    def moved(self, slot: int, address: Address) -> None:
-        """Use the owner of a slot that a node named in a MOVED reply, until the next refresh."""
+    def note_moved(self, slot: int, address: Address) -> None:
+        """Use the owner of a slot that a MOVED reply named, until the next refresh."""
         known = self._owners[slot]
         if known is None or known.address != address:
             self._owners[slot] = owner = self.at(address)

@@ -1,4 +1,4 @@
-"""The connection of one client to the server, or to the several of a Cluster: commands with retries."""
+"""The connection of one client to a server, or to the nodes of a Cluster: commands with retries."""
 
 from __future__ import annotations
 
@@ -38,12 +38,15 @@ ScriptCall = tuple[Script, Sequence[str], Sequence[Argument]]
 
 
 class Connection:
-    """One client's connection to the server, or to the several of a Cluster: a command goes to where its first key is.
+    """One client's connection to a server, or to the nodes of a Cluster; a command goes to the node of its first key.
 
     Every operation that rlbroker sends is idempotent (explicit ids, compare-and-set scripts, plain writes of the same
     value), so a broken connection is handled by retrying until the deadline. redis-py's own retries are off, also for
-    a given client: they would repeat commands whose errors must be handled here first. No attempt waits for longer
-    than the rest of the thread's deadline.
+    a user's client: they would repeat commands whose errors must be handled here first. No attempt waits beyond the
+    thread's deadline.
+
+    A deadline that is not given is the connection's timeout from now. Every method that sends raises `PeerError` if
+    the server refuses, or cannot be reached before the deadline.
     """
 
     def __init__(
@@ -54,14 +57,14 @@ class Connection:
         timeout_seconds: float = 10.0,
         reads_batches: bool = False,
     ) -> None:
-        """Prepare a connection; nothing is sent yet.
+        """Create a connection; nothing is sent yet.
 
         Args:
             url: `redis://`, `rediss://` or `unix://`, or `redis+cluster://host:port,host:port` or
                 `redis+sentinel://host:port,host:port/service`; by default from the environment, else localhost.
-            client: a ready client instead of a URL, also one of fakeredis or of a Cluster. Only its settings are used.
+            client: a ready client instead of a URL; may be fakeredis's or a Cluster's. Only its settings are used.
             timeout_seconds: how long an operation may take, retries included.
-            reads_batches: whether large replies must be read fast, at the cost of memory.
+            reads_batches: whether to read large replies faster, at the cost of memory.
 
         Raises:
             InvalidArgument: the URL, the client or the timeout cannot be used.
@@ -106,11 +109,7 @@ class Connection:
         self.router.close()
 
     def check_process(self) -> None:
-        """Refuse to work in a forked child, where sockets and threads are the parent's.
-
-        Raises:
-            ForkedProcess: the client was made in another process.
-        """
+        """Raise `ForkedProcess` in a forked child, where sockets and threads are the parent's."""
         self.router.check_process()
 
     def retry(self, operation: Callable[[], Result], deadline: Deadline | None = None) -> Result:
@@ -118,7 +117,6 @@ class Connection:
 
         Args:
             operation: raises rlbroker's errors, and must be idempotent.
-            deadline: by default the connection's timeout from now.
 
         Raises:
             ConnectionFailed: no attempt succeeded, and one of them may have been applied.
@@ -130,19 +128,11 @@ class Connection:
     # Single commands
 
     def execute(self, *command: Argument, deadline: Deadline | None = None) -> Any:
-        """Return the reply to one command, with retries until the deadline.
-
-        Raises:
-            PeerError: the server refused, or could not be reached within the deadline.
-        """
+        """Return the reply to one command, with retries until the deadline."""
         return self.retry(lambda: self.execute_once(*command), deadline)
 
     def execute_once(self, *command: Argument) -> Any:
-        """Return the reply to one command, sent once, such as a blocking read; the caller handles its loss.
-
-        Raises:
-            PeerError: the server refused or could not be reached.
-        """
+        """Return the reply to one command, sent once, such as a blocking read; the caller handles its loss."""
 
         def send(client: redis.Redis) -> Any:
             execute: Callable[..., Any] = client.execute_command
@@ -158,10 +148,7 @@ class Connection:
     ) -> bool:
         """Add an entry with an explicit id to a stream; return False if the stream already has a later or equal id.
 
-        That is so for a resend after a lost reply, and for a worker that was replaced by a newer incarnation.
-
-        Raises:
-            PeerError: the server refused, or could not be reached within the deadline.
+        It has one if this is a resend after a lost reply, or if a newer incarnation has replaced the worker.
         """
         try:
             self.execute("XADD", key, entry_id, *fields, deadline=deadline)
@@ -172,11 +159,7 @@ class Connection:
         return True
 
     def clock(self, key: str) -> float:
-        """Return the time of the server that has a key, in seconds since the Unix epoch.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Return the time of the server that has a key, in seconds since the Unix epoch."""
         return server_seconds(self.execute_all([("EXISTS", key), ("TIME",)])[1])
 
     # Many commands
@@ -184,11 +167,7 @@ class Connection:
     def execute_all(
         self, commands: Sequence[Sequence[Argument]], *, deadline: Deadline | None = None
     ) -> list[Any]:
-        """Return the replies to many commands in one round trip, with retries; the first refusal is raised.
-
-        Raises:
-            PeerError: the server refused one of them, or could not be reached within the deadline.
-        """
+        """Return the replies to many commands in one round trip, with retries; the first refusal is raised."""
         if not commands:
             return []
 
@@ -210,7 +189,7 @@ class Connection:
         return self.retry(attempt, deadline)
 
     def _execute_on_many(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
-        """Return the replies from several servers; load the scripts and send once more if a server lacks one."""
+        """Return the replies from several servers; if one lacks a script, load the scripts and send again."""
         problem: PeerError | None = None
         for _ in range(2):
             results = self.ask_once(commands)
@@ -225,19 +204,11 @@ class Connection:
         raise problem
 
     def ask(self, commands: Sequence[Sequence[Argument]], *, deadline: Deadline | None = None) -> list[Any]:
-        """Return the replies to many commands in one round trip, with retries; a refusal is returned as a `PeerError`.
-
-        Raises:
-            ConnectionFailed: the server could not be reached in time.
-        """
+        """Return the replies to many commands in one round trip, with retries; return a refusal as a `PeerError`."""
         return self.retry(lambda: self.ask_once(commands), deadline) if commands else []
 
     def ask_once(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
-        """Return the replies to many commands, sent once in one round trip; a refusal is returned as a `PeerError`.
-
-        Raises:
-            ConnectionFailed: the server could not be reached, or the connection broke.
-        """
+        """Return the replies to many commands, sent once in one round trip; return a refusal as a `PeerError`."""
         channels: list[Channel] = []
         results: list[Any] = [None] * len(commands)
         try:
@@ -256,11 +227,7 @@ class Connection:
         return results
 
     def ask_at(self, server: Server, commands: Sequence[Sequence[Argument]]) -> list[Any]:
-        """Return one server's replies to many commands, sent once; a refusal is returned as a `PeerError`.
-
-        Raises:
-            ConnectionFailed: the server could not be reached, or the connection broke.
-        """
+        """Return one server's replies to many commands, sent once; return a refusal as a `PeerError`."""
         channel = Channel(self, server=server)
         try:
             results = channel.execute_all(commands)
@@ -269,23 +236,15 @@ class Connection:
             channel.close()
         return results
 
-    def on_each(self, command: str, keys: Sequence[str], *, deadline: Deadline | None = None) -> int:
-        """Run a command that takes any number of keys and counts, such as UNLINK; return the sum.
-
-        Raises:
-            PeerError: the server refused, or could not be reached within the deadline.
-        """
+    def execute_on_keys(self, command: str, keys: Sequence[str], *, deadline: Deadline | None = None) -> int:
+        """Run a command that takes many keys and returns a count, such as UNLINK; return the sum of the counts."""
         by_slot: dict[int, list[str]] = {}
         for key in keys:
             by_slot.setdefault(slot_of(key) if self.servers.several else 0, []).append(key)
         return sum(self.execute_all([(command, *some) for some in by_slot.values()], deadline=deadline))
 
     def scan(self, pattern: str, *, count: int = 1000) -> Iterator[list[bytes]]:
-        """Yield the keys of every server that match a pattern, some at a time.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Yield the keys of every server that match a pattern, some at a time."""
         self.find_nodes()
         for server in self.retry(self.masters):
             cursor: bytes | int = b"0"
@@ -306,12 +265,7 @@ class Connection:
         *,
         deadline: Deadline | None = None,
     ) -> Any:
-        """Return the reply of a script, with retries; it is loaded first if the server lacks it.
-
-        Raises:
-            Fenced: the script found that a newer process took this one's place.
-            PeerError: the server refused, or could not be reached within the deadline.
-        """
+        """Return the reply of a script, with retries; it is loaded first if the server lacks it."""
         self.router.scripts.remember(script)
         return self.execute(*script.call(keys, arguments), deadline=deadline)
 
@@ -322,12 +276,8 @@ class Connection:
         commands = [script.call(keys, arguments) for script, keys, arguments in calls]
         return self.execute_all(commands, deadline=deadline)
 
-    def run_where_there(self, calls: Sequence[ScriptCall], *, deadline: Deadline | None = None) -> None:
-        """Run scripts whose replies are not needed; on a Cluster once, without the servers that cannot be reached.
-
-        Raises:
-            PeerError: a server refused; or a single server could not be reached within the deadline.
-        """
+    def run_where_reachable(self, calls: Sequence[ScriptCall], *, deadline: Deadline | None = None) -> None:
+        """Run scripts whose replies are not needed; on a Cluster once, without the servers that cannot be reached."""
         if not self.servers.several:
             self.run_all(calls, deadline=deadline)
             return
@@ -351,50 +301,32 @@ class Connection:
         for server in self.retry(self.masters):
             try:
                 self.router.scripts.load_missing(partial(self.router.send_to, server), scripts)
-            except (
-                ConnectionFailed
-            ):  # of several servers, it must not delay the others; a later call tries again
+            except ConnectionFailed:
+                # One of several servers must not delay the others; a later call tries again.
                 if not self.servers.several:
                     raise
 
     # Servers
 
     def pubsub(self, channel: str) -> redis.client.PubSub:
-        """Return a subscriber with a connection of its own to the server of a publish/subscribe channel."""
+        """Return a subscriber with its own connection to the server of a publish/subscribe channel."""
         make: Callable[..., redis.client.PubSub] = self.router.master_for(channel).client.pubsub
         return make()
 
     def master_for(self, key: str) -> Server:
-        """Return the master that has a key now.
-
-        Raises:
-            ConnectionFailed: there is none, or no server that knows it answers.
-        """
+        """Return the master that has a key now."""
         return self.router.master_for(key)
 
     def masters(self) -> Sequence[Server]:
-        """Return every master.
-
-        Raises:
-            ConnectionFailed: no server that knows them answers.
-        """
+        """Return every master."""
         return self.router.masters()
 
     def replicas_of(self, master: Server) -> Sequence[Server]:
-        """Return the replicas of a master; none if this user may not know them.
-
-        Raises:
-            ConnectionFailed: no server that knows them answers.
-        """
+        """Return the replicas of a master; none if this user may not know them."""
         return self.router.replicas_of(master)
 
     def find_nodes(self) -> None:
-        """Find out whether the single server is a node of a Cluster, and if so use all of its nodes.
-
-        Raises:
-            ServerUnsuitable: the server is a Sentinel.
-            PeerError: the server could not be reached in time.
-        """
+        """If the single server is a node of a Cluster, use all nodes; raise `ServerUnsuitable` for a Sentinel."""
         if isinstance(self.servers, SingleServer) and is_cluster_node(self.address, self.server_info()):
             self.router.use_cluster_nodes()
 
@@ -403,7 +335,6 @@ class Connection:
 
         Raises:
             ServerUnsuitable: a server cannot be used; the message says what to change.
-            PeerError: the server cannot be reached, or refuses the user.
         """
         self.execute("PING")
         self.find_nodes()
@@ -423,11 +354,7 @@ class Connection:
         return [*masters, *(replica for master in masters for replica in self.replicas_of(master))]
 
     def server_info(self, server: Server | None = None) -> dict[str, str]:
-        """Return the fields of a server's INFO, by default any server's; empty if it hides them from this user.
-
-        Raises:
-            PeerError: the server could not be reached in time.
-        """
+        """Return the fields of a server's INFO, by default any server's; empty if it hides them from this user."""
         command = ("INFO",)
         try:
             found = self.router.send_to(server, command) if server else self.execute(*command)
@@ -449,5 +376,5 @@ class Connection:
 
 
 def flat(fields: Mapping[str, Any]) -> list[Any]:
-    """Return fields as commands take them: name, value, name, value."""
+    """Return fields as the arguments of a command: name, value, name, value."""
     return [part for pair in fields.items() for part in pair]

@@ -46,12 +46,12 @@ _thread_state = _ThreadState()
 
 
 class within:  # noqa: N801 # used like a function, and a class is faster than a generator
-    """A block in which this thread keeps a deadline; an earlier one from an outer block stays in force."""
+    """A block in which this thread observes a deadline; an earlier one from an outer block stays in force."""
 
     __slots__ = ("_deadline", "_outer")
 
     def __init__(self, deadline: Deadline) -> None:
-        """Prepare to keep this deadline."""
+        """Set the deadline of the block."""
         self._deadline = deadline
 
     def __enter__(self) -> Deadline:
@@ -70,7 +70,7 @@ class within:  # noqa: N801 # used like a function, and a class is faster than a
 
 
 def try_seconds(longest: float) -> float:
-    """Return how long one attempt may take: `longest`, or what is left of the thread's deadline if that is less."""
+    """Return how long one attempt may take: `longest`, or the rest of the thread's deadline if that is less."""
     deadline = _thread_state.deadline
     return longest if deadline is None else min(longest, max(SHORTEST_TRY_SECONDS, deadline.remaining))
 

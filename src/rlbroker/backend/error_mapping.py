@@ -37,10 +37,10 @@ class SlotMigrating(ConnectionFailed):
 
 
 class AskRedirect(SlotMigrating):
-    """A node of the Cluster has handed a key to another node; this one command must be sent there."""
+    """A node of the Cluster has moved a key to another node; this one command must be sent there."""
 
     def __init__(self, redirect: redis_errors.AskError) -> None:
-        """Take the node's reply, which names the other node."""
+        """Wrap the node's reply, which names the other node."""
         super().__init__(f"the key is just being moved to {redirect.host}:{redirect.port}")
         self.redirect = redirect
 
@@ -49,12 +49,12 @@ class ErrorTranslator:
     """Translates the errors of one connection; it knows the server's address, and whether the server ever answered."""
 
     def __init__(self, address: str, user: str, pool: redis.ConnectionPool, *, hint: str = "") -> None:
-        """Prepare to translate.
+        """Create a translator.
 
         Args:
             address: the server's, without its password.
             user: the name with which the connections log in.
-            pool: makes connections like those whose errors are translated.
+            pool: makes test connections, to find out whether the server requires TLS.
             hint: added to errors while the server has never answered.
         """
         self._address, self._user, self._pool, self._hint = address, user, pool, hint
@@ -76,8 +76,7 @@ class ErrorTranslator:
         """Return rlbroker's error for one of redis-py's.
 
         Args:
-            error: the error that redis-py raised.
-            command: the command, as a server that refuses a key may not name it.
+            command: the command that failed; a server that refuses a key may not name it.
             server_name: which of several servers was asked.
         """
         address = f"{server_name} of {self._address}" if server_name else self._address
@@ -102,14 +101,7 @@ def translate_error(
     command: Sequence[object] = (),
     user: str = "default",
 ) -> PeerError:
-    """Return rlbroker's error for one of redis-py's.
-
-    Args:
-        error: the error that redis-py raised.
-        address: the server's, without its password.
-        command: the command, as far as it is known.
-        user: the user who sent it.
-    """
+    """Return rlbroker's error for one of redis-py's. The address is the server's, without its password."""
     # For an error within a script, Redis 6.2 puts the place in the script before the error itself.
     text = re.sub(r"^Error running script .*?: -(?=[A-Z]+ )", "", str(error)).rstrip(".")
     if isinstance(error, redis_errors.NoPermissionError) or is_missing_right(text):
@@ -187,18 +179,18 @@ def _failed_command(text: str, command: Sequence[object]) -> str:
 
 
 def is_ask_redirect(error: redis_errors.RedisError) -> TypeGuard[redis_errors.AskError]:
-    """Whether a node of a Cluster redirects this one command (ASK). redis-py derives MOVED from the same class."""
+    """Return whether a node redirects this one command (ASK). redis-py derives MOVED from the same class."""
     return isinstance(error, redis_errors.AskError) and not isinstance(error, redis_errors.MovedError)
 
 
 def is_login_refusal(error: redis_errors.RedisError) -> bool:
-    """Whether the server refused the login; servers report authorization errors on connecting."""
+    """Return whether the server refused the login; servers report authorization errors on connecting."""
     refusal = (redis_errors.AuthenticationError, redis_errors.AuthorizationError)
     return isinstance(error, refusal) or str(error).startswith(("WRONGPASS", "NOAUTH"))
 
 
 def script_is_unknown(error: PeerError) -> bool:
-    """Whether the server does not have the script that it was asked to run."""
+    """Return whether the server does not have the script that it was asked to run."""
     return "NOSCRIPT" in str(error) or "No matching script" in str(error)
 
 
@@ -210,7 +202,7 @@ def missing_scripts_error(address: str) -> RunLost:
     )
 
 
-# Missing rights: how Redis 6.2, Redis 7 and Valkey word what they refuse.
+# Missing rights, in the wording of Redis 6.2, Redis 7 and Valkey.
 
 _REFUSED_COMMAND = re.compile(r"no permissions to run the '([^']+)' command", re.IGNORECASE)
 _REFUSED_KEY = re.compile(
@@ -228,21 +220,9 @@ _PIPELINE_PREFIX = re.compile(r"^Command # \d+ \((.*)\) of pipeline caused error
 #: Commands that only read keys.
 _READ_COMMANDS = frozenset(
     (
-        *(
-            "EXISTS",
-            "GET",
-            "GETRANGE",
-            "HGET",
-            "HGETALL",
-            "HKEYS",
-            "HLEN",
-            "HMGET",
-            "MEMORY",
-            "MGET",
-            "OBJECT",
-        ),
-        *("PTTL", "STRLEN", "TTL", "TYPE", "XINFO", "XLEN", "XPENDING", "XRANGE", "XREAD", "XREVRANGE"),
-        *("ZCARD", "ZRANGE", "ZRANGEBYSCORE", "ZSCORE"),
+        *("EXISTS", "GET", "GETRANGE", "HGET", "HGETALL", "HKEYS", "HLEN", "HMGET", "MEMORY", "MGET"),
+        *("OBJECT", "PTTL", "STRLEN", "TTL", "TYPE", "XINFO", "XLEN", "XPENDING", "XRANGE", "XREAD"),
+        *("XREVRANGE", "ZCARD", "ZRANGE", "ZRANGEBYSCORE", "ZSCORE"),
     )
 )
 
@@ -261,20 +241,16 @@ _KEYS_SHOWN = 3
 
 
 def is_missing_right(text: str) -> bool:
-    """Whether an error's text says that a right is missing; within scripts, each version has its own words."""
+    """Return whether an error's text says that a right is missing; within scripts, each version has its own words."""
     return any(
         part in text for part in ("NOPERM", "ACL failure in script", "The user executing the script can't")
     )
 
 
 def _access_denied(text: str, address: str, *, command: Sequence[object], user: str) -> AccessDenied:
-    """Return the error for a user that logged in and lacks a right: which right, and how to grant it.
+    """Return the error for a user that lacks a right: which right, and how to grant it.
 
-    Args:
-        text: the server's error.
-        address: the server's, without its password.
-        command: the command, for texts that do not name it.
-        user: the user, for texts that do not name it.
+    The command and the user are used if the server's text does not name them.
     """
     sent = [str(word) for word in command if isinstance(word, str | int)]
     in_pipeline = _PIPELINE_PREFIX.match(text)

@@ -38,7 +38,6 @@ _REST = re.compile(
     r"|(x|counts|epochs|dead|again|ack|ledger|life|hb):\d+"
 )
 
-
 #: The kinds of keys of a worker's queue, in the order in which scripts take them.
 _QUEUE = ("x", "counts", "epochs", "dead", "again")
 
@@ -48,7 +47,7 @@ _TAG = re.compile(r"(?P<run>[^/}]*)(/s\d+)?")
 #: How many shard numbers are tried until the shards are spread evenly over the servers.
 _SHARDS_TRIED = 2_000
 
-#: Every run has at least two of the first shard numbers: the first, and the first on another server.
+#: A run has at least two of this many first shard numbers: the first, and the first on another server.
 _SHARDS_LIKELY = 10
 
 
@@ -90,17 +89,14 @@ class Keys:
         """Check the run's name, which becomes part of every key."""
         self.prefix = f"{_ROOT}{run_name(self.run)}}}"
 
-    def spread(self, shards: str) -> None:
+    def use_shards(self, shards: str) -> None:
         """Use the shards of the run, from the text in its `meta`."""
         self.shards = tuple(shards.split())
 
     def choose_shards(self, count: int, servers: int, server_of: Callable[[str], object]) -> str:
         """Return numbers of shards that are spread evenly over the servers of a Cluster, as text for `meta`.
 
-        Args:
-            count: number of shards.
-            servers: number of servers.
-            server_of: returns the present server of a key.
+        `server_of` returns the present server of a key.
         """
         found: list[str] = []
         per_server = Counter[object]()
@@ -128,7 +124,7 @@ class Keys:
 
     @property
     def one_of_likely_shards(self) -> list[str]:
-        """The same for shard numbers of which every run has at least two, on more than one server."""
+        """The same for the first shard numbers: every run has at least two of them, on different servers."""
         return Keys(self.run, shards=tuple(map(str, range(_SHARDS_LIKELY)))).one_of_each_shard
 
     def shard_of(self, number: int | str) -> str:
@@ -175,11 +171,11 @@ class Keys:
         return int(worker) if len(worker) <= len(str(MAX_WORKER_ID)) else None
 
     def is_never_reused(self, key: str) -> bool:
-        """Whether no later learner of the run uses this key again: chunks and outcomes have unique ids."""
+        """Return whether no later learner of the run uses this key again: chunks and outcomes have unique ids."""
         return run_of(key) == self.run and key.partition("}:")[2].startswith(("w:", "outcomes:"))
 
     def describes_run(self, key: str) -> bool:
-        """Whether commands read this key to find runs and their state."""
+        """Return whether commands read this key to find runs and their state."""
         return key in (self.meta, self.weights, self.workers) or key.startswith(self.life_prefix)
 
     @property
@@ -217,7 +213,7 @@ class Keys:
         return f"{self.shard_of(worker)}:x:{worker}"
 
     def counts(self, worker: int) -> str:
-        """Return the key of a hash: one worker's batches, counted by what became of them. Both sides write. Stays."""
+        """Return the key of a hash: one worker's batches, counted by outcome. Both sides write. Stays."""
         return f"{self.shard_of(worker)}:counts:{worker}"
 
     def epochs(self, worker: int) -> str:

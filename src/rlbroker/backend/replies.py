@@ -1,4 +1,4 @@
-"""Redis's replies as plain values: one shape for every protocol and version, and checks of foreign data."""
+"""Parses Redis's replies into plain values, for every protocol and version, and checks untrusted data."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, Final
 
 from rlbroker.errors import InvalidArgument, PeerError, RlbrokerError, WireError, WrongKeyType
 
-#: A number of seconds as Python writes it, with no more digits than make sense.
+#: A number of seconds as Python writes it, with a reasonable number of digits.
 _SECONDS: Final = re.compile(r"[0-9]{1,13}(\.[0-9]{1,17})?(e-[0-9]{2})?")
 
-#: The longest part of an error's text that a message repeats.
+#: How much of an error's text a message repeats.
 _SHOWN_CHARACTERS: Final = 120
 
 #: The key of a stream, with the id and the fields of each entry.
@@ -111,20 +111,16 @@ def entry_place(entry_id: str | bytes) -> tuple[int, int]:
 
 
 def entry_id(text: str) -> str:
-    """Return a stream entry's id in its normal form.
-
-    Raises:
-        ValueError: the text is not an entry id.
-    """
+    """Return a stream entry's id in its normal form; raise ValueError if the text is not an entry id."""
     first, second = entry_place(text)
     return f"{first}-{second}"
 
 
-# Values that a worker or another program wrote: they are not trusted.
+# Values that a worker or another program wrote, which are not trusted.
 
 
 def whole_number(text: str) -> int | None:
-    """Return the number in a text that a worker wrote; None if it is not a number of at most 19 digits."""
+    """Return the number in a text that a worker wrote; None unless it is a number of at most 19 digits."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else None
 
 
@@ -140,14 +136,7 @@ def seconds_number(text: str) -> float | None:
 
 @contextmanager
 def parsing(key: str) -> Iterator[None]:
-    """Turn the errors of parsing a key's value in this block into `WireError`, as another program wrote it.
-
-    Args:
-        key: what is parsed, for the message.
-
-    Raises:
-        WireError: a number is malformed, a field is missing, or a setting is invalid.
-    """
+    """Turn errors in parsing a key's value within this block into `WireError`: another program wrote the value."""
     try:
         yield
     except InvalidArgument as error:  # settings that no learner accepts
@@ -168,8 +157,7 @@ def _foreign_data(key: str, error: Exception) -> WireError:
 def default_if_wrong_type(reply: Any, default: Any) -> Any:
     """Return the reply about a key that a worker writes, or the default if the key has the wrong type.
 
-    Raises:
-        PeerError: the server refused for another reason.
+    Raise any other `PeerError`.
     """
     if isinstance(reply, WrongKeyType):
         return default
@@ -179,11 +167,7 @@ def default_if_wrong_type(reply: Any, default: Any) -> Any:
 
 
 def raise_first_error(replies: Iterable[Any]) -> list[Any]:
-    """Return the replies as a list.
-
-    Raises:
-        PeerError: the first of the replies that is one.
-    """
+    """Return the replies as a list, or raise the first `PeerError` among them."""
     found = list(replies)
     for reply in found:
         if isinstance(reply, PeerError):

@@ -10,11 +10,11 @@ from hiredis import pack_command
 #: A part of an argument, or all of it.
 Piece = bytes | memoryview
 
-#: An argument of a command; and one that is given in several pieces.
+#: An argument of a command, and one in several pieces.
 Argument = str | bytes | int | float | memoryview
 Pieces = tuple[Piece, ...]
 
-#: Larger pieces are sent from where they are. For a smaller one, a copy costs less than a system call of its own.
+#: Larger pieces are not copied. For a smaller one, a copy costs less than a system call of its own.
 COPY_BYTES = 128 << 10
 
 #: An empty argument in RESP.

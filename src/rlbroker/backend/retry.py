@@ -20,37 +20,22 @@ class RetryPolicy:
     """Retries with exponential back-off after a broken connection, and while the run waits for its learner."""
 
     def __init__(self, timeout_seconds: float, errors: ErrorTranslator) -> None:
-        """Start without an attempt.
-
-        Args:
-            timeout_seconds: how long an operation may take that has no deadline of its own.
-            errors: knows whether the server has ever answered.
-        """
+        """Set the default timeout of operations; `errors` knows whether the server has ever answered."""
         self._timeout_seconds, self._errors = timeout_seconds, errors
         self._silence_logged = False
 
     def run(self, operation: Callable[[], Result], deadline: Deadline | None = None) -> Result:
         """Return the result of an operation, repeated until it succeeds or the deadline is over.
 
-        After an attempt that hung, there is no further one that would hang far beyond the deadline.
-
-        Args:
-            operation: raises rlbroker's errors, and must be idempotent.
-            deadline: by default the connection's timeout from now.
-
-        Raises:
-            ConnectionFailed: no attempt succeeded, and one of them may have been applied.
-            RunLost: the server lost the run, and no learner restored it in time.
-            PeerError: the server refused.
+        An attempt that hung is not repeated if another one could hang far beyond the deadline. See `Connection.retry`.
         """
         with within(deadline or Deadline(self._timeout_seconds)) as in_force:
             return self._repeat(operation, in_force)
 
     def _repeat(self, operation: Callable[[], Result], deadline: Deadline) -> Result:
         backoff: Backoff | None = None
-        unclear: ConnectionFailed | None = (
-            None  # the latest error after which an attempt may have been applied
-        )
+        #: The latest error after which an attempt may have been applied.
+        unclear: ConnectionFailed | None = None
         while True:
             began = time.monotonic()
             try:

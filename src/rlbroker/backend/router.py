@@ -36,7 +36,7 @@ class Router:
     def __init__(
         self, base: BaseClient, *, timeout_seconds: float, socket_seconds: float, read_bytes: int
     ) -> None:
-        """Prepare; nothing is sent yet.
+        """Create a router; nothing is sent yet.
 
         Args:
             base: has the settings of the connections.
@@ -109,7 +109,7 @@ class Router:
         one.client.connection_pool.disconnect(inuse_connections=False)
         if one.address is None:
             raise ServerUnsuitable(
-                f"{self.address} is a node of a Cluster, and the other nodes are reached by host and port: name some, "
+                f"{self.address} is a node of a Cluster, and its other nodes need a host and port: name some, "
                 "as in redis+cluster://host:port,host:port"
             )
         logger.info("%s is a node of a Cluster; its other nodes are used too", self.address)
@@ -124,10 +124,10 @@ class Router:
 
         Args:
             operation: sends the commands with a client.
-            commands: the commands; their keys are on one server.
+            commands: commands whose keys are all on one server.
 
         Raises:
-            AskRedirect: the key is just being moved; nothing was done.
+            AskRedirect: the key is being moved; nothing was done.
         """
         self.check_process()
         with _TranslatedErrors(self, command=commands[0]) as attempt:
@@ -143,7 +143,7 @@ class Router:
         return result
 
     def _send_with_scripts(self, operation: Callable[[redis.Redis], Result], server: Server) -> Result:
-        """Send, and once more with the scripts if the server lacks one, as after a failover."""
+        """Send; if the server lacks a script, as after a failover, load the scripts and send again."""
         try:
             return operation(server.client)
         except redis_errors.NoScriptError:
@@ -159,7 +159,7 @@ class Router:
         return reply
 
     def shape_reply(self, command: Sequence[Argument], reply: Any) -> Any:
-        """Return a raw reply in the shape in which redis-py's client returns it, such as a dictionary."""
+        """Return a raw reply in the shape that redis-py's client would return, such as a dictionary."""
         callbacks: Any = self._base.client.response_callbacks
         shape = callbacks.get(command[0])
         return reply if shape is None else shape(reply, **reply_options(command))
@@ -167,13 +167,13 @@ class Router:
     # Errors
 
     def record_failure(self, error: redis_errors.RedisError, server: Server | None) -> None:
-        """Note that a server could not be used, and close its idle connections: they are likely broken, too."""
+        """Note that a server could not be used, and close its idle connections, which are likely broken too."""
         if server is not None:
             server.client.connection_pool.disconnect(inuse_connections=False)
         if isinstance(error, redis_errors.MovedError):
             if isinstance(self.servers, SingleServer):
                 self.use_cluster_nodes()
-            self.servers.moved(error.slot_id, (str(error.host), int(error.port)))
+            self.servers.note_moved(error.slot_id, (str(error.host), int(error.port)))
         else:
             self.servers.mark_stale(server)
 
@@ -185,17 +185,14 @@ class Router:
     ) -> PeerError:
         """Return rlbroker's error for one of redis-py's.
 
-        Args:
-            error: the error that redis-py raised.
-            command: the command, as a server that refuses a key may not name it.
-            server: the server that was asked, if it is known.
+        The command is used if the server does not name the key that it refuses.
         """
         name = "" if server is None or isinstance(self.servers, SingleServer) else server.name
         return self.errors.translate(error, command=command, server_name=name)
 
 
 class _TranslatedErrors:
-    """A block whose redis-py errors become rlbroker's. A class, as a generator would be slower."""
+    """A block whose redis-py errors become rlbroker's. A class, because a generator would be slower."""
 
     __slots__ = ("_command", "_router", "server")
 
@@ -220,13 +217,7 @@ class _TranslatedErrors:
 
 
 def _make_topology(endpoint: Endpoint, make_client: Callable[..., redis.Redis], address: str) -> Topology:
-    """Return the servers of an endpoint.
-
-    Args:
-        endpoint: where the servers are.
-        make_client: makes clients, for another address and with other settings of their connections if given.
-        address: name of the servers in messages.
-    """
+    """Return the servers of an endpoint."""
     if endpoint.kind == "cluster":
         return ClusterTopology(make_client, endpoint.hosts, address)
     if endpoint.kind == "sentinel":

@@ -30,11 +30,9 @@ class Script:
 
     @classmethod
     def load(cls, path: str) -> Self:
-        """Read a script from the package.
+        """Read a script from a path in the package, such as `weights/lua/commit.lua`.
 
-        Args:
-            path: the file, relative to the package, such as `weights/lua/commit.lua`. A line `-- include: PATH` in it
-                is replaced by that file.
+        A line `-- include: PATH` in it is replaced by that file.
         """
         return cls(path.rpartition("/")[2].removesuffix(".lua"), _read(path))
 
@@ -61,11 +59,7 @@ class ScriptLoader:
     """
 
     def __init__(self, address: str) -> None:
-        """Start with no scripts.
-
-        Args:
-            address: name of the servers in messages.
-        """
+        """Start with no scripts. The address names the servers in messages."""
         self._address = address
         self._used: dict[str, Script] = {}
 
@@ -79,7 +73,7 @@ class ScriptLoader:
         self._used[script.sha] = script
 
     def load(self, send: SendCommand, scripts: Iterable[Script]) -> None:
-        """Load scripts into the cache of the server to which the function sends."""
+        """Load scripts into the cache of the server that `send` sends to."""
         for script in scripts:
             send(("SCRIPT LOAD", script.text))
 
@@ -89,11 +83,7 @@ class ScriptLoader:
             self.load(send, scripts)
 
     def reload(self, send: SendCommand) -> None:
-        """Load the used scripts into the cache of a server that lacks one.
-
-        Raises:
-            RunLost: this user may not load scripts.
-        """
+        """Load the used scripts into the cache of a server that lacks one; raise `RunLost` if this user may not."""
         try:
             self.load(send, self.used)
         except AccessDenied as error:

@@ -1,4 +1,4 @@
-"""The master that Sentinels name, of those that they monitor."""
+"""The master of a service, found by asking its Sentinels."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ logger = logging.getLogger("rlbroker")
 
 @dataclass(frozen=True)
 class SentinelView:
-    """The state of all Sentinels of a master, as those that answer report it.
+    """The state of a master's Sentinels, as reported by those that answer.
 
     Attributes:
-        silent: names of the Sentinels that do not answer: of those in the URL, and of the others that these know.
+        silent: names of the Sentinels that do not answer: those in the URL, and others that these know.
         total: number of Sentinels.
         alive: number of Sentinels that answer.
         needed: number of Sentinels that must agree on a failover: the quorum, and the majority.
@@ -48,16 +48,14 @@ class SentinelView:
 
 
 class SentinelTopology(DiscoveredTopology):
-    """The master of one service, as its Sentinels name it."""
+    """The master of one service, as its Sentinels report it."""
 
     def __init__(
         self, make_client: MakeClient, sentinels: Iterable[redis.Redis], service: str, address: str
     ) -> None:
-        """Prepare; no Sentinel is asked yet.
+        """Create a topology; no Sentinel is asked yet.
 
         Args:
-            make_client: makes clients of masters and replicas.
-            sentinels: a client of each Sentinel.
             service: name of the master.
             address: name of the Sentinels in messages.
         """
@@ -119,7 +117,7 @@ class SentinelTopology(DiscoveredTopology):
             except redis_errors.NoPermissionError:
                 continue
             except redis_errors.ResponseError as error:
-                refusal = f"{_name_of(sentinel)} says {error}"
+                refusal = f"{_name_of(sentinel)} reports {error}"
         known = {run_id: _name_in(row) for run_id, row in others.items() if run_id not in answering}
         away = {
             run_id: name
@@ -214,5 +212,5 @@ def _name_in(row: Mapping[str, Any]) -> str:
 
 
 def _is_unreachable(row: Mapping[str, Any]) -> bool:
-    """Whether a Sentinel cannot reach the server or Sentinel that the row describes."""
+    """Return whether a Sentinel cannot reach the server or Sentinel that the row describes."""
     return bool(row["is_sdown"] or row["is_disconnected"])

@@ -28,7 +28,7 @@ def refuse_unsuitable(address: str, info: Mapping[str, str], *, allow_eviction: 
 
 
 def is_cluster_node(address: str, info: Mapping[str, str]) -> bool:
-    """Whether a server is a node of a Cluster; raise `ServerUnsuitable` for a Sentinel."""
+    """Return whether a server is a node of a Cluster; raise `ServerUnsuitable` for a Sentinel."""
     mode = info.get("redis_mode", info.get("server_mode"))  # the second is Valkey's name
     if mode == "sentinel":
         raise ServerUnsuitable(

@@ -15,7 +15,7 @@ from rlbroker.errors import AccessDenied, Fenced, IncompatibleFormat, PeerError,
 
 logger = logging.getLogger("rlbroker")
 
-#: How many calls of `wake` one read takes off the socket.
+#: How many calls of `wake` one read clears.
 WAKE_BYTES = 4096
 
 #: A selector that needs no file descriptor; a process with many workers has few to spare.
@@ -32,22 +32,13 @@ class OutageLog:
     """
 
     def __init__(self, what: str) -> None:
-        """Start without an outage.
-
-        Args:
-            what: the operation, with which each line begins.
-        """
+        """Start without an outage. Each line begins with the operation, `what`."""
         self._what = what
         #: The latest error of the present outage.
         self.error: Exception | None = None
 
     def report(self, error: Exception, more: str = "") -> None:
-        """Record a failure, and log it if it begins an outage.
-
-        Args:
-            error: what happened.
-            more: what else a reader of the log should know.
-        """
+        """Record a failure; if it begins an outage, log it with `more`, a second clause."""
         if self.error is None:
             logger.warning("%s: %s; %strying again until it works", self._what, error, more and f"{more}; ")
         self.error = error
@@ -67,7 +58,7 @@ class BackgroundThread:
     """
 
     def __init__(self, name: str, step: Callable[[], bool | None]) -> None:
-        """Prepare the thread.
+        """Create the thread; `start` runs it.
 
         Args:
             name: shown in logs and debuggers.
@@ -101,12 +92,7 @@ class BackgroundThread:
     def wait_for(self, sock: socket.socket, seconds: float) -> bool:
         """Wait until a socket is readable, `wake` or `stop` is called, or the time is over.
 
-        Args:
-            sock: the socket.
-            seconds: the longest wait.
-
-        Returns:
-            Whether the socket is readable.
+        Return whether the socket is readable.
         """
         if isinstance(sock, ssl.SSLSocket) and sock.pending():
             return True

@@ -1,10 +1,10 @@
-"""TLS connections: certificate files are checked before connecting, and a failed handshake says what to set.
+"""TLS connections: checks certificate files before connecting, and explains failed handshakes.
 
 Three things differ from redis-py's own TLS connection:
 
 - A certificate authority that the user names is the only one that is trusted.
-- Files are read once, and again only after they changed. To read all of a machine's authorities for each connection
-  would take longer than connecting.
+- Files are read again only after they have changed. Reading all of a machine's authorities for each connection would
+  take longer than connecting.
 - A refusal is distinguished from a broken connection. Two cases need a second connection for that. With TLS 1.3 the
   server refuses the client's certificate only after the handshake; the client has then sent its first command, whose
   arrival may discard the reason. And a Redis server without TLS does not answer a handshake, but waits for more.
@@ -33,7 +33,7 @@ from rlbroker.errors import InvalidArgument
 
 logger = logging.getLogger("rlbroker")
 
-#: How long to wait for a server that should answer before the cause is looked for in another way.
+#: How long to wait for an answer that is due before checking for another cause.
 QUIET_SECONDS: Final = 1.0
 
 #: OpenSSL's codes for a server's certificate: X509_V_ERR_….
@@ -101,8 +101,8 @@ class TlsSettings:
         """Check and read the files.
 
         Args:
-            authority: certificates of the trusted authorities; by default those that the machine trusts.
-            certificate: the client's certificate; the file may hold its key, too.
+            authority: certificates of the trusted authorities; by default the machine's.
+            certificate: the client's certificate; the file may include its key.
             key: the private key of the client's certificate.
             check_certificate: whether the server's certificate must be valid.
             check_name: whether the server's certificate must be for the host in the URL.
@@ -191,10 +191,10 @@ class TlsSettings:
 
 
 class TlsConnection(redis.Connection):
-    """A TLS connection that says why it cannot be made."""
+    """A TLS connection whose errors explain why it cannot be made."""
 
     def __init__(self, *, tls: TlsSettings, **settings: Any) -> None:
-        """Prepare the connection; nothing is connected yet."""
+        """Create a connection; nothing is connected yet."""
         self._tls = tls
         prepare: Callable[..., None] = super().__init__
         prepare(**settings)
@@ -260,7 +260,7 @@ class TlsConnection(redis.Connection):
         return False
 
     def _fetch_alert(self) -> ssl.SSLError | None:
-        """Connect once more and send nothing, so that the server's reason for refusing arrives."""
+        """Connect again and send nothing, so that the server's reason for refusing arrives."""
         try:
             with self._connect() as sock:
                 sock.settimeout(try_seconds(QUIET_SECONDS))
@@ -321,7 +321,7 @@ class TlsConnection(redis.Connection):
 def tls_refusal(error: BaseException) -> str:
     """Return why a secure connection is impossible, as a predicate of the server; empty if the error has another cause.
 
-    A client that the user made has redis-py's own connections, whose errors need an explanation here.
+    A user's client makes redis-py's own connections, whose errors are explained here.
     """
     if isinstance(error, TlsRefused):
         return str(error)
@@ -336,12 +336,7 @@ def tls_refusal(error: BaseException) -> str:
 
 
 def requires_tls(pool: redis.ConnectionPool, error: BaseException) -> bool:
-    """Whether a server broke a connection without TLS because it speaks TLS only; connects once to find out.
-
-    Args:
-        pool: makes the connections.
-        error: the error that redis-py raised.
-    """
+    """Return whether a server broke a connection without TLS because it requires TLS; connect once to find out."""
     host, port = pool.connection_kwargs.get("host"), pool.connection_kwargs.get("port")
     if not host or issubclass(pool.connection_class, TlsConnection | redis.SSLConnection):
         return False
@@ -363,7 +358,7 @@ def requires_tls(pool: redis.ConnectionPool, error: BaseException) -> bool:
 
 
 def _is_broken(error: BaseException) -> bool:
-    """Whether the other side closed the connection, or its answer was not Redis's protocol."""
+    """Return whether the other side closed the connection, or its answer was not Redis's protocol."""
     if isinstance(error, InvalidResponse):
         return True
     return any(isinstance(one, ConnectionResetError | BrokenPipeError) for one in _chain(error)) or (
@@ -382,7 +377,7 @@ def _find_alert(error: BaseException) -> ssl.SSLError | None:
 
 
 def _is_alert(error: BaseException) -> bool:
-    """Whether the other side gave a reason before it closed the connection."""
+    """Return whether the other side sent a reason before it closed the connection."""
     return isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or "")
 
 

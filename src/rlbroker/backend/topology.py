@@ -49,7 +49,7 @@ class Server:
 
     Attributes:
         client: its pool has the connections to this server.
-        address: host and port; None for a single server that was given without.
+        address: host and port; None for a user's client that has none.
         term: the config epoch in which the server got its present role; 0 for a single server and for replicas.
     """
 
@@ -66,7 +66,7 @@ class Server:
 class Topology(ABC):
     """The servers of a connection, and which of them has a key. Safe to use from several threads."""
 
-    #: Whether there are several masters, each with a part of the keys.
+    #: Whether there are several masters, each with some of the keys.
     several = False
 
     @abstractmethod
@@ -89,8 +89,8 @@ class Topology(ABC):
         """Note that the known roles may be out of date: the connection to this server broke, for example."""
         return
 
-    def moved(self, slot: int, address: Address) -> None:
-        """Note that a node of a Cluster says that a slot is on another node."""
+    def note_moved(self, slot: int, address: Address) -> None:
+        """Note that a MOVED reply named another node for a slot."""
         return
 
     @abstractmethod
@@ -103,10 +103,10 @@ class Topology(ABC):
 
 
 class SingleServer(Topology):
-    """One server. A given client that finds its master itself counts as one, too."""
+    """One server. A user's client that finds its master by itself counts as one too."""
 
     def __init__(self, client: redis.Redis, make_client: MakeClient) -> None:
-        """Take the client of this server, and what makes further clients with its settings."""
+        """Use this client; `make_client` makes clients of other servers with its settings."""
         settings = client.connection_pool.connection_kwargs
         address = (str(settings["host"]), int(settings["port"])) if "host" in settings else None
         self._server, self._clients = Server(client, address), ClientsByAddress(make_client)
@@ -137,12 +137,7 @@ class DiscoveredTopology(Topology):
     """Servers whose roles are read from Sentinels or nodes: in the background, and at once if they may be stale."""
 
     def __init__(self, make_client: MakeClient, what: str) -> None:
-        """Prepare; nothing is read yet.
-
-        Args:
-            make_client: makes clients of the servers.
-            what: name of the background thread.
-        """
+        """Create a topology; nothing is read yet. `what` names the background thread."""
         self._clients = ClientsByAddress(make_client)
         self._refreshing = threading.Lock()
         self._stale = True
@@ -199,7 +194,7 @@ class ClientsByAddress:
     """The clients of servers by address, each made when it is first needed."""
 
     def __init__(self, make_client: MakeClient) -> None:
-        """Take what makes the clients."""
+        """Begin without clients."""
         self._make_client = make_client
         self._lock = threading.Lock()
         self._clients: dict[Address, redis.Redis] = {}
@@ -241,7 +236,7 @@ def query(client: redis.Redis, *command: str) -> Any:
 def discovery_error(
     what: str, problems: Sequence[redis_errors.RedisError | OSError | str]
 ) -> redis_errors.ConnectionError:
-    """Return the error if no server could tell the roles; a refusal among the problems, as that is not an outage."""
+    """Return the error for roles that no server could report; a refusal takes precedence, as it is not an outage."""
     plain = redis_errors.ConnectionError
     for one in problems:
         if isinstance(one, plain) and type(one) is not plain:

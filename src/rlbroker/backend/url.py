@@ -1,4 +1,4 @@
-"""URLs of servers: which are accepted, and what they say."""
+"""URLs of servers, validated and parsed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ URL_SCHEMES = (
     *("redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"),
 )
 
-#: Parameters with the user and password for the Sentinels; those for the server do not count there.
+#: Parameters with the user and password for the Sentinels, which do not use those for the server.
 _SENTINEL_LOGIN = ("sentinel_username", "sentinel_password")
 
 #: The names of masters that Sentinels accept.
@@ -25,7 +25,7 @@ _SERVICE = re.compile(r"[\w.-]+", re.ASCII)
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a URL says that the server is.
+    """The server or servers that a URL names.
 
     Attributes:
         kind: one server; the nodes of a Cluster; or Sentinels, which name the master.
@@ -68,7 +68,7 @@ def redis_url(url: str | None = None) -> str:
 
 
 def parse_endpoint(url: str) -> Endpoint:
-    """Return where a URL says that the server is.
+    """Return the server or servers that a URL names.
 
     >>> parse_endpoint("redis+sentinel://a:1,b:2/pong/3").hosts
     (('a', 1), ('b', 2))
@@ -147,8 +147,7 @@ def url_parts(url: str) -> tuple[SplitResult, list[str]]:
 def invalid_url_error(url: str, error: ValueError) -> InvalidArgument:
     """Return the error for a URL that cannot be used."""
     why = str(error)
-    if (
-        "Port" in why or "netloc" in why
-    ):  # these messages repeat a part of the URL, which may hold the password
+    # These messages repeat a part of the URL, which may contain the password.
+    if "Port" in why or "netloc" in why:
         why = "host or port cannot be read; in a password write / as %2F, ? as %3F, # as %23, @ as %40"
     return InvalidArgument(f"the server's URL {redacted_url(url)} cannot be used: {why}")

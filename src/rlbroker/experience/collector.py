@@ -1,7 +1,7 @@
-"""The learner's side of the experiences: batches of all workers, collected once and in order, then acknowledged.
+"""Collects the batches of all workers for a learner, once and in order, and acknowledges them.
 
-A call of `collect` acknowledges what the call before returned, searches for new streams, reads entries (`EntryReader`),
-and makes batches of them (`Unpacker`).
+A call of `collect` acknowledges what the previous call returned, searches for new streams (`StreamDiscovery`), reads
+entries (`EntryReader`), and makes batches of them (`Unpacker`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rlbroker.experience.watched_streams import StreamDiscovery, WatchedStreams,
 from rlbroker.metrics.counters import Metrics
 from rlbroker.types import Batch
 
-#: Bytes that one call of `collect` reads and decodes at most; the rest comes with the next call.
+#: The most bytes that one call of `collect` reads and decodes; the next call continues.
 COLLECT_BYTES = 256 << 20
 
 
@@ -51,18 +51,12 @@ class Collector:
         latest_version: Callable[[], int],
         check: Callable[[], None],
     ) -> None:
-        """Prepare a collector; nothing is read yet.
+        """Create a collector; nothing is read yet.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
-            pending: the learner's pending entries.
             dead_letters: where corrupt and poison batches go.
-            takeover: takes over what other learners abandoned.
-            rate_limiter: limits how many batches may be collected.
-            metrics: counts what was collected, and how long that took.
-            acknowledge: `next` acknowledges what a call returned at the next call, `manual` when the caller says so.
-            max_staleness: batches that are staler are counted and not delivered; None for no limit.
+            acknowledge: `next` acknowledges returned batches at the next call; with `manual`, the caller acknowledges.
+            max_staleness: staler batches are counted and not delivered; None for no limit.
             max_deliveries: deliveries after which a batch is poison; None for no limit.
             workers: returns every worker id that may have batches.
             latest_version: returns the version that staleness is measured from.
@@ -88,23 +82,20 @@ class Collector:
         self._wait_seconds = 0.0  #: seconds that the present call has waited for entries
 
     def collect(self, *, timeout_seconds: float, max_batches: int | None) -> list[tuple[int, Batch]]:
-        """Return batches of all workers, each worker's in order; wait for the first one if there is none.
+        """Return batches of all workers, in order for each worker; wait for a first one if there is none.
 
         Args:
             timeout_seconds: how long to wait for a first batch; 0 to return only what is there.
-            max_batches: how many to return at most.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
+            max_batches: the most to return.
         """
         deadline = Deadline(timeout_seconds)
         if not self._collecting.acquire(timeout=deadline.remaining):
-            return []  # another thread has been waiting for the first batch all the time
+            return []  # another thread was waiting for a first batch all this time
         try:
             self._began, self._reader.drained = True, False
             self._unpacker.decode_seconds = self._wait_seconds = 0.0
-            if self._reader.entries or self._rate_limiter.limits:
-                self._reader.acknowledge_returned()  # otherwise with the first read, in one round trip
+            if self._reader.entries or self._rate_limiter.is_active:
+                self._reader.acknowledge_returned()  # otherwise the first read acknowledges, in the same round trip
             room = self._rate_limiter.wait(deadline.remaining)
             if room is not None:
                 max_batches = room if max_batches is None else min(room, max_batches)
@@ -128,21 +119,16 @@ class Collector:
             self._rate_limiter.insert(len(found))
             if self._acknowledges_next:
                 self._reader.returned += self._delivered(found)
-            return list(found)
+            return found
         finally:
             self._collecting.release()
 
     def acknowledge(self, pairs: Sequence[tuple[int, Batch]], deadline: Deadline | None = None) -> int:
-        """Acknowledge batches, so that the server deletes them; return how many it still had.
-
-        Raises:
-            Fenced: a newer learner of this name has taken over.
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Acknowledge batches, so that the server deletes them; return how many it still had."""
         return self._pending.acknowledge(self._delivered(pairs), deadline=deadline)
 
     def acknowledge_returned(self, deadline: Deadline) -> None:
-        """Acknowledge what the last `collect` returned, if the next one would do so."""
+        """Acknowledge the batches that the last `collect` returned, if the next one would do so."""
         if self._acknowledges_next and self._collecting.acquire(timeout=deadline.remaining):
             try:
                 self._reader.acknowledge_returned(deadline)
@@ -155,7 +141,7 @@ class Collector:
         return [position.stream for position in list(self._streams.watched.values())]
 
     def marks(self) -> dict[str, Any]:
-        """Return marks of what was collected so far, by the stream's name."""
+        """Return a mark for each stream of what was collected so far, by the stream's name."""
         with self._collecting:
             unreturned: dict[str, set[str]] = {}
             for entry in self._reader.entries:
@@ -168,7 +154,7 @@ class Collector:
             }
 
     def restore(self, marks: Mapping[str, Any]) -> bool:
-        """Continue from marks: never collect again what they cover. Return False if `collect` was called before."""
+        """Continue from marks: skip what they cover. Return False, and do nothing, if `collect` was called before."""
         with self._collecting:
             if self._began:
                 return False
@@ -177,14 +163,9 @@ class Collector:
             return True
 
     def acknowledge_marks(self, marks: Mapping[str, Any]) -> int:
-        """Acknowledge the batches that these marks cover; return how many the server still had.
-
-        Raises:
-            Fenced: a newer learner of this name has taken over.
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Acknowledge the batches that these marks cover; return how many the server still had."""
         entries = []
-        # A repeat that is still queued was delivered once, and must not be counted as delivered again.
+        # A queued repeat was delivered before, and must not be counted as delivered again.
         repeats = {
             (entry.stream, entry.entry_id): entry.repeat_reason for entry in list(self._reader.entries)
         }
@@ -200,8 +181,8 @@ class Collector:
         return self._pending.acknowledge(entries)
 
     def _delivered(self, pairs: Iterable[tuple[int, Batch]]) -> list[tuple[Stream, str, str]]:
-        held = [batch.held_as for _, batch in pairs]
-        return [(self._streams.stream(name), entry_id, "delivered") for name, entry_id in held]
+        names = (batch.held_as for _, batch in pairs)
+        return [(self._streams.stream(name), entry_id, "delivered") for name, entry_id in names]
 
     def _count_collected(self, found: Sequence[tuple[int, Batch]]) -> None:
         """Add what this call returns to the metrics."""
@@ -287,7 +268,7 @@ class Collector:
             if not isinstance(error, ConnectionFailed):
                 raise
             if self._reader.returned:
-                self._reader.acknowledge_returned()  # waits for the server as long as the connection's timeout
+                self._reader.acknowledge_returned()  # retries for as long as the connection's timeout
                 return True
             if deadline is None or deadline.over:
                 if self._connected:  # the connection may have broken long ago, while no call used it
@@ -302,7 +283,7 @@ class Collector:
         return filled
 
     def _read(self, to_scan: Sequence[ReadPosition], count: int, deadline: Deadline | None) -> bool:
-        """Read what is pending in these streams, or what is new; search for streams that were lost."""
+        """Read what is pending in these streams or, without any, what is new; search for streams that were lost."""
         try:
             if to_scan:
                 self._reader.read_pending(to_scan, count)

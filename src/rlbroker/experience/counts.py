@@ -1,4 +1,4 @@
-"""How many batches of each worker wait, were delivered, and were lost, as the server counts them. Only reads."""
+"""Reads the server's counts of each worker's batches: how many wait, were delivered, and were lost."""
 
 from __future__ import annotations
 
@@ -18,37 +18,23 @@ from rlbroker.backend.replies import (
 from rlbroker.errors import PeerError
 from rlbroker.types import QueueCounts
 
-#: Why a batch is lost, as learners and workers count it; `vanished` batches are missing without a count.
-LOST = (
-    "stale",
-    "corrupt",
-    "poison",
-    "trimmed",
-    "dropped_oldest",
-    "dropped_newest",
-    "stopped",
-    "fenced",
-    "vanished",
-)
+#: Why batches are lost: the outcomes that learners count, and those that workers count.
+LOST_AT_LEARNERS = ("stale", "corrupt", "poison", "trimmed")
+LOST_AT_WORKERS = ("dropped_oldest", "dropped_newest", "stopped", "fenced")
 
-#: How often counts that change while they are read are read again. Usually the server answers all commands at once.
+#: All of them; `vanished` batches are missing without a count.
+LOST = (*LOST_AT_LEARNERS, *LOST_AT_WORKERS, "vanished")
+
+#: How often to read counts that change while they are read. That is rare: usually the server answers all commands at
+#: once.
 _ATTEMPTS: Final = 5
 
-#: Outcomes of batches that were in the queue before.
+#: Outcomes of batches that were in the queue.
 _QUEUED = ("delivered", "stale", "corrupt", "poison", "trimmed", "dropped_oldest")
 
 
 def read_counts(connection: Connection, keys: Keys, workers: Iterable[int]) -> dict[int, QueueCounts]:
-    """Return the counts of each worker's batches.
-
-    Args:
-        connection: connection to the server.
-        keys: names of the run's keys.
-        workers: which workers.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Return the counts of each worker's batches."""
     wanted = list(workers)
     types = {key: kind for worker in wanted for key, kind in expected_types(keys, worker).items()}
     existing = match_types(types, connection.execute_all([("TYPE", key) for key in types]))
@@ -61,11 +47,9 @@ def expected_types(keys: Keys, worker: int) -> dict[str, str]:
 
 
 def match_types(expected: Mapping[str, str], replies: Iterable[Any]) -> dict[str, bool]:
-    """Return for each key that exists whether it has the type that it must have; another program overwrote it if not.
+    """Return for each key that exists whether it has its type; if not, another program overwrote it.
 
-    Args:
-        expected: keys with their types.
-        replies: the reply to TYPE for each.
+    `replies` are the replies to TYPE for each expected key.
     """
     found = [reply.decode() if isinstance(reply, bytes) else str(reply) for reply in replies]
     return {
@@ -86,15 +70,9 @@ def read_existing_counts(
     """Return the counts of each worker's batches, usually in one round trip, given which keys exist.
 
     Args:
-        connection: connection to the server.
-        keys: names of the run's keys.
-        workers: which workers.
         existing: what `match_types` returned.
-        reported: by worker, its incarnation and how many batches it reports to have sent. Without it the streams are
-            asked, which costs more: the replies contain their first and last batch.
-
-    Raises:
-        PeerError: the server refused, or the connection broke.
+        reported: by worker, its incarnation and how many batches it says it sent. Without this the streams are asked,
+            which costs more: the replies contain their first and last batch.
     """
     commands: dict[int, list[tuple[str, ...]]] = {}
     for worker in workers:
@@ -121,7 +99,7 @@ def read_existing_counts(
 def _read_consistently(
     connection: Connection, commands: Mapping[int, list[tuple[str, ...]]]
 ) -> dict[int, list[Any]]:
-    """Run each worker's commands again until no batch moved meanwhile: it would be counted twice, or not at all.
+    """Repeat each worker's commands until no batch moved meanwhile: it would be counted twice, or not at all.
 
     Acknowledging, dropping or burying a batch changes the counts in the same step, so the counts are read before and
     after the sizes. MULTI is not used, because read-only users have no right to it.
@@ -132,7 +110,7 @@ def _read_consistently(
         asked = [one for of_worker in changing.values() for one in (*of_worker, of_worker[0])]
         replies = iter(connection.ask_once(asked) if asked else ())
         for worker, of_worker in list(changing.items()):
-            *found[worker], after = map(_checked, itertools.islice(replies, len(of_worker) + 1))
+            *found[worker], after = map(_reply_or_default, itertools.islice(replies, len(of_worker) + 1))
             if found[worker][0] == after:
                 del changing[worker]
         if not changing:
@@ -140,18 +118,17 @@ def _read_consistently(
     return found
 
 
-def _checked(reply: Any) -> Any:
-    # Without a group, which the learner creates again, nothing is pending.
-    return (
-        [0] if isinstance(reply, PeerError) and "NOGROUP" in str(reply) else default_if_wrong_type(reply, {})
-    )
+def _reply_or_default(reply: Any) -> Any:
+    if isinstance(reply, PeerError) and "NOGROUP" in str(reply):
+        return [0]  # nothing is pending; the learner will create the group again
+    return default_if_wrong_type(reply, {})
 
 
 def _queue_counts(
     length: int, in_hand: int, counted: Mapping[str, str], newest: tuple[int, int]
 ) -> QueueCounts:
     incarnation, number = newest
-    if counted.get("incarnation") == str(incarnation):  # the worker writes only now and then how many it sent
+    if counted.get("incarnation") == str(incarnation):  # the worker updates `sent` only occasionally
         sent = f"sent:{incarnation}"
         counted = {**counted, sent: str(max(number, whole_number(counted.get(sent, "")) or 0))}
     sums: dict[str, int] = {}

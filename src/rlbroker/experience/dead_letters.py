@@ -20,13 +20,11 @@ KEPT = 1_000
 #: Dead letters that are read in one round trip. A server that is out of memory has no room for a larger reply.
 READ_AT_ONCE = 4
 
-#: Fields of a dead letter besides those of the batch.
+#: Fields of a dead letter that are added to those of the batch.
 _OWN_FIELDS = ("entry", "reason", "detail", "deliveries", "died_at")
 
 BURY = Script.load("experience/lua/bury.lua")
-
 RETRY = Script.load("experience/lua/retry_dead_letter.lua")
-
 PURGE = Script.load("experience/lua/purge_dead_letter.lua")
 
 
@@ -36,14 +34,7 @@ class DeadLetters:
     def __init__(
         self, connection: Connection, keys: Keys, pending: PendingEntries, *, max_bytes: int
     ) -> None:
-        """Prepare; nothing is read yet.
-
-        Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
-            pending: the learner's pending entries, from which dead batches are removed.
-            max_bytes: bytes of dead letters that are kept for each worker.
-        """
+        """Keep at most `max_bytes` of dead letters for each worker; nothing is read yet."""
         self._connection, self._keys, self._pending = connection, keys, pending
         self._max_bytes = max_bytes
 
@@ -51,13 +42,9 @@ class DeadLetters:
         """Move a pending entry to the dead letters, and count it.
 
         Args:
-            entry: the entry; its message may be gone from memory, the server still has it.
-            reason: the outcome that is counted: `corrupt` or `poison`.
-            detail: what is wrong, for people.
-
-        Raises:
-            Fenced: a newer learner of this name has taken over.
-            PeerError: the server refused, or could not be reached in time.
+            entry: the entry; its message may be gone from memory, as the server still has it.
+            reason: the outcome to count: `corrupt` or `poison`.
+            detail: a description of what is wrong.
         """
         stream = entry.stream
         values: tuple[Any, ...] = (
@@ -79,19 +66,11 @@ class DeadLetters:
                 self._pending.restore([stream.worker_id])
 
     def list(self, workers: Iterable[int]) -> list[DeadLetter]:
-        """Return the dead letters of these workers, oldest first.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Return the dead letters of these workers, oldest first."""
         return [letter for worker in workers for letter in read_letters(self._connection, self._keys, worker)]
 
     def retry(self, letters: Sequence[DeadLetter]) -> int:
-        """Queue batches to be delivered again; return how many dead letters still existed.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Queue batches to be delivered again; return how many dead letters still existed."""
         found = 0
         for letter in letters:
             with self._pending.writing_counts():
@@ -101,50 +80,34 @@ class DeadLetters:
         return found
 
     def purge(self, letters: Sequence[DeadLetter]) -> int:
-        """Delete dead letters for good; return how many still existed. They stay counted.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Delete dead letters for good; return how many still existed. They stay counted."""
         return purge_letters(self._connection, self._keys, letters)
 
 
-# The functions below need no learner. A live learner finds in the server's counts what others retried, within
-# RECHECK_SECONDS of watched_streams.py: each of these counts only grows.
+# The functions below need no learner. A live learner learns of their retries from the server's counts, which only grow,
+# within RECHECK_SECONDS of watched_streams.py.
 
 
 def read_letters(connection: Connection, keys: Keys, worker: int) -> Iterator[DeadLetter]:
-    """Return one worker's dead letters, oldest first. A few are read at a time, because they may be large.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Return one worker's dead letters, oldest first. A few are read at a time, because they may be large."""
     position = "-"
     while True:
         entries = connection.execute("XRANGE", keys.dead(worker), position, "+", "COUNT", READ_AT_ONCE)
         for entry_id, fields in entries:
-            yield _letter(worker, entry_id, fields)
+            yield _parse_letter(worker, entry_id, fields)
         if len(entries) < READ_AT_ONCE:
             return
         position = f"({entries[-1][0].decode()}"
 
 
 def letter_data(connection: Connection, keys: Keys, letter: DeadLetter) -> bytes | None:
-    """Return the message of a dead letter; None if it no longer exists.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Return the message of a dead letter; None if it no longer exists."""
     found = connection.execute("XRANGE", keys.dead(letter.worker_id), letter.entry_id, letter.entry_id)
     return bytes(found[0][1].get(b"data", b"")) if found else None
 
 
 def retry_letters(connection: Connection, keys: Keys, letters: Sequence[DeadLetter]) -> int:
-    """Queue batches to be delivered again to any learner; return how many dead letters still existed.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Queue batches to be delivered again to any learner; return how many dead letters still existed."""
     calls = [
         (
             RETRY,
@@ -157,18 +120,14 @@ def retry_letters(connection: Connection, keys: Keys, letters: Sequence[DeadLett
 
 
 def purge_letters(connection: Connection, keys: Keys, letters: Sequence[DeadLetter]) -> int:
-    """Delete dead letters for good; return how many still existed. They stay counted.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Delete dead letters for good; return how many still existed. They stay counted."""
     calls = [
         (PURGE, (keys.dead(one.worker_id), keys.counts(one.worker_id)), (one.entry_id,)) for one in letters
     ]
     return sum(connection.run_all(calls))
 
 
-def _letter(worker: int, entry_id: bytes, fields: dict[bytes, bytes]) -> DeadLetter:
+def _parse_letter(worker: int, entry_id: bytes, fields: dict[bytes, bytes]) -> DeadLetter:
     text = text_fields({name: value for name, value in fields.items() if name != b"data"})
     incarnation, sequence = entry_place(text["entry"])
     return DeadLetter(

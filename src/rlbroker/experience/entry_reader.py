@@ -1,4 +1,4 @@
-"""Reading entries from all watched streams: pending ones first, then new ones, each once and in order."""
+"""Reads entries from all watched streams: pending ones first, then new ones, each once and in order."""
 
 from __future__ import annotations
 
@@ -27,43 +27,37 @@ from rlbroker.experience.watched_streams import WatchedStreams
 
 logger = logging.getLogger("rlbroker")
 
-#: Stored bytes that one read asks for, as far as can be foreseen. Small reads reuse memory that is still in the cache.
+#: Stored bytes that one read asks for, by estimate. Small reads reuse memory that is still in the CPU's cache.
 READ_BYTES = 8 << 20
 
-#: Entries of one stream that one read asks for, at most.
+#: The most entries of one stream that one read asks for.
 READ_COUNT = 64
 
 #: Size assumed for a batch before one was read.
 FIRST_BATCH_BYTES = 1 << 20
 
-#: How long to wait before the streams are read again while a Cluster moves them.
+#: How long to wait before streams are read again while a Cluster moves them.
 MOVING_SECONDS = 0.02
 
 
 class EntryReader:
-    """Reads entries into a queue in the learner, and acknowledges with the same round trip. Not thread-safe."""
+    """Reads entries into a queue in memory, and acknowledges in the same round trip. Not thread-safe."""
 
     def __init__(self, connection: Connection, streams: WatchedStreams, pending: PendingEntries) -> None:
-        """Prepare; nothing is read yet.
-
-        Args:
-            connection: connection to the server.
-            streams: the streams to read.
-            pending: the learner's pending entries.
-        """
+        """Create a reader; nothing is read yet."""
         self._connection, self._streams, self._pending = connection, streams, pending
-        #: Entries that were read, and are to be unpacked in this order.
+        #: Entries that were read, in the order in which to unpack them.
         self.entries: deque[Entry] = deque()
-        #: Stream, id and outcome of what the caller was given, to be acknowledged with the next read. Only names, so
-        #: that the memory of the batches is the caller's.
+        #: Stream, id and outcome of each returned batch, to be acknowledged with the next read. The batches themselves
+        #: are not kept, so that the caller can release their memory.
         self.returned: list[tuple[Stream, str, str]] = []
-        #: Whether the last read returned all that there was.
+        #: Whether the last read returned everything there was.
         self.drained = False
         self._average_bytes = float(FIRST_BATCH_BYTES)
         self._busy_streams = 1  #: streams that had something new at the last read
 
     def acknowledge_returned(self, deadline: Deadline | None = None) -> None:
-        """Acknowledge what the caller was given, in a round trip of its own."""
+        """Acknowledge the batches that were returned, in a round trip of its own."""
         if self.returned:
             self._pending.acknowledge(self.returned, deadline=deadline)
             self.returned = []
@@ -72,8 +66,8 @@ class EntryReader:
         """Return how many entries of each stream to read.
 
         Args:
-            max_batches: how many entries are wanted at most, of all streams.
-            max_bytes: stored bytes that one read may return if every stream is full.
+            max_batches: the most entries to read from all streams together.
+            max_bytes: the most stored bytes that one read may return if every stream is full.
         """
         size = max(1.0, self._average_bytes)
         # As many streams as at the last read are expected to have something.
@@ -88,12 +82,11 @@ class EntryReader:
         """Read new entries; with a deadline, block until the first one arrives in any stream.
 
         Args:
-            count: entries of each stream, at most.
-            deadline: until when to wait for a first entry; None to not wait.
+            count: the most entries of each stream.
+            deadline: until when to wait for a first entry; None not to wait.
 
         Returns:
-            Whether to read once more at once: because a connection was replaced, or because a read that may not wait
-            skipped some streams.
+            Whether to read again at once: a connection was replaced, or a read that may not wait skipped some streams.
         """
         wait_seconds = None if deadline is None else min(self._connection.block_seconds, deadline.remaining)
         readers = self._streams.readers()
@@ -131,7 +124,7 @@ class EntryReader:
     def _acknowledge_and_read(
         self, reader: ShardReader, count: int, wait_seconds: float | None
     ) -> list[StreamEntries]:
-        """Acknowledge what the caller was given and read new entries, in one round trip."""
+        """Acknowledge the batches that were returned and read new entries, in one round trip."""
         try:
             with self._pending.writing_counts():
                 acknowledgements = self._pending.acknowledgements(self.returned)
@@ -155,9 +148,9 @@ class EntryReader:
     def _read_shards(
         self, readers: Sequence[ShardReader], count: int, wait_seconds: float | None
     ) -> list[StreamEntries]:
-        """Read from all shards at once. A read that waits when another shard replies continues to wait.
+        """Read from all shards at once. A blocked read stays blocked when another shard replies.
 
-        What it returns between two calls is taken at the next one, or stays pending for the next learner.
+        Its reply is taken by the next call; if there is none, its entries stay pending for the next learner.
         """
         idle = [reader for reader in readers if not reader.is_reading]
         for reader in idle:
@@ -172,7 +165,7 @@ class EntryReader:
         return found
 
     def _finish_read(self, reader: ShardReader, count: int) -> list[StreamEntries]:
-        """Return what a reader read. While a Cluster moves streams, read each by itself: nodes share them now."""
+        """Return what a reader read. While a Cluster moves streams between nodes, read each stream by itself."""
         try:
             return reader.finish_read()
         except SlotMigrating as moving:
@@ -205,7 +198,7 @@ class EntryReader:
     ) -> bool:
         """Return whether the server delivered entries to this learner that never arrived.
 
-        A client that repeats a read by itself after a lost reply skips what that reply held. It shows as a gap.
+        A client that itself repeats a read after a lost reply skips the entries of that reply, which leaves a gap.
         """
         incarnation, sequence = position.newest_read
         if entry_place(entries[0][0]) == (incarnation, sequence + 1):
@@ -222,11 +215,11 @@ class EntryReader:
     # Pending entries
 
     def read_pending(self, positions: Sequence[ReadPosition], count: int) -> None:
-        """Read entries that the server delivered to this learner and that are unknown here; it counts no delivery.
+        """Read entries that the server delivered to this learner and that are unknown here; no delivery is counted.
 
         Args:
             positions: the streams to scan; each continues where its last scan ended.
-            count: entries of each stream, at most.
+            count: the most entries of each stream.
         """
         for reader, some in self._streams.by_reader(positions):
             with self._streams.skip_if_away(reader):
@@ -247,7 +240,8 @@ class EntryReader:
         unknown: list[tuple[ReadPosition, Entry]] = []
         ends: list[str | None] = []
         for position, *both in zip(positions, replies[::2], replies[1::2], strict=True):
-            rows = sorted((row for reply in both for row in pending_rows(reply)), key=_place_of)[:count]
+            both_rows = (row for reply in both for row in pending_rows(reply))
+            rows = sorted(both_rows, key=lambda row: entry_place(row[0]))[:count]
             known = set(self._pending.ids(position.stream))
             for entry_id, consumer, _, deliveries in rows:
                 if entry_id not in known:
@@ -265,20 +259,16 @@ class EntryReader:
         for position, end in zip(positions, ends, strict=True):
             self._streams.note_scan(position, end)
 
-    # Both
+    # New and pending entries
 
     def _add(self, position: ReadPosition, entry: Entry) -> None:
         """Queue an entry, unless it is queued or returned already."""
         if not self._pending.add(position.stream, entry.entry_id, entry.stored_bytes):
             return
         if position.has_read(entry):
-            # What a checkpoint covers was delivered, and an earlier learner died before it acknowledged it.
+            # The checkpoint covers it, so it was delivered; an earlier learner died before acknowledging it.
             entry.repeat_reason = "delivered" if position.is_in_checkpoint(entry) else "duplicate"
         else:
             position.note_read(entry)
             self._average_bytes += 0.1 * (entry.stored_bytes - self._average_bytes)
         self.entries.append(entry)
-
-
-def _place_of(row: tuple[str, str, int, int]) -> tuple[int, int]:
-    return entry_place(row[0])

@@ -1,4 +1,4 @@
-"""The levels that the server confirms: whether it can, how to wait for it, and what is missing if it does not."""
+"""Confirmation levels: whether a server supports one, how to wait for it, and what is missing if that fails."""
 
 from __future__ import annotations
 
@@ -12,20 +12,15 @@ from rlbroker.errors import ConnectionFailed, PeerError, ServerFault, ServerUnsu
 
 
 class Confirmation:
-    """What it takes to confirm that a batch has reached its level. Not thread-safe.
+    """The confirmation that a batch has reached its level. Not thread-safe.
 
     Attributes:
-        level: the level.
-        missing: why the last wait for the level was in vain; empty if it was not.
+        level: what a batch must have reached to be safe.
+        missing: why the last wait for the level failed; empty if it succeeded.
     """
 
     def __init__(self, connection: Connection, level: Level) -> None:
-        """Prepare; nothing is asked yet.
-
-        Args:
-            connection: connection to the server.
-            level: what a batch must have reached to be safe.
-        """
+        """Set the level; nothing is sent yet."""
         self._connection, self.level = connection, level
         self.missing = ""
 
@@ -36,18 +31,14 @@ class Confirmation:
 
     def wait_command(self) -> tuple[Any, ...]:
         """Return the command that waits until the server has confirmed what its connection wrote last."""
-        # Half of what is left, because a wait that the socket's timeout cuts off does not report what is missing.
+        # Half of the remaining time, because a wait that the socket's timeout cuts off does not report what is missing.
         milliseconds = max(1, int(try_seconds(2 * self._connection.block_seconds) * 500))
         return ("WAIT", 1, milliseconds) if self.level == "replica" else ("WAITAOF", 1, 0, milliseconds)
 
     def accept(self, reply: Any) -> bool:
-        """Return whether the reply to `wait_command` confirms the level; if so, nothing is missing any more.
-
-        Raises:
-            PeerError: the server refused.
-        """
+        """Return whether the reply to `wait_command` confirms the level; if so, clear `missing`."""
         if isinstance(reply, PeerError):
-            if _has_no_file(reply):  # an outage and no refusal: the file may be back soon
+            if _has_no_file(reply):  # an outage, not a refusal: the file may be back soon
                 return False
             raise reply
         confirmed = bool(reply if isinstance(reply, int) else reply[0])
@@ -56,11 +47,7 @@ class Confirmation:
         return confirmed
 
     def fail(self, reply: Any, server: Server, batch: str) -> None:
-        """Remember what is missing for the level, and raise it.
-
-        Raises:
-            ConnectionFailed: always: like any outage, it may be over soon.
-        """
+        """Record what is missing for the level, and raise `ConnectionFailed`: like any outage, it may end soon."""
         node = self._name(server)
         if _has_no_file(reply):
             self.missing = (
@@ -74,28 +61,27 @@ class Confirmation:
             self.missing = f"the disk of {node} has not confirmed {batch} yet"
         raise ConnectionFailed(self.missing)
 
-    def check(self, stream_key: str, *, known: bool) -> None:
-        """Refuse a level that the stream's master cannot give; if the stream's place is unknown, that no master can.
+    def check(self, stream_key: str, *, shards_known: bool) -> None:
+        """Raise `ServerUnsuitable` if the stream's master cannot give the level.
 
-        Raises:
-            ServerUnsuitable: the server cannot give this level.
-            PeerError: the server refused for another reason, or could not be reached.
+        While the run's shards are unknown, raise it if no master can.
         """
         if not self.waits:
             return
         lacking = ""
-        for master in [self._connection.master_for(stream_key)] if known else self._connection.masters():
+        masters = [self._connection.master_for(stream_key)] if shards_known else self._connection.masters()
+        for master in masters:
             try:
-                lacking = self._what_lacks(master)
+                lacking = self._find_lack(master)
             except ConnectionFailed:
-                if known:
+                if shards_known:
                     raise
-                return  # the master may be back before the run is opened
+                return  # this master may be back before the run is opened
             if not lacking:
                 return
         raise ServerUnsuitable(f"level {self.level!r} needs {lacking}")
 
-    def _what_lacks(self, master: Server) -> str:
+    def _find_lack(self, master: Server) -> str:
         """Return what a master lacks for the level; empty if it can give it."""
         replica, node = self.level == "replica", self._name(master)
         probes = [("WAIT", 0, 1), ("INFO", "replication")] if replica else [("WAITAOF", 1, 0, 1)]

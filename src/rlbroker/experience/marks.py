@@ -11,11 +11,11 @@ from rlbroker.errors import InvalidArgument
 
 
 def parse_marks(marks: Mapping[str, Any], run: str) -> dict[str, Any]:
-    """Return marks that come from outside, such as from a file, with every value checked and of its type.
+    """Return marks from outside, such as from a file, with every value checked and converted.
 
     Args:
-        marks: what `WorkerCommunicator.marks` returned; extra entries are dropped.
-        run: the name of the run that they must belong to.
+        marks: what `WorkerCommunicator.marks` returned; other entries are dropped.
+        run: the run that they must belong to.
 
     Raises:
         InvalidArgument: an entry is missing or has a wrong value, or the marks belong to another run.

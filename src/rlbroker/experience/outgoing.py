@@ -13,12 +13,12 @@ from rlbroker.codec.message import encode_pieces
 from rlbroker.errors import BatchTooLarge
 from rlbroker.types import SendReceipt
 
-#: Compression is worthwhile if the message is smaller than this part of its arrays.
+#: Compression is worthwhile if the message is smaller than this fraction of its arrays.
 WORTHWHILE = 0.97
 
 #: After this many batches in a row that compression did not shrink, it is skipped for a number of batches that doubles
 #: up to a maximum.
-TRIED_IN_VAIN = 4
+INCOMPRESSIBLE_TRIES = 4
 MOST_SKIPPED = 63
 
 
@@ -34,12 +34,12 @@ class Message:
 
 @dataclass(slots=True)
 class PendingBatch:
-    """A batch that has its number, and has not reached its level.
+    """A batch that has a number, and has not reached its level.
 
     Attributes:
         fields: the fields of its entry; the last value is its message.
-        uncertain: whether an attempt to store it ended in a broken connection, so that it may have been stored.
-        stored: whether the server in its present state is known to have it.
+        uncertain: whether an attempt to store it was interrupted, so that it may have been stored.
+        stored: whether the server is known to have it.
         charged: whether its bytes are counted in the queue's size.
     """
 
@@ -56,7 +56,7 @@ class PendingBatch:
         return self.receipt.stored_bytes
 
     def copy_message(self) -> None:
-        """Copy the message into memory of its own: the caller may write to the batch's arrays from now on."""
+        """Copy the message, because the caller may write to the batch's arrays from now on."""
         if isinstance(self.fields[-1], tuple):
             self.fields[-1] = b"".join(self.fields[-1])
 
@@ -77,11 +77,11 @@ class PendingBatches:
         self.kept_bytes = 0
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of batches."""
         return len(self.kept) + (self.unconfirmed is not None)
 
     def __iter__(self) -> Iterator[PendingBatch]:
-        """Iterate over them in the order of their numbers."""
+        """Iterate in the order of their numbers."""
         yield from self.kept
         if self.unconfirmed is not None:
             yield self.unconfirmed
@@ -108,19 +108,15 @@ class PendingBatches:
 
 
 class Packer:
-    """Makes messages of batches, and seldom tries to compress what compression does not shrink.
+    """Packs batches into messages; compresses rarely while compression does not shrink them.
 
     Safe to use from several threads: a race only changes which batches are tried.
     """
 
     def __init__(self, *, compression: bool) -> None:
-        """Begin by compressing.
-
-        Args:
-            compression: whether arrays are compressed where that makes them smaller.
-        """
+        """Begin by compressing, if compression is on."""
         self._compression = compression
-        self._in_vain = self._skipping = 0
+        self._incompressible = self._skipping = 0
 
     def pack(self, batch: dict[str, Any]) -> Message:
         """Return the message of a batch.
@@ -139,9 +135,9 @@ class Packer:
         stored_bytes = sum(map(len, pieces))
         if compress:
             worthwhile = stored_bytes < raw_bytes * WORTHWHILE
-            self._in_vain = 0 if worthwhile else self._in_vain + 1
-            if self._in_vain >= TRIED_IN_VAIN:
-                self._skipping = min(MOST_SKIPPED, 2**self._in_vain)
+            self._incompressible = 0 if worthwhile else self._incompressible + 1
+            if self._incompressible >= INCOMPRESSIBLE_TRIES:
+                self._skipping = min(MOST_SKIPPED, 2**self._incompressible)
         elif self._skipping:
             self._skipping -= 1
         return Message(pieces, stored_bytes, rows, raw_bytes)

@@ -1,4 +1,4 @@
-"""The batches that one learner has read and not acknowledged, and those that it takes over from other learners."""
+"""A learner's pending entries, and those that it takes over from other learners."""
 
 from __future__ import annotations
 
@@ -9,49 +9,32 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rlbroker.backend.connection import Argument, Connection, flat
+from rlbroker.backend.connection import Argument, Connection, ScriptCall, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import pending_rows, text_fields, whole_number
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import counted
 from rlbroker.errors import ConnectionFailed
+from rlbroker.experience.counts import LOST_AT_LEARNERS, LOST_AT_WORKERS
 from rlbroker.experience.read_position import Stream
 
 logger = logging.getLogger("rlbroker")
 
 #: Outcomes that learners count. They survive the loss of the server, because each learner remembers them.
-COUNTED = (
-    "delivered",
-    "stale",
-    "corrupt",
-    "poison",
-    "trimmed",
-    "duplicate",
-    "retried_corrupt",
-    "retried_poison",
-)
-
-#: The outcomes of batches that are lost: those that learners count, and those that workers count.
-LOST_AT_LEARNERS = ("stale", "corrupt", "poison", "trimmed")
-LOST_AT_WORKERS = ("dropped_oldest", "dropped_newest", "stopped", "fenced")
+COUNTED = ("delivered", *LOST_AT_LEARNERS, "duplicate", "retried_corrupt", "retried_poison")
 
 #: Fields of a worker's counts that do not count batches.
 NOT_BATCHES = ("removed_bytes", "incarnation", "dead_bytes")
 
-#: Entries of one stream that are taken over at once, at most.
+#: The most entries of one stream that are taken over at once.
 TAKE_COUNT = 100
 
 FENCE_LEARNER = Script.load("experience/lua/fence_learner.lua")
-
 ACKNOWLEDGE = Script.load("experience/lua/acknowledge.lua")
-
 RESTORE_COUNTS = Script.load("experience/lua/restore_counts.lua")
-
 TAKE_ABANDONED = Script.load("experience/lua/take_abandoned.lua")
-
 COUNT_DELIVERY = Script.load("experience/lua/count_delivery.lua")
-
 RENEW = Script.load("experience/lua/renew.lua")
 
 #: For each stream, by entry id: the bytes that its queue is credited, and the outcome that is counted.
@@ -61,34 +44,33 @@ Acknowledgements = dict[Stream, dict[str, tuple[int, str]]]
 class PendingEntries:
     """The pending entries of one learner. Safe to use from several threads.
 
-    It also remembers what was counted, to restore the counts on a server that lost them.
+    It also remembers the counts, to restore them on a server that lost them. Writing to the server raises `Fenced` once
+    a newer learner of this name has taken over.
     """
 
     def __init__(self, connection: Connection, keys: Keys, *, name: str, epoch: int) -> None:
         """Begin without pending entries.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
             name: the learner's name; its consumer in the group.
             epoch: the learner's epoch; the server refuses acknowledgements of older epochs of this name.
         """
         self._connection, self._keys = connection, keys
         self.name, self.epoch = name, epoch
         self._lock = threading.Lock()
-        #: Held while counts are written to the server and noted here.
+        #: Acquired while counts are written to the server and noted here.
         self._writing_counts = threading.RLock()
         self._entries: dict[Stream, dict[str, int]] = {}
         self._counted: dict[int, Counter[str]] = {}
-        #: What workers count, by worker, as old as the last `remember_counts`.
+        #: What workers count, by worker, as of the last `remember_counts`.
         self._counted_by_workers: dict[int, dict[str, int]] = {}
 
     @property
     def consumers(self) -> tuple[str, str]:
-        """The consumers of this learner in the group: one for what it read, one for what it took over.
+        """The consumers of this learner in the group: one for entries it read, one for entries it took over.
 
-        No learner's name ends like the second. They differ because a mark covers what was read up to some entry, but
-        of what was taken over only the entries that it names: those come at any time, from anywhere in the stream.
+        They differ because a mark covers all entries that were read up to some entry, but of the entries that were
+        taken over, which come in any order, only those that it names. No learner's name ends like the second.
         """
         return self.name, f"{self.name}+"
 
@@ -98,15 +80,7 @@ class PendingEntries:
         return GROUP, self.name, self.epoch
 
     def fence_older(self, workers: Iterable[int], *, deadline: Deadline | None = None) -> None:
-        """Fence older epochs of this learner: from now on the server refuses their acknowledgements.
-
-        Args:
-            workers: the workers whose streams are concerned.
-            deadline: the connection's timeout by default.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Fence older epochs of this learner: from now on the server refuses their acknowledgements."""
         with self._lock:
             new = [one for one in workers if one not in self._counted]
         calls = [(FENCE_LEARNER, self._keys_of(one), (self.name, self.epoch)) for one in new]
@@ -114,13 +88,12 @@ class PendingEntries:
             self.remember_counts(worker, counts)
 
     def remember_counts(self, worker: int, counts: Any) -> None:
-        """Remember what the server has counted for a worker, from HGETALL."""
+        """Remember a worker's counts on the server, from HGETALL."""
         numbers = {name: whole_number(value) for name, value in text_fields(counts).items()}
         found = {name: number for name, number in numbers.items() if number is not None}
         with self._lock:
-            counted = self._counted.setdefault(worker, Counter())
-            counted |= Counter({name: found[name] for name in COUNTED if name in found})
-            self._counted[worker] = counted
+            by_learners = Counter({name: found[name] for name in COUNTED if name in found})
+            self._counted[worker] = self._counted.get(worker, Counter()) | by_learners
             self._counted_by_workers[worker] = {
                 name: value
                 for name, value in found.items()
@@ -152,15 +125,15 @@ class PendingEntries:
     def totals(self) -> tuple[int, int]:
         """Return how many batches of the run were delivered, and how many were lost, as far as this learner knows.
 
-        What workers and other learners count is as old as the last `remember_counts`.
+        The counts of workers and other learners are as of the last `remember_counts`.
         """
         delivered = lost = 0
         with self._lock:
-            for counted in self._counted.values():
-                delivered += counted["delivered"]
-                lost += sum(counted[reason] for reason in LOST_AT_LEARNERS)
+            for counts in self._counted.values():
+                delivered += counts["delivered"]
+                lost += sum(counts[reason] for reason in LOST_AT_LEARNERS)
                 for reason in ("corrupt", "poison"):  # a retried batch is no longer lost
-                    lost -= min(counted[reason], counted[f"retried_{reason}"])
+                    lost -= min(counts[reason], counts[f"retried_{reason}"])
             for by_worker in self._counted_by_workers.values():
                 lost += sum(
                     number for name, number in by_worker.items() if name.partition(":")[0] in LOST_AT_WORKERS
@@ -172,23 +145,15 @@ class PendingEntries:
     ) -> int:
         """Acknowledge, count and delete entries, in one step for each stream; return how many the server still had.
 
-        Args:
-            entries: stream, entry id and outcome of each. Entries that are not pending are skipped.
-            deadline: the connection's timeout by default.
-
-        Raises:
-            Fenced: a newer learner of this name has taken over.
-            PeerError: the server refused, or could not be reached in time.
+        Each entry is given by stream, id and outcome. Entries that are not pending are skipped.
         """
         with self.writing_counts(deadline):
             acknowledgements = self.acknowledgements(entries)
-            replies = self._connection.run_all(
-                _script_calls(self.identity, acknowledgements), deadline=deadline
-            )
+            replies = self._connection.run_all(self._script_calls(acknowledgements), deadline=deadline)
             return self.note_acknowledged(acknowledgements, replies, deadline=deadline)
 
     def acknowledgements(self, entries: Sequence[tuple[Stream, str, str]]) -> Acknowledgements:
-        """Return what to acknowledge: these entries, without those that are not pending."""
+        """Return the acknowledgements of these entries, without entries that are not pending."""
         found: Acknowledgements = {}
         with self._lock:
             for stream, entry_id, outcome in entries:
@@ -199,11 +164,9 @@ class PendingEntries:
         return found
 
     def commands(self, acknowledgements: Acknowledgements) -> list[tuple[Argument, ...]]:
-        """Return the commands that acknowledge, to be sent with other commands within `writing_counts`."""
-        return [
-            script.call(keys, arguments)
-            for script, keys, arguments in _script_calls(self.identity, acknowledgements)
-        ]
+        """Return the commands of acknowledgements, to be sent with other commands within `writing_counts`."""
+        calls = self._script_calls(acknowledgements)
+        return [script.call(keys, arguments) for script, keys, arguments in calls]
 
     def note_acknowledged(
         self,
@@ -238,11 +201,8 @@ class PendingEntries:
     def writing_counts(self, deadline: Deadline | None = None) -> Iterator[None]:
         """Keep other threads from writing counts to the server, so that the server's and the remembered ones agree.
 
-        Args:
-            deadline: the connection's timeout by default.
-
         Raises:
-            ConnectionFailed: another thread waited for the server all the time.
+            ConnectionFailed: another thread was waiting for the server until the deadline.
         """
         limit = deadline or Deadline(self._connection.timeout_seconds)
         if not self._writing_counts.acquire(timeout=limit.remaining):
@@ -257,68 +217,52 @@ class PendingEntries:
     def restore(self, workers: Iterable[int] | None = None, *, deadline: Deadline | None = None) -> None:
         """Write back the counts that the server may have lost. Harmless where it lost none.
 
-        Args:
-            workers: whose counts; by default those of all workers, on a Cluster except where a server is away.
-            deadline: the connection's timeout by default.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
+        By default write those of all workers, on a Cluster without the workers whose server is away.
         """
         with self.writing_counts(deadline):
             with self._lock:
-                wanted = list(self._counted) if workers is None else list(workers)
-                calls = [
-                    (
-                        RESTORE_COUNTS,
-                        self._keys_of(one),
-                        (
-                            self.name,
-                            self.epoch,
-                            len(self._counted[one]),
-                            *flat(self._counted[one]),
-                            *flat(self._counted_by_workers.get(one, {})),
-                        ),
-                    )
-                    for one in wanted
-                ]
+                calls = [self._restore_call(one) for one in (self._counted if workers is None else workers)]
             if workers is None:
-                self._connection.run_where_there(calls, deadline=deadline)
+                self._connection.run_where_reachable(calls, deadline=deadline)
             else:
                 self._connection.run_all(calls, deadline=deadline)
+
+    def _script_calls(self, acknowledgements: Acknowledgements) -> list[ScriptCall]:
+        calls: list[ScriptCall] = []
+        for stream, outcomes in acknowledgements.items():
+            entries = [part for entry_id, outcome in outcomes.items() for part in (entry_id, *outcome)]
+            calls.append((ACKNOWLEDGE, stream.keys, (*self.identity, *entries)))
+        return calls
+
+    def _restore_call(self, worker: int) -> ScriptCall:
+        counted, by_workers = self._counted[worker], self._counted_by_workers.get(worker, {})
+        arguments = (self.name, self.epoch, len(counted), *flat(counted), *flat(by_workers))
+        return RESTORE_COUNTS, self._keys_of(worker), arguments
 
     def _keys_of(self, worker: int) -> tuple[str, str]:
         return self._keys.epochs(worker), self._keys.counts(worker)
 
 
 class Takeover:
-    """Batches that other learners abandoned; and the claim of this learner on its own pending entries."""
+    """The takeover of entries that other learners abandoned, and the renewal of this learner's own claims."""
 
     def __init__(self, connection: Connection, pending: PendingEntries, *, take_over_seconds: float) -> None:
-        """Prepare; nothing is taken over yet.
-
-        Args:
-            connection: connection to the server.
-            pending: the pending entries of this learner.
-            take_over_seconds: entries that another learner did not renew for this long are abandoned.
-        """
+        """Treat entries that their learner did not renew for `take_over_seconds` as abandoned."""
         self._connection, self._pending = connection, pending
         self._seconds = take_over_seconds
         self._next_renewal = Deadline(take_over_seconds / 3)
 
     def take_abandoned(self, streams: Sequence[Stream]) -> list[bool]:
-        """Take over entries that other learners abandoned; return for each stream whether some may belong to us now.
+        """Take over abandoned entries; return for each stream whether some may belong to this learner now.
 
         True wherever a takeover was tried: if the reply is lost, entries belong to this learner without its knowledge.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
         """
         own, idle_milliseconds = self._pending.consumers, int(self._seconds * 1000)
         replies = self._connection.execute_all(
             [("XPENDING", one.key, GROUP, "IDLE", idle_milliseconds, "-", "+", TAKE_COUNT) for one in streams]
         )
         abandoned = [[row[0] for row in pending_rows(reply) if row[1] not in own] for reply in replies]
-        calls: list[tuple[Script, tuple[str, ...], tuple[Any, ...]]] = [
+        calls: list[ScriptCall] = [
             (TAKE_ABANDONED, stream.keys, (*self._pending.identity, idle_milliseconds, *ids))
             for stream, ids in zip(streams, abandoned, strict=True)
             if ids
@@ -330,40 +274,15 @@ class Takeover:
         return [bool(ids) for ids in abandoned]
 
     def count_delivery(self, stream: Stream, entry_id: str, consumer: str, deliveries: int) -> bool:
-        """Record one more delivery of an entry on the server; return False if another learner has taken it over.
-
-        Raises:
-            Fenced: a newer learner of this name has taken over.
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Record one more delivery of an entry on the server; return False if another learner has taken it over."""
         arguments = (*self._pending.identity, entry_id, consumer, deliveries)
         return bool(self._connection.run(COUNT_DELIVERY, stream.keys, arguments) == 1)
 
     def renew(self, streams: Sequence[Stream]) -> None:
-        """Renew this learner's claim on its pending entries when a third of `take_over_seconds` has passed.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Renew this learner's claim on its pending entries when a third of `take_over_seconds` has passed."""
         if self._next_renewal.over:
             calls = [
                 (RENEW, (one.key,), (GROUP, name)) for one in streams for name in self._pending.consumers
             ]
-            self._connection.run_where_there(calls)
+            self._connection.run_where_reachable(calls)
             self._next_renewal = Deadline(self._seconds / 3)
-
-
-def _script_calls(
-    identity: tuple[str, str, int], acknowledgements: Acknowledgements
-) -> list[tuple[Script, tuple[str, ...], tuple[Argument, ...]]]:
-    return [
-        (
-            ACKNOWLEDGE,
-            stream.keys,
-            (
-                *identity,
-                *(part for entry_id, outcome in outcomes.items() for part in (entry_id, *outcome)),
-            ),
-        )
-        for stream, outcomes in acknowledgements.items()
-    ]

@@ -26,7 +26,7 @@ class RateLimiter:
         self.samples = 0
 
     @property
-    def limits(self) -> bool:
+    def is_active(self) -> bool:
         """Whether inserting may have to wait."""
         return self._settings is not None
 
@@ -53,7 +53,7 @@ class RateLimiter:
             self.inserts += count
 
     def may_sample(self, count: int) -> bool:
-        """Return whether this many samples may be drawn now; if so, count them.
+        """Count this many samples if they may be drawn now, and return whether they may.
 
         Raises:
             InvalidArgument: this many samples can never be drawn at once.

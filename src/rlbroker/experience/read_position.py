@@ -1,4 +1,4 @@
-"""How far one learner has read each stream of batches, and which entries it must not deliver again."""
+"""How far a learner has read each stream, and which entries it must not deliver again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Stream:
 
     @classmethod
     def named(cls, name: str, keys: Keys) -> Self:
-        """Return the stream that marks call by this name."""
+        """Return the stream with this name in marks."""
         prefix, _, worker = name.rpartition(":")
         number, retried = int(worker), prefix == "again"
         key = keys.again(number) if retried else keys.experiences(number)
@@ -70,8 +70,8 @@ class Entry:
         fields: as the worker wrote them; None if the entry was deleted while it was pending.
         taken_over: whether it was taken over from another learner.
         repeat_reason: how an entry that was collected before is counted; empty for a new one.
-        deliveries: how many learners it was delivered to that died before they acknowledged it.
-        batch: its batch, once it was decoded.
+        deliveries: how many learners died after they received it and before they acknowledged it.
+        batch: its batch, once decoded.
         place: its id in a form that can be compared.
     """
 
@@ -101,7 +101,7 @@ class Entry:
         return self.entry_id
 
     def replace_message(self, batch: Batch) -> None:
-        """Keep the decoded batch in place of its message, so that memory holds only one of them."""
+        """Replace the message with the decoded batch, so that only one of them is in memory."""
         self.batch = batch
         if self.fields:
             self.fields.pop(b"data", None)
@@ -113,12 +113,12 @@ class ReadPosition:
 
     Attributes:
         scan_from: where to continue the scan for pending entries; None when the scan is complete.
-        first_scan: whether the first scan is not complete: what it finds was read by an earlier learner.
-        newest_read: the newest entry that was read; entries up to here are new only if they were taken over or skipped.
+        first_scan: whether the first scan is incomplete; an earlier learner read what it finds.
+        newest_read: the newest entry that was read; earlier entries are new only if they were taken over or skipped.
         restored: the newest entry that the restored checkpoint covers.
         last_collected: the newest entry that `collect` returned.
         excluded: entries up to `restored` that the checkpoint does not cover.
-        taken_over: entries that were taken over from other learners and are pending here.
+        taken_over: pending entries that were taken over from other learners.
         restored_taken_over: entries taken over from other learners that the checkpoint covers.
         gaps: ranges that were skipped: other learners read them, or they were never read.
     """
@@ -143,7 +143,7 @@ class ReadPosition:
         return not _in_gaps(self.gaps, entry.place)
 
     def is_in_checkpoint(self, entry: Entry) -> bool:
-        """Return whether an entry that `has_read` knows is pending only because an earlier learner did not finish."""
+        """Return whether a read entry is pending only because an earlier learner died before acknowledging it."""
         return entry.taken_over or (self.first_scan and entry.place <= self.restored)
 
     def note_read(self, entry: Entry) -> None:
@@ -171,8 +171,8 @@ class ReadPosition:
         may have read, and the entries that were taken over from them.
 
         Args:
-            unreturned: ids of entries that were read, and that `collect` has not returned.
-            pending: ids of entries that are not acknowledged.
+            unreturned: ids of entries that were read and that `collect` has not returned.
+            pending: ids of the stream's pending entries.
         """
         self.taken_over.intersection_update(pending)
         before = {one for one in unreturned if entry_place(one) <= self.last_collected}

@@ -1,4 +1,4 @@
-"""Batches on their way in: decoded for the learner, or taken out of the queue where they cannot be delivered."""
+"""Decodes batches for the learner, and removes from the queue those that cannot be delivered."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from rlbroker.types import Batch
 
 logger = logging.getLogger("rlbroker")
 
-#: A batch that was delivered this often, each time to a learner that died, is returned alone from then on, and at the
-#: latest at its last delivery, so that other batches are not blamed for a death.
+#: After this many deliveries to learners that died, and in any case at its last delivery, a batch is returned alone, so
+#: that other batches are not blamed for a death.
 SUSPECT_AFTER = 2
 
 
 class Unpacker:
-    """Makes batches of entries, and sorts out those that cannot be delivered. Not thread-safe."""
+    """Makes batches of entries, and removes those that cannot be delivered. Not thread-safe."""
 
     def __init__(
         self,
@@ -35,13 +35,12 @@ class Unpacker:
         max_deliveries: int | None,
         latest_version: Callable[[], int],
     ) -> None:
-        """Prepare.
+        """Set the limits.
 
         Args:
-            pending: the learner's pending entries.
             dead_letters: where corrupt and poison batches go.
             takeover: counts deliveries on the server.
-            max_staleness: batches that are staler are counted and not delivered; None for no limit.
+            max_staleness: staler batches are counted and not delivered; None for no limit.
             max_deliveries: deliveries after which a batch is poison; None for no limit.
             latest_version: returns the version that staleness is measured from.
         """
@@ -59,7 +58,7 @@ class Unpacker:
         return entry.deliveries >= self._suspect_after
 
     def unpack(self, entry: Entry) -> Batch | None:
-        """Return the batch of an entry; None, after it was counted, if it cannot be delivered."""
+        """Return the batch of an entry; count it and return None if it cannot be delivered."""
         worker, reason = entry.stream.worker_id, entry.repeat_reason or "trimmed"
         if entry.repeat_reason:
             logger.info("worker %d: batch %s came again: %s", worker, entry.batch_id, reason)
@@ -110,28 +109,28 @@ class Unpacker:
         batch.incarnation, batch.sequence = (
             entry_place(entry.batch_id) if entry.stream.retried else entry.place
         )
-        batch.version = _integer(fields, b"version")
+        batch.version = _parse_integer(fields, b"version")
         batch.staleness = max(0, self._latest_version() - batch.version)
-        batch.rows = _integer(fields, b"rows")
-        # Measured and not read from the entry: it bounds what one call decodes, and a few stored bytes can hold a
+        batch.rows = _parse_integer(fields, b"rows")
+        # Measured, not read from the entry: it bounds what one call decodes, and a few stored bytes can decode to a
         # gigabyte of zeros.
         batch.raw_bytes = measure(content)[1]
         batch.stored_bytes = entry.stored_bytes
-        batch.sent_at = _seconds(fields, b"sent_at")
+        batch.sent_at = _parse_seconds(fields, b"sent_at")
         batch.received_at = time.time()
         batch.held_as = (entry.stream.name, entry.entry_id)
         entry.replace_message(batch)
         return batch
 
 
-def _integer(fields: Mapping[bytes, bytes], name: bytes) -> int:
+def _parse_integer(fields: Mapping[bytes, bytes], name: bytes) -> int:
     number = whole_number(fields[name].decode("ascii", "replace"))
     if number is None:
         raise WireError(f"the batch's {name.decode()} is not a valid integer")
     return number
 
 
-def _seconds(fields: Mapping[bytes, bytes], name: bytes) -> float:
+def _parse_seconds(fields: Mapping[bytes, bytes], name: bytes) -> float:
     seconds = seconds_number(fields[name].decode("ascii", "replace"))
     if seconds is None:
         raise WireError(f"the batch's {name.decode()} is not a valid time")

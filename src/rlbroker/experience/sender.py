@@ -1,7 +1,7 @@
-"""The worker's side of the experiences: batches go to the worker's own queue, in order, once, and within its bounds.
+"""Sends a worker's batches to its own queue, in order, once, and within the queue's bounds.
 
-A batch costs one plain XADD (`StreamWriter`). The queue's size is read again only when what was sent since the last
-time could have filled it.
+A batch costs one plain XADD (`StreamWriter`). The queue's size is read again only when the batches sent since the last
+read could have filled it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ from rlbroker.experience.outgoing import Message, Packer, PendingBatch
 from rlbroker.experience.stream_writer import StreamWriter
 from rlbroker.types import Registration, SendReceipt
 
-#: How often a sender that waits for a full queue reads its size, at least.
+#: The longest pause between two reads of a full queue's size.
 MAX_POLL_SECONDS = 0.05
 
 
 class Sender:
-    """Sends the batches of one worker. Safe to use from several threads."""
+    """Sends the batches of one worker. Safe to use from several threads.
+
+    Its methods raise `Fenced` once a newer process has this worker id.
+    """
 
     def __init__(
         self,
@@ -49,24 +52,21 @@ class Sender:
         when_full: WhenFull | None,
         compression: bool,
         level: Level = "redis",
-        known: bool = True,
+        shards_known: bool = True,
     ) -> None:
         """Open the worker's queue, and fence older incarnations of the worker.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
-            registration: the worker and its incarnation.
             settings: returns the run's settings, after waiting for the learner if necessary.
             rejoin: registers the worker again if the server has lost its registration.
             when_full: what to do at a full queue; None for the run's setting.
-            compression: whether arrays are compressed where that makes them smaller.
+            compression: whether to compress arrays where that makes them smaller.
             level: what a batch must have reached to be safe.
-            known: whether the place of the queue is known; if not, it is opened with the first batch.
+            shards_known: whether the run's shards are known; if not, the queue is opened with the first batch.
 
         Raises:
             Fenced: a newer process has this worker id.
-            ServerUnsuitable: the server cannot give this level. If it cannot later, that is an outage.
+            ServerUnsuitable: the server cannot give this level. A server that no longer can is treated as an outage.
         """
         self._settings, self._when_full = settings, when_full
         self._registration, self.level = registration, level
@@ -74,33 +74,34 @@ class Sender:
         self._lock = threading.Lock()
         self._fenced = False
         self._room_seconds = 0.0
-        self._waiting_since: float | None = None  #: since when it waits for room, if it does
+        self._waiting_since: float | None = None  #: when the present wait for room began, if there is one
         confirmation = Confirmation(connection, level)
-        self.queue = StreamWriter(connection, keys, registration, confirmation, rejoin)
-        if known:
-            self.queue.refresh()
-        connection.retry(lambda: confirmation.check(self.queue.stream_key, known=known))
+        self.writer = StreamWriter(connection, keys, registration, confirmation, rejoin)
+        if shards_known:
+            self.writer.refresh()
+        connection.retry(lambda: confirmation.check(self.writer.stream_key, shards_known=shards_known))
 
     @property
     def sent(self) -> int:
         """Batches that this incarnation of the worker has numbered."""
-        return self.queue.sequence
+        return self.writer.sequence
 
     @property
     def room_seconds(self) -> float:
-        """Seconds for which this incarnation has waited for room in a full queue, until now."""
-        so_far, since = self._room_seconds, self._waiting_since  # in this order it is never too much
+        """Seconds that this incarnation has waited for room in a full queue, until now."""
+        # Read in this order, the sum is never too large.
+        so_far, since = self._room_seconds, self._waiting_since
         return so_far + (time.monotonic() - since if since is not None else 0.0)
 
     @property
     def unsafe(self) -> int:
-        """Batches that have not reached their level yet, and are kept for that."""
-        return len(self.queue.pending)
+        """How many batches have not reached their level, and are kept until they do."""
+        return len(self.writer.pending)
 
     @property
     def unconfirmed(self) -> str:
-        """Why the last batch has not reached its level, if a wait for that was in vain."""
-        return self.queue.confirmation.missing if self.queue.pending.unconfirmed is not None else ""
+        """Why the last batch has not reached its level, if a wait for that failed; otherwise empty."""
+        return self.writer.confirmation.missing if self.writer.pending.unconfirmed is not None else ""
 
     def send(
         self,
@@ -110,13 +111,13 @@ class Sender:
         timeout_seconds: float,
         stopped: Callable[[], bool] = lambda: False,
     ) -> SendReceipt:
-        """Put one batch into the queue, and return what happened to it.
+        """Put one batch into the queue, and return its receipt.
 
         Args:
             batch: nested dictionary of tensors, arrays and plain values.
-            version: the weights that produced it.
+            version: the version that produced it.
             timeout_seconds: how long to wait for room, or for a server that is away.
-            stopped: returns whether to stop waiting for room, because the worker was told to stop.
+            stopped: returns whether the worker was stopped, which ends a wait for room.
 
         Raises:
             UnsupportedType: something in the batch cannot travel; its path is named.
@@ -138,11 +139,11 @@ class Sender:
         try:
             receipt: SendReceipt | None = None
             try:
-                if self.queue.pending.unconfirmed is not None:
-                    self.queue.confirm(deadline)
+                if self.writer.pending.unconfirmed is not None:
+                    self.writer.confirm(deadline)
                 refusal, dropped = self._make_room(message.stored_bytes, settings, deadline, stopped)
                 if refusal:
-                    self.queue.count(refusal, deadline)
+                    self.writer.count(refusal, deadline)
                     return self._receipt(message, version, sequence=0, dropped=dropped)
                 fields = {
                     "version": version,
@@ -152,12 +153,12 @@ class Sender:
                     "sent_at": f"{time.time():.3f}",
                     "data": message.pieces,
                 }
-                receipt = self._receipt(message, version, sequence=self.queue.sequence + 1, dropped=dropped)
+                receipt = self._receipt(message, version, sequence=self.writer.sequence + 1, dropped=dropped)
                 pending = PendingBatch(receipt.sequence, flat(fields), receipt)
                 try:
                     self._store(pending, deadline)
                 finally:
-                    if self.queue.pending.unconfirmed is pending:
+                    if self.writer.pending.unconfirmed is pending:
                         pending.copy_message()
                 return receipt
             except Fenced:
@@ -167,18 +168,13 @@ class Sender:
             self._lock.release()
 
     def flush(self, timeout_seconds: float) -> int:
-        """Wait until every batch has reached its level; return how many have not at the timeout.
-
-        Raises:
-            Fenced: a newer process has this worker id.
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Wait until every batch has reached its level; return how many have not at the timeout."""
         deadline, backoff = Deadline(timeout_seconds), Backoff(first=0.001, longest=MAX_POLL_SECONDS)
         while True:
             if not self._lock.acquire(timeout=deadline.remaining):
                 return self.unsafe  # another thread is sending
             try:
-                self.queue.advance(deadline)
+                self.writer.advance(deadline)
             finally:
                 self._lock.release()
             if not self.unsafe or deadline.over:
@@ -186,65 +182,53 @@ class Sender:
             time.sleep(backoff.next(deadline))
 
     def confirm(self, timeout_seconds: float) -> None:
-        """Wait until the last batch has reached its level, if it was not confirmed in time.
-
-        Raises:
-            Fenced: a newer process has this worker id.
-            PeerError: the server refused, or did not confirm it in time.
-        """
+        """Wait until the last batch has reached its level, if it was not confirmed in time."""
         deadline = Deadline(timeout_seconds)
         if self._lock.acquire(timeout=deadline.remaining):
             try:
-                if self.queue.pending.unconfirmed is not None:
-                    self.queue.confirm(deadline)
+                if self.writer.pending.unconfirmed is not None:
+                    self.writer.confirm(deadline)
             finally:
                 self._lock.release()
 
     def mark_stale(self) -> None:
         """Open the queue again before the next operation: the server may have lost something."""
-        self.queue.stale = True
+        self.writer.stale = True
 
     def maintain(self) -> None:
-        """Send pending batches again, release those that are safe, and write how many were sent.
+        """Resend pending batches, release those that are safe, and write the counts.
 
-        Does nothing while another thread is sending. A batch that is still not confirmed is not raised: `unconfirmed`
-        says why.
-
-        Raises:
-            PeerError: the server refused or could not be reached; call it again later.
+        Do nothing while another thread is sending. For a batch that is still not confirmed, `unconfirmed` has the
+        reason, and no error is raised. After a `PeerError`, call this again later.
         """
-        is_unsafe = self.queue.stale or self.unsafe
-        if not (is_unsafe or self.queue.has_unwritten_counts) or not self._lock.acquire(blocking=False):
+        is_unsafe = self.writer.stale or self.unsafe
+        if not (is_unsafe or self.writer.has_unwritten_counts) or not self._lock.acquire(blocking=False):
             return
         try:
             if is_unsafe:
-                self.queue.advance(Deadline(0))
-            if self.queue.has_unwritten_counts:
-                self.queue.write_counts(Deadline(0))
+                self.writer.advance(Deadline(0))
+            if self.writer.has_unwritten_counts:
+                self.writer.write_counts(Deadline(0))
         except ConnectionFailed as error:
-            if str(error) != self.queue.confirmation.missing:
+            if str(error) != self.writer.confirmation.missing:
                 raise
         finally:
             self._lock.release()
 
     def close(self, deadline: Deadline) -> None:
-        """Confirm the last batch, unless a wait for that was in vain, and write how many batches were sent.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Confirm the last batch, unless a wait for that has failed, and write the counts."""
         if not self._lock.acquire(timeout=deadline.remaining):
             return  # another thread is sending: it gets an error when the worker closes the connections
         try:
-            if self.queue.opened and not self._fenced:
-                if self.queue.pending.unconfirmed is not None and not self.queue.confirmation.missing:
-                    self.queue.confirm(deadline)
-                self.queue.write_counts(deadline)
+            if self.writer.opened and not self._fenced:
+                if self.writer.pending.unconfirmed is not None and not self.writer.confirmation.missing:
+                    self.writer.confirm(deadline)
+                self.writer.write_counts(deadline)
         except Fenced:
             self._count_fenced(refused=False)
             raise
         finally:
-            self.queue.close()
+            self.writer.close()
             self._lock.release()
 
     def _receipt(self, message: Message, version: int, *, sequence: int, dropped: int) -> SendReceipt:
@@ -270,19 +254,19 @@ class Sender:
     def _make_room(
         self, stored_bytes: int, settings: RunSettings, deadline: Deadline, stopped: Callable[[], bool]
     ) -> tuple[str, int]:
-        """Make room for a batch as `when_full` says.
+        """Make room for a batch according to `when_full`.
 
         Returns:
-            The outcome to count if there is no room, or an empty text; and how many batches were dropped for this one.
+            The outcome to count if there is no room, empty otherwise; and how many batches were dropped for this one.
         """
         when_full = self._when_full or settings.when_full
         if self._fits(stored_bytes, settings):
             return "", 0
-        self.queue.refresh(deadline)
+        self.writer.refresh(deadline)
         if when_full == "drop_oldest" and not self._fits(stored_bytes, settings):
-            dropped = self.queue.drop_oldest(stored_bytes, settings, deadline)
-            self.queue.refresh(deadline)
-            # What is in the learner's hands cannot be dropped, so there may still be no room.
+            dropped = self.writer.drop_oldest(stored_bytes, settings, deadline)
+            self.writer.refresh(deadline)
+            # Pending batches cannot be dropped, so there may still be no room.
             return "" if self._fits(stored_bytes, settings) else "dropped_newest", dropped
         if when_full == "drop_newest" and not self._fits(stored_bytes, settings):
             return "dropped_newest", 0
@@ -301,32 +285,32 @@ class Sender:
             if stopped():
                 return "stopped"
             if deadline.over:
-                found = self.queue.size
+                size = self.writer.size
                 raise QueueFull(
                     f"worker {self._registration.worker_id}'s queue stayed full for {deadline.seconds:g} s: "
-                    f"{counted(found.waiting, 'batch', 'batches')} waiting (max_queue_size "
-                    f"{settings.max_queue_size}), {found.in_hand} in the learner's hands, "
-                    f"{found.held_bytes:,} bytes in all (max_queue_bytes {settings.max_queue_bytes:,}); the learner "
+                    f"{counted(size.waiting, 'batch', 'batches')} waiting (max_queue_size "
+                    f"{settings.max_queue_size}), {size.in_hand} in the learner's hands, "
+                    f"{size.queued_bytes:,} bytes in all (max_queue_bytes {settings.max_queue_bytes:,}); the learner "
                     "collects or acknowledges too slowly. Raise timeout or the bounds, or choose another when_full"
                 )
             time.sleep(backoff.next(deadline))
-            self.queue.refresh(deadline)
+            self.writer.refresh(deadline)
         return ""
 
     def _fits(self, stored_bytes: int, settings: RunSettings) -> bool:
-        found = self.queue.size
-        held_bytes = max(found.held_bytes, self.queue.pending.kept_bytes)
+        size = self.writer.size
+        queued_bytes = max(size.queued_bytes, self.writer.pending.kept_bytes)
         return (
-            found.waiting < settings.max_queue_size and held_bytes + stored_bytes <= settings.max_queue_bytes
+            size.waiting < settings.max_queue_size and queued_bytes + stored_bytes <= settings.max_queue_bytes
         )
 
     def _store(self, batch: PendingBatch, deadline: Deadline) -> None:
-        """Store a batch; or, if it is certain that it was not stored, release its number and raise."""
-        self.queue.sequence, self.queue.pending.unconfirmed = batch.sequence, batch
+        """Store a batch; if that fails and it is certain that it was not stored, release its number."""
+        self.writer.sequence, self.writer.pending.unconfirmed = batch.sequence, batch
         backoff = Backoff()
         while True:
             try:
-                return self.queue.confirm(deadline)
+                return self.writer.confirm(deadline)
             except Fenced:
                 raise
             except PeerError as error:
@@ -335,7 +319,7 @@ class Sender:
                     time.sleep(backoff.next(deadline))
                     continue
                 if not batch.stored and not batch.uncertain:
-                    self.queue.sequence, self.queue.pending.unconfirmed = batch.sequence - 1, None
+                    self.writer.sequence, self.writer.pending.unconfirmed = batch.sequence - 1, None
                     raise
                 raise Unconfirmed(
                     f"batch {batch.sequence} of worker {self._registration.worker_id} was not confirmed within "
@@ -346,4 +330,4 @@ class Sender:
 
     def _count_fenced(self, *, refused: bool) -> None:
         self._fenced = True
-        self.queue.count_fenced(refused=refused)
+        self.writer.count_fenced(refused=refused)

@@ -1,4 +1,4 @@
-"""Reading new entries from the streams of one shard, over a dedicated connection. A single server is one shard."""
+"""Reads new entries from the streams of one shard, over a dedicated connection. A single server is one shard."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from rlbroker.backend.threads import OutageLog
 from rlbroker.errors import PeerError
 from rlbroker.experience.read_position import ReadPosition
 
-#: Up to this many quiet streams add next to nothing to a read, so all streams are polled each time.
+#: Up to this many quiet streams cost almost nothing, so all streams are polled each time.
 FEW: Final = 32
 
-#: A stream is quiet after it had nothing new for this long.
+#: A stream is quiet when it has had nothing new for this long.
 QUIET_SECONDS: Final = 2.0
 
-#: For how long the quiet streams are skipped, per quiet stream: polling one costs about a hundredth of that.
+#: How long quiet streams are skipped, for each quiet stream: polling one costs about a hundredth of that.
 SKIP_SECONDS: Final = 0.0001
 
-#: And for how long at most.
+#: The longest that quiet streams are skipped.
 MAX_SKIP_SECONDS: Final = 0.2
 
 T = TypeVar("T")
 
 
 class PollSchedule:
-    """Which streams a read polls: busy ones each time, quiet ones now and then.
+    """The choice of streams that a read polls: busy ones each time, quiet ones now and then.
 
-    So a read costs what arrives, however many workers there are.
+    So the cost of a read depends on what arrives, not on the number of workers.
     """
 
     def __init__(self) -> None:
         """Begin by polling all streams."""
-        self._busy: dict[str, float] = {}  #: when each stream had something last, by key
+        self._busy: dict[str, float] = {}  #: when each stream last had something new, by key
         self._poll_all_at = 0.0
 
     def poll_all(self) -> None:
@@ -83,7 +83,7 @@ class _Read:
     """A read in progress.
 
     Attributes:
-        count: entries of each stream that it returns at most.
+        count: the most entries of each stream that it returns.
         skips_some: whether quiet streams were skipped.
         reply_due: when the server must have replied.
     """
@@ -97,13 +97,7 @@ class ShardReader:
     """Reads new entries of one shard's streams: one read at a time, which may block. Not thread-safe."""
 
     def __init__(self, connection: Connection, consumer: str, shard: str) -> None:
-        """Prepare a reader; nothing is connected yet.
-
-        Args:
-            connection: connection to the server.
-            consumer: the consumer that entries are delivered to.
-            shard: the prefix of the streams' keys.
-        """
+        """Create a reader; nothing is connected yet. The shard is the prefix of the streams' keys."""
         self.channel = Channel(connection, f"{shard}:x")
         #: The streams that are read, by key.
         self.streams: dict[str, ReadPosition] = {}
@@ -112,9 +106,9 @@ class ShardReader:
         self._read: _Read | None = None
         self._was_connected = False
         self._away = Deadline(0)
-        #: Failures since the last successful read, and the log of when the shard is skipped for that.
+        #: Failures since the last successful read, and the log of the times when the shard is skipped for them.
         self.failures, self.outage = 0, OutageLog(f"collecting from {shard}")
-        #: Whether the last read returned all that there was in the streams it polled; and whether it skipped some.
+        #: Whether the last read returned everything in the streams it polled; and whether it skipped some streams.
         self.drained = self.skipped_some = False
 
     @property
@@ -141,9 +135,6 @@ class ShardReader:
         """Connect if there is no connection; return whether a new one has replaced an earlier one.
 
         Its server may then have lost something: entries that it delivered, or counts.
-
-        Raises:
-            ConnectionFailed: the server cannot be reached.
         """
         if self.is_reading or not self.channel.connect():
             return False
@@ -160,12 +151,9 @@ class ShardReader:
         """Start a read.
 
         Args:
-            count: entries of each stream, at most.
+            count: the most entries of each stream.
             wait_seconds: how long to block until a first entry arrives; None to not block.
-            after: commands to send before it. Their replies come first, and the caller receives them.
-
-        Raises:
-            ConnectionFailed: the connection broke.
+            after: commands to send before the read. Their replies come first; the caller must receive them.
         """
         positions, skip_seconds = self._schedule.choose(self.streams, time.monotonic())
         command: list[Argument] = ["XREADGROUP", "GROUP", GROUP, self._consumer, "COUNT", count]
@@ -178,11 +166,9 @@ class ShardReader:
         self._read = _Read(count, skip_seconds is not None, reply_due)
 
     def finish_read(self) -> list[StreamEntries]:
-        """Wait for the reply to the read in progress, and return the entries in it, if any.
+        """Wait for the reply to the read in progress, and return its entries.
 
-        Raises:
-            KeysMove: a Cluster is moving the streams.
-            PeerError: the server refused, or the connection broke.
+        Raise `SlotMigrating` while a Cluster is moving the streams.
         """
         read, self._read = self._read, None
         assert read is not None
@@ -206,12 +192,7 @@ class ShardReader:
 
 
 def wait_for_replies(readers: Sequence[ShardReader], wait_seconds: float) -> list[ShardReader]:
-    """Wait until a reply arrives; return the readers whose replies have arrived or are overdue.
-
-    Args:
-        readers: readers with a read in progress.
-        wait_seconds: how long to wait at most.
-    """
+    """Wait for a reply to any of these reads in progress; return the readers with a reply, or with an overdue one."""
     if not readers:
         return []
     with selectors.DefaultSelector() as selector:

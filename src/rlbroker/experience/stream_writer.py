@@ -1,10 +1,10 @@
-"""The queue of one worker, as its only sender sees it: batches are stored once and in order, also after a loss.
+"""Writes one worker's batches to its stream, once and in order, even if the server loses data.
 
-The worker is the only one that adds to its stream, and the learner only removes. So the queue can only have become
-emptier since the last `refresh`, apart from what was sent since.
+Only the worker adds to its stream, and learners only remove. So since the last `refresh` the queue can only have become
+emptier, apart from what was sent since.
 
-All commands go over one channel. When that has to reconnect, the server may have lost what it had acknowledged: the
-queue is then opened again, and pending batches are sent again before any new one.
+All commands go over one channel. When it has to reconnect, the server may have lost acknowledged writes: the queue is
+then opened again, and pending batches are sent again before any new one.
 """
 
 from __future__ import annotations
@@ -39,44 +39,44 @@ T = TypeVar("T")
 
 
 class QueueSize:
-    """How full a queue was at the last `refresh`, with what was sent since.
+    """How full a queue was at the last `refresh`, plus what was sent since.
 
     Attributes:
         sent_bytes: bytes of all batches that were ever sent.
-        held_bytes: bytes of the batches that wait or are in the learner's hands.
+        queued_bytes: bytes of the batches that wait or are in the learner's hands.
         waiting: batches that no learner has read.
-        in_hand: batches that learners have read and not acknowledged.
+        in_hand: batches that are pending: read and not acknowledged.
     """
 
     def __init__(self) -> None:
         """Begin with an empty queue."""
-        self.sent_bytes = self.held_bytes = self.waiting = self.in_hand = 0
+        self.sent_bytes = self.queued_bytes = self.waiting = self.in_hand = 0
 
     def add(self, stored_bytes: int) -> None:
         """Count a batch that was sent."""
         self.sent_bytes += stored_bytes
-        self.held_bytes += stored_bytes
+        self.queued_bytes += stored_bytes
         self.waiting += 1
 
     def update(self, length: int, in_hand: int, removed_bytes: int) -> None:
-        """Count what the server has.
+        """Adopt the server's numbers.
 
         Args:
             length: batches in the stream.
-            in_hand: those of them that are pending.
+            in_hand: pending batches among them.
             removed_bytes: bytes of all batches that were ever removed from the queue.
         """
         self.in_hand, self.waiting = in_hand, length - in_hand
         if length == 0:
-            self.sent_bytes = removed_bytes  # corrects a difference that a fault left behind
-        self.held_bytes = self.sent_bytes - removed_bytes
+            self.sent_bytes = removed_bytes  # corrects a difference that a fault left
+        self.queued_bytes = self.sent_bytes - removed_bytes
 
 
 class StreamWriter:
-    """The queue of one worker, with its batches that have not reached their level. Not thread-safe.
+    """Writes the batches of one worker, and keeps those that have not reached their level. Not thread-safe.
 
     Every operation is repeated until its deadline while the connection is broken. It raises `Fenced` if a newer process
-    has this worker id, and any other `PeerError` if the server refused or could not be reached in time.
+    has this worker id.
 
     Attributes:
         channel: the connection to the stream's server.
@@ -85,7 +85,7 @@ class StreamWriter:
         size: how full the queue is.
         sequence: the number of the last batch of this incarnation.
         stale: whether the server may have lost something since the queue was opened.
-        opened: whether the queue was opened by this incarnation.
+        opened: whether this incarnation has opened the queue.
     """
 
     def __init__(
@@ -96,12 +96,9 @@ class StreamWriter:
         confirmation: Confirmation,
         rejoin: Callable[[Channel], None],
     ) -> None:
-        """Prepare; the first operation opens the queue, and fences older incarnations of the worker.
+        """Create a writer; the first operation opens the queue, and fences older incarnations of the worker.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
-            registration: the worker and its incarnation.
             confirmation: how batches are confirmed.
             rejoin: registers the worker again if the server has lost its registration.
         """
@@ -142,11 +139,11 @@ class StreamWriter:
         return self._repeat(lambda: self._drop_oldest(stored_bytes, settings), deadline)
 
     def write_counts(self, deadline: Deadline) -> None:
-        """Write what this incarnation counted."""
+        """Write the counts of this incarnation."""
         self._repeat(self._write_counts, deadline)
 
     def count(self, outcome: str, deadline: Deadline, by: int = 1) -> None:
-        """Count batches that are not accepted, under this incarnation's name also after a newer one has joined."""
+        """Count batches that are not accepted, for this incarnation even after a newer one has joined."""
         counted = (f"{outcome}:{self._incarnation}", self._counted[outcome] + by)
         self._connection.run(
             WRITE_COUNTS, (self._counts_key,), (self._incarnation, *counted), deadline=deadline
@@ -156,13 +153,12 @@ class StreamWriter:
     def count_fenced(self, *, refused: bool) -> None:
         """Count and release the pending batches that are not on the server, after this worker was fenced.
 
-        Args:
-            refused: whether a batch without a number is lost too.
+        With `refused`, a batch without a number is lost too.
         """
-        taken = [batch.sequence for batch in self.pending]
+        sequences = [batch.sequence for batch in self.pending]
         try:
             written = self._connection.execute("HGET", self._counts_key, f"sent:{self._incarnation}")
-            lost = sum(sequence > int(written or 0) for sequence in taken)
+            lost = sum(sequence > int(written or 0) for sequence in sequences)
             self.count("fenced", Deadline(self._connection.timeout_seconds), by=lost + refused)
         except PeerError as error:
             logger.warning("worker %d was replaced, and cannot count its batches: %s", self._worker_id, error)
@@ -186,7 +182,7 @@ class StreamWriter:
             try:
                 return operation()
             finally:
-                # If another node was asked instead, by `_open` too, its losses do not break this connection.
+                # If another node answered, also within `_open`, its losses do not break this connection.
                 self.stale |= self.channel.redirected
 
         return self._connection.retry(attempt, deadline)
@@ -194,7 +190,7 @@ class StreamWriter:
     def _open(self) -> None:
         """Open the queue, and send the pending batches again that the server does not have."""
         self.stale = True
-        # First, because the queue alone does not show that a newer process had joined before the loss.
+        # Rejoin first: the queue alone does not show that a newer process had joined before the loss.
         if self._keys.shards:
             home = Channel(self._connection, self._keys.meta)
             try:
@@ -231,7 +227,7 @@ class StreamWriter:
         """Add batches to the stream and run further commands, in one round trip; return the replies to the latter."""
         try:
             replies = self.channel.execute_all([*map(self._add_command, batches), *further])
-        except BaseException:  # Ctrl-C too: what was sent may arrive later than the next command
+        except BaseException:  # Ctrl-C too: the batches may arrive after the next command
             for batch in batches:
                 batch.uncertain = True
             raise
@@ -241,7 +237,7 @@ class StreamWriter:
 
     def _add_command(self, batch: PendingBatch) -> tuple[Any, ...]:
         entry_id = f"{self._incarnation}-{batch.sequence}"
-        # Only OPEN_QUEUE creates the stream: a server that lost it must not accept a batch before it was opened again.
+        # NOMKSTREAM: a server that lost the stream must not accept a batch before OPEN_QUEUE has created it again.
         return ("XADD", self.stream_key, "NOMKSTREAM", entry_id, *batch.fields)
 
     def _note_stored(self, batch: PendingBatch, reply: Any) -> None:
@@ -275,12 +271,12 @@ class StreamWriter:
         assert batch is not None
         further: list[tuple[Any, ...]] = []
         if self.confirmation.waits:
-            # A wait is for what this connection wrote last, so each attempt writes something.
+            # WAIT waits for what this connection wrote last, so each attempt must write something.
             counts = ("HSET", self._counts_key, *self._count_fields())
             further = [counts, self.confirmation.wait_command()]
         replies = self._add_all([] if batch.stored else [batch], *further)
         if further:
-            if self.channel.redirected:  # the wait was for another connection
+            if self.channel.redirected:  # the batch was written over another connection than the WAIT's
                 batch.uncertain = True
                 raise SlotMigrating(f"the queue of worker {self._worker_id} is being moved to another node")
             if not self.confirmation.accept(replies[-1]):
@@ -361,7 +357,7 @@ class StreamWriter:
 
 
 def _in_slices(batches: Sequence[PendingBatch]) -> Iterator[list[PendingBatch]]:
-    """Cut batches to be sent again into slices of some megabytes."""
+    """Split batches into slices of about `RESEND_BYTES`."""
     some: list[PendingBatch] = []
     for batch in batches:
         some.append(batch)

@@ -1,4 +1,4 @@
-"""The streams of batches that a learner reads, and the search for new ones and for entries that no read returned."""
+"""The streams that a learner reads, and the search for new ones and for entries that no read returned."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from rlbroker.experience.stream_reader import ShardReader
 
 logger = logging.getLogger("rlbroker")
 
-#: How often the server is asked for pending entries that are unknown here, for abandoned ones, and for retried batches.
+#: How often the server is asked for pending entries that this learner does not know, for abandoned ones, and for
+#: retried batches.
 RECHECK_SECONDS = 5.0
 
-#: For how many workers at once; the others follow in turn.
+#: How many workers are rechecked at once, in turn.
 RECHECK_WORKERS = 250
 
 #: A shard whose server is away is skipped for at least this long, and at least this many times as long as the attempt
@@ -31,25 +32,19 @@ AWAY_ATTEMPTS = 2
 
 
 class WatchedStreams:
-    """The streams that exist, and which of them must be scanned for pending entries. Not thread-safe."""
+    """The streams that exist, and which of them to scan for pending entries. Not thread-safe."""
 
     def __init__(self, connection: Connection, keys: Keys, consumer: str) -> None:
-        """Begin with no stream.
-
-        Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
-            consumer: the consumer that new entries are delivered to.
-        """
+        """Begin with no stream. New entries are delivered to this consumer."""
         self._connection, self._keys, self._consumer = connection, keys, consumer
         #: All streams that the learner has searched for or restored from marks, by name.
         self.positions: dict[str, ReadPosition] = {}
         #: Of these, the streams that exist on the server.
         self.watched: dict[str, ReadPosition] = {}
-        #: Of these, the streams that may have entries which are pending on the server and unknown here.
+        #: Of these, the streams that may have pending entries on the server that this learner does not know.
         self._to_scan: dict[str, ReadPosition] = {}
         self._readers: dict[str, ShardReader] = {}  #: by shard
-        #: Whether a broken connection was closed since the caller reset this: it may have broken long ago.
+        #: Whether a broken connection was closed since the caller reset this. It may have broken long before.
         self.dropped_connection = False
 
     def position(self, name: str) -> ReadPosition:
@@ -79,7 +74,7 @@ class WatchedStreams:
         reader.poll_all()
 
     def rescan(self, positions: Iterable[ReadPosition]) -> None:
-        """Scan streams from their beginning, before the next read, for pending entries that are unknown here."""
+        """Before the next read, scan streams from the beginning for pending entries that this learner does not know."""
         for position in positions:
             position.scan_from = "-"
             if position.stream.name in self.watched:
@@ -122,7 +117,7 @@ class WatchedStreams:
 
     @property
     def deadline(self) -> Deadline | None:
-        """The deadline of each command: one attempt if there are several shards, as one must not hold up the others."""
+        """The deadline of each command: one attempt if there are several shards, as one must not delay the others."""
         return Deadline(0) if len(self._readers) > 1 else None
 
     @contextmanager
@@ -161,22 +156,14 @@ class StreamDiscovery:
         *,
         workers: Callable[[], Iterable[int]],
     ) -> None:
-        """Prepare; the first search is due at once.
-
-        Args:
-            connection: connection to the server.
-            streams: the streams to extend.
-            pending: the learner's pending entries.
-            takeover: takes over what other learners abandoned.
-            workers: returns every worker id that may have batches.
-        """
+        """Create a search that is due at once. `workers` returns every worker id that may have batches."""
         self._connection, self._streams, self._pending = connection, streams, pending
         self._takeover, self._workers = takeover, workers
         self._next_search = self._next_recheck = Deadline(0)
-        self._rechecked = 0  #: workers up to the one whose turn comes next
+        self._rechecked = 0  #: index of the worker to recheck next
 
     def make_due(self) -> None:
-        """Search for everything at the next opportunity."""
+        """Make every search due now."""
         self._next_search = self._next_recheck = Deadline(0)
 
     @property
@@ -185,11 +172,7 @@ class StreamDiscovery:
         return self._next_search.over
 
     def find(self) -> None:
-        """Watch streams that were created, and every `RECHECK_SECONDS` recheck those that are watched.
-
-        Raises:
-            ConnectionFailed: no server could be reached.
-        """
+        """Watch streams that were created; every `RECHECK_SECONDS`, recheck the watched streams."""
         self._next_search = Deadline(BLOCK_SECONDS)
         recheck = self._next_recheck.over
         workers = list(self._workers())
@@ -202,8 +185,8 @@ class StreamDiscovery:
             if reader.is_away:
                 continue
             with self._streams.skip_if_away(reader):
-                workers_here = {one.stream.worker_id for one in some}
-                self._pending.fence_older(workers_here, deadline=self._streams.deadline)
+                worker_ids = {one.stream.worker_id for one in some}
+                self._pending.fence_older(worker_ids, deadline=self._streams.deadline)
                 self.watch_existing([one for one in some if one.stream.name not in self._streams.watched])
                 if recheck:
                     self.recheck([one for one in some if one.stream.worker_id in rechecked])
@@ -218,7 +201,7 @@ class StreamDiscovery:
         return workers[first : first + RECHECK_WORKERS]
 
     def watch_existing(self, positions: Sequence[ReadPosition]) -> None:
-        """Watch those of these streams that exist on the server. Only workers create them: see `Sender`."""
+        """Watch those of these streams that exist on the server. Only workers create streams."""
         types = self._connection.execute_all(
             [("TYPE", position.stream.key) for position in positions], deadline=self._streams.deadline
         )
@@ -236,7 +219,7 @@ class StreamDiscovery:
                 self._connection.execute("UNLINK", position.stream.key)
 
     def recheck(self, positions: Iterable[ReadPosition]) -> None:
-        """Take over abandoned entries, and rescan streams in which more is pending on the server than is known here."""
+        """Take over abandoned entries, and rescan streams with more pending entries than this learner knows."""
         positions = [one for one in positions if one.stream.name in self._streams.watched]
         try:
             taken = self._takeover.take_abandoned([one.stream for one in positions])
@@ -263,7 +246,7 @@ class StreamDiscovery:
                 stream = position.stream
                 if has_epoch:
                     self._pending.remember_counts(stream.worker_id, default_if_wrong_type(counts, {}))
-                else:  # the server has lost its counts, perhaps without breaking a connection
+                else:  # the server has lost its counts, perhaps without a broken connection
                     self._pending.restore([stream.worker_id], deadline=self._streams.deadline)
                 if consumer_pending(summary, self._pending.consumers) > len(self._pending.ids(stream)):
                     self._streams.rescan([position])

@@ -466,7 +466,7 @@ class WorkerCommunicator:
             workers = self._roster.ids()
             self._maintenance.settle(workers, deadline)
             return self._ledger.missed_updates(
-                workers, latest_version=self.version, published=self._publisher.published
+                workers, latest_version=self.version, published=self._publisher.publish_times
             )
 
     def get_queue_info(self) -> dict[str, Any]:

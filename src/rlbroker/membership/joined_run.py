@@ -71,7 +71,7 @@ class JoinedRun:
             with parsing(self._keys.meta):
                 self.check_wire_format(meta["wire_format"])
                 self._settings = RunSettings.from_fields(meta)
-            self._keys.spread(meta.get("shards", " ".join(self._keys.shards)))
+            self._keys.use_shards(meta.get("shards", " ".join(self._keys.shards)))
             self._opened.set()
         self.size = RunSize(*(whole_number(meta.get(name, "")) or 0 for name in RunSize._fields))
         self._last_reply = reply

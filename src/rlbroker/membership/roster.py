@@ -120,7 +120,7 @@ class Roster:
         self.epoch, self.existed = int(epoch), bool(existed)
         known_shards = stored_shards.decode("ascii", "replace")
         self._meta["shards"] = known_shards
-        self._keys.spread(known_shards)
+        self._keys.use_shards(known_shards)
         self._leading_epoch = self.epoch if self._publishes else 0
         self._raise_version_floor(read_incarnations(self._connection.ask, self._keys))
         return self.epoch

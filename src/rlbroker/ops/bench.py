@@ -166,7 +166,7 @@ def measure(url: str | None, *, megabytes: float, seconds: float, progress: Call
 
 def _delete(connection: Connection, keys: Keys) -> None:
     for names in connection.scan(keys.everything):
-        connection.on_each("UNLINK", [name.decode() for name in names])
+        connection.execute_on_keys("UNLINK", [name.decode() for name in names])
 
 
 # Round trips and transfer rates

@@ -213,7 +213,7 @@ def prune(
         else:
             kept = OPENED
     for names_at_once in split(rest):
-        deleted += connection.on_each("UNLINK", names_at_once)
+        deleted += connection.execute_on_keys("UNLINK", names_at_once)
         progress(deleted)
     connection.run(FINISH, (keys.meta,), (PRUNED,))
     return PruneResult(run, deleted, kept)

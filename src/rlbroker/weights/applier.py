@@ -9,8 +9,8 @@ from rlbroker.weights.loading import load
 from rlbroker.weights.subscriber import Subscriber
 from rlbroker.weights.update_queue import WeightsUpdate
 
-#: Acknowledges a version: the version before, the version, the outcome, and a detail.
-Acknowledge = Callable[[int, int, str, str], None]
+#: Acknowledges a version, given the version before, the version, the outcome, and a detail.
+AcknowledgeVersion = Callable[[int, int, str, str], None]
 
 
 class WeightsApplier:
@@ -24,24 +24,23 @@ class WeightsApplier:
     def __init__(self, subscriber: Subscriber, *, keep_dtype: bool) -> None:
         """Begin without a version.
 
-        Args:
-            subscriber: is asked to fetch a version again after an interrupt.
-            keep_dtype: whether weights that travelled in a lower precision stay in it in an empty dictionary.
+        With `keep_dtype`, an empty dictionary gets weights in the dtypes in which they were sent.
         """
         self._subscriber, self._keep_dtype = subscriber, keep_dtype
         self.version = 0
         self.problem = ""
 
     def apply(
-        self, updates: Sequence[WeightsUpdate], model: Any, acknowledge: Acknowledge, *, again: bool = False
+        self,
+        updates: Sequence[WeightsUpdate],
+        model: Any,
+        acknowledge: AcknowledgeVersion,
+        *,
+        again: bool = False,
     ) -> bool:
         """Load updates in order, and acknowledge the outcome of each. Return whether one was loaded.
 
-        Args:
-            updates: versions that the subscriber handed over, decoded or failed.
-            model: a module, or a dictionary.
-            acknowledge: sends the outcome to the learner.
-            again: whether to load a version that was applied before, for another model.
+        With `again`, load a version that was applied before, for another model.
 
         Raises:
             WeightsMismatch: the weights do not fit the model.
@@ -61,7 +60,7 @@ class WeightsApplier:
                 self.problem = f"version {update.version}: {error}"
                 acknowledge(self.version, update.version, "failed", str(error))
                 raise
-            except BaseException:  # Ctrl-C: the model may hold a part of the version, so it is offered again
+            except BaseException:  # Ctrl-C: the model may hold a part of the version, so fetch it again
                 self._subscriber.fetch_again()
                 raise
             before, self.version, self.problem = self.version, update.version, ""

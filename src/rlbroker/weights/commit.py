@@ -30,10 +30,10 @@ _LAST_VERSION: Final = 1 << 52
 #: How often a commit is tried while another client writes to the manifest.
 _TRIES: Final = 20
 
-#: A higher version number is believed only if it is signed.
+#: An unsigned manifest with a higher version number is not believed.
 _LIKELY_VERSION: Final = 10**9
 
-#: How many versions' times of publication are remembered.
+#: How many publication times are remembered.
 TIMES_KEPT: Final = 10_000
 
 COMMIT = Script.load("weights/lua/commit.lua")
@@ -41,14 +41,14 @@ COMMIT = Script.load("weights/lua/commit.lua")
 
 @dataclass(frozen=True)
 class LocalCopy:
-    """A version that this learner published: its image, and what it takes to store it again or a delta to it."""
+    """A version that this learner published: its image, and what is needed to store it again, or a delta to it."""
 
     plan: ImagePlan
     image: Image
     compression: bool
     base: DeltaBase
 
-    def numbered(self, version: int) -> Self:
+    def with_version(self, version: int) -> Self:
         """Return the copy with the number that the version got."""
         return replace(self, base=replace(self.base, version=version))
 
@@ -58,7 +58,7 @@ class ChunksLost(Exception):
 
 
 class Committer:
-    """The latest version of a run as this learner knows it, and the way to commit the next one.
+    """Commits versions of a run, and knows the latest one.
 
     A commit whose reply is lost may or may not have been applied. Its number counts as used, and the next `catch_up`
     finds out which it was.
@@ -68,7 +68,8 @@ class Committer:
     Attributes:
         latest: the manifest of the latest version; None before the first.
         local_copy: the copy of the latest version; None if this learner did not publish it.
-        unsigned_forms: forms of an unsigned run that this learner, which signs, has opened; the next commit drops them.
+        unsigned_forms: the forms of a run that was unsigned until this learner, which signs, opened it; the next commit
+            drops them.
     """
 
     def __init__(
@@ -83,11 +84,9 @@ class Committer:
         """Read the latest version of the run.
 
         Args:
-            connection: connection to the server.
-            keys: the run's keys.
-            retention: learns which chunks must stay and which must expire.
+            retention: keeps and expires the chunks of committed versions.
             epoch: the learner's epoch; a newer one fences this learner.
-            key: signs manifests, and what the run has must be signed with it; None for no signatures.
+            key: signs manifests, and must have signed the run's present one; None for no signatures.
         """
         self._connection, self._keys, self._retention, self._epoch = connection, keys, retention, epoch
         self._key = key
@@ -96,7 +95,7 @@ class Committer:
         self.local_copy: LocalCopy | None = None
         self._publish_times: dict[int, float] = {}
         self._uploads = 0
-        #: All versions up to this one are used, or may be, even if the server has none of them any more.
+        #: All versions up to this one may have been used, even if the server has lost them.
         self._floor = 0
         #: The upload and the copy of a commit whose reply was lost.
         self._unconfirmed: tuple[str, LocalCopy] | None = None
@@ -112,7 +111,7 @@ class Committer:
 
     @property
     def last_used(self) -> int:
-        """The highest version number that was ever used, as far as is known."""
+        """The highest version number known to have been used."""
         return max(self.latest_version, self._floor)
 
     @property
@@ -131,7 +130,7 @@ class Committer:
         return f"{self.last_used + 1}-{self._epoch}-{self._uploads}"
 
     def mark_used(self, version: int) -> None:
-        """Never use this version number, nor a lower one."""
+        """Never use this version number or a lower one."""
         self._floor = max(self._floor, version)
 
     def sign(self, manifest: Manifest) -> Manifest:
@@ -150,16 +149,16 @@ class Committer:
                 break
             before = self.latest
             self.catch_up()
-            if self.latest is not before:  # the forms of that version must be superseded too
+            if self.latest is not before:  # the forms of that other version must be superseded too
                 raise ChunksLost
-            manifest = self.sign(manifest.numbered(self.last_used + 1))
+            manifest = self.sign(manifest.with_version(self.last_used + 1))
         else:
             raise ServerFault(
                 f"another client keeps writing {self._keys.weights}; version {manifest.version} was not published"
             )
         self._adopt(manifest)
         self._unconfirmed = None
-        self.local_copy = copy.numbered(manifest.version)
+        self.local_copy = copy.with_version(manifest.version)
         return manifest
 
     def is_unconfirmed(self, upload: str) -> bool:
@@ -175,7 +174,7 @@ class Committer:
         """Learn which version numbers were used by a commit whose reply was lost, or before the server lost its data.
 
         Args:
-            opening: whether this learner just opens the run, which may have had no signatures until now.
+            opening: whether this learner is opening the run, which may have had no signatures until now.
 
         Returns:
             The newest version that workers have seen on a server that lost it; 0 without one.
@@ -184,7 +183,7 @@ class Committer:
         if found is not None and found.version > self.latest_version:
             copy = self._unconfirmed[1] if self._unconfirmed and self.is_unconfirmed(found.upload) else None
             self._adopt(found)
-            self.local_copy = copy.numbered(found.version) if copy else None
+            self.local_copy = copy.with_version(found.version) if copy else None
         self._unconfirmed = None
         seen = self.newest_seen_by_workers()
         self.mark_used(seen)
@@ -204,7 +203,7 @@ class Committer:
         """Return the manifest that the server has; with a signing key, only one that was signed with it.
 
         A manifest from another writer is ignored, and the next version replaces it, whatever its number. Only when
-        this learner opens the run may it be an honest manifest without a signature: then its number counts as used.
+        this learner opens the run may it be an honest manifest without a signature, whose number counts as used.
         """
         fields = text_fields(self._connection.execute("HGETALL", self._keys.weights))
         if self._key is None:
@@ -228,14 +227,14 @@ class Committer:
         return None
 
     def _try_commit(self, manifest: Manifest, copy: LocalCopy) -> Any:
-        """Commit over the connection that has just seen every chunk: after a reconnect the server may have lost some.
+        """Commit over the connection that has just checked the chunks: after a reconnect the server may have lost some.
 
-        On a Cluster the chunks are on other nodes. If one of them loses chunks after this check, workers report it.
+        On a Cluster the chunks are on other nodes. If a node loses chunks after this check, workers report it.
         """
         self._channel.connect()
         chunks = [key for form in manifest.forms for key in form.chunk_keys(self._keys)]
         found = (
-            self._connection.on_each("EXISTS", chunks)
+            self._connection.execute_on_keys("EXISTS", chunks)
             if self._keys.shards
             else self._channel.execute("EXISTS", *chunks)
         )
@@ -248,15 +247,14 @@ class Committer:
             return self._channel.run(COMMIT, keys, arguments)
         except (Fenced, RunLost, ServerOutOfMemory):  # it was not applied
             raise
-        except (
-            BaseException
-        ):  # it may have been applied, and a worker may run the version: its number is used
+        except BaseException:
+            # It may have been applied, and a worker may run the version: its number is used.
             self._unconfirmed = manifest.upload, copy
             self.mark_used(manifest.version)
             raise
 
     def _adopt(self, manifest: Manifest) -> None:
-        """Take this manifest for the latest; forms that it no longer names are to expire."""
+        """Adopt this manifest as the latest; forms that it no longer names will expire."""
         self._retention.adopt(manifest, self.latest.forms if self.latest else ())
         self.unsigned_forms = ()
         self.latest = manifest

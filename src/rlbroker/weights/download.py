@@ -29,12 +29,11 @@ from rlbroker.weights.manifest import Manifest, StoredForm, digest_of, group
 #: The limits for decoding weights.
 WEIGHTS_LIMITS: Final = Limits(max_raw_bytes=64 << 30, max_header_bytes=256 << 20)
 
-#: A smaller form is read in one round trip, before its header says what it consists of. A smaller image is decoded in
-#: the thread that reads it, as another thread would take longer to start.
+#: A smaller form is read in one round trip, together with its header. A smaller image is decoded in the thread that
+#: reads it, as another thread would take longer to start.
 SMALL_BYTES: Final = 1 << 20
 
-#: Bytes that are read before the first of them must be decoded; bounds the memory for chunks that are not read in
-#: place.
+#: Bytes that are read before the first of them must be decoded; bounds the memory of chunks that are not read in place.
 READ_AHEAD_BYTES: Final = 64 << 20
 
 #: The most segments that wait to be decoded.
@@ -52,15 +51,14 @@ class DecodedVersion:
 
     Attributes:
         number: the version.
-        weights: its tree; large tensors and arrays are views of the image, in the dtypes in which they were sent.
+        weights: its tree, in the dtypes in which it was sent; large tensors and arrays are views of the image.
     """
 
     def __init__(self, number: int, image: Image, form: ImageFormat) -> None:
         """Wrap a decoded image; raise WireError if its tree cannot be built here."""
         self.number, self.image, self.form = number, image, form
-        np.add.reduce(
-            image.array[:: mmap.PAGESIZE]
-        )  # map its pages here, in the background, and not in `poll`
+        # Map its pages now, in the background, and not in `poll`.
+        np.add.reduce(image.array[:: mmap.PAGESIZE])
         self.weights: Any = form.tree(image.array, keep_dtype=True)
 
     def weights_for(self, target: Any, *, keep_dtype: bool) -> Any:
@@ -86,12 +84,10 @@ class Downloader:
         """Create a downloader.
 
         Args:
-            connection: connection to the server.
-            keys: the run's keys.
-            images: where to look for decoded images, and where to keep new ones.
+            images: where to find decoded images and to keep new ones.
             key: the key that weights must be signed with; None to accept them unsigned.
             from_replicas: whether chunks are read from replicas, where there are any.
-            received: called with the number of bytes of each chunk, in the thread that downloads.
+            received: called with the size of each chunk in bytes, in the thread that downloads.
         """
         self._connection, self._keys, self._images = connection, keys, images
         self._received, self._key, self._from_replicas = received, key, from_replicas
@@ -111,34 +107,31 @@ class Downloader:
     def fetch(self, manifest: Manifest, previous: DecodedVersion | None) -> DecodedVersion:
         """Return the latest version, from this host's cache or from the server.
 
-        Args:
-            manifest: the manifest of the latest version.
-            previous: a version that is decoded already and may be the base of a delta.
+        `previous` is a decoded version that may be the base of a delta.
 
         Raises:
             NotSigned: a signature is missing or wrong; nothing was decoded.
             WireError: a chunk is missing or invalid.
-            PeerError: the server refused, or could not be reached in time.
         """
         if self._key:
             manifest.check(self._key, self._keys.run)
         if previous and previous.number == manifest.version:
             return previous
-        self._reader.from_replicas = self._from_replicas and self._reader.replicas_answer
+        self._reader.from_replicas = self._from_replicas and self._reader.may_read_replicas
         try:
             try:
                 return self._find_or_download(manifest, previous)
             except WireError:
                 if not self._reader.from_replicas:
                     raise
-            # The replica may be behind, or follow another master by now.
+            # The replica may be behind, or may follow another master by now.
             self._reader.from_replicas = False
             return self._find_or_download(manifest, previous)
         except MemoryError as error:
             raise WireError(f"version {manifest.version} needs more memory than there is") from error
 
     def fetch_arrays(self, path: Sequence[StoredForm], chunk_bytes: int) -> tuple[ImageFormat, Bytes]:
-        """Return the image of a version, checked as for a worker, without building tensors: torch is not needed.
+        """Return the image of a version, checked as for a worker, without building tensors, which would need torch.
 
         Args:
             path: the stored forms of the version: a full one, and the deltas that follow it.
@@ -147,7 +140,6 @@ class Downloader:
         Raises:
             NotSigned: a signature is missing or wrong; nothing was decoded.
             WireError: a chunk is missing or invalid.
-            PeerError: the server refused, or could not be reached in time.
         """
         if self._key:
             for form in path:
@@ -216,7 +208,7 @@ class Downloader:
         base: Bytes | None,
         small: dict[str, bytes],
     ) -> None:
-        """Fill an image: with the first form, which may be a delta to `base`, and with the next ones in place."""
+        """Fill an image with the first form, which may be a delta to `base`; then apply the next ones in place."""
         for form, image_format in zip(path, formats, strict=True):
             self._decode(form, image_format, chunk_bytes, array, base, small)
             base = array
@@ -332,8 +324,8 @@ class Downloader:
                     done = begin + index + 1
                     yield ranges[done - 1], chunks[done - 1][1]
             except ConnectionFailed as fault:
-                self._reader.leave_replicas()
-                progress.outlast(fault, moved=done > begin)
+                self._reader.avoid_replicas()
+                progress.outlast(fault, progressed=done > begin)
 
     def _check_cancelled(self) -> None:
         if self._cancelled:
@@ -349,7 +341,7 @@ def _decode_checked(
     array: Bytes,
     base: Bytes | None,
 ) -> None:
-    """Decode the segments of a chunk, after checking that it is the one that was signed."""
+    """Check that a chunk is the one that was signed, and decode its segments."""
     check_hash(form, number, data)
     for index in indices:
         size = image_format.segments[index].stored_bytes
@@ -358,10 +350,6 @@ def _decode_checked(
 
 
 def check_hash(form: StoredForm, number: int, data: bytes | memoryview) -> None:
-    """Check that a chunk is the one that was signed.
-
-    Raises:
-        NotSigned: it is another one.
-    """
+    """Raise `NotSigned` unless a chunk is the one that was signed."""
     if chunk_hash([data]) != form.hash_of(number):
         raise NotSigned(f"chunk {number} of version {form.version} does not match its signature")

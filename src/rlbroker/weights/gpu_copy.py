@@ -1,7 +1,7 @@
-"""Copies of weights on a GPU to pinned host memory, made on a CUDA stream of their own.
+"""Copies weights from a GPU to pinned host memory, on a CUDA stream of their own.
 
-The training stream waits, on the GPU, for the copies: its next kernels may overwrite the weights. The host does not
-wait.
+The training stream waits for the copies on the GPU, because its next kernels may overwrite the weights. The host does
+not wait.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rlbroker.weights.host_cache.image_files import Bytes
 
 
 class HostTree:
-    """A tree whose tensors are in host memory, at the latest when `fill` reads them."""
+    """A tree whose tensors are in host memory, or will be when `fill` reads them."""
 
     def __init__(self, tree: Any, copied: _Events | None = None) -> None:
         """Wrap a tree, and the events that its copies complete; None if nothing is being copied."""
@@ -34,17 +34,17 @@ class HostTree:
 
 
 class GpuCopy:
-    """Copies trees to pinned memory, which is reused from one version to the next."""
+    """Copies trees to pinned memory, which is reused for the next version."""
 
     def __init__(self) -> None:
-        """Begin without any memory."""
+        """Begin without memory."""
         self._buffers: list[Any] = []
         self._streams: dict[Any, Any] = {}
 
     def to_host(self, tree: Any) -> HostTree:
-        """Start copying the tensors on CUDA devices; a tree without such tensors is not copied.
+        """Start copying a tree that has tensors on CUDA devices; wrap any other tree without a copy.
 
-        The tree that the last call returned must have been read by its `fill`, as its memory is reused.
+        Call `fill` of the last returned tree first: its memory is reused.
         """
         torch = sys.modules.get("torch")
         if torch is None or not torch.cuda.is_initialized() or not _is_on_gpu(tree):
@@ -107,7 +107,7 @@ class _TreeCopy:
         return buffer
 
     def _next_buffer(self, tensor: Any) -> Any:
-        """Return pinned memory for a tensor: the memory that the same place of the last tree had, if it fits."""
+        """Return pinned memory for a tensor: if it fits, that of the tensor at the same position in the last tree."""
         if self._used == len(self._buffers):
             self._buffers.append(None)
         found = self._buffers[self._used]

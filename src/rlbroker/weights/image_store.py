@@ -1,4 +1,4 @@
-"""Decoded versions in memory: in the cache that the processes of a host share, or in memory of this process."""
+"""Decoded versions in memory: in the cache that the processes of a host share, or in this process alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from rlbroker.weights.host_cache.cache import HostCache, SharedDraft
 from rlbroker.weights.host_cache.image_files import Bytes
 
-#: Smaller weights are not shared: downloading them is as fast as looking for them.
+#: Smaller weights are not shared: downloading them is as fast as finding them in the cache.
 MIN_SHARED_BYTES: Final = 64 << 10
 
 

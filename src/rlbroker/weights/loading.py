@@ -38,17 +38,13 @@ def load(weights: Any, target: Any) -> None:
         _check_fits(weights, target)
         _overwrite(weights, target)
     elif isinstance(weights, Mapping):
-        target.update(copy.deepcopy(weights))  # the received weights lie in memory that other processes share
+        target.update(copy.deepcopy(weights))  # the received weights are in memory that other processes share
     else:
         raise WeightsMismatch(f"the weights are a {type(weights).__name__}, not a dictionary")
 
 
 def check_target(target: Any) -> None:
-    """Check that weights can be loaded into a target of this kind.
-
-    Raises:
-        UnsupportedType: the target is neither a module nor a dictionary.
-    """
+    """Raise `UnsupportedType` unless the target is a module or a dictionary."""
     torch = sys.modules.get("torch")
     if not isinstance(target, MutableMapping) and not (torch and isinstance(target, torch.nn.Module)):
         raise UnsupportedType(

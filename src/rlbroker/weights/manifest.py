@@ -1,4 +1,4 @@
-"""The manifest of the latest version, as the hash `weights` holds it: its stored forms and the cheapest path to it."""
+"""The manifest of the latest version, stored in the hash `weights`: its stored forms, and the cheapest path to it."""
 
 from __future__ import annotations
 
@@ -69,11 +69,7 @@ class StoredForm:
         return replace(self, signature=key.sign(WEIGHTS, *self._signed_fields(run)))
 
     def check(self, key: SigningKey, run: str) -> None:
-        """Check that this form was signed with the key, for this run.
-
-        Raises:
-            NotSigned: the signature is missing or wrong.
-        """
+        """Raise `NotSigned` unless this form was signed with the key, for this run."""
         key.check(self.signature, WEIGHTS, *self._signed_fields(run))
         if len(self.hashes) != (self.chunks + 1) * HASH_LENGTH:
             raise NotSigned("its signature is for another number of chunks")
@@ -104,11 +100,7 @@ class StoredForm:
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """Parse what `to_text` returned.
-
-        Raises:
-            ValueError: it is anything else.
-        """
+        """Parse what `to_text` returned; raise ValueError for anything else."""
         version, base, upload, chunks, stored_bytes, digest = text.split(":")
         form = cls(int(version), int(base), upload, int(chunks), int(stored_bytes), digest)
         if not 0 <= form.base < form.version or form.chunks < 0 or form.stored_bytes < 0:
@@ -124,8 +116,8 @@ class Manifest:
 
     Attributes:
         latest: the stored form of the latest version.
-        others: the forms that stay besides: the full version that the chain of deltas begins with, these deltas, and
-            the full form of the latest version where `latest` is a delta.
+        others: the other forms that stay: the full version at the start of the chain of deltas, these deltas, and the
+            full form of the latest version if `latest` is a delta and there is one.
         raw_bytes: bytes of the tensors of the latest version.
         chunk_bytes: a chunk was closed once it held this much.
         codec: `blosc2` or `raw`.
@@ -168,12 +160,12 @@ class Manifest:
 
     @property
     def forms(self) -> tuple[StoredForm, ...]:
-        """All stored forms that must stay."""
+        """All stored forms that stay."""
         return (*self.others, self.latest)
 
     @property
     def new_forms(self) -> tuple[StoredForm, ...]:
-        """The forms of the latest version: `latest`, and possibly a full form besides."""
+        """The forms of the latest version: `latest`, and possibly a full form as well."""
         return tuple(form for form in self.forms if form.version == self.version)
 
     def signed(self, key: SigningKey, run: str) -> Self:
@@ -182,20 +174,16 @@ class Manifest:
         return replace(self, latest=self.latest.signed(key, run), others=tuple(others))
 
     def check(self, key: SigningKey, run: str) -> None:
-        """Check that every form was signed with the key, for this run.
-
-        Raises:
-            NotSigned: a signature is missing or wrong.
-        """
+        """Raise `NotSigned` unless every form that stays was signed with the key, for this run."""
         if not any(form.signature for form in self.forms):
             raise NotSigned(
-                "its signature is missing: the learner signs nothing; this process wants signatures: give the learner "
-                f"the same key (id {key.id})"
+                "its signature is missing: the learner does not sign, but this process requires signatures; give the "
+                f"learner the same key (id {key.id})"
             )
         for form in (self.latest, *self.others):
             form.check(key, run)
 
-    def numbered(self, version: int) -> Self:
+    def with_version(self, version: int) -> Self:
         """Return a copy in which the latest version has another number."""
         before = self.version
         others = [replace(one, version=version) if one.version == before else one for one in self.others]
@@ -228,8 +216,7 @@ class Manifest:
     def from_fields(cls, found: Mapping[str, str]) -> Self | None:
         """Parse the fields of the hash; return None if nothing was published yet.
 
-        Raises:
-            WireError: no learner writes such fields.
+        Raise `WireError` for fields that no learner writes.
         """
         if "version" not in found:
             return None
@@ -287,13 +274,13 @@ def choose_others(
 ) -> tuple[StoredForm, ...]:
     """Choose which forms stay besides `latest` once it is published.
 
-    The newest full form and all deltas after it are needed. Of the deltas before it, those stay that are smaller,
-    together with the needed ones, than a full version: a late worker would download a full version without them.
+    The newest full form and all deltas after it are needed. Older deltas stay as long as they and the needed ones are
+    together smaller than a full version: without them, a worker that is behind would download a full version.
 
     Args:
         latest: the new version's form.
-        full: the new version's full form besides, if there is one.
-        before: the forms of the manifest before.
+        full: the new version's full form, if it is stored as a delta and in full.
+        before: the forms of the previous manifest.
     """
     newest_full = full or (latest if not latest.base else None)
     others = [full] if full else []
@@ -315,8 +302,8 @@ def choose_others(
 def needs_full(latest: StoredForm, before: Sequence[StoredForm]) -> bool:
     """Return whether a version that is stored as a delta must be stored as a full one too.
 
-    It must once there are many deltas since the last full form, or once they are twice as large as that form. A new
-    worker then downloads about three times the bytes of a full version at most.
+    It must be when there are many deltas since the last full form, or when they are twice as large as that form. So a
+    new worker downloads at most about three times the bytes of a full version.
     """
     full = max((form for form in before if not form.base), key=lambda form: form.version)
     deltas = [form.stored_bytes for form in before if form.version > full.version] + [latest.stored_bytes]
@@ -324,7 +311,7 @@ def needs_full(latest: StoredForm, before: Sequence[StoredForm]) -> bool:
 
 
 def group(stored_bytes: Iterable[int], chunk_bytes: int) -> Iterator[range]:
-    """Yield the segments of each chunk: whole segments, in order, until the chunk is large enough.
+    """Yield the segments of each chunk: whole segments, in order, until the chunk has `chunk_bytes`.
 
     Learner and worker compute the same ranges, so they are not stored.
 
@@ -342,7 +329,7 @@ def group(stored_bytes: Iterable[int], chunk_bytes: int) -> Iterator[range]:
 
 
 def digest_of(header: bytes | memoryview) -> str:
-    """Return the digest of a header as manifests hold it."""
+    """Return the digest of a header, as in manifests."""
     return xxhash.xxh3_128_hexdigest(header)
 
 

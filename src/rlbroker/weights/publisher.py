@@ -1,4 +1,4 @@
-"""The learner's side: each version is encoded and stored once, and then committed in one atomic step.
+"""Publishes weights for a learner: encodes and stores each version once, and commits it in one atomic step.
 
 The learner keeps one image of its latest version. The next version may be stored as a delta to it, and a server that
 comes back without its data gets it again under a new version.
@@ -39,7 +39,7 @@ SEGMENT_BYTES: Final = 2 << 20
 #: Smaller weights are always stored in full: a delta would save less than finding it costs.
 MIN_DELTA_BYTES: Final = 64 << 10
 
-#: How often a version is stored if the server loses parts of it meanwhile.
+#: How often a version is stored if the server loses parts of it before it is committed.
 _TRIES: Final = 3
 
 
@@ -61,13 +61,11 @@ class Publisher:
         """Continue with the version that the run has now.
 
         Args:
-            connection: connection to the server.
-            keys: the run's keys.
             epoch: the learner's epoch; a newer one fences this learner.
             images: where images are kept; in this process's memory by default.
-            metrics: records what was published, and how long that took.
-            key: signs what is published, and what was published before must be signed with it; None for no signatures.
-            segment_bytes: raw bytes that are compressed as one.
+            metrics: records publications and their durations.
+            key: signs versions, and must have signed the present one; None for no signatures.
+            segment_bytes: raw bytes of one segment.
             chunk_bytes: a chunk is closed once it holds this much.
         """
         self._connection, self._keys, self._key = connection, keys, key
@@ -99,11 +97,11 @@ class Publisher:
 
     @property
     def last_used(self) -> int:
-        """The highest version number that was ever used, as far as is known."""
+        """The highest version number known to have been used."""
         return self._committer.last_used
 
     @property
-    def published(self) -> Mapping[int, float]:
+    def publish_times(self) -> Mapping[int, float]:
         """The times at which recent versions were published, seconds since the epoch."""
         return self._committer.publish_times
 
@@ -146,7 +144,7 @@ class Publisher:
             return PublishReceipt(self._in_background)
 
     def enforce_retention(self) -> None:
-        """Set the lifetimes of chunks that an earlier fault has left unset. Do nothing while a version is published."""
+        """Set the lifetimes of chunks that an earlier fault left unset. Do nothing during a publication."""
         if self._lock.acquire(blocking=False):
             try:
                 self._retention.enforce()
@@ -154,7 +152,7 @@ class Publisher:
                 self._lock.release()
 
     def mark_used(self, version: int) -> None:
-        """Never use this version number, nor a lower one: a checkpoint refers to it."""
+        """Never use this version number or a lower one: a checkpoint refers to it."""
         with self._lock:
             self._committer.mark_used(version)
 
@@ -169,15 +167,11 @@ class Publisher:
         """Publish the latest weights again, under a new version, if the server has lost them. Try once.
 
         Args:
-            unreadable_version: a version that a worker could not read. If it is the latest, the stored chunks are
-                compared byte by byte; otherwise only their sizes are.
+            unreadable_version: a version that a worker could not read. If it is the latest, the contents of the stored
+                chunks are checked; otherwise only their sizes.
 
         Returns:
             False if another thread is publishing: call again later.
-
-        Raises:
-            Fenced: a newer learner publishes in this run.
-            PeerError: the server refused, or could not be reached in time.
         """
         if not self._lock.acquire(blocking=False):
             return False
@@ -206,7 +200,7 @@ class Publisher:
             self._lock.release()
 
     def finish(self, timeout_seconds: float) -> bool:
-        """Wait until no publication is running in the background; return whether that came in time."""
+        """Wait until no publication is running in the background; return whether there is none."""
         deadline = Deadline(timeout_seconds)
         _wait_for(self._in_background, deadline.remaining)
         if not self._in_background.done() or not self._lock.acquire(timeout=deadline.remaining):
@@ -307,7 +301,7 @@ class Publisher:
         base: DeltaBase | None,
         deadline: Deadline | None,
     ) -> tuple[Manifest, Upload, float]:
-        """Store an image as a delta if that is worthwhile, and in full too once there are many deltas."""
+        """Store an image as a delta if that is worthwhile, and in full as well when `needs_full`."""
         committer = self._committer
         before = committer.latest.forms if committer.latest else ()
         store = partial(
@@ -342,7 +336,7 @@ class Publisher:
         return committer.sign(manifest), upload, full_ratio
 
     def _discard(self, manifest: Manifest) -> None:
-        """Delete what was stored of a version that was not committed: a full server needs the room."""
+        """Delete the stored chunks of a version that was not committed: a full server needs the room."""
         if self._committer.is_unconfirmed(manifest.upload):
             return
         for form in manifest.new_forms:

@@ -19,16 +19,16 @@ logger = logging.getLogger("rlbroker")
 #: Chunks of a superseded version stay this long, for workers that are still reading them.
 SUPERSEDED_SECONDS: Final = 60
 
-#: At most this many superseded bytes stay, besides the version superseded last: frequent versions must not fill the
-#: server.
+#: At most this many superseded bytes stay, but always the version superseded last. Otherwise frequent versions could
+#: fill the server.
 SUPERSEDED_BYTES: Final = 1 << 30
 
 
 class Retention:
-    """The chunks that one learner must keep, let expire and may delete. Not safe for several threads at once."""
+    """The chunks that one learner keeps, lets expire, or deletes. Not safe to use from several threads at once."""
 
     def __init__(self, connection: Connection, keys: Keys) -> None:
-        """Begin without any chunks."""
+        """Begin without chunks."""
         self._connection, self._keys = connection, keys
         self._latest_upload = ""
         self._to_keep: dict[str, StoredForm] = {}
@@ -37,7 +37,7 @@ class Retention:
         self._superseded: deque[tuple[StoredForm, float]] = deque()
 
     def adopt(self, manifest: Manifest, before: Sequence[StoredForm]) -> None:
-        """Note that this manifest is the latest: its forms must stay, forms from before that it drops must expire."""
+        """Adopt the latest manifest: its forms stay, and forms of the manifest `before` that it drops expire."""
         names = {form.upload for form in manifest.forms}
         gone = {form.upload: form for form in (*before, *manifest.dropped) if form.upload not in names}
         known = {form.upload for form in before}
@@ -52,7 +52,7 @@ class Retention:
         self._superseded += [(form, now) for form in gone.values()]
 
     def enforce(self) -> None:
-        """Set the lifetimes that are due. What fails stays due and is done by the next call."""
+        """Set the lifetimes that are due. What fails stays due for the next call."""
         keep = [key for form in self._to_keep.values() for key in form.chunk_keys(self._keys)]
         commands: list[tuple[Argument, ...]] = [("PERSIST", key) for key in keep]
         for form in self._to_expire.values():
@@ -60,8 +60,8 @@ class Retention:
         if commands:
             *_, latest = self._connection.execute_all([*commands, ("HGET", self._keys.weights, "upload")])
             if latest is not None and latest.decode(errors="replace") != self._latest_upload:
-                # A newer learner has superseded these chunks, perhaps before our PERSIST: without an expiry they would
-                # stay for ever.
+                # A newer learner has superseded these chunks, perhaps before this PERSIST: without an expiry they
+                # would stay for ever.
                 self._connection.execute_all([("EXPIRE", key, SUPERSEDED_SECONDS) for key in keep])
         self._to_keep, self._to_expire = {}, {}
         self._delete_overdue()
@@ -87,7 +87,7 @@ class Retention:
             latest = self._connection.execute("HGET", self._keys.weights, "upload", deadline=Deadline(0))
             if latest is not None and latest.decode(errors="replace") == self._latest_upload:
                 keys = [key for form in gone for key in form.chunk_keys(self._keys)]
-                self._connection.on_each("UNLINK", keys, deadline=Deadline(0))
+                self._connection.execute_on_keys("UNLINK", keys, deadline=Deadline(0))
         except ConnectionFailed as error:
             logger.info("%s; a later check deletes superseded weights that did not expire", error)
             return
@@ -98,4 +98,4 @@ class Retention:
         """Delete superseded forms, oldest first; a worker that is reading one continues with the latest version."""
         while self._superseded and sum(form.stored_bytes for form, _ in self._superseded) > keep_bytes:
             form, _ = self._superseded.popleft()
-            self._connection.on_each("UNLINK", form.chunk_keys(self._keys))
+            self._connection.execute_on_keys("UNLINK", form.chunk_keys(self._keys))

@@ -1,4 +1,4 @@
-"""The worker's side: announcements save waiting, the manifest is the truth, and decoding happens in the background."""
+"""Follows the latest weights for a worker: waits for announcements, reads the manifest, decodes in the background."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from rlbroker.weights.version_channel import VersionChannel
 logger = logging.getLogger("rlbroker")
 
 #: How often the manifest is polled without an announcement. Announcements come over the channel and the control stream;
-#: a worker that has lost the connection of one of them polls as soon as it is back.
+#: a worker that has lost the connection of either polls as soon as it is back.
 POLL_SECONDS: Final = 3.0
 
-#: At most one refused version is reported in this time: any client with write access could name a new one at each poll.
+#: At most one refused version is reported in this time: any client with write access can name a new one at each poll.
 REFUSED_SECONDS: Final = 1.0
 
-#: How often a version is tried before it counts as failed.
+#: How often a download is tried before the version counts as failed.
 TRIES: Final = 3
 
 
@@ -51,12 +51,10 @@ class Subscriber:
         """Create a subscriber; nothing is read yet.
 
         Args:
-            connection: connection to the server.
-            keys: the run's keys.
-            images: where decoded versions are kept; in this process's memory by default.
+            images: where decoded versions are kept; by default in this process's memory.
             key: the key that weights must be signed with; None to accept them unsigned.
             from_replicas: whether chunks are read from replicas, where there are any.
-            run_size: returns how many workers and hosts download each version.
+            run_size: returns the number of workers and hosts that download each version.
         """
         self._connection, self._keys = connection, keys
         self._images = images or ImageStore(keys.run, None)
@@ -72,7 +70,7 @@ class Subscriber:
         self._last_manifest: Manifest | None = None  #: of the version that was downloaded last
         #: The version that was decoded last: the next one may be a delta to it.
         self._previous: DecodedVersion | None = None
-        self._failures = ("", 0)  #: of which upload, and how many
+        self._failures = ("", 0)  #: the upload that failed last, and how often
         self._problem = ""
 
     def start(self) -> None:
@@ -110,7 +108,7 @@ class Subscriber:
 
     @property
     def newest(self) -> int:
-        """The newest version that was decoded or given up; 0 after `fetch_again`."""
+        """The newest version that was decoded or given up; 0 before the first, and after `fetch_again`."""
         return self._updates.newest
 
     @property
@@ -127,11 +125,7 @@ class Subscriber:
         return self._updates.take(timeout_seconds)
 
     def read_latest(self) -> int:
-        """Ask the server for the latest version, with a signing key for the latest signed one; 0 before the first.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Return the server's latest version; with a signing key, the latest signed one. 0 before the first."""
         version = self._read_version() or 0
         self.announce(version)
         if not self._signatures.required:
@@ -145,19 +139,19 @@ class Subscriber:
             return self._signatures.newest
 
     def announce(self, version: int) -> None:
-        """Note that a version was published, as another part of the worker has learned."""
+        """Note that a version was published, as another part of the worker found out."""
         if version > self._announced:
             self._announced = version
             self._thread.wake()
 
     def fetch_again(self) -> None:
-        """Fetch the latest version once more, for another model."""
+        """Fetch the latest version again, for another model."""
         self._updates.forget_newest()
         self._next_poll = Deadline(0)
         self._thread.wake()
 
     def _run_once(self) -> bool:
-        """Wait for an announcement, and poll when it is time; return whether it was."""
+        """Wait for an announcement, and poll when it is time; return whether it polled."""
         if not self._channel.subscribed:
             self._channel.subscribe()
             self._next_poll = Deadline(0)  # announcements that came before are not repeated
@@ -177,9 +171,8 @@ class Subscriber:
         delayed, self._not_before = self._not_before is not None, None
         if not self._is_newer_announced():
             return
-        # A worker that was delayed once downloads whatever is the latest then. Until then it asks the server for
-        # nothing: a thousand workers that read the manifest at once are a load too, and the next version is likely to
-        # have the size of the last one.
+        # A delayed worker then downloads whatever is the latest. Until then it does not even read the manifest: a
+        # thousand workers that read it at once are a load too, and a version is likely as large as the one before.
         if not delayed and self._last_manifest and self._delay(self._announced, self._last_manifest):
             return
         manifest, signed = self._read_manifest(), self._signatures.newest
@@ -240,11 +233,11 @@ class Subscriber:
         return number_in(self._connection.execute("HGET", self._keys.weights, "version"))
 
     def _read_manifest(self) -> Manifest | None:
-        """Return the server's manifest; learn over which shards its chunks are spread."""
+        """Return the server's manifest, and use the shards over which its chunks are spread."""
         commands = [("HGETALL", self._keys.weights), ("HGET", self._keys.meta, "shards")]
         fields, shards = raise_first_error(self._connection.ask(commands))
         if shards is not None:
-            self._keys.spread(shards.decode("ascii", "replace"))
+            self._keys.use_shards(shards.decode("ascii", "replace"))
         return Manifest.from_fields(text_fields(fields))
 
     def _refuse(self, manifest: Manifest, problem: str) -> None:
@@ -270,7 +263,7 @@ class Subscriber:
 
 
 class _DownloadJitter:
-    """Spreads the downloads of a version over time, so that many workers do not all start at once."""
+    """Spreads the downloads of a version over time, so that many workers do not start at once."""
 
     def __init__(self, images: ImageStore, run_size: Callable[[], RunSize]) -> None:
         self._images, self._run_size = images, run_size
@@ -309,20 +302,20 @@ class _SignatureCheck:
             manifest.check(self._key, self._run)
 
     def accept(self, manifest: Manifest) -> None:
-        """Verify the manifest of a version to fetch, and remember it as the newest; warn once if that needs a key."""
+        """Verify the manifest of a version to fetch, and remember its version; without a key, warn once."""
         if self._key:
             self.verify(manifest)
             self.newest = manifest.version
         elif manifest.latest.signature and not self._warned:
             self._warned = True
             logger.warning(
-                "the learner of %r signs its weights, and this worker does not check that, as it has no key: set "
-                "signing_key, or RLBROKER_SIGNING_KEY_FILE",
+                "the learner of %r signs its weights, but this worker does not check the signatures, as it has no key: "
+                "set signing_key or RLBROKER_SIGNING_KEY_FILE",
                 self._run,
             )
 
     def is_new_refusal(self, manifest: Manifest, problem: str) -> bool:
-        """Return whether to report a refusal: a repeated one is not reported, nor one shortly after another."""
+        """Return whether to report a refusal: not one that repeats the last, nor one shortly after it."""
         refusal = manifest.version, manifest.upload, problem
         if refusal == self._last_refusal or not self._next_refusal.over:
             return False

@@ -1,4 +1,4 @@
-"""Updates that a worker's background thread hands to the calls that load them."""
+"""Updates on their way from a worker's background thread to the calls that load them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 
 from rlbroker.weights.download import DecodedVersion
 
-#: At most this many updates wait where a version was refused: any client with write access could name new ones.
+#: Refused versions are not added when this many updates wait: any client with write access can name new ones.
 REFUSED_KEPT: Final = 100
 
 
@@ -24,7 +24,7 @@ class WeightsUpdate:
 
 
 def drop_superseded(updates: Sequence[WeightsUpdate]) -> list[WeightsUpdate]:
-    """Return the updates that failed, and of the others the newest: only that one is worth loading."""
+    """Return the failed updates, and the newest of the others: only that one is worth loading."""
     decoded = [one for one in updates if not one.problem]
     return [one for one in updates if one.problem] + decoded[-1:]
 
@@ -38,7 +38,7 @@ class UpdateQueue:
     """
 
     def __init__(self) -> None:
-        """Begin without any update."""
+        """Begin without updates."""
         self.newest = 0
         self.newest_seen = (0, "")
         self._updates: list[WeightsUpdate] = []

@@ -1,4 +1,4 @@
-"""Encodes versions and stores their chunks. An upload becomes a version only when it is committed."""
+"""Encodes versions and stores their chunks. An upload becomes a version when it is committed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ UNCOMMITTED_SECONDS: Final = 3600
 #: How many segments are encoded as a trial before a version is stored as a delta.
 _TRIAL_SEGMENTS: Final = 3
 
-#: A delta must be smaller than this part of the full version; otherwise applying it is not worth the effort.
+#: A delta must be smaller than this fraction of the full version; otherwise it is not worth applying.
 _WORTHWHILE_RATIO: Final = 0.8
 
 #: The key of a chunk, and the parts of its value.
@@ -69,7 +69,7 @@ class Upload:
     """A stored form whose chunks are on the server.
 
     Attributes:
-        form: what a manifest says of it.
+        form: its entry in a manifest.
         header: its chunk 0.
         digests: xxh3_64 of each segment, raw.
     """
@@ -80,7 +80,10 @@ class Upload:
 
 
 class Uploader:
-    """Stores images in chunks, and checks that the server still has them. Not safe for several threads at once."""
+    """Stores images in chunks, and checks that the server still has them.
+
+    Not safe to use from several threads at once.
+    """
 
     def __init__(
         self,
@@ -95,8 +98,6 @@ class Uploader:
         """Create an uploader.
 
         Args:
-            connection: connection to the server.
-            keys: the run's keys.
             chunk_bytes: a chunk is closed once it holds this much.
             retention: makes room when the server is full.
             metrics: records the time for encoding and sending.
@@ -143,15 +144,14 @@ class Uploader:
         """Store every chunk of an image, while the next ones are being encoded.
 
         Args:
-            plan: the plan of the image.
-            image: its bytes, which must not change meanwhile.
-            version: the number that the version is to get.
+            image: its bytes, which must not change until this returns.
+            version: the number that the version will get.
             upload: the name in the keys of its chunks.
             compression: whether to compress.
             base: the version to store a delta to; None to store the full version.
-            encoded: segments that are encoded already.
-            deadline: how long to wait for a server that is away; by default the connection's timeout, from when a
-                chunk was last stored.
+            encoded: segments that are already encoded, by index.
+            deadline: how long to wait for a server that is away; by default the connection's timeout after the last
+                stored chunk.
         """
         builder = _ChunkBuilder(self._keys, upload, plan, self._chunk_bytes, self._hashing)
         ahead = self._encode_ahead(plan, partial(self._encode, plan, image, base, compression), encoded or {})
@@ -179,19 +179,19 @@ class Uploader:
     def discard(self, upload: str, chunks: int) -> None:
         """Delete the chunks of an upload, if the server can be reached."""
         with suppress(PeerError):  # they expire anyway
-            self._connection.on_each("UNLINK", self._keys.upload(upload, chunks), deadline=Deadline(0))
+            self._connection.execute_on_keys(
+                "UNLINK", self._keys.upload(upload, chunks), deadline=Deadline(0)
+            )
 
     def forget_superseded(self, manifest: Manifest) -> None:
-        """Forget what was stored of uploads that the latest manifest does not name."""
+        """Forget the stored chunks of uploads that the latest manifest does not name."""
         names = {form.upload for form in manifest.forms}
         self._stored = {upload: chunks for upload, chunks in self._stored.items() if upload in names}
 
     def is_damaged(self, manifest: Manifest, *, compare: bool) -> bool:
         """Return whether a chunk that this learner stored is missing or has another size.
 
-        Args:
-            manifest: the latest manifest.
-            compare: whether to compare the chunks' contents too.
+        With `compare`, return True for a chunk with other content, too.
         """
         stored = [
             (key, parts, form.hash_of(number))
@@ -200,7 +200,7 @@ class Uploader:
                 zip(form.chunk_keys(self._keys), self._stored.get(form.upload, ()), strict=False)
             )
         ]
-        found = self._connection.on_each("EXISTS", [key for key, _, _ in stored])
+        found = self._connection.execute_on_keys("EXISTS", [key for key, _, _ in stored])
         sizes = self._connection.execute_all([("STRLEN", key) for key, _, _ in stored])
         if found < len(stored) or sizes != [sum(size for size, _ in parts) for _, parts, _ in stored]:
             return True
@@ -272,14 +272,14 @@ class Uploader:
                         raise
                 except ConnectionFailed as fault:
                     forget_confirmed()
-                    progress.outlast(fault, moved=confirmed > 0)
+                    progress.outlast(fault, progressed=confirmed > 0)
                 confirmed = 0
         finally:
             self._metrics.add("send_seconds", time.perf_counter() - began - encoding_seconds)
 
 
 class _ChunkBuilder:
-    """Groups the segments of one upload into chunks, and collects what its manifest must say of them."""
+    """Groups the segments of one upload into chunks, and collects what its manifest needs."""
 
     def __init__(
         self, keys: Keys, upload: str, plan: ImagePlan, chunk_bytes: int, hashing: ThreadPoolExecutor | None
@@ -329,7 +329,7 @@ class _ChunkBuilder:
 
 
 def _has_content(data: bytes, parts: PartDigests, signed_hash: str) -> bool:
-    """Return whether a chunk is what was stored: by its signed hash if there is one, or by the digests of its parts."""
+    """Return whether a chunk is unchanged, by its signed hash if there is one, else by the digests of its parts."""
     if signed_hash:
         return chunk_hash([data]) == signed_hash
     rest = memoryview(data)

@@ -16,8 +16,8 @@ from rlbroker.backend.replies import whole_number
 from rlbroker.backend.threads import BackgroundThread
 from rlbroker.errors import ConnectionFailed
 
-#: How often the server is pinged over the subscription, which would otherwise stay silent after the connection broke.
-#: It must have answered before the next ping.
+#: How often the server is pinged over the subscription, as a broken connection is otherwise just silent. The server
+#: must answer before the next ping.
 PING_SECONDS: Final = STALL_SECONDS / 2
 
 
@@ -53,10 +53,9 @@ class VersionChannel:
             pubsub.close()
 
     def wait(self, until: Deadline, thread: BackgroundThread) -> int:
-        """Wait for an announcement, but not beyond the deadline, nor when the thread is woken or stopped.
+        """Wait for an announcement until the deadline, or until the thread is woken or stopped.
 
-        Returns:
-            The version that was announced; 0 for none. After an error the channel is not subscribed any more.
+        Return the announced version, or 0. An error ends the subscription.
         """
         pubsub = self._pubsub
         assert pubsub is not None
@@ -81,7 +80,7 @@ class VersionChannel:
     ) -> Any:
         if self._next_ping.over:
             if not self._answered:
-                raise ConnectionFailed(f"the subscription to {self._connection.address} gives no answer")
+                raise ConnectionFailed(f"the subscription to {self._connection.address} does not answer")
             pubsub.ping()
             self._next_ping, self._answered = Deadline(PING_SECONDS), False
         seconds = min(until.remaining, self._next_ping.remaining)

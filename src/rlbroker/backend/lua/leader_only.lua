@@ -1,6 +1,6 @@
--- Lets only the leading learner run the script that includes this.
+-- Include: let only the leading learner run the script.
 -- KEYS[1]: `meta`; ARGV[1]: the learner's epoch
--- Reply: error FENCED if a newer learner leads, error LOST if the server has lost the run; otherwise the script goes on
+-- Errors: FENCED if a newer learner leads; LOST if the server has lost the run
 
 local leading = tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0
 if leading > tonumber(ARGV[1]) then

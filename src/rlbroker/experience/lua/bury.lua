@@ -1,7 +1,9 @@
--- Moves an entry that no learner can use to the dead letters, counts it, and deletes the oldest dead letters.
+-- Move an entry that no learner can use to the dead letters, count it, and delete the oldest dead letters.
 -- KEYS: as in own_entries.lua; then the worker's dead letters
--- ARGV: as in own_entries.lua; then id, stored bytes, reason, letters to keep, bytes to keep, field and value pairs
--- Reply: 1; 0 if the entry did not exist; 2 if another learner has it now.
+-- ARGV: as in own_entries.lua; then id, stored bytes, reason, letters to keep, bytes to keep,
+--       field and value pairs to add
+-- Reply: 1; 0 if the entry is not pending; 2 if another learner has it now
+-- Errors: as in own_entries.lua
 
 -- include: experience/lua/own_entries.lua
 

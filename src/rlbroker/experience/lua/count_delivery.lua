@@ -1,7 +1,8 @@
--- Records how often an entry was delivered, before the learner can die over it.
+-- Record the number of deliveries of an entry, before the learner gets it and may crash.
 -- KEYS: as in own_entries.lua
--- ARGV: as in own_entries.lua; then id, the consumer of this learner that has it, deliveries with this one
--- Reply: 1; 0 if another learner has the entry now.
+-- ARGV: as in own_entries.lua; then id, the consumer of this learner that has it, deliveries including this one
+-- Reply: 1; 0 if this learner does not have the entry
+-- Errors: as in own_entries.lua
 
 -- include: experience/lua/own_entries.lua
 

@@ -1,7 +1,8 @@
--- Drops the oldest waiting batches of a queue until it is within its bounds.
+-- Drop the oldest waiting batches of a queue until it is within its bounds.
 -- KEYS: the worker's experiences, its counts
--- ARGV: group, entries that may stay waiting, bytes that may stay in the queue, bytes that were ever sent, incarnation
--- Reply: how many batches this incarnation has dropped, the last id that was delivered, the first id that waits.
+-- ARGV: group, most waiting entries, most bytes in the queue, bytes that were ever sent, incarnation
+-- Reply: how many batches this incarnation has dropped so far, the last id that was delivered, the first id that waits
+-- Errors: FENCED if a newer incarnation has joined; LOST if the server lost the queue
 
 local newest = tonumber(redis.call('HGET', KEYS[2], 'incarnation') or '0') or 0
 if newest > tonumber(ARGV[5]) then
@@ -23,7 +24,7 @@ local removed = tonumber(redis.call('HGET', KEYS[2], 'removed_bytes') or '0') or
 local dropped = 0
 local first = '18446744073709551615-18446744073709551615'
 while true do
-  -- Only entries after the last delivered one: what a learner has read cannot be taken back.
+  -- Only entries after the last delivered one: a learner may already use those that it has read.
   local oldest = redis.call('XRANGE', KEYS[1], '(' .. last_read, '+', 'COUNT', 1)[1]
   if not oldest then break end
   first = oldest[1]

@@ -1,4 +1,4 @@
--- Include: deletes a worker's counts if they are not a hash, because a worker may write anything there.
+-- Include: delete the key of a worker's counts if it is not a hash, because a worker may write anything there.
 -- KEYS: (any key), the worker's counts
 
 local kind = redis.call('TYPE', KEYS[2])['ok']

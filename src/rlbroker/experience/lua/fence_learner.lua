@@ -1,7 +1,7 @@
--- Fences older epochs of a learner: the server refuses their acknowledgements from now on.
+-- Fence older epochs of a learner: the server refuses their acknowledgements from now on.
 -- KEYS: the epochs of a worker's learners, its counts
 -- ARGV: the learner's name, its epoch
--- Reply: the counts, as HGETALL returns them.
+-- Reply: the counts, as HGETALL returns them
 
 -- include: backend/lua/also_when_full.lua
 

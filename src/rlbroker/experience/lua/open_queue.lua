@@ -1,8 +1,9 @@
--- Creates a worker's queue if it does not exist, and fences older incarnations.
+-- Create a worker's queue if it does not exist, and fence older incarnations.
 -- KEYS: the worker's experiences, its counts
 -- ARGV: incarnation, group, number of the last batch that this incarnation has stored
 -- Reply: the number of this incarnation's last batch that is or was in the stream, and the bytes that were ever sent;
---        -1 for the latter if the server lost nothing, so that what the worker knows is right.
+--        -1 for the latter if the server lost nothing, so that the worker's own number is right
+-- Errors: FENCED if a newer incarnation has joined
 
 local own = tonumber(ARGV[1])
 local known = tonumber(redis.call('HGET', KEYS[2], 'incarnation') or '0') or 0
@@ -22,16 +23,16 @@ if known > own or incarnation > own then
 end
 if known < own then
   if known > 0 and incarnation == known then
-    -- The incarnation before may have died without writing how many it sent.
+    -- The previous incarnation may have died without writing how many it sent.
     local sent = tonumber(redis.call('HGET', KEYS[2], 'sent:' .. known) or '0') or 0
     redis.call('HSET', KEYS[2], 'sent:' .. known, string.format('%.0f', math.max(sent, last)))
   end
   redis.call('HSET', KEYS[2], 'incarnation', ARGV[1])
-  -- Counts of all incarnations but the last are added up in one field; the last one may still count.
+  -- The counts of all incarnations before the previous one are added up in one field. The previous one may still count.
   local counts = redis.call('HGETALL', KEYS[2])
   for i = 1, #counts, 2 do
-    local reason, of = string.match(counts[i], '^([%a_]+):(%d+)$')
-    if reason and reason ~= 'epoch' and tonumber(of) < known then
+    local reason, counted_by = string.match(counts[i], '^([%a_]+):(%d+)$')
+    if reason and tonumber(counted_by) < known then
       redis.call('HSET', KEYS[2], reason,
         (tonumber(redis.call('HGET', KEYS[2], reason) or '0') or 0) + (tonumber(counts[i + 1]) or 0))
       redis.call('HDEL', KEYS[2], counts[i])
@@ -39,7 +40,7 @@ if known < own then
   end
 end
 if incarnation < own then
-  -- From now on the server refuses entries of older incarnations, because their ids are too small.
+  -- From now on the server refuses entries of older incarnations: their ids are smaller than the last one.
   redis.call('XDEL', KEYS[1], redis.call('XADD', KEYS[1], ARGV[1] .. '-0', 'incarnation', ARGV[1]))
   last = 0
 end

@@ -1,9 +1,10 @@
--- Include: refuses a fenced learner, and defines `count` and `owns`. Replies {0} if the stream or its group is lost.
+-- Include: refuse a fenced learner, define `count` and `owns`, and reply {0} if the stream or its group is lost.
 -- KEYS: a stream, its worker's counts, the epochs of its learners
 -- ARGV: group, the learner's name, its epoch
+-- Errors: FENCED if a newer learner of this name has taken over
 
 if tonumber(redis.call('HGET', KEYS[3], ARGV[2]) or '0') > tonumber(ARGV[3]) then
-  return redis.error_reply('FENCED a newer learner has taken over the run')
+  return redis.error_reply('FENCED a newer learner with this name has taken over the run')
 end
 
 -- include: experience/lua/ensure_counts.lua
@@ -13,7 +14,7 @@ local function count(field, by)
   -- A worker may write anything here: a field that is not a number starts again.
   if type(done) == 'table' and done['err'] then redis.call('HSET', KEYS[2], field, by) end
 end
--- Whether this learner has an entry pending: false if another learner has, nil if none has.
+-- Returns whether an entry is pending for this learner: false if for another learner, nil if for none.
 local function owns(id)
   local row = redis.call('XPENDING', KEYS[1], ARGV[1], id, id, 1)[1]
   if not row then return nil end

@@ -1,7 +1,7 @@
--- Deletes a dead letter.
+-- Delete a dead letter.
 -- KEYS: the worker's dead letters, its counts
 -- ARGV: id
--- Reply: 1; 0 if it did not exist.
+-- Reply: 1; 0 if it did not exist
 
 local entry = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
 if not entry then return 0 end

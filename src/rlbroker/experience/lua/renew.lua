@@ -1,7 +1,7 @@
--- Renews a learner's claim on its pending entries. Entries that another learner has taken over stay with it.
+-- Renew a learner's claim on its pending entries. Entries that another learner has taken over stay with that learner.
 -- KEYS: a stream
 -- ARGV: group, a consumer
--- Reply: how many entries were renewed.
+-- Reply: how many entries were renewed
 
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 local position, renewed = '-', 0
@@ -10,7 +10,7 @@ while true do
   if #rows == 0 then return renewed end
   for _, row in ipairs(rows) do
     redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, row[1], 'RETRYCOUNT', row[4], 'JUSTID')
-    position = '(' .. row[1]  -- as text: the number may be larger than Lua can represent
+    position = '(' .. row[1]  -- as text: the number may be too large for Lua
     renewed = renewed + 1
   end
 end

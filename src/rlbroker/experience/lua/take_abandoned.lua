@@ -1,7 +1,8 @@
--- Takes over entries that other learners abandoned.
+-- Take over entries that other learners abandoned.
 -- KEYS: as in own_entries.lua
--- ARGV: as in own_entries.lua; then milliseconds for which an entry must have been idle, ids
--- Reply: the ids that were taken over.
+-- ARGV: as in own_entries.lua; then the least idle time of an entry in milliseconds, ids
+-- Reply: the ids that were taken over
+-- Errors: as in own_entries.lua
 
 -- include: experience/lua/own_entries.lua
 
@@ -12,7 +13,7 @@ for i = 5, #ARGV do
     -- The number of deliveries stays: count_delivery.lua adds one when the entry is delivered.
     redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2] .. '+', 0, ARGV[i], 'RETRYCOUNT', row[4], 'JUSTID')
     if owns(ARGV[i]) == nil then
-      count('trimmed', 1)  -- it was deleted, and the server noticed just now
+      count('trimmed', 1)  -- the entry was deleted while it was pending
     else
       table.insert(taken, ARGV[i])
     end

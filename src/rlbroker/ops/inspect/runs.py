@@ -71,7 +71,7 @@ def read_keys(connection: Connection, run: str) -> Keys:
         PeerError: the server refused, or could not be reached in time.
     """
     keys = Keys(run)
-    keys.spread(str(connection.execute("HGET", keys.meta, "shards") or b"", "ascii", "replace"))
+    keys.use_shards(str(connection.execute("HGET", keys.meta, "shards") or b"", "ascii", "replace"))
     return keys
 
 

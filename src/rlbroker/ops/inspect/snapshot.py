@@ -220,7 +220,7 @@ class SnapshotReader:
             settings = RunSettings.from_fields(meta)
             learner = _parse_learner(meta, now, settings.lease_seconds) if meta else None
             expected_workers = int(meta.get("num_workers", 0))
-        keys.spread(meta.get("shards", ""))
+        keys.use_shards(meta.get("shards", ""))
         workers = self._read_workers(
             parse_worker_ids(names_reply), now, manifest, settings.lease_seconds, pending_reply
         )

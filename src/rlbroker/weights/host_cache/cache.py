@@ -31,10 +31,9 @@ class HostCache:
 
     @classmethod
     def open(cls, run: str, directory: Path, *, keep: int = 2) -> Self | None:
-        """Join the processes that share the images of a run; log the reason and return None where that is impossible.
+        """Join the processes that share a run's images; if that is impossible, log the reason and return None.
 
         Args:
-            run: the run's name.
             directory: a directory such as `/dev/shm`.
             keep: unused images that stay, at least 1.
 
@@ -68,8 +67,8 @@ class HostCache:
     def claim(self, name: str) -> Claim | None:
         """Claim the exclusive right to make an image, without waiting.
 
-        Return None if another living process has the claim or is just releasing it: look for the image then, and try
-        again. Where claims are impossible, return an uncontended claim, so that no process waits in vain.
+        Return None if another living process has the claim or is just releasing it: call `find`, and try again. Where
+        claims are impossible, return an uncontended claim, so that no process waits for nothing.
         """
         file = _CLAIM + _check_name(name)
         files = self._open_files()
@@ -87,7 +86,7 @@ class HostCache:
         return Claim(folder, file, lock) if lock else None
 
     def reserve(self, image_bytes: int) -> SharedDraft | None:
-        """Return memory for a new image, private to this process; None without room. Its content is arbitrary.
+        """Return memory for a new image, private to this process; None if there is no room. Its content is arbitrary.
 
         The memory of an old image is reused if possible.
         """
@@ -105,7 +104,7 @@ class HostCache:
             return None
 
     def close(self) -> None:
-        """Leave; the last process removes everything. Images, drafts and claims stay valid until they are released."""
+        """Leave the cache; the last process removes it. Images, drafts and claims stay valid until released."""
         files = self._open_files()
         self._files = None
         if files:
@@ -115,13 +114,13 @@ class HostCache:
         """Return the files, unless this cache is closed or this is a forked child."""
         return self._files if os.getpid() == self._pid else None
 
-    def _warn_once(self, message: str, *facts: object) -> None:
+    def _warn_once(self, message: str, *arguments: object) -> None:
         if message not in self._logged:
             self._logged.add(message)
-            logger.warning(message, *facts)
+            logger.warning(message, *arguments)
 
     def _use(self, files: ImageFiles, file: str, lock: FileLock) -> SharedImage | None:
-        """Map a locked image, and take ownership of the lock or release it."""
+        """Map a locked image and take ownership of its lock; release the lock if the image is damaged."""
         try:
             found = files.read(lock)
             if found:
@@ -134,7 +133,7 @@ class HostCache:
         return None
 
     def _publish(self, draft: str, lock: FileLock, image: Bytes, name: str, header: bytes) -> Bytes:
-        """Publish a draft; log it and return the draft's own memory where that is impossible."""
+        """Publish a draft; if that is impossible, log the reason and return the draft's own memory."""
         files = self._open_files()
         try:
             if files is None:
@@ -161,7 +160,7 @@ class SharedDraft:
     def publish(self, name: str, header: bytes) -> SharedImage:
         """Publish the image with its header for all processes, and use it; it must not be written to any more.
 
-        Where that fails, which is logged, the image serves this process alone.
+        If publishing fails, which is logged, only this process uses the image.
 
         Raises:
             RuntimeError: it was published or abandoned before.

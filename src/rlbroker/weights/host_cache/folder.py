@@ -50,7 +50,7 @@ class FileLock:
         """Open and lock a file without waiting; None if it is missing, locked by another process, or was just moved.
 
         Raises:
-            OSError: the system refused, or the file should be created and the folder is gone.
+            OSError: the system refused, or the file could not be created because the folder is gone.
         """
         try:
             lock = cls(os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder_fd))
@@ -69,7 +69,7 @@ class FileLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether it was not released yet; always False in a forked child."""
+        """Whether it is not released yet; always False in a forked child."""
         return self in _held
 
     def change(self, *, exclusive: bool) -> bool:
@@ -84,7 +84,7 @@ class FileLock:
         return True
 
     def is_at(self, folder_fd: int, name: str) -> bool:
-        """Return whether this name in a folder is still this file."""
+        """Return whether this name in a folder still refers to this file."""
         try:
             found = os.stat(name, dir_fd=folder_fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -99,7 +99,7 @@ class FileLock:
             return
         fd, self.fd = self.fd, -1
         with contextlib.suppress(OSError):
-            # Closing is not enough while a child that was just forked has a copy of the descriptor.
+            # Closing is not enough: a child that was just forked has a copy of the descriptor.
             fcntl.flock(fd, fcntl.LOCK_UN)
         os.close(fd)
 
@@ -179,7 +179,7 @@ class Folder:
 
 
 def _become_user(fd: int) -> tuple[FileLock | None, bool]:
-    """Lock `users` as one of them; None if another process cleans up. Return also whether this is the first user."""
+    """Lock `users`, and return the lock and whether this is the first user; no lock if another process cleans up."""
     users = FileLock.take(fd, USERS, exclusive=True, flags=os.O_RDWR | os.O_CREAT)
     if users is None:
         return FileLock.take(fd, USERS, exclusive=False), False
@@ -205,7 +205,7 @@ def _remove_unused(name: str, root_fd: int, fd: int) -> None:
         return
     try:
         _empty(fd)
-        os.unlink(USERS, dir_fd=fd)  # last: from here on the folder may have new users
+        os.unlink(USERS, dir_fd=fd)  # last: from now on the folder may have new users
         os.rmdir(name, dir_fd=root_fd)
     finally:
         users.release()
@@ -219,7 +219,7 @@ def _empty(fd: int) -> None:
 
 
 def _files(fd: int) -> dict[str, int]:
-    # Opened anew: two threads that list through one descriptor would each get a part of the entries.
+    # Opened again: two threads that list through one descriptor would each get some of the entries.
     again = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
     try:
         with os.scandir(again) as entries:

@@ -1,8 +1,8 @@
-"""The image files in the folder of a run: made, reused, removed, mapped, and read from their end.
+"""The image files in a run's folder: created, reused, mapped, and removed.
 
 An image file holds the bytes of all weights, then a header, then a footer. A process that uses an image holds a shared
 lock on its file. A process that gets the exclusive lock may write another image into the file, which is much faster
-than into new memory; before that it renames the file to a *draft*, which no process looks for.
+than writing into new memory. Before that it renames the file to a *draft*, which no process opens as an image.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Bytes = NDArray[np.uint8]
 IMAGE: Final = "image-"
 DRAFT: Final = "draft-"
 
-#: The end of an image file: mark, bytes of the image, bytes of the header, digest of the image's size and the header.
+#: The footer: mark, bytes of the image, bytes of the header, digest of the image's size and the header.
 _FOOTER: Final = struct.Struct("<8sQQQ")
 _MARK: Final = b"rlbimg1\n"
 
@@ -53,8 +53,7 @@ class ImageFiles:
     def reserve(self, image_bytes: int) -> tuple[str, FileLock]:
         """Return a draft that is large enough: an unused file if possible, and new memory otherwise.
 
-        Raises:
-            OSError: there is no room.
+        Raise OSError if there is no room.
         """
         file_bytes = -(-(image_bytes + _HEADER_ROOM) // mmap.PAGESIZE) * mmap.PAGESIZE
         return self._recycle(file_bytes) or self._create(file_bytes)
@@ -130,7 +129,7 @@ class ImageFiles:
                 draft = _draft_name()
                 os.rename(name, draft, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
                 # From here on a shared lock keeps other processes from locking the file exclusively, and it becomes
-                # the image's lock. Between the two locks another process may take the file; then it is not our draft.
+                # the image's lock. Between the two locks another process may take the file; then this draft is lost.
                 if lock.change(exclusive=False) and lock.is_at(folder_fd, draft):
                     return draft, lock
         except BaseException:
@@ -199,7 +198,7 @@ def _draft_name() -> str:
 
 
 def _map(lock: FileLock, *, writable: bool) -> mmap.mmap:
-    # Opened anew: `mmap` keeps a copy of the descriptor, which would keep the lock in a forked child.
+    # Opened again: `mmap` keeps a copy of the descriptor, which would keep the lock in a forked child.
     fd = os.open(f"/proc/self/fd/{lock.fd}", os.O_RDWR if writable else os.O_RDONLY)
     try:
         # Private pages show the file as it is as long as they are not written to, and numpy and torch accept them as

@@ -3,7 +3,8 @@
 -- KEYS: meta, weights, control, notify channel
 -- ARGV: epoch, version, upload, upload and version of a manifest that is refused and may be replaced,
 --       then field and value pairs of the manifest
--- Reply: `committed`, or `taken` if the version number was used before; FENCED or LOST
+-- Reply: `committed`, or `taken` if the version number was used before
+-- Errors: as in leader_only.lua
 
 -- include: backend/lua/leader_only.lua
 
