@@ -507,7 +507,7 @@ class WorkerClient:
 
     def _gives_up_sending(self) -> bool:
         """Return whether a batch that waits for room is dropped. Not while draining: it is still to arrive."""
-        return self._closed or self._commands.stopped or self._inbox.holds("stop")
+        return self._closed or self._commands.stopped or self._inbox.contains("stop")
 
     def _maintain(self, returned: bool) -> None:
         """Retry what is under way. Called after each heartbeat; `returned` if the server may have lost data."""

@@ -45,7 +45,7 @@ def test_what_is_kept_of_versions_does_not_grow_with_their_number() -> None:
         cast(Connection, None),
         KEYS,
         epoch=1,
-        latest_version=lambda: VERSIONS,
+        last_used_version=lambda: VERSIONS,
         signed=False,
         note_outcomes=lambda worker, outcomes: None,
     )

@@ -1,4 +1,4 @@
-"""Signals that ask a process to drain: the first of each kind is noted, the next does what it did before."""
+"""Signals that ask a process to drain; a second signal of the same kind has its previous effect."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DrainSignals:
 
         Raises:
             UsageError: called outside the main thread, which alone can handle signals.
-            InvalidArgument: one of these is not a signal, or cannot be handled.
+            InvalidArgument: one of these is not a signal that can be handled.
         """
         if threading.current_thread() is not threading.main_thread():
             raise UsageError(
@@ -46,7 +46,7 @@ class DrainSignals:
                 raise InvalidArgument(f"{number!r} is not a signal that can be handled: {error}") from error
 
     def restore(self) -> None:
-        """Restore the handlers of the signals that did not arrive. Only the main thread can; others do nothing."""
+        """Restore the handlers of the signals that did not arrive. Does nothing outside the main thread."""
         if threading.current_thread() is threading.main_thread():
             for number in list(self._previous):
                 self._restore(number)

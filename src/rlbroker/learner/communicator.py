@@ -32,6 +32,7 @@ from rlbroker.control.commands import Command
 from rlbroker.errors import Closed, InvalidArgument, PeerError, UnsupportedType
 from rlbroker.experience.counts import read_counts
 from rlbroker.experience.marks import parse_marks
+from rlbroker.learner.maintenance import Maintenance
 from rlbroker.learner.options import LearnerOptions
 from rlbroker.learner.parts import LearnerParts
 from rlbroker.learner.run_scripts import SCRIPTS
@@ -176,6 +177,9 @@ class WorkerCommunicator:
                 signing_key=SigningKey(secret) if secret else None,
                 check=self._check,
             )
+            self._maintenance = Maintenance(
+                self._connection, self._keys, parts, forget_seconds=forget_seconds
+            )
         except BaseException:
             self._connection.close()
             raise
@@ -183,8 +187,8 @@ class WorkerCommunicator:
         self._commands, self._ledger = parts.commands, parts.ledger
         self._collector, self._pending = parts.collector, parts.pending
         self._dead_letters, self._rate_limiter = parts.dead_letters, parts.rate_limiter
-        self._recorder, self._maintenance = parts.recorder, parts.maintenance
-        self._thread = parts.maintenance.thread
+        self._recorder = parts.recorder
+        self._thread = self._maintenance.thread
         self._thread.start()
 
     def __enter__(self) -> Self:

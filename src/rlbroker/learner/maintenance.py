@@ -11,16 +11,10 @@ from rlbroker.backend.connection import BLOCK_SECONDS, Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.threads import BackgroundThread
-from rlbroker.control.commands import CommandSender
-from rlbroker.control.ledger import Ledger
 from rlbroker.errors import Fenced, RunLost
-from rlbroker.experience.collector import Collector
-from rlbroker.experience.pending import PendingEntries, Takeover
+from rlbroker.learner.parts import LearnerParts
 from rlbroker.learner.restoration import Restoration
 from rlbroker.learner.run_scripts import SCRIPTS
-from rlbroker.membership.roster import Roster
-from rlbroker.metrics.history_recorder import Recorder
-from rlbroker.weights.publisher import Publisher
 
 logger = logging.getLogger("rlbroker")
 
@@ -50,49 +44,19 @@ class Maintenance:
     """
 
     def __init__(
-        self,
-        connection: Connection,
-        keys: Keys,
-        *,
-        roster: Roster,
-        publisher: Publisher,
-        pending: PendingEntries,
-        commands: CommandSender,
-        ledger: Ledger,
-        takeover: Takeover,
-        collector: Collector,
-        recorder: Recorder,
-        forget_seconds: float,
+        self, connection: Connection, keys: Keys, parts: LearnerParts, *, forget_seconds: float
     ) -> None:
         """Prepare the thread; the caller starts and stops it.
 
         Args:
-            connection: the connection to the server.
-            keys: the run's keys.
-            roster: the run and its members.
-            publisher: the run's weights.
-            pending: batches that the learner has read and not acknowledged.
-            commands: the commands that the learner sent.
-            ledger: the workers' acknowledgements.
-            takeover: the ownership of pending batches, which has to be renewed.
-            collector: knows the streams of which this learner may have pending batches.
-            recorder: writes the history.
+            parts: the learner's parts, of an open run.
             forget_seconds: how soon a silent worker leaves the run; housekeeping is at least twice as frequent.
         """
-        self._connection, self._roster, self._publisher = connection, roster, publisher
-        self._commands, self._ledger = commands, ledger
-        self._takeover, self._collector, self._recorder = takeover, collector, recorder
+        self._connection, self._roster, self._publisher = connection, parts.roster, parts.publisher
+        self._commands, self._ledger = parts.commands, parts.ledger
+        self._takeover, self._collector, self._recorder = parts.takeover, parts.collector, parts.recorder
         self._channel = Channel(connection, keys.meta)
-        self._restoration = Restoration(
-            connection,
-            keys,
-            self._channel,
-            roster=roster,
-            publisher=publisher,
-            pending=pending,
-            commands=commands,
-            ledger=ledger,
-        )
+        self._restoration = Restoration(connection, keys, self._channel, parts)
         self._housekeeping_seconds = min(HOUSEKEEPING_SECONDS, forget_seconds / 2)
         self._next_housekeeping = Deadline(self._housekeeping_seconds)
         self._next_heartbeat = Deadline(0)

@@ -7,13 +7,9 @@ from contextlib import suppress
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.control.commands import CommandSender
-from rlbroker.control.ledger import Ledger
 from rlbroker.errors import ConnectionFailed, ServerOutOfMemory
-from rlbroker.experience.pending import PendingEntries
+from rlbroker.learner.parts import LearnerParts
 from rlbroker.learner.run_scripts import SCRIPTS
-from rlbroker.membership.roster import Roster
-from rlbroker.weights.publisher import Publisher
 
 
 class Restoration:
@@ -24,33 +20,16 @@ class Restoration:
     server that lost nothing it changes nothing.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        keys: Keys,
-        channel: Channel,
-        *,
-        roster: Roster,
-        publisher: Publisher,
-        pending: PendingEntries,
-        commands: CommandSender,
-        ledger: Ledger,
-    ) -> None:
+    def __init__(self, connection: Connection, keys: Keys, channel: Channel, parts: LearnerParts) -> None:
         """Prepare to watch the servers of an open run.
 
         Args:
-            connection: the connection to the server.
-            keys: the run's keys.
             channel: the background thread's channel to the server of the run's `meta`.
-            roster: restores the run itself and its members.
-            publisher: publishes lost weights again.
-            pending: restores the counts of batches.
-            commands: restores commands and their outcomes.
-            ledger: restores the workers' accounts.
+            parts: the learner's parts, which write back what they remember.
         """
         self._connection, self._keys, self._channel = connection, keys, channel
-        self._roster, self._publisher, self._pending = roster, publisher, pending
-        self._commands, self._ledger = commands, ledger
+        self._roster, self._publisher, self._pending = parts.roster, parts.publisher, parts.pending
+        self._commands, self._ledger = parts.commands, parts.ledger
         self._shards = {key: Channel(connection, key) for key in keys.one_of_each_shard}
         self._reached_shards = set[str]()  #: shards whose server was reached before
         self._connected = False  #: whether the channel was connected before

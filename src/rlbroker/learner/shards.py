@@ -17,8 +17,6 @@ def choose_shards(connection: Connection, keys: Keys, count: int | None) -> str:
     """Return the shards for a run: those it has, or new ones, spread evenly over the masters of a Cluster.
 
     Args:
-        connection: the connection to the server.
-        keys: the run's keys.
         count: how many shards a new run gets; None for one on each master.
 
     Returns:

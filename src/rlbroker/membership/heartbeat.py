@@ -49,8 +49,6 @@ class Heartbeat:
         """Prepare a membership; nothing is sent yet.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
             wire_format: the only wire format that this process reads and writes.
             describe: returns the fields that each heartbeat reports, besides host and pid.
             newest_seen: returns the newest version that this worker saw, and the name of its upload.
@@ -80,7 +78,6 @@ class Heartbeat:
             InvalidArgument: the worker id is invalid.
             IncompatibleFormat: the run's learner writes another wire format.
             DeadlineExceeded: no free id was found in time.
-            PeerError: the server refused, or could not be reached in time.
         """
         self.registration = self._registrar.register(worker_id)
         self._connection.retry(self._beat)
@@ -98,7 +95,6 @@ class Heartbeat:
 
         Raises:
             Fenced: a newer process has this worker id, or the run has forgotten this worker.
-            PeerError: the server refused, or could not be reached.
         """
         worker = self.registration.worker_id
         keys = (
@@ -156,11 +152,7 @@ class Heartbeat:
         self._thread.request_stop()
 
     def leave(self, timeout_seconds: float) -> None:
-        """Stop the heartbeats and end the membership, so that the learner does not wait for this worker.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Stop the heartbeats and end the membership, so that the learner does not wait for this worker."""
         if self._thread.stop(timeout_seconds):
             self._channel.close()
         if not self.registration.incarnation:  # never registered

@@ -93,11 +93,9 @@ def read_incarnations(ask: Callable[[Sequence[Sequence[Argument]]], list[Any]], 
 
     Args:
         ask: runs commands and returns their replies; a refused command has a `PeerError` as its reply.
-        keys: names of the run's keys.
 
     Raises:
         AccessDenied: a right is missing.
-        PeerError: the server refused, or could not be reached.
     """
     (names,) = ask([("SMEMBERS", keys.workers)])
     if isinstance(names, PeerError):

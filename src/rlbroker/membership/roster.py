@@ -60,10 +60,6 @@ class Roster:
         """Prepare a roster; nothing is sent yet.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
-            settings: the run's settings.
-            learner_name: the learner's name within the run.
             publishes: whether the learner publishes weights and sends commands.
         """
         self._connection, self._keys, self._settings = connection, keys, settings
@@ -89,12 +85,10 @@ class Roster:
 
         Args:
             wire_format: the wire format that this learner writes.
-            num_workers: the number of workers that are expected.
             shards: the shards of a new run; a run that exists keeps its own.
 
         Raises:
             IncompatibleFormat: the run was written by a release with another wire format.
-            PeerError: the server refused, or could not be reached in time.
         """
         self._meta = {
             "wire_format": wire_format,
@@ -126,11 +120,7 @@ class Roster:
         return self.epoch
 
     def close(self) -> None:
-        """Record that the learner ended, so that its silence is not reported as a fault.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Record that the learner ended, so that its silence is not reported as a fault."""
         self._connection.run(CLOSE, (self._keys.meta,), (self.epoch,))
 
     def heartbeat(self, channel: Channel) -> None:
@@ -139,7 +129,6 @@ class Roster:
         Raises:
             Fenced: a newer learner of this name has taken over.
             RunLost: the server has lost the run, or a part of it.
-            PeerError: the server refused, or could not be reached.
         """
         clock, epochs = channel.execute_all(
             [("TIME",), ("HMGET", self._keys.meta, f"learner:{self._name}", "epoch")], strict=True
@@ -196,7 +185,6 @@ class Roster:
 
         Raises:
             Fenced: a newer learner of this name has taken over.
-            PeerError: the server refused, or could not be reached in time.
         """
         incarnations = self._incarnations.by_worker
         workers = ",".join(
@@ -227,9 +215,6 @@ class Roster:
         """Return every worker id that the run ever had, in order.
 
         The set `workers` hardly ever loses a member, so its size tells whether it has to be read again.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
         """
         known = self._ids
         if known is None or self._connection.execute("SCARD", self._keys.workers) != known[0]:
@@ -238,11 +223,7 @@ class Roster:
         return list(known[1])
 
     def workers(self) -> list[WorkerInfo]:
-        """Return the members of the run, by worker id.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Return the members of the run, by worker id."""
         clock, latest = self._connection.execute_all([("TIME",), ("HGET", self._keys.weights, "version")])
         members = read_incarnations(self._connection.ask, self._keys).members
         heartbeats = self._connection.ask([("HGETALL", self._keys.heartbeat(worker)) for worker in members])
@@ -258,9 +239,6 @@ class Roster:
         """Forget workers that were silent for longer than `forget_seconds`, and return their ids.
 
         Members that were written back after a loss have less time to return: some of them had left before.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
         """
         now_milliseconds = int(self._connection.clock(self._keys.meta) * 1000)
         limit_milliseconds = int(self._settings.forget_seconds * 1000)

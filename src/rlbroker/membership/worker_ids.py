@@ -27,8 +27,6 @@ class Registrar:
         """Prepare a registrar; nothing is sent yet.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
             run: knows the wire format of this process, and checks the run's.
         """
         self._connection, self._keys, self._run = connection, keys, run

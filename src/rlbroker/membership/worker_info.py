@@ -24,7 +24,6 @@ def parse_worker_infos(
 
     Args:
         now: the server's clock, seconds since the epoch.
-        latest_version: the latest version of the weights.
         members: the newest incarnation of each member.
         heartbeats: the fields of each member's last heartbeat, in the order of `members`.
         lease_seconds: a worker that was silent for longer is `away`.

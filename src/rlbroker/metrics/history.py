@@ -181,13 +181,8 @@ def read_history(
     """Return the samples of a run, oldest first.
 
     Args:
-        connection: the connection to the server.
-        keys: the run's keys.
         since: leave out samples older than this, in seconds since the epoch.
         count: return only this many of the newest one-second samples.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
     """
     first = str(int(since * 1000))
     if count is not None:

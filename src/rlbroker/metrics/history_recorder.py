@@ -74,10 +74,7 @@ class Recorder:
         """Start a history, or continue the one of an earlier learner.
 
         Args:
-            connection: the connection to the server.
-            keys: the run's keys.
             metrics: the sums of this learner.
-            epoch: the learner's epoch.
             read_state: returns what the learner knows of its run.
         """
         self._connection, self._keys = connection, keys
