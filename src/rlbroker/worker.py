@@ -150,7 +150,9 @@ class WorkerClient:
             maintain=self._maintain,
         )
         try:
-            connection.check_server(allow_eviction=True)  # that is the learner's decision
+            connection.check_server(
+                allow_eviction=True
+            )  # whether to accept eviction is the learner's decision
             registration = self._heartbeat.register(worker_id)
             self._inbox = Inbox(
                 connection,
@@ -174,7 +176,7 @@ class WorkerClient:
             self._joined = True
             for part in (self._heartbeat, self._subscriber, self._inbox):
                 part.start()
-        except BaseException:  # Ctrl-C too: the run must not wait for a worker that never started
+        except BaseException:  # includes Ctrl-C: the learner must not wait for a worker that never started
             self._leave_unstarted()
             raise
 
@@ -258,7 +260,7 @@ class WorkerClient:
         self._draining = True  # takes no lock: a signal handler may run while this thread holds it
 
     def drain_on(self, *signals: int) -> None:
-        """Call `drain` at the first of each of these signals. A second one of the same kind does what it did before.
+        """Call `drain` at the first of each of these signals. A second one of the same kind has its previous effect.
 
         Kubernetes, Slurm and systemd end a process with a signal. `close` restores the signal handlers. ::
 
@@ -302,7 +304,7 @@ class WorkerClient:
             with within(deadline):
                 latest = self._subscriber.read_latest()
             if latest and not self._subscriber.ready:
-                # The latest version was taken before, for another model or one that it did not fit.
+                # A call with another model, or with one that it did not fit, took the latest version before.
                 self._subscriber.fetch_again()
             self._wait_and_load(model, latest, deadline)
             return self.version
@@ -430,7 +432,7 @@ class WorkerClient:
                 try:
                     self._sender.close(deadline)
                     self._inbox.stop(deadline.remaining)
-                finally:  # a fenced worker leaves too: so the run knows that two processes have its id
+                finally:  # a fenced worker leaves too, which records that two processes have its id
                     late = deadline.over
                     if not late:
                         self._heartbeat.leave(deadline.remaining)
@@ -506,18 +508,18 @@ class WorkerClient:
                 )
 
     def _gives_up_sending(self) -> bool:
-        """Return whether a batch that waits for room is dropped. Not while draining: it is still to arrive."""
+        """Return whether to drop a batch that waits for room. Not while draining: it is then still sent."""
         return self._closed or self._commands.stopped or self._inbox.contains("stop")
 
     def _maintain(self, returned: bool) -> None:
-        """Retry what is under way. Called after each heartbeat; `returned` if the server may have lost data."""
+        """Retry pending batches. Called after each heartbeat; `returned` says that the server may have lost data."""
         if returned:
             self._inbox.mark_stale()
             self._sender.mark_stale()
         self._sender.maintain()
 
     def _describe(self) -> dict[str, str | int]:
-        """Return what each heartbeat reports. The first one is sent before there is a sender."""
+        """Return the fields that each heartbeat reports. The first heartbeat is sent before the sender exists."""
         sender = self._sender if self._joined else None
         return {
             "version": self.version,
@@ -525,5 +527,5 @@ class WorkerClient:
             "problem": self._subscriber.problem or self._weights.problem,
             "unconfirmed": sender.unconfirmed if sender else "",
             "room_seconds": f"{sender.room_seconds if sender else 0.0:.3f}",
-            "unpolled_seconds": f"{self._last_poll.absent_seconds:.3f}",
+            "unpolled_seconds": f"{self._last_poll.unpolled_seconds:.3f}",
         }

@@ -24,11 +24,11 @@ HEARTBEAT_SECONDS: Final = 1.0
 #: The longest time between two rounds of housekeeping.
 HOUSEKEEPING_SECONDS: Final = 10.0
 
-#: How long acknowledgements are gathered before they are settled, for each worker. Reading all streams costs about a
-#: twentieth of that.
+#: How long acknowledgements are gathered before they are settled, for each worker of the run: about 20 times what it
+#: takes to read one stream.
 GATHER_SECONDS: Final = 0.0001
 
-#: The longest time that acknowledgements are gathered.
+#: The longest time for which acknowledgements are gathered.
 LONGEST_GATHER_SECONDS: Final = 0.1
 
 
@@ -37,7 +37,7 @@ class Maintenance:
 
     `run_once` is one step of the thread. It settles acknowledgements as they arrive. Every second it sends the
     learner's heartbeat and records a sample of the history. At least every ten seconds it forgets silent workers and
-    deletes what is no longer needed. Before all that, `Restoration` repairs a run that a server lost.
+    deletes what is no longer needed. Each step begins with `Restoration`, which repairs a run that a server lost.
 
     Attributes:
         thread: the background thread; its `check` raises the error that ended it.
@@ -86,8 +86,8 @@ class Maintenance:
             logger.warning("%s", error)
             self._restoration.mark_stale()
         except Fenced:
-            # Either this learner was replaced, and the heartbeat raises that again; or only a newer one publishes now,
-            # and the heartbeat notes that this one just collects.
+            # If a newer learner of this name has taken over, the heartbeat raises `Fenced` again. If a newer one only
+            # publishes instead, the heartbeat notes that, and this learner continues to collect.
             self.send_heartbeat()
         if self._next_housekeeping.over:
             self.housekeep()

@@ -1,4 +1,4 @@
-"""Repair of a run after a server lost data: what the learner remembers is written back."""
+"""The repair of a run after a server lost data: the learner writes back what it remembers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Restoration:
     """Notices that a server may have lost data, and writes the run back.
 
     A server loses data when it restarts without persistence, when a replica that lagged behind becomes the master,
-    and when somebody flushes it. The signs are a new connection and `RunLost`. Writing back is idempotent: on a
+    and when it is flushed. The signs are a new connection and `RunLost`. Writing back is idempotent: on a
     server that lost nothing it changes nothing.
     """
 
@@ -52,7 +52,7 @@ class Restoration:
             self._connected = True
 
     def check_shards(self) -> None:
-        """Send something to each shard, so that a new connection is noticed; do not wait for one that is away."""
+        """Send a command to each shard, so that a new connection is noticed; ignore shards that cannot be reached."""
         for key, channel in self._shards.items():
             with suppress(ConnectionFailed, ServerOutOfMemory):
                 is_new, was_reached = channel.connect(), key in self._reached_shards
@@ -71,8 +71,8 @@ class Restoration:
     def restore(self) -> None:
         """Write back everything that the learner remembers.
 
-        The run's `meta` is written after the sums that its presence allows others to change, and before the weights,
-        which need it.
+        `meta` is written after the counts and outcomes, which others may change as soon as it is there, and before the
+        weights, which need it.
         """
         self._stale = True  # until all is written: a failure in between is retried from the start
         self._pending.restore()

@@ -1,4 +1,4 @@
-"""How a process becomes a worker: it claims a worker id and gets a new incarnation."""
+"""The registration of a process as a worker: it claims a worker id and receives a new incarnation."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Registrar:
         """Prepare a registrar; nothing is sent yet.
 
         Args:
-            run: knows the wire format of this process, and checks the run's.
+            run: checks the run's wire format against that of this process.
         """
         self._connection, self._keys, self._run = connection, keys, run
-        #: The token of the last attempt. It proves to the scripts that the server still knows this registration.
+        #: The token of the last attempt. As long as the server has it, the server has not lost this registration.
         self.token = ""
 
     def register(self, worker_id: int | None) -> Registration:
@@ -50,7 +50,7 @@ class Registrar:
         return found
 
     def _claim(self, worker: int, *, only_if_free: bool) -> Registration | None:
-        """Claim one id; None if it must be free and is not."""
+        """Claim one id; return None if it must be free and is not."""
         keys = (
             self._keys.life(worker),
             self._keys.workers,

@@ -8,7 +8,7 @@ from rlbroker.backend.replies import seconds_number, whole_number
 from rlbroker.membership.incarnations import Incarnation
 from rlbroker.types import WorkerInfo
 
-#: Characters that are kept of the name of a fenced process.
+#: Length to which the name of a fenced process is cut.
 PROCESS_LENGTH = 300
 
 

@@ -35,8 +35,8 @@ class Sample:
         at: the time by the server's clock, in seconds since the epoch.
         epoch: the epoch of the learner that wrote the sample. Its own sums start at 0.
         version: the latest version.
-        alive: workers heard of within their lease.
-        away: members that were not.
+        alive: members with a heartbeat within their lease.
+        away: members without one.
         waiting: batches in the queues that this learner has not read; batches pending at other learners count too.
         in_hand: batches that this learner has read and not acknowledged.
         published: versions that this learner published. This and the following sums count from its start.
@@ -55,7 +55,7 @@ class Sample:
             summed over those that were members: workers wait for the learner.
         delivered: batches of the run that were acknowledged, as far as this learner knows. If it collects, it learns
             within seconds what other learners acknowledged.
-        lost: batches of the run that were counted for another reason, as far as this learner knows. `stale`,
+        lost: batches of the run that were counted as lost, as far as this learner knows. The reasons `stale`,
             `corrupt`, `poison` and `trimmed` count at once. What workers count (`dropped_oldest`, `dropped_newest`,
             `stopped`, `fenced`) is known within seconds if this learner collects. `vanished` is not included, because
             it takes a read of every queue. Retried dead letters are subtracted.

@@ -18,7 +18,7 @@ from rlbroker.metrics.tensorboard import ScalarLog
 
 logger = logging.getLogger("rlbroker")
 
-#: A worker may report this much more waiting than there was time since its last report: its value is read late.
+#: A worker may report this much more waiting than the time since its last report, because its value is read late.
 _SLACK_SECONDS = 10.0
 
 
@@ -28,12 +28,12 @@ class RunState:
 
     Attributes:
         version: the latest version.
-        alive: ids of the workers heard of within their lease.
-        away: ids of the members that were not.
+        alive: ids of the members with a heartbeat within their lease.
+        away: ids of the other members.
         everyone: ids of all workers that ever took part.
         in_hand: batches that this learner has read and not acknowledged, by worker.
         delivered: batches of the run that were acknowledged.
-        lost: batches of the run that were counted for another reason.
+        lost: batches of the run that were counted as lost.
         missed: versions that a worker missed, summed over workers.
     """
 
@@ -114,7 +114,7 @@ class Recorder:
         except PeerError as error:
             logger.debug("no sample for the history: %s", error)
             return None
-        except Exception:  # a mistake in here must not end the learner's background work
+        except Exception:  # a bug in the history must not end the learner's background work
             self._broken = True
             logger.exception("the history of the run %r ends here", self._keys.run)
             return None
@@ -179,10 +179,10 @@ class Recorder:
         return running
 
     def _add_room_wait(self, worker: int, incarnation: int, seconds: float, at: float) -> None:
-        """Add what a worker waited since its last report, but no more than the time that has passed since then."""
+        """Add the time that a worker waited since its last report, but no more than has passed since then."""
         wait = self._room_waits.get(worker)
         if wait is None or wait.incarnation != incarnation:
-            # Time that the worker waited before this learner started does not count.
+            # Waiting from before this learner started does not count.
             counted = 0.0 if self._has_sampled else seconds
             wait = self._room_waits[worker] = _RoomWait(incarnation, counted, wait.since if wait else at)
         if seconds > wait.seconds:

@@ -19,8 +19,8 @@ logger = logging.getLogger("rlbroker")
 #: a tag without a value for that time is left out.
 TAGS: Final = {
     "rlbroker/version": "the latest version",
-    "rlbroker/workers_alive": "workers heard of within their lease",
-    "rlbroker/workers_away": "members that were not",
+    "rlbroker/workers_alive": "members with a heartbeat within their lease",
+    "rlbroker/workers_away": "the other members",
     "rlbroker/batches_waiting": "batches in the queues",
     "rlbroker/batches_in_hand": "batches collected and not acknowledged",
     "rlbroker/batches_lost": "batches that were not delivered, in the whole run",
