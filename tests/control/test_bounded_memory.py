@@ -101,4 +101,4 @@ def test_what_is_remembered_of_commands_is_bounded_by_the_number_of_outcomes(
 def test_a_learner_remembers_no_more_than_that_of_earlier_learners(workers: int, remembered: int) -> None:
     names = ",".join(map(str, range(workers))).encode()
     sent: list[tuple[bytes, Mapping[bytes, bytes]]] = [(b"1-0", {b"workers": names})] * 2000
-    assert len(commands._newest(sent)) == remembered
+    assert len(commands._keep_within_bounds(sent)) == remembered

@@ -96,8 +96,8 @@ def _torch_dtypes() -> dict[str, TorchDtype]:
     return table
 
 
-#: Wire name (torch's own, without ``torch.``) to its carrier. Quantised dtypes are absent: their values mean nothing
-#: without scales, which are not among the elements.
+#: Wire name (torch's own, without ``torch.``) to its carrier. Quantised dtypes are absent: their elements mean nothing
+#: without the scales.
 TORCH_DTYPES = _torch_dtypes()
 
 _FLOATING_TORCH = frozenset(name for name in TORCH_DTYPES if name.startswith(("float", "bfloat")))
@@ -118,14 +118,14 @@ CAST_DTYPES: dict[str, str | None] = {
 #: float32.
 BFLOAT16_CARRIER = np.dtype("<u2")
 
-#: Elements that `cast_array` buffers at a time.
+#: The number of elements that `cast_array` buffers at a time.
 _BLOCK_ELEMENTS = 1 << 16
 
 
 def check_cast_dtype(dtype: str) -> None:
     """Raise InvalidArgument unless floating leaves can be cast to `dtype`."""
     if dtype not in CAST_DTYPES:
-        raise InvalidArgument(f"dtype={dtype!r}; {', '.join(CAST_DTYPES)} work")
+        raise InvalidArgument(f"dtype must be one of {', '.join(CAST_DTYPES)}; got {dtype!r}")
 
 
 def tensor_target(name: str, dtype: str) -> str | None:
@@ -163,7 +163,7 @@ def cast_array(source: Array, out: Array) -> None:
     """Fill `out`, which is flat, with the elements of a floating array of any layout."""
     to_bfloat16 = out.dtype == BFLOAT16_CARRIER
     done = 0
-    # What is too large becomes infinite, as in torch, and is no reason for a warning.
+    # Values that are too large become infinite, as in torch, without a warning.
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         for block in np.nditer(
             source,
@@ -173,7 +173,7 @@ def cast_array(source: Array, out: Array) -> None:
             order="C",
             buffersize=_BLOCK_ELEMENTS,
         ):
-            part: Array = block  # type: ignore[assignment] # of one operand it is an array, which its type does not say
+            part: Array = block  # type: ignore[assignment] # with one operand, nditer yields arrays, not tuples
             out[done : done + len(part)] = _bfloat16_bits(part) if to_bfloat16 else part
             done += len(part)
 
@@ -181,12 +181,12 @@ def cast_array(source: Array, out: Array) -> None:
 def array_from_bfloat16(bits: Array, original: str) -> Array:
     """Return an array of the dtype `original`, given the bits of bfloat16 elements."""
     wide = bits.astype(np.uint32)
-    wide <<= np.uint32(16)  # In place, as numpy makes a scalar of a new array without dimensions.
+    wide <<= np.uint32(16)  # in place: otherwise numpy turns an array without dimensions into a scalar
     return wide.view(np.float32).astype(NUMPY_DTYPES[original])
 
 
 def _bfloat16_bits(values: Array) -> Array:
     bits = values.view(np.uint32)
     rounded = (bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))) >> np.uint32(16)
-    # Rounding could carry a NaN's payload into its sign, or make an infinity of it.
+    # Rounding could carry a NaN's payload into its sign, or turn the NaN into an infinity.
     return np.where(np.isnan(values), (bits >> np.uint32(16)) | np.uint32(0x40), rounded).astype(np.uint16)

@@ -149,13 +149,13 @@ class _Recipients:
     @classmethod
     def choose(cls, workers: Incarnations, wanted: Sequence[int] | None) -> Self:
         """Choose the recipients of a command to the wanted workers, or to all members."""
-        members = {worker: one.incarnation for worker, one in workers.members.items()}
+        members = {worker: one.number for worker, one in workers.members.items()}
         missing = [worker for worker in wanted or () if worker not in members]
         if wanted is not None and not missing:
             return cls({worker: members[worker] for worker in wanted}, {}, -1)
         # A former or new worker may join before the script runs. A command to all members is for it too, and a wanted
         # worker must then not be reported as unknown.
-        former = {worker: one.incarnation for worker, one in workers.by_worker.items() if not one.member}
+        former = {worker: one.number for worker, one in workers.by_worker.items() if not one.member}
         return cls({} if missing else members, former, workers.names_count, missing)
 
 

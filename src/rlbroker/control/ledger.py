@@ -257,7 +257,7 @@ class Ledger:
             with parsing(self._keys.ledger(worker)):
                 stored = WorkerOutcomes.from_fields(text_fields(ledger))
             outcomes = max(stored, self._outcomes.get(worker, stored), key=lambda one: one.position)
-            newest = incarnations[worker].incarnation if worker in incarnations else 0
+            newest = incarnations[worker].number if worker in incarnations else 0
             # An incarnation beyond the worker's newest is forged. So is one far beyond the clock: then the worker has
             # forged its newest incarnation too.
             limit = min(newest, 2000 * now)

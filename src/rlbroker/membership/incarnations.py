@@ -20,7 +20,7 @@ _LONGEST_NAME: Final = len(str(MAX_WORKER_ID))
 class Incarnation(NamedTuple):
     """The newest incarnation of a worker id, from its `life:` hash. Workers write that, so nothing in it is trusted."""
 
-    incarnation: int
+    number: int
     member: bool  #: whether it is a member of the run; False after it left or was forgotten
     seen_milliseconds: int  #: the time of its last heartbeat, by the server's clock
     #: The newest version that the worker claims to have seen before the server lost it (field `known_version`); 0 for

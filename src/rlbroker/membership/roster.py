@@ -188,7 +188,7 @@ class Roster:
         """
         incarnations = self._incarnations.by_worker
         workers = ",".join(
-            f"{worker}:{incarnation.incarnation}:{int(incarnation.member)}"
+            f"{worker}:{incarnation.number}:{int(incarnation.member)}"
             for worker, incarnation in incarnations.items()
         )
         arguments = (self.epoch, self._name, self._leading_epoch, workers)

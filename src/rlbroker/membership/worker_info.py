@@ -35,7 +35,7 @@ def parse_worker_infos(
         found.append(
             WorkerInfo(
                 worker_id=worker,
-                incarnation=incarnation.incarnation,
+                incarnation=incarnation.number,
                 state="alive" if silent_seconds < lease_seconds else "away",
                 host=heartbeat.get("host", ""),
                 pid=_parse_number(heartbeat, "pid"),
