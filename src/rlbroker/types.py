@@ -23,7 +23,7 @@ Liveness = Literal["alive", "away"]
 
 
 class Batch(dict[str, Any]):
-    """The dictionary that a worker sent. What is known of it is in attributes, which collide with no key of the user's.
+    """The dictionary that a worker sent, with its metadata in attributes, which cannot collide with the user's keys.
 
     Attributes:
         worker_id: the worker that sent it.
@@ -68,7 +68,7 @@ class Batch(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Registration:
-    """A worker's membership in the run, as the server granted it.
+    """A worker's membership in the run, granted by the server.
 
     Attributes:
         worker_id: the worker.
@@ -116,7 +116,7 @@ class SendReceipt:
 
 @dataclass(frozen=True)
 class Published:
-    """A published version; `PublishReceipt` has the same attributes, with their meaning."""
+    """A published version; `PublishReceipt` documents the attributes."""
 
     version: int
     kind: Literal["full", "delta"]
@@ -128,9 +128,9 @@ class Published:
 
 
 class PublishReceipt:
-    """The result of `send_model_weights`, which with `wait=False` may still be pending. False only if that failed.
+    """The result of `send_model_weights`, which may be pending with `wait=False`. False only if publishing failed.
 
-    Each attribute but `done` waits until the version is published, and raises the error if it was not.
+    Each attribute except `done` waits until the version is published, and raises the error if publishing failed.
     """
 
     def __init__(self, work: Published | Future[Published]) -> None:
@@ -138,15 +138,15 @@ class PublishReceipt:
         self._work = work
 
     def __bool__(self) -> bool:
-        """Return whether workers can fetch the version, or will be able to unless publishing fails."""
+        """Return False if publishing failed; True if it succeeded or is pending."""
         if not isinstance(self._work, Future) or not self._work.done():
             return True
         return not self._work.cancelled() and self._work.exception() is None
 
     def __repr__(self) -> str:
-        """Show the published version, or that there is none yet."""
+        """Show the published version, or why there is none."""
         if not self.done:
-            return "<PublishReceipt: under way>"
+            return "<PublishReceipt: pending>"
         if not self:
             return "<PublishReceipt: not published>"
         return f"<PublishReceipt: {self._facts}>"
@@ -165,7 +165,7 @@ class PublishReceipt:
         Raises:
             DeadlineExceeded: publishing has not ended within the timeout, and continues.
             Closed: the learner was closed before the version was published.
-            PeerError: the version was not published; as `send_model_weights` raises it without `wait=False`.
+            PeerError: the version was not published; the same error as without `wait=False`.
         """
         if isinstance(self._work, Future):
             try:
@@ -240,13 +240,13 @@ class WorkerInfo:
         staleness: number of versions published since that one.
         last_seen_seconds: age of its last heartbeat, by the server's clock.
         sent: number of batches that it reports as sent.
-        problem: the reason why it cannot apply the latest weights; empty if it can.
-        unconfirmed: the reason why its last batch has not reached its level within the timeout; empty if it has.
+        problem: the reason that it cannot apply the latest weights; empty if it can.
+        unconfirmed: the reason that its last batch has not reached its level within the timeout; empty if it has.
         room_seconds: total time that `send_experiences` waited for room in a full queue, as it reports.
         unpolled_seconds: time since its last `poll` or `load_weights`, at its last heartbeat; 0 during one. A worker
             that does not poll obeys no command and runs old weights.
-        fenced_process: host and pid of another process with this worker's id that was fenced most recently since this
-            one registered; empty without one. Two processes of one id are a mistake in starting them.
+        fenced_process: host and pid of the last other process with this worker's id that was fenced since this one
+            registered; empty without one. Two processes were then started with one id by mistake.
         fenced_seconds: age of that event; None without one.
     """
 
@@ -307,7 +307,7 @@ class Missed:
         last: last missed version, for weights.
         command: id and name of the missed command, for commands.
         why: `superseded`, `failed`, `away` or `left`; for commands also `unknown` and `expired`; `refused` for a
-            forgery: it lacked a signature of the worker's key, and no learner had sent it.
+            forgery, which no learner had sent and which lacked a signature of the worker's key.
         detail: more about the reason; may be empty.
         at: time of the record, by the server's clock.
     """

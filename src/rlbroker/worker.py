@@ -22,11 +22,11 @@ from rlbroker.config import (
     Level,
     SigningKeySetting,
     WhenFull,
-    choice,
+    check_choice,
+    check_positive_seconds,
+    check_timeout_seconds,
     host_cache_place,
-    positive_seconds,
     signing_secret,
-    waiting_seconds,
 )
 from rlbroker.control.command_handlers import CommandHandlers, Handler
 from rlbroker.control.drain_signals import DrainSignals
@@ -119,8 +119,8 @@ class WorkerClient:
             DeadlineExceeded: no free worker id was found within the timeout.
         """
         if when_full is not None:
-            choice("when_full", when_full, get_args(WhenFull))
-        choice("level", level, get_args(Level))
+            check_choice("when_full", when_full, get_args(WhenFull))
+        check_choice("level", level, get_args(Level))
         images = ImageStore(run, host_cache_place(host_cache))
         secret = signing_secret(signing_key)
         key = SigningKey(secret) if secret else None
@@ -300,7 +300,7 @@ class WorkerClient:
         with self._last_poll:
             self._check()
             check_target(model)
-            deadline = Deadline(positive_seconds("timeout", timeout))
+            deadline = Deadline(check_positive_seconds("timeout", timeout))
             with within(deadline):
                 latest = self._subscriber.read_latest()
             if latest and not self._subscriber.ready:
@@ -366,7 +366,7 @@ class WorkerClient:
         if not isinstance(batch, dict):
             raise UnsupportedType(f"a batch is a dictionary, not a {type(batch).__name__}")
         if timeout is not None:
-            positive_seconds("timeout", timeout)
+            check_positive_seconds("timeout", timeout)
         return self._sender.send(
             batch,
             version=self.version,
@@ -391,7 +391,9 @@ class WorkerClient:
             PeerError: the server refused, or could not be reached in time.
         """
         self._check()
-        seconds = self._connection.timeout_seconds if timeout is None else waiting_seconds("timeout", timeout)
+        seconds = (
+            self._connection.timeout_seconds if timeout is None else check_timeout_seconds("timeout", timeout)
+        )
         return self._sender.flush(seconds)
 
     # The end

@@ -18,7 +18,7 @@ from rlbroker.backend.replies import parsing, server_seconds, text_fields
 from rlbroker.backend.scripts import Script
 from rlbroker.codec.message import encode
 from rlbroker.codec.signing import SigningKey
-from rlbroker.config import positive_seconds, waiting_seconds, worker_number
+from rlbroker.config import check_positive_seconds, check_timeout_seconds, check_worker_id
 from rlbroker.control.command_signature import SIGNATURE_FIELDS, sign_command
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.errors import DeadlineExceeded, InvalidArgument, UnknownWorker
@@ -103,7 +103,9 @@ class Command:
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        deadline = Deadline(self._timeout_seconds if timeout is None else waiting_seconds("timeout", timeout))
+        deadline = Deadline(
+            self._timeout_seconds if timeout is None else check_timeout_seconds("timeout", timeout)
+        )
         while True:
             with within(deadline):
                 found = self.outcomes()
@@ -195,12 +197,12 @@ class CommandSender:
         if not isinstance(name, str) or not name or len(name) > NAME_LENGTH:
             raise InvalidArgument(f"a command is a name of 1 to {NAME_LENGTH} characters; got {name!r}")
         if expires_seconds is not None:
-            expires_seconds = positive_seconds("expires", expires_seconds)
+            expires_seconds = check_positive_seconds("expires", expires_seconds)
         if worker_ids is not None and not isinstance(worker_ids, Iterable):
             raise InvalidArgument(
                 f"worker_ids must be a list of worker ids, or None for all; got {worker_ids!r}"
             )
-        wanted = None if worker_ids is None else sorted({worker_number(one) for one in worker_ids})
+        wanted = None if worker_ids is None else sorted({check_worker_id(one) for one in worker_ids})
         command_id = uuid.uuid4().hex[:12]
         fields = {
             "name": name,

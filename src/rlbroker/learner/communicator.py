@@ -22,11 +22,11 @@ from rlbroker.config import (
     SamplesPerInsert,
     SigningKeySetting,
     WhenFull,
+    check_positive_int,
+    check_timeout_seconds,
+    check_worker_id,
     host_cache_place,
-    positive_int,
     signing_secret,
-    waiting_seconds,
-    worker_number,
 )
 from rlbroker.control.commands import Command
 from rlbroker.errors import Closed, InvalidArgument, PeerError, UnsupportedType
@@ -290,9 +290,9 @@ class WorkerCommunicator:
         """
         self._check()
         if max_batches is not None:
-            positive_int("max_batches", max_batches)
+            check_positive_int("max_batches", max_batches)
         return self._collector.collect(
-            timeout_seconds=waiting_seconds("timeout", timeout), max_batches=max_batches
+            timeout_seconds=check_timeout_seconds("timeout", timeout), max_batches=max_batches
         )
 
     def acknowledge(self, done: Sequence[tuple[int, Batch]] | Mapping[str, Any]) -> int:
@@ -381,7 +381,7 @@ class WorkerCommunicator:
             PeerError: the server refused, or could not be reached in time.
         """
         with self._operation():
-            workers = self._roster.ids() if worker_id is None else [worker_number(worker_id)]
+            workers = self._roster.ids() if worker_id is None else [check_worker_id(worker_id)]
             return self._dead_letters.list(workers)
 
     def retry_dead_letters(self, letters: Sequence[DeadLetter]) -> int:

@@ -11,7 +11,7 @@ from rlbroker.backend.deadline import Backoff, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import seconds_number
 from rlbroker.backend.scripts import Script
-from rlbroker.config import MAX_WORKER_ID, RunSettings, worker_number
+from rlbroker.config import MAX_WORKER_ID, RunSettings, check_worker_id
 from rlbroker.errors import AccessDenied, DeadlineExceeded
 from rlbroker.membership.incarnations import Incarnation, read_incarnations
 from rlbroker.membership.joined_run import JoinedRun
@@ -45,7 +45,7 @@ class Registrar:
         """
         if worker_id is None:
             return self._claim_lowest_free()
-        found = self._claim(worker_number(worker_id), only_if_free=False)
+        found = self._claim(check_worker_id(worker_id), only_if_free=False)
         assert found is not None
         return found
 
