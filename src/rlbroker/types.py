@@ -149,7 +149,7 @@ class PublishReceipt:
             return "<PublishReceipt: pending>"
         if not self:
             return "<PublishReceipt: not published>"
-        return f"<PublishReceipt: {self._facts}>"
+        return f"<PublishReceipt: {self._published}>"
 
     @property
     def done(self) -> bool:
@@ -183,37 +183,37 @@ class PublishReceipt:
     @property
     def version(self) -> int:
         """The number of the version."""
-        return self._facts.version
+        return self._published.version
 
     @property
     def kind(self) -> Literal["full", "delta"]:
         """How the weights are stored: `full`, or as a `delta` to the version before."""
-        return self._facts.kind
+        return self._published.kind
 
     @property
     def base(self) -> int:
         """The version that a delta applies to; 0 for a full one."""
-        return self._facts.base
+        return self._published.base
 
     @property
     def raw_bytes(self) -> int:
         """Size of the tensors as they travel, in bytes; each tied one counts once."""
-        return self._facts.raw_bytes
+        return self._published.raw_bytes
 
     @property
     def stored_bytes(self) -> int:
         """Size of what was stored on the server, in bytes."""
-        return self._facts.stored_bytes
+        return self._published.stored_bytes
 
     @property
     def chunks(self) -> int:
         """Number of chunks, without the header's."""
-        return self._facts.chunks
+        return self._published.chunks
 
     @property
     def seconds(self) -> float:
         """Duration from the call until the version was published."""
-        return self._facts.seconds
+        return self._published.seconds
 
     @property
     def ratio(self) -> float:
@@ -221,7 +221,7 @@ class PublishReceipt:
         return self.raw_bytes / self.stored_bytes if self.stored_bytes else 1.0
 
     @property
-    def _facts(self) -> Published:
+    def _published(self) -> Published:
         self.wait()
         return self._work.result() if isinstance(self._work, Future) else self._work
 

@@ -150,32 +150,7 @@ class WorkerClient:
             maintain=self._maintain,
         )
         try:
-            connection.check_server(
-                allow_eviction=True
-            )  # whether to accept eviction is the learner's decision
-            registration = self._heartbeat.register(worker_id)
-            self._inbox = Inbox(
-                connection,
-                keys,
-                registration,
-                key=key,
-                notice_version=self._subscriber.announce,
-                rejoin=self._heartbeat.rejoin,
-            )
-            self._sender = Sender(
-                connection,
-                keys,
-                registration,
-                settings=self._heartbeat.settings,
-                rejoin=self._heartbeat.rejoin,
-                when_full=when_full,
-                compression=compression,
-                level=level,
-                known=self._heartbeat.knows_run or not connection.servers.several,
-            )
-            self._joined = True
-            for part in (self._heartbeat, self._subscriber, self._inbox):
-                part.start()
+            self._join(worker_id, key=key, when_full=when_full, compression=compression, level=level)
         except BaseException:  # includes Ctrl-C: the learner must not wait for a worker that never started
             self._leave_unstarted()
             raise
@@ -465,6 +440,42 @@ class WorkerClient:
         self._connection.close()
 
     # Internals
+
+    def _join(
+        self,
+        worker_id: int | None,
+        *,
+        key: SigningKey | None,
+        when_full: WhenFull | None,
+        compression: bool,
+        level: Level,
+    ) -> None:
+        """Register in the run, make the parts that need the registration, and start the background threads."""
+        connection, heartbeat = self._connection, self._heartbeat
+        connection.check_server(allow_eviction=True)  # whether to accept eviction is the learner's decision
+        registration = heartbeat.register(worker_id)
+        self._inbox = Inbox(
+            connection,
+            self._keys,
+            registration,
+            key=key,
+            notice_version=self._subscriber.announce,
+            rejoin=heartbeat.rejoin,
+        )
+        self._sender = Sender(
+            connection,
+            self._keys,
+            registration,
+            settings=heartbeat.settings,
+            rejoin=heartbeat.rejoin,
+            when_full=when_full,
+            compression=compression,
+            level=level,
+            known=heartbeat.knows_run or not connection.servers.several,
+        )
+        self._joined = True
+        for part in (heartbeat, self._subscriber, self._inbox):
+            part.start()
 
     def _check(self) -> None:
         """Raise `Closed`, `ForkedProcess`, or the error that ended a background thread, such as `Fenced`."""

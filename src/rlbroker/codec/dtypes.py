@@ -103,7 +103,7 @@ TORCH_DTYPES = _torch_dtypes()
 _FLOATING_TORCH = frozenset(name for name in TORCH_DTYPES if name.startswith(("float", "bfloat")))
 
 #: The dtypes to which floating leaves can be cast, by torch's names, with numpy's name for the same type where there
-#: is one. float8_e8m0fnu is absent, as it has neither signs nor zero.
+#: is one. float8_e8m0fnu is absent, because it has neither signs nor zero.
 CAST_DTYPES: dict[str, str | None] = {
     "float32": "<f4",
     "float16": "<f2",

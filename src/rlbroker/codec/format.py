@@ -107,7 +107,7 @@ class Header:
 
 @dataclass(slots=True)
 class LanePlan:
-    """A lane that is to be written: the leaves whose bytes follow one another, and where their segments begin."""
+    """A lane to be written: the leaves whose bytes follow one another, and where their segments begin."""
 
     typesize: int
     leaf_numbers: list[int] = field(default_factory=list)

@@ -311,7 +311,7 @@ class CommandSender:
         return bool(reply == b"sent")
 
     def _read_outcomes(self, command_id: str, workers: Sequence[int]) -> dict[int, Outcome]:
-        """Read a command's outcomes. Those that the learner remembers take precedence, as the server may lose some."""
+        """Read a command's outcomes. Those that the learner remembers take precedence: the server may lose some."""
         found = text_fields(self._connection.execute("HGETALL", self._keys.outcomes(command_id)))
         sent = self._sent.get(command_id)
         known = sent.outcomes if sent else {}
@@ -323,7 +323,7 @@ class CommandSender:
     # Remembering
 
     def remember(self) -> None:
-        """Remember the commands of earlier learners and their outcomes, as the server may lose them."""
+        """Remember the commands of earlier learners and their outcomes, because the server may lose them."""
         clock, pending, entries = self._connection.execute_all(
             [
                 ("TIME",),

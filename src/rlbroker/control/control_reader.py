@@ -37,7 +37,7 @@ class ControlReader:
             position: id of the entry to read after.
             wait_for: waits until a socket is readable and returns whether it is; returns early to interrupt `read`.
         """
-        self._connection, self._key, self._wait_for = connection, keys.control, wait_for
+        self._connection, self._stream_key, self._wait_for = connection, keys.control, wait_for
         self._channel = Channel(connection, keys.control)
         #: The id of the last entry that was handled.
         self.position = position
@@ -58,7 +58,7 @@ class ControlReader:
 
     def has_position(self, channel: Channel) -> bool:
         """Return whether the server still has the entry at `position`; if not, it lost or trimmed the stream."""
-        return bool(channel.execute("XRANGE", self._key, self.position, self.position))
+        return bool(channel.execute("XRANGE", self._stream_key, self.position, self.position))
 
     def restart(self) -> None:
         """Make the next `read` begin at the first entry of the stream."""
@@ -80,7 +80,9 @@ class ControlReader:
             if sock is None:  # the read cannot be interrupted
                 seconds = connection.block_seconds
             block = "BLOCK", max(1, int(seconds * 1000))
-            self._channel.send([("XREAD", "COUNT", READ_COUNT, *block, "STREAMS", self._key, self.position)])
+            self._channel.send(
+                [("XREAD", "COUNT", READ_COUNT, *block, "STREAMS", self._stream_key, self.position)]
+            )
             self.reply_due = Deadline(seconds + connection.socket_seconds)
         due = self.reply_due
         if sock is not None and not self._wait_for(sock, due.remaining) and not due.over:

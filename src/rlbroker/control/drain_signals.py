@@ -38,7 +38,8 @@ class DrainSignals:
         for number in numbers:
             try:
                 previous = signal.getsignal(number)
-                # Stored first, as the signal may arrive at once. None stands for a handler that Python did not set.
+                # Stored first, because the signal may arrive at once. Python returns None for a handler that it did not
+                # set.
                 self._previous.setdefault(number, signal.SIG_DFL if previous is None else previous)
                 signal.signal(number, self._handle)
             except (OSError, TypeError, ValueError) as error:

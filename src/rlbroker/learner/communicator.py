@@ -276,8 +276,8 @@ class WorkerCommunicator:
         With `acknowledge="next"`, the default, this also acknowledges the batches that the previous call returned.
 
         Args:
-            timeout: seconds to wait for a first batch, from any worker. 0 returns only what is there.
-            max_batches: the most batches to return. None for all that are there, up to about 256 MiB.
+            timeout: seconds to wait for a first batch, from any worker. 0 to return only what has arrived.
+            max_batches: the most batches to return. None for all that have arrived, up to about 256 MiB.
 
         Returns:
             Pairs `(worker_id, batch)`. A `Batch` is the dictionary that the worker sent, with `version`, `staleness`,

@@ -70,7 +70,7 @@ class Maintenance:
         """Do one step of the background work."""
         self._restoration.check_connection()
         try:
-            if self._restoration.is_stale:
+            if self._restoration.stale:
                 self.restore()
             self._restoration.republish_if_lost()
             if self._next_heartbeat.over:

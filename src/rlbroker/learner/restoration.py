@@ -34,11 +34,11 @@ class Restoration:
         self._reached_shards = set[str]()  #: shards whose server was reached before
         self._connected = False  #: whether the channel was connected before
         self._stale = False  #: whether a server may have lost data
-        self._republish = False  #: whether the stored weights are to be compared
+        self._republish = False  #: whether `republish_if_lost` must compare the stored weights
 
     @property
-    def is_stale(self) -> bool:
-        """Whether a server may have lost data, so that `restore` is to be called."""
+    def stale(self) -> bool:
+        """Whether a server may have lost data, so that `restore` must be called."""
         return self._stale
 
     def mark_stale(self) -> None:

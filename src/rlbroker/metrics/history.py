@@ -95,7 +95,7 @@ class Sample:
 
     def to_fields(self) -> dict[str, str]:
         """Return the sample as the fields of a stream entry. The entry's id holds the time."""
-        return {name: _text(getattr(self, name)) for name in _PARSERS}
+        return {name: _to_text(getattr(self, name)) for name in _PARSERS}
 
     @classmethod
     def from_fields(cls, entry_id: str, written: Mapping[str, str]) -> Self | None:
@@ -187,10 +187,10 @@ def read_history(
     first = str(int(since * 1000))
     if count is not None:
         reply = connection.execute("XREVRANGE", keys.history(_FINEST), "+", first, "COUNT", count)
-        return _samples(reply)[::-1]
+        return _parse_samples(reply)[::-1]
     found, last = list[Sample](), "+"
     for seconds in sorted(TIERS):
-        older = _samples(connection.execute("XRANGE", keys.history(seconds), first, last))
+        older = _parse_samples(connection.execute("XRANGE", keys.history(seconds), first, last))
         found = merge_samples(older, found)
         if found:
             # The coarser streams are read only before the finer samples.
@@ -204,7 +204,7 @@ def merge_samples(coarse: Sequence[Sample], fine: Sequence[Sample]) -> list[Samp
     return [*(sample for sample in coarse if sample.at < fine_from), *fine]
 
 
-def _samples(reply: Any) -> list[Sample]:
+def _parse_samples(reply: Any) -> list[Sample]:
     found = (
         Sample.from_fields(entry_id.decode(errors="replace"), text_fields(written))
         for entry_id, written in reply
@@ -216,34 +216,34 @@ def _bucket_middle(bound: int) -> float:
     return bound if bound < EXACT_BELOW else (3 * bound - 1) / 2
 
 
-def _text(value: Any) -> str:
+def _to_text(value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{key}:{number}" for key, number in sorted(value.items()))
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _whole(text: str) -> int:
+def _parse_whole(text: str) -> int:
     number = whole_number(text)
     if number is None:
         raise ValueError(text)
     return number
 
 
-def _seconds(text: str) -> float:
+def _parse_seconds(text: str) -> float:
     number = seconds_number(text)
     if number is None:
         raise ValueError(text)
     return number
 
 
-def _pairs(text: str) -> dict[int, int]:
+def _parse_pairs(text: str) -> dict[int, int]:
     pairs = (word.partition(":") for word in text.split())
-    return {_whole(key): _whole(number) for key, _, number in pairs}
+    return {_parse_whole(key): _parse_whole(number) for key, _, number in pairs}
 
 
 #: By field of a stream entry, in the order in which they are written: its parser.
 _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
-    field.name: {"int": _whole, "float": _seconds}.get(str(field.type), _pairs)
+    field.name: {"int": _parse_whole, "float": _parse_seconds}.get(str(field.type), _parse_pairs)
     for field in fields(Sample)
     if field.name != "at"
 }

@@ -21,6 +21,18 @@ logger = logging.getLogger("rlbroker")
 #: A worker may report this much more waiting than the time since its last report, because its value is read late.
 _SLACK_SECONDS = 10.0
 
+#: The sums of `Metrics` that a sample contains: whole numbers, and seconds.
+_COUNTS = (
+    "published",
+    "published_raw_bytes",
+    "published_stored_bytes",
+    "collected",
+    "rows",
+    "collected_raw_bytes",
+    "collected_stored_bytes",
+)
+_SECONDS = ("encode_seconds", "send_seconds", "publish_seconds", "decode_seconds", "wait_seconds")
+
 
 @dataclass(frozen=True)
 class RunState:
@@ -138,7 +150,7 @@ class Recorder:
         if isinstance(time, PeerError):
             raise time
         at = int(time[0]) + int(time[1]) / 1e6
-        queued = _queued(everyone, replies[: len(everyone)], state.in_hand)
+        queued = _count_queued(everyone, replies[: len(everyone)], state.in_hand)
         running = self._read_heartbeats(members, replies[len(everyone) :], at)
         self._room_waits = {
             worker: wait for worker, wait in self._room_waits.items() if worker in state.everyone
@@ -171,7 +183,7 @@ class Recorder:
         for worker, reply in zip(members, replies, strict=True):
             # A worker may have written anything in place of its heartbeat.
             values = (None,) * 3 if isinstance(reply, PeerError) else reply
-            incarnation, version, waited = map(_text, values)
+            incarnation, version, waited = map(_decode, values)
             running[worker] = whole_number(version) or 0
             if incarnation and waited:
                 seconds = seconds_number(waited) or 0.0
@@ -204,19 +216,9 @@ class Recorder:
                 raise reply
 
 
-_COUNTS = (
-    "published",
-    "published_raw_bytes",
-    "published_stored_bytes",
-    "collected",
-    "rows",
-    "collected_raw_bytes",
-    "collected_stored_bytes",
-)
-_SECONDS = ("encode_seconds", "send_seconds", "publish_seconds", "decode_seconds", "wait_seconds")
-
-
-def _queued(workers: Sequence[int], replies: Sequence[Any], in_hand: Mapping[int, int]) -> dict[int, int]:
+def _count_queued(
+    workers: Sequence[int], replies: Sequence[Any], in_hand: Mapping[int, int]
+) -> dict[int, int]:
     """Return the batches that wait, by worker; without workers that have none, or no stream of batches."""
     return {
         worker: length - in_hand.get(worker, 0)
@@ -225,5 +227,5 @@ def _queued(workers: Sequence[int], replies: Sequence[Any], in_hand: Mapping[int
     }
 
 
-def _text(value: Any) -> str:
+def _decode(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else ""
