@@ -163,7 +163,7 @@ class DeadlineExceeded(PeerError, TimeoutError):
 
 
 class Unconfirmed(DeadlineExceeded):
-    """A batch was accepted, and not confirmed within the timeout. It is kept and sent again: do not send it again.
+    """A batch was accepted, and not confirmed within the timeout. It is kept and resent: do not send it again.
 
     Attributes:
         receipt: what is known of the batch; a `SendReceipt`.

@@ -359,7 +359,7 @@ class MissedUpdates:
 
 @dataclass(frozen=True)
 class QueueCounts:
-    """The number of one worker's batches in each state: produced = waiting + in_hand + delivered + all that are lost.
+    """The number of one worker's batches in each state: produced = waiting + in_hand + delivered + lost.
 
     Attributes:
         waiting: in the queue, not yet read.

@@ -51,7 +51,7 @@ CONFIRM_FRACTION = 0.75
 
 
 class WorkerClient:
-    """A worker's client: it gets weights and commands from the learner of a run, and sends experiences to it.
+    """A worker's client: it receives weights and commands from the learner of a run, and sends experiences to it.
 
     Use it as a context manager, so that the worker leaves the run at the end. All methods may be called from several
     threads of one process. ::

@@ -143,7 +143,7 @@ def _chunk_fault(stored: bytes | memoryview, raw_bytes: int, typesize: int) -> s
 
 
 def _take_sample(raw: memoryview, typesize: int, sample_bytes: int) -> bytes:
-    """Return a sample of whole elements: half of it from the first quarter mark of the segment, half from the third."""
+    """Return a sample of whole elements: half from one quarter into `raw`, half from three quarters."""
     half = sample_bytes // 2 // typesize * typesize
     starts = (len(raw) // 4 // typesize * typesize, len(raw) * 3 // 4 // typesize * typesize)
     return b"".join(raw[start : start + half] for start in starts)

@@ -46,7 +46,7 @@ def word_type(typesize: int, raw_bytes: int) -> np.dtype[Any]:
 
 
 def encode(new: Bytes, base: Bytes, typesize: int) -> tuple[int, bytes | memoryview]:
-    """Return (codec, stored bytes) of the smallest way to store `new`, whole or as a delta; samples estimate the sizes.
+    """Return (codec, stored bytes) of the smallest way to store `new`, whole or as a delta, as estimated from samples.
 
     `new` and `base` are equally long, contiguous and do not change during the call. The stored bytes of a raw segment
     are a view of `new`.

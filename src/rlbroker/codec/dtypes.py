@@ -135,7 +135,7 @@ def tensor_target(name: str, dtype: str) -> str | None:
 
 
 def array_target(name: str, dtype: str) -> tuple[str, np.dtype[Any]] | None:
-    """Return wire name and carrier of the dtype to which an array of dtype `name` is cast; None if it is not cast."""
+    """Return (wire name, carrier) of the dtype that an array of dtype `name` is cast to; None if it is not cast."""
     target = CAST_DTYPES[dtype]
     source = NUMPY_DTYPES[name]
     if target is None or source.kind != "f":
@@ -145,7 +145,7 @@ def array_target(name: str, dtype: str) -> tuple[str, np.dtype[Any]] | None:
 
 
 def is_cast(kind: str, dtype: str, original: str) -> bool:
-    """Return whether a cast can have made a leaf of `kind` and `dtype` on the wire from one of dtype `original`."""
+    """Return whether casting a leaf of `kind` from dtype `original` can give the wire dtype `dtype`."""
     if kind == "tensor":
         return dtype in CAST_DTYPES and tensor_target(original, dtype) == dtype
     if kind != "array" or original not in NUMPY_DTYPES:

@@ -38,27 +38,6 @@ def sign_command(
     }
 
 
-def check_command(
-    key: SigningKey,
-    run: str,
-    command_id: str,
-    fields: Mapping[bytes, bytes],
-    worker_id: int,
-    incarnation: int,
-) -> None:
-    """Check that a command was signed with this key, and for this incarnation of this worker.
-
-    Raises:
-        NotSigned: its signature is missing or wrong, or it was signed for another worker or incarnation.
-    """
-    found = {name: fields.get(name.encode(), b"") for name in (*_COVERED_FIELDS, *SIGNATURE_FIELDS)}
-    signature = found["signature"].decode("ascii", "replace")
-    covered = [found[name] for name in _COVERED_FIELDS]
-    key.check(signature, COMMAND, run, command_id, found["signed_for"], *covered)
-    if f"{worker_id}:{incarnation}".encode() not in found["signed_for"].split(b","):
-        raise NotSigned("it was signed for others, or for an earlier incarnation of this worker")
-
-
 class CommandVerifier:
     """Checks the commands that one worker reads, and bounds how many refusals it reports."""
 
@@ -69,12 +48,17 @@ class CommandVerifier:
         self._reported, self._period_end = 0, Deadline(REFUSALS_SECONDS)
 
     def check(self, command_id: str, fields: Mapping[bytes, bytes]) -> None:
-        """Check that a command was signed with the key, and for this incarnation of this worker.
+        """Check that a command was signed with this worker's key, and for this incarnation of it.
 
         Raises:
             NotSigned: its signature is missing or wrong, or it was signed for another worker or incarnation.
         """
-        check_command(self._key, self._run, command_id, fields, self._worker_id, self._incarnation)
+        found = {name: fields.get(name.encode(), b"") for name in (*_COVERED_FIELDS, *SIGNATURE_FIELDS)}
+        signature = found["signature"].decode("ascii", "replace")
+        covered = [found[name] for name in _COVERED_FIELDS]
+        self._key.check(signature, COMMAND, self._run, command_id, found["signed_for"], *covered)
+        if f"{self._worker_id}:{self._incarnation}".encode() not in found["signed_for"].split(b","):
+            raise NotSigned("it was signed for others, or for an earlier incarnation of this worker")
 
     def should_report(self, entry_id: str) -> bool:
         """Return whether to report the refusal of this entry: each once, and REFUSALS_REPORTED in each period."""

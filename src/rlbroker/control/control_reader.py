@@ -21,7 +21,7 @@ READ_COUNT: Final = 100
 
 
 class ControlReader:
-    """One worker's position in the control stream. Other threads may call `has_position` and `restart` only."""
+    """Reads the control stream for one worker. Other threads may call only `has_position` and `restart`."""
 
     def __init__(
         self,

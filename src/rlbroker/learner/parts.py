@@ -33,7 +33,7 @@ logger = logging.getLogger("rlbroker")
 
 @dataclass(frozen=True)
 class LearnerParts:
-    """The objects that one learner consists of, except for its background work, which `Maintenance` does with them.
+    """The objects that one learner consists of. `Maintenance` does its background work with them.
 
     Attributes:
         roster: the run and its members.
