@@ -22,14 +22,14 @@ HASHES = hashlib.sha256(b"header").hexdigest() + hashlib.sha256(b"chunk").hexdig
 FORM = StoredForm(3, 0, "3-1-1", 1, 500, "c0ffee", HASHES)
 
 
-def test_fields_cannot_be_cut_otherwise() -> None:
+def test_different_fields_never_give_the_same_bytes() -> None:
     assert canonical(["ab", "c"]) != canonical(["a", "bc"]) != canonical(["abc"]) != canonical(["abc", ""])
     assert canonical([12, 3]) != canonical([1, 23])
     assert canonical([b"x"]) == (1).to_bytes(8, "big") + b"x"
 
 
-def test_a_signature_is_what_others_can_compute() -> None:
-    """As docs/signing.md says, so that another language can check it."""
+def test_a_signature_can_be_computed_from_its_documentation() -> None:
+    """The documented computation gives the same signature, so that other languages can check it."""
     derived = hmac.digest(b"0123456789abcdef0123456789abcdef", canonical(["rlbroker 1", "weights"]), "sha256")
     expected = hmac.digest(derived, canonical(["pong", 7]), "sha256").hex()
     assert KEY.sign("weights", "pong", 7) == f"{KEY.id}:{expected}"
@@ -75,7 +75,7 @@ def test_a_key_shows_its_id_and_not_itself() -> None:
         {"signature": ""},
     ],
 )
-def test_a_stored_form_is_bound_to_all_that_is_said_of_it(change: dict[str, object]) -> None:
+def test_a_signature_covers_every_field_of_a_stored_form(change: dict[str, object]) -> None:
     signed = FORM.signed(KEY, "pong")
     signed.check(KEY, "pong")
     with pytest.raises(NotSigned):
@@ -86,7 +86,7 @@ def test_a_stored_form_is_bound_to_all_that_is_said_of_it(change: dict[str, obje
         replace(FORM, hashes=HASHES[:64]).signed(KEY, "pong").check(KEY, "pong")
 
 
-def test_a_pointer_carries_signatures_and_every_form_counts() -> None:
+def test_a_manifest_is_signed_only_if_each_of_its_forms_is() -> None:
     whole = replace(FORM, version=2, upload="2-1-1").signed(KEY, "pong")
     at = Manifest(replace(FORM, base=2), (whole,), 100, 7, "raw", 1.5).signed(KEY, "pong")
     there = Manifest.from_fields(at.to_fields())

@@ -92,11 +92,11 @@ def test_the_nodes_of_a_cluster_and_the_sentinels_are_read_from_a_url() -> None:
         ("redis+cluster://me:secret@a:1/main", "must be a number"),
         (
             "redis+sentinel://me:secret@a:1",
-            "which master they are asked for; write it like redis\\+sentinel://host",
+            "does not name the master; write it like redis\\+sentinel://host",
         ),
-        ("redis+sentinel://me:secret@a:1/", "which master they are asked for"),
+        ("redis+sentinel://me:secret@a:1/", "does not name the master"),
         ("redis+sentinel://me:secret@a:1/mymaster/main", "must be a number"),
-        ("redis+sentinel://me:1/secret@a:1", "names a master that none can have"),
+        ("redis+sentinel://me:1/secret@a:1", "has an invalid name of a master"),
         ("redis+cluster://me:1/secret@a:1", "must be a number"),
         ("redis+cluster://me:1?secret@a:1", "that rlbroker does not know"),
         (
