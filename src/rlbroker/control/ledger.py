@@ -93,7 +93,7 @@ class Ledger:
         self._missed: deque[Missed] = deque(maxlen=MISSED_KEPT)
         #: By worker and event: settlements that were sent and whose reply was lost, so they may have been applied.
         self._unconfirmed: dict[tuple[int, str], Settled] = {}
-        self._lost_version = 0  #: the latest version when the server lost the run last
+        self._lost_version = 0  #: the latest version when the server last lost the run
         #: The newest version that a worker could not read or load.
         self.failed_version = 0
 
@@ -230,6 +230,7 @@ class Ledger:
             self._lock.release()
 
     def _settle(self, streams: Sequence[tuple[int, Entries]]) -> None:
+        """Settle the events of one read, in one try."""
         one_try = Deadline(0)
         workers = [worker for worker, _ in streams]
         clock, stored_version, pending_fields, *ledgers = self._connection.execute_all(
@@ -265,8 +266,16 @@ class Ledger:
             for event, settled in self._fold(outcomes, events, pending.get(worker, {}), latest, limit):
                 calls.append(self._settle_call(event, settled))
                 results[worker, event.entry_id] = settled
+        self._write(calls, results)
+
+    def _write(
+        self,
+        calls: Sequence[tuple[Script, list[str], list[Argument]]],
+        results: Mapping[tuple[int, str], Settled],
+    ) -> None:
+        """Run the calls of `settle.lua`, and remember their results; after an error they may have been applied."""
         try:
-            self._connection.run_all(calls, deadline=one_try)
+            self._connection.run_all(calls, deadline=Deadline(0))
         except RunLost:  # nothing was applied
             raise
         except BaseException:
@@ -332,7 +341,7 @@ class Ledger:
         # Each write: the place of its key in `keys`, counted from 1, the command, and its arguments.
         writes: list[list[Argument]] = [[3, "HSET", *flat(settled.worker_outcomes.to_fields())]]
         for missed in settled.missed:
-            command_name, _, *arguments = self._missed_command(missed)
+            command_name, _, *arguments = self._xadd_missed(missed)
             writes.append([4, command_name, *arguments])
         for place, (command, outcome) in enumerate(settled.command_outcomes.items(), start=6):
             writes.append([5, "HDEL", f"{command}:{event.worker_id}"])
@@ -343,7 +352,7 @@ class Ledger:
             packed += [key_place, len(arguments), command_name, *arguments]
         return SETTLE, keys, packed
 
-    def _missed_command(self, missed: Missed) -> list[Argument]:
+    def _xadd_missed(self, missed: Missed) -> list[Argument]:
         """Return the command that records a missed update."""
         fields = flat(missed_to_fields(missed))
         return ["XADD", self._keys.missed, "MAXLEN", "~", MISSED_KEPT, "*", *fields]
@@ -380,7 +389,7 @@ class Ledger:
             return  # then all older records are there too
         entries = self._connection.execute("XRANGE", self._keys.missed, "-", "+")
         kept = {missed_from_fields(text_fields(fields)) for _, fields in entries}
-        lost = [self._missed_command(missed) for missed in self._missed if missed not in kept]
+        lost = [self._xadd_missed(missed) for missed in self._missed if missed not in kept]
         self._connection.execute_all(lost)
 
 
