@@ -98,7 +98,7 @@ def test_a_worker_that_has_seen_newer_weights_than_the_run_reports_it(
     server.client.hset(keys.weights, "version", 2)
     wait_until(
         "the worker reports it",
-        lambda: "latest version is 2, and 3 was here before" in client._subscriber.problem,
+        lambda: "latest version is 2, but this worker has seen 3" in client._subscriber.problem,
     )
 
 
