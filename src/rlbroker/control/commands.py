@@ -264,25 +264,24 @@ class CommandSender:
             # Remember it first: a worker may acknowledge it before the reply of the script arrives.
             remembered = _SentCommand(pairs, {}, time.monotonic())
             self._remember(command_id, remembered)
-            sent = self._try_to_send(command_id, pairs, recipients)
-            if sent and recipients.targets:
-                remembered.incarnations = recipients.targets
-                return recipients.targets
-            if not sent and not deadline.over:
-                continue
-            self._sent.pop(command_id, None)
-            if not sent:
+            if self._try_to_send(command_id, pairs, recipients):
+                break
+            if deadline.over:
+                self._sent.pop(command_id, None)
                 raise DeadlineExceeded(
                     f"the members of the run {self._keys.run!r} kept changing, so the command was not sent; "
                     "send it again"
                 )
-            if recipients.missing:
-                known = ", ".join(map(str, workers.members)) or "none"
-                raise UnknownWorker(
-                    f"worker {recipients.missing[0]} is not a member of the run {self._keys.run!r}; "
-                    f"members are: {known}"
-                )
-            return {}
+        if recipients.targets:
+            remembered.incarnations = recipients.targets
+            return recipients.targets
+        self._sent.pop(command_id, None)
+        if recipients.missing:
+            known = ", ".join(map(str, workers.members)) or "none"
+            raise UnknownWorker(
+                f"worker {recipients.missing[0]} is not a member of the run {self._keys.run!r}; members are: {known}"
+            )
+        return {}
 
     def _try_to_send(self, command_id: str, pairs: Sequence[Any], recipients: _Recipients) -> bool:
         """Run the script, and return whether the recipients were still valid, so that the command was sent."""
