@@ -151,7 +151,7 @@ class AcknowledgementSender:
     def _store(self, acknowledgement: _Acknowledgement) -> None:
         entry_id = f"{self._incarnation}-{acknowledgement.number}"
         try:
-            # NOMKSTREAM, because only joining creates the stream: after a loss, `rejoin` must come first.
+            # NOMKSTREAM: after a loss `rejoin` creates the stream, and then all acknowledgements must follow in order.
             stored = self._channel.execute(
                 "XADD",
                 self._keys.acknowledgements(self._worker_id),
