@@ -15,13 +15,13 @@ from rlbroker.errors import InvalidArgument
 #: The reaction of a worker to a full queue.
 WhenFull = Literal["block", "drop_oldest", "drop_newest"]
 
-#: The place that a batch must have reached before it counts as confirmed.
+#: Where a batch must be stored before it counts as confirmed.
 Level = Literal["redis", "replica", "fsync", "learner"]
 
 #: When a batch that `collect_experiences` returned is acknowledged: at the next collect, or by the caller.
 Acknowledge = Literal["next", "manual"]
 
-#: Whether the processes of one host share weights, or the directory in which they do.
+#: Whether the processes of one host share weights, or the directory through which they do.
 HostCacheSetting = bool | str | Path
 
 #: The key itself, as text or bytes, or the path of the file that holds it.
@@ -32,12 +32,12 @@ DEFAULT_RUN = "default"
 URL_VARIABLES = ("RLBROKER_REDIS_URL", "REDIS_URL")
 RUN_VARIABLE = "RLBROKER_RUN"
 
-#: User and password for a server whose URL has none.
+#: User and password for a URL that has none.
 USERNAME_VARIABLE = "RLBROKER_REDIS_USERNAME"
 PASSWORD_VARIABLE = "RLBROKER_REDIS_PASSWORD"
 PASSWORD_FILE_VARIABLE = "RLBROKER_REDIS_PASSWORD_FILE"
 
-#: Files for `rediss://`, for a URL that does not name them.
+#: Files for a `rediss://` URL that does not name them.
 TLS_CA_VARIABLE = "RLBROKER_TLS_CA_FILE"
 TLS_CERTIFICATE_VARIABLE = "RLBROKER_TLS_CERTIFICATE_FILE"
 TLS_KEY_VARIABLE = "RLBROKER_TLS_KEY_FILE"
@@ -46,23 +46,23 @@ TLS_VARIABLES = (TLS_CA_VARIABLE, TLS_CERTIFICATE_VARIABLE, TLS_KEY_VARIABLE)
 #: The path of the file with the key that signs weights and commands.
 SIGNING_KEY_VARIABLE = "RLBROKER_SIGNING_KEY_FILE"
 
-#: A shorter key could be guessed; `openssl rand -hex 32` makes 64 characters.
+#: Shorter keys could be guessed; `openssl rand -hex 32` prints one of 64 characters.
 MIN_SIGNING_KEY_BYTES = 32
 
-#: Set by a command that moved a URL with a password from its arguments into the environment.
+#: Set by a command when it moves a URL with a password from its arguments into the environment.
 URL_TYPED_VARIABLE = "RLBROKER_URL_TYPED"
 
-#: The highest worker id, so that a typing error cannot create lists of millions.
+#: The highest worker id, so that a typo cannot create lists of millions.
 MAX_WORKER_ID = 65_535
 
-#: The most shards: the learner keeps one connection for each, on which it waits.
+#: The most shards: the learner waits on one connection for each.
 MAX_SHARDS = 64
 
-#: The longest time that a setting may have: about thirty years.
+#: The largest number of seconds in a setting: about thirty years.
 MAX_SECONDS = 1_000_000_000
 
-#: The shortest lease, and the shortest time after which another learner takes over pending batches: heartbeats are not
-#: more frequent.
+#: The shortest lease, and the shortest time after which another learner takes over pending batches. They cannot be
+#: renewed more often.
 MIN_LEASE_SECONDS = 0.1
 MIN_TAKE_OVER_SECONDS = 0.5
 
@@ -76,7 +76,7 @@ class RunSettings:
     Attributes:
         max_queue_size: the most batches that wait in one worker's queue.
         max_queue_bytes: the most bytes of one worker's queue, including batches that are pending at the learner.
-        when_full: the reaction of a worker to a full queue, unless the worker sets its own.
+        when_full: the reaction of a worker to a full queue, unless the worker has a setting of its own.
         lease_seconds: a worker without a heartbeat for longer than this is `away`.
         forget_seconds: a worker without a heartbeat for longer than this leaves the run.
     """
@@ -89,11 +89,11 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         """Raise InvalidArgument for settings that cannot work."""
-        positive_int("max_queue_size", self.max_queue_size)
-        positive_int("max_queue_bytes", self.max_queue_bytes)
-        positive_seconds("lease_seconds", self.lease_seconds)
-        positive_seconds("forget_seconds", self.forget_seconds)
-        choice("when_full", self.when_full, get_args(WhenFull))
+        check_positive_int("max_queue_size", self.max_queue_size)
+        check_positive_int("max_queue_bytes", self.max_queue_bytes)
+        check_positive_seconds("lease_seconds", self.lease_seconds)
+        check_positive_seconds("forget_seconds", self.forget_seconds)
+        check_choice("when_full", self.when_full, get_args(WhenFull))
         if self.lease_seconds < MIN_LEASE_SECONDS:
             raise InvalidArgument(
                 f"lease_seconds must be at least {MIN_LEASE_SECONDS:g}, as heartbeats are not more frequent; got "
@@ -108,7 +108,7 @@ class RunSettings:
 
     @classmethod
     def from_fields(cls, found: Mapping[str, str]) -> Self:
-        """Read the settings from fields of the `meta` hash; a missing field has its default."""
+        """Parse the settings from fields of the `meta` hash. A setting without a field has its default."""
         kinds = {"int": int, "float": float}
         return cls(
             **{
@@ -127,8 +127,8 @@ class SamplesPerInsert:
         ratio: samples for each inserted batch; above 0.
         min_size: number of batches that must be inserted before the first sample; at least 1.
         error_buffer: the most samples by which sampling may be ahead of inserting, or behind it. At least
-            `max(1, ratio)`, and `(n + ratio) / 2` where n samples are drawn at once: otherwise both sides could wait
-            for each other for ever.
+            `max(1, ratio)`, and at least `(n + ratio) / 2` if n samples are drawn at once: otherwise inserting and
+            sampling could wait for each other forever.
     """
 
     ratio: float
@@ -136,7 +136,7 @@ class SamplesPerInsert:
     error_buffer: float
 
     def __post_init__(self) -> None:
-        """Raise InvalidArgument for settings with which both sides could wait for each other for ever."""
+        """Raise InvalidArgument for settings with which inserting and sampling could wait for each other forever."""
         for name in ("ratio", "error_buffer"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -158,12 +158,12 @@ class SamplesPerInsert:
 
 
 def redis_username() -> str | None:
-    """Return the user for a server whose URL has none, from the environment; None if it has none either."""
+    """Return the user for a URL that has none, from the environment; None if that has none either."""
     return os.environ.get(USERNAME_VARIABLE) or None
 
 
 def redis_password() -> str | None:
-    """Return the password for a server whose URL has none, from the environment or the file that it names.
+    """Return the password for a URL that has none, from the environment or the file that it names; None without one.
 
     Raises:
         InvalidArgument: the environment has both, or the file cannot be used.
@@ -187,7 +187,7 @@ def redis_password() -> str | None:
 
 
 def _secret_in(path: Path, setting: str) -> bytes:
-    """Return the content of a file without its last newline. `setting` is what named the file, for errors."""
+    """Return the content of a file without its last newline. Errors name the `setting` that the path came from."""
     try:
         found = path.read_bytes().rstrip(b"\r\n")
     except OSError as error:
@@ -206,7 +206,7 @@ def signing_secret(given: SigningKeySetting | None = None) -> bytes | None:
     """Return the key that signs weights and commands: `given`, else the file that RLBROKER_SIGNING_KEY_FILE names.
 
     Args:
-        given: the key itself as text or bytes, or the path of a file with it, whose last newline does not count.
+        given: the key itself as text or bytes, or the path of a file with it, whose last newline is ignored.
 
     Raises:
         InvalidArgument: the key is too short, or its file cannot be used.
@@ -221,7 +221,7 @@ def signing_secret(given: SigningKeySetting | None = None) -> bytes | None:
         key = _secret_in(path, setting)
     elif isinstance(path, str | bytes):
         key = path.encode() if isinstance(path, str) else path
-    else:  # The message does not show the value: it may be a key of another type.
+    else:  # the message does not show the value, which may be a key of another type
         raise InvalidArgument(f"{setting} must be text, bytes or a Path; got {type(path).__name__}")
     if len(key) < MIN_SIGNING_KEY_BYTES:
         raise InvalidArgument(
@@ -248,7 +248,7 @@ def default_url() -> str:
 
 
 def url_was_typed() -> bool:
-    """Return whether the URL in the environment came from the command line: the user's shell does not have it."""
+    """Return whether the URL in the environment came from the command line, so that the user's shell lacks it."""
     return bool(os.environ.get(URL_TYPED_VARIABLE))
 
 
@@ -259,23 +259,19 @@ def redacted_url(url: str) -> str:
     'redis://host:6379/0'
     """
     scheme, colon, rest = url.partition("://")
-    if not colon:  # Not a URL: an @ may separate a password from a host.
+    if not colon:  # not a URL: an @ may separate a password from a host
         return "…" if "@" in url else url
     before, _, query = rest.partition("?")
-    if "@" in query:  # The query is a part of a password, or contains one.
+    if "@" in query:  # the query is part of a password, or contains one
         return f"{scheme}://…"
     # A password may hold an @ or a / that should have been escaped.
     return scheme + colon + before.rpartition("@")[2]
 
 
-def run_name(run: str, *, what: str = "run") -> str:
-    """Return `run`, the name of a run or of a learner, which becomes part of every key.
-
-    Raises:
-        InvalidArgument: it is not 1 to 100 letters, digits, dots, dashes and underscores.
-    """
+def check_run_name(run: str, *, what: str = "run") -> str:
+    """Return the name of a run or of a learner; raise InvalidArgument unless it can be part of a key."""
     if not isinstance(run, str) or not is_run_name(run):
-        # It may be a URL that was given as the run, with a password in it.
+        # A URL may have been given in place of the run, with a password in it.
         shown = redacted_url(run) if isinstance(run, str) and "://" in run else run
         raise InvalidArgument(
             f"{what} must be 1 to 100 letters, digits, '.', '_' or '-', and begin with a letter or digit; got {shown!r}"
@@ -284,41 +280,37 @@ def run_name(run: str, *, what: str = "run") -> str:
 
 
 def run_from_environment() -> str | None:
-    """Return the run of a command without `--run`, which is RLBROKER_RUN; None if that is not set.
+    """Return the run that RLBROKER_RUN names, for commands without `--run`; None if it is not set.
 
     Raises:
         InvalidArgument: its value cannot be the name of a run.
     """
     run = os.environ.get(RUN_VARIABLE)
-    return run_name(run, what=RUN_VARIABLE) if run else None
+    return check_run_name(run, what=RUN_VARIABLE) if run else None
 
 
 def is_run_name(text: str) -> bool:
-    """Return whether this can be the name of a run. Keys of other programs may look like those of a run."""
+    """Return whether `text` can be the name of a run."""
     return _RUN_NAME.fullmatch(text) is not None
 
 
-def worker_number(worker_id: int) -> int:
-    """Return `worker_id`.
-
-    Raises:
-        InvalidArgument: it is not an integer from 0 to 65535.
-    """
+def check_worker_id(worker_id: int) -> int:
+    """Return a worker id; raise InvalidArgument unless it is an integer from 0 to 65535."""
     if isinstance(worker_id, bool) or not isinstance(worker_id, int) or not 0 <= worker_id <= MAX_WORKER_ID:
         raise InvalidArgument(f"worker_id must be an integer from 0 to {MAX_WORKER_ID}; got {worker_id!r}")
     return worker_id
 
 
-def positive_int(name: str, value: int) -> int:
+def check_positive_int(name: str, value: int) -> int:
     """Return the value of a setting; raise InvalidArgument unless it is an integer above 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        # The message does not show text: it may be a URL that was given for this setting, with a password in it.
+        # The message does not show text: a URL may have been given for this setting, with a password in it.
         shown = "text" if isinstance(value, str) else repr(value)
         raise InvalidArgument(f"{name} must be an integer of at least 1; got {shown}")
     return value
 
 
-def positive_seconds(name: str, value: float) -> float:
+def check_positive_seconds(name: str, value: float) -> float:
     """Return a setting as a float; raise InvalidArgument unless it is above 0 s and no more than a thread can wait."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_SECONDS:
         raise InvalidArgument(
@@ -327,14 +319,14 @@ def positive_seconds(name: str, value: float) -> float:
     return float(value)
 
 
-def waiting_seconds(name: str, value: float) -> float:
+def check_timeout_seconds(name: str, value: float) -> float:
     """Return a timeout as a float; raise InvalidArgument unless it is a number of seconds. 0 is valid."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_SECONDS:
         raise InvalidArgument(f"{name} must be a number of seconds, from 0 to {MAX_SECONDS:,}; got {value!r}")
     return float(value)
 
 
-def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     """Return the value of a setting; raise InvalidArgument unless it is one of `choices`."""
     if value not in choices:
         raise InvalidArgument(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")

@@ -5,7 +5,7 @@
     RlbrokerError
     ├── UsageError                  the caller's mistake: the same call will fail again
     │   ├── InvalidArgument         an argument or setting has a value that cannot work (ValueError)
-    │   ├── UnsupportedType         a value that cannot travel; names its path (TypeError)
+    │   ├── UnsupportedType         a value cannot travel; names its path (TypeError)
     │   ├── WeightsMismatch         the weights do not fit the model; names keys and shapes (ValueError)
     │   ├── BatchTooLarge           one batch exceeds the byte bound of its queue (ValueError)
     │   ├── UnknownWorker           no worker with this id belongs to the run (LookupError)
@@ -19,11 +19,11 @@
         ├── ServerOutOfMemory       the server reached its memory limit
         ├── ServerFault             the server answered with an error that rlbroker does not expect
         │   └── WrongKeyType        a key of the run has a type that rlbroker does not write
-        ├── WireError               bytes that cannot be decoded (ValueError)
-        │   └── IncompatibleFormat  written in another version of the wire format
+        ├── WireError               received bytes cannot be decoded (ValueError)
+        │   └── IncompatibleFormat  the bytes have another version of the wire format
         ├── Fenced                  a newer process took this one's place
         ├── RunLost                 the server lost the run's keys, and the learner has not restored them
-        └── DeadlineExceeded        a wait ended without its result (TimeoutError)
+        └── DeadlineExceeded        a wait timed out (TimeoutError)
             ├── QueueFull           no room for a batch within the timeout (queue.Full)
             └── Unconfirmed         a batch was accepted, and not confirmed within the timeout
 """
@@ -47,10 +47,10 @@ class InvalidArgument(UsageError, ValueError):
 
 
 class UnsupportedType(UsageError, TypeError):
-    """A value that cannot travel.
+    """A value cannot travel.
 
-    Raised before anything is sent. The message names the path of the value within the tree, and where there is one the
-    call that makes it travel, such as `_asdict()`.
+    Raised before anything is sent. The message names the path of the value within the tree, and the call that makes it
+    travel if there is one, such as `_asdict()`.
     """
 
 
@@ -78,7 +78,7 @@ class ForkedProcess(UsageError, RuntimeError):
 
 
 class Closed(UsageError, RuntimeError):
-    """A client was used after it was closed, or it was closed before the result was there. Make a new one."""
+    """A client was used after it was closed, or was closed before the result arrived. Make a new one."""
 
 
 class PeerError(RlbrokerError):
@@ -134,7 +134,7 @@ class WrongKeyType(ServerFault):
 
 
 class WireError(PeerError, ValueError):
-    """Bytes that cannot be decoded: damaged, hostile, or beyond the limits.
+    """Received bytes cannot be decoded: they are damaged, hostile, or beyond the limits.
 
     rlbroker fetches damaged weights again, and stores a damaged batch as a dead letter.
     """
@@ -159,11 +159,11 @@ class RunLost(PeerError):
 
 
 class DeadlineExceeded(PeerError, TimeoutError):
-    """A wait ended without its result. What was waited for may still happen."""
+    """A wait timed out. What was waited for may still happen."""
 
 
 class Unconfirmed(DeadlineExceeded):
-    """A batch was accepted, and not confirmed within the timeout. It is kept and sent again: do not send it again.
+    """A batch was accepted, and not confirmed within the timeout. It is kept and resent: do not send it again.
 
     Attributes:
         receipt: what is known of the batch; a `SendReceipt`.
@@ -176,4 +176,4 @@ class Unconfirmed(DeadlineExceeded):
 
 
 class QueueFull(DeadlineExceeded, queue.Full):
-    """No room for a batch within the timeout. It was not accepted: send it again, or drop it."""
+    """There was no room for a batch within the timeout. It was not accepted: send it again, or drop it."""

@@ -23,7 +23,7 @@ Liveness = Literal["alive", "away"]
 
 
 class Batch(dict[str, Any]):
-    """The dictionary that a worker sent. What is known of it is in attributes, which collide with no key of the user's.
+    """The dictionary that a worker sent, with its metadata in attributes, which cannot collide with the user's keys.
 
     Attributes:
         worker_id: the worker that sent it.
@@ -68,7 +68,7 @@ class Batch(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Registration:
-    """A worker's membership in the run, as the server granted it.
+    """A worker's membership in the run, granted by the server.
 
     Attributes:
         worker_id: the worker.
@@ -116,7 +116,7 @@ class SendReceipt:
 
 @dataclass(frozen=True)
 class Published:
-    """A published version; `PublishReceipt` has the same attributes, with their meaning."""
+    """A published version; `PublishReceipt` documents the attributes."""
 
     version: int
     kind: Literal["full", "delta"]
@@ -128,9 +128,9 @@ class Published:
 
 
 class PublishReceipt:
-    """The result of `send_model_weights`, which with `wait=False` may still be pending. False only if that failed.
+    """The result of `send_model_weights`, which may be pending with `wait=False`. False only if publishing failed.
 
-    Each attribute but `done` waits until the version is published, and raises the error if it was not.
+    Each attribute except `done` waits until the version is published, and raises the error if publishing failed.
     """
 
     def __init__(self, work: Published | Future[Published]) -> None:
@@ -138,18 +138,18 @@ class PublishReceipt:
         self._work = work
 
     def __bool__(self) -> bool:
-        """Return whether workers can fetch the version, or will be able to unless publishing fails."""
+        """Return False if publishing failed; True if it succeeded or is pending."""
         if not isinstance(self._work, Future) or not self._work.done():
             return True
         return not self._work.cancelled() and self._work.exception() is None
 
     def __repr__(self) -> str:
-        """Show the published version, or that there is none yet."""
+        """Show the published version, or why there is none."""
         if not self.done:
-            return "<PublishReceipt: under way>"
+            return "<PublishReceipt: pending>"
         if not self:
             return "<PublishReceipt: not published>"
-        return f"<PublishReceipt: {self._facts}>"
+        return f"<PublishReceipt: {self._published}>"
 
     @property
     def done(self) -> bool:
@@ -165,7 +165,7 @@ class PublishReceipt:
         Raises:
             DeadlineExceeded: publishing has not ended within the timeout, and continues.
             Closed: the learner was closed before the version was published.
-            PeerError: the version was not published; as `send_model_weights` raises it without `wait=False`.
+            PeerError: the version was not published; the same error as without `wait=False`.
         """
         if isinstance(self._work, Future):
             try:
@@ -183,37 +183,37 @@ class PublishReceipt:
     @property
     def version(self) -> int:
         """The number of the version."""
-        return self._facts.version
+        return self._published.version
 
     @property
     def kind(self) -> Literal["full", "delta"]:
         """How the weights are stored: `full`, or as a `delta` to the version before."""
-        return self._facts.kind
+        return self._published.kind
 
     @property
     def base(self) -> int:
         """The version that a delta applies to; 0 for a full one."""
-        return self._facts.base
+        return self._published.base
 
     @property
     def raw_bytes(self) -> int:
         """Size of the tensors as they travel, in bytes; each tied one counts once."""
-        return self._facts.raw_bytes
+        return self._published.raw_bytes
 
     @property
     def stored_bytes(self) -> int:
         """Size of what was stored on the server, in bytes."""
-        return self._facts.stored_bytes
+        return self._published.stored_bytes
 
     @property
     def chunks(self) -> int:
         """Number of chunks, without the header's."""
-        return self._facts.chunks
+        return self._published.chunks
 
     @property
     def seconds(self) -> float:
         """Duration from the call until the version was published."""
-        return self._facts.seconds
+        return self._published.seconds
 
     @property
     def ratio(self) -> float:
@@ -221,7 +221,7 @@ class PublishReceipt:
         return self.raw_bytes / self.stored_bytes if self.stored_bytes else 1.0
 
     @property
-    def _facts(self) -> Published:
+    def _published(self) -> Published:
         self.wait()
         return self._work.result() if isinstance(self._work, Future) else self._work
 
@@ -240,13 +240,13 @@ class WorkerInfo:
         staleness: number of versions published since that one.
         last_seen_seconds: age of its last heartbeat, by the server's clock.
         sent: number of batches that it reports as sent.
-        problem: the reason why it cannot apply the latest weights; empty if it can.
-        unconfirmed: the reason why its last batch has not reached its level within the timeout; empty if it has.
+        problem: the reason that it cannot apply the latest weights; empty if it can.
+        unconfirmed: the reason that its last batch has not reached its level within the timeout; empty if it has.
         room_seconds: total time that `send_experiences` waited for room in a full queue, as it reports.
         unpolled_seconds: time since its last `poll` or `load_weights`, at its last heartbeat; 0 during one. A worker
             that does not poll obeys no command and runs old weights.
-        fenced_process: host and pid of another process with this worker's id that was fenced most recently since this
-            one registered; empty without one. Two processes of one id are a mistake in starting them.
+        fenced_process: host and pid of the last other process with this worker's id that was fenced since this one
+            registered; empty without one. Two processes were then started with one id by mistake.
         fenced_seconds: age of that event; None without one.
     """
 
@@ -307,7 +307,7 @@ class Missed:
         last: last missed version, for weights.
         command: id and name of the missed command, for commands.
         why: `superseded`, `failed`, `away` or `left`; for commands also `unknown` and `expired`; `refused` for a
-            forgery: it lacked a signature of the worker's key, and no learner had sent it.
+            forgery, which no learner had sent and which lacked a signature of the worker's key.
         detail: more about the reason; may be empty.
         at: time of the record, by the server's clock.
     """
@@ -359,7 +359,7 @@ class MissedUpdates:
 
 @dataclass(frozen=True)
 class QueueCounts:
-    """The number of one worker's batches in each state: produced = waiting + in_hand + delivered + all that are lost.
+    """The number of one worker's batches in each state: produced = waiting + in_hand + delivered + lost.
 
     Attributes:
         waiting: in the queue, not yet read.

@@ -22,11 +22,11 @@ from rlbroker.config import (
     Level,
     SigningKeySetting,
     WhenFull,
-    choice,
+    check_choice,
+    check_positive_seconds,
+    check_timeout_seconds,
     host_cache_place,
-    positive_seconds,
     signing_secret,
-    waiting_seconds,
 )
 from rlbroker.control.command_handlers import CommandHandlers, Handler
 from rlbroker.control.drain_signals import DrainSignals
@@ -51,7 +51,7 @@ CONFIRM_FRACTION = 0.75
 
 
 class WorkerClient:
-    """A worker's client: it gets weights and commands from the learner of a run, and sends experiences to it.
+    """A worker's client: it receives weights and commands from the learner of a run, and sends experiences to it.
 
     Use it as a context manager, so that the worker leaves the run at the end. All methods may be called from several
     threads of one process. ::
@@ -119,8 +119,8 @@ class WorkerClient:
             DeadlineExceeded: no free worker id was found within the timeout.
         """
         if when_full is not None:
-            choice("when_full", when_full, get_args(WhenFull))
-        choice("level", level, get_args(Level))
+            check_choice("when_full", when_full, get_args(WhenFull))
+        check_choice("level", level, get_args(Level))
         images = ImageStore(run, host_cache_place(host_cache))
         secret = signing_secret(signing_key)
         key = SigningKey(secret) if secret else None
@@ -150,31 +150,8 @@ class WorkerClient:
             maintain=self._maintain,
         )
         try:
-            connection.check_server(allow_eviction=True)  # that is the learner's decision
-            registration = self._heartbeat.register(worker_id)
-            self._inbox = Inbox(
-                connection,
-                keys,
-                registration,
-                key=key,
-                notice_version=self._subscriber.announce,
-                rejoin=self._heartbeat.rejoin,
-            )
-            self._sender = Sender(
-                connection,
-                keys,
-                registration,
-                settings=self._heartbeat.settings,
-                rejoin=self._heartbeat.rejoin,
-                when_full=when_full,
-                compression=compression,
-                level=level,
-                shards_known=self._heartbeat.knows_run or not connection.servers.several,
-            )
-            self._joined = True
-            for part in (self._heartbeat, self._subscriber, self._inbox):
-                part.start()
-        except BaseException:  # Ctrl-C too: the run must not wait for a worker that never started
+            self._join(worker_id, key=key, when_full=when_full, compression=compression, level=level)
+        except BaseException:  # includes Ctrl-C: the learner must not wait for a worker that never started
             self._leave_unstarted()
             raise
 
@@ -258,7 +235,7 @@ class WorkerClient:
         self._draining = True  # takes no lock: a signal handler may run while this thread holds it
 
     def drain_on(self, *signals: int) -> None:
-        """Call `drain` at the first of each of these signals. A second one of the same kind does what it did before.
+        """Call `drain` at the first of each of these signals. A second one of the same kind has its previous effect.
 
         Kubernetes, Slurm and systemd end a process with a signal. `close` restores the signal handlers. ::
 
@@ -298,11 +275,11 @@ class WorkerClient:
         with self._last_poll:
             self._check()
             check_target(model)
-            deadline = Deadline(positive_seconds("timeout", timeout))
+            deadline = Deadline(check_positive_seconds("timeout", timeout))
             with within(deadline):
                 latest = self._subscriber.read_latest()
             if latest and not self._subscriber.ready:
-                # The latest version was taken before, for another model or one that it did not fit.
+                # A call with another model, or with one that it did not fit, took the latest version before.
                 self._subscriber.fetch_again()
             self._wait_and_load(model, latest, deadline)
             return self.version
@@ -364,7 +341,7 @@ class WorkerClient:
         if not isinstance(batch, dict):
             raise UnsupportedType(f"a batch is a dictionary, not a {type(batch).__name__}")
         if timeout is not None:
-            positive_seconds("timeout", timeout)
+            check_positive_seconds("timeout", timeout)
         return self._sender.send(
             batch,
             version=self.version,
@@ -389,7 +366,9 @@ class WorkerClient:
             PeerError: the server refused, or could not be reached in time.
         """
         self._check()
-        seconds = self._connection.timeout_seconds if timeout is None else waiting_seconds("timeout", timeout)
+        seconds = (
+            self._connection.timeout_seconds if timeout is None else check_timeout_seconds("timeout", timeout)
+        )
         return self._sender.flush(seconds)
 
     # The end
@@ -430,7 +409,7 @@ class WorkerClient:
                 try:
                     self._sender.close(deadline)
                     self._inbox.stop(deadline.remaining)
-                finally:  # a fenced worker leaves too: so the run knows that two processes have its id
+                finally:  # a fenced worker leaves too, which records that two processes have its id
                     late = deadline.over
                     if not late:
                         self._heartbeat.leave(deadline.remaining)
@@ -461,6 +440,42 @@ class WorkerClient:
         self._connection.close()
 
     # Internals
+
+    def _join(
+        self,
+        worker_id: int | None,
+        *,
+        key: SigningKey | None,
+        when_full: WhenFull | None,
+        compression: bool,
+        level: Level,
+    ) -> None:
+        """Register in the run, make the parts that need the registration, and start the background threads."""
+        connection, heartbeat = self._connection, self._heartbeat
+        connection.check_server(allow_eviction=True)  # whether to accept eviction is the learner's decision
+        registration = heartbeat.register(worker_id)
+        self._inbox = Inbox(
+            connection,
+            self._keys,
+            registration,
+            key=key,
+            notice_version=self._subscriber.announce,
+            rejoin=heartbeat.rejoin,
+        )
+        self._sender = Sender(
+            connection,
+            self._keys,
+            registration,
+            settings=heartbeat.settings,
+            rejoin=heartbeat.rejoin,
+            when_full=when_full,
+            compression=compression,
+            level=level,
+            shards_known=heartbeat.knows_run or not connection.servers.several,
+        )
+        self._joined = True
+        for part in (heartbeat, self._subscriber, self._inbox):
+            part.start()
 
     def _check(self) -> None:
         """Raise `Closed`, `ForkedProcess`, or the error that ended a background thread, such as `Fenced`."""
@@ -506,18 +521,18 @@ class WorkerClient:
                 )
 
     def _gives_up_sending(self) -> bool:
-        """Return whether a batch that waits for room is dropped. Not while draining: it is still to arrive."""
-        return self._closed or self._commands.stopped or self._inbox.holds("stop")
+        """Return whether to drop a batch that waits for room. Not while draining: it is then still sent."""
+        return self._closed or self._commands.stopped or self._inbox.contains("stop")
 
     def _maintain(self, returned: bool) -> None:
-        """Retry what is under way. Called after each heartbeat; `returned` if the server may have lost data."""
+        """Retry pending batches. Called after each heartbeat; `returned` says that the server may have lost data."""
         if returned:
             self._inbox.mark_stale()
             self._sender.mark_stale()
         self._sender.maintain()
 
     def _describe(self) -> dict[str, str | int]:
-        """Return what each heartbeat reports. The first one is sent before there is a sender."""
+        """Return the fields that each heartbeat reports. The first heartbeat is sent before the sender exists."""
         sender = self._sender if self._joined else None
         return {
             "version": self.version,
@@ -525,5 +540,5 @@ class WorkerClient:
             "problem": self._subscriber.problem or self._weights.problem,
             "unconfirmed": sender.unconfirmed if sender else "",
             "room_seconds": f"{sender.room_seconds if sender else 0.0:.3f}",
-            "unpolled_seconds": f"{self._last_poll.absent_seconds:.3f}",
+            "unpolled_seconds": f"{self._last_poll.unpolled_seconds:.3f}",
         }

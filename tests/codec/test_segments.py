@@ -60,7 +60,7 @@ def test_threads_may_encode_and_decode_segments_together(segment_bytes: int, com
 
 def test_segments_keep_to_their_size_and_to_whole_elements() -> None:
     plan = MessagePlan(weights(), segment_bytes=10_001)
-    sizes = [plan.segment_raw_bytes(i) for i in range(plan.segment_count)]
+    sizes = [plan.encode_segment(i)[0].raw_bytes for i in range(plan.segment_count)]
     assert max(sizes) <= 10_001
     assert sum(sizes) == plan.raw_bytes == MessageAssembly(encoded(plan)[0]).raw_bytes
     assert 10_000 in sizes
@@ -68,12 +68,12 @@ def test_segments_keep_to_their_size_and_to_whole_elements() -> None:
 
 def test_a_lane_of_small_leaves_keeps_to_the_segment_size() -> None:
     plan = MessagePlan([np.full(100, i) for i in range(60)], segment_bytes=10_000)
-    assert [plan.segment_raw_bytes(i) for i in range(plan.segment_count)] == [9600] * 5
+    assert [plan.encode_segment(i)[0].raw_bytes for i in range(plan.segment_count)] == [9600] * 5
 
 
 def test_an_element_larger_than_a_segment_is_not_cut() -> None:
     plan = MessagePlan(np.ones(9, np.complex128), segment_bytes=1)
-    assert [plan.segment_raw_bytes(i) for i in range(plan.segment_count)] == [16] * 9
+    assert [plan.encode_segment(i)[0].raw_bytes for i in range(plan.segment_count)] == [16] * 9
 
 
 def test_the_header_has_size_and_digest_of_each_segment() -> None:

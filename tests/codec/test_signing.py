@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from rlbroker.codec.signing import NotSigned, SigningKey, canonical, chunk_hash
-from rlbroker.control import command_signature
+from rlbroker.control.command_signature import CommandVerifier, sign_command
 from rlbroker.control.outcomes import REFUSED_KEPT, Event, WorkerOutcomes, settle
 from rlbroker.types import Missed
 from rlbroker.weights.manifest import Manifest, StoredForm
@@ -22,14 +22,14 @@ HASHES = hashlib.sha256(b"header").hexdigest() + hashlib.sha256(b"chunk").hexdig
 FORM = StoredForm(3, 0, "3-1-1", 1, 500, "c0ffee", HASHES)
 
 
-def test_fields_cannot_be_cut_otherwise() -> None:
+def test_different_fields_never_give_the_same_bytes() -> None:
     assert canonical(["ab", "c"]) != canonical(["a", "bc"]) != canonical(["abc"]) != canonical(["abc", ""])
     assert canonical([12, 3]) != canonical([1, 23])
     assert canonical([b"x"]) == (1).to_bytes(8, "big") + b"x"
 
 
-def test_a_signature_is_what_others_can_compute() -> None:
-    """As docs/signing.md says, so that another language can check it."""
+def test_a_signature_can_be_computed_from_its_documentation() -> None:
+    """The documented computation gives the same signature, so that other languages can check it."""
     derived = hmac.digest(b"0123456789abcdef0123456789abcdef", canonical(["rlbroker 1", "weights"]), "sha256")
     expected = hmac.digest(derived, canonical(["pong", 7]), "sha256").hex()
     assert KEY.sign("weights", "pong", 7) == f"{KEY.id}:{expected}"
@@ -75,7 +75,7 @@ def test_a_key_shows_its_id_and_not_itself() -> None:
         {"signature": ""},
     ],
 )
-def test_a_stored_form_is_bound_to_all_that_is_said_of_it(change: dict[str, object]) -> None:
+def test_a_signature_covers_every_field_of_a_stored_form(change: dict[str, object]) -> None:
     signed = FORM.signed(KEY, "pong")
     signed.check(KEY, "pong")
     with pytest.raises(NotSigned):
@@ -86,7 +86,7 @@ def test_a_stored_form_is_bound_to_all_that_is_said_of_it(change: dict[str, obje
         replace(FORM, hashes=HASHES[:64]).signed(KEY, "pong").check(KEY, "pong")
 
 
-def test_a_pointer_carries_signatures_and_every_form_counts() -> None:
+def test_a_manifest_is_signed_only_if_each_of_its_forms_is() -> None:
     whole = replace(FORM, version=2, upload="2-1-1").signed(KEY, "pong")
     at = Manifest(replace(FORM, base=2), (whole,), 100, 7, "raw", 1.5).signed(KEY, "pong")
     there = Manifest.from_fields(at.to_fields())
@@ -103,7 +103,7 @@ def test_a_pointer_carries_signatures_and_every_form_counts() -> None:
         unsigned.check(KEY, "pong")
 
 
-def test_an_image_is_called_what_nobody_without_the_key_can_tell() -> None:
+def test_the_name_of_an_image_cannot_be_guessed_without_the_key() -> None:
     named = {FORM.name_of_image(key, "pong") for key in (None, KEY, OTHER)}
     assert len(named) == 3
     signed = FORM.signed(KEY, "pong")
@@ -115,42 +115,40 @@ FIELDS = {"name": "stop", "arguments": "null", "expires_seconds": 1.5, "data": b
 
 
 def checked(**changes: bytes) -> None:
-    fields = {**FIELDS, **command_signature.sign_command(KEY, "pong", "c0", FIELDS, {3: 17, 4: 18})}
+    fields = {**FIELDS, **sign_command(KEY, "pong", "c0", FIELDS, {3: 17, 4: 18})}
     sent = {
         name.encode(): one if isinstance(one, bytes) else str(one).encode() for name, one in fields.items()
     }
     sent |= {name.encode(): one for name, one in changes.items()}
-    command_signature.check_command(KEY, "pong", "c0", sent, 3, 17)
+    CommandVerifier(KEY, "pong", 3, 17).check("c0", sent)
 
 
-def test_a_command_is_for_those_lives_only_that_it_was_signed_for() -> None:
+def test_a_signed_command_is_valid_only_for_its_incarnations() -> None:
     checked()
     for change in ("name", "arguments", "expires_seconds", "data", "signed_for", "signature"):
         with pytest.raises(NotSigned):
             checked(**{change: b"3:17"})
     sent = {
         name.encode(): one.encode()
-        for name, one in command_signature.sign_command(
-            KEY, "a", "c", dict.fromkeys(FIELDS, ""), {3: 17}
-        ).items()
+        for name, one in sign_command(KEY, "a", "c", dict.fromkeys(FIELDS, ""), {3: 17}).items()
     }
-    command_signature.check_command(KEY, "a", "c", sent, 3, 17)
+    CommandVerifier(KEY, "a", 3, 17).check("c", sent)
     for worker, incarnation in [(3, 18), (3, 1), (1, 17), (4, 17)]:
         with pytest.raises(NotSigned, match="for others"):
-            command_signature.check_command(KEY, "a", "c", sent, worker, incarnation)
+            CommandVerifier(KEY, "a", worker, incarnation).check("c", sent)
 
 
-def test_what_is_refused_is_recorded_so_often_and_changes_no_other_sum() -> None:
-    account = WorkerOutcomes(incarnation=1, member=True, settled=5, applied=5)
+def test_refusals_are_recorded_up_to_a_limit_and_change_no_other_sum() -> None:
+    outcomes = WorkerOutcomes(incarnation=1, member=True, settled=5, applied=5)
     records: list[Missed] = []
     for number in range(REFUSED_KEPT + 20):
-        said = {"command": "c", "name": "stop", "outcome": "refused", "detail": "its signature is wrong"}
-        settled = settle(account, Event(f"1-{number + 1}", 0, "command", said, 1.0), {}, 5)
-        account, records = settled.worker_outcomes, [*records, *settled.missed]
+        fields = {"command": "c", "name": "stop", "outcome": "refused", "detail": "its signature is wrong"}
+        settled = settle(outcomes, Event(f"1-{number + 1}", 0, "command", fields, 1.0), {}, 5)
+        outcomes, records = settled.worker_outcomes, [*records, *settled.missed]
     assert len(records) == REFUSED_KEPT
-    assert (account.refused, account.commands_missed, account.settled) == (REFUSED_KEPT + 20, 0, 5)
-    assert WorkerOutcomes.from_fields(account.to_fields()) == account
-    joined = settle(account, Event("2-1", 0, "joined", {"version": "5"}, 1.0), {}, 5).worker_outcomes
+    assert (outcomes.refused, outcomes.commands_missed, outcomes.settled) == (REFUSED_KEPT + 20, 0, 5)
+    assert WorkerOutcomes.from_fields(outcomes.to_fields()) == outcomes
+    joined = settle(outcomes, Event("2-1", 0, "joined", {"version": "5"}, 1.0), {}, 5).worker_outcomes
     assert joined.refused == 0
 
 
@@ -158,9 +156,9 @@ def test_what_is_refused_is_recorded_so_often_and_changes_no_other_sum() -> None
     ("version", "why", "settled"), [(999, "refused", 5), (5, "refused", 5), (6, "failed", 6)]
 )
 def test_a_refused_version_fails_only_if_there_is_one(version: int, why: str, settled: int) -> None:
-    account = WorkerOutcomes(incarnation=1, member=True, settled=5, applied=5)
-    said = {"version": str(version), "outcome": "refused", "detail": "its signature is wrong"}
-    found = settle(account, Event("1-1", 0, "version", said, 1.0), {}, 6)
+    outcomes = WorkerOutcomes(incarnation=1, member=True, settled=5, applied=5)
+    fields = {"version": str(version), "outcome": "refused", "detail": "its signature is wrong"}
+    found = settle(outcomes, Event("1-1", 0, "version", fields, 1.0), {}, 6)
     [record] = found.missed
     assert (record.first, record.last, record.why) == (version, version, why)
     assert found.worker_outcomes.settled == settled

@@ -41,24 +41,24 @@ def _history(worker: int, random_: random.Random) -> list[Event]:
 
 def test_what_is_kept_of_versions_does_not_grow_with_their_number() -> None:
     """A few fields for each worker, the newest records of missed updates, and sums for the older ones."""
-    books = Ledger(
+    folding = Ledger(
         cast(Connection, None),
         KEYS,
         epoch=1,
-        latest_version=lambda: VERSIONS,
+        last_used_version=lambda: VERSIONS,
         signed=False,
         note_outcomes=lambda worker, outcomes: None,
     )
     random_ = random.Random(1)
     for worker in range(3):
         for event in _history(worker, random_):
-            settled = settle(books._outcomes.get(worker, WorkerOutcomes()), event, {}, VERSIONS)
-            books._unconfirmed[worker, event.entry_id] = settled
-            books._confirm([(worker, event.entry_id)])
-    assert books._outcomes.keys() == {0, 1, 2}
-    assert not books._unconfirmed
-    assert len(books._missed) == ledger.MISSED_KEPT
-    for outcomes in books._outcomes.values():
+            settled = settle(folding._outcomes.get(worker, WorkerOutcomes()), event, {}, VERSIONS)
+            folding._unconfirmed[worker, event.entry_id] = settled
+            folding._confirm([(worker, event.entry_id)])
+    assert folding._outcomes.keys() == {0, 1, 2}
+    assert not folding._unconfirmed
+    assert len(folding._missed) == ledger.MISSED_KEPT
+    for outcomes in folding._outcomes.values():
         fields = outcomes.to_fields()
         assert len(fields) <= 20
         assert sum(map(len, fields.values())) < 200
@@ -101,4 +101,4 @@ def test_what_is_remembered_of_commands_is_bounded_by_the_number_of_outcomes(
 def test_a_learner_remembers_no_more_than_that_of_earlier_learners(workers: int, remembered: int) -> None:
     names = ",".join(map(str, range(workers))).encode()
     sent: list[tuple[bytes, Mapping[bytes, bytes]]] = [(b"1-0", {b"workers": names})] * 2000
-    assert len(commands._newest(sent)) == remembered
+    assert len(commands._keep_within_bounds(sent)) == remembered

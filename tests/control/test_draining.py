@@ -208,7 +208,7 @@ def test_a_stop_ends_a_draining_workers_wait_for_room(learner: Learner, worker: 
     client.send_experiences({})
     client.drain()
     comm.send_control_command("stop")
-    wait_until("it arrived", lambda: client._inbox.holds("stop"))
+    wait_until("it arrived", lambda: client._inbox.contains("stop"))
     assert not client.send_experiences({})
 
 

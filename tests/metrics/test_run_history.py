@@ -255,19 +255,19 @@ def test_times_that_a_worker_reports_are_checked(
     comm, client = stop_background(learner()), worker(0)
     stop_heartbeats(client)
     record(comm)
-    said = {
+    reported = {
         "room_seconds": "1e300",
         "unpolled_seconds": "nan",
         "fenced_at": "-5",
         "fenced_process": "x" * 999,
     }
-    server.client.hset(keys.heartbeat(0), mapping=said)
+    server.client.hset(keys.heartbeat(0), mapping=reported)
     (found,) = comm.workers()
     assert (found.room_seconds, found.unpolled_seconds, found.fenced_seconds) == (0.0, 0.0, None)
     assert len(found.fenced_process) < 999
     server.client.hset(keys.heartbeat(0), "room_seconds", "999999")
     assert record(comm).room_seconds < 60  # no more than the time that has passed
-    server.client.hdel(keys.heartbeat(0), *said)  # an older release does not report them
+    server.client.hdel(keys.heartbeat(0), *reported)  # an older release does not report them
     assert comm.workers()[0].room_seconds == 0.0
 
 

@@ -10,7 +10,7 @@ import pytest
 from rlbroker.backend.client import client_from_url
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.url import parse_endpoint, redis_url
-from rlbroker.config import DEFAULT_URL, RunSettings, redacted_url, run_name, signing_secret
+from rlbroker.config import DEFAULT_URL, RunSettings, check_run_name, redacted_url, signing_secret
 from rlbroker.demo import training_run
 from rlbroker.errors import InvalidArgument
 
@@ -115,7 +115,7 @@ def test_a_wrong_url_of_several_servers_says_what_to_write_and_shows_no_password
 @pytest.mark.parametrize("run", ["", " ", "a b", "{x}", "a:b", "-x", "x" * 101, "ü"])
 def test_run_names_that_would_spoil_keys_are_refused(run: str) -> None:
     with pytest.raises(InvalidArgument, match="run must be"):
-        run_name(run)
+        check_run_name(run)
 
 
 def test_all_keys_of_a_run_share_one_hash_tag() -> None:
@@ -141,7 +141,7 @@ def test_a_url_that_cannot_be_used_does_not_show_its_password(mark: str) -> None
 
 def test_a_url_in_the_place_of_a_run_does_not_show_its_password() -> None:
     with pytest.raises(InvalidArgument, match="got 'redis://host'") as caught:
-        run_name("redis://me:secret@host")
+        check_run_name("redis://me:secret@host")
     assert "secret" not in str(caught.value)
 
 

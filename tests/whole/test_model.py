@@ -343,7 +343,7 @@ class Run(RuleBasedStateMachine):
         self.losses += 1
         seen = self.learner._roster._incarnations.by_worker
         for worker, one in self.workers.items():  # one that joined after another loss may not have been seen
-            self.remembered &= worker in seen and seen[worker].incarnation == one.client.incarnation
+            self.remembered &= worker in seen and seen[worker].number == one.client.incarnation
         self.server.client.flushall()
         saved = {batch_id for batch_id, _ in self.saved[0]}
         for batch_id in self.produced:

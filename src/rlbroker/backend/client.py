@@ -26,7 +26,7 @@ from rlbroker.config import (
     TLS_CA_VARIABLE,
     TLS_CERTIFICATE_VARIABLE,
     TLS_KEY_VARIABLE,
-    choice,
+    check_choice,
     redacted_url,
     redis_password,
     redis_username,
@@ -301,7 +301,7 @@ def _parameters(url: str) -> dict[str, str]:
 
 def _tls(url: str, parameters: Mapping[str, str]) -> TlsSettings:
     wanted = parameters.get("ssl_cert_reqs", "required")
-    choice("ssl_cert_reqs in the server's URL", wanted, ("required", "optional", "none"))
+    check_choice("ssl_cert_reqs in the server's URL", wanted, ("required", "optional", "none"))
     tls = TlsSettings(
         *tls_settings(parameters),
         check_certificate=wanted != "none",

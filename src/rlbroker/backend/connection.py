@@ -23,7 +23,7 @@ from rlbroker.backend.router import Router, first_key_of, reply_options
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.suitability import is_cluster_node, name_and_version, refuse_unsuitable
 from rlbroker.backend.topology import Server, SingleServer, Topology
-from rlbroker.config import positive_seconds
+from rlbroker.config import check_positive_seconds
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError, ServerFault
 
 logger = logging.getLogger("rlbroker")
@@ -69,7 +69,7 @@ class Connection:
         Raises:
             InvalidArgument: the URL, the client or the timeout cannot be used.
         """
-        self.timeout_seconds = positive_seconds("timeout", timeout_seconds)
+        self.timeout_seconds = check_positive_seconds("timeout", timeout_seconds)
         base = BaseClient.make(url, client)
         stall = stall_seconds(self.timeout_seconds)
         socket_timeout = base.client.connection_pool.connection_kwargs.get("socket_timeout")

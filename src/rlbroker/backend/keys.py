@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from rlbroker.config import MAX_WORKER_ID, is_run_name, run_name
+from rlbroker.config import MAX_WORKER_ID, check_run_name, is_run_name
 
 #: Pattern of all keys of all runs, as in ACL rules.
 EVERY_KEY = "rlb:*"
@@ -87,7 +87,7 @@ class Keys:
 
     def __post_init__(self) -> None:
         """Check the run's name, which becomes part of every key."""
-        self.prefix = f"{_ROOT}{run_name(self.run)}}}"
+        self.prefix = f"{_ROOT}{check_run_name(self.run)}}}"
 
     def use_shards(self, shards: str) -> None:
         """Use the shards of the run, from the text in its `meta`."""

@@ -24,11 +24,11 @@ MAX_SEGMENT_BYTES = 1 << 30
 #: In smaller segments, a call of blosc2 (about 15 microseconds each way) costs more than the bytes that it saves.
 MIN_COMPRESS_BYTES = 2048
 
-#: A segment is stored compressed only if that leaves at most this part of its raw bytes.
+#: A segment is stored compressed only if that leaves at most this fraction of its raw bytes.
 _WORTHWHILE_RATIO = 0.97
 
-#: Of larger segments a sample is compressed first, so that noise costs almost nothing. The sample grows with the
-#: segment, to find repetition at a distance, such as that of equal frames.
+#: For larger segments a sample is compressed first, so that incompressible data costs almost nothing. The sample grows
+#: with the segment, to find repetition at a distance, such as equal frames.
 _SAMPLE_ABOVE_BYTES = 128 << 10
 _SAMPLE_BYTES = 16 << 10
 _SAMPLE_DIVISOR = 32
@@ -36,7 +36,7 @@ _SAMPLE_DIVISOR = 32
 CHUNK_HEADER_BYTES = 32
 #: version, versionlz, flags, typesize, nbytes, blocksize, cbytes
 _CHUNK_START = struct.Struct("<BBBBiii")
-#: zstd with an extended header, blocks split into streams or not. No verbatim copy, no delta of blosc2's own.
+#: zstd with an extended header, its blocks split into streams or not; neither a verbatim copy nor blosc2's own delta.
 _CHUNK_FLAGS = frozenset((0x85, 0x95))
 #: One SHUFFLE filter, codec zstd without parameters, then blosc2_flags: nothing, or "all zeros". Everything else is
 #: refused: dictionaries, lazy chunks, and "uninitialised", which would expose old memory of the reader.
@@ -46,7 +46,7 @@ _CHUNK_TAILS = frozenset(
 #: Chunks of single bytes may also come without the filter.
 _BYTE_CHUNK_TAILS = _CHUNK_TAILS | {b"\0" + tail[1:] for tail in _CHUNK_TAILS}
 
-#: Every parameter is set, as a program may change blosc2's defaults.
+#: Every parameter is set, because a program may change blosc2's defaults.
 _PARAMETERS: dict[str, Any] = {
     "codec": blosc2.Codec.ZSTD,
     "codec_meta": 0,
@@ -60,8 +60,8 @@ _PARAMETERS: dict[str, Any] = {
     "tuner": blosc2.Tuner.STUNE,
 }
 
-#: For elements of one byte. There is nothing to shuffle, and blosc2 would copy them one by one. They are often frames,
-#: which resemble one another at a distance that only large blocks span.
+#: For elements of one byte. The shuffle filter would only copy them, one by one. They are often frames, which resemble
+#: one another at a distance that only large blocks span.
 _BYTE_PARAMETERS: dict[str, Any] = _PARAMETERS | {
     "filters": [blosc2.Filter.NOFILTER.value],
     "blocksize": 512 << 10,
@@ -77,7 +77,7 @@ def compress(raw: memoryview, typesize: int) -> tuple[int, bytes | memoryview]:
     if size < MIN_COMPRESS_BYTES:
         return RAW, raw
     if size > _SAMPLE_ABOVE_BYTES:
-        sample = _sample(raw, typesize, max(_SAMPLE_BYTES, size // _SAMPLE_DIVISOR))
+        sample = _take_sample(raw, typesize, max(_SAMPLE_BYTES, size // _SAMPLE_DIVISOR))
         if len(_compress_chunk(sample, typesize)) > len(sample) * _WORTHWHILE_RATIO:
             return RAW, raw
     stored = _compress_chunk(raw, typesize)
@@ -91,7 +91,7 @@ def estimate_stored_bytes(raw: memoryview, typesize: int, sample_bytes: int) -> 
     """Estimate how many bytes `compress` would leave, from a sample of `sample_bytes`."""
     if len(raw) < MIN_COMPRESS_BYTES:
         return len(raw)
-    sample = raw if len(raw) <= sample_bytes else _sample(raw, typesize, sample_bytes)
+    sample = raw if len(raw) <= sample_bytes else _take_sample(raw, typesize, sample_bytes)
     return min(len(_compress_chunk(sample, typesize)) * len(raw) // len(sample), len(raw))
 
 
@@ -126,7 +126,7 @@ def _compress_chunk(raw: bytes | memoryview, typesize: int) -> bytes:
 
 
 def _chunk_fault(stored: bytes | memoryview, raw_bytes: int, typesize: int) -> str | None:
-    """Return what in its header makes a chunk unacceptable; None if nothing does."""
+    """Return what makes a chunk's header unacceptable; None if it is acceptable."""
     if len(stored) < CHUNK_HEADER_BYTES:
         return "it is shorter than a chunk's header"
     version, version_lz, flags, chunk_typesize, nbytes, blocksize, cbytes = _CHUNK_START.unpack_from(stored)
@@ -134,7 +134,7 @@ def _chunk_fault(stored: bytes | memoryview, raw_bytes: int, typesize: int) -> s
         return "its version or flags are unknown"
     tails = _BYTE_CHUNK_TAILS if typesize == 1 else _CHUNK_TAILS
     if bytes(stored[_CHUNK_START.size : CHUNK_HEADER_BYTES]) not in tails:
-        return "its codec, filters or flags are not the ones of this format"
+        return "its codec, filters or flags are not those of this format"
     if nbytes != raw_bytes or cbytes != len(stored) or chunk_typesize != typesize:
         return "its sizes are not the declared ones"
     if not 0 < blocksize <= nbytes:
@@ -142,8 +142,8 @@ def _chunk_fault(stored: bytes | memoryview, raw_bytes: int, typesize: int) -> s
     return None
 
 
-def _sample(raw: memoryview, typesize: int, sample_bytes: int) -> bytes:
-    """Return whole elements from a quarter and from three quarters of the way."""
+def _take_sample(raw: memoryview, typesize: int, sample_bytes: int) -> bytes:
+    """Return a sample of whole elements: half from one quarter into `raw`, half from three quarters."""
     half = sample_bytes // 2 // typesize * typesize
     starts = (len(raw) // 4 // typesize * typesize, len(raw) * 3 // 4 // typesize * typesize)
     return b"".join(raw[start : start + half] for start in starts)

@@ -2,7 +2,7 @@
 
 A segment is an array of words of 1, 2, 4 or 8 bytes, little endian. A difference is taken modulo the word and
 *centred*: 0x80 is added to each of its bytes, so that small steps in either direction have the same high bytes. That
-costs a reader one addition, and compresses as well as zigzag does.
+costs a reader one addition, and compresses as well as zigzag encoding.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ Words = np.ndarray[Any, np.dtype[Any]]
 #: The byte for a gap of this many unchanged words that continues in the next byte.
 _ESCAPE = 255
 
-#: Where more than this part of the words changed, positions cost more than the differences of all words.
-_SPARSE_PART = 0.4
+#: Where more than this fraction of the words changed, positions cost more than the differences of all words.
+_SPARSE_FRACTION = 0.4
 
-#: So many words are compared to estimate which part has changed.
+#: The number of words that are compared to estimate which fraction has changed.
 _SAMPLE_WORDS = 2048
 
-#: Where less than this part of the words changed, most groups of eight bytes are unchanged: it pays to compare those
-#: first.
-_RARE_PART = 0.12
+#: Where less than this fraction of the words changed, most groups of eight bytes are unchanged, and it pays to compare
+#: groups first.
+_RARE_FRACTION = 0.12
 
-#: Bytes and gaps that are worked on at a time: few calls, and what one step leaves for the next stays in the cache.
+#: Bytes and gaps that are processed at a time: enough for few calls, and few enough to stay in the cache.
 _BLOCK_BYTES = 1 << 20
 _BLOCK_GAPS = 64 << 10
 
-#: From a sample of this many bytes of a segment, its compressed size is estimated.
+#: The size of the sample from which the compressed size of a segment is estimated.
 _ESTIMATE_BYTES = 32 << 10
 
 
 def word_type(typesize: int, raw_bytes: int) -> np.dtype[Any]:
-    """Return the dtype of a segment's words: as wide as its elements where that is possible, else bytes."""
+    """Return the dtype of a segment's words: as wide as its elements where possible, otherwise bytes."""
     word_bytes = {1: 1, 2: 2, 4: 4, 8: 8, 16: 8}.get(typesize, 1)
     return np.dtype(f"<u{word_bytes if raw_bytes % word_bytes == 0 else 1}")
 
 
 def encode(new: Bytes, base: Bytes, typesize: int) -> tuple[int, bytes | memoryview]:
-    """Return (codec, stored bytes) of the smallest way to store `new`, whole ones included, as samples estimate it.
+    """Return (codec, stored bytes) of the smallest way to store `new`, whole or as a delta, as estimated from samples.
 
     `new` and `base` are equally long, contiguous and do not change during the call. The stored bytes of a raw segment
     are a view of `new`.
     """
     word = word_type(typesize, len(new))
-    changes = _changes(new, base, word)
+    changes = _find_changes(new, base, word)
     if changes is not None and not len(changes[0]):
         return SAME, b""
     expected_bytes = compression.estimate_stored_bytes(new.data, typesize, _ESTIMATE_BYTES)
@@ -63,7 +63,7 @@ def encode(new: Bytes, base: Bytes, typesize: int) -> tuple[int, bytes | memoryv
             if codec == compression.BLOSC2:
                 return DENSE, stored
         return compression.compress(new.data, typesize)
-    sparse = _sparse(*changes)
+    sparse = _encode_sparse(*changes)
     if len(sparse) < expected_bytes:
         return SPARSE, sparse
     codec, stored = compression.compress(new.data, typesize)
@@ -98,21 +98,21 @@ def apply_unchecked(codec: int, stored: memoryview, typesize: int, base: Bytes, 
         _copy(base, out)
 
 
-def _changes(new: Bytes, base: Bytes, word: np.dtype[Any]) -> tuple[Words, Words] | None:
+def _find_changes(new: Bytes, base: Bytes, word: np.dtype[Any]) -> tuple[Words, Words] | None:
     """Return the positions of changed words and their centred differences; None if there are too many."""
     words = len(new) // word.itemsize
     step = max(words // _SAMPLE_WORDS, 1)
     sample = new.view(word)[::step] != base.view(word)[::step]
-    sampled_part = np.count_nonzero(sample) / len(sample)
-    if sampled_part > _SPARSE_PART + 0.1:
+    sampled_fraction = np.count_nonzero(sample) / len(sample)
+    if sampled_fraction > _SPARSE_FRACTION + 0.1:
         return None
     positions: list[Words] = []
     differences: list[Words] = []
     found = 0
     for start in range(0, len(new), _BLOCK_BYTES):
         new_block, base_block = new[start : start + _BLOCK_BYTES], base[start : start + _BLOCK_BYTES]
-        if sampled_part < _RARE_PART and len(new_block) % 8 == 0:
-            at, difference = _rare_changes(new_block, base_block, word)
+        if sampled_fraction < _RARE_FRACTION and len(new_block) % 8 == 0:
+            at, difference = _find_rare_changes(new_block, base_block, word)
         else:
             difference = new_block.view(word) - base_block.view(word)
             at = np.flatnonzero(difference != 0)
@@ -121,12 +121,12 @@ def _changes(new: Bytes, base: Bytes, word: np.dtype[Any]) -> tuple[Words, Words
         positions.append(at)
         differences.append(difference)
         found += len(at)
-        if found > words * _SPARSE_PART:
+        if found > words * _SPARSE_FRACTION:
             return None
     return np.concatenate(positions), np.concatenate(differences) + _bias(word)
 
 
-def _rare_changes(new: Bytes, base: Bytes, word: np.dtype[Any]) -> tuple[Words, Words]:
+def _find_rare_changes(new: Bytes, base: Bytes, word: np.dtype[Any]) -> tuple[Words, Words]:
     """Return positions and differences; compare eight bytes at a time, and single words only where those differ."""
     new_eights, base_eights = new.view(np.uint64), base.view(np.uint64)
     at = np.flatnonzero(new_eights != base_eights)
@@ -140,15 +140,15 @@ def _bias(word: np.dtype[Any]) -> Any:
     return word.type(int.from_bytes(b"\x80" * word.itemsize, "little"))
 
 
-def _sparse(positions: Words, differences: Words) -> bytes:
-    gaps = _gaps(positions).tobytes()
+def _encode_sparse(positions: Words, differences: Words) -> bytes:
+    gaps = _encode_gaps(positions).tobytes()
     _, stored_gaps = compression.compress(memoryview(gaps), 1)
     _, stored_differences = compression.compress(differences.view(np.uint8).data, differences.itemsize)
     head = SPARSE_HEAD.pack(len(positions), len(gaps), len(stored_gaps))
     return b"".join((head, stored_gaps, stored_differences))
 
 
-def _gaps(positions: Words) -> Bytes:
+def _encode_gaps(positions: Words) -> Bytes:
     """Return the counts of unchanged words before each changed one, as bytes."""
     gaps = np.diff(positions, prepend=-1) - 1
     if gaps.max() < _ESCAPE:
@@ -163,14 +163,14 @@ def _gaps(positions: Words) -> Bytes:
 def _apply_sparse(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[Any]) -> None:
     words = len(out) // word.itemsize
     if len(stored) < SPARSE_HEAD.size:
-        raise WireError("a sparse segment is shorter than what it begins with")
+        raise WireError("a sparse segment is shorter than its head")
     changes, gap_bytes, stored_gap_bytes = SPARSE_HEAD.unpack_from(stored)
     # This bounds what is allocated here to less than twice the segment.
     if not 0 < changes <= words or not changes <= gap_bytes <= changes + words // _ESCAPE:
         raise WireError("a sparse segment claims an impossible number of changes")
     gaps_end = SPARSE_HEAD.size + stored_gap_bytes
-    gaps = _part(stored[SPARSE_HEAD.size : gaps_end], gap_bytes, 1)
-    differences = _part(stored[gaps_end:], changes * word.itemsize, word.itemsize).view(word)
+    gaps = _decode_part(stored[SPARSE_HEAD.size : gaps_end], gap_bytes, 1)
+    differences = _decode_part(stored[gaps_end:], changes * word.itemsize, word.itemsize).view(word)
     ends = gaps != _ESCAPE
     if not ends[-1] or np.count_nonzero(ends) != changes or int(gaps.sum(dtype=np.uint64)) + changes > words:
         raise WireError("the gaps of a sparse segment do not fit it")
@@ -179,7 +179,7 @@ def _apply_sparse(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[An
     bias = _bias(word)
     done = 0
     skipped = 0
-    # Positions only grow and end within the segment, as was checked above.
+    # The checks above ensure that positions only grow and stay within the segment.
     for start in range(0, gap_bytes, _BLOCK_GAPS):
         at = np.cumsum(gaps[start : start + _BLOCK_GAPS], dtype=np.int64)
         skipped_here = int(at[-1])
@@ -191,12 +191,12 @@ def _apply_sparse(stored: memoryview, base: Bytes, out: Bytes, word: np.dtype[An
         done += len(at)
 
 
-def _part(stored: memoryview, raw_bytes: int, typesize: int) -> Bytes:
-    """Return one part of a sparse segment; it is stored raw exactly if its stored size is its raw size."""
+def _decode_part(stored: memoryview, raw_bytes: int, typesize: int) -> Bytes:
+    """Return one part of a sparse segment, which is stored raw exactly if its stored size is its raw size."""
     if len(stored) == raw_bytes:
         return np.frombuffer(stored, np.uint8)
     if len(stored) > raw_bytes:
-        raise WireError("a part of a sparse segment is larger than what it stands for")
+        raise WireError("a part of a sparse segment is larger than its raw bytes")
     raw = np.empty(raw_bytes, np.uint8)
     compression.decompress_chunk(stored, typesize, raw.data)
     return raw

@@ -1,4 +1,4 @@
-"""The contents of a message, leaf by leaf, without building any of it: neither torch nor the array bytes are needed."""
+"""The contents of a message, leaf by leaf, read without building it: needs neither torch nor the array bytes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def describe_header(header: Header) -> list[Content]:
 
 
 def ties(contents: Iterable[Content]) -> dict[str, str]:
-    """Return, for the name of each leaf that is tied to an earlier one, the name of the earlier one."""
+    """Return the name of the earlier leaf for each leaf that is tied to one, by name."""
     first: dict[int, str] = {}
     found = {}
     for one in contents:

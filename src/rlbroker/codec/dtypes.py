@@ -96,14 +96,14 @@ def _torch_dtypes() -> dict[str, TorchDtype]:
     return table
 
 
-#: Wire name (torch's own, without ``torch.``) to its carrier. Quantised dtypes are absent: their values mean nothing
-#: without scales, which are not among the elements.
+#: Wire name (torch's own, without ``torch.``) to its carrier. Quantised dtypes are absent: their elements mean nothing
+#: without the scales.
 TORCH_DTYPES = _torch_dtypes()
 
 _FLOATING_TORCH = frozenset(name for name in TORCH_DTYPES if name.startswith(("float", "bfloat")))
 
 #: The dtypes to which floating leaves can be cast, by torch's names, with numpy's name for the same type where there
-#: is one. float8_e8m0fnu is absent, as it has neither signs nor zero.
+#: is one. float8_e8m0fnu is absent, because it has neither signs nor zero.
 CAST_DTYPES: dict[str, str | None] = {
     "float32": "<f4",
     "float16": "<f2",
@@ -118,14 +118,14 @@ CAST_DTYPES: dict[str, str | None] = {
 #: float32.
 BFLOAT16_CARRIER = np.dtype("<u2")
 
-#: Elements that `cast_array` buffers at a time.
+#: The number of elements that `cast_array` buffers at a time.
 _BLOCK_ELEMENTS = 1 << 16
 
 
 def check_cast_dtype(dtype: str) -> None:
     """Raise InvalidArgument unless floating leaves can be cast to `dtype`."""
     if dtype not in CAST_DTYPES:
-        raise InvalidArgument(f"dtype={dtype!r}; {', '.join(CAST_DTYPES)} work")
+        raise InvalidArgument(f"dtype must be one of {', '.join(CAST_DTYPES)}; got {dtype!r}")
 
 
 def tensor_target(name: str, dtype: str) -> str | None:
@@ -135,7 +135,7 @@ def tensor_target(name: str, dtype: str) -> str | None:
 
 
 def array_target(name: str, dtype: str) -> tuple[str, np.dtype[Any]] | None:
-    """Return wire name and carrier of the dtype to which an array of dtype `name` is cast; None if it is not cast."""
+    """Return (wire name, carrier) of the dtype that an array of dtype `name` is cast to; None if it is not cast."""
     target = CAST_DTYPES[dtype]
     source = NUMPY_DTYPES[name]
     if target is None or source.kind != "f":
@@ -145,7 +145,7 @@ def array_target(name: str, dtype: str) -> tuple[str, np.dtype[Any]] | None:
 
 
 def is_cast(kind: str, dtype: str, original: str) -> bool:
-    """Return whether a cast can have made a leaf of `kind` and `dtype` on the wire from one of dtype `original`."""
+    """Return whether casting a leaf of `kind` from dtype `original` can give the wire dtype `dtype`."""
     if kind == "tensor":
         return dtype in CAST_DTYPES and tensor_target(original, dtype) == dtype
     if kind != "array" or original not in NUMPY_DTYPES:
@@ -163,7 +163,7 @@ def cast_array(source: Array, out: Array) -> None:
     """Fill `out`, which is flat, with the elements of a floating array of any layout."""
     to_bfloat16 = out.dtype == BFLOAT16_CARRIER
     done = 0
-    # What is too large becomes infinite, as in torch, and is no reason for a warning.
+    # Values that are too large become infinite, as in torch, without a warning.
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         for block in np.nditer(
             source,
@@ -173,7 +173,7 @@ def cast_array(source: Array, out: Array) -> None:
             order="C",
             buffersize=_BLOCK_ELEMENTS,
         ):
-            part: Array = block  # type: ignore[assignment] # of one operand it is an array, which its type does not say
+            part: Array = block  # type: ignore[assignment] # with one operand, nditer yields arrays, not tuples
             out[done : done + len(part)] = _bfloat16_bits(part) if to_bfloat16 else part
             done += len(part)
 
@@ -181,12 +181,12 @@ def cast_array(source: Array, out: Array) -> None:
 def array_from_bfloat16(bits: Array, original: str) -> Array:
     """Return an array of the dtype `original`, given the bits of bfloat16 elements."""
     wide = bits.astype(np.uint32)
-    wide <<= np.uint32(16)  # In place, as numpy makes a scalar of a new array without dimensions.
+    wide <<= np.uint32(16)  # in place: otherwise numpy turns an array without dimensions into a scalar
     return wide.view(np.float32).astype(NUMPY_DTYPES[original])
 
 
 def _bfloat16_bits(values: Array) -> Array:
     bits = values.view(np.uint32)
     rounded = (bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))) >> np.uint32(16)
-    # Rounding could carry a NaN's payload into its sign, or make an infinity of it.
+    # Rounding could carry a NaN's payload into its sign, or turn the NaN into an infinity.
     return np.where(np.isnan(values), (bits >> np.uint32(16)) | np.uint32(0x40), rounded).astype(np.uint16)

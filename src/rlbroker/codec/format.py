@@ -27,7 +27,7 @@ from rlbroker.errors import IncompatibleFormat, InvalidArgument, UnsupportedType
 SAME = 2
 DENSE = 3
 SPARSE = 4
-#: The head of a sparse segment: changed words, bytes of gaps, and bytes in which the gaps are stored.
+#: The head of a sparse segment: number of changed words, raw bytes of the gaps, stored bytes of the gaps.
 SPARSE_HEAD = struct.Struct("<III")
 
 MAGIC = b"RLBW"
@@ -101,19 +101,19 @@ class Header:
 
     @property
     def is_delta(self) -> bool:
-        """Whether a base is needed to decode this."""
+        """Whether any of the segments needs a base to be decoded."""
         return any(segment.is_delta for segment in self.segments)
 
 
 @dataclass(slots=True)
 class LanePlan:
-    """A lane that is to be written: the leaves whose bytes follow one another, and where their segments begin."""
+    """A lane to be written: the leaves whose bytes follow one another, and where their segments begin."""
 
     typesize: int
     leaf_numbers: list[int] = field(default_factory=list)
     raw_bytes: int = 0
     cuts: range = range(0)
-    #: Whether it holds one leaf that is large.
+    #: Whether it holds one large leaf.
     large: bool = False
 
     def add(self, number: int, raw_bytes: int) -> None:
@@ -135,7 +135,7 @@ def plan_lanes(leaves: Sequence[Leaf], segment_bytes: int) -> list[LanePlan]:
     """
     if segment_bytes < 1 or segment_bytes > compression.MAX_SEGMENT_BYTES:
         raise InvalidArgument(
-            f"segment_bytes={segment_bytes}; from 1 to {compression.MAX_SEGMENT_BYTES} works"
+            f"segment_bytes must be from 1 to {compression.MAX_SEGMENT_BYTES}; got {segment_bytes}"
         )
     large_bytes = min(LARGE_LEAF_BYTES, segment_bytes)
     small_bytes = sum(leaf.nbytes for leaf in leaves if leaf.nbytes < large_bytes)
@@ -183,12 +183,12 @@ def write_header(
     }
     try:
         header: bytes = msgpack.packb(header_map)
-    except ValueError as error:  # One value, or the sum of them, beyond what msgpack can count.
+    except ValueError as error:  # one value, or all together, exceed the sizes that msgpack can represent
         raise UnsupportedType("the plain values of the tree are too large; send arrays") from error
     if len(header) > DEFAULT_LIMITS.max_header_bytes or len(leaves) > DEFAULT_LIMITS.max_leaves:
         raise UnsupportedType(
             f"the plain values of the tree take {len(header)} bytes and it has {len(leaves)} leaves; "
-            f"{DEFAULT_LIMITS.max_header_bytes} and {DEFAULT_LIMITS.max_leaves} are the most: "
+            f"the limits are {DEFAULT_LIMITS.max_header_bytes} and {DEFAULT_LIMITS.max_leaves}: "
             "send arrays in place of long lists of numbers"
         )
     body_bytes = sum(segment.stored_bytes for segment in segments)
@@ -196,7 +196,7 @@ def write_header(
 
 
 def byte_view(data: Buffer) -> memoryview:
-    """Return a view of `data` as single bytes, whatever its items are."""
+    """Return a view of `data` as single bytes, whatever its item type is."""
     view = memoryview(data)
     return view if view.format == "B" and view.ndim == 1 else view.cast("B")
 
@@ -205,7 +205,9 @@ def check_segment(index: int, segment: StoredSegment, data: Buffer) -> memoryvie
     """Return `data` as bytes; raise WireError unless it is what segment `index` announces."""
     stored = byte_view(data)
     if len(stored) != segment.stored_bytes:
-        raise WireError(f"segment {index} has {len(stored)} bytes, announced were {segment.stored_bytes}")
+        raise WireError(
+            f"segment {index} has {len(stored)} bytes; the header announced {segment.stored_bytes}"
+        )
     if digest_of(stored) != segment.digest:
         raise WireError(f"the digest of segment {index} does not match")
     return stored
@@ -215,7 +217,7 @@ def find_body(message: memoryview) -> int:
     """Return the offset of the body; raise WireError unless the message ends exactly where its body ends."""
     end, body_bytes = read_prelude(message)
     if len(message) != end + body_bytes:
-        raise WireError(f"a message of {end + body_bytes} bytes came as {len(message)}")
+        raise WireError(f"a message of {end + body_bytes} bytes arrived as {len(message)}")
     return end
 
 
@@ -237,7 +239,7 @@ def read_header(data: memoryview, limits: Limits) -> Header:
     """Check prelude and header, which are all of `data`, and return the header."""
     end, body_bytes = read_prelude(data)
     if end - PRELUDE.size > limits.max_header_bytes:
-        raise WireError(f"a header of {end - PRELUDE.size} bytes; {limits.max_header_bytes} is the most")
+        raise WireError(f"a header of {end - PRELUDE.size} bytes; the limit is {limits.max_header_bytes}")
     if end != len(data):
         raise WireError(f"{len(data)} bytes, where prelude and header have {end}")
     packed = data[PRELUDE.size :]
@@ -252,7 +254,7 @@ def read_header(data: memoryview, limits: Limits) -> Header:
     rows = header_map["leaves"]
     if type(rows) is not list or len(rows) > limits.max_leaves:
         raise WireError(f"the leaf table is not a list, or longer than {limits.max_leaves}")
-    leaves = [read_leaf(*_row(row, "leaf", 3, 4)) for row in rows]
+    leaves = [read_leaf(*_check_row(row, "leaf", 3, 4)) for row in rows]
     if sum(leaf.restored_bytes for leaf in leaves if leaf.original is not None) > limits.max_raw_bytes:
         raise WireError(f"more than {limits.max_raw_bytes} bytes of arrays, once cast back")
     lanes = _read_lanes(header_map["lanes"], leaves, limits.max_raw_bytes)
@@ -265,7 +267,7 @@ def read_header(data: memoryview, limits: Limits) -> Header:
 
 def _unpack(packed: memoryview) -> Any:
     try:
-        # Skipping allocates nothing. Once it reached the end, every length in the header is backed by that many
+        # Skipping allocates nothing, and reaches the end only if every length in the header is backed by that many
         # bytes. Without it, a few nested arrays that claim to be long would take gigabytes.
         skipper = msgpack.Unpacker(max_buffer_size=len(packed))
         skipper.feed(packed)
@@ -285,7 +287,7 @@ def _unpack(packed: memoryview) -> Any:
         raise WireError(f"the header is not acceptable msgpack: {error!s:.200}") from error
 
 
-def _row(row: object, what: str, *lengths: int) -> list[Any]:
+def _check_row(row: object, what: str, *lengths: int) -> list[Any]:
     """Return `row`; raise WireError unless it is a list of one of these lengths."""
     if type(row) is not list or len(row) not in lengths:
         raise WireError(f"a row that describes a {what} is not a list of {' or '.join(map(str, lengths))}")
@@ -299,7 +301,7 @@ def _read_lanes(rows: object, leaves: list[Leaf], max_raw_bytes: int) -> list[La
     seen = bytearray(len(leaves))
     total = 0
     for row in rows:
-        typesize, numbers, segment_rows = _row(row, "lane", 3)
+        typesize, numbers, segment_rows = _check_row(row, "lane", 3)
         if type(typesize) is not int or not 0 < typesize <= 255:
             raise WireError(f"a lane with elements of {shorten(typesize)} bytes")
         if type(numbers) is not list or type(segment_rows) is not list:
@@ -326,9 +328,9 @@ def _read_lanes(rows: object, leaves: list[Leaf], max_raw_bytes: int) -> list[La
 
 
 def _read_segment(row: object) -> StoredSegment:
-    values = _row(row, "segment", 4, 6)
+    values = _check_row(row, "segment", 4, 6)
     if any(type(value) is not int for value in values):
-        raise WireError("a segment is described by something else than ints")
+        raise WireError("a segment is described by values that are not ints")
     segment = StoredSegment(*values)
     codec, raw_bytes, stored_bytes, *digests = segment
     if not 0 < raw_bytes <= compression.MAX_SEGMENT_BYTES or not all(0 <= one < 1 << 64 for one in digests):

@@ -37,13 +37,13 @@ from rlbroker.errors import InvalidArgument, WireError
 #: Lanes begin at multiples of this: one cache line, and enough for any element.
 _ALIGNMENT = 64
 
-#: Torch copies this many elements in the calling thread. More it divides among threads, and waits for the slowest: on a
-#: busy machine that takes many times as long as the copy.
+#: Torch copies up to this many elements in the calling thread. It divides more among threads and waits for the slowest
+#: one, which takes many times as long as the copy on a busy machine.
 _UNSHARED_ELEMENTS = 32_768
 
 
 class EncodedSegment(NamedTuple):
-    """One segment that is to be sent: its description, its bytes, and xxh3_64 of its raw bytes."""
+    """One segment to be sent: its description, its stored bytes, and xxh3_64 of its raw bytes."""
 
     segment: StoredSegment
     stored: bytes | memoryview
@@ -102,13 +102,13 @@ class _Geometry:
 class ImagePlan:
     """The image of a tree, and the header and segments to be written from it.
 
-    Once `fill` returned, the tree may change: any thread may encode any segment from the image, in any order.
+    After `fill` the tree may change. Any thread may encode any segment from the image, in any order.
 
     Attributes:
         image_bytes: size of the image.
         raw_bytes: size of all leaves as they travel; each tied one counts once.
         segment_count: number of segments.
-        layout: 16 bytes that are equal exactly if a delta between two images makes sense.
+        layout: 16 bytes; equal for two images exactly if one can be a delta to the other.
     """
 
     def __init__(
@@ -137,9 +137,9 @@ class ImagePlan:
         self.layout: bytes = self._geometry.layout
 
     def fill(self, image: NDArray[np.uint8]) -> None:
-        """Copy every leaf into `image`, cast where that was asked for; bytes between the lanes become 0.
+        """Copy every leaf into `image`, cast if a dtype was given; bytes between the lanes become 0.
 
-        Only once: the plan then forgets the leaves, so that the caller may reuse their memory.
+        Can be called once: the plan then drops the leaves, so that the caller may reuse their memory.
         """
         self._geometry.check(image)
         end = 0
@@ -152,7 +152,7 @@ class ImagePlan:
                 end += leaf.nbytes
                 if lane.large:
                     _write_leaf(leaf, self._sources[number], place)
-                elif leaf.nbytes:  # Small leaves may lie at any address, and torch counts on alignment.
+                elif leaf.nbytes:  # small leaves may lie at any address, and torch relies on alignment
                     aligned = np.empty(leaf.nbytes, np.uint8)
                     _write_leaf(leaf, self._sources[number], aligned)
                     place[:] = aligned
@@ -171,7 +171,7 @@ class ImagePlan:
         """Return segment `index` of a filled image, as a difference to image `base` if that is smaller.
 
         `base_digest` is the raw digest of this segment in `base`; it is computed if it is 0. Without `compression` the
-        segment is stored raw, as a view of `image`, which must then not change until it was sent.
+        segment is stored raw, as a view of `image`, which must not change until it was sent.
         """
         raw = self._geometry.segment_view(index, image)
         typesize = self._geometry.places[index].typesize
@@ -203,8 +203,8 @@ class ImageFormat:
         image_bytes: size of the image.
         raw_bytes: size of all leaves as they travel; each tied one counts once.
         segments: the descriptions of all segments, in order.
-        layout: equal in two headers exactly if a delta between their images makes sense.
-        is_delta: whether a base is needed to decode this.
+        layout: 16 bytes, as in `ImagePlan`.
+        is_delta: whether a base is needed to decode the segments.
     """
 
     def __init__(self, header: Buffer, limits: Limits, *, arrays_only: bool = False) -> None:
@@ -213,7 +213,7 @@ class ImageFormat:
         With `arrays_only`, `tree` must not be called, and tensors need no torch.
 
         Raises:
-            WireError: the header is unsound, or exceeds `limits`.
+            WireError: the header is invalid, or exceeds `limits`.
             IncompatibleFormat: it is of another version of the format.
         """
         checked = read_header(byte_view(header), limits)
@@ -244,7 +244,7 @@ class ImageFormat:
 
         Raises:
             WireError: `base` is not the one that the delta was made from, and nothing was written; or the stored bytes
-                are unsound, and the content of this segment of the image is undefined.
+                are invalid, and the content of this segment of the image is undefined.
         """
         segment = self.segments[index]
         out = self._geometry.segment_view(index, image)
@@ -281,7 +281,7 @@ class ImageFormat:
 
         Large leaves are views of `image`; small leaves and bools are copies. Leaves that were cast are cast back,
         unless `keep_dtype`; bfloat16 arrays always are. Tensors that view an image mapped read-only must not be written
-        to: torch knows no read-only memory, and the process would die.
+        to: torch does not know read-only memory, so the process would crash.
         """
         makers = self._makers
         if keep_dtype:
@@ -299,7 +299,7 @@ class ImageFormat:
 
 
 def _write_leaf(leaf: Leaf, source: Any, place: Bytes) -> None:
-    """Copy the elements of a leaf into its place, which is aligned and as large as they are."""
+    """Copy the elements of a leaf into its place, which is aligned and of the same size."""
     if isinstance(source, np.ndarray):
         elements = place.view(leaf.carrier)
         if leaf.original is None:
@@ -309,7 +309,7 @@ def _write_leaf(leaf: Leaf, source: Any, place: Bytes) -> None:
     else:
         import torch
 
-        # As integers where possible, so that no bit of a NaN changes on the way.
+        # As integers where possible, so that no bit of a NaN changes.
         plain = plain_tensor(source) if leaf.original is None else source.detach()
         dtype = plain.dtype if leaf.original is None else getattr(torch, leaf.dtype)
         out = torch.from_numpy(place).view(dtype)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: The most dimensions of a numpy array, and so of a leaf.
 MAX_DIMENSIONS = 64
-#: The most bytes of a shape, dimensions of 0 counted as 1: numpy and torch count them in an int64.
+#: The most bytes that a shape may stand for, with dimensions of 0 counted as 1: numpy and torch count them in an int64.
 MAX_EXTENT_BYTES = 1 << 62
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -96,9 +96,9 @@ def read_leaf(kind: object, dtype: object, shape: object, *cast_from: object) ->
 
 
 class LeafTable:
-    """The leaves of one tree that is written, numbered as they are found; leaves of the same memory count as one.
+    """The leaves of one tree to be written, numbered as they are found; leaves of the same memory count as one.
 
-    Nothing is copied or cast: `sources` has, for each of `leaves`, the array or tensor itself.
+    Nothing is copied or cast: `sources` has the array or tensor of each of `leaves`.
     """
 
     def __init__(self, dtype: str | None = None) -> None:
@@ -106,7 +106,7 @@ class LeafTable:
         self.leaves: list[Leaf] = []
         self.sources: list[Any] = []
         self._dtype = dtype
-        #: The number of each leaf, by the memory that it is.
+        #: The number of each leaf, by its memory.
         self._numbers: dict[object, int] = {}
         self._torch = sys.modules.get("torch")
 
@@ -222,7 +222,7 @@ def leaf_maker(leaf: Leaf, *, keep_dtype: bool = False) -> Callable[[Array], obj
 def normalise_bools(leaf: Leaf, buffer: Bytes) -> None:
     """Make each byte of boolean elements 0 or 1, in place.
 
-    Compiled code counts on it: a mask that holds other bytes makes numpy and torch miscount what it selects.
+    Compiled code relies on that: with other bytes in a mask, numpy and torch miscount what it selects.
     """
     if leaf.carrier.kind == "b":
         np.minimum(buffer, 1, out=buffer)
@@ -237,7 +237,9 @@ def _make_scalar(elements: Array) -> object:
 
 
 def _make_tensor(torch: Any, leaf: Leaf, dtype: Any, elements: Array) -> Any:
-    if 0 in leaf.shape:  # From a flat array: torch takes over numpy's strides, which are 0 for empty arrays.
+    if (
+        0 in leaf.shape
+    ):  # from a flat array, because torch adopts numpy's strides, which are 0 for empty arrays
         return torch.from_numpy(elements.reshape(-1)).view(dtype).reshape(leaf.shape)
     if elements.flags.writeable:
         tensor = torch.from_numpy(elements)
@@ -284,7 +286,7 @@ def _tensor_fault(torch: Any, value: torch.Tensor) -> str | None:
     if str(value.dtype)[6:] not in TORCH_DTYPES:
         return f"the torch dtype {value.dtype} cannot travel"
     if value.dim() > MAX_DIMENSIONS:
-        return f"a tensor of {value.dim()} dimensions cannot travel; {MAX_DIMENSIONS} is the most"
+        return f"a tensor of {value.dim()} dimensions cannot travel; the limit is {MAX_DIMENSIONS}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The version of the wire format, and the most that a reader accepts of one message."""
+"""The version of the wire format, and the bounds on one message."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Limits:
     """Upper bounds of one message, checked before anything is allocated.
 
     Attributes:
-        max_raw_bytes: of all arrays together once decompressed, and of those that are cast back. To read weights
-            larger than 1 GiB, raise it.
-        max_header_bytes: of the header. Building Python objects from it takes up to about 70 times its size.
-        max_leaves: distinct arrays and tensors.
-        max_depth: nesting of dictionaries, lists and tuples; 200 is the most.
+        max_raw_bytes: bytes of all arrays together once decompressed, and of all arrays that are cast back. Raise it to
+            read weights larger than 1 GiB.
+        max_header_bytes: bytes of the header. Python objects built from it take up to about 70 times as much.
+        max_leaves: number of distinct arrays and tensors.
+        max_depth: nesting of dictionaries, lists and tuples; at most 200.
     """
 
     max_raw_bytes: int = 1 << 30
@@ -28,10 +28,10 @@ class Limits:
     max_depth: int = 64
 
     def __post_init__(self) -> None:
-        """Refuse a depth at which Python's own recursion limit would be reached first."""
+        """Raise InvalidArgument for a depth that Python's recursion limit does not allow."""
         if self.max_depth > 200:
-            raise InvalidArgument(f"max_depth={self.max_depth}; 200 is the most")
+            raise InvalidArgument(f"max_depth must be at most 200; got {self.max_depth}")
 
 
-#: What readers accept by default. Writers refuse what exceeds it, as most readers could not read it.
+#: The bounds of readers by default. Writers refuse values beyond them, because most readers would.
 DEFAULT_LIMITS = Limits()

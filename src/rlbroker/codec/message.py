@@ -1,7 +1,7 @@
-"""One tree as one message: for what travels in a single Redis value.
+"""One tree as one message, which travels in a single Redis value.
 
-`encode` and `decode` do it at once. `MessagePlan` and `MessageAssembly` do the same segment by segment, in any order
-and in any thread.
+`encode` and `decode` convert a whole message. `MessagePlan` and `MessageAssembly` do the same segment by segment, in
+any order and in any thread.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def decode(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> Any:
     """Return the tree of a message.
 
     Raises:
-        WireError: `data` is anything but a whole, sound message within `limits`.
+        WireError: `data` is not one whole, valid message within `limits`.
     """
     view = byte_view(data)
     end = find_body(view)
@@ -70,10 +70,10 @@ def decode(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> Any:
 
 
 class MessagePlan:
-    """The header and the segments of a tree that is to be written; any thread may encode any segment, in any order.
+    """The header and the segments of a tree to be written; any thread may encode any segment, in any order.
 
-    Large leaves are referred to, not copied: they must not change until the last segment was encoded and, for a segment
-    that is stored raw, until its bytes were sent.
+    Large leaves are not copied. They must not change until the last segment was encoded, and until the bytes of all
+    segments that are stored raw were sent.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class MessagePlan:
 
         Raises:
             UnsupportedType: a value cannot travel; the error names its path.
-            InvalidArgument: no segment can have `segment_bytes`.
+            InvalidArgument: `segment_bytes` is out of range.
         """
         table = LeafTable()
         self._tree = TreePacker(table.add).pack(tree)
@@ -107,10 +107,6 @@ class MessagePlan:
         """The number of segments."""
         return len(self._segments)
 
-    def segment_raw_bytes(self, index: int) -> int:
-        """Return the size of segment `index` before compression."""
-        return len(self._segments[index][0])
-
     def encode_segment(self, index: int) -> tuple[StoredSegment, bytes | memoryview]:
         """Return the description of segment `index` and its stored bytes: a view of the leaf where stored raw."""
         raw, typesize = self._segments[index]
@@ -132,14 +128,14 @@ def _lane_bytes(lane: LanePlan, elements: list[np.ndarray[Any, Any]]) -> memoryv
 class MessageAssembly:
     """The leaves that a header announces, to be filled from segments.
 
-    Every leaf owns its memory, so that keeping a small one does not keep the others.
+    Every leaf has memory of its own, so that a reference to a small one does not keep the others in memory.
     """
 
     def __init__(self, header: Buffer, limits: Limits = DEFAULT_LIMITS) -> None:
         """Check the whole header against `limits`, then allocate the leaves.
 
         Raises:
-            WireError: the header is unsound, exceeds `limits`, or is that of a delta.
+            WireError: the header is invalid, exceeds `limits`, or is that of a delta.
             IncompatibleFormat: it is of another version of the format.
         """
         checked = read_header(byte_view(header), limits)

@@ -16,7 +16,7 @@ WEIGHTS: Final = "weights"
 COMMAND: Final = "command"
 IMAGE: Final = "image"
 
-#: Digits of a key's id, a hash that distinguishes keys in messages and reveals nothing of them.
+#: Digits of a key's id: a hash that distinguishes keys in messages and reveals nothing about them.
 ID_LENGTH: Final = 8
 
 #: The text of a signature: the id of the key, and HMAC-SHA256 in hexadecimal.
@@ -71,7 +71,7 @@ class SigningKey:
 
 
 def canonical(fields: Iterable[str | int | bytes]) -> bytes:
-    """Join fields, each after its length in 8 bytes, big endian, so that no other fields result in the same bytes.
+    """Join fields, each after its length in 8 bytes, big endian, so that no other fields give the same bytes.
 
     >>> canonical(["ab", 1])
     b'\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x02ab\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x011'

@@ -22,13 +22,13 @@ EXT_INT = 2
 #: The first element of an array that stands for a tuple; no payload.
 EXT_TUPLE = 3
 
-#: The longest int, in bytes. Arithmetic on longer ones takes a time that an attacker could choose.
+#: The longest int, in bytes. Arithmetic on longer ones could take as long as an attacker likes.
 MAX_INT_BYTES = 1024
 
 #: Shorter bytes travel within the header, longer ones as leaves, so that they can be compressed.
 SMALL_BYTES = 1024
 
-#: The most items of all containers of a tree together that a writer accepts.
+#: The most items that a writer accepts in all containers of a tree together.
 MAX_VALUES = 1_500_000
 
 _TUPLE = msgpack.ExtType(EXT_TUPLE, b"")
@@ -43,10 +43,10 @@ AddLeaf = Callable[[Any], int]
 
 
 class RefusedError(Exception):
-    """The reason why a value cannot travel; it collects its path while it passes up through the tree."""
+    """The reason why a value cannot travel; collects the path of the value while it propagates up the tree."""
 
     def __init__(self, reason: str) -> None:
-        """Keep the reason, which ends a sentence that begins with the path."""
+        """Keep the reason, which follows the path in the message."""
         super().__init__(reason)
         self.reason = reason
         self.keys: list[object] = []
@@ -70,7 +70,7 @@ def format_path(keys: Path) -> str:
 
 
 def shorten(value: object) -> str:
-    """Return a value from the wire as text for an error; its repr could be deep or long beyond any limit."""
+    """Return a value from the wire as short text for an error message; its whole repr could be of any length."""
     return f"{value!r:.80}" if type(value) in _PLAIN else type(value).__name__
 
 
@@ -122,7 +122,7 @@ class TreePacker:
             raise RefusedError(
                 f"containers are nested deeper than {DEFAULT_LIMITS.max_depth} levels, or one contains itself"
             )
-        # Bounds the work on a tree that reaches the same list by very many paths.
+        # Bounds the work for a tree that reaches the same list by very many paths.
         self._values += length
         if self._values > MAX_VALUES:
             raise RefusedError(f"more than {MAX_VALUES} values in lists, tuples and dictionaries; use arrays")
@@ -136,7 +136,7 @@ class TreePacker:
         raise RefusedError(f"the key {key!r:.80} is of type {kind.__name__}; keys must be str or int")
 
 
-#: The references to the first leaves, made once: most trees have no more.
+#: The references to the first leaves, made once; most trees have no more leaves.
 _LEAF_REFERENCES = [msgpack.ExtType(EXT_LEAF, i.to_bytes(4, "little")) for i in range(256)]
 
 
@@ -161,17 +161,17 @@ def _long_int(value: int) -> msgpack.ExtType:
     size = (value if value >= 0 else ~value).bit_length() // 8 + 1
     if size > MAX_INT_BYTES:
         raise RefusedError(
-            f"an int of {value.bit_length()} bits is too long; {MAX_INT_BYTES * 8 - 1} is the most"
+            f"an int of {value.bit_length()} bits is too long; the limit is {MAX_INT_BYTES * 8 - 1}"
         )
     return msgpack.ExtType(EXT_INT, value.to_bytes(size, "little", signed=True))
 
 
 class LeafNumber(int):
-    """The number of a leaf in a packed tree; a plain int there would be a plain value."""
+    """The number of a leaf in a packed tree, which distinguishes it from a plain int."""
 
 
 class TupleMark:
-    """The first item of a list, in a packed tree, that stands for a tuple."""
+    """The first item of a list that stands for a tuple in a packed tree."""
 
 
 _TUPLE_MARK = TupleMark()

@@ -17,10 +17,10 @@ from rlbroker.backend.replies import entry_place, parsing
 from rlbroker.errors import Fenced, RunLost, ServerFault
 from rlbroker.types import Registration
 
-#: Acknowledgements that are kept for a server that loses them, at most.
+#: The most sent acknowledgements that are kept, in case the server loses them.
 KEPT: Final = 10_000
 
-#: Interval at which the ledger is asked which acknowledgements it has settled: until then they only take memory.
+#: Interval between two checks of which acknowledgements the ledger has settled; those are no longer kept.
 SETTLED_SECONDS: Final = 5.0
 
 
@@ -29,7 +29,7 @@ class _Acknowledgement:
     """An entry of the acknowledgement stream.
 
     Attributes:
-        number: its number within this incarnation, and the second part of its id.
+        number: its number within the incarnation; the second part of its entry id.
         fields: names and values of its fields, one after the other.
     """
 
@@ -40,8 +40,8 @@ class _Acknowledgement:
 class AcknowledgementSender:
     """Sends the acknowledgements of one worker over one channel.
 
-    An acknowledgement is kept until the ledger has settled it. When the server may have lost data, those that are kept
-    are sent again; their explicit ids make that harmless.
+    An acknowledgement is kept until the ledger has settled it. When the server may have lost data, all that are kept
+    are sent again, which is idempotent because their entry ids are explicit.
     """
 
     def __init__(
@@ -56,9 +56,6 @@ class AcknowledgementSender:
         """Prepare a sender; nothing is sent yet.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
-            registration: the worker and its incarnation.
             rejoin: writes the worker's membership back if the server lost it.
             check_control: checks whether the server lost the control stream; called after `rejoin`.
         """
@@ -109,9 +106,9 @@ class AcknowledgementSender:
 
         Raises:
             Fenced: a newer process has this worker id, or the run has forgotten this worker.
-            PeerError: the server refused, or could not be reached.
         """
-        # Loop after the lock is released: another thread may have queued one since, and left it to this thread.
+        # Check again after each release of the lock: meanwhile another thread may have queued one and left it to this
+        # thread.
         while self._unsent or self._stale:
             with self._exclusive() as exclusive:
                 if not exclusive:
@@ -122,11 +119,7 @@ class AcknowledgementSender:
                     self._unsettled.append(self._unsent.popleft())
 
     def drop_settled(self) -> None:
-        """Drop the acknowledgements that the ledger has settled, if it is time to ask for them.
-
-        Raises:
-            PeerError: the server refused, or could not be reached.
-        """
+        """Drop the acknowledgements that the ledger has settled, at most once in SETTLED_SECONDS."""
         if self._unsettled and self._next_settled_check.over:
             with self._exclusive() as exclusive:
                 if exclusive:
@@ -134,13 +127,9 @@ class AcknowledgementSender:
                     self._drop_settled()
 
     def close(self, deadline: Deadline) -> None:
-        """Send what is left, and close the channel.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Send what is left, and close the channel."""
         try:
-            # The server may have lost unsettled acknowledgements unnoticed, and this is the last chance to send them.
+            # The last chance to send unsettled acknowledgements again: a loss may have gone unnoticed.
             self._stale |= bool(self._unsettled)
             if self._unsent or self._stale:
                 self._connection.retry(self.send, deadline)
@@ -162,7 +151,7 @@ class AcknowledgementSender:
     def _store(self, acknowledgement: _Acknowledgement) -> None:
         entry_id = f"{self._incarnation}-{acknowledgement.number}"
         try:
-            # Only joining creates the stream: after a loss `rejoin` comes first, then every acknowledgement in order.
+            # NOMKSTREAM: after a loss `rejoin` creates the stream, and then all acknowledgements must follow in order.
             stored = self._channel.execute(
                 "XADD",
                 self._keys.acknowledgements(self._worker_id),

@@ -1,4 +1,4 @@
-"""What a worker does on commands: the built-in ones, and the handlers that its user registered.
+"""What a worker does for each command: the built-in ones, and the handlers that its user registered.
 
 A new built-in command is a method of `CommandHandlers` and a line in its table `_built_in`.
 """
@@ -20,11 +20,10 @@ Handler = Callable[[Any], None]
 
 
 class CommandHandlers:
-    """The commands that one worker obeys, and their effects on it. The caller holds a lock while it calls `obey`."""
+    """The commands that one worker obeys, and their effects on it. `obey` is not thread-safe."""
 
     def __init__(self) -> None:
         """Begin with the built-in commands only."""
-        #: Each receives the command's data.
         self._built_in: dict[str, Handler] = {
             "stop": self._stop,
             "pause": self._pause,
@@ -34,7 +33,7 @@ class CommandHandlers:
         self._registered: dict[str, Handler] = {}
         self._stopped = False
         self._paused_until: float | None = None
-        self._resets = 0
+        self._reset_requested = False
 
     @property
     def stopped(self) -> bool:
@@ -49,7 +48,7 @@ class CommandHandlers:
 
     def take_reset(self) -> bool:
         """Return whether a `reset` was obeyed since the last call."""
-        requested, self._resets = self._resets > 0, 0
+        requested, self._reset_requested = self._reset_requested, False
         return requested
 
     def register(self, name: str, handler: Handler) -> None:
@@ -63,17 +62,17 @@ class CommandHandlers:
         self._registered[name] = handler
 
     def obey(self, command: ReceivedCommand, inbox: Inbox) -> None:
-        """Do what the inbox's next command says, and acknowledge the outcome.
+        """Do `command`, which is the inbox's next one, and acknowledge the outcome.
 
         An `Exception` of a handler becomes the outcome `failed`. Any other exception, such as `KeyboardInterrupt`,
         is acknowledged too, and raised.
 
         Raises:
-            PeerError: the server's clock could not be read, so that it is unknown whether the command has expired.
-                It stays in the inbox.
+            PeerError: the server's clock, which says whether the command has expired, could not be read. The command
+                stays in the inbox.
         """
-        expired = inbox.expired(command)
-        inbox.remove()  # before it is done: an interrupt must not have it done twice
+        expired = inbox.is_expired(command)
+        inbox.remove()  # before the steps, so that an interrupted command is not done again
         steps = [table[command.name] for table in (self._built_in, self._registered) if command.name in table]
         if expired:
             inbox.acknowledge_command(command, "expired")
@@ -86,9 +85,8 @@ class CommandHandlers:
             except Exception as error:
                 logger.exception("the command %r failed", command.name)
                 inbox.acknowledge_command(command, "failed", f"{type(error).__name__}: {error}")
-            except (
-                BaseException
-            ) as error:  # Ctrl-C, sys.exit: the worker ends, and the learner still gets an answer
+            except BaseException as error:
+                # Ctrl-C or sys.exit: the worker ends, and the learner must not wait for its acknowledgement.
                 inbox.acknowledge_command(command, "failed", type(error).__name__)
                 raise
             else:
@@ -110,4 +108,4 @@ class CommandHandlers:
         self._paused_until = None
 
     def _reset(self, data: Any) -> None:
-        self._resets += 1
+        self._reset_requested = True

@@ -14,11 +14,11 @@ SIGNATURE_FIELDS: Final = ("signed_for", "signature")
 #: Fields of a command that the signature covers.
 _COVERED_FIELDS: Final = ("name", "arguments", "expires_seconds", "data")
 
-#: Refusals that are reported within each period: an attacker can send any number of forged commands.
+#: The most refusals that are reported in each period: an attacker can send any number of forged commands.
 REFUSALS_REPORTED: Final = 50
 REFUSALS_SECONDS: Final = 10.0
 
-#: Refused entries that are remembered, at most.
+#: The most refused entries that are remembered.
 REFUSED_REMEMBERED: Final = 10_000
 
 
@@ -28,10 +28,6 @@ def sign_command(
     """Return the fields that carry a command's signature.
 
     Args:
-        key: the key that learner and workers share.
-        run: the run's name.
-        command_id: the command's id.
-        fields: the command's fields.
         targets: the workers that the command is for, each with its incarnation.
     """
     signed_for = ",".join(f"{worker}:{incarnation}" for worker, incarnation in targets.items())
@@ -42,53 +38,30 @@ def sign_command(
     }
 
 
-def check_command(
-    key: SigningKey,
-    run: str,
-    command_id: str,
-    fields: Mapping[bytes, bytes],
-    worker_id: int,
-    incarnation: int,
-) -> None:
-    """Check that a command was signed with this key, and for this incarnation of this worker.
-
-    Raises:
-        NotSigned: its signature is missing or wrong, or it was signed for another worker or incarnation.
-    """
-    found = {name: fields.get(name.encode(), b"") for name in (*_COVERED_FIELDS, *SIGNATURE_FIELDS)}
-    signature = found["signature"].decode("ascii", "replace")
-    covered = [found[name] for name in _COVERED_FIELDS]
-    key.check(signature, COMMAND, run, command_id, found["signed_for"], *covered)
-    if f"{worker_id}:{incarnation}".encode() not in found["signed_for"].split(b","):
-        raise NotSigned("it was signed for others, or for an earlier incarnation of this worker")
-
-
 class CommandVerifier:
     """Checks the commands that one worker reads, and bounds how many refusals it reports."""
 
     def __init__(self, key: SigningKey, run: str, worker_id: int, incarnation: int) -> None:
-        """Prepare a verifier.
-
-        Args:
-            key: the key that learner and workers share.
-            run: the run's name.
-            worker_id: the worker.
-            incarnation: its incarnation.
-        """
+        """Prepare a verifier."""
         self._key, self._run, self._worker_id, self._incarnation = key, run, worker_id, incarnation
-        self._refused: dict[str, None] = {}  #: ids of refused entries, as the stream may be read again
+        self._refused: dict[str, None] = {}  #: ids of refused entries, because the stream may be read again
         self._reported, self._period_end = 0, Deadline(REFUSALS_SECONDS)
 
     def check(self, command_id: str, fields: Mapping[bytes, bytes]) -> None:
-        """Check that a command was signed with the key, and for this incarnation of this worker.
+        """Check that a command was signed with this worker's key, and for this incarnation of it.
 
         Raises:
             NotSigned: its signature is missing or wrong, or it was signed for another worker or incarnation.
         """
-        check_command(self._key, self._run, command_id, fields, self._worker_id, self._incarnation)
+        found = {name: fields.get(name.encode(), b"") for name in (*_COVERED_FIELDS, *SIGNATURE_FIELDS)}
+        signature = found["signature"].decode("ascii", "replace")
+        covered = [found[name] for name in _COVERED_FIELDS]
+        self._key.check(signature, COMMAND, self._run, command_id, found["signed_for"], *covered)
+        if f"{self._worker_id}:{self._incarnation}".encode() not in found["signed_for"].split(b","):
+            raise NotSigned("it was signed for others, or for an earlier incarnation of this worker")
 
     def should_report(self, entry_id: str) -> bool:
-        """Return whether to report the refusal of this entry: each once, and only so many in a while."""
+        """Return whether to report the refusal of this entry: each once, and REFUSALS_REPORTED in each period."""
         if entry_id in self._refused:
             return False
         self._refused[entry_id] = None

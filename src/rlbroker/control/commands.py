@@ -18,7 +18,7 @@ from rlbroker.backend.replies import parsing, server_seconds, text_fields
 from rlbroker.backend.scripts import Script
 from rlbroker.codec.message import encode
 from rlbroker.codec.signing import SigningKey
-from rlbroker.config import positive_seconds, waiting_seconds, worker_number
+from rlbroker.config import check_positive_seconds, check_timeout_seconds, check_worker_id
 from rlbroker.control.command_signature import SIGNATURE_FIELDS, sign_command
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.errors import DeadlineExceeded, InvalidArgument, UnknownWorker
@@ -32,13 +32,13 @@ CONTROL_KEPT_SECONDS: Final = 3600
 #: Longest pause between two reads of a command's outcomes.
 POLL_SECONDS: Final = 0.1
 
-#: Commands that the learner remembers, to send them again to a server that lost them.
+#: The most commands that the learner remembers, to send them again to a server that lost them.
 REMEMBERED_COMMANDS: Final = 1_000
 
 #: Bound on the outcomes of all remembered commands together. The newest command is remembered in any case.
 REMEMBERED_OUTCOMES: Final = 100_000
 
-#: Characters of the longest name of a command.
+#: Length of the longest command name.
 NAME_LENGTH: Final = 200
 
 #: Characters that are kept of the readable form of a command's arguments.
@@ -70,7 +70,7 @@ class Command:
         changed: threading.Condition,
         timeout_seconds: float,
     ) -> None:
-        """Make a handle; only `CommandSender` does."""
+        """Make a handle; called by `CommandSender` only."""
         self.id, self.name, self.worker_ids = command_id, name, tuple(worker_ids)
         self._read_outcomes, self._changed, self._timeout_seconds = read_outcomes, changed, timeout_seconds
 
@@ -83,7 +83,7 @@ class Command:
         return f"<Command {self.id} {self.name!r} to workers {list(self.worker_ids)}>"
 
     def outcomes(self) -> dict[int, Outcome]:
-        """Return the present outcome at each worker, by worker id.
+        """Return the current outcome at each worker, by worker id.
 
         Raises:
             PeerError: the server refused, or could not be reached in time.
@@ -103,7 +103,9 @@ class Command:
         Raises:
             PeerError: the server refused, or could not be reached in time.
         """
-        deadline = Deadline(self._timeout_seconds if timeout is None else waiting_seconds("timeout", timeout))
+        deadline = Deadline(
+            self._timeout_seconds if timeout is None else check_timeout_seconds("timeout", timeout)
+        )
         while True:
             with within(deadline):
                 found = self.outcomes()
@@ -120,13 +122,13 @@ class _SentCommand:
     Attributes:
         fields: names and values of its fields, one after the other.
         incarnations: the incarnation of each worker that it was sent to; empty until the server has confirmed it.
-        sent: when it was sent, by the monotonic clock.
+        sent_at: when it was sent, by the monotonic clock.
         outcomes: final outcomes by worker.
     """
 
     fields: Sequence[Any]
     incarnations: Mapping[int, int]
-    sent: float
+    sent_at: float
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
 
@@ -138,7 +140,7 @@ class _Recipients:
         targets: the workers, each with its incarnation; they must still be members.
         former: workers that must not have joined again, each with its last incarnation.
         names_count: the size that the set `workers` must have; -1 for any.
-        missing: wanted workers that are no members; then there are no targets.
+        missing: wanted workers that are not members; if there are any, there are no targets.
     """
 
     targets: Mapping[int, int]
@@ -149,13 +151,13 @@ class _Recipients:
     @classmethod
     def choose(cls, workers: Incarnations, wanted: Sequence[int] | None) -> Self:
         """Choose the recipients of a command to the wanted workers, or to all members."""
-        members = {worker: one.incarnation for worker, one in workers.members.items()}
+        members = {worker: one.number for worker, one in workers.members.items()}
         missing = [worker for worker in wanted or () if worker not in members]
         if wanted is not None and not missing:
             return cls({worker: members[worker] for worker in wanted}, {}, -1)
-        # Former and new workers may join before the script runs. The command is for them too, if it is for all, and a
-        # wanted worker among them must not be reported as unknown.
-        former = {worker: one.incarnation for worker, one in workers.by_worker.items() if not one.member}
+        # A former or new worker may join before the script runs. A command to all members is for it too, and a wanted
+        # worker must then not be reported as unknown.
+        former = {worker: one.number for worker, one in workers.by_worker.items() if not one.member}
         return cls({} if missing else members, former, workers.names_count, missing)
 
 
@@ -168,8 +170,6 @@ class CommandSender:
         """Prepare a sender; nothing is sent yet.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
             epoch: the learner's epoch; a newer one fences this learner.
             key: the key that signs commands; None to send them unsigned.
         """
@@ -183,10 +183,9 @@ class CommandSender:
         """Send a command to some workers, or to all members of the run.
 
         Args:
-            name: the command's name.
             data: the argument of the handler; anything that a batch may contain.
             worker_ids: the workers to send it to; None for all members.
-            expires_seconds: a worker that reads the command later than this does not do it.
+            expires_seconds: a worker that reads the command later than this does not do it; None for no limit.
 
         Raises:
             InvalidArgument: the name, the worker ids or the expiry are invalid.
@@ -194,17 +193,16 @@ class CommandSender:
             UnsupportedType: the data contains a value that cannot be encoded.
             Fenced: a newer learner has taken over the run.
             DeadlineExceeded: the members of the run kept changing.
-            PeerError: the server refused, or could not be reached in time.
         """
         if not isinstance(name, str) or not name or len(name) > NAME_LENGTH:
             raise InvalidArgument(f"a command is a name of 1 to {NAME_LENGTH} characters; got {name!r}")
         if expires_seconds is not None:
-            expires_seconds = positive_seconds("expires", expires_seconds)
+            expires_seconds = check_positive_seconds("expires", expires_seconds)
         if worker_ids is not None and not isinstance(worker_ids, Iterable):
             raise InvalidArgument(
                 f"worker_ids must be a list of worker ids, or None for all; got {worker_ids!r}"
             )
-        wanted = None if worker_ids is None else sorted({worker_number(one) for one in worker_ids})
+        wanted = None if worker_ids is None else sorted({check_worker_id(one) for one in worker_ids})
         command_id = uuid.uuid4().hex[:12]
         fields = {
             "name": name,
@@ -223,11 +221,7 @@ class CommandSender:
         )
 
     def count_pending(self) -> dict[int, int]:
-        """Return the number of commands that have not been acknowledged, by worker.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Return the number of commands that have not been acknowledged, by worker."""
         counts: dict[int, int] = {}
         pending = text_fields(self._connection.execute("HGETALL", self._keys.pending))
         with parsing(self._keys.pending):
@@ -242,11 +236,7 @@ class CommandSender:
             self._changed.notify_all()
 
     def trim(self) -> None:
-        """Trim the control stream to entries that are younger than an hour or still pending.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Trim the control stream to entries that are younger than an hour or still pending."""
         clock, pending = self._connection.execute_all([("TIME",), ("HGETALL", self._keys.pending)])
         with parsing(self._keys.pending):
             sent = [int(value.split()[1].partition("-")[0]) for value in text_fields(pending).values()]
@@ -262,7 +252,7 @@ class CommandSender:
     ) -> Mapping[int, int]:
         """Put a command on the control stream, and return its workers, each with its incarnation.
 
-        The script refuses if the members changed since they were read; then the command is tried again.
+        Retry if the members changed between reading them and running the script.
         """
         deadline = Deadline(self._connection.timeout_seconds)
         while True:
@@ -274,28 +264,27 @@ class CommandSender:
             # Remember it first: a worker may acknowledge it before the reply of the script arrives.
             remembered = _SentCommand(pairs, {}, time.monotonic())
             self._remember(command_id, remembered)
-            sent = self._try_to_send(command_id, pairs, recipients)
-            if sent and recipients.targets:
-                remembered.incarnations = recipients.targets
-                return recipients.targets
-            if not sent and not deadline.over:
-                continue
-            self._sent.pop(command_id, None)
-            if not sent:
+            if self._try_to_send(command_id, pairs, recipients):
+                break
+            if deadline.over:
+                self._sent.pop(command_id, None)
                 raise DeadlineExceeded(
                     f"the members of the run {self._keys.run!r} kept changing, so the command was not sent; "
                     "send it again"
                 )
-            if recipients.missing:
-                known = ", ".join(map(str, workers.members)) or "none"
-                raise UnknownWorker(
-                    f"worker {recipients.missing[0]} is not a member of the run {self._keys.run!r}; "
-                    f"members are: {known}"
-                )
-            return {}
+        if recipients.targets:
+            remembered.incarnations = recipients.targets
+            return recipients.targets
+        self._sent.pop(command_id, None)
+        if recipients.missing:
+            known = ", ".join(map(str, workers.members)) or "none"
+            raise UnknownWorker(
+                f"worker {recipients.missing[0]} is not a member of the run {self._keys.run!r}; members are: {known}"
+            )
+        return {}
 
     def _try_to_send(self, command_id: str, pairs: Sequence[Any], recipients: _Recipients) -> bool:
-        """Run the script, and return whether the recipients were still the right ones."""
+        """Run the script, and return whether the recipients were still valid, so that the command was sent."""
         targets, former = recipients.targets, recipients.former
         reply = self._connection.run(
             SEND,
@@ -321,7 +310,7 @@ class CommandSender:
         return bool(reply == b"sent")
 
     def _read_outcomes(self, command_id: str, workers: Sequence[int]) -> dict[int, Outcome]:
-        """Read a command's outcomes; what the learner remembers holds, as the server may have lost it."""
+        """Read a command's outcomes. Those that the learner remembers take precedence: the server may lose some."""
         found = text_fields(self._connection.execute("HGETALL", self._keys.outcomes(command_id)))
         sent = self._sent.get(command_id)
         known = sent.outcomes if sent else {}
@@ -333,11 +322,7 @@ class CommandSender:
     # Remembering
 
     def remember(self) -> None:
-        """Remember the commands of earlier learners and their outcomes, as the server may lose them.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Remember the commands of earlier learners and their outcomes, because the server may lose them."""
         clock, pending, entries = self._connection.execute_all(
             [
                 ("TIME",),
@@ -348,7 +333,7 @@ class CommandSender:
         names = ("name", "arguments", "expires_seconds", "data")
         required = {b"command", *(name.encode() for name in names)}
         complete = [(entry_id, fields) for entry_id, fields in entries if required <= fields.keys()]
-        oldest_first = list(reversed(_newest(complete)))
+        oldest_first = list(reversed(_keep_within_bounds(complete)))
         replies = self._connection.execute_all(
             [("HGETALL", self._keys.outcomes(fields[b"command"].decode())) for _, fields in oldest_first]
         )
@@ -387,11 +372,10 @@ class CommandSender:
 
         Raises:
             Fenced: a newer learner publishes in this run.
-            PeerError: the server refused, or could not be reached in time.
         """
         calls = []
         for command_id, sent in list(self._sent.items()):
-            remaining_seconds = int(OUTCOMES_KEPT_SECONDS - (time.monotonic() - sent.sent))
+            remaining_seconds = int(OUTCOMES_KEPT_SECONDS - (time.monotonic() - sent.sent_at))
             if remaining_seconds <= 0 or not sent.incarnations:
                 continue
             states: list[Any] = []
@@ -425,15 +409,15 @@ class CommandSender:
                 total -= len(self._sent.pop(next(iter(self._sent))).incarnations)
 
 
-def _newest(commands: _Entries) -> _Entries:
-    """Return the commands to remember, out of all that are there, newest first."""
+def _keep_within_bounds(commands: _Entries) -> _Entries:
+    """Return the newest commands, as many as may be remembered; both sequences begin with the newest one."""
     totals = itertools.accumulate(fields.get(b"workers", b"").count(b",") + 1 for _, fields in commands)
     within_bound = sum(total <= REMEMBERED_OUTCOMES for total in totals)
     return commands[: min(REMEMBERED_COMMANDS, max(1, within_bound))]
 
 
 def _describe_arguments(data: Any) -> str:
-    """Return a command's arguments as a person reads them with redis-cli."""
+    """Return a command's arguments as short text, for people who read them with redis-cli."""
     try:
         text = json.dumps(data)
     except (TypeError, ValueError):

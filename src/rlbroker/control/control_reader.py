@@ -1,4 +1,4 @@
-"""Read a run's control stream: wait for new entries on a connection of its own."""
+"""The reader of a run's control stream, which waits for new entries on a connection of its own."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import stream_entries
 from rlbroker.errors import PeerError
 
-#: Longest time that one read waits on the server: most workers hardly ever get an entry.
+#: Longest time that one read waits on the server.
 READ_SECONDS: Final = 2.0
 
-#: Entries that one read returns at most.
+#: The most entries that one read returns.
 READ_COUNT: Final = 100
 
 
 class ControlReader:
-    """One worker's position in the control stream. Other threads may call `has_position` and `restart` only."""
+    """Reads the control stream for one worker. Other threads may call only `has_position` and `restart`."""
 
     def __init__(
         self,
@@ -34,12 +34,10 @@ class ControlReader:
         """Prepare a reader; nothing is read yet.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
             position: id of the entry to read after.
-            wait_for: waits until a socket is readable and returns whether it is; may return early, to interrupt `read`.
+            wait_for: waits until a socket is readable and returns whether it is; returns early to interrupt `read`.
         """
-        self._connection, self._key, self._wait_for = connection, keys.control, wait_for
+        self._connection, self._stream_key, self._wait_for = connection, keys.control, wait_for
         self._channel = Channel(connection, keys.control)
         #: The id of the last entry that was handled.
         self.position = position
@@ -48,11 +46,7 @@ class ControlReader:
         self.reply_due: Deadline | None = None
 
     def read(self) -> list[tuple[str, dict[bytes, bytes]]]:
-        """Wait for entries after `position`, and return their ids and fields; none after a while or an interruption.
-
-        Raises:
-            PeerError: the server refused, or could not be reached.
-        """
+        """Wait for entries after `position`, and return their ids and fields; none on a timeout or interruption."""
         if self._restart:
             self._restart, self.position = False, "0-0"
             self.close()
@@ -63,15 +57,11 @@ class ControlReader:
         ]
 
     def has_position(self, channel: Channel) -> bool:
-        """Return whether the server still has the last entry; if not, it lost or trimmed the stream.
-
-        Raises:
-            PeerError: the server refused, or could not be reached.
-        """
-        return bool(channel.execute("XRANGE", self._key, self.position, self.position))
+        """Return whether the server still has the entry at `position`; if not, it lost or trimmed the stream."""
+        return bool(channel.execute("XRANGE", self._stream_key, self.position, self.position))
 
     def restart(self) -> None:
-        """Read from the first entry on at the next `read`."""
+        """Make the next `read` begin at the first entry of the stream."""
         self._restart = True
 
     def close(self) -> None:
@@ -90,7 +80,9 @@ class ControlReader:
             if sock is None:  # the read cannot be interrupted
                 seconds = connection.block_seconds
             block = "BLOCK", max(1, int(seconds * 1000))
-            self._channel.send([("XREAD", "COUNT", READ_COUNT, *block, "STREAMS", self._key, self.position)])
+            self._channel.send(
+                [("XREAD", "COUNT", READ_COUNT, *block, "STREAMS", self._stream_key, self.position)]
+            )
             self.reply_due = Deadline(seconds + connection.socket_seconds)
         due = self.reply_due
         if sock is not None and not self._wait_for(sock, due.remaining) and not due.over:

@@ -1,4 +1,4 @@
-"""Signals that ask a process to drain: the first of each kind is noted, the next does what it did before."""
+"""Signals that ask a process to drain; a second signal of the same kind has its previous effect."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DrainSignals:
 
         Raises:
             UsageError: called outside the main thread, which alone can handle signals.
-            InvalidArgument: one of these is not a signal, or cannot be handled.
+            InvalidArgument: one of these is not a signal that can be handled.
         """
         if threading.current_thread() is not threading.main_thread():
             raise UsageError(
@@ -38,7 +38,8 @@ class DrainSignals:
         for number in numbers:
             try:
                 previous = signal.getsignal(number)
-                # Stored first, as the signal may arrive at once. None stands for a handler that Python did not set.
+                # Stored first, because the signal may arrive at once. Python returns None for a handler that it did not
+                # set.
                 self._previous.setdefault(number, signal.SIG_DFL if previous is None else previous)
                 signal.signal(number, self._handle)
             except (OSError, TypeError, ValueError) as error:
@@ -46,7 +47,7 @@ class DrainSignals:
                 raise InvalidArgument(f"{number!r} is not a signal that can be handled: {error}") from error
 
     def restore(self) -> None:
-        """Restore the handlers of the signals that did not arrive. Only the main thread can; others do nothing."""
+        """Restore the handlers of the signals that did not arrive. Does nothing outside the main thread."""
         if threading.current_thread() is threading.main_thread():
             for number in list(self._previous):
                 self._restore(number)

@@ -1,4 +1,4 @@
-"""The worker's side of commands: read them in the background, hand them out in order, and acknowledge them."""
+"""The worker's side of commands: read them in the background, return them in order, and acknowledge them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger("rlbroker")
 #: Bounds on what a command's arguments may contain when they are decoded.
 COMMAND_LIMITS: Final = Limits(max_raw_bytes=64 << 20)
 
-#: Commands whose ids and acknowledgements are remembered, at most, so that a command that is sent again is done once.
+#: The most commands whose ids and acknowledgements are remembered, so that a command that is sent again is done once.
 REMEMBERED: Final = 10_000
 
 #: Characters of a refused command's name and id that an acknowledgement carries.
@@ -54,7 +54,7 @@ class Inbox:
     """The commands that one worker has received and not done yet.
 
     A background thread reads the control stream: it queues the worker's commands and reports new versions. A command
-    that is sent again, as the server had lost it, is done once; its acknowledgement is repeated.
+    that is sent again, because the server had lost it, is done once; its acknowledgement is repeated.
     """
 
     def __init__(
@@ -70,8 +70,6 @@ class Inbox:
         """Prepare an inbox; nothing is read yet.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
             registration: the worker, its incarnation, and where its part of the control stream begins.
             key: the key that commands must be signed with; None to accept unsigned commands.
             notice_version: called with the number of each version that is published.
@@ -101,11 +99,7 @@ class Inbox:
         self._thread.request_stop()
 
     def stop(self, timeout_seconds: float) -> None:
-        """Stop reading, and send the acknowledgements that are left.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Stop reading, and send the acknowledgements that are left."""
         deadline = Deadline(timeout_seconds)
         if self._thread.stop(timeout_seconds):
             self._reader.close()
@@ -127,8 +121,8 @@ class Inbox:
         """Whether there is a command to do."""
         return bool(self._commands)
 
-    def holds(self, name: str) -> bool:
-        """Return whether a command of this name has arrived and was not done yet."""
+    def contains(self, name: str) -> bool:
+        """Return whether a command of this name has arrived and has not been done yet."""
         with self._arrived:
             return any(command.name == name for command in self._commands)
 
@@ -140,16 +134,12 @@ class Inbox:
             return self._commands[0] if self._commands else None
 
     def remove(self) -> None:
-        """Remove the next command, before it is done: it is done once, even if it fails or is interrupted."""
+        """Remove the next command. The worker does this before the command, which is then done at most once."""
         with self._arrived:
             self._commands.popleft()
 
-    def expired(self, command: ReceivedCommand) -> bool:
-        """Return whether a command has expired, by the server's clock.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+    def is_expired(self, command: ReceivedCommand) -> bool:
+        """Return whether a command has expired, by the server's clock."""
         if not command.expires_seconds:
             return False
         now = self._connection.clock(self._keys.control)
@@ -191,7 +181,7 @@ class Inbox:
         )
 
     def _acknowledge(self, fields: Mapping[str, Argument]) -> None:
-        """Send an acknowledgement now, or leave it to the background thread if the server is away."""
+        """Send an acknowledgement now, or leave it to the background thread if the server cannot be reached."""
         self.acknowledgements.add(fields)
         try:
             self.acknowledgements.send()
@@ -213,8 +203,8 @@ class Inbox:
     def _check_control(self, channel: Channel) -> None:
         """Read the control stream from its start if the server lost it, or trimmed it.
 
-        A new server's clock may be behind, so that new entries have smaller ids than the ones that were read. Commands
-        that are remembered, or that are for an earlier incarnation, are not done again.
+        The clock of a new server may be behind, so that new entries have smaller ids than `position`. Commands that are
+        remembered, or that are for an earlier incarnation, are not done again.
         """
         if not self._reader.has_position(channel):
             self._reader.restart()
@@ -244,7 +234,7 @@ class Inbox:
         )
         if command.command_id in self._remembered:  # sent again, because the server had lost it
             acknowledgement = self._remembered[command.command_id]
-            if acknowledgement is not None:  # the server may have lost that too
+            if acknowledgement is not None:  # the server may have lost it too
                 self._acknowledge(acknowledgement)
             return
         self._remembered[command.command_id] = None

@@ -5,7 +5,7 @@ The script `settle.lua` then writes the new outcomes and removes the event in on
 whichever learner settles it and however often it retries.
 
 The learner also remembers the outcomes and the records of missed updates, and writes them back to a server that lost
-them. Of two outcomes of one worker, those with the later event hold.
+them. If its outcomes of a worker and the server's differ, those with the later event are valid.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ Pending = dict[int, dict[str, int]]
 #: How long the outcomes of a command stay readable.
 OUTCOMES_KEPT_SECONDS: Final = 24 * 3600
 
-#: Entries of one worker that one read returns at most.
+#: The most entries of one worker that one read returns.
 READ_COUNT: Final = 256
 
-#: Entries that the `missed` stream keeps at least. Older ones remain as sums in each worker's outcomes.
+#: The fewest entries that the `missed` stream keeps. Older ones remain as sums in each worker's outcomes.
 MISSED_KEPT = 10_000
 
 SETTLE = Script.load("control/lua/settle.lua")
@@ -75,37 +75,30 @@ class Ledger:
         keys: Keys,
         *,
         epoch: int,
-        latest_version: Callable[[], int],
+        last_used_version: Callable[[], int],
         signed: bool,
         note_outcomes: Callable[[int, Mapping[str, Outcome]], None],
     ) -> None:
         """Prepare a ledger; nothing is read yet.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
-            epoch: the learner's epoch.
-            latest_version: returns the latest version that the learner knows; the server may have lost it.
+            last_used_version: returns the highest version that was ever used; the server may have lost it.
             signed: whether versions are signed. Then the latest version on the server is not trusted: it may be forged.
             note_outcomes: called with a worker and the final outcomes of commands at this worker.
         """
         self._connection, self._keys, self._epoch = connection, keys, epoch
-        self._latest_version, self._note_outcomes, self._signed = latest_version, note_outcomes, signed
+        self._last_used_version, self._note_outcomes, self._signed = last_used_version, note_outcomes, signed
         self._lock = threading.Lock()
         self._outcomes: dict[int, WorkerOutcomes] = {}
         self._missed: deque[Missed] = deque(maxlen=MISSED_KEPT)
         #: By worker and event: settlements that were sent and whose reply was lost, so they may have been applied.
         self._unconfirmed: dict[tuple[int, str], Settled] = {}
-        self._lost_version = 0  #: the latest version when the server lost the run last
+        self._lost_version = 0  #: the latest version when the server last lost the run
         #: The newest version that a worker could not read or load.
         self.failed_version = 0
 
     def remember(self, workers: Sequence[int]) -> None:
-        """Remember what earlier learners settled, as the server may lose that too.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Remember what earlier learners settled, because the server may lose that too."""
         records = read_missed_records(self._connection, self._keys)
         outcomes = self.read_outcomes(workers)
         with self._lock:
@@ -118,11 +111,7 @@ class Ledger:
         return sum(sum(outcomes.missed.values()) for outcomes in list(self._outcomes.values()))
 
     def wait(self, workers: Sequence[int], seconds: float) -> bool:
-        """Wait for acknowledgements, and return whether there are any to settle.
-
-        Raises:
-            PeerError: the server refused, or could not be reached.
-        """
+        """Wait for acknowledgements, and return whether there are any to settle."""
         return bool(self._unconfirmed or self._read(workers, "BLOCK", max(1, int(seconds * 1000))))
 
     def settle(self, workers: Sequence[int], deadline: Deadline) -> None:
@@ -131,7 +120,6 @@ class Ledger:
         Raises:
             Fenced: a newer learner publishes in this run.
             RunLost: the server has lost the run, and it was not restored in time.
-            PeerError: the server refused, or could not be reached in time.
         """
         while self._connection.retry(lambda: self._settle_some(workers, deadline), deadline):
             if deadline.over:
@@ -142,7 +130,6 @@ class Ledger:
 
         Raises:
             Fenced: a newer learner publishes in this run.
-            PeerError: the server refused, or could not be reached in time.
         """
         with self._lock:
             self._confirm_applied()
@@ -151,11 +138,11 @@ class Ledger:
                 for worker, entry_id in self._unconfirmed
             ]
             found = self._connection.execute_all(commands)
-            # An event that is neither settled nor in the stream was settled and lost. If it was not, it will come again
-            # and change nothing.
+            # An event that is not in the stream any more was settled, and the server lost its effects. If it was not
+            # settled after all, it will be sent again and ignored.
             self._confirm([at for at, entries in zip(self._unconfirmed, found, strict=True) if not entries])
             stored = self._connection.execute("HGET", self._keys.weights, "version")
-            latest = self._latest_version()
+            latest = self._last_used_version()
             if (number_in(stored) or 0) < latest:
                 self._lost_version = latest
             calls = [
@@ -170,11 +157,7 @@ class Ledger:
             self._restore_missed()
 
     def read_outcomes(self, workers: Iterable[int]) -> dict[int, WorkerOutcomes]:
-        """Return the outcomes of each worker, as the server has them.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Return the outcomes of each worker, as the server has them."""
         return read_outcomes(self._connection, self._keys, workers)
 
     def missed_updates(
@@ -187,12 +170,7 @@ class Ledger:
         """Return what each worker missed.
 
         Args:
-            workers: ids of the workers.
-            latest_version: the latest version of the weights.
             published: when recent versions were published, seconds since the epoch.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
         """
         records: dict[int, list[Missed]] = {}
         for record in read_missed_records(self._connection, self._keys):
@@ -226,7 +204,7 @@ class Ledger:
         return [(keys[key], entries) for key, entries in stream_entries(reply) if entries]
 
     def _delete_wrong_types(self, keys: Sequence[str]) -> bool:
-        """Delete keys that are no streams: one worker that wrote something else would block the reads of all."""
+        """Delete keys of another type: a worker that wrote one would block the reads of all workers' streams."""
         kinds = self._connection.execute_all([("TYPE", key) for key in keys])
         wrong = [key for key, kind in zip(keys, kinds, strict=True) if kind not in (b"stream", b"none")]
         if wrong:
@@ -252,6 +230,7 @@ class Ledger:
             self._lock.release()
 
     def _settle(self, streams: Sequence[tuple[int, Entries]]) -> None:
+        """Settle the events of one read, in one try."""
         one_try = Deadline(0)
         workers = [worker for worker, _ in streams]
         clock, stored_version, pending_fields, *ledgers = self._connection.execute_all(
@@ -268,7 +247,7 @@ class Ledger:
         )
         incarnations = parse_incarnations(workers, replies)
         now = round(server_seconds(clock), 3)  # as it is written, so that `restore` recognises the record
-        latest = self._latest_version()
+        latest = self._last_used_version()
         if not self._signed:
             latest = max(number_in(stored_version) or 0, latest)
         with parsing(self._keys.pending):
@@ -279,7 +258,7 @@ class Ledger:
             with parsing(self._keys.ledger(worker)):
                 stored = WorkerOutcomes.from_fields(text_fields(ledger))
             outcomes = max(stored, self._outcomes.get(worker, stored), key=lambda one: one.position)
-            newest = incarnations[worker].incarnation if worker in incarnations else 0
+            newest = incarnations[worker].number if worker in incarnations else 0
             # An incarnation beyond the worker's newest is forged. So is one far beyond the clock: then the worker has
             # forged its newest incarnation too.
             limit = min(newest, 2000 * now)
@@ -287,8 +266,16 @@ class Ledger:
             for event, settled in self._fold(outcomes, events, pending.get(worker, {}), latest, limit):
                 calls.append(self._settle_call(event, settled))
                 results[worker, event.entry_id] = settled
+        self._write(calls, results)
+
+    def _write(
+        self,
+        calls: Sequence[tuple[Script, list[str], list[Argument]]],
+        results: Mapping[tuple[int, str], Settled],
+    ) -> None:
+        """Run the calls of `settle.lua`, and remember their results; after an error they may have been applied."""
         try:
-            self._connection.run_all(calls, deadline=one_try)
+            self._connection.run_all(calls, deadline=Deadline(0))
         except RunLost:  # nothing was applied
             raise
         except BaseException:
@@ -351,10 +338,10 @@ class Ledger:
             self._keys.pending,
             *(self._keys.outcomes(command) for command in settled.command_outcomes),
         ]
-        #: Each write: the place of its key in `keys`, counted from 1, the command, and its arguments.
+        # Each write: the place of its key in `keys`, counted from 1, the command, and its arguments.
         writes: list[list[Argument]] = [[3, "HSET", *flat(settled.worker_outcomes.to_fields())]]
         for missed in settled.missed:
-            command_name, _, *arguments = self._missed_command(missed)
+            command_name, _, *arguments = self._xadd_missed(missed)
             writes.append([4, command_name, *arguments])
         for place, (command, outcome) in enumerate(settled.command_outcomes.items(), start=6):
             writes.append([5, "HDEL", f"{command}:{event.worker_id}"])
@@ -365,7 +352,7 @@ class Ledger:
             packed += [key_place, len(arguments), command_name, *arguments]
         return SETTLE, keys, packed
 
-    def _missed_command(self, missed: Missed) -> list[Argument]:
+    def _xadd_missed(self, missed: Missed) -> list[Argument]:
         """Return the command that records a missed update."""
         fields = flat(missed_to_fields(missed))
         return ["XADD", self._keys.missed, "MAXLEN", "~", MISSED_KEPT, "*", *fields]
@@ -373,7 +360,7 @@ class Ledger:
     # Remembering
 
     def _confirm_applied(self) -> None:
-        """Confirm the settlements whose reply was lost and that the server has applied, before it may lose them."""
+        """Confirm the settlements that the server has applied although their reply was lost."""
         if self._unconfirmed:
             workers = {worker for worker, _ in self._unconfirmed}
             stored = read_outcomes(self._connection, self._keys, workers, deadline=Deadline(0))
@@ -399,10 +386,10 @@ class Ledger:
             return
         newest = self._connection.execute("XREVRANGE", self._keys.missed, "+", "-", "COUNT", 1)
         if newest and missed_from_fields(text_fields(newest[0][1])) == self._missed[-1]:
-            return  # the records before it are there too
+            return  # then all older records are there too
         entries = self._connection.execute("XRANGE", self._keys.missed, "-", "+")
         kept = {missed_from_fields(text_fields(fields)) for _, fields in entries}
-        lost = [self._missed_command(missed) for missed in self._missed if missed not in kept]
+        lost = [self._xadd_missed(missed) for missed in self._missed if missed not in kept]
         self._connection.execute_all(lost)
 
 

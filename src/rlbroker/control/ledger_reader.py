@@ -1,4 +1,4 @@
-"""Read the ledger: the outcomes of each worker, and the record of missed updates."""
+"""Functions that read the ledger: the outcomes of each worker, and the records of missed updates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ def read_outcomes(
 
     Raises:
         WireError: a ledger holds what no learner writes.
-        PeerError: the server refused, or could not be reached in time.
     """
     ids = list(workers)
     replies = connection.execute_all([("HGETALL", keys.ledger(worker)) for worker in ids], deadline=deadline)
@@ -31,16 +30,13 @@ def read_outcomes(
 
 
 def read_missed_records(connection: Connection, keys: Keys, *, since: float = 0.0) -> list[Missed]:
-    """Return the record of missed updates, oldest first.
+    """Return the records of missed updates, oldest first.
 
     Args:
-        connection: connection to the server.
-        keys: names of the run's keys.
-        since: only records from this time on, seconds since the epoch, by the server's clock.
+        since: leave out records older than this, in seconds since the epoch, by the server's clock.
 
     Raises:
         KeyError, ValueError: an entry holds what no learner writes.
-        PeerError: the server refused, or could not be reached in time.
     """
     first = str(max(0, int(since * 1000)))
     entries = connection.execute("XRANGE", keys.missed, first, "+")

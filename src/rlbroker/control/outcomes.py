@@ -13,7 +13,7 @@ from typing import Any, Self, cast
 from rlbroker.backend.replies import entry_place, whole_number
 from rlbroker.types import Missed, MissedUpdates, Outcome, State
 
-#: Characters that are kept of a text from a worker.
+#: Length to which text from a worker is cut.
 TEXT_LENGTH = 500
 
 #: The states in which a worker can acknowledge a command.
@@ -22,7 +22,7 @@ ACKNOWLEDGED_STATES = ("done", "failed", "unknown", "expired")
 #: The outcome of versions and commands that lack the signature of the worker's key.
 REFUSED = "refused"
 
-#: Forged versions and commands that are recorded in one incarnation: an attacker can send any number of them.
+#: The most forged versions and commands that are recorded in one incarnation: an attacker can send any number.
 REFUSED_KEPT = 100
 
 #: Why versions and commands were missed, by the event that ended an incarnation.
@@ -63,7 +63,7 @@ class WorkerOutcomes:
 
     @property
     def position(self) -> tuple[int, int]:
-        """The id of the last event as numbers. Of two outcomes of one worker, those with the later position hold."""
+        """The id of the last event as numbers. The outcomes with the later position are the newer ones."""
         return entry_place(self.event)
 
     def to_fields(self) -> dict[str, str]:
@@ -164,16 +164,15 @@ def settle(
 ) -> Settled:
     """Fold one event into a worker's outcomes.
 
-    An invalid event changes nothing, because workers are not trusted. Nor does an event that was folded in before: a
-    worker repeats what the server may have lost, and a server that was reset to an older state repeats old events.
+    An invalid event changes nothing, because workers are not trusted. Nor does an event that was folded in before: it
+    comes again if a worker repeats what the server may have lost, or if a server was reset to an older state.
 
     Args:
         outcomes: the worker's outcomes before the event.
-        event: the next event.
         pending: ids of the worker's commands without a final outcome, each with the incarnation that it was sent to.
         latest: the latest version.
-        lost: the latest version when the server lost the run last. A worker that joined or left between then and the
-            next publication was told a lower one.
+        lost: the latest version when the server last lost the run. The events of workers that joined or left between
+            then and the next publication name a lower one.
     """
     if entry_place(event.entry_id) <= outcomes.position:
         return Settled(outcomes)
@@ -201,9 +200,6 @@ def summarize_missed(
     """Return what a worker missed.
 
     Args:
-        worker_id: the worker.
-        outcomes: its outcomes.
-        latest_version: the latest version of the weights.
         published: when recent versions were published, seconds since the epoch.
         records: entries of the `missed` stream about this worker.
     """

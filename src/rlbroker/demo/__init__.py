@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from rlbroker.backend.url import redis_url
-from rlbroker.config import redacted_url, run_from_environment, run_name
+from rlbroker.config import check_run_name, redacted_url, run_from_environment
 from rlbroker.errors import InvalidArgument, UsageError
 
 
@@ -44,7 +44,7 @@ def training_run(run: str | None) -> str:
     Raises:
         InvalidArgument: the name is not a valid run name.
     """
-    return run_name(run) if run is not None else run_from_environment() or "demo"
+    return check_run_name(run) if run is not None else run_from_environment() or "demo"
 
 
 def describe_run(url: str | None, run: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlbroker.backend.replies import entry_id
-from rlbroker.config import worker_number
+from rlbroker.config import check_worker_id
 from rlbroker.errors import InvalidArgument
 
 
@@ -29,7 +29,7 @@ def parse_marks(marks: Mapping[str, Any], run: str) -> dict[str, Any]:
             "batches": {
                 str(name): _parse_mark(mark)
                 for name, mark in marks["batches"].items()
-                if worker_number(int(str(name).removeprefix("again:"))) >= 0
+                if check_worker_id(int(str(name).removeprefix("again:"))) >= 0
             },
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -1,5 +1,5 @@
 """The learner's client.
 
-`communicator` is its public face. `parts` wires the objects of the rooms and takes the run over; `maintenance` is the
-background work; `restoration` writes back what a server has lost.
+`communicator` is the public class. `parts` builds the objects of the other rooms and takes the run over; `maintenance`
+is the background work; `restoration` writes back what a server has lost.
 """

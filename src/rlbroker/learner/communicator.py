@@ -22,16 +22,17 @@ from rlbroker.config import (
     SamplesPerInsert,
     SigningKeySetting,
     WhenFull,
+    check_positive_int,
+    check_timeout_seconds,
+    check_worker_id,
     host_cache_place,
-    positive_int,
     signing_secret,
-    waiting_seconds,
-    worker_number,
 )
 from rlbroker.control.commands import Command
 from rlbroker.errors import Closed, InvalidArgument, PeerError, UnsupportedType
 from rlbroker.experience.counts import read_counts
 from rlbroker.experience.marks import parse_marks
+from rlbroker.learner.maintenance import Maintenance
 from rlbroker.learner.options import LearnerOptions
 from rlbroker.learner.parts import LearnerParts
 from rlbroker.learner.run_scripts import SCRIPTS
@@ -92,10 +93,10 @@ class WorkerCommunicator:
         signing_key: SigningKeySetting | None = None,
         shards: int | None = None,
     ) -> None:
-        """Open a run as its learner, or continue one that is there.
+        """Open a run as its learner, or continue an existing one.
 
         Args:
-            num_workers: how many workers are expected. More may join, and fewer may come.
+            num_workers: how many workers are expected. More or fewer may join.
             max_queue_size: the most batches that wait in one worker's queue.
             timeout: the most seconds that one operation takes, `cleanup` included.
             redis_url: `redis://`, `rediss://` or `unix://`; for a Cluster `redis+cluster://host:port,host:port`; for
@@ -114,23 +115,23 @@ class WorkerCommunicator:
                 returned. None for no limit.
             max_deliveries: a batch that was delivered this often, each time to a learner that died, becomes a dead
                 letter. None for no limit.
-            samples_per_insert: how often each batch is to be sampled; collecting and sampling then wait for each
-                other (see `may_sample`). None for no limit.
+            samples_per_insert: how often each batch is sampled; collecting and sampling then wait for each other (see
+                `may_sample`). None for no limit.
             learner_name: name of this learner, if several share the experiences. Letters, digits, `.`, `_` and `-`.
             publishes: whether this learner may send weights and commands.
-            take_over_seconds: batches that another learner has read, and neither acknowledged nor renewed for so long,
-                are taken over by this one. At least 0.5.
-            lease_seconds: a worker without a heartbeat for so long is `away`. 5 by default, at least 0.1.
-            forget_seconds: a worker without a heartbeat for so long no longer belongs to the run. 600 by default, at
+            take_over_seconds: batches that another learner has read, and neither acknowledged nor renewed for this
+                long, are taken over by this one. At least 0.5.
+            lease_seconds: a worker without a heartbeat for this long is `away`. 5 by default, at least 0.1.
+            forget_seconds: a worker without a heartbeat for this long no longer belongs to the run. 600 by default, at
                 least `lease_seconds`.
             allow_eviction: whether to accept a server whose memory policy evicts keys, and so loses data.
             host_cache: whether workers on this machine read weights from shared memory. True for /dev/shm or what
                 RLBROKER_HOST_CACHE names; a directory to use that one.
-            signing_key: the key that signs weights and commands, so that workers with the same key refuse those of
-                anybody else who can write to the server. Text or bytes of at least 32 bytes, or a `Path` of a file
+            signing_key: the key that signs weights and commands, so that workers with the same key refuse those from
+                anyone else who can write to the server. Text or bytes of at least 32 bytes, or a `Path` of a file
                 with it. By default the file that RLBROKER_SIGNING_KEY_FILE names, if it is set.
-            shards: how many shards a new run on a Cluster is spread over. By default one for each master. A run that
-                exists keeps its shards.
+            shards: the number of shards of a new run on a Cluster; by default one for each master. An existing run
+                keeps its shards.
 
         Raises:
             InvalidArgument: an argument has a value that cannot work.
@@ -176,6 +177,9 @@ class WorkerCommunicator:
                 signing_key=SigningKey(secret) if secret else None,
                 check=self._check,
             )
+            self._maintenance = Maintenance(
+                self._connection, self._keys, parts, forget_seconds=forget_seconds
+            )
         except BaseException:
             self._connection.close()
             raise
@@ -183,8 +187,8 @@ class WorkerCommunicator:
         self._commands, self._ledger = parts.commands, parts.ledger
         self._collector, self._pending = parts.collector, parts.pending
         self._dead_letters, self._rate_limiter = parts.dead_letters, parts.rate_limiter
-        self._recorder, self._maintenance = parts.recorder, parts.maintenance
-        self._thread = parts.maintenance.thread
+        self._recorder = parts.recorder
+        self._thread = self._maintenance.thread
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -272,8 +276,8 @@ class WorkerCommunicator:
         With `acknowledge="next"`, the default, this also acknowledges the batches that the previous call returned.
 
         Args:
-            timeout: seconds to wait for a first batch, from any worker. 0 returns only what is there.
-            max_batches: the most batches to return. None for all that are there, up to about 256 MiB.
+            timeout: seconds to wait for a first batch, from any worker. 0 to return only what has arrived.
+            max_batches: the most batches to return. None for all that have arrived, up to about 256 MiB.
 
         Returns:
             Pairs `(worker_id, batch)`. A `Batch` is the dictionary that the worker sent, with `version`, `staleness`,
@@ -286,9 +290,9 @@ class WorkerCommunicator:
         """
         self._check()
         if max_batches is not None:
-            positive_int("max_batches", max_batches)
+            check_positive_int("max_batches", max_batches)
         return self._collector.collect(
-            timeout_seconds=waiting_seconds("timeout", timeout), max_batches=max_batches
+            timeout_seconds=check_timeout_seconds("timeout", timeout), max_batches=max_batches
         )
 
     def acknowledge(self, done: Sequence[tuple[int, Batch]] | Mapping[str, Any]) -> int:
@@ -317,10 +321,10 @@ class WorkerCommunicator:
         return self._collector.acknowledge(done)
 
     def marks(self) -> dict[str, Any]:
-        """Return marks that say which batches were collected so far, to save in a training checkpoint.
+        """Return marks of the batches that were collected so far, to save in a training checkpoint.
 
         They consist of plain values, for JSON, pickle or `torch.save`. Save them together with the replay buffer or
-        the weights that came of these batches, then pass them to `acknowledge`; after a restart, to `restore`.
+        the weights that came from these batches, then pass them to `acknowledge`; after a restart, to `restore`.
         """
         self._check()
         return {
@@ -332,7 +336,7 @@ class WorkerCommunicator:
         }
 
     def restore(self, marks: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint: batches that its marks cover are never collected again, all later ones are.
+        """Continue from a checkpoint: batches that its marks cover are not collected again, all later ones are.
 
         The next version is higher than the checkpoint's, even if the server has lost that one. Call this before
         anything is collected.
@@ -364,7 +368,7 @@ class WorkerCommunicator:
                 train(buffer.sample())
 
         Raises:
-            InvalidArgument: so many samples can never be drawn at once.
+            InvalidArgument: this many samples can never be drawn at once.
         """
         self._check()
         return self._rate_limiter.may_sample(count)
@@ -377,7 +381,7 @@ class WorkerCommunicator:
             PeerError: the server refused, or could not be reached in time.
         """
         with self._operation():
-            workers = self._roster.ids() if worker_id is None else [worker_number(worker_id)]
+            workers = self._roster.ids() if worker_id is None else [check_worker_id(worker_id)]
             return self._dead_letters.list(workers)
 
     def retry_dead_letters(self, letters: Sequence[DeadLetter]) -> int:
@@ -576,7 +580,7 @@ class WorkerCommunicator:
         if over:
             self._roster.close()
         if ended:
-            with suppress(PeerError):  # the report must not depend on the last sample
+            with suppress(PeerError):  # a failed sample must not cost the report
                 self._maintenance.record(last=True)
         return CleanupReport(waiting, self._pending.count_by_worker(), commands)
 
@@ -584,7 +588,7 @@ class WorkerCommunicator:
 
     @contextmanager
     def _operation(self) -> Iterator[Deadline]:
-        """Check that this learner is usable, and keep one deadline in everything that the block does."""
+        """Check that this learner is usable, and apply one deadline to everything that the block does."""
         self._check()
         with within(Deadline(self._connection.timeout_seconds)) as deadline:
             yield deadline

@@ -11,16 +11,10 @@ from rlbroker.backend.connection import BLOCK_SECONDS, Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.threads import BackgroundThread
-from rlbroker.control.commands import CommandSender
-from rlbroker.control.ledger import Ledger
 from rlbroker.errors import Fenced, RunLost
-from rlbroker.experience.collector import Collector
-from rlbroker.experience.pending import PendingEntries, Takeover
+from rlbroker.learner.parts import LearnerParts
 from rlbroker.learner.restoration import Restoration
 from rlbroker.learner.run_scripts import SCRIPTS
-from rlbroker.membership.roster import Roster
-from rlbroker.metrics.history_recorder import Recorder
-from rlbroker.weights.publisher import Publisher
 
 logger = logging.getLogger("rlbroker")
 
@@ -30,11 +24,11 @@ HEARTBEAT_SECONDS: Final = 1.0
 #: The longest time between two rounds of housekeeping.
 HOUSEKEEPING_SECONDS: Final = 10.0
 
-#: How long acknowledgements are gathered before they are settled, for each worker. Reading all streams costs about a
-#: twentieth of that.
+#: How long acknowledgements are gathered before they are settled, for each worker of the run: about 20 times what it
+#: takes to read one stream.
 GATHER_SECONDS: Final = 0.0001
 
-#: The longest time that acknowledgements are gathered.
+#: The longest time for which acknowledgements are gathered.
 LONGEST_GATHER_SECONDS: Final = 0.1
 
 
@@ -43,56 +37,26 @@ class Maintenance:
 
     `run_once` is one step of the thread. It settles acknowledgements as they arrive. Every second it sends the
     learner's heartbeat and records a sample of the history. At least every ten seconds it forgets silent workers and
-    deletes what is no longer needed. Before all that, `Restoration` repairs a run that a server lost.
+    deletes what is no longer needed. Each step begins with `Restoration`, which repairs a run that a server lost.
 
     Attributes:
         thread: the background thread; its `check` raises the error that ended it.
     """
 
     def __init__(
-        self,
-        connection: Connection,
-        keys: Keys,
-        *,
-        roster: Roster,
-        publisher: Publisher,
-        pending: PendingEntries,
-        commands: CommandSender,
-        ledger: Ledger,
-        takeover: Takeover,
-        collector: Collector,
-        recorder: Recorder,
-        forget_seconds: float,
+        self, connection: Connection, keys: Keys, parts: LearnerParts, *, forget_seconds: float
     ) -> None:
         """Prepare the thread; the caller starts and stops it.
 
         Args:
-            connection: the connection to the server.
-            keys: the run's keys.
-            roster: the run and its members.
-            publisher: the run's weights.
-            pending: batches that the learner has read and not acknowledged.
-            commands: the commands that the learner sent.
-            ledger: the workers' acknowledgements.
-            takeover: the ownership of pending batches, which has to be renewed.
-            collector: knows the streams of which this learner may have pending batches.
-            recorder: writes the history.
+            parts: the learner's parts, of an open run.
             forget_seconds: how soon a silent worker leaves the run; housekeeping is at least twice as frequent.
         """
-        self._connection, self._roster, self._publisher = connection, roster, publisher
-        self._commands, self._ledger = commands, ledger
-        self._takeover, self._collector, self._recorder = takeover, collector, recorder
+        self._connection, self._roster, self._publisher = connection, parts.roster, parts.publisher
+        self._commands, self._ledger = parts.commands, parts.ledger
+        self._takeover, self._collector, self._recorder = parts.takeover, parts.collector, parts.recorder
         self._channel = Channel(connection, keys.meta)
-        self._restoration = Restoration(
-            connection,
-            keys,
-            self._channel,
-            roster=roster,
-            publisher=publisher,
-            pending=pending,
-            commands=commands,
-            ledger=ledger,
-        )
+        self._restoration = Restoration(connection, keys, self._channel, parts)
         self._housekeeping_seconds = min(HOUSEKEEPING_SECONDS, forget_seconds / 2)
         self._next_housekeeping = Deadline(self._housekeeping_seconds)
         self._next_heartbeat = Deadline(0)
@@ -106,7 +70,7 @@ class Maintenance:
         """Do one step of the background work."""
         self._restoration.check_connection()
         try:
-            if self._restoration.is_stale:
+            if self._restoration.stale:
                 self.restore()
             self._restoration.republish_if_lost()
             if self._next_heartbeat.over:
@@ -122,8 +86,8 @@ class Maintenance:
             logger.warning("%s", error)
             self._restoration.mark_stale()
         except Fenced:
-            # Either this learner was replaced, and the heartbeat raises that again; or only a newer one publishes now,
-            # and the heartbeat notes that this one just collects.
+            # If a newer learner of this name has taken over, the heartbeat raises `Fenced` again. If a newer one only
+            # publishes instead, the heartbeat notes that, and this learner continues to collect.
             self.send_heartbeat()
         if self._next_housekeeping.over:
             self.housekeep()

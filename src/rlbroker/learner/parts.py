@@ -1,4 +1,4 @@
-"""The objects that a learner consists of, how they are wired, and how they take a run over."""
+"""The objects that a learner consists of, and how they take a run over."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from rlbroker.experience.counts import read_counts
 from rlbroker.experience.dead_letters import DeadLetters
 from rlbroker.experience.pending import PendingEntries, Takeover
 from rlbroker.experience.rate_limiter import RateLimiter
-from rlbroker.learner.maintenance import Maintenance
 from rlbroker.learner.options import LearnerOptions
 from rlbroker.learner.shards import choose_shards
 from rlbroker.membership.roster import Roster
@@ -34,7 +33,7 @@ logger = logging.getLogger("rlbroker")
 
 @dataclass(frozen=True)
 class LearnerParts:
-    """The objects that one learner consists of.
+    """The objects that one learner consists of. `Maintenance` does its background work with them.
 
     Attributes:
         roster: the run and its members.
@@ -43,10 +42,10 @@ class LearnerParts:
         commands: the commands that the learner sends.
         ledger: what the workers acknowledged.
         dead_letters: batches that no learner could use.
+        takeover: pending batches that another learner abandoned, and the renewal of this learner's own.
         rate_limiter: the balance of collecting and sampling.
         collector: reads the workers' batches.
         recorder: writes the history.
-        maintenance: the background work.
     """
 
     roster: Roster
@@ -55,10 +54,10 @@ class LearnerParts:
     commands: CommandSender
     ledger: Ledger
     dead_letters: DeadLetters
+    takeover: Takeover
     rate_limiter: RateLimiter
     collector: Collector
     recorder: Recorder
-    maintenance: Maintenance
 
     @classmethod
     def open(
@@ -73,10 +72,7 @@ class LearnerParts:
     ) -> Self:
         """Open the run, take it over from earlier learners of this name, and return the parts that work on it.
 
-        The roster comes first: it gets the epoch by which every other part fences an earlier learner.
-
         Args:
-            connection: the connection to the server.
             keys: the run's keys; on a Cluster they are spread over the run's shards here.
             options: the learner's settings.
             images: where the latest weights are kept.
@@ -91,6 +87,7 @@ class LearnerParts:
             learner_name=options.learner_name,
             publishes=options.publishes,
         )
+        # First, because every other part fences earlier learners by this epoch.
         epoch = roster.open(
             wire_format=FORMAT_VERSION,
             num_workers=options.num_workers,
@@ -103,16 +100,10 @@ class LearnerParts:
             connection,
             keys,
             epoch=epoch,
-            latest_version=lambda: publisher.last_used,
+            last_used_version=lambda: publisher.last_used,
             signed=signing_key is not None,
             note_outcomes=commands.note_outcomes,
         )
-        workers = roster.ids()
-        pending.fence_older(workers)  # from here on no acknowledgement of an earlier learner is accepted
-        if options.publishes:
-            commands.remember()
-            ledger.remember(workers)
-            _warn_of_earlier_training(connection, keys, roster, publisher.latest_version)
         dead_letters = DeadLetters(connection, keys, pending, max_bytes=options.run_settings.max_queue_bytes)
         takeover = Takeover(connection, pending, take_over_seconds=options.take_over_seconds)
         rate_limiter = RateLimiter(options.samples_per_insert)
@@ -138,35 +129,34 @@ class LearnerParts:
             epoch=epoch,
             read_state=partial(_read_state, roster, publisher, pending, ledger),
         )
-        maintenance = Maintenance(
-            connection,
-            keys,
-            roster=roster,
-            publisher=publisher,
-            pending=pending,
-            commands=commands,
-            ledger=ledger,
-            takeover=takeover,
-            collector=collector,
-            recorder=recorder,
-            forget_seconds=options.run_settings.forget_seconds,
+        parts = cls(
+            roster,
+            publisher,
+            pending,
+            commands,
+            ledger,
+            dead_letters,
+            takeover,
+            rate_limiter,
+            collector,
+            recorder,
         )
-        return cls(
-            roster=roster,
-            publisher=publisher,
-            pending=pending,
-            commands=commands,
-            ledger=ledger,
-            dead_letters=dead_letters,
-            rate_limiter=rate_limiter,
-            collector=collector,
-            recorder=recorder,
-            maintenance=maintenance,
-        )
+        parts._take_over(publishes=options.publishes)
+        if options.publishes:
+            _warn_of_earlier_training(connection, keys, roster, publisher.latest_version)
+        return parts
+
+    def _take_over(self, *, publishes: bool) -> None:
+        """Fence earlier learners of this name, and remember what they left on the server."""
+        workers = self.roster.ids()
+        self.pending.fence_older(workers)  # from here on no acknowledgement of an earlier learner is accepted
+        if publishes:
+            self.commands.remember()
+            self.ledger.remember(workers)
 
 
 def _warn_of_earlier_training(connection: Connection, keys: Keys, roster: Roster, version: int) -> None:
-    """Log that the run has data of an earlier learner: right after a crash, and wrong for a new training."""
+    """Warn that the run has data of an earlier learner: intended after a crash, a mistake for a new training."""
     if not roster.existed:
         return
     counts = read_counts(connection, keys, roster.ids()).values()

@@ -1,4 +1,4 @@
-"""Repair of a run after a server lost data: what the learner remembers is written back."""
+"""The repair of a run after a server lost data: the learner writes back what it remembers."""
 
 from __future__ import annotations
 
@@ -7,59 +7,38 @@ from contextlib import suppress
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.control.commands import CommandSender
-from rlbroker.control.ledger import Ledger
 from rlbroker.errors import ConnectionFailed, ServerOutOfMemory
-from rlbroker.experience.pending import PendingEntries
+from rlbroker.learner.parts import LearnerParts
 from rlbroker.learner.run_scripts import SCRIPTS
-from rlbroker.membership.roster import Roster
-from rlbroker.weights.publisher import Publisher
 
 
 class Restoration:
     """Notices that a server may have lost data, and writes the run back.
 
     A server loses data when it restarts without persistence, when a replica that lagged behind becomes the master,
-    and when somebody flushes it. The signs are a new connection and `RunLost`. Writing back is idempotent: on a
+    and when it is flushed. The signs are a new connection and `RunLost`. Writing back is idempotent: on a
     server that lost nothing it changes nothing.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        keys: Keys,
-        channel: Channel,
-        *,
-        roster: Roster,
-        publisher: Publisher,
-        pending: PendingEntries,
-        commands: CommandSender,
-        ledger: Ledger,
-    ) -> None:
+    def __init__(self, connection: Connection, keys: Keys, channel: Channel, parts: LearnerParts) -> None:
         """Prepare to watch the servers of an open run.
 
         Args:
-            connection: the connection to the server.
-            keys: the run's keys.
             channel: the background thread's channel to the server of the run's `meta`.
-            roster: restores the run itself and its members.
-            publisher: publishes lost weights again.
-            pending: restores the counts of batches.
-            commands: restores commands and their outcomes.
-            ledger: restores the workers' accounts.
+            parts: the learner's parts, which write back what they remember.
         """
         self._connection, self._keys, self._channel = connection, keys, channel
-        self._roster, self._publisher, self._pending = roster, publisher, pending
-        self._commands, self._ledger = commands, ledger
+        self._roster, self._publisher, self._pending = parts.roster, parts.publisher, parts.pending
+        self._commands, self._ledger = parts.commands, parts.ledger
         self._shards = {key: Channel(connection, key) for key in keys.one_of_each_shard}
         self._reached_shards = set[str]()  #: shards whose server was reached before
         self._connected = False  #: whether the channel was connected before
         self._stale = False  #: whether a server may have lost data
-        self._republish = False  #: whether the stored weights are to be compared
+        self._republish = False  #: whether `republish_if_lost` must compare the stored weights
 
     @property
-    def is_stale(self) -> bool:
-        """Whether a server may have lost data, so that `restore` is to be called."""
+    def stale(self) -> bool:
+        """Whether a server may have lost data, so that `restore` must be called."""
         return self._stale
 
     def mark_stale(self) -> None:
@@ -73,7 +52,7 @@ class Restoration:
             self._connected = True
 
     def check_shards(self) -> None:
-        """Send something to each shard, so that a new connection is noticed; do not wait for one that is away."""
+        """Send a command to each shard, so that a new connection is noticed; ignore shards that cannot be reached."""
         for key, channel in self._shards.items():
             with suppress(ConnectionFailed, ServerOutOfMemory):
                 is_new, was_reached = channel.connect(), key in self._reached_shards
@@ -92,8 +71,8 @@ class Restoration:
     def restore(self) -> None:
         """Write back everything that the learner remembers.
 
-        The run's `meta` is written after the sums that its presence allows others to change, and before the weights,
-        which need it.
+        `meta` is written after the counts and outcomes, which others may change as soon as it is there, and before the
+        weights, which need it.
         """
         self._stale = True  # until all is written: a failure in between is retried from the start
         self._pending.restore()

@@ -23,7 +23,7 @@ _OWNERS: Final[tuple[ModuleType, ...]] = (
     dead_letters,
 )
 
-#: The scripts of the learner and of the workers. The learner loads them all: a worker may lack the right to.
+#: The scripts of the learner and of the workers. The learner loads all of them, because workers may lack the right.
 SCRIPTS: Final[tuple[Script, ...]] = tuple(
     dict.fromkeys(value for owner in _OWNERS for value in vars(owner).values() if isinstance(value, Script))
 )

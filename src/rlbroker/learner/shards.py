@@ -17,9 +17,7 @@ def choose_shards(connection: Connection, keys: Keys, count: int | None) -> str:
     """Return the shards for a run: those it has, or new ones, spread evenly over the masters of a Cluster.
 
     Args:
-        connection: the connection to the server.
-        keys: the run's keys.
-        count: how many shards a new run gets; None for one on each master.
+        count: the number of shards of a new run; None for one on each master.
 
     Returns:
         The numbers of the shards, separated by spaces; empty without a Cluster.
@@ -38,7 +36,7 @@ def choose_shards(connection: Connection, keys: Keys, count: int | None) -> str:
 
 
 def _read_shards(connection: Connection, keys: Keys) -> str:
-    """Return the shards of a run whose `meta` was lost with its node, as the other shards' keys name them."""
+    """Return the shards of a run whose `meta` was lost with its node, from the keys of its other shards."""
     replies = connection.ask([("GET", key) for key in keys.one_of_likely_shards])
     votes = Counter(text.decode() for text in replies if isinstance(text, bytes) and _SHARDS.fullmatch(text))
     return max(votes, key=votes.__getitem__, default="")

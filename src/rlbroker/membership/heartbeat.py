@@ -46,11 +46,9 @@ class Heartbeat:
         newest_seen: Callable[[], tuple[int, str]],
         maintain: Callable[[bool], None],
     ) -> None:
-        """Prepare a membership; nothing is sent yet.
+        """Prepare a heartbeat; nothing is sent yet.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
             wire_format: the only wire format that this process reads and writes.
             describe: returns the fields that each heartbeat reports, besides host and pid.
             newest_seen: returns the newest version that this worker saw, and the name of its upload.
@@ -63,10 +61,9 @@ class Heartbeat:
         #: This worker's id and incarnation; zeros until it is registered.
         self.registration = Registration(0, 0, 0, "0-0")
         self._channel = Channel(connection, keys.meta)
-        self._connected = (
-            False  #: whether the channel was ever connected: the first connection is no reconnect
-        )
-        self._rejoined = False  #: whether the server may have lost data since `maintain` was called last
+        #: Whether the channel was connected before, so that a new connection is a reconnect.
+        self._connected = False
+        self._rejoined = False  #: whether the server may have lost data since the last call of `maintain`
         self._next_beat = Deadline(0)
         self._thread = BackgroundThread(f"heartbeat in {keys.run!r}", self._step)
         self._host, self._pid = socket.gethostname(), os.getpid()
@@ -80,7 +77,6 @@ class Heartbeat:
             InvalidArgument: the worker id is invalid.
             IncompatibleFormat: the run's learner writes another wire format.
             DeadlineExceeded: no free id was found in time.
-            PeerError: the server refused, or could not be reached in time.
         """
         self.registration = self._registrar.register(worker_id)
         self._connection.retry(self._beat)
@@ -98,7 +94,6 @@ class Heartbeat:
 
         Raises:
             Fenced: a newer process has this worker id, or the run has forgotten this worker.
-            PeerError: the server refused, or could not be reached.
         """
         worker = self.registration.worker_id
         keys = (
@@ -123,7 +118,7 @@ class Heartbeat:
 
     @property
     def run_size(self) -> RunSize:
-        """The number of workers and hosts of the run, as the learner counted them last."""
+        """The number of workers and hosts of the run, from the learner's latest count."""
         return self._run.size
 
     def settings(self, deadline: Deadline) -> RunSettings:
@@ -156,11 +151,7 @@ class Heartbeat:
         self._thread.request_stop()
 
     def leave(self, timeout_seconds: float) -> None:
-        """Stop the heartbeats and end the membership, so that the learner does not wait for this worker.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Stop the heartbeats and end the membership, so that the learner does not wait for this worker."""
         if self._thread.stop(timeout_seconds):
             self._channel.close()
         if not self.registration.incarnation:  # never registered
@@ -217,7 +208,7 @@ class Heartbeat:
             self._rejoin()
             reply = self._channel.run(BEAT, keys, arguments)
         if self._run.apply(reply):
-            self._schedule_next()  # the lease may be another one
+            self._schedule_next()  # the lease may have changed
 
     def _schedule_next(self) -> None:
         self._next_beat = Deadline(heartbeat_seconds(self._run.settings))
@@ -228,19 +219,19 @@ class Heartbeat:
 
 
 class LastPoll:
-    """The time since the worker last polled: a worker that does not poll is alive, but obeys no command.
+    """The time since a worker last polled: one that does not poll is alive, but obeys no command.
 
-    A context manager that each polling thread enters.
+    Each polling thread enters it as a context manager.
     """
 
     def __init__(self) -> None:
-        """Start as if a thread had polled just now."""
+        """Start as if a poll had just ended."""
         self._lock = threading.Lock()
         self._polling = 0
         self._ended = time.monotonic()
 
     @property
-    def absent_seconds(self) -> float:
+    def unpolled_seconds(self) -> float:
         """Seconds since the last poll ended; 0 while a thread polls."""
         with self._lock:
             return 0.0 if self._polling else time.monotonic() - self._ended

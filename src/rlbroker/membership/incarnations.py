@@ -18,13 +18,13 @@ _LONGEST_NAME: Final = len(str(MAX_WORKER_ID))
 
 
 class Incarnation(NamedTuple):
-    """The newest incarnation of a worker id, from its `life:` hash. Workers write it, so nothing in it is trusted."""
+    """The newest incarnation of a worker id, from its `life:` hash. Workers write that, so nothing in it is trusted."""
 
-    incarnation: int
-    member: bool  #: whether it is a member; False after it left or was forgotten
+    number: int
+    member: bool  #: whether it is a member of the run; False after it left or was forgotten
     seen_milliseconds: int  #: the time of its last heartbeat, by the server's clock
-    #: The newest version that the worker claims to have seen on a server that lost it since (field `known_version`);
-    #: 0 for none. The learner must not use these numbers again.
+    #: The newest version that the worker claims to have seen before the server lost it (field `known_version`); 0 for
+    #: none. The learner must not use version numbers up to this one again.
     claimed_version: int = 0
 
     @classmethod
@@ -61,12 +61,12 @@ class Incarnations:
 
     @property
     def members(self) -> dict[int, Incarnation]:
-        """The present members of the run."""
+        """The current members of the run, with their incarnations."""
         return {worker: incarnation for worker, incarnation in self.by_worker.items() if incarnation.member}
 
 
 def incarnation_command(keys: Keys, worker: int) -> tuple[str, ...]:
-    """Return the command that reads an incarnation: only its own fields, as a worker may have added others."""
+    """Return the command that reads an incarnation, without other fields that the worker may have added."""
     return ("HMGET", keys.life(worker), "incarnation", "member", "seen", "known_version")
 
 
@@ -77,7 +77,7 @@ def parse_worker_ids(names: Iterable[bytes]) -> list[int]:
 
 def parse_worker_id(name: bytes) -> int | None:
     """Return the worker id that a member of the set `workers` stands for; None if it is invalid."""
-    # Results are cached, and workers choose these names: long ones must not fill the cache.
+    # Workers choose these names: long ones must not fill the cache.
     return _parse_short_id(name) if len(name) <= _LONGEST_NAME else None
 
 
@@ -93,11 +93,9 @@ def read_incarnations(ask: Callable[[Sequence[Sequence[Argument]]], list[Any]], 
 
     Args:
         ask: runs commands and returns their replies; a refused command has a `PeerError` as its reply.
-        keys: names of the run's keys.
 
     Raises:
         AccessDenied: a right is missing.
-        PeerError: the server refused, or could not be reached.
     """
     (names,) = ask([("SMEMBERS", keys.workers)])
     if isinstance(names, PeerError):

@@ -24,20 +24,20 @@ META_FIELDS: Final = (
 
 
 class JoinedRun:
-    """The settings and the size of one worker's run. Unknown until a learner has opened the run."""
+    """The settings and the size of one worker's run; defaults until a learner has opened it."""
 
     def __init__(self, keys: Keys, *, wire_format: int) -> None:
         """Start with nothing known.
 
         Args:
-            keys: the run's keys; they learn their shards from `meta`.
+            keys: the run's keys; `apply` spreads them over the shards that `meta` names.
             wire_format: the only wire format that this process reads and writes.
         """
         self._keys, self.wire_format = keys, wire_format
         self._settings: RunSettings | None = None
         self._opened = threading.Event()
         self._last_reply: Sequence[bytes | None] = ()
-        #: The number of workers and hosts, as the learner counted them last.
+        #: The number of workers and hosts, from the learner's latest count.
         self.size = RunSize()
 
     @property
@@ -78,7 +78,7 @@ class JoinedRun:
         return opened
 
     def check_wire_format(self, found: str) -> None:
-        """Check the run's wire format; empty text stands for a run that no learner has opened.
+        """Check the wire format that `meta` names; it is empty if no learner has opened the run.
 
         Raises:
             IncompatibleFormat: this process reads and writes another one.

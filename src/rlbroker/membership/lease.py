@@ -1,4 +1,4 @@
-"""The times of a membership, all in one place: heartbeat, lease, forgetting, and return after a loss.
+"""All times of a membership: heartbeat, lease, forgetting, and return after a loss.
 
 A worker sends HEARTBEATS_PER_LEASE heartbeats in each lease, by default one each second.
 
@@ -19,7 +19,7 @@ from typing import Final
 
 from rlbroker.config import RunSettings
 
-#: Heartbeats in one lease: so many must fail in a row before a worker is `away`.
+#: Heartbeats in one lease: this many must fail in a row before a worker is `away`.
 HEARTBEATS_PER_LEASE = 5
 
 #: Interval at which a worker polls for its run to be opened. A poll costs the server far less than a heartbeat.

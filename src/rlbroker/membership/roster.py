@@ -60,10 +60,6 @@ class Roster:
         """Prepare a roster; nothing is sent yet.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
-            settings: the run's settings.
-            learner_name: the learner's name within the run.
             publishes: whether the learner publishes weights and sends commands.
         """
         self._connection, self._keys, self._settings = connection, keys, settings
@@ -72,12 +68,12 @@ class Roster:
         self._hosts = 0
         self._incarnations = Incarnations()
         self._alive: frozenset[int] = frozenset()
-        self._ids: tuple[int, Sequence[int]] | None = (
-            None  #: size of the set `workers`, and the worker ids in it
-        )
-        #: When members were written back that were not heard of since, in milliseconds of the server's clock.
+        #: The size of the set `workers`, and the worker ids in it; None if it must be read again.
+        self._ids: tuple[int, Sequence[int]] | None = None
+        #: By worker: when `restore` wrote it back, in milliseconds of the server's clock.
         self._written_back: dict[int, int] = {}
-        self._leading_epoch = 0  #: the newest epoch that was seen to lead the run
+        #: The newest epoch that was seen to lead the run; 0 if this learner does not publish.
+        self._leading_epoch = 0
         self.epoch = 0
         #: Whether the run existed before this learner opened it.
         self.existed = False
@@ -89,12 +85,10 @@ class Roster:
 
         Args:
             wire_format: the wire format that this learner writes.
-            num_workers: the number of workers that are expected.
-            shards: the shards of a new run; a run that exists keeps its own.
+            shards: the shards of a new run; an existing run keeps its own.
 
         Raises:
             IncompatibleFormat: the run was written by a release with another wire format.
-            PeerError: the server refused, or could not be reached in time.
         """
         self._meta = {
             "wire_format": wire_format,
@@ -126,11 +120,7 @@ class Roster:
         return self.epoch
 
     def close(self) -> None:
-        """Record that the learner ended, so that its silence is not reported as a fault.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Record that the learner ended, so that its silence is not reported as a fault."""
         self._connection.run(CLOSE, (self._keys.meta,), (self.epoch,))
 
     def heartbeat(self, channel: Channel) -> None:
@@ -139,7 +129,6 @@ class Roster:
         Raises:
             Fenced: a newer learner of this name has taken over.
             RunLost: the server has lost the run, or a part of it.
-            PeerError: the server refused, or could not be reached.
         """
         clock, epochs = channel.execute_all(
             [("TIME",), ("HMGET", self._keys.meta, f"learner:{self._name}", "epoch")], strict=True
@@ -190,17 +179,16 @@ class Roster:
         self._hosts = len({host for host in self._connection.ask(commands) if isinstance(host, bytes)})
 
     def restore(self) -> None:
-        """Write back what a server lost: the workers, and last of all that this learner has the run.
+        """Write back the workers and the fields of `meta` that the server may have lost.
 
-        A learner that no longer leads writes back that a newer one does, and never leads again.
+        A learner that no longer leads writes back the epoch of the newer learner, and does not lead again.
 
         Raises:
             Fenced: a newer learner of this name has taken over.
-            PeerError: the server refused, or could not be reached in time.
         """
         incarnations = self._incarnations.by_worker
         workers = ",".join(
-            f"{worker}:{incarnation.incarnation}:{int(incarnation.member)}"
+            f"{worker}:{incarnation.number}:{int(incarnation.member)}"
             for worker, incarnation in incarnations.items()
         )
         arguments = (self.epoch, self._name, self._leading_epoch, workers)
@@ -210,26 +198,23 @@ class Roster:
 
     @property
     def alive(self) -> frozenset[int]:
-        """Members whose lease had not expired at the last `heartbeat`."""
+        """Members whose lease had not expired at the learner's last `heartbeat`."""
         return self._alive
 
     @property
     def away(self) -> frozenset[int]:
-        """Members whose lease had expired at the last `heartbeat`."""
+        """Members whose lease had expired at the learner's last `heartbeat`."""
         return frozenset(self._incarnations.members) - self._alive
 
     @property
     def everyone(self) -> frozenset[int]:
-        """Workers that had ever taken part in the run at the last `heartbeat`."""
+        """All workers that the run ever had, as of the learner's last `heartbeat`."""
         return frozenset(self._incarnations.by_worker)
 
     def ids(self) -> list[int]:
         """Return every worker id that the run ever had, in order.
 
-        The set `workers` hardly ever loses a member, so its size tells whether it has to be read again.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
+        The set `workers` is read again only if its size has changed, because it hardly ever loses a member.
         """
         known = self._ids
         if known is None or self._connection.execute("SCARD", self._keys.workers) != known[0]:
@@ -238,11 +223,7 @@ class Roster:
         return list(known[1])
 
     def workers(self) -> list[WorkerInfo]:
-        """Return the members of the run, by worker id.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
-        """
+        """Return the members of the run, by worker id."""
         clock, latest = self._connection.execute_all([("TIME",), ("HGET", self._keys.weights, "version")])
         members = read_incarnations(self._connection.ask, self._keys).members
         heartbeats = self._connection.ask([("HGETALL", self._keys.heartbeat(worker)) for worker in members])
@@ -257,10 +238,7 @@ class Roster:
     def forget_silent(self) -> Sequence[int]:
         """Forget workers that were silent for longer than `forget_seconds`, and return their ids.
 
-        Members that were written back after a loss have less time to return: some of them had left before.
-
-        Raises:
-            PeerError: the server refused, or could not be reached in time.
+        Members that were written back after a loss have less time to return, because some may have left before it.
         """
         now_milliseconds = int(self._connection.clock(self._keys.meta) * 1000)
         limit_milliseconds = int(self._settings.forget_seconds * 1000)
@@ -294,7 +272,7 @@ class Roster:
         return [worker for worker, forgotten in zip(to_forget, replies, strict=True) if forgotten]
 
     def _raise_version_floor(self, incarnations: Incarnations) -> None:
-        """Record the newest version that workers saw on a server that lost it, so that it is not published again."""
+        """Record the newest version that workers saw before the server lost it, so that it is not reused."""
         claims = [incarnation.claimed_version for incarnation in incarnations.by_worker.values()]
         if not any(claims):
             return
@@ -308,7 +286,7 @@ class Roster:
             self._connection.execute("HSET", self._keys.meta, "version_floor", claimed)
 
     def _remove_invalid(self, incarnations: Incarnations, channel: Channel) -> None:
-        """Remove invalid names and lives that workers wrote: they cost time at each read and block worker ids."""
+        """Remove invalid names and `life:` keys that workers wrote: they slow each read and block worker ids."""
         names = incarnations.invalid_names
         ids = [worker for name in names if (worker := parse_worker_id(name)) is not None]
         kinds = channel.execute_all([("TYPE", self._keys.life(worker)) for worker in ids]) if ids else []

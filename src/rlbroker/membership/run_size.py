@@ -1,4 +1,4 @@
-"""The size of a run, and the jitter before a download that follows from it: not all workers may download at once."""
+"""The size of a run, and the jitter that keeps its workers from downloading a version all at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 import xxhash
 
-#: Downloads that may run at the same time: a run with no more than these needs no jitter.
+#: Downloads that may run at the same time: a run with no more of them needs no jitter.
 AT_ONCE: Final = 8
 
 #: Bytes per second that a server is assumed to send. The jitter must not cost more time than it saves.
@@ -20,7 +20,7 @@ LONGEST_SECONDS: Final = 2.0
 
 
 class RunSize(NamedTuple):
-    """The size of a run, as its learner counted it last; zeros before that."""
+    """The size of a run, from its learner's latest count; zeros before the first."""
 
     members: int = 0  #: workers that are alive
     hosts: int = 0  #: hosts that they run on
@@ -29,9 +29,9 @@ class RunSize(NamedTuple):
         """Return how long to wait before downloading a version: a fixed share of the time that all downloads take.
 
         Args:
-            version: the version to download; each version gives another order.
+            version: the version to download; the order of the downloads differs for each version.
             stored_bytes: the size of the download.
-            name: name of the host or worker; equal names wait equally long.
+            name: name of the host or worker; equal names wait for the same time.
             shared: whether the workers of a host share one download.
         """
         downloads = self.hosts if shared else self.members

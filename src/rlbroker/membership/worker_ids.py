@@ -1,4 +1,4 @@
-"""How a process becomes a worker: it claims a worker id and gets a new incarnation."""
+"""The registration of a process as a worker: it claims a worker id and receives a new incarnation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlbroker.backend.deadline import Backoff, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import seconds_number
 from rlbroker.backend.scripts import Script
-from rlbroker.config import MAX_WORKER_ID, RunSettings, worker_number
+from rlbroker.config import MAX_WORKER_ID, RunSettings, check_worker_id
 from rlbroker.errors import AccessDenied, DeadlineExceeded
 from rlbroker.membership.incarnations import Incarnation, read_incarnations
 from rlbroker.membership.joined_run import JoinedRun
@@ -27,12 +27,10 @@ class Registrar:
         """Prepare a registrar; nothing is sent yet.
 
         Args:
-            connection: connection to the server.
-            keys: names of the run's keys.
-            run: knows the wire format of this process, and checks the run's.
+            run: checks the run's wire format against that of this process.
         """
         self._connection, self._keys, self._run = connection, keys, run
-        #: The token of the last attempt. It proves to the scripts that the server still knows this registration.
+        #: The token of the last attempt. As long as the server has it, the server has not lost this registration.
         self.token = ""
 
     def register(self, worker_id: int | None) -> Registration:
@@ -47,12 +45,12 @@ class Registrar:
         """
         if worker_id is None:
             return self._claim_lowest_free()
-        found = self._claim(worker_number(worker_id), only_if_free=False)
+        found = self._claim(check_worker_id(worker_id), only_if_free=False)
         assert found is not None
         return found
 
     def _claim(self, worker: int, *, only_if_free: bool) -> Registration | None:
-        """Claim one id; None if it must be free and is not."""
+        """Claim one id; return None if it must be free and is not."""
         keys = (
             self._keys.life(worker),
             self._keys.workers,

@@ -8,7 +8,7 @@ from rlbroker.backend.replies import seconds_number, whole_number
 from rlbroker.membership.incarnations import Incarnation
 from rlbroker.types import WorkerInfo
 
-#: Characters that are kept of the name of a fenced process.
+#: Length to which the name of a fenced process is cut.
 PROCESS_LENGTH = 300
 
 
@@ -24,7 +24,6 @@ def parse_worker_infos(
 
     Args:
         now: the server's clock, seconds since the epoch.
-        latest_version: the latest version of the weights.
         members: the newest incarnation of each member.
         heartbeats: the fields of each member's last heartbeat, in the order of `members`.
         lease_seconds: a worker that was silent for longer is `away`.
@@ -36,7 +35,7 @@ def parse_worker_infos(
         found.append(
             WorkerInfo(
                 worker_id=worker,
-                incarnation=incarnation.incarnation,
+                incarnation=incarnation.number,
                 state="alive" if silent_seconds < lease_seconds else "away",
                 host=heartbeat.get("host", ""),
                 pid=_parse_number(heartbeat, "pid"),

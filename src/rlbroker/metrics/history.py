@@ -35,8 +35,8 @@ class Sample:
         at: the time by the server's clock, in seconds since the epoch.
         epoch: the epoch of the learner that wrote the sample. Its own sums start at 0.
         version: the latest version.
-        alive: workers heard of within their lease.
-        away: members that were not.
+        alive: members with a heartbeat within their lease.
+        away: members without one.
         waiting: batches in the queues that this learner has not read; batches pending at other learners count too.
         in_hand: batches that this learner has read and not acknowledged.
         published: versions that this learner published. This and the following sums count from its start.
@@ -55,7 +55,7 @@ class Sample:
             summed over those that were members: workers wait for the learner.
         delivered: batches of the run that were acknowledged, as far as this learner knows. If it collects, it learns
             within seconds what other learners acknowledged.
-        lost: batches of the run that were counted for another reason, as far as this learner knows. `stale`,
+        lost: batches of the run that were counted as lost, as far as this learner knows. The reasons `stale`,
             `corrupt`, `poison` and `trimmed` count at once. What workers count (`dropped_oldest`, `dropped_newest`,
             `stopped`, `fenced`) is known within seconds if this learner collects. `vanished` is not included, because
             it takes a read of every queue. Retried dead letters are subtracted.
@@ -95,7 +95,7 @@ class Sample:
 
     def to_fields(self) -> dict[str, str]:
         """Return the sample as the fields of a stream entry. The entry's id holds the time."""
-        return {name: _text(getattr(self, name)) for name in _PARSERS}
+        return {name: _to_text(getattr(self, name)) for name in _PARSERS}
 
     @classmethod
     def from_fields(cls, entry_id: str, written: Mapping[str, str]) -> Self | None:
@@ -181,21 +181,16 @@ def read_history(
     """Return the samples of a run, oldest first.
 
     Args:
-        connection: the connection to the server.
-        keys: the run's keys.
         since: leave out samples older than this, in seconds since the epoch.
         count: return only this many of the newest one-second samples.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
     """
     first = str(int(since * 1000))
     if count is not None:
         reply = connection.execute("XREVRANGE", keys.history(_FINEST), "+", first, "COUNT", count)
-        return _samples(reply)[::-1]
+        return _parse_samples(reply)[::-1]
     found, last = list[Sample](), "+"
     for seconds in sorted(TIERS):
-        older = _samples(connection.execute("XRANGE", keys.history(seconds), first, last))
+        older = _parse_samples(connection.execute("XRANGE", keys.history(seconds), first, last))
         found = merge_samples(older, found)
         if found:
             # The coarser streams are read only before the finer samples.
@@ -209,7 +204,7 @@ def merge_samples(coarse: Sequence[Sample], fine: Sequence[Sample]) -> list[Samp
     return [*(sample for sample in coarse if sample.at < fine_from), *fine]
 
 
-def _samples(reply: Any) -> list[Sample]:
+def _parse_samples(reply: Any) -> list[Sample]:
     found = (
         Sample.from_fields(entry_id.decode(errors="replace"), text_fields(written))
         for entry_id, written in reply
@@ -221,34 +216,34 @@ def _bucket_middle(bound: int) -> float:
     return bound if bound < EXACT_BELOW else (3 * bound - 1) / 2
 
 
-def _text(value: Any) -> str:
+def _to_text(value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{key}:{number}" for key, number in sorted(value.items()))
     return repr(value) if isinstance(value, float) else str(value)
 
 
-def _whole(text: str) -> int:
+def _parse_whole(text: str) -> int:
     number = whole_number(text)
     if number is None:
         raise ValueError(text)
     return number
 
 
-def _seconds(text: str) -> float:
+def _parse_seconds(text: str) -> float:
     number = seconds_number(text)
     if number is None:
         raise ValueError(text)
     return number
 
 
-def _pairs(text: str) -> dict[int, int]:
+def _parse_pairs(text: str) -> dict[int, int]:
     pairs = (word.partition(":") for word in text.split())
-    return {_whole(key): _whole(number) for key, _, number in pairs}
+    return {_parse_whole(key): _parse_whole(number) for key, _, number in pairs}
 
 
 #: By field of a stream entry, in the order in which they are written: its parser.
 _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
-    field.name: {"int": _whole, "float": _seconds}.get(str(field.type), _pairs)
+    field.name: {"int": _parse_whole, "float": _parse_seconds}.get(str(field.type), _parse_pairs)
     for field in fields(Sample)
     if field.name != "at"
 }

@@ -18,8 +18,20 @@ from rlbroker.metrics.tensorboard import ScalarLog
 
 logger = logging.getLogger("rlbroker")
 
-#: A worker may report this much more waiting than there was time since its last report: its value is read late.
+#: A worker may report this much more waiting than the time since its last report, because its value is read late.
 _SLACK_SECONDS = 10.0
+
+#: The sums of `Metrics` that a sample contains: whole numbers, and seconds.
+_COUNTS = (
+    "published",
+    "published_raw_bytes",
+    "published_stored_bytes",
+    "collected",
+    "rows",
+    "collected_raw_bytes",
+    "collected_stored_bytes",
+)
+_SECONDS = ("encode_seconds", "send_seconds", "publish_seconds", "decode_seconds", "wait_seconds")
 
 
 @dataclass(frozen=True)
@@ -28,12 +40,12 @@ class RunState:
 
     Attributes:
         version: the latest version.
-        alive: ids of the workers heard of within their lease.
-        away: ids of the members that were not.
+        alive: ids of the members with a heartbeat within their lease.
+        away: ids of the other members.
         everyone: ids of all workers that ever took part.
         in_hand: batches that this learner has read and not acknowledged, by worker.
         delivered: batches of the run that were acknowledged.
-        lost: batches of the run that were counted for another reason.
+        lost: batches of the run that were counted as lost.
         missed: versions that a worker missed, summed over workers.
     """
 
@@ -74,10 +86,7 @@ class Recorder:
         """Start a history, or continue the one of an earlier learner.
 
         Args:
-            connection: the connection to the server.
-            keys: the run's keys.
             metrics: the sums of this learner.
-            epoch: the learner's epoch.
             read_state: returns what the learner knows of its run.
         """
         self._connection, self._keys = connection, keys
@@ -117,7 +126,7 @@ class Recorder:
         except PeerError as error:
             logger.debug("no sample for the history: %s", error)
             return None
-        except Exception:  # a mistake in here must not end the learner's background work
+        except Exception:  # a bug in the history must not end the learner's background work
             self._broken = True
             logger.exception("the history of the run %r ends here", self._keys.run)
             return None
@@ -141,7 +150,7 @@ class Recorder:
         if isinstance(time, PeerError):
             raise time
         at = int(time[0]) + int(time[1]) / 1e6
-        queued = _queued(everyone, replies[: len(everyone)], state.in_hand)
+        queued = _count_queued(everyone, replies[: len(everyone)], state.in_hand)
         running = self._read_heartbeats(members, replies[len(everyone) :], at)
         self._room_waits = {
             worker: wait for worker, wait in self._room_waits.items() if worker in state.everyone
@@ -174,7 +183,7 @@ class Recorder:
         for worker, reply in zip(members, replies, strict=True):
             # A worker may have written anything in place of its heartbeat.
             values = (None,) * 3 if isinstance(reply, PeerError) else reply
-            incarnation, version, waited = map(_text, values)
+            incarnation, version, waited = map(_decode, values)
             running[worker] = whole_number(version) or 0
             if incarnation and waited:
                 seconds = seconds_number(waited) or 0.0
@@ -182,10 +191,10 @@ class Recorder:
         return running
 
     def _add_room_wait(self, worker: int, incarnation: int, seconds: float, at: float) -> None:
-        """Add what a worker waited since its last report, but no more than the time that has passed since then."""
+        """Add the time that a worker waited since its last report, but no more than has passed since then."""
         wait = self._room_waits.get(worker)
         if wait is None or wait.incarnation != incarnation:
-            # Time that the worker waited before this learner started does not count.
+            # Waiting from before this learner started does not count.
             counted = 0.0 if self._has_sampled else seconds
             wait = self._room_waits[worker] = _RoomWait(incarnation, counted, wait.since if wait else at)
         if seconds > wait.seconds:
@@ -207,19 +216,9 @@ class Recorder:
                 raise reply
 
 
-_COUNTS = (
-    "published",
-    "published_raw_bytes",
-    "published_stored_bytes",
-    "collected",
-    "rows",
-    "collected_raw_bytes",
-    "collected_stored_bytes",
-)
-_SECONDS = ("encode_seconds", "send_seconds", "publish_seconds", "decode_seconds", "wait_seconds")
-
-
-def _queued(workers: Sequence[int], replies: Sequence[Any], in_hand: Mapping[int, int]) -> dict[int, int]:
+def _count_queued(
+    workers: Sequence[int], replies: Sequence[Any], in_hand: Mapping[int, int]
+) -> dict[int, int]:
     """Return the batches that wait, by worker; without workers that have none, or no stream of batches."""
     return {
         worker: length - in_hand.get(worker, 0)
@@ -228,5 +227,5 @@ def _queued(workers: Sequence[int], replies: Sequence[Any], in_hand: Mapping[int
     }
 
 
-def _text(value: Any) -> str:
+def _decode(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else ""

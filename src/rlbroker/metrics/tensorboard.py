@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
-from rlbroker.config import positive_seconds
+from rlbroker.config import check_positive_seconds
 from rlbroker.errors import InvalidArgument
 from rlbroker.metrics.history import Interval, Sample
 
@@ -19,8 +19,8 @@ logger = logging.getLogger("rlbroker")
 #: a tag without a value for that time is left out.
 TAGS: Final = {
     "rlbroker/version": "the latest version",
-    "rlbroker/workers_alive": "workers heard of within their lease",
-    "rlbroker/workers_away": "members that were not",
+    "rlbroker/workers_alive": "members with a heartbeat within their lease",
+    "rlbroker/workers_away": "the other members",
     "rlbroker/batches_waiting": "batches in the queues",
     "rlbroker/batches_in_hand": "batches collected and not acknowledged",
     "rlbroker/batches_lost": "batches that were not delivered, in the whole run",
@@ -72,7 +72,7 @@ class ScalarLog:
             raise InvalidArgument(
                 f"step must be a function that returns the training step; got {type(step).__name__}"
             )
-        positive_seconds("every_seconds", every_seconds)
+        check_positive_seconds("every_seconds", every_seconds)
         self._writer, self._step, self._every_seconds = writer, step, every_seconds
         self._last_written: Sample | None = None
         self._intervals: queue.Queue[Interval | None] = queue.Queue(1)

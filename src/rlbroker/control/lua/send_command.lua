@@ -4,8 +4,8 @@
 -- ARGV: epoch, command id, lifetime of the outcomes in seconds, expected size of `workers` (-1 for any), ids of the
 --       workers, their incarnations, incarnations of the former members (each of the three a list separated by commas),
 --       then field and value pairs
--- Reply: 'sent', also for a retry or without workers; 'changed' if a worker is no member with this incarnation any more,
---        or if another one has joined
+-- Reply: 'sent', also for a retry or without workers; 'changed' if a worker is no longer a member with this
+--        incarnation, or if another one has joined
 -- Errors: FENCED, LOST
 
 -- include: backend/lua/leader_only.lua

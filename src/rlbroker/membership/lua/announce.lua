@@ -5,7 +5,7 @@ local function announce(stream, incarnation, event, version)
   local entry = {'XADD', stream, incarnation .. '-0', 'event', event, 'version', version}
   local reply = redis.pcall(unpack(entry))
   if type(reply) == 'table' and reply['err'] then
-    -- The worker wrote an entry with an id from the future. Its acknowledgements are worthless; the run must continue.
+    -- The worker wrote an entry with an id from the future. Drop its acknowledgements, so that the run continues.
     redis.call('DEL', stream)
     redis.call(unpack(entry))
   end

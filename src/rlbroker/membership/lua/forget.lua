@@ -1,7 +1,7 @@
 -- End the membership of a silent worker.
 -- KEYS: the worker's life, its acknowledgements, weights, meta
 -- ARGV: the minimum silence in milliseconds; the `seen` time that the worker must still have, 0 for any
--- Reply: 1 if the worker was forgotten, 0 if it was heard of in time or is no member
+-- Reply: 1 if the worker was forgotten, 0 if it was not silent for that long or is not a member
 
 -- include: membership/lua/announce.lua
 -- include: membership/lua/next_incarnation.lua

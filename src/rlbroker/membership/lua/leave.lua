@@ -1,7 +1,7 @@
 -- End the membership of a worker that leaves.
 -- KEYS: the worker's life, its heartbeat, its acknowledgements, weights
 -- ARGV: incarnation, its process as host:pid
--- Reply: 1 if the worker left, 0 if this incarnation was no member any more
+-- Reply: 1 if the worker left, 0 if this incarnation was no longer a member
 
 -- include: membership/lua/next_incarnation.lua
 -- include: membership/lua/note_fenced.lua

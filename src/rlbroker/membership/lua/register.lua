@@ -10,7 +10,7 @@
 
 local wire_format = redis.call('HGET', KEYS[6], 'wire_format') or ''
 if wire_format ~= '' and wire_format ~= ARGV[5] then
-  return {'incompatible', wire_format}  -- before anything is written: the present worker must not be fenced
+  return {'incompatible', wire_format}  -- before anything is written: the current worker must not be fenced
 end
 local before = redis.call('HMGET', KEYS[7], 'token', 'incarnation', 'joined_version', 'joined_position')
 if before[1] == ARGV[4] then  -- a retry: this attempt succeeded and its reply was lost
@@ -27,7 +27,7 @@ if ARGV[3] == '1' and since then
     return {'taken'}
   end
 end
--- If a process wrote nonsense into the worker's life, the ledger may have seen a later incarnation.
+-- The ledger may have seen a later incarnation, if a process wrote an invalid one into the worker's life.
 local settled = string.match(redis.call('HGET', KEYS[8], 'event') or '', '^%d+') or '0'
 local last = redis.call('HGET', KEYS[1], 'incarnation') or '0'
 local incarnation = next_incarnation(math.max(tonumber(last) or 0, tonumber(settled)))

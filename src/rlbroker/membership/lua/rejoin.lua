@@ -19,8 +19,8 @@ redis.call('PEXPIRE', KEYS[5], ARGV[5])
 local manifest = redis.call('HMGET', KEYS[4], 'version', 'upload')
 local latest = tonumber(manifest[1] or '0') or 0
 local seen = tonumber(ARGV[3])
--- Tell the learner which version numbers were used. If the latest number was reused for another upload, the learner
--- must publish above it.
+-- Report to the learner which version numbers were used. If the latest number was reused for another upload, the
+-- learner must publish above it.
 if seen > 0 and seen == latest and manifest[2] ~= ARGV[6] then seen = seen + 1 end
 if seen > latest then
   redis.call('HSET', KEYS[1], 'known_version', string.format('%.0f', seen))

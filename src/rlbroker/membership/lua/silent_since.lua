@@ -1,5 +1,5 @@
--- Function: return the time since which a member is silent, in milliseconds; nil if it is no member. Silence before the
--- learner opened or restored the run does not count: the server may have been unreachable then.
+-- Function: return the time since which a worker is silent, in milliseconds; nil if it is not a member. Silence before
+-- the learner opened or restored the run does not count: the server may have been unreachable then.
 
 local function silent_since(life, meta)
   local found = redis.call('HMGET', life, 'member', 'seen')

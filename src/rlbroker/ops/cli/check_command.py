@@ -91,14 +91,14 @@ def _check_self(session: Session, *, strict: bool) -> int:
     import socket
     from dataclasses import asdict
 
-    from rlbroker.config import run_name
+    from rlbroker.config import check_run_name
     from rlbroker.errors import InvalidArgument, RlbrokerError, UsageError
     from rlbroker.ops.inspect.liveness import find_participants
 
     run, host = session.named_run, socket.gethostname()
     if run is None:  # the only run on the server would do only until a second one begins
         raise InvalidArgument("--self needs the name of the run: set RLBROKER_RUN, or give --run")
-    run_name(run)
+    check_run_name(run)
     try:
         with session.time_limit():
             present = find_participants(session.connection, run, host)

@@ -52,7 +52,7 @@ def exporter(
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     from rlbroker import __version__
     from rlbroker.backend.connection import Connection
-    from rlbroker.config import run_name
+    from rlbroker.config import check_run_name
     from rlbroker.errors import UsageError
 
     try:
@@ -64,7 +64,7 @@ def exporter(
             "the exporter needs prometheus-client: run `pip install 'rlbroker[metrics]'`"
         ) from error
     if run is not None:
-        run_name(run)
+        check_run_name(run)
     connection = Connection(session.url, timeout_seconds=session.timeout)
     try:
         collector = MetricsCollector(
