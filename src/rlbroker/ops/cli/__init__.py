@@ -2,7 +2,7 @@
 
 `app` registers the commands; each has a file `…_command.py`, or `…_commands.py` for a group. A command about a run is
 decorated with `shared_options.with_session`, which adds the shared options and passes the command a `session.Session`:
-the connection, the run and the output. `console` prints tables, `formatting` has numbers and names as text.
+the connection, the run and the output. `console` prints tables; `ops.formatting` has numbers and names as text.
 """
 
 from __future__ import annotations

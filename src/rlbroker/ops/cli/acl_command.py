@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from rlbroker.ops.cli.formatting import counted
+from rlbroker.backend.text import counted
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
 

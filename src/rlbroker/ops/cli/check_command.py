@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlbroker.ops.cli.formatting import age, counted, describe_other_workers, parse_span, sanitize
+from rlbroker.backend.text import age, counted
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
+from rlbroker.ops.formatting import describe_other_workers, parse_span, sanitize
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.findings import FindingLimits

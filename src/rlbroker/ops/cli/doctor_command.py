@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from rlbroker.backend.text import counted
 from rlbroker.ops.cli.check_command import CRITICAL, OK, UNKNOWN, WARNING
-from rlbroker.ops.cli.formatting import counted, sanitize
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
+from rlbroker.ops.formatting import sanitize
 
 if TYPE_CHECKING:
     from rlbroker.ops.doctor.diagnosis import Diagnosis

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from rlbroker.errors import RlbrokerError
-from rlbroker.ops.cli.formatting import sanitize
+from rlbroker.ops.formatting import sanitize
 
 if TYPE_CHECKING:
     from rlbroker.ops.cli.session import Session

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from rlbroker.ops.cli.formatting import age, parse_span, sanitize
+from rlbroker.backend.text import age
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
+from rlbroker.ops.formatting import parse_span, sanitize
 
 
 @with_session

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from rlbroker.ops.cli.formatting import format_bytes
 from rlbroker.ops.cli.session import Session
+from rlbroker.ops.formatting import format_bytes
 
 #: The least time between two lines where stderr is not a terminal.
 LINE_SECONDS = 5.0

@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from rlbroker.ops.cli.formatting import age, counted, format_bytes, parse_span
+from rlbroker.backend.text import age, counted
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
+from rlbroker.ops.formatting import format_bytes, parse_span
 
 
 @with_session

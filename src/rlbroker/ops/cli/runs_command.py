@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlbroker.ops.cli.formatting import age
+from rlbroker.backend.text import age
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
 

@@ -18,8 +18,8 @@ import typer
 
 from rlbroker.ops.cli.console import Console
 from rlbroker.ops.cli.exit_codes import EXIT_NOT_FOUND
-from rlbroker.ops.cli.formatting import describe_other_workers, sanitize
 from rlbroker.ops.cli.hints import complete_hint, lacks_password
+from rlbroker.ops.formatting import describe_other_workers, sanitize
 
 if TYPE_CHECKING:
     from rlbroker.backend.connection import Connection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import signal
 import sys
 from collections.abc import Callable, Collection
@@ -11,7 +12,6 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from rlbroker.ops.cli.exit_codes import exit_on_errors
-from rlbroker.ops.cli.formatting import unwrap
 from rlbroker.ops.cli.session import Session
 
 _PANEL = "Shared options"
@@ -101,3 +101,12 @@ def with_session(
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__name__, command.__doc__ = body.__name__, unwrap(body.__doc__ or "")
     return command
+
+
+def unwrap(text: str) -> str:
+    """Return paragraphs without their line breaks: the terminal wraps lines itself.
+
+    >>> unwrap("One\\ntwo.\\n\\nThree.")
+    'One two.\\n\\nThree.'
+    """
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(text))

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlbroker.backend.text import age, counted
 from rlbroker.ops.cli.exit_codes import EXIT_ERROR
-from rlbroker.ops.cli.formatting import age, counted, format_bytes, sanitize
 from rlbroker.ops.cli.progress import show_progress
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
+from rlbroker.ops.formatting import format_bytes, sanitize
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.stored_weights import FormSummary, Manifest, StoredForm, StoredWeights

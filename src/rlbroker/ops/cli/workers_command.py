@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlbroker.ops.cli.formatting import age, counted, describe_missed, sanitize
+from rlbroker.backend.text import age, counted
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
 from rlbroker.ops.cli.status_command import cell_style
+from rlbroker.ops.formatting import sanitize
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.findings import Finding
     from rlbroker.ops.inspect.snapshot import Snapshot, WorkerStatus
+    from rlbroker.types import Missed
 
 #: How many missed updates of one worker are listed: the newest.
 MISSED_SHOWN = 5
@@ -57,7 +59,7 @@ def workers(
         _print_one(session, snapshot, worker)
         for record in missed[-MISSED_SHOWN:]:
             ago = age(max(0.0, snapshot.at - record.at))
-            session.console.print(f"  missed {ago} ago   {describe_missed(record)}")
+            session.console.print(f"  missed {ago} ago   {_describe_missed(record)}")
         session.print_findings(findings, with_advice=True)
 
 
@@ -127,3 +129,13 @@ def _print_one(session: Session, snapshot: Snapshot, worker: int) -> None:
         console.print(
             f"  unanswered   {counted(status.commands_waiting, 'command')}, for {age(status.command_seconds)}"
         )
+
+
+def _describe_missed(record: Missed) -> str:
+    if record.what == "command":
+        what = f"the command {sanitize(record.command)}"
+    elif record.first == record.last:
+        what = f"version {record.first}"
+    else:
+        what = f"versions {record.first}-{record.last}"
+    return f"{what}: {record.why}" + (f", {sanitize(record.detail)}" if record.detail else "")

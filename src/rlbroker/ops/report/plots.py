@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from rlbroker.ops.cli.formatting import format_bytes
-from rlbroker.ops.inspect.bottleneck import percent
+from rlbroker.ops.formatting import format_bytes, format_share
 from rlbroker.ops.inspect.timeline import Timeline, TimelinePoint
 from rlbroker.ops.report.svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, RED, SKY, inline, new_figure
 from rlbroker.ops.report.times import Clock
@@ -128,7 +127,7 @@ def _draw_waits(data: PlotData) -> Figure:
         (lambda point: point.sending, PURPLE, "sending", ":"),
     ):
         axes.plot(data.times, data.values(read), color=color, label=label, linestyle=style)
-    _finish(axes, data, "share of the time", percent)
+    _finish(axes, data, "share of the time", format_share)
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     if axes.get_ylim()[1] <= 1:
         axes.set_yticks((0, 0.5, 1))

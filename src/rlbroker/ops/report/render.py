@@ -7,8 +7,9 @@ from typing import Any
 
 import jinja2
 
-from rlbroker.ops.cli.formatting import age, describe_other_workers, format_bytes
-from rlbroker.ops.inspect.bottleneck import RULE, percent
+from rlbroker.backend.text import age
+from rlbroker.ops.formatting import describe_other_workers, format_bytes, format_share
+from rlbroker.ops.inspect.bottleneck import RULE
 from rlbroker.ops.inspect.findings import group_findings
 from rlbroker.ops.inspect.timeline import Timeline
 from rlbroker.ops.report.plots import draw_plots
@@ -37,7 +38,7 @@ def render(timeline: Timeline, *, typed: Callable[[str], str]) -> str:
     environment.filters |= {
         "age": age,
         "size": format_bytes,
-        "percent": percent,
+        "percent": format_share,
         "duration": duration,
         "number": lambda number: f"{number:,}",
         "rate": _rate,

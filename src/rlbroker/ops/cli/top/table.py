@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from rlbroker.ops.cli.formatting import age, format_number, format_share, sanitize
+from rlbroker.backend.text import age
 from rlbroker.ops.cli.styled_text import Piece, cell_width, fit
+from rlbroker.ops.formatting import format_number, format_share, sanitize
 from rlbroker.ops.inspect.findings import UNPOLLED_SECONDS, FindingLimits
 from rlbroker.ops.inspect.watch import WorkerLine
 

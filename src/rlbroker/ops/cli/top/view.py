@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from rlbroker.ops.cli.formatting import age, format_bytes, format_number, format_share, sanitize
+from rlbroker.backend.text import age
 from rlbroker.ops.cli.styled_text import Piece, add_style, cell_width, fit
 from rlbroker.ops.cli.top.key_bindings import ViewState, select_workers
 from rlbroker.ops.cli.top.table import COLUMNS, draw_table
+from rlbroker.ops.formatting import format_bytes, format_number, format_share, sanitize
 from rlbroker.ops.inspect.watch import RunView, WorkerLine
 
 _SPARKS: Final = "▁▂▃▄▅▆▇█"

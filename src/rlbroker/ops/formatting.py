@@ -1,17 +1,9 @@
-"""Numbers and names as people read them."""
+"""Numbers, time spans and names as text for people; `backend.text` has those that the library needs too."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from rlbroker.backend.text import age as age
-from rlbroker.backend.text import counted as counted
-
-if TYPE_CHECKING:
-    from rlbroker.types import Missed
 
 
 def format_bytes(count: float) -> str:
@@ -68,32 +60,13 @@ def parse_span(text: str) -> float:
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
 
 
-def unwrap(text: str) -> str:
-    """Return paragraphs without their line breaks: the terminal wraps lines itself.
-
-    >>> unwrap("One\\ntwo.\\n\\nThree.")
-    'One two.\\n\\nThree.'
-    """
-    return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(text))
-
-
 def sanitize(text: str) -> str:
-    """Replace characters that could control the terminal: workers, which wrote the text, are not trusted."""
+    """Replace characters that could control the terminal: the text comes from workers, which are not trusted."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def describe_missed(record: Missed) -> str:
-    """Return what was missed, and why."""
-    what = (
-        f"version {record.first}" if record.last == record.first else f"versions {record.first}-{record.last}"
-    )
-    if record.what == "command":
-        what = f"the command {sanitize(record.command)}"
-    return f"{what}: {record.why}" + (f", {sanitize(record.detail)}" if record.detail else "")
-
-
 def describe_other_workers(workers: Sequence[int]) -> str:
-    """Return which other workers a finding is about, too.
+    """Return a phrase that names the other workers with the same finding.
 
     >>> describe_other_workers([3, 4]), describe_other_workers(range(3, 30))
     ('the same for workers 3, 4', 'the same for 27 more workers: 3, 4, 5, 6, 7, 8, 9, 10 …')
