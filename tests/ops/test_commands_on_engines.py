@@ -313,7 +313,7 @@ def test_prune_keeps_a_queue_in_an_old_shard_that_is_used_meanwhile(
 ) -> None:
 
     from rlbroker.backend.connection import Connection
-    from rlbroker.ops.prune import OPENED, PRUNE_QUEUE, find_stale_runs, prune
+    from rlbroker.ops.prune import OPENED, PRUNE_QUEUE, judge_runs, prune
 
     wait_until("no node has just started", lambda: _uptime(cluster) >= BACK_SECONDS, 15.0)
     plant(cluster.url)
@@ -329,7 +329,7 @@ def test_prune_keeps_a_queue_in_an_old_shard_that_is_used_meanwhile(
 
     monkeypatch.setattr(Connection, "run", watched)
     connection = Connection(cluster.url)
-    (found,) = find_stale_runs(connection, older_than_seconds=3600.0, run=RUN, named=True)
+    (found,) = judge_runs(connection, older_than_seconds=3600.0, run=RUN, named=True)
     done = prune(connection, RUN, found.names, older_than_seconds=3600.0, named=True)
     connection.close()
     assert done.kept == OPENED

@@ -25,7 +25,7 @@ experiences = typer.Typer(
 
 @experiences.callback()
 def _group() -> None:
-    """Make typer treat `experiences` as a group, although it has one command."""
+    """Keep `experiences` a group: typer makes a group of a single command that command itself."""
 
 
 @experiences.command("peek")
@@ -57,7 +57,7 @@ def peek(
     selected = [worker] if worker is not None else existing if every else existing[:WORKERS_SHOWN]
     queues = []
     for worker_id in selected:
-        # One queue at a time: all of them may be too large for the memory, or for the timeout.
+        # One queue at a time: all together may exceed the memory or the timeout.
         with session.time_limit():
             queues.append(peek_queue(session.connection, session.keys, worker_id, count=count, newest=newest))
     if session.as_json:
@@ -82,13 +82,13 @@ def peek(
     for queue in queues:
         if queue.waiting or queue.in_hand:
             session.console.print(
-                f"worker {queue.worker_id}: {queue.waiting:,} waiting, {queue.in_hand:,} in the learner's hands"
+                f"worker {queue.worker_id}: {queue.waiting:,} waiting, {queue.in_hand:,} in hand"
             )
         for batch in queue.batches:
             _print_batch(session, batch)
     if worker is None and len(selected) < len(existing):
         more = counted(len(existing) - len(selected), "more worker")
-        session.note(f"{more} not shown: give --worker N, or --all")
+        session.note(f"{more} not shown; use --worker N or --all")
 
 
 def _print_batch(session: Session, batch: WaitingBatch) -> None:
@@ -103,7 +103,7 @@ def _print_batch(session: Session, batch: WaitingBatch) -> None:
         (f"{format_bytes(batch.raw_bytes)} of arrays in " if batch.raw_bytes is not None else "")
         + format_bytes(batch.stored_bytes),
         f"sent {age(batch.age_seconds)} ago" if batch.age_seconds is not None else "",
-        f"in the hands of {sanitize(batch.held_by)}, delivery {batch.deliveries:,}" if batch.held_by else "",
+        f"pending at {sanitize(batch.held_by)}, delivery {batch.deliveries:,}" if batch.held_by else "",
     ]
     session.console.print("  " + "; ".join(filter(None, facts)))
     if batch.problem:

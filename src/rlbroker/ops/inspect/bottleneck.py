@@ -79,7 +79,10 @@ def judge(
         what = "no batches were collected in this time, so what holds the run back is unknown"
     elif learner_waits >= LEARNER_WAITS and learner_waits >= workers_wait:
         which = "workers"
-        what = f"the learner waits for data {format_share(learner_waits)} of the time: more or faster workers would help"
+        what = (
+            f"the learner waits for data {format_share(learner_waits)} of the time: more or faster workers would "
+            "help"
+        )
     elif workers_wait >= WORKERS_WAIT:
         which = "learner"
         what = (
