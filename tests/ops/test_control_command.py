@@ -134,7 +134,7 @@ def test_ctrl_c_ends_the_wait_and_not_the_command(shell: RunShell, active_run: A
     process.send_signal(signal.SIGINT)
     output, more = process.communicate(timeout=10)
     assert (process.returncode, output) == (130, "")
-    assert "the command stays sent; rlbroker control list" in more
+    assert "the command stays sent; to see the answers: rlbroker control list" in more
     assert active_run.learner.get_queue_info()["control_queue_sizes"][2] >= 1
 
 
@@ -157,6 +157,6 @@ def test_without_a_learner_force_is_needed_and_workers_obey(embedded: RedisServe
         client.hset(Keys(run).meta, "learner_state", "ended")
         refused = shell("control", "send", "stop")
         assert (refused.returncode, refused.stdout) == (2, "")
-        assert "has ended, so no learner settles the workers' answers; --force" in refused.stderr
+        assert "has ended, so no process records the workers' answers; --force" in refused.stderr
         shell("control", "send", "stop", "--force", "--no-wait")
         wait_until("the worker obeys", lambda: worker.poll({}) or not worker.running)

@@ -1,4 +1,4 @@
-"""All commands, in the order in which `rlbroker --help` shows them. A new command is added to `COMMANDS`."""
+"""The list of commands, by heading of `rlbroker --help`. Add a new command to `COMMANDS`."""
 
 from __future__ import annotations
 

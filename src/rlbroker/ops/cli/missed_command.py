@@ -1,4 +1,4 @@
-"""`rlbroker missed`: the record of versions and commands that workers missed."""
+"""`rlbroker missed`: lists the versions and commands that workers missed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def missed(
                 "which": (
                     sanitize(record.command)
                     if record.what == "command"
-                    else _versions(record.first, record.last)
+                    else _format_versions(record.first, record.last)
                 ),
                 "count": f"{record.count:,}",
                 "why": record.why,
@@ -71,5 +71,5 @@ def missed(
     )
 
 
-def _versions(first: int, last: int) -> str:
+def _format_versions(first: int, last: int) -> str:
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"

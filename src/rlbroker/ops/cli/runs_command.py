@@ -1,4 +1,4 @@
-"""`rlbroker runs`: the runs on a server."""
+"""`rlbroker runs`: lists the runs on a server."""
 
 from __future__ import annotations
 

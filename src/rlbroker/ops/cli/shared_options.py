@@ -16,7 +16,7 @@ from rlbroker.ops.cli.session import Session
 
 _PANEL = "Shared options"
 
-#: Where the server is. Every command takes it, and lists it with its own options.
+#: The server. The help of every command lists it among the command's own options.
 Url = Annotated[
     str | None,
     typer.Option(
@@ -52,7 +52,7 @@ _Timeout = Annotated[
     float, typer.Option(min=0.1, help="Seconds to wait for the server.", rich_help_panel=_PANEL)
 ]
 
-#: The shared options by the parameter of `Session` that each one sets: type and default.
+#: Type and default of each shared option, by the parameter of `Session` that it sets.
 SHARED_OPTIONS: dict[str, tuple[Any, Any]] = {
     "url": (Url, None),
     "run": (_Run, None),
@@ -69,18 +69,18 @@ def with_session(
 ) -> Callable[..., Any]:
     """Add the shared options to a command, and pass it a `Session` with their values as its first argument.
 
-    Errors become one line on stderr and an exit code, see `exit_on_errors`.
+    Errors become one line on stderr and an exit code: see `exit_on_errors`.
 
     Args:
-        body: the command: a function of a `Session` and of its own options.
-        without: names in `SHARED_OPTIONS` of those that the command does not take.
+        body: the command: a function of a `Session` and its own options.
+        without: the shared options that the command does not have.
     """
     if body is None:
         return lambda body: with_session(body, without=without)
 
     def command(**options: Any) -> None:
         session = Session(**{name: options.pop(name) for name in shared})
-        # As after Ctrl-C, so that half-written files are deleted.
+        # Like Ctrl-C: unwind the stack, so that half-written files are deleted.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with exit_on_errors(session), session:
             body(session, **options)
@@ -104,7 +104,7 @@ def with_session(
 
 
 def unwrap(text: str) -> str:
-    """Return paragraphs without their line breaks: the terminal wraps lines itself.
+    """Join the lines of each paragraph: the help is wrapped to the width of the terminal.
 
     >>> unwrap("One\\ntwo.\\n\\nThree.")
     'One two.\\n\\nThree.'

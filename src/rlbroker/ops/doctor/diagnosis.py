@@ -45,11 +45,7 @@ class Diagnosis:
 
 
 def diagnose(connection: Connection, run: str | None = None) -> Diagnosis:
-    """Check a server, or every node where there are several, one run on it, and this machine.
-
-    Raises:
-        PeerError: the server could not be reached in time.
-    """
+    """Check a server, or every node where there are several, one run on it, and this machine."""
     if isinstance(connection.servers, SingleServer):
         latency, info = measure_latency(connection), read_server_info(connection)
         checks = [check_latency(latency), *check_server(info)]

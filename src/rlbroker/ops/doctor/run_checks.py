@@ -25,11 +25,7 @@ _SERVER_FINDINGS: Final = ("server_evicts", "server_full")
 
 
 def check_run(connection: Connection, info: ServerInfo, run: str) -> tuple[list[Check], Snapshot | None]:
-    """Check a run; return its snapshot too, if it could be read.
-
-    Raises:
-        ConnectionFailed: the server could not be reached in time.
-    """
+    """Check a run; return its snapshot too, if it could be read."""
     try:
         snapshot = take_snapshot(connection, run)
     except PeerError as error:

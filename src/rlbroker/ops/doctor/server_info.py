@@ -80,11 +80,7 @@ class ServerInfo:
 
 
 def read_server_info(connection: Connection, server: Server | None = None) -> ServerInfo:
-    """Read what a server reports; of the only server by default.
-
-    Raises:
-        PeerError: the server could not be reached in time.
-    """
+    """Read what a server reports; of the only server by default."""
     fields = connection.server_info(server)
     names = ["ACL WHOAMI", "HELLO", "INFO server", *(f"CONFIG GET {name}" for name in SETTINGS)]
     commands = [tuple(name.split()) for name in names]
@@ -125,11 +121,7 @@ def _command_of(call: str) -> str:
 
 
 def measure_latency(connection: Connection, server: Server | None = None) -> Latency:
-    """Measure round trips to a server, and the difference of the clocks; of the only server by default.
-
-    Raises:
-        PeerError: the server could not be reached in time.
-    """
+    """Measure round trips to a server, and the difference of the clocks; of the only server by default."""
     taken: list[float] = []
     began = time.perf_counter()
     while len(taken) < ROUND_TRIPS:

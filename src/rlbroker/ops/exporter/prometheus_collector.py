@@ -62,7 +62,6 @@ class MetricsCollector(Collector):
         """Prepare; nothing is read yet.
 
         Args:
-            connection: the connection to the server.
             version: the version of this program.
             run: the run; None for all runs that exist at each scrape.
             timeout_seconds: how long one scrape may take; runs that were not read by then are unreadable.

@@ -39,13 +39,11 @@ def find_participants(connection: Connection, run: str, host: str) -> list[Parti
     A further learner, which only collects, does not record its host.
 
     Args:
-        connection: the connection to the server.
         run: the run; one that does not exist has no participants.
         host: the name of the host, as the host reports it.
 
     Raises:
         WireError: the run's keys hold what no learner or worker writes.
-        PeerError: the server refused, or could not be reached in time.
     """
     keys = Keys(run)
     clock, meta_reply, names = connection.execute_all(

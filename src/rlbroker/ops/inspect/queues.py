@@ -84,14 +84,9 @@ def peek_queue(
     The batches are transferred: `count` limits how many.
 
     Args:
-        connection: the connection to the server.
-        keys: the run's keys.
         worker: the worker.
         count: the most batches to read from each of its two streams.
         newest: read the newest batches, not the oldest.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
     """
     waiting = in_hand = 0
     batches: list[WaitingBatch] = []

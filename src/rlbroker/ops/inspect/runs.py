@@ -50,11 +50,7 @@ class RunSummary:
 
 
 def list_run_names(connection: Connection) -> list[str]:
-    """Return the names of the runs on a server, sorted, with runs that have workers but no learner yet.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Return the names of the runs on a server, sorted, with runs that have workers but no learner yet."""
     prefix, _, meta = Keys("RUN").meta.partition("RUN")
     suffixes = (meta, Keys("RUN").workers.partition("RUN")[2])
     found = set[str]()
@@ -65,11 +61,7 @@ def list_run_names(connection: Connection) -> list[str]:
 
 
 def read_keys(connection: Connection, run: str) -> Keys:
-    """Return the key names of a run, spread over its shards if it has any.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Return the key names of a run, spread over its shards if it has any."""
     keys = Keys(run)
     keys.spread(str(connection.execute("HGET", keys.meta, "shards") or b"", "ascii", "replace"))
     return keys
@@ -81,7 +73,6 @@ def choose_run(connection: Connection, run: str | None) -> str:
     Raises:
         InvalidArgument: there is no such run, or more than one to choose from; the message lists the existing ones.
         IncompatibleFormat: a release with another wire format wrote the run.
-        PeerError: the server refused, or could not be reached in time.
     """
     if run is None:
         names = list_run_names(connection)
@@ -112,11 +103,7 @@ def list_runs(connection: Connection, names: list[str] | None = None) -> list[Ru
     """Return a summary of each run on a server, by name.
 
     Args:
-        connection: the connection to the server.
         names: only these runs, in this order.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
     """
     names = list_run_names(connection) if names is None else names
     commands: list[tuple[Any, ...]] = [("TIME",)]
@@ -146,11 +133,7 @@ def list_runs(connection: Connection, names: list[str] | None = None) -> list[Ru
 
 
 def read_worker_ids(connection: Connection, keys: Keys) -> list[int]:
-    """Return every worker id that the run ever had, sorted.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Return every worker id that the run ever had, sorted."""
     return parse_worker_ids(connection.execute("SMEMBERS", keys.workers))
 
 

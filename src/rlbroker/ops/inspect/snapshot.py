@@ -111,7 +111,7 @@ class Snapshot:
 
     Attributes:
         run: its name.
-        at: the moment, seconds since the epoch by the server's clock.
+        at: the moment, seconds since 1970 by the server's clock.
         server: its server.
         settings: the learner's settings for the run; the defaults before the first learner.
         expected_workers: the number of workers that the learner expects; 0 before the first learner.
@@ -143,7 +143,7 @@ class Snapshot:
         """Return the snapshot as values for JSON.
 
         Returns:
-            `run`: text. `at`: seconds since the epoch.
+            `run`: text. `at`: seconds since 1970.
             `server`: the fields of `ServerStatus`. `settings`: those of `RunSettings`. `expected_workers`: a number.
             `learner`: null, or the fields of `LearnerStatus`.
             `weights`: null, or `version`, `kind`, `base`, `codec`, `raw_bytes`, `stored_bytes`, `published`.
@@ -173,7 +173,6 @@ def take_snapshot(connection: Connection, run: str) -> Snapshot:
 
     Raises:
         WireError: the run's keys hold what no learner or worker writes.
-        PeerError: the server refused, or could not be reached in time.
     """
     return SnapshotReader(connection, run).read()
 
@@ -194,7 +193,6 @@ class SnapshotReader:
 
         Raises:
             WireError: the run's keys hold what no learner or worker writes.
-            PeerError: the server refused, or could not be reached in time.
         """
         return self._connection.retry(self._read)
 

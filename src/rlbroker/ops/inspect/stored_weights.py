@@ -66,7 +66,6 @@ def read_stored_weights(connection: Connection, keys: Keys) -> StoredWeights:
 
     Raises:
         WireError: the manifest cannot be read.
-        PeerError: the server refused, or could not be reached in time.
     """
     manifest = Manifest.from_fields(text_fields(connection.execute("HGETALL", keys.weights)))
     if manifest is None:

@@ -47,7 +47,7 @@ class TimelinePoint:
     """What happened between two samples of the history.
 
     Attributes:
-        at: when it ended, seconds since the epoch by the server's clock.
+        at: when it ended, seconds since 1970 by the server's clock.
         seconds: its length.
         continues: whether it begins where the point before ended; False after a gap, and for the first point.
         batches_per_second: batches that the learner collected.
@@ -127,7 +127,7 @@ class Timeline:
 
     @property
     def begin(self) -> float:
-        """The time of the first sample, seconds since the epoch; of the snapshot without samples."""
+        """The time of the first sample, seconds since 1970; of the snapshot without samples."""
         return self.samples[0].at if self.samples else self.snapshot.at
 
     @property
@@ -147,7 +147,7 @@ class Timeline:
 
     @property
     def restarts(self) -> list[float]:
-        """The times at which a new learner continued the run, seconds since the epoch."""
+        """The times at which a new learner continued the run, seconds since 1970."""
         pairs = zip(self.samples, self.samples[1:], strict=False)
         return [after.at for before, after in pairs if after.epoch != before.epoch]
 
@@ -300,7 +300,7 @@ class VersionLanes:
 
     Attributes:
         workers: worker ids, sorted, one for each lane.
-        begin: when the first cell begins, seconds since the epoch.
+        begin: when the first cell begins, seconds since 1970.
         end: when the last one ends.
         versions: by lane, the version in each cell; 0 where none is known.
         marks: missed versions.
@@ -322,13 +322,9 @@ def read_timeline(connection: Connection, run: str, *, span_seconds: float | Non
     """Read a snapshot of a run and its history.
 
     Args:
-        connection: the connection to the server.
         run: the run.
         span_seconds: how much of the history, up to its last sample, which may be long ago if the run has ended;
             None for all of it.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
     """
     keys = Keys(run)
     snapshot = take_snapshot(connection, run)

@@ -152,7 +152,6 @@ class RunWatch:
 
         Raises:
             WireError: the run's keys hold what no learner or worker writes.
-            PeerError: the server refused, or could not be reached in time.
         """
         snapshot = self._reader.read()
         self._read_history()

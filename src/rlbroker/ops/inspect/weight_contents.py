@@ -48,14 +48,11 @@ def read_contents(
     """Return the contents of a version, from its header alone.
 
     Args:
-        connection: the connection to the server.
-        keys: the run's keys.
         path: the forms that lead to the version, from `StoredWeights.path`.
         key: the key that signs weights; None to accept unsigned weights.
 
     Raises:
         WireError: the header is gone, or cannot be read.
-        PeerError: the server refused, or could not be reached in time.
     """
     form = path[-1]
     if key:
@@ -82,8 +79,6 @@ def download_weights(
     """Download and decode a version, with the checks of a worker; return its contents and its arrays by leaf number.
 
     Args:
-        connection: the connection to the server.
-        keys: the run's keys.
         path: the forms that lead to the version, from `StoredWeights.path`.
         chunk_bytes: the chunk size in the manifest.
         received: called with the size of each piece that arrives.
@@ -91,7 +86,6 @@ def download_weights(
 
     Raises:
         WireError: a chunk cannot be read, or is gone.
-        PeerError: the server refused, or could not be reached in time.
     """
     downloader = Downloader(connection, keys, ImageStore(keys.run, None), key=key, received=received)
     try:
