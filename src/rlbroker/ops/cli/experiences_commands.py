@@ -13,7 +13,7 @@ from rlbroker.ops.cli.shared_options import with_session
 from rlbroker.ops.formatting import format_bytes, sanitize
 
 if TYPE_CHECKING:
-    from rlbroker.ops.inspect.queues import Content, WaitingBatch
+    from rlbroker.ops.inspect.queues import Content, QueuedBatch
 
 #: How many workers are shown by default: their batches are downloaded, and may be large.
 WORKERS_SHOWN = 16
@@ -91,7 +91,7 @@ def peek(
         session.note(f"{more} not shown; use --worker N or --all")
 
 
-def _print_batch(session: Session, batch: WaitingBatch) -> None:
+def _print_batch(session: Session, batch: QueuedBatch) -> None:
     facts = [
         f"batch {batch.worker_id}/{batch.batch_id}" + (", retried" if batch.retried else ""),
         (
@@ -135,7 +135,7 @@ def contents_json(contents: Sequence[Content]) -> list[dict[str, Any]]:
     ]
 
 
-def _batch_json(batch: WaitingBatch) -> dict[str, Any]:
+def _batch_json(batch: QueuedBatch) -> dict[str, Any]:
     return {
         "id": f"{batch.worker_id}/{batch.batch_id}",
         "retried": batch.retried,

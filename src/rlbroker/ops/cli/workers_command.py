@@ -1,4 +1,4 @@
-"""`rlbroker workers`: the workers of a run, or one worker in detail."""
+"""`rlbroker workers`: lists the workers of a run, or shows one in detail."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ if TYPE_CHECKING:
     from rlbroker.ops.inspect.snapshot import Snapshot, WorkerStatus
     from rlbroker.types import Missed
 
-#: How many missed updates of one worker are listed: the newest.
+#: How many missed updates of one worker are listed, the newest ones.
 MISSED_SHOWN = 5
 
 
 @with_session
 def workers(
     session: Session,
-    worker: Annotated[
-        int | None, typer.Argument(metavar="[ID]", help="Show all that is known of this worker.")
-    ] = None,
+    worker: Annotated[int | None, typer.Argument(metavar="[ID]", help="Show this worker in detail.")] = None,
 ) -> None:
     """List the workers: state, version, process, and the time since their last heartbeat; or show one in detail.
 
@@ -80,7 +78,7 @@ def _print_all(session: Session, snapshot: Snapshot, findings: list[Finding]) ->
 
 
 def _cells(worker: int, status: WorkerStatus) -> dict[str, str]:
-    """Return the cells of one worker by column, in the order of the columns."""
+    """Return the cells of one worker by column, in order."""
     info = status.info
     return {
         "id": str(worker),

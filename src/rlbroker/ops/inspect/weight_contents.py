@@ -1,8 +1,8 @@
 """The contents of a stored version: read its header, download it, and write it as a safetensors or npz file.
 
-Needs no torch. Names in a file are paths joined by dots, as in state dictionaries. Leaves keep the dtypes in which
-they travelled, and tied ones are written under each name. Bytes become arrays of uint8; those of less than 1 KiB
-travel as plain values and stay plain values.
+Needs no torch. Names in a file are paths joined by dots, as in state dictionaries. Leaves keep the dtypes of the stored
+form, and tied ones are written under each of their names. Bytes become arrays of uint8, or plain values if they are
+shorter than 1 KiB, as in the stored form.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def read_contents(
     """Return the contents of a version, from its header alone.
 
     Args:
-        path: the forms that lead to the version, from `StoredWeights.path`.
+        path: the forms to download, from `StoredWeights.path`.
         key: the key that signs weights; None to accept unsigned weights.
 
     Raises:
@@ -79,7 +79,7 @@ def download_weights(
     """Download and decode a version, with the checks of a worker; return its contents and its arrays by leaf number.
 
     Args:
-        path: the forms that lead to the version, from `StoredWeights.path`.
+        path: the forms to download, from `StoredWeights.path`.
         chunk_bytes: the chunk size in the manifest.
         received: called with the size of each piece that arrives.
         key: the key that signs weights; None to accept unsigned weights.
@@ -94,7 +94,7 @@ def download_weights(
         downloader.close()
     arrays = image_format.arrays(image)
     for array in arrays:
-        if array.dtype.kind == "b":  # other bytes than 0 and 1 are undefined behaviour in compiled code
+        if array.dtype.kind == "b":  # in compiled code, bools other than 0 and 1 are undefined behaviour
             flags = array.reshape(-1).view(np.uint8)
             np.minimum(flags, 1, out=flags)
     return image_format.contents(), arrays
@@ -102,13 +102,12 @@ def download_weights(
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """The result of writing a file.
+    """A file with weights.
 
     Attributes:
         tensors: the number of names in it.
-        file_bytes: its size.
-        left_out: names of plain values, which its format cannot hold.
-        as_bits: names of leaves with a dtype that its format lacks, with that dtype: written as integers of their bits.
+        left_out: names of plain values, which its format cannot store.
+        as_bits: by name, the dtype of each leaf that is stored as integers of its bits, as the format lacks the dtype.
     """
 
     tensors: int
@@ -145,10 +144,9 @@ def write_weights(
     """Write weights to a file, whole or not at all.
 
     Args:
-        file: the path; its suffix selects the format.
-        contents: the contents of the version.
-        arrays: its arrays by leaf number.
-        facts: the origin of the weights, stored in the file; plain values.
+        file: its suffix selects the format.
+        arrays: by leaf number.
+        facts: the origin of the weights, to store in the file; plain values.
         force: whether to replace an existing file.
 
     Raises:
@@ -164,10 +162,10 @@ def write_weights(
     with _new_draft(file) as draft:
         mode = draft.stat().st_mode
         as_bits = write(draft, leaves, arrays, plain, facts)
-        draft.chmod(mode)  # safetensors makes the file readable by its owner only
+        draft.chmod(mode)  # safetensors has made it readable only by its owner
         with draft.open("rb") as written:
             os.fsync(written.fileno())
-        check_file(file, force=force)  # another process may have made it meanwhile
+        check_file(file, force=force)  # another process may have created it meanwhile
         file_bytes = draft.stat().st_size
         draft.replace(file)
     left_out = tuple(plain) if file.suffix == ".npz" else ()
@@ -185,7 +183,7 @@ def _index_by_name(contents: Sequence[Content]) -> dict[str, Content]:
 
 @contextmanager
 def _new_draft(file: Path) -> Iterator[Path]:
-    """Make an empty file in the same directory; delete it at the end of the block if it still exists."""
+    """Make an empty file in the same directory; delete it at the end of the block if it was not moved."""
     draft = file.with_name(f".{file.name}.{os.getpid()}.part")
     os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
@@ -203,7 +201,9 @@ def _write_safetensors(
 ) -> dict[str, str]:
     from safetensors import SafetensorError, TensorSpec, serialize_file
 
-    little_endian = [_to_little_endian(array) for array in arrays]  # must stay in memory until all is written
+    little_endian = [
+        _to_little_endian(array) for array in arrays
+    ]  # must stay in memory until they are written
     specs = {}
     for name, one in leaves.items():
         assert one.leaf is not None
@@ -243,7 +243,7 @@ def _write_npz(
     facts: Mapping[str, Any],
 ) -> dict[str, str]:
     as_bits = {}
-    # np.savez would take names such as `file` as its own arguments.
+    # np.savez would take a name such as `file` for one of its own parameters.
     with zipfile.ZipFile(draft, "w", allowZip64=True) as archive:
         archive.comment = _dump_json(facts).encode()
         for name, one in leaves.items():
