@@ -236,7 +236,7 @@ def test_doctor_counts_the_sentinels_and_names_those_that_do_not_answer(
     assert fewer["what"].startswith(f"{first} does not answer: 2 of 3 Sentinels answer, and 2 are enough")
     assert too_few["state"] == "critical"
     assert set(too_few["what"].partition(" do not answer: ")[0].split(", ")) == {first, second}
-    assert "1 of 3 Sentinels answers, and 2 must agree" in too_few["what"]
+    assert "1 of 3 Sentinels answers, but 2 must agree" in too_few["what"]
 
 
 def test_doctor_finds_sentinels_that_the_url_does_not_name(started: Start, server_kind: str) -> None:

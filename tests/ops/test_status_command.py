@@ -205,7 +205,9 @@ def test_status_of_a_run_whose_learner_is_silent(real_server: RealServer, run: s
         )
         comm._thread.stop(5.0)
         wait_until("its lease has expired", lambda: status_json(real_server)["learner"]["state"] == "away")
-        assert re.search(r"seen \S+ s ago; it died, or lost its connection$", status(real_server), re.MULTILINE)
+        assert re.search(
+            r"seen \S+ s ago; it died, or lost its connection$", status(real_server), re.MULTILINE
+        )
 
 
 def test_text_from_workers_cannot_control_the_terminal(

@@ -1,8 +1,7 @@
-"""Numbers, time spans and names as text for people; `backend.text` has those that the library needs too."""
+"""Numbers and names as text for people. The library needs some too: these are in `backend.text`."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 
@@ -43,21 +42,6 @@ def format_share(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.1f} %" if 0 < value < 0.0995 else f"{100 * value:.0f} %"
-
-
-def parse_span(text: str) -> float:
-    """Return the seconds of a time span such as `90`, `30s`, `15m`, `1h` or `2d`.
-
-    >>> [parse_span(text) for text in ("90", "30s", "1.5h", "2d")]
-    [90.0, 30.0, 5400.0, 172800.0]
-
-    Raises:
-        ValueError: the text is not a time span.
-    """
-    found = re.fullmatch(r"(\d+|\d*\.\d+)([smhd]?)", text.strip().lower())
-    if found is None:
-        raise ValueError(f"{text!r} is not a time span; write it as 90s, 15m, 1h or 2d")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
 
 
 def sanitize(text: str) -> str:

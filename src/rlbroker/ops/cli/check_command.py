@@ -9,8 +9,8 @@ import typer
 from rlbroker.backend.text import age, counted
 from rlbroker.ops.cli.exit_codes import CRITICAL, OK, UNKNOWN, WARNING
 from rlbroker.ops.cli.session import Session
-from rlbroker.ops.cli.shared_options import with_session
-from rlbroker.ops.formatting import describe_other_workers, parse_span, sanitize
+from rlbroker.ops.cli.shared_options import parse_span, with_session
+from rlbroker.ops.formatting import describe_other_workers, sanitize
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.findings import FindingLimits

@@ -14,8 +14,8 @@ from rlbroker.backend.text import age, counted
 from rlbroker.ops.cli.exit_codes import EXIT_INTERRUPTED
 from rlbroker.ops.cli.progress import show_progress
 from rlbroker.ops.cli.session import Session
-from rlbroker.ops.cli.shared_options import with_session
-from rlbroker.ops.formatting import parse_span, sanitize
+from rlbroker.ops.cli.shared_options import parse_span, with_session
+from rlbroker.ops.formatting import sanitize
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.control_records import SentCommand

@@ -8,8 +8,8 @@ import typer
 
 from rlbroker.backend.text import age
 from rlbroker.ops.cli.session import Session
-from rlbroker.ops.cli.shared_options import with_session
-from rlbroker.ops.formatting import parse_span, sanitize
+from rlbroker.ops.cli.shared_options import parse_span, with_session
+from rlbroker.ops.formatting import sanitize
 
 
 @with_session

@@ -11,8 +11,8 @@ import typer
 from rlbroker.backend.text import age, counted
 from rlbroker.ops.cli.exit_codes import EXIT_NOT_FOUND
 from rlbroker.ops.cli.session import Session
-from rlbroker.ops.cli.shared_options import with_session
-from rlbroker.ops.formatting import format_bytes, parse_span
+from rlbroker.ops.cli.shared_options import parse_span, with_session
+from rlbroker.ops.formatting import format_bytes
 
 if TYPE_CHECKING:
     from rlbroker.ops.prune import PruneResult, RunVerdict

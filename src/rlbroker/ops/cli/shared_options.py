@@ -1,4 +1,4 @@
-"""The options that all commands about a run share, and `with_session`, which adds them to a command."""
+"""The options that commands share, `with_session`, which adds them to a command, and the parser of time spans."""
 
 from __future__ import annotations
 
@@ -110,3 +110,15 @@ def unwrap(text: str) -> str:
     'One two.\\n\\nThree.'
     """
     return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(text))
+
+
+def parse_span(text: str) -> float:
+    """Return the seconds of a time span such as `90`, `30s`, `15m`, `1h` or `2d`.
+
+    >>> [parse_span(text) for text in ("90", "30s", "1.5h", "2d")]
+    [90.0, 30.0, 5400.0, 172800.0]
+    """
+    found = re.fullmatch(r"(\d+|\d*\.\d+)([smhd]?)", text.strip().lower())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is not a time span; write it as 90s, 15m, 1h or 2d")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
