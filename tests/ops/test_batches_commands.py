@@ -25,7 +25,7 @@ BATCH = {"obs": np.zeros((4, 3), np.float32), "more": {"mask": torch.ones(4, dty
 
 
 class RunWithBatches:
-    """A run with an alive learner.
+    """A run with a live learner.
 
     Worker 0 has one pending batch and three that wait, one of them damaged. Worker 1 has two dead letters: a
     corrupt one, and a poison one over which learners died.

@@ -1,4 +1,4 @@
-"""`rlbroker control`: commands from the command line, and the answers of alive workers."""
+"""`rlbroker control`: commands from the command line, and the answers of live workers."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_an_unknown_worker_is_answered_with_the_members(shell: RunShell) -> None
     )
 
 
-def test_without_a_learner_force_is_needed_and_workers_obey(embedded: RedisServer) -> None:
+def test_without_a_learner_force_is_needed_and_live_workers_apply_the_command(embedded: RedisServer) -> None:
     run = "control-alone"
     shell = RunShell(embedded.url, run)
     with (

@@ -9,8 +9,7 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import server_seconds, text_fields
 from rlbroker.codec.signing import SigningKey
-from rlbroker.control.commands import Command as Command
-from rlbroker.control.commands import CommandSender
+from rlbroker.control.commands import Command, CommandSender
 from rlbroker.errors import Fenced, InvalidArgument
 from rlbroker.ops.inspect.control_records import add_unsettled_acknowledgements
 from rlbroker.ops.inspect.liveness import learner_silent_seconds, learner_state

@@ -29,7 +29,7 @@ def check(
         int | None,
         typer.Option(
             min=0,
-            help="Report fewer alive workers than this; by default those that the learner expects.",
+            help="Report fewer live workers than this; by default than the learner expects.",
         ),
     ] = None,
     queue: Annotated[

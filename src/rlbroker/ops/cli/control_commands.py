@@ -18,8 +18,8 @@ from rlbroker.ops.cli.shared_options import parse_span, with_session
 from rlbroker.ops.formatting import sanitize
 
 if TYPE_CHECKING:
+    from rlbroker.control.commands import Command
     from rlbroker.ops.inspect.control_records import SentCommand
-    from rlbroker.ops.send_command import Command
     from rlbroker.types import Outcome
 
 #: Interval between two reads of the workers' answers.
@@ -71,7 +71,7 @@ def send(
 ) -> None:
     """Send a command to workers on behalf of their learner, and show the answers as they arrive.
 
-    Without an alive learner no process records the answers, so --force is needed; the workers apply the command.
+    Without a live learner no process records the answers, so --force is needed; the workers apply the command.
     Ctrl-C ends the wait, and the command stays sent. A server that loses its data loses the command too: only those of
     the learner are sent again.
     Exit code: 0 all workers did it, or --no-wait; 1 some did not, or not yet; 2 it could not be sent; 130 after Ctrl-C.

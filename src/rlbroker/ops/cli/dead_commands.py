@@ -78,7 +78,7 @@ def show_dead(session: Session, ids: Ids = None, worker: Worker = None) -> None:
     """
     if not ids and worker is None:
         raise typer.BadParameter("name ids as printed by `rlbroker dead list`, or use --worker")
-    from rlbroker.ops.inspect.dead_letters import letter_data
+    from rlbroker.experience.dead_letters import letter_data
     from rlbroker.ops.inspect.queues import describe_batch
 
     letters, now = _find_letters(session, worker, ids)

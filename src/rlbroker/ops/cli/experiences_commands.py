@@ -13,7 +13,8 @@ from rlbroker.ops.cli.shared_options import with_session
 from rlbroker.ops.formatting import format_bytes, sanitize
 
 if TYPE_CHECKING:
-    from rlbroker.ops.inspect.queues import Content, QueuedBatch
+    from rlbroker.codec.describe import Content
+    from rlbroker.ops.inspect.queues import QueuedBatch
 
 #: How many workers are shown by default: their batches are downloaded, and may be large.
 WORKERS_SHOWN = 16

@@ -15,8 +15,9 @@ from rlbroker.ops.cli.shared_options import with_session
 from rlbroker.ops.formatting import format_bytes, sanitize
 
 if TYPE_CHECKING:
-    from rlbroker.ops.inspect.stored_weights import FormSummary, Manifest, StoredForm, StoredWeights
+    from rlbroker.ops.inspect.stored_weights import FormSummary, StoredWeights
     from rlbroker.ops.inspect.weight_contents import WrittenFile
+    from rlbroker.weights.manifest import Manifest, StoredForm
 
 #: Fields of the manifest in the JSON of `weights list`.
 _MANIFEST_FIELDS = ("version", "raw_bytes", "codec", "published")
@@ -86,7 +87,8 @@ def show_weights(session: Session, version: Version = None) -> None:
 
     Example: rlbroker weights show 12 --run pong
     """
-    from rlbroker.ops.inspect.weight_contents import read_contents, ties
+    from rlbroker.codec.describe import ties
+    from rlbroker.ops.inspect.weight_contents import read_contents
 
     with session.time_limit():
         manifest, path = _find_version(session, version)

@@ -131,15 +131,13 @@ def measure_latency(connection: Connection, server: Server | None = None) -> Lat
         taken.append(time.perf_counter() - sent)
         if len(taken) >= _LEAST_ROUND_TRIPS and time.perf_counter() - began > _ROUND_TRIPS_SECONDS:
             break
-    best: tuple[float, float] | None = (
-        None  # duration and difference of the shortest round trip, which is the most exact
-    )
+    differences: list[tuple[float, float]] = []  # each with the duration of its round trip
     for _ in range(_LEAST_ROUND_TRIPS):
         sent = time.perf_counter()
         (clock,) = connection.ask_at(server, [("TIME",)]) if server else connection.ask([("TIME",)])
         trip_seconds, now = time.perf_counter() - sent, time.time()
         if isinstance(clock, PeerError):
             break
-        ahead_seconds = now - trip_seconds / 2 - server_seconds(clock)
-        best = min(best or (trip_seconds, ahead_seconds), (trip_seconds, ahead_seconds))
-    return Latency(median(taken), max(taken), len(taken), best[1] if best else None)
+        differences.append((trip_seconds, now - trip_seconds / 2 - server_seconds(clock)))
+    _, ahead_seconds = min(differences, default=(0.0, None))  # the shortest round trip is the most exact
+    return Latency(median(taken), max(taken), len(taken), ahead_seconds)

@@ -8,7 +8,6 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import entry_id
 from rlbroker.errors import InvalidArgument
-from rlbroker.experience.dead_letters import letter_data as letter_data
 from rlbroker.experience.dead_letters import purge_letters, read_letters, retry_letters
 from rlbroker.ops.inspect.runs import read_worker_ids
 from rlbroker.types import DeadLetter

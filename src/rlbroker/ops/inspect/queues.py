@@ -18,8 +18,7 @@ from rlbroker.backend.replies import (
     text_fields,
     whole_number,
 )
-from rlbroker.codec.describe import Content as Content
-from rlbroker.codec.describe import describe
+from rlbroker.codec.describe import Content, describe
 from rlbroker.errors import WireError
 from rlbroker.experience.dead_letters import READ_AT_ONCE
 

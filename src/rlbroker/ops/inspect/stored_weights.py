@@ -9,9 +9,7 @@ from typing import Literal
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import text_fields
-from rlbroker.weights.manifest import Manifest as Manifest
-from rlbroker.weights.manifest import StoredForm as StoredForm
-from rlbroker.weights.manifest import cheapest_path
+from rlbroker.weights.manifest import Manifest, StoredForm, cheapest_path
 
 #: Replies of PTTL for a missing key, and for a key without expiry.
 _MISSING, _PERMANENT = -2, -1

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.codec.describe import Content
-from rlbroker.codec.describe import ties as ties
+from rlbroker.codec.describe import Content, ties
 from rlbroker.codec.dtypes import TORCH_DTYPES
 from rlbroker.codec.image import ImageFormat
 from rlbroker.codec.signing import SigningKey
