@@ -40,7 +40,7 @@ _WORKER: Final = (
     *("+del", "+pexpire", "+hset", "+hdel", "+hincrby", "+xadd", "+xdel", "+xgroup|create"),
 )
 
-#: Further commands on a Cluster. All roles find the node of each key, workers read from replicas and from slots that
+#: Further commands on a Cluster. All roles find the node of each key, workers read from replicas and follow slots that
 #: are being moved, and observers check the Cluster.
 _CLUSTER: Final = ("+cluster|slots", "+cluster|nodes")
 _CLUSTER_WORKER: Final = ("+asking", "+readonly")

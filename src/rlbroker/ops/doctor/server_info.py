@@ -26,7 +26,7 @@ SETTINGS: Final = (
     "timeout",
 )
 
-#: Round trips to measure: at most, until this much time has passed, and at least.
+#: Round trips to measure; after this time fewer are enough, but not fewer than the least.
 ROUND_TRIPS: Final = 20
 _ROUND_TRIPS_SECONDS: Final = 1.0
 _LEAST_ROUND_TRIPS: Final = 3

@@ -7,13 +7,13 @@ from typing import Final, Literal
 
 from rlbroker.ops.formatting import format_share
 
-#: What limits a run; `unknown` if the history shows nothing.
+#: What limits a run; `unknown` if the history is too short, or has no batches.
 Cause = Literal["workers", "learner", "encoding", "sending", "nothing", "unknown"]
 
 #: A shorter history gives no verdict.
 ENOUGH_SECONDS: Final = 10.0
 
-#: Shares of time from which a wait makes a bottleneck. A waiting worker costs little: its queue is full meanwhile.
+#: Shares of time from which something is the bottleneck. The one for workers is low: they wait only for a full queue.
 LEARNER_WAITS: Final = 0.25
 WORKERS_WAIT: Final = 0.10
 PUBLISHING: Final = 0.25
