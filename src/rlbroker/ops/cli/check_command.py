@@ -29,7 +29,7 @@ def check(
         int | None,
         typer.Option(
             min=0,
-            help="Report fewer live workers than this; by default than the learner expects.",
+            help="Report fewer live workers than this; by default the learner's num_workers.",
         ),
     ] = None,
     queue: Annotated[

@@ -72,8 +72,8 @@ def send(
     """Send a command to workers on behalf of their learner, and show the answers as they arrive.
 
     Without a live learner no process records the answers, so --force is needed; the workers apply the command.
-    Ctrl-C ends the wait, and the command stays sent. A server that loses its data loses the command too: only those of
-    the learner are sent again.
+    Ctrl-C ends the wait, and the command stays sent. If the server loses it, it is not sent again, unlike a command of
+    the learner.
     Exit code: 0 all workers did it, or --no-wait; 1 some did not, or not yet; 2 it could not be sent; 130 after Ctrl-C.
 
     Example: rlbroker control send pause --data '{"duration": 5}' --worker 0 --worker 3
