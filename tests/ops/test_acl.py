@@ -422,7 +422,7 @@ def test_the_rules_fit_the_version_of_the_server(planted: GuardedServer) -> None
 
 def test_shared_workers_take_any_free_id(tmp_path: Path) -> None:
     with GuardedServer("embedded", tmp_path, "--shared") as server:
-        assert "any of them can read and write" in server.said
+        assert "each can read and write" in server.notes
         with WorkerCommunicator(2, redis_url=server.url(LEARNER), run=RUN) as comm:
             url = server.url(f"{RUN}-workers")
             with WorkerClient(url, RUN) as first, WorkerClient(url, RUN) as second:
@@ -474,7 +474,7 @@ def test_passwords_are_created_once_and_readable_by_their_owner_only(tmp_path: P
     assert (modes, stat.S_IMODE((tmp_path / "new").stat().st_mode)) == ({0o600}, 0o700)
     assert not [path for path in (tmp_path / "new").iterdir() if path.read_text().strip() in first.stdout]
     (tmp_path / "new" / "admin").write_text("")
-    assert "holds no password" in print_users().stderr
+    assert "must hold one line, the password" in print_users().stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`rlbroker experiences` and `rlbroker dead`: the contents of waiting and of dead batches, and retrying them."""
+"""`rlbroker experiences` and `rlbroker dead`: the contents of waiting batches and dead letters, and retrying them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ BATCH = {"obs": np.zeros((4, 3), np.float32), "more": {"mask": torch.ones(4, dty
 
 
 class RunWithBatches:
-    """A run with an alive learner.
+    """A run with a live learner.
 
-    Worker 0 has one batch in the learner's hands and three that wait, one of them damaged. Worker 1 has two dead
-    batches: a corrupt one, and a poison one over which learners died.
+    Worker 0 has one pending batch and three that wait, one of them damaged. Worker 1 has two dead letters: a
+    corrupt one, and a poison one over which learners died.
     """
 
     def __init__(self, client: Any, learner: WorkerCommunicator, worker: WorkerClient) -> None:
@@ -85,13 +85,14 @@ def planted(embedded: RedisServer) -> Iterator[RunWithBatches]:
         )
         run.add_damaged(1, 2, b"damaged")
         wait_until(
-            "the damaged batch is dead", lambda: learner.collect_experiences() or learner.dead_letters()
+            "the damaged batch is a dead letter",
+            lambda: learner.collect_experiences() or learner.dead_letters(),
         )
         letter = {"data": encode(BATCH), "version": 1, "rows": 4, "raw_bytes": 52, "sent_at": 0}
         reason = {"entry": "17-3", "reason": "poison", "detail": "", "deliveries": 3, "died_at": 1.5}
         client.xadd(KEYS.dead(1), {**letter, **reason})
         first.send_experiences(BATCH)
-        wait_until("one is in hand", lambda: learner.collect_experiences(timeout=0.1))
+        wait_until("one is pending", lambda: learner.collect_experiences(timeout=0.1))
         for _ in range(2):
             first.send_experiences(BATCH)
         run.add_damaged(0, 4, encode(BATCH)[:-1] + b"?")
@@ -147,7 +148,7 @@ def test_peek_shows_the_contents_of_batches_without_taking_them(
 
 def test_peek_prints_the_newest_batches_as_text(shell: RunShell, planted: RunWithBatches) -> None:
     output = shell("experiences", "peek", "--newest", "--count", "2", "--worker", "0").stdout
-    assert "worker 0: 3 waiting, 1 in the learner's hands" in output
+    assert "worker 0: 3 waiting, 1 in hand" in output
     assert f"batch 0/{planted.incarnation}-3; version 1, 1 behind; 4 rows" in output
     assert re.search(r"more\.mask +tensor bool 4$", output, re.MULTILINE)
     assert f"batch 0/{planted.incarnation}-4" in output
@@ -158,7 +159,7 @@ def test_peek_prints_the_newest_batches_as_text(shell: RunShell, planted: RunWit
 # dead
 
 
-def test_dead_batches_are_listed_shown_and_retried_with_the_printed_hint(
+def test_dead_letters_are_listed_shown_and_retried_with_the_printed_hint(
     shell: RunShell, planted: RunWithBatches
 ) -> None:
     before = planted.queues()
@@ -177,7 +178,7 @@ def test_dead_batches_are_listed_shown_and_retried_with_the_printed_hint(
     assert [one["name"] for one in data[1]["contents"]] == ["obs", "more.mask", "note"]
     hint = next(line for line in listed.stderr.splitlines() if " dead retry " in line)
     done = shell.type(hint[hint.index("rlbroker") :])
-    assert (done.returncode, done.stdout) == (0, "1 dead batch will be delivered once more\n")
+    assert (done.returncode, done.stdout) == (0, "1 dead letter will be delivered once more\n")
 
     def died_again() -> list[DeadLetter]:
         planted.learner.collect_experiences()
@@ -187,10 +188,10 @@ def test_dead_batches_are_listed_shown_and_retried_with_the_printed_hint(
     assert (letter.reason, letter.sequence) == ("corrupt", 2)
 
 
-def test_an_unknown_dead_batch_is_named(shell: RunShell) -> None:
+def test_an_unknown_dead_letter_is_named(shell: RunShell) -> None:
     done = shell("dead", "retry", "1/99-9", "1/17-3")
-    assert (done.returncode, done.stdout) == (1, "1 dead batch will be delivered once more\n")
-    assert "1/99-9 is not a dead batch (any more)" in done.stderr
+    assert (done.returncode, done.stdout) == (1, "1 dead letter will be delivered once more\n")
+    assert "1/99-9 is not a dead letter (any more)" in done.stderr
 
 
 def test_purging_needs_confirmation(shell: RunShell, planted: RunWithBatches) -> None:
@@ -206,7 +207,7 @@ def test_purging_needs_confirmation(shell: RunShell, planted: RunWithBatches) ->
     assert "confirm it with --yes" in done.stderr
     code, output = shell.on_terminal("dead", "purge", answer="n\n")
     assert code == 2
-    assert f"Delete {there} dead batch" in output
+    assert f"Delete {there} dead letter" in output
     assert dead() == there
     assert shell.json("dead", "purge", "--yes") == {"run": RUN, "purged": there, "missing": []}
     assert dead() == 0

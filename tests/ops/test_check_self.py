@@ -86,7 +86,7 @@ def test_a_host_without_a_process_of_the_run_is_critical(
     on_host("elsewhere")
     assert check("--url", url, "--run", run) == (
         2,
-        f"CRITICAL: {run} on elsewhere: no learner or worker is here\n",
+        f"CRITICAL: {run} on elsewhere: no learner or worker runs here\n",
     )
     assert check("--url", url, "--run", "tetris")[0] == 2
 
@@ -148,7 +148,7 @@ def test_the_run_must_be_named_even_if_there_is_only_one(url: str, run: str, wor
     code, output = check("--url", url)
     assert (code, output) == (
         2,
-        "rlbroker: --self needs the name of the run: set RLBROKER_RUN, or give --run\n",
+        "rlbroker: --self needs the name of the run: set RLBROKER_RUN, or use --run\n",
     )
 
 

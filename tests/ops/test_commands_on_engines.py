@@ -236,7 +236,7 @@ def test_doctor_counts_the_sentinels_and_names_those_that_do_not_answer(
     assert fewer["what"].startswith(f"{first} does not answer: 2 of 3 Sentinels answer, and 2 are enough")
     assert too_few["state"] == "critical"
     assert set(too_few["what"].partition(" do not answer: ")[0].split(", ")) == {first, second}
-    assert "1 of 3 Sentinels answers, and 2 must agree" in too_few["what"]
+    assert "1 of 3 Sentinels answers, but 2 must agree" in too_few["what"]
 
 
 def test_doctor_finds_sentinels_that_the_url_does_not_name(started: Start, server_kind: str) -> None:
@@ -313,7 +313,7 @@ def test_prune_keeps_a_queue_in_an_old_shard_that_is_used_meanwhile(
 ) -> None:
 
     from rlbroker.backend.connection import Connection
-    from rlbroker.ops.prune import OPENED, PRUNE_QUEUE, find_stale_runs, prune
+    from rlbroker.ops.prune import OPENED, PRUNE_QUEUE, judge_runs, prune
 
     wait_until("no node has just started", lambda: _uptime(cluster) >= BACK_SECONDS, 15.0)
     plant(cluster.url)
@@ -329,7 +329,7 @@ def test_prune_keeps_a_queue_in_an_old_shard_that_is_used_meanwhile(
 
     monkeypatch.setattr(Connection, "run", watched)
     connection = Connection(cluster.url)
-    (found,) = find_stale_runs(connection, older_than_seconds=3600.0, run=RUN, named=True)
+    (found,) = judge_runs(connection, older_than_seconds=3600.0, run=RUN, named=True)
     done = prune(connection, RUN, found.names, older_than_seconds=3600.0, named=True)
     connection.close()
     assert done.kept == OPENED

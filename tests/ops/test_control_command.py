@@ -1,4 +1,4 @@
-"""`rlbroker control`: commands from the command line, and the answers of alive workers."""
+"""`rlbroker control`: commands from the command line, and the answers of live workers."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_ctrl_c_ends_the_wait_and_not_the_command(shell: RunShell, active_run: A
     process.send_signal(signal.SIGINT)
     output, more = process.communicate(timeout=10)
     assert (process.returncode, output) == (130, "")
-    assert "the command stays sent; rlbroker control list" in more
+    assert "the command stays sent; to see the answers: rlbroker control list" in more
     assert active_run.learner.get_queue_info()["control_queue_sizes"][2] >= 1
 
 
@@ -146,7 +146,7 @@ def test_an_unknown_worker_is_answered_with_the_members(shell: RunShell) -> None
     )
 
 
-def test_without_a_learner_force_is_needed_and_workers_obey(embedded: RedisServer) -> None:
+def test_without_a_learner_force_is_needed_and_live_workers_apply_the_command(embedded: RedisServer) -> None:
     run = "control-alone"
     shell = RunShell(embedded.url, run)
     with (
@@ -157,6 +157,6 @@ def test_without_a_learner_force_is_needed_and_workers_obey(embedded: RedisServe
         client.hset(Keys(run).meta, "learner_state", "ended")
         refused = shell("control", "send", "stop")
         assert (refused.returncode, refused.stdout) == (2, "")
-        assert "has ended, so no learner settles the workers' answers; --force" in refused.stderr
+        assert "has ended, so no process records the workers' answers; --force" in refused.stderr
         shell("control", "send", "stop", "--force", "--no-wait")
         wait_until("the worker obeys", lambda: worker.poll({}) or not worker.running)

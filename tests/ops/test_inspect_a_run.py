@@ -158,7 +158,7 @@ def test_a_retried_batch_keeps_the_id_under_which_it_was_sent(
 @pytest.mark.parametrize("name", ["3", "3/", "3/7", "x/1-2", "3/1-2-x", "3/1-2/4"])
 def test_an_invalid_dead_batch_id_is_refused(connection: Connection, keys: Keys, name: str) -> None:
     with pytest.raises(InvalidArgument, match="ids look like 3/"):
-        find_letters(connection, keys, names=[name])
+        find_letters(connection, keys, ids=[name])
 
 
 # Weights

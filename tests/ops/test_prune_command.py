@@ -30,8 +30,8 @@ from rlbroker.ops.prune import (
     PRUNE_QUEUE,
     PRUNE_RUN,
     PruneResult,
-    StaleRun,
-    find_stale_runs,
+    RunVerdict,
+    judge_runs,
     prune,
 )
 
@@ -47,8 +47,8 @@ def plant(url: str, run: str) -> None:
         learner.send_control_command("noop")
 
 
-def age(client: Any, run: str, seconds: float, *, state: str = "ended") -> None:
-    """Make a run look as if it had been silent for this long."""
+def backdate(client: Any, run: str, seconds: float, *, state: str = "ended") -> None:
+    """Change the heartbeats of a run: the last ones were sent this long ago."""
     keys, then = Keys(run), time.time() - seconds
     client.hset(keys.meta, mapping={"learner_seen": f"{then:.3f}", "learner_state": state})
     client.hset(keys.life(0), mapping={"seen": int(then * 1000)})
@@ -75,8 +75,8 @@ def connection(real_server: RealServer) -> Iterator[Connection]:
     found.close()
 
 
-def find_run(connection: Connection, name: str, **options: Any) -> StaleRun:
-    found = {one.run: one for one in find_stale_runs(connection, **{"older_than_seconds": HOUR, **options})}
+def find_run(connection: Connection, name: str, **options: Any) -> RunVerdict:
+    found = {one.run: one for one in judge_runs(connection, **{"older_than_seconds": HOUR, **options})}
     return found[name]
 
 
@@ -92,9 +92,9 @@ def test_dead_runs_are_listed_and_deleted_and_live_ones_are_kept(real_server: Re
     url, client = real_server.url, real_server.client
     for run in ("old", "lost", "recent", "live"):
         plant(url, run)
-    age(client, "old", 2 * HOUR)
-    age(client, "lost", 2 * HOUR, state="open")
-    age(client, "recent", HOUR / 2)
+    backdate(client, "old", 2 * HOUR)
+    backdate(client, "lost", 2 * HOUR, state="open")
+    backdate(client, "recent", HOUR / 2)
     client.set("another", "program")
     with WorkerCommunicator(1, redis_url=url, run="live"):
         before = read_keys(client)
@@ -176,22 +176,22 @@ def test_nothing_is_dead_on_a_server_that_has_just_started(
     real_server: RealServer, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(real_server.url, "down")
-    age(real_server.client, "down", 2 * HOUR, state="open")
+    backdate(real_server.client, "down", 2 * HOUR, state="open")
     assert find_run(connection, "down").dead
     monkeypatch.setattr(prune_module, "BACK_SECONDS", uptime(real_server) + 100)
     assert "has just started" in find_run(connection, "down").why
 
 
-def test_keys_that_only_look_like_those_of_a_run_are_ignored(
+def test_keys_with_names_like_those_of_a_run_are_ignored(
     real_server: RealServer, connection: Connection
 ) -> None:
     for name in ("rlb:{tenant}:session", "rlb:{cfg}:settings", "rlb:{a}:{b}:meta", "rlb:{a}:x:y"):
         real_server.client.set(name, "precious")
-    assert find_stale_runs(connection, older_than_seconds=0.0) == []
+    assert judge_runs(connection, older_than_seconds=0.0) == []
 
 
 def set_idle(client: Any, run: str, seconds: float) -> None:
-    """Make all keys of a run look as if they had not been used for this long."""
+    """Set the idle time of all keys of a run."""
     for key, dumped in read_keys(client, run).items():
         client.restore(key, 0, dumped, replace=True, idletime=int(seconds))
 
@@ -201,7 +201,7 @@ def test_orphaned_keys_are_deleted_once_they_are_idle(
 ) -> None:
     client = real_server.client
     plant(real_server.url, "orphan")
-    age(client, "orphan", HOUR)
+    backdate(client, "orphan", HOUR)
     client.delete(Keys("orphan").meta, Keys("orphan").workers)
     found = find_run(connection, "orphan")
     assert (found.state, found.dead) == ("orphaned", False)
@@ -258,7 +258,7 @@ def test_a_learner_that_opens_the_run_just_before_keeps_it(
     real_server: RealServer, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(real_server.url, "back")
-    age(real_server.client, "back", 2 * HOUR)
+    backdate(real_server.client, "back", 2 * HOUR)
     before = read_keys(real_server.client, "back").keys()
     opened: list[WorkerCommunicator] = []
     call_before(
@@ -278,7 +278,7 @@ def test_a_worker_that_joins_just_before_keeps_the_run(
     real_server: RealServer, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(real_server.url, "back")
-    age(real_server.client, "back", 2 * HOUR)
+    backdate(real_server.client, "back", 2 * HOUR)
     before = read_keys(real_server.client, "back").keys()
     joined: list[WorkerClient] = []
     call_before(monkeypatch, PRUNE_RUN, lambda: joined.append(WorkerClient(real_server.url, "back")))
@@ -293,7 +293,7 @@ def test_a_run_that_begins_while_the_old_one_is_deleted_loses_nothing(
     real_server: RealServer, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(real_server.url, "anew")
-    age(real_server.client, "anew", 2 * HOUR)
+    backdate(real_server.client, "anew", 2 * HOUR)
     opened: list[Any] = []
 
     def begin() -> None:
@@ -323,7 +323,7 @@ def test_an_interrupted_deletion_is_completed_by_the_next_one(
     real_server: RealServer, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(real_server.url, "half")
-    age(real_server.client, "half", 2 * HOUR)
+    backdate(real_server.client, "half", 2 * HOUR)
 
     def interrupt() -> None:
         raise KeyboardInterrupt

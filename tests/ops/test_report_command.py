@@ -18,7 +18,7 @@ import pytest
 import redis
 from conftest import wait_until
 from executable import rlbroker
-from test_look_commands import documented, keys_of
+from test_live_run_commands import documented, keys_of
 
 from rlbroker import WeightsMismatch, WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection

@@ -205,7 +205,9 @@ def test_status_of_a_run_whose_learner_is_silent(real_server: RealServer, run: s
         )
         comm._thread.stop(5.0)
         wait_until("its lease has expired", lambda: status_json(real_server)["learner"]["state"] == "away")
-        assert re.search(r"seen \S+ s ago; it died, or is cut off$", status(real_server), re.MULTILINE)
+        assert re.search(
+            r"seen \S+ s ago; it died, or lost its connection$", status(real_server), re.MULTILINE
+        )
 
 
 def test_text_from_workers_cannot_control_the_terminal(
@@ -253,13 +255,13 @@ def test_an_unknown_or_missing_run_is_answered_with_those_that_exist(
 ) -> None:
     wrong = rlbroker("status", "--run", "pnog", RLBROKER_REDIS_URL=real_server.url)
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert f"there is no run 'pnog' on unix://{real_server.embedded.socket_path}; runs there are: {run};" in (
+    assert f"there is no run 'pnog' on unix://{real_server.embedded.socket_path}; its runs are: {run};" in (
         wrong.stderr
     )
     with WorkerCommunicator(1, redis_url=real_server.url, run="another"):
         unclear = rlbroker("status", RLBROKER_REDIS_URL=real_server.url)
         assert unclear.returncode == 2
-        assert f"runs there are: another, {run}; choose one with --run\n" in unclear.stderr
+        assert f"its runs are: another, {run}; choose one with --run\n" in unclear.stderr
         assert f"run      {run} on" in status(real_server, "--run", run)
 
 

@@ -12,7 +12,7 @@ from rlbroker.config import RunSettings
 from rlbroker.metrics.history import Sample
 from rlbroker.ops.inspect.bottleneck import judge
 from rlbroker.ops.inspect.snapshot import LearnerStatus, ServerStatus, Snapshot, WorkerStatus
-from rlbroker.ops.inspect.timeline import Timeline, VersionsBehind, build_lanes, thin
+from rlbroker.ops.inspect.timeline import Timeline, VersionsBehind, build_lanes, thin_out
 from rlbroker.ops.report.render import render
 from rlbroker.ops.report.times import Clock
 from rlbroker.types import Missed, MissedUpdates, WorkerInfo
@@ -66,7 +66,7 @@ def test_thinned_history_keeps_its_totals_and_the_changes_of_learner() -> None:
     first = [make_sample(number, collected=number**2) for number in range(1000)]
     second = [make_sample(1100 + number, epoch=2, collected=3 * number) for number in range(1000)]
     timeline = make_timeline([*first, *second])
-    thinned = thin(timeline.samples, 100)
+    thinned = thin_out(timeline.samples, 100)
     assert len(thinned) <= 110
     assert timeline.total("collected") == 999**2 + 3 * 999
     points = timeline.points(100)
@@ -149,13 +149,15 @@ def test_a_report_of_many_workers_stays_small() -> None:
         for number in range(8, 200)
     ]
     records = tuple(make_missed(number % 256, 3.0 * number, "superseded") for number in range(2000))
-    page = render(make_timeline(samples, records), typed=str)
+    page = render(make_timeline(samples, records), complete_hint=str)
     assert page.count("<svg") == 6 + 3
     assert len(page) < 500_000
 
 
 def test_a_run_of_one_second_has_a_report() -> None:
-    page = render(make_timeline([make_sample(number, running={0: 0}) for number in range(2)]), typed=str)
+    page = render(
+        make_timeline([make_sample(number, running={0: 0}) for number in range(2)]), complete_hint=str
+    )
     assert page.count("<svg") == 6 + 3
     assert "the history is too short to tell" in page.lower()
     assert not re.search(r"\b(nan|inf)\b|>None<", page.partition("</style>")[2])
@@ -163,7 +165,9 @@ def test_a_run_of_one_second_has_a_report() -> None:
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_the_report_of_a_run_without_history_says_so(count: int) -> None:
-    page = render(make_timeline([make_sample(number, running={0: 0}) for number in range(count)]), typed=str)
+    page = render(
+        make_timeline([make_sample(number, running={0: 0}) for number in range(count)]), complete_hint=str
+    )
     assert "<svg" not in page
     assert "No history" in page
     assert not re.search(r"\b(nan|inf)\b|>None<", page.partition("</style>")[2])
@@ -174,7 +178,8 @@ def page() -> str:
     """The report of a run whose learner was restarted, with workers on a hostile host name."""
     samples = [make_sample(number, running={0: 1, 1: 1}) for number in range(60)]
     return render(
-        make_timeline([*samples, replace(samples[-1], at=BEGIN + 90, epoch=2)], host=HOSTILE), typed=str
+        make_timeline([*samples, replace(samples[-1], at=BEGIN + 90, epoch=2)], host=HOSTILE),
+        complete_hint=str,
     )
 
 

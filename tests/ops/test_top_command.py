@@ -13,7 +13,7 @@ import pytest
 from executable import RLBROKER, rlbroker, start
 from planted import BEHIND, DEAD, DILIGENT, POISONER, TWIN, Planted, plant
 from screens import Screen
-from test_look_commands import documented, keys_of
+from test_live_run_commands import documented, keys_of
 
 from rlbroker.local.embedded_server import RedisServer
 

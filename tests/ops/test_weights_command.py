@@ -186,7 +186,7 @@ def test_an_expired_version_is_answered_with_those_that_are_stored(shell: RunShe
     done = shell("weights", "pull", "3")
     assert (done.returncode, done.stdout) == (1, "")
     assert "version 3 is not stored any more" in done.stderr
-    assert "stored are: 1, 4" in done.stderr
+    assert "stored versions: 1, 4" in done.stderr
 
 
 def test_damaged_weights_are_refused_and_leave_no_file(shell: RunShell, client: Any, tmp_path: Path) -> None:

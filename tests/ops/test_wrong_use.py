@@ -111,7 +111,7 @@ def test_an_unknown_run_is_answered_with_those_that_exist(
         "--run",
         "tetris",
         url=embedded.url,
-        message=f"no run 'tetris' on .*; runs there are: {RUN};",
+        message=f"no run 'tetris' on .*; its runs are: {RUN};",
     )
 
 

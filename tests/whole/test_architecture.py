@@ -61,6 +61,11 @@ def test_imports_point_down_only(path: Path) -> None:
     assert all(LAYER_OF[other] < LAYER_OF[room] for other in imported_rooms(path) - {room})
 
 
+def test_nothing_in_ops_imports_the_command_line() -> None:
+    others = [path for path in (SOURCE / "ops").rglob("*.py") if "cli" not in path.relative_to(SOURCE).parts]
+    assert not [path for path in others if "rlbroker.ops.cli" in path.read_text()]
+
+
 def test_only_keys_py_names_redis_keys() -> None:
     named = [path for path in SOURCE.rglob("*.py") if "rlb:{" in path.read_text()]
     assert [path.name for path in named] == ["keys.py"]

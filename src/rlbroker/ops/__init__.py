@@ -1,1 +1,1 @@
-"""What a person runs a run with: the command line and what stands behind it."""
+"""The command line, and what its commands are made of: reading runs, diagnosis, metrics, reports, pruning."""

@@ -1,8 +1,8 @@
 """The rights of each role on the server, as ACL rules. Pure: no I/O.
 
-A script runs with the rights of its caller, so a role also needs the commands inside its scripts. From Redis 7 on a key
-can be read-only, and a selector, a further set of rules in parentheses, allows a command on keys on which nothing else
-is allowed.
+A script runs with the rights of its caller, so a role also needs the commands that its scripts call. Redis 7 added two
+things: keys that a user may only read, and selectors: further sets of rules, in parentheses, that grant a command on
+other keys than the main rules do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ READ_ONLY_KEYS_VERSION: Final = (7, 0)
 #: The first version with CLIENT SETINFO, which redis-py sends on connecting, and WAITAOF.
 SETINFO_VERSION: Final = (7, 2)
 
-#: Commands for reading a run, without those that disturb other clients.
+#: Commands for reading a run, except those that disturb other clients.
 _READING: Final = ("+@read", "+@connection", "-@dangerous", "+info", "+time")
 
 _LEARNER: Final = (
@@ -40,8 +40,8 @@ _WORKER: Final = (
     *("+del", "+pexpire", "+hset", "+hdel", "+hincrby", "+xadd", "+xdel", "+xgroup|create"),
 )
 
-#: Further commands on a Cluster: to find the node of each key, to read from replicas and during a migration (workers),
-#: and to check the Cluster (observers).
+#: Further commands on a Cluster. All roles find the node of each key, workers read from replicas and follow slots that
+#: are being moved, and observers check the Cluster.
 _CLUSTER: Final = ("+cluster|slots", "+cluster|nodes")
 _CLUSTER_WORKER: Final = ("+asking", "+readonly")
 _CLUSTER_OBSERVER: Final = ("+cluster|info",)
@@ -52,9 +52,7 @@ class User:
     """One user of a server, without its password.
 
     Attributes:
-        name: its name.
-        role: its role.
-        rules: its rules for `ACL SETUSER`.
+        rules: as for `ACL SETUSER`.
     """
 
     name: str
@@ -68,11 +66,10 @@ def make_users(
     """Return the users of one run: its learner, its workers, and an observer of all runs.
 
     Args:
-        run: the run.
         workers: the number of workers; their ids begin at 0.
         shared: whether all workers share one user.
-        version: the Redis version of the server; for Valkey the version that it is compatible with.
-        cluster: whether the server is a Cluster, over which the run's shards are spread.
+        version: the Redis version of the server, or with which it is compatible.
+        cluster: whether the run's shards are spread over a Cluster.
     """
     keys = Keys(run, shards=("*",) if cluster else ())
     cluster_rules = _CLUSTER if cluster else ()
@@ -113,10 +110,7 @@ def make_users(
 def format_acl_file(users: Sequence[User], passwords: dict[str, str], administrator: str) -> Iterator[str]:
     """Yield the lines of a server's ACL file: these users and an administrator; the default user is off.
 
-    Args:
-        users: the users.
-        passwords: the password of each user and of the administrator; the lines hold only their digests.
-        administrator: the name of the user with all rights.
+    The file holds only digests of the passwords.
     """
     yield "user default off resetkeys resetchannels -@all"
     yield f"user {administrator} on {_digest(passwords[administrator])} ~* &* +@all"
@@ -125,7 +119,7 @@ def format_acl_file(users: Sequence[User], passwords: dict[str, str], administra
 
 
 def format_set_user_commands(users: Sequence[User], passwords: dict[str, str]) -> Iterator[str]:
-    """Yield a command for each user that creates it on a running server, for the input of redis-cli."""
+    """Yield, for each user, the redis-cli command that creates it on a running server."""
     for user in users:
         rules = " ".join(f'"{rule}"' if " " in rule else rule for rule in user.rules)
         yield f"ACL SETUSER {user.name} reset on {_digest(passwords[user.name])} {rules}"
@@ -136,7 +130,7 @@ def _digest(password: str) -> str:
 
 
 def _worker_keys(keys: Keys, worker: str, read_only: str) -> tuple[str, ...]:
-    """Return the rules for the keys that one worker, or any worker, writes, and for those that it only reads."""
+    """Return the key rules of one worker, or of all for `*`: for keys that it writes and keys that it only reads."""
     return (
         *(f"~{name}" for name in keys.written_by_worker(worker)),
         *(f"{read_only}{name}" for name in keys.read_by_worker(worker)),
@@ -145,9 +139,9 @@ def _worker_keys(keys: Keys, worker: str, read_only: str) -> tuple[str, ...]:
 
 
 def _script_rules(keys: Keys, version: Sequence[int]) -> tuple[str, ...]:
-    """Return the rules for keys that a worker may not write.
+    """Return the rules that let a worker call scripts, and add itself to the set of workers.
 
-    It may call scripts with them, in which the server checks every command again, and add itself to the set of workers.
+    A script may be called with any key of the run: the server checks each command inside it too.
     """
     if tuple(version) < READ_ONLY_KEYS_VERSION:
         return "+evalsha", "+sadd", f"~{keys.workers}"

@@ -1,6 +1,6 @@
 """The benchmark of `rlbroker bench`: round trip, transfer rates, publishing, batches, and whether compression pays.
 
-A learner in this process and a worker in another one use a run of their own, which is deleted afterwards.
+A learner in this process and a worker in another use a run of their own, which is deleted afterwards.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rlbroker.worker import WorkerClient
 #: Size of the values that measure transfer rates: values of 1 to 4 MB move fastest.
 CHUNK_BYTES: Final = 1 << 20
 
-#: The most values that are stored at once; they are used in turn.
+#: How many such values are stored; they are written and read in turn.
 CHUNKS: Final = 32
 
 #: Sizes of the batches.
@@ -46,10 +46,10 @@ SAMPLE_BYTES: Final = 16 << 20
 #: Timeout of one operation.
 TIMEOUT_SECONDS: Final = 30.0
 
-#: Compression pays from this speed-up on.
+#: The least speed-up from which compression pays.
 WORTHWHILE: Final = 1.1
 
-#: The values expire after this time if the benchmark is killed.
+#: Expiry of the values, in case the benchmark is killed.
 _EXPIRE_SECONDS: Final = 60
 
 
@@ -83,8 +83,8 @@ class CodecRates:
 
 
 @dataclass(frozen=True)
-class Report:
-    """All measurements."""
+class BenchReport:
+    """The measurements of one server."""
 
     server: str
     server_version: str
@@ -98,7 +98,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """Whether compression pays on this link, in one line: by the time until weights are applied, not by rates."""
+        """One line on whether compression pays on this link: whether weights are applied sooner."""
         raw, compressed = (
             next(timings.applied_ms for timings in self.published if timings.compressed is compression)
             for compression in (False, True)
@@ -106,8 +106,8 @@ class Report:
         pays = raw / compressed > WORTHWHILE
         which = "pays" if pays else "does not pay: compression_enabled=False is as fast, or faster"
         return (
-            f"on this link compressing float32 weights {which} (compressed and as differences they are applied "
-            f"at {raw / compressed:.2f}× the speed of raw ones)"
+            f"on this link compressing float32 weights {which} (compressed deltas are applied at "
+            f"{raw / compressed:.2f}× the speed of raw weights)"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -115,17 +115,16 @@ class Report:
         return asdict(self) | {"verdict": self.verdict}
 
 
-def measure(url: str | None, *, megabytes: float, seconds: float, progress: Callable[[str], None]) -> Report:
+def measure(
+    url: str | None, *, megabytes: float, seconds: float, progress: Callable[[str], None]
+) -> BenchReport:
     """Measure a server with a learner and a worker on this machine.
 
     Args:
-        url: the server's URL; None for the environment's or the default one.
+        url: None for the URL in the environment, or the default.
         megabytes: size of the published weights, in 2^20 bytes.
         seconds: the approximate duration of each measurement.
         progress: called with the name of each measurement before it begins.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
     """
     run = f"bench-{secrets.token_hex(4)}"
     keys = Keys(run)
@@ -151,7 +150,7 @@ def measure(url: str | None, *, megabytes: float, seconds: float, progress: Call
             batches.append(_measure_batches(learner, worker, size, seconds))
         progress("codec")
         codecs = [_measure_codec(kind, sample, seconds) for kind, sample in _make_samples()]
-        return Report(
+        return BenchReport(
             server=connection.address,
             server_version=connection.server_version(),
             round_trip_us=1e6 * median(round_trips),
@@ -178,13 +177,13 @@ def _measure_round_trips(connection: Connection, seconds: float) -> list[float]:
 
 
 def _measure_transfer(connection: Connection, keys: Keys, seconds: float) -> tuple[float, float]:
-    """Return the rates to the server and from it in MB/s, one value after the other."""
+    """Return the rates to and from the server in MB/s, for one value at a time."""
     chunk = secrets.token_bytes(CHUNK_BYTES)
     names = [keys.chunk("bench", number) for number in range(CHUNKS)]
     set_rate = _megabytes_per_second(
         [partial(connection.execute, "SET", name, chunk, "EX", _EXPIRE_SECONDS) for name in names], seconds
     )
-    # On a slow link some values were not written in time.
+    # On a slow link the time may have ended before all values were written.
     stored = [name for name in names if connection.execute("EXISTS", name)]
     return set_rate, _megabytes_per_second(
         [partial(connection.execute, "GET", name) for name in stored], seconds
@@ -199,7 +198,7 @@ def _megabytes_per_second(operations: list[Callable[[], Any]], seconds: float) -
 
 
 def _time_repeatedly(operation: Callable[[], Any], seconds: float) -> Iterator[float]:
-    """Repeat an operation for a number of seconds, at least once; yield the duration of each call."""
+    """Repeat an operation for this time, at least once; yield the duration of each call."""
     end = time.perf_counter() + seconds
     while True:
         began = time.perf_counter()
@@ -263,7 +262,7 @@ def _measure_batches(
 
 @contextmanager
 def _worker_process(url: str | None, run: str) -> Iterator[Pipe]:
-    """Start a worker in a process of its own; end it with the block."""
+    """Run a worker in another process until the block ends; yield the pipe to it."""
     spawn = multiprocessing.get_context("spawn")
     pipe, worker_pipe = spawn.Pipe()
     process = spawn.Process(target=_run_worker, args=(worker_pipe, url, run), daemon=True)
@@ -315,7 +314,7 @@ def _apply(pipe: Pipe, client: WorkerClient) -> None:
     end = time.monotonic() + TIMEOUT_SECONDS
     while not client.poll(model) and time.monotonic() < end:
         time.sleep(0.0002)
-    pipe.send(("applied", time.perf_counter()))  # all processes of a machine share this clock
+    pipe.send(("applied", time.perf_counter()))  # the same clock in all processes of a machine
 
 
 def _send(pipe: Pipe, client: WorkerClient, size_bytes: int, seconds: float) -> None:
@@ -329,7 +328,7 @@ def _send(pipe: Pipe, client: WorkerClient, size_bytes: int, seconds: float) -> 
 
 
 def _make_samples() -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yield weights like those of a trained network, normally distributed, in the two common dtypes."""
+    """Yield normally distributed weights, like those of a trained network, in the two common dtypes."""
     float32 = np.random.default_rng(1).standard_normal(SAMPLE_BYTES // 4, np.float32) * np.float32(0.05)
     yield "float32", float32
     yield "bfloat16", (float32.view(np.uint32) >> 16).astype(np.uint16)  # the bits of bfloat16
@@ -349,7 +348,7 @@ def _measure_codec(kind: str, sample: NDArray[Any], seconds: float) -> CodecRate
         def decode() -> None:
             list(pool.map(MessageAssembly(header, Limits()).decode_segment, numbers, stored))
 
-        decode()  # warm-up, as encoding had
+        decode()  # warm-up; encoding had one above
         megabytes = sample.nbytes / 1e6
         encoding, decoding = (
             megabytes / median(_time_repeatedly(operation, seconds / 4)) for operation in (encode, decode)

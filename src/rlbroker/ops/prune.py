@@ -1,10 +1,12 @@
-"""Stale runs: find those that no learner or worker uses any more, and delete their keys.
+"""Dead runs: find those that no learner or worker uses any more, and delete their keys.
 
-A deletion is safe against a learner or worker that opens the run meanwhile. First the run's own keys are deleted in one
-step, if nothing about the run has changed since it was found dead: a learner that opens it before keeps it, one that
-opens it after begins a new run. A mark replaces `meta`, by which an interrupted deletion is recognised. Then each
-worker's queue is deleted, also in one step and only if it has not changed. Last come chunks and outcomes: their names
-are used once, so a new run cannot share them.
+A learner or worker may open a run while it is deleted, so the keys are deleted in three steps:
+
+1. The run's own keys, in one script, unless the run has changed since it was found dead. A learner that opens the run
+   before this step keeps it; one that opens it later begins a new run. The script leaves a mark in `meta`, so that an
+   interrupted deletion can be completed.
+2. Each worker's queue, in one script each, unless it has changed.
+3. Chunks and outcomes. Their names are never used again, so a new run does not share them.
 """
 
 from __future__ import annotations
@@ -22,19 +24,19 @@ from rlbroker.ops.inspect.runs import RunSummary, list_runs
 
 Item = TypeVar("Item")
 
-#: The keys of one worker's batches, in their shard; the run may not know this shard any more.
+#: The keys of one worker's batches, all in one shard. The run may no longer use that shard.
 Queue = tuple[str, ...]
 
-#: Keys that are read, or deleted, in one round trip.
+#: Keys that are read or deleted in one round trip.
 KEYS_AT_ONCE: Final = 1000
 
-#: Time in which learners and workers reconnect after the server's start.
+#: How long learners and workers may take to reconnect after the server has started.
 BACK_SECONDS: Final = 10
 
-#: The only field of `meta` besides `learner_state` while a run is deleted; a learner that opens it adds others.
+#: The mark of a run that is being deleted: with `learner_state` the only field of `meta`. A learner adds other fields.
 PRUNED: Final = "pruned"
 
-#: Why a run, or a part of it, was kept although it was dead.
+#: Why a dead run, or a part of it, was kept.
 OPENED: Final = "it has just been opened again"
 
 PRUNE_RUN = Script.load("ops/lua/prune_run.lua")
@@ -45,8 +47,8 @@ FINISH = Script.load("ops/lua/finish_pruning.lua")
 
 
 @dataclass(frozen=True)
-class StaleRun:
-    """One run, and whether it may be deleted.
+class RunVerdict:
+    """Whether one run may be deleted, and why.
 
     Attributes:
         run: its name.
@@ -55,8 +57,9 @@ class StaleRun:
         silent_seconds: time since the last heartbeat of any learner or worker, or else since the last use of a key;
             None if unknown.
         version: its latest version.
-        dead: whether it may be deleted.
-        why: why it may, or may not.
+        alive: whether a learner or worker is alive.
+        dead: whether it may be deleted. A run that is neither alive nor dead may still be used again.
+        why: the reason for `dead`, for people.
         names: the names of its keys.
         stored_bytes: their memory on the server; None if unknown.
     """
@@ -65,6 +68,7 @@ class StaleRun:
     state: str
     silent_seconds: float | None
     version: int
+    alive: bool
     dead: bool
     why: str
     names: tuple[str, ...] = field(repr=False)
@@ -86,7 +90,7 @@ class PruneResult:
     kept: str = ""
 
 
-def find_stale_runs(
+def judge_runs(
     connection: Connection,
     *,
     older_than_seconds: float,
@@ -94,19 +98,16 @@ def find_stale_runs(
     named: bool = False,
     unused: Mapping[str, float | None] | None = None,
     progress: Callable[[int], None] = lambda count: None,
-) -> list[StaleRun]:
-    """Return the runs on a server, by name, each with whether it may be deleted.
+) -> list[RunVerdict]:
+    """Return for each run on a server, by name, whether it may be deleted.
 
     Args:
-        connection: the connection to the server.
         older_than_seconds: a run is dead only after this time without a heartbeat.
         run: only this run.
-        named: whether the user named this run: without live workers it is dead as soon as its learner has ended.
-        unused: by run, the result of `unused_seconds` from before its keys were read, which counts as a use.
+        named: whether the user named this run: it is dead as soon as its learner has ended and no worker is alive.
+        unused: by run, an earlier result of `unused_seconds`, for a caller that has read the run's keys since: reading
+            a key counts as a use.
         progress: called from time to time with the number of keys read.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
     """
     names: dict[str, list[str]] = {}
     for key in list_keys(connection, Keys(run).everything if run else EVERY_KEY, progress):
@@ -116,7 +117,7 @@ def find_stale_runs(
     runs = [name for name in sorted(names) if not _is_orphan(name, names[name])]
     summaries = {summary.run: summary for summary in list_runs(connection, runs)}
     just_started = _has_just_started(connection)
-    found = []
+    verdicts = []
     for name in sorted(names):
         keys, summary = sorted(names[name]), summaries.get(name)
         if summary is None:
@@ -127,23 +128,27 @@ def find_stale_runs(
         if silent_seconds is None:
             known = unused or {}
             silent_seconds = known[name] if name in known else unused_seconds(connection, name, keys)
-        dead, why = _judge(summary, state, silent_seconds, older_than_seconds, named=named)
+        alive = _describe_alive(summary)
+        dead, why = (
+            (False, alive) if alive else _judge(state, silent_seconds, older_than_seconds, named=named)
+        )
         if dead and just_started and not (named and state in ("ended", "pruned")):
             dead = False
             why = f"{why}, but the server has just started: its learner and workers may not be back yet"
-        found.append(
-            StaleRun(
+        verdicts.append(
+            RunVerdict(
                 run=name,
                 state=state,
                 silent_seconds=silent_seconds,
                 version=summary.version,
+                alive=bool(alive),
                 dead=dead,
                 why=why,
                 names=tuple(keys),
                 stored_bytes=_read_stored_bytes(connection, keys) if dead else None,
             )
         )
-    return found
+    return verdicts
 
 
 def prune(
@@ -155,22 +160,16 @@ def prune(
     named: bool,
     progress: Callable[[int], None] = lambda count: None,
 ) -> PruneResult:
-    """Delete the keys of a run if it is still dead. A second call finishes an interrupted one.
+    """Delete the keys of a run if it is still dead. A second call completes an interrupted one.
 
     Args:
-        connection: the connection to the server.
-        run: its name.
-        names: the names of its keys from `find_stale_runs`; keys that were added since are left for the next time.
-        older_than_seconds: as in `find_stale_runs`.
-        named: whether the user named this run, rather than all dead runs.
+        names: the names of its keys, from `judge_runs`; later ones remain.
+        older_than_seconds, named: as for `judge_runs`.
         progress: called with the number of deleted keys.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
     """
     keys = Keys(run)
     unused = {run: unused_seconds(connection, run, names)}
-    # Read what the scripts compare before judging the run: the scripts detect every change in between.
+    # First read what the scripts will compare, then judge the run: so the scripts detect every later change.
     incarnations = (
         [name for name in names if name.startswith(keys.life_prefix)] if keys.workers in names else []
     )
@@ -179,19 +178,19 @@ def prune(
     )
     queues = sorted({tuple(beside) for name in names if (beside := keys.queue_beside(name))})
     queue_states = _read_queue_states(connection, queues)
-    (found,) = find_stale_runs(
+    (verdict,) = judge_runs(
         connection, older_than_seconds=older_than_seconds, run=run, named=named, unused=unused
     ) or (None,)
-    if found is None:
+    if verdict is None:
         return PruneResult(run, 0)
-    if not found.dead:
-        return PruneResult(run, 0, found.why)
-    existing = set(found.names)
+    if not verdict.dead:
+        return PruneResult(run, 0, verdict.why)
+    existing = set(verdict.names)
     in_queues = existing.intersection(name for queue in queue_states for name in queue)
-    # Keys in other slots than the scripts can reach. No learner reads them.
+    # Keys that may be in other slots, which a script cannot reach. No learner reads them any more.
     rest = [
         name
-        for name in found.names
+        for name in verdict.names
         if name not in in_queues and (keys.is_never_reused(name) or shard_of(name) != keys.prefix)
     ]
     compared = (keys.workers, keys.meta, *incarnations)
@@ -231,9 +230,9 @@ def list_keys(
 
 
 def unused_seconds(connection: Connection, run: str, names: Sequence[str]) -> float | None:
-    """Return the time since the last use of any key of a run; None if the server's eviction policy records none.
+    """Return the time since the last use of any key of a run; None if the server's eviction policy does not record it.
 
-    The keys that `list_runs` reads do not count, unless the run is an orphan.
+    Of a run that is no orphan, the keys that `list_runs` reads do not count.
     """
     keys, idle, orphan = Keys(run), list[int](), _is_orphan(run, names)
     for names_at_once in split([name for name in names if orphan or not keys.describes_run(name)]):
@@ -243,23 +242,25 @@ def unused_seconds(connection: Connection, run: str, names: Sequence[str]) -> fl
 
 
 def split(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    """Yield keys, or queues, in pieces for one round trip each."""
+    """Yield the items in pieces for one round trip each."""
     return (items[first : first + KEYS_AT_ONCE] for first in range(0, len(items), KEYS_AT_ONCE))
 
 
-def _judge(
-    summary: RunSummary, state: str, silent_seconds: float | None, older_than_seconds: float, *, named: bool
-) -> tuple[bool, str]:
-    """Return whether a run may be deleted, and why."""
+def _describe_alive(summary: RunSummary) -> str:
+    """Return which learner or worker of a run is alive; empty if none is."""
     if summary.learner == "alive":
-        return False, "its learner is alive"
+        return "its learner is alive"
     if summary.others:
-        return False, "another learner is alive, which collects"
+        return "another learner is alive, which collects"
     if summary.alive:
-        return (
-            False,
-            f"{summary.alive} of its workers are alive" if summary.alive > 1 else "a worker is alive",
-        )
+        return "a worker is alive" if summary.alive == 1 else f"{summary.alive} of its workers are alive"
+    return ""
+
+
+def _judge(
+    state: str, silent_seconds: float | None, older_than_seconds: float, *, named: bool
+) -> tuple[bool, str]:
+    """Return whether a run without live processes may be deleted, and why."""
     why = {
         "ended": "its learner has ended",
         "pruned": "its deletion was interrupted",
@@ -323,7 +324,7 @@ def _read_queue_states(connection: Connection, queues: Sequence[Queue]) -> dict[
 
 
 def _hash_arguments(reply: Any) -> list[Argument]:
-    """Return a hash as arguments of the scripts: the number of its fields, names and values; -1 for another type."""
+    """Return a hash as arguments of the scripts: its number of fields, then names and values; -1 for another type."""
     if isinstance(reply, AccessDenied):
         raise reply
     if isinstance(reply, PeerError):

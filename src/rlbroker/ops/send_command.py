@@ -1,4 +1,4 @@
-"""Send a command in place of a run's learner, and read the answers."""
+"""Sends a command in place of a run's learner, and reads the answers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import server_seconds, text_fields
 from rlbroker.codec.signing import SigningKey
-from rlbroker.control.commands import Command as Command
-from rlbroker.control.commands import CommandSender
+from rlbroker.control.commands import Command, CommandSender
 from rlbroker.errors import Fenced, InvalidArgument
-from rlbroker.ops.inspect.control_records import add_unsettled_answers
+from rlbroker.ops.inspect.control_records import add_unsettled_acknowledgements
 from rlbroker.ops.inspect.liveness import learner_silent_seconds, learner_state
 from rlbroker.types import Outcome
 
-#: Tries to send a command: each new learner fences the one before.
+#: Attempts to send a command: a new learner that opens the run meanwhile fences the one that was read.
 _TRIES = 3
 
 
@@ -33,23 +32,19 @@ def send_command(
 ) -> Command:
     """Send a command with the epoch of the run's latest learner.
 
-    That learner settles the answers, but does not send the command again to a server that lost it.
+    That learner records the answers, but does not send the command again to a server that lost it.
 
     Args:
-        connection: the connection to the server.
-        keys: the run's keys.
-        name: the name of the command.
         data: the argument of the handler; anything that a batch may contain.
         worker_ids: the workers; None for all members.
         expires_seconds: workers that read it later than this do not apply it.
-        also_without_learner: whether to send it if the learner has ended or is away, and no learner settles the
-            answers. Live workers apply it all the same.
+        also_without_learner: whether to send it even if the learner has ended or is away. Live workers apply it, but no
+            process records their answers.
         key: the key that signs it; workers with a key apply only signed commands.
 
     Raises:
         InvalidArgument: the name or the expiry is not valid, or there is no learner.
         UnknownWorker: one of the ids is not a member of the run.
-        PeerError: the server refused, or could not be reached in time.
     """
     for tried in range(_TRIES):
         clock, fields = connection.execute_all([("TIME",), ("HGETALL", keys.meta)])
@@ -62,8 +57,8 @@ def send_command(
         if state != "alive" and not also_without_learner:
             why = "has ended" if state == "ended" else "is away: it died, or lost its connection"
             raise InvalidArgument(
-                f"the learner of {keys.run!r} {why}, so no learner settles the workers' answers; --force sends the "
-                "command all the same, and live workers apply it"
+                f"the learner of {keys.run!r} {why}, so no process records the workers' answers; --force sends "
+                "the command, and live workers apply it"
             )
         sender = CommandSender(connection, keys, epoch=int(meta["epoch"]), key=key)
         try:
@@ -75,11 +70,7 @@ def send_command(
 
 
 def read_outcomes(connection: Connection, keys: Keys, command: Command) -> dict[int, Outcome]:
-    """Return the outcome of a command at each worker: the settled one, or else the worker's answer.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Return the outcome of a command at each worker: the recorded one, or else the worker's answer."""
     outcomes = {command.id: command.outcomes()}
-    add_unsettled_answers(connection, keys, outcomes)
+    add_unsettled_acknowledgements(connection, keys, outcomes)
     return outcomes[command.id]

@@ -1,8 +1,8 @@
 """The command line: `rlbroker`.
 
-`app` registers the commands; each has a file `…_command.py`, or `…_commands.py` for a group. A command about a run is
-decorated with `shared_options.with_session`, which adds the shared options and passes the command a `session.Session`:
-the connection, the run and the output. `console` prints tables, `formatting` has numbers and names as text.
+`app` registers the commands. Each has a file `…_command.py`, or `…_commands.py` for a group. The decorator
+`shared_options.with_session` adds the shared options to a command, and passes it a `session.Session`: the connection,
+the run and the output. `console` prints tables; `ops.formatting` has numbers and names as text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; print an `RlbrokerError` as one line instead of a traceback."""
+    """Run the command line; print an `RlbrokerError` as one line, without a traceback."""
     hide_password()
     from rlbroker.errors import RlbrokerError
     from rlbroker.ops.cli.app import app
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def hide_password() -> None:
-    """Restart this process without the password in its arguments, where every user of the machine can read it."""
+    """Restart this process without a password in its arguments, which every user of the machine can read."""
     kept, url, rest = sys.argv[:1], "", iter(sys.argv[1:])
     for argument in rest:
         name, equals, value = argument.partition("=")
@@ -36,6 +36,6 @@ def hide_password() -> None:
             kept.append(argument)
     if "@" in url or "password=" in url:
         os.environ["RLBROKER_REDIS_URL"] = url
-        os.environ["RLBROKER_URL_TYPED"] = "1"  # a literal: importing config.py would cost start-up time
+        os.environ["RLBROKER_URL_TYPED"] = "1"  # as in config.py, which would take long to import
         interpreter = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
         os.execv(sys.executable, [*interpreter, *kept[1:]])

@@ -1,4 +1,4 @@
-"""`rlbroker acl`: users for the learner, the workers and observers, with no more rights than each role needs."""
+"""`rlbroker acl`: prints users for the learner, the workers and observers, with only the rights that each needs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
-from rlbroker.ops.cli.formatting import counted
+from rlbroker.backend.text import counted
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
 
-#: The user of an ACL file with all rights.
+#: The user with all rights in an ACL file.
 ADMINISTRATOR = "admin"
 
 
@@ -30,7 +30,7 @@ def acl(
     shared: Annotated[
         bool,
         typer.Option(
-            "--shared", help="One user for all workers, for those that take any free id (worker_id=None)."
+            "--shared", help="One user for all workers: needed if they take any free id (worker_id=None)."
         ),
     ] = False,
     secrets_folder: Annotated[
@@ -38,30 +38,31 @@ def acl(
         typer.Option(
             "--secrets",
             metavar="FOLDER",
-            help="Folder with the users' passwords, one file each; missing ones are created with mode 600.",
+            help="Folder with the users' passwords, one file each; missing ones are generated, with mode 600.",
         ),
     ] = None,
     setuser: Annotated[
         bool,
-        typer.Option("--setuser", help="Print commands for a running server, not lines for an ACL file."),
+        typer.Option("--setuser", help="Print commands for a running server instead of an ACL file."),
     ] = False,
     server_version: Annotated[
         str | None,
         typer.Option(
             metavar="X.Y",
-            help="Redis version of the server, such as 6.2 or 7.2; by default the server is asked.",
+            help="Redis version of the server, such as 6.2 or 7.2; by default it is read from the server.",
         ),
     ] = None,
     cluster: Annotated[
         bool,
-        typer.Option("--cluster", help="Users for a Cluster; a running Cluster is recognised without it."),
+        typer.Option(
+            "--cluster", help="Print users for a Cluster. Not needed with the --url of a running Cluster."
+        ),
     ] = False,
 ) -> None:
     """Print the users of a run, with rights that fit the server's version.
 
-    A worker writes only its own keys, runs only scripts that the learner loaded, and cannot read the batches of others.
-
-    Exit code: 0; 2 after an error.
+    A worker writes only its own keys, runs only scripts that the learner loaded, and cannot read other workers'
+    batches. Exit code: 0, or 2 after an error.
 
     Example: rlbroker acl --run pong --workers 50 --secrets pong.secrets --server-version 7.0 > users.acl
     """
@@ -71,7 +72,9 @@ def acl(
     from rlbroker.ops.acl import READ_ONLY_KEYS_VERSION, format_acl_file, format_set_user_commands, make_users
 
     if secrets_folder is None and not session.as_json:
-        raise InvalidArgument("--secrets is missing: name a folder for the passwords: --secrets pong.secrets")
+        raise InvalidArgument(
+            "--secrets is missing; name a folder for the passwords, such as --secrets pong.secrets"
+        )
     version = _parse_version(server_version) if server_version else _read_version(session)
     kind = parse_endpoint(redis_url(session.url)).kind
     cluster |= kind == "cluster" or (not server_version and session.connection.servers.several)
@@ -108,7 +111,7 @@ def _read_version(session: Session) -> tuple[int, ...]:
     version = session.connection.server_info().get("redis_version")
     if version is None:
         raise InvalidArgument(
-            "this user may not read the server's version (INFO); give it with --server-version 7.2"
+            "this user may not read the server's version (INFO); set it with --server-version, such as 7.2"
         )
     return _parse_version(version)
 
@@ -127,7 +130,7 @@ def _parse_version(text: str) -> tuple[int, ...]:
 
 
 def _prepare_passwords(folder: Path, names: list[str]) -> tuple[dict[str, str], int]:
-    """Return each user's password, and how many are new: existing ones are kept."""
+    """Return each user's password, and how many of them are new. Existing passwords are kept."""
     from rlbroker.errors import InvalidArgument
 
     passwords, new = dict[str, str](), 0
@@ -139,7 +142,7 @@ def _prepare_passwords(folder: Path, names: list[str]) -> tuple[dict[str, str], 
                 passwords[name] = path.read_text().strip("\r\n")
                 if len(passwords[name].splitlines()) != 1:
                     raise InvalidArgument(
-                        f"{path} holds no password: write one line into it, or delete it to get a new one"
+                        f"{path} must hold one line, the password; write it, or delete the file to get a new password"
                     )
             else:
                 passwords[name], new = secrets.token_urlsafe(32), new + 1
@@ -151,15 +154,15 @@ def _prepare_passwords(folder: Path, names: list[str]) -> tuple[dict[str, str], 
 
 
 def _warnings(*, shared: bool, read_only: bool) -> list[str]:
-    """Return what these users can do beyond their role."""
+    """Return what these users can do that their role does not need."""
     warnings = []
     if shared:
         warnings.append(
-            "all workers are one user: any of them can read and write the batches of the others, and take their ids"
+            "all workers are one user: each can read and write the batches of the others, and take their ids"
         )
     if not read_only:
         warnings.append(
-            "before Redis 7 keys cannot be read-only: a worker can write weights and commands, too. Use a newer "
+            "before Redis 7 keys cannot be read-only, so a worker can also write weights and commands; use a newer "
             "server, or sign them (RLBROKER_SIGNING_KEY_FILE)"
         )
     return warnings

@@ -1,4 +1,4 @@
-"""All commands, in the order in which `rlbroker --help` shows them. A new command is added to `COMMANDS`."""
+"""The list of commands, by heading of `rlbroker --help`. Add a new command to `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rlbroker.ops.cli.demo_commands import demo, learner, worker
 from rlbroker.ops.cli.doctor_command import doctor
 from rlbroker.ops.cli.experiences_commands import experiences
 from rlbroker.ops.cli.exporter_command import exporter
-from rlbroker.ops.cli.formatting import unwrap
 from rlbroker.ops.cli.missed_command import missed
 from rlbroker.ops.cli.prune_command import prune
 from rlbroker.ops.cli.report_command import report
 from rlbroker.ops.cli.runs_command import runs
 from rlbroker.ops.cli.server_command import server
+from rlbroker.ops.cli.shared_options import unwrap
 from rlbroker.ops.cli.status_command import status
 from rlbroker.ops.cli.top.top_command import top
 from rlbroker.ops.cli.weights_commands import weights

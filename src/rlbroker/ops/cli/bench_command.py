@@ -1,4 +1,4 @@
-"""`rlbroker bench`: the throughput and latency to expect of a server."""
+"""`rlbroker bench`: measures the throughput and latency of a server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
 
 if TYPE_CHECKING:
-    from rlbroker.ops.bench import Report
+    from rlbroker.ops.bench import BenchReport
 
 
 @with_session(without=("run", "timeout"))
@@ -22,8 +22,8 @@ def bench(
 ) -> None:
     """Measure a server from this machine: round trip, link, weights, batches, and whether compression pays.
 
-    It uses a run of its own, deletes it afterwards, and takes about 10 seconds, in which it loads the server for
-    other users. Exit code: 0, 2 if the server cannot be used, 130 after Ctrl-C.
+    It takes about 10 seconds and slows the server for other users meanwhile. It uses a run of its own and deletes it
+    afterwards. Exit code: 0, 2 if the server cannot be used, 130 after Ctrl-C.
 
     Example: rlbroker bench --url redis://host:6379/0 --megabytes 128
     """
@@ -40,7 +40,7 @@ def bench(
         _print_text(report)
 
 
-def _print_text(report: Report) -> None:
+def _print_text(report: BenchReport) -> None:
     print(f"server      {report.server} ({report.server_version or 'version unknown'})")
     print(f"round trip  {report.round_trip_us:,.0f} µs median, {report.round_trip_p99_us:,.0f} µs p99")
     set_rate, get_rate = report.set_megabytes_per_second, report.get_megabytes_per_second

@@ -1,4 +1,4 @@
-"""`rlbroker check`: whether a run is healthy, for monitoring systems and container probes."""
+"""`rlbroker check`: reports whether a run is healthy, to monitoring systems and container probes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlbroker.ops.cli.formatting import age, counted, describe_other_workers, parse_span, sanitize
+from rlbroker.backend.text import age, counted
+from rlbroker.ops.cli.exit_codes import CRITICAL, OK, UNKNOWN, WARNING
 from rlbroker.ops.cli.session import Session
-from rlbroker.ops.cli.shared_options import with_session
+from rlbroker.ops.cli.shared_options import parse_span, with_session
+from rlbroker.ops.formatting import describe_other_workers, sanitize
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.findings import FindingLimits
+    from rlbroker.ops.inspect.liveness import Participant
 
-#: Exit codes, as monitoring plugins have them.
-OK, WARNING, CRITICAL, UNKNOWN = range(4)
-
-_STATE_NAMES = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
+_STATE_NAMES = {OK: "OK", WARNING: "WARNING", CRITICAL: "CRITICAL"}
 
 
 @with_session
@@ -27,21 +27,29 @@ def check(
     ] = 10,
     min_workers: Annotated[
         int | None,
-        typer.Option(min=0, help="Report fewer alive workers; by default as many as the learner expects."),
+        typer.Option(
+            min=0,
+            help="Report fewer live workers than this; by default the learner's num_workers.",
+        ),
     ] = None,
     queue: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Report a queue that is full to this share.")
     ] = 0.9,
     max_missed: Annotated[
         int | None,
-        typer.Option(min=0, help="Report more versions missed within --since, by all workers together."),
+        typer.Option(
+            min=0, help="Report more than this many versions missed within --since, over all workers."
+        ),
     ] = None,
     since: Annotated[
         float | None,
         typer.Option(parser=parse_span, metavar="SPAN", help="Time span of --max-missed; by default 1h."),
     ] = None,
     of_self: Annotated[
-        bool, typer.Option("--self", help="Only check that the learner or a worker on this host is alive.")
+        bool,
+        typer.Option(
+            "--self", help="Only check that the learner or a worker of the run is alive on this host."
+        ),
     ] = False,
     strict: Annotated[
         bool,
@@ -50,13 +58,12 @@ def check(
 ) -> None:
     """Print one line with the state of a run, and one for each finding, as monitoring plugins do.
 
-    --self is for health checks of containers and probes of Kubernetes: it checks that the learner or a worker of the
-    run that reported this host's name is alive. If the server does not answer, the state is UNKNOWN with exit code 0,
-    so that an orchestrator does not restart all containers at once; --strict changes that.
+    --self is for health checks of containers and Kubernetes probes: it checks that the learner or a worker with this
+    host's name is alive. If the server does not answer, the state is UNKNOWN and the exit code 0, so that an
+    orchestrator does not restart all containers at once; with --strict it is 3.
 
     Exit code: 0 ok; 1 warning; 2 critical; 3 unknown: the server or the run cannot be read.
-    With --self: 0 alive or unknown; 2 silent for longer than its lease, no process of the run on this host, or wrong
-    use.
+    With --self: 0 alive or unknown; 2 away, no process of the run on this host, or wrong usage.
 
     Example: rlbroker check --run pong --staleness 20 --min-workers 8
     """
@@ -86,7 +93,7 @@ def _print_unknown(session: Session, error: Exception) -> None:
 def _check_self(session: Session, *, strict: bool) -> int:
     """Print whether a process of the run is alive on this host, and return the exit code.
 
-    One alive process is enough: a worker whose process was restarted has a new id, and its old id may still be known.
+    One live process is enough: after a restart a worker may have a new id, while its old id is still a member.
     """
     import socket
     from dataclasses import asdict
@@ -96,13 +103,13 @@ def _check_self(session: Session, *, strict: bool) -> int:
     from rlbroker.ops.inspect.liveness import find_participants
 
     run, host = session.named_run, socket.gethostname()
-    if run is None:  # the only run on the server would do only until a second one begins
-        raise InvalidArgument("--self needs the name of the run: set RLBROKER_RUN, or give --run")
+    if run is None:  # the default, the only run, would fail as soon as the server has a second one
+        raise InvalidArgument("--self needs the name of the run: set RLBROKER_RUN, or use --run")
     check_run_name(run)
     try:
         with session.time_limit():
             present = find_participants(session.connection, run, host)
-    except UsageError:  # wrong settings do not heal by themselves
+    except UsageError:  # wrong settings stay wrong: report them, also without --strict
         raise
     except RlbrokerError as error:
         _print_unknown(session, error)
@@ -113,17 +120,14 @@ def _check_self(session: Session, *, strict: bool) -> int:
         here = [asdict(process) for process in present]
         session.print_json({"state": _STATE_NAMES[code].lower(), "run": run, "host": host, "here": here})
     else:
-        states = [
-            f"{process.name} {process.state}"
-            + (
-                ""
-                if process.last_seen_seconds is None
-                else f" (last seen {age(process.last_seen_seconds)} ago)"
-            )
-            for process in present
-        ]
-        print(f"{_STATE_NAMES[code]}: {run} on {host}: {', '.join(states) or 'no learner or worker is here'}")
+        states = ", ".join(map(_describe_participant, present))
+        print(f"{_STATE_NAMES[code]}: {run} on {host}: {states or 'no learner or worker runs here'}")
     return code
+
+
+def _describe_participant(process: Participant) -> str:
+    seconds = process.last_seen_seconds
+    return f"{process.name} {process.state}" + ("" if seconds is None else f" (last seen {age(seconds)} ago)")
 
 
 def _check_run(session: Session, limits: FindingLimits, max_missed: int | None, since: float) -> int:
@@ -143,12 +147,11 @@ def _check_run(session: Session, limits: FindingLimits, max_missed: int | None, 
                 what = f"{missed} missed within {age(since)}; the limit is {max_missed:,}"
                 hint = f"rlbroker missed --since {since:.0f}s"
                 findings.append(Finding("warning", "too_many_missed", None, what, hint))
-    code = max(
-        ({"warning": WARNING, "critical": CRITICAL}[finding.severity] for finding in findings), default=OK
-    )
+    codes = {"warning": WARNING, "critical": CRITICAL}
+    code = max((codes[finding.severity] for finding in findings), default=OK)
     metrics = {
         "version": snapshot.manifest.version if snapshot.manifest else 0,
-        "alive": sum(info.state == "alive" for info in snapshot.members),
+        "alive": snapshot.alive,
         "max_staleness": max((info.staleness for info in snapshot.members), default=0),
         "waiting": sum(status.counts.waiting for status in snapshot.workers.values() if status.counts),
         "missed": sum(status.missed.total for status in snapshot.workers.values()),

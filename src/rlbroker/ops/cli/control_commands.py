@@ -10,24 +10,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlbroker.backend.text import age, counted
 from rlbroker.ops.cli.exit_codes import EXIT_INTERRUPTED
-from rlbroker.ops.cli.formatting import age, counted, parse_span, sanitize
 from rlbroker.ops.cli.progress import show_progress
 from rlbroker.ops.cli.session import Session
-from rlbroker.ops.cli.shared_options import with_session
+from rlbroker.ops.cli.shared_options import parse_span, with_session
+from rlbroker.ops.formatting import sanitize
 
 if TYPE_CHECKING:
+    from rlbroker.control.commands import Command
     from rlbroker.ops.inspect.control_records import SentCommand
-    from rlbroker.ops.send_command import Command
     from rlbroker.types import Outcome
 
-#: How often to read the workers' answers.
+#: Interval between two reads of the workers' answers.
 POLL_SECONDS = 0.1
 
 #: Exit code if at least one worker did not do the command.
 EXIT_NOT_DONE = 1
 
-#: How many workers without an answer are listed in a table.
+#: How many of the workers without an answer a table names.
 WAITING_SHOWN = 8
 
 control = typer.Typer(
@@ -41,7 +42,7 @@ def send(
     session: Session,
     name: Annotated[
         str,
-        typer.Argument(help="stop, pause, resume, reset, or a name for which the workers have a handler."),
+        typer.Argument(help="stop, pause, resume, reset, or a name that the workers handle."),
     ],
     data: Annotated[
         str | None, typer.Option(metavar="JSON", help='Data for the handler, such as {"duration": 5}.')
@@ -54,7 +55,7 @@ def send(
         typer.Option(
             parser=parse_span,
             metavar="SPAN",
-            help="Workers ignore the command after this time; by default 30s.",
+            help="Workers that read the command later than this ignore it; by default 30s.",
         ),
     ] = None,
     wait: Annotated[
@@ -70,9 +71,9 @@ def send(
 ) -> None:
     """Send a command to workers on behalf of their learner, and show the answers as they arrive.
 
-    Without an alive learner no process records the answers, so --force is needed; the workers obey all the same.
-    Ctrl-C ends the wait: the command stays sent. Unlike a command of the learner, it is not sent again to a server
-    that has lost it.
+    Without a live learner no process records the answers, so --force is needed; the workers apply the command.
+    Ctrl-C ends the wait, and the command stays sent. If the server loses it, it is not sent again, unlike a command of
+    the learner.
     Exit code: 0 all workers did it, or --no-wait; 1 some did not, or not yet; 2 it could not be sent; 130 after Ctrl-C.
 
     Example: rlbroker control send pause --data '{"duration": 5}' --worker 0 --worker 3
@@ -92,14 +93,14 @@ def send(
             key=session.signing_key,
         )
     if not command:
-        session.fail(f"the run {session.run!r} has no workers at present; nothing was sent", EXIT_NOT_DONE)
+        session.fail(f"the run {session.run!r} has no workers; nothing was sent", EXIT_NOT_DONE)
     outcomes: dict[int, Outcome] = {}
     if not no_wait:
         try:
             outcomes = _wait_for_answers(session, command, 30.0 if wait is None else wait)
         except KeyboardInterrupt:
             hint = session.complete_hint("rlbroker control list")
-            session.note(f"the command stays sent; {hint} shows the answers")
+            session.note(f"the command stays sent; to see the answers: {hint}")
             raise typer.Exit(EXIT_INTERRUPTED) from None
     _print_outcomes(session, command, outcomes, waited=not no_wait)
     if not no_wait and not all(outcomes.values()):
@@ -114,7 +115,7 @@ def list_commands(
 ) -> None:
     """List the newest commands, newest last, with their outcomes.
 
-    A command is kept for about an hour, and longer while answers are missing, but for a day at most.
+    A command is listed for about an hour, and for up to a day while answers are missing.
     Exit code: 0, or 2 if the server or the run cannot be read.
 
     Example: rlbroker control list --run pong --count 5
@@ -146,7 +147,7 @@ def list_commands(
 
 
 def parse_arguments(data: str | None) -> Any:
-    """Return the value of --data, which is JSON; None without it."""
+    """Return the value of the JSON text of --data; None without it."""
     try:
         return None if data is None else json.loads(data)
     except ValueError as error:
@@ -156,7 +157,7 @@ def parse_arguments(data: str | None) -> Any:
 
 
 def _wait_for_answers(session: Session, command: Command, seconds: float) -> dict[int, Outcome]:
-    """Return the outcomes once all workers have answered, or when the time is over."""
+    """Return the outcomes when all workers have answered, or after this time."""
     from rlbroker.ops.send_command import read_outcomes
 
     end = time.monotonic() + seconds
@@ -202,7 +203,7 @@ def _print_outcomes(
     )
     if any(outcome.state == "waiting" for outcome in outcomes.values()):
         hint = session.complete_hint("rlbroker control list")
-        session.note(f"some workers have not answered; the command stays sent: {hint}")
+        session.note(f"some workers have not answered; the command stays sent; to see later answers: {hint}")
 
 
 def _cell_style(column: str, cell: str) -> str:
@@ -217,7 +218,7 @@ def _count_states(outcomes: Mapping[int, Outcome]) -> str:
 
 
 def _describe_problem(outcomes: Mapping[int, Outcome]) -> str:
-    """Return the first worker that did not do it, with the reason; or the workers without an answer."""
+    """Return the first worker that did not do it, with the reason, or else the workers without an answer."""
     for worker, outcome in outcomes.items():
         if outcome.state not in ("done", "waiting"):
             reason = f", {sanitize(outcome.detail)}" if outcome.detail else ""

@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlbroker.ops.cli.exit_codes import EXIT_NOT_FOUND
+from rlbroker.backend.text import age, counted
+from rlbroker.ops.cli.exit_codes import EXIT_ERROR, EXIT_NOT_FOUND
 from rlbroker.ops.cli.experiences_commands import contents_json, print_contents
-from rlbroker.ops.cli.formatting import age, counted, format_bytes, sanitize
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
+from rlbroker.ops.formatting import format_bytes, sanitize
 
 if TYPE_CHECKING:
     from rlbroker.types import DeadLetter
-
-#: Exit code if the deletion was not confirmed.
-EXIT_NOT_CONFIRMED = 2
 
 dead = typer.Typer(
     name="dead",
@@ -26,16 +24,16 @@ dead = typer.Typer(
     help="Dead letters, the batches that no learner could use: list, show, retry or delete them.",
 )
 
-Worker = Annotated[int | None, typer.Option(min=0, help="Only batches of this worker.")]
+Worker = Annotated[int | None, typer.Option(min=0, help="Only those of this worker.")]
 Ids = Annotated[
-    list[str] | None, typer.Argument(metavar="[ID]…", help="Ids as printed by `rlbroker dead list`.")
+    list[str] | None, typer.Argument(metavar="[ID]…", help="Ids, as printed by `rlbroker dead list`.")
 ]
 
 
 @dead.command("list")
 @with_session
 def list_dead(session: Session, worker: Worker = None) -> None:
-    """List dead batches with worker, reason and age, oldest first.
+    """List dead letters with worker, reason and age, oldest first.
 
     At most 1,000 of each worker are kept. Exit code: 0, or 2 if the server or the run cannot be read.
 
@@ -46,7 +44,7 @@ def list_dead(session: Session, worker: Worker = None) -> None:
         session.print_json({"run": session.run, "dead": [_letter_json(letter, now) for letter in letters]})
         return
     if not letters:
-        session.note("there are no dead batches")
+        session.note("there are no dead letters")
         return
     session.console.print_table(
         [
@@ -71,19 +69,19 @@ def list_dead(session: Session, worker: Worker = None) -> None:
 
 @dead.command("show")
 @with_session
-def show_dead(session: Session, names: Ids = None, worker: Worker = None) -> None:
-    """Show dead batches in detail, with their contents as far as they can be decoded: by id, or all of a worker.
+def show_dead(session: Session, ids: Ids = None, worker: Worker = None) -> None:
+    """Show dead letters in detail, with their contents as far as they can be decoded: by id, or all of a worker.
 
     Exit code: 0; 1 if an id does not exist (any more); 2 if the server or the run cannot be read.
 
     Example: rlbroker dead show 3/1795599266911-7
     """
-    if not names and worker is None:
-        raise typer.BadParameter("give ids as printed by `rlbroker dead list`, or --worker")
-    from rlbroker.ops.inspect.dead_letters import letter_data
+    if not ids and worker is None:
+        raise typer.BadParameter("name ids as printed by `rlbroker dead list`, or use --worker")
+    from rlbroker.experience.dead_letters import letter_data
     from rlbroker.ops.inspect.queues import describe_batch
 
-    letters, now = _find_letters(session, worker, names)
+    letters, now = _find_letters(session, worker, ids)
     shown = []
     for letter in letters:
         with session.time_limit():
@@ -106,108 +104,104 @@ def show_dead(session: Session, names: Ids = None, worker: Worker = None) -> Non
         print_contents(session, contents)
     if session.as_json:
         session.print_json({"run": session.run, "dead": shown})
-    _fail_if_missing(session, names, letters)
+    _fail_if_missing(session, ids, letters)
 
 
 @dead.command("retry")
 @with_session
 def retry_dead(
     session: Session,
-    names: Ids = None,
+    ids: Ids = None,
     worker: Worker = None,
     every: Annotated[bool, typer.Option("--all", help="All of the run, or of --worker.")] = False,
 ) -> None:
-    """Deliver dead batches once more, to the learner within seconds, or else to the next one.
+    """Deliver dead letters once more: to the learner within seconds, or to the next one if there is none.
 
     Exit code: 0; 1 if an id does not exist (any more); 2 if the server or the run cannot be read.
 
     Example: rlbroker dead retry 3/1795599266911-7
     """
-    if bool(names) == (every or worker is not None):
-        raise typer.BadParameter("give ids as printed by `rlbroker dead list`, or --worker, or --all")
+    if bool(ids) == (every or worker is not None):
+        raise typer.BadParameter("name ids as printed by `rlbroker dead list`, or use --worker or --all")
     from rlbroker.ops.inspect.dead_letters import retry
 
-    letters, _ = _find_letters(session, worker, names)
+    letters, _ = _find_letters(session, worker, ids)
     with session.time_limit():
         count = retry(session.connection, session.keys, letters)
     if session.as_json:
-        session.print_json({"run": session.run, "retried": count, "missing": _missing_ids(names, letters)})
+        session.print_json({"run": session.run, "retried": count, "missing": _missing_ids(ids, letters)})
     else:
-        session.console.print(f"{_counted(count)} will be delivered once more")
-    _fail_if_missing(session, names, letters)
+        session.console.print(f"{counted(count, 'dead letter')} will be delivered once more")
+    _fail_if_missing(session, ids, letters)
 
 
 @dead.command("purge")
 @with_session
 def purge_dead(
     session: Session,
-    names: Ids = None,
+    ids: Ids = None,
     worker: Worker = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Delete dead batches for good: by id, or all of a worker, or all of the run. They stay counted as lost.
+    """Delete dead letters for good: by id, all of a worker, or all of the run. They stay counted as lost.
 
-    It asks for confirmation; where there is no terminal, --yes is needed.
+    It asks for confirmation; without a terminal, --yes is needed.
     Exit code: 0; 1 if an id does not exist (any more); 2 if not confirmed, or the run cannot be read.
 
     Example: rlbroker dead purge --worker 3
     """
     from rlbroker.ops.inspect.dead_letters import purge
 
-    letters, _ = _find_letters(session, worker, names)
+    letters, _ = _find_letters(session, worker, ids)
     if letters and not yes:
         _confirm(session, letters)
     with session.time_limit():
         count = purge(session.connection, session.keys, letters)
     if session.as_json:
-        session.print_json({"run": session.run, "purged": count, "missing": _missing_ids(names, letters)})
+        session.print_json({"run": session.run, "purged": count, "missing": _missing_ids(ids, letters)})
     else:
-        session.console.print(f"{_counted(count)} deleted")
-    _fail_if_missing(session, names, letters)
+        session.console.print(f"{counted(count, 'dead letter')} deleted")
+    _fail_if_missing(session, ids, letters)
 
 
 def _find_letters(
-    session: Session, worker: int | None, names: list[str] | None
+    session: Session, worker: int | None, ids: list[str] | None
 ) -> tuple[list[DeadLetter], float]:
     """Return the selected letters, and the server's time at which they were read."""
     from rlbroker.ops.inspect.dead_letters import find_letters
 
     with session.time_limit():
         now = session.connection.clock(session.keys.meta)
-        letters = find_letters(session.connection, session.keys, worker=worker, names=names or ())
+        letters = find_letters(session.connection, session.keys, worker=worker, ids=ids or ())
     return letters, now
 
 
 def _confirm(session: Session, letters: Sequence[DeadLetter]) -> None:
     stored_bytes = sum(letter.stored_bytes for letter in letters)
-    what = f"{_counted(len(letters))} of {session.run} ({format_bytes(stored_bytes)})"
+    what = f"{counted(len(letters), 'dead letter')} of {session.run} ({format_bytes(stored_bytes)})"
     if not sys.stdin.isatty():
-        session.fail(f"this would delete {what}; confirm it with --yes", EXIT_NOT_CONFIRMED)
+        session.fail(f"this would delete {what}; confirm it with --yes", EXIT_ERROR)
     if not typer.confirm(f"Delete {what} for good?", err=True):
-        session.fail("nothing was deleted", EXIT_NOT_CONFIRMED)
+        session.fail("nothing was deleted", EXIT_ERROR)
 
 
-def _missing_ids(names: list[str] | None, letters: Sequence[DeadLetter]) -> list[str]:
+def _missing_ids(ids: list[str] | None, letters: Sequence[DeadLetter]) -> list[str]:
     existing = {_id_of(letter) for letter in letters}
-    return [name for name in names or () if name not in existing]
+    return [name for name in ids or () if name not in existing]
 
 
-def _fail_if_missing(session: Session, names: list[str] | None, letters: Sequence[DeadLetter]) -> None:
-    missing = _missing_ids(names, letters)
+def _fail_if_missing(session: Session, ids: list[str] | None, letters: Sequence[DeadLetter]) -> None:
+    missing = _missing_ids(ids, letters)
     if missing:
-        what = "is not a dead batch" if len(missing) == 1 else "are not dead batches"
+        what = "is not a dead letter" if len(missing) == 1 else "are not dead letters"
         hint = session.complete_hint("rlbroker dead list")
         session.fail(f"{', '.join(map(sanitize, missing))} {what} (any more): {hint}", EXIT_NOT_FOUND)
 
 
 def _id_of(letter: DeadLetter) -> str:
-    from rlbroker.ops.inspect.dead_letters import letter_name
+    from rlbroker.ops.inspect.dead_letters import letter_id
 
-    return letter_name(letter)
-
-
-def _counted(count: int) -> str:
-    return counted(count, "dead batch", "dead batches")
+    return letter_id(letter)
 
 
 def _letter_json(letter: DeadLetter, now: float) -> dict[str, Any]:

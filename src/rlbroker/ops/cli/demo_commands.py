@@ -1,4 +1,4 @@
-"""`rlbroker demo`, `learner` and `worker`: the demo on one machine, or its parts on several."""
+"""`rlbroker demo`, `learner` and `worker`: the demo on one machine, or its parts on several machines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from rlbroker.ops.cli.exit_codes import EXIT_INTERRUPTED
 from rlbroker.ops.cli.shared_options import Url
 
 Env = Annotated[str, typer.Option(help="Gymnasium environment; the same for the learner and its workers.")]
@@ -90,16 +91,16 @@ def learner(
     progress: Annotated[
         Literal["auto", "json"],
         typer.Option(
-            help="auto: a dashboard on a terminal, lines elsewhere. json: for programs; exit code 0."
+            help="auto: a dashboard on a terminal, lines elsewhere. json: JSON lines, and always exit code 0."
         ),
     ] = "auto",
 ) -> None:
     """Train a policy with PPO on the batches that workers send, and stop the workers at the end.
 
-    Ctrl-C ends training and stops the workers. SIGTERM and SIGUSR1 announce that the learner is to be moved: it saves
-    its checkpoint and ends, and the workers wait until it is started again. Without --checkpoint the training state
-    is lost then. With it, --minutes limits the total time of all starts.
-    Exit code: 0 solved, 1 not solved in time, 130 after Ctrl-C, 75 if a signal ended it and it is to be started again.
+    Ctrl-C ends training and stops the workers. After SIGTERM or SIGUSR1 the learner saves its checkpoint and ends, and
+    the workers wait until it is started again. Without --checkpoint the training state is lost then. With it,
+    --minutes limits the total time of all starts.
+    Exit code: 0 solved, 1 not solved in time, 130 after Ctrl-C, 75 after a signal: start it again.
 
     Example: rlbroker learner --url redis://host:6379/0 --run demo --env CartPole-v1
     """
@@ -180,11 +181,11 @@ def worker(
     try:
         work(settings, lambda: read_learner_state(settings.url, settings.run))
     except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def read_learner_state(url: str | None, run: str) -> str:
-    """Return the learner's state: `alive`, `ended`, `away`, `none` before the first one, `unknown` after an error."""
+    """Return the learner's state: `alive`, `ended`, `away`, `none` if there was none yet, `unknown` after an error."""
     from rlbroker.backend.connection import Connection
     from rlbroker.backend.keys import Keys
     from rlbroker.backend.replies import server_seconds, text_fields
@@ -195,7 +196,7 @@ def read_learner_state(url: str | None, run: str) -> str:
         meta, clock = connection.ask([("HGETALL", Keys(run).meta), ("TIME",)])
         fields = text_fields(meta)
         return learner_state(fields, learner_silent_seconds(fields, server_seconds(clock)))
-    except Exception:  # noqa: BLE001 - the state is only printed; the worker meets the same error by itself
+    except Exception:  # noqa: BLE001 - the state is only printed; the worker raises the same error itself
         return "unknown"
     finally:
         connection.close()

@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from rlbroker.ops.cli.check_command import CRITICAL, OK, UNKNOWN, WARNING
-from rlbroker.ops.cli.formatting import counted, sanitize
+from rlbroker.backend.text import counted
+from rlbroker.ops.cli.exit_codes import CRITICAL, OK, UNKNOWN, WARNING
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
+from rlbroker.ops.formatting import sanitize
 
 if TYPE_CHECKING:
     from rlbroker.ops.doctor.diagnosis import Diagnosis
 
-#: The exit code for each state, and its mark with colour.
+#: The exit code for each state, and its mark and colour.
 _EXIT_CODES = {"ok": OK, "unknown": OK, "warning": WARNING, "critical": CRITICAL}
 _MARKS = {"ok": ("✓", "green"), "unknown": ("?", "dim"), "warning": ("!", "yellow"), "critical": ("✗", "red")}
 
@@ -23,9 +24,9 @@ _MARKS = {"ok": ("✓", "green"), "unknown": ("?", "dim"), "warning": ("!", "yel
 def doctor(session: Session) -> None:
     """Examine the server, the run and this machine: settings, latency, rights, memory, and what is wrong with the run.
 
-    Each point that fails comes with a command that fixes it. A point that the server does not report, or not to this
-    user, is marked with ? and is not an error. Without a run, or with several runs and no --run, only the server is
-    examined.
+    A check that fails is printed with a command that repairs it. A value that the server does not report, or not to
+    this user, is marked with ? and is no error. Without a run, or with several runs and no --run, only the server and
+    this machine are examined.
     Exit code: 0 ok; 1 warning; 2 critical; 3 the server or the run cannot be examined.
 
     Example: rlbroker doctor --url redis://host:6379/0 --run pong
@@ -49,9 +50,9 @@ def _examine(session: Session) -> int:
     with session.time_limit():
         diagnosis = diagnose(session.connection, _find_run(session))
     if session.as_json:
-        points = [asdict(point) for point in diagnosis.checks]
+        checks = [asdict(check) for check in diagnosis.checks]
         session.print_json(
-            {"server": diagnosis.server, "run": diagnosis.run, "state": diagnosis.state, "points": points}
+            {"server": diagnosis.server, "run": diagnosis.run, "state": diagnosis.state, "points": checks}
         )
     else:
         _print_text(session, diagnosis)
@@ -59,7 +60,7 @@ def _examine(session: Session) -> int:
 
 
 def _find_run(session: Session) -> str | None:
-    """Return the run that was named, or the only one on the server; None if there are none or several."""
+    """Return the named run, or the only one on the server; None if there is none, or several."""
     from rlbroker.errors import AccessDenied
     from rlbroker.ops.inspect.runs import list_run_names
 
@@ -67,7 +68,7 @@ def _find_run(session: Session) -> str | None:
         return session.run
     try:
         names = list_run_names(session.connection)
-    except AccessDenied:  # the point `rights` reports it
+    except AccessDenied:  # the check `rights` reports it
         names = []
     if len(names) == 1:
         session.run_option = names[0]
@@ -84,17 +85,17 @@ def _find_run(session: Session) -> str | None:
 def _print_text(session: Session, diagnosis: Diagnosis) -> None:
     run = f" and the run {diagnosis.run}" if diagnosis.run else ""
     session.console.print(f"{diagnosis.server}{run}")
-    width = max(len(point.code) for point in diagnosis.checks)
+    width = max(len(check.code) for check in diagnosis.checks)
     printed_hints = set[str]()
-    for point in diagnosis.checks:
-        mark, style = _MARKS[point.state]
-        session.console.print(f"{mark} {point.code:<{width}}  {sanitize(point.what)}", style=style)
-        # One missing right makes many points unknown: its hint is printed once.
-        if point.hint and not (point.state == "unknown" and point.hint in printed_hints):
-            printed_hints.add(point.hint)
-            for line in point.hint.splitlines():
+    for check in diagnosis.checks:
+        mark, style = _MARKS[check.state]
+        session.console.print(f"{mark} {check.code:<{width}}  {sanitize(check.what)}", style=style)
+        # One missing right makes many values unknown; print its hint once.
+        if check.hint and not (check.state == "unknown" and check.hint in printed_hints):
+            printed_hints.add(check.hint)
+            for line in check.hint.splitlines():
                 session.console.print(f"  {'':<{width}}  {session.complete_hint(line)}")
-    count = {state: sum(point.state == state for point in diagnosis.checks) for state in _MARKS}
+    count = {state: sum(check.state == state for check in diagnosis.checks) for state in _MARKS}
     session.console.print(
         f"{count['ok']} ok, {counted(count['warning'], 'warning')}, {count['critical']} critical, "
         f"{count['unknown']} unknown"

@@ -1,4 +1,4 @@
-"""The exit codes of commands, and which errors end with which of them."""
+"""The exit codes of commands, and the exit code for each kind of error."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ from typing import TYPE_CHECKING
 import typer
 
 from rlbroker.errors import RlbrokerError
-from rlbroker.ops.cli.formatting import sanitize
+from rlbroker.ops.formatting import sanitize
 
 if TYPE_CHECKING:
     from rlbroker.ops.cli.session import Session
 
-#: The run exists, but not what was asked for.
+#: The run exists, but the requested part of it does not.
 EXIT_NOT_FOUND = 1
 
-#: An error that its message explains.
+#: Any error that a user can cause or repair.
 EXIT_ERROR = 2
 
-#: An error that only a bug in rlbroker can cause.
+#: A bug in rlbroker.
 EXIT_BUG = 70
 
 #: Ctrl-C.
 EXIT_INTERRUPTED = 130
 
-#: The reader of stdout went away.
+#: The reader of stdout has closed it.
 EXIT_PIPE = 141
+
+#: The states of `check` and `doctor`, with the exit codes of monitoring plugins.
+OK, WARNING, CRITICAL, UNKNOWN = range(4)
 
 
 @contextmanager
 def exit_on_errors(session: Session) -> Iterator[None]:
-    """End the command with one line on stderr and an exit code if the block raises; with -vv add the traceback."""
+    """Turn an exception of the block into one line on stderr and an exit code; with -vv print the traceback too."""
     try:
         yield
     except RlbrokerError as error:
@@ -43,12 +46,12 @@ def exit_on_errors(session: Session) -> Iterator[None]:
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
-        # Python flushes stdout once more at its end, which must not fail again.
+        # Python flushes stdout again when it ends; that must not fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_PIPE) from None
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
-    except Exception as error:  # noqa: BLE001 - a bug in rlbroker: by default one line is enough
+    except Exception as error:  # noqa: BLE001 - a bug in rlbroker
         session.print_traceback()
         message = f"unexpected {type(error).__name__}: {error}; -vv shows where"
         session.fail(sanitize(message), EXIT_BUG)

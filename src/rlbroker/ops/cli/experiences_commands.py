@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlbroker.ops.cli.formatting import age, counted, format_bytes, sanitize
+from rlbroker.backend.text import age, counted
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
+from rlbroker.ops.formatting import format_bytes, sanitize
 
 if TYPE_CHECKING:
-    from rlbroker.ops.inspect.queues import Content, WaitingBatch
+    from rlbroker.codec.describe import Content
+    from rlbroker.ops.inspect.queues import QueuedBatch
 
 #: How many workers are shown by default: their batches are downloaded, and may be large.
 WORKERS_SHOWN = 16
@@ -24,7 +26,7 @@ experiences = typer.Typer(
 
 @experiences.callback()
 def _group() -> None:
-    """Make typer treat `experiences` as a group, although it has one command."""
+    """Keep `experiences` a group: typer makes a group of a single command that command itself."""
 
 
 @experiences.command("peek")
@@ -56,7 +58,7 @@ def peek(
     selected = [worker] if worker is not None else existing if every else existing[:WORKERS_SHOWN]
     queues = []
     for worker_id in selected:
-        # One queue at a time: all of them may be too large for the memory, or for the timeout.
+        # One queue at a time: all together may exceed the memory or the timeout.
         with session.time_limit():
             queues.append(peek_queue(session.connection, session.keys, worker_id, count=count, newest=newest))
     if session.as_json:
@@ -81,16 +83,16 @@ def peek(
     for queue in queues:
         if queue.waiting or queue.in_hand:
             session.console.print(
-                f"worker {queue.worker_id}: {queue.waiting:,} waiting, {queue.in_hand:,} in the learner's hands"
+                f"worker {queue.worker_id}: {queue.waiting:,} waiting, {queue.in_hand:,} in hand"
             )
         for batch in queue.batches:
             _print_batch(session, batch)
     if worker is None and len(selected) < len(existing):
         more = counted(len(existing) - len(selected), "more worker")
-        session.note(f"{more} not shown: give --worker N, or --all")
+        session.note(f"{more} not shown; use --worker N or --all")
 
 
-def _print_batch(session: Session, batch: WaitingBatch) -> None:
+def _print_batch(session: Session, batch: QueuedBatch) -> None:
     facts = [
         f"batch {batch.worker_id}/{batch.batch_id}" + (", retried" if batch.retried else ""),
         (
@@ -102,7 +104,7 @@ def _print_batch(session: Session, batch: WaitingBatch) -> None:
         (f"{format_bytes(batch.raw_bytes)} of arrays in " if batch.raw_bytes is not None else "")
         + format_bytes(batch.stored_bytes),
         f"sent {age(batch.age_seconds)} ago" if batch.age_seconds is not None else "",
-        f"in the hands of {sanitize(batch.held_by)}, delivery {batch.deliveries:,}" if batch.held_by else "",
+        f"pending at {sanitize(batch.held_by)}, delivery {batch.deliveries:,}" if batch.held_by else "",
     ]
     session.console.print("  " + "; ".join(filter(None, facts)))
     if batch.problem:
@@ -134,7 +136,7 @@ def contents_json(contents: Sequence[Content]) -> list[dict[str, Any]]:
     ]
 
 
-def _batch_json(batch: WaitingBatch) -> dict[str, Any]:
+def _batch_json(batch: QueuedBatch) -> dict[str, Any]:
     return {
         "id": f"{batch.worker_id}/{batch.batch_id}",
         "retried": batch.retried,

@@ -1,4 +1,4 @@
-"""`rlbroker exporter`: serves metrics to Prometheus as long as the command runs."""
+"""`rlbroker exporter`: serves metrics to Prometheus until the command ends."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rlbroker")
 
-#: The longest that an HTTP client may take to send its request, or to read the answer.
+#: How long an HTTP client may take to send its request or to read the response.
 CLIENT_SECONDS = 10.0
 
-#: Where the metrics are served.
+#: The URL path of the metrics.
 PATH = "/metrics"
 
 
@@ -31,7 +31,7 @@ PATH = "/metrics"
 def exporter(
     session: Session,
     bind: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 for other machines, too.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 to let other machines connect.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 for a free one.")] = 9717,
     run: Annotated[
@@ -41,13 +41,13 @@ def exporter(
 ) -> None:
     """Serve metrics of one run, or of all runs on a server, to Prometheus until Ctrl-C.
 
-    The URL is printed on stdout. Redis is read when Prometheus asks, within --timeout; if the server does not answer,
+    The URL is printed on stdout. Each scrape reads Redis, within --timeout; if the server does not answer,
     `rlbroker_up` is 0. There is no password: every client that reaches the port can read the metrics.
     Exit code: 130 after Ctrl-C, 0 after SIGTERM, 2 if it cannot start.
 
     Example: rlbroker exporter --url redis://host:6379/0 --port 9717
     """
-    # Before anything else: a service manager that stops it during the start must get exit code 0, too.
+    # First of all: SIGTERM must end the command with exit code 0 even while it starts.
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     from rlbroker import __version__
@@ -104,14 +104,14 @@ def _open_server(bind: str, port: int, collector: MetricsCollector) -> Threading
                 return
             try:
                 super().do_GET()
-            except DeadlineExceeded as error:  # raised before anything was sent
+            except DeadlineExceeded as error:  # nothing was sent yet
                 self.send_error(503, str(error))
 
     class MetricsServer(ThreadingHTTPServer):
         daemon_threads = True
 
         def server_bind(self) -> None:
-            """Bind without looking up this machine's name, which may take long."""
+            """Bind without looking up this machine's name, which may be slow."""
             TCPServer.server_bind(self)
             self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 

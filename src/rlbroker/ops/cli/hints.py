@@ -1,7 +1,7 @@
-"""Completes hints such as `redis-cli CONFIG SET …` to lines that reach the same server and run when they are typed.
+"""Adds to hints, such as `redis-cli CONFIG SET …`, the options that lead to the session's server and run.
 
-Such a line never holds a password. redis-cli asks for it, `…` stands for it in a URL, and a URL that came from the
-environment is read from the environment again.
+A completed hint never holds a password: redis-cli asks for it, `…` replaces it in a URL, and a URL from the environment
+is referred to by the name of its variable.
 """
 
 from __future__ import annotations
@@ -15,21 +15,18 @@ if TYPE_CHECKING:
     from rlbroker.backend.url import Endpoint
     from rlbroker.ops.cli.session import Session
 
-#: Commands that take no --run, or are about a server with all its runs.
+#: Commands that have no --run, or are about all runs of a server.
 _WITHOUT_RUN = ("bench", "doctor", "prune", "runs", "server")
 
-#: Commands of redis-cli that concern every node of a Cluster: each has its own settings, files and users.
+#: Commands of redis-cli that every node of a Cluster needs: each has its own settings, files and users.
 _FOR_EVERY_NODE = ("ACL ", "BGREWRITEAOF", "BGSAVE", "CONFIG ", "MEMORY PURGE")
 
-#: Stands in a URL for the password.
+#: Replaces the password in a URL.
 _OMITTED = "…"
 
 
 def complete_hint(session: Session, hint: str) -> str:
-    """Return a hint with the options that lead to the session's server and run.
-
-    A hint for another program than `rlbroker` and `redis-cli` is returned as it is.
-    """
+    """Return a hint as a line to type. Only hints for `rlbroker` and `redis-cli` are changed."""
     program, _, arguments = hint.partition(" ")
     if program == "redis-cli":
         return " ".join(filter(None, (program, _redis_cli_options(session, arguments), arguments)))
@@ -48,7 +45,7 @@ def lacks_password(line: str) -> bool:
 
 
 def _url_to_type(url: str | None) -> str | None:
-    """Return the value that --url needs, without password; None if the environment names the server."""
+    """Return the value for --url, without password; None if the environment names the server."""
     from rlbroker.backend.url import redis_url, url_parts
     from rlbroker.config import url_was_typed
 
@@ -63,8 +60,7 @@ def _url_to_type(url: str | None) -> str | None:
 def _redis_cli_options(session: Session, command: str) -> str:
     """Return the options with which redis-cli reaches the server that the command is for.
 
-    Users and passwords are left out where the command is for an administrator, who logs in as somebody else, or for
-    Sentinels, which have their own users.
+    They name no user if the command needs another one: ACL needs an administrator, and Sentinels have their own users.
     """
     from urllib.parse import unquote, urlsplit
 
@@ -86,7 +82,7 @@ def _redis_cli_options(session: Session, command: str) -> str:
     user = None
     if not (parts.username or parts.password):
         user = redis_username() or ("default" if redis_password() else None)
-    elif not from_variable:  # otherwise the URL in the variable names the user
+    elif not from_variable:  # else the URL in the variable names the user
         user = unquote(parts.username or "default")
     if user and not other_user:
         options += f" --user {shlex.quote(user)} --askpass"
@@ -96,7 +92,7 @@ def _redis_cli_options(session: Session, command: str) -> str:
 
 
 def _node_options(session: Session, endpoint: Endpoint, command: str) -> str | None:
-    """Return the options that address the master that Sentinels name, or a Cluster; None for a single server."""
+    """Return the options that address a Cluster, or the master behind Sentinels; None for a single server."""
     from urllib.parse import urlsplit
 
     if endpoint.kind == "one" and not (session.is_connected and session.connection.servers.several):
@@ -114,7 +110,7 @@ def _node_options(session: Session, endpoint: Endpoint, command: str) -> str | N
 
 
 def _tls_options(query: str) -> str:
-    """Return the options with which redis-cli uses the same certificates."""
+    """Return the options that make redis-cli use the same certificates."""
     from urllib.parse import parse_qsl
 
     from rlbroker.backend.client import tls_settings

@@ -1,4 +1,4 @@
-"""`rlbroker missed`: the record of versions and commands that workers missed."""
+"""`rlbroker missed`: lists the versions and commands that workers missed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from rlbroker.ops.cli.formatting import age, parse_span, sanitize
+from rlbroker.backend.text import age
 from rlbroker.ops.cli.session import Session
-from rlbroker.ops.cli.shared_options import with_session
+from rlbroker.ops.cli.shared_options import parse_span, with_session
+from rlbroker.ops.formatting import sanitize
 
 
 @with_session
@@ -56,7 +57,7 @@ def missed(
                 "which": (
                     sanitize(record.command)
                     if record.what == "command"
-                    else _versions(record.first, record.last)
+                    else _format_versions(record.first, record.last)
                 ),
                 "count": f"{record.count:,}",
                 "why": record.why,
@@ -70,5 +71,5 @@ def missed(
     )
 
 
-def _versions(first: int, last: int) -> str:
+def _format_versions(first: int, last: int) -> str:
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"

@@ -1,4 +1,4 @@
-"""Shows on stderr how far a command is: a bar on a terminal, a line every few seconds elsewhere."""
+"""Shows the progress of a command on stderr: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from rlbroker.ops.cli.formatting import format_bytes
 from rlbroker.ops.cli.session import Session
+from rlbroker.ops.formatting import format_bytes
 
-#: The least time between two lines where stderr is not a terminal.
+#: The least time between two lines if stderr is not a terminal.
 LINE_SECONDS = 5.0
 
-#: Takes how much is done by now.
+#: A function that takes the amount done so far.
 Advance = Callable[[int], None]
 
 
@@ -22,7 +22,7 @@ Advance = Callable[[int], None]
 def show_progress(
     session: Session, what: str, total: int, unit: Literal["bytes", "workers"]
 ) -> Iterator[Advance]:
-    """Show progress until the block ends; nothing with --quiet."""
+    """Show progress until the block ends, unless --quiet is set."""
     if session.quiet:
         yield lambda done: None
     elif sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""`rlbroker prune`: deletes the keys that dead runs left on a server."""
+"""`rlbroker prune`: deletes the keys of dead runs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlbroker.backend.text import age, counted
 from rlbroker.ops.cli.exit_codes import EXIT_NOT_FOUND
-from rlbroker.ops.cli.formatting import age, counted, format_bytes, parse_span
 from rlbroker.ops.cli.session import Session
-from rlbroker.ops.cli.shared_options import with_session
+from rlbroker.ops.cli.shared_options import parse_span, with_session
+from rlbroker.ops.formatting import format_bytes
 
 if TYPE_CHECKING:
-    from rlbroker.ops.prune import PruneResult, StaleRun
+    from rlbroker.ops.prune import PruneResult, RunVerdict
 
 #: How long a run must have been silent by default.
 OLDER_THAN_SECONDS = 3600.0
 
-#: Progress is printed each time this many keys more are done.
+#: A line of progress is printed per this many keys.
 KEYS_PER_LINE = 100_000
 
 
@@ -36,75 +37,75 @@ def prune(
         ),
     ] = None,
 ) -> None:
-    """Delete dead runs: the learner has ended or is away, no worker is alive, and all were silent for an hour.
+    """Delete dead runs: those in which no learner or worker was alive for an hour.
 
-    A live run is never touched; if a learner opens a dead run meanwhile, it keeps the run or begins a new one. With
-    --run only that run is deleted, at once if its learner has ended. If Ctrl-C interrupts the deletion, the same
+    A live run is never touched. A learner that opens a dead run meanwhile keeps it, or begins a new one. With --run
+    only that run is deleted, without the wait if its learner has ended. If Ctrl-C interrupts the deletion, the same
     command completes it.
-    Exit code: 0; 1 if a run that should go was kept; 2 if the server cannot be read, or without confirmation.
+    Exit code: 0; 1 if a dead or named run was kept; 2 if the server cannot be read, or without confirmation.
 
     Example: rlbroker prune --dry-run
     """
     from rlbroker.ops.inspect.runs import choose_run
-    from rlbroker.ops.prune import find_stale_runs
+    from rlbroker.ops.prune import judge_runs
 
     seconds = OLDER_THAN_SECONDS if older_than is None else older_than
-    found = find_stale_runs(
+    verdicts = judge_runs(
         session.connection,
         older_than_seconds=seconds,
         run=run,
         named=run is not None,
         progress=_note_progress(session, "examined"),
     )
-    if run is not None and not found:
+    if run is not None and not verdicts:
         choose_run(session.connection, run)  # its error lists the runs that exist
-    dead = [stale for stale in found if stale.dead]
+    dead = [verdict for verdict in verdicts if verdict.dead]
     if not session.as_json:
-        _print_runs(session, found, dead)
+        _print_runs(session, verdicts, dead)
     results: dict[str, PruneResult] = {}
     if dead and not dry_run and _is_confirmed(session, dead, yes=yes):
         results = _delete(session, dead, seconds, named=run is not None)
     if session.as_json:
         session.print_json(
-            {"dry_run": dry_run, "runs": [_run_json(stale, results.get(stale.run)) for stale in found]}
+            {
+                "dry_run": dry_run,
+                "runs": [_run_json(verdict, results.get(verdict.run)) for verdict in verdicts],
+            }
         )
     kept = [result for result in results.values() if result.kept]
     for result in kept:
-        session.note(f"the run {result.run} was not deleted, or only partly: {result.kept}")
+        session.note(f"the run {result.run} was kept, at least in part: {result.kept}")
     if kept or (run is not None and not dead):
         raise typer.Exit(EXIT_NOT_FOUND)
 
 
-def _print_runs(session: Session, found: list[StaleRun], dead: list[StaleRun]) -> None:
-    for stale in found:
-        if not stale.dead:
-            session.note(f"kept: {stale.run}, as {stale.why}{_silence(stale)}")
+def _print_runs(session: Session, verdicts: list[RunVerdict], dead: list[RunVerdict]) -> None:
+    for verdict in verdicts:
+        if not verdict.dead:
+            reason = verdict.why
+            if verdict.silent_seconds is not None and not verdict.alive:
+                reason += f" ({age(verdict.silent_seconds)})"
+            session.note(f"kept: {verdict.run}, as {reason}")
     if not dead:
         session.note(f"there is nothing to delete on {session.connection.address}")
     session.console.print_table(
         [
             {
-                "run": stale.run,
-                "why": stale.why,
-                "silent": "" if stale.silent_seconds is None else age(stale.silent_seconds),
-                "version": f"{stale.version:,}",
-                "keys": f"{len(stale.names):,}",
-                "size": "" if stale.stored_bytes is None else format_bytes(stale.stored_bytes),
+                "run": verdict.run,
+                "why": verdict.why,
+                "silent": "" if verdict.silent_seconds is None else age(verdict.silent_seconds),
+                "version": f"{verdict.version:,}",
+                "keys": f"{len(verdict.names):,}",
+                "size": "" if verdict.stored_bytes is None else format_bytes(verdict.stored_bytes),
             }
-            for stale in dead
+            for verdict in dead
         ],
         text=("run", "why"),
         optional=("version",),
     )
 
 
-def _silence(stale: StaleRun) -> str:
-    if stale.silent_seconds is None or "live" in stale.why:
-        return ""
-    return f" ({age(stale.silent_seconds)})"
-
-
-def _is_confirmed(session: Session, dead: list[StaleRun], *, yes: bool) -> bool:
+def _is_confirmed(session: Session, dead: list[RunVerdict], *, yes: bool) -> bool:
     from rlbroker.errors import InvalidArgument
 
     if yes:
@@ -116,23 +117,23 @@ def _is_confirmed(session: Session, dead: list[StaleRun], *, yes: bool) -> bool:
 
 
 def _delete(
-    session: Session, dead: list[StaleRun], older_than_seconds: float, *, named: bool
+    session: Session, dead: list[RunVerdict], older_than_seconds: float, *, named: bool
 ) -> dict[str, PruneResult]:
     from rlbroker.ops.prune import prune as prune_run
 
     results = {}
     try:
-        for stale in dead:
-            result = results[stale.run] = prune_run(
+        for verdict in dead:
+            result = results[verdict.run] = prune_run(
                 session.connection,
-                stale.run,
-                stale.names,
+                verdict.run,
+                verdict.names,
                 older_than_seconds=older_than_seconds,
                 named=named,
-                progress=_note_progress(session, f"of {stale.run} deleted"),
+                progress=_note_progress(session, f"of {verdict.run} deleted"),
             )
             if not session.as_json and result.keys:
-                session.console.print(f"deleted {stale.run}: {counted(result.keys, 'key')}")
+                session.console.print(f"deleted {verdict.run}: {counted(result.keys, 'key')}")
     except KeyboardInterrupt:
         session.note("interrupted; run the same command again to complete it")
         raise
@@ -140,7 +141,7 @@ def _delete(
 
 
 def _note_progress(session: Session, what: str) -> Callable[[int], None]:
-    """Return a function that takes a number of keys, and prints it once per `KEYS_PER_LINE`."""
+    """Return a function that takes the number of keys done so far, and prints it once per `KEYS_PER_LINE`."""
     lines = 0
 
     def progress(count: int) -> None:
@@ -152,16 +153,16 @@ def _note_progress(session: Session, what: str) -> Callable[[int], None]:
     return progress
 
 
-def _run_json(stale: StaleRun, result: PruneResult | None) -> dict[str, object]:
+def _run_json(verdict: RunVerdict, result: PruneResult | None) -> dict[str, object]:
     return {
-        "run": stale.run,
-        "state": stale.state,
-        "silent_seconds": stale.silent_seconds,
-        "version": stale.version,
-        "dead": stale.dead,
-        "why": stale.why,
-        "keys": len(stale.names),
-        "stored_bytes": stale.stored_bytes,
+        "run": verdict.run,
+        "state": verdict.state,
+        "silent_seconds": verdict.silent_seconds,
+        "version": verdict.version,
+        "dead": verdict.dead,
+        "why": verdict.why,
+        "keys": len(verdict.names),
+        "stored_bytes": verdict.stored_bytes,
         "deleted_keys": result.keys if result else 0,
         "kept": result.kept if result else "",
     }

@@ -1,4 +1,4 @@
-"""`rlbroker report`: a run as one HTML page."""
+"""`rlbroker report`: writes a run as one HTML page."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from rlbroker.ops.cli.formatting import age, counted, format_bytes, parse_span
+from rlbroker.backend.text import age, counted
 from rlbroker.ops.cli.session import Session
-from rlbroker.ops.cli.shared_options import with_session
+from rlbroker.ops.cli.shared_options import parse_span, with_session
+from rlbroker.ops.formatting import format_bytes
 
 
 @with_session
@@ -27,8 +28,8 @@ def report(
 ) -> None:
     """Write a run as one self-contained HTML page: versions by worker and time, losses, throughput and waits.
 
-    The page can be read without a network, sent and printed, and can be made after the end of the run, too. --json
-    prints the figures instead. Exit code: 0, or 2 if the run cannot be read or the file cannot be written.
+    The page needs no network, and a run that has ended can still be reported. --json prints the data instead.
+    Exit code: 0, or 2 if the run cannot be read or the file cannot be written.
 
     Example: rlbroker report --run pong --output pong.html
     """
@@ -48,16 +49,16 @@ def report(
     session.note(
         f"drawing {counted(len(timeline.samples), 'sample')} of {age(timeline.end - timeline.begin)}"
     )
-    page = render(timeline, typed=session.complete_hint)
+    page = render(timeline, complete_hint=session.complete_hint)
     if str(output) == "-":
         sys.stdout.write(page)
         return
-    _write(output, page)
+    _write_page(output, page)
     session.note(f"{format_bytes(len(page.encode()))} in {output}")
 
 
 def _check_writable(output: Path) -> None:
-    """Raise `InvalidArgument` if the file cannot be written: before the run is read and the page drawn."""
+    """Raise `InvalidArgument` if the file cannot be written, before the work of making the page."""
     from rlbroker.errors import InvalidArgument
 
     parent = output.absolute().parent
@@ -69,7 +70,7 @@ def _check_writable(output: Path) -> None:
         )
 
 
-def _write(output: Path, page: str) -> None:
+def _write_page(output: Path, page: str) -> None:
     """Write the file whole or not at all."""
     from rlbroker.errors import InvalidArgument
 

@@ -1,8 +1,8 @@
-"""`rlbroker runs`: the runs on a server."""
+"""`rlbroker runs`: lists the runs on a server."""
 
 from __future__ import annotations
 
-from rlbroker.ops.cli.formatting import age
+from rlbroker.backend.text import age
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
 

@@ -1,4 +1,4 @@
-"""`rlbroker server`: an embedded server that runs as long as the command."""
+"""`rlbroker server`: runs an embedded server until the command ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
-#: How often to check that the server still runs.
+from rlbroker.ops.cli.exit_codes import EXIT_INTERRUPTED
+
+#: Interval between two checks that the server still runs.
 CHECK_SECONDS = 0.2
 
 
@@ -20,26 +22,26 @@ def server(
         typer.Option(help="Address to listen on for other machines; by default only a Unix socket."),
     ] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, help="TCP port, needs --bind; 0, or by default, a free one.")
+        int | None, typer.Option(min=0, help="TCP port for --bind; by default, or with 0, a free one.")
     ] = None,
     directory: Annotated[
         Path | None,
         typer.Option(
-            help="Keep the data, synced every second, and the password here; by default nothing is kept."
+            help="Folder for the data, synced every second, and the password; by default nothing is kept."
         ),
     ] = None,
     maxmemory_mb: Annotated[
         int | None, typer.Option("--maxmemory-mb", min=16, help="Memory limit in MB.")
     ] = None,
 ) -> None:
-    """Start a Redis-compatible server that requires a password, and stop it at Ctrl-C.
+    """Run a Redis-compatible server with a password until Ctrl-C.
 
-    The URL, with the password, is printed on stdout; pass it to the learner and the workers as RLBROKER_REDIS_URL.
+    It prints a shell command that sets RLBROKER_REDIS_URL to its URL with the password, for the learner and workers.
     Exit code: 130 after Ctrl-C or SIGTERM, 2 if the server cannot start or stops by itself.
 
     Example: rlbroker server --bind 0.0.0.0 --port 6379
     """
-    # Before anything else: SIGTERM during the start must stop the server in order, too.
+    # First of all: SIGTERM must stop the server properly even while it starts.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from rlbroker.errors import ConnectionFailed, InvalidArgument
     from rlbroker.local.embedded_server import RedisServer
@@ -60,4 +62,4 @@ def server(
                 time.sleep(CHECK_SECONDS)
             raise ConnectionFailed(f"the server ended by itself; its log ends with:\n{embedded.log_tail(5)}")
     except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -1,7 +1,7 @@
 """`Session`: one call of a command, with its connection, its run, and its output.
 
-Data goes to stdout, everything else to stderr. Heavy modules are imported where they are used: a person waits for
-the start of a command.
+Data goes to stdout, everything else to stderr. Slow modules are imported where they are used, so that commands start
+fast.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import typer
 
 from rlbroker.ops.cli.console import Console
 from rlbroker.ops.cli.exit_codes import EXIT_NOT_FOUND
-from rlbroker.ops.cli.formatting import describe_other_workers, sanitize
 from rlbroker.ops.cli.hints import complete_hint, lacks_password
+from rlbroker.ops.formatting import describe_other_workers, sanitize
 
 if TYPE_CHECKING:
     from rlbroker.backend.connection import Connection
@@ -38,12 +38,8 @@ class Session:
     """One call of a command: the shared options, the server and run that they name, and the command's output.
 
     Attributes:
-        url: value of --url, or None.
-        run_option: value of --run, or None.
-        as_json: whether to print JSON.
-        no_color: whether to print no colours.
-        quiet: whether to print data and errors only.
-        verbose: how often -v was given.
+        run_option: the value of --run. `run` is the run that the command is about.
+        verbose: the number of times that -v was given.
         timeout: seconds to wait for the server.
     """
 
@@ -62,7 +58,7 @@ class Session:
         self.as_json, self.no_color, self.quiet, self.verbose = as_json, no_color, quiet, verbose
         self.timeout = timeout
         self.url, self.run_option = url, run
-        self._password_omitted = False  #: whether a printed hint has `…` in place of the password
+        self._password_omitted = False  #: whether a printed hint lacks the password of its URL
         self._log = logging.StreamHandler(sys.stderr)
         self._log.setFormatter(logging.Formatter("rlbroker: %(message)s"))
 
@@ -74,7 +70,7 @@ class Session:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Close the connection, if there is one."""
+        """Explain an omitted password, and close the connection."""
         if self._password_omitted:
             self.note("… stands for the password. Put the URL into RLBROKER_REDIS_URL to get complete hints")
         logger.removeHandler(self._log)
@@ -86,10 +82,7 @@ class Session:
 
     @cached_property
     def connection(self) -> Connection:
-        """The connection to the server.
-
-        The server is asked once, without retries: a person wants to know at once that it does not answer.
-        """
+        """The connection to the server. The first use fails at once, without retries, if the server does not answer."""
         from rlbroker.backend.connection import Connection
 
         connection = Connection(self.url, timeout_seconds=self.timeout)
@@ -103,12 +96,12 @@ class Session:
 
     @property
     def is_connected(self) -> bool:
-        """Whether `connection` was used already."""
+        """Whether `connection` has been used."""
         return "connection" in self.__dict__
 
     @property
     def named_run(self) -> str | None:
-        """The run that --run or else RLBROKER_RUN names, or None."""
+        """The run that --run names, or else RLBROKER_RUN; None without both."""
         from rlbroker.config import run_from_environment
 
         return self.run_option or run_from_environment()
@@ -129,7 +122,7 @@ class Session:
 
     @cached_property
     def signing_key(self) -> SigningKey | None:
-        """The key that signs weights and commands, from the file that RLBROKER_SIGNING_KEY_FILE names."""
+        """The key that signs weights and commands, from RLBROKER_SIGNING_KEY_FILE; None if it is not set."""
         from rlbroker.codec.signing import SigningKey
         from rlbroker.config import signing_secret
 
@@ -137,7 +130,7 @@ class Session:
         return SigningKey(secret) if secret else None
 
     def time_limit(self) -> within:
-        """Return a context manager in which all requests to the server together end within --timeout."""
+        """Return a context manager whose block has --timeout in total for all its requests."""
         from rlbroker.backend.deadline import Deadline, within
 
         return within(Deadline(self.timeout))
@@ -154,7 +147,7 @@ class Session:
         print(json.dumps(data, indent=2), flush=True)
 
     def print_findings(self, findings: Iterable[Finding], *, with_advice: bool = False) -> None:
-        """Print what is wrong, each finding with its hint, or with its advice."""
+        """Print the findings, each with its hint or its advice."""
         from rlbroker.ops.inspect.findings import group_findings
 
         for finding, other_workers in group_findings(findings):
@@ -170,7 +163,7 @@ class Session:
             print(text, file=sys.stderr, flush=True)
 
     def complete_hint(self, hint: str) -> str:
-        """Return a hint, `rlbroker …` or `redis-cli …`, as a line that can be typed; see `hints`."""
+        """Return a hint as a line that can be typed; see `hints`."""
         line = complete_hint(self, hint)
         self._password_omitted |= lacks_password(line)
         return line

@@ -1,4 +1,4 @@
-"""`rlbroker status`: a snapshot of a run."""
+"""`rlbroker status`: prints a snapshot of a run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlbroker.ops.cli.formatting import age, format_bytes, sanitize
+from rlbroker.backend.text import age
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
+from rlbroker.ops.formatting import format_bytes, sanitize
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.findings import Finding
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 #: Seconds between two snapshots with `--watch`.
 WATCH_SECONDS = 2.0
 
-#: Columns of text in the table of workers; the others are numbers. `_cells` defines all columns.
+#: Columns with text in the table of workers; the others have numbers.
 TEXT_COLUMNS = ("state", "process")
 
-#: Columns that a narrow terminal omits, the first of them first.
+#: Columns to omit on a narrow terminal, first to last.
 OPTIONAL_COLUMNS = ("process", "in hand", "unanswered", "delivered", "seen", "stale")
 
 
@@ -62,11 +63,10 @@ def _print_status(session: Session) -> None:
 
 def _print_text(session: Session, snapshot: Snapshot, findings: list[Finding]) -> None:
     console, server = session.console, snapshot.server
-    console.print(
-        f"run      {snapshot.run} on {server.address} ({server.version or 'version unknown'}{_memory(snapshot)})"
-    )
-    console.print(f"learner  {_learner(snapshot)}")
-    console.print(f"weights  {_weights(snapshot)}")
+    facts = f"{server.version or 'version unknown'}{_describe_memory(snapshot)}"
+    console.print(f"run      {snapshot.run} on {server.address} ({facts})")
+    console.print(f"learner  {_describe_learner(snapshot)}")
+    console.print(f"weights  {_describe_weights(snapshot)}")
     if not snapshot.workers:
         console.print("workers  none yet")
     console.print_table(
@@ -78,7 +78,7 @@ def _print_text(session: Session, snapshot: Snapshot, findings: list[Finding]) -
     session.print_findings(findings)
 
 
-def _memory(snapshot: Snapshot) -> str:
+def _describe_memory(snapshot: Snapshot) -> str:
     used, limit = snapshot.server.used_bytes, snapshot.server.maxmemory_bytes
     if used is None:
         return ""
@@ -86,18 +86,18 @@ def _memory(snapshot: Snapshot) -> str:
     return f", {format_bytes(used)} used" + (f" of {format_bytes(limit)}" if limit else "") + node
 
 
-def _learner(snapshot: Snapshot) -> str:
+def _describe_learner(snapshot: Snapshot) -> str:
     learner = snapshot.learner
     if learner is None:
         return "none yet"
     seen = (
         "not seen yet" if learner.last_seen_seconds is None else f"seen {age(learner.last_seen_seconds)} ago"
     )
-    state = {"away": "; it died, or is cut off", "ended": "; it has ended"}.get(learner.state, "")
+    state = {"away": "; it died, or lost its connection", "ended": "; it has ended"}.get(learner.state, "")
     return f"{sanitize(learner.host)} pid {learner.pid}, {seen}{state}"
 
 
-def _weights(snapshot: Snapshot) -> str:
+def _describe_weights(snapshot: Snapshot) -> str:
     manifest = snapshot.manifest
     if manifest is None:
         return "none published yet"
@@ -110,7 +110,7 @@ def _weights(snapshot: Snapshot) -> str:
 
 
 def _cells(worker: int, status: WorkerStatus) -> dict[str, str]:
-    """Return the cells of one worker by column, in the order of the columns; some are empty for one that has left."""
+    """Return the cells of one worker by column, in order; some are empty if it has left."""
     info, counts = status.info, status.counts
     return {
         "id": str(worker),

@@ -1,11 +1,11 @@
-"""Text on a terminal: how many columns it takes, text of a given width, and text in colour. Pure."""
+"""Text on a terminal: its width in columns, text cut or padded to a width, and text in colour. Pure."""
 
 from __future__ import annotations
 
-#: A part of a line, and its style: words that are in `_CODES`.
+#: A part of a line, and its style: names from `_CODES`, such as `bold red`.
 Piece = tuple[str, str]
 
-#: The codes of colours and weights, by rich's names for them.
+#: Terminal codes by the names that rich gives them.
 _CODES = {
     "bold": "1",
     "dim": "2",

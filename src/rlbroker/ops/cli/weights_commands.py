@@ -1,4 +1,4 @@
-"""`rlbroker weights`: the stored versions, their contents, and a version as a file."""
+"""`rlbroker weights`: lists the stored versions, shows their contents, and writes a version to a file."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlbroker.backend.text import age, counted
 from rlbroker.ops.cli.exit_codes import EXIT_ERROR
-from rlbroker.ops.cli.formatting import age, counted, format_bytes, sanitize
 from rlbroker.ops.cli.progress import show_progress
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
+from rlbroker.ops.formatting import format_bytes, sanitize
 
 if TYPE_CHECKING:
-    from rlbroker.ops.inspect.stored_weights import FormSummary, Manifest, StoredForm, StoredWeights
+    from rlbroker.ops.inspect.stored_weights import FormSummary, StoredWeights
     from rlbroker.ops.inspect.weight_contents import WrittenFile
+    from rlbroker.weights.manifest import Manifest, StoredForm
 
-#: Fields of the manifest that the JSON of `weights list` has.
+#: Fields of the manifest in the JSON of `weights list`.
 _MANIFEST_FIELDS = ("version", "raw_bytes", "codec", "published")
 
 weights = typer.Typer(
@@ -26,7 +28,7 @@ weights = typer.Typer(
     help="Stored versions of the weights: list them, show the contents of one, or write it to a file.",
 )
 
-Version = Annotated[int | None, typer.Argument(min=1, help="Which version; by default the latest.")]
+Version = Annotated[int | None, typer.Argument(min=1, help="The version; by default the latest.")]
 
 
 @weights.command("list")
@@ -85,7 +87,8 @@ def show_weights(session: Session, version: Version = None) -> None:
 
     Example: rlbroker weights show 12 --run pong
     """
-    from rlbroker.ops.inspect.weight_contents import read_contents, ties
+    from rlbroker.codec.describe import ties
+    from rlbroker.ops.inspect.weight_contents import read_contents
 
     with session.time_limit():
         manifest, path = _find_version(session, version)
@@ -124,8 +127,8 @@ def show_weights(session: Session, version: Version = None) -> None:
         return
     kind = f"a delta to {form.base:,}" if form.base else "a full version"
     session.console.print(
-        f"version {form.version:,} of {session.run}: {_counted(len(tensors))}, {format_bytes(raw_bytes)}, stored as "
-        f"{kind} in {format_bytes(form.stored_bytes)}; {format_bytes(download_bytes)} to download"
+        f"version {form.version:,} of {session.run}: {counted(len(tensors), 'tensor')}, {format_bytes(raw_bytes)}, "
+        f"stored as {kind} in {format_bytes(form.stored_bytes)}; {format_bytes(download_bytes)} to download"
     )
     session.console.print_table(
         [
@@ -160,16 +163,15 @@ def pull_weights(
             "--output",
             "-o",
             metavar="FILE",
-            help="A name that ends in .safetensors or .npz; by default RUN-VERSION.safetensors.",
+            help="A file that ends in .safetensors or .npz; by default RUN-VERSION.safetensors.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Download a version, check it as workers do, and write it to a safetensors or npz file.
 
-    The file is written whole or not at all. Names are paths joined by dots; dtypes are those that were published. An
-    .npz file holds bfloat16 and float8 as integers with the same bits, and no plain values. The file's path is printed
-    on stdout.
+    The file is written whole or not at all, and its path printed on stdout. Names are paths joined by dots; dtypes are
+    those that were published. An .npz file has bfloat16 and float8 as integers with the same bits, and no plain values.
     Exit code: 0; 1 if the version is not stored (any more); 2 after an error, such as an existing file.
 
     Example: rlbroker weights pull 12 --run pong --output pong.safetensors
@@ -204,7 +206,7 @@ def pull_weights(
                 key=session.signing_key,
             )
         except WireError:
-            _find_version(session, number)  # if it expired during the download, that is the better message
+            _find_version(session, number)  # raises a better error if the version expired during the download
             raise
     facts = {"run": session.run, "version": number}
     try:
@@ -215,7 +217,7 @@ def pull_weights(
 
 
 def _find_version(session: Session, version: int | None) -> tuple[Manifest, list[StoredForm]]:
-    """Return the manifest, and the forms to download for a version; end the command if it is not stored."""
+    """Return the manifest and the forms to download for a version; end the command if it is not stored."""
     from rlbroker.errors import WireError
     from rlbroker.ops.inspect.stored_weights import read_stored_weights
 
@@ -236,13 +238,13 @@ def _why_not_stored(wanted: int, latest: int) -> str:
     if wanted > latest:
         return f": the latest is {latest:,}"
     if wanted == latest:
-        return ": a part of it is missing; an alive learner publishes it again within seconds"
+        return ": a part of it is missing; a live learner publishes it again within seconds"
     return " any more: a version expires within a minute after newer ones have superseded it"
 
 
 def _list_versions(stored: StoredWeights) -> str:
     versions = ", ".join(f"{version:,}" for version in stored.versions)
-    return f"stored are: {versions}" if versions else "no version is stored whole"
+    return f"stored versions: {versions}" if versions else "no version is stored whole"
 
 
 def _describe_expiry(summary: FormSummary) -> str:
@@ -266,7 +268,7 @@ def _print_written(session: Session, file: Path, version: int, written: WrittenF
         )
     else:
         print(file)
-    session.note(f"{_counted(written.tensors)}, {format_bytes(written.file_bytes)}")
+    session.note(f"{counted(written.tensors, 'tensor')}, {format_bytes(written.file_bytes)}")
     if written.as_bits:
         dtypes = ", ".join(sorted(set(written.as_bits.values())))
         arrays = counted(len(written.as_bits), "array holds", "arrays hold")
@@ -276,10 +278,6 @@ def _print_written(session: Session, file: Path, version: int, written: WrittenF
         )
     if written.left_out:
         session.note(f"left out, as they are not arrays: {', '.join(map(sanitize, written.left_out))}")
-
-
-def _counted(tensors: int) -> str:
-    return counted(tensors, "tensor")
 
 
 def _form_json(form: StoredForm) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`rlbroker workers`: the workers of a run, or one worker in detail."""
+"""`rlbroker workers`: lists the workers of a run, or shows one in detail."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlbroker.ops.cli.formatting import age, counted, describe_missed, sanitize
+from rlbroker.backend.text import age, counted
 from rlbroker.ops.cli.session import Session
 from rlbroker.ops.cli.shared_options import with_session
 from rlbroker.ops.cli.status_command import cell_style
+from rlbroker.ops.formatting import sanitize
 
 if TYPE_CHECKING:
     from rlbroker.ops.inspect.findings import Finding
     from rlbroker.ops.inspect.snapshot import Snapshot, WorkerStatus
+    from rlbroker.types import Missed
 
-#: How many missed updates of one worker are listed: the newest.
+#: How many missed updates of one worker are listed, the newest ones.
 MISSED_SHOWN = 5
 
 
 @with_session
 def workers(
     session: Session,
-    worker: Annotated[
-        int | None, typer.Argument(metavar="[ID]", help="Show all that is known of this worker.")
-    ] = None,
+    worker: Annotated[int | None, typer.Argument(metavar="[ID]", help="Show this worker in detail.")] = None,
 ) -> None:
     """List the workers: state, version, process, and the time since their last heartbeat; or show one in detail.
 
@@ -57,7 +57,7 @@ def workers(
         _print_one(session, snapshot, worker)
         for record in missed[-MISSED_SHOWN:]:
             ago = age(max(0.0, snapshot.at - record.at))
-            session.console.print(f"  missed {ago} ago   {describe_missed(record)}")
+            session.console.print(f"  missed {ago} ago   {_describe_missed(record)}")
         session.print_findings(findings, with_advice=True)
 
 
@@ -78,7 +78,7 @@ def _print_all(session: Session, snapshot: Snapshot, findings: list[Finding]) ->
 
 
 def _cells(worker: int, status: WorkerStatus) -> dict[str, str]:
-    """Return the cells of one worker by column, in the order of the columns."""
+    """Return the cells of one worker by column, in order."""
     info = status.info
     return {
         "id": str(worker),
@@ -127,3 +127,13 @@ def _print_one(session: Session, snapshot: Snapshot, worker: int) -> None:
         console.print(
             f"  unanswered   {counted(status.commands_waiting, 'command')}, for {age(status.command_seconds)}"
         )
+
+
+def _describe_missed(record: Missed) -> str:
+    if record.what == "command":
+        what = f"the command {sanitize(record.command)}"
+    elif record.first == record.last:
+        what = f"version {record.first}"
+    else:
+        what = f"versions {record.first}-{record.last}"
+    return f"{what}: {record.why}" + (f", {sanitize(record.detail)}" if record.detail else "")

@@ -1,4 +1,4 @@
-"""The result of one check of `rlbroker doctor`; the checks themselves are in `*_checks.py`."""
+"""The result of a check of `rlbroker doctor`, and helpers of the checks in `*_checks.py`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Check:
         code: one word for programs, such as `latency`.
         state: `unknown` if the server does not report it, or not to this user.
         what: one sentence for people, with the values that were read.
-        hint: a command that repairs it or shows more, or one line for each server that needs it; empty without one.
+        hint: a command that repairs it or shows more; several lines if each node needs its own; empty without one.
     """
 
     code: str
@@ -30,14 +30,7 @@ class Check:
 
 
 def unknown_check(code: str, what: str, info: ServerInfo, command: str) -> Check:
-    """Return the check for a value that the server does not report.
-
-    Args:
-        code: the code of the check.
-        what: what is unknown.
-        info: what the server reports.
-        command: the command that would read the value.
-    """
+    """Return the check for a value that the server does not report, or not to this user; `command` would read it."""
     rule = info.missing.get(command, "")
     if rule:
         why, hint = f"the user {info.user!r} may not run {command}", grant_command(info.user, rule)
@@ -47,17 +40,17 @@ def unknown_check(code: str, what: str, info: ServerInfo, command: str) -> Check
 
 
 def unreadable_check(code: str, what: str, error: PeerError) -> Check:
-    """Return the check for keys that cannot be read: a right is missing, or another program wrote into them."""
+    """Return the check for keys that cannot be read: the user lacks a right, or another program wrote them."""
     if isinstance(error, AccessDenied):
         hint = grant_command(error.user, error.rule) if error.rule else ""
         return Check(code, "unknown", f"{what}: {error}", hint)
     return Check(code, "critical", f"{what}: {error}")
 
 
-def size(count: int) -> str:
-    """Return a number of bytes for people.
+def format_size(count: int) -> str:
+    """Return a number of bytes with three digits: checks compare sizes that may be close to each other.
 
-    >>> [size(count) for count in (999, 4_194_304, 536_870_912, 12_000_000_000)]
+    >>> [format_size(count) for count in (999, 4_194_304, 536_870_912, 12_000_000_000)]
     ['999 B', '4.19 MB', '537 MB', '12 GB']
     """
     for unit, unit_bytes in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):

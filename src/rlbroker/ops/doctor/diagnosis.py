@@ -1,4 +1,4 @@
-"""The diagnosis of `rlbroker doctor`: all checks of a server or its nodes, a run, and this machine."""
+"""The diagnosis of `rlbroker doctor`: all checks, in order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlbroker.ops.doctor.run_checks import check_run
 from rlbroker.ops.doctor.server_checks import check_clock, check_latency, check_rights, check_server
 from rlbroker.ops.doctor.server_info import measure_latency, read_server_info
 
-#: The states, the worst last; an unknown value is not a fault.
+#: The states, worst last; an unknown value is no fault.
 _BY_WEIGHT: Final[tuple[State, ...]] = ("unknown", "ok", "warning", "critical")
 
 
@@ -30,8 +30,7 @@ class Diagnosis:
 
     Attributes:
         server: the server's address, without user and password.
-        run: the run that was checked; None for none.
-        checks: the checks.
+        run: the run that was checked, if any.
     """
 
     server: str
@@ -45,11 +44,7 @@ class Diagnosis:
 
 
 def diagnose(connection: Connection, run: str | None = None) -> Diagnosis:
-    """Check a server, or every node where there are several, one run on it, and this machine.
-
-    Raises:
-        PeerError: the server could not be reached in time.
-    """
+    """Check a server or all its nodes, a run on it, and this machine."""
     if isinstance(connection.servers, SingleServer):
         latency, info = measure_latency(connection), read_server_info(connection)
         checks = [check_latency(latency), *check_server(info)]

@@ -1,4 +1,4 @@
-"""The checks of several servers (Cluster or Sentinel): those of one server for each node, clocks and replication."""
+"""The checks of a Cluster or of servers behind Sentinels: each node, their clocks, replication and failover."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rlbroker.ops.doctor.checks import Check, unreadable_check
 from rlbroker.ops.doctor.server_checks import CLOCKS_APART_SECONDS, check_clock, check_latency, check_server
 from rlbroker.ops.doctor.server_info import Latency, ServerInfo, measure_latency, read_server_info
 
-#: Timeout for one node, so that there is time for the others.
-LONGEST_SILENCE_SECONDS: Final = 1.0
+#: Timeout for one node, to leave time for the others.
+NODE_TIMEOUT_SECONDS: Final = 1.0
 
-#: With fewer masters, the rest is no majority when one dies.
+#: With fewer masters, those that remain after the loss of one are no majority.
 LEAST_MASTERS: Final = 3
 
-#: The check that is made for all nodes together, and replaces that of each node.
+#: The check of all nodes together that replaces the one of each node.
 _REPLICATION: Final = "replication"
 
 
@@ -33,10 +33,7 @@ class Node:
     """One of several servers.
 
     Attributes:
-        server: the server.
         master: its master; None if it is a master itself.
-        info: what it reports.
-        latency: its round-trip time and clock.
     """
 
     server: Server
@@ -63,7 +60,7 @@ def read_nodes(connection: Connection) -> tuple[list[Node], list[Check]]:
         for server in (master, *connection.replicas_of(master)):
             known.add(server.name)
             try:
-                with within(Deadline(LONGEST_SILENCE_SECONDS)):
+                with within(Deadline(NODE_TIMEOUT_SECONDS)):
                     info = read_server_info(connection, server)
                 latency = measure_latency(connection, server)
             except ConnectionFailed as error:
@@ -78,7 +75,7 @@ def read_nodes(connection: Connection) -> tuple[list[Node], list[Check]]:
 
 
 def check_nodes(connection: Connection, nodes: Sequence[Node]) -> Iterator[Check]:
-    """Check several servers: a fault is reported for its node, what is ok is reported once."""
+    """Check several servers: report faults by node, and what is ok once."""
     slowest = max(nodes, key=lambda node: node.latency.median_seconds)
     yield _with_name(check_latency(slowest.latency), f"{slowest.name}, the slowest")
     by_memory = sorted(nodes, key=lambda node: node.info.number("used_memory") or 0, reverse=True)
@@ -120,7 +117,7 @@ def check_clocks(nodes: Sequence[Node]) -> Iterator[Check]:
 
 
 def combine_masters(nodes: Sequence[Node]) -> ServerInfo:
-    """Return the info of the first master with the memory limits of all added up: a run may use them all."""
+    """Return the info of the first master, with the sum of all masters' memory limits: a run may use them all."""
     masters = [node.info for node in nodes if node.master is None] or [nodes[0].info]
     limits = [info.number("maxmemory") for info in masters]
     if None in limits:
@@ -130,15 +127,15 @@ def combine_masters(nodes: Sequence[Node]) -> ServerInfo:
 
 
 def hint_at_each_node(connection: Connection, nodes: Sequence[Node], check: Check) -> Check:
-    """Return a check with a hint for each node; in a Cluster one command reaches all nodes."""
+    """Return a check with a hint for each node, except in a Cluster, where one command reaches all nodes."""
     return check if connection.servers.several else replace(check, hint=_repeat_hint(nodes, check.hint))
 
 
 def merge_checks(checks: Sequence[tuple[Node, Check]], *, reaches_all: bool) -> Iterator[Check]:
-    """Merge equal checks of several nodes into one; among nodes that are ok, the first stands for the others.
+    """Merge equal checks of several nodes into one; of nodes that are ok, only the first is reported.
 
     Args:
-        checks: the checks of one code, of every node.
+        checks: the checks of every node, all with the same code.
         reaches_all: whether one redis-cli command reaches every node, as in a Cluster.
     """
     by_result: dict[tuple[str, str, str], list[Node]] = {}
@@ -161,7 +158,7 @@ def merge_checks(checks: Sequence[tuple[Node, Check]], *, reaches_all: bool) -> 
 
 
 def check_replication(nodes: Sequence[Node]) -> Iterator[Check]:
-    """Check that each master has a replica that could replace it."""
+    """Check that each master has a connected replica, which can replace it."""
     replicas = [node for node in nodes if node.master is not None]
     behind = [node for node in replicas if node.info.fields.get("master_link_status", "up") != "up"]
     for node in behind:
@@ -183,7 +180,7 @@ def check_replication(nodes: Sequence[Node]) -> Iterator[Check]:
 
 
 def check_lost_node(connection: Connection, server: Server) -> Check:
-    """Check a node that the others know, and consider dead."""
+    """Check a node that the others know and consider lost."""
     if isinstance(connection.servers, SentinelTopology):
         others, forget = "the Sentinels", "SENTINEL RESET at one Sentinel after the other"
         sentinel, service = connection.servers.sentinels[0].address, connection.servers.service
@@ -191,7 +188,7 @@ def check_lost_node(connection: Connection, server: Server) -> Check:
     else:
         others, forget, hint = "the other nodes", "CLUSTER FORGET at each of them", "redis-cli CLUSTER NODES"
     try:
-        with within(Deadline(LONGEST_SILENCE_SECONDS)):
+        with within(Deadline(NODE_TIMEOUT_SECONDS)):
             connection.ask_at(server, [("PING",)])
     except PeerError as error:
         what = (
@@ -231,14 +228,14 @@ def _check_cluster(connection: Connection, nodes: Sequence[Node]) -> Check:
     masters = int(info["cluster_size"])
     if masters < LEAST_MASTERS:
         what = (
-            f"only {counted(masters, 'master has', 'masters have')} slots: if one dies, the rest is no majority that "
-            "could promote a replica, and the Cluster is down until it is back"
+            f"only {counted(masters, 'master has', 'masters have')} slots: if one dies, the rest is no majority, so no "
+            "replica is promoted, and the Cluster is down until it is back"
         )
         return Check("cluster", "warning", what, "redis-cli CLUSTER NODES")
     replicas = sum(node.master is not None for node in nodes)
     what = f"{counted(masters, 'master')} and {counted(replicas, 'replica')} serve all {SLOTS:,} slots"
     if "+cluster:" not in connection.address:
-        what += ", found by the one that the URL names; redis+cluster://host:port,host:port can name several"
+        what += "; the URL names only one node, but redis+cluster://host:port,host:port can name several"
     return Check("cluster", "ok", what)
 
 
@@ -252,8 +249,8 @@ def _check_sentinels(topology: SentinelTopology) -> Check:
     hint = _add_address(topology.sentinels[0].address, f"redis-cli SENTINEL CKQUORUM {topology.service}")
     if found.refusal or found.alive < found.needed:
         what = (
-            f"{answering} {'answers' if found.alive == 1 else 'answer'}, and {found.needed} must agree before a "
-            "replica replaces the master: if it dies, no replica does"
+            f"{answering} {'answers' if found.alive == 1 else 'answer'}, but {found.needed} must agree to promote a "
+            "replica: if the master dies, none replaces it"
         )
         return Check("sentinels", "critical", f"{what} ({found.refusal})" if found.refusal else what, hint)
     what = f"{answering} answer, and {found.needed} are enough to promote a replica"

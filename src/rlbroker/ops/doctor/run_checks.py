@@ -11,25 +11,21 @@ from rlbroker.backend.keys import GROUP
 from rlbroker.backend.replies import text_fields
 from rlbroker.backend.text import counted
 from rlbroker.errors import PeerError
-from rlbroker.ops.doctor.checks import Check, size, unknown_check, unreadable_check
+from rlbroker.ops.doctor.checks import Check, format_size, unknown_check, unreadable_check
 from rlbroker.ops.doctor.server_info import ServerInfo
 from rlbroker.ops.inspect.findings import list_findings
 from rlbroker.ops.inspect.runs import read_keys
 from rlbroker.ops.inspect.snapshot import Snapshot, take_snapshot
 
-#: Idle time in a queue from which a learner with pending batches is reported.
+#: A learner with pending batches is reported if it has not read the queue for this time.
 IDLE_SECONDS: Final = 60.0
 
-#: Findings that the checks of the server report already.
+#: Findings that the checks of the server already report.
 _SERVER_FINDINGS: Final = ("server_evicts", "server_full")
 
 
 def check_run(connection: Connection, info: ServerInfo, run: str) -> tuple[list[Check], Snapshot | None]:
-    """Check a run; return its snapshot too, if it could be read.
-
-    Raises:
-        ConnectionFailed: the server could not be reached in time.
-    """
+    """Check a run; return its snapshot too, if it could be read."""
     try:
         snapshot = take_snapshot(connection, run)
     except PeerError as error:
@@ -43,7 +39,7 @@ def check_run(connection: Connection, info: ServerInfo, run: str) -> tuple[list[
 
 
 def _check_queues(connection: Connection, snapshot: Snapshot) -> Iterator[Check]:
-    """Check each worker's stream: it has the learners' group, and no idle learner has pending batches."""
+    """Check that each queue has the learners' group, and that no idle learner has pending batches in it."""
     keys = read_keys(connection, snapshot.run)
     streams = {
         worker: keys.experiences(worker) for worker, status in snapshot.workers.items() if status.counts
@@ -70,7 +66,7 @@ def _check_queues(connection: Connection, snapshot: Snapshot) -> Iterator[Check]
                 f"redis-cli XGROUP CREATE {shlex.quote(key)} {GROUP} 0",
             )
         elif not isinstance(consumers, PeerError) and _has_learner(snapshot):
-            for name, pending, idle_seconds in _idle_holders(consumers):
+            for name, pending, idle_seconds in _find_idle_learners(consumers):
                 ok = False
                 batches = counted(pending, f"batch of worker {worker} is", f"batches of worker {worker} are")
                 yield Check(
@@ -93,7 +89,7 @@ def _has_learner(snapshot: Snapshot) -> bool:
     return snapshot.learner is not None and snapshot.learner.state != "ended"
 
 
-def _idle_holders(consumers: Any) -> Iterator[tuple[str, int, float]]:
+def _find_idle_learners(consumers: Any) -> Iterator[tuple[str, int, float]]:
     """Yield each idle learner with pending batches: its name, the number of batches, and its idle time in seconds."""
     for consumer in map(text_fields, consumers):
         pending, idle_seconds = int(consumer["pending"]), int(consumer["idle"]) / 1000
@@ -109,16 +105,16 @@ def _check_limits(info: ServerInfo, snapshot: Snapshot) -> Iterator[Check]:
         yield Check(
             "batch_bytes",
             "warning",
-            f"max_queue_bytes allows a batch of {size(queue_bytes)}, but the server accepts values of "
-            f"{size(value_limit)}",
+            f"max_queue_bytes allows a batch of {format_size(queue_bytes)}, but the server accepts values of "
+            f"{format_size(value_limit)}",
             f"redis-cli CONFIG SET proto-max-bulk-len {queue_bytes}",
         )
     workers = max(len(snapshot.members), snapshot.expected_workers)
-    # Two full versions and their deltas exist at once while the older one expires.
+    # While an older version expires, two full versions and their deltas exist.
     weights_bytes = 4 * snapshot.manifest.stored_bytes if snapshot.manifest else 0
     needed = workers * queue_bytes + weights_bytes
     room = info.number("maxmemory") or info.number("total_system_memory")
-    what = f"full queues of {counted(workers, 'worker')} and the weights need {size(needed)}"
+    what = f"full queues of {counted(workers, 'worker')} and the weights need {format_size(needed)}"
     if room is None:
         yield unknown_check("room", f"{what}; the server's memory is unknown", info, "INFO")
     elif needed > room:
@@ -130,9 +126,9 @@ def _check_limits(info: ServerInfo, snapshot: Snapshot) -> Iterator[Check]:
         yield Check(
             "room",
             "warning",
-            f"{what}, but the server has {size(room)}: a learner that stops collecting fills it; lower "
+            f"{what}, but the server has {format_size(room)}: a learner that stops collecting fills it; lower "
             "max_queue_bytes",
             hint,
         )
     else:
-        yield Check("room", "ok", f"{what} of {size(room)}")
+        yield Check("room", "ok", f"{what} of {format_size(room)}")

@@ -13,35 +13,35 @@ from rlbroker.backend.suitability import MIN_SERVER_VERSION
 from rlbroker.backend.text import counted
 from rlbroker.errors import AccessDenied
 from rlbroker.membership.incarnations import incarnation_command
-from rlbroker.ops.doctor.checks import Check, State, size, unknown_check
+from rlbroker.ops.doctor.checks import Check, State, format_size, unknown_check
 from rlbroker.ops.doctor.server_info import Latency, ServerInfo
 
 #: Slow round trips: the median, and the worst.
 SLOW_SECONDS: Final = 0.005
 SLOW_WORST_SECONDS: Final = 0.05
 
-#: A larger difference of the clocks makes the ages of batches and versions wrong.
+#: The largest difference of the clocks that does not matter for the ages of batches and versions.
 CLOCKS_APART_SECONDS: Final = 1.0
 
-#: Shares of a limit: memory that is nearly full and full, and clients.
+#: Shares of a limit from which memory is nearly full, memory is full, and clients are many.
 MEMORY_SHARE, FULL_SHARE, CLIENTS_SHARE = 0.9, 0.99, 0.8
 
-#: Share of the machine's memory that a server without a limit may use.
+#: The share of the machine's memory that a server without a limit may use.
 MACHINE_SHARE: Final = 0.5
 
 #: The largest value besides batches: a chunk of weights with its last segment.
 CHUNK_BYTES: Final = 4 << 20
 
-#: Output buffer of a normal reader: chunks of weights, or the batches of one read.
+#: The output buffer that a reader needs, for chunks of weights or the batches of one read.
 READER_BYTES: Final = 64 << 20
 
-#: Fragmentation: the ratio, and the memory from which it counts. A small server always has a high ratio.
+#: The ratio from which memory is fragmented, and the memory use from which it counts: a small server has a high ratio.
 FRAGMENTED, FRAGMENTED_BYTES = 3.0, 256 << 20
 
-#: A server with a shorter idle timeout makes clients reconnect often.
+#: With a shorter idle timeout clients must reconnect often.
 IDLE_SECONDS: Final = 60
 
-#: The run whose keys test the rights if no run is given.
+#: The run on whose keys the rights are tested if no run was named.
 _ANY_RUN: Final = "default"
 
 
@@ -53,7 +53,7 @@ def check_latency(latency: Latency) -> Check:
         f"of {latency.trips}"
     )
     if slow:
-        return Check("latency", "warning", f"{what}; `bench` measures what that costs", "rlbroker bench")
+        return Check("latency", "warning", f"{what}; `rlbroker bench` measures the cost", "rlbroker bench")
     return Check("latency", "ok", what)
 
 
@@ -130,9 +130,7 @@ def _check_role(info: ServerInfo) -> Check:
 def _check_policy(info: ServerInfo) -> Check:
     policy = info.fields.get("maxmemory_policy") or info.settings.get("maxmemory-policy")
     if not policy:
-        return unknown_check(
-            "eviction", "which keys it deletes when memory is short is unknown", info, "INFO"
-        )
+        return unknown_check("eviction", "what it deletes when memory is short is unknown", info, "INFO")
     if policy == "noeviction":
         return Check("eviction", "ok", "maxmemory-policy noeviction: nothing is deleted when memory is short")
     lost = "weights and experiences" if policy.startswith("allkeys") else "heartbeats and weights"
@@ -150,16 +148,16 @@ def _check_memory(info: ServerInfo) -> Check:
     if used is None or limit is None:
         return unknown_check("memory", "its memory use and limit are unknown", info, "INFO")
     if limit:
-        share, what = used / limit, f"{size(used)} of maxmemory {size(limit)} are used"
+        share, what = used / limit, f"{format_size(used)} of maxmemory {format_size(limit)} are used"
         if share < MEMORY_SHARE:
             return Check("memory", "ok", what)
         state: State = "critical" if share >= FULL_SHARE else "warning"
         roomy = machine is None or 2 * limit < MEMORY_SHARE * machine
         hint = f"redis-cli CONFIG SET maxmemory {2 * limit}" if roomy else "rlbroker prune --dry-run"
         return Check("memory", state, f"{what} ({share:.0%}); a full server refuses writes", hint)
-    what = f"{size(used)} are used, without a maxmemory"
+    what = f"{format_size(used)} are used, without a maxmemory"
     if machine and used > MACHINE_SHARE * machine:
-        what += f", on a machine of {size(machine)}: when that is full, the system kills the server"
+        what += f", on a machine of {format_size(machine)}: when that is full, the system kills the server"
         return Check(
             "memory", "warning", what, f"redis-cli CONFIG SET maxmemory {int(MEMORY_SHARE * machine)}"
         )
@@ -195,7 +193,7 @@ def _check_persistence(info: ServerInfo) -> Check:
         ("rdb_last_bgsave_status", "saving a snapshot", "BGSAVE"),
     ):
         if info.fields.get(name, "ok") != "ok":
-            what = f"{task} failed the last time: is the server's disk full? It may refuse writes ({name})"
+            what = f"{task} failed the last time: the disk may be full, and the server may refuse writes ({name})"
             return Check("persistence", "critical", what, f"redis-cli {command}")
     fsync = "level='fsync' loses nothing" if info.version >= (7, 2) else "level='fsync' needs Redis 7.2"
     if aof == "1":
@@ -236,10 +234,10 @@ def _check_bulk(info: ServerInfo) -> Check:
         return Check(
             "bulk",
             "critical",
-            f"proto-max-bulk-len {size(limit)}: chunks of weights are up to {size(CHUNK_BYTES)} large",
+            f"proto-max-bulk-len {format_size(limit)}: chunks of weights are up to {format_size(CHUNK_BYTES)} large",
             "redis-cli CONFIG SET proto-max-bulk-len 512mb",
         )
-    return Check("bulk", "ok", f"a value may have up to {size(limit)}")
+    return Check("bulk", "ok", f"a value may have up to {format_size(limit)}")
 
 
 def _check_output_buffers(info: ServerInfo) -> Check:
@@ -251,8 +249,8 @@ def _check_output_buffers(info: ServerInfo) -> Check:
         return Check(
             "buffers",
             "warning",
-            f"it closes readers with more than {size(hard['normal'])} in their output buffer: one read of batches can "
-            "be larger",
+            f"it closes readers with more than {format_size(hard['normal'])} in their output buffer: one read of "
+            "batches can be larger",
             'redis-cli CONFIG SET client-output-buffer-limit "normal 0 0 0"',
         )
     pubsub = hard.get("pubsub", 0)
@@ -260,14 +258,14 @@ def _check_output_buffers(info: ServerInfo) -> Check:
         return Check(
             "buffers",
             "warning",
-            f"it closes subscribers with more than {size(pubsub)} in their output buffer: workers learn of versions "
-            "later",
+            f"it closes subscribers with more than {format_size(pubsub)} in their output buffer: workers learn of "
+            "versions later",
             'redis-cli CONFIG SET client-output-buffer-limit "pubsub 33554432 8388608 60"',
         )
     return Check(
         "buffers",
         "ok",
-        f"subscribers may have {size(pubsub) if pubsub else 'any amount'} in their output buffer",
+        f"subscribers may have {format_size(pubsub) if pubsub else 'any amount'} in their output buffer",
     )
 
 
@@ -329,7 +327,7 @@ def _check_fragmentation(info: ServerInfo) -> Iterator[Check]:
 
 
 def check_rights(connection: Connection, info: ServerInfo, run: str | None) -> Check:
-    """Check the rights of this user for reading a run: each is tried on keys of the run."""
+    """Check the rights of this user for reading a run, by trying each command on its keys."""
     keys = Keys(run or _ANY_RUN)
     stream, retry_stream = keys.experiences(0), keys.again(0)
     commands: list[tuple[str | int, ...]] = [

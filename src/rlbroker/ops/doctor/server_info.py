@@ -1,4 +1,4 @@
-"""What a server reports: INFO, settings, rights, latency and clock. What this user may not read is missing."""
+"""What a server reports to this user: INFO, settings, missing rights, latency and clock."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETTINGS: Final = (
     "timeout",
 )
 
-#: Round trips to measure, fewer if they take longer than the time limit.
+#: Round trips to measure; after this time fewer are enough, but not fewer than the least.
 ROUND_TRIPS: Final = 20
 _ROUND_TRIPS_SECONDS: Final = 1.0
 _LEAST_ROUND_TRIPS: Final = 3
@@ -40,9 +40,7 @@ class Latency:
     """The round-trip time to a server, and the difference of the clocks.
 
     Attributes:
-        median_seconds: p50 of the round trips.
-        worst_seconds: the slowest round trip.
-        trips: how many were measured.
+        trips: the number of measured round trips.
         ahead_seconds: by how much this machine's clock is ahead of the server's; None if the user may not run TIME.
     """
 
@@ -80,11 +78,7 @@ class ServerInfo:
 
 
 def read_server_info(connection: Connection, server: Server | None = None) -> ServerInfo:
-    """Read what a server reports; of the only server by default.
-
-    Raises:
-        PeerError: the server could not be reached in time.
-    """
+    """Read what a server reports; by default the only server."""
     fields = connection.server_info(server)
     names = ["ACL WHOAMI", "HELLO", "INFO server", *(f"CONFIG GET {name}" for name in SETTINGS)]
     commands = [tuple(name.split()) for name in names]
@@ -101,7 +95,7 @@ def read_server_info(connection: Connection, server: Server | None = None) -> Se
             settings |= text_fields(reply)
     whoami, hello = by_name["ACL WHOAMI"], by_name["HELLO"]
     greeting = {} if isinstance(hello, PeerError) else text_fields(hello)
-    if greeting.get("server") not in _SERVERS:  # a fake server, with version numbers of its own
+    if greeting.get("server") not in _SERVERS:  # a fake server, whose version numbers mean something else
         greeting = {}
     version = fields.get("redis_version") or greeting.get("version", "")
     name = connection.server_version(fields) or " ".join(
@@ -125,11 +119,7 @@ def _command_of(call: str) -> str:
 
 
 def measure_latency(connection: Connection, server: Server | None = None) -> Latency:
-    """Measure round trips to a server, and the difference of the clocks; of the only server by default.
-
-    Raises:
-        PeerError: the server could not be reached in time.
-    """
+    """Measure round trips to a server, and the difference of the clocks; by default the only server."""
     taken: list[float] = []
     began = time.perf_counter()
     while len(taken) < ROUND_TRIPS:
@@ -141,13 +131,13 @@ def measure_latency(connection: Connection, server: Server | None = None) -> Lat
         taken.append(time.perf_counter() - sent)
         if len(taken) >= _LEAST_ROUND_TRIPS and time.perf_counter() - began > _ROUND_TRIPS_SECONDS:
             break
-    best: tuple[float, float] | None = None  # the shortest round trip gives the most exact difference
+    differences: list[tuple[float, float]] = []  # each with the duration of its round trip
     for _ in range(_LEAST_ROUND_TRIPS):
         sent = time.perf_counter()
         (clock,) = connection.ask_at(server, [("TIME",)]) if server else connection.ask([("TIME",)])
         trip_seconds, now = time.perf_counter() - sent, time.time()
         if isinstance(clock, PeerError):
             break
-        ahead_seconds = now - trip_seconds / 2 - server_seconds(clock)
-        best = min(best or (trip_seconds, ahead_seconds), (trip_seconds, ahead_seconds))
-    return Latency(median(taken), max(taken), len(taken), best[1] if best else None)
+        differences.append((trip_seconds, now - trip_seconds / 2 - server_seconds(clock)))
+    _, ahead_seconds = min(differences, default=(0.0, None))  # the shortest round trip is the most exact
+    return Latency(median(taken), max(taken), len(taken), ahead_seconds)

@@ -1,1 +1,1 @@
-"""The metrics of runs for Prometheus: `metrics` defines them, `collector` reads them. Needs prometheus-client."""
+"""The metrics of runs for Prometheus: `metrics` defines them, `prometheus_collector` reads them."""

@@ -11,17 +11,17 @@ from rlbroker.metrics.history import Sample
 from rlbroker.ops.inspect.snapshot import Snapshot, WorkerStatus
 from rlbroker.types import QueueCounts, Why, WorkerInfo
 
-#: Reasons of losses that can be undone: dead letters can be retried, and workers resend what a server lost. Such a
-#: number can fall, and Prometheus takes a counter that falls for a restart, so they are gauges.
+#: Reasons of losses that can be undone: dead letters can be retried, and workers resend what a server lost. They are
+#: gauges, because the numbers can fall: to Prometheus a counter that falls has been reset.
 MISSING: Final = ("corrupt", "poison", "vanished")
 
 #: Reasons of losses that are final.
 LOST_FOR_GOOD: Final = tuple(reason for reason in LOST if reason not in MISSING)
 
-#: Reasons of missed versions. Unknown reasons are left out, so that a worker cannot add labels.
+#: Reasons of missed versions. Others are omitted: a worker could add any number of labels with them.
 _MISSED_REASONS: Final = get_args(Why)
 
-#: Workers of one run with metrics of their own, the lowest ids first.
+#: Workers of one run with their own metrics: those with the lowest ids.
 WORKERS_LISTED: Final = 1000
 
 Source = TypeVar("Source")
@@ -32,9 +32,9 @@ class RunMetric(Generic[Source]):
     """One metric, read from a snapshot, a worker, or the learner's newest sample.
 
     Attributes:
-        name: with its unit; a counter ends in `_total`.
+        name: ends in the unit, or in `_total` for a counter.
         description: one sentence for people.
-        read: reads the value; None for no value, or values by `reason`.
+        read: returns the value, or values by reason; None for no value.
         by_reason: whether `read` returns values by reason.
     """
 
@@ -50,8 +50,8 @@ class RunMetric(Generic[Source]):
 
 
 @dataclass(frozen=True)
-class Member:
-    """One worker that belongs to a run, in a snapshot."""
+class MemberSource:
+    """A member of a run in a snapshot."""
 
     snapshot: Snapshot
     info: WorkerInfo
@@ -59,7 +59,7 @@ class Member:
 
     @property
     def counts(self) -> QueueCounts:
-        """The fate of its batches."""
+        """The counts of its batches."""
         return self.status.counts or _NO_BATCHES
 
 
@@ -229,7 +229,7 @@ RUN_METRICS: Final[tuple[RunMetric[Snapshot], ...]] = (
 )
 
 #: Metrics of each worker that belongs to a run.
-WORKER_METRICS: Final[tuple[RunMetric[Member], ...]] = (
+WORKER_METRICS: Final[tuple[RunMetric[MemberSource], ...]] = (
     RunMetric(
         "rlbroker_worker_up",
         "Whether the worker sent a heartbeat within its lease.",

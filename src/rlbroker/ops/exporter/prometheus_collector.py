@@ -1,4 +1,4 @@
-"""The collector that reads the metrics of all runs from the server whenever Prometheus scrapes."""
+"""The collector, which reads the metrics from the server at each scrape of Prometheus."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from rlbroker.ops.exporter.metrics import (
     WORKER_METRICS,
     WORKERS_LISTED,
     LearnerSource,
-    Member,
+    MemberSource,
     RunMetric,
 )
 from rlbroker.ops.inspect.runs import choose_run, list_run_names
@@ -38,7 +38,7 @@ from rlbroker.ops.inspect.snapshot import Snapshot, take_snapshot
 
 logger = logging.getLogger("rlbroker")
 
-#: Upper bounds of the staleness histogram's buckets. From 16 on the history counts by powers of two.
+#: Upper bounds of the staleness histogram's buckets. From 16 on, the history counts by powers of two.
 STALENESS_BOUNDS: Final = (0, 1, 2, 3, 4, 6, 8, 10, 12, 15, 31, 63, 127, 255, 511, 1023)
 
 Source = TypeVar("Source")
@@ -46,7 +46,7 @@ Source = TypeVar("Source")
 
 @dataclass(frozen=True)
 class RunReading:
-    """What was read of one run; without a snapshot if the run cannot be read."""
+    """What one scrape read of a run; the snapshot is None if the run cannot be read."""
 
     run: str
     snapshot: Snapshot | None = None
@@ -54,7 +54,7 @@ class RunReading:
 
 
 class MetricsCollector(Collector):
-    """Reads the metrics of one run, or of all runs on a server, at each scrape, and keeps none."""
+    """Reads the metrics of one run, or of all runs on a server, at each scrape."""
 
     def __init__(
         self, connection: Connection, *, version: str, run: str | None = None, timeout_seconds: float = 5.0
@@ -62,10 +62,9 @@ class MetricsCollector(Collector):
         """Prepare; nothing is read yet.
 
         Args:
-            connection: the connection to the server.
-            version: the version of this program.
-            run: the run; None for all runs that exist at each scrape.
-            timeout_seconds: how long one scrape may take; runs that were not read by then are unreadable.
+            version: the release of rlbroker.
+            run: the run; None for all that exist at the time of a scrape.
+            timeout_seconds: limit of one scrape; runs that were not read by then count as unreadable.
         """
         self._connection, self._version, self._run = connection, version, run
         self._timeout_seconds = timeout_seconds
@@ -73,11 +72,11 @@ class MetricsCollector(Collector):
         self._problems: dict[str, str] = {}
 
     def describe(self) -> Iterable[Metric]:
-        """Return every metric without values, so that single metrics can be requested."""
+        """Return every metric without values: Prometheus may request single metrics by name."""
         return [*_build_own_families(False, 0.0, self._version), *build_families(())]
 
     def collect(self) -> Iterator[Metric]:
-        """Read all metrics. Concurrent scrapes wait for one another, to spare the server.
+        """Read all metrics. A scrape waits until an earlier one has ended, to spare the server.
 
         Raises:
             DeadlineExceeded: an earlier scrape has not ended in time.
@@ -111,7 +110,7 @@ class MetricsCollector(Collector):
         return readings
 
     def _read_run(self, run: str, deadline: Deadline) -> RunReading:
-        """Read one run; one that cannot be read must not hide the others."""
+        """Read one run; an error in one run must not hide the others."""
         try:
             if deadline.over:
                 raise DeadlineExceeded(f"there was no time left after {self._timeout_seconds:g} s")
@@ -187,9 +186,9 @@ def build_families(readings: Sequence[RunReading]) -> Iterator[Metric]:
     yield histogram
 
 
-def _list_members(snapshot: Snapshot) -> list[Member]:
+def _list_members(snapshot: Snapshot) -> list[MemberSource]:
     members = [
-        Member(snapshot, status.info, status)
+        MemberSource(snapshot, status.info, status)
         for status in snapshot.workers.values()
         if status.info is not None
     ]

@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-#: History that a judgement needs.
+from rlbroker.ops.formatting import format_share
+
+#: What limits a run; `unknown` if the history is too short, or has no batches.
+Cause = Literal["workers", "learner", "encoding", "sending", "nothing", "unknown"]
+
+#: A shorter history gives no verdict.
 ENOUGH_SECONDS: Final = 10.0
 
-#: Shares of time from which a wait makes a bottleneck. A waiting worker costs little: its queue is full meanwhile.
+#: Shares of time from which something is the bottleneck. The one for workers is low: they wait only for a full queue.
 LEARNER_WAITS: Final = 0.25
 WORKERS_WAIT: Final = 0.10
 PUBLISHING: Final = 0.25
@@ -41,7 +46,7 @@ class Bottleneck:
     encoding: float
     sending: float
     publishing: float
-    which: Literal["workers", "learner", "encoding", "sending", "nothing", "unknown"]
+    which: Cause
     what: str
 
 
@@ -59,17 +64,13 @@ def judge(
 
     Args:
         seconds: the length of the measured span.
-        learner_waits: share of the time, as in `Bottleneck`.
-        workers_wait: share of the time, as in `Bottleneck`.
-        encoding: share of the time, as in `Bottleneck`.
-        sending: share of the time, as in `Bottleneck`.
-        publishing: share of the time, as in `Bottleneck`.
+        learner_waits, workers_wait, encoding, sending, publishing: shares of the time, as in `Bottleneck`.
         collected: batches that the learner collected in this span.
 
     >>> judge(60, learner_waits=0.63, workers_wait=0, encoding=0, sending=0, publishing=0).what
     'the learner waits for data 63 % of the time: more or faster workers would help'
     """
-    which: Literal["workers", "learner", "encoding", "sending", "nothing", "unknown"]
+    which: Cause
     if seconds < ENOUGH_SECONDS:
         which = "unknown"
         what = "the history is too short to tell what holds the run back"
@@ -78,33 +79,27 @@ def judge(
         what = "no batches were collected in this time, so what holds the run back is unknown"
     elif learner_waits >= LEARNER_WAITS and learner_waits >= workers_wait:
         which = "workers"
-        what = f"the learner waits for data {percent(learner_waits)} of the time: more or faster workers would help"
+        what = (
+            f"the learner waits for data {format_share(learner_waits)} of the time: more or faster workers would "
+            "help"
+        )
     elif workers_wait >= WORKERS_WAIT:
         which = "learner"
         what = (
-            f"workers wait for room {percent(workers_wait)} of their time: the learner is too slow for them; fewer "
-            "workers would be enough"
+            f"workers wait for room {format_share(workers_wait)} of their time: the learner is too slow for them; "
+            "fewer workers would be enough"
         )
     elif publishing >= PUBLISHING:
         which = "encoding" if encoding >= sending else "sending"
         helps = "compression_enabled=False" if which == "encoding" else "a faster network"
         what = (
-            f"publishing weights takes {percent(publishing)} of the time, most of it {which}: {helps}, or wait=False, "
-            "would help"
+            f"publishing weights takes {format_share(publishing)} of the time, most of it {which}: {helps}, or "
+            "wait=False, would help"
         )
     else:
         which = "nothing"
         what = (
-            f"nothing holds the run back: the learner waits for data {percent(learner_waits)} of the time, "
-            f"workers wait for room {percent(workers_wait)} of theirs"
+            f"nothing holds the run back: the learner waits for data {format_share(learner_waits)} of the time, "
+            f"workers wait for room {format_share(workers_wait)} of theirs"
         )
     return Bottleneck(learner_waits, workers_wait, encoding, sending, publishing, which, what)
-
-
-def percent(share: float) -> str:
-    """Return a share as a percentage for people.
-
-    >>> [percent(share) for share in (0, 0.004, 0.631, 1)]
-    ['0 %', '0.4 %', '63 %', '100 %']
-    """
-    return f"{share * 100:.1f} %" if 0 < share < 0.0095 else f"{share * 100:.0f} %"

@@ -1,4 +1,4 @@
-"""Records of control: which commands were sent, what became of them, and which updates and commands were missed."""
+"""Records of control: the commands sent, their outcomes, and the updates and commands that workers missed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rlbroker.control.ledger_reader import read_missed_records
 from rlbroker.control.outcomes import ACKNOWLEDGED_STATES
 from rlbroker.types import Missed, Outcome, State
 
-#: Entries of the control stream per read; most of them are notices of versions.
+#: Entries of the control stream per read; most of them announce versions.
 ENTRIES_AT_ONCE = 1_000
 
-#: Acknowledgements of one worker that are searched for those that no learner has settled yet.
-ANSWERS_AT_ONCE = 1_000
+#: Acknowledgements read from one worker's stream.
+ACKNOWLEDGEMENTS_AT_ONCE = 1_000
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,10 @@ class SentCommand:
     """A command on the control stream.
 
     Attributes:
-        command_id: its id in Redis.
-        name: its name.
         arguments: its data as text, cut at 200 characters.
-        sent: when it was sent, seconds since the epoch by the server's clock.
-        age_seconds: how long ago that is.
-        outcomes: its outcome by worker; empty once they are expired, a day later.
+        sent: when it was sent, seconds since 1970 by the server's clock.
+        age_seconds: the time since then.
+        outcomes: its outcome by worker; empty once they have expired, after a day.
     """
 
     command_id: str
@@ -42,11 +40,7 @@ class SentCommand:
 
 
 def list_commands(connection: Connection, keys: Keys, *, count: int) -> list[SentCommand]:
-    """Return the newest commands, oldest first.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Return the newest commands, oldest first."""
     found: dict[str, tuple[str, dict[str, str]]] = {}
     position = "+"
     while len(found) < count:
@@ -54,7 +48,7 @@ def list_commands(connection: Connection, keys: Keys, *, count: int) -> list[Sen
         for entry_id, fields in entries:
             header = text_fields({name: value for name, value in fields.items() if name != b"data"})
             command_id = header.get("command", "")
-            # A command that was sent again, to a server that had lost it, has the same id in both entries.
+            # The stream may hold a command twice: the learner sends it again if the server may have lost it.
             if header.get("event") == "command" and (command_id in found or len(found) < count):
                 found[command_id] = entry_id.decode(), header
         if len(entries) < ENTRIES_AT_ONCE:
@@ -68,7 +62,7 @@ def list_commands(connection: Connection, keys: Keys, *, count: int) -> list[Sen
         command_id: {int(worker): Outcome.from_text(text) for worker, text in text_fields(reply).items()}
         for command_id, reply in zip(found, replies, strict=True)
     }
-    add_unsettled_answers(connection, keys, outcomes)
+    add_unsettled_acknowledgements(connection, keys, outcomes)
     commands = []
     for command_id, (entry_id, header) in reversed(found.items()):
         sent = entry_place(entry_id)[0] / 1000
@@ -85,15 +79,13 @@ def list_commands(connection: Connection, keys: Keys, *, count: int) -> list[Sen
     return commands
 
 
-def add_unsettled_answers(
+def add_unsettled_acknowledgements(
     connection: Connection, keys: Keys, outcomes: dict[str, dict[int, Outcome]]
 ) -> None:
-    """Replace outcomes that wait by acknowledgements that no learner has settled yet: the learner may be away.
+    """Add the acknowledgements that the ledger has not settled yet; without a learner it settles none.
 
     Args:
-        connection: the connection to the server.
-        keys: the run's keys.
-        outcomes: outcomes by command id and worker; changed in place.
+        outcomes: outcomes by command id and worker; those in the state `waiting` are replaced in place.
     """
     waiting = {
         worker
@@ -101,10 +93,12 @@ def add_unsettled_answers(
         for worker, outcome in by_worker.items()
         if outcome.state == "waiting"
     }
-    for worker, answer in _read_answers(connection, keys, sorted(waiting)):
-        by_worker = outcomes.get(answer.get("command", ""), {})
+    for worker, acknowledgement in _read_acknowledgements(connection, keys, sorted(waiting)):
+        by_worker = outcomes.get(acknowledgement.get("command", ""), {})
         if worker in by_worker and by_worker[worker].state == "waiting":
-            by_worker[worker] = Outcome(cast(State, answer["outcome"]), answer.get("detail", ""))
+            by_worker[worker] = Outcome(
+                cast(State, acknowledgement["outcome"]), acknowledgement.get("detail", "")
+            )
 
 
 def read_missed(
@@ -115,18 +109,15 @@ def read_missed(
     worker: int | None = None,
     why: str | None = None,
 ) -> tuple[float, list[Missed]]:
-    """Return the server's clock, seconds since the epoch, and the missed updates and commands, oldest first.
+    """Return the server's time, seconds since 1970, and the missed updates and commands, oldest first.
 
     Args:
-        connection: the connection to the server.
-        keys: the run's keys.
-        last_seconds: only the records of the last seconds; None for every stored record.
+        last_seconds: only the records of this span; None for all.
         worker: only the records of this worker.
         why: only the records with this reason.
 
     Raises:
         WireError: the record holds what no learner writes.
-        PeerError: the server refused, or could not be reached in time.
     """
     now = connection.clock(keys.meta)
     with parsing(keys.missed):
@@ -138,17 +129,20 @@ def read_missed(
     ]
 
 
-def _read_answers(
+def _read_acknowledgements(
     connection: Connection, keys: Keys, workers: Iterable[int]
 ) -> list[tuple[int, dict[str, str]]]:
     ids = list(workers)
     replies = connection.execute_all(
-        [("XRANGE", keys.acknowledgements(worker), "-", "+", "COUNT", ANSWERS_AT_ONCE) for worker in ids]
+        [
+            ("XRANGE", keys.acknowledgements(worker), "-", "+", "COUNT", ACKNOWLEDGEMENTS_AT_ONCE)
+            for worker in ids
+        ]
     )
     return [
-        (worker, answer)
+        (worker, acknowledgement)
         for worker, entries in zip(ids, replies, strict=True)
         for _, fields in entries
-        if (answer := text_fields(fields)).get("event") == "command"
-        and answer.get("outcome") in ACKNOWLEDGED_STATES
+        if (acknowledgement := text_fields(fields)).get("event") == "command"
+        and acknowledgement.get("outcome") in ACKNOWLEDGED_STATES
     ]

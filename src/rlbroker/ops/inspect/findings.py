@@ -1,4 +1,4 @@
-"""Every finding: what is wrong with a run, the command that shows more or repairs it, and what to do about it."""
+"""The findings: what is wrong with a run, a command that shows more or repairs it, and what to do about it."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from rlbroker.types import WorkerInfo
 
 Severity = Literal["warning", "critical"]
 
-#: Updates in a row that each skipped a version, from which a worker skips persistently.
+#: The number of updates in a row that skipped a version, from which it is a finding.
 SKIPS_IN_A_ROW: Final = 10
 
 #: Age from which an unanswered command is a finding.
 UNANSWERED_SECONDS: Final = 30.0
 
-#: Time since the last call of `poll` from which a worker is busy or stuck.
+#: Time since the last call of `poll` from which it is mentioned: the worker is busy or stuck.
 UNPOLLED_SECONDS: Final = 10.0
 
-#: Workers that continue after the learner has ended are a finding after this time and a lease.
+#: Workers that continue after the learner has ended are a finding after this time, and after a lease.
 ENDED_SECONDS: Final = 10.0
 
-#: Share of the server's memory limit from which its use is a finding.
+#: The share of the server's memory limit from which its use is a finding.
 MEMORY_SHARE: Final = 0.9
 
-#: Findings of one code that are shown one by one.
+#: How many findings of one code are shown separately.
 SHOWN_OF_A_CODE: Final = 3
 
-#: How long a fenced process stays a finding.
+#: How long a fenced process remains a finding.
 FENCED_SECONDS: Final = 600.0
 
-#: Reasons for which a batch is lost only if something went wrong; the settings ask for the other losses.
+#: Reasons of losses that are findings. The others are wanted by a setting, or are findings as dead letters.
 _UNWANTED_LOSSES: Final = ("vanished", "trimmed", "fenced")
 
 
@@ -54,14 +54,14 @@ class FindingLimits:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """A problem of a run.
 
     Attributes:
         severity: `critical` if the run cannot continue, or data is at risk.
         code: one word for programs, such as `worker_behind`.
         worker: the worker; None for the learner, the server or the run.
         what: one sentence for people.
-        hint: a command, `rlbroker …` or `redis-cli …`, that shows more or repairs it; without the server's address.
+        hint: a command, `rlbroker …` or `redis-cli …`, that shows more or repairs it, without --url and --run.
     """
 
     severity: Severity
@@ -134,7 +134,7 @@ def list_findings(snapshot: Snapshot, limits: FindingLimits | None = None) -> li
 
 
 def group_findings(findings: Iterable[Finding]) -> list[tuple[Finding, list[int]]]:
-    """Return the findings to show, each with the further workers that it stands for, so that a list stays short.
+    """Return the findings to show, each with the other workers that have the same, to keep the list short.
 
     >>> findings = [Finding("warning", "queue_full", worker, f"{worker} is full", "") for worker in range(9)]
     >>> [(finding.what, workers) for finding, workers in group_findings(findings)]
@@ -212,7 +212,7 @@ def _learner_findings(snapshot: Snapshot) -> Iterator[Finding]:
 
 
 def _ended_findings(snapshot: Snapshot, learner: LearnerStatus) -> Iterator[Finding]:
-    """Report workers that continue after the learner has ended, once they have had time to notice."""
+    """Yield a finding for workers that continue after the learner has ended, once they have had time to notice."""
     alive = snapshot.alive
     silent_seconds = learner.last_seen_seconds
     just_ended = silent_seconds is not None and silent_seconds <= max(
@@ -333,7 +333,7 @@ def _member_findings(snapshot: Snapshot, info: WorkerInfo, limits: FindingLimits
     worker, details = info.worker_id, f"rlbroker workers {info.worker_id}"
     away = info.state == "away"
     if away:
-        process = f" ({info.host} pid {info.pid})" if info.host else ""  # expires before the membership does
+        process = f" ({info.host} pid {info.pid})" if info.host else ""  # its heartbeat may have expired
         yield Finding(
             "warning",
             "worker_away",

@@ -1,4 +1,4 @@
-"""Which learners and workers of a run are alive, and which of them run on one host."""
+"""Whether the learners and workers of a run are alive, and which of them run on a given host."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Participant:
     """The learner, or a worker, of a run on one host.
 
     Attributes:
-        worker_id: the worker; None for the learner.
-        state: `alive`; `away` after a lease without a heartbeat; `ended`: the learner was cleaned up.
+        worker_id: None for the learner.
+        state: `alive`; `away` after a lease without a heartbeat; `ended` once the learner has cleaned up.
         last_seen_seconds: age of the last heartbeat by the server's clock; None without any.
     """
 
@@ -36,16 +36,10 @@ class Participant:
 def find_participants(connection: Connection, run: str, host: str) -> list[Participant]:
     """Return the learner of a run if it is on this host, and the workers on this host, by id.
 
-    A further learner, which only collects, does not record its host.
-
-    Args:
-        connection: the connection to the server.
-        run: the run; one that does not exist has no participants.
-        host: the name of the host, as the host reports it.
+    A further learner, which only collects, does not record its host. A run that does not exist has no participants.
 
     Raises:
         WireError: the run's keys hold what no learner or worker writes.
-        PeerError: the server refused, or could not be reached in time.
     """
     keys = Keys(run)
     clock, meta_reply, names = connection.execute_all(
@@ -89,7 +83,7 @@ def learner_silent_seconds(meta: dict[str, str], now: float) -> float | None:
 
 
 def other_learners_silent_seconds(meta: dict[str, str], now: float) -> list[float]:
-    """Return the seconds since the last heartbeat of each further learner, which only collects."""
+    """Return the seconds since the last heartbeat of each further learner; these only collect."""
     epoch = meta.get("epoch")
     return [
         max(0.0, now - float(seen))

@@ -1,4 +1,4 @@
-"""The workers' queues: counts and contents of batches that wait or are pending, without taking them."""
+"""The workers' queues: counts and contents of waiting and pending batches, read without taking them."""
 
 from __future__ import annotations
 
@@ -18,28 +18,25 @@ from rlbroker.backend.replies import (
     text_fields,
     whole_number,
 )
-from rlbroker.codec.describe import Content as Content
-from rlbroker.codec.describe import describe
+from rlbroker.codec.describe import Content, describe
 from rlbroker.errors import WireError
 from rlbroker.experience.dead_letters import READ_AT_ONCE
 
 
 @dataclass(frozen=True)
-class WaitingBatch:
-    """A batch in a worker's queue. The fields that the worker wrote may be wrong: workers are not trusted.
+class QueuedBatch:
+    """A batch in a worker's queue. What the worker wrote may be wrong: workers are not trusted.
 
     Attributes:
-        worker_id: the worker that sent it.
         batch_id: `<incarnation>-<sequence>`.
         retried: whether it was a dead letter and is delivered again.
-        held_by: the learner that has read and not acknowledged it; empty if it waits.
-        deliveries: how often it was delivered.
+        held_by: the learner at which it is pending; empty if it waits.
+        deliveries: the number of times that it was delivered.
         version: the version that produced it; None if the entry has none.
         staleness: versions published since.
-        rows: its leading dimension.
         raw_bytes: bytes of its arrays.
         stored_bytes: bytes of its message.
-        age_seconds: from sending, by the worker's clock, to now, by the server's; None if the entry has no time.
+        age_seconds: time since sending; None if the entry has no time. Compares the worker's clock with the server's.
         contents: its arrays and values; empty if it does not decode.
         problem: why it does not decode; empty if it does.
     """
@@ -60,51 +57,44 @@ class WaitingBatch:
 
 
 @dataclass(frozen=True)
-class WaitingQueue:
-    """One worker's queue.
+class PeekedQueue:
+    """One worker's queue, with some of its batches.
 
     Attributes:
-        worker_id: the worker.
         waiting: batches that no learner has read.
         in_hand: batches that a learner has read and not acknowledged.
-        batches: the batches that were read, in the order of the queue.
+        batches: some of them, in the order of the queue.
     """
 
     worker_id: int
     waiting: int
     in_hand: int
-    batches: tuple[WaitingBatch, ...]
+    batches: tuple[QueuedBatch, ...]
 
 
 def peek_queue(
     connection: Connection, keys: Keys, worker: int, *, count: int, newest: bool = False
-) -> WaitingQueue:
+) -> PeekedQueue:
     """Read some batches of one worker without taking them; retried dead letters first.
 
-    The batches are transferred: `count` limits how many.
+    The batches are transferred, which may take long.
 
     Args:
-        connection: the connection to the server.
-        keys: the run's keys.
-        worker: the worker.
         count: the most batches to read from each of its two streams.
-        newest: read the newest batches, not the oldest.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
+        newest: whether to read the newest batches instead of the oldest.
     """
     waiting = in_hand = 0
-    batches: list[WaitingBatch] = []
+    batches: list[QueuedBatch] = []
     for key, retried in ((keys.again(worker), True), (keys.experiences(worker), False)):
         if connection.execute("TYPE", key) in (b"stream", "stream"):  # a learner deletes any other type
             length, pending, found = _peek_stream(connection, keys, worker, key, count, newest, retried)
             waiting, in_hand = waiting + length - pending, in_hand + pending
             batches += found
-    return WaitingQueue(worker, waiting, in_hand, tuple(batches))
+    return PeekedQueue(worker, waiting, in_hand, tuple(batches))
 
 
 def describe_batch(data: bytes) -> tuple[tuple[Content, ...], str]:
-    """Return the contents of a message, or the reason why it does not decode; needs no torch."""
+    """Return the contents of a message, and why it does not decode, or an empty text; needs no torch."""
     try:
         return tuple(describe(data)), ""
     except WireError as error:
@@ -113,8 +103,8 @@ def describe_batch(data: bytes) -> tuple[tuple[Content, ...], str]:
 
 def _peek_stream(
     connection: Connection, keys: Keys, worker: int, key: str, count: int, newest: bool, retried: bool
-) -> tuple[int, int, list[WaitingBatch]]:
-    """Return the length of a stream, the number of its pending entries, and some of its batches."""
+) -> tuple[int, int, list[QueuedBatch]]:
+    """Return the length of a stream, the number of pending entries, and some of its batches."""
     clock, latest, length, groups = connection.execute_all(
         [("TIME",), ("HGET", keys.weights, "version"), ("XLEN", key), ("XINFO GROUPS", key)]
     )
@@ -136,7 +126,7 @@ def _peek_stream(
 
 
 def _read_entries(connection: Connection, key: str, count: int, newest: bool) -> list[Any]:
-    """Return the first or last entries of a stream. Each read is small: the server holds each reply in memory."""
+    """Return the first or last entries of a stream, in small reads: the server buffers each reply in memory."""
     entries: list[Any] = []
     command, position, end = ("XREVRANGE", "+", "-") if newest else ("XRANGE", "-", "+")
     while len(entries) < count:
@@ -158,13 +148,13 @@ def _parse_batch(
     now: float,
     latest: int,
     retried: bool,
-) -> WaitingBatch:
+) -> QueuedBatch:
     header = text_fields({name: value for name, value in fields.items() if name != b"data"})
     data = fields.get(b"data", b"")
     version = whole_number(header.get("version", ""))
     _, consumer, _, deliveries = pending[0] if pending else ("", "", 0, 0)
     found, problem = describe_batch(data)
-    return WaitingBatch(
+    return QueuedBatch(
         worker_id=worker,
         batch_id=_parse_batch_id(header.get("entry", ""), entry_id),
         retried=retried,
@@ -182,7 +172,7 @@ def _parse_batch(
 
 
 def _parse_batch_id(original_id: str, entry_id: str) -> str:
-    """Return the id under which the worker sent a batch: a retried one has another entry id."""
+    """Return the id under which the worker sent a batch; the entry of a retried one has another id."""
     try:
         incarnation, sequence = entry_place(original_id)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The runs on a server: their names, a summary of each, and the choice of one."""
+"""The runs on a server: names, summaries, and the choice of one."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ logger = logging.getLogger("rlbroker")
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run of a server.
+    """A run in brief.
 
     Attributes:
         learner: `alive`; `ended` after cleanup; `away` after a lease without a heartbeat; `none` before the first
-            learner opened the run; `unreadable` if its keys hold what no learner writes.
+            learner; `unreadable` if another program has written into its keys.
         version: the latest version; 0 before the first.
         alive: workers with a heartbeat within their lease.
-        members: workers that belong to the run, whether alive or away.
+        members: workers that belong to the run, alive or away.
         others: further learners with a heartbeat within their lease; they only collect.
         last_seen_seconds: age of the newest heartbeat of any learner or worker; None without any.
         wire_format: the wire format of the learner; None before the first learner.
@@ -50,11 +50,7 @@ class RunSummary:
 
 
 def list_run_names(connection: Connection) -> list[str]:
-    """Return the names of the runs on a server, sorted, with runs that have workers but no learner yet.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Return the names of the runs on a server, sorted; a run may have workers and no learner yet."""
     prefix, _, meta = Keys("RUN").meta.partition("RUN")
     suffixes = (meta, Keys("RUN").workers.partition("RUN")[2])
     found = set[str]()
@@ -65,11 +61,7 @@ def list_run_names(connection: Connection) -> list[str]:
 
 
 def read_keys(connection: Connection, run: str) -> Keys:
-    """Return the key names of a run, spread over its shards if it has any.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Return the keys of a run; on a Cluster, spread over its shards."""
     keys = Keys(run)
     keys.use_shards(str(connection.execute("HGET", keys.meta, "shards") or b"", "ascii", "replace"))
     return keys
@@ -79,9 +71,8 @@ def choose_run(connection: Connection, run: str | None) -> str:
     """Return the name of an existing run: the given one, or the only one on the server.
 
     Raises:
-        InvalidArgument: there is no such run, or more than one to choose from; the message lists the existing ones.
+        InvalidArgument: there is no such run, or more than one; the message lists the runs.
         IncompatibleFormat: a release with another wire format wrote the run.
-        PeerError: the server refused, or could not be reached in time.
     """
     if run is None:
         names = list_run_names(connection)
@@ -109,15 +100,7 @@ def choose_run(connection: Connection, run: str | None) -> str:
 
 
 def list_runs(connection: Connection, names: list[str] | None = None) -> list[RunSummary]:
-    """Return a summary of each run on a server, by name.
-
-    Args:
-        connection: the connection to the server.
-        names: only these runs, in this order.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Return a summary of each run on a server, by name, or of these runs in this order."""
     names = list_run_names(connection) if names is None else names
     commands: list[tuple[Any, ...]] = [("TIME",)]
     for keys in map(Keys, names):
@@ -146,18 +129,14 @@ def list_runs(connection: Connection, names: list[str] | None = None) -> list[Ru
 
 
 def read_worker_ids(connection: Connection, keys: Keys) -> list[int]:
-    """Return every worker id that the run ever had, sorted.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
-    """
+    """Return every worker id that the run ever had, sorted."""
     return parse_worker_ids(connection.execute("SMEMBERS", keys.workers))
 
 
 def _parse_summary(
     name: str, now: float, replies: list[Any], ids: list[int], incarnation_replies: list[Any]
 ) -> RunSummary:
-    """Summarize a run; one that another program has written into must not hide the others."""
+    """Summarize a run; an unreadable run must not hide the others."""
     for reply in replies:
         if isinstance(reply, AccessDenied):
             raise reply
@@ -194,4 +173,4 @@ def _summarize(
 def _list_names(names: list[str]) -> str:
     if not names:
         return "there are no runs on it"
-    return f"runs there are: {', '.join(names)}; choose one with --run"
+    return f"its runs are: {', '.join(names)}; choose one with --run"

@@ -1,6 +1,6 @@
 """The snapshot of a run: server, learner, weights, and each worker with its batches and missed updates.
 
-`rlbroker status`, the findings, the exporter and the report are all made from it.
+The findings, the exporter, the report and most commands are made from it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from rlbroker.ops.inspect.liveness import learner_silent_seconds, learner_state,
 from rlbroker.types import Liveness, MissedUpdates, QueueCounts, WorkerInfo
 from rlbroker.weights.manifest import Manifest
 
-#: Commands that a server, or a user without the right, may refuse.
+#: Commands that a server may not have, or that the user may have no right to run.
 _SERVER_COMMANDS = (("INFO", "server"), ("INFO", "memory"))
 
-#: Fields of the manifest for people; the others are for downloads.
+#: The fields of the manifest for people; the others are for downloads.
 _WEIGHTS_FIELDS = ("version", "kind", "base", "codec", "raw_bytes", "stored_bytes", "published")
 
 
@@ -45,7 +45,7 @@ class LearnerStatus:
     """The latest learner of a run.
 
     Attributes:
-        epoch: its incarnation; it only grows.
+        epoch: its incarnation.
         state: `alive`; `ended` after cleanup; `away` after a lease without a heartbeat.
         last_seen_seconds: age of its last heartbeat by the server's clock; None without any.
         others: further learners with a heartbeat within their lease; they only collect.
@@ -66,11 +66,11 @@ class ServerStatus:
     Attributes:
         address: without user and password.
         version: its name and version.
-        maxmemory_policy: its policy; in a Cluster the policy of a master that evicts keys, if any does.
+        maxmemory_policy: in a Cluster, the policy of a master that evicts keys, if there is one.
         used_bytes: memory in use.
         maxmemory_bytes: the memory limit; 0 for no limit.
         node: the name of the node; empty for a single server.
-        evicting_node: the master of a Cluster that has this policy, if it may evict keys; empty for a single server.
+        evicting_node: the master of a Cluster that evicts keys; empty if there is none, and for a single server.
     """
 
     address: str
@@ -87,13 +87,13 @@ class WorkerStatus:
     """One worker.
 
     Attributes:
-        info: its line of the roster; None once it left.
-        counts: the fate of its batches; None before the first.
+        info: its entry in the roster; None once it has left.
+        counts: the counts of its batches; None before the first.
         missed: totals of what it missed, without the records.
         commands_waiting: commands that it has not answered.
         command_seconds: age of the oldest of them; 0 without one.
         dead_letters: its batches that are kept because no learner could use them.
-        spoiled: keys that it writes, and that have another type than they must.
+        spoiled: keys that it should write, and that have a wrong type.
     """
 
     info: WorkerInfo | None
@@ -110,9 +110,7 @@ class Snapshot:
     """The state of a run at one moment.
 
     Attributes:
-        run: its name.
-        at: the moment, seconds since the epoch by the server's clock.
-        server: its server.
+        at: seconds since 1970 by the server's clock.
         settings: the learner's settings for the run; the defaults before the first learner.
         expected_workers: the number of workers that the learner expects; 0 before the first learner.
         learner: the latest learner; None before the first.
@@ -143,7 +141,7 @@ class Snapshot:
         """Return the snapshot as values for JSON.
 
         Returns:
-            `run`: text. `at`: seconds since the epoch.
+            `run`: text. `at`: seconds since 1970.
             `server`: the fields of `ServerStatus`. `settings`: those of `RunSettings`. `expected_workers`: a number.
             `learner`: null, or the fields of `LearnerStatus`.
             `weights`: null, or `version`, `kind`, `base`, `codec`, `raw_bytes`, `stored_bytes`, `published`.
@@ -169,11 +167,10 @@ class Snapshot:
 
 
 def take_snapshot(connection: Connection, run: str) -> Snapshot:
-    """Read the state of a run, once.
+    """Read the state of a run.
 
     Raises:
         WireError: the run's keys hold what no learner or worker writes.
-        PeerError: the server refused, or could not be reached in time.
     """
     return SnapshotReader(connection, run).read()
 
@@ -181,7 +178,7 @@ def take_snapshot(connection: Connection, run: str) -> Snapshot:
 class SnapshotReader:
     """Reads snapshots of one run, each in three round trips.
 
-    The types of the keys are read before their contents: a command on a missing queue is an error, and the server
+    The types of the keys are read before their contents: reading a missing queue would be an error, and the server
     counts errors.
     """
 
@@ -194,7 +191,6 @@ class SnapshotReader:
 
         Raises:
             WireError: the run's keys hold what no learner or worker writes.
-            PeerError: the server refused, or could not be reached in time.
         """
         return self._connection.retry(self._read)
 
@@ -302,7 +298,7 @@ class SnapshotReader:
 
 
 def _without_refusals(replies: Sequence[Any]) -> list[Any]:
-    """Return replies with None for those that a server or a user without the right may refuse; raise other errors."""
+    """Return the replies, with None for refused commands; raise other errors."""
     return [None if _is_refusal(reply) else reply for reply in replies]
 
 
@@ -343,7 +339,7 @@ def _read_server(connection: Connection, replies: Sequence[bytes | None]) -> Ser
         return _parse_server(connection, "", replies)
     nodes = []
     for master in connection.masters():
-        with suppress(ConnectionFailed):  # the snapshot has read nothing from this node either
+        with suppress(ConnectionFailed):  # a node that does not answer is left out
             node_replies = _without_refusals(connection.ask_at(master, _SERVER_COMMANDS))
             nodes.append(_parse_server(connection, master.name, node_replies))
     fullest = max(nodes, key=_fullness, default=_parse_server(connection, "", ()))

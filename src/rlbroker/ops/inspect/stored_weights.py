@@ -1,4 +1,4 @@
-"""Which versions of the weights are stored, in which forms, and for how long."""
+"""The stored versions of the weights: their forms, and when these expire."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Literal
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import text_fields
-from rlbroker.weights.manifest import Manifest as Manifest
-from rlbroker.weights.manifest import StoredForm as StoredForm
-from rlbroker.weights.manifest import cheapest_path
+from rlbroker.weights.manifest import Manifest, StoredForm, cheapest_path
 
-#: Replies of PTTL for a missing key, and for a key that does not expire.
-_GONE, _STAYS = -2, -1
+#: Replies of PTTL for a missing key, and for a key without expiry.
+_MISSING, _PERMANENT = -2, -1
 
 
 @dataclass(frozen=True)
@@ -22,10 +20,9 @@ class FormSummary:
     """One stored form of a version.
 
     Attributes:
-        form: the form.
-        state: `latest`; `needed` as the base of a delta; `expiring` once newer forms have superseded it; `damaged` if
-            a chunk is missing that should stay; `gone` if one is missing that was to expire.
-        expires_seconds: how long it is still complete; None if it does not expire, or is not complete.
+        state: `latest`; `needed` as the base of a delta; `expiring` once newer forms have superseded it; `gone` if a
+            chunk of an expiring form is missing; `damaged` if a chunk of another form is missing.
+        expires_seconds: time until its first chunk expires; None if none does, or if it is not complete.
         reachable: whether the version can be read: the form is complete, and its bases are reachable.
     """
 
@@ -41,7 +38,7 @@ class StoredWeights:
 
     Attributes:
         manifest: the manifest of the latest version; None before the first.
-        forms: the forms in the manifest by version, with those that the latest version superseded.
+        forms: the forms in the manifest by version, including those that are superseded.
     """
 
     manifest: Manifest | None
@@ -53,7 +50,7 @@ class StoredWeights:
         return sorted({one.form.version for one in self.forms if one.reachable})
 
     def path(self, version: int) -> list[StoredForm]:
-        """Return the forms to download, in order, for a version.
+        """Return the forms to download for a version, in order.
 
         Raises:
             WireError: the version is not stored (any more).
@@ -66,7 +63,6 @@ def read_stored_weights(connection: Connection, keys: Keys) -> StoredWeights:
 
     Raises:
         WireError: the manifest cannot be read.
-        PeerError: the server refused, or could not be reached in time.
     """
     manifest = Manifest.from_fields(text_fields(connection.execute("HGETALL", keys.weights)))
     if manifest is None:
@@ -77,8 +73,8 @@ def read_stored_weights(connection: Connection, keys: Keys) -> StoredWeights:
     summaries: list[FormSummary] = []
     for form, names in zip(forms, chunk_keys, strict=True):
         form_ttls = [int(next(ttls)) for _ in names]
-        complete = _GONE not in form_ttls
-        ends = [ttl / 1000 for ttl in form_ttls if ttl != _STAYS]
+        complete = _MISSING not in form_ttls
+        ends = [ttl / 1000 for ttl in form_ttls if ttl != _PERMANENT]
         summaries.append(
             FormSummary(
                 form=form,
@@ -101,5 +97,5 @@ def _form_state(
 
 
 def _has_base(form: StoredForm, before: Sequence[FormSummary]) -> bool:
-    """Return whether a form needs no base, or its base is reachable; `before` has all earlier versions."""
+    """Return whether a form is full, or its base is reachable; `before` has the forms of all earlier versions."""
     return not form.base or any(one.reachable and one.form.version == form.base for one in before)

@@ -1,4 +1,4 @@
-"""A run over a span of time, from its history and its record of missed updates: rates, totals and version lanes."""
+"""A run over a span of time: rates, totals, and the versions that each worker ran."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rlbroker.ops.inspect.findings import Finding, list_findings
 from rlbroker.ops.inspect.snapshot import Snapshot, take_snapshot
 from rlbroker.types import Missed
 
-#: Points of a line that a plot on a phone can show.
+#: As many points of a line as a plot on a phone can show.
 POINTS: Final = 200
 
-#: Least time that a sample covers, because samples of one second may come a little late.
+#: The least time that a sample covers: one that is due after a second may come a little late.
 _COVERED_SECONDS: Final = 3.0
 
-#: The names that `Timeline.total` takes: totals that only grow while one learner lives.
+#: The names that `Timeline.total` takes: totals of one learner, which only grow.
 _TOTALS: Final = (
     "published",
     "published_raw_bytes",
@@ -47,9 +47,9 @@ class TimelinePoint:
     """What happened between two samples of the history.
 
     Attributes:
-        at: when it ended, seconds since the epoch by the server's clock.
+        at: when it ended, seconds since 1970 by the server's clock.
         seconds: its length.
-        continues: whether it begins where the point before ended; False after a gap, and for the first point.
+        continues: whether it begins where the previous point ended; False after a gap, and for the first point.
         batches_per_second: batches that the learner collected.
         rows_per_second: their rows.
         bytes_per_second: their bytes, as arrays.
@@ -66,7 +66,7 @@ class TimelinePoint:
         waiting: batches in the queues, at its end.
         in_hand: batches that the learner had read and not acknowledged, at its end.
         alive: workers with a heartbeat within their lease, at its end.
-        away: members without.
+        away: the other members, at its end.
     """
 
     at: float
@@ -111,8 +111,7 @@ class Timeline:
     """A snapshot of a run and its history over a span of time.
 
     Attributes:
-        snapshot: the snapshot.
-        samples: the history of the span, oldest first; empty without history.
+        samples: the history of the span, oldest first.
         records: the missed updates of the span, oldest first.
     """
 
@@ -127,12 +126,12 @@ class Timeline:
 
     @property
     def begin(self) -> float:
-        """The time of the first sample, seconds since the epoch; of the snapshot without samples."""
+        """The time of the first sample, or of the snapshot if there is none; seconds since 1970."""
         return self.samples[0].at if self.samples else self.snapshot.at
 
     @property
     def end(self) -> float:
-        """The time of the last sample; of the snapshot without samples."""
+        """The time of the last sample, or of the snapshot if there is none; seconds since 1970."""
         return self.samples[-1].at if self.samples else self.snapshot.at
 
     @cached_property
@@ -147,7 +146,7 @@ class Timeline:
 
     @property
     def restarts(self) -> list[float]:
-        """The times at which a new learner continued the run, seconds since the epoch."""
+        """The times at which a new learner continued the run, seconds since 1970."""
         pairs = zip(self.samples, self.samples[1:], strict=False)
         return [after.at for before, after in pairs if after.epoch != before.epoch]
 
@@ -156,7 +155,7 @@ class Timeline:
         return sum(interval.growth(name) for interval in self.intervals)
 
     def rate(self, name: str) -> float:
-        """Return the growth of a total for each second; 0 without history."""
+        """Return the growth of a total per second; 0 without history."""
         return self.total(name) / self.seconds if self.seconds else 0.0
 
     @cached_property
@@ -177,7 +176,7 @@ class Timeline:
         """Return the history as about `count` points."""
         points: list[TimelinePoint] = []
         last: Sample | None = None
-        for interval in intervals(thin(self.samples, count)):
+        for interval in intervals(thin_out(self.samples, count)):
             if interval.seconds > 0:
                 points.append(_make_point(interval, continues=last is interval.before))
                 last = interval.after
@@ -185,7 +184,7 @@ class Timeline:
 
     @cached_property
     def behind(self) -> dict[int, VersionsBehind]:
-        """How many versions each worker was behind, by worker id; without workers that ran none."""
+        """How many versions each worker was behind, by worker id; workers that ran no version are omitted."""
         milliseconds_by_worker: dict[int, Counter[int]] = {}
         for interval in self.intervals:
             for worker, version in interval.before.running.items():
@@ -209,7 +208,7 @@ class Timeline:
 
     @property
     def missed(self) -> dict[int, dict[str, int]]:
-        """Versions missed since the run began, by worker and reason; without workers that missed none."""
+        """Versions missed since the run began, by worker and reason; workers that missed none are omitted."""
         return {
             worker: {why: count for why, count in status.missed.by_reason.items() if count}
             for worker, status in self.snapshot.workers.items()
@@ -280,12 +279,11 @@ class Timeline:
 
 @dataclass(frozen=True)
 class MissedMark:
-    """Versions that one worker missed in one cell of time, for one reason.
+    """A count of the versions that one worker missed in one cell of time, for one reason.
 
     Attributes:
         lane: index of the worker in `VersionLanes.workers`.
         column: index of the cell.
-        count: the number of versions.
     """
 
     lane: int
@@ -299,10 +297,10 @@ class VersionLanes:
     """The versions that workers ran over a span of time: a lane for each worker, cut into cells of equal time.
 
     Attributes:
-        workers: worker ids, sorted, one for each lane.
-        begin: when the first cell begins, seconds since the epoch.
-        end: when the last one ends.
-        versions: by lane, the version in each cell; 0 where none is known.
+        workers: the worker id of each lane, sorted.
+        begin: start of the first cell, seconds since 1970.
+        end: end of the last cell.
+        versions: by lane, the version in each cell; 0 if unknown.
         marks: missed versions.
     """
 
@@ -322,13 +320,7 @@ def read_timeline(connection: Connection, run: str, *, span_seconds: float | Non
     """Read a snapshot of a run and its history.
 
     Args:
-        connection: the connection to the server.
-        run: the run.
-        span_seconds: how much of the history, up to its last sample, which may be long ago if the run has ended;
-            None for all of it.
-
-    Raises:
-        PeerError: the server refused, or could not be reached in time.
+        span_seconds: only this much of the history up to its last sample, which may be old; None for all of it.
     """
     keys = Keys(run)
     snapshot = take_snapshot(connection, run)
@@ -344,10 +336,10 @@ def read_timeline(connection: Connection, run: str, *, span_seconds: float | Non
     return Timeline(snapshot, samples, records)
 
 
-def thin(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Return about `count` samples, evenly over time, with the first and last sample of each learner.
+def thin_out(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """Return about `count` samples, evenly spaced in time, with the first and last sample of each learner.
 
-    No growth is lost: totals only grow, so an interval between two kept samples covers those in between.
+    No growth is lost: the interval between two kept samples includes the growth between them.
     """
     if len(samples) <= count:
         return list(samples)
@@ -366,7 +358,7 @@ def thin(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 def build_lanes(timeline: Timeline, columns: int) -> VersionLanes:
-    """Cut the span into at most `columns` cells of a second or more, and find the version of each worker in each."""
+    """Cut the span into at most `columns` cells of at least a second, and find each worker's version in each cell."""
     samples = timeline.samples
     if len(samples) < 2 or timeline.end <= timeline.begin:
         return VersionLanes((), timeline.begin, timeline.end, (), ())
@@ -376,7 +368,7 @@ def build_lanes(timeline: Timeline, columns: int) -> VersionLanes:
     workers = sorted({worker for sample in samples for worker in sample.running})
     lanes = {worker: [0] * columns for worker in workers}
     for sample, until in zip(samples, _covered_until(samples), strict=True):
-        # A cell shows the last version within it: later samples overwrite earlier ones.
+        # A cell gets the last version within it, as later samples overwrite earlier ones.
         first = min(columns - 1, int((sample.at - begin) / width))
         last = min(columns - 1, max(first, int((until - begin) / width - 1e-9)))
         for worker, version in sample.running.items():
@@ -391,7 +383,7 @@ def build_lanes(timeline: Timeline, columns: int) -> VersionLanes:
 def _covered_until(samples: Sequence[Sample]) -> list[float]:
     """Return the time until which each sample is valid: until the next one, or until a gap begins.
 
-    A gap is a pause much longer than the usual distance of samples: no learner was alive, or its samples were lost.
+    A gap is much longer than the usual distance of samples: no learner was alive, or its samples were lost.
     """
     ends = []
     for number, sample in enumerate(samples):
@@ -444,7 +436,7 @@ def _make_point(interval: Interval, *, continues: bool) -> TimelinePoint:
 
 
 def _worker_seconds(interval: Interval) -> float:
-    """Return the time of all live workers in an interval, added up."""
+    """Return the length of an interval times the number of live workers."""
     return interval.seconds * (interval.before.alive + interval.after.alive) / 2
 
 

@@ -1,4 +1,4 @@
-"""A run over time: snapshots in a row, the rates between them, and the last minute of the learner's history."""
+"""A live view of a run: repeated snapshots, rates between them, and the last minute of the learner's history."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rlbroker.ops.inspect.findings import Finding, list_findings
 from rlbroker.ops.inspect.snapshot import Snapshot, SnapshotReader, WorkerStatus
 from rlbroker.types import Liveness
 
-#: Samples of the history: the last minute.
+#: Samples of the history to show: the last minute.
 SAMPLES: Final = 60
 
-#: Span for the rates of single workers. Workers report their waits only once a second.
+#: The span over which the rates of a worker are measured. Workers report their waits only once a second.
 RATE_SECONDS: Final = 5.0
 
-#: Age from which the newest sample no longer is the present state.
+#: Age from which the newest sample is no longer current.
 CURRENT_SECONDS: Final = 5.0
 
 
@@ -32,10 +32,10 @@ class WorkerLine:
         state: `alive`, `away`, or `left`.
         version: the version that it runs.
         staleness: versions published since.
-        batches_per_second: batches that it produced, over the last seconds.
+        batches_per_second: batches that it produced in the last seconds.
         waiting: batches in its queue.
         in_hand: batches that the learner has read and not acknowledged.
-        lost: batches that were produced and not delivered, for any reason.
+        lost: batches that were produced and will not be delivered, for any reason.
         missed: missed versions and commands.
         unpolled_seconds: time since it last polled.
         room_share: share of the last seconds in which it waited for room in its queue.
@@ -68,8 +68,8 @@ class RunView:
         snapshot: the state of the run.
         findings: what is wrong, critical findings first.
         lines: its workers, by id.
-        series: each metric of `SERIES` for every second of the last minute, oldest first; None where there is no value.
-        current: whether the last values of the series are the present state.
+        series: each metric of `SERIES` for every second of the last minute, oldest first; None for no value.
+        current: whether the last values of the series are current.
     """
 
     snapshot: Snapshot
@@ -104,7 +104,7 @@ class RunView:
         }
 
     def newest(self, name: str) -> float | None:
-        """Return the newest value of a series; None without a current one."""
+        """Return the newest value of a series; None if it is not current."""
         values = self.series[name]
         return values[-1] if values and self.current else None
 
@@ -148,11 +148,10 @@ class RunWatch:
         self._totals: deque[_Totals] = deque()
 
     def read(self) -> RunView:
-        """Read a view of the run; the first one has no rates of workers.
+        """Read a view of the run. The first view has no rates of workers.
 
         Raises:
             WireError: the run's keys hold what no learner or worker writes.
-            PeerError: the server refused, or could not be reached in time.
         """
         snapshot = self._reader.read()
         self._read_history()
@@ -172,7 +171,7 @@ class RunWatch:
         )
 
     def _read_history(self) -> None:
-        # Start half a second after the last sample: as a float, its time is not exact enough to exclude it.
+        # Half a second after the last sample: as a float, its time is not exact enough to exclude just that sample.
         since = self._samples[-1].at + 0.5 if self._samples else 0.0
         self._samples.extend(read_history(self._connection, self._keys, since=since, count=SAMPLES + 1))
 
@@ -182,7 +181,9 @@ class RunWatch:
             {worker: status.counts.produced for worker, status in snapshot.workers.items() if status.counts},
             {info.worker_id: (info.incarnation, info.room_seconds) for info in snapshot.members},
         )
-        if self._totals and totals.at <= self._totals[-1].at:  # another server, with another clock
+        if (
+            self._totals and totals.at <= self._totals[-1].at
+        ):  # after a failover: the new server has another clock
             self._totals.clear()
         self._totals.append(totals)
         while len(self._totals) > 2 and totals.at - self._totals[1].at >= RATE_SECONDS:

@@ -1,8 +1,8 @@
 """The contents of a stored version: read its header, download it, and write it as a safetensors or npz file.
 
-Needs no torch. Names in a file are paths joined by dots, as in state dictionaries. Leaves keep the dtypes in which
-they travelled, and tied ones are written under each name. Bytes become arrays of uint8; those of less than 1 KiB
-travel as plain values and stay plain values.
+Needs no torch. Names in a file are paths joined by dots, as in state dictionaries. Leaves keep the dtypes of the stored
+form, and tied ones are written under each of their names. Bytes become arrays of uint8, or plain values if they are
+shorter than 1 KiB, as in the stored form.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.codec.describe import Content
-from rlbroker.codec.describe import ties as ties
+from rlbroker.codec.describe import Content, ties
 from rlbroker.codec.dtypes import TORCH_DTYPES
 from rlbroker.codec.image import ImageFormat
 from rlbroker.codec.signing import SigningKey
@@ -48,14 +47,11 @@ def read_contents(
     """Return the contents of a version, from its header alone.
 
     Args:
-        connection: the connection to the server.
-        keys: the run's keys.
-        path: the forms that lead to the version, from `StoredWeights.path`.
+        path: the forms to download, from `StoredWeights.path`.
         key: the key that signs weights; None to accept unsigned weights.
 
     Raises:
         WireError: the header is gone, or cannot be read.
-        PeerError: the server refused, or could not be reached in time.
     """
     form = path[-1]
     if key:
@@ -82,16 +78,13 @@ def download_weights(
     """Download and decode a version, with the checks of a worker; return its contents and its arrays by leaf number.
 
     Args:
-        connection: the connection to the server.
-        keys: the run's keys.
-        path: the forms that lead to the version, from `StoredWeights.path`.
+        path: the forms to download, from `StoredWeights.path`.
         chunk_bytes: the chunk size in the manifest.
         received: called with the size of each piece that arrives.
         key: the key that signs weights; None to accept unsigned weights.
 
     Raises:
         WireError: a chunk cannot be read, or is gone.
-        PeerError: the server refused, or could not be reached in time.
     """
     downloader = Downloader(connection, keys, ImageStore(keys.run, None), key=key, received=received)
     try:
@@ -100,7 +93,7 @@ def download_weights(
         downloader.close()
     arrays = image_format.arrays(image)
     for array in arrays:
-        if array.dtype.kind == "b":  # other bytes than 0 and 1 are undefined behaviour in compiled code
+        if array.dtype.kind == "b":  # in compiled code, bools other than 0 and 1 are undefined behaviour
             flags = array.reshape(-1).view(np.uint8)
             np.minimum(flags, 1, out=flags)
     return image_format.contents(), arrays
@@ -108,13 +101,12 @@ def download_weights(
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """The result of writing a file.
+    """A file with weights.
 
     Attributes:
         tensors: the number of names in it.
-        file_bytes: its size.
-        left_out: names of plain values, which its format cannot hold.
-        as_bits: names of leaves with a dtype that its format lacks, with that dtype: written as integers of their bits.
+        left_out: names of plain values, which its format cannot store.
+        as_bits: by name, the dtype of each leaf that is stored as integers of its bits, as the format lacks the dtype.
     """
 
     tensors: int
@@ -151,10 +143,9 @@ def write_weights(
     """Write weights to a file, whole or not at all.
 
     Args:
-        file: the path; its suffix selects the format.
-        contents: the contents of the version.
-        arrays: its arrays by leaf number.
-        facts: the origin of the weights, stored in the file; plain values.
+        file: its suffix selects the format.
+        arrays: by leaf number.
+        facts: the origin of the weights, to store in the file; plain values.
         force: whether to replace an existing file.
 
     Raises:
@@ -170,10 +161,10 @@ def write_weights(
     with _new_draft(file) as draft:
         mode = draft.stat().st_mode
         as_bits = write(draft, leaves, arrays, plain, facts)
-        draft.chmod(mode)  # safetensors makes the file readable by its owner only
+        draft.chmod(mode)  # safetensors has made it readable only by its owner
         with draft.open("rb") as written:
             os.fsync(written.fileno())
-        check_file(file, force=force)  # another process may have made it meanwhile
+        check_file(file, force=force)  # another process may have created it meanwhile
         file_bytes = draft.stat().st_size
         draft.replace(file)
     left_out = tuple(plain) if file.suffix == ".npz" else ()
@@ -191,7 +182,7 @@ def _index_by_name(contents: Sequence[Content]) -> dict[str, Content]:
 
 @contextmanager
 def _new_draft(file: Path) -> Iterator[Path]:
-    """Make an empty file in the same directory; delete it at the end of the block if it still exists."""
+    """Make an empty file in the same directory; delete it at the end of the block if it was not moved."""
     draft = file.with_name(f".{file.name}.{os.getpid()}.part")
     os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
@@ -209,7 +200,9 @@ def _write_safetensors(
 ) -> dict[str, str]:
     from safetensors import SafetensorError, TensorSpec, serialize_file
 
-    little_endian = [_to_little_endian(array) for array in arrays]  # must stay in memory until all is written
+    little_endian = [
+        _to_little_endian(array) for array in arrays
+    ]  # must stay in memory until they are written
     specs = {}
     for name, one in leaves.items():
         assert one.leaf is not None
@@ -249,7 +242,7 @@ def _write_npz(
     facts: Mapping[str, Any],
 ) -> dict[str, str]:
     as_bits = {}
-    # np.savez would take names such as `file` as its own arguments.
+    # np.savez would take a name such as `file` for one of its own parameters.
     with zipfile.ZipFile(draft, "w", allowZip64=True) as archive:
         archive.comment = _dump_json(facts).encode()
         for name, one in leaves.items():

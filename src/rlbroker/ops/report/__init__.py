@@ -1,7 +1,7 @@
 """The report of `rlbroker report`: one self-contained HTML page without scripts.
 
-Text that workers wrote is hostile: the template and the plots escape it, and the page forbids the browser to load or
-run anything.
+Text from workers is not trusted: the template and the plots escape it, and the page forbids the browser to load or run
+anything.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The small plots of the report: each metric over time, as wide as a phone."""
+"""The small plots of the report, as wide as a phone: each shows metrics over time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from rlbroker.ops.cli.formatting import format_bytes
-from rlbroker.ops.inspect.bottleneck import percent
+from rlbroker.ops.formatting import format_bytes, format_share
 from rlbroker.ops.inspect.timeline import Timeline, TimelinePoint
 from rlbroker.ops.report.svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, RED, SKY, inline, new_figure
 from rlbroker.ops.report.times import Clock
@@ -19,13 +18,13 @@ from rlbroker.ops.report.times import Clock
 #: Width of a plot in CSS pixels.
 WIDTH = 330
 
-#: Coordinates of a line.
+#: One coordinate of the points of a line.
 Values = list[float]
 
 
 @dataclass(frozen=True)
 class PlotData:
-    """The span of the plots, and its points with gaps as NaN."""
+    """The points to plot, and their span of time."""
 
     points: Sequence[TimelinePoint]
     begin: float
@@ -35,16 +34,16 @@ class PlotData:
 
     @property
     def times(self) -> Values:
-        """The times of the line; each piece of it begins where its first interval begins."""
+        """The times of a line, with NaN at gaps. After a gap it continues where the next interval begins."""
         return self._make_line([(point.at - point.seconds, point.at) for point in self.points])
 
     def values(self, read: Callable[[TimelinePoint], float | None]) -> Values:
-        """Return the values of the line, one value of each point."""
+        """Return the values of a line, one for each time in `times`."""
         values = [math.nan if (value := read(point)) is None else float(value) for point in self.points]
         return self._make_line([(value, value) for value in values])
 
     def _make_line(self, ends: Sequence[tuple[float, float]]) -> Values:
-        """Return a line through the ends of all intervals; NaN breaks it at gaps."""
+        """Return the coordinates of a line through the ends of all intervals, with NaN at gaps."""
         line: Values = []
         for point, (begin, end) in zip(self.points, ends, strict=True):
             if not point.continues:
@@ -54,7 +53,7 @@ class PlotData:
 
 
 def draw_plots(timeline: Timeline, clock: Clock) -> dict[str, str]:
-    """Return all small plots as `svg` elements by name. Call it within `styled`."""
+    """Return all small plots as `svg` elements, by name; must be called within `styled`."""
     data = PlotData(timeline.points(), timeline.begin, timeline.end, timeline.restarts, clock)
     draw_by_name = {
         "throughput": _draw_throughput,
@@ -128,7 +127,7 @@ def _draw_waits(data: PlotData) -> Figure:
         (lambda point: point.sending, PURPLE, "sending", ":"),
     ):
         axes.plot(data.times, data.values(read), color=color, label=label, linestyle=style)
-    _finish(axes, data, "share of the time", percent)
+    _finish(axes, data, "share of the time", format_share)
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     if axes.get_ylim()[1] <= 1:
         axes.set_yticks((0, 0.5, 1))
@@ -175,7 +174,7 @@ def _finish(axes: Axes, data: PlotData, title: str, format_value: Callable[[floa
 def draw_time_axis(
     axes: Axes, begin: float, end: float, restarts: Sequence[float], clock: Clock, *, ticks: int
 ) -> None:
-    """Show times on the horizontal axis, and mark where a new learner continued the run."""
+    """Show times on the horizontal axis, and mark the times at which a new learner continued the run."""
     axes.set_xlim(begin, max(end, begin + 1))
     times, format_time = clock.ticks(begin, end, ticks)
     axes.set_xticks(times, [format_time(at) for at in times])

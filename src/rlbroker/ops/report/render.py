@@ -1,4 +1,4 @@
-"""Renders the HTML page of the report."""
+"""The HTML page of the report, from its template."""
 
 from __future__ import annotations
 
@@ -7,23 +7,19 @@ from typing import Any
 
 import jinja2
 
-from rlbroker.ops.cli.formatting import age, describe_other_workers, format_bytes
-from rlbroker.ops.inspect.bottleneck import RULE, percent
+from rlbroker.backend.text import age
+from rlbroker.ops.formatting import describe_other_workers, format_bytes, format_share
+from rlbroker.ops.inspect.bottleneck import RULE
 from rlbroker.ops.inspect.findings import group_findings
 from rlbroker.ops.inspect.timeline import Timeline
 from rlbroker.ops.report.plots import draw_plots
 from rlbroker.ops.report.svg import styled
 from rlbroker.ops.report.timeline_chart import draw_timeline
-from rlbroker.ops.report.times import Clock, duration
+from rlbroker.ops.report.times import Clock, format_duration
 
 
-def render(timeline: Timeline, *, typed: Callable[[str], str]) -> str:
-    """Return the HTML page.
-
-    Args:
-        timeline: the run.
-        typed: completes a hint to a command that a person can type.
-    """
+def render(timeline: Timeline, *, complete_hint: Callable[[str], str]) -> str:
+    """Return the HTML page; `complete_hint` turns a hint into a command that can be typed."""
     clock = Clock(timeline.snapshot.at)
     with styled():
         plots = draw_plots(timeline, clock) | draw_timeline(timeline, clock)
@@ -37,11 +33,11 @@ def render(timeline: Timeline, *, typed: Callable[[str], str]) -> str:
     environment.filters |= {
         "age": age,
         "size": format_bytes,
-        "percent": percent,
-        "duration": duration,
+        "percent": format_share,
+        "duration": format_duration,
         "number": lambda number: f"{number:,}",
         "rate": _rate,
-        "the_same_of": describe_other_workers,
+        "other_workers": describe_other_workers,
         "sentence": _sentence,
         "full": clock.full,
         "iso": clock.iso,
@@ -49,11 +45,11 @@ def render(timeline: Timeline, *, typed: Callable[[str], str]) -> str:
     return environment.get_template("report.html.jinja").render(
         timeline=timeline,
         finding_groups=group_findings(timeline.findings),
-        run=timeline.snapshot,
+        snapshot=timeline.snapshot,
         plots={name: _mark_safe(svg) for name, svg in plots.items()},
         zone=clock.zone,
         rule=RULE,
-        typed=typed,
+        complete_hint=complete_hint,
         settings=_describe_settings(timeline),
         most_behind=max((behind.most for behind in timeline.behind.values()), default=0),
     )
@@ -75,22 +71,22 @@ def _rate(number: float) -> str:
 
 
 def _describe_settings(timeline: Timeline) -> dict[str, str]:
-    run = timeline.snapshot
-    chosen = run.settings
+    snapshot = timeline.snapshot
+    server, settings = snapshot.server, snapshot.settings
     return {
-        "server": f"{run.server.address}, {run.server.version or 'version unknown'}",
-        "maxmemory-policy": run.server.maxmemory_policy or "unknown",
+        "server": f"{server.address}, {server.version or 'version unknown'}",
+        "maxmemory-policy": server.maxmemory_policy or "unknown",
         "memory used": "unknown"
-        if run.server.used_bytes is None
-        else format_bytes(run.server.used_bytes)
-        + (f" of {format_bytes(run.server.maxmemory_bytes)}" if run.server.maxmemory_bytes else ", no limit")
-        + (f", on {run.server.node}, the fullest node" if run.server.node else ""),
-        "num_workers": f"{run.expected_workers:,}",
-        "max_queue_size": f"{chosen.max_queue_size:,}",
-        "max_queue_bytes": format_bytes(chosen.max_queue_bytes),
-        "when_full": chosen.when_full,
-        "lease_seconds": f"{chosen.lease_seconds:g}",
-        "forget_seconds": f"{chosen.forget_seconds:g}",
+        if server.used_bytes is None
+        else format_bytes(server.used_bytes)
+        + (f" of {format_bytes(server.maxmemory_bytes)}" if server.maxmemory_bytes else ", no limit")
+        + (f", on {server.node}, the fullest node" if server.node else ""),
+        "num_workers": f"{snapshot.expected_workers:,}",
+        "max_queue_size": f"{settings.max_queue_size:,}",
+        "max_queue_bytes": format_bytes(settings.max_queue_bytes),
+        "when_full": settings.when_full,
+        "lease_seconds": f"{settings.lease_seconds:g}",
+        "forget_seconds": f"{settings.forget_seconds:g}",
     }
 
 

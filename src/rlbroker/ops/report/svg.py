@@ -12,10 +12,10 @@ from xml.etree import ElementTree
 import matplotlib
 from matplotlib.figure import Figure
 
-#: CSS pixels of an inch.
+#: CSS pixels per inch.
 PIXELS = 96
 
-#: Size of all text; on a page of 400 pixels it still appears as 11 pixels.
+#: Size of all text. On a page 400 pixels wide it shrinks to 11 pixels, which is still readable.
 TEXT_PIXELS = 11.5
 
 INK, FAINT, GRID = "#1f2933", "#52606d", "#d9dee4"
@@ -34,7 +34,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.labelsize": TEXT_PIXELS * 72 / PIXELS,
     "legend.fontsize": TEXT_PIXELS * 72 / PIXELS,
     "text.color": INK,
-    "text.parse_math": False,  # what workers wrote may hold dollar signs
+    "text.parse_math": False,  # text from workers may contain dollar signs
     "axes.edgecolor": "#9aa5b1",
     "axes.labelcolor": FAINT,
     "axes.linewidth": 0.7,
@@ -74,12 +74,7 @@ def new_figure(width_pixels: float, height_pixels: float) -> Figure:
 
 
 def inline(figure: Figure, name: str) -> str:
-    """Return a figure as an `svg` element for a page.
-
-    Args:
-        figure: a figure made within `styled`.
-        name: the prefix of its ids, unique within the page.
-    """
+    """Return a figure, made within `styled`, as an `svg` element. Its ids begin with `name`, unique within the page."""
     written = io.BytesIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(written, format="svg", dpi=2 * PIXELS, transparent=True, metadata=no_metadata)
@@ -99,7 +94,7 @@ def inline(figure: Figure, name: str) -> str:
                 value = f"#{name}-{value[1:]}" if value.startswith("#") else value
             else:
                 value = _REFERENCE.sub(rf"url(#{name}-\1)", value)
-            # Scale factors keep their digits: an image of a thousand pixels would end ten pixels early.
+            # Scale factors keep their digits: rounded ones would make a wide image some pixels too narrow.
             if attribute in ("d", "x", "y") or value.startswith("translate"):
                 value = _NUMBER.sub(r"\1", value)
             element.set(attribute, value)

@@ -1,7 +1,7 @@
 """The timeline chart of the report: a lane for each worker, coloured by the version that it ran.
 
-It is drawn as pixels, because a thousand versions of a hundred workers would be too many shapes for one page. Versions
-that a worker missed are marks at the foot of its lane, on white where lanes are high enough.
+It is drawn as an image: a shape for each of a thousand versions of a hundred workers would be too much for one page.
+Marks at the foot of a lane are versions that the worker missed; in high lanes they lie on white.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from rlbroker.ops.report.times import Clock
 #: Widths in CSS pixels: for a desktop, for paper and for a phone.
 WIDTHS: Final = {"wide": 1130, "middle": 660, "narrow": 325}
 
-#: Height of a lane in CSS pixels: at most, at least, and of all lanes together if they stay high enough.
+#: Height in CSS pixels: of a lane, at most and at least, and of all lanes together unless they would be too low.
 _LANE_PIXELS, _LEAST_LANE_PIXELS, _ALL_LANES_PIXELS = 22, 3, 560
 
-#: Lanes of this height are separated by white.
-_WHITE_FROM_PIXELS = 6
+#: The least height of lanes that are separated by white.
+_SEPARATED_LANE_PIXELS = 6
 
 #: Height of a line of text in CSS pixels.
 _LINE_PIXELS = 14
@@ -46,7 +46,7 @@ _COLORS: Final = "viridis"
 
 
 def draw_timeline(timeline: Timeline, clock: Clock) -> dict[str, str]:
-    """Return the chart in each width as `svg` elements by name; none without history. Call it within `styled`."""
+    """Return the chart in each width as `svg` elements, by name; must be called within `styled`."""
     charts = {}
     for name, width in WIDTHS.items():
         lanes = build_lanes(timeline, width - 50)
@@ -111,11 +111,11 @@ def _draw_lanes(lanes: VersionLanes, timeline: Timeline, clock: Clock, width: in
 
 
 def _make_pixels(lanes: VersionLanes, scale: Normalize, lane_pixels: int, mark_cells: int) -> np.ndarray:
-    """Return the colour of each pixel: rows for the version, rows for missed versions, and a row between high lanes."""
+    """Return the colour of each pixel: for each lane rows for versions, rows for missed versions, and a gap if high."""
     versions = np.array(lanes.versions)
     colors = matplotlib.colormaps[_COLORS](scale(versions), bytes=True)
     colors[versions == 0] = 255
-    between = 1 if lane_pixels >= _WHITE_FROM_PIXELS else 0
+    between = 1 if lane_pixels >= _SEPARATED_LANE_PIXELS else 0
     missed = np.full_like(colors, 255) if between else colors.copy()
     for why, color in _MISSED.items():
         for mark in lanes.marks:

@@ -15,10 +15,10 @@ _STEPS = (
 
 
 class Clock:
-    """Formats times in this machine's time zone, with the UTC offset of one moment."""
+    """Formats times in this machine's time zone, with one UTC offset."""
 
     def __init__(self, at: float) -> None:
-        """Take the UTC offset of this moment: all times of a page have the same offset."""
+        """Use the UTC offset of the time `at`, so that all times of a page have the same offset."""
         local = datetime.fromtimestamp(at).astimezone()
         self._offset = local.utcoffset() or timedelta()
         self._zone = timezone(self._offset)
@@ -28,7 +28,7 @@ class Clock:
         self.zone = name if name == "UTC" else f"{name}, UTC{hours[:3]}:{hours[3:]}"
 
     def full(self, at: float) -> str:
-        """Return date and time for people; the page names the zone."""
+        """Return date and time without the zone, which the page names once."""
         return self._format(at, "%-d %b %Y, %H:%M:%S")
 
     def iso(self, at: float) -> str:
@@ -56,10 +56,10 @@ class Clock:
         return datetime.fromtimestamp(at, self._zone).strftime(pattern)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a duration in its two largest units.
 
-    >>> [duration(seconds) for seconds in (0.4, 48, 124, 7380, 90_000)]
+    >>> [format_duration(seconds) for seconds in (0.4, 48, 124, 7380, 90_000)]
     ['0.4 s', '48 s', '2 min 4 s', '2 h 3 min', '1 d 1 h']
     """
     if seconds < 59.5:

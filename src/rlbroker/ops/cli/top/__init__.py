@@ -1,5 +1,5 @@
-"""`rlbroker top`: the command (`top_command`), and the screen that it draws.
+"""`rlbroker top`: `top_command` is the command, and the other modules are its screen.
 
-`key_bindings` changes the `ViewState` when keys are pressed, `view` draws a `RunView` with that state as lines,
-`table` is the part of the lines about workers, and `terminal` shows lines and reads keys.
+`key_bindings` changes the `ViewState` after a key. `view` draws a `RunView` with that state as lines, and `table` the
+lines about workers. `terminal` shows the lines and reads keys.
 """

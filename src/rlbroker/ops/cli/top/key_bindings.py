@@ -1,4 +1,4 @@
-"""What each key of `rlbroker top` does: which workers are shown, and in which order. Pure."""
+"""The keys of `rlbroker top`, and the workers that it shows after they were pressed. Pure."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ INTERVALS: Final = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 #: The groups of workers that `f` steps through.
 GROUPS: Final = ("all", "alive", "trouble")
 
-#: A row below the end of any table; `clamp_scroll` replaces it by the last row.
+#: A row below the end of every table; `clamp_scroll` replaces it with the last row.
 _END_ROW: Final = 1 << 20
 
 
 @dataclass(frozen=True)
 class ViewState:
-    """What the person has chosen with keys and options.
+    """What the user has chosen with keys and options.
 
     Attributes:
         sort: name of the column that orders the workers.
-        reverse: whether the order is opposite to the column's usual one.
+        reverse: whether to reverse the column's usual order.
         group: which workers are shown, one of `GROUPS`.
-        search: text that the id, state or process of a worker must have to be shown.
+        search: only workers with this id, or with this text in state or process, are shown.
         typing: whether keys are added to `search`.
-        top_row: how many workers are scrolled past.
-        page_rows: how many workers fit on the screen.
+        top_row: number of workers above the screen.
+        page_rows: number of workers that fit on the screen.
         interval: seconds between two refreshes.
         paused: whether refreshing is paused.
-        help_shown: whether the help is shown in place of the table.
+        help_shown: whether the help replaces the table.
         quit: whether to end the command.
     """
 
@@ -51,7 +51,7 @@ class ViewState:
 
 
 def press_key(state: ViewState, key: str) -> ViewState:
-    """Return the state after a key, which is a character or a name, as `terminal.parse_keys` returns them."""
+    """Return the state after a key, which is a character or a name from `terminal.parse_keys`."""
     if state.typing:
         return _type_key(state, key)
     if state.help_shown:
@@ -129,6 +129,6 @@ def select_workers(view: RunView, state: ViewState) -> list[WorkerLine]:
 
 
 def _matches(line: WorkerLine, text: str) -> bool:
-    if text.isdecimal():  # most likely a worker id; the digits are part of many pids, too
+    if text.isdecimal():  # probably a worker id, though many pids contain these digits
         return str(line.worker).startswith(text) or line.process.endswith(f":{text}")
     return text in f"{line.state} {line.process}".lower()

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from rlbroker.ops.cli.formatting import age, format_number, format_share, sanitize
+from rlbroker.backend.text import age
 from rlbroker.ops.cli.styled_text import Piece, cell_width, fit
+from rlbroker.ops.formatting import format_number, format_share, sanitize
 from rlbroker.ops.inspect.findings import UNPOLLED_SECONDS, FindingLimits
 from rlbroker.ops.inspect.watch import WorkerLine
 
 _EIGHTHS: Final = " ▏▎▍▌▋▊▉█"
 
-#: The width of the bar that shows a worker's staleness, and the least staleness that can fill it.
+#: The width of the bar for a worker's staleness, and the least staleness that can fill it.
 _BAR_WIDTH, _BAR_VERSIONS = 8, 10
 
 #: The least staleness that is shown in red, and in yellow.
@@ -29,13 +30,13 @@ class Column:
 
     Attributes:
         name: its heading.
-        key: the key that orders by it; empty if the table cannot be ordered by it.
+        key: the key that orders by it; empty if none does.
         value: the value that orders workers; None comes last.
-        cell: the text that is shown.
+        cell: the text of the cell.
         style: the style of the cell.
         width: the least width.
-        text: whether it is text, which is aligned to the left; numbers are aligned to the right.
-        ascending: whether the usual order is ascending; numbers that show problems are in descending order.
+        text: whether to align it to the left, as text; numbers are aligned to the right.
+        ascending: whether the usual order is ascending; numbers that show problems are descending.
     """
 
     name: str
@@ -144,7 +145,7 @@ COLUMNS: Final = (
     ),
 )
 
-#: Columns that a narrow terminal omits, the first of them first.
+#: Columns to omit on a narrow terminal, first to last.
 OPTIONAL_COLUMNS: Final = (
     "in hand",
     "room",
@@ -169,10 +170,10 @@ def draw_table(
 
     Args:
         lines: the workers, in order.
-        columns: width of the terminal; columns of the table that do not fit are omitted, but not the sort column.
+        columns: width of the terminal; table columns that do not fit are omitted, except the sort column.
         max_staleness: the largest staleness of any worker of the run.
-        sort: name of the column that orders them.
-        reverse: whether the order is opposite to its usual one.
+        sort: name of the sort column.
+        reverse: whether its usual order is reversed.
     """
     full = max(_BAR_VERSIONS, max_staleness)
     cells = {
@@ -186,7 +187,7 @@ def draw_table(
         column.name: max(column.width, len(column.name) + 1, *map(cell_width, ["", *cells[column.name]]))
         for column in COLUMNS
     }
-    widths["process"] = COLUMNS[-1].width  # it gets the remaining width, below
+    widths["process"] = COLUMNS[-1].width  # the remaining width is added below
     kept = list(COLUMNS)
     for name in OPTIONAL_COLUMNS:
         if _width(kept, widths) <= columns:
@@ -217,7 +218,7 @@ def _draw_heading(columns: Sequence[Column], widths: dict[str, int], sort: str, 
 
 
 def draw_bar(value: int, full: int, width: int) -> str:
-    """Return a bar for a number; `full` is the number that fills the width.
+    """Return a bar for a number; `full` is the one that fills the width.
 
     >>> [draw_bar(value, 16, 2) for value in (0, 1, 8, 11, 99)]
     ['', '▏', '█', '█▍', '██']

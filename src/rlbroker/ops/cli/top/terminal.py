@@ -14,14 +14,14 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Final, Self
 
-#: Switch to the alternate screen, hide the cursor, and do not wrap long lines; and undo all three.
+#: Switch to the alternate screen, hide the cursor and turn off line wrapping; and undo these.
 _ENTER: Final = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[2J"
 _LEAVE: Final = "\x1b[?7h\x1b[?25h\x1b[?1049l"
 
-#: How long to wait for the rest of a key's escape sequence: a slow connection may split it.
+#: How long to wait for the rest of a key's escape sequence, which a slow connection may split.
 _REST_SECONDS: Final = 0.05
 
-#: Signals that end the command, with the exit code of shells: 128 plus the number of the signal.
+#: Signals that end the command; its exit code is then 128 plus the number of the signal, as in shells.
 _END_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
 
 #: Names of keys by the end of their escape sequence, after `ESC [` or `ESC O`; terminals differ.
@@ -45,21 +45,21 @@ _CONTROL_KEYS: Final = {"\r": "enter", "\n": "enter", "\x7f": "backspace", "\b":
 
 
 class Terminal:
-    """Stdin and stdout as a screen and keys, until the block ends; Ctrl-Z suspends it in order."""
+    """Stdin and stdout as keys and a screen, until the block ends. Ctrl-Z restores the terminal meanwhile."""
 
     def __init__(self) -> None:
-        """Prepare; the terminal does not change before the block begins."""
+        """Prepare; only entering the block changes the terminal."""
         self._in, self._out = sys.stdin.fileno(), sys.stdout.fileno()
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self._rest = ""
         self._drawn: list[str] = []
-        self._stale = True  #: whether the terminal shows something else than `_drawn`
+        self._stale = True  #: whether the terminal no longer shows `_drawn`
         self._handlers: dict[int, Any] = {}
         self._settings: list[Any] = []
         self._wake_read, self._wake_write = -1, -1
 
     def __enter__(self) -> Self:
-        """Take over the terminal; the end of the block restores it, also after an exception."""
+        """Take over the terminal, until the block ends."""
         self._wake_read, self._wake_write = os.pipe()
         for end in (self._wake_read, self._wake_write):
             os.set_blocking(end, False)
@@ -77,7 +77,7 @@ class Terminal:
 
     def __exit__(self, *error: object) -> None:
         """Restore the terminal."""
-        for number in (signal.SIGINT, *self._handlers):  # a second Ctrl-C must not interrupt this
+        for number in (signal.SIGINT, *self._handlers):  # a second Ctrl-C must not interrupt the restoring
             before = signal.signal(number, signal.SIG_IGN)
             self._handlers.setdefault(number, before)
         try:
@@ -107,9 +107,9 @@ class Terminal:
             os.write(self._wake_write, b"\0")
 
     def read_keys(self, seconds: float) -> list[str]:
-        """Wait for keys, a signal or `wake`, and return the keys; after `seconds` return none."""
+        """Wait up to `seconds` for keys, a signal or `wake`, and return the keys."""
         keys = self._read(seconds)
-        while self._rest:  # the rest of an escape sequence arrives soon; otherwise it was the key Esc
+        while self._rest:  # the rest of an escape sequence arrives soon, or it was the key Esc
             keys += self._read(_REST_SECONDS)
         return keys
 
@@ -135,7 +135,7 @@ class Terminal:
                 os.read(self._wake_read, 4096)
         sent = b""
         if self._in in ready:
-            with suppress(OSError):  # on Linux: the other end of the terminal is closed
+            with suppress(OSError):  # Linux raises this if the other end of the terminal is closed
                 sent = os.read(self._in, 1024)
             if not sent:
                 raise SystemExit(128 + signal.SIGHUP)
@@ -169,14 +169,14 @@ class Terminal:
         }
 
     def _on_resize(self, number: int, stack: FrameType | None) -> None:
-        # Nothing more: `draw` may be running. The signal ends the wait for keys, and the caller draws again.
+        # `draw` may be running, so do no more. The signal ends the wait for keys, and then the caller draws again.
         self._stale = True
 
     def _on_stop(self, number: int, stack: FrameType | None) -> None:
-        """Restore the terminal, stop as after any Ctrl-Z, and take over the terminal when the shell continues."""
+        """Restore the terminal, suspend the process, and take over the terminal when it continues."""
         self._restore()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGTSTP)  # the process stops here
+        signal.raise_signal(signal.SIGTSTP)  # the process is suspended here
         signal.signal(signal.SIGTSTP, self._on_stop)
         self._take_over()
 
@@ -186,11 +186,11 @@ def _exit(number: int, stack: FrameType | None) -> None:
 
 
 def parse_keys(sent: str, *, more: bool = False) -> tuple[list[str], str]:
-    """Return the keys that were pressed, and the incomplete escape sequence at the end.
+    """Return the keys in what the terminal sent, and the incomplete escape sequence at its end.
 
     Args:
         sent: what the terminal sent.
-        more: whether more may follow; without it, an ESC at the end is the key Esc.
+        more: whether the rest of an escape sequence may follow; if not, an ESC at the end is the key Esc.
 
     >>> parse_keys("q\\x1b[A\\x1b[6~ä\\r")
     (['q', 'up', 'page down', 'ä', 'enter'], '')
@@ -219,7 +219,7 @@ def _find_sequence_end(sent: str, at: int) -> int | None:
     if at + 1 == len(sent):
         return None
     if sent[at + 1] not in "[O":
-        return at + 1  # the key Esc, and then another key
+        return at + 1  # the key Esc, then another key
     for place in range(at + 2, len(sent)):
         if "@" <= sent[place] <= "~":
             return place + 1

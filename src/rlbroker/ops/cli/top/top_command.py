@@ -1,4 +1,4 @@
-"""`rlbroker top`: a live view of a run."""
+"""`rlbroker top`: shows a run live."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from rlbroker.ops.cli.top.view import Outage
     from rlbroker.ops.inspect.watch import RunView, RunWatch
 
-#: How often the screen is drawn while nothing happens: the age of a stale view must be updated.
+#: How often to draw while nothing happens, to update the age of a stale view.
 REDRAW_SECONDS = 1.0
 
-#: How late an answer may be before the server is reported as silent.
+#: How late a reply may be before the server is reported as silent.
 SILENT_SECONDS = 1.5
 
-#: How long the end of the command waits for a read that is under way.
+#: How long to wait at the end for a read that is in progress.
 STOP_SECONDS = 1.0
 
-#: The greatest width of the table in a pipe.
+#: The largest width of the table in a pipe.
 PIPE_WIDTH = 160
 
 
@@ -47,15 +47,15 @@ def top(
         typer.Option(
             "--filter",
             metavar="TEXT",
-            help="Only workers with this id, or this text in state or process; or 'alive' or 'trouble'.",
+            help="Only workers with this id, or this text in state or process; alive or trouble selects that group.",
         ),
     ] = "",
 ) -> None:
     """Show a run live: rates, staleness, queues, what is wrong, and a table of its workers.
 
-    `?` explains the keys, `q` quits. Without a terminal the run is read twice and printed once; with --json an object
-    is printed on its own line for each refresh, until Ctrl-C. It only reads from Redis. Exit code: 0, or 2 if the
-    server or the run cannot be read.
+    `?` explains the keys, `q` quits. Without a terminal it prints the run once. --json prints one JSON object per line
+    at each refresh, until Ctrl-C. It only reads from Redis. Exit code: 0, or 2 if the server or the run cannot be
+    read.
 
     Example: rlbroker top --run pong --sort stale
     """
@@ -94,7 +94,7 @@ def _print_json_lines(session: Session, watch: RunWatch, interval: float) -> Non
 
 
 def _print_once(session: Session, watch: RunWatch, state: ViewState) -> None:
-    """Print all workers. The run is read twice: rates are differences."""
+    """Print all workers once. The rates need two reads of the run."""
     from rlbroker.ops.cli.top.view import DrawOptions, draw_text
 
     _read_run(session, watch)
@@ -112,7 +112,7 @@ def _show_live(session: Session, watch: RunWatch, state: ViewState) -> None:
     from rlbroker.ops.cli.top.view import DrawOptions, clamp_scroll, draw_screen
 
     colors = session.console.colors
-    # Read once before the screen is taken over: if server or run cannot be read, the error is printed as usual.
+    # Read once before taking over the screen, so that an error is printed as usual.
     view = _read_run(session, watch)
     with Terminal() as terminal, _Refresher(session, watch, view, state.interval, terminal.wake) as refresher:
         while True:
@@ -129,7 +129,7 @@ def _show_live(session: Session, watch: RunWatch, state: ViewState) -> None:
 
 
 class _Refresher:
-    """Reads the run in a thread, so that keys work while the server does not answer."""
+    """Reads the run in a thread, so that keys work even while the server does not answer."""
 
     def __init__(
         self, session: Session, watch: RunWatch, view: RunView, interval: float, on_change: Callable[[], None]
@@ -164,7 +164,7 @@ class _Refresher:
             return self._view, Outage(seconds, reason) if reason else None
 
     def set_interval(self, interval: float, *, paused: bool) -> None:
-        """Read the run this often, or not at all."""
+        """Read the run at this interval, or not at all while paused."""
         with self._changed:
             if (interval, paused) != (self._interval, self._paused):
                 self._interval, self._paused = interval, paused
@@ -189,7 +189,7 @@ class _Refresher:
             self._on_change()
 
     def _wait_until_due(self, began: float) -> bool:
-        """Wait for the time of the next read; return False if there is none any more."""
+        """Wait until the next read is due; return False if the command ends."""
         with self._changed:
             while not self._stopped and self._bug is None:
                 left = began + self._interval - time.monotonic()

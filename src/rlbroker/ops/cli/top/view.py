@@ -1,4 +1,4 @@
-"""Draws `rlbroker top`: from a `RunView` and a `ViewState` to the lines of a terminal. Pure."""
+"""Draws the screen of `rlbroker top`: makes lines from a `RunView` and a `ViewState`. Pure."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from rlbroker.ops.cli.formatting import age, format_bytes, format_number, format_share, sanitize
+from rlbroker.backend.text import age
 from rlbroker.ops.cli.styled_text import Piece, add_style, cell_width, fit
 from rlbroker.ops.cli.top.key_bindings import ViewState, select_workers
 from rlbroker.ops.cli.top.table import COLUMNS, draw_table
+from rlbroker.ops.formatting import format_bytes, format_number, format_share, sanitize
 from rlbroker.ops.inspect.watch import RunView, WorkerLine
 
 _SPARKS: Final = "▁▂▃▄▅▆▇█"
 
-#: Metrics of the whole run: name in the view, label, whether it is a share. The most important first, two in a line.
+#: Metrics of the whole run: name in the view, label, whether it is a share. The most important first, two per line.
 _METRICS: Final = (
     ("batches_per_second", "batches/s", False),
     ("wait_share", "no data", True),
@@ -56,13 +57,13 @@ class Outage:
 
 @dataclass(frozen=True)
 class DrawOptions:
-    """How to draw, apart from what the run and the keys say.
+    """How to draw, besides the `ViewState`.
 
     Attributes:
         colors: whether to use colours.
         live: whether the view is refreshed.
         complete_hint: returns a hint as a line that can be typed.
-        outage: set while the server does not answer, so that the view is stale.
+        outage: set while the server does not answer: the view is stale.
     """
 
     colors: bool = True
@@ -72,7 +73,7 @@ class DrawOptions:
 
 
 def clamp_scroll(state: ViewState, view: RunView, columns: int, rows: int) -> ViewState:
-    """Return the state with the number of workers that fit, scrolled no further than to the last worker."""
+    """Return the state for this size of the terminal, scrolled no further than to the last worker."""
     page_rows = max(1, rows - len(_draw_header(view, columns, rows)) - 2)
     last = max(0, len(select_workers(view, state)) - page_rows)
     return replace(state, page_rows=page_rows, top_row=min(state.top_row, last))
@@ -95,14 +96,14 @@ def draw_screen(view: RunView, state: ViewState, columns: int, rows: int, option
 
 
 def draw_text(view: RunView, state: ViewState, columns: int, options: DrawOptions) -> list[str]:
-    """Return the lines for a file or a pipe: all workers, once."""
+    """Return the lines for a file or a pipe, with all workers."""
     above = _draw_header(view, columns, 1000, state, options)
     table = _draw_workers(view, select_workers(view, state), state, columns)
     return [_render(pieces, columns, options.colors).rstrip() for pieces in (*above, *table)]
 
 
 def _render(pieces: Sequence[Piece], columns: int, colors: bool) -> str:
-    """Return the pieces as one line; cut what does not fit."""
+    """Return the pieces as one line, cut at the width."""
     drawn, left = [], columns
     for text, style in pieces:
         width = cell_width(text)
@@ -118,7 +119,7 @@ def _render(pieces: Sequence[Piece], columns: int, colors: bool) -> str:
 def _draw_header(
     view: RunView, columns: int, rows: int, state: ViewState | None = None, options: DrawOptions | None = None
 ) -> list[list[Piece]]:
-    """Return the lines above the table: as many as leave room for the workers."""
+    """Return the lines above the table; a low terminal gets fewer of them, to leave room for workers."""
     state, options = state or ViewState(), options or DrawOptions()
     gap: list[list[Piece]] = [[]] if rows >= 24 else []
     metric_lines = 4 if rows >= 20 else 2 if rows >= 16 else 0
@@ -129,7 +130,7 @@ def _draw_header(
         *gap,
     ]
     gap = gap if view.findings else []
-    # Findings get the lines that the workers do not need.
+    # Findings get the lines that workers do not need.
     spare = rows - len(above) - len(gap) - len(view.lines) - 2
     finding_lines = max(spare, 3 if rows >= 20 else 2 if rows >= 16 else 1)
     return [

@@ -1,17 +1,8 @@
-"""Numbers and names as people read them."""
+"""Numbers and names as text for people. The library needs some too: these are in `backend.text`."""
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from rlbroker.backend.text import age as age
-from rlbroker.backend.text import counted as counted
-
-if TYPE_CHECKING:
-    from rlbroker.types import Missed
 
 
 def format_bytes(count: float) -> str:
@@ -53,47 +44,13 @@ def format_share(value: float | None) -> str:
     return f"{100 * value:.1f} %" if 0 < value < 0.0995 else f"{100 * value:.0f} %"
 
 
-def parse_span(text: str) -> float:
-    """Return the seconds of a time span such as `90`, `30s`, `15m`, `1h` or `2d`.
-
-    >>> [parse_span(text) for text in ("90", "30s", "1.5h", "2d")]
-    [90.0, 30.0, 5400.0, 172800.0]
-
-    Raises:
-        ValueError: the text is not a time span.
-    """
-    found = re.fullmatch(r"(\d+|\d*\.\d+)([smhd]?)", text.strip().lower())
-    if found is None:
-        raise ValueError(f"{text!r} is not a time span; write it as 90s, 15m, 1h or 2d")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
-
-
-def unwrap(text: str) -> str:
-    """Return paragraphs without their line breaks: the terminal wraps lines itself.
-
-    >>> unwrap("One\\ntwo.\\n\\nThree.")
-    'One two.\\n\\nThree.'
-    """
-    return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(text))
-
-
 def sanitize(text: str) -> str:
-    """Replace characters that could control the terminal: workers, which wrote the text, are not trusted."""
+    """Replace characters that could control the terminal: the text comes from workers, which are not trusted."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def describe_missed(record: Missed) -> str:
-    """Return what was missed, and why."""
-    what = (
-        f"version {record.first}" if record.last == record.first else f"versions {record.first}-{record.last}"
-    )
-    if record.what == "command":
-        what = f"the command {sanitize(record.command)}"
-    return f"{what}: {record.why}" + (f", {sanitize(record.detail)}" if record.detail else "")
-
-
 def describe_other_workers(workers: Sequence[int]) -> str:
-    """Return which other workers a finding is about, too.
+    """Return a phrase that names the other workers with the same finding.
 
     >>> describe_other_workers([3, 4]), describe_other_workers(range(3, 30))
     ('the same for workers 3, 4', 'the same for 27 more workers: 3, 4, 5, 6, 7, 8, 9, 10 …')

@@ -133,7 +133,7 @@ def test_check_applies_the_given_limits(url: str) -> None:
 def test_check_of_a_run_that_cannot_be_read_is_unknown(url: str) -> None:
     done = rlbroker("check", "--run", "pnog", RLBROKER_REDIS_URL=url)
     assert done.returncode == 3
-    assert re.match(rf"UNKNOWN: there is no run 'pnog' .*; runs there are: {RUN}; ", done.stdout)
+    assert re.match(rf"UNKNOWN: there is no run 'pnog' .*; its runs are: {RUN}; ", done.stdout)
     assert done.stderr == ""
 
 
