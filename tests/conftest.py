@@ -15,7 +15,6 @@ import fakeredis
 import pytest
 import redis
 from certificates import certificates  # noqa: F401 - a fixture
-from engines import Cluster, SentinelTrio
 from fault_fixtures import (  # noqa: F401 - so pytest finds them
     arena,
     binary,
@@ -30,6 +29,8 @@ from fault_fixtures import (  # noqa: F401 - so pytest finds them
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import Sentinel
+from redis_cluster import Cluster
+from sentinel_trio import SentinelTrio
 from servers import KINDS, binary_of
 
 from rlbroker import WorkerClient, WorkerCommunicator

@@ -18,8 +18,9 @@ import pytest
 import redis
 from certificates import Certificates, TlsProxy, server_context
 from conftest import wait_until
-from engines import BUS, Cluster
 from executable import rlbroker
+from nodes import BUS
+from redis_cluster import Cluster
 from servers import FaultyServer, binary_of, free_port
 
 from rlbroker import AccessDenied, ConnectionFailed, TlsFailed, WorkerClient, WorkerCommunicator

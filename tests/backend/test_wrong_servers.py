@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ClusterServer, TrioServer, wait_until
-from engines import Node
 from executable import rlbroker
+from nodes import Node
 
 from rlbroker import AccessDenied, RlbrokerError, ServerUnsuitable, WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection

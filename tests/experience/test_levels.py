@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import ClusterServer, RealServer, Server, spread, wait_until
-from engines import Node
+from nodes import Node
 
 from rlbroker import (
     ConnectionFailed,

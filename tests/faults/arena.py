@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from engines import Cluster, SentinelTrio
 from proxy import Proxy
+from redis_cluster import Cluster
+from sentinel_trio import SentinelTrio
 from servers import FaultyServer
 
 from rlbroker.backend.keys import Keys

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from arena import Arena
-from engines import Cluster, SentinelTrio
+from redis_cluster import Cluster
+from sentinel_trio import SentinelTrio
 from servers import KINDS, FaultyServer, binary_of
 
 

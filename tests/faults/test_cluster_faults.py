@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from arena import Arena, recovery
-from engines import Cluster
+from redis_cluster import Cluster
 
 #: Whose server is meant: a shard's, with streams and chunks; or the run's own, with pointer, control and ledger.
 PARTS = ["shard", "own"]

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from conftest import wait_until
-from engines import Cluster, Node
+from nodes import Node
+from redis_cluster import Cluster
 from servers import KINDS, binary_of
 
 from rlbroker import WorkerClient, WorkerCommunicator

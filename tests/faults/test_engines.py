@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import redis
-from engines import Cluster, SentinelTrio
+from redis_cluster import Cluster
+from sentinel_trio import SentinelTrio
 
 KEY = "rlb:{kit}:"
 
@@ -29,7 +30,7 @@ def test_a_moved_slot_takes_its_keys_along(cluster: Cluster) -> None:
             except redis.exceptions.AskError:
                 seen.append("ASK")
         with pytest.raises(redis.exceptions.TryAgainError):
-            new.ask_on_the_way("MGET", *(f"{KEY}{number}" for number in range(10)))
+            new.ask_importing("MGET", *(f"{KEY}{number}" for number in range(10)))
 
     with cluster.client() as client:
         for number in range(10):

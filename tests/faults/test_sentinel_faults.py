@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from arena import Arena, recovery
-from engines import SentinelTrio
+from sentinel_trio import SentinelTrio
 
 
 @pytest.fixture

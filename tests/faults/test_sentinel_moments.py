@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import wait_until
-from engines import Node, SentinelTrio
+from nodes import Node
+from sentinel_trio import SentinelTrio
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.deadline import Deadline

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import redis
 from conftest import ClusterServer, wait_until
-from engines import Cluster, Node
 from executable import rlbroker
+from nodes import Node
+from redis_cluster import Cluster
 
 from rlbroker import AccessDenied, WorkerClient, WorkerCommunicator
 from rlbroker.backend.error_mapping import is_missing_right

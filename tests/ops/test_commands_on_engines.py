@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import redis
 from conftest import ClusterServer, TrioServer, wait_until
-from engines import Cluster
 from executable import rlbroker
+from redis_cluster import Cluster
 from servers import binary_of
 
 from rlbroker import WorkerClient, WorkerCommunicator

@@ -1,0 +1,171 @@
+"""Servers that form a group, and the group that is started, killed, emptied and frozen as one server."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from servers import FaultyServer
+
+#: The distance of the port of a Cluster node's bus from the node's port.
+BUS = 10_000
+#: Ports of nodes. Their bus ports are below those that the kernel assigns to outgoing connections.
+PORTS = range(11_000, 22_000)
+
+
+class Node(FaultyServer):
+    """One server of several, which comes back on the same port and in the role that it had."""
+
+    def __init__(self, binary: Path, folder: Path, *config: str) -> None:
+        """Prepare it; nothing is started yet."""
+        super().__init__(binary, folder, *config)
+        self.port, self._held = _hold_port()
+        self._file = self._folder / "server.conf"
+        self._file.touch()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._folder.name}, {self.port})"
+
+    def _command(self) -> list[str]:
+        program, *options = super()._command()
+        return [program, str(self._file), *options]
+
+    def give_up(self) -> None:
+        """End it for good, and let others have its port."""
+        self.kill()
+        for held in self._held:
+            held.close()
+
+    def client(self) -> Any:
+        return redis.Redis(
+            host="127.0.0.1", port=self.port, protocol=2, socket_timeout=5.0, retry=Retry(NoBackoff(), 0)
+        )
+
+    def ask(self, *command: Any) -> Any:
+        """Run a command there, and give what it answers as it comes."""
+        with self.client() as client:
+            # As bytes, so that redis-py knows no meaning of the answer.
+            return client.execute_command(*(str(part).encode() for part in command))
+
+    def ask_importing(self, *command: Any) -> Any:
+        """Run a command, after ASKING, on the one that a slot is moving to."""
+        with self.client() as client, client.pipeline(transaction=False) as pipeline:
+            pipeline.execute_command("ASKING")
+            pipeline.execute_command(*command)
+            return pipeline.execute()[1]
+
+    def role(self) -> str:
+        """Give `master`, `slave` or `sentinel`."""
+        role: str = self.ask("ROLE")[0].decode()
+        return role
+
+    def in_step(self) -> bool:
+        """Whether it is a replica whose link to its master is up."""
+        return b"\r\nmaster_link_status:up\r\n" in self.ask("INFO", "replication")
+
+    def is_replica_of(self, master: Node) -> bool:
+        role, *rest = self.ask("ROLE")
+        return bool(role == b"slave" and rest[1] == master.port)
+
+
+class NodeGroup:
+    """Several servers, which taken together are started, killed, emptied and frozen as one."""
+
+    nodes: list[Node]
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:  # some may be running
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for node in self._all_nodes():
+            node.give_up()
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def _all_nodes(self) -> list[Node]:
+        return self.nodes
+
+    def kill(self) -> None:
+        for node in self._all_nodes():
+            node.kill()
+
+    def empty(self) -> None:
+        """Delete the data of all; they still know that they belong together."""
+        for node in self.nodes:
+            node.empty()
+
+    def freeze(self) -> None:
+        for node in self.nodes:
+            node.freeze()
+
+    def thaw(self) -> None:
+        for node in self.nodes:
+            node.thaw()
+
+    @property
+    def awake(self) -> list[Node]:
+        return [node for node in self.nodes if node.awake]
+
+
+@contextlib.contextmanager
+def cut_off(master: Node, others: Sequence[Node]) -> Iterator[None]:
+    """Let the others stand still meanwhile, and hear nothing of what the master does, not even later."""
+    for node in others:
+        node.freeze()
+    try:
+        # What is sent to a process that stands still waits for it in the kernel.
+        master.ask("CLIENT", "KILL", "TYPE", "replica")
+        yield
+    finally:
+        for node in others:
+            node.thaw()
+
+
+def launch_nodes(nodes: Sequence[Node]) -> None:
+    for node in nodes:
+        node.launch()
+    for node in nodes:
+        node.wait_ready()
+
+
+def _hold_port() -> tuple[int, list[socket.socket]]:
+    """Give a port that is free together with its bus port, and what keeps others from taking either."""
+    while True:
+        port, held = random.choice(PORTS), list[socket.socket]()
+        try:
+            for one in (port, port + BUS):
+                held.append(socket.socket())
+                held[-1].bind(("127.0.0.1", one))
+        except OSError:
+            for one_held in held:
+                one_held.close()
+            continue
+        for one_held in held:
+            # Only now, so that two who hold never share, and yet a server can listen beside us.
+            one_held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return port, held
+
+
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """Wait until something holds, also over answers that don't come yet, and give it."""
+    end = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(redis.RedisError):
+            if found := condition():
+                return found
+        assert time.monotonic() < end, f"waited {seconds:g} s in vain until {what}"
+        time.sleep(0.02)

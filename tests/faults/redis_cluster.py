@@ -1,0 +1,232 @@
+"""A Redis Cluster of real servers, each of which can be killed, frozen or cut off by itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import redis
+from nodes import Node, NodeGroup, cut_off, launch_nodes, wait_for
+
+SLOTS = 16384
+
+
+class Cluster(NodeGroup):
+    """Masters with replicas, among which the slots are divided evenly."""
+
+    def __init__(self, binary: Path, folder: Path, masters: int = 3, replicas: int = 1, *config: str) -> None:
+        """Prepare a Cluster; nothing is started yet.
+
+        Args:
+            binary: the program.
+            folder: where the nodes' folders go.
+            masters: how many masters.
+            replicas: how many replicas each master has.
+            config: further options, as on the command line; `--cluster-node-timeout 1000`, say.
+        """
+        options = (
+            *("--cluster-enabled", "yes", "--cluster-node-timeout", "2000"),
+            *("--cluster-replica-validity-factor", "0", "--repl-diskless-sync-delay", "0", *config),
+        )
+        self._masters = masters
+        self._new_node: Callable[[int], Node] = lambda number: Node(
+            binary, folder / f"node-{number}", *options
+        )
+        self.nodes = [self._new_node(number) for number in range(masters * (1 + replicas))]
+        self._ids: dict[bytes, Node] = {}
+
+    @property
+    def url(self) -> str:
+        """Names those that were masters in the beginning; the others are found through them."""
+        places = ",".join(f"127.0.0.1:{node.port}" for node in self.nodes[: self._masters])
+        return f"redis+cluster://{places}/0"
+
+    def client(self) -> Any:
+        """Give redis-py's client, which finds the way to the node of each key."""
+        return redis.RedisCluster(host="127.0.0.1", port=self.awake[0].port, protocol=2, socket_timeout=5.0)
+
+    def start(self) -> None:
+        """Start all, join them if they are new, and wait until every one is in its place."""
+        launch_nodes(self.nodes)
+        if not self._ids:
+            self._join()
+        self.wait_ok()
+
+    def _join(self) -> None:
+        masters, others = self.nodes[: self._masters], self.nodes[self._masters :]
+        self._ids = {node.ask("CLUSTER", "MYID"): node for node in self.nodes}
+        for number, node in enumerate(self.nodes):
+            node.ask("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            for earlier in self.nodes[:number]:
+                node.ask("CLUSTER", "MEET", "127.0.0.1", earlier.port)
+        for number, node in enumerate(masters):
+            first, end = SLOTS * number // len(masters), SLOTS * (number + 1) // len(masters)
+            node.ask("CLUSTER", "ADDSLOTS", *range(first, end))
+        for number, node in enumerate(others):
+            master = self._id(masters[number % len(masters)])
+            wait_for(f"{node} knows its master", partial(self._knows, node, master))
+            node.ask("CLUSTER", "REPLICATE", master.decode())
+
+    def add(self) -> Node:
+        """Let a node join that holds nothing, and give it."""
+        new = self._new_node(len(self.nodes))
+        self.nodes.append(new)
+        launch_nodes([new])
+        self._ids[new.ask("CLUSTER", "MYID")] = new
+        new.ask("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port)
+        wait_for(f"{new} has joined", lambda: all(map(self._sees_everyone, self.awake)))
+        return new
+
+    def masters(self) -> list[Node]:
+        """Give those that are awake and hold slots."""
+        return [node for node in self.awake if self._slots(node)]
+
+    def owner_of(self, slot: int) -> Node:
+        """Give the one that holds a slot, among those that are awake."""
+        return max(
+            (node for node in self.awake if slot in self._slots(node)),
+            key=lambda node: int(self._view(node)[self._id(node)][6]),
+        )
+
+    def replica_of(self, master: Node) -> Node:
+        """Give a replica of a master; both must be awake."""
+        return next(node for node in self.awake if node.is_replica_of(master))
+
+    def slot_of(self, key: str) -> int:
+        slot: int = self.awake[0].ask("CLUSTER", "KEYSLOT", key)
+        return slot
+
+    def move_slot(self, slot: int, to: Node, halfway: Callable[[], object] = lambda: None) -> None:
+        """Move a slot key by key, as redis-cli does.
+
+        Args:
+            slot: the slot.
+            to: the master that gets it.
+            halfway: called when half of its keys have moved; until then and after it there are redirections
+                by ASK, and TRYAGAIN for what needs several of its keys.
+        """
+        source = self.owner_of(slot)
+        self._begin_move(source, slot, to)
+        self._migrate(source, slot, to, source.ask("CLUSTER", "COUNTKEYSINSLOT", slot) // 2)
+        halfway()
+        self.move_keys(slot, to)
+        self.end_move(slot, to)
+
+    def move_keys(self, slot: int, to: Node) -> None:
+        """Move all keys of a slot, and leave the slot where it is: whoever asks there is redirected by ASK."""
+        source = self.owner_of(slot)
+        self._begin_move(source, slot, to)
+        while self._migrate(source, slot, to, 100):
+            pass
+
+    def end_move(self, slot: int, to: Node) -> None:
+        """Let all know that a slot belongs to the one that has its keys."""
+        source = self.owner_of(slot)
+        for node in (to, source, *(one for one in self.masters() if one not in (to, source))):
+            node.ask("CLUSTER", "SETSLOT", slot, "NODE", self._id(to).decode())
+
+    def _begin_move(self, source: Node, slot: int, to: Node) -> None:
+        to.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", self._id(source).decode())
+        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", self._id(to).decode())
+
+    @property
+    def moves_at_once(self) -> bool:
+        """Whether these servers can move a slot as a whole."""
+        return bool(self.awake[0].ask("COMMAND", "INFO", "CLUSTER|MIGRATESLOTS")[0])
+
+    def move_slot_at_once(self, slot: int, to: Node) -> None:
+        """Move a slot as a whole: Valkey 9's CLUSTER MIGRATESLOTS, after which there is one MOVED and no ASK."""
+        source = self.owner_of(slot)
+        source.ask("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", self._id(to).decode())
+        wait_for(f"{to} has slot {slot}", lambda: slot in self._slots(to))
+
+    def fail_over(self, replica: Node) -> None:
+        """Let a replica take its master's place, as for maintenance: they hand over without a loss."""
+        replica.ask("CLUSTER", "FAILOVER")
+        self.wait_promoted(replica)
+
+    def take_over(self, replica: Node) -> None:
+        """Let a replica take the place of its master, which is dead, without asking the others."""
+        replica.ask("CLUSTER", "FAILOVER", "TAKEOVER")
+        self.wait_promoted(replica)
+
+    def behind(self, replica: Node, master: Node) -> contextlib.AbstractContextManager[None]:
+        """Let a replica hear nothing of what its master does meanwhile, not even later."""
+        return cut_off(master, [replica])
+
+    def wait_promoted(self, replica: Node, seconds: float = 30.0) -> None:
+        """Wait until it holds slots, and all who are awake agree."""
+        wait_for(f"{replica} is promoted", lambda: self._slots(replica), seconds)
+        self.wait_ok(seconds)
+
+    def wait_ok(self, seconds: float = 30.0) -> None:
+        """Wait until all who are awake say that all is well, agree on who holds what, and are in step."""
+        wait_for("the Cluster is in order", self._in_order, seconds)
+
+    @contextlib.contextmanager
+    def alone(self, master: Node) -> Iterator[Node]:
+        """Leave a master alone with its clients: a minority, which takes writes until it notices.
+
+        Afterwards the others are there and it is not; its replica is promoted in its place. Then it comes back
+        as a replica, and what it took alone is gone.
+
+        Returns:
+            The replica that will be promoted.
+        """
+        replica = self.replica_of(master)
+        others = [node for node in self.nodes if node is not master and node.awake]
+        with cut_off(master, others):
+            yield replica
+            master.freeze()
+        self.wait_promoted(replica)
+        master.thaw()
+        wait_for(f"{master} follows {replica}", lambda: master.is_replica_of(replica))
+        self.wait_ok()
+
+    def _migrate(self, source: Node, slot: int, to: Node, count: int) -> int:
+        """Move so many of the slot's keys, and give how many there were."""
+        keys = source.ask("CLUSTER", "GETKEYSINSLOT", slot, count)
+        if keys:
+            names = [key.decode() for key in keys]
+            source.ask("MIGRATE", "127.0.0.1", to.port, "", 0, 5000, "KEYS", *names)
+        return len(keys)
+
+    def _id(self, node: Node) -> bytes:
+        return next(name for name, one in self._ids.items() if one is node)
+
+    def _view(self, node: Node) -> dict[bytes, list[bytes]]:
+        """Give the lines of CLUSTER NODES by the nodes' ids, as this one sees them."""
+        return {line[:40]: line.split() for line in node.ask("CLUSTER", "NODES").splitlines()}
+
+    def _knows(self, node: Node, other: bytes) -> bool:
+        return other in self._view(node)
+
+    def _sees_everyone(self, node: Node) -> bool:
+        links = {name: row[7] for name, row in self._view(node).items()}
+        return all(links.get(name) == b"connected" for name in self._ids) and self._is_ok(node)
+
+    @staticmethod
+    def _is_ok(node: Node) -> bool:
+        return b"cluster_state:ok" in node.ask("CLUSTER", "INFO")
+
+    def _slots(self, node: Node, view: dict[bytes, list[bytes]] | None = None) -> set[int]:
+        """Give the slots that a node holds, as itself sees it, or as another does."""
+        found: set[int] = set()
+        for piece in (view or self._view(node)).get(self._id(node), [])[8:]:
+            if not piece.startswith(b"["):  # one that is being moved
+                first, _, last = piece.partition(b"-")
+                found.update(range(int(first), int(last or first) + 1))
+        return found
+
+    def _in_order(self) -> bool:
+        views = [self._view(node) for node in self.awake]
+        owners = [[self._slots(node, view) for node in self.nodes] for view in views]
+        return (
+            all(len(view) == len(self.nodes) for view in views)
+            and all(one == owners[0] for one in owners)
+            and all(map(self._is_ok, self.awake))
+            and all(self._slots(node) if node.role() == "master" else node.in_step() for node in self.awake)
+        )

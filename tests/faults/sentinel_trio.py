@@ -1,0 +1,206 @@
+"""A master, two replicas and three Sentinels, each of which can be killed, frozen or cut off by itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import redis
+from nodes import Node, NodeGroup, cut_off, launch_nodes, wait_for
+
+
+class Sentinel(Node):
+    """A Sentinel; what it learnt is in its folder, and there again after a kill."""
+
+    def __init__(self, binary: Path, folder: Path, *lines: str) -> None:
+        """Prepare it; the lines go to its file."""
+        super().__init__(binary, folder)
+        self.write(*lines)
+
+    def write(self, *lines: str) -> None:
+        """Have these lines in its file, and nothing of what it learnt; it must not be running."""
+        self._file.write_text(
+            "\n".join((f"port {self.port}", "bind 127.0.0.1", f"dir {self._folder}", *lines, ""))
+        )
+
+    def _command(self) -> list[str]:
+        return [str(self._binary), str(self._file), "--sentinel"]
+
+    def wait_ready(self) -> None:
+        super().wait_ready()
+        # Looks around often, and after a moment of a busy machine (TILT) not only half a minute later.
+        for pace in ("INFO-PERIOD", "PUBLISH-PERIOD", "PING-PERIOD", "TILT-PERIOD"):
+            with contextlib.suppress(redis.ResponseError):  # before 7.0
+                self.ask("SENTINEL", "DEBUG", pace, 500)
+
+
+class SentinelTrio(NodeGroup):
+    """A master, two replicas, and three Sentinels that promote one of them."""
+
+    service = "mymaster"
+
+    def __init__(self, binary: Path, folder: Path, *config: str) -> None:
+        """Prepare a trio; nothing is started yet.
+
+        Args:
+            binary: the program.
+            folder: where the servers' folders go.
+            config: further options of the data's servers, as on the command line.
+        """
+        options = ("--repl-diskless-sync-delay", "0", *config)
+        self.nodes = [Node(binary, folder / f"node-{number}", *options) for number in range(3)]
+        lines = self._lines(self.nodes[0])
+        self.sentinels = [Sentinel(binary, folder / f"sentinel-{number}", *lines) for number in range(3)]
+        self._joined = False
+
+    def _lines(self, master: Node, changes: int = 0) -> Sequence[str]:
+        name = self.service
+        return (
+            f"sentinel monitor {name} 127.0.0.1 {master.port} 2",
+            f"sentinel down-after-milliseconds {name} 1000",
+            f"sentinel failover-timeout {name} 5000",
+            f"sentinel config-epoch {name} {changes}",
+            f"sentinel current-epoch {changes}",
+        )
+
+    @property
+    def url(self) -> str:
+        places = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
+        return f"redis+sentinel://{places}/{self.service}"
+
+    def client(self) -> Any:
+        """Give a client of the master."""
+        return self.master().client()
+
+    def start(self) -> None:
+        """Start all, and wait until the Sentinels know everyone and the replicas are in step."""
+        launch_nodes(self.nodes)
+        if not self._joined:
+            for node in self.nodes[1:]:
+                node.ask("REPLICAOF", "127.0.0.1", self.nodes[0].port)
+                node.ask("CONFIG", "REWRITE")
+            self._joined = True
+        self.start_sentinels()
+        self.wait_ok()
+
+    def _all_nodes(self) -> list[Node]:
+        return [*self.sentinels, *self.nodes]
+
+    def stop_sentinels(self) -> None:
+        for sentinel in self.sentinels:
+            sentinel.kill()
+
+    def start_sentinels(self) -> None:
+        """Start those that are not there, with what they knew."""
+        launch_nodes([sentinel for sentinel in self.sentinels if not sentinel.awake])
+
+    def renew_sentinels(self, changes: int = 0) -> None:
+        """Put others in the Sentinels' places, which are only told the master, and how often it has changed."""
+        lines = self._lines(self.master(), changes)
+        self.stop_sentinels()
+        for sentinel in self.sentinels:
+            sentinel.write(*lines)
+        self.start_sentinels()
+        self.wait_ok()
+
+    def master(self) -> Node:
+        """Give the master: the one that the Sentinels name, if more than one says that it is."""
+        found = [node for node in self.awake if node.role() == "master"]
+        return found[0] if len(found) == 1 else self._named()[0]
+
+    def replicas(self) -> list[Node]:
+        return [node for node in self.awake if node.role() == "slave"]
+
+    def fail_over(self) -> Node:
+        """Let the Sentinels promote a replica now, and give it."""
+        old = self.master()
+        self.sentinels[0].ask("SENTINEL", "FAILOVER", self.service)
+        return self.wait_promoted(old)
+
+    def wait_promoted(self, old: Node, seconds: float = 60.0) -> Node:
+        """Wait until the Sentinels that are there name another master, and give it."""
+
+        def promoted() -> Node | None:
+            first, *others = self._named()
+            is_new = first is not old and all(other is first for other in others)
+            return first if is_new and first.awake and first.role() == "master" else None
+
+        found: Node = wait_for(f"another master is there than {old}", promoted, seconds)
+        return found
+
+    def wait_ok(self, seconds: float = 60.0) -> None:
+        """Wait until the Sentinels agree and know everyone, and the replicas that are awake are in step."""
+        wait_for("the trio is in order", self._in_order, seconds)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[Node]:
+        """Leave the master alone with its clients and one Sentinel: a minority, which still takes writes.
+
+        Afterwards the others are there and it is not; they promote a replica in its place. Then it comes back,
+        becomes a replica, and what it took alone is gone.
+
+        Returns:
+            The master.
+        """
+        master = self.master()
+        with cut_off(master, self.replicas()):
+            for sentinel in self.sentinels[1:]:
+                sentinel.kill()
+            yield master
+            self.sentinels[0].kill()
+            master.freeze()
+        launch_nodes(self.sentinels[1:])
+        self.wait_promoted(master)
+        master.thaw()
+        launch_nodes(self.sentinels[:1])
+        self.wait_ok()
+
+    @contextlib.contextmanager
+    def two_masters(self) -> Iterator[tuple[Node, Node]]:
+        """Have the master replaced while its clients, and nobody else, reach it: it goes on to serve them.
+
+        Afterwards it is no more.
+
+        Returns:
+            That master, and the one that the Sentinels name.
+        """
+        old = self.master()
+        with old.client() as client:
+            client.config_set("requirepass", "nobody new")
+            for one in client.client_list():
+                if one["name"].startswith("sentinel") or "S" in one["flags"]:
+                    client.client_kill_filter(_id=one["id"])
+        yield old, self.wait_promoted(old)
+        old.kill()
+
+    def _named(self) -> list[Node]:
+        """Give the master that each Sentinel names."""
+        places = [
+            int(sentinel.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.service)[1])
+            for sentinel in self.sentinels
+            if sentinel.awake
+        ]
+        return [next(node for node in self.nodes if node.port == port) for port in places]
+
+    def _in_order(self) -> bool:
+        master, *others = self._named()
+        return (
+            all(other is master for other in others)
+            and all(self._knows_everyone(sentinel) for sentinel in self.sentinels if sentinel.awake)
+            and master.awake
+            and master.role() == "master"
+            and all(
+                node.is_replica_of(master) and node.in_step() for node in self.awake if node is not master
+            )
+        )
+
+    def _knows_everyone(self, sentinel: Sentinel) -> bool:
+        answer = sentinel.ask("SENTINEL", "MASTER", self.service)
+        fields = dict(zip(answer[::2], answer[1::2], strict=True))
+        return (fields[b"flags"], fields[b"num-slaves"], fields[b"num-other-sentinels"]) == (
+            b"master",
+            b"%d" % (len(self.nodes) - 1),
+            b"%d" % (len(self.sentinels) - 1),
+        )
