@@ -19,19 +19,19 @@ from fault_fixtures import (  # noqa: F401 - so pytest finds them
     arena,
     binary,
     engine,
-    figures,
     full,
+    measurements,
     new_cluster,
     new_server,
     new_trio,
-    vary_scenario,
+    parametrize_scenario,
 )
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 from redis_cluster import Cluster
 from sentinel_trio import SentinelTrio
-from servers import KINDS, binary_of
+from servers import KINDS, find_server_binary
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    vary_scenario(metafunc)
+    parametrize_scenario(metafunc)
     if "place" in metafunc.fixturenames:
         metafunc.parametrize("place", _places(metafunc))
 
@@ -108,7 +108,7 @@ class Server(Protocol):
     kind: str
     client: Any
 
-    def way(self) -> dict[str, Any]:
+    def connection_settings(self) -> dict[str, Any]:
         """Give the arguments with which a client of ours reaches it."""
 
     def another_client(self) -> Any:
@@ -122,7 +122,7 @@ class FakeServer:
         self._server = fakeredis.FakeServer()
         self.client: Any = fakeredis.FakeRedis(server=self._server)
 
-    def way(self) -> dict[str, Any]:
+    def connection_settings(self) -> dict[str, Any]:
         return {"redis_client": self.another_client()}
 
     def another_client(self) -> Any:
@@ -137,7 +137,7 @@ class RealServer:
         self.url = server.url
         self.client: Any = redis.Redis.from_url(server.url, protocol=2)
 
-    def way(self) -> dict[str, Any]:
+    def connection_settings(self) -> dict[str, Any]:
         return {"redis_url": self.url}
 
     def new_client(self, **settings: Any) -> Any:
@@ -158,7 +158,7 @@ class ClusterServer:
         self.url = cluster.url
         self.client: Any = self.new_client(protocol=2)
 
-    def way(self) -> dict[str, Any]:
+    def connection_settings(self) -> dict[str, Any]:
         return {"redis_url": self.url}
 
     def new_client(self, **settings: Any) -> Any:
@@ -183,7 +183,7 @@ class TrioServer:
         self.url = trio.url
         self.client: Any = self.new_client(protocol=2)
 
-    def way(self) -> dict[str, Any]:
+    def connection_settings(self) -> dict[str, Any]:
         return {"redis_url": self.url}
 
     def new_client(self, **settings: Any) -> Any:
@@ -215,13 +215,13 @@ def real_server(embedded: RedisServer) -> Iterator[RealServer]:
 
 
 @pytest.fixture(scope="session")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Server]]:
+def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Server]]:
     """Starts an engine, made of a kind of server, when it is wanted first; it is there for the whole session."""
     with ExitStack() as stack:
 
         @cache
         def start(engine: str, kind: str) -> Server:
-            binary = binary_of(kind)
+            binary = find_server_binary(kind)
             assert binary is not None, f"there is no {kind} here; get it with: {KINDS[kind]}"
             folder = tmp_path_factory.mktemp(engine)
             if engine == "cluster":
@@ -241,9 +241,9 @@ def _all_are_named(made: Cluster) -> bool:
 
 
 @pytest.fixture
-def cluster(started: Callable[[str, str], ClusterServer], server_kind: str) -> Iterator[ClusterServer]:
+def cluster(start_engine: Callable[[str, str], ClusterServer], server_kind: str) -> Iterator[ClusterServer]:
     """A Cluster without keys, made of the chosen kind of server."""
-    found = started("cluster", server_kind)
+    found = start_engine("cluster", server_kind)
     found.client.flushall()
     yield found
     found.client.flushall()
@@ -262,7 +262,7 @@ def server(place: str, request: pytest.FixtureRequest) -> Iterator[Server]:
         return
     if mark := request.node.get_closest_marker("single_server"):
         pytest.skip(f"on a single server only: {mark.args[0]}")
-    found: Server = request.getfixturevalue("started")(*place.split(":"))
+    found: Server = request.getfixturevalue("start_engine")(*place.split(":"))
     found.client.flushall()
     yield found
     found.client.flushall()
@@ -302,7 +302,9 @@ def learner(server: Server, run: str, keys: Keys, opened: ExitStack) -> Callable
 
     def make(num_workers: int = 2, **settings: Any) -> WorkerCommunicator:
         comm = opened.enter_context(
-            WorkerCommunicator(num_workers, **{"run": run, "timeout": 5.0, **server.way(), **settings})
+            WorkerCommunicator(
+                num_workers, **{"run": run, "timeout": 5.0, **server.connection_settings(), **settings}
+            )
         )
         if comm.run == run:
             keys.shards = comm._keys.shards
@@ -317,7 +319,10 @@ def worker(server: Server, run: str, opened: ExitStack) -> Callable[..., WorkerC
 
     def make(worker_id: int | None = None, **settings: Any) -> WorkerClient:
         return opened.enter_context(
-            WorkerClient(worker_id=worker_id, **{"run": run, "timeout": 5.0, **server.way(), **settings})
+            WorkerClient(
+                worker_id=worker_id,
+                **{"run": run, "timeout": 5.0, **server.connection_settings(), **settings},
+            )
         )
 
     return make

@@ -21,7 +21,7 @@ from conftest import wait_until
 from executable import rlbroker
 from nodes import BUS
 from redis_cluster import Cluster
-from servers import FaultyServer, binary_of, free_port
+from servers import FaultyServer, find_server_binary, free_port
 
 from rlbroker import AccessDenied, ConnectionFailed, TlsFailed, WorkerClient, WorkerCommunicator
 from rlbroker.backend import tls
@@ -34,7 +34,7 @@ from rlbroker.local.embedded_server import RedisServer
 DEPLOY = Path(__file__).parents[2] / "deploy" / "redis"
 
 #: The embedded server behind a proxy; and the system's Redis with deploy/redis/tls.conf, if it is installed.
-KINDS = ["proxy", *(["redis"] if binary_of("redis-7.0") else [])]
+KINDS = ["proxy", *(["redis"] if find_server_binary("redis-7.0") else [])]
 
 HOUR_SECONDS = 3600.0
 
@@ -51,7 +51,7 @@ class TlsServer(FaultyServer):
     """The system's Redis with deploy/redis/tls.conf."""
 
     def __init__(self, folder: Path, certificate: tuple[str, str], certificates: Certificates) -> None:
-        binary = binary_of("redis-7.0")
+        binary = find_server_binary("redis-7.0")
         assert binary is not None
         super().__init__(binary, folder)
         self._certificates = certificates
@@ -170,7 +170,7 @@ def test_a_run_over_tls_on_a_cluster_is_bit_exact(tls_cluster: list[int], run: s
 @pytest.fixture(scope="module")
 def tls_cluster(certificates: Certificates, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
     """The TLS ports of a Cluster of three masters that use TLS among themselves, and name each other's TLS ports."""
-    binary = binary_of("redis-7.0")
+    binary = find_server_binary("redis-7.0")
     if binary is None:
         pytest.skip("there is no server with TLS here (apt install redis-server)")
     own, client = certificates.certificate(), certificates.certificate("node", client=True)

@@ -49,17 +49,17 @@ def quick_threads() -> Iterator[None]:
 class Team:
     """Workers in threads; leaving the block waits for them and raises what they raised."""
 
-    def __init__(self, way: Callable[[], dict[str, Any]], run: str, count: int) -> None:
+    def __init__(self, connection_settings: Callable[[], dict[str, Any]], run: str, count: int) -> None:
         self._errors: list[BaseException] = []
         self._threads = [
-            threading.Thread(target=self._work, args=(way(), run, number), daemon=True)
+            threading.Thread(target=self._work, args=(connection_settings(), run, number), daemon=True)
             for number in range(count)
         ]
 
-    def _work(self, way: dict[str, Any], run: str, number: int) -> None:
+    def _work(self, connection_settings: dict[str, Any], run: str, number: int) -> None:
         envs = make_envs(ENV, 4)
         try:
-            with WorkerClient(run=run, worker_id=number, timeout=5.0, **way) as worker:
+            with WorkerClient(run=run, worker_id=number, timeout=5.0, **connection_settings) as worker:
                 run_worker(worker, envs, env_id=ENV, seed=1, timeout=10.0)
         except BaseException as error:  # noqa: BLE001 - raised in the test's own thread
             self._errors.append(error)
@@ -96,7 +96,7 @@ def test_training_ends_when_solved_and_accounts_for_every_batch(
     server: Server, run: str, opened: ExitStack, learner: Callable[..., WorkerCommunicator]
 ) -> None:
     reports: list[Progress] = []
-    with learner(2, max_queue_size=MAX_QUEUE_SIZE) as comm, Team(server.way, run, 2):
+    with learner(2, max_queue_size=MAX_QUEUE_SIZE) as comm, Team(server.connection_settings, run, 2):
         # Whoever plays 100 episodes has solved this: about 2000 steps, and so two versions.
         summary = make_learner(comm, target=1.0, seconds=60.0, report=reports.append).run()
     assert summary.outcome == "solved"
@@ -130,7 +130,7 @@ def test_ctrl_c_ends_training_and_stops_the_workers(
         if progress.steps:
             raise KeyboardInterrupt
 
-    with learner() as comm, Team(server.way, run, 1):
+    with learner() as comm, Team(server.connection_settings, run, 1):
         summary = make_learner(comm, report=interrupt).run()
     assert summary.outcome == "interrupted"
     assert summary.steps > 0
@@ -192,7 +192,7 @@ def test_a_worker_outlasts_an_outage_longer_than_its_timeout_and_sends_each_batc
 def test_a_learner_outlasts_an_outage_longer_than_its_timeout(
     server: Server, run: str, opened: ExitStack, learner: Callable[..., WorkerCommunicator]
 ) -> None:
-    with learner() as comm, Team(server.way, run, 1), ExitStack() as faults:
+    with learner() as comm, Team(server.connection_settings, run, 1), ExitStack() as faults:
         for name in ("send_model_weights", "collect_experiences", "get_queue_info"):
             outage = [ConnectionFailed("away"), RunLost("came back empty"), *[mock.DEFAULT] * 10_000]
             away = mock.Mock(side_effect=outage, wraps=getattr(comm, name))
@@ -227,7 +227,7 @@ def test_a_learner_goes_on_from_its_checkpoint(
     server: Server, run: str, opened: ExitStack, learner: Callable[..., WorkerCommunicator], tmp_path: Path
 ) -> None:
     checkpoint = Checkpoint(tmp_path / "state.pt")
-    with learner() as comm, Team(server.way, run, 1) as team:
+    with learner() as comm, Team(server.connection_settings, run, 1) as team:
 
         def move(progress: Progress) -> None:
             if progress.version > 2:

@@ -27,7 +27,7 @@ class Node(FaultyServer):
     def __init__(self, binary: Path, folder: Path, *config: str) -> None:
         """Prepare it; nothing is started yet."""
         super().__init__(binary, folder, *config)
-        self.port, self._held = _hold_port()
+        self.port, self._port_sockets = _reserve_port()
         self._file = self._folder / "server.conf"
         self._file.touch()
 
@@ -38,10 +38,10 @@ class Node(FaultyServer):
         program, *options = super()._command()
         return [program, str(self._file), *options]
 
-    def give_up(self) -> None:
+    def dispose(self) -> None:
         """End it for good, and let others have its port."""
         self.kill()
-        for held in self._held:
+        for held in self._port_sockets:
             held.close()
 
     def client(self) -> Any:
@@ -67,7 +67,7 @@ class Node(FaultyServer):
         role: str = self.ask("ROLE")[0].decode()
         return role
 
-    def in_step(self) -> bool:
+    def is_synced(self) -> bool:
         """Whether it is a replica whose link to its master is up."""
         return b"\r\nmaster_link_status:up\r\n" in self.ask("INFO", "replication")
 
@@ -91,7 +91,7 @@ class NodeGroup:
 
     def __exit__(self, *error: object) -> None:
         for node in self._all_nodes():
-            node.give_up()
+            node.dispose()
 
     def start(self) -> None:
         raise NotImplementedError
@@ -117,8 +117,8 @@ class NodeGroup:
             node.thaw()
 
     @property
-    def awake(self) -> list[Node]:
-        return [node for node in self.nodes if node.awake]
+    def responsive_nodes(self) -> list[Node]:
+        return [node for node in self.nodes if node.is_responsive]
 
 
 @contextlib.contextmanager
@@ -142,7 +142,7 @@ def launch_nodes(nodes: Sequence[Node]) -> None:
         node.wait_ready()
 
 
-def _hold_port() -> tuple[int, list[socket.socket]]:
+def _reserve_port() -> tuple[int, list[socket.socket]]:
     """Give a port that is free together with its bus port, and what keeps others from taking either."""
     while True:
         port, held = random.choice(PORTS), list[socket.socket]()

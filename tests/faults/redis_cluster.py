@@ -46,14 +46,16 @@ class Cluster(NodeGroup):
 
     def client(self) -> Any:
         """Give redis-py's client, which finds the way to the node of each key."""
-        return redis.RedisCluster(host="127.0.0.1", port=self.awake[0].port, protocol=2, socket_timeout=5.0)
+        return redis.RedisCluster(
+            host="127.0.0.1", port=self.responsive_nodes[0].port, protocol=2, socket_timeout=5.0
+        )
 
     def start(self) -> None:
         """Start all, join them if they are new, and wait until every one is in its place."""
         launch_nodes(self.nodes)
         if not self._ids:
             self._join()
-        self.wait_ok()
+        self.wait_until_stable()
 
     def _join(self) -> None:
         masters, others = self.nodes[: self._masters], self.nodes[self._masters :]
@@ -67,36 +69,36 @@ class Cluster(NodeGroup):
             node.ask("CLUSTER", "ADDSLOTS", *range(first, end))
         for number, node in enumerate(others):
             master = self._id(masters[number % len(masters)])
-            wait_for(f"{node} knows its master", partial(self._knows, node, master))
+            wait_for(f"{node} knows its master", partial(self._knows_node, node, master))
             node.ask("CLUSTER", "REPLICATE", master.decode())
 
-    def add(self) -> Node:
+    def add_node(self) -> Node:
         """Let a node join that holds nothing, and give it."""
         new = self._new_node(len(self.nodes))
         self.nodes.append(new)
         launch_nodes([new])
         self._ids[new.ask("CLUSTER", "MYID")] = new
         new.ask("CLUSTER", "MEET", "127.0.0.1", self.nodes[0].port)
-        wait_for(f"{new} has joined", lambda: all(map(self._sees_everyone, self.awake)))
+        wait_for(f"{new} has joined", lambda: all(map(self._sees_all_nodes, self.responsive_nodes)))
         return new
 
     def masters(self) -> list[Node]:
         """Give those that are awake and hold slots."""
-        return [node for node in self.awake if self._slots(node)]
+        return [node for node in self.responsive_nodes if self._slots(node)]
 
     def owner_of(self, slot: int) -> Node:
         """Give the one that holds a slot, among those that are awake."""
         return max(
-            (node for node in self.awake if slot in self._slots(node)),
+            (node for node in self.responsive_nodes if slot in self._slots(node)),
             key=lambda node: int(self._view(node)[self._id(node)][6]),
         )
 
     def replica_of(self, master: Node) -> Node:
         """Give a replica of a master; both must be awake."""
-        return next(node for node in self.awake if node.is_replica_of(master))
+        return next(node for node in self.responsive_nodes if node.is_replica_of(master))
 
     def slot_of(self, key: str) -> int:
-        slot: int = self.awake[0].ask("CLUSTER", "KEYSLOT", key)
+        slot: int = self.responsive_nodes[0].ask("CLUSTER", "KEYSLOT", key)
         return slot
 
     def move_slot(self, slot: int, to: Node, halfway: Callable[[], object] = lambda: None) -> None:
@@ -109,33 +111,33 @@ class Cluster(NodeGroup):
                 by ASK, and TRYAGAIN for what needs several of its keys.
         """
         source = self.owner_of(slot)
-        self._begin_move(source, slot, to)
+        self._start_move(source, slot, to)
         self._migrate(source, slot, to, source.ask("CLUSTER", "COUNTKEYSINSLOT", slot) // 2)
         halfway()
         self.move_keys(slot, to)
-        self.end_move(slot, to)
+        self.finish_move(slot, to)
 
     def move_keys(self, slot: int, to: Node) -> None:
         """Move all keys of a slot, and leave the slot where it is: whoever asks there is redirected by ASK."""
         source = self.owner_of(slot)
-        self._begin_move(source, slot, to)
+        self._start_move(source, slot, to)
         while self._migrate(source, slot, to, 100):
             pass
 
-    def end_move(self, slot: int, to: Node) -> None:
+    def finish_move(self, slot: int, to: Node) -> None:
         """Let all know that a slot belongs to the one that has its keys."""
         source = self.owner_of(slot)
         for node in (to, source, *(one for one in self.masters() if one not in (to, source))):
             node.ask("CLUSTER", "SETSLOT", slot, "NODE", self._id(to).decode())
 
-    def _begin_move(self, source: Node, slot: int, to: Node) -> None:
+    def _start_move(self, source: Node, slot: int, to: Node) -> None:
         to.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", self._id(source).decode())
         source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", self._id(to).decode())
 
     @property
-    def moves_at_once(self) -> bool:
+    def can_move_slots_at_once(self) -> bool:
         """Whether these servers can move a slot as a whole."""
-        return bool(self.awake[0].ask("COMMAND", "INFO", "CLUSTER|MIGRATESLOTS")[0])
+        return bool(self.responsive_nodes[0].ask("COMMAND", "INFO", "CLUSTER|MIGRATESLOTS")[0])
 
     def move_slot_at_once(self, slot: int, to: Node) -> None:
         """Move a slot as a whole: Valkey 9's CLUSTER MIGRATESLOTS, after which there is one MOVED and no ASK."""
@@ -146,28 +148,28 @@ class Cluster(NodeGroup):
     def fail_over(self, replica: Node) -> None:
         """Let a replica take its master's place, as for maintenance: they hand over without a loss."""
         replica.ask("CLUSTER", "FAILOVER")
-        self.wait_promoted(replica)
+        self.wait_until_promoted(replica)
 
     def take_over(self, replica: Node) -> None:
         """Let a replica take the place of its master, which is dead, without asking the others."""
         replica.ask("CLUSTER", "FAILOVER", "TAKEOVER")
-        self.wait_promoted(replica)
+        self.wait_until_promoted(replica)
 
-    def behind(self, replica: Node, master: Node) -> contextlib.AbstractContextManager[None]:
+    def without_replication(self, replica: Node, master: Node) -> contextlib.AbstractContextManager[None]:
         """Let a replica hear nothing of what its master does meanwhile, not even later."""
         return cut_off(master, [replica])
 
-    def wait_promoted(self, replica: Node, seconds: float = 30.0) -> None:
+    def wait_until_promoted(self, replica: Node, seconds: float = 30.0) -> None:
         """Wait until it holds slots, and all who are awake agree."""
         wait_for(f"{replica} is promoted", lambda: self._slots(replica), seconds)
-        self.wait_ok(seconds)
+        self.wait_until_stable(seconds)
 
-    def wait_ok(self, seconds: float = 30.0) -> None:
+    def wait_until_stable(self, seconds: float = 30.0) -> None:
         """Wait until all who are awake say that all is well, agree on who holds what, and are in step."""
-        wait_for("the Cluster is in order", self._in_order, seconds)
+        wait_for("the Cluster is in order", self._is_stable, seconds)
 
     @contextlib.contextmanager
-    def alone(self, master: Node) -> Iterator[Node]:
+    def isolated(self, master: Node) -> Iterator[Node]:
         """Leave a master alone with its clients: a minority, which takes writes until it notices.
 
         Afterwards the others are there and it is not; its replica is promoted in its place. Then it comes back
@@ -177,14 +179,14 @@ class Cluster(NodeGroup):
             The replica that will be promoted.
         """
         replica = self.replica_of(master)
-        others = [node for node in self.nodes if node is not master and node.awake]
+        others = [node for node in self.nodes if node is not master and node.is_responsive]
         with cut_off(master, others):
             yield replica
             master.freeze()
-        self.wait_promoted(replica)
+        self.wait_until_promoted(replica)
         master.thaw()
         wait_for(f"{master} follows {replica}", lambda: master.is_replica_of(replica))
-        self.wait_ok()
+        self.wait_until_stable()
 
     def _migrate(self, source: Node, slot: int, to: Node, count: int) -> int:
         """Move so many of the slot's keys, and give how many there were."""
@@ -201,10 +203,10 @@ class Cluster(NodeGroup):
         """Give the lines of CLUSTER NODES by the nodes' ids, as this one sees them."""
         return {line[:40]: line.split() for line in node.ask("CLUSTER", "NODES").splitlines()}
 
-    def _knows(self, node: Node, other: bytes) -> bool:
+    def _knows_node(self, node: Node, other: bytes) -> bool:
         return other in self._view(node)
 
-    def _sees_everyone(self, node: Node) -> bool:
+    def _sees_all_nodes(self, node: Node) -> bool:
         links = {name: row[7] for name, row in self._view(node).items()}
         return all(links.get(name) == b"connected" for name in self._ids) and self._is_ok(node)
 
@@ -221,12 +223,15 @@ class Cluster(NodeGroup):
                 found.update(range(int(first), int(last or first) + 1))
         return found
 
-    def _in_order(self) -> bool:
-        views = [self._view(node) for node in self.awake]
+    def _is_stable(self) -> bool:
+        views = [self._view(node) for node in self.responsive_nodes]
         owners = [[self._slots(node, view) for node in self.nodes] for view in views]
         return (
             all(len(view) == len(self.nodes) for view in views)
             and all(one == owners[0] for one in owners)
-            and all(map(self._is_ok, self.awake))
-            and all(self._slots(node) if node.role() == "master" else node.in_step() for node in self.awake)
+            and all(map(self._is_ok, self.responsive_nodes))
+            and all(
+                self._slots(node) if node.role() == "master" else node.is_synced()
+                for node in self.responsive_nodes
+            )
         )

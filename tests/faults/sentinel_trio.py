@@ -51,11 +51,11 @@ class SentinelTrio(NodeGroup):
         """
         options = ("--repl-diskless-sync-delay", "0", *config)
         self.nodes = [Node(binary, folder / f"node-{number}", *options) for number in range(3)]
-        lines = self._lines(self.nodes[0])
+        lines = self._config_lines(self.nodes[0])
         self.sentinels = [Sentinel(binary, folder / f"sentinel-{number}", *lines) for number in range(3)]
         self._joined = False
 
-    def _lines(self, master: Node, changes: int = 0) -> Sequence[str]:
+    def _config_lines(self, master: Node, changes: int = 0) -> Sequence[str]:
         name = self.service
         return (
             f"sentinel monitor {name} 127.0.0.1 {master.port} 2",
@@ -83,7 +83,7 @@ class SentinelTrio(NodeGroup):
                 node.ask("CONFIG", "REWRITE")
             self._joined = True
         self.start_sentinels()
-        self.wait_ok()
+        self.wait_until_stable()
 
     def _all_nodes(self) -> list[Node]:
         return [*self.sentinels, *self.nodes]
@@ -94,48 +94,48 @@ class SentinelTrio(NodeGroup):
 
     def start_sentinels(self) -> None:
         """Start those that are not there, with what they knew."""
-        launch_nodes([sentinel for sentinel in self.sentinels if not sentinel.awake])
+        launch_nodes([sentinel for sentinel in self.sentinels if not sentinel.is_responsive])
 
-    def renew_sentinels(self, changes: int = 0) -> None:
+    def replace_sentinels(self, changes: int = 0) -> None:
         """Put others in the Sentinels' places, which are only told the master, and how often it has changed."""
-        lines = self._lines(self.master(), changes)
+        lines = self._config_lines(self.master(), changes)
         self.stop_sentinels()
         for sentinel in self.sentinels:
             sentinel.write(*lines)
         self.start_sentinels()
-        self.wait_ok()
+        self.wait_until_stable()
 
     def master(self) -> Node:
         """Give the master: the one that the Sentinels name, if more than one says that it is."""
-        found = [node for node in self.awake if node.role() == "master"]
-        return found[0] if len(found) == 1 else self._named()[0]
+        found = [node for node in self.responsive_nodes if node.role() == "master"]
+        return found[0] if len(found) == 1 else self._named_masters()[0]
 
     def replicas(self) -> list[Node]:
-        return [node for node in self.awake if node.role() == "slave"]
+        return [node for node in self.responsive_nodes if node.role() == "slave"]
 
     def fail_over(self) -> Node:
         """Let the Sentinels promote a replica now, and give it."""
         old = self.master()
         self.sentinels[0].ask("SENTINEL", "FAILOVER", self.service)
-        return self.wait_promoted(old)
+        return self.wait_until_promoted(old)
 
-    def wait_promoted(self, old: Node, seconds: float = 60.0) -> Node:
+    def wait_until_promoted(self, old: Node, seconds: float = 60.0) -> Node:
         """Wait until the Sentinels that are there name another master, and give it."""
 
         def promoted() -> Node | None:
-            first, *others = self._named()
+            first, *others = self._named_masters()
             is_new = first is not old and all(other is first for other in others)
-            return first if is_new and first.awake and first.role() == "master" else None
+            return first if is_new and first.is_responsive and first.role() == "master" else None
 
         found: Node = wait_for(f"another master is there than {old}", promoted, seconds)
         return found
 
-    def wait_ok(self, seconds: float = 60.0) -> None:
+    def wait_until_stable(self, seconds: float = 60.0) -> None:
         """Wait until the Sentinels agree and know everyone, and the replicas that are awake are in step."""
-        wait_for("the trio is in order", self._in_order, seconds)
+        wait_for("the trio is in order", self._is_stable, seconds)
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[Node]:
+    def isolated(self) -> Iterator[Node]:
         """Leave the master alone with its clients and one Sentinel: a minority, which still takes writes.
 
         Afterwards the others are there and it is not; they promote a replica in its place. Then it comes back,
@@ -152,10 +152,10 @@ class SentinelTrio(NodeGroup):
             self.sentinels[0].kill()
             master.freeze()
         launch_nodes(self.sentinels[1:])
-        self.wait_promoted(master)
+        self.wait_until_promoted(master)
         master.thaw()
         launch_nodes(self.sentinels[:1])
-        self.wait_ok()
+        self.wait_until_stable()
 
     @contextlib.contextmanager
     def two_masters(self) -> Iterator[tuple[Node, Node]]:
@@ -172,31 +172,33 @@ class SentinelTrio(NodeGroup):
             for one in client.client_list():
                 if one["name"].startswith("sentinel") or "S" in one["flags"]:
                     client.client_kill_filter(_id=one["id"])
-        yield old, self.wait_promoted(old)
+        yield old, self.wait_until_promoted(old)
         old.kill()
 
-    def _named(self) -> list[Node]:
+    def _named_masters(self) -> list[Node]:
         """Give the master that each Sentinel names."""
         places = [
             int(sentinel.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.service)[1])
             for sentinel in self.sentinels
-            if sentinel.awake
+            if sentinel.is_responsive
         ]
         return [next(node for node in self.nodes if node.port == port) for port in places]
 
-    def _in_order(self) -> bool:
-        master, *others = self._named()
+    def _is_stable(self) -> bool:
+        master, *others = self._named_masters()
         return (
             all(other is master for other in others)
-            and all(self._knows_everyone(sentinel) for sentinel in self.sentinels if sentinel.awake)
-            and master.awake
+            and all(self._knows_all_nodes(sentinel) for sentinel in self.sentinels if sentinel.is_responsive)
+            and master.is_responsive
             and master.role() == "master"
             and all(
-                node.is_replica_of(master) and node.in_step() for node in self.awake if node is not master
+                node.is_replica_of(master) and node.is_synced()
+                for node in self.responsive_nodes
+                if node is not master
             )
         )
 
-    def _knows_everyone(self, sentinel: Sentinel) -> bool:
+    def _knows_all_nodes(self, sentinel: Sentinel) -> bool:
         answer = sentinel.ask("SENTINEL", "MASTER", self.service)
         fields = dict(zip(answer[::2], answer[1::2], strict=True))
         return (fields[b"flags"], fields[b"num-slaves"], fields[b"num-other-sentinels"]) == (

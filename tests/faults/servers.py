@@ -32,7 +32,7 @@ KINDS = {
 _BESIDE_PYTHON = Path(sys.executable).parent
 
 
-def binary_of(kind: str) -> Path | None:
+def find_server_binary(kind: str) -> Path | None:
     """Give the program of a kind of server; None if this machine does not have it."""
     if kind == "embedded":
         return find_binary().path
@@ -88,7 +88,7 @@ class FaultyServer:
         return redis.Redis(host="127.0.0.1", port=self.port, protocol=2, socket_timeout=5.0)
 
     @property
-    def awake(self) -> bool:
+    def is_responsive(self) -> bool:
         """Whether it runs, and is not frozen."""
         return self._process is not None and not self._frozen
 
@@ -171,7 +171,7 @@ def free_port() -> int:
 
 def main() -> None:
     """Print what is there, and what is not."""
-    there = [kind for kind in KINDS if binary_of(kind)]
+    there = [kind for kind in KINDS if find_server_binary(kind)]
     print(",".join(there))
     for kind in sorted(KINDS.keys() - there):
         print(f"not tested, as it is not here: {kind}; to get it: {KINDS[kind]}", file=sys.stderr)

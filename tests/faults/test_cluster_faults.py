@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from arena import Arena, recovery
+from arena import Arena, measure_recovery
 from redis_cluster import Cluster
 
 #: Whose server is meant: a shard's, with streams and chunks; or the run's own, with pointer, control and ledger.
@@ -28,13 +28,13 @@ def cluster(arena: Arena) -> Cluster:
 
 @pytest.mark.parametrize("how", ["key by key", "at once"])
 def test_12_slots_move_under_load(
-    arena: Arena, cluster: Cluster, how: str, full: bool, figures: dict[str, Any]
+    arena: Arena, cluster: Cluster, how: str, full: bool, measurements: dict[str, Any]
 ) -> None:
     """Streams, chunks, and what is the run's own change their servers, and nothing is lost at any level."""
-    if how == "at once" and not cluster.moves_at_once:
+    if how == "at once" and not cluster.can_move_slots_at_once:
         pytest.skip("only Valkey 9 and later move slots as a whole")
     chance = random.Random(arena.seed)
-    arena.begin("redis")
+    arena.start_all("redis")
     moved = [*_shards(arena), cluster.slot_of(arena.keys.meta)] * (5 if full else 1)
     for slot in moved:
         to = chance.choice([node for node in cluster.masters() if node is not cluster.owner_of(slot)])
@@ -42,77 +42,82 @@ def test_12_slots_move_under_load(
             cluster.move_slot_at_once(slot, to)
         else:
             cluster.move_slot(slot, to, halfway=partial(time.sleep, chance.uniform(0.2, 1.0)))
-        recovery(arena, time.monotonic())
-    cluster.wait_ok()
-    assert not arena.settle("redis")
-    figures |= {"faults": len(moved), "batches": arena.produced()}
+        measure_recovery(arena, time.monotonic())
+    cluster.wait_until_stable()
+    assert not arena.finish_and_check("redis")
+    measurements |= {"faults": len(moved), "batches": arena.count_produced()}
 
 
 def test_13_masters_hand_over_to_their_replicas(
-    arena: Arena, cluster: Cluster, full: bool, figures: dict[str, Any]
+    arena: Arena, cluster: Cluster, full: bool, measurements: dict[str, Any]
 ) -> None:
     """As for maintenance, one after the other: nothing is lost at any level."""
-    arena.begin("redis")
+    arena.start_all("redis")
     took = []
     for _ in range(5 if full else 1):
         for master in cluster.masters():
             cluster.fail_over(cluster.replica_of(master))
-            took.append(recovery(arena, time.monotonic()))
-    assert not arena.settle("redis")
-    figures |= {"faults": len(took), "batches": arena.produced(), "recovery": took}
+            took.append(measure_recovery(arena, time.monotonic()))
+    assert not arena.finish_and_check("redis")
+    measurements |= {"faults": len(took), "batches": arena.count_produced(), "recovery": took}
 
 
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 @pytest.mark.parametrize("part", PARTS)
 def test_14_a_master_is_away_and_its_replica_promoted(
-    arena: Arena, cluster: Cluster, part: str, how: str, figures: dict[str, Any]
+    arena: Arena, cluster: Cluster, part: str, how: str, measurements: dict[str, Any]
 ) -> None:
     """All go on by themselves; later the first is back, empty, and takes over when the second one dies."""
-    arena.begin("learner")
+    arena.start_all("learner")
     first = cluster.owner_of(_slot(arena, cluster, part))
     second = cluster.replica_of(first)
     if how == "killed":
         first.kill()
     else:
         first.freeze()
-    cluster.wait_promoted(second)
-    took = [recovery(arena, time.monotonic())]
+    cluster.wait_until_promoted(second)
+    took = [measure_recovery(arena, time.monotonic())]
     first.kill()
     first.empty()
     first.start()
-    cluster.wait_ok()
+    cluster.wait_until_stable()
     second.kill()
-    cluster.wait_promoted(first)
-    took.append(recovery(arena, time.monotonic()))
-    arena.settle("learner")
-    figures |= {"faults": 2, "batches": arena.produced(), "recovery": took}
+    cluster.wait_until_promoted(first)
+    took.append(measure_recovery(arena, time.monotonic()))
+    arena.finish_and_check("learner")
+    measurements |= {"faults": 2, "batches": arena.count_produced(), "recovery": took}
 
 
 @pytest.mark.parametrize("level", ["learner", "redis"])
 @pytest.mark.parametrize("part", PARTS)
 def test_15_a_minority_takes_writes_for_a_while(
-    arena: Arena, cluster: Cluster, part: str, level: str, figures: dict[str, Any]
+    arena: Arena, cluster: Cluster, part: str, level: str, measurements: dict[str, Any]
 ) -> None:
     """What a master took while it was alone with its clients is gone: sent again, or known to be lost."""
-    arena.begin(level)
+    arena.start_all(level)
     master = cluster.owner_of(_slot(arena, cluster, part))
     arena.pause()
-    with cluster.alone(master):
+    with cluster.isolated(master):
         time.sleep(1.5)  # less than it takes until it notices
-    arena.go_on()
-    took = recovery(arena, time.monotonic())
-    lost = arena.settle(level)
+    arena.resume()
+    took = measure_recovery(arena, time.monotonic())
+    lost = arena.finish_and_check(level)
     assert bool(lost) == (level == "redis")
-    figures |= {"faults": 1, "batches": arena.produced(), "vanished": len(lost), "recovery": [took]}
+    measurements |= {
+        "faults": 1,
+        "batches": arena.count_produced(),
+        "vanished": len(lost),
+        "recovery": [took],
+    }
 
 
 @pytest.mark.parametrize("level", ["learner", "redis"])
 @pytest.mark.parametrize("part", PARTS)
 def test_16_a_master_is_lost_with_its_replica_and_comes_back_empty(
-    arena: Arena, cluster: Cluster, part: str, level: str, figures: dict[str, Any]
+    arena: Arena, cluster: Cluster, part: str, level: str, measurements: dict[str, Any]
 ) -> None:
     """One part of the run is gone and the others are not: at level `learner` nothing is lost."""
-    arena.begin(level)
+    arena.start_all(level)
     master = cluster.owner_of(_slot(arena, cluster, part))
     replica = cluster.replica_of(master)
     arena.pause()
@@ -123,12 +128,17 @@ def test_16_a_master_is_lost_with_its_replica_and_comes_back_empty(
         node.empty()
     for node in (master, replica):
         node.start()
-    cluster.wait_ok()
-    arena.go_on()
-    took = recovery(arena, time.monotonic())
-    lost = arena.settle(level)
+    cluster.wait_until_stable()
+    arena.resume()
+    took = measure_recovery(arena, time.monotonic())
+    lost = arena.finish_and_check(level)
     assert bool(lost) == (level == "redis")
-    figures |= {"faults": 1, "batches": arena.produced(), "vanished": len(lost), "recovery": [took]}
+    measurements |= {
+        "faults": 1,
+        "batches": arena.count_produced(),
+        "vanished": len(lost),
+        "recovery": [took],
+    }
 
 
 def _shards(arena: Arena) -> list[int]:

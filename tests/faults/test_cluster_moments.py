@@ -12,7 +12,7 @@ import pytest
 from conftest import wait_until
 from nodes import Node
 from redis_cluster import Cluster
-from servers import KINDS, binary_of
+from servers import KINDS, find_server_binary
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.deadline import Deadline
@@ -79,7 +79,7 @@ def without_replicas(server_kind: str, tmp_path_factory: pytest.TempPathFactory)
 
 
 def _cluster(kind: str, folders: pytest.TempPathFactory, *shape: Any) -> Cluster:
-    binary = binary_of(kind)
+    binary = find_server_binary(kind)
     assert binary is not None, f"there is no {kind} here; get it with: {KINDS[kind]}"
     return Cluster(binary, folders.mktemp("cluster"), *shape)
 
@@ -100,21 +100,21 @@ def test_what_was_sent_to_where_a_queue_moves_survives_a_failover_there(
             _send(worker, range(3))
             assert _collect(learner, 3) == [0, 1, 2]
             cluster.move_keys(slot, new)
-            with cluster.behind(replica, new):
+            with cluster.without_replication(replica, new):
                 taken = _send(worker, range(3, 6), 0.2)
                 new.kill()
             cluster.take_over(replica)
             cluster.move_keys(slot, replica)
             taken += _send(worker, range(6, 8), 0.2)
             new.start()
-            cluster.wait_ok()
-            cluster.end_move(slot, replica)
+            cluster.wait_until_stable()
+            cluster.finish_move(slot, replica)
             taken += _send(worker, range(8, 11), 60.0)
             assert {3, 8, 9, 10} <= set(taken)
             assert _collect(learner, len(taken)) == taken
             learner.collect_experiences()
             assert worker.flush(60.0) == 0
-    cluster.wait_ok()
+    cluster.wait_until_stable()
 
 
 def test_workers_that_may_load_no_scripts_wait_for_a_learner_without_using_up_their_connections(
@@ -160,14 +160,14 @@ def test_a_node_that_has_no_scripts_gets_them_with_what_is_redirected_there(
             _collect(learner, 3)
             learner.collect_experiences()
             for sent, slot in ((8, scene.queue(worker_id)), (13, scene.own)):
-                new = cluster.add()
+                new = cluster.add_node()
                 cluster.move_keys(slot, new)
                 dropped = [worker.send_experiences({"n": number}).dropped for number in range(5)]
                 assert dropped == [0, 0, 0, 1, 1]
                 assert _collect(learner, 3) == [2, 3, 4]
                 _hear(learner, sent)
-                cluster.end_move(slot, new)
-                cluster.wait_ok()
+                cluster.finish_move(slot, new)
+                cluster.wait_until_stable()
                 _obey(worker, learner.send_control_command("reset"))
 
 
@@ -239,7 +239,7 @@ def test_a_shard_whose_server_is_away_holds_up_nothing_else(without_replicas: Cl
             assert _collect(learner, 2) == [number, number]
             _obey(workers[lost], learner.send_control_command("reset", worker_ids=[lost]))
         server.start()
-        cluster.wait_ok()
+        cluster.wait_until_stable()
         workers[lost].send_experiences({"n": 0}, 60.0)
         assert _collect(learner, 1) == [0]
 

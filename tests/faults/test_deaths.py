@@ -8,17 +8,17 @@ from functools import partial
 from typing import Any
 
 import pytest
-from arena import Actor, Arena
+from arena import Arena, LoggedProcess
 
 
-def _ended(actor: Actor) -> bool:
+def _ended(actor: LoggedProcess) -> bool:
     return actor.process.poll() is not None
 
 
 @pytest.mark.on_every_engine
 @pytest.mark.parametrize("phase", ["read", "insert", "checkpoint", "acknowledge"])
 def test_3_the_learner_is_killed(
-    arena: Arena, seed: int, phase: str, full: bool, figures: dict[str, Any]
+    arena: Arena, seed: int, phase: str, full: bool, measurements: dict[str, Any]
 ) -> None:
     """Killed again and again at one phase, it goes on from its checkpoint: nothing twice in it, nothing lost."""
     chance = random.Random(seed)
@@ -29,13 +29,15 @@ def test_3_the_learner_is_killed(
     for life in range(lives):
         arena.wait("the learner died", partial(_ended, learner))
         last = life == lives - 1
-        learner = arena.learner = learner.again(die=None if last else [phase, chance.randint(2, 9)])
+        learner = arena.learner = learner.restart(die=None if last else [phase, chance.randint(2, 9)])
     arena.check(arena.finish())
-    figures |= {"faults": lives, "batches": arena.produced()}
+    measurements |= {"faults": lives, "batches": arena.count_produced()}
 
 
 @pytest.mark.on_every_engine
-def test_6_a_worker_sleeps_is_replaced_and_wakes(arena: Arena, full: bool, figures: dict[str, Any]) -> None:
+def test_6_a_worker_sleeps_is_replaced_and_wakes(
+    arena: Arena, full: bool, measurements: dict[str, Any]
+) -> None:
     """Nothing of the first process is accepted once the second is there, and what was refused is counted."""
     arena.start_learner()
     first = arena.start_worker(0, batches=10_000, pause=0.002)
@@ -48,11 +50,11 @@ def test_6_a_worker_sleeps_is_replaced_and_wakes(arena: Arena, full: bool, figur
     arena.wait("the first is fenced", lambda: first.lines("fenced"))
     first.process.wait()
     report = arena.finish()
-    first.cut_short = True
+    first.interrupted = True
     arena.check(report)
     assert other.lines("finished")
-    figures |= {
+    measurements |= {
         "faults": 1,
-        "batches": arena.produced(),
+        "batches": arena.count_produced(),
         "fenced": report["counts"]["0"]["lost"].get("fenced", 0),
     }

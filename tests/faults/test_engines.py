@@ -37,7 +37,7 @@ def test_a_moved_slot_takes_its_keys_along(cluster: Cluster) -> None:
             client.set(f"{KEY}{number}", number)
         cluster.move_slot(slot, new, halfway)
         assert seen == ["ASK"] * 5
-        cluster.wait_ok()
+        cluster.wait_until_stable()
         assert cluster.owner_of(slot) is new
         assert [client.get(f"{KEY}{number}") for number in range(10)] == [b"%d" % n for n in range(10)]
 
@@ -48,10 +48,10 @@ def test_a_slot_moves_at_once(cluster: Cluster) -> None:
     new = next(node for node in cluster.masters() if node is not old)
     with cluster.client() as client:
         client.set(KEY, "there")
-        if not cluster.moves_at_once:
+        if not cluster.can_move_slots_at_once:
             pytest.skip("only Valkey 9 and later move slots as a whole")
         cluster.move_slot_at_once(slot, new)
-        cluster.wait_ok()
+        cluster.wait_until_stable()
         assert cluster.owner_of(slot) is new
         assert client.get(KEY) == b"there"
 
@@ -65,9 +65,9 @@ def test_a_shard_survives_its_master_and_takes_it_back(cluster: Cluster) -> None
         cluster.fail_over(replica)
         assert cluster.owner_of(slot) is replica
         replica.kill()
-        cluster.wait_promoted(master)
+        cluster.wait_until_promoted(master)
         replica.start()
-        cluster.wait_ok()
+        cluster.wait_until_stable()
         assert replica.is_replica_of(master)
         assert client.get(KEY) == b"there"
 
@@ -76,7 +76,7 @@ def test_what_a_cluster_s_master_took_alone_is_gone(cluster: Cluster) -> None:
     slot = cluster.slot_of(KEY)
     master = cluster.owner_of(slot)
     master.ask("SET", KEY, "before")
-    with cluster.alone(master) as replica:
+    with cluster.isolated(master) as replica:
         master.ask("SET", KEY, "alone")
     assert cluster.owner_of(slot) is replica
     assert replica.ask("GET", KEY) == b"before"
@@ -102,28 +102,28 @@ def test_sentinels_promote_a_replica_and_take_the_old_master_back(trio: Sentinel
     first = trio.master()
     first.ask("SET", KEY, "there")
     second = trio.fail_over()
-    trio.wait_ok()
+    trio.wait_until_stable()
     second.kill()
-    third = trio.wait_promoted(second)
+    third = trio.wait_until_promoted(second)
     second.start()
-    trio.wait_ok()
+    trio.wait_until_stable()
     assert second in trio.replicas()
     assert third.ask("GET", KEY) == b"there"
 
 
 def test_sentinels_that_were_gone_know_the_master(trio: SentinelTrio) -> None:
     second = trio.fail_over()
-    trio.wait_ok()
+    trio.wait_until_stable()
     trio.stop_sentinels()
     assert trio.master() is second
     trio.start_sentinels()
-    trio.wait_ok()
+    trio.wait_until_stable()
     assert trio.master() is second
 
 
 def test_what_a_trio_s_master_took_alone_is_gone(trio: SentinelTrio) -> None:
     trio.master().ask("SET", KEY, "before")
-    with trio.alone() as old:
+    with trio.isolated() as old:
         old.ask("SET", KEY, "alone")
     assert trio.master() is not old
     assert trio.master().ask("GET", KEY) == b"before"

@@ -6,13 +6,13 @@ import random
 from typing import Any
 
 from arena import Arena
-from hostile import hostile
+from hostile_payloads import make_hostile_payload
 
 from rlbroker.backend.replies import text_fields
 
 
 def test_10_hostile_payloads_in_every_stream_and_chunk(
-    arena: Arena, seed: int, full: bool, figures: dict[str, Any]
+    arena: Arena, seed: int, full: bool, measurements: dict[str, Any]
 ) -> None:
     """The learner lives, its memory stays bounded, and each bad batch is dead, with a reason, and counted."""
     chance = random.Random(seed)
@@ -35,7 +35,7 @@ def test_10_hostile_payloads_in_every_stream_and_chunk(
                 "stored_bytes": 1,
                 "sent_at": 0,
             }
-            fields["data"] = hostile(chance)
+            fields["data"] = make_hostile_payload(chance)
             for name in chance.sample(sorted(fields), chance.randrange(3)):
                 fields[name] = chance.choice([b"", b"-1", b"9" * 40, b"x", b"\xff\xfe", "١٢"])
             client.xadd(keys.experiences(0), fields, id=f"1-{number}")
@@ -48,9 +48,11 @@ def test_10_hostile_payloads_in_every_stream_and_chunk(
             client.xadd(keys.acknowledgements(0), answer, id=f"1-{number}")
             if number % 50 == 0:  # what workers read is damaged too: a chunk, and an order
                 pointer = text_fields(client.hgetall(keys.weights))
-                client.set(keys.chunk(pointer["upload"], chance.randrange(2)), hostile(chance), ex=60)
+                client.set(
+                    keys.chunk(pointer["upload"], chance.randrange(2)), make_hostile_payload(chance), ex=60
+                )
                 order = {"event": "command", "command": f"bad{number}", "name": "note", "workers": "0,1"}
-                client.xadd(keys.control, order | {"data": hostile(chance)})
+                client.xadd(keys.control, order | {"data": make_hostile_payload(chance)})
         arena.wait("all of it was read", lambda: client.xlen(keys.experiences(0)) == 0)
         arena.wait("all answers were read", lambda: client.xlen(keys.acknowledgements(0)) == 0)
         peak = _resident_mb(learner.process.pid)
@@ -70,7 +72,7 @@ def test_10_hostile_payloads_in_every_stream_and_chunk(
         "produced": 300,
     }
     assert sound.lines("version")[-1]["version"] == report["version"]
-    figures |= {"faults": 2 * count, "dead": dead, "mb_before": before, "mb_after": peak}
+    measurements |= {"faults": 2 * count, "dead": dead, "mb_before": before, "mb_after": peak}
 
 
 def _resident_mb(pid: int) -> int:

@@ -20,7 +20,7 @@ user worker on >pw ~* &* +@all -script
 """
 
 
-def still_works(comm: WorkerCommunicator, client: WorkerClient, number: int) -> None:
+def assert_all_works(comm: WorkerCommunicator, client: WorkerClient, number: int) -> None:
     """See that a command, weights and a batch get through."""
     command = comm.send_control_command("reset")
     version = comm.send_model_weights({"n": number}).version
@@ -41,11 +41,11 @@ def test_the_learner_puts_lost_scripts_back_for_workers_that_may_not(
             server.url.replace("//", "//worker:pw@"), worker_id=0, timeout=5.0, level="learner"
         ) as client,
     ):
-        still_works(comm, client, 1)
+        assert_all_works(comm, client, 1)
         for number in (2, 3):
             server.client().script_flush()
             time.sleep(0.5)  # some heartbeats
-            still_works(comm, client, number)
+            assert_all_works(comm, client, number)
 
 
 def test_a_user_may_be_set_up_some_time_after_the_servers_restart(new_server: NewServer) -> None:
@@ -60,14 +60,14 @@ def test_a_user_may_be_set_up_some_time_after_the_servers_restart(new_server: Ne
         WorkerCommunicator(1, redis_url=url, timeout=6.0) as comm,
         WorkerClient(url, worker_id=0, timeout=6.0) as client,
     ):
-        still_works(comm, client, 1)
+        assert_all_works(comm, client, 1)
         server.kill()
         server.start()
         later = threading.Timer(2.0, set_up)
         later.start()
-        still_works(comm, client, 2)
+        assert_all_works(comm, client, 2)
         later.join()
-        still_works(comm, client, 3)
+        assert_all_works(comm, client, 3)
 
 
 def test_a_user_who_never_was_let_in_is_told_at_once(new_server: NewServer) -> None:
@@ -83,13 +83,13 @@ def test_all_go_on_after_a_slow_script_of_somebody_else(new_server: NewServer) -
         WorkerCommunicator(1, redis_url=server.url, timeout=8.0) as comm,
         WorkerClient(server.url, worker_id=0, timeout=8.0) as client,
     ):
-        still_works(comm, client, 1)
+        assert_all_works(comm, client, 1)
         script = (
             "local t = redis.call('TIME')[1] + 3; while tonumber(redis.call('TIME')[1]) < t do end return 1"
         )
         busy = threading.Thread(target=lambda: server.client().eval(script, 0))
         busy.start()
         time.sleep(0.3)
-        still_works(comm, client, 2)
+        assert_all_works(comm, client, 2)
         busy.join()
-        still_works(comm, client, 3)
+        assert_all_works(comm, client, 3)

@@ -28,12 +28,12 @@ def trio(new_trio: Callable[..., SentinelTrio]) -> SentinelTrio:
 
 def test_sentinels_that_forgot_how_often_the_master_changed_are_believed(trio: SentinelTrio) -> None:
     """Those that come back with nothing but their first configuration, as containers do, count changes anew."""
-    trio.renew_sentinels(changes=2)
+    trio.replace_sentinels(changes=2)
     with _both(trio) as (learner, worker):
-        trio.renew_sentinels()
+        trio.replace_sentinels()
         old = trio.master()
         old.kill()
-        trio.wait_promoted(old)
+        trio.wait_until_promoted(old)
         worker.send_experiences({"n": 1}, timeout=60.0)
         _collect(learner, [1])
 
@@ -45,7 +45,7 @@ def test_a_master_that_was_replaced_is_read_no_more_though_it_answers(trio: Sent
         wait_until("the worker is at the new one", lambda: _newest(new) == 2, 60.0)
         worker.send_experiences({"n": 2})
         _collect(learner, [1, 2])
-        assert old.awake
+        assert old.is_responsive
 
 
 def test_replicas_that_hang_hold_up_one_version_and_not_each(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from arena import Arena, recovery
+from arena import Arena, measure_recovery
 from proxy import Proxy
 from servers import FaultyServer
 
@@ -23,7 +23,7 @@ NewServer = Callable[..., FaultyServer]
 @pytest.mark.on_every_engine
 @pytest.mark.parametrize("level", ["learner", "redis"])
 def test_4_the_server_is_killed_and_comes_back_empty(
-    arena: Arena, level: str, full: bool, figures: dict[str, Any]
+    arena: Arena, level: str, full: bool, measurements: dict[str, Any]
 ) -> None:
     """All go on by themselves in 10 s; at level `learner` nothing is lost, at `redis` the gap is known exactly."""
     arena.start_learner(versions=0, version_seconds=0.3)
@@ -31,27 +31,32 @@ def test_4_the_server_is_killed_and_comes_back_empty(
         arena.start_worker(number, batches=None, pause=0.01, level=level)
     took: list[dict[str, float]] = []
     for kill in range(3 if full else 2):
-        arena.wait("batches flow", partial(_more, arena.inserted, 200 * (kill + 1)))
+        arena.wait("batches flow", partial(_exceeds, arena.count_inserted, 200 * (kill + 1)))
         if level == "redis":  # something is to be lost
             arena.pause()
-            before = arena.produced()
-            arena.wait("some wait", partial(_more, arena.produced, before + 30))
+            before = arena.count_produced()
+            arena.wait("some wait", partial(_exceeds, arena.count_produced, before + 30))
         arena.server.kill()
         arena.server.empty()
         time.sleep(0.5)
         arena.server.start()
         back = time.monotonic()
-        arena.go_on()
-        took.append(recovery(arena, back))
+        arena.resume()
+        took.append(measure_recovery(arena, back))
     report = arena.finish(120.0)
     arena.check(report, lost="nothing" if level == "learner" else "vanished")
     lost = sum(count["lost"].get("vanished", 0) for count in report["counts"].values())
     assert (lost > 0) == (level == "redis")
-    figures |= {"faults": len(took), "batches": arena.produced(), "vanished": lost, "recovery": took}
+    measurements |= {
+        "faults": len(took),
+        "batches": arena.count_produced(),
+        "vanished": lost,
+        "recovery": took,
+    }
 
 
 def test_4b_the_server_is_killed_and_comes_back_with_old_data(
-    new_server: NewServer, tmp_path: Path, seed: int, figures: dict[str, Any]
+    new_server: NewServer, tmp_path: Path, seed: int, measurements: dict[str, Any]
 ) -> None:
     """Its append-only file lags behind what it said: at level `learner` nothing is lost, nothing comes twice."""
     server = new_server("--appendonly", "yes", "--appendfsync", "everysec")
@@ -59,62 +64,64 @@ def test_4b_the_server_is_killed_and_comes_back_with_old_data(
         arena.start_learner(versions=0, version_seconds=0.3)
         for number in range(3):
             arena.start_worker(number, batches=None, pause=0.01, level="learner")
-        arena.wait("batches flow", lambda: arena.inserted() > 200)
+        arena.wait("batches flow", lambda: arena.count_inserted() > 200)
         server.kill()
         _shorten_append_only_file(server)
         server.start()
-        took = recovery(arena, time.monotonic())
+        took = measure_recovery(arena, time.monotonic())
         arena.check(arena.finish(120.0))
-        figures |= {"faults": 1, "batches": arena.produced(), "recovery": [took]}
+        measurements |= {"faults": 1, "batches": arena.count_produced(), "recovery": [took]}
 
 
 def test_5_a_replica_that_was_cut_off_is_promoted(
-    new_server: NewServer, tmp_path: Path, seed: int, figures: dict[str, Any]
+    new_server: NewServer, tmp_path: Path, seed: int, measurements: dict[str, Any]
 ) -> None:
     """What the old server had acknowledged and the new one never saw is sent again, without a gap."""
     first, second = new_server(), new_server()
     with Arena(first, tmp_path, seed) as arena:
         # The replica follows through a proxy of its own, so that replication can be cut without a word.
-        link = Arena(first, tmp_path, seed)
-        second.follow("127.0.0.1", link.proxy.port)
+        replication_proxy = Arena(first, tmp_path, seed)
+        second.follow("127.0.0.1", replication_proxy.proxy.port)
         arena.start_learner(versions=0, version_seconds=0.3)
         for number in range(3):
             arena.start_worker(number, batches=None, pause=0.01, level="learner")
-        arena.wait("batches flow", lambda: arena.inserted() > 100)
-        with link.proxy.silence(dropping=True):
-            before = arena.produced()
-            arena.wait("more are acknowledged by the old server", lambda: arena.produced() > before + 60)
+        arena.wait("batches flow", lambda: arena.count_inserted() > 100)
+        with replication_proxy.proxy.silence(dropping=True):
+            before = arena.count_produced()
+            arena.wait(
+                "more are acknowledged by the old server", lambda: arena.count_produced() > before + 60
+            )
             second.promote()
             arena.proxy.target = second.address
             arena.server = second
             arena.proxy.cut_all()
             back = time.monotonic()
         first.kill()
-        link.proxy.close()
-        took = recovery(arena, back)
+        replication_proxy.proxy.close()
+        took = measure_recovery(arena, back)
         arena.check(arena.finish(120.0))
-        figures |= {"faults": 1, "batches": arena.produced(), "recovery": [took]}
+        measurements |= {"faults": 1, "batches": arena.count_produced(), "recovery": [took]}
 
 
 def test_5b_what_a_replica_has_confirmed_outlasts_a_failover(new_server: NewServer) -> None:
     """At level `replica` a send waits for it: what returned is there after a failover, what did not is sent again."""
     first, second = new_server(), new_server()
-    link, way = Proxy(first.address), Proxy(first.address)
-    second.follow("127.0.0.1", link.port)
+    replication_proxy, client_proxy = Proxy(first.address), Proxy(first.address)
+    second.follow("127.0.0.1", replication_proxy.port)
     with (
-        WorkerCommunicator(1, redis_url=way.url) as comm,
-        WorkerClient(way.url, worker_id=0, level="replica") as client,
+        WorkerCommunicator(1, redis_url=client_proxy.url) as comm,
+        WorkerClient(client_proxy.url, worker_id=0, level="replica") as client,
     ):
         for number in range(20):
             assert client.send_experiences({"number": number})
-        with link.silence(dropping=True):
+        with replication_proxy.silence(dropping=True):
             with pytest.raises(Unconfirmed):
                 client.send_experiences({"number": 20}, timeout=1.0)
             second.promote()
             second_replica = new_server()
             second_replica.follow(*second.address)
-            way.target = second.address
-            way.cut_all()
+            client_proxy.target = second.address
+            client_proxy.cut_all()
             first.kill()
             assert client.send_experiences({"number": 21})
         got: list[int] = []
@@ -123,12 +130,12 @@ def test_5b_what_a_replica_has_confirmed_outlasts_a_failover(new_server: NewServ
             assert pairs, f"only {got} came"
             got += [batch["number"] for _, batch in pairs]
         assert got == list(range(22))
-    link.close()
-    way.close()
+    replication_proxy.close()
+    client_proxy.close()
 
 
 @pytest.mark.on_every_engine
-def test_7_the_server_freezes(arena: Arena, full: bool, figures: dict[str, Any]) -> None:
+def test_7_the_server_freezes(arena: Arena, full: bool, measurements: dict[str, Any]) -> None:
     """Noticed within the deadline; afterwards every worker reaches the newest version, and its jumps are known."""
 
     @contextlib.contextmanager
@@ -137,22 +144,24 @@ def test_7_the_server_freezes(arena: Arena, full: bool, figures: dict[str, Any])
         yield
         arena.server.thaw()
 
-    _stand_still(arena, freeze(), 20.0 if full else 8.0, figures)
+    _stand_still(arena, freeze(), 20.0 if full else 8.0, measurements)
 
 
 @pytest.mark.parametrize("how", ["late", "dropping"])
-def test_7_the_server_is_silent(arena: Arena, how: str, full: bool, figures: dict[str, Any]) -> None:
+def test_7_the_server_is_silent(arena: Arena, how: str, full: bool, measurements: dict[str, Any]) -> None:
     """The same where nothing comes through, and what was on its way comes late or never."""
-    _stand_still(arena, arena.proxy.silence(dropping=how == "dropping"), 60.0 if full else 8.0, figures)
+    _stand_still(arena, arena.proxy.silence(dropping=how == "dropping"), 60.0 if full else 8.0, measurements)
 
 
 def _stand_still(
-    arena: Arena, fault: AbstractContextManager[object], seconds: float, figures: dict[str, Any]
+    arena: Arena, fault: AbstractContextManager[object], seconds: float, measurements: dict[str, Any]
 ) -> None:
     arena.start_learner(versions=0, version_seconds=0.3, timeout=5.0)
     for number in range(3):
         arena.start_worker(number, batches=None, pause=0.01, level="learner", timeout=5.0)
-    arena.wait("batches flow, of every worker", lambda: arena.inserted() > 100 and arena.all_send())
+    arena.wait(
+        "batches flow, of every worker", lambda: arena.count_inserted() > 100 and arena.all_workers_send()
+    )
     with fault:
         time.sleep(seconds)
     back = time.monotonic()
@@ -160,17 +169,17 @@ def _stand_still(
         took = [line["took"] for line in worker.lines("took")]
         assert took, f"seed {arena.seed}: {worker.log.name} noticed nothing"
         assert max(took) < 5.0 + 1.5, f"seed {arena.seed}: {worker.log.name} noticed late: {took}"
-    recovered = recovery(arena, back)
+    recovered = measure_recovery(arena, back)
     report = arena.finish(120.0)
     arena.check(report)
     for worker in arena.workers:
         assert worker.lines("version")[-1]["version"] == report["version"]
-    figures |= {"faults": 1, "batches": arena.produced(), "recovery": [recovered]}
+    measurements |= {"faults": 1, "batches": arena.count_produced(), "recovery": [recovered]}
 
 
 @pytest.mark.parametrize("when_full", ["block", "drop_oldest", "drop_newest"])
 def test_8_the_server_is_full(
-    new_server: NewServer, tmp_path: Path, seed: int, when_full: str, full: bool, figures: dict[str, Any]
+    new_server: NewServer, tmp_path: Path, seed: int, when_full: str, full: bool, measurements: dict[str, Any]
 ) -> None:
     """While the learner stands still the server fills up: its memory stays flat, and nothing goes uncounted."""
     limit = 24 << 20
@@ -186,7 +195,7 @@ def test_8_the_server_is_full(
 
         def standstill() -> bool:
             if when_full == "block":
-                return all(worker.lines("again") for worker in arena.workers)
+                return all(worker.lines("retried") for worker in arena.workers)
             return all(worker.lines("finished") for worker in arena.workers)
 
         arena.wait("the workers stand still" if when_full == "block" else "all was sent", standstill, 90.0)
@@ -201,14 +210,14 @@ def test_8_the_server_is_full(
         counted = sum(count["lost"].get("dropped_newest", 0) for count in report["counts"].values())
         assert refused == counted
         assert (refused > 0) == (when_full == "drop_newest")
-        figures |= {
-            "batches": arena.produced(),
+        measurements |= {
+            "batches": arena.count_produced(),
             "used_mb": used >> 20,
             "dropped": report["counts"]["0"]["lost"],
         }
 
 
-def _more(count: Callable[[], int], than: int) -> bool:
+def _exceeds(count: Callable[[], int], than: int) -> bool:
     return count() > than
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import redis
-from arena import Actor, Arena, times
-from hostile import hostile
+from arena import Arena, LoggedProcess, log_times
+from hostile_payloads import make_hostile_payload
 from proxy import Proxy
 from servers import FaultyServer
 
@@ -28,7 +28,7 @@ def test_11_all_faults_at_random(
     new_server: Callable[..., FaultyServer],
     tmp_path: Path,
     request: pytest.FixtureRequest,
-    figures: dict[str, Any],
+    measurements: dict[str, Any],
 ) -> None:
     """Nothing is lost at level `learner`, and no process grows in memory, threads or files."""
     minutes = request.config.getoption("--soak")
@@ -48,7 +48,7 @@ def test_11_all_faults_at_random(
         arena.start_learner(versions=0, version_seconds=0.5, collect_seconds=0.3)
         for number in range(8):
             arena.start_worker(number, batches=None, pause=0.15, level="learner", bytes=2000)
-        arena.wait("batches flow", lambda: arena.inserted() > 50)
+        arena.wait("batches flow", lambda: arena.count_inserted() > 50)
         faults: dict[str, Callable[[], None]] = {
             "server killed, back empty": lambda: _empty(arena),
             "server frozen": lambda: _freeze(arena, chance.uniform(1, 8)),
@@ -87,17 +87,17 @@ def test_11_all_faults_at_random(
             assert learner is not None
             for actor in (learner, *arena.workers):
                 sizes.setdefault(f"{actor.log.stem}:{actor.process.pid}", []).append(_size(actor))
-        arena.check(arena.finish(180.0), hostile=hostile_sent)
-        figures |= {"faults": len(done), "batches": arena.produced()}
-        figures |= {
+        arena.check(arena.finish(180.0), hostile_count=hostile_sent)
+        measurements |= {"faults": len(done), "batches": arena.count_produced()}
+        measurements |= {
             "recovery_median": round(statistics.median(took), 2),
             "recovery_worst": round(max(took), 2),
         }
-        figures["kinds"] = {name: done.count(name) for name in sorted(set(done))}
+        measurements["kinds"] = {name: done.count(name) for name in sorted(set(done))}
         for name, measured in sizes.items():
             if len(measured) >= 20:
                 grew = _growth(measured)
-                figures[f"growth of {name.split(':')[0]} (KiB, threads, files)"] = grew
+                measurements[f"growth of {name.split(':')[0]} (KiB, threads, files)"] = grew
                 assert grew[0] < 20_000, f"{name}: {measured}"
                 assert grew[1] <= 2, f"{name}: {measured}"
                 assert grew[2] <= 6, f"{name}: {measured}"
@@ -107,7 +107,7 @@ def _recovery(arena: Arena, name: str) -> float:
     back, learner = time.monotonic(), arena.learner
     assert learner is not None
     came = arena.wait(
-        f"a batch came after: {name}", lambda: next(times(learner, "inserted", back), None), 40.0
+        f"a batch came after: {name}", lambda: next(log_times(learner, "inserted", back), None), 40.0
     )
     return float(came - back)
 
@@ -145,19 +145,19 @@ def _cut_replies(arena: Arena, after_bytes: int) -> None:
 def _kill_learner(arena: Arena) -> None:
     assert arena.learner is not None
     arena.learner.kill()
-    arena.learner = arena.learner.again()
+    arena.learner = arena.learner.restart()
 
 
 def _kill_worker(arena: Arena, index: int) -> None:
     arena.workers[index].kill()
-    arena.workers[index] = arena.workers[index].again()
+    arena.workers[index] = arena.workers[index].restart()
 
 
 def _replace_worker(arena: Arena, index: int) -> None:
     """Let a second process take the place of one that sleeps; when that wakes, it is fenced."""
     first = arena.workers[index]
     first.signal(signal.SIGSTOP)
-    second = arena.workers[index] = first.again()
+    second = arena.workers[index] = first.restart()
     before = len(first.lines("joined"))
     arena.wait("the second has joined", lambda: len(second.lines("joined")) > before)
     first.signal(signal.SIGCONT)
@@ -196,10 +196,12 @@ def _send_hostile(arena: Arena, chance: random.Random, numbers: range) -> None:
             client.xgroup_create(keys.experiences(worker), GROUP, "0", mkstream=True)
         for number in numbers:
             fields = {"version": 0, "rows": 1, "raw_bytes": 1, "stored_bytes": 1, "sent_at": 0}
-            client.xadd(keys.experiences(worker), fields | {"data": hostile(chance)}, id=f"1-{number}")
+            client.xadd(
+                keys.experiences(worker), fields | {"data": make_hostile_payload(chance)}, id=f"1-{number}"
+            )
 
 
-def _sleep(worker: Actor, seconds: float) -> None:
+def _sleep(worker: LoggedProcess, seconds: float) -> None:
     worker.signal(signal.SIGSTOP)
     time.sleep(seconds)
     worker.signal(signal.SIGCONT)
@@ -210,7 +212,7 @@ def _command(arena: Arena, *command: str) -> None:
         client.execute_command(*command)
 
 
-def _size(actor: Actor) -> tuple[int, int, int]:
+def _size(actor: LoggedProcess) -> tuple[int, int, int]:
     """Give resident KiB, threads and open files of a process."""
     folder = Path(f"/proc/{actor.process.pid}")
     lines = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
