@@ -93,7 +93,7 @@ def test_a_second_database_of_a_cluster_or_sentinel_is_refused(
 def test_a_cluster_without_assigned_slots_is_refused(binary: Path, tmp_path: Path) -> None:
     with ExitStack() as stack:
         node = Node(binary, tmp_path / "node", "--cluster-enabled", "yes")
-        stack.callback(node.give_up)
+        stack.callback(node.dispose)
         node.start()
         for scheme in ("redis", "redis+cluster"):
             message = refusal(f"{scheme}://{place(node)}/0")

@@ -31,7 +31,7 @@ class LoggedProcess:
 
     def __init__(self, program: str, arguments: dict[str, Any]) -> None:
         self.log = Path(arguments["log"])
-        self._arguments, self._program = arguments, program
+        self.arguments, self._program = arguments, program
         self._read, self._lines = 0, dict[str, list[dict[str, Any]]]()
         self.interrupted = False  #: whether an incarnation was killed or fenced during an operation
         with self.log.with_suffix(".stderr").open("ab") as stderr:
@@ -56,7 +56,7 @@ class LoggedProcess:
     @property
     def is_endless(self) -> bool:
         """Whether it sends batches until SIGUSR1."""
-        return self._arguments.get("batches", 0) is None
+        return self.arguments.get("batches", 0) is None
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.process.pid, number)
@@ -70,7 +70,7 @@ class LoggedProcess:
 
     def restart(self, **changes: Any) -> LoggedProcess:
         """Start the program again with the same log, after the process died."""
-        process = LoggedProcess(self._program, self._arguments | changes)
+        process = LoggedProcess(self._program, self.arguments | changes)
         process.interrupted = True
         return process
 
@@ -310,7 +310,7 @@ class Arena:
             assert len(notes) == len(set(notes)), f"seed {self.seed}: a command was run twice: {notes}"
 
     def _worker_id(self, worker: LoggedProcess) -> int:
-        return int(worker._arguments["worker_id"])
+        return int(worker.arguments["worker_id"])
 
 
 def log_times(process: LoggedProcess, name: str, after: float) -> Iterator[float]:
@@ -328,7 +328,7 @@ def measure_recovery(arena: Arena, back: float, seconds: float = 10.0) -> dict[s
     """
     learner = arena.learner
     assert learner is not None
-    senders = {worker._arguments["worker_id"] for worker in arena.workers}
+    senders = {worker.arguments["worker_id"] for worker in arena.workers}
 
     def inserted() -> float | None:
         first = dict[int, float]()

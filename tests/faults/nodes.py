@@ -22,27 +22,27 @@ PORTS = range(11_000, 22_000)
 
 
 class Node(FaultyServer):
-    """One server of several, which comes back on the same port and in the role that it had."""
+    """A server of a group, which keeps its port and its role when it restarts."""
 
     def __init__(self, binary: Path, folder: Path, *config: str) -> None:
-        """Prepare it; nothing is started yet."""
+        """Prepare the server without starting it."""
         super().__init__(binary, folder, *config)
         self.port, self._port_sockets = _reserve_port()
-        self._file = self._folder / "server.conf"
+        self._file = self.folder / "server.conf"
         self._file.touch()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._folder.name}, {self.port})"
+        return f"{type(self).__name__}({self.folder.name}, {self.port})"
 
     def _command(self) -> list[str]:
         program, *options = super()._command()
         return [program, str(self._file), *options]
 
     def dispose(self) -> None:
-        """End it for good, and let others have its port."""
+        """Kill the server and release its port."""
         self.kill()
-        for held in self._port_sockets:
-            held.close()
+        for sockets in self._port_sockets:
+            sockets.close()
 
     def client(self) -> Any:
         return redis.Redis(
@@ -50,25 +50,25 @@ class Node(FaultyServer):
         )
 
     def ask(self, *command: Any) -> Any:
-        """Run a command there, and give what it answers as it comes."""
+        """Run a command on this node and return the raw reply."""
         with self.client() as client:
-            # As bytes, so that redis-py knows no meaning of the answer.
+            # A name in bytes prevents redis-py from parsing the reply.
             return client.execute_command(*(str(part).encode() for part in command))
 
     def ask_importing(self, *command: Any) -> Any:
-        """Run a command, after ASKING, on the one that a slot is moving to."""
+        """Run a command after ASKING; this node is importing the slot."""
         with self.client() as client, client.pipeline(transaction=False) as pipeline:
             pipeline.execute_command("ASKING")
             pipeline.execute_command(*command)
             return pipeline.execute()[1]
 
     def role(self) -> str:
-        """Give `master`, `slave` or `sentinel`."""
+        """Return `master`, `slave` or `sentinel`."""
         role: str = self.ask("ROLE")[0].decode()
         return role
 
     def is_synced(self) -> bool:
-        """Whether it is a replica whose link to its master is up."""
+        """Return whether this is a replica whose link to its master is up."""
         return b"\r\nmaster_link_status:up\r\n" in self.ask("INFO", "replication")
 
     def is_replica_of(self, master: Node) -> bool:
@@ -77,14 +77,14 @@ class Node(FaultyServer):
 
 
 class NodeGroup:
-    """Several servers, which taken together are started, killed, emptied and frozen as one."""
+    """Servers that are started, killed, emptied and frozen together."""
 
     nodes: list[Node]
 
     def __enter__(self) -> Self:
         try:
             self.start()
-        except BaseException:  # some may be running
+        except BaseException:  # some nodes may be running
             self.__exit__()
             raise
         return self
@@ -104,7 +104,7 @@ class NodeGroup:
             node.kill()
 
     def empty(self) -> None:
-        """Delete the data of all; they still know that they belong together."""
+        """Delete the data of all nodes; they remain members of the group."""
         for node in self.nodes:
             node.empty()
 
@@ -123,11 +123,11 @@ class NodeGroup:
 
 @contextlib.contextmanager
 def cut_off(master: Node, others: Sequence[Node]) -> Iterator[None]:
-    """Let the others stand still meanwhile, and hear nothing of what the master does, not even later."""
+    """Freeze the other nodes during the block, and drop what the master sends to its replicas meanwhile."""
     for node in others:
         node.freeze()
     try:
-        # What is sent to a process that stands still waits for it in the kernel.
+        # Otherwise the kernel would buffer the data for the frozen replicas.
         master.ask("CLIENT", "KILL", "TYPE", "replica")
         yield
     finally:
@@ -143,29 +143,29 @@ def launch_nodes(nodes: Sequence[Node]) -> None:
 
 
 def _reserve_port() -> tuple[int, list[socket.socket]]:
-    """Give a port that is free together with its bus port, and what keeps others from taking either."""
+    """Return a port whose bus port is free too, and the sockets that reserve both."""
     while True:
-        port, held = random.choice(PORTS), list[socket.socket]()
+        port, sockets = random.choice(PORTS), list[socket.socket]()
         try:
             for one in (port, port + BUS):
-                held.append(socket.socket())
-                held[-1].bind(("127.0.0.1", one))
+                sockets.append(socket.socket())
+                sockets[-1].bind(("127.0.0.1", one))
         except OSError:
-            for one_held in held:
-                one_held.close()
+            for one_socket in sockets:
+                one_socket.close()
             continue
-        for one_held in held:
-            # Only now, so that two who hold never share, and yet a server can listen beside us.
-            one_held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        return port, held
+        for one_socket in sockets:
+            # Set after both binds: two reservations must not share a port, but the server must be able to bind it.
+            one_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return port, sockets
 
 
 def wait_for(what: str, condition: Callable[[], Any], seconds: float = 30.0) -> Any:
-    """Wait until something holds, also over answers that don't come yet, and give it."""
+    """Wait until a condition holds and return its value; Redis errors count as false."""
     end = time.monotonic() + seconds
     while True:
         with contextlib.suppress(redis.RedisError):
             if found := condition():
                 return found
-        assert time.monotonic() < end, f"waited {seconds:g} s in vain until {what}"
+        assert time.monotonic() < end, f"timed out after {seconds:g} s waiting until {what}"
         time.sleep(0.02)

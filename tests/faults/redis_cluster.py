@@ -15,17 +15,17 @@ SLOTS = 16384
 
 
 class Cluster(NodeGroup):
-    """Masters with replicas, among which the slots are divided evenly."""
+    """Masters with replicas; the slots are divided evenly among the masters."""
 
     def __init__(self, binary: Path, folder: Path, masters: int = 3, replicas: int = 1, *config: str) -> None:
-        """Prepare a Cluster; nothing is started yet.
+        """Prepare a Cluster without starting it.
 
         Args:
             binary: the program.
-            folder: where the nodes' folders go.
-            masters: how many masters.
-            replicas: how many replicas each master has.
-            config: further options, as on the command line; `--cluster-node-timeout 1000`, say.
+            folder: the parent of the nodes' folders.
+            masters: the number of masters.
+            replicas: the number of replicas of each master.
+            config: further command-line options, for example `--cluster-node-timeout 1000`.
         """
         options = (
             *("--cluster-enabled", "yes", "--cluster-node-timeout", "2000"),
@@ -40,18 +40,18 @@ class Cluster(NodeGroup):
 
     @property
     def url(self) -> str:
-        """Names those that were masters in the beginning; the others are found through them."""
-        places = ",".join(f"127.0.0.1:{node.port}" for node in self.nodes[: self._masters])
-        return f"redis+cluster://{places}/0"
+        """The URL, with the addresses of the first masters."""
+        addresses = ",".join(f"127.0.0.1:{node.port}" for node in self.nodes[: self._masters])
+        return f"redis+cluster://{addresses}/0"
 
     def client(self) -> Any:
-        """Give redis-py's client, which finds the way to the node of each key."""
+        """Return a Cluster client of redis-py."""
         return redis.RedisCluster(
             host="127.0.0.1", port=self.responsive_nodes[0].port, protocol=2, socket_timeout=5.0
         )
 
     def start(self) -> None:
-        """Start all, join them if they are new, and wait until every one is in its place."""
+        """Start all nodes, form the Cluster on the first start, and wait until it is stable."""
         launch_nodes(self.nodes)
         if not self._ids:
             self._join()
@@ -73,7 +73,7 @@ class Cluster(NodeGroup):
             node.ask("CLUSTER", "REPLICATE", master.decode())
 
     def add_node(self) -> Node:
-        """Let a node join that holds nothing, and give it."""
+        """Start a node, let it join without slots, and return it."""
         new = self._new_node(len(self.nodes))
         self.nodes.append(new)
         launch_nodes([new])
@@ -83,18 +83,18 @@ class Cluster(NodeGroup):
         return new
 
     def masters(self) -> list[Node]:
-        """Give those that are awake and hold slots."""
+        """Return the responsive nodes that own slots."""
         return [node for node in self.responsive_nodes if self._slots(node)]
 
     def owner_of(self, slot: int) -> Node:
-        """Give the one that holds a slot, among those that are awake."""
+        """Return the responsive owner of a slot; of several claimants, the one with the highest epoch."""
         return max(
             (node for node in self.responsive_nodes if slot in self._slots(node)),
             key=lambda node: int(self._view(node)[self._id(node)][6]),
         )
 
     def replica_of(self, master: Node) -> Node:
-        """Give a replica of a master; both must be awake."""
+        """Return a replica of a master; both must be responsive."""
         return next(node for node in self.responsive_nodes if node.is_replica_of(master))
 
     def slot_of(self, key: str) -> int:
@@ -106,9 +106,9 @@ class Cluster(NodeGroup):
 
         Args:
             slot: the slot.
-            to: the master that gets it.
-            halfway: called when half of its keys have moved; until then and after it there are redirections
-                by ASK, and TRYAGAIN for what needs several of its keys.
+            to: the new owner.
+            halfway: called when half of the keys have moved. During the whole move clients get ASK redirections,
+                and TRYAGAIN for commands with several keys.
         """
         source = self.owner_of(slot)
         self._start_move(source, slot, to)
@@ -118,14 +118,14 @@ class Cluster(NodeGroup):
         self.finish_move(slot, to)
 
     def move_keys(self, slot: int, to: Node) -> None:
-        """Move all keys of a slot, and leave the slot where it is: whoever asks there is redirected by ASK."""
+        """Move all keys of a slot, but not the slot: its owner answers with ASK redirections."""
         source = self.owner_of(slot)
         self._start_move(source, slot, to)
         while self._migrate(source, slot, to, 100):
             pass
 
     def finish_move(self, slot: int, to: Node) -> None:
-        """Let all know that a slot belongs to the one that has its keys."""
+        """Assign a slot to the node that has its keys, on all masters."""
         source = self.owner_of(slot)
         for node in (to, source, *(one for one in self.masters() if one not in (to, source))):
             node.ask("CLUSTER", "SETSLOT", slot, "NODE", self._id(to).decode())
@@ -136,46 +136,46 @@ class Cluster(NodeGroup):
 
     @property
     def can_move_slots_at_once(self) -> bool:
-        """Whether these servers can move a slot as a whole."""
+        """Whether the servers have CLUSTER MIGRATESLOTS."""
         return bool(self.responsive_nodes[0].ask("COMMAND", "INFO", "CLUSTER|MIGRATESLOTS")[0])
 
     def move_slot_at_once(self, slot: int, to: Node) -> None:
-        """Move a slot as a whole: Valkey 9's CLUSTER MIGRATESLOTS, after which there is one MOVED and no ASK."""
+        """Move a slot atomically with CLUSTER MIGRATESLOTS of Valkey 9: clients get MOVED, never ASK."""
         source = self.owner_of(slot)
         source.ask("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", self._id(to).decode())
         wait_for(f"{to} has slot {slot}", lambda: slot in self._slots(to))
 
     def fail_over(self, replica: Node) -> None:
-        """Let a replica take its master's place, as for maintenance: they hand over without a loss."""
+        """Promote a replica by a planned failover, which loses nothing."""
         replica.ask("CLUSTER", "FAILOVER")
         self.wait_until_promoted(replica)
 
     def take_over(self, replica: Node) -> None:
-        """Let a replica take the place of its master, which is dead, without asking the others."""
+        """Promote the replica of a dead master without a vote."""
         replica.ask("CLUSTER", "FAILOVER", "TAKEOVER")
         self.wait_until_promoted(replica)
 
     def without_replication(self, replica: Node, master: Node) -> contextlib.AbstractContextManager[None]:
-        """Let a replica hear nothing of what its master does meanwhile, not even later."""
+        """Freeze a replica during the block; it never receives what its master does meanwhile."""
         return cut_off(master, [replica])
 
     def wait_until_promoted(self, replica: Node, seconds: float = 30.0) -> None:
-        """Wait until it holds slots, and all who are awake agree."""
+        """Wait until a replica owns slots and the Cluster is stable."""
         wait_for(f"{replica} is promoted", lambda: self._slots(replica), seconds)
         self.wait_until_stable(seconds)
 
     def wait_until_stable(self, seconds: float = 30.0) -> None:
-        """Wait until all who are awake say that all is well, agree on who holds what, and are in step."""
-        wait_for("the Cluster is in order", self._is_stable, seconds)
+        """Wait until the responsive nodes report `ok`, agree on the owners, and replicas are synced."""
+        wait_for("the Cluster is stable", self._is_stable, seconds)
 
     @contextlib.contextmanager
     def isolated(self, master: Node) -> Iterator[Node]:
-        """Leave a master alone with its clients: a minority, which takes writes until it notices.
+        """Isolate a master with its clients; it accepts writes until it detects that it is in a minority.
 
-        Afterwards the others are there and it is not; its replica is promoted in its place. Then it comes back
-        as a replica, and what it took alone is gone.
+        At the end of the block the master is frozen and its replica promoted. Then the master comes back as a
+        replica and loses what it accepted in isolation.
 
-        Returns:
+        Yields:
             The replica that will be promoted.
         """
         replica = self.replica_of(master)
@@ -189,7 +189,7 @@ class Cluster(NodeGroup):
         self.wait_until_stable()
 
     def _migrate(self, source: Node, slot: int, to: Node, count: int) -> int:
-        """Move so many of the slot's keys, and give how many there were."""
+        """Move up to `count` keys of a slot, and return the number of moved keys."""
         keys = source.ask("CLUSTER", "GETKEYSINSLOT", slot, count)
         if keys:
             names = [key.decode() for key in keys]
@@ -200,7 +200,7 @@ class Cluster(NodeGroup):
         return next(name for name, one in self._ids.items() if one is node)
 
     def _view(self, node: Node) -> dict[bytes, list[bytes]]:
-        """Give the lines of CLUSTER NODES by the nodes' ids, as this one sees them."""
+        """Return the lines of CLUSTER NODES of a node by node id."""
         return {line[:40]: line.split() for line in node.ask("CLUSTER", "NODES").splitlines()}
 
     def _knows_node(self, node: Node, other: bytes) -> bool:
@@ -215,10 +215,10 @@ class Cluster(NodeGroup):
         return b"cluster_state:ok" in node.ask("CLUSTER", "INFO")
 
     def _slots(self, node: Node, view: dict[bytes, list[bytes]] | None = None) -> set[int]:
-        """Give the slots that a node holds, as itself sees it, or as another does."""
+        """Return the slots that a node owns, in its own view or in another one."""
         found: set[int] = set()
         for piece in (view or self._view(node)).get(self._id(node), [])[8:]:
-            if not piece.startswith(b"["):  # one that is being moved
+            if not piece.startswith(b"["):  # a slot that is moving
                 first, _, last = piece.partition(b"-")
                 found.update(range(int(first), int(last or first) + 1))
         return found

@@ -12,17 +12,17 @@ from nodes import Node, NodeGroup, cut_off, launch_nodes, wait_for
 
 
 class Sentinel(Node):
-    """A Sentinel; what it learnt is in its folder, and there again after a kill."""
+    """A Sentinel, which keeps its state on disk."""
 
     def __init__(self, binary: Path, folder: Path, *lines: str) -> None:
-        """Prepare it; the lines go to its file."""
+        """Prepare a Sentinel with these lines of configuration, without starting it."""
         super().__init__(binary, folder)
         self.write(*lines)
 
     def write(self, *lines: str) -> None:
-        """Have these lines in its file, and nothing of what it learnt; it must not be running."""
+        """Replace the configuration and the saved state; the Sentinel must not be running."""
         self._file.write_text(
-            "\n".join((f"port {self.port}", "bind 127.0.0.1", f"dir {self._folder}", *lines, ""))
+            "\n".join((f"port {self.port}", "bind 127.0.0.1", f"dir {self.folder}", *lines, ""))
         )
 
     def _command(self) -> list[str]:
@@ -30,24 +30,24 @@ class Sentinel(Node):
 
     def wait_ready(self) -> None:
         super().wait_ready()
-        # Looks around often, and after a moment of a busy machine (TILT) not only half a minute later.
+        # Poll often, and leave TILT mode, which a busy machine causes, after 0.5 s instead of 30 s.
         for pace in ("INFO-PERIOD", "PUBLISH-PERIOD", "PING-PERIOD", "TILT-PERIOD"):
             with contextlib.suppress(redis.ResponseError):  # before 7.0
                 self.ask("SENTINEL", "DEBUG", pace, 500)
 
 
 class SentinelTrio(NodeGroup):
-    """A master, two replicas, and three Sentinels that promote one of them."""
+    """A master, two replicas, and three Sentinels."""
 
     service = "mymaster"
 
     def __init__(self, binary: Path, folder: Path, *config: str) -> None:
-        """Prepare a trio; nothing is started yet.
+        """Prepare a trio without starting it.
 
         Args:
             binary: the program.
-            folder: where the servers' folders go.
-            config: further options of the data's servers, as on the command line.
+            folder: the parent of the servers' folders.
+            config: further command-line options of the data servers.
         """
         options = ("--repl-diskless-sync-delay", "0", *config)
         self.nodes = [Node(binary, folder / f"node-{number}", *options) for number in range(3)]
@@ -71,11 +71,11 @@ class SentinelTrio(NodeGroup):
         return f"redis+sentinel://{places}/{self.service}"
 
     def client(self) -> Any:
-        """Give a client of the master."""
+        """Return a client of the master."""
         return self.master().client()
 
     def start(self) -> None:
-        """Start all, and wait until the Sentinels know everyone and the replicas are in step."""
+        """Start all nodes and Sentinels, and wait until the trio is stable."""
         launch_nodes(self.nodes)
         if not self._joined:
             for node in self.nodes[1:]:
@@ -93,11 +93,11 @@ class SentinelTrio(NodeGroup):
             sentinel.kill()
 
     def start_sentinels(self) -> None:
-        """Start those that are not there, with what they knew."""
+        """Start the Sentinels that are not running, with their saved state."""
         launch_nodes([sentinel for sentinel in self.sentinels if not sentinel.is_responsive])
 
     def replace_sentinels(self, changes: int = 0) -> None:
-        """Put others in the Sentinels' places, which are only told the master, and how often it has changed."""
+        """Restart the Sentinels without saved state: they know only the master and the number of its changes."""
         lines = self._config_lines(self.master(), changes)
         self.stop_sentinels()
         for sentinel in self.sentinels:
@@ -106,7 +106,7 @@ class SentinelTrio(NodeGroup):
         self.wait_until_stable()
 
     def master(self) -> Node:
-        """Give the master: the one that the Sentinels name, if more than one says that it is."""
+        """Return the master; if several nodes claim the role, the one that the Sentinels name."""
         found = [node for node in self.responsive_nodes if node.role() == "master"]
         return found[0] if len(found) == 1 else self._named_masters()[0]
 
@@ -114,34 +114,34 @@ class SentinelTrio(NodeGroup):
         return [node for node in self.responsive_nodes if node.role() == "slave"]
 
     def fail_over(self) -> Node:
-        """Let the Sentinels promote a replica now, and give it."""
+        """Let the Sentinels promote a replica now, and return the new master."""
         old = self.master()
         self.sentinels[0].ask("SENTINEL", "FAILOVER", self.service)
         return self.wait_until_promoted(old)
 
     def wait_until_promoted(self, old: Node, seconds: float = 60.0) -> Node:
-        """Wait until the Sentinels that are there name another master, and give it."""
+        """Wait until the running Sentinels name another master, and return it."""
 
         def promoted() -> Node | None:
             first, *others = self._named_masters()
             is_new = first is not old and all(other is first for other in others)
             return first if is_new and first.is_responsive and first.role() == "master" else None
 
-        found: Node = wait_for(f"another master is there than {old}", promoted, seconds)
+        found: Node = wait_for(f"{old} is no longer the master", promoted, seconds)
         return found
 
     def wait_until_stable(self, seconds: float = 60.0) -> None:
-        """Wait until the Sentinels agree and know everyone, and the replicas that are awake are in step."""
-        wait_for("the trio is in order", self._is_stable, seconds)
+        """Wait until the Sentinels agree and know all servers, and the responsive replicas are synced."""
+        wait_for("the trio is stable", self._is_stable, seconds)
 
     @contextlib.contextmanager
     def isolated(self) -> Iterator[Node]:
-        """Leave the master alone with its clients and one Sentinel: a minority, which still takes writes.
+        """Isolate the master with its clients and one Sentinel; it still accepts writes.
 
-        Afterwards the others are there and it is not; they promote a replica in its place. Then it comes back,
-        becomes a replica, and what it took alone is gone.
+        At the end of the block the master is frozen and a replica promoted. Then the master comes back as a
+        replica and loses what it accepted in isolation.
 
-        Returns:
+        Yields:
             The master.
         """
         master = self.master()
@@ -159,16 +159,16 @@ class SentinelTrio(NodeGroup):
 
     @contextlib.contextmanager
     def two_masters(self) -> Iterator[tuple[Node, Node]]:
-        """Have the master replaced while its clients, and nobody else, reach it: it goes on to serve them.
+        """Replace the master while only its clients can reach it: it continues to serve them.
 
-        Afterwards it is no more.
+        The old master is killed at the end of the block.
 
-        Returns:
-            That master, and the one that the Sentinels name.
+        Yields:
+            The old master, and the one that the Sentinels name.
         """
         old = self.master()
         with old.client() as client:
-            client.config_set("requirepass", "nobody new")
+            client.config_set("requirepass", "locks out new connections")
             for one in client.client_list():
                 if one["name"].startswith("sentinel") or "S" in one["flags"]:
                     client.client_kill_filter(_id=one["id"])
@@ -176,7 +176,7 @@ class SentinelTrio(NodeGroup):
         old.kill()
 
     def _named_masters(self) -> list[Node]:
-        """Give the master that each Sentinel names."""
+        """Return the master that each running Sentinel names."""
         places = [
             int(sentinel.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.service)[1])
             for sentinel in self.sentinels
@@ -199,8 +199,8 @@ class SentinelTrio(NodeGroup):
         )
 
     def _knows_all_nodes(self, sentinel: Sentinel) -> bool:
-        answer = sentinel.ask("SENTINEL", "MASTER", self.service)
-        fields = dict(zip(answer[::2], answer[1::2], strict=True))
+        reply = sentinel.ask("SENTINEL", "MASTER", self.service)
+        fields = dict(zip(reply[::2], reply[1::2], strict=True))
         return (fields[b"flags"], fields[b"num-slaves"], fields[b"num-other-sentinels"]) == (
             b"master",
             b"%d" % (len(self.nodes) - 1),

@@ -1,4 +1,4 @@
-"""Scenarios 1, 2 and 9: replies and subscriptions that the network swallows."""
+"""Scenarios 1, 2 and 9: lost replies and killed subscriptions, with real processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from arena import Arena
 
 
 def test_1_replies_to_sending_are_lost(arena: Arena, full: bool, measurements: dict[str, Any]) -> None:
-    """Every reply to an XADD of a batch is lost once: nothing is lost, nothing comes twice."""
+    """The reply to each XADD of a batch is lost once: each batch is delivered once."""
     batches = 250 if full else 60
     arena.start_learner(direct=True)
     arena.proxy.lose_replies(b"XADD", count=4 * batches)
@@ -22,9 +22,9 @@ def test_1_replies_to_sending_are_lost(arena: Arena, full: bool, measurements: d
 
 
 def test_2_replies_to_reading_are_lost(arena: Arena, full: bool, measurements: dict[str, Any]) -> None:
-    """A third of the learner's reads loses its reply: all is inserted, without waiting for anything to be idle."""
+    """A third of the replies to the learner's reads is lost: all batches are inserted, and none waits to be idle."""
     arena.proxy.lose_replies(b"XREADGROUP", part=0.33)
-    # One batch at a time, so that there are many reads however slow the machine is.
+    # One batch for each read, so that there are many reads on a slow machine too.
     arena.start_learner(settings={"take_over_seconds": 600.0}, max_batches=1)
     for worker in range(3):
         arena.start_worker(worker, direct=True, batches=400 if full else 100, pause=0.005)
@@ -33,10 +33,10 @@ def test_2_replies_to_reading_are_lost(arena: Arena, full: bool, measurements: d
     assert arena.proxy.injected > 10
 
 
-def test_9_subscriptions_are_killed_again_and_again(
+def test_9_subscriptions_are_killed_repeatedly(
     arena: Arena, full: bool, measurements: dict[str, Any]
 ) -> None:
-    """Versions and commands while every subscription dies each second: each has its outcome, and the last is run."""
+    """All subscriptions are killed each second: versions and commands get outcomes, and the last version is applied."""
     versions, commands = (500, 100) if full else (80, 20)
     arena.start_learner(versions=versions, commands=commands, version_seconds=0.05)
     workers = [arena.start_worker(number, batches=300 if full else 60, pause=0.1) for number in range(3)]

@@ -1,4 +1,4 @@
-"""Faults that only Sentinels know: a master that another one replaces, a minority, and Sentinels that are gone."""
+"""Scenarios 17 to 20, faults with Sentinels: failover, an isolated master, and missing Sentinels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def trio(arena: Arena) -> SentinelTrio:
 def test_17_the_master_is_killed_and_a_replica_promoted(
     arena: Arena, trio: SentinelTrio, level: str, full: bool, measurements: dict[str, Any]
 ) -> None:
-    """All go on by themselves; at level `replica` only what a worker knows to be unconfirmed can be lost."""
+    """All clients recover; at level `replica` only batches that raised `Unconfirmed` can be lost."""
     arena.start_all(level)
     took = []
     for _ in range(3 if full else 2):
@@ -52,10 +52,10 @@ def test_17_the_master_is_killed_and_a_replica_promoted(
     }
 
 
-def test_18_masters_hand_over_and_hang(
+def test_18_masters_are_demoted_or_hang(
     arena: Arena, trio: SentinelTrio, full: bool, measurements: dict[str, Any]
 ) -> None:
-    """One that was demoted answers READONLY, one that hangs doesn't answer: nobody stays with either."""
+    """A demoted master answers READONLY and a hanging one does not answer: clients leave both."""
     arena.start_all("learner")
     took = []
     for _ in range(3 if full else 1):
@@ -73,17 +73,17 @@ def test_18_masters_hand_over_and_hang(
 
 
 @pytest.mark.parametrize("level", ["learner", "redis"])
-def test_19_a_minority_takes_writes_for_a_while(
+def test_19_a_minority_accepts_writes_for_a_while(
     arena: Arena, trio: SentinelTrio, level: str, measurements: dict[str, Any]
 ) -> None:
-    """What a master took while it was alone with its clients is gone: sent again, or known to be lost."""
+    """Writes that an isolated master accepted are lost: the batches are sent again or counted as lost."""
     arena.start_all(level)
     with trio.isolated():
         before = arena.count_inserted()
-        arena.wait("the minority's batches come", lambda: arena.count_inserted() > before + 100)
+        arena.wait("batches arrive through the minority", lambda: arena.count_inserted() > before + 100)
         arena.pause()
         before = arena.count_produced()
-        arena.wait("others wait", lambda: arena.count_produced() > before + 30)
+        arena.wait("more batches wait", lambda: arena.count_produced() > before + 30)
     arena.resume()
     took = measure_recovery(arena, time.monotonic())
     lost = arena.finish_and_check(level)
@@ -96,10 +96,10 @@ def test_19_a_minority_takes_writes_for_a_while(
     }
 
 
-def test_20_all_sentinels_are_gone_for_a_while(
+def test_20_all_sentinels_are_down_for_a_while(
     arena: Arena, trio: SentinelTrio, full: bool, measurements: dict[str, Any]
 ) -> None:
-    """Nobody misses them until the master dies; once they are back, another one takes its place."""
+    """Clients continue until the master dies; once the Sentinels are back, a replica is promoted."""
     arena.start_all("learner")
     trio.stop_sentinels()
     took = [measure_recovery(arena, time.monotonic())]

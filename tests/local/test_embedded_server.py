@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import redis
 from conftest import wait_until
-from processes import alive, command_lines, parent_of
+from processes import command_lines, is_alive, parent_of
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -81,14 +81,14 @@ def test_nothing_is_left_however_the_owner_ends(
     process, pid = owner(then)
     guard = parent_of(pid) if number is not None else None
     if number is not None:
-        assert alive(pid)
+        assert is_alive(pid)
         os.killpg(process.pid, number)
     process.wait(15.0)
     if number == signal.SIGINT or "return" in name or "raise" in name:  # Python could tidy up before it went
-        assert not alive(pid)
+        assert not is_alive(pid)
         assert not list(temporary_directory.iterdir())
-    wait_until(f"the server ends after {name}", lambda: not alive(pid))
-    wait_until(f"its guard ends after {name}", lambda: guard is None or not alive(guard))
+    wait_until(f"the server ends after {name}", lambda: not is_alive(pid))
+    wait_until(f"its guard ends after {name}", lambda: guard is None or not is_alive(guard))
     wait_until(f"its files go after {name}", lambda: not list(temporary_directory.iterdir()))
 
 
@@ -100,7 +100,7 @@ def test_the_server_ends_with_its_owner_even_while_the_owners_forked_child_lives
     try:
         process.kill()
         process.wait(15.0)
-        wait_until("the server ends", lambda: not alive(pid), timeout_seconds=5.0)
+        wait_until("the server ends", lambda: not is_alive(pid), timeout_seconds=5.0)
         wait_until("its files go", lambda: not list(temporary_directory.iterdir()), timeout_seconds=5.0)
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # the child
@@ -127,7 +127,7 @@ def test_the_server_ends_when_its_guard_is_killed() -> None:
         pid = server.pid
         assert pid is not None
         os.kill(parent_of(pid), signal.SIGKILL)
-        wait_until("the server ends", lambda: not alive(pid))
+        wait_until("the server ends", lambda: not is_alive(pid))
         assert not server.running
 
 
@@ -158,7 +158,7 @@ def test_a_server_that_will_not_stop_is_killed_within_the_time(
     os.kill(pid, signal.SIGSTOP)  # a stopped process does not hear SIGTERM
     started = time.monotonic()
     server.stop()
-    assert not alive(pid)
+    assert not is_alive(pid)
     assert time.monotonic() - started < 5.0
     assert "killed" in caplog.text
 

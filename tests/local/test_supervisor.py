@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_until
-from processes import alive, parent_of
+from processes import is_alive, parent_of
 
 from rlbroker.errors import Closed
 from rlbroker.local import supervisor as module
@@ -201,7 +201,7 @@ def test_stop_is_polite_then_firm_and_tells_whom_it_had_to_kill() -> None:
     started = time.monotonic()
     assert supervisor.stop(0.5) == ["stubborn"]
     assert time.monotonic() - started < 4.0
-    assert not [pid for pid in pids if alive(pid)]
+    assert not [pid for pid in pids if is_alive(pid)]
     assert "bye" in output.of("polite")  # SIGINT let it finish
     assert {status.state for status in supervisor.status().values()} == {"stopped"}
     assert supervisor.status()["stubborn"].exit_code == -9
@@ -241,7 +241,7 @@ def test_stop_is_bounded_even_if_the_output_handler_hangs(monkeypatch: pytest.Mo
     pid = pid_of(supervisor, "a")
     assert hanging.wait(15.0)
     assert supervisor.stop(0.1) == ["a"]
-    wait_until("it is dead, long before it would end by itself", lambda: not alive(pid))
+    wait_until("it is dead, long before it would end by itself", lambda: not is_alive(pid))
     release.set()
     wait_until("the thread ends", lambda: threading.active_count() == threads)
 
@@ -261,7 +261,7 @@ def test_what_a_process_started_ends_with_it() -> None:
     with Supervisor({"a": shell("sleep 60 & echo $!; exit 0")}, on_output=output) as supervisor:
         assert supervisor.wait(15.0)
         grandchild = int(output.of("a")[0])
-        wait_until("the grandchild ends", lambda: not alive(grandchild))
+        wait_until("the grandchild ends", lambda: not is_alive(grandchild))
 
 
 def test_a_supervisor_starts_once() -> None:
@@ -310,15 +310,15 @@ def test_no_process_is_left_however_the_owner_ends(
     guards = [parent_of(pid) for pid in pids] if number is not None else []
     try:
         if number is not None:
-            assert all(map(alive, pids))
+            assert all(map(is_alive, pids))
             if forks:
                 owner.send_signal(number)
             else:
                 os.killpg(owner.pid, number)
         owner.wait(15.0)
         if number in (None, signal.SIGINT):  # Python could tidy up before it went
-            assert not any(map(alive, pids + guards))
-        wait_until(f"all end after {name}", lambda: not any(map(alive, pids + guards)))
+            assert not any(map(is_alive, pids + guards))
+        wait_until(f"all end after {name}", lambda: not any(map(is_alive, pids + guards)))
     finally:
         if forks:
             os.killpg(owner.pid, signal.SIGKILL)
@@ -330,4 +330,4 @@ def test_a_process_whose_guard_is_killed_ends_and_is_started_again() -> None:
         first = pid_of(supervisor, "a")
         os.kill(parent_of(first), signal.SIGKILL)
         wait_until("it runs again", lambda: supervisor.status()["a"].pid not in (None, first))
-        assert not alive(first)
+        assert not is_alive(first)

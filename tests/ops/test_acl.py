@@ -422,7 +422,7 @@ def test_the_rules_fit_the_version_of_the_server(planted: GuardedServer) -> None
 
 def test_shared_workers_take_any_free_id(tmp_path: Path) -> None:
     with GuardedServer("embedded", tmp_path, "--shared") as server:
-        assert "any of them can read and write" in server.said
+        assert "any of them can read and write" in server.acl_stderr
         with WorkerCommunicator(2, redis_url=server.url(LEARNER), run=RUN) as comm:
             url = server.url(f"{RUN}-workers")
             with WorkerClient(url, RUN) as first, WorkerClient(url, RUN) as second:

@@ -35,7 +35,7 @@ class GuardedServer:
         self.has_read_only_keys = VERSIONS[kind] != "6.2"
         printed = rlbroker("acl", *self.acl_options, "--server-version", VERSIONS[kind], *options)
         assert printed.returncode == 0, printed.stderr
-        self.said = printed.stderr
+        self.acl_stderr = printed.stderr
         (folder / "users.acl").write_text(printed.stdout)
         binary = find_server_binary(kind)
         assert binary is not None
