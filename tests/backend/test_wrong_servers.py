@@ -23,8 +23,8 @@ Start = Callable[[str, str], Any]
 
 
 @pytest.fixture
-def trio(started: Start, server_kind: str) -> TrioServer:
-    found: TrioServer = started("sentinel", server_kind)
+def trio(start_engine: Start, server_kind: str) -> TrioServer:
+    found: TrioServer = start_engine("sentinel", server_kind)
     return found
 
 

@@ -71,9 +71,9 @@ _ONLY_FOR_DOCTOR = {"cmdstat_config|get", "cmdstat_config", "cmdstat_acl|whoami"
 
 @pytest.fixture
 def guarded(
-    started: Callable[[str, str], ClusterServer], server_kind: str, tmp_path: Path
+    start_engine: Callable[[str, str], ClusterServer], server_kind: str, tmp_path: Path
 ) -> Iterator[GuardedCluster]:
-    server = started("cluster", server_kind)
+    server = start_engine("cluster", server_kind)
     server.client.flushall()
     try:
         yield GuardedCluster(server.engine, tmp_path / "secrets")
