@@ -160,7 +160,7 @@ def _reserve_port() -> tuple[int, list[socket.socket]]:
         return port, sockets
 
 
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     """Wait until a condition holds and return its value; Redis errors count as false."""
     end = time.monotonic() + seconds
     while True:
