@@ -189,7 +189,7 @@ def test_the_environment_is_added_to_the_own_one(monkeypatch: pytest.MonkeyPatch
 
 
 STUBBORN = shell("trap '' INT TERM; echo ready; while :; do sleep 0.05; done")
-POLITE_SCRIPT = "import time\nprint('ready', flush=True)\ntry: time.sleep(60)\nfinally: print('bye')"
+POLITE_SCRIPT = "import time\ntry: print('ready', flush=True); time.sleep(60)\nfinally: print('bye')"
 POLITE = [sys.executable, "-ISc", POLITE_SCRIPT]
 
 
