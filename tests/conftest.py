@@ -1,4 +1,4 @@
-"""What the tests share: a body runs on fakeredis, a real server, a Cluster and a Sentinel trio, in a run of its own."""
+"""Options and fixtures of all tests: each test has its own run, on fakeredis, a server, a Cluster or Sentinels."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ import fakeredis
 import pytest
 import redis
 from certificates import certificates  # noqa: F401 - a fixture
-from engines import Cluster, SentinelTrio
 from fault_fixtures import (  # noqa: F401 - so pytest finds them
     arena,
     binary,
     engine,
-    figures,
     full,
+    measurements,
     new_cluster,
     new_server,
     new_trio,
-    vary_scenario,
+    parametrize_scenario,
 )
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import Sentinel
-from servers import KINDS, binary_of
+from redis_cluster import Cluster
+from sentinel_trio import SentinelTrio
+from servers import KINDS, find_server_binary
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
 from rlbroker.local.embedded_server import RedisServer
 
-#: Started by itself, with a package that only fuzzing needs.
+#: Not a test module, and it needs a package that only fuzzing uses.
 collect_ignore = ["fuzz/fuzz_harness.py"]
 
 
@@ -50,16 +51,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     faults.addoption(
         "--engines",
         default="single,cluster,sentinel",
-        help="what scenarios and tests run on that can run on each",
+        help="engines for scenarios and tests that support each engine",
     )
     faults.addoption(
-        "--everywhere", action="store_true", help="all tests that can run on the engines do, not a selection"
+        "--everywhere",
+        action="store_true",
+        help="run all tests that support the engines on them, not only a selection",
     )
     faults.addoption(
-        "--soak", type=float, default=0.0, metavar="MINUTES", help="all faults at random, so long"
+        "--soak", type=float, default=0.0, metavar="MINUTES", help="inject all faults at random for this long"
     )
     faults.addoption(
-        "--figures", metavar="FILE", help="append each scenario's figures to it, as lines of JSON"
+        "--figures",
+        metavar="FILE",
+        help="append the measurements of each scenario to this file, as lines of JSON",
     )
 
 
@@ -78,13 +83,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    vary_scenario(metafunc)
+    parametrize_scenario(metafunc)
     if "place" in metafunc.fixturenames:
         metafunc.parametrize("place", _places(metafunc))
 
 
 def _places(metafunc: pytest.Metafunc) -> list[str]:
-    """Give where a test runs: on a fake, on a real server, and on some engines made of each kind of server."""
+    """Return the servers for a test: a fake, a real server, and engines of each chosen kind of server."""
     option, mark = metafunc.config.getoption, metafunc.definition.get_closest_marker
     always = ["real"] if "reachable" in metafunc.fixturenames else ["fake", "real"]
     if not (option("--everywhere") or mark("on_every_engine")):
@@ -95,23 +100,23 @@ def _places(metafunc: pytest.Metafunc) -> list[str]:
 
 _numbers = itertools.count(1)
 
-#: Keys that may stay for ever; everything else must have a lifetime.
+#: Keys that may lack an expiry; all others must have one.
 LASTING = re.compile(
     r"meta|weights|ctl|workers|shards|pending|missed|(x|counts|epochs|dead|again|ack|ledger|life|history):\d+|w:\d+-\d+-\d+:\d+"
 )
 
 
 class Server(Protocol):
-    """A place for runs: how clients reach it, and a client to look into it."""
+    """A server for runs: the settings to connect to it, and a client to inspect it."""
 
     kind: str
     client: Any
 
-    def way(self) -> dict[str, Any]:
-        """Give the arguments with which a client of ours reaches it."""
+    def connection_settings(self) -> dict[str, Any]:
+        """Return the arguments with which a `WorkerCommunicator` or `WorkerClient` connects."""
 
     def another_client(self) -> Any:
-        """Give a client of redis-py that does not try again by itself."""
+        """Return a redis-py client without retries."""
 
 
 class FakeServer:
@@ -121,7 +126,7 @@ class FakeServer:
         self._server = fakeredis.FakeServer()
         self.client: Any = fakeredis.FakeRedis(server=self._server)
 
-    def way(self) -> dict[str, Any]:
+    def connection_settings(self) -> dict[str, Any]:
         return {"redis_client": self.another_client()}
 
     def another_client(self) -> Any:
@@ -136,11 +141,11 @@ class RealServer:
         self.url = server.url
         self.client: Any = redis.Redis.from_url(server.url, protocol=2)
 
-    def way(self) -> dict[str, Any]:
+    def connection_settings(self) -> dict[str, Any]:
         return {"redis_url": self.url}
 
     def new_client(self, **settings: Any) -> Any:
-        """Give a client as users make it."""
+        """Return a redis-py client with its own defaults, as users create it."""
         return redis.Redis.from_url(self.url, **settings)
 
     def another_client(self) -> Any:
@@ -148,7 +153,7 @@ class RealServer:
 
 
 class ClusterServer:
-    """A Cluster, taken whole."""
+    """A Cluster."""
 
     kind = "cluster"
 
@@ -157,11 +162,11 @@ class ClusterServer:
         self.url = cluster.url
         self.client: Any = self.new_client(protocol=2)
 
-    def way(self) -> dict[str, Any]:
+    def connection_settings(self) -> dict[str, Any]:
         return {"redis_url": self.url}
 
     def new_client(self, **settings: Any) -> Any:
-        """Give a client as users make it."""
+        """Return a redis-py client with its own defaults, as users create it."""
         host, port = self._node
         return redis.RedisCluster(host=host, port=port, **settings)
 
@@ -170,23 +175,23 @@ class ClusterServer:
 
 
 class TrioServer:
-    """Whichever server the Sentinels of a trio name as the master."""
+    """The master that the Sentinels of a trio name."""
 
     kind = "sentinel"
 
     def __init__(self, trio: SentinelTrio) -> None:
         self.engine = trio
         self._sentinels, self._service = [one.address for one in trio.sentinels], trio.service
-        for sentinel in trio.sentinels:  # nobody fails here: a machine that is busy is no reason to promote
+        for sentinel in trio.sentinels:  # a busy machine must not cause a failover
             sentinel.ask("SENTINEL", "SET", trio.service, "down-after-milliseconds", 60_000)
         self.url = trio.url
         self.client: Any = self.new_client(protocol=2)
 
-    def way(self) -> dict[str, Any]:
+    def connection_settings(self) -> dict[str, Any]:
         return {"redis_url": self.url}
 
     def new_client(self, **settings: Any) -> Any:
-        """Give a client as users make it."""
+        """Return a redis-py client with its own defaults, as users create it."""
         make: Any = Sentinel
         return make(self._sentinels).master_for(self._service, **settings)
 
@@ -199,7 +204,7 @@ Reachable = RealServer | ClusterServer | TrioServer
 
 @pytest.fixture(scope="session")
 def embedded() -> Iterator[RedisServer]:
-    """A real server for the whole session. Without one the tests fail; they do not skip."""
+    """A real server for the whole session. Tests fail, not skip, without one."""
     with RedisServer() as server:
         yield server
 
@@ -207,42 +212,42 @@ def embedded() -> Iterator[RedisServer]:
 @pytest.fixture
 def real_server(embedded: RedisServer) -> Iterator[RealServer]:
     server = RealServer(embedded)
-    server.client.flushall()  # runs that a whole module shared may be left
+    server.client.flushall()  # a module may have left its shared run
     yield server
     server.client.flushall()
     server.client.close()
 
 
 @pytest.fixture(scope="session")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Server]]:
-    """Starts an engine, made of a kind of server, when it is wanted first; it is there for the whole session."""
+def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Server]]:
+    """Starts an engine of a kind of server at the first call, and keeps it for the whole session."""
     with ExitStack() as stack:
 
         @cache
         def start(engine: str, kind: str) -> Server:
-            binary = binary_of(kind)
-            assert binary is not None, f"there is no {kind} here; get it with: {KINDS[kind]}"
+            binary = find_server_binary(kind)
+            assert binary is not None, f"{kind} is missing; install it: {KINDS[kind]}"
             folder = tmp_path_factory.mktemp(engine)
             if engine == "cluster":
-                patient = "--cluster-node-timeout", "60000"  # a machine that is busy is no reason to promote
-                made = ClusterServer(stack.enter_context(Cluster(binary, folder, 3, 1, *patient)))
-                made.client.flushall()  # they do not name a replica until they know how far it is
-                wait_until("each node names all others", partial(_all_are_named, made.engine), 30.0)
+                timeout = "--cluster-node-timeout", "60000"  # a busy machine must not cause a failover
+                made = ClusterServer(stack.enter_context(Cluster(binary, folder, 3, 1, *timeout)))
+                made.client.flushall()  # nodes list a replica only when they know its offset
+                wait_until("each node lists all nodes", partial(_each_lists_all_nodes, made.engine), 30.0)
                 return made
             return TrioServer(stack.enter_context(SentinelTrio(binary, folder)))
 
         yield start
 
 
-def _all_are_named(made: Cluster) -> bool:
-    told = [str(node.ask("CLUSTER", "SLOTS")) for node in made.nodes]
-    return all(f", {node.port}," in one for one in told for node in made.nodes)
+def _each_lists_all_nodes(made: Cluster) -> bool:
+    replies = [str(node.ask("CLUSTER", "SLOTS")) for node in made.nodes]
+    return all(f", {node.port}," in reply for reply in replies for node in made.nodes)
 
 
 @pytest.fixture
-def cluster(started: Callable[[str, str], ClusterServer], server_kind: str) -> Iterator[ClusterServer]:
-    """A Cluster without keys, made of the chosen kind of server."""
-    found = started("cluster", server_kind)
+def cluster(start_engine: Callable[[str, str], ClusterServer], server_kind: str) -> Iterator[ClusterServer]:
+    """A Cluster without keys, of the chosen kind of server."""
+    found = start_engine("cluster", server_kind)
     found.client.flushall()
     yield found
     found.client.flushall()
@@ -250,18 +255,18 @@ def cluster(started: Callable[[str, str], ClusterServer], server_kind: str) -> I
 
 @pytest.fixture
 def server(place: str, request: pytest.FixtureRequest) -> Iterator[Server]:
-    """Each kind, one after the other; only RLBROKER_ALLOW_FAKE=1 lets the real ones be missing."""
+    """A server of each kind; RLBROKER_ALLOW_FAKE=1 skips the real ones."""
     if place == "fake":
         yield FakeServer()
         return
     if os.environ.get("RLBROKER_ALLOW_FAKE") == "1":
-        pytest.skip("RLBROKER_ALLOW_FAKE=1: only fakeredis is used")
+        pytest.skip("RLBROKER_ALLOW_FAKE=1 skips real servers")
     if place == "real":
         yield request.getfixturevalue("real_server")
         return
     if mark := request.node.get_closest_marker("single_server"):
         pytest.skip(f"on a single server only: {mark.args[0]}")
-    found: Server = request.getfixturevalue("started")(*place.split(":"))
+    found: Server = request.getfixturevalue("start_engine")(*place.split(":"))
     found.client.flushall()
     yield found
     found.client.flushall()
@@ -269,39 +274,41 @@ def server(place: str, request: pytest.FixtureRequest) -> Iterator[Server]:
 
 @pytest.fixture
 def reachable(server: Reachable) -> Reachable:
-    """One that other processes can reach too: each kind but a fake."""
+    """A server that other processes can reach: any kind except a fake."""
     return server
 
 
 @pytest.fixture
 def run() -> str:
-    """A name that no other test uses."""
+    """A run name that no other test uses."""
     return f"test-{next(_numbers)}"
 
 
 @pytest.fixture
 def keys(run: str) -> Keys:
-    """The names of this test's keys; on a Cluster, shards are among them once there was a learner."""
+    """The keys of this test's run; the shards on a Cluster are known after the fixture `learner` made a learner."""
     return Keys(run)
 
 
 @pytest.fixture
 def opened(server: Server, run: str) -> Iterator[ExitStack]:
-    """Closes what `learner` and `worker` made, and then looks for keys that nobody declared to be lasting."""
+    """Closes what `learner` and `worker` made, then checks that all remaining keys expire or may stay."""
     with ExitStack() as stack:
         yield stack
     for name in server.client.scan_iter(Keys(run).everything):
         short = name.decode().partition("}:")[2]
-        assert LASTING.fullmatch(short) or server.client.pttl(name) > 0, f"{short} would stay for ever"
+        assert LASTING.fullmatch(short) or server.client.pttl(name) > 0, f"{short} has no expiry"
 
 
 @pytest.fixture
 def learner(server: Server, run: str, keys: Keys, opened: ExitStack) -> Callable[..., WorkerCommunicator]:
-    """Makes learners of this test's run."""
+    """Makes learners of the test's run."""
 
     def make(num_workers: int = 2, **settings: Any) -> WorkerCommunicator:
         comm = opened.enter_context(
-            WorkerCommunicator(num_workers, **{"run": run, "timeout": 5.0, **server.way(), **settings})
+            WorkerCommunicator(
+                num_workers, **{"run": run, "timeout": 5.0, **server.connection_settings(), **settings}
+            )
         )
         if comm.run == run:
             keys.shards = comm._keys.shards
@@ -312,29 +319,32 @@ def learner(server: Server, run: str, keys: Keys, opened: ExitStack) -> Callable
 
 @pytest.fixture
 def worker(server: Server, run: str, opened: ExitStack) -> Callable[..., WorkerClient]:
-    """Makes workers of this test's run."""
+    """Makes workers of the test's run."""
 
     def make(worker_id: int | None = None, **settings: Any) -> WorkerClient:
         return opened.enter_context(
-            WorkerClient(worker_id=worker_id, **{"run": run, "timeout": 5.0, **server.way(), **settings})
+            WorkerClient(
+                worker_id=worker_id,
+                **{"run": run, "timeout": 5.0, **server.connection_settings(), **settings},
+            )
         )
 
     return make
 
 
 def spread(keys: Keys, server: Server) -> Keys:
-    """Spread the keys of a run that has no learner over a Cluster, as that would."""
+    """Choose shards on a Cluster, as a learner does, for a run without a learner."""
     if server.kind == "cluster":
         keys.use_shards(keys.choose_shards(3, 3, lambda key: server.client.get_node_from_key(key).name))
     return keys
 
 
 def wait_until(what: str, condition: Callable[[], Any], timeout_seconds: float = 10.0) -> Any:
-    """Wait until a condition holds and give its value; fail with a description if it does not in time."""
+    """Wait until a condition holds and return its value; fail if it times out."""
     end = time.monotonic() + timeout_seconds
     while True:
         found = condition()
         if found:
             return found
-        assert time.monotonic() < end, f"waited {timeout_seconds:g} s in vain until {what}"
+        assert time.monotonic() < end, f"timed out after {timeout_seconds:g} s waiting until {what}"
         time.sleep(0.005)

@@ -94,7 +94,7 @@ def move(connection: Connection, pairs: dict[str, bytes]) -> None:
 
 
 @contextlib.contextmanager
-def at_most(seconds: float) -> Iterator[None]:
+def assert_within(seconds: float) -> Iterator[None]:
     began = time.monotonic()
     yield
     assert time.monotonic() - began < seconds + GRACE_SECONDS
@@ -198,29 +198,29 @@ def test_an_error_while_encoding_reaches_the_caller_unchanged(
 ) -> None:
     first, second, third = names(keys, 3)
 
-    def encoded() -> Iterator[tuple[str, list[bytes]]]:
+    def encode() -> Iterator[tuple[str, list[bytes]]]:
         yield first, [b"1"]
         yield second, [b"2"]
         raise OSError("no room to encode")
 
     with pytest.raises(OSError, match="no room to encode") as caught:
-        ChunkWriter(connection).write(encoded(), expire_seconds=60)
+        ChunkWriter(connection).write(encode(), expire_seconds=60)
     assert not isinstance(caught.value, errors.PeerError)
     assert [server.client.get(key) for key in (first, second, third)] == [b"1", b"2", None]
 
 
 def test_chunks_are_encoded_while_earlier_ones_are_sent(real: Connection, keys: Keys) -> None:
     writer = ChunkWriter(real)
-    behind: list[int] = []
+    unconfirmed_counts: list[int] = []
 
-    def encoded() -> Iterator[tuple[str, list[bytes]]]:
+    def encode() -> Iterator[tuple[str, list[bytes]]]:
         for number, key in enumerate(names(keys, 10)):
-            behind.append(number - writer.confirmed)
+            unconfirmed_counts.append(number - writer.confirmed)
             yield key, [bytes(bulk.WRITE_WINDOW_BYTES // 4)]
 
-    writer.write(encoded(), expire_seconds=60)
+    writer.write(encode(), expire_seconds=60)
     assert writer.confirmed == 10
-    assert max(behind) == 4
+    assert max(unconfirmed_counts) == 4
 
 
 def test_chunks_are_not_copied(real: Connection, keys: Keys) -> None:
@@ -279,7 +279,7 @@ def test_a_server_crash_fails_reads_and_writes_and_a_restart_serves_them(
         list(reading)
     server.start()
 
-    def encoded() -> Iterator[tuple[str, list[bytes]]]:
+    def encode() -> Iterator[tuple[str, list[bytes]]]:
         for number, (key, value) in enumerate(pairs.items()):
             if number == 5:
                 server.kill()
@@ -287,7 +287,7 @@ def test_a_server_crash_fails_reads_and_writes_and_a_restart_serves_them(
 
     writer = ChunkWriter(connection)
     with pytest.raises(errors.ConnectionFailed):
-        writer.write(encoded(), expire_seconds=60)
+        writer.write(encode(), expire_seconds=60)
     assert writer.confirmed <= 5
     server.start()
     move(connection, pairs)
@@ -306,19 +306,19 @@ def test_a_frozen_server_is_not_waited_for_beyond_the_deadline(
     reading = ChunkReader(connection).read([(key, memoryview(bytearray(4 << 20))) for key in pairs])
     next(reading)
     server.freeze()
-    with at_most(0.3), holds, pytest.raises(errors.ConnectionFailed, match="timed out"):
+    with assert_within(0.3), holds, pytest.raises(errors.ConnectionFailed, match="timed out"):
         list(reading)
     server.thaw()
 
-    def encoded() -> Iterator[tuple[str, list[bytes]]]:
+    def encode() -> Iterator[tuple[str, list[bytes]]]:
         for number, (key, value) in enumerate(pairs.items()):
             if number == 1:
                 server.freeze()
             yield key, [value]
 
     holds = within(Deadline(0.3)) if deadline else contextlib.nullcontext()
-    with at_most(0.3), holds, pytest.raises(errors.ConnectionFailed, match="timed out"):
-        ChunkWriter(connection).write(encoded(), expire_seconds=60)
+    with assert_within(0.3), holds, pytest.raises(errors.ConnectionFailed, match="timed out"):
+        ChunkWriter(connection).write(encode(), expire_seconds=60)
     server.thaw()
     move(connection, pairs)
     connection.close()
@@ -404,7 +404,7 @@ def test_tls_carries_chunks_too(tls_url: str, keys: Keys) -> None:
     connection.close()
 
 
-class Scripted:
+class ScriptedServer:
     """A server that stores values and sends short replies byte by byte, or scripted replies."""
 
     def __init__(self) -> None:
@@ -453,13 +453,13 @@ class Scripted:
 
 
 @pytest.fixture
-def scripted() -> Iterator[Scripted]:
-    server = Scripted()
+def scripted() -> Iterator[ScriptedServer]:
+    server = ScriptedServer()
     yield server
     server.close()
 
 
-def test_replies_may_arrive_byte_by_byte(scripted: Scripted, keys: Keys) -> None:
+def test_replies_may_arrive_byte_by_byte(scripted: ScriptedServer, keys: Keys) -> None:
     connection = Connection(scripted.url)
     sizes = [0, 1, 2, 5000, 3, 4095, 4096]
     move(connection, dict(zip(names(keys, len(sizes)), values(sizes), strict=True)))
@@ -487,7 +487,7 @@ def test_replies_may_arrive_byte_by_byte(scripted: Scripted, keys: Keys) -> None
     ids=lambda value: value[1:8].decode(errors="replace").strip() if isinstance(value, bytes) else "",
 )
 def test_error_replies_become_errors_of_rlbroker(
-    scripted: Scripted, reply: bytes, expected: type[Exception]
+    scripted: ScriptedServer, reply: bytes, expected: type[Exception]
 ) -> None:
     connection = Connection(scripted.url)
     scripted.replies = {b"GET": reply, b"SET": reply}
@@ -503,7 +503,7 @@ def test_error_replies_become_errors_of_rlbroker(
 
 
 @pytest.mark.parametrize("part", [b"", b"$1", b"$10\r\n", b"$10\r\nabc", b"$10\r\n0123456789\r"])
-def test_a_connection_closed_within_a_reply_has_failed(scripted: Scripted, part: bytes) -> None:
+def test_a_connection_closed_within_a_reply_has_failed(scripted: ScriptedServer, part: bytes) -> None:
     def end(client: socket.socket) -> None:
         client.sendall(part)
         client.shutdown(socket.SHUT_RDWR)
@@ -515,7 +515,7 @@ def test_a_connection_closed_within_a_reply_has_failed(scripted: Scripted, part:
     connection.close()
 
 
-def test_an_endless_line_does_not_fill_the_memory(scripted: Scripted) -> None:
+def test_an_endless_line_does_not_fill_the_memory(scripted: ScriptedServer) -> None:
     scripted.replies = {b"GET": b"-ERR " + bytes(2 * bulk.LONGEST_LINE_BYTES)}
     connection = Connection(scripted.url)
     with pytest.raises(errors.ConnectionFailed, match="does not end"):
@@ -523,7 +523,7 @@ def test_an_endless_line_does_not_fill_the_memory(scripted: Scripted) -> None:
     connection.close()
 
 
-def test_a_failed_write_waits_for_the_chunks_that_were_sent(scripted: Scripted) -> None:
+def test_a_failed_write_waits_for_the_chunks_that_were_sent(scripted: ScriptedServer) -> None:
     done = []
 
     def store_late(client: socket.socket) -> None:
@@ -531,7 +531,7 @@ def test_a_failed_write_waits_for_the_chunks_that_were_sent(scripted: Scripted) 
         done.append(1)
         client.sendall(b"+OK\r\n")
 
-    def encoded() -> Iterator[tuple[str, list[bytes]]]:
+    def encode() -> Iterator[tuple[str, list[bytes]]]:
         yield "a", [b"1"]
         yield "b", [b"2"]
         raise OSError("no room to encode")
@@ -539,14 +539,14 @@ def test_a_failed_write_waits_for_the_chunks_that_were_sent(scripted: Scripted) 
     scripted.replies = {b"SET": store_late}
     connection = Connection(scripted.url)
     with pytest.raises(OSError, match="no room to encode"):
-        ChunkWriter(connection).write(encoded(), expire_seconds=60)
+        ChunkWriter(connection).write(encode(), expire_seconds=60)
     assert done == [1, 1]
     connection.close()
 
 
 @pytest.mark.parametrize(("window_bytes", "asked"), [(0, [2, 1, 1, 1]), (30, [3, 1, 1]), (1000, [5])])
 def test_chunks_are_requested_ahead_within_the_window(
-    scripted: Scripted, monkeypatch: pytest.MonkeyPatch, window_bytes: int, asked: list[int]
+    scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch, window_bytes: int, asked: list[int]
 ) -> None:
     sent: list[int] = []
     send = bulk._Pipe.send
@@ -565,7 +565,7 @@ def test_chunks_are_requested_ahead_within_the_window(
     connection.close()
 
 
-def test_a_trickling_chunk_is_not_waited_for_beyond_the_deadline(scripted: Scripted) -> None:
+def test_a_trickling_chunk_is_not_waited_for_beyond_the_deadline(scripted: ScriptedServer) -> None:
     ended = threading.Event()
 
     def trickle(client: socket.socket) -> None:
@@ -575,13 +575,13 @@ def test_a_trickling_chunk_is_not_waited_for_beyond_the_deadline(scripted: Scrip
 
     scripted.replies = {b"GET": trickle}
     connection = Connection(scripted.url)
-    with at_most(0.3), within(Deadline(0.3)), pytest.raises(errors.ConnectionFailed, match="timed out"):
+    with assert_within(0.3), within(Deadline(0.3)), pytest.raises(errors.ConnectionFailed, match="timed out"):
         read(connection, {"k": bytes(1_000_000)})
     ended.set()
     connection.close()
 
 
-def test_ctrl_c_within_a_reply_closes_the_connection(scripted: Scripted) -> None:
+def test_ctrl_c_within_a_reply_closes_the_connection(scripted: ScriptedServer) -> None:
     def interrupt(client: socket.socket) -> None:
         client.sendall(b"$1000\r\nxxx")
         os.kill(os.getpid(), signal.SIGINT)
@@ -601,7 +601,7 @@ def test_ctrl_c_within_a_reply_closes_the_connection(scripted: Scripted) -> None
     connection.close()
 
 
-def test_a_healthy_connection_is_used_again(scripted: Scripted) -> None:
+def test_a_healthy_connection_is_used_again(scripted: ScriptedServer) -> None:
     connection = Connection(scripted.url)
     for _ in range(3):
         move(connection, {"k": b"v"})

@@ -36,7 +36,7 @@ def login(url: str) -> tuple[str | None, str | None]:
     return found.get("username"), found.get("password")
 
 
-def refused(url: str) -> str:
+def refusal_message(url: str) -> str:
     with pytest.raises(InvalidArgument) as caught:
         client_from_url(url)
     return str(caught.value)
@@ -67,7 +67,7 @@ def test_an_unusable_password_is_refused_and_not_shown(
 ) -> None:
     file = tmp_path / "password"
     monkeypatch.setenv("RLBROKER_REDIS_PASSWORD_FILE", str(file))
-    assert refused("redis://host") == (
+    assert refusal_message("redis://host") == (
         f"RLBROKER_REDIS_PASSWORD_FILE: cannot read {file}: No such file or directory"
     )
     for text, message in (
@@ -77,26 +77,26 @@ def test_an_unusable_password_is_refused_and_not_shown(
         (b"\xff", "no"),
     ):
         file.write_bytes(text)
-        found = refused("redis://host")
+        found = refusal_message("redis://host")
         assert message in found
         assert found.startswith(f"RLBROKER_REDIS_PASSWORD_FILE: {file} ")
         assert "cret" not in found
     monkeypatch.setenv("RLBROKER_REDIS_PASSWORD", "s3cret")
-    assert refused("redis://host") == (
+    assert refusal_message("redis://host") == (
         "RLBROKER_REDIS_PASSWORD and RLBROKER_REDIS_PASSWORD_FILE are both set; unset one of them"
     )
 
 
 def test_an_unknown_or_invalid_parameter_of_the_url_is_refused_by_name() -> None:
-    assert "a parameter 'sokcet_timeout' that rlbroker does not know" in refused(
+    assert "a parameter 'sokcet_timeout' that rlbroker does not know" in refusal_message(
         "redis://host?sokcet_timeout=1"
     )
-    assert "it knows db, username," in refused("unix:///run/redis.sock?retry=3")
-    assert refused("rediss://host?ssl_ca_certs=").startswith(
+    assert "it knows db, username," in refusal_message("unix:///run/redis.sock?retry=3")
+    assert refusal_message("rediss://host?ssl_ca_certs=").startswith(
         "ssl_ca_certs in the server's URL rediss://host has no"
     )
-    assert "Invalid value for 'socket_timeout'" in refused("redis://host?socket_timeout=long")
-    assert "ssl_cert_reqs in the server's URL must be one of 'required'" in refused(
+    assert "Invalid value for 'socket_timeout'" in refusal_message("redis://host?socket_timeout=long")
+    assert "ssl_cert_reqs in the server's URL must be one of 'required'" in refusal_message(
         "rediss://h?ssl_cert_reqs=no"
     )
     assert settings("redis://host?socket_timeout=2.5")["socket_timeout"] == 2.5
@@ -106,11 +106,11 @@ def test_tls_settings_are_refused_with_a_url_without_tls(
     monkeypatch: pytest.MonkeyPatch,
     certificates: Certificates,
 ) -> None:
-    assert refused(f"redis://me:secret@host?ssl_ca_certs={certificates.ca()}") == (
+    assert refusal_message(f"redis://me:secret@host?ssl_ca_certs={certificates.ca()}") == (
         "ssl_ca_certs in the server's URL redis://host is for TLS; write rediss:// to use TLS"
     )
     monkeypatch.setenv(CA, certificates.ca())
-    found = refused("redis://me:secret@host")
+    found = refusal_message("redis://me:secret@host")
     assert found.startswith("RLBROKER_TLS_CA_FILE is set, but the server's URL redis://host is without TLS")
     assert "secret" not in found
     assert settings("unix:///run/redis.sock")  # a Unix socket does not leave the machine
@@ -143,14 +143,17 @@ def test_the_url_wins_over_the_environment_and_key_and_certificate_have_one_sour
         monkeypatch.setenv(name, "/nowhere")
     own, key = certificates.certificate("me", client=True)
     ca = f"ssl_ca_certs={certificates.ca()}"
-    assert refused(f"rediss://host?{ca}") == f"{CERTIFICATE}: cannot read /nowhere: No such file or directory"
+    assert (
+        refusal_message(f"rediss://host?{ca}")
+        == f"{CERTIFICATE}: cannot read /nowhere: No such file or directory"
+    )
     tls = settings(f"rediss://host?{ca}&ssl_certfile={own}&ssl_keyfile={key}")["tls"]
     assert (tls.authority.name, tls.certificate.name, tls.key.name) == (
         "ssl_ca_certs",
         "ssl_certfile",
         "ssl_keyfile",
     )
-    assert "ssl_certfile names a certificate without its key" in refused(
+    assert "ssl_certfile names a certificate without its key" in refusal_message(
         f"rediss://h?{ca}&ssl_certfile={own}"
     )
     both = certificates.folder / "both.pem"
@@ -215,7 +218,7 @@ def test_unusable_files_are_refused_with_the_setting_that_names_them(
         with monkeypatch.context() as patch:
             for name, path in variables.items():
                 patch.setenv(name, path)
-            assert refused("rediss://host").startswith(message)
+            assert refusal_message("rediss://host").startswith(message)
 
 
 def test_an_unreadable_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,4 +227,4 @@ def test_an_unreadable_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv(CA, "/etc/ca.crt")
     monkeypatch.setattr(Path, "read_text", forbid)  # root may read every file
-    assert refused("rediss://host") == f"{CA}: cannot read /etc/ca.crt: Permission denied"
+    assert refusal_message("rediss://host") == f"{CA}: cannot read /etc/ca.crt: Permission denied"

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.unit
 ECHO = Script("echo", "return ARGV[1]")
 
 
-class Failing(fakeredis.FakeRedis):
+class FailingClient(fakeredis.FakeRedis):
     """A client that fails some times before it answers."""
 
     failures = 0
@@ -33,13 +33,13 @@ class Failing(fakeredis.FakeRedis):
 
 
 def test_a_broken_connection_is_retried_until_it_works() -> None:
-    client = Failing()
+    client = FailingClient()
     client.failures = 3
     assert Connection(client=client, timeout_seconds=5.0).execute("PING")
 
 
 def test_the_error_is_raised_within_the_deadline_with_its_cause() -> None:
-    client = Failing()
+    client = FailingClient()
     client.failures = 10**9
     began = time.monotonic()
     with pytest.raises(errors.ConnectionFailed, match="reset by peer") as caught:
@@ -72,7 +72,7 @@ def test_no_attempt_follows_that_would_hang_far_beyond_the_deadline(
 
 
 def test_an_error_that_a_retry_does_not_cure_is_raised_at_once() -> None:
-    client = Failing()
+    client = FailingClient()
     client.failures, client.error = 1, redis.AuthenticationError("WRONGPASS")
     with pytest.raises(errors.AccessDenied):
         Connection(client=client).execute("PING")

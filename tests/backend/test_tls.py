@@ -18,9 +18,10 @@ import pytest
 import redis
 from certificates import Certificates, TlsProxy, server_context
 from conftest import wait_until
-from engines import BUS, Cluster
 from executable import rlbroker
-from servers import FaultyServer, binary_of, free_port
+from nodes import BUS
+from redis_cluster import Cluster
+from servers import FaultyServer, find_server_binary, free_port
 
 from rlbroker import AccessDenied, ConnectionFailed, TlsFailed, WorkerClient, WorkerCommunicator
 from rlbroker.backend import tls
@@ -33,7 +34,7 @@ from rlbroker.local.embedded_server import RedisServer
 DEPLOY = Path(__file__).parents[2] / "deploy" / "redis"
 
 #: The embedded server behind a proxy; and the system's Redis with deploy/redis/tls.conf, if it is installed.
-KINDS = ["proxy", *(["redis"] if binary_of("redis-7.0") else [])]
+KINDS = ["proxy", *(["redis"] if find_server_binary("redis-7.0") else [])]
 
 HOUR_SECONDS = 3600.0
 
@@ -50,7 +51,7 @@ class TlsServer(FaultyServer):
     """The system's Redis with deploy/redis/tls.conf."""
 
     def __init__(self, folder: Path, certificate: tuple[str, str], certificates: Certificates) -> None:
-        binary = binary_of("redis-7.0")
+        binary = find_server_binary("redis-7.0")
         assert binary is not None
         super().__init__(binary, folder)
         self._certificates = certificates
@@ -72,7 +73,7 @@ class TlsServer(FaultyServer):
         )
 
 
-def proxied(server: RedisServer, context: ssl.SSLContext) -> tuple[TlsProxy, str]:
+def start_proxy(server: RedisServer, context: ssl.SSLContext) -> tuple[TlsProxy, str]:
     """Start a TLS proxy for the embedded server; return it and its address with user and password."""
     parts = urlsplit(server.url)
     proxy = TlsProxy(parts.path, context)
@@ -95,18 +96,18 @@ def serve(
                 certificate = certificates.certificate(*names, expired=expired)
                 if request.param == "proxy":
                     context = server_context(certificate, certificates.ca())
-                    proxy, made[names, expired] = proxied(request.getfixturevalue("embedded"), context)
+                    proxy, made[names, expired] = start_proxy(request.getfixturevalue("embedded"), context)
                     stack.callback(proxy.close)
                 else:
                     server = TlsServer(tmp_path_factory.mktemp("redis"), certificate, certificates)
-                    start(stack, server)
+                    start_server(stack, server)
                     made[names, expired] = f"127.0.0.1:{server.port}"
             return made[names, expired]
 
         yield address
 
 
-def start(stack: ExitStack, server: FaultyServer | Cluster) -> None:
+def start_server(stack: ExitStack, server: FaultyServer | Cluster) -> None:
     """Start a server that runs until the stack is closed."""
     try:
         stack.enter_context(server)
@@ -117,7 +118,7 @@ def start(stack: ExitStack, server: FaultyServer | Cluster) -> None:
 
 
 @pytest.fixture
-def own(certificates: Certificates) -> str:
+def accepted_query(certificates: Certificates) -> str:
     """The URL parameters that the server accepts."""
     return query(certificates.ca(), certificates.certificate("me", client=True))
 
@@ -127,7 +128,7 @@ def query(ca: str, certificate: tuple[str, str] | None = None) -> str:
     return f"{found}&ssl_certfile={certificate[0]}&ssl_keyfile={certificate[1]}" if certificate else found
 
 
-def refusal(url: str) -> str:
+def refusal_message(url: str) -> str:
     """Return the message of the `TlsFailed` that must be raised at once, without the address."""
     with (
         pytest.raises(TlsFailed) as caught,
@@ -153,14 +154,14 @@ def variables(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("variables")
 def test_a_run_over_tls_is_bit_exact(serve: Serve, run: str) -> None:
-    check_a_run(f"rediss://{serve()}", run)
+    assert_run_works(f"rediss://{serve()}", run)
 
 
 @pytest.mark.usefixtures("variables")
 @pytest.mark.parametrize("named", ["as a Cluster", "by one node"])
 def test_a_run_over_tls_on_a_cluster_is_bit_exact(tls_cluster: list[int], run: str, named: str) -> None:
     places = ",".join(f"127.0.0.1:{port}" for port in tls_cluster)
-    check_a_run(
+    assert_run_works(
         f"rediss+cluster://{places}" if named == "as a Cluster" else f"rediss://127.0.0.1:{tls_cluster[1]}",
         run,
     )
@@ -169,24 +170,31 @@ def test_a_run_over_tls_on_a_cluster_is_bit_exact(tls_cluster: list[int], run: s
 @pytest.fixture(scope="module")
 def tls_cluster(certificates: Certificates, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
     """The TLS ports of a Cluster of three masters that use TLS among themselves, and name each other's TLS ports."""
-    binary = binary_of("redis-7.0")
+    binary = find_server_binary("redis-7.0")
     if binary is None:
         pytest.skip("there is no server with TLS here (apt install redis-server)")
-    own, client = certificates.certificate(), certificates.certificate("node", client=True)
+    server_pair, client = certificates.certificate(), certificates.certificate("node", client=True)
     engine = Cluster(binary, tmp_path_factory.mktemp("tls-cluster"), 3, 0)
     ports = [free_port() for _ in engine.nodes]
     for node, port in zip(engine.nodes, ports, strict=True):
         node._config += (
             *("--tls-port", str(port), "--tls-cluster", "yes", "--cluster-port", str(node.port + BUS)),
-            *("--tls-cert-file", own[0], "--tls-key-file", own[1], "--tls-ca-cert-file", certificates.ca()),
+            *(
+                "--tls-cert-file",
+                server_pair[0],
+                "--tls-key-file",
+                server_pair[1],
+                "--tls-ca-cert-file",
+                certificates.ca(),
+            ),
             *("--tls-client-cert-file", client[0], "--tls-client-key-file", client[1]),
         )
     with ExitStack() as stack:
-        start(stack, engine)
+        start_server(stack, engine)
         yield ports
 
 
-def check_a_run(url: str, run: str) -> None:
+def assert_run_works(url: str, run: str) -> None:
     """Send weights, an update of them, batches and a command, and compare what arrives."""
     random = np.random.default_rng(0)
     weights: dict[str, Any] = {
@@ -225,8 +233,8 @@ def check_a_run(url: str, run: str) -> None:
         assert command.wait(timeout=10.0)[0].state == "done"
 
 
-def test_a_channel_gives_the_encrypted_socket(serve: Serve, own: str) -> None:
-    with closing(Connection(f"rediss://{serve()}?{own}")) as connection:
+def test_a_channel_gives_the_encrypted_socket(serve: Serve, accepted_query: str) -> None:
+    with closing(Connection(f"rediss://{serve()}?{accepted_query}")) as connection:
         channel = Channel(connection)
         channel.connect()
         assert isinstance(channel.raw_socket, ssl.SSLSocket)
@@ -234,9 +242,12 @@ def test_a_channel_gives_the_encrypted_socket(serve: Serve, own: str) -> None:
         channel.close()
 
 
-def test_messages_that_arrive_together_are_all_received(serve: Serve, own: str, run: str) -> None:
+def test_messages_that_arrive_together_are_all_received(serve: Serve, accepted_query: str, run: str) -> None:
     sent = [bytes([number]) * 20_000 for number in range(5)]
-    with closing(Connection(f"rediss://{serve()}?{own}")) as connection, connection.pubsub(run) as pubsub:
+    with (
+        closing(Connection(f"rediss://{serve()}?{accepted_query}")) as connection,
+        connection.pubsub(run) as pubsub,
+    ):
         pubsub.subscribe(run)
         wait_until("the subscription is active", lambda: connection.execute("PUBLISH", run, b"") == 1)
         connection.execute_all([("PUBLISH", run, message) for message in sent])
@@ -255,34 +266,34 @@ def test_a_server_certificate_of_another_authority_is_refused(
     serve: Serve, certificates: Certificates
 ) -> None:
     other = certificates.ca("other")
-    assert refusal(f"rediss://{serve()}?{query(other)}") == (
+    assert refusal_message(f"rediss://{serve()}?{query(other)}") == (
         f"has a certificate that was not signed by the authority in {other} (ssl_ca_certs): name the one that signed it"
     )
-    assert refusal(f"rediss://{serve()}") == (
+    assert refusal_message(f"rediss://{serve()}") == (
         "has a certificate that was not signed by an authority that this machine trusts: name its authority with "
         f"{CA} (in a URL: ssl_ca_certs)"
     )
 
 
-def test_an_expired_server_certificate_is_refused(serve: Serve, own: str) -> None:
-    message = refusal(f"rediss://{serve(expired=True)}?{own}")
+def test_an_expired_server_certificate_is_refused(serve: Serve, accepted_query: str) -> None:
+    message = refusal_message(f"rediss://{serve(expired=True)}?{accepted_query}")
     assert message == "has a certificate that has expired: renew it, or correct this machine's clock"
 
 
-def test_a_server_certificate_for_another_name_is_refused(serve: Serve, own: str) -> None:
+def test_a_server_certificate_for_another_name_is_refused(serve: Serve, accepted_query: str) -> None:
     address = serve("elsewhere.example")
-    assert refusal(f"rediss://{address}?{own}").startswith(
+    assert refusal_message(f"rediss://{address}?{accepted_query}").startswith(
         "has a certificate that is not for 127.0.0.1: put a name"
     )
     named = address.replace("127.0.0.1", "localhost")
-    assert refusal(f"rediss://{named}?{own}").startswith(
+    assert refusal_message(f"rediss://{named}?{accepted_query}").startswith(
         "has a certificate that is not for localhost: put a name"
     )
 
 
 def test_a_client_without_a_certificate_is_told_what_to_set(serve: Serve, certificates: Certificates) -> None:
     for _ in range(5):  # with TLS 1.3 it varies whether the reason arrives or must be fetched
-        assert refusal(f"rediss://{serve()}?{query(certificates.ca())}") == (
+        assert refusal_message(f"rediss://{serve()}?{query(certificates.ca())}") == (
             f"wants a client certificate, and none is set: set {CERTIFICATE} and {KEY} (in a URL: ssl_certfile and "
             "ssl_keyfile)"
         )
@@ -299,14 +310,14 @@ def test_a_client_whose_certificate_is_refused_is_told_why(serve: Serve, certifi
             "has expired, or the server's clock is wrong",
         ),
     ):
-        message = refusal(f"rediss://{serve()}?{query(certificates.ca(), pair)}")
+        message = refusal_message(f"rediss://{serve()}?{query(certificates.ca(), pair)}")
         assert message.startswith(
             f"refuses this client: the client certificate {pair[0]} (ssl_certfile) {why}"
         )
 
 
 def test_a_url_without_tls_for_a_server_with_tls_is_refused(serve: Serve) -> None:
-    assert refusal(f"redis://{serve()}") == "speaks TLS, and the URL says redis://: write rediss://"
+    assert refusal_message(f"redis://{serve()}") == "speaks TLS, and the URL says redis://: write rediss://"
 
 
 def test_a_url_with_tls_for_a_server_without_tls_is_refused(
@@ -318,7 +329,7 @@ def test_a_url_with_tls_for_a_server_without_tls_is_refused(
     with RedisServer(bind="127.0.0.1") as server:
         assert server.network_url is not None
         url = server.network_url.replace("redis://", "rediss://").removesuffix("/0")
-        assert refusal(f"{url}?{query(certificates.ca())}").startswith(
+        assert refusal_message(f"{url}?{query(certificates.ca())}").startswith(
             "speaks no TLS, and the URL says rediss://: turn TLS on in the server"
         )
 
@@ -327,15 +338,15 @@ def test_old_tls_is_refused_and_tls_1_2_asks_for_a_client_certificate(
     embedded: RedisServer, certificates: Certificates
 ) -> None:
     certificate, ca = certificates.certificate(), certificates.ca()
-    proxy, address = proxied(embedded, server_context(certificate, ca, newest=ssl.TLSVersion.TLSv1_2))
+    proxy, address = start_proxy(embedded, server_context(certificate, ca, newest=ssl.TLSVersion.TLSv1_2))
     with closing(proxy):
         url = f"rediss://{address}?{query(ca)}"
-        assert refusal(url).startswith("wants a client certificate, and none is set")
+        assert refusal_message(url).startswith("wants a client certificate, and none is set")
         proxy.context = old = server_context(certificate, ca)
         with pytest.warns(DeprecationWarning, match="TLSVersion"):
             old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
         old.set_ciphers("ALL:@SECLEVEL=0")
-        assert refusal(url).startswith("speaks only old versions of TLS: rlbroker needs 1.2")
+        assert refusal_message(url).startswith("speaks only old versions of TLS: rlbroker needs 1.2")
 
 
 def test_a_given_client_is_refused_with_the_reason(serve: Serve, certificates: Certificates) -> None:
@@ -358,7 +369,7 @@ def test_renewed_files_are_read_again_and_a_changing_server_is_an_outage(
     client = certificates.certificate("me", client=True)
     original = server_context(certificates.certificate(), certificates.ca())
     other = server_context(certificates.certificate(authority="other"), certificates.ca())
-    proxy, address = proxied(embedded, original)
+    proxy, address = start_proxy(embedded, original)
     authority = tmp_path / "ca.crt"
     shutil.copy(certificates.ca(), authority)
     connection = Connection(f"rediss://{address}?{query(str(authority), client)}")
@@ -378,7 +389,7 @@ def test_renewed_files_are_read_again_and_a_changing_server_is_an_outage(
 
 
 def test_a_wrong_password_over_tls_is_named_as_the_cause(
-    serve: Serve, own: str, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, accepted_query: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fetch(self: tls.TlsConnection) -> None:
         pytest.fail("the server has given the reason, so there must be no second connection")
@@ -387,7 +398,7 @@ def test_a_wrong_password_over_tls_is_named_as_the_cause(
     address = serve().rpartition("@")[2]
     with (
         closing(
-            Connection(f"rediss://nobody:wrong@{address}?{own}", timeout_seconds=HOUR_SECONDS)
+            Connection(f"rediss://nobody:wrong@{address}?{accepted_query}", timeout_seconds=HOUR_SECONDS)
         ) as connection,
         pytest.raises(AccessDenied, match="check user and password"),
     ):

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ClusterServer, TrioServer, wait_until
-from engines import Node
 from executable import rlbroker
+from nodes import Node
 
 from rlbroker import AccessDenied, RlbrokerError, ServerUnsuitable, WorkerClient, WorkerCommunicator
 from rlbroker.backend.connection import Connection
@@ -23,8 +23,8 @@ Start = Callable[[str, str], Any]
 
 
 @pytest.fixture
-def trio(started: Start, server_kind: str) -> TrioServer:
-    found: TrioServer = started("sentinel", server_kind)
+def trio(start_engine: Start, server_kind: str) -> TrioServer:
+    found: TrioServer = start_engine("sentinel", server_kind)
     return found
 
 
@@ -36,7 +36,7 @@ def worker(url: str) -> WorkerClient:
     return WorkerClient(url, "pong", worker_id=0, timeout=3.0, host_cache=False)
 
 
-def refusal(url: str, kind: type[RlbrokerError] = ServerUnsuitable) -> str:
+def refusal_message(url: str, kind: type[RlbrokerError] = ServerUnsuitable) -> str:
     """Return the message with which a learner, a worker and the command line refuse a URL."""
     messages = []
     for make in (learner, worker):
@@ -51,7 +51,7 @@ def refusal(url: str, kind: type[RlbrokerError] = ServerUnsuitable) -> str:
     return messages[0]
 
 
-def place(node: Node) -> str:
+def address_of(node: Node) -> str:
     return f"127.0.0.1:{node.port}"
 
 
@@ -59,25 +59,25 @@ def place(node: Node) -> str:
 
 
 def test_a_single_server_is_refused_as_a_cluster(trio: TrioServer) -> None:
-    where = place(trio.engine.nodes[0])
-    message = refusal(f"redis+cluster://{where}/0")
+    where = address_of(trio.engine.nodes[0])
+    message = refusal_message(f"redis+cluster://{where}/0")
     assert f"is a single server, not a node of a Cluster; write redis://{where}" in message
 
 
 def test_a_sentinel_is_refused_as_a_server(trio: TrioServer) -> None:
-    where = place(trio.engine.sentinels[0])
-    assert "is a Sentinel; write redis+sentinel://host:port/service" in refusal(f"redis://{where}/0")
-    assert f"write redis+sentinel://{where}/service" in refusal(f"redis+cluster://{where}/0")
+    where = address_of(trio.engine.sentinels[0])
+    assert "is a Sentinel; write redis+sentinel://host:port/service" in refusal_message(f"redis://{where}/0")
+    assert f"write redis+sentinel://{where}/service" in refusal_message(f"redis+cluster://{where}/0")
 
 
 def test_a_server_is_refused_as_a_sentinel(trio: TrioServer, cluster: ClusterServer) -> None:
     for node in (trio.engine.nodes[0], cluster.engine.nodes[0]):
-        message = refusal(f"redis+sentinel://{place(node)}/mymaster")
-        assert f"{place(node)} is not a Sentinel; for a server write redis://host:port" in message
+        message = refusal_message(f"redis+sentinel://{address_of(node)}/mymaster")
+        assert f"{address_of(node)} is not a Sentinel; for a server write redis://host:port" in message
 
 
 def test_a_master_that_no_sentinel_monitors_is_named_with_the_known_ones(trio: TrioServer) -> None:
-    message = refusal(trio.url.replace("mymaster", "others"))
+    message = refusal_message(trio.url.replace("mymaster", "others"))
     assert "the Sentinels monitor no master 'others', but mymaster; its name comes last in the URL" in message
 
 
@@ -85,7 +85,7 @@ def test_a_second_database_of_a_cluster_or_sentinel_is_refused(
     cluster: ClusterServer, trio: TrioServer
 ) -> None:
     for node in (cluster.engine.nodes[0], trio.engine.sentinels[0]):
-        message = refusal(f"redis://{place(node)}/3")
+        message = refusal_message(f"redis://{address_of(node)}/3")
         assert "does not have this database" in message
         assert "a Cluster has the database 0 only" in message
 
@@ -93,12 +93,12 @@ def test_a_second_database_of_a_cluster_or_sentinel_is_refused(
 def test_a_cluster_without_assigned_slots_is_refused(binary: Path, tmp_path: Path) -> None:
     with ExitStack() as stack:
         node = Node(binary, tmp_path / "node", "--cluster-enabled", "yes")
-        stack.callback(node.give_up)
+        stack.callback(node.dispose)
         node.start()
         for scheme in ("redis", "redis+cluster"):
-            message = refusal(f"{scheme}://{place(node)}/0")
+            message = refusal_message(f"{scheme}://{address_of(node)}/0")
             assert (
-                f"{place(node)} is a node of a Cluster that has no slots yet; assign them with redis-cli --cluster"
+                f"{address_of(node)} is a node of a Cluster that has no slots yet; assign them with redis-cli --cluster"
                 in message
             )
 
@@ -110,7 +110,7 @@ def test_the_url_of_one_node_leads_to_its_whole_cluster(
     """By the URL of a master, and by that of a replica, which accepts no writes."""
     node = cluster.engine.nodes[number]
     assert node.role() == ("master" if number == 0 else "slave")
-    url = f"redis://{place(node)}/0"
+    url = f"redis://{address_of(node)}/0"
     caplog.set_level(logging.INFO, "rlbroker")
     with learner(url) as comm, worker(url) as client:
         assert f"{url} is a node of a Cluster; its other nodes are used too" in caplog.text
@@ -140,7 +140,7 @@ def test_an_evicting_policy_is_found_on_any_node_of_a_cluster(cluster: ClusterSe
     """On a master that is not asked first, and on a replica."""
     with evicting(cluster.engine.nodes[number]) as node, pytest.raises(ServerUnsuitable) as caught:
         learner(cluster.url)
-    assert f"{place(node)} has maxmemory-policy allkeys-lru" in str(caught.value)
+    assert f"{address_of(node)} has maxmemory-policy allkeys-lru" in str(caught.value)
 
 
 def test_an_evicting_policy_is_found_on_a_replica_behind_sentinels(trio: TrioServer) -> None:
@@ -209,10 +209,10 @@ def test_a_proxy_without_streams_and_scripts_is_refused(proxy: str) -> None:
 
 
 def test_a_proxy_is_refused_as_a_cluster_and_as_a_sentinel(proxy: str) -> None:
-    assert "is not a node of a Cluster, as it does not know CLUSTER SLOTS" in refusal(
+    assert "is not a node of a Cluster, as it does not know CLUSTER SLOTS" in refusal_message(
         f"redis+cluster://{proxy}/0"
     )
-    assert "is not a Sentinel" in refusal(f"redis+sentinel://{proxy}/mymaster")
+    assert "is not a Sentinel" in refusal_message(f"redis+sentinel://{proxy}/mymaster")
 
 
 # Wrong passwords
@@ -220,6 +220,6 @@ def test_a_proxy_is_refused_as_a_cluster_and_as_a_sentinel(proxy: str) -> None:
 
 def test_a_wrong_password_is_refused_at_once(cluster: ClusterServer, trio: TrioServer) -> None:
     for url in (cluster.url.replace("://", "://me:secret@"), f"{trio.url}?sentinel_password=secret"):
-        message = refusal(url, AccessDenied)
+        message = refusal_message(url, AccessDenied)
         assert "check user and password in the server's URL" in message
         assert "secret" not in message

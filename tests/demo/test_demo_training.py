@@ -99,7 +99,7 @@ def test_training_ends_when_solved_and_accounts_for_every_batch(
     server: Server, run: str, opened: ExitStack, learner: Callable[..., WorkerCommunicator]
 ) -> None:
     reports: list[Progress] = []
-    with learner(2, max_queue_size=MAX_QUEUE_SIZE) as comm, WorkerThreads(server.way, run, 2):
+    with learner(2, max_queue_size=MAX_QUEUE_SIZE) as comm, WorkerThreads(server.connection_settings, run, 2):
         # 100 episodes reach this target. They take about 2000 steps, so at least two versions.
         summary = make_learner(comm, target=1.0, seconds=60.0, report=reports.append).run()
     assert summary.outcome == "solved"
@@ -133,7 +133,7 @@ def test_ctrl_c_ends_training_and_stops_the_workers(
         if progress.steps:
             raise KeyboardInterrupt
 
-    with learner() as comm, WorkerThreads(server.way, run, 1):
+    with learner() as comm, WorkerThreads(server.connection_settings, run, 1):
         summary = make_learner(comm, report=interrupt).run()
     assert summary.outcome == "interrupted"
     assert summary.steps > 0
@@ -195,7 +195,7 @@ def test_a_worker_survives_an_outage_longer_than_its_timeout_and_sends_each_batc
 def test_a_learner_survives_an_outage_longer_than_its_timeout(
     server: Server, run: str, opened: ExitStack, learner: Callable[..., WorkerCommunicator]
 ) -> None:
-    with learner() as comm, WorkerThreads(server.way, run, 1), ExitStack() as faults:
+    with learner() as comm, WorkerThreads(server.connection_settings, run, 1), ExitStack() as faults:
         for name in ("send_model_weights", "collect_experiences", "get_queue_info"):
             outage = [ConnectionFailed("away"), RunLost("restarted without data"), *[mock.DEFAULT] * 10_000]
             away = mock.Mock(side_effect=outage, wraps=getattr(comm, name))
@@ -230,7 +230,7 @@ def test_a_restarted_learner_continues_from_its_checkpoint(
     server: Server, run: str, opened: ExitStack, learner: Callable[..., WorkerCommunicator], tmp_path: Path
 ) -> None:
     checkpoint = Checkpoint(tmp_path / "state.pt")
-    with learner() as comm, WorkerThreads(server.way, run, 1) as workers:
+    with learner() as comm, WorkerThreads(server.connection_settings, run, 1) as workers:
 
         def request_move(progress: Progress) -> None:
             if progress.version > 2:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import ClusterServer, RealServer, Server, spread, wait_until
-from engines import Node
+from nodes import Node
 
 from rlbroker import (
     ConnectionFailed,
@@ -293,10 +293,10 @@ def test_a_level_that_the_server_cannot_give_is_refused_at_once(
 
 
 def test_at_level_fsync_a_batch_is_confirmed_by_the_disk(real_server: RealServer, run: str) -> None:
-    with WorkerCommunicator(1, run=run, **real_server.way()) as comm:
+    with WorkerCommunicator(1, run=run, **real_server.connection_settings()) as comm:
         real_server.client.config_set("appendonly", "yes")
         try:
-            with WorkerClient(run=run, level="fsync", **real_server.way()) as client:
+            with WorkerClient(run=run, level="fsync", **real_server.connection_settings()) as client:
                 assert client.send_experiences({"number": 1})
                 assert client.flush(timeout=1.0) == 0
         finally:
@@ -318,10 +318,13 @@ def test_a_level_that_the_server_loses_later_is_reported_and_waited_for(
     real_server: RealServer, run: str
 ) -> None:
     """Only a level that is impossible from the start is refused; later it is an outage."""
-    with WorkerCommunicator(1, run=run, lease_seconds=1.0, **real_server.way()) as comm, ExitStack() as stack:
+    with (
+        WorkerCommunicator(1, run=run, lease_seconds=1.0, **real_server.connection_settings()) as comm,
+        ExitStack() as stack,
+    ):
         with on_the_disk(real_server):
             client = stack.enter_context(
-                WorkerClient(run=run, level="fsync", timeout=1.0, **real_server.way())
+                WorkerClient(run=run, level="fsync", timeout=1.0, **real_server.connection_settings())
             )
         with pytest.raises(
             Unconfirmed, match=r"batch 1 of worker 0.*append-only file for batch 1.* to continue"
@@ -346,9 +349,9 @@ def test_a_worker_with_an_unconfirmed_batch_leaves_in_time(
 ) -> None:
     """The server answers, so the worker can leave the run; it logs once why the batch is not safe."""
     caplog.set_level(logging.WARNING, "rlbroker")
-    with WorkerCommunicator(1, run=run, **real_server.way()) as comm:
+    with WorkerCommunicator(1, run=run, **real_server.connection_settings()) as comm:
         with on_the_disk(real_server):
-            client = WorkerClient(run=run, level="fsync", timeout=1.0, **real_server.way())
+            client = WorkerClient(run=run, level="fsync", timeout=1.0, **real_server.connection_settings())
         with pytest.raises(Unconfirmed):
             client.send_experiences({"number": 1})
         if drains:
@@ -371,7 +374,7 @@ def without_replica(cluster: ClusterServer, key: str) -> Iterator[Node]:
         yield master
     finally:
         replica.start()
-        cluster.engine.wait_ok()
+        cluster.engine.wait_until_stable()
 
 
 def queue_on(master: Node, cluster: ClusterServer, keys: Keys) -> int:
@@ -385,9 +388,14 @@ def test_level_replica_needs_a_replica_of_the_queues_own_master(
 ) -> None:
     """Not one of the master that has the run's own keys; the error says how to add one to a Cluster."""
     with without_replica(cluster, keys.meta) as lonely, ExitStack() as stack:
-        way: dict[str, Any] = {"run": run, "level": "replica", "timeout": 2.0, **cluster.way()}
+        way: dict[str, Any] = {
+            "run": run,
+            "level": "replica",
+            "timeout": 2.0,
+            **cluster.connection_settings(),
+        }
         early = [stack.enter_context(WorkerClient(worker_id=number, **way)) for number in range(3)]
-        stack.enter_context(WorkerCommunicator(3, run=run, **cluster.way()))
+        stack.enter_context(WorkerCommunicator(3, run=run, **cluster.connection_settings()))
         alone = queue_on(lonely, cluster, spread(keys, cluster))
         for number in {0, 1, 2} - {alone}:
             assert early[number].send_experiences({})
@@ -403,7 +411,7 @@ def test_a_replica_that_is_missing_when_the_run_opens_is_waited_for(
     cluster: ClusterServer, run: str, keys: Keys
 ) -> None:
     with ExitStack() as stack:
-        way: dict[str, Any] = {"run": run, "timeout": 2.0, **cluster.way()}
+        way: dict[str, Any] = {"run": run, "timeout": 2.0, **cluster.connection_settings()}
         clients = [
             stack.enter_context(WorkerClient(worker_id=number, level="replica", **way)) for number in range(3)
         ]

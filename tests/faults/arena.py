@@ -1,4 +1,4 @@
-"""One run under faults: its server, its proxy, its processes, what they logged, and the oracle over it."""
+"""One run under faults: its server, its proxy, its processes, their logs, and the checks of the result."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from engines import Cluster, SentinelTrio
 from proxy import Proxy
+from redis_cluster import Cluster
+from sentinel_trio import SentinelTrio
 from servers import FaultyServer
 
 from rlbroker.backend.keys import Keys
@@ -25,14 +26,14 @@ from rlbroker.control.outcomes import WorkerOutcomes
 HERE = Path(__file__).parent
 
 
-class Actor:
+class LoggedProcess:
     """A process that logs lines of JSON."""
 
     def __init__(self, program: str, arguments: dict[str, Any]) -> None:
         self.log = Path(arguments["log"])
-        self._arguments, self._program = arguments, program
+        self.arguments, self._program = arguments, program
         self._read, self._lines = 0, dict[str, list[dict[str, Any]]]()
-        self.cut_short = False  #: whether a life of it ended, or was fenced, in the middle of something
+        self.interrupted = False  #: whether an incarnation was killed or fenced during an operation
         with self.log.with_suffix(".stderr").open("ab") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "error", str(HERE / program), json.dumps(arguments)],
@@ -41,11 +42,11 @@ class Actor:
             )
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """Give the logged lines that have this field, of all lives that share the log."""
+        """Return the logged lines with this field, of all incarnations that share the log."""
         if self.log.exists():
             with self.log.open() as log:
                 log.seek(self._read)
-                whole, newline, _ = log.read().rpartition("\n")  # the last line may be half written
+                whole, newline, _ = log.read().rpartition("\n")  # the last line may be incomplete
             self._read += len(whole) + len(newline)
             for line in map(json.loads, filter(None, whole.split("\n"))):
                 for field in line:
@@ -53,9 +54,9 @@ class Actor:
         return self._lines.get(name, [])
 
     @property
-    def endless(self) -> bool:
-        """Whether it sends batches until it is told that there have been enough."""
-        return self._arguments.get("batches", 0) is None
+    def is_endless(self) -> bool:
+        """Whether it sends batches until SIGUSR1."""
+        return self.arguments.get("batches", 0) is None
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.process.pid, number)
@@ -64,51 +65,51 @@ class Actor:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
-            self.cut_short = True
+            self.interrupted = True
         self.process.wait()
 
-    def again(self, **changes: Any) -> Actor:
-        """Start it once more, after it died, with the same log."""
-        actor = Actor(self._program, self._arguments | changes)
-        actor.cut_short = True
-        return actor
+    def restart(self, **changes: Any) -> LoggedProcess:
+        """Start the program again with the same log, after the process died."""
+        process = LoggedProcess(self._program, self.arguments | changes)
+        process.interrupted = True
+        return process
 
-    def tail(self) -> str:
+    def stderr_tail(self) -> str:
         return self.log.with_suffix(".stderr").read_text()[-3000:]
 
 
 class Arena:
-    """Runs a learner and workers through a proxy on one server, or on an engine without one."""
+    """A learner and workers on one server, behind a proxy, or on a Cluster or a Sentinel trio, without a proxy."""
 
     def __init__(self, server: FaultyServer | Cluster | SentinelTrio, folder: Path, seed: int) -> None:
         self.server, self.folder, self.seed = server, folder, seed
-        # An engine's nodes tell clients their own addresses, which lead past any proxy.
+        # Nodes of a group announce their own addresses, so clients would bypass a proxy.
         self._proxy = Proxy(server.address, seed) if isinstance(server, FaultyServer) else None
         self.run = f"faults-{seed}"
         self.keys = Keys(self.run)
-        self.workers: list[Actor] = []
-        self.learner: Actor | None = None
+        self.workers: list[LoggedProcess] = []
+        self.learner: LoggedProcess | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for actor in (*self.workers, self.learner):
-            if actor is not None:
-                actor.kill()
+        for process in (*self.workers, self.learner):
+            if process is not None:
+                process.kill()
         if self._proxy:
             self._proxy.close()
 
     @property
     def proxy(self) -> Proxy:
-        assert self._proxy, "there is no proxy before an engine"
+        assert self._proxy, "only a single server has a proxy"
         return self._proxy
 
     def _url(self, *, direct: bool) -> str:
         return self._proxy.url if self._proxy and not direct else self.server.url
 
-    def start_learner(self, *, direct: bool = False, **chosen: Any) -> Actor:
-        """Start the learner; what is chosen goes to fault_learner.py."""
+    def start_learner(self, *, direct: bool = False, **options: Any) -> LoggedProcess:
+        """Start the learner with options of fault_learner.py."""
         arguments = {
             "url": self._url(direct=direct),
             "run": self.run,
@@ -125,11 +126,13 @@ class Arena:
             "collect_seconds": 0.0,
             "settings": {},
         }
-        self.learner = Actor("fault_learner.py", arguments | chosen)
+        self.learner = LoggedProcess("fault_learner.py", arguments | options)
         return self.learner
 
-    def start_worker(self, worker_id: int, *, name: str = "", direct: bool = False, **chosen: Any) -> Actor:
-        """Start a worker; what is chosen goes to fault_worker.py."""
+    def start_worker(
+        self, worker_id: int, *, name: str = "", direct: bool = False, **options: Any
+    ) -> LoggedProcess:
+        """Start a worker with options of fault_worker.py."""
         arguments = {
             "url": self._url(direct=direct),
             "run": self.run,
@@ -142,165 +145,190 @@ class Arena:
             "bytes": 100,
             "pause": 0.0,
         }
-        actor = Actor("fault_worker.py", arguments | chosen)
-        self.workers.append(actor)
-        return actor
+        worker = LoggedProcess("fault_worker.py", arguments | options)
+        self.workers.append(worker)
+        return worker
 
     def wait(self, what: str, condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-        """Wait for something; if it does not come, or an actor died over an error, say what is known."""
+        """Wait until a condition holds; fail with the logged errors if it times out, or if a process fails."""
         end = time.monotonic() + seconds
         while True:
             found = condition()
             if found:
                 return found
-            for actor in (*self.workers, self.learner):
-                if actor is not None and actor.process.poll() not in (None, 0, -signal.SIGKILL):
-                    raise AssertionError(f"seed {self.seed}: {actor.log.name} failed:\n{actor.tail()}")
+            for process in (*self.workers, self.learner):
+                if process is not None and process.process.poll() not in (None, 0, -signal.SIGKILL):
+                    raise AssertionError(
+                        f"seed {self.seed}: {process.log.name} failed:\n{process.stderr_tail()}"
+                    )
             if time.monotonic() > end:
                 tails = "\n".join(
-                    f"{one.log.name}: {one.tail()}" for one in (*self.workers, self.learner) if one
+                    f"{one.log.name}: {one.stderr_tail()}" for one in (*self.workers, self.learner) if one
                 )
-                raise AssertionError(f"seed {self.seed}: waited {seconds:g} s in vain until {what}\n{tails}")
+                raise AssertionError(
+                    f"seed {self.seed}: timed out after {seconds:g} s waiting until {what}\n{tails}"
+                )
             time.sleep(0.02)
 
-    def produced(self) -> int:
-        """Give how many batches the workers have logged."""
+    def count_produced(self) -> int:
+        """Return the number of batches that the workers have logged."""
         return sum(len(worker.lines("produced")) for worker in self.workers)
 
-    def inserted(self) -> int:
-        """Give how many batches the learner has logged, those of lives that it lost included."""
+    def count_inserted(self) -> int:
+        """Return the number of batches that all incarnations of the learner have logged."""
         assert self.learner is not None
         return len(self.learner.lines("inserted"))
 
-    def all_send(self) -> bool:
-        """Whether the learner has logged batches of every worker; a process may take seconds to start."""
+    def all_workers_send(self) -> bool:
+        """Whether the learner has logged batches of every worker; processes may take seconds to start."""
         assert self.learner is not None
         return len({line["inserted"][0] for line in self.learner.lines("inserted")}) == len(self.workers)
 
-    def begin(self, level: str) -> None:
-        """Start a learner and three workers that go on and on, and wait until batches of all flow."""
+    def start_all(self, level: str) -> None:
+        """Start a learner and three endless workers, and wait until the learner inserts batches of each."""
         learner = self.start_learner(versions=0, version_seconds=0.3)
-        self.wait("the learner is there", lambda: learner.lines("opened"))
+        self.wait("the learner has opened the run", lambda: learner.lines("opened"))
         for number in range(3):
             self.start_worker(number, batches=None, pause=0.01, level=level)
-        self.wait("batches flow, of every worker", lambda: self.inserted() > 100 and self.all_send())
+        self.wait(
+            "the learner inserts batches of every worker",
+            lambda: self.count_inserted() > 100 and self.all_workers_send(),
+        )
 
     def pause(self) -> None:
-        """Let the learner stand still, so that what is sent waits on the server."""
+        """Pause the learner, so that batches wait on the server."""
         (self.folder / "pause").touch()
 
-    def go_on(self) -> None:
-        """Let the learner go on."""
+    def resume(self) -> None:
+        """Resume the learner."""
         (self.folder / "pause").unlink(missing_ok=True)
 
     def finish(self, seconds: float = 90.0) -> dict[str, Any]:
-        """Let the workers come to their end, then the learner; give its report."""
+        """Finish the workers, then the learner, and return the learner's report."""
         learner = self.learner
         assert learner is not None
-        living = [worker for worker in self.workers if worker.process.poll() is None]
-        for worker in living:
-            if worker.endless:
+        running = [worker for worker in self.workers if worker.process.poll() is None]
+        for worker in running:
+            if worker.is_endless:
                 worker.signal(signal.SIGUSR1)
-        self.wait("the workers sent all", lambda: all(one.lines("finished") for one in living), seconds)
-        (self.folder / "finish").touch()
-        (line,) = self.wait("the learner reported", lambda: learner.lines("report"), seconds)
         self.wait(
-            "all ended", lambda: all(one.process.poll() is not None for one in (*living, learner)), 30.0
+            "the workers have sent all batches",
+            lambda: all(one.lines("finished") for one in running),
+            seconds,
+        )
+        (self.folder / "finish").touch()
+        (line,) = self.wait("the learner has reported", lambda: learner.lines("report"), seconds)
+        self.wait(
+            "all processes have ended",
+            lambda: all(one.process.poll() is not None for one in (*running, learner)),
+            30.0,
         )
         report: dict[str, Any] = line["report"]
         return report
 
-    def settle(self, level: str) -> list[tuple[int, int, int]]:
-        """Let all come to their end, apply the oracle, and give what is lost, which at level `learner` is nothing."""
+    def finish_and_check(self, level: str) -> list[tuple[int, int, int]]:
+        """Finish all processes, check the result, and return the lost batches; at level `learner` none may be lost."""
         return self.check(self.finish(120.0), lost="nothing" if level == "learner" else "vanished")
 
     def check(
-        self, report: dict[str, Any], *, lost: str = "nothing", hostile: int = 0
+        self, report: dict[str, Any], *, lost: str = "nothing", hostile_count: int = 0
     ) -> list[tuple[int, int, int]]:
-        """The oracle. Produced = inserted and counted; nothing twice; in order; one final state for everything.
+        """Check that each produced batch was inserted once and in order, or counted as lost, and that all is final.
 
         Args:
-            report: the learner's.
-            lost: what may be missing: `nothing`, or the reason for which all of it must be counted.
-            hostile: how many batches nobody produced, which may be counted as corrupt.
+            report: the learner's report.
+            lost: `nothing`, or the reason under which each missing batch must be counted.
+            hostile_count: the number of forged batches, which may be counted as corrupt.
 
         Returns:
-            What is missing: worker, incarnation and sequence.
+            The worker, incarnation and sequence of each missing batch.
         """
         produced: set[tuple[int, int, int]] = {
-            (self._id_of(worker), *line["produced"])
+            (self._worker_id(worker), *line["produced"])
             for worker in self.workers
             for line in worker.lines("produced")
         }
         buffer = json.loads((self.folder / "checkpoint.json").read_text())["buffer"]
         inserted = [tuple(one[:3]) for one in buffer]
-        say = f"seed {self.seed}: "
-        double = [one for one, count in Counter(inserted).items() if count > 1]
-        assert not double, f"{say}inserted twice: {double[:10]}"
-        # What was on its way when a process was killed or stopped for good may have come without being logged.
-        cut_short = {self._id_of(worker) for worker in self.workers if worker.cut_short}
-        last = {(worker, life): 0 for worker, life, _ in inserted}
+        prefix = f"seed {self.seed}: "
+        duplicates = [one for one, count in Counter(inserted).items() if count > 1]
+        assert not duplicates, f"{prefix}inserted twice: {duplicates[:10]}"
+        # A worker that was killed while it sent a batch did not log the batch, which may have arrived.
+        interrupted = {self._worker_id(worker) for worker in self.workers if worker.interrupted}
+        last = {(worker, incarnation): 0 for worker, incarnation, _ in inserted}
         last |= {one[:2]: one[2] for one in sorted(produced)}
         produced |= {
             (*one, sequence + 1)
             for one, sequence in last.items()
-            if one[0] in cut_short and (*one, sequence + 1) in set(inserted)
+            if one[0] in interrupted and (*one, sequence + 1) in set(inserted)
         }
-        invented = set(inserted) - produced
-        assert not invented, f"{say}inserted and never produced: {sorted(invented)[:10]}"
-        for one in {(worker, life) for worker, life, _ in inserted}:
-            sequences = [sequence for worker, life, sequence in inserted if (worker, life) == one]
-            assert sequences == sorted(sequences), f"{say}out of order: {one}"
+        unknown = set(inserted) - produced
+        assert not unknown, f"{prefix}inserted and never produced: {sorted(unknown)[:10]}"
+        for one in {(worker, incarnation) for worker, incarnation, _ in inserted}:
+            sequences = [
+                sequence for worker, incarnation, sequence in inserted if (worker, incarnation) == one
+            ]
+            assert sequences == sorted(sequences), f"{prefix}out of order: {one}"
         missing = sorted(produced - set(inserted))
         counted: Counter[str] = Counter()
         for count in report["counts"].values():
-            assert count["waiting"] == count["in_hand"] == 0, f"{say}{report['counts']}"
+            assert count["waiting"] == count["in_hand"] == 0, f"{prefix}{report['counts']}"
             counted.update(count["lost"])
-        # What never got a number is not among the produced.
-        counted = Counter({why: n for why, n in counted.items() if why not in ("dropped_newest", "fenced")})
-        assert counted.pop("corrupt", 0) <= hostile, f"{say}{report['counts']}"
+        # Batches that never got a sequence are not among the produced ones.
+        counted = Counter(
+            {reason: n for reason, n in counted.items() if reason not in ("dropped_newest", "fenced")}
+        )
+        assert counted.pop("corrupt", 0) <= hostile_count, f"{prefix}{report['counts']}"
         if lost == "nothing":
-            assert not missing, f"{say}missing: {missing[:10]} of {len(missing)}; counted: {dict(counted)}"
-        assert counted == ({lost: len(missing)} if missing else {}), f"{say}missing {missing[:10]}: {counted}"
+            assert not missing, f"{prefix}missing: {missing[:10]} of {len(missing)}; counted: {dict(counted)}"
+        assert counted == ({lost: len(missing)} if missing else {}), (
+            f"{prefix}missing {missing[:10]}: {counted}"
+        )
         delivered = Counter(worker for worker, _, _ in inserted)
         assert all(
             count["delivered"] == delivered[int(worker)] for worker, count in report["counts"].items()
-        ), f"{say}{report['counts']} and not {delivered}"
+        ), f"{prefix}{report['counts']}, expected {delivered} delivered"
         self._check_ledger(report)
         return missing
 
     def _check_ledger(self, report: dict[str, Any]) -> None:
         with self.server.client() as client:
-            assert client.hlen(self.keys.pending) == 0, f"seed {self.seed}: commands without an end"
+            assert client.hlen(self.keys.pending) == 0, f"seed {self.seed}: commands without an outcome"
             for key in client.scan_iter(self.keys.outcomes("*")):
                 assert b"waiting" not in client.hvals(key)
             for worker, missed in report["missed"].items():
-                account = WorkerOutcomes.from_fields(
+                outcomes = WorkerOutcomes.from_fields(
                     text_fields(client.hgetall(self.keys.ledger(int(worker))))
                 )
-                assert account.applied_total + sum(account.missed.values()) <= account.settled
-                assert missed["recorded"] == sum(account.missed.values()), (
+                assert outcomes.applied_total + sum(outcomes.missed.values()) <= outcomes.settled
+                assert missed["recorded"] == sum(outcomes.missed.values()), (
                     f"seed {self.seed}: worker {worker}"
                 )
                 assert missed["behind"] == 0, f"seed {self.seed}: worker {worker} has open versions"
         for worker in self.workers:
             notes = [line["note"] for line in worker.lines("note")]
-            assert len(notes) == len(set(notes)), f"seed {self.seed}: a command was done twice: {notes}"
+            assert len(notes) == len(set(notes)), f"seed {self.seed}: a command was run twice: {notes}"
 
-    def _id_of(self, worker: Actor) -> int:
-        return int(worker._arguments["worker_id"])
-
-
-def times(actor: Actor, name: str, after: float) -> Iterator[float]:
-    """Give when an actor logged such lines after a moment."""
-    return (line["t"] for line in actor.lines(name) if line["t"] > after)
+    def _worker_id(self, worker: LoggedProcess) -> int:
+        return int(worker.arguments["worker_id"])
 
 
-def recovery(arena: Arena, back: float, seconds: float = 10.0) -> dict[str, float]:
-    """Wait until of every worker a batch is inserted and a version applied after a moment; give how long it took."""
+def log_times(process: LoggedProcess, name: str, after: float) -> Iterator[float]:
+    """Return the times of the lines with this field that a process logged after a time."""
+    return (line["t"] for line in process.lines(name) if line["t"] > after)
+
+
+def measure_recovery(arena: Arena, back: float, seconds: float = 10.0) -> dict[str, float]:
+    """Measure the seconds from `back` until each worker's next batch is inserted and its next version applied.
+
+    Args:
+        arena: the run.
+        back: the time at which the fault ended.
+        seconds: the longest recovery that passes.
+    """
     learner = arena.learner
     assert learner is not None
-    senders = {worker._arguments["worker_id"] for worker in arena.workers}
+    senders = {worker.arguments["worker_id"] for worker in arena.workers}
 
     def inserted() -> float | None:
         first = dict[int, float]()
@@ -309,9 +337,13 @@ def recovery(arena: Arena, back: float, seconds: float = 10.0) -> dict[str, floa
                 first.setdefault(line["inserted"][0], line["t"])
         return max(first.values()) if first.keys() >= senders else None
 
-    last = arena.wait("a batch of every worker came", inserted, seconds + 20)
+    last = arena.wait("a batch of every worker is inserted", inserted, seconds + 20)
     applied = [
-        arena.wait("a version came", partial(_first, worker, "version", back), seconds + 20)
+        arena.wait(
+            "the worker has applied a version",
+            partial(_first_log_time, worker, "version", back),
+            seconds + 20,
+        )
         for worker in arena.workers
     ]
     took = {"to_batch": round(last - back, 2), "to_version": round(max(applied) - back, 2)}
@@ -319,5 +351,5 @@ def recovery(arena: Arena, back: float, seconds: float = 10.0) -> dict[str, floa
     return took
 
 
-def _first(actor: Actor, name: str, after: float) -> float | None:
-    return next(times(actor, name, after), None)
+def _first_log_time(process: LoggedProcess, name: str, after: float) -> float | None:
+    return next(log_times(process, name, after), None)

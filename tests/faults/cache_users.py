@@ -1,6 +1,6 @@
-"""Processes that share a host cache and are killed: `cache_users.py SCENARIO DIRECTORY SEED`; an error ends it.
+"""Kill processes that share a host cache: `cache_users.py SCENARIO DIRECTORY SEED`; exits with 1 after an error.
 
-They are forked from one process that has imported everything, so that hundreds of them can die in a few seconds.
+The processes are forks of this one: without imports, hundreds can start and be killed in a few seconds.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ import numpy as np
 
 from rlbroker.weights.host_cache.cache import HostCache, SharedImage
 
+#: The shortest time and the fewest kills of the scenario `random`; on a slow machine, 20 kills take longer.
 KILL_SECONDS = 3.0
+KILLS = 20
 
-#: A scenario that waits in vain fails after this.
+#: The limit for these kills.
+KILL_TIMEOUT_SECONDS = 60.0
+
+#: The limit for each other wait.
 TIMEOUT_SECONDS = 20.0
 
 USERS = 8
@@ -34,7 +39,7 @@ KEEP = 2
 
 _PATTERN = np.arange(max(SIZES) + 1, dtype=np.uint32).astype(np.uint8)
 
-#: Places of the counts that the processes share: images made, images found, failed reservations; and whether to stop.
+#: Indexes of the shared counters: images made, images found, failed reservations; and of the stop flag.
 MADE, FOUND, NO_MEMORY, STOP = range(4)
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
@@ -49,7 +54,7 @@ def size_of(name: str) -> int:
 
 
 def fill(image: np.ndarray[Any, np.dtype[np.uint8]], name: str) -> None:
-    """Write bytes that depend on the name and on their place."""
+    """Write bytes that depend on the name and on the offset."""
     mask = np.uint8(int(name.split("-")[0]) % 251)
     for start in range(0, len(image), 100_000):
         piece = image[start : start + 100_000]
@@ -60,7 +65,7 @@ def check(image: SharedImage, name: str) -> None:
     expected = np.empty(size_of(name), np.uint8)
     fill(expected, name)
     assert image.header == name.encode(), f"{name} has the header {image.header!r}"
-    assert np.array_equal(image.image, expected), f"{name} is not whole"
+    assert np.array_equal(image.image, expected), f"{name} is damaged"
 
 
 def make(cache: HostCache, name: str) -> SharedImage | None:
@@ -73,12 +78,12 @@ def make(cache: HostCache, name: str) -> SharedImage | None:
 
 def open_cache(directory: Path, keep: int = KEEP) -> HostCache:
     cache = HostCache.open("run", directory, keep=keep)
-    assert cache is not None, "the cache cannot be opened"
+    assert cache is not None, "cannot open the cache"
     return cache
 
 
 def fork(work: Callable[[], None]) -> int:
-    """Run a function in a child that exits with 0, or with 1 and a traceback."""
+    """Run a function in a child, which exits with 0, or with 1 and a traceback."""
     pid = os.fork()
     if pid:
         return pid
@@ -86,7 +91,7 @@ def fork(work: Callable[[], None]) -> int:
     try:
         work()
         code = 0
-    except BaseException:  # noqa: BLE001 - nothing of the parent may run in the child
+    except BaseException:  # noqa: BLE001 - the child must not return into the code of the parent
         traceback.print_exc()
     os._exit(code)
 
@@ -100,11 +105,11 @@ def exit_code(pid: int) -> int:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.001)
     os.kill(pid, signal.SIGKILL)
-    raise AssertionError("a process hangs")
+    raise AssertionError("the process has not ended in time")
 
 
 def use_until_stopped(directory: Path, seed: int, counts: Counts) -> None:
-    """Find the version of the moment or make it, check every byte, and repeat."""
+    """Find or make the version of the current time, check every byte, and repeat."""
     chance = random.Random(seed)
     cache = open_cache(directory)
     used: list[tuple[str, SharedImage]] = []
@@ -113,7 +118,7 @@ def use_until_stopped(directory: Path, seed: int, counts: Counts) -> None:
         image = cache.find(name)
         if image:
             counts[FOUND] += 1
-        elif chance.random() < 0.1:  # claims save work, but nothing depends on them
+        elif chance.random() < 0.1:  # claims only save work; the cache must be correct without them
             image = make(cache, name)
         else:
             claim = cache.claim(name)
@@ -140,58 +145,60 @@ def use_until_stopped(directory: Path, seed: int, counts: Counts) -> None:
 
 
 def kill_at_random_moments(directory: Path, seed: int) -> dict[str, Any]:
-    """Kill one of eight processes at random, again and again; the others and a new one must still work."""
+    """Kill random processes of eight and replace them; the survivors and new processes must still work."""
     chance = random.Random(seed)
     counts = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.int64)
     seeds = iter(range(seed * 1_000_000, (seed + 1) * 1_000_000))
     users = [fork(lambda: use_until_stopped(directory, next(seeds), counts)) for _ in range(USERS)]
     killed = 0
     end = time.monotonic() + KILL_SECONDS
-    while time.monotonic() < end:
+    limit = time.monotonic() + KILL_TIMEOUT_SECONDS
+    while time.monotonic() < end or killed < KILLS:
+        assert time.monotonic() < limit, f"only {killed} of {KILLS} kills within {KILL_TIMEOUT_SECONDS:g} s"
         time.sleep(chance.random() * 0.03)
-        place = chance.randrange(USERS)
-        os.kill(users[place], signal.SIGKILL)
-        code = exit_code(users[place])
-        assert code == -signal.SIGKILL, f"a process ended by itself: {code}"
+        index = chance.randrange(USERS)
+        os.kill(users[index], signal.SIGKILL)
+        code = exit_code(users[index])
+        assert code == -signal.SIGKILL, f"a process exited before it was killed: {code}"
         killed += 1
         next(seeds)
-        users[place] = fork(lambda: use_until_stopped(directory, next(seeds), counts))
+        users[index] = fork(lambda: use_until_stopped(directory, next(seeds), counts))
 
     found_before = counts[FOUND]
     cache = open_cache(directory)
     end = time.monotonic() + TIMEOUT_SECONDS
     while counts[FOUND] < found_before + 20:
-        assert time.monotonic() < end, "the survivors do nothing"
+        assert time.monotonic() < end, "the survivors find no images"
         time.sleep(0.01)
     for path in directory.glob("*/*/image-*"):
         name = path.name.removeprefix("image-")
         image = cache.find(name)
-        if image:  # otherwise it was just overwritten
+        if image:  # None: it was overwritten meanwhile
             check(image, name)
             image.release()
     counts[STOP] = 1
     assert [exit_code(pid) for pid in users] == [0] * USERS
-    use_and_leave(directory, cache)
-    made, found, no_memory = (int(counts[index]) for index in (MADE, FOUND, NO_MEMORY))
+    use_once_and_close(directory, cache)
+    made, found, no_memory = (int(counts[place]) for place in (MADE, FOUND, NO_MEMORY))
     return {"killed": killed, "made": made, "found": found, "no_memory": no_memory}
 
 
-def use_and_leave(directory: Path, cache: HostCache) -> None:
-    """Check that everything works for a process that is alone, and that it leaves nothing behind."""
+def use_once_and_close(directory: Path, cache: HostCache) -> None:
+    """Check that a single process can use the cache and leaves no files behind."""
     for version in (7, 8):
         name = name_of(version)
         claim = cache.claim(name)
-        assert claim, "a dead process has a claim"
+        assert claim, "a dead process still has the claim"
         with claim:
             image = make(cache, name)
-            assert image, "there is no memory"
+            assert image, "no memory for the image"
             check(image, name)
             image.release()
         files = sorted(path.name for path in directory.glob("*/*/*"))
         assert not [file for file in files if file.startswith(("draft", "claim"))], files
         assert len(files) <= KEEP + 1, files
     cache.close()
-    assert list(directory.iterdir()) == [], "something is left"
+    assert list(directory.iterdir()) == [], "files are left"
 
 
 #: The functions of `os` that the host cache calls.
@@ -214,7 +221,7 @@ CALLS = [
 
 
 def die_at_call(number: int) -> None:
-    """Make this process kill itself before its system call of this number, counted from 0."""
+    """Make this process kill itself before system call `number`, counted from 0."""
     left = number
 
     def make_deadly(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -233,7 +240,7 @@ def die_at_call(number: int) -> None:
 
 
 def use_everything_once(directory: Path) -> None:
-    """Call everything once; the second version gets the memory of the first."""
+    """Call each operation once; the second version reuses the memory of the first."""
     cache = open_cache(directory, keep=1)
     for version in (1, 2):
         name = name_of(version)
@@ -246,7 +253,7 @@ def use_everything_once(directory: Path) -> None:
 
 
 def kill_at_every_call(directory: Path, seed: int) -> dict[str, Any]:
-    """Kill a process before each of its system calls: alone, and beside another that has an image in use."""
+    """Kill a process before each of its system calls: alone, and beside a process that uses an image."""
     SIZES[:] = [20_000]
     deaths = [0, 0]
     for beside_another in (False, True):
@@ -270,7 +277,7 @@ def kill_at_every_call(directory: Path, seed: int) -> dict[str, Any]:
                 check(used, name_of(1))
                 used.release()
                 other.close()
-            use_and_leave(directory, cache)
+            use_once_and_close(directory, cache)
             if code == 0:
                 break
             deaths[beside_another] += 1
@@ -278,7 +285,7 @@ def kill_at_every_call(directory: Path, seed: int) -> dict[str, Any]:
 
 
 def fork_children(directory: Path, seed: int) -> dict[str, Any]:
-    """Fork children that have nothing to do with the cache: they release nothing and keep nothing."""
+    """Fork children from users of the cache: they neither release nor keep claims, drafts and images."""
     cache, other = open_cache(directory), open_cache(directory)
     image, claim, draft = make(cache, name_of(1)), cache.claim(name_of(2)), cache.reserve(SIZES[0])
     assert image
@@ -325,7 +332,7 @@ def fork_children(directory: Path, seed: int) -> dict[str, Any]:
     os.read(ready, 1)
     os.kill(pid, signal.SIGKILL)
     exit_code(pid)
-    use_and_leave(directory, open_cache(directory))
+    use_once_and_close(directory, open_cache(directory))
     os.close(end)
     return {}
 

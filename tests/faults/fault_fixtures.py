@@ -1,4 +1,4 @@
-"""What the scenarios share: each runs with each seed, on each chosen server."""
+"""The fixtures of the fault scenarios, each of which runs with each seed on each chosen server."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 from arena import Arena
-from engines import Cluster, SentinelTrio
-from servers import KINDS, FaultyServer, binary_of
+from redis_cluster import Cluster
+from sentinel_trio import SentinelTrio
+from servers import KINDS, FaultyServer, find_server_binary
 
 
-def vary_scenario(metafunc: pytest.Metafunc) -> None:
-    """Let a scenario run with each seed, on each chosen engine and server."""
+def parametrize_scenario(metafunc: pytest.Metafunc) -> None:
+    """Parametrize a scenario with each seed and each chosen engine and server."""
     if "server_kind" not in metafunc.fixturenames:
         return
     option = metafunc.config.getoption
@@ -39,14 +40,14 @@ def full(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 def binary(server_kind: str) -> Path:
     """The program of the chosen kind of server."""
-    found = binary_of(server_kind)
-    assert found is not None, f"there is no {server_kind} here; get it with: {KINDS[server_kind]}"
+    found = find_server_binary(server_kind)
+    assert found is not None, f"{server_kind} is missing; install it: {KINDS[server_kind]}"
     return found
 
 
 @pytest.fixture
 def new_server(binary: Path, tmp_path: Path) -> Iterator[Callable[..., FaultyServer]]:
-    """Makes servers of the chosen kind, started, with options as on the command line."""
+    """Starts a server of the chosen kind; takes command-line options."""
     with ExitStack() as stack:
         numbers = itertools.count()
         yield lambda *config: stack.enter_context(
@@ -56,37 +57,37 @@ def new_server(binary: Path, tmp_path: Path) -> Iterator[Callable[..., FaultySer
 
 @pytest.fixture
 def new_cluster(binary: Path, tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
-    """Makes a Cluster of the chosen kind of server, started: three masters and their replicas, or as said."""
+    """Starts a Cluster of the chosen kind of server; takes the arguments of `Cluster` after the folder."""
     with ExitStack() as stack:
         yield lambda *shape: stack.enter_context(Cluster(binary, tmp_path / "cluster", *shape))
 
 
 @pytest.fixture
 def new_trio(binary: Path, tmp_path: Path) -> Iterator[Callable[..., SentinelTrio]]:
-    """Makes a Sentinel trio of the chosen kind of server, started, with options as on the command line."""
+    """Starts a Sentinel trio of the chosen kind of server; takes command-line options."""
     with ExitStack() as stack:
         yield lambda *config: stack.enter_context(SentinelTrio(binary, tmp_path / "trio", *config))
 
 
 @pytest.fixture
 def engine() -> str:
-    """What a scenario runs on that is not marked to run on every engine."""
+    """The engine of a scenario that is not marked `on_every_engine`."""
     return "single"
 
 
 @pytest.fixture
 def arena(engine: str, request: pytest.FixtureRequest, tmp_path: Path, seed: int) -> Iterator[Arena]:
-    """A run on a server, or an engine, that keeps nothing on disk."""
+    """A run on a new engine without persistence."""
     new = {"single": "new_server", "cluster": "new_cluster", "sentinel": "new_trio"}[engine]
     with Arena(request.getfixturevalue(new)(), tmp_path, seed) as made:
         yield made
 
 
 @pytest.fixture
-def figures(
+def measurements(
     request: pytest.FixtureRequest, seed: int, server_kind: str, engine: str
 ) -> Iterator[dict[str, Any]]:
-    """What a scenario measured; printed, and written to the file of --figures."""
+    """The measurements of a scenario, printed and appended to the file of --figures."""
     found: dict[str, Any] = {}
     began = time.monotonic()
     yield found

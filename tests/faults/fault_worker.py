@@ -1,6 +1,6 @@
-"""A worker as a process of its own, which logs every batch that it produced.
+"""A worker process that logs every batch that it produces.
 
-Its one argument is JSON; see `Worker` in arena.py. Each line of its log is JSON too.
+Its argument is JSON; see `Arena.start_worker`. Each line of its log is a JSON object.
 """
 
 from __future__ import annotations
@@ -24,72 +24,72 @@ from rlbroker import (
 
 
 def main() -> None:
-    """Run until told to stop."""
-    chosen = json.loads(sys.argv[1])
-    if chosen["batches"] is None:
-        chosen["batches"] = float("inf")
-    log = open(chosen["log"], "a", buffering=1)  # noqa: SIM115, PTH123
+    """Run until the learner sends the command `stop`, or the worker is fenced."""
+    options = json.loads(sys.argv[1])
+    if options["batches"] is None:
+        options["batches"] = float("inf")
+    log = open(options["log"], "a", buffering=1)  # noqa: SIM115, PTH123
 
-    def say(**facts: Any) -> None:
+    def log_facts(**facts: Any) -> None:
         log.write(json.dumps({"t": time.monotonic(), **facts}) + "\n")
 
     def produce(worker: WorkerClient, number: int) -> None:
-        """Send one batch, however long it takes; what got a number is logged under it."""
-        batch = {"number": number, "pad": os.urandom(chosen["bytes"])}
+        """Send one batch, retrying without limit, and log its sequence, if it got one."""
+        batch = {"number": number, "pad": os.urandom(options["bytes"])}
         while worker.running:
             began = time.monotonic()
             try:
                 receipt = worker.send_experiences(batch)
             except Unconfirmed as error:
                 receipt = error.receipt
-                say(unconfirmed=receipt.sequence, took=time.monotonic() - began)
+                log_facts(unconfirmed=receipt.sequence, took=time.monotonic() - began)
             except (QueueFull, ConnectionFailed, RunLost, ServerOutOfMemory) as error:
-                say(again=type(error).__name__, took=time.monotonic() - began)
+                log_facts(retried=type(error).__name__, took=time.monotonic() - began)
                 worker.poll(model)
                 continue
             if receipt.sequence:
-                say(produced=[receipt.incarnation, receipt.sequence], number=number)
+                log_facts(produced=[receipt.incarnation, receipt.sequence], number=number)
             else:
-                say(refused=number)
+                log_facts(refused=number)
             return
 
-    def produce_no_more(*_: object) -> None:
-        chosen["batches"] = 0
+    def stop_producing(*_: object) -> None:
+        options["batches"] = 0
 
-    signal.signal(signal.SIGUSR1, produce_no_more)
+    signal.signal(signal.SIGUSR1, stop_producing)
     model: dict[str, Any] = {}
     number = 0
     try:
         with WorkerClient(
-            chosen["url"],
-            chosen["run"],
-            chosen["worker_id"],
-            timeout=chosen["timeout"],
-            level=chosen["level"],
-            when_full=chosen["when_full"],
+            options["url"],
+            options["run"],
+            options["worker_id"],
+            timeout=options["timeout"],
+            level=options["level"],
+            when_full=options["when_full"],
         ) as worker:
-            say(joined=worker.incarnation)
-            worker.on_command("note", lambda data: say(note=data))
+            log_facts(joined=worker.incarnation)
+            worker.on_command("note", lambda data: log_facts(note=data))
             finished = False
             while worker.running:
                 try:
                     if worker.poll(model):
-                        say(version=worker.version, holds=model.get("number"))
-                    if number < chosen["batches"]:
+                        log_facts(version=worker.version, number=model.get("number"))
+                    if number < options["batches"]:
                         number += 1
                         produce(worker, number)
-                        time.sleep(chosen["pause"])
+                        time.sleep(options["pause"])
                     elif not finished:
                         finished = worker.flush(0.5) == 0
                         if finished:
-                            say(finished=True)
+                            log_facts(finished=True)
                     else:
                         time.sleep(0.01)
                 except (ConnectionFailed, RunLost) as error:
-                    say(again=type(error).__name__)
-            say(version=worker.version, holds=model.get("number"), stopped=True)
+                    log_facts(retried=type(error).__name__)
+            log_facts(version=worker.version, number=model.get("number"), stopped=True)
     except Fenced:
-        say(fenced=True)
+        log_facts(fenced=True)
 
 
 if __name__ == "__main__":

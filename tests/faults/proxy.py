@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback that does to connections what networks do."""
+"""A TCP proxy on loopback that injects network faults."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import threading
 import time
 from collections.abc import Iterator
 
-#: Bytes that are passed on at once.
-PIECE = 1 << 16
+#: The most bytes that are forwarded at once.
+PIECE_BYTES = 1 << 16
 
 
 class Proxy:
-    """Stands between clients and one server. Faults are set from outside, and each one done is counted."""
+    """A proxy between clients and one server. The caller sets the faults; `injected` counts those that occurred."""
 
     def __init__(self, target: tuple[str, int], seed: int = 0) -> None:
-        """Begin to listen; `url` is where clients go."""
+        """Start to listen; clients connect to `url`."""
         self.target = target
         self.injected = 0
         self._chance = random.Random(seed)
@@ -46,11 +46,17 @@ class Proxy:
     # Faults
 
     def lose_replies(self, command: bytes, part: float = 1.0, count: int = 1 << 30) -> None:
-        """Let the server do such commands, keep its reply, and cut: this part of them, up to a count."""
+        """Drop the reply and the connection after the server has run a command.
+
+        Args:
+            command: the name of the command, as it is sent.
+            part: the probability for each command.
+            count: the most replies to drop.
+        """
         self._lose = (b"\r\n" + command + b"\r\n", part, count)
 
     def cut_within_replies(self, after_bytes: int | None) -> None:
-        """Cut connections once this many bytes of replies have passed on each; None ends it."""
+        """Cut each connection after so many bytes of replies; None ends this fault."""
         self._cut_after = after_bytes
 
     def slow_down(self, delay_seconds: float = 0.0, bytes_per_second: float = 0.0) -> None:
@@ -66,7 +72,7 @@ class Proxy:
 
     @contextlib.contextmanager
     def silence(self, *, dropping: bool) -> Iterator[None]:
-        """Keep every connection open and pass nothing on; what came meanwhile is dropped, or passed on later."""
+        """Keep every connection open, and drop what arrives in this block, or forward it afterwards."""
         self._drops_silently = dropping
         self._silent.set()
         self.injected += 1
@@ -75,7 +81,7 @@ class Proxy:
         finally:
             self._silent.clear()
 
-    # Passing on
+    # Forwarding
 
     def _accept(self) -> None:
         while not self._closed:
@@ -108,10 +114,10 @@ class Proxy:
     def _requests(self, link: _Link) -> None:
         tail = b""
         while data := link.receive(link.client):
-            if self._swallow():
+            if self._drop_or_wait():
                 continue
-            if self._is_to_be_lost(tail + data):
-                link.losing = True
+            if self._should_lose_reply(tail + data):
+                link.lose_reply = True
             tail = data[-32:]
             link.send(link.server, data)
         link.close()
@@ -119,9 +125,9 @@ class Proxy:
     def _replies(self, link: _Link) -> None:
         passed = 0
         while data := link.receive(link.server):
-            if self._swallow():
+            if self._drop_or_wait():
                 continue
-            if link.losing:
+            if link.lose_reply:
                 self.injected += 1
                 break
             if self._delay_seconds:
@@ -137,7 +143,7 @@ class Proxy:
             link.send(link.client, data)
         link.close()
 
-    def _is_to_be_lost(self, data: bytes) -> bool:
+    def _should_lose_reply(self, data: bytes) -> bool:
         with self._lock:
             command, part, left = self._lose
             if not left or command not in data or self._chance.random() >= part:
@@ -145,8 +151,8 @@ class Proxy:
             self._lose = (command, part, left - 1)
             return True
 
-    def _swallow(self) -> bool:
-        """Whether a piece is lost to silence; waits it out where pieces are passed on afterwards."""
+    def _drop_or_wait(self) -> bool:
+        """Return whether to drop the data; wait until the silence ends if data is forwarded afterwards."""
         if not self._silent.is_set():
             return False
         if self._drops_silently:
@@ -160,14 +166,14 @@ class Proxy:
 
 
 class _Link:
-    """One client's connection and its other half."""
+    """The connection of a client, and the one to the server."""
 
     def __init__(self, client: socket.socket, server: socket.socket) -> None:
-        self.client, self.server, self.losing = client, server, False
+        self.client, self.server, self.lose_reply = client, server, False
 
     def receive(self, side: socket.socket) -> bytes:
         try:
-            return side.recv(PIECE)
+            return side.recv(PIECE_BYTES)
         except OSError:
             return b""
 

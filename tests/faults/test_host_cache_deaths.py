@@ -1,4 +1,4 @@
-"""Processes that share a host cache may be killed at any moment: the others continue, and nothing is left behind."""
+"""Processes that share a host cache may be killed at any moment: the others continue, and no files are left."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def run_scenario(scenario: str, directory: Path) -> dict[str, Any]:
     print(f"seed {seed}")
     driver = Path(__file__).with_name("cache_users.py")
     command = [sys.executable, str(driver), scenario, str(directory), str(seed)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr == ""
-    counts: dict[str, Any] = json.loads(ended.stdout)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    counts: dict[str, Any] = json.loads(result.stdout)
     print(counts)
     return counts
 
 
-def test_processes_killed_at_random_moments_leave_whole_images(tmp_path: Path) -> None:
+def test_processes_killed_at_random_moments_leave_no_damaged_images(tmp_path: Path) -> None:
     counts = run_scenario("random", tmp_path)
     assert counts["killed"] >= 20
     assert counts["found"] >= 20

@@ -1,4 +1,4 @@
-"""Faults that only Sentinels know: a master that another one replaces, a minority, and Sentinels that are gone."""
+"""Scenarios 17 to 20, faults with Sentinels: failover, an isolated master, and missing Sentinels."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 import pytest
-from arena import Arena, recovery
-from engines import SentinelTrio
+from arena import Arena, measure_recovery
+from sentinel_trio import SentinelTrio
 
 
 @pytest.fixture
@@ -23,20 +23,20 @@ def trio(arena: Arena) -> SentinelTrio:
 
 @pytest.mark.parametrize("level", ["learner", "replica", "redis"])
 def test_17_the_master_is_killed_and_a_replica_promoted(
-    arena: Arena, trio: SentinelTrio, level: str, full: bool, figures: dict[str, Any]
+    arena: Arena, trio: SentinelTrio, level: str, full: bool, measurements: dict[str, Any]
 ) -> None:
-    """All go on by themselves; at level `replica` only what a worker knows to be unconfirmed can be lost."""
-    arena.begin(level)
+    """All clients recover; at level `replica` only batches that raised `Unconfirmed` can be lost."""
+    arena.start_all(level)
     took = []
     for _ in range(3 if full else 2):
         old = trio.master()
         old.kill()
-        trio.wait_promoted(old)
-        took.append(recovery(arena, time.monotonic()))
+        trio.wait_until_promoted(old)
+        took.append(measure_recovery(arena, time.monotonic()))
         old.empty()
         old.start()  # it becomes a replica
-        trio.wait_ok()
-    lost = arena.settle(level)
+        trio.wait_until_stable()
+    lost = arena.finish_and_check(level)
     if level == "replica":
         unconfirmed = {
             (number, line["unconfirmed"])
@@ -44,67 +44,72 @@ def test_17_the_master_is_killed_and_a_replica_promoted(
             for line in worker.lines("unconfirmed")
         }
         assert {(worker, sequence) for worker, _, sequence in lost} <= unconfirmed
-    figures |= {
+    measurements |= {
         "faults": len(took),
-        "batches": arena.produced(),
+        "batches": arena.count_produced(),
         "vanished": len(lost),
         "recovery": took,
     }
 
 
-def test_18_masters_hand_over_and_hang(
-    arena: Arena, trio: SentinelTrio, full: bool, figures: dict[str, Any]
+def test_18_masters_are_demoted_or_hang(
+    arena: Arena, trio: SentinelTrio, full: bool, measurements: dict[str, Any]
 ) -> None:
-    """One that was demoted answers READONLY, one that hangs doesn't answer: nobody stays with either."""
-    arena.begin("learner")
+    """A demoted master answers READONLY and a hanging one does not answer: clients leave both."""
+    arena.start_all("learner")
     took = []
     for _ in range(3 if full else 1):
         trio.fail_over()
-        took.append(recovery(arena, time.monotonic()))
-        trio.wait_ok()
+        took.append(measure_recovery(arena, time.monotonic()))
+        trio.wait_until_stable()
         old = trio.master()
         old.freeze()
-        trio.wait_promoted(old)
-        took.append(recovery(arena, time.monotonic(), 20.0))
+        trio.wait_until_promoted(old)
+        took.append(measure_recovery(arena, time.monotonic(), 20.0))
         old.thaw()
-        trio.wait_ok()
-    arena.settle("learner")
-    figures |= {"faults": len(took), "batches": arena.produced(), "recovery": took}
+        trio.wait_until_stable()
+    arena.finish_and_check("learner")
+    measurements |= {"faults": len(took), "batches": arena.count_produced(), "recovery": took}
 
 
 @pytest.mark.parametrize("level", ["learner", "redis"])
-def test_19_a_minority_takes_writes_for_a_while(
-    arena: Arena, trio: SentinelTrio, level: str, figures: dict[str, Any]
+def test_19_a_minority_accepts_writes_for_a_while(
+    arena: Arena, trio: SentinelTrio, level: str, measurements: dict[str, Any]
 ) -> None:
-    """What a master took while it was alone with its clients is gone: sent again, or known to be lost."""
-    arena.begin(level)
-    with trio.alone():
-        before = arena.inserted()
-        arena.wait("the minority's batches come", lambda: arena.inserted() > before + 100)
+    """Writes that an isolated master accepted are lost: the batches are sent again or counted as lost."""
+    arena.start_all(level)
+    with trio.isolated():
+        before = arena.count_inserted()
+        arena.wait("batches arrive through the minority", lambda: arena.count_inserted() > before + 100)
         arena.pause()
-        before = arena.produced()
-        arena.wait("others wait", lambda: arena.produced() > before + 30)
-    arena.go_on()
-    took = recovery(arena, time.monotonic())
-    lost = arena.settle(level)
+        before = arena.count_produced()
+        arena.wait("more batches wait", lambda: arena.count_produced() > before + 30)
+    arena.resume()
+    took = measure_recovery(arena, time.monotonic())
+    lost = arena.finish_and_check(level)
     assert bool(lost) == (level == "redis")
-    figures |= {"faults": 1, "batches": arena.produced(), "vanished": len(lost), "recovery": [took]}
+    measurements |= {
+        "faults": 1,
+        "batches": arena.count_produced(),
+        "vanished": len(lost),
+        "recovery": [took],
+    }
 
 
-def test_20_all_sentinels_are_gone_for_a_while(
-    arena: Arena, trio: SentinelTrio, full: bool, figures: dict[str, Any]
+def test_20_all_sentinels_are_down_for_a_while(
+    arena: Arena, trio: SentinelTrio, full: bool, measurements: dict[str, Any]
 ) -> None:
-    """Nobody misses them until the master dies; once they are back, another one takes its place."""
-    arena.begin("learner")
+    """Clients continue until the master dies; once the Sentinels are back, a replica is promoted."""
+    arena.start_all("learner")
     trio.stop_sentinels()
-    took = [recovery(arena, time.monotonic())]
+    took = [measure_recovery(arena, time.monotonic())]
     time.sleep(60.0 if full else 4.0)
-    took.append(recovery(arena, time.monotonic()))
+    took.append(measure_recovery(arena, time.monotonic()))
     old = trio.master()
     old.kill()
     time.sleep(2.0)
     trio.start_sentinels()
-    trio.wait_promoted(old)
-    took.append(recovery(arena, time.monotonic()))
-    arena.settle("learner")
-    figures |= {"faults": 2, "batches": arena.produced(), "recovery": took}
+    trio.wait_until_promoted(old)
+    took.append(measure_recovery(arena, time.monotonic()))
+    arena.finish_and_check("learner")
+    measurements |= {"faults": 2, "batches": arena.count_produced(), "recovery": took}

@@ -1,4 +1,4 @@
-"""Scenario 11: every fault at random, one after the other, for as long as --soak says; then the oracle."""
+"""Scenario 11: random faults, one after another, for the time of --soak; then the checks."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import Any
 
 import pytest
 import redis
-from arena import Actor, Arena, times
-from hostile import hostile
+from arena import Arena, LoggedProcess, log_times
+from hostile_payloads import make_hostile_payload
 from proxy import Proxy
 from servers import FaultyServer
 
 from rlbroker.backend.keys import GROUP
 
-#: Seconds between a recovery and the next fault.
-CALM = 3.0
+#: The pause between a recovery and the next fault.
+PAUSE_SECONDS = 3.0
 
 
 def test_11_all_faults_at_random(
     new_server: Callable[..., FaultyServer],
     tmp_path: Path,
     request: pytest.FixtureRequest,
-    figures: dict[str, Any],
+    measurements: dict[str, Any],
 ) -> None:
-    """Nothing is lost at level `learner`, and no process grows in memory, threads or files."""
+    """Level `learner` loses no batch, and no process grows in memory, threads or open files."""
     minutes = request.config.getoption("--soak")
     if not minutes:
         pytest.skip("only with --soak MINUTES")
@@ -48,7 +48,7 @@ def test_11_all_faults_at_random(
         arena.start_learner(versions=0, version_seconds=0.5, collect_seconds=0.3)
         for number in range(8):
             arena.start_worker(number, batches=None, pause=0.15, level="learner", bytes=2000)
-        arena.wait("batches flow", lambda: arena.inserted() > 50)
+        arena.wait("batches are inserted", lambda: arena.count_inserted() > 50)
         faults: dict[str, Callable[[], None]] = {
             "server killed, back empty": lambda: _empty(arena),
             "server frozen": lambda: _freeze(arena, chance.uniform(1, 8)),
@@ -59,7 +59,7 @@ def test_11_all_faults_at_random(
             "replies to reading lost": lambda: _lose(arena, b"XREADGROUP"),
             "replies to scripts lost": lambda: _lose(arena, b"EVALSHA"),
             "learner killed": lambda: _kill_learner(arena),
-            "worker sleeps": lambda: _sleep(arena.workers[chance.randrange(8)], chance.uniform(1, 6)),
+            "worker suspended": lambda: _suspend(arena.workers[chance.randrange(8)], chance.uniform(1, 6)),
             "subscriptions killed": lambda: _command(arena, "CLIENT", "KILL", "TYPE", "pubsub"),
             "scripts flushed": lambda: _command(arena, "SCRIPT", "FLUSH"),
             "everything flushed": lambda: _command(arena, "FLUSHALL"),
@@ -70,7 +70,7 @@ def test_11_all_faults_at_random(
             "server full": lambda: _fill(arena),
             "hostile batches": send_hostile,
             "worker killed": lambda: _kill_worker(arena, chance.randrange(8)),
-            "worker asleep, replaced": lambda: _replace_worker(arena, chance.randrange(8)),
+            "worker suspended and replaced": lambda: _replace_worker(arena, chance.randrange(8)),
             "replies cut": lambda: _cut_replies(arena, chance.randrange(200, 20_000)),
         }
         done: list[str] = []
@@ -82,22 +82,22 @@ def test_11_all_faults_at_random(
             faults[name]()
             done.append(name)
             took.append(_recovery(arena, name))
-            time.sleep(CALM)
+            time.sleep(PAUSE_SECONDS)
             learner = arena.learner
             assert learner is not None
-            for actor in (learner, *arena.workers):
-                sizes.setdefault(f"{actor.log.stem}:{actor.process.pid}", []).append(_size(actor))
-        arena.check(arena.finish(180.0), hostile=hostile_sent)
-        figures |= {"faults": len(done), "batches": arena.produced()}
-        figures |= {
+            for process in (learner, *arena.workers):
+                sizes.setdefault(f"{process.log.stem}:{process.process.pid}", []).append(_size(process))
+        arena.check(arena.finish(180.0), hostile_count=hostile_sent)
+        measurements |= {"faults": len(done), "batches": arena.count_produced()}
+        measurements |= {
             "recovery_median": round(statistics.median(took), 2),
             "recovery_worst": round(max(took), 2),
         }
-        figures["kinds"] = {name: done.count(name) for name in sorted(set(done))}
+        measurements["kinds"] = {name: done.count(name) for name in sorted(set(done))}
         for name, measured in sizes.items():
             if len(measured) >= 20:
                 grew = _growth(measured)
-                figures[f"growth of {name.split(':')[0]} (KiB, threads, files)"] = grew
+                measurements[f"growth of {name.split(':')[0]} (KiB, threads, files)"] = grew
                 assert grew[0] < 20_000, f"{name}: {measured}"
                 assert grew[1] <= 2, f"{name}: {measured}"
                 assert grew[2] <= 6, f"{name}: {measured}"
@@ -106,10 +106,10 @@ def test_11_all_faults_at_random(
 def _recovery(arena: Arena, name: str) -> float:
     back, learner = time.monotonic(), arena.learner
     assert learner is not None
-    came = arena.wait(
-        f"a batch came after: {name}", lambda: next(times(learner, "inserted", back), None), 40.0
+    inserted_at = arena.wait(
+        f"a batch is inserted after: {name}", lambda: next(log_times(learner, "inserted", back), None), 40.0
     )
-    return float(came - back)
+    return float(inserted_at - back)
 
 
 def _empty(arena: Arena) -> None:
@@ -145,27 +145,27 @@ def _cut_replies(arena: Arena, after_bytes: int) -> None:
 def _kill_learner(arena: Arena) -> None:
     assert arena.learner is not None
     arena.learner.kill()
-    arena.learner = arena.learner.again()
+    arena.learner = arena.learner.restart()
 
 
 def _kill_worker(arena: Arena, index: int) -> None:
     arena.workers[index].kill()
-    arena.workers[index] = arena.workers[index].again()
+    arena.workers[index] = arena.workers[index].restart()
 
 
 def _replace_worker(arena: Arena, index: int) -> None:
-    """Let a second process take the place of one that sleeps; when that wakes, it is fenced."""
+    """Replace a suspended worker by a second process; the first is fenced when it resumes."""
     first = arena.workers[index]
     first.signal(signal.SIGSTOP)
-    second = arena.workers[index] = first.again()
+    second = arena.workers[index] = first.restart()
     before = len(first.lines("joined"))
-    arena.wait("the second has joined", lambda: len(second.lines("joined")) > before)
+    arena.wait("the second process has joined", lambda: len(second.lines("joined")) > before)
     first.signal(signal.SIGCONT)
     first.process.wait(timeout=30.0)
 
 
 def _fail_over(arena: Arena, new_server: Callable[..., FaultyServer]) -> None:
-    """Promote a replica that has missed the last second."""
+    """Promote a replica that lacks the last second."""
     first, second = arena.server, new_server()
     assert isinstance(first, FaultyServer)
     link = Proxy(first.address, arena.seed)
@@ -187,19 +187,21 @@ def _fill(arena: Arena) -> None:
 
 
 def _send_hostile(arena: Arena, chance: random.Random, numbers: range) -> None:
-    """Write as a ninth worker would that joined by hand."""
+    """Send hostile batches as a ninth worker that joined by hand."""
     keys, worker = arena.keys, 8
     with arena.server.client() as client:
         client.hset(keys.life(worker), mapping={"incarnation": 1})
         client.sadd(keys.workers, worker)
-        with contextlib.suppress(redis.ResponseError):  # the group is there
+        with contextlib.suppress(redis.ResponseError):  # the group exists
             client.xgroup_create(keys.experiences(worker), GROUP, "0", mkstream=True)
         for number in numbers:
             fields = {"version": 0, "rows": 1, "raw_bytes": 1, "stored_bytes": 1, "sent_at": 0}
-            client.xadd(keys.experiences(worker), fields | {"data": hostile(chance)}, id=f"1-{number}")
+            client.xadd(
+                keys.experiences(worker), fields | {"data": make_hostile_payload(chance)}, id=f"1-{number}"
+            )
 
 
-def _sleep(worker: Actor, seconds: float) -> None:
+def _suspend(worker: LoggedProcess, seconds: float) -> None:
     worker.signal(signal.SIGSTOP)
     time.sleep(seconds)
     worker.signal(signal.SIGCONT)
@@ -210,15 +212,15 @@ def _command(arena: Arena, *command: str) -> None:
         client.execute_command(*command)
 
 
-def _size(actor: Actor) -> tuple[int, int, int]:
-    """Give resident KiB, threads and open files of a process."""
-    folder = Path(f"/proc/{actor.process.pid}")
+def _size(process: LoggedProcess) -> tuple[int, int, int]:
+    """Return resident KiB, threads and open files of a process."""
+    folder = Path(f"/proc/{process.process.pid}")
     lines = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
     return int(lines["VmRSS"].split()[0]), int(lines["Threads"]), len(list((folder / "fd").iterdir()))
 
 
 def _growth(measured: list[tuple[int, int, int]]) -> list[float]:
-    """Give the median of the last quarter less that of the second."""
+    """Return the difference between the medians of the last and the second quarter."""
     quarter = len(measured) // 4
     early, late = measured[quarter : 2 * quarter], measured[-quarter:]
     return [

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import redis
 from conftest import wait_until
-from processes import alive, command_lines, parent_of
+from processes import command_lines, is_alive, parent_of
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -81,16 +81,16 @@ def test_no_process_and_no_file_remains_however_the_owner_ends(
     process, pid = start_owner(then)
     guard = parent_of(pid) if number is not None else None
     if number is not None:
-        assert alive(pid)
+        assert is_alive(pid)
         os.killpg(process.pid, number)
     process.wait(15.0)
     if (
         number == signal.SIGINT or "return" in name or "raise" in name
     ):  # the exit handlers of Python could clean up
-        assert not alive(pid)
+        assert not is_alive(pid)
         assert not list(temporary_directory.iterdir())
-    wait_until(f"the server ends after {name}", lambda: not alive(pid))
-    wait_until(f"its guard ends after {name}", lambda: guard is None or not alive(guard))
+    wait_until(f"the server ends after {name}", lambda: not is_alive(pid))
+    wait_until(f"its guard ends after {name}", lambda: guard is None or not is_alive(guard))
     wait_until(f"its files go after {name}", lambda: not list(temporary_directory.iterdir()))
 
 
@@ -102,7 +102,7 @@ def test_the_server_ends_with_its_owner_even_while_the_owners_forked_child_lives
     try:
         process.kill()
         process.wait(15.0)
-        wait_until("the server ends", lambda: not alive(pid), timeout_seconds=5.0)
+        wait_until("the server ends", lambda: not is_alive(pid), timeout_seconds=5.0)
         wait_until("its files go", lambda: not list(temporary_directory.iterdir()), timeout_seconds=5.0)
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # the forked child
@@ -129,7 +129,7 @@ def test_the_server_ends_when_its_guard_is_killed() -> None:
         pid = server.pid
         assert pid is not None
         os.kill(parent_of(pid), signal.SIGKILL)
-        wait_until("the server ends", lambda: not alive(pid))
+        wait_until("the server ends", lambda: not is_alive(pid))
         assert not server.running
 
 
@@ -160,7 +160,7 @@ def test_a_server_that_ignores_sigterm_is_killed_in_time(
     os.kill(pid, signal.SIGSTOP)  # a suspended process does not handle SIGTERM
     started = time.monotonic()
     server.stop()
-    assert not alive(pid)
+    assert not is_alive(pid)
     assert time.monotonic() - started < 5.0
     assert "killed" in caplog.text
 

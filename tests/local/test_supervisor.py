@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_until
-from processes import alive, parent_of
+from processes import is_alive, parent_of
 
 from rlbroker.errors import Closed
 from rlbroker.local import restarts
@@ -192,7 +192,7 @@ def test_the_environment_is_added_to_the_inherited_one(monkeypatch: pytest.Monke
 
 
 STUBBORN = shell("trap '' INT TERM; echo ready; while :; do sleep 0.05; done")
-OBEDIENT_SCRIPT = "import time\nprint('ready', flush=True)\ntry: time.sleep(60)\nfinally: print('bye')"
+OBEDIENT_SCRIPT = "import time\ntry: print('ready', flush=True); time.sleep(60)\nfinally: print('bye')"
 OBEDIENT = [sys.executable, "-ISc", OBEDIENT_SCRIPT]
 
 
@@ -204,7 +204,7 @@ def test_stop_interrupts_then_kills_and_returns_the_killed_names() -> None:
     started = time.monotonic()
     assert supervisor.stop(0.5) == ["stubborn"]
     assert time.monotonic() - started < 4.0
-    assert not [pid for pid in pids if alive(pid)]
+    assert not [pid for pid in pids if is_alive(pid)]
     assert "bye" in output.lines_of("obedient")  # SIGINT let it finish
     assert {status.state for status in supervisor.status().values()} == {"stopped"}
     assert supervisor.status()["stubborn"].exit_code == -9
@@ -244,7 +244,7 @@ def test_stop_returns_in_time_even_if_the_output_handler_hangs(monkeypatch: pyte
     pid = pid_of(supervisor, "a")
     assert hanging.wait(15.0)
     assert supervisor.stop(0.1) == ["a"]
-    wait_until("the process is killed", lambda: not alive(pid))
+    wait_until("the process is killed", lambda: not is_alive(pid))
     release.set()
     wait_until("the thread ends", lambda: threading.active_count() == threads)
 
@@ -264,7 +264,7 @@ def test_the_children_of_a_process_end_with_it() -> None:
     with Supervisor({"a": shell("sleep 60 & echo $!; exit 0")}, on_output=output) as supervisor:
         assert supervisor.wait(15.0)
         grandchild = int(output.lines_of("a")[0])
-        wait_until("the grandchild ends", lambda: not alive(grandchild))
+        wait_until("the grandchild ends", lambda: not is_alive(grandchild))
 
 
 def test_a_supervisor_can_be_started_only_once() -> None:
@@ -313,15 +313,15 @@ def test_no_process_remains_however_the_owner_ends(
     guards = [parent_of(pid) for pid in pids] if number is not None else []
     try:
         if number is not None:
-            assert all(map(alive, pids))
+            assert all(map(is_alive, pids))
             if forks:
                 owner.send_signal(number)
             else:
                 os.killpg(owner.pid, number)
         owner.wait(15.0)
         if number in (None, signal.SIGINT):  # the exit handlers of Python could clean up
-            assert not any(map(alive, pids + guards))
-        wait_until(f"all end after {name}", lambda: not any(map(alive, pids + guards)))
+            assert not any(map(is_alive, pids + guards))
+        wait_until(f"all end after {name}", lambda: not any(map(is_alive, pids + guards)))
     finally:
         if forks:
             os.killpg(owner.pid, signal.SIGKILL)
@@ -333,4 +333,4 @@ def test_a_process_whose_guard_is_killed_ends_and_is_restarted() -> None:
         first = pid_of(supervisor, "a")
         os.kill(parent_of(first), signal.SIGKILL)
         wait_until("it runs again", lambda: supervisor.status()["a"].pid not in (None, first))
-        assert not alive(first)
+        assert not is_alive(first)

@@ -275,6 +275,8 @@ def test_any_client_reads_the_history(learner: Learner, server: Server, keys: Ke
     comm = learner()
     wait_until("it has written a sample", lambda: history(comm))
     comm.cleanup()
-    connection = Connection(server.way().get("redis_url"), client=server.way().get("redis_client"))
+    connection = Connection(
+        server.connection_settings().get("redis_url"), client=server.connection_settings().get("redis_client")
+    )
     assert read_history(connection, keys)[-1].epoch == comm.epoch
     connection.close()

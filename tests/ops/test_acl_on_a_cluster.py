@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import redis
 from conftest import ClusterServer, wait_until
-from engines import Cluster, Node
 from executable import rlbroker
+from nodes import Node
+from redis_cluster import Cluster
 
 from rlbroker import AccessDenied, WorkerClient, WorkerCommunicator
 from rlbroker.backend.error_mapping import is_missing_right
@@ -70,9 +71,9 @@ _ONLY_FOR_DOCTOR = {"cmdstat_config|get", "cmdstat_config", "cmdstat_acl|whoami"
 
 @pytest.fixture
 def guarded(
-    started: Callable[[str, str], ClusterServer], server_kind: str, tmp_path: Path
+    start_engine: Callable[[str, str], ClusterServer], server_kind: str, tmp_path: Path
 ) -> Iterator[GuardedCluster]:
-    server = started("cluster", server_kind)
+    server = start_engine("cluster", server_kind)
     server.client.flushall()
     try:
         yield GuardedCluster(server.engine, tmp_path / "secrets")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import redis
 from conftest import ClusterServer, TrioServer, wait_until
-from engines import Cluster
 from executable import rlbroker
-from servers import binary_of
+from redis_cluster import Cluster
+from servers import find_server_binary
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
@@ -27,8 +27,8 @@ RUN = "pong"
 
 
 @pytest.fixture(params=["cluster", "sentinel"])
-def several(request: pytest.FixtureRequest, started: Start, server_kind: str) -> Iterator[Any]:
-    found: ClusterServer | TrioServer = started(request.param, server_kind)
+def several(request: pytest.FixtureRequest, start_engine: Start, server_kind: str) -> Iterator[Any]:
+    found: ClusterServer | TrioServer = start_engine(request.param, server_kind)
     found.client.flushall()
     yield found
     found.client.flushall()
@@ -159,7 +159,7 @@ def test_doctor_names_a_node_that_the_others_have_marked_as_failed(several: Any)
         finally:
             node.launch()
             node.wait_ready()
-            engine.wait_ok()
+            engine.wait_until_stable()
     name, _, others = silent["what"].partition(" does not answer: ")
     assert (silent["state"], name) == ("critical", f"127.0.0.1:{node.port}")
     assert "continue without it" in others
@@ -189,7 +189,7 @@ def failed_ports(several: Any) -> set[str]:
         rows = several.engine.sentinels[0].ask("SENTINEL", "REPLICAS", several.engine.service)
         fields = [dict(zip(row[::2], row[1::2], strict=True)) for row in rows]
         return {one[b"port"].decode() for one in fields if b"s_down" in one[b"flags"]}
-    rows = several.engine.awake[0].ask("CLUSTER", "NODES").decode().splitlines()
+    rows = several.engine.responsive_nodes[0].ask("CLUSTER", "NODES").decode().splitlines()
     return {
         line.split()[1].partition("@")[0].rpartition(":")[2]
         for line in rows
@@ -217,9 +217,9 @@ def test_missing_rights_are_granted_on_every_node(
 
 
 def test_doctor_counts_the_sentinels_and_names_those_that_do_not_answer(
-    started: Start, server_kind: str
+    start_engine: Start, server_kind: str
 ) -> None:
-    trio = started("sentinel", server_kind)
+    trio = start_engine("sentinel", server_kind)
     _, *others = trio.engine.sentinels
     seen = [points(trio.url, "sentinels")]
     try:
@@ -228,7 +228,7 @@ def test_doctor_counts_the_sentinels_and_names_those_that_do_not_answer(
             seen.append(points(trio.url, "sentinels"))
     finally:
         trio.engine.start_sentinels()
-        trio.engine.wait_ok()
+        trio.engine.wait_until_stable()
     well, fewer, too_few = (one for (one,) in seen)
     first, second = (f"127.0.0.1:{one.port}" for one in others)
     assert (well["state"], well["what"].partition(" answer, ")[0]) == ("ok", "3 of 3 Sentinels")
@@ -239,8 +239,8 @@ def test_doctor_counts_the_sentinels_and_names_those_that_do_not_answer(
     assert "1 of 3 Sentinels answers, but 2 must agree" in too_few["what"]
 
 
-def test_doctor_finds_sentinels_that_the_url_does_not_name(started: Start, server_kind: str) -> None:
-    trio = started("sentinel", server_kind)
+def test_doctor_finds_sentinels_that_the_url_does_not_name(start_engine: Start, server_kind: str) -> None:
+    trio = start_engine("sentinel", server_kind)
     engine = trio.engine
     host, _, rest = trio.url.partition("://")
     named = f"{host}://{rest.split(',')[0]}/{engine.service}"
@@ -253,7 +253,7 @@ def test_doctor_finds_sentinels_that_the_url_does_not_name(started: Start, serve
         finally:
             for sentinel in engine.sentinels[1:]:
                 sentinel.thaw()
-            engine.wait_ok()
+            engine.wait_until_stable()
     assert too_few["state"] == "critical"
     assert "1 of 3 Sentinels answers" in too_few["what"]
     assert "NOQUORUM" in too_few["what"]
@@ -270,7 +270,7 @@ def lacks_quorum(engine: Any) -> bool:
 def test_doctor_warns_of_a_cluster_with_too_few_masters_for_a_failover(
     cluster: ClusterServer, server_kind: str, tmp_path: Path
 ) -> None:
-    binary = binary_of(server_kind)
+    binary = find_server_binary(server_kind)
     assert binary is not None
     with Cluster(binary, tmp_path, 2, 1) as small:
         (too_few,) = points(small.url, "cluster")

@@ -24,7 +24,7 @@ def new_watch(server: Server, run: str) -> Iterator[Callable[[], RunWatch]]:
     with ExitStack() as stack:
 
         def make() -> RunWatch:
-            where = server.way()
+            where = server.connection_settings()
             connection = Connection(
                 where.get("redis_url"), client=where.get("redis_client"), timeout_seconds=5.0
             )

@@ -1,4 +1,4 @@
-"""Certificates for tests, of two authorities that do not know each other, and a proxy that speaks TLS with them."""
+"""Certificates of two unrelated authorities, and a TLS proxy."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ DAY = timedelta(days=1)
 
 
 class Certificates:
-    """Files of an authority, and of another one; made when they are first asked for."""
+    """Certificate files of two authorities, `ours` and `other`, each created at its first use."""
 
     def __init__(self, folder: Path) -> None:
-        import trustme  # most tests need no certificates
+        import trustme  # slow to import, and most tests need no certificates
 
         self.folder = folder
         self._authorities = {"ours": trustme.CA(), "other": trustme.CA()}
@@ -32,7 +32,7 @@ class Certificates:
     def certificate(
         self, *names: str, authority: str = "ours", expired: bool = False, client: bool = False
     ) -> tuple[str, str]:
-        """Give the files of a certificate and of its key; `client` tells two with the same names apart."""
+        """Return the files of a certificate and its key; a client gets its own, also for the same names."""
         kind = "client" if client else "server"
         stem = self.folder / "-".join((kind, authority, *names, *(["expired"] if expired else [])))
         paths = f"{stem}.crt", f"{stem}.key"
@@ -54,14 +54,14 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 class TlsProxy:
-    """Speaks TLS with clients, and passes on what they say to a server that cannot."""
+    """A TLS proxy in front of a server without TLS."""
 
     def __init__(self, target: str, context: ssl.SSLContext) -> None:
-        """Begin to listen.
+        """Start to listen.
 
         Args:
             target: the server's Unix socket.
-            context: what new connections are made with; may be put in another's place at any time.
+            context: the TLS settings of new connections; may be replaced at any time.
         """
         self._target, self.context = target, context
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
@@ -84,21 +84,21 @@ class TlsProxy:
     def _serve(self, client: socket.socket) -> None:
         try:
             secure = self.context.wrap_socket(client, server_side=True)
-        except OSError:  # what is wrong was told to the client
+        except OSError:  # the TLS alert has told the client the reason
             client.close()
             return
         with secure, socket.socket(socket.AF_UNIX) as server:
             server.connect(self._target)
-            back = threading.Thread(target=_pass_on, args=(server, secure), daemon=True, name="tls-proxy")
-            back.start()
-            _pass_on(secure, server)
-            back.join()
+            replies = threading.Thread(target=_forward, args=(server, secure), daemon=True, name="tls-proxy")
+            replies.start()
+            _forward(secure, server)
+            replies.join()
 
 
 def server_context(
     certificate: tuple[str, str], ca: str, *, newest: ssl.TLSVersion = ssl.TLSVersion.MAXIMUM_SUPPORTED
 ) -> ssl.SSLContext:
-    """Give what deploy/redis/tls.conf asks of a server: clients must show a certificate."""
+    """Return a context with the settings of deploy/redis/tls.conf: clients need a certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.maximum_version = newest
     context.load_cert_chain(*certificate)
@@ -107,7 +107,7 @@ def server_context(
     return context
 
 
-def _pass_on(source: socket.socket, target: socket.socket) -> None:
+def _forward(source: socket.socket, target: socket.socket) -> None:
     try:
         while data := source.recv(1 << 18):
             target.sendall(data)

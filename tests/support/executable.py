@@ -1,4 +1,4 @@
-"""Runs `rlbroker` as a person does: the installed command, in a process of its own."""
+"""Runs the installed `rlbroker` command in processes."""
 
 from __future__ import annotations
 

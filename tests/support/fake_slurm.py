@@ -1,7 +1,6 @@
-"""As much of Slurm as deploy/slurm uses, for one machine: `srun`, `scontrol requeue` and `squeue` by the name it has.
+"""The parts of Slurm that deploy/slurm uses, on one machine: `srun`, `scontrol requeue` and `squeue`, by program name.
 
-It keeps in $FAKE_SLURM what was asked of it: a file `jobs/ID` for each job that is in the queue, a line in `requeued`
-for each that is to be queued again.
+The folder $FAKE_SLURM has a file `jobs/ID` for each queued job, and a line in `requeued` for each requeued one.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from types import FrameType
 
 
 def main() -> int:
-    """Do what the command of this name does."""
+    """Run the command that the program name selects."""
     home, name = Path(os.environ["FAKE_SLURM"]), Path(sys.argv[0]).name
     if name == "squeue":
         assert sys.argv[1:3] == ["--noheader", "--jobs"]
@@ -31,8 +30,8 @@ def main() -> int:
 
 
 def srun(arguments: list[str]) -> int:
-    """Run a command in as many processes as the job has tasks, and pass signals on."""
-    begin = next(place for place, one in enumerate(arguments) if not one.startswith("--"))
+    """Run a command in one process for each task of the job, and forward signals."""
+    begin = next(index for index, one in enumerate(arguments) if not one.startswith("--"))
     options = dict(one.removeprefix("--").split("=", 1) for one in arguments[:begin])
     assert set(options) <= {"output", "open-mode", "kill-on-bad-exit"}
     command = arguments[begin:]

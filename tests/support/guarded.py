@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import redis
 from executable import rlbroker
-from servers import binary_of, free_port
+from servers import find_server_binary, free_port
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "redis" / "redis.conf"
 
@@ -37,7 +37,7 @@ class GuardedServer:
         assert printed.returncode == 0, printed.stderr
         self.notes = printed.stderr
         (folder / "users.acl").write_text(printed.stdout)
-        binary = binary_of(kind)
+        binary = find_server_binary(kind)
         assert binary is not None
         self._log = (folder / "server.log").open("wb")
         self._process = subprocess.Popen(

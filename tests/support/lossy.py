@@ -1,4 +1,4 @@
-"""A client whose replies can be lost, and whose connections can break, on fakeredis too."""
+"""A Redis client that loses replies and breaks connections, also on fakeredis."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ import redis
 
 
 class Lossy:
-    """Loses replies of a client, after the server has done what was asked; the connection breaks with them."""
+    """A client that drops some replies and their connections after the server has run the commands."""
 
     def __init__(self, client: Any, loses: Callable[[], bool]) -> None:
-        """Take over a client that has no connections yet.
+        """Wrap a client that has no connections yet.
 
         Args:
-            client: the client; it must not try again by itself.
-            loses: is asked at each reply whether that one is lost.
+            client: a client without retries.
+            loses: returns, for each reply, whether it is lost.
         """
         self.client, self.lost = client, 0
         self._loses = loses
-        self._made: list[Any] = []
+        self._connections: list[Any] = []
         pool = self._pool(client)
-        pool.connection_class = self._lossy(pool.connection_class)
+        pool.connection_class = self._make_lossy(pool.connection_class)
 
     def _pool(self, client: Any) -> Any:
-        """Give the pool whose kind of connections rlbroker makes: of a Cluster's client, that of its first node."""
+        """Return the pool from which rlbroker takes the connection class: for a Cluster, that of the default node."""
         if isinstance(client, redis.RedisCluster):
             of_cluster: Any = client
             client = of_cluster.get_redis_connection(of_cluster.get_default_node())
         return client.connection_pool
 
     def break_connections(self) -> None:
-        """Have every connection fail at its next use, before the server gets what is sent."""
-        for connection in self._made:
+        """Make every connection fail at its next use, before the server receives the command."""
+        for connection in self._connections:
             connection.is_broken = True
 
-    def _lossy(self, connection_class: Any) -> Any:
-        line = self
+    def _make_lossy(self, connection_class: Any) -> Any:
+        lossy = self
 
-        class LossyConnection(connection_class):  # type: ignore[misc] # known only when it runs
+        class LossyConnection(connection_class):  # type: ignore[misc] # the base class is dynamic
             def __init__(self, **settings: Any) -> None:
                 self.is_broken = False
                 super().__init__(**settings)
-                line._made.append(self)
+                lossy._connections.append(self)
 
             def send_packed_command(self, *arguments: Any, **options: Any) -> Any:
                 if self.is_broken:
@@ -54,8 +54,8 @@ class Lossy:
 
             def read_response(self, *arguments: Any, **options: Any) -> Any:
                 reply = super().read_response(*arguments, **options)
-                if line._loses():
-                    line.lost += 1
+                if lossy._loses():
+                    lossy.lost += 1
                     self.disconnect()
                     raise redis.ConnectionError("the reply was lost")
                 return reply

@@ -1,4 +1,4 @@
-"""A run with planted faults on a real server, all of which an operator must be able to find."""
+"""A run with planted faults on a real server, for the tests of what an operator must find."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Planted:
     Attributes:
         url: the URL of its server, with the password.
         run: its name.
-        learner: the live learner; it publishes nothing by itself.
+        learner: the live learner; it publishes only on request.
         workers: the live workers; all but the one that is behind poll in the background.
         fenced: the worker that was fenced by a second process with its id.
         command: the id of the unanswered command.
@@ -130,7 +130,7 @@ def _make_run(
     workers[POISONER].load_weights({})
     workers[POISONER].send_experiences({"x": np.zeros(3, np.float32)})
     wait_until("a learner has read the batch", lambda: dying_learner.collect_experiences(0.5))
-    dying_learner._thread.stop(5.0)  # it dies before it acknowledges the batch
+    dying_learner._thread.stop(5.0)  # killed before it acknowledges the batch
     stack.callback(dying_learner._connection.close)
     learner = stack.enter_context(open_learner())
     wait_until(

@@ -1,7 +1,7 @@
-"""A worker process for the tests: says on stdout what it does, and is told to go by signals.
+"""A worker process that reports its steps on stdout and drains on signals.
 
-It prints `began N` and waits for a line on stdin before it sends batch N, so that a test knows what is in the works.
-After a line that says `obey` it goes on only when a command has arrived.
+It prints `began N` and waits for a line on stdin before it sends batch N, so that a test knows the pending batch.
+After the line `obey` it continues only when a command has arrived.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def main() -> None:
                 break
             number += 1
             print(f"began {number}", flush=True)
-            # A signal that comes just before a wait without an end would be noticed only after it.
+            # The wait is short because a signal just before it would be handled only after it.
             while not select.select([sys.stdin], [], [], 0.05)[0]:
                 pass
-            wish = sys.stdin.readline().strip()
+            request = sys.stdin.readline().strip()
             print(f"sent {worker.send_experiences({'number': number}).sequence}", flush=True)
-            while wish == "obey" and not worker._inbox.waiting:
+            while request == "obey" and not worker._inbox.waiting:
                 time.sleep(0.001)
     print("left", flush=True)
 

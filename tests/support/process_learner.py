@@ -1,4 +1,4 @@
-"""A learner process for the tests: inserts and acknowledges some batches, then holds others for ever."""
+"""A learner process that inserts and acknowledges 60 batches, then keeps others pending until it is killed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlbroker import WorkerCommunicator
 
 
 def main() -> None:
-    run, log_path, last_life = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
+    run, log_path, last_incarnation = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
     with (
         Path(log_path).open("a", buffering=1) as log,
         WorkerCommunicator(1, run=run, acknowledge="manual") as comm,
@@ -19,15 +19,15 @@ def main() -> None:
         inserted = 0
         while True:
             pairs = comm.collect_experiences(timeout=1.0, max_batches=20)
-            if inserted >= 60 and pairs and not last_life:
-                # Read and neither inserted nor acknowledged: this is where it is killed.
-                log.write(json.dumps({"held": len(pairs)}) + "\n")
+            if inserted >= 60 and pairs and not last_incarnation:
+                # The batches are read, but neither inserted nor acknowledged: the test kills the process here.
+                log.write(json.dumps({"pending": len(pairs)}) + "\n")
                 time.sleep(600)
             for _, batch in pairs:
                 log.write(json.dumps({"inserted": batch["number"]}) + "\n")
                 inserted += 1
             comm.acknowledge(pairs)
-            if last_life and pairs and pairs[-1][1]["number"] == 300:
+            if last_incarnation and pairs and pairs[-1][1]["number"] == 300:
                 return
 
 

@@ -1,4 +1,4 @@
-"""A worker process for the tests: sends numbered batches, and logs what it sent and what it applied."""
+"""A worker process that sends numbered batches, and logs sent batches and applied versions."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def main() -> None:
         WorkerClient(run=run, worker_id=int(worker_id)) as worker,
     ):
 
-        def note(**facts: object) -> None:
+        def log_facts(**facts: object) -> None:
             log.write(json.dumps(facts) + "\n")
 
         sent = 0
         try:
             while worker.running and (stays or sent < int(batches)):
                 if worker.poll({}):
-                    note(applied=worker.version)
+                    log_facts(applied=worker.version)
                 if sent < int(batches):
                     receipt = worker.send_experiences(
                         {"number": sent + 1, "obs": np.arange(64.0)}, timeout=60.0
                     )
                     if receipt:
                         sent += 1
-                        note(sent=receipt.sequence)
+                        log_facts(sent=receipt.sequence)
         except Fenced as error:
-            note(fenced=str(error))
+            log_facts(fenced=str(error))
             raise SystemExit(3) from None
 
 

@@ -1,4 +1,4 @@
-"""Looking at processes from outside, with what a bare machine has: /proc on Linux, `ps` elsewhere."""
+"""Reads the state of processes from /proc on Linux, from `ps` elsewhere."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 _PROC = Path("/proc")
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that only waits for its parent to take note does not."""
-    state = _facts(pid)[0]
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs; a zombie does not."""
+    state = _read_state(pid)[0]
     return state != "" and not state.startswith("Z")
 
 
 def parent_of(pid: int) -> int:
-    return int(_facts(pid)[1])
+    return int(_read_state(pid)[1])
 
 
 def command_line(pid: int) -> str:
-    """The command line of one process, as everybody on the machine can read it; empty if it is not there."""
+    """Return the command line of a process, which every user of the machine can read; empty if it has ended."""
     if not (_PROC / "self").exists():
         command = ["ps", "-o", "args=", "-p", str(pid)]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout
@@ -30,7 +30,7 @@ def command_line(pid: int) -> str:
 
 
 def command_lines() -> str:
-    """The command lines of all processes."""
+    """Return the command lines of all processes."""
     if not (_PROC / "self").exists():
         return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     lines = []
@@ -38,18 +38,18 @@ def command_lines() -> str:
         try:
             lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
         except OSError:
-            continue  # it ended meanwhile
+            continue  # the process has ended
     return "\n".join(lines)
 
 
-def _facts(pid: int) -> tuple[str, str]:
-    """Give state and parent; empty if there is no such process."""
+def _read_state(pid: int) -> tuple[str, str]:
+    """Return the state and the parent of a process; empty strings if it does not exist."""
     if not (_PROC / "self").exists():
         command = ["ps", "-o", "stat=,ppid=", "-p", str(pid)]
         found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
         return (found[0], found[1]) if found else ("", "")
     try:
-        # The command's name, in brackets, may hold spaces.
+        # The name of the command, in brackets, may contain spaces.
         rest = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return "", ""

@@ -1,4 +1,4 @@
-"""A terminal for a full-screen command: types keys, shows the screen, and checks that it is restored."""
+"""A terminal for a full-screen command: sends keys, reads the screen, and checks that it is restored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images for tests of the host cache; two caches in one process know as little of each other as two processes."""
+"""Images for tests of the host cache; two caches in one process share no state, like those of two processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Join = Callable[..., HostCache]
 
 @contextmanager
 def host_caches(directory: Path) -> Iterator[Join]:
-    """Open caches with the function that this returns, and close them in the end; nothing may be left then."""
+    """Yield a function that opens caches; at the end close them and check that no files are left."""
     joined = []
 
     def join(run: str = "pong", keep: int = 2) -> HostCache:
@@ -39,7 +39,7 @@ def name_of(version: int) -> str:
 
 
 def put(cache: HostCache, version: int, size: int = SIZE, header: bytes = b"header") -> SharedImage:
-    """Publish an image whose bytes are all the version's number."""
+    """Publish an image whose bytes all equal the version."""
     draft = cache.reserve(size)
     assert draft is not None
     draft.image[:] = version % 256

@@ -1,4 +1,4 @@
-"""The options that a command would be called with, for the command lines in the files of deploy/."""
+"""Parses the command lines in the files of deploy/ into options."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_2_a_worker_polls_for_newer_weights(learner: Learner, worker: Worker) ->
     assert client.version == 2
 
 
-def test_3_experiences_come_back_as_they_went_in(learner: Learner, worker: Worker) -> None:
+def test_3_experiences_arrive_unchanged(learner: Learner, worker: Worker) -> None:
     """A batch is a dictionary of tensors, arrays and plain values, nested or not."""
     comm, client = learner(), worker(worker_id=1)
     client.send_experiences(
@@ -118,8 +118,8 @@ def test_8_commands_have_an_outcome(learner: Learner, worker: Worker) -> None:
     bad.on_command("set_lr", lambda lr: 1 / lr)
 
     command = comm.send_control_command("set_lr", 0)
-    wait_until("the good worker has obeyed", lambda: good.poll() or not _is_waiting(command, good))
-    wait_until("the bad worker has obeyed", lambda: bad.poll() or not _is_waiting(command, bad))
+    wait_until("the good worker has run the command", lambda: good.poll() or not _is_waiting(command, good))
+    wait_until("the bad worker has run the command", lambda: bad.poll() or not _is_waiting(command, bad))
 
     outcomes = command.wait(timeout=5.0)
     assert outcomes[0].state == "done"
@@ -156,7 +156,7 @@ def test_10_every_missed_version_is_recorded(learner: Learner, worker: Worker) -
 
 
 def test_11_one_process_for_each_worker_id(learner: Learner, worker: Worker) -> None:
-    """A second process with the same id fences the first: from then on nothing of the first is accepted."""
+    """A second process with the same id fences the first: its batches are refused from then on."""
     comm = learner()
     old = worker(worker_id=3)
     new = worker(worker_id=3)

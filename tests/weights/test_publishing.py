@@ -43,7 +43,9 @@ def some_weights() -> dict[str, torch.Tensor]:
 def test_many_chunks_make_one_version(server: Server, keys: Keys, learner: Learner) -> None:
     """Small limits stand in for gigabytes: chunks, segments and their order."""
     epoch = learner().epoch
-    connection = Connection(**{name.replace("redis_", ""): value for name, value in server.way().items()})
+    connection = Connection(
+        **{name.replace("redis_", ""): value for name, value in server.connection_settings().items()}
+    )
     publisher = Publisher(connection, keys, epoch=epoch, segment_bytes=256, chunk_bytes=600)
     weights: dict[str, Any] = {
         "big": np.arange(5000.0),

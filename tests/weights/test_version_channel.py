@@ -18,7 +18,7 @@ def test_an_announcement_that_comes_with_the_confirmation_is_noticed_at_once(
     server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(version_channel, "PING_SECONDS", 3600.0)  # the reply to a ping would end the wait too
-    way = server.way()
+    way = server.connection_settings()
     connection = Connection(way.get("redis_url"), client=way.get("redis_client"))
     channel, found = VersionChannel(connection, keys), list[int]()
     thread = BackgroundThread("listener", lambda: found.append(channel.wait(Deadline(3600.0), thread)))

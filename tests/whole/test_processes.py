@@ -164,7 +164,7 @@ def test_a_suspended_worker_is_fenced_when_it_resumes(
 
 
 def _has_read(learner: Process) -> bool:
-    return any("held" in line for line in learner.lines())
+    return any("pending" in line for line in learner.lines())
 
 
 def _incarnations(got: list[tuple[int, int]]) -> set[int]:
