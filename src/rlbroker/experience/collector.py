@@ -78,7 +78,7 @@ class Collector:
         self._collecting = threading.Lock()
         self._began = False
         self._outage = OutageLog("collecting")
-        self._connected = False  #: whether the last read succeeded
+        self._retried = False  #: whether the present call has retried a read that may not wait
         self._wait_seconds = 0.0  #: seconds that the present call has waited for entries
 
     def collect(self, *, timeout_seconds: float, max_batches: int | None) -> list[tuple[int, Batch]]:
@@ -94,6 +94,7 @@ class Collector:
         try:
             self._began, self._reader.drained = True, False
             self._unpacker.decode_seconds = self._wait_seconds = 0.0
+            self._retried = False
             if self._reader.entries or self._rate_limiter.is_active:
                 self._reader.acknowledge_returned()  # otherwise the first read acknowledges, in the same round trip
             room = self._rate_limiter.wait(deadline.remaining)
@@ -271,14 +272,13 @@ class Collector:
                 self._reader.acknowledge_returned()  # retries for as long as the connection's timeout
                 return True
             if deadline is None or deadline.over:
-                if self._connected:  # the connection may have broken long ago, while no call used it
-                    self._connected = False
-                    return True
-                raise
+                if self._retried:
+                    raise
+                self._retried = True  # the connection may have broken long ago, while no call used it
+                return True
             self._outage.report(error)
             time.sleep(min(BLOCK_SECONDS, deadline.remaining))
             return False
-        self._connected = True
         self._outage.end()
         return filled
 
