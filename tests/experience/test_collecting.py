@@ -326,7 +326,7 @@ def test_batches_that_a_fenced_learner_read_are_delivered(
     assert len(old.collect_experiences(timeout=5.0)) == 1
     got = wait_until("the new learner has it", lambda: new.collect_experiences(timeout=0.1))
     assert got[0][1]["number"] == 1
-    with pytest.raises(Fenced, match="a newer learner has taken over"):
+    with pytest.raises(Fenced, match="a newer learner with this name has taken over"):
         wait_until("the old learner knows", lambda: old.collect_experiences(timeout=0.1) and False)
 
 
