@@ -11,7 +11,7 @@ import pytest
 from arena import Arena, measure_recovery
 from redis_cluster import Cluster
 
-#: The server of a shard, with streams and chunks, or the run's own server, with pointer, control and ledger.
+#: The server of a shard, with streams and chunks, or the run's own server, with manifest, control and ledger.
 PARTS = ["shard", "own"]
 
 

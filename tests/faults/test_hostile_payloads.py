@@ -47,9 +47,9 @@ def test_10_hostile_payloads_in_every_stream_and_chunk(
             }
             client.xadd(keys.acknowledgements(0), acknowledgement, id=f"1-{number}")
             if number % 50 == 0:  # also damage what workers read: a chunk and a command
-                pointer = text_fields(client.hgetall(keys.weights))
+                manifest = text_fields(client.hgetall(keys.weights))
                 client.set(
-                    keys.chunk(pointer["upload"], chance.randrange(2)), make_hostile_payload(chance), ex=60
+                    keys.chunk(manifest["upload"], chance.randrange(2)), make_hostile_payload(chance), ex=60
                 )
                 command = {"event": "command", "command": f"bad{number}", "name": "note", "workers": "0,1"}
                 client.xadd(keys.control, command | {"data": make_hostile_payload(chance)})

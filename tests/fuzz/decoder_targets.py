@@ -76,7 +76,7 @@ def weights(data: bytes) -> None:
         return
 
 
-def pointer(data: bytes) -> None:
+def manifest(data: bytes) -> None:
     """Read the manifest of the latest weights from fields."""
     fields = text_fields(data.split(b"\n")[: len(data.split(b"\n")) // 2 * 2])
     try:
@@ -143,7 +143,7 @@ def image(data: bytes) -> None:
     assert encode(decode(again)) == again
 
 
-TARGETS = (message, sealed_message, sealed_segments, weights, pointer, answer, delta_segment, image)
+TARGETS = (message, sealed_message, sealed_segments, weights, manifest, answer, delta_segment, image)
 
 
 def feed(data: bytes) -> None:
