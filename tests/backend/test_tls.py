@@ -330,7 +330,7 @@ def test_a_url_with_tls_for_a_server_without_tls_is_refused(
         assert server.network_url is not None
         url = server.network_url.replace("redis://", "rediss://").removesuffix("/0")
         assert refusal_message(f"{url}?{query(certificates.ca())}").startswith(
-            "speaks no TLS, and the URL says rediss://: turn TLS on in the server"
+            "does not speak TLS, but the URL says rediss://: turn TLS on in the server"
         )
 
 

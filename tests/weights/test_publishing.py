@@ -125,7 +125,7 @@ def test_a_learner_that_continues_a_run_warns_of_it(
     learner(learner_name="other", publishes=False)
     assert "goes on" not in caplog.text  # the run was empty, or this learner does not publish
     learner()
-    assert "continues: version 1, 1 batch of earlier workers waiting" in caplog.text
+    assert "continues: version 1, 1 batch waiting" in caplog.text
 
 
 @pytest.mark.on_every_engine

@@ -57,7 +57,7 @@ _OLD_PROTOCOL = ("UNSUPPORTED_PROTOCOL", "PROTOCOL_VERSION")
 
 
 class TlsRefused(redis.ConnectionError):
-    """A secure connection is impossible. The text is a predicate of the server: "speaks no TLS"."""
+    """A secure connection is impossible. The text is a predicate of the server: "does not speak TLS"."""
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,8 @@ class TlsConnection(redis.Connection):
             certain = isinstance(error, ssl.SSLCertVerificationError) or _is_alert(error)
             if not certain and self._answers_without_tls():
                 raise TlsRefused(
-                    "speaks no TLS, and the URL says rediss://: turn TLS on in the server, or write redis:// if the "
-                    "network can be trusted"
+                    "does not speak TLS, but the URL says rediss://: turn TLS on in the server, or write redis:// if "
+                    "the network can be trusted"
                 ) from error
             if not isinstance(error, TimeoutError):
                 raise

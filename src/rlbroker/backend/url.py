@@ -58,7 +58,8 @@ def redis_url(url: str | None = None) -> str:
     if scheme not in URL_SCHEMES:
         known = ", ".join(f"{name}://" for name in URL_SCHEMES)
         raise InvalidArgument(
-            f"the server's URL has the scheme {scheme!r}; use one of {known}, such as {DEFAULT_URL!r} "
+            f"the server's URL has {f'the scheme {scheme!r}' if scheme else 'no scheme'}; use one of {known}, such as "
+            f"{DEFAULT_URL!r} "
             "(it comes from the argument, RLBROKER_REDIS_URL, or REDIS_URL)"
         )
     if "://" not in found:

@@ -163,8 +163,7 @@ def _warn_of_earlier_training(connection: Connection, keys: Keys, roster: Roster
     batches = sum(count.waiting + count.in_hand for count in counts)
     if version or batches:
         logger.warning(
-            "the run %r continues: version %d, %s of earlier workers waiting. For a new training, choose another "
-            "run name",
+            "the run %r continues: version %d, %s waiting. For a new training, choose another run name",
             keys.run,
             version,
             counted(batches, "batch", "batches"),

@@ -93,7 +93,7 @@ def _check_fits(weights: Any, target: Mapping[str, Any]) -> None:
     if different:
         problems.append(_name_some(different))
     if problems:
-        raise WeightsMismatch("the received weights do not fit the model; " + "; ".join(problems))
+        raise WeightsMismatch("the received weights do not fit the model: " + "; ".join(problems))
 
 
 def _shapes(tree: Mapping[str, Any], path: str = "") -> dict[str, str]:

@@ -5,7 +5,7 @@
 local leading = tonumber(redis.call('HGET', KEYS[1], 'epoch') or '0') or 0
 if leading > tonumber(ARGV[1]) then
   return redis.error_reply('FENCED a newer learner publishes in this run; ' ..
-    'of several, make those that only collect experiences with publishes=False')
+    'if several learners share the run, create all but one with publishes=False')
 elseif leading < tonumber(ARGV[1]) then
   return redis.error_reply('LOST the server has lost the run')
 end

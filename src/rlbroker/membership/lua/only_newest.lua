@@ -5,5 +5,5 @@
 local newest = tonumber(redis.call('HGET', KEYS[1], 'incarnation') or '0') or 0
 if newest > tonumber(ARGV[2]) then
   return redis.error_reply('FENCED worker ' .. ARGV[1] .. ' was replaced by a newer process, or it was silent ' ..
-    'for longer than forget_seconds, or it has left; if nothing took its place, start it again')
+    'for longer than forget_seconds, or it has left; to run it again, omit worker_id or choose a free one')
 end
