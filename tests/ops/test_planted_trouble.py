@@ -55,7 +55,7 @@ def test_each_finding_names_its_worker_and_the_fault(planted: Planted) -> None:
     output = ask(planted, "status").stdout
     assert f"worker {BEHIND} is {VERSIONS_BEHIND} versions behind: it runs 3 of 20" in output
     assert re.search(rf"worker {DEAD} \(\S+ pid \d+\) is away: last seen [\d.]+ s ago", output)
-    assert re.search(rf"a second process \(\S+:\d+\) used the id of worker {TWIN} and was fenced", output)
+    assert re.search(rf"another process \(\S+:\d+\) with the id of worker {TWIN} was fenced", output)
     assert f"1 batch of worker {POISONER} could not be used" in output
     assert "maxmemory-policy allkeys-lru: it deletes weights and experiences" in output
 

@@ -260,7 +260,7 @@ WORKER_METRICS: Final[tuple[RunMetric[MemberSource], ...]] = (
     ),
     RunMetric(
         "rlbroker_worker_fenced_seconds",
-        "Time since a second process with this worker's id was fenced; absent without one.",
+        "Time since another process with this worker's id was fenced; absent without one.",
         lambda member: member.info.fenced_seconds,
     ),
     RunMetric(

@@ -385,7 +385,7 @@ def _member_findings(snapshot: Snapshot, info: WorkerInfo, limits: FindingLimits
             "warning",
             "worker_fenced",
             worker,
-            f"a second process ({info.fenced_process}) used the id of worker {worker} and was fenced "
+            f"another process ({info.fenced_process}) with the id of worker {worker} was fenced "
             f"{age(info.fenced_seconds)} ago",
             details,
         )
