@@ -143,21 +143,6 @@ class Connection:
         except AskRedirect as ask:
             return self.router.shape_reply(command, follow_redirect(self, ask.redirect, command))
 
-    def append(
-        self, key: str, entry_id: str, fields: Sequence[Argument], *, deadline: Deadline | None = None
-    ) -> bool:
-        """Add an entry with an explicit id to a stream; return False if the stream already has a later or equal id.
-
-        It has one if this is a resend after a lost reply, or if a newer incarnation has replaced the worker.
-        """
-        try:
-            self.execute("XADD", key, entry_id, *fields, deadline=deadline)
-        except ServerFault as error:
-            if "equal or smaller" in str(error):
-                return False
-            raise
-        return True
-
     def clock(self, key: str) -> float:
         """Return the time of the server that has a key, in seconds since the Unix epoch."""
         return server_seconds(self.execute_all([("EXISTS", key), ("TIME",)])[1])

@@ -194,6 +194,11 @@ def script_is_unknown(error: PeerError) -> bool:
     return "NOSCRIPT" in str(error) or "No matching script" in str(error)
 
 
+def id_was_passed(error: PeerError) -> bool:
+    """Return whether XADD was refused because the stream has had this id or a later one: so it is for a resend."""
+    return "equal or smaller" in str(error)
+
+
 def missing_scripts_error(address: str) -> RunLost:
     """Return the error for missing scripts that only the learner may load."""
     return RunLost(

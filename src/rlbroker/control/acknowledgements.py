@@ -12,6 +12,7 @@ from typing import Final
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.error_mapping import id_was_passed
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import entry_place, parsing
 from rlbroker.errors import Fenced, RunLost, ServerFault
@@ -160,7 +161,7 @@ class AcknowledgementSender:
                 *acknowledgement.fields,
             )
         except ServerFault as error:
-            if "equal or smaller" not in str(error):
+            if not id_was_passed(error):
                 raise
             newest = self._channel.execute("HGET", self._keys.life(self._worker_id), "incarnation")
             if int(newest or 0) > self._incarnation:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Deadline
-from rlbroker.backend.error_mapping import SlotMigrating
+from rlbroker.backend.error_mapping import SlotMigrating, id_was_passed
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import entry_place, group_position, newest_place, pending_summary
 from rlbroker.backend.scripts import Script
@@ -244,7 +244,7 @@ class StreamWriter:
         if reply is None:
             self.stale = True
             raise RunLost(f"the server lost the queue of worker {self._worker_id}")
-        if isinstance(reply, ServerFault) and "equal or smaller" in str(reply):
+        if isinstance(reply, ServerFault) and id_was_passed(reply):
             self._check_stored(batch)
         elif isinstance(reply, PeerError):
             raise reply
