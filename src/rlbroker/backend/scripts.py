@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any, Self
 
@@ -46,6 +46,7 @@ class Script:
         return ("EVALSHA", self.sha, len(keys), *keys, *arguments)
 
 
+@cache
 def _read(path: str) -> str:
     text = files("rlbroker").joinpath(path).read_text(encoding="utf-8")
     return _INCLUDE.sub(lambda found: _read(found[1]), text)

@@ -92,7 +92,7 @@ def read_leaf(kind: object, dtype: object, shape: object, *cast_from: object) ->
             raise WireError("the shape of a leaf is larger than any memory")
     if (kind == "scalar" and shape) or (kind == "bytes" and (len(shape) != 1 or dtype != "|u1")):
         raise WireError(f"a leaf ({kind}) with {len(shape)} dimensions")
-    return Leaf(kind, dtype, tuple(shape), carrier, original)  # type: ignore[arg-type]
+    return Leaf(kind, dtype, tuple(shape), carrier, original)  # type: ignore[arg-type] # checked above
 
 
 class LeafTable:

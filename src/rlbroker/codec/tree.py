@@ -130,9 +130,9 @@ class TreePacker:
     def _key(self, key: object) -> object:
         kind = type(key)
         if kind is str:
-            return _check_str(key)  # type: ignore[arg-type]
+            return _check_str(key)  # type: ignore[arg-type] # `kind` says that it is a str
         if kind is int:
-            return key if _INT64_MIN <= key <= _UINT64_MAX else _long_int(key)  # type: ignore
+            return key if _INT64_MIN <= key <= _UINT64_MAX else _long_int(key)  # type: ignore # `kind` says that it is an int
         raise RefusedError(f"the key {key!r:.80} is of type {kind.__name__}; keys must be str or int")
 
 
@@ -205,7 +205,7 @@ def check_packed(value: object, leaf_count: int, max_depth: int, depth: int = 0)
     if kind is dict or kind is list:
         if depth >= max_depth:
             raise WireError(f"containers are nested deeper than {max_depth} levels")
-        items: Any = value.values() if kind is dict else value  # type: ignore[attr-defined]
+        items: Any = value.values() if kind is dict else value  # type: ignore[attr-defined] # see `kind`
         for position, item in enumerate(items):
             if type(item) is TupleMark:
                 if kind is dict or position:

@@ -69,15 +69,7 @@ class Heartbeat:
         self._host, self._pid = socket.gethostname(), os.getpid()
 
     def register(self, worker_id: int | None) -> Registration:
-        """Register under this worker id, or under the lowest free one, and send the first heartbeat.
-
-        A process that already has the given id is fenced.
-
-        Raises:
-            InvalidArgument: the worker id is invalid.
-            IncompatibleFormat: the run's learner writes another wire format.
-            DeadlineExceeded: no free id was found in time.
-        """
+        """Register, as `Registrar.register` does, and send the first heartbeat."""
         self.registration = self._registrar.register(worker_id)
         self._connection.retry(self._beat)
         return self.registration

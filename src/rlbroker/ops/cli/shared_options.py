@@ -97,7 +97,7 @@ def with_session(
         if name not in without
     }
     parameters = [*own, *shared.values()]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # typer reads it
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__name__, command.__doc__ = body.__name__, unwrap(body.__doc__ or "")
     return command
