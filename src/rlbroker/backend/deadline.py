@@ -36,6 +36,10 @@ class Deadline:
         return time.monotonic() >= self._end
 
 
+#: In place of a deadline: one attempt, which ends with the connection's own timeout or with an outer deadline.
+ONE_TRY: Final = Deadline(0)
+
+
 class _ThreadState(threading.local):
     """The deadline of each thread."""
 

@@ -7,6 +7,7 @@ in between may lack writes that it had acknowledged before, and counts as anothe
 from __future__ import annotations
 
 import random
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ import redis
 from redis import exceptions as redis_errors
 
 from rlbroker.backend.deadline import Deadline, try_seconds, within
+from rlbroker.backend.exchange import Exchange
+from rlbroker.backend.replies import info_fields, shaped
 from rlbroker.backend.threads import BackgroundThread
 
 #: How often the roles of the servers are read while nothing seems wrong.
@@ -212,11 +215,13 @@ class ClientsByAddress:
         """Return the replicas that a master names in INFO; cached for some seconds."""
         known = self._replicas
         if known is None or known[0] != master.address or known[1].over:
-            info = query(master.client, "INFO", "replication")
+            info = info_fields(query(master.client, "INFO", "replication"))
             rows = [
-                value for name, value in info.items() if name.startswith("slave") and isinstance(value, dict)
+                dict(pair.partition("=")[::2] for pair in value.split(","))
+                for name, value in info.items()
+                if re.fullmatch(r"slave\d+", name)
             ]
-            online = [(str(row["ip"]), int(row["port"])) for row in rows if row.get("state") == "online"]
+            online = [(row["ip"], int(row["port"])) for row in rows if row.get("state") == "online"]
             known = self._replicas = master.address, Deadline(REPLICAS_SECONDS), online
         return [Server(self.at(address), address) for address in known[2]]
 
@@ -228,9 +233,16 @@ class ClientsByAddress:
 
 
 def query(client: redis.Redis, *command: str) -> Any:
-    """Return redis-py's reply to a command."""
-    execute: Callable[..., Any] = client.execute_command
-    return execute(*command)
+    """Return the reply to a command, in redis-py's shape; raise redis-py's errors."""
+    exchange = Exchange(client.connection_pool)
+    try:
+        exchange.put([command])
+        reply = exchange.get()
+    finally:
+        exchange.give_back()
+    if isinstance(reply, Exception):
+        raise reply
+    return shaped(client, command, reply)
 
 
 def discovery_error(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rlbroker.backend.connection import Argument, Connection, ScriptCall, flat
+from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import pending_rows, text_fields, whole_number
@@ -83,8 +83,8 @@ class PendingEntries:
         """Fence older epochs of this learner: from now on the server refuses their acknowledgements."""
         with self._lock:
             new = [one for one in workers if one not in self._counted]
-        calls = [(FENCE_LEARNER, self._keys_of(one), (self.name, self.epoch)) for one in new]
-        for worker, counts in zip(new, self._connection.run_all(calls, deadline=deadline), strict=True):
+        calls = [FENCE_LEARNER.call(self._keys_of(one), (self.name, self.epoch)) for one in new]
+        for worker, counts in zip(new, self._connection.execute_all(calls, deadline=deadline), strict=True):
             self.remember_counts(worker, counts)
 
     def remember_counts(self, worker: int, counts: Any) -> None:
@@ -149,7 +149,7 @@ class PendingEntries:
         """
         with self.writing_counts(deadline):
             acknowledgements = self.acknowledgements(entries)
-            replies = self._connection.run_all(self._script_calls(acknowledgements), deadline=deadline)
+            replies = self._connection.execute_all(self.commands(acknowledgements), deadline=deadline)
             return self.note_acknowledged(acknowledgements, replies, deadline=deadline)
 
     def acknowledgements(self, entries: Sequence[tuple[Stream, str, str]]) -> Acknowledgements:
@@ -165,8 +165,11 @@ class PendingEntries:
 
     def commands(self, acknowledgements: Acknowledgements) -> list[tuple[Argument, ...]]:
         """Return the commands of acknowledgements, to be sent with other commands within `writing_counts`."""
-        calls = self._script_calls(acknowledgements)
-        return [script.call(keys, arguments) for script, keys, arguments in calls]
+        commands = []
+        for stream, outcomes in acknowledgements.items():
+            entries = [part for entry_id, outcome in outcomes.items() for part in (entry_id, *outcome)]
+            commands.append(ACKNOWLEDGE.call(stream.keys, (*self.identity, *entries)))
+        return commands
 
     def note_acknowledged(
         self,
@@ -223,21 +226,14 @@ class PendingEntries:
             with self._lock:
                 calls = [self._restore_call(one) for one in (self._counted if workers is None else workers)]
             if workers is None:
-                self._connection.run_where_reachable(calls, deadline=deadline)
+                self._connection.execute_where_reachable(calls, deadline=deadline)
             else:
-                self._connection.run_all(calls, deadline=deadline)
+                self._connection.execute_all(calls, deadline=deadline)
 
-    def _script_calls(self, acknowledgements: Acknowledgements) -> list[ScriptCall]:
-        calls: list[ScriptCall] = []
-        for stream, outcomes in acknowledgements.items():
-            entries = [part for entry_id, outcome in outcomes.items() for part in (entry_id, *outcome)]
-            calls.append((ACKNOWLEDGE, stream.keys, (*self.identity, *entries)))
-        return calls
-
-    def _restore_call(self, worker: int) -> ScriptCall:
+    def _restore_call(self, worker: int) -> tuple[Argument, ...]:
         counted, by_workers = self._counted[worker], self._counted_by_workers.get(worker, {})
         arguments = (self.name, self.epoch, len(counted), *flat(counted), *flat(by_workers))
-        return RESTORE_COUNTS, self._keys_of(worker), arguments
+        return RESTORE_COUNTS.call(self._keys_of(worker), arguments)
 
     def _keys_of(self, worker: int) -> tuple[str, str]:
         return self._keys.epochs(worker), self._keys.counts(worker)
@@ -262,12 +258,12 @@ class Takeover:
             [("XPENDING", one.key, GROUP, "IDLE", idle_milliseconds, "-", "+", TAKE_COUNT) for one in streams]
         )
         abandoned = [[row[0] for row in pending_rows(reply) if row[1] not in own] for reply in replies]
-        calls: list[ScriptCall] = [
-            (TAKE_ABANDONED, stream.keys, (*self._pending.identity, idle_milliseconds, *ids))
+        calls = [
+            TAKE_ABANDONED.call(stream.keys, (*self._pending.identity, idle_milliseconds, *ids))
             for stream, ids in zip(streams, abandoned, strict=True)
             if ids
         ]
-        taken = sum(bool(one) for ids in self._connection.run_all(calls) for one in ids)
+        taken = sum(bool(one) for ids in self._connection.execute_all(calls) for one in ids)
         if taken:
             what = counted(taken, "batch was", "batches were")
             logger.warning("%s taken over from a learner that stopped renewing them", what)
@@ -282,7 +278,7 @@ class Takeover:
         """Renew this learner's claim on its pending entries when a third of `take_over_seconds` has passed."""
         if self._next_renewal.over:
             calls = [
-                (RENEW, (one.key,), (GROUP, name)) for one in streams for name in self._pending.consumers
+                RENEW.call((one.key,), (GROUP, name)) for one in streams for name in self._pending.consumers
             ]
-            self._connection.run_where_reachable(calls)
+            self._connection.execute_where_reachable(calls)
             self._next_renewal = Deadline(self._seconds / 3)
