@@ -57,7 +57,7 @@ def test_many_chunks_make_one_version(server: Server, keys: Keys, learner: Learn
 
     subscriber = Subscriber(connection, keys)
     subscriber.start()
-    [update] = subscriber.take(5.0)
+    [update] = wait_until("the version is ready", lambda: subscriber.updates)
     subscriber.stop(5.0)
     publisher.close()
     connection.close()

@@ -132,7 +132,12 @@ class Publisher:
                 if not self._in_background.done():  # another thread was faster
                     continue
                 tree = self._gpu_copy.to_host(weights)
-                plan = ImagePlan(tree.tree, dtype=dtype, segment_bytes=self._segment_bytes)
+                plan = ImagePlan(
+                    tree.tree,
+                    dtype=dtype,
+                    segment_bytes=self._segment_bytes,
+                    metadata=getattr(weights, "_metadata", None),
+                )
                 draft = self._images.reserve(plan.image_bytes, plan.raw_bytes)
                 if wait or not tree.pending:
                     tree.fill(plan, draft.array)
