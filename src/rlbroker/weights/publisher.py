@@ -140,8 +140,12 @@ class Publisher:
                     metadata=getattr(weights, "_metadata", None),
                 )
                 draft = self._images.reserve(plan.image_bytes, plan.raw_bytes)
-                if wait or not tree.pending:
-                    tree.fill(plan, draft.array)
+                try:
+                    if wait or not tree.pending:
+                        tree.fill(plan, draft.array)
+                except BaseException:
+                    draft.abandon()
+                    raise
                 work = partial(self._publish_in_background, tree, plan, draft, compression, began)
                 self._last = task = Task(work, on_failure=None if wait else _log_failure)
                 break
