@@ -55,10 +55,8 @@ class WeightsApplier:
         """
         loaded = False
         if self._step:  # left by an interrupted call
-            update, loaded = self._step.update, self._step.load.target is model
-            self._complete(self._step)
-            if loaded or not again:
-                update.take()
+            loaded = self._step.load.target is model
+            self._complete(self._step, take=loaded or not again)
         for update in updates:
             if update.taken:
                 continue
@@ -72,11 +70,12 @@ class WeightsApplier:
                 self._step = _Step(update, Load(weights, model, update.decoded.metadata), self.version)
                 self._complete(self._step)
                 loaded = True
+                continue
             update.take()
         return loaded
 
-    def _complete(self, step: _Step) -> None:
-        """Load and acknowledge an update."""
+    def _complete(self, step: _Step, *, take: bool = True) -> None:
+        """Load and acknowledge an update; without `take`, leave it for another model."""
         version = step.update.version
         try:
             step.load.run()
@@ -90,4 +89,6 @@ class WeightsApplier:
             if step.load.done:  # also after an interrupt
                 self.version, self.problem = version, ""
         self._acknowledge(step.before, version, "applied", "")
+        if take:
+            step.update.take()
         self._step = None
