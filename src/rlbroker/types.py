@@ -6,11 +6,10 @@ Sizes are in bytes and durations in seconds. Timestamps are seconds since the Un
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Protocol, Self, cast
 
-from rlbroker.errors import Closed, DeadlineExceeded
+from rlbroker.errors import DeadlineExceeded
 
 #: The outcome of one command, or of one version, at one worker.
 State = Literal["waiting", "done", "failed", "unknown", "expired", "missed"]
@@ -127,21 +126,37 @@ class Published:
     seconds: float
 
 
+class PendingPublication(Protocol):
+    """A version that is being published in the background."""
+
+    @property
+    def done(self) -> bool:
+        """Whether publishing has ended."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether publishing has failed."""
+
+    def wait(self, timeout_seconds: float | None = None) -> bool:
+        """Wait until publishing has ended; return whether it has."""
+
+    def result(self) -> Published:
+        """Wait for the version; raise the error if publishing failed."""
+
+
 class PublishReceipt:
     """The result of `send_model_weights`, which may be pending with `wait=False`. False only if publishing failed.
 
     Each attribute except `done` waits until the version is published, and raises the error if publishing failed.
     """
 
-    def __init__(self, work: Published | Future[Published]) -> None:
-        """Wrap the published version, or the future of one."""
+    def __init__(self, work: Published | PendingPublication) -> None:
+        """Wrap the published version, or one that is being published."""
         self._work = work
 
     def __bool__(self) -> bool:
         """Return False if publishing failed; True if it succeeded or is pending."""
-        if not isinstance(self._work, Future) or not self._work.done():
-            return True
-        return not self._work.cancelled() and self._work.exception() is None
+        return isinstance(self._work, Published) or not self._work.failed
 
     def __repr__(self) -> str:
         """Show the published version, or why there is none."""
@@ -154,7 +169,7 @@ class PublishReceipt:
     @property
     def done(self) -> bool:
         """Whether publishing has ended, with or without success."""
-        return not isinstance(self._work, Future) or self._work.done()
+        return isinstance(self._work, Published) or self._work.done
 
     def wait(self, timeout: float | None = None) -> Self:
         """Wait until the version is published; return this receipt.
@@ -167,17 +182,12 @@ class PublishReceipt:
             Closed: the learner was closed before the version was published.
             PeerError: the version was not published; the same error as without `wait=False`.
         """
-        if isinstance(self._work, Future):
-            try:
-                self._work.result(timeout)
-            except TimeoutError as error:
-                if not self._work.done():
-                    raise DeadlineExceeded(
-                        f"the weights are not published after {timeout:g} s; publishing continues"
-                    ) from error
-                raise
-            except CancelledError as error:
-                raise Closed("the WorkerCommunicator was closed before the weights were published") from error
+        if not isinstance(self._work, Published):
+            if not self._work.wait(timeout):
+                raise DeadlineExceeded(
+                    f"the weights are not published after {timeout:g} s; publishing continues"
+                )
+            self._work.result()
         return self
 
     @property
@@ -222,8 +232,7 @@ class PublishReceipt:
 
     @property
     def _published(self) -> Published:
-        self.wait()
-        return self._work.result() if isinstance(self._work, Future) else self._work
+        return self._work if isinstance(self._work, Published) else self._work.result()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self, get_args
@@ -13,6 +12,7 @@ import redis
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.locks import CallLock
 from rlbroker.backend.text import counted
 from rlbroker.codec.limits import FORMAT_VERSION
 from rlbroker.codec.signing import SigningKey
@@ -39,7 +39,6 @@ from rlbroker.weights.applier import WeightsApplier
 from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.loading import check_target
 from rlbroker.weights.subscriber import Subscriber
-from rlbroker.weights.update_queue import WeightsUpdate, drop_superseded
 
 logger = logging.getLogger("rlbroker")
 
@@ -129,7 +128,7 @@ class WorkerClient:
         self._signals = DrainSignals(self.drain)
         self._last_poll = LastPoll()
         #: Held while commands are obeyed and weights applied, so that both keep their order.
-        self._applying = threading.RLock()
+        self._applying = CallLock()
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
         self._subscriber = Subscriber(
             connection,
@@ -139,7 +138,9 @@ class WorkerClient:
             from_replicas=read_from_replicas,
             run_size=lambda: self._heartbeat.run_size,
         )
-        self._weights = WeightsApplier(self._subscriber, keep_dtype=keep_dtype)
+        self._weights = WeightsApplier(
+            lambda *outcome: self._inbox.acknowledge_version(*outcome), keep_dtype=keep_dtype
+        )
         self._commands = CommandHandlers()
         self._heartbeat = Heartbeat(
             connection,
@@ -272,17 +273,21 @@ class WorkerClient:
             Fenced: a newer process has this worker id.
             PeerError: the server refused, or could not be reached in time.
         """
-        with self._last_poll:
-            self._check()
-            check_target(model)
-            deadline = Deadline(check_positive_seconds("timeout", timeout))
-            with within(deadline):
-                latest = self._subscriber.read_latest()
-            if latest and not self._subscriber.ready:
-                # A call with another model, or with one that it did not fit, took the latest version before.
-                self._subscriber.fetch_again()
-            self._wait_and_load(model, latest, deadline)
-            return self.version
+        try:
+            with self._last_poll:
+                self._check()
+                check_target(model)
+                deadline = Deadline(check_positive_seconds("timeout", timeout))
+                with within(deadline):
+                    latest = self._subscriber.read_latest()
+                if latest and not self._subscriber.ready:
+                    # A call with another model, or with one that it did not fit, took the latest version before.
+                    self._subscriber.fetch_again()
+                self._wait_and_load(model, latest, deadline)
+                return self.version
+        except BaseException:  # an interrupt may have left it
+            self._applying.release()
+            raise
 
     def poll(self, model: Any = None) -> bool:
         """Obey the commands that have arrived, and load the newest weights if there are any. Cheap otherwise.
@@ -303,15 +308,19 @@ class WorkerClient:
             Fenced: a newer process has this worker id.
             PeerError: a fault that waiting does not mend. Others are retried in the background.
         """
-        with self._last_poll:
-            self._check()
-            if self._inbox.waiting or self.paused:
-                self._obey_commands()
-            if model is None or not self._subscriber.ready or not self.running:
-                return False
-            check_target(model)
-            with self._applying:
-                return self._weights.apply(self._subscriber.take(), model, self._inbox.acknowledge_version)
+        try:
+            with self._last_poll:
+                self._check()
+                if self._inbox.waiting or self.paused:
+                    self._obey_commands()
+                if model is None or not self._subscriber.ready or not self.running:
+                    return False
+                check_target(model)
+                with self._applying.hold():
+                    return self._weights.apply(self._subscriber.updates, model)
+        except BaseException:  # an interrupt may have left it
+            self._applying.release()
+            raise
 
     # Experiences
 
@@ -487,8 +496,8 @@ class WorkerClient:
 
     def _obey_commands(self, deadline: Deadline | None = None) -> None:
         """Obey every command that has arrived. While paused, wait for further ones, up to the deadline."""
-        with self._applying:
-            while self.running and not (deadline and deadline.over):
+        while self.running and not (deadline and deadline.over):
+            with self._applying.hold():  # for one command: a handler that polls releases it
                 command = self._inbox.next(CHECK_SECONDS if self.paused else 0)
                 if command is not None:
                     self._commands.obey(command, self._inbox)
@@ -502,15 +511,13 @@ class WorkerClient:
 
         An older version is loaded only at the deadline: it may have other shapes than the model.
         """
-        waiting = list[WeightsUpdate]()
         while self.running:
-            with self._applying:
-                updates = self._subscriber.take(min(CHECK_SECONDS, deadline.remaining))
-                waiting = drop_superseded(waiting + updates)
-                if deadline.over or self._subscriber.was_taken(latest):
-                    if self._weights.apply(waiting, model, self._inbox.acknowledge_version, again=True):
-                        return
-                    waiting = []
+            if not self._subscriber.ready or self._subscriber.newest < latest:
+                self._subscriber.wait(min(CHECK_SECONDS, deadline.remaining))
+            with self._applying.hold():
+                is_newest = deadline.over or self._subscriber.newest >= latest
+                if is_newest and self._weights.apply(self._subscriber.updates, model, again=True):
+                    return
             self._obey_commands(deadline)
             self._check()
             if deadline.over:

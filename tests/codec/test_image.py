@@ -7,6 +7,7 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 import torch
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 
 from rlbroker.codec import compression
 from rlbroker.codec.dtypes import NUMPY_DTYPES, TORCH_DTYPES
-from rlbroker.codec.format import DENSE, SAME, SPARSE
+from rlbroker.codec.format import DENSE, MAGIC, PRELUDE, SAME, SPARSE, digest_of
 from rlbroker.codec.image import EncodedSegment, ImageFormat, ImagePlan
+from rlbroker.codec.limits import FORMAT_VERSION
 from rlbroker.codec.message import MessageAssembly, decode
 from rlbroker.errors import InvalidArgument, UnsupportedType, WireError
 
@@ -367,3 +369,28 @@ def test_tensors_of_a_gpu_fill_an_image() -> None:
     plan = ImagePlan({name: tensor.cuda() for name, tensor in tree.items()})
     image_format, image = decode_image(*encode_image(plan, fill_image(plan)))
     assert_same(image_format.tree(image), tree)
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, {}, {"": {"version": 1}, "a.b": {"v": (1, [None, "x", 1 << 70])}}]
+)
+def test_the_metadata_of_a_state_dict_is_kept(metadata: Any) -> None:
+    header, _ = encode_image(ImagePlan({"w": 1}, metadata=metadata), np.zeros(0, np.uint8), compression=False)
+    assert ImageFormat(header, LIMITS).metadata == metadata
+
+
+@pytest.mark.parametrize("metadata", [[], {"": 1}, {1: {}}, {"": {"w": np.ones(1)}}, {"": {"w": object()}}])
+def test_metadata_that_is_no_values_by_module_is_refused(metadata: Any) -> None:
+    with pytest.raises(UnsupportedType, match="_metadata"):
+        ImagePlan({"w": 1}, metadata=metadata)
+
+
+@pytest.mark.parametrize("forged", [[], {"": 1}, {1: {}}, None, {"": {"w": msgpack.ExtType(1, bytes(4))}}])
+def test_forged_metadata_is_refused(forged: Any) -> None:
+    header, _ = encode_image(ImagePlan({"w": np.ones(1)}), np.zeros(64, np.uint8), compression=False)
+    _, _, _, _, body_bytes, _ = PRELUDE.unpack_from(header)
+    fields = msgpack.unpackb(header[PRELUDE.size :], strict_map_key=False)
+    packed = msgpack.packb({**fields, "metadata": forged})
+    prelude = PRELUDE.pack(MAGIC, FORMAT_VERSION, 0, len(packed), body_bytes, digest_of(packed))
+    with pytest.raises(WireError, match=r"metadata|leaf 0 of 0"):
+        ImageFormat(prelude + packed, LIMITS)

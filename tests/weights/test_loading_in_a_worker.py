@@ -47,6 +47,38 @@ def test_a_module_gets_the_same_bits(learner: Learner, worker: Worker, compressi
     assert receipt.ratio == receipt.raw_bytes / receipt.stored_bytes
 
 
+class Migrating(torch.nn.Linear):
+    """Version 2 stores twice the weight of version 1."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *others: Any) -> None:
+        if metadata.get("version", 1) < 2:
+            state[prefix + "weight"] *= 2
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_the_versions_of_modules_travel(learner: Learner, worker: Worker, wait: bool) -> None:
+    comm, client = learner(), worker()
+    trained, acting = (torch.nn.Sequential(Migrating(100, 200)) for _ in range(2))
+    comm.send_model_weights(trained.state_dict(), wait=wait)
+    client.load_weights(acting)
+    assert equal(trained, acting)
+    old = trained.state_dict()
+    old._metadata["0"]["version"] = 1  # type: ignore[attr-defined]
+    comm.send_model_weights(old, wait=wait)
+    wait_until("version 2 is loaded", lambda: client.poll(acting))
+    assert torch.equal(acting[0].weight, trained[0].weight * 2)  # type: ignore[operator,arg-type]
+
+
+def test_metadata_that_cannot_travel_is_named(learner: Learner) -> None:
+    state = torch.nn.Linear(2, 2).state_dict()
+    state._metadata[""]["scale"] = torch.ones(1)  # type: ignore[attr-defined]
+    with pytest.raises(UnsupportedType, match=r"\['_metadata'\]\[''\]\['scale'\]: a Tensor in the metadata"):
+        learner().send_model_weights(state)
+
+
 def test_tied_weights_are_stored_once_and_tied_again(learner: Learner, worker: Worker) -> None:
     shared = torch.randn(1000)
     receipt = learner().send_model_weights({"encoder": shared, "decoder": shared})

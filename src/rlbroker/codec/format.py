@@ -1,10 +1,11 @@
 """The layout of a message: a fixed prelude, a msgpack header, then the stored segments.
 
-The header is a map of three entries. ``tree`` is the nesting, in which extension values name leaves. ``leaves``
+The header is a map. ``tree`` is the nesting, in which extension values name leaves. ``leaves``
 describes each leaf: ``[kind, dtype, shape]``, and its original dtype where it was cast. ``lanes`` locates their bytes:
 a lane is the bytes of some leaves, one after the other, cut into segments: ``[typesize, leaf numbers, segments]``, and
 a segment is ``[codec, raw bytes, stored bytes, digest]``; a delta also has the digests of the raw bytes before and
-after. No offset is written anywhere, so none can be wrong: every position follows from the sizes.
+after. No offset is written anywhere, so none can be wrong: every position follows from the sizes. ``metadata``, where
+there is any, belongs to a state dict: plain values by the prefix of a module.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import xxhash
 from rlbroker.codec import compression
 from rlbroker.codec.leaves import Leaf, read_leaf
 from rlbroker.codec.limits import DEFAULT_LIMITS, FORMAT_VERSION, Limits
-from rlbroker.codec.tree import check_packed, ext_hook, pairs_hook, shorten
+from rlbroker.codec.tree import check_packed, ext_hook, pairs_hook, shorten, unpack
 from rlbroker.errors import IncompatibleFormat, InvalidArgument, UnsupportedType, WireError
 
 #: Segment codecs of deltas, as numbered on the wire: the base itself, differences of all words, and of some.
@@ -41,6 +42,9 @@ DEFAULT_SEGMENT_BYTES = 4 << 20
 LARGE_LEAF_BYTES = 64 << 10
 
 Buffer = bytes | bytearray | memoryview
+
+#: The entries that every header has, in order.
+_HEADER_KEYS = ["tree", "leaves", "lanes"]
 
 digest_of = xxhash.xxh3_64_intdigest
 
@@ -88,6 +92,7 @@ class Header:
     leaves: list[Leaf]
     lanes: list[Lane]
     body_bytes: int
+    metadata: dict[str, Any] | None = None
 
     @property
     def raw_bytes(self) -> int:
@@ -166,7 +171,11 @@ def plan_lanes(leaves: Sequence[Leaf], segment_bytes: int) -> list[LanePlan]:
 
 
 def write_header(
-    tree: object, leaves: Sequence[Leaf], lanes: Sequence[LanePlan], segments: Sequence[StoredSegment]
+    tree: object,
+    leaves: Sequence[Leaf],
+    lanes: Sequence[LanePlan],
+    segments: Sequence[StoredSegment],
+    metadata: object = None,
 ) -> bytes:
     """Return prelude and header, given the descriptions of all segments in order.
 
@@ -181,6 +190,8 @@ def write_header(
         "leaves": [leaf.row for leaf in leaves],
         "lanes": [(lane.typesize, lane.leaf_numbers, [next(rows) for _ in lane.cuts]) for lane in lanes],
     }
+    if metadata is not None:
+        header_map["metadata"] = metadata
     try:
         header: bytes = msgpack.packb(header_map)
     except ValueError as error:  # one value, or all together, exceed the sizes that msgpack can represent
@@ -249,7 +260,7 @@ def read_header(data: memoryview, limits: Limits) -> Header:
     if digest_of(packed) != digest:
         raise WireError("the header's digest does not match")
     header_map = _unpack(packed)
-    if type(header_map) is not dict or list(header_map) != ["tree", "leaves", "lanes"]:
+    if type(header_map) is not dict or list(header_map) not in (_HEADER_KEYS, [*_HEADER_KEYS, "metadata"]):
         raise WireError("the header is not a map of tree, leaves and lanes")
     rows = header_map["leaves"]
     if type(rows) is not list or len(rows) > limits.max_leaves:
@@ -262,7 +273,18 @@ def read_header(data: memoryview, limits: Limits) -> Header:
     if stored_bytes != body_bytes:
         raise WireError(f"the segments have {stored_bytes} bytes, the body {body_bytes}")
     check_packed(header_map["tree"], len(leaves), limits.max_depth)
-    return Header(header_map["tree"], leaves, lanes, body_bytes)
+    metadata = _read_metadata(header_map["metadata"], limits.max_depth) if "metadata" in header_map else None
+    return Header(header_map["tree"], leaves, lanes, body_bytes, metadata)
+
+
+def _read_metadata(packed: object, max_depth: int) -> dict[str, Any]:
+    """Return the metadata of a state dict; raise WireError unless it is plain values by module."""
+    check_packed(packed, 0, max_depth)
+    if type(packed) is not dict or not all(type(key) is str for key in packed):
+        raise WireError("the metadata is not a map of modules")
+    if not all(type(values) is dict for values in packed.values()):
+        raise WireError("the metadata of a module is not a map")
+    return unpack(packed, ())  # type: ignore[no-any-return] # it is a dictionary
 
 
 def _unpack(packed: memoryview) -> Any:

@@ -31,7 +31,7 @@ from rlbroker.codec.format import (
 )
 from rlbroker.codec.leaves import Bytes, Leaf, LeafTable, leaf_maker, normalise_bools, plain_tensor
 from rlbroker.codec.limits import Limits
-from rlbroker.codec.tree import TreePacker, unpack
+from rlbroker.codec.tree import TreePacker, pack_metadata, unpack
 from rlbroker.errors import InvalidArgument, WireError
 
 #: Lanes begin at multiples of this: one cache line, and enough for any element.
@@ -112,9 +112,16 @@ class ImagePlan:
     """
 
     def __init__(
-        self, tree: object, *, dtype: str | None = None, segment_bytes: int = DEFAULT_SEGMENT_BYTES
+        self,
+        tree: object,
+        *,
+        dtype: str | None = None,
+        segment_bytes: int = DEFAULT_SEGMENT_BYTES,
+        metadata: object = None,
     ) -> None:
         """Find the leaves of `tree`, without a copy. `fill` casts floating leaves wider than `dtype` to it.
+
+        `metadata` is that of a state dict: plain values by module prefix.
 
         Raises:
             UnsupportedType: a value cannot travel; the error names its path.
@@ -124,6 +131,7 @@ class ImagePlan:
             dtypes.check_cast_dtype(dtype)
         table = LeafTable(dtype)
         self._tree = TreePacker(table.add).pack(tree)
+        self._metadata = None if metadata is None else pack_metadata(metadata)
         self._leaves = table.leaves
         self._sources: Sequence[Any] = table.sources
         self._lanes = plan_lanes(table.leaves, segment_bytes)
@@ -193,7 +201,7 @@ class ImagePlan:
 
     def header(self, segments: Sequence[StoredSegment]) -> bytes:
         """Return prelude and header, given the descriptions of all segments in order."""
-        return write_header(self._tree, self._leaves, self._lanes, segments)
+        return write_header(self._tree, self._leaves, self._lanes, segments, self._metadata)
 
 
 class ImageFormat:
@@ -204,6 +212,7 @@ class ImageFormat:
         raw_bytes: size of all leaves as they travel; each tied one counts once.
         segments: the descriptions of all segments, in order.
         layout: 16 bytes, as in `ImagePlan`.
+        metadata: that of the state dict, as in `ImagePlan`; None if it had none.
         is_delta: whether a base is needed to decode the segments.
     """
 
@@ -228,6 +237,7 @@ class ImageFormat:
         self.raw_bytes: int = checked.raw_bytes
         self.segments: Sequence[StoredSegment] = checked.segments
         self.layout: bytes = self._geometry.layout
+        self.metadata: dict[str, Any] | None = checked.metadata
         self.is_delta: bool = checked.is_delta
 
     def segment_view(self, index: int, image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -136,6 +136,26 @@ class TreePacker:
         raise RefusedError(f"the key {key!r:.80} is of type {kind.__name__}; keys must be str or int")
 
 
+def pack_metadata(metadata: object) -> object:
+    """Return the metadata of a state dict as msgpack can write it: plain values by the prefix of a module.
+
+    Raises UnsupportedType, which names the path, for anything else.
+    """
+
+    def refuse(value: object) -> int:
+        raise RefusedError(
+            f"a {type(value).__name__} in the metadata of a state dict; it may hold plain values only"
+        )
+
+    packed: Any = TreePacker(refuse).pack({"_metadata": metadata})
+    found = packed["_metadata"]
+    if not isinstance(found, dict) or not all(
+        isinstance(prefix, str) and isinstance(values, dict) for prefix, values in found.items()
+    ):
+        raise UnsupportedType("['_metadata']: the metadata of a state dict is a dictionary for each module")
+    return found
+
+
 #: The references to the first leaves, made once; most trees have no more leaves.
 _LEAF_REFERENCES = [msgpack.ExtType(EXT_LEAF, i.to_bytes(4, "little")) for i in range(256)]
 

@@ -213,28 +213,25 @@ class Heartbeat:
 class LastPoll:
     """The time since a worker last polled: one that does not poll is alive, but obeys no command.
 
-    Each polling thread enters it as a context manager.
+    Each polling thread enters it as a context manager. It has no lock, which an interrupted poll could leave behind: a
+    thread that was interrupted counts as polling until its next poll ends.
     """
 
     def __init__(self) -> None:
         """Start as if a poll had just ended."""
-        self._lock = threading.Lock()
-        self._polling = 0
+        self._polling: set[int] = set()  #: identifiers of threads
         self._ended = time.monotonic()
 
     @property
     def unpolled_seconds(self) -> float:
         """Seconds since the last poll ended; 0 while a thread polls."""
-        with self._lock:
-            return 0.0 if self._polling else time.monotonic() - self._ended
+        return 0.0 if self._polling else time.monotonic() - self._ended
 
     def __enter__(self) -> None:
         """Begin a poll."""
-        with self._lock:
-            self._polling += 1
+        self._polling.add(threading.get_ident())
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         """End a poll."""
-        with self._lock:
-            self._polling -= 1
-            self._ended = time.monotonic()
+        self._ended = time.monotonic()
+        self._polling.discard(threading.get_ident())

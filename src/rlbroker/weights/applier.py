@@ -3,42 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rlbroker.weights.loading import load
-from rlbroker.weights.subscriber import Subscriber
+from rlbroker.errors import RlbrokerError
+from rlbroker.weights.loading import Load
+from rlbroker.weights.target_memory import normal_tensors
 from rlbroker.weights.update_queue import WeightsUpdate
 
 #: Acknowledges a version, given the version before, the version, the outcome, and a detail.
 AcknowledgeVersion = Callable[[int, int, str, str], None]
 
 
+@dataclass(frozen=True)
+class _Step:
+    """An update that is being loaded, and the version before it."""
+
+    update: WeightsUpdate
+    load: Load
+    before: int
+
+
 class WeightsApplier:
     """Loads versions into models and remembers the last one. The caller holds a lock while it calls `apply`.
+
+    An interrupted call leaves its step behind, and the next call completes that first. Each part of a step may be done
+    again: the ledger ignores a second acknowledgement of a version.
 
     Attributes:
         version: the version that was applied last; 0 before the first.
         problem: why the newest version could not be loaded into the model; empty if it was.
     """
 
-    def __init__(self, subscriber: Subscriber, *, keep_dtype: bool) -> None:
+    def __init__(self, acknowledge: AcknowledgeVersion, *, keep_dtype: bool) -> None:
         """Begin without a version.
 
         With `keep_dtype`, an empty dictionary gets weights in the dtypes in which they were sent.
         """
-        self._subscriber, self._keep_dtype = subscriber, keep_dtype
+        self._acknowledge, self._keep_dtype = acknowledge, keep_dtype
+        self._step: _Step | None = None
         self.version = 0
         self.problem = ""
 
-    def apply(
-        self,
-        updates: Sequence[WeightsUpdate],
-        model: Any,
-        acknowledge: AcknowledgeVersion,
-        *,
-        again: bool = False,
-    ) -> bool:
-        """Load updates in order, and acknowledge the outcome of each. Return whether one was loaded.
+    def apply(self, updates: Sequence[WeightsUpdate], model: Any, *, again: bool = False) -> bool:
+        """Load updates in order, and acknowledge the outcome of each. Return whether the model got one.
 
         With `again`, load a version that was applied before, for another model.
 
@@ -46,24 +54,41 @@ class WeightsApplier:
             WeightsMismatch: the weights do not fit the model.
         """
         loaded = False
+        if self._step:  # left by an interrupted call
+            loaded = self._step.load.target is model
+            self._complete(self._step, take=loaded or not again)
         for update in updates:
-            if update.version <= self.version and not again:
+            if update.taken:
                 continue
             if update.problem:
                 outcome = "refused" if update.refused else "failed"
-                acknowledge(self.version, update.version, outcome, update.problem)
-                continue
-            try:
+                self._acknowledge(self.version, update.version, outcome, update.problem)
+            elif update.version > self.version or again:
                 assert update.decoded is not None
-                load(update.decoded.weights_for(model, keep_dtype=self._keep_dtype), model)
-            except Exception as error:
-                self.problem = f"version {update.version}: {error}"
-                acknowledge(self.version, update.version, "failed", str(error))
-                raise
-            except BaseException:  # Ctrl-C: the model may hold a part of the version, so fetch it again
-                self._subscriber.fetch_again()
-                raise
-            before, self.version, self.problem = self.version, update.version, ""
-            acknowledge(before, update.version, "applied", "")
-            loaded = True
+                with normal_tensors():
+                    weights = update.decoded.weights_for(model, keep_dtype=self._keep_dtype)
+                self._step = _Step(update, Load(weights, model, update.decoded.metadata), self.version)
+                self._complete(self._step)
+                loaded = True
+                continue
+            update.take()
         return loaded
+
+    def _complete(self, step: _Step, *, take: bool = True) -> None:
+        """Load and acknowledge an update; without `take`, leave it for another model."""
+        version = step.update.version
+        try:
+            step.load.run()
+        except RlbrokerError as error:
+            self.problem = f"version {version}: {error}"
+            self._acknowledge(step.before, version, "failed", str(error))
+            step.update.take()
+            self._step = None
+            raise
+        finally:
+            if step.load.done:  # also after an interrupt
+                self.version, self.problem = version, ""
+        self._acknowledge(step.before, version, "applied", "")
+        if take:
+            step.update.take()
+        self._step = None

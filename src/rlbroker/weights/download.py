@@ -6,7 +6,7 @@ import mmap
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -52,6 +52,7 @@ class DecodedVersion:
     Attributes:
         number: the version.
         weights: its tree, in the dtypes in which it was sent; large tensors and arrays are views of the image.
+        metadata: `_metadata` of the state dict; None if it had none.
     """
 
     def __init__(self, number: int, image: Image, form: ImageFormat) -> None:
@@ -60,10 +61,11 @@ class DecodedVersion:
         # Map its pages now, in the background, and not in `poll`.
         np.add.reduce(image.array[:: mmap.PAGESIZE])
         self.weights: Any = form.tree(image.array, keep_dtype=True)
+        self.metadata = form.metadata
 
     def weights_for(self, target: Any, *, keep_dtype: bool) -> Any:
         """Return the tree to load into a target; an empty dictionary gets the learner's dtypes unless `keep_dtype`."""
-        if target == {} and not keep_dtype:
+        if isinstance(target, MutableMapping) and not target and not keep_dtype:
             return self.form.tree(self.image.array)
         return self.weights
 

@@ -1,46 +1,27 @@
-"""Copies received weights into a torch module or a dictionary."""
+"""Loads received weights into a torch module or a dictionary: all of it is changed, or nothing."""
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any
+from types import CodeType
+from typing import Any, Protocol
 
-from rlbroker.errors import UnsupportedType, WeightsMismatch
-
-if TYPE_CHECKING:
-    import torch
-
-#: The name that torch gives to the extra state of a module.
-_EXTRA_STATE = "_extra_state"
-
-#: An error names this many keys and counts the others.
-_KEYS_NAMED = 5
+from rlbroker.errors import RlbrokerError, UnsupportedType, WeightsMismatch
+from rlbroker.weights.dictionary_write import DictionaryFill, DictionaryWrite
 
 
-def load(weights: Any, target: Any) -> None:
-    """Copy weights into a target, which keeps its dtypes. Nothing is changed unless all of them fit.
+class Write(Protocol):
+    """The write of one load: it was checked, and can be repeated."""
 
-    Args:
-        weights: the received weights; they are neither changed nor kept.
-        target: a `torch.nn.Module` or a dictionary. An empty dictionary is filled; in any other, tensors and arrays
-            are overwritten in place and other values are replaced.
+    def run(self) -> str:
+        """Write everything; return what is wrong with the result, if anything."""
 
-    Raises:
-        WeightsMismatch: keys are missing or unknown, or shapes or kinds differ; the message names them.
-        UnsupportedType: the target is neither a module nor a dictionary.
-    """
-    check_target(target)
-    if not isinstance(target, MutableMapping):
-        _load_module(weights, target)
-    elif target:
-        _check_fits(weights, target)
-        _overwrite(weights, target)
-    elif isinstance(weights, Mapping):
-        target.update(copy.deepcopy(weights))  # the received weights are in memory that other processes share
-    else:
-        raise WeightsMismatch(f"the weights are a {type(weights).__name__}, not a dictionary")
+    def undo(self) -> None:
+        """Put the old values back. They are saved only if the write can fail."""
+
+    def explain(self, error: Exception) -> str:
+        """Return what an error of `run` means."""
 
 
 def check_target(target: Any) -> None:
@@ -52,62 +33,109 @@ def check_target(target: Any) -> None:
         )
 
 
-def _load_module(weights: Any, module: torch.nn.Module) -> None:
-    own = module.state_dict()
-    _check_fits(weights, own)
-    # torch copies everything else; a module may keep its extra state as it is.
-    module.load_state_dict(
-        {key: copy.deepcopy(value) if key.endswith(_EXTRA_STATE) else value for key, value in weights.items()}
-    )
+def load(weights: Any, target: Any, metadata: Mapping[str, Any] | None = None) -> None:
+    """Load weights into a target; see `Load`."""
+    Load(weights, target, metadata).run()
 
 
-def _overwrite(weights: Mapping[str, Any], target: MutableMapping[str, Any]) -> None:
-    for key, value in weights.items():
-        if isinstance(value, Mapping):
-            _overwrite(value, target[key])
-        elif hasattr(value, "shape") and hasattr(target[key], "shape"):
-            torch = sys.modules.get("torch")
-            if torch is not None and isinstance(target[key], torch.Tensor):
-                with torch.no_grad():
-                    target[key].copy_(value)
-            else:
-                target[key][...] = value
-        else:
-            target[key] = copy.deepcopy(value)  # it may hold tensors whose memory will be reused
+class Load:
+    """One load of weights into a target, which keeps its tensors, arrays and dtypes: all of it is changed, or nothing.
+
+    What can fail is checked before the first write. A write that stops all the same is repeated, and completes if an
+    interrupt had stopped it. If it stops at the same point again, the model refuses the weights, and its old values are
+    put back. They are saved only where that is possible, as a copy of every model would double the time and the
+    memory.
+
+    Attributes:
+        target: the module or dictionary.
+        done: whether the target has the weights.
+    """
+
+    def __init__(self, weights: Any, target: Any, metadata: Mapping[str, Any] | None = None) -> None:
+        """Prepare a load; nothing is checked or written yet.
+
+        Args:
+            weights: the received weights; they are neither changed nor kept.
+            target: a `torch.nn.Module` or a dictionary. An empty dictionary is filled; in any other, tensors and
+                arrays are overwritten in place and other values are replaced.
+            metadata: `_metadata` of the state dict that was sent; None if it had none.
+        """
+        self.target, self.done = target, False
+        self._weights, self._metadata = weights, metadata
+        self._fills = isinstance(target, MutableMapping) and not target
+        #: Kept after an interrupt, as it has the old values.
+        self._write: Write | None = None
+        self._error: WeightsMismatch | None = None
+
+    def run(self) -> None:
+        """Load the weights, or complete a load that was interrupted.
+
+        Raises:
+            WeightsMismatch: the weights do not fit; the target is unchanged.
+            UnsupportedType: the target is neither a module nor a dictionary.
+            BaseException: an interrupt. The weights are loaded if `done`; otherwise `run` must be called again, as the
+                target may have a part of them.
+        """
+        try:
+            self._attempt()
+        except RlbrokerError:
+            raise
+        except BaseException as error:
+            self._repeat(error)
+            # Torch reports an interrupt of `load_state_dict` as a RuntimeError.
+            if not isinstance(error, RuntimeError):
+                raise
+
+    def _repeat(self, first: BaseException) -> None:
+        try:
+            self._attempt()
+        except RlbrokerError:
+            raise
+        except BaseException as second:
+            if self._write:
+                self._write.undo()
+            if isinstance(second, Exception) and _steps(second) == _steps(first):
+                reason = self._write.explain(second) if self._write else f"{type(second).__name__}: {second}"
+                self._refuse(reason, second)
+            raise
+
+    def _attempt(self) -> None:
+        if self._error:
+            raise self._error
+        if self.done:
+            return
+        if self._write is None:
+            self._write = self._plan()
+        problem = self._write.run()
+        if problem:
+            self._write.undo()
+            self._refuse(problem)
+        self.done = True
+
+    def _plan(self) -> Write:
+        """Check the weights and the target."""
+        check_target(self.target)
+        if not isinstance(self._weights, Mapping):
+            raise WeightsMismatch(f"the weights are a {type(self._weights).__name__}, not a dictionary")
+        if self._fills:
+            return DictionaryFill(self._weights, self.target)
+        if isinstance(self.target, MutableMapping):
+            return DictionaryWrite(self._weights, self.target)
+        from rlbroker.weights.module_write import ModuleWrite  # needs torch, of which the target is a module
+
+        return ModuleWrite(self._weights, self.target, self._metadata)
+
+    def _refuse(self, reason: str, cause: Exception | None = None) -> None:
+        """Raise WeightsMismatch, here and in every later call of `run`."""
+        self._error = WeightsMismatch(f"the received weights do not fit the model: {reason}")
+        raise self._error from cause
 
 
-def _check_fits(weights: Any, target: Mapping[str, Any]) -> None:
-    if not isinstance(weights, Mapping):
-        raise WeightsMismatch(f"the weights are a {type(weights).__name__}, not a dictionary")
-    received, expected = _shapes(weights), _shapes(target)
-    problems = []
-    if missing := [key for key in expected if key not in received]:
-        problems.append(f"not in the weights: {_name_some(missing)}")
-    if unknown := [key for key in received if key not in expected]:
-        problems.append(f"not in the model: {_name_some(unknown)}")
-    different = [
-        f"{key} is {received[key]} in the weights and {expected[key]} in the model"
-        for key in expected
-        if key in received and received[key] != expected[key]
-    ]
-    if different:
-        problems.append(_name_some(different))
-    if problems:
-        raise WeightsMismatch("the received weights do not fit the model: " + "; ".join(problems))
-
-
-def _shapes(tree: Mapping[str, Any], path: str = "") -> dict[str, str]:
-    """Return, by path, the shape of each tensor and array and the type of every other value."""
-    found: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= _shapes(value, f"{path}{key}.")
-        else:
-            shape = getattr(value, "shape", None)
-            found[f"{path}{key}"] = type(value).__name__ if shape is None else str(tuple(shape))
-    return found
-
-
-def _name_some(names: list[str]) -> str:
-    rest = len(names) - _KEYS_NAMED
-    return ", ".join(names[:_KEYS_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+def _steps(error: BaseException) -> list[tuple[CodeType, int]]:
+    """Return the instructions that led from `_attempt` to an error. A failure repeats them, an interrupt does not."""
+    steps = []
+    place = error.__traceback__
+    while place is not None:
+        steps.append((place.tb_frame.f_code, place.tb_lasti))
+        place = place.tb_next
+    return steps[1:]

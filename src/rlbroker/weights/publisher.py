@@ -7,20 +7,19 @@ comes back without its data gets it again under a new version.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import ONE_TRY, Deadline
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.locks import CallLock
+from rlbroker.backend.tasks import Task, TaskThread
 from rlbroker.codec.image import ImagePlan
 from rlbroker.codec.signing import SigningKey
-from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, ServerOutOfMemory
+from rlbroker.errors import Closed, Fenced, PeerError, RunLost, ServerFault, ServerOutOfMemory
 from rlbroker.metrics.counters import Metrics
 from rlbroker.types import Published, PublishReceipt
 from rlbroker.weights.commit import ChunksLost, Committer, LocalCopy
@@ -73,10 +72,12 @@ class Publisher:
         self._images = images or ImageStore(keys.run, None)
         self._metrics = metrics or Metrics()
         self._gpu_copy = GpuCopy()
-        self._lock = threading.Lock()
-        #: The last publication in the background.
-        self._in_background: Future[Published] = Future()
-        self._in_background.cancel()
+        #: Held by a call while it copies its weights.
+        self._preparing = CallLock()
+        #: Held by the threads in the background that publish.
+        self._publishing = CallLock()
+        #: The last publication. It is submitted again if the call was interrupted before it could submit it.
+        self._last: Task[Published] | None = None
         self._retention = Retention(connection, keys)
         self._committer = Committer(connection, keys, self._retention, epoch=epoch, key=key)
         self._uploader = Uploader(
@@ -88,7 +89,7 @@ class Publisher:
             hashes=key is not None,
         )
         self._retention.enforce()
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="rlbroker-publish")
+        self._thread = TaskThread(f"publish {keys.run!r}")
 
     @property
     def latest_version(self) -> int:
@@ -126,35 +127,56 @@ class Publisher:
                 commit may have been applied and the reply was lost.
         """
         began = time.monotonic()
-        while True:
-            _wait_for(self._in_background)
-            with self._lock:
-                if not self._in_background.done():  # another thread was faster
-                    continue
-                tree = self._gpu_copy.to_host(weights)
-                plan = ImagePlan(tree.tree, dtype=dtype, segment_bytes=self._segment_bytes)
-                draft = self._images.reserve(plan.image_bytes, plan.raw_bytes)
-                if wait or not tree.pending:
-                    tree.fill(plan, draft.array)
-                if wait:
-                    return PublishReceipt(self._publish(tree, plan, draft, compression, began))
-                work = partial(self._publish_in_background, tree, plan, draft, compression, began)
-                self._in_background = self._background.submit(work)
-            self._in_background.add_done_callback(_log_failure)
-            return PublishReceipt(self._in_background)
+        task = self._prepare(weights, compression, dtype, wait, began)
+        self._thread.submit(task)
+        if not wait:
+            return PublishReceipt(task)
+        try:
+            return PublishReceipt(task.result())
+        finally:
+            if not task.done:  # an interrupt: the thread continues, and nobody waits for it
+                task.on_failure = _log_failure
+
+    def _prepare(
+        self, weights: Any, compression: bool, dtype: str | None, wait: bool, began: float
+    ) -> Task[Published]:
+        """Copy weights, once the last publication has ended, and return the task that publishes them."""
+        try:
+            while True:
+                self._wait_for_last()
+                with self._preparing.hold():
+                    if self._last is None or self._last.done:  # otherwise another thread was faster
+                        self._last = self._copy(weights, compression, dtype, wait, began)
+                        return self._last
+        except BaseException:
+            self._preparing.release()
+            raise
+
+    def _copy(
+        self, weights: Any, compression: bool, dtype: str | None, wait: bool, began: float
+    ) -> Task[Published]:
+        tree = self._gpu_copy.to_host(weights)
+        metadata = getattr(weights, "_metadata", None)
+        plan = ImagePlan(tree.tree, dtype=dtype, segment_bytes=self._segment_bytes, metadata=metadata)
+        draft = self._images.reserve(plan.image_bytes, plan.raw_bytes)
+        try:
+            if wait or not tree.pending:
+                tree.fill(plan, draft.array)
+        except BaseException:
+            draft.abandon()
+            raise
+        work = partial(self._publish_in_background, tree, plan, draft, compression, began)
+        return Task(work, on_failure=None if wait else _log_failure)
 
     def enforce_retention(self) -> None:
         """Set the lifetimes of chunks that an earlier fault left unset. Do nothing during a publication."""
-        if self._lock.acquire(blocking=False):
-            try:
+        with self._publishing.hold(0) as idle:
+            if idle:
                 self._retention.enforce()
-            finally:
-                self._lock.release()
 
     def mark_used(self, version: int) -> None:
         """Never use this version number or a lower one: a checkpoint refers to it."""
-        with self._lock:
-            self._committer.mark_used(version)
+        self._committer.reserve(version)
 
     def is_behind_workers(self) -> bool:
         """Return whether workers have seen a newer version than the latest, on a server that lost it."""
@@ -173,9 +195,9 @@ class Publisher:
         Returns:
             False if another thread is publishing: call again later.
         """
-        if not self._lock.acquire(blocking=False):
-            return False
-        try:
+        with self._publishing.hold(0) as idle:
+            if not idle:
+                return False
             seen = self._committer.catch_up()
             manifest, copy = self._committer.latest, self._committer.local_copy
             if manifest is None or copy is None:
@@ -196,27 +218,30 @@ class Publisher:
                 )
                 self._retention.enforce()
             return True
-        finally:
-            self._lock.release()
 
     def finish(self, timeout_seconds: float) -> bool:
         """Wait until no publication is running in the background; return whether there is none."""
-        deadline = Deadline(timeout_seconds)
-        _wait_for(self._in_background, deadline.remaining)
-        if not self._in_background.done() or not self._lock.acquire(timeout=deadline.remaining):
-            return False
-        self._lock.release()
-        return True
+        return self._wait_for_last(timeout_seconds)
 
     def close(self) -> None:
         """End the threads and release the image."""
-        self._background.shutdown(wait=False, cancel_futures=True)
+        if self._last is not None:
+            self._last.cancel(Closed("the WorkerCommunicator was closed before the weights were published"))
+        self._thread.close()
         self._committer.close()
         self._uploader.close()
         self._images.close()
 
+    def _wait_for_last(self, timeout_seconds: float | None = None) -> bool:
+        """Wait until the last publication has ended, with or without success; return whether it has."""
+        last = self._last
+        if last is None or last.done:
+            return True
+        self._thread.submit(last)  # again, in case that an interrupt came before
+        return last.wait(timeout_seconds)
+
     def _publish_in_background(self, *arguments: Any) -> Published:
-        with self._lock:
+        with self._publishing.hold():
             return self._publish(*arguments)
 
     def _publish(
@@ -348,13 +373,6 @@ def _stored_bytes(manifest: Manifest) -> int:
     return sum(form.stored_bytes for form in manifest.new_forms)
 
 
-def _wait_for(work: Future[Any], timeout_seconds: float | None = None) -> None:
-    """Wait until work is done, whether it succeeds or fails."""
-    with suppress(CancelledError, TimeoutError):
-        work.exception(timeout_seconds)
-
-
-def _log_failure(future: Future[Published]) -> None:
+def _log_failure(error: BaseException) -> None:
     """Log that a version was not published: the caller may never read its receipt."""
-    if not future.cancelled() and (error := future.exception()) is not None:
-        logger.warning("weights that were sent without waiting were not published: %s", error)
+    logger.warning("weights that were sent without waiting were not published: %s", error)

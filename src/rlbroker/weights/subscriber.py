@@ -103,7 +103,7 @@ class Subscriber:
 
     @property
     def ready(self) -> bool:
-        """Whether there is an update to take."""
+        """Whether there is an update to load."""
         return self._updates.ready
 
     @property
@@ -116,13 +116,14 @@ class Subscriber:
         """The newest version that was ever decoded or given up, and its upload; 0 and "" before the first."""
         return self._updates.newest_seen
 
-    def was_taken(self, version: int) -> bool:
-        """Return whether this version or a newer one was taken or given up."""
-        return self._updates.was_taken(version)
+    @property
+    def updates(self) -> list[WeightsUpdate]:
+        """What is ready, failed versions first. The caller marks as taken what it has loaded."""
+        return self._updates.updates
 
-    def take(self, timeout_seconds: float = 0) -> list[WeightsUpdate]:
-        """Return what is ready, failed versions first; wait for an update if there is a timeout."""
-        return self._updates.take(timeout_seconds)
+    def wait(self, timeout_seconds: float) -> None:
+        """Wait until a version is decoded or given up; may return earlier."""
+        self._updates.wait(timeout_seconds)
 
     def read_latest(self) -> int:
         """Return the server's latest version; with a signing key, the latest signed one. 0 before the first."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+import queue
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,7 +14,7 @@ from rlbroker.weights.download import DecodedVersion
 REFUSED_KEPT: Final = 100
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class WeightsUpdate:
     """A decoded version that waits to be loaded, or one that could not be read, with the reason."""
 
@@ -21,16 +22,20 @@ class WeightsUpdate:
     decoded: DecodedVersion | None
     problem: str = ""
     refused: bool = False  #: whether the problem is the signature
+    taken: bool = False  #: whether its outcome was acknowledged
 
-
-def drop_superseded(updates: Sequence[WeightsUpdate]) -> list[WeightsUpdate]:
-    """Return the failed updates, and the newest of the others: only that one is worth loading."""
-    decoded = [one for one in updates if not one.problem]
-    return [one for one in updates if one.problem] + decoded[-1:]
+    def take(self) -> None:
+        """Note that the outcome was acknowledged, and release the weights."""
+        self.taken = True
+        self.decoded = None
 
 
 class UpdateQueue:
-    """Updates that wait to be taken, and which version was the newest. Safe to use from several threads.
+    """Updates that wait to be loaded, and which version was the newest.
+
+    One thread puts updates, and the calls that load them mark them as taken. An update stays until then, so that an
+    interrupted call leaves it for the next one. There is no lock that an interrupt could leave behind: each attribute
+    is written by one side.
 
     Attributes:
         newest: the newest version that was decoded or given up; 0 before the first, and after `forget_newest`.
@@ -41,41 +46,39 @@ class UpdateQueue:
         """Begin without updates."""
         self.newest = 0
         self.newest_seen = (0, "")
-        self._updates: list[WeightsUpdate] = []
-        self._arrived = threading.Condition()
+        self._updates: Sequence[WeightsUpdate] = ()
+        self._arrivals: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     @property
     def ready(self) -> bool:
-        """Whether there is an update to take."""
-        return bool(self._updates)
+        """Whether there is an update to load."""
+        for one in self._updates:  # noqa: SIM110 # `poll` asks at each step, and a generator is slower
+            if not one.taken:
+                return True
+        return False
 
-    def was_taken(self, version: int) -> bool:
-        """Return whether this version or a newer one was taken or given up."""
-        with self._arrived:
-            return self.newest >= version and not self._updates
+    @property
+    def updates(self) -> list[WeightsUpdate]:
+        """What is ready: the failed versions, then the newest of the others, as only that one is worth loading."""
+        return [one for one in self._updates if not one.taken]
 
     def put(self, update: WeightsUpdate, upload: str) -> None:
         """Add a version that was decoded or given up."""
-        with self._arrived:
-            self.newest = update.version
-            self.newest_seen = max(self.newest_seen, (update.version, upload), key=lambda one: one[0])
-            self._updates = drop_superseded([*self._updates, update])
-            self._arrived.notify_all()
+        self._add(update)
+        self.newest_seen = max(self.newest_seen, (update.version, upload), key=lambda one: one[0])
+        self.newest = update.version  # last: a call that reads it finds the update
+        self._announce()
 
     def put_refused(self, update: WeightsUpdate) -> None:
         """Add a version that was refused. The learner's next version may have a lower number."""
-        with self._arrived:
-            if len(self._updates) < REFUSED_KEPT:
-                self._updates = drop_superseded([*self._updates, update])
-            self._arrived.notify_all()
+        if len(self.updates) < REFUSED_KEPT:
+            self._add(update)
+        self._announce()
 
-    def take(self, timeout_seconds: float = 0) -> list[WeightsUpdate]:
-        """Return what is ready, failed versions first; wait for an update if there is a timeout."""
-        with self._arrived:
-            if not self._updates and timeout_seconds > 0:
-                self._arrived.wait(timeout_seconds)
-            found, self._updates = self._updates, []
-            return found
+    def wait(self, timeout_seconds: float) -> None:
+        """Wait until an update is put; may return earlier."""
+        with suppress(queue.Empty):
+            self._arrivals.get(timeout=timeout_seconds)
 
     def forget_newest(self) -> None:
         """Forget which version was the newest, so that the latest is fetched again."""
@@ -83,4 +86,13 @@ class UpdateQueue:
 
     def clear(self) -> None:
         """Drop all updates."""
-        self._updates = []
+        self._updates = ()
+
+    def _add(self, update: WeightsUpdate) -> None:
+        waiting = [*self.updates, update]
+        decoded = [one for one in waiting if not one.problem]
+        self._updates = [one for one in waiting if one.problem] + decoded[-1:]
+
+    def _announce(self) -> None:
+        if self._arrivals.empty():
+            self._arrivals.put(None)

@@ -16,7 +16,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Iterator
+import weakref
 from pathlib import Path
 from typing import Final, Self
 
@@ -30,20 +30,37 @@ _ENTER_SECONDS: Final = 2.0
 _PAUSE_SECONDS: Final = 0.01
 
 #: The locks of this process. A forked child closes its copies: a copy would keep the lock of a dead parent.
-_held: set[FileLock] = set()
+_held: weakref.WeakSet[FileLock] = weakref.WeakSet()
 
 
 class UnusableFolder(Exception):
     """The folder cannot be used; the message says why."""
 
 
-class FileLock:
-    """An open file of this process, which may be locked."""
+class OpenFile:
+    """An open file or folder, which is closed with the last reference to it: an interrupted call leaves none."""
 
-    def __init__(self, fd: int) -> None:
-        """Take ownership of an open file."""
-        self.fd = fd
-        _held.add(self)
+    def __init__(self, path: str, flags: int, *, dir_fd: int | None = None) -> None:
+        """Open a file, without following a link that another user may have put in its place."""
+        # In one step, so that nothing is open and not owned.
+        self._close = weakref.finalize(
+            self, os.close, os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
+        )
+        self._close.atexit = False
+
+    @property
+    def fd(self) -> int:
+        """The file's descriptor; -1 once it is closed."""
+        found = self._close.peek()
+        return found[2][0] if found else -1
+
+    def close(self) -> None:
+        """Close the file. May be called again."""
+        self._close()
+
+
+class FileLock(OpenFile):
+    """An open file of this process, which may be locked."""
 
     @classmethod
     def take(cls, folder_fd: int, name: str, *, exclusive: bool, flags: int = os.O_RDWR) -> Self | None:
@@ -53,11 +70,12 @@ class FileLock:
             OSError: the system refused, or the file could not be created because the folder is gone.
         """
         try:
-            lock = cls(os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder_fd))
+            lock = cls(name, flags, dir_fd=folder_fd)
         except FileNotFoundError:
             if flags & os.O_CREAT:
                 raise
             return None
+        _held.add(lock)
         try:
             if lock.change(exclusive=exclusive) and lock.is_at(folder_fd, name):
                 return lock
@@ -70,7 +88,7 @@ class FileLock:
     @property
     def is_held(self) -> bool:
         """Whether it is not released yet; always False in a forked child."""
-        return self in _held
+        return self._close.alive
 
     def change(self, *, exclusive: bool) -> bool:
         """Lock the file, or change the kind of lock, without waiting; return False, unlocked, if that is impossible.
@@ -93,22 +111,16 @@ class FileLock:
 
     def release(self) -> None:
         """Unlock and close the file; do nothing in a forked child, or when called again."""
-        try:
-            _held.remove(self)
-        except KeyError:
-            return
-        fd, self.fd = self.fd, -1
-        with contextlib.suppress(OSError):
-            # Closing is not enough: a child that was just forked has a copy of the descriptor.
-            fcntl.flock(fd, fcntl.LOCK_UN)
-        os.close(fd)
+        if self.is_held:
+            with contextlib.suppress(OSError):
+                # Closing is not enough: a child that was just forked has a copy of the descriptor.
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
+            self.close()
 
 
 def _close_copies() -> None:
-    for lock in _held:
-        fd, lock.fd = lock.fd, -1
-        os.close(fd)
-    _held.clear()
+    for lock in list(_held):
+        lock.close()
 
 
 if sys.platform != "win32":
@@ -118,10 +130,14 @@ if sys.platform != "win32":
 class Folder:
     """The open folder of one run. This process is one of its users."""
 
-    def __init__(self, root: Path, fd: int, users: FileLock) -> None:
+    def __init__(self, root: Path, opened: OpenFile, users: FileLock) -> None:
         """Take ownership of the open folder and the shared lock; call `enter` instead."""
-        self.fd = fd
-        self._root, self._users = root, users
+        self._root, self._opened, self._users = root, opened, users
+
+    @property
+    def fd(self) -> int:
+        """The folder's descriptor."""
+        return self._opened.fd
 
     @classmethod
     def enter(cls, base: Path, run: str) -> Self:
@@ -149,20 +165,15 @@ class Folder:
     @classmethod
     def _try_to_enter(cls, root: Path, name: str) -> Self | None:
         _make_private(str(root), None)
-        with _opened(str(root), None) as root_fd:
-            _make_private(name, root_fd)
-            fd = _open_private(name, root_fd)
-        try:
-            users, first = _become_user(fd)
-        except BaseException:
-            os.close(fd)
-            raise
+        root_folder = _open_private(str(root), None)
+        _make_private(name, root_folder.fd)
+        opened = _open_private(name, root_folder.fd)
+        users, first = _become_user(opened.fd)
         if users is None:
-            os.close(fd)
             return None
         if first:
             _sweep(root)
-        return cls(root, fd, users)
+        return cls(root, opened, users)
 
     def files(self) -> dict[str, int]:
         """Return the inode of each file by its name."""
@@ -172,10 +183,6 @@ class Folder:
         """Stop being a user; the last user removes everything. Open files stay usable."""
         self._users.release()
         _sweep(self._root)
-
-    def __del__(self) -> None:
-        """Close the folder with the last reference to it."""
-        os.close(self.fd)
 
 
 def _become_user(fd: int) -> tuple[FileLock | None, bool]:
@@ -192,10 +199,12 @@ def _become_user(fd: int) -> tuple[FileLock | None, bool]:
 
 def _sweep(root: Path) -> None:
     """Remove the folders of runs that have no users, and then their root if it is empty."""
-    with contextlib.suppress(OSError, UnusableFolder), _opened(str(root), None) as root_fd:
-        for name in _files(root_fd):
-            with contextlib.suppress(OSError, UnusableFolder), _opened(name, root_fd) as fd:
-                _remove_unused(name, root_fd, fd)
+    with contextlib.suppress(OSError, UnusableFolder):
+        root_folder = _open_private(str(root), None)
+        for name in _files(root_folder.fd):
+            with contextlib.suppress(OSError, UnusableFolder):
+                opened = _open_private(name, root_folder.fd)
+                _remove_unused(name, root_folder.fd, opened.fd)
         root.rmdir()
 
 
@@ -220,12 +229,9 @@ def _empty(fd: int) -> None:
 
 def _files(fd: int) -> dict[str, int]:
     # Opened again: two threads that list through one descriptor would each get some of the entries.
-    again = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
-    try:
-        with os.scandir(again) as entries:
-            return {entry.name: entry.inode() for entry in entries}
-    finally:
-        os.close(again)
+    again = OpenFile(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd)
+    with os.scandir(again.fd) as entries:
+        return {entry.name: entry.inode() for entry in entries}
 
 
 def _make_private(path: str, dir_fd: int | None) -> None:
@@ -233,26 +239,16 @@ def _make_private(path: str, dir_fd: int | None) -> None:
         os.mkdir(path, 0o700, dir_fd=dir_fd)
 
 
-@contextlib.contextmanager
-def _opened(path: str, dir_fd: int | None) -> Iterator[int]:
-    fd = _open_private(path, dir_fd)
+def _open_private(path: str, dir_fd: int | None) -> OpenFile:
+    """Open a folder of this user, which no other user can read or write."""
     try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _open_private(path: str, dir_fd: int | None) -> int:
-    """Open a folder, without following a link that another user may have put in its place."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+        opened = OpenFile(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=dir_fd)
     except NotADirectoryError as error:
         raise UnusableFolder(f"{path} is a file or a symbolic link") from error
-    found = os.fstat(fd)
+    found = os.fstat(opened.fd)
     mode = stat.S_IMODE(found.st_mode) & 0o777
     if found.st_uid == os.geteuid() and mode == 0o700:
-        return fd
-    os.close(fd)
+        return opened
     raise UnusableFolder(
         f"{path} is not private: it belongs to user {found.st_uid}, and its mode is {mode:o}"
     )

@@ -199,14 +199,14 @@ def _draft_name() -> str:
 
 def _map(lock: FileLock, *, writable: bool) -> mmap.mmap:
     # Opened again: `mmap` keeps a copy of the descriptor, which would keep the lock in a forked child.
-    fd = os.open(f"/proc/self/fd/{lock.fd}", os.O_RDWR if writable else os.O_RDONLY)
+    again = os.open(f"/proc/self/fd/{lock.fd}", os.O_RDWR if writable else os.O_RDONLY)
     try:
         # Private pages show the file as it is as long as they are not written to, and numpy and torch accept them as
         # writable memory.
         flags = mmap.MAP_SHARED if writable else mmap.MAP_PRIVATE
-        return mmap.mmap(fd, os.fstat(fd).st_size, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+        return mmap.mmap(again, os.fstat(again).st_size, flags, mmap.PROT_READ | mmap.PROT_WRITE)
     finally:
-        os.close(fd)
+        os.close(again)
 
 
 def _write_end(fd: int, image_bytes: int, header: bytes) -> None:
