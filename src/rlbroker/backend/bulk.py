@@ -213,7 +213,10 @@ class ChunkWriter:
                 views = [byte_view(part) for part in parts]
                 size = sum(map(len, views))
                 head = b"*5\r\n$3\r\nSET\r\n%b$%d\r\n" % (_bulk(key), size)
-                pipe.send([head, *views, b"\r\n$2\r\nEX\r\n" + _bulk(str(expire_seconds))])
+                try:
+                    pipe.send([head, *views, b"\r\n$2\r\nEX\r\n" + _bulk(str(expire_seconds))])
+                except ConnectionFailed as error:
+                    raise pipe.channel.explain(error, views) from error
                 pipe.sent.append((number, size, key, parts))
                 while sum(size for _, size, *_ in pipe.sent) > WRITE_WINDOW_BYTES:
                     self._confirm(pipe, expire_seconds)

@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from redis import exceptions as redis_errors
 
-from rlbroker.backend.error_mapping import is_ask_redirect, missing_scripts_error, script_is_unknown
+from rlbroker.backend.error_mapping import (
+    RequestTooLarge,
+    is_ask_redirect,
+    missing_scripts_error,
+    script_is_unknown,
+)
 from rlbroker.backend.replies import raise_first_error
 from rlbroker.backend.resp import Argument, Pieces, pack_commands
+from rlbroker.backend.router import largest_of
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.topology import Server
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError, ServerFault
@@ -101,17 +107,19 @@ class Channel:
         results = []
         with self.closing_on_error:
             for _ in range(count):
-                command = self._unanswered.popleft()
+                command = self._unanswered[0]
                 try:
                     results.append(self._redis_connection.read_response())
                 except redis_errors.ResponseError as error:
                     if is_ask_redirect(error):
                         results.append(self._follow(error, command))
-                        continue
-                    refusal = self._translate(error, command)
-                    if isinstance(refusal, ConnectionFailed):  # the server cannot be used now: a replica
-                        raise refusal from error
-                    results.append(refusal)
+                    else:
+                        refusal = self._translate(error, command)
+                        # The server cannot be used now, as it is a replica; or it closes the connection.
+                        if isinstance(refusal, ConnectionFailed | RequestTooLarge):
+                            raise refusal from error
+                        results.append(refusal)
+                self._unanswered.popleft()
         self._router.errors.record_answer()
         return results
 
@@ -157,6 +165,11 @@ class Channel:
         """Return the error for an error reply that was read from the raw socket, without its leading `-`."""
         return self._translate(self._redis_connection._parser.parse_error(line.decode(errors="replace")))
 
+    def explain(self, error: ConnectionFailed, sent: Sequence[bytes | memoryview]) -> PeerError:
+        """Return the error for a raw socket that broke while this argument, in pieces, was sent."""
+        cause = error.__cause__
+        return self._translate(cause, [tuple(sent)]) if isinstance(cause, redis_errors.RedisError) else error
+
     def give_back(self) -> None:
         """Return the connection to the pool; every reply must have been read."""
         redis_connection, self._redis_connection = self._redis_connection, None
@@ -179,12 +192,13 @@ class Channel:
 
     def _break(self, error: BaseException) -> None:
         """Close the connection, so that no half-read reply stays behind, and raise rlbroker's error."""
+        command = largest_of(self._unanswered)
         self.close()
         if isinstance(error, PeerError) or not isinstance(error, (redis_errors.RedisError, OSError)):
             return  # translated already, or an interrupt in the middle of a reply
         if not isinstance(error, redis_errors.RedisError):
             error = redis_errors.ConnectionError(str(error))
-        translated = self._translate(error)
+        translated = self._translate(error, command)
         if not isinstance(translated, ConnectionFailed):
             self._router.record_failure(error, self._server)
         raise translated from error

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from typing import Final, TypeGuard
+from typing import Any, Final, TypeGuard
 
 import redis
 from redis import exceptions as redis_errors
 
-from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.deadline import Deadline, try_seconds
 from rlbroker.backend.keys import EVERY_KEY
-from rlbroker.backend.tls import requires_tls, tls_refusal
+from rlbroker.backend.tls import QUIET_SECONDS, requires_tls, tls_refusal
 from rlbroker.config import PASSWORD_FILE_VARIABLE, PASSWORD_VARIABLE, USERNAME_VARIABLE
 from rlbroker.errors import (
     AccessDenied,
@@ -26,6 +26,9 @@ from rlbroker.errors import (
     TlsFailed,
     WrongKeyType,
 )
+
+#: No server can be set to take only shorter arguments than this (its `proto-max-bulk-len`).
+LEAST_ARGUMENT_BYTES: Final = 1 << 20
 
 #: How long a server that once accepted this user may refuse it before that counts as final. After a restart, an
 #: administrator or a script may still have to create the users.
@@ -43,6 +46,10 @@ class AskRedirect(SlotMigrating):
         """Wrap the node's reply, which names the other node."""
         super().__init__(f"the key is just being moved to {redirect.host}:{redirect.port}")
         self.redirect = redirect
+
+
+class RequestTooLarge(ServerUnsuitable):
+    """An argument of a command is longer than the server takes. The command had no effect, and never will have one."""
 
 
 class ErrorTranslator:
@@ -72,14 +79,22 @@ class ErrorTranslator:
         *,
         command: Sequence[object] = (),
         server_name: str = "",
+        pool: redis.ConnectionPool | None = None,
     ) -> PeerError:
         """Return rlbroker's error for one of redis-py's.
 
         Args:
-            command: the command that failed; a server that refuses a key may not name it.
+            command: the command that failed, or the largest of several; a server that refuses a key may not name it.
             server_name: which of several servers was asked.
+            pool: makes test connections to that server.
         """
         address = f"{server_name} of {self._address}" if server_name else self._address
+        size = argument_bytes(command)
+        if size > LEAST_ARGUMENT_BYTES and _refuses_argument(pool or self._pool, size, error):
+            return RequestTooLarge(
+                f"{address} takes no argument of {size:,} bytes; send less at once, or raise its limit: redis-cli "
+                f"CONFIG SET proto-max-bulk-len {1 << (size - 1).bit_length()}"
+            )
         insecure = tls_refusal(error)
         if self.has_answered and (insecure or is_login_refusal(error)):
             self._refused = self._refused or Deadline(REFUSAL_GRACE_SECONDS)
@@ -129,6 +144,10 @@ def translate_error(
         return ServerOutOfMemory(
             f"{address} has reached its maxmemory: {text}; raise maxmemory, or lower max_queue_bytes or max_queue_size"
         )
+    if is_length_refusal(error):
+        return RequestTooLarge(
+            f"{address} takes no argument of this size; send less at once, or raise its proto-max-bulk-len"
+        )
     if "FENCED" in text:
         return Fenced(text.partition("FENCED")[2].strip())
     if "LOST" in text:
@@ -163,6 +182,45 @@ def _unsuitable(text: str, address: str) -> ServerUnsuitable | None:
             "(for Sentinels write redis+sentinel://host:port/service)"
         )
     return None
+
+
+def argument_bytes(command: Sequence[object]) -> int:
+    """Return the bytes of the longest argument of a command, which may be in pieces."""
+    return max((_length(part) for part in command), default=0)
+
+
+def _length(part: object) -> int:
+    if isinstance(part, tuple):
+        return sum(map(_length, part))
+    return len(part) if isinstance(part, str | bytes | bytearray | memoryview) else 0
+
+
+def _refuses_argument(pool: redis.ConnectionPool, size: int, error: redis_errors.RedisError) -> bool:
+    """Return whether a connection broke because the server takes no argument of this size.
+
+    The reply often cannot be read before the connection is closed. So announce such an argument over another
+    connection, and read the reply.
+    """
+    if is_length_refusal(error) or type(error) is not redis_errors.ConnectionError:
+        return is_length_refusal(error)
+    connection: Any = None
+    try:
+        connection = pool.get_connection()
+        connection.send_packed_command([b"*1\r\n$%d\r\n" % size], check_health=False)
+        if connection.can_read(try_seconds(QUIET_SECONDS)):
+            connection.read_response()
+    except redis_errors.RedisError as reply:
+        return is_length_refusal(reply)
+    finally:
+        if connection is not None:
+            connection.disconnect()
+            pool.release(connection)
+    return False
+
+
+def is_length_refusal(error: redis_errors.RedisError) -> bool:
+    """Return whether the server closes the connection because an argument is too long for it."""
+    return "Protocol error: invalid bulk length" in str(error)
 
 
 def _plain_text(text: str) -> str:

@@ -13,7 +13,7 @@ from redis import exceptions as redis_errors
 
 from rlbroker.backend.client import BaseClient, bounded_client
 from rlbroker.backend.cluster import ClusterTopology
-from rlbroker.backend.error_mapping import AskRedirect, ErrorTranslator, is_ask_redirect
+from rlbroker.backend.error_mapping import AskRedirect, ErrorTranslator, argument_bytes, is_ask_redirect
 from rlbroker.backend.keys import EVERY_KEY
 from rlbroker.backend.resp import Argument, Pieces
 from rlbroker.backend.scripts import ScriptLoader
@@ -87,7 +87,7 @@ class Router:
     def replicas_of(self, master: Server) -> Sequence[Server]:
         """Return the replicas of a master; none if this user may not know them."""
         try:
-            with _TranslatedErrors(self, master, ("INFO",)):
+            with _TranslatedErrors(self, master, [("INFO",)]):
                 return self.servers.replicas_of(master)
         except AccessDenied:
             return ()
@@ -130,7 +130,7 @@ class Router:
             AskRedirect: the key is being moved; nothing was done.
         """
         self.check_process()
-        with _TranslatedErrors(self, command=commands[0]) as attempt:
+        with _TranslatedErrors(self, commands=commands) as attempt:
             key = first_key_of(commands) if self.servers.several else ""
             attempt.server = server = self.servers.master_for(key)
             try:
@@ -153,7 +153,7 @@ class Router:
     def send_to(self, server: Server, command: Sequence[Argument]) -> Any:
         """Return the reply to a command from one server."""
         execute: Callable[..., Any] = server.client.execute_command
-        with _TranslatedErrors(self, server, command):
+        with _TranslatedErrors(self, server, [command]):
             reply = execute(*command)
         self.errors.record_answer()
         return reply
@@ -188,18 +188,19 @@ class Router:
         The command is used if the server does not name the key that it refuses.
         """
         name = "" if server is None or isinstance(self.servers, SingleServer) else server.name
-        return self.errors.translate(error, command=command, server_name=name)
+        pool = None if server is None else server.client.connection_pool
+        return self.errors.translate(error, command=command, server_name=name, pool=pool)
 
 
 class _TranslatedErrors:
     """A block whose redis-py errors become rlbroker's. A class, because a generator would be slower."""
 
-    __slots__ = ("_command", "_router", "server")
+    __slots__ = ("_commands", "_router", "server")
 
     def __init__(
-        self, router: Router, server: Server | None = None, command: Sequence[Argument] = ()
+        self, router: Router, server: Server | None = None, commands: Sequence[Sequence[Argument]] = ()
     ) -> None:
-        self._router, self._command = router, command
+        self._router, self._commands = router, commands
         self.server = server  #: the server that is asked
 
     def __enter__(self) -> Self:
@@ -210,7 +211,7 @@ class _TranslatedErrors:
             return
         if is_ask_redirect(error):
             raise AskRedirect(error) from error
-        translated = self._router.translate(error, self._command, self.server)
+        translated = self._router.translate(error, largest_of(self._commands), self.server)
         if isinstance(translated, ConnectionFailed):
             self._router.record_failure(error, self.server)
         raise translated from error
@@ -225,6 +226,11 @@ def _make_topology(endpoint: Endpoint, make_client: Callable[..., redis.Redis], 
         sentinels = [make_client(host, **login) for host in endpoint.hosts]
         return SentinelTopology(make_client, sentinels, endpoint.service, address)
     return SingleServer(make_client(), make_client)
+
+
+def largest_of(commands: Iterable[Sequence[Argument | Pieces]]) -> Sequence[Argument | Pieces]:
+    """Return the command with the longest argument; empty if there is no command."""
+    return max(commands, key=argument_bytes, default=())
 
 
 def key_of(command: Iterable[Any]) -> str:
