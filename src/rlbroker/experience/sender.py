@@ -14,6 +14,7 @@ from typing import Any
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Backoff, Deadline
+from rlbroker.backend.error_mapping import RequestTooLarge
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.text import counted
 from rlbroker.config import Level, RunSettings, WhenFull
@@ -121,7 +122,8 @@ class Sender:
 
         Raises:
             UnsupportedType: something in the batch cannot travel; its path is named.
-            BatchTooLarge: the batch alone exceeds the queue's byte bound, or 1 GiB of arrays.
+            BatchTooLarge: the batch alone exceeds the queue's byte bound, 1 GiB of arrays, or the server's own
+                limit (`proto-max-bulk-len`).
             QueueFull: no room in time; nothing was stored and the caller still has the batch.
             Unconfirmed: the batch was accepted, and not confirmed in time; the sender keeps it.
             Fenced: a newer process has this worker id.
@@ -313,6 +315,9 @@ class Sender:
                 return self.writer.confirm(deadline)
             except Fenced:
                 raise
+            except RequestTooLarge as error:
+                self.writer.sequence, self.writer.pending.unconfirmed = batch.sequence - 1, None
+                raise BatchTooLarge(f"the batch cannot be stored: {error}") from error
             except PeerError as error:
                 # A server that is out of memory is treated like a full queue: the learner makes room by reading.
                 if isinstance(error, ServerOutOfMemory) and not deadline.over:
