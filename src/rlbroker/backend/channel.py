@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from redis import exceptions as redis_errors
 
+from rlbroker.backend.argument_limit import largest_of
 from rlbroker.backend.error_mapping import (
-    RequestTooLarge,
+    breaks_connection,
     is_ask_redirect,
     missing_scripts_error,
     script_is_unknown,
 )
 from rlbroker.backend.replies import raise_first_error
 from rlbroker.backend.resp import Argument, Pieces, pack_commands
-from rlbroker.backend.router import largest_of
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.topology import Server
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError, ServerFault
@@ -115,8 +115,7 @@ class Channel:
                         results.append(self._follow(error, command))
                     else:
                         refusal = self._translate(error, command)
-                        # The server cannot be used now, as it is a replica; or it closes the connection.
-                        if isinstance(refusal, ConnectionFailed | RequestTooLarge):
+                        if breaks_connection(refusal):
                             raise refusal from error
                         results.append(refusal)
                 self._unanswered.popleft()
@@ -208,7 +207,7 @@ class Channel:
     ) -> PeerError:
         translated = self._router.translate(error, command, self._server)
         translated.__cause__ = error
-        if isinstance(translated, ConnectionFailed):
+        if breaks_connection(translated):
             self._router.record_failure(error, self._server)
         return translated
 

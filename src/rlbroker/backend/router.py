@@ -11,16 +11,22 @@ from typing import Any, Final, Self, TypeVar
 import redis
 from redis import exceptions as redis_errors
 
+from rlbroker.backend.argument_limit import largest_of
 from rlbroker.backend.client import BaseClient, bounded_client
 from rlbroker.backend.cluster import ClusterTopology
-from rlbroker.backend.error_mapping import AskRedirect, ErrorTranslator, argument_bytes, is_ask_redirect
+from rlbroker.backend.error_mapping import (
+    AskRedirect,
+    ErrorTranslator,
+    breaks_connection,
+    is_ask_redirect,
+)
 from rlbroker.backend.keys import EVERY_KEY
 from rlbroker.backend.resp import Argument, Pieces
 from rlbroker.backend.scripts import ScriptLoader
 from rlbroker.backend.sentinel import SentinelTopology
 from rlbroker.backend.topology import Server, SingleServer, Topology
 from rlbroker.backend.url import Endpoint
-from rlbroker.errors import AccessDenied, ConnectionFailed, ForkedProcess, PeerError, ServerUnsuitable
+from rlbroker.errors import AccessDenied, ForkedProcess, PeerError, ServerUnsuitable
 
 logger = logging.getLogger("rlbroker")
 
@@ -212,7 +218,7 @@ class _TranslatedErrors:
         if is_ask_redirect(error):
             raise AskRedirect(error) from error
         translated = self._router.translate(error, largest_of(self._commands), self.server)
-        if isinstance(translated, ConnectionFailed):
+        if breaks_connection(translated):
             self._router.record_failure(error, self.server)
         raise translated from error
 
@@ -226,11 +232,6 @@ def _make_topology(endpoint: Endpoint, make_client: Callable[..., redis.Redis], 
         sentinels = [make_client(host, **login) for host in endpoint.hosts]
         return SentinelTopology(make_client, sentinels, endpoint.service, address)
     return SingleServer(make_client(), make_client)
-
-
-def largest_of(commands: Iterable[Sequence[Argument | Pieces]]) -> Sequence[Argument | Pieces]:
-    """Return the command with the longest argument; empty if there is no command."""
-    return max(commands, key=argument_bytes, default=())
 
 
 def key_of(command: Iterable[Any]) -> str:
