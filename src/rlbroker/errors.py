@@ -36,11 +36,28 @@ In parentheses: the builtin that an error also is, so that callers who know noth
 from __future__ import annotations
 
 import queue
-from typing import Any
+import re
+from typing import Any, Final
+
+#: The login in a URL, and a password among its parameters. A path made of a URL has one slash.
+_SECRETS: Final = re.compile(r"(?<=:/)(/?)[^\s'\"]*@|(?<=password=)[^&\s'\"]+")
 
 
 class RlbrokerError(Exception):
     """Base of every error that rlbroker raises. An `except` for it catches all of them."""
+
+    def __init__(self, *args: Any) -> None:
+        """Remove passwords of URLs from the message: a URL may be given where something else belongs."""
+        super().__init__(*(without_passwords(one) if isinstance(one, str) else one for one in args))
+
+
+def without_passwords(text: str) -> str:
+    """Return the text without the user and password of each URL in it.
+
+    >>> without_passwords("cannot use 'redis://me:secret@host/0'")
+    "cannot use 'redis://host/0'"
+    """
+    return _SECRETS.sub(lambda found: found[1] if found[1] is not None else "…", text)
 
 
 class UsageError(RlbrokerError):

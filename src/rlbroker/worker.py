@@ -341,7 +341,7 @@ class WorkerClient:
         if not isinstance(batch, dict):
             raise UnsupportedType(f"a batch is a dictionary, not a {type(batch).__name__}")
         if timeout is not None:
-            check_positive_seconds("timeout", timeout)
+            timeout = check_positive_seconds("timeout", timeout)
         return self._sender.send(
             batch,
             version=self.version,

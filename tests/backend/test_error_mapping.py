@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -191,7 +193,7 @@ def test_the_docs_show_the_table_of_answers() -> None:
 
 def public_name(kind: type[Exception]) -> str:
     """Return the name of an error, or of the public one that it is a kind of."""
-    return next(one.__name__ for one in kind.__mro__ if vars(errors).get(one.__name__) is one)
+    return next(str(one.__name__) for one in kind.__mro__ if vars(errors).get(one.__name__) is one)
 
 
 #: Answers as Redis 6.2 to 8 and Valkey 9 give them, in the table's names.
@@ -281,7 +283,8 @@ TEXTS = {
 def parsed(text: str) -> redis.RedisError:
     """Return the error that redis-py makes of an answer; in a pipeline, it puts the command before the text."""
     prefix, caused, answer = text.rpartition(" of pipeline caused error: ")
-    error = BaseParser.parse_error(answer)
+    parse: Callable[[str], Any] = BaseParser.parse_error
+    error = parse(answer)
     assert isinstance(error, redis.RedisError)
     if caused:
         error.args = (f"{prefix}{caused}{error}", *error.args[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import textwrap
@@ -36,7 +37,7 @@ def typed(beginning: str) -> str:
         for block in re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
         if block.startswith(beginning)
     ]
-    return block
+    return str(block)
 
 
 def compiled(before: str, block: str, after: str) -> Any:
@@ -73,17 +74,11 @@ def disk(server: FaultyServer) -> Iterator[None]:
     client.bgsave()
     children = Path(f"/proc/{client.info('server')['process_id']}/task").glob("*/children")
     for pid in " ".join(path.read_text() for path in children).split():
-        signal_child(int(pid))
+        os.kill(int(pid), signal.SIGKILL)
     wait_until("the snapshot failed", lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
     yield
     client.config_set("rdb-key-save-delay", 0)
     client.bgsave()
-
-
-def signal_child(pid: int) -> None:
-    import os
-
-    os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager
