@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, TypeGuard, get_args
 
 from rlbroker.errors import InvalidArgument
 
@@ -61,10 +61,19 @@ MAX_SHARDS = 64
 #: The largest number of seconds in a setting: about thirty years.
 MAX_SECONDS = 1_000_000_000
 
+#: The largest integer in a setting: the server's scripts compute with doubles.
+MAX_INTEGER = 2**53
+
+#: The longest text that an error repeats.
+_SHOWN_CHARACTERS = 80
+
 #: The shortest lease, and the shortest time after which another learner takes over pending batches. They cannot be
 #: renewed more often.
 MIN_LEASE_SECONDS = 0.1
 MIN_TAKE_OVER_SECONDS = 0.5
+
+#: What follows the colon of a host and is not a port. The colons of an IPv6 address are in brackets.
+_NO_PORT = re.compile(r":(?!\d{0,5}(?:,|$))(?![^\[\]]*\])[^,]*")
 
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -89,10 +98,10 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         """Raise InvalidArgument for settings that cannot work."""
-        check_positive_int("max_queue_size", self.max_queue_size)
-        check_positive_int("max_queue_bytes", self.max_queue_bytes)
-        check_positive_seconds("lease_seconds", self.lease_seconds)
-        check_positive_seconds("forget_seconds", self.forget_seconds)
+        for name in ("max_queue_size", "max_queue_bytes"):
+            object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
+        for name in ("lease_seconds", "forget_seconds"):
+            object.__setattr__(self, name, check_positive_seconds(name, getattr(self, name)))
         check_choice("when_full", self.when_full, get_args(WhenFull))
         if self.lease_seconds < MIN_LEASE_SECONDS:
             raise InvalidArgument(
@@ -108,8 +117,12 @@ class RunSettings:
 
     @classmethod
     def from_fields(cls, found: Mapping[str, str]) -> Self:
-        """Parse the settings from fields of the `meta` hash. A setting without a field has its default."""
-        kinds = {"int": int, "float": float}
+        """Parse the settings from fields of the `meta` hash. A setting without a field has its default.
+
+        Raises:
+            ValueError: a field has a value that `to_fields` does not write.
+        """
+        kinds: dict[str, Callable[[str], Any]] = {"int": _stored_integer, "float": float}
         return cls(
             **{
                 field.name: kinds.get(str(field.type), str)(found[field.name])
@@ -139,16 +152,16 @@ class SamplesPerInsert:
         """Raise InvalidArgument for settings with which inserting and sampling could wait for each other forever."""
         for name in ("ratio", "error_buffer"):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value <= 0:
+            if not _is_number(value) or not 0 < value <= MAX_INTEGER:
                 raise InvalidArgument(
-                    f"samples_per_insert: {name} must be a finite number above 0; got {value!r}"
+                    f"samples_per_insert: {name} must be a finite number above 0; got {shown(value)}"
                 )
-        whole = isinstance(self.min_size, int) and not isinstance(self.min_size, bool)
-        if not whole or self.min_size < 1:
+            object.__setattr__(self, name, float(value))
+        if not _is_integer(self.min_size) or not 1 <= self.min_size <= MAX_INTEGER:
             raise InvalidArgument(
-                f"samples_per_insert: min_size must be an integer of at least 1; got {self.min_size!r}"
+                f"samples_per_insert: min_size must be an integer of at least 1; got {shown(self.min_size)}"
             )
+        object.__setattr__(self, "min_size", int(self.min_size))
         least = max(1.0, self.ratio)
         if self.error_buffer < least:
             raise InvalidArgument(
@@ -238,7 +251,7 @@ def colors_wanted() -> bool:
 
 def url_variable() -> str | None:
     """Return the name of the environment variable that holds the server's URL; None if none is set."""
-    return next((name for name in URL_VARIABLES if os.environ.get(name)), None)
+    return next((name for name in URL_VARIABLES if os.environ.get(name, "").strip()), None)
 
 
 def default_url() -> str:
@@ -264,17 +277,34 @@ def redacted_url(url: str) -> str:
     before, _, query = rest.partition("?")
     if "@" in query:  # the query is part of a password, or contains one
         return f"{scheme}://…"
-    # A password may hold an @ or a / that should have been escaped.
-    return scheme + colon + before.rpartition("@")[2]
+    # A password may hold an @ or a / that should have been escaped, or stand in the place of a port.
+    hosts, slash, path = before.rpartition("@")[2].partition("/")
+    return f"{scheme}://{_NO_PORT.sub(':…', hosts)}{slash}{path}"
+
+
+def shown(value: object) -> str:
+    """Return a value that a caller gave, as an error shows it: in short, and without a password.
+
+    >>> shown("redis://me:secret@host"), shown(-1), shown(b"secret")
+    ("'redis://host'", '-1', 'a value of type bytes')
+    """
+    if isinstance(value, str):
+        text = redacted_url(value) if "password" not in value or "://" in value else "…"
+        return repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…")
+    if _is_integer(value):
+        number = int(value)
+        return repr(number) if abs(number) < 10**_SHOWN_CHARACTERS else "an integer of many digits"
+    if value is None or isinstance(value, bool | float):
+        return str(value)
+    return f"a value of type {type(value).__name__}"
 
 
 def check_run_name(run: str, *, what: str = "run") -> str:
     """Return the name of a run or of a learner; raise InvalidArgument unless it can be part of a key."""
     if not isinstance(run, str) or not is_run_name(run):
-        # A URL may have been given in place of the run, with a password in it.
-        shown = redacted_url(run) if isinstance(run, str) and "://" in run else run
         raise InvalidArgument(
-            f"{what} must be 1 to 100 letters, digits, '.', '_' or '-', and begin with a letter or digit; got {shown!r}"
+            f"{what} must be 1 to 100 letters, digits, '.', '_' or '-', and begin with a letter or digit; got "
+            f"{shown(run)}"
         )
     return run
 
@@ -296,40 +326,70 @@ def is_run_name(text: str) -> bool:
 
 def check_worker_id(worker_id: int) -> int:
     """Return a worker id; raise InvalidArgument unless it is an integer from 0 to 65535."""
-    if isinstance(worker_id, bool) or not isinstance(worker_id, int) or not 0 <= worker_id <= MAX_WORKER_ID:
-        raise InvalidArgument(f"worker_id must be an integer from 0 to {MAX_WORKER_ID}; got {worker_id!r}")
-    return worker_id
+    if not _is_integer(worker_id) or not 0 <= worker_id <= MAX_WORKER_ID:
+        raise InvalidArgument(
+            f"worker_id must be an integer from 0 to {MAX_WORKER_ID}; got {shown(worker_id)}"
+        )
+    return int(worker_id)
 
 
 def check_positive_int(name: str, value: int) -> int:
-    """Return the value of a setting; raise InvalidArgument unless it is an integer above 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        # The message does not show text: a URL may have been given for this setting, with a password in it.
-        shown = "text" if isinstance(value, str) else repr(value)
-        raise InvalidArgument(f"{name} must be an integer of at least 1; got {shown}")
-    return value
+    """Return the value of a setting; raise InvalidArgument unless it is an integer above 0, also one of numpy."""
+    return check_count(name, value, least=1)
+
+
+def check_count(name: str, value: int, *, least: int = 0) -> int:
+    """Return the value of a setting; raise InvalidArgument unless it is an integer of at least `least`."""
+    if not _is_integer(value) or not least <= value <= MAX_INTEGER:
+        most = f", and at most {MAX_INTEGER:,}" if _is_integer(value) and value > MAX_INTEGER else ""
+        raise InvalidArgument(f"{name} must be an integer of at least {least}{most}; got {shown(value)}")
+    return int(value)
 
 
 def check_positive_seconds(name: str, value: float) -> float:
     """Return a setting as a float; raise InvalidArgument unless it is above 0 s and no more than a thread can wait."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_SECONDS:
+    if not _is_number(value) or not 0 < value <= MAX_SECONDS:
         raise InvalidArgument(
-            f"{name} must be a number of seconds above 0, up to {MAX_SECONDS:,}; got {value!r}"
+            f"{name} must be a number of seconds above 0, up to {MAX_SECONDS:,}; got {shown(value)}{_no_end(value)}"
         )
     return float(value)
 
 
 def check_timeout_seconds(name: str, value: float) -> float:
     """Return a timeout as a float; raise InvalidArgument unless it is a number of seconds. 0 is valid."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_SECONDS:
-        raise InvalidArgument(f"{name} must be a number of seconds, from 0 to {MAX_SECONDS:,}; got {value!r}")
+    if not _is_number(value) or not 0 <= value <= MAX_SECONDS:
+        raise InvalidArgument(
+            f"{name} must be a number of seconds, from 0 to {MAX_SECONDS:,}; got {shown(value)}{_no_end(value)}"
+        )
     return float(value)
+
+
+def _no_end(value: object) -> str:
+    """Return what to do for a caller who wants to wait for ever."""
+    return "; every wait has a deadline: to wait long, give a large number" if value is None else ""
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    """Return whether a value is an integer of Python or numpy; no truth value is."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Return whether a value is a real number of Python or numpy; no truth value is."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _stored_integer(text: str) -> int:
+    """Return the integer that a field holds; raise ValueError unless it is written in plain digits."""
+    if not re.fullmatch("[0-9]{1,19}", text):
+        raise ValueError(f"{text[:_SHOWN_CHARACTERS]!r} is not an integer")
+    return int(text)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     """Return the value of a setting; raise InvalidArgument unless it is one of `choices`."""
-    if value not in choices:
-        raise InvalidArgument(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        raise InvalidArgument(f"{name} must be one of {', '.join(map(repr, choices))}; got {shown(value)}")
     return value
 
 
@@ -341,6 +401,6 @@ def host_cache_place(setting: HostCacheSetting) -> Path | None:
     if isinstance(setting, bool):
         place = os.environ.get("RLBROKER_HOST_CACHE", "/dev/shm") if setting else "off"
         return None if place.lower() in ("", "0", "off", "no", "false") else Path(place)
-    if not isinstance(setting, str | Path) or not str(setting):
-        raise InvalidArgument(f"host_cache must be True, False or a directory; got {setting!r}")
+    if not isinstance(setting, str | Path) or not str(setting) or "://" in str(setting):
+        raise InvalidArgument(f"host_cache must be True, False or a directory; got {shown(setting)}")
     return Path(setting)

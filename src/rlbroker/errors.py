@@ -7,35 +7,57 @@
     │   ├── InvalidArgument         an argument or setting has a value that cannot work (ValueError)
     │   ├── UnsupportedType         a value cannot travel; names its path (TypeError)
     │   ├── WeightsMismatch         the weights do not fit the model; names keys and shapes (ValueError)
-    │   ├── BatchTooLarge           one batch exceeds the byte bound of its queue (ValueError)
+    │   ├── BatchTooLarge           one batch exceeds a bound of its queue or of the server (ValueError)
     │   ├── UnknownWorker           no worker with this id belongs to the run (LookupError)
     │   ├── ForkedProcess           a client was used in a child process after a fork (RuntimeError)
     │   └── Closed                  a client was used after it was closed (RuntimeError)
     └── PeerError                   the server, the network or another process failed: a retry may succeed
-        ├── ConnectionFailed        the server cannot be reached (ConnectionError)
+        ├── ConnectionFailed        the server cannot be reached, or refuses its service (ConnectionError)
+        │   └── ServerOutOfMemory   the server reached its memory limit (MemoryError)
         ├── AccessDenied            wrong password, or a missing right (PermissionError)
         ├── TlsFailed               no secure connection: a certificate is refused, or one side has no TLS
-        ├── ServerUnsuitable        the server is too old, would evict keys, or cannot provide a level
-        ├── ServerOutOfMemory       the server reached its memory limit
-        ├── ServerFault             the server answered with an error that rlbroker does not expect
+        │                           (ConnectionError)
+        ├── ServerUnsuitable        the server is too old, would evict keys, or cannot provide a level (RuntimeError)
+        ├── ServerFault             the server answered with an error that rlbroker does not expect (RuntimeError)
         │   └── WrongKeyType        a key of the run has a type that rlbroker does not write
         ├── WireError               received bytes cannot be decoded (ValueError)
         │   └── IncompatibleFormat  the bytes have another version of the wire format
-        ├── Fenced                  a newer process took this one's place
+        ├── Fenced                  a newer process took this one's place (RuntimeError)
         ├── RunLost                 the server lost the run's keys, and the learner has not restored them
+        │                           (ConnectionError)
         └── DeadlineExceeded        a wait timed out (TimeoutError)
             ├── QueueFull           no room for a batch within the timeout (queue.Full)
             └── Unconfirmed         a batch was accepted, and not confirmed within the timeout
+
+In parentheses: the builtin that an error also is, so that callers who know nothing of rlbroker catch it too.
+`docs/errors.md` says which answer of a server becomes which error, and which errors are waited out.
 """
 
 from __future__ import annotations
 
 import queue
-from typing import Any
+import re
+from typing import Any, Final
+
+#: The login in a URL, and a password among its parameters. A path made of a URL has one slash.
+_SECRETS: Final = re.compile(r"(?<=:/)(/?)[^\s'\"]*@|(?<=password=)[^&\s'\"]+")
 
 
 class RlbrokerError(Exception):
     """Base of every error that rlbroker raises. An `except` for it catches all of them."""
+
+    def __init__(self, *args: Any) -> None:
+        """Remove passwords of URLs from the message: a URL may be given where something else belongs."""
+        super().__init__(*(without_passwords(one) if isinstance(one, str) else one for one in args))
+
+
+def without_passwords(text: str) -> str:
+    """Return the text without the user and password of each URL in it.
+
+    >>> without_passwords("cannot use 'redis://me:secret@host/0'")
+    "cannot use 'redis://host/0'"
+    """
+    return _SECRETS.sub(lambda found: found[1] if found[1] is not None else "…", text)
 
 
 class UsageError(RlbrokerError):
@@ -62,10 +84,10 @@ class WeightsMismatch(UsageError, ValueError):
 
 
 class BatchTooLarge(UsageError, ValueError):
-    """One batch alone is larger than the byte bound of its queue, or holds more than 1 GiB of arrays.
+    """One batch alone is larger than the byte bound of its queue, than 1 GiB, or than what the server takes.
 
     Raised by `send_experiences`; the batch was not accepted. Send smaller batches, or raise `max_queue_bytes` on the
-    learner.
+    learner, or `proto-max-bulk-len` on the server, as the message says.
     """
 
 
@@ -89,7 +111,17 @@ class PeerError(RlbrokerError):
 
 
 class ConnectionFailed(PeerError, ConnectionError):
-    """The server cannot be reached, or the connection to it broke. The same client may be used again later."""
+    """The server cannot be reached, the connection to it broke, or it refuses its service for now.
+
+    rlbroker has tried again until the timeout. The same client may be used again later.
+    """
+
+
+class ServerOutOfMemory(ConnectionFailed, MemoryError):
+    """The server refuses writes because it reached its `maxmemory`. Raise it, or lower the bounds of the queues.
+
+    Reading and acknowledging batches makes room. The command had no effect.
+    """
 
 
 class AccessDenied(PeerError, PermissionError):
@@ -104,25 +136,21 @@ class AccessDenied(PeerError, PermissionError):
     user: str = ""
 
 
-class TlsFailed(PeerError):
+class TlsFailed(PeerError, ConnectionError):
     """No secure connection is possible: one side refuses the other's certificate, or has no TLS.
 
     Correct the certificate files, or the scheme of the URL (`redis://` or `rediss://`).
     """
 
 
-class ServerUnsuitable(PeerError):
+class ServerUnsuitable(PeerError, RuntimeError):
     """The server is too old, would evict keys, is not what the URL says, or cannot provide the requested level.
 
     Change its settings, or give the URL of another one. `rlbroker doctor` lists what is wrong.
     """
 
 
-class ServerOutOfMemory(PeerError):
-    """The server refuses writes because it reached its `maxmemory`. Raise it, or lower the bounds of the queues."""
-
-
-class ServerFault(PeerError):
+class ServerFault(PeerError, RuntimeError):
     """The server answered with an error that rlbroker does not expect. The message has its text."""
 
 
@@ -144,14 +172,14 @@ class IncompatibleFormat(WireError):
     """The other side writes another version of the wire format. Run the same release on both sides."""
 
 
-class Fenced(PeerError):
+class Fenced(PeerError, RuntimeError):
     """A newer process took this one's place: a learner of the same run, or a worker with the same id.
 
     Nothing that this client sends is accepted any more. Stop; or make a new client, which fences the other process.
     """
 
 
-class RunLost(PeerError):
+class RunLost(PeerError, ConnectionError):
     """The server lost the run's keys, and the learner has not restored them in time.
 
     The learner restores them by itself while it is alive. Try again later, or check that it runs.
@@ -173,6 +201,10 @@ class Unconfirmed(DeadlineExceeded):
         """Attach the receipt of the batch."""
         super().__init__(message)
         self.receipt = receipt
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy it with its receipt."""
+        return type(self), (str(self), self.receipt), vars(self)
 
 
 class QueueFull(DeadlineExceeded, queue.Full):

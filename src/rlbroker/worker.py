@@ -350,7 +350,7 @@ class WorkerClient:
         if not isinstance(batch, dict):
             raise UnsupportedType(f"a batch is a dictionary, not a {type(batch).__name__}")
         if timeout is not None:
-            check_positive_seconds("timeout", timeout)
+            timeout = check_positive_seconds("timeout", timeout)
         return self._sender.send(
             batch,
             version=self.version,
@@ -482,7 +482,7 @@ class WorkerClient:
             level=level,
             shards_known=heartbeat.knows_run or not connection.servers.several,
         )
-        self._joined = True
+        self._joined = connection.router.errors.joined = True
         for part in (heartbeat, self._subscriber, self._inbox):
             part.start()
 

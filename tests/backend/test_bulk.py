@@ -477,7 +477,7 @@ def test_replies_may_arrive_byte_by_byte(scripted: ScriptedServer, keys: Keys) -
         (b"-NOAUTH Authentication required.\r\n", errors.AccessDenied),
         (b"-NOPERM User x has no permissions\r\n", errors.AccessDenied),
         (b"-OOM command not allowed\r\n", errors.ServerOutOfMemory),
-        (b"-MISCONF Redis is configured to save RDB snapshots\r\n", errors.ServerFault),
+        (b"-MISCONF Redis is configured to save RDB snapshots\r\n", errors.ConnectionFailed),
         (b"-ERR \xff\r\n", errors.ServerFault),
         (b"*1\r\n:1\r\n", errors.ServerFault),
         (b"$\xb2\r\n", errors.ServerFault),

@@ -95,7 +95,9 @@ def test_an_unknown_or_invalid_parameter_of_the_url_is_refused_by_name() -> None
     assert refusal_message("rediss://host?ssl_ca_certs=").startswith(
         "ssl_ca_certs in the server's URL rediss://host has no"
     )
-    assert "Invalid value for 'socket_timeout'" in refusal_message("redis://host?socket_timeout=long")
+    assert "socket_timeout in the server's URL redis://host cannot have" in refusal_message(
+        "redis://host?socket_timeout=long"
+    )
     assert "ssl_cert_reqs in the server's URL must be one of 'required'" in refusal_message(
         "rediss://h?ssl_cert_reqs=no"
     )

@@ -21,8 +21,8 @@ from executable import rlbroker
 from guarded import RUN, VERSIONS, WORKERS, GuardedServer
 
 from rlbroker import AccessDenied, Fenced, WorkerClient, WorkerCommunicator
-from rlbroker.backend.error_mapping import is_missing_right
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.missing_rights import is_missing_right
 from rlbroker.backend.scripts import Script
 from rlbroker.control.commands import RESTORE_COMMAND, SEND
 from rlbroker.control.ledger import SETTLE

@@ -16,8 +16,8 @@ from nodes import Node
 from redis_cluster import Cluster
 
 from rlbroker import AccessDenied, WorkerClient, WorkerCommunicator
-from rlbroker.backend.error_mapping import is_missing_right
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.missing_rights import is_missing_right
 
 RUN = "pong"
 ROLES = (f"{RUN}-learner", f"{RUN}-worker-0", f"{RUN}-worker-1", f"{RUN}-observer")

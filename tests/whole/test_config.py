@@ -74,7 +74,8 @@ def test_the_nodes_of_a_cluster_and_the_sentinels_are_read_from_a_url() -> None:
     )
     assert (trio.kind, trio.service, trio.hosts) == ("sentinel", "pong.main", (("::1", 26379), ("b", 1)))
     assert (trio.url, trio.login) == ("redis://[::1]/3?protocol=3", {"username": "you", "password": "p&w"})
-    assert parse_endpoint("redis://a,b/1").url == "redis://a,b/1"
+    with pytest.raises(InvalidArgument, match=r"several hosts; write redis\+cluster://"):
+        parse_endpoint("redis://a,b/1")
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,10 @@ class ChunkWriter:
                     continue
                 views = tuple(byte_view(part) for part in parts)
                 size = sum(map(len, views))
-                pipe.send([("SET", key, views, "EX", expire_seconds)])
+                try:
+                    pipe.send([("SET", key, views, "EX", expire_seconds)])
+                except ConnectionFailed as error:
+                    raise pipe.channel.explain(error, views) from error
                 pipe.sent.append((number, size, key, parts))
                 while sum(size for _, size, *_ in pipe.sent) > WRITE_WINDOW_BYTES:
                     self._confirm(pipe, expire_seconds)

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from redis import exceptions as redis_errors
 
-from rlbroker.backend.error_mapping import is_ask_redirect, missing_scripts_error, script_is_unknown
+from rlbroker.backend.argument_limit import largest_of
+from rlbroker.backend.error_mapping import (
+    breaks_connection,
+    is_ask_redirect,
+    missing_scripts_error,
+    script_is_unknown,
+)
 from rlbroker.backend.exchange import Exchange
 from rlbroker.backend.replies import raise_first_error
 from rlbroker.backend.resp import Argument, Command
@@ -135,7 +141,7 @@ class Channel(Exchange):
             finally:
                 channel.give_back()
         refusal = self._translate(error, command)
-        if isinstance(refusal, ConnectionFailed):
+        if breaks_connection(refusal):
             raise refusal from error
         return refusal
 
@@ -153,14 +159,20 @@ class Channel(Exchange):
         """Return the error for an error reply that was read from the raw socket, without its leading `-`."""
         return self._translate(self._redis_connection._parser.parse_error(line.decode(errors="replace")))
 
+    def explain(self, error: ConnectionFailed, sent: Sequence[bytes | memoryview]) -> PeerError:
+        """Return the error for a raw socket that broke while this argument, in pieces, was sent."""
+        cause = error.__cause__
+        return self._translate(cause, [tuple(sent)]) if isinstance(cause, redis_errors.RedisError) else error
+
     def _break(self, error: BaseException) -> None:
         """Close the connection, so that no half-read reply stays behind, and raise rlbroker's error."""
+        command = largest_of(self._unanswered)
         self.close()
         if isinstance(error, PeerError) or not isinstance(error, (redis_errors.RedisError, OSError)):
             return  # translated already, or an interrupt in the middle of a reply
         if not isinstance(error, redis_errors.RedisError):
             error = redis_errors.ConnectionError(str(error))
-        translated = self._translate(error)
+        translated = self._translate(error, command)
         if not isinstance(translated, ConnectionFailed):
             self._router.record_failure(error, self._server)
         raise translated from error
@@ -168,7 +180,7 @@ class Channel(Exchange):
     def _translate(self, error: redis_errors.RedisError, command: Command = ()) -> PeerError:
         translated = self._router.translate(error, command, self._server)
         translated.__cause__ = error
-        if isinstance(translated, ConnectionFailed):
+        if breaks_connection(translated):
             self._router.record_failure(error, self._server)
         return translated
 

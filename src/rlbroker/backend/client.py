@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -61,6 +62,13 @@ PARAMETERS: Final = (
 TLS_PARAMETERS: Final = (
     *("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname", "ssl_cert_reqs"),
 )
+
+#: How the values of some parameters are written: redis-py takes others, and fails when it connects.
+_FORMS: Final = {
+    **dict.fromkeys(("db", "max_connections", "health_check_interval"), "[0-9]{1,9}"),
+    **dict.fromkeys(("socket_timeout", "socket_connect_timeout"), r"[0-9]{1,9}(\.[0-9]{1,9})?|\.[0-9]{1,9}"),
+    "protocol": "[23]",
+}
 
 
 def stall_seconds(timeout_seconds: float) -> float:
@@ -223,7 +231,9 @@ def _base_of_client(client: redis.Redis | redis.RedisCluster) -> BaseClient:
             f"redis_client must be a redis.Redis or a redis.RedisCluster; got {type(client).__name__}"
         )
     settings = client.connection_pool.connection_kwargs
-    host = f"{settings['host']}:{settings.get('port')}" if "host" in settings else ""
+    if re.search("://|@", str(settings.get("host", ""))):
+        raise InvalidArgument("the host of redis_client is a URL; make it with redis.Redis.from_url")
+    host = f"{settings['host']}:{settings.get('port', 6379)}" if "host" in settings else ""
     address = str(settings.get("path") or host or "the given redis_client")
     return BaseClient(client, Endpoint("one", ""), address)
 
@@ -234,13 +244,19 @@ def client_from_url(url: str) -> redis.Redis:
     Raises:
         InvalidArgument: the URL or an environment variable cannot be used; the message says which.
     """
+    parameters = _parameters(url)
+    problem: ValueError | None = None
     try:
         pool = redis.ConnectionPool.from_url(url, protocol=2)
     except ValueError as error:
-        raise invalid_url_error(url, error) from None
-    parameters = _parameters(url)
+        problem = error
+    if problem is not None:
+        raise invalid_url_error(url, problem)
     secure = url.startswith("rediss:")
     settings = pool.connection_kwargs
+    if not url.startswith("unix:"):
+        settings.setdefault("host", "localhost")
+        settings.setdefault("port", 6379)
     if "username" not in settings and (username := redis_username()):
         settings["username"] = username
     if "password" not in settings and (password := redis_password()):
@@ -296,6 +312,8 @@ def _parameters(url: str) -> dict[str, str]:
             )
         if not value:
             raise InvalidArgument(f"{name} in the server's URL {redacted_url(url)} has no value")
+        if (form := _FORMS.get(name)) and not re.fullmatch(form, value):
+            raise InvalidArgument(f"{name} in the server's URL {redacted_url(url)} cannot have this value")
     return found
 
 

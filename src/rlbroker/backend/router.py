@@ -13,14 +13,17 @@ from redis import exceptions as redis_errors
 
 from rlbroker.backend.client import BaseClient, bounded_client
 from rlbroker.backend.cluster import ClusterTopology
-from rlbroker.backend.error_mapping import ErrorTranslator
+from rlbroker.backend.error_mapping import (
+    ErrorTranslator,
+    breaks_connection,
+)
 from rlbroker.backend.keys import EVERY_KEY
 from rlbroker.backend.replies import shaped
 from rlbroker.backend.resp import Command
 from rlbroker.backend.sentinel import SentinelTopology
 from rlbroker.backend.topology import Server, SingleServer, Topology
 from rlbroker.backend.url import Endpoint
-from rlbroker.errors import AccessDenied, ConnectionFailed, ForkedProcess, PeerError, ServerUnsuitable
+from rlbroker.errors import AccessDenied, ForkedProcess, PeerError, ServerUnsuitable
 
 logger = logging.getLogger("rlbroker")
 
@@ -143,7 +146,8 @@ class Router:
         The command is used if the server does not name the key that it refuses.
         """
         name = "" if server is None or isinstance(self.servers, SingleServer) else server.name
-        return self.errors.translate(error, command=command, server_name=name)
+        pool = None if server is None else server.client.connection_pool
+        return self.errors.translate(error, command=command, server_name=name, pool=pool)
 
 
 class _TranslatedErrors:
@@ -162,7 +166,7 @@ class _TranslatedErrors:
         if not isinstance(error, redis_errors.RedisError):
             return
         translated = self._router.translate(error, self._command, self.server)
-        if isinstance(translated, ConnectionFailed):
+        if breaks_connection(translated):
             self._router.record_failure(error, self.server)
         raise translated from error
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from rlbroker.backend.deadline import Backoff
-from rlbroker.errors import AccessDenied, Fenced, IncompatibleFormat, PeerError, TlsFailed
+from rlbroker.backend.error_mapping import FINAL_ERRORS
+from rlbroker.errors import PeerError
 
 logger = logging.getLogger("rlbroker")
 
@@ -20,9 +21,6 @@ WAKE_BYTES = 4096
 
 #: A selector that needs no file descriptor; a process with many workers has few to spare.
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
-
-#: Errors that a retry does not cure.
-FINAL_ERRORS = (AccessDenied, TlsFailed, Fenced, IncompatibleFormat)
 
 
 class OutageLog:
@@ -54,7 +52,8 @@ class BackgroundThread:
     """A daemon thread that repeats one step until it is stopped.
 
     A step that fails because of the server (unreachable, out of memory, disk full …) is retried with exponential
-    back-off. Errors that a retry does not cure, and bugs, end the thread; the next `check` raises them to the caller.
+    back-off. Errors that a retry does not cure (`FINAL_ERRORS`), and bugs, end the thread; the next `check` raises them
+    to the caller.
     """
 
     def __init__(self, name: str, step: Callable[[], bool | None]) -> None:

@@ -111,7 +111,7 @@ class SingleServer(Topology):
     def __init__(self, client: redis.Redis, make_client: MakeClient) -> None:
         """Use this client; `make_client` makes clients of other servers with its settings."""
         settings = client.connection_pool.connection_kwargs
-        address = (str(settings["host"]), int(settings["port"])) if "host" in settings else None
+        address = (str(settings["host"]), int(settings.get("port", 6379))) if "host" in settings else None
         self._server, self._clients = Server(client, address), ClientsByAddress(make_client)
 
     def master_for(self, key: str) -> Server:

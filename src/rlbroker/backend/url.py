@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
-from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
-from rlbroker.config import DEFAULT_URL, default_url, redacted_url
+from rlbroker.config import DEFAULT_URL, default_url, redacted_url, shown
 from rlbroker.errors import InvalidArgument
 
 URL_SCHEMES = (
@@ -21,6 +21,11 @@ _SENTINEL_LOGIN = ("sentinel_username", "sentinel_password")
 
 #: The names of masters that Sentinels accept.
 _SERVICE = re.compile(r"[\w.-]+", re.ASCII)
+
+_DATABASE = re.compile(r"[0-9]{1,9}")
+
+#: Spaces, control characters, and bytes that are not text.
+_NO_CHARACTER = re.compile(r"[\0-\x20\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -49,23 +54,33 @@ def redis_url(url: str | None = None) -> str:
         InvalidArgument: the URL cannot be used; the message says why.
     """
     if url is not None and not isinstance(url, str):
-        raise InvalidArgument(f"redis_url must be text, such as {DEFAULT_URL!r}; got {url!r}")
-    found = url or default_url()
-    try:
-        scheme = url_parts(found)[0].scheme
-    except ValueError as error:
-        raise invalid_url_error(found, error) from None
-    if scheme not in URL_SCHEMES:
+        raise InvalidArgument(f"redis_url must be text, such as {DEFAULT_URL!r}; got {shown(url)}")
+    found = (url or "").strip() or default_url().strip()
+    scheme, separator, rest = found.partition("://")
+    found = f"{scheme.lower()}{separator}{rest}"
+    _check_characters(found)
+    parts, _ = url_parts(found)
+    if parts.scheme not in URL_SCHEMES:
         known = ", ".join(f"{name}://" for name in URL_SCHEMES)
+        wrong = f"the scheme {shown(parts.scheme)}" if separator and parts.scheme else "no scheme"
         raise InvalidArgument(
-            f"the server's URL has {f'the scheme {scheme!r}' if scheme else 'no scheme'}; use one of {known}, such as "
-            f"{DEFAULT_URL!r} "
+            f"the server's URL has {wrong}; use one of {known}, such as {DEFAULT_URL!r} "
             "(it comes from the argument, RLBROKER_REDIS_URL, or REDIS_URL)"
         )
-    if "://" not in found:
+    if not separator:
         raise InvalidArgument(f"the server's URL lacks its //; write it like {DEFAULT_URL!r}")
     parse_endpoint(found)
     return found
+
+
+def _check_characters(url: str) -> None:
+    """Refuse what no URL may contain, and libraries remove in silence or fail at."""
+    if _NO_CHARACTER.search(url):
+        readable = redacted_url(_NO_CHARACTER.sub("…", url))
+        raise InvalidArgument(
+            f"the server's URL {readable} has a space or another character that is not text; in a password write a "
+            "space as %20"
+        )
 
 
 def parse_endpoint(url: str) -> Endpoint:
@@ -79,17 +94,23 @@ def parse_endpoint(url: str) -> Endpoint:
     """
     parts, places = url_parts(url)
     scheme, _, engine = parts.scheme.partition("+")
-    service, path = "", parts.path.strip("/")
+    if scheme == "unix":
+        _check_socket(parts, url)
+        return Endpoint("one", url)
+    hosts = _parse_hosts(places, engine, url)
+    service, path = "", unquote(parts.path).strip("/")
     if engine == "sentinel":
         service, _, path = path.partition("/")
         _check_service(service, url)
-    if scheme != "unix" and path and not path.isdecimal():
-        raise InvalidArgument(f"the database in the server's URL must be a number, as in {DEFAULT_URL!r}")
+    if path and not _DATABASE.fullmatch(path):
+        hint = "; in a password write / as %2F" if "@" in path else ""
+        raise InvalidArgument(
+            f"the database in the server's URL must be a number, as in {DEFAULT_URL!r}{hint}"
+        )
     if not engine:
         return Endpoint("one", url)
     if engine == "cluster" and path.strip("0"):
         raise InvalidArgument(f"a Cluster has the database 0 only; {redacted_url(url)} names {path}")
-    hosts = _parse_hosts(places, engine, url)
     query, login = parts.query, dict[str, str]()
     if engine == "sentinel":
         parameters = parse_qsl(query, keep_blank_values=True)
@@ -99,6 +120,19 @@ def parse_endpoint(url: str) -> Endpoint:
         query = urlencode([pair for pair in parameters if pair[0] not in _SENTINEL_LOGIN])
     first = parts._replace(scheme=scheme, path=f"/{path}", query=query, fragment="").geturl()
     return Endpoint("cluster" if engine == "cluster" else "sentinel", first, hosts, service, login)
+
+
+def _check_socket(parts: SplitResult, url: str) -> None:
+    """Refuse a URL of a socket without a usable path."""
+    if parts.hostname not in (None, "", "localhost"):
+        raise InvalidArgument(
+            f"the server's URL {redacted_url(url)} names a host; the path of a socket follows three slashes, as in "
+            "unix:///run/redis.sock"
+        )
+    if not parts.path.strip("/") or "\0" in unquote(parts.path):
+        raise InvalidArgument(
+            "the server's URL names no socket; write its path, as in unix:///run/redis.sock"
+        )
 
 
 def _check_service(service: str, url: str) -> None:
@@ -117,12 +151,8 @@ def _check_service(service: str, url: str) -> None:
 
 def _parse_hosts(places: list[str], engine: str, url: str) -> tuple[tuple[str, int], ...]:
     default_port = 26379 if engine == "sentinel" else 6379
-    try:
-        parsed = [urlsplit(f"//{place}") for place in places]
-        hosts = tuple((one.hostname or "", one.port or default_port) for one in parsed)
-    except ValueError as error:
-        raise invalid_url_error(url, error) from None
-    if not all(host for host, _ in hosts):
+    hosts = tuple(_parse_host(place, default_port, url) for place in places)
+    if engine and not all(host for host, _ in hosts):
         raise InvalidArgument(
             f"the server's URL {redacted_url(url)} names a host that is empty; write at least one, and a comma only "
             f"between two, as in redis+{engine}://host:{default_port},host:{default_port}"
@@ -130,25 +160,59 @@ def _parse_hosts(places: list[str], engine: str, url: str) -> tuple[tuple[str, i
     return hosts
 
 
+def _parse_host(place: str, default_port: int, url: str) -> tuple[str, int]:
+    """Return host and port; the host is empty if there is none, which stands for this machine."""
+    if "," in place:
+        raise InvalidArgument(
+            f"the server's URL {redacted_url(url)} names several hosts; write redis+cluster:// or redis+sentinel://"
+        )
+    problem: ValueError | None = None
+    try:
+        parts = urlsplit(f"//{place}")
+        host, port = unquote(parts.hostname or ""), parts.port
+        host.encode("idna")  # as the socket does
+    except ValueError as error:
+        problem = error
+    if problem is not None:
+        raise invalid_url_error(url, problem)
+    if port == 0:
+        raise InvalidArgument(
+            f"the server's URL {redacted_url(url)} has port 0; leave it out for {default_port}"
+        )
+    if re.search(r"[\0@/]", host) or (":" in host and not place.startswith("[")):
+        raise InvalidArgument(
+            "the server's URL has a host that cannot be read; an IPv6 address stands in brackets, as in "
+            "redis://[::1]:6379, and a password stands before @"
+        )
+    return host, port or default_port
+
+
 def url_parts(url: str) -> tuple[SplitResult, list[str]]:
     """Return the parts of a URL with its first host only, as no library reads several; and all of its hosts.
 
     Raises:
-        ValueError: the URL cannot be read.
+        InvalidArgument: the URL cannot be read.
     """
     scheme, _, rest = url.partition("://")
     place = re.split("[/?#]", rest, maxsplit=1)[0]
     user, at, named = place.rpartition("@")
-    hosts = named.split(",")
-    if "+" not in scheme or len(hosts) == 1:
-        return urlsplit(url), hosts
-    return urlsplit(f"{scheme}://{user}{at}{hosts[0]}{rest[len(place) :]}"), hosts
+    hosts = named.split(",") if "+" in scheme else [named]
+    single = url if len(hosts) == 1 else f"{scheme}://{user}{at}{hosts[0]}{rest[len(place) :]}"
+    problem: ValueError | None = None
+    try:
+        return urlsplit(single), hosts
+    except ValueError as error:
+        problem = error
+    raise invalid_url_error(url, problem)
 
 
 def invalid_url_error(url: str, error: ValueError) -> InvalidArgument:
-    """Return the error for a URL that cannot be used."""
+    """Return the error for a URL that cannot be used. Raise it outside of the handler: `error` may show a password."""
     why = str(error)
-    # These messages repeat a part of the URL, which may contain the password.
-    if "Port" in why or "netloc" in why:
-        why = "host or port cannot be read; in a password write / as %2F, ? as %3F, # as %23, @ as %40"
+    # Other messages repeat a part of the URL, which may contain the password.
+    if not why.startswith(("Invalid IPv6", "Invalid value for")):
+        why = (
+            "host or port cannot be read; an IPv6 address stands in brackets, as in [::1]; in a password write / as "
+            "%2F, ? as %3F, # as %23, @ as %40"
+        )
     return InvalidArgument(f"the server's URL {redacted_url(url)} cannot be used: {why}")

@@ -18,7 +18,7 @@ from rlbroker.backend.replies import parsing, server_seconds, text_fields
 from rlbroker.backend.scripts import Script
 from rlbroker.codec.message import encode
 from rlbroker.codec.signing import SigningKey
-from rlbroker.config import check_positive_seconds, check_timeout_seconds, check_worker_id
+from rlbroker.config import check_positive_seconds, check_timeout_seconds, check_worker_id, shown
 from rlbroker.control.command_signature import SIGNATURE_FIELDS, sign_command
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.errors import DeadlineExceeded, InvalidArgument, UnknownWorker
@@ -195,12 +195,12 @@ class CommandSender:
             DeadlineExceeded: the members of the run kept changing.
         """
         if not isinstance(name, str) or not name or len(name) > NAME_LENGTH:
-            raise InvalidArgument(f"a command is a name of 1 to {NAME_LENGTH} characters; got {name!r}")
+            raise InvalidArgument(f"a command is a name of 1 to {NAME_LENGTH} characters; got {shown(name)}")
         if expires_seconds is not None:
             expires_seconds = check_positive_seconds("expires", expires_seconds)
         if worker_ids is not None and not isinstance(worker_ids, Iterable):
             raise InvalidArgument(
-                f"worker_ids must be a list of worker ids, or None for all; got {worker_ids!r}"
+                f"worker_ids must be a list of worker ids, or None for all; got {shown(worker_ids)}"
             )
         wanted = None if worker_ids is None else sorted({check_worker_id(one) for one in worker_ids})
         command_id = uuid.uuid4().hex[:12]

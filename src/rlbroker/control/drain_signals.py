@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from rlbroker.config import shown
 from rlbroker.errors import InvalidArgument, UsageError
 
 
@@ -42,9 +43,11 @@ class DrainSignals:
                 # set.
                 self._previous.setdefault(number, signal.SIG_DFL if previous is None else previous)
                 signal.signal(number, self._handle)
-            except (OSError, TypeError, ValueError) as error:
+            except (OSError, OverflowError, TypeError, ValueError) as error:
                 self._previous.pop(number, None)
-                raise InvalidArgument(f"{number!r} is not a signal that can be handled: {error}") from error
+                raise InvalidArgument(
+                    f"{shown(number)} is not a signal that can be handled: {error}"
+                ) from error
 
     def restore(self) -> None:
         """Restore the handlers of the signals that did not arrive. Does nothing outside the main thread."""

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.text import counted
+from rlbroker.backend.url import redis_url
 from rlbroker.config import redacted_url
 from rlbroker.demo import check_output
 from rlbroker.demo.dashboard import View, describe, open_view
@@ -103,7 +104,7 @@ def _run(settings: DemoSettings, console: Console) -> int:
             _print(console, f"server: embedded {server.version}, as `rlbroker server` starts it")
             _print(console, f"$ export RLBROKER_REDIS_URL={shlex.quote(server.redacted_url)}")
         else:
-            _print(console, f"server: {redacted_url(url)}")
+            _print(console, f"server: {redacted_url(redis_url(url))}")
         # A new name, so that workers of an earlier demo on the same server do not join this run.
         run = f"demo-{secrets.token_hex(3)}"
         commands = build_commands(settings, run, deadline - time.monotonic())

@@ -41,6 +41,7 @@ class PendingBatch:
         uncertain: whether an attempt to store it was interrupted, so that it may have been stored.
         stored: whether the server is known to have it.
         charged: whether its bytes are counted in the queue's size.
+        accepted: whether the call that sent it is over, so that its caller does not send it again.
     """
 
     sequence: int
@@ -49,6 +50,7 @@ class PendingBatch:
     uncertain: bool = False
     stored: bool = False
     charged: bool = False
+    accepted: bool = False
 
     @property
     def stored_bytes(self) -> int:
@@ -56,7 +58,8 @@ class PendingBatch:
         return self.receipt.stored_bytes
 
     def copy_message(self) -> None:
-        """Copy the message, because the caller may write to the batch's arrays from now on."""
+        """Copy the message when the call that sent it ends: the caller may write to the batch's arrays from then on."""
+        self.accepted = True
         if isinstance(self.fields[-1], tuple):
             self.fields[-1] = b"".join(self.fields[-1])
 
@@ -101,6 +104,12 @@ class PendingBatches:
         """Release all kept batches that were dropped."""
         self.kept = deque(batch for batch in self.kept if not is_dropped(batch))
         self.kept_bytes = sum(batch.stored_bytes for batch in self.kept)
+
+    def discard(self, batch: PendingBatch) -> None:
+        """Release one batch."""
+        self.release_all(lambda other: other is batch)
+        if self.unconfirmed is batch:
+            self.unconfirmed = None
 
     def clear(self) -> None:
         """Release all batches."""

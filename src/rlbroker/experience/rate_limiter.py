@@ -11,7 +11,7 @@ import math
 import threading
 
 from rlbroker.backend.deadline import Deadline
-from rlbroker.config import SamplesPerInsert
+from rlbroker.config import SamplesPerInsert, check_positive_int
 from rlbroker.errors import InvalidArgument
 
 
@@ -58,8 +58,7 @@ class RateLimiter:
         Raises:
             InvalidArgument: this many samples can never be drawn at once.
         """
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InvalidArgument(f"the number of samples must be an integer of at least 1; got {count!r}")
+        count = check_positive_int("the number of samples", count)
         with self._changed:
             if self._settings is not None:
                 rule = self._settings

@@ -14,6 +14,7 @@ from typing import Any
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import ONE_TRY, Backoff, Deadline
+from rlbroker.backend.error_mapping import RequestTooLarge
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.text import counted
 from rlbroker.config import Level, RunSettings, WhenFull
@@ -23,7 +24,6 @@ from rlbroker.errors import (
     Fenced,
     PeerError,
     QueueFull,
-    ServerOutOfMemory,
     Unconfirmed,
 )
 from rlbroker.experience.levels import Confirmation
@@ -121,7 +121,8 @@ class Sender:
 
         Raises:
             UnsupportedType: something in the batch cannot travel; its path is named.
-            BatchTooLarge: the batch alone exceeds the queue's byte bound, or 1 GiB of arrays.
+            BatchTooLarge: the batch alone exceeds the queue's byte bound, 1 GiB of arrays, or the server's own
+                limit (`proto-max-bulk-len`).
             QueueFull: no room in time; nothing was stored and the caller still has the batch.
             Unconfirmed: the batch was accepted, and not confirmed in time; the sender keeps it.
             Fenced: a newer process has this worker id.
@@ -307,26 +308,23 @@ class Sender:
     def _store(self, batch: PendingBatch, deadline: Deadline) -> None:
         """Store a batch; if that fails and it is certain that it was not stored, release its number."""
         self.writer.sequence, self.writer.pending.unconfirmed = batch.sequence, batch
-        backoff = Backoff()
-        while True:
-            try:
-                return self.writer.confirm(deadline)
-            except Fenced:
+        try:
+            self.writer.confirm(deadline)
+        except Fenced:
+            raise
+        except RequestTooLarge as error:
+            self.writer.sequence, self.writer.pending.unconfirmed = batch.sequence - 1, None
+            raise BatchTooLarge(f"the batch cannot be stored: {error}") from error
+        except PeerError as error:
+            if not batch.stored and not batch.uncertain:
+                self.writer.sequence, self.writer.pending.unconfirmed = batch.sequence - 1, None
                 raise
-            except PeerError as error:
-                # A server that is out of memory is treated like a full queue: the learner makes room by reading.
-                if isinstance(error, ServerOutOfMemory) and not deadline.over:
-                    time.sleep(backoff.next(deadline))
-                    continue
-                if not batch.stored and not batch.uncertain:
-                    self.writer.sequence, self.writer.pending.unconfirmed = batch.sequence - 1, None
-                    raise
-                raise Unconfirmed(
-                    f"batch {batch.sequence} of worker {self._registration.worker_id} was not confirmed within "
-                    f"{deadline.seconds:g} s at level {self.level!r}: {error}. The worker keeps it and sends it again; "
-                    "do not send it again",
-                    batch.receipt,
-                ) from error
+            raise Unconfirmed(
+                f"batch {batch.sequence} of worker {self._registration.worker_id} was not confirmed within "
+                f"{deadline.seconds:g} s at level {self.level!r}: {error}. The worker keeps it and sends it again; "
+                "do not send it again",
+                batch.receipt,
+            ) from error
 
     def _count_fenced(self, *, refused: bool) -> None:
         self._fenced = True

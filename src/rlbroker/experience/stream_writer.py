@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Deadline
-from rlbroker.backend.error_mapping import SlotMigrating, id_was_passed
+from rlbroker.backend.error_mapping import RequestTooLarge, SlotMigrating, id_was_passed
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import entry_place, group_position, newest_place, pending_summary
 from rlbroker.backend.scripts import Script
 from rlbroker.config import RunSettings
-from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault
+from rlbroker.errors import ConnectionFailed, Fenced, PeerError, RunLost, ServerFault
 from rlbroker.experience.levels import Confirmation
 from rlbroker.experience.outgoing import PendingBatch, PendingBatches
 from rlbroker.types import Registration
@@ -227,6 +227,8 @@ class StreamWriter:
         """Add batches to the stream and run further commands, in one round trip; return the replies to the latter."""
         try:
             replies = self.channel.execute_all([*map(self._add_command, batches), *further])
+        except RequestTooLarge as error:
+            self._give_up(max(batches, key=lambda batch: batch.stored_bytes), error)
         except BaseException:  # Ctrl-C too: the batches may arrive after the next command
             for batch in batches:
                 batch.uncertain = True
@@ -234,6 +236,14 @@ class StreamWriter:
         for batch, reply in zip(batches, replies, strict=False):
             self._note_stored(batch, reply)
         return replies[len(batches) :]
+
+    def _give_up(self, batch: PendingBatch, error: RequestTooLarge) -> NoReturn:
+        """Release a batch that the server never takes, as those behind it would wait for ever."""
+        if not batch.accepted:
+            raise error  # its caller still has it
+        self.pending.discard(batch)
+        logger.error("batch %d of worker %d is lost: %s", batch.sequence, self._worker_id, error)
+        raise ConnectionFailed(str(error)) from error  # the server has closed the connection
 
     def _add_command(self, batch: PendingBatch) -> tuple[Any, ...]:
         entry_id = f"{self._incarnation}-{batch.sequence}"
@@ -268,7 +278,8 @@ class StreamWriter:
 
     def _confirm(self) -> None:
         batch = self.pending.unconfirmed
-        assert batch is not None
+        if batch is None:  # given up while the queue was opened
+            return
         further: list[tuple[Any, ...]] = []
         if self.confirmation.waits:
             # WAIT waits for what this connection wrote last, so each attempt must write something.

@@ -178,7 +178,7 @@ class WorkerCommunicator:
                 check=self._check,
             )
             self._maintenance = Maintenance(
-                self._connection, self._keys, parts, forget_seconds=forget_seconds
+                self._connection, self._keys, parts, forget_seconds=options.run_settings.forget_seconds
             )
         except BaseException:
             self._connection.close()
@@ -189,6 +189,7 @@ class WorkerCommunicator:
         self._dead_letters, self._rate_limiter = parts.dead_letters, parts.rate_limiter
         self._recorder = parts.recorder
         self._thread = self._maintenance.thread
+        self._connection.router.errors.joined = True
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -290,7 +291,7 @@ class WorkerCommunicator:
         """
         self._check()
         if max_batches is not None:
-            check_positive_int("max_batches", max_batches)
+            max_batches = check_positive_int("max_batches", max_batches)
         return self._collector.collect(
             timeout_seconds=check_timeout_seconds("timeout", timeout), max_batches=max_batches
         )

@@ -13,6 +13,7 @@ from rlbroker.config import (
     RunSettings,
     SamplesPerInsert,
     check_choice,
+    check_count,
     check_positive_int,
     check_positive_seconds,
     check_run_name,
@@ -37,30 +38,28 @@ class LearnerOptions:
 
     def __post_init__(self) -> None:
         """Raise `InvalidArgument` for a setting that cannot work."""
-        if check_positive_int("num_workers", self.num_workers) > MAX_WORKER_ID + 1:
+        for name in ("num_workers", "max_deliveries", "shards"):
+            if name == "num_workers" or getattr(self, name) is not None:
+                object.__setattr__(self, name, check_positive_int(name, getattr(self, name)))
+        if self.max_staleness is not None:
+            object.__setattr__(self, "max_staleness", check_count("max_staleness", self.max_staleness))
+        object.__setattr__(
+            self, "take_over_seconds", check_positive_seconds("take_over_seconds", self.take_over_seconds)
+        )
+        if self.num_workers > MAX_WORKER_ID + 1:
             raise InvalidArgument(
-                f"num_workers must be at most {MAX_WORKER_ID + 1:,}; got {self.num_workers!r}"
+                f"num_workers must be at most {MAX_WORKER_ID + 1:,}; got {self.num_workers}"
             )
         check_choice("acknowledge", self.acknowledge, get_args(Acknowledge))
-        if self.max_staleness is not None and not _is_count(self.max_staleness):
-            raise InvalidArgument(
-                f"max_staleness must be None or an integer of at least 0; got {self.max_staleness!r}"
-            )
-        if self.max_deliveries is not None:
-            check_positive_int("max_deliveries", self.max_deliveries)
         if not isinstance(self.samples_per_insert, SamplesPerInsert | None):
             raise InvalidArgument(
                 f"samples_per_insert must be a SamplesPerInsert; got {type(self.samples_per_insert).__name__}"
             )
         check_run_name(self.learner_name, what="learner_name")
-        if check_positive_seconds("take_over_seconds", self.take_over_seconds) < MIN_TAKE_OVER_SECONDS:
+        if self.take_over_seconds < MIN_TAKE_OVER_SECONDS:
             raise InvalidArgument(
                 f"take_over_seconds must be at least {MIN_TAKE_OVER_SECONDS:g}, because a learner cannot renew its "
                 f"pending batches more often; got {self.take_over_seconds!r}"
             )
-        if self.shards is not None and check_positive_int("shards", self.shards) > MAX_SHARDS:
-            raise InvalidArgument(f"shards must be at most {MAX_SHARDS}; got {self.shards!r}")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if self.shards is not None and self.shards > MAX_SHARDS:
+            raise InvalidArgument(f"shards must be at most {MAX_SHARDS}; got {self.shards}")

@@ -160,7 +160,7 @@ class Uploader:
                 self._send(builder.chunks(ahead), deadline)
         except BaseException as error:  # Ctrl-C too: half a version must not fill the server
             # Over a broken connection nothing can be deleted either; the chunks expire.
-            if not isinstance(error, ConnectionFailed):
+            if not isinstance(error, ConnectionFailed) or isinstance(error, ServerOutOfMemory):
                 self.discard(upload, len(builder.built))
             raise
         *chunks, header = builder.built
@@ -264,10 +264,10 @@ class Uploader:
                 try:
                     self._writer.write(chain(list(unconfirmed), fresh), expire_seconds=UNCOMMITTED_SECONDS)
                     return
-                except ServerOutOfMemory:
+                except ServerOutOfMemory as full:
                     forget_confirmed()
                     if not self._retention.make_room():
-                        raise
+                        progress.outlast(full, progressed=confirmed > 0)
                 except ConnectionFailed as fault:
                     forget_confirmed()
                     progress.outlast(fault, progressed=confirmed > 0)

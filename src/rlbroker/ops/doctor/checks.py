@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlbroker.backend.error_mapping import grant_command
+from rlbroker.backend.missing_rights import grant_command
 from rlbroker.errors import AccessDenied, PeerError
 from rlbroker.ops.doctor.server_info import ServerInfo
 

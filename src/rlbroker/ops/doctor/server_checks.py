@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from rlbroker.backend.connection import Connection
-from rlbroker.backend.error_mapping import grant_command
 from rlbroker.backend.keys import GROUP, Keys
+from rlbroker.backend.missing_rights import grant_command
 from rlbroker.backend.replies import whole_number
 from rlbroker.backend.suitability import MIN_SERVER_VERSION
 from rlbroker.backend.text import counted
