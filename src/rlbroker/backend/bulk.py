@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection
-from rlbroker.backend.deadline import Backoff, Deadline, try_seconds
+from rlbroker.backend.deadline import SHORTEST_TRY_SECONDS, Backoff, Deadline, try_seconds, within
 from rlbroker.backend.exchange import SEND_BYTES
 from rlbroker.backend.resp import Command, Piece
 from rlbroker.backend.topology import Server, pick_server
@@ -223,10 +223,13 @@ class ChunkWriter:
                 while pipe.sent:
                     self._confirm(pipe, expire_seconds)
         except BaseException:  # Ctrl-C too
-            for pipe in pipes.all:
-                with suppress(PeerError):  # a late SET must not store a chunk after the caller has deleted it
-                    for _ in pipe.sent:
-                        pipe.read_line()
+            # A late SET must not store a chunk after the caller has deleted it; at worst the chunk expires.
+            with within(Deadline(SHORTEST_TRY_SECONDS)):
+                for pipe in pipes.all:
+                    pipe.begin()
+                    with suppress(PeerError):
+                        for _ in pipe.sent:
+                            pipe.read_line()
             raise
 
     def _confirm(self, pipe: _Pipe, expire_seconds: int) -> None:

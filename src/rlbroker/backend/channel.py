@@ -63,7 +63,7 @@ class Channel(Exchange):
 
     def execute(self, *command: Argument) -> Any:
         """Return the reply to one command, sent once."""
-        return self.execute_all([command], strict=True)[0]
+        return raise_first_error(self.execute_all([command]))[0]
 
     def run(self, script: Script, keys: Sequence[str], arguments: Sequence[Argument] = ()) -> Any:
         """Return the reply of a script, run once."""

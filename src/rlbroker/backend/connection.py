@@ -126,7 +126,7 @@ class Connection:
 
     def execute(self, *command: Argument, deadline: Deadline | None = None) -> Any:
         """Return the reply to one command, with retries until the deadline."""
-        return self.execute_all([command], deadline=deadline)[0]
+        return self.retry(partial(self._attempt, [command], True), deadline)[0]
 
     def execute_all(
         self, commands: Sequence[Command], *, strict: bool = True, deadline: Deadline | None = None

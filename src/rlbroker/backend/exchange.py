@@ -59,7 +59,7 @@ class Exchange:
         try:
             reply = self._redis_connection.read_response()
         except redis_errors.ResponseError as error:
-            reply = error
+            reply = error.with_traceback(None)  # the frames of which would keep the connection alive
         self.note_answered()
         return reply
 
