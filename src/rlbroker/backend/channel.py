@@ -79,40 +79,40 @@ class Channel(Exchange):
             strict: whether the first refusal is raised; otherwise each is returned as a `PeerError`.
         """
         self.send(commands)
-        replies = self.receive_all()
+        replies = self._receive_with_scripts(commands)
         return raise_first_error(replies) if strict else replies
 
     def send(self, commands: Sequence[Command]) -> None:
         """Send commands without waiting for the replies: `receive` returns them, or `close` discards them."""
         self._router.check_process()
-        with self.closing_on_error:
+        try:
             self.put(commands)
+        except BaseException as error:
+            self._break(error)
+            raise
 
     def receive(self, count: int) -> list[Any]:
         """Return the next replies to what was sent; a refusal is returned as a `PeerError`."""
-        replies = []
-        with self.closing_on_error:
-            for _ in range(count):
-                command = self._unanswered[0]
-                reply = self.get()
-                if isinstance(reply, redis_errors.ResponseError):
-                    reply = self._refusal(reply, command)
-                replies.append(reply)
+        try:
+            replies = self.get(count)
+        except BaseException as error:
+            self._break(error)
+            raise
         self._router.errors.record_answer()
         return replies
 
     def receive_all(self) -> list[Any]:
         """Return the replies to all that was sent, as `execute_all` does."""
-        commands = list(self._unanswered)
+        return self._receive_with_scripts(list(self._unanswered))
+
+    def _receive_with_scripts(self, commands: Sequence[Command]) -> list[Any]:
         replies = self.receive(len(commands))
-        missing = [
-            command
-            for command, reply in zip(commands, replies, strict=True)
-            if isinstance(reply, PeerError) and script_is_unknown(reply)
-        ]
-        if not missing:
+        for reply in replies:
+            if isinstance(reply, PeerError) and script_is_unknown(reply):
+                break
+        else:
             return replies
-        loading = loading_commands(missing)
+        loading = loading_commands(commands)
         self.send(loading)
         for reply in self.receive(len(loading)):
             if isinstance(reply, AccessDenied):
