@@ -482,7 +482,7 @@ class WorkerClient:
             level=level,
             shards_known=heartbeat.knows_run or not connection.servers.several,
         )
-        self._joined = connection.router.errors.joined = True
+        self._joined = connection.errors.joined = True
         for part in (heartbeat, self._subscriber, self._inbox):
             part.start()
 

@@ -32,7 +32,8 @@ class ScriptedClient(redis.Redis):
 
     def __init__(self, address: Address, replies: Replies) -> None:
         super().__init__(host=address[0], port=address[1])
-        self.connection_pool = ScriptedPool(self.connection_pool.connection_kwargs, replies)
+        pool: Any = ScriptedPool(self.connection_pool.connection_kwargs, replies)
+        self.connection_pool = pool
         self.response_callbacks.clear()
 
 

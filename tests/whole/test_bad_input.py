@@ -316,14 +316,14 @@ class _FakeServer(fakeredis.FakeRedis):
         class FakeConnection(fakeredis.FakeRedisConnection):
             sent = b""
 
-            def send_packed_command(self, command: Any, **options: Any) -> Any:
-                self.sent = bytes(command[0])
+            def send_packed_command(self, *arguments: Any, **options: Any) -> Any:
+                self.sent = bytes(arguments[0][0])
                 send: Callable[..., Any] = super().send_packed_command
-                return send(command, **options)
+                return send(*arguments, **options)
 
-            def read_response(self, **options: Any) -> Any:
+            def read_response(self, *arguments: Any, **options: Any) -> Any:
                 try:
-                    reply = super().read_response(**options)
+                    reply = super().read_response(*arguments, **options)
                 except redis.ResponseError:
                     reply = None
                 if b"INFO" in self.sent:

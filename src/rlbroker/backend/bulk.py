@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection
-from rlbroker.backend.deadline import Backoff, Deadline, try_seconds
+from rlbroker.backend.deadline import SHORTEST_TRY_SECONDS, Backoff, Deadline, try_seconds, within
 from rlbroker.backend.exchange import SEND_BYTES
 from rlbroker.backend.resp import Command, Piece
 from rlbroker.backend.topology import Server, pick_server
@@ -226,10 +226,13 @@ class ChunkWriter:
                 while pipe.sent:
                     self._confirm(pipe, expire_seconds)
         except BaseException:  # Ctrl-C too
-            for pipe in pipes.all:
-                with suppress(PeerError):  # a late SET must not store a chunk after the caller has deleted it
-                    for _ in pipe.sent:
-                        pipe.read_line()
+            # A late SET must not store a chunk after the caller has deleted it; at worst the chunk expires.
+            with within(Deadline(SHORTEST_TRY_SECONDS)):
+                for pipe in pipes.all:
+                    pipe.begin()
+                    with suppress(PeerError):
+                        for _ in pipe.sent:
+                            pipe.read_line()
             raise
 
     def _confirm(self, pipe: _Pipe, expire_seconds: int) -> None:
@@ -334,7 +337,7 @@ class _Pipe:
 
     def send(self, commands: Sequence[Command]) -> None:
         """Send commands; the channel must be told of each answer."""
-        with self.channel.closing_on_error:
+        with self.channel.closing_on_error():
             left = deque(memoryview(piece) for piece in self.channel.noting(commands))
             while left:
                 self._set_timeout()
@@ -350,7 +353,7 @@ class _Pipe:
     def read_line(self) -> bytes:
         """Return the next line of a reply without its line end."""
         found = bytearray()
-        with self.channel.closing_on_error:
+        with self.channel.closing_on_error():
             while not found.endswith(b"\r\n"):
                 if len(found) > LONGEST_LINE_BYTES:
                     raise ConnectionError("a line of a reply does not end")
@@ -366,7 +369,7 @@ class _Pipe:
         have = min(len(memory), len(self._unread))
         memory[:have] = self._unread[:have]
         self._unread = self._unread[have:]
-        with self.channel.closing_on_error:
+        with self.channel.closing_on_error():
             while have < len(memory):
                 have += self._receive(memory[have:])
 

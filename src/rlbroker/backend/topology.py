@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import re
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from redis import exceptions as redis_errors
 
 from rlbroker.backend.deadline import Deadline, try_seconds, within
 from rlbroker.backend.exchange import Exchange
+from rlbroker.backend.locks import CallLock
 from rlbroker.backend.replies import info_fields, shaped
 from rlbroker.backend.threads import BackgroundThread
 
@@ -142,7 +142,7 @@ class DiscoveredTopology(Topology):
     def __init__(self, make_client: MakeClient, what: str) -> None:
         """Create a topology; nothing is read yet. `what` names the background thread."""
         self._clients = ClientsByAddress(make_client)
-        self._refreshing = threading.Lock()
+        self._refreshing = CallLock()
         self._stale = True
         self._thread = BackgroundThread(what, self._step)
         self._started = False
@@ -166,20 +166,19 @@ class DiscoveredTopology(Topology):
         self._clients.close()
 
     def _ensure_fresh(self) -> None:
-        if not self._stale:
+        if self._started and not self._stale:
             return
-        if not self._refreshing.acquire(timeout=try_seconds(REFRESH_TIMEOUT_SECONDS)):
-            raise redis_errors.ConnectionError("timed out discovering the master")
-        try:
+        with self._refreshing.hold(try_seconds(REFRESH_TIMEOUT_SECONDS)) as held:
+            if not held:
+                raise redis_errors.ConnectionError("timed out discovering the master")
             if self._stale:
                 with within(Deadline(REFRESH_TIMEOUT_SECONDS)):
                     self._refresh()
                 self._stale = False
-                if not self._started:
-                    self._started = True
-                    self._thread.start()
-        finally:
-            self._refreshing.release()
+        if not self._started:
+            with suppress(RuntimeError):  # an interrupted call, or another thread, has started it
+                self._thread.start()
+            self._started = True
 
     def _step(self) -> None:
         self._thread.pause(REFRESH_SECONDS)
@@ -187,7 +186,7 @@ class DiscoveredTopology(Topology):
             return
         with (
             suppress(redis_errors.RedisError, OSError),
-            self._refreshing,
+            self._refreshing.hold(),
             within(Deadline(REFRESH_TIMEOUT_SECONDS)),
         ):
             self._refresh()
@@ -199,17 +198,14 @@ class ClientsByAddress:
     def __init__(self, make_client: MakeClient) -> None:
         """Begin without clients."""
         self._make_client = make_client
-        self._lock = threading.Lock()
         self._clients: dict[Address, redis.Redis] = {}
         #: The master whose replicas were read last, until when they are cached, and their addresses.
         self._replicas: tuple[Address | None, Deadline, list[Address]] | None = None
 
     def at(self, address: Address) -> redis.Redis:
         """Return the client of the server at an address."""
-        with self._lock:
-            if address not in self._clients:
-                self._clients[address] = self._make_client(address)
-            return self._clients[address]
+        known = self._clients.get(address)
+        return known or self._clients.setdefault(address, self._make_client(address))
 
     def replicas_of(self, master: Server) -> list[Server]:
         """Return the replicas that a master names in INFO; cached for some seconds."""
@@ -227,9 +223,8 @@ class ClientsByAddress:
 
     def close(self) -> None:
         """Close the connections."""
-        with self._lock:
-            for client in self._clients.values():
-                client.connection_pool.disconnect()
+        for client in list(self._clients.values()):
+            client.connection_pool.disconnect()
 
 
 def query(client: redis.Redis, *command: str) -> Any:
@@ -237,7 +232,7 @@ def query(client: redis.Redis, *command: str) -> Any:
     exchange = Exchange(client.connection_pool)
     try:
         exchange.put([command])
-        reply = exchange.get()
+        (reply,) = exchange.get(1)
     finally:
         exchange.give_back()
     if isinstance(reply, Exception):

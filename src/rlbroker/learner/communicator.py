@@ -189,7 +189,7 @@ class WorkerCommunicator:
         self._dead_letters, self._rate_limiter = parts.dead_letters, parts.rate_limiter
         self._recorder = parts.recorder
         self._thread = self._maintenance.thread
-        self._connection.router.errors.joined = True
+        self._connection.errors.joined = True
         self._thread.start()
 
     def __enter__(self) -> Self:
