@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+from rlbroker.backend.locks import CallLock
 
 #: Each staleness below this has a bucket of its own; from here on each power of two begins a bucket.
 EXACT_BELOW = 16
@@ -17,22 +17,24 @@ class Metrics:
 
     def __init__(self) -> None:
         """Start every sum at zero."""
-        self._lock = threading.Lock()
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self._staleness: Counter[int] = Counter()
+        self._adding = CallLock()
+        #: All sums, and the numbers by staleness bucket. Replaced in one assignment.
+        self._state: tuple[dict[str, float], dict[int, int]] = ({}, {})
 
     def add(self, name: str, amount: float) -> None:
         """Add an amount to one sum."""
-        with self._lock:
-            self._sums[name] += amount
+        self.add_all(**{name: amount})
 
     def add_all(self, staleness: Iterable[int] = (), /, **amounts: float) -> None:
         """Add to several sums, and count batches by their staleness, in one step."""
-        with self._lock:
+        with self._adding.hold():
+            sums, buckets = dict(self._state[0]), dict(self._state[1])
             for name, amount in amounts.items():
-                self._sums[name] += amount
+                sums[name] = sums.get(name, 0.0) + amount
             for number in staleness:
-                self._staleness[staleness_bucket(number)] += 1
+                bucket = staleness_bucket(number)
+                buckets[bucket] = buckets.get(bucket, 0) + 1
+            self._state = sums, buckets
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -43,15 +45,17 @@ class Metrics:
         finally:
             self.add(name, time.perf_counter() - began)
 
+    def total(self, name: str) -> float:
+        """Return one sum."""
+        return self._state[0].get(name, 0.0)
+
     def totals(self) -> dict[str, float]:
         """Return every sum that was added to, by name."""
-        with self._lock:
-            return dict(self._sums)
+        return dict(self._state[0])
 
     def staleness_counts(self) -> dict[int, int]:
         """Return the number of batches in each staleness bucket, by the bucket's lower bound."""
-        with self._lock:
-            return dict(sorted(self._staleness.items()))
+        return dict(sorted(self._state[1].items()))
 
 
 def staleness_bucket(staleness: int) -> int:
