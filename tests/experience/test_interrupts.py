@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count
 from typing import Any
@@ -40,12 +40,8 @@ def client(run_settings: dict[str, Any]) -> Iterator[WorkerClient]:
 
 def in_another_thread(call: Callable[[], Any]) -> Any:
     """Return the result of a call in another thread, which gets no lock that this thread has left behind."""
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
-    thread.start()
-    thread.join(10.0)
-    assert results, "the call hangs, or failed"
-    return results[0]
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(call).result(10.0)
 
 
 def each_point(
