@@ -14,7 +14,8 @@ import pytest
 from conftest import RealServer
 from interrupts import Alarm, Interrupt, Points, interrupt_at
 
-from rlbroker import Batch, WorkerClient, WorkerCommunicator
+from rlbroker import Batch, SamplesPerInsert, WorkerClient, WorkerCommunicator
+from rlbroker.experience.rate_limiter import RateLimiter
 
 #: How often at most to look for what an interrupted call left.
 TRIES = 20
@@ -227,3 +228,16 @@ def test_an_interrupted_flush_stores_the_batch_once(
         while len(numbers) < sent:
             numbers += [batch["number"] for _, batch in comm.collect_experiences(timeout=5.0)]
         assert numbers == list(range(sent))
+
+
+def test_an_interrupted_sample_is_not_counted(points: Points, error: type[BaseException]) -> None:
+    """Each sample that may be drawn is counted, and no other."""
+    limiter, drawn = RateLimiter(SamplesPerInsert(1.0, 1, 1_000.0)), list[bool]()
+    limiter.inserts = 1
+
+    def draw(_: Interrupt) -> None:
+        drawn.append(limiter.may_sample(1))
+
+    for _, place in each_point(points, error, draw):
+        drawn.append(in_another_thread(partial(limiter.may_sample, 1)))
+        assert limiter.samples == sum(drawn), place

@@ -67,8 +67,7 @@ class RateLimiter:
         try:
             with self._sampling.hold():
                 if self._may_draw(count):
-                    drawn = count
-                    self.samples += drawn
+                    drawn, self.samples = count, self.samples + count
                 return drawn > 0
         except BaseException:  # an interrupt: the caller does not draw
             self.samples -= drawn
