@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import fakeredis
@@ -20,16 +21,23 @@ ECHO = Script("echo", "return ARGV[1]")
 
 
 class FailingClient(fakeredis.FakeRedis):
-    """A client that fails some times before it answers."""
+    """A client whose connections fail some times before they answer."""
 
     failures = 0
     error: Exception = redis.ConnectionError("reset by peer")
 
-    def execute_command(self, *arguments: Any, **options: Any) -> Any:
-        if self.failures:
-            self.failures -= 1
-            raise self.error
-        return super().execute_command(*arguments, **options)  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        client = self
+
+        class FailingConnection(fakeredis.FakeRedisConnection):
+            def send_packed_command(self, *arguments: Any, **options: Any) -> Any:
+                if client.failures:
+                    client.failures -= 1
+                    raise client.error
+                send: Callable[..., Any] = super().send_packed_command
+                return send(*arguments, **options)
+
+        super().__init__(connection_class=FailingConnection)
 
 
 def test_a_broken_connection_is_retried_until_it_works() -> None:
@@ -82,5 +90,5 @@ def test_scripts_are_loaded_again_if_the_server_lacks_them() -> None:
     connection = Connection(client=fakeredis.FakeRedis())
     for _ in range(2):
         assert connection.run(ECHO, (), (b"x",)) == b"x"
-        assert connection.run_all([(ECHO, (), (b"1",)), (ECHO, (), (b"2",))]) == [b"1", b"2"]
+        assert connection.execute_all([ECHO.call((), (b"1",)), ECHO.call((), (b"2",))]) == [b"1", b"2"]
         connection.execute("SCRIPT FLUSH")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
+import fakeredis
 import pytest
+from conftest import RealServer
 
-from rlbroker.backend.resp import Argument
-from rlbroker.backend.scripts import Script, ScriptLoader
-from rlbroker.errors import AccessDenied, RunLost
-
-pytestmark = pytest.mark.unit
+from rlbroker.backend.connection import Connection
+from rlbroker.backend.scripts import Script
+from rlbroker.errors import RunLost
 
 ONE, TWO = Script("one", "return 1"), Script("two", "return 2")
 
 
+@pytest.mark.unit
 def test_an_include_is_replaced_by_its_file() -> None:
     script = Script.load("weights/lua/commit.lua")
     assert script.name == "commit"
@@ -23,27 +21,28 @@ def test_an_include_is_replaced_by_its_file() -> None:
     assert "FENCED" in script.text, "the check that only the leading learner publishes is included"
 
 
-def test_scripts_are_loaded_only_if_one_is_missing() -> None:
-    sent: list[str] = []
-    known = [1, 1]
-
-    def send(command: Sequence[Argument]) -> Any:
-        sent.append(str(command[0]))
-        return known
-
-    loader = ScriptLoader("host:1")
-    loader.load_missing(send, [ONE, TWO])
-    assert sent == ["SCRIPT EXISTS"]
-    known[1] = 0
-    loader.load_missing(send, [ONE, TWO])
-    assert sent == ["SCRIPT EXISTS", "SCRIPT EXISTS", "SCRIPT LOAD", "SCRIPT LOAD"]
+@pytest.mark.unit
+def test_scripts_are_loaded_only_where_they_are_missing() -> None:
+    client = fakeredis.FakeRedis()
+    connection = Connection(client=client)
+    client.script_load(ONE.text)
+    connection.load_missing([ONE, TWO])
+    assert client.script_exists(ONE.sha, TWO.sha) == [True, True]
 
 
-def test_a_user_without_the_right_to_load_scripts_waits_for_the_learner() -> None:
-    def refuse(command: Sequence[Argument]) -> Any:
-        raise AccessDenied("may not run SCRIPT LOAD")
-
-    loader = ScriptLoader("host:1")
-    loader.remember(ONE)
-    with pytest.raises(RunLost, match="host:1 does not have rlbroker's scripts"):
-        loader.reload(refuse)
+def test_a_user_without_the_right_to_load_scripts_waits_for_the_learner(real_server: RealServer) -> None:
+    admin = real_server.client
+    admin.execute_command("ACL SETUSER", "poor", "on", ">word", "+@all", "-script", "~*")
+    path = admin.connection_pool.connection_kwargs["path"]
+    connection = Connection(f"unix://poor:word@{path}", timeout_seconds=0.2)
+    try:
+        for _ in range(2):
+            with pytest.raises(RunLost, match="does not have rlbroker's scripts"):
+                connection.run(TWO, ())
+            with pytest.raises(RunLost, match="does not have rlbroker's scripts"):
+                connection.execute_all([("PING",), TWO.call(())], strict=False)
+        admin.script_load(TWO.text)
+        assert connection.run(TWO, ()) == 2
+    finally:
+        connection.close()
+        admin.acl_deluser("poor")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import redis
@@ -28,16 +28,42 @@ Replies = dict[Address, Any]
 
 
 class ScriptedClient(redis.Redis):
-    """A client of a server that gives scripted replies."""
+    """A client of a server that gives scripted replies, which have redis-py's shapes already."""
 
-    replies: Replies
+    def __init__(self, address: Address, replies: Replies) -> None:
+        super().__init__(host=address[0], port=address[1])
+        pool: Any = ScriptedPool(self.connection_pool.connection_kwargs, replies)
+        self.connection_pool = pool
+        self.response_callbacks.clear()
 
-    def execute_command(self, *command: Any, **options: Any) -> Any:
-        settings = self.connection_pool.connection_kwargs
-        reply = self.replies[settings["host"], settings["port"]]
+
+class ScriptedPool:
+    """A pool of one connection, which is its own."""
+
+    is_connected = True
+
+    def __init__(self, settings: dict[str, Any], replies: Replies) -> None:
+        self.connection_kwargs, self._replies = settings, replies
+        self._command: tuple[str, ...] = ()
+
+    def get_connection(self) -> Self:
+        return self
+
+    def release(self, connection: Self) -> None:
+        return
+
+    def disconnect(self, *, inuse_connections: bool = True) -> None:
+        return
+
+    def send_packed_command(self, pieces: list[bytes], *, check_health: bool) -> None:
+        words = [word.decode() for word in pieces[0].split(b"\r\n")[2::2]]
+        self._command = (" ".join(words[:2]), *words[2:])
+
+    def read_response(self) -> Any:
+        reply = self._replies[self.connection_kwargs["host"], self.connection_kwargs["port"]]
         if isinstance(reply, Exception):
             raise reply
-        return reply(command) if callable(reply) else reply
+        return reply(self._command) if callable(reply) else reply
 
 
 class ScriptedServers:
@@ -47,9 +73,7 @@ class ScriptedServers:
         self.replies: Replies = {}
 
     def client(self, address: Address, **settings: Any) -> redis.Redis:
-        made = ScriptedClient(host=address[0], port=address[1])
-        made.replies = self.replies
-        return made
+        return ScriptedClient(address, self.replies)
 
     def cluster(self, *seeds: Address) -> ClusterTopology:
         return ClusterTopology(self.client, seeds, "the Cluster")

@@ -73,7 +73,7 @@ class _AcceptingConnection:
     def __init__(self, workers: int) -> None:
         self._workers = workers
 
-    def ask(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+    def execute_all(self, commands: Sequence[Sequence[Any]], *, strict: bool) -> list[Any]:
         if commands[0][0] == "SMEMBERS":
             return [{str(worker).encode() for worker in range(self._workers)}]
         return [[b"7", b"1", b"1000", None] for _ in commands]

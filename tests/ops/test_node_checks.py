@@ -99,12 +99,12 @@ def test_a_master_without_a_replica_to_replace_it_is_named() -> None:
 def test_a_node_that_the_others_continue_without_is_named_whether_it_answers_or_not(
     error: PeerError | None, state: str
 ) -> None:
-    def ask_at(*arguments: Any) -> list[bytes]:
+    def execute_at(*arguments: Any) -> list[bytes]:
         if error:
             raise error
         return [b"PONG"]
 
-    connection: Any = SimpleNamespace(servers=None, ask_at=ask_at)
+    connection: Any = SimpleNamespace(servers=None, execute_at=execute_at)
     check = check_lost_node(connection, make_node(4).server)
     assert (check.state, check.hint) == (state, "redis-cli CLUSTER NODES")
     assert check.what.startswith("host:4 does not answer: away; " if error else "host:4 answers, but ")

@@ -96,11 +96,11 @@ def test_a_snapshot_takes_three_round_trips_and_survives_a_broken_connection(
 
 def record_round_trips(connection: Connection) -> list[Any]:
     trips: list[Any] = []
-    ask = connection.ask_once
+    execute_all = connection.execute_all
 
-    def recorded(commands: Any) -> Any:
+    def recorded(commands: Any, **options: Any) -> Any:
         trips.append(commands)
-        return ask(commands)
+        return execute_all(commands, **options)
 
-    connection.ask_once = recorded  # type: ignore[method-assign]
+    connection.execute_all = recorded  # type: ignore[method-assign]
     return trips

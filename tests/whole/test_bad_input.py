@@ -313,16 +313,26 @@ class _FakeServer(fakeredis.FakeRedis):
     """A fake server with the INFO fields, or the lack of Lua, that a test needs."""
 
     def __init__(self, *, no_eval: bool = False, **facts: str) -> None:
-        super().__init__()
-        self._facts, self._no_eval = facts, no_eval
+        class FakeConnection(fakeredis.FakeRedisConnection):
+            sent = b""
 
-    def execute_command(self, *arguments: Any, **options: Any) -> Any:
-        if arguments[0] == "INFO":
-            return self._facts
-        if arguments[0] == "EVALSHA" and self._no_eval:
-            raise redis.ResponseError("unknown command 'evalsha'")
-        execute: Callable[..., Any] = super().execute_command
-        return execute(*arguments, **options)
+            def send_packed_command(self, *arguments: Any, **options: Any) -> Any:
+                self.sent = bytes(arguments[0][0])
+                send: Callable[..., Any] = super().send_packed_command
+                return send(*arguments, **options)
+
+            def read_response(self, *arguments: Any, **options: Any) -> Any:
+                try:
+                    reply = super().read_response(*arguments, **options)
+                except redis.ResponseError:
+                    reply = None
+                if b"INFO" in self.sent:
+                    return "".join(f"{name}:{value}\r\n" for name, value in facts.items()).encode()
+                if b"EVALSHA" in self.sent and no_eval:
+                    raise redis.ResponseError("unknown command 'evalsha'")
+                return reply
+
+        super().__init__(connection_class=FakeConnection)
 
 
 @pytest.mark.parametrize(

@@ -176,21 +176,21 @@ def test_a_command_acknowledged_before_its_sender_got_the_reply_stays_acknowledg
     comm, client = learner(), worker()
     done: list[int] = []
     client.on_command("note", done.append)
-    send = comm._connection.execute_once
+    attempt = comm._connection._attempt
 
     def acknowledged(outcomes: str) -> bool:
         client.poll()
         return bool(server.client.hget(outcomes, "0") == b"done")
 
-    def lose(*command: Any, **options: Any) -> Any:
-        reply = send(*command, **options)
-        if command[:2] == ("EVALSHA", SEND.sha) and not done:
-            wait_until("it is acknowledged", lambda: acknowledged(command[7]))
+    def lose(commands: Any, strict: bool) -> Any:
+        replies = attempt(commands, strict)
+        if commands[0][:2] == ("EVALSHA", SEND.sha) and not done:
+            wait_until("it is acknowledged", lambda: acknowledged(commands[0][7]))
             raise ConnectionFailed("the reply was lost")
-        return reply
+        return replies
 
     with monkeypatch.context() as patch:
-        patch.setattr(comm._connection, "execute_once", lose)
+        patch.setattr(comm._connection, "_attempt", lose)
         command = comm.send_control_command("note", 1)
     server.client.flushall()
     wait_until("the worker is back", lambda: comm.workers())
@@ -244,17 +244,17 @@ def test_outcomes_settled_without_a_reply_survive_a_loss(
     wait_until("the newest is ready", lambda: client._subscriber.newest == 3)
     command = comm.send_control_command("reset")
     wait_until("the command has arrived", lambda: client._inbox.waiting)
-    run_all, lost = comm._connection.run_all, threading.Event()
+    execute_all, lost = comm._connection.execute_all, threading.Event()
 
     def lose(calls: Any, **options: Any) -> Any:
-        replies = run_all(calls, **options)
-        if calls and calls[0][0] is SETTLE:
+        replies = execute_all(calls, **options)
+        if calls and calls[0][:2] == ("EVALSHA", SETTLE.sha):
             lost.set()
             raise ConnectionFailed("the reply was lost until the deadline")
         return replies
 
     with monkeypatch.context() as patch:
-        patch.setattr(comm._connection, "run_all", lose)
+        patch.setattr(comm._connection, "execute_all", lose)
         client.poll(model)
         wait_until(
             "all is settled", lambda: lost.is_set() and comm._ledger.read_outcomes([0])[0].commands_done
@@ -374,16 +374,16 @@ def test_counts_written_while_counts_are_restored_are_kept(
     second = comm.collect_experiences(timeout=5.0)
     server.client.hset(keys.counts(0), "delivered", 0)  # it came back with older data
     restoring = threading.Thread(target=comm._pending.restore)
-    run_all = comm._connection.run_all
+    execute_all = comm._connection.execute_all
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
-        replies = run_all(*arguments, **options)
+        replies = execute_all(*arguments, **options)
         if threading.current_thread() is threading.main_thread() and not restoring.is_alive():
             restoring.start()
             restoring.join(0.2)
         return replies
 
-    monkeypatch.setattr(comm._connection, "run_all", interrupted)
+    monkeypatch.setattr(comm._connection, "execute_all", interrupted)
     comm.acknowledge(second)
     restoring.join()
     assert server.client.hget(keys.counts(0), "delivered") == b"2"

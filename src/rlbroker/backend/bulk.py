@@ -19,10 +19,11 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any, Final
 
-from rlbroker.backend.channel import SEND_BYTES, Channel
+from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection
-from rlbroker.backend.deadline import Backoff, Deadline, try_seconds
-from rlbroker.backend.replies import raise_first_error
+from rlbroker.backend.deadline import SHORTEST_TRY_SECONDS, Backoff, Deadline, try_seconds, within
+from rlbroker.backend.exchange import SEND_BYTES
+from rlbroker.backend.resp import Command, Piece
 from rlbroker.backend.topology import Server, pick_server
 from rlbroker.codec.format import byte_view
 from rlbroker.errors import ConnectionFailed, PeerError, WireError
@@ -46,7 +47,6 @@ LONGEST_LINE_BYTES: Final = 1 << 16
 #: Pieces passed to one system call; Linux accepts up to 1,024.
 PIECES: Final = 512
 
-Part = bytes | memoryview
 Chunks = Sequence[tuple[str, memoryview]]
 
 
@@ -122,7 +122,7 @@ class ChunkReader:
             finally:
                 pipes.close()
         missing = [key for key in keys if key not in found]
-        values = raise_first_error(self._connection.ask([("GET", key) for key in missing]))
+        values = self._connection.execute_all([("GET", key) for key in missing])
         return found | {key: value for key, value in zip(missing, values, strict=True) if value is not None}
 
     def close(self) -> None:
@@ -163,6 +163,7 @@ class ChunkReader:
                 pipe.fill(memory)
                 if end := pipe.read_line():
                     raise pipe.error(end)
+            pipe.channel.note_answered()
             yield index
 
 
@@ -177,7 +178,7 @@ class ChunkWriter:
         self.confirmed = 0
         self._stored: set[int] = set()  #: indexes of confirmed chunks after the first gap
 
-    def write(self, chunks: Iterable[tuple[str, Sequence[Part]]], *, expire_seconds: int) -> None:
+    def write(self, chunks: Iterable[tuple[str, Sequence[Piece]]], *, expire_seconds: int) -> None:
         """Store each chunk once, within the thread's deadline; chunks are taken while earlier ones are in flight.
 
         Args:
@@ -202,7 +203,9 @@ class ChunkWriter:
         """Cancel the write in progress. May be called again."""
         self._pipes.close()
 
-    def _send(self, pipes: _Pipes, chunks: Iterable[tuple[str, Sequence[Part]]], expire_seconds: int) -> None:
+    def _send(
+        self, pipes: _Pipes, chunks: Iterable[tuple[str, Sequence[Piece]]], expire_seconds: int
+    ) -> None:
         try:
             for number, (key, parts) in enumerate(chunks):
                 pipe = pipes.for_key(key)
@@ -210,10 +213,9 @@ class ChunkWriter:
                     pipe.channel.execute("SET", key, b"".join(parts), "EX", expire_seconds)
                     self._record(number)
                     continue
-                views = [byte_view(part) for part in parts]
+                views = tuple(byte_view(part) for part in parts)
                 size = sum(map(len, views))
-                head = b"*5\r\n$3\r\nSET\r\n%b$%d\r\n" % (_bulk(key), size)
-                pipe.send([head, *views, b"\r\n$2\r\nEX\r\n" + _bulk(str(expire_seconds))])
+                pipe.send([("SET", key, views, "EX", expire_seconds)])
                 pipe.sent.append((number, size, key, parts))
                 while sum(size for _, size, *_ in pipe.sent) > WRITE_WINDOW_BYTES:
                     self._confirm(pipe, expire_seconds)
@@ -221,14 +223,18 @@ class ChunkWriter:
                 while pipe.sent:
                     self._confirm(pipe, expire_seconds)
         except BaseException:  # Ctrl-C too
-            for pipe in pipes.all:
-                with suppress(PeerError):  # a late SET must not store a chunk after the caller has deleted it
-                    for _ in pipe.sent:
-                        pipe.read_line()
+            # A late SET must not store a chunk after the caller has deleted it; at worst the chunk expires.
+            with within(Deadline(SHORTEST_TRY_SECONDS)):
+                for pipe in pipes.all:
+                    pipe.begin()
+                    with suppress(PeerError):
+                        for _ in pipe.sent:
+                            pipe.read_line()
             raise
 
     def _confirm(self, pipe: _Pipe, expire_seconds: int) -> None:
         line = pipe.read_line()
+        pipe.channel.note_answered()
         number, _, key, parts = pipe.sent.popleft()
         if line.startswith((b"-ASK ", b"-MOVED ")):
             pipe.error(line)  # records that the slot has moved
@@ -272,12 +278,13 @@ class _Pipes:
 
     def values(self, keys: Sequence[str]) -> dict[str, bytes]:
         """Return the values that exist, by key."""
-        by_chunk = [self.for_key(key) for key in keys]
-        for pipe, key in zip(by_chunk, keys, strict=True):
-            pipe.channel.send([("GET", key)])
-        found = [pipe.channel.receive(1)[0] for pipe in by_chunk]
+        by_key = {key: self.for_key(key) for key in keys}
+        for pipe in self.all:
+            pipe.channel.send([("GET", key) for key in keys if by_key[key] is pipe])
+        values = {pipe: iter(pipe.channel.receive_all()) for pipe in self.all}
+        found = {key: next(values[by_key[key]]) for key in keys}
         self.give_back()
-        return {key: value for key, value in zip(keys, found, strict=True) if isinstance(value, bytes)}
+        return {key: value for key, value in found.items() if isinstance(value, bytes)}
 
     def give_back(self) -> None:
         """Return the connections to their pools; every reply must have been read."""
@@ -304,7 +311,7 @@ class _Pipe:
         self.wanted: deque[tuple[str, int]] = deque()
         self.requested: deque[int] = deque()
         #: Index, size, key and parts of the chunks that were sent and not confirmed.
-        self.sent: deque[tuple[int, int, str, Sequence[Part]]] = deque()
+        self.sent: deque[tuple[int, int, str, Sequence[Piece]]] = deque()
         self._buffer = memoryview(bytearray(LINE_BYTES))
         self._unread = self._buffer[:0]
         self.begin()
@@ -320,15 +327,15 @@ class _Pipe:
             len(self.requested) < 2 or sum(self.requested) + self.wanted[0][1] <= READ_WINDOW_BYTES
         ):
             key, size = self.wanted.popleft()
-            requests.append(b"*2\r\n$3\r\nGET\r\n" + _bulk(key))
+            requests.append(("GET", key))
             self.requested.append(size)
         if requests:
-            self.send([b"".join(requests)])
+            self.send(requests)
 
-    def send(self, parts: Sequence[Part]) -> None:
-        """Send parts in order; the first must not be empty."""
-        left: deque[memoryview] = deque(memoryview(part) for part in parts)
+    def send(self, commands: Sequence[Command]) -> None:
+        """Send commands; the channel must be told of each answer."""
         with self.channel.closing_on_error:
+            left = deque(memoryview(piece) for piece in self.channel.noting(commands))
             while left:
                 self._set_timeout()
                 if isinstance(self.sock, ssl.SSLSocket):
@@ -400,8 +407,3 @@ def _copy(key: str, data: bytes | None, memory: memoryview) -> None:
 def _check_length(key: str, length: int, memory: memoryview) -> None:
     if length != len(memory):
         raise WireError(f"chunk {key} has {length} bytes instead of {len(memory)}")
-
-
-def _bulk(text: str) -> bytes:
-    data = text.encode()
-    return b"$%d\r\n%b\r\n" % (len(data), data)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import socket
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from redis import exceptions as redis_errors
 
 from rlbroker.backend.error_mapping import is_ask_redirect, missing_scripts_error, script_is_unknown
+from rlbroker.backend.exchange import Exchange
 from rlbroker.backend.replies import raise_first_error
-from rlbroker.backend.resp import Argument, Pieces, pack_commands
-from rlbroker.backend.scripts import Script
+from rlbroker.backend.resp import Argument, Command
+from rlbroker.backend.scripts import Script, loading_commands
 from rlbroker.backend.topology import Server
-from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError, ServerFault
+from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 
 if TYPE_CHECKING:
     from rlbroker.backend.connection import Connection
 
-#: The most bytes given to a socket at once. The socket's timeout applies to each such piece.
-SEND_BYTES: Final = 1 << 20
 
-
-class Channel:
+class Channel(Exchange):
     """A dedicated connection to one server, for commands that must follow a read of the server's state.
 
     A server loses acknowledged writes only by a restart or a failover, and both break its connections. So a caller
@@ -31,7 +27,8 @@ class Channel:
     it has read.
 
     Errors are rlbroker's. After `ConnectionFailed`, commands that were sent may have been applied, and the next
-    `connect` makes a new connection. Not safe to use from several threads at once.
+    `connect` makes a new connection; so it does after an interrupt. Replies are as the server sends them. Not safe to
+    use from several threads at once.
     """
 
     def __init__(self, connection: Connection, key: str = "", *, server: Server | None = None) -> None:
@@ -41,102 +38,106 @@ class Channel:
             key: connect to the master that has this key.
             server: connect to this server instead.
         """
+        super().__init__(None)
         self._connection, self._router = connection, connection.router
         self._key, self._fixed_server = key, server
         self._server = server
-        self._redis_connection: Any = None
-        self._unanswered: deque[Sequence[Argument | Pieces]] = deque()
         #: Whether another node has answered, because a Cluster is moving a key to it. The caller resets this.
         self.redirected = False
-        #: A block in which an error closes the channel and is raised as rlbroker's error.
-        self.closing_on_error = _OnError(self._break)
 
     def connect(self) -> bool:
-        """Connect if there is no connection; return whether the connection is new."""
+        """Connect if there is no connection, or one with unanswered commands; return whether the connection is new."""
         self._router.check_process()
         with self.closing_on_error:
-            if self._redis_connection is not None:
-                if self._fixed_server or self._router.servers.master_for(self._key) == self._server:
-                    return False
+            if self._redis_connection is not None and self._wanted_server() != self._server:
                 self.close()
-            self._open()
-        return True
+            return self.open()
 
     def _open(self) -> None:
-        self._server = self._fixed_server or self._router.servers.master_for(self._key)
-        self._redis_connection = self._server.client.connection_pool.get_connection()
+        self._server = self._wanted_server()
+        self._pool = self._server.client.connection_pool
+        super()._open()
+
+    def _wanted_server(self) -> Server:
+        return self._fixed_server or self._router.servers.master_for(self._key)
 
     def execute(self, *command: Argument) -> Any:
         """Return the reply to one command, sent once."""
-        (result,) = self.execute_all([command])
-        if isinstance(result, PeerError):
-            raise result
-        return result
+        return raise_first_error(self.execute_all([command]))[0]
 
-    def execute_all(
-        self, commands: Sequence[Sequence[Argument | Pieces]], *, strict: bool = False
-    ) -> list[Any]:
+    def run(self, script: Script, keys: Sequence[str], arguments: Sequence[Argument] = ()) -> Any:
+        """Return the reply of a script, run once."""
+        return self.execute(*script.call(keys, arguments))
+
+    def execute_all(self, commands: Sequence[Command], *, strict: bool = False) -> list[Any]:
         """Return the replies to many commands, sent once in one round trip.
 
+        Scripts that the server lacks are loaded, and all commands sent again.
+
         Args:
-            commands: the last argument of each may be in pieces, of which large ones are not copied.
+            commands: an argument may be in pieces, of which large ones are not copied.
             strict: whether the first refusal is raised; otherwise each is returned as a `PeerError`.
         """
         self.send(commands)
-        results = self.receive(len(commands))
-        return raise_first_error(results) if strict else results
+        replies = self.receive_all()
+        return raise_first_error(replies) if strict else replies
 
-    def send(self, commands: Sequence[Sequence[Argument | Pieces]]) -> None:
+    def send(self, commands: Sequence[Command]) -> None:
         """Send commands without waiting for the replies: `receive` returns them, or `close` discards them."""
         self._router.check_process()
         with self.closing_on_error:
-            if self._redis_connection is None:
-                self._open()
-            self._unanswered.extend(commands)
-            for piece in pack_commands(commands, piece_bytes=SEND_BYTES):
-                self._redis_connection.send_packed_command([piece], check_health=False)
+            self.put(commands)
 
     def receive(self, count: int) -> list[Any]:
         """Return the next replies to what was sent; a refusal is returned as a `PeerError`."""
-        results = []
+        replies = []
         with self.closing_on_error:
             for _ in range(count):
-                command = self._unanswered.popleft()
-                try:
-                    results.append(self._redis_connection.read_response())
-                except redis_errors.ResponseError as error:
-                    if is_ask_redirect(error):
-                        results.append(self._follow(error, command))
-                        continue
-                    refusal = self._translate(error, command)
-                    if isinstance(refusal, ConnectionFailed):  # the server cannot be used now: a replica
-                        raise refusal from error
-                    results.append(refusal)
+                command = self._unanswered[0]
+                reply = self.get()
+                if isinstance(reply, redis_errors.ResponseError):
+                    reply = self._refusal(reply, command)
+                replies.append(reply)
         self._router.errors.record_answer()
-        return results
+        return replies
 
-    def _follow(self, redirect: redis_errors.AskError, command: Sequence[Argument | Pieces]) -> Any:
-        self.redirected = True
-        try:
-            return follow_redirect(self._connection, redirect, command)
-        except ConnectionFailed:
-            raise
-        except PeerError as error:
-            return error
+    def receive_all(self) -> list[Any]:
+        """Return the replies to all that was sent, as `execute_all` does."""
+        commands = list(self._unanswered)
+        replies = self.receive(len(commands))
+        missing = [
+            command
+            for command, reply in zip(commands, replies, strict=True)
+            if isinstance(reply, PeerError) and script_is_unknown(reply)
+        ]
+        if not missing:
+            return replies
+        loading = loading_commands(missing)
+        self.send(loading)
+        for reply in self.receive(len(loading)):
+            if isinstance(reply, AccessDenied):
+                raise missing_scripts_error(self._router.address) from reply
+        self.send(commands)
+        return self.receive(len(commands))
 
-    def run(self, script: Script, keys: Sequence[str], arguments: Sequence[Argument] = ()) -> Any:
-        """Return the reply of a script, run once; it is loaded first if the server lacks it."""
-        self._router.scripts.remember(script)
-        try:
-            return self.execute(*script.call(keys, arguments))
-        except ServerFault as error:
-            if not script_is_unknown(error):
-                raise
-        try:
-            self.execute("SCRIPT LOAD", script.text)
-        except AccessDenied as error:
-            raise missing_scripts_error(self._router.address) from error
-        return self.execute(*script.call(keys, arguments))
+    def _refusal(self, error: redis_errors.ResponseError, command: Command) -> Any:
+        """Return rlbroker's error for a refusal, or the reply of the node to which the server redirects the command.
+
+        Raise it if the server cannot be used now, such as a replica.
+        """
+        if is_ask_redirect(error):
+            self.redirected = True
+            node = self._router.servers.at((str(error.host), int(error.port)))
+            channel = Channel(self._connection, server=node)
+            try:
+                asking, reply = channel.execute_all([("ASKING",), command])
+                return asking if isinstance(asking, PeerError) else reply
+            finally:
+                channel.give_back()
+        refusal = self._translate(error, command)
+        if isinstance(refusal, ConnectionFailed):
+            raise refusal from error
+        return refusal
 
     @property
     def server(self) -> Server | None:
@@ -144,38 +145,13 @@ class Channel:
         return self._server
 
     @property
-    def raw_socket(self) -> socket.socket | None:
-        """The connection's socket, with nothing read ahead; None if redis-py must read and write itself.
-
-        That is so with fakeredis, with redis-py's client-side cache, and with unknown releases of redis-py.
-        """
-        found = getattr(self._redis_connection, "_sock", None)
-        parser = getattr(self._redis_connection, "_parser", None)
-        return found if isinstance(found, socket.socket) and hasattr(parser, "parse_error") else None
+    def closing_on_error(self) -> _OnError:
+        """A block in which an error closes the channel and is raised as rlbroker's error."""
+        return _OnError(self._break)
 
     def parse_error(self, line: bytes) -> PeerError:
         """Return the error for an error reply that was read from the raw socket, without its leading `-`."""
         return self._translate(self._redis_connection._parser.parse_error(line.decode(errors="replace")))
-
-    def give_back(self) -> None:
-        """Return the connection to the pool; every reply must have been read."""
-        redis_connection, self._redis_connection = self._redis_connection, None
-        if redis_connection is not None:
-            self._router.errors.record_answer()
-            self._pool.release(redis_connection)
-
-    def close(self) -> None:
-        """Close the connection. May be called again."""
-        redis_connection, self._redis_connection = self._redis_connection, None
-        self._unanswered.clear()
-        if redis_connection is not None:
-            redis_connection.disconnect()
-            self._pool.release(redis_connection)
-
-    @property
-    def _pool(self) -> Any:
-        assert self._server is not None
-        return self._server.client.connection_pool
 
     def _break(self, error: BaseException) -> None:
         """Close the connection, so that no half-read reply stays behind, and raise rlbroker's error."""
@@ -189,9 +165,7 @@ class Channel:
             self._router.record_failure(error, self._server)
         raise translated from error
 
-    def _translate(
-        self, error: redis_errors.RedisError, command: Sequence[Argument | Pieces] = ()
-    ) -> PeerError:
+    def _translate(self, error: redis_errors.RedisError, command: Command = ()) -> PeerError:
         translated = self._router.translate(error, command, self._server)
         translated.__cause__ = error
         if isinstance(translated, ConnectionFailed):
@@ -213,23 +187,3 @@ class _OnError:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
             self._handle(error)
-
-
-def follow_redirect(
-    connection: Connection, redirect: redis_errors.AskError, command: Sequence[Argument | Pieces]
-) -> Any:
-    """Return the reply to a command from the node to which a Cluster is moving its key; sent once."""
-    router = connection.router
-    channel = Channel(connection, server=router.servers.at((str(redirect.host), int(redirect.port))))
-    try:
-        for _ in range(2):
-            asking, reply = channel.execute_all([("ASKING",), command])
-            if not isinstance(reply, PeerError) or not script_is_unknown(reply):
-                break
-            channel.execute_all([("SCRIPT LOAD", script.text) for script in router.scripts.used])
-        for one in (asking, reply):
-            if isinstance(one, PeerError):
-                raise one
-        return reply
-    finally:
-        channel.give_back()

@@ -19,6 +19,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
 from rlbroker.backend.deadline import try_seconds
+from rlbroker.backend.pool import ConnectionPool
 from rlbroker.backend.tls import TlsConnection, TlsFile, TlsSettings
 from rlbroker.backend.url import Endpoint, invalid_url_error, parse_endpoint, redis_url
 from rlbroker.config import (
@@ -152,10 +153,9 @@ def bounded_client(
         settings["driver_info"] = _driver()
     if address is not None:
         settings["host"], settings["port"] = address
-    make_pool: Callable[..., redis.BlockingConnectionPool] = redis.BlockingConnectionPool
     own = copy.copy(client)
     own.connection = None
-    own.connection_pool = make_pool(
+    own.connection_pool = ConnectionPool(
         connection_class=_bounded(pool.connection_class),
         max_connections=min(MAX_CONNECTIONS, pool.max_connections),
         timeout=timeout_seconds,

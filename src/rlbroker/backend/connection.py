@@ -10,16 +10,16 @@ from typing import Any, Final, TypeVar
 import redis
 from redis import exceptions as redis_errors
 
-from rlbroker.backend.channel import Channel, follow_redirect
+from rlbroker.backend.channel import Channel
 from rlbroker.backend.client import LARGE_READ_BYTES, SOCKET_READ_BYTES, BaseClient, stall_seconds
 from rlbroker.backend.cluster import slot_of
-from rlbroker.backend.deadline import Deadline, within
-from rlbroker.backend.error_mapping import AskRedirect, script_is_unknown
-from rlbroker.backend.keys import shard_of
-from rlbroker.backend.replies import server_seconds
+from rlbroker.backend.deadline import ONE_TRY, Deadline, within
+from rlbroker.backend.error_mapping import SlotMigrating
+from rlbroker.backend.replies import info_fields, raise_first_error, server_seconds
 from rlbroker.backend.resp import Argument as Argument
+from rlbroker.backend.resp import Command
 from rlbroker.backend.retry import RetryPolicy
-from rlbroker.backend.router import Router, first_key_of, reply_options
+from rlbroker.backend.router import Router
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.suitability import is_cluster_node, name_and_version, refuse_unsuitable
 from rlbroker.backend.topology import Server, SingleServer, Topology
@@ -32,9 +32,6 @@ logger = logging.getLogger("rlbroker")
 BLOCK_SECONDS: Final = 0.2
 
 Result = TypeVar("Result")
-
-#: A script with its keys and arguments.
-ScriptCall = tuple[Script, Sequence[str], Sequence[Argument]]
 
 
 class Connection:
@@ -125,101 +122,74 @@ class Connection:
         """
         return self._retries.run(operation, deadline)
 
-    # Single commands
+    # Commands
 
     def execute(self, *command: Argument, deadline: Deadline | None = None) -> Any:
         """Return the reply to one command, with retries until the deadline."""
-        return self.retry(lambda: self.execute_once(*command), deadline)
-
-    def execute_once(self, *command: Argument) -> Any:
-        """Return the reply to one command, sent once, such as a blocking read; the caller handles its loss."""
-
-        def send(client: redis.Redis) -> Any:
-            execute: Callable[..., Any] = client.execute_command
-            return execute(*command, **reply_options(command))
-
-        try:
-            return self.router.send(send, [command])
-        except AskRedirect as ask:
-            return self.router.shape_reply(command, follow_redirect(self, ask.redirect, command))
-
-    def clock(self, key: str) -> float:
-        """Return the time of the server that has a key, in seconds since the Unix epoch."""
-        return server_seconds(self.execute_all([("EXISTS", key), ("TIME",)])[1])
-
-    # Many commands
+        return self.retry(partial(self._attempt, [command], True), deadline)[0]
 
     def execute_all(
-        self, commands: Sequence[Sequence[Argument]], *, deadline: Deadline | None = None
+        self, commands: Sequence[Command], *, strict: bool = True, deadline: Deadline | None = None
     ) -> list[Any]:
-        """Return the replies to many commands in one round trip, with retries; the first refusal is raised."""
-        if not commands:
-            return []
+        """Return the replies to many commands in one round trip, with retries until the deadline.
 
-        def send(client: redis.Redis) -> list[Any]:
-            pipeline = client.pipeline(transaction=False)
-            add: Callable[..., Any] = pipeline.execute_command
-            for command in commands:
-                add(*command, **reply_options(command))
-            return pipeline.execute()
+        Args:
+            commands: those of one call may go to several servers.
+            strict: whether the first refusal is raised; otherwise each is returned as a `PeerError`.
+        """
+        return self.retry(partial(self._attempt, commands, strict), deadline) if commands else []
 
-        def attempt() -> list[Any]:
-            if len(self.router.group_by_server(commands)) > 1:
-                return self._execute_on_many(commands)
-            try:
-                return self.router.send(send, commands)
-            except AskRedirect:
-                return [self.execute_once(*command) for command in commands]
+    def run(
+        self,
+        script: Script,
+        keys: Sequence[str],
+        arguments: Sequence[Argument] = (),
+        *,
+        deadline: Deadline | None = None,
+    ) -> Any:
+        """Return the reply of a script, with retries until the deadline."""
+        return self.execute(*script.call(keys, arguments), deadline=deadline)
 
-        return self.retry(attempt, deadline)
-
-    def _execute_on_many(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
-        """Return the replies from several servers; if one lacks a script, load the scripts and send again."""
-        problem: PeerError | None = None
-        for _ in range(2):
-            results = self.ask_once(commands)
-            problem = next((one for one in results if isinstance(one, PeerError)), None)
-            if problem is None:
-                return list(map(self.router.shape_reply, commands, results))
-            if not script_is_unknown(problem):
-                break
-            for server in self.masters():
-                self.router.scripts.reload(partial(self.router.send_to, server))
-        assert problem is not None
-        raise problem
-
-    def ask(self, commands: Sequence[Sequence[Argument]], *, deadline: Deadline | None = None) -> list[Any]:
-        """Return the replies to many commands in one round trip, with retries; return a refusal as a `PeerError`."""
-        return self.retry(lambda: self.ask_once(commands), deadline) if commands else []
-
-    def ask_once(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
-        """Return the replies to many commands, sent once in one round trip; return a refusal as a `PeerError`."""
-        channels: list[Channel] = []
-        results: list[Any] = [None] * len(commands)
-        try:
-            groups = self.router.group_by_server(commands)
-            for indexes in groups:
-                some = [commands[index] for index in indexes]
-                channels.append(Channel(self, first_key_of(some)))
-                channels[-1].send(some)
-            for channel, indexes in zip(channels, groups, strict=True):
-                for index, result in zip(indexes, channel.receive(len(indexes)), strict=True):
-                    results[index] = result
-                channel.give_back()
-        finally:
-            for channel in channels:
-                channel.close()
-        return results
-
-    def ask_at(self, server: Server, commands: Sequence[Sequence[Argument]]) -> list[Any]:
+    def execute_at(self, server: Server, commands: Sequence[Command]) -> list[Any]:
         """Return one server's replies to many commands, sent once; return a refusal as a `PeerError`."""
-        channel = Channel(self, server=server)
+        return self._exchange(commands, {server: range(len(commands))})
+
+    def execute_where_reachable(
+        self, commands: Sequence[Command], *, deadline: Deadline | None = None
+    ) -> None:
+        """Run commands whose replies are not needed; on a Cluster once, without servers that cannot be reached."""
+        if not self.servers.several:
+            self.execute_all(commands, deadline=deadline)
+            return
+        for indexes in self.router.group_by_server(commands).values():
+            try:
+                self.execute_all([commands[index] for index in indexes], deadline=ONE_TRY)
+            except ConnectionFailed as error:
+                logger.warning("%s; writes to it are postponed", error)
+
+    def _attempt(self, commands: Sequence[Command], strict: bool) -> list[Any]:
         try:
-            results = channel.execute_all(commands)
-            channel.give_back()
+            replies = self._exchange(commands, self.router.group_by_server(commands))
+        except SlotMigrating:  # MOVED: the topology knows the new owner now
+            replies = self._exchange(commands, self.router.group_by_server(commands))
+        return raise_first_error(replies) if strict else replies
+
+    def _exchange(
+        self, commands: Sequence[Command], indexes_by_server: Mapping[Server, Sequence[int]]
+    ) -> list[Any]:
+        """Return the replies to commands, each sent once to its server, in redis-py's shapes."""
+        parts = [(Channel(self, server=server), indexes) for server, indexes in indexes_by_server.items()]
+        replies: list[Any] = [None] * len(commands)
+        try:
+            for channel, indexes in parts:
+                channel.send([commands[index] for index in indexes])
+            for channel, indexes in parts:
+                for index, reply in zip(indexes, channel.receive_all(), strict=True):
+                    replies[index] = self.router.shaped(commands[index], reply)
         finally:
-            channel.close()
-        return results
+            for channel, _ in parts:
+                channel.give_back()
+        return replies
 
     def execute_on_keys(self, command: str, keys: Sequence[str], *, deadline: Deadline | None = None) -> int:
         """Run a command that takes many keys and returns a count, such as UNLINK; return the sum of the counts."""
@@ -232,64 +202,39 @@ class Connection:
         """Yield the keys of every server that match a pattern, some at a time."""
         self.find_nodes()
         for server in self.retry(self.masters):
-            cursor: bytes | int = b"0"
+            cursor = 0
             while True:
                 command = ("SCAN", cursor, "MATCH", pattern, "COUNT", count)
-                cursor, found = self.retry(partial(self.router.send_to, server, command))
+                ((cursor, found),) = self.retry(partial(self._execute_strictly, server, [command]))
                 yield found
-                if int(cursor) == 0:
+                if cursor == 0:
                     break
 
-    # Scripts
-
-    def run(
-        self,
-        script: Script,
-        keys: Sequence[str],
-        arguments: Sequence[Argument] = (),
-        *,
-        deadline: Deadline | None = None,
-    ) -> Any:
-        """Return the reply of a script, with retries; it is loaded first if the server lacks it."""
-        self.router.scripts.remember(script)
-        return self.execute(*script.call(keys, arguments), deadline=deadline)
-
-    def run_all(self, calls: Sequence[ScriptCall], *, deadline: Deadline | None = None) -> list[Any]:
-        """Return the replies of many scripts in one round trip, with retries; the first refusal is raised."""
-        for script, _, _ in calls:
-            self.router.scripts.remember(script)
-        commands = [script.call(keys, arguments) for script, keys, arguments in calls]
-        return self.execute_all(commands, deadline=deadline)
-
-    def run_where_reachable(self, calls: Sequence[ScriptCall], *, deadline: Deadline | None = None) -> None:
-        """Run scripts whose replies are not needed; on a Cluster once, without the servers that cannot be reached."""
-        if not self.servers.several:
-            self.run_all(calls, deadline=deadline)
-            return
-        by_shard: dict[str, list[ScriptCall]] = {}
-        for call in calls:
-            by_shard.setdefault(shard_of(call[1][0]), []).append(call)
-        for some in by_shard.values():
-            try:
-                self.run_all(some, deadline=Deadline(0))
-            except ConnectionFailed as error:
-                logger.warning("%s; writes to it are postponed", error)
+    def clock(self, key: str) -> float:
+        """Return the time of the server that has a key, in seconds since the Unix epoch."""
+        return server_seconds(self.execute_all([("EXISTS", key), ("TIME",)])[1])
 
     def load(self, scripts: Sequence[Script]) -> None:
         """Load scripts into the cache of every server, for processes whose users may not load them."""
         for server in self.retry(self.masters):
-            send = partial(self.router.send_to, server)
-            self.retry(partial(self.router.scripts.load, send, scripts))
+            self.retry(
+                partial(self._execute_strictly, server, [("SCRIPT LOAD", one.text) for one in scripts])
+            )
 
     def load_missing(self, scripts: Sequence[Script]) -> None:
         """Load scripts again into the cache of each server that lacks any of them."""
         for server in self.retry(self.masters):
             try:
-                self.router.scripts.load_missing(partial(self.router.send_to, server), scripts)
+                (known,) = self._execute_strictly(server, [("SCRIPT EXISTS", *(one.sha for one in scripts))])
+                missing = [one for one, is_known in zip(scripts, known, strict=True) if not is_known]
+                self._execute_strictly(server, [("SCRIPT LOAD", one.text) for one in missing])
             except ConnectionFailed:
                 # One of several servers must not delay the others; a later call tries again.
                 if not self.servers.several:
                     raise
+
+    def _execute_strictly(self, server: Server, commands: Sequence[Command]) -> list[Any]:
+        return raise_first_error(self.execute_at(server, commands))
 
     # Servers
 
@@ -342,8 +287,8 @@ class Connection:
         """Return the fields of a server's INFO, by default any server's; empty if it hides them from this user."""
         command = ("INFO",)
         try:
-            found = self.router.send_to(server, command) if server else self.execute(*command)
-            return {str(name): str(value) for name, value in dict(found).items()}
+            found = self._execute_strictly(server, [command])[0] if server else self.execute(*command)
+            return info_fields(found)
         except AccessDenied:
             logger.info("%s does not let this user read INFO", self.address)
         except ServerFault as error:  # fakeredis has no INFO

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from typing import Final
+import weakref
+from typing import Any, Final
 
 #: An attempt may always take this long, even if less time is left: a healthy server answers within it.
 SHORTEST_TRY_SECONDS: Final = 0.25
@@ -36,42 +37,65 @@ class Deadline:
         return time.monotonic() >= self._end
 
 
-class _ThreadState(threading.local):
-    """The deadline of each thread."""
-
-    deadline: Deadline | None = None
+#: In place of a deadline: one attempt, which ends with the connection's own timeout or with an outer deadline.
+ONE_TRY: Final = Deadline(0)
 
 
-_thread_state = _ThreadState()
+class _Blocks(threading.local):
+    """The innermost `within` block of a thread that sets a deadline, and those around it, as a linked list.
+
+    The blocks are referred to weakly: one that an interrupt ended before its `__exit__` no longer exists, and must not
+    limit later calls.
+    """
+
+    innermost: tuple[weakref.ref[within], Any] | None = None
+
+
+_blocks = _Blocks()
 
 
 class within:  # noqa: N801 # used like a function, and a class is faster than a generator
     """A block in which this thread observes a deadline; an earlier one from an outer block stays in force."""
 
-    __slots__ = ("_deadline", "_outer")
+    __slots__ = ("__weakref__", "_outer", "deadline")
 
     def __init__(self, deadline: Deadline) -> None:
         """Set the deadline of the block."""
-        self._deadline = deadline
+        self.deadline = deadline
 
     def __enter__(self) -> Deadline:
         """Return the deadline in force: this one or the outer one."""
-        outer = self._outer = _thread_state.deadline
-        if not self._deadline.seconds:  # one attempt: no limit on how long it may take
-            return self._deadline
-        if outer is not None and outer.remaining < self._deadline.remaining:
+        self._outer = _innermost()
+        if not self.deadline.seconds:  # one attempt: no limit on how long it may take
+            return self.deadline
+        outer = _in_force()
+        if outer is not None and outer.remaining < self.deadline.remaining:
             return outer
-        _thread_state.deadline = self._deadline
-        return self._deadline
+        _blocks.innermost = weakref.ref(self), self._outer
+        return self.deadline
 
     def __exit__(self, *error: object) -> None:
         """Restore the outer deadline."""
-        _thread_state.deadline = self._outer
+        _blocks.innermost = self._outer
+
+
+def _in_force() -> Deadline | None:
+    """Return the deadline of the thread."""
+    one = _innermost()
+    block = one[0]() if one is not None else None
+    return block.deadline if block is not None else None
+
+
+def _innermost() -> tuple[weakref.ref[within], Any] | None:
+    one = _blocks.innermost
+    while one is not None and one[0]() is None:
+        _blocks.innermost = one = one[1]
+    return one
 
 
 def try_seconds(longest: float) -> float:
     """Return how long one attempt may take: `longest`, or the rest of the thread's deadline if that is less."""
-    deadline = _thread_state.deadline
+    deadline = _in_force()
     return longest if deadline is None else min(longest, max(SHORTEST_TRY_SECONDS, deadline.remaining))
 
 

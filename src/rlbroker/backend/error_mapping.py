@@ -36,15 +36,6 @@ class SlotMigrating(ConnectionFailed):
     """The Cluster is moving a key's slot, or has just moved it. Nothing is broken, and the command had no effect."""
 
 
-class AskRedirect(SlotMigrating):
-    """A node of the Cluster has moved a key to another node; this one command must be sent there."""
-
-    def __init__(self, redirect: redis_errors.AskError) -> None:
-        """Wrap the node's reply, which names the other node."""
-        super().__init__(f"the key is just being moved to {redirect.host}:{redirect.port}")
-        self.redirect = redirect
-
-
 class ErrorTranslator:
     """Translates the errors of one connection; it knows the server's address, and whether the server ever answered."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
+
+import redis
 
 from rlbroker.errors import InvalidArgument, PeerError, RlbrokerError, WireError, WrongKeyType
 
@@ -19,6 +21,19 @@ _SHOWN_CHARACTERS: Final = 120
 StreamEntries = tuple[str, list[tuple[str, dict[bytes, bytes] | None]]]
 
 # Shapes: redis-py returns lists or dictionaries, depending on protocol and version.
+
+
+def shaped(client: redis.Redis, command: Sequence[Any], reply: Any) -> Any:
+    """Return a raw reply in the shape that redis-py's client would return, such as a dictionary; INFO stays text."""
+    if command[0] == "INFO" or isinstance(reply, PeerError):
+        return reply
+    shapes: Any = client.response_callbacks
+    shape = shapes.get(command[0])
+    if shape is None:
+        return reply
+    if command[0] == "XPENDING" and len(command) > 3:  # with a range it lists entries, without one a summary
+        return shape(reply, parse_detail=True)
+    return shape(reply)
 
 
 def text_fields(reply: Any) -> dict[str, str]:

@@ -14,15 +14,15 @@ Piece = bytes | memoryview
 Argument = str | bytes | int | float | memoryview
 Pieces = tuple[Piece, ...]
 
+#: A command with its arguments.
+Command = Sequence[Argument | Pieces]
+
 #: Larger pieces are not copied. For a smaller one, a copy costs less than a system call of its own.
 COPY_BYTES = 128 << 10
 
-#: An empty argument in RESP.
-_EMPTY = b"$0\r\n\r\n"
 
-
-def pack_commands(commands: Sequence[Sequence[Argument | Pieces]], *, piece_bytes: int) -> Iterator[Piece]:
-    """Yield what to send for some commands, in pieces of limited size. Each command's last argument may be in pieces.
+def pack_commands(commands: Sequence[Command], *, piece_bytes: int) -> Iterator[Piece]:
+    """Yield what to send for some commands, in pieces of limited size.
 
     >>> b"".join(pack_commands([("SCRIPT LOAD", 1), ("GET", (b"a", b"b"))], piece_bytes=100))
     b'*3\\r\\n$6\\r\\nSCRIPT\\r\\n$4\\r\\nLOAD\\r\\n$1\\r\\n1\\r\\n*2\\r\\n$3\\r\\nGET\\r\\n$2\\r\\nab\\r\\n'
@@ -30,42 +30,64 @@ def pack_commands(commands: Sequence[Sequence[Argument | Pieces]], *, piece_byte
     ready: list[Piece] = []  # joined before they are sent
     size = 0
     for command in commands:
-        *before, last = command
-        if not isinstance(last, tuple):
-            ready.append(_pack(command))
-            size += len(ready[-1])
-        else:
-            ready.append(_pack((*before, b""))[: -len(_EMPTY)] + b"$%d\r\n" % sum(map(len, last)))
-            for piece in last:
-                if len(piece) > COPY_BYTES:
-                    yield b"".join(ready)
-                    ready, size = [], 0
-                    whole = memoryview(piece)
-                    for start in range(0, len(whole), piece_bytes):
-                        yield whole[start : start + piece_bytes]
-                else:
-                    ready.append(piece)
-                    size += len(piece)
-            ready.append(b"\r\n")
+        for piece in _pack(command):
+            if len(piece) > COPY_BYTES and isinstance(piece, memoryview):
+                yield from _split(b"".join(ready), piece_bytes)
+                ready, size = [], 0
+                yield from _split(piece, piece_bytes)
+            else:
+                ready.append(piece)
+                size += len(piece)
         if size >= piece_bytes:
-            yield from _split(ready, piece_bytes)
+            yield from _split(b"".join(ready), piece_bytes)
             ready, size = [], 0
-    yield from _split(ready, piece_bytes)
+    yield from _split(b"".join(ready), piece_bytes)
 
 
-def _pack(command: Sequence[Any]) -> bytes:
-    words: Any = (*command[0].split(), *command[1:])
+def _pack(command: Sequence[Any]) -> Sequence[Piece]:
+    words = (*command[0].split(), *command[1:])
     pack: Callable[[Any], bytes] = pack_command
     try:
-        return pack(words)
-    except TypeError:
-        return pack(tuple(bytes(word) if isinstance(word, memoryview) else word for word in words))
+        return (pack(tuple([one if one.__class__ in _PLAIN else _plain(one) for one in words])),)
+    except _InPieces:
+        packed: list[Piece] = [b"*%d\r\n" % len(words)]
+        for word in words:
+            pieces = word if isinstance(word, tuple) else (_encoded(word),)
+            packed += (b"$%d\r\n" % sum(map(len, pieces)), *map(_view_if_large, pieces), b"\r\n")
+        return packed
 
 
-def _split(ready: list[Piece], piece_bytes: int) -> Iterator[Piece]:
-    whole = b"".join(ready)
+#: What hiredis packs safely. It crashes if a signal handler raises an exception while it packs a number.
+_PLAIN = frozenset((str, bytes))
+
+
+class _InPieces(Exception):
+    """A command has an argument in pieces."""
+
+
+def _plain(word: Argument | Pieces) -> str | bytes:
+    if isinstance(word, tuple):
+        raise _InPieces
+    if isinstance(word, (str, int, float)):
+        return str(word)
+    if isinstance(word, (bytes, memoryview)):
+        return bytes(word)
+    raise TypeError(f"{type(word).__name__} cannot be an argument of a command")
+
+
+def _encoded(word: Argument) -> bytes:
+    plain = _plain(word)
+    return plain.encode() if isinstance(plain, str) else plain
+
+
+def _view_if_large(piece: Piece) -> Piece:
+    return memoryview(piece) if len(piece) > COPY_BYTES else piece
+
+
+def _split(whole: Piece, piece_bytes: int) -> Iterator[Piece]:
     if len(whole) <= piece_bytes:
-        yield whole
+        if whole:
+            yield whole
         return
     view = memoryview(whole)
     for start in range(0, len(whole), piece_bytes):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from rlbroker.backend.deadline import Backoff, Deadline, within
+from rlbroker.backend.deadline import ONE_TRY, Backoff, Deadline, within
 from rlbroker.backend.error_mapping import ErrorTranslator
 from rlbroker.errors import ConnectionFailed, RunLost
 
@@ -29,6 +29,8 @@ class RetryPolicy:
 
         An attempt that hung is not repeated if another one could hang far beyond the deadline. See `Connection.retry`.
         """
+        if deadline is ONE_TRY:
+            return operation()
         with within(deadline or Deadline(self._timeout_seconds)) as in_force:
             return self._repeat(operation, in_force)
 

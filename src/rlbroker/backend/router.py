@@ -1,4 +1,4 @@
-"""One attempt at a command: it goes to the server that has its key, and its errors are translated."""
+"""Which server a command goes to, and what its errors mean."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from redis import exceptions as redis_errors
 
 from rlbroker.backend.client import BaseClient, bounded_client
 from rlbroker.backend.cluster import ClusterTopology
-from rlbroker.backend.error_mapping import AskRedirect, ErrorTranslator, is_ask_redirect
+from rlbroker.backend.error_mapping import ErrorTranslator
 from rlbroker.backend.keys import EVERY_KEY
-from rlbroker.backend.resp import Argument, Pieces
-from rlbroker.backend.scripts import ScriptLoader
+from rlbroker.backend.replies import shaped
+from rlbroker.backend.resp import Command
 from rlbroker.backend.sentinel import SentinelTopology
 from rlbroker.backend.topology import Server, SingleServer, Topology
 from rlbroker.backend.url import Endpoint
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 
 class Router:
-    """Sends each command once, to the server that has its key, and keeps the topology and the scripts up to date."""
+    """Finds the server that has a key, translates errors, and keeps the topology up to date."""
 
     def __init__(
         self, base: BaseClient, *, timeout_seconds: float, socket_seconds: float, read_bytes: int
@@ -55,7 +55,6 @@ class Router:
         #: The name with which the connections log in.
         self.user = str(pool.connection_kwargs.get("username") or "default")
         self.errors = ErrorTranslator(base.address, self.user, pool, hint=base.hint)
-        self.scripts = ScriptLoader(base.address)
         self.servers = _make_topology(base.endpoint, self._make_client, base.address)
 
     def close(self) -> None:
@@ -92,16 +91,17 @@ class Router:
         except AccessDenied:
             return ()
 
-    def group_by_server(self, commands: Sequence[Sequence[Argument]]) -> list[list[int]]:
-        """Return the indexes of the commands that go to the same server, for each server."""
-        if not self.servers.several:
-            return [list(range(len(commands)))]
-        groups: dict[Server, list[int]] = {}
+    def group_by_server(self, commands: Sequence[Command]) -> dict[Server, Sequence[int]]:
+        """Return the servers to which commands go, each with the indexes of its commands."""
+        self.check_process()
         with _TranslatedErrors(self):
-            first = first_key_of(commands)  # commands without a key go to its server
+            if not self.servers.several:
+                return {self.servers.master_for(""): range(len(commands))}
+            first = next(filter(None, map(key_of, commands)), "")  # commands without a key go to its server
+            groups: dict[Server, list[int]] = {}
             for index, command in enumerate(commands):
                 groups.setdefault(self.servers.master_for(key_of(command) or first), []).append(index)
-        return list(groups.values())
+            return dict(groups)
 
     def use_cluster_nodes(self) -> None:
         """Use all nodes of the Cluster to which the single server belongs."""
@@ -115,54 +115,9 @@ class Router:
         logger.info("%s is a node of a Cluster; its other nodes are used too", self.address)
         self.servers = ClusterTopology(self._make_client, [one.address], self.address)
 
-    # Commands
-
-    def send(
-        self, operation: Callable[[redis.Redis], Result], commands: Sequence[Sequence[Argument]]
-    ) -> Result:
-        """Return the result of an operation on the client of the server that has the commands' first key.
-
-        Args:
-            operation: sends the commands with a client.
-            commands: commands whose keys are all on one server.
-
-        Raises:
-            AskRedirect: the key is being moved; nothing was done.
-        """
-        self.check_process()
-        with _TranslatedErrors(self, command=commands[0]) as attempt:
-            key = first_key_of(commands) if self.servers.several else ""
-            attempt.server = server = self.servers.master_for(key)
-            try:
-                result = self._send_with_scripts(operation, server)
-            except redis_errors.MovedError as error:
-                self.record_failure(error, server)
-                attempt.server = server = self.servers.master_for(key)
-                result = self._send_with_scripts(operation, server)
-        self.errors.record_answer()
-        return result
-
-    def _send_with_scripts(self, operation: Callable[[redis.Redis], Result], server: Server) -> Result:
-        """Send; if the server lacks a script, as after a failover, load the scripts and send again."""
-        try:
-            return operation(server.client)
-        except redis_errors.NoScriptError:
-            self.scripts.reload(partial(self.send_to, server))
-            return operation(server.client)
-
-    def send_to(self, server: Server, command: Sequence[Argument]) -> Any:
-        """Return the reply to a command from one server."""
-        execute: Callable[..., Any] = server.client.execute_command
-        with _TranslatedErrors(self, server, command):
-            reply = execute(*command)
-        self.errors.record_answer()
-        return reply
-
-    def shape_reply(self, command: Sequence[Argument], reply: Any) -> Any:
-        """Return a raw reply in the shape that redis-py's client would return, such as a dictionary."""
-        callbacks: Any = self._base.client.response_callbacks
-        shape = callbacks.get(command[0])
-        return reply if shape is None else shape(reply, **reply_options(command))
+    def shaped(self, command: Command, reply: Any) -> Any:
+        """Return a raw reply in redis-py's shape."""
+        return shaped(self._base.client, command, reply)
 
     # Errors
 
@@ -180,7 +135,7 @@ class Router:
     def translate(
         self,
         error: redis_errors.RedisError,
-        command: Sequence[Argument | Pieces] = (),
+        command: Command = (),
         server: Server | None = None,
     ) -> PeerError:
         """Return rlbroker's error for one of redis-py's.
@@ -196,9 +151,7 @@ class _TranslatedErrors:
 
     __slots__ = ("_command", "_router", "server")
 
-    def __init__(
-        self, router: Router, server: Server | None = None, command: Sequence[Argument] = ()
-    ) -> None:
+    def __init__(self, router: Router, server: Server | None = None, command: Command = ()) -> None:
         self._router, self._command = router, command
         self.server = server  #: the server that is asked
 
@@ -208,8 +161,6 @@ class _TranslatedErrors:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if not isinstance(error, redis_errors.RedisError):
             return
-        if is_ask_redirect(error):
-            raise AskRedirect(error) from error
         translated = self._router.translate(error, self._command, self.server)
         if isinstance(translated, ConnectionFailed):
             self._router.record_failure(error, self.server)
@@ -230,15 +181,3 @@ def _make_topology(endpoint: Endpoint, make_client: Callable[..., redis.Redis], 
 def key_of(command: Iterable[Any]) -> str:
     """Return the first of rlbroker's keys in a command; empty if there is none."""
     return next((part for part in command if isinstance(part, str) and part.startswith(_KEY_PREFIX)), "")
-
-
-def first_key_of(commands: Iterable[Iterable[Any]]) -> str:
-    """Return the first key of several commands; empty if none has any."""
-    return next(filter(None, map(key_of, commands)), "")
-
-
-def reply_options(command: Sequence[Argument]) -> dict[str, bool]:
-    """Return redis-py's options for parsing a reply: XPENDING with a range lists entries, without one a summary."""
-    if command[0] == "XPENDING" and len(command) > 3:
-        return {"parse_detail": True}
-    return {}

@@ -1,24 +1,23 @@
-"""Lua scripts: read from the package's `.lua` files, and loaded into the servers' script caches."""
+"""Lua scripts, read from the package's `.lua` files. A channel loads those that a server lacks."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any, Self
 
-from rlbroker.backend.error_mapping import missing_scripts_error
 from rlbroker.backend.resp import Argument
-from rlbroker.errors import AccessDenied
-
-#: Sends a command to one server, and returns the reply.
-SendCommand = Callable[[Sequence[Argument]], Any]
 
 #: A line of a script that is replaced by another file of the package.
 _INCLUDE = re.compile(r"^-- include: (\S+)\n", re.MULTILINE)
+
+#: The scripts that were called, for servers that lack them: a replica after a failover, a node to which a slot was
+#: moved, or a server that was restarted.
+_scripts_by_sha: dict[Any, Script] = {}
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,9 @@ class Script:
     @cached_property
     def sha(self) -> str:
         """SHA-1 of the text: the name under which the server caches the script."""
-        return hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+        sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+        _scripts_by_sha[sha] = self
+        return sha
 
     def call(self, keys: Sequence[str], arguments: Sequence[Argument] = ()) -> tuple[Argument, ...]:
         """Return the command that runs the script."""
@@ -52,40 +53,7 @@ def _read(path: str) -> str:
     return _INCLUDE.sub(lambda found: _read(found[1]), text)
 
 
-class ScriptLoader:
-    """Loads scripts into the caches of servers, and remembers the scripts that a connection has used.
-
-    A server may lack a script that was loaded before: a replica after a failover, a node to which a slot was moved, or
-    a server that was restarted.
-    """
-
-    def __init__(self, address: str) -> None:
-        """Start with no scripts. The address names the servers in messages."""
-        self._address = address
-        self._used: dict[str, Script] = {}
-
-    @property
-    def used(self) -> list[Script]:
-        """The scripts that the connection has used."""
-        return list(self._used.values())
-
-    def remember(self, script: Script) -> None:
-        """Note a script that is about to run."""
-        self._used[script.sha] = script
-
-    def load(self, send: SendCommand, scripts: Iterable[Script]) -> None:
-        """Load scripts into the cache of the server that `send` sends to."""
-        for script in scripts:
-            send(("SCRIPT LOAD", script.text))
-
-    def load_missing(self, send: SendCommand, scripts: Sequence[Script]) -> None:
-        """Load scripts into the cache of a server that lacks any of them."""
-        if not all(send(("SCRIPT EXISTS", *(script.sha for script in scripts)))):
-            self.load(send, scripts)
-
-    def reload(self, send: SendCommand) -> None:
-        """Load the used scripts into the cache of a server that lacks one; raise `RunLost` if this user may not."""
-        try:
-            self.load(send, self.used)
-        except AccessDenied as error:
-            raise missing_scripts_error(self._address) from error
+def loading_commands(calls: Iterable[Sequence[Any]]) -> list[tuple[str, str]]:
+    """Return the commands that load the scripts of some calls."""
+    found = {call[1]: _scripts_by_sha[call[1]] for call in calls if call[1] in _scripts_by_sha}
+    return [("SCRIPT LOAD", script.text) for script in found.values()]

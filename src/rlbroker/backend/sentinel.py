@@ -81,7 +81,7 @@ class SentinelTopology(DiscoveredTopology):
 
     def lost(self) -> Sequence[Server]:
         """Return the replicas that a Sentinel cannot reach, and those that have lost their master."""
-        for sentinel in list(self._sentinels):
+        for sentinel in self._sentinels:
             with suppress(*UNREACHABLE, redis_errors.ResponseError), within(Deadline(QUERY_TIMEOUT_SECONDS)):
                 # redis-py cannot parse SENTINEL REPLICAS.
                 rows = query(sentinel, "SENTINEL SLAVES", self.service)
@@ -101,7 +101,7 @@ class SentinelTopology(DiscoveredTopology):
         """Ask each Sentinel of the URL about itself and the others, and return what they report together."""
         answering, silent = set[str](), list[str]()
         others, quorum, refusal = dict[str, dict[str, Any]](), 0, ""
-        for sentinel in list(self._sentinels):
+        for sentinel in self._sentinels:
             if _name_of(sentinel) in {_name_in(row) for row in others.values() if _is_unreachable(row)}:
                 silent.append(_name_of(sentinel))  # another Sentinel cannot reach it; do not wait for it
                 continue
@@ -144,14 +144,14 @@ class SentinelTopology(DiscoveredTopology):
         problems: list[redis_errors.RedisError | OSError | str] = []
         older: list[Server] = []
         services: set[str] = set()
-        for sentinel in list(self._sentinels):
+        for sentinel in self._sentinels:
             try:
                 with within(Deadline(QUERY_TIMEOUT_SECONDS)):
                     monitored = query(sentinel, "SENTINEL MASTERS")
             except UNREACHABLE as error:
                 problems.append(error)
-                self._sentinels.remove(sentinel)  # the next refresh begins with a Sentinel that answers
-                self._sentinels.append(sentinel)
+                # The next refresh begins with a Sentinel that answers.
+                self._sentinels = [*(one for one in self._sentinels if one is not sentinel), sentinel]
                 continue
             except redis_errors.ResponseError as error:
                 if "unknown command" in str(error).lower():

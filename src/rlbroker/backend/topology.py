@@ -7,7 +7,7 @@ in between may lack writes that it had acknowledged before, and counts as anothe
 from __future__ import annotations
 
 import random
-import threading
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,6 +18,9 @@ import redis
 from redis import exceptions as redis_errors
 
 from rlbroker.backend.deadline import Deadline, try_seconds, within
+from rlbroker.backend.exchange import Exchange
+from rlbroker.backend.locks import CallLock
+from rlbroker.backend.replies import info_fields, shaped
 from rlbroker.backend.threads import BackgroundThread
 
 #: How often the roles of the servers are read while nothing seems wrong.
@@ -139,7 +142,7 @@ class DiscoveredTopology(Topology):
     def __init__(self, make_client: MakeClient, what: str) -> None:
         """Create a topology; nothing is read yet. `what` names the background thread."""
         self._clients = ClientsByAddress(make_client)
-        self._refreshing = threading.Lock()
+        self._refreshing = CallLock()
         self._stale = True
         self._thread = BackgroundThread(what, self._step)
         self._started = False
@@ -163,20 +166,19 @@ class DiscoveredTopology(Topology):
         self._clients.close()
 
     def _ensure_fresh(self) -> None:
-        if not self._stale:
+        if self._started and not self._stale:
             return
-        if not self._refreshing.acquire(timeout=try_seconds(REFRESH_TIMEOUT_SECONDS)):
-            raise redis_errors.ConnectionError("timed out discovering the master")
-        try:
+        with self._refreshing.hold(try_seconds(REFRESH_TIMEOUT_SECONDS)) as held:
+            if not held:
+                raise redis_errors.ConnectionError("timed out discovering the master")
             if self._stale:
                 with within(Deadline(REFRESH_TIMEOUT_SECONDS)):
                     self._refresh()
                 self._stale = False
-                if not self._started:
-                    self._started = True
-                    self._thread.start()
-        finally:
-            self._refreshing.release()
+        if not self._started:
+            with suppress(RuntimeError):  # an interrupted call, or another thread, has started it
+                self._thread.start()
+            self._started = True
 
     def _step(self) -> None:
         self._thread.pause(REFRESH_SECONDS)
@@ -184,7 +186,7 @@ class DiscoveredTopology(Topology):
             return
         with (
             suppress(redis_errors.RedisError, OSError),
-            self._refreshing,
+            self._refreshing.hold(),
             within(Deadline(REFRESH_TIMEOUT_SECONDS)),
         ):
             self._refresh()
@@ -196,41 +198,46 @@ class ClientsByAddress:
     def __init__(self, make_client: MakeClient) -> None:
         """Begin without clients."""
         self._make_client = make_client
-        self._lock = threading.Lock()
         self._clients: dict[Address, redis.Redis] = {}
         #: The master whose replicas were read last, until when they are cached, and their addresses.
         self._replicas: tuple[Address | None, Deadline, list[Address]] | None = None
 
     def at(self, address: Address) -> redis.Redis:
         """Return the client of the server at an address."""
-        with self._lock:
-            if address not in self._clients:
-                self._clients[address] = self._make_client(address)
-            return self._clients[address]
+        known = self._clients.get(address)
+        return known or self._clients.setdefault(address, self._make_client(address))
 
     def replicas_of(self, master: Server) -> list[Server]:
         """Return the replicas that a master names in INFO; cached for some seconds."""
         known = self._replicas
         if known is None or known[0] != master.address or known[1].over:
-            info = query(master.client, "INFO", "replication")
+            info = info_fields(query(master.client, "INFO", "replication"))
             rows = [
-                value for name, value in info.items() if name.startswith("slave") and isinstance(value, dict)
+                dict(pair.partition("=")[::2] for pair in value.split(","))
+                for name, value in info.items()
+                if re.fullmatch(r"slave\d+", name)
             ]
-            online = [(str(row["ip"]), int(row["port"])) for row in rows if row.get("state") == "online"]
+            online = [(row["ip"], int(row["port"])) for row in rows if row.get("state") == "online"]
             known = self._replicas = master.address, Deadline(REPLICAS_SECONDS), online
         return [Server(self.at(address), address) for address in known[2]]
 
     def close(self) -> None:
         """Close the connections."""
-        with self._lock:
-            for client in self._clients.values():
-                client.connection_pool.disconnect()
+        for client in list(self._clients.values()):
+            client.connection_pool.disconnect()
 
 
 def query(client: redis.Redis, *command: str) -> Any:
-    """Return redis-py's reply to a command."""
-    execute: Callable[..., Any] = client.execute_command
-    return execute(*command)
+    """Return the reply to a command, in redis-py's shape; raise redis-py's errors."""
+    exchange = Exchange(client.connection_pool)
+    try:
+        exchange.put([command])
+        reply = exchange.get()
+    finally:
+        exchange.give_back()
+    if isinstance(reply, Exception):
+        raise reply
+    return shaped(client, command, reply)
 
 
 def discovery_error(

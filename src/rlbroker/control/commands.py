@@ -256,7 +256,7 @@ class CommandSender:
         """
         deadline = Deadline(self._connection.timeout_seconds)
         while True:
-            workers = read_incarnations(self._connection.ask, self._keys)
+            workers = read_incarnations(self._connection, self._keys)
             recipients = _Recipients.choose(workers, wanted)
             pairs = flat(fields)
             if self._key:
@@ -395,8 +395,8 @@ class CommandSender:
                 *states,
                 *sent.fields,
             )
-            calls.append((RESTORE_COMMAND, keys, arguments))
-        self._connection.run_all(calls)
+            calls.append(RESTORE_COMMAND.call(keys, arguments))
+        self._connection.execute_all(calls)
 
     def _remember(self, command_id: str, sent: _SentCommand) -> None:
         """Remember a command, and forget the oldest ones beyond the bounds."""

@@ -71,8 +71,8 @@ class ControlReader:
 
     def _receive(self) -> Any:
         """Return the reply to a read. An interrupted read stays sent, and the next call waits for its reply."""
-        if self._channel.connect():
-            self.reply_due = None
+        if self.reply_due is None:
+            self._channel.connect()
         sock = self._channel.raw_socket
         connection = self._connection
         if self.reply_due is None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from rlbroker.backend.connection import Argument, Connection, flat
-from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.deadline import ONE_TRY, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import (
     entry_place,
@@ -146,14 +146,13 @@ class Ledger:
             if (number_in(stored) or 0) < latest:
                 self._lost_version = latest
             calls = [
-                (
-                    RESTORE_OUTCOMES,
+                RESTORE_OUTCOMES.call(
                     (self._keys.meta, self._keys.ledger(worker)),
                     (self._epoch, *outcomes.position, *flat(outcomes.to_fields())),
                 )
                 for worker, outcomes in self._outcomes.items()
             ]
-            self._connection.run_all(calls)
+            self._connection.execute_all(calls)
             self._restore_missed()
 
     def read_outcomes(self, workers: Iterable[int]) -> dict[int, WorkerOutcomes]:
@@ -196,7 +195,7 @@ class Ledger:
         # Always from the start: settled entries are removed.
         command = ("XREAD", "COUNT", READ_COUNT, *options, "STREAMS", *keys, *("0-0" for _ in keys))
         try:
-            reply = self._connection.execute_once(*command)
+            reply = self._connection.execute(*command, deadline=ONE_TRY)
         except ServerFault:
             if not self._delete_wrong_types(list(keys)):
                 raise
@@ -231,7 +230,6 @@ class Ledger:
 
     def _settle(self, streams: Sequence[tuple[int, Entries]]) -> None:
         """Settle the events of one read, in one try."""
-        one_try = Deadline(0)
         workers = [worker for worker, _ in streams]
         clock, stored_version, pending_fields, *ledgers = self._connection.execute_all(
             [
@@ -240,10 +238,10 @@ class Ledger:
                 ("HGETALL", self._keys.pending),
                 *(("HGETALL", self._keys.ledger(worker)) for worker in workers),
             ],
-            deadline=one_try,
+            deadline=ONE_TRY,
         )
-        replies = self._connection.ask(
-            [incarnation_command(self._keys, worker) for worker in workers], deadline=one_try
+        replies = self._connection.execute_all(
+            [incarnation_command(self._keys, worker) for worker in workers], deadline=ONE_TRY, strict=False
         )
         incarnations = parse_incarnations(workers, replies)
         now = round(server_seconds(clock), 3)  # as it is written, so that `restore` recognises the record
@@ -253,7 +251,7 @@ class Ledger:
         with parsing(self._keys.pending):
             pending = _pending_by_worker(text_fields(pending_fields))
         self._find_pending(streams, pending)
-        calls, results = list[tuple[Script, list[str], list[Argument]]](), dict[tuple[int, str], Settled]()
+        calls, results = list[tuple[Argument, ...]](), dict[tuple[int, str], Settled]()
         for (worker, entries), ledger in zip(streams, ledgers, strict=True):
             with parsing(self._keys.ledger(worker)):
                 stored = WorkerOutcomes.from_fields(text_fields(ledger))
@@ -270,12 +268,12 @@ class Ledger:
 
     def _write(
         self,
-        calls: Sequence[tuple[Script, list[str], list[Argument]]],
+        calls: Sequence[tuple[Argument, ...]],
         results: Mapping[tuple[int, str], Settled],
     ) -> None:
         """Run the calls of `settle.lua`, and remember their results; after an error they may have been applied."""
         try:
-            self._connection.run_all(calls, deadline=Deadline(0))
+            self._connection.execute_all(calls, deadline=ONE_TRY)
         except RunLost:  # nothing was applied
             raise
         except BaseException:
@@ -322,13 +320,13 @@ class Ledger:
                     acknowledged.append((worker, command, entry_place(entry_id)[0]))
         states = self._connection.execute_all(
             [("HGET", self._keys.outcomes(command), worker) for worker, command, _ in acknowledged],
-            deadline=Deadline(0),
+            deadline=ONE_TRY,
         )
         for (worker, command, incarnation), state in zip(acknowledged, states, strict=True):
             if state == b"waiting":
                 pending.setdefault(worker, {})[command] = incarnation
 
-    def _settle_call(self, event: Event, settled: Settled) -> tuple[Script, list[str], list[Argument]]:
+    def _settle_call(self, event: Event, settled: Settled) -> tuple[Argument, ...]:
         """Return the call of `settle.lua` that removes an event and writes its effects."""
         keys = [
             self._keys.meta,
@@ -350,7 +348,7 @@ class Ledger:
         packed: list[Argument] = [self._epoch, event.entry_id, len(writes)]
         for key_place, command_name, *arguments in writes:
             packed += [key_place, len(arguments), command_name, *arguments]
-        return SETTLE, keys, packed
+        return SETTLE.call(keys, packed)
 
     def _xadd_missed(self, missed: Missed) -> list[Argument]:
         """Return the command that records a missed update."""
@@ -363,7 +361,7 @@ class Ledger:
         """Confirm the settlements that the server has applied although their reply was lost."""
         if self._unconfirmed:
             workers = {worker for worker, _ in self._unconfirmed}
-            stored = read_outcomes(self._connection, self._keys, workers, deadline=Deadline(0))
+            stored = read_outcomes(self._connection, self._keys, workers, deadline=ONE_TRY)
             self._confirm(
                 [
                     (worker, entry_id)

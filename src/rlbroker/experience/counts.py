@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from rlbroker.backend.connection import Connection
+from rlbroker.backend.deadline import ONE_TRY
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import (
     default_if_wrong_type,
@@ -110,7 +111,7 @@ def _read_consistently(
     changing = dict(commands)
     for _ in range(_ATTEMPTS):
         asked = [one for of_worker in changing.values() for one in (*of_worker, of_worker[0])]
-        replies = iter(connection.ask_once(asked) if asked else ())
+        replies = iter(connection.execute_all(asked, strict=False, deadline=ONE_TRY))
         for worker, of_worker in list(changing.items()):
             *found[worker], after = map(_reply_or_default, itertools.islice(replies, len(of_worker) + 1))
             if found[worker][0] == after:

@@ -111,22 +111,21 @@ def letter_data(connection: Connection, keys: Keys, letter: DeadLetter) -> bytes
 def retry_letters(connection: Connection, keys: Keys, letters: Sequence[DeadLetter]) -> int:
     """Queue batches to be delivered again to any learner; return how many dead letters still existed."""
     calls = [
-        (
-            RETRY,
+        RETRY.call(
             (keys.dead(one.worker_id), keys.again(one.worker_id), keys.counts(one.worker_id)),
             (GROUP, one.entry_id, one.reason),
         )
         for one in letters
     ]
-    return sum(connection.run_all(calls))
+    return sum(connection.execute_all(calls))
 
 
 def purge_letters(connection: Connection, keys: Keys, letters: Sequence[DeadLetter]) -> int:
     """Delete dead letters for good; return how many still existed. They stay counted."""
     calls = [
-        (PURGE, (keys.dead(one.worker_id), keys.counts(one.worker_id)), (one.entry_id,)) for one in letters
+        PURGE.call((keys.dead(one.worker_id), keys.counts(one.worker_id)), (one.entry_id,)) for one in letters
     ]
-    return sum(connection.run_all(calls))
+    return sum(connection.execute_all(calls))
 
 
 def _parse_letter(worker: int, entry_id: bytes, fields: dict[bytes, bytes]) -> DeadLetter:

@@ -85,7 +85,7 @@ class Confirmation:
         """Return what a master lacks for the level; empty if it can give it."""
         replica, node = self.level == "replica", self._name(master)
         probes = [("WAIT", 0, 1), ("INFO", "replication")] if replica else [("WAITAOF", 1, 0, 1)]
-        replies = self._connection.ask_at(master, probes)
+        replies = self._connection.execute_at(master, probes)
         refusal = next((reply for reply in replies if isinstance(reply, PeerError)), None)
         if refusal is None:
             if "connected_slaves:0" not in str(replies):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rlbroker.backend.connection import Argument, Connection, ScriptCall, flat
+from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.locks import CallLock
@@ -89,8 +89,8 @@ class PendingEntries:
     def fence_older(self, workers: Iterable[int], *, deadline: Deadline | None = None) -> None:
         """Fence older epochs of this learner: from now on the server refuses their acknowledgements."""
         new = [one for one in workers if one not in self._counted]
-        calls = [(FENCE_LEARNER, self._keys_of(one), (self.name, self.epoch)) for one in new]
-        for worker, counts in zip(new, self._connection.run_all(calls, deadline=deadline), strict=True):
+        calls = [FENCE_LEARNER.call(self._keys_of(one), (self.name, self.epoch)) for one in new]
+        for worker, counts in zip(new, self._connection.execute_all(calls, deadline=deadline), strict=True):
             self.remember_counts(worker, counts)
 
     def remember_counts(self, worker: int, counts: Any) -> None:
@@ -160,8 +160,8 @@ class PendingEntries:
         try:
             with self.writing_counts(deadline):
                 asked = self.ask(entries)
-                calls = self._script_calls(asked)
-                return self.note(asked, self._connection.run_all(calls, deadline=deadline), deadline=deadline)
+                replies = self._connection.execute_all(self.commands(asked), deadline=deadline)
+                return self.note(asked, replies, deadline=deadline)
         except BaseException:
             self.release()
             raise
@@ -183,7 +183,16 @@ class PendingEntries:
 
     def commands(self, asked: Acknowledgements) -> list[tuple[Argument, ...]]:
         """Return the commands of acknowledgements, to be sent with other commands within `writing_counts`."""
-        return [script.call(keys, arguments) for script, keys, arguments in self._script_calls(asked)]
+        commands = []
+        for stream, entries in asked.items():
+            # The queue was credited the bytes of a retried batch when the batch became a dead letter.
+            parts = [
+                part
+                for one in entries
+                for part in (one.entry_id, 0 if stream.retried else one.stored_bytes, one.outcome)
+            ]
+            commands.append(ACKNOWLEDGE.call(stream.keys, (*self.identity, *parts)))
+        return commands
 
     def note(
         self, asked: Acknowledgements, replies: Sequence[list[Any]], *, deadline: Deadline | None = None
@@ -247,26 +256,14 @@ class PendingEntries:
         with self.writing_counts(deadline):
             calls = [self._restore_call(one) for one in list(self._counted if workers is None else workers)]
             if workers is None:
-                self._connection.run_where_reachable(calls, deadline=deadline)
+                self._connection.execute_where_reachable(calls, deadline=deadline)
             else:
-                self._connection.run_all(calls, deadline=deadline)
+                self._connection.execute_all(calls, deadline=deadline)
 
-    def _script_calls(self, asked: Acknowledgements) -> list[ScriptCall]:
-        calls: list[ScriptCall] = []
-        for stream, entries in asked.items():
-            # The queue was credited the bytes of a retried batch when the batch became a dead letter.
-            parts = [
-                part
-                for one in entries
-                for part in (one.entry_id, 0 if stream.retried else one.stored_bytes, one.outcome)
-            ]
-            calls.append((ACKNOWLEDGE, stream.keys, (*self.identity, *parts)))
-        return calls
-
-    def _restore_call(self, worker: int) -> ScriptCall:
+    def _restore_call(self, worker: int) -> tuple[Argument, ...]:
         counted, by_workers = self._counted[worker], self._counted_by_workers.get(worker, {})
         arguments = (self.name, self.epoch, len(counted), *flat(counted), *flat(by_workers))
-        return RESTORE_COUNTS, self._keys_of(worker), arguments
+        return RESTORE_COUNTS.call(self._keys_of(worker), arguments)
 
     def _keys_of(self, worker: int) -> tuple[str, str]:
         return self._keys.epochs(worker), self._keys.counts(worker)
@@ -291,12 +288,12 @@ class Takeover:
             [("XPENDING", one.key, GROUP, "IDLE", idle_milliseconds, "-", "+", TAKE_COUNT) for one in streams]
         )
         abandoned = [[row[0] for row in pending_rows(reply) if row[1] not in own] for reply in replies]
-        calls: list[ScriptCall] = [
-            (TAKE_ABANDONED, stream.keys, (*self._pending.identity, idle_milliseconds, *ids))
+        calls = [
+            TAKE_ABANDONED.call(stream.keys, (*self._pending.identity, idle_milliseconds, *ids))
             for stream, ids in zip(streams, abandoned, strict=True)
             if ids
         ]
-        taken = sum(bool(one) for ids in self._connection.run_all(calls) for one in ids)
+        taken = sum(bool(one) for ids in self._connection.execute_all(calls) for one in ids)
         if taken:
             what = counted(taken, "batch was", "batches were")
             logger.warning("%s taken over from a learner that stopped renewing them", what)
@@ -311,7 +308,7 @@ class Takeover:
         """Renew this learner's claim on its pending entries when a third of `take_over_seconds` has passed."""
         if self._next_renewal.over:
             calls = [
-                (RENEW, (one.key,), (GROUP, name)) for one in streams for name in self._pending.consumers
+                RENEW.call((one.key,), (GROUP, name)) for one in streams for name in self._pending.consumers
             ]
-            self._connection.run_where_reachable(calls)
+            self._connection.execute_where_reachable(calls)
             self._next_renewal = Deadline(self._seconds / 3)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
-from rlbroker.backend.deadline import Backoff, Deadline
+from rlbroker.backend.deadline import ONE_TRY, Backoff, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.locks import CallLock
 from rlbroker.backend.text import counted
@@ -228,9 +228,9 @@ class Sender:
                 return
             try:
                 if is_unsafe:
-                    self.writer.advance(Deadline(0))
+                    self.writer.advance(ONE_TRY)
                 if self.writer.has_unwritten_counts:
-                    self.writer.write_counts(Deadline(0))
+                    self.writer.write_counts(ONE_TRY)
             except ConnectionFailed as error:
                 if str(error) != self.writer.confirmation.missing:
                     raise

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rlbroker.backend.connection import BLOCK_SECONDS, Connection
-from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.deadline import ONE_TRY, Deadline
 from rlbroker.backend.keys import GROUP, Keys, shard_of
 from rlbroker.backend.replies import consumer_pending, default_if_wrong_type, raise_first_error
 from rlbroker.errors import ConnectionFailed, PeerError, ServerFault, ServerOutOfMemory, WrongKeyType
@@ -118,7 +118,7 @@ class WatchedStreams:
     @property
     def deadline(self) -> Deadline | None:
         """The deadline of each command: one attempt if there are several shards, as one must not delay the others."""
-        return Deadline(0) if len(self._readers) > 1 else None
+        return ONE_TRY if len(self._readers) > 1 else None
 
     @contextmanager
     def skip_if_away(self, reader: ShardReader) -> Iterator[None]:
@@ -224,7 +224,7 @@ class StreamDiscovery:
         try:
             taken = self._takeover.take_abandoned([one.stream for one in positions])
             self._streams.rescan(one for one, some in zip(positions, taken, strict=True) if some)
-            replies = self._connection.ask(
+            replies = self._connection.execute_all(
                 [
                     command
                     for one in positions
@@ -235,6 +235,7 @@ class StreamDiscovery:
                     )
                 ],
                 deadline=self._streams.deadline,
+                strict=False,
             )
             for position, summary, has_epoch, counts in zip(
                 positions,

@@ -8,7 +8,7 @@ from typing import Final
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import BLOCK_SECONDS, Connection
-from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.deadline import ONE_TRY, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.threads import BackgroundThread
 from rlbroker.errors import Fenced, RunLost
@@ -136,5 +136,5 @@ class Maintenance:
             self.thread.pause(BLOCK_SECONDS)
         elif self._ledger.wait(workers, self._connection.block_seconds):
             self.thread.pause(min(LONGEST_GATHER_SECONDS, len(workers) * GATHER_SECONDS))
-            self.settle(workers, Deadline(0))
+            self.settle(workers, ONE_TRY)
             self._commands.notify_waiters()

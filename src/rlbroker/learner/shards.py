@@ -37,6 +37,6 @@ def choose_shards(connection: Connection, keys: Keys, count: int | None) -> str:
 
 def _read_shards(connection: Connection, keys: Keys) -> str:
     """Return the shards of a run whose `meta` was lost with its node, from the keys of its other shards."""
-    replies = connection.ask([("GET", key) for key in keys.one_of_likely_shards])
+    replies = connection.execute_all([("GET", key) for key in keys.one_of_likely_shards], strict=False)
     votes = Counter(text.decode() for text in replies if isinstance(text, bytes) and _SHARDS.fullmatch(text))
     return max(votes, key=votes.__getitem__, default="")

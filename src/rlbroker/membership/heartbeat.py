@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
-from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.deadline import ONE_TRY, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.threads import BackgroundThread
@@ -176,7 +176,7 @@ class Heartbeat:
             self._maintain(rejoined)
 
     def _is_opened(self) -> bool:
-        return self._connection.execute_once("HGET", self._keys.meta, "wire_format") is not None
+        return self._connection.execute("HGET", self._keys.meta, "wire_format", deadline=ONE_TRY) is not None
 
     def _beat(self) -> None:
         self._schedule_next()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
-from rlbroker.backend.connection import Argument
+from rlbroker.backend.channel import Channel
+from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import whole_number
 from rlbroker.config import MAX_WORKER_ID
@@ -88,20 +89,16 @@ def _parse_short_id(name: bytes) -> int | None:
     return number if number is not None and number <= MAX_WORKER_ID and str(number) == text else None
 
 
-def read_incarnations(ask: Callable[[Sequence[Sequence[Argument]]], list[Any]], keys: Keys) -> Incarnations:
+def read_incarnations(connection: Connection | Channel, keys: Keys) -> Incarnations:
     """Read the incarnations of all workers that the run ever had, in two round trips.
-
-    Args:
-        ask: runs commands and returns their replies; a refused command has a `PeerError` as its reply.
 
     Raises:
         AccessDenied: a right is missing.
     """
-    (names,) = ask([("SMEMBERS", keys.workers)])
-    if isinstance(names, PeerError):
-        raise names
+    (names,) = connection.execute_all([("SMEMBERS", keys.workers)], strict=True)
     ids = parse_worker_ids(names)
-    found = parse_incarnations(ids, ask([incarnation_command(keys, worker) for worker in ids]) if ids else [])
+    commands = [incarnation_command(keys, worker) for worker in ids]
+    found = parse_incarnations(ids, connection.execute_all(commands, strict=False))
     return Incarnations(found, [name for name in names if parse_worker_id(name) not in found])
 
 

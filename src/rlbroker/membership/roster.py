@@ -116,7 +116,7 @@ class Roster:
         self._meta["shards"] = known_shards
         self._keys.use_shards(known_shards)
         self._leading_epoch = self.epoch if self._publishes else 0
-        self._raise_version_floor(read_incarnations(self._connection.ask, self._keys))
+        self._raise_version_floor(read_incarnations(self._connection, self._keys))
         return self.epoch
 
     def close(self) -> None:
@@ -133,7 +133,7 @@ class Roster:
         clock, epochs = channel.execute_all(
             [("TIME",), ("HMGET", self._keys.meta, f"learner:{self._name}", "epoch")], strict=True
         )
-        incarnations = read_incarnations(channel.execute_all, self._keys)
+        incarnations = read_incarnations(channel, self._keys)
         self._ids = None
         with parsing(self._keys.meta):
             named, leading = (int(epoch or 0) for epoch in epochs)
@@ -176,7 +176,9 @@ class Roster:
             ConnectionFailed: the server could not be reached in time.
         """
         commands = [("HGET", self._keys.heartbeat(worker), "host") for worker in self._alive]
-        self._hosts = len({host for host in self._connection.ask(commands) if isinstance(host, bytes)})
+        self._hosts = len(
+            {host for host in self._connection.execute_all(commands, strict=False) if isinstance(host, bytes)}
+        )
 
     def restore(self) -> None:
         """Write back the workers and the fields of `meta` that the server may have lost.
@@ -225,8 +227,10 @@ class Roster:
     def workers(self) -> list[WorkerInfo]:
         """Return the members of the run, by worker id."""
         clock, latest = self._connection.execute_all([("TIME",), ("HGET", self._keys.weights, "version")])
-        members = read_incarnations(self._connection.ask, self._keys).members
-        heartbeats = self._connection.ask([("HGETALL", self._keys.heartbeat(worker)) for worker in members])
+        members = read_incarnations(self._connection, self._keys).members
+        heartbeats = self._connection.execute_all(
+            [("HGETALL", self._keys.heartbeat(worker)) for worker in members], strict=False
+        )
         return parse_worker_infos(
             now=server_seconds(clock),
             latest_version=int(latest or 0),
@@ -243,7 +247,7 @@ class Roster:
         now_milliseconds = int(self._connection.clock(self._keys.meta) * 1000)
         limit_milliseconds = int(self._settings.forget_seconds * 1000)
         before = now_milliseconds - limit_milliseconds
-        members = read_incarnations(self._connection.ask, self._keys).members
+        members = read_incarnations(self._connection, self._keys).members
         # By worker: the arguments of the script, which checks them once more.
         to_forget = {
             worker: (limit_milliseconds, 0)
@@ -254,10 +258,9 @@ class Roster:
         for worker, written in list(self._written_back.items()):
             if now_milliseconds - written >= return_milliseconds:
                 to_forget[worker] = (int(return_milliseconds), self._written_back.pop(worker))
-        replies = self._connection.run_all(
+        replies = self._connection.execute_all(
             [
-                (
-                    FORGET,
+                FORGET.call(
                     (
                         self._keys.life(worker),
                         self._keys.acknowledgements(worker),

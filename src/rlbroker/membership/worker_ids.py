@@ -78,7 +78,7 @@ class Registrar:
         deadline, backoff = Deadline(self._connection.timeout_seconds), Backoff()
         while not deadline.over:
             try:
-                members = read_incarnations(self._connection.ask, self._keys).members
+                members = read_incarnations(self._connection, self._keys).members
             except AccessDenied as error:
                 raise AccessDenied(
                     f"{error}; if this user belongs to one worker, pass its worker_id: only the user that all workers "

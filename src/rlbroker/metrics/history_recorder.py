@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlbroker.backend.connection import Argument, Connection, flat
-from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.deadline import ONE_TRY, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import seconds_number, whole_number
 from rlbroker.errors import PeerError
@@ -137,7 +137,7 @@ class Recorder:
     def _take_sample(self) -> Sample:
         state = self._read_state()
         members, everyone = sorted(state.alive | state.away), sorted(state.everyone)
-        time, *replies = self._connection.ask_once(
+        time, *replies = self._connection.execute_all(
             [
                 ("TIME",),
                 *(("XLEN", self._keys.experiences(worker)) for worker in everyone),
@@ -145,7 +145,9 @@ class Recorder:
                     ("HMGET", self._keys.heartbeat(worker), "incarnation", "version", "room_seconds")
                     for worker in members
                 ),
-            ]
+            ],
+            strict=False,
+            deadline=ONE_TRY,
         )
         if isinstance(time, PeerError):
             raise time
@@ -208,7 +210,7 @@ class Recorder:
             ["XADD", self._keys.history(seconds), "MAXLEN", "~", TIERS[seconds], "*", *fields]
             for seconds in due
         ]
-        replies = self._connection.ask_once(commands)
+        replies = self._connection.execute_all(commands, strict=False, deadline=ONE_TRY)
         for seconds in due:
             self._due[seconds] = Deadline(seconds)
         for reply in replies:

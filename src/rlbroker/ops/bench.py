@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlbroker.backend.connection import Connection
+from rlbroker.backend.deadline import ONE_TRY
 from rlbroker.backend.keys import Keys
 from rlbroker.codec.limits import Limits
 from rlbroker.codec.message import MessageAssembly, MessagePlan
@@ -131,7 +132,7 @@ def measure(
     connection = Connection(url, timeout_seconds=TIMEOUT_SECONDS)
     with ExitStack() as stack:
         stack.callback(connection.close)
-        connection.execute_once("PING")  # without retries, to fail at once if the server does not answer
+        connection.execute("PING", deadline=ONE_TRY)  # to fail at once if the server does not answer
         connection.check_server()
         stack.callback(_delete, connection, keys)
         progress("round trip")

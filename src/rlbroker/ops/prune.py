@@ -173,8 +173,8 @@ def prune(
     incarnations = (
         [name for name in names if name.startswith(keys.life_prefix)] if keys.workers in names else []
     )
-    worker_count, *hashes = connection.ask(
-        [("SCARD", keys.workers), *(("HGETALL", name) for name in (keys.meta, *incarnations))]
+    worker_count, *hashes = connection.execute_all(
+        [("SCARD", keys.workers), *(("HGETALL", name) for name in (keys.meta, *incarnations))], strict=False
     )
     queues = sorted({tuple(beside) for name in names if (beside := keys.queue_beside(name))})
     queue_states = _read_queue_states(connection, queues)
@@ -236,7 +236,9 @@ def unused_seconds(connection: Connection, run: str, names: Sequence[str]) -> fl
     """
     keys, idle, orphan = Keys(run), list[int](), _is_orphan(run, names)
     for names_at_once in split([name for name in names if orphan or not keys.describes_run(name)]):
-        replies = connection.ask([("OBJECT", "IDLETIME", name) for name in names_at_once])
+        replies = connection.execute_all(
+            [("OBJECT", "IDLETIME", name) for name in names_at_once], strict=False
+        )
         idle += [reply for reply in replies if isinstance(reply, int)]
     return float(min(idle)) if idle else None
 
@@ -279,7 +281,7 @@ def _judge(
 
 def _read_state(connection: Connection, summary: RunSummary) -> str:
     if summary.learner == "ended":
-        (meta,) = connection.ask([("HGETALL", Keys(summary.run).meta)])
+        (meta,) = connection.execute_all([("HGETALL", Keys(summary.run).meta)], strict=False)
         if not isinstance(meta, PeerError) and text_fields(meta).keys() == {"learner_state", PRUNED}:
             return "pruned"
     return summary.learner
@@ -300,7 +302,9 @@ def _is_orphan(run: str, names: Sequence[str]) -> bool:
 def _read_stored_bytes(connection: Connection, names: list[str]) -> int | None:
     total = 0
     for names_at_once in split(names):
-        for reply in connection.ask([("MEMORY", "USAGE", name) for name in names_at_once]):
+        for reply in connection.execute_all(
+            [("MEMORY", "USAGE", name) for name in names_at_once], strict=False
+        ):
             if isinstance(reply, PeerError):
                 return None
             total += whole_number(str(reply)) or 0
@@ -316,7 +320,7 @@ def _read_queue_states(connection: Connection, queues: Sequence[Queue]) -> dict[
             for experiences, counts, epochs, *_ in queues_at_once
             for command in (("HGETALL", counts), ("HGETALL", epochs), ("XLEN", experiences))
         ]
-        replies = iter(connection.ask(commands))
+        replies = iter(connection.execute_all(commands, strict=False))
         for queue, counts, epochs, length in zip(queues_at_once, replies, replies, replies, strict=False):
             waiting = -1 if isinstance(length, PeerError) else length
             states[queue] = [*_hash_arguments(counts), *_hash_arguments(epochs), waiting]

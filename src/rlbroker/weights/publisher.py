@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Final
 
 from rlbroker.backend.connection import Connection
-from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.deadline import ONE_TRY, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.codec.image import ImagePlan
 from rlbroker.codec.signing import SigningKey
@@ -188,7 +188,7 @@ class Publisher:
                 or self._uploader.is_damaged(manifest, compare=unreadable_version == manifest.version)
             ):
                 again = Draft(copy.image.array, published=copy.image)
-                self._make_latest(copy.plan, again, copy.compression, None, Deadline(0))
+                self._make_latest(copy.plan, again, copy.compression, None, ONE_TRY)
                 logger.warning(
                     "the server has lost version %d, or a part of it; it is published again as version %d",
                     manifest.version,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from rlbroker.backend.connection import Argument, Connection
-from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.deadline import ONE_TRY
 from rlbroker.backend.keys import Keys
 from rlbroker.errors import ConnectionFailed
 from rlbroker.weights.manifest import Manifest, StoredForm
@@ -84,10 +84,10 @@ class Retention:
         if not gone:
             return
         try:
-            latest = self._connection.execute("HGET", self._keys.weights, "upload", deadline=Deadline(0))
+            latest = self._connection.execute("HGET", self._keys.weights, "upload", deadline=ONE_TRY)
             if latest is not None and latest.decode(errors="replace") == self._latest_upload:
                 keys = [key for form in gone for key in form.chunk_keys(self._keys)]
-                self._connection.execute_on_keys("UNLINK", keys, deadline=Deadline(0))
+                self._connection.execute_on_keys("UNLINK", keys, deadline=ONE_TRY)
         except ConnectionFailed as error:
             logger.info("%s; a later check deletes superseded weights that did not expire", error)
             return

@@ -235,7 +235,7 @@ class Subscriber:
     def _read_manifest(self) -> Manifest | None:
         """Return the server's manifest, and use the shards over which its chunks are spread."""
         commands = [("HGETALL", self._keys.weights), ("HGET", self._keys.meta, "shards")]
-        fields, shards = raise_first_error(self._connection.ask(commands))
+        fields, shards = raise_first_error(self._connection.execute_all(commands, strict=False))
         if shards is not None:
             self._keys.use_shards(shards.decode("ascii", "replace"))
         return Manifest.from_fields(text_fields(fields))

@@ -17,7 +17,7 @@ import xxhash
 
 from rlbroker.backend.bulk import ChunkWriter, ProgressTimeout
 from rlbroker.backend.connection import Connection
-from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.deadline import ONE_TRY, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.codec.format import StoredSegment
 from rlbroker.codec.image import EncodedSegment, ImagePlan
@@ -179,9 +179,7 @@ class Uploader:
     def discard(self, upload: str, chunks: int) -> None:
         """Delete the chunks of an upload, if the server can be reached."""
         with suppress(PeerError):  # they expire anyway
-            self._connection.execute_on_keys(
-                "UNLINK", self._keys.upload(upload, chunks), deadline=Deadline(0)
-            )
+            self._connection.execute_on_keys("UNLINK", self._keys.upload(upload, chunks), deadline=ONE_TRY)
 
     def forget_superseded(self, manifest: Manifest) -> None:
         """Forget the stored chunks of uploads that the latest manifest does not name."""

@@ -193,7 +193,7 @@ def read_learner_state(url: str | None, run: str) -> str:
 
     connection = Connection(url, timeout_seconds=2.0)
     try:
-        meta, clock = connection.ask([("HGETALL", Keys(run).meta), ("TIME",)])
+        meta, clock = connection.execute_all([("HGETALL", Keys(run).meta), ("TIME",)], strict=False)
         fields = text_fields(meta)
         return learner_state(fields, learner_silent_seconds(fields, server_seconds(clock)))
     except Exception:  # noqa: BLE001 - the state is only printed; the worker raises the same error itself

@@ -84,10 +84,11 @@ class Session:
     def connection(self) -> Connection:
         """The connection to the server. The first use fails at once, without retries, if the server does not answer."""
         from rlbroker.backend.connection import Connection
+        from rlbroker.backend.deadline import ONE_TRY
 
         connection = Connection(self.url, timeout_seconds=self.timeout)
         try:
-            connection.execute_once("PING")
+            connection.execute("PING", deadline=ONE_TRY)
             connection.find_nodes()
         except BaseException:
             connection.close()

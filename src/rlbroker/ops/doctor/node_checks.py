@@ -189,7 +189,7 @@ def check_lost_node(connection: Connection, server: Server) -> Check:
         others, forget, hint = "the other nodes", "CLUSTER FORGET at each of them", "redis-cli CLUSTER NODES"
     try:
         with within(Deadline(NODE_TIMEOUT_SECONDS)):
-            connection.ask_at(server, [("PING",)])
+            connection.execute_at(server, [("PING",)])
     except PeerError as error:
         what = (
             f"{server.name} does not answer: {error}; {others} continue without it, and list it until {forget} "
@@ -208,7 +208,7 @@ def _check_cluster(connection: Connection, nodes: Sequence[Node]) -> Check:
     down, info = dict[str, dict[str, str]](), dict[str, str]()
     for node in nodes:
         try:
-            (reply,) = connection.ask_at(node.server, [("CLUSTER", "INFO")])
+            (reply,) = connection.execute_at(node.server, [("CLUSTER", "INFO")])
         except ConnectionFailed as error:
             reply = error
         if isinstance(reply, AccessDenied):

@@ -44,12 +44,16 @@ def _check_queues(connection: Connection, snapshot: Snapshot) -> Iterator[Check]
     streams = {
         worker: keys.experiences(worker) for worker, status in snapshot.workers.items() if status.counts
     }
-    exists = connection.ask([("EXISTS", key) for key in streams.values()])
+    exists = connection.execute_all([("EXISTS", key) for key in streams.values()], strict=False)
     existing = {
         worker: key for (worker, key), reply in zip(streams.items(), exists, strict=True) if reply == 1
     }
-    groups_replies = connection.ask([("XINFO", "GROUPS", key) for key in existing.values()])
-    consumers_replies = connection.ask([("XINFO", "CONSUMERS", key, GROUP) for key in existing.values()])
+    groups_replies = connection.execute_all(
+        [("XINFO", "GROUPS", key) for key in existing.values()], strict=False
+    )
+    consumers_replies = connection.execute_all(
+        [("XINFO", "CONSUMERS", key, GROUP) for key in existing.values()], strict=False
+    )
     ok = True
     for (worker, key), groups, consumers in zip(
         existing.items(), groups_replies, consumers_replies, strict=True

@@ -350,7 +350,9 @@ def check_rights(connection: Connection, info: ServerInfo, run: str | None) -> C
         ("MEMORY", "USAGE", keys.heartbeat(0)),
     ]
     missing_rules = {
-        reply.rule: None for reply in connection.ask(commands) if isinstance(reply, AccessDenied)
+        reply.rule: None
+        for reply in connection.execute_all(commands, strict=False)
+        if isinstance(reply, AccessDenied)
     }
     user = f"the user {info.user!r}"
     if not missing_rules:

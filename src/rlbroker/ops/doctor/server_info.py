@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Final
+from typing import Any, Final
 
 from rlbroker.backend.connection import Connection
+from rlbroker.backend.deadline import ONE_TRY, Deadline
 from rlbroker.backend.replies import server_seconds, text_fields, whole_number
+from rlbroker.backend.resp import Command
 from rlbroker.backend.topology import Server
 from rlbroker.errors import AccessDenied, PeerError
 
@@ -82,7 +84,7 @@ def read_server_info(connection: Connection, server: Server | None = None) -> Se
     fields = connection.server_info(server)
     names = ["ACL WHOAMI", "HELLO", "INFO server", *(f"CONFIG GET {name}" for name in SETTINGS)]
     commands = [tuple(name.split()) for name in names]
-    replies = connection.ask_at(server, commands) if server else connection.ask(commands)
+    replies = _ask(connection, server, commands)
     by_name = dict(zip(names, replies, strict=True))
     missing = {}
     for name, reply in by_name.items():
@@ -113,6 +115,18 @@ def read_server_info(connection: Connection, server: Server | None = None) -> Se
     )
 
 
+def _ask(
+    connection: Connection,
+    server: Server | None,
+    commands: Sequence[Command],
+    deadline: Deadline | None = None,
+) -> list[Any]:
+    """Return the replies of a server, by default of the only one; a refusal is a `PeerError`."""
+    if server:
+        return connection.execute_at(server, commands)
+    return connection.execute_all(commands, strict=False, deadline=deadline)
+
+
 def _command_of(call: str) -> str:
     """Return the command of a call, without its arguments."""
     return "INFO" if call.startswith("INFO") else " ".join(call.split()[:2])
@@ -124,17 +138,14 @@ def measure_latency(connection: Connection, server: Server | None = None) -> Lat
     began = time.perf_counter()
     while len(taken) < ROUND_TRIPS:
         sent = time.perf_counter()
-        if server:
-            connection.ask_at(server, [("PING",)])
-        else:
-            connection.execute_once("PING")
+        _ask(connection, server, [("PING",)], deadline=ONE_TRY)
         taken.append(time.perf_counter() - sent)
         if len(taken) >= _LEAST_ROUND_TRIPS and time.perf_counter() - began > _ROUND_TRIPS_SECONDS:
             break
     differences: list[tuple[float, float]] = []  # each with the duration of its round trip
     for _ in range(_LEAST_ROUND_TRIPS):
         sent = time.perf_counter()
-        (clock,) = connection.ask_at(server, [("TIME",)]) if server else connection.ask([("TIME",)])
+        (clock,) = _ask(connection, server, [("TIME",)])
         trip_seconds, now = time.perf_counter() - sent, time.time()
         if isinstance(clock, PeerError):
             break

@@ -53,11 +53,13 @@ def find_participants(connection: Connection, run: str, host: str) -> list[Parti
             silent_seconds = learner_silent_seconds(meta, now)
             participants.append(Participant(None, learner_state(meta, silent_seconds), silent_seconds))
     ids = parse_worker_ids(names)
-    replies = connection.ask([("HGET", keys.heartbeat(worker), "host") for worker in ids])
+    replies = connection.execute_all(
+        [("HGET", keys.heartbeat(worker), "host") for worker in ids], strict=False
+    )
     # The user of a worker may read only that worker's keys: the other replies are errors.
     local = [worker for worker, reply in zip(ids, replies, strict=True) if reply == host.encode()]
     incarnations = parse_incarnations(
-        local, connection.ask([incarnation_command(keys, worker) for worker in local])
+        local, connection.execute_all([incarnation_command(keys, worker) for worker in local], strict=False)
     )
     for worker, incarnation in incarnations.items():
         if incarnation.member:

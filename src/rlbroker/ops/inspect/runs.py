@@ -106,7 +106,7 @@ def list_runs(connection: Connection, names: list[str] | None = None) -> list[Ru
     for keys in map(Keys, names):
         commands += [("HGETALL", keys.meta), ("HGET", keys.weights, "version")]
         commands.append(("SMEMBERS", keys.workers))
-    clock, *replies = connection.ask(commands)
+    clock, *replies = connection.execute_all(commands, strict=False)
     if isinstance(clock, PeerError):
         raise clock
     by_run = {name: replies[3 * number : 3 * number + 3] for number, name in enumerate(names)}
@@ -116,8 +116,9 @@ def list_runs(connection: Connection, names: list[str] | None = None) -> list[Ru
         if not isinstance(workers, PeerError)
     }
     incarnations = iter(
-        connection.ask(
-            [incarnation_command(Keys(name), worker) for name, ids in ids_by_run.items() for worker in ids]
+        connection.execute_all(
+            [incarnation_command(Keys(name), worker) for name, ids in ids_by_run.items() for worker in ids],
+            strict=False,
         )
     )
     incarnations_by_run = {name: list(islice(incarnations, len(ids))) for name, ids in ids_by_run.items()}

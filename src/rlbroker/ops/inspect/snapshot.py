@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from rlbroker.backend.connection import Connection
+from rlbroker.backend.deadline import ONE_TRY
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import (
     default_if_wrong_type,
@@ -196,7 +197,7 @@ class SnapshotReader:
 
     def _read(self) -> Snapshot:
         keys = self._keys
-        replies = self._connection.ask_once(
+        replies = self._connection.execute_all(
             [
                 *_SERVER_COMMANDS,
                 ("TIME",),
@@ -204,7 +205,9 @@ class SnapshotReader:
                 ("HGETALL", keys.weights),
                 ("HGETALL", keys.pending),
                 ("SMEMBERS", keys.workers),
-            ]
+            ],
+            strict=False,
+            deadline=ONE_TRY,
         )
         server_replies = _without_refusals(replies[: len(_SERVER_COMMANDS)])
         clock, meta_reply, manifest_reply, pending_reply, names_reply = raise_first_error(
@@ -246,14 +249,16 @@ class SnapshotReader:
             for key, kind in (keys.written_by_worker(worker) | expected_types(keys, worker)).items()
         }
         replies = iter(
-            self._connection.ask_once(
+            self._connection.execute_all(
                 [
                     *(incarnation_command(keys, worker) for worker in ids),
                     *(("HGETALL", keys.heartbeat(worker)) for worker in ids),
                     *(("HGETALL", keys.ledger(worker)) for worker in ids),
                     *(("XLEN", keys.dead(worker)) for worker in ids),
                     *(("TYPE", key) for key in types),
-                ]
+                ],
+                strict=False,
+                deadline=ONE_TRY,
             )
         )
         incarnations = parse_incarnations(ids, islice(replies, len(ids)))
@@ -340,7 +345,7 @@ def _read_server(connection: Connection, replies: Sequence[bytes | None]) -> Ser
     nodes = []
     for master in connection.masters():
         with suppress(ConnectionFailed):  # a node that does not answer is left out
-            node_replies = _without_refusals(connection.ask_at(master, _SERVER_COMMANDS))
+            node_replies = _without_refusals(connection.execute_at(master, _SERVER_COMMANDS))
             nodes.append(_parse_server(connection, master.name, node_replies))
     fullest = max(nodes, key=_fullness, default=_parse_server(connection, "", ()))
     evicting = [node for node in nodes if node.maxmemory_policy not in ("noeviction", "")]
