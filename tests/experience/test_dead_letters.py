@@ -111,15 +111,15 @@ def test_a_dead_letter_is_counted_once_if_the_next_read_fails(
 ) -> None:
     comm, _ = learner(), worker()
     damage(server, keys, 1)
-    read_new, calls = EntryReader.read_new, itertools.count()
+    read, calls = EntryReader.read, itertools.count()
 
     def fail_later(*arguments: Any) -> bool:
-        if next(calls):
+        if next(calls) > 1:
             raise ConnectionFailed("broken on purpose")
-        return read_new(*arguments)
+        return read(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(EntryReader, "read_new", fail_later)
+        patch.setattr(EntryReader, "read", fail_later)
         with pytest.raises(ConnectionFailed):
             comm.collect_experiences()
     assert len(comm.dead_letters()) == 1

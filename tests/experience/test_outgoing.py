@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlbroker.codec.message import decode, encode_pieces
+from rlbroker.codec.message import MessagePlan, decode
+from rlbroker.errors import UnsupportedType
 from rlbroker.experience import outgoing
 from rlbroker.experience.outgoing import INCOMPRESSIBLE_TRIES, MOST_SKIPPED, Packer, PendingBatch
 from rlbroker.types import SendReceipt
@@ -25,9 +26,9 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     def spy(batch: object, *, compression: bool) -> Any:
         found.append(compression)
-        return encode_pieces(batch, compression=compression)
+        return MessagePlan(batch, compression=compression)
 
-    monkeypatch.setattr(outgoing, "encode_pieces", spy)
+    monkeypatch.setattr(outgoing, "MessagePlan", spy)
     return found
 
 
@@ -72,3 +73,10 @@ def test_a_kept_batch_does_not_change_with_the_callers_arrays() -> None:
     pending.copy_message()
     batch["obs"][:] = 0
     np.testing.assert_array_equal(decode(pending.fields[-1])["obs"], NOISE["obs"])
+
+
+def test_a_batch_that_contains_itself_is_refused_before_it_is_measured() -> None:
+    endless: dict[str, Any] = {}
+    endless["again"] = [endless]
+    with pytest.raises(UnsupportedType, match="nested deeper"):
+        Packer(compression=True).pack(endless)

@@ -50,9 +50,9 @@ def test_settings_that_cannot_work_are_refused_at_construction(settings: Any, na
 
 def test_sampling_starts_at_min_size_and_stops_when_it_is_ahead() -> None:
     limiter = RateLimiter(SamplesPerInsert(ratio=2.0, min_size=3, error_buffer=2.0))
-    limiter.insert(2)
+    limiter.inserts += 2
     assert not limiter.may_sample(1)
-    limiter.insert(1)
+    limiter.inserts += 1
     assert [limiter.may_sample(1) for _ in range(3)] == [True, True, False]
     assert (limiter.inserts, limiter.samples) == (3, 2)
 
@@ -60,7 +60,7 @@ def test_sampling_starts_at_min_size_and_stops_when_it_is_ahead() -> None:
 def test_inserting_stops_while_sampling_is_behind() -> None:
     limiter = RateLimiter(SamplesPerInsert(ratio=2.0, min_size=3, error_buffer=2.0))
     assert limiter.wait(0) == 4
-    limiter.insert(4)
+    limiter.inserts += 4
     assert limiter.wait(0) == 0
     assert limiter.may_sample(2)
     assert limiter.wait(0) == 1
@@ -86,7 +86,7 @@ def test_drawing_many_samples_is_refused_or_succeeds_in_the_end(
     for _ in range(rounds):
         room = limiter.wait(0)
         assert room is not None
-        limiter.insert(room)  # as many as allowed
+        limiter.inserts += room  # as many as allowed
         assert _draw(limiter, count) is not False
 
 
@@ -100,7 +100,7 @@ def test_one_side_may_always_continue_within_the_error_buffer(
         assert room is not None
         assert room > 0 or _could_sample(limiter)
         if inserts:
-            limiter.insert(min(room, count))
+            limiter.inserts += min(room, count)
         else:
             limiter.may_sample(1)
         if limiter.inserts > rule.min_size:

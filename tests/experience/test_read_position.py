@@ -16,12 +16,11 @@ def entry(entry_id: str, *, taken_over: bool = False) -> Entry:
     return Entry(STREAM, entry_id, {b"data": b"x"}, taken_over=taken_over)
 
 
-def position_after(*entry_ids: str, collected: str) -> ReadPosition:
-    """Return the position after these entries were read, of which `collected` was the last one that was returned."""
+def position_after(*entry_ids: str) -> ReadPosition:
+    """Return the position after these entries were read."""
     position = ReadPosition(STREAM)
     for entry_id in entry_ids:
         position.note_read(entry(entry_id))
-    position.last_collected = entry(collected).place
     return position
 
 
@@ -33,19 +32,19 @@ def test_a_stream_is_found_by_its_name_in_marks(name: str) -> None:
 
 def test_a_mark_names_what_was_not_collected_skipped_and_taken_over() -> None:
     """Checkpoints of earlier releases hold marks of this form."""
-    position = position_after("1-1", "1-4", "2-1", collected="1-4")
+    position = position_after("1-1", "1-4", "2-1")
     position.note_read(entry("1-2", taken_over=True))
-    assert position.mark({"1-1", "2-1"}, ["1-1", "1-2", "1-4", "2-1"]) == {
-        "through": "1-4",
-        "except": ["1-1"],
+    assert position.mark({"1-1", "2-1"}, {"1-2"}) == {
+        "through": "2-1",
+        "except": ["1-1", "2-1"],
         "passed_over": [["1-3", "1-3"]],
         "taken_over": ["1-2"],
     }
 
 
 def test_a_restored_position_knows_exactly_what_its_mark_covers() -> None:
-    position = position_after("1-1", "1-2", "1-5", collected="1-5")
-    mark = position.mark({"1-1"}, [])
+    position = position_after("1-1", "1-2", "1-5")
+    mark = position.mark({"1-1"}, set())
     restored = ReadPosition(STREAM)
     restored.restore(mark)
     for entry_id, known in (("1-1", False), ("1-2", True), ("1-3", False), ("1-5", True), ("1-6", False)):
@@ -55,5 +54,13 @@ def test_a_restored_position_knows_exactly_what_its_mark_covers() -> None:
 
 
 def test_an_entry_of_a_new_incarnation_leaves_no_gap() -> None:
-    position = position_after("1-1", "2-1", "2-2", collected="2-2")
-    assert position.mark(set(), [])["passed_over"] == []
+    position = position_after("1-1", "2-1", "2-2")
+    assert position.mark(set(), set())["passed_over"] == []
+
+
+def test_noting_an_entry_again_changes_nothing() -> None:
+    position = position_after("1-1", "1-4", "1-3", "2-1")
+    before = position.mark(set(), set())
+    for entry_id in ("1-1", "1-4", "1-3", "2-1"):
+        position.note_read(entry(entry_id))
+    assert position.mark(set(), set()) == before

@@ -85,7 +85,8 @@ def test_a_batch_sent_twice_is_delivered_once(
 ) -> None:
     comm, client = learner(), worker()
     client.send_experiences({"number": 1})
-    client._sender.writer.sequence = 0  # as if the reply was lost
+    writer = client._sender.writer
+    writer.pending.newest, writer.size = None, writer.size._replace(through=0)  # as if the reply was lost
     client.send_experiences({"number": 1})
     assert len(comm.collect_experiences(timeout=5.0)) == 1
     assert comm.collect_experiences(timeout=0.1) == []

@@ -13,9 +13,7 @@ from redis import exceptions as redis_errors
 
 from rlbroker.backend.client import BaseClient, bounded_client
 from rlbroker.backend.cluster import ClusterTopology
-from rlbroker.backend.error_mapping import (
-    ErrorTranslator,
-)
+from rlbroker.backend.error_mapping import ErrorTranslator, breaks_connection
 from rlbroker.backend.keys import EVERY_KEY
 from rlbroker.backend.replies import shaped
 from rlbroker.backend.resp import Command

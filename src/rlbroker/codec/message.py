@@ -48,10 +48,7 @@ def encode_pieces(tree: object, *, compression: bool = True) -> tuple[bytes | me
     Raises:
         UnsupportedType: a value cannot travel; the error names its path.
     """
-    plan = MessagePlan(tree, compression=compression)
-    encoded = [plan.encode_segment(index) for index in range(plan.segment_count)]
-    header = plan.header([segment for segment, _ in encoded])
-    return (header, *(stored for _, stored in encoded))
+    return MessagePlan(tree, compression=compression).encode()
 
 
 def decode(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> Any:
@@ -106,6 +103,12 @@ class MessagePlan:
     def segment_count(self) -> int:
         """The number of segments."""
         return len(self._segments)
+
+    def encode(self) -> tuple[bytes | memoryview, ...]:
+        """Return the message in pieces."""
+        encoded = [self.encode_segment(index) for index in range(self.segment_count)]
+        header = self.header([segment for segment, _ in encoded])
+        return (header, *(stored for _, stored in encoded))
 
     def encode_segment(self, index: int) -> tuple[StoredSegment, bytes | memoryview]:
         """Return the description of segment `index` and its stored bytes: a view of the leaf where stored raw."""

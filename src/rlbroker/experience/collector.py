@@ -6,14 +6,16 @@ entries (`EntryReader`), and makes batches of them (`Unpacker`).
 
 from __future__ import annotations
 
-import threading
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rlbroker.backend.connection import BLOCK_SECONDS, Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.locks import CallLock
 from rlbroker.backend.threads import OutageLog
 from rlbroker.config import Acknowledge
 from rlbroker.errors import ConnectionFailed, ServerFault
@@ -21,7 +23,7 @@ from rlbroker.experience.dead_letters import DeadLetters
 from rlbroker.experience.entry_reader import EntryReader
 from rlbroker.experience.pending import PendingEntries, Takeover
 from rlbroker.experience.rate_limiter import RateLimiter
-from rlbroker.experience.read_position import Entry, ReadPosition, Stream, covers
+from rlbroker.experience.read_position import Entry, Stream, covers
 from rlbroker.experience.rejections import Unpacker
 from rlbroker.experience.watched_streams import StreamDiscovery, WatchedStreams, is_stream_lost
 from rlbroker.metrics.counters import Metrics
@@ -31,8 +33,28 @@ from rlbroker.types import Batch
 COLLECT_BYTES = 256 << 20
 
 
+@dataclass(frozen=True)
+class Handover:
+    """What is between `collect` and its caller. It is replaced in one assignment, so it is always whole.
+
+    Attributes:
+        found: entries with their batches that the caller does not have yet.
+        returned: the entries whose batches the last call returned, and earlier ones that the next call acknowledges.
+        total: how many batches all calls have returned.
+    """
+
+    found: list[tuple[Entry, Batch]]
+    returned: Sequence[Entry] = ()
+    total: int = 0
+
+
 class Collector:
-    """Collects the batches of all workers for one learner. Safe to use from several threads."""
+    """Collects the batches of all workers for one learner. Safe to use from several threads.
+
+    An entry is read into the queue of `EntryReader`, moves to `Handover.found` together with its batch, and from there
+    to the caller. A call that ends with an error or an interrupt before that leaves both as they are, and the next one
+    continues. Every entry is in `PendingEntries` until it is acknowledged.
+    """
 
     def __init__(
         self,
@@ -75,11 +97,16 @@ class Collector:
             max_deliveries=max_deliveries,
             latest_version=latest_version,
         )
-        self._collecting = threading.Lock()
-        self._began = False
+        self._calls = CallLock()
+        self._began = self._unfinished = (
+            False  #: whether a call has begun, and whether the last one did not end
+        )
+        self._handover = Handover([])
+        self._budget_bytes = COLLECT_BYTES  #: how much more the present call may read and decode
+        self._wait_seconds = (
+            0.0  #: seconds that calls have waited for entries, until they are added to the metrics
+        )
         self._outage = OutageLog("collecting")
-        self._retried = False  #: whether the present call has retried a read that may not wait
-        self._wait_seconds = 0.0  #: seconds that the present call has waited for entries
 
     def collect(self, *, timeout_seconds: float, max_batches: int | None) -> list[tuple[int, Batch]]:
         """Return batches of all workers, in order for each worker; wait for a first one if there is none.
@@ -89,52 +116,39 @@ class Collector:
             max_batches: the most to return.
         """
         deadline = Deadline(timeout_seconds)
-        if not self._collecting.acquire(timeout=deadline.remaining):
-            return []  # another thread was waiting for a first batch all this time
+        before: tuple[Handover, int] | None = None
         try:
-            self._began, self._reader.drained = True, False
-            self._unpacker.decode_seconds = self._wait_seconds = 0.0
-            self._retried = False
-            if self._reader.entries or self._rate_limiter.is_active:
-                self._reader.acknowledge_returned()  # otherwise the first read acknowledges, in the same round trip
-            room = self._rate_limiter.wait(deadline.remaining)
-            if room is not None:
-                max_batches = room if max_batches is None else min(room, max_batches)
-            if max_batches == 0:
-                return []
-            self._find_streams(deadline)
-            taken: list[Entry] = []
-            found: list[tuple[int, Batch]] = []
-            try:
-                found = self._gather(deadline, max_batches, taken)
-            except BaseException:  # Ctrl-C too: the next call must return what was taken
-                self._reader.entries.extendleft(
-                    entry for entry in reversed(taken) if entry.entry_id in self._pending.ids(entry.stream)
-                )
-                raise
-            finally:
-                self._count_collected(found)
-            for entry in taken:
-                position = self._streams.positions[entry.stream.name]
-                position.last_collected = max(position.last_collected, entry.place)
-            self._rate_limiter.insert(len(found))
-            if self._acknowledges_next:
-                self._reader.returned += self._delivered(found)
-            return found
-        finally:
-            self._collecting.release()
+            with self._calls.hold(deadline.remaining) as held:
+                if not held:
+                    return []  # another thread was waiting for a first batch all this time
+                limit = self._gather(deadline, max_batches)
+                handover, inserts = self._handover, self._rate_limiter.inserts
+                found, rest = handover.found[:limit], handover.found[limit:]
+                pairs = [(batch.worker_id, batch) for _, batch in found]
+                returned = [entry for entry in self._done if self._pending.holds(entry)]
+                returned += [entry for entry, _ in found]
+                after = Handover(rest, returned, handover.total + len(found))
+                before = handover, inserts
+                # From here on the batches are the caller's. Only an interrupt may still prevent that.
+                self._handover, self._rate_limiter.inserts = after, inserts + len(pairs)
+                return pairs
+        except BaseException:
+            if before is not None:
+                self._handover, self._rate_limiter.inserts = before
+            self._release()
+            raise
 
-    def acknowledge(self, pairs: Sequence[tuple[int, Batch]], deadline: Deadline | None = None) -> int:
+    def acknowledge(self, pairs: Sequence[tuple[int, Batch]]) -> int:
         """Acknowledge batches, so that the server deletes them; return how many it still had."""
-        return self._pending.acknowledge(self._delivered(pairs), deadline=deadline)
+        names = (batch.held_as for _, batch in pairs)
+        entries = (self._pending.get(self._streams.stream(name), entry_id) for name, entry_id in names)
+        return self._pending.acknowledge([entry for entry in entries if entry is not None])
 
-    def acknowledge_returned(self, deadline: Deadline) -> None:
-        """Acknowledge the batches that the last `collect` returned, if the next one would do so."""
-        if self._acknowledges_next and self._collecting.acquire(timeout=deadline.remaining):
-            try:
-                self._reader.acknowledge_returned(deadline)
-            finally:
-                self._collecting.release()
+    def acknowledge_returned(self, deadline: Deadline | None = None) -> bool:
+        """Acknowledge what the last call returned, if the next one would do so; return whether there was anything."""
+        done = [entry for entry in self._done if self._pending.holds(entry)]
+        self._pending.acknowledge(done, deadline=deadline)
+        return bool(done)
 
     @property
     def streams(self) -> list[Stream]:
@@ -143,51 +157,130 @@ class Collector:
 
     def marks(self) -> dict[str, Any]:
         """Return a mark for each stream of what was collected so far, by the stream's name."""
-        with self._collecting:
-            unreturned: dict[str, set[str]] = {}
-            for entry in self._reader.entries:
-                if not entry.repeat_reason:
-                    unreturned.setdefault(entry.stream.name, set()).add(entry.entry_id)
-            return {
-                name: position.mark(unreturned.get(name, set()), self._pending.ids(position.stream))
-                for name, position in self._streams.positions.items()
-                if position.last_collected > (0, 0)
-            }
+        try:
+            with self._calls.hold():
+                self._recover()
+                waiting = [*self._reader.entries, *(entry for entry, _ in self._handover.found)]
+                unreturned = _ids_by_stream(entry for entry in waiting if not entry.is_repeat)
+                taken_over = _ids_by_stream(entry for entry in self._pending if entry.taken_over)
+                return {
+                    name: position.mark(unreturned.get(name, set()), taken_over.get(name, set()))
+                    for name, position in self._streams.positions.items()
+                    if position.newest_read > (0, 0)
+                }
+        except BaseException:
+            self._release()
+            raise
 
     def restore(self, marks: Mapping[str, Any]) -> bool:
         """Continue from marks: skip what they cover. Return False, and do nothing, if `collect` was called before."""
-        with self._collecting:
-            if self._began:
-                return False
-            for name, mark in marks.items():
-                self._streams.position(name).restore(mark)
-            return True
+        try:
+            with self._calls.hold():
+                if self._began:
+                    return False
+                for name, mark in marks.items():
+                    self._streams.position(name).restore(mark)
+                return True
+        except BaseException:
+            self._release()
+            raise
 
     def acknowledge_marks(self, marks: Mapping[str, Any]) -> int:
         """Acknowledge the batches that these marks cover; return how many the server still had."""
-        entries = []
-        # A queued repeat was delivered before, and must not be counted as delivered again.
-        repeats = {
-            (entry.stream, entry.entry_id): entry.repeat_reason for entry in list(self._reader.entries)
-        }
-        for name, mark in marks.items():
-            stream = self._streams.stream(name)
-            known = name in self._streams.positions
-            taken_over = self._streams.positions[name].taken_over if known else set()
-            entries += [
-                (stream, entry_id, repeats.get((stream, entry_id)) or "delivered")
-                for entry_id in self._pending.ids(stream)
-                if covers(mark, entry_id, taken_over=entry_id in taken_over)
+        return self._pending.acknowledge(
+            [
+                entry
+                for name, mark in marks.items()
+                for entry in self._pending.of_stream(self._streams.stream(name))
+                if covers(mark, entry.entry_id, taken_over=entry.taken_over)
             ]
-        return self._pending.acknowledge(entries)
+        )
 
-    def _delivered(self, pairs: Iterable[tuple[int, Batch]]) -> list[tuple[Stream, str, str]]:
-        names = (batch.held_as for _, batch in pairs)
-        return [(self._streams.stream(name), entry_id, "delivered") for name, entry_id in names]
+    @property
+    def _done(self) -> Sequence[Entry]:
+        """The entries to be acknowledged before more is collected."""
+        return self._handover.returned if self._acknowledges_next else ()
 
-    def _count_collected(self, found: Sequence[tuple[int, Batch]]) -> None:
-        """Add what this call returns to the metrics."""
-        batches = [batch for _, batch in found]
+    def _release(self) -> None:
+        """Let other threads go on after an interrupt of this one."""
+        self._calls.release()
+        self._pending.release()
+
+    def _recover(self) -> None:
+        """Continue after a call that did not end: it may have noted entries in part, and lost replies on their way."""
+        if self._unfinished:
+            for entry, _ in self._handover.found:
+                entry.collected = True
+            self._reader.recover()
+            self._unfinished = False
+
+    def _gather(self, deadline: Deadline, max_batches: int | None) -> int:
+        """Read, and add to what was found until there is enough, or nothing more; return how many may be returned."""
+        self._recover()
+        self._began = self._unfinished = True
+        self._budget_bytes = COLLECT_BYTES
+        found = self._handover.found
+        if found or self._reader.entries or self._rate_limiter.is_active:
+            self.acknowledge_returned()  # otherwise the first read acknowledges, in the same round trip
+        room = self._rate_limiter.wait(deadline.remaining)
+        limit = min(sys.maxsize if one is None else one for one in (max_batches, room))
+        if limit:
+            self._find_streams(deadline)
+        more, retries = True, 1  # a connection may have broken long ago, while no call used it
+        while self._take(found, limit) and (more or not found):
+            self._check()
+            wait = not found and not deadline.over
+            began = time.perf_counter()
+            try:
+                more = self._read(limit - len(found), deadline if wait else None)
+            except ConnectionFailed as error:
+                self._reader.recover()
+                more = self.acknowledge_returned()  # retries for as long as the connection's timeout
+                if wait and not (more or deadline.over):
+                    self._outage.report(error)
+                    time.sleep(min(BLOCK_SECONDS, deadline.remaining))
+                elif not more:
+                    if not retries:
+                        raise
+                    more, retries = True, retries - 1
+            if wait:
+                self._wait_seconds += time.perf_counter() - began
+            if more or self._reader.entries:
+                continue
+            if not wait:
+                if self._outage.error and not found:
+                    raise self._outage.error.with_traceback(None)
+                break
+            self._find_streams(deadline)
+        self._count_found()
+        self._unfinished = False
+        return limit
+
+    def _take(self, found: list[tuple[Entry, Batch]], limit: int) -> bool:
+        """Add the batches of queued entries to what was found; return whether there is room for more."""
+        entries = self._reader.entries
+        while entries and self._budget_bytes > 0 and len(found) < limit:
+            entry = entries[0]
+            suspect = self._unpacker.is_suspect(entry)
+            if suspect and found:
+                return False
+            self._budget_bytes -= entry.stored_bytes
+            batch = self._unpacker.unpack(entry) if self._pending.holds(entry) else None
+            if batch is not None:
+                found.append((entry, batch))
+                entry.collected = True
+                self._budget_bytes -= batch.raw_bytes
+            entries.popleft()
+            entry.fields = None  # only the message or the batch is kept in memory
+            if suspect and found:
+                return False
+        return self._budget_bytes > 0 and len(found) < limit
+
+    def _count_found(self) -> None:
+        """Add what was found to the metrics, without what a call that did not return has added."""
+        handover = self._handover
+        counted = int(self._metrics.total("collected")) - handover.total
+        batches = [batch for _, batch in handover.found[counted:]]
         self._metrics.add_all(
             [batch.staleness for batch in batches],
             collected=len(batches),
@@ -197,6 +290,7 @@ class Collector:
             decode_seconds=self._unpacker.decode_seconds,
             wait_seconds=self._wait_seconds,
         )
+        self._unpacker.decode_seconds = self._wait_seconds = 0.0
 
     def _find_streams(self, deadline: Deadline) -> None:
         """Search for new streams if it is time; until the deadline, an outage is only logged."""
@@ -212,85 +306,27 @@ class Collector:
             if not self._streams.watched:  # otherwise the next read shows whether the outage is over
                 self._outage.end()
 
-    def _gather(
-        self, deadline: Deadline, max_batches: int | None, taken: list[Entry]
-    ) -> list[tuple[int, Batch]]:
-        """Read and unpack until there is enough, or nothing more; add to `taken` each entry that leaves the queue."""
-        found: list[tuple[int, Batch]] = []
-        entries, budget_bytes = self._reader.entries, COLLECT_BYTES
-        while budget_bytes > 0 and (max_batches is None or len(found) < max_batches):
-            if not entries:
-                if found and self._reader.drained:
-                    break
-                self._check()
-                wait = not found and not deadline.over
-                missing = None if max_batches is None else max_batches - len(found)
-                began = time.perf_counter()
-                try:
-                    filled = self._fill(missing, deadline if wait else None)
-                finally:
-                    if wait:
-                        self._wait_seconds += time.perf_counter() - began
-                if not filled:
-                    if not wait and self._outage.error and not found:
-                        raise self._outage.error.with_traceback(None)
-                    if not wait:
-                        break
-                    self._find_streams(deadline)
-                continue
-            suspect = self._unpacker.is_suspect(entries[0])
-            if suspect and found:
-                break
-            entry = entries.popleft()
-            taken.append(entry)
-            budget_bytes -= entry.stored_bytes
-            batch = self._unpacker.unpack(entry)
-            if batch is not None:
-                budget_bytes -= batch.raw_bytes
-                found.append((batch.worker_id, batch))
-                if suspect:
-                    break
-        return found
-
-    def _fill(self, max_batches: int | None, deadline: Deadline | None) -> bool:
-        """Read entries once; wait for a first one if there is a deadline. Return whether to continue at once."""
-        to_scan = self._streams.to_scan()
-        if to_scan or not self._streams.watched:
-            self._reader.acknowledge_returned()
+    def _read(self, max_batches: int, deadline: Deadline | None) -> bool:
+        """Read once; wait for a first entry if there is a deadline. Return whether another read may find more."""
         if not self._streams.watched:
+            self.acknowledge_returned()
             if deadline is not None:
                 time.sleep(min(BLOCK_SECONDS, deadline.remaining))
             return False
         count = self._reader.count_per_stream(max_batches, COLLECT_BYTES)
         try:
-            filled = self._read(to_scan, count, deadline)
-        except BaseException as error:
-            self._streams.rescan_all()
-            if not isinstance(error, ConnectionFailed):
-                raise
-            if self._reader.returned:
-                self._reader.acknowledge_returned()  # retries for as long as the connection's timeout
-                return True
-            if deadline is None or deadline.over:
-                if self._retried:
-                    raise
-                self._retried = True  # the connection may have broken long ago, while no call used it
-                return True
-            self._outage.report(error)
-            time.sleep(min(BLOCK_SECONDS, deadline.remaining))
-            return False
-        self._outage.end()
-        return filled
-
-    def _read(self, to_scan: Sequence[ReadPosition], count: int, deadline: Deadline | None) -> bool:
-        """Read what is pending in these streams or, without any, what is new; search for streams that were lost."""
-        try:
-            if to_scan:
-                self._reader.read_pending(to_scan, count)
-                return True
-            return self._reader.read_new(count, deadline) or bool(self._reader.entries)
+            more = self._reader.read(self._done, count, deadline)
         except ServerFault as error:
             if not is_stream_lost(error):
                 raise
             self._discovery.watch_existing(list(self._streams.watched.values()))
-            return False
+            more = False
+        self._outage.end()
+        return more
+
+
+def _ids_by_stream(entries: Iterable[Entry]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for entry in entries:
+        found.setdefault(entry.stream.name, set()).add(entry.entry_id)
+    return found

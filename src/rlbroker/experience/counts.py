@@ -82,18 +82,20 @@ def read_existing_counts(
         if not streams and not existing.get(counts):
             continue
         of_worker: list[tuple[str, ...]] = [("HGETALL", counts)]
-        for stream in streams:
-            of_worker += [("XLEN", stream), ("XPENDING", stream, GROUP)]
+        # In this order, a batch that is sent or read meanwhile is seen as it was before: it seems neither lost nor in
+        # hand before it was in the queue.
         if reported is None and queue in streams:
             of_worker.append(("XINFO", "STREAM", queue))
+        for stream in streams:
+            of_worker += [("XPENDING", stream, GROUP), ("XLEN", stream)]
         commands[worker] = of_worker
     found = {}
     for worker, (counted, *sizes) in _read_consistently(connection, commands).items():
         newest = reported.get(worker, (0, 0)) if reported is not None else (0, 0)
-        if commands[worker][-1][0] == "XINFO":
-            newest = newest_place(sizes.pop())
-        in_hand = sum(map(pending_count, sizes[1::2]))
-        found[worker] = _queue_counts(sum(map(int, sizes[::2])), in_hand, text_fields(counted), newest)
+        if len(sizes) % 2:
+            newest = newest_place(sizes.pop(0))
+        in_hand = sum(map(pending_count, sizes[::2]))
+        found[worker] = _queue_counts(sum(map(int, sizes[1::2])), in_hand, text_fields(counted), newest)
     return found
 
 

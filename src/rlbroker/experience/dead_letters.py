@@ -42,8 +42,8 @@ class DeadLetters:
         """Move a pending entry to the dead letters, and count it.
 
         Args:
-            entry: the entry; its message may be gone from memory, as the server still has it.
-            reason: the outcome to count: `corrupt` or `poison`.
+            entry: the entry.
+            reason: the outcome to count: one of `BURIED`.
             detail: a description of what is wrong.
         """
         stream = entry.stream
@@ -60,8 +60,10 @@ class DeadLetters:
         credited_bytes = 0 if stream.retried else entry.stored_bytes
         arguments = (*self._pending.identity, entry.entry_id, credited_bytes, reason, KEPT, self._max_bytes)
         with self._pending.writing_counts():
+            entry.outcome = reason
+            self._pending.ask([entry])
             moved = self._connection.run(BURY, keys, (*arguments, *fields))
-            self._pending.remove(stream, [entry.entry_id], [reason] if moved != 2 else [])
+            self._pending.remove([entry], {reason: 1} if moved != 2 else {})
             if moved not in (1, 2):  # moved before, and the reply was lost; or the server lost the entry
                 self._pending.restore([stream.worker_id])
 

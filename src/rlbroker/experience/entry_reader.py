@@ -41,26 +41,29 @@ MOVING_SECONDS = 0.02
 
 
 class EntryReader:
-    """Reads entries into a queue in memory, and acknowledges in the same round trip. Not thread-safe."""
+    """Reads entries into a queue in memory, and acknowledges in the same round trip. Not thread-safe.
+
+    After a call that did not end, `recover` must come first: entries may be noted in part, or be on their way.
+    """
 
     def __init__(self, connection: Connection, streams: WatchedStreams, pending: PendingEntries) -> None:
         """Create a reader; nothing is read yet."""
         self._connection, self._streams, self._pending = connection, streams, pending
-        #: Entries that were read, in the order in which to unpack them.
+        #: Pending entries that are not collected, in the order in which to collect them.
         self.entries: deque[Entry] = deque()
-        #: Stream, id and outcome of each returned batch, to be acknowledged with the next read. The batches themselves
-        #: are not kept, so that the caller can release their memory.
-        self.returned: list[tuple[Stream, str, str]] = []
-        #: Whether the last read returned everything there was.
-        self.drained = False
         self._average_bytes = float(FIRST_BATCH_BYTES)
         self._busy_streams = 1  #: streams that had something new at the last read
 
-    def acknowledge_returned(self, deadline: Deadline | None = None) -> None:
-        """Acknowledge the batches that were returned, in a round trip of its own."""
-        if self.returned:
-            self._pending.acknowledge(self.returned, deadline=deadline)
-            self.returned = []
+    def recover(self) -> None:
+        """Cancel all reads, note again what was noted in part, and scan for pending entries that never arrived."""
+        self._streams.rescan_all()
+        waiting = deque[Entry]()
+        for entry in self._pending:
+            if not entry.collected:
+                waiting.append(entry)
+            if not entry.is_repeat:
+                self._streams.position(entry.stream.name).note_read(entry)
+        self.entries = waiting
 
     def count_per_stream(self, max_batches: int | None, max_bytes: int) -> int:
         """Return how many entries of each stream to read.
@@ -76,18 +79,26 @@ class EntryReader:
         )
         return max(1, min(READ_COUNT, fitting, max_batches or READ_COUNT))
 
-    # New entries
-
-    def read_new(self, count: int, deadline: Deadline | None) -> bool:
-        """Read new entries; with a deadline, block until the first one arrives in any stream.
+    def read(self, done: Sequence[Entry], count: int, deadline: Deadline | None) -> bool:
+        """Acknowledge entries, and read once: what is pending and unknown, or else what is new.
 
         Args:
+            done: entries to acknowledge first; those that are not pending are skipped.
             count: the most entries of each stream.
-            deadline: until when to wait for a first entry; None not to wait.
+            deadline: until when to wait for a first new entry; None not to wait.
 
         Returns:
-            Whether to read again at once: a connection was replaced, or a read that may not wait skipped some streams.
+            Whether another read may find more at once.
         """
+        if to_scan := self._streams.to_scan():
+            self._pending.acknowledge(done)
+            self._read_pending(to_scan, count)
+            return True
+        return self._read_new(done, count, deadline)
+
+    # New entries
+
+    def _read_new(self, done: Sequence[Entry], count: int, deadline: Deadline | None) -> bool:
         wait_seconds = None if deadline is None else min(self._connection.block_seconds, deadline.remaining)
         readers = self._streams.readers()
         self._streams.dropped_connection = False
@@ -95,17 +106,18 @@ class EntryReader:
             return True
         readers = [reader for reader in readers if not reader.is_away]
         if len(readers) == 1:
-            replies = self._acknowledge_and_read(readers[0], count, wait_seconds)
+            replies = self._acknowledge_and_read(readers[0], done, count, wait_seconds)
         else:
-            self.acknowledge_returned()
+            self._pending.acknowledge(done)
             replies = self._read_shards(readers, count, wait_seconds)
         self._add_new(replies)
-        self.drained = all(reader.drained or reader.is_reading for reader in readers)
         if self._streams.dropped_connection:
             return True
-        if self.entries or deadline is not None or not any(reader.skipped_some for reader in readers):
+        if self.entries:
+            return not all(reader.drained or reader.is_reading for reader in readers)
+        if deadline is not None or not any(reader.skipped_some for reader in readers):
             return False
-        for reader in readers:
+        for reader in readers:  # a read that may not wait skipped quiet streams
             reader.poll_all()
         return True
 
@@ -122,27 +134,21 @@ class EntryReader:
         return replaced
 
     def _acknowledge_and_read(
-        self, reader: ShardReader, count: int, wait_seconds: float | None
+        self, reader: ShardReader, done: Sequence[Entry], count: int, wait_seconds: float | None
     ) -> list[StreamEntries]:
-        """Acknowledge the batches that were returned and read new entries, in one round trip."""
-        try:
-            with self._pending.writing_counts():
-                acknowledgements = self._pending.acknowledgements(self.returned)
-                reader.start_read(count, wait_seconds, after=self._pending.commands(acknowledgements))
-                replies = reader.channel.receive(len(acknowledgements))
-                refusal = next((one for one in replies if isinstance(one, PeerError)), None)
-                if refusal is None:
-                    self._pending.note_acknowledged(acknowledgements, replies)
-                elif not script_is_unknown(refusal):
-                    raise refusal
-            found = self._finish_read(reader, count)
-        except BaseException:
-            reader.close()  # or the next command would get the replies that were not received
-            raise
-        if refusal is None:
-            self.returned = []
-        else:
-            self.acknowledge_returned()
+        """Acknowledge entries and read new ones, in one round trip."""
+        with self._pending.writing_counts():
+            asked = self._pending.ask(done)
+            reader.start_read(count, wait_seconds, after=self._pending.commands(asked))
+            replies = reader.channel.receive(len(asked))
+            refusal = next((one for one in replies if isinstance(one, PeerError)), None)
+            if refusal is None:
+                self._pending.note(asked, replies)
+        if refusal is not None and not script_is_unknown(refusal):
+            raise refusal
+        found = self._finish_read(reader, count)
+        if refusal is not None:
+            self._pending.acknowledge(done)
         return found
 
     def _read_shards(
@@ -205,7 +211,7 @@ class EntryReader:
             return False
         reply = self._connection.execute("XPENDING", position.stream.key, GROUP)
         pending = consumer_pending(reply, self._pending.consumers)
-        return pending > len(self._pending.ids(position.stream)) + len(entries)
+        return pending > len(self._pending.of_stream(position.stream)) + len(entries)
 
     def _is_shared(self, stream: Stream) -> bool:
         """Return whether other learners have read this stream too."""
@@ -214,7 +220,7 @@ class EntryReader:
 
     # Pending entries
 
-    def read_pending(self, positions: Sequence[ReadPosition], count: int) -> None:
+    def _read_pending(self, positions: Sequence[ReadPosition], count: int) -> None:
         """Read entries that the server delivered to this learner and that are unknown here; no delivery is counted.
 
         Args:
@@ -237,38 +243,38 @@ class EntryReader:
             ],
             deadline=self._streams.deadline,
         )
-        unknown: list[tuple[ReadPosition, Entry]] = []
+        unknown: list[tuple[ReadPosition, str, bool, int]] = []
         ends: list[str | None] = []
         for position, *both in zip(positions, replies[::2], replies[1::2], strict=True):
             both_rows = (row for reply in both for row in pending_rows(reply))
             rows = sorted(both_rows, key=lambda row: entry_place(row[0]))[:count]
-            known = set(self._pending.ids(position.stream))
             for entry_id, consumer, _, deliveries in rows:
-                if entry_id not in known:
-                    entry = Entry(position.stream, entry_id, None, taken_over=consumer == taken_over)
-                    entry.deliveries = deliveries if position.first_scan or entry.taken_over else 0
-                    unknown.append((position, entry))
+                if self._pending.get(position.stream, entry_id) is None:
+                    again = position.first_scan or consumer == taken_over
+                    unknown.append((position, entry_id, consumer == taken_over, deliveries if again else 0))
             ends.append(f"({rows[-1][0]}" if rows else None)
         found = self._connection.execute_all(
-            [("XRANGE", entry.stream.key, entry.entry_id, entry.entry_id) for _, entry in unknown],
+            [("XRANGE", position.stream.key, entry_id, entry_id) for position, entry_id, _, _ in unknown],
             deadline=self._streams.deadline,
         )
-        for (position, entry), entries in zip(unknown, found, strict=True):
-            entry.fields = dict(entries[0][1]) if entries else None
-            self._add(position, entry)
+        for (position, entry_id, was_taken, deliveries), entries in zip(unknown, found, strict=True):
+            fields = dict(entries[0][1]) if entries else None
+            self._add(position, Entry(position.stream, entry_id, fields, was_taken, deliveries))
         for position, end in zip(positions, ends, strict=True):
             self._streams.note_scan(position, end)
 
     # New and pending entries
 
     def _add(self, position: ReadPosition, entry: Entry) -> None:
-        """Queue an entry, unless it is queued or returned already."""
-        if not self._pending.add(position.stream, entry.entry_id, entry.stored_bytes):
+        """Queue an entry, unless it is pending already."""
+        if self._pending.get(position.stream, entry.entry_id) is not None:
             return
         if position.has_read(entry):
             # The checkpoint covers it, so it was delivered; an earlier learner died before acknowledging it.
-            entry.repeat_reason = "delivered" if position.is_in_checkpoint(entry) else "duplicate"
+            entry.outcome = "delivered" if position.is_in_checkpoint(entry) else "duplicate"
+            self._pending.add(entry)
         else:
+            self._pending.add(entry)
             position.note_read(entry)
             self._average_bytes += 0.1 * (entry.stored_bytes - self._average_bytes)
         self.entries.append(entry)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlbroker.backend.resp import Pieces
 from rlbroker.codec.limits import Limits
-from rlbroker.codec.message import encode_pieces
+from rlbroker.codec.message import MessagePlan
 from rlbroker.errors import BatchTooLarge
 from rlbroker.types import SendReceipt
 
@@ -34,13 +34,12 @@ class Message:
 
 @dataclass(slots=True)
 class PendingBatch:
-    """A batch that has a number, and has not reached its level.
+    """A batch that has a number.
 
     Attributes:
         fields: the fields of its entry; the last value is its message.
-        uncertain: whether an attempt to store it was interrupted, so that it may have been stored.
-        stored: whether the server is known to have it.
-        charged: whether its bytes are counted in the queue's size.
+        uncertain: whether it may have been stored without an answer.
+        confirmed: whether it has reached its level; at level `learner`, whether the server has it.
         accepted: whether the call that sent it is over, so that its caller does not send it again.
     """
 
@@ -48,8 +47,7 @@ class PendingBatch:
     fields: list[Any]
     receipt: SendReceipt
     uncertain: bool = False
-    stored: bool = False
-    charged: bool = False
+    confirmed: bool = False
     accepted: bool = False
 
     @property
@@ -65,19 +63,18 @@ class PendingBatch:
 
 
 class PendingBatches:
-    """The batches of one worker that have not reached their level.
+    """The batches of one worker that have not reached their level. Each change is one assignment, or may be repeated.
 
     Attributes:
-        unconfirmed: the newest batch, while its level is not confirmed.
-        kept: earlier batches, which level `learner` keeps until the learner has acknowledged them.
-        kept_bytes: bytes of their messages.
+        newest: the last batch that got a number; None before the first.
+        kept: batches that level `learner` keeps until the learner has acknowledged them.
     """
 
     def __init__(self) -> None:
         """Begin without batches."""
-        self.unconfirmed: PendingBatch | None = None
+        self.newest: PendingBatch | None = None
         self.kept: deque[PendingBatch] = deque()
-        self.kept_bytes = 0
+        self._kept_bytes: int | None = 0  #: None while it must be measured
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -85,35 +82,61 @@ class PendingBatches:
 
     def __iter__(self) -> Iterator[PendingBatch]:
         """Iterate in the order of their numbers."""
-        yield from self.kept
-        if self.unconfirmed is not None:
-            yield self.unconfirmed
+        unconfirmed = self.unconfirmed
+        yield from (batch for batch in self.kept if batch is not unconfirmed)
+        if unconfirmed is not None:
+            yield unconfirmed
 
-    def keep(self, batch: PendingBatch) -> None:
-        """Keep a batch until the learner has acknowledged it."""
-        batch.copy_message()
-        self.kept.append(batch)
-        self.kept_bytes += batch.stored_bytes
+    @property
+    def sequence(self) -> int:
+        """The number of the newest batch; 0 before the first."""
+        return self.newest.sequence if self.newest is not None else 0
+
+    @property
+    def unconfirmed(self) -> PendingBatch | None:
+        """The newest batch, if it is not confirmed."""
+        return self.newest if self.newest is not None and not self.newest.confirmed else None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the messages of the kept batches."""
+        if self._kept_bytes is None:
+            self._kept_bytes = sum(batch.stored_bytes for batch in self.kept)
+        return self._kept_bytes
+
+    def confirm(self, batch: PendingBatch, *, keep: bool) -> None:
+        """Note that the newest batch is confirmed; keep it, or release its memory."""
+        if keep and not (self.kept and self.kept[-1] is batch):
+            batch.copy_message()
+            self._kept_bytes, known = None, self.kept_bytes
+            self.kept.append(batch)
+            self._kept_bytes = known + batch.stored_bytes
+        batch.confirmed = True
+        if not keep:
+            batch.fields = []
 
     def release_oldest(self, is_safe: Callable[[PendingBatch], bool]) -> None:
         """Release kept batches, oldest first, up to the first one that is not safe."""
         while self.kept and is_safe(self.kept[0]):
-            self.kept_bytes -= self.kept.popleft().stored_bytes
+            self._kept_bytes, known = None, self.kept_bytes
+            self._kept_bytes = known - self.kept.popleft().stored_bytes
 
     def release_all(self, is_dropped: Callable[[PendingBatch], bool]) -> None:
         """Release all kept batches that were dropped."""
+        self._kept_bytes = None
         self.kept = deque(batch for batch in self.kept if not is_dropped(batch))
-        self.kept_bytes = sum(batch.stored_bytes for batch in self.kept)
 
     def discard(self, batch: PendingBatch) -> None:
-        """Release one batch."""
+        """Release one batch, but not its number."""
         self.release_all(lambda other: other is batch)
-        if self.unconfirmed is batch:
-            self.unconfirmed = None
+        batch.confirmed = True
 
     def clear(self) -> None:
-        """Release all batches."""
-        self.unconfirmed, self.kept, self.kept_bytes = None, deque(), 0
+        """Release all batches, but not their numbers."""
+        self._kept_bytes = None
+        self.kept = deque()
+        if self.newest is not None:
+            self.newest.confirmed = True
 
 
 class Packer:
@@ -134,13 +157,16 @@ class Packer:
             UnsupportedType: something in the batch cannot travel; its path is named.
             BatchTooLarge: it holds more than 1 GiB of arrays.
         """
+        compress = self._compression and not self._skipping
+        plan = MessagePlan(
+            batch, compression=compress
+        )  # refuses a tree that does not end, before it is measured
         rows, raw_bytes = measure(batch)
         if raw_bytes > Limits().max_raw_bytes:
             raise BatchTooLarge(
                 f"the batch holds {raw_bytes:,} bytes; no more than {Limits().max_raw_bytes:,} may travel"
             )
-        compress = self._compression and not self._skipping
-        pieces = encode_pieces(batch, compression=compress)
+        pieces = plan.encode()
         stored_bytes = sum(map(len, pieces))
         if compress:
             worthwhile = stored_bytes < raw_bytes * WORTHWHILE

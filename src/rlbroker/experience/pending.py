@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import GROUP, Keys
+from rlbroker.backend.locks import CallLock
 from rlbroker.backend.replies import pending_rows, text_fields, whole_number
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import counted
 from rlbroker.errors import ConnectionFailed
 from rlbroker.experience.counts import LOST_AT_LEARNERS, LOST_AT_WORKERS
-from rlbroker.experience.read_position import Stream
+from rlbroker.experience.read_position import Entry, Stream
 
 logger = logging.getLogger("rlbroker")
 
 #: Outcomes that learners count. They survive the loss of the server, because each learner remembers them.
 COUNTED = ("delivered", *LOST_AT_LEARNERS, "duplicate", "retried_corrupt", "retried_poison")
+
+#: Outcomes of entries that become dead letters: they are asked for by another script than the others.
+BURIED = ("corrupt", "poison")
 
 #: Fields of a worker's counts that do not count batches.
 NOT_BATCHES = ("removed_bytes", "incarnation", "dead_bytes")
@@ -37,15 +40,17 @@ TAKE_ABANDONED = Script.load("experience/lua/take_abandoned.lua")
 COUNT_DELIVERY = Script.load("experience/lua/count_delivery.lua")
 RENEW = Script.load("experience/lua/renew.lua")
 
-#: For each stream, by entry id: the bytes that its queue is credited, and the outcome that is counted.
-Acknowledgements = dict[Stream, dict[str, tuple[int, str]]]
+#: For each stream, the entries that the server is asked to acknowledge.
+Acknowledgements = dict[Stream, list[Entry]]
 
 
 class PendingEntries:
-    """The pending entries of one learner. Safe to use from several threads.
+    """The pending entries of one learner, and the counts of their outcomes. Safe to use from several threads.
 
-    It also remembers the counts, to restore them on a server that lost them. Writing to the server raises `Fenced` once
-    a newer learner of this name has taken over.
+    An entry is pending until the server has answered its acknowledgement. Until then the acknowledgement is only asked
+    for: nobody knows whether the server has counted it, so it is not counted here, whatever the server's counts say,
+    and each further acknowledgement repeats it. The counts are remembered to restore them on a server that lost them.
+    Writing to the server raises `Fenced` once a newer learner of this name has taken over.
     """
 
     def __init__(self, connection: Connection, keys: Keys, *, name: str, epoch: int) -> None:
@@ -57,10 +62,12 @@ class PendingEntries:
         """
         self._connection, self._keys = connection, keys
         self.name, self.epoch = name, epoch
-        self._lock = threading.Lock()
         #: Acquired while counts are written to the server and noted here.
-        self._writing_counts = threading.RLock()
-        self._entries: dict[Stream, dict[str, int]] = {}
+        self._writing_counts = CallLock()
+        #: By the stream's key and by id, in the order in which they were read.
+        self._entries: dict[str, dict[str, Entry]] = {}
+        #: Entries that the server was asked to acknowledge. Those that are still pending are unanswered.
+        self._asked: list[Entry] = []
         self._counted: dict[int, Counter[str]] = {}
         #: What workers count, by worker, as of the last `remember_counts`.
         self._counted_by_workers: dict[int, dict[str, int]] = {}
@@ -81,45 +88,51 @@ class PendingEntries:
 
     def fence_older(self, workers: Iterable[int], *, deadline: Deadline | None = None) -> None:
         """Fence older epochs of this learner: from now on the server refuses their acknowledgements."""
-        with self._lock:
-            new = [one for one in workers if one not in self._counted]
+        new = [one for one in workers if one not in self._counted]
         calls = [FENCE_LEARNER.call(self._keys_of(one), (self.name, self.epoch)) for one in new]
         for worker, counts in zip(new, self._connection.execute_all(calls, deadline=deadline), strict=True):
             self.remember_counts(worker, counts)
 
     def remember_counts(self, worker: int, counts: Any) -> None:
-        """Remember a worker's counts on the server, from HGETALL."""
+        """Remember a worker's counts on the server, from HGETALL, without what was only asked for.
+
+        Once there are acknowledgements, call this within `writing_counts`.
+        """
         numbers = {name: whole_number(value) for name, value in text_fields(counts).items()}
         found = {name: number for name, number in numbers.items() if number is not None}
-        with self._lock:
-            by_learners = Counter({name: found[name] for name in COUNTED if name in found})
-            self._counted[worker] = self._counted.get(worker, Counter()) | by_learners
-            self._counted_by_workers[worker] = {
-                name: value
-                for name, value in found.items()
-                if name not in COUNTED and name not in NOT_BATCHES
-            }
+        asked = Counter(one.outcome for one in self._unanswered if one.stream.worker_id == worker)
+        by_learners = Counter({name: found[name] - asked[name] for name in COUNTED if name in found})
+        self._counted_by_workers[worker] = {
+            name: value for name, value in found.items() if name not in COUNTED and name not in NOT_BATCHES
+        }
+        self._counted[worker] = self._counted.get(worker, Counter()) | by_learners
 
-    def add(self, stream: Stream, entry_id: str, stored_bytes: int) -> bool:
-        """Add an entry that was read; return False if it was pending already."""
-        with self._lock:
-            entries = self._entries.setdefault(stream, {})
-            if entry_id in entries:
-                return False
-            entries[entry_id] = stored_bytes
-            return True
+    def add(self, entry: Entry) -> None:
+        """Add an entry that was read."""
+        self._entries.setdefault(entry.stream.key, {})[entry.entry_id] = entry
 
-    def ids(self, stream: Stream) -> list[str]:
-        """Return the ids of a stream's pending entries."""
-        with self._lock:
-            return list(self._entries.get(stream, ()))
+    def get(self, stream: Stream, entry_id: str) -> Entry | None:
+        """Return the pending entry with this id; None if it is not pending."""
+        return self._entries.get(stream.key, {}).get(entry_id)
+
+    def holds(self, entry: Entry) -> bool:
+        """Return whether an entry is pending."""
+        return self.get(entry.stream, entry.entry_id) is entry
+
+    def of_stream(self, stream: Stream) -> list[Entry]:
+        """Return a stream's pending entries."""
+        return list(self._entries.get(stream.key, {}).values())
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Iterate over all pending entries, those of each stream in the order in which they were read."""
+        for of_stream in list(self._entries.values()):
+            yield from list(of_stream.values())
 
     def count_by_worker(self) -> dict[int, int]:
         """Return the number of pending batches of each worker."""
         found = dict.fromkeys(self._counted, 0)
-        with self._lock:
-            for stream, entries in self._entries.items():
-                found[stream.worker_id] = found.get(stream.worker_id, 0) + len(entries)
+        for entry in self:
+            found[entry.stream.worker_id] = found.get(entry.stream.worker_id, 0) + 1
         return found
 
     def totals(self) -> tuple[int, int]:
@@ -128,77 +141,93 @@ class PendingEntries:
         The counts of workers and other learners are as of the last `remember_counts`.
         """
         delivered = lost = 0
-        with self._lock:
-            for counts in self._counted.values():
-                delivered += counts["delivered"]
-                lost += sum(counts[reason] for reason in LOST_AT_LEARNERS)
-                for reason in ("corrupt", "poison"):  # a retried batch is no longer lost
-                    lost -= min(counts[reason], counts[f"retried_{reason}"])
-            for by_worker in self._counted_by_workers.values():
-                lost += sum(
-                    number for name, number in by_worker.items() if name.partition(":")[0] in LOST_AT_WORKERS
-                )
+        for counts in list(self._counted.values()):
+            delivered += counts["delivered"]
+            lost += sum(counts[reason] for reason in LOST_AT_LEARNERS)
+            for reason in BURIED:  # a retried batch is no longer lost
+                lost -= min(counts[reason], counts[f"retried_{reason}"])
+        for by_worker in list(self._counted_by_workers.values()):
+            lost += sum(
+                number for name, number in by_worker.items() if name.partition(":")[0] in LOST_AT_WORKERS
+            )
         return delivered, lost
 
-    def acknowledge(
-        self, entries: Sequence[tuple[Stream, str, str]], *, deadline: Deadline | None = None
-    ) -> int:
+    def acknowledge(self, entries: Iterable[Entry], *, deadline: Deadline | None = None) -> int:
         """Acknowledge, count and delete entries, in one step for each stream; return how many the server still had.
 
-        Each entry is given by stream, id and outcome. Entries that are not pending are skipped.
+        Entries without an outcome are counted as delivered. Entries that are not pending are skipped.
         """
-        with self.writing_counts(deadline):
-            acknowledgements = self.acknowledgements(entries)
-            replies = self._connection.execute_all(self.commands(acknowledgements), deadline=deadline)
-            return self.note_acknowledged(acknowledgements, replies, deadline=deadline)
+        try:
+            with self.writing_counts(deadline):
+                asked = self.ask(entries)
+                replies = self._connection.execute_all(self.commands(asked), deadline=deadline)
+                return self.note(asked, replies, deadline=deadline)
+        except BaseException:
+            self.release()
+            raise
 
-    def acknowledgements(self, entries: Sequence[tuple[Stream, str, str]]) -> Acknowledgements:
-        """Return the acknowledgements of these entries, without entries that are not pending."""
+    def ask(self, entries: Iterable[Entry]) -> Acknowledgements:
+        """Note that the server is asked to acknowledge entries; return these and the unanswered ones before.
+
+        Entries that are not pending are skipped. Call this within `writing_counts`.
+        """
+        new = [entry for entry in entries if self.holds(entry)]
+        for entry in new:
+            entry.outcome = entry.outcome or "delivered"
+        self._asked = [*self._unanswered, *new]
         found: Acknowledgements = {}
-        with self._lock:
-            for stream, entry_id, outcome in entries:
-                size = self._entries.get(stream, {}).get(entry_id)
-                if size is not None:
-                    # The queue was credited the bytes of a retried batch when the batch became a dead letter.
-                    found.setdefault(stream, {})[entry_id] = 0 if stream.retried else size, outcome
+        for entry in dict.fromkeys(self._asked):
+            if entry.outcome not in BURIED:
+                found.setdefault(entry.stream, []).append(entry)
         return found
 
-    def commands(self, acknowledgements: Acknowledgements) -> list[tuple[Argument, ...]]:
+    def commands(self, asked: Acknowledgements) -> list[tuple[Argument, ...]]:
         """Return the commands of acknowledgements, to be sent with other commands within `writing_counts`."""
         commands = []
-        for stream, outcomes in acknowledgements.items():
-            entries = [part for entry_id, outcome in outcomes.items() for part in (entry_id, *outcome)]
-            commands.append(ACKNOWLEDGE.call(stream.keys, (*self.identity, *entries)))
+        for stream, entries in asked.items():
+            # The queue was credited the bytes of a retried batch when the batch became a dead letter.
+            parts = [
+                part
+                for one in entries
+                for part in (one.entry_id, 0 if stream.retried else one.stored_bytes, one.outcome)
+            ]
+            commands.append(ACKNOWLEDGE.call(stream.keys, (*self.identity, *parts)))
         return commands
 
-    def note_acknowledged(
-        self,
-        acknowledgements: Acknowledgements,
-        replies: Sequence[list[Any]],
-        *,
-        deadline: Deadline | None = None,
+    def note(
+        self, asked: Acknowledgements, replies: Sequence[list[Any]], *, deadline: Deadline | None = None
     ) -> int:
         """Apply the server's replies to acknowledgements; return how many entries the server still had."""
-        removed = 0
-        for (stream, outcomes), (gone, *others) in zip(acknowledgements.items(), replies, strict=True):
+        removed, incomplete = 0, []
+        for (stream, entries), (gone, *others) in zip(asked.items(), replies, strict=True):
             removed += gone
             lost = {entry_id.decode() for entry_id in others}
-            self.remove(stream, outcomes, (why for one, (_, why) in outcomes.items() if one not in lost))
+            self.remove(entries, Counter(one.outcome for one in entries if one.entry_id not in lost))
             if lost:
                 worker = stream.worker_id
                 what = counted(len(lost), f"batch of worker {worker} was", f"batches of worker {worker} were")
                 logger.warning("%s pending for too long; another learner took over", what)
-            if gone + len(lost) < len(outcomes):
-                # Acknowledged before, and the reply was lost; or the server lost entries, and counts with them.
-                self.restore([stream.worker_id], deadline=deadline)
+            if gone + len(lost) < len(entries):
+                incomplete.append(stream.worker_id)
+        if incomplete:
+            # Acknowledged before, and the reply was lost; or the server lost entries, and counts with them.
+            self.restore(incomplete, deadline=deadline)
         return removed
 
-    def remove(self, stream: Stream, entry_ids: Iterable[str], outcomes: Iterable[str]) -> None:
-        """Remove entries that are no longer pending, and remember the outcomes that were counted for them."""
-        with self._lock:
-            for entry_id in entry_ids:
-                self._entries[stream].pop(entry_id, None)
-            self._counted[stream.worker_id].update(outcomes)
+    def remove(self, entries: Sequence[Entry], outcomes: Mapping[str, int]) -> None:
+        """Remove entries of one worker that are no longer pending, and count their outcomes.
+
+        In this order: what an interrupt leaves uncounted is found in the server's counts, by `remember_counts`.
+        """
+        for entry in entries:
+            self._entries[entry.stream.key].pop(entry.entry_id, None)
+        for outcome, number in outcomes.items():
+            self._counted[entries[0].stream.worker_id][outcome] += number
+
+    @property
+    def _unanswered(self) -> list[Entry]:
+        """The entries that the server was asked to acknowledge, and has not answered yet."""
+        return [entry for entry in self._asked if self.holds(entry)]
 
     @contextmanager
     def writing_counts(self, deadline: Deadline | None = None) -> Iterator[None]:
@@ -208,14 +237,16 @@ class PendingEntries:
             ConnectionFailed: another thread was waiting for the server until the deadline.
         """
         limit = deadline or Deadline(self._connection.timeout_seconds)
-        if not self._writing_counts.acquire(timeout=limit.remaining):
-            raise ConnectionFailed(
-                f"{self._connection.address} has not answered another thread for {limit.seconds:g} s"
-            )
-        try:
+        with self._writing_counts.hold(limit.remaining) as held:
+            if not held:
+                raise ConnectionFailed(
+                    f"{self._connection.address} has not answered another thread for {limit.seconds:g} s"
+                )
             yield
-        finally:
-            self._writing_counts.release()
+
+    def release(self) -> None:
+        """Let other threads write counts, after an interrupt within `writing_counts`."""
+        self._writing_counts.release()
 
     def restore(self, workers: Iterable[int] | None = None, *, deadline: Deadline | None = None) -> None:
         """Write back the counts that the server may have lost. Harmless where it lost none.
@@ -223,8 +254,7 @@ class PendingEntries:
         By default write those of all workers, on a Cluster without the workers whose server is away.
         """
         with self.writing_counts(deadline):
-            with self._lock:
-                calls = [self._restore_call(one) for one in (self._counted if workers is None else workers)]
+            calls = [self._restore_call(one) for one in list(self._counted if workers is None else workers)]
             if workers is None:
                 self._connection.execute_where_reachable(calls, deadline=deadline)
             else:

@@ -8,20 +8,29 @@ must stay within `error_buffer` of `min_size * ratio`.
 from __future__ import annotations
 
 import math
-import threading
+import time
 
 from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.locks import CallLock
 from rlbroker.config import SamplesPerInsert, check_positive_int
 from rlbroker.errors import InvalidArgument
 
+#: How often to check whether batches may be inserted.
+CHECK_SECONDS = 0.005
+
 
 class RateLimiter:
-    """Limits how far inserting and sampling may run ahead of each other. Safe to use from several threads."""
+    """Limits how far inserting and sampling may run ahead of each other. Safe to use from several threads.
+
+    Attributes:
+        inserts: batches that `collect` has returned, which sets this.
+        samples: samples that were drawn.
+    """
 
     def __init__(self, settings: SamplesPerInsert | None) -> None:
         """Begin at zero. Without settings nothing is limited."""
         self._settings = settings
-        self._changed = threading.Condition()
+        self._sampling = CallLock()
         self.inserts = 0
         self.samples = 0
 
@@ -42,15 +51,9 @@ class RateLimiter:
     def wait(self, seconds: float) -> int | None:
         """Wait until batches may be inserted; return how many: 0 after the timeout, None for any number."""
         deadline = Deadline(seconds)
-        with self._changed:
-            while self._room == 0 and not deadline.over:
-                self._changed.wait(deadline.remaining)
-            return self._room
-
-    def insert(self, count: int) -> None:
-        """Count batches that were inserted."""
-        with self._changed:
-            self.inserts += count
+        while self._room == 0 and not deadline.over:
+            time.sleep(min(CHECK_SECONDS, deadline.remaining))
+        return self._room
 
     def may_sample(self, count: int) -> bool:
         """Count this many samples if they may be drawn now, and return whether they may.
@@ -59,27 +62,33 @@ class RateLimiter:
             InvalidArgument: this many samples can never be drawn at once.
         """
         count = check_positive_int("the number of samples", count)
-        with self._changed:
-            if self._settings is not None:
-                rule = self._settings
-                # Inserting stops up to one ratio below the highest difference, sampling at the lowest one.
-                largest = max(1, math.floor(2 * rule.error_buffer - rule.ratio + 1e-9))
-                if count > largest:
-                    raise InvalidArgument(
-                        f"{count} samples can never be drawn at once with error_buffer={rule.error_buffer:g} and "
-                        f"ratio={rule.ratio:g}: {largest} at most. Raise error_buffer to "
-                        f"{(count + rule.ratio) / 2:g} or more, or ask for fewer"
-                    )
-                after = self.inserts * rule.ratio - self.samples - count
-                lowest = rule.ratio * rule.min_size - rule.error_buffer
-                if self.inserts < rule.min_size or after < lowest - 1e-9:
-                    return False
-            self.samples += count
-            self._changed.notify_all()
+        drawn = 0
+        try:
+            with self._sampling.hold():
+                if self._may_draw(count):
+                    drawn, self.samples = count, self.samples + count
+                return drawn > 0
+        except BaseException:  # an interrupt: the caller does not draw
+            self.samples -= drawn
+            self._sampling.release()
+            raise
+
+    def _may_draw(self, count: int) -> bool:
+        if self._settings is None:
             return True
+        rule = self._settings
+        # Inserting stops up to one ratio below the highest difference, sampling at the lowest one.
+        largest = max(1, math.floor(2 * rule.error_buffer - rule.ratio + 1e-9))
+        if count > largest:
+            raise InvalidArgument(
+                f"{count} samples can never be drawn at once with error_buffer={rule.error_buffer:g} and "
+                f"ratio={rule.ratio:g}: {largest} at most. Raise error_buffer to "
+                f"{(count + rule.ratio) / 2:g} or more, or ask for fewer"
+            )
+        after = self.inserts * rule.ratio - self.samples - count
+        lowest = rule.ratio * rule.min_size - rule.error_buffer
+        return self.inserts >= rule.min_size and after >= lowest - 1e-9
 
     def restore(self, inserts: int, samples: int) -> None:
         """Continue from the counts of a checkpoint."""
-        with self._changed:
-            self.inserts, self.samples = inserts, samples
-            self._changed.notify_all()
+        self.inserts, self.samples = inserts, samples

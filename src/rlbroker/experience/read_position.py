@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Self
 
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import entry_place
-from rlbroker.types import Batch
 
 #: Gaps that are remembered for each stream.
 GAPS_KEPT = 1_000
@@ -62,36 +59,42 @@ class Stream:
         return f"again:{self.worker_id}" if self.retried else str(self.worker_id)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Entry:
-    """One entry of a stream as it was read.
+    """One entry of a stream, from being read until the server has deleted it: the state of a batch at the learner.
+
+    It waits in the queue of `EntryReader` until `collect` has made a batch of it, which is then `collected`. Whatever
+    becomes of it, it is acknowledged with an `outcome`, and forgotten when the server has answered that.
 
     Attributes:
-        fields: as the worker wrote them; None if the entry was deleted while it was pending.
+        fields: as the worker wrote them; None if the entry was deleted while it was pending, or is collected.
         taken_over: whether it was taken over from another learner.
-        repeat_reason: how an entry that was collected before is counted; empty for a new one.
         deliveries: how many learners died after they received it and before they acknowledged it.
-        batch: its batch, once decoded.
+        collected: whether `collect` has made a batch of it, and has returned that or is about to.
+        outcome: how it is counted. Known from the start for a repeat: an entry that was collected before.
         place: its id in a form that can be compared.
+        stored_bytes: bytes of its message.
     """
 
     stream: Stream
     entry_id: str
     fields: dict[bytes, bytes] | None
     taken_over: bool = False
-    repeat_reason: str = ""
     deliveries: int = 0
-    batch: Batch | None = None
+    collected: bool = False
+    outcome: str = ""
     place: Place = field(init=False)
+    stored_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Parse the id."""
+        """Parse the id, and measure the message."""
         self.place = entry_place(self.entry_id)
+        self.stored_bytes = len(self.fields.get(b"data", b"")) if self.fields else 0
 
     @property
-    def stored_bytes(self) -> int:
-        """Bytes of its message."""
-        return len(self.fields.get(b"data", b"")) if self.fields else 0
+    def is_repeat(self) -> bool:
+        """Whether it was collected before, perhaps by an earlier learner, so that it is only acknowledged."""
+        return not self.collected and self.outcome in ("delivered", "duplicate")
 
     @property
     def batch_id(self) -> str:
@@ -99,12 +102,6 @@ class Entry:
         if self.stream.retried and self.fields:
             return self.fields.get(b"entry", b"").decode(errors="replace")
         return self.entry_id
-
-    def replace_message(self, batch: Batch) -> None:
-        """Replace the message with the decoded batch, so that only one of them is in memory."""
-        self.batch = batch
-        if self.fields:
-            self.fields.pop(b"data", None)
 
 
 @dataclass
@@ -116,9 +113,7 @@ class ReadPosition:
         first_scan: whether the first scan is incomplete; an earlier learner read what it finds.
         newest_read: the newest entry that was read; earlier entries are new only if they were taken over or skipped.
         restored: the newest entry that the restored checkpoint covers.
-        last_collected: the newest entry that `collect` returned.
         excluded: entries up to `restored` that the checkpoint does not cover.
-        taken_over: pending entries that were taken over from other learners.
         restored_taken_over: entries taken over from other learners that the checkpoint covers.
         gaps: ranges that were skipped: other learners read them, or they were never read.
     """
@@ -128,11 +123,9 @@ class ReadPosition:
     first_scan: bool = True
     newest_read: Place = (0, 0)
     restored: Place = (0, 0)
-    last_collected: Place = (0, 0)
     excluded: set[str] = field(default_factory=set)
-    taken_over: set[str] = field(default_factory=set)
     restored_taken_over: set[str] = field(default_factory=set)
-    gaps: deque[Gap] = field(default_factory=partial(deque, maxlen=GAPS_KEPT))
+    gaps: tuple[Gap, ...] = ()
 
     def has_read(self, entry: Entry) -> bool:
         """Return whether an entry was read before, or is covered by the restored checkpoint."""
@@ -147,47 +140,47 @@ class ReadPosition:
         return entry.taken_over or (self.first_scan and entry.place <= self.restored)
 
     def note_read(self, entry: Entry) -> None:
-        """Record that an entry was read."""
+        """Record that an entry was read. Harmless to repeat, also after an interrupt."""
         incarnation, number = place = entry.place
         self.excluded.discard(entry.entry_id)
-        if entry.taken_over:
-            self.taken_over.add(entry.entry_id)
         if place > self.newest_read:
             before = self.newest_read[1] if incarnation == self.newest_read[0] else number - 1
-            if before < number - 1:
-                self.gaps.append(((incarnation, before + 1), (incarnation, number - 1)))
+            gap = ((incarnation, before + 1), (incarnation, number - 1))
+            if before < number - 1 and gap not in self.gaps:
+                self.gaps = (*self.gaps, gap)[-GAPS_KEPT:]
             self.newest_read = place
-            return
-        for first, last in list(self.gaps):
-            if first <= place <= last:
-                self.gaps.remove((first, last))
-                rest = (first, (incarnation, number - 1)), ((incarnation, number + 1), last)
-                self.gaps.extend(gap for gap in rest if gap[0] <= gap[1])
+        elif _in_gaps(self.gaps, place):
+            rest = list[Gap]()
+            for first, last in self.gaps:
+                if first <= place <= last:
+                    parts = (first, (incarnation, number - 1)), ((incarnation, number + 1), last)
+                    rest += [gap for gap in parts if gap[0] <= gap[1]]
+                else:
+                    rest.append((first, last))
+            self.gaps = tuple(rest[-GAPS_KEPT:])
 
-    def mark(self, unreturned: Set[str], pending: Collection[str]) -> dict[str, Any]:
+    def mark(self, unreturned: Set[str], taken_over: Set[str]) -> dict[str, Any]:
         """Return the mark of this stream for a checkpoint.
 
-        It names the last entry that was collected, the entries before it that were not, the gaps that other learners
-        may have read, and the entries that were taken over from them.
+        It names the last entry that was read, the entries before it that `collect` has not returned, the gaps that
+        other learners may have read, and the entries that were taken over from them.
 
         Args:
             unreturned: ids of entries that were read and that `collect` has not returned.
-            pending: ids of the stream's pending entries.
+            taken_over: ids of pending entries that were taken over from other learners.
         """
-        self.taken_over.intersection_update(pending)
-        before = {one for one in unreturned if entry_place(one) <= self.last_collected}
         return {
-            "through": _id_of(self.last_collected),
-            "except": sorted(before | self.excluded),
+            "through": _id_of(self.newest_read),
+            "except": sorted(unreturned | self.excluded),
             "passed_over": [[_id_of(first), _id_of(last)] for first, last in self.gaps],
-            "taken_over": sorted(self.restored_taken_over | self.taken_over - unreturned),
+            "taken_over": sorted(self.restored_taken_over | taken_over - unreturned),
         }
 
     def restore(self, mark: Mapping[str, Any]) -> None:
         """Continue from the mark of a checkpoint."""
-        self.newest_read = self.restored = self.last_collected = entry_place(mark["through"])
+        self.newest_read = self.restored = entry_place(mark["through"])
         self.excluded, self.restored_taken_over = set(mark["except"]), set(mark["taken_over"])
-        self.gaps.extend(_gaps_in(mark))
+        self.gaps = tuple(_gaps_in(mark)[-GAPS_KEPT:])
 
 
 def covers(mark: Mapping[str, Any], entry_id: str, *, taken_over: bool) -> bool:

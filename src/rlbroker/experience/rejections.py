@@ -59,22 +59,24 @@ class Unpacker:
 
     def unpack(self, entry: Entry) -> Batch | None:
         """Return the batch of an entry; count it and return None if it cannot be delivered."""
-        worker, reason = entry.stream.worker_id, entry.repeat_reason or "trimmed"
-        if entry.repeat_reason:
-            logger.info("worker %d: batch %s came again: %s", worker, entry.batch_id, reason)
-        elif entry.fields is not None and self._is_poison(entry):
+        if entry.is_repeat:
+            worker = entry.stream.worker_id
+            logger.info("worker %d: batch %s came again: %s", worker, entry.batch_id, entry.outcome)
+        elif entry.fields is None:
+            entry.outcome = "trimmed"
+        elif self._is_poison(entry):
             self._bury(entry, "poison", "each learner that collected it died before it acknowledged it")
             return None
-        elif entry.fields is not None:
+        else:
             try:
-                batch = self._decode(entry, entry.fields) if entry.batch is None else entry.batch
+                batch = self._decode(entry, entry.fields)
             except (WireError, KeyError, ValueError) as error:
                 self._bury(entry, "corrupt", f"{type(error).__name__}: {error}")
                 return None
             if self._max_staleness is None or batch.staleness <= self._max_staleness:
                 return batch if self._count_delivery(entry) else None
-            reason = "stale"
-        self._pending.acknowledge([(entry.stream, entry.entry_id, reason)])
+            entry.outcome = "stale"
+        self._pending.acknowledge([entry])
         return None
 
     def _bury(self, entry: Entry, reason: str, detail: str) -> None:
@@ -93,7 +95,7 @@ class Unpacker:
             entry.stream, entry.entry_id, consumer, deliveries
         ):
             return True
-        self._pending.remove(entry.stream, [entry.entry_id], [])
+        self._pending.remove([entry], {})
         return False
 
     def _decode(self, entry: Entry, fields: Mapping[bytes, bytes]) -> Batch:
@@ -119,7 +121,6 @@ class Unpacker:
         batch.sent_at = _parse_seconds(fields, b"sent_at")
         batch.received_at = time.time()
         batch.held_as = (entry.stream.name, entry.entry_id)
-        entry.replace_message(batch)
         return batch
 
 

@@ -6,7 +6,6 @@ read could have filled it.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import ONE_TRY, Backoff, Deadline
 from rlbroker.backend.error_mapping import RequestTooLarge
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.locks import CallLock
 from rlbroker.backend.text import counted
 from rlbroker.config import Level, RunSettings, WhenFull
 from rlbroker.errors import (
@@ -38,7 +38,9 @@ MAX_POLL_SECONDS = 0.05
 class Sender:
     """Sends the batches of one worker. Safe to use from several threads.
 
-    Its methods raise `Fenced` once a newer process has this worker id.
+    A batch gets its number in one assignment, of `PendingBatches.newest`. From then on it is pending, whatever happens
+    to the call, and this or a later call stores it; before, nothing of it remains. The methods raise `Fenced` once a
+    newer process has this worker id.
     """
 
     def __init__(
@@ -71,10 +73,10 @@ class Sender:
         self._settings, self._when_full = settings, when_full
         self._registration, self.level = registration, level
         self._packer = Packer(compression=compression)
-        self._lock = threading.Lock()
+        self._calls = CallLock()
         self._fenced = False
-        self._room_seconds = 0.0
-        self._waiting_since: float | None = None  #: when the present wait for room began, if there is one
+        #: Seconds that were waited for room, and when the present wait began, if there is one.
+        self._room: tuple[float, float | None] = (0.0, None)
         confirmation = Confirmation(connection, level)
         self.writer = StreamWriter(connection, keys, registration, confirmation, rejoin)
         if shards_known:
@@ -84,13 +86,12 @@ class Sender:
     @property
     def sent(self) -> int:
         """Batches that this incarnation of the worker has numbered."""
-        return self.writer.sequence
+        return self.writer.pending.sequence
 
     @property
     def room_seconds(self) -> float:
         """Seconds that this incarnation has waited for room in a full queue, until now."""
-        # Read in this order, the sum is never too large.
-        so_far, since = self._room_seconds, self._waiting_since
+        so_far, since = self._room
         return so_far + (time.monotonic() - since if since is not None else 0.0)
 
     @property
@@ -136,61 +137,79 @@ class Sender:
                 f"the batch takes {message.stored_bytes:,} bytes and the queue {settings.max_queue_bytes:,} "
                 "(max_queue_bytes); send smaller batches, or raise the bound on the learner"
             )
-        self._acquire(deadline)
         try:
-            receipt: SendReceipt | None = None
-            try:
-                if self.writer.pending.unconfirmed is not None:
-                    self.writer.confirm(deadline)
-                refusal, dropped = self._make_room(message.stored_bytes, settings, deadline, stopped)
-                if refusal:
-                    self.writer.count(refusal, deadline)
-                    return self._receipt(message, version, sequence=0, dropped=dropped)
-                fields = {
-                    "version": version,
-                    "rows": message.rows,
-                    "raw_bytes": message.raw_bytes,
-                    "stored_bytes": message.stored_bytes,
-                    "sent_at": f"{time.time():.3f}",
-                    "data": message.pieces,
-                }
-                receipt = self._receipt(message, version, sequence=self.writer.sequence + 1, dropped=dropped)
-                pending = PendingBatch(receipt.sequence, flat(fields), receipt)
-                try:
-                    self._store(pending, deadline)
-                finally:
-                    if self.writer.pending.unconfirmed is pending:
-                        pending.copy_message()
-                return receipt
-            except Fenced:
-                self._count_fenced(refused=receipt is None)
-                raise
-        finally:
-            self._lock.release()
+            with self._calls.hold(deadline.remaining) as held:
+                if not held:
+                    raise QueueFull(
+                        f"worker {self._registration.worker_id}'s queue is full, and another thread of the worker has "
+                        f"been waiting for room for {deadline.seconds:g} s"
+                    )
+                return self._send(message, version, settings, deadline, stopped)
+        except BaseException:
+            self._release()
+            raise
+
+    def _send(
+        self,
+        message: Message,
+        version: int,
+        settings: RunSettings,
+        deadline: Deadline,
+        stopped: Callable[[], bool],
+    ) -> SendReceipt:
+        numbered = False
+        try:
+            if self.writer.pending.unconfirmed is not None:
+                self.writer.confirm(deadline)
+            refusal, dropped = self._make_room(message.stored_bytes, settings, deadline, stopped)
+            if refusal:
+                self.writer.count(refusal, deadline)
+                return self._receipt(message, version, sequence=0, dropped=dropped)
+            fields = {
+                "version": version,
+                "rows": message.rows,
+                "raw_bytes": message.raw_bytes,
+                "stored_bytes": message.stored_bytes,
+                "sent_at": f"{time.time():.3f}",
+                "data": message.pieces,
+            }
+            numbered = True
+            receipt = self._receipt(message, version, sequence=self.sent + 1, dropped=dropped)
+            self._store(PendingBatch(receipt.sequence, flat(fields), receipt), deadline)
+            return receipt
+        except Fenced:
+            self._count_fenced(refused=not numbered)
+            raise
+
+    def _release(self) -> None:
+        """After an error or an interrupt, keep the unconfirmed batch's message, and let other threads go on."""
+        unconfirmed = self.writer.pending.unconfirmed
+        if unconfirmed is not None:
+            unconfirmed.copy_message()
+        self._calls.release()
 
     def flush(self, timeout_seconds: float) -> int:
         """Wait until every batch has reached its level; return how many have not at the timeout."""
         deadline, backoff = Deadline(timeout_seconds), Backoff(first=0.001, longest=MAX_POLL_SECONDS)
-        while True:
-            if not self._lock.acquire(timeout=deadline.remaining):
-                return self.unsafe  # another thread is sending
-            try:
-                self.writer.advance(deadline)
-            finally:
-                self._lock.release()
-            if not self.unsafe or deadline.over:
-                return self.unsafe
-            time.sleep(backoff.next(deadline))
+        try:
+            while True:
+                with self._calls.hold(deadline.remaining) as held:
+                    if not held:
+                        return self.unsafe  # another thread is sending
+                    self.writer.advance(deadline)
+                if not self.unsafe or deadline.over:
+                    return self.unsafe
+                time.sleep(backoff.next(deadline))
+        except BaseException:
+            self._release()
+            raise
 
     def confirm(self, timeout_seconds: float) -> None:
         """Wait until the last batch has reached its level, if it was not confirmed in time."""
         deadline = Deadline(timeout_seconds)
-        if self._lock.acquire(timeout=deadline.remaining):
-            try:
-                if self.writer.pending.unconfirmed is not None:
-                    self.writer.confirm(deadline)
-            finally:
-                self._lock.release()
+        with self._calls.hold(deadline.remaining) as held:
+            if held and self.writer.pending.unconfirmed is not None:
+                self.writer.confirm(deadline)
 
     def mark_stale(self) -> None:
         """Open the queue again before the next operation: the server may have lost something."""
@@ -202,35 +221,36 @@ class Sender:
         Do nothing while another thread is sending. For a batch that is still not confirmed, `unconfirmed` has the
         reason, and no error is raised. After a `PeerError`, call this again later.
         """
-        is_unsafe = self.writer.stale or self.unsafe
-        if not (is_unsafe or self.writer.has_unwritten_counts) or not self._lock.acquire(blocking=False):
+        is_unsafe = self.writer.must_open or self.unsafe
+        if not (is_unsafe or self.writer.has_unwritten_counts):
             return
-        try:
-            if is_unsafe:
-                self.writer.advance(ONE_TRY)
-            if self.writer.has_unwritten_counts:
-                self.writer.write_counts(ONE_TRY)
-        except ConnectionFailed as error:
-            if str(error) != self.writer.confirmation.missing:
-                raise
-        finally:
-            self._lock.release()
+        with self._calls.hold(0) as held:
+            if not held:
+                return
+            try:
+                if is_unsafe:
+                    self.writer.advance(ONE_TRY)
+                if self.writer.has_unwritten_counts:
+                    self.writer.write_counts(ONE_TRY)
+            except ConnectionFailed as error:
+                if str(error) != self.writer.confirmation.missing:
+                    raise
 
     def close(self, deadline: Deadline) -> None:
         """Confirm the last batch, unless a wait for that has failed, and write the counts."""
-        if not self._lock.acquire(timeout=deadline.remaining):
-            return  # another thread is sending: it gets an error when the worker closes the connections
-        try:
-            if self.writer.opened and not self._fenced:
-                if self.writer.pending.unconfirmed is not None and not self.writer.confirmation.missing:
-                    self.writer.confirm(deadline)
-                self.writer.write_counts(deadline)
-        except Fenced:
-            self._count_fenced(refused=False)
-            raise
-        finally:
-            self.writer.close()
-            self._lock.release()
+        with self._calls.hold(deadline.remaining) as held:
+            if not held:
+                return  # another thread is sending: it gets an error when the worker closes the connections
+            try:
+                if self.writer.opened and not self._fenced:
+                    if self.writer.pending.unconfirmed is not None and not self.writer.confirmation.missing:
+                        self.writer.confirm(deadline)
+                    self.writer.write_counts(deadline)
+            except Fenced:
+                self._count_fenced(refused=False)
+                raise
+            finally:
+                self.writer.close()
 
     def _receipt(self, message: Message, version: int, *, sequence: int, dropped: int) -> SendReceipt:
         return SendReceipt(
@@ -245,13 +265,6 @@ class Sender:
             dropped=dropped,
         )
 
-    def _acquire(self, deadline: Deadline) -> None:
-        if not self._lock.acquire(timeout=deadline.remaining):
-            raise QueueFull(
-                f"worker {self._registration.worker_id}'s queue is full, and another thread of the worker has been "
-                f"waiting for room for {deadline.seconds:g} s"
-            )
-
     def _make_room(
         self, stored_bytes: int, settings: RunSettings, deadline: Deadline, stopped: Callable[[], bool]
     ) -> tuple[str, int]:
@@ -261,6 +274,7 @@ class Sender:
             The outcome to count if there is no room, empty otherwise; and how many batches were dropped for this one.
         """
         when_full = self._when_full or settings.when_full
+        self._room = self._room[0], None  # an interrupted call may have left its wait
         if self._fits(stored_bytes, settings):
             return "", 0
         self.writer.refresh(deadline)
@@ -271,12 +285,11 @@ class Sender:
             return "" if self._fits(stored_bytes, settings) else "dropped_newest", dropped
         if when_full == "drop_newest" and not self._fits(stored_bytes, settings):
             return "dropped_newest", 0
-        self._waiting_since = time.monotonic()
+        self._room = self.room_seconds, time.monotonic()
         try:
             return self._wait_for_room(stored_bytes, settings, deadline, stopped), 0
         finally:
-            waited, self._waiting_since = self.room_seconds, None
-            self._room_seconds = waited
+            self._room = self.room_seconds, None
 
     def _wait_for_room(
         self, stored_bytes: int, settings: RunSettings, deadline: Deadline, stopped: Callable[[], bool]
@@ -307,17 +320,17 @@ class Sender:
 
     def _store(self, batch: PendingBatch, deadline: Deadline) -> None:
         """Store a batch; if that fails and it is certain that it was not stored, release its number."""
-        self.writer.sequence, self.writer.pending.unconfirmed = batch.sequence, batch
+        before, self.writer.pending.newest = self.writer.pending.newest, batch
         try:
             self.writer.confirm(deadline)
         except Fenced:
             raise
         except RequestTooLarge as error:
-            self.writer.sequence, self.writer.pending.unconfirmed = batch.sequence - 1, None
+            self.writer.pending.newest = before
             raise BatchTooLarge(f"the batch cannot be stored: {error}") from error
         except PeerError as error:
-            if not batch.stored and not batch.uncertain:
-                self.writer.sequence, self.writer.pending.unconfirmed = batch.sequence - 1, None
+            if batch.sequence > self.writer.size.through and not batch.uncertain:
+                self.writer.pending.newest = before
                 raise
             raise Unconfirmed(
                 f"batch {batch.sequence} of worker {self._registration.worker_id} was not confirmed within "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
@@ -35,41 +35,52 @@ DROP_OLDEST = Script.load("experience/lua/drop_oldest.lua")
 #: Bytes that are sent again in one round trip.
 RESEND_BYTES = 8 << 20
 
+#: A number that no batch has, so that the queue counts its bytes anew.
+NO_SEQUENCE = (1 << 53) - 1
+
 T = TypeVar("T")
 
 
-class QueueSize:
+class QueueSize(NamedTuple):
     """How full a queue was at the last `refresh`, plus what was sent since.
 
     Attributes:
-        sent_bytes: bytes of all batches that were ever sent.
+        through: the number of the last batch that the server is known to have, or to have had.
+        sent_bytes: bytes of all batches that were ever sent, up to that one.
         queued_bytes: bytes of the batches that wait or are in the learner's hands.
         waiting: batches that no learner has read.
         in_hand: batches that are pending: read and not acknowledged.
     """
 
-    def __init__(self) -> None:
-        """Begin with an empty queue."""
-        self.sent_bytes = self.queued_bytes = self.waiting = self.in_hand = 0
+    through: int = 0
+    sent_bytes: int = 0
+    queued_bytes: int = 0
+    waiting: int = 0
+    in_hand: int = 0
 
-    def add(self, stored_bytes: int) -> None:
-        """Count a batch that was sent."""
-        self.sent_bytes += stored_bytes
-        self.queued_bytes += stored_bytes
-        self.waiting += 1
+    def add(self, batch: PendingBatch) -> QueueSize:
+        """Return the size with a batch that was stored, unless that is counted already."""
+        if batch.sequence <= self.through:
+            return self
+        return QueueSize(
+            batch.sequence,
+            self.sent_bytes + batch.stored_bytes,
+            self.queued_bytes + batch.stored_bytes,
+            self.waiting + 1,
+            self.in_hand,
+        )
 
-    def update(self, length: int, in_hand: int, removed_bytes: int) -> None:
-        """Adopt the server's numbers.
+    def update(self, length: int, in_hand: int, removed_bytes: int) -> QueueSize:
+        """Return the size with the server's numbers.
 
         Args:
             length: batches in the stream.
             in_hand: pending batches among them.
             removed_bytes: bytes of all batches that were ever removed from the queue.
         """
-        self.in_hand, self.waiting = in_hand, length - in_hand
-        if length == 0:
-            self.sent_bytes = removed_bytes  # corrects a difference that a fault left
-        self.queued_bytes = self.sent_bytes - removed_bytes
+        # With an empty queue, this corrects a difference that a fault left.
+        sent_bytes = self.sent_bytes if length else removed_bytes
+        return QueueSize(self.through, sent_bytes, sent_bytes - removed_bytes, length - in_hand, in_hand)
 
 
 class StreamWriter:
@@ -80,10 +91,9 @@ class StreamWriter:
 
     Attributes:
         channel: the connection to the stream's server.
-        pending: batches that have not reached their level.
+        pending: batches that have not reached their level, and the number of the last one.
         confirmation: how they are confirmed.
-        size: how full the queue is.
-        sequence: the number of the last batch of this incarnation.
+        size: how full the queue is, and which batches it has.
         stale: whether the server may have lost something since the queue was opened.
         opened: whether this incarnation has opened the queue.
     """
@@ -105,8 +115,9 @@ class StreamWriter:
         self._connection, self._keys, self._rejoin = connection, keys, rejoin
         self._worker_id, self._incarnation = registration.worker_id, registration.incarnation
         self.confirmation, self.pending, self.size = confirmation, PendingBatches(), QueueSize()
-        self.sequence = self._written_sequence = 0
+        self._written_sequence = 0
         self.stale = self.opened = False
+        self._opening = False  #: whether the queue is being opened; still true after an attempt that failed
         #: What this incarnation counted, in absolute numbers, so that writing them again does no harm.
         self._counted = {"dropped_newest": 0, "fenced": 0, "stopped": 0, "dropped_oldest": 0}
         self._locate()
@@ -120,7 +131,12 @@ class StreamWriter:
     @property
     def has_unwritten_counts(self) -> bool:
         """Whether batches were sent since the counts were written."""
-        return self._written_sequence < self.sequence
+        return self._written_sequence < self.pending.sequence
+
+    @property
+    def must_open(self) -> bool:
+        """Whether the next operation opens the queue again."""
+        return self.stale or self._opening
 
     def refresh(self, deadline: Deadline | None = None) -> None:
         """Read how full the queue is, and release the batches that the learner has acknowledged."""
@@ -157,8 +173,12 @@ class StreamWriter:
         """
         sequences = [batch.sequence for batch in self.pending]
         try:
+            # In this order: a newer process writes the worker's number there before it adds to the stream.
+            info = self._connection.execute("XINFO", "STREAM", self.stream_key)
             written = self._connection.execute("HGET", self._counts_key, f"sent:{self._incarnation}")
-            lost = sum(sequence > int(written or 0) for sequence in sequences)
+            newest = newest_place(info)
+            stored = max(int(written or 0), newest[1] if newest[0] == self._incarnation else 0)
+            lost = sum(sequence > stored for sequence in sequences)
             self.count("fenced", Deadline(self._connection.timeout_seconds), by=lost + refused)
         except PeerError as error:
             logger.warning("worker %d was replaced, and cannot count its batches: %s", self._worker_id, error)
@@ -175,10 +195,11 @@ class StreamWriter:
             if self.stream_key != self._keys.experiences(self._worker_id):
                 self.channel.close()
                 self._locate()
-            is_new, self.channel.redirected = self.channel.connect(), False
-            if is_new or self.stale:
+            self.channel.redirected = False
+            interrupted, self._opening = self._opening, True
+            if self.channel.connect() or interrupted or self.stale:
                 self._open()
-                self.opened = True
+            self._opening = False
             try:
                 return operation()
             finally:
@@ -189,7 +210,7 @@ class StreamWriter:
 
     def _open(self) -> None:
         """Open the queue, and send the pending batches again that the server does not have."""
-        self.stale = True
+        self.stale = False
         # Rejoin first: the queue alone does not show that a newer process had joined before the loss.
         if self._keys.shards:
             home = Channel(self._connection, self._keys.meta)
@@ -200,17 +221,17 @@ class StreamWriter:
                 home.close()
         else:
             self._rejoin(self.channel)
-        arguments = (self._incarnation, GROUP, self.sequence)
-        last, sent_bytes = map(int, self._run(OPEN_QUEUE, arguments))
+        # Without the reply to an earlier attempt, this worker does not know how many bytes the queue has.
+        sequence = self.pending.sequence if self.opened else NO_SEQUENCE
+        last, sent_bytes = map(int, self._run(OPEN_QUEUE, (self._incarnation, GROUP, sequence)))
         if sent_bytes >= 0:
-            self.size.sent_bytes = sent_bytes
-        missing = []
-        for batch in self.pending:
-            batch.stored = batch.sequence <= last
-            if not batch.stored:
-                batch.charged = batch.charged and sent_bytes < 0
-                missing.append(batch)
-        if last < self.sequence - (self.pending.unconfirmed is not None):
+            self.size = self.size._replace(through=min(last, self.pending.sequence), sent_bytes=sent_bytes)
+        else:
+            for batch in self.pending:  # all are stored, perhaps without an answer
+                self.size = self.size.add(batch)
+        self.opened = True
+        missing = [batch for batch in self.pending if not self._is_stored(batch)]
+        if last < self.pending.sequence - (self.pending.unconfirmed is not None):
             logger.warning(
                 "the server lost what worker %d sent after batch %d; %d %s sent again",
                 self._worker_id,
@@ -221,19 +242,18 @@ class StreamWriter:
         for some in _in_slices(missing):
             self._add_all(some)
         self._write_counts()
-        self.stale = False
 
     def _add_all(self, batches: Sequence[PendingBatch], *further: tuple[Any, ...]) -> list[Any]:
         """Add batches to the stream and run further commands, in one round trip; return the replies to the latter."""
+        before = {batch.sequence for batch in batches if batch.uncertain}
+        for batch in batches:  # until there is an answer, as it may arrive after the next command
+            batch.uncertain = True
         try:
             replies = self.channel.execute_all([*map(self._add_command, batches), *further])
         except RequestTooLarge as error:
             self._give_up(max(batches, key=lambda batch: batch.stored_bytes), error)
-        except BaseException:  # Ctrl-C too: the batches may arrive after the next command
-            for batch in batches:
-                batch.uncertain = True
-            raise
         for batch, reply in zip(batches, replies, strict=False):
+            batch.uncertain = batch.sequence in before
             self._note_stored(batch, reply)
         return replies[len(batches) :]
 
@@ -244,6 +264,9 @@ class StreamWriter:
         self.pending.discard(batch)
         logger.error("batch %d of worker %d is lost: %s", batch.sequence, self._worker_id, error)
         raise ConnectionFailed(str(error)) from error  # the server has closed the connection
+
+    def _is_stored(self, batch: PendingBatch) -> bool:
+        return batch.sequence <= self.size.through
 
     def _add_command(self, batch: PendingBatch) -> tuple[Any, ...]:
         entry_id = f"{self._incarnation}-{batch.sequence}"
@@ -258,10 +281,7 @@ class StreamWriter:
             self._check_stored(batch)
         elif isinstance(reply, PeerError):
             raise reply
-        batch.stored = True
-        if not batch.charged:
-            batch.charged = True
-            self.size.add(batch.stored_bytes)
+        self.size = self.size.add(batch)
 
     def _check_stored(self, batch: PendingBatch) -> None:
         """Raise unless an id was refused because the batch is stored already."""
@@ -285,7 +305,7 @@ class StreamWriter:
             # WAIT waits for what this connection wrote last, so each attempt must write something.
             counts = ("HSET", self._counts_key, *self._count_fields())
             further = [counts, self.confirmation.wait_command()]
-        replies = self._add_all([] if batch.stored else [batch], *further)
+        replies = self._add_all([] if self._is_stored(batch) else [batch], *further)
         if further:
             if self.channel.redirected:  # the batch was written over another connection than the WAIT's
                 batch.uncertain = True
@@ -294,9 +314,7 @@ class StreamWriter:
                 assert self.channel.server is not None
                 batch.uncertain = True
                 self.confirmation.fail(replies[-1], self.channel.server, f"batch {batch.sequence}")
-        if self.confirmation.level == "learner":
-            self.pending.keep(batch)
-        self.pending.unconfirmed = None
+        self.pending.confirm(batch, keep=self.confirmation.level == "learner")
 
     def _write_counts(self) -> None:
         self.channel.run(WRITE_COUNTS, (self._counts_key,), (self._incarnation, *self._count_fields()))
@@ -305,7 +323,7 @@ class StreamWriter:
     @property
     def _stored_sequence(self) -> int:
         unconfirmed = self.pending.unconfirmed
-        return self.sequence - (unconfirmed is not None and not unconfirmed.stored)
+        return self.pending.sequence - (unconfirmed is not None and not self._is_stored(unconfirmed))
 
     def _count_fields(self) -> list[Any]:
         counted = {"sent": self._stored_sequence}
@@ -324,7 +342,7 @@ class StreamWriter:
         )
         self._check_incarnation(newest)
         in_hand, first_pending = pending_summary(summary)
-        self.size.update(int(length), in_hand, int(removed_bytes or 0))
+        self.size = self.size.update(int(length), in_hand, int(removed_bytes or 0))
         delivered = group_position(groups, GROUP)
 
         def is_acknowledged(batch: PendingBatch) -> bool:

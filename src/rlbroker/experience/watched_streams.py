@@ -94,8 +94,8 @@ class WatchedStreams:
         """Record where the scan of a stream continues; None if it is complete."""
         position.scan_from = scan_from
         if scan_from is None:
+            position.first_scan = False
             self._to_scan.pop(position.stream.name, None)
-        position.first_scan = position.first_scan and scan_from is not None
 
     def reader_of(self, key: str) -> ShardReader:
         """Return the reader of the shard that has a key."""
@@ -246,10 +246,11 @@ class StreamDiscovery:
             ):
                 stream = position.stream
                 if has_epoch:
-                    self._pending.remember_counts(stream.worker_id, default_if_wrong_type(counts, {}))
+                    with self._pending.writing_counts():
+                        self._pending.remember_counts(stream.worker_id, default_if_wrong_type(counts, {}))
                 else:  # the server has lost its counts, perhaps without a broken connection
                     self._pending.restore([stream.worker_id], deadline=self._streams.deadline)
-                if consumer_pending(summary, self._pending.consumers) > len(self._pending.ids(stream)):
+                if consumer_pending(summary, self._pending.consumers) > len(self._pending.of_stream(stream)):
                     self._streams.rescan([position])
         except ServerFault as error:
             if not is_stream_lost(error):  # otherwise the next read fails too, and searches for the stream

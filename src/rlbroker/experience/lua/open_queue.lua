@@ -1,6 +1,7 @@
 -- Create a worker's queue if it does not exist, and fence older incarnations.
 -- KEYS: the worker's experiences, its counts
--- ARGV: incarnation, group, number of the last batch that this incarnation has stored
+-- ARGV: incarnation, group, number of the last batch that this incarnation has stored; a higher number than any batch
+--       has, if it does not know how many bytes the queue has
 -- Reply: the number of this incarnation's last batch that is or was in the stream, and the bytes that were ever sent;
 --        -1 for the latter if the server lost nothing, so that the worker's own number is right
 -- Errors: FENCED if a newer incarnation has joined
