@@ -404,7 +404,7 @@ def translate_error(
 
 def find_answer(error: redis_errors.RedisError, text: str) -> Answer:
     """Return the row of the table for an error of redis-py with this text, without the place of the error."""
-    return next(one for one in ANSWERS if one.matches(error, text))
+    return next(filter(lambda one: one.matches(error, text), ANSWERS))
 
 
 def _unsuitable(text: str, address: str) -> ServerUnsuitable:
