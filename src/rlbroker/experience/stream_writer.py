@@ -18,7 +18,14 @@ from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.error_mapping import RequestTooLarge, SlotMigrating, id_was_passed
 from rlbroker.backend.keys import GROUP, Keys
-from rlbroker.backend.replies import entry_place, group_position, newest_place, pending_summary
+from rlbroker.backend.replies import (
+    entry_place,
+    group_position,
+    newest_place,
+    parsing,
+    pending_summary,
+    stored_integer,
+)
 from rlbroker.backend.scripts import Script
 from rlbroker.config import RunSettings
 from rlbroker.errors import ConnectionFailed, Fenced, PeerError, RunLost, ServerFault
@@ -158,7 +165,9 @@ class StreamWriter:
         sequences = [batch.sequence for batch in self.pending]
         try:
             written = self._connection.execute("HGET", self._counts_key, f"sent:{self._incarnation}")
-            lost = sum(sequence > int(written or 0) for sequence in sequences)
+            with parsing(self._counts_key):
+                stored = stored_integer(written, 0)
+            lost = sum(sequence > stored for sequence in sequences)
             self.count("fenced", Deadline(self._connection.timeout_seconds), by=lost + refused)
         except PeerError as error:
             logger.warning("worker %d was replaced, and cannot count its batches: %s", self._worker_id, error)
@@ -324,7 +333,8 @@ class StreamWriter:
         )
         self._check_incarnation(newest)
         in_hand, first_pending = pending_summary(summary)
-        self.size.update(int(length), in_hand, int(removed_bytes or 0))
+        with parsing(self._counts_key):
+            self.size.update(int(length), in_hand, stored_integer(removed_bytes, 0))
         delivered = group_position(groups, GROUP)
 
         def is_acknowledged(batch: PendingBatch) -> bool:
@@ -357,7 +367,8 @@ class StreamWriter:
         return replies
 
     def _check_incarnation(self, newest: bytes | None) -> None:
-        found = int(newest or 0)
+        with parsing(self._counts_key):
+            found = stored_integer(newest, 0)
         if found > self._incarnation:
             raise Fenced(
                 f"worker {self._worker_id} was replaced by a newer process; the server accepts nothing more of this one"
