@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, Self, TypeGuard, get_args
+from typing import Any, Literal, Self, get_args
 
 from rlbroker.errors import InvalidArgument
 
@@ -151,17 +152,15 @@ class SamplesPerInsert:
     def __post_init__(self) -> None:
         """Raise InvalidArgument for settings with which inserting and sampling could wait for each other forever."""
         for name in ("ratio", "error_buffer"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 < value <= MAX_INTEGER:
+            value = _number(getattr(self, name))
+            if not 0 < value < math.inf:
                 raise InvalidArgument(
-                    f"samples_per_insert: {name} must be a finite number above 0; got {shown(value)}"
+                    f"samples_per_insert: {name} must be a finite number above 0; got {shown(getattr(self, name))}"
                 )
-            object.__setattr__(self, name, float(value))
-        if not _is_integer(self.min_size) or not 1 <= self.min_size <= MAX_INTEGER:
-            raise InvalidArgument(
-                f"samples_per_insert: min_size must be an integer of at least 1; got {shown(self.min_size)}"
-            )
-        object.__setattr__(self, "min_size", int(self.min_size))
+            object.__setattr__(self, name, value)
+        object.__setattr__(
+            self, "min_size", check_positive_int("samples_per_insert: min_size", self.min_size)
+        )
         least = max(1.0, self.ratio)
         if self.error_buffer < least:
             raise InvalidArgument(
@@ -201,10 +200,13 @@ def redis_password() -> str | None:
 
 def _secret_in(path: Path, setting: str) -> bytes:
     """Return the content of a file without its last newline. Errors name the `setting` that the path came from."""
+    found, problem = b"", ""
     try:
         found = path.read_bytes().rstrip(b"\r\n")
-    except OSError as error:
-        raise InvalidArgument(f"{setting}: cannot read {path}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or type(error).__name__
+    if problem:  # outside of the handler: the first error shows the path, which may be a URL
+        raise InvalidArgument(f"{setting}: cannot read {path}: {problem}")
     if not found:
         raise InvalidArgument(f"{setting}: {path} is empty")
     return found
@@ -291,8 +293,7 @@ def shown(value: object) -> str:
     if isinstance(value, str):
         text = redacted_url(value) if "password" not in value or "://" in value else "…"
         return repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…")
-    if _is_integer(value):
-        number = int(value)
+    if (number := _integer(value)) is not None:
         return repr(number) if abs(number) < 10**_SHOWN_CHARACTERS else "an integer of many digits"
     if value is None or isinstance(value, bool | float):
         return str(value)
@@ -326,11 +327,12 @@ def is_run_name(text: str) -> bool:
 
 def check_worker_id(worker_id: int) -> int:
     """Return a worker id; raise InvalidArgument unless it is an integer from 0 to 65535."""
-    if not _is_integer(worker_id) or not 0 <= worker_id <= MAX_WORKER_ID:
+    number = _integer(worker_id)
+    if number is None or not 0 <= number <= MAX_WORKER_ID:
         raise InvalidArgument(
             f"worker_id must be an integer from 0 to {MAX_WORKER_ID}; got {shown(worker_id)}"
         )
-    return int(worker_id)
+    return number
 
 
 def check_positive_int(name: str, value: int) -> int:
@@ -340,28 +342,31 @@ def check_positive_int(name: str, value: int) -> int:
 
 def check_count(name: str, value: int, *, least: int = 0) -> int:
     """Return the value of a setting; raise InvalidArgument unless it is an integer of at least `least`."""
-    if not _is_integer(value) or not least <= value <= MAX_INTEGER:
-        most = f", and at most {MAX_INTEGER:,}" if _is_integer(value) and value > MAX_INTEGER else ""
+    number = _integer(value)
+    if number is None or not least <= number <= MAX_INTEGER:
+        most = f", and at most {MAX_INTEGER:,}" if number is not None and number > MAX_INTEGER else ""
         raise InvalidArgument(f"{name} must be an integer of at least {least}{most}; got {shown(value)}")
-    return int(value)
+    return number
 
 
 def check_positive_seconds(name: str, value: float) -> float:
     """Return a setting as a float; raise InvalidArgument unless it is above 0 s and no more than a thread can wait."""
-    if not _is_number(value) or not 0 < value <= MAX_SECONDS:
+    seconds = _number(value)
+    if not 0 < seconds <= MAX_SECONDS:
         raise InvalidArgument(
             f"{name} must be a number of seconds above 0, up to {MAX_SECONDS:,}; got {shown(value)}{_no_end(value)}"
         )
-    return float(value)
+    return seconds
 
 
 def check_timeout_seconds(name: str, value: float) -> float:
     """Return a timeout as a float; raise InvalidArgument unless it is a number of seconds. 0 is valid."""
-    if not _is_number(value) or not 0 <= value <= MAX_SECONDS:
+    seconds = _number(value)
+    if not 0 <= seconds <= MAX_SECONDS:
         raise InvalidArgument(
             f"{name} must be a number of seconds, from 0 to {MAX_SECONDS:,}; got {shown(value)}{_no_end(value)}"
         )
-    return float(value)
+    return seconds
 
 
 def _no_end(value: object) -> str:
@@ -369,14 +374,19 @@ def _no_end(value: object) -> str:
     return "; every wait has a deadline: to wait long, give a large number" if value is None else ""
 
 
-def _is_integer(value: object) -> TypeGuard[int]:
-    """Return whether a value is an integer of Python or numpy; no truth value is."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def _integer(value: object) -> int | None:
+    """Return an integer of Python or numpy; None if the value is not one. A truth value is not."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    """Return whether a value is a real number of Python or numpy; no truth value is."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _number(value: object) -> float:
+    """Return a real number of Python or numpy; nan if the value is not one. A truth value is not."""
+    if type(value) is float:
+        return value
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def _stored_integer(text: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import redis
 from conftest import RealServer
+from secrets_in_errors import SECRET, texts
 from typer.testing import CliRunner
 
 from rlbroker import ConnectionFailed, InvalidArgument, RlbrokerError, WorkerClient, WorkerCommunicator
@@ -15,8 +16,6 @@ from rlbroker.backend.client import BaseClient
 from rlbroker.backend.connection import Connection
 from rlbroker.config import URL_VARIABLES
 from rlbroker.ops.cli.app import app
-
-SECRET = "hunter2"
 
 LOCAL = {"host": "localhost", "port": 6379}
 
@@ -155,15 +154,6 @@ NO_TEXT = [
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in URL_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-
-
-def texts(error: BaseException | None) -> str:
-    """Return the messages and attributes of an error and of all that it was raised from."""
-    found = ""
-    while error is not None:
-        found += f"{error!r} {error} {vars(error)}\n"
-        error = error.__cause__ or error.__context__
-    return found
 
 
 @pytest.mark.unit

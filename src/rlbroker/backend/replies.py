@@ -14,6 +14,9 @@ from rlbroker.errors import InvalidArgument, PeerError, RlbrokerError, WireError
 #: A number of seconds as Python writes it, with a reasonable number of digits.
 _SECONDS: Final = re.compile(r"[0-9]{1,13}(\.[0-9]{1,17})?(e-[0-9]{2})?")
 
+#: Two numbers of 64 bits.
+_LONGEST_ID: Final = 41
+
 #: How much of an error's text a message repeats.
 _SHOWN_CHARACTERS: Final = 120
 
@@ -121,7 +124,10 @@ def newest_place(reply: Any) -> tuple[int, int]:
 
 def entry_place(entry_id: str | bytes) -> tuple[int, int]:
     """Return an entry's id as a pair that can be compared: for a batch, its incarnation and sequence number."""
-    first, _, second = _text(entry_id).partition("-")
+    text = _text(entry_id)
+    if len(text) > _LONGEST_ID or not text.isascii():
+        raise ValueError(f"{text!r:.40} is not the id of an entry")
+    first, _, second = text.partition("-")
     return int(first), int(second)
 
 
@@ -142,6 +148,35 @@ def whole_number(text: str) -> int | None:
 def number_in(reply: bytes | None) -> int | None:
     """Return the number in a field's value, 0 if the field is missing; None if the value is not a number."""
     return whole_number(str(reply or b"0", "ascii", "replace"))
+
+
+def stored_integer(value: str | bytes | int | None, default: int | None = None) -> int:
+    """Return the number in a field's value, or the default for a missing field.
+
+    This and `stored_seconds` are the only readers of numbers that the learner or rlbroker's scripts wrote, and that
+    must be right. Use them within `parsing`.
+
+    Raises:
+        ValueError: the value is not a whole number of at most 19 digits, or it is missing and there is no default.
+    """
+    if value is None and default is not None:
+        return default
+    number = whole_number(_text(value))
+    if number is None:
+        raise ValueError(f"{_text(value)!r:.40} is not a whole number")
+    return number
+
+
+def stored_seconds(value: str | bytes | float | None) -> float:
+    """Return the number of seconds in a field's value.
+
+    Raises:
+        ValueError: the value is not a plain number.
+    """
+    number = seconds_number(_text(value))
+    if number is None:
+        raise ValueError(f"{_text(value)!r:.40} is not a number of seconds")
+    return number
 
 
 def seconds_number(text: str) -> float | None:

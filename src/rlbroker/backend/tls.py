@@ -73,12 +73,13 @@ class TlsFile:
 
     def read(self) -> str:
         """Read the file; raise `InvalidArgument` if that fails or it is not PEM."""
+        text, problem = "", ""
         try:
             text = Path(self.path).read_text("ascii", "replace")
-        except OSError as error:
-            raise InvalidArgument(
-                f"{self.name}: cannot read {self.path}: {error.strerror or error}"
-            ) from None
+        except (OSError, ValueError) as error:
+            problem = getattr(error, "strerror", None) or type(error).__name__
+        if problem:  # outside of the handler: the first error shows the path, which may be a URL
+            raise InvalidArgument(f"{self.name}: cannot read {self.path}: {problem}")
         if "-----BEGIN " not in text:
             raise InvalidArgument(
                 f"{self.name}: {self.path} is not in PEM form, which has lines like -----BEGIN CERTIFICATE-----"

@@ -14,7 +14,7 @@ from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.error_mapping import id_was_passed
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import entry_place, parsing
+from rlbroker.backend.replies import entry_place, parsing, stored_integer
 from rlbroker.errors import Fenced, RunLost, ServerFault
 from rlbroker.types import Registration
 
@@ -164,7 +164,9 @@ class AcknowledgementSender:
             if not id_was_passed(error):
                 raise
             newest = self._channel.execute("HGET", self._keys.life(self._worker_id), "incarnation")
-            if int(newest or 0) > self._incarnation:
+            with parsing(self._keys.life(self._worker_id)):
+                number = stored_integer(newest, 0)
+            if number > self._incarnation:
                 raise Fenced(
                     f"worker {self._worker_id} was replaced by a newer process, or the run has forgotten it"
                 ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import threading
 import time
 import uuid
@@ -14,16 +15,24 @@ from typing import Any, Final, Self
 from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import parsing, server_seconds, text_fields
+from rlbroker.backend.replies import (
+    entry_place,
+    parsing,
+    server_seconds,
+    stored_integer,
+    text_fields,
+)
 from rlbroker.backend.scripts import Script
 from rlbroker.codec.message import encode
 from rlbroker.codec.signing import SigningKey
 from rlbroker.config import check_positive_seconds, check_timeout_seconds, check_worker_id, shown
 from rlbroker.control.command_signature import SIGNATURE_FIELDS, sign_command
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
-from rlbroker.errors import DeadlineExceeded, InvalidArgument, UnknownWorker
+from rlbroker.errors import DeadlineExceeded, InvalidArgument, UnknownWorker, WireError
 from rlbroker.membership.incarnations import Incarnations, read_incarnations
 from rlbroker.types import Outcome
+
+logger = logging.getLogger("rlbroker")
 
 #: Age from which settled commands are trimmed from the control stream: live workers have read them by then. Pending
 #: commands stay as long as their outcomes.
@@ -226,7 +235,7 @@ class CommandSender:
         pending = text_fields(self._connection.execute("HGETALL", self._keys.pending))
         with parsing(self._keys.pending):
             for name in pending:
-                worker = int(name.rpartition(":")[2])
+                worker = stored_integer(name.rpartition(":")[2])
                 counts[worker] = counts.get(worker, 0) + 1
         return counts
 
@@ -239,7 +248,9 @@ class CommandSender:
         """Trim the control stream to entries that are younger than an hour or still pending."""
         clock, pending = self._connection.execute_all([("TIME",), ("HGETALL", self._keys.pending)])
         with parsing(self._keys.pending):
-            sent = [int(value.split()[1].partition("-")[0]) for value in text_fields(pending).values()]
+            sent = [
+                stored_integer(value.split()[1].partition("-")[0]) for value in text_fields(pending).values()
+            ]
         now = int(server_seconds(clock))
         keep_from = min([(now - CONTROL_KEPT_SECONDS) * 1000, *sent])
         keep_from = max(keep_from, (now - OUTCOMES_KEPT_SECONDS) * 1000)
@@ -314,10 +325,11 @@ class CommandSender:
         found = text_fields(self._connection.execute("HGETALL", self._keys.outcomes(command_id)))
         sent = self._sent.get(command_id)
         known = sent.outcomes if sent else {}
-        return {
-            worker: known[worker] if worker in known else Outcome.from_text(found.get(str(worker), "waiting"))
-            for worker in workers
-        }
+        with parsing(self._keys.outcomes(command_id)):
+            return {
+                worker: known.get(worker) or Outcome.from_text(found.get(str(worker), "waiting"))
+                for worker in workers
+            }
 
     # Remembering
 
@@ -335,13 +347,25 @@ class CommandSender:
         complete = [(entry_id, fields) for entry_id, fields in entries if required <= fields.keys()]
         oldest_first = list(reversed(_keep_within_bounds(complete)))
         replies = self._connection.execute_all(
-            [("HGETALL", self._keys.outcomes(fields[b"command"].decode())) for _, fields in oldest_first]
+            [("HGETALL", self._keys.outcomes(_command_id(fields))) for _, fields in oldest_first]
         )
         pending_fields = text_fields(pending)
         for (entry_id, fields), reply in zip(oldest_first, replies, strict=True):
-            command_id = fields[b"command"].decode()
-            outcomes = {int(worker): Outcome.from_text(text) for worker, text in text_fields(reply).items()}
-            age_seconds = server_seconds(clock) - int(entry_id.partition(b"-")[0]) / 1000
+            command_id = _command_id(fields)
+            try:
+                with parsing(self._keys.outcomes(command_id)):
+                    outcomes = _parse_outcomes(reply)
+                with parsing(self._keys.pending):
+                    incarnations = {
+                        worker: stored_integer(
+                            pending_fields.get(f"{command_id}:{worker}", "0").partition(" ")[0]
+                        )
+                        for worker in outcomes
+                    }
+            except WireError as error:  # the other commands are remembered nevertheless
+                logger.warning("%s; a command is not remembered", error)
+                continue
+            age_seconds = server_seconds(clock) - entry_place(entry_id)[0] / 1000
             kept = {
                 name: fields[name.encode()] for name in (*names, *SIGNATURE_FIELDS) if name.encode() in fields
             }
@@ -349,10 +373,7 @@ class CommandSender:
                 command_id,
                 _SentCommand(
                     flat(kept),
-                    {
-                        worker: int(pending_fields.get(f"{command_id}:{worker}", "0").split()[0])
-                        for worker in outcomes
-                    },
+                    incarnations,
                     time.monotonic() - age_seconds,
                     {worker: outcome for worker, outcome in outcomes.items() if outcome.state != "waiting"},
                 ),
@@ -423,3 +444,12 @@ def _describe_arguments(data: Any) -> str:
     except (TypeError, ValueError):
         text = repr(data)
     return text if len(text) <= ARGUMENTS_LENGTH else text[: ARGUMENTS_LENGTH - 1] + "…"
+
+
+def _command_id(fields: Mapping[bytes, bytes]) -> str:
+    return fields[b"command"].decode(errors="replace")
+
+
+def _parse_outcomes(reply: Any) -> dict[int, Outcome]:
+    """Parse the hash with a command's outcomes."""
+    return {stored_integer(worker): Outcome.from_text(text) for worker, text in text_fields(reply).items()}

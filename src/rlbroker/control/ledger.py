@@ -24,6 +24,7 @@ from rlbroker.backend.replies import (
     number_in,
     parsing,
     server_seconds,
+    stored_integer,
     stream_entries,
     text_fields,
 )
@@ -383,10 +384,11 @@ class Ledger:
         if not self._missed:
             return
         newest = self._connection.execute("XREVRANGE", self._keys.missed, "+", "-", "COUNT", 1)
-        if newest and missed_from_fields(text_fields(newest[0][1])) == self._missed[-1]:
-            return  # then all older records are there too
-        entries = self._connection.execute("XRANGE", self._keys.missed, "-", "+")
-        kept = {missed_from_fields(text_fields(fields)) for _, fields in entries}
+        with parsing(self._keys.missed):
+            if newest and missed_from_fields(text_fields(newest[0][1])) == self._missed[-1]:
+                return  # then all older records are there too
+            entries = self._connection.execute("XRANGE", self._keys.missed, "-", "+")
+            kept = {missed_from_fields(text_fields(fields)) for _, fields in entries}
         lost = [self._xadd_missed(missed) for missed in self._missed if missed not in kept]
         self._connection.execute_all(lost)
 
@@ -402,5 +404,5 @@ def _pending_by_worker(fields: Mapping[str, str]) -> Pending:
     pending: Pending = {}
     for name, value in fields.items():
         command, _, worker = name.rpartition(":")
-        pending.setdefault(int(worker), {})[command] = int(value.split()[0])
+        pending.setdefault(stored_integer(worker), {})[command] = stored_integer(value.split()[0])
     return pending

@@ -36,8 +36,9 @@ def read_missed_records(connection: Connection, keys: Keys, *, since: float = 0.
         since: leave out records older than this, in seconds since the epoch, by the server's clock.
 
     Raises:
-        KeyError, ValueError: an entry holds what no learner writes.
+        WireError: an entry holds what no learner writes.
     """
     first = str(max(0, int(since * 1000)))
     entries = connection.execute("XRANGE", keys.missed, first, "+")
-    return [missed_from_fields(text_fields(fields)) for _, fields in entries]
+    with parsing(keys.missed):
+        return [missed_from_fields(text_fields(fields)) for _, fields in entries]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, cast
 
-from rlbroker.backend.replies import entry_place, whole_number
+from rlbroker.backend.replies import entry_id, entry_place, stored_integer, stored_seconds, whole_number
 from rlbroker.types import Missed, MissedUpdates, Outcome, State
 
 #: Length to which text from a worker is cut.
@@ -92,22 +92,22 @@ class WorkerOutcomes:
             ValueError: a field is invalid.
         """
         return cls(
-            incarnation=int(fields.get("incarnation", 0)),
+            incarnation=stored_integer(fields.get("incarnation"), 0),
             member=fields.get("member") == "1",
-            settled=int(fields.get("settled", 0)),
-            applied=int(fields.get("applied", 0)),
-            applied_total=int(fields.get("applied_total", 0)),
+            settled=stored_integer(fields.get("settled"), 0),
+            applied=stored_integer(fields.get("applied"), 0),
+            applied_total=stored_integer(fields.get("applied_total"), 0),
             missed={
-                name.removeprefix("missed:"): int(count)
+                name.removeprefix("missed:"): stored_integer(count)
                 for name, count in fields.items()
                 if name.startswith("missed:")
             },
-            commands_done=int(fields.get("commands_done", 0)),
-            commands_missed=int(fields.get("commands_missed", 0)),
-            skips_in_a_row=int(fields.get("skips_in_a_row", 0)),
-            skipping_since=float(fields.get("skipping_since", 0)),
-            refused=int(fields.get("refused", 0)),
-            event=fields.get("event", "0-0"),
+            commands_done=stored_integer(fields.get("commands_done"), 0),
+            commands_missed=stored_integer(fields.get("commands_missed"), 0),
+            skips_in_a_row=stored_integer(fields.get("skips_in_a_row"), 0),
+            skipping_since=stored_seconds(fields.get("skipping_since", "0")),
+            refused=stored_integer(fields.get("refused"), 0),
+            event=entry_id(fields.get("event", "0-0")),
         )
 
 
@@ -241,15 +241,15 @@ def missed_from_fields(fields: Mapping[str, str]) -> Missed:
         ValueError: a field is invalid.
     """
     return Missed(
-        worker_id=int(fields["worker"]),
-        incarnation=int(fields["incarnation"]),
+        worker_id=stored_integer(fields["worker"]),
+        incarnation=stored_integer(fields["incarnation"]),
         what="command" if fields["what"] == "command" else "weights",
-        first=int(fields["from"]),
-        last=int(fields["to"]),
+        first=stored_integer(fields["from"]),
+        last=stored_integer(fields["to"]),
         command=fields["command"],
         why=fields["why"],
         detail=fields["detail"],
-        at=round(float(fields["at"]), 3),
+        at=round(stored_seconds(fields["at"]), 3),
     )
 
 

@@ -8,7 +8,14 @@ from typing import Any
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import GROUP, Keys
-from rlbroker.backend.replies import entry_place, text_fields, whole_number
+from rlbroker.backend.replies import (
+    entry_place,
+    parsing,
+    stored_integer,
+    stored_seconds,
+    text_fields,
+    whole_number,
+)
 from rlbroker.backend.scripts import Script
 from rlbroker.experience.pending import PendingEntries
 from rlbroker.experience.read_position import Entry
@@ -96,7 +103,9 @@ def read_letters(connection: Connection, keys: Keys, worker: int) -> Iterator[De
     while True:
         entries = connection.execute("XRANGE", keys.dead(worker), position, "+", "COUNT", READ_AT_ONCE)
         for entry_id, fields in entries:
-            yield _parse_letter(worker, entry_id, fields)
+            with parsing(keys.dead(worker)):
+                letter = _parse_letter(worker, entry_id, fields)
+            yield letter
         if len(entries) < READ_AT_ONCE:
             return
         position = f"({entries[-1][0].decode()}"
@@ -137,9 +146,9 @@ def _parse_letter(worker: int, entry_id: bytes, fields: dict[bytes, bytes]) -> D
         sequence=sequence,
         reason=text["reason"],
         detail=text["detail"],
-        deliveries=int(text["deliveries"]),
+        deliveries=stored_integer(text["deliveries"]),
         version=whole_number(text.get("version", "")) or 0,
         stored_bytes=len(fields.get(b"data", b"")),
-        died_at=float(text["died_at"]),
+        died_at=stored_seconds(text["died_at"]),
         entry_id=entry_id.decode(),
     )

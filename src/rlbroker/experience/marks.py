@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlbroker.backend.replies import entry_id
-from rlbroker.config import check_worker_id
+from rlbroker.config import check_count, check_worker_id, shown
 from rlbroker.errors import InvalidArgument
 
 
@@ -20,22 +20,27 @@ def parse_marks(marks: Mapping[str, Any], run: str) -> dict[str, Any]:
     Raises:
         InvalidArgument: an entry is missing or has a wrong value, or the marks belong to another run.
     """
+    if not isinstance(marks, Mapping):
+        raise InvalidArgument(f"invalid marks, pass what marks() returned; got {shown(marks)}")
+    problem = ""
     try:
         parsed = {
             "run": str(marks["run"]),
-            "version": int(marks["version"]),
-            "inserts": int(marks["inserts"]),
-            "samples": int(marks["samples"]),
+            **{name: check_count(name, marks[name]) for name in ("version", "inserts", "samples")},
             "batches": {
                 str(name): _parse_mark(mark)
                 for name, mark in marks["batches"].items()
                 if check_worker_id(int(str(name).removeprefix("again:"))) >= 0
             },
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InvalidArgument(f"invalid marks, pass what marks() returned: {error!r}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        problem = repr(error)
+    if problem:  # outside of the handler: the first error may show more than this one
+        raise InvalidArgument(f"invalid marks, pass what marks() returned: {problem}")
     if parsed["run"] != run:
-        raise InvalidArgument(f"these marks belong to the run {parsed['run']!r}; this is the run {run!r}")
+        raise InvalidArgument(
+            f"these marks belong to the run {shown(parsed['run'])}; this is the run {run!r}"
+        )
     return parsed
 
 

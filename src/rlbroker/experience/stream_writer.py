@@ -18,7 +18,14 @@ from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.error_mapping import RequestTooLarge, SlotMigrating, id_was_passed
 from rlbroker.backend.keys import GROUP, Keys
-from rlbroker.backend.replies import entry_place, group_position, newest_place, pending_summary
+from rlbroker.backend.replies import (
+    entry_place,
+    group_position,
+    newest_place,
+    parsing,
+    pending_summary,
+    stored_integer,
+)
 from rlbroker.backend.scripts import Script
 from rlbroker.config import RunSettings
 from rlbroker.errors import ConnectionFailed, Fenced, PeerError, RunLost, ServerFault
@@ -177,7 +184,8 @@ class StreamWriter:
             info = self._connection.execute("XINFO", "STREAM", self.stream_key)
             written = self._connection.execute("HGET", self._counts_key, f"sent:{self._incarnation}")
             newest = newest_place(info)
-            stored = max(int(written or 0), newest[1] if newest[0] == self._incarnation else 0)
+            with parsing(self._counts_key):
+                stored = max(stored_integer(written, 0), newest[1] if newest[0] == self._incarnation else 0)
             lost = sum(sequence > stored for sequence in sequences)
             self.count("fenced", Deadline(self._connection.timeout_seconds), by=lost + refused)
         except PeerError as error:
@@ -342,7 +350,8 @@ class StreamWriter:
         )
         self._check_incarnation(newest)
         in_hand, first_pending = pending_summary(summary)
-        self.size = self.size.update(int(length), in_hand, int(removed_bytes or 0))
+        with parsing(self._counts_key):
+            self.size = self.size.update(int(length), in_hand, stored_integer(removed_bytes, 0))
         delivered = group_position(groups, GROUP)
 
         def is_acknowledged(batch: PendingBatch) -> bool:
@@ -375,7 +384,8 @@ class StreamWriter:
         return replies
 
     def _check_incarnation(self, newest: bytes | None) -> None:
-        found = int(newest or 0)
+        with parsing(self._counts_key):
+            found = stored_integer(newest, 0)
         if found > self._incarnation:
             raise Fenced(
                 f"worker {self._worker_id} was replaced by a newer process; the server accepts nothing more of this one"

@@ -83,8 +83,8 @@ class JoinedRun:
         Raises:
             IncompatibleFormat: this process reads and writes another one.
         """
-        if found and int(found) != self.wire_format:
+        if found and found != str(self.wire_format):
             raise IncompatibleFormat(
-                f"the run {self._keys.run!r} uses wire format {found}, this process {self.wire_format}; "
+                f"the run {self._keys.run!r} uses wire format {found:.40}, this process {self.wire_format}; "
                 "install the same release of rlbroker for learner and workers"
             )

@@ -12,7 +12,14 @@ from typing import Final
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import default_if_wrong_type, number_in, parsing, server_seconds, text_fields
+from rlbroker.backend.replies import (
+    default_if_wrong_type,
+    number_in,
+    parsing,
+    server_seconds,
+    stored_integer,
+    text_fields,
+)
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import counted
 from rlbroker.config import RunSettings
@@ -108,7 +115,7 @@ class Roster:
             if not written:
                 raise
             raise IncompatibleFormat(
-                f"the run {self._keys.run!r} was written with wire format {written.split()[0]}, this release writes "
+                f"the run {self._keys.run!r} was written with wire format {written.strip():.40}, this release writes "
                 f"{wire_format}; choose another run name, or the release that wrote it"
             ) from error
         self.epoch, self.existed = int(epoch), bool(existed)
@@ -136,7 +143,7 @@ class Roster:
         incarnations = read_incarnations(channel, self._keys)
         self._ids = None
         with parsing(self._keys.meta):
-            named, leading = (int(epoch or 0) for epoch in epochs)
+            named, leading = (stored_integer(epoch, 0) for epoch in epochs)
         if named > self.epoch:
             raise Fenced(f"a newer learner has taken over the run {self._keys.run!r}")
         if named < self.epoch or leading < self._leading_epoch:
@@ -231,9 +238,11 @@ class Roster:
         heartbeats = self._connection.execute_all(
             [("HGETALL", self._keys.heartbeat(worker)) for worker in members], strict=False
         )
+        with parsing(self._keys.weights):
+            latest_version = stored_integer(latest, 0)
         return parse_worker_infos(
             now=server_seconds(clock),
-            latest_version=int(latest or 0),
+            latest_version=latest_version,
             members=members,
             heartbeats=[text_fields(default_if_wrong_type(heartbeat, {})) for heartbeat in heartbeats],
             lease_seconds=self._settings.lease_seconds,

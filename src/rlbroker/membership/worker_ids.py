@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Backoff, Deadline
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import seconds_number
+from rlbroker.backend.replies import parsing, seconds_number, stored_integer
 from rlbroker.backend.scripts import Script
 from rlbroker.config import MAX_WORKER_ID, RunSettings, check_worker_id
 from rlbroker.errors import AccessDenied, DeadlineExceeded
@@ -70,9 +70,10 @@ class Registrar:
         if reply[0] == b"taken":
             return None
         if reply[0] == b"incompatible":
-            self._run.check_wire_format(reply[1].decode())
+            self._run.check_wire_format(reply[1].decode(errors="replace"))
         _, incarnation, latest, position = reply
-        return Registration(worker, int(incarnation), int(latest), position.decode())
+        with parsing(self._keys.weights):
+            return Registration(worker, int(incarnation), stored_integer(latest), position.decode())
 
     def _claim_lowest_free(self) -> Registration:
         deadline, backoff = Deadline(self._connection.timeout_seconds), Backoff()

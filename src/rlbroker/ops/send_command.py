@@ -7,7 +7,7 @@ from typing import Any
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import server_seconds, text_fields
+from rlbroker.backend.replies import parsing, server_seconds, stored_integer, text_fields
 from rlbroker.codec.signing import SigningKey
 from rlbroker.control.commands import Command, CommandSender
 from rlbroker.errors import Fenced, InvalidArgument
@@ -49,8 +49,10 @@ def send_command(
     for tried in range(_TRIES):
         clock, fields = connection.execute_all([("TIME",), ("HGETALL", keys.meta)])
         meta = text_fields(fields)
-        state = learner_state(meta, learner_silent_seconds(meta, server_seconds(clock)))
-        if int(meta.get("epoch", 0)) == 0:
+        with parsing(keys.meta):
+            state = learner_state(meta, learner_silent_seconds(meta, server_seconds(clock)))
+            epoch = stored_integer(meta.get("epoch"), 0)
+        if epoch == 0:
             raise InvalidArgument(
                 f"no learner has opened the run {keys.run!r} yet; start its learner before you send commands"
             )
@@ -60,7 +62,7 @@ def send_command(
                 f"the learner of {keys.run!r} {why}, so no process records the workers' answers; --force sends "
                 "the command, and live workers apply it"
             )
-        sender = CommandSender(connection, keys, epoch=int(meta["epoch"]), key=key)
+        sender = CommandSender(connection, keys, epoch=epoch, key=key)
         try:
             return sender.send(name, data, worker_ids, expires_seconds=expires_seconds)
         except Fenced:  # another learner has opened the run meanwhile

@@ -10,6 +10,7 @@ from typing import Final, Literal, Self
 import xxhash
 
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.replies import stored_integer, stored_seconds
 from rlbroker.codec.signing import IMAGE, WEIGHTS, NotSigned, SigningKey
 from rlbroker.errors import WireError
 
@@ -102,7 +103,8 @@ class StoredForm:
     def from_text(cls, text: str) -> Self:
         """Parse what `to_text` returned; raise ValueError for anything else."""
         version, base, upload, chunks, stored_bytes, digest = text.split(":")
-        form = cls(int(version), int(base), upload, int(chunks), int(stored_bytes), digest)
+        numbers = map(stored_integer, (version, base, chunks, stored_bytes))
+        form = cls(next(numbers), next(numbers), upload, next(numbers), next(numbers), digest)
         if not 0 <= form.base < form.version or form.chunks < 0 or form.stored_bytes < 0:
             raise ValueError(f"impossible numbers in {text!r:.100}")
         if not _NAME.fullmatch(upload) or not _NAME.fullmatch(digest):
@@ -228,10 +230,10 @@ class Manifest:
                     StoredForm.from_text(":".join(found[name] for name in latest)), signatures
                 ),
                 others=_parse_forms(found["others"], signatures),
-                raw_bytes=int(found["raw_bytes"]),
-                chunk_bytes=int(found["chunk_bytes"]),
+                raw_bytes=stored_integer(found["raw_bytes"]),
+                chunk_bytes=stored_integer(found["chunk_bytes"]),
                 codec=found["codec"],
-                published=float(found["published"]),
+                published=stored_seconds(found["published"]),
                 dropped=_parse_forms(found["dropped"], signatures),
             )
             if sum(form.chunks for form in (*manifest.forms, *manifest.dropped)) > _MAX_CHUNKS:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from rlbroker.errors import without_passwords
 from rlbroker.ops.cli.acl_command import acl
 from rlbroker.ops.cli.bench_command import bench
 from rlbroker.ops.cli.check_command import check
@@ -34,8 +38,36 @@ COMMANDS = {
     "Server": (check, doctor, acl, exporter, bench, prune),
 }
 
+
+class CommandGroup(TyperGroup):
+    """The commands. What a user typed in a wrong place may be a URL, and its password is not repeated."""
+
+    def make_context(self, *arguments: Any, **settings: Any) -> Any:
+        """Parse the options before the command."""
+        with _hiding_passwords():
+            return super().make_context(*arguments, **settings)
+
+    def invoke(self, *arguments: Any) -> Any:
+        """Parse the command's own options, and run it."""
+        with _hiding_passwords():
+            return super().invoke(*arguments)
+
+
+@contextmanager
+def _hiding_passwords() -> Iterator[None]:
+    """Remove passwords from an error of the command line in this block; only those have a `message`."""
+    try:
+        yield
+    except Exception as error:
+        message: Any = getattr(error, "message", None)
+        if isinstance(message, str):
+            vars(error)["message"] = without_passwords(message)
+        raise
+
+
 app = typer.Typer(
     name="rlbroker",
+    cls=CommandGroup,
     help="The Redis-backed broker between reinforcement-learning learners and rollout workers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

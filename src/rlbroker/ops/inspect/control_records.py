@@ -8,7 +8,7 @@ from typing import cast
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import entry_place, parsing, server_seconds, text_fields
+from rlbroker.backend.replies import entry_place, parsing, server_seconds, stored_integer, text_fields
 from rlbroker.control.ledger_reader import read_missed_records
 from rlbroker.control.outcomes import ACKNOWLEDGED_STATES
 from rlbroker.types import Missed, Outcome, State
@@ -58,10 +58,13 @@ def list_commands(connection: Connection, keys: Keys, *, count: int) -> list[Sen
         [("TIME",), *(("HGETALL", keys.outcomes(command_id)) for command_id in found)]
     )
     now = server_seconds(clock)
-    outcomes = {
-        command_id: {int(worker): Outcome.from_text(text) for worker, text in text_fields(reply).items()}
-        for command_id, reply in zip(found, replies, strict=True)
-    }
+    with parsing(keys.outcomes("…")):
+        outcomes = {
+            command_id: {
+                stored_integer(worker): Outcome.from_text(text) for worker, text in text_fields(reply).items()
+            }
+            for command_id, reply in zip(found, replies, strict=True)
+        }
     add_unsettled_acknowledgements(connection, keys, outcomes)
     commands = []
     for command_id, (entry_id, header) in reversed(found.items()):

@@ -7,7 +7,7 @@ from typing import Literal
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import parsing, server_seconds, text_fields
+from rlbroker.backend.replies import parsing, server_seconds, stored_seconds, text_fields
 from rlbroker.config import RunSettings
 from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
 from rlbroker.types import Liveness
@@ -81,14 +81,14 @@ def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Livenes
 
 def learner_silent_seconds(meta: dict[str, str], now: float) -> float | None:
     """Return the seconds since the latest learner's last heartbeat; None without any."""
-    return max(0.0, now - float(meta["learner_seen"])) if "learner_seen" in meta else None
+    return max(0.0, now - stored_seconds(meta["learner_seen"])) if "learner_seen" in meta else None
 
 
 def other_learners_silent_seconds(meta: dict[str, str], now: float) -> list[float]:
     """Return the seconds since the last heartbeat of each further learner; these only collect."""
     epoch = meta.get("epoch")
     return [
-        max(0.0, now - float(seen))
+        max(0.0, now - stored_seconds(seen))
         for field, seen in meta.items()
         if field.startswith("seen:") and meta.get(f"learner:{field.removeprefix('seen:')}") != epoch
     ]

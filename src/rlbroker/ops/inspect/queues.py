@@ -15,6 +15,7 @@ from rlbroker.backend.replies import (
     pending_count,
     pending_rows,
     server_seconds,
+    stored_integer,
     text_fields,
     whole_number,
 )
@@ -117,7 +118,7 @@ def _peek_stream(
         )
         pending = pending_count(summary)
     with parsing(keys.weights):
-        now, version = server_seconds(clock), int(latest or 0)
+        now, version = server_seconds(clock), stored_integer(latest, 0)
     batches = [
         _parse_batch(worker, entry_id, fields, pending_rows(rows), now, version, retried)
         for entry_id, (_, fields), rows in zip(ids, entries, pending_replies, strict=True)

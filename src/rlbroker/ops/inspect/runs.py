@@ -9,7 +9,13 @@ from typing import Any, Literal
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import parsing, raise_first_error, server_seconds, text_fields
+from rlbroker.backend.replies import (
+    parsing,
+    raise_first_error,
+    server_seconds,
+    stored_integer,
+    text_fields,
+)
 from rlbroker.codec.limits import FORMAT_VERSION
 from rlbroker.config import RunSettings, is_run_name
 from rlbroker.errors import AccessDenied, IncompatibleFormat, InvalidArgument, PeerError
@@ -93,8 +99,8 @@ def choose_run(connection: Connection, run: str | None) -> str:
         )
     if wire_format is not None and wire_format != str(FORMAT_VERSION).encode():
         raise IncompatibleFormat(
-            f"the run {run!r} was written with wire format {wire_format.decode(errors='replace')}, this release reads "
-            f"{FORMAT_VERSION}; use the release that wrote it"
+            f"the run {run!r} was written with wire format {wire_format.decode(errors='replace'):.40}, this release "
+            f"reads {FORMAT_VERSION}; use the release that wrote it"
         )
     return run
 
@@ -146,7 +152,7 @@ def _parse_summary(
             meta, version, _ = raise_first_error(replies)
             incarnations = parse_incarnations(ids, incarnation_replies).values()
             silences = [one.silent_seconds(now) for one in incarnations if one.member]
-            return _summarize(name, now, text_fields(meta), int(version or 0), silences)
+            return _summarize(name, now, text_fields(meta), stored_integer(version, 0), silences)
     except PeerError as error:
         logger.info("the run %r cannot be read: %s", name, error)
         return RunSummary(name, "unreadable", 0, 0, 0, 0, None, None)
@@ -167,7 +173,7 @@ def _summarize(
         members=len(silences),
         others=sum(silence < lease_seconds for silence in other_silences),
         last_seen_seconds=min(known, default=None),
-        wire_format=int(meta["wire_format"]) if "wire_format" in meta else None,
+        wire_format=stored_integer(meta["wire_format"]) if "wire_format" in meta else None,
     )
 
 

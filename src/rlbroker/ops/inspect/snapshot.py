@@ -21,6 +21,7 @@ from rlbroker.backend.replies import (
     parsing,
     raise_first_error,
     server_seconds,
+    stored_integer,
     text_fields,
     whole_number,
 )
@@ -219,7 +220,7 @@ class SnapshotReader:
             meta = text_fields(meta_reply)
             settings = RunSettings.from_fields(meta)
             learner = _parse_learner(meta, now, settings.lease_seconds) if meta else None
-            expected_workers = int(meta.get("num_workers", 0))
+            expected_workers = stored_integer(meta.get("num_workers"), 0)
         keys.use_shards(meta.get("shards", ""))
         workers = self._read_workers(
             parse_worker_ids(names_reply), now, manifest, settings.lease_seconds, pending_reply
@@ -336,7 +337,7 @@ def _parse_waiting_commands(pending: dict[str, str], now: float) -> dict[int, li
     ages: dict[int, list[float]] = {}
     for name, value in pending.items():
         sent_seconds = entry_place(value.split()[1])[0] / 1000
-        ages.setdefault(int(name.rpartition(":")[2]), []).append(max(0.0, now - sent_seconds))
+        ages.setdefault(stored_integer(name.rpartition(":")[2]), []).append(max(0.0, now - sent_seconds))
     return ages
 
 
@@ -378,10 +379,10 @@ def _parse_server(connection: Connection, node: str, replies: Sequence[bytes | N
 def _parse_learner(meta: dict[str, str], now: float, lease_seconds: float) -> LearnerStatus:
     silent_seconds = learner_silent_seconds(meta, now)
     return LearnerStatus(
-        epoch=int(meta.get("epoch", 0)),
+        epoch=stored_integer(meta.get("epoch"), 0),
         state=learner_state(meta, silent_seconds),
         host=meta.get("learner_host", ""),
-        pid=int(meta.get("learner_pid", 0)),
+        pid=stored_integer(meta.get("learner_pid"), 0),
         last_seen_seconds=silent_seconds,
         others=sum(silence < lease_seconds for silence in other_learners_silent_seconds(meta, now)),
     )
