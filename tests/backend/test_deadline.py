@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
+from interrupts import Alarm, Points, interrupt_at
 
-from rlbroker.backend.deadline import Backoff, Deadline
+from rlbroker.backend.deadline import Backoff, Deadline, try_seconds, within
 
 pytestmark = pytest.mark.unit
 
@@ -20,3 +22,21 @@ def test_pauses_grow_and_end_at_the_deadline() -> None:
     backoff.reset()
     assert backoff.next() <= 1.0
     assert random.getstate() == seeded, "a program's own random numbers would depend on the network"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Alarm])
+@pytest.mark.parametrize("points", ["function", "line"])
+def test_the_deadline_of_a_block_that_was_interrupted_binds_no_later_call(
+    points: Points, error: type[BaseException]
+) -> None:
+    for point in itertools.count(1):
+        with interrupt_at(point, points, error) as interrupt, within(Deadline(0.001)):
+            try_seconds(100.0)
+        assert try_seconds(100.0) == 100.0, interrupt.place
+        with within(Deadline(1e6)):
+            with interrupt_at(point, points, error), within(Deadline(0.001)):
+                try_seconds(100.0)
+            assert 1.0 < try_seconds(1e9) <= 1e6, interrupt.place
+        if not interrupt.place:
+            break
+    assert point > 3

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import fakeredis
+import numpy as np
 import pytest
 
+import rlbroker.backend.resp as resp_module
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.resp import COPY_BYTES, pack_commands
@@ -59,3 +61,23 @@ def test_an_argument_in_pieces_arrives_as_one_value() -> None:
     assert client.get("x") == b"head" + LARGE + b"tail"
     assert client.get("y") == b"1"
     channel.close()
+
+
+def test_hiredis_packs_only_text_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It crashes if a signal handler raises an exception while it packs a number."""
+    packed: list[tuple[object, ...]] = []
+
+    def pack(words: tuple[object, ...]) -> bytes:
+        packed.append(words)
+        return b""
+
+    monkeypatch.setattr(resp_module, "pack_command", pack)
+    list(pack_commands([("SET", 1, 0.5, True, np.float64(2.5), memoryview(b"x"), "y", b"z")], piece_bytes=1))
+    assert packed == [("SET", "1", "0.5", "True", "2.5", b"x", "y", b"z")]
+    assert all(type(word) in (str, bytes) for word in packed[0])
+
+
+@pytest.mark.parametrize("wrong", [None, {}, [1], object()])
+def test_what_is_no_argument_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="cannot be an argument of a command"):
+        list(pack_commands([("SET", "x", wrong)], piece_bytes=1))

@@ -292,9 +292,9 @@ class _Pipes:
     def give_back(self) -> None:
         """Return the connections to their pools; every reply must have been read."""
         for one in self._pipes_by_master.values():
-            if one.is_replica and self._connection.servers.several:
-                one.channel.close()  # after READONLY, its next user could read stale data
-            one.channel.give_back()
+            # After READONLY, the next user of the connection could read stale data.
+            is_readonly = one.is_replica and self._connection.servers.several
+            (one.channel.close if is_readonly else one.channel.give_back)()
 
     def close(self) -> None:
         """Close the connections. May be called again."""

@@ -14,7 +14,7 @@ from rlbroker.backend.client import LARGE_READ_BYTES, SOCKET_READ_BYTES, BaseCli
 from rlbroker.backend.cluster import slot_of
 from rlbroker.backend.deadline import ONE_TRY, Deadline, within
 from rlbroker.backend.error_mapping import SlotMigrating
-from rlbroker.backend.replies import info_fields, raise_first_error, server_seconds
+from rlbroker.backend.replies import info_fields, raise_first_error, server_seconds, shaped
 from rlbroker.backend.resp import Argument as Argument
 from rlbroker.backend.resp import Command
 from rlbroker.backend.retry import RetryPolicy
@@ -161,7 +161,7 @@ class Connection(Router):
                 channel.send([commands[index] for index in indexes])
             for channel, indexes in parts:
                 for index, reply in zip(indexes, channel.receive_all(), strict=True):
-                    replies[index] = self.shaped(commands[index], reply)
+                    replies[index] = shaped(self._base.client, commands[index], reply)
         finally:
             for channel, _ in parts:
                 channel.give_back()

@@ -15,7 +15,6 @@ from rlbroker.backend.client import BaseClient, bounded_client
 from rlbroker.backend.cluster import ClusterTopology
 from rlbroker.backend.error_mapping import ErrorTranslator, breaks_connection
 from rlbroker.backend.keys import EVERY_KEY
-from rlbroker.backend.replies import shaped
 from rlbroker.backend.resp import Command
 from rlbroker.backend.sentinel import SentinelTopology
 from rlbroker.backend.topology import Server, SingleServer, Topology
@@ -116,10 +115,6 @@ class Router:
             )
         logger.info("%s is a node of a Cluster; its other nodes are used too", self.address)
         self.servers = ClusterTopology(self._make_client, [one.address], self.address)
-
-    def shaped(self, command: Command, reply: Any) -> Any:
-        """Return a raw reply in redis-py's shape."""
-        return shaped(self._base.client, command, reply)
 
     # Errors
 

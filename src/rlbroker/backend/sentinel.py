@@ -12,6 +12,7 @@ import redis
 from redis import exceptions as redis_errors
 
 from rlbroker.backend.deadline import Deadline, within
+from rlbroker.backend.threads import OutageLog
 from rlbroker.backend.topology import (
     QUERY_TIMEOUT_SECONDS,
     UNREACHABLE,
@@ -63,7 +64,7 @@ class SentinelTopology(DiscoveredTopology):
         self._sentinels, self._address = list(sentinels), address
         self.service = service  #: the Sentinels' name of the master
         self._master: Server | None = None
-        self._outage_logged = False
+        self._outage = OutageLog(address)
 
     def master_for(self, key: str) -> Server:
         """Return the master."""
@@ -180,18 +181,14 @@ class SentinelTopology(DiscoveredTopology):
                 f"{', '.join(sorted(services))}; its name comes last in the URL, as in "
                 "redis+sentinel://host:26379/mymaster"
             )
+        unknown = discovery_error("no Sentinel knows the master now", problems)
         if self._master is None:
-            raise discovery_error("no Sentinel knows the master now", problems)
-        if not self._outage_logged:
-            logger.warning(
-                "%s: no Sentinel knows the master now (%s); the last one is used",
-                self._address,
-                "; ".join(map(str, problems)),
-            )
-        self._outage_logged = True
+            raise unknown
+        self._outage.report(unknown, "the last one is used")
 
     def _set_master(self, master: Server) -> None:
-        before, self._master, self._outage_logged = self._master, master, False
+        before, self._master = self._master, master
+        self._outage.end()
         if before is not None and before.address != master.address:
             logger.warning("%s: the master is now %s:%d", self._address, *(master.address or ()))
             before.client.connection_pool.disconnect(inuse_connections=False)
