@@ -45,12 +45,12 @@ def use_channel(connection: Connection) -> None:
 
 
 def move_chunks(connection: Connection) -> None:
-    chunks = [(key, bytes([number]) * 200_000) for number, key in enumerate(SHARDED)]
+    chunks = [(key, bytes([number]) * 200_000) for number, key in enumerate(SHARDED[:2])]
     ChunkWriter(connection).write([(key, [value]) for key, value in chunks], expire_seconds=60)
     memory = {key: memoryview(bytearray(200_000)) for key, _ in chunks}
     assert list(ChunkReader(connection).read(list(memory.items()))) == list(range(len(chunks)))
     assert all(memory[key] == value for key, value in chunks)
-    assert ChunkReader(connection).values(SHARDED) == dict(chunks)
+    assert ChunkReader(connection).values(SHARDED[:2]) == dict(chunks)
 
 
 CALLS: dict[str, Callable[[Connection], Any]] = {
@@ -66,7 +66,6 @@ CALLS: dict[str, Callable[[Connection], Any]] = {
     "scan": lambda connection: list(connection.scan("rlb:{interrupted*")),
     "clock": lambda connection: connection.clock(KEYS.meta),
     "load": lambda connection: connection.load([ECHO]),
-    "load_missing": lambda connection: connection.load_missing([ECHO, Script("other", "return 1")]),
     "check_server": lambda connection: connection.check_server(),
     "channel": use_channel,
     "chunks": move_chunks,

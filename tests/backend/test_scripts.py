@@ -26,7 +26,7 @@ def test_scripts_are_loaded_only_where_they_are_missing() -> None:
     client = fakeredis.FakeRedis()
     connection = Connection(client=client)
     client.script_load(ONE.text)
-    connection.load_missing([ONE, TWO])
+    connection.load([ONE, TWO])
     assert client.script_exists(ONE.sha, TWO.sha) == [True, True]
 
 

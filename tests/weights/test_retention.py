@@ -56,7 +56,8 @@ def cut_off_after_commit(comm: WorkerCommunicator, patch: pytest.MonkeyPatch) ->
     execute_all = comm._connection.execute_all
 
     def fail(commands: Sequence[Sequence[Any]], **options: Any) -> list[Any]:
-        if commands[0][0] == "EXISTS":  # before the commit, the nodes of a Cluster are asked for the chunks
+        # Before the commit, the nodes of a Cluster are asked for the chunks.
+        if not commands or commands[0][0] == "EXISTS":
             return execute_all(commands, **options)
         raise ConnectionFailed("the server is away")
 

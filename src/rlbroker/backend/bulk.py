@@ -334,7 +334,7 @@ class _Pipe:
 
     def send(self, commands: Sequence[Command]) -> None:
         """Send commands; the channel must be told of each answer."""
-        with self.channel.closing_on_error:
+        with self.channel.closing_on_error():
             left = deque(memoryview(piece) for piece in self.channel.noting(commands))
             while left:
                 self._set_timeout()
@@ -350,7 +350,7 @@ class _Pipe:
     def read_line(self) -> bytes:
         """Return the next line of a reply without its line end."""
         found = bytearray()
-        with self.channel.closing_on_error:
+        with self.channel.closing_on_error():
             while not found.endswith(b"\r\n"):
                 if len(found) > LONGEST_LINE_BYTES:
                     raise ConnectionError("a line of a reply does not end")
@@ -366,7 +366,7 @@ class _Pipe:
         have = min(len(memory), len(self._unread))
         memory[:have] = self._unread[:have]
         self._unread = self._unread[have:]
-        with self.channel.closing_on_error:
+        with self.channel.closing_on_error():
             while have < len(memory):
                 have += self._receive(memory[have:])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from redis import exceptions as redis_errors
@@ -39,7 +40,7 @@ class Channel(Exchange):
             server: connect to this server instead.
         """
         super().__init__(None)
-        self._connection, self._router = connection, connection.router
+        self._connection = connection
         self._key, self._fixed_server = key, server
         self._server = server
         #: Whether another node has answered, because a Cluster is moving a key to it. The caller resets this.
@@ -47,8 +48,8 @@ class Channel(Exchange):
 
     def connect(self) -> bool:
         """Connect if there is no connection, or one with unanswered commands; return whether the connection is new."""
-        self._router.check_process()
-        with self.closing_on_error:
+        self._connection.check_process()
+        with self.closing_on_error():
             if self._redis_connection is not None and self._wanted_server() != self._server:
                 self.close()
             return self.open()
@@ -59,7 +60,7 @@ class Channel(Exchange):
         super()._open()
 
     def _wanted_server(self) -> Server:
-        return self._fixed_server or self._router.servers.master_for(self._key)
+        return self._fixed_server or self._connection.servers.master_for(self._key)
 
     def execute(self, *command: Argument) -> Any:
         """Return the reply to one command, sent once."""
@@ -79,44 +80,44 @@ class Channel(Exchange):
             strict: whether the first refusal is raised; otherwise each is returned as a `PeerError`.
         """
         self.send(commands)
-        replies = self.receive_all()
+        replies = self._receive_with_scripts(commands)
         return raise_first_error(replies) if strict else replies
 
     def send(self, commands: Sequence[Command]) -> None:
         """Send commands without waiting for the replies: `receive` returns them, or `close` discards them."""
-        self._router.check_process()
-        with self.closing_on_error:
+        self._connection.check_process()
+        try:
             self.put(commands)
+        except BaseException as error:
+            self._break(error)
+            raise
 
     def receive(self, count: int) -> list[Any]:
         """Return the next replies to what was sent; a refusal is returned as a `PeerError`."""
-        replies = []
-        with self.closing_on_error:
-            for _ in range(count):
-                command = self._unanswered[0]
-                reply = self.get()
-                if isinstance(reply, redis_errors.ResponseError):
-                    reply = self._refusal(reply, command)
-                replies.append(reply)
-        self._router.errors.record_answer()
+        try:
+            replies = self.get(count)
+        except BaseException as error:
+            self._break(error)
+            raise
+        self._connection.errors.record_answer()
         return replies
 
     def receive_all(self) -> list[Any]:
         """Return the replies to all that was sent, as `execute_all` does."""
-        commands = list(self._unanswered)
+        return self._receive_with_scripts(list(self._unanswered))
+
+    def _receive_with_scripts(self, commands: Sequence[Command]) -> list[Any]:
         replies = self.receive(len(commands))
-        missing = [
-            command
-            for command, reply in zip(commands, replies, strict=True)
-            if isinstance(reply, PeerError) and script_is_unknown(reply)
-        ]
-        if not missing:
+        for reply in replies:
+            if isinstance(reply, PeerError) and script_is_unknown(reply):
+                break
+        else:
             return replies
-        loading = loading_commands(missing)
+        loading = loading_commands(commands)
         self.send(loading)
         for reply in self.receive(len(loading)):
             if isinstance(reply, AccessDenied):
-                raise missing_scripts_error(self._router.address) from reply
+                raise missing_scripts_error(self._connection.address) from reply
         self.send(commands)
         return self.receive(len(commands))
 
@@ -127,14 +128,14 @@ class Channel(Exchange):
         """
         if is_ask_redirect(error):
             self.redirected = True
-            node = self._router.servers.at((str(error.host), int(error.port)))
+            node = self._connection.servers.at((str(error.host), int(error.port)))
             channel = Channel(self._connection, server=node)
             try:
                 asking, reply = channel.execute_all([("ASKING",), command])
                 return asking if isinstance(asking, PeerError) else reply
             finally:
                 channel.give_back()
-        refusal = self._translate(error, command)
+        refusal = self._connection.failure(error, command, self._server)
         if isinstance(refusal, ConnectionFailed):
             raise refusal from error
         return refusal
@@ -144,14 +145,19 @@ class Channel(Exchange):
         """The server of the present or last connection; None before the first."""
         return self._server
 
-    @property
-    def closing_on_error(self) -> _OnError:
-        """A block in which an error closes the channel and is raised as rlbroker's error."""
-        return _OnError(self._break)
+    @contextmanager
+    def closing_on_error(self) -> Iterator[None]:
+        """Close the channel at an error in this block, and raise it as rlbroker's error."""
+        try:
+            yield
+        except BaseException as error:
+            self._break(error)
+            raise
 
     def parse_error(self, line: bytes) -> PeerError:
         """Return the error for an error reply that was read from the raw socket, without its leading `-`."""
-        return self._translate(self._redis_connection._parser.parse_error(line.decode(errors="replace")))
+        error = self._redis_connection._parser.parse_error(line.decode(errors="replace"))
+        return self._connection.failure(error, (), self._server)
 
     def _break(self, error: BaseException) -> None:
         """Close the connection, so that no half-read reply stays behind, and raise rlbroker's error."""
@@ -160,30 +166,7 @@ class Channel(Exchange):
             return  # translated already, or an interrupt in the middle of a reply
         if not isinstance(error, redis_errors.RedisError):
             error = redis_errors.ConnectionError(str(error))
-        translated = self._translate(error)
+        translated = self._connection.failure(error, (), self._server)
         if not isinstance(translated, ConnectionFailed):
-            self._router.record_failure(error, self._server)
+            self._connection.record_failure(error, self._server)
         raise translated from error
-
-    def _translate(self, error: redis_errors.RedisError, command: Command = ()) -> PeerError:
-        translated = self._router.translate(error, command, self._server)
-        translated.__cause__ = error
-        if isinstance(translated, ConnectionFailed):
-            self._router.record_failure(error, self._server)
-        return translated
-
-
-class _OnError:
-    """A block whose error is passed to a function. A class, because a generator would be slower."""
-
-    __slots__ = ("_handle",)
-
-    def __init__(self, handle: Callable[[BaseException], None]) -> None:
-        self._handle = handle
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is not None:
-            self._handle(error)

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 import redis
-from redis import exceptions as redis_errors
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.client import LARGE_READ_BYTES, SOCKET_READ_BYTES, BaseClient, stall_seconds
@@ -21,10 +20,10 @@ from rlbroker.backend.resp import Command
 from rlbroker.backend.retry import RetryPolicy
 from rlbroker.backend.router import Router
 from rlbroker.backend.scripts import Script
-from rlbroker.backend.suitability import is_cluster_node, name_and_version, refuse_unsuitable
-from rlbroker.backend.topology import Server, SingleServer, Topology
+from rlbroker.backend.suitability import is_cluster_node, refuse_unsuitable
+from rlbroker.backend.topology import Server, SingleServer
 from rlbroker.config import check_positive_seconds
-from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError, ServerFault
+from rlbroker.errors import AccessDenied, ConnectionFailed, ServerFault
 
 logger = logging.getLogger("rlbroker")
 
@@ -34,7 +33,7 @@ BLOCK_SECONDS: Final = 0.2
 Result = TypeVar("Result")
 
 
-class Connection:
+class Connection(Router):
     """One client's connection to a server, or to the nodes of a Cluster; a command goes to the node of its first key.
 
     Every operation that rlbroker sends is idempotent (explicit ids, compare-and-set scripts, plain writes of the same
@@ -72,42 +71,18 @@ class Connection:
         socket_timeout = base.client.connection_pool.connection_kwargs.get("socket_timeout")
         #: How long a connection waits for a reply before it counts as broken.
         self.socket_seconds = min(stall, float(socket_timeout or stall))
-        #: Sends commands once each; for channels.
-        self.router = Router(
+        super().__init__(
             base,
             timeout_seconds=self.timeout_seconds,
             socket_seconds=self.socket_seconds,
             read_bytes=LARGE_READ_BYTES if reads_batches else SOCKET_READ_BYTES,
         )
-        self._retries = RetryPolicy(self.timeout_seconds, self.router.errors)
-
-    @property
-    def address(self) -> str:
-        """The server's name in messages, without a password."""
-        return self.router.address
-
-    @property
-    def user(self) -> str:
-        """The name with which the connections log in."""
-        return self.router.user
-
-    @property
-    def servers(self) -> Topology:
-        """The servers, and which of them has a key."""
-        return self.router.servers
+        self._retries = RetryPolicy(self.timeout_seconds, self.errors)
 
     @property
     def block_seconds(self) -> float:
         """How long one blocking command may wait: well within the socket's timeout."""
         return min(BLOCK_SECONDS, self.timeout_seconds / 4, self.socket_seconds / 2)
-
-    def close(self) -> None:
-        """Close the connections; a client that the user gave stays open."""
-        self.router.close()
-
-    def check_process(self) -> None:
-        """Raise `ForkedProcess` in a forked child, where sockets and threads are the parent's."""
-        self.router.check_process()
 
     def retry(self, operation: Callable[[], Result], deadline: Deadline | None = None) -> Result:
         """Return the result of an operation, repeated until it succeeds or the deadline is over.
@@ -150,9 +125,10 @@ class Connection:
         """Return the reply of a script, with retries until the deadline."""
         return self.execute(*script.call(keys, arguments), deadline=deadline)
 
-    def execute_at(self, server: Server, commands: Sequence[Command]) -> list[Any]:
-        """Return one server's replies to many commands, sent once; return a refusal as a `PeerError`."""
-        return self._exchange(commands, {server: range(len(commands))})
+    def execute_at(self, server: Server, commands: Sequence[Command], *, strict: bool = False) -> list[Any]:
+        """Return one server's replies to many commands, sent once; the first refusal is raised if `strict`."""
+        replies = self._exchange(commands, {server: range(len(commands))})
+        return raise_first_error(replies) if strict else replies
 
     def execute_where_reachable(
         self, commands: Sequence[Command], *, deadline: Deadline | None = None
@@ -161,7 +137,7 @@ class Connection:
         if not self.servers.several:
             self.execute_all(commands, deadline=deadline)
             return
-        for indexes in self.router.group_by_server(commands).values():
+        for indexes in self.group_by_server(commands).values():
             try:
                 self.execute_all([commands[index] for index in indexes], deadline=ONE_TRY)
             except ConnectionFailed as error:
@@ -169,9 +145,9 @@ class Connection:
 
     def _attempt(self, commands: Sequence[Command], strict: bool) -> list[Any]:
         try:
-            replies = self._exchange(commands, self.router.group_by_server(commands))
+            replies = self._exchange(commands, self.group_by_server(commands))
         except SlotMigrating:  # MOVED: the topology knows the new owner now
-            replies = self._exchange(commands, self.router.group_by_server(commands))
+            replies = self._exchange(commands, self.group_by_server(commands))
         return raise_first_error(replies) if strict else replies
 
     def _exchange(
@@ -185,7 +161,7 @@ class Connection:
                 channel.send([commands[index] for index in indexes])
             for channel, indexes in parts:
                 for index, reply in zip(indexes, channel.receive_all(), strict=True):
-                    replies[index] = self.router.shaped(commands[index], reply)
+                    replies[index] = self.shaped(commands[index], reply)
         finally:
             for channel, _ in parts:
                 channel.give_back()
@@ -205,7 +181,7 @@ class Connection:
             cursor = 0
             while True:
                 command = ("SCAN", cursor, "MATCH", pattern, "COUNT", count)
-                ((cursor, found),) = self.retry(partial(self._execute_strictly, server, [command]))
+                ((cursor, found),) = self.retry(partial(self.execute_at, server, [command], strict=True))
                 yield found
                 if cursor == 0:
                     break
@@ -214,51 +190,35 @@ class Connection:
         """Return the time of the server that has a key, in seconds since the Unix epoch."""
         return server_seconds(self.execute_all([("EXISTS", key), ("TIME",)])[1])
 
-    def load(self, scripts: Sequence[Script]) -> None:
-        """Load scripts into the cache of every server, for processes whose users may not load them."""
-        for server in self.retry(self.masters):
-            self.retry(
-                partial(self._execute_strictly, server, [("SCRIPT LOAD", one.text) for one in scripts])
-            )
+    def load(self, scripts: Sequence[Script], *, deadline: Deadline | None = None) -> None:
+        """Load scripts into the cache of each server that lacks one, for processes whose users may not load them.
 
-    def load_missing(self, scripts: Sequence[Script]) -> None:
-        """Load scripts again into the cache of each server that lacks any of them."""
-        for server in self.retry(self.masters):
+        With `ONE_TRY`, a server that does not answer must not delay the other ones: a later call tries again.
+        """
+        for server in self.retry(self.masters, deadline):
             try:
-                (known,) = self._execute_strictly(server, [("SCRIPT EXISTS", *(one.sha for one in scripts))])
-                missing = [one for one, is_known in zip(scripts, known, strict=True) if not is_known]
-                self._execute_strictly(server, [("SCRIPT LOAD", one.text) for one in missing])
+                self.retry(partial(self._load, server, scripts), deadline)
             except ConnectionFailed:
-                # One of several servers must not delay the others; a later call tries again.
-                if not self.servers.several:
+                if deadline is not ONE_TRY or not self.servers.several:
                     raise
 
-    def _execute_strictly(self, server: Server, commands: Sequence[Command]) -> list[Any]:
-        return raise_first_error(self.execute_at(server, commands))
+    def _load(self, server: Server, scripts: Sequence[Script]) -> None:
+        shas = [script.sha for script in scripts]
+        (known,) = self.execute_at(server, [("SCRIPT EXISTS", *shas)], strict=True)
+        missing = [script for script, is_known in zip(scripts, known, strict=True) if not is_known]
+        self.execute_at(server, [("SCRIPT LOAD", script.text) for script in missing], strict=True)
 
     # Servers
 
     def pubsub(self, channel: str) -> redis.client.PubSub:
         """Return a subscriber with its own connection to the server of a publish/subscribe channel."""
-        make: Callable[..., redis.client.PubSub] = self.router.master_for(channel).client.pubsub
+        make: Callable[..., redis.client.PubSub] = self.master_for(channel).client.pubsub
         return make()
-
-    def master_for(self, key: str) -> Server:
-        """Return the master that has a key now."""
-        return self.router.master_for(key)
-
-    def masters(self) -> Sequence[Server]:
-        """Return every master."""
-        return self.router.masters()
-
-    def replicas_of(self, master: Server) -> Sequence[Server]:
-        """Return the replicas of a master; none if this user may not know them."""
-        return self.router.replicas_of(master)
 
     def find_nodes(self) -> None:
         """If the single server is a node of a Cluster, use all nodes; raise `ServerUnsuitable` for a Sentinel."""
         if isinstance(self.servers, SingleServer) and is_cluster_node(self.address, self.server_info()):
-            self.router.use_cluster_nodes()
+            self.use_cluster_nodes()
 
     def check_server(self, *, allow_eviction: bool = False) -> None:
         """Refuse servers that are too old or would evict keys; accept those that hide their INFO.
@@ -287,7 +247,7 @@ class Connection:
         """Return the fields of a server's INFO, by default any server's; empty if it hides them from this user."""
         command = ("INFO",)
         try:
-            found = self._execute_strictly(server, [command])[0] if server else self.execute(*command)
+            found = self.execute_at(server, [command], strict=True)[0] if server else self.execute(*command)
             return info_fields(found)
         except AccessDenied:
             logger.info("%s does not let this user read INFO", self.address)
@@ -295,14 +255,6 @@ class Connection:
             if "unknown command" not in str(error).lower():
                 raise
         return {}
-
-    def server_version(self, info: Mapping[str, str] | None = None) -> str:
-        """Return the server's name and version from its `server_info`; empty if it hides them."""
-        return name_and_version(self.server_info() if info is None else info)
-
-    def to_rlbroker_error(self, error: redis_errors.RedisError) -> PeerError:
-        """Return rlbroker's error for one that redis-py raised outside of this connection's methods."""
-        return self.router.translate(error)
 
 
 def flat(fields: Mapping[str, Any]) -> list[Any]:

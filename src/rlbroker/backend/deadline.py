@@ -19,7 +19,7 @@ _LONGEST_PAUSE_SECONDS: Final = 1.0
 
 
 class Deadline:
-    """A point in time that all steps of one operation share. 0 seconds mean one attempt, however long it takes."""
+    """A point in time that all steps of one operation share; one that is over allows one short attempt."""
 
     def __init__(self, seconds: float) -> None:
         """Set the deadline this many seconds from now."""
@@ -66,8 +66,6 @@ class within:  # noqa: N801 # used like a function, and a class is faster than a
     def __enter__(self) -> Deadline:
         """Return the deadline in force: this one or the outer one."""
         self._outer = _innermost()
-        if not self.deadline.seconds:  # one attempt: no limit on how long it may take
-            return self.deadline
         outer = _in_force()
         if outer is not None and outer.remaining < self.deadline.remaining:
             return outer

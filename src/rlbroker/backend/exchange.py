@@ -42,26 +42,36 @@ class Exchange:
         self._redis_connection = self._pool.get_connection()
 
     def put(self, commands: Sequence[Command]) -> None:
-        """Send commands; each needs a `get`."""
-        self.open()
+        """Send commands; `get` returns the replies."""
+        if self._unanswered or self._redis_connection is None or not self._redis_connection.is_connected:
+            self.open()
+        send = self._redis_connection.send_packed_command
         for piece in self.noting(commands):
-            self._redis_connection.send_packed_command([piece], check_health=False)
+            send([piece], check_health=False)
 
     def noting(self, commands: Sequence[Command]) -> Iterator[Piece]:
         """Return what to send for commands, which are noted as unanswered."""
         self._unanswered.extend(commands)
         return pack_commands(commands, piece_bytes=SEND_BYTES)
 
-    def get(self) -> Any:
-        """Return the next reply; an error reply is returned too."""
+    def get(self, count: int) -> list[Any]:
+        """Return the next replies; each error reply is what `_refusal` makes of it."""
         if self._redis_connection is None:
             raise redis_errors.ConnectionError("the connection was closed")
-        try:
-            reply = self._redis_connection.read_response()
-        except redis_errors.ResponseError as error:
-            reply = error.with_traceback(None)  # the frames of which would keep the connection alive
-        self.note_answered()
-        return reply
+        read, unanswered = self._redis_connection.read_response, self._unanswered
+        replies: list[Any] = []
+        while len(replies) < count:
+            command = unanswered[0]
+            try:
+                replies.append(read())
+            except redis_errors.ResponseError as error:
+                # Without its traceback, the frames of which would keep the connection alive.
+                replies.append(self._refusal(error.with_traceback(None), command))
+            unanswered.popleft()
+        return replies
+
+    def _refusal(self, error: redis_errors.ResponseError, command: Command) -> Any:
+        return error
 
     def note_answered(self) -> None:
         """Note that the next reply was read."""

@@ -30,58 +30,53 @@ def pack_commands(commands: Sequence[Command], *, piece_bytes: int) -> Iterator[
     ready: list[Piece] = []  # joined before they are sent
     size = 0
     for command in commands:
-        for piece in _pack(command):
-            if len(piece) > COPY_BYTES and isinstance(piece, memoryview):
+        packed = _pack(command)
+        for piece in (packed,) if isinstance(packed, bytes) else packed:
+            if len(piece) > COPY_BYTES:
                 yield from _split(b"".join(ready), piece_bytes)
-                ready, size = [], 0
                 yield from _split(piece, piece_bytes)
+                ready, size = [], 0
             else:
                 ready.append(piece)
                 size += len(piece)
         if size >= piece_bytes:
             yield from _split(b"".join(ready), piece_bytes)
             ready, size = [], 0
-    yield from _split(b"".join(ready), piece_bytes)
+    if ready:
+        yield b"".join(ready)
 
 
-def _pack(command: Sequence[Any]) -> Sequence[Piece]:
-    words = (*command[0].split(), *command[1:])
+def _pack(command: Sequence[Any]) -> bytes | list[Piece]:
+    """Return a packed command, in pieces if one of its arguments is."""
+    words = command[0].split()
+    for word in command[1:]:
+        kind = type(word)
+        if kind is str or kind is bytes:
+            words.append(word)
+        elif kind is tuple:
+            return _pack_pieces((*command[0].split(), *command[1:]))
+        else:
+            words.append(_plain(word))
     pack: Callable[[Any], bytes] = pack_command
-    try:
-        return (pack(tuple([one if one.__class__ in _PLAIN else _plain(one) for one in words])),)
-    except _InPieces:
-        packed: list[Piece] = [b"*%d\r\n" % len(words)]
-        for word in words:
-            pieces = word if isinstance(word, tuple) else (_encoded(word),)
-            packed += (b"$%d\r\n" % sum(map(len, pieces)), *map(_view_if_large, pieces), b"\r\n")
-        return packed
+    return pack(tuple(words))
 
 
-#: What hiredis packs safely. It crashes if a signal handler raises an exception while it packs a number.
-_PLAIN = frozenset((str, bytes))
+def _pack_pieces(words: Sequence[Any]) -> list[Piece]:
+    packed: list[Piece] = [b"*%d\r\n" % len(words)]
+    for word in words:
+        pieces = word if isinstance(word, tuple) else (_plain(word),)
+        pieces = tuple(one.encode() if isinstance(one, str) else one for one in pieces)
+        packed += (b"$%d\r\n" % sum(map(len, pieces)), *pieces, b"\r\n")
+    return packed
 
 
-class _InPieces(Exception):
-    """A command has an argument in pieces."""
-
-
-def _plain(word: Argument | Pieces) -> str | bytes:
-    if isinstance(word, tuple):
-        raise _InPieces
-    if isinstance(word, (str, int, float)):
+def _plain(word: Argument) -> str | bytes:
+    """Return an argument as text or bytes: hiredis crashes if a signal handler raises while it packs a number."""
+    if isinstance(word, (int, float, str)):
         return str(word)
     if isinstance(word, (bytes, memoryview)):
         return bytes(word)
     raise TypeError(f"{type(word).__name__} cannot be an argument of a command")
-
-
-def _encoded(word: Argument) -> bytes:
-    plain = _plain(word)
-    return plain.encode() if isinstance(plain, str) else plain
-
-
-def _view_if_large(piece: Piece) -> Piece:
-    return memoryview(piece) if len(piece) > COPY_BYTES else piece
 
 
 def _split(whole: Piece, piece_bytes: int) -> Iterator[Piece]:

@@ -1,4 +1,4 @@
-"""Which server a command goes to, and what its errors mean."""
+"""The servers of a connection: which of them a command goes to, and what their errors mean."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, TypeVar
 
 import redis
 from redis import exceptions as redis_errors
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 
 class Router:
-    """Finds the server that has a key, translates errors, and keeps the topology up to date."""
+    """The servers of a connection: which of them has a key, and what their errors mean."""
 
     def __init__(
         self, base: BaseClient, *, timeout_seconds: float, socket_seconds: float, read_bytes: int
@@ -51,10 +51,12 @@ class Router:
         self._make_client = partial(
             bounded_client, base.client, timeout_seconds, socket_seconds, socket_read_size=read_bytes
         )
+        #: The server's name in messages, without a password.
         self.address = base.address
         #: The name with which the connections log in.
         self.user = str(pool.connection_kwargs.get("username") or "default")
         self.errors = ErrorTranslator(base.address, self.user, pool, hint=base.hint)
+        #: The servers, and which of them has a key.
         self.servers = _make_topology(base.endpoint, self._make_client, base.address)
 
     def close(self) -> None:
@@ -73,35 +75,35 @@ class Router:
 
     def master_for(self, key: str) -> Server:
         """Return the master that has a key now."""
-        self.check_process()
-        with _TranslatedErrors(self):
-            return self.servers.master_for(key)
+        return self._ask_servers(lambda servers: servers.master_for(key))
 
     def masters(self) -> Sequence[Server]:
         """Return every master."""
-        self.check_process()
-        with _TranslatedErrors(self):
-            return self.servers.masters()
+        return self._ask_servers(lambda servers: servers.masters())
 
     def replicas_of(self, master: Server) -> Sequence[Server]:
         """Return the replicas of a master; none if this user may not know them."""
         try:
-            with _TranslatedErrors(self, master, ("INFO",)):
-                return self.servers.replicas_of(master)
+            return self._ask_servers(lambda servers: servers.replicas_of(master), master)
         except AccessDenied:
             return ()
 
+    def _ask_servers(self, question: Callable[[Topology], Result], server: Server | None = None) -> Result:
+        self.check_process()
+        try:
+            return question(self.servers)
+        except redis_errors.RedisError as error:
+            raise self.failure(error, ("INFO",) if server else (), server) from error
+
     def group_by_server(self, commands: Sequence[Command]) -> dict[Server, Sequence[int]]:
         """Return the servers to which commands go, each with the indexes of its commands."""
-        self.check_process()
-        with _TranslatedErrors(self):
-            if not self.servers.several:
-                return {self.servers.master_for(""): range(len(commands))}
-            first = next(filter(None, map(key_of, commands)), "")  # commands without a key go to its server
-            groups: dict[Server, list[int]] = {}
-            for index, command in enumerate(commands):
-                groups.setdefault(self.servers.master_for(key_of(command) or first), []).append(index)
-            return dict(groups)
+        if not self.servers.several:
+            return {self.master_for(""): range(len(commands))}
+        first = next(filter(None, map(key_of, commands)), "")  # commands without a key go to its server
+        groups: dict[Server, list[int]] = {}
+        for index, command in enumerate(commands):
+            groups.setdefault(self.master_for(key_of(command) or first), []).append(index)
+        return dict(groups)
 
     def use_cluster_nodes(self) -> None:
         """Use all nodes of the Cluster to which the single server belongs."""
@@ -120,6 +122,16 @@ class Router:
         return shaped(self._base.client, command, reply)
 
     # Errors
+
+    def failure(
+        self, error: redis_errors.RedisError, command: Command = (), server: Server | None = None
+    ) -> PeerError:
+        """Return rlbroker's error for one of redis-py's, and note it if the server could not be used."""
+        translated = self.translate(error, command, server)
+        translated.__cause__ = error
+        if isinstance(translated, ConnectionFailed):
+            self.record_failure(error, server)
+        return translated
 
     def record_failure(self, error: redis_errors.RedisError, server: Server | None) -> None:
         """Note that a server could not be used, and close its idle connections, which are likely broken too."""
@@ -144,27 +156,6 @@ class Router:
         """
         name = "" if server is None or isinstance(self.servers, SingleServer) else server.name
         return self.errors.translate(error, command=command, server_name=name)
-
-
-class _TranslatedErrors:
-    """A block whose redis-py errors become rlbroker's. A class, because a generator would be slower."""
-
-    __slots__ = ("_command", "_router", "server")
-
-    def __init__(self, router: Router, server: Server | None = None, command: Command = ()) -> None:
-        self._router, self._command = router, command
-        self.server = server  #: the server that is asked
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if not isinstance(error, redis_errors.RedisError):
-            return
-        translated = self._router.translate(error, self._command, self.server)
-        if isinstance(translated, ConnectionFailed):
-            self._router.record_failure(error, self.server)
-        raise translated from error
 
 
 def _make_topology(endpoint: Endpoint, make_client: Callable[..., redis.Redis], address: str) -> Topology:

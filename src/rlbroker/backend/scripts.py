@@ -53,7 +53,7 @@ def _read(path: str) -> str:
     return _INCLUDE.sub(lambda found: _read(found[1]), text)
 
 
-def loading_commands(calls: Iterable[Sequence[Any]]) -> list[tuple[str, str]]:
-    """Return the commands that load the scripts of some calls."""
-    found = {call[1]: _scripts_by_sha[call[1]] for call in calls if call[1] in _scripts_by_sha}
-    return [("SCRIPT LOAD", script.text) for script in found.values()]
+def loading_commands(commands: Iterable[Sequence[Any]]) -> list[tuple[str, str]]:
+    """Return the commands that load the scripts that some commands call."""
+    called = {command[1]: None for command in commands if command[0] == "EVALSHA"}
+    return [("SCRIPT LOAD", _scripts_by_sha[sha].text) for sha in called if sha in _scripts_by_sha]

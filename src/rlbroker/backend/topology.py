@@ -232,7 +232,7 @@ def query(client: redis.Redis, *command: str) -> Any:
     exchange = Exchange(client.connection_pool)
     try:
         exchange.put([command])
-        reply = exchange.get()
+        (reply,) = exchange.get(1)
     finally:
         exchange.give_back()
     if isinstance(reply, Exception):

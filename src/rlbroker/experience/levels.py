@@ -6,6 +6,7 @@ from typing import Any
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import try_seconds
+from rlbroker.backend.suitability import name_and_version
 from rlbroker.backend.topology import Server
 from rlbroker.config import Level
 from rlbroker.errors import ConnectionFailed, PeerError, ServerFault, ServerUnsuitable
@@ -98,7 +99,7 @@ class Confirmation:
         if _has_no_file(refusal):
             return f"an append-only file, and {node} has none; `redis-cli CONFIG SET appendonly yes` there"
         version = "Redis or Valkey" if replica else "Redis 7.2 or newer, or Valkey"
-        found = self._connection.server_version(self._connection.server_info(master))
+        found = name_and_version(self._connection.server_info(master))
         return f"{version}; this is {found or 'another server'}"
 
     def _name(self, server: Server) -> str:

@@ -76,7 +76,7 @@ class Maintenance:
             if self._next_heartbeat.over:
                 self.send_heartbeat()
                 self._restoration.check_shards()
-                self._connection.load_missing(SCRIPTS)
+                self._connection.load(SCRIPTS, deadline=ONE_TRY)
                 self._restoration.check_weights()
                 self._next_heartbeat = Deadline(HEARTBEAT_SECONDS)
                 self.record()

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import ONE_TRY
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.suitability import name_and_version
 from rlbroker.codec.limits import Limits
 from rlbroker.codec.message import MessageAssembly, MessagePlan
 from rlbroker.errors import ConnectionFailed, DeadlineExceeded, RlbrokerError
@@ -153,7 +154,7 @@ def measure(
         codecs = [_measure_codec(kind, sample, seconds) for kind, sample in _make_samples()]
         return BenchReport(
             server=connection.address,
-            server_version=connection.server_version(),
+            server_version=name_and_version(connection.server_info()),
             round_trip_us=1e6 * median(round_trips),
             round_trip_p99_us=1e6 * float(np.percentile(round_trips, 99)),
             set_megabytes_per_second=set_rate,

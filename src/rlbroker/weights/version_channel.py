@@ -42,7 +42,7 @@ class VersionChannel:
             pubsub.subscribe(self._name)
         except redis_errors.RedisError as error:
             pubsub.close()
-            raise self._connection.to_rlbroker_error(error) from error
+            raise self._connection.translate(error) from error
         self._pubsub = pubsub
         self._next_ping, self._answered = Deadline(PING_SECONDS), True
 
@@ -64,7 +64,7 @@ class VersionChannel:
         except (redis_errors.RedisError, OSError) as error:
             self.close()
             if isinstance(error, redis_errors.RedisError):
-                raise self._connection.to_rlbroker_error(error) from error
+                raise self._connection.translate(error) from error
             raise
         if message is None:
             return 0

@@ -12,6 +12,7 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import ONE_TRY, Deadline
 from rlbroker.backend.replies import server_seconds, text_fields, whole_number
 from rlbroker.backend.resp import Command
+from rlbroker.backend.suitability import name_and_version
 from rlbroker.backend.topology import Server
 from rlbroker.errors import AccessDenied, PeerError
 
@@ -100,7 +101,7 @@ def read_server_info(connection: Connection, server: Server | None = None) -> Se
     if greeting.get("server") not in _SERVERS:  # a fake server, whose version numbers mean something else
         greeting = {}
     version = fields.get("redis_version") or greeting.get("version", "")
-    name = connection.server_version(fields) or " ".join(
+    name = name_and_version(fields) or " ".join(
         word for word in (greeting.get("server", "").capitalize(), version) if word
     )
     role = fields.get("role") or greeting.get("role", "")

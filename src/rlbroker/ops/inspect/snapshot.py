@@ -24,6 +24,7 @@ from rlbroker.backend.replies import (
     text_fields,
     whole_number,
 )
+from rlbroker.backend.suitability import name_and_version
 from rlbroker.config import RunSettings
 from rlbroker.control.outcomes import WorkerOutcomes, summarize_missed
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
@@ -366,7 +367,7 @@ def _parse_server(connection: Connection, node: str, replies: Sequence[bytes | N
         info |= info_fields(reply) if reply else {}
     return ServerStatus(
         address=connection.address,
-        version=connection.server_version(info),
+        version=name_and_version(info),
         maxmemory_policy=info.get("maxmemory_policy", ""),
         used_bytes=whole_number(info.get("used_memory", "")),
         maxmemory_bytes=whole_number(info.get("maxmemory", "")),
