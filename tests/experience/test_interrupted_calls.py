@@ -115,8 +115,10 @@ def test_an_interrupted_collect_gives_its_batches_to_the_next_one(
                 sent += 1
 
         send()
-        for _, place in each_point(points, error, collect):
+        for point, place in each_point(points, error, collect):
             receiver.collect_up_to(sent - 1, place)
+            if point % 20 == 0 and acknowledge == "manual":
+                comm.acknowledge(comm.marks())
             send()
         receiver.collect_up_to(sent - 1, "the end")
         receiver.check_counts(sent)

@@ -98,14 +98,11 @@ class Collector:
             latest_version=latest_version,
         )
         self._calls = CallLock()
-        self._began = self._unfinished = (
-            False  #: whether a call has begun, and whether the last one did not end
-        )
         self._handover = Handover([])
+        self._began = False  #: whether there was a call
+        self._unfinished = False  #: whether the last call ended with an error or an interrupt
         self._budget_bytes = COLLECT_BYTES  #: how much more the present call may read and decode
-        self._wait_seconds = (
-            0.0  #: seconds that calls have waited for entries, until they are added to the metrics
-        )
+        self._wait_seconds = 0.0  #: seconds that were waited for entries, until they are added to the metrics
         self._outage = OutageLog("collecting")
 
     def collect(self, *, timeout_seconds: float, max_batches: int | None) -> list[tuple[int, Batch]]:
@@ -174,16 +171,11 @@ class Collector:
 
     def restore(self, marks: Mapping[str, Any]) -> bool:
         """Continue from marks: skip what they cover. Return False, and do nothing, if `collect` was called before."""
-        try:
-            with self._calls.hold():
-                if self._began:
-                    return False
-                for name, mark in marks.items():
-                    self._streams.position(name).restore(mark)
-                return True
-        except BaseException:
-            self._release()
-            raise
+        if self._began:
+            return False
+        for name, mark in marks.items():
+            self._streams.position(name).restore(mark)
+        return True
 
     def acknowledge_marks(self, marks: Mapping[str, Any]) -> int:
         """Acknowledge the batches that these marks cover; return how many the server still had."""

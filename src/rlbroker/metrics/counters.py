@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 #: Each staleness below this has a bucket of its own; from here on each power of two begins a bucket.
 EXACT_BELOW = 16
@@ -15,13 +15,13 @@ EXACT_BELOW = 16
 class Metrics:
     """Sums by name, and numbers of batches by staleness. Cheap, and safe to use from several threads.
 
-    Each thread adds to sums of its own, which are replaced in one assignment. So there is no lock, and what is added in
-    one call is added whole or not at all, also when the call is interrupted.
+    There is no lock that an interrupt could leave behind: each thread has sums of its own, and replaces them in one
+    assignment.
     """
 
     def __init__(self) -> None:
         """Start every sum at zero."""
-        #: For each thread its sums, and its numbers by staleness bucket.
+        #: By thread: the sums by name, and the numbers of batches by staleness bucket.
         self._by_thread: dict[int, tuple[dict[str, float], dict[int, int]]] = {}
 
     def add(self, name: str, amount: float) -> None:
@@ -31,14 +31,13 @@ class Metrics:
     def add_all(self, staleness: Iterable[int] = (), /, **amounts: float) -> None:
         """Add to several sums, and count batches by their staleness, in one step."""
         thread = threading.get_ident()
-        found = self._by_thread.get(thread, ({}, {}))
-        sums, buckets = dict(found[0]), dict(found[1])
-        for name, amount in amounts.items():
-            sums[name] = sums.get(name, 0.0) + amount
+        before = self._by_thread.get(thread, ({}, {}))
+        sums, counts = dict(before[0]), dict(before[1])
+        _add(sums, amounts)
         for number in staleness:
             bucket = staleness_bucket(number)
-            buckets[bucket] = buckets.get(bucket, 0) + 1
-        self._by_thread[thread] = sums, buckets
+            counts[bucket] = counts.get(bucket, 0) + 1
+        self._by_thread[thread] = sums, counts
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -51,22 +50,26 @@ class Metrics:
 
     def total(self, name: str) -> float:
         """Return one sum."""
-        return sum(sums.get(name, 0.0) for sums, _ in list(self._by_thread.values()))
+        return self.totals().get(name, 0.0)
 
     def totals(self) -> dict[str, float]:
         """Return every sum that was added to, by name."""
-        found: dict[str, float] = {}
+        totals: dict[str, float] = {}
         for sums, _ in list(self._by_thread.values()):
-            for name, amount in sums.items():
-                found[name] = found.get(name, 0.0) + amount
-        return found
+            _add(totals, sums)
+        return totals
 
     def staleness_counts(self) -> dict[int, int]:
         """Return the number of batches in each staleness bucket, by the bucket's lower bound."""
-        found = Counter[int]()
-        for _, buckets in list(self._by_thread.values()):
-            found.update(buckets)
-        return dict(sorted(found.items()))
+        totals: dict[int, int] = {}
+        for _, counts in list(self._by_thread.values()):
+            _add(totals, counts)
+        return dict(sorted(totals.items()))
+
+
+def _add(sums: dict[Any, Any], amounts: Mapping[Any, Any]) -> None:
+    for name, amount in amounts.items():
+        sums[name] = sums.get(name, 0) + amount
 
 
 def staleness_bucket(staleness: int) -> int:
