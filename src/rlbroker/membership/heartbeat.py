@@ -91,7 +91,6 @@ class Heartbeat:
         keys = (
             self._keys.life(worker),
             self._keys.workers,
-            self._keys.acknowledgements(worker),
             self._keys.weights,
             self._keys.heartbeat(worker),
         )

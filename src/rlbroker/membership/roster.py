@@ -7,7 +7,6 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from typing import Final
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
@@ -19,6 +18,7 @@ from rlbroker.config import RunSettings
 from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
 from rlbroker.membership.incarnations import (
     Incarnations,
+    believed_claim,
     parse_worker_id,
     parse_worker_ids,
     read_incarnations,
@@ -28,11 +28,6 @@ from rlbroker.membership.worker_info import parse_worker_infos
 from rlbroker.types import WorkerInfo
 
 logger = logging.getLogger("rlbroker")
-
-#: Bounds on the versions that workers claim to have seen on a server that lost them: an absolute one, and one above the
-#: latest version where that is known. A larger claim is ignored, so that no worker can use up the version numbers.
-MAX_CLAIMED_VERSION: Final = 1 << 40
-MAX_CLAIMED_STEP: Final = 10_000_000
 
 OPEN = Script.load("membership/lua/open.lua")
 
@@ -280,8 +275,7 @@ class Roster:
             [("HGET", self._keys.meta, "version_floor"), ("HGET", self._keys.weights, "version")]
         )
         floor, latest = (number_in(reply) or 0 for reply in replies)
-        limit = min(MAX_CLAIMED_VERSION, latest + MAX_CLAIMED_STEP) if latest else MAX_CLAIMED_VERSION
-        claimed = max((claim for claim in claims if claim <= limit), default=0)
+        claimed = max(believed_claim(claim, latest) for claim in claims)
         if claimed > max(floor, latest):
             self._connection.execute("HSET", self._keys.meta, "version_floor", claimed)
 
