@@ -10,11 +10,11 @@ from typing import Final
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
-from rlbroker.backend.error_mapping import id_was_passed
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.locks import CallLock
 from rlbroker.backend.replies import entry_place, parsing
-from rlbroker.errors import Fenced, RunLost, ServerFault
+from rlbroker.backend.scripts import Script
+from rlbroker.errors import RunLost
 from rlbroker.types import Registration
 
 #: The most sent acknowledgements that are kept, in case the server loses them.
@@ -22,6 +22,8 @@ KEPT: Final = 10_000
 
 #: Interval between two checks of which acknowledgements the ledger has settled; those are no longer kept.
 SETTLED_SECONDS: Final = 5.0
+
+ACKNOWLEDGE = Script.load("control/lua/acknowledge.lua")
 
 
 @dataclass
@@ -43,9 +45,8 @@ class AcknowledgementSender:
     An acknowledgement is kept until the ledger has settled it. When the server may have lost data, all that are kept
     are sent again, which is idempotent because their entry ids are explicit.
 
-    After a loss only this class creates the stream, and fills it in order. If another part of the worker created it, an
-    acknowledgement could be added before the ones that were lost; these then had too small an id, and the ledger
-    recorded versions as missed that the worker had run.
+    The server adds one only if it follows the one before. Otherwise, after a loss, one could be stored before those that
+    were lost; these then had too small an id, and the ledger recorded versions as missed that the worker had run.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class AcknowledgementSender:
         self._unsent: deque[_Acknowledgement] = deque()
         self._unsettled: deque[_Acknowledgement] = deque()  #: sent, and not settled by the ledger yet
         self._last_number = 0  #: of the acknowledgements that were sent
+        self._end = (0, 0)  #: the place of the last entry of the stream
         #: Every version up to this one is settled, or was published before this worker joined.
         self._settled_version = registration.latest_version
         self._sending = CallLock()
@@ -155,30 +157,23 @@ class AcknowledgementSender:
         self._rejoin(self._channel)
         self._drop_settled()
         self._check_control(self._channel)
-        # Only this entry creates the stream; then all acknowledgements must follow in order.
         self._store(0, {"event": "joined", "version": self._settled_version, "again": 1})
         for acknowledgement in self._unsettled:
             self._store(acknowledgement.number, acknowledgement.fields)
         self._stale = False
 
     def _store(self, number: int, fields: Mapping[str, Argument]) -> None:
-        stream = self._keys.acknowledgements(self._worker_id)
-        only_existing = ["NOMKSTREAM"] if number else []
-        entry_id = f"{self._incarnation}-{number}"
+        """Add one to the stream; number 0 creates the stream if there is none."""
+        if number and (self._incarnation, number) <= self._end:
+            return  # it was stored before
+        expected = "{}-{}".format(*self._end) if number else ""
+        arguments = expected, f"{self._incarnation}-{number}", *flat(fields)
         try:
-            stored = self._channel.execute("XADD", stream, *only_existing, entry_id, *flat(fields))
-        except ServerFault as error:
-            if not id_was_passed(error):
-                raise
-            newest = self._channel.execute("HGET", self._keys.life(self._worker_id), "incarnation")
-            if int(newest or 0) > self._incarnation:
-                raise Fenced(
-                    f"worker {self._worker_id} was replaced by a newer process, or the run has forgotten it"
-                ) from error
-            return  # it was stored before, and the reply was lost
-        if stored is None:
+            last = self._channel.run(ACKNOWLEDGE, (self._keys.acknowledgements(self._worker_id),), arguments)
+        except RunLost:
             self._stale = True
-            raise RunLost(f"the server lost the acknowledgements of worker {self._worker_id}")
+            raise
+        self._end = entry_place(last)
 
     def _drop_settled(self) -> None:
         self._next_settled_check = Deadline(SETTLED_SECONDS)
