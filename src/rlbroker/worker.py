@@ -13,6 +13,7 @@ import redis
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.locks import CallLock
 from rlbroker.backend.text import counted
 from rlbroker.codec.limits import FORMAT_VERSION
 from rlbroker.codec.signing import SigningKey
@@ -128,8 +129,9 @@ class WorkerClient:
         self._joined = self._closed = self._draining = False
         self._signals = DrainSignals(self.drain)
         self._last_poll = LastPoll()
-        #: Held while commands are obeyed and weights applied, so that both keep their order.
+        #: Held while weights are applied, so that they keep their order.
         self._applying = threading.RLock()
+        self._obeying = CallLock()  #: held while commands are obeyed, so that they keep their order
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
         self._subscriber = Subscriber(
             connection,
@@ -209,7 +211,8 @@ class WorkerClient:
         """Register a function that is called, within `poll`, with the data of each command of this name.
 
         For `stop`, `pause`, `resume` and `reset` it is called after their built-in effect. If it raises an
-        `Exception`, the command's outcome at this worker is `failed`, with the error's text. ::
+        `Exception`, the command's outcome at this worker is `failed`, with the error's text. So it is after an
+        interrupt: a handler is called at most once for each command. It may call the client. ::
 
             worker.on_command("set_epsilon", policy.set_epsilon)
 
@@ -218,7 +221,7 @@ class WorkerClient:
             handler: takes the command's data. Registering a second handler for a name replaces the first.
 
         Raises:
-            UnsupportedType: the handler is not callable.
+            UnsupportedType: the name is not text, or the handler is not callable.
         """
         self._commands.register(name, handler)
 
@@ -408,6 +411,8 @@ class WorkerClient:
             with within(deadline):
                 try:
                     self._sender.close(deadline)
+                    if not self._commands.is_calling:
+                        self._inbox.finish_interrupted()
                     self._inbox.stop(deadline.remaining)
                 finally:  # a fenced worker leaves too, which records that two processes have its id
                     late = deadline.over
@@ -486,8 +491,13 @@ class WorkerClient:
             part.check()
 
     def _obey_commands(self, deadline: Deadline | None = None) -> None:
-        """Obey every command that has arrived. While paused, wait for further ones, up to the deadline."""
-        with self._applying:
+        """Obey every command that has arrived. While paused, wait for further ones, up to the deadline.
+
+        A handler that calls the client obeys none: the next command begins when its own is done.
+        """
+        if self._commands.is_calling:
+            return
+        with self._obeying.hold():
             while self.running and not (deadline and deadline.over):
                 command = self._inbox.next(CHECK_SECONDS if self.paused else 0)
                 if command is not None:

@@ -45,8 +45,8 @@ class AcknowledgementSender:
     An acknowledgement is kept until the ledger has settled it. When the server may have lost data, all that are kept
     are sent again, which is idempotent because their entry ids are explicit.
 
-    The server adds one only if it follows the one before. Otherwise, after a loss, one could be stored before those that
-    were lost; these then had too small an id, and the ledger recorded versions as missed that the worker had run.
+    The server adds one only if it follows the one before. Otherwise, after a loss, one could be stored before those
+    that were lost; these then had too small an id, and the ledger recorded versions as missed that the worker had run.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class AcknowledgementSender:
         self._settled_version = registration.latest_version
         self._sending = CallLock()
         self._channel = Channel(connection, keys.meta)
+        self._closed = False
         self._stale = False  #: whether the server may have lost acknowledgements
         self._next_settled_check = Deadline(SETTLED_SECONDS)
 
@@ -114,7 +115,7 @@ class AcknowledgementSender:
         """
         # Check again after each release of the lock: meanwhile another thread may have queued one and left it to this
         # thread.
-        while self._unsent or self._stale:
+        while (self._unsent or self._stale) and not self._closed:
             with self._sending.hold(0) as exclusive:
                 if not exclusive:
                     return
@@ -138,6 +139,9 @@ class AcknowledgementSender:
             if self._unsent or self._stale:
                 self._connection.retry(self.send, deadline)
         finally:
+            self._closed = (
+                True  # a handler may have closed the client; its command cannot be acknowledged then
+            )
             with self._sending.hold(0):
                 self._channel.close()
 

@@ -37,7 +37,6 @@ from rlbroker.control.outcomes import (
     Event,
     Settled,
     WorkerOutcomes,
-    missed_from_fields,
     missed_to_fields,
     settle,
     summarize_missed,
@@ -394,11 +393,10 @@ class Ledger:
         """Write back the records of missed updates that the server lost."""
         if not self._missed:
             return
-        newest = self._connection.execute("XREVRANGE", self._keys.missed, "+", "-", "COUNT", 1)
-        if newest and missed_from_fields(text_fields(newest[0][1])) == self._missed[-1]:
+        newest = read_missed_records(self._connection, self._keys, count=1)
+        if newest == [self._missed[-1]]:
             return  # then all older records are there too
-        entries = self._connection.execute("XRANGE", self._keys.missed, "-", "+")
-        kept = {missed_from_fields(text_fields(fields)) for _, fields in entries}
+        kept = set(read_missed_records(self._connection, self._keys))
         lost = [self._xadd_missed(missed) for missed in dict.fromkeys(self._missed) if missed not in kept]
         self._connection.execute_all(lost)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, cast
 
-from rlbroker.backend.replies import entry_place, whole_number
+from rlbroker.backend.replies import entry_place, seconds_number, whole_number
 from rlbroker.types import Missed, MissedUpdates, Outcome, State
 
 #: Length to which text from a worker is cut.
@@ -247,16 +247,22 @@ def missed_from_fields(fields: Mapping[str, str]) -> Missed:
         KeyError: a field is missing.
         ValueError: a field is invalid.
     """
+    worker, incarnation, first, last = (
+        whole_number(fields[name]) for name in ("worker", "incarnation", "from", "to")
+    )
+    at = seconds_number(fields["at"])
+    if worker is None or incarnation is None or first is None or last is None or at is None:
+        raise ValueError("a number is invalid")
     return Missed(
-        worker_id=int(fields["worker"]),
-        incarnation=int(fields["incarnation"]),
+        worker_id=worker,
+        incarnation=incarnation,
         what="command" if fields["what"] == "command" else "weights",
-        first=int(fields["from"]),
-        last=int(fields["to"]),
+        first=first,
+        last=last,
         command=fields["command"],
         why=fields["why"],
         detail=fields["detail"],
-        at=round(float(fields["at"]), 3),
+        at=round(at, 3),
     )
 
 

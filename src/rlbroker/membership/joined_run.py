@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Final
@@ -12,6 +12,7 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import parsing, text_fields, whole_number
 from rlbroker.config import RunSettings
 from rlbroker.errors import IncompatibleFormat
+from rlbroker.membership.lease import OPEN_POLL_SECONDS
 from rlbroker.membership.run_size import RunSize
 
 #: Fields of `meta` that a worker needs, in the order in which `beat.lua` returns them.
@@ -35,7 +36,6 @@ class JoinedRun:
         """
         self._keys, self.wire_format = keys, wire_format
         self._settings: RunSettings | None = None
-        self._opened = threading.Event()
         self._last_reply: Sequence[bytes | None] = ()
         #: The number of workers and hosts, from the learner's latest count.
         self.size = RunSize()
@@ -52,7 +52,9 @@ class JoinedRun:
 
     def wait_for_settings(self, deadline: Deadline) -> RunSettings | None:
         """Wait for a learner to open the run, and return its settings; None if the deadline passes."""
-        return self._settings if self._opened.wait(deadline.remaining) else None
+        while self._settings is None and not deadline.over:
+            time.sleep(min(OPEN_POLL_SECONDS, deadline.remaining))
+        return self._settings
 
     def apply(self, reply: Sequence[bytes | None]) -> bool:
         """Apply a heartbeat's reply, and return whether it brought new settings.
@@ -70,9 +72,9 @@ class JoinedRun:
         if opened:
             with parsing(self._keys.meta):
                 self.check_wire_format(meta["wire_format"])
-                self._settings = RunSettings.from_fields(meta)
+                settings = RunSettings.from_fields(meta)
             self._keys.use_shards(meta.get("shards", " ".join(self._keys.shards)))
-            self._opened.set()
+            self._settings = settings  # last: another thread waits for it
         self.size = RunSize(*(whole_number(meta.get(name, "")) or 0 for name in RunSize._fields))
         self._last_reply = reply
         return opened

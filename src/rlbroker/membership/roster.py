@@ -13,7 +13,7 @@ from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import default_if_wrong_type, number_in, parsing, server_seconds, text_fields
 from rlbroker.backend.scripts import Script
-from rlbroker.backend.text import counted
+from rlbroker.backend.text import counted, readable
 from rlbroker.config import RunSettings
 from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
 from rlbroker.membership.incarnations import (
@@ -88,7 +88,7 @@ class Roster:
         self._meta = {
             "wire_format": wire_format,
             "learner_state": "open",
-            "learner_host": socket.gethostname(),
+            "learner_host": readable(socket.gethostname()),
             "learner_pid": os.getpid(),
             "opened": f"{time.time():.3f}",
             "num_workers": num_workers,
