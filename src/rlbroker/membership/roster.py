@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
@@ -15,7 +16,7 @@ from rlbroker.backend.replies import default_if_wrong_type, number_in, parsing, 
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import counted, readable
 from rlbroker.config import RunSettings
-from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
+from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault, WrongKeyType
 from rlbroker.membership.incarnations import (
     Incarnations,
     believed_claim,
@@ -249,22 +250,13 @@ class Roster:
         for worker, written in list(self._written_back.items()):
             if now_milliseconds - written >= return_milliseconds:
                 to_forget[worker] = (int(return_milliseconds), self._written_back.pop(worker))
-        replies = self._connection.run_all(
-            [
-                (
-                    FORGET,
-                    (
-                        self._keys.life(worker),
-                        self._keys.acknowledgements(worker),
-                        self._keys.weights,
-                        self._keys.meta,
-                    ),
-                    limits,
-                )
-                for worker, limits in to_forget.items()
-            ]
-        )
-        return [worker for worker, forgotten in zip(to_forget, replies, strict=True) if forgotten]
+        forgotten = []
+        for worker, limits in to_forget.items():
+            own = self._keys.life(worker), self._keys.acknowledgements(worker)
+            with suppress(WrongKeyType):  # a worker has just changed its type; the next heartbeat deletes it
+                if self._connection.run(FORGET, (*own, self._keys.weights, self._keys.meta), limits):
+                    forgotten.append(worker)
+        return forgotten
 
     def _raise_version_floor(self, incarnations: Incarnations) -> None:
         """Record the newest version that workers saw before the server lost it, so that it is not reused."""
