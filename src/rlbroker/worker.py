@@ -277,6 +277,7 @@ class WorkerClient:
         """
         with self._last_poll:
             self._check()
+            self._inbox.send_unsent()
             check_target(model)
             deadline = Deadline(check_positive_seconds("timeout", timeout))
             with within(deadline):
@@ -308,6 +309,7 @@ class WorkerClient:
         """
         with self._last_poll:
             self._check()
+            self._inbox.send_unsent()
             if self._inbox.waiting or self.paused:
                 self._obey_commands()
             if model is None or not self._subscriber.ready or not self.running:

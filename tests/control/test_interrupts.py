@@ -107,7 +107,9 @@ def test_an_interrupted_command_is_done_at_most_once_and_acknowledged_truly(
             client.poll()
         wait_until(
             "all are acknowledged",
-            lambda: [client.poll()] and all(one.outcomes()[0].state != "waiting" for one in commands),
+            lambda sent=commands: (
+                [client.poll()] and all(one.outcomes()[0].state != "waiting" for one in sent)
+            ),
         )
         outcomes = {one.name: one.outcomes()[0] for one in commands}
         assert outcomes["stranger"].state == "unknown", interrupt.place

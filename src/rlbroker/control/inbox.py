@@ -195,6 +195,12 @@ class Inbox:
     def _acknowledge(self, fields: Mapping[str, Argument]) -> None:
         """Send an acknowledgement now, or leave it to the background thread if the server cannot be reached."""
         self.acknowledgements.add(fields)
+        self.send_unsent()
+
+    def send_unsent(self) -> None:
+        """Send acknowledgements that an interrupt of this thread kept from being sent, if there are any."""
+        if not self.acknowledgements.unsent:
+            return
         try:
             self.acknowledgements.send()
         except Fenced:
