@@ -127,8 +127,8 @@ class WorkerClient:
         self._joined = self._closed = self._draining = False
         self._signals = DrainSignals(self.drain)
         self._last_poll = LastPoll()
-        #: Held while commands are obeyed and weights applied, so that both keep their order.
-        self._applying = CallLock()
+        self._obeying = CallLock()  #: held while commands are obeyed, so that they keep their order
+        self._applying = CallLock()  #: held while weights are applied, so that they keep their order
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
         self._subscriber = Subscriber(
             connection,
@@ -210,7 +210,8 @@ class WorkerClient:
         """Register a function that is called, within `poll`, with the data of each command of this name.
 
         For `stop`, `pause`, `resume` and `reset` it is called after their built-in effect. If it raises an
-        `Exception`, the command's outcome at this worker is `failed`, with the error's text. ::
+        `Exception`, the command's outcome at this worker is `failed`, with the error's text. So it is after an
+        interrupt: a handler is called at most once for each command. It may call the client. ::
 
             worker.on_command("set_epsilon", policy.set_epsilon)
 
@@ -219,7 +220,7 @@ class WorkerClient:
             handler: takes the command's data. Registering a second handler for a name replaces the first.
 
         Raises:
-            UnsupportedType: the handler is not callable.
+            UnsupportedType: the name is not text, or the handler is not callable.
         """
         self._commands.register(name, handler)
 
@@ -276,6 +277,7 @@ class WorkerClient:
         try:
             with self._last_poll:
                 self._check()
+                self._inbox.send_unsent()
                 check_target(model)
                 deadline = Deadline(check_positive_seconds("timeout", timeout))
                 with within(deadline):
@@ -286,6 +288,7 @@ class WorkerClient:
                 self._wait_and_load(model, latest, deadline)
                 return self.version
         except BaseException:  # an interrupt may have left it
+            self._obeying.release()
             self._applying.release()
             raise
 
@@ -311,6 +314,7 @@ class WorkerClient:
         try:
             with self._last_poll:
                 self._check()
+                self._inbox.send_unsent()
                 if self._inbox.waiting or self.paused:
                     self._obey_commands()
                 if model is None or not self._subscriber.ready or not self.running:
@@ -319,6 +323,7 @@ class WorkerClient:
                 with self._applying.hold():
                     return self._weights.apply(self._subscriber.updates, model)
         except BaseException:  # an interrupt may have left it
+            self._obeying.release()
             self._applying.release()
             raise
 
@@ -417,6 +422,8 @@ class WorkerClient:
             with within(deadline):
                 try:
                     self._sender.close(deadline)
+                    if not self._commands.is_calling:
+                        self._inbox.finish_interrupted()
                     self._inbox.stop(deadline.remaining)
                 finally:  # a fenced worker leaves too, which records that two processes have its id
                     late = deadline.over
@@ -495,9 +502,14 @@ class WorkerClient:
             part.check()
 
     def _obey_commands(self, deadline: Deadline | None = None) -> None:
-        """Obey every command that has arrived. While paused, wait for further ones, up to the deadline."""
-        while self.running and not (deadline and deadline.over):
-            with self._applying.hold():  # for one command: a handler that polls releases it
+        """Obey every command that has arrived. While paused, wait for further ones, up to the deadline.
+
+        A handler that calls the client obeys none: the next command begins when its own is done.
+        """
+        if self._commands.is_calling:
+            return
+        with self._obeying.hold():
+            while self.running and not (deadline and deadline.over):
                 command = self._inbox.next(CHECK_SECONDS if self.paused else 0)
                 if command is not None:
                     self._commands.obey(command, self._inbox)

@@ -10,6 +10,7 @@ import pytest
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.replies import entry_place
 from rlbroker.backend.scripts import Script
 from rlbroker.control import commands, ledger
 from rlbroker.control.commands import CommandSender
@@ -45,7 +46,7 @@ def test_what_is_kept_of_versions_does_not_grow_with_their_number() -> None:
         cast(Connection, None),
         KEYS,
         epoch=1,
-        last_used_version=lambda: VERSIONS,
+        last_version=lambda: VERSIONS,
         signed=False,
         note_outcomes=lambda worker, outcomes: None,
     )
@@ -54,7 +55,7 @@ def test_what_is_kept_of_versions_does_not_grow_with_their_number() -> None:
         for event in _history(worker, random_):
             settled = settle(folding._outcomes.get(worker, WorkerOutcomes()), event, {}, VERSIONS)
             folding._unconfirmed[worker, event.entry_id] = settled
-            folding._confirm([(worker, event.entry_id)])
+            folding._confirm_up_to({worker: entry_place(event.entry_id)})
     assert folding._outcomes.keys() == {0, 1, 2}
     assert not folding._unconfirmed
     assert len(folding._missed) == ledger.MISSED_KEPT

@@ -24,6 +24,7 @@ from rlbroker import AccessDenied, Fenced, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.missing_rights import is_missing_right
 from rlbroker.backend.scripts import Script
+from rlbroker.control.acknowledgements import ACKNOWLEDGE
 from rlbroker.control.commands import RESTORE_COMMAND, SEND
 from rlbroker.control.ledger import SETTLE
 from rlbroker.membership.heartbeat import BEAT, LEAVE, REJOIN
@@ -312,15 +313,8 @@ def keys_of(script: Script, worker: int) -> list[str]:
         PRUNE_RUN: [KEYS.workers, KEYS.meta],
         LEAVE: [KEYS.life(worker), KEYS.heartbeat(worker), KEYS.acknowledgements(worker), KEYS.weights],
         BEAT: [KEYS.life(worker), KEYS.workers, KEYS.heartbeat(worker), KEYS.meta],
-        REJOIN: [
-            *(
-                KEYS.life(worker),
-                KEYS.workers,
-                KEYS.acknowledgements(worker),
-                KEYS.weights,
-                KEYS.heartbeat(worker),
-            )
-        ],
+        REJOIN: [KEYS.life(worker), KEYS.workers, KEYS.weights, KEYS.heartbeat(worker)],
+        ACKNOWLEDGE: [KEYS.acknowledgements(worker)],
         REGISTER: [
             *(KEYS.life(worker), KEYS.workers, KEYS.acknowledgements(worker), KEYS.weights, KEYS.control),
             *(KEYS.meta, KEYS.heartbeat(worker), KEYS.ledger(worker)),
@@ -344,7 +338,8 @@ ATTACKS: dict[str, tuple[Script, list[Any]]] = {
         RESTORE_COMMAND,
         [EPOCH, "abc", "60", "1", "1", "1", "waiting", "name", "stop", "data", ""],
     ),
-    "settle": (SETTLE, [EPOCH, "1-1", "1", "3", "2", "HSET", "settled", "9"]),
+    "settle": (SETTLE, [EPOCH, "1-1", "1", "60", "9", "0", "0", "settled", "9"]),
+    "acknowledge": (ACKNOWLEDGE, ["", f"{FAR}-1", "event", "left", "version", "9"]),
     "give-up": (FORGET, ["0", "0"]),
     "prune": (PRUNE_RUN, ["0", "-1", "0", "pruned"]),
     "leave": (LEAVE, ["1", "me:1"]),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -72,12 +73,12 @@ def test_an_acknowledgement_that_could_not_be_sent_is_retried_at_once(
     acknowledgements = inbox.acknowledgements
     store, fails = acknowledgements._store, [True]
 
-    def failing(answer: Any) -> None:
+    def failing(*answer: Any) -> None:
         if fails.pop():
             fails.append(False)
             raise ConnectionFailed("the connection broke")
         fails.append(False)
-        store(answer)
+        store(*answer)
 
     monkeypatch.setattr(acknowledgements, "_store", failing)
     inbox.acknowledge_version(0, 1, "failed", "for a test")
@@ -91,24 +92,19 @@ def test_an_acknowledgement_added_while_another_thread_sends_is_sent_too(
     """The sending thread may just have checked for the last time whether there are more."""
     inbox = sleeper._inbox
     acknowledgements = inbox.acknowledgements
-    release = acknowledgements._sending.release
-    late = [inbox]
+    hold, late = acknowledgements._sending.hold, [inbox]
 
-    class Sending:
-        """The lock of the sending thread; before its release another thread adds an acknowledgement."""
-
-        def acquire(self, *, blocking: bool) -> bool:
-            return lock.acquire(blocking=blocking)
-
-        def release(self) -> None:
+    @contextmanager
+    def hold_until_one_is_added(seconds: float) -> Iterator[bool]:
+        """Hold the lock; before its release another thread adds an acknowledgement."""
+        with hold(seconds) as held:
+            yield held
             if late:
                 other = threading.Thread(target=late.pop().acknowledge_version, args=(1, 2, "failed"))
                 other.start()
                 other.join()
-            release()
 
-    lock = acknowledgements._sending
-    monkeypatch.setattr(acknowledgements, "_sending", Sending())
+    monkeypatch.setattr(acknowledgements._sending, "hold", hold_until_one_is_added)
     inbox.acknowledge_version(0, 1, "failed")
     assert not late
     assert not inbox.acknowledgements.unsent

@@ -1,4 +1,4 @@
-"""Time spans and counts as text for people."""
+"""Time spans, counts and errors as text for people."""
 
 from __future__ import annotations
 
@@ -22,3 +22,27 @@ def counted(count: int, one: str, many: str = "") -> str:
     ('1 version', '2,000 versions', '0 batches')
     """
     return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def readable(text: str, length: int = 500) -> str:
+    """Return a text cut to a length, and with escapes in place of what UTF-8 cannot express.
+
+    >>> readable("caf\\udce9.txt"), readable("long text", 4)
+    ('caf\\\\udce9.txt', 'long')
+    """
+    return text[:length].encode(errors="backslashreplace").decode()[:length]
+
+
+def describe_error(error: BaseException, length: int = 500) -> str:
+    """Return an error's type and text, whatever its `__str__` does; for a group, those of its first errors too.
+
+    >>> describe_error(ExceptionGroup("two", [ValueError("a"), KeyError(1)]))
+    'ExceptionGroup: two (2 sub-exceptions): ValueError: a; KeyError: 1'
+    """
+    try:
+        text = str(error)[:length]
+    except Exception:  # noqa: BLE001 - it may do anything
+        text = "its text cannot be shown"
+    if isinstance(error, BaseExceptionGroup):
+        text += ": " + "; ".join(describe_error(one, length // 4) for one in error.exceptions[:3])
+    return readable(f"{type(error).__name__}: {text}" if text else type(error).__name__, length)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
-from rlbroker.backend.error_mapping import id_was_passed
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import entry_place, parsing, stored_integer
-from rlbroker.errors import Fenced, RunLost, ServerFault
+from rlbroker.backend.locks import CallLock
+from rlbroker.backend.replies import entry_place, parsing
+from rlbroker.backend.scripts import Script
+from rlbroker.errors import RunLost
 from rlbroker.types import Registration
 
 #: The most sent acknowledgements that are kept, in case the server loses them.
@@ -24,18 +23,20 @@ KEPT: Final = 10_000
 #: Interval between two checks of which acknowledgements the ledger has settled; those are no longer kept.
 SETTLED_SECONDS: Final = 5.0
 
+ACKNOWLEDGE = Script.load("control/lua/acknowledge.lua")
 
-@dataclass(frozen=True)
+
+@dataclass
 class _Acknowledgement:
     """An entry of the acknowledgement stream.
 
     Attributes:
-        number: its number within the incarnation; the second part of its entry id.
-        fields: names and values of its fields, one after the other.
+        fields: its fields.
+        number: its number within the incarnation; the second part of its entry id. 0 until it is sent.
     """
 
-    number: int
-    fields: list[Argument]
+    fields: Mapping[str, Argument]
+    number: int = 0
 
 
 class AcknowledgementSender:
@@ -43,6 +44,9 @@ class AcknowledgementSender:
 
     An acknowledgement is kept until the ledger has settled it. When the server may have lost data, all that are kept
     are sent again, which is idempotent because their entry ids are explicit.
+
+    The server adds one only if it follows the one before. Otherwise, after a loss, one could be stored before those
+    that were lost; these then had too small an id, and the ledger recorded versions as missed that the worker had run.
     """
 
     def __init__(
@@ -63,19 +67,22 @@ class AcknowledgementSender:
         self._connection, self._keys = connection, keys
         self._worker_id, self._incarnation = registration.worker_id, registration.incarnation
         self._rejoin, self._check_control = rejoin, check_control
-        self._adding = threading.Lock()
         self._unsent: deque[_Acknowledgement] = deque()
         self._unsettled: deque[_Acknowledgement] = deque()  #: sent, and not settled by the ledger yet
-        self._last_number = 0
-        self._sending = threading.Lock()
+        self._last_number = 0  #: of the acknowledgements that were sent
+        self._end = (0, 0)  #: the place of the last entry of the stream
+        #: Every version up to this one is settled, or was published before this worker joined.
+        self._settled_version = registration.latest_version
+        self._sending = CallLock()
         self._channel = Channel(connection, keys.meta)
+        self._closed = False
         self._stale = False  #: whether the server may have lost acknowledgements
         self._next_settled_check = Deadline(SETTLED_SECONDS)
 
     @property
     def count(self) -> int:
         """The number of acknowledgements of this incarnation."""
-        return self._last_number
+        return self._last_number + len(self._unsent)
 
     @property
     def unsent(self) -> int:
@@ -98,9 +105,7 @@ class AcknowledgementSender:
 
     def add(self, fields: Mapping[str, Argument]) -> None:
         """Queue an acknowledgement; `send` sends it."""
-        with self._adding:
-            self._last_number += 1
-            self._unsent.append(_Acknowledgement(self._last_number, flat(fields)))
+        self._unsent.append(_Acknowledgement(dict(fields)))
 
     def send(self) -> None:
         """Send what is queued, in order and once. If another thread is sending, leave it to that thread.
@@ -110,19 +115,18 @@ class AcknowledgementSender:
         """
         # Check again after each release of the lock: meanwhile another thread may have queued one and left it to this
         # thread.
-        while self._unsent or self._stale:
-            with self._exclusive() as exclusive:
+        while (self._unsent or self._stale) and not self._closed:
+            with self._sending.hold(0) as exclusive:
                 if not exclusive:
                     return
                 self._send_again_if_stale()
                 while self._unsent:
-                    self._store(self._unsent[0])
-                    self._unsettled.append(self._unsent.popleft())
+                    self._send_next(self._unsent[0])
 
     def drop_settled(self) -> None:
         """Drop the acknowledgements that the ledger has settled, at most once in SETTLED_SECONDS."""
         if self._unsettled and self._next_settled_check.over:
-            with self._exclusive() as exclusive:
+            with self._sending.hold(0) as exclusive:
                 if exclusive:
                     self._send_again_if_stale()
                     self._drop_settled()
@@ -135,8 +139,20 @@ class AcknowledgementSender:
             if self._unsent or self._stale:
                 self._connection.retry(self.send, deadline)
         finally:
-            with self._exclusive():
+            self._closed = (
+                True  # a handler may have closed the client; its command cannot be acknowledged then
+            )
+            with self._sending.hold(0):
                 self._channel.close()
+
+    def _send_next(self, acknowledgement: _Acknowledgement) -> None:
+        """Send the first unsent acknowledgement. After an interrupt at any point this is done once more."""
+        acknowledgement.number = acknowledgement.number or self._last_number + 1
+        self._last_number = acknowledgement.number
+        self._store(acknowledgement.number, acknowledgement.fields)
+        if not self._unsettled or self._unsettled[-1] is not acknowledgement:
+            self._unsettled.append(acknowledgement)
+        self._unsent.popleft()
 
     def _send_again_if_stale(self) -> None:
         if not (self._channel.connect() or self._stale):
@@ -145,35 +161,23 @@ class AcknowledgementSender:
         self._rejoin(self._channel)
         self._drop_settled()
         self._check_control(self._channel)
+        self._store(0, {"event": "joined", "version": self._settled_version, "again": 1})
         for acknowledgement in self._unsettled:
-            self._store(acknowledgement)
+            self._store(acknowledgement.number, acknowledgement.fields)
         self._stale = False
 
-    def _store(self, acknowledgement: _Acknowledgement) -> None:
-        entry_id = f"{self._incarnation}-{acknowledgement.number}"
+    def _store(self, number: int, fields: Mapping[str, Argument]) -> None:
+        """Add one to the stream; number 0 creates the stream if there is none."""
+        if number and (self._incarnation, number) <= self._end:
+            return  # it was stored before
+        expected = "{}-{}".format(*self._end) if number else ""
+        arguments = expected, f"{self._incarnation}-{number}", *flat(fields)
         try:
-            # NOMKSTREAM: after a loss `rejoin` creates the stream, and then all acknowledgements must follow in order.
-            stored = self._channel.execute(
-                "XADD",
-                self._keys.acknowledgements(self._worker_id),
-                "NOMKSTREAM",
-                entry_id,
-                *acknowledgement.fields,
-            )
-        except ServerFault as error:
-            if not id_was_passed(error):
-                raise
-            newest = self._channel.execute("HGET", self._keys.life(self._worker_id), "incarnation")
-            with parsing(self._keys.life(self._worker_id)):
-                number = stored_integer(newest, 0)
-            if number > self._incarnation:
-                raise Fenced(
-                    f"worker {self._worker_id} was replaced by a newer process, or the run has forgotten it"
-                ) from error
-            return  # it was stored before, and the reply was lost
-        if stored is None:
+            last = self._channel.run(ACKNOWLEDGE, (self._keys.acknowledgements(self._worker_id),), arguments)
+        except RunLost:
             self._stale = True
-            raise RunLost(f"the server lost the acknowledgements of worker {self._worker_id}")
+            raise
+        self._end = entry_place(last)
 
     def _drop_settled(self) -> None:
         self._next_settled_check = Deadline(SETTLED_SECONDS)
@@ -183,14 +187,7 @@ class AcknowledgementSender:
         while self._unsettled and (
             (self._incarnation, self._unsettled[0].number) <= settled or len(self._unsettled) > KEPT
         ):
+            fields = self._unsettled[0].fields
+            if fields.get("outcome") == "applied":
+                self._settled_version = max(self._settled_version, int(fields.get("version", 0)))
             self._unsettled.popleft()
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[bool]:
-        """Try to reserve the channel for this thread, and yield whether that worked."""
-        exclusive = self._sending.acquire(blocking=False)
-        try:
-            yield exclusive
-        finally:
-            if exclusive:
-                self._sending.release()

@@ -6,14 +6,27 @@ A new built-in command is a method of `CommandHandlers` and a line in its table 
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Callable
-from typing import Any
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
+from rlbroker.backend.text import describe_error, readable
+from rlbroker.config import check_timeout_seconds
 from rlbroker.control.inbox import Inbox, ReceivedCommand
 from rlbroker.errors import InvalidArgument, UnsupportedType
 
 logger = logging.getLogger("rlbroker")
+
+#: How long a `pause` without a duration lasts.
+PAUSE_SECONDS: Final = 1.0
+
+#: Characters of a handler's traceback that are logged.
+TRACEBACK_LENGTH: Final = 10_000
+
+#: The result of a command whose handler was interrupted: it may have been done in part.
+INTERRUPTED: Final = ("failed", "interrupted; it may have been done in part")
 
 #: Receives a command's data. An exception is reported to the learner as a failed command; the worker continues.
 Handler = Callable[[Any], None]
@@ -55,8 +68,10 @@ class CommandHandlers:
         """Call this handler for each command of the name, after the built-in effect if there is one.
 
         Raises:
-            UnsupportedType: the handler is not callable.
+            UnsupportedType: the name is not text, or the handler is not callable.
         """
+        if not isinstance(name, str):
+            raise UnsupportedType(f"the name of a command is text; got a {type(name).__name__}")
         if not callable(handler):
             raise UnsupportedType(f"the handler of {name!r} must be callable; got {type(handler).__name__}")
         self._registered[name] = handler
@@ -65,44 +80,70 @@ class CommandHandlers:
         """Do `command`, which is the inbox's next one, and acknowledge the outcome.
 
         An `Exception` of a handler becomes the outcome `failed`. Any other exception, such as `KeyboardInterrupt`,
-        is acknowledged too, and raised.
+        is acknowledged too, and raised. A handler is called at most once: a command that was interrupted after that,
+        by an exception of a signal handler, is acknowledged as failed. One that was interrupted before is done by the
+        next call.
 
         Raises:
             PeerError: the server's clock, which says whether the command has expired, could not be read. The command
                 stays in the inbox.
         """
-        expired = inbox.is_expired(command)
-        inbox.remove()  # before the steps, so that an interrupted command is not done again
-        steps = [table[command.name] for table in (self._built_in, self._registered) if command.name in table]
-        if expired:
-            inbox.acknowledge_command(command, "expired")
-        elif not steps:
-            inbox.acknowledge_command(command, "unknown")
-        else:
+        if command.result is None:
+            self._do(command, inbox)
+        inbox.finish()
+
+    @property
+    def is_calling(self) -> bool:
+        """Whether this thread is in a handler, which has called the client.
+
+        The call stack says so: after an interrupt, an attribute might say it for ever.
+        """
+        frame = sys._getframe()
+        while frame := frame.f_back:  # type: ignore[assignment]  # None after the last one
+            if frame.f_code is CommandHandlers._do.__code__ and frame.f_locals["self"] is self:
+                return True
+        return False
+
+    def _do(self, command: ReceivedCommand, inbox: Inbox) -> None:
+        """Do a command and set its result."""
+        built_in, registered = (table.get(command.name) for table in (self._built_in, self._registered))
+        if inbox.is_expired(command):
+            command.result = ("expired", "")
+            return
+        if not built_in and not registered:
+            command.result = ("unknown", "")
+            return
+        try:
+            if built_in:
+                built_in(command.data)  # repeated after an interrupt
+        except InvalidArgument as error:
+            command.result = ("failed", describe_error(error))
+            return
+        if registered:
+            command.result = INTERRUPTED  # if the handler does not return
             try:
-                for step in steps:
-                    step(command.data)
-            except Exception as error:
-                logger.exception("the command %r failed", command.name)
-                inbox.acknowledge_command(command, "failed", f"{type(error).__name__}: {error}")
+                registered(command.data)
+            except Exception as error:  # noqa: BLE001 - it may raise anything
+                command.result = ("failed", describe_error(error))
+                trace = readable(traceback.format_exc(), TRACEBACK_LENGTH)
+                logger.error("the command %r failed\n%s", command.name, trace)
+                return
             except BaseException as error:
                 # Ctrl-C or sys.exit: the worker ends, and the learner must not wait for its acknowledgement.
-                inbox.acknowledge_command(command, "failed", type(error).__name__)
+                command.result = ("failed", describe_error(error))
+                inbox.finish()
                 raise
-            else:
-                inbox.acknowledge_command(command, "done")
+        command.result = ("done", "")
 
     def _stop(self, data: Any) -> None:
         self._stopped = True
 
     def _pause(self, data: Any) -> None:
-        duration = data.get("duration") if isinstance(data, dict) else data
+        duration = data.get("duration", PAUSE_SECONDS) if isinstance(data, Mapping) else data
         if duration is None:
             self._paused_until = float("inf")
-        elif isinstance(duration, (int, float)) and duration >= 0:
-            self._paused_until = time.monotonic() + duration
         else:
-            raise InvalidArgument(f"pause takes a duration in seconds, or None; got {duration!r}")
+            self._paused_until = time.monotonic() + check_timeout_seconds("duration", duration)
 
     def _resume(self, data: Any) -> None:
         self._paused_until = None

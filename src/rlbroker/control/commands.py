@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,9 @@ from typing import Any, Final, Self
 from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.locks import CallLock
 from rlbroker.backend.replies import (
+    default_if_wrong_type,
     entry_place,
     parsing,
     server_seconds,
@@ -23,12 +24,13 @@ from rlbroker.backend.replies import (
     text_fields,
 )
 from rlbroker.backend.scripts import Script
+from rlbroker.backend.text import readable
 from rlbroker.codec.message import encode
 from rlbroker.codec.signing import SigningKey
 from rlbroker.config import check_positive_seconds, check_timeout_seconds, check_worker_id, shown
 from rlbroker.control.command_signature import SIGNATURE_FIELDS, sign_command
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
-from rlbroker.errors import DeadlineExceeded, InvalidArgument, UnknownWorker, WireError
+from rlbroker.errors import DeadlineExceeded, InvalidArgument, UnknownWorker
 from rlbroker.membership.incarnations import Incarnations, read_incarnations
 from rlbroker.types import Outcome
 
@@ -40,6 +42,9 @@ CONTROL_KEPT_SECONDS: Final = 3600
 
 #: Longest pause between two reads of a command's outcomes.
 POLL_SECONDS: Final = 0.1
+
+#: Pause between two looks whether the learner has settled acknowledgements meanwhile.
+CHECK_SECONDS: Final = 0.005
 
 #: The most commands that the learner remembers, to send them again to a server that lost them.
 REMEMBERED_COMMANDS: Final = 1_000
@@ -53,9 +58,17 @@ NAME_LENGTH: Final = 200
 #: Characters that are kept of the readable form of a command's arguments.
 ARGUMENTS_LENGTH: Final = 200
 
+#: The outcome at a worker that is not a member of the run.
+UNKNOWN_WORKER: Final = Outcome("unknown", "unknown worker")
+
 SEND = Script.load("control/lua/send_command.lua")
 
 RESTORE_COMMAND = Script.load("control/lua/restore_command.lua")
+
+#: Fields of a command that the learner remembers, besides its signature.
+_FIELDS: Final = ("name", "arguments", "expires_seconds", "data")
+
+logger = logging.getLogger("rlbroker")
 
 #: Entries of the control stream: ids and fields.
 _Entries = Sequence[tuple[bytes, Mapping[bytes, bytes]]]
@@ -68,6 +81,8 @@ class Command:
         id: its id in Redis.
         name: the name that a worker's handler is registered under.
         worker_ids: the workers that it was sent to.
+
+    The outcomes also name those of the wanted workers that are not members of the run, as `unknown`.
     """
 
     def __init__(
@@ -76,12 +91,13 @@ class Command:
         name: str,
         worker_ids: Sequence[int],
         read_outcomes: Callable[[], dict[int, Outcome]],
-        changed: threading.Condition,
+        count_changes: Callable[[], int],
         timeout_seconds: float,
     ) -> None:
         """Make a handle; called by `CommandSender` only."""
         self.id, self.name, self.worker_ids = command_id, name, tuple(worker_ids)
-        self._read_outcomes, self._changed, self._timeout_seconds = read_outcomes, changed, timeout_seconds
+        self._read_outcomes, self._count_changes = read_outcomes, count_changes
+        self._timeout_seconds = timeout_seconds
 
     def __bool__(self) -> bool:
         """Return whether it was sent to any worker."""
@@ -116,12 +132,14 @@ class Command:
             self._timeout_seconds if timeout is None else check_timeout_seconds("timeout", timeout)
         )
         while True:
+            changes = self._count_changes()
             with within(deadline):
                 found = self.outcomes()
             if deadline.over or not any(outcome.state == "waiting" for outcome in found.values()):
                 return found
-            with self._changed:
-                self._changed.wait(min(POLL_SECONDS, deadline.remaining))
+            next_read = Deadline(min(POLL_SECONDS, deadline.remaining))
+            while changes == self._count_changes() and not next_read.over:
+                time.sleep(min(CHECK_SECONDS, next_read.remaining))
 
 
 @dataclass
@@ -140,6 +158,36 @@ class _SentCommand:
     sent_at: float
     outcomes: dict[int, Outcome] = field(default_factory=dict)
 
+    @classmethod
+    def from_entry(
+        cls,
+        command_id: str,
+        entry_id: bytes,
+        fields: Mapping[bytes, bytes],
+        outcomes: Mapping[str, str],
+        pending: Mapping[str, str],
+        now: float,
+    ) -> Self:
+        """Parse an entry of the control stream; raise ValueError or LookupError if no learner wrote it.
+
+        Args:
+            outcomes: the command's outcomes by worker.
+            pending: the fields of the hash `pending`.
+            now: the server's clock, seconds since the epoch.
+        """
+        found = {int(worker): Outcome.from_text(text) for worker, text in outcomes.items()}
+        incarnations = {
+            worker: int(pending.get(f"{command_id}:{worker}", "0").split()[0]) for worker in found
+        }
+        names = [name for name in (*_FIELDS, *SIGNATURE_FIELDS) if name.encode() in fields]
+        age_seconds = now - entry_place(entry_id)[0] / 1000
+        return cls(
+            flat({name: fields[name.encode()] for name in names}),
+            incarnations,
+            time.monotonic() - age_seconds,
+            {worker: outcome for worker, outcome in found.items() if outcome.state != "waiting"},
+        )
+
 
 @dataclass(frozen=True)
 class _Recipients:
@@ -149,7 +197,7 @@ class _Recipients:
         targets: the workers, each with its incarnation; they must still be members.
         former: workers that must not have joined again, each with its last incarnation.
         names_count: the size that the set `workers` must have; -1 for any.
-        missing: wanted workers that are not members; if there are any, there are no targets.
+        missing: wanted workers that are not members.
     """
 
     targets: Mapping[int, int]
@@ -161,13 +209,15 @@ class _Recipients:
     def choose(cls, workers: Incarnations, wanted: Sequence[int] | None) -> Self:
         """Choose the recipients of a command to the wanted workers, or to all members."""
         members = {worker: one.number for worker, one in workers.members.items()}
+        if wanted is not None:
+            members = {worker: members[worker] for worker in wanted if worker in members}
         missing = [worker for worker in wanted or () if worker not in members]
         if wanted is not None and not missing:
-            return cls({worker: members[worker] for worker in wanted}, {}, -1)
+            return cls(members, {}, -1)
         # A former or new worker may join before the script runs. A command to all members is for it too, and a wanted
         # worker must then not be reported as unknown.
         former = {worker: one.number for worker, one in workers.by_worker.items() if not one.member}
-        return cls({} if missing else members, former, workers.names_count, missing)
+        return cls(members, former, workers.names_count, missing)
 
 
 class CommandSender:
@@ -183,7 +233,8 @@ class CommandSender:
             key: the key that signs commands; None to send them unsigned.
         """
         self._connection, self._keys, self._epoch, self._key = connection, keys, epoch, key
-        self._changed = threading.Condition()
+        self._changes = 0  #: how often acknowledgements were settled
+        self._remembering = CallLock()
         self._sent: dict[str, _SentCommand] = {}
 
     def send(
@@ -193,18 +244,21 @@ class CommandSender:
 
         Args:
             data: the argument of the handler; anything that a batch may contain.
-            worker_ids: the workers to send it to; None for all members.
+            worker_ids: the workers to send it to; None for all members. Those that are not members get the outcome
+                `unknown`.
             expires_seconds: a worker that reads the command later than this does not do it; None for no limit.
 
         Raises:
             InvalidArgument: the name, the worker ids or the expiry are invalid.
-            UnknownWorker: one of the ids is not a member of the run.
+            UnknownWorker: none of the ids is a member of the run.
             UnsupportedType: the data contains a value that cannot be encoded.
             Fenced: a newer learner has taken over the run.
             DeadlineExceeded: the members of the run kept changing.
         """
         if not isinstance(name, str) or not name or len(name) > NAME_LENGTH:
             raise InvalidArgument(f"a command is a name of 1 to {NAME_LENGTH} characters; got {shown(name)}")
+        if readable(name) != name:
+            raise InvalidArgument(f"the name of a command must be valid text; got {shown(name)}")
         if expires_seconds is not None:
             expires_seconds = check_positive_seconds("expires", expires_seconds)
         if worker_ids is not None and not isinstance(worker_ids, Iterable):
@@ -213,19 +267,21 @@ class CommandSender:
             )
         wanted = None if worker_ids is None else sorted({check_worker_id(one) for one in worker_ids})
         command_id = uuid.uuid4().hex[:12]
+        encoded = encode(data, compression=False)  # first, because it refuses what cannot be described
         fields = {
             "name": name,
             "arguments": _describe_arguments(data),
             "expires_seconds": expires_seconds or 0,
-            "data": encode(data, compression=False),
+            "data": encoded,
         }
-        workers = sorted(self._send(command_id, fields, wanted))
+        recipients = self._send(command_id, fields, wanted)
+        asked = sorted([*recipients.targets, *recipients.missing])
         return Command(
             command_id,
             name,
-            workers,
-            lambda: self._read_outcomes(command_id, workers),
-            self._changed,
+            sorted(recipients.targets),
+            lambda: self._read_outcomes(command_id, asked),
+            lambda: self._changes,
             self._connection.timeout_seconds,
         )
 
@@ -241,8 +297,7 @@ class CommandSender:
 
     def notify_waiters(self) -> None:
         """Wake the threads in `Command.wait`, because acknowledgements were settled."""
-        with self._changed:
-            self._changed.notify_all()
+        self._changes += 1
 
     def trim(self) -> None:
         """Trim the control stream to entries that are younger than an hour or still pending."""
@@ -258,10 +313,8 @@ class CommandSender:
 
     # Sending
 
-    def _send(
-        self, command_id: str, fields: Mapping[str, Any], wanted: Sequence[int] | None
-    ) -> Mapping[int, int]:
-        """Put a command on the control stream, and return its workers, each with its incarnation.
+    def _send(self, command_id: str, fields: Mapping[str, Any], wanted: Sequence[int] | None) -> _Recipients:
+        """Put a command on the control stream, and return its workers.
 
         Retry if the members changed between reading them and running the script.
         """
@@ -284,15 +337,18 @@ class CommandSender:
                     "send it again"
                 )
         if recipients.targets:
-            remembered.incarnations = recipients.targets
-            return recipients.targets
+            remembered.outcomes |= dict.fromkeys(recipients.missing, UNKNOWN_WORKER)
+            remembered.incarnations = {**recipients.targets, **dict.fromkeys(recipients.missing, 0)}
+            return recipients
         self._sent.pop(command_id, None)
         if recipients.missing:
+            missing = ", ".join(map(str, recipients.missing))
             known = ", ".join(map(str, workers.members)) or "none"
+            are_not = "is not a member" if len(recipients.missing) == 1 else "are not members"
             raise UnknownWorker(
-                f"worker {recipients.missing[0]} is not a member of the run {self._keys.run!r}; members are: {known}"
+                f"worker {missing} {are_not} of the run {self._keys.run!r}; members are: {known}"
             )
-        return {}
+        return recipients
 
     def _try_to_send(self, command_id: str, pairs: Sequence[Any], recipients: _Recipients) -> bool:
         """Run the script, and return whether the recipients were still valid, so that the command was sent."""
@@ -315,6 +371,8 @@ class CommandSender:
                 ",".join(map(str, targets)),
                 ",".join(map(str, targets.values())),
                 ",".join(map(str, former.values())),
+                ",".join(map(str, recipients.missing)),
+                str(UNKNOWN_WORKER),
                 *pairs,
             ),
         )
@@ -342,42 +400,22 @@ class CommandSender:
                 ("XREVRANGE", self._keys.control, "+", "-", "COUNT", 10 * REMEMBERED_COMMANDS),
             ]
         )
-        names = ("name", "arguments", "expires_seconds", "data")
-        required = {b"command", *(name.encode() for name in names)}
+        required = {b"command", *(name.encode() for name in _FIELDS)}
         complete = [(entry_id, fields) for entry_id, fields in entries if required <= fields.keys()]
         oldest_first = list(reversed(_keep_within_bounds(complete)))
+        ids = [fields[b"command"].decode(errors="replace") for _, fields in oldest_first]
         replies = self._connection.execute_all(
-            [("HGETALL", self._keys.outcomes(_command_id(fields))) for _, fields in oldest_first]
+            [("HGETALL", self._keys.outcomes(command_id)) for command_id in ids], strict=False
         )
-        pending_fields = text_fields(pending)
-        for (entry_id, fields), reply in zip(oldest_first, replies, strict=True):
-            command_id = _command_id(fields)
+        incarnations, now = text_fields(pending), server_seconds(clock)
+        for command_id, (entry_id, fields), reply in zip(ids, oldest_first, replies, strict=True):
+            outcomes = text_fields(default_if_wrong_type(reply, {}))
             try:
-                with parsing(self._keys.outcomes(command_id)):
-                    outcomes = _parse_outcomes(reply)
-                with parsing(self._keys.pending):
-                    incarnations = {
-                        worker: stored_integer(
-                            pending_fields.get(f"{command_id}:{worker}", "0").partition(" ")[0]
-                        )
-                        for worker in outcomes
-                    }
-            except WireError as error:  # the other commands are remembered nevertheless
-                logger.warning("%s; a command is not remembered", error)
-                continue
-            age_seconds = server_seconds(clock) - entry_place(entry_id)[0] / 1000
-            kept = {
-                name: fields[name.encode()] for name in (*names, *SIGNATURE_FIELDS) if name.encode() in fields
-            }
-            self._remember(
-                command_id,
-                _SentCommand(
-                    flat(kept),
-                    incarnations,
-                    time.monotonic() - age_seconds,
-                    {worker: outcome for worker, outcome in outcomes.items() if outcome.state != "waiting"},
-                ),
-            )
+                sent = _SentCommand.from_entry(command_id, entry_id, fields, outcomes, incarnations, now)
+            except (ValueError, LookupError):
+                logger.warning("%s has an entry that no learner wrote; it is ignored", self._keys.control)
+            else:
+                self._remember(command_id, sent)
 
     def note_outcomes(self, worker: int, outcomes: Mapping[str, Outcome]) -> None:
         """Remember final outcomes at one worker, by command id."""
@@ -421,7 +459,7 @@ class CommandSender:
 
     def _remember(self, command_id: str, sent: _SentCommand) -> None:
         """Remember a command, and forget the oldest ones beyond the bounds."""
-        with self._changed:
+        with self._remembering.hold():
             self._sent[command_id] = sent
             total = sum(len(one.incarnations) for one in self._sent.values())
             while len(self._sent) > REMEMBERED_COMMANDS or (
@@ -441,15 +479,6 @@ def _describe_arguments(data: Any) -> str:
     """Return a command's arguments as short text, for people who read them with redis-cli."""
     try:
         text = json.dumps(data)
-    except (TypeError, ValueError):
-        text = repr(data)
+    except (TypeError, ValueError, RecursionError):
+        text = readable(repr(data), ARGUMENTS_LENGTH + 1)
     return text if len(text) <= ARGUMENTS_LENGTH else text[: ARGUMENTS_LENGTH - 1] + "…"
-
-
-def _command_id(fields: Mapping[bytes, bytes]) -> str:
-    return fields[b"command"].decode(errors="replace")
-
-
-def _parse_outcomes(reply: Any) -> dict[int, Outcome]:
-    """Parse the hash with a command's outcomes."""
-    return {stored_integer(worker): Outcome.from_text(text) for worker, text in text_fields(reply).items()}

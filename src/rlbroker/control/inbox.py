@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 from rlbroker.backend.channel import Channel
@@ -14,6 +15,7 @@ from rlbroker.backend.connection import Argument, Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import seconds_number, text_fields, whole_number
+from rlbroker.backend.text import readable
 from rlbroker.backend.threads import BackgroundThread
 from rlbroker.codec.limits import Limits
 from rlbroker.codec.message import decode
@@ -35,19 +37,21 @@ REMEMBERED: Final = 10_000
 #: Characters of a refused command's name and id that an acknowledgement carries.
 NAME_LENGTH: Final = 200
 
-#: Characters of an error's text that an acknowledgement carries.
-DETAIL_LENGTH: Final = 500
 
-
-@dataclass(frozen=True)
+@dataclass
 class ReceivedCommand:
-    """A command as a worker reads it."""
+    """A command as a worker reads it.
+
+    Attributes:
+        result: its outcome and a detail, as they will be acknowledged; None until its handler is called.
+    """
 
     command_id: str
     name: str
     data: Any
     sent_milliseconds: int
     expires_seconds: float
+    result: tuple[str, str] | None = None
 
 
 class Inbox:
@@ -78,8 +82,8 @@ class Inbox:
         self._connection, self._keys, self._notice_version = connection, keys, notice_version
         self._worker_id, self._incarnation = registration.worker_id, registration.incarnation
         self._verifier = CommandVerifier(key, keys.run, self._worker_id, self._incarnation) if key else None
-        self._arrived = threading.Condition()
         self._commands: deque[ReceivedCommand] = deque()
+        self._arrived = SimpleQueue[None]()  #: one item for each command, to wait for
         #: By command id: the fields of its acknowledgement; None if it is not acknowledged yet.
         self._remembered: dict[str, dict[str, Argument] | None] = {}
         self._thread = BackgroundThread(f"inbox of worker {self._worker_id} in {keys.run!r}", self._step)
@@ -123,20 +127,28 @@ class Inbox:
 
     def contains(self, name: str) -> bool:
         """Return whether a command of this name has arrived and has not been done yet."""
-        with self._arrived:
-            return any(command.name == name for command in self._commands)
+        return any(command.name == name for command in self._commands.copy())
 
     def next(self, timeout_seconds: float = 0) -> ReceivedCommand | None:
-        """Return the next command, waiting for one within the timeout; it stays in the inbox until `remove`."""
-        with self._arrived:
-            if not self._commands and timeout_seconds > 0:
-                self._arrived.wait(timeout_seconds)
-            return self._commands[0] if self._commands else None
+        """Return the next command, waiting for one within the timeout; it stays in the inbox until `finish`."""
+        if not self._commands and timeout_seconds > 0:
+            with suppress(Empty):
+                self._arrived.get(timeout=timeout_seconds)
+        return self._commands[0] if self._commands else None
 
-    def remove(self) -> None:
-        """Remove the next command. The worker does this before the command, which is then done at most once."""
-        with self._arrived:
-            self._commands.popleft()
+    def finish(self) -> None:
+        """Acknowledge the result of the next command, and remove it. After an interrupt this may be repeated."""
+        command = self._commands[0]
+        assert command.result is not None
+        self.acknowledge_command(command, *command.result)
+        with suppress(Empty):
+            self._arrived.get_nowait()
+        self._commands.popleft()
+
+    def finish_interrupted(self) -> None:
+        """Acknowledge the next command if an interrupt prevented that; for a worker that leaves."""
+        if self._commands and self._commands[0].result is not None:
+            self.finish()
 
     def is_expired(self, command: ReceivedCommand) -> bool:
         """Return whether a command has expired, by the server's clock."""
@@ -158,7 +170,7 @@ class Inbox:
             "command": command.command_id,
             "name": command.name,
             "outcome": outcome,
-            "detail": detail[:DETAIL_LENGTH],
+            "detail": readable(detail),
         }
         if command.command_id in self._remembered:
             self._remembered[command.command_id] = fields
@@ -176,13 +188,19 @@ class Inbox:
                 "before": before,
                 "version": version,
                 "outcome": outcome,
-                "detail": detail[:DETAIL_LENGTH],
+                "detail": readable(detail),
             }
         )
 
     def _acknowledge(self, fields: Mapping[str, Argument]) -> None:
         """Send an acknowledgement now, or leave it to the background thread if the server cannot be reached."""
         self.acknowledgements.add(fields)
+        self.send_unsent()
+
+    def send_unsent(self) -> None:
+        """Send acknowledgements that an interrupt of this thread kept from being sent, if there are any."""
+        if not self.acknowledgements.unsent:
+            return
         try:
             self.acknowledgements.send()
         except Fenced:
@@ -248,9 +266,9 @@ class Inbox:
         except WireError as error:
             self.acknowledge_command(command, "failed", f"its arguments cannot be decoded: {error}")
             return
-        with self._arrived:
-            self._commands.append(replace(command, data=decoded))
-            self._arrived.notify_all()
+        command.data = decoded
+        self._commands.append(command)
+        self._arrived.put(None)
 
     def _is_addressed(self, texts: Mapping[str, str]) -> bool:
         """Return whether a command was sent to this incarnation of this worker."""
@@ -278,7 +296,7 @@ class Inbox:
                         "command": command_id[:NAME_LENGTH],
                         "name": name[:NAME_LENGTH],
                         "outcome": "refused",
-                        "detail": str(error)[:DETAIL_LENGTH],
+                        "detail": readable(str(error)),
                     }
                 )
             return False

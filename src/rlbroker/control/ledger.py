@@ -10,16 +10,18 @@ them. If its outcomes of a worker and the server's differ, those with the later 
 
 from __future__ import annotations
 
+import itertools
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import ONE_TRY, Deadline
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.locks import CallLock
 from rlbroker.backend.replies import (
+    default_if_wrong_type,
     entry_place,
     number_in,
     parsing,
@@ -36,13 +38,12 @@ from rlbroker.control.outcomes import (
     Event,
     Settled,
     WorkerOutcomes,
-    missed_from_fields,
     missed_to_fields,
     settle,
     summarize_missed,
 )
-from rlbroker.errors import RunLost, ServerFault
-from rlbroker.membership.incarnations import incarnation_command, parse_incarnations
+from rlbroker.errors import WrongKeyType
+from rlbroker.membership.incarnations import believed_claim, incarnation_command, parse_incarnations
 from rlbroker.types import Missed, MissedUpdates, Outcome
 
 logger = logging.getLogger("rlbroker")
@@ -76,20 +77,20 @@ class Ledger:
         keys: Keys,
         *,
         epoch: int,
-        last_used_version: Callable[[], int],
+        last_version: Callable[[], int],
         signed: bool,
         note_outcomes: Callable[[int, Mapping[str, Outcome]], None],
     ) -> None:
         """Prepare a ledger; nothing is read yet.
 
         Args:
-            last_used_version: returns the highest version that was ever used; the server may have lost it.
+            last_version: returns the highest version that a worker may run; the server may have lost it.
             signed: whether versions are signed. Then the latest version on the server is not trusted: it may be forged.
             note_outcomes: called with a worker and the final outcomes of commands at this worker.
         """
         self._connection, self._keys, self._epoch = connection, keys, epoch
-        self._last_used_version, self._note_outcomes, self._signed = last_used_version, note_outcomes, signed
-        self._lock = threading.Lock()
+        self._last_version, self._note_outcomes, self._signed = last_version, note_outcomes, signed
+        self._lock = CallLock()
         self._outcomes: dict[int, WorkerOutcomes] = {}
         self._missed: deque[Missed] = deque(maxlen=MISSED_KEPT)
         #: By worker and event: settlements that were sent and whose reply was lost, so they may have been applied.
@@ -102,7 +103,7 @@ class Ledger:
         """Remember what earlier learners settled, because the server may lose that too."""
         records = read_missed_records(self._connection, self._keys)
         outcomes = self.read_outcomes(workers)
-        with self._lock:
+        with self._lock.hold():
             self._outcomes.update(outcomes)
             self._missed.extend(records)
 
@@ -113,7 +114,13 @@ class Ledger:
 
     def wait(self, workers: Sequence[int], seconds: float) -> bool:
         """Wait for acknowledgements, and return whether there are any to settle."""
-        return bool(self._unconfirmed or self._read(workers, "BLOCK", max(1, int(seconds * 1000))))
+        if self._unconfirmed or not workers:
+            return bool(self._unconfirmed)
+        command = self._read_command(workers, "BLOCK", max(1, int(seconds * 1000)))
+        try:
+            return bool(self._connection.execute(*command, deadline=ONE_TRY))
+        except WrongKeyType:
+            return True  # `settle` deletes this key, and reads the others
 
     def settle(self, workers: Sequence[int], deadline: Deadline) -> None:
         """Settle the acknowledgements that have arrived, or as many as the deadline allows.
@@ -132,18 +139,24 @@ class Ledger:
         Raises:
             Fenced: a newer learner publishes in this run.
         """
-        with self._lock:
+        with self._lock.hold():
             self._confirm_applied()
             commands = [
                 ("XRANGE", self._keys.acknowledgements(worker), entry_id, entry_id)
                 for worker, entry_id in self._unconfirmed
             ]
-            found = self._connection.execute_all(commands)
+            found = self._connection.execute_all(commands, strict=False)
             # An event that is not in the stream any more was settled, and the server lost its effects. If it was not
             # settled after all, it will be sent again and ignored.
-            self._confirm([at for at, entries in zip(self._unconfirmed, found, strict=True) if not entries])
+            self._confirm_up_to(
+                {
+                    worker: entry_place(entry_id)
+                    for (worker, entry_id), entries in zip(self._unconfirmed, found, strict=True)
+                    if not default_if_wrong_type(entries, ())
+                }
+            )
             stored = self._connection.execute("HGET", self._keys.weights, "version")
-            latest = self._last_used_version()
+            latest = self._last_version()
             if (number_in(stored) or 0) < latest:
                 self._lost_version = latest
             calls = [
@@ -188,29 +201,33 @@ class Ledger:
 
     # Settling
 
-    def _read(self, workers: Sequence[int], *options: Argument) -> list[tuple[int, Entries]]:
-        """Read acknowledgements; `options` are XREAD's."""
-        keys = {self._keys.acknowledgements(worker): worker for worker in workers}
-        if not keys:
-            return []
-        # Always from the start: settled entries are removed.
-        command = ("XREAD", "COUNT", READ_COUNT, *options, "STREAMS", *keys, *("0-0" for _ in keys))
-        try:
-            reply = self._connection.execute(*command, deadline=ONE_TRY)
-        except ServerFault:
-            if not self._delete_wrong_types(list(keys)):
-                raise
-            return []  # the next read returns the others
-        return [(keys[key], entries) for key, entries in stream_entries(reply) if entries]
+    def _read_command(self, workers: Sequence[int], *options: Argument) -> tuple[Argument, ...]:
+        """Return the command that reads acknowledgements; always from the start, because settled ones are removed."""
+        streams = [self._keys.acknowledgements(worker) for worker in workers]
+        return ("XREAD", "COUNT", READ_COUNT, *options, "STREAMS", *streams, *("0-0" for _ in streams))
 
-    def _delete_wrong_types(self, keys: Sequence[str]) -> bool:
-        """Delete keys of another type: a worker that wrote one would block the reads of all workers' streams."""
-        kinds = self._connection.execute_all([("TYPE", key) for key in keys])
-        wrong = [key for key, kind in zip(keys, kinds, strict=True) if kind not in (b"stream", b"none")]
-        if wrong:
-            logger.warning("deleted keys that must be streams and were not: %s", ", ".join(wrong))
-            self._connection.execute("UNLINK", *wrong)
-        return bool(wrong)
+    def _read(self, workers: Sequence[int]) -> list[tuple[int, Entries]]:
+        """Return the acknowledgements of each worker that has any."""
+        if not workers:
+            return []
+        try:
+            replies = [self._connection.execute(*self._read_command(workers), deadline=ONE_TRY)]
+        except WrongKeyType:
+            replies = self._read_one_by_one(workers)
+        worker_of = {self._keys.acknowledgements(worker): worker for worker in workers}
+        streams = [stream for reply in replies for stream in stream_entries(reply)]
+        return [(worker_of[key], entries) for key, entries in streams if entries]
+
+    def _read_one_by_one(self, workers: Sequence[int]) -> list[Any]:
+        """Return the reply for each worker, and delete keys of another type: a worker made them so."""
+        commands = [self._read_command([worker]) for worker in workers]
+        replies = self._connection.execute_all(commands, strict=False, deadline=ONE_TRY)
+        for worker, reply in zip(workers, replies, strict=True):
+            if isinstance(reply, WrongKeyType):
+                key = self._keys.acknowledgements(worker)
+                logger.warning("worker %d made %s a key that is no stream; it is deleted", worker, key)
+                self._connection.execute("UNLINK", key, deadline=ONE_TRY)
+        return [default_if_wrong_type(reply, ()) for reply in replies]
 
     def _settle_some(self, workers: Sequence[int], deadline: Deadline) -> bool:
         """Settle what one read returns, in one try, and return whether there may be more.
@@ -218,19 +235,16 @@ class Ledger:
         The lock prevents two threads from folding the same event into one worker's outcomes. It is held for one try
         only: a thread that waits for the run to be restored must not block `restore`.
         """
-        if not self._lock.acquire(timeout=deadline.remaining):
-            return False
-        try:
+        with self._lock.hold(deadline.remaining) as held:
+            if not held:
+                return False
             self._confirm_applied()
-            streams = self._read(workers)
-            if streams:
-                self._settle(streams)
-            return any(len(entries) == READ_COUNT for _, entries in streams)
-        finally:
-            self._lock.release()
+            return self._settle(self._read(workers))
 
-    def _settle(self, streams: Sequence[tuple[int, Entries]]) -> None:
-        """Settle the events of one read, in one try."""
+    def _settle(self, streams: Sequence[tuple[int, Entries]]) -> bool:
+        """Settle the events of one read, in one try, and return whether there may be more."""
+        if not streams:
+            return False
         workers = [worker for worker, _ in streams]
         clock, stored_version, pending_fields, *ledgers = self._connection.execute_all(
             [
@@ -246,26 +260,34 @@ class Ledger:
         )
         incarnations = parse_incarnations(workers, replies)
         now = round(server_seconds(clock), 3)  # as it is written, so that `restore` recognises the record
-        latest = self._last_used_version()
+        latest = self._last_version()
         if not self._signed:
             latest = max(number_in(stored_version) or 0, latest)
         with parsing(self._keys.pending):
             pending = _pending_by_worker(text_fields(pending_fields))
         self._find_pending(streams, pending)
         calls, results = list[tuple[Argument, ...]](), dict[tuple[int, str], Settled]()
+        more = False
         for (worker, entries), ledger in zip(streams, ledgers, strict=True):
+            if (
+                worker not in incarnations
+            ):  # it was lost after the stream was read; the worker or the learner restores it
+                continue
+            more |= len(entries) == READ_COUNT
             with parsing(self._keys.ledger(worker)):
                 stored = WorkerOutcomes.from_fields(text_fields(ledger))
             outcomes = max(stored, self._outcomes.get(worker, stored), key=lambda one: one.position)
-            newest = incarnations[worker].number if worker in incarnations else 0
             # An incarnation beyond the worker's newest is forged. So is one far beyond the clock: then the worker has
             # forged its newest incarnation too.
-            limit = min(newest, 2000 * now)
+            limit = min(incarnations[worker].number, 2000 * now)
+            # A new learner may not know yet which versions were used before the server lost them.
+            known = max(latest, believed_claim(incarnations[worker].claimed_version, latest))
             events = [_parse_event(worker, entry_id, fields, now) for entry_id, fields in entries]
-            for event, settled in self._fold(outcomes, events, pending.get(worker, {}), latest, limit):
+            for event, settled in self._fold(outcomes, events, pending.get(worker, {}), known, limit):
                 calls.append(self._settle_call(event, settled))
                 results[worker, event.entry_id] = settled
         self._write(calls, results)
+        return more
 
     def _write(
         self,
@@ -273,15 +295,9 @@ class Ledger:
         results: Mapping[tuple[int, str], Settled],
     ) -> None:
         """Run the calls of `settle.lua`, and remember their results; after an error they may have been applied."""
-        try:
-            self._connection.execute_all(calls, deadline=ONE_TRY)
-        except RunLost:  # nothing was applied
-            raise
-        except BaseException:
-            self._unconfirmed |= results
-            raise
         self._unconfirmed |= results
-        self._confirm(list(results))
+        self._connection.execute_all(calls, deadline=ONE_TRY)
+        self._confirm_up_to({worker: entry_place(entry_id) for worker, entry_id in results})
 
     def _fold(
         self,
@@ -337,19 +353,14 @@ class Ledger:
             self._keys.pending,
             *(self._keys.outcomes(command) for command in settled.command_outcomes),
         ]
-        # Each write: the place of its key in `keys`, counted from 1, the command, and its arguments.
-        writes: list[list[Argument]] = [[3, "HSET", *flat(settled.worker_outcomes.to_fields())]]
-        for missed in settled.missed:
-            command_name, _, *arguments = self._xadd_missed(missed)
-            writes.append([4, command_name, *arguments])
-        for place, (command, outcome) in enumerate(settled.command_outcomes.items(), start=6):
-            writes.append([5, "HDEL", f"{command}:{event.worker_id}"])
-            writes.append([place, "HSET", event.worker_id, str(outcome)])
-            writes.append([place, "EXPIRE", OUTCOMES_KEPT_SECONDS])
-        packed: list[Argument] = [self._epoch, event.entry_id, len(writes)]
-        for key_place, command_name, *arguments in writes:
-            packed += [key_place, len(arguments), command_name, *arguments]
-        return SETTLE.call(keys, packed)
+        records = [flat(missed_to_fields(missed)) for missed in settled.missed]
+        arguments: list[Argument] = [
+            *(self._epoch, event.entry_id, event.worker_id, OUTCOMES_KEPT_SECONDS, MISSED_KEPT),
+            *(len(records), len(records[0]) if records else 0, *itertools.chain(*records)),
+        ]
+        for command, outcome in settled.command_outcomes.items():
+            arguments += [command, str(outcome)]
+        return SETTLE.call(keys, arguments + flat(settled.worker_outcomes.to_fields()))
 
     def _xadd_missed(self, missed: Missed) -> list[Argument]:
         """Return the command that records a missed update."""
@@ -363,33 +374,29 @@ class Ledger:
         if self._unconfirmed:
             workers = {worker for worker, _ in self._unconfirmed}
             stored = read_outcomes(self._connection, self._keys, workers, deadline=ONE_TRY)
-            self._confirm(
-                [
-                    (worker, entry_id)
-                    for worker, entry_id in self._unconfirmed
-                    if entry_place(entry_id) <= stored[worker].position
-                ]
-            )
+            self._confirm_up_to({worker: outcomes.position for worker, outcomes in stored.items()})
 
-    def _confirm(self, events: Iterable[tuple[int, str]]) -> None:
-        """Remember the settlements of these events, each a worker and an entry id."""
-        for worker, entry_id in events:
-            settled = self._unconfirmed.pop((worker, entry_id))
-            self._outcomes[worker] = settled.worker_outcomes
-            self._missed.extend(settled.missed)
+    def _confirm_up_to(self, places: Mapping[int, tuple[int, int]]) -> None:
+        """Remember the settlements of each worker up to this place of its stream. An interrupted call is repeated."""
+        for (worker, entry_id), settled in list(self._unconfirmed.items()):
+            if entry_place(entry_id) > places.get(worker, (0, 0)):
+                continue
+            outcomes = settled.worker_outcomes
+            if outcomes.position > self._outcomes.get(worker, WorkerOutcomes()).position:
+                self._missed.extend(settled.missed)
+                self._outcomes[worker] = outcomes
             self._note_outcomes(worker, settled.command_outcomes)
+            del self._unconfirmed[worker, entry_id]
 
     def _restore_missed(self) -> None:
         """Write back the records of missed updates that the server lost."""
         if not self._missed:
             return
-        newest = self._connection.execute("XREVRANGE", self._keys.missed, "+", "-", "COUNT", 1)
-        with parsing(self._keys.missed):
-            if newest and missed_from_fields(text_fields(newest[0][1])) == self._missed[-1]:
-                return  # then all older records are there too
-            entries = self._connection.execute("XRANGE", self._keys.missed, "-", "+")
-            kept = {missed_from_fields(text_fields(fields)) for _, fields in entries}
-        lost = [self._xadd_missed(missed) for missed in self._missed if missed not in kept]
+        newest = read_missed_records(self._connection, self._keys, count=1)
+        if newest == [self._missed[-1]]:
+            return  # then all older records are there too
+        kept = set(read_missed_records(self._connection, self._keys))
+        lost = [self._xadd_missed(missed) for missed in dict.fromkeys(self._missed) if missed not in kept]
         self._connection.execute_all(lost)
 
 

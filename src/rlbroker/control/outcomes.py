@@ -139,6 +139,11 @@ class Event:
         """The version that the worker went to; for `joined`, `left` and `gone` the latest version at that time."""
         return whole_number(self.fields.get("version", "")) or 0
 
+    @property
+    def again(self) -> bool:
+        """Whether the worker repeats that it joined, because the server had lost that."""
+        return self.fields.get("again") == "1"
+
     def text(self, name: str) -> str:
         """Return a field, cut to a bounded length."""
         return self.fields.get(name, "")[:TEXT_LENGTH]
@@ -185,7 +190,9 @@ def settle(
     if event.kind == "command" and event.fields.get("outcome") in ACKNOWLEDGED_STATES:
         return _settle_command(outcomes, event, pending)
     if event.kind in _REASONS:
-        return _settle_membership(outcomes, event, pending, max(lost, min(event.version, latest)))
+        version = min(event.version, latest)
+        # A worker that joins again after a loss names the version up to which all are settled.
+        return _settle_membership(outcomes, event, pending, version if event.again else max(version, lost))
     return Settled(outcomes)
 
 

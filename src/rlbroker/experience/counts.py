@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import ONE_TRY
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import (
-    default_if_wrong_type,
     newest_place,
     pending_count,
     text_fields,
     whole_number,
 )
-from rlbroker.errors import PeerError
+from rlbroker.errors import PeerError, ServerFault, WrongKeyType
 from rlbroker.types import QueueCounts
 
 #: Why batches are lost: the outcomes that learners count, and those that workers count.
@@ -29,6 +28,9 @@ LOST = (*LOST_AT_LEARNERS, *LOST_AT_WORKERS, "vanished")
 #: How often to read counts that change while they are read. That is rare: usually the server answers all commands at
 #: once.
 _ATTEMPTS: Final = 5
+
+#: The reply of each command for an empty key.
+_EMPTY_REPLIES: Final[Mapping[str, Any]] = {"HGETALL": {}, "XLEN": 0, "XPENDING": [0], "XINFO": None}
 
 #: Outcomes of batches that were in the queue.
 _QUEUED = ("delivered", "stale", "corrupt", "poison", "trimmed", "dropped_oldest")
@@ -93,7 +95,8 @@ def read_existing_counts(
     for worker, (counted, *sizes) in _read_consistently(connection, commands).items():
         newest = reported.get(worker, (0, 0)) if reported is not None else (0, 0)
         if len(sizes) % 2:
-            newest = newest_place(sizes.pop(0))
+            info = sizes.pop(0)
+            newest = newest_place(info) if info else (0, 0)
         in_hand = sum(map(pending_count, sizes[::2]))
         found[worker] = _queue_counts(sum(map(int, sizes[1::2])), in_hand, text_fields(counted), newest)
     return found
@@ -113,7 +116,10 @@ def _read_consistently(
         asked = [one for of_worker in changing.values() for one in (*of_worker, of_worker[0])]
         replies = iter(connection.execute_all(asked, strict=False, deadline=ONE_TRY))
         for worker, of_worker in list(changing.items()):
-            *found[worker], after = map(_reply_or_default, itertools.islice(replies, len(of_worker) + 1))
+            asked_again = (*of_worker, of_worker[0])
+            *found[worker], after = map(
+                _reply_or_empty, asked_again, itertools.islice(replies, len(asked_again))
+            )
             if found[worker][0] == after:
                 del changing[worker]
         if not changing:
@@ -121,10 +127,15 @@ def _read_consistently(
     return found
 
 
-def _reply_or_default(reply: Any) -> Any:
-    if isinstance(reply, PeerError) and "NOGROUP" in str(reply):
-        return [0]  # nothing is pending; the learner will create the group again
-    return default_if_wrong_type(reply, {})
+def _reply_or_empty(command: Sequence[str], reply: Any) -> Any:
+    """Return the reply, or that of an empty key if the key or its group was lost, or a worker has changed its type."""
+    if isinstance(reply, ServerFault) and (
+        isinstance(reply, WrongKeyType) or "NOGROUP" in str(reply) or "no such key" in str(reply)
+    ):
+        return _EMPTY_REPLIES[command[0]]
+    if isinstance(reply, PeerError):
+        raise reply
+    return reply
 
 
 def _queue_counts(

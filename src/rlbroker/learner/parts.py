@@ -100,7 +100,7 @@ class LearnerParts:
             connection,
             keys,
             epoch=epoch,
-            last_used_version=lambda: publisher.last_used,
+            last_version=lambda: publisher.last_tried,
             signed=signing_key is not None,
             note_outcomes=commands.note_outcomes,
         )

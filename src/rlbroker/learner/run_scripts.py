@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Final
 
 from rlbroker.backend.scripts import Script
-from rlbroker.control import commands, ledger
+from rlbroker.control import acknowledgements, commands, ledger
 from rlbroker.experience import dead_letters, pending, stream_writer
 from rlbroker.membership import heartbeat, roster, worker_ids
 from rlbroker.weights import commit
@@ -16,6 +16,7 @@ _OWNERS: Final[tuple[ModuleType, ...]] = (
     worker_ids,
     heartbeat,
     commit,
+    acknowledgements,
     commands,
     ledger,
     stream_writer,

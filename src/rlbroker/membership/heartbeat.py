@@ -13,6 +13,7 @@ from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import ONE_TRY, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.scripts import Script
+from rlbroker.backend.text import readable
 from rlbroker.backend.threads import BackgroundThread
 from rlbroker.config import RunSettings
 from rlbroker.errors import DeadlineExceeded, RunLost
@@ -66,7 +67,7 @@ class Heartbeat:
         self._rejoined = False  #: whether the server may have lost data since the last call of `maintain`
         self._next_beat = Deadline(0)
         self._thread = BackgroundThread(f"heartbeat in {keys.run!r}", self._step)
-        self._host, self._pid = socket.gethostname(), os.getpid()
+        self._host, self._pid = readable(socket.gethostname()), os.getpid()
 
     def register(self, worker_id: int | None) -> Registration:
         """Register, as `Registrar.register` does, and send the first heartbeat."""
@@ -91,7 +92,6 @@ class Heartbeat:
         keys = (
             self._keys.life(worker),
             self._keys.workers,
-            self._keys.acknowledgements(worker),
             self._keys.weights,
             self._keys.heartbeat(worker),
         )
@@ -184,7 +184,8 @@ class Heartbeat:
             self._rejoin()
         self._connected = True
         worker = self.registration.worker_id
-        fields: dict[str, str | int] = {"host": self._host, "pid": self._pid, **self._describe()}
+        fields = {"host": self._host, "pid": self._pid, **self._describe()}
+        fields = {name: readable(str(value)) for name, value in fields.items()}
         keys = (self._keys.life(worker), self._keys.workers, self._keys.heartbeat(worker), self._keys.meta)
         arguments = (
             worker,
@@ -219,7 +220,7 @@ class LastPoll:
 
     def __init__(self) -> None:
         """Start as if a poll had just ended."""
-        self._polling: set[int] = set()  #: identifiers of threads
+        self._polling = set[int]()  #: the threads that poll
         self._ended = time.monotonic()
 
     @property
@@ -232,6 +233,6 @@ class LastPoll:
         self._polling.add(threading.get_ident())
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        """End a poll."""
+        """End a poll; also one of this thread that was interrupted before this line."""
         self._ended = time.monotonic()
         self._polling.discard(threading.get_ident())

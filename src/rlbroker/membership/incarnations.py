@@ -14,6 +14,11 @@ from rlbroker.backend.replies import whole_number
 from rlbroker.config import MAX_WORKER_ID
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 
+#: Bounds on the versions that workers claim to have seen on a server that lost them: an absolute one, and one above the
+#: latest version where that is known. A larger claim is ignored, so that no worker can use up the version numbers.
+MAX_CLAIMED_VERSION: Final = 1 << 40
+MAX_CLAIMED_STEP: Final = 10_000_000
+
 #: Length of the longest valid member of the set `workers`.
 _LONGEST_NAME: Final = len(str(MAX_WORKER_ID))
 
@@ -100,6 +105,12 @@ def read_incarnations(connection: Connection | Channel, keys: Keys) -> Incarnati
     commands = [incarnation_command(keys, worker) for worker in ids]
     found = parse_incarnations(ids, connection.execute_all(commands, strict=False))
     return Incarnations(found, [name for name in names if parse_worker_id(name) not in found])
+
+
+def believed_claim(claimed_version: int, latest: int) -> int:
+    """Return a worker's claim to have seen a version, or 0 if it is beyond the bounds."""
+    limit = min(MAX_CLAIMED_VERSION, latest + MAX_CLAIMED_STEP) if latest else MAX_CLAIMED_VERSION
+    return claimed_version if claimed_version <= limit else 0
 
 
 def parse_incarnations(ids: Iterable[int], replies: Iterable[Any]) -> dict[int, Incarnation]:

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from typing import Final
+from contextlib import suppress
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
@@ -21,11 +21,12 @@ from rlbroker.backend.replies import (
     text_fields,
 )
 from rlbroker.backend.scripts import Script
-from rlbroker.backend.text import counted
+from rlbroker.backend.text import counted, readable
 from rlbroker.config import RunSettings
-from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault
+from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault, WrongKeyType
 from rlbroker.membership.incarnations import (
     Incarnations,
+    believed_claim,
     parse_worker_id,
     parse_worker_ids,
     read_incarnations,
@@ -35,11 +36,6 @@ from rlbroker.membership.worker_info import parse_worker_infos
 from rlbroker.types import WorkerInfo
 
 logger = logging.getLogger("rlbroker")
-
-#: Bounds on the versions that workers claim to have seen on a server that lost them: an absolute one, and one above the
-#: latest version where that is known. A larger claim is ignored, so that no worker can use up the version numbers.
-MAX_CLAIMED_VERSION: Final = 1 << 40
-MAX_CLAIMED_STEP: Final = 10_000_000
 
 OPEN = Script.load("membership/lua/open.lua")
 
@@ -100,7 +96,7 @@ class Roster:
         self._meta = {
             "wire_format": wire_format,
             "learner_state": "open",
-            "learner_host": socket.gethostname(),
+            "learner_host": readable(socket.gethostname()),
             "learner_pid": os.getpid(),
             "opened": f"{time.time():.3f}",
             "num_workers": num_workers,
@@ -267,21 +263,13 @@ class Roster:
         for worker, written in list(self._written_back.items()):
             if now_milliseconds - written >= return_milliseconds:
                 to_forget[worker] = (int(return_milliseconds), self._written_back.pop(worker))
-        replies = self._connection.execute_all(
-            [
-                FORGET.call(
-                    (
-                        self._keys.life(worker),
-                        self._keys.acknowledgements(worker),
-                        self._keys.weights,
-                        self._keys.meta,
-                    ),
-                    limits,
-                )
-                for worker, limits in to_forget.items()
-            ]
-        )
-        return [worker for worker, forgotten in zip(to_forget, replies, strict=True) if forgotten]
+        forgotten = []
+        for worker, limits in to_forget.items():
+            own = self._keys.life(worker), self._keys.acknowledgements(worker)
+            with suppress(WrongKeyType):  # a worker has just changed its type; the next heartbeat deletes it
+                if self._connection.run(FORGET, (*own, self._keys.weights, self._keys.meta), limits):
+                    forgotten.append(worker)
+        return forgotten
 
     def _raise_version_floor(self, incarnations: Incarnations) -> None:
         """Record the newest version that workers saw before the server lost it, so that it is not reused."""
@@ -292,8 +280,7 @@ class Roster:
             [("HGET", self._keys.meta, "version_floor"), ("HGET", self._keys.weights, "version")]
         )
         floor, latest = (number_in(reply) or 0 for reply in replies)
-        limit = min(MAX_CLAIMED_VERSION, latest + MAX_CLAIMED_STEP) if latest else MAX_CLAIMED_VERSION
-        claimed = max((claim for claim in claims if claim <= limit), default=0)
+        claimed = max(believed_claim(claim, latest) for claim in claims)
         if claimed > max(floor, latest):
             self._connection.execute("HSET", self._keys.meta, "version_floor", claimed)
 

@@ -99,6 +99,8 @@ class Committer:
         self._floor = 0
         #: The versions of `reserve`, which other threads call.
         self._reserved = [0]
+        #: The version that a commit was last tried for: a worker may run it before the reply arrives here.
+        self._tried = 0
         #: The upload and the copy of a commit whose reply was lost.
         self._unconfirmed: tuple[str, LocalCopy] | None = None
         #: Upload and version of the manifest that was refused last. The next commit may replace exactly this one.
@@ -115,6 +117,11 @@ class Committer:
     def last_used(self) -> int:
         """The highest version number known to have been used."""
         return max(self.latest_version, self._floor, *self._reserved)
+
+    @property
+    def last_tried(self) -> int:
+        """The highest version that a worker may run."""
+        return max(self.last_used, self._tried)
 
     @property
     def publish_times(self) -> Mapping[int, float]:
@@ -249,6 +256,7 @@ class Committer:
         keys = (self._keys.meta, self._keys.weights, self._keys.control, self._keys.notify)
         fields = flat(manifest.to_fields())
         arguments = (self._epoch, manifest.version, manifest.upload, *self._refused, *fields)
+        self._tried = manifest.version
         try:
             return self._channel.run(COMMIT, keys, arguments)
         except (Fenced, RunLost, ServerOutOfMemory):  # it was not applied

@@ -97,9 +97,9 @@ class Publisher:
         return self._committer.latest_version
 
     @property
-    def last_used(self) -> int:
-        """The highest version number known to have been used."""
-        return self._committer.last_used
+    def last_tried(self) -> int:
+        """The highest version that a worker may run."""
+        return self._committer.last_tried
 
     @property
     def publish_times(self) -> Mapping[int, float]:

@@ -2,8 +2,8 @@
 -- KEYS: meta, workers, control, pending, outcomes of this command, the life of each worker that it is for, then the
 --       life of each former member
 -- ARGV: epoch, command id, lifetime of the outcomes in seconds, expected size of `workers` (-1 for any), ids of the
---       workers, their incarnations, incarnations of the former members (each of the three a list separated by commas),
---       then field and value pairs
+--       workers, their incarnations, incarnations of the former members, ids of wanted workers that are not members (each
+--       of the four a list separated by commas), the outcome at these, then field and value pairs
 -- Reply: 'sent', also for a retry or without workers; 'changed' if a worker is no longer a member with this
 --        incarnation, or if another one has joined
 -- Errors: FENCED, LOST
@@ -27,10 +27,11 @@ for incarnation in string.gmatch(ARGV[7], '%d+') do
 end
 if #workers == 0 then return 'sent' end
 local entry = redis.call('XADD', KEYS[3], '*', 'event', 'command', 'command', ARGV[2],
-  'workers', ARGV[5], 'incarnations', ARGV[6], unpack(ARGV, 8))
+  'workers', ARGV[5], 'incarnations', ARGV[6], unpack(ARGV, 10))
 for i, worker in ipairs(workers) do
   redis.call('HSET', KEYS[5], worker, 'waiting')
   redis.call('HSET', KEYS[4], ARGV[2] .. ':' .. worker, incarnations[i] .. ' ' .. entry)
 end
+for worker in string.gmatch(ARGV[8], '%d+') do redis.call('HSET', KEYS[5], worker, ARGV[9]) end
 redis.call('EXPIRE', KEYS[5], ARGV[3])
 return 'sent'

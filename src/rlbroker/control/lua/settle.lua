@@ -1,22 +1,27 @@
 -- Settle one event of a worker: remove it, and write its effects in the same step.
--- KEYS: meta, the worker's acknowledgements, its ledger, missed, pending, then outcomes of commands
--- ARGV: the learner's epoch, id of the event, number of writes, then for each write: the place of its key in KEYS, the
---       number of its arguments, the command, and the arguments
+-- KEYS: meta, the worker's acknowledgements, its ledger, missed, pending, then the outcomes of each settled command
+-- ARGV: the learner's epoch, id of the event, worker id, lifetime of outcomes in seconds, length of `missed`,
+--       number of missed records, number of values in each, the values of all records,
+--       id and outcome of each settled command, then field and value pairs of the ledger
 -- Reply: 1 if the event was settled now, 0 if it was settled before
--- Errors: FENCED, LOST; ERR for a command that is not allowed
+-- Errors: FENCED, LOST
 
 -- include: backend/lua/leader_only.lua
 
-if redis.call('XDEL', KEYS[2], ARGV[2]) == 0 then
+local removed = redis.pcall('XDEL', KEYS[2], ARGV[2])
+if type(removed) ~= 'number' or removed == 0 then  -- an error: the worker has made its key another type
   return 0
 end
--- Workers can call this script too, with their own rights: it must not run expensive commands for them.
-local allowed = {HSET = true, HDEL = true, XADD = true, EXPIRE = true}
-local at = 4
-for _ = 1, tonumber(ARGV[3]) do
-  local count = tonumber(ARGV[at + 1])
-  if not allowed[ARGV[at + 2]] then return redis.error_reply('ERR no such write: ' .. ARGV[at + 2]) end
-  redis.call(ARGV[at + 2], KEYS[tonumber(ARGV[at])], unpack(ARGV, at + 3, at + 2 + count))
-  at = at + 3 + count
+local at, values = 8, tonumber(ARGV[7])
+for _ = 1, tonumber(ARGV[6]) do
+  redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[5], '*', unpack(ARGV, at, at + values - 1))
+  at = at + values
 end
+for key = 6, #KEYS do
+  redis.call('HDEL', KEYS[5], ARGV[at] .. ':' .. ARGV[3])
+  redis.call('HSET', KEYS[key], ARGV[3], ARGV[at + 1])
+  redis.call('EXPIRE', KEYS[key], ARGV[4])
+  at = at + 2
+end
+redis.call('HSET', KEYS[3], unpack(ARGV, at))
 return 1

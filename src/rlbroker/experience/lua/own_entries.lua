@@ -20,6 +20,5 @@ local function owns(id)
   if not row then return nil end
   return row[2] == ARGV[2] or row[2] == ARGV[2] .. '+'
 end
-if redis.call('EXISTS', KEYS[1]) == 0 or #redis.call('XINFO', 'GROUPS', KEYS[1]) == 0 then
-  return {0}
-end
+local groups = redis.pcall('XINFO', 'GROUPS', KEYS[1])
+if groups['err'] or #groups == 0 then return {0} end  -- an error: it is missing, or its worker changed its type

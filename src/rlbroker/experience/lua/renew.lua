@@ -3,11 +3,10 @@
 -- ARGV: group, a consumer
 -- Reply: how many entries were renewed
 
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 local position, renewed = '-', 0
 while true do
-  local rows = redis.call('XPENDING', KEYS[1], ARGV[1], position, '+', 100, ARGV[2])
-  if #rows == 0 then return renewed end
+  local rows = redis.pcall('XPENDING', KEYS[1], ARGV[1], position, '+', 100, ARGV[2])
+  if rows['err'] or #rows == 0 then return renewed end  -- an error: the stream is missing or has another type
   for _, row in ipairs(rows) do
     redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, row[1], 'RETRYCOUNT', row[4], 'JUSTID')
     position = '(' .. row[1]  -- as text: the number may be too large for Lua

@@ -7,13 +7,16 @@ the run and the output. `console` prints tables; `ops.formatting` has numbers an
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from pathlib import Path
 
 
 def main() -> None:
     """Run the command line; print an `RlbrokerError` as one line, without a traceback."""
     hide_password()
+    prepare_output()
     from rlbroker.errors import RlbrokerError
     from rlbroker.ops.cli.app import app
     from rlbroker.ops.cli.exit_codes import EXIT_ERROR
@@ -23,6 +26,16 @@ def main() -> None:
     except RlbrokerError as error:
         print(f"rlbroker: {error}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
+
+
+def prepare_output() -> None:
+    """Print `?` in place of characters that a terminal or pipe cannot express, and nothing to a closed stream."""
+    if sys.stdout is None or sys.stderr is None:
+        nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def hide_password() -> None:

@@ -51,7 +51,7 @@ def report(
     )
     page = render(timeline, complete_hint=session.complete_hint)
     if str(output) == "-":
-        sys.stdout.write(page)
+        sys.stdout.buffer.write(page.encode())  # the page says that it is UTF-8
         return
     _write_page(output, page)
     session.note(f"{format_bytes(len(page.encode()))} in {output}")

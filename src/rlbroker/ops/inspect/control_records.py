@@ -8,7 +8,14 @@ from typing import cast
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import entry_place, parsing, server_seconds, stored_integer, text_fields
+from rlbroker.backend.replies import (
+    default_if_wrong_type,
+    entry_place,
+    parsing,
+    server_seconds,
+    text_fields,
+    whole_number,
+)
 from rlbroker.control.ledger_reader import read_missed_records
 from rlbroker.control.outcomes import ACKNOWLEDGED_STATES
 from rlbroker.types import Missed, Outcome, State
@@ -55,16 +62,17 @@ def list_commands(connection: Connection, keys: Keys, *, count: int) -> list[Sen
             break
         position = f"({entries[-1][0].decode()}"
     clock, *replies = connection.execute_all(
-        [("TIME",), *(("HGETALL", keys.outcomes(command_id)) for command_id in found)]
+        [("TIME",), *(("HGETALL", keys.outcomes(command_id)) for command_id in found)], strict=False
     )
     now = server_seconds(clock)
-    with parsing(keys.outcomes("…")):
-        outcomes = {
-            command_id: {
-                stored_integer(worker): Outcome.from_text(text) for worker, text in text_fields(reply).items()
-            }
-            for command_id, reply in zip(found, replies, strict=True)
+    outcomes = {
+        command_id: {
+            worker: Outcome.from_text(text)
+            for name, text in text_fields(default_if_wrong_type(reply, {})).items()
+            if (worker := whole_number(name)) is not None
         }
+        for command_id, reply in zip(found, replies, strict=True)
+    }
     add_unsettled_acknowledgements(connection, keys, outcomes)
     commands = []
     for command_id, (entry_id, header) in reversed(found.items()):
@@ -140,12 +148,13 @@ def _read_acknowledgements(
         [
             ("XRANGE", keys.acknowledgements(worker), "-", "+", "COUNT", ACKNOWLEDGEMENTS_AT_ONCE)
             for worker in ids
-        ]
+        ],
+        strict=False,
     )
     return [
         (worker, acknowledgement)
-        for worker, entries in zip(ids, replies, strict=True)
-        for _, fields in entries
+        for worker, reply in zip(ids, replies, strict=True)
+        for _, fields in default_if_wrong_type(reply, ())
         if (acknowledgement := text_fields(fields)).get("event") == "command"
         and acknowledgement.get("outcome") in ACKNOWLEDGED_STATES
     ]

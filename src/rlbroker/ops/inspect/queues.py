@@ -20,8 +20,9 @@ from rlbroker.backend.replies import (
     whole_number,
 )
 from rlbroker.codec.describe import Content, describe
-from rlbroker.errors import WireError
+from rlbroker.errors import ServerFault, WireError
 from rlbroker.experience.dead_letters import READ_AT_ONCE
+from rlbroker.experience.watched_streams import is_stream_lost
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,12 @@ def peek_queue(
     batches: list[QueuedBatch] = []
     for key, retried in ((keys.again(worker), True), (keys.experiences(worker), False)):
         if connection.execute("TYPE", key) in (b"stream", "stream"):  # a learner deletes any other type
-            length, pending, found = _peek_stream(connection, keys, worker, key, count, newest, retried)
+            try:
+                length, pending, found = _peek_stream(connection, keys, worker, key, count, newest, retried)
+            except ServerFault as error:
+                if not is_stream_lost(error):
+                    raise
+                continue
             waiting, in_hand = waiting + length - pending, in_hand + pending
             batches += found
     return PeekedQueue(worker, waiting, in_hand, tuple(batches))

@@ -143,7 +143,7 @@ class Terminal:
         return keys
 
     def _send(self, text: str) -> None:
-        left = memoryview(text.encode())
+        left = memoryview(text.encode(sys.stdout.encoding or "utf-8", "replace"))
         while left:
             try:
                 left = left[os.write(self._out, left) :]
