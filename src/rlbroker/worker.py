@@ -343,7 +343,7 @@ class WorkerClient:
 
         Raises:
             UnsupportedType: a value cannot be encoded; the message names its path.
-            BatchTooLarge: the batch alone exceeds the queue's `max_queue_bytes`.
+            BatchTooLarge: the batch alone exceeds the queue's `max_queue_bytes`, or what the server takes.
             QueueFull: there was no room in time. The batch was not sent.
             Unconfirmed: the batch was accepted, and its arrival was not confirmed in time. It is kept and sent again
                 in the background: do not send it a second time.

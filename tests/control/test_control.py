@@ -376,7 +376,7 @@ def test_an_expiry_is_a_positive_finite_number(learner: Learner, worker: Worker)
     command = comm.send_control_command("reset", expires=np.float64(60))
     poll_until_acknowledged(client, command)
     assert states(command) == {0: "done"}
-    for wrong in (True, 0, -1.0, float("nan"), "5"):
+    for wrong in (True, np.True_, 0, -1.0, float("nan"), "5"):
         with pytest.raises(InvalidArgument, match="expires"):
             comm.send_control_command("reset", expires=wrong)  # type: ignore[arg-type]  # wrong on purpose
 

@@ -73,6 +73,31 @@ def test_a_user_may_be_created_some_time_after_a_restart_of_the_server(new_serve
         assert_all_works(comm, client, 3)
 
 
+def test_a_right_that_stays_missing_ends_both_sides_with_its_name(
+    new_server: NewServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlbroker.backend.error_mapping.REFUSAL_GRACE_SECONDS", 1.0)
+    server = new_server()
+    server.client().execute_command("ACL", "SETUSER", "me", "on", ">pw", "~*", "&*", "+@all")
+    url = server.url.replace("//", "//me:pw@")
+    with (
+        WorkerCommunicator(1, redis_url=url, timeout=2.0) as comm,
+        WorkerClient(url, worker_id=0, timeout=2.0) as client,
+    ):
+        assert_all_works(comm, client, 1)
+        server.client().execute_command("ACL", "SETUSER", "me", "-evalsha")
+
+        def ends(call: Callable[[], object]) -> bool:
+            try:
+                call()
+            except AccessDenied as error:
+                return "may not run EVALSHA" in str(error) and error.rule == "+evalsha"
+            return False
+
+        wait_until("the worker has ended", lambda: ends(client.poll), 20.0)
+        wait_until("the learner has ended", lambda: ends(comm.workers), 20.0)
+
+
 def test_a_wrong_password_fails_at_once(new_server: NewServer) -> None:
     began = time.monotonic()
     with pytest.raises(AccessDenied, match="check user and password"):

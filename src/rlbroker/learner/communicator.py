@@ -277,7 +277,8 @@ class WorkerCommunicator:
         With `acknowledge="next"`, the default, this also acknowledges the batches that the previous call returned.
 
         Args:
-            timeout: seconds to wait for a first batch, from any worker. 0 to return only what has arrived.
+            timeout: seconds to wait for a first batch, from any worker. 0 to return only what has arrived. None is
+                refused, because every wait has a deadline: give a large number to wait long.
             max_batches: the most batches to return. None for all that have arrived, up to about 256 MiB.
 
         Returns:
