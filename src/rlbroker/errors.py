@@ -8,7 +8,7 @@
     │   ├── UnsupportedType         a value cannot travel; names its path (TypeError)
     │   ├── WeightsMismatch         the weights do not fit the model; names keys and shapes (ValueError)
     │   ├── BatchTooLarge           one batch exceeds a bound of its queue or of the server (ValueError)
-    │   ├── UnknownWorker           no worker with this id belongs to the run (LookupError)
+    │   ├── UnknownWorker           none of the worker ids belongs to the run (LookupError)
     │   ├── ForkedProcess           a client was used in a child process after a fork (RuntimeError)
     │   └── Closed                  a client was used after it was closed (RuntimeError)
     └── PeerError                   the server, the network or another process failed: a retry may succeed
@@ -92,7 +92,7 @@ class BatchTooLarge(UsageError, ValueError):
 
 
 class UnknownWorker(UsageError, LookupError):
-    """No worker with this id belongs to the run. The message names those that do."""
+    """None of these workers belongs to the run. The message names those that do."""
 
 
 class ForkedProcess(UsageError, RuntimeError):

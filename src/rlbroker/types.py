@@ -282,7 +282,7 @@ class Outcome:
 
     Attributes:
         state: `waiting` for the acknowledgement; `done`; `failed`; `unknown`, if the worker has no handler for the
-            command; `expired`; or `missed`, if the worker was away or left.
+            command, or is not a member of the run; `expired`; or `missed`, if the worker was away or left.
         detail: the reason, such as the text of the handler's error; may be empty.
     """
 

@@ -269,10 +269,8 @@ class Ledger:
         calls, results = list[tuple[Argument, ...]](), dict[tuple[int, str], Settled]()
         more = False
         for (worker, entries), ledger in zip(streams, ledgers, strict=True):
-            if (
-                worker not in incarnations
-            ):  # it was lost after the stream was read; the worker or the learner restores it
-                continue
+            if worker not in incarnations:
+                continue  # it was lost after the stream was read, and is restored soon
             more |= len(entries) == READ_COUNT
             with parsing(self._keys.ledger(worker)):
                 stored = WorkerOutcomes.from_fields(text_fields(ledger))

@@ -262,7 +262,9 @@ class StreamDiscovery:
         except ServerOutOfMemory:
             pass  # the worker creates it with its stream; otherwise the next read fails, and searches for it
         except PeerError as error:
-            if "BUSYGROUP" not in str(error):
+            # A stream that was lost after it was found: the next read fails too, and searches for it.
+            lost = isinstance(error, ServerFault) and is_stream_lost(error)
+            if not lost and "BUSYGROUP" not in str(error):
                 raise
 
 

@@ -433,9 +433,10 @@ class WorkerCommunicator:
 
         Args:
             command: `"stop"`, `"pause"`, `"resume"`, `"reset"`, or a name for which the workers registered a handler
-                with `on_command`. `"pause"` takes `{"duration": seconds}`, or None until `"resume"`.
+                with `on_command`. `"pause"` takes `{"duration": seconds}`, or None until `"resume"`; `{}` is 1 s.
             data: the handler's argument: anything that a batch may contain.
-            worker_ids: the workers that get it; None for all members of the run.
+            worker_ids: the workers that get it; None for all members of the run. The outcome of those that are not
+                members is `unknown`, with the detail `unknown worker`.
             expires: seconds after which a worker that reads the command ignores it. None for never.
 
         Returns:
@@ -443,7 +444,7 @@ class WorkerCommunicator:
 
         Raises:
             InvalidArgument: the name or the expiry cannot work, or this learner was created with `publishes=False`.
-            UnknownWorker: one of the ids is not a member of the run.
+            UnknownWorker: none of the ids is a member of the run.
             UnsupportedType: something in `data` cannot be encoded; the message names its path.
             Fenced: a newer learner has taken over the run.
             PeerError: the server refused, or could not be reached in time.
