@@ -167,4 +167,7 @@ def _make_topology(endpoint: Endpoint, make_client: Callable[..., redis.Redis], 
 
 def key_of(command: Iterable[Any]) -> str:
     """Return the first of rlbroker's keys in a command; empty if there is none."""
-    return next((part for part in command if isinstance(part, str) and part.startswith(_KEY_PREFIX)), "")
+    for part in command:
+        if isinstance(part, str) and part.startswith(_KEY_PREFIX):
+            return part
+    return ""

@@ -168,9 +168,8 @@ class DiscoveredTopology(Topology):
     def _ensure_fresh(self) -> None:
         if self._started and not self._stale:
             return
-        with self._refreshing.hold(try_seconds(REFRESH_TIMEOUT_SECONDS)) as held:
-            if not held:
-                raise redis_errors.ConnectionError("timed out discovering the master")
+        # A refresh takes no longer than this: after it, the lock was left behind by an interrupted call.
+        with self._refreshing.hold(try_seconds(REFRESH_TIMEOUT_SECONDS)):
             if self._stale:
                 with within(Deadline(REFRESH_TIMEOUT_SECONDS)):
                     self._refresh()
@@ -186,7 +185,7 @@ class DiscoveredTopology(Topology):
             return
         with (
             suppress(redis_errors.RedisError, OSError),
-            self._refreshing.hold(),
+            self._refreshing.hold(REFRESH_TIMEOUT_SECONDS),
             within(Deadline(REFRESH_TIMEOUT_SECONDS)),
         ):
             self._refresh()
