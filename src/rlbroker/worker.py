@@ -273,17 +273,21 @@ class WorkerClient:
             Fenced: a newer process has this worker id.
             PeerError: the server refused, or could not be reached in time.
         """
-        with self._last_poll:
-            self._check()
-            check_target(model)
-            deadline = Deadline(check_positive_seconds("timeout", timeout))
-            with within(deadline):
-                latest = self._subscriber.read_latest()
-            if latest and not self._subscriber.ready:
-                # A call with another model, or with one that it did not fit, took the latest version before.
-                self._subscriber.fetch_again()
-            self._wait_and_load(model, latest, deadline)
-            return self.version
+        try:
+            with self._last_poll:
+                self._check()
+                check_target(model)
+                deadline = Deadline(check_positive_seconds("timeout", timeout))
+                with within(deadline):
+                    latest = self._subscriber.read_latest()
+                if latest and not self._subscriber.ready:
+                    # A call with another model, or with one that it did not fit, took the latest version before.
+                    self._subscriber.fetch_again()
+                self._wait_and_load(model, latest, deadline)
+                return self.version
+        except BaseException:  # an interrupt may have left it
+            self._applying.release()
+            raise
 
     def poll(self, model: Any = None) -> bool:
         """Obey the commands that have arrived, and load the newest weights if there are any. Cheap otherwise.
@@ -304,15 +308,19 @@ class WorkerClient:
             Fenced: a newer process has this worker id.
             PeerError: a fault that waiting does not mend. Others are retried in the background.
         """
-        with self._last_poll:
-            self._check()
-            if self._inbox.waiting or self.paused:
-                self._obey_commands()
-            if model is None or not self._subscriber.ready or not self.running:
-                return False
-            check_target(model)
-            with self._applying.hold():
-                return self._weights.apply(self._subscriber.updates, model)
+        try:
+            with self._last_poll:
+                self._check()
+                if self._inbox.waiting or self.paused:
+                    self._obey_commands()
+                if model is None or not self._subscriber.ready or not self.running:
+                    return False
+                check_target(model)
+                with self._applying.hold():
+                    return self._weights.apply(self._subscriber.updates, model)
+        except BaseException:  # an interrupt may have left it
+            self._applying.release()
+            raise
 
     # Experiences
 

@@ -10,7 +10,8 @@ class CallLock:
 
     A signal handler may raise between any two steps, also between taking a lock and entering the block that would
     release it. No call runs inside another one of the same thread, so a lock that the thread already holds was left
-    behind by an interrupted call: the next call of the thread gets it at once, and releases it completely.
+    behind by an interrupted call: the next call of the thread gets it at once, and releases it completely. A call that
+    other threads wait for also calls `release` when it ends with an error.
     """
 
     def __init__(self) -> None:
@@ -25,6 +26,10 @@ class CallLock:
         """
         return _Hold(self._lock, seconds)
 
+    def release(self) -> None:
+        """Release the lock if this thread holds it, however often calls of the thread have taken it."""
+        _release(self._lock)
+
 
 class _Hold:
     """The block of `CallLock.hold`. A class, because a generator would be slower."""
@@ -38,8 +43,12 @@ class _Hold:
         return self._lock.acquire(self._seconds != 0, self._seconds or -1)
 
     def __exit__(self, *error: object) -> None:
-        try:
-            while True:  # as often as calls of this thread have taken it
-                self._lock.release()
-        except RuntimeError:
-            pass  # this thread does not hold it, or not any more
+        _release(self._lock)
+
+
+def _release(lock: threading.RLock) -> None:
+    try:
+        while True:
+            lock.release()
+    except RuntimeError:
+        pass  # this thread does not hold it, or not any more

@@ -97,8 +97,8 @@ class Committer:
         self._uploads = 0
         #: All versions up to this one may have been used, even if the server has lost them.
         self._floor = 0
-        #: The same for callers of `reserve`, who are other threads.
-        self._reserved = 0
+        #: The versions of `reserve`, which other threads call.
+        self._reserved = [0]
         #: The upload and the copy of a commit whose reply was lost.
         self._unconfirmed: tuple[str, LocalCopy] | None = None
         #: Upload and version of the manifest that was refused last. The next commit may replace exactly this one.
@@ -114,7 +114,7 @@ class Committer:
     @property
     def last_used(self) -> int:
         """The highest version number known to have been used."""
-        return max(self.latest_version, self._floor, self._reserved)
+        return max(self.latest_version, self._floor, *self._reserved)
 
     @property
     def publish_times(self) -> Mapping[int, float]:
@@ -136,8 +136,8 @@ class Committer:
         self._floor = max(self._floor, version)
 
     def reserve(self, version: int) -> None:
-        """Do as `mark_used`, in a thread that does not publish."""
-        self._reserved = max(self._reserved, version)
+        """Never use this version number or a lower one; for any thread."""
+        self._reserved.append(version)
 
     def sign(self, manifest: Manifest) -> Manifest:
         """Return the manifest signed, if this learner has a signing key."""

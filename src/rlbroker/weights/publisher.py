@@ -127,28 +127,7 @@ class Publisher:
                 commit may have been applied and the reply was lost.
         """
         began = time.monotonic()
-        while True:
-            self._wait_for_last()
-            with self._preparing.hold():
-                if self._last is not None and not self._last.done:  # another thread was faster
-                    continue
-                tree = self._gpu_copy.to_host(weights)
-                plan = ImagePlan(
-                    tree.tree,
-                    dtype=dtype,
-                    segment_bytes=self._segment_bytes,
-                    metadata=getattr(weights, "_metadata", None),
-                )
-                draft = self._images.reserve(plan.image_bytes, plan.raw_bytes)
-                try:
-                    if wait or not tree.pending:
-                        tree.fill(plan, draft.array)
-                except BaseException:
-                    draft.abandon()
-                    raise
-                work = partial(self._publish_in_background, tree, plan, draft, compression, began)
-                self._last = task = Task(work, on_failure=None if wait else _log_failure)
-                break
+        task = self._prepare(weights, compression, dtype, wait, began)
         self._thread.submit(task)
         if not wait:
             return PublishReceipt(task)
@@ -158,6 +137,37 @@ class Publisher:
             if not task.done:  # an interrupt: the thread continues, and nobody waits for it
                 task.on_failure = _log_failure
 
+    def _prepare(
+        self, weights: Any, compression: bool, dtype: str | None, wait: bool, began: float
+    ) -> Task[Published]:
+        """Copy weights, once the last publication has ended, and return the task that publishes them."""
+        try:
+            while True:
+                self._wait_for_last()
+                with self._preparing.hold():
+                    if self._last is None or self._last.done:  # otherwise another thread was faster
+                        self._last = self._copy(weights, compression, dtype, wait, began)
+                        return self._last
+        except BaseException:
+            self._preparing.release()
+            raise
+
+    def _copy(
+        self, weights: Any, compression: bool, dtype: str | None, wait: bool, began: float
+    ) -> Task[Published]:
+        tree = self._gpu_copy.to_host(weights)
+        metadata = getattr(weights, "_metadata", None)
+        plan = ImagePlan(tree.tree, dtype=dtype, segment_bytes=self._segment_bytes, metadata=metadata)
+        draft = self._images.reserve(plan.image_bytes, plan.raw_bytes)
+        try:
+            if wait or not tree.pending:
+                tree.fill(plan, draft.array)
+        except BaseException:
+            draft.abandon()
+            raise
+        work = partial(self._publish_in_background, tree, plan, draft, compression, began)
+        return Task(work, on_failure=None if wait else _log_failure)
+
     def enforce_retention(self) -> None:
         """Set the lifetimes of chunks that an earlier fault left unset. Do nothing during a publication."""
         with self._publishing.hold(0) as idle:
@@ -166,8 +176,7 @@ class Publisher:
 
     def mark_used(self, version: int) -> None:
         """Never use this version number or a lower one: a checkpoint refers to it."""
-        with self._preparing.hold():
-            self._committer.reserve(version)
+        self._committer.reserve(version)
 
     def is_behind_workers(self) -> bool:
         """Return whether workers have seen a newer version than the latest, on a server that lost it."""
@@ -212,11 +221,7 @@ class Publisher:
 
     def finish(self, timeout_seconds: float) -> bool:
         """Wait until no publication is running in the background; return whether there is none."""
-        deadline = Deadline(timeout_seconds)
-        if not self._wait_for_last(deadline.remaining):
-            return False
-        with self._publishing.hold(deadline.remaining) as idle:
-            return idle
+        return self._wait_for_last(timeout_seconds)
 
     def close(self) -> None:
         """End the threads and release the image."""
