@@ -79,7 +79,7 @@ class UnsupportedType(UsageError, TypeError):
 class WeightsMismatch(UsageError, ValueError):
     """The received weights do not fit the model.
 
-    Raised before the model is changed. The message names keys and shapes: build the same model on both sides.
+    The model is unchanged. The message names keys and shapes: build the same model on both sides.
     """
 
 

@@ -298,15 +298,16 @@ class WorkerClient:
         While a `pause` is in force, this does not return unless the worker drains.
 
         Args:
-            model: a `torch.nn.Module`; or a dictionary, which is filled if it is empty, and otherwise has its
-                tensors and arrays overwritten in place; or None, to obey commands only.
+            model: a `torch.nn.Module`, which takes what its `load_state_dict` takes; or a dictionary, which is filled
+                if it is empty, and otherwise has its tensors and arrays overwritten in place, in their own dtypes, and
+                its other values replaced; or None, to obey commands only.
 
         Returns:
             Whether new weights were loaded. `version` is their number.
 
         Raises:
-            WeightsMismatch: the weights do not fit the model; the message names keys and shapes. `poll` does not
-                offer them again: call `load_weights` with a model that they fit.
+            WeightsMismatch: the weights do not fit the model, which is unchanged; the message names keys and shapes.
+                `poll` does not offer them again: call `load_weights` with a model that they fit.
             UnsupportedType: the model is neither a module nor a dictionary.
             Fenced: a newer process has this worker id.
             PeerError: a fault that waiting does not mend. Others are retried in the background.

@@ -1,12 +1,19 @@
-"""An interrupt at any point of `poll`, `load_weights` or `send_model_weights`: the next call works, nothing is torn."""
+"""An interrupt in the middle of `poll`, `load_weights` or `send_model_weights`: the next call works, nothing is torn.
+
+Here at every point of `rlbroker.weights`, with a look at models, versions and other threads; `tests/whole` interrupts
+every call at every point of the package.
+"""
 
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
+import interrupts
 import numpy as np
 import pytest
 import torch
@@ -16,12 +23,14 @@ from interrupts import Alarm, Points, interrupt_at
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.weights.host_cache.folder import _held
 
+#: An interrupted attempt to connect drops its socket.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 every_interrupt = pytest.mark.parametrize(
-    ("points", "error"),
-    [(points, error) for points in ("function", "line") for error in (KeyboardInterrupt, Alarm)],
+    ("points", "error"), [("function", Alarm), ("line", KeyboardInterrupt)]
 )
 
 
@@ -32,30 +41,31 @@ def weights(number: float, size: int = 30_000) -> dict[str, Any]:
 
 def content(model: dict[str, Any]) -> set[float]:
     """Return the different numbers in weights: one, if they are of one version."""
-    return {*model["w"].tolist(), *model["b"].tolist(), model["number"]}
+    return {float(model["w"].min()), float(model["w"].max()), *model["b"].tolist(), model["number"]}
 
 
-def in_another_thread(call: Callable[[], Any]) -> Any:
+def in_another_thread(place: str, call: Callable[[], Any]) -> Any:
     """Return the result of a call in another thread, which must not find a lock that this one left."""
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
     thread.start()
     thread.join(10.0)
-    assert results, "another thread waits for a lock"
+    if not results:
+        frame = sys._current_frames().get(thread.ident or 0)
+        pytest.fail(f"after {place} another thread hangs:\n{''.join(traceback.format_stack(frame))}")
     return results[0]
 
 
-@pytest.fixture
-def real(server: Server) -> None:
+@pytest.fixture(autouse=True)
+def in_this_room(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     if server.kind == "fake":
-        pytest.skip("its points are those of the real one, and it takes as long")
+        pytest.skip("the points of this room are the same on a real server")
+    monkeypatch.setattr(interrupts, "PACKAGE", f"{interrupts.PACKAGE}weights/")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(300)
 @every_interrupt
-def test_poll(
-    real: None, learner: Learner, worker: Worker, points: Points, error: type[BaseException]
-) -> None:
+def test_poll(learner: Learner, worker: Worker, points: Points, error: type[BaseException]) -> None:
     comm, client = learner(), worker()
     model = weights(0)
     applied = 0
@@ -70,7 +80,7 @@ def test_poll(
         loaded, again = client.version == number, client.poll(model)
         assert loaded or again, interrupt.place
         assert (client.version, content(model)) == (number, {float(point)}), interrupt.place
-        assert not in_another_thread(lambda: client.poll(model)), interrupt.place
+        assert not in_another_thread(interrupt.place, lambda: client.poll(model)), interrupt.place
         applied = number
         if not interrupt.place:
             break
@@ -78,11 +88,9 @@ def test_poll(
     assert (missed.total, missed.behind) == (0, 0)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(300)
 @every_interrupt
-def test_load_weights(
-    real: None, learner: Learner, worker: Worker, points: Points, error: type[BaseException]
-) -> None:
+def test_load_weights(learner: Learner, worker: Worker, points: Points, error: type[BaseException]) -> None:
     comm, client = learner(), worker()
     for point in itertools.count(1):
         number = comm.send_model_weights(weights(point)).version
@@ -94,7 +102,7 @@ def test_load_weights(
         assert content(first) in ({0.0}, {float(point)}), interrupt.place
         assert content(first) == {float(point)} or client.version < number, interrupt.place
         # Another model, of another thread.
-        assert in_another_thread(lambda: client.load_weights(second, timeout=10.0)) == number  # noqa: B023
+        assert in_another_thread(interrupt.place, lambda: client.load_weights(second, timeout=10.0)) == number  # noqa: B023
         assert content(second) == {float(point)}, interrupt.place
         assert client.load_weights(first, timeout=10.0) == number, interrupt.place
         assert content(first) == {float(point)}, interrupt.place
@@ -104,11 +112,11 @@ def test_load_weights(
     assert (missed.total, missed.behind) == (0, 0)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("wait", [True, False])
 @every_interrupt
 def test_send_model_weights(
-    real: None, learner: Learner, worker: Worker, wait: bool, points: Points, error: type[BaseException]
+    learner: Learner, worker: Worker, wait: bool, points: Points, error: type[BaseException]
 ) -> None:
     comm, client = learner(), worker()
     held = len(_held)
@@ -117,7 +125,10 @@ def test_send_model_weights(
         with interrupt_at(point, points, error) as interrupt:
             comm.send_model_weights(weights(point), wait=wait)
         # In another thread: a lock that was left would block it.
-        receipt = in_another_thread(lambda: comm.send_model_weights(weights(-point), wait=wait))  # noqa: B023
+        receipt = in_another_thread(
+            interrupt.place,
+            lambda: comm.send_model_weights(weights(-point), wait=wait),  # noqa: B023
+        )
         assert receipt.version > max(numbers, default=0), interrupt.place
         assert receipt.version == comm.version or not wait
         model: dict[str, Any] = {}

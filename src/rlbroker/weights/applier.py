@@ -31,7 +31,6 @@ class WeightsApplier:
     again: the ledger ignores a second acknowledgement of a version.
 
     Attributes:
-        version: the version that was applied last; 0 before the first.
         problem: why the newest version could not be loaded into the model; empty if it was.
     """
 
@@ -42,8 +41,14 @@ class WeightsApplier:
         """
         self._acknowledge, self._keep_dtype = acknowledge, keep_dtype
         self._step: _Step | None = None
-        self.version = 0
+        self._version = 0
         self.problem = ""
+
+    @property
+    def version(self) -> int:
+        """The version that was applied last; 0 before the first."""
+        step = self._step
+        return step.update.version if step and step.load.done else self._version
 
     def apply(self, updates: Sequence[WeightsUpdate], model: Any, *, again: bool = False) -> bool:
         """Load updates in order, and acknowledge the outcome of each. Return whether the model got one.
@@ -85,9 +90,7 @@ class WeightsApplier:
             step.update.take()
             self._step = None
             raise
-        finally:
-            if step.load.done:  # also after an interrupt
-                self.version, self.problem = version, ""
+        self._version, self.problem = version, ""
         self._acknowledge(step.before, version, "applied", "")
         if take:
             step.update.take()

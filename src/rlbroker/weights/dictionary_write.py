@@ -133,7 +133,7 @@ class DictionaryWrite:
             with normal_tensors():
                 self._values[path] = copy.deepcopy(new)  # it may hold tensors whose memory will be reused
             return ""
-        if not hasattr(new, "shape") or tuple(new.shape) != tuple(old.shape):
+        if not hasattr(new, "shape") or new.shape != old.shape:
             return _describe_difference(new, old)
         problem = why_unwritable(old)
         if problem:

@@ -63,13 +63,13 @@ def why_unwritable(value: Any) -> str:
             return "was made in torch.inference_mode(); make it outside"
     if value.layout is not sys.modules["torch"].strided or value.is_quantized:
         return f"is not a dense tensor ({value.layout}, {value.dtype})"
-    if not value.is_contiguous() and _overlaps_itself(value.shape, value.stride(), 1):
-        return "overlaps itself; call contiguous() on the expanded tensor"
-    start, end = _extent(value)
-    if (
-        start < end
-        and value.storage_offset() * value.itemsize + end - start > value.untyped_storage().nbytes()
-    ):
+    needed = value.nbytes
+    if not value.is_contiguous():
+        if _overlaps_itself(value.shape, value.stride(), 1):
+            return "overlaps itself; call contiguous() on the expanded tensor"
+        start, end = _extent(value)
+        needed = end - start
+    if needed and value.storage_offset() * value.itemsize + needed > value.untyped_storage().nbytes():
         return "has lost its memory: its storage was resized"
     return ""
 
