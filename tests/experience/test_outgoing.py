@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlbroker.codec.message import decode, encode_pieces
+from rlbroker.codec.message import MessagePlan, decode
 from rlbroker.experience import outgoing
 from rlbroker.experience.outgoing import INCOMPRESSIBLE_TRIES, MOST_SKIPPED, Packer, PendingBatch
 from rlbroker.types import SendReceipt
@@ -25,9 +25,9 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     def spy(batch: object, *, compression: bool) -> Any:
         found.append(compression)
-        return encode_pieces(batch, compression=compression)
+        return MessagePlan(batch, compression=compression)
 
-    monkeypatch.setattr(outgoing, "encode_pieces", spy)
+    monkeypatch.setattr(outgoing, "MessagePlan", spy)
     return found
 
 

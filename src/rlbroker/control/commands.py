@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import reprlib
 import threading
 import time
 import uuid
@@ -204,11 +205,12 @@ class CommandSender:
             )
         wanted = None if worker_ids is None else sorted({check_worker_id(one) for one in worker_ids})
         command_id = uuid.uuid4().hex[:12]
+        encoded = encode(data, compression=False)  # first, because it bounds the depth of the data
         fields = {
             "name": name,
             "arguments": _describe_arguments(data),
             "expires_seconds": expires_seconds or 0,
-            "data": encode(data, compression=False),
+            "data": encoded,
         }
         workers = sorted(self._send(command_id, fields, wanted))
         return Command(
@@ -421,5 +423,5 @@ def _describe_arguments(data: Any) -> str:
     try:
         text = json.dumps(data)
     except (TypeError, ValueError):
-        text = repr(data)
+        text = reprlib.repr(data).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= ARGUMENTS_LENGTH else text[: ARGUMENTS_LENGTH - 1] + "…"

@@ -24,7 +24,7 @@ from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, ServerOutOf
 from rlbroker.metrics.counters import Metrics
 from rlbroker.types import Published, PublishReceipt
 from rlbroker.weights.commit import ChunksLost, Committer, LocalCopy
-from rlbroker.weights.gpu_copy import GpuCopy, HostTree
+from rlbroker.weights.gpu_copy import Copies, GpuCopy
 from rlbroker.weights.host_cache.image_files import Bytes
 from rlbroker.weights.image_store import Draft, ImageStore
 from rlbroker.weights.manifest import CHUNK_BYTES, Manifest, choose_others, needs_full
@@ -131,14 +131,14 @@ class Publisher:
             with self._lock:
                 if not self._in_background.done():  # another thread was faster
                     continue
-                tree = self._gpu_copy.to_host(weights)
-                plan = ImagePlan(tree.tree, dtype=dtype, segment_bytes=self._segment_bytes)
+                plan = ImagePlan(weights, dtype=dtype, segment_bytes=self._segment_bytes)
+                copies = self._gpu_copy.start(plan)
                 draft = self._images.reserve(plan.image_bytes, plan.raw_bytes)
-                if wait or not tree.pending:
-                    tree.fill(plan, draft.array)
+                if wait or not copies.pending:
+                    copies.fill(plan, draft.array)
                 if wait:
-                    return PublishReceipt(self._publish(tree, plan, draft, compression, began))
-                work = partial(self._publish_in_background, tree, plan, draft, compression, began)
+                    return PublishReceipt(self._publish(copies, plan, draft, compression, began))
+                work = partial(self._publish_in_background, copies, plan, draft, compression, began)
                 self._in_background = self._background.submit(work)
             self._in_background.add_done_callback(_log_failure)
             return PublishReceipt(self._in_background)
@@ -220,12 +220,12 @@ class Publisher:
             return self._publish(*arguments)
 
     def _publish(
-        self, tree: HostTree, plan: ImagePlan, draft: Draft, compression: bool, began: float
+        self, copies: Copies, plan: ImagePlan, draft: Draft, compression: bool, began: float
     ) -> Published:
         """Make the content of the draft the latest version."""
         try:
-            if tree.pending:
-                tree.fill(plan, draft.array)
+            if copies.pending:
+                copies.fill(plan, draft.array)
             self._committer.resolve_unconfirmed()
             base = self._base_for(plan) if compression else None
             manifest = self._make_latest(plan, draft, compression, base)
