@@ -152,8 +152,10 @@ class Packer:
 
 def _check_rows(rows: int) -> int:
     """Return a number of rows as an int; raise InvalidArgument if it is not one."""
-    if not isinstance(rows, bool | np.bool) and hasattr(type(rows), "__index__"):
-        number = operator.index(rows)
-        if 0 <= number <= MOST_ROWS:
-            return number
-    raise InvalidArgument(f"rows must be an integer from 0 to {MOST_ROWS}; got {rows!r:.80}")
+    try:
+        number = -1 if isinstance(rows, bool | np.bool) else operator.index(rows)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= MOST_ROWS:
+        raise InvalidArgument(f"rows must be an integer from 0 to {MOST_ROWS}; got {rows!r:.80}")
+    return number
