@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Self, SupportsIndex, get_args
 
 import redis
 
@@ -317,7 +317,7 @@ class WorkerClient:
     # Experiences
 
     def send_experiences(
-        self, batch: Mapping[str, Any], timeout: float | None = None, *, rows: int | None = None
+        self, batch: Mapping[str, Any], timeout: float | None = None, *, rows: SupportsIndex | None = None
     ) -> SendReceipt:
         """Send one batch, tagged with the applied version. Return once it has reached the client's level.
 

@@ -108,6 +108,18 @@ def test_nested_mappings_and_lazy_ones_travel(round_trip: RoundTrip) -> None:
     }
 
 
+def test_lazy_tensors_that_are_made_at_each_access_are_not_tied() -> None:
+    class Conjugates(FrozenDict):
+        def __getitem__(self, key: str) -> Any:
+            return torch.full((1000,), complex(0, self._items[key])).conj()
+
+    numbers = {str(number): float(number) for number in range(100)}
+    got = decode(encode(Conjugates(numbers)))
+    assert {key: value[0].imag.item() for key, value in got.items()} == {
+        key: -number for key, number in numbers.items()
+    }
+
+
 def test_a_file_of_numpy_travels(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", a=np.arange(3), b=np.ones((2, 2)))
     with np.load(tmp_path / "x.npz") as file:

@@ -125,7 +125,7 @@ def test_rows_can_be_given_where_the_leading_dimension_is_not_the_count(
     transitions = [{"obs": np.ones(5), "reward": 1.0} for _ in range(50)]
     assert client.send_experiences({"transitions": transitions}).rows == 5
     assert client.send_experiences({"transitions": transitions}, rows=50).rows == 50
-    assert client.send_experiences({"x": 1}, rows=np.int64(7)).rows == 7  # type: ignore[arg-type]
+    assert client.send_experiences({"x": 1}, rows=np.int64(7)).rows == 7
     assert [batch.rows for _, batch in comm.collect_experiences(timeout=5.0)] == [5, 50, 7]
 
 

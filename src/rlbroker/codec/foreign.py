@@ -127,7 +127,7 @@ def _call_for(value: Any) -> str | None:
         return "numpy.complex128()"
     if isinstance(value, numbers.Number):
         return "float()"
-    for method in ("state_dict", "_asdict", "to_dict", "isoformat"):
+    for method in ("state_dict", "_asdict", "to_dict", "toarray", "isoformat"):
         if callable(getattr(type(value), method, None)):
             return f"{method}()"
     if isinstance(value, Iterable):

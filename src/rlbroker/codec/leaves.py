@@ -107,8 +107,10 @@ class LeafTable:
         self.leaves: list[Leaf] = []
         self.sources: list[Any] = []
         self._dtype = dtype
-        #: The number of each leaf, by its memory.
+        #: The number of each leaf, by its memory. It stays in use as long as this table, so that no address is used
+        #: twice: another library's mapping may make new arrays at each access.
         self._numbers: dict[object, int] = {}
+        self._resolved: list[Any] = []
         self._torch = sys.modules.get("torch")
         self._tensor_type: Any = getattr(self._torch, "Tensor", None)
 
@@ -162,12 +164,14 @@ class LeafTable:
                 value.untyped_storage()  # raises for a sparse one
             else:
                 lazy = value.is_conj(), value.is_neg()
-                # The tree outlives the table and keeps the memory of its tensors: no address is used twice.
-                key = (tensor_address(value), value.device, value.dtype, shape, value.stride(), lazy)
-                number = self._numbers.get(key)
-                if number is not None:
-                    return number
+                address = tensor_address(value)
+                if address is not None:
+                    key = (address, value.device, value.dtype, shape, value.stride(), lazy)
+                    number = self._numbers.get(key)
+                    if number is not None:
+                        return number
                 if lazy != (False, False):
+                    self._resolved.append(value)
                     value = value.detach().resolve_conj().resolve_neg()
         except RuntimeError as error:  # it has no shape, no strides, or no memory
             raise RefusedError(tensor_fault(self._torch, value, error)) from error

@@ -30,14 +30,16 @@ def tensor_name(module: Any, value: torch.Tensor) -> str:
     return name
 
 
-def tensor_address(value: torch.Tensor) -> int:
-    """Return the address of a tensor that has elements.
+def tensor_address(value: torch.Tensor) -> int | None:
+    """Return the address of a tensor that has elements; None on a device without addresses, such as XLA.
 
     Raises RefusedError if its storage does not hold all of them: reading them would send other memory of the process.
     Raises RuntimeError if it has no storage.
     """
     storage = value.untyped_storage()
     start, itemsize = storage.data_ptr(), value.itemsize
+    if not start and not (value.is_cpu or value.is_cuda):
+        return None
     offset = int(value.storage_offset()) * itemsize
     if value.is_contiguous():
         end = offset + value.nbytes

@@ -418,10 +418,15 @@ def _keep_within_bounds(commands: _Entries) -> _Entries:
     return commands[: min(REMEMBERED_COMMANDS, max(1, within_bound))]
 
 
+#: Bounds the depth and the length of what it shows, and survives values that cannot be shown.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = ARGUMENTS_LENGTH
+
+
 def _describe_arguments(data: Any) -> str:
     """Return a command's arguments as short text, for people who read them with redis-cli."""
     try:
         text = json.dumps(data)
     except (TypeError, ValueError):
-        text = reprlib.repr(data).encode("utf-8", "backslashreplace").decode()
+        text = _SHORT.repr(data).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= ARGUMENTS_LENGTH else text[: ARGUMENTS_LENGTH - 1] + "…"

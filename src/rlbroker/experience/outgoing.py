@@ -6,7 +6,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, SupportsIndex
 
 import numpy as np
 
@@ -123,7 +123,7 @@ class Packer:
         self._compression = compression
         self._incompressible = self._skipping = 0
 
-    def pack(self, batch: Mapping[str, Any], rows: int | None = None) -> Message:
+    def pack(self, batch: Mapping[str, Any], rows: SupportsIndex | None = None) -> Message:
         """Return the message of a batch.
 
         Args:
@@ -134,8 +134,7 @@ class Packer:
             UnsupportedType: something in the batch cannot travel; its path is named.
             BatchTooLarge: it holds more than 1 GiB of arrays.
         """
-        if rows is not None:
-            rows = _check_rows(rows)
+        known_rows = None if rows is None else _check_rows(rows)
         compress = self._compression and not self._skipping
         plan = MessagePlan(batch, compression=compress)
         pieces, raw_bytes = plan.encode(), plan.raw_bytes
@@ -147,10 +146,10 @@ class Packer:
                 self._skipping = min(MOST_SKIPPED, 2**self._incompressible)
         elif self._skipping:
             self._skipping -= 1
-        return Message(pieces, stored_bytes, plan.rows if rows is None else rows, raw_bytes)
+        return Message(pieces, stored_bytes, plan.rows if known_rows is None else known_rows, raw_bytes)
 
 
-def _check_rows(rows: int) -> int:
+def _check_rows(rows: SupportsIndex) -> int:
     """Return a number of rows as an int; raise InvalidArgument if it is not one."""
     try:
         number = -1 if isinstance(rows, bool | np.bool) else operator.index(rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
@@ -108,7 +108,7 @@ class Sender:
         batch: Mapping[str, Any],
         *,
         version: int,
-        rows: int | None = None,
+        rows: SupportsIndex | None = None,
         timeout_seconds: float,
         stopped: Callable[[], bool] = lambda: False,
     ) -> SendReceipt:
