@@ -160,6 +160,19 @@ def test_a_tree_too_deep_for_the_rest_of_the_stack_is_refused() -> None:
     assert "too deeply" in str(found[0])
 
 
+def test_a_dictionary_that_changes_while_it_is_read_is_refused() -> None:
+    tree: dict[str, Any] = {}
+
+    class Growing:
+        def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+            tree["more"] = 1
+            return np.ones(1)
+
+    tree |= {"x": Growing(), "y": 2}
+    with pytest.raises(UnsupportedType, match="changed while it was read"):
+        encode(tree)
+
+
 def test_nesting_has_the_same_limit_in_both_directions() -> None:
     tree: Any = 1
     for _ in range(64):

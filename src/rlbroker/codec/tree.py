@@ -72,6 +72,12 @@ class TreePacker:
             RecursionError
         ) as error:  # the caller's stack is nearly full, or another library's mapping recurses
             raise UnsupportedType("the tree is nested too deeply for the rest of Python's stack") from error
+        except RuntimeError as error:
+            if "during iteration" not in str(error):
+                raise
+            raise UnsupportedType(
+                "a dictionary changed while it was read; do not write to it during the call"
+            ) from error
 
     def _pack(self, value: Any, depth: int) -> object:
         kind = type(value)
