@@ -68,9 +68,7 @@ class TreePacker:
             return self._pack(tree, 0)
         except RefusedError as refused:
             raise refused.unsupported() from refused.__cause__
-        except (
-            RecursionError
-        ) as error:  # the caller's stack is nearly full, or another library's mapping recurses
+        except RecursionError as error:  # little of the caller's stack is left
             raise UnsupportedType("the tree is nested too deeply for the rest of Python's stack") from error
         except RuntimeError as error:
             if "during iteration" not in str(error):
