@@ -196,6 +196,7 @@ assert "torch" not in sys.modules
 """
 
 
+@pytest.mark.timeout(300)  # JAX compiles
 @pytest.mark.parametrize("imports", ["import rlbroker", "import jax, rlbroker"])
 def test_a_batch_is_a_pytree_node_for_jax_and_its_arrays_travel(imports: str) -> None:
     """In a process of its own: JAX starts threads, and warns of each fork afterwards."""
