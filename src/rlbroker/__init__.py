@@ -7,6 +7,7 @@ the name of the run.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rlbroker.codec.registration import register_batch
 from rlbroker.config import SamplesPerInsert
 from rlbroker.errors import (
     AccessDenied,
@@ -95,6 +96,8 @@ __all__ = [
     "WrongKeyType",
     "__version__",
 ]
+
+register_batch()
 
 #: Imported at first use: they need numpy and blosc2, which would slow down commands that only inspect a run.
 _LAZY = {

@@ -5,11 +5,17 @@ Sizes are in bytes and durations in seconds. Timestamps are seconds since the Un
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias, cast
 
 from rlbroker.errors import DeadlineExceeded
+
+if TYPE_CHECKING:
+    import torch
+
+#: What weights are loaded into: a module, or a dictionary of tensors and arrays.
+Model: TypeAlias = "torch.nn.Module | MutableMapping[str, Any]"
 
 #: The outcome of one command, or of one version, at one worker.
 State = Literal["waiting", "done", "failed", "unknown", "expired", "missed"]
@@ -24,14 +30,17 @@ Liveness = Literal["alive", "away"]
 class Batch(dict[str, Any]):
     """The dictionary that a worker sent, with its metadata in attributes, which cannot collide with the user's keys.
 
+    It can be sent on, pickled, copied, and saved and loaded with torch. torch and JAX know it as a pytree node: what
+    they make of it, `tree_map(f, batch)` for example, is a `Batch` without metadata.
+
     Attributes:
         worker_id: the worker that sent it.
         incarnation: the incarnation of that worker.
         sequence: its number within that incarnation: 1, 2, 3, ….
         version: the version of the weights that produced it; 0 before the first.
         staleness: number of versions published since that one, when the learner collected it.
-        rows: leading dimension of its first array or tensor; 0 without one.
-        raw_bytes: size of its arrays and tensors.
+        rows: as the worker said; otherwise the leading dimension of its first array or tensor, 0 without one.
+        raw_bytes: size of its arrays, tensors and long bytes; each tied one counts once.
         stored_bytes: size of its message in Redis.
         sent_at: time of sending, by the worker's clock.
         received_at: time of collection, by the learner's clock.
@@ -64,6 +73,11 @@ class Batch(dict[str, Any]):
     received_at: float
     held_as: tuple[str, str]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Describe this batch for pickle and copy in the way that `torch.load(weights_only=True)` accepts."""
+        metadata = {name: getattr(self, name) for name in self.__slots__ if hasattr(self, name)}
+        return type(self), (dict(self),), (None, metadata)
+
 
 @dataclass(frozen=True)
 class Registration:
@@ -91,8 +105,8 @@ class SendReceipt:
         incarnation: the incarnation of that worker.
         sequence: its number within that incarnation; 0 if it was not accepted.
         version: the version of the weights that produced it.
-        rows: leading dimension of its first array or tensor; 0 without one.
-        raw_bytes: size of its arrays and tensors.
+        rows: as the caller said; otherwise the leading dimension of its first array or tensor, 0 without one.
+        raw_bytes: size of its arrays, tensors and long bytes; each tied one counts once.
         stored_bytes: size of its message.
         accepted: whether it is in the queue.
         dropped: number of older batches that were dropped to make room.

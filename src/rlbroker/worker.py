@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Any, Self, SupportsIndex, get_args
 
 import redis
 
@@ -14,6 +14,7 @@ from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.locks import CallLock
 from rlbroker.backend.text import counted
+from rlbroker.codec.foreign import is_mapping
 from rlbroker.codec.limits import FORMAT_VERSION
 from rlbroker.codec.signing import SigningKey
 from rlbroker.config import (
@@ -34,7 +35,7 @@ from rlbroker.control.inbox import Inbox
 from rlbroker.errors import Closed, DeadlineExceeded, PeerError, UnsupportedType
 from rlbroker.experience.sender import Sender
 from rlbroker.membership.heartbeat import Heartbeat, LastPoll
-from rlbroker.types import SendReceipt
+from rlbroker.types import Model, SendReceipt
 from rlbroker.weights.applier import WeightsApplier
 from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.loading import check_target
@@ -255,7 +256,7 @@ class WorkerClient:
 
     # Weights
 
-    def load_weights(self, model: Any, timeout: float = 60.0) -> int:
+    def load_weights(self, model: Model, timeout: float = 60.0) -> int:
         """Load the latest weights into a model. Wait for the first version if there is none yet.
 
         If a `stop` command or `drain` comes first, it returns without weights, and `running` is False.
@@ -292,7 +293,7 @@ class WorkerClient:
             self._applying.release()
             raise
 
-    def poll(self, model: Any = None) -> bool:
+    def poll(self, model: Model | None = None) -> bool:
         """Obey the commands that have arrived, and load the newest weights if there are any. Cheap otherwise.
 
         While a `pause` is in force, this does not return unless the worker drains.
@@ -330,13 +331,17 @@ class WorkerClient:
 
     # Experiences
 
-    def send_experiences(self, batch: Mapping[str, Any], timeout: float | None = None) -> SendReceipt:
+    def send_experiences(
+        self, batch: Mapping[str, Any], timeout: float | None = None, *, rows: SupportsIndex | None = None
+    ) -> SendReceipt:
         """Send one batch, tagged with the applied version. Return once it has reached the client's level.
 
         Args:
-            batch: a dictionary, nested or not, of tensors, arrays and plain values. No other thread may write to it
-                during the call.
+            batch: a dictionary or another mapping, nested or not, of tensors, arrays and plain values. No other thread
+                may write to it during the call.
             timeout: the most seconds to wait for room in the queue; the client's timeout by default.
+            rows: the number of rows, for counts and rates, if it is not the leading dimension of the first array or
+                tensor; for example in `{"transitions": [50 dictionaries]}`.
 
         Returns:
             A receipt with `sequence`, `version`, `rows` and sizes. It is false if the batch was dropped: at a full
@@ -353,13 +358,14 @@ class WorkerClient:
             PeerError: the server refused, or could not be reached in time. The batch was not sent.
         """
         self._check()
-        if not isinstance(batch, dict):
+        if not is_mapping(batch):
             raise UnsupportedType(f"a batch is a dictionary, not a {type(batch).__name__}")
         if timeout is not None:
             timeout = check_positive_seconds("timeout", timeout)
         return self._sender.send(
             batch,
             version=self.version,
+            rows=rows,
             timeout_seconds=self._connection.timeout_seconds if timeout is None else timeout,
             stopped=self._gives_up_sending,
         )
@@ -519,7 +525,7 @@ class WorkerClient:
                 else:
                     return
 
-    def _wait_and_load(self, model: Any, latest: int, deadline: Deadline) -> None:
+    def _wait_and_load(self, model: Model, latest: int, deadline: Deadline) -> None:
         """Load the version `latest`, or a newer one, as soon as it is ready; obey commands meanwhile.
 
         An older version is loaded only at the deadline: it may have other shapes than the model.

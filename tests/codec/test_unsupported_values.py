@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import datetime
+import decimal
 import enum
+import pathlib
 import re
+import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -39,29 +45,57 @@ class _Subclass(torch.Tensor):
     pass
 
 
+@dataclasses.dataclass
+class _Step:
+    reward: float
+
+
+class _Plain(enum.Enum):
+    RED = 1
+
+
+class _List(list[int]):
+    pass
+
+
 REFUSED: list[tuple[Any, str]] = [
     (object(), "object"),
-    ({1, 2}, "set"),
-    (bytearray(b"x"), "bytearray"),
-    (1j, "complex"),
+    ({1, 2}, r"set cannot travel; send list\(\)"),
+    (frozenset([1]), r"frozenset cannot travel; send list\(\)"),
+    (collections.deque([1]), r"deque cannot travel; send list\(\)"),
+    (range(3), r"range cannot travel; send list\(\)"),
+    (_List([1]), r"_List cannot travel; send list\(\)"),
+    (bytearray(b"x"), r"bytearray cannot travel; send bytes\(\)"),
+    (memoryview(b"x"), r"memoryview cannot travel; send bytes\(\)"),
+    (1j, r"complex cannot travel; send numpy\.complex128\(\)"),
+    (decimal.Decimal(1), r"Decimal cannot travel; send float\(\)"),
+    (datetime.date(2026, 1, 1), r"date cannot travel; send isoformat\(\)"),
+    (pathlib.PurePosixPath("/x"), r"PurePosixPath cannot travel; send str\(\)"),
+    (_Step(1.0), r"_Step cannot travel; send dataclasses\.asdict\(\)"),
+    (_Step, "type cannot travel"),
+    (_Plain.RED, "_Plain cannot travel; send the value"),
+    (torch.nn.Linear(1, 1), r"Linear cannot travel; send state_dict\(\)"),
+    (torch.Size([2]), r"torch\.Size cannot travel; send tuple\(\)"),
+    (torch.float32, "torch.dtype cannot travel"),
     (lambda: 0, "function"),
-    (collections.Counter("a"), r"Counter cannot travel; send dict\(\)"),
     (_Point(1, 2), r"_Point cannot travel; send tuple\(\)"),
     (_Colour.RED, r"would come back as int; send int\(\)"),
-    ("\ud800", "surrogates"),
+    ("\ud800", r"surrogates .*send encode\("),
     (1 << 8191, "int of 8192 bits"),
     ({1.5: 0}, r"the key 1\.5 is of type float"),
     ({True: 0}, "the key True is of type bool"),
     ({(1,): 0}, r"the key \(1,\)"),
     ({"\ud800": 0}, "surrogates"),
-    (np.array(["a"]), "<U1"),
-    (np.array([b"a"]), "S1"),
-    (np.array([None]), "object"),
-    (np.array([(1, 2)], "i4,f4"), "f0"),
-    (np.array(["2024"], "datetime64[D]"), r"datetime64\[D\]"),
+    (np.array(["a"]), r"<U1 .*send str\(\) or tolist\(\)"),
+    (np.array([b"a"]), r"S1 .*send bytes\(\) or tolist\(\)"),
+    (np.array([None]), r"object .*send tolist\(\)"),
+    (np.array([(1, 2)], "i4,f4"), "f0.*send its fields"),
+    (np.array(["2024"], "datetime64[D]"), r"datetime64\[D\].*send astype"),
+    (np.array(["a"], np.dtypes.StringDType()), "StringDType"),
+    (np.ones((1, 1)).view(np.matrix), r"matrix cannot travel; send numpy\.asarray\(\)"),
     (np.timedelta64(3, "s"), r"timedelta64\[s\]"),
     (np.str_("a"), "<U1"),
-    (np.ma.masked_array([1], [True]), "MaskedArray"),
+    (np.ma.masked_array([1], [True]), r"MaskedArray cannot travel; send filled\(\)"),
     (np.rec.array([1.0]), "recarray"),
     (torch.ones(3).to_sparse(), "sparse"),
     (torch.ones(2, device="meta"), "meta"),
@@ -85,6 +119,16 @@ def test_quantised_and_nested_tensors_are_refused_by_name(make: Any) -> None:
         encode({"x": make()})
 
 
+def _jagged() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested:UserWarning")
+def test_a_jagged_tensor_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedType, match=r"^\['x'\]: a nested tensor .* send its parts"):
+        encode({"x": _jagged()})
+
+
 def test_an_unsupported_value_at_the_top_level_is_refused() -> None:
     with pytest.raises(UnsupportedType, match=r"^the top level: a value of type object"):
         encode(object())
@@ -95,6 +139,38 @@ def test_a_tree_that_contains_itself_is_refused() -> None:
     loop.append({"again": loop})
     with pytest.raises(UnsupportedType, match=re.escape("[1]['again'][1]['again']") + ".*contains itself"):
         encode(loop)
+
+
+def test_a_tree_too_deep_for_the_rest_of_the_stack_is_refused() -> None:
+    tree: Any = 1
+    for _ in range(60):
+        tree = {"x": tree}
+    found: list[UnsupportedType] = []
+
+    def descend(levels: int) -> None:
+        if levels:
+            return descend(levels - 1)
+        with pytest.raises(UnsupportedType) as caught:
+            encode(tree)
+        return found.append(caught.value)
+
+    thread = threading.Thread(target=descend, args=(sys.getrecursionlimit() - 100,))
+    thread.start()
+    thread.join()
+    assert "too deeply" in str(found[0])
+
+
+def test_a_dictionary_that_changes_while_it_is_read_is_refused() -> None:
+    tree: dict[str, Any] = {}
+
+    class Growing:
+        def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+            tree["more"] = 1
+            return np.ones(1)
+
+    tree |= {"x": Growing(), "y": 2}
+    with pytest.raises(UnsupportedType, match="changed while it was read"):
+        encode(tree)
 
 
 def test_nesting_has_the_same_limit_in_both_directions() -> None:

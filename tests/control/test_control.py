@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -432,3 +433,33 @@ def test_a_command_that_could_not_be_sent_is_not_sent_later(
     comm._commands.restore()
     poll_until_acknowledged(client, comm.send_control_command("reset"))
     assert done == []
+
+
+def _nested(levels: int, inner: object = 1) -> object:
+    for _ in range(levels):
+        inner = [inner]
+    return inner
+
+
+def _containing_itself() -> object:
+    data: list[object] = []
+    data.append({"again": data})
+    return data
+
+
+@pytest.mark.parametrize("data", [_nested(5000), _containing_itself()], ids=["deep", "itself"])
+def test_command_data_without_end_is_refused(learner: Learner, data: object) -> None:
+    comm = learner()
+    with pytest.raises(UnsupportedType, match=r"nested deeper than 64 levels, or one contains itself"):
+        comm.send_control_command("reset", data)
+    assert set(comm.get_queue_info()["control_queue_sizes"]) == {0}
+
+
+def test_command_data_may_be_what_a_batch_may_be(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    received: list[Any] = []
+    client.on_command("take", received.append)
+    data = MappingProxyType({"x": np.ones(1000), "deep": _nested(60), "text": "é"})
+    poll_until_acknowledged(client, comm.send_control_command("take", data))
+    assert received[0]["x"].tolist() == [1] * 1000
+    assert (received[0]["deep"], received[0]["text"]) == (_nested(60), "é")

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 
-from rlbroker.codec.dtypes import NUMPY_DTYPES, TORCH_DTYPES
+from rlbroker.codec.dtypes import ML_DTYPES, NUMPY_DTYPES, TORCH_DTYPES
 from rlbroker.codec.image import ImagePlan
 from rlbroker.codec.message import encode
 
@@ -39,6 +40,13 @@ def _torch() -> Any:
         name: torch.from_numpy(_bits(carrier, (3, 5))).view(getattr(torch, name))
         for name, (carrier, _) in sorted(TORCH_DTYPES.items())
     }
+
+
+def _ml_dtypes() -> Any:
+    return {
+        name: [_bits(carrier, shape).view(getattr(ml_dtypes, name)) for shape in ((), (0, 2), (3, 5))]
+        for name, carrier in sorted(ML_DTYPES.items())
+    } | {"scalar": ml_dtypes.bfloat16(1.5)}
 
 
 def _plain() -> Any:
@@ -118,6 +126,7 @@ def _cast() -> Any:
 EXPECTED = {
     "v1-batch.bin": _batch,
     "v1-large.bin": _large,
+    "v1-ml-dtypes.bin": _ml_dtypes,
     "v1-numpy.bin": _numpy,
     "v1-plain.bin": _plain,
     "v1-torch.bin": _torch,

@@ -111,6 +111,8 @@ def test_commands_are_found_among_many_notices_of_versions(
 def test_arguments_that_are_not_json_are_refused() -> None:
     with pytest.raises(typer.BadParameter, match="not JSON"):
         control_commands.parse_arguments("{level")
+    with pytest.raises(typer.BadParameter, match="not JSON"):
+        control_commands.parse_arguments("[" * 100_000)
 
 
 # Batches

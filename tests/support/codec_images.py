@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,3 +44,10 @@ def decode_image(
     for index, data in enumerate(stored):
         image_format.decode_segment(index, data, image, base)
     return image_format, image
+
+
+def image_round_trip(tree: object, *, dtype: str | None = None) -> Any:
+    """Return a tree that was written to an image, encoded and decoded."""
+    plan = ImagePlan(tree, dtype=dtype)
+    image_format, image = decode_image(*encode_image(plan, fill_image(plan)))
+    return image_format.tree(image)

@@ -60,7 +60,7 @@ def segments_of(message: bytes) -> list[StoredSegment]:
 def element_bytes(array: np.ndarray[Any, Any] | np.generic) -> bytes:
     """Return the elements as bytes, without the six bytes of padding in each x87 long double."""
     raw = array.tobytes()
-    if "x87" not in NUMPY_NAMES[array.dtype]:
+    if "x87" not in NUMPY_NAMES.get(array.dtype, ""):
         return raw
     elements = np.frombuffer(raw, np.uint8).reshape(-1, np.dtype(np.longdouble).itemsize)
     return elements[:, :10].tobytes() if array.dtype.byteorder in "=<" else elements[:, -10:].tobytes()

@@ -152,7 +152,7 @@ def test_weights_can_be_loaded_into_a_second_model(learner: Learner, worker: Wor
 def test_only_modules_and_dictionaries_can_be_loaded_into(learner: Learner, worker: Worker) -> None:
     learner().send_model_weights({"w": np.zeros(1)})
     with pytest.raises(UnsupportedType, match="not a list"):
-        worker().load_weights([])
+        worker().load_weights([])  # type: ignore[arg-type]
 
 
 def test_waiting_for_the_first_version_ends_at_the_deadline(

@@ -94,7 +94,7 @@ def test_weights_that_are_not_a_dictionary_are_refused(learner: Learner, weights
 
 def test_a_model_in_place_of_its_weights_is_refused(learner: Learner) -> None:
     with pytest.raises(UnsupportedType, match=r"model\.state_dict\(\)"):
-        learner().send_model_weights(torch.nn.Linear(2, 2))
+        learner().send_model_weights(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
 def test_an_unknown_precision_is_refused(learner: Learner) -> None:

@@ -45,6 +45,28 @@ NUMPY_DTYPES = _numpy_dtypes()
 #: numpy dtype to wire name.
 NUMPY_NAMES = {dtype: name for name, dtype in NUMPY_DTYPES.items()}
 
+#: The dtypes that the package ml_dtypes adds to numpy, by its names, and the numpy dtype that carries their bits. Those
+#: of less than a byte are absent: the rest of each byte is undefined.
+ML_DTYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype("<u2"),
+    "float8_e3m4": np.dtype("u1"),
+    "float8_e4m3": np.dtype("u1"),
+    "float8_e4m3b11fnuz": np.dtype("u1"),
+    "float8_e4m3fn": np.dtype("u1"),
+    "float8_e4m3fnuz": np.dtype("u1"),
+    "float8_e5m2": np.dtype("u1"),
+    "float8_e5m2fnuz": np.dtype("u1"),
+    "float8_e8m0fnu": np.dtype("u1"),
+}
+
+#: Wire name of every dtype of an array to the numpy dtype that carries its elements.
+ARRAY_CARRIERS = NUMPY_DTYPES | ML_DTYPES
+
+
+def is_carried_as_bits(kind: str, name: str) -> bool:
+    """Return whether the carrier of a leaf has its bits only, because numpy itself lacks the dtype `name`."""
+    return TORCH_DTYPES[name].view is not None if kind == "tensor" else name in ML_DTYPES
+
 
 class TorchDtype(NamedTuple):
     """The numpy dtype that carries the bits of a torch dtype.
@@ -114,9 +136,8 @@ CAST_DTYPES: dict[str, str | None] = {
     "float8_e5m2fnuz": None,
 }
 
-#: Carries the elements of a numpy array that was cast to bfloat16, for which numpy has no dtype: the upper halves of
-#: float32.
-BFLOAT16_CARRIER = np.dtype("<u2")
+#: Carries bfloat16 elements, which are the upper halves of float32.
+BFLOAT16_CARRIER = ML_DTYPES["bfloat16"]
 
 #: The number of elements that `cast_array` buffers at a time.
 _BLOCK_ELEMENTS = 1 << 16
@@ -137,8 +158,8 @@ def tensor_target(name: str, dtype: str) -> str | None:
 def array_target(name: str, dtype: str) -> tuple[str, np.dtype[Any]] | None:
     """Return (wire name, carrier) of the dtype that an array of dtype `name` is cast to; None if it is not cast."""
     target = CAST_DTYPES[dtype]
-    source = NUMPY_DTYPES[name]
-    if target is None or source.kind != "f":
+    source = NUMPY_DTYPES.get(name)
+    if target is None or source is None or source.kind != "f":
         return None
     carrier = BFLOAT16_CARRIER if target == "bfloat16" else NUMPY_DTYPES[target]
     return (target, carrier) if source.itemsize > carrier.itemsize else None

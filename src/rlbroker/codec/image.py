@@ -108,6 +108,7 @@ class ImagePlan:
         image_bytes: size of the image.
         raw_bytes: size of all leaves as they travel; each tied one counts once.
         segment_count: number of segments.
+        sources: the array or tensor of each leaf; copies may take their places before `fill`.
         layout: 16 bytes; equal for two images exactly if one can be a delta to the other.
     """
 
@@ -133,7 +134,7 @@ class ImagePlan:
         self._tree = TreePacker(table.add).pack(tree)
         self._metadata = None if metadata is None else pack_metadata(metadata)
         self._leaves = table.leaves
-        self._sources: Sequence[Any] = table.sources
+        self.sources: list[Any] = table.sources
         self._lanes = plan_lanes(table.leaves, segment_bytes)
         self._geometry = _Geometry(
             self._leaves,
@@ -159,13 +160,13 @@ class ImagePlan:
                 place = image[end : end + leaf.nbytes]
                 end += leaf.nbytes
                 if lane.large:
-                    _write_leaf(leaf, self._sources[number], place)
+                    _write_leaf(leaf, self.sources[number], place)
                 elif leaf.nbytes:  # small leaves may lie at any address, and torch relies on alignment
                     aligned = np.empty(leaf.nbytes, np.uint8)
-                    _write_leaf(leaf, self._sources[number], aligned)
+                    _write_leaf(leaf, self.sources[number], aligned)
                     place[:] = aligned
         image[end:] = 0
-        self._sources = ()
+        self.sources = []
 
     def encode_segment(
         self,

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlbroker.codec import dtypes
-from rlbroker.codec.dtypes import NUMPY_DTYPES, NUMPY_NAMES, TORCH_DTYPES, Array
-from rlbroker.codec.tree import RefusedError, shorten
+from rlbroker.codec.dtypes import ARRAY_CARRIERS, ML_DTYPES, NUMPY_DTYPES, NUMPY_NAMES, TORCH_DTYPES, Array
+from rlbroker.codec.foreign import refused_dtype
+from rlbroker.codec.refusals import RefusedError
+from rlbroker.codec.tensors import MAX_DIMENSIONS, tensor_address, tensor_fault, tensor_name, torch_names
+from rlbroker.codec.tree import shorten
 from rlbroker.errors import WireError
 
 if TYPE_CHECKING:
     import torch
 
-#: The most dimensions of a numpy array, and so of a leaf.
-MAX_DIMENSIONS = 64
 #: The most bytes that a shape may stand for, with dimensions of 0 counted as 1: numpy and torch count them in an int64.
 MAX_EXTENT_BYTES = 1 << 62
 
@@ -66,12 +67,11 @@ class Leaf:
 
 def read_leaf(kind: object, dtype: object, shape: object, *cast_from: object) -> Leaf:
     """Check one row of a leaf table; raise WireError unless this platform can make such a leaf."""
-    if kind == "array" and dtype == "bfloat16" and cast_from:
-        carrier: np.dtype[Any] | None = dtypes.BFLOAT16_CARRIER
-    elif kind == "tensor":
+    carrier: np.dtype[Any] | None = None
+    if kind == "tensor":
         carrier = TORCH_DTYPES[dtype].carrier if isinstance(dtype, str) and dtype in TORCH_DTYPES else None
     elif kind in ("array", "scalar", "bytes"):
-        carrier = NUMPY_DTYPES.get(dtype) if isinstance(dtype, str) else None
+        carrier = ARRAY_CARRIERS.get(dtype) if isinstance(dtype, str) else None
     else:
         raise WireError(f"a leaf of unknown kind {shorten(kind)}")
     if carrier is None:
@@ -98,7 +98,8 @@ def read_leaf(kind: object, dtype: object, shape: object, *cast_from: object) ->
 class LeafTable:
     """The leaves of one tree to be written, numbered as they are found; leaves of the same memory count as one.
 
-    Nothing is copied or cast: `sources` has the array or tensor of each of `leaves`.
+    Nothing is copied or cast, except tensors that are conjugated or negated lazily. Each of `sources` has the dtype of
+    its leaf's carrier, or one that numpy or torch can convert to it.
     """
 
     def __init__(self, dtype: str | None = None) -> None:
@@ -106,25 +107,27 @@ class LeafTable:
         self.leaves: list[Leaf] = []
         self.sources: list[Any] = []
         self._dtype = dtype
-        #: The number of each leaf, by its memory.
+        #: The number of each leaf, by its memory. It stays in use as long as this table, so that no address is used
+        #: twice: another library's mapping may make new arrays at each access.
         self._numbers: dict[object, int] = {}
+        self._resolved: list[Any] = []
         self._torch = sys.modules.get("torch")
+        self._tensor_type: Any = getattr(self._torch, "Tensor", None)
 
-    def add(self, value: Any) -> int:
-        """Return the number of a leaf; raise RefusedError for any other value."""
+    def add(self, value: Any) -> int | None:
+        """Return the number of a leaf; None for any other value. Raise RefusedError for a leaf that cannot travel."""
         kind = type(value)
         if kind is np.ndarray:
             return self._add_array(value)
-        if isinstance(value, np.generic):
-            name = _numpy_name(value.dtype)
-            return self._append(Leaf("scalar", name, (), NUMPY_DTYPES[name]), np.asarray(value))
         if kind is bytes:
             flat = np.frombuffer(value, np.uint8)
             return self._append(Leaf("bytes", "|u1", flat.shape, flat.dtype), flat)
-        tensor_type = getattr(self._torch, "Tensor", None)
-        if tensor_type is not None and isinstance(value, tensor_type):
+        if self._tensor_type is not None and isinstance(value, self._tensor_type):
             return self._add_tensor(value)
-        raise RefusedError(_why_refused(value))
+        if isinstance(value, np.generic):
+            name, elements = _as_carrier(np.asarray(value))
+            return self._append(Leaf("scalar", name, (), elements.dtype), elements)
+        return None
 
     def _append(self, leaf: Leaf, source: Any, key: object = None) -> int:
         self.leaves.append(leaf)
@@ -135,7 +138,9 @@ class LeafTable:
         return number
 
     def _add_array(self, value: Array) -> int:
-        name = _numpy_name(value.dtype)
+        name = NUMPY_NAMES.get(value.dtype)
+        if name is None:
+            name, value = _as_carrier(value)
         key = None
         if value.size:
             key = (value.__array_interface__["data"][0], name, value.shape, value.strides)
@@ -147,23 +152,33 @@ class LeafTable:
         target = dtypes.array_target(name, self._dtype) if self._dtype else None
         if target is not None:
             return self._append(Leaf("array", target[0], value.shape, target[1], original=name), value, key)
-        return self._append(Leaf("array", name, value.shape, NUMPY_DTYPES[name]), value, key)
+        return self._append(Leaf("array", name, value.shape, ARRAY_CARRIERS[name]), value, key)
 
     def _add_tensor(self, value: torch.Tensor) -> int:
-        fault = _tensor_fault(self._torch, value)
-        if fault:
-            raise RefusedError(fault)
-        shape = tuple(value.shape)
+        name = tensor_name(self._torch, value)
         key = None
-        if 0 not in shape:
-            # The tree outlives the table and keeps the memory of its tensors: no address is used twice.
-            key = (value.data_ptr(), value.device, value.dtype, shape, value.stride())
-            number = self._numbers.get(key)
-            if number is not None:
-                return number
-        else:
-            _check_empty(shape, value.dtype.itemsize)
-        name = str(value.dtype)[6:]
+        try:
+            shape = tuple(value.shape)
+            if 0 in shape:
+                _check_empty(shape, value.itemsize)
+                value.untyped_storage()  # raises for a sparse one
+            else:
+                lazy = value.is_conj(), value.is_neg()
+                address = tensor_address(value)
+                if address is not None:
+                    key = (address, value.device, value.dtype, shape, value.stride(), lazy)
+                    number = self._numbers.get(key)
+                    if number is not None:
+                        return number
+                if lazy != (False, False):
+                    self._resolved.append(value)
+                    value = value.detach().resolve_conj().resolve_neg()
+        except RuntimeError as error:  # it has no shape, no strides, or no memory
+            raise RefusedError(tensor_fault(self._torch, value, error)) from error
+        if len(shape) > MAX_DIMENSIONS:
+            raise RefusedError(
+                f"a tensor of {len(shape)} dimensions cannot travel; the limit is {MAX_DIMENSIONS}; send reshape()"
+            )
         target = dtypes.tensor_target(name, self._dtype) if self._dtype else None
         if target is not None:
             leaf = Leaf("tensor", target, shape, TORCH_DTYPES[target].carrier, original=name)
@@ -176,18 +191,17 @@ def leaf_elements(source: Any) -> Array:
     """Return the elements of a source of a `LeafTable`, on the CPU in its carrier dtype, uncopied where possible."""
     if isinstance(source, np.ndarray):
         return source
-    elements: Array = plain_tensor(source).cpu().numpy()
+    plain = plain_tensor(source)
+    elements: Array = (plain if plain.is_cpu else plain.cpu()).numpy()
     return elements
 
 
 def plain_tensor(source: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that numpy can share: detached, lazy conjugation resolved, in the dtype of its carrier."""
+    """Return a source of a `LeafTable` as a tensor that numpy can share: detached, in the dtype of its carrier."""
     import torch
 
     plain = source.detach() if source.requires_grad else source
-    if plain.is_neg() or plain.is_conj():
-        plain = plain.resolve_conj().resolve_neg()
-    view = TORCH_DTYPES[str(source.dtype)[6:]].view
+    view = TORCH_DTYPES[torch_names(torch)[source.dtype]].view
     return plain if view is None else plain.view(getattr(torch, view))
 
 
@@ -195,17 +209,19 @@ def leaf_maker(leaf: Leaf, *, keep_dtype: bool = False) -> Callable[[Array], obj
     """Return the function that turns elements, an array of the carrier dtype, into the leaf.
 
     A leaf that was cast gets its original dtype back, unless `keep_dtype`; bfloat16 arrays always do. Raises
-    WireError where torch, or the dtype in it, is missing.
+    WireError where torch or ml_dtypes, or the dtype in it, is missing.
     """
     original = leaf.original
-    if leaf.kind == "array":
-        if leaf.dtype == "bfloat16" and original is not None:
+    if leaf.kind == "array" and original is not None:
+        if leaf.dtype == "bfloat16":
             return lambda elements: dtypes.array_from_bfloat16(elements, original)
-        if original is not None and not keep_dtype:
-            return lambda elements: elements.astype(NUMPY_DTYPES[original])
-        return _return_unchanged
-    if leaf.kind == "scalar":
-        return _make_scalar
+        return _return_unchanged if keep_dtype else lambda elements: elements.astype(NUMPY_DTYPES[original])
+    if leaf.kind == "array" or leaf.kind == "scalar":
+        make = _return_unchanged if leaf.kind == "array" else _make_scalar
+        if leaf.dtype not in ML_DTYPES:
+            return make
+        ml_dtype = _ml_dtype(leaf.dtype)
+        return lambda elements: make(elements.view(ml_dtype))
     if leaf.kind == "bytes":
         return np.ndarray.tobytes
     try:
@@ -262,47 +278,25 @@ def _check_empty(shape: tuple[int, ...], itemsize: int) -> None:
         raise RefusedError(f"the empty shape {shape} has dimensions that are too large for a reader")
 
 
-def _numpy_name(dtype: np.dtype[Any]) -> str:
+def _as_carrier(array: Array) -> tuple[str, Array]:
+    """Return the name of an array's dtype, and the array in the dtype that carries it."""
+    dtype = array.dtype
     name = NUMPY_NAMES.get(dtype)
-    if name is None:
-        raise RefusedError(f"the numpy dtype {dtype!s} cannot travel; only booleans and numbers can")
-    return name
+    if name is not None:
+        return name, array
+    if dtype.type.__module__ == "ml_dtypes" and dtype.isnative and dtype.name in ML_DTYPES:
+        return dtype.name, array.view(ML_DTYPES[dtype.name])
+    raise RefusedError(refused_dtype(dtype))
 
 
-def _tensor_fault(torch: Any, value: torch.Tensor) -> str | None:
-    kind = type(value)
-    if kind is not torch.Tensor and kind is not torch.nn.Parameter:
-        return (
-            f"a tensor of the subclass {kind.__module__}.{kind.__qualname__} cannot travel; send a plain one"
-        )
-    if value.is_quantized:
-        return f"a quantised tensor ({value.dtype}) cannot travel; send dequantize() or int_repr()"
-    if value.is_nested:
-        return "a nested tensor cannot travel; send its parts as a list"
-    if value.layout is not torch.strided:
-        return f"a sparse tensor ({value.layout}) cannot travel; send to_dense() or its parts"
-    if value.device.type == "meta":
-        return "a tensor on the meta device has no values to send"
-    if str(value.dtype)[6:] not in TORCH_DTYPES:
-        return f"the torch dtype {value.dtype} cannot travel"
-    if value.dim() > MAX_DIMENSIONS:
-        return f"a tensor of {value.dim()} dimensions cannot travel; the limit is {MAX_DIMENSIONS}"
-    return None
-
-
-def _why_refused(value: object) -> str:
-    kind = type(value)
-    name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-    if isinstance(value, np.ndarray):
-        return f"the array subclass {name} cannot travel; send numpy.asarray() of it, or its parts"
-    if isinstance(value, dict):
-        return f"the dictionary type {name} cannot travel; send dict() of it"
-    if isinstance(value, tuple):
-        return f"the tuple type {name} cannot travel; send tuple() of it, or _asdict()"
-    if isinstance(value, bool | int | float | str | bytes):
-        base = next(base.__name__ for base in kind.__mro__[1:] if base.__module__ == "builtins")
-        return f"a value of type {name} would come back as {base}; send {base}() of it"
-    return (
-        f"a value of type {name} cannot travel; dictionaries, lists, tuples, None, bool, int, float, str, "
-        "bytes, numpy arrays and scalars, and torch tensors can"
-    )
+def _ml_dtype(name: str) -> np.dtype[Any]:
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise WireError(
+            f"the message holds arrays of {name}, and ml_dtypes is not installed here; `pip install ml_dtypes`"
+        ) from error
+    scalar: type[np.generic] | None = getattr(ml_dtypes, name, None)
+    if scalar is None:
+        raise WireError(f"the ml_dtypes that is installed here has no dtype {name}")
+    return np.dtype(scalar)

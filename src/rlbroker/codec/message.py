@@ -30,7 +30,7 @@ from rlbroker.codec.format import (
 from rlbroker.codec.leaves import LeafTable, leaf_elements, leaf_maker, normalise_bools
 from rlbroker.codec.limits import DEFAULT_LIMITS, Limits
 from rlbroker.codec.tree import TreePacker, unpack
-from rlbroker.errors import WireError
+from rlbroker.errors import BatchTooLarge, WireError
 
 
 def encode(tree: object, *, compression: bool = True) -> bytes:
@@ -57,13 +57,22 @@ def decode(data: Buffer, *, limits: Limits = DEFAULT_LIMITS) -> Any:
     Raises:
         WireError: `data` is not one whole, valid message within `limits`.
     """
+    return assemble(data, limits).tree()
+
+
+def assemble(data: Buffer, limits: Limits = DEFAULT_LIMITS) -> MessageAssembly:
+    """Return the leaves of a message, filled in.
+
+    Raises:
+        WireError: `data` is not one whole, valid message within `limits`.
+    """
     view = byte_view(data)
     end = find_body(view)
     assembly = MessageAssembly(view[:end], limits)
     for index, segment in enumerate(assembly.segments):
         assembly.decode_segment(index, view[end : end + segment.stored_bytes])
         end += segment.stored_bytes
-    return assembly.tree()
+    return assembly
 
 
 class MessagePlan:
@@ -80,13 +89,21 @@ class MessagePlan:
 
         Raises:
             UnsupportedType: a value cannot travel; the error names its path.
+            BatchTooLarge: the leaves have more bytes than readers take.
             InvalidArgument: `segment_bytes` is out of range.
         """
         table = LeafTable()
-        self._tree = TreePacker(table.add).pack(tree)
+        packer = TreePacker(table.add)
+        self._tree = packer.pack(tree)
+        self._found = packer.found
         self._leaves = table.leaves
         self._compression = compression
         self._lanes = plan_lanes(table.leaves, segment_bytes)
+        if self.raw_bytes > DEFAULT_LIMITS.max_raw_bytes:  # before anything is copied
+            raise BatchTooLarge(
+                f"{self.raw_bytes:,} bytes of arrays; no more than {DEFAULT_LIMITS.max_raw_bytes:,} may travel in one "
+                "message: send it in parts"
+            )
         elements = [leaf_elements(source) for source in table.sources]
         #: The raw bytes of each segment, and their element size.
         self._segments: list[tuple[memoryview, int]] = []
@@ -100,15 +117,24 @@ class MessagePlan:
         return sum(lane.raw_bytes for lane in self._lanes)
 
     @property
+    def rows(self) -> int:
+        """The leading dimension of the first array or tensor that has one, at the lowest depth; 0 without one."""
+        rows, lowest = 0, DEFAULT_LIMITS.max_depth + 1
+        for depth, number in self._found:
+            leaf = self._leaves[number]
+            if depth < lowest and leaf.shape and leaf.shape[0] and leaf.kind != "bytes":
+                rows, lowest = leaf.shape[0], depth
+        return rows
+
+    @property
     def segment_count(self) -> int:
         """The number of segments."""
         return len(self._segments)
 
     def encode(self) -> tuple[bytes | memoryview, ...]:
-        """Return the message in pieces."""
-        encoded = [self.encode_segment(index) for index in range(self.segment_count)]
-        header = self.header([segment for segment, _ in encoded])
-        return (header, *(stored for _, stored in encoded))
+        """Return the whole message in pieces, some of which are memory of the tree."""
+        encoded = [self.encode_segment(index) for index in range(len(self._segments))]
+        return (self.header([segment for segment, _ in encoded]), *(stored for _, stored in encoded))
 
     def encode_segment(self, index: int) -> tuple[StoredSegment, bytes | memoryview]:
         """Return the description of segment `index` and its stored bytes: a view of the leaf where stored raw."""
@@ -167,6 +193,11 @@ class MessageAssembly:
     def raw_bytes(self) -> int:
         """Size of all leaves in bytes; each tied one counts once."""
         return self._raw_bytes
+
+    @property
+    def restored_bytes(self) -> int:
+        """Size of all leaves in memory, with their original dtypes."""
+        return sum(leaf.restored_bytes for leaf in self._leaves)
 
     @property
     def segments(self) -> Sequence[StoredSegment]:

@@ -7,12 +7,14 @@ checked. Leaves, long ints and tuples, for which msgpack has no type, travel as 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgpack
 
+from rlbroker.codec.foreign import read_array, read_mapping
 from rlbroker.codec.limits import DEFAULT_LIMITS
+from rlbroker.codec.refusals import RefusedError
 from rlbroker.errors import UnsupportedType, WireError
 
 #: A leaf: its number in the leaf table, u32 little endian.
@@ -37,36 +39,9 @@ _UINT64_MAX = (1 << 64) - 1
 
 _PLAIN = frozenset((bool, int, float, str, bytes))
 
-Path = Sequence[object]
-#: Adds a value that is neither a container nor plain to the leaf table; returns its number or raises RefusedError.
-AddLeaf = Callable[[Any], int]
-
-
-class RefusedError(Exception):
-    """The reason why a value cannot travel; collects the path of the value while it propagates up the tree."""
-
-    def __init__(self, reason: str) -> None:
-        """Keep the reason, which follows the path in the message."""
-        super().__init__(reason)
-        self.reason = reason
-        self.keys: list[object] = []
-
-    def unsupported(self) -> UnsupportedType:
-        """Return the error for the caller, which names the path."""
-        return UnsupportedType(f"{format_path(self.keys[::-1])}: {self.reason}")
-
-
-def format_path(keys: Path) -> str:
-    """Write a path as Python would index it.
-
-    >>> format_path(["experiences", "obs", 0])
-    "['experiences']['obs'][0]"
-    """
-    if not keys:
-        return "the top level"
-    if len(keys) > 12:
-        return f"{format_path(keys[:10])}…"
-    return "".join(f"[{key!r}]" for key in keys)
+#: Adds a value to the leaf table and returns its number; returns None for a value that is no leaf, and raises
+#: RefusedError for one that cannot travel.
+AddLeaf = Callable[[Any], int | None]
 
 
 def shorten(value: object) -> str:
@@ -75,19 +50,32 @@ def shorten(value: object) -> str:
 
 
 class TreePacker:
-    """Packs one tree for msgpack, and passes each leaf to `add_leaf`."""
+    """Packs one tree for msgpack, and passes each leaf to `add_leaf`.
+
+    Attributes:
+        found: the depth and the number of each leaf, in the order of the tree; tied leaves occur repeatedly.
+    """
 
     def __init__(self, add_leaf: AddLeaf) -> None:
         """Number leaves with `add_leaf`."""
         self._add_leaf = add_leaf
         self._values = 0
+        self.found: list[tuple[int, int]] = []
 
     def pack(self, tree: object) -> object:
         """Return the packed tree; raise UnsupportedType, which names the path, for a value that cannot travel."""
         try:
             return self._pack(tree, 0)
         except RefusedError as refused:
-            raise refused.unsupported() from None
+            raise refused.unsupported() from refused.__cause__
+        except RecursionError as error:  # little of the caller's stack is left
+            raise UnsupportedType("the tree is nested too deeply for the rest of Python's stack") from error
+        except RuntimeError as error:
+            if "during iteration" not in str(error):
+                raise
+            raise UnsupportedType(
+                "a dictionary changed while it was read; do not write to it during the call"
+            ) from error
 
     def _pack(self, value: Any, depth: int) -> object:
         kind = type(value)
@@ -98,24 +86,47 @@ class TreePacker:
         if kind is int:
             return value if _INT64_MIN <= value <= _UINT64_MAX else _long_int(value)
         if kind is dict or kind is OrderedDict or kind is defaultdict:
-            self._enter(depth, len(value))
-            return {self._key(key): self._item(key, item, depth) for key, item in value.items()}
+            return self._pack_items(value.items(), len(value), depth)
         if kind is list:
-            self._enter(depth, len(value))
-            return [self._item(index, item, depth) for index, item in enumerate(value)]
+            return self._pack_sequence(value, depth, [])
         if kind is tuple:
-            self._enter(depth, len(value))
-            return [_TUPLE, *(self._item(index, item, depth) for index, item in enumerate(value))]
+            return self._pack_sequence(value, depth, [_TUPLE])
         if kind is bytes and len(value) < SMALL_BYTES:
             return value
-        return _leaf_reference(self._add_leaf(value))
+        number = self._add_leaf(value)
+        if number is None:
+            items = read_mapping(value, MAX_VALUES + 1)
+            if items is not None:
+                return self._pack_items(items, len(items), depth)
+            array = read_array(value)
+            number = self._add_leaf(array)
+            assert number is not None, f"{type(array)} is not an array"
+        self.found.append((depth, number))
+        return _leaf_reference(number)
 
-    def _item(self, key: object, item: object, depth: int) -> object:
-        try:
-            return self._pack(item, depth + 1)
-        except RefusedError as refused:
-            refused.keys.append(key)
-            raise
+    def _pack_items(self, items: Iterable[tuple[object, Any]], length: int, depth: int) -> object:
+        self._enter(depth, length)
+        packed: dict[object, object] = {}
+        for key, item in items:
+            name = self._key(key)
+            try:
+                packed[name] = self._pack(item, depth + 1)
+            except RefusedError as refused:
+                refused.keys.append(key)
+                raise
+        if len(packed) != length:
+            raise RefusedError("a key occurs twice in a mapping; a dictionary has each key once")
+        return packed
+
+    def _pack_sequence(self, items: Sequence[Any], depth: int, packed: list[object]) -> object:
+        self._enter(depth, len(items))
+        for index, item in enumerate(items):
+            try:
+                packed.append(self._pack(item, depth + 1))
+            except RefusedError as refused:
+                refused.keys.append(index)
+                raise
+        return packed
 
     def _enter(self, depth: int, length: int) -> None:
         if depth >= DEFAULT_LIMITS.max_depth:
@@ -133,7 +144,9 @@ class TreePacker:
             return _check_str(key)  # type: ignore[arg-type] # `kind` says that it is a str
         if kind is int:
             return key if _INT64_MIN <= key <= _UINT64_MAX else _long_int(key)  # type: ignore # `kind` says that it is an int
-        raise RefusedError(f"the key {key!r:.80} is of type {kind.__name__}; keys must be str or int")
+        raise RefusedError(
+            f"the key {key!r:.80} is of type {kind.__name__}; keys must be str or int: send str() of it"
+        )
 
 
 def pack_metadata(metadata: object) -> object:
@@ -173,7 +186,9 @@ def _check_str(value: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise RefusedError("a str with lone surrogates is not valid Unicode") from None
+            raise RefusedError(
+                'a str with lone surrogates is not valid Unicode; send encode("utf-8", "surrogatepass") of it'
+            ) from None
     return value
 
 

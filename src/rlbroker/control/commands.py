@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import reprlib
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -475,10 +476,15 @@ def _keep_within_bounds(commands: _Entries) -> _Entries:
     return commands[: min(REMEMBERED_COMMANDS, max(1, within_bound))]
 
 
+#: Bounds the depth and the length of what it shows, and survives values that cannot be shown.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = ARGUMENTS_LENGTH
+
+
 def _describe_arguments(data: Any) -> str:
     """Return a command's arguments as short text, for people who read them with redis-cli."""
     try:
         text = json.dumps(data)
     except (TypeError, ValueError, RecursionError):
-        text = readable(repr(data), ARGUMENTS_LENGTH + 1)
+        text = readable(_SHORT.repr(data), ARGUMENTS_LENGTH + 1)
     return text if len(text) <= ARGUMENTS_LENGTH else text[: ARGUMENTS_LENGTH - 1] + "…"

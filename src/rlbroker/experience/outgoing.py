@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, SupportsIndex
+
+import numpy as np
 
 from rlbroker.backend.resp import Pieces
-from rlbroker.codec.limits import Limits
 from rlbroker.codec.message import MessagePlan
-from rlbroker.errors import BatchTooLarge
+from rlbroker.errors import InvalidArgument
 from rlbroker.types import SendReceipt
 
 #: Compression is worthwhile if the message is smaller than this fraction of its arrays.
@@ -20,6 +22,9 @@ WORTHWHILE = 0.97
 #: up to a maximum.
 INCOMPRESSIBLE_TRIES = 4
 MOST_SKIPPED = 63
+
+#: The most rows that a batch can be said to have: counts add them up.
+MOST_ROWS: Final = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,23 +155,21 @@ class Packer:
         self._compression = compression
         self._incompressible = self._skipping = 0
 
-    def pack(self, batch: dict[str, Any]) -> Message:
+    def pack(self, batch: Mapping[str, Any], rows: SupportsIndex | None = None) -> Message:
         """Return the message of a batch.
 
+        Args:
+            rows: the number of rows, if it is not the leading dimension of the first array or tensor.
+
         Raises:
+            InvalidArgument: `rows` is not a number of rows.
             UnsupportedType: something in the batch cannot travel; its path is named.
             BatchTooLarge: it holds more than 1 GiB of arrays.
         """
+        known_rows = None if rows is None else _check_rows(rows)
         compress = self._compression and not self._skipping
-        plan = MessagePlan(
-            batch, compression=compress
-        )  # refuses a tree that does not end, before it is measured
-        rows, raw_bytes = measure(batch)
-        if raw_bytes > Limits().max_raw_bytes:
-            raise BatchTooLarge(
-                f"the batch holds {raw_bytes:,} bytes; no more than {Limits().max_raw_bytes:,} may travel"
-            )
-        pieces = plan.encode()
+        plan = MessagePlan(batch, compression=compress)
+        pieces, raw_bytes = plan.encode(), plan.raw_bytes
         stored_bytes = sum(map(len, pieces))
         if compress:
             worthwhile = stored_bytes < raw_bytes * WORTHWHILE
@@ -175,20 +178,15 @@ class Packer:
                 self._skipping = min(MOST_SKIPPED, 2**self._incompressible)
         elif self._skipping:
             self._skipping -= 1
-        return Message(pieces, stored_bytes, rows, raw_bytes)
+        return Message(pieces, stored_bytes, plan.rows if known_rows is None else known_rows, raw_bytes)
 
 
-def measure(batch: dict[str, Any]) -> tuple[int, int]:
-    """Return the leading dimension of the first array or tensor, and the bytes of all of them."""
-    rows, raw_bytes = 0, 0
-    unvisited: deque[Any] = deque([batch])
-    while unvisited:
-        node = unvisited.popleft()
-        if isinstance(node, dict):
-            unvisited.extend(node.values())
-        elif isinstance(node, (list, tuple)):
-            unvisited.extend(node)
-        elif hasattr(node, "nbytes") and hasattr(node, "shape"):
-            raw_bytes += int(node.nbytes)
-            rows = rows or (int(node.shape[0]) if len(node.shape) else 0)
-    return rows, raw_bytes
+def _check_rows(rows: SupportsIndex) -> int:
+    """Return a number of rows as an int; raise InvalidArgument if it is not one."""
+    try:
+        number = -1 if isinstance(rows, bool | np.bool) else operator.index(rows)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= MOST_ROWS:
+        raise InvalidArgument(f"rows must be an integer from 0 to {MOST_ROWS}; got {rows!r:.80}")
+    return number

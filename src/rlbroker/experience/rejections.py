@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 
 from rlbroker.backend.replies import entry_place, seconds_number, whole_number
-from rlbroker.codec.message import decode
+from rlbroker.codec.message import assemble
 from rlbroker.errors import WireError
 from rlbroker.experience.dead_letters import DeadLetters
-from rlbroker.experience.outgoing import measure
 from rlbroker.experience.pending import PendingEntries, Takeover
 from rlbroker.experience.read_position import Entry
 from rlbroker.types import Batch
@@ -101,7 +100,8 @@ class Unpacker:
     def _decode(self, entry: Entry, fields: Mapping[bytes, bytes]) -> Batch:
         began = time.perf_counter()
         try:
-            content = decode(fields[b"data"])
+            message = assemble(fields[b"data"])
+            content = message.tree()
         finally:
             self.decode_seconds += time.perf_counter() - began
         if not isinstance(content, dict):
@@ -116,7 +116,7 @@ class Unpacker:
         batch.rows = _parse_integer(fields, b"rows")
         # Measured, not read from the entry: it bounds what one call decodes, and a few stored bytes can decode to a
         # gigabyte of zeros.
-        batch.raw_bytes = measure(content)[1]
+        batch.raw_bytes = message.restored_bytes
         batch.stored_bytes = entry.stored_bytes
         batch.sent_at = _parse_seconds(fields, b"sent_at")
         batch.received_at = time.time()

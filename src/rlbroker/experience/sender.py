@@ -7,8 +7,8 @@ read could have filled it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, SupportsIndex
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
@@ -106,9 +106,10 @@ class Sender:
 
     def send(
         self,
-        batch: dict[str, Any],
+        batch: Mapping[str, Any],
         *,
         version: int,
+        rows: SupportsIndex | None = None,
         timeout_seconds: float,
         stopped: Callable[[], bool] = lambda: False,
     ) -> SendReceipt:
@@ -117,6 +118,7 @@ class Sender:
         Args:
             batch: nested dictionary of tensors, arrays and plain values.
             version: the version that produced it.
+            rows: its number of rows, if that is not its leading dimension.
             timeout_seconds: how long to wait for room, or for a server that is away.
             stopped: returns whether the worker was stopped, which ends a wait for room.
 
@@ -129,7 +131,7 @@ class Sender:
             Fenced: a newer process has this worker id.
             PeerError: the server stayed away or refused; nothing was stored and the caller still has the batch.
         """
-        message = self._packer.pack(batch)
+        message = self._packer.pack(batch, rows)
         deadline = Deadline(timeout_seconds)
         settings = self._settings(deadline)
         if message.stored_bytes > settings.max_queue_bytes:

@@ -13,6 +13,7 @@ import redis
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
+from rlbroker.codec.foreign import is_mapping
 from rlbroker.codec.signing import SigningKey
 from rlbroker.config import (
     DEFAULT_RUN,
@@ -224,7 +225,7 @@ class WorkerCommunicator:
 
     def send_model_weights(
         self,
-        model_state_dict: Any,
+        model_state_dict: Mapping[str, Any],
         compression_enabled: bool = True,
         *,
         dtype: str | torch.dtype | None = None,
@@ -233,8 +234,7 @@ class WorkerCommunicator:
         """Publish weights as the run's next version. They are encoded and stored once, for all workers.
 
         Args:
-            model_state_dict: `model.state_dict()`, or any dictionary, nested or not, of tensors, arrays and plain
-                values.
+            model_state_dict: `model.state_dict()`, or any mapping, nested or not, of tensors, arrays and plain values.
             compression_enabled: whether to compress losslessly with blosc2, and to store only the difference to the
                 version before if that is smaller. Without it publishing is faster on a fast network.
             dtype: the dtype to which floating-point tensors and arrays are cast before they are stored, such as
@@ -254,9 +254,9 @@ class WorkerCommunicator:
             PeerError: the server refused, or could not be reached in time.
         """
         self._check_publishes()
-        if callable(getattr(model_state_dict, "state_dict", None)):
-            raise UnsupportedType("got a model; send its weights: send_model_weights(model.state_dict())")
-        if not isinstance(model_state_dict, Mapping):
+        if not is_mapping(model_state_dict):
+            if callable(getattr(model_state_dict, "state_dict", None)):
+                raise UnsupportedType("got a model; send its weights: send_model_weights(model.state_dict())")
             raise UnsupportedType(
                 f"weights are a dictionary, such as model.state_dict(); got {type(model_state_dict).__name__}"
             )

@@ -23,7 +23,7 @@ from rlbroker.errors import Closed, Fenced, PeerError, RunLost, ServerFault, Ser
 from rlbroker.metrics.counters import Metrics
 from rlbroker.types import Published, PublishReceipt
 from rlbroker.weights.commit import ChunksLost, Committer, LocalCopy
-from rlbroker.weights.gpu_copy import GpuCopy, HostTree
+from rlbroker.weights.gpu_copy import Copies, GpuCopy
 from rlbroker.weights.host_cache.image_files import Bytes
 from rlbroker.weights.image_store import Draft, ImageStore
 from rlbroker.weights.manifest import CHUNK_BYTES, Manifest, choose_others, needs_full
@@ -155,17 +155,17 @@ class Publisher:
     def _copy(
         self, weights: Any, compression: bool, dtype: str | None, wait: bool, began: float
     ) -> Task[Published]:
-        tree = self._gpu_copy.to_host(weights)
         metadata = getattr(weights, "_metadata", None)
-        plan = ImagePlan(tree.tree, dtype=dtype, segment_bytes=self._segment_bytes, metadata=metadata)
+        plan = ImagePlan(weights, dtype=dtype, segment_bytes=self._segment_bytes, metadata=metadata)
+        copies = self._gpu_copy.start(plan)
         draft = self._images.reserve(plan.image_bytes, plan.raw_bytes)
         try:
-            if wait or not tree.pending:
-                tree.fill(plan, draft.array)
+            if wait or not copies.pending:
+                copies.fill(plan, draft.array)
         except BaseException:
             draft.abandon()
             raise
-        work = partial(self._publish_in_background, tree, plan, draft, compression, began)
+        work = partial(self._publish_in_background, copies, plan, draft, compression, began)
         return Task(work, on_failure=None if wait else _log_failure)
 
     def enforce_retention(self) -> None:
@@ -245,12 +245,12 @@ class Publisher:
             return self._publish(*arguments)
 
     def _publish(
-        self, tree: HostTree, plan: ImagePlan, draft: Draft, compression: bool, began: float
+        self, copies: Copies, plan: ImagePlan, draft: Draft, compression: bool, began: float
     ) -> Published:
         """Make the content of the draft the latest version."""
         try:
-            if tree.pending:
-                tree.fill(plan, draft.array)
+            if copies.pending:
+                copies.fill(plan, draft.array)
             self._committer.resolve_unconfirmed()
             base = self._base_for(plan) if compression else None
             manifest = self._make_latest(plan, draft, compression, base)

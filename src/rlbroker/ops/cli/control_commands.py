@@ -150,7 +150,7 @@ def parse_arguments(data: str | None) -> Any:
     """Return the value of the JSON text of --data; None without it."""
     try:
         return None if data is None else json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise typer.BadParameter(
             f"""not JSON: {error}; write it as '{{"duration": 5}}'""", param_hint="--data"
         ) from None

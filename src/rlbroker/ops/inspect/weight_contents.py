@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.codec.describe import Content, ties
-from rlbroker.codec.dtypes import TORCH_DTYPES
+from rlbroker.codec.dtypes import is_carried_as_bits
 from rlbroker.codec.image import ImageFormat
 from rlbroker.codec.signing import SigningKey
 from rlbroker.errors import InvalidArgument, UnsupportedType, UsageError, WireError
@@ -207,7 +207,8 @@ def _write_safetensors(
     for name, one in leaves.items():
         assert one.leaf is not None
         array = little_endian[one.leaf]
-        dtype = one.dtype if one.kind == "tensor" or one.dtype == "bfloat16" else array.dtype.name
+        keeps_name = one.kind == "tensor" or is_carried_as_bits(one.kind, one.dtype)
+        dtype = one.dtype if keeps_name else array.dtype.name
         if name == _RESERVED:
             raise UnsupportedType(
                 f"safetensors has no tensor called {name!r}; write a file that ends in .npz"
@@ -248,7 +249,7 @@ def _write_npz(
         for name, one in leaves.items():
             assert one.leaf is not None
             array = arrays[one.leaf]
-            if one.dtype == "bfloat16" or (one.kind == "tensor" and TORCH_DTYPES[one.dtype].view is not None):
+            if is_carried_as_bits(one.kind, one.dtype):
                 as_bits[name] = one.dtype
                 array = array.view(f"u{array.itemsize}")
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:

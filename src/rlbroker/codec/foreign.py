@@ -1,0 +1,135 @@
+"""Values of other libraries: what travels in their place, and which call helps where nothing can.
+
+They are recognised by what they offer, so that no library is imported, or named, for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from rlbroker.codec.dtypes import Array
+from rlbroker.codec.refusals import RefusedError, first_line, type_name
+
+
+def is_mapping(value: Any) -> bool:
+    """Return whether a value travels as a dictionary."""
+    return isinstance(value, Mapping) or _is_tensor_dictionary(value)
+
+
+def read_mapping(value: Any, most: int) -> list[tuple[object, Any]] | None:
+    """Return the items of any mapping, but no more than `most`; None if the value is no mapping."""
+    if not is_mapping(value):
+        return None
+    try:
+        items = (value.to_dict() if _is_tensor_dictionary(value) else value).items()
+        return list(islice(items, most))
+    except Exception as error:
+        raise RefusedError(f"the items of {type_name(value)} cannot be read: {first_line(error)}") from error
+
+
+def _is_tensor_dictionary(value: Any) -> bool:
+    """Return whether a value is a TensorDict or a tensorclass.
+
+    Only the first is a `Mapping`, with a length of its own and items that are not all tensors.
+    """
+    kind = type(value)
+    return hasattr(kind, "batch_size") and hasattr(kind, "to_dict")
+
+
+def read_array(value: Any) -> Array:
+    """Return the numpy array of an object that offers one; raise RefusedError for anything else."""
+    kind = type(value)
+    if isinstance(value, np.memmap):
+        return np.asarray(value)
+    readers: list[Callable[[Any], Array]] = []
+    if not isinstance(value, np.ndarray | bool | int | float | str | bytes):
+        if hasattr(kind, "__array__") or hasattr(kind, "__array_interface__"):
+            readers.append(np.asarray)
+        if hasattr(kind, "__dlpack__"):  # some refuse `__array__` because it would copy from a GPU
+            readers.append(_from_dlpack)
+    if not readers:
+        raise RefusedError(_why_refused(value))
+    faults = []
+    for read in readers:
+        try:
+            return read(value)
+        except Exception as error:  # noqa: BLE001 - other libraries raise what they like
+            faults.append(error)
+    call = "jax.device_get()" if kind.__module__.startswith("jax") else "a numpy array"
+    raise RefusedError(
+        f"numpy cannot read {type_name(value)}: {first_line(faults[0])}; send {call} of it"
+    ) from faults[0]
+
+
+def _from_dlpack(value: Any) -> Array:
+    array: Array
+    try:
+        array = np.from_dlpack(value)
+    except (BufferError, RuntimeError):  # it is on another device
+        array = np.from_dlpack(value, device="cpu")
+    return array
+
+
+def refused_dtype(dtype: np.dtype[Any]) -> str:
+    """Return why arrays and scalars of a numpy dtype cannot travel, and what to send instead."""
+    if dtype.type.__module__ == "ml_dtypes":
+        return f'the dtype {dtype.name} of ml_dtypes cannot travel; send astype("int8") or astype("float32")'
+    call = {
+        "O": "tolist(), or an array of numbers",
+        "U": "str() or tolist()",
+        "S": "bytes() or tolist()",
+        "M": 'astype("int64")',
+        "m": 'astype("int64")',
+        "V": "its fields, each as an array",
+    }.get(dtype.kind, "an array of numbers")
+    return f"the numpy dtype {dtype!s} cannot travel; only booleans and numbers can: send {call}"
+
+
+def _why_refused(value: object) -> str:
+    name = type_name(value)
+    if isinstance(value, np.ma.MaskedArray):
+        return f"the array subclass {name} cannot travel; send filled() of it, or its data and mask"
+    if isinstance(value, np.ndarray):
+        return f"the array subclass {name} cannot travel; send numpy.asarray() of it, or its parts"
+    if isinstance(value, tuple):
+        call = "tuple() of it, or _asdict()" if hasattr(value, "_asdict") else "tuple() of it"
+        return f"the tuple type {name} cannot travel; send {call}"
+    if isinstance(value, bool | int | float | str | bytes):
+        base = next(base.__name__ for base in type(value).__mro__[1:] if base.__module__ == "builtins")
+        return f"a value of type {name} would come back as {base}; send {base}() of it"
+    helpful = _call_for(value)
+    if helpful:
+        return f"a value of type {name} cannot travel; send {helpful} of it"
+    return (
+        f"a value of type {name} cannot travel; dictionaries, lists, tuples, None, bool, int, float, str, "
+        "bytes, numpy arrays and scalars, torch tensors, and objects with __array__ can"
+    )
+
+
+def _call_for(value: Any) -> str | None:
+    """Return the call that turns a value into one that travels; None if there is none that always does."""
+    if isinstance(value, type):
+        return None
+    if dataclasses.is_dataclass(value):
+        return "dataclasses.asdict()"
+    if isinstance(value, enum.Enum):
+        return "the value"
+    if isinstance(value, bytearray | memoryview):
+        return "bytes()"
+    if isinstance(value, complex):
+        return "numpy.complex128()"
+    if isinstance(value, numbers.Number):
+        return "float()"
+    for method in ("state_dict", "_asdict", "to_dict", "toarray", "isoformat"):
+        if callable(getattr(type(value), method, None)):
+            return f"{method}()"
+    if isinstance(value, Iterable):
+        return "list()"
+    return "str()" if hasattr(type(value), "__fspath__") else None

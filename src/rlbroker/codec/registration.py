@@ -1,0 +1,94 @@
+"""Makes torch and JAX know `Batch`: as a pytree node, and to `torch.load` as a safe class.
+
+Neither is imported for this. Whichever is imported before rlbroker is told at once, the other one while it is imported
+later: a program that resumes calls `torch.load` before it has made a client, and imports may be in any order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rlbroker.types import Batch
+
+
+def register_batch() -> None:
+    """Register `Batch` with the libraries that are imported, and with others when they are."""
+    _WATCHER.register()
+    if _WATCHER not in sys.meta_path:
+        sys.meta_path.insert(0, _WATCHER)
+
+
+class _ImportWatcher:
+    """A finder of modules that finds none: it looks at each import whether a library has come."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, tuple[str, Callable[[Any], object]]] = {
+            "torch.utils._pytree": ("register_pytree_node", _register_torch_node),
+            "torch.serialization": ("add_safe_globals", _register_safe_classes),
+            "jax.tree_util": ("register_pytree_with_keys", _register_jax_node),
+        }
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """Find nothing; register with the libraries that have been imported since the last call."""
+        if name.startswith(("torch", "jax")):
+            self.register()
+
+    def register(self) -> None:
+        """Register with the libraries that have been imported, once each."""
+        for name, (function, register) in list(self._waiting.items()):
+            module = sys.modules.get(name)
+            if hasattr(module, function) and not _is_incomplete(module):
+                entry = self._waiting.pop(name, None)
+                if entry:  # no other thread was faster
+                    register(module)
+
+
+def _is_incomplete(module: Any) -> bool:
+    """Return whether a module is still being imported, and may lack what its functions need."""
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def _register_safe_classes(serialization: Any) -> None:
+    """Let `torch.load(weights_only=True)` read batches, and the arrays of numbers in them."""
+    import numpy as np  # torch has imported it; the command line, which needs neither, starts faster
+
+    from rlbroker.codec.dtypes import NUMPY_DTYPES
+
+    functions = [np.array(0).__reduce__()[0], np.float32(0).__reduce__()[0]]
+    dtypes = {type(dtype) for dtype in NUMPY_DTYPES.values()}
+    serialization.add_safe_globals([Batch, np.ndarray, np.dtype, *functions, *dtypes])
+
+
+def _register_torch_node(pytree: Any) -> None:
+    pytree.register_pytree_node(
+        Batch,
+        lambda batch: (list(batch.values()), list(batch)),
+        lambda values, keys: Batch(zip(keys, values, strict=True)),
+        serialized_type_name="rlbroker.Batch",
+        flatten_with_keys_fn=lambda batch: (
+            [(pytree.MappingKey(key), value) for key, value in batch.items()],
+            list(batch),
+        ),
+    )
+
+
+def _register_jax_node(tree_util: Any) -> None:
+    tree_util.register_pytree_with_keys(
+        Batch,
+        lambda batch: (
+            [(tree_util.DictKey(key), batch[key]) for key in _sort_as_jax(batch)],
+            _sort_as_jax(batch),
+        ),
+        lambda keys, values: Batch(zip(keys, values, strict=True)),
+        lambda batch: ([batch[key] for key in _sort_as_jax(batch)], _sort_as_jax(batch)),
+    )
+
+
+def _sort_as_jax(keys: Iterable[Any]) -> tuple[Any, ...]:
+    """Return keys in the order of JAX, which sorts those of dictionaries; integers come before text."""
+    return tuple(sorted(keys, key=lambda key: (isinstance(key, str), key)))
+
+
+_WATCHER = _ImportWatcher()
