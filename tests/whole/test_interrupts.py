@@ -31,9 +31,11 @@ from rlbroker import (
 
 CLASSES = (WorkerCommunicator, WorkerClient, Command, PublishReceipt)
 
-#: Without --full, each of so many points of a call is interrupted, and of a slow one.
-STRIDES = {"function": 23, "line": 101}
-SLOW_STRIDES = {"function": 97, "line": 401}
+#: Without --full, one in so many points of a call is interrupted; prime numbers, so that loops are met at each place.
+STRIDES = {"function": 29, "line": 149}
+
+#: On a fake server, without --full, this many times fewer.
+FAKE_FACTOR = 5
 
 #: A learner and a worker are used for so many points. Some calls take longer the more has happened in the run.
 POINTS_OF_A_SCENE = 50
@@ -59,7 +61,7 @@ class Case:
         exact: whether no batch may be dropped.
         in_main_thread: whether the call works in the main thread only.
         swallows: whether an interrupt may end in a command's outcome instead: its handler raised it.
-        slow: whether a point takes long, so that fewer are tried without --full.
+        rarely: one in so many points is tried, as each takes long.
     """
 
     steps: Steps
@@ -69,7 +71,7 @@ class Case:
     exact: bool = True
     in_main_thread: bool = False
     swallows: bool = False
-    slow: bool = False
+    rarely: int = 1
 
 
 CASES: dict[str, Case] = {}
@@ -504,7 +506,7 @@ def properties(scene: Scene) -> Iterator[Callable[[], Any]]:
 # Beginning and end
 
 
-@case("WorkerCommunicator.__init__ WorkerCommunicator.__enter__", slow=True)
+@case("WorkerCommunicator.__init__ WorkerCommunicator.__enter__", rarely=19)
 def open_a_learner(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.comm.cleanup(over=False)
     scene.note_what_is_open()
@@ -521,7 +523,7 @@ def open_a_learner(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.comm = scene.open_learner()
 
 
-@case("WorkerCommunicator.cleanup WorkerCommunicator.__exit__", slow=True)
+@case("WorkerCommunicator.cleanup WorkerCommunicator.__exit__", rarely=4)
 def cleanup(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.comm.cleanup(over=False)
     scene.note_what_is_open()
@@ -535,7 +537,7 @@ def cleanup(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.comm = scene.open_learner()
 
 
-@case("WorkerClient.__init__ WorkerClient.__enter__", slow=True)
+@case("WorkerClient.__init__ WorkerClient.__enter__", rarely=7)
 def join(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.client.close()
     scene.note_what_is_open()
@@ -554,7 +556,7 @@ def join(scene: Scene) -> Iterator[Callable[[], Any]]:
     assert [one.worker_id for one in scene.comm.workers()] == [scene.client.worker_id] == [0]
 
 
-@case("WorkerClient.close WorkerClient.__exit__", slow=True)
+@case("WorkerClient.close WorkerClient.__exit__", rarely=3)
 def close(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.client.close()
     scene.note_what_is_open()
@@ -651,7 +653,8 @@ def test_an_interrupted_call_leaves_nothing_half_done(
         return Scene(server, next(runs), case.learner, case.worker, case.exact)
 
     attempts = Attempts(case, open_scene)
-    stride = 1 if full else (SLOW_STRIDES if case.slow else STRIDES)[points]
+    stride = 1 if full else STRIDES[points] * (FAKE_FACTOR if server.kind == "fake" else 1)
+    stride *= case.rarely
     for point in itertools.count(1, stride):
         reached = [attempts.interrupt((point, points, error)) for error in (KeyboardInterrupt, Alarm)]
         if not all(reached) or len(attempts.failures) >= ENOUGH_FAILURES:
