@@ -286,7 +286,8 @@ def _member_findings(snapshot: Snapshot, info: WorkerInfo, limits: FindingLimits
     away = info.state == "away"
     if away:
         process = f" ({info.host} pid {info.pid})" if info.host else ""  # its heartbeat may have expired
-        what = f"worker {worker}{process} is away: {_last_seen(info.last_seen_seconds)}; it died, or lost its connection"
+        seen = _last_seen(info.last_seen_seconds)
+        what = f"worker {worker}{process} is away: {seen}; it died, or lost its connection"
         yield Finding("warning", "worker_away", worker, what, details)
     if info.problem:
         what = f"worker {worker} cannot load the newest weights: {info.problem}"
