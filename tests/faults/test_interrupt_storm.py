@@ -26,10 +26,11 @@ class Process:
     def __init__(self, role: str, url: str, run: str, seconds: float, folder: Path) -> None:
         self.errors = folder / f"{role}.stderr"
         self._output = folder / f"{role}.stdout"
+        folders = filter(None, [str(HERE.parent / "support"), os.environ.get("PYTHONPATH")])
         with self._output.open("wb") as output, self.errors.open("wb") as errors:
             self.popen = subprocess.Popen(
                 [sys.executable, str(PROGRAM), role, run, str(seconds)],
-                env={**os.environ, "RLBROKER_REDIS_URL": url, "PYTHONPATH": str(HERE.parent / "support")},
+                env={**os.environ, "RLBROKER_REDIS_URL": url, "PYTHONPATH": os.pathsep.join(folders)},
                 stdout=output,
                 stderr=errors,
             )
@@ -80,7 +81,8 @@ def test_a_storm_of_signals_loses_and_doubles_nothing(
     finally:
         for process in processes.values():
             process.end()
-    assert learner["errors"] == worker["errors"] == []
+    errors = learner["errors"] + worker["errors"]
+    assert not errors, "\n".join(errors)
     times = Counter(learner["got"])
     assert set(worker["confirmed"]) <= set(times), "batches are lost"
     assert max(times.values()) == 1, "batches came twice"

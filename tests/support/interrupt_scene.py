@@ -187,15 +187,15 @@ class Scene:
             self.sent[number] = bool(receipt)
 
     def collect(self, **settings: Any) -> int:
-        """Collect, and note what came."""
+        """Collect, and note what came, before rlbroker is called again and interrupted."""
         pairs = self.comm.collect_experiences(**settings)
-        for worker_id, batch in pairs:
-            number = int(batch["number"][0])
-            self.got[number] += 1
-            assert worker_id == self.client.worker_id
-            assert same_bits(dict(batch), batch_of(number)), f"batch {number} has other values"
+        self.got.update(int(batch["number"][0]) for _, batch in pairs)
         if self.manual:
             self.held += pairs
+        for worker_id, batch in pairs:
+            number = int(batch["number"][0])
+            assert worker_id == self.client.worker_id
+            assert same_bits(dict(batch), batch_of(number)), f"batch {number} has other values"
         return len(pairs)
 
     def acknowledge(self) -> None:

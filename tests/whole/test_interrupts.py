@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Server
+from conftest import FakeServer, RealServer, Server
 from interrupt_scene import Scene
 from interrupts import Alarm, Interrupt, Points, interrupt_at
 
@@ -34,8 +34,8 @@ CLASSES = (WorkerCommunicator, WorkerClient, Command, PublishReceipt)
 #: Without --full, one in so many points of a call is interrupted; prime numbers, so that loops are met at each place.
 STRIDES = {"function": 29, "line": 149}
 
-#: On a fake server, without --full, this many times fewer.
-FAKE_FACTOR = 5
+#: On a fake server, which is slower, functions are interrupted this rarely.
+FAKE_STRIDE = 149
 
 #: A learner and a worker are used for so many points. Some calls take longer the more has happened in the run.
 POINTS_OF_A_SCENE = 50
@@ -637,30 +637,37 @@ class Attempts:
         return self._scene
 
 
-@pytest.mark.parametrize("points", ["function", "line"])
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.timeout(600)
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupted_call_leaves_nothing_half_done(
-    server: Server, run: str, name: str, points: Points, request: pytest.FixtureRequest
-) -> None:
-    """The same thread repeats the call, and another one goes on: all that was confirmed arrives, all once."""
-    full = request.config.getoption("--full")
-    runs = (f"{run}-{number}" for number in itertools.count())
-    case = CASES[name]
+def interrupt_everywhere(name: str, server: Server, run: str, points: Points, stride: int) -> None:
+    """Interrupt a call at its points, one after the other; fail with all that was not as promised afterwards."""
+    case, runs = CASES[name], (f"{run}-{number}" for number in itertools.count())
 
     def open_scene() -> Scene:
         return Scene(server, next(runs), case.learner, case.worker, case.exact)
 
     attempts = Attempts(case, open_scene)
-    stride = 1 if full else STRIDES[points] * (FAKE_FACTOR if server.kind == "fake" else 1)
-    stride *= case.rarely
-    for point in itertools.count(1, stride):
+    for point in itertools.count(1, stride * case.rarely):
         reached = [attempts.interrupt((point, points, error)) for error in (KeyboardInterrupt, Alarm)]
         if not all(reached) or len(attempts.failures) >= ENOUGH_FAILURES:
             break
     attempts.end()
     assert not attempts.failures, "\n".join(["", *attempts.failures])
+
+
+@pytest.mark.parametrize("points", ["function", "line"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupted_call_leaves_nothing_half_done(
+    real_server: RealServer, run: str, name: str, points: Points, full: bool
+) -> None:
+    """The same thread repeats the call, and another one goes on: all that was confirmed arrives, all once."""
+    interrupt_everywhere(name, real_server, run, points, 1 if full else STRIDES[points])
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupted_call_leaves_nothing_half_done_on_a_fake_server(run: str, name: str) -> None:
+    interrupt_everywhere(name, FakeServer(), run, "function", FAKE_STRIDE)
 
 
 @pytest.mark.unit
