@@ -506,7 +506,7 @@ def properties(scene: Scene) -> Iterator[Callable[[], Any]]:
 # Beginning and end
 
 
-@case("WorkerCommunicator.__init__ WorkerCommunicator.__enter__", rarely=19)
+@case("WorkerCommunicator.__init__ WorkerCommunicator.__enter__", rarely=41)
 def open_a_learner(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.comm.cleanup(over=False)
     scene.note_what_is_open()
@@ -537,7 +537,7 @@ def cleanup(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.comm = scene.open_learner()
 
 
-@case("WorkerClient.__init__ WorkerClient.__enter__", rarely=7)
+@case("WorkerClient.__init__ WorkerClient.__enter__", rarely=13)
 def join(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.client.close()
     scene.note_what_is_open()
