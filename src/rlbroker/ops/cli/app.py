@@ -19,16 +19,13 @@ from rlbroker.ops.cli.demo_commands import demo, learner, worker
 from rlbroker.ops.cli.doctor_command import doctor
 from rlbroker.ops.cli.experiences_commands import experiences
 from rlbroker.ops.cli.exporter_command import exporter
-from rlbroker.ops.cli.missed_command import missed
+from rlbroker.ops.cli.inspect_commands import missed, runs, status, workers
 from rlbroker.ops.cli.prune_command import prune
 from rlbroker.ops.cli.report_command import report
-from rlbroker.ops.cli.runs_command import runs
 from rlbroker.ops.cli.server_command import server
 from rlbroker.ops.cli.shared_options import unwrap
-from rlbroker.ops.cli.status_command import status
 from rlbroker.ops.cli.top.top_command import top
 from rlbroker.ops.cli.weights_commands import weights
-from rlbroker.ops.cli.workers_command import workers
 
 #: The commands and groups of commands, by their heading in the help.
 COMMANDS = {

@@ -52,9 +52,7 @@ def peek(
 
     with session.time_limit():
         existing = read_worker_ids(session.connection, session.keys)
-    if worker is not None and worker not in existing:
-        names = ", ".join(map(str, existing)) or "none"
-        session.fail(f"there is no worker {worker} in the run {session.run!r}; its workers are: {names}")
+    session.check_worker(worker, existing)
     selected = [worker] if worker is not None else existing if every else existing[:WORKERS_SHOWN]
     queues = []
     for worker_id in selected:

@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -168,6 +168,12 @@ class Session:
         line = complete_hint(self, hint)
         self._password_omitted |= lacks_password(line)
         return line
+
+    def check_worker(self, worker: int | None, existing: Collection[int]) -> None:
+        """End the command if a worker was named that the run never had."""
+        if worker is not None and worker not in existing:
+            names = ", ".join(map(str, existing)) or "none"
+            self.fail(f"there is no worker {worker} in the run {self.run!r}; its workers are: {names}")
 
     def print_traceback(self) -> None:
         """Print the traceback of the current error with -vv."""

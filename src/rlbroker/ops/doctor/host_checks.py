@@ -33,9 +33,8 @@ def check_host_cache(snapshot: Snapshot | None) -> Check:
     free = shutil.disk_usage(place).free
     manifest = snapshot.manifest if snapshot else None
     if manifest is None:
-        return Check(
-            "host_cache", "ok", f"{place} has {format_size(free)} free to share weights on this machine"
-        )
+        what = f"{place} has {format_size(free)} free to share weights on this machine"
+        return Check("host_cache", "ok", what)
     needed = _IMAGES * manifest.raw_bytes
     what = f"{place} has {format_size(free)} free for up to {_IMAGES} versions of {format_size(manifest.raw_bytes)}"
     if needed > _FREE_SHARE * free:

@@ -103,11 +103,8 @@ def check_clocks(nodes: Sequence[Node]) -> Iterator[Check]:
     first, last = max(ahead, key=ahead.__getitem__), min(ahead, key=ahead.__getitem__)
     apart_seconds = ahead[first] - ahead[last]
     if apart_seconds <= CLOCKS_APART_SECONDS:
-        yield Check(
-            "clocks",
-            "ok",
-            f"the clocks of {len(ahead):,} nodes are at most {apart_seconds * 1000:.0f} ms apart",
-        )
+        what = f"the clocks of {len(ahead):,} nodes are at most {apart_seconds * 1000:.0f} ms apart"
+        yield Check("clocks", "ok", what)
         return
     what = (
         f"the clocks of {last} and {first} are {apart_seconds:,.1f} s apart: after a failover the age of every "

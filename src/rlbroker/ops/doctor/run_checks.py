@@ -63,23 +63,19 @@ def _check_queues(connection: Connection, snapshot: Snapshot) -> Iterator[Check]
             return
         if GROUP not in [group["name"] for group in map(text_fields, groups)]:
             ok = False
+            what = f"the queue of worker {worker} has no group {GROUP!r}: no learner gets its batches"
             yield Check(
-                "group_missing",
-                "critical",
-                f"the queue of worker {worker} has no group {GROUP!r}: no learner gets its batches",
-                f"redis-cli XGROUP CREATE {shlex.quote(key)} {GROUP} 0",
+                "group_missing", "critical", what, f"redis-cli XGROUP CREATE {shlex.quote(key)} {GROUP} 0"
             )
         elif not isinstance(consumers, PeerError) and _has_learner(snapshot):
             for name, pending, idle_seconds in _find_idle_learners(consumers):
                 ok = False
                 batches = counted(pending, f"batch of worker {worker} is", f"batches of worker {worker} are")
-                yield Check(
-                    "holder_idle",
-                    "warning",
+                what = (
                     f"{batches} pending at the learner {name!r}, which has not read this queue for "
-                    f"{idle_seconds:,.0f} s; another learner takes over, or this one after a restart",
-                    f"rlbroker workers {worker}",
+                    f"{idle_seconds:,.0f} s; another learner takes over, or this one after a restart"
                 )
+                yield Check("holder_idle", "warning", what, f"rlbroker workers {worker}")
     if ok:
         counts = [status.counts for status in snapshot.workers.values() if status.counts]
         waiting, in_hand = (sum(getattr(one, name) for one in counts) for name in ("waiting", "in_hand"))
@@ -106,13 +102,11 @@ def _check_limits(info: ServerInfo, snapshot: Snapshot) -> Iterator[Check]:
     queue_bytes = snapshot.settings.max_queue_bytes
     value_limit = info.number("proto-max-bulk-len")
     if value_limit is not None and value_limit < queue_bytes:
-        yield Check(
-            "batch_bytes",
-            "warning",
+        what = (
             f"max_queue_bytes allows a batch of {format_size(queue_bytes)}, but the server accepts values of "
-            f"{format_size(value_limit)}",
-            f"redis-cli CONFIG SET proto-max-bulk-len {queue_bytes}",
+            f"{format_size(value_limit)}"
         )
+        yield Check("batch_bytes", "warning", what, f"redis-cli CONFIG SET proto-max-bulk-len {queue_bytes}")
     workers = max(len(snapshot.members), snapshot.expected_workers)
     # While an older version expires, two full versions and their deltas exist.
     weights_bytes = 4 * snapshot.manifest.stored_bytes if snapshot.manifest else 0
@@ -127,12 +121,10 @@ def _check_limits(info: ServerInfo, snapshot: Snapshot) -> Iterator[Check]:
         hint = (
             f"redis-cli CONFIG SET maxmemory {needed}" if limit and needed < machine else "rlbroker workers"
         )
-        yield Check(
-            "room",
-            "warning",
+        what = (
             f"{what}, but the server has {format_size(room)}: a learner that stops collecting fills it; lower "
-            "max_queue_bytes",
-            hint,
+            "max_queue_bytes"
         )
+        yield Check("room", "warning", what, hint)
     else:
         yield Check("room", "ok", f"{what} of {format_size(room)}")

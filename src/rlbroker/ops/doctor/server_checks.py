@@ -112,12 +112,8 @@ def _check_role(info: ServerInfo) -> Check:
         host, port = info.fields.get("master_host", ""), info.fields.get("master_port", "6379")
         master = f" of {host}:{port}" if host else ""
         hint = f"rlbroker doctor --url redis://{host}:{port}" if host else "redis-cli ROLE"
-        return Check(
-            "replication",
-            "critical",
-            f"this server is a replica{master}: it accepts no writes; use its master",
-            hint,
-        )
+        what = f"this server is a replica{master}: it accepts no writes; use its master"
+        return Check("replication", "critical", what, hint)
     replicas = info.number("connected_slaves")
     if not info.role or replicas is None:
         return unknown_check("replication", "its role and replicas are unknown", info, "INFO")
@@ -134,12 +130,8 @@ def _check_policy(info: ServerInfo) -> Check:
     if policy == "noeviction":
         return Check("eviction", "ok", "maxmemory-policy noeviction: nothing is deleted when memory is short")
     lost = "weights and experiences" if policy.startswith("allkeys") else "heartbeats and weights"
-    return Check(
-        "eviction",
-        "critical",
-        f"maxmemory-policy {policy}: it deletes {lost} when memory is short",
-        "redis-cli CONFIG SET maxmemory-policy noeviction",
-    )
+    what = f"maxmemory-policy {policy}: it deletes {lost} when memory is short"
+    return Check("eviction", "critical", what, "redis-cli CONFIG SET maxmemory-policy noeviction")
 
 
 def _check_memory(info: ServerInfo) -> Check:
@@ -167,20 +159,17 @@ def _check_memory(info: ServerInfo) -> Check:
 def _check_evicted(info: ServerInfo) -> Check:
     evicted = info.number("evicted_keys")
     if evicted is None:
-        return unknown_check(
-            "evicted", "whether it deleted keys because memory was short is unknown", info, "INFO"
-        )
+        what = "whether it deleted keys because memory was short is unknown"
+        return unknown_check("evicted", what, info, "INFO")
     if not evicted:
         return Check("evicted", "ok", "no keys were deleted because memory was short")
     policy = info.fields.get("maxmemory_policy", "noeviction")
     repair = "CONFIG RESETSTAT" if policy == "noeviction" else "CONFIG SET maxmemory-policy noeviction"
-    return Check(
-        "evicted",
-        "critical",
+    what = (
         f"{counted(evicted, 'key was', 'keys were')} deleted because memory was short since the server started: "
-        "weights or experiences may be lost (CONFIG RESETSTAT resets the count)",
-        f"redis-cli {repair}",
+        "weights or experiences may be lost (CONFIG RESETSTAT resets the count)"
     )
+    return Check("evicted", "critical", what, f"redis-cli {repair}")
 
 
 def _check_persistence(info: ServerInfo) -> Check:
@@ -205,25 +194,19 @@ def _check_persistence(info: ServerInfo) -> Check:
         return Check("persistence", "ok", f"append-only file, appendfsync {policy}: {guarantee}")
     snapshots = info.settings.get("save")
     if snapshots is None:
-        return unknown_check(
-            "persistence",
-            "there is no append-only file; whether it saves snapshots is unknown",
-            info,
-            "CONFIG GET",
-        )
+        what = "there is no append-only file; whether it saves snapshots is unknown"
+        return unknown_check("persistence", what, info, "CONFIG GET")
     if snapshots:
         what = (
             f"snapshots only (save {snapshots}): a crash loses everything after the last one, also what level='redis' "
             "confirmed; level='learner' loses nothing"
         )
         return Check("persistence", "ok", what)
-    return Check(
-        "persistence",
-        "warning",
+    what = (
         "nothing survives a restart: level='redis' and 'fsync' lose what they confirmed, 'replica' too unless a "
-        "replica takes over, 'learner' loses nothing; the learner publishes its weights again",
-        "redis-cli CONFIG SET appendonly yes",
+        "replica takes over, 'learner' loses nothing; the learner publishes its weights again"
     )
+    return Check("persistence", "warning", what, "redis-cli CONFIG SET appendonly yes")
 
 
 def _check_bulk(info: ServerInfo) -> Check:
@@ -231,12 +214,8 @@ def _check_bulk(info: ServerInfo) -> Check:
     if limit is None:
         return unknown_check("bulk", "the size limit of a value is unknown", info, "CONFIG GET")
     if limit < CHUNK_BYTES:
-        return Check(
-            "bulk",
-            "critical",
-            f"proto-max-bulk-len {format_size(limit)}: chunks of weights are up to {format_size(CHUNK_BYTES)} large",
-            "redis-cli CONFIG SET proto-max-bulk-len 512mb",
-        )
+        what = f"proto-max-bulk-len {format_size(limit)}: chunks of weights are up to {format_size(CHUNK_BYTES)} large"
+        return Check("bulk", "critical", what, "redis-cli CONFIG SET proto-max-bulk-len 512mb")
     return Check("bulk", "ok", f"a value may have up to {format_size(limit)}")
 
 
@@ -246,27 +225,27 @@ def _check_output_buffers(info: ServerInfo) -> Check:
         return unknown_check("buffers", "the output buffer limits are unknown", info, "CONFIG GET")
     hard = {kind: whole_number(limit) or 0 for kind, limit in zip(words[::4], words[1::4], strict=False)}
     if 0 < hard.get("normal", 0) < READER_BYTES:
-        return Check(
-            "buffers",
-            "warning",
+        what = (
             f"it closes readers with more than {format_size(hard['normal'])} in their output buffer: one read of "
-            "batches can be larger",
-            'redis-cli CONFIG SET client-output-buffer-limit "normal 0 0 0"',
+            "batches can be larger"
+        )
+        return Check(
+            "buffers", "warning", what, 'redis-cli CONFIG SET client-output-buffer-limit "normal 0 0 0"'
         )
     pubsub = hard.get("pubsub", 0)
     if 0 < pubsub < 1 << 16:
+        what = (
+            f"it closes subscribers with more than {format_size(pubsub)} in their output buffer: workers learn of "
+            "versions later"
+        )
         return Check(
             "buffers",
             "warning",
-            f"it closes subscribers with more than {format_size(pubsub)} in their output buffer: workers learn of "
-            "versions later",
+            what,
             'redis-cli CONFIG SET client-output-buffer-limit "pubsub 33554432 8388608 60"',
         )
-    return Check(
-        "buffers",
-        "ok",
-        f"subscribers may have {format_size(pubsub) if pubsub else 'any amount'} in their output buffer",
-    )
+    what = f"subscribers may have {format_size(pubsub) if pubsub else 'any amount'} in their output buffer"
+    return Check("buffers", "ok", what)
 
 
 def _check_clients(info: ServerInfo) -> Check:
@@ -360,9 +339,5 @@ def check_rights(connection: Connection, info: ServerInfo, run: str | None) -> C
     rules = [rule for rule in missing_rules if rule]
     if info.version[:1] == (6,):
         rules = [rule.replace("%R~", "~") for rule in rules]
-    return Check(
-        "rights",
-        "warning",
-        f"{user} lacks rights for reading a run: {' '.join(rules)}",
-        grant_command(info.user, *rules),
-    )
+    what = f"{user} lacks rights for reading a run: {' '.join(rules)}"
+    return Check("rights", "warning", what, grant_command(info.user, *rules))

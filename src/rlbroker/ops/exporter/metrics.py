@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Generic, Literal, TypeVar, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Final, Generic, Literal, TypeVar, get_args
 
 from rlbroker.experience.counts import LOST
 from rlbroker.metrics.history import Sample
 from rlbroker.ops.inspect.snapshot import Snapshot, WorkerStatus
-from rlbroker.types import QueueCounts, Why, WorkerInfo
+from rlbroker.types import Why, WorkerInfo
 
 #: Reasons of losses that can be undone: dead letters can be retried, and workers resend what a server lost. They are
 #: gauges, because the numbers can fall: to Prometheus a counter that falls has been reset.
@@ -58,9 +59,10 @@ class MemberSource:
     status: WorkerStatus
 
     @property
-    def counts(self) -> QueueCounts:
-        """The counts of its batches."""
-        return self.status.counts or _NO_BATCHES
+    def queue_ratio(self) -> float:
+        """The batches in its queue as a share of the most that may wait."""
+        waiting = self.status.counts.waiting if self.status.counts else 0
+        return waiting / self.snapshot.settings.max_queue_size
 
 
 @dataclass(frozen=True)
@@ -71,282 +73,211 @@ class LearnerSource:
     sample: Sample
 
 
-_NO_BATCHES: Final = QueueCounts(0, 0, 0, {}, 0)
+_Workers = Sequence[WorkerStatus]
 
 
-def _all_counts(snapshot: Snapshot) -> list[QueueCounts]:
-    """Return the counts of all workers that ever took part: totals must not fall when a worker leaves."""
-    return [status.counts for status in snapshot.workers.values() if status.counts]
+def _sum_of(path: str) -> Callable[[_Workers], float]:
+    read = attrgetter(path)
+    return lambda workers: sum(read(worker) for worker in workers)
 
 
-def _sum_lost(counts: Iterable[QueueCounts], reasons: Iterable[str]) -> dict[str, float]:
-    counts = list(counts)
-    return {reason: sum(one.lost.get(reason, 0) for one in counts) for reason in reasons}
+def _sum_counts(name: str) -> Callable[[_Workers], float]:
+    return lambda workers: sum(getattr(worker.counts, name) for worker in workers if worker.counts)
 
 
-def _sum_missed(statuses: Iterable[WorkerStatus]) -> dict[str, float]:
-    statuses = list(statuses)
-    return {why: sum(status.missed.by_reason.get(why, 0) for status in statuses) for why in _MISSED_REASONS}
+def _sum_lost(reasons: Sequence[str]) -> Callable[[_Workers], Mapping[str, float]]:
+    return lambda workers: {
+        reason: sum(worker.counts.lost.get(reason, 0) for worker in workers if worker.counts)
+        for reason in reasons
+    }
+
+
+def _sum_missed(workers: _Workers) -> Mapping[str, float]:
+    return {why: sum(worker.missed.by_reason.get(why, 0) for worker in workers) for why in _MISSED_REASONS}
+
+
+#: Metrics of each worker, and of all workers that ever took part: totals must not fall when a worker leaves.
+_TOTALS: Final[tuple[RunMetric[_Workers], ...]] = (
+    RunMetric("batches_waiting", "Batches in queues that no learner has read.", _sum_counts("waiting")),
+    RunMetric(
+        "batches_in_hand", "Batches that a learner has read and not acknowledged.", _sum_counts("in_hand")
+    ),
+    RunMetric("batches_produced_total", "Batches that workers sent.", _sum_counts("produced")),
+    RunMetric("batches_delivered_total", "Batches that learners acknowledged.", _sum_counts("delivered")),
+    RunMetric(
+        "batches_lost_total",
+        "Batches that were not delivered and never will be.",
+        _sum_lost(LOST_FOR_GOOD),
+        by_reason=True,
+    ),
+    RunMetric(
+        "batches_missing",
+        "Batches that are lost unless they are retried or resent.",
+        _sum_lost(MISSING),
+        by_reason=True,
+    ),
+    RunMetric(
+        "batches_duplicate_total",
+        "Copies of batches that were discarded because the batch had been read before.",
+        _sum_counts("duplicates"),
+    ),
+    RunMetric("versions_missed_total", "Versions that workers missed.", _sum_missed, by_reason=True),
+    RunMetric("commands_missed_total", "Commands that workers did not apply.", _sum_of("missed.commands")),
+    RunMetric(
+        "commands_waiting",
+        "Commands without an answer, counted once for each worker that has not answered.",
+        _sum_of("commands_waiting"),
+    ),
+    RunMetric(
+        "commands_oldest_seconds",
+        "Age of the oldest command without an answer; 0 without one.",
+        lambda workers: max((worker.command_seconds for worker in workers), default=0),
+    ),
+    RunMetric(
+        "dead_letters",
+        "Batches that are kept because no learner could use them.",
+        _sum_of("dead_letters"),
+    ),
+)
+
+
+def _add_totals(
+    prefix: str, metrics: Sequence[RunMetric[Source]], workers_of: Callable[[Source], _Workers]
+) -> tuple[RunMetric[Source], ...]:
+    """Return the metrics with their prefix, and those of `_TOTALS` for the workers of their source."""
+
+    def of_workers(total: RunMetric[_Workers]) -> RunMetric[Source]:
+        return RunMetric(
+            total.name, total.description, lambda source: total.read(workers_of(source)), total.by_reason
+        )
+
+    both = [*metrics, *map(of_workers, _TOTALS)]
+    return tuple(replace(metric, name=f"{prefix}_{metric.name}") for metric in both)
+
+
+def _of_manifest(name: str) -> Callable[[Snapshot], float | None]:
+    return lambda snapshot: getattr(snapshot.manifest, name, None)
 
 
 #: Metrics of a run, read from its snapshot.
-RUN_METRICS: Final[tuple[RunMetric[Snapshot], ...]] = (
-    RunMetric(
-        "rlbroker_weights_version",
-        "Number of the latest version; 0 before the first.",
-        lambda snapshot: snapshot.manifest.version if snapshot.manifest else 0,
-    ),
-    RunMetric(
-        "rlbroker_weights_raw_bytes",
-        "Bytes of the latest version's tensors.",
-        lambda snapshot: snapshot.manifest.raw_bytes if snapshot.manifest else None,
-    ),
-    RunMetric(
-        "rlbroker_weights_stored_bytes",
-        "Bytes that a worker downloads for the latest version if it has the one before.",
-        lambda snapshot: snapshot.manifest.stored_bytes if snapshot.manifest else None,
-    ),
-    RunMetric(
-        "rlbroker_weights_published_timestamp_seconds",
-        "When the latest version was published, by the learner's clock.",
-        lambda snapshot: snapshot.manifest.published if snapshot.manifest else None,
-    ),
-    RunMetric(
-        "rlbroker_learner_up",
-        "Whether the learner sent a heartbeat within its lease.",
-        lambda snapshot: snapshot.learner is not None and snapshot.learner.state == "alive",
-    ),
-    RunMetric(
-        "rlbroker_learner_ended",
-        "Whether the learner ended normally: the run is over.",
-        lambda snapshot: snapshot.learner is not None and snapshot.learner.state == "ended",
-    ),
-    RunMetric(
-        "rlbroker_learner_silent_seconds",
-        "Time since the learner's last heartbeat, by the server's clock.",
-        lambda snapshot: snapshot.learner.last_seen_seconds if snapshot.learner else None,
-    ),
-    RunMetric(
-        "rlbroker_learner_start_timestamp_seconds",
-        "When this learner began; its own totals started at 0 then.",
-        lambda snapshot: (
-            snapshot.learner.epoch / 1000 if snapshot.learner and snapshot.learner.epoch else None
+RUN_METRICS: Final[tuple[RunMetric[Snapshot], ...]] = _add_totals(
+    "rlbroker",
+    (
+        RunMetric(
+            "weights_version",
+            "Number of the latest version; 0 before the first.",
+            lambda snapshot: snapshot.manifest.version if snapshot.manifest else 0,
+        ),
+        RunMetric("weights_raw_bytes", "Bytes of the latest version's tensors.", _of_manifest("raw_bytes")),
+        RunMetric(
+            "weights_stored_bytes",
+            "Bytes that a worker downloads for the latest version if it has the one before.",
+            _of_manifest("stored_bytes"),
+        ),
+        RunMetric(
+            "weights_published_timestamp_seconds",
+            "When the latest version was published, by the learner's clock.",
+            _of_manifest("published"),
+        ),
+        RunMetric(
+            "learner_up",
+            "Whether the learner sent a heartbeat within its lease.",
+            lambda snapshot: snapshot.learner is not None and snapshot.learner.state == "alive",
+        ),
+        RunMetric(
+            "learner_ended",
+            "Whether the learner ended normally: the run is over.",
+            lambda snapshot: snapshot.learner is not None and snapshot.learner.state == "ended",
+        ),
+        RunMetric(
+            "learner_silent_seconds",
+            "Time since the learner's last heartbeat, by the server's clock.",
+            lambda snapshot: snapshot.learner.last_seen_seconds if snapshot.learner else None,
+        ),
+        RunMetric(
+            "learner_start_timestamp_seconds",
+            "When this learner began; its own totals started at 0 then.",
+            lambda snapshot: snapshot.learner.epoch / 1000 or None if snapshot.learner else None,
+        ),
+        RunMetric("workers_alive", "Workers with a heartbeat within their lease.", attrgetter("alive")),
+        RunMetric(
+            "workers_away",
+            "Workers that belong to the run, without a heartbeat within their lease.",
+            lambda snapshot: len(snapshot.members) - snapshot.alive,
+        ),
+        RunMetric("workers_expected", "Workers that the learner expects.", attrgetter("expected_workers")),
+        RunMetric(
+            "workers_unlisted",
+            "Workers that belong to the run and have no metrics of their own, because there are too many.",
+            lambda snapshot: max(0, len(snapshot.members) - WORKERS_LISTED),
+        ),
+        RunMetric(
+            "queue_max_batches",
+            "Batches that may wait in one worker's queue.",
+            attrgetter("settings.max_queue_size"),
+        ),
+        RunMetric(
+            "queue_max_bytes",
+            "Bytes that one worker's queue may hold.",
+            attrgetter("settings.max_queue_bytes"),
         ),
     ),
-    RunMetric(
-        "rlbroker_workers_alive",
-        "Workers with a heartbeat within their lease.",
-        lambda snapshot: snapshot.alive,
-    ),
-    RunMetric(
-        "rlbroker_workers_away",
-        "Workers that belong to the run, without a heartbeat within their lease.",
-        lambda snapshot: len(snapshot.members) - snapshot.alive,
-    ),
-    RunMetric(
-        "rlbroker_workers_expected",
-        "Workers that the learner expects.",
-        lambda snapshot: snapshot.expected_workers,
-    ),
-    RunMetric(
-        "rlbroker_workers_unlisted",
-        "Workers that belong to the run and have no metrics of their own, because there are too many.",
-        lambda snapshot: max(0, len(snapshot.members) - WORKERS_LISTED),
-    ),
-    RunMetric(
-        "rlbroker_queue_max_batches",
-        "Batches that may wait in one worker's queue.",
-        lambda snapshot: snapshot.settings.max_queue_size,
-    ),
-    RunMetric(
-        "rlbroker_queue_max_bytes",
-        "Bytes that one worker's queue may hold.",
-        lambda snapshot: snapshot.settings.max_queue_bytes,
-    ),
-    RunMetric(
-        "rlbroker_batches_waiting",
-        "Batches in the queues that no learner has read.",
-        lambda snapshot: sum(one.waiting for one in _all_counts(snapshot)),
-    ),
-    RunMetric(
-        "rlbroker_batches_in_hand",
-        "Batches that a learner has read and not acknowledged.",
-        lambda snapshot: sum(one.in_hand for one in _all_counts(snapshot)),
-    ),
-    RunMetric(
-        "rlbroker_batches_produced_total",
-        "Batches that workers sent, of workers that left too.",
-        lambda snapshot: sum(one.produced for one in _all_counts(snapshot)),
-    ),
-    RunMetric(
-        "rlbroker_batches_delivered_total",
-        "Batches that learners acknowledged.",
-        lambda snapshot: sum(one.delivered for one in _all_counts(snapshot)),
-    ),
-    RunMetric(
-        "rlbroker_batches_lost_total",
-        "Batches that were not delivered and never will be.",
-        lambda snapshot: _sum_lost(_all_counts(snapshot), LOST_FOR_GOOD),
-        by_reason=True,
-    ),
-    RunMetric(
-        "rlbroker_batches_missing",
-        "Batches that are lost unless they are retried or resent.",
-        lambda snapshot: _sum_lost(_all_counts(snapshot), MISSING),
-        by_reason=True,
-    ),
-    RunMetric(
-        "rlbroker_batches_duplicate_total",
-        "Copies of batches that were discarded because the batch had been read before.",
-        lambda snapshot: sum(one.duplicates for one in _all_counts(snapshot)),
-    ),
-    RunMetric(
-        "rlbroker_versions_missed_total",
-        "Versions that workers missed, of workers that left too.",
-        lambda snapshot: _sum_missed(snapshot.workers.values()),
-        by_reason=True,
-    ),
-    RunMetric(
-        "rlbroker_commands_missed_total",
-        "Commands that workers did not apply, of workers that left too.",
-        lambda snapshot: sum(one.missed.commands for one in snapshot.workers.values()),
-    ),
-    RunMetric(
-        "rlbroker_commands_waiting",
-        "Commands without an answer, counted once for each worker that has not answered.",
-        lambda snapshot: sum(one.commands_waiting for one in snapshot.workers.values()),
-    ),
-    RunMetric(
-        "rlbroker_commands_oldest_seconds",
-        "Age of the oldest command without an answer; 0 without one.",
-        lambda snapshot: max((one.command_seconds for one in snapshot.workers.values()), default=0),
-    ),
-    RunMetric(
-        "rlbroker_dead_letters",
-        "Batches that are kept because no learner could use them.",
-        lambda snapshot: sum(one.dead_letters for one in snapshot.workers.values()),
-    ),
+    lambda snapshot: list(snapshot.workers.values()),
 )
 
 #: Metrics of each worker that belongs to a run.
-WORKER_METRICS: Final[tuple[RunMetric[MemberSource], ...]] = (
-    RunMetric(
-        "rlbroker_worker_up",
-        "Whether the worker sent a heartbeat within its lease.",
-        lambda member: member.info.state == "alive",
+WORKER_METRICS: Final[tuple[RunMetric[MemberSource], ...]] = _add_totals(
+    "rlbroker_worker",
+    (
+        RunMetric(
+            "up",
+            "Whether the worker sent a heartbeat within its lease.",
+            lambda member: member.info.state == "alive",
+        ),
+        RunMetric("version", "The version that it runs; 0 for none.", attrgetter("info.version")),
+        RunMetric(
+            "staleness_versions",
+            "Versions published since the one that it runs.",
+            attrgetter("info.staleness"),
+        ),
+        RunMetric(
+            "silent_seconds",
+            "Time since the worker's last heartbeat, by the server's clock.",
+            attrgetter("info.last_seen_seconds"),
+        ),
+        RunMetric(
+            "unpolled_seconds",
+            "Time since the worker last called poll or load_weights, at its last heartbeat.",
+            attrgetter("info.unpolled_seconds"),
+        ),
+        RunMetric(
+            "problem",
+            "Whether the worker cannot load the latest version.",
+            lambda member: bool(member.info.problem),
+        ),
+        RunMetric(
+            "fenced_seconds",
+            "Time since another process with this worker's id was fenced; absent without one.",
+            attrgetter("info.fenced_seconds"),
+        ),
+        RunMetric(
+            "skips_in_a_row",
+            "Its latest updates in a row that each skipped a version; 0 if the last one did not.",
+            attrgetter("status.missed.skips_in_a_row"),
+        ),
+        RunMetric(
+            "queue_ratio",
+            "Batches in its queue as a share of the most that may wait.",
+            attrgetter("queue_ratio"),
+        ),
+        RunMetric(
+            "room_seconds_total",
+            "Time in which send_experiences waited for room in its queue, of this incarnation.",
+            attrgetter("info.room_seconds"),
+        ),
     ),
-    RunMetric(
-        "rlbroker_worker_version", "The version that it runs; 0 for none.", lambda member: member.info.version
-    ),
-    RunMetric(
-        "rlbroker_worker_staleness_versions",
-        "Versions published since the one that it runs.",
-        lambda member: member.info.staleness,
-    ),
-    RunMetric(
-        "rlbroker_worker_silent_seconds",
-        "Time since the worker's last heartbeat, by the server's clock.",
-        lambda member: member.info.last_seen_seconds,
-    ),
-    RunMetric(
-        "rlbroker_worker_unpolled_seconds",
-        "Time since the worker last called poll or load_weights, at its last heartbeat.",
-        lambda member: member.info.unpolled_seconds,
-    ),
-    RunMetric(
-        "rlbroker_worker_problem",
-        "Whether the worker cannot load the latest version.",
-        lambda member: bool(member.info.problem),
-    ),
-    RunMetric(
-        "rlbroker_worker_fenced_seconds",
-        "Time since another process with this worker's id was fenced; absent without one.",
-        lambda member: member.info.fenced_seconds,
-    ),
-    RunMetric(
-        "rlbroker_worker_skips_in_a_row",
-        "Its latest updates in a row that each skipped a version; 0 if the last one did not.",
-        lambda member: member.status.missed.skips_in_a_row,
-    ),
-    RunMetric(
-        "rlbroker_worker_batches_waiting",
-        "Batches in its queue that no learner has read.",
-        lambda member: member.counts.waiting,
-    ),
-    RunMetric(
-        "rlbroker_worker_batches_in_hand",
-        "Its batches that a learner has read and not acknowledged.",
-        lambda member: member.counts.in_hand,
-    ),
-    RunMetric(
-        "rlbroker_worker_queue_ratio",
-        "Batches in its queue as a share of the most that may wait.",
-        lambda member: member.counts.waiting / member.snapshot.settings.max_queue_size,
-    ),
-    RunMetric(
-        "rlbroker_worker_room_seconds_total",
-        "Time in which send_experiences waited for room in its queue, of this incarnation.",
-        lambda member: member.info.room_seconds,
-    ),
-    RunMetric(
-        "rlbroker_worker_batches_produced_total",
-        "Batches that it sent.",
-        lambda member: member.counts.produced,
-    ),
-    RunMetric(
-        "rlbroker_worker_batches_delivered_total",
-        "Its batches that learners acknowledged.",
-        lambda member: member.counts.delivered,
-    ),
-    RunMetric(
-        "rlbroker_worker_batches_lost_total",
-        "Its batches that were not delivered and never will be.",
-        lambda member: _sum_lost([member.counts], LOST_FOR_GOOD),
-        by_reason=True,
-    ),
-    RunMetric(
-        "rlbroker_worker_batches_missing",
-        "Its batches that are lost unless they are retried or resent.",
-        lambda member: _sum_lost([member.counts], MISSING),
-        by_reason=True,
-    ),
-    RunMetric(
-        "rlbroker_worker_batches_duplicate_total",
-        "Copies of its batches that were discarded because the batch had been read before.",
-        lambda member: member.counts.duplicates,
-    ),
-    RunMetric(
-        "rlbroker_worker_versions_missed_total",
-        "Versions that it missed.",
-        lambda member: _sum_missed([member.status]),
-        by_reason=True,
-    ),
-    RunMetric(
-        "rlbroker_worker_commands_missed_total",
-        "Commands that it did not apply.",
-        lambda member: member.status.missed.commands,
-    ),
-    RunMetric(
-        "rlbroker_worker_commands_waiting",
-        "Commands that it has not answered.",
-        lambda member: member.status.commands_waiting,
-    ),
-    RunMetric(
-        "rlbroker_worker_commands_oldest_seconds",
-        "Age of the oldest of them; 0 without one.",
-        lambda member: member.status.command_seconds,
-    ),
-    RunMetric(
-        "rlbroker_worker_dead_letters",
-        "Its batches that are kept because no learner could use them.",
-        lambda member: member.status.dead_letters,
-    ),
+    lambda member: [member.status],
 )
-
-
-def _total_of(field: str) -> Callable[[LearnerSource], Any]:
-    return lambda source: getattr(source.sample, field)
-
 
 #: Metrics of the learner, read from its newest sample: totals since this learner began.
 LEARNER_METRICS: Final[tuple[RunMetric[LearnerSource], ...]] = (
@@ -355,61 +286,43 @@ LEARNER_METRICS: Final[tuple[RunMetric[LearnerSource], ...]] = (
         "Age of the sample from which the learner's totals are read.",
         lambda source: max(0.0, source.snapshot.at - source.sample.at),
     ),
-    RunMetric("rlbroker_versions_published_total", "Versions published.", _total_of("published")),
-    RunMetric(
-        "rlbroker_published_raw_bytes_total",
-        "Bytes of the tensors of published versions.",
-        _total_of("published_raw_bytes"),
-    ),
-    RunMetric(
-        "rlbroker_published_stored_bytes_total",
-        "Bytes that were sent to the server for them.",
-        _total_of("published_stored_bytes"),
-    ),
-    RunMetric(
-        "rlbroker_publish_encode_seconds_total",
-        "Time spent encoding weights, summed over threads.",
-        _total_of("encode_seconds"),
-    ),
-    RunMetric(
-        "rlbroker_publish_send_seconds_total",
-        "Time spent sending encoded weights to the server.",
-        _total_of("send_seconds"),
-    ),
-    RunMetric(
-        "rlbroker_publish_seconds_total",
-        "Time from calls of send_model_weights until the version was published.",
-        _total_of("publish_seconds"),
-    ),
-    RunMetric(
-        "rlbroker_batches_collected_total",
-        "Batches that collect_experiences returned.",
-        _total_of("collected"),
-    ),
-    RunMetric("rlbroker_rows_collected_total", "Rows of these batches.", _total_of("rows")),
-    RunMetric(
-        "rlbroker_collected_raw_bytes_total",
-        "Bytes of the tensors of these batches.",
-        _total_of("collected_raw_bytes"),
-    ),
-    RunMetric(
-        "rlbroker_collected_stored_bytes_total",
-        "Bytes that were received from the server for them.",
-        _total_of("collected_stored_bytes"),
-    ),
-    RunMetric(
-        "rlbroker_collect_decode_seconds_total",
-        "Time spent decoding batches.",
-        _total_of("decode_seconds"),
-    ),
-    RunMetric(
-        "rlbroker_collect_wait_seconds_total",
-        "Time in which collect_experiences waited for batches: the learner waits for its workers.",
-        _total_of("wait_seconds"),
-    ),
-    RunMetric(
-        "rlbroker_room_seconds_total",
-        "Time in which workers waited for room in their queues, summed over workers: they wait for the learner.",
-        _total_of("room_seconds"),
+    *(
+        RunMetric(f"rlbroker_{name}_total", description, attrgetter(f"sample.{field}"))
+        for name, field, description in (
+            ("versions_published", "published", "Versions published."),
+            ("published_raw_bytes", "published_raw_bytes", "Bytes of the tensors of published versions."),
+            (
+                "published_stored_bytes",
+                "published_stored_bytes",
+                "Bytes that were sent to the server for them.",
+            ),
+            ("publish_encode_seconds", "encode_seconds", "Time spent encoding weights, summed over threads."),
+            ("publish_send_seconds", "send_seconds", "Time spent sending encoded weights to the server."),
+            (
+                "publish_seconds",
+                "publish_seconds",
+                "Time from calls of send_model_weights until the version was published.",
+            ),
+            ("batches_collected", "collected", "Batches that collect_experiences returned."),
+            ("rows_collected", "rows", "Rows of these batches."),
+            ("collected_raw_bytes", "collected_raw_bytes", "Bytes of the tensors of these batches."),
+            (
+                "collected_stored_bytes",
+                "collected_stored_bytes",
+                "Bytes that were received from the server for them.",
+            ),
+            ("collect_decode_seconds", "decode_seconds", "Time spent decoding batches."),
+            (
+                "collect_wait_seconds",
+                "wait_seconds",
+                "Time in which collect_experiences waited for batches: the learner waits for its workers.",
+            ),
+            (
+                "room_seconds",
+                "room_seconds",
+                "Time in which workers waited for room in their queues, summed over workers: they wait for the "
+                "learner.",
+            ),
+        )
     ),
 )

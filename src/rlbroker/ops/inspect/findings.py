@@ -157,13 +157,12 @@ def _server_findings(snapshot: Snapshot) -> Iterator[Finding]:
     policy = server.maxmemory_policy
     if policy not in ("", "noeviction"):
         evicted = "weights and experiences" if policy.startswith("allkeys") else "heartbeats and weights"
-        yield Finding(
-            "critical",
-            "server_evicts",
-            None,
+        what = (
             f"{server.evicting_node or 'the server'} has maxmemory-policy {policy}: it deletes {evicted} when memory "
-            "is short",
-            "redis-cli CONFIG SET maxmemory-policy noeviction",
+            "is short"
+        )
+        yield Finding(
+            "critical", "server_evicts", None, what, "redis-cli CONFIG SET maxmemory-policy noeviction"
         )
     if (
         server.used_bytes
@@ -171,44 +170,26 @@ def _server_findings(snapshot: Snapshot) -> Iterator[Finding]:
         and server.used_bytes > MEMORY_SHARE * server.maxmemory_bytes
     ):
         share = server.used_bytes / server.maxmemory_bytes
-        yield Finding(
-            "warning",
-            "server_full",
-            None,
-            f"{server.node or 'the server'} uses {share:.0%} of its maxmemory; at 100 % it refuses writes",
-            "rlbroker doctor",
-        )
+        what = f"{server.node or 'the server'} uses {share:.0%} of its maxmemory; at 100 % it refuses writes"
+        yield Finding("warning", "server_full", None, what, "rlbroker doctor")
 
 
 def _learner_findings(snapshot: Snapshot) -> Iterator[Finding]:
     learner = snapshot.learner
     if learner is None:
-        yield Finding(
-            "warning",
-            "learner_missing",
-            None,
-            "no learner has opened the run yet; its workers wait",
-            "rlbroker runs",
-        )
+        what = "no learner has opened the run yet; its workers wait"
+        yield Finding("warning", "learner_missing", None, what, "rlbroker runs")
     elif learner.state == "away":
         seen = "never seen" if learner.last_seen_seconds is None else _last_seen(learner.last_seen_seconds)
-        yield Finding(
-            "critical",
-            "learner_away",
-            None,
-            f"the learner ({learner.host} pid {learner.pid}) is away: {seen}; it died, or lost its connection",
-            "rlbroker report",
+        what = (
+            f"the learner ({learner.host} pid {learner.pid}) is away: {seen}; it died, or lost its connection"
         )
+        yield Finding("critical", "learner_away", None, what, "rlbroker report")
     elif learner.state == "ended":
         yield from _ended_findings(snapshot, learner)
     elif learner.state == "alive" and snapshot.manifest is None and snapshot.members:
-        yield Finding(
-            "warning",
-            "no_weights",
-            None,
-            "the learner has not published any weights yet; workers wait in load_weights",
-            "rlbroker weights list",
-        )
+        what = "the learner has not published any weights yet; workers wait in load_weights"
+        yield Finding("warning", "no_weights", None, what, "rlbroker weights list")
 
 
 def _ended_findings(snapshot: Snapshot, learner: LearnerStatus) -> Iterator[Finding]:
@@ -220,14 +201,11 @@ def _ended_findings(snapshot: Snapshot, learner: LearnerStatus) -> Iterator[Find
     )
     if alive and not learner.others and not just_ended:
         when = "at once" if silent_seconds is None else f"{age(silent_seconds)} ago"
-        yield Finding(
-            "warning",
-            "learner_ended",
-            None,
+        what = (
             f"the learner ({learner.host} pid {learner.pid}) ended {when}, and "
-            f"{counted(alive, 'worker still sends', 'workers still send')}: no learner collects the batches",
-            "rlbroker workers",
+            f"{counted(alive, 'worker still sends', 'workers still send')}: no learner collects the batches"
         )
+        yield Finding("warning", "learner_ended", None, what, "rlbroker workers")
 
 
 def _membership_findings(snapshot: Snapshot, limits: FindingLimits) -> Iterator[Finding]:
@@ -238,13 +216,8 @@ def _membership_findings(snapshot: Snapshot, limits: FindingLimits) -> Iterator[
     if alive < wanted:
         severity: Severity = "warning" if alive else "critical"
         expected = "are expected" if limits.min_workers is None else "are required"
-        yield Finding(
-            severity,
-            "too_few_workers",
-            None,
-            f"{counted(alive, 'worker is', 'workers are')} alive; {wanted} {expected}",
-            "rlbroker workers",
-        )
+        what = f"{counted(alive, 'worker is', 'workers are')} alive; {wanted} {expected}"
+        yield Finding(severity, "too_few_workers", None, what, "rlbroker workers")
 
 
 def _worker_findings(
@@ -255,50 +228,35 @@ def _worker_findings(
         yield from _member_findings(snapshot, info, limits)
     if status.dead_letters:
         kept = "is kept as a dead letter" if status.dead_letters == 1 else "are kept as dead letters"
-        yield Finding(
-            "warning",
-            "dead_letters",
-            worker,
-            f"{counted(status.dead_letters, 'batch', 'batches')} of worker {worker} could not be used and {kept}",
-            f"rlbroker dead list --worker {worker}",
-        )
+        what = f"{counted(status.dead_letters, 'batch', 'batches')} of worker {worker} could not be used and {kept}"
+        yield Finding("warning", "dead_letters", worker, what, f"rlbroker dead list --worker {worker}")
     if status.spoiled:
-        yield Finding(
-            "warning",
-            "keys_spoiled",
-            worker,
+        what = (
             f"{' and '.join(status.spoiled)} of worker {worker} {'is' if len(status.spoiled) == 1 else 'are'} not "
-            "what rlbroker writes there",
-            f"redis-cli TYPE '{status.spoiled[0]}'",
+            "what rlbroker writes there"
         )
+        yield Finding("warning", "keys_spoiled", worker, what, f"redis-cli TYPE '{status.spoiled[0]}'")
     yield from _queue_findings(snapshot, worker, status, limits)
     failed = missed.by_reason.get("failed", 0)
     if failed:
+        what = f"worker {worker} could not load {counted(failed, 'version')}"
         yield Finding(
-            "warning",
-            "updates_failed",
-            worker,
-            f"worker {worker} could not load {counted(failed, 'version')}",
-            f"rlbroker missed --worker {worker} --why failed",
+            "warning", "updates_failed", worker, what, f"rlbroker missed --worker {worker} --why failed"
         )
     if missed.refused:
-        yield Finding(
-            "warning",
-            "signatures_refused",
-            worker,
+        what = (
             f"worker {worker} refused {counted(missed.refused, 'version or command', 'versions or commands')} that "
-            "the learner did not sign",
-            f"rlbroker missed --worker {worker} --why refused",
+            "the learner did not sign"
+        )
+        yield Finding(
+            "warning", "signatures_refused", worker, what, f"rlbroker missed --worker {worker} --why refused"
         )
     if status.command_seconds >= UNANSWERED_SECONDS:
-        yield Finding(
-            "warning",
-            "commands_unanswered",
-            worker,
+        what = (
             f"worker {worker} has not answered {counted(status.commands_waiting, 'command')}, the oldest "
-            f"for {age(status.command_seconds)}",
-            "rlbroker control list",
+            f"for {age(status.command_seconds)}"
         )
+        yield Finding("warning", "commands_unanswered", worker, what, "rlbroker control list")
 
 
 def _queue_findings(
@@ -310,23 +268,17 @@ def _queue_findings(
     unwanted = {why: count for why, count in counts.lost.items() if why in _UNWANTED_LOSSES}
     if unwanted:
         reasons = ", ".join(f"{count:,} {why}" for why, count in unwanted.items())
-        yield Finding(
-            "warning",
-            "batches_lost",
-            worker,
+        what = (
             f"{counted(sum(unwanted.values()), 'batch', 'batches')} of worker {worker} did not reach the learner: "
-            f"{reasons}",
-            f"rlbroker workers {worker}",
+            f"{reasons}"
         )
+        yield Finding("warning", "batches_lost", worker, what, f"rlbroker workers {worker}")
     if counts.waiting >= limits.waiting_share * snapshot.settings.max_queue_size:
-        yield Finding(
-            "warning",
-            "queue_full",
-            worker,
+        what = (
             f"the queue of worker {worker} is {counts.waiting / snapshot.settings.max_queue_size:.0%} full: the "
-            "learner collects more slowly than the worker sends",
-            "rlbroker top",
+            "learner collects more slowly than the worker sends"
         )
+        yield Finding("warning", "queue_full", worker, what, "rlbroker top")
 
 
 def _member_findings(snapshot: Snapshot, info: WorkerInfo, limits: FindingLimits) -> Iterator[Finding]:
@@ -334,61 +286,38 @@ def _member_findings(snapshot: Snapshot, info: WorkerInfo, limits: FindingLimits
     away = info.state == "away"
     if away:
         process = f" ({info.host} pid {info.pid})" if info.host else ""  # its heartbeat may have expired
-        yield Finding(
-            "warning",
-            "worker_away",
-            worker,
-            f"worker {worker}{process} is away: {_last_seen(info.last_seen_seconds)}; it died, or lost its connection",
-            details,
-        )
+        seen = _last_seen(info.last_seen_seconds)
+        what = f"worker {worker}{process} is away: {seen}; it died, or lost its connection"
+        yield Finding("warning", "worker_away", worker, what, details)
     if info.problem:
-        yield Finding(
-            "critical",
-            "worker_cannot_load",
-            worker,
-            f"worker {worker} cannot load the newest weights: {info.problem}",
-            details,
-        )
+        what = f"worker {worker} cannot load the newest weights: {info.problem}"
+        yield Finding("critical", "worker_cannot_load", worker, what, details)
     if info.unconfirmed and not away:
-        yield Finding(
-            "warning",
-            "worker_unconfirmed",
-            worker,
-            f"worker {worker} waits: {info.unconfirmed}",
-            "rlbroker doctor",
-        )
+        what = f"worker {worker} waits: {info.unconfirmed}"
+        yield Finding("warning", "worker_unconfirmed", worker, what, "rlbroker doctor")
     just_joined = not info.version and info.unpolled_seconds < UNPOLLED_SECONDS
     explained = away or just_joined or info.problem or info.unconfirmed
     skips_in_a_row = snapshot.workers[worker].missed.skips_in_a_row
     if info.staleness >= limits.staleness and not explained:
         latest = snapshot.manifest.version if snapshot.manifest else 0
         runs = f"{info.version:,}" if info.version else "none"
-        yield Finding(
-            "warning",
-            "worker_behind",
-            worker,
+        what = (
             f"worker {worker} is {counted(info.staleness, 'version')} behind: it runs {runs} of {latest:,}"
-            f"{_unpolled(info)}",
-            details,
+            f"{_unpolled(info)}"
         )
+        yield Finding("warning", "worker_behind", worker, what, details)
     elif not away and skips_in_a_row >= SKIPS_IN_A_ROW:
-        yield Finding(
-            "warning",
-            "worker_skips",
-            worker,
+        what = (
             f"worker {worker} skipped versions in each of its last {skips_in_a_row:,} updates: it polls less often "
-            "than the learner publishes",
-            f"rlbroker missed --worker {worker}",
+            "than the learner publishes"
         )
+        yield Finding("warning", "worker_skips", worker, what, f"rlbroker missed --worker {worker}")
     if info.fenced_seconds is not None and info.fenced_seconds < FENCED_SECONDS:
-        yield Finding(
-            "warning",
-            "worker_fenced",
-            worker,
+        what = (
             f"another process ({info.fenced_process}) with the id of worker {worker} was fenced "
-            f"{age(info.fenced_seconds)} ago",
-            details,
+            f"{age(info.fenced_seconds)} ago"
         )
+        yield Finding("warning", "worker_fenced", worker, what, details)
 
 
 def _unpolled(info: WorkerInfo) -> str:

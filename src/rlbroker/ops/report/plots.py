@@ -37,9 +37,10 @@ class PlotData:
         """The times of a line, with NaN at gaps. After a gap it continues where the next interval begins."""
         return self._make_line([(point.at - point.seconds, point.at) for point in self.points])
 
-    def values(self, read: Callable[[TimelinePoint], float | None]) -> Values:
-        """Return the values of a line, one for each time in `times`."""
-        values = [math.nan if (value := read(point)) is None else float(value) for point in self.points]
+    def values(self, field: str) -> Values:
+        """Return the values of a line, one for each time in `times`, from a field of `TimelinePoint`."""
+        found = [getattr(point, field) for point in self.points]
+        values = [math.nan if value is None else float(value) for value in found]
         return self._make_line([(value, value) for value in values])
 
     def _make_line(self, ends: Sequence[tuple[float, float]]) -> Values:
@@ -50,6 +51,16 @@ class PlotData:
                 line += [math.nan, begin] if line else [begin]
             line.append(end)
         return line
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a plot: the field of `TimelinePoint` that it shows, and how."""
+
+    field: str
+    color: str
+    label: str
+    style: str = "-"
 
 
 def draw_plots(timeline: Timeline, clock: Clock) -> dict[str, str]:
@@ -68,16 +79,16 @@ def draw_plots(timeline: Timeline, clock: Clock) -> dict[str, str]:
 
 def _draw_throughput(data: PlotData) -> Figure:
     figure = new_figure(WIDTH, 330)
-    for axes, (title, color, read, format_value) in zip(
+    for axes, (title, color, field, format_value) in zip(
         figure.subplots(3, 1, sharex=True),
         (
-            ("batches per second", BLUE, lambda point: point.batches_per_second, _shorten),
-            ("rows per second", GREEN, lambda point: point.rows_per_second, _shorten),
-            ("bytes per second", PURPLE, lambda point: point.bytes_per_second, format_bytes),
+            ("batches per second", BLUE, "batches_per_second", _shorten),
+            ("rows per second", GREEN, "rows_per_second", _shorten),
+            ("bytes per second", PURPLE, "bytes_per_second", format_bytes),
         ),
         strict=True,
     ):
-        _draw_area(axes, data, data.values(read), color)
+        _draw_area(axes, data, data.values(field), color)
         _finish(axes, data, title, format_value)
     return figure
 
@@ -85,75 +96,79 @@ def _draw_throughput(data: PlotData) -> Figure:
 def _draw_weights(data: PlotData) -> Figure:
     figure = new_figure(WIDTH, 240)
     first, second = figure.subplots(2, 1, sharex=True)
-    _draw_area(first, data, data.values(lambda point: point.versions_per_second), BLUE)
+    _draw_area(first, data, data.values("versions_per_second"), BLUE)
     _finish(first, data, "versions per second", _shorten)
-    second.plot(
-        data.times, data.values(lambda point: point.published_bytes_per_second), color=SKY, label="as tensors"
+    lines = (
+        Line("published_bytes_per_second", SKY, "as tensors"),
+        Line("published_stored_bytes_per_second", BLUE, "as stored"),
     )
-    second.plot(
-        data.times,
-        data.values(lambda point: point.published_stored_bytes_per_second),
-        color=BLUE,
-        label="as stored",
-    )
-    _finish(second, data, "bytes per second", format_bytes)
-    _add_legend(second)
+    _draw_lines(second, data, format_bytes, lines)
     return figure
 
 
 def _draw_staleness(data: PlotData) -> Figure:
     figure = new_figure(WIDTH, 220)
     axes = figure.subplots()
-    p50, p90 = (
-        data.values(lambda point: point.staleness_median),
-        data.values(lambda point: point.staleness_90),
-    )
+    p50, p90 = data.values("staleness_median"), data.values("staleness_90")
     axes.fill_between(data.times, p50, p90, color=ORANGE, alpha=0.3, lw=0)
-    axes.plot(data.times, p90, color=ORANGE, label="p90")
-    axes.plot(data.times, p50, color=BLUE, label="p50")
-    _finish(axes, data, "versions behind", _shorten)
+    lines = Line("staleness_90", ORANGE, "p90"), Line("staleness_median", BLUE, "p50")
+    _draw_lines(axes, data, _shorten, lines)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _add_legend(axes)
     return figure
 
 
 def _draw_waits(data: PlotData) -> Figure:
     figure = new_figure(WIDTH, 220)
     axes = figure.subplots()
-    for read, color, label, style in (
-        (lambda point: point.learner_waits, BLUE, "learner waits for data", "-"),
-        (lambda point: point.workers_wait, RED, "workers wait for room", "-"),
-        (lambda point: point.encoding, GREEN, "encoding", "--"),
-        (lambda point: point.sending, PURPLE, "sending", ":"),
-    ):
-        axes.plot(data.times, data.values(read), color=color, label=label, linestyle=style)
-    _finish(axes, data, "share of the time", format_share)
+    lines = (
+        Line("learner_waits", BLUE, "learner waits for data"),
+        Line("workers_wait", RED, "workers wait for room"),
+        Line("encoding", GREEN, "encoding", "--"),
+        Line("sending", PURPLE, "sending", ":"),
+    )
+    _draw_lines(axes, data, format_share, lines)
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     if axes.get_ylim()[1] <= 1:
         axes.set_yticks((0, 0.5, 1))
-    _add_legend(axes)
     return figure
 
 
 def _draw_queues(data: PlotData) -> Figure:
     figure = new_figure(WIDTH, 200)
-    axes = figure.subplots()
-    axes.plot(data.times, data.values(lambda point: point.waiting), color=BLUE, label="waiting")
-    axes.plot(data.times, data.values(lambda point: point.in_hand), color=ORANGE, label="pending")
-    _finish(axes, data, "batches", _shorten)
-    _add_legend(axes)
+    lines = Line("waiting", BLUE, "waiting"), Line("in_hand", ORANGE, "pending")
+    _draw_lines(figure.subplots(), data, _shorten, lines)
     return figure
 
 
 def _draw_workers(data: PlotData) -> Figure:
     figure = new_figure(WIDTH, 200)
     axes = figure.subplots()
-    axes.plot(data.times, data.values(lambda point: point.alive), color=GREEN, label="alive")
-    axes.plot(data.times, data.values(lambda point: point.away), color=RED, label="away", linestyle="--")
-    _finish(axes, data, "workers", _shorten)
+    _draw_lines(axes, data, _shorten, (Line("alive", GREEN, "alive"), Line("away", RED, "away", "--")))
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _add_legend(axes)
     return figure
+
+
+def _draw_lines(
+    axes: Axes, data: PlotData, format_value: Callable[[float], str], lines: Sequence[Line]
+) -> None:
+    """Draw lines, and a legend in place of a title."""
+    for line in lines:
+        axes.plot(
+            data.times, data.values(line.field), color=line.color, label=line.label, linestyle=line.style
+        )
+    _finish(axes, data, "", format_value)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=2,
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0.3,
+        handlelength=1.4,
+        handletextpad=0.5,
+        columnspacing=1.2,
+        labelspacing=0.25,
+    )
 
 
 def _draw_area(axes: Axes, data: PlotData, values: Values, color: str) -> None:
@@ -181,22 +196,6 @@ def draw_time_axis(
     axes.grid(visible=False, axis="x")
     for at in restarts:
         axes.axvline(at, color=FAINT, linewidth=0.9, linestyle=(0, (2, 2)))
-
-
-def _add_legend(axes: Axes) -> None:
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 1.0),
-        ncols=2,
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0.3,
-        handlelength=1.4,
-        handletextpad=0.5,
-        columnspacing=1.2,
-        labelspacing=0.25,
-    )
-    axes.set_title("", loc="left")  # the legend replaces it
 
 
 def _shorten(value: float) -> str:

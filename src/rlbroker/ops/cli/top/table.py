@@ -24,6 +24,14 @@ _RED_STALENESS, _YELLOW_STALENESS = FindingLimits.staleness, 3
 _YELLOW_ROOM_SHARE = 0.25
 
 
+def _show_count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _show_age(seconds: float | None) -> str:
+    return "" if seconds is None else age(seconds)
+
+
 @dataclass(frozen=True)
 class Column:
     """One column of the table.
@@ -31,30 +39,37 @@ class Column:
     Attributes:
         name: its heading.
         key: the key that orders by it; empty if none does.
-        value: the value that orders workers; None comes last.
-        cell: the text of the cell.
+        field: the field of `WorkerLine` that orders workers; None and empty text come last.
+        show: returns the text of a value.
         style: the style of the cell.
         width: the least width.
-        text: whether to align it to the left, as text; numbers are aligned to the right.
-        ascending: whether the usual order is ascending; numbers that show problems are descending.
+        text: whether to align it to the left and to order it ascending, as text; numbers are aligned to the right, and
+            those that show problems are descending.
+        is_rate: whether it is empty for a worker that has left.
     """
 
     name: str
     key: str
-    value: Callable[[WorkerLine], Any]
-    cell: Callable[[WorkerLine], str]
+    field: str
+    show: Callable[[Any], str] = _show_count
     style: Callable[[WorkerLine], str] = lambda line: ""
     width: int = 0
     text: bool = False
-    ascending: bool = False
+    is_rate: bool = False
 
+    @property
+    def ascending(self) -> bool:
+        """Whether the usual order is ascending."""
+        return self.text or self.name == "id"
 
-def _format_age(seconds: float | None) -> str:
-    return "" if seconds is None else age(seconds)
+    def value(self, line: WorkerLine) -> Any:
+        """Return the value that orders a worker; None comes last."""
+        value = getattr(line, self.field)
+        return None if value == "" else value
 
-
-def _format_count(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
+    def cell(self, line: WorkerLine) -> str:
+        """Return the text of a worker's cell."""
+        return "" if self.is_rate and line.state == "left" else self.show(getattr(line, self.field))
 
 
 def _state_style(line: WorkerLine) -> str:
@@ -67,82 +82,31 @@ def _stale_style(line: WorkerLine) -> str:
     return "red" if line.staleness >= _RED_STALENESS else "yellow"
 
 
+def _polled_style(line: WorkerLine) -> str:
+    unpolled = line.state == "alive" and (line.unpolled_seconds or 0.0) >= UNPOLLED_SECONDS
+    return "yellow" if unpolled else ""
+
+
+def _room_style(line: WorkerLine) -> str:
+    return "yellow" if (line.room_share or 0.0) >= _YELLOW_ROOM_SHARE else ""
+
+
 #: All columns, in order.
 COLUMNS: Final = (
-    Column("id", "i", lambda line: line.worker, lambda line: str(line.worker), width=3, ascending=True),
-    Column(
-        "state",
-        "t",
-        lambda line: line.state,
-        lambda line: line.state,
-        _state_style,
-        5,
-        text=True,
-        ascending=True,
-    ),
-    Column("version", "v", lambda line: line.version, lambda line: _format_count(line.version), width=7),
-    Column(
-        "stale", "s", lambda line: line.staleness, lambda line: _format_count(line.staleness), _stale_style, 5
-    ),
-    Column("behind", "", lambda line: line.staleness, lambda line: "", _stale_style, _BAR_WIDTH, text=True),
-    Column(
-        "rate",
-        "b",
-        lambda line: line.batches_per_second,
-        lambda line: "" if line.state == "left" else format_number(line.batches_per_second),
-        width=5,
-    ),
-    Column("waiting", "w", lambda line: line.waiting, lambda line: _format_count(line.waiting)),
-    Column("in hand", "h", lambda line: line.in_hand, lambda line: _format_count(line.in_hand)),
-    Column(
-        "lost",
-        "l",
-        lambda line: line.lost,
-        lambda line: _format_count(line.lost),
-        lambda line: "red" * bool(line.lost),
-    ),
-    Column(
-        "missed",
-        "m",
-        lambda line: line.missed,
-        lambda line: _format_count(line.missed),
-        lambda line: "yellow" * bool(line.missed),
-    ),
-    Column(
-        "polled",
-        "p",
-        lambda line: line.unpolled_seconds,
-        lambda line: _format_age(line.unpolled_seconds),
-        lambda line: (
-            "yellow" if (line.unpolled_seconds or 0.0) >= UNPOLLED_SECONDS and line.state == "alive" else ""
-        ),
-        width=6,
-    ),
-    Column(
-        "room",
-        "o",
-        lambda line: line.room_share,
-        lambda line: "" if line.state == "left" else format_share(line.room_share),
-        lambda line: "yellow" if (line.room_share or 0.0) >= _YELLOW_ROOM_SHARE else "",
-        width=5,
-    ),
-    Column(
-        "seen",
-        "n",
-        lambda line: line.last_seen_seconds,
-        lambda line: _format_age(line.last_seen_seconds),
-        lambda line: "red" if line.state == "away" else "",
-        width=6,
-    ),
-    Column(
-        "process",
-        "c",
-        lambda line: line.process or None,
-        lambda line: sanitize(line.process),
-        width=12,
-        text=True,
-        ascending=True,
-    ),
+    Column("id", "i", "worker", str, width=3),
+    Column("state", "t", "state", str, _state_style, width=5, text=True),
+    Column("version", "v", "version", width=7),
+    Column("stale", "s", "staleness", style=_stale_style, width=5),
+    Column("behind", "", "staleness", lambda value: "", _stale_style, width=_BAR_WIDTH, text=True),
+    Column("rate", "b", "batches_per_second", format_number, width=5, is_rate=True),
+    Column("waiting", "w", "waiting"),
+    Column("in hand", "h", "in_hand"),
+    Column("lost", "l", "lost", style=lambda line: "red" * bool(line.lost)),
+    Column("missed", "m", "missed", style=lambda line: "yellow" * bool(line.missed)),
+    Column("polled", "p", "unpolled_seconds", _show_age, _polled_style, width=6),
+    Column("room", "o", "room_share", format_share, _room_style, width=5, is_rate=True),
+    Column("seen", "n", "last_seen_seconds", _show_age, lambda line: "red" * (line.state == "away"), width=6),
+    Column("process", "c", "process", sanitize, width=12, text=True),
 )
 
 #: Columns to omit on a narrow terminal, first to last.
