@@ -13,6 +13,7 @@ from rlbroker.backend.error_mapping import is_ask_redirect, missing_scripts_erro
 from rlbroker.backend.replies import raise_first_error
 from rlbroker.backend.resp import Argument, Pieces, pack_commands
 from rlbroker.backend.scripts import Script
+from rlbroker.backend.stored_errors import raise_again, without_frames
 from rlbroker.backend.topology import Server
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError, ServerFault
 
@@ -48,8 +49,12 @@ class Channel:
         self._unanswered: deque[Sequence[Argument | Pieces]] = deque()
         #: Whether another node has answered, because a Cluster is moving a key to it. The caller resets this.
         self.redirected = False
-        #: A block in which an error closes the channel and is raised as rlbroker's error.
-        self.closing_on_error = _OnError(self._break)
+
+    @property
+    def closing_on_error(self) -> _OnError:
+        """A block in which an error closes the channel and is raised as rlbroker's error."""
+        # Not stored: a channel that refers to itself would keep its connections until the garbage collector runs.
+        return _OnError(self._break)
 
     def connect(self) -> bool:
         """Connect if there is no connection; return whether the connection is new."""
@@ -68,9 +73,7 @@ class Channel:
 
     def execute(self, *command: Argument) -> Any:
         """Return the reply to one command, sent once."""
-        (result,) = self.execute_all([command])
-        if isinstance(result, PeerError):
-            raise result
+        (result,) = self.execute_all([command], strict=True)
         return result
 
     def execute_all(
@@ -111,7 +114,7 @@ class Channel:
                     refusal = self._translate(error, command)
                     if isinstance(refusal, ConnectionFailed):  # the server cannot be used now: a replica
                         raise refusal from error
-                    results.append(refusal)
+                    results.append(without_frames(refusal))
         self._router.errors.record_answer()
         return results
 
@@ -187,7 +190,10 @@ class Channel:
         translated = self._translate(error)
         if not isinstance(translated, ConnectionFailed):
             self._router.record_failure(error, self._server)
-        raise translated from error
+        try:
+            raise translated from error
+        finally:
+            del translated  # otherwise the error refers to this frame and this frame to the error
 
     def _translate(
         self, error: redis_errors.RedisError, command: Sequence[Argument | Pieces] = ()
@@ -229,7 +235,7 @@ def follow_redirect(
             channel.execute_all([("SCRIPT LOAD", script.text) for script in router.scripts.used])
         for one in (asking, reply):
             if isinstance(one, PeerError):
-                raise one
+                raise_again(one)
         return reply
     finally:
         channel.give_back()

@@ -99,6 +99,12 @@ class _Bounded(AbstractConnection):
         self._apply_deadline()
         return super().read_response(*arguments, **options)
 
+    def __del__(self) -> None:
+        delete: Callable[[], None] = super().__del__
+        delete()
+        # redis-py's parser refers to itself: its buffer would stay until the garbage collector runs.
+        vars(getattr(self, "_parser", self)).clear()
+
     def _apply_deadline(self) -> None:
         sock, limit = self._sock, self.socket_timeout
         if not isinstance(sock, socket.socket):

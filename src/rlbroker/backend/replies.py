@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from rlbroker.backend.stored_errors import raise_again
 from rlbroker.errors import InvalidArgument, PeerError, RlbrokerError, WireError, WrongKeyType
 
 #: A number of seconds as Python writes it, with a reasonable number of digits.
@@ -162,7 +163,7 @@ def default_if_wrong_type(reply: Any, default: Any) -> Any:
     if isinstance(reply, WrongKeyType):
         return default
     if isinstance(reply, PeerError):
-        raise reply
+        raise_again(reply)
     return reply
 
 
@@ -171,7 +172,7 @@ def raise_first_error(replies: Iterable[Any]) -> list[Any]:
     found = list(replies)
     for reply in found:
         if isinstance(reply, PeerError):
-            raise reply
+            raise_again(reply)
     return found
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from rlbroker.backend.deadline import Backoff, Deadline, within
 from rlbroker.backend.error_mapping import ErrorTranslator
+from rlbroker.backend.stored_errors import without_frames
 from rlbroker.errors import ConnectionFailed, RunLost
 
 logger = logging.getLogger("rlbroker")
@@ -58,4 +59,5 @@ class RetryPolicy:
                     error,
                     deadline.remaining,
                 )
+                without_frames(error)  # `unclear` refers to it, and its frames to `unclear`
                 time.sleep(pause)

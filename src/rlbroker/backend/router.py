@@ -213,7 +213,10 @@ class _TranslatedErrors:
         translated = self._router.translate(error, self._command, self.server)
         if isinstance(translated, ConnectionFailed):
             self._router.record_failure(error, self.server)
-        raise translated from error
+        try:
+            raise translated from error
+        finally:
+            del translated  # otherwise the error refers to this frame and this frame to the error
 
 
 def _make_topology(endpoint: Endpoint, make_client: Callable[..., redis.Redis], address: str) -> Topology:

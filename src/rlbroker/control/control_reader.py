@@ -11,6 +11,7 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import stream_entries
+from rlbroker.backend.stored_errors import raise_again
 from rlbroker.errors import PeerError
 
 #: Longest time that one read waits on the server.
@@ -91,5 +92,5 @@ class ControlReader:
         with within(due):
             (reply,) = self._channel.receive(1)
         if isinstance(reply, PeerError):
-            raise reply
+            raise_again(reply)
         return reply

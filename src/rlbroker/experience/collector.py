@@ -14,6 +14,7 @@ from typing import Any
 from rlbroker.backend.connection import BLOCK_SECONDS, Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.stored_errors import raise_again
 from rlbroker.backend.threads import OutageLog
 from rlbroker.config import Acknowledge
 from rlbroker.errors import ConnectionFailed, ServerFault
@@ -233,7 +234,7 @@ class Collector:
                         self._wait_seconds += time.perf_counter() - began
                 if not filled:
                     if not wait and self._outage.error and not found:
-                        raise self._outage.error.with_traceback(None)
+                        raise_again(self._outage.error)
                     if not wait:
                         break
                     self._find_streams(deadline)

@@ -19,6 +19,7 @@ from rlbroker.backend.replies import (
     stream_entries,
     text_fields,
 )
+from rlbroker.backend.stored_errors import raise_again
 from rlbroker.errors import PeerError
 from rlbroker.experience.pending import PendingEntries
 from rlbroker.experience.read_position import Entry, ReadPosition, Stream
@@ -134,7 +135,7 @@ class EntryReader:
                 if refusal is None:
                     self._pending.note_acknowledged(acknowledgements, replies)
                 elif not script_is_unknown(refusal):
-                    raise refusal
+                    raise_again(refusal)
             found = self._finish_read(reader, count)
         except BaseException:
             reader.close()  # or the next command would get the replies that were not received

@@ -6,6 +6,7 @@ from typing import Any
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import try_seconds
+from rlbroker.backend.stored_errors import raise_again
 from rlbroker.backend.topology import Server
 from rlbroker.config import Level
 from rlbroker.errors import ConnectionFailed, PeerError, ServerFault, ServerUnsuitable
@@ -40,7 +41,7 @@ class Confirmation:
         if isinstance(reply, PeerError):
             if _has_no_file(reply):  # an outage, not a refusal: the file may be back soon
                 return False
-            raise reply
+            raise_again(reply)
         confirmed = bool(reply if isinstance(reply, int) else reply[0])
         if confirmed:
             self.missing = ""

@@ -14,6 +14,7 @@ from rlbroker.backend.connection import Argument, Connection
 from rlbroker.backend.deadline import SHORTEST_TRY_SECONDS, Deadline, within
 from rlbroker.backend.keys import GROUP
 from rlbroker.backend.replies import StreamEntries, stream_entries
+from rlbroker.backend.stored_errors import raise_again
 from rlbroker.backend.threads import OutageLog
 from rlbroker.errors import PeerError
 from rlbroker.experience.read_position import ReadPosition
@@ -175,7 +176,7 @@ class ShardReader:
         with within(Deadline(SHORTEST_TRY_SECONDS)) if read.reply_due.over else nullcontext():
             (reply,) = self.channel.receive(1)
         if isinstance(reply, PeerError):
-            raise reply
+            raise_again(reply)
         self.failures = 0
         self.outage.end()
         found = stream_entries(reply)

@@ -20,6 +20,7 @@ from rlbroker.backend.error_mapping import SlotMigrating, id_was_passed
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import entry_place, group_position, newest_place, pending_summary
 from rlbroker.backend.scripts import Script
+from rlbroker.backend.stored_errors import raise_again
 from rlbroker.config import RunSettings
 from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault
 from rlbroker.experience.levels import Confirmation
@@ -247,7 +248,7 @@ class StreamWriter:
         if isinstance(reply, ServerFault) and id_was_passed(reply):
             self._check_stored(batch)
         elif isinstance(reply, PeerError):
-            raise reply
+            raise_again(reply)
         batch.stored = True
         if not batch.charged:
             batch.charged = True
@@ -342,7 +343,7 @@ class StreamWriter:
                 if "NOGROUP" in str(reply) or "no such key" in str(reply).lower():
                     self.stale = True
                     raise RunLost(f"the server lost the queue of worker {self._worker_id}") from reply
-                raise reply
+                raise_again(reply)
         return replies
 
     def _check_incarnation(self, newest: bytes | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 from rlbroker.backend.connection import Argument
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import whole_number
+from rlbroker.backend.stored_errors import raise_again
 from rlbroker.config import MAX_WORKER_ID
 from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 
@@ -99,7 +100,7 @@ def read_incarnations(ask: Callable[[Sequence[Sequence[Argument]]], list[Any]], 
     """
     (names,) = ask([("SMEMBERS", keys.workers)])
     if isinstance(names, PeerError):
-        raise names
+        raise_again(names)
     ids = parse_worker_ids(names)
     found = parse_incarnations(ids, ask([incarnation_command(keys, worker) for worker in ids]) if ids else [])
     return Incarnations(found, [name for name in names if parse_worker_id(name) not in found])
@@ -115,7 +116,7 @@ def parse_incarnations(ids: Iterable[int], replies: Iterable[Any]) -> dict[int, 
     found = {}
     for worker, reply in zip(ids, replies, strict=True):
         if isinstance(reply, AccessDenied | ConnectionFailed):
-            raise reply
+            raise_again(reply)
         incarnation = None if isinstance(reply, PeerError) else Incarnation.from_reply(reply)
         if incarnation is not None:
             found[worker] = incarnation

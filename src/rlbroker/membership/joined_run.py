@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Final
 
@@ -22,6 +22,9 @@ META_FIELDS: Final = (
     *(field.name for field in fields(RunSettings)),
 )
 
+#: How often a call that waits for the settings looks for them. It must not wait for an event: see `BackgroundThread`.
+SETTINGS_POLL_SECONDS: Final = 0.01
+
 
 class JoinedRun:
     """The settings and the size of one worker's run; defaults until a learner has opened it."""
@@ -35,7 +38,6 @@ class JoinedRun:
         """
         self._keys, self.wire_format = keys, wire_format
         self._settings: RunSettings | None = None
-        self._opened = threading.Event()
         self._last_reply: Sequence[bytes | None] = ()
         #: The number of workers and hosts, from the learner's latest count.
         self.size = RunSize()
@@ -50,9 +52,15 @@ class JoinedRun:
         """The run's settings; the defaults until they are known."""
         return self._settings or RunSettings()
 
-    def wait_for_settings(self, deadline: Deadline) -> RunSettings | None:
-        """Wait for a learner to open the run, and return its settings; None if the deadline passes."""
-        return self._settings if self._opened.wait(deadline.remaining) else None
+    def wait_for_settings(self, deadline: Deadline, check: Callable[[], None]) -> RunSettings | None:
+        """Wait for a learner to open the run, and return its settings; None if the deadline passes.
+
+        Meanwhile `check` raises if the membership has ended.
+        """
+        while self._settings is None and not deadline.over:
+            check()
+            time.sleep(min(SETTINGS_POLL_SECONDS, deadline.remaining))
+        return self._settings
 
     def apply(self, reply: Sequence[bytes | None]) -> bool:
         """Apply a heartbeat's reply, and return whether it brought new settings.
@@ -70,9 +78,9 @@ class JoinedRun:
         if opened:
             with parsing(self._keys.meta):
                 self.check_wire_format(meta["wire_format"])
-                self._settings = RunSettings.from_fields(meta)
+                settings = RunSettings.from_fields(meta)
             self._keys.use_shards(meta.get("shards", " ".join(self._keys.shards)))
-            self._opened.set()
+            self._settings = settings  # last: other threads wait for it
         self.size = RunSize(*(whole_number(meta.get(name, "")) or 0 for name in RunSize._fields))
         self._last_reply = reply
         return opened

@@ -11,6 +11,7 @@ from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import seconds_number, whole_number
+from rlbroker.backend.stored_errors import raise_again
 from rlbroker.errors import PeerError
 from rlbroker.metrics.counters import Metrics
 from rlbroker.metrics.history import TIERS, WORKERS_NAMED, Sample
@@ -148,7 +149,7 @@ class Recorder:
             ]
         )
         if isinstance(time, PeerError):
-            raise time
+            raise_again(time)
         at = int(time[0]) + int(time[1]) / 1e6
         queued = _count_queued(everyone, replies[: len(everyone)], state.in_hand)
         running = self._read_heartbeats(members, replies[len(everyone) :], at)
@@ -213,7 +214,7 @@ class Recorder:
             self._due[seconds] = Deadline(seconds)
         for reply in replies:
             if isinstance(reply, PeerError):
-                raise reply
+                raise_again(reply)
 
 
 def _count_queued(
