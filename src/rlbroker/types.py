@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, cast
 
-from rlbroker.errors import Closed, DeadlineExceeded
+from rlbroker.errors import Closed, DeadlineExceeded, raise_again
 
 #: The outcome of one command, or of one version, at one worker.
 State = Literal["waiting", "done", "failed", "unknown", "expired", "missed"]
@@ -169,15 +169,15 @@ class PublishReceipt:
         """
         if isinstance(self._work, Future):
             try:
-                self._work.result(timeout)
+                problem = self._work.exception(timeout)
             except TimeoutError as error:
-                if not self._work.done():
-                    raise DeadlineExceeded(
-                        f"the weights are not published after {timeout:g} s; publishing continues"
-                    ) from error
-                raise
+                raise DeadlineExceeded(
+                    f"the weights are not published after {timeout:g} s; publishing continues"
+                ) from error
             except CancelledError as error:
                 raise Closed("the WorkerCommunicator was closed before the weights were published") from error
+            if problem is not None:
+                raise_again(problem)
         return self
 
     @property

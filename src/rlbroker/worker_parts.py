@@ -7,14 +7,18 @@ import logging
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.stored_errors import raise_again, without_frames
 from rlbroker.backend.text import counted
 from rlbroker.codec.limits import FORMAT_VERSION
 from rlbroker.codec.signing import SigningKey
 from rlbroker.config import Level, WhenFull
 from rlbroker.control.drain_signals import DrainSignals
 from rlbroker.control.inbox import Inbox
-from rlbroker.errors import DeadlineExceeded, PeerError
+from rlbroker.errors import (
+    DeadlineExceeded,
+    PeerError,
+    raise_again,
+    without_frames,
+)
 from rlbroker.experience.sender import Sender
 from rlbroker.membership.heartbeat import Heartbeat, LastPoll
 from rlbroker.weights.applier import WeightsApplier

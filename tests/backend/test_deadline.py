@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
+from interrupts import Points, interrupt_at
 
-from rlbroker.backend.deadline import Backoff, Deadline
+from rlbroker.backend.deadline import Backoff, Deadline, try_seconds, within
 
 pytestmark = pytest.mark.unit
 
@@ -20,3 +22,13 @@ def test_pauses_grow_and_end_at_the_deadline() -> None:
     backoff.reset()
     assert backoff.next() <= 1.0
     assert random.getstate() == seeded, "a program's own random numbers would depend on the network"
+
+
+@pytest.mark.parametrize("points", ["function", "line"])
+def test_an_interrupt_leaves_no_deadline_behind(points: Points) -> None:
+    for point in itertools.count(1):
+        with interrupt_at(point, points) as interrupt, within(Deadline(0.001)), within(Deadline(0.0001)):
+            pass
+        assert try_seconds(100.0) == 100.0, interrupt.place
+        if not interrupt.place:
+            break

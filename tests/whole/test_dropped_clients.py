@@ -114,7 +114,7 @@ def test_clients_dropped_in_a_loop_leave_nothing_behind(
         wait_until(
             "their connections are closed", lambda: len(reachable.client.client_list()) <= clients + 1, 30.0
         )
-        assert open_files() <= files + 2
+        wait_until("their files are closed", lambda: open_files() <= files + 2, 30.0)
         assert memory_mb() <= memory + SLACK_MB
     finally:
         gc.enable()

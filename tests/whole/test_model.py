@@ -319,7 +319,7 @@ class Run(RuleBasedStateMachine):
             self.again(step)
         incarnation.behind = False
 
-    def again(self, step: Callable[[], None]) -> None:
+    def again(self, step: Callable[[], bool | None]) -> None:
         """Do a step as a background thread does: retry it after a network fault."""
         thread = BackgroundThread("once", lambda: None)
 

@@ -13,9 +13,15 @@ from rlbroker.backend.error_mapping import is_ask_redirect, missing_scripts_erro
 from rlbroker.backend.replies import raise_first_error
 from rlbroker.backend.resp import Argument, Pieces, pack_commands
 from rlbroker.backend.scripts import Script
-from rlbroker.backend.stored_errors import raise_again, without_frames
 from rlbroker.backend.topology import Server
-from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError, ServerFault
+from rlbroker.errors import (
+    AccessDenied,
+    ConnectionFailed,
+    PeerError,
+    ServerFault,
+    raise_again,
+    without_frames,
+)
 
 if TYPE_CHECKING:
     from rlbroker.backend.connection import Connection

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import weakref
 from typing import Final
 
 #: An attempt may always take this long, even if less time is left: a healthy server answers within it.
@@ -37,41 +38,49 @@ class Deadline:
 
 
 class _ThreadState(threading.local):
-    """The deadline of each thread."""
+    """The innermost block of each thread that observes a deadline."""
 
-    deadline: Deadline | None = None
+    #: Referred to weakly: a block that an interrupt kept from ending is gone with its frame, and its deadline with it.
+    block: weakref.ref[within] | None = None
 
 
 _thread_state = _ThreadState()
 
 
+def _in_force() -> Deadline | None:
+    """Return this thread's deadline."""
+    block = _thread_state.block and _thread_state.block()
+    return block._in_force if block else None
+
+
 class within:  # noqa: N801 # used like a function, and a class is faster than a generator
     """A block in which this thread observes a deadline; an earlier one from an outer block stays in force."""
 
-    __slots__ = ("_deadline", "_outer")
+    __slots__ = ("__weakref__", "_in_force", "_outer")
 
     def __init__(self, deadline: Deadline) -> None:
         """Set the deadline of the block."""
-        self._deadline = deadline
+        self._in_force = deadline
 
     def __enter__(self) -> Deadline:
         """Return the deadline in force: this one or the outer one."""
-        outer = self._outer = _thread_state.deadline
-        if not self._deadline.seconds:  # one attempt: no limit on how long it may take
-            return self._deadline
-        if outer is not None and outer.remaining < self._deadline.remaining:
+        self._outer, deadline = _thread_state.block, self._in_force
+        if not deadline.seconds:  # one attempt: no limit on how long it may take
+            return deadline
+        outer = _in_force()
+        if outer is not None and outer.remaining < deadline.remaining:
             return outer
-        _thread_state.deadline = self._deadline
-        return self._deadline
+        _thread_state.block = weakref.ref(self)
+        return deadline
 
     def __exit__(self, *error: object) -> None:
         """Restore the outer deadline."""
-        _thread_state.deadline = self._outer
+        _thread_state.block = self._outer
 
 
 def try_seconds(longest: float) -> float:
     """Return how long one attempt may take: `longest`, or the rest of the thread's deadline if that is less."""
-    deadline = _thread_state.deadline
+    deadline = _in_force()
     return longest if deadline is None else min(longest, max(SHORTEST_TRY_SECONDS, deadline.remaining))
 
 

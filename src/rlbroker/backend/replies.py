@@ -7,8 +7,14 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from rlbroker.backend.stored_errors import raise_again
-from rlbroker.errors import InvalidArgument, PeerError, RlbrokerError, WireError, WrongKeyType
+from rlbroker.errors import (
+    InvalidArgument,
+    PeerError,
+    RlbrokerError,
+    WireError,
+    WrongKeyType,
+    raise_again,
+)
 
 #: A number of seconds as Python writes it, with a reasonable number of digits.
 _SECONDS: Final = re.compile(r"[0-9]{1,13}(\.[0-9]{1,17})?(e-[0-9]{2})?")

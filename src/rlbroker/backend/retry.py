@@ -9,8 +9,11 @@ from typing import TypeVar
 
 from rlbroker.backend.deadline import Backoff, Deadline, within
 from rlbroker.backend.error_mapping import ErrorTranslator
-from rlbroker.backend.stored_errors import without_frames
-from rlbroker.errors import ConnectionFailed, RunLost
+from rlbroker.errors import (
+    ConnectionFailed,
+    RunLost,
+    without_frames,
+)
 
 logger = logging.getLogger("rlbroker")
 

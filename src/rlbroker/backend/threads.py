@@ -13,8 +13,15 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from rlbroker.backend.deadline import Backoff, Deadline
-from rlbroker.backend.stored_errors import raise_again, without_frames
-from rlbroker.errors import AccessDenied, Fenced, IncompatibleFormat, PeerError, TlsFailed
+from rlbroker.errors import (
+    AccessDenied,
+    Fenced,
+    IncompatibleFormat,
+    PeerError,
+    TlsFailed,
+    raise_again,
+    without_frames,
+)
 
 logger = logging.getLogger("rlbroker")
 

@@ -11,8 +11,10 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import stream_entries
-from rlbroker.backend.stored_errors import raise_again
-from rlbroker.errors import PeerError
+from rlbroker.errors import (
+    PeerError,
+    raise_again,
+)
 
 #: Longest time that one read waits on the server.
 READ_SECONDS: Final = 2.0

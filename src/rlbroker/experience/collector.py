@@ -14,10 +14,13 @@ from typing import Any
 from rlbroker.backend.connection import BLOCK_SECONDS, Connection
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.stored_errors import raise_again
 from rlbroker.backend.threads import OutageLog
 from rlbroker.config import Acknowledge
-from rlbroker.errors import ConnectionFailed, ServerFault
+from rlbroker.errors import (
+    ConnectionFailed,
+    ServerFault,
+    raise_again,
+)
 from rlbroker.experience.dead_letters import DeadLetters
 from rlbroker.experience.entry_reader import EntryReader
 from rlbroker.experience.pending import PendingEntries, Takeover

@@ -19,8 +19,10 @@ from rlbroker.backend.replies import (
     stream_entries,
     text_fields,
 )
-from rlbroker.backend.stored_errors import raise_again
-from rlbroker.errors import PeerError
+from rlbroker.errors import (
+    PeerError,
+    raise_again,
+)
 from rlbroker.experience.pending import PendingEntries
 from rlbroker.experience.read_position import Entry, ReadPosition, Stream
 from rlbroker.experience.stream_reader import ShardReader, wait_for_replies

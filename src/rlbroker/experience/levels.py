@@ -6,10 +6,15 @@ from typing import Any
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import try_seconds
-from rlbroker.backend.stored_errors import raise_again
 from rlbroker.backend.topology import Server
 from rlbroker.config import Level
-from rlbroker.errors import ConnectionFailed, PeerError, ServerFault, ServerUnsuitable
+from rlbroker.errors import (
+    ConnectionFailed,
+    PeerError,
+    ServerFault,
+    ServerUnsuitable,
+    raise_again,
+)
 
 
 class Confirmation:

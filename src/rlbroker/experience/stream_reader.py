@@ -14,9 +14,11 @@ from rlbroker.backend.connection import Argument, Connection
 from rlbroker.backend.deadline import SHORTEST_TRY_SECONDS, Deadline, within
 from rlbroker.backend.keys import GROUP
 from rlbroker.backend.replies import StreamEntries, stream_entries
-from rlbroker.backend.stored_errors import raise_again
 from rlbroker.backend.threads import OutageLog
-from rlbroker.errors import PeerError
+from rlbroker.errors import (
+    PeerError,
+    raise_again,
+)
 from rlbroker.experience.read_position import ReadPosition
 
 #: Up to this many quiet streams cost almost nothing, so all streams are polled each time.

@@ -20,9 +20,14 @@ from rlbroker.backend.error_mapping import SlotMigrating, id_was_passed
 from rlbroker.backend.keys import GROUP, Keys
 from rlbroker.backend.replies import entry_place, group_position, newest_place, pending_summary
 from rlbroker.backend.scripts import Script
-from rlbroker.backend.stored_errors import raise_again
 from rlbroker.config import RunSettings
-from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault
+from rlbroker.errors import (
+    Fenced,
+    PeerError,
+    RunLost,
+    ServerFault,
+    raise_again,
+)
 from rlbroker.experience.levels import Confirmation
 from rlbroker.experience.outgoing import PendingBatch, PendingBatches
 from rlbroker.types import Registration

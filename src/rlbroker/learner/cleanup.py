@@ -8,8 +8,11 @@ from contextlib import suppress
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.stored_errors import raise_again, without_frames
-from rlbroker.errors import PeerError
+from rlbroker.errors import (
+    PeerError,
+    raise_again,
+    without_frames,
+)
 from rlbroker.experience.counts import read_counts
 from rlbroker.learner.maintenance import Maintenance
 from rlbroker.learner.parts import LearnerParts

@@ -143,17 +143,21 @@ class Heartbeat:
         """Stop the heartbeats and end the membership, so that the learner does not wait for this worker."""
         if self._thread.stop(timeout_seconds):
             self._channel.close()
-        if not self.registration.incarnation:  # never registered
-            return
-        worker = self.registration.worker_id
+        deadline, registration = Deadline(timeout_seconds), self.registration
+        if not registration.incarnation:
+            attempt = self._registrar.find_attempt(deadline)
+            if attempt is None:  # never registered
+                return
+            registration = attempt
+        worker = registration.worker_id
         keys = (
             self._keys.life(worker),
             self._keys.heartbeat(worker),
             self._keys.acknowledgements(worker),
             self._keys.weights,
         )
-        arguments = (self.registration.incarnation, self._process)
-        self._connection.run(LEAVE, keys, arguments, deadline=Deadline(timeout_seconds))
+        arguments = (registration.incarnation, self._process)
+        self._connection.run(LEAVE, keys, arguments, deadline=deadline)
 
     def release(self) -> None:
         """Forget the other parts of the worker, which refer to this one; no heartbeat follows."""

@@ -10,9 +10,13 @@ from typing import Any, Final, NamedTuple
 from rlbroker.backend.connection import Argument
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import whole_number
-from rlbroker.backend.stored_errors import raise_again
 from rlbroker.config import MAX_WORKER_ID
-from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
+from rlbroker.errors import (
+    AccessDenied,
+    ConnectionFailed,
+    PeerError,
+    raise_again,
+)
 
 #: Length of the longest valid member of the set `workers`.
 _LONGEST_NAME: Final = len(str(MAX_WORKER_ID))

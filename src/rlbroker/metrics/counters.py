@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 #: Each staleness below this has a bucket of its own; from here on each power of two begins a bucket.
 EXACT_BELOW = 16
 
 
 class Metrics:
-    """Sums by name, and numbers of batches by staleness. Cheap, and safe to use from several threads."""
+    """Sums by name, and numbers of batches by staleness. Cheap, and safe to use from several threads.
+
+    There is no lock that an interrupt could leave behind: each thread has sums of its own, and replaces them in one
+    assignment.
+    """
 
     def __init__(self) -> None:
         """Start every sum at zero."""
-        self._lock = threading.Lock()
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self._staleness: Counter[int] = Counter()
+        #: By thread: the sums by name, and the numbers of batches by staleness bucket.
+        self._by_thread: dict[int, tuple[dict[str, float], dict[int, int]]] = {}
 
     def add(self, name: str, amount: float) -> None:
         """Add an amount to one sum."""
-        with self._lock:
-            self._sums[name] += amount
+        self.add_all(**{name: amount})
 
     def add_all(self, staleness: Iterable[int] = (), /, **amounts: float) -> None:
         """Add to several sums, and count batches by their staleness, in one step."""
-        with self._lock:
-            for name, amount in amounts.items():
-                self._sums[name] += amount
-            for number in staleness:
-                self._staleness[staleness_bucket(number)] += 1
+        thread = threading.get_ident()
+        before = self._by_thread.get(thread, ({}, {}))
+        sums, counts = dict(before[0]), dict(before[1])
+        _add(sums, amounts)
+        for number in staleness:
+            bucket = staleness_bucket(number)
+            counts[bucket] = counts.get(bucket, 0) + 1
+        self._by_thread[thread] = sums, counts
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -43,15 +48,28 @@ class Metrics:
         finally:
             self.add(name, time.perf_counter() - began)
 
+    def total(self, name: str) -> float:
+        """Return one sum."""
+        return self.totals().get(name, 0.0)
+
     def totals(self) -> dict[str, float]:
         """Return every sum that was added to, by name."""
-        with self._lock:
-            return dict(self._sums)
+        totals: dict[str, float] = {}
+        for sums, _ in list(self._by_thread.values()):
+            _add(totals, sums)
+        return totals
 
     def staleness_counts(self) -> dict[int, int]:
         """Return the number of batches in each staleness bucket, by the bucket's lower bound."""
-        with self._lock:
-            return dict(sorted(self._staleness.items()))
+        totals: dict[int, int] = {}
+        for _, counts in list(self._by_thread.values()):
+            _add(totals, counts)
+        return dict(sorted(totals.items()))
+
+
+def _add(sums: dict[Any, Any], amounts: Mapping[Any, Any]) -> None:
+    for name, amount in amounts.items():
+        sums[name] = sums.get(name, 0) + amount
 
 
 def staleness_bucket(staleness: int) -> int:

@@ -11,8 +11,10 @@ from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import seconds_number, whole_number
-from rlbroker.backend.stored_errors import raise_again
-from rlbroker.errors import PeerError
+from rlbroker.errors import (
+    PeerError,
+    raise_again,
+)
 from rlbroker.metrics.counters import Metrics
 from rlbroker.metrics.history import TIERS, WORKERS_NAMED, Sample
 from rlbroker.metrics.tensorboard import ScalarLog

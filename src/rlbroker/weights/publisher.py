@@ -20,7 +20,7 @@ from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.codec.image import ImagePlan
 from rlbroker.codec.signing import SigningKey
-from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, ServerOutOfMemory
+from rlbroker.errors import Fenced, PeerError, RunLost, ServerFault, ServerOutOfMemory, without_frames
 from rlbroker.metrics.counters import Metrics
 from rlbroker.types import Published, PublishReceipt
 from rlbroker.weights.commit import ChunksLost, Committer, LocalCopy
@@ -75,8 +75,7 @@ class Publisher:
         self._gpu_copy = GpuCopy()
         self._lock = threading.Lock()
         #: The last publication in the background.
-        self._in_background: Future[Published] = Future()
-        self._in_background.cancel()
+        self._in_background = _done()
         self._retention = Retention(connection, keys)
         self._committer = Committer(connection, keys, self._retention, epoch=epoch, key=key)
         self._uploader = Uploader(
@@ -211,6 +210,7 @@ class Publisher:
     def close(self) -> None:
         """End the threads and release the image."""
         self._background.shutdown(wait=False, cancel_futures=True)
+        self._in_background = _done()
         self._committer.close()
         self._uploader.close()
         self._images.close()
@@ -343,6 +343,13 @@ class Publisher:
             self._uploader.discard(form.upload, form.chunks)
 
 
+def _done() -> Future[Published]:
+    """Return a future that nothing runs for."""
+    future: Future[Published] = Future()
+    future.cancel()
+    return future
+
+
 def _stored_bytes(manifest: Manifest) -> int:
     """Return the bytes that a version was stored in: as a delta, in full, or both."""
     return sum(form.stored_bytes for form in manifest.new_forms)
@@ -358,3 +365,4 @@ def _log_failure(future: Future[Published]) -> None:
     """Log that a version was not published: the caller may never read its receipt."""
     if not future.cancelled() and (error := future.exception()) is not None:
         logger.warning("weights that were sent without waiting were not published: %s", error)
+        without_frames(error)  # the frames would keep the weights for as long as the receipt exists
