@@ -93,6 +93,7 @@ class Run(RuleBasedStateMachine):
         self.workers: dict[int, Incarnation] = {}
         self.replaced: list[Incarnation] = []
         self.former: list[WorkerCommunicator] = []
+        self.clients: list[WorkerCommunicator | WorkerClient] = []
         #: The learner's buffer, and the buffer and the marks in its last checkpoint.
         self.buffer: list[tuple[BatchId, int]] = []
         self.saved: tuple[list[tuple[BatchId, int]], Any] = ([], None)
@@ -118,7 +119,7 @@ class Run(RuleBasedStateMachine):
 
     def new_learner(self) -> WorkerCommunicator:
         self.learner_lossy = LossyClient(self.server)
-        return WorkerCommunicator(
+        learner = WorkerCommunicator(
             2,
             run=self.name,
             redis_client=self.learner_lossy.client,
@@ -126,6 +127,8 @@ class Run(RuleBasedStateMachine):
             take_over_seconds=3600.0,
             timeout=5.0,
         )
+        self.clients.append(learner)
+        return learner
 
     def learner_steps(self) -> None:
         """Do the steps of the learner's background thread until it has nothing left to do."""
@@ -223,6 +226,7 @@ class Run(RuleBasedStateMachine):
         client = WorkerClient(
             worker_id=worker, run=self.name, redis_client=lossy.client, level=level, timeout=5.0
         )
+        self.clients.append(client)
         incarnation = Incarnation(client, lossy, level)
         client.on_command("note", incarnation.obeyed.append)
         self.workers[worker] = incarnation
@@ -369,12 +373,8 @@ class Run(RuleBasedStateMachine):
         try:
             self.finish()
         finally:
-            for one in (self.learner, *self.former):
-                one._connection.servers.close()
-                one._publisher._uploader.close()
-            for incarnation in (*self.workers.values(), *self.replaced):
-                incarnation.client._connection.servers.close()
-                incarnation.client._subscriber._downloader.close()
+            for client in self.clients:
+                end_at_once(client)
 
     def finish(self) -> None:
         """Let all clients finish their work; then the sums must be right."""
@@ -434,6 +434,12 @@ class Run(RuleBasedStateMachine):
             for worker, account in accounts.items():
                 known = account.applied_total + sum(account.missed.values())
                 assert known == self.owed[worker], f"{account}, owed {self.owed[worker]}"
+
+
+def end_at_once(client: WorkerCommunicator | WorkerClient) -> None:
+    """Close a client without asking the server, as the end of its process does."""
+    client._life._close_all()
+    client._life._finalizer.detach()
 
 
 def _final(outcome: Outcome) -> bool:
