@@ -115,8 +115,12 @@ class _Bounded(AbstractConnection):
                 self.update_current_socket_timeout(limit)
 
 
-@cache
 def _bounded(connection_class: type) -> type:
+    # Classes know their subclasses weakly. A cache would keep a user's own class, and what it refers to, for ever.
+    subclasses: list[type] = connection_class.__subclasses__()
+    for known in subclasses:
+        if known.__bases__ == (_Bounded, connection_class):
+            return known
     return type(f"Bounded{connection_class.__name__}", (_Bounded, connection_class), {})
 
 
