@@ -166,6 +166,8 @@ class WorkerParts:
     def _leave(self, deadline: Deadline, dropped: bool) -> None:
         if dropped:
             self.finish_sending(deadline)
+        if self.sender is None:  # the constructor failed: an interrupt may have left a reply unread
+            self._connection.close()
         self.subscriber.request_stop()
         if self.inbox:
             self.inbox.request_stop()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -464,6 +465,8 @@ def test_any_order_of_events_keeps_the_promises(
         for node in server.engine.nodes:
             request.addfinalizer(partial(node.ask, "CONFIG", "SET", "hz", 10))
             node.ask("CONFIG", "SET", "hz", 500)
+    # pytest keeps what is logged, with its errors, their frames and all clients that these refer to.
+    monkeypatch.setattr(logging.getLogger("rlbroker"), "disabled", True)
     full = request.config.getoption("--full")
 
     def machine() -> Run:
