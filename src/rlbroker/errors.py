@@ -35,12 +35,14 @@ In parentheses: the builtin that an error also is, so that callers who know noth
 
 from __future__ import annotations
 
+import copy
 import queue
 import re
-from typing import Any, Final
+from typing import Any, Final, NoReturn, TypeVar
 
 #: The login in a URL, and a password among its parameters. A path made of a URL has one slash.
 _SECRETS: Final = re.compile(r"(?<=:/)(/?)[^\s'\"]*@|(?<=password=)[^&\s'\"]+")
+_Error = TypeVar("_Error", bound=BaseException)
 
 
 class RlbrokerError(Exception):
@@ -209,3 +211,29 @@ class Unconfirmed(DeadlineExceeded):
 
 class QueueFull(DeadlineExceeded, queue.Full):
     """There was no room for a batch within the timeout. It was not accepted: send it again, or drop it."""
+
+
+# Errors that are stored, to be raised later. A traceback refers to the frames that an error passed, and so to the
+# client whose method was called. A stored error with a traceback would keep that client alive; an error that one of its
+# own frames refers to waits for the garbage collector, and all of these frames with it.
+
+
+def without_frames(error: _Error) -> _Error:
+    """Return an error after removing the tracebacks of it and of its causes."""
+    error.__traceback__ = None
+    for other in (error.__cause__, error.__context__):
+        if other is not None and other.__traceback__ is not None:
+            without_frames(other)
+    return error
+
+
+def raise_again(error: BaseException) -> NoReturn:
+    """Raise a copy of a stored error, so that the stored one gets no traceback."""
+    raise _copy(error) from error.__cause__  # no variable: this frame must not refer to what it raises
+
+
+def _copy(error: BaseException) -> BaseException:
+    try:
+        return copy.copy(error)
+    except Exception:  # noqa: BLE001 # its class takes other arguments than it keeps
+        return error.with_traceback(None)

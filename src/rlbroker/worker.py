@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self, SupportsIndex, get_args
@@ -12,10 +11,9 @@ import redis
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.lifetime import Lifetime, is_exiting
 from rlbroker.backend.locks import CallLock
-from rlbroker.backend.text import counted
 from rlbroker.codec.foreign import is_mapping
-from rlbroker.codec.limits import FORMAT_VERSION
 from rlbroker.codec.signing import SigningKey
 from rlbroker.config import (
     DEFAULT_RUN,
@@ -30,24 +28,14 @@ from rlbroker.config import (
     signing_secret,
 )
 from rlbroker.control.command_handlers import CommandHandlers, Handler
-from rlbroker.control.drain_signals import DrainSignals
-from rlbroker.control.inbox import Inbox
-from rlbroker.errors import Closed, DeadlineExceeded, PeerError, UnsupportedType
-from rlbroker.experience.sender import Sender
-from rlbroker.membership.heartbeat import Heartbeat, LastPoll
+from rlbroker.errors import DeadlineExceeded, UnsupportedType
 from rlbroker.types import Model, SendReceipt
-from rlbroker.weights.applier import WeightsApplier
 from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.loading import check_target
-from rlbroker.weights.subscriber import Subscriber
-
-logger = logging.getLogger("rlbroker")
+from rlbroker.worker_parts import WorkerParts
 
 #: The longest that a paused or waiting worker sleeps between two checks.
 CHECK_SECONDS = 0.1
-
-#: The fraction of its timeout for which `close` waits for batches that have not reached their level.
-CONFIRM_FRACTION = 0.75
 
 
 class WorkerClient:
@@ -121,40 +109,39 @@ class WorkerClient:
         if when_full is not None:
             check_choice("when_full", when_full, get_args(WhenFull))
         check_choice("level", level, get_args(Level))
-        images = ImageStore(run, host_cache_place(host_cache))
         secret = signing_secret(signing_key)
-        key = SigningKey(secret) if secret else None
         self._keys = keys = Keys(run)
-        self._joined = self._closed = self._draining = False
-        self._signals = DrainSignals(self.drain)
-        self._last_poll = LastPoll()
+        self._commands = CommandHandlers()
         self._obeying = CallLock()  #: held while commands are obeyed, so that they keep their order
         self._applying = CallLock()  #: held while weights are applied, so that they keep their order
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
-        self._subscriber = Subscriber(
+        self._parts = parts = WorkerParts(
             connection,
             keys,
-            images,
-            key=key,
+            ImageStore(run, host_cache_place(host_cache)),
+            key=SigningKey(secret) if secret else None,
             from_replicas=read_from_replicas,
-            run_size=lambda: self._heartbeat.run_size,
+            keep_dtype=keep_dtype,
         )
-        self._weights = WeightsApplier(
-            lambda *outcome: self._inbox.acknowledge_version(*outcome), keep_dtype=keep_dtype
-        )
-        self._commands = CommandHandlers()
-        self._heartbeat = Heartbeat(
+        self._heartbeat, self._subscriber, self._weights = parts.heartbeat, parts.subscriber, parts.weights
+        self._last_poll = parts.last_poll
+        self._life = Lifetime(
+            self,
+            f"WorkerClient of the run {run!r}",
             connection,
-            keys,
-            wire_format=FORMAT_VERSION,
-            describe=self._describe,
-            newest_seen=lambda: self._subscriber.newest_seen,
-            maintain=self._maintain,
+            close_call="close()",
+            leave=parts.leave,
+            release=parts.release,
         )
         try:
-            self._join(worker_id, key=key, when_full=when_full, compression=compression, level=level)
+            self._life.add_threads(parts.heartbeat.thread, parts.subscriber.thread)
+            self._inbox, self._sender = parts.join(
+                worker_id, when_full=when_full, compression=compression, level=level
+            )
+            self._life.add_threads(self._inbox.thread)
+            self._life.begin()
         except BaseException:  # includes Ctrl-C: the learner must not wait for a worker that never started
-            self._leave_unstarted()
+            self._life.end(Deadline(timeout))
             raise
 
     def __enter__(self) -> Self:
@@ -193,12 +180,12 @@ class WorkerClient:
     @property
     def running(self) -> bool:
         """Whether the worker's loop should continue: False after a `stop` command, `drain` or `close`."""
-        return not (self._commands.stopped or self._draining or self._closed)
+        return not (self._commands.stopped or self.draining or self._life.closing)
 
     @property
     def draining(self) -> bool:
         """Whether `drain` was called, or a signal of `drain_on` arrived."""
-        return self._draining
+        return self._parts.draining
 
     @property
     def paused(self) -> bool:
@@ -235,7 +222,7 @@ class WorkerClient:
         The batch in progress is not lost: a following `send_experiences` sends it and waits for room as usual. Then
         `close` leaves the run. May be called several times, from any thread and from a signal handler.
         """
-        self._draining = True  # takes no lock: a signal handler may run while this thread holds it
+        self._parts.drain()
 
     def drain_on(self, *signals: int) -> None:
         """Call `drain` at the first of each of these signals. A second one of the same kind has its previous effect.
@@ -252,7 +239,7 @@ class WorkerClient:
             InvalidArgument: one of them is not a signal that can be handled.
         """
         self._check()
-        self._signals.watch(*signals)
+        self._parts.signals.watch(*signals)
 
     # Weights
 
@@ -401,112 +388,23 @@ class WorkerClient:
         acknowledgements that are left, and leave the roster. An `Unconfirmed` batch is waited for during three
         quarters of the timeout; if the worker drains, so are all batches that have not reached their level.
         """
-        if self._closed:
+        if is_exiting():
             return
-        self._connection.check_process()
-        self._closed = True
-        deadline = Deadline(self._connection.timeout_seconds)
-        try:
-            self._confirm_batches(deadline.remaining * CONFIRM_FRACTION)
-            for part in (self._subscriber, self._inbox, self._heartbeat):
-                part.request_stop()
-            self._leave(deadline)
-        finally:
-            self._signals.restore()
-
-    def _confirm_batches(self, seconds: float) -> None:
-        if not self._sender.unsafe:
-            return
-        try:
-            with within(Deadline(seconds)):
-                (self._sender.flush if self._draining else self._sender.confirm)(seconds)
-        except PeerError as error:
-            logger.debug("worker %d leaves: %s", self.worker_id, error)  # `_leave` warns of what remains
-
-    def _leave(self, deadline: Deadline) -> None:
-        try:
-            self._subscriber.stop(deadline.remaining)
-            with within(deadline):
-                try:
-                    self._sender.close(deadline)
-                    if not self._commands.is_calling:
-                        self._inbox.finish_interrupted()
-                    self._inbox.stop(deadline.remaining)
-                finally:  # a fenced worker leaves too, which records that two processes have its id
-                    late = deadline.over
-                    if not late:
-                        self._heartbeat.leave(deadline.remaining)
-                if late:
-                    raise DeadlineExceeded("the server did not answer in time")
-        except PeerError as error:
-            logger.warning(
-                "worker %d could not leave the run %r properly: %s", self.worker_id, self.run, error
-            )
-        finally:
-            if self._sender.unsafe:
-                logger.warning(
-                    "worker %d leaves with %s not reached level %r: %s",
-                    self.worker_id,
-                    counted(self._sender.unsafe, "batch that has", "batches that have"),
-                    self._sender.level,
-                    self._sender.unconfirmed or "call flush() to wait for it",
-                )
-            self._connection.close()
-
-    def _leave_unstarted(self) -> None:
-        """Leave the run after the constructor failed."""
-        self._closed = True
-        try:
-            self._heartbeat.leave(self._connection.timeout_seconds)
-        except PeerError as error:
-            logger.debug("leaving the run %r: %s", self.run, error)
-        self._connection.close()
+        if not self._life.ended:
+            self._connection.check_process()
+            self._life.closing = True
+            deadline = Deadline(self._connection.timeout_seconds)
+            self._parts.finish_sending(deadline)
+            if not self._commands.is_calling:
+                self._inbox.finish_interrupted()
+            self._life.end(deadline)
+        self._parts.signals.restore()
 
     # Internals
 
-    def _join(
-        self,
-        worker_id: int | None,
-        *,
-        key: SigningKey | None,
-        when_full: WhenFull | None,
-        compression: bool,
-        level: Level,
-    ) -> None:
-        """Register in the run, make the parts that need the registration, and start the background threads."""
-        connection, heartbeat = self._connection, self._heartbeat
-        connection.check_server(allow_eviction=True)  # whether to accept eviction is the learner's decision
-        registration = heartbeat.register(worker_id)
-        self._inbox = Inbox(
-            connection,
-            self._keys,
-            registration,
-            key=key,
-            notice_version=self._subscriber.announce,
-            rejoin=heartbeat.rejoin,
-        )
-        self._sender = Sender(
-            connection,
-            self._keys,
-            registration,
-            settings=heartbeat.settings,
-            rejoin=heartbeat.rejoin,
-            when_full=when_full,
-            compression=compression,
-            level=level,
-            shards_known=heartbeat.knows_run or not connection.servers.several,
-        )
-        self._joined = connection.errors.joined = True
-        for part in (heartbeat, self._subscriber, self._inbox):
-            part.start()
-
     def _check(self) -> None:
         """Raise `Closed`, `ForkedProcess`, or the error that ended a background thread, such as `Fenced`."""
-        if self._closed:
-            raise Closed("this WorkerClient was closed; make a new one")
-        self._connection.check_process()
-        for part in (self._heartbeat, self._inbox, self._subscriber):
-            part.check()
+        self._life.check()
 
     def _obey_commands(self, deadline: Deadline | None = None) -> None:
         """Obey every command that has arrived. While paused, wait for further ones, up to the deadline.
@@ -548,23 +446,4 @@ class WorkerClient:
 
     def _gives_up_sending(self) -> bool:
         """Return whether to drop a batch that waits for room. Not while draining: it is then still sent."""
-        return self._closed or self._commands.stopped or self._inbox.contains("stop")
-
-    def _maintain(self, returned: bool) -> None:
-        """Retry pending batches. Called after each heartbeat; `returned` says that the server may have lost data."""
-        if returned:
-            self._inbox.mark_stale()
-            self._sender.mark_stale()
-        self._sender.maintain()
-
-    def _describe(self) -> dict[str, str | int]:
-        """Return the fields that each heartbeat reports. The first heartbeat is sent before the sender exists."""
-        sender = self._sender if self._joined else None
-        return {
-            "version": self.version,
-            "sent": sender.sent if sender else 0,
-            "problem": self._subscriber.problem or self._weights.problem,
-            "unconfirmed": sender.unconfirmed if sender else "",
-            "room_seconds": f"{sender.room_seconds if sender else 0.0:.3f}",
-            "unpolled_seconds": f"{self._last_poll.unpolled_seconds:.3f}",
-        }
+        return self._life.closing or self._commands.stopped or self._inbox.contains("stop")

@@ -194,7 +194,7 @@ def test_a_draining_worker_waits_until_the_learner_has_acknowledged_its_batches(
     client.drain()
     closing = threading.Thread(target=client.close)
     closing.start()
-    wait_until("closing has begun", lambda: client._closed)
+    wait_until("closing has begun", lambda: client._life.closing)
     assert closing.is_alive()
     comm.acknowledge(pairs)
     closing.join(10.0)

@@ -243,7 +243,7 @@ def test_a_worker_that_does_not_poll_is_reported(learner: Learner, worker: Worke
     comm, client = learner(), worker(0)
     wait_until("a heartbeat reports it", lambda: comm.workers()[0].unpolled_seconds > 0)
     inside: list[Any] = []
-    client.on_command("note", lambda _: inside.append(client._describe()["unpolled_seconds"]))
+    client.on_command("note", lambda _: inside.append(client._parts._describe()["unpolled_seconds"]))
     comm.send_control_command("note")
     wait_until("it obeys", lambda: client.poll() or inside)
     assert inside == ["0.000"]

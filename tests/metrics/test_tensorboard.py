@@ -16,7 +16,7 @@ from test_run_history import history, record, stop_background
 from rlbroker import InvalidArgument, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
 from rlbroker.metrics.history import Interval
-from rlbroker.metrics.tensorboard import TAGS, ScalarLog, compute_scalars
+from rlbroker.metrics.tensorboard import TAGS, ScalarLog, ScalarTarget, compute_scalars
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -63,7 +63,8 @@ def test_scalars_are_written_until_cleanup(learner: Learner, worker: Worker) -> 
 @pytest.mark.unit
 def test_nothing_is_written_after_the_end() -> None:
     writer = Writer()
-    log = ScalarLog(writer, step=None, every_seconds=1.0)
+    target = ScalarTarget(writer, None)
+    log = ScalarLog(target, every_seconds=1.0)
     log.offer(a_sample(1.0))
     log.offer(a_sample(2.0))
     wait_until("the first interval is written", lambda: writer.written)

@@ -201,7 +201,7 @@ def _request_stop(workers: Iterable[WorkerClient]) -> None:
     """Stop the background threads of all workers at once: closing one worker after another is slow."""
     for worker in workers:
         for part in (worker._heartbeat, worker._subscriber, worker._inbox):
-            part.request_stop()
+            part.thread.request_stop()
 
 
 @contextmanager

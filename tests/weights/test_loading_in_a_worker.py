@@ -178,12 +178,12 @@ def test_loading_skips_a_decoded_version_of_an_older_architecture(learner: Learn
     comm.send_model_weights({"w": np.zeros(3)})
     wait_until("version 1 is ready", lambda: client._subscriber.ready)
     client._subscriber._thread.request_stop()  # version 2 is not read before the load begins
-    wait_until("it stopped", lambda: not client._subscriber._thread._thread.is_alive())
+    wait_until("it stopped", lambda: not client._subscriber.thread.running)
     comm.send_model_weights({"w": np.ones(5)})
 
     def read_late() -> None:
         time.sleep(0.3)
-        client._subscriber._thread._stopping.clear()
+        client._subscriber._thread.stopping = False
         client._subscriber._poll()
 
     late = threading.Thread(target=read_late)

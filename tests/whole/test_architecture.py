@@ -26,6 +26,7 @@ LAYERS = (
     {"backend"},
     {"metrics", "membership"},
     {"weights", "experience", "control"},
+    {"worker_parts"},
     {"learner", "worker"},
     {"__init__"},
     {"local"},

@@ -183,4 +183,7 @@ class Channel(Exchange):
         translated = self._connection.failure(error, command, self._server)
         if not isinstance(translated, ConnectionFailed):
             self._connection.record_failure(error, self._server)
-        raise translated from error
+        try:
+            raise translated from error
+        finally:
+            del translated  # otherwise the error refers to this frame and this frame to the error

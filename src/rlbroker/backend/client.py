@@ -108,6 +108,12 @@ class _Bounded(AbstractConnection):
         self._apply_deadline()
         return super().read_response(*arguments, **options)
 
+    def __del__(self) -> None:
+        delete: Callable[[], None] = super().__del__
+        delete()
+        # redis-py's parser refers to itself: its buffer would stay until the garbage collector runs.
+        vars(getattr(self, "_parser", self)).clear()
+
     def _apply_deadline(self) -> None:
         sock, limit = self._sock, self.socket_timeout
         if not isinstance(sock, socket.socket):
@@ -118,8 +124,12 @@ class _Bounded(AbstractConnection):
                 self.update_current_socket_timeout(limit)
 
 
-@cache
 def _bounded(connection_class: type) -> type:
+    # Classes know their subclasses weakly. A cache would keep a user's own class, and what it refers to, for ever.
+    subclasses: list[type] = connection_class.__subclasses__()
+    for known in subclasses:
+        if known.__bases__ == (_Bounded, connection_class):
+            return known
     return type(f"Bounded{connection_class.__name__}", (_Bounded, connection_class), {})
 
 

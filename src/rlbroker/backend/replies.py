@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import redis
 
-from rlbroker.errors import InvalidArgument, PeerError, RlbrokerError, WireError, WrongKeyType
+from rlbroker.errors import InvalidArgument, PeerError, RlbrokerError, WireError, WrongKeyType, raise_again
 
 #: A number of seconds as Python writes it, with a reasonable number of digits.
 _SECONDS: Final = re.compile(r"[0-9]{1,13}(\.[0-9]{1,17})?(e-[0-9]{2})?")
@@ -212,7 +212,7 @@ def default_if_wrong_type(reply: Any, default: Any) -> Any:
     if isinstance(reply, WrongKeyType):
         return default
     if isinstance(reply, PeerError):
-        raise reply
+        raise_again(reply)
     return reply
 
 
@@ -221,7 +221,7 @@ def raise_first_error(replies: Iterable[Any]) -> list[Any]:
     found = list(replies)
     for reply in found:
         if isinstance(reply, PeerError):
-            raise reply
+            raise_again(reply)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from rlbroker.backend.deadline import ONE_TRY, Backoff, Deadline, within
 from rlbroker.backend.error_mapping import ErrorTranslator
-from rlbroker.errors import ConnectionFailed, RunLost
+from rlbroker.errors import ConnectionFailed, RunLost, without_frames
 
 logger = logging.getLogger("rlbroker")
 
@@ -60,4 +60,5 @@ class RetryPolicy:
                     error,
                     deadline.remaining,
                 )
+                without_frames(error)  # `unclear` refers to it, and its frames to `unclear`
                 time.sleep(pause)

@@ -1,8 +1,10 @@
-"""The background threads of a client: they outlast network faults, and end at errors that are final."""
+"""The background threads of a client: they outlast network faults, and stop working at errors that are final."""
 
 from __future__ import annotations
 
 import logging
+import os
+import queue
 import selectors
 import socket
 import ssl
@@ -10,9 +12,9 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from rlbroker.backend.deadline import Backoff
+from rlbroker.backend.deadline import Backoff, Deadline
 from rlbroker.backend.error_mapping import FINAL_ERRORS
-from rlbroker.errors import PeerError
+from rlbroker.errors import PeerError, raise_again, without_frames
 
 logger = logging.getLogger("rlbroker")
 
@@ -21,6 +23,12 @@ WAKE_BYTES = 4096
 
 #: A selector that needs no file descriptor; a process with many workers has few to spare.
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+#: How long a thread waits at once for `request_stop` after an error that ended its work.
+PARK_SECONDS = 3600.0
+
+#: The longest wait for a thread's end between two looks at whether it has ended.
+WAIT_SECONDS = 0.05
 
 
 class OutageLog:
@@ -32,14 +40,14 @@ class OutageLog:
     def __init__(self, what: str) -> None:
         """Start without an outage. Each line begins with the operation, `what`."""
         self._what = what
-        #: The latest error of the present outage.
+        #: The latest error of the present outage; `raise_again` raises it.
         self.error: Exception | None = None
 
     def report(self, error: Exception, more: str = "") -> None:
         """Record a failure; if it begins an outage, log it with `more`, a second clause."""
         if self.error is None:
             logger.warning("%s: %s; %strying again until it works", self._what, error, more and f"{more}; ")
-        self.error = error
+        self.error = without_frames(error)
 
     def end(self) -> None:
         """Log the end of the outage, if there is one; at the level of its beginning, so that no reader misses it."""
@@ -52,8 +60,15 @@ class BackgroundThread:
     """A daemon thread that repeats one step until it is stopped.
 
     A step that fails because of the server (unreachable, out of memory, disk full …) is retried with exponential
-    back-off. Errors that a retry does not cure (`FINAL_ERRORS`), and bugs, end the thread; the next `check` raises them
-    to the caller.
+    back-off. Errors that a retry does not cure (`FINAL_ERRORS`), and bugs, end the work; the next `check` raises them
+    to the caller, and the thread only waits to be stopped.
+
+    The calling threads take no lock and wait for no condition that an interrupt could leave behind. `request_stop` may
+    be called anywhere, also by the garbage collector in any thread.
+
+    Attributes:
+        stopping: whether a stop was requested; long steps must check it.
+        error: the error that ended the work.
     """
 
     def __init__(self, name: str, step: Callable[[], bool | None]) -> None:
@@ -65,17 +80,22 @@ class BackgroundThread:
                 the server, and so cannot tell whether an outage is over.
         """
         self._step = step
-        self._stopping = threading.Event()
+        self._then: Callable[[], None] | None = None
+        self.stopping = False
+        #: Each gets an item to end a wait of this thread, and of those that wait for its end. The flags tell the truth.
+        self._stop_signal, self._end_signal = queue.SimpleQueue[None](), queue.SimpleQueue[None]()
         #: The two ends of a socket pair: `wake` writes to the first, `wait_for` reads from the second.
         #: Empty before the thread starts.
         self._wake_pair: tuple[socket.socket, ...] = ()
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name=f"rlbroker-{name}", daemon=True)
         self.error: Exception | None = None
 
     @property
-    def stopping(self) -> bool:
-        """Whether `stop` was called; long steps must check it."""
-        return self._stopping.is_set()
+    def running(self) -> bool:
+        """Whether the thread was started in this process and has not ended."""
+        started = self._thread.ident is not None and os.getpid() == self._pid
+        return started and bool(self._wake_pair)
 
     def start(self) -> None:
         """Start repeating the step."""
@@ -85,11 +105,13 @@ class BackgroundThread:
         self._thread.start()
 
     def pause(self, seconds: float) -> None:
-        """Wait for some time, or until `stop`."""
-        self._stopping.wait(seconds)
+        """Wait for some time, or until a stop is requested."""
+        if not self.stopping:
+            with suppress(queue.Empty):
+                self._stop_signal.get(timeout=seconds)
 
     def wait_for(self, sock: socket.socket, seconds: float) -> bool:
-        """Wait until a socket is readable, `wake` or `stop` is called, or the time is over.
+        """Wait until a socket is readable, `wake` or `request_stop` is called, or the time is over.
 
         Return whether the socket is readable.
         """
@@ -114,29 +136,62 @@ class BackgroundThread:
                 end.send(b"!")
 
     def check(self) -> None:
-        """Raise the error that ended the thread, if one did."""
+        """Raise the error that ended the work, if one did."""
         if self.error is not None:
-            raise self.error.with_traceback(None)  # otherwise each raise would add to its traceback
+            raise_again(self.error)
 
-    def request_stop(self) -> None:
-        """Make the thread end after its present step."""
-        self._stopping.set()
+    def request_stop(self, then: Callable[[], None] | None = None) -> None:
+        """Make the thread end after its present step.
+
+        Args:
+            then: what the thread does last, if it has not ended yet; errors are logged.
+        """
+        if then is not None:
+            self._then = then
+        self.stopping = True
+        self._stop_signal.put(None)
         self.wake()
 
     def stop(self, timeout_seconds: float) -> bool:
-        """End the thread and wait for it; return whether it ended in time."""
+        """End the thread and wait for it; return whether it ended in time. Of itself, it has ended the steps."""
         self.request_stop()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(timeout_seconds)
-        return not self._thread.is_alive()
+        return self.wait_for_end(timeout_seconds)
+
+    def wait_for_end(self, timeout_seconds: float) -> bool:
+        """Wait until the thread has ended; return whether it has, or is the one that asks."""
+        deadline = Deadline(timeout_seconds)
+        while self.running and self._thread is not threading.current_thread():
+            if deadline.over:
+                return False
+            with suppress(queue.Empty):
+                self._end_signal.get(timeout=min(deadline.remaining, WAIT_SECONDS))
+        return True
+
+    def release(self) -> None:
+        """Close the sockets of a thread that does not run: it was never started, or this is a forked child."""
+        if not self.running:
+            self._close_wake_pair()
+            self._step = _do_nothing
+
+    def _close_wake_pair(self) -> None:
+        pair, self._wake_pair = self._wake_pair, ()
+        for end in pair:
+            end.close()
 
     def _run(self) -> None:
         try:
             self._work()
+            while not self.stopping:
+                self.pause(PARK_SECONDS)
+            if self._then is not None:
+                self._then()
+        except Exception:
+            logger.exception("%s ended", self._thread.name)
         finally:
-            pair, self._wake_pair = self._wake_pair, ()
-            for end in pair:
-                end.close()
+            # Nothing refers in a circle any more: the client's memory need not wait for the garbage collector.
+            self._step = self._then = _do_nothing
+            self._close_wake_pair()
+            self._end_signal.put(None)
 
     def _work(self) -> None:
         backoff, outage = Backoff(), OutageLog(self._thread.name)
@@ -146,9 +201,9 @@ class BackgroundThread:
             except Exception as error:
                 if not isinstance(error, PeerError) or isinstance(error, FINAL_ERRORS):
                     if not self.stopping:
-                        self.error = error
                         if not isinstance(error, PeerError):
                             logger.exception("%s stopped", self._thread.name)
+                        self.error = without_frames(error)
                     return
                 if not self.stopping:
                     outage.report(error)
@@ -158,3 +213,7 @@ class BackgroundThread:
                     continue
                 outage.end()
                 backoff.reset()
+
+
+def _do_nothing() -> None:
+    pass

@@ -61,8 +61,13 @@ class CommandHandlers:
 
     def take_reset(self) -> bool:
         """Return whether a `reset` was obeyed since the last call."""
-        requested, self._reset_requested = self._reset_requested, False
-        return requested
+        requested = self._reset_requested
+        try:
+            self._reset_requested = False
+            return requested
+        except BaseException:  # an interrupt: the next call returns it
+            self._reset_requested = requested
+            raise
 
     def register(self, name: str, handler: Handler) -> None:
         """Call this handler for each command of the name, after the built-in effect if there is one.

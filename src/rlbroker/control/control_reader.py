@@ -11,7 +11,7 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import stream_entries
-from rlbroker.errors import PeerError
+from rlbroker.errors import PeerError, raise_again
 
 #: Longest time that one read waits on the server.
 READ_SECONDS: Final = 2.0
@@ -91,5 +91,5 @@ class ControlReader:
         with within(due):
             (reply,) = self._channel.receive(1)
         if isinstance(reply, PeerError):
-            raise reply
+            raise_again(reply)
         return reply

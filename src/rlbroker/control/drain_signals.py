@@ -22,7 +22,7 @@ class DrainSignals:
             on_signal: called in the signal handler, at any point of the main thread. It may set a variable, and must
                 not take a lock.
         """
-        self._on_signal = on_signal
+        self._on_signal: Callable[[], None] | None = on_signal  #: None after `restore`
         self._previous: dict[int, Any] = {}  #: handlers to restore, by signal
 
     def watch(self, *numbers: int) -> None:
@@ -50,14 +50,21 @@ class DrainSignals:
                 ) from error
 
     def restore(self) -> None:
-        """Restore the handlers of the signals that did not arrive. Does nothing outside the main thread."""
+        """Restore the handlers of the signals that did not arrive. `on_signal` is not called any more.
+
+        Outside the main thread, which alone can restore handlers, a signal is passed on when it arrives.
+        """
+        self._on_signal = None
         if threading.current_thread() is threading.main_thread():
             for number in list(self._previous):
                 self._restore(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._restore(number)
-        self._on_signal()
+        if self._on_signal is None:
+            signal.raise_signal(number)
+        else:
+            self._on_signal()
 
     def _restore(self, number: int) -> None:
         if signal.getsignal(number) == self._handle:  # otherwise other code has replaced it since

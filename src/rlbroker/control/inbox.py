@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
@@ -91,7 +92,11 @@ class Inbox:
             connection, keys, registration.control_position, wait_for=self._thread.wait_for
         )
         self.acknowledgements = AcknowledgementSender(
-            connection, keys, registration, rejoin=rejoin, check_control=self._check_control
+            connection,
+            keys,
+            registration,
+            rejoin=rejoin,
+            check_control=partial(_check_control, self._reader, self._thread),
         )
 
     def start(self) -> None:
@@ -114,9 +119,10 @@ class Inbox:
         self.acknowledgements.mark_stale()
         self._thread.wake()
 
-    def check(self) -> None:
-        """Raise the error that ended the background thread, if one did."""
-        self._thread.check()
+    @property
+    def thread(self) -> BackgroundThread:
+        """The background thread."""
+        return self._thread
 
     # Commands
 
@@ -218,16 +224,6 @@ class Inbox:
             self._receive(entry_id, fields)
             self._reader.position = entry_id
 
-    def _check_control(self, channel: Channel) -> None:
-        """Read the control stream from its start if the server lost it, or trimmed it.
-
-        The clock of a new server may be behind, so that new entries have smaller ids than `position`. Commands that are
-        remembered, or that are for an earlier incarnation, are not done again.
-        """
-        if not self._reader.has_position(channel):
-            self._reader.restart()
-            self._thread.wake()
-
     def _receive(self, entry_id: str, fields: Mapping[bytes, bytes]) -> None:
         texts = text_fields({name: value for name, value in fields.items() if name != b"data"})
         if texts.get("event") == "version":
@@ -300,3 +296,14 @@ class Inbox:
                     }
                 )
             return False
+
+
+def _check_control(reader: ControlReader, thread: BackgroundThread, channel: Channel) -> None:
+    """Read the control stream from its start if the server lost it, or trimmed it.
+
+    The clock of a new server may be behind, so that new entries have smaller ids than `position`. Commands that are
+    remembered, or that are for an earlier incarnation, are not done again.
+    """
+    if not reader.has_position(channel):
+        reader.restart()
+        thread.wake()

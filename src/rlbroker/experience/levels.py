@@ -9,7 +9,7 @@ from rlbroker.backend.deadline import try_seconds
 from rlbroker.backend.suitability import name_and_version
 from rlbroker.backend.topology import Server
 from rlbroker.config import Level
-from rlbroker.errors import ConnectionFailed, PeerError, ServerFault, ServerUnsuitable
+from rlbroker.errors import ConnectionFailed, PeerError, ServerFault, ServerUnsuitable, raise_again
 
 
 class Confirmation:
@@ -41,7 +41,7 @@ class Confirmation:
         if isinstance(reply, PeerError):
             if _has_no_file(reply):  # an outage, not a refusal: the file may be back soon
                 return False
-            raise reply
+            raise_again(reply)
         confirmed = bool(reply if isinstance(reply, int) else reply[0])
         if confirmed:
             self.missing = ""

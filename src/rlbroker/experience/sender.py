@@ -18,14 +18,7 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.locks import CallLock
 from rlbroker.backend.text import counted
 from rlbroker.config import Level, RunSettings, WhenFull
-from rlbroker.errors import (
-    BatchTooLarge,
-    ConnectionFailed,
-    Fenced,
-    PeerError,
-    QueueFull,
-    Unconfirmed,
-)
+from rlbroker.errors import BatchTooLarge, ConnectionFailed, Fenced, PeerError, QueueFull, Unconfirmed
 from rlbroker.experience.levels import Confirmation
 from rlbroker.experience.outgoing import Message, Packer, PendingBatch
 from rlbroker.experience.stream_writer import StreamWriter

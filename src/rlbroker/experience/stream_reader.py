@@ -15,7 +15,7 @@ from rlbroker.backend.deadline import SHORTEST_TRY_SECONDS, Deadline, within
 from rlbroker.backend.keys import GROUP
 from rlbroker.backend.replies import StreamEntries, stream_entries
 from rlbroker.backend.threads import OutageLog
-from rlbroker.errors import PeerError
+from rlbroker.errors import PeerError, raise_again
 from rlbroker.experience.read_position import ReadPosition
 
 #: Up to this many quiet streams cost almost nothing, so all streams are polled each time.
@@ -175,7 +175,7 @@ class ShardReader:
         with within(Deadline(SHORTEST_TRY_SECONDS)) if read.reply_due.over else nullcontext():
             (reply,) = self.channel.receive(1)
         if isinstance(reply, PeerError):
-            raise reply
+            raise_again(reply)
         self.failures = 0
         self.outage.end()
         found = stream_entries(reply)

@@ -28,7 +28,7 @@ from rlbroker.backend.replies import (
 )
 from rlbroker.backend.scripts import Script
 from rlbroker.config import RunSettings
-from rlbroker.errors import ConnectionFailed, Fenced, PeerError, RunLost, ServerFault
+from rlbroker.errors import ConnectionFailed, Fenced, PeerError, RunLost, ServerFault, raise_again
 from rlbroker.experience.levels import Confirmation
 from rlbroker.experience.outgoing import PendingBatch, PendingBatches
 from rlbroker.types import Registration
@@ -288,7 +288,7 @@ class StreamWriter:
         if isinstance(reply, ServerFault) and id_was_passed(reply):
             self._check_stored(batch)
         elif isinstance(reply, PeerError):
-            raise reply
+            raise_again(reply)
         self.size = self.size.add(batch)
 
     def _check_stored(self, batch: PendingBatch) -> None:
@@ -380,7 +380,7 @@ class StreamWriter:
                 if "NOGROUP" in str(reply) or "no such key" in str(reply).lower():
                     self.stale = True
                     raise RunLost(f"the server lost the queue of worker {self._worker_id}") from reply
-                raise reply
+                raise_again(reply)
         return replies
 
     def _check_incarnation(self, newest: bytes | None) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,6 +12,7 @@ import redis
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.lifetime import Lifetime, is_exiting
 from rlbroker.codec.foreign import is_mapping
 from rlbroker.codec.signing import SigningKey
 from rlbroker.config import (
@@ -30,21 +30,20 @@ from rlbroker.config import (
     signing_secret,
 )
 from rlbroker.control.commands import Command
-from rlbroker.errors import Closed, InvalidArgument, PeerError, UnsupportedType
+from rlbroker.errors import InvalidArgument, UnsupportedType
 from rlbroker.experience.counts import read_counts
 from rlbroker.experience.marks import parse_marks
+from rlbroker.learner.cleanup import Cleanup
 from rlbroker.learner.maintenance import Maintenance
 from rlbroker.learner.options import LearnerOptions
 from rlbroker.learner.parts import LearnerParts
 from rlbroker.learner.run_scripts import SCRIPTS
-from rlbroker.metrics.tensorboard import ScalarLog, SummaryWriter
+from rlbroker.metrics.tensorboard import ScalarLog, ScalarTarget, SummaryWriter
 from rlbroker.types import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
 from rlbroker.weights.image_store import ImageStore
 
 if TYPE_CHECKING:
     import torch
-
-logger = logging.getLogger("rlbroker")
 
 
 class WorkerCommunicator:
@@ -162,36 +161,47 @@ class WorkerCommunicator:
         )
         secret = signing_secret(signing_key)
         self._keys = Keys(run)
+        self._scalar_targets: list[ScalarTarget] = []
         self._num_workers, self._publishes = options.num_workers, options.publishes
-        self._report: CleanupReport | None = None  #: set when `cleanup` begins
-        self._connection = Connection(
+        self._connection = connection = Connection(
             redis_url, client=redis_client, timeout_seconds=timeout, reads_batches=True
         )
+        images = ImageStore(run, host_cache_place(host_cache))
+        self._cleanup = Cleanup(connection, self._keys, images)
+        self._life = life = Lifetime(
+            self,
+            f"WorkerCommunicator of the run {run!r}",
+            connection,
+            close_call="cleanup()",
+            leave=self._cleanup.leave,
+            release=self._cleanup.release,
+        )
         try:
-            self._connection.check_server(allow_eviction=allow_eviction)
-            self._connection.load(SCRIPTS)
+            connection.check_server(allow_eviction=allow_eviction)
+            connection.load(SCRIPTS)
             parts = LearnerParts.open(
-                self._connection,
+                connection,
                 self._keys,
                 options,
-                images=ImageStore(run, host_cache_place(host_cache)),
+                images=images,
                 signing_key=SigningKey(secret) if secret else None,
-                check=self._check,
+                check=life.check,
             )
-            self._maintenance = Maintenance(
-                self._connection, self._keys, parts, forget_seconds=options.run_settings.forget_seconds
-            )
+            self._maintenance = Maintenance(connection, self._keys, parts, forget_seconds=forget_seconds)
+            self._cleanup.add(parts, self._maintenance)
+            self._thread = self._maintenance.thread
+            life.add_threads(self._thread)
+            self._thread.start()
         except BaseException:
-            self._connection.close()
+            life.end(Deadline(timeout))
             raise
         self._roster, self._publisher = parts.roster, parts.publisher
         self._commands, self._ledger = parts.commands, parts.ledger
         self._collector, self._pending = parts.collector, parts.pending
         self._dead_letters, self._rate_limiter = parts.dead_letters, parts.rate_limiter
         self._recorder = parts.recorder
-        self._thread = self._maintenance.thread
-        self._connection.errors.joined = True
-        self._thread.start()
+        connection.errors.joined = True
+        life.begin()
 
     def __enter__(self) -> Self:
         """Return the communicator; leaving the block calls `cleanup`."""
@@ -531,7 +541,10 @@ class WorkerCommunicator:
                 positive number.
         """
         self._check()
-        self._recorder.add_log(ScalarLog(writer, step=step, every_seconds=every_seconds))
+        target = ScalarTarget(writer, step)
+        log = ScalarLog(target, every_seconds=every_seconds)
+        self._scalar_targets.append(target)
+        self._recorder.add_log(log)
 
     # The end
 
@@ -550,42 +563,13 @@ class WorkerCommunicator:
             Batches and commands that are left. It is true if there are none, and not `complete` if the server could
             not be asked.
         """
-        if self._report is not None:
-            return self._report
-        self._connection.check_process()
-        deadline = Deadline(self._connection.timeout_seconds)
-        self._report = CleanupReport(complete=False)
-        if not self._publisher.finish(deadline.remaining):
-            logger.warning("cleanup of the run %r: the last weights may never be published", self.run)
-        ended = self._thread.stop(deadline.remaining)
-        self._recorder.end_logs(deadline)
-        try:
-            if not deadline.over:
-                with within(deadline):
-                    self._report = self._finish(deadline, acknowledge=acknowledge, ended=ended, over=over)
-        except PeerError as error:
-            logger.warning("cleanup of the run %r: %s", self.run, error)
-        finally:
-            if ended:
-                self._maintenance.close()
-            self._publisher.close()
-            self._connection.close()
-        return self._report
-
-    def _finish(self, deadline: Deadline, *, acknowledge: bool, ended: bool, over: bool) -> CleanupReport:
-        if acknowledge:
-            self._collector.acknowledge_returned(deadline)
-        workers = self._roster.ids()
-        self._maintenance.settle(workers, deadline)
-        counts = read_counts(self._connection, self._keys, workers)
-        waiting = {worker: count.waiting for worker, count in counts.items()}
-        commands = sum(self._commands.count_pending().values())
-        if over:
-            self._roster.close()
-        if ended:
-            with suppress(PeerError):  # a failed sample must not cost the report
-                self._maintenance.record(last=True)
-        return CleanupReport(waiting, self._pending.count_by_worker(), commands)
+        if not is_exiting() and not self._life.ended:
+            self._connection.check_process()
+            self._life.closing, self._cleanup.over = True, over
+            deadline = Deadline(self._connection.timeout_seconds)
+            self._cleanup.finish_work(deadline, acknowledge=acknowledge)
+            self._life.end(deadline)
+        return self._cleanup.report
 
     # Checks
 
@@ -598,10 +582,7 @@ class WorkerCommunicator:
 
     def _check(self) -> None:
         """Raise `Closed`, `ForkedProcess`, or the error that ended the background thread, such as `Fenced`."""
-        if self._report is not None:
-            raise Closed("this WorkerCommunicator was closed; make a new one")
-        self._connection.check_process()
-        self._thread.check()
+        self._life.check()
 
     def _check_publishes(self) -> None:
         self._check()

@@ -63,8 +63,9 @@ class Maintenance:
         self.thread = BackgroundThread(f"ledger of {keys.run!r}", self.run_once)
 
     def close(self) -> None:
-        """Close the channel, once the thread has ended."""
-        self._channel.close()
+        """Close the channel, unless the thread still uses it."""
+        if self.thread.wait_for_end(0):
+            self._channel.close()
 
     def run_once(self) -> None:
         """Do one step of the background work."""

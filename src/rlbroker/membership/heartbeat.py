@@ -67,6 +67,7 @@ class Heartbeat:
         self._rejoined = False  #: whether the server may have lost data since the last call of `maintain`
         self._next_beat = Deadline(0)
         self._thread = BackgroundThread(f"heartbeat in {keys.run!r}", self._step)
+        self._beats = False  #: whether the thread sends heartbeats yet
         self._host, self._pid = readable(socket.gethostname()), os.getpid()
 
     def register(self, worker_id: int | None) -> Registration:
@@ -75,9 +76,18 @@ class Heartbeat:
         self._connection.retry(self._beat)
         return self.registration
 
+    @property
+    def thread(self) -> BackgroundThread:
+        """The background thread."""
+        return self._thread
+
     def start(self) -> None:
-        """Start the background thread, which sends the heartbeats."""
+        """Start the background thread; it sends heartbeats after `begin`."""
         self._thread.start()
+
+    def begin(self) -> None:
+        """Let the background thread send heartbeats, once the worker is registered."""
+        self._beats = True
 
     def rejoin(self, channel: Channel) -> None:
         """Write this membership back if the server lost it. The incarnation stays.
@@ -120,60 +130,59 @@ class Heartbeat:
             DeadlineExceeded: no learner opened the run in time.
             Fenced: a newer process has this worker id, or the run has forgotten this worker.
         """
-        settings = self._run.wait_for_settings(deadline)
+        settings = self._run.wait_for_settings(deadline, self._thread.check)
         if settings is None:
-            self.check()
+            self._thread.check()
             raise DeadlineExceeded(
                 f"no learner has opened the run {self._keys.run!r} on {self._connection.address} within "
                 f"{deadline.seconds:g} s; start the learner, or check the run's name and the URL"
             )
         return settings
 
-    def check(self) -> None:
-        """Raise the error that ended the membership, if one did.
-
-        Raises:
-            Fenced: a newer process has this worker id, or the run has forgotten this worker.
-            IncompatibleFormat: the learner came back with another wire format.
-        """
-        self._thread.check()
-
-    def request_stop(self) -> None:
-        """Ask the background thread to stop, without waiting for it."""
-        self._thread.request_stop()
-
     def leave(self, timeout_seconds: float) -> None:
         """Stop the heartbeats and end the membership, so that the learner does not wait for this worker."""
         if self._thread.stop(timeout_seconds):
             self._channel.close()
-        if not self.registration.incarnation:  # never registered
-            return
-        worker = self.registration.worker_id
+        deadline, registration = Deadline(timeout_seconds), self.registration
+        if not registration.incarnation:
+            attempt = self._registrar.find_attempt(deadline)
+            if attempt is None:  # never registered
+                return
+            registration = attempt
+        worker = registration.worker_id
         keys = (
             self._keys.life(worker),
             self._keys.heartbeat(worker),
             self._keys.acknowledgements(worker),
             self._keys.weights,
         )
-        arguments = (self.registration.incarnation, self._process)
-        self._connection.run(LEAVE, keys, arguments, deadline=Deadline(timeout_seconds))
+        arguments = (registration.incarnation, self._process)
+        self._connection.run(LEAVE, keys, arguments, deadline=deadline)
+
+    def release(self) -> None:
+        """Forget the other parts of the worker, which refer to this one; no heartbeat follows."""
+        self._describe, self._newest_seen, self._maintain = dict, _nothing_seen, _maintain_nothing
 
     @property
     def _process(self) -> str:
         return f"{self._host}:{self._pid}"
 
-    def _step(self) -> None:
+    def _step(self) -> bool | None:
+        if not self._beats:
+            self._thread.pause(OPEN_POLL_SECONDS)
+            return False
         if not self._run.opened and not self._next_beat.over:
             # Poll often until a learner opens the run, so that the worker does not wait a whole heartbeat for it.
             self._thread.pause(min(OPEN_POLL_SECONDS, self._next_beat.remaining))
             opened = not self._thread.stopping and self._is_opened()
             if not opened and not self._next_beat.over:
-                return
+                return None
         self._thread.pause(self._next_beat.remaining if self._run.opened else 0)
         if not self._thread.stopping:
             self._beat()
             rejoined, self._rejoined = self._rejoined, False
             self._maintain(rejoined)
+        return None
 
     def _is_opened(self) -> bool:
         return self._connection.execute("HGET", self._keys.meta, "wire_format", deadline=ONE_TRY) is not None
@@ -209,6 +218,14 @@ class Heartbeat:
     def _rejoin(self) -> None:
         self.rejoin(self._channel)
         self._rejoined = True
+
+
+def _nothing_seen() -> tuple[int, str]:
+    return 0, ""
+
+
+def _maintain_nothing(returned: bool) -> None:
+    pass
 
 
 class LastPoll:

@@ -12,7 +12,7 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import whole_number
 from rlbroker.config import MAX_WORKER_ID
-from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
+from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError, raise_again
 
 #: Bounds on the versions that workers claim to have seen on a server that lost them: an absolute one, and one above the
 #: latest version where that is known. A larger claim is ignored, so that no worker can use up the version numbers.
@@ -123,7 +123,7 @@ def parse_incarnations(ids: Iterable[int], replies: Iterable[Any]) -> dict[int, 
     found = {}
     for worker, reply in zip(ids, replies, strict=True):
         if isinstance(reply, AccessDenied | ConnectionFailed):
-            raise reply
+            raise_again(reply)
         incarnation = None if isinstance(reply, PeerError) else Incarnation.from_reply(reply)
         if incarnation is not None:
             found[worker] = incarnation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Final
 
@@ -12,7 +12,6 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import parsing, text_fields, whole_number
 from rlbroker.config import RunSettings
 from rlbroker.errors import IncompatibleFormat
-from rlbroker.membership.lease import OPEN_POLL_SECONDS
 from rlbroker.membership.run_size import RunSize
 
 #: Fields of `meta` that a worker needs, in the order in which `beat.lua` returns them.
@@ -22,6 +21,9 @@ META_FIELDS: Final = (
     *RunSize._fields,
     *(field.name for field in fields(RunSettings)),
 )
+
+#: How often a call that waits for the settings looks for them. It must not wait for an event: see `BackgroundThread`.
+SETTINGS_POLL_SECONDS: Final = 0.01
 
 
 class JoinedRun:
@@ -50,10 +52,14 @@ class JoinedRun:
         """The run's settings; the defaults until they are known."""
         return self._settings or RunSettings()
 
-    def wait_for_settings(self, deadline: Deadline) -> RunSettings | None:
-        """Wait for a learner to open the run, and return its settings; None if the deadline passes."""
+    def wait_for_settings(self, deadline: Deadline, check: Callable[[], None]) -> RunSettings | None:
+        """Wait for a learner to open the run, and return its settings; None if the deadline passes.
+
+        Meanwhile `check` raises if the membership has ended.
+        """
         while self._settings is None and not deadline.over:
-            time.sleep(min(OPEN_POLL_SECONDS, deadline.remaining))
+            check()
+            time.sleep(min(SETTINGS_POLL_SECONDS, deadline.remaining))
         return self._settings
 
     def apply(self, reply: Sequence[bytes | None]) -> bool:

@@ -32,6 +32,7 @@ class Registrar:
         self._connection, self._keys, self._run = connection, keys, run
         #: The token of the last attempt. As long as the server has it, the server has not lost this registration.
         self.token = ""
+        self._worker = 0  #: the worker id of the last attempt
 
     def register(self, worker_id: int | None) -> Registration:
         """Register under this worker id, or under the lowest free one.
@@ -49,6 +50,19 @@ class Registrar:
         assert found is not None
         return found
 
+    def find_attempt(self, deadline: Deadline) -> Registration | None:
+        """Return the registration of the last attempt, if an interrupt came before its reply; None if there is none."""
+        if not self.token:
+            return None
+        fields = "token", "incarnation", "joined_version", "joined_position"
+        found = self._connection.execute(
+            "HMGET", self._keys.heartbeat(self._worker), *fields, deadline=deadline
+        )
+        token, incarnation, latest, position = (str(one or b"", "ascii", "replace") for one in found)
+        if token != self.token:
+            return None
+        return Registration(self._worker, int(incarnation), int(latest), position)
+
     def _claim(self, worker: int, *, only_if_free: bool) -> Registration | None:
         """Claim one id; return None if it must be free and is not."""
         keys = (
@@ -61,6 +75,8 @@ class Registrar:
             self._keys.heartbeat(worker),
             self._keys.ledger(worker),
         )
+        self.token = ""
+        self._worker = worker
         self.token = uuid.uuid4().hex
         reply = self._connection.run(
             REGISTER,

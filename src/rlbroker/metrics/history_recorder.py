@@ -11,7 +11,7 @@ from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import ONE_TRY, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import seconds_number, whole_number
-from rlbroker.errors import PeerError
+from rlbroker.errors import PeerError, raise_again
 from rlbroker.metrics.counters import Metrics
 from rlbroker.metrics.history import TIERS, WORKERS_NAMED, Sample
 from rlbroker.metrics.tensorboard import ScalarLog
@@ -150,7 +150,7 @@ class Recorder:
             deadline=ONE_TRY,
         )
         if isinstance(time, PeerError):
-            raise time
+            raise_again(time)
         at = int(time[0]) + int(time[1]) / 1e6
         queued = _count_queued(everyone, replies[: len(everyone)], state.in_hand)
         running = self._read_heartbeats(members, replies[len(everyone) :], at)
@@ -215,7 +215,7 @@ class Recorder:
             self._due[seconds] = Deadline(seconds)
         for reply in replies:
             if isinstance(reply, PeerError):
-                raise reply
+                raise_again(reply)
 
 
 def _count_queued(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, Protocol
@@ -46,22 +47,18 @@ class SummaryWriter(Protocol):
         """Write one value under a tag, at a training step."""
 
 
-class ScalarLog:
-    """Writes scalars with the user's writer, in a thread of its own, so that a slow disk does not delay the run."""
+class ScalarTarget:
+    """The user's writer and step. They may refer to the learner, so nothing but the learner refers to this."""
 
-    def __init__(
-        self, writer: SummaryWriter, *, step: Callable[[], int] | None, every_seconds: float
-    ) -> None:
-        """Start the thread, which waits for samples.
+    def __init__(self, writer: SummaryWriter, step: Callable[[], int] | None) -> None:
+        """Check what the user gave.
 
         Args:
             writer: has `add_scalar(tag, value, step)`.
             step: returns the training step; None for the rows collected so far.
-            every_seconds: the time between two writes; at least the time between two samples.
 
         Raises:
-            InvalidArgument: the writer has no `add_scalar`, `step` is not callable, or `every_seconds` is not a
-                positive number.
+            InvalidArgument: the writer has no `add_scalar`, or `step` is not callable.
         """
         if not callable(getattr(writer, "add_scalar", None)):
             raise InvalidArgument(
@@ -72,8 +69,24 @@ class ScalarLog:
             raise InvalidArgument(
                 f"step must be a function that returns the training step; got {type(step).__name__}"
             )
+        self.writer, self.step = writer, step
+
+
+class ScalarLog:
+    """Writes scalars with the user's writer, in a thread of its own, so that a slow disk does not delay the run."""
+
+    def __init__(self, target: ScalarTarget, *, every_seconds: float) -> None:
+        """Start the thread, which waits for samples.
+
+        Args:
+            target: where to write to, for as long as something else refers to it.
+            every_seconds: the time between two writes; at least the time between two samples.
+
+        Raises:
+            InvalidArgument: `every_seconds` is not a positive number.
+        """
         check_positive_seconds("every_seconds", every_seconds)
-        self._writer, self._step, self._every_seconds = writer, step, every_seconds
+        self._target, self._every_seconds = weakref.ref(target), every_seconds
         self._last_written: Sample | None = None
         self._intervals: queue.Queue[Interval | None] = queue.Queue(1)
         self._ended = threading.Event()
@@ -100,17 +113,25 @@ class ScalarLog:
         self._thread.join(timeout_seconds)
 
     def _write_all(self) -> None:
-        while (interval := self._intervals.get()) is not None and not self._ended.is_set():
-            try:
-                step = interval.after.rows if self._step is None else int(self._step())
-                for name, value in compute_scalars(interval).items():
-                    if self._ended.is_set():
-                        return
-                    self._writer.add_scalar(name, value, step)
-            except Exception:  # an error of the user's writer must not end the run
-                logger.exception("stopped writing scalars to %s", type(self._writer).__name__)
-                self._ended.set()
-                return
+        while (interval := self._intervals.get()) is not None and self._write(interval):
+            pass
+        self._ended.set()
+
+    def _write(self, interval: Interval) -> bool:
+        """Write the scalars of an interval; return whether to continue."""
+        target = self._target()
+        if target is None or self._ended.is_set():
+            return False
+        try:
+            step = interval.after.rows if target.step is None else int(target.step())
+            for name, value in compute_scalars(interval).items():
+                if self._ended.is_set():
+                    return False
+                target.writer.add_scalar(name, value, step)
+        except Exception:  # an error of the user's writer must not end the run
+            logger.exception("stopped writing scalars to %s", type(target.writer).__name__)
+            return False
+        return True
 
 
 def compute_scalars(interval: Interval) -> dict[str, float]:

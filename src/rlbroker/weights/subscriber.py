@@ -92,9 +92,10 @@ class Subscriber:
         self._updates.clear()
         self._images.close()
 
-    def check(self) -> None:
-        """Raise the error that ended the background thread, if one did."""
-        self._thread.check()
+    @property
+    def thread(self) -> BackgroundThread:
+        """The background thread."""
+        return self._thread
 
     @property
     def problem(self) -> str:
