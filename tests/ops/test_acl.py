@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import redis
 from conftest import wait_until
+from crashed import end_at_once
 from executable import rlbroker
 from guarded import RUN, VERSIONS, WORKERS, GuardedServer
 
@@ -128,7 +129,7 @@ def exercise_all_roles(server: GuardedServer) -> None:
     client._heartbeat._thread.stop(5.0)
     for part in (client._subscriber, client._inbox):
         part.stop(5.0)
-    client._connection.close()
+    end_at_once(client)
     for key in admin.scan_iter():  # no key may expire during the tests
         admin.persist(key)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import redis
 from conftest import wait_until
+from crashed import end_at_once
 
 from rlbroker import Fenced, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
@@ -118,7 +119,7 @@ def _make_run(
     dying_learner = open_learner()
     dying_learner.send_model_weights(weights)
     dead_worker = WorkerClient(url, run, worker_id=DEAD, timeout=5.0)
-    stack.callback(dead_worker._connection.close)
+    stack.callback(end_at_once, dead_worker)
     dead_worker.load_weights({})
     wait_until(
         "worker 2 has reported version 1", lambda: [info.version for info in dying_learner.workers()] == [1]
@@ -131,7 +132,7 @@ def _make_run(
     workers[POISONER].send_experiences({"x": np.zeros(3, np.float32)})
     wait_until("a learner has read the batch", lambda: dying_learner.collect_experiences(0.5))
     dying_learner._thread.stop(5.0)  # killed before it acknowledges the batch
-    stack.callback(dying_learner._connection.close)
+    stack.callback(end_at_once, dying_learner)
     learner = stack.enter_context(open_learner())
     wait_until(
         "the batch is a dead letter", lambda: learner.collect_experiences(0.1) or learner.dead_letters()

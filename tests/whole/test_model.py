@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import ClusterServer, RealServer, Server, TrioServer
+from crashed import end_at_once
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -435,12 +436,6 @@ class Run(RuleBasedStateMachine):
             for worker, account in accounts.items():
                 known = account.applied_total + sum(account.missed.values())
                 assert known == self.owed[worker], f"{account}, owed {self.owed[worker]}"
-
-
-def end_at_once(client: WorkerCommunicator | WorkerClient) -> None:
-    """Close a client without asking the server, as the end of its process does."""
-    client._life._close_all()
-    client._life._finalizer.detach()
 
 
 def _final(outcome: Outcome) -> bool:
