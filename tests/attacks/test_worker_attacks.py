@@ -272,17 +272,18 @@ def test_invalid_data_in_a_workers_own_keys_harms_no_other_worker(scene: Scene, 
         client.close()
 
 
-def test_the_learners_scripts_run_no_commands_of_a_worker(scene: Scene) -> None:
-    """`settle.lua` runs the commands in its arguments: expensive ones must not be among them."""
-    own = (KEYS.counts(0), KEYS.experiences(0), KEYS.life(0), KEYS.counts(0))
-    scene.attacker.hset(KEYS.counts(0), "epoch", "1")
-    scene.attacker.delete(KEYS.experiences(0))
-    entry = scene.attacker.xadd(KEYS.experiences(0), {"a": "b"}, id="1-7")
-    for command in ("HGETALL", "XRANGE", "DEL", "EVAL"):
-        with pytest.raises(redis.ResponseError, match=r"no such write|unknown command"):
-            scene.attacker.execute_command(*SETTLE.call((*own, KEYS.counts(0)), (1, entry, 1, 4, 0, command)))
-        scene.attacker.delete(KEYS.experiences(0))
+def test_the_learners_scripts_obey_no_numbers_of_a_worker(scene: Scene) -> None:
+    """`settle.lua` takes counts of records and of values: they must not make it run for long, or read beyond its end."""
+    own = (KEYS.counts(0), KEYS.experiences(0), KEYS.life(0), KEYS.experiences(0))
+    for numbers in ((10**9, 0), (10**9, 2, "a", "b"), (1, 10**9), (1, -5), ("x", 1), (2**60, 1, "a")):
+        scene.attacker.delete(KEYS.counts(0), KEYS.experiences(0))
+        scene.attacker.hset(KEYS.counts(0), "epoch", "1")
         entry = scene.attacker.xadd(KEYS.experiences(0), {"a": "b"}, id="1-7")
+        with pytest.raises(redis.ResponseError):
+            scene.attacker.execute_command(
+                *SETTLE.call((*own, KEYS.counts(0)), (1, entry, 0, 60, 9, *numbers))
+            )
+        assert scene.attacker.xlen(KEYS.experiences(0)) <= 1
     scene.attacker.delete(KEYS.experiences(0), KEYS.counts(0))
 
 

@@ -165,7 +165,7 @@ def test_the_rights_to_read_are_enough(command: tuple[str, ...], admin: Any, emb
     [
         (("status",), "-hgetall", r"may not run HGETALL; .*redis-cli ACL SETUSER poor \+hgetall\n"),
         (("workers",), "-time", r"may not run TIME; .*redis-cli ACL SETUSER poor \+time\n"),
-        (("missed",), "-xrange", r"may not run XRANGE; .*redis-cli ACL SETUSER poor \+xrange\n"),
+        (("missed",), "-xrevrange", r"may not run XREVRANGE; .*redis-cli ACL SETUSER poor \+xrevrange\n"),
         (("runs",), "-scan", r"may not run SCAN; .*redis-cli ACL SETUSER poor \+scan\n"),
         (("check",), "-ping", r"may not run PING; .*redis-cli ACL SETUSER poor \+ping\n"),
         (
@@ -242,7 +242,9 @@ def foreign(request: pytest.FixtureRequest, admin: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("foreign", FOREIGN_DATA, indirect=True)
-def test_foreign_data_is_reported_as_such(foreign: str, embedded: RedisServer) -> None:
+def test_foreign_data_is_reported_as_such(
+    foreign: str, embedded: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
     noticed = False
     for command in READERS:
         code, output = call(*command, "--run", RUN, url=embedded.url)
@@ -255,7 +257,7 @@ def test_foreign_data_is_reported_as_such(foreign: str, embedded: RedisServer) -
         noticed |= (
             command == ("status",) and f"{foreign} of worker 0 is not what rlbroker writes there" in output
         )
-    assert noticed
+    assert noticed or f"{foreign} has 1 entry that no learner wrote" in caplog.text
 
 
 @pytest.mark.parametrize("foreign", ["meta-string", "meta-lease"], indirect=True)

@@ -44,8 +44,11 @@ BUILTINS: dict[str, tuple[type[BaseException], ...]] = {
     "Unconfirmed": (TimeoutError,),
 }
 
-ERRORS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and name[0].isupper()}
-ERRORS.pop("Any", None)
+ERRORS = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, Exception)
+}
 
 RECEIPT = SendReceipt(3, 17, 5, 2, 1, 10, 12, accepted=True)
 
