@@ -273,7 +273,7 @@ def test_invalid_data_in_a_workers_own_keys_harms_no_other_worker(scene: Scene, 
 
 
 def test_the_learners_scripts_obey_no_numbers_of_a_worker(scene: Scene) -> None:
-    """`settle.lua` takes counts of records and of values: they must not make it run for long, or read beyond its end."""
+    """`settle.lua` takes counts of records and of values: they must not keep it busy, or make it read too far."""
     own = (KEYS.counts(0), KEYS.experiences(0), KEYS.life(0), KEYS.experiences(0))
     for numbers in ((10**9, 0), (10**9, 2, "a", "b"), (1, 10**9), (1, -5), ("x", 1), (2**60, 1, "a")):
         scene.attacker.delete(KEYS.counts(0), KEYS.experiences(0))
