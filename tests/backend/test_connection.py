@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import fakeredis
 import pytest
 import redis
+from conftest import RealServer
 
 from rlbroker import errors
 from rlbroker.backend.connection import Connection
@@ -92,3 +94,22 @@ def test_scripts_are_loaded_again_if_the_server_lacks_them() -> None:
         assert connection.run(ECHO, (), (b"x",)) == b"x"
         assert connection.execute_all([ECHO.call((), (b"1",)), ECHO.call((), (b"2",))]) == [b"1", b"2"]
         connection.execute("SCRIPT FLUSH")
+
+
+def test_scripts_that_are_flushed_again_and_again_are_loaded_until_they_run(real_server: RealServer) -> None:
+    connection = Connection(real_server.url)
+    ended = threading.Event()
+
+    def flush() -> None:
+        while not ended.is_set():
+            real_server.client.script_flush()
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    try:
+        for number in range(200):
+            assert connection.run(ECHO, (), (str(number),)) == str(number).encode()
+    finally:
+        ended.set()
+        thread.join()
+        connection.close()

@@ -1,4 +1,4 @@
-"""Requests above the server's `proto-max-bulk-len` are refused at once, and nothing behind them fails."""
+"""Requests above a limit of the server are refused at once, and nothing behind them fails."""
 
 from __future__ import annotations
 
@@ -110,3 +110,28 @@ def test_weights_and_commands_that_the_server_never_takes_are_refused_at_once(
         ):
             comm.send_control_command("x", {"data": os.urandom(size)})
         assert comm.send_model_weights({"w": b"small"}).version >= 1
+
+
+def test_a_request_above_the_query_buffer_limit_is_refused_and_those_behind_it_arrive(
+    real_server: RealServer, run: str
+) -> None:
+    """The server closes the connection without an answer."""
+    name = "client-query-buffer-limit"
+    before = real_server.client.config_get(name)[name]
+    real_server.client.config_set(name, LIMIT)
+    try:
+        with (
+            WorkerCommunicator(1, redis_url=real_server.url, run=run, timeout=30.0) as comm,
+            WorkerClient(real_server.url, run, worker_id=0, timeout=30.0) as client,
+        ):
+            for n in (1, 2):
+                with pytest.raises(BatchTooLarge, match=name):
+                    client.send_experiences(batch(3 * LIMIT))
+                assert client.send_experiences({"n": n}).sequence == n
+            assert collect(comm, 2) == [1, 2]
+            with pytest.raises(ServerUnsuitable, match=name):
+                comm.send_control_command("x", {"data": os.urandom(3 * LIMIT)})
+            with pytest.raises(ServerUnsuitable, match=name):
+                comm.send_model_weights({"w": os.urandom(3 * LIMIT)}, compression_enabled=False)
+    finally:
+        real_server.client.config_set(name, before)

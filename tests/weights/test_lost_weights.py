@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Server, wait_until
+from conftest import RealServer, Server, wait_until
 
 from rlbroker import WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.scripts import Script
-from rlbroker.errors import ConnectionFailed
+from rlbroker.errors import ConnectionFailed, RunLost
 from rlbroker.learner import maintenance
 
 Learner = Callable[..., WorkerCommunicator]
@@ -176,3 +178,25 @@ def test_an_unconfirmed_version_that_was_applied_is_published_again_after_a_loss
     received: dict[str, str] = {}
     assert worker().load_weights(received) == 2
     assert received == {"from": "first"}
+
+
+def test_a_server_that_is_flushed_again_and_again_is_an_outage_for_a_learner(
+    real_server: RealServer, learner: Learner
+) -> None:
+    comm = learner()
+    ended = threading.Event()
+
+    def flush() -> None:
+        while not ended.wait(0.01):
+            real_server.client.flushall()
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    try:
+        for _ in range(30):
+            with suppress(ConnectionFailed, RunLost):
+                comm.send_model_weights({"w": np.zeros(1000)})
+    finally:
+        ended.set()
+        thread.join()
+    assert comm.send_model_weights({"w": np.ones(3)}).version == comm.version

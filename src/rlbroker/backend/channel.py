@@ -114,10 +114,7 @@ class Channel(Exchange):
 
     def _receive_with_scripts(self, commands: Sequence[Command]) -> list[Any]:
         replies = self.receive(len(commands))
-        for reply in replies:
-            if isinstance(reply, PeerError) and script_is_unknown(reply):
-                break
-        else:
+        if not any(map(_lacks_script, replies)):
             return replies
         loading = loading_commands(commands)
         self.send(loading)
@@ -125,7 +122,10 @@ class Channel(Exchange):
             if isinstance(reply, AccessDenied):
                 raise missing_scripts_error(self._connection.address) from reply
         self.send(commands)
-        return self.receive(len(commands))
+        replies = self.receive(len(commands))
+        if any(map(_lacks_script, replies)):
+            raise ConnectionFailed(f"{self._connection.address} has lost rlbroker's scripts again")
+        return replies
 
     def _refusal(self, error: redis_errors.ResponseError, command: Command) -> Any:
         """Return rlbroker's error for a refusal, or the reply of the node to which the server redirects the command.
@@ -187,3 +187,8 @@ class Channel(Exchange):
             raise translated from error
         finally:
             del translated  # otherwise the error refers to this frame and this frame to the error
+
+
+def _lacks_script(reply: Any) -> bool:
+    """Return whether the server lacks the script that a command called."""
+    return isinstance(reply, PeerError) and script_is_unknown(reply)

@@ -15,7 +15,7 @@ from rlbroker.backend.argument_limit import (
     LEAST_ARGUMENT_BYTES,
     LENGTH_REFUSAL,
     argument_bytes,
-    refuses_argument,
+    exceeded_limit,
 )
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.missing_rights import missing_right_error
@@ -338,10 +338,10 @@ class ErrorTranslator:
         """
         address = f"{server_name} of {self._address}" if server_name else self._address
         size = argument_bytes(command)
-        if size > LEAST_ARGUMENT_BYTES and refuses_argument(pool or self._pool, size, error):
+        if size > LEAST_ARGUMENT_BYTES and (limit := exceeded_limit(pool or self._pool, size, error)):
             return RequestTooLarge(
                 f"{address} takes no argument of {size:,} bytes; send less at once, or raise its limit: redis-cli "
-                f"CONFIG SET proto-max-bulk-len {1 << (size - 1).bit_length()}"
+                f"CONFIG SET {limit} {1 << size.bit_length()}"
             )
         insecure = tls_refusal(error)
         if self.has_answered and (insecure or is_login_refusal(error)):

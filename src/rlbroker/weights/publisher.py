@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any, Final
 
 from rlbroker.backend.connection import Connection
-from rlbroker.backend.deadline import ONE_TRY, Deadline
+from rlbroker.backend.deadline import ONE_TRY, Backoff, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.locks import CallLock
 from rlbroker.backend.tasks import Task, TaskThread
 from rlbroker.codec.image import ImagePlan
 from rlbroker.codec.signing import SigningKey
-from rlbroker.errors import Closed, Fenced, PeerError, RunLost, ServerFault, ServerOutOfMemory
+from rlbroker.errors import Closed, Fenced, PeerError, RunLost, ServerOutOfMemory
 from rlbroker.metrics.counters import Metrics
 from rlbroker.types import Published, PublishReceipt
 from rlbroker.weights.commit import ChunksLost, Committer, LocalCopy
@@ -37,9 +37,6 @@ SEGMENT_BYTES: Final = 2 << 20
 
 #: Smaller weights are always stored in full: a delta would save less than finding it costs.
 MIN_DELTA_BYTES: Final = 64 << 10
-
-#: How often a version is stored if the server loses parts of it before it is committed.
-_TRIES: Final = 3
 
 
 class Publisher:
@@ -292,7 +289,8 @@ class Publisher:
         deadline: Deadline | None = None,
     ) -> Manifest:
         """Store an image, publish it on this host, and commit it as the latest version."""
-        for _ in range(_TRIES):
+        backoff, give_up = Backoff(), deadline or Deadline(self._connection.timeout_seconds)
+        while True:
             manifest, upload, full_ratio = self._store(plan, draft.array, compression, base, deadline)
             name = manifest.latest.name_of_image(self._key, self._keys.run)
             image = draft.publish(name, upload.header)
@@ -300,9 +298,15 @@ class Publisher:
             copy = LocalCopy(plan, image, compression, DeltaBase(0, image.array, upload.digests, full_ratio))
             try:
                 manifest = self._committer.commit(manifest, copy, deadline)
-            except ChunksLost:
+            except ChunksLost as error:
                 base = None  # the server may have lost it too
                 self._discard(manifest)
+                if give_up.over:
+                    raise RunLost(
+                        f"{self._connection.address} loses chunks of weights before a version is complete; does it "
+                        "evict keys, or is it flushed again and again?"
+                    ) from error
+                time.sleep(backoff.next(give_up))
             except (Fenced, RunLost, ServerOutOfMemory):
                 self._discard(manifest)
                 raise
@@ -314,9 +318,6 @@ class Publisher:
                     published_stored_bytes=_stored_bytes(manifest),
                 )
                 return manifest
-        raise ServerFault(
-            f"{self._connection.address} loses chunks of weights before a version is complete; does it evict keys?"
-        )
 
     def _store(
         self,
