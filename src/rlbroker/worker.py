@@ -346,7 +346,9 @@ class WorkerClient:
         """
         self._check()
         if not is_mapping(batch):
-            raise UnsupportedType(f"a batch is a dictionary, not a {type(batch).__name__}")
+            raise UnsupportedType(
+                f"a batch is a dictionary, not a {type(batch).__name__}; send one, as from dataclasses.asdict()"
+            )
         if timeout is not None:
             timeout = check_positive_seconds("timeout", timeout)
         return self._sender.send(

@@ -17,7 +17,7 @@ from processes import command_lines, is_alive, parent_of
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from rlbroker.errors import ConnectionFailed, ForkedProcess, ServerUnsuitable
+from rlbroker.errors import ConnectionFailed, ForkedProcess, InvalidArgument, ServerUnsuitable
 from rlbroker.local import embedded_server
 from rlbroker.local.embedded_server import RedisServer, find_binary
 
@@ -337,3 +337,12 @@ def test_a_long_temporary_directory_does_not_prevent_the_socket(
         assert connection.ping()
     assert not server.socket_path.parent.exists()
     long.rmdir()
+
+
+def test_two_servers_do_not_share_a_directory(tmp_path: Path) -> None:
+    with RedisServer(directory=tmp_path, persistence=True):
+        second = RedisServer(directory=tmp_path, persistence=True)
+        with pytest.raises(InvalidArgument, match="another server keeps its data"):
+            second.start()
+    with second, client(second.url) as connection:
+        assert connection.ping()

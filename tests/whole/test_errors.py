@@ -47,7 +47,7 @@ BUILTINS: dict[str, tuple[type[BaseException], ...]] = {
 ERRORS = {
     name: kind
     for name, kind in vars(errors).items()
-    if isinstance(kind, type) and issubclass(kind, Exception)
+    if isinstance(kind, type) and issubclass(kind, errors.RlbrokerError)
 }
 
 RECEIPT = SendReceipt(3, 17, 5, 2, 1, 10, 12, accepted=True)

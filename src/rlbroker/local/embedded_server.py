@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import ipaddress
@@ -21,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple, Self
+from typing import BinaryIO, NamedTuple, Self, TextIO
 from urllib.parse import quote
 
 import redis
@@ -181,6 +182,7 @@ class RedisServer:
         self._run_directory = _choose_directory()
         self._process: GuardedProcess | None = None
         self._log: BinaryIO | None = None
+        self._directory_lock: TextIO | None = None
         self._last_log = ""
         self._lock = threading.RLock()
         self._owner_pid = os.getpid()
@@ -238,6 +240,7 @@ class RedisServer:
         """Start the server if it does not run, and wait until it answers.
 
         Raises:
+            InvalidArgument: another server uses the directory.
             ServerUnsuitable: no server program works on this machine.
             ConnectionFailed: the server ended or did not answer in time; the message has the end of its log.
             ForkedProcess: this is a forked child.
@@ -251,6 +254,7 @@ class RedisServer:
             if self._directory is not None:
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._save_password(self._directory)
+                self._lock_directory(self._directory)
             deadline = time.monotonic() + timeout_seconds
             atexit.register(self.stop)
             try:
@@ -282,6 +286,9 @@ class RedisServer:
                 self._last_log = self._read_log(self._log)
                 self._log.close()
                 self._log = None
+            if self._directory_lock is not None:
+                self._directory_lock.close()
+                self._directory_lock = None
             atexit.unregister(self.stop)
 
     def log_tail(self, lines: int = 20) -> str:
@@ -322,6 +329,18 @@ class RedisServer:
             file = os.open(directory / _PASSWORD_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(file, "w") as password:
                 password.write(self._password)
+
+    def _lock_directory(self, directory: Path) -> None:
+        """Keep other servers out of the directory: two would write to one append-only file, and lose data."""
+        self._directory_lock = (directory / _PASSWORD_FILE).open()
+        try:
+            fcntl.flock(self._directory_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._directory_lock.close()
+            self._directory_lock = None
+            raise InvalidArgument(
+                f"another server keeps its data in {directory}; stop it, or choose another directory"
+            ) from error
 
     def _url(self, password: str) -> str:
         return f"unix://{USER}:{password}@{quote(str(self.socket_path))}?db=0"
