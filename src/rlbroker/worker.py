@@ -416,7 +416,8 @@ class WorkerClient:
         if self._commands.is_calling:
             return
         with self._obeying.hold():
-            while self.running and not (deadline and deadline.over):
+            # A stop that was interrupted between its effect and its acknowledgement is finished, too.
+            while (self.running or self._inbox.begun) and not (deadline and deadline.over):
                 command = self._inbox.next(CHECK_SECONDS if self.paused else 0)
                 if command is not None:
                     self._commands.obey(command, self._inbox)

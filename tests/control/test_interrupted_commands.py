@@ -10,12 +10,6 @@ from conftest import RealServer, wait_until
 from interrupts import Alarm, Points, interrupt_at
 
 from rlbroker import Command, WorkerClient, WorkerCommunicator
-from rlbroker.backend.channel import Channel
-
-#: Remove this where every channel looks for unanswered requests before it is used.
-pytestmark = pytest.mark.skipif(
-    not hasattr(Channel, "receive_all"), reason="an interrupted channel is not closed yet"
-)
 
 POINTS = pytest.mark.parametrize("points", ["function", "line"])
 ERRORS = pytest.mark.parametrize("error", [KeyboardInterrupt, Alarm], ids=["ctrl-c", "alarm"])

@@ -17,6 +17,9 @@ from interrupts import Alarm, Interrupt, Points, interrupt_at
 from rlbroker import Batch, SamplesPerInsert, WorkerClient, WorkerCommunicator
 from rlbroker.experience.rate_limiter import RateLimiter
 
+#: Without --full, one in so many lines is interrupted in the longest calls; a prime number.
+LINE_STRIDE = 7
+
 #: How often at most to look for what an interrupted call left.
 TRIES = 20
 
@@ -45,11 +48,17 @@ def in_another_thread(call: Callable[[], Any]) -> Any:
         return threads.submit(call).result(10.0)
 
 
+@pytest.fixture
+def stride(points: Points, full: bool) -> int:
+    """One in so many points is interrupted."""
+    return 1 if full or points == "function" else LINE_STRIDE
+
+
 def each_point(
-    points: Points, error: type[BaseException], call: Callable[[Interrupt], None]
+    points: Points, error: type[BaseException], call: Callable[[Interrupt], None], stride: int = 1
 ) -> Iterator[tuple[int, str]]:
-    """Interrupt the call at each of its points in turn; yield the point and its place after each call."""
-    for point in count(1):
+    """Interrupt the call at its points in turn; yield the point and its place after each call."""
+    for point in count(1, stride):
         with interrupt_at(point, points, error) as interrupt:
             call(interrupt)
         yield point, interrupt.place
@@ -101,6 +110,7 @@ def test_an_interrupted_collect_gives_its_batches_to_the_next_one(
     acknowledge: Any,
     timeout: float,
     max_batches: int | None,
+    stride: int,
 ) -> None:
     with WorkerCommunicator(1, acknowledge=acknowledge, **run_settings) as comm:
         receiver, sent = Receiver(comm), 0
@@ -115,9 +125,9 @@ def test_an_interrupted_collect_gives_its_batches_to_the_next_one(
                 sent += 1
 
         send()
-        for point, place in each_point(points, error, collect):
+        for point, place in each_point(points, error, collect, stride):
             receiver.collect_up_to(sent - 1, place)
-            if point % 20 == 0 and acknowledge == "manual":
+            if point % 20 < stride and acknowledge == "manual":
                 comm.acknowledge(comm.marks())
             send()
         receiver.collect_up_to(sent - 1, "the end")
@@ -161,7 +171,7 @@ def test_interrupted_marks_cover_what_was_returned(
 
 @pytest.mark.parametrize("level", ["redis", "learner"])
 def test_an_interrupted_send_gives_its_batch_one_number_or_none(
-    points: Points, error: type[BaseException], run_settings: dict[str, Any], level: Any
+    points: Points, error: type[BaseException], run_settings: dict[str, Any], level: Any, stride: int
 ) -> None:
     """Also with arrays, whose memory the caller changes after the interrupt."""
     with (
@@ -178,7 +188,7 @@ def test_an_interrupted_send_gives_its_batch_one_number_or_none(
 
         for tried in count():
             array[:] = tried
-            with interrupt_at(tried + 1, points, error) as interrupt:
+            with interrupt_at(1 + tried * stride, points, error) as interrupt:
                 send(interrupt)
             array[:] = -1
             if not tried % 2:

@@ -28,9 +28,20 @@ class Interrupt:
 
     Attributes:
         place: the function and line where it was raised; empty if the block ended before.
+        ignored: whether Python itself ignored it, as it ignores all errors where an object or generator is deleted.
     """
 
     place: str = ""
+    ignored: bool = False
+
+
+def _is_deletion(frame: FrameType) -> bool:
+    """Return whether this deletes an object or, maybe, a generator expression."""
+    names, caller = [frame.f_code.co_name], frame.f_back
+    while caller:
+        names.append(caller.f_code.co_name)
+        caller = caller.f_back
+    return names[0] == "<genexpr>" or "__del__" in names
 
 
 @contextmanager
@@ -54,6 +65,7 @@ def interrupt_at(
             sys.settrace(None)
             name = frame.f_code.co_filename.removeprefix(PACKAGE)
             interrupt.place = f"{name}:{frame.f_lineno} {frame.f_code.co_qualname}"
+            interrupt.ignored = _is_deletion(frame)
             raise error
 
     def profile(frame: FrameType, event: str, _: Any) -> None:

@@ -113,8 +113,8 @@ def pending_summary(reply: Any) -> tuple[int, tuple[int, int]]:
 
 def group_position(reply: Any, group: str) -> tuple[int, int]:
     """Return the place of the last entry delivered to a consumer group, from a reply to XINFO GROUPS."""
-    groups = [text_fields(one) for one in reply]
-    return next((entry_place(one["last-delivered-id"]) for one in groups if one["name"] == group), (0, 0))
+    positions = {one["name"]: one["last-delivered-id"] for one in map(text_fields, reply)}
+    return entry_place(positions[group]) if group in positions else (0, 0)
 
 
 def newest_place(reply: Any) -> tuple[int, int]:
@@ -219,10 +219,21 @@ def default_if_wrong_type(reply: Any, default: Any) -> Any:
 def raise_first_error(replies: Iterable[Any]) -> list[Any]:
     """Return the replies as a list, or raise the first `PeerError` among them."""
     found = list(replies)
-    for reply in found:
-        if isinstance(reply, PeerError):
-            raise_again(reply)
+    refusal = first_error(found)
+    if refusal is not None:
+        raise_again(refusal)
     return found
+
+
+def first_error(replies: Iterable[Any]) -> PeerError | None:
+    """Return the first `PeerError` among replies, if there is one.
+
+    A loop: an interrupt while a generator is deleted would be lost.
+    """
+    for reply in replies:
+        if isinstance(reply, PeerError):
+            return reply
+    return None
 
 
 def _text(value: Any) -> str:

@@ -17,7 +17,7 @@ import math
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -367,14 +367,19 @@ def _is_broken(error: BaseException) -> bool:
     )
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _chain(error: BaseException | None) -> list[BaseException]:
+    chain = []
     while error is not None:
-        yield error
+        chain.append(error)
         error = error.__cause__ or error.__context__
+    return chain
 
 
 def _find_alert(error: BaseException) -> ssl.SSLError | None:
-    return next((one for one in _chain(error) if isinstance(one, ssl.SSLError) and _is_alert(one)), None)
+    for one in _chain(error):
+        if isinstance(one, ssl.SSLError) and _is_alert(one):
+            return one
+    return None
 
 
 def _is_alert(error: BaseException) -> bool:

@@ -248,7 +248,8 @@ def discovery_error(
         if isinstance(one, plain) and type(one) is not plain:
             return one
     error = redis_errors.ConnectionError(f"{what}: {'; '.join(map(str, problems))}")
-    error.__cause__ = next((one for one in problems if isinstance(one, Exception)), None)
+    errors = [one for one in problems if isinstance(one, Exception)]
+    error.__cause__ = errors[0] if errors else None
     return error
 
 

@@ -118,6 +118,7 @@ class CommandHandlers:
         if not built_in and not registered:
             command.result = ("unknown", "")
             return
+        command.begun = True
         try:
             if built_in:
                 built_in(command.data)  # repeated after an interrupt

@@ -44,6 +44,7 @@ class ReceivedCommand:
     """A command as a worker reads it.
 
     Attributes:
+        begun: whether its effects have begun: after an interrupt it is done to its end, also by a worker that stops.
         result: its outcome and a detail, as they will be acknowledged; None until its handler is called.
     """
 
@@ -52,6 +53,7 @@ class ReceivedCommand:
     data: Any
     sent_milliseconds: int
     expires_seconds: float
+    begun: bool = False
     result: tuple[str, str] | None = None
 
 
@@ -130,6 +132,11 @@ class Inbox:
     def waiting(self) -> bool:
         """Whether there is a command to do."""
         return bool(self._commands)
+
+    @property
+    def begun(self) -> bool:
+        """Whether an interrupt prevented the end of the next command."""
+        return bool(self._commands) and self._commands[0].begun
 
     def contains(self, name: str) -> bool:
         """Return whether a command of this name has arrived and has not been done yet."""

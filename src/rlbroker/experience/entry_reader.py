@@ -15,11 +15,11 @@ from rlbroker.backend.replies import (
     StreamEntries,
     consumer_pending,
     entry_place,
+    first_error,
     pending_rows,
     stream_entries,
     text_fields,
 )
-from rlbroker.errors import PeerError
 from rlbroker.experience.pending import PendingEntries
 from rlbroker.experience.read_position import Entry, ReadPosition, Stream
 from rlbroker.experience.stream_reader import ShardReader, wait_for_replies
@@ -141,7 +141,7 @@ class EntryReader:
             asked = self._pending.ask(done)
             reader.start_read(count, wait_seconds, after=self._pending.commands(asked))
             replies = reader.channel.receive(len(asked))
-            refusal = next((one for one in replies if isinstance(one, PeerError)), None)
+            refusal = first_error(replies)
             if refusal is None:
                 self._pending.note(asked, replies)
         if refusal is not None and not script_is_unknown(refusal):

@@ -6,6 +6,7 @@ from typing import Any
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import try_seconds
+from rlbroker.backend.replies import first_error
 from rlbroker.backend.suitability import name_and_version
 from rlbroker.backend.topology import Server
 from rlbroker.config import Level
@@ -87,7 +88,7 @@ class Confirmation:
         replica, node = self.level == "replica", self._name(master)
         probes = [("WAIT", 0, 1), ("INFO", "replication")] if replica else [("WAITAOF", 1, 0, 1)]
         replies = self._connection.execute_at(master, probes)
-        refusal = next((reply for reply in replies if isinstance(reply, PeerError)), None)
+        refusal = first_error(replies)
         if refusal is None:
             if "connected_slaves:0" not in str(replies):
                 return ""

@@ -101,7 +101,9 @@ class Registrar:
                     f"{error}; if this user belongs to one worker, pass its worker_id: only the user that all workers "
                     "share (`rlbroker acl --shared`) can be given a free one"
                 ) from error
-            free = next((worker for worker in range(MAX_WORKER_ID) if worker not in members), MAX_WORKER_ID)
+            free = 0
+            while free in members and free < MAX_WORKER_ID:
+                free += 1
             # All lower ids belong to members, but an id whose lease has expired may be free too.
             expired = [worker for worker in self._find_silent(members) if worker < free]
             for worker in (*expired, free):
