@@ -94,8 +94,9 @@ class ConnectionPool(redis.ConnectionPool):
     def _take(self) -> Any:
         deadline: Deadline | None = None
         while True:
-            with suppress(IndexError):
-                return self._idle.pop()
+            with suppress(IndexError):  # another thread has taken the last one
+                if self._idle:
+                    return self._idle.pop()
             if self._count_existing() < self.max_connections:
                 connection = self.make_connection()
                 if self._count_existing() <= self.max_connections:
