@@ -74,7 +74,7 @@ class WorkerParts:
             from_replicas=from_replicas,
             run_size=lambda: heartbeat.run_size,
         )
-        self.weights = WeightsApplier(self._acknowledge_version, keep_dtype=keep_dtype)
+        self.weights = WeightsApplier(keep_dtype=keep_dtype)
         self.inbox: Inbox | None = None
         self.sender: Sender | None = None
         self._problem: PeerError | None = None  #: why sending could not be finished
@@ -95,6 +95,7 @@ class WorkerParts:
             notice_version=self.subscriber.announce,
             rejoin=heartbeat.rejoin,
         )
+        self.weights.acknowledge = inbox.acknowledge_version
         self.sender = sender = Sender(
             connection,
             self._keys,
@@ -132,6 +133,9 @@ class WorkerParts:
                 sender.close(deadline)
         except PeerError as error:  # `leave` raises it, as a fenced worker leaves too
             self._problem = without_frames(error)
+        except BaseException:  # an interrupt: the thread that leaves goes on here
+            sender.release()
+            raise
 
     def _confirm(self, sender: Sender, seconds: float) -> None:
         try:
@@ -195,10 +199,6 @@ class WorkerParts:
     @property
     def _name(self) -> str:
         return f"worker {self.heartbeat.registration.worker_id}"
-
-    def _acknowledge_version(self, before: int, version: int, outcome: str, detail: str = "") -> None:
-        assert self.inbox is not None  # weights are applied after joining
-        self.inbox.acknowledge_version(before, version, outcome, detail)
 
     def _maintain(self, returned: bool) -> None:
         """Retry pending batches. Called after each heartbeat; `returned` says that the server may have lost data."""

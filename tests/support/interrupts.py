@@ -79,6 +79,8 @@ def interrupt_at(
             step(frame)
         return trace
 
+    # Python swallows an interrupt of a finalizer. pytest would keep it, and its frames: dropped clients would live on.
+    previous, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         if points == "function":
             sys.setprofile(profile)
@@ -91,3 +93,4 @@ def interrupt_at(
     finally:
         sys.setprofile(None)
         sys.settrace(None)
+        sys.unraisablehook = previous

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import redis
 from conftest import wait_until
+from crashed import end_at_once
 from typer.testing import CliRunner
 
 from rlbroker import IncompatibleFormat, RlbrokerError, WorkerClient, WorkerCommunicator
@@ -170,8 +171,8 @@ def spoilt() -> Iterator[Spoilt]:
             thread.stop(5.0)
         every = list(client.scan_iter(Keys(RUN).everything))
         yield Spoilt(server.url, client, {key: (client.dump(key), max(0, client.pttl(key))) for key in every})
-        worker._connection.close()
-        comm._connection.close()
+        end_at_once(worker)
+        end_at_once(comm)
 
 
 #: The kinds of keys: the first word of their names.

@@ -36,13 +36,14 @@ class ConnectionPool(redis.ConnectionPool):
     def reset(self) -> None:
         """Forget all connections."""
         self._idle: deque[Any] = deque()
-        self._existing: set[weakref.ref[Any]] = set()
+        #: Without callbacks: those would keep the set in a circle.
+        self._made: set[weakref.ref[Any]] = set()
         self.pid = os.getpid()
 
     @property
     def in_use(self) -> int:
         """The number of connections in use."""
-        return len(self._existing) - len(self._idle)
+        return self._count_existing() - len(self._idle)
 
     def get_connection(self, command_name: Any = None, *keys: Any, **options: Any) -> Any:
         """Return a connection that is open and has no unread reply.
@@ -70,7 +71,7 @@ class ConnectionPool(redis.ConnectionPool):
     def disconnect(self, inuse_connections: bool = True) -> None:
         """Close all connections, or only the idle ones; they open again when they are used."""
         if inuse_connections:
-            for reference in tuple(self._existing):
+            for reference in tuple(self._made):
                 if (connection := reference()) is not None:
                     connection.disconnect()
             return
@@ -87,23 +88,30 @@ class ConnectionPool(redis.ConnectionPool):
         if self.cache is not None:
             wrap: Any = CacheProxyConnection
             connection = wrap(connection, self.cache, self._lock)
-        self._existing.add(weakref.ref(connection, self._existing.discard))
+        self._made.add(weakref.ref(connection))
         return connection
 
     def _take(self) -> Any:
         deadline: Deadline | None = None
         while True:
-            with suppress(IndexError):
-                return self._idle.pop()
-            if len(self._existing) < self.max_connections:
+            with suppress(IndexError):  # another thread has taken the last one
+                if self._idle:
+                    return self._idle.pop()
+            if self._count_existing() < self.max_connections:
                 connection = self.make_connection()
-                if len(self._existing) <= self.max_connections:
+                if self._count_existing() <= self.max_connections:
                     return connection
                 del connection  # another thread has made one at the same time
             deadline = deadline or Deadline(try_seconds(self.timeout))
             if deadline.over:
                 raise redis_errors.ConnectionError("all connections are in use")
             time.sleep(_LOOK_SECONDS)
+
+    def _count_existing(self) -> int:
+        for reference in tuple(self._made):
+            if reference() is None:
+                self._made.discard(reference)
+        return len(self._made)
 
     def _has_unread(self, connection: Any) -> bool:
         """Return whether a connection has something to read: then the server has closed it, or it is out of step."""

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any, Final, Generic, TypeVar
 
 from rlbroker.backend.deadline import Deadline
+from rlbroker.errors import without_frames
 
 Result = TypeVar("Result")
 
@@ -75,7 +76,7 @@ class Task(Generic[Result]):
         try:
             outcome = work(), None
         except BaseException as error:  # noqa: BLE001 # `result` raises it
-            outcome = None, error
+            outcome = None, without_frames(error)
         del work  # what it works on is not needed any more
         self._end(*outcome)
 

@@ -16,7 +16,6 @@ import logging
 import math
 import socket
 import ssl
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -113,8 +112,8 @@ class TlsSettings:
         """
         self.authority, self.certificate, self.key = authority, certificate, key
         self._check_certificate, self._check_name = check_certificate, check_certificate and check_name
-        self._lock = threading.Lock()
-        self._read, self._context = self._fingerprints(), self._make_context()
+        #: The fingerprints of the files, and the context made from them.
+        self._made = self._fingerprints(), self._make_context()
 
     def context(self) -> ssl.SSLContext:
         """Return the context for new connections; certificates that were renewed are read again.
@@ -122,11 +121,10 @@ class TlsSettings:
         Raises:
             InvalidArgument: a file can no longer be used.
         """
-        with self._lock:
-            if (fingerprints := self._fingerprints()) != self._read:
-                self._context = self._make_context()
-                self._read = fingerprints
-            return self._context
+        made = self._made
+        if (fingerprints := self._fingerprints()) != made[0]:
+            made = self._made = fingerprints, self._make_context()
+        return made[1]
 
     def warn_if_unchecked(self, url: str) -> None:
         """Log a warning if an attacker between client and server could read and change everything."""

@@ -115,13 +115,17 @@ class AcknowledgementSender:
         """
         # Check again after each release of the lock: meanwhile another thread may have queued one and left it to this
         # thread.
-        while (self._unsent or self._stale) and not self._closed:
-            with self._sending.hold(0) as exclusive:
-                if not exclusive:
-                    return
-                self._send_again_if_stale()
-                while self._unsent:
-                    self._send_next(self._unsent[0])
+        try:
+            while (self._unsent or self._stale) and not self._closed:
+                with self._sending.hold(0) as exclusive:
+                    if not exclusive:
+                        return
+                    self._send_again_if_stale()
+                    while self._unsent:
+                        self._send_next(self._unsent[0])
+        except BaseException:  # an interrupt may have left it
+            self._sending.release()
+            raise
 
     def drop_settled(self) -> None:
         """Drop the acknowledgements that the ledger has settled, at most once in SETTLED_SECONDS."""

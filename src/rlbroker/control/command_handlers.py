@@ -1,6 +1,6 @@
 """What a worker does for each command: the built-in ones, and the handlers that its user registered.
 
-A new built-in command is a method of `CommandHandlers` and a line in its table `_built_in`.
+A new built-in command is a method of `CommandHandlers` and a line in its table `_BUILT_IN`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,6 @@ class CommandHandlers:
 
     def __init__(self) -> None:
         """Begin with the built-in commands only."""
-        self._built_in: dict[str, Handler] = {
-            "stop": self._stop,
-            "pause": self._pause,
-            "resume": self._resume,
-            "reset": self._reset,
-        }
         self._registered: dict[str, Handler] = {}
         self._stopped = False
         self._paused_until: float | None = None
@@ -111,7 +105,7 @@ class CommandHandlers:
 
     def _do(self, command: ReceivedCommand, inbox: Inbox) -> None:
         """Do a command and set its result."""
-        built_in, registered = (table.get(command.name) for table in (self._built_in, self._registered))
+        built_in, registered = self._BUILT_IN.get(command.name), self._registered.get(command.name)
         if inbox.is_expired(command):
             command.result = ("expired", "")
             return
@@ -121,7 +115,7 @@ class CommandHandlers:
         command.begun = True
         try:
             if built_in:
-                built_in(command.data)  # repeated after an interrupt
+                built_in(self, command.data)  # repeated after an interrupt
         except InvalidArgument as error:
             command.result = ("failed", describe_error(error))
             return
@@ -156,3 +150,6 @@ class CommandHandlers:
 
     def _reset(self, data: Any) -> None:
         self._reset_requested = True
+
+    #: Plain functions: methods of this object would keep it in a circle.
+    _BUILT_IN: Final = {"stop": _stop, "pause": _pause, "resume": _resume, "reset": _reset}

@@ -15,7 +15,6 @@ from typing import Any, Final, Self
 from rlbroker.backend.connection import Connection, flat
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.locks import CallLock
 from rlbroker.backend.replies import (
     default_if_wrong_type,
     entry_place,
@@ -235,7 +234,6 @@ class CommandSender:
         """
         self._connection, self._keys, self._epoch, self._key = connection, keys, epoch, key
         self._changes = 0  #: how often acknowledgements were settled
-        self._remembering = CallLock()
         self._sent: dict[str, _SentCommand] = {}
 
     def send(
@@ -460,13 +458,14 @@ class CommandSender:
 
     def _remember(self, command_id: str, sent: _SentCommand) -> None:
         """Remember a command, and forget the oldest ones beyond the bounds."""
-        with self._remembering.hold():
-            self._sent[command_id] = sent
-            total = sum(len(one.incarnations) for one in self._sent.values())
-            while len(self._sent) > REMEMBERED_COMMANDS or (
-                total > REMEMBERED_OUTCOMES and len(self._sent) > 1
-            ):
-                total -= len(self._sent.pop(next(iter(self._sent))).incarnations)
+        self._sent[command_id] = sent
+        remembered = list(self._sent.items())  # other threads send commands too
+        number, total = len(remembered), sum(len(one.incarnations) for _, one in remembered)
+        for oldest, one in remembered[:-1]:
+            if number <= REMEMBERED_COMMANDS and total <= REMEMBERED_OUTCOMES:
+                return
+            self._sent.pop(oldest, None)
+            number, total = number - 1, total - len(one.incarnations)
 
 
 def _keep_within_bounds(commands: _Entries) -> _Entries:

@@ -129,9 +129,13 @@ class Ledger:
             Fenced: a newer learner publishes in this run.
             RunLost: the server has lost the run, and it was not restored in time.
         """
-        while self._connection.retry(lambda: self._settle_some(workers, deadline), deadline):
-            if deadline.over:
-                return
+        try:
+            while self._connection.retry(lambda: self._settle_some(workers, deadline), deadline):
+                if deadline.over:
+                    return
+        except BaseException:  # an interrupt may have left it
+            self._lock.release()
+            raise
 
     def restore(self) -> None:
         """Write back what the server may have lost. Changes nothing if it lost nothing.

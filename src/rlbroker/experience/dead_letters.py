@@ -81,12 +81,16 @@ class DeadLetters:
     def retry(self, letters: Sequence[DeadLetter]) -> int:
         """Queue batches to be delivered again; return how many dead letters still existed."""
         found = 0
-        for letter in letters:
-            with self._pending.writing_counts():
-                found += retry_letters(self._connection, self._keys, [letter])
-                counts = self._connection.execute("HGETALL", self._keys.counts(letter.worker_id))
-                self._pending.remember_counts(letter.worker_id, counts)
-        return found
+        try:
+            for letter in letters:
+                with self._pending.writing_counts():
+                    found += retry_letters(self._connection, self._keys, [letter])
+                    counts = self._connection.execute("HGETALL", self._keys.counts(letter.worker_id))
+                    self._pending.remember_counts(letter.worker_id, counts)
+            return found
+        except BaseException:  # an interrupt may have left it
+            self._pending.release()
+            raise
 
     def purge(self, letters: Sequence[DeadLetter]) -> int:
         """Delete dead letters for good; return how many still existed. They stay counted."""

@@ -141,7 +141,7 @@ class Sender:
                     )
                 return self._send(message, version, settings, deadline, stopped)
         except BaseException:
-            self._release()
+            self.release()
             raise
 
     def _send(
@@ -176,7 +176,7 @@ class Sender:
             self._count_fenced(refused=not numbered)
             raise
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """After an error or an interrupt, keep the unconfirmed batch's message, and let other threads go on."""
         unconfirmed = self.writer.pending.unconfirmed
         if unconfirmed is not None:
@@ -196,7 +196,7 @@ class Sender:
                     return self.unsafe
                 time.sleep(backoff.next(deadline))
         except BaseException:
-            self._release()
+            self.release()
             raise
 
     def confirm(self, timeout_seconds: float) -> None:

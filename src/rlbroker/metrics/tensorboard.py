@@ -89,7 +89,7 @@ class ScalarLog:
         self._target, self._every_seconds = weakref.ref(target), every_seconds
         self._last_written: Sample | None = None
         self._intervals: queue.Queue[Interval | None] = queue.Queue(1)
-        self._ended = threading.Event()
+        self._ended = False
         self._thread = threading.Thread(target=self._write_all, name="rlbroker-scalars", daemon=True)
         self._thread.start()
 
@@ -98,7 +98,7 @@ class ScalarLog:
         if self._last_written is None:
             self._last_written = sample
         # Samples do not arrive exactly on the second: one that is a little early counts.
-        elif sample.at - self._last_written.at > self._every_seconds - 0.5 and not self._ended.is_set():
+        elif sample.at - self._last_written.at > self._every_seconds - 0.5 and not self._ended:
             try:
                 self._intervals.put_nowait(Interval(self._last_written, sample))
             except queue.Full:  # the writer is slow: the next interval includes this one
@@ -107,7 +107,7 @@ class ScalarLog:
 
     def end(self, timeout_seconds: float) -> None:
         """Stop writing, and wait for a call of the writer that has begun."""
-        self._ended.set()
+        self._ended = True
         with suppress(queue.Full):  # then the thread checks the flag when it takes the next interval
             self._intervals.put_nowait(None)
         self._thread.join(timeout_seconds)
@@ -115,17 +115,17 @@ class ScalarLog:
     def _write_all(self) -> None:
         while (interval := self._intervals.get()) is not None and self._write(interval):
             pass
-        self._ended.set()
+        self._ended = True
 
     def _write(self, interval: Interval) -> bool:
         """Write the scalars of an interval; return whether to continue."""
         target = self._target()
-        if target is None or self._ended.is_set():
+        if target is None or self._ended:
             return False
         try:
             step = interval.after.rows if target.step is None else int(target.step())
             for name, value in compute_scalars(interval).items():
-                if self._ended.is_set():
+                if self._ended:
                     return False
                 target.writer.add_scalar(name, value, step)
         except Exception:  # an error of the user's writer must not end the run

@@ -31,15 +31,18 @@ class WeightsApplier:
     again: the ledger ignores a second acknowledgement of a version.
 
     Attributes:
+        acknowledge: acknowledges a version; set when the worker has joined, before the first `apply`.
         problem: why the newest version could not be loaded into the model; empty if it was.
     """
 
-    def __init__(self, acknowledge: AcknowledgeVersion, *, keep_dtype: bool) -> None:
+    acknowledge: AcknowledgeVersion
+
+    def __init__(self, *, keep_dtype: bool) -> None:
         """Begin without a version.
 
         With `keep_dtype`, an empty dictionary gets weights in the dtypes in which they were sent.
         """
-        self._acknowledge, self._keep_dtype = acknowledge, keep_dtype
+        self._keep_dtype = keep_dtype
         self._step: _Step | None = None
         self._version = 0
         self.problem = ""
@@ -67,7 +70,7 @@ class WeightsApplier:
                 continue
             if update.problem:
                 outcome = "refused" if update.refused else "failed"
-                self._acknowledge(self.version, update.version, outcome, update.problem)
+                self.acknowledge(self.version, update.version, outcome, update.problem)
             elif update.version > self.version or again:
                 assert update.decoded is not None
                 with normal_tensors():
@@ -86,12 +89,12 @@ class WeightsApplier:
             step.load.run()
         except RlbrokerError as error:
             self.problem = f"version {version}: {error}"
-            self._acknowledge(step.before, version, "failed", str(error))
+            self.acknowledge(step.before, version, "failed", str(error))
             step.update.take()
             self._step = None
             raise
         self._version, self.problem = version, ""
-        self._acknowledge(step.before, version, "applied", "")
+        self.acknowledge(step.before, version, "applied", "")
         if take:
             step.update.take()
         self._step = None

@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import threading
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -48,8 +49,8 @@ def exporter(
     Example: rlbroker exporter --url redis://host:6379/0 --port 9717
     """
     # First of all: SIGTERM must end the command with exit code 0 even while it starts.
-    stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    stopped = SimpleQueue[None]()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.put(None))
     from rlbroker import __version__
     from rlbroker.backend.connection import Connection
     from rlbroker.config import check_run_name
@@ -77,7 +78,7 @@ def exporter(
             session.note(f"serving the metrics of {runs} on {connection.address}; Ctrl-C ends it")
             threading.Thread(target=server.serve_forever, daemon=True).start()
             try:
-                stopped.wait()
+                stopped.get()
             finally:
                 server.shutdown()
     finally:
