@@ -6,7 +6,7 @@ import copy
 import itertools
 import types
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -471,6 +471,94 @@ def test_weights_for_an_integer_buffer_are_cast_as_torch_does() -> None:
     weights["num_batches_tracked"] = torch.tensor(3.0)  # state dicts that were averaged
     load(weights, module, metadata)
     assert module.num_batches_tracked == 3
+
+
+# Code of the target that fails
+
+
+class ErringArray(np.ndarray[Any, Any]):
+    def __setitem__(self, *_: Any) -> None:
+        raise ZeroDivisionError
+
+
+class WritingErringArray(np.ndarray[Any, Any]):
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        raise ZeroDivisionError
+
+
+class ErringTensor(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_:
+            raise ZeroDivisionError
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+ERRING: dict[str, Callable[[], Any]] = {
+    "an array that refuses": lambda: np.zeros(2).view(ErringArray),
+    "an array that writes and fails": lambda: np.zeros(2).view(WritingErringArray),
+    "a tensor that refuses": lambda: torch.zeros(2).as_subclass(ErringTensor),
+    "a zero tensor": lambda: torch._efficientzerotensor(2),  # type: ignore[attr-defined]
+}
+
+
+@pytest.mark.parametrize("case", ERRING)
+def test_a_place_that_refuses_changes_nothing(case: str) -> None:
+    first, refusing, last = np.zeros(2), ERRING[case](), torch.zeros(2)
+    with pytest.raises(WeightsMismatch):
+        load(
+            {"a": np.ones(2), "b": torch.ones(2), "c": torch.ones(2)}, {"a": first, "b": refusing, "c": last}
+        )
+    assert [first.tolist(), (refusing + 0).tolist(), last.tolist()] == [[0, 0]] * 3
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_numpy_that_raises_does_not_stop_a_load(tensor: bool) -> None:
+    half: Any = torch.zeros(2, dtype=torch.float16) if tensor else np.zeros(2, "f2")
+    target = {"a": np.zeros(2, "f4"), "b": half, "c": np.zeros(2, "f2")}
+    with np.errstate(all="raise"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load({key: np.full(2, 1e10 if key != "a" else 1, "f4") for key in target}, target)
+    assert target["a"].tolist() == [1, 1]
+    assert np.isinf(np.asarray(target["b"])).all()
+
+
+class Strict(dict[str, Any]):
+    """Refuses every value of a key."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.update(other=0)
+        if key == "b":
+            raise ValueError("not b")
+        super().__setitem__(key, value)
+
+
+class StrictWrapper(UserDict[str, Any]):
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == "b" and key in self.data:
+            raise ValueError("not b")
+        super().__setitem__(key, value)
+
+
+@pytest.mark.parametrize("with_array", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", [Strict, StrictWrapper])
+def test_a_mapping_that_refuses_a_value_is_put_back(kind: Any, nested: bool, with_array: bool) -> None:
+    array, mapping = np.zeros(1), kind({"a": 1, "b": 2, "c": 3})
+    target = {"m": mapping, "n": 0} if nested else mapping
+    new: dict[str, Any] = {"a": 10, "b": 20, "c": 30}
+    if nested:
+        new = {"m": new, "n": 1}
+    if with_array:
+        mapping["d"] = array
+        (new["m"] if nested else new)["d"] = np.ones(1)
+    mapping.pop("other", None)
+    with pytest.raises(WeightsMismatch, match="ValueError: not b"):
+        load(new, target)
+    assert dict(mapping) == {"a": 1, "b": 2, "c": 3, **({"d": array} if with_array else {})}
+    assert array == [0]
+    assert not nested or target["n"] == 0
 
 
 # Interrupts
