@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import signal
 import types
 import warnings
 from collections import OrderedDict, UserDict
@@ -492,14 +493,14 @@ class ErringTensor(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.copy_:
             raise ZeroDivisionError
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
 ERRING: dict[str, Callable[[], Any]] = {
     "an array that refuses": lambda: np.zeros(2).view(ErringArray),
     "an array that writes and fails": lambda: np.zeros(2).view(WritingErringArray),
     "a tensor that refuses": lambda: torch.zeros(2).as_subclass(ErringTensor),
-    "a zero tensor": lambda: torch._efficientzerotensor(2),  # type: ignore[attr-defined]
+    "a zero tensor": lambda: torch._efficientzerotensor(2),
 }
 
 
@@ -559,6 +560,87 @@ def test_a_mapping_that_refuses_a_value_is_put_back(kind: Any, nested: bool, wit
     assert dict(mapping) == {"a": 1, "b": 2, "c": 3, **({"d": array} if with_array else {})}
     assert array == [0]
     assert not nested or target["n"] == 0
+
+
+class LoadedTwice(nn.Linear):
+    """Does what its class says in its first and in every later load."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        loads = itertools.count(1)
+
+        def load_state_dict(state: Any, *arguments: Any) -> Any:
+            return self.load_as(next(loads), lambda: nn.Linear.load_state_dict(self, state, *arguments))
+
+        object.__setattr__(self, "load_state_dict", load_state_dict)
+
+    def load_as(self, number: int, take: Callable[[], Any]) -> Any:
+        take()
+        raise KeyError("loaded twice") if number > 1 else ValueError("the first")
+
+
+class Deleting(LoadedTwice):
+    def load_as(self, number: int, take: Callable[[], Any]) -> Any:
+        take()
+        del self.bias
+        raise KeyError("deleted")
+
+
+class RaisesMismatch(LoadedTwice):
+    def load_as(self, number: int, take: Callable[[], Any]) -> Any:
+        take()
+        raise WeightsMismatch(f"load {number}")
+
+
+class Unsteady(LoadedTwice):
+    """Fails once."""
+
+    def load_as(self, number: int, take: Callable[[], Any]) -> Any:
+        take()
+        if number == 1:
+            self.extra = 1
+            del self.bias
+            raise OSError("busy")
+
+
+@pytest.mark.parametrize("kind", [LoadedTwice, Deleting, RaisesMismatch])
+def test_a_module_whose_loads_fail_differently_is_unchanged(kind: Any) -> None:
+    module = kind()
+    bias, before = module.bias, copy.deepcopy(module.state_dict())
+    with pytest.raises(WeightsMismatch, match="do not fit the model"):
+        load({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, module)
+    assert same(module.state_dict(), before)
+    assert module.bias is bias
+
+
+def test_a_module_that_fails_once_is_loaded_from_its_old_state() -> None:
+    module: Any = Unsteady()
+    load({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, module)
+    assert (module.weight.sum(), module.bias.sum(), hasattr(module, "extra")) == (4, 2, False)
+
+
+@pytest.mark.parametrize("handler", ["names", "no names"])
+def test_a_signal_during_a_load_is_raised_after_it(handler: str) -> None:
+    def named(number: int, frame: Any) -> None:
+        raise Alarm
+
+    def unnamed(*_: Any) -> None:
+        raise Alarm
+
+    class Signalled(LoadedTwice):
+        def load_as(self, number: int, take: Callable[[], Any]) -> Any:
+            take()
+            if number == 1:
+                signal.raise_signal(signal.SIGALRM)
+
+    module = Signalled()
+    before = signal.signal(signal.SIGALRM, named if handler == "names" else unnamed)
+    try:
+        with pytest.raises(Alarm):
+            load({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, module)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert module.weight.sum() == 4
 
 
 # Interrupts

@@ -160,8 +160,9 @@ class _OldDictionary:
 
     def __init__(self, dictionary: MutableMapping[Any, Any]) -> None:
         #: The methods to use: those of a subclass of dict may refuse even the values that it has.
-        bases = (OrderedDict, dict, type(dictionary))
-        self._base: Any = next(base for base in bases if isinstance(dictionary, base))
+        self._base: Any = type(dictionary)
+        if isinstance(dictionary, dict):
+            self._base = OrderedDict if isinstance(dictionary, OrderedDict) else dict
         self._dictionary = dictionary
         self._entries = dict(self._base.items(dictionary))
         self._attributes = dict(getattr(dictionary, "__dict__", {}))
