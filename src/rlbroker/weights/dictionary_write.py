@@ -64,7 +64,7 @@ class DictionaryFill:
 class DictionaryWrite:
     """A load into a dictionary that has values.
 
-    Floats are rounded to the target's dtype. Integers must fit into it. A cast to another kind of elements that would
+    Floats are rounded to the target's dtype. Integers and texts must fit into it. A cast to another kind of elements that would
     lose values, such as from floats to integers, is refused.
     """
 
@@ -240,12 +240,12 @@ def _why_lossy(elements: Any, old: Any) -> str:
         return ""
     new_kind, old_kind = _kind(elements.dtype), _kind(old.dtype)
     if new_kind is None or old_kind is None:
-        if is_array(old) and not np.can_cast(elements.dtype, old.dtype, "same_kind"):
+        if is_array(old) and not _is_same_text(elements, old):
             return f"is {elements.dtype} in the weights and {old.dtype} in the model"
         return ""
     if new_kind > old_kind:
         return f"is {elements.dtype} in the weights and {old.dtype} in the model, which would lose values"
-    if old_kind == 1 and new_kind == 1 and not _fit(elements, old):
+    if new_kind == 1 and not (_fit if old_kind == 1 else _are_exact)(elements, old):
         return f"has values of {elements.dtype} that do not fit into {old.dtype}"
     return ""
 
@@ -270,3 +270,28 @@ def _fit(elements: Any, old: Any) -> bool:
     else:
         bounds = np.iinfo(old.dtype)
     return not elements.size or (int(elements.min()) >= bounds.min and int(elements.max()) <= bounds.max)
+
+
+def _are_exact(elements: Any, old: Any) -> bool:
+    """Return whether the floats of an old dtype have the values of integers."""
+    if is_tensor(elements):
+        cast = elements.to(old.dtype)
+        elements = elements.cpu().numpy()
+        floats = (cast.real if cast.is_complex() else cast).double().cpu().numpy()
+    else:
+        floats = elements.astype(old.dtype).real
+    # The largest integers are rounded up to a power of two, which cannot be cast back.
+    fit = np.isfinite(floats) & (floats < 2.0 ** np.iinfo(elements.dtype).bits)
+    if elements.dtype.kind == "i":
+        fit &= floats < 2.0 ** (np.iinfo(elements.dtype).bits - 1)
+    return bool(fit.all() and (floats.astype(elements.dtype) == elements).all())
+
+
+def _is_same_text(elements: Any, old: Any) -> bool:
+    """Return whether texts, bytes, times and records keep their values in the dtype of the old ones."""
+    if elements.dtype.kind != old.dtype.kind:
+        return False
+    if np.can_cast(elements.dtype, old.dtype, "safe"):
+        return True
+    cast = elements.astype(old.dtype)
+    return old.dtype.kind in "SUmM" and bool((cast.astype(elements.dtype) == elements).all())

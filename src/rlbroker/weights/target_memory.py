@@ -53,6 +53,8 @@ def no_grad() -> AbstractContextManager[Any]:
 def why_unwritable(value: Any) -> str:
     """Return why a tensor or an array cannot be overwritten in place; empty if it can."""
     if is_array(value):
+        if isinstance(value, np.ma.MaskedArray):
+            return "is a masked array, whose mask the weights do not have; give its data"
         base: Any = value
         while is_array(base):
             if not base.flags.writeable:
