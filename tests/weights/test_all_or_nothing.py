@@ -7,7 +7,7 @@ import itertools
 import signal
 import types
 import warnings
-from collections import OrderedDict, UserDict
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -100,7 +100,11 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
         np.zeros(3, "m8[s]"),
         "z is timedelta64",
     ),
-    "a masked array": (ONES, np.ma.masked_array(np.zeros(3), mask=[1, 0, 0]), "z is a masked array"),
+    "a masked array": (
+        ONES,
+        np.ma.masked_array(np.zeros(3), mask=[True, False, False]),
+        "z is a masked array",
+    ),
     "an expanded tensor": (torch.ones(3), torch.zeros(1).expand(3), "z overlaps itself"),
     "a tensor that overlaps itself": (
         torch.ones(2, 2),
@@ -675,6 +679,64 @@ def test_a_signal_during_a_load_is_raised_after_it(handler: str) -> None:
     finally:
         signal.signal(signal.SIGALRM, before)
     assert module.weight.sum() == 4
+
+
+class Statistics:
+    def __init__(self) -> None:
+        self.mean, self.count, self.parts = np.zeros(2), 0, {"a": [torch.zeros(2)]}
+
+    def __call__(self, value: Any) -> Any:
+        return value - self.mean
+
+
+class Normaliser(nn.Linear):
+    """Has state of many kinds, all of which a failing load changes."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.many = list(range(200_000))  # more than is looked at
+        self.rms = Statistics()
+        self.rms.owner = self  # type: ignore[attr-defined]
+        self.nested: Any = {"a": {"b": [1, [2, (3, [4])]]}, "d": defaultdict(list, x=[1])}
+        self.recent, self.counts, self.seen = deque([1, 2], 5), Counter("aab"), {1}
+        self.ordered, self.raw = OrderedDict(a=1, b=2), bytearray(b"abc")
+        self.weight.grad = torch.ones(2, 2)
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        super().load_state_dict(*arguments, **options)
+        self.rms.mean += 1
+        self.rms.count += 1
+        self.rms.parts["a"][0].add_(1)
+        self.rms.extra = 1  # type: ignore[attr-defined]
+        self.nested["a"]["b"][1][1][1].append(5)
+        self.nested["d"]["y"].append(1)
+        self.recent.append(3)
+        self.counts.update("abc")
+        self.seen.add(2)
+        self.ordered.move_to_end("a")
+        self.raw += b"d"
+        assert self.weight.grad is not None
+        self.weight.grad.zero_()
+        self.weight.grad = None
+        self.weight.requires_grad_(False)
+        self.bias.grad = torch.ones(2)
+        raise OSError("after all that")
+
+    def all_state(self) -> str:
+        parameters = [(one.tolist(), one.grad, one.requires_grad) for one in (self.weight, self.bias)]
+        rms = {name: value for name, value in vars(self.rms).items() if name != "owner"}
+        others = self.nested, self.recent, self.counts, self.seen, self.ordered, self.raw
+        return repr((parameters, rms, others))
+
+
+def test_state_of_any_kind_is_put_back() -> None:
+    module = Normaliser()
+    mean, inner, before = module.rms.mean, module.nested["a"]["b"], module.all_state()
+    with pytest.raises(WeightsMismatch, match="OSError: after all that"):
+        load({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, module)
+    assert module.all_state() == before
+    assert module.rms.mean is mean
+    assert module.nested["a"]["b"] is inner
 
 
 # Interrupts

@@ -64,8 +64,8 @@ class DictionaryFill:
 class DictionaryWrite:
     """A load into a dictionary that has values.
 
-    Floats are rounded to the target's dtype. Integers and texts must fit into it. A cast to another kind of elements that would
-    lose values, such as from floats to integers, is refused.
+    Floats are rounded to the target's dtype. Integers and texts must fit into it. A cast to another kind of elements
+    that would lose values, such as from floats to integers, is refused.
     """
 
     def __init__(self, weights: Mapping[Any, Any], target: MutableMapping[Any, Any]) -> None:
