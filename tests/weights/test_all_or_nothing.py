@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import signal
 import types
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,40 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "integers into bools": (np.arange(3), np.zeros(3, bool), "which would lose values"),
     "integers that do not fit": (np.array([1, 2, 300]), np.zeros(3, np.uint8), "do not fit into uint8"),
     "negative integers": (torch.tensor([1, -2, 3]), torch.zeros(3, dtype=torch.uint8), "do not fit into"),
+    "integers that no float32 has": (
+        np.array([1, 2, 2**24 + 1]),
+        np.zeros(3, "f4"),
+        "do not fit into float32",
+    ),
+    "the largest integer into floats": (np.array([0, 0, 2**63 - 1]), np.zeros(3), "do not fit into float64"),
+    "the largest unsigned integer": (
+        np.array([0, 0, 2**64 - 1], "u8"),
+        np.zeros(3),
+        "do not fit into float64",
+    ),
+    "integers beyond float16": (np.array([0, 0, 70000]), np.zeros(3, "f2"), "do not fit into float16"),
+    "integers into complex numbers": (np.array([0, 0, 2**24 + 1]), np.zeros(3, "c8"), "do not fit into"),
+    "integers that no bfloat16 has": (
+        torch.tensor([1, 2, 257]),
+        torch.zeros(3, dtype=torch.bfloat16),
+        "do not fit into torch.bfloat16",
+    ),
+    "integers into a float tensor": (torch.tensor([0, 0, 2**24 + 1]), torch.zeros(3), "do not fit into"),
+    "numbers into bytes": (np.arange(3), np.zeros(3, "S5"), "z is int64 in the weights"),
+    "numbers into texts": (np.arange(3), np.zeros(3, "U5"), "z is int64 in the weights"),
+    "numbers into objects": (np.arange(3), np.zeros(3, object), "z is int64 in the weights"),
+    "texts into numbers": (np.array(["1", "2", "3"]), np.zeros(3), "in the weights"),
+    "texts that are too long": (np.array(["a", "b", "longer"]), np.zeros(3, "U3"), "z is <U6"),
+    "times into coarser times": (
+        np.array([0, 0, 1], "m8[ms]"),
+        np.zeros(3, "m8[s]"),
+        "z is timedelta64",
+    ),
+    "a masked array": (
+        ONES,
+        np.ma.masked_array(np.zeros(3), mask=[True, False, False]),
+        "z is a masked array",
+    ),
     "an expanded tensor": (torch.ones(3), torch.zeros(1).expand(3), "z overlaps itself"),
     "a tensor that overlaps itself": (
         torch.ones(2, 2),
@@ -116,6 +151,10 @@ TAKEN: dict[str, tuple[Any, Any]] = {
     "a read-only array into a tensor": (read_only([1.0, 2]), torch.zeros(2)),
     "integers that fit": (np.array([1, 255]), np.zeros(2, np.uint8)),
     "integers into floats": (torch.tensor([1, 2]), torch.zeros(2)),
+    "large integers that floats have": (np.array([-(2**63), 2**62]), np.zeros(2, np.float32)),
+    "texts into longer texts": (np.array(["a", "bcd"]), np.zeros(2, "U5")),
+    "short texts of a long dtype": (np.array(["a", "b"], "U9"), np.zeros(2, "U5")),
+    "bools into floats": (np.array([True, False]), np.zeros(2, np.float32)),
     "bools into integers": (np.array([True, False]), np.zeros(2, int)),
     "a leaf that requires a gradient": (torch.ones(2), nn.Parameter(torch.zeros(2))),
     "a view that steps": (torch.ones(2), torch.zeros(4)[::2]),
@@ -471,6 +510,233 @@ def test_weights_for_an_integer_buffer_are_cast_as_torch_does() -> None:
     weights["num_batches_tracked"] = torch.tensor(3.0)  # state dicts that were averaged
     load(weights, module, metadata)
     assert module.num_batches_tracked == 3
+
+
+# Code of the target that fails
+
+
+class ErringArray(np.ndarray[Any, Any]):
+    def __setitem__(self, *_: Any) -> None:
+        raise ZeroDivisionError
+
+
+class WritingErringArray(np.ndarray[Any, Any]):
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        raise ZeroDivisionError
+
+
+class ErringTensor(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_:
+            raise ZeroDivisionError
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+ERRING: dict[str, Callable[[], Any]] = {
+    "an array that refuses": lambda: np.zeros(2).view(ErringArray),
+    "an array that writes and fails": lambda: np.zeros(2).view(WritingErringArray),
+    "a tensor that refuses": lambda: torch.zeros(2).as_subclass(ErringTensor),
+    "a zero tensor": lambda: torch._efficientzerotensor(2),
+}
+
+
+@pytest.mark.parametrize("case", ERRING)
+def test_a_place_that_refuses_changes_nothing(case: str) -> None:
+    first, refusing, last = np.zeros(2), ERRING[case](), torch.zeros(2)
+    with pytest.raises(WeightsMismatch):
+        load(
+            {"a": np.ones(2), "b": torch.ones(2), "c": torch.ones(2)}, {"a": first, "b": refusing, "c": last}
+        )
+    assert [first.tolist(), (refusing + 0).tolist(), last.tolist()] == [[0, 0]] * 3
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_numpy_that_raises_does_not_stop_a_load(tensor: bool) -> None:
+    half: Any = torch.zeros(2, dtype=torch.float16) if tensor else np.zeros(2, "f2")
+    target = {"a": np.zeros(2, "f4"), "b": half, "c": np.zeros(2, "f2")}
+    with np.errstate(all="raise"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load({key: np.full(2, 1e10 if key != "a" else 1, "f4") for key in target}, target)
+    assert target["a"].tolist() == [1, 1]
+    assert np.isinf(np.asarray(target["b"])).all()
+
+
+class Strict(dict[str, Any]):
+    """Refuses every value of a key."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.update(other=0)
+        if key == "b":
+            raise ValueError("not b")
+        super().__setitem__(key, value)
+
+
+class StrictWrapper(UserDict[str, Any]):
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key == "b" and key in self.data:
+            raise ValueError("not b")
+        super().__setitem__(key, value)
+
+
+@pytest.mark.parametrize("with_array", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", [Strict, StrictWrapper])
+def test_a_mapping_that_refuses_a_value_is_put_back(kind: Any, nested: bool, with_array: bool) -> None:
+    array, mapping = np.zeros(1), kind({"a": 1, "b": 2, "c": 3})
+    target = {"m": mapping, "n": 0} if nested else mapping
+    new: dict[str, Any] = {"a": 10, "b": 20, "c": 30}
+    if nested:
+        new = {"m": new, "n": 1}
+    if with_array:
+        mapping["d"] = array
+        (new["m"] if nested else new)["d"] = np.ones(1)
+    mapping.pop("other", None)
+    with pytest.raises(WeightsMismatch, match="ValueError: not b"):
+        load(new, target)
+    assert dict(mapping) == {"a": 1, "b": 2, "c": 3, **({"d": array} if with_array else {})}
+    assert array == [0]
+    assert not nested or target["n"] == 0
+
+
+class LoadedTwice(nn.Linear):
+    """Does what its class says in its first and in every later load."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        loads = itertools.count(1)
+
+        def load_state_dict(state: Any, *arguments: Any) -> Any:
+            return self.load_as(next(loads), lambda: nn.Linear.load_state_dict(self, state, *arguments))
+
+        object.__setattr__(self, "load_state_dict", load_state_dict)
+
+    def load_as(self, number: int, take: Callable[[], Any]) -> Any:
+        take()
+        raise KeyError("loaded twice") if number > 1 else ValueError("the first")
+
+
+class Deleting(LoadedTwice):
+    def load_as(self, number: int, take: Callable[[], Any]) -> Any:
+        take()
+        del self.bias
+        raise KeyError("deleted")
+
+
+class RaisesMismatch(LoadedTwice):
+    def load_as(self, number: int, take: Callable[[], Any]) -> Any:
+        take()
+        raise WeightsMismatch(f"load {number}")
+
+
+class Unsteady(LoadedTwice):
+    """Fails once."""
+
+    def load_as(self, number: int, take: Callable[[], Any]) -> Any:
+        take()
+        if number == 1:
+            self.extra = 1
+            del self.bias
+            raise OSError("busy")
+
+
+@pytest.mark.parametrize("kind", [LoadedTwice, Deleting, RaisesMismatch])
+def test_a_module_whose_loads_fail_differently_is_unchanged(kind: Any) -> None:
+    module = kind()
+    bias, before = module.bias, copy.deepcopy(module.state_dict())
+    with pytest.raises(WeightsMismatch, match="do not fit the model"):
+        load({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, module)
+    assert same(module.state_dict(), before)
+    assert module.bias is bias
+
+
+def test_a_module_that_fails_once_is_loaded_from_its_old_state() -> None:
+    module: Any = Unsteady()
+    load({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, module)
+    assert (module.weight.sum(), module.bias.sum(), hasattr(module, "extra")) == (4, 2, False)
+
+
+@pytest.mark.parametrize("handler", ["names", "no names"])
+def test_a_signal_during_a_load_is_raised_after_it(handler: str) -> None:
+    def named(number: int, frame: Any) -> None:
+        raise Alarm
+
+    def unnamed(*_: Any) -> None:
+        raise Alarm
+
+    class Signalled(LoadedTwice):
+        def load_as(self, number: int, take: Callable[[], Any]) -> Any:
+            take()
+            if number == 1:
+                signal.raise_signal(signal.SIGALRM)
+
+    module = Signalled()
+    before = signal.signal(signal.SIGALRM, named if handler == "names" else unnamed)
+    try:
+        with pytest.raises(Alarm):
+            load({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, module)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert module.weight.sum() == 4
+
+
+class Statistics:
+    def __init__(self) -> None:
+        self.mean, self.count, self.parts = np.zeros(2), 0, {"a": [torch.zeros(2)]}
+
+    def __call__(self, value: Any) -> Any:
+        return value - self.mean
+
+
+class Normaliser(nn.Linear):
+    """Has state of many kinds, all of which a failing load changes."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.many = list(range(200_000))  # more than is looked at
+        self.rms = Statistics()
+        self.rms.owner = self  # type: ignore[attr-defined]
+        self.nested: Any = {"a": {"b": [1, [2, (3, [4])]]}, "d": defaultdict(list, x=[1])}
+        self.recent, self.counts, self.seen = deque([1, 2], 5), Counter("aab"), {1}
+        self.ordered, self.raw = OrderedDict(a=1, b=2), bytearray(b"abc")
+        self.weight.grad = torch.ones(2, 2)
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        super().load_state_dict(*arguments, **options)
+        self.rms.mean += 1
+        self.rms.count += 1
+        self.rms.parts["a"][0].add_(1)
+        self.rms.extra = 1  # type: ignore[attr-defined]
+        self.nested["a"]["b"][1][1][1].append(5)
+        self.nested["d"]["y"].append(1)
+        self.recent.append(3)
+        self.counts.update("abc")
+        self.seen.add(2)
+        self.ordered.move_to_end("a")
+        self.raw += b"d"
+        assert self.weight.grad is not None
+        self.weight.grad.zero_()
+        self.weight.grad = None
+        self.weight.requires_grad_(False)
+        self.bias.grad = torch.ones(2)
+        raise OSError("after all that")
+
+    def all_state(self) -> str:
+        parameters = [(one.tolist(), one.grad, one.requires_grad) for one in (self.weight, self.bias)]
+        rms = {name: value for name, value in vars(self.rms).items() if name != "owner"}
+        others = self.nested, self.recent, self.counts, self.seen, self.ordered, self.raw
+        return repr((parameters, rms, others))
+
+
+def test_state_of_any_kind_is_put_back() -> None:
+    module = Normaliser()
+    mean, inner, before = module.rms.mean, module.nested["a"]["b"], module.all_state()
+    with pytest.raises(WeightsMismatch, match="OSError: after all that"):
+        load({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, module)
+    assert module.all_state() == before
+    assert module.rms.mean is mean
+    assert module.nested["a"]["b"] is inner
 
 
 # Interrupts

@@ -6,6 +6,7 @@ import copy
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ from rlbroker.weights.target_memory import (
     find_shared,
     has_same_bits,
     is_array,
+    is_plain,
     is_tensor,
     name_some,
     no_grad,
     normal_tensors,
     overwrite,
+    restore,
     why_unwritable,
 )
 
@@ -40,7 +43,7 @@ class DictionaryFill:
 
     def __init__(self, weights: Mapping[Any, Any], target: MutableMapping[Any, Any]) -> None:
         """Copy the weights, whose memory other processes share. Nothing is written yet."""
-        self._target = target
+        self._target, self._old = target, _OldDictionary(target)
         with normal_tensors():
             self._values = copy.deepcopy(weights)
 
@@ -51,7 +54,7 @@ class DictionaryFill:
 
     def undo(self) -> None:
         """Empty the dictionary."""
-        self._target.clear()
+        self._old.put_back()
 
     def explain(self, error: Exception) -> str:
         """Return what an error of the dictionary means."""
@@ -61,8 +64,8 @@ class DictionaryFill:
 class DictionaryWrite:
     """A load into a dictionary that has values.
 
-    Floats are rounded to the target's dtype. Integers must fit into it. A cast to another kind of elements that would
-    lose values, such as from floats to integers, is refused.
+    Floats are rounded to the target's dtype. Integers and texts must fit into it. A cast to another kind of elements
+    that would lose values, such as from floats to integers, is refused.
     """
 
     def __init__(self, weights: Mapping[Any, Any], target: MutableMapping[Any, Any]) -> None:
@@ -92,9 +95,14 @@ class DictionaryWrite:
         if problems:
             raise WeightsMismatch("the received weights do not fit the model: " + "; ".join(problems))
         self._shared = find_shared(self._places, received.values)
-        self._old_values = {path: expected.values[path] for path in self._values}
-        #: Only what was not checked can fail: keys that share memory, and dictionaries of other types.
-        can_fail = self._shared or not all(type(one) in _PLAIN_DICTIONARIES for one in self._parents.values())
+        #: Only what was not checked can fail: keys that share memory, and code of other types.
+        can_fail = (
+            self._shared
+            or not all(type(one) in _PLAIN_DICTIONARIES for one in self._parents.values())
+            or not all(map(is_plain, self._places.values()))
+        )
+        parents = {id(one): one for one in self._parents.values() if isinstance(one, MutableMapping)}
+        self._old = [_OldDictionary(one) for one in parents.values()] if can_fail else []
         self._old_elements = {path: duplicate(place) for path, place in self._places.items() if can_fail}
 
     def run(self) -> str:
@@ -102,31 +110,28 @@ class DictionaryWrite:
         with no_grad():
             for path, place in self._places.items():
                 overwrite(place, self._elements[path])
-        self._replace(self._values)
+        for path, value in self._values.items():
+            self._parents[path][path[-1]] = value
         lost = not all(has_same_bits(self._places[path], self._elements[path]) for path in self._shared)
         return describe_shared(list(map(dotted, self._shared))) if lost else ""
 
     def undo(self) -> None:
         """Put the old values back, where they were saved."""
-        if self._old_elements:
-            with no_grad():
-                for path, old in self._old_elements.items():
-                    overwrite(self._places[path], old)
-            self._replace(self._old_values)
+        with no_grad():
+            for path, old in self._old_elements.items():
+                restore(self._places[path], old)
+        for dictionary in self._old:
+            dictionary.put_back()
 
     def explain(self, error: Exception) -> str:
         """Return what an error of the dictionary means."""
         return f"{type(error).__name__}: {error}"
 
-    def _replace(self, values: Mapping[Path, Any]) -> None:
-        for path, value in values.items():
-            self._parents[path][path[-1]] = value
-
     def _add(self, path: Path, new: Any, old: Any) -> str:
         """Plan the write of one value; return why that is impossible, or an empty text."""
         if not (is_tensor(old) or is_array(old)):
-            is_plain = not hasattr(old, "shape") or isinstance(old, np.generic)
-            if not is_plain or is_tensor(new) or is_array(new):
+            is_value = not hasattr(old, "shape") or isinstance(old, np.generic)
+            if not is_value or is_tensor(new) or is_array(new):
                 return _describe_difference(new, old)
             if not isinstance(self._parents[path], MutableMapping):
                 return f"is in a {type(self._parents[path]).__name__}, which cannot be changed"
@@ -139,12 +144,43 @@ class DictionaryWrite:
         if problem:
             return problem
         try:
-            elements = _as_tensor(new, old) if is_tensor(old) else _as_array(new)
-            problem = _why_lossy(elements, old)
+            elements = _as_tensor(new) if is_tensor(old) else _as_array(new)
+            with np.errstate(all="ignore"):  # a caller who makes numpy raise would stop the write half-way
+                problem = _why_lossy(elements, old)
+                if not problem and elements.dtype != old.dtype:
+                    elements = elements.to(old.dtype) if is_tensor(old) else elements.astype(old.dtype)
         except (TypeError, ValueError, RuntimeError) as error:
             problem = f"cannot become {old.dtype}: {error}"
         self._places[path], self._elements[path] = old, None if problem else elements
         return problem
+
+
+class _OldDictionary:
+    """The entries and attributes of a dictionary, whose own methods may fail."""
+
+    def __init__(self, dictionary: MutableMapping[Any, Any]) -> None:
+        #: The methods to use: those of a subclass of dict may refuse even the values that it has.
+        self._base: Any = type(dictionary)
+        if isinstance(dictionary, dict):
+            self._base = OrderedDict if isinstance(dictionary, OrderedDict) else dict
+        self._dictionary = dictionary
+        self._entries = dict(self._base.items(dictionary))
+        self._attributes = dict(getattr(dictionary, "__dict__", {}))
+
+    def put_back(self) -> None:
+        """Restore every entry and attribute that was changed."""
+        base, dictionary = self._base, self._dictionary
+        if hasattr(dictionary, "__dict__"):
+            dictionary.__dict__.clear()
+            dictionary.__dict__.update(self._attributes)
+        for key, old in self._entries.items():
+            with suppress(Exception):
+                if not base.__contains__(dictionary, key) or base.__getitem__(dictionary, key) is not old:
+                    base.__setitem__(dictionary, key, old)
+        with suppress(Exception):
+            for key in list(base.__iter__(dictionary)):
+                if key not in self._entries:
+                    base.__delitem__(dictionary, key)
 
 
 class _Leaves:
@@ -177,15 +213,13 @@ def _describe_difference(new: Any, old: Any) -> str:
     return f"is {names[0]} in the weights and {names[1]} in the model"
 
 
-def _as_tensor(new: Any, old: Any) -> Any:
-    """Return new elements as a tensor that can be copied to the old one."""
+def _as_tensor(new: Any) -> Any:
+    """Return new elements as a tensor."""
     import torch
 
     if not is_tensor(new):
         array = np.asarray(new)
         new = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
-    if new.dtype != old.dtype:
-        torch.empty(1, dtype=new.dtype).to(old.dtype)  # raises if there is no such cast
     return new
 
 
@@ -206,12 +240,12 @@ def _why_lossy(elements: Any, old: Any) -> str:
         return ""
     new_kind, old_kind = _kind(elements.dtype), _kind(old.dtype)
     if new_kind is None or old_kind is None:
-        if is_array(old) and not np.can_cast(elements.dtype, old.dtype, "same_kind"):
+        if is_array(old) and not _is_same_text(elements, old):
             return f"is {elements.dtype} in the weights and {old.dtype} in the model"
         return ""
     if new_kind > old_kind:
         return f"is {elements.dtype} in the weights and {old.dtype} in the model, which would lose values"
-    if old_kind == 1 and new_kind == 1 and not _fit(elements, old):
+    if new_kind == 1 and not (_fit if old_kind == 1 else _are_exact)(elements, old):
         return f"has values of {elements.dtype} that do not fit into {old.dtype}"
     return ""
 
@@ -236,3 +270,28 @@ def _fit(elements: Any, old: Any) -> bool:
     else:
         bounds = np.iinfo(old.dtype)
     return not elements.size or (int(elements.min()) >= bounds.min and int(elements.max()) <= bounds.max)
+
+
+def _are_exact(elements: Any, old: Any) -> bool:
+    """Return whether the floats of an old dtype have the values of integers."""
+    if is_tensor(elements):
+        cast = elements.to(old.dtype)
+        elements = elements.cpu().numpy()
+        floats = (cast.real if cast.is_complex() else cast).double().cpu().numpy()
+    else:
+        floats = elements.astype(old.dtype).real
+    # The largest integers are rounded up to a power of two, which cannot be cast back.
+    fit = np.isfinite(floats) & (floats < 2.0 ** np.iinfo(elements.dtype).bits)
+    if elements.dtype.kind == "i":
+        fit &= floats < 2.0 ** (np.iinfo(elements.dtype).bits - 1)
+    return bool(fit.all() and (floats.astype(elements.dtype) == elements).all())
+
+
+def _is_same_text(elements: Any, old: Any) -> bool:
+    """Return whether texts, bytes, times and records keep their values in the dtype of the old ones."""
+    if elements.dtype.kind != old.dtype.kind:
+        return False
+    if np.can_cast(elements.dtype, old.dtype, "safe"):
+        return True
+    cast = elements.astype(old.dtype)
+    return old.dtype.kind in "SUmM" and bool((cast.astype(elements.dtype) == elements).all())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, MutableMapping
-from types import CodeType
+from inspect import CO_VARARGS
+from types import FrameType
 from typing import Any, Protocol
 
-from rlbroker.errors import RlbrokerError, UnsupportedType, WeightsMismatch
+from rlbroker.errors import UnsupportedType, WeightsMismatch
 from rlbroker.weights.dictionary_write import DictionaryFill, DictionaryWrite
 
 
@@ -41,9 +42,9 @@ def load(weights: Any, target: Any, metadata: Mapping[str, Any] | None = None) -
 class Load:
     """One load of weights into a target, which keeps its tensors, arrays and dtypes: all of it is changed, or nothing.
 
-    What can fail is checked before the first write. A write that stops all the same is repeated, and completes if an
-    interrupt had stopped it. If it stops at the same point again, the model refuses the weights, and its old values are
-    put back. They are saved only where that is possible, as a copy of every model would double the time and the
+    What can fail is checked before the first write. A write that stops all the same is undone and repeated, and
+    completes if an interrupt had stopped it. If it stops again, the model refuses the weights, and its old values are
+    put back. They are saved only where the write can fail, as a copy of every model would double the time and the
     memory.
 
     Attributes:
@@ -78,26 +79,37 @@ class Load:
         """
         try:
             self._attempt()
-        except RlbrokerError:
-            raise
         except BaseException as error:
+            if self._is_verdict(error):
+                raise
             self._repeat(error)
-            # Torch reports an interrupt of `load_state_dict` as a RuntimeError.
-            if not isinstance(error, RuntimeError):
+            if _is_interrupt(error):
                 raise
 
     def _repeat(self, first: BaseException) -> None:
+        """Begin again from the old state, as an interrupt and a failure look alike: torch wraps both."""
+        if self.done:
+            return
+        self._undo()
         try:
             self._attempt()
-        except RlbrokerError:
-            raise
         except BaseException as second:
-            if self._write:
-                self._write.undo()
-            if isinstance(second, Exception) and _steps(second) == _steps(first):
-                reason = self._write.explain(second) if self._write else f"{type(second).__name__}: {second}"
-                self._refuse(reason, second)
-            raise
+            if self._is_verdict(second):
+                raise
+            self._undo()
+            if not isinstance(second, Exception) or _is_interrupt(second):
+                raise
+            if not _is_interrupt(first):
+                self._refuse(self._write.explain(second) if self._write else _describe(second), second)
+
+    def _undo(self) -> None:
+        if self._write:
+            self._write.undo()
+
+    def _is_verdict(self, error: BaseException) -> bool:
+        """Return whether an error says what is wrong with the weights or the target, which has its old values."""
+        is_ours = isinstance(error, (WeightsMismatch, UnsupportedType))
+        return error is self._error or (self._write is None and is_ours)
 
     def _attempt(self) -> None:
         if self._error:
@@ -131,11 +143,22 @@ class Load:
         raise self._error from cause
 
 
-def _steps(error: BaseException) -> list[tuple[CodeType, int]]:
-    """Return the instructions that led from `_attempt` to an error. A failure repeats them, an interrupt does not."""
-    steps = []
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Return whether a signal handler raised an error. Only handlers are called with the frame that they interrupt."""
+    if not isinstance(error, Exception):
+        return True
     place = error.__traceback__
     while place is not None:
-        steps.append((place.tb_frame.f_code, place.tb_lasti))
+        code, values = place.tb_frame.f_code, place.tb_frame.f_locals
+        number = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & CO_VARARGS)
+        for name in code.co_varnames[:number]:
+            value = values.get(name)
+            given = value if type(value) is tuple else (value,)  # a handler may not name its arguments
+            if FrameType in map(type, given):
+                return True
         place = place.tb_next
-    return steps[1:]
+    return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import cache, lru_cache
 from typing import Any
 
@@ -13,16 +12,14 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from rlbroker.errors import WeightsMismatch
+from rlbroker.weights.module_state import OldState
 from rlbroker.weights.target_memory import (
     describe_shared,
-    duplicate,
     find_shared,
     has_same_bits,
-    is_array,
     is_tensor,
     name_some,
     normal_tensors,
-    overwrite,
     why_unwritable,
 )
 
@@ -72,7 +69,7 @@ class ModuleWrite:
         self._difference = _find_difference(weights, self._own)
         self._is_copied = not self._difference and _is_plain(module)
         self._shared = find_shared(self._own, weights) if self._is_copied else []
-        self._old = None if self._is_copied and not self._shared else _OldState(module)
+        self._old = None if self._is_copied and not self._shared else OldState(module)
 
     def run(self) -> str:
         """Write everything; return what is wrong with the result, if anything."""
@@ -110,63 +107,6 @@ class ModuleWrite:
             key for key, value in tensors if is_tensor(value) and not is_lazy(value) and value.is_meta
         ]
         return f"{name_some(unloaded)} stayed on the meta device" if unloaded else ""
-
-
-class _OldState:
-    """The state of a module, of which `load_state_dict` may change anything."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        modules = list(module.modules())
-        self._extra = [
-            (one, _copy(one.get_extra_state()))
-            for one in modules
-            if type(one).get_extra_state is not torch.nn.Module.get_extra_state
-        ]
-        self._attributes = [(one, dict(one.__dict__)) for one in modules]
-        attributes = [value for _, found in self._attributes for value in found.values()]
-        self._containers = [
-            (value, copy.copy(value)) for value in attributes if type(value) in (dict, OrderedDict, set, list)
-        ]
-        values = [*module.parameters(), *module.buffers(), *attributes]
-        self._values = [_OldValue(value) for value in values if is_tensor(value) or is_array(value)]
-
-    def put_back(self) -> None:
-        """Restore everything. May be called again, after an interrupt."""
-        for one, extra in self._extra:
-            with suppress(Exception):  # the state that a module begins with may not be one that it accepts
-                one.set_extra_state(extra)
-        for one, attributes in self._attributes:
-            one.__dict__.update(attributes)
-            for name in one.__dict__.keys() - attributes.keys():
-                del one.__dict__[name]
-        for container, old in self._containers:
-            container.clear()
-            container.extend(old) if isinstance(container, list) else container.update(old)
-        with torch.no_grad():
-            for value in self._values:
-                value.put_back()
-
-
-class _OldValue:
-    """The memory and the elements of a tensor or an array; of a lazy tensor, that it has none yet."""
-
-    def __init__(self, value: Any) -> None:
-        self._value, self._class = value, type(value)
-        self._is_lazy = is_tensor(value) and is_lazy(value)
-        self._data = value.data if is_tensor(value) else None
-        self._elements = None if self._is_lazy or getattr(value, "is_meta", False) else duplicate(value)
-
-    def put_back(self) -> None:
-        if self._data is not None and (
-            self._is_lazy
-            or self._value.shape != self._data.shape
-            or self._value.data_ptr() != self._data.data_ptr()
-        ):
-            self._value.data = self._data
-        if self._is_lazy:
-            self._value.__class__ = self._class
-        if self._elements is not None:
-            overwrite(self._value, self._elements)
 
 
 def _check_writable(module: torch.nn.Module, own: Mapping[str, Any]) -> None:
@@ -242,11 +182,3 @@ def _is_plain_class(kind: Any) -> bool:
     return not issubclass(kind, torch.jit.ScriptModule) and all(
         getattr(kind, name).__module__.startswith("torch.nn.modules.") for name in _METHODS
     )
-
-
-def _copy(value: Any) -> Any:
-    """Return a deep copy, or the value itself if it cannot be copied."""
-    try:
-        return copy.deepcopy(value)
-    except (TypeError, ValueError, RuntimeError, AttributeError, copy.Error):
-        return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from operator import itemgetter
 from typing import Any, TypeGuard, TypeVar
 
@@ -30,6 +30,14 @@ def is_array(value: object) -> TypeGuard[np.ndarray[Any, Any]]:
     return isinstance(value, np.ndarray)
 
 
+def is_plain(value: object) -> bool:
+    """Return whether no code but torch's or numpy's own writes to a tensor or an array."""
+    torch = sys.modules.get("torch")
+    return type(value) is np.ndarray or (
+        torch is not None and type(value) in (torch.Tensor, torch.nn.Parameter)
+    )
+
+
 def normal_tensors() -> AbstractContextManager[Any]:
     """Return a block whose new tensors can be written to later, also if the caller is in torch's inference mode."""
     torch = sys.modules.get("torch")
@@ -45,6 +53,8 @@ def no_grad() -> AbstractContextManager[Any]:
 def why_unwritable(value: Any) -> str:
     """Return why a tensor or an array cannot be overwritten in place; empty if it can."""
     if is_array(value):
+        if isinstance(value, np.ma.MaskedArray):
+            return "is a masked array, whose mask the weights do not have; give its data"
         base: Any = value
         while is_array(base):
             if not base.flags.writeable:
@@ -63,6 +73,8 @@ def why_unwritable(value: Any) -> str:
             return "was made in torch.inference_mode(); make it outside"
     if value.layout is not sys.modules["torch"].strided or value.is_quantized:
         return f"is not a dense tensor ({value.layout}, {value.dtype})"
+    if value._is_zerotensor():
+        return "is a zero tensor, which is immutable; call clone() on it"
     needed = value.nbytes
     if not value.is_contiguous():
         if _overlaps_itself(value.shape, value.stride(), 1):
@@ -111,7 +123,16 @@ def overwrite(value: Any, source: Any) -> None:
 
 def duplicate(value: Any) -> Any:
     """Return a copy of a tensor or an array."""
-    return value.copy() if is_array(value) else value.detach().clone()
+    return np.array(value) if is_array(value) else value.detach().clone()
+
+
+def restore(value: Any, old: Any) -> None:
+    """Write old elements back, past the methods of a subclass; those may refuse even the elements that they have."""
+    if is_array(value):
+        np.ndarray.__setitem__(value, ..., old)
+        return
+    with sys.modules["torch"]._C.DisableTorchFunctionSubclass(), suppress(Exception):
+        value.copy_(old)
 
 
 def name_some(names: Sequence[str]) -> str:
