@@ -68,7 +68,7 @@ def first_line(error: BaseException) -> str:
         lines = "".join([str(error)]).strip().splitlines()
     except Exception:  # noqa: BLE001 - another library's error may raise whatever it likes
         lines = []
-    return _readable(lines[0], 200) if lines else type_name(error)
+    return _readable(lines[0], 200) if lines else type_name(error).rpartition(".")[2]
 
 
 def _readable(text: str, length: int) -> str:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from rlbroker.backend.text import describe_error
+from rlbroker.codec.refusals import first_line
 from rlbroker.types import Batch
 
 logger = logging.getLogger("rlbroker")
@@ -50,7 +50,7 @@ class _ImportWatcher:
                     try:
                         register(module)
                     except Exception as error:  # noqa: BLE001 - it must not end the import of that library
-                        logger.warning("%s does not know rlbroker.Batch: %s", name, describe_error(error))
+                        logger.warning("%s does not know rlbroker.Batch: %s", name, first_line(error))
 
 
 def _is_complete(module: Any, function: str) -> bool:
