@@ -53,8 +53,8 @@ def type_name(value: object) -> str:
 def shorten_object(value: object) -> str:
     """Return an object of any library as short text: the beginning of its repr, or its type if it has none.
 
-    >>> shorten_object((1, "\udcff")), shorten_object(RefusedError)
-    ("(1, '\\udcff')", "<class 'rlbroker.codec.refusals.RefusedError'>")
+    >>> shorten_object((1, "a")), shorten_object(RefusedError)
+    ("(1, 'a')", "<class 'rlbroker.codec.refusals.RefusedError'>")
     """
     try:
         return _readable("".join([repr(value)]), 80)
