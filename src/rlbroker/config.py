@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -290,12 +291,13 @@ def shown(value: object) -> str:
     >>> shown("redis://me:secret@host"), shown(-1), shown(b"secret")
     ("'redis://host'", '-1', 'a value of type bytes')
     """
-    if isinstance(value, str):
-        text = redacted_url(value) if "password" not in value or "://" in value else "…"
+    if issubclass(type(value), str):  # `isinstance` would ask its `__class__`, which may raise
+        text = "".join([value])  # type: ignore[list-item] # it is a str
+        text = redacted_url(text) if "password" not in text or "://" in text else "…"
         return repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…")
     if (number := _integer(value)) is not None:
         return repr(number) if abs(number) < 10**_SHOWN_CHARACTERS else "an integer of many digits"
-    if value is None or isinstance(value, bool | float):
+    if value is None or issubclass(type(value), bool | float):
         return str(value)
     return f"a value of type {type(value).__name__}"
 
@@ -375,8 +377,14 @@ def _no_end(value: object) -> str:
 
 
 def _integer(value: object) -> int | None:
-    """Return an integer of Python or numpy; None if the value is not one. A truth value is not."""
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    """Return an integer of Python, numpy or torch; None if the value is not one. A truth value is not."""
+    if type(value) is int:
+        return value
+    try:
+        is_truth = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+        return None if is_truth else int(operator.index(value))  # type: ignore[arg-type] # raises TypeError
+    except Exception:  # noqa: BLE001 - its own code may raise whatever it likes
+        return None
 
 
 def _number(value: object) -> float:
@@ -387,6 +395,8 @@ def _number(value: object) -> float:
         return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:
         return math.inf
+    except Exception:  # noqa: BLE001 - its own code may raise whatever it likes
+        return math.nan
 
 
 def _stored_integer(text: str) -> int:

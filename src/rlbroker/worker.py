@@ -14,6 +14,7 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.lifetime import Lifetime, is_exiting
 from rlbroker.backend.locks import CallLock
 from rlbroker.codec.foreign import is_mapping
+from rlbroker.codec.refusals import type_name
 from rlbroker.codec.signing import SigningKey
 from rlbroker.config import (
     DEFAULT_RUN,
@@ -347,7 +348,7 @@ class WorkerClient:
         self._check()
         if not is_mapping(batch):
             raise UnsupportedType(
-                f"a batch is a dictionary, not a {type(batch).__name__}; send one, as from dataclasses.asdict()"
+                f"a batch is a dictionary, not a {type_name(batch)}; send one, as from dataclasses.asdict()"
             )
         if timeout is not None:
             timeout = check_positive_seconds("timeout", timeout)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlbroker.codec.image import ImagePlan
 from rlbroker.codec.limits import Limits
 from rlbroker.codec.message import MessagePlan, decode, encode
 from rlbroker.errors import InvalidArgument, UnsupportedType
@@ -216,3 +217,82 @@ def test_a_depth_limit_beyond_pythons_recursion_limit_is_refused() -> None:
 def test_a_header_needs_the_description_of_every_segment() -> None:
     with pytest.raises(InvalidArgument, match="0 segments given; the plan has 1"):
         MessagePlan(np.ones(9)).header([])
+
+
+def _raising_kind() -> Any:
+    class Raises(type):
+        def __getattr__(cls, name: str) -> Any:
+            raise ValueError(f"no {name}\udcff")
+
+    class RaisingKind(metaclass=Raises):  # inside, because pytest asks what a module has
+        pass
+
+    return RaisingKind()
+
+
+class _RaisingClass:
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        raise ValueError("no class")
+
+
+class _RaisingRepr:
+    def __repr__(self) -> str:
+        raise ValueError("no repr")
+
+
+class _SurrogateRepr:
+    def __repr__(self) -> str:
+        return "\udcff" * 10_000
+
+
+class _NoPairs(dict[str, Any]):
+    def items(self) -> Any:
+        return [1, 2]
+
+
+class _RaisingItems(dict[str, Any]):
+    def items(self) -> Any:
+        raise _Speechless
+
+
+class _Speechless(Exception):
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        raise ValueError("no class")
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+class _Masked:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return np.ma.masked_array([1, 2], [True, False])
+
+
+class _RaisingTensor(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, *args: Any, **options: Any) -> Any:
+        raise ValueError("no function")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: {_RaisingRepr(): 1}, r"the key <.*_RaisingRepr> is of type .*; keys must be str or int"),
+        (lambda: {(1, _RaisingRepr()): 1}, r"the key <tuple> is of type tuple"),
+        (lambda: {_SurrogateRepr(): 1}, r"the key (\\udcff)+.{0,5} is of type"),
+        (lambda: _NoPairs(x=1), "the items of .*_NoPairs cannot be read"),
+        (lambda: _RaisingItems(x=1), "the items of .*_RaisingItems cannot be read: .*_Speechless"),
+        (_raising_kind, r"RaisingKind cannot be read: no .*\\udcff"),
+        (lambda: _RaisingClass(), "_RaisingClass cannot be read: no class"),
+        (lambda: _Masked(), "_Masked gives a MaskedArray, whose mask cannot travel"),
+        (lambda: torch.ones(2).as_subclass(_RaisingTensor), "_RaisingTensor cannot travel"),
+    ],
+)
+@pytest.mark.parametrize("plan", [MessagePlan, ImagePlan])
+def test_an_object_whose_own_code_raises_is_refused_with_its_path(make: Any, reason: str, plan: Any) -> None:
+    for tree, path in ((make(), "the top level"), ({"a": [make()]}, r"\['a'\]\[0\]")):
+        with pytest.raises(UnsupportedType, match=f"^{path}: .*{reason}") as refused:
+            plan(tree)
+        assert len(str(refused.value).encode()) < 700

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Server, wait_until
 
 from rlbroker import Command, WorkerClient, WorkerCommunicator
@@ -30,6 +31,22 @@ class NotText(Exception):
         return 3  # type: ignore[return-value]
 
 
+class Classless(Exception):
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        raise RuntimeError("no class")
+
+
+class RaisingMapping(dict[Any, Any]):
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+class RaisingKey:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
 def outcome_of(comm: WorkerCommunicator, client: WorkerClient, command: Command) -> str:
     """Let the worker poll until the learner has the command's final outcome."""
     wait_until(
@@ -45,6 +62,7 @@ def outcome_of(comm: WorkerCommunicator, client: WorkerClient, command: Command)
         (ValueError("caf\udce9.txt"), r"failed: ValueError: caf\udce9.txt"),
         (Unshowable(), "failed: Unshowable: its text cannot be shown"),
         (NotText(), "failed: NotText: its text cannot be shown"),
+        (Classless, "failed: Classless"),
         (ValueError("x" * 5_000_000), "failed: ValueError: xxx"),
         (
             ExceptionGroup("two", [ValueError("first"), Unshowable(), ValueError("\udcff")]),
@@ -52,10 +70,10 @@ def outcome_of(comm: WorkerCommunicator, client: WorkerClient, command: Command)
             r"Unshowable: its text cannot be shown; ValueError: \udcff",
         ),
     ],
-    ids=["surrogate", "unshowable", "not-text", "megabytes", "group"],
+    ids=["surrogate", "unshowable", "not-text", "classless", "megabytes", "group"],
 )
 def test_whatever_a_handler_raises_its_command_is_failed_with_readable_text(
-    learner: Learner, worker: Worker, error: Exception, text: str
+    learner: Learner, worker: Worker, error: Exception | type[Exception], text: str
 ) -> None:
     comm, client = learner(), worker()
 
@@ -229,3 +247,39 @@ def test_foreign_acknowledgements_hold_up_no_other(
     assert outcome_of(comm, good, command) == "done"
     wait_until("they are settled", lambda: server.client.xlen(keys.acknowledgements(bad.worker_id)) == 0)
     assert comm.missed_updates()[bad.worker_id].total == 0
+
+
+@pytest.mark.parametrize("make", [lambda: Classless(), lambda: {RaisingKey(): 1}], ids=["class", "repr"])
+def test_an_object_whose_own_code_raises_is_refused_by_each_call_that_sends(
+    learner: Learner, worker: Worker, make: Callable[[], Any]
+) -> None:
+    comm, client, bad = learner(), worker(), make()
+    for tree in (bad, {"a": bad}):
+        for send in (
+            client.send_experiences,
+            comm.send_model_weights,
+            lambda tree: comm.send_control_command("reset", tree),
+        ):
+            with pytest.raises(UnsupportedType):
+                send(tree)
+    ids: Any = [bad]
+    with pytest.raises(InvalidArgument):
+        comm.send_control_command("reset", worker_ids=ids)
+    with pytest.raises(InvalidArgument):
+        client.send_experiences({"x": 1}, rows=bad)
+    sent: Any = RaisingMapping(x=1)
+    comm.send_model_weights(sent)
+    client.send_experiences(sent)
+    assert outcome_of(comm, client, comm.send_control_command("reset", sent)) == "done"
+    assert [dict(batch) for _, batch in comm.collect_experiences(timeout=5.0)] == [{"x": 1}]
+
+
+def test_worker_ids_may_be_a_tensor(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    for ids in (torch.tensor([client.worker_id]), np.array([client.worker_id])):
+        command = comm.send_control_command("reset", worker_ids=ids)  # type: ignore[arg-type] # taken as well
+        assert outcome_of(comm, client, command) == "done"
+    wrong: Any
+    for wrong in (torch.tensor([True]), torch.tensor([0.0]), torch.tensor(0), np.array([True])):
+        with pytest.raises(InvalidArgument, match="worker_id"):
+            comm.send_control_command("reset", worker_ids=wrong)

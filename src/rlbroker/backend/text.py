@@ -39,10 +39,13 @@ def describe_error(error: BaseException, length: int = 500) -> str:
     >>> describe_error(ExceptionGroup("two", [ValueError("a"), KeyError(1)]))
     'ExceptionGroup: two (2 sub-exceptions): ValueError: a; KeyError: 1'
     """
+    kind = type(error)  # `isinstance` would ask its `__class__`
+    name = type.__dict__["__name__"].__get__(kind)
     try:
-        text = str(error)[:length]
+        text = "".join([str(error)])[:length]
+        if issubclass(kind, BaseExceptionGroup):
+            errors = error.exceptions[:3]  # type: ignore[attr-defined] # `kind` says that it is a group
+            text += ": " + "; ".join(describe_error(one, length // 4) for one in errors)
     except Exception:  # noqa: BLE001 - it may do anything
         text = "its text cannot be shown"
-    if isinstance(error, BaseExceptionGroup):
-        text += ": " + "; ".join(describe_error(one, length // 4) for one in error.exceptions[:3])
-    return readable(f"{type(error).__name__}: {text}" if text else type(error).__name__, length)
+    return readable(f"{name}: {text}" if text else name, length)

@@ -19,17 +19,40 @@ from rlbroker.codec.refusals import RefusedError, first_line, type_name
 
 
 def is_mapping(value: Any) -> bool:
-    """Return whether a value travels as a dictionary."""
-    return isinstance(value, Mapping) or _is_tensor_dictionary(value)
+    """Return whether a value travels as a dictionary. One that raises when it is asked does not."""
+    if issubclass(type(value), dict):
+        return True
+    try:
+        return isinstance(value, Mapping) or _is_tensor_dictionary(value)
+    except Exception:  # noqa: BLE001 - its `__class__` or metaclass may raise whatever it likes
+        return False
 
 
-def read_mapping(value: Any, most: int) -> list[tuple[object, Any]] | None:
-    """Return the items of any mapping, but no more than `most`; None if the value is no mapping."""
-    if not is_mapping(value):
-        return None
+def has_method(value: Any, name: str) -> bool:
+    """Return whether a value has a method. One that raises when it is asked has none."""
+    try:
+        return callable(getattr(value, name, None))
+    except Exception:  # noqa: BLE001 - its `__getattr__` may raise whatever it likes
+        return False
+
+
+def read_foreign(value: Any, most: int) -> list[tuple[object, Any]] | Array:
+    """Return the items of any mapping, but no more than `most`, or the array of an object that offers one.
+
+    Raises RefusedError for anything else, and for objects whose own code raises.
+    """
+    try:
+        return _read_items(value, most) if is_mapping(value) else _read_array(value)
+    except (RefusedError, RecursionError):
+        raise
+    except Exception as error:
+        raise RefusedError(f"{type_name(value)} cannot be read: {first_line(error)}") from error
+
+
+def _read_items(value: Any, most: int) -> list[tuple[object, Any]]:
     try:
         items = (value.to_dict() if _is_tensor_dictionary(value) else value).items()
-        return list(islice(items, most))
+        return [(key, item) for key, item in islice(items, most)]  # what is no pair raises here
     except Exception as error:
         raise RefusedError(f"the items of {type_name(value)} cannot be read: {first_line(error)}") from error
 
@@ -43,15 +66,14 @@ def _is_tensor_dictionary(value: Any) -> bool:
     return hasattr(kind, "batch_size") and hasattr(kind, "to_dict")
 
 
-def read_array(value: Any) -> Array:
-    """Return the numpy array of an object that offers one; raise RefusedError for anything else."""
+def _read_array(value: Any) -> Array:
     kind = type(value)
     if isinstance(value, np.memmap):
         return np.asarray(value)
     readers: list[Callable[[Any], Array]] = []
     if not isinstance(value, np.ndarray | bool | int | float | str | bytes):
         if hasattr(kind, "__array__") or hasattr(kind, "__array_interface__"):
-            readers.append(np.asarray)
+            readers.append(np.asanyarray)
         if hasattr(kind, "__dlpack__"):  # some refuse `__array__` because it would copy from a GPU
             readers.append(_from_dlpack)
     if not readers:
@@ -59,13 +81,20 @@ def read_array(value: Any) -> Array:
     faults = []
     for read in readers:
         try:
-            return read(value)
+            array = read(value)
+            break
         except Exception as error:  # noqa: BLE001 - other libraries raise what they like
             faults.append(error)
-    call = "jax.device_get()" if kind.__module__.startswith("jax") else "a numpy array"
-    raise RefusedError(
-        f"numpy cannot read {type_name(value)}: {first_line(faults[0])}; send {call} of it"
-    ) from faults[0]
+    else:
+        call = "jax.device_get()" if kind.__module__.startswith("jax") else "a numpy array"
+        raise RefusedError(
+            f"numpy cannot read {type_name(value)}: {first_line(faults[0])}; send {call} of it"
+        ) from faults[0]
+    if isinstance(array, np.ma.MaskedArray):
+        raise RefusedError(
+            f"{type_name(value)} gives a MaskedArray, whose mask cannot travel; send its data and mask"
+        )
+    return np.asarray(array)
 
 
 def _from_dlpack(value: Any) -> Array:

@@ -122,9 +122,9 @@ class LeafTable:
         if kind is bytes:
             flat = np.frombuffer(value, np.uint8)
             return self._append(Leaf("bytes", "|u1", flat.shape, flat.dtype), flat)
-        if self._tensor_type is not None and isinstance(value, self._tensor_type):
+        if self._tensor_type is not None and issubclass(kind, self._tensor_type):
             return self._add_tensor(value)
-        if isinstance(value, np.generic):
+        if issubclass(kind, np.generic):
             name, elements = _as_carrier(np.asarray(value))
             return self._append(Leaf("scalar", name, (), elements.dtype), elements)
         return None

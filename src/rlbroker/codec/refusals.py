@@ -33,19 +33,43 @@ def format_path(keys: Path) -> str:
         return "the top level"
     if len(keys) > 12:
         return f"{format_path(keys[:10])}…"
-    return "".join(f"[{key!r:.80}]" for key in keys)
+    return "".join(f"[{shorten_object(key)}]" for key in keys)
 
 
 def type_name(value: object) -> str:
-    """Return the name of a value's type, with its module unless it is a builtin."""
+    """Return the name of a value's type, with its module unless it is a builtin; in short, whatever its metaclass does.
+
+    >>> type_name(3), type_name(RefusedError("no"))
+    ('int', 'rlbroker.codec.refusals.RefusedError')
+    """
     kind = type(value)
-    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    try:
+        name = f"{kind.__module__}.{kind.__qualname__}"
+    except Exception:  # noqa: BLE001 - its metaclass may raise whatever it likes
+        name = type.__dict__["__name__"].__get__(kind)
+    return _readable(name.removeprefix("builtins."), 200)
+
+
+def shorten_object(value: object) -> str:
+    """Return an object of any library as short text: the beginning of its repr, or its type if it has none.
+
+    >>> shorten_object((1, "a")), shorten_object(RefusedError)
+    ("(1, 'a')", "<class 'rlbroker.codec.refusals.RefusedError'>")
+    """
+    try:
+        return _readable("".join([repr(value)]), 80)
+    except Exception:  # noqa: BLE001 - its `__repr__` may raise whatever it likes
+        return f"<{type_name(value)}>"
 
 
 def first_line(error: BaseException) -> str:
     """Return the beginning of an error's text, or its type if it cannot be shown or is empty."""
     try:
-        lines = str(error).strip().splitlines()
+        lines = "".join([str(error)]).strip().splitlines()
     except Exception:  # noqa: BLE001 - another library's error may raise whatever it likes
         lines = []
-    return lines[0][:200] if lines else type(error).__name__
+    return _readable(lines[0], 200) if lines else type_name(error).rpartition(".")[2]
+
+
+def _readable(text: str, length: int) -> str:
+    return text[:length].encode(errors="backslashreplace").decode()[:length]

@@ -2,15 +2,20 @@
 
 Neither is imported for this. Whichever is imported before rlbroker is told at once, the other one while it is imported
 later: a program that resumes calls `torch.load` before it has made a client, and imports may be in any order.
+Only a finder on `sys.meta_path` learns of such an import; it finds nothing, and never raises.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from rlbroker.codec.refusals import first_line
 from rlbroker.types import Batch
+
+logger = logging.getLogger("rlbroker")
 
 
 def register_batch() -> None:
@@ -39,15 +44,21 @@ class _ImportWatcher:
         """Register with the libraries that have been imported, once each."""
         for name, (function, register) in list(self._waiting.items()):
             module = sys.modules.get(name)
-            if hasattr(module, function) and not _is_incomplete(module):
+            if _is_complete(module, function):
                 entry = self._waiting.pop(name, None)
                 if entry:  # no other thread was faster
-                    register(module)
+                    try:
+                        register(module)
+                    except Exception as error:  # noqa: BLE001 - it must not end the import of that library
+                        logger.warning("%s does not know rlbroker.Batch: %s", name, first_line(error))
 
 
-def _is_incomplete(module: Any) -> bool:
-    """Return whether a module is still being imported, and may lack what its functions need."""
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+def _is_complete(module: Any, function: str) -> bool:
+    """Return whether a module has a function, and is not being imported: it may lack what the function needs."""
+    try:
+        return hasattr(module, function) and not getattr(module.__spec__, "_initializing", False)
+    except Exception:  # noqa: BLE001 - a stand-in for the module may do anything
+        return False
 
 
 def _register_safe_classes(serialization: Any) -> None:

@@ -24,8 +24,10 @@ def torch_names(module: Any) -> dict[Any, str]:
 def tensor_name(module: Any, value: torch.Tensor) -> str:
     """Return the name on the wire of a tensor's dtype; raise RefusedError for a kind of tensor that cannot travel."""
     kind = type(value)
+    if kind is not module.Tensor and kind is not module.nn.Parameter:
+        raise RefusedError(_subclass_fault(value))
     name = torch_names(module).get(value.dtype)
-    if name is None or (kind is not module.Tensor and kind is not module.nn.Parameter) or value.is_meta:
+    if name is None or value.is_meta:
         raise RefusedError(tensor_fault(module, value))
     return name
 
@@ -54,14 +56,25 @@ def tensor_address(value: torch.Tensor) -> int | None:
     return start + offset
 
 
+_NESTED = "a nested tensor cannot travel; send its parts as a list: unbind() of it"
+
+
+def _subclass_fault(value: Any) -> str:
+    call = "as_subclass(torch.Tensor)"
+    try:
+        if value.is_nested:
+            return _NESTED
+        if hasattr(value, "full_tensor"):
+            call = "full_tensor() or to_local()"
+    except Exception:  # noqa: BLE001 - its `__torch_function__` may raise whatever it likes
+        pass
+    return f"a tensor of the subclass {type_name(value)} cannot travel; send a plain one: {call} of it"
+
+
 def tensor_fault(module: Any, value: torch.Tensor, error: RuntimeError | None = None) -> str:
     """Return why a tensor cannot travel, and what to send instead; `error` is what torch said about it."""
-    kind = type(value)
     if value.is_nested:
-        return "a nested tensor cannot travel; send its parts as a list: unbind() of it"
-    if kind is not module.Tensor and kind is not module.nn.Parameter:
-        call = "full_tensor() or to_local()" if hasattr(value, "full_tensor") else "as_subclass(torch.Tensor)"
-        return f"a tensor of the subclass {type_name(value)} cannot travel; send a plain one: {call} of it"
+        return _NESTED
     if value.is_quantized:
         return f"a quantised tensor ({value.dtype}) cannot travel; send dequantize() or int_repr() of it"
     if value.layout is not module.strided:

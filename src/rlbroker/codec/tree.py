@@ -12,9 +12,9 @@ from typing import Any
 
 import msgpack
 
-from rlbroker.codec.foreign import read_array, read_mapping
+from rlbroker.codec.foreign import read_foreign
 from rlbroker.codec.limits import DEFAULT_LIMITS
-from rlbroker.codec.refusals import RefusedError
+from rlbroker.codec.refusals import RefusedError, shorten_object, type_name
 from rlbroker.errors import UnsupportedType, WireError
 
 #: A leaf: its number in the leaf table, u32 little endian.
@@ -95,12 +95,11 @@ class TreePacker:
             return value
         number = self._add_leaf(value)
         if number is None:
-            items = read_mapping(value, MAX_VALUES + 1)
-            if items is not None:
-                return self._pack_items(items, len(items), depth)
-            array = read_array(value)
-            number = self._add_leaf(array)
-            assert number is not None, f"{type(array)} is not an array"
+            found = read_foreign(value, MAX_VALUES + 1)
+            if type(found) is list:
+                return self._pack_items(found, len(found), depth)
+            number = self._add_leaf(found)
+            assert number is not None, f"{type(found)} is not an array"
         self.found.append((depth, number))
         return _leaf_reference(number)
 
@@ -145,7 +144,7 @@ class TreePacker:
         if kind is int:
             return key if _INT64_MIN <= key <= _UINT64_MAX else _long_int(key)  # type: ignore # `kind` says that it is an int
         raise RefusedError(
-            f"the key {key!r:.80} is of type {kind.__name__}; keys must be str or int: send str() of it"
+            f"the key {shorten_object(key)} is of type {type_name(key)}; keys must be str or int: send str() of it"
         )
 
 
@@ -157,7 +156,7 @@ def pack_metadata(metadata: object) -> object:
 
     def refuse(value: object) -> int:
         raise RefusedError(
-            f"a {type(value).__name__} in the metadata of a state dict; it may hold plain values only"
+            f"a {type_name(value)} in the metadata of a state dict; it may hold plain values only"
         )
 
     packed: Any = TreePacker(refuse).pack({"_metadata": metadata})

@@ -32,6 +32,14 @@ INTERRUPTED: Final = ("failed", "interrupted; it may have been done in part")
 Handler = Callable[[Any], None]
 
 
+def _describe_traceback() -> str:
+    """Return the traceback of the exception that is being handled, whatever that exception's own code does."""
+    try:
+        return readable(traceback.format_exc(), TRACEBACK_LENGTH)
+    except Exception:  # noqa: BLE001 - it may do anything
+        return "(its traceback cannot be shown)"
+
+
 class CommandHandlers:
     """The commands that one worker obeys, and their effects on it. `obey` is not thread-safe."""
 
@@ -125,8 +133,7 @@ class CommandHandlers:
                 registered(command.data)
             except Exception as error:  # noqa: BLE001 - it may raise anything
                 command.result = ("failed", describe_error(error))
-                trace = readable(traceback.format_exc(), TRACEBACK_LENGTH)
-                logger.error("the command %r failed\n%s", command.name, trace)
+                logger.error("the command %r failed\n%s", command.name, _describe_traceback())
                 return
             except BaseException as error:
                 # Ctrl-C or sys.exit: the worker ends, and the learner must not wait for its acknowledgement.

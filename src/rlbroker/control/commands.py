@@ -25,7 +25,7 @@ from rlbroker.backend.replies import (
 )
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import readable
-from rlbroker.codec.message import encode
+from rlbroker.codec.message import decode, encode
 from rlbroker.codec.signing import SigningKey
 from rlbroker.config import check_positive_seconds, check_timeout_seconds, check_worker_id, shown
 from rlbroker.control.command_signature import SIGNATURE_FIELDS, sign_command
@@ -254,22 +254,18 @@ class CommandSender:
             Fenced: a newer learner has taken over the run.
             DeadlineExceeded: the members of the run kept changing.
         """
-        if not isinstance(name, str) or not name or len(name) > NAME_LENGTH:
+        if not issubclass(type(name), str) or not name or len(name) > NAME_LENGTH:
             raise InvalidArgument(f"a command is a name of 1 to {NAME_LENGTH} characters; got {shown(name)}")
         if readable(name) != name:
             raise InvalidArgument(f"the name of a command must be valid text; got {shown(name)}")
         if expires_seconds is not None:
             expires_seconds = check_positive_seconds("expires", expires_seconds)
-        if worker_ids is not None and not isinstance(worker_ids, Iterable):
-            raise InvalidArgument(
-                f"worker_ids must be a list of worker ids, or None for all; got {shown(worker_ids)}"
-            )
-        wanted = None if worker_ids is None else sorted({check_worker_id(one) for one in worker_ids})
+        wanted = None if worker_ids is None else sorted({check_worker_id(one) for one in _listed(worker_ids)})
         command_id = uuid.uuid4().hex[:12]
         encoded = encode(data, compression=False)  # first, because it refuses what cannot be described
         fields = {
             "name": name,
-            "arguments": _describe_arguments(data),
+            "arguments": _describe_arguments(decode(encoded)),  # runs no code of other libraries
             "expires_seconds": expires_seconds or 0,
             "data": encoded,
         }
@@ -478,6 +474,18 @@ def _keep_within_bounds(commands: _Entries) -> _Entries:
 #: Bounds the depth and the length of what it shows, and survives values that cannot be shown.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = ARGUMENTS_LENGTH
+
+
+def _listed(worker_ids: Iterable[int]) -> list[int]:
+    """Return ids as a list; raise InvalidArgument if they are none, or if their own code raises."""
+    if type(worker_ids) is list:
+        return worker_ids
+    try:
+        return list(worker_ids)
+    except Exception as error:
+        raise InvalidArgument(
+            f"worker_ids must be a list of worker ids, or None for all; got {shown(worker_ids)}"
+        ) from error
 
 
 def _describe_arguments(data: Any) -> str:

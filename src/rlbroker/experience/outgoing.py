@@ -12,6 +12,7 @@ import numpy as np
 
 from rlbroker.backend.resp import Pieces
 from rlbroker.codec.message import MessagePlan
+from rlbroker.codec.refusals import shorten_object
 from rlbroker.errors import InvalidArgument
 from rlbroker.types import SendReceipt
 
@@ -184,9 +185,9 @@ class Packer:
 def _check_rows(rows: SupportsIndex) -> int:
     """Return a number of rows as an int; raise InvalidArgument if it is not one."""
     try:
-        number = -1 if isinstance(rows, bool | np.bool) else operator.index(rows)
-    except TypeError:
+        number = -1 if issubclass(type(rows), bool | np.bool) else operator.index(rows)
+    except Exception:  # noqa: BLE001 - its own code may raise whatever it likes
         number = -1
     if not 0 <= number <= MOST_ROWS:
-        raise InvalidArgument(f"rows must be an integer from 0 to {MOST_ROWS}; got {rows!r:.80}")
+        raise InvalidArgument(f"rows must be an integer from 0 to {MOST_ROWS}; got {shorten_object(rows)}")
     return number

@@ -13,7 +13,8 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.lifetime import Lifetime, is_exiting
-from rlbroker.codec.foreign import is_mapping
+from rlbroker.codec.foreign import has_method, is_mapping
+from rlbroker.codec.refusals import type_name
 from rlbroker.codec.signing import SigningKey
 from rlbroker.config import (
     DEFAULT_RUN,
@@ -265,10 +266,10 @@ class WorkerCommunicator:
         """
         self._check_publishes()
         if not is_mapping(model_state_dict):
-            if callable(getattr(model_state_dict, "state_dict", None)):
+            if has_method(model_state_dict, "state_dict"):
                 raise UnsupportedType("got a model; send its weights: send_model_weights(model.state_dict())")
             raise UnsupportedType(
-                f"weights are a dictionary, such as model.state_dict(); got {type(model_state_dict).__name__}"
+                f"weights are a dictionary, such as model.state_dict(); got {type_name(model_state_dict)}"
             )
         return self._publisher.publish(
             model_state_dict,

@@ -6,6 +6,7 @@ comes back without its data gets it again under a new version.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Mapping
@@ -152,7 +153,9 @@ class Publisher:
     def _copy(
         self, weights: Any, compression: bool, dtype: str | None, wait: bool, began: float
     ) -> Task[Published]:
-        metadata = getattr(weights, "_metadata", None)
+        metadata = inspect.getattr_static(
+            weights, "_metadata", None
+        )  # runs no `__getattr__`, which may raise
         plan = ImagePlan(weights, dtype=dtype, segment_bytes=self._segment_bytes, metadata=metadata)
         copies = self._gpu_copy.start(plan)
         draft = self._images.reserve(plan.image_bytes, plan.raw_bytes)
