@@ -389,8 +389,8 @@ def _integer(value: object) -> int | None:
 
 def _number(value: object) -> float:
     """Return a real number of Python or numpy; nan if the value is not one. A truth value is not."""
-    if type(value) is float:
-        return value
+    if type(value) is float or (type(value) is int and abs(value) <= MAX_INTEGER):
+        return float(value)
     try:
         return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     except OverflowError:

@@ -75,7 +75,9 @@ def test_the_versions_of_modules_travel(learner: Learner, worker: Worker, wait: 
 def test_metadata_that_cannot_travel_is_named(learner: Learner) -> None:
     state = torch.nn.Linear(2, 2).state_dict()
     state._metadata[""]["scale"] = torch.ones(1)  # type: ignore[attr-defined]
-    with pytest.raises(UnsupportedType, match=r"\['_metadata'\]\[''\]\['scale'\]: a Tensor in the metadata"):
+    with pytest.raises(
+        UnsupportedType, match=r"\['_metadata'\]\[''\]\['scale'\]: a torch.Tensor in the metadata"
+    ):
         learner().send_model_weights(state)
 
 

@@ -73,7 +73,8 @@ class ConnectionPool(redis.ConnectionPool):
         if inuse_connections:
             for reference in tuple(self._made):
                 if (connection := reference()) is not None:
-                    connection.disconnect()
+                    with suppress(OSError, ValueError):  # ValueError: fakeredis, while another thread uses it
+                        connection.disconnect()
             return
         with suppress(IndexError):  # another thread has taken the last one
             for _ in range(len(self._idle)):

@@ -22,6 +22,7 @@ class Cleanup:
     """Ends one learner: first `finish_work` in the calling thread, then `leave` in the learner's thread.
 
     Attributes:
+        parts, maintenance: what the learner consists of; None until they are made.
         report: what the learner left in Redis; not `complete` until it could be asked.
         over: whether the run is over.
     """
@@ -29,50 +30,46 @@ class Cleanup:
     def __init__(self, connection: Connection, keys: Keys, images: ImageStore) -> None:
         """Prepare the end of a learner that is being opened."""
         self._connection, self._keys, self._images = connection, keys, images
-        self._parts: LearnerParts | None = None
-        self._maintenance: Maintenance | None = None
+        self.parts: LearnerParts | None = None
+        self.maintenance: Maintenance | None = None
         self._problem: PeerError | None = None
         self.report, self.over = CleanupReport(complete=False), False
 
-    def add(self, parts: LearnerParts, maintenance: Maintenance) -> None:
-        """Add the parts of the open learner."""
-        self._parts, self._maintenance = parts, maintenance
-
     def finish_work(self, deadline: Deadline, *, acknowledge: bool) -> None:
         """Wait for weights that are being published, and acknowledge the batches that were returned last."""
-        if self._parts is None:
+        if self.parts is None:
             return
-        if not self._parts.publisher.finish(deadline.remaining):
+        if not self.parts.publisher.finish(deadline.remaining):
             logger.warning("cleanup of the run %r: the last weights may never be published", self._keys.run)
         try:
             if acknowledge and not deadline.over:
                 with within(deadline):
-                    self._parts.collector.acknowledge_returned(deadline)
+                    self.parts.collector.acknowledge_returned(deadline)
         except PeerError as error:  # `leave` raises it
             self._problem = without_frames(error)
 
     def leave(self, deadline: Deadline, dropped: bool) -> None:
         """Settle acknowledgements, report what is left, and mark the run as over if it is. Log what fails."""
-        if self._parts is None or self._maintenance is None:
+        if self.parts is None or self.maintenance is None:
             return
         if dropped:  # its last batches stay for the next learner: the program may not have used them
             self.finish_work(deadline, acknowledge=False)
-        self._parts.recorder.end_logs(deadline)
+        self.parts.recorder.end_logs(deadline)
         try:
             if self._problem:
                 raise_again(self._problem)
             if not deadline.over:
                 with within(deadline):
-                    self.report = self._finish(self._parts, self._maintenance, deadline, dropped)
+                    self.report = self._finish(self.parts, self.maintenance, deadline, dropped)
         except PeerError as error:
             logger.warning("cleanup of the run %r: %s", self._keys.run, error)
 
     def release(self) -> None:
         """Close everything without asking the server. May be called several times."""
-        if self._maintenance:
-            self._maintenance.close()
-        if self._parts:
-            self._parts.publisher.close()
+        if self.maintenance:
+            self.maintenance.close()
+        if self.parts:
+            self.parts.publisher.close()
         self._images.close()
         self._connection.close()
 

@@ -180,7 +180,7 @@ class WorkerCommunicator:
         try:
             connection.check_server(allow_eviction=allow_eviction)
             connection.load(SCRIPTS)
-            parts = LearnerParts.open(
+            self._cleanup.parts = parts = LearnerParts.open(
                 connection,
                 self._keys,
                 options,
@@ -188,8 +188,9 @@ class WorkerCommunicator:
                 signing_key=SigningKey(secret) if secret else None,
                 check=life.check,
             )
-            self._maintenance = Maintenance(connection, self._keys, parts, forget_seconds=forget_seconds)
-            self._cleanup.add(parts, self._maintenance)
+            self._cleanup.maintenance = self._maintenance = Maintenance(
+                connection, self._keys, parts, forget_seconds=forget_seconds
+            )
             self._thread = self._maintenance.thread
             life.add_threads(self._thread)
             self._thread.start()
