@@ -105,6 +105,16 @@ def hashable(value: Any) -> bool:
     return isinstance(value, str | bytes | Path)
 
 
+def misplaced(setting: str, value: Any) -> dict[str, Any]:
+    """Return the settings of a client, one of which has a value that does not belong there."""
+    if setting in ("redis_url", "redis_client") and not isinstance(value, bytes | Path | list | dict):
+        pytest.skip("this is a URL or a client")
+    settings = {"redis_client": fakeredis.FakeRedis(), setting: value}
+    if setting == "redis_url":
+        del settings["redis_client"]
+    return settings
+
+
 def assert_hides(call: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> None:
     """Check that a call raises nothing but errors of rlbroker, and that nothing shows the password."""
     try:
@@ -124,12 +134,8 @@ def test_no_setting_of_a_learner_shows_a_password(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if setting in ("redis_url", "redis_client") and not isinstance(value, bytes | Path | list | dict):
-        pytest.skip("this is a URL or a client")
     monkeypatch.chdir(tmp_path)
-    settings = {"num_workers": 1, "redis_client": fakeredis.FakeRedis(), setting: value}
-    if setting == "redis_url":
-        del settings["redis_client"]
+    settings = {"num_workers": 1, **misplaced(setting, value)}
 
     def call() -> None:
         WorkerCommunicator(**settings).cleanup()
@@ -146,12 +152,8 @@ def test_no_setting_of_a_worker_shows_a_password(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if setting in ("redis_url", "redis_client") and not isinstance(value, bytes | Path | list | dict):
-        pytest.skip("this is a URL or a client")
     monkeypatch.chdir(tmp_path)
-    settings = {"redis_client": fakeredis.FakeRedis(), setting: value}
-    if setting == "redis_url":
-        del settings["redis_client"]
+    settings = misplaced(setting, value)
 
     def call() -> None:
         WorkerClient(**settings).close()

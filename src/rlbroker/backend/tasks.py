@@ -106,7 +106,7 @@ class TaskThread:
         threading.Thread(target=_do_tasks, args=(tasks,), name=f"rlbroker-{name}", daemon=True).start()
 
     def submit(self, task: Task[Any]) -> None:
-        """Have a task done. One that is submitted again, after an interrupt, is done once."""
+        """Queue a task for the thread. A task that is submitted again, after an interrupt, runs once."""
         self._submit(task)
 
     def close(self) -> None:

@@ -48,7 +48,7 @@ class PendingEntries:
     """The pending entries of one learner, and the counts of their outcomes. Safe to use from several threads.
 
     An entry is pending until the server has answered its acknowledgement. Until then the acknowledgement is only asked
-    for: nobody knows whether the server has counted it, so it is not counted here, whatever the server's counts say,
+    for: the server may or may not have counted it, so it is not counted here, whatever the server's counts say,
     and each further acknowledgement repeats it. The counts are remembered to restore them on a server that lost them.
     Writing to the server raises `Fenced` once a newer learner of this name has taken over.
     """

@@ -132,7 +132,7 @@ class Publisher:
         try:
             return PublishReceipt(task.result())
         finally:
-            if not task.done:  # an interrupt: the thread continues, and nobody waits for it
+            if not task.done:  # an interrupt: the thread continues, and no caller sees its error
                 task.on_failure = _log_failure
 
     def _prepare(
