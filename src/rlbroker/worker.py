@@ -263,23 +263,18 @@ class WorkerClient:
             Fenced: a newer process has this worker id.
             PeerError: the server refused, or could not be reached in time.
         """
-        try:
-            with self._last_poll:
-                self._check()
-                self._inbox.send_unsent()
-                check_target(model)
-                deadline = Deadline(check_positive_seconds("timeout", timeout))
-                with within(deadline):
-                    latest = self._subscriber.read_latest()
-                if latest and not self._subscriber.ready:
-                    # A call with another model, or with one that it did not fit, took the latest version before.
-                    self._subscriber.fetch_again()
-                self._wait_and_load(model, latest, deadline)
-                return self.version
-        except BaseException:  # an interrupt may have left it
-            self._obeying.release()
-            self._applying.release()
-            raise
+        with self._last_poll:
+            self._check()
+            self._inbox.send_unsent()
+            check_target(model)
+            deadline = Deadline(check_positive_seconds("timeout", timeout))
+            with within(deadline):
+                latest = self._subscriber.read_latest()
+            if latest and not self._subscriber.ready:
+                # A call with another model, or with one that it did not fit, took the latest version before.
+                self._subscriber.fetch_again()
+            self._wait_and_load(model, latest, deadline)
+            return self.version
 
     def poll(self, model: Model | None = None) -> bool:
         """Obey the commands that have arrived, and load the newest weights if there are any. Cheap otherwise.
@@ -301,21 +296,15 @@ class WorkerClient:
             Fenced: a newer process has this worker id.
             PeerError: a fault that waiting does not mend. Others are retried in the background.
         """
-        try:
-            with self._last_poll:
-                self._check()
-                self._inbox.send_unsent()
-                if self._inbox.waiting or self.paused:
-                    self._obey_commands()
-                if model is None or not self._subscriber.ready or not self.running:
-                    return False
-                check_target(model)
-                with self._applying.hold():
-                    return self._weights.apply(self._subscriber.updates, model)
-        except BaseException:  # an interrupt may have left it
-            self._obeying.release()
-            self._applying.release()
-            raise
+        with self._last_poll:
+            self._check()
+            self._inbox.send_unsent()
+            if self._inbox.waiting or self.paused:
+                self._obey_commands()
+            if model is None or not self._subscriber.ready or not self.running:
+                return False
+            check_target(model)
+            return self._applying.run(self._weights.apply, self._subscriber.updates, model)
 
     # Experiences
 
@@ -414,18 +403,19 @@ class WorkerClient:
 
         A handler that calls the client obeys none: the next command begins when its own is done.
         """
-        if self._commands.is_calling:
-            return
-        with self._obeying.hold():
-            # A stop that was interrupted between its effect and its acknowledgement is finished, too.
-            while (self.running or self._inbox.begun) and not (deadline and deadline.over):
-                command = self._inbox.next(CHECK_SECONDS if self.paused else 0)
-                if command is not None:
-                    self._commands.obey(command, self._inbox)
-                elif self.paused:
-                    self._check()
-                else:
-                    return
+        if not self._commands.is_calling:
+            self._obeying.run(self._obey_arrived, deadline)
+
+    def _obey_arrived(self, deadline: Deadline | None) -> None:
+        # A stop that was interrupted between its effect and its acknowledgement is finished, too.
+        while (self.running or self._inbox.begun) and not (deadline and deadline.over):
+            command = self._inbox.next(CHECK_SECONDS if self.paused else 0)
+            if command is not None:
+                self._commands.obey(command, self._inbox)
+            elif self.paused:
+                self._check()
+            else:
+                return
 
     def _wait_and_load(self, model: Model, latest: int, deadline: Deadline) -> None:
         """Load the version `latest`, or a newer one, as soon as it is ready; obey commands meanwhile.
@@ -435,10 +425,8 @@ class WorkerClient:
         while self.running:
             if not self._subscriber.ready or self._subscriber.newest < latest:
                 self._subscriber.wait(min(CHECK_SECONDS, deadline.remaining))
-            with self._applying.hold():
-                is_newest = deadline.over or self._subscriber.newest >= latest
-                if is_newest and self._weights.apply(self._subscriber.updates, model, again=True):
-                    return
+            if self._applying.run(self._apply_newest, model, latest, deadline):
+                return
             self._obey_commands(deadline)
             self._check()
             if deadline.over:
@@ -447,6 +435,11 @@ class WorkerClient:
                     f"no weights came in the run {self.run!r} on {self._connection.address} within "
                     f"{deadline.seconds:g} s: {problem}"
                 )
+
+    def _apply_newest(self, model: Model, latest: int, deadline: Deadline) -> bool:
+        """Load what is ready, unless something newer must come before the deadline; return whether it was loaded."""
+        is_newest = deadline.over or self._subscriber.newest >= latest
+        return is_newest and self._weights.apply(self._subscriber.updates, model, again=True)
 
     def _gives_up_sending(self) -> bool:
         """Return whether to drop a batch that waits for room. Not while draining: it is then still sent."""

@@ -133,9 +133,6 @@ class WorkerParts:
                 sender.close(deadline)
         except PeerError as error:  # `leave` raises it, as a fenced worker leaves too
             self._problem = without_frames(error)
-        except BaseException:  # an interrupt: the thread that leaves goes on here
-            sender.release()
-            raise
 
     def _confirm(self, sender: Sender, seconds: float) -> None:
         try:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,19 +91,22 @@ def test_an_acknowledgement_added_while_another_thread_sends_is_sent_too(
     """The sending thread may just have checked for the last time whether there are more."""
     inbox = sleeper._inbox
     acknowledgements = inbox.acknowledgements
-    hold, late = acknowledgements._sending.hold, [inbox]
+    run_within, late = acknowledgements._sending.run_within, [inbox]
 
-    @contextmanager
-    def hold_until_one_is_added(seconds: float) -> Iterator[bool]:
-        """Hold the lock; before its release another thread adds an acknowledgement."""
-        with hold(seconds) as held:
-            yield held
+    def run_until_one_is_added(seconds: float, call: Callable[[], Any]) -> Any:
+        """Run with the lock; before its release another thread adds an acknowledgement."""
+
+        def call_and_add() -> Any:
+            result = call()
             if late:
                 other = threading.Thread(target=late.pop().acknowledge_version, args=(1, 2, "failed"))
                 other.start()
                 other.join()
+            return result
 
-    monkeypatch.setattr(acknowledgements._sending, "hold", hold_until_one_is_added)
+        return run_within(seconds, call_and_add)
+
+    monkeypatch.setattr(acknowledgements._sending, "run_within", run_until_one_is_added)
     inbox.acknowledge_version(0, 1, "failed")
     assert not late
     assert not inbox.acknowledgements.unsent

@@ -3,52 +3,51 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any, TypeVar, TypeVarTuple, cast
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
 
 
 class CallLock:
-    """A lock that one call of a client holds from beginning to end, used as `with lock.hold(seconds) as held:`.
+    """A lock that one call of a client holds from beginning to end. It runs a function, and is held no longer.
 
     A signal handler may raise between any two steps, also between taking a lock and entering the block that would
-    release it. No call runs inside another one of the same thread, so a lock that the thread already holds was left
-    behind by an interrupted call: the next call of the thread gets it at once, and releases it completely. A call that
-    other threads wait for also calls `release` when it ends with an error.
+    release it, or while it is released. So what releases it stands twice, one around the other: one interrupt ends one
+    of the two. No call runs inside another one of the same thread, so a lock that the thread already holds belongs to
+    an outer step of the same call: the inner one gets it at once, and releases it completely.
     """
 
     def __init__(self) -> None:
         """Create a lock that no thread holds."""
-        self._lock = threading.RLock()
+        self._lock: Any = threading.RLock()
 
-    def hold(self, seconds: float = -1) -> _Hold:
-        """Return a block that holds the lock, and yields whether the thread got it in time.
+    def run(self, call: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """Return what a function returns, which is called once no other thread holds the lock."""
+        return cast(Result, self.run_within(-1, call, *arguments))
+
+    def run_within(
+        self, seconds: float, call: Callable[[*Arguments], Result], *arguments: *Arguments
+    ) -> Result | None:
+        """Return what a function returns; None, without calling it, if another thread holds the lock all this time.
 
         Args:
-            seconds: how long to wait for another thread's call; 0 to not wait, -1 to wait until it ends.
+            seconds: how long to wait for another thread; 0 to not wait, -1 to wait until it is done.
         """
-        return _Hold(self._lock, seconds)
+        result = None
+        try:
+            try:
+                if self._lock.acquire(seconds != 0, seconds or -1):
+                    result = call(*arguments)
+            finally:
+                self._release()
+        except BaseException:
+            self._release()
+            raise
+        return result
 
-    def release(self) -> None:
-        """Release the lock if this thread holds it, however often calls of the thread have taken it."""
-        _release(self._lock)
-
-
-class _Hold:
-    """The block of `CallLock.hold`. A class, because a generator would be slower."""
-
-    __slots__ = ("_lock", "_seconds")
-
-    def __init__(self, lock: threading.RLock, seconds: float) -> None:
-        self._lock, self._seconds = lock, seconds
-
-    def __enter__(self) -> bool:
-        return self._lock.acquire(self._seconds != 0, self._seconds or -1)
-
-    def __exit__(self, *error: object) -> None:
-        _release(self._lock)
-
-
-def _release(lock: threading.RLock) -> None:
-    try:
-        while True:
-            lock.release()
-    except RuntimeError:
-        pass  # this thread does not hold it, or not any more
+    def _release(self) -> None:
+        """Release the lock if this thread holds it, however often it has taken it."""
+        while self._lock._is_owned():  # as `threading.Condition` asks; an error would hide an interrupt
+            self._lock.release()

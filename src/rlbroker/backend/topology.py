@@ -168,12 +168,8 @@ class DiscoveredTopology(Topology):
     def _ensure_fresh(self) -> None:
         if self._started and not self._stale:
             return
-        # A refresh takes no longer than this: after it, the lock was left behind by an interrupted call.
-        with self._refreshing.hold(try_seconds(REFRESH_TIMEOUT_SECONDS)):
-            if self._stale:
-                with within(Deadline(REFRESH_TIMEOUT_SECONDS)):
-                    self._refresh()
-                self._stale = False
+        if self._refreshing.run_within(try_seconds(REFRESH_TIMEOUT_SECONDS), self._refresh_if_stale) is None:
+            self._refresh_if_stale()  # the other thread has more time for it than this one
         if not self._started:
             with suppress(RuntimeError):  # an interrupted call, or another thread, has started it
                 self._thread.start()
@@ -183,11 +179,17 @@ class DiscoveredTopology(Topology):
         self._thread.pause(REFRESH_SECONDS)
         if self._thread.stopping:
             return
-        with (
-            suppress(redis_errors.RedisError, OSError),
-            self._refreshing.hold(REFRESH_TIMEOUT_SECONDS),
-            within(Deadline(REFRESH_TIMEOUT_SECONDS)),
-        ):
+        with suppress(redis_errors.RedisError, OSError):
+            self._refreshing.run(self._refresh_in_time)
+
+    def _refresh_if_stale(self) -> bool:
+        if self._stale:
+            self._refresh_in_time()
+            self._stale = False
+        return True
+
+    def _refresh_in_time(self) -> None:
+        with within(Deadline(REFRESH_TIMEOUT_SECONDS)):
             self._refresh()
 
 

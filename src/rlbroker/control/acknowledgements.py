@@ -115,25 +115,14 @@ class AcknowledgementSender:
         """
         # Check again after each release of the lock: meanwhile another thread may have queued one and left it to this
         # thread.
-        try:
-            while (self._unsent or self._stale) and not self._closed:
-                with self._sending.hold(0) as exclusive:
-                    if not exclusive:
-                        return
-                    self._send_again_if_stale()
-                    while self._unsent:
-                        self._send_next(self._unsent[0])
-        except BaseException:  # an interrupt may have left it
-            self._sending.release()
-            raise
+        while (self._unsent or self._stale) and not self._closed:
+            if not self._sending.run_within(0, self._send_unsent):
+                return
 
     def drop_settled(self) -> None:
         """Drop the acknowledgements that the ledger has settled, at most once in SETTLED_SECONDS."""
         if self._unsettled and self._next_settled_check.over:
-            with self._sending.hold(0) as exclusive:
-                if exclusive:
-                    self._send_again_if_stale()
-                    self._drop_settled()
+            self._sending.run_within(0, self._read_settled)
 
     def close(self, deadline: Deadline) -> None:
         """Send what is left, and close the channel."""
@@ -146,8 +135,22 @@ class AcknowledgementSender:
             self._closed = (
                 True  # a handler may have closed the client; its command cannot be acknowledged then
             )
-            with self._sending.hold(0):
-                self._channel.close()
+            if self._sending.run_within(0, self._close_channel) is None:
+                self._close_channel()  # another thread waits for a reply over it
+
+    def _close_channel(self) -> bool:
+        self._channel.close()
+        return True
+
+    def _send_unsent(self) -> bool:
+        self._send_again_if_stale()
+        while self._unsent:
+            self._send_next(self._unsent[0])
+        return True
+
+    def _read_settled(self) -> None:
+        self._send_again_if_stale()
+        self._drop_settled()
 
     def _send_next(self, acknowledgement: _Acknowledgement) -> None:
         """Send the first unsent acknowledgement. After an interrupt at any point this is done once more."""

@@ -103,9 +103,11 @@ class Ledger:
         """Remember what earlier learners settled, because the server may lose that too."""
         records = read_missed_records(self._connection, self._keys)
         outcomes = self.read_outcomes(workers)
-        with self._lock.hold():
-            self._outcomes.update(outcomes)
-            self._missed.extend(records)
+        self._lock.run(self._add_remembered, outcomes, records)
+
+    def _add_remembered(self, outcomes: Mapping[int, WorkerOutcomes], records: Iterable[Missed]) -> None:
+        self._outcomes.update(outcomes)
+        self._missed.extend(records)
 
     @property
     def missed_versions(self) -> int:
@@ -129,13 +131,9 @@ class Ledger:
             Fenced: a newer learner publishes in this run.
             RunLost: the server has lost the run, and it was not restored in time.
         """
-        try:
-            while self._connection.retry(lambda: self._settle_some(workers, deadline), deadline):
-                if deadline.over:
-                    return
-        except BaseException:  # an interrupt may have left it
-            self._lock.release()
-            raise
+        while self._connection.retry(lambda: self._settle_some(workers, deadline), deadline):
+            if deadline.over:
+                return
 
     def restore(self) -> None:
         """Write back what the server may have lost. Changes nothing if it lost nothing.
@@ -143,35 +141,37 @@ class Ledger:
         Raises:
             Fenced: a newer learner publishes in this run.
         """
-        with self._lock.hold():
-            self._confirm_applied()
-            commands = [
-                ("XRANGE", self._keys.acknowledgements(worker), entry_id, entry_id)
-                for worker, entry_id in self._unconfirmed
-            ]
-            found = self._connection.execute_all(commands, strict=False)
-            # An event that is not in the stream any more was settled, and the server lost its effects. If it was not
-            # settled after all, it will be sent again and ignored.
-            self._confirm_up_to(
-                {
-                    worker: entry_place(entry_id)
-                    for (worker, entry_id), entries in zip(self._unconfirmed, found, strict=True)
-                    if not default_if_wrong_type(entries, ())
-                }
+        self._lock.run(self._restore)
+
+    def _restore(self) -> None:
+        self._confirm_applied()
+        commands = [
+            ("XRANGE", self._keys.acknowledgements(worker), entry_id, entry_id)
+            for worker, entry_id in self._unconfirmed
+        ]
+        found = self._connection.execute_all(commands, strict=False)
+        # An event that is not in the stream any more was settled, and the server lost its effects. If it was not
+        # settled after all, it will be sent again and ignored.
+        self._confirm_up_to(
+            {
+                worker: entry_place(entry_id)
+                for (worker, entry_id), entries in zip(self._unconfirmed, found, strict=True)
+                if not default_if_wrong_type(entries, ())
+            }
+        )
+        stored = self._connection.execute("HGET", self._keys.weights, "version")
+        latest = self._last_version()
+        if (number_in(stored) or 0) < latest:
+            self._lost_version = latest
+        calls = [
+            RESTORE_OUTCOMES.call(
+                (self._keys.meta, self._keys.ledger(worker)),
+                (self._epoch, *outcomes.position, *flat(outcomes.to_fields())),
             )
-            stored = self._connection.execute("HGET", self._keys.weights, "version")
-            latest = self._last_version()
-            if (number_in(stored) or 0) < latest:
-                self._lost_version = latest
-            calls = [
-                RESTORE_OUTCOMES.call(
-                    (self._keys.meta, self._keys.ledger(worker)),
-                    (self._epoch, *outcomes.position, *flat(outcomes.to_fields())),
-                )
-                for worker, outcomes in self._outcomes.items()
-            ]
-            self._connection.execute_all(calls)
-            self._restore_missed()
+            for worker, outcomes in self._outcomes.items()
+        ]
+        self._connection.execute_all(calls)
+        self._restore_missed()
 
     def read_outcomes(self, workers: Iterable[int]) -> dict[int, WorkerOutcomes]:
         """Return the outcomes of each worker, as the server has them."""
@@ -239,11 +239,11 @@ class Ledger:
         The lock prevents two threads from folding the same event into one worker's outcomes. It is held for one try
         only: a thread that waits for the run to be restored must not block `restore`.
         """
-        with self._lock.hold(deadline.remaining) as held:
-            if not held:
-                return False
-            self._confirm_applied()
-            return self._settle(self._read(workers))
+        return self._lock.run_within(deadline.remaining, self._settle_next, workers) or False
+
+    def _settle_next(self, workers: Sequence[int]) -> bool:
+        self._confirm_applied()
+        return self._settle(self._read(workers))
 
     def _settle(self, streams: Sequence[tuple[int, Entries]]) -> bool:
         """Settle the events of one read, in one try, and return whether there may be more."""

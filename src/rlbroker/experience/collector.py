@@ -113,27 +113,30 @@ class Collector:
             max_batches: the most to return.
         """
         deadline = Deadline(timeout_seconds)
-        before: tuple[Handover, int] | None = None
+        before: list[tuple[Handover, int]] = []
         try:
-            with self._calls.hold(deadline.remaining) as held:
-                if not held:
-                    return []  # another thread was waiting for a first batch all this time
-                limit = self._gather(deadline, max_batches)
-                handover, inserts = self._handover, self._rate_limiter.inserts
-                found, rest = handover.found[:limit], handover.found[limit:]
-                pairs = [(batch.worker_id, batch) for _, batch in found]
-                returned = [entry for entry in self._done if self._pending.holds(entry)]
-                returned += [entry for entry, _ in found]
-                after = Handover(rest, returned, handover.total + len(found))
-                before = handover, inserts
-                # From here on the batches are the caller's. Only an interrupt may still prevent that.
-                self._handover, self._rate_limiter.inserts = after, inserts + len(pairs)
-                return pairs
+            pairs = self._calls.run_within(deadline.remaining, self._collect, deadline, max_batches, before)
+            return pairs or []  # None: another thread was waiting for a first batch all this time
         except BaseException:
-            if before is not None:
-                self._handover, self._rate_limiter.inserts = before
-            self._release()
+            for one in before:
+                self._handover, self._rate_limiter.inserts = one
             raise
+
+    def _collect(
+        self, deadline: Deadline, max_batches: int | None, before: list[tuple[Handover, int]]
+    ) -> list[tuple[int, Batch]]:
+        """Return batches; note in `before` what to restore if they do not reach the caller."""
+        limit = self._gather(deadline, max_batches)
+        handover, inserts = self._handover, self._rate_limiter.inserts
+        found, rest = handover.found[:limit], handover.found[limit:]
+        pairs = [(batch.worker_id, batch) for _, batch in found]
+        returned = [entry for entry in self._done if self._pending.holds(entry)]
+        returned += [entry for entry, _ in found]
+        after = Handover(rest, returned, handover.total + len(found))
+        before.append((handover, inserts))
+        # From here on the batches are the caller's. Only an interrupt may still prevent that.
+        self._handover, self._rate_limiter.inserts = after, inserts + len(pairs)
+        return pairs
 
     def acknowledge(self, pairs: Sequence[tuple[int, Batch]]) -> int:
         """Acknowledge batches, so that the server deletes them; return how many it still had."""
@@ -154,20 +157,18 @@ class Collector:
 
     def marks(self) -> dict[str, Any]:
         """Return a mark for each stream of what was collected so far, by the stream's name."""
-        try:
-            with self._calls.hold():
-                self._recover()
-                waiting = [*self._reader.entries, *(entry for entry, _ in self._handover.found)]
-                unreturned = _ids_by_stream(entry for entry in waiting if not entry.is_repeat)
-                taken_over = _ids_by_stream(entry for entry in self._pending if entry.taken_over)
-                return {
-                    name: position.mark(unreturned.get(name, set()), taken_over.get(name, set()))
-                    for name, position in self._streams.positions.items()
-                    if position.newest_read > (0, 0)
-                }
-        except BaseException:
-            self._release()
-            raise
+        return self._calls.run(self._marks)
+
+    def _marks(self) -> dict[str, Any]:
+        self._recover()
+        waiting = [*self._reader.entries, *(entry for entry, _ in self._handover.found)]
+        unreturned = _ids_by_stream(entry for entry in waiting if not entry.is_repeat)
+        taken_over = _ids_by_stream(entry for entry in self._pending if entry.taken_over)
+        return {
+            name: position.mark(unreturned.get(name, set()), taken_over.get(name, set()))
+            for name, position in self._streams.positions.items()
+            if position.newest_read > (0, 0)
+        }
 
     def restore(self, marks: Mapping[str, Any]) -> bool:
         """Continue from marks: skip what they cover. Return False, and do nothing, if `collect` was called before."""
@@ -192,11 +193,6 @@ class Collector:
     def _done(self) -> Sequence[Entry]:
         """The entries to be acknowledged before more is collected."""
         return self._handover.returned if self._acknowledges_next else ()
-
-    def _release(self) -> None:
-        """Let other threads go on after an interrupt of this one."""
-        self._calls.release()
-        self._pending.release()
 
     def _recover(self) -> None:
         """Continue after a call that did not end: it may have noted entries in part, and lost replies on their way."""

@@ -16,6 +16,7 @@ from rlbroker.backend.replies import (
     text_fields,
     whole_number,
 )
+from rlbroker.backend.resp import Argument
 from rlbroker.backend.scripts import Script
 from rlbroker.experience.pending import PendingEntries
 from rlbroker.experience.read_position import Entry
@@ -66,13 +67,15 @@ class DeadLetters:
         # The queue was credited the bytes of a retried batch when it became a dead letter.
         credited_bytes = 0 if stream.retried else entry.stored_bytes
         arguments = (*self._pending.identity, entry.entry_id, credited_bytes, reason, KEPT, self._max_bytes)
-        with self._pending.writing_counts():
-            entry.outcome = reason
-            self._pending.ask([entry])
-            moved = self._connection.run(BURY, keys, (*arguments, *fields))
-            self._pending.remove([entry], {reason: 1} if moved != 2 else {})
-            if moved not in (1, 2):  # moved before, and the reply was lost; or the server lost the entry
-                self._pending.restore([stream.worker_id])
+        self._pending.write_counts(self._move, entry, reason, BURY.call(keys, (*arguments, *fields)))
+
+    def _move(self, entry: Entry, reason: str, command: Sequence[Argument]) -> None:
+        entry.outcome = reason
+        self._pending.ask([entry])
+        moved = self._connection.execute(*command)
+        self._pending.remove([entry], {reason: 1} if moved != 2 else {})
+        if moved not in (1, 2):  # moved before, and the reply was lost; or the server lost the entry
+            self._pending.restore([entry.stream.worker_id])
 
     def list(self, workers: Iterable[int]) -> list[DeadLetter]:
         """Return the dead letters of these workers, oldest first."""
@@ -80,17 +83,13 @@ class DeadLetters:
 
     def retry(self, letters: Sequence[DeadLetter]) -> int:
         """Queue batches to be delivered again; return how many dead letters still existed."""
-        found = 0
-        try:
-            for letter in letters:
-                with self._pending.writing_counts():
-                    found += retry_letters(self._connection, self._keys, [letter])
-                    counts = self._connection.execute("HGETALL", self._keys.counts(letter.worker_id))
-                    self._pending.remember_counts(letter.worker_id, counts)
-            return found
-        except BaseException:  # an interrupt may have left it
-            self._pending.release()
-            raise
+        return sum([self._pending.write_counts(self._retry, letter) for letter in letters])
+
+    def _retry(self, letter: DeadLetter) -> int:
+        found = retry_letters(self._connection, self._keys, [letter])
+        counts = self._connection.execute("HGETALL", self._keys.counts(letter.worker_id))
+        self._pending.remember_counts(letter.worker_id, counts)
+        return found
 
     def purge(self, letters: Sequence[DeadLetter]) -> int:
         """Delete dead letters for good; return how many still existed. They stay counted."""

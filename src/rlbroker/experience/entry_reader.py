@@ -20,6 +20,7 @@ from rlbroker.backend.replies import (
     stream_entries,
     text_fields,
 )
+from rlbroker.errors import PeerError
 from rlbroker.experience.pending import PendingEntries
 from rlbroker.experience.read_position import Entry, ReadPosition, Stream
 from rlbroker.experience.stream_reader import ShardReader, wait_for_replies
@@ -137,19 +138,25 @@ class EntryReader:
         self, reader: ShardReader, done: Sequence[Entry], count: int, wait_seconds: float | None
     ) -> list[StreamEntries]:
         """Acknowledge entries and read new ones, in one round trip."""
-        with self._pending.writing_counts():
-            asked = self._pending.ask(done)
-            reader.start_read(count, wait_seconds, after=self._pending.commands(asked))
-            replies = reader.channel.receive(len(asked))
-            refusal = first_error(replies)
-            if refusal is None:
-                self._pending.note(asked, replies)
+        refusal = self._pending.write_counts(self._acknowledge_and_ask, reader, done, count, wait_seconds)
         if refusal is not None and not script_is_unknown(refusal):
             raise refusal
         found = self._finish_read(reader, count)
         if refusal is not None:
             self._pending.acknowledge(done)
         return found
+
+    def _acknowledge_and_ask(
+        self, reader: ShardReader, done: Sequence[Entry], count: int, wait_seconds: float | None
+    ) -> PeerError | None:
+        """Acknowledge entries and ask for new ones; return the refusal of an acknowledgement, if there is one."""
+        asked = self._pending.ask(done)
+        reader.start_read(count, wait_seconds, after=self._pending.commands(asked))
+        replies = reader.channel.receive(len(asked))
+        refusal = first_error(replies)
+        if refusal is None:
+            self._pending.note(asked, replies)
+        return refusal
 
     def _read_shards(
         self, readers: Sequence[ShardReader], count: int, wait_seconds: float | None

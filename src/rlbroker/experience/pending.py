@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlbroker.backend.connection import Argument, Connection, flat
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import GROUP, Keys
-from rlbroker.backend.locks import CallLock
+from rlbroker.backend.locks import Arguments, CallLock, Result
 from rlbroker.backend.replies import pending_rows, text_fields, whole_number
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import counted
@@ -96,7 +95,7 @@ class PendingEntries:
     def remember_counts(self, worker: int, counts: Any) -> None:
         """Remember a worker's counts on the server, from HGETALL, without what was only asked for.
 
-        Once there are acknowledgements, call this within `writing_counts`.
+        Once there are acknowledgements, call this within `write_counts`.
         """
         numbers = {name: whole_number(value) for name, value in text_fields(counts).items()}
         found = {name: number for name, number in numbers.items() if number is not None}
@@ -157,19 +156,17 @@ class PendingEntries:
 
         Entries without an outcome are counted as delivered. Entries that are not pending are skipped.
         """
-        try:
-            with self.writing_counts(deadline):
-                asked = self.ask(entries)
-                replies = self._connection.execute_all(self.commands(asked), deadline=deadline)
-                return self.note(asked, replies, deadline=deadline)
-        except BaseException:
-            self.release()
-            raise
+        return self.write_counts(self._acknowledge, entries, deadline, deadline=deadline)
+
+    def _acknowledge(self, entries: Iterable[Entry], deadline: Deadline | None) -> int:
+        asked = self.ask(entries)
+        replies = self._connection.execute_all(self.commands(asked), deadline=deadline)
+        return self.note(asked, replies, deadline=deadline)
 
     def ask(self, entries: Iterable[Entry]) -> Acknowledgements:
         """Note that the server is asked to acknowledge entries; return these and the unanswered ones before.
 
-        Entries that are not pending are skipped. Call this within `writing_counts`.
+        Entries that are not pending are skipped. Call this within `write_counts`.
         """
         new = [entry for entry in entries if self.holds(entry)]
         for entry in new:
@@ -182,7 +179,7 @@ class PendingEntries:
         return found
 
     def commands(self, asked: Acknowledgements) -> list[tuple[Argument, ...]]:
-        """Return the commands of acknowledgements, to be sent with other commands within `writing_counts`."""
+        """Return the commands of acknowledgements, to be sent with other commands within `write_counts`."""
         commands = []
         for stream, entries in asked.items():
             # The queue was credited the bytes of a retried batch when the batch became a dead letter.
@@ -229,36 +226,40 @@ class PendingEntries:
         """The entries that the server was asked to acknowledge, and has not answered yet."""
         return [entry for entry in self._asked if self.holds(entry)]
 
-    @contextmanager
-    def writing_counts(self, deadline: Deadline | None = None) -> Iterator[None]:
-        """Keep other threads from writing counts to the server, so that the server's and the remembered ones agree.
+    def write_counts(
+        self,
+        call: Callable[[*Arguments], Result],
+        *arguments: *Arguments,
+        deadline: Deadline | None = None,
+    ) -> Result:
+        """Return what a function returns, which writes counts to the server and notes them here.
+
+        Meanwhile no other thread does, so that the server's counts and those noted here agree.
 
         Raises:
             ConnectionFailed: another thread was waiting for the server until the deadline.
         """
         limit = deadline or Deadline(self._connection.timeout_seconds)
-        with self._writing_counts.hold(limit.remaining) as held:
-            if not held:
-                raise ConnectionFailed(
-                    f"{self._connection.address} has not answered another thread for {limit.seconds:g} s"
-                )
-            yield
-
-    def release(self) -> None:
-        """Let other threads write counts, after an interrupt within `writing_counts`."""
-        self._writing_counts.release()
+        results = self._writing_counts.run_within(limit.remaining, _results, call, *arguments)
+        if results is None:
+            raise ConnectionFailed(
+                f"{self._connection.address} has not answered another thread for {limit.seconds:g} s"
+            )
+        return results[0]
 
     def restore(self, workers: Iterable[int] | None = None, *, deadline: Deadline | None = None) -> None:
         """Write back the counts that the server may have lost. Harmless where it lost none.
 
         By default write those of all workers, on a Cluster without the workers whose server is away.
         """
-        with self.writing_counts(deadline):
-            calls = [self._restore_call(one) for one in list(self._counted if workers is None else workers)]
-            if workers is None:
-                self._connection.execute_where_reachable(calls, deadline=deadline)
-            else:
-                self._connection.execute_all(calls, deadline=deadline)
+        self.write_counts(self._restore, workers, deadline, deadline=deadline)
+
+    def _restore(self, workers: Iterable[int] | None, deadline: Deadline | None) -> None:
+        calls = [self._restore_call(one) for one in list(self._counted if workers is None else workers)]
+        if workers is None:
+            self._connection.execute_where_reachable(calls, deadline=deadline)
+        else:
+            self._connection.execute_all(calls, deadline=deadline)
 
     def _restore_call(self, worker: int) -> tuple[Argument, ...]:
         counted, by_workers = self._counted[worker], self._counted_by_workers.get(worker, {})
@@ -267,6 +268,11 @@ class PendingEntries:
 
     def _keys_of(self, worker: int) -> tuple[str, str]:
         return self._keys.epochs(worker), self._keys.counts(worker)
+
+
+def _results(call: Callable[[*Arguments], Result], *arguments: *Arguments) -> tuple[Result]:
+    """Return what a function returns, in a tuple: it may be None."""
+    return (call(*arguments),)
 
 
 class Takeover:

@@ -62,16 +62,19 @@ class RateLimiter:
             InvalidArgument: this many samples can never be drawn at once.
         """
         count = check_positive_int("the number of samples", count)
-        drawn = 0
+        drawn: list[int] = []
         try:
-            with self._sampling.hold():
-                if self._may_draw(count):
-                    drawn, self.samples = count, self.samples + count
-                return drawn > 0
+            return self._sampling.run(self._draw, count, drawn)
         except BaseException:  # an interrupt: the caller does not draw
-            self.samples -= drawn
-            self._sampling.release()
+            self.samples -= sum(drawn)
             raise
+
+    def _draw(self, count: int, drawn: list[int]) -> bool:
+        """Count samples, also in `drawn`, if they may be drawn; return whether they may."""
+        if not self._may_draw(count):
+            return False
+        drawn[:], self.samples = (count,), self.samples + count
+        return True
 
     def _may_draw(self, count: int) -> bool:
         if self._settings is None:

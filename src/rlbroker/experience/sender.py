@@ -132,17 +132,14 @@ class Sender:
                 f"the batch takes {message.stored_bytes:,} bytes and the queue {settings.max_queue_bytes:,} "
                 "(max_queue_bytes); send smaller batches, or raise the bound on the learner"
             )
-        try:
-            with self._calls.hold(deadline.remaining) as held:
-                if not held:
-                    raise QueueFull(
-                        f"worker {self._registration.worker_id}'s queue is full, and another thread of the worker has "
-                        f"been waiting for room for {deadline.seconds:g} s"
-                    )
-                return self._send(message, version, settings, deadline, stopped)
-        except BaseException:
-            self.release()
-            raise
+        arguments = message, version, settings, deadline, stopped
+        receipt = self._calls.run_within(deadline.remaining, self._send, *arguments)
+        if receipt is None:
+            raise QueueFull(
+                f"worker {self._registration.worker_id}'s queue is full, and another thread of the worker has "
+                f"been waiting for room for {deadline.seconds:g} s"
+            )
+        return receipt
 
     def _send(
         self,
@@ -172,39 +169,30 @@ class Sender:
             receipt = self._receipt(message, version, sequence=self.sent + 1, dropped=dropped)
             self._store(PendingBatch(receipt.sequence, flat(fields), receipt), deadline)
             return receipt
-        except Fenced:
-            self._count_fenced(refused=not numbered)
+        except BaseException as error:
+            if (unconfirmed := self.writer.pending.unconfirmed) is not None:
+                unconfirmed.copy_message()  # the caller may change the arrays from now on
+            if isinstance(error, Fenced):
+                self._count_fenced(refused=not numbered)
             raise
-
-    def release(self) -> None:
-        """After an error or an interrupt, keep the unconfirmed batch's message, and let other threads go on."""
-        unconfirmed = self.writer.pending.unconfirmed
-        if unconfirmed is not None:
-            unconfirmed.copy_message()
-        self._calls.release()
 
     def flush(self, timeout_seconds: float) -> int:
         """Wait until every batch has reached its level; return how many have not at the timeout."""
         deadline, backoff = Deadline(timeout_seconds), Backoff(first=0.001, longest=MAX_POLL_SECONDS)
-        try:
-            while True:
-                with self._calls.hold(deadline.remaining) as held:
-                    if not held:
-                        return self.unsafe  # another thread is sending
-                    self.writer.advance(deadline)
-                if not self.unsafe or deadline.over:
-                    return self.unsafe
-                time.sleep(backoff.next(deadline))
-        except BaseException:
-            self.release()
-            raise
+        while True:
+            self._calls.run_within(deadline.remaining, self.writer.advance, deadline)
+            if not self.unsafe or deadline.over:
+                return self.unsafe
+            time.sleep(backoff.next(deadline))
 
     def confirm(self, timeout_seconds: float) -> None:
         """Wait until the last batch has reached its level, if it was not confirmed in time."""
         deadline = Deadline(timeout_seconds)
-        with self._calls.hold(deadline.remaining) as held:
-            if held and self.writer.pending.unconfirmed is not None:
-                self.writer.confirm(deadline)
+        self._calls.run_within(deadline.remaining, self._confirm_last, deadline)
+
+    def _confirm_last(self, deadline: Deadline) -> None:
+        if self.writer.pending.unconfirmed is not None:
+            self.writer.confirm(deadline)
 
     def mark_stale(self) -> None:
         """Open the queue again before the next operation: the server may have lost something."""
@@ -216,36 +204,38 @@ class Sender:
         Do nothing while another thread is sending. For a batch that is still not confirmed, `unconfirmed` has the
         reason, and no error is raised. After a `PeerError`, call this again later.
         """
-        is_unsafe = self.writer.must_open or self.unsafe
-        if not (is_unsafe or self.writer.has_unwritten_counts):
-            return
-        with self._calls.hold(0) as held:
-            if not held:
-                return
-            try:
-                if is_unsafe:
-                    self.writer.advance(ONE_TRY)
-                if self.writer.has_unwritten_counts:
-                    self.writer.write_counts(ONE_TRY)
-            except ConnectionFailed as error:
-                if str(error) != self.writer.confirmation.missing:
-                    raise
+        is_unsafe = self.writer.must_open or self.unsafe > 0
+        if is_unsafe or self.writer.has_unwritten_counts:
+            self._calls.run_within(0, self._maintain, is_unsafe)
+
+    def _maintain(self, is_unsafe: bool) -> None:
+        try:
+            if is_unsafe:
+                self.writer.advance(ONE_TRY)
+            if self.writer.has_unwritten_counts:
+                self.writer.write_counts(ONE_TRY)
+        except ConnectionFailed as error:
+            if str(error) != self.writer.confirmation.missing:
+                raise
 
     def close(self, deadline: Deadline) -> None:
-        """Confirm the last batch, unless a wait for that has failed, and write the counts."""
-        with self._calls.hold(deadline.remaining) as held:
-            if not held:
-                return  # another thread is sending: it gets an error when the worker closes the connections
-            try:
-                if self.writer.opened and not self._fenced:
-                    if self.writer.pending.unconfirmed is not None and not self.writer.confirmation.missing:
-                        self.writer.confirm(deadline)
-                    self.writer.write_counts(deadline)
-            except Fenced:
-                self._count_fenced(refused=False)
-                raise
-            finally:
-                self.writer.close()
+        """Confirm the last batch, unless a wait for that has failed, and write the counts.
+
+        Leave another thread that is sending: it gets an error when the worker closes the connections.
+        """
+        self._calls.run_within(deadline.remaining, self._close, deadline)
+
+    def _close(self, deadline: Deadline) -> None:
+        try:
+            if self.writer.opened and not self._fenced:
+                if self.writer.pending.unconfirmed is not None and not self.writer.confirmation.missing:
+                    self.writer.confirm(deadline)
+                self.writer.write_counts(deadline)
+        except Fenced:
+            self._count_fenced(refused=False)
+            raise
+        finally:
+            self.writer.close()
 
     def _receipt(self, message: Message, version: int, *, sequence: int, dropped: int) -> SendReceipt:
         return SendReceipt(

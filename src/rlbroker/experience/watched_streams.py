@@ -246,8 +246,8 @@ class StreamDiscovery:
             ):
                 stream = position.stream
                 if has_epoch:
-                    with self._pending.writing_counts():
-                        self._pending.remember_counts(stream.worker_id, default_if_wrong_type(counts, {}))
+                    found = default_if_wrong_type(counts, {})
+                    self._pending.write_counts(self._pending.remember_counts, stream.worker_id, found)
                 else:  # the server has lost its counts, perhaps without a broken connection
                     self._pending.restore([stream.worker_id], deadline=self._streams.deadline)
                 if consumer_pending(summary, self._pending.consumers) > len(self._pending.of_stream(stream)):

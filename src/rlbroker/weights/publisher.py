@@ -139,16 +139,19 @@ class Publisher:
         self, weights: Any, compression: bool, dtype: str | None, wait: bool, began: float
     ) -> Task[Published]:
         """Copy weights, once the last publication has ended, and return the task that publishes them."""
-        try:
-            while True:
-                self._wait_for_last()
-                with self._preparing.hold():
-                    if self._last is None or self._last.done:  # otherwise another thread was faster
-                        self._last = self._copy(weights, compression, dtype, wait, began)
-                        return self._last
-        except BaseException:
-            self._preparing.release()
-            raise
+        task: Task[Published] | None = None
+        while task is None:
+            self._wait_for_last()
+            task = self._preparing.run(self._copy_if_idle, weights, compression, dtype, wait, began)
+        return task
+
+    def _copy_if_idle(
+        self, weights: Any, compression: bool, dtype: str | None, wait: bool, began: float
+    ) -> Task[Published] | None:
+        if self._last is not None and not self._last.done:
+            return None  # another thread was faster
+        self._last = self._copy(weights, compression, dtype, wait, began)
+        return self._last
 
     def _copy(
         self, weights: Any, compression: bool, dtype: str | None, wait: bool, began: float
@@ -165,14 +168,12 @@ class Publisher:
         except BaseException:
             draft.abandon()
             raise
-        work = partial(self._publish_in_background, copies, plan, draft, compression, began)
+        work = partial(self._publishing.run, self._publish, copies, plan, draft, compression, began)
         return Task(work, on_failure=None if wait else _log_failure)
 
     def enforce_retention(self) -> None:
         """Set the lifetimes of chunks that an earlier fault left unset. Do nothing during a publication."""
-        with self._publishing.hold(0) as idle:
-            if idle:
-                self._retention.enforce()
+        self._publishing.run_within(0, self._retention.enforce)
 
     def mark_used(self, version: int) -> None:
         """Never use this version number or a lower one: a checkpoint refers to it."""
@@ -195,29 +196,29 @@ class Publisher:
         Returns:
             False if another thread is publishing: call again later.
         """
-        with self._publishing.hold(0) as idle:
-            if not idle:
-                return False
-            seen = self._committer.catch_up()
-            manifest, copy = self._committer.latest, self._committer.local_copy
-            if manifest is None or copy is None:
-                return True
-            found = self._committer.read_manifest()
-            lost = found is None or found.upload != manifest.upload or found.version != manifest.version
-            if (
-                lost
-                or seen > manifest.version
-                or self._uploader.is_damaged(manifest, compare=unreadable_version == manifest.version)
-            ):
-                again = Draft(copy.image.array, published=copy.image)
-                self._make_latest(copy.plan, again, copy.compression, None, ONE_TRY)
-                logger.warning(
-                    "the server has lost version %d, or a part of it; it is published again as version %d",
-                    manifest.version,
-                    self.latest_version,
-                )
-                self._retention.enforce()
+        return self._publishing.run_within(0, self._restore, unreadable_version) or False
+
+    def _restore(self, unreadable_version: int) -> bool:
+        seen = self._committer.catch_up()
+        manifest, copy = self._committer.latest, self._committer.local_copy
+        if manifest is None or copy is None:
             return True
+        found = self._committer.read_manifest()
+        lost = found is None or found.upload != manifest.upload or found.version != manifest.version
+        if (
+            lost
+            or seen > manifest.version
+            or self._uploader.is_damaged(manifest, compare=unreadable_version == manifest.version)
+        ):
+            again = Draft(copy.image.array, published=copy.image)
+            self._make_latest(copy.plan, again, copy.compression, None, ONE_TRY)
+            logger.warning(
+                "the server has lost version %d, or a part of it; it is published again as version %d",
+                manifest.version,
+                self.latest_version,
+            )
+            self._retention.enforce()
+        return True
 
     def finish(self, timeout_seconds: float) -> bool:
         """Wait until no publication is running in the background; return whether there is none."""
@@ -239,10 +240,6 @@ class Publisher:
             return True
         self._thread.submit(last)  # again, in case that an interrupt came before
         return last.wait(timeout_seconds)
-
-    def _publish_in_background(self, *arguments: Any) -> Published:
-        with self._publishing.hold():
-            return self._publish(*arguments)
 
     def _publish(
         self, copies: Copies, plan: ImagePlan, draft: Draft, compression: bool, began: float
