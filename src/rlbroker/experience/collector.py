@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlbroker.backend.connection import BLOCK_SECONDS, Connection
-from rlbroker.backend.deadline import Deadline
+from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.locks import CallLock
 from rlbroker.backend.threads import OutageLog
@@ -31,6 +31,9 @@ from rlbroker.types import Batch
 
 #: The most bytes that one call of `collect` reads and decodes; the next call continues.
 COLLECT_BYTES = 256 << 20
+
+#: How much longer than a call's own timeout its requests may take: a busy server may answer late.
+ANSWER_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,11 @@ class Collector:
         self, deadline: Deadline, max_batches: int | None, before: list[tuple[Handover, int]]
     ) -> list[tuple[int, Batch]]:
         """Return batches; note in `before` what to restore if they do not reach the caller."""
-        limit = self._gather(deadline, max_batches)
+        if deadline.seconds:
+            with within(Deadline(deadline.seconds + ANSWER_SECONDS)):
+                limit = self._gather(deadline, max_batches)
+        else:
+            limit = self._gather(deadline, max_batches)
         handover, inserts = self._handover, self._rate_limiter.inserts
         found, rest = handover.found[:limit], handover.found[limit:]
         pairs = [(batch.worker_id, batch) for _, batch in found]
