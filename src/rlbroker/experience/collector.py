@@ -211,14 +211,20 @@ class Collector:
 
     def _gather(self, deadline: Deadline, max_batches: int | None) -> int:
         """Read, and add to what was found until there is enough, or nothing more; return how many may be returned."""
+        after_interrupt, found = self._unfinished, self._handover.found
         self._recover()
         self._began = self._unfinished = True
         self._budget_bytes = COLLECT_BYTES
-        found = self._handover.found
-        if found or self._reader.entries or self._rate_limiter.is_active:
+        # What an interrupted call has found is returned first: frequent interrupts must not end each call before that.
+        at_once = after_interrupt and bool(found)
+        if not at_once and (found or self._reader.entries or self._rate_limiter.is_active):
             self.acknowledge_returned()  # otherwise the first read acknowledges, in the same round trip
         room = self._rate_limiter.wait(deadline.remaining)
         limit = min(sys.maxsize if one is None else one for one in (max_batches, room))
+        if at_once:
+            self._count_found()
+            self._unfinished = False
+            return limit
         if limit:
             self._find_streams(deadline)
         more, retries = True, 1  # a connection may have broken long ago, while no call used it
