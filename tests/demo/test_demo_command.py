@@ -193,7 +193,7 @@ def test_a_worker_reports_that_its_learner_ended_or_is_away(
 ) -> None:
     """It does so when it joins, and when the queue has no room for its last batch."""
     run = f"alone-{state}"
-    WorkerCommunicator(1, run=run, redis_url=real_server.url).cleanup(over=state == "ended")
+    WorkerCommunicator(1, run=run, redis_url=real_server.url).cleanup(stop_workers=state == "ended")
     if state == "open":
         real_server.client.hset(f"rlb:{{{run}}}:meta", "learner_seen", "1.0")
     full = QueueFull("its queue is full")

@@ -146,7 +146,7 @@ class Learner:
         self._save()
         if outcome == "moved":
             summary = self._summarize(outcome, ())
-            self._comm.cleanup(over=False)
+            self._comm.cleanup(stop_workers=False)
             return summary
         return self._summarize(outcome, self._stop_workers())
 
