@@ -442,13 +442,15 @@ class CleanupReport:
         waiting: number of unread batches, by worker.
         unacknowledged: number of batches that were read and not acknowledged, by worker; the next learner receives
             them.
-        commands: number of commands without an acknowledgement.
+        commands: number of commands without an acknowledgement, apart from the `stop`.
+        stopped: the answer of each worker to the `stop`, by worker id; empty if none was sent.
         complete: whether the server could be asked; if not, the numbers are unknown.
     """
 
     waiting: Mapping[int, int] = field(default_factory=dict)
     unacknowledged: Mapping[int, int] = field(default_factory=dict)
     commands: int = 0
+    stopped: Mapping[int, Outcome] = field(default_factory=dict)
     complete: bool = True
 
     def __bool__(self) -> bool:

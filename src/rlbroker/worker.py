@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self, SupportsIndex, get_args
@@ -29,11 +30,13 @@ from rlbroker.config import (
     signing_secret,
 )
 from rlbroker.control.command_handlers import CommandHandlers, Handler
-from rlbroker.errors import DeadlineExceeded, UnsupportedType
+from rlbroker.errors import DeadlineExceeded, PeerError, UnsupportedType
 from rlbroker.types import Model, SendReceipt
 from rlbroker.weights.image_store import ImageStore
 from rlbroker.weights.loading import check_target
 from rlbroker.worker_parts import WorkerParts
+
+logger = logging.getLogger("rlbroker")
 
 #: The longest that a paused or waiting worker sleeps between two checks.
 CHECK_SECONDS = 0.1
@@ -180,8 +183,12 @@ class WorkerClient:
 
     @property
     def running(self) -> bool:
-        """Whether the worker's loop should continue: False after a `stop` command, `drain` or `close`."""
-        return not (self._commands.stopped or self.draining or self._life.closing)
+        """Whether the worker's loop should continue. Once False, it stays False.
+
+        It is False after a `stop` command, `drain` or `close`. It is also False once the run has ended: from the start
+        if the worker joined later, and otherwise, even without `poll`, about a second after its next heartbeat.
+        """
+        return not (self._finished or self._heartbeat.run_ended)
 
     @property
     def draining(self) -> bool:
@@ -378,14 +385,16 @@ class WorkerClient:
 
         The order: wait for batches that have not reached their level, stop the threads, close the queue, send the
         acknowledgements that are left, and leave the roster. An `Unconfirmed` batch is waited for during three
-        quarters of the timeout; if the worker drains, so are all batches that have not reached their level.
+        quarters of the timeout; if the worker drains, so are all batches that have not reached their level. A worker
+        that saw the end of the run before it polled first obeys the commands that it has, up to the `stop`.
         """
         if is_exiting():
             return
         if not self._life.ended:
             self._connection.check_process()
-            self._life.closing = True
             deadline = Deadline(self._connection.timeout_seconds)
+            self._obey_last_commands(deadline)
+            self._life.closing = True
             self._parts.finish_sending(deadline)
             if not self._commands.is_calling:
                 self._inbox.finish_interrupted()
@@ -398,6 +407,11 @@ class WorkerClient:
         """Raise `Closed`, `ForkedProcess`, or the error that ended a background thread, such as `Fenced`."""
         self._life.check()
 
+    @property
+    def _finished(self) -> bool:
+        """Whether no further command is obeyed."""
+        return self._commands.stopped or self.draining or self._life.closing
+
     def _obey_commands(self, deadline: Deadline | None = None) -> None:
         """Obey every command that has arrived. While paused, wait for further ones, up to the deadline.
 
@@ -408,14 +422,25 @@ class WorkerClient:
 
     def _obey_arrived(self, deadline: Deadline | None) -> None:
         # A stop that was interrupted between its effect and its acknowledgement is finished, too.
-        while (self.running or self._inbox.begun) and not (deadline and deadline.over):
-            command = self._inbox.next(CHECK_SECONDS if self.paused else 0)
+        while (not self._finished or self._inbox.begun) and not (deadline and deadline.over):
+            waits = self.paused and self.running
+            command = self._inbox.next(CHECK_SECONDS if waits else 0)
             if command is not None:
                 self._commands.obey(command, self._inbox)
-            elif self.paused:
+            elif waits:
                 self._check()
             else:
                 return
+
+    def _obey_last_commands(self, deadline: Deadline) -> None:
+        """Obey what has arrived, if the end of the run ended the worker's loop before a `poll` could obey it."""
+        if not self._heartbeat.run_ended:
+            return
+        try:
+            with within(deadline):
+                self._obey_commands(deadline)
+        except PeerError as error:
+            logger.debug("worker %d leaves with commands that it has not obeyed: %s", self.worker_id, error)
 
     def _wait_and_load(self, model: Model, latest: int, deadline: Deadline) -> None:
         """Load the version `latest`, or a newer one, as soon as it is ready; obey commands meanwhile.
@@ -443,4 +468,5 @@ class WorkerClient:
 
     def _gives_up_sending(self) -> bool:
         """Return whether to drop a batch that waits for room. Not while draining: it is then still sent."""
-        return self._life.closing or self._commands.stopped or self._inbox.contains("stop")
+        ended = self._life.closing or self._commands.stopped or self._heartbeat.run_ended
+        return ended or self._inbox.contains("stop")

@@ -218,7 +218,7 @@ def test_foreign_entries_hide_no_record(
         records = comm.missed_updates()[0].records
     assert [one.why for one in records] == ["unknown"]
     assert keys.missed in caplog.text
-    comm.cleanup()
+    comm.cleanup(stop_workers=False)
     comm = learner()
     assert outcome_of(comm, client, comm.send_control_command("reset")) == "done"
     server.client.flushall()

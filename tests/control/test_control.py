@@ -171,7 +171,7 @@ def test_a_worker_that_leaves_without_acknowledging_missed_the_command(
 def test_a_new_process_does_not_do_the_commands_of_its_predecessor(learner: Learner, worker: Worker) -> None:
     comm = learner()
     worker(worker_id=0)
-    command = comm.send_control_command("stop")
+    command = comm.send_control_command("stop", worker_ids=[0])
     successor = worker(worker_id=0)
     assert {one: str(outcome) for one, outcome in command.wait(5.0).items()} == {0: "missed: away"}
     successor.poll()

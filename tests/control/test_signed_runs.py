@@ -64,7 +64,7 @@ def test_signed_commands_are_done_and_sent_again_to_a_server_that_lost_them(
         client.on_command("level", received.append)
     command = first.send_control_command("level", {"to": 1}, expires=30.5)
     wait_until("one worker has done it", lambda: clients[0].poll() or command.outcomes()[0].state == "done")
-    first.cleanup(over=False)
+    first.cleanup(stop_workers=False)
     second = learner(signing_key=KEY)
     server.client.flushall()
     wait_until("the run is back", lambda: server.client.exists(keys.control))

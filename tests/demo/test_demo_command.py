@@ -187,25 +187,26 @@ def test_sigterm_drains_a_worker(shell: Shell, real_server: RealServer) -> None:
     assert not real_server.client.exists("rlb:{term}:hb:0")
 
 
-@pytest.mark.parametrize(("state", "what"), [("ended", "has ended"), ("open", "is away")])
-def test_a_worker_reports_that_its_learner_ended_or_is_away(
-    real_server: RealServer, capsys: pytest.CaptureFixture[str], state: str, what: str
+def test_a_worker_whose_last_batch_finds_no_room_reports_that_its_learner_is_away(
+    real_server: RealServer,
 ) -> None:
-    """It does so when it joins, and when the queue has no room for its last batch."""
-    run = f"alone-{state}"
-    WorkerCommunicator(1, run=run, redis_url=real_server.url).cleanup(over=state == "ended")
-    if state == "open":
-        real_server.client.hset(f"rlb:{{{run}}}:meta", "learner_seen", "1.0")
+    WorkerCommunicator(1, run="alone", redis_url=real_server.url).cleanup(stop_workers=False)
+    real_server.client.hset("rlb:{alone}:meta", "learner_seen", "1.0")
     full = QueueFull("its queue is full")
-    settings = WorkerSettings(run, num_envs=1, url=real_server.url)
+    settings = WorkerSettings("alone", num_envs=1, url=real_server.url)
     with (
         mock.patch("rlbroker.demo.rollout_worker.run_worker", side_effect=full),
-        pytest.raises(QueueFull, match=f"last batch is lost.*the learner of 'alone-{state}' {what}"),
+        pytest.raises(QueueFull, match=r"last batch is lost.*the learner of 'alone' is away"),
     ):
-        work(settings, lambda: read_learner_state(real_server.url, run))
-    output = capsys.readouterr().out
-    assert "waits for the learner's weights" in output
-    assert ("has ended; waiting for another" in output) == (state == "ended")
+        work(settings, lambda: read_learner_state(real_server.url, "alone"))
+
+
+def test_a_worker_that_joins_after_the_end_says_so_and_ends(
+    real_server: RealServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    WorkerCommunicator(1, run="over", redis_url=real_server.url).cleanup()
+    work(WorkerSettings("over", num_envs=1, url=real_server.url), lambda: "ended")
+    assert "has ended; start its learner before its workers" in capsys.readouterr().out
 
 
 def test_a_moved_learner_continues_after_its_restart_and_its_worker_waits(
@@ -222,7 +223,7 @@ def test_a_moved_learner_continues_after_its_restart_and_its_worker_waits(
     assert "Asked to leave" in output
     assert "no --checkpoint" not in output
     assert shell.files() == ["state.pt"]
-    assert real_server.client.hget("rlb:{moved}:meta", "learner_state") == b"open"
+    assert real_server.client.hget("rlb:{moved}:meta", "ended") is None
     assert worker.poll() is None
     output = shell.start(*command, **server_url).communicate(timeout=60)[0]
     assert "the run 'moved' continues" in output

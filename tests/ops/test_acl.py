@@ -29,7 +29,7 @@ from rlbroker.control.acknowledgements import ACKNOWLEDGE
 from rlbroker.control.commands import RESTORE_COMMAND, SEND
 from rlbroker.control.ledger import SETTLE
 from rlbroker.membership.heartbeat import BEAT, LEAVE, REJOIN
-from rlbroker.membership.roster import ALIVE, CLOSE, FORGET, OPEN
+from rlbroker.membership.roster import ALIVE, END_RUN, FORGET, OPEN
 from rlbroker.membership.worker_ids import REGISTER
 from rlbroker.ops.acl import _LEARNER, _WORKER
 from rlbroker.ops.prune import PRUNE_RUN
@@ -304,7 +304,7 @@ def keys_of(script: Script, worker: int) -> list[str]:
     """Return the keys with which a script would harm a worker, or the run."""
     own = {
         OPEN: [KEYS.meta],
-        CLOSE: [KEYS.meta],
+        END_RUN: [KEYS.meta],
         ALIVE: [KEYS.meta],
         COMMIT: [KEYS.meta, KEYS.weights, KEYS.control, KEYS.notify],
         SEND: [KEYS.meta, KEYS.workers, KEYS.control, KEYS.pending, KEYS.outcomes("abc"), KEYS.life(worker)],
@@ -331,7 +331,7 @@ EPOCH, INCARNATION = "<epoch>", "<incarnation>"
 
 ATTACKS: dict[str, tuple[Script, list[Any]]] = {
     "open": (OPEN, ["1", "learner", "1", "max_queue_size", "1"]),
-    "close": (CLOSE, [EPOCH]),
+    "end run": (END_RUN, [EPOCH]),
     "alive": (ALIVE, ["learner_seen", "1"]),
     "publish": (COMMIT, [EPOCH, FAR, "9-9-9", "-", "-", "version", FAR]),
     "command": (SEND, [EPOCH, "abc", "60", "-1", "1", INCARNATION, "", "name", "stop", "data", ""]),
@@ -352,7 +352,7 @@ ATTACKS: dict[str, tuple[Script, list[Any]]] = {
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_worker_cannot_use_the_scripts_of_others(planted: GuardedServer, attack: str) -> None:
-    if not planted.has_read_only_keys and attack in ("open", "alive", "publish", "close", "prune"):
+    if not planted.has_read_only_keys and attack in ("open", "alive", "publish", "end run", "prune"):
         pytest.skip("before Redis 7 a worker can write what it can read; `rlbroker acl` warns of it")
     script, arguments = ATTACKS[attack]
     epoch = planted.client("admin").hget(KEYS.meta, "epoch")

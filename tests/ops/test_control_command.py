@@ -154,7 +154,7 @@ def test_without_a_learner_force_is_needed_and_live_workers_apply_the_command(em
         WorkerCommunicator(1, redis_url=embedded.url, run=run),
         WorkerClient(embedded.url, run) as worker,
     ):
-        client.hset(Keys(run).meta, "learner_state", "ended")
+        client.hset(Keys(run).meta, "ended", "1.000")
         refused = shell("control", "send", "stop")
         assert (refused.returncode, refused.stdout) == (2, "")
         assert "has ended, so no process records the workers' answers; --force" in refused.stderr

@@ -50,7 +50,9 @@ def plant(url: str, run: str) -> None:
 def backdate(client: Any, run: str, seconds: float, *, state: str = "ended") -> None:
     """Change the heartbeats of a run: the last ones were sent this long ago."""
     keys, then = Keys(run), time.time() - seconds
-    client.hset(keys.meta, mapping={"learner_seen": f"{then:.3f}", "learner_state": state})
+    client.hset(keys.meta, "learner_seen", f"{then:.3f}")
+    if state != "ended":
+        client.hdel(keys.meta, "ended")
     client.hset(keys.life(0), mapping={"seen": int(then * 1000)})
 
 

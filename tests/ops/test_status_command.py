@@ -172,7 +172,7 @@ def test_status_of_a_run_that_ended(real_server: RealServer, run: str) -> None:
             "it has a heartbeat", lambda: status_json(real_server)["learner"]["last_seen_seconds"] is not None
         )
     assert status_json(real_server)["learner"]["state"] == "ended"
-    assert re.search(r"seen \S+ s ago; it has ended$", status(real_server), re.MULTILINE)
+    assert re.search(r"seen \S+ s ago; it has ended the run$", status(real_server), re.MULTILINE)
 
 
 def test_a_learner_that_ended_by_an_error_is_reported_while_workers_send(

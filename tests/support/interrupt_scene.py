@@ -150,7 +150,7 @@ class Scene:
 
     def abandon(self) -> None:
         """Close what can be closed of a scene in which something failed."""
-        for end in (self.client.close, partial(self.comm.cleanup, over=False)):
+        for end in (self.client.close, partial(self.comm.cleanup, stop_workers=False)):
             with suppress(BaseException):
                 self.second.do(end)
         self.end()

@@ -206,7 +206,7 @@ def restore(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.collect_all()
     marks = scene.comm.marks()
     scene.send(2)
-    scene.comm.cleanup(over=False)
+    scene.comm.cleanup(stop_workers=False)
     scene.comm = scene.open_learner()
     yield lambda: scene.comm.restore(marks)
     scene.collect_all()
@@ -510,24 +510,24 @@ def properties(scene: Scene) -> Iterator[Callable[[], Any]]:
 
 @case("WorkerCommunicator.__init__ WorkerCommunicator.__enter__", rarely=41)
 def open_a_learner(scene: Scene) -> Iterator[Callable[[], Any]]:
-    scene.comm.cleanup(over=False)
+    scene.comm.cleanup(stop_workers=False)
     scene.note_what_is_open()
     opened: list[WorkerCommunicator] = []
 
     def open_one() -> None:
         for one in opened:
-            one.cleanup(over=False)
+            one.cleanup(stop_workers=False)
         opened[:] = [scene.open_learner().__enter__()]
 
     yield open_one
-    opened[0].cleanup(over=False)
+    opened[0].cleanup(stop_workers=False)
     scene.expect_nothing_else_open()
     scene.comm = scene.open_learner()
 
 
 @case("WorkerCommunicator.cleanup WorkerCommunicator.__exit__", rarely=4)
 def cleanup(scene: Scene) -> Iterator[Callable[[], Any]]:
-    scene.comm.cleanup(over=False)
+    scene.comm.cleanup(stop_workers=False)
     scene.note_what_is_open()
     scene.comm = scene.open_learner()
     scene.publish(wait=False)

@@ -74,6 +74,11 @@ logger = logging.getLogger("rlbroker")
 _Entries = Sequence[tuple[bytes, Mapping[bytes, bytes]]]
 
 
+def ends_run(name: str, worker_ids: Sequence[int] | None, expires_seconds: float | None) -> bool:
+    """Return whether a command ends the run: a `stop` to all workers, which is also for those that join later."""
+    return name == "stop" and worker_ids is None and expires_seconds is None
+
+
 class Command:
     """A command that was sent. True if it was sent to any worker.
 

@@ -34,7 +34,7 @@ MAX_QUEUE_SIZE = 2
 #: An environment is solved when the mean return of this many episodes reaches its target.
 EPISODES = 100
 REPORT_SECONDS = 0.25
-#: How long the learner waits for the workers to leave after "stop".
+#: How long the learner waits for the workers to leave when the run ends.
 STOP_SECONDS = 2.0
 #: About how much training is lost when the learner dies.
 CHECKPOINT_SECONDS = 10.0
@@ -146,7 +146,7 @@ class Learner:
         self._save()
         if outcome == "moved":
             summary = self._summarize(outcome, ())
-            self._comm.cleanup(over=False)
+            self._comm.cleanup(stop_workers=False)
             return summary
         return self._summarize(outcome, self._stop_workers())
 
@@ -276,9 +276,9 @@ class Learner:
         return statuses
 
     def _stop_workers(self) -> tuple[int, ...]:
-        """Send "stop" to the workers; return those that have not left after `STOP_SECONDS`."""
-        self._comm.send_control_command("stop")
+        """End the run; return the workers that have not left after `STOP_SECONDS`."""
         deadline = time.monotonic() + STOP_SECONDS
+        self._comm.stop_workers(STOP_SECONDS)
         while True:
             # Until a call returns nothing: it acknowledges the batches of the call before.
             while self._comm.collect_experiences():

@@ -115,7 +115,7 @@ def work(settings: WorkerSettings, learner_state: Callable[[], str]) -> None:
 
     Args:
         settings: the options of the command.
-        learner_state: returns the learner's state: `alive`, `ended`, `away`, or `none` before the first learner.
+        learner_state: returns the learner's state: `alive`, `away`, or `none` before the first learner.
 
     Raises:
         InvalidArgument: the environment is unknown, or the demo cannot train on it.
@@ -129,9 +129,10 @@ def work(settings: WorkerSettings, learner_state: Callable[[], str]) -> None:
         with join(settings) as worker:
             worker.drain_on(signal.SIGTERM, signal.SIGUSR1)
             described_run = describe_run(settings.url, settings.run)
+            if not worker.running:
+                print(f"{described_run} has ended; start its learner before its workers", flush=True)
+                return
             print(f"worker {worker.worker_id} of {described_run} waits for the learner's weights", flush=True)
-            if learner_state() == "ended":
-                print(f"the learner of {settings.run!r} has ended; waiting for another", flush=True)
             try:
                 sent = run_worker(
                     worker,
@@ -142,9 +143,7 @@ def work(settings: WorkerSettings, learner_state: Callable[[], str]) -> None:
                     hidden=settings.hidden,
                 )
             except QueueFull as error:
-                learner_is = {"ended": "has ended", "away": "is away", "none": "has not started yet"}.get(
-                    learner_state()
-                )
+                learner_is = {"away": "is away", "none": "has not started yet"}.get(learner_state())
                 if learner_is is None:
                     raise
                 raise QueueFull(

@@ -145,6 +145,25 @@ class Collector:
         self._handover, self._rate_limiter.inserts = after, inserts + len(pairs)
         return pairs
 
+    def read_ahead(self) -> None:
+        """Read what has arrived, up to `COLLECT_BYTES`, for the next `collect`. Acknowledge nothing.
+
+        Do nothing while another thread collects.
+        """
+        self._calls.run_within(0, self._read_ahead)
+
+    def _read_ahead(self) -> None:
+        self._recover()
+        self._began = self._unfinished = True
+        found = self._handover.found
+        self._budget_bytes = COLLECT_BYTES - sum(batch.raw_bytes for _, batch in found)
+        self._find_streams(Deadline(0))
+        more = bool(self._streams.watched)
+        while self._take(found, sys.maxsize) and more:
+            more = self._read(sys.maxsize, None, ())
+        self._count_found()
+        self._unfinished = False
+
     def acknowledge(self, pairs: Sequence[tuple[int, Batch]]) -> int:
         """Acknowledge batches, so that the server deletes them; return how many it still had."""
         names = (batch.held_as for _, batch in pairs)
@@ -233,7 +252,7 @@ class Collector:
             wait = not found and not deadline.over
             began = time.perf_counter()
             try:
-                more = self._read(limit - len(found), deadline if wait else None)
+                more = self._read(limit - len(found), deadline if wait else None, self._done)
             except ConnectionFailed as error:
                 self._reader.recover()
                 more = self.acknowledge_returned()  # retries for as long as the connection's timeout
@@ -260,6 +279,8 @@ class Collector:
     def _take(self, found: list[tuple[Entry, Batch]], limit: int) -> bool:
         """Add the batches of queued entries to what was found; return whether there is room for more."""
         entries = self._reader.entries
+        if found and self._unpacker.is_suspect(found[-1][0]):
+            return False
         while entries and self._budget_bytes > 0 and len(found) < limit:
             entry = entries[0]
             suspect = self._unpacker.is_suspect(entry)
@@ -307,8 +328,11 @@ class Collector:
             if not self._streams.watched:  # otherwise the next read shows whether the outage is over
                 self._outage.end()
 
-    def _read(self, max_batches: int, deadline: Deadline | None) -> bool:
-        """Read once; wait for a first entry if there is a deadline. Return whether another read may find more."""
+    def _read(self, max_batches: int, deadline: Deadline | None, done: Sequence[Entry]) -> bool:
+        """Read once, and acknowledge entries; wait for a first one if there is a deadline.
+
+        Return whether another read may find more.
+        """
         if not self._streams.watched:
             self.acknowledge_returned()
             if deadline is not None:
@@ -316,7 +340,7 @@ class Collector:
             return False
         count = self._reader.count_per_stream(max_batches, COLLECT_BYTES)
         try:
-            more = self._reader.read(self._done, count, deadline)
+            more = self._reader.read(done, count, deadline)
         except ServerFault as error:
             if not is_stream_lost(error):
                 raise

@@ -30,7 +30,7 @@ from rlbroker.config import (
     host_cache_place,
     signing_secret,
 )
-from rlbroker.control.commands import Command
+from rlbroker.control.commands import Command, ends_run
 from rlbroker.errors import InvalidArgument, UnsupportedType
 from rlbroker.experience.counts import read_counts
 from rlbroker.experience.marks import parse_marks
@@ -38,9 +38,18 @@ from rlbroker.learner.cleanup import Cleanup
 from rlbroker.learner.maintenance import Maintenance
 from rlbroker.learner.options import LearnerOptions
 from rlbroker.learner.parts import LearnerParts
+from rlbroker.learner.run_end import RunEnd
 from rlbroker.learner.run_scripts import SCRIPTS
 from rlbroker.metrics.tensorboard import ScalarLog, ScalarTarget, SummaryWriter
-from rlbroker.types import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
+from rlbroker.types import (
+    Batch,
+    CleanupReport,
+    DeadLetter,
+    MissedUpdates,
+    Outcome,
+    PublishReceipt,
+    WorkerInfo,
+)
 from rlbroker.weights.image_store import ImageStore
 
 if TYPE_CHECKING:
@@ -59,7 +68,9 @@ class WorkerCommunicator:
                 for worker_id, batch in comm.collect_experiences(timeout=1.0):
                     learn(batch)
                 comm.send_model_weights(model.state_dict())
-            comm.send_control_command("stop")
+
+    Leaving the block normally ends the run: its workers stop, also those that join later. After an exception they
+    continue, and wait for the learner to be started again.
 
     A newer communicator with the same `learner_name` takes the run over, and the older one raises `Fenced` from then
     on. Learners with different names share the experiences; only the newest of those that publish may send weights
@@ -191,6 +202,7 @@ class WorkerCommunicator:
             self._cleanup.maintenance = self._maintenance = Maintenance(
                 connection, self._keys, parts, forget_seconds=forget_seconds
             )
+            self._cleanup.run_end = self._run_end = RunEnd(parts)
             self._thread = self._maintenance.thread
             life.add_threads(self._thread)
             self._thread.start()
@@ -215,8 +227,8 @@ class WorkerCommunicator:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Clean up. After an exception, batches that were returned last are not acknowledged."""
-        self.cleanup(acknowledge=kind is None)
+        """Clean up. After an exception, no worker is stopped, and no batch that was returned last is acknowledged."""
+        self.cleanup(acknowledge=kind is None, stop_workers=kind is None)
 
     @property
     def run(self) -> str:
@@ -445,7 +457,8 @@ class WorkerCommunicator:
 
         Args:
             command: `"stop"`, `"pause"`, `"resume"`, `"reset"`, or a name for which the workers registered a handler
-                with `on_command`. `"pause"` takes `{"duration": seconds}`, or None until `"resume"`; `{}` is 1 s.
+                with `on_command`. `"pause"` takes `{"duration": seconds}`, or None until `"resume"`; `{}` is 1 s. A
+                `"stop"` to all workers, without `expires`, ends the run like `stop_workers`.
             data: the handler's argument: anything that a batch may contain.
             worker_ids: the workers that get it; None for all members of the run. The outcome of those that are not
                 members is `unknown`, with the detail `unknown worker`.
@@ -463,7 +476,37 @@ class WorkerCommunicator:
         """
         self._check_publishes()
         with self._operation():
+            if ends_run(command, worker_ids, expires):
+                return self._run_end.send(data)
             return self._commands.send(command, data, worker_ids, expires_seconds=expires)
+
+    def stop_workers(self, timeout: float | None = None) -> dict[int, Outcome]:
+        """End the run: stop its workers, also those that join later, and wait for the answers of the present ones.
+
+        Meanwhile batches are read from the queues, up to about 256 MiB. The following `collect_experiences` returns
+        them, and what is still in the queues. Workers that are away, and those that die, are not waited for beyond
+        their lease. The run is open again as soon as another learner opens it.
+
+        Args:
+            timeout: seconds to wait at most; the communicator's timeout by default.
+
+        Returns:
+            The outcome of the `stop` by worker id; `waiting` for a worker that is away, or has not polled in time. It
+            stops when it polls next, or returns. A repeated call sends no second `stop`.
+
+        Raises:
+            InvalidArgument: the timeout is invalid, or this learner was created with `publishes=False`.
+            Fenced: a newer learner has taken over the run; no worker was stopped.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        self._check_publishes()
+        seconds = self._connection.timeout_seconds
+        if timeout is not None:
+            seconds = check_timeout_seconds("timeout", timeout)
+        if self._run_end.command is None:
+            with self._operation():
+                self._run_end.send()
+        return self._run_end.wait(Deadline(seconds), read_ahead=True)
 
     def workers(self) -> list[WorkerInfo]:
         """Return the members of the run, by id: host, pid, state, version, last heartbeat and more.
@@ -550,26 +593,28 @@ class WorkerCommunicator:
 
     # The end
 
-    def cleanup(self, *, acknowledge: bool = True, over: bool = True) -> CleanupReport:
+    def cleanup(self, *, acknowledge: bool = True, stop_workers: bool = True) -> CleanupReport:
         """Close this learner within its timeout, and report what it leaves in Redis. Further calls change nothing.
 
-        The order: wait for weights sent with `wait=False`, stop the background thread, acknowledge the batches that
-        were returned last, settle acknowledgements, mark the run as over, and close all connections.
+        The order: wait for weights sent with `wait=False`, acknowledge the batches that were returned last, stop the
+        workers, wait for their answers during a quarter of the timeout at most, stop the background thread, settle
+        acknowledgements, and close all connections. Call `stop_workers` before to wait longer for the answers.
 
         Args:
             acknowledge: whether batches that were returned last count as done. Ignored with `acknowledge="manual"`.
-            over: whether the run is over. With False, for a learner that is restarted elsewhere, `rlbroker status`
-                shows the learner as away.
+            stop_workers: whether the run ends: its workers stop, also those that join later. False if the run goes on,
+                with a learner that is started again. Only the learner that leads the run stops workers, not one with
+                `publishes=False`, or that was replaced.
 
         Returns:
-            Batches and commands that are left. It is true if there are none, and not `complete` if the server could
-            not be asked.
+            Batches and commands that are left, and the workers' answers to the `stop`. It is true if nothing is left,
+            and not `complete` if the server could not be asked.
         """
         if not is_exiting() and not self._life.ended:
             self._connection.check_process()
-            self._life.closing, self._cleanup.over = True, over
+            self._life.closing = True
             deadline = Deadline(self._connection.timeout_seconds)
-            self._cleanup.finish_work(deadline, acknowledge=acknowledge)
+            self._cleanup.finish_work(deadline, acknowledge=acknowledge, stop_workers=stop_workers)
             self._life.end(deadline)
         return self._cleanup.report
 

@@ -119,6 +119,11 @@ class Heartbeat:
         return self._run.opened
 
     @property
+    def run_ended(self) -> bool:
+        """Whether this worker stops because the run has ended."""
+        return self._run.ended
+
+    @property
     def run_size(self) -> RunSize:
         """The number of workers and hosts of the run, from the learner's latest count."""
         return self._run.size

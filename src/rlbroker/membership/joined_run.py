@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -14,16 +15,23 @@ from rlbroker.config import RunSettings
 from rlbroker.errors import IncompatibleFormat
 from rlbroker.membership.run_size import RunSize
 
+logger = logging.getLogger("rlbroker")
+
 #: Fields of `meta` that a worker needs, in the order in which `beat.lua` returns them.
 META_FIELDS: Final = (
     "wire_format",
     "shards",
+    "ended",
     *RunSize._fields,
     *(field.name for field in fields(RunSettings)),
 )
 
 #: How often a call that waits for the settings looks for them. It must not wait for an event: see `BackgroundThread`.
 SETTINGS_POLL_SECONDS: Final = 0.01
+
+#: How long after a heartbeat that brought the end of the run a worker stops, if it has not obeyed the `stop` by then:
+#: the command is on its way, and is obeyed in order, with the user's handlers.
+STOP_GRACE_SECONDS: Final = 1.0
 
 
 class JoinedRun:
@@ -38,7 +46,8 @@ class JoinedRun:
         """
         self._keys, self.wire_format = keys, wire_format
         self._settings: RunSettings | None = None
-        self._last_reply: Sequence[bytes | None] = ()
+        self._last_reply: Sequence[bytes | None] | None = None
+        self._stop_due: Deadline | None = None  #: when the worker must stop, because the run has ended
         #: The number of workers and hosts, from the learner's latest count.
         self.size = RunSize()
 
@@ -51,6 +60,14 @@ class JoinedRun:
     def settings(self) -> RunSettings:
         """The run's settings; the defaults until they are known."""
         return self._settings or RunSettings()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has ended, and a `stop` command that is on its way had the time to arrive.
+
+        Once true it stays true: a learner that opens the run again opens it for other workers.
+        """
+        return self._stop_due is not None and self._stop_due.over
 
     def wait_for_settings(self, deadline: Deadline, check: Callable[[], None]) -> RunSettings | None:
         """Wait for a learner to open the run, and return its settings; None if the deadline passes.
@@ -81,9 +98,23 @@ class JoinedRun:
                 settings = RunSettings.from_fields(meta)
             self._keys.use_shards(meta.get("shards", " ".join(self._keys.shards)))
             self._settings = settings  # last: another thread waits for it
+        self._note_end("ended" in meta, joining=self._last_reply is None)
         self.size = RunSize(*(whole_number(meta.get(name, "")) or 0 for name in RunSize._fields))
         self._last_reply = reply
         return opened
+
+    def _note_end(self, ended: bool, *, joining: bool) -> None:
+        if not ended:
+            if not self.ended:
+                self._stop_due = None
+        elif self._stop_due is None:
+            self._stop_due = Deadline(0 if joining else STOP_GRACE_SECONDS)
+            if joining:
+                logger.warning(
+                    "the run %r has ended, so this worker stops at once; start a learner of the run before its "
+                    "workers, or choose another run name",
+                    self._keys.run,
+                )
 
     def check_wire_format(self, found: str) -> None:
         """Check the wire format that `meta` names; it is empty if no learner has opened the run.

@@ -41,11 +41,16 @@ OPEN = Script.load("membership/lua/open.lua")
 
 RESTORE_RUN = Script.load("membership/lua/restore_run.lua")
 
-CLOSE = Script.load("membership/lua/close.lua")
+END_RUN = Script.load("membership/lua/end_run.lua")
 
 FORGET = Script.load("membership/lua/forget.lua")
 
 ALIVE = Script.load("membership/lua/alive.lua")
+
+
+def end_run(connection: Connection, keys: Keys, epoch: int) -> None:
+    """Record that the run has ended, for the learner with this epoch; raise `Fenced` if a newer one leads the run."""
+    connection.run(END_RUN, (keys.meta,), (epoch,))
 
 
 class Roster:
@@ -82,6 +87,7 @@ class Roster:
         self.existed = False
         #: Whether this learner is the newest of those that publish.
         self.leads = publishes
+        self._ended = False  #: whether this learner has ended the run
 
     def open(self, *, wire_format: int, num_workers: int, shards: str) -> int:
         """Open the run and return the learner's epoch, which fences every earlier learner of the same name.
@@ -95,7 +101,6 @@ class Roster:
         """
         self._meta = {
             "wire_format": wire_format,
-            "learner_state": "open",
             "learner_host": readable(socket.gethostname()),
             "learner_pid": os.getpid(),
             "opened": f"{time.time():.3f}",
@@ -122,9 +127,14 @@ class Roster:
         self._raise_version_floor(read_incarnations(self._connection, self._keys))
         return self.epoch
 
-    def close(self) -> None:
-        """Record that the learner ended, so that its silence is not reported as a fault."""
-        self._connection.run(CLOSE, (self._keys.meta,), (self.epoch,))
+    def end_run(self) -> None:
+        """Record that the run has ended, so that its workers stop, also those that join later.
+
+        Raises:
+            Fenced: a newer learner leads the run.
+        """
+        end_run(self._connection, self._keys, self.epoch)
+        self._ended = True
 
     def heartbeat(self, channel: Channel) -> None:
         """Record in `meta` that the learner is alive, and read which workers are.
@@ -200,6 +210,8 @@ class Roster:
         keys = (self._keys.meta, self._keys.workers, *map(self._keys.life, incarnations))
         now, *lost = self._connection.run(RESTORE_RUN, keys, (*arguments, *flat(self._meta)))
         self._written_back |= dict.fromkeys(map(int, lost), int(now))
+        if self._ended:
+            self.end_run()
 
     @property
     def alive(self) -> frozenset[int]:

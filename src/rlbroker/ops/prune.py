@@ -33,7 +33,7 @@ KEYS_AT_ONCE: Final = 1000
 #: How long learners and workers may take to reconnect after the server has started.
 BACK_SECONDS: Final = 10
 
-#: The mark of a run that is being deleted: with `learner_state` the only field of `meta`. A learner adds other fields.
+#: The mark of a run that is being deleted: with `ended` the only field of `meta`. A learner adds other fields.
 PRUNED: Final = "pruned"
 
 #: Why a dead run, or a part of it, was kept.
@@ -282,7 +282,7 @@ def _judge(
 def _read_state(connection: Connection, summary: RunSummary) -> str:
     if summary.learner == "ended":
         (meta,) = connection.execute_all([("HGETALL", Keys(summary.run).meta)], strict=False)
-        if not isinstance(meta, PeerError) and text_fields(meta).keys() == {"learner_state", PRUNED}:
+        if not isinstance(meta, PeerError) and text_fields(meta).keys() == {"ended", PRUNED}:
             return "pruned"
     return summary.learner
 

@@ -9,8 +9,9 @@ from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import parsing, server_seconds, stored_integer, text_fields
 from rlbroker.codec.signing import SigningKey
-from rlbroker.control.commands import Command, CommandSender
+from rlbroker.control.commands import Command, CommandSender, ends_run
 from rlbroker.errors import Fenced, InvalidArgument
+from rlbroker.membership.roster import end_run
 from rlbroker.ops.inspect.control_records import add_unsettled_acknowledgements
 from rlbroker.ops.inspect.liveness import learner_silent_seconds, learner_state
 from rlbroker.types import Outcome
@@ -32,7 +33,8 @@ def send_command(
 ) -> Command:
     """Send a command with the epoch of the run's latest learner.
 
-    That learner records the answers, but does not send the command again to a server that lost it.
+    That learner records the answers, but does not send the command again to a server that lost it. A `stop` to all
+    workers ends the run, as the learner's own would.
 
     Args:
         data: the argument of the handler; anything that a batch may contain.
@@ -64,6 +66,8 @@ def send_command(
             )
         sender = CommandSender(connection, keys, epoch=epoch, key=key)
         try:
+            if ends_run(name, worker_ids, expires_seconds):
+                end_run(connection, keys, epoch)
             return sender.send(name, data, worker_ids, expires_seconds=expires_seconds)
         except Fenced:  # another learner has opened the run meanwhile
             if tried == _TRIES - 1:

@@ -72,12 +72,15 @@ def send(
     """Send a command to workers on behalf of their learner, and show the answers as they arrive.
 
     Without a live learner no process records the answers, so --force is needed; the workers apply the command.
+    A stop to all workers, without --expires, ends the run: workers that join later stop too, until a learner opens the
+    run again.
     Ctrl-C ends the wait, and the command stays sent. If the server loses it, it is not sent again, unlike a command of
     the learner.
     Exit code: 0 all workers did it, or --no-wait; 1 some did not, or not yet; 2 it could not be sent; 130 after Ctrl-C.
 
     Example: rlbroker control send pause --data '{"duration": 5}' --worker 0 --worker 3
     """
+    from rlbroker.control.commands import ends_run
     from rlbroker.ops.send_command import send_command
 
     arguments = parse_arguments(data)
@@ -92,7 +95,9 @@ def send(
             also_without_learner=force,
             key=session.signing_key,
         )
-    if not command:
+    if ends_run(name, worker or None, expires):
+        session.note("the run has ended: workers that join later stop too, until a learner opens it again")
+    elif not command:
         session.fail(f"the run {session.run!r} has no workers; nothing was sent", EXIT_NOT_DONE)
     outcomes: dict[int, Outcome] = {}
     if not no_wait:

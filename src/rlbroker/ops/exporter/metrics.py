@@ -186,7 +186,7 @@ RUN_METRICS: Final[tuple[RunMetric[Snapshot], ...]] = _add_totals(
         ),
         RunMetric(
             "learner_ended",
-            "Whether the learner ended normally: the run is over.",
+            "Whether the run has ended: its workers are told to stop.",
             lambda snapshot: snapshot.learner is not None and snapshot.learner.state == "ended",
         ),
         RunMetric(

@@ -19,7 +19,7 @@ class Participant:
 
     Attributes:
         worker_id: None for the learner.
-        state: `alive`; `away` after a lease without a heartbeat; `ended` once the learner has cleaned up.
+        state: `alive`; `away` after a lease without a heartbeat; `ended` once the run has ended.
         last_seen_seconds: age of the last heartbeat by the server's clock; None without any.
     """
 
@@ -70,10 +70,13 @@ def find_participants(connection: Connection, run: str, host: str) -> list[Parti
 
 
 def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Liveness | Literal["ended", "none"]:
-    """Return the state of the latest learner, from the run's `meta` and the time since its last heartbeat."""
+    """Return the state of the latest learner, from the run's `meta` and the time since its last heartbeat.
+
+    Once a learner has ended the run, or `rlbroker control` has in its place, it is `ended`.
+    """
     if not meta:
         return "none"
-    if meta.get("learner_state") == "ended":
+    if "ended" in meta:
         return "ended"
     lease_seconds = RunSettings.from_fields(meta).lease_seconds
     return "alive" if silent_seconds is not None and silent_seconds < lease_seconds else "away"

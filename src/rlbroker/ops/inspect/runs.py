@@ -35,8 +35,8 @@ class RunSummary:
     """A run in brief.
 
     Attributes:
-        learner: `alive`; `ended` after cleanup; `away` after a lease without a heartbeat; `none` before the first
-            learner; `unreadable` if another program has written into its keys.
+        learner: `alive`; `ended` once the run has ended; `away` after a lease without a heartbeat; `none` before the
+            first learner; `unreadable` if another program has written into its keys.
         version: the latest version; 0 before the first.
         alive: workers with a heartbeat within their lease.
         members: workers that belong to the run, alive or away.

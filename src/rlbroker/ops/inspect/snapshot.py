@@ -49,7 +49,7 @@ class LearnerStatus:
 
     Attributes:
         epoch: its incarnation.
-        state: `alive`; `ended` after cleanup; `away` after a lease without a heartbeat.
+        state: `alive`; `ended` once the run has ended; `away` after a lease without a heartbeat.
         last_seen_seconds: age of its last heartbeat by the server's clock; None without any.
         others: further learners with a heartbeat within their lease; they only collect.
     """

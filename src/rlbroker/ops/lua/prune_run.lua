@@ -14,5 +14,5 @@ local count = redis.pcall('SCARD', KEYS[1])
 if type(count) == 'table' then count = -1 end
 if count ~= tonumber(ARGV[at]) then return 0 end
 for _, key in ipairs(KEYS) do redis.call('UNLINK', key) end
-redis.call('HSET', KEYS[2], 'learner_state', 'ended', ARGV[at + 1], '1')
+redis.call('HSET', KEYS[2], 'ended', '0', ARGV[at + 1], '1')
 return 1

@@ -1,0 +1,15 @@
+-- Record that the run has ended: its workers stop, also those that join later, until a learner opens the run again.
+-- Works on a full server.
+-- KEYS: meta
+-- ARGV: the learner's epoch
+-- Reply: 1
+-- Errors: FENCED, LOST
+
+-- include: backend/lua/leader_only.lua
+-- include: backend/lua/also_when_full.lua
+
+if redis.call('HEXISTS', KEYS[1], 'ended') == 0 then
+  local time = redis.call('TIME')
+  redis.call('HSET', KEYS[1], 'ended', string.format('%.3f', time[1] + time[2] / 1000000))
+end
+return 1
