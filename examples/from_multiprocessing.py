@@ -4,9 +4,9 @@
     python examples/from_multiprocessing.py after
 
 A learner trains a linear policy on the batches of two workers, and publishes weights after every batch. Worker 1 is
-slow, so it cannot load them all. Both versions share the job and the training loop. The differences are marked BEFORE
-and AFTER: the constructor, and the worker's three queue calls. At the end each version prints what it knows about
-missed updates.
+slow, so it cannot load them all. The job and the training loop are the same before and after. Compare `ManagerBefore`
+with `ManagerAfter`, method by method, and `work_before` with `work_after`. At the end each version prints what it knows
+about the stop and about missed updates.
 
 `after` uses the server that RLBROKER_REDIS_URL names. Without it, it starts a server of its own.
 """
@@ -23,7 +23,6 @@ import secrets
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
 from multiprocessing.context import SpawnProcess
 from multiprocessing.queues import Queue
 from typing import Any, NamedTuple
@@ -31,11 +30,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rlbroker import Missed, WorkerClient, WorkerCommunicator
+from rlbroker import Batch, Missed, WorkerClient, WorkerCommunicator
 from rlbroker.local import RedisServer
 
 WORKERS = 2
 MAX_QUEUE_SIZE = 4
+TIMEOUT = 10.0
 BATCHES = 200
 SECONDS_PER_ROLLOUT = (0.004, 0.03)  # by worker
 
@@ -73,31 +73,134 @@ def _chance_of_action_1(weights: Weights, obs: NDArray[np.float32]) -> NDArray[n
 # The learner's loop: the same lines before and after ---------------------------------------------------------
 
 
-def train(communicator: QueueCommunicator | WorkerCommunicator, workers: Sequence[SpawnProcess]) -> None:
-    for worker in workers:
-        worker.start()
+def train(manager: ManagerBefore | ManagerAfter) -> None:
     weights: Weights = {"w": np.zeros(4, np.float32)}
-    communicator.send_model_weights(weights)
     seen_workers, rewards, published = set[int](), list[float](), 1
-    while len(rewards) < BATCHES:
-        if not all(worker.is_alive() for worker in workers):
-            raise RuntimeError("a worker ended before the training did")
-        for worker_id, message in communicator.collect_experiences():
-            seen_workers.add(worker_id)
-            if len(seen_workers) == WORKERS:  # start when all workers have sent something
-                rewards.append(float(message["experiences"]["rewards"].mean()))
-                weights = improve(weights, message["experiences"])
-                communicator.send_model_weights(weights)
-                published += 1
-        time.sleep(0.001)
-    communicator.send_control_command("stop")
-    for worker in workers:
-        worker.join(timeout=10)
+    manager.start_workers()
+    try:
+        manager.sync(weights)
+        while len(rewards) < BATCHES:
+            if not all(worker.is_alive() for worker in manager.workers):
+                raise RuntimeError("a worker ended before the training did")
+            for worker_id, message in manager.collect():
+                seen_workers.add(worker_id)
+                if len(seen_workers) == WORKERS:  # start when all workers have sent something
+                    rewards.append(float(message["experiences"]["rewards"].mean()))
+                    weights = improve(weights, message["experiences"])
+                    manager.sync(weights)
+                    published += 1
+    finally:
+        manager.stop_workers()
     print(f"learner: {len(rewards)} batches, {published} updates published, ", end="")
     print(f"mean reward {np.mean(rewards[:30]):.2f} at first and {np.mean(rewards[-30:]):.2f} at last")
 
 
 # BEFORE: queues, on one host ---------------------------------------------------------------------------------
+
+
+class ManagerBefore:
+    def __init__(self) -> None:
+        self.communicator = QueueCommunicator(WORKERS, MAX_QUEUE_SIZE, TIMEOUT)
+        self.workers: list[SpawnProcess] = []
+
+    def start_workers(self) -> None:
+        for worker_id, queues in enumerate(self.communicator.queues):
+            worker = spawn.Process(target=work_before, args=(worker_id, queues), daemon=True)
+            worker.start()
+            self.workers.append(worker)
+
+    def sync(self, weights: Weights) -> None:
+        self.communicator.send_model_weights(weights)
+
+    def collect(self) -> list[tuple[int, dict[str, Any]]]:
+        time.sleep(0.001)  # no call waits on all queues
+        return self.communicator.collect_experiences()
+
+    def stop_workers(self) -> None:
+        self.communicator.send_control_command("stop")
+        for worker in self.workers:
+            worker.join(TIMEOUT)
+            if worker.is_alive():  # its queue was full, perhaps
+                worker.terminate()
+        print("stop: cannot tell which workers obeyed it")
+        print(
+            "missed updates: cannot tell. Full queues were skipped silently, and the only figure that is left is"
+        )
+        print(f"the length of the model queues: {self.communicator.get_queue_info()['model_queue_sizes']}")
+        self.communicator.cleanup()
+
+
+def work_before(worker_id: int, queues: Queues) -> None:
+    loaded = 1
+    weights = pickle.loads(gzip.decompress(queues.model.get()))
+    while queues.control.empty():  # `stop` is the only command here
+        with contextlib.suppress(queue.Empty):
+            weights = pickle.loads(gzip.decompress(queues.model.get_nowait()))
+            loaded += 1
+        with contextlib.suppress(queue.Full):  # this batch is lost, silently
+            queues.experience.put(rollout(worker_id, weights), timeout=1.0)
+    print(f"worker {worker_id}: loaded {loaded} updates", flush=True)
+
+
+# AFTER: rlbroker, on as many hosts as you like ---------------------------------------------------------------
+
+
+class ManagerAfter:
+    def __init__(self, url: str) -> None:
+        run = f"from-multiprocessing-{secrets.token_hex(4)}"  # a new name for each training
+        self.communicator = WorkerCommunicator(WORKERS, MAX_QUEUE_SIZE, TIMEOUT, redis_url=url, run=run)
+        self.url, self.workers = url, list[SpawnProcess]()
+
+    def start_workers(self) -> None:
+        for worker_id in range(WORKERS):
+            arguments = (worker_id, self.url, self.communicator.run)
+            worker = spawn.Process(target=work_after, args=arguments, daemon=True)
+            worker.start()
+            self.workers.append(worker)
+
+    def sync(self, weights: Weights) -> None:
+        self.communicator.send_model_weights(weights)
+
+    def collect(self) -> list[tuple[int, Batch]]:
+        return self.communicator.collect_experiences(timeout=1.0)
+
+    def stop_workers(self) -> None:
+        # STOP: with `stop_workers` in WorkerCommunicator this line is: self.communicator.stop_workers(TIMEOUT)
+        outcomes = self.communicator.send_control_command("stop").wait(TIMEOUT)
+        for worker in self.workers:
+            worker.join(TIMEOUT)
+        print("stop:", ", ".join(f"worker {worker} {outcome}" for worker, outcome in outcomes.items()))
+        print_missed(self.communicator)
+        self.communicator.cleanup()
+
+
+def work_after(worker_id: int, url: str, run: str) -> None:
+    loaded = 1
+    weights: Weights = {}
+    with WorkerClient(url, run, worker_id) as client:
+        client.load_weights(weights)
+        while client.running:
+            loaded += client.poll(weights)  # applies new weights and obeys commands, such as `stop`
+            client.send_experiences(rollout(worker_id, weights))
+    print(f"worker {worker_id}: loaded {loaded} updates", flush=True)
+
+
+def print_missed(communicator: WorkerCommunicator) -> None:
+    deadline = time.monotonic() + 5.0
+    while any(one.behind for one in communicator.missed_updates().values()) and time.monotonic() < deadline:
+        time.sleep(0.01)  # the workers' last acknowledgements are being settled
+    for worker_id, missed in communicator.missed_updates().items():
+        reasons = ", ".join(f"{count} {why}" for why, count in missed.by_reason.items())
+        print(f"missed updates of worker {worker_id}: {missed.total} of {communicator.version} ({reasons})")
+        versions = ", ".join(_versions(record) for record in missed.records)
+        print(textwrap.fill(versions, width=100, initial_indent="    ", subsequent_indent="    "))
+
+
+def _versions(record: Missed) -> str:
+    return f"{record.first}-{record.last}" if record.last > record.first else f"{record.first}"
+
+
+# What `ManagerBefore` uses, and rlbroker replaces ------------------------------------------------------------
 
 
 class Queues(NamedTuple):
@@ -123,18 +226,17 @@ class QueueCommunicator:
                 queues.model.put_nowait(packed)
 
     def collect_experiences(self) -> list[tuple[int, dict[str, Any]]]:
-        pairs = []
-        for worker_id, queues in enumerate(self.queues):
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    pairs.append((worker_id, queues.experience.get_nowait()))
-        return pairs
+        return [
+            (worker_id, message)
+            for worker_id, queues in enumerate(self.queues)
+            for message in _take_all(queues.experience)
+        ]
 
     def send_control_command(self, command: str, data: Any = None) -> None:
+        message = {"command": command, "data": data, "timestamp": time.time()}
         for queues in self.queues:
-            queues.control.put(
-                {"command": command, "data": data, "timestamp": time.time()}, timeout=self.timeout
-            )
+            with contextlib.suppress(queue.Full):  # this worker never hears of it
+                queues.control.put(message, timeout=self.timeout)
 
     def get_queue_info(self) -> dict[str, list[int]]:
         return {
@@ -144,10 +246,19 @@ class QueueCommunicator:
         }
 
     def cleanup(self) -> None:
+        self.send_control_command("stop")
         for queues in self.queues:
             for one in queues:
-                one.cancel_join_thread()
+                _take_all(one)
                 one.close()
+
+
+def _take_all(one: Queue[Any]) -> list[Any]:
+    taken: list[Any] = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            taken.append(one.get_nowait())
+    return taken
 
 
 def _size(one: Queue[Any]) -> int:
@@ -157,79 +268,14 @@ def _size(one: Queue[Any]) -> int:
         return -1
 
 
-def worker_before(worker_id: int, queues: Queues) -> None:
-    loaded = 1
-    weights = pickle.loads(gzip.decompress(queues.model.get()))
-    while queues.control.empty():  # `stop` is the only command here
-        with contextlib.suppress(queue.Empty):
-            weights = pickle.loads(gzip.decompress(queues.model.get_nowait()))
-            loaded += 1
-        with contextlib.suppress(queue.Full):
-            queues.experience.put(rollout(worker_id, weights), timeout=1.0)
-    print(f"worker {worker_id}: loaded {loaded} updates", flush=True)
-
-
-def before() -> None:
-    communicator = QueueCommunicator(WORKERS, MAX_QUEUE_SIZE)
-    train(
-        communicator,
-        [
-            spawn.Process(target=worker_before, args=(worker_id, queues), daemon=True)
-            for worker_id, queues in enumerate(communicator.queues)
-        ],
-    )
-    print(
-        "missed updates: cannot tell. Full queues were skipped silently, and the only figure that is left is"
-    )
-    print(f"the length of the model queues: {communicator.get_queue_info()['model_queue_sizes']}")
-    communicator.cleanup()
-
-
-# AFTER: rlbroker, on as many hosts as you like ---------------------------------------------------------------
-
-
-def worker_after(worker_id: int, url: str, run: str) -> None:
-    loaded = 1
-    weights: Weights = {}
-    with WorkerClient(url, run, worker_id) as client:
-        client.load_weights(weights)
-        while client.running:
-            loaded += client.poll(weights)  # applies new weights and obeys commands, such as `stop`
-            client.send_experiences(rollout(worker_id, weights))
-    print(f"worker {worker_id}: loaded {loaded} updates", flush=True)
-
-
-def after(url: str) -> None:
-    run = f"from-multiprocessing-{secrets.token_hex(4)}"
-    communicator = WorkerCommunicator(WORKERS, MAX_QUEUE_SIZE, redis_url=url, run=run)
-    train(
-        communicator,
-        [
-            spawn.Process(target=worker_after, args=(worker_id, url, run), daemon=True)
-            for worker_id in range(WORKERS)
-        ],
-    )
-    deadline = time.monotonic() + 5.0
-    while any(one.behind for one in communicator.missed_updates().values()) and time.monotonic() < deadline:
-        time.sleep(0.01)  # the workers' last acknowledgements are being settled
-    for worker_id, missed in communicator.missed_updates().items():
-        reasons = ", ".join(f"{count} {why}" for why, count in missed.by_reason.items())
-        print(f"missed updates of worker {worker_id}: {missed.total} of {communicator.version} ({reasons})")
-        versions = ", ".join(_versions(record) for record in missed.records)
-        print(textwrap.fill(versions, width=100, initial_indent="    ", subsequent_indent="    "))
-    communicator.cleanup()
-
-
-def _versions(record: Missed) -> str:
-    return f"{record.first}-{record.last}" if record.last > record.first else f"{record.first}"
-
-
 def main() -> None:
     if sys.argv[1:] == ["before"]:
-        before()
+        train(ManagerBefore())
     elif sys.argv[1:] == ["after"]:
         with contextlib.ExitStack() as stack:
-            after(os.environ.get("RLBROKER_REDIS_URL") or stack.enter_context(RedisServer()).url)
+            train(
+                ManagerAfter(os.environ.get("RLBROKER_REDIS_URL") or stack.enter_context(RedisServer()).url)
+            )
     else:
         sys.exit("usage: python examples/from_multiprocessing.py before|after")
 

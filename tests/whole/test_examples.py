@@ -64,17 +64,21 @@ def list_missed(output: str) -> dict[int, set[int]]:
     return found
 
 
-def test_the_queues_of_multiprocessing_cannot_tell_which_updates_were_missed() -> None:
+def test_the_queues_of_multiprocessing_cannot_tell_what_was_missed_or_obeyed() -> None:
     output = run_example("before")
     assert count_loaded(output).keys() == {0, 1}
     assert count_loaded(output)[1] < count_published(output)
+    assert "stop: cannot tell" in output
     assert "missed updates: cannot tell" in output
-    assert re.search(r"the length of the model queues: \[-?\d, -?\d\]$", output.rstrip())
+    assert re.search(r"^the length of the model queues: \[-?\d, -?\d\]$", output, re.MULTILINE)
 
 
 @pytest.mark.parametrize("where", ["embedded", "given"])
-def test_rlbroker_lists_every_update_that_was_missed(where: str, real_server: RealServer) -> None:
+def test_rlbroker_lists_every_update_that_was_missed_and_each_stop(
+    where: str, real_server: RealServer
+) -> None:
     output = run_example("after", url=real_server.url if where == "given" else None)
+    assert "stop: worker 0 done, worker 1 done\n" in output
     missed = list_missed(output)
     assert count_loaded(output).keys() == missed.keys() == {0, 1}
     for worker, count in count_loaded(output).items():

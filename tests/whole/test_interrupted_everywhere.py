@@ -484,23 +484,21 @@ def log_to(scene: Scene) -> Iterator[Callable[[], Any]]:
 
 
 @case(
-    "WorkerCommunicator.run WorkerCommunicator.epoch WorkerCommunicator.version WorkerClient.run "
+    "WorkerCommunicator.run WorkerCommunicator.num_workers WorkerCommunicator.timeout "
+    "WorkerCommunicator.epoch WorkerCommunicator.version WorkerClient.run "
     "WorkerClient.worker_id WorkerClient.incarnation WorkerClient.version WorkerClient.running "
     "WorkerClient.draining WorkerClient.paused"
 )
 def properties(scene: Scene) -> Iterator[Callable[[], Any]]:
     comm, client = scene.comm, scene.client
-    expected = [comm.run, comm.epoch, comm.version, client.worker_id, client.version, True]
+    numbers = [comm.num_workers, comm.timeout, comm.epoch, comm.version, client.worker_id, client.version]
 
     def read() -> None:
-        found = [comm.run, comm.epoch, comm.version, client.worker_id, client.version, client.running]
-        assert found == expected
-        assert (client.run, client.paused, client.draining, client.incarnation > 0) == (
-            comm.run,
-            False,
-            False,
-            True,
-        )
+        found = [comm.num_workers, comm.timeout, comm.epoch, comm.version, client.worker_id, client.version]
+        assert found == numbers
+        assert client.run == comm.run
+        assert (client.running, client.paused, client.draining) == (True, False, False)
+        assert client.incarnation > 0
 
     yield read
 

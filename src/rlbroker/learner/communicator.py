@@ -236,6 +236,16 @@ class WorkerCommunicator:
         return self._keys.run
 
     @property
+    def num_workers(self) -> int:
+        """The expected number of workers, as it was given."""
+        return self._num_workers
+
+    @property
+    def timeout(self) -> float:
+        """The most seconds that one operation takes, as it was given."""
+        return self._connection.timeout_seconds
+
+    @property
     def epoch(self) -> int:
         """This learner's incarnation: the server's time in milliseconds when it opened the run. It only grows."""
         return self._roster.epoch
