@@ -56,7 +56,7 @@ def freed() -> torch.Tensor:
         (lambda: {"x": {1, 2}}, r"^\['x'\]: .*send list\(\) of it"),
         (lambda: {"x": bytearray(b"x")}, r"^\['x'\]: .*send bytes\(\) of it"),
         (lambda: {"x": np.zeros(2, ml_dtypes.int4)}, r"^\['x'\]: .*int4"),
-        (lambda: {np.int64(3): 1}, r"^the top level: the key .* send str\(\) of it"),
+        (lambda: {np.int64(3): 1}, r"^the top level: the key .* send int\(\) of it"),
     ],
 )
 def test_a_batch_that_cannot_travel_is_refused_and_the_next_one_is_sent(

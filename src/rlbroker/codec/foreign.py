@@ -8,9 +8,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 import numbers
+import sys
+from array import array as typed_array
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 
@@ -49,10 +53,20 @@ def read_foreign(value: Any, most: int) -> list[tuple[object, Any]] | Array:
         raise RefusedError(f"{type_name(value)} cannot be read: {first_line(error)}") from error
 
 
+def is_empty(mapping: Any) -> bool:
+    """Return whether a mapping has no items. A TensorDict has no truth value, and its length is its batch size."""
+    return len(mapping.keys()) == 0
+
+
 def _read_items(value: Any, most: int) -> list[tuple[object, Any]]:
     try:
-        items = (value.to_dict() if _is_tensor_dictionary(value) else value).items()
+        found = value.to_dict() if _is_tensor_dictionary(value) else value
+        if not isinstance(found, Mapping):
+            raise RefusedError(f"a value of type {type_name(value)} cannot travel; send to_dict() of it")
+        items = found.items()
         return [(key, item) for key, item in islice(items, most)]  # what is no pair raises here
+    except RefusedError:
+        raise
     except Exception as error:
         raise RefusedError(f"the items of {type_name(value)} cannot be read: {first_line(error)}") from error
 
@@ -76,6 +90,8 @@ def _read_array(value: Any) -> Array:
             readers.append(np.asanyarray)
         if hasattr(kind, "__dlpack__"):  # some refuse `__array__` because it would copy from a GPU
             readers.append(_from_dlpack)
+        if hasattr(kind, "__jax_array__"):  # the variables of Flax NNX
+            readers.append(_from_jax)
     if not readers:
         raise RefusedError(_why_refused(value))
     faults = []
@@ -86,9 +102,9 @@ def _read_array(value: Any) -> Array:
         except Exception as error:  # noqa: BLE001 - other libraries raise what they like
             faults.append(error)
     else:
-        call = "jax.device_get()" if kind.__module__.startswith("jax") else "a numpy array"
+        reason = first_line(faults[0])
         raise RefusedError(
-            f"numpy cannot read {type_name(value)}: {first_line(faults[0])}; send {call} of it"
+            f"numpy cannot read {type_name(value)}: {reason}; {_help_reading(kind, reason)}"
         ) from faults[0]
     if isinstance(array, np.ma.MaskedArray):
         raise RefusedError(
@@ -106,10 +122,29 @@ def _from_dlpack(value: Any) -> Array:
     return array
 
 
+def _from_jax(value: Any) -> Array:
+    return np.asanyarray(value.__jax_array__())
+
+
+def _help_reading(kind: type, reason: str) -> str:
+    """Return what to send instead of an array that numpy could not read. JAX's own texts name a call for the rest."""
+    if not kind.__module__.startswith("jax"):
+        return "send a numpy array of it"
+    if "Tracer" in kind.__name__:
+        return "send it outside of the function that JAX transforms"
+    if "PRNG" in kind.__name__:
+        return "send jax.random.key_data() of it"
+    if "deleted" in reason:
+        return "send it before it is deleted or donated"
+    return "send jax.device_get() of it"
+
+
 def refused_dtype(dtype: np.dtype[Any]) -> str:
     """Return why arrays and scalars of a numpy dtype cannot travel, and what to send instead."""
     if dtype.type.__module__ == "ml_dtypes":
         return f'the dtype {dtype.name} of ml_dtypes cannot travel; send astype("int8") or astype("float32")'
+    if dtype.kind == "V" and not dtype.names:
+        return f'the numpy dtype {dtype!s} has no numbers; send view("uint8"), or bytes() of a scalar'
     call = {
         "O": "tolist(), or an array of numbers",
         "U": "str() or tolist()",
@@ -129,17 +164,26 @@ def _why_refused(value: object) -> str:
         return f"the array subclass {name} cannot travel; send numpy.asarray() of it, or its parts"
     if isinstance(value, tuple):
         call = "tuple() of it, or _asdict()" if hasattr(value, "_asdict") else "tuple() of it"
-        return f"the tuple type {name} cannot travel; send {call}"
+        return f"the tuple type {name} cannot travel; send {call}{_or_leaves(value)}"
     if isinstance(value, bool | int | float | str | bytes):
         base = next(base.__name__ for base in type(value).__mro__[1:] if base.__module__ == "builtins")
         return f"a value of type {name} would come back as {base}; send {base}() of it"
     helpful = _call_for(value)
     if helpful:
-        return f"a value of type {name} cannot travel; send {helpful} of it"
+        return f"a value of type {name} cannot travel; send {helpful} of it{_or_leaves(value)}"
     return (
         f"a value of type {name} cannot travel; dictionaries, lists, tuples, None, bool, int, float, str, "
         "bytes, numpy arrays and scalars, torch tensors, and objects with __array__ can"
     )
+
+
+def _or_leaves(value: Any) -> str:
+    """Return the call for a whole tree, if JAX knows a value as a node of its trees: an optimizer's state, a module."""
+    try:
+        is_node = not sys.modules["jax"].tree_util.all_leaves([value])
+    except Exception:  # noqa: BLE001 - JAX is not imported, or the value's own code raises
+        return ""
+    return "; or jax.tree.leaves() of the whole tree" if is_node else ""
 
 
 def _call_for(value: Any) -> str | None:
@@ -150,15 +194,19 @@ def _call_for(value: Any) -> str | None:
         return "dataclasses.asdict()"
     if isinstance(value, enum.Enum):
         return "the value"
-    if isinstance(value, bytearray | memoryview):
+    if isinstance(value, bytearray) or (isinstance(value, memoryview) and value.format == "B"):
         return "bytes()"
+    if isinstance(value, memoryview | typed_array):
+        return "numpy.asarray()"
+    if isinstance(value, SimpleNamespace) or type(value).__module__ == "argparse":
+        return "vars()"
     if isinstance(value, complex):
         return "numpy.complex128()"
     if isinstance(value, numbers.Number):
         return "float()"
-    for method in ("state_dict", "_asdict", "to_dict", "toarray", "isoformat"):
+    for method in ("state_dict", "_asdict", "to_dict", "toarray", "isoformat", "total_seconds", "getvalue"):
         if callable(getattr(type(value), method, None)):
             return f"{method}()"
     if isinstance(value, Iterable):
         return "list()"
-    return "str()" if hasattr(type(value), "__fspath__") else None
+    return "str()" if hasattr(type(value), "__fspath__") or isinstance(value, UUID) else None

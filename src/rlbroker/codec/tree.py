@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from enum import Enum
 from typing import Any
 
 import msgpack
@@ -144,8 +145,15 @@ class TreePacker:
         if kind is int:
             return key if _INT64_MIN <= key <= _UINT64_MAX else _long_int(key)  # type: ignore # `kind` says that it is an int
         raise RefusedError(
-            f"the key {shorten_object(key)} is of type {type_name(key)}; keys must be str or int: send str() of it"
+            f"the key {shorten_object(key)} is of type {type_name(key)}; "
+            f"keys must be str or int: send {_call_for_key(key)} of it"
         )
+
+
+def _call_for_key(key: object) -> str:
+    if isinstance(key, Enum):
+        return "the value"
+    return "int()" if hasattr(type(key), "__index__") and not isinstance(key, bool) else "str()"
 
 
 def pack_metadata(metadata: object) -> object:

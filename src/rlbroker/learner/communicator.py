@@ -292,7 +292,8 @@ class WorkerCommunicator:
             if has_method(model_state_dict, "state_dict"):
                 raise UnsupportedType("got a model; send its weights: send_model_weights(model.state_dict())")
             raise UnsupportedType(
-                f"weights are a dictionary, such as model.state_dict(); got {type_name(model_state_dict)}"
+                f"weights are a dictionary, such as model.state_dict(); got {type_name(model_state_dict)}; "
+                'send {"params": …} of a tree of another kind'
             )
         return self._publisher.publish(
             model_state_dict,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rlbroker.codec.dtypes import ML_DTYPES, TORCH_DTYPES
 from rlbroker.codec.limits import DEFAULT_LIMITS
 from rlbroker.errors import WeightsMismatch
 from rlbroker.weights.target_memory import (
@@ -36,6 +37,9 @@ _PLAIN_DICTIONARIES = (dict, OrderedDict, defaultdict)
 
 #: Kinds of elements by numpy's letters, in the order in which each can hold the ones before.
 _KINDS = {"b": 0, "u": 1, "i": 1, "f": 2, "c": 3}
+
+#: The floats of ml_dtypes. float8_e8m0fnu has neither signs nor zero, so that nothing is rounded to it.
+_ML_FLOATS = ML_DTYPES.keys() - {"float8_e8m0fnu"}
 
 
 class DictionaryFill:
@@ -130,8 +134,11 @@ class DictionaryWrite:
     def _add(self, path: Path, new: Any, old: Any) -> str:
         """Plan the write of one value; return why that is impossible, or an empty text."""
         if not (is_tensor(old) or is_array(old)):
-            is_value = not hasattr(old, "shape") or isinstance(old, np.generic)
-            if not is_value or is_tensor(new) or is_array(new):
+            if hasattr(old, "shape") and not isinstance(old, np.generic):
+                return (
+                    f"is {type(old).__name__} in the model, which cannot be overwritten; give a numpy array"
+                )
+            if is_tensor(new) or is_array(new):
                 return _describe_difference(new, old)
             if not isinstance(self._parents[path], MutableMapping):
                 return f"is in a {type(self._parents[path]).__name__}, which cannot be changed"
@@ -219,8 +226,20 @@ def _as_tensor(new: Any) -> Any:
 
     if not is_tensor(new):
         array = np.asarray(new)
+        if array.dtype.name in ML_DTYPES:
+            return _as_torch_floats(torch, array)
         new = torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
     return new
+
+
+def _as_torch_floats(torch: Any, array: Any) -> Any:
+    """Return an array of a dtype of ml_dtypes as a tensor of the same dtype, or of float32 where torch lacks it."""
+    name = array.dtype.name
+    if name not in TORCH_DTYPES or not hasattr(torch, name):
+        return torch.from_numpy(array.astype(np.float32))
+    return torch.from_numpy(np.array(array.view(TORCH_DTYPES[name].carrier), order="C")).view(
+        getattr(torch, name)
+    )
 
 
 def _as_array(new: Any) -> Any:
@@ -253,7 +272,7 @@ def _why_lossy(elements: Any, old: Any) -> str:
 def _kind(dtype: Any) -> int | None:
     """Return the kind of the elements of a torch or numpy dtype; None if it is neither."""
     if isinstance(dtype, np.dtype):
-        return _KINDS.get(dtype.kind)
+        return 2 if dtype.name in _ML_FLOATS else _KINDS.get(dtype.kind)
     if dtype.is_complex:
         return 3
     if dtype.is_floating_point:

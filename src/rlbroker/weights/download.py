@@ -18,6 +18,7 @@ from rlbroker.backend.bulk import ChunkReader, ProgressTimeout
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Backoff, Deadline
 from rlbroker.backend.keys import Keys
+from rlbroker.codec.foreign import is_empty
 from rlbroker.codec.image import ImageFormat
 from rlbroker.codec.limits import Limits
 from rlbroker.codec.signing import NotSigned, SigningKey, chunk_hash
@@ -65,7 +66,7 @@ class DecodedVersion:
 
     def weights_for(self, target: Any, *, keep_dtype: bool) -> Any:
         """Return the tree to load into a target; an empty dictionary gets the learner's dtypes unless `keep_dtype`."""
-        if isinstance(target, MutableMapping) and not target and not keep_dtype:
+        if isinstance(target, MutableMapping) and is_empty(target) and not keep_dtype:
             return self.form.tree(self.image.array)
         return self.weights
 

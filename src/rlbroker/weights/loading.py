@@ -8,6 +8,7 @@ from inspect import CO_VARARGS
 from types import FrameType
 from typing import Any, Protocol
 
+from rlbroker.codec.foreign import is_empty
 from rlbroker.errors import UnsupportedType, WeightsMismatch
 from rlbroker.weights.dictionary_write import DictionaryFill, DictionaryWrite
 
@@ -30,7 +31,8 @@ def check_target(target: Any) -> None:
     torch = sys.modules.get("torch")
     if not isinstance(target, MutableMapping) and not (torch and isinstance(target, torch.nn.Module)):
         raise UnsupportedType(
-            f"weights are loaded into a torch.nn.Module or a dictionary, not a {type(target).__name__}"
+            f"weights are loaded into a torch.nn.Module or a dictionary, not a {type(target).__name__}; "
+            "give an empty dictionary, which is filled"
         )
 
 
@@ -63,7 +65,7 @@ class Load:
         """
         self.target, self.done = target, False
         self._weights, self._metadata = weights, metadata
-        self._fills = isinstance(target, MutableMapping) and not target
+        self._fills = isinstance(target, MutableMapping) and is_empty(target)
         #: Kept after an interrupt, as it has the old values.
         self._write: Write | None = None
         self._error: WeightsMismatch | None = None
