@@ -13,7 +13,7 @@ from rlbroker.experience.counts import read_counts
 from rlbroker.learner.maintenance import Maintenance
 from rlbroker.learner.parts import LearnerParts
 from rlbroker.types import CleanupReport
-from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.host_cache import ImageStore
 
 logger = logging.getLogger("rlbroker")
 

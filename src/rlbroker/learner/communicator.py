@@ -41,7 +41,7 @@ from rlbroker.learner.parts import LearnerParts
 from rlbroker.learner.run_scripts import SCRIPTS
 from rlbroker.metrics.tensorboard import ScalarLog, ScalarTarget, SummaryWriter
 from rlbroker.types import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
-from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.host_cache import ImageStore
 
 if TYPE_CHECKING:
     import torch
