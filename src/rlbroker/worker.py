@@ -32,7 +32,7 @@ from rlbroker.config import (
 from rlbroker.control.command_handlers import CommandHandlers, Handler
 from rlbroker.errors import DeadlineExceeded, PeerError, UnsupportedType
 from rlbroker.types import Model, SendReceipt
-from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.host_cache import ImageStore
 from rlbroker.weights.loading import check_target
 from rlbroker.worker_parts import WorkerParts
 

@@ -17,7 +17,7 @@ from rlbroker.errors import DeadlineExceeded, PeerError, raise_again, without_fr
 from rlbroker.experience.sender import Sender
 from rlbroker.membership.heartbeat import Heartbeat, LastPoll
 from rlbroker.weights.applier import WeightsApplier
-from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.host_cache import ImageStore
 from rlbroker.weights.subscriber import Subscriber
 
 logger = logging.getLogger("rlbroker")

@@ -5,7 +5,6 @@ The attacker wants to read weights, or to make workers load forged ones.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shared_images import folder_of
 
 from rlbroker import WorkerClient, WorkerCommunicator
 
@@ -58,7 +58,7 @@ READ_ALL = 'find "$1" -type f -exec cat {} + | wc -c'
 
 #: Commands that make the cache folder before rlbroker does.
 PREPARE = {
-    "folder": 'mkdir -m 777 "$1" && mkdir -m 777 "$1/$2" && touch "$1/$2/users" && echo made',
+    "folder": 'mkdir -m 777 "$1" && touch "$1/image-1" && echo made',
     "link": 'mkdir -m 777 "$1-mine" && ln -s "$1-mine" "$1" && echo made',
     "file": 'touch "$1" && echo made',
 }
@@ -81,8 +81,7 @@ def test_a_cache_folder_of_another_user_is_not_used(
     learner: Learner, worker: Worker, base: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     comm = learner(host_cache=False)
-    name = hashlib.sha256(comm.run.encode()).hexdigest()[:32]
-    assert as_nobody(PREPARE[kind], base / f"rlbroker-{os.geteuid()}", name) == "made"
+    assert as_nobody(PREPARE[kind], folder_of(base, comm.run)) == "made"
     before = sorted(path.name for path in base.rglob("*"))
     client, model = worker(host_cache=base), dict[str, np.ndarray]()
     comm.send_model_weights(WEIGHTS)

@@ -26,7 +26,7 @@ from rlbroker.codec import image as wire_image
 from rlbroker.codec.signing import SigningKey
 from rlbroker.control import command_signature, inbox
 from rlbroker.control.commands import CommandSender
-from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.host_cache import ImageStore
 from rlbroker.weights.manifest import Manifest
 from rlbroker.weights.publisher import Publisher
 

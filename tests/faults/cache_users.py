@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from rlbroker.weights.host_cache.cache import HostCache, SharedImage
+from rlbroker.weights.host_cache import MIN_SHARED_BYTES, Image, ImageStore
 
 #: The shortest time and the fewest kills of the scenario `random`; on a slow machine, 20 kills take longer.
 KILL_SECONDS = 3.0
@@ -35,12 +35,11 @@ TIMEOUT_SECONDS = 20.0
 
 USERS = 8
 SIZES = [1 << 20, 1 << 20, 1 << 20, 700_000, 1 << 20, 1_500_000, 30_000]
-KEEP = 2
 
 _PATTERN = np.arange(max(SIZES) + 1, dtype=np.uint32).astype(np.uint8)
 
-#: Indexes of the shared counters: images made, images found, failed reservations; and of the stop flag.
-MADE, FOUND, NO_MEMORY, STOP = range(4)
+#: Indexes of the shared counters: images made and images found; and of the stop flag.
+MADE, FOUND, STOP = range(3)
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -61,25 +60,27 @@ def fill(image: np.ndarray[Any, np.dtype[np.uint8]], name: str) -> None:
         np.bitwise_xor(_PATTERN[start : start + len(piece)], mask, out=piece)
 
 
-def check(image: SharedImage, name: str) -> None:
+def check(image: Image, name: str) -> None:
     expected = np.empty(size_of(name), np.uint8)
     fill(expected, name)
     assert image.header == name.encode(), f"{name} has the header {image.header!r}"
-    assert np.array_equal(image.image, expected), f"{name} is damaged"
+    assert np.array_equal(image.array, expected), f"{name} is damaged"
 
 
-def make(cache: HostCache, name: str) -> SharedImage | None:
-    draft = cache.reserve(size_of(name))
-    if draft is None:
-        return None
-    fill(draft.image, name)
+def find(store: ImageStore, name: str) -> Image | None:
+    return store.find(name, MIN_SHARED_BYTES)
+
+
+def make(store: ImageStore, name: str) -> Image:
+    draft = store.reserve(size_of(name), MIN_SHARED_BYTES)
+    fill(draft.array, name)
     return draft.publish(name, name.encode())
 
 
-def open_cache(directory: Path, keep: int = KEEP) -> HostCache:
-    cache = HostCache.open("run", directory, keep=keep)
-    assert cache is not None, "cannot open the cache"
-    return cache
+def open_store(directory: Path) -> ImageStore:
+    store = ImageStore("run", directory)
+    assert store.shares(MIN_SHARED_BYTES), "cannot open the cache"
+    return store
 
 
 def fork(work: Callable[[], None]) -> int:
@@ -111,34 +112,31 @@ def exit_code(pid: int) -> int:
 def use_until_stopped(directory: Path, seed: int, counts: Counts) -> None:
     """Find or make the version of the current time, check every byte, and repeat."""
     chance = random.Random(seed)
-    cache = open_cache(directory)
-    used: list[tuple[str, SharedImage]] = []
+    cache = open_store(directory)
+    used: list[tuple[str, Image]] = []
     while not counts[STOP]:
         name = name_of(int(time.time() * 25))
-        image = cache.find(name)
+        image = find(cache, name)
         if image:
             counts[FOUND] += 1
         elif chance.random() < 0.1:  # claims only save work; the cache must be correct without them
             image = make(cache, name)
         else:
-            claim = cache.claim(name)
+            claim = cache.claim(name, MIN_SHARED_BYTES)
             if claim is None:
                 time.sleep(0.001)
                 continue
             with claim:
-                image = cache.find(name) or make(cache, name)
+                image = find(cache, name) or make(cache, name)
             counts[MADE] += 1
-        if image is None:
-            counts[NO_MEMORY] += 1
-            continue
         used.append((name, image))
         while len(used) > chance.randrange(3):
             old_name, old = used.pop(0)
             check(old, old_name)
-            old.release()
+            del old
         if chance.random() < 0.02:
             cache.close()
-            cache = open_cache(directory)
+            cache = open_store(directory)
     cache.close()
     for name, image in used:
         check(image, name)
@@ -165,38 +163,32 @@ def kill_at_random_moments(directory: Path, seed: int) -> dict[str, Any]:
         users[index] = fork(lambda: use_until_stopped(directory, next(seeds), counts))
 
     found_before = counts[FOUND]
-    cache = open_cache(directory)
+    cache = open_store(directory)
     end = time.monotonic() + TIMEOUT_SECONDS
     while counts[FOUND] < found_before + 20:
         assert time.monotonic() < end, "the survivors find no images"
         time.sleep(0.01)
-    for path in directory.glob("*/*/image-*"):
+    for path in directory.glob("*/image-*"):
         name = path.name.removeprefix("image-")
-        image = cache.find(name)
+        image = find(cache, name)
         if image:  # None: it was overwritten meanwhile
             check(image, name)
-            image.release()
+            del image
     counts[STOP] = 1
     assert [exit_code(pid) for pid in users] == [0] * USERS
     use_once_and_close(directory, cache)
-    made, found, no_memory = (int(counts[place]) for place in (MADE, FOUND, NO_MEMORY))
-    return {"killed": killed, "made": made, "found": found, "no_memory": no_memory}
+    return {"killed": killed, "made": int(counts[MADE]), "found": int(counts[FOUND])}
 
 
-def use_once_and_close(directory: Path, cache: HostCache) -> None:
+def use_once_and_close(directory: Path, cache: ImageStore) -> None:
     """Check that a single process can use the cache and leaves no files behind."""
     for version in (7, 8):
         name = name_of(version)
-        claim = cache.claim(name)
+        claim = cache.claim(name, MIN_SHARED_BYTES)
         assert claim, "a dead process still has the claim"
         with claim:
-            image = make(cache, name)
-            assert image, "no memory for the image"
-            check(image, name)
-            image.release()
-        files = sorted(path.name for path in directory.glob("*/*/*"))
-        assert not [file for file in files if file.startswith(("draft", "claim"))], files
-        assert len(files) <= KEEP + 1, files
+            check(make(cache, name), name)
+    assert sorted(path.name.split("-")[0] for path in directory.glob("*/*")) == ["claim", "image", "image"]
     cache.close()
     assert list(directory.iterdir()) == [], "files are left"
 
@@ -240,15 +232,12 @@ def die_at_call(number: int) -> None:
 
 
 def use_everything_once(directory: Path) -> None:
-    """Call each operation once; the second version reuses the memory of the first."""
-    cache = open_cache(directory, keep=1)
-    for version in (1, 2):
+    """Call each operation once; the third version reuses the memory of the first."""
+    cache = open_store(directory)
+    for version in (1, 2, 3):
         name = name_of(version)
-        with cache.claim(name) or sys.exit("another process has the claim"):
-            image = cache.find(name) or make(cache, name)
-            assert image
-            check(image, name)
-            image.release()
+        with cache.claim(name, MIN_SHARED_BYTES) or sys.exit("another process has the claim"):
+            check(find(cache, name) or make(cache, name), name)
     cache.close()
 
 
@@ -258,7 +247,7 @@ def kill_at_every_call(directory: Path, seed: int) -> dict[str, Any]:
     deaths = [0, 0]
     for beside_another in (False, True):
         for number in range(1000):
-            other = open_cache(directory, keep=1) if beside_another else None
+            other = open_store(directory) if beside_another else None
             used = make(other, name_of(1)) if other else None
 
             def die_early(number: int = number) -> None:
@@ -267,15 +256,15 @@ def kill_at_every_call(directory: Path, seed: int) -> dict[str, Any]:
 
             code = exit_code(fork(die_early))
             assert code in (0, -signal.SIGKILL), code
-            cache = open_cache(directory, keep=1)
-            for version in (1, 2):
-                image = cache.find(name_of(version))
+            cache = open_store(directory)
+            for version in (1, 2, 3):
+                image = find(cache, name_of(version))
                 if image:
                     check(image, name_of(version))
-                    image.release()
+                    del image
             if other and used:
                 check(used, name_of(1))
-                used.release()
+                del used
                 other.close()
             use_once_and_close(directory, cache)
             if code == 0:
@@ -286,26 +275,25 @@ def kill_at_every_call(directory: Path, seed: int) -> dict[str, Any]:
 
 def fork_children(directory: Path, seed: int) -> dict[str, Any]:
     """Fork children from users of the cache: they neither release nor keep claims, drafts and images."""
-    cache, other = open_cache(directory), open_cache(directory)
-    image, claim, draft = make(cache, name_of(1)), cache.claim(name_of(2)), cache.reserve(SIZES[0])
-    assert image
+    cache, other = open_store(directory), open_store(directory)
+    image, draft = make(cache, name_of(1)), cache.reserve(SIZES[0], MIN_SHARED_BYTES)
+    claim = cache.claim(name_of(2), MIN_SHARED_BYTES)
     assert claim
-    assert draft
 
     def child() -> None:
         logging.disable()
         check(image, name_of(1))
-        assert cache.find(name_of(1)) is None
-        assert cache.reserve(10) is None
-        draft.publish(name_of(3), b"").release()
-        image.release()
-        claim.release()
+        assert find(cache, name_of(1)) is None
+        make(cache, name_of(4))
+        draft.publish(name_of(3), b"")
+        with claim:
+            pass
         draft.abandon()
         cache.close()
 
     assert exit_code(fork(child)) == 0
-    assert other.claim(name_of(2)) is None
-    assert other.find(name_of(3)) is None
+    assert other.claim(name_of(2), MIN_SHARED_BYTES) is None
+    assert find(other, name_of(3)) is None
     for version in (4, 5, 6):
         assert make(other, name_of(version))
     check(image, name_of(1))
@@ -316,8 +304,12 @@ def fork_children(directory: Path, seed: int) -> dict[str, Any]:
     wait_for_end, end = os.pipe()
 
     def parent() -> None:
-        own = open_cache(directory)
-        in_use = make(own, name_of(1)), own.claim(name_of(2)), own.reserve(SIZES[0])
+        own = open_store(directory)
+        in_use = (
+            make(own, name_of(1)),
+            own.claim(name_of(2), MIN_SHARED_BYTES),
+            own.reserve(SIZES[0], MIN_SHARED_BYTES),
+        )
 
         def grandchild() -> None:
             os.close(end)
@@ -332,7 +324,7 @@ def fork_children(directory: Path, seed: int) -> dict[str, Any]:
     os.read(ready, 1)
     os.kill(pid, signal.SIGKILL)
     exit_code(pid)
-    use_once_and_close(directory, open_cache(directory))
+    use_once_and_close(directory, open_store(directory))
     os.close(end)
     return {}
 

@@ -32,7 +32,6 @@ def test_processes_killed_at_random_moments_leave_no_damaged_images(tmp_path: Pa
     assert counts["killed"] >= 20
     assert counts["found"] >= 20
     assert counts["made"] >= 20
-    assert counts["no_memory"] == 0
 
 
 def test_a_process_killed_at_any_system_call_harms_no_other(tmp_path: Path) -> None:

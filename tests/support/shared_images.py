@@ -1,54 +1,76 @@
-"""Images for tests of the host cache; two caches in one process share no state, like those of two processes."""
+"""Images for tests of the host cache; two stores in one process share no state, like those of two processes."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
-from rlbroker.weights.host_cache.cache import HostCache, SharedImage
+from rlbroker.weights.host_cache import Draft, Image, ImageStore
 
 SIZE = 200_000
 
-#: The folder of this user below the directory of the cache.
-USER = f"rlbroker-{os.geteuid()}"
+#: What the names of this user's folders begin with.
+USER = f"rlbroker-{os.geteuid()}-"
 
-Join = Callable[..., HostCache]
+Join = Callable[..., ImageStore]
 
 
 @contextmanager
 def host_caches(directory: Path) -> Iterator[Join]:
-    """Yield a function that opens caches; at the end close them and check that no files are left."""
+    """Yield a function that opens stores; at the end close them and check that no files are left."""
     joined = []
 
-    def join(run: str = "pong", keep: int = 2) -> HostCache:
-        cache = HostCache.open(run, directory, keep=keep)
-        assert cache is not None
-        joined.append(cache)
-        return cache
+    def join(run: str = "pong") -> ImageStore:
+        store = ImageStore(run, directory)
+        assert shares(store)
+        joined.append(store)
+        return store
 
     yield join
-    for cache in joined:
-        cache.close()
+    for store in joined:
+        store.close()
     assert list(directory.glob("rlbroker-*")) == []
+
+
+def folder_of(directory: Path, run: str = "pong") -> Path:
+    return directory / f"{USER}{hashlib.sha256(run.encode()).hexdigest()[:32]}"
 
 
 def name_of(version: int) -> str:
     return f"{version}-1764041234567-3-{version:032x}"
 
 
-def put(cache: HostCache, version: int, size: int = SIZE, header: bytes = b"header") -> SharedImage:
+def shares(store: ImageStore) -> bool:
+    return store.shares(SIZE)
+
+
+def find(store: ImageStore, version: int) -> Image | None:
+    return store.find(name_of(version), SIZE)
+
+
+def claim(store: ImageStore, version: int) -> AbstractContextManager[Any] | None:
+    return store.claim(name_of(version), SIZE)
+
+
+def reserve(store: ImageStore, size: int = SIZE) -> Draft:
+    """Return memory in the cache, also for an image that is too small to be shared in earnest."""
+    return store.reserve(size, SIZE)
+
+
+def put(store: ImageStore, version: int, size: int = SIZE, header: bytes = b"header") -> Image:
     """Publish an image whose bytes all equal the version."""
-    draft = cache.reserve(size)
-    assert draft is not None
-    draft.image[:] = version % 256
+    draft = reserve(store, size)
+    draft.array[:] = version % 256
     return draft.publish(name_of(version), header)
 
 
-def holds(image: SharedImage | None, version: int, size: int = SIZE) -> bool:
-    return image is not None and image.image.nbytes == size and bool((image.image == version % 256).all())
+def holds(image: Image | None, version: int, size: int = SIZE) -> bool:
+    return image is not None and image.array.nbytes == size and bool((image.array == version % 256).all())
 
 
 def files(directory: Path, kind: str = "") -> list[Path]:
-    return sorted(path for path in directory.glob(f"{USER}/*/{kind}*") if path.name != "users")
+    return sorted(path for path in directory.glob(f"{USER}*/{kind}*"))

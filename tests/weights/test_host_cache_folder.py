@@ -14,9 +14,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from shared_images import SIZE, USER, Join, files, holds, host_caches, name_of, put
+from shared_images import (
+    SIZE,
+    Join,
+    claim,
+    files,
+    find,
+    folder_of,
+    holds,
+    host_caches,
+    name_of,
+    put,
+    reserve,
+    shares,
+)
 
-from rlbroker.weights.host_cache.cache import HostCache
+from rlbroker.weights.host_cache import ImageStore
 
 pytestmark = pytest.mark.unit
 
@@ -32,76 +45,58 @@ def join(tmp_path: Path) -> Iterator[Join]:
 
 
 def test_folders_and_files_are_private(join: Join, tmp_path: Path) -> None:
-    cache = join()
-    put(cache, 1)
-    claim, draft = cache.claim(name_of(2)), cache.reserve(SIZE)
-    assert claim is not None
-    assert draft is not None
-    paths = list(tmp_path.glob(f"{USER}/**/*"))
-    assert len(paths) == 5
-    assert {stat.S_IMODE(path.stat().st_mode) for path in paths if path.is_file()} == {0o600}
-    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_dir()} == {0o700}
+    store = join()
+    put(store, 1)
+    in_use = claim(store, 2), reserve(store)
+    assert None not in in_use
+    (folder,) = tmp_path.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()] == [0o600] * 3
 
 
-def make_root_readable(directory: Path) -> None:
-    (directory / USER).mkdir()
-    (directory / USER).chmod(0o755)
+def make_readable(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o750)
 
 
-def make_run_readable(directory: Path) -> None:
-    cache = HostCache.open("pong", directory)
-    next(directory.glob(f"{USER}/*")).chmod(0o750)
-    assert cache is not None
-
-
-def give_to_another_user(directory: Path) -> None:
+def give_to_another_user(folder: Path) -> None:
     if os.geteuid():
         pytest.skip("only root can give a folder away")
-    (directory / USER).mkdir(mode=0o700)
-    os.chown(directory / USER, 1234, 1234)
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 1234, 1234)
 
 
-def replace_root_by_a_link(directory: Path) -> None:
-    (directory / "elsewhere").mkdir(mode=0o700)
-    (directory / USER).symlink_to(directory / "elsewhere")
+def replace_by_a_link(folder: Path) -> None:
+    (folder.parent / "elsewhere").mkdir(mode=0o700)
+    folder.symlink_to(folder.parent / "elsewhere")
 
 
-def replace_root_by_a_file(directory: Path) -> None:
-    (directory / USER).touch()
-
-
-def replace_run_by_a_link(directory: Path) -> None:
-    make_run_readable(directory)
-    run = next(directory.glob(f"{USER}/*"))
-    run.chmod(0o700)
-    run.rename(directory / "elsewhere")
-    run.symlink_to(directory / "elsewhere")
+def replace_by_a_file(folder: Path) -> None:
+    folder.touch()
 
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (make_root_readable, "its mode is 755"),
-        (make_run_readable, "its mode is 750"),
+        (make_readable, "its mode is 750"),
         (give_to_another_user, "belongs to user 1234"),
-        (replace_root_by_a_link, "symbolic link"),
-        (replace_run_by_a_link, "symbolic link"),
-        (replace_root_by_a_file, "a file"),
+        (replace_by_a_link, "Not a directory"),
+        (replace_by_a_file, "Not a directory"),
     ],
 )
 def test_a_folder_that_is_not_private_is_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], None], reason: str
 ) -> None:
-    spoil(tmp_path)
-    assert HostCache.open("pong", tmp_path) is None
+    spoil(folder_of(tmp_path))
+    assert not shares(ImageStore("pong", tmp_path))
     assert len(caplog.messages) == 1
     assert reason in caplog.text
 
 
 def test_a_directory_that_does_not_exist_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
-    assert HostCache.open("pong", tmp_path / "nowhere") is None
-    assert HostCache.open("pong", tmp_path / "file") is None
+    assert not shares(ImageStore("pong", tmp_path / "nowhere"))
+    assert not shares(ImageStore("pong", tmp_path / "file"))
     assert len(caplog.messages) == 2
 
 
@@ -116,7 +111,7 @@ def test_a_directory_without_rights_or_locks_is_refused(
         raise OSError(errno.EACCES, "not here")
 
     monkeypatch.setattr(*call, refuse)
-    assert HostCache.open("pong", tmp_path) is None
+    assert not shares(ImageStore("pong", tmp_path))
     assert len(caplog.messages) == 1
     assert "not here" in caplog.text
 
@@ -126,60 +121,50 @@ def test_systems_other_than_linux_are_refused(
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert HostCache.open("pong", tmp_path) is None
+    assert not shares(ImageStore("pong", tmp_path))
     assert len(caplog.messages) == 1
 
 
 def test_a_process_that_hangs_while_it_cleans_up_blocks_no_other(
     join: Join, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("rlbroker.weights.host_cache.folder._ENTER_SECONDS", 0.1)
-    cache = join()
-    (users,) = tmp_path.glob(f"{USER}/*/users")
-    users.unlink()
-    with users.open("w") as hung:
-        fcntl.flock(hung, fcntl.LOCK_EX)
-        assert HostCache.open("pong", tmp_path) is None
+    monkeypatch.setattr("rlbroker.weights.host_cache._ENTER_SECONDS", 0.1)
+    folder_of(tmp_path).mkdir(mode=0o700)
+    hung = os.open(folder_of(tmp_path), os.O_RDONLY)
+    fcntl.flock(hung, fcntl.LOCK_EX)
+    assert not shares(ImageStore("pong", tmp_path))
     assert "locked" in caplog.text
-    assert cache.reserve(SIZE) is not None
+    assert holds(put(join("chess"), 1), 1)
+    os.close(hung)
+    assert holds(put(join("pong"), 1), 1)
 
 
 # Entering and leaving
 
 
 def test_the_first_process_to_enter_removes_what_dead_ones_left(join: Join, tmp_path: Path) -> None:
-    join("pong").close()
-    folder = tmp_path / USER
-    folder.mkdir(mode=0o700)
-    for run in ("ab" * 16, "cd" * 16):
-        (folder / run).mkdir(mode=0o700)
-    (folder / ("ab" * 16) / "image-1").write_bytes(bytes(SIZE))
-    cache = join("chess")
-    assert len(list(folder.iterdir())) == 1
-    (own,) = folder.iterdir()
-    cache.close()
-    own.mkdir(mode=0o700, parents=True)
-    folder.chmod(0o700)
-    for name in ("users", "image-1", "draft-2", "claim-3"):
-        (own / name).write_bytes(bytes(SIZE))
-    join("chess")
+    for run in ("pong", "go"):
+        folder_of(tmp_path, run).mkdir(mode=0o700)
+        for name in ("image-1", "draft-2", "claim-3"):
+            (folder_of(tmp_path, run) / name).write_bytes(bytes(SIZE))
+    join("pong")
+    assert list(tmp_path.iterdir()) == [folder_of(tmp_path)]
     assert files(tmp_path) == []
 
 
 def test_the_last_process_to_leave_removes_everything(join: Join, tmp_path: Path) -> None:
     first, second = join(), join()
-    image, draft, claim = put(first, 1), first.reserve(SIZE), first.claim(name_of(2))
-    assert draft is not None
-    assert claim is not None
+    image, draft, claimed = put(first, 1), reserve(first), claim(first, 2)
     first.close()
     first.close()
-    assert holds(second.find(name_of(1)), 1)
+    assert holds(find(second, 1), 1)
     second.close()
     assert list(tmp_path.iterdir()) == []
     assert holds(image, 1)  # images, drafts and claims stay valid
-    draft.image[:] = 3
+    draft.array[:] = 3
     assert holds(draft.publish(name_of(3), b""), 3)
-    claim.release()
+    with claimed or pytest.fail("the claim was free"):
+        pass
     assert list(tmp_path.iterdir()) == []
 
 
@@ -187,9 +172,9 @@ def test_a_closed_cache_gives_nothing_and_makes_no_process_wait(join: Join) -> N
     cache = join()
     put(cache, 1)
     cache.close()
-    assert cache.find(name_of(1)) is None
-    assert cache.reserve(SIZE) is None
-    assert cache.claim(name_of(1)) is not None
+    assert find(cache, 1) is None
+    assert holds(put(cache, 2), 2)
+    assert claim(cache, 1) is not None
 
 
 def test_runs_in_use_are_left_alone(join: Join) -> None:
@@ -197,7 +182,7 @@ def test_runs_in_use_are_left_alone(join: Join) -> None:
     put(cache, 1)
     for _ in range(3):
         join("chess").close()
-    assert holds(cache.find(name_of(1)), 1)
+    assert holds(find(cache, 1), 1)
 
 
 def test_no_process_loses_the_folder_to_one_that_leaves(tmp_path: Path) -> None:
@@ -205,16 +190,16 @@ def test_no_process_loses_the_folder_to_one_that_leaves(tmp_path: Path) -> None:
 
     def come_and_go(number: int) -> None:
         for turn in range(60):
-            cache = HostCache.open("pong", tmp_path, keep=1)
-            if cache is None:
+            cache = ImageStore("pong", tmp_path)
+            if not shares(cache):
                 problems.append("refused")
                 return
             version = number * 60 + turn
             used = put(cache, version, 100)
-            if cache.find(name_of(version)) is None:
+            if find(cache, version) is None:
                 problems.append("lost")
-            used.release()
             cache.close()
+            del used
 
     threads = [threading.Thread(target=come_and_go, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -229,13 +214,12 @@ def test_each_process_works_alone_after_the_folder_was_removed(
     join: Join, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = join()
-    used, draft = put(cache, 1), cache.reserve(SIZE)
-    assert draft is not None
-    subprocess.run(["rm", "-r", str(tmp_path / USER)], check=True)
-    draft.image[:] = 2
+    used, draft = put(cache, 1), reserve(cache)
+    subprocess.run(["rm", "-r", str(folder_of(tmp_path))], check=True)
+    draft.array[:] = 2
     assert holds(draft.publish(name_of(2), b""), 2)
     assert holds(used, 1)
-    assert cache.find(name_of(2)) is None
-    assert cache.reserve(SIZE) is None
-    assert cache.claim(name_of(3)) is not None
+    assert find(cache, 2) is None
+    assert holds(put(cache, 3), 3)
+    assert claim(cache, 3) is not None
     assert len(caplog.messages) == 3

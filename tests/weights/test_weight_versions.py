@@ -22,14 +22,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-import rlbroker.weights.image_store
+import rlbroker.weights.host_cache
 import rlbroker.weights.publisher
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import text_fields
 from rlbroker.errors import WireError
 from rlbroker.weights.download import DecodedVersion, Downloader
-from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.host_cache import ImageStore
 from rlbroker.weights.manifest import MAX_DELTAS, Manifest
 from rlbroker.weights.publisher import Publisher
 
@@ -252,7 +252,7 @@ class Machine(RuleBasedStateMachine):
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lower the limits, so that kilobytes stand in for gigabytes."""
     monkeypatch.setattr(rlbroker.weights.publisher, "MIN_DELTA_BYTES", 0)
-    monkeypatch.setattr(rlbroker.weights.image_store, "MIN_SHARED_BYTES", 1)
+    monkeypatch.setattr(rlbroker.weights.host_cache, "MIN_SHARED_BYTES", 1)
 
 
 @pytest.mark.on_every_engine

@@ -21,7 +21,7 @@ from conftest import Server, wait_until
 from interrupts import Alarm, Points, interrupt_at
 
 from rlbroker import WorkerClient, WorkerCommunicator
-from rlbroker.weights.host_cache.folder import _held
+from rlbroker.weights.host_cache import _File
 
 #: An interrupted attempt to connect drops its socket.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -119,7 +119,7 @@ def test_send_model_weights(
     learner: Learner, worker: Worker, wait: bool, points: Points, error: type[BaseException]
 ) -> None:
     comm, client = learner(), worker()
-    held = len(_held)
+    held = len(_File.existing)
     numbers: dict[int, float] = {}
     for point in itertools.count(1):
         with interrupt_at(point, points, error) as interrupt:
@@ -135,6 +135,6 @@ def test_send_model_weights(
         assert client.load_weights(model, timeout=10.0) >= receipt.version, interrupt.place
         assert content(model) == {float(-point)}, interrupt.place
         numbers[receipt.version] = -point
-        assert len(_held) < held + 12, interrupt.place
+        assert len(_File.existing) < held + 12, interrupt.place
         if not interrupt.place:
             break

@@ -15,7 +15,7 @@ from rlbroker.learner.maintenance import Maintenance
 from rlbroker.learner.parts import LearnerParts
 from rlbroker.learner.run_end import RunEnd
 from rlbroker.types import CleanupReport
-from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.host_cache import ImageStore
 
 logger = logging.getLogger("rlbroker")
 

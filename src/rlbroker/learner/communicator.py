@@ -50,7 +50,7 @@ from rlbroker.types import (
     PublishReceipt,
     WorkerInfo,
 )
-from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.host_cache import ImageStore
 
 if TYPE_CHECKING:
     import torch

@@ -25,7 +25,7 @@ from rlbroker.learner.shards import choose_shards
 from rlbroker.membership.roster import Roster
 from rlbroker.metrics.counters import Metrics
 from rlbroker.metrics.history_recorder import Recorder, RunState
-from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.host_cache import ImageStore
 from rlbroker.weights.publisher import Publisher
 
 logger = logging.getLogger("rlbroker")

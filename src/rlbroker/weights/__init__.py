@@ -4,5 +4,5 @@
 
 All other modules are leaves that these call and that call nothing back: `manifest` (what is stored), `retention` (how
 long chunks stay), `download` and `loading`, `version_channel` and `update_queue` (between the subscriber and `poll`),
-`gpu_copy`, `image_store` and `host_cache` (memory for images).
+`gpu_copy` and `host_cache` (memory for images).
 """

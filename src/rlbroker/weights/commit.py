@@ -17,7 +17,7 @@ from rlbroker.backend.scripts import Script
 from rlbroker.codec.image import ImagePlan
 from rlbroker.codec.signing import SigningKey
 from rlbroker.errors import Fenced, RunLost, ServerFault, ServerOutOfMemory, WireError
-from rlbroker.weights.image_store import Image
+from rlbroker.weights.host_cache import Image
 from rlbroker.weights.manifest import Manifest, StoredForm
 from rlbroker.weights.retention import Retention
 from rlbroker.weights.upload import DeltaBase

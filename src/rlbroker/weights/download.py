@@ -20,11 +20,11 @@ from rlbroker.backend.deadline import Backoff, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.codec.foreign import is_empty
 from rlbroker.codec.image import ImageFormat
+from rlbroker.codec.leaves import Bytes
 from rlbroker.codec.limits import Limits
 from rlbroker.codec.signing import NotSigned, SigningKey, chunk_hash
 from rlbroker.errors import ConnectionFailed, WireError
-from rlbroker.weights.host_cache.image_files import Bytes
-from rlbroker.weights.image_store import Image, ImageStore
+from rlbroker.weights.host_cache import Image, ImageStore
 from rlbroker.weights.manifest import Manifest, StoredForm, digest_of, group
 
 #: The limits for decoding weights.

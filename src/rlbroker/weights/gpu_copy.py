@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from rlbroker.codec.image import ImagePlan
-from rlbroker.weights.host_cache.image_files import Bytes
+from rlbroker.codec.leaves import Bytes
 
 
 class Copies:

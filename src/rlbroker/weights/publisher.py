@@ -19,14 +19,14 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.locks import CallLock
 from rlbroker.backend.tasks import Task, TaskThread
 from rlbroker.codec.image import ImagePlan
+from rlbroker.codec.leaves import Bytes
 from rlbroker.codec.signing import SigningKey
 from rlbroker.errors import Closed, Fenced, PeerError, RunLost, ServerOutOfMemory
 from rlbroker.metrics.counters import Metrics
 from rlbroker.types import Published, PublishReceipt
 from rlbroker.weights.commit import ChunksLost, Committer, LocalCopy
 from rlbroker.weights.gpu_copy import Copies, GpuCopy
-from rlbroker.weights.host_cache.image_files import Bytes
-from rlbroker.weights.image_store import Draft, ImageStore
+from rlbroker.weights.host_cache import Draft, ImageStore
 from rlbroker.weights.manifest import CHUNK_BYTES, Manifest, choose_others, needs_full
 from rlbroker.weights.retention import Retention
 from rlbroker.weights.upload import DeltaBase, Upload, Uploader

@@ -17,7 +17,7 @@ from rlbroker.codec.signing import NotSigned, SigningKey
 from rlbroker.errors import WireError
 from rlbroker.membership.run_size import RunSize
 from rlbroker.weights.download import DecodedVersion, Downloader
-from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.host_cache import ImageStore
 from rlbroker.weights.manifest import Manifest
 from rlbroker.weights.update_queue import UpdateQueue, WeightsUpdate
 from rlbroker.weights.version_channel import VersionChannel

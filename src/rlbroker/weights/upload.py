@@ -21,10 +21,10 @@ from rlbroker.backend.deadline import ONE_TRY, Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.codec.format import StoredSegment
 from rlbroker.codec.image import EncodedSegment, ImagePlan
+from rlbroker.codec.leaves import Bytes
 from rlbroker.codec.signing import chunk_hash
 from rlbroker.errors import ConnectionFailed, PeerError, ServerOutOfMemory
 from rlbroker.metrics.counters import Metrics
-from rlbroker.weights.host_cache.image_files import Bytes
 from rlbroker.weights.manifest import Manifest, StoredForm, digest_of
 from rlbroker.weights.retention import Retention
 

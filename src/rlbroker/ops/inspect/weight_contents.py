@@ -29,7 +29,7 @@ from rlbroker.codec.image import ImageFormat
 from rlbroker.codec.signing import SigningKey
 from rlbroker.errors import InvalidArgument, UnsupportedType, UsageError, WireError
 from rlbroker.weights.download import WEIGHTS_LIMITS, Downloader, check_hash
-from rlbroker.weights.image_store import ImageStore
+from rlbroker.weights.host_cache import ImageStore
 from rlbroker.weights.manifest import StoredForm, digest_of
 
 Array = NDArray[Any]

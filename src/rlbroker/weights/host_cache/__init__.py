@@ -1,1 +1,0 @@
-"""Decoded weights in memory that all processes of a host share."""
