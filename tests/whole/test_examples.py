@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import RealServer
 
-FROM_MULTIPROCESSING = Path(__file__).parents[2] / "examples" / "from_multiprocessing.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run_example(*arguments: str, url: str | None = None) -> str:
+def run_example(name: str, *arguments: str, url: str | None = None) -> str:
     """Return what the example prints. It must exit with 0 in time, and print nothing on stderr.
 
     The half with queues may print on stderr: on a busy machine the interpreter's semaphore tracker sometimes reports
@@ -25,7 +25,7 @@ def run_example(*arguments: str, url: str | None = None) -> str:
     }
     environment |= {"RLBROKER_REDIS_URL": url} if url else {}
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(FROM_MULTIPROCESSING), *arguments],
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -65,7 +65,7 @@ def list_missed(output: str) -> dict[int, set[int]]:
 
 
 def test_the_queues_of_multiprocessing_cannot_tell_what_was_missed_or_obeyed() -> None:
-    output = run_example("before")
+    output = run_example("from_multiprocessing.py", "before")
     assert count_loaded(output).keys() == {0, 1}
     assert count_loaded(output)[1] < count_published(output)
     assert "stop: cannot tell" in output
@@ -77,10 +77,26 @@ def test_the_queues_of_multiprocessing_cannot_tell_what_was_missed_or_obeyed() -
 def test_rlbroker_lists_every_update_that_was_missed_and_each_stop(
     where: str, real_server: RealServer
 ) -> None:
-    output = run_example("after", url=real_server.url if where == "given" else None)
+    output = run_example(
+        "from_multiprocessing.py", "after", url=real_server.url if where == "given" else None
+    )
     assert "stop: worker 0 done, worker 1 done\n" in output
     missed = list_missed(output)
     assert count_loaded(output).keys() == missed.keys() == {0, 1}
     for worker, count in count_loaded(output).items():
         assert count + len(missed[worker]) == count_published(output)
     assert bool(list(real_server.client.scan_iter("rlb:{from-multiprocessing-*"))) == (where == "given")
+
+
+@pytest.mark.parametrize("where", ["embedded", "given"])
+def test_ppo_in_rounds_learns_the_same_weights_as_in_a_single_process(
+    where: str, real_server: RealServer
+) -> None:
+    options = ("--updates", "20", "--seed", "3")
+    alone = run_example("ppo_rounds.py", "single", *options)
+    assert (
+        run_example("ppo_rounds.py", "rounds", *options, url=real_server.url if where == "given" else None)
+        == alone
+    )
+    first, last = (float(found) for found in re.findall(r"return +(\S+)", alone))
+    assert last > first
