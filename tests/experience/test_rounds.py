@@ -349,6 +349,29 @@ def test_a_partial_round_is_what_there_is(learner: Learner, worker: Worker) -> N
     assert numbers(comm.collect_round(per_worker=2, timeout=0.1, partial=True)) == [(0, 1)]
 
 
+def test_a_worker_that_keeps_sending_older_batches_does_not_delay_the_timeout(
+    learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(max_queue_size=10), worker()
+    publish(comm, client)
+    publish(comm)
+    ended = threading.Event()
+
+    def flood() -> None:
+        while not ended.is_set():
+            send(client, 1)
+
+    with meanwhile(flood, after=0.0):
+        try:
+            began = time.monotonic()
+            with pytest.raises(RoundIncomplete):
+                comm.collect_round(timeout=0.5)
+            assert time.monotonic() - began < 4.0
+        finally:
+            ended.set()
+    assert counts(comm).lost["stale"] > 10
+
+
 def test_a_worker_that_has_moved_on_is_not_waited_for(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker()
     publish(comm)

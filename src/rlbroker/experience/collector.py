@@ -295,6 +295,7 @@ class Collector:
         progress = Progress(asked)
         self._find_streams(deadline, members=asked.workers is None)
         self._read_while(deadline, partial(self._take_of_round, progress), asked)
+        self._take_of_round(progress)  # what the last read has found
         self.acknowledge_returned()
         self._stale = []
         if not (asked.partial or progress.is_complete):
@@ -339,7 +340,8 @@ class Collector:
                     more, retries = True, retries - 1
             if wait:
                 self._wait_seconds += time.perf_counter() - began
-            if more or len(self._reader.entries) > queued:
+            # A worker that keeps sending what a round cannot use must not keep it from ending.
+            if more or (len(self._reader.entries) > queued and (wait or asked is None)):
                 continue
             if not wait:
                 if self._outage.error and need.waits:
