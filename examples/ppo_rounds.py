@@ -119,7 +119,7 @@ class Trainer:
                 errors = (self.policy.value(obs) - returns).square()
                 loss = 0.25 * errors.mean() - gains.mean()
                 self.optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 nn.utils.clip_grad_norm_(self.policy.parameters(), 0.5)
                 self.optimizer.step()
         self._note(batches)

@@ -27,6 +27,7 @@
         │                           (ConnectionError)
         └── DeadlineExceeded        a wait timed out (TimeoutError)
             ├── QueueFull           no room for a batch within the timeout (queue.Full)
+            ├── RoundIncomplete     a worker has not sent its batches of a round; says why
             └── Unconfirmed         a batch was accepted, and not confirmed within the timeout
 
 In parentheses: the builtin that an error also is, so that callers who know nothing of rlbroker catch it too.
@@ -38,6 +39,7 @@ from __future__ import annotations
 import copy
 import queue
 import re
+from collections.abc import Mapping
 from typing import Any, Final, NoReturn, TypeVar
 
 #: The login in a URL, and a password among its parameters. A path made of a URL has one slash.
@@ -211,6 +213,27 @@ class Unconfirmed(DeadlineExceeded):
 
 class QueueFull(DeadlineExceeded, queue.Full):
     """There was no room for a batch within the timeout. It was not accepted: send it again, or drop it."""
+
+
+class RoundIncomplete(DeadlineExceeded):
+    """Workers have not sent their batches of a round within the timeout, or cannot send them any more.
+
+    What was gathered is not lost: it comes with the next `collect_round` of the same version, or the next
+    `collect_experiences`.
+
+    Attributes:
+        missing: by worker id, why its batches are missing. Empty if no worker is alive, or another thread was
+            collecting all the time.
+    """
+
+    def __init__(self, message: str, missing: Mapping[int, str] | None = None) -> None:
+        """Attach the reasons."""
+        super().__init__(message)
+        self.missing = dict(missing or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy it with the reasons."""
+        return type(self), (str(self), self.missing), vars(self)
 
 
 # Errors that are stored, to be raised later. A traceback refers to the frames that an error passed, and so to the

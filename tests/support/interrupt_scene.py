@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from conftest import Server, wait_until
 
-from rlbroker import Command, WorkerClient, WorkerCommunicator
+from rlbroker import Command, RoundIncomplete, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
 from rlbroker.types import Batch, PublishReceipt
 
@@ -188,7 +188,16 @@ class Scene:
 
     def collect(self, **settings: Any) -> int:
         """Collect, and note what came, before rlbroker is called again and interrupted."""
-        pairs = self.comm.collect_experiences(**settings)
+        return self._note(self.comm.collect_experiences(**settings))
+
+    def collect_round(self, **settings: Any) -> None:
+        """Gather a round, and note what came; one that is incomplete leaves its batches to later calls."""
+        with suppress(RoundIncomplete):
+            self._note(
+                self.comm.collect_round(workers=[self.client.worker_id], **{"timeout": 0.2, **settings})
+            )
+
+    def _note(self, pairs: list[tuple[int, Batch]]) -> int:
         self.got.update(int(batch["number"][0]) for _, batch in pairs)
         if self.manual:
             self.held += pairs
@@ -246,6 +255,10 @@ class Scene:
         counts = self.comm.get_queue_info()["counts"][self.client.worker_id]
         got = sum(self.got.values())
         assert (counts.waiting, counts.in_hand, counts.delivered) == (0, 0, got), f"{got} were got: {counts}"
+        lost, confirmed = sum(counts.lost.values()), sum(self.sent.values())
+        assert confirmed <= got + lost <= len(self.sent), (
+            f"{confirmed} were confirmed, {got} were got: {counts}"
+        )
         if self._exact:
             assert not counts.lost, f"none was lost: {counts}"
 

@@ -130,6 +130,7 @@ PUBLIC = [
     "QueueCounts",
     "QueueFull",
     "RlbrokerError",
+    "RoundIncomplete",
     "RunLost",
     "SamplesPerInsert",
     "SendReceipt",

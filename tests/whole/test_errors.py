@@ -41,6 +41,7 @@ BUILTINS: dict[str, tuple[type[BaseException], ...]] = {
     "RunLost": (ConnectionError,),
     "DeadlineExceeded": (TimeoutError,),
     "QueueFull": (TimeoutError, queue.Full),
+    "RoundIncomplete": (TimeoutError,),
     "Unconfirmed": (TimeoutError,),
 }
 

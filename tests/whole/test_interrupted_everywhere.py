@@ -185,6 +185,38 @@ def collect_without_acknowledging(scene: Scene) -> Iterator[Callable[[], Any]]:
     yield partial(scene.collect, timeout=2.0, max_batches=3)
 
 
+@case("WorkerCommunicator.collect_round")
+def collect_a_round(scene: Scene) -> Iterator[Callable[[], Any]]:
+    scene.send(3)
+    yield partial(scene.collect_round, per_worker=3)
+    scene.send(3)
+
+
+@case("WorkerCommunicator.collect_round", exact=False)
+def collect_a_round_behind_older_batches(scene: Scene) -> Iterator[Callable[[], Any]]:
+    scene.send(2)
+    scene.publish()
+    scene.load()
+    scene.send(3)
+    yield partial(scene.collect_round, per_worker=2, version=scene.client.version)
+
+
+@case("WorkerCommunicator.collect_round", exact=False)
+def collect_a_newer_round_after_one_that_was_incomplete(scene: Scene) -> Iterator[Callable[[], Any]]:
+    scene.send(2)
+    scene.collect_round(per_worker=3, timeout=0.0)
+    scene.publish()
+    scene.load()
+    scene.send(2)
+    yield partial(scene.collect_round, per_worker=2)
+
+
+@case("WorkerCommunicator.collect_round", learner={"acknowledge": "manual"})
+def collect_a_round_in_vain(scene: Scene) -> Iterator[Callable[[], Any]]:
+    scene.send(2)
+    yield partial(scene.collect_round, per_worker=3, timeout=0.005)
+
+
 @case("WorkerCommunicator.acknowledge", learner={"acknowledge": "manual"})
 def acknowledge_pairs(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.send(3)

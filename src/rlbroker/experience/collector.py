@@ -6,10 +6,13 @@ entries (`EntryReader`), and makes batches of them (`Unpacker`).
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from rlbroker.backend.connection import BLOCK_SECONDS, Connection
@@ -18,22 +21,29 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.locks import CallLock
 from rlbroker.backend.threads import OutageLog
 from rlbroker.config import Acknowledge
-from rlbroker.errors import ConnectionFailed, ServerFault
+from rlbroker.errors import ConnectionFailed, RoundIncomplete, ServerFault
 from rlbroker.experience.dead_letters import DeadLetters
 from rlbroker.experience.entry_reader import EntryReader
 from rlbroker.experience.pending import PendingEntries, Takeover
 from rlbroker.experience.rate_limiter import RateLimiter
 from rlbroker.experience.read_position import Entry, Stream, covers
 from rlbroker.experience.rejections import Unpacker
+from rlbroker.experience.rounds import Progress, Round, names_of
 from rlbroker.experience.watched_streams import StreamDiscovery, WatchedStreams, is_stream_lost
+from rlbroker.membership.roster import Roster
 from rlbroker.metrics.counters import Metrics
 from rlbroker.types import Batch
+
+logger = logging.getLogger("rlbroker")
 
 #: The most bytes that one call of `collect` reads and decodes; the next call continues.
 COLLECT_BYTES = 256 << 20
 
 #: How much longer than a call's own timeout its requests may take: a busy server may answer late.
 ANSWER_SECONDS = 1.0
+
+#: How long a round that is incomplete may look for the reasons.
+REASONS_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,21 @@ class Handover:
     found: list[tuple[Entry, Batch]]
     returned: Sequence[Entry] = ()
     total: int = 0
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a call still needs.
+
+    Attributes:
+        batches: the most batches to read at once.
+        waits: whether to wait for them if there are none.
+        workers: the workers whose batches are needed; None for all.
+    """
+
+    batches: int
+    waits: bool
+    workers: Collection[int] | None = None
 
 
 class Collector:
@@ -72,7 +97,7 @@ class Collector:
         acknowledge: Acknowledge,
         max_staleness: int | None,
         max_deliveries: int | None,
-        workers: Callable[[], Iterable[int]],
+        roster: Roster,
         latest_version: Callable[[], int],
         check: Callable[[], None],
     ) -> None:
@@ -83,14 +108,15 @@ class Collector:
             acknowledge: `next` acknowledges returned batches at the next call; with `manual`, the caller acknowledges.
             max_staleness: staler batches are counted and not delivered; None for no limit.
             max_deliveries: deliveries after which a batch is poison; None for no limit.
-            workers: returns every worker id that may have batches.
+            roster: knows which workers may have batches, and which are alive.
             latest_version: returns the version that staleness is measured from.
             check: raises if the learner must not continue: it was closed, or replaced.
         """
         self._pending, self._rate_limiter, self._metrics = pending, rate_limiter, metrics
+        self._roster, self._joined = roster, frozenset[int]()
         self._acknowledges_next, self._check = acknowledge == "next", check
         self._streams = WatchedStreams(connection, keys, pending.name)
-        self._discovery = StreamDiscovery(connection, self._streams, pending, takeover, workers=workers)
+        self._discovery = StreamDiscovery(connection, self._streams, pending, takeover, workers=roster.ids)
         self._reader = EntryReader(connection, self._streams, pending)
         self._unpacker = Unpacker(
             pending,
@@ -104,6 +130,8 @@ class Collector:
         self._handover = Handover([])
         self._began = False  #: whether there was a call
         self._unfinished = False  #: whether the last call ended with an error or an interrupt
+        #: Entries that the present round has found too old; they are acknowledged with its next read, or at its end.
+        self._stale: list[Entry] = []
         self._budget_bytes = COLLECT_BYTES  #: how much more the present call may read and decode
         self._wait_seconds = 0.0  #: seconds that were waited for entries, until they are added to the metrics
         self._outage = OutageLog("collecting")
@@ -116,29 +144,58 @@ class Collector:
             max_batches: the most to return.
         """
         deadline = Deadline(timeout_seconds)
+        return self._hand_over(deadline, partial(self._gather, deadline, max_batches), list)
+
+    def collect_round(self, asked: Round, deadline: Deadline) -> list[tuple[int, Batch]]:
+        """Return the batches of a round, by worker id and in order for each worker; wait until it is complete.
+
+        Raises:
+            RoundIncomplete: batches are missing at the deadline, or can no longer come, and the round is not `partial`.
+        """
+        return self._hand_over(
+            deadline, partial(self._gather_round, deadline, asked), partial(_busy, deadline, asked)
+        )
+
+    def _hand_over(
+        self,
+        deadline: Deadline,
+        gather: Callable[[], list[tuple[Entry, Batch]]],
+        while_busy: Callable[[], list[tuple[int, Batch]]],
+    ) -> list[tuple[int, Batch]]:
+        """Return batches to the caller.
+
+        Args:
+            deadline: until when to wait for another thread's call.
+            gather: chooses among the batches that were found.
+            while_busy: called instead if another thread was collecting all this time.
+        """
         before: list[tuple[Handover, int]] = []
         try:
-            pairs = self._calls.run_within(deadline.remaining, self._collect, deadline, max_batches, before)
-            return pairs or []  # None: another thread was waiting for a first batch all this time
+            pairs = self._calls.run_within(deadline.remaining, self._choose, deadline, gather, before)
+            return while_busy() if pairs is None else pairs
         except BaseException:
             for one in before:
                 self._handover, self._rate_limiter.inserts = one
             raise
 
-    def _collect(
-        self, deadline: Deadline, max_batches: int | None, before: list[tuple[Handover, int]]
+    def _choose(
+        self,
+        deadline: Deadline,
+        gather: Callable[[], list[tuple[Entry, Batch]]],
+        before: list[tuple[Handover, int]],
     ) -> list[tuple[int, Batch]]:
         """Return batches; note in `before` what to restore if they do not reach the caller."""
         if deadline.seconds:
             with within(Deadline(deadline.seconds + ANSWER_SECONDS)):
-                limit = self._gather(deadline, max_batches)
+                found = gather()
         else:
-            limit = self._gather(deadline, max_batches)
+            found = gather()
         handover, inserts = self._handover, self._rate_limiter.inserts
-        found, rest = handover.found[:limit], handover.found[limit:]
         pairs = [(batch.worker_id, batch) for _, batch in found]
         returned = [entry for entry in self._done if self._pending.holds(entry)]
         returned += [entry for entry, _ in found]
+        chosen = {entry for entry, _ in found}
+        rest = [one for one in handover.found if one[0] not in chosen]
         after = Handover(rest, returned, handover.total + len(found))
         before.append((handover, inserts))
         # From here on the batches are the caller's. Only an interrupt may still prevent that.
@@ -159,8 +216,8 @@ class Collector:
         self._budget_bytes = COLLECT_BYTES - sum(batch.raw_bytes for _, batch in found)
         self._find_streams(Deadline(0))
         more = bool(self._streams.watched)
-        while self._take(found, sys.maxsize) and more:
-            more = self._read(sys.maxsize, None, ())
+        while (need := self._take(sys.maxsize)) and more:
+            more = self._read(need, None, ())
         self._count_found()
         self._unfinished = False
 
@@ -171,7 +228,10 @@ class Collector:
         return self._pending.acknowledge([entry for entry in entries if entry is not None])
 
     def acknowledge_returned(self, deadline: Deadline | None = None) -> bool:
-        """Acknowledge what the last call returned, if the next one would do so; return whether there was anything."""
+        """Acknowledge what the last call returned, if the next one would do so; return whether there was anything.
+
+        Older batches that a round has set aside are acknowledged too.
+        """
         done = [entry for entry in self._done if self._pending.holds(entry)]
         self._pending.acknowledge(done, deadline=deadline)
         return bool(done)
@@ -218,18 +278,22 @@ class Collector:
     @property
     def _done(self) -> Sequence[Entry]:
         """The entries to be acknowledged before more is collected."""
-        return self._handover.returned if self._acknowledges_next else ()
+        returned = self._handover.returned if self._acknowledges_next else ()
+        return [*returned, *self._stale] if self._stale else returned
 
     def _recover(self) -> None:
         """Continue after a call that did not end: it may have noted entries in part, and lost replies on their way."""
         if self._unfinished:
             for entry, _ in self._handover.found:
                 entry.collected = True
+                if entry.outcome == "stale":  # a round was about to set it aside
+                    entry.outcome = ""
+            self._stale = []  # they are pending, so the reader finds them again
             self._reader.recover()
             self._unfinished = False
 
-    def _gather(self, deadline: Deadline, max_batches: int | None) -> int:
-        """Read, and add to what was found until there is enough, or nothing more; return how many may be returned."""
+    def _gather(self, deadline: Deadline, max_batches: int | None) -> list[tuple[Entry, Batch]]:
+        """Read, and add to what was found until there is enough, or nothing more; return what the caller gets."""
         after_interrupt, found = self._unfinished, self._handover.found
         self._recover()
         self._began = self._unfinished = True
@@ -243,16 +307,58 @@ class Collector:
         if at_once:
             self._count_found()
             self._unfinished = False
-            return limit
+            return found[:limit]
         if limit:
             self._find_streams(deadline)
+        self._read_while(deadline, partial(self._take, limit))
+        self._count_found()
+        self._unfinished = False
+        return self._handover.found[:limit]
+
+    def _gather_round(self, deadline: Deadline, asked: Round) -> list[tuple[Entry, Batch]]:
+        """Read until a round is complete, or cannot be completed; return its batches.
+
+        They are found here like any others, so an error loses none of them. What does not belong to the round stays
+        where it is: a batch that was found, or an entry that is queued.
+        """
+        self._recover()
+        self._began = self._unfinished = True
+        progress = Progress(asked)
+        self._find_streams(deadline, members=asked.workers is None)
+        self._read_while(deadline, partial(self._take_of_round, progress), asked)
+        self._take_of_round(progress)  # what the last read has found
+        self.acknowledge_returned()
+        self._stale = []
+        if not (asked.partial or progress.is_complete):
+            self._unfinished = False
+            raise self._describe(progress, deadline)
+        if progress.lost and progress.is_over:
+            logger.warning(
+                "the round of version %d goes on without workers %s",
+                asked.version,
+                names_of(progress.lost, self._roster.away),
+            )
+        self._count_found()
+        self._unfinished = False
+        found = self._handover.found
+        return [found[index] for index in progress.choose(_versions(found))]
+
+    def _read_while(
+        self, deadline: Deadline, take: Callable[[], Need | None], asked: Round | None = None
+    ) -> None:
+        """Read as long as more is needed, until there is nothing more at the deadline.
+
+        Args:
+            take: takes queued entries, and returns what to read; None if there is enough.
+            asked: the round that is gathered; None if any batches are.
+        """
         more, retries = True, 1  # a connection may have broken long ago, while no call used it
-        while self._take(found, limit) and (more or not found):
+        while (need := take()) and (more or need.waits):
             self._check()
-            wait = not found and not deadline.over
-            began = time.perf_counter()
+            wait = need.waits and not deadline.over
+            began, queued = time.perf_counter(), len(self._reader.entries)
             try:
-                more = self._read(limit - len(found), deadline if wait else None, self._done)
+                more = self._read(need, deadline if wait else None, self._done)
             except ConnectionFailed as error:
                 self._reader.recover()
                 more = self.acknowledge_returned()  # retries for as long as the connection's timeout
@@ -265,27 +371,25 @@ class Collector:
                     more, retries = True, retries - 1
             if wait:
                 self._wait_seconds += time.perf_counter() - began
-            if more or self._reader.entries:
+            # A worker that keeps sending what a round cannot use must not keep it from ending.
+            if more or (len(self._reader.entries) > queued and (wait or asked is None)):
                 continue
             if not wait:
-                if self._outage.error and not found:
+                if self._outage.error and need.waits:
                     raise self._outage.error.with_traceback(None)
                 break
-            self._find_streams(deadline)
-        self._count_found()
-        self._unfinished = False
-        return limit
+            self._find_streams(deadline, members=asked is not None and asked.workers is None)
 
-    def _take(self, found: list[tuple[Entry, Batch]], limit: int) -> bool:
-        """Add the batches of queued entries to what was found; return whether there is room for more."""
-        entries = self._reader.entries
+    def _take(self, limit: int) -> Need | None:
+        """Add the batches of queued entries to what was found; return how much more there is room for."""
+        found, entries = self._handover.found, self._reader.entries
         if found and self._unpacker.is_suspect(found[-1][0]):
-            return False
+            return None
         while entries and self._budget_bytes > 0 and len(found) < limit:
             entry = entries[0]
             suspect = self._unpacker.is_suspect(entry)
             if suspect and found:
-                return False
+                return None
             self._budget_bytes -= entry.stored_bytes
             batch = self._unpacker.unpack(entry) if self._pending.holds(entry) else None
             if batch is not None:
@@ -295,8 +399,65 @@ class Collector:
             entries.popleft()
             entry.fields = None  # only the message or the batch is kept in memory
             if suspect and found:
-                return False
-        return self._budget_bytes > 0 and len(found) < limit
+                return None
+        has_room = self._budget_bytes > 0 and len(found) < limit
+        return Need(limit - len(found), waits=not found) if has_room else None
+
+    def _take_of_round(self, progress: Progress) -> Need | None:
+        """Add the batches of queued entries that belong to a round to what was found; return what else it needs."""
+        self._set_aside(progress)
+        found = self._handover.found
+        progress.begin(self._joined | self._roster.alive, _versions(found))
+        kept = deque[Entry]()
+        for entry in list(self._reader.entries):
+            if not self._pending.holds(entry):
+                continue
+            decided = entry.outcome == "stale"  # by an earlier look, whose acknowledgement is not answered
+            verdict = "stale" if decided else progress.judge(entry.stream.worker_id, entry.version)
+            if verdict == "keep":
+                kept.append(entry)
+            elif verdict == "stale":
+                entry.outcome, entry.fields = "stale", None
+                self._stale.append(entry)
+            else:
+                batch = self._unpacker.unpack(entry, of_a_round=True)
+                if batch is not None:
+                    found.append((entry, batch))
+                    entry.collected = True
+                    progress.counts[batch.worker_id] += 1
+                entry.fields = None
+        self._reader.entries = kept
+        if progress.is_over:
+            return None
+        return Need(progress.most + len(self._stale), waits=True, workers=progress.possible)
+
+    def _set_aside(self, progress: Progress) -> None:
+        """Remove batches that an earlier call has found, and that are too old now; they are counted as stale."""
+        handover = self._handover
+        older = [
+            entry
+            for entry, batch in handover.found
+            if progress.judge(batch.worker_id, batch.version) == "stale"
+        ]
+        if not older:
+            return
+        counted = int(self._metrics.total("collected")) - handover.total
+        removed = sum([entry in older for entry, _ in handover.found[:counted]])
+        rest = [one for one in handover.found if one[0] not in older]
+        for entry in older:
+            entry.collected, entry.outcome = False, "stale"
+        # From here on they are pending and nothing else; after an interrupt they are queued again, as stale ones.
+        self._handover = replace(handover, found=rest, total=handover.total + removed)
+        self._stale += older
+
+    def _describe(self, progress: Progress, deadline: Deadline) -> RoundIncomplete:
+        """Return the error that says which batches of a round are missing, and why."""
+        unreachable = [one.worker_id for one in self.streams if self._streams.reader_of(one.key).is_away]
+        with within(Deadline(REASONS_SECONDS)):
+            roster, everyone = self._roster.workers(), self._roster.ids()
+        return progress.incomplete(
+            deadline.seconds, roster=roster, everyone=everyone, unreachable=unreachable
+        )
 
     def _count_found(self) -> None:
         """Add what was found to the metrics, without what a call that did not return has added."""
@@ -314,11 +475,17 @@ class Collector:
         )
         self._unpacker.decode_seconds = self._wait_seconds = 0.0
 
-    def _find_streams(self, deadline: Deadline) -> None:
-        """Search for new streams if it is time; until the deadline, an outage is only logged."""
+    def _find_streams(self, deadline: Deadline, *, members: bool = False) -> None:
+        """Search for new streams if it is time; until the deadline, an outage is only logged.
+
+        Args:
+            members: whether to read which workers are alive, too.
+        """
         if not self._discovery.is_due:
             return
         try:
+            if members:
+                self._joined = self._roster.read_alive()
             self._discovery.find()
         except ConnectionFailed as error:
             if deadline.over:
@@ -328,19 +495,21 @@ class Collector:
             if not self._streams.watched:  # otherwise the next read shows whether the outage is over
                 self._outage.end()
 
-    def _read(self, max_batches: int, deadline: Deadline | None, done: Sequence[Entry]) -> bool:
+    def _read(self, need: Need, deadline: Deadline | None, done: Sequence[Entry]) -> bool:
         """Read once, and acknowledge entries; wait for a first one if there is a deadline.
 
         Return whether another read may find more.
         """
-        if not self._streams.watched:
+        if not self._streams.watched or (
+            need.workers is not None and not self._streams.readers(need.workers)
+        ):
             self.acknowledge_returned()
             if deadline is not None:
                 time.sleep(min(BLOCK_SECONDS, deadline.remaining))
             return False
-        count = self._reader.count_per_stream(max_batches, COLLECT_BYTES)
+        count = self._reader.count_per_stream(need.batches, COLLECT_BYTES)
         try:
-            more = self._reader.read(done, count, deadline)
+            more = self._reader.read(done, count, deadline, need.workers)
         except ServerFault as error:
             if not is_stream_lost(error):
                 raise
@@ -348,6 +517,18 @@ class Collector:
             more = False
         self._outage.end()
         return more
+
+
+def _busy(deadline: Deadline, asked: Round) -> list[tuple[int, Batch]]:
+    if asked.partial:
+        return []
+    raise RoundIncomplete(
+        f"another thread was collecting for {deadline.seconds:g} s; gather rounds in one thread only"
+    )
+
+
+def _versions(found: Iterable[tuple[Entry, Batch]]) -> list[tuple[int, int]]:
+    return [(batch.worker_id, batch.version) for _, batch in found]
 
 
 def _ids_by_stream(entries: Iterable[Entry]) -> dict[str, set[str]]:

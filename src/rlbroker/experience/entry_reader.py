@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline
@@ -80,37 +80,50 @@ class EntryReader:
         )
         return max(1, min(READ_COUNT, fitting, max_batches or READ_COUNT))
 
-    def read(self, done: Sequence[Entry], count: int, deadline: Deadline | None) -> bool:
+    def read(
+        self,
+        done: Sequence[Entry],
+        count: int,
+        deadline: Deadline | None,
+        workers: Collection[int] | None = None,
+    ) -> bool:
         """Acknowledge entries, and read once: what is pending and unknown, or else what is new.
 
         Args:
             done: entries to acknowledge first; those that are not pending are skipped.
             count: the most entries of each stream.
             deadline: until when to wait for a first new entry; None not to wait.
+            workers: the workers whose streams are read, at least one of which has a stream; None for all.
 
         Returns:
             Whether another read may find more at once.
         """
-        if to_scan := self._streams.to_scan():
+        if to_scan := self._streams.to_scan(workers):
             self._pending.acknowledge(done)
             self._read_pending(to_scan, count)
             return True
-        return self._read_new(done, count, deadline)
+        return self._read_new(done, count, deadline, workers)
 
     # New entries
 
-    def _read_new(self, done: Sequence[Entry], count: int, deadline: Deadline | None) -> bool:
+    def _read_new(
+        self,
+        done: Sequence[Entry],
+        count: int,
+        deadline: Deadline | None,
+        workers: Collection[int] | None,
+    ) -> bool:
         wait_seconds = None if deadline is None else min(self._connection.block_seconds, deadline.remaining)
-        readers = self._streams.readers()
+        readers = self._streams.readers(workers)
         self._streams.dropped_connection = False
         if self._reconnect(readers):
             return True
         readers = [reader for reader in readers if not reader.is_away]
-        if len(readers) == 1:
-            replies = self._acknowledge_and_read(readers[0], done, count, wait_seconds)
+        if not self._streams.several_shards:
+            replies = self._acknowledge_and_read(readers[0], done, count, wait_seconds, workers)
         else:
             self._pending.acknowledge(done)
-            replies = self._read_shards(readers, count, wait_seconds)
+            replies = self._read_shards(readers, count, wait_seconds, workers)
         self._add_new(replies)
         if self._streams.dropped_connection:
             return True
@@ -135,10 +148,17 @@ class EntryReader:
         return replaced
 
     def _acknowledge_and_read(
-        self, reader: ShardReader, done: Sequence[Entry], count: int, wait_seconds: float | None
+        self,
+        reader: ShardReader,
+        done: Sequence[Entry],
+        count: int,
+        wait_seconds: float | None,
+        workers: Collection[int] | None,
     ) -> list[StreamEntries]:
         """Acknowledge entries and read new ones, in one round trip."""
-        refusal = self._pending.write_counts(self._acknowledge_and_ask, reader, done, count, wait_seconds)
+        refusal = self._pending.write_counts(
+            self._acknowledge_and_ask, reader, done, count, wait_seconds, workers
+        )
         if refusal is not None and not script_is_unknown(refusal):
             raise refusal
         found = self._finish_read(reader, count)
@@ -147,11 +167,16 @@ class EntryReader:
         return found
 
     def _acknowledge_and_ask(
-        self, reader: ShardReader, done: Sequence[Entry], count: int, wait_seconds: float | None
+        self,
+        reader: ShardReader,
+        done: Sequence[Entry],
+        count: int,
+        wait_seconds: float | None,
+        workers: Collection[int] | None,
     ) -> PeerError | None:
         """Acknowledge entries and ask for new ones; return the refusal of an acknowledgement, if there is one."""
         asked = self._pending.ask(done)
-        reader.start_read(count, wait_seconds, after=self._pending.commands(asked))
+        reader.start_read(count, wait_seconds, workers=workers, after=self._pending.commands(asked))
         replies = reader.channel.receive(len(asked))
         refusal = first_error(replies)
         if refusal is None:
@@ -159,19 +184,28 @@ class EntryReader:
         return refusal
 
     def _read_shards(
-        self, readers: Sequence[ShardReader], count: int, wait_seconds: float | None
+        self,
+        readers: Sequence[ShardReader],
+        count: int,
+        wait_seconds: float | None,
+        workers: Collection[int] | None,
     ) -> list[StreamEntries]:
         """Read from all shards at once. A blocked read stays blocked when another shard replies.
 
         Its reply is taken by the next call; if there is none, its entries stay pending for the next learner.
         """
-        idle = [reader for reader in readers if not reader.is_reading]
+        found: list[StreamEntries] = []
+        for reader in readers:
+            if not reader.is_reading_all(workers):  # a round, which waited for fewer workers, has left it
+                with self._streams.skip_if_away(reader):
+                    found += self._finish_read(reader, count)
+        wait_seconds = None if found else wait_seconds
+        idle = [reader for reader in readers if not reader.is_reading and not reader.is_away]
         for reader in idle:
             with self._streams.skip_if_away(reader):
-                reader.start_read(count, wait_seconds)
+                reader.start_read(count, wait_seconds, workers=workers)
         at_once = [reader for reader in idle if reader.is_reading and wait_seconds is None]
         blocking = [reader for reader in readers if reader.is_reading and reader not in at_once]
-        found: list[StreamEntries] = []
         for reader in (*at_once, *wait_for_replies(blocking, wait_seconds or 0.0)):
             with self._streams.skip_if_away(reader):
                 found += self._finish_read(reader, count)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import entry_place
+from rlbroker.backend.replies import entry_place, whole_number
 
 #: Gaps that are remembered for each stream.
 GAPS_KEPT = 1_000
@@ -95,6 +95,12 @@ class Entry:
     def is_repeat(self) -> bool:
         """Whether it was collected before, perhaps by an earlier learner, so that it is only acknowledged."""
         return not self.collected and self.outcome in ("delivered", "duplicate")
+
+    @property
+    def version(self) -> int | None:
+        """The version that produced its batch; None if the entry does not say, or its fields are gone."""
+        text = self.fields.get(b"version") if self.fields else None
+        return None if text is None else whole_number(text.decode("ascii", "replace"))
 
     @property
     def batch_id(self) -> str:

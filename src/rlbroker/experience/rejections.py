@@ -56,9 +56,15 @@ class Unpacker:
         """Return whether learners died over this batch so often that it must be returned alone."""
         return entry.deliveries >= self._suspect_after
 
-    def unpack(self, entry: Entry) -> Batch | None:
-        """Return the batch of an entry; count it and return None if it cannot be delivered."""
-        if entry.is_repeat:
+    def unpack(self, entry: Entry, *, of_a_round: bool = False) -> Batch | None:
+        """Return the batch of an entry; count it and return None if it cannot be delivered.
+
+        Args:
+            of_a_round: whether the caller asked for the version of this batch, so that it is not stale.
+        """
+        if entry.outcome == "stale":
+            pass  # an earlier call has decided that, and the server may have counted it
+        elif entry.is_repeat:
             worker = entry.stream.worker_id
             logger.info("worker %d: batch %s came again: %s", worker, entry.batch_id, entry.outcome)
         elif entry.fields is None:
@@ -72,7 +78,7 @@ class Unpacker:
             except (WireError, KeyError, ValueError) as error:
                 self._bury(entry, "corrupt", f"{type(error).__name__}: {error}")
                 return None
-            if self._max_staleness is None or batch.staleness <= self._max_staleness:
+            if of_a_round or self._max_staleness is None or batch.staleness <= self._max_staleness:
                 return batch if self._count_delivery(entry) else None
             entry.outcome = "stale"
         self._pending.acknowledge([entry])

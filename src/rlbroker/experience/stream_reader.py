@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import selectors
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -84,11 +84,13 @@ class _Read:
 
     Attributes:
         count: the most entries of each stream that it returns.
+        workers: the workers whose streams are read; None for all.
         skips_some: whether quiet streams were skipped.
         reply_due: when the server must have replied.
     """
 
     count: int
+    workers: Collection[int] | None
     skips_some: bool
     reply_due: Deadline
 
@@ -115,6 +117,15 @@ class ShardReader:
     def is_reading(self) -> bool:
         """Whether a read is in progress."""
         return self._read is not None
+
+    def has_any(self, workers: Collection[int] | None) -> bool:
+        """Return whether there are streams of these workers; None for any worker."""
+        return any(workers is None or one.stream.worker_id in workers for one in self.streams.values())
+
+    def is_reading_all(self, workers: Collection[int] | None) -> bool:
+        """Return whether the read in progress, if any, includes all streams of these workers; None for all workers."""
+        read = self._read.workers if self._read is not None else None
+        return read is None or (workers is not None and all(worker in read for worker in workers))
 
     @property
     def is_overdue(self) -> bool:
@@ -146,16 +157,26 @@ class ShardReader:
         self._schedule.poll_all()
 
     def start_read(
-        self, count: int, wait_seconds: float | None, *, after: Sequence[Sequence[Argument]] = ()
+        self,
+        count: int,
+        wait_seconds: float | None,
+        *,
+        workers: Collection[int] | None = None,
+        after: Sequence[Sequence[Argument]] = (),
     ) -> None:
         """Start a read.
 
         Args:
             count: the most entries of each stream.
             wait_seconds: how long to block until a first entry arrives; None to not block.
+            workers: the workers whose streams are read, at least one of which has a stream; None for all.
             after: commands to send before the read. Their replies come first; the caller must receive them.
         """
-        positions, skip_seconds = self._schedule.choose(self.streams, time.monotonic())
+        skip_seconds = None
+        if workers is None:
+            positions, skip_seconds = self._schedule.choose(self.streams, time.monotonic())
+        else:
+            positions = [one for one in self.streams.values() if one.stream.worker_id in workers]
         command: list[Argument] = ["XREADGROUP", "GROUP", GROUP, self._consumer, "COUNT", count]
         if wait_seconds is not None:
             wait_seconds = wait_seconds if skip_seconds is None else min(wait_seconds, skip_seconds)
@@ -163,7 +184,7 @@ class ShardReader:
         command += ["STREAMS", *(position.stream.key for position in positions), *(">" for _ in positions)]
         self.channel.send([*after, command])
         reply_due = Deadline((wait_seconds or 0.0) + self._reply_seconds)
-        self._read = _Read(count, skip_seconds is not None, reply_due)
+        self._read = _Read(count, workers, skip_seconds is not None, reply_due)
 
     def finish_read(self) -> list[StreamEntries]:
         """Wait for the reply to the read in progress, and return its entries.
@@ -180,7 +201,8 @@ class ShardReader:
         self.outage.end()
         found = stream_entries(reply)
         keys = [key for key, _ in found]
-        self._schedule.note(keys, len(self.streams), time.monotonic(), polled_all=not read.skips_some)
+        polled_all = read.workers is None and not read.skips_some
+        self._schedule.note(keys, len(self.streams), time.monotonic(), polled_all=polled_all)
         self.drained = all(len(entries) < read.count for _, entries in found)
         self.skipped_some = read.skips_some
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rlbroker.backend.connection import BLOCK_SECONDS, Connection
@@ -86,9 +86,18 @@ class WatchedStreams:
         for reader in self._readers.values():
             reader.close()
 
-    def to_scan(self) -> list[ReadPosition]:
-        """Return the streams to scan for pending entries, without those of shards that are away."""
-        return [one for one in self._to_scan.values() if not self.reader_of(one.stream.key).is_away]
+    def to_scan(self, workers: Collection[int] | None = None) -> list[ReadPosition]:
+        """Return the streams to scan for pending entries, without those of shards that are away.
+
+        Args:
+            workers: whose streams; None for all.
+        """
+        return [
+            one
+            for one in self._to_scan.values()
+            if (workers is None or one.stream.worker_id in workers)
+            and not self.reader_of(one.stream.key).is_away
+        ]
 
     def note_scan(self, position: ReadPosition, scan_from: str | None) -> None:
         """Record where the scan of a stream continues; None if it is complete."""
@@ -104,9 +113,13 @@ class WatchedStreams:
             self._readers[shard] = ShardReader(self._connection, self._consumer, shard)
         return self._readers[shard]
 
-    def readers(self) -> list[ShardReader]:
-        """Return the readers that have streams to read, without those of shards that are away."""
-        return [reader for reader in self._readers.values() if reader.streams and not reader.is_away]
+    def readers(self, workers: Collection[int] | None = None) -> list[ShardReader]:
+        """Return the readers that have streams to read, without those of shards that are away.
+
+        Args:
+            workers: whose streams; None for all.
+        """
+        return [one for one in self._readers.values() if one.has_any(workers) and not one.is_away]
 
     def by_reader(self, positions: Iterable[ReadPosition]) -> list[tuple[ShardReader, list[ReadPosition]]]:
         """Group streams by the reader of their shard."""
@@ -116,9 +129,14 @@ class WatchedStreams:
         return [(self.reader_of(some[0].stream.key), some) for some in found.values()]
 
     @property
+    def several_shards(self) -> bool:
+        """Whether the streams are in several shards, whose servers may differ."""
+        return len(self._readers) > 1
+
+    @property
     def deadline(self) -> Deadline | None:
         """The deadline of each command: one attempt if there are several shards, as one must not delay the others."""
-        return ONE_TRY if len(self._readers) > 1 else None
+        return ONE_TRY if self.several_shards else None
 
     @contextmanager
     def skip_if_away(self, reader: ShardReader) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -31,9 +31,10 @@ from rlbroker.config import (
     signing_secret,
 )
 from rlbroker.control.commands import Command, ends_run
-from rlbroker.errors import InvalidArgument, UnsupportedType
+from rlbroker.errors import InvalidArgument, RoundIncomplete, UnsupportedType
 from rlbroker.experience.counts import read_counts
 from rlbroker.experience.marks import parse_marks
+from rlbroker.experience.rounds import Round
 from rlbroker.learner.cleanup import Cleanup
 from rlbroker.learner.maintenance import Maintenance
 from rlbroker.learner.options import LearnerOptions
@@ -331,6 +332,67 @@ class WorkerCommunicator:
         return self._collector.collect(
             timeout_seconds=check_timeout_seconds("timeout", timeout), max_batches=max_batches
         )
+
+    def collect_round(
+        self,
+        version: int | None = None,
+        workers: Iterable[int] | None = None,
+        per_worker: int = 1,
+        timeout: float | None = None,
+        partial: bool = False,
+    ) -> list[tuple[int, Batch]]:
+        """Return one batch of one version from each worker: what synchronous, on-policy training needs. ::
+
+            comm.send_model_weights(model.state_dict())
+            for worker_id, batch in comm.collect_round():
+                learn(batch)
+
+        Older batches of these workers are counted as `stale`, whatever `max_staleness` is. Newer and further ones stay
+        for later calls. As with `collect_experiences`, this acknowledges what the previous call returned, and with
+        `acknowledge="manual"` you acknowledge.
+
+        Without `workers`, the round waits for those that were alive when it began, and first for one if there is none.
+        A worker that joins later is in the next round; one that has just joined may be, too. One that dies, leaves or
+        is away is not waited for any longer (the log names it), but what it has sent belongs to the round.
+
+        Args:
+            version: the version that produced the batches; the latest by default, also one that
+                `send_model_weights(wait=False)` is still publishing, for which this waits.
+            workers: ids of the workers that must be in the round, whether or not they have joined.
+            per_worker: how many batches of each.
+            timeout: the most seconds to wait; the communicator's timeout by default.
+            partial: whether to return what there is, perhaps nothing, instead of raising `RoundIncomplete`.
+
+        Returns:
+            Pairs `(worker_id, batch)` by worker id, each worker's in the order in which it sent them.
+
+        Raises:
+            RoundIncomplete: batches are missing at the timeout, or cannot come any more because their workers run newer
+                versions. `missing` says why, by worker id. What was gathered comes with the next call for the same
+                version, or with `collect_experiences`.
+            InvalidArgument: an argument cannot work, the version is not published, or this learner has
+                `samples_per_insert`, which cannot limit whole rounds.
+            Fenced: a newer learner of this name has taken over.
+            PeerError: the server refused, or could not be reached in time.
+        """
+        self._check()
+        seconds = self._connection.timeout_seconds if timeout is None else timeout
+        deadline = Deadline(check_timeout_seconds("timeout", seconds))
+        if self._rate_limiter.is_active:
+            raise InvalidArgument(
+                "collect_round returns whole rounds, which samples_per_insert cannot limit; create the "
+                "WorkerCommunicator without it, or use collect_experiences"
+            )
+        if version is None:
+            if not self._publishes:
+                raise InvalidArgument("this learner does not publish; name the version of the round")
+            if not self._publisher.finish(deadline.remaining):
+                raise RoundIncomplete(f"the weights are still being published after {deadline.seconds:g} s")
+        latest = self.version if self._publishes else None
+        asked = Round.parse(
+            self.version if version is None else version, per_worker, workers, latest=latest, partial=partial
+        )
+        return self._collector.collect_round(asked, deadline)
 
     def acknowledge(self, done: Sequence[tuple[int, Batch]] | Mapping[str, Any]) -> int:
         """Delete batches from the server because the learner has used them. Needed with `acknowledge="manual"` only.

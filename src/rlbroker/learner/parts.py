@@ -118,7 +118,7 @@ class LearnerParts:
             acknowledge=options.acknowledge,
             max_staleness=options.max_staleness,
             max_deliveries=options.max_deliveries,
-            workers=roster.ids,
+            roster=roster,
             latest_version=lambda: publisher.latest_version,
             check=check,
         )

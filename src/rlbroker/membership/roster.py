@@ -165,12 +165,7 @@ class Roster:
         self.leads = leading == self.epoch
         self._incarnations = incarnations
         now = server_seconds(clock)
-        limit_milliseconds = (now - self._settings.lease_seconds) * 1000
-        self._alive = frozenset(
-            worker
-            for worker, incarnation in incarnations.members.items()
-            if incarnation.seen_milliseconds > limit_milliseconds
-        )
+        self._alive = self._alive_at(now, incarnations)
         if self.leads:
             self._raise_version_floor(incarnations)
             self._remove_invalid(incarnations, channel)
@@ -227,6 +222,19 @@ class Roster:
     def everyone(self) -> frozenset[int]:
         """All workers that the run ever had, as of the learner's last `heartbeat`."""
         return frozenset(self._incarnations.by_worker)
+
+    def read_alive(self) -> frozenset[int]:
+        """Read which members are alive now. `alive` is cheaper, may be a second old, and outlasts a server's loss."""
+        clock = self._connection.clock(self._keys.meta)
+        return self._alive_at(clock, read_incarnations(self._connection, self._keys))
+
+    def _alive_at(self, now: float, incarnations: Incarnations) -> frozenset[int]:
+        limit_milliseconds = (now - self._settings.lease_seconds) * 1000
+        return frozenset(
+            worker
+            for worker, incarnation in incarnations.members.items()
+            if incarnation.seen_milliseconds > limit_milliseconds
+        )
 
     def ids(self) -> list[int]:
         """Return every worker id that the run ever had, in order.
