@@ -74,7 +74,9 @@ def test_the_queues_of_multiprocessing_cannot_tell_what_was_missed_or_obeyed() -
 
 
 @pytest.mark.parametrize("where", ["embedded", "given"])
-def test_rlbroker_lists_every_update_that_was_missed_and_each_stop(where: str, real_server: RealServer) -> None:
+def test_rlbroker_lists_every_update_that_was_missed_and_each_stop(
+    where: str, real_server: RealServer
+) -> None:
     output = run_example("after", url=real_server.url if where == "given" else None)
     assert "stop: worker 0 done, worker 1 done\n" in output
     missed = list_missed(output)
