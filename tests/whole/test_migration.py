@@ -282,7 +282,7 @@ def test_a_full_queue_is_queue_full_or_drops_at_once(learner: Learner, worker: W
     dropping = worker(1, when_full="drop_newest")
     client.send_experiences({"n": 1})
     with pytest.raises(queue.Full) as raised:
-        client.send_experiences({"n": 2}, 0.05)
+        client.send_experiences({"n": 2}, 0.3)
     assert isinstance(raised.value, QueueFull)
     assert dropping.send_experiences({"n": 1})
     assert not dropping.send_experiences({"n": 2})
@@ -391,31 +391,31 @@ def test_what_the_calls_return(learner: Learner, worker: Worker) -> None:
     assert receipt, "it is true without a worker"
     assert (receipt.version, receipt.seconds > 0) == (1, True)
     client = worker()
-    assert comm.send_control_command("reset")
+    command = comm.send_control_command("reset")
+    assert command
+    assert obey(client, command) == "done"
     sent = client.send_experiences({"w": np.ones(3)})
     assert sent
     assert (sent.sequence, sent.version) == (1, 0)
     assert client.poll({}) or client.load_weights({}, LONG)
     assert comm.collect_experiences(timeout=LONG)
     assert comm.collect_experiences() == []
-    wait_until("the reset is answered", lambda: not any(comm.get_queue_info()["control_queue_sizes"]), LONG)
     client.close()
     assert comm.cleanup()
 
 
 def test_the_pages_errors_are_the_builtins_that_it_says() -> None:
     rows = table_below("## What raises instead of returning False or logging")
-    named = 0
-    for _, _, mine, builtins in rows:
-        for kind in filter(None, (getattr(rlbroker, name, None) for name in re.findall(r"`(\w+)`", mine))):
-            bases = [
-                queue.Full if name == "queue.Full" else getattr(builtins, name)
-                for name in re.findall(r"`([\w.]+)`", builtins)
-            ]
-            assert any(issubclass(kind, base) for base in bases), kind
-            assert len(bases) != 1 or issubclass(kind, bases[0])
-            named += 1
-    assert named >= len(rows)
+    assert len(rows) > 10
+    for _, _, mine, kin in rows:
+        names = re.findall(r"`(\w+)`", mine)
+        bases = [
+            queue.Full if name == "queue.Full" else getattr(builtins, name)
+            for name in re.findall(r"`([\w.]+)`", kin)
+        ]
+        names *= len(bases) if len(names) == 1 else 1  # one error that is several builtins
+        for name, base in zip(names, bases, strict=True):
+            assert issubclass(getattr(rlbroker, name), base)
 
 
 def test_what_an_old_except_clause_still_catches() -> None:
@@ -436,11 +436,11 @@ def test_what_cannot_travel_is_refused_with_its_path(learner: Learner, worker: W
 
 
 def test_waits_for_a_learner_that_never_comes_end(worker: Worker) -> None:
-    client = worker(timeout=0.3)
+    client = worker(timeout=1.0)
     with pytest.raises(DeadlineExceeded):
         client.send_experiences({"n": 1})
     with pytest.raises(DeadlineExceeded):
-        client.load_weights({}, 0.1)
+        client.load_weights({}, 0.5)
 
 
 def test_a_server_that_cannot_be_reached_is_an_error_of_the_constructor() -> None:
