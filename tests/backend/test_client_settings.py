@@ -18,6 +18,8 @@ pytestmark = pytest.mark.unit
 
 CA, CERTIFICATE, KEY = TLS_VARIABLES
 
+PAIR_RULE = "certificate and key must be in PEM form, belong together, and have no passphrase"
+
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +149,7 @@ def test_the_url_wins_over_the_environment_and_key_and_certificate_have_one_sour
     ca = f"ssl_ca_certs={certificates.ca()}"
     assert (
         refusal_message(f"rediss://host?{ca}")
-        == f"{CERTIFICATE}: cannot read /nowhere: No such file or directory"
+        == f"/nowhere ({CERTIFICATE}) with /nowhere ({KEY}) cannot be used: No such file or directory; {PAIR_RULE}"
     )
     tls = settings(f"rediss://host?{ca}&ssl_certfile={own}&ssl_keyfile={key}")["tls"]
     assert (tls.authority.name, tls.certificate.name, tls.key.name) == (
@@ -155,8 +157,8 @@ def test_the_url_wins_over_the_environment_and_key_and_certificate_have_one_sour
         "ssl_certfile",
         "ssl_keyfile",
     )
-    assert "ssl_certfile names a certificate without its key" in refusal_message(
-        f"rediss://h?{ca}&ssl_certfile={own}"
+    assert refusal_message(f"rediss://h?{ca}&ssl_certfile={own}").startswith(
+        f"{own} (ssl_certfile) cannot be used: "
     )
     both = certificates.folder / "both.pem"
     both.write_text(Path(own).read_text() + Path(key).read_text())
@@ -200,27 +202,33 @@ def test_unusable_files_are_refused_with_the_setting_that_names_them(
             serialization.BestAvailableEncryption(b"secret"),
         )
     )
-    for variables, message in (
-        ({CA: "/nowhere"}, f"{CA}: cannot read /nowhere: No such file or directory"),
-        ({CA: str(tmp_path)}, f"{CA}: cannot read {tmp_path}: Is a directory"),
-        ({CA: str(noise)}, f"{CA}: {noise} is not in PEM form"),
-        ({CA: key}, f"{CA}: {key} holds no certificate"),
-        ({CA: str(damaged)}, f"{CA}: {damaged} holds no certificate"),
-        ({CERTIFICATE: own}, f"{CERTIFICATE} names a certificate without its key: set {KEY} as well"),
-        ({KEY: key}, f"{KEY} names a key, but there is no certificate: set {CERTIFICATE} as well"),
-        ({CERTIFICATE: own, KEY: own}, f"{KEY}: {own} holds no private key"),
-        ({CERTIFICATE: key, KEY: key}, f"{CERTIFICATE}: {key} holds no certificate"),
-        ({CERTIFICATE: str(damaged), KEY: key}, f"{CERTIFICATE}: the certificate in {damaged} or its key in"),
-        (
-            {CERTIFICATE: own, KEY: other_key},
-            f"{KEY}: the key in {other_key} is not that of the certificate in {own}",
-        ),
-        ({CERTIFICATE: own, KEY: str(locked)}, f"{KEY}: the key in {locked} has a passphrase"),
+    for variables, reason in (
+        ({CA: "/nowhere"}, "No such file or directory"),
+        ({CA: str(tmp_path)}, "Is a directory"),
+        ({CA: str(noise)}, "NO_CERTIFICATE_OR_CRL_FOUND"),
+        ({CA: key}, "NO_CERTIFICATE_OR_CRL_FOUND"),
+        ({CA: str(damaged)}, ""),
+        ({CERTIFICATE: own}, ""),
+        ({CERTIFICATE: own, KEY: own}, ""),
+        ({CERTIFICATE: own, KEY: "/nowhere"}, "No such file or directory"),
+        ({CERTIFICATE: key, KEY: key}, ""),
+        ({CERTIFICATE: str(damaged), KEY: key}, ""),
+        ({CERTIFICATE: own, KEY: other_key}, "KEY_VALUES_MISMATCH"),
+        ({CERTIFICATE: own, KEY: str(locked)}, ""),
     ):
         with monkeypatch.context() as patch:
             for name, path in variables.items():
                 patch.setenv(name, path)
-            assert refusal_message("rediss://host").startswith(message)
+            files = " with ".join(f"{path} ({name})" for name, path in variables.items())
+            rule = "it must be a PEM file with certificates" if CA in variables else PAIR_RULE
+            message = refusal_message("rediss://host")
+            assert message.startswith(f"{files} cannot be used: {reason}")
+            assert message.endswith(f"; {rule}")
+    assert "cannot be used: ValueError;" in refusal_message("rediss://host?ssl_ca_certs=a%00b")
+    monkeypatch.setenv(KEY, key)
+    assert refusal_message("rediss://host") == (
+        f"{key} ({KEY}) is a key without a certificate: set {CERTIFICATE} as well"
+    )
 
 
 def test_an_unreadable_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,5 +236,7 @@ def test_an_unreadable_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setenv(CA, "/etc/ca.crt")
-    monkeypatch.setattr(Path, "read_text", forbid)  # root may read every file
-    assert refusal_message("rediss://host") == f"{CA}: cannot read /etc/ca.crt: Permission denied"
+    monkeypatch.setattr(Path, "open", forbid)  # root may read every file
+    assert refusal_message("rediss://host").startswith(
+        f"/etc/ca.crt ({CA}) cannot be used: Permission denied"
+    )

@@ -5,6 +5,7 @@ A refusal that must come at once is tested with a timeout of an hour: a retry wo
 
 from __future__ import annotations
 
+import re
 import shutil
 import ssl
 from collections.abc import Callable, Iterator
@@ -266,66 +267,45 @@ def test_a_server_certificate_of_another_authority_is_refused(
     serve: Serve, certificates: Certificates
 ) -> None:
     other = certificates.ca("other")
-    assert refusal_message(f"rediss://{serve()}?{query(other)}") == (
-        f"has a certificate that was not signed by the authority in {other} (ssl_ca_certs): name the one that signed it"
-    )
-    assert refusal_message(f"rediss://{serve()}") == (
-        "has a certificate that was not signed by an authority that this machine trusts: name its authority with "
-        f"{CA} (in a URL: ssl_ca_certs)"
-    )
+    for url in (f"rediss://{serve()}?{query(other)}", f"rediss://{serve()}"):
+        message = refusal_message(url)
+        assert re.match("has a certificate that cannot be trusted: .*certificate", message)
+        assert f"check the authority in {CA} (in a URL: ssl_ca_certs)" in message
 
 
 def test_an_expired_server_certificate_is_refused(serve: Serve, accepted_query: str) -> None:
     message = refusal_message(f"rediss://{serve(expired=True)}?{accepted_query}")
-    assert message == "has a certificate that has expired: renew it, or correct this machine's clock"
+    assert message.startswith("has a certificate that cannot be trusted: certificate has expired; check ")
 
 
 def test_a_server_certificate_for_another_name_is_refused(serve: Serve, accepted_query: str) -> None:
     address = serve("elsewhere.example")
-    assert refusal_message(f"rediss://{address}?{accepted_query}").startswith(
-        "has a certificate that is not for 127.0.0.1: put a name"
-    )
     named = address.replace("127.0.0.1", "localhost")
-    assert refusal_message(f"rediss://{named}?{accepted_query}").startswith(
-        "has a certificate that is not for localhost: put a name"
-    )
+    for url, name in ((address, "127.0.0.1"), (named, "localhost")):
+        assert f"certificate is not valid for '{name}'" in refusal_message(f"rediss://{url}?{accepted_query}")
 
 
 def test_a_client_without_a_certificate_is_told_what_to_set(serve: Serve, certificates: Certificates) -> None:
     for _ in range(5):  # with TLS 1.3 it varies whether the reason arrives or must be fetched
-        assert refusal_message(f"rediss://{serve()}?{query(certificates.ca())}") == (
-            f"wants a client certificate, and none is set: set {CERTIFICATE} and {KEY} (in a URL: ssl_certfile and "
-            "ssl_keyfile)"
-        )
+        message = refusal_message(f"rediss://{serve()}?{query(certificates.ca())}")
+        assert message.startswith("refuses this client by TLS: TLSV13_ALERT_CERTIFICATE_REQUIRED; check the ")
+        assert f"{CERTIFICATE} and its key in {KEY} (in a URL: ssl_certfile and ssl_keyfile)" in message
 
 
 def test_a_client_whose_certificate_is_refused_is_told_why(serve: Serve, certificates: Certificates) -> None:
     for pair, why in (
-        (
-            certificates.certificate("me", authority="other", client=True),
-            "was not signed by an authority that the",
-        ),
-        (
-            certificates.certificate("me", expired=True, client=True),
-            "has expired, or the server's clock is wrong",
-        ),
+        (certificates.certificate("me", authority="other", client=True), "UNKNOWN_CA"),
+        (certificates.certificate("me", expired=True, client=True), "CERTIFICATE_EXPIRED"),
     ):
         message = refusal_message(f"rediss://{serve()}?{query(certificates.ca(), pair)}")
-        assert message.startswith(
-            f"refuses this client: the client certificate {pair[0]} (ssl_certfile) {why}"
-        )
+        assert re.match(f"refuses this client by TLS: [A-Z0-9_]*{why};", message)
 
 
 def test_a_url_without_tls_for_a_server_with_tls_is_refused(serve: Serve) -> None:
     assert refusal_message(f"redis://{serve()}") == "speaks TLS, and the URL says redis://: write rediss://"
 
 
-def test_a_url_with_tls_for_a_server_without_tls_is_refused(
-    certificates: Certificates, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        tls, "QUIET_SECONDS", 0.2
-    )  # the server does not answer the handshake, so this time passes
+def test_a_url_with_tls_for_a_server_without_tls_is_refused(certificates: Certificates) -> None:
     with RedisServer(bind="127.0.0.1") as server:
         assert server.network_url is not None
         url = server.network_url.replace("redis://", "rediss://").removesuffix("/0")
@@ -341,12 +321,12 @@ def test_old_tls_is_refused_and_tls_1_2_asks_for_a_client_certificate(
     proxy, address = start_proxy(embedded, server_context(certificate, ca, newest=ssl.TLSVersion.TLSv1_2))
     with closing(proxy):
         url = f"rediss://{address}?{query(ca)}"
-        assert refusal_message(url).startswith("wants a client certificate, and none is set")
+        assert "HANDSHAKE_FAILURE; check the certificate in" in refusal_message(url)
         proxy.context = old = server_context(certificate, ca)
         with pytest.warns(DeprecationWarning, match="TLSVersion"):
             old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1
         old.set_ciphers("ALL:@SECLEVEL=0")
-        assert refusal_message(url).startswith("speaks only old versions of TLS: rlbroker needs 1.2")
+        assert re.match("refuses this client by TLS: .*PROTOCOL", refusal_message(url))
 
 
 def test_a_given_client_is_refused_with_the_reason(serve: Serve, certificates: Certificates) -> None:
@@ -378,11 +358,13 @@ def test_renewed_files_are_read_again_and_a_changing_server_is_an_outage(
         proxy.context = other
         connection.close()
         with pytest.raises(
-            ConnectionFailed, match="can no longer be reached by TLS: has a certificate that was not"
+            ConnectionFailed, match=r"can no longer be reached by TLS: .*certificate verify failed"
         ):
             connection.execute("PING", deadline=Deadline(0.1))
         authority.unlink()
-        with pytest.raises(ConnectionFailed, match="cannot be reached: ssl_ca_certs: cannot read"):
+        with pytest.raises(
+            ConnectionFailed, match=r"cannot be reached: .* \(ssl_ca_certs\) cannot be used: No such file"
+        ):
             connection.execute("PING", deadline=Deadline(0.1))
         shutil.copy(certificates.ca("other"), authority)
         assert connection.execute("PING")
@@ -394,7 +376,7 @@ def test_a_wrong_password_over_tls_is_named_as_the_cause(
     def fetch(self: tls.TlsConnection) -> None:
         pytest.fail("the server has given the reason, so there must be no second connection")
 
-    monkeypatch.setattr(tls.TlsConnection, "_fetch_alert", fetch)
+    monkeypatch.setattr(tls.TlsConnection, "_look_for_alert", fetch)
     address = serve().rpartition("@")[2]
     with (
         closing(
@@ -412,4 +394,4 @@ def test_commands_fail_with_one_line_that_says_what_to_set(serve: Serve, certifi
         assert not done.stdout
         (line,) = done.stderr.splitlines()
         assert line.startswith("rlbroker: rediss://127.0.0.1:")
-        assert f"set {CERTIFICATE} and {KEY}" in line
+        assert f"check the certificate in {CERTIFICATE} and its key in {KEY}" in line

@@ -1,4 +1,4 @@
-"""Tests of the arguments of the embedded server and the supervisor. No process is started."""
+"""Tests of the arguments of the embedded server. No process is started."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,6 @@ import pytest
 
 from rlbroker.errors import InvalidArgument
 from rlbroker.local.embedded_server import RedisServer
-from rlbroker.local.restarts import backoff_seconds
-from rlbroker.local.supervisor import Supervisor
 
 pytestmark = pytest.mark.unit
 
@@ -50,30 +48,3 @@ def test_two_servers_have_different_passwords_and_sockets() -> None:
     assert first.socket_path != second.socket_path
     assert "***" in first.redacted_url
     assert repr(first) == f"<RedisServer {first.redacted_url} stopped>"
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"commands": {"../a": ["true"]}},
-        {"commands": {"": ["true"]}},
-        {"commands": {"a": []}},
-        {"commands": {"a": "true"}},
-        {"log_directory": Path("/logs"), "on_output": print},
-        {"first_backoff_seconds": 0.0},
-        {"first_backoff_seconds": 2.0, "longest_backoff_seconds": 1.0},
-        {"max_restarts": -1},
-        {"restart_window_seconds": 0.0},
-        {"stop_timeout_seconds": -1.0},
-    ],
-    ids=repr,
-)
-def test_invalid_supervisor_arguments_are_refused(arguments: dict[str, Any]) -> None:
-    with pytest.raises(InvalidArgument):
-        Supervisor(**{"commands": {"a": ["true"]}, **arguments})
-
-
-def test_jitter_spreads_the_restarts_of_processes_that_fail_together() -> None:
-    pauses = {backoff_seconds(4, first=1.0, longest=60.0, chance=n / 100) for n in range(101)}
-    assert len(pauses) == 101
-    assert (min(pauses), max(pauses)) == (4.0, 8.0)

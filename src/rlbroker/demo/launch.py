@@ -6,7 +6,6 @@ It does not import torch or Gymnasium, to leave the processor to its child proce
 from __future__ import annotations
 
 import os
-import queue
 import secrets
 import shlex
 import signal
@@ -29,10 +28,11 @@ from rlbroker.backend.url import redis_url
 from rlbroker.config import redacted_url
 from rlbroker.demo import check_output
 from rlbroker.demo.dashboard import View, describe, open_view
+from rlbroker.demo.processes import DemoProcess, wait_for
 from rlbroker.demo.training_progress import Progress, Summary, parse_report
 from rlbroker.errors import PeerError
+from rlbroker.local.child_process import GUARD_MARGIN_SECONDS
 from rlbroker.local.embedded_server import RedisServer
-from rlbroker.local.supervisor import Supervisor
 
 LEARNER = "learner"
 #: How long each process may take to end when its work is done.
@@ -43,6 +43,8 @@ INTERRUPT_SECONDS, SIGNAL_SECONDS = 2.5, 0.7
 #: How much longer than its time limit the learner may run, to stop the workers and draw the picture.
 GRACE_SECONDS = 20.0
 _LAST_LINES = 20
+#: How often to look for output of the processes.
+_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -142,37 +144,24 @@ class _Processes:
     """The learner and the workers. As a context manager it stops all of them at the end."""
 
     def __init__(self, commands: Mapping[str, list[str]], url: str) -> None:
-        """Prepare the processes. Entering the context starts them."""
-        self._output: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
-        self._last_lines = {name: deque[str](maxlen=_LAST_LINES) for name in commands}
+        """Prepare the processes. `watch` starts them."""
+        # A restarted learner would train from scratch, so it is not restarted. A restarted worker just rejoins.
+        self._processes = {
+            name: DemoProcess(name, _own_command(command), url, max_restarts=0 if name == LEARNER else 5)
+            for name, command in commands.items()
+        }
+        self._learner = self._processes[LEARNER]
         self._training = False
 
-        def supervise(names: list[str], max_restarts: int) -> Supervisor:
-            return Supervisor(
-                {name: _own_command(commands[name]) for name in names},
-                # Not as an argument: other users can read arguments, and the URL contains a password.
-                environment={"RLBROKER_REDIS_URL": url},
-                on_output=lambda name, line: self._output.put((name, line)),
-                max_restarts=max_restarts,
-                stop_timeout_seconds=STOP_SECONDS,
-            )
-
-        # A restarted learner would train from scratch, so it is not restarted. A restarted worker just rejoins.
-        self._learner = supervise([LEARNER], max_restarts=0)
-        self._workers = supervise([name for name in commands if name != LEARNER], max_restarts=5)
-
     def __enter__(self) -> Self:
-        """Start all processes."""
-        self._learner.start()
-        self._workers.start()
+        """Return the processes."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop the processes that still run."""
-        self._learner.stop()
-        self._workers.stop()
+        self._stop(STOP_SECONDS)
 
     def watch(self, view: View, deadline: float) -> Summary:
         """Show the learner's progress reports until it reports its summary.
@@ -180,48 +169,51 @@ class _Processes:
         Raises:
             PeerError: the learner ended without a summary, or did not report one by the deadline.
         """
-        while time.monotonic() < deadline:
-            ended = self._learner.wait(0)
-            try:
-                name, line = self._output.get(timeout=0.2)
-            except queue.Empty:
-                if ended:
-                    break
-                continue
-            match parse_report(line) if name == LEARNER else None:
-                case Progress() as progress:
-                    self._training = True
-                    view.update(progress)
-                case Summary() as summary:
-                    return summary
-                case None:
-                    self._last_lines[name].append(line)
-        names = [LEARNER] if self._last_lines[LEARNER] else list(self._last_lines)
-        last_output = [f"{name}: {line}" for name in names for line in self._last_lines[name]]
+        last_lines = {name: deque[str](maxlen=_LAST_LINES) for name in self._processes}
+        while time.monotonic() < deadline and not self._learner.ended:
+            for name, process in self._processes.items():
+                for line in process.poll():
+                    match parse_report(line) if name == LEARNER else None:
+                        case Progress() as progress:
+                            self._training = True
+                            view.update(progress)
+                        case Summary() as summary:
+                            return summary
+                        case None:
+                            last_lines[name].append(line)
+            time.sleep(_POLL_SECONDS)
+        names = [LEARNER] if last_lines[LEARNER] else list(last_lines)
+        last_output = [f"{name}: {line}" for name in names for line in last_lines[name]]
         raise PeerError("\n".join(["the learner ended without a result; the last output was:", *last_output]))
 
     def wait(self) -> None:
         """Wait until the learner and the workers have ended. Call this after `watch`."""
-        self._learner.wait(STOP_SECONDS)
-        self._workers.wait(STOP_SECONDS)
+        wait_for(list(self._processes.values()), STOP_SECONDS)
 
     def interrupt(self) -> None:
         """Stop all processes within a few seconds, through the learner if possible."""
-        pid = self._learner.status()[LEARNER].pid
+        pid = self._learner.pid
         if self._training and pid is not None:
             # The learner sends "stop" to all workers. Only processes that do not end then get signals.
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGINT)
-            self._learner.wait(INTERRUPT_SECONDS)
-        self._learner.stop(SIGNAL_SECONDS)
-        self._workers.stop(SIGNAL_SECONDS)
+            wait_for([self._learner], INTERRUPT_SECONDS)
+        self._stop(SIGNAL_SECONDS)
+
+    def _stop(self, seconds: float) -> None:
+        processes = list(self._processes.values())
+        for process in processes:
+            process.request_stop(seconds)
+        if not wait_for(processes, seconds + GUARD_MARGIN_SECONDS):
+            for process in processes:
+                process.kill()
 
     def describe_restarts(self) -> list[str]:
         """Return a line of text for each worker that was restarted."""
         return [
-            f"  {name} was restarted {counted(status.restarts, 'time')}"
-            for name, status in self._workers.status().items()
-            if status.restarts
+            f"  {process.name} was restarted {counted(process.restarts, 'time')}"
+            for process in self._processes.values()
+            if process.restarts
         ]
 
 

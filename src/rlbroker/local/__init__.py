@@ -1,6 +1,5 @@
-"""Processes on this machine: an embedded server, and a supervisor of child processes."""
+"""Processes on this machine that never outlive this process: an embedded server, and guarded commands."""
 
 from rlbroker.local.embedded_server import RedisServer, find_binary
-from rlbroker.local.supervisor import ProcessStatus, Supervisor
 
-__all__ = ["ProcessStatus", "RedisServer", "Supervisor", "find_binary"]
+__all__ = ["RedisServer", "find_binary"]
