@@ -196,7 +196,7 @@ def test_a_worker_whose_last_batch_finds_no_room_reports_that_its_learner_is_awa
     settings = WorkerSettings("alone", num_envs=1, url=real_server.url)
     with (
         mock.patch("rlbroker.demo.rollout_worker.run_worker", side_effect=full),
-        pytest.raises(QueueFull, match="last batch is lost.*the learner of 'alone' is away"),
+        pytest.raises(QueueFull, match=r"last batch is lost.*the learner of 'alone' is away"),
     ):
         work(settings, lambda: read_learner_state(real_server.url, "alone"))
 
