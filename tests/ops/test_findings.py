@@ -82,7 +82,7 @@ FAULTS: dict[str, tuple[Snapshot, str, str]] = {
     "learner_ended": (
         learner(state="ended", last_seen_seconds=42.0),
         "warning",
-        "ended 42 s ago, and 1 worker still sends",
+        "ended the run 42 s ago, and 1 worker has not stopped",
     ),
     "no_weights": (
         replace(RUN, manifest=None, workers={0: replace(STATUS, info=replace(WELL, version=0))}),

@@ -175,7 +175,7 @@ def test_status_of_a_run_that_ended(real_server: RealServer, run: str) -> None:
     assert re.search(r"seen \S+ s ago; it has ended the run$", status(real_server), re.MULTILINE)
 
 
-def test_a_learner_that_ended_by_an_error_is_reported_while_workers_send(
+def test_a_learner_that_ended_by_an_error_is_away_and_its_run_goes_on(
     real_server: RealServer, run: str, worker: Callable[[], WorkerClient]
 ) -> None:
     def learn() -> None:
@@ -192,10 +192,21 @@ def test_a_learner_that_ended_by_an_error_is_reported_while_workers_send(
     assert status_json(real_server)["findings"] == []
     real_server.client.hincrbyfloat(Keys(run).meta, "learner_seen", -60)
     done = rlbroker("check", RLBROKER_REDIS_URL=real_server.url)
-    assert (
-        done.returncode,
-        "ago, and 1 worker still sends: no learner collects the batches" in done.stdout,
-    ) == (1, True)
+    assert (done.returncode, "is away: last seen 1 min ago" in done.stdout) == (2, True), done.stdout
+
+
+def test_the_end_of_a_run_is_shown_and_workers_that_have_not_stopped_are_found(
+    real_server: RealServer, run: str, worker: Callable[[], WorkerClient]
+) -> None:
+    with WorkerCommunicator(1, redis_url=real_server.url, run=run) as comm:
+        worker()
+        comm.stop_workers(timeout=0.1)
+        assert status_json(real_server)["learner"]["state"] == "ended"
+    assert status_json(real_server)["findings"] == []
+    real_server.client.hincrbyfloat(Keys(run).meta, "learner_seen", -60)
+    done = rlbroker("check", RLBROKER_REDIS_URL=real_server.url)
+    found = "ended the run 1 min ago, and 1 worker has not stopped" in done.stdout
+    assert (done.returncode, found) == (1, True), done.stdout
 
 
 def test_status_of_a_run_whose_learner_is_silent(real_server: RealServer, run: str) -> None:

@@ -148,6 +148,12 @@ class Scene:
         self.client = self.join()
         self.applied = 0
 
+    def reopen(self) -> None:
+        """Continue with a new learner and a new worker, after the end of the run."""
+        self.comm.cleanup()
+        self.comm = self.open_learner()
+        self.rejoin()
+
     def abandon(self) -> None:
         """Close what can be closed of a scene in which something failed."""
         for end in (self.client.close, partial(self.comm.cleanup, stop_workers=False)):
@@ -307,7 +313,7 @@ class Scene:
 
     def command(self, name: str, data: Any = None) -> Command:
         """Send a command, and wait until the worker has it ready for its next poll."""
-        command = self.comm.send_control_command(name, data)
+        command = self.comm.send_control_command(name, data, [self.client.worker_id])
         wait_until("the command is ready", lambda: self.client._inbox.waiting)
         return command
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FakeServer, RealServer, Server
+from conftest import FakeServer, RealServer, Server, wait_until
 from interrupt_scene import Scene
 from interrupts import Alarm, Interrupt, Points, interrupt_at
 
@@ -28,6 +28,7 @@ from rlbroker import (
     WorkerClient,
     WorkerCommunicator,
 )
+from rlbroker.backend.deadline import Deadline
 
 CLASSES = (WorkerCommunicator, WorkerClient, Command, PublishReceipt)
 
@@ -446,6 +447,32 @@ def poll_with_a_stop(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.rejoin()
 
 
+@case("WorkerCommunicator.stop_workers WorkerClient.running", rarely=11)
+def stop_workers(scene: Scene) -> Iterator[Callable[[], Any]]:
+    scene.send(3)
+    yield partial(scene.comm.stop_workers, timeout=0.02)
+    wait_until("the worker has the stop", lambda: scene.client._inbox.waiting)
+    scene.poll()
+    assert not scene.client.running
+    assert all(scene.comm.stop_workers(timeout=5.0).values()), "a worker that stopped has not said so"
+    scene.collect_all()
+    scene.reopen()
+
+
+@case("WorkerClient.close", rarely=11)
+def close_after_the_end(scene: Scene) -> Iterator[Callable[[], Any]]:
+    stopped: list[Any] = []
+    scene.client.on_command("stop", stopped.append)
+    command = scene.comm.send_control_command("stop")
+    wait_until("the worker has the stop", lambda: scene.client._inbox.waiting)
+    scene.client._heartbeat._run._stop_due = Deadline(0)  # the next heartbeat takes a second
+    yield scene.client.close
+    assert len(stopped) <= 1
+    outcome = command.wait(timeout=5.0)[0]
+    assert outcome.state == ("done" if stopped else "failed"), f"the stop is {outcome}, handled: {stopped}"
+    scene.reopen()
+
+
 @case("WorkerClient.reset_requested")
 def reset(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.command("reset")
@@ -563,10 +590,11 @@ def cleanup(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.publish(wait=False)
     scene.send(2)
     scene.collect_all()
+    scene.client.close()
     yield partial(scene.comm.__exit__, None, None, None)
     scene.expect_nothing_else_open()
     assert scene.comm.cleanup().complete, "the interrupted cleanup was never finished"
-    scene.comm = scene.open_learner()
+    scene.reopen()
 
 
 @case("WorkerClient.__init__ WorkerClient.__enter__", rarely=13)

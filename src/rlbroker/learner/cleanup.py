@@ -60,7 +60,7 @@ class Cleanup:
         if self.run_end and self.run_end.command:
             seconds = self._connection.timeout_seconds * ANSWER_FRACTION
             with suppress(PeerError):
-                self.run_end.wait(Deadline(min(seconds, deadline.remaining)))
+                self.run_end.wait(Deadline(min(seconds, deadline.remaining)), closing=True)
 
     def _stop_workers(self, deadline: Deadline) -> None:
         try:

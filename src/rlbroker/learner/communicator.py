@@ -203,7 +203,7 @@ class WorkerCommunicator:
             self._cleanup.maintenance = self._maintenance = Maintenance(
                 connection, self._keys, parts, forget_seconds=forget_seconds
             )
-            self._cleanup.run_end = self._run_end = RunEnd(parts)
+            self._cleanup.run_end = self._run_end = RunEnd(parts, life.check)
             self._thread = self._maintenance.thread
             life.add_threads(self._thread)
             self._thread.start()
@@ -579,7 +579,7 @@ class WorkerCommunicator:
         if self._run_end.command is None:
             with self._operation():
                 self._run_end.send()
-        return self._run_end.wait(Deadline(seconds), read_ahead=True)
+        return self._run_end.wait(Deadline(seconds))
 
     def workers(self) -> list[WorkerInfo]:
         """Return the members of the run, by id: host, pid, state, version, last heartbeat and more.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 from rlbroker.backend.deadline import Deadline, within
@@ -25,8 +27,9 @@ class RunEnd:
         command: the `stop` that was sent; None before.
     """
 
-    def __init__(self, parts: LearnerParts) -> None:
-        """Prepare the end of a run that is open."""
+    def __init__(self, parts: LearnerParts, check: Callable[[], None]) -> None:
+        """Prepare the end of a run that is open; `check` raises if the learner was closed or replaced."""
+        self._check = check
         self._roster, self._commands, self._collector = parts.roster, parts.commands, parts.collector
         self.command: Command | None = None
 
@@ -46,15 +49,16 @@ class RunEnd:
         """Return the present workers' answers to the `stop`; none if it was not sent."""
         return self._name_away(self.command.outcomes()) if self.command else {}
 
-    def wait(self, deadline: Deadline, *, read_ahead: bool = False) -> dict[int, Outcome]:
+    def wait(self, deadline: Deadline, *, closing: bool = False) -> dict[int, Outcome]:
         """Return the workers' answers to the `stop` that was sent, after waiting for those that are not away.
 
-        Args:
-            read_ahead: whether to read batches meanwhile, for the next `collect`, which makes room in the queues.
+        Meanwhile batches are read for the next `collect`, which makes room in the queues, unless the learner is
+        `closing`.
         """
         assert self.command is not None
         while True:
-            if read_ahead and not deadline.over:
+            if not closing:
+                self._check()
                 self._read_ahead(deadline)
             outcomes = self._name_away(self.command.wait(min(POLL_SECONDS, deadline.remaining)))
             if deadline.over or all(one.state != "waiting" or one is AWAY for one in outcomes.values()):
@@ -68,8 +72,6 @@ class RunEnd:
         }
 
     def _read_ahead(self, deadline: Deadline) -> None:
-        try:
-            with within(deadline):
+        with suppress(ConnectionFailed), within(deadline):  # if it lasts, the next `collect` raises it
+            if not deadline.over:
                 self._collector.read_ahead()
-        except ConnectionFailed:
-            pass  # the next `collect` raises it, if it lasts

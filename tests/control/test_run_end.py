@@ -1,0 +1,314 @@
+"""The end of a run: every worker stops, also one that joins later; nothing else ends a run."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import Server, wait_until
+from crashed import end_at_once
+
+from rlbroker import (
+    Closed,
+    Fenced,
+    InvalidArgument,
+    Outcome,
+    UnsupportedType,
+    WorkerClient,
+    WorkerCommunicator,
+)
+from rlbroker.backend.connection import Connection
+from rlbroker.backend.keys import Keys
+from rlbroker.membership.roster import end_run
+
+Learner = Callable[..., WorkerCommunicator]
+Worker = Callable[..., WorkerClient]
+
+ENDS: dict[str, Callable[[WorkerCommunicator], Any]] = {
+    "cleanup": lambda comm: comm.cleanup(),
+    "leaving the block": lambda comm: comm.__exit__(None, None, None),
+    "stop_workers": lambda comm: comm.stop_workers(timeout=0.1),
+    "stop": lambda comm: comm.send_control_command("stop"),
+}
+
+
+def is_ended(server: Server, keys: Keys) -> bool:
+    return bool(server.client.hexists(keys.meta, "ended"))
+
+
+def end_without_a_command(server: Server, comm: WorkerCommunicator, keys: Keys) -> None:
+    """End the run as a learner whose command was lost."""
+    settings = server.connection_settings()
+    connection = Connection(
+        settings.get("redis_url"), client=settings.get("redis_client"), timeout_seconds=5.0
+    )
+    end_run(connection, keys, comm.epoch)
+    connection.close()
+
+
+def obeys(client: WorkerClient) -> threading.Thread:
+    """Start a thread that polls until the worker is stopped."""
+
+    def loop() -> None:
+        while client.running:
+            client.poll()
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    return thread
+
+
+@pytest.mark.on_every_engine
+@pytest.mark.parametrize("end", ENDS)
+def test_a_worker_that_joins_after_the_end_stops_at_once(
+    learner: Learner, worker: Worker, caplog: pytest.LogCaptureFixture, end: str
+) -> None:
+    ENDS[end](learner())
+    with caplog.at_level(logging.WARNING, "rlbroker"):
+        late = worker()
+    assert not late.running
+    assert "has ended, so this worker stops at once; start a learner of the run before its" in caplog.text
+    assert late.load_weights({}, timeout=5.0) == 0
+    assert not late.poll({})
+
+
+@pytest.mark.on_every_engine
+@pytest.mark.parametrize("end", ENDS)
+def test_a_worker_sees_the_end_without_polling(learner: Learner, worker: Worker, end: str) -> None:
+    comm, client = learner(), worker()
+    assert client.running
+    ENDS[end](comm)
+    wait_until("it stops", lambda: not client.running)
+
+
+def test_a_worker_that_the_command_missed_sees_the_end_in_every_wait(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    """It loads weights, is paused, or waits for room in a full queue."""
+    comm = learner(3, max_queue_size=1)
+    loading, paused, sending = worker(), worker(), worker()
+    sending.send_experiences({})
+    comm.send_control_command("pause", None, [paused.worker_id])
+    wait_until("the pause has arrived", lambda: paused._inbox.waiting)
+    results: dict[str, Any] = {}
+    calls: dict[str, Callable[[], Any]] = {
+        "load": lambda: loading.load_weights({}, timeout=60.0),
+        "poll": lambda: paused.poll(),
+        "send": lambda: bool(sending.send_experiences({}, timeout=60.0)),
+    }
+    threads = [
+        threading.Thread(target=lambda name=name, call=call: results.update({name: call()}))
+        for name, call in calls.items()
+    ]
+    for thread in threads:
+        thread.start()
+    end_without_a_command(server, comm, keys)
+    for thread in threads:
+        thread.join(20.0)
+    assert results == {"load": 0, "poll": False, "send": False}
+    assert not any(client.running for client in (loading, paused, sending))
+
+
+def test_stop_workers_returns_the_answer_of_each_worker(learner: Learner, worker: Worker) -> None:
+    comm = learner()
+    threads = [obeys(worker()), obeys(worker())]
+    assert comm.stop_workers(timeout=10.0) == {0: Outcome("done"), 1: Outcome("done")}
+    for thread in threads:
+        thread.join(10.0)
+    assert comm.stop_workers() == {0: Outcome("done"), 1: Outcome("done")}
+    assert comm.cleanup().stopped == {0: Outcome("done"), 1: Outcome("done")}
+
+
+def test_stop_workers_of_no_workers_ends_the_run(learner: Learner, server: Server, keys: Keys) -> None:
+    assert learner().stop_workers() == {}
+    assert is_ended(server, keys)
+
+
+def test_a_worker_that_is_away_is_named_and_not_waited_for(learner: Learner, worker: Worker) -> None:
+    comm = learner(lease_seconds=0.5)
+    crashed, client = worker(), worker()
+    crashed._heartbeat.thread.stop(5.0)
+    thread = obeys(client)
+    outcomes = comm.stop_workers(timeout=60.0)
+    thread.join(10.0)
+    assert outcomes[client.worker_id].state == "done"
+    assert str(outcomes[crashed.worker_id]) == "waiting: the worker is away; it stops if it returns"
+
+
+def test_stop_workers_reads_what_waits_and_collect_returns_it(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(1, max_queue_size=2), worker()
+    receipts = [client.send_experiences({"number": 0}), client.send_experiences({"number": 1})]
+    assert len(comm.collect_experiences(timeout=5.0)) == 2
+    receipts += [client.send_experiences({"number": 2}), client.send_experiences({"number": 3})]
+    comm.stop_workers(timeout=0.2)
+    counts = comm.get_queue_info()["counts"][0]
+    assert (counts.waiting, counts.in_hand, counts.delivered) == (0, 4, 0), "it acknowledges nothing"
+    assert client.send_experiences({"number": 4}), "the queue has room again"
+    collected = comm.collect_experiences() + comm.collect_experiences()
+    assert [batch["number"] for _, batch in collected] == [2, 3, 4]
+    comm.collect_experiences()
+    assert comm.get_queue_info()["counts"][0].delivered == 5
+
+
+def test_a_full_queue_does_not_hold_up_the_stop(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(1, max_queue_size=1), worker()
+    sent: list[int] = []
+
+    def loop() -> None:
+        while client.running:
+            client.poll()
+            sent.append(client.send_experiences({}, timeout=60.0).sequence)
+
+    thread = threading.Thread(target=loop)
+    thread.start()
+    wait_until("the queue is full", lambda: client._sender.room_seconds)
+    assert comm.stop_workers(timeout=10.0) == {0: Outcome("done")}
+    thread.join(10.0)
+    collected = comm.collect_experiences() + comm.collect_experiences()
+    assert [batch.sequence for _, batch in collected] == [number for number in sent if number]
+
+
+def test_handlers_are_called_in_order_even_if_the_end_comes_before_the_next_poll(
+    learner: Learner, worker: Worker
+) -> None:
+    comm, client = learner(), worker()
+    calls: list[tuple[str, Any]] = []
+    client.on_command("save", lambda data: calls.append(("save", data)))
+    client.on_command("stop", lambda data: calls.append(("stop", data)))
+    save, stop = comm.send_control_command("save", 1), comm.send_control_command("stop", 2)
+    wait_until("it stops", lambda: not client.running)
+    client.close()
+    assert calls == [("save", 1), ("stop", 2)]
+    assert save.wait(5.0) == stop.wait(5.0) == {0: Outcome("done")}
+
+
+def test_another_learner_opens_the_run_again_but_not_for_stopped_workers(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    learner().cleanup()
+    stopped = worker()
+    learner(learner_name="collecting", publishes=False)
+    assert is_ended(server, keys)
+    comm = learner()
+    assert not is_ended(server, keys)
+    assert worker().running
+    comm.send_model_weights({"w": 1})
+    wait_until("the weights arrive", lambda: stopped._subscriber.ready)
+    assert not stopped.running
+
+
+def test_only_the_learner_that_leads_ends_the_run(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    replaced, collecting = learner(), learner(learner_name="second", publishes=False)
+    other = learner(learner_name="third")
+    leading = learner()
+    with pytest.raises(InvalidArgument, match="publishes=False"):
+        collecting.stop_workers()
+    for one in (replaced, other):
+        with pytest.raises(Fenced):
+            one.stop_workers()
+    for one in (replaced, collecting, other):
+        assert one.cleanup().stopped == {}
+    assert not is_ended(server, keys)
+    assert worker().running
+    leading.cleanup()
+    assert is_ended(server, keys)
+
+
+def test_a_learner_that_fails_or_restarts_ends_nothing(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    client = worker()
+    with pytest.raises(ZeroDivisionError), learner():
+        raise ZeroDivisionError
+    learner().cleanup(stop_workers=False)
+    end_at_once(learner())
+    assert not is_ended(server, keys)
+    assert client.running
+
+
+def test_a_stop_for_some_or_for_a_time_does_not_end_the_run(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm = learner()
+    worker()
+    comm.send_control_command("stop", worker_ids=[0])
+    comm.send_control_command("stop", expires=600)
+    with pytest.raises(UnsupportedType):
+        comm.send_control_command("stop", object())
+    assert not is_ended(server, keys)
+    assert worker(worker_id=5).running
+
+
+def test_the_end_survives_the_loss_of_the_servers_data(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(lease_seconds=1.0), worker()
+    comm.stop_workers(timeout=0.1)
+    server.client.flushall()
+    late = worker(worker_id=1)
+    wait_until("the end is restored", lambda: is_ended(server, keys))
+    wait_until("both stop", lambda: not (client.running or late.running))
+
+
+def test_the_end_outlives_a_learner_that_is_killed_while_it_waits(
+    learner: Learner, worker: Worker, server: Server, keys: Keys
+) -> None:
+    comm, client = learner(), worker()
+    thread = threading.Thread(target=comm.stop_workers, args=(1.0,))
+    thread.start()
+    wait_until("the run has ended", lambda: is_ended(server, keys))
+    end_at_once(comm)
+    thread.join(20.0)
+    assert not thread.is_alive()
+    wait_until("the worker stops", lambda: not client.running)
+    assert not worker().running
+
+
+def test_a_learner_that_opens_while_the_last_one_cleans_up_keeps_its_run_open(
+    learner: Learner, server: Server, keys: Keys
+) -> None:
+    comm = learner()
+    for _ in range(5):
+        ending = threading.Thread(target=comm.cleanup)
+        ending.start()
+        comm = learner()
+        ending.join(10.0)
+        assert not is_ended(server, keys)
+
+
+def test_cleanup_ends_stop_workers_in_another_thread(learner: Learner, worker: Worker) -> None:
+    comm = learner()
+    worker()
+    errors: list[type[BaseException]] = []
+
+    def stop() -> None:
+        try:
+            comm.stop_workers(timeout=60.0)
+        except Closed as error:
+            errors.append(type(error))
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    wait_until("it waits", lambda: comm._run_end.command)
+    comm.cleanup()
+    thread.join(10.0)
+    assert errors == [Closed]
+
+
+def test_cleanup_does_not_wait_long_for_workers_that_do_not_answer(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(timeout=8.0), worker()
+    began = time.monotonic()
+    report = comm.cleanup()
+    assert time.monotonic() - began < 6.0
+    assert report.complete
+    assert report.stopped == {client.worker_id: Outcome("waiting")}
+    assert report.commands == 0
+    assert report, "a stop without an answer is not left behind"
+    assert comm.cleanup() is report
