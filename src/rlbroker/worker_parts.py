@@ -74,7 +74,7 @@ class WorkerParts:
             from_replicas=from_replicas,
             run_size=lambda: heartbeat.run_size,
         )
-        self.weights = WeightsApplier(keep_dtype=keep_dtype)
+        self.weights = WeightsApplier(subscriber, keep_dtype=keep_dtype)
         self.inbox: Inbox | None = None
         self.sender: Sender | None = None
         self._problem: PeerError | None = None  #: why sending could not be finished
