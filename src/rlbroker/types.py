@@ -5,11 +5,11 @@ Sizes are in bytes and durations in seconds. Timestamps are seconds since the Un
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, SupportsIndex, TypeAlias, cast
 
-from rlbroker.errors import DeadlineExceeded
+from rlbroker.errors import Closed, DeadlineExceeded
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Model: TypeAlias = "torch.nn.Module | MutableMapping[str, Any]"
 
 #: The outcome of one command, or of one version, at one worker.
-State = Literal["waiting", "done", "failed", "unknown", "expired", "missed"]
+State = Literal["waiting", "done", "applied", "failed", "unknown", "expired", "missed"]
 
 #: Why a worker did not run a version.
 Why = Literal["superseded", "failed", "away", "left"]
@@ -158,15 +158,27 @@ class PendingPublication(Protocol):
         """Wait for the version; raise the error if publishing failed."""
 
 
+class AppliedVersions(Protocol):
+    """What knows which workers have applied a version."""
+
+    def wait(
+        self,
+        version_within: Callable[[float], int],
+        timeout: float | None,
+        worker_ids: Iterable[SupportsIndex] | None,
+    ) -> dict[int, Outcome]:
+        """Wait for the outcomes of the version that a function returns; see `PublishReceipt.wait_applied`."""
+
+
 class PublishReceipt:
     """The result of `send_model_weights`, which may be pending with `wait=False`. False only if publishing failed.
 
     Each attribute except `done` waits until the version is published, and raises the error if publishing failed.
     """
 
-    def __init__(self, work: Published | PendingPublication) -> None:
-        """Wrap the published version, or one that is being published."""
-        self._work = work
+    def __init__(self, work: Published | PendingPublication, applied: AppliedVersions | None = None) -> None:
+        """Wrap the published version, or one that is being published, and what knows the workers' outcomes."""
+        self._work, self._applied = work, applied
 
     def __bool__(self) -> bool:
         """Return False if publishing failed; True if it succeeded or is pending."""
@@ -179,6 +191,10 @@ class PublishReceipt:
         if not self:
             return "<PublishReceipt: not published>"
         return f"<PublishReceipt: {self._published}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy what was published, without the connection to the learner."""
+        return type(self), (self._published,)
 
     @property
     def done(self) -> bool:
@@ -203,6 +219,46 @@ class PublishReceipt:
                 )
             self._work.result()
         return self
+
+    def wait_applied(
+        self, timeout: float | None = None, worker_ids: Iterable[SupportsIndex] | None = None
+    ) -> dict[int, Outcome]:
+        """Wait until every worker has applied or missed the version, and return the outcomes, by worker id.
+
+        A worker loads weights when it polls; while it waits for room in its queue, it does not. With small queues,
+        collect in between. ::
+
+            late = {id: outcome for id, outcome in receipt.wait_applied(timeout=5.0).items() if not outcome}
+
+        Args:
+            timeout: seconds to wait at most, also for the version to be published; the communicator's timeout by
+                default.
+            worker_ids: the workers to wait for; None for all members of the run, and those that have left since. The
+                outcome of those that are not members is `unknown`.
+
+        Returns:
+            Outcomes in the state `applied`; `missed`, with the reason in `detail`: `superseded` by a newer version,
+            `failed`, or the worker was `away` or has `left`; or `waiting`. If the server lost the version, it was
+            published again as another one: `superseded`, where that was loaded instead.
+
+        Raises:
+            InvalidArgument: the timeout or the ids are invalid.
+            UnknownWorker: none of the ids is a member of the run.
+            Closed: the learner was closed.
+            Fenced: a newer learner has taken over the run.
+            PeerError: the version was not published; or the server refused, or could not be reached in time.
+        """
+        if self._applied is None:
+            raise Closed(
+                "this is a copy of a receipt; only the learner that got the receipt can wait with it"
+            )
+        return self._applied.wait(self._version_within, timeout, worker_ids)
+
+    def _version_within(self, seconds: float) -> int:
+        """Return the version; 0 if publishing does not end within some seconds."""
+        if not isinstance(self._work, Published) and not self._work.wait(seconds):
+            return 0
+        return self.version
 
     @property
     def version(self) -> int:
@@ -292,11 +348,12 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a command at one worker. True if it is done.
+    """The outcome of a command, or of a version, at one worker. True if it is done or applied.
 
     Attributes:
-        state: `waiting` for the acknowledgement; `done`; `failed`; `unknown`, if the worker has no handler for the
-            command, or is not a member of the run; `expired`; or `missed`, if the worker was away or left.
+        state: `waiting` for the acknowledgement; `done`, or for a version `applied`; `failed`; `unknown`, if the worker
+            has no handler for the command, or is not a member of the run; `expired`; or `missed`, if the worker was
+            away or left, or did not run the version.
         detail: the reason, such as the text of the handler's error; may be empty.
     """
 
@@ -305,7 +362,7 @@ class Outcome:
 
     def __bool__(self) -> bool:
         """Return whether the worker did it."""
-        return self.state == "done"
+        return self.state in ("done", "applied")
 
     def __str__(self) -> str:
         """Return the state, with its detail where there is one."""

@@ -248,7 +248,8 @@ class WorkerClient:
     def load_weights(self, model: Model, timeout: float = 60.0) -> int:
         """Load the latest weights into a model. Wait for the first version if there is none yet.
 
-        If a `stop` command or `drain` comes first, it returns without weights, and `running` is False.
+        If a `stop` command, `drain`, or `close` in another thread comes first, it returns without weights, and
+        `running` is False.
 
         Args:
             model: a `torch.nn.Module`, or a dictionary; see `poll`.
@@ -545,7 +546,8 @@ class WorkerClient:
     def _go_on(self, deadline: Deadline) -> bool:
         """Obey commands, and return whether a call that waits until the deadline is to go on."""
         self._obey_commands(deadline)
-        self._check()
+        if self.running:
+            self._check()
         return self.running
 
     def _sought(self, newer_than: int | None) -> str:

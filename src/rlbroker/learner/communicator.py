@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import redis
 
@@ -198,7 +198,7 @@ class WorkerCommunicator:
             life.end(Deadline(timeout))
             raise
         self._roster, self._publisher = parts.roster, parts.publisher
-        self._commands, self._ledger = parts.commands, parts.ledger
+        self._commands, self._ledger, self._applied = parts.commands, parts.ledger, parts.applied
         self._collector, self._pending = parts.collector, parts.pending
         self._dead_letters, self._rate_limiter = parts.dead_letters, parts.rate_limiter
         self._recorder = parts.recorder
@@ -277,6 +277,7 @@ class WorkerCommunicator:
             compression=compression_enabled,
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
             wait=wait,
+            applied=self._applied,
         )
 
     # Experiences
@@ -437,7 +438,7 @@ class WorkerCommunicator:
         self,
         command: str,
         data: Any = None,
-        worker_ids: Sequence[int] | None = None,
+        worker_ids: Iterable[SupportsIndex] | None = None,
         *,
         expires: float | None = None,
     ) -> Command:
