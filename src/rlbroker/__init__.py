@@ -35,6 +35,7 @@ from rlbroker.errors import (
     WireError,
     WrongKeyType,
 )
+from rlbroker.receipts import PublishReceipt
 from rlbroker.types import (
     Batch,
     CleanupReport,
@@ -42,8 +43,8 @@ from rlbroker.types import (
     Missed,
     MissedUpdates,
     Outcome,
-    PublishReceipt,
     QueueCounts,
+    QueueInfo,
     SendReceipt,
     WorkerInfo,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "PublishReceipt",
     "QueueCounts",
     "QueueFull",
+    "QueueInfo",
     "RlbrokerError",
     "RunLost",
     "SamplesPerInsert",

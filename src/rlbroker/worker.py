@@ -59,7 +59,7 @@ class WorkerClient:
         self,
         redis_url: str | None = None,
         run: str = DEFAULT_RUN,
-        worker_id: int | None = None,
+        worker_id: SupportsIndex | None = None,
         *,
         redis_client: redis.Redis | redis.RedisCluster | None = None,
         timeout: float = 10.0,

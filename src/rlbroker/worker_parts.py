@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import SupportsIndex
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
@@ -80,7 +81,7 @@ class WorkerParts:
         self._problem: PeerError | None = None  #: why sending could not be finished
 
     def join(
-        self, worker_id: int | None, *, when_full: WhenFull | None, compression: bool, level: Level
+        self, worker_id: SupportsIndex | None, *, when_full: WhenFull | None, compression: bool, level: Level
     ) -> tuple[Inbox, Sender]:
         """Register in the run, make the parts that need the registration, and start the background threads."""
         connection, heartbeat = self._connection, self.heartbeat

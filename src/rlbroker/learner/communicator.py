@@ -40,7 +40,15 @@ from rlbroker.learner.options import LearnerOptions
 from rlbroker.learner.parts import LearnerParts
 from rlbroker.learner.run_scripts import SCRIPTS
 from rlbroker.metrics.tensorboard import ScalarLog, ScalarTarget, SummaryWriter
-from rlbroker.types import Batch, CleanupReport, DeadLetter, MissedUpdates, PublishReceipt, WorkerInfo
+from rlbroker.receipts import PublishReceipt
+from rlbroker.types import (
+    Batch,
+    CleanupReport,
+    DeadLetter,
+    MissedUpdates,
+    QueueInfo,
+    WorkerInfo,
+)
 from rlbroker.weights.image_store import ImageStore
 
 if TYPE_CHECKING:
@@ -489,13 +497,13 @@ class WorkerCommunicator:
                 workers, latest_version=self.version, published=self._publisher.publish_times
             )
 
-    def get_queue_info(self) -> dict[str, Any]:
+    def get_queue_info(self) -> QueueInfo:
         """Return the sizes of all queues, as the server has them.
 
         Returns:
-            Three lists by worker id: `experience_queue_sizes`, batches waiting; `model_queue_sizes`, versions neither
-            applied nor missed yet; `control_queue_sizes`, commands not acknowledged yet. And `counts`, by worker id,
-            the `QueueCounts` of its batches.
+            A dictionary with three lists by worker id: `experience_queue_sizes`, batches waiting;
+            `model_queue_sizes`, versions neither applied nor missed yet; `control_queue_sizes`, commands not
+            acknowledged yet. And `counts`, by worker id, the `QueueCounts` of its batches.
 
         Raises:
             Fenced: a newer learner has taken over the run.

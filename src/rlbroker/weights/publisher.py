@@ -22,7 +22,7 @@ from rlbroker.codec.image import ImagePlan
 from rlbroker.codec.signing import SigningKey
 from rlbroker.errors import Closed, Fenced, PeerError, RunLost, ServerOutOfMemory
 from rlbroker.metrics.counters import Metrics
-from rlbroker.types import AppliedVersions, Published, PublishReceipt
+from rlbroker.receipts import AppliedVersions, Published, PublishReceipt
 from rlbroker.weights.commit import ChunksLost, Committer, LocalCopy
 from rlbroker.weights.gpu_copy import Copies, GpuCopy
 from rlbroker.weights.host_cache.image_files import Bytes
