@@ -142,8 +142,8 @@ class WorkerInfo:
         problem: the reason that it cannot apply the latest weights; empty if it can.
         unconfirmed: the reason that its last batch has not reached its level within the timeout; empty if it has.
         room_seconds: total time that `send_experiences` waited for room in a full queue, as it reports.
-        unpolled_seconds: time since its last `poll` or `load_weights`, at its last heartbeat; 0 during one. A worker
-            that does not poll obeys no command and runs old weights.
+        unpolled_seconds: time since its last `poll`, or other call that loads weights, at its last heartbeat; 0 during
+            one. A worker that does not poll obeys no command and runs old weights.
         fenced_process: host and pid of the last other process with this worker's id that was fenced since this one
             registered; empty without one. Two processes were then started with one id by mistake.
         fenced_seconds: age of that event; None without one.
