@@ -36,6 +36,7 @@ from rlbroker.errors import (
     WireError,
     WrongKeyType,
 )
+from rlbroker.receipts import PublishReceipt
 from rlbroker.types import (
     Batch,
     CleanupReport,
@@ -43,8 +44,8 @@ from rlbroker.types import (
     Missed,
     MissedUpdates,
     Outcome,
-    PublishReceipt,
     QueueCounts,
+    QueueInfo,
     SendReceipt,
     WorkerInfo,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "PublishReceipt",
     "QueueCounts",
     "QueueFull",
+    "QueueInfo",
     "RlbrokerError",
     "RoundIncomplete",
     "RunLost",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, SupportsIndex, get_args
 
 from rlbroker.errors import InvalidArgument
 
@@ -327,7 +327,7 @@ def is_run_name(text: str) -> bool:
     return _RUN_NAME.fullmatch(text) is not None
 
 
-def check_worker_id(worker_id: int) -> int:
+def check_worker_id(worker_id: SupportsIndex) -> int:
     """Return a worker id; raise InvalidArgument unless it is an integer from 0 to 65535."""
     number = _integer(worker_id)
     if number is None or not 0 <= number <= MAX_WORKER_ID:
@@ -337,12 +337,12 @@ def check_worker_id(worker_id: int) -> int:
     return number
 
 
-def check_positive_int(name: str, value: int) -> int:
+def check_positive_int(name: str, value: SupportsIndex) -> int:
     """Return the value of a setting; raise InvalidArgument unless it is an integer above 0, also one of numpy."""
     return check_count(name, value, least=1)
 
 
-def check_count(name: str, value: int, *, least: int = 0) -> int:
+def check_count(name: str, value: SupportsIndex, *, least: int = 0) -> int:
     """Return the value of a setting; raise InvalidArgument unless it is an integer of at least `least`."""
     number = _integer(value)
     if number is None or not least <= number <= MAX_INTEGER:

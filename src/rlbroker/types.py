@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias, cast
-
-from rlbroker.errors import DeadlineExceeded
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict, cast
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 Model: TypeAlias = "torch.nn.Module | MutableMapping[str, Any]"
 
 #: The outcome of one command, or of one version, at one worker.
-State = Literal["waiting", "done", "failed", "unknown", "expired", "missed"]
+State = Literal["waiting", "done", "applied", "failed", "unknown", "expired", "missed"]
 
 #: Why a worker did not run a version.
 Why = Literal["superseded", "failed", "away", "left"]
@@ -128,128 +126,6 @@ class SendReceipt:
 
 
 @dataclass(frozen=True)
-class Published:
-    """A published version; `PublishReceipt` documents the attributes."""
-
-    version: int
-    kind: Literal["full", "delta"]
-    base: int
-    raw_bytes: int
-    stored_bytes: int
-    chunks: int
-    seconds: float
-
-
-class PendingPublication(Protocol):
-    """A version that is being published in the background."""
-
-    @property
-    def done(self) -> bool:
-        """Whether publishing has ended."""
-
-    @property
-    def failed(self) -> bool:
-        """Whether publishing has failed."""
-
-    def wait(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until publishing has ended; return whether it has."""
-
-    def result(self) -> Published:
-        """Wait for the version; raise the error if publishing failed."""
-
-
-class PublishReceipt:
-    """The result of `send_model_weights`, which may be pending with `wait=False`. False only if publishing failed.
-
-    Each attribute except `done` waits until the version is published, and raises the error if publishing failed.
-    """
-
-    def __init__(self, work: Published | PendingPublication) -> None:
-        """Wrap the published version, or one that is being published."""
-        self._work = work
-
-    def __bool__(self) -> bool:
-        """Return False if publishing failed; True if it succeeded or is pending."""
-        return isinstance(self._work, Published) or not self._work.failed
-
-    def __repr__(self) -> str:
-        """Show the published version, or why there is none."""
-        if not self.done:
-            return "<PublishReceipt: pending>"
-        if not self:
-            return "<PublishReceipt: not published>"
-        return f"<PublishReceipt: {self._published}>"
-
-    @property
-    def done(self) -> bool:
-        """Whether publishing has ended, with or without success."""
-        return isinstance(self._work, Published) or self._work.done
-
-    def wait(self, timeout: float | None = None) -> Self:
-        """Wait until the version is published; return this receipt.
-
-        Args:
-            timeout: seconds to wait; None to wait until publishing ends, which has a deadline of its own.
-
-        Raises:
-            DeadlineExceeded: publishing has not ended within the timeout, and continues.
-            Closed: the learner was closed before the version was published.
-            PeerError: the version was not published; the same error as without `wait=False`.
-        """
-        if not isinstance(self._work, Published):
-            if not self._work.wait(timeout):
-                raise DeadlineExceeded(
-                    f"the weights are not published after {timeout:g} s; publishing continues"
-                )
-            self._work.result()
-        return self
-
-    @property
-    def version(self) -> int:
-        """The number of the version."""
-        return self._published.version
-
-    @property
-    def kind(self) -> Literal["full", "delta"]:
-        """How the weights are stored: `full`, or as a `delta` to the version before."""
-        return self._published.kind
-
-    @property
-    def base(self) -> int:
-        """The version that a delta applies to; 0 for a full one."""
-        return self._published.base
-
-    @property
-    def raw_bytes(self) -> int:
-        """Size of the tensors as they travel, in bytes; each tied one counts once."""
-        return self._published.raw_bytes
-
-    @property
-    def stored_bytes(self) -> int:
-        """Size of what was stored on the server, in bytes."""
-        return self._published.stored_bytes
-
-    @property
-    def chunks(self) -> int:
-        """Number of chunks, without the header's."""
-        return self._published.chunks
-
-    @property
-    def seconds(self) -> float:
-        """Duration from the call until the version was published."""
-        return self._published.seconds
-
-    @property
-    def ratio(self) -> float:
-        """Raw bytes per stored byte."""
-        return self.raw_bytes / self.stored_bytes if self.stored_bytes else 1.0
-
-    @property
-    def _published(self) -> Published:
-        return self._work if isinstance(self._work, Published) else self._work.result()
-
-
-@dataclass(frozen=True)
 class WorkerInfo:
     """One worker in the roster.
 
@@ -266,8 +142,8 @@ class WorkerInfo:
         problem: the reason that it cannot apply the latest weights; empty if it can.
         unconfirmed: the reason that its last batch has not reached its level within the timeout; empty if it has.
         room_seconds: total time that `send_experiences` waited for room in a full queue, as it reports.
-        unpolled_seconds: time since its last `poll` or `load_weights`, at its last heartbeat; 0 during one. A worker
-            that does not poll obeys no command and runs old weights.
+        unpolled_seconds: time since its last `poll`, or other call that loads weights, at its last heartbeat; 0 during
+            one. A worker that does not poll obeys no command and runs old weights.
         fenced_process: host and pid of the last other process with this worker's id that was fenced since this one
             registered; empty without one. Two processes were then started with one id by mistake.
         fenced_seconds: age of that event; None without one.
@@ -292,11 +168,12 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a command at one worker. True if it is done.
+    """The outcome of a command, or of a version, at one worker. True if it is done or applied.
 
     Attributes:
-        state: `waiting` for the acknowledgement; `done`; `failed`; `unknown`, if the worker has no handler for the
-            command, or is not a member of the run; `expired`; or `missed`, if the worker was away or left.
+        state: `waiting` for the acknowledgement; `done`, or for a version `applied`; `failed`; `unknown`, if the worker
+            has no handler for the command, or is not a member of the run; `expired`; or `missed`, if the worker was
+            away or left, or did not run the version.
         detail: the reason, such as the text of the handler's error; may be empty.
     """
 
@@ -305,7 +182,7 @@ class Outcome:
 
     def __bool__(self) -> bool:
         """Return whether the worker did it."""
-        return self.state == "done"
+        return self.state in ("done", "applied")
 
     def __str__(self) -> str:
         """Return the state, with its detail where there is one."""
@@ -403,6 +280,22 @@ class QueueCounts:
     def produced(self) -> int:
         """The number of batches that the worker sent."""
         return self.waiting + self.in_hand + self.delivered + sum(self.lost.values())
+
+
+class QueueInfo(TypedDict):
+    """What `get_queue_info` returns: three lists by worker id, and the counts of each worker's batches.
+
+    Attributes:
+        experience_queue_sizes: batches waiting.
+        model_queue_sizes: versions neither applied nor missed yet.
+        control_queue_sizes: commands not acknowledged yet.
+        counts: what became of the worker's batches, by worker id.
+    """
+
+    experience_queue_sizes: list[int]
+    model_queue_sizes: list[int]
+    control_queue_sizes: list[int]
+    counts: dict[int, QueueCounts]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, SupportsIndex, get_args
 
@@ -24,6 +25,7 @@ from rlbroker.config import (
     SigningKeySetting,
     WhenFull,
     check_choice,
+    check_count,
     check_positive_seconds,
     check_timeout_seconds,
     host_cache_place,
@@ -32,14 +34,12 @@ from rlbroker.config import (
 from rlbroker.control.command_handlers import CommandHandlers, Handler
 from rlbroker.errors import DeadlineExceeded, PeerError, UnsupportedType
 from rlbroker.types import Model, SendReceipt
+from rlbroker.weights.applier import CHECK_SECONDS, LoadTarget
 from rlbroker.weights.host_cache import ImageStore
 from rlbroker.weights.loading import check_target
 from rlbroker.worker_parts import WorkerParts
 
 logger = logging.getLogger("rlbroker")
-
-#: The longest that a paused or waiting worker sleeps between two checks.
-CHECK_SECONDS = 0.1
 
 
 class WorkerClient:
@@ -54,15 +54,15 @@ class WorkerClient:
                 worker.poll(model)
                 worker.send_experiences(play(model))
 
-    Weights and commands arrive in the background. They take effect only in `poll` and `load_weights`, between two
-    steps of the caller.
+    Weights and commands arrive in the background. They take effect only in `poll`, `load_weights`, `wait_for_weights`
+    and `take_weights`, between two steps of the caller.
     """
 
     def __init__(
         self,
         redis_url: str | None = None,
         run: str = DEFAULT_RUN,
-        worker_id: int | None = None,
+        worker_id: SupportsIndex | None = None,
         *,
         redis_client: redis.Redis | redis.RedisCluster | None = None,
         timeout: float = 10.0,
@@ -117,7 +117,8 @@ class WorkerClient:
         self._keys = keys = Keys(run)
         self._commands = CommandHandlers()
         self._obeying = CallLock()  #: held while commands are obeyed, so that they keep their order
-        self._applying = CallLock()  #: held while weights are applied, so that they keep their order
+        self._taking = CallLock()  #: held while a tree is taken
+        self._untaken: LoadTarget | None = None  #: a tree that an interrupted `take_weights` did not return
         self._connection = connection = Connection(redis_url, client=redis_client, timeout_seconds=timeout)
         self._parts = parts = WorkerParts(
             connection,
@@ -254,7 +255,8 @@ class WorkerClient:
     def load_weights(self, model: Model, timeout: float = 60.0) -> int:
         """Load the latest weights into a model. Wait for the first version if there is none yet.
 
-        If a `stop` command or `drain` comes first, it returns without weights, and `running` is False.
+        If a `stop` command, `drain`, or `close` in another thread comes first, it returns without weights, and
+        `running` is False.
 
         Args:
             model: a `torch.nn.Module`, or a dictionary; see `poll`.
@@ -277,11 +279,85 @@ class WorkerClient:
             deadline = Deadline(check_positive_seconds("timeout", timeout))
             with within(deadline):
                 latest = self._subscriber.read_latest()
-            if latest and not self._subscriber.ready:
-                # A call with another model, or with one that it did not fit, took the latest version before.
-                self._subscriber.fetch_again()
-            self._wait_and_load(model, latest, deadline)
+            self._wait_and_load(model, deadline, newer_than=0, latest=latest)
             return self.version
+
+    def wait_for_weights(
+        self, model: Model, newer_than: SupportsIndex | None = None, timeout: float | None = None
+    ) -> bool:
+        """Load weights that are newer than those that the worker runs. Wait until they arrive, and obey commands.
+
+        A worker that sends one batch of each version needs no `poll`::
+
+            while worker.wait_for_weights(model):
+                worker.send_experiences(play(model))
+
+        Args:
+            model: a `torch.nn.Module`, or a dictionary; see `poll`.
+            newer_than: a version; anything newer is loaded, also what the worker runs already. None for `version`.
+            timeout: the most seconds to wait; None for no limit. Once a minute the log says what is waited for.
+
+        Returns:
+            Whether weights were loaded; `version` is their number. False after a `stop` command, `drain`, or `close`
+            in another thread.
+
+        Raises:
+            WeightsMismatch: the weights do not fit the model, which is unchanged. The next call offers them again.
+            UnsupportedType: the model is neither a module nor a dictionary.
+            InvalidArgument: `newer_than` is not a version, or the timeout is not a positive number.
+            DeadlineExceeded: nothing newer arrived in time.
+            Fenced: a newer process has this worker id.
+            PeerError: a fault that waiting does not mend. Others are retried in the background.
+        """
+        with self._last_poll:
+            self._check()
+            self._inbox.send_unsent()
+            check_target(model)
+            after = None if newer_than is None else check_count("newer_than", newer_than)
+            seconds = float("inf") if timeout is None else check_positive_seconds("timeout", timeout)
+            return self._wait_and_load(model, Deadline(seconds), newer_than=after)
+
+    def take_weights(self, timeout: float = 0.0) -> tuple[int, dict[str, Any]] | None:
+        """Return the newest weights as a new dictionary, for code that has no model to load them into. Obey commands.
+
+        For JAX, `torch.func`, and everything else that passes parameters as values. ::
+
+            while worker.running:
+                if taken := worker.take_weights():
+                    version, params = taken
+                worker.send_experiences(play(params))
+
+        The worker then runs that version, as after `poll`: batches are tagged with it, and the learner hears of it.
+        While a `pause` is in force, this does not return unless the worker drains.
+
+        Args:
+            timeout: seconds to wait for weights that are newer than those that were taken or loaded last. 0 to look
+                only at what has arrived.
+
+        Returns:
+            The version and its tree, nested as it was sent: tensors as tensors, on the CPU, and arrays as arrays, in
+            the dtypes that an empty dictionary gets in `poll`. The tree is the caller's: rlbroker neither writes to it
+            nor shares its memory. None if nothing newer has arrived in time, and after a `stop` command or `drain`.
+
+        Raises:
+            InvalidArgument: the timeout is negative or not a number.
+            Fenced: a newer process has this worker id.
+            PeerError: a fault that waiting does not mend. Others are retried in the background.
+        """
+        taken: list[LoadTarget] = []
+        try:
+            with self._last_poll:
+                self._check()
+                deadline = Deadline(check_timeout_seconds("timeout", timeout))
+                self._inbox.send_unsent()
+                if self._inbox.waiting or self.paused:
+                    self._obey_commands()
+                # None: another thread was waiting all this time.
+                return self._taking.run_within(deadline.remaining, self._take, deadline, taken)
+        except BaseException:  # an interrupt: the next call returns what this one has taken
+            for target in taken:
+                self._untaken = target if target.version else None
+            raise
 
     def poll(self, model: Model | None = None) -> bool:
         """Obey the commands that have arrived, and load the newest weights if there are any. Cheap otherwise.
@@ -311,7 +387,9 @@ class WorkerClient:
             if model is None or not self._subscriber.ready or not self.running:
                 return False
             check_target(model)
-            return self._applying.run(self._weights.apply, self._subscriber.updates, model)
+            target = LoadTarget(model)
+            self._weights.apply(target)
+            return bool(target.version)
 
     # Experiences
 
@@ -442,29 +520,51 @@ class WorkerClient:
         except PeerError as error:
             logger.debug("worker %d leaves with commands that it has not obeyed: %s", self.worker_id, error)
 
-    def _wait_and_load(self, model: Model, latest: int, deadline: Deadline) -> None:
-        """Load the version `latest`, or a newer one, as soon as it is ready; obey commands meanwhile.
+    def _wait_and_load(
+        self, model: Model, deadline: Deadline, *, newer_than: int | None, latest: int = 0
+    ) -> bool:
+        """Load a version into a model as soon as it is ready; return False if the worker is to end before.
 
-        An older version is loaded only at the deadline: it may have other shapes than the model.
+        Args:
+            newer_than, latest: as in `WeightsApplier.wait`.
+
+        Raises:
+            DeadlineExceeded: none came in time.
         """
-        while self.running:
-            if not self._subscriber.ready or self._subscriber.newest < latest:
-                self._subscriber.wait(min(CHECK_SECONDS, deadline.remaining))
-            if self._applying.run(self._apply_newest, model, latest, deadline):
-                return
-            self._obey_commands(deadline)
-            self._check()
-            if deadline.over:
-                problem = self._subscriber.problem or "is its learner running, and has it published?"
-                raise DeadlineExceeded(
-                    f"no weights came in the run {self.run!r} on {self._connection.address} within "
-                    f"{deadline.seconds:g} s: {problem}"
-                )
+        self._subscriber.offer_again(self.version if newer_than is None else newer_than)
+        target, sought = LoadTarget(model), self._sought(newer_than)
+        if self.running:
+            go_on = partial(self._go_on, deadline)
+            self._weights.wait(target, deadline, go_on, newer_than=newer_than, latest=latest, sought=sought)
+        if not target.version and self.running:
+            raise DeadlineExceeded(
+                f"no {sought} came within {deadline.seconds:g} s: {self._subscriber.reason}"
+            )
+        return bool(target.version)
 
-    def _apply_newest(self, model: Model, latest: int, deadline: Deadline) -> bool:
-        """Load what is ready, unless something newer must come before the deadline; return whether it was loaded."""
-        is_newest = deadline.over or self._subscriber.newest >= latest
-        return is_newest and self._weights.apply(self._subscriber.updates, model, again=True)
+    def _take(self, deadline: Deadline, taken: list[LoadTarget]) -> tuple[int, dict[str, Any]] | None:
+        """Return the newest weights; note in `taken` what the next call returns if they do not reach the caller."""
+        target = self._untaken or LoadTarget({})
+        taken.append(target)
+        self._untaken = None
+        if target.version:
+            self._weights.complete(target)
+        elif self.running:
+            self._weights.wait(target, deadline, partial(self._go_on, deadline), sought=self._sought(None))
+        return (target.version, target.model) if target.version else None
+
+    def _go_on(self, deadline: Deadline) -> bool:
+        """Obey commands, and return whether a call that waits until the deadline is to go on."""
+        self._obey_commands(deadline)
+        if self.running:
+            self._check()
+        return self.running
+
+    def _sought(self, newer_than: int | None) -> str:
+        """Return in words which weights a call waits for."""
+        after = self.version if newer_than is None else newer_than
+        newer = f" newer than version {after}" if after else ""
+        return f"weights{newer} in the run {self.run!r} on {self._connection.address}"
 
     def _gives_up_sending(self) -> bool:
         """Return whether to drop a batch that waits for room. Not while draining: it is then still sent."""

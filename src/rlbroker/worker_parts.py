@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import SupportsIndex
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
@@ -74,13 +75,13 @@ class WorkerParts:
             from_replicas=from_replicas,
             run_size=lambda: heartbeat.run_size,
         )
-        self.weights = WeightsApplier(keep_dtype=keep_dtype)
+        self.weights = WeightsApplier(subscriber, keep_dtype=keep_dtype)
         self.inbox: Inbox | None = None
         self.sender: Sender | None = None
         self._problem: PeerError | None = None  #: why sending could not be finished
 
     def join(
-        self, worker_id: int | None, *, when_full: WhenFull | None, compression: bool, level: Level
+        self, worker_id: SupportsIndex | None, *, when_full: WhenFull | None, compression: bool, level: Level
     ) -> tuple[Inbox, Sender]:
         """Register in the run, make the parts that need the registration, and start the background threads."""
         connection, heartbeat = self._connection, self.heartbeat

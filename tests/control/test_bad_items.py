@@ -277,7 +277,7 @@ def test_an_object_whose_own_code_raises_is_refused_by_each_call_that_sends(
 def test_worker_ids_may_be_a_tensor(learner: Learner, worker: Worker) -> None:
     comm, client = learner(), worker()
     for ids in (torch.tensor([client.worker_id]), np.array([client.worker_id])):
-        command = comm.send_control_command("reset", worker_ids=ids)  # type: ignore[arg-type] # taken as well
+        command = comm.send_control_command("reset", worker_ids=ids)
         assert outcome_of(comm, client, command) == "done"
     wrong: Any
     for wrong in (torch.tensor([True]), torch.tensor([0.0]), torch.tensor(0), np.array([True])):

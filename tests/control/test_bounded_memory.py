@@ -16,6 +16,7 @@ from rlbroker.control import commands, ledger
 from rlbroker.control.commands import CommandSender
 from rlbroker.control.ledger import Ledger
 from rlbroker.control.outcomes import Event, WorkerOutcomes, settle
+from rlbroker.control.settlements import Settlements
 from rlbroker.types import Outcome
 
 pytestmark = pytest.mark.unit
@@ -49,6 +50,7 @@ def test_what_is_kept_of_versions_does_not_grow_with_their_number() -> None:
         last_version=lambda: VERSIONS,
         signed=False,
         note_outcomes=lambda worker, outcomes: None,
+        settlements=Settlements(),
     )
     random_ = random.Random(1)
     for worker in range(3):

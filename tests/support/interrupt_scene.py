@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from conftest import Server, wait_until
 
-from rlbroker import Command, RoundIncomplete, WorkerClient, WorkerCommunicator
+from rlbroker import Command, PublishReceipt, RoundIncomplete, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
-from rlbroker.types import Batch, PublishReceipt
+from rlbroker.types import Batch
 
 #: Longer than anything that a scene waits for: clients have a timeout of 3 s.
 HANG_SECONDS = 12.0

@@ -22,6 +22,7 @@ SOURCE = Path(rlbroker.__file__).parent
 LAYERS = (
     {"errors"},
     {"config", "types"},
+    {"receipts"},
     {"codec"},
     {"backend"},
     {"metrics", "membership"},
@@ -129,6 +130,7 @@ PUBLIC = [
     "PublishReceipt",
     "QueueCounts",
     "QueueFull",
+    "QueueInfo",
     "RlbrokerError",
     "RoundIncomplete",
     "RunLost",

@@ -76,6 +76,11 @@ LEARNER_CALLS: dict[str, Callable[[WorkerCommunicator, Any], Any]] = {
     "a worker id": lambda comm, value: comm.send_control_command("x", worker_ids=[value]),
     "expires": lambda comm, value: comm.send_control_command("x", expires=value),
     "wait": lambda comm, value: comm.send_control_command("x").wait(timeout=value),
+    "applied timeout": lambda comm, value: comm.send_model_weights({}).wait_applied(timeout=value),
+    "applied ids": lambda comm, value: comm.send_model_weights({}).wait_applied(timeout=0, worker_ids=value),
+    "an applied id": lambda comm, value: comm.send_model_weights({}).wait_applied(
+        timeout=0, worker_ids=[value]
+    ),
     "writer": lambda comm, value: comm.log_to(value),
     "step": lambda comm, value: comm.log_to(Writer(), step=value),
     "every_seconds": lambda comm, value: comm.log_to(Writer(), every_seconds=value),
@@ -84,6 +89,10 @@ LEARNER_CALLS: dict[str, Callable[[WorkerCommunicator, Any], Any]] = {
 WORKER_CALLS: dict[str, Callable[[WorkerClient, Any], Any]] = {
     "model": lambda worker, value: worker.load_weights(value, timeout=0.1),
     "load timeout": lambda worker, value: worker.load_weights({}, timeout=value),
+    "waiting model": lambda worker, value: worker.wait_for_weights(value, timeout=0.1),
+    "newer_than": lambda worker, value: worker.wait_for_weights({}, value, timeout=0.1),
+    "wait timeout": lambda worker, value: worker.wait_for_weights({}, timeout=value),
+    "take timeout": lambda worker, value: worker.take_weights(value),
     "poll": lambda worker, value: worker.poll(value),
     "batch": lambda worker, value: worker.send_experiences(value),
     "a value of a batch": lambda worker, value: worker.send_experiences(
@@ -274,8 +283,11 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     ):
         assert worker.worker_id == 3
         assert type(worker.worker_id) is int
-        comm.send_model_weights({"w": np.zeros(3)})
+        receipt = comm.send_model_weights({"w": np.zeros(3)})
         worker.load_weights({}, timeout=number.float32(5))
+        assert worker.wait_for_weights({}, number.int64(0), timeout=number.float32(5))
+        assert worker.take_weights(number.float32(0)) is None
+        assert receipt.wait_applied(number.float32(5), worker_ids=number.array([3]))[3]
         worker.send_experiences({"x": np.zeros(3)}, timeout=number.float32(1))
         assert len(comm.collect_experiences(timeout=number.float32(3), max_batches=number.int64(1))) == 1
         assert comm.may_sample(number.int64(1))
@@ -326,7 +338,10 @@ def test_what_is_no_number_of_seconds_is_refused(value: Any, clients: Any) -> No
         lambda: comm.send_control_command("reset", expires=value),
         lambda: comm.send_control_command("reset").wait(timeout=value),
         lambda: comm.log_to(Writer(), every_seconds=value),
+        lambda: comm.send_model_weights({}).wait_applied(timeout=value),
         lambda: worker.load_weights({}, timeout=value),
+        lambda: worker.wait_for_weights({}, timeout=value),
+        lambda: worker.take_weights(timeout=value),
         lambda: worker.send_experiences({"x": 1}, timeout=value),
         lambda: worker.flush(value),
     ]

@@ -69,7 +69,7 @@ def learner_calls(comm: WorkerCommunicator) -> list[Callable[[], Any]]:
         comm.dead_letters,
         comm.marks,
         lambda: comm.send_control_command("reset").outcomes(),
-        lambda: comm.send_model_weights({"w": np.zeros(10)}),
+        lambda: comm.send_model_weights({"w": np.zeros(10)}).wait_applied(timeout=0.1),
     ]
 
 
@@ -77,6 +77,8 @@ def worker_calls(worker: WorkerClient) -> list[Callable[[], Any]]:
     return [
         lambda: worker.poll({}),
         lambda: worker.load_weights({}, timeout=0.3),
+        lambda: worker.wait_for_weights({}, timeout=0.1),
+        worker.take_weights,
         lambda: worker.send_experiences({"x": np.zeros(3)}, timeout=0.3),
         lambda: worker.flush(0.3),
     ]

@@ -370,6 +370,70 @@ def load_in_vain(scene: Scene) -> Iterator[Callable[[], Any]]:
     other.close()
 
 
+@case("WorkerClient.wait_for_weights")
+def wait_for_newer_weights(scene: Scene) -> Iterator[Callable[[], Any]]:
+    before = scene.client.version
+    scene.publish()
+
+    def wait() -> None:
+        assert scene.client.wait_for_weights(scene.model, before, timeout=5.0)
+        scene.expect_whole_weights()
+
+    yield wait
+
+
+@case("WorkerClient.wait_for_weights")
+def wait_for_weights_in_vain(scene: Scene) -> Iterator[Callable[[], Any]]:
+    def wait() -> None:
+        with suppress(DeadlineExceeded):
+            scene.client.wait_for_weights(scene.model, scene.comm.version, timeout=0.03)
+
+    yield wait
+
+
+def take(scene: Scene, taken: list[int], **settings: Any) -> None:
+    """Take weights, and note what came, before rlbroker is called again and interrupted."""
+    if found := scene.client.take_weights(**settings):
+        version, scene.model = found
+        taken.append(version)
+        scene.expect_whole_weights()
+
+
+@case("WorkerClient.take_weights")
+def take_weights(scene: Scene) -> Iterator[Callable[[], Any]]:
+    scene.wait_for_weights()
+    taken: list[int] = []
+    yield partial(take, scene, taken)
+    assert taken == [scene.comm.version], f"{taken} were taken"
+
+
+@case("WorkerClient.take_weights")
+def take_weights_that_come_later(scene: Scene) -> Iterator[Callable[[], Any]]:
+    timer = threading.Timer(0.02, scene.publish)
+    timer.start()
+    taken: list[int] = []
+    yield partial(take, scene, taken, timeout=0.3)
+    timer.join()
+    take(scene, taken, timeout=0.0 if taken else 5.0)
+    assert taken == [scene.comm.version], f"{taken} were taken"
+
+
+@case("PublishReceipt.wait_applied")
+def wait_until_weights_are_applied(scene: Scene) -> Iterator[Callable[[], Any]]:
+    receipt = scene.publish()
+    scene.load()
+    yield receipt.wait_applied
+    assert receipt.wait_applied()[scene.client.worker_id].state == "applied"
+
+
+@case("PublishReceipt.wait_applied")
+def wait_until_weights_are_applied_in_vain(scene: Scene) -> Iterator[Callable[[], Any]]:
+    receipt = scene.publish()
+    yield partial(receipt.wait_applied, 0.02, [scene.client.worker_id])
+    scene.load()
+    assert receipt.wait_applied()[scene.client.worker_id].state == "applied"
+
+
 # Commands
 
 

@@ -149,8 +149,13 @@ def test_calls_without_arguments_need_none(call: str) -> None:
 def test_the_number_of_workers_and_the_timeout_stay_readable(server: Server, run: str) -> None:
     with WorkerCommunicator(3, 50, 2.5, run=run, **server.connection_settings()) as comm:
         assert (comm.num_workers, comm.timeout) == (3, 2.5)
-        sizes = [comm.get_queue_info()[f"{kind}_queue_sizes"] for kind in ("experience", "model", "control")]
-        assert sizes == [[0, 0, 0]] * 3
+        info = comm.get_queue_info()
+        for sizes in (
+            info["experience_queue_sizes"],
+            info["model_queue_sizes"],
+            info["control_queue_sizes"],
+        ):
+            assert sizes == [0, 0, 0]
     assert (comm.num_workers, comm.timeout) == (3, 2.5)
 
 

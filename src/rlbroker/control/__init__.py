@@ -10,4 +10,6 @@ A command passes through these files:
    the pending commands. `Command.wait` returns.
 
 Steps 3 and 4 apply to versions too: a worker acknowledges each version that it applied or failed to load.
+version_outcomes.py remembers these outcomes, and `PublishReceipt.wait_applied` (version_waiter.py) returns. Both kinds
+of waiting are in settlements.py.
 """

@@ -28,8 +28,9 @@ TRACEBACK_LENGTH: Final = 10_000
 #: The result of a command whose handler was interrupted: it may have been done in part.
 INTERRUPTED: Final = ("failed", "interrupted; it may have been done in part")
 
-#: Receives a command's data. An exception is reported to the learner as a failed command; the worker continues.
-Handler = Callable[[Any], None]
+#: Receives a command's data; what it returns is ignored. An exception is reported to the learner as a failed command,
+#: and the worker continues.
+Handler = Callable[[Any], object]
 
 
 def _describe_traceback() -> str:

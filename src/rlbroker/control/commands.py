@@ -10,10 +10,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from typing import Any, Final, Self, SupportsIndex
 
 from rlbroker.backend.connection import Connection, flat
-from rlbroker.backend.deadline import Deadline, within
+from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import (
     default_if_wrong_type,
@@ -27,10 +27,11 @@ from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import readable
 from rlbroker.codec.message import decode, encode
 from rlbroker.codec.signing import SigningKey
-from rlbroker.config import check_positive_seconds, check_timeout_seconds, check_worker_id, shown
+from rlbroker.config import check_positive_seconds, check_timeout_seconds, shown
 from rlbroker.control.command_signature import SIGNATURE_FIELDS, sign_command
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
-from rlbroker.errors import DeadlineExceeded, InvalidArgument, UnknownWorker
+from rlbroker.control.settlements import UNKNOWN_WORKER, Settlements, check_worker_ids, unknown_workers
+from rlbroker.errors import DeadlineExceeded, InvalidArgument
 from rlbroker.membership.incarnations import Incarnations, read_incarnations
 from rlbroker.types import Outcome
 
@@ -39,12 +40,6 @@ logger = logging.getLogger("rlbroker")
 #: Age from which settled commands are trimmed from the control stream: live workers have read them by then. Pending
 #: commands stay as long as their outcomes.
 CONTROL_KEPT_SECONDS: Final = 3600
-
-#: Longest pause between two reads of a command's outcomes.
-POLL_SECONDS: Final = 0.1
-
-#: Pause between two looks whether the learner has settled acknowledgements meanwhile.
-CHECK_SECONDS: Final = 0.005
 
 #: The most commands that the learner remembers, to send them again to a server that lost them.
 REMEMBERED_COMMANDS: Final = 1_000
@@ -57,9 +52,6 @@ NAME_LENGTH: Final = 200
 
 #: Characters that are kept of the readable form of a command's arguments.
 ARGUMENTS_LENGTH: Final = 200
-
-#: The outcome at a worker that is not a member of the run.
-UNKNOWN_WORKER: Final = Outcome("unknown", "unknown worker")
 
 SEND = Script.load("control/lua/send_command.lua")
 
@@ -74,7 +66,7 @@ logger = logging.getLogger("rlbroker")
 _Entries = Sequence[tuple[bytes, Mapping[bytes, bytes]]]
 
 
-def ends_run(name: str, worker_ids: Sequence[int] | None, expires_seconds: float | None) -> bool:
+def ends_run(name: str, worker_ids: object, expires_seconds: float | None) -> bool:
     """Return whether a command ends the run: a `stop` to all workers, which is also for those that join later."""
     return name == "stop" and worker_ids is None and expires_seconds is None
 
@@ -96,12 +88,12 @@ class Command:
         name: str,
         worker_ids: Sequence[int],
         read_outcomes: Callable[[], dict[int, Outcome]],
-        count_changes: Callable[[], int],
+        settlements: Settlements,
         timeout_seconds: float,
     ) -> None:
         """Make a handle; called by `CommandSender` only."""
         self.id, self.name, self.worker_ids = command_id, name, tuple(worker_ids)
-        self._read_outcomes, self._count_changes = read_outcomes, count_changes
+        self._read_outcomes, self._settlements = read_outcomes, settlements
         self._timeout_seconds = timeout_seconds
 
     def __bool__(self) -> bool:
@@ -136,15 +128,7 @@ class Command:
         deadline = Deadline(
             self._timeout_seconds if timeout is None else check_timeout_seconds("timeout", timeout)
         )
-        while True:
-            changes = self._count_changes()
-            with within(deadline):
-                found = self.outcomes()
-            if deadline.over or not any(outcome.state == "waiting" for outcome in found.values()):
-                return found
-            next_read = Deadline(min(POLL_SECONDS, deadline.remaining))
-            while changes == self._count_changes() and not next_read.over:
-                time.sleep(min(CHECK_SECONDS, next_read.remaining))
+        return self._settlements.wait(self.outcomes, deadline)
 
 
 @dataclass
@@ -229,20 +213,32 @@ class CommandSender:
     """Sends the commands of one learner, and remembers them in case the server loses them."""
 
     def __init__(
-        self, connection: Connection, keys: Keys, *, epoch: int, key: SigningKey | None = None
+        self,
+        connection: Connection,
+        keys: Keys,
+        *,
+        epoch: int,
+        key: SigningKey | None = None,
+        settlements: Settlements | None = None,
     ) -> None:
         """Prepare a sender; nothing is sent yet.
 
         Args:
             epoch: the learner's epoch; a newer one fences this learner.
             key: the key that signs commands; None to send them unsigned.
+            settlements: wakes `Command.wait`; None if another process settles the acknowledgements.
         """
         self._connection, self._keys, self._epoch, self._key = connection, keys, epoch, key
-        self._changes = 0  #: how often acknowledgements were settled
+        self._settlements = settlements or Settlements()
         self._sent: dict[str, _SentCommand] = {}
 
     def send(
-        self, name: str, data: Any, worker_ids: Sequence[int] | None, *, expires_seconds: float | None
+        self,
+        name: str,
+        data: Any,
+        worker_ids: Iterable[SupportsIndex] | None,
+        *,
+        expires_seconds: float | None,
     ) -> Command:
         """Send a command to some workers, or to all members of the run.
 
@@ -265,7 +261,7 @@ class CommandSender:
             raise InvalidArgument(f"the name of a command must be valid text; got {shown(name)}")
         if expires_seconds is not None:
             expires_seconds = check_positive_seconds("expires", expires_seconds)
-        wanted = None if worker_ids is None else sorted({check_worker_id(one) for one in _listed(worker_ids)})
+        wanted = check_worker_ids(worker_ids)
         command_id = uuid.uuid4().hex[:12]
         encoded = encode(data, compression=False)  # first, because it refuses what cannot be described
         fields = {
@@ -281,7 +277,7 @@ class CommandSender:
             name,
             sorted(recipients.targets),
             lambda: self._read_outcomes(command_id, asked),
-            lambda: self._changes,
+            self._settlements,
             self._connection.timeout_seconds,
         )
 
@@ -294,10 +290,6 @@ class CommandSender:
                 worker = stored_integer(name.rpartition(":")[2])
                 counts[worker] = counts.get(worker, 0) + 1
         return counts
-
-    def notify_waiters(self) -> None:
-        """Wake the threads in `Command.wait`, because acknowledgements were settled."""
-        self._changes += 1
 
     def trim(self) -> None:
         """Trim the control stream to entries that are younger than an hour or still pending."""
@@ -342,12 +334,7 @@ class CommandSender:
             return recipients
         self._sent.pop(command_id, None)
         if recipients.missing:
-            missing = ", ".join(map(str, recipients.missing))
-            known = ", ".join(map(str, workers.members)) or "none"
-            are_not = "is not a member" if len(recipients.missing) == 1 else "are not members"
-            raise UnknownWorker(
-                f"worker {missing} {are_not} of the run {self._keys.run!r}; members are: {known}"
-            )
+            raise unknown_workers(self._keys.run, recipients.missing, workers.members)
         return recipients
 
     def _try_to_send(self, command_id: str, pairs: Sequence[Any], recipients: _Recipients) -> bool:
@@ -385,7 +372,9 @@ class CommandSender:
         known = sent.outcomes if sent else {}
         with parsing(self._keys.outcomes(command_id)):
             return {
-                worker: known.get(worker) or Outcome.from_text(found.get(str(worker), "waiting"))
+                worker: known[worker]
+                if worker in known
+                else Outcome.from_text(found.get(str(worker), "waiting"))
                 for worker in workers
             }
 
@@ -479,18 +468,6 @@ def _keep_within_bounds(commands: _Entries) -> _Entries:
 #: Bounds the depth and the length of what it shows, and survives values that cannot be shown.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = ARGUMENTS_LENGTH
-
-
-def _listed(worker_ids: Iterable[int]) -> list[int]:
-    """Return ids as a list; raise InvalidArgument if they are none, or if their own code raises."""
-    if type(worker_ids) is list:
-        return worker_ids
-    try:
-        return list(worker_ids)
-    except Exception as error:
-        raise InvalidArgument(
-            f"worker_ids must be a list of worker ids, or None for all; got {shown(worker_ids)}"
-        ) from error
 
 
 def _describe_arguments(data: Any) -> str:

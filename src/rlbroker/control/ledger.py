@@ -42,6 +42,8 @@ from rlbroker.control.outcomes import (
     settle,
     summarize_missed,
 )
+from rlbroker.control.settlements import WAITING, Settlements
+from rlbroker.control.version_outcomes import LEFT, SUPERSEDED, VersionOutcomes
 from rlbroker.errors import WrongKeyType
 from rlbroker.membership.incarnations import believed_claim, incarnation_command, parse_incarnations
 from rlbroker.types import Missed, MissedUpdates, Outcome
@@ -80,6 +82,7 @@ class Ledger:
         last_version: Callable[[], int],
         signed: bool,
         note_outcomes: Callable[[int, Mapping[str, Outcome]], None],
+        settlements: Settlements,
     ) -> None:
         """Prepare a ledger; nothing is read yet.
 
@@ -87,15 +90,19 @@ class Ledger:
             last_version: returns the highest version that a worker may run; the server may have lost it.
             signed: whether versions are signed. Then the latest version on the server is not trusted: it may be forged.
             note_outcomes: called with a worker and the final outcomes of commands at this worker.
+            settlements: notified of every settlement.
         """
         self._connection, self._keys, self._epoch = connection, keys, epoch
         self._last_version, self._note_outcomes, self._signed = last_version, note_outcomes, signed
+        self._settlements = settlements
         self._lock = CallLock()
         self._outcomes: dict[int, WorkerOutcomes] = {}
         self._missed: deque[Missed] = deque(maxlen=MISSED_KEPT)
         #: By worker and event: settlements that were sent and whose reply was lost, so they may have been applied.
         self._unconfirmed: dict[tuple[int, str], Settled] = {}
         self._lost_version = 0  #: the latest version when the server last lost the run
+        #: What became of versions at the workers since this learner opened the run.
+        self.versions = VersionOutcomes()
         #: The newest version that a worker could not read or load.
         self.failed_version = 0
 
@@ -176,6 +183,17 @@ class Ledger:
     def read_outcomes(self, workers: Iterable[int]) -> dict[int, WorkerOutcomes]:
         """Return the outcomes of each worker, as the server has them."""
         return read_outcomes(self._connection, self._keys, workers)
+
+    def version_outcome(self, worker: int, version: int, incarnation: int) -> Outcome:
+        """Return what became of a version at a worker that was a member in this incarnation."""
+        found = self.versions.find(worker, version)
+        if found is not None:
+            return found
+        # Otherwise the worker joined later, or has not acknowledged anything since.
+        outcomes = self._outcomes.get(worker, WorkerOutcomes())
+        if outcomes.applied > version:
+            return SUPERSEDED
+        return LEFT if outcomes.incarnation >= incarnation and not outcomes.member else WAITING
 
     def missed_updates(
         self,
@@ -386,9 +404,11 @@ class Ledger:
             outcomes = settled.worker_outcomes
             if outcomes.position > self._outcomes.get(worker, WorkerOutcomes()).position:
                 self._missed.extend(settled.missed)
+                self.versions.note(worker, settled)
                 self._outcomes[worker] = outcomes
             self._note_outcomes(worker, settled.command_outcomes)
             del self._unconfirmed[worker, entry_id]
+            self._settlements.notify()
 
     def _restore_missed(self) -> None:
         """Write back the records of missed updates that the server lost."""

@@ -157,11 +157,13 @@ class Settled:
         worker_outcomes: the worker's outcomes after the event.
         missed: records of versions and commands that were missed.
         command_outcomes: final outcomes by command id.
+        applied: the version that was applied; 0 for none.
     """
 
     worker_outcomes: WorkerOutcomes
     missed: tuple[Missed, ...] = ()
     command_outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+    applied: int = 0
 
 
 def settle(
@@ -278,6 +280,7 @@ def _settle_version(outcomes: WorkerOutcomes, event: Event) -> Settled:
             skipping_since=(outcomes.skipping_since or event.at) if skipped else 0.0,
         ),
         missed,
+        applied=event.version,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import redis
 
@@ -42,13 +42,14 @@ from rlbroker.learner.parts import LearnerParts
 from rlbroker.learner.run_end import RunEnd
 from rlbroker.learner.run_scripts import SCRIPTS
 from rlbroker.metrics.tensorboard import ScalarLog, ScalarTarget, SummaryWriter
+from rlbroker.receipts import PublishReceipt
 from rlbroker.types import (
     Batch,
     CleanupReport,
     DeadLetter,
     MissedUpdates,
     Outcome,
-    PublishReceipt,
+    QueueInfo,
     WorkerInfo,
 )
 from rlbroker.weights.host_cache import ImageStore
@@ -211,7 +212,7 @@ class WorkerCommunicator:
             life.end(Deadline(timeout))
             raise
         self._roster, self._publisher = parts.roster, parts.publisher
-        self._commands, self._ledger = parts.commands, parts.ledger
+        self._commands, self._ledger, self._applied = parts.commands, parts.ledger, parts.applied
         self._collector, self._pending = parts.collector, parts.pending
         self._dead_letters, self._rate_limiter = parts.dead_letters, parts.rate_limiter
         self._recorder = parts.recorder
@@ -301,6 +302,7 @@ class WorkerCommunicator:
             compression=compression_enabled,
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
             wait=wait,
+            applied=self._applied,
         )
 
     # Experiences
@@ -522,7 +524,7 @@ class WorkerCommunicator:
         self,
         command: str,
         data: Any = None,
-        worker_ids: Sequence[int] | None = None,
+        worker_ids: Iterable[SupportsIndex] | None = None,
         *,
         expires: float | None = None,
     ) -> Command:
@@ -604,13 +606,13 @@ class WorkerCommunicator:
                 workers, latest_version=self.version, published=self._publisher.publish_times
             )
 
-    def get_queue_info(self) -> dict[str, Any]:
+    def get_queue_info(self) -> QueueInfo:
         """Return the sizes of all queues, as the server has them.
 
         Returns:
-            Three lists by worker id: `experience_queue_sizes`, batches waiting; `model_queue_sizes`, versions neither
-            applied nor missed yet; `control_queue_sizes`, commands not acknowledged yet. And `counts`, by worker id,
-            the `QueueCounts` of its batches.
+            A dictionary with three lists by worker id: `experience_queue_sizes`, batches waiting;
+            `model_queue_sizes`, versions neither applied nor missed yet; `control_queue_sizes`, commands not
+            acknowledged yet. And `counts`, by worker id, the `QueueCounts` of its batches.
 
         Raises:
             Fenced: a newer learner has taken over the run.

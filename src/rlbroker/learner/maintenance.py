@@ -138,4 +138,3 @@ class Maintenance:
         elif self._ledger.wait(workers, self._connection.block_seconds):
             self.thread.pause(min(LONGEST_GATHER_SECONDS, len(workers) * GATHER_SECONDS))
             self.settle(workers, ONE_TRY)
-            self._commands.notify_waiters()

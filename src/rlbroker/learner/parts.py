@@ -15,6 +15,8 @@ from rlbroker.codec.limits import FORMAT_VERSION
 from rlbroker.codec.signing import SigningKey
 from rlbroker.control.commands import CommandSender
 from rlbroker.control.ledger import Ledger
+from rlbroker.control.settlements import Settlements
+from rlbroker.control.version_waiter import VersionWaiter
 from rlbroker.experience.collector import Collector
 from rlbroker.experience.counts import read_counts
 from rlbroker.experience.dead_letters import DeadLetters
@@ -41,6 +43,7 @@ class LearnerParts:
         pending: batches that the learner has read and not acknowledged.
         commands: the commands that the learner sends.
         ledger: what the workers acknowledged.
+        applied: tells receipts which workers have applied their version.
         dead_letters: batches that no learner could use.
         takeover: pending batches that another learner abandoned, and the renewal of this learner's own.
         rate_limiter: the balance of collecting and sampling.
@@ -53,6 +56,7 @@ class LearnerParts:
     pending: PendingEntries
     commands: CommandSender
     ledger: Ledger
+    applied: VersionWaiter
     dead_letters: DeadLetters
     takeover: Takeover
     rate_limiter: RateLimiter
@@ -77,7 +81,7 @@ class LearnerParts:
             options: the learner's settings.
             images: where the latest weights are kept.
             signing_key: signs weights and commands; None for no signatures.
-            check: raises if the learner cannot continue; called while it waits for batches.
+            check: raises if the learner cannot continue; called while it waits for batches or outcomes.
         """
         metrics = Metrics()
         roster = Roster(
@@ -95,7 +99,8 @@ class LearnerParts:
         )
         publisher = Publisher(connection, keys, epoch=epoch, images=images, metrics=metrics, key=signing_key)
         pending = PendingEntries(connection, keys, name=options.learner_name, epoch=epoch)
-        commands = CommandSender(connection, keys, epoch=epoch, key=signing_key)
+        settlements = Settlements()
+        commands = CommandSender(connection, keys, epoch=epoch, key=signing_key, settlements=settlements)
         ledger = Ledger(
             connection,
             keys,
@@ -103,7 +108,9 @@ class LearnerParts:
             last_version=lambda: publisher.last_tried,
             signed=signing_key is not None,
             note_outcomes=commands.note_outcomes,
+            settlements=settlements,
         )
+        applied = VersionWaiter(connection, keys, roster, ledger, settlements, check=check)
         dead_letters = DeadLetters(connection, keys, pending, max_bytes=options.run_settings.max_queue_bytes)
         takeover = Takeover(connection, pending, take_over_seconds=options.take_over_seconds)
         rate_limiter = RateLimiter(options.samples_per_insert)
@@ -135,6 +142,7 @@ class LearnerParts:
             pending,
             commands,
             ledger,
+            applied,
             dead_letters,
             takeover,
             rate_limiter,

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.codec.message import encode
-from rlbroker.control.commands import POLL_SECONDS, Command
+from rlbroker.control.commands import Command
+from rlbroker.control.settlements import POLL_SECONDS
 from rlbroker.errors import ConnectionFailed
 from rlbroker.learner.parts import LearnerParts
 from rlbroker.types import Outcome

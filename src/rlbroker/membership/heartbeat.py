@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import SupportsIndex
 
 from rlbroker.backend.channel import Channel
 from rlbroker.backend.connection import Connection, flat
@@ -70,7 +71,7 @@ class Heartbeat:
         self._beats = False  #: whether the thread sends heartbeats yet
         self._host, self._pid = readable(socket.gethostname()), os.getpid()
 
-    def register(self, worker_id: int | None) -> Registration:
+    def register(self, worker_id: SupportsIndex | None) -> Registration:
         """Register, as `Registrar.register` does, and send the first heartbeat."""
         self.registration = self._registrar.register(worker_id)
         self._connection.retry(self._beat)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping
+from typing import SupportsIndex
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Backoff, Deadline
@@ -34,7 +35,7 @@ class Registrar:
         self.token = ""
         self._worker = 0  #: the worker id of the last attempt
 
-    def register(self, worker_id: int | None) -> Registration:
+    def register(self, worker_id: SupportsIndex | None) -> Registration:
         """Register under this worker id, or under the lowest free one.
 
         A process that already has the given id is fenced.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from rlbroker.backend.connection import Connection
@@ -25,7 +25,7 @@ def send_command(
     keys: Keys,
     name: str,
     data: Any,
-    worker_ids: Sequence[int] | None,
+    worker_ids: Iterable[int] | None,
     *,
     expires_seconds: float | None,
     also_without_learner: bool = False,

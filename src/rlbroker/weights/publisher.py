@@ -23,7 +23,7 @@ from rlbroker.codec.leaves import Bytes
 from rlbroker.codec.signing import SigningKey
 from rlbroker.errors import Closed, Fenced, PeerError, RunLost, ServerOutOfMemory
 from rlbroker.metrics.counters import Metrics
-from rlbroker.types import Published, PublishReceipt
+from rlbroker.receipts import AppliedVersions, Published, PublishReceipt
 from rlbroker.weights.commit import ChunksLost, Committer, LocalCopy
 from rlbroker.weights.gpu_copy import Copies, GpuCopy
 from rlbroker.weights.host_cache import Draft, ImageStore
@@ -105,7 +105,13 @@ class Publisher:
         return self._committer.publish_times
 
     def publish(
-        self, weights: Any, *, compression: bool, dtype: str | None = None, wait: bool = True
+        self,
+        weights: Any,
+        *,
+        compression: bool,
+        dtype: str | None = None,
+        wait: bool = True,
+        applied: AppliedVersions | None = None,
     ) -> PublishReceipt:
         """Publish weights as the run's next version.
 
@@ -116,6 +122,7 @@ class Publisher:
             dtype: the dtype that floating tensors are cast to; None to leave them as they are.
             wait: whether to return only when the version is published. Otherwise the weights have been copied on
                 return; the next call waits for this one, as one publication runs at a time.
+            applied: tells the receipt which workers have applied the version.
 
         Raises:
             InvalidArgument: tensors cannot be cast to `dtype`.
@@ -128,9 +135,9 @@ class Publisher:
         task = self._prepare(weights, compression, dtype, wait, began)
         self._thread.submit(task)
         if not wait:
-            return PublishReceipt(task)
+            return PublishReceipt(task, applied)
         try:
-            return PublishReceipt(task.result())
+            return PublishReceipt(task.result(), applied)
         finally:
             if not task.done:  # an interrupt: the thread continues, and no caller sees its error
                 task.on_failure = _log_failure

@@ -103,13 +103,18 @@ class Subscriber:
         return self._problem
 
     @property
+    def reason(self) -> str:
+        """Why no newer version arrives, as far as the worker knows."""
+        return self._problem or "is its learner running, and has it published?"
+
+    @property
     def ready(self) -> bool:
         """Whether there is an update to load."""
         return self._updates.ready
 
     @property
     def newest(self) -> int:
-        """The newest version that was decoded or given up; 0 before the first, and after `fetch_again`."""
+        """The newest version that was decoded or given up; 0 before the first, and after `offer_again`."""
         return self._updates.newest
 
     @property
@@ -146,11 +151,12 @@ class Subscriber:
             self._announced = version
             self._thread.wake()
 
-    def fetch_again(self) -> None:
-        """Fetch the latest version again, for another model."""
-        self._updates.forget_newest()
-        self._next_poll = Deadline(0)
-        self._thread.wake()
+    def offer_again(self, newer_than: int) -> None:
+        """Fetch the latest version again if calls have taken all that was newer than this: for another model."""
+        if self.newest_seen[0] > newer_than and not self._updates.contains_newer(newer_than):
+            self._updates.forget_newest()
+            self._next_poll = Deadline(0)
+            self._thread.wake()
 
     def _run_once(self) -> bool:
         """Wait for an announcement, and poll when it is time; return whether it polled."""

@@ -57,6 +57,10 @@ class UpdateQueue:
                 return True
         return False
 
+    def contains_newer(self, version: int) -> bool:
+        """Return whether a decoded version above this one waits to be loaded."""
+        return bool([one for one in self.updates if not one.problem and one.version > version])
+
     @property
     def updates(self) -> list[WeightsUpdate]:
         """What is ready: the failed versions, then the newest of the others, as only that one is worth loading."""
