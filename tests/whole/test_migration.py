@@ -87,7 +87,7 @@ def test_the_worker_on_the_page_works(learner: Learner, run: str, server: Server
     }
     exec(code, names)
     comm, published = learner(), torch.nn.Linear(2, 1)
-    thread = threading.Thread(target=names["work"], args=(3, "", run))
+    thread = threading.Thread(target=names["work"], args=(3, "", run), daemon=True)
     thread.start()
     try:
         comm.send_model_weights(published.state_dict())
@@ -346,7 +346,7 @@ def test_a_pause_without_data_lasts_until_resume_or_stop(
         while not done.is_set():
             client.poll()
 
-    thread = threading.Thread(target=poll)
+    thread = threading.Thread(target=poll, daemon=True)
     thread.start()
     try:
         wait_until("the worker pauses", lambda: client.paused, LONG)
