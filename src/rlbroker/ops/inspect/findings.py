@@ -89,8 +89,8 @@ ADVICE: Final = {
     "learner_missing": "Start the learner with this run name and server. If it is running, the workers have a "
     "mistyped run name.",
     "learner_away": "Check its process and log, and start it again: it continues the run.",
-    "learner_ended": "A worker stops when its loop looks at `running`: check the processes, which may hang in your "
-    "code. To continue the run, start its learner again, and then the workers.",
+    "learner_ended": "A worker stops when its loop looks at `running`: check whether it hangs in your code. To go on "
+    "with the run, start its learner again, and then the workers.",
     "no_weights": "Call send_model_weights before the first collect_experiences.",
     "too_few_workers": "Start the missing workers, or lower num_workers. The missing ones left, or were never started.",
     "worker_away": "Check its process and log, and start it again with the same id. Its queue is kept.",
