@@ -8,7 +8,7 @@ import logging
 import reprlib
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
@@ -27,7 +27,7 @@ from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import readable
 from rlbroker.codec.message import decode, encode
 from rlbroker.codec.signing import SigningKey
-from rlbroker.config import check_positive_seconds, check_timeout_seconds, check_worker_id, shown
+from rlbroker.config import check_positive_seconds, check_timeout_seconds, check_worker_ids, shown
 from rlbroker.control.command_signature import SIGNATURE_FIELDS, sign_command
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
 from rlbroker.errors import DeadlineExceeded, InvalidArgument, UnknownWorker
@@ -260,7 +260,7 @@ class CommandSender:
             raise InvalidArgument(f"the name of a command must be valid text; got {shown(name)}")
         if expires_seconds is not None:
             expires_seconds = check_positive_seconds("expires", expires_seconds)
-        wanted = None if worker_ids is None else sorted({check_worker_id(one) for one in _listed(worker_ids)})
+        wanted = None if worker_ids is None else sorted(set(check_worker_ids("worker_ids", worker_ids)))
         command_id = uuid.uuid4().hex[:12]
         encoded = encode(data, compression=False)  # first, because it refuses what cannot be described
         fields = {
@@ -474,18 +474,6 @@ def _keep_within_bounds(commands: _Entries) -> _Entries:
 #: Bounds the depth and the length of what it shows, and survives values that cannot be shown.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = ARGUMENTS_LENGTH
-
-
-def _listed(worker_ids: Iterable[int]) -> list[int]:
-    """Return ids as a list; raise InvalidArgument if they are none, or if their own code raises."""
-    if type(worker_ids) is list:
-        return worker_ids
-    try:
-        return list(worker_ids)
-    except Exception as error:
-        raise InvalidArgument(
-            f"worker_ids must be a list of worker ids, or None for all; got {shown(worker_ids)}"
-        ) from error
 
 
 def _describe_arguments(data: Any) -> str:
