@@ -6,7 +6,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from pathlib import Path
@@ -335,6 +335,17 @@ def check_worker_id(worker_id: SupportsIndex) -> int:
             f"worker_id must be an integer from 0 to {MAX_WORKER_ID}; got {shown(worker_id)}"
         )
     return number
+
+
+def check_worker_ids(name: str, worker_ids: Iterable[SupportsIndex]) -> list[int]:
+    """Return worker ids in order; raise InvalidArgument unless they can be listed, and each is an id."""
+    try:
+        listed = list(worker_ids)
+    except Exception as error:  # its own code may raise whatever it likes
+        raise InvalidArgument(
+            f"{name} must be a list of worker ids, or None for all; got {shown(worker_ids)}"
+        ) from error
+    return sorted({check_worker_id(one) for one in listed})
 
 
 def check_positive_int(name: str, value: SupportsIndex) -> int:

@@ -264,6 +264,21 @@ def test_a_learner_that_dies_over_a_round_loses_none_of_it(learner: Learner, wor
     assert numbers(second.collect_round(version=1)) == [(0, 1), (1, 1)]
 
 
+def test_learners_that_die_over_a_round_have_all_of_it_in_suspicion(learner: Learner, worker: Worker) -> None:
+    """A batch over which learners died is not returned alone, as it belongs to a round."""
+    comm, clients = learner(max_deliveries=3), [worker(), worker()]
+    publish(comm, *clients)
+    for client in clients:
+        send(client, 1)
+    for _ in range(3):
+        assert numbers(comm.collect_round(version=1)) == [(0, 1), (1, 1)]
+        end_at_once(comm)
+        comm = learner(max_deliveries=3)
+    with pytest.raises(RoundIncomplete):
+        comm.collect_round(version=1, timeout=0.3)
+    assert [letter.reason for letter in comm.dead_letters()] == ["poison", "poison"]
+
+
 def test_marks_cover_the_rounds_that_were_returned(learner: Learner, worker: Worker) -> None:
     first, client = learner(acknowledge="manual"), worker()
     publish(first, client)
@@ -352,7 +367,7 @@ def test_a_partial_round_is_what_there_is(learner: Learner, worker: Worker) -> N
 def test_a_worker_that_keeps_sending_older_batches_does_not_delay_the_timeout(
     learner: Learner, worker: Worker
 ) -> None:
-    comm, client = learner(max_queue_size=10), worker()
+    comm, client = learner(max_queue_size=10, when_full="drop_newest"), worker()
     publish(comm, client)
     publish(comm)
     ended = threading.Event()
@@ -537,8 +552,8 @@ def test_one_thread_at_a_time_gathers_rounds(learner: Learner, worker: Worker) -
         ({"version": -1}, "version must be"),
         ({"version": "1"}, "version must be"),
         ({"workers": []}, "workers is empty"),
-        ({"workers": 3}, "workers must be worker ids"),
-        ({"workers": "01"}, "workers must be worker ids"),
+        ({"workers": 3}, "workers must be a list of worker ids"),
+        ({"workers": "01"}, "worker_id must be"),
         ({"workers": [-1]}, "worker_id must be"),
         ({"per_worker": 0}, "per_worker must be"),
         ({"timeout": -1.0}, "timeout must be"),
@@ -549,6 +564,14 @@ def test_a_round_that_cannot_be_is_refused(learner: Learner, arguments: Any, mes
     publish(comm)
     with pytest.raises(InvalidArgument, match=message):
         comm.collect_round(**arguments)
+
+
+def test_a_round_takes_the_numbers_of_numpy(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker()
+    publish(comm, client)
+    send(client, 1)
+    pairs = comm.collect_round(np.int64(1), np.array([0]), np.int8(1), np.float32(3))  # type: ignore[arg-type]
+    assert numbers(pairs) == [(0, 1)]
 
 
 def test_samples_per_insert_cannot_limit_rounds(learner: Learner) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import wait_until
 
-from rlbroker import Command, Fenced, QueueFull, WorkerClient, WorkerCommunicator
+from rlbroker import Command, Fenced, QueueFull, RoundIncomplete, WorkerClient, WorkerCommunicator
 
 Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
@@ -179,6 +179,29 @@ def test_12_the_roster_lists_the_members(learner: Learner, worker: Worker) -> No
 
     assert [info.worker_id for info in comm.workers()] == [1]
     assert worker().worker_id == 0
+
+
+def test_13_a_round_is_one_batch_of_one_version_from_each_worker(learner: Learner, worker: Worker) -> None:
+    """For synchronous training. Older batches are counted as stale; further ones wait for the next round."""
+    comm, first, second = learner(), worker(), worker()
+    first.send_experiences({"from": "before the first version"})
+    comm.send_model_weights({"w": np.zeros(3)})
+    for client in (first, second):
+        client.load_weights({}, timeout=5.0)
+        client.send_experiences({"from": client.worker_id})
+
+    pairs = comm.collect_round()
+
+    assert [(worker_id, batch["from"], batch.version) for worker_id, batch in pairs] == [(0, 0, 1), (1, 1, 1)]
+    assert comm.get_queue_info()["counts"][0].lost == {"stale": 1}
+
+    first.send_experiences({"from": 0})
+    with pytest.raises(RoundIncomplete) as raised:
+        comm.collect_round(timeout=0.2)
+    assert list(raised.value.missing) == [1]
+
+    second.send_experiences({"from": 1})
+    assert [worker_id for worker_id, _ in comm.collect_round()] == [0, 1]
 
 
 def _is_waiting(command: Command, client: WorkerClient) -> bool:

@@ -63,6 +63,7 @@ COMMANDS = {
 def learner_calls(comm: WorkerCommunicator) -> list[Callable[[], Any]]:
     return [
         comm.collect_experiences,
+        lambda: comm.collect_round(timeout=0.1),
         comm.workers,
         comm.missed_updates,
         comm.get_queue_info,

@@ -27,10 +27,10 @@ from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import readable
 from rlbroker.codec.message import decode, encode
 from rlbroker.codec.signing import SigningKey
-from rlbroker.config import check_positive_seconds, check_timeout_seconds, shown
+from rlbroker.config import check_positive_seconds, check_timeout_seconds, check_worker_ids, shown
 from rlbroker.control.command_signature import SIGNATURE_FIELDS, sign_command
 from rlbroker.control.ledger import OUTCOMES_KEPT_SECONDS
-from rlbroker.control.settlements import UNKNOWN_WORKER, Settlements, check_worker_ids, unknown_workers
+from rlbroker.control.settlements import UNKNOWN_WORKER, Settlements, unknown_workers
 from rlbroker.errors import DeadlineExceeded, InvalidArgument
 from rlbroker.membership.incarnations import Incarnations, read_incarnations
 from rlbroker.types import Outcome
@@ -261,7 +261,7 @@ class CommandSender:
             raise InvalidArgument(f"the name of a command must be valid text; got {shown(name)}")
         if expires_seconds is not None:
             expires_seconds = check_positive_seconds("expires", expires_seconds)
-        wanted = check_worker_ids(worker_ids)
+        wanted = None if worker_ids is None else check_worker_ids("worker_ids", worker_ids)
         command_id = uuid.uuid4().hex[:12]
         encoded = encode(data, compression=False)  # first, because it refuses what cannot be described
         fields = {

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, SupportsIndex
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
 
 from rlbroker.backend.deadline import Deadline, within
-from rlbroker.config import check_worker_id, shown
-from rlbroker.errors import InvalidArgument, UnknownWorker
+from rlbroker.errors import UnknownWorker
 from rlbroker.types import Outcome
 
 #: Longest pause between two reads of the outcomes that a call waits for.
@@ -50,19 +49,6 @@ class Settlements:
             next_read = Deadline(min(POLL_SECONDS, deadline.remaining))
             while count == self._count and not next_read.over:
                 time.sleep(min(CHECK_SECONDS, next_read.remaining))
-
-
-def check_worker_ids(worker_ids: Iterable[SupportsIndex] | None) -> Sequence[int] | None:
-    """Return the ids that a caller gave, in order; None for all. Raise InvalidArgument if they are none."""
-    if worker_ids is None:
-        return None
-    try:
-        listed = list(worker_ids)
-    except Exception as error:
-        raise InvalidArgument(
-            f"worker_ids must be a list of worker ids, or None for all; got {shown(worker_ids)}"
-        ) from error
-    return sorted({check_worker_id(one) for one in listed})
 
 
 def unknown_workers(run: str, missing: Iterable[int], members: Mapping[int, object]) -> UnknownWorker:

@@ -9,14 +9,13 @@ from typing import SupportsIndex
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
-from rlbroker.config import check_timeout_seconds
+from rlbroker.config import check_timeout_seconds, check_worker_ids
 from rlbroker.control.ledger import Ledger
 from rlbroker.control.settlements import (
     POLL_SECONDS,
     UNKNOWN_WORKER,
     WAITING,
     Settlements,
-    check_worker_ids,
     unknown_workers,
 )
 from rlbroker.errors import Fenced
@@ -60,7 +59,7 @@ class VersionWaiter:
             timeout, worker_ids: as in `PublishReceipt.wait_applied`.
         """
         self._check()
-        wanted = check_worker_ids(worker_ids)
+        wanted = None if worker_ids is None else check_worker_ids("worker_ids", worker_ids)
         deadline = Deadline(
             self._connection.timeout_seconds if timeout is None else check_timeout_seconds("timeout", timeout)
         )

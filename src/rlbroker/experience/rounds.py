@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from rlbroker.config import check_count, check_positive_int, check_worker_id, shown
+from rlbroker.config import check_count, check_positive_int, check_worker_ids
 from rlbroker.errors import InvalidArgument, RoundIncomplete
 from rlbroker.types import WorkerInfo
 
@@ -59,9 +59,7 @@ class Round:
             )
         chosen: frozenset[int] | None = None
         if workers is not None:
-            if isinstance(workers, str | bytes) or not isinstance(workers, Iterable):
-                raise InvalidArgument(f"workers must be worker ids, or None for all; got {shown(workers)}")
-            chosen = frozenset([check_worker_id(worker) for worker in workers])
+            chosen = frozenset(check_worker_ids("workers", workers))
             if not chosen:
                 raise InvalidArgument("workers is empty; name at least one worker, or None for all")
         return cls(version, check_positive_int("per_worker", per_worker), chosen, bool(partial))
