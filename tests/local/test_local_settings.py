@@ -1,6 +1,5 @@
 """Tests of the arguments of the embedded server. No process is started."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,13 +18,7 @@ pytestmark = pytest.mark.unit
         {"bind": "127.0.0.1", "port": -1},
         {"bind": "localhost"},
         {"bind": "127.0.0.1\nport 1"},
-        {"persistence": True},
-        {"directory": Path("/somewhere")},
         {"maxmemory_bytes": 0},
-        {"config": {"requirepass": "x"}},
-        {"config": {"Bind": "0.0.0.0"}},
-        {"config": {"hz": "10\nport 6379"}},
-        {"config": {"hz 10\nport": "6379"}},
     ],
     ids=repr,
 )
@@ -39,7 +32,7 @@ def test_the_constructor_starts_no_process_and_writes_no_file() -> None:
     assert not server.socket_path.parent.exists()
     assert server.pid is None
     assert server.network_url is None
-    assert server.binary is None
+    assert server.version is None
 
 
 def test_two_servers_have_different_passwords_and_sockets() -> None:

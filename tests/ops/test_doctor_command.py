@@ -44,7 +44,7 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     """A server for these tests alone, because they change its settings."""
-    with RedisServer(persistence=True, directory=tmp_path_factory.mktemp("server")) as server:
+    with RedisServer(directory=tmp_path_factory.mktemp("server")) as server:
         yield server
 
 

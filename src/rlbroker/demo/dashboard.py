@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -31,19 +31,21 @@ _MISSED_TEXTS = {
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-class View(Protocol):
-    """A view of the progress. It is a context manager, so that it can restore the terminal at the end."""
+class View:
+    """A view of the progress, as a context manager, which leaves the last state on the screen."""
 
     def __enter__(self) -> Self:
         """Start the view."""
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the view, and leave the last state on the screen."""
+        """End the view."""
 
     def update(self, progress: Progress) -> None:
         """Show a new state."""
+        raise NotImplementedError
 
 
 def open_view(env_id: str, console: Console | None = None) -> View:
@@ -102,24 +104,15 @@ def _format_staleness(progress: Progress) -> str:
     return f"{sum(staleness for _, _, staleness in progress.batches) / len(progress.batches):.1f}"
 
 
-class JsonLines:
+class JsonLines(View):
     """A view that writes each state as a line of JSON, which `rlbroker demo` reads."""
-
-    def __enter__(self) -> Self:
-        """Return the view itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Do nothing: each line is already written."""
 
     def update(self, progress: Progress) -> None:
         """Write and flush a line."""
         print(progress.to_json(), flush=True)
 
 
-class PlainLines:
+class PlainLines(View):
     """A view that writes a line every few seconds, and the last state at the end."""
 
     def __init__(self, write: Callable[[str], object], seconds: float = PLAIN_LINE_SECONDS) -> None:
@@ -129,10 +122,6 @@ class PlainLines:
         self._step_rate = StepRate()
         self._due = 0.0
         self._unwritten: str | None = None
-
-    def __enter__(self) -> Self:
-        """Return the view itself."""
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -157,7 +146,7 @@ class PlainLines:
             self._unwritten = None
 
 
-class Dashboard:
+class Dashboard(View):
     """A view that redraws one panel in place at each update."""
 
     def __init__(self, env_id: str, console: Console) -> None:

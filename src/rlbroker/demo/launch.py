@@ -76,7 +76,7 @@ def build_commands(settings: DemoSettings, run: str, seconds: float) -> dict[str
     return {LEARNER: learner, **workers}
 
 
-def run_demo(settings: DemoSettings, console: Console | None = None) -> int:
+def run_demo(settings: DemoSettings) -> int:
     """Run the demo; return the exit code: 0 solved, 1 not solved in time, 130 after Ctrl-C.
 
     Raises:
@@ -84,7 +84,7 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> int:
         ServerUnsuitable: no server program works on this machine.
     """
     check_output(settings.output)
-    console = console or Console()
+    console = Console()
     try:
         return _run(settings, console)
     except KeyboardInterrupt:

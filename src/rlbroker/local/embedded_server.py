@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, Self, TextIO
@@ -46,26 +46,6 @@ OLDEST_VERSION = (6, 2)
 STOP_SECONDS = 5.0
 _PORT_ATTEMPTS = 5
 _LOG_TAIL_BYTES = 64 * 1024
-
-#: Directives that `RedisServer` sets from its arguments. ``config`` must not override them.
-_RESERVED = {
-    "aclfile",
-    "appendonly",
-    "bind",
-    "daemonize",
-    "dir",
-    "include",
-    "logfile",
-    "maxmemory",
-    "pidfile",
-    "port",
-    "protected-mode",
-    "requirepass",
-    "supervised",
-    "unixsocket",
-    "unixsocketperm",
-    "user",
-}
 
 
 class Binary(NamedTuple):
@@ -136,9 +116,8 @@ class RedisServer:
     With ``bind`` (an IP address of this machine, or a wildcard) it also listens on TCP; ``port`` None or 0
     chooses a free port. Clients need the random password that is part of the URL.
 
-    ``persistence=True`` and ``directory`` go together: the directory holds the data (an append-only file, synced
-    each second) and the password, so that clients can reconnect to a restarted server. ``config`` adds
-    directives to the server's configuration. ``binary`` replaces the program that `find_binary` returns.
+    ``directory`` keeps the data (an append-only file, synced each second) and the password, so that clients can
+    reconnect to a restarted server. Without it nothing is kept.
 
     A server that stopped or crashed can be started again with the same URL and port. When this process ends, even
     by SIGKILL, the server ends too, and only the data in ``directory`` remains.
@@ -153,9 +132,6 @@ class RedisServer:
         port: int | None = None,
         directory: Path | None = None,
         maxmemory_bytes: int | None = None,
-        persistence: bool = False,
-        config: Mapping[str, str] | None = None,
-        binary: Path | None = None,
     ) -> None:
         """Check the arguments and choose the URL. `start` starts the server.
 
@@ -166,8 +142,6 @@ class RedisServer:
             raise InvalidArgument("port needs bind: without bind the server listens only on a Unix socket")
         if port is not None and not 0 <= port <= 65535:
             raise InvalidArgument(f"port must be from 0 (any) to 65535, not {port}")
-        if persistence != (directory is not None):
-            raise InvalidArgument("persistence=True and directory need each other: pass both or neither")
         if maxmemory_bytes is not None and maxmemory_bytes <= 0:
             raise InvalidArgument(f"maxmemory_bytes must be positive, not {maxmemory_bytes}")
         self._bind = None if bind is None else _parse_address(bind)
@@ -175,8 +149,6 @@ class RedisServer:
         self._port = port or 0
         self._directory = None if directory is None else directory.absolute()
         self._maxmemory_bytes = maxmemory_bytes or 0
-        self._config = _check_config(config or {})
-        self._requested_binary = binary
         self._binary: Binary | None = None
         self._password = self._load_password() or secrets.token_urlsafe(32)
         self._run_directory = _choose_directory()
@@ -186,11 +158,6 @@ class RedisServer:
         self._last_log = ""
         self._lock = threading.RLock()
         self._owner_pid = os.getpid()
-
-    @property
-    def binary(self) -> Path | None:
-        """The path of the server program; None before the first start."""
-        return None if self._binary is None else self._binary.path
 
     @property
     def version(self) -> str | None:
@@ -249,8 +216,7 @@ class RedisServer:
             if self.running:
                 return self
             self.stop()
-            requested = self._requested_binary
-            self._binary = find_binary() if requested is None else _check_binary(requested)
+            self._binary = find_binary()
             if self._directory is not None:
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._save_password(self._directory)
@@ -400,7 +366,6 @@ class RedisServer:
         }
         if self._bind is not None:
             directives["bind"] = self._bind
-        directives |= self._config
         lines = [f"{name} {value}" for name, value in directives.items()]
         lines.append("user default off resetpass resetkeys resetchannels -@all")
         lines.append(f"user {USER} on #{password_hash} ~* &* +@all")
@@ -420,19 +385,6 @@ def _parse_address(bind: str) -> str:
         raise InvalidArgument(
             f"bind must be an IP address of this machine, such as 127.0.0.1, or 0.0.0.0 for all, not {bind!r}"
         ) from None
-
-
-def _check_config(config: Mapping[str, str]) -> dict[str, str]:
-    checked = {}
-    for name, value in config.items():
-        if name.lower() in _RESERVED:
-            raise InvalidArgument(f"config must not set {name!r}: RedisServer sets it from its arguments")
-        if not re.fullmatch(r"[A-Za-z0-9-]+", name) or re.search(r"[\r\n\0]", value):
-            raise InvalidArgument(
-                f"each entry of config must be one directive and its value, not {name!r}: {value!r}"
-            )
-        checked[name.lower()] = value or '""'
-    return checked
 
 
 def _quote(path: Path) -> str:

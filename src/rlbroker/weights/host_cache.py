@@ -108,7 +108,6 @@ class ImageStore:
     def __init__(self, run: str, directory: Path | None) -> None:
         """Share images in a directory such as /dev/shm, which is entered when needed; None to share none."""
         self._run, self._directory = run, directory
-        self._closed = False
         self._logged: set[str] = set()
         #: Mapped files by inode, and whether they are writable. Versions alternate between few files, and touching
         #: pages for the first time costs more than copying them.
@@ -161,21 +160,20 @@ class ImageStore:
 
     def close(self) -> None:
         """Leave the folder; the last process to leave removes it. Images, drafts and claims stay as they are."""
-        folder, self._closed = self._folder_for(MIN_SHARED_BYTES, enter=False), True
+        folder, self._folder = self.__dict__.get("_folder"), None
         self._mapped.clear()
-        if folder is not None and self._directory is not None:
+        if folder is not None and folder.fd >= 0 and self._directory is not None:
             fcntl.flock(folder.fd, fcntl.LOCK_UN)  # not closed: another thread may be using it
             _sweep(self._directory)
 
-    def _folder_for(self, raw_bytes: int, *, enter: bool = True) -> _File | None:
-        """Return the run's folder, entered now if need be; None if this process shares no images of this size."""
-        if self._closed or raw_bytes < MIN_SHARED_BYTES:
-            return None
-        folder = self._folder if enter else self.__dict__.get("_folder")
+    def _folder_for(self, raw_bytes: int) -> _File | None:
+        """Return the run's folder; None if this process shares no images of this size."""
+        folder = self._folder if raw_bytes >= MIN_SHARED_BYTES else None
         return folder if folder is not None and folder.fd >= 0 else None
 
     @cached_property
     def _folder(self) -> _File | None:
+        """The run's folder, which is entered now; None if that is impossible, and after `close`."""
         if self._directory is None:
             return None
         if sys.platform != "linux":

@@ -51,9 +51,7 @@ def server(
             "--port needs --bind ADDRESS, such as --bind 127.0.0.1: without it there is only a Unix socket"
         )
     limit = None if maxmemory_mb is None else maxmemory_mb << 20
-    embedded = RedisServer(
-        bind=bind, port=port, directory=directory, maxmemory_bytes=limit, persistence=directory is not None
-    )
+    embedded = RedisServer(bind=bind, port=port, directory=directory, maxmemory_bytes=limit)
     try:
         with embedded:
             print(f"{embedded.version}, process {embedded.pid}; Ctrl-C ends it", file=sys.stderr)
