@@ -6,6 +6,7 @@ Marks at the foot of a lane are versions that the worker missed; in high lanes t
 
 from __future__ import annotations
 
+from datetime import tzinfo
 from typing import Final
 
 import matplotlib
@@ -17,9 +18,16 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from rlbroker.ops.inspect.timeline import Timeline, VersionLanes, build_lanes
-from rlbroker.ops.report.plots import draw_time_axis
-from rlbroker.ops.report.svg import ORANGE, PURPLE, RED, inline, new_figure
-from rlbroker.ops.report.times import Clock
+from rlbroker.ops.report.plots import (
+    DAY_SECONDS,
+    LEAST_TICKS,
+    ORANGE,
+    PURPLE,
+    RED,
+    draw_time_axis,
+    new_figure,
+    to_data_url,
+)
 
 #: Widths in CSS pixels: for a desktop, for paper and for a phone.
 WIDTHS: Final = {"wide": 1130, "middle": 660, "narrow": 325}
@@ -45,17 +53,17 @@ _MISSED: Final = {"superseded": "#8d99a6", "left": PURPLE, "away": ORANGE, "fail
 _COLORS: Final = "viridis"
 
 
-def draw_timeline(timeline: Timeline, clock: Clock) -> dict[str, str]:
-    """Return the chart in each width as `svg` elements, by name; must be called within `styled`."""
+def draw_timeline(timeline: Timeline, zone: tzinfo) -> dict[str, str]:
+    """Return the chart in each width as URLs of images, by name; must be called within `styled`."""
     charts = {}
     for name, width in WIDTHS.items():
         lanes = build_lanes(timeline, width - 50)
         if lanes.workers:
-            charts[f"lanes-{name}"] = inline(_draw_lanes(lanes, timeline, clock, width), f"lanes-{name}")
+            charts[f"lanes-{name}"] = to_data_url(_draw_lanes(lanes, timeline, zone, width))
     return charts
 
 
-def _draw_lanes(lanes: VersionLanes, timeline: Timeline, clock: Clock, width: int) -> Figure:
+def _draw_lanes(lanes: VersionLanes, timeline: Timeline, zone: tzinfo, width: int) -> Figure:
     count, wide, narrow = len(lanes.workers), width == WIDTHS["wide"], width == WIDTHS["narrow"]
     lane_pixels = max(_LEAST_LANE_PIXELS, min(_LANE_PIXELS, _ALL_LANES_PIXELS // count))
     legend = _make_legend(lanes)
@@ -70,7 +78,7 @@ def _draw_lanes(lanes: VersionLanes, timeline: Timeline, clock: Clock, width: in
         _make_pixels(lanes, scale, lane_pixels, max(1, round(_MARK_PIXELS * lanes.columns / (width - 50)))),
         aspect="auto",
         interpolation="none",
-        extent=(lanes.begin, lanes.end, count - 0.5, -0.5),
+        extent=(lanes.begin / DAY_SECONDS, lanes.end / DAY_SECONDS, count - 0.5, -0.5),
     )
     step = next(step for step in (1, 2, 4, 8, 16, 32) if step * lane_pixels >= _LINE_PIXELS - 1)
     labelled = range(0, count, step)
@@ -81,7 +89,9 @@ def _draw_lanes(lanes: VersionLanes, timeline: Timeline, clock: Clock, width: in
     axes.set_ylabel("worker")
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
-    draw_time_axis(axes, lanes.begin, lanes.end, timeline.restarts, clock, ticks=max(4, width // 110))
+    draw_time_axis(
+        axes, lanes.begin, lanes.end, timeline.restarts, zone, ticks=max(LEAST_TICKS, width // 110)
+    )
     if legend:
         axes.legend(
             handles=legend,
