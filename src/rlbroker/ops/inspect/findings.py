@@ -299,10 +299,9 @@ def _member_findings(snapshot: Snapshot, info: WorkerInfo, limits: FindingLimits
     explained = away or just_joined or info.problem or info.unconfirmed
     skips_in_a_row = snapshot.workers[worker].missed.skips_in_a_row
     if info.staleness >= limits.staleness and not explained:
-        latest = snapshot.manifest.version if snapshot.manifest else 0
         runs = f"{info.version:,}" if info.version else "none"
         what = (
-            f"worker {worker} is {counted(info.staleness, 'version')} behind: it runs {runs} of {latest:,}"
+            f"worker {worker} is {counted(info.staleness, 'version')} behind: it runs {runs} of {snapshot.version:,}"
             f"{_unpolled(info)}"
         )
         yield Finding("warning", "worker_behind", worker, what, details)

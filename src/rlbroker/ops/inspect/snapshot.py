@@ -107,6 +107,31 @@ class WorkerStatus:
     dead_letters: int
     spoiled: tuple[str, ...] = ()
 
+    @property
+    def waiting(self) -> int:
+        """The batches in its queue that no learner has read."""
+        return self.counts.waiting if self.counts else 0
+
+    @property
+    def in_hand(self) -> int:
+        """The batches that a learner has read and not acknowledged."""
+        return self.counts.in_hand if self.counts else 0
+
+    @property
+    def delivered(self) -> int:
+        """The batches that learners acknowledged."""
+        return self.counts.delivered if self.counts else 0
+
+    @property
+    def lost(self) -> int:
+        """The batches that were produced and will not be delivered, for any reason."""
+        return sum(self.counts.lost.values()) if self.counts else 0
+
+    @property
+    def missed_total(self) -> int:
+        """The versions and commands that it missed."""
+        return self.missed.total + self.missed.commands
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -129,6 +154,16 @@ class Snapshot:
     learner: LearnerStatus | None
     manifest: Manifest | None
     workers: dict[int, WorkerStatus]
+
+    @property
+    def version(self) -> int:
+        """The latest version; 0 before the first."""
+        return self.manifest.version if self.manifest else 0
+
+    @property
+    def learner_state(self) -> Liveness | Literal["ended", "none"]:
+        """The state of the latest learner; `none` before the first."""
+        return self.learner.state if self.learner else "none"
 
     @property
     def members(self) -> list[WorkerInfo]:

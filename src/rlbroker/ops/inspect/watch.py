@@ -91,8 +91,8 @@ class RunView:
         return {
             "run": snapshot.run,
             "at": snapshot.at,
-            "learner": snapshot.learner.state if snapshot.learner else "none",
-            "version": snapshot.manifest.version if snapshot.manifest else 0,
+            "learner": snapshot.learner_state,
+            "version": snapshot.version,
             "alive": snapshot.alive,
             "used_bytes": snapshot.server.used_bytes,
             "figures": {name: self.newest(name) for name in SERIES},
