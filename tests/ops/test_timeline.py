@@ -12,8 +12,9 @@ import pytest
 
 from rlbroker.config import RunSettings
 from rlbroker.metrics.history import Sample
-from rlbroker.ops.inspect.bottleneck import judge
-from rlbroker.ops.inspect.snapshot import LearnerStatus, ServerStatus, Snapshot, WorkerStatus
+from rlbroker.ops.inspect.bottleneck import Bottleneck
+from rlbroker.ops.inspect.liveness import LearnerStatus
+from rlbroker.ops.inspect.snapshot import ServerStatus, Snapshot, WorkerStatus
 from rlbroker.ops.inspect.timeline import Timeline, VersionsBehind, build_lanes, thin_out
 from rlbroker.ops.report.render import render
 from rlbroker.types import Missed, MissedUpdates, WorkerInfo
@@ -78,7 +79,9 @@ def test_thinned_history_keeps_its_totals_and_the_changes_of_learner() -> None:
     assert len(thinned) <= 110
     assert timeline.total("collected") == 999**2 + 3 * 999
     points = timeline.points(100)
-    assert sum(one.batches_per_second * one.seconds for one in points) == pytest.approx(999**2 + 3 * 999)
+    assert sum((one.values["batches_per_second"] or 0) * one.seconds for one in points) == pytest.approx(
+        999**2 + 3 * 999
+    )
     assert [one.at - one.seconds for one in points if not one.continues] == [BEGIN, BEGIN + 1100]
     assert timeline.restarts == [BEGIN + 1100]
 
@@ -96,8 +99,9 @@ def test_thinned_history_keeps_its_totals_and_the_changes_of_learner() -> None:
 )
 def test_the_bottleneck_is_judged_by_shares_of_time(shares: dict[str, float], which: str) -> None:
     no_shares = dict.fromkeys(("learner_waits", "workers_wait", "encoding", "sending", "publishing"), 0.0)
-    assert judge(60.0, **no_shares | shares).which == which
-    assert judge(5.0, **no_shares | shares).which == "unknown"
+    assert Bottleneck(60.0, 1, **no_shares | shares).which == which
+    assert Bottleneck(60.0, 0, **no_shares | shares).which == "unknown"
+    assert Bottleneck(5.0, 1, **no_shares | shares).which == "unknown"
 
 
 def test_waits_of_workers_are_shares_of_their_added_time() -> None:

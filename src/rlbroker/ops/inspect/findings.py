@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from rlbroker.backend.text import age, counted
-from rlbroker.ops.inspect.snapshot import LearnerStatus, Snapshot, WorkerStatus
+from rlbroker.ops.inspect.liveness import LearnerStatus
+from rlbroker.ops.inspect.snapshot import Snapshot, WorkerStatus
 from rlbroker.types import WorkerInfo
 
 Severity = Literal["warning", "critical"]

@@ -114,8 +114,8 @@ class PlotData:
         )
 
     def values(self, field: str) -> Values:
-        """Return the values of a line, one for each time in `times`, from a field of `TimelinePoint`."""
-        found = [getattr(point, field) for point in self.points]
+        """Return the values of a line, one for each time in `times`, of one of `METRICS`."""
+        found = [point.values[field] for point in self.points]
         values = [math.nan if value is None else float(value) for value in found]
         return self._make_line([(value, value) for value in values])
 
@@ -131,7 +131,7 @@ class PlotData:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a plot: the field of `TimelinePoint` that it shows, and how."""
+    """A line of a plot: the metric that it shows, and how."""
 
     field: str
     color: str
