@@ -162,7 +162,7 @@ def test_a_report_of_many_workers_stays_small() -> None:
     ]
     records = tuple(make_missed(number % 256, 3.0 * number, "superseded") for number in range(2000))
     page = render(make_timeline(samples, records), complete_hint=str)
-    assert len(pictures_of(page)) == 6 + 3
+    assert len(pictures_of(page)) == 6 + 1
     assert len(page) < 600_000
 
 
@@ -170,7 +170,7 @@ def test_a_run_of_one_second_has_a_report() -> None:
     page = render(
         make_timeline([make_sample(number, running={0: 0}) for number in range(2)]), complete_hint=str
     )
-    assert len(pictures_of(page)) == 6 + 3
+    assert len(pictures_of(page)) == 6 + 1
     assert "the history is too short to tell" in page.lower()
     assert not re.search(r"\b(nan|inf)\b|>None<", page.partition("</style>")[2])
 

@@ -22,7 +22,7 @@ def render(timeline: Timeline, *, complete_hint: Callable[[str], str]) -> str:
     now = datetime.fromtimestamp(timeline.snapshot.at).astimezone()
     zone = now.tzinfo or UTC
     with styled():
-        plots = draw_plots(timeline, zone) | draw_timeline(timeline, zone)
+        plots, lanes = draw_plots(timeline, zone), draw_timeline(timeline, zone)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rlbroker.ops.report", "."),
         autoescape=True,
@@ -44,6 +44,7 @@ def render(timeline: Timeline, *, complete_hint: Callable[[str], str]) -> str:
         finding_groups=group_findings(timeline.findings),
         snapshot=timeline.snapshot,
         plots=plots,
+        lanes=lanes,
         now=now,
         rule=RULE,
         complete_hint=complete_hint,
