@@ -5,6 +5,7 @@ Tested on the embedded server; with `scripts/test --all-servers` on Redis 6.2 an
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -32,7 +33,7 @@ from rlbroker.membership.heartbeat import BEAT, LEAVE, REJOIN
 from rlbroker.membership.roster import ALIVE, END_RUN, FORGET, OPEN
 from rlbroker.membership.worker_ids import REGISTER
 from rlbroker.ops.acl import _LEARNER, _WORKER
-from rlbroker.ops.prune import PRUNE_RUN
+from rlbroker.ops.prune import PRUNE
 from rlbroker.weights.commit import COMMIT
 
 KEYS = Keys(RUN)
@@ -311,7 +312,7 @@ def keys_of(script: Script, worker: int) -> list[str]:
         RESTORE_COMMAND: [KEYS.meta, KEYS.control, KEYS.pending, KEYS.outcomes("abc")],
         SETTLE: [KEYS.meta, KEYS.acknowledgements(worker), KEYS.ledger(worker), KEYS.missed, KEYS.pending],
         FORGET: [KEYS.life(worker), KEYS.acknowledgements(worker), KEYS.weights, KEYS.meta],
-        PRUNE_RUN: [KEYS.workers, KEYS.meta],
+        PRUNE: [KEYS.meta, KEYS.workers],
         LEAVE: [KEYS.life(worker), KEYS.heartbeat(worker), KEYS.acknowledgements(worker), KEYS.weights],
         BEAT: [KEYS.life(worker), KEYS.workers, KEYS.heartbeat(worker), KEYS.meta],
         REJOIN: [KEYS.life(worker), KEYS.workers, KEYS.weights, KEYS.heartbeat(worker)],
@@ -325,6 +326,9 @@ def keys_of(script: Script, worker: int) -> list[str]:
 
 
 FAR = "9999999999999"
+
+#: The fingerprint of no keys, with which `prune` compares nothing: SHA-1 of an empty list.
+NOTHING = hashlib.sha1(b"\x90").hexdigest()
 
 #: Placeholders for the epoch of the learner and for the incarnation of worker 1.
 EPOCH, INCARNATION = "<epoch>", "<incarnation>"
@@ -342,7 +346,7 @@ ATTACKS: dict[str, tuple[Script, list[Any]]] = {
     "settle": (SETTLE, [EPOCH, "1-1", "1", "60", "9", "0", "0", "settled", "9"]),
     "acknowledge": (ACKNOWLEDGE, ["", f"{FAR}-1", "event", "left", "version", "9"]),
     "give-up": (FORGET, ["0", "0"]),
-    "prune": (PRUNE_RUN, ["0", "-1", "0", "pruned"]),
+    "prune": (PRUNE, ["0", NOTHING, "pruned"]),
     "leave": (LEAVE, ["1", "me:1"]),
     "beat": (BEAT, ["1", FAR, "token", "1000", "me:1", "version", "9"]),
     "rejoin": (REJOIN, ["1", FAR, FAR, "token", "1000"]),

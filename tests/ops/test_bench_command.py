@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 from conftest import RealServer
 
-from rlbroker.ops.bench import BenchReport, CodecRates, PublishTimings
+from rlbroker.ops.bench import BenchReport, PublishTimings
 
 #: The smallest measurement.
 TINY = ("--megabytes", "0.1", "--seconds", "0.01")
@@ -55,7 +55,6 @@ def test_bench_prints_every_measurement_and_deletes_its_run(real_server: RealSer
         "link",
         *["weights"] * 2,
         *["batches"] * 3,
-        *["codec"] * 2,
         "verdict",
     ]
     assert all(line.startswith("… ") for line in done.stderr.splitlines()), done.stderr
@@ -66,7 +65,6 @@ def test_bench_as_json_has_every_measurement(real_server: RealServer) -> None:
     data = json.loads(bench(real_server, "--json").stdout)
     assert data.keys() == {field.name for field in fields(BenchReport)} | {"verdict"}
     assert data["published"][0].keys() == {field.name for field in fields(PublishTimings)}
-    assert data["codecs"][0].keys() == {field.name for field in fields(CodecRates)}
     assert [one["size_bytes"] for one in data["batches"]] == [1 << 10, 64 << 10, 1 << 20]
     numbers = [number for one in (data, *data["published"], *data["batches"]) for number in one.values()]
     assert all(number > 0 for number in numbers if isinstance(number, float))
@@ -75,7 +73,7 @@ def test_bench_as_json_has_every_measurement(real_server: RealServer) -> None:
 def test_the_verdict_prefers_what_arrives_sooner() -> None:
     def report(raw_ms: float, compressed_ms: float) -> BenchReport:
         published = [PublishTimings(False, 1.0, raw_ms, 1.0), PublishTimings(True, 1.0, compressed_ms, 1.0)]
-        return BenchReport("server", "", 1.0, 1.0, 1.0, 1.0, published, [], [])
+        return BenchReport("server", "", 1.0, 1.0, 1.0, 1.0, published, [])
 
     assert "float32 weights pays (" in report(30.0, 20.0).verdict
     assert "does not pay: compression_enabled=False is as fast" in report(30.0, 60.0).verdict

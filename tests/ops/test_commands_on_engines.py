@@ -313,7 +313,7 @@ def test_prune_keeps_a_queue_in_an_old_shard_that_is_used_meanwhile(
 ) -> None:
 
     from rlbroker.backend.connection import Connection
-    from rlbroker.ops.prune import OPENED, PRUNE_QUEUE, judge_runs, prune
+    from rlbroker.ops.prune import OPENED, PRUNE, judge_runs, prune
 
     wait_until("no node has just started", lambda: _uptime(cluster) >= BACK_SECONDS, 15.0)
     plant(cluster.url)
@@ -323,7 +323,7 @@ def test_prune_keeps_a_queue_in_an_old_shard_that_is_used_meanwhile(
     run = Connection.run
 
     def watched(self: Connection, script: Any, names: Any, *arguments: Any, **options: Any) -> Any:
-        if script is PRUNE_QUEUE and names[0] == keys.experiences(1):
+        if script is PRUNE and names[0] == keys.experiences(1):
             cluster.client.xadd(keys.experiences(1), {"data": "new"})
         return run(self, script, names, *arguments, **options)
 

@@ -12,7 +12,8 @@ import pytest
 from rlbroker import MissedUpdates, QueueCounts, WorkerInfo
 from rlbroker.config import RunSettings
 from rlbroker.ops.inspect.findings import FindingLimits, list_findings
-from rlbroker.ops.inspect.snapshot import LearnerStatus, ServerStatus, Snapshot, WorkerStatus
+from rlbroker.ops.inspect.liveness import LearnerStatus
+from rlbroker.ops.inspect.snapshot import ServerStatus, Snapshot, WorkerStatus
 from rlbroker.weights.manifest import Manifest, StoredForm
 
 pytestmark = pytest.mark.unit

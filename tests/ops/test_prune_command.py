@@ -8,7 +8,7 @@ import pty
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,7 @@ from rlbroker.ops.cli.app import app
 from rlbroker.ops.prune import (
     BACK_SECONDS,
     OPENED,
-    PRUNE_QUEUE,
-    PRUNE_RUN,
+    PRUNE,
     PruneResult,
     RunVerdict,
     judge_runs,
@@ -243,15 +242,15 @@ def test_an_unreadable_run_is_kept_while_its_keys_are_used(
 # Processes that join meanwhile
 
 
-def call_before(monkeypatch: pytest.MonkeyPatch, script: Script, action: Callable[[], None]) -> None:
-    """Call a function right before a script runs."""
+def call_before(monkeypatch: pytest.MonkeyPatch, key: str, action: Callable[[], None]) -> None:
+    """Call a function right before the script deletes this key, with others of the run or of the queue."""
     run = Connection.run
 
-    def watched(self: Connection, called: Script, *arguments: Any, **options: Any) -> Any:
-        if called is script:
+    def watched(self: Connection, called: Script, keys: Sequence[str], *arguments: Any) -> Any:
+        if called is PRUNE and key in keys:
             monkeypatch.setattr(Connection, "run", run)
             action()
-        return run(self, called, *arguments, **options)
+        return run(self, called, keys, *arguments)
 
     monkeypatch.setattr(Connection, "run", watched)
 
@@ -265,7 +264,7 @@ def test_a_learner_that_opens_the_run_just_before_keeps_it(
     opened: list[WorkerCommunicator] = []
     call_before(
         monkeypatch,
-        PRUNE_RUN,
+        Keys("back").meta,
         lambda: opened.append(WorkerCommunicator(1, redis_url=real_server.url, run="back")),
     )
     try:
@@ -283,7 +282,7 @@ def test_a_worker_that_joins_just_before_keeps_the_run(
     backdate(real_server.client, "back", 2 * HOUR)
     before = read_keys(real_server.client, "back").keys()
     joined: list[WorkerClient] = []
-    call_before(monkeypatch, PRUNE_RUN, lambda: joined.append(WorkerClient(real_server.url, "back")))
+    call_before(monkeypatch, Keys("back").meta, lambda: joined.append(WorkerClient(real_server.url, "back")))
     try:
         assert prune_now(connection, "back").kept == OPENED
         assert read_keys(real_server.client, "back").keys() >= before
@@ -304,7 +303,7 @@ def test_a_run_that_begins_while_the_old_one_is_deleted_loses_nothing(
         opened[0].send_model_weights({"w": np.ones(10, np.float32)})
         opened[1].send_experiences({"new": np.ones(3, np.float32)})
 
-    call_before(monkeypatch, PRUNE_QUEUE, begin)
+    call_before(monkeypatch, Keys("anew").experiences(0), begin)
     found = prune_now(connection, "anew")
     try:
         assert found.kept == OPENED
@@ -330,7 +329,7 @@ def test_an_interrupted_deletion_is_completed_by_the_next_one(
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    call_before(monkeypatch, PRUNE_QUEUE, interrupt)
+    call_before(monkeypatch, Keys("half").experiences(0), interrupt)
     with pytest.raises(KeyboardInterrupt):
         prune_now(connection, "half")
     assert read_keys(real_server.client, "half")

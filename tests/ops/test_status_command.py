@@ -23,7 +23,8 @@ from executable import cells, environment, on_terminal, rlbroker, start
 from rlbroker import MissedUpdates, QueueCounts, WorkerClient, WorkerCommunicator, WorkerInfo
 from rlbroker.backend.keys import Keys
 from rlbroker.config import RunSettings
-from rlbroker.ops.inspect.snapshot import LearnerStatus, ServerStatus
+from rlbroker.ops.inspect.liveness import LearnerStatus
+from rlbroker.ops.inspect.snapshot import ServerStatus
 
 
 def status(server: RealServer, *arguments: str) -> str:

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import os
 import secrets
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,14 +19,11 @@ from statistics import median
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import ONE_TRY
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.suitability import name_and_version
-from rlbroker.codec.limits import Limits
-from rlbroker.codec.message import MessageAssembly, MessagePlan
 from rlbroker.errors import ConnectionFailed, DeadlineExceeded, RlbrokerError
 from rlbroker.learner.communicator import WorkerCommunicator
 from rlbroker.worker import WorkerClient
@@ -41,9 +36,6 @@ CHUNKS: Final = 32
 
 #: Sizes of the batches.
 BATCH_BYTES: Final = (1 << 10, 64 << 10, 1 << 20)
-
-#: Size of the weights that measure the codec.
-SAMPLE_BYTES: Final = 16 << 20
 
 #: Timeout of one operation.
 TIMEOUT_SECONDS: Final = 30.0
@@ -75,16 +67,6 @@ class BatchRates:
 
 
 @dataclass(frozen=True)
-class CodecRates:
-    """The ratio and speed of the codec for weights of one dtype."""
-
-    weights: str
-    ratio: float  #: raw size divided by stored size
-    encode_megabytes_per_second: float
-    decode_megabytes_per_second: float
-
-
-@dataclass(frozen=True)
 class BenchReport:
     """The measurements of one server."""
 
@@ -96,7 +78,6 @@ class BenchReport:
     get_megabytes_per_second: float
     published: list[PublishTimings]
     batches: list[BatchRates]
-    codecs: list[CodecRates]
 
     @property
     def verdict(self) -> str:
@@ -150,8 +131,6 @@ def measure(
         for size in BATCH_BYTES:
             progress(f"batches of {size:,} bytes")
             batches.append(_measure_batches(learner, worker, size, seconds))
-        progress("codec")
-        codecs = [_measure_codec(kind, sample, seconds) for kind, sample in _make_samples()]
         return BenchReport(
             server=connection.address,
             server_version=name_and_version(connection.server_info()),
@@ -161,7 +140,6 @@ def measure(
             get_megabytes_per_second=get_rate,
             published=published,
             batches=batches,
-            codecs=codecs,
         )
 
 
@@ -324,36 +302,3 @@ def _send(pipe: Pipe, client: WorkerClient, size_bytes: int, seconds: float) -> 
     pipe.send(("sending", None))
     count = sum(1 for _ in _time_repeatedly(lambda: client.send_experiences(batch), seconds))
     pipe.send(("sent", count))
-
-
-# The codec
-
-
-def _make_samples() -> Iterator[tuple[str, NDArray[Any]]]:
-    """Yield normally distributed weights, like those of a trained network, in the two common dtypes."""
-    float32 = np.random.default_rng(1).standard_normal(SAMPLE_BYTES // 4, np.float32) * np.float32(0.05)
-    yield "float32", float32
-    yield "bfloat16", (float32.view(np.uint32) >> 16).astype(np.uint16)  # the bits of bfloat16
-
-
-def _measure_codec(kind: str, sample: NDArray[Any], seconds: float) -> CodecRates:
-    parts = MessagePlan({"w": sample})
-    numbers = range(parts.segment_count)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        encoded = list(pool.map(parts.encode_segment, numbers))
-        header = parts.header([fact for fact, _ in encoded])
-        stored = [memoryview(data) for _, data in encoded]
-
-        def encode() -> None:
-            list(pool.map(parts.encode_segment, numbers))
-
-        def decode() -> None:
-            list(pool.map(MessageAssembly(header, Limits()).decode_segment, numbers, stored))
-
-        decode()  # warm-up; encoding had one above
-        megabytes = sample.nbytes / 1e6
-        encoding, decoding = (
-            megabytes / median(_time_repeatedly(operation, seconds / 4)) for operation in (encode, decode)
-        )
-    ratio = sample.nbytes / sum(map(len, stored))
-    return CodecRates(kind, ratio, encoding, decoding)

@@ -6,31 +6,29 @@ from collections.abc import Sequence
 
 
 def format_bytes(count: float) -> str:
-    """Return a number of bytes in short form, in powers of 1000.
+    """Return a number of bytes with three digits, in powers of 1000.
 
     >>> [format_bytes(count) for count in (0, 999, 1500, 123_456_789, 5e12)]
-    ['0 B', '999 B', '1.5 kB', '123 MB', '5.0 TB']
+    ['0 B', '999 B', '1.5 kB', '123 MB', '5 TB']
     """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    return _shorten(count, (" B", " kB", " MB", " GB", " TB"))
 
 
 def format_number(value: float | None) -> str:
-    """Return a number in about five characters; None is unknown.
+    """Return a number with three digits; None is unknown.
 
-    >>> [format_number(value) for value in (None, 0, 0.25, 42.4, 123.4, 52_700, 1_300_000)]
-    ['-', '0', '0.2', '42.4', '123', '52.7k', '1.3M']
+    >>> [format_number(value) for value in (None, 0, 0.25, 42.42, 123.4, 52_700, 999_999)]
+    ['-', '0', '0.25', '42.4', '123', '52.7k', '1M']
     """
-    if value is None:
-        return "-"
-    for limit, unit in ((1e3, ""), (1e6, "k"), (1e9, "M")):
-        if value < limit:
-            shown = value / limit * 1e3
-            return f"{shown:.0f}{unit}" if shown >= 99.95 or shown == 0 else f"{shown:.1f}{unit}"
-    return f"{value / 1e9:.1f}G"
+    return "-" if value is None else _shorten(value, ("", "k", "M", "G"))
+
+
+def _shorten(value: float, units: Sequence[str]) -> str:
+    for unit in units[:-1]:
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}{units[-1]}"
 
 
 def format_share(value: float | None) -> str:

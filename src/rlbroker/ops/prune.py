@@ -11,21 +11,21 @@ A learner or worker may open a run while it is deleted, so the keys are deleted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
-from rlbroker.backend.connection import Argument, Connection
+from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import EVERY_KEY, Keys, run_of, shard_of
 from rlbroker.backend.replies import text_fields, whole_number
 from rlbroker.backend.scripts import Script
-from rlbroker.errors import AccessDenied, PeerError
+from rlbroker.errors import PeerError
 from rlbroker.ops.inspect.runs import RunSummary, list_runs
 
 Item = TypeVar("Item")
 
-#: The keys of one worker's batches, all in one shard. The run may no longer use that shard.
-Queue = tuple[str, ...]
+#: How many keys of a queue change with every use of it: its batches and their counts and epochs.
+_COMPARED_IN_QUEUE: Final = 3
 
 #: Keys that are read or deleted in one round trip.
 KEYS_AT_ONCE: Final = 1000
@@ -39,9 +39,9 @@ PRUNED: Final = "pruned"
 #: Why a dead run, or a part of it, was kept.
 OPENED: Final = "it has just been opened again"
 
-PRUNE_RUN = Script.load("ops/lua/prune_run.lua")
+FINGERPRINT = Script.load("ops/lua/read_fingerprint.lua")
 
-PRUNE_QUEUE = Script.load("ops/lua/prune_queue.lua")
+PRUNE = Script.load("ops/lua/prune.lua")
 
 FINISH = Script.load("ops/lua/finish_pruning.lua")
 
@@ -97,7 +97,6 @@ def judge_runs(
     run: str | None = None,
     named: bool = False,
     unused: Mapping[str, float | None] | None = None,
-    progress: Callable[[int], None] = lambda count: None,
 ) -> list[RunVerdict]:
     """Return for each run on a server, by name, whether it may be deleted.
 
@@ -107,10 +106,9 @@ def judge_runs(
         named: whether the user named this run: it is dead as soon as its learner has ended and no worker is alive.
         unused: by run, an earlier result of `unused_seconds`, for a caller that has read the run's keys since: reading
             a key counts as a use.
-        progress: called from time to time with the number of keys read.
     """
     names: dict[str, list[str]] = {}
-    for key in list_keys(connection, Keys(run).everything if run else EVERY_KEY, progress):
+    for key in list_keys(connection, Keys(run).everything if run else EVERY_KEY):
         if owner := run_of(key):
             names.setdefault(owner, []).append(key)
     # Reading the keys of an orphan would count as a use.
@@ -152,32 +150,26 @@ def judge_runs(
 
 
 def prune(
-    connection: Connection,
-    run: str,
-    names: Sequence[str],
-    *,
-    older_than_seconds: float,
-    named: bool,
-    progress: Callable[[int], None] = lambda count: None,
+    connection: Connection, run: str, names: Sequence[str], *, older_than_seconds: float, named: bool
 ) -> PruneResult:
     """Delete the keys of a run if it is still dead. A second call completes an interrupted one.
 
     Args:
         names: the names of its keys, from `judge_runs`; later ones remain.
         older_than_seconds, named: as for `judge_runs`.
-        progress: called with the number of deleted keys.
     """
     keys = Keys(run)
     unused = {run: unused_seconds(connection, run, names)}
     # First read what the scripts will compare, then judge the run: so the scripts detect every later change.
-    incarnations = (
-        [name for name in names if name.startswith(keys.life_prefix)] if keys.workers in names else []
-    )
-    worker_count, *hashes = connection.execute_all(
-        [("SCARD", keys.workers), *(("HGETALL", name) for name in (keys.meta, *incarnations))], strict=False
-    )
+    incarnations = [name for name in names if name.startswith(keys.life_prefix)]
+    compared = (keys.meta, keys.workers, *(incarnations if keys.workers in names else ()))
     queues = sorted({tuple(beside) for name in names if (beside := keys.queue_beside(name))})
-    queue_states = _read_queue_states(connection, queues)
+    own_print, *queue_prints = connection.execute_all(
+        [
+            FINGERPRINT.call(compared, (len(compared),)),
+            *(FINGERPRINT.call(queue[:_COMPARED_IN_QUEUE], (_COMPARED_IN_QUEUE,)) for queue in queues),
+        ]
+    )
     (verdict,) = judge_runs(
         connection, older_than_seconds=older_than_seconds, run=run, named=named, unused=unused
     ) or (None,)
@@ -186,46 +178,32 @@ def prune(
     if not verdict.dead:
         return PruneResult(run, 0, verdict.why)
     existing = set(verdict.names)
-    in_queues = existing.intersection(name for queue in queue_states for name in queue)
+    in_queues = existing.intersection(name for queue in queues for name in queue)
     # Keys that may be in other slots, which a script cannot reach. No learner reads them any more.
     rest = [
         name
         for name in verdict.names
         if name not in in_queues and (keys.is_never_reused(name) or shard_of(name) != keys.prefix)
     ]
-    compared = (keys.workers, keys.meta, *incarnations)
-    own = sorted(existing - in_queues - set(rest) - set(compared))
-    arguments = [
-        len(incarnations),
-        *(part for reply in hashes for part in _hash_arguments(reply)),
-        -1 if isinstance(worker_count, PeerError) else worker_count,
-        PRUNED,
-    ]
-    if not connection.run(PRUNE_RUN, (*compared, *own), arguments):
+    own = (*compared, *sorted(existing - in_queues - set(rest) - set(compared)))
+    if not connection.run(PRUNE, own, (len(compared), own_print, PRUNED)):
         return PruneResult(run, 0, OPENED)
-    deleted, kept = len(existing.intersection((*compared, *own))), ""
-    progress(deleted)
-    for queue, state in queue_states.items():
-        if connection.run(PRUNE_QUEUE, queue, state):
+    deleted, kept = len(existing.intersection(own)), ""
+    for queue, queue_print in zip(queues, queue_prints, strict=True):
+        if connection.run(PRUNE, queue, (_COMPARED_IN_QUEUE, queue_print, "")):
             deleted += len(existing.intersection(queue))
-            progress(deleted)
         else:
             kept = OPENED
-    for names_at_once in split(rest):
-        deleted += connection.execute_on_keys("UNLINK", names_at_once)
-        progress(deleted)
+    deleted += sum(connection.execute_on_keys("UNLINK", some) for some in split(rest))
     connection.run(FINISH, (keys.meta,), (PRUNED,))
     return PruneResult(run, deleted, kept)
 
 
-def list_keys(
-    connection: Connection, pattern: str, progress: Callable[[int], None] = lambda count: None
-) -> list[str]:
+def list_keys(connection: Connection, pattern: str) -> list[str]:
     """Return the names of all keys that match a pattern, each once."""
     found = dict[str, None]()
     for keys in connection.scan(pattern, count=KEYS_AT_ONCE):
         found.update((key.decode(), None) for key in keys if key.isascii())  # rlbroker's keys are ASCII
-        progress(len(found))
     return list(found)
 
 
@@ -309,30 +287,3 @@ def _read_stored_bytes(connection: Connection, names: list[str]) -> int | None:
                 return None
             total += whole_number(str(reply)) or 0
     return total
-
-
-def _read_queue_states(connection: Connection, queues: Sequence[Queue]) -> dict[Queue, list[Argument]]:
-    """Return the state of each queue, which changes with every use, as arguments of `PRUNE_QUEUE`."""
-    states: dict[Queue, list[Argument]] = {}
-    for queues_at_once in split(queues):
-        commands = [
-            command
-            for experiences, counts, epochs, *_ in queues_at_once
-            for command in (("HGETALL", counts), ("HGETALL", epochs), ("XLEN", experiences))
-        ]
-        replies = iter(connection.execute_all(commands, strict=False))
-        for queue, counts, epochs, length in zip(queues_at_once, replies, replies, replies, strict=False):
-            waiting = -1 if isinstance(length, PeerError) else length
-            states[queue] = [*_hash_arguments(counts), *_hash_arguments(epochs), waiting]
-    return states
-
-
-def _hash_arguments(reply: Any) -> list[Argument]:
-    """Return a hash as arguments of the scripts: its number of fields, then names and values; -1 for another type."""
-    if isinstance(reply, AccessDenied):
-        raise reply
-    if isinstance(reply, PeerError):
-        return [-1]
-    if isinstance(reply, dict):
-        return [len(reply), *(part for pair in reply.items() for part in pair)]
-    return [len(reply) // 2, *reply]

@@ -7,13 +7,13 @@ from typing import Any
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import parsing, server_seconds, stored_integer, text_fields
+from rlbroker.backend.replies import parsing, server_seconds, text_fields
 from rlbroker.codec.signing import SigningKey
 from rlbroker.control.commands import Command, CommandSender, ends_run
 from rlbroker.errors import Fenced, InvalidArgument
 from rlbroker.membership.roster import end_run
 from rlbroker.ops.inspect.control_records import add_unsettled_acknowledgements
-from rlbroker.ops.inspect.liveness import learner_silent_seconds, learner_state
+from rlbroker.ops.inspect.liveness import parse_learner
 from rlbroker.types import Outcome
 
 #: Attempts to send a command: a new learner that opens the run meanwhile fences the one that was read.
@@ -50,21 +50,19 @@ def send_command(
     """
     for tried in range(_TRIES):
         clock, fields = connection.execute_all([("TIME",), ("HGETALL", keys.meta)])
-        meta = text_fields(fields)
         with parsing(keys.meta):
-            state = learner_state(meta, learner_silent_seconds(meta, server_seconds(clock)))
-            epoch = stored_integer(meta.get("epoch"), 0)
-        if epoch == 0:
+            learner = parse_learner(text_fields(fields), server_seconds(clock))
+        if learner.epoch == 0:
             raise InvalidArgument(
                 f"no learner has opened the run {keys.run!r} yet; start its learner before you send commands"
             )
-        if state != "alive" and not also_without_learner:
-            why = "has ended" if state == "ended" else "is away: it died, or lost its connection"
+        if learner.state != "alive" and not also_without_learner:
+            why = "has ended" if learner.state == "ended" else "is away: it died, or lost its connection"
             raise InvalidArgument(
                 f"the learner of {keys.run!r} {why}, so no process records the workers' answers; --force sends "
                 "the command, and live workers apply it"
             )
-        sender = CommandSender(connection, keys, epoch=epoch, key=key)
+        sender = CommandSender(connection, keys, epoch=learner.epoch, key=key)
         try:
             if ends_run(name, worker_ids, expires_seconds):
                 end_run(connection, keys, epoch)

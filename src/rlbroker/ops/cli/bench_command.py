@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def bench(
     session: Session,
     megabytes: Annotated[float, typer.Option(min=0.01, help="Size of the published weights.")] = 16.0,
-    seconds: Annotated[float, typer.Option(min=0.01, help="Duration of each of the ten measurements.")] = 1.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, help="Duration of each of the eight measurements.")
+    ] = 1.0,
 ) -> None:
     """Measure a server from this machine: round trip, link, weights, batches, and whether compression pays.
 
@@ -55,10 +57,5 @@ def _print_text(report: BenchReport) -> None:
         print(
             f"batches     {batches.size_bytes >> 10:,} KB: {batches.batches_per_second:,.0f} per second, "
             f"{batches.megabytes_per_second:,.1f} MB/s, one worker"
-        )
-    for codec in report.codecs:
-        print(
-            f"codec       {codec.weights}: {codec.ratio:.2f}× smaller, encoded at "
-            f"{codec.encode_megabytes_per_second:,.0f} MB/s, decoded at {codec.decode_megabytes_per_second:,.0f} MB/s"
         )
     print(f"verdict     {report.verdict}")

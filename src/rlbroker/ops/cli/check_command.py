@@ -150,10 +150,10 @@ def _check_run(session: Session, limits: FindingLimits, max_missed: int | None, 
     codes = {"warning": WARNING, "critical": CRITICAL}
     code = max((codes[finding.severity] for finding in findings), default=OK)
     metrics = {
-        "version": snapshot.manifest.version if snapshot.manifest else 0,
+        "version": snapshot.version,
         "alive": snapshot.alive,
         "max_staleness": max((info.staleness for info in snapshot.members), default=0),
-        "waiting": sum(status.counts.waiting for status in snapshot.workers.values() if status.counts),
+        "waiting": sum(status.waiting for status in snapshot.workers.values()),
         "missed": sum(status.missed.total for status in snapshot.workers.values()),
     }
     state = _STATE_NAMES[code]

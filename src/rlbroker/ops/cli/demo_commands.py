@@ -189,13 +189,12 @@ def read_learner_state(url: str | None, run: str) -> str:
     from rlbroker.backend.connection import Connection
     from rlbroker.backend.keys import Keys
     from rlbroker.backend.replies import server_seconds, text_fields
-    from rlbroker.ops.inspect.liveness import learner_silent_seconds, learner_state
+    from rlbroker.ops.inspect.liveness import parse_learner
 
     connection = Connection(url, timeout_seconds=2.0)
     try:
         meta, clock = connection.execute_all([("HGETALL", Keys(run).meta), ("TIME",)], strict=False)
-        fields = text_fields(meta)
-        return learner_state(fields, learner_silent_seconds(fields, server_seconds(clock)))
+        return parse_learner(text_fields(meta), server_seconds(clock)).state
     except Exception:  # noqa: BLE001 - the state is only printed; the worker raises the same error itself
         return "unknown"
     finally:

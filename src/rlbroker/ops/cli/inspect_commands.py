@@ -134,17 +134,17 @@ def _print_workers(
 
 def _cells(worker: int, status: WorkerStatus) -> dict[str, str]:
     """Return all cells of one worker by column; some are empty if it has left."""
-    info, counts = status.info, status.counts
+    info = status.info
     return {
         "id": str(worker),
         "state": info.state if info else "left",
         "version": str(info.version) if info else "",
         "stale": str(info.staleness) if info else "",
-        "waiting": f"{counts.waiting:,}" if counts else "0",
-        "in hand": f"{counts.in_hand:,}" if counts else "0",
-        "delivered": f"{counts.delivered:,}" if counts else "0",
-        "lost": f"{sum(counts.lost.values()):,}" if counts else "0",
-        "missed": f"{status.missed.total + status.missed.commands:,}",
+        "waiting": f"{status.waiting:,}",
+        "in hand": f"{status.in_hand:,}",
+        "delivered": f"{status.delivered:,}",
+        "lost": f"{status.lost:,}",
+        "missed": f"{status.missed_total:,}",
         "unanswered": str(status.commands_waiting),
         "seen": age(info.last_seen_seconds) if info else "",
         "polled": age(info.unpolled_seconds) if info else "",
@@ -210,7 +210,6 @@ def _print_all(session: Session, snapshot: Snapshot, findings: list[Finding]) ->
 def _print_one(session: Session, snapshot: Snapshot, worker: int) -> None:
     console, status = session.console, snapshot.workers[worker]
     info, counts, missed = status.info, status.counts, status.missed
-    latest = snapshot.manifest.version if snapshot.manifest else 0
     if info is None:
         console.print(f"worker {worker} of {snapshot.run}: it has left, or was silent for too long")
     else:
@@ -219,7 +218,7 @@ def _print_one(session: Session, snapshot: Snapshot, worker: int) -> None:
         )
         console.print(f"  process      {sanitize(info.host)} pid {info.pid}, incarnation {info.incarnation}")
         console.print(
-            f"  runs         version {info.version:,} of {latest:,}; polled {age(info.unpolled_seconds)} ago"
+            f"  runs         version {info.version:,} of {snapshot.version:,}; polled {age(info.unpolled_seconds)} ago"
         )
         console.print(f"  waited       {age(info.room_seconds)} for room in its queue, in this incarnation")
     if counts is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
 
 #: How long a run must have been silent by default.
 OLDER_THAN_SECONDS = 3600.0
-
-#: A line of progress is printed per this many keys.
-KEYS_PER_LINE = 100_000
 
 
 @with_session(without=("run",))
@@ -50,13 +46,7 @@ def prune(
     from rlbroker.ops.prune import judge_runs
 
     seconds = OLDER_THAN_SECONDS if older_than is None else older_than
-    verdicts = judge_runs(
-        session.connection,
-        older_than_seconds=seconds,
-        run=run,
-        named=run is not None,
-        progress=_note_progress(session, "examined"),
-    )
+    verdicts = judge_runs(session.connection, older_than_seconds=seconds, run=run, named=run is not None)
     if run is not None and not verdicts:
         choose_run(session.connection, run)  # its error lists the runs that exist
     dead = [verdict for verdict in verdicts if verdict.dead]
@@ -130,7 +120,6 @@ def _delete(
                 verdict.names,
                 older_than_seconds=older_than_seconds,
                 named=named,
-                progress=_note_progress(session, f"of {verdict.run} deleted"),
             )
             if not session.as_json and result.keys:
                 session.console.print(f"deleted {verdict.run}: {counted(result.keys, 'key')}")
@@ -138,19 +127,6 @@ def _delete(
         session.note("interrupted; run the same command again to complete it")
         raise
     return results
-
-
-def _note_progress(session: Session, what: str) -> Callable[[int], None]:
-    """Return a function that takes the number of keys done so far, and prints it once per `KEYS_PER_LINE`."""
-    lines = 0
-
-    def progress(count: int) -> None:
-        nonlocal lines
-        if count // KEYS_PER_LINE > lines:
-            lines = count // KEYS_PER_LINE
-            session.note(f"… {count:,} keys {what}")
-
-    return progress
 
 
 def _run_json(verdict: RunVerdict, result: PruneResult | None) -> dict[str, object]:

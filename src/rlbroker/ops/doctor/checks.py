@@ -45,15 +45,3 @@ def unreadable_check(code: str, what: str, error: PeerError) -> Check:
         hint = grant_command(error.user, error.rule) if error.rule else ""
         return Check(code, "unknown", f"{what}: {error}", hint)
     return Check(code, "critical", f"{what}: {error}")
-
-
-def format_size(count: int) -> str:
-    """Return a number of bytes with three digits: checks compare sizes that may be close to each other.
-
-    >>> [format_size(count) for count in (999, 4_194_304, 536_870_912, 12_000_000_000)]
-    ['999 B', '4.19 MB', '537 MB', '12 GB']
-    """
-    for unit, unit_bytes in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= unit_bytes:
-            return f"{count / unit_bytes:,.3g} {unit}"
-    return f"{count} B"

@@ -9,7 +9,8 @@ import tempfile
 from typing import Final
 
 from rlbroker.config import host_cache_place
-from rlbroker.ops.doctor.checks import Check, format_size
+from rlbroker.ops.doctor.checks import Check
+from rlbroker.ops.formatting import format_bytes
 from rlbroker.ops.inspect.snapshot import Snapshot
 
 #: Images that may exist at once: of the latest version, the one before, and the next while it is made.
@@ -33,10 +34,10 @@ def check_host_cache(snapshot: Snapshot | None) -> Check:
     free = shutil.disk_usage(place).free
     manifest = snapshot.manifest if snapshot else None
     if manifest is None:
-        what = f"{place} has {format_size(free)} free to share weights on this machine"
+        what = f"{place} has {format_bytes(free)} free to share weights on this machine"
         return Check("host_cache", "ok", what)
     needed = _IMAGES * manifest.raw_bytes
-    what = f"{place} has {format_size(free)} free for up to {_IMAGES} versions of {format_size(manifest.raw_bytes)}"
+    what = f"{place} has {format_bytes(free)} free for up to {_IMAGES} versions of {format_bytes(manifest.raw_bytes)}"
     if needed > _FREE_SHARE * free:
         what += ": workers on this machine may each download them"
         return Check("host_cache", "warning", what, elsewhere)

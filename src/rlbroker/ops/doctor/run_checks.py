@@ -11,8 +11,9 @@ from rlbroker.backend.keys import GROUP
 from rlbroker.backend.replies import text_fields
 from rlbroker.backend.text import counted
 from rlbroker.errors import PeerError
-from rlbroker.ops.doctor.checks import Check, format_size, unknown_check, unreadable_check
+from rlbroker.ops.doctor.checks import Check, unknown_check, unreadable_check
 from rlbroker.ops.doctor.server_info import ServerInfo
+from rlbroker.ops.formatting import format_bytes
 from rlbroker.ops.inspect.findings import list_findings
 from rlbroker.ops.inspect.runs import read_keys
 from rlbroker.ops.inspect.snapshot import Snapshot, take_snapshot
@@ -103,8 +104,8 @@ def _check_limits(info: ServerInfo, snapshot: Snapshot) -> Iterator[Check]:
     value_limit = info.number("proto-max-bulk-len")
     if value_limit is not None and value_limit < queue_bytes:
         what = (
-            f"max_queue_bytes allows a batch of {format_size(queue_bytes)}, but the server accepts values of "
-            f"{format_size(value_limit)}"
+            f"max_queue_bytes allows a batch of {format_bytes(queue_bytes)}, but the server accepts values of "
+            f"{format_bytes(value_limit)}"
         )
         yield Check("batch_bytes", "warning", what, f"redis-cli CONFIG SET proto-max-bulk-len {queue_bytes}")
     workers = max(len(snapshot.members), snapshot.expected_workers)
@@ -112,7 +113,7 @@ def _check_limits(info: ServerInfo, snapshot: Snapshot) -> Iterator[Check]:
     weights_bytes = 4 * snapshot.manifest.stored_bytes if snapshot.manifest else 0
     needed = workers * queue_bytes + weights_bytes
     room = info.number("maxmemory") or info.number("total_system_memory")
-    what = f"full queues of {counted(workers, 'worker')} and the weights need {format_size(needed)}"
+    what = f"full queues of {counted(workers, 'worker')} and the weights need {format_bytes(needed)}"
     if room is None:
         yield unknown_check("room", f"{what}; the server's memory is unknown", info, "INFO")
     elif needed > room:
@@ -122,9 +123,9 @@ def _check_limits(info: ServerInfo, snapshot: Snapshot) -> Iterator[Check]:
             f"redis-cli CONFIG SET maxmemory {needed}" if limit and needed < machine else "rlbroker workers"
         )
         what = (
-            f"{what}, but the server has {format_size(room)}: a learner that stops collecting fills it; lower "
+            f"{what}, but the server has {format_bytes(room)}: a learner that stops collecting fills it; lower "
             "max_queue_bytes"
         )
         yield Check("room", "warning", what, hint)
     else:
-        yield Check("room", "ok", f"{what} of {format_size(room)}")
+        yield Check("room", "ok", f"{what} of {format_bytes(room)}")

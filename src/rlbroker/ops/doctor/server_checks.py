@@ -13,8 +13,9 @@ from rlbroker.backend.suitability import MIN_SERVER_VERSION
 from rlbroker.backend.text import counted
 from rlbroker.errors import AccessDenied
 from rlbroker.membership.incarnations import incarnation_command
-from rlbroker.ops.doctor.checks import Check, State, format_size, unknown_check
+from rlbroker.ops.doctor.checks import Check, State, unknown_check
 from rlbroker.ops.doctor.server_info import Latency, ServerInfo
+from rlbroker.ops.formatting import format_bytes
 
 #: Slow round trips: the median, and the worst.
 SLOW_SECONDS: Final = 0.005
@@ -140,16 +141,16 @@ def _check_memory(info: ServerInfo) -> Check:
     if used is None or limit is None:
         return unknown_check("memory", "its memory use and limit are unknown", info, "INFO")
     if limit:
-        share, what = used / limit, f"{format_size(used)} of maxmemory {format_size(limit)} are used"
+        share, what = used / limit, f"{format_bytes(used)} of maxmemory {format_bytes(limit)} are used"
         if share < MEMORY_SHARE:
             return Check("memory", "ok", what)
         state: State = "critical" if share >= FULL_SHARE else "warning"
         roomy = machine is None or 2 * limit < MEMORY_SHARE * machine
         hint = f"redis-cli CONFIG SET maxmemory {2 * limit}" if roomy else "rlbroker prune --dry-run"
         return Check("memory", state, f"{what} ({share:.0%}); a full server refuses writes", hint)
-    what = f"{format_size(used)} are used, without a maxmemory"
+    what = f"{format_bytes(used)} are used, without a maxmemory"
     if machine and used > MACHINE_SHARE * machine:
-        what += f", on a machine of {format_size(machine)}: when that is full, the system kills the server"
+        what += f", on a machine of {format_bytes(machine)}: when that is full, the system kills the server"
         return Check(
             "memory", "warning", what, f"redis-cli CONFIG SET maxmemory {int(MEMORY_SHARE * machine)}"
         )
@@ -214,9 +215,9 @@ def _check_bulk(info: ServerInfo) -> Check:
     if limit is None:
         return unknown_check("bulk", "the size limit of a value is unknown", info, "CONFIG GET")
     if limit < CHUNK_BYTES:
-        what = f"proto-max-bulk-len {format_size(limit)}: chunks of weights are up to {format_size(CHUNK_BYTES)} large"
+        what = f"proto-max-bulk-len {format_bytes(limit)}: chunks of weights take up to {format_bytes(CHUNK_BYTES)}"
         return Check("bulk", "critical", what, "redis-cli CONFIG SET proto-max-bulk-len 512mb")
-    return Check("bulk", "ok", f"a value may have up to {format_size(limit)}")
+    return Check("bulk", "ok", f"a value may have up to {format_bytes(limit)}")
 
 
 def _check_output_buffers(info: ServerInfo) -> Check:
@@ -226,7 +227,7 @@ def _check_output_buffers(info: ServerInfo) -> Check:
     hard = {kind: whole_number(limit) or 0 for kind, limit in zip(words[::4], words[1::4], strict=False)}
     if 0 < hard.get("normal", 0) < READER_BYTES:
         what = (
-            f"it closes readers with more than {format_size(hard['normal'])} in their output buffer: one read of "
+            f"it closes readers with more than {format_bytes(hard['normal'])} in their output buffer: one read of "
             "batches can be larger"
         )
         return Check(
@@ -235,7 +236,7 @@ def _check_output_buffers(info: ServerInfo) -> Check:
     pubsub = hard.get("pubsub", 0)
     if 0 < pubsub < 1 << 16:
         what = (
-            f"it closes subscribers with more than {format_size(pubsub)} in their output buffer: workers learn of "
+            f"it closes subscribers with more than {format_bytes(pubsub)} in their output buffer: workers learn of "
             "versions later"
         )
         return Check(
@@ -244,7 +245,7 @@ def _check_output_buffers(info: ServerInfo) -> Check:
             what,
             'redis-cli CONFIG SET client-output-buffer-limit "pubsub 33554432 8388608 60"',
         )
-    what = f"subscribers may have {format_size(pubsub) if pubsub else 'any amount'} in their output buffer"
+    what = f"subscribers may have {format_bytes(pubsub) if pubsub else 'any amount'} in their output buffer"
     return Check("buffers", "ok", what)
 
 

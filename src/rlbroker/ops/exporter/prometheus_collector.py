@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Any, Final
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -29,19 +29,16 @@ from rlbroker.ops.exporter.metrics import (
     RUN_METRICS,
     WORKER_METRICS,
     WORKERS_LISTED,
-    LearnerSource,
-    MemberSource,
+    Member,
     RunMetric,
 )
 from rlbroker.ops.inspect.runs import choose_run, list_run_names
-from rlbroker.ops.inspect.snapshot import Snapshot, take_snapshot
+from rlbroker.ops.inspect.snapshot import Snapshot, WorkerStatus, take_snapshot
 
 logger = logging.getLogger("rlbroker")
 
 #: Upper bounds of the staleness histogram's buckets. From 16 on, the history counts by powers of two.
 STALENESS_BOUNDS: Final = (0, 1, 2, 3, 4, 6, 8, 10, 12, 15, 31, 63, 127, 255, 511, 1023)
-
-Source = TypeVar("Source")
 
 
 @dataclass(frozen=True)
@@ -161,57 +158,43 @@ def build_families(readings: Sequence[RunReading]) -> Iterator[Metric]:
     for reading in readings:
         readable.add_metric([reading.run], reading.snapshot is not None)
     yield readable
-    runs = [((reading.run,), reading.snapshot) for reading in readings if reading.snapshot]
-    yield from _read_metrics(RUN_METRICS, ("run",), runs)
+    runs = [(reading.run, reading.snapshot) for reading in readings if reading.snapshot]
+    yield from _read_metrics(
+        RUN_METRICS, ("run",), [((run,), snapshot, snapshot.workers.values()) for run, snapshot in runs]
+    )
     members = [
-        ((*labels, str(member.info.worker_id)), member)
-        for labels, snapshot in runs
-        for member in _list_members(snapshot)
+        ((run, str(info.worker_id)), Member(snapshot, info, status), (status,))
+        for run, snapshot in runs
+        for info in snapshot.members[:WORKERS_LISTED]
+        for status in (snapshot.workers[info.worker_id],)
     ]
     yield from _read_metrics(WORKER_METRICS, ("run", "worker"), members)
-    learners = [
-        ((reading.run,), LearnerSource(reading.snapshot, reading.sample))
-        for reading in readings
-        if reading.snapshot and reading.sample
-    ]
+    learners = [((reading.run,), reading, ()) for reading in readings if reading.snapshot and reading.sample]
     yield from _read_metrics(LEARNER_METRICS, ("run",), learners)
     histogram = HistogramMetricFamily(
         "rlbroker_batch_staleness_versions",
         "Staleness of the batches that this learner collected, in versions. The sum is estimated above 15.",
         labels=["run"],
     )
-    for labels, learner in learners:
-        buckets, total = staleness_buckets(learner.sample.staleness)
-        histogram.add_metric(labels, buckets, total)
+    for reading in readings:
+        if reading.snapshot and reading.sample:
+            histogram.add_metric([reading.run], *staleness_buckets(reading.sample.staleness))
     yield histogram
 
 
-def _list_members(snapshot: Snapshot) -> list[MemberSource]:
-    members = [
-        MemberSource(snapshot, status.info, status)
-        for status in snapshot.workers.values()
-        if status.info is not None
-    ]
-    return members[:WORKERS_LISTED]
-
-
 def _read_metrics(
-    metrics: Sequence[RunMetric[Source]],
+    metrics: Sequence[RunMetric],
     labels: tuple[str, ...],
-    sources: Sequence[tuple[tuple[str, ...], Source]],
+    sources: Sequence[tuple[tuple[str, ...], Any, Iterable[WorkerStatus]]],
 ) -> Iterator[Metric]:
+    """Build metrics from sources, each with its values of the labels and its workers."""
     for metric in metrics:
-        make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-        family = make(
-            metric.name, metric.description, labels=[*labels, "reason"] if metric.by_reason else labels
-        )
-        for values, source in sources:
-            value = metric.read(source)
-            if isinstance(value, Mapping):
-                for reason, number in value.items():
-                    family.add_metric([*values, reason], number)
-            elif value is not None:
-                family.add_metric(values, value)
+        make = CounterMetricFamily if metric.name.endswith("_total") else GaugeMetricFamily
+        names = (*labels, "reason") if metric.reasons else labels
+        family = make(metric.name, metric.description, labels=names)
+        for values, source, workers in sources:
+            for reason, number in metric.read(source, workers).items():
+                family.add_metric((*values, reason) if metric.reasons else values, number)
         yield family
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
 
 from rlbroker.ops.formatting import format_share
 
@@ -29,77 +29,64 @@ RULE: Final = (
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """Shares of a span of time, from 0 to 1, and the bottleneck that they show.
+    """Shares of a span of time, from 0 to 1, and the bottleneck that they show by `RULE`.
 
     Attributes:
+        seconds: the length of the span.
+        collected: batches that the learner collected in it.
         learner_waits: `collect_experiences` waited for data.
         workers_wait: `send_experiences` waited for room in a queue, as a share of the time of all live workers.
         encoding: weights were compressed.
         sending: weights were sent to the server.
         publishing: from calls of `send_model_weights` until the versions were published.
-        which: the bottleneck: `workers`, `learner`, `encoding`, `sending`, `nothing`, or `unknown`.
-        what: one sentence for people.
     """
 
+    seconds: float
+    collected: float
     learner_waits: float
     workers_wait: float
     encoding: float
     sending: float
     publishing: float
-    which: Cause
-    what: str
 
+    @property
+    def which(self) -> Cause:
+        """The bottleneck."""
+        if self.seconds < ENOUGH_SECONDS or not self.collected:
+            return "unknown"
+        if self.learner_waits >= LEARNER_WAITS and self.learner_waits >= self.workers_wait:
+            return "workers"
+        if self.workers_wait >= WORKERS_WAIT:
+            return "learner"
+        if self.publishing >= PUBLISHING:
+            return "encoding" if self.encoding >= self.sending else "sending"
+        return "nothing"
 
-def judge(
-    seconds: float,
-    *,
-    learner_waits: float,
-    workers_wait: float,
-    encoding: float,
-    sending: float,
-    publishing: float,
-    collected: float = 1,
-) -> Bottleneck:
-    """Return the bottleneck of a run by `RULE`.
+    @property
+    def what(self) -> str:
+        """The bottleneck in one sentence for people.
 
-    Args:
-        seconds: the length of the measured span.
-        learner_waits, workers_wait, encoding, sending, publishing: shares of the time, as in `Bottleneck`.
-        collected: batches that the learner collected in this span.
+        >>> Bottleneck(60, 9, learner_waits=0.63, workers_wait=0, encoding=0, sending=0, publishing=0).what
+        'the learner waits for data 63 % of the time: more or faster workers would help'
+        """
+        data_share, room_share = format_share(self.learner_waits), format_share(self.workers_wait)
+        publishing = (
+            f"publishing weights takes {format_share(self.publishing)} of the time, most of it {self.which}"
+        )
+        if self.which == "unknown" and self.seconds < ENOUGH_SECONDS:
+            return "the history is too short to tell what holds the run back"
+        return {
+            "unknown": "no batches were collected in this time, so what holds the run back is unknown",
+            "workers": f"the learner waits for data {data_share} of the time: more or faster workers would help",
+            "learner": f"workers wait for room {room_share} of their time: the learner is too slow for them; fewer "
+            "workers would be enough",
+            "encoding": f"{publishing}: compression_enabled=False, or wait=False, would help",
+            "sending": f"{publishing}: a faster network, or wait=False, would help",
+            "nothing": f"nothing holds the run back: the learner waits for data {data_share} of the time, workers "
+            f"wait for room {room_share} of theirs",
+        }[self.which]
 
-    >>> judge(60, learner_waits=0.63, workers_wait=0, encoding=0, sending=0, publishing=0).what
-    'the learner waits for data 63 % of the time: more or faster workers would help'
-    """
-    which: Cause
-    if seconds < ENOUGH_SECONDS:
-        which = "unknown"
-        what = "the history is too short to tell what holds the run back"
-    elif not collected:
-        which = "unknown"
-        what = "no batches were collected in this time, so what holds the run back is unknown"
-    elif learner_waits >= LEARNER_WAITS and learner_waits >= workers_wait:
-        which = "workers"
-        what = (
-            f"the learner waits for data {format_share(learner_waits)} of the time: more or faster workers would "
-            "help"
-        )
-    elif workers_wait >= WORKERS_WAIT:
-        which = "learner"
-        what = (
-            f"workers wait for room {format_share(workers_wait)} of their time: the learner is too slow for them; "
-            "fewer workers would be enough"
-        )
-    elif publishing >= PUBLISHING:
-        which = "encoding" if encoding >= sending else "sending"
-        helps = "compression_enabled=False" if which == "encoding" else "a faster network"
-        what = (
-            f"publishing weights takes {format_share(publishing)} of the time, most of it {which}: {helps}, or "
-            "wait=False, would help"
-        )
-    else:
-        which = "nothing"
-        what = (
-            f"nothing holds the run back: the learner waits for data {format_share(learner_waits)} of the time, "
-            f"workers wait for room {format_share(workers_wait)} of theirs"
-        )
-    return Bottleneck(learner_waits, workers_wait, encoding, sending, publishing, which, what)
+    def to_json(self) -> dict[str, Any]:
+        """Return the shares, `which` and `what` as values for JSON."""
+        shares = {name: share for name, share in asdict(self).items() if name not in ("seconds", "collected")}
+        return shares | {"which": self.which, "what": self.what}

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from rlbroker.backend.text import age, counted
-from rlbroker.ops.inspect.snapshot import LearnerStatus, Snapshot, WorkerStatus
+from rlbroker.ops.inspect.liveness import LearnerStatus
+from rlbroker.ops.inspect.snapshot import Snapshot, WorkerStatus
 from rlbroker.types import WorkerInfo
 
 Severity = Literal["warning", "critical"]
@@ -299,10 +300,9 @@ def _member_findings(snapshot: Snapshot, info: WorkerInfo, limits: FindingLimits
     explained = away or just_joined or info.problem or info.unconfirmed
     skips_in_a_row = snapshot.workers[worker].missed.skips_in_a_row
     if info.staleness >= limits.staleness and not explained:
-        latest = snapshot.manifest.version if snapshot.manifest else 0
         runs = f"{info.version:,}" if info.version else "none"
         what = (
-            f"worker {worker} is {counted(info.staleness, 'version')} behind: it runs {runs} of {latest:,}"
+            f"worker {worker} is {counted(info.staleness, 'version')} behind: it runs {runs} of {snapshot.version:,}"
             f"{_unpolled(info)}"
         )
         yield Finding("warning", "worker_behind", worker, what, details)

@@ -7,10 +7,31 @@ from typing import Literal
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.keys import Keys
-from rlbroker.backend.replies import parsing, server_seconds, stored_seconds, text_fields
+from rlbroker.backend.replies import parsing, server_seconds, stored_integer, stored_seconds, text_fields
 from rlbroker.config import RunSettings
 from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
 from rlbroker.types import Liveness
+
+LearnerState = Liveness | Literal["ended", "none"]
+
+
+@dataclass(frozen=True)
+class LearnerStatus:
+    """The latest learner of a run.
+
+    Attributes:
+        epoch: its incarnation.
+        state: `alive`; `ended` once the run has ended; `away` after a lease without a heartbeat.
+        last_seen_seconds: age of its last heartbeat by the server's clock; None without any.
+        others: further learners with a heartbeat within their lease; they only collect.
+    """
+
+    epoch: int
+    state: LearnerState
+    host: str
+    pid: int
+    last_seen_seconds: float | None
+    others: int = 0
 
 
 @dataclass(frozen=True)
@@ -24,7 +45,7 @@ class Participant:
     """
 
     worker_id: int | None
-    state: Liveness | Literal["ended", "none"]
+    state: LearnerState
     last_seen_seconds: float | None
 
     @property
@@ -49,9 +70,9 @@ def find_participants(connection: Connection, run: str, host: str) -> list[Parti
     with parsing(keys.meta):
         meta = text_fields(meta_reply)
         lease_seconds = RunSettings.from_fields(meta).lease_seconds
-        if meta.get("learner_host") == host:
-            silent_seconds = learner_silent_seconds(meta, now)
-            participants.append(Participant(None, learner_state(meta, silent_seconds), silent_seconds))
+        learner = parse_learner(meta, now)
+        if learner.host == host:
+            participants.append(Participant(None, learner.state, learner.last_seen_seconds))
     ids = parse_worker_ids(names)
     replies = connection.execute_all(
         [("HGET", keys.heartbeat(worker), "host") for worker in ids], strict=False
@@ -69,22 +90,25 @@ def find_participants(connection: Connection, run: str, host: str) -> list[Parti
     return participants
 
 
-def learner_state(meta: dict[str, str], silent_seconds: float | None) -> Liveness | Literal["ended", "none"]:
-    """Return the state of the latest learner, from the run's `meta` and the time since its last heartbeat.
-
-    Once a learner has ended the run, or `rlbroker control` has in its place, it is `ended`.
-    """
-    if not meta:
-        return "none"
-    if "ended" in meta:
-        return "ended"
+def parse_learner(meta: dict[str, str], now: float) -> LearnerStatus:
+    """Return the latest learner from the run's `meta`, at this time of the server; its epoch is 0 if there is none."""
     lease_seconds = RunSettings.from_fields(meta).lease_seconds
-    return "alive" if silent_seconds is not None and silent_seconds < lease_seconds else "away"
-
-
-def learner_silent_seconds(meta: dict[str, str], now: float) -> float | None:
-    """Return the seconds since the latest learner's last heartbeat; None without any."""
-    return max(0.0, now - stored_seconds(meta["learner_seen"])) if "learner_seen" in meta else None
+    silent_seconds = max(0.0, now - stored_seconds(meta["learner_seen"])) if "learner_seen" in meta else None
+    state: LearnerState = "away"
+    if not meta:
+        state = "none"
+    elif "ended" in meta:
+        state = "ended"
+    elif silent_seconds is not None and silent_seconds < lease_seconds:
+        state = "alive"
+    return LearnerStatus(
+        epoch=stored_integer(meta.get("epoch"), 0),
+        state=state,
+        host=meta.get("learner_host", ""),
+        pid=stored_integer(meta.get("learner_pid"), 0),
+        last_seen_seconds=silent_seconds,
+        others=sum(silence < lease_seconds for silence in other_learners_silent_seconds(meta, now)),
+    )
 
 
 def other_learners_silent_seconds(meta: dict[str, str], now: float) -> list[float]:

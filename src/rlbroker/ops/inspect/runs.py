@@ -20,12 +20,7 @@ from rlbroker.codec.limits import FORMAT_VERSION
 from rlbroker.config import RunSettings, is_run_name
 from rlbroker.errors import AccessDenied, IncompatibleFormat, InvalidArgument, PeerError
 from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
-from rlbroker.ops.inspect.liveness import (
-    learner_silent_seconds,
-    learner_state,
-    other_learners_silent_seconds,
-)
-from rlbroker.types import Liveness
+from rlbroker.ops.inspect.liveness import LearnerState, other_learners_silent_seconds, parse_learner
 
 logger = logging.getLogger("rlbroker")
 
@@ -46,7 +41,7 @@ class RunSummary:
     """
 
     run: str
-    learner: Liveness | Literal["ended", "none", "unreadable"]
+    learner: LearnerState | Literal["unreadable"]
     version: int
     alive: int
     members: int
@@ -162,16 +157,17 @@ def _summarize(
     name: str, now: float, meta: dict[str, str], version: int, silences: list[float]
 ) -> RunSummary:
     lease_seconds = RunSettings.from_fields(meta).lease_seconds
-    learner_silence = learner_silent_seconds(meta, now)
-    other_silences = other_learners_silent_seconds(meta, now)
-    known = [*silences, *other_silences, *([] if learner_silence is None else [learner_silence])]
+    learner, other_silences = parse_learner(meta, now), other_learners_silent_seconds(meta, now)
+    known = [*silences, *other_silences]
+    if learner.last_seen_seconds is not None:
+        known.append(learner.last_seen_seconds)
     return RunSummary(
         run=name,
-        learner=learner_state(meta, learner_silence),
+        learner=learner.state,
         version=version,
         alive=sum(silence < lease_seconds for silence in silences),
         members=len(silences),
-        others=sum(silence < lease_seconds for silence in other_silences),
+        others=learner.others,
         last_seen_seconds=min(known, default=None),
         wire_format=stored_integer(meta["wire_format"]) if "wire_format" in meta else None,
     )

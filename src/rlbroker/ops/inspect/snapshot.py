@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import ONE_TRY
@@ -32,8 +32,8 @@ from rlbroker.errors import AccessDenied, ConnectionFailed, PeerError
 from rlbroker.experience.counts import expected_types, match_types, read_existing_counts
 from rlbroker.membership.incarnations import incarnation_command, parse_incarnations, parse_worker_ids
 from rlbroker.membership.worker_info import parse_worker_infos
-from rlbroker.ops.inspect.liveness import learner_silent_seconds, learner_state, other_learners_silent_seconds
-from rlbroker.types import Liveness, MissedUpdates, QueueCounts, WorkerInfo
+from rlbroker.ops.inspect.liveness import LearnerState, LearnerStatus, parse_learner
+from rlbroker.types import MissedUpdates, QueueCounts, WorkerInfo
 from rlbroker.weights.manifest import Manifest
 
 #: Commands that a server may not have, or that the user may have no right to run.
@@ -41,25 +41,6 @@ _SERVER_COMMANDS = (("INFO", "server"), ("INFO", "memory"))
 
 #: The fields of the manifest for people; the others are for downloads.
 _WEIGHTS_FIELDS = ("version", "kind", "base", "codec", "raw_bytes", "stored_bytes", "published")
-
-
-@dataclass(frozen=True)
-class LearnerStatus:
-    """The latest learner of a run.
-
-    Attributes:
-        epoch: its incarnation.
-        state: `alive`; `ended` once the run has ended; `away` after a lease without a heartbeat.
-        last_seen_seconds: age of its last heartbeat by the server's clock; None without any.
-        others: further learners with a heartbeat within their lease; they only collect.
-    """
-
-    epoch: int
-    state: Liveness | Literal["ended", "none"]
-    host: str
-    pid: int
-    last_seen_seconds: float | None
-    others: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,6 +88,31 @@ class WorkerStatus:
     dead_letters: int
     spoiled: tuple[str, ...] = ()
 
+    @property
+    def waiting(self) -> int:
+        """The batches in its queue that no learner has read."""
+        return self.counts.waiting if self.counts else 0
+
+    @property
+    def in_hand(self) -> int:
+        """The batches that a learner has read and not acknowledged."""
+        return self.counts.in_hand if self.counts else 0
+
+    @property
+    def delivered(self) -> int:
+        """The batches that learners acknowledged."""
+        return self.counts.delivered if self.counts else 0
+
+    @property
+    def lost(self) -> int:
+        """The batches that were produced and will not be delivered, for any reason."""
+        return sum(self.counts.lost.values()) if self.counts else 0
+
+    @property
+    def missed_total(self) -> int:
+        """The versions and commands that it missed."""
+        return self.missed.total + self.missed.commands
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -129,6 +135,16 @@ class Snapshot:
     learner: LearnerStatus | None
     manifest: Manifest | None
     workers: dict[int, WorkerStatus]
+
+    @property
+    def version(self) -> int:
+        """The latest version; 0 before the first."""
+        return self.manifest.version if self.manifest else 0
+
+    @property
+    def learner_state(self) -> LearnerState:
+        """The state of the latest learner; `none` before the first."""
+        return self.learner.state if self.learner else "none"
 
     @property
     def members(self) -> list[WorkerInfo]:
@@ -219,7 +235,7 @@ class SnapshotReader:
         with parsing(keys.meta):
             meta = text_fields(meta_reply)
             settings = RunSettings.from_fields(meta)
-            learner = _parse_learner(meta, now, settings.lease_seconds) if meta else None
+            learner = parse_learner(meta, now) if meta else None
             expected_workers = stored_integer(meta.get("num_workers"), 0)
         keys.use_shards(meta.get("shards", ""))
         workers = self._read_workers(
@@ -373,18 +389,6 @@ def _parse_server(connection: Connection, node: str, replies: Sequence[bytes | N
         used_bytes=whole_number(info.get("used_memory", "")),
         maxmemory_bytes=whole_number(info.get("maxmemory", "")),
         node=node,
-    )
-
-
-def _parse_learner(meta: dict[str, str], now: float, lease_seconds: float) -> LearnerStatus:
-    silent_seconds = learner_silent_seconds(meta, now)
-    return LearnerStatus(
-        epoch=stored_integer(meta.get("epoch"), 0),
-        state=learner_state(meta, silent_seconds),
-        host=meta.get("learner_host", ""),
-        pid=stored_integer(meta.get("learner_pid"), 0),
-        last_seen_seconds=silent_seconds,
-        others=sum(silence < lease_seconds for silence in other_learners_silent_seconds(meta, now)),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -13,7 +13,7 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import parsing
 from rlbroker.control.ledger_reader import read_missed_records
 from rlbroker.metrics.history import Interval, Sample, intervals, read_history
-from rlbroker.ops.inspect.bottleneck import Bottleneck, judge
+from rlbroker.ops.inspect.bottleneck import Bottleneck
 from rlbroker.ops.inspect.findings import Finding, list_findings
 from rlbroker.ops.inspect.snapshot import Snapshot, take_snapshot
 from rlbroker.types import Missed
@@ -42,6 +42,44 @@ _TOTALS: Final = (
 )
 
 
+def _worker_seconds(interval: Interval) -> float:
+    """Return the length of an interval times the number of live workers."""
+    return interval.seconds * (interval.before.alive + interval.after.alive) / 2
+
+
+def _clamp(share: float) -> float:
+    # A wait is counted when it ends, and may have begun before the interval.
+    return min(1.0, max(0.0, share))
+
+
+def _room_share(interval: Interval) -> float:
+    worker_seconds = _worker_seconds(interval)
+    return _clamp(interval.growth("room_seconds") / worker_seconds) if worker_seconds else 0.0
+
+
+#: The metrics of a run between two samples. Shares of the time are from 0 to 1; staleness is that of collected batches,
+#: None without any; the last four are of the moment at which the interval ended.
+METRICS: Final[Mapping[str, Callable[[Interval], float | None]]] = {
+    "batches_per_second": lambda interval: interval.rate("collected"),
+    "rows_per_second": lambda interval: interval.rate("rows"),
+    "bytes_per_second": lambda interval: interval.rate("collected_raw_bytes"),
+    "stored_bytes_per_second": lambda interval: interval.rate("collected_stored_bytes"),
+    "versions_per_second": lambda interval: interval.rate("published"),
+    "published_bytes_per_second": lambda interval: interval.rate("published_raw_bytes"),
+    "published_stored_bytes_per_second": lambda interval: interval.rate("published_stored_bytes"),
+    "staleness_median": lambda interval: interval.staleness_quantile(0.5),
+    "staleness_90": lambda interval: interval.staleness_quantile(0.9),
+    "learner_waits": lambda interval: _clamp(interval.rate("wait_seconds")),
+    "workers_wait": _room_share,
+    "encoding": lambda interval: interval.rate("encode_seconds"),
+    "sending": lambda interval: interval.rate("send_seconds"),
+    "waiting": lambda interval: interval.after.waiting,
+    "in_hand": lambda interval: interval.after.in_hand,
+    "alive": lambda interval: interval.after.alive,
+    "away": lambda interval: interval.after.away,
+}
+
+
 @dataclass(frozen=True)
 class TimelinePoint:
     """What happened between two samples of the history.
@@ -50,45 +88,13 @@ class TimelinePoint:
         at: when it ended, seconds since 1970 by the server's clock.
         seconds: its length.
         continues: whether it begins where the previous point ended; False after a gap, and for the first point.
-        batches_per_second: batches that the learner collected.
-        rows_per_second: their rows.
-        bytes_per_second: their bytes, as arrays.
-        stored_bytes_per_second: their bytes, as stored in Redis.
-        versions_per_second: versions published.
-        published_bytes_per_second: their bytes, as tensors.
-        published_stored_bytes_per_second: their bytes, as stored in Redis.
-        staleness_median: p50 of the staleness of collected batches; None without any.
-        staleness_90: p90 of the staleness of collected batches; None without any.
-        learner_waits: share of the time in which the learner waited for data.
-        workers_wait: share of the workers' time in which they waited for room.
-        encoding: share of the time for compressing weights.
-        sending: share of the time for sending weights.
-        waiting: batches in the queues, at its end.
-        in_hand: batches that the learner had read and not acknowledged, at its end.
-        alive: workers with a heartbeat within their lease, at its end.
-        away: the other members, at its end.
+        values: the values of `METRICS`.
     """
 
     at: float
     seconds: float
     continues: bool
-    batches_per_second: float
-    rows_per_second: float
-    bytes_per_second: float
-    stored_bytes_per_second: float
-    versions_per_second: float
-    published_bytes_per_second: float
-    published_stored_bytes_per_second: float
-    staleness_median: float | None
-    staleness_90: float | None
-    learner_waits: float
-    workers_wait: float
-    encoding: float
-    sending: float
-    waiting: int
-    in_hand: int
-    alive: int
-    away: int
+    values: Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -161,15 +167,15 @@ class Timeline:
     @cached_property
     def bottleneck(self) -> Bottleneck:
         """The bottleneck of the span."""
-        worker_seconds = sum(_worker_seconds(interval) for interval in self.intervals)
-        return judge(
-            self.seconds,
+        worker_seconds = sum(map(_worker_seconds, self.intervals))
+        return Bottleneck(
+            seconds=self.seconds,
+            collected=self.total("collected"),
             learner_waits=_clamp(self.rate("wait_seconds")),
             workers_wait=_clamp(self.total("room_seconds") / worker_seconds) if worker_seconds else 0.0,
             encoding=self.rate("encode_seconds"),
             sending=self.rate("send_seconds"),
             publishing=self.rate("publish_seconds"),
-            collected=self.total("collected"),
         )
 
     def points(self, count: int = POINTS) -> list[TimelinePoint]:
@@ -178,7 +184,9 @@ class Timeline:
         last: Sample | None = None
         for interval in intervals(thin_out(self.samples, count)):
             if interval.seconds > 0:
-                points.append(_make_point(interval, continues=last is interval.before))
+                values = {name: metric(interval) for name, metric in METRICS.items()}
+                continues = last is interval.before
+                points.append(TimelinePoint(interval.after.at, interval.seconds, continues, values))
                 last = interval.after
         return points
 
@@ -218,7 +226,7 @@ class Timeline:
     @property
     def delivered(self) -> int:
         """Batches delivered since the run began."""
-        return sum(status.counts.delivered for status in self.snapshot.workers.values() if status.counts)
+        return sum(status.delivered for status in self.snapshot.workers.values())
 
     @property
     def lost(self) -> int:
@@ -250,8 +258,9 @@ class Timeline:
             `VersionsBehind`.
             `verdict`: text. `findings`: a list of the fields of `Finding`, and `advice`.
             `history`: `begin`, `end`, `seconds`, `samples`, `restarts`. `totals`: the growth of each total.
-            `bottleneck`: the fields of `Bottleneck`. `delivered`, `lost`: numbers. `losses`: by reason.
-            `missed`: by worker and reason. `points`: a list of the fields of `TimelinePoint`.
+            `bottleneck`: as `Bottleneck.to_json`. `delivered`, `lost`: numbers. `losses`: by reason.
+            `missed`: by worker and reason. `points`: `at`, `seconds`, `continues`, and each of
+            `METRICS`.
         """
         result = self.snapshot.to_json()
         for worker, status in result["workers"].items():
@@ -268,12 +277,15 @@ class Timeline:
                 "restarts": self.restarts,
             },
             "totals": {name: self.total(name) for name in _TOTALS},
-            "bottleneck": asdict(self.bottleneck),
+            "bottleneck": self.bottleneck.to_json(),
             "delivered": self.delivered,
             "lost": self.lost,
             "losses": self.losses,
             "missed": {str(worker): reasons for worker, reasons in self.missed.items()},
-            "points": [asdict(point) for point in self.points()],
+            "points": [
+                {"at": point.at, "seconds": point.seconds, "continues": point.continues, **point.values}
+                for point in self.points()
+            ],
         }
 
 
@@ -406,43 +418,6 @@ def _make_marks(
         if record.what == "weights" and record.worker_id in index and 0 <= column <= columns:
             counts[index[record.worker_id], min(column, columns - 1), record.why] += record.count
     return [MissedMark(lane, column, why, count) for (lane, column, why), count in counts.items()]
-
-
-def _make_point(interval: Interval, *, continues: bool) -> TimelinePoint:
-    worker_seconds = _worker_seconds(interval)
-    room_seconds = interval.rate("room_seconds") * interval.seconds
-    return TimelinePoint(
-        at=interval.after.at,
-        seconds=interval.seconds,
-        continues=continues,
-        batches_per_second=interval.rate("collected"),
-        rows_per_second=interval.rate("rows"),
-        bytes_per_second=interval.rate("collected_raw_bytes"),
-        stored_bytes_per_second=interval.rate("collected_stored_bytes"),
-        versions_per_second=interval.rate("published"),
-        published_bytes_per_second=interval.rate("published_raw_bytes"),
-        published_stored_bytes_per_second=interval.rate("published_stored_bytes"),
-        staleness_median=interval.staleness_quantile(0.5),
-        staleness_90=interval.staleness_quantile(0.9),
-        learner_waits=_clamp(interval.rate("wait_seconds")),
-        workers_wait=_clamp(room_seconds / worker_seconds) if worker_seconds else 0.0,
-        encoding=interval.rate("encode_seconds"),
-        sending=interval.rate("send_seconds"),
-        waiting=interval.after.waiting,
-        in_hand=interval.after.in_hand,
-        alive=interval.after.alive,
-        away=interval.after.away,
-    )
-
-
-def _worker_seconds(interval: Interval) -> float:
-    """Return the length of an interval times the number of live workers."""
-    return interval.seconds * (interval.before.alive + interval.after.alive) / 2
-
-
-def _clamp(share: float) -> float:
-    # A wait is counted when it ends, and may have begun before the interval.
-    return min(1.0, max(0.0, share))
 
 
 def _quantile(counts: Counter[int], share: float) -> int:

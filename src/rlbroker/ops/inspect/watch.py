@@ -12,6 +12,7 @@ from rlbroker.backend.keys import Keys
 from rlbroker.metrics.history import Interval, Sample, intervals, read_history
 from rlbroker.ops.inspect.findings import Finding, list_findings
 from rlbroker.ops.inspect.snapshot import Snapshot, SnapshotReader, WorkerStatus
+from rlbroker.ops.inspect.timeline import METRICS
 from rlbroker.types import Liveness
 
 #: Samples of the history to show: the last minute.
@@ -91,8 +92,8 @@ class RunView:
         return {
             "run": snapshot.run,
             "at": snapshot.at,
-            "learner": snapshot.learner.state if snapshot.learner else "none",
-            "version": snapshot.manifest.version if snapshot.manifest else 0,
+            "learner": snapshot.learner_state,
+            "version": snapshot.version,
             "alive": snapshot.alive,
             "used_bytes": snapshot.server.used_bytes,
             "figures": {name: self.newest(name) for name in SERIES},
@@ -111,14 +112,12 @@ class RunView:
 
 #: The metrics of the whole run, each computed from the interval between two samples.
 SERIES: Final[Mapping[str, Callable[[Interval], float | None]]] = {
-    "batches_per_second": lambda interval: interval.rate("collected"),
-    "rows_per_second": lambda interval: interval.rate("rows"),
+    **{name: METRICS[name] for name in ("batches_per_second", "rows_per_second", "waiting")},
     "staleness": lambda interval: interval.mean_staleness,
-    "waiting": lambda interval: float(interval.after.waiting),
     "missed_per_second": lambda interval: interval.rate("missed"),
-    "encode_share": lambda interval: interval.share("encode_seconds"),
-    "send_share": lambda interval: interval.share("send_seconds"),
-    "wait_share": lambda interval: interval.share("wait_seconds"),
+    "encode_share": METRICS["encoding"],
+    "send_share": METRICS["sending"],
+    "wait_share": METRICS["learner_waits"],
 }
 
 
@@ -190,7 +189,7 @@ class RunWatch:
             self._totals.popleft()
 
     def _make_line(self, worker: int, status: WorkerStatus, *, troubled: bool) -> WorkerLine:
-        info, counts = status.info, status.counts
+        info = status.info
         silent_seconds = info.last_seen_seconds if info and info.state == "away" else 0.0
         return WorkerLine(
             worker=worker,
@@ -198,10 +197,10 @@ class RunWatch:
             version=info.version if info else None,
             staleness=info.staleness if info else None,
             batches_per_second=self._batches_per_second(worker),
-            waiting=counts.waiting if counts else 0,
-            in_hand=counts.in_hand if counts else 0,
-            lost=sum(counts.lost.values()) if counts else 0,
-            missed=status.missed.total + status.missed.commands,
+            waiting=status.waiting,
+            in_hand=status.in_hand,
+            lost=status.lost,
+            missed=status.missed_total,
             unpolled_seconds=info.unpolled_seconds + silent_seconds if info else None,
             room_share=self._room_share(worker),
             last_seen_seconds=info.last_seen_seconds if info else None,

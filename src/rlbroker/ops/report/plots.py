@@ -1,25 +1,99 @@
-"""The small plots of the report, as wide as a phone: each shows metrics over time."""
+"""The small plots of the report, each as wide as a phone with metrics over time, and the style of all its plots."""
 
 from __future__ import annotations
 
+import base64
+import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import tzinfo
+from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from rlbroker.ops.formatting import format_bytes, format_share
+from rlbroker.ops.formatting import format_bytes, format_number, format_share
 from rlbroker.ops.inspect.timeline import Timeline, TimelinePoint
-from rlbroker.ops.report.svg import BLUE, FAINT, GREEN, ORANGE, PURPLE, RED, SKY, inline, new_figure
-from rlbroker.ops.report.times import Clock
 
 #: Width of a plot in CSS pixels.
 WIDTH = 330
 
+#: The most times on the axis of a plot; with fewer, some spans would have no round times.
+LEAST_TICKS = 7
+
+#: matplotlib's dates are days since 1970.
+DAY_SECONDS = 86_400
+
 #: One coordinate of the points of a line.
 Values = list[float]
+
+#: CSS pixels per inch.
+_PIXELS = 96
+
+#: Size of all text. On a page 400 pixels wide it shrinks to 11 pixels, which is still readable.
+_TEXT_PIXELS = 11.5
+
+INK, FAINT, GRID = "#1f2933", "#52606d", "#d9dee4"
+
+#: Colours for people with colour blindness (Okabe and Ito).
+BLUE, ORANGE, GREEN, RED, SKY, PURPLE = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#a5588a"
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": _TEXT_PIXELS * 72 / _PIXELS,
+    "axes.titlesize": _TEXT_PIXELS * 72 / _PIXELS,
+    "axes.labelsize": _TEXT_PIXELS * 72 / _PIXELS,
+    "xtick.labelsize": _TEXT_PIXELS * 72 / _PIXELS,
+    "ytick.labelsize": _TEXT_PIXELS * 72 / _PIXELS,
+    "legend.fontsize": _TEXT_PIXELS * 72 / _PIXELS,
+    "text.color": INK,
+    "text.parse_math": False,  # text from workers may contain dollar signs
+    "axes.edgecolor": "#9aa5b1",
+    "axes.labelcolor": FAINT,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.3,
+    "lines.solid_capstyle": "round",
+    "path.simplify_threshold": 0.3,
+}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Apply the style of the report in this block, regardless of the user's matplotlib settings."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def new_figure(width_pixels: float, height_pixels: float) -> Figure:
+    """Return an empty figure of this size."""
+    return Figure(figsize=(width_pixels / _PIXELS, height_pixels / _PIXELS), layout="constrained")
+
+
+def to_data_url(figure: Figure) -> str:
+    """Return a figure, made within `styled`, as the URL of an SVG image whose text stays text."""
+    written = io.BytesIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(written, format="svg", dpi=2 * _PIXELS, transparent=True, metadata=no_metadata)
+    return f"data:image/svg+xml;base64,{base64.b64encode(written.getvalue()).decode()}"
 
 
 @dataclass(frozen=True)
@@ -30,16 +104,18 @@ class PlotData:
     begin: float
     end: float
     restarts: Sequence[float]
-    clock: Clock
+    zone: tzinfo
 
     @property
     def times(self) -> Values:
         """The times of a line, with NaN at gaps. After a gap it continues where the next interval begins."""
-        return self._make_line([(point.at - point.seconds, point.at) for point in self.points])
+        return self._make_line(
+            [((point.at - point.seconds) / DAY_SECONDS, point.at / DAY_SECONDS) for point in self.points]
+        )
 
     def values(self, field: str) -> Values:
-        """Return the values of a line, one for each time in `times`, from a field of `TimelinePoint`."""
-        found = [getattr(point, field) for point in self.points]
+        """Return the values of a line, one for each time in `times`, of one of `METRICS`."""
+        found = [point.values[field] for point in self.points]
         values = [math.nan if value is None else float(value) for value in found]
         return self._make_line([(value, value) for value in values])
 
@@ -55,7 +131,7 @@ class PlotData:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a plot: the field of `TimelinePoint` that it shows, and how."""
+    """A line of a plot: the metric that it shows, and how."""
 
     field: str
     color: str
@@ -63,9 +139,9 @@ class Line:
     style: str = "-"
 
 
-def draw_plots(timeline: Timeline, clock: Clock) -> dict[str, str]:
-    """Return all small plots as `svg` elements, by name; must be called within `styled`."""
-    data = PlotData(timeline.points(), timeline.begin, timeline.end, timeline.restarts, clock)
+def draw_plots(timeline: Timeline, zone: tzinfo) -> dict[str, str]:
+    """Return all small plots as URLs of images, by name; must be called within `styled`."""
+    data = PlotData(timeline.points(), timeline.begin, timeline.end, timeline.restarts, zone)
     draw_by_name = {
         "throughput": _draw_throughput,
         "weights": _draw_weights,
@@ -74,7 +150,7 @@ def draw_plots(timeline: Timeline, clock: Clock) -> dict[str, str]:
         "queues": _draw_queues,
         "workers": _draw_workers,
     }
-    return {name: inline(draw(data), name) for name, draw in draw_by_name.items()} if data.points else {}
+    return {name: to_data_url(draw(data)) for name, draw in draw_by_name.items()} if data.points else {}
 
 
 def _draw_throughput(data: PlotData) -> Figure:
@@ -82,8 +158,8 @@ def _draw_throughput(data: PlotData) -> Figure:
     for axes, (title, color, field, format_value) in zip(
         figure.subplots(3, 1, sharex=True),
         (
-            ("batches per second", BLUE, "batches_per_second", _shorten),
-            ("rows per second", GREEN, "rows_per_second", _shorten),
+            ("batches per second", BLUE, "batches_per_second", format_number),
+            ("rows per second", GREEN, "rows_per_second", format_number),
             ("bytes per second", PURPLE, "bytes_per_second", format_bytes),
         ),
         strict=True,
@@ -97,7 +173,7 @@ def _draw_weights(data: PlotData) -> Figure:
     figure = new_figure(WIDTH, 240)
     first, second = figure.subplots(2, 1, sharex=True)
     _draw_area(first, data, data.values("versions_per_second"), BLUE)
-    _finish(first, data, "versions per second", _shorten)
+    _finish(first, data, "versions per second", format_number)
     lines = (
         Line("published_bytes_per_second", SKY, "as tensors"),
         Line("published_stored_bytes_per_second", BLUE, "as stored"),
@@ -112,7 +188,7 @@ def _draw_staleness(data: PlotData) -> Figure:
     p50, p90 = data.values("staleness_median"), data.values("staleness_90")
     axes.fill_between(data.times, p50, p90, color=ORANGE, alpha=0.3, lw=0)
     lines = Line("staleness_90", ORANGE, "p90"), Line("staleness_median", BLUE, "p50")
-    _draw_lines(axes, data, _shorten, lines)
+    _draw_lines(axes, data, format_number, lines)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     return figure
 
@@ -136,14 +212,14 @@ def _draw_waits(data: PlotData) -> Figure:
 def _draw_queues(data: PlotData) -> Figure:
     figure = new_figure(WIDTH, 200)
     lines = Line("waiting", BLUE, "waiting"), Line("in_hand", ORANGE, "pending")
-    _draw_lines(figure.subplots(), data, _shorten, lines)
+    _draw_lines(figure.subplots(), data, format_number, lines)
     return figure
 
 
 def _draw_workers(data: PlotData) -> Figure:
     figure = new_figure(WIDTH, 200)
     axes = figure.subplots()
-    _draw_lines(axes, data, _shorten, (Line("alive", GREEN, "alive"), Line("away", RED, "away", "--")))
+    _draw_lines(axes, data, format_number, (Line("alive", GREEN, "alive"), Line("away", RED, "away", "--")))
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
     return figure
 
@@ -183,23 +259,17 @@ def _finish(axes: Axes, data: PlotData, title: str, format_value: Callable[[floa
         axes.set_ylim(0, 1)
     axes.yaxis.set_major_locator(MaxNLocator(3))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value)))
-    draw_time_axis(axes, data.begin, data.end, data.restarts, data.clock, ticks=4)
+    draw_time_axis(axes, data.begin, data.end, data.restarts, data.zone, ticks=LEAST_TICKS)
 
 
 def draw_time_axis(
-    axes: Axes, begin: float, end: float, restarts: Sequence[float], clock: Clock, *, ticks: int
+    axes: Axes, begin: float, end: float, restarts: Sequence[float], zone: tzinfo, *, ticks: int
 ) -> None:
     """Show times on the horizontal axis, and mark the times at which a new learner continued the run."""
-    axes.set_xlim(begin, max(end, begin + 1))
-    times, format_time = clock.ticks(begin, end, ticks)
-    axes.set_xticks(times, [format_time(at) for at in times])
+    axes.set_xlim(begin / DAY_SECONDS, max(end, begin + 1) / DAY_SECONDS)
+    locator = AutoDateLocator(zone, minticks=3, maxticks=ticks)
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, zone, show_offset=False))
     axes.grid(visible=False, axis="x")
     for at in restarts:
-        axes.axvline(at, color=FAINT, linewidth=0.9, linestyle=(0, (2, 2)))
-
-
-def _shorten(value: float) -> str:
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g} {unit}"
-    return f"{value:.3g}"
+        axes.axvline(at / DAY_SECONDS, color=FAINT, linewidth=0.9, linestyle=(0, (2, 2)))

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from datetime import UTC, datetime
 
 import jinja2
 
 from rlbroker.backend.text import age
-from rlbroker.ops.formatting import describe_other_workers, format_bytes, format_share
+from rlbroker.ops.formatting import describe_other_workers, format_bytes, format_number, format_share
 from rlbroker.ops.inspect.bottleneck import RULE
 from rlbroker.ops.inspect.findings import group_findings
 from rlbroker.ops.inspect.timeline import Timeline
-from rlbroker.ops.report.plots import draw_plots
-from rlbroker.ops.report.svg import styled
+from rlbroker.ops.report.plots import draw_plots, styled
 from rlbroker.ops.report.timeline_chart import draw_timeline
-from rlbroker.ops.report.times import Clock, format_duration
 
 
 def render(timeline: Timeline, *, complete_hint: Callable[[str], str]) -> str:
     """Return the HTML page; `complete_hint` turns a hint into a command that can be typed."""
-    clock = Clock(timeline.snapshot.at)
+    # One UTC offset for all times of the page.
+    now = datetime.fromtimestamp(timeline.snapshot.at).astimezone()
+    zone = now.tzinfo or UTC
     with styled():
-        plots = draw_plots(timeline, clock) | draw_timeline(timeline, clock)
+        plots, lanes = draw_plots(timeline, zone), draw_timeline(timeline, zone)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rlbroker.ops.report", "."),
         autoescape=True,
@@ -34,40 +34,23 @@ def render(timeline: Timeline, *, complete_hint: Callable[[str], str]) -> str:
         "age": age,
         "size": format_bytes,
         "percent": format_share,
-        "duration": format_duration,
         "number": lambda number: f"{number:,}",
-        "rate": _rate,
+        "rate": format_number,
         "other_workers": describe_other_workers,
         "sentence": _sentence,
-        "full": clock.full,
-        "iso": clock.iso,
     }
     return environment.get_template("report.html.jinja").render(
         timeline=timeline,
         finding_groups=group_findings(timeline.findings),
         snapshot=timeline.snapshot,
-        plots={name: _mark_safe(svg) for name, svg in plots.items()},
-        zone=clock.zone,
+        plots=plots,
+        lanes=lanes,
+        now=now,
         rule=RULE,
         complete_hint=complete_hint,
         settings=_describe_settings(timeline),
         most_behind=max((behind.most for behind in timeline.behind.values()), default=0),
     )
-
-
-def _mark_safe(svg: str) -> Any:
-    from markupsafe import Markup
-
-    return Markup(svg)
-
-
-def _rate(number: float) -> str:
-    """Return a rate for people.
-
-    >>> [_rate(number) for number in (0, 0.25, 12.34, 12345.6)]
-    ['0', '0.25', '12.3', '12,346']
-    """
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _describe_settings(timeline: Timeline) -> dict[str, str]:

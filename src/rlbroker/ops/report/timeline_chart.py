@@ -6,6 +6,7 @@ Marks at the foot of a lane are versions that the worker missed; in high lanes t
 
 from __future__ import annotations
 
+from datetime import tzinfo
 from typing import Final
 
 import matplotlib
@@ -17,12 +18,19 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from rlbroker.ops.inspect.timeline import Timeline, VersionLanes, build_lanes
-from rlbroker.ops.report.plots import draw_time_axis
-from rlbroker.ops.report.svg import ORANGE, PURPLE, RED, inline, new_figure
-from rlbroker.ops.report.times import Clock
+from rlbroker.ops.report.plots import (
+    DAY_SECONDS,
+    LEAST_TICKS,
+    ORANGE,
+    PURPLE,
+    RED,
+    draw_time_axis,
+    new_figure,
+    to_data_url,
+)
 
-#: Widths in CSS pixels: for a desktop, for paper and for a phone.
-WIDTHS: Final = {"wide": 1130, "middle": 660, "narrow": 325}
+#: Width in CSS pixels. A narrower page scrolls the chart, a wider one enlarges it.
+WIDTH: Final = 800
 
 #: Height in CSS pixels: of a lane, at most and at least, and of all lanes together unless they would be too low.
 _LANE_PIXELS, _LEAST_LANE_PIXELS, _ALL_LANES_PIXELS = 22, 3, 560
@@ -45,49 +53,44 @@ _MISSED: Final = {"superseded": "#8d99a6", "left": PURPLE, "away": ORANGE, "fail
 _COLORS: Final = "viridis"
 
 
-def draw_timeline(timeline: Timeline, clock: Clock) -> dict[str, str]:
-    """Return the chart in each width as `svg` elements, by name; must be called within `styled`."""
-    charts = {}
-    for name, width in WIDTHS.items():
-        lanes = build_lanes(timeline, width - 50)
-        if lanes.workers:
-            charts[f"lanes-{name}"] = inline(_draw_lanes(lanes, timeline, clock, width), f"lanes-{name}")
-    return charts
+def draw_timeline(timeline: Timeline, zone: tzinfo) -> str:
+    """Return the chart as the URL of an image, or an empty text; must be called within `styled`."""
+    lanes = build_lanes(timeline, WIDTH - 50)
+    return to_data_url(_draw_lanes(lanes, timeline, zone)) if lanes.workers else ""
 
 
-def _draw_lanes(lanes: VersionLanes, timeline: Timeline, clock: Clock, width: int) -> Figure:
-    count, wide, narrow = len(lanes.workers), width == WIDTHS["wide"], width == WIDTHS["narrow"]
+def _draw_lanes(lanes: VersionLanes, timeline: Timeline, zone: tzinfo) -> Figure:
+    count = len(lanes.workers)
     lane_pixels = max(_LEAST_LANE_PIXELS, min(_LANE_PIXELS, _ALL_LANES_PIXELS // count))
     legend = _make_legend(lanes)
-    legend_columns = 2 if narrow else 4
-    lines = 4 + -(-len(legend) // legend_columns)
-    figure = new_figure(width, count * lane_pixels + lines * _LINE_PIXELS + 34)
+    lines = 4 + bool(legend)
+    figure = new_figure(WIDTH, count * lane_pixels + lines * _LINE_PIXELS + 34)
     axes = figure.subplots()
     versions = [version for lane in lanes.versions for version in lane if version]
     lowest, highest = min(versions, default=0), max(versions, default=0)
     scale = Normalize(lowest, max(highest, lowest + 1))
     axes.imshow(
-        _make_pixels(lanes, scale, lane_pixels, max(1, round(_MARK_PIXELS * lanes.columns / (width - 50)))),
+        _make_pixels(lanes, scale, lane_pixels, max(1, round(_MARK_PIXELS * lanes.columns / (WIDTH - 50)))),
         aspect="auto",
         interpolation="none",
-        extent=(lanes.begin, lanes.end, count - 0.5, -0.5),
+        extent=(lanes.begin / DAY_SECONDS, lanes.end / DAY_SECONDS, count - 0.5, -0.5),
     )
     step = next(step for step in (1, 2, 4, 8, 16, 32) if step * lane_pixels >= _LINE_PIXELS - 1)
     labelled = range(0, count, step)
     axes.set_yticks(
         labelled,
-        [_label_worker(timeline, lanes.workers[lane], with_host=wide and step == 1) for lane in labelled],
+        [_label_worker(timeline, lanes.workers[lane], with_host=step == 1) for lane in labelled],
     )
     axes.set_ylabel("worker")
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
-    draw_time_axis(axes, lanes.begin, lanes.end, timeline.restarts, clock, ticks=max(4, width // 110))
+    draw_time_axis(axes, lanes.begin, lanes.end, timeline.restarts, zone, ticks=LEAST_TICKS)
     if legend:
         axes.legend(
             handles=legend,
             loc="lower left",
             bbox_to_anchor=(0, 1),
-            ncols=legend_columns,
+            ncols=4,
             frameon=False,
             borderpad=0,
             borderaxespad=0.5,
@@ -102,11 +105,11 @@ def _draw_lanes(lanes: VersionLanes, timeline: Timeline, clock: Clock, width: in
         # The same thickness in a low chart and in a high one.
         fraction=10 / (count * lane_pixels),
         pad=0.01,
-        aspect=(width - 100) / 10,
+        aspect=(WIDTH - 100) / 10,
     )
     bar.set_label("version")
     bar.outline.set_visible(False)
-    bar.ax.xaxis.set_major_locator(MaxNLocator(4 if narrow else 8, integer=True))
+    bar.ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return figure
 
 
