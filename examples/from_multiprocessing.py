@@ -165,8 +165,7 @@ class ManagerAfter:
         return self.communicator.collect_experiences(timeout=1.0)
 
     def stop_workers(self) -> None:
-        # STOP: with `stop_workers` in WorkerCommunicator this line is: self.communicator.stop_workers(TIMEOUT)
-        outcomes = self.communicator.send_control_command("stop").wait(TIMEOUT)
+        outcomes = self.communicator.stop_workers(TIMEOUT)
         for worker in self.workers:
             worker.join(TIMEOUT)
         print("stop:", ", ".join(f"worker {worker} {outcome}" for worker, outcome in outcomes.items()))

@@ -387,6 +387,53 @@ def test_cleanup_leaves_batches_to_the_next_learner_and_may_be_repeated(
     assert [batch["n"] for _, batch in learner().collect_experiences(timeout=LONG)] == [1]
 
 
+def test_cleanup_stops_present_and_later_workers_unless_the_run_goes_on(
+    learner: Learner, worker: Worker
+) -> None:
+    comm, early = learner(timeout=1.0), worker(0)
+    assert comm.cleanup(stop_workers=False).stopped == {}
+    early.poll()
+    assert early.running
+    comm = learner(timeout=1.0)
+    assert comm.cleanup().stopped.keys() == {0}
+    for client in (early, worker(1)):
+        wait_until("it stops", partial(has_stopped, client), LONG)
+
+
+def has_stopped(client: WorkerClient) -> bool:
+    return client.poll() or not client.running
+
+
+def test_an_exception_in_the_block_stops_no_worker(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(), worker(0)
+    with pytest.raises(ZeroDivisionError), comm:
+        raise ZeroDivisionError
+    command = learner().send_control_command("reset")
+    assert obey(client, command) == "done"
+    assert client.running
+
+
+def test_stop_workers_reads_full_queues_and_keeps_what_it_read(learner: Learner, worker: Worker) -> None:
+    comm, client = learner(max_queue_size=1), worker(0)
+    sent: list[int] = []
+
+    def work() -> None:
+        while client.running:
+            if client.send_experiences({"n": len(sent)}, LONG):
+                sent.append(len(sent))
+            client.poll()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    wait_until("its queue is full", lambda: comm.get_queue_info()["experience_queue_sizes"][0] == 1, LONG)
+    assert {worker: str(one) for worker, one in comm.stop_workers(LONG).items()} == {0: "done"}
+    thread.join(LONG)
+    got: list[int] = []
+    while pairs := comm.collect_experiences():
+        got += [batch["n"] for _, batch in pairs]
+    assert got == sent
+
+
 # What the calls return and raise
 
 
