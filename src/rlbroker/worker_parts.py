@@ -63,6 +63,7 @@ class WorkerParts:
             connection,
             keys,
             wire_format=FORMAT_VERSION,
+            key=key,
             describe=self._describe,
             newest_seen=lambda: subscriber.newest_seen,
             maintain=self._maintain,

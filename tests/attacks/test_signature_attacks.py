@@ -398,7 +398,7 @@ def test_an_old_stop_does_not_stop_a_later_incarnation(
     comm: WorkerCommunicator, signed_worker: Make, attacker: Attacker
 ) -> None:
     first = signed_worker(0)
-    command = comm.send_control_command("stop")
+    command = comm.send_control_command("stop", worker_ids=[0])
     wait_until("it stops", lambda: first.poll() or not first.running)
     wait_until("it is settled", lambda: command.outcomes()[0].state == "done")
     first.close()

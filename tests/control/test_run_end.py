@@ -46,7 +46,7 @@ def end_without_a_command(server: Server, comm: WorkerCommunicator, keys: Keys) 
     connection = Connection(
         settings.get("redis_url"), client=settings.get("redis_client"), timeout_seconds=5.0
     )
-    end_run(connection, keys, comm.epoch)
+    end_run(connection, keys, comm.epoch, None)
     connection.close()
 
 
@@ -244,6 +244,22 @@ def test_a_stop_for_some_or_for_a_time_does_not_end_the_run(
         comm.send_control_command("stop", object())
     assert not is_ended(server, keys)
     assert worker(worker_id=5).running
+
+
+def test_a_worker_with_a_key_takes_only_a_signed_end(
+    learner: Learner, worker: Worker, server: Server, keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    comm, client = learner(signing_key="k" * 32), worker(signing_key="k" * 32)
+    for forged in ("1.0", f"1.0 {comm.epoch} ", f"1.0 {comm.epoch} 01234567:{'0' * 64}"):
+        server.client.hset(keys.meta, "ended", forged)
+        with caplog.at_level(logging.WARNING, "rlbroker"):
+            assert worker(1, signing_key="k" * 32).running
+        assert "refuses the end of the run" in caplog.text
+        caplog.clear()
+    server.client.hdel(keys.meta, "ended")
+    comm.stop_workers(timeout=0.1)
+    assert not worker(1, signing_key="k" * 32).running
+    wait_until("it stops", lambda: not client.running)
 
 
 def test_the_end_survives_the_loss_of_the_servers_data(

@@ -91,7 +91,7 @@ def test_a_worker_with_a_key_reports_that_its_learner_has_none(learner: Learner,
     assert client.running
     missed = comm.missed_updates()[0]
     assert {"weights", "command"} == {one.what for one in missed.records}
-    comm.cleanup()
+    comm.cleanup(stop_workers=False)
     learner(signing_key=KEY).send_model_weights({"w": np.ones(3)})  # a learner with the key
     model: dict[str, Any] = {}
     wait_until("version 2 runs", lambda: client.poll(model) and client.version == 2)

@@ -126,7 +126,7 @@ def test_workers_that_run_a_newer_version_than_a_new_learner_get_its_weights(
         old.send_model_weights({"from": "old"})
     model: dict[str, str] = {}
     wait_until("the worker runs version 3", lambda: client.poll(model) and client.version == 3)
-    old.cleanup()
+    old.cleanup(stop_workers=False)
     client._heartbeat._thread.stop(5.0)  # it comes back later than the new learner
     server.client.flushall()
     new = learner()

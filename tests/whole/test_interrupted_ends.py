@@ -143,9 +143,9 @@ def test_a_learner_ends_after_an_interrupted_cleanup(
         while point not in got:
             got += [batch["point"] for _, batch in comm.collect_experiences(timeout=5.0)]
         with interrupt_at(point, points, error) as interrupt:
-            comm.cleanup()
+            comm.cleanup(stop_workers=False)
         if again:
-            report = comm.cleanup()
+            report = comm.cleanup(stop_workers=False)
             assert report.complete, interrupt.place
             assert not report.unacknowledged.get(client.worker_id), interrupt.place
             with pytest.raises(Closed):

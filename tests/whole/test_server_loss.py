@@ -76,7 +76,7 @@ def test_a_new_learner_does_not_reuse_a_version_that_workers_have_seen(
     for number in range(versions):
         comm.send_model_weights({"number": number})
     wait_until("the versions are applied", lambda: client.poll(model) and client.version == versions)
-    comm.cleanup()
+    comm.cleanup(stop_workers=False)
     client._heartbeat._thread.stop(5.0)  # so it does not notice the loss before the new learner publishes
     server.client.flushall()
     comm = learner()

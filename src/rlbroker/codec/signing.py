@@ -1,4 +1,4 @@
-"""The key that a learner and its workers share, unknown to the server; it signs weights and commands."""
+"""The key that a learner and its workers share, unknown to the server. It signs weights, commands and the run's end."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rlbroker.errors import WireError
 WEIGHTS: Final = "weights"
 COMMAND: Final = "command"
 IMAGE: Final = "image"
+END: Final = "end"
 
 #: Digits of a key's id: a hash that distinguishes keys in messages and reveals nothing about them.
 ID_LENGTH: Final = 8

@@ -90,6 +90,7 @@ class LearnerParts:
             options.run_settings,
             learner_name=options.learner_name,
             publishes=options.publishes,
+            key=signing_key,
         )
         # First, because every other part fences earlier learners by this epoch.
         epoch = roster.open(

@@ -16,6 +16,7 @@ from rlbroker.backend.keys import Keys
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import readable
 from rlbroker.backend.threads import BackgroundThread
+from rlbroker.codec.signing import SigningKey
 from rlbroker.config import RunSettings
 from rlbroker.errors import DeadlineExceeded, RunLost
 from rlbroker.membership.joined_run import JoinedRun
@@ -44,6 +45,7 @@ class Heartbeat:
         keys: Keys,
         *,
         wire_format: int,
+        key: SigningKey | None = None,
         describe: Callable[[], Mapping[str, str | int]],
         newest_seen: Callable[[], tuple[int, str]],
         maintain: Callable[[bool], None],
@@ -52,13 +54,14 @@ class Heartbeat:
 
         Args:
             wire_format: the only wire format that this process reads and writes.
+            key: the key that the end of the run must be signed with; None to accept an unsigned one.
             describe: returns the fields that each heartbeat reports, besides host and pid.
             newest_seen: returns the newest version that this worker saw, and the name of its upload.
             maintain: called after each heartbeat, with whether the server may have lost data since the last one.
         """
         self._connection, self._keys, self._describe = connection, keys, describe
         self._newest_seen, self._maintain = newest_seen, maintain
-        self._run = JoinedRun(keys, wire_format=wire_format)
+        self._run = JoinedRun(keys, wire_format=wire_format, key=key)
         self._registrar = Registrar(connection, keys, self._run)
         #: This worker's id and incarnation; zeros until it is registered.
         self.registration = Registration(0, 0, 0, "0-0")

@@ -11,6 +11,7 @@ from typing import Final
 from rlbroker.backend.deadline import Deadline
 from rlbroker.backend.keys import Keys
 from rlbroker.backend.replies import parsing, text_fields, whole_number
+from rlbroker.codec.signing import END, NotSigned, SigningKey
 from rlbroker.config import RunSettings
 from rlbroker.errors import IncompatibleFormat
 from rlbroker.membership.run_size import RunSize
@@ -37,17 +38,19 @@ STOP_GRACE_SECONDS: Final = 1.0
 class JoinedRun:
     """The settings and the size of one worker's run; defaults until a learner has opened it."""
 
-    def __init__(self, keys: Keys, *, wire_format: int) -> None:
+    def __init__(self, keys: Keys, *, wire_format: int, key: SigningKey | None = None) -> None:
         """Start with nothing known.
 
         Args:
             keys: the run's keys; `apply` spreads them over the shards that `meta` names.
             wire_format: the only wire format that this process reads and writes.
+            key: the key that the end of the run must be signed with; None to accept an unsigned one.
         """
-        self._keys, self.wire_format = keys, wire_format
+        self._keys, self.wire_format, self._key = keys, wire_format, key
         self._settings: RunSettings | None = None
         self._last_reply: Sequence[bytes | None] | None = None
         self._stop_due: Deadline | None = None  #: when the worker must stop, because the run has ended
+        self._refused_end = ""  #: the end that was refused last
         #: The number of workers and hosts, from the learner's latest count.
         self.size = RunSize()
 
@@ -98,13 +101,13 @@ class JoinedRun:
                 settings = RunSettings.from_fields(meta)
             self._keys.use_shards(meta.get("shards", " ".join(self._keys.shards)))
             self._settings = settings  # last: another thread waits for it
-        self._note_end("ended" in meta, joining=self._last_reply is None)
+        self._note_end(meta.get("ended"), joining=self._last_reply is None)
         self.size = RunSize(*(whole_number(meta.get(name, "")) or 0 for name in RunSize._fields))
         self._last_reply = reply
         return opened
 
-    def _note_end(self, ended: bool, *, joining: bool) -> None:
-        if not ended:
+    def _note_end(self, ended: str | None, *, joining: bool) -> None:
+        if ended is None or not self._is_genuine(ended):
             if not self.ended:
                 self._stop_due = None
         elif self._stop_due is None:
@@ -115,6 +118,19 @@ class JoinedRun:
                     "workers, or choose another run name",
                     self._keys.run,
                 )
+
+    def _is_genuine(self, ended: str) -> bool:
+        """Return whether the end of the run has a valid signature, if this worker has a key."""
+        try:
+            if self._key:
+                _, epoch, signature = (*ended.split(" "), "", "")[:3]
+                self._key.check(signature, END, self._keys.run, epoch)
+        except NotSigned as error:
+            if ended != self._refused_end:
+                logger.warning("this worker refuses the end of the run %r: %s", self._keys.run, error)
+            self._refused_end = ended
+            return False
+        return True
 
     def check_wire_format(self, found: str) -> None:
         """Check the wire format that `meta` names; it is empty if no learner has opened the run.

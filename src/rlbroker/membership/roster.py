@@ -22,6 +22,7 @@ from rlbroker.backend.replies import (
 )
 from rlbroker.backend.scripts import Script
 from rlbroker.backend.text import counted, readable
+from rlbroker.codec.signing import END, SigningKey
 from rlbroker.config import RunSettings
 from rlbroker.errors import Fenced, IncompatibleFormat, RunLost, ServerFault, WrongKeyType
 from rlbroker.membership.incarnations import (
@@ -48,9 +49,9 @@ FORGET = Script.load("membership/lua/forget.lua")
 ALIVE = Script.load("membership/lua/alive.lua")
 
 
-def end_run(connection: Connection, keys: Keys, epoch: int) -> None:
+def end_run(connection: Connection, keys: Keys, epoch: int, key: SigningKey | None) -> None:
     """Record that the run has ended, for the learner with this epoch; raise `Fenced` if a newer one leads the run."""
-    connection.run(END_RUN, (keys.meta,), (epoch,))
+    connection.run(END_RUN, (keys.meta,), (epoch, key.sign(END, keys.run, epoch) if key else ""))
 
 
 class Roster:
@@ -64,14 +65,16 @@ class Roster:
         *,
         learner_name: str = "",
         publishes: bool = False,
+        key: SigningKey | None = None,
     ) -> None:
         """Prepare a roster; nothing is sent yet.
 
         Args:
             publishes: whether the learner publishes weights and sends commands.
+            key: signs the end of the run; None to leave it unsigned.
         """
         self._connection, self._keys, self._settings = connection, keys, settings
-        self._name, self._publishes = learner_name, publishes
+        self._name, self._publishes, self._key = learner_name, publishes, key
         self._meta: dict[str, str | int] = {}  #: the fields of `meta` that this learner writes
         self._hosts = 0
         self._incarnations = Incarnations()
@@ -133,7 +136,7 @@ class Roster:
         Raises:
             Fenced: a newer learner leads the run.
         """
-        end_run(self._connection, self._keys, self.epoch)
+        end_run(self._connection, self._keys, self.epoch, self._key)
         self._ended = True
 
     def heartbeat(self, channel: Channel) -> None:
