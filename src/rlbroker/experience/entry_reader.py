@@ -194,18 +194,13 @@ class EntryReader:
 
         Its reply is taken by the next call; if there is none, its entries stay pending for the next learner.
         """
-        found: list[StreamEntries] = []
-        for reader in readers:
-            if not reader.is_reading_all(workers):  # a round, which waited for fewer workers, has left it
-                with self._streams.skip_if_away(reader):
-                    found += self._finish_read(reader, count)
-        wait_seconds = None if found else wait_seconds
-        idle = [reader for reader in readers if not reader.is_reading and not reader.is_away]
+        idle = [reader for reader in readers if not reader.is_reading]
         for reader in idle:
             with self._streams.skip_if_away(reader):
                 reader.start_read(count, wait_seconds, workers=workers)
         at_once = [reader for reader in idle if reader.is_reading and wait_seconds is None]
         blocking = [reader for reader in readers if reader.is_reading and reader not in at_once]
+        found: list[StreamEntries] = []
         for reader in (*at_once, *wait_for_replies(blocking, wait_seconds or 0.0)):
             with self._streams.skip_if_away(reader):
                 found += self._finish_read(reader, count)

@@ -84,13 +84,13 @@ class _Read:
 
     Attributes:
         count: the most entries of each stream that it returns.
-        workers: the workers whose streams are read; None for all.
+        polls_all: whether all streams are polled.
         skips_some: whether quiet streams were skipped.
         reply_due: when the server must have replied.
     """
 
     count: int
-    workers: Collection[int] | None
+    polls_all: bool
     skips_some: bool
     reply_due: Deadline
 
@@ -121,11 +121,6 @@ class ShardReader:
     def has_any(self, workers: Collection[int] | None) -> bool:
         """Return whether there are streams of these workers; None for any worker."""
         return any(workers is None or one.stream.worker_id in workers for one in self.streams.values())
-
-    def is_reading_all(self, workers: Collection[int] | None) -> bool:
-        """Return whether the read in progress, if any, includes all streams of these workers; None for all workers."""
-        read = self._read.workers if self._read is not None else None
-        return read is None or (workers is not None and all(worker in read for worker in workers))
 
     @property
     def is_overdue(self) -> bool:
@@ -184,7 +179,8 @@ class ShardReader:
         command += ["STREAMS", *(position.stream.key for position in positions), *(">" for _ in positions)]
         self.channel.send([*after, command])
         reply_due = Deadline((wait_seconds or 0.0) + self._reply_seconds)
-        self._read = _Read(count, workers, skip_seconds is not None, reply_due)
+        skips_some = skip_seconds is not None
+        self._read = _Read(count, workers is None and not skips_some, skips_some, reply_due)
 
     def finish_read(self) -> list[StreamEntries]:
         """Wait for the reply to the read in progress, and return its entries.
@@ -201,8 +197,7 @@ class ShardReader:
         self.outage.end()
         found = stream_entries(reply)
         keys = [key for key, _ in found]
-        polled_all = read.workers is None and not read.skips_some
-        self._schedule.note(keys, len(self.streams), time.monotonic(), polled_all=polled_all)
+        self._schedule.note(keys, len(self.streams), time.monotonic(), polled_all=read.polls_all)
         self.drained = all(len(entries) < read.count for _, entries in found)
         self.skipped_some = read.skips_some
         return found
