@@ -153,3 +153,14 @@ def test_a_version_that_is_acknowledged_before_its_publication_has_returned_coun
     publishing.join()
     versions_run(client, model, 3)
     check_record(comm, client, model, [])
+
+
+def test_a_failed_command_is_not_waited_for_again(learner: Learner, worker: Worker, server: Server) -> None:
+    """What the learner remembers counts until it has written that back to a server that lost everything."""
+    comm, client = learner(), worker()
+    command = comm.send_control_command("unheard")
+    wait_until("it is settled", lambda: client.poll() or command.outcomes()[0].state == "unknown")
+    comm._thread.stop(5.0)
+    server.client.flushall()
+    assert command.outcomes()[0].state == "unknown"
+    comm._maintenance.restore()
