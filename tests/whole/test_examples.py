@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import RealServer
 
-FROM_MULTIPROCESSING = Path(__file__).parents[2] / "examples" / "from_multiprocessing.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run_example(*arguments: str, url: str | None = None) -> str:
-    """Return what the example prints. It must exit with 0 in time, and print nothing on stderr.
+def run_example(*arguments: str, url: str | None = None, example: str = "from_multiprocessing.py") -> str:
+    """Return what an example prints. It must exit with 0 in time, and print nothing on stderr.
 
     The half with queues may print on stderr: on a busy machine the interpreter's semaphore tracker sometimes reports
     a semaphore of theirs that is already gone.
@@ -25,11 +25,11 @@ def run_example(*arguments: str, url: str | None = None) -> str:
     }
     environment |= {"RLBROKER_REDIS_URL": url} if url else {}
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(FROM_MULTIPROCESSING), *arguments],
+        [sys.executable, "-W", "error", str(EXAMPLES / example), *arguments],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -80,3 +80,16 @@ def test_rlbroker_lists_every_update_that_was_missed(where: str, real_server: Re
     for worker, count in count_loaded(output).items():
         assert count + len(missed[worker]) == count_published(output)
     assert bool(list(real_server.client.scan_iter("rlb:{from-multiprocessing-*"))) == (where == "given")
+
+
+@pytest.mark.timeout(180)  # JAX compiles, in three processes
+@pytest.mark.parametrize("where", ["embedded", "given"])
+def test_a_policy_in_jax_learns_from_workers_of_other_processes(where: str, real_server: RealServer) -> None:
+    url = real_server.url if where == "given" else None
+    output = run_example("15", url=url, example="jax_policy.py")
+    found = re.search(r"learned: (\S+) steps at first, (\S+) at last$", output.rstrip())
+    assert found is not None, output
+    assert float(found[1]) < 40
+    assert float(found[2]) > 80
+    assert "version 15: " in output
+    assert bool(list(real_server.client.scan_iter("rlb:{jax-policy-*"))) == (where == "given")
