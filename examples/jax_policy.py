@@ -36,6 +36,7 @@ LEARNING_RATE = 0.02
 DISCOUNT = 0.97
 
 Params = dict[str, Any]
+Moments = tuple[jax.Array, Params, Params]  # of Adam: the number of steps, and two averages
 
 
 # The task and the policy, as pure functions ------------------------------------------------------------------
@@ -86,7 +87,7 @@ def play(params: Params, key: jax.Array) -> dict[str, jax.Array]:
 
 
 @jax.jit
-def improve(params: Params, moments: Any, batches: list[Batch]) -> tuple[Params, Any]:
+def improve(params: Params, moments: Moments, batches: list[Batch]) -> tuple[Params, Moments]:
     """Take one step of Adam along the policy gradient of one batch of each worker."""
 
     def loss(params: Params, batch: Batch) -> jax.Array:
@@ -107,7 +108,8 @@ def improve(params: Params, moments: Any, batches: list[Batch]) -> tuple[Params,
     second = jax.tree.map(lambda m, g: 0.99 * m + 0.01 * g**2, second, gradients)
 
     def descend(value: jax.Array, m: jax.Array, s: jax.Array) -> jax.Array:
-        return value - LEARNING_RATE * (m / (1 - 0.9**count)) / (jnp.sqrt(s / (1 - 0.99**count)) + 1e-8)
+        direction = (m / (1 - 0.9**count)) / (jnp.sqrt(s / (1 - 0.99**count)) + 1e-8)
+        return value - LEARNING_RATE * direction
 
     return jax.tree.map(descend, params, first, second), (count, first, second)
 
