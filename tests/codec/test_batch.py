@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -45,6 +46,8 @@ def collected() -> Batch:
         long=np.ones(2, np.longdouble),
         scalar=np.float32(2),
         nested={"x": (1, [None, "é", b"b"])},
+        half=np.ones(3, ml_dtypes.bfloat16),
+        eighth=ml_dtypes.float8_e4m3fn(0.5),
     )
     for name, value in METADATA.items():
         setattr(batch, name, value)
@@ -125,6 +128,10 @@ def test_a_batch_can_be_an_argument_of_torch_func() -> None:
     batch = Batch(x=torch.arange(6.0).reshape(3, 2), y={"z": torch.ones(3)})
     summed = torch.func.vmap(lambda one: one["x"].sum() + one["y"]["z"])(batch)
     assert summed.tolist() == [2, 6, 10]
+    gradients = torch.func.grad(lambda one: (one["x"] ** 2).sum() + one["y"]["z"].sum())(batch)
+    assert type(gradients) is Batch
+    assert torch.equal(gradients["x"], 2 * batch["x"])
+    assert gradients["y"]["z"].tolist() == [1, 1, 1]
 
 
 def test_a_batch_travels_as_a_dictionary() -> None:

@@ -29,7 +29,7 @@ def run_example(name: str, *arguments: str, url: str | None = None) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -100,3 +100,16 @@ def test_ppo_in_rounds_learns_the_same_weights_as_in_a_single_process(
     )
     first, last = (float(found) for found in re.findall(r"return +(\S+)", alone))
     assert last > first
+
+
+@pytest.mark.timeout(180)  # JAX compiles, in three processes
+@pytest.mark.parametrize("where", ["embedded", "given"])
+def test_a_policy_in_jax_learns_from_workers_of_other_processes(where: str, real_server: RealServer) -> None:
+    url = real_server.url if where == "given" else None
+    output = run_example("jax_policy.py", "15", url=url)
+    found = re.search(r"learned: (\S+) steps at first, (\S+) at last$", output.rstrip())
+    assert found is not None, output
+    assert float(found[1]) < 40
+    assert float(found[2]) > 80
+    assert "version 15: " in output
+    assert bool(list(real_server.client.scan_iter("rlb:{jax-policy-*"))) == (where == "given")

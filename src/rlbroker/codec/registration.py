@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from rlbroker.codec.refusals import first_line
@@ -65,11 +66,16 @@ def _register_safe_classes(serialization: Any) -> None:
     """Let `torch.load(weights_only=True)` read batches, and the arrays of numbers in them."""
     import numpy as np  # torch has imported it; the command line, which needs neither, starts faster
 
-    from rlbroker.codec.dtypes import NUMPY_DTYPES
+    from rlbroker.codec.dtypes import ML_DTYPES, NUMPY_DTYPES
 
+    scalars: list[type[np.generic]] = []
+    with suppress(ImportError):
+        import ml_dtypes  # here, because a program that resumes loads before it has met an array of these
+
+        scalars = [getattr(ml_dtypes, name) for name in ML_DTYPES if hasattr(ml_dtypes, name)]
     functions = [np.array(0).__reduce__()[0], np.float32(0).__reduce__()[0]]
-    dtypes = {type(dtype) for dtype in NUMPY_DTYPES.values()}
-    serialization.add_safe_globals([Batch, np.ndarray, np.dtype, *functions, *dtypes])
+    dtypes = {type(dtype) for dtype in (*NUMPY_DTYPES.values(), *map(np.dtype, scalars))}
+    serialization.add_safe_globals([Batch, np.ndarray, np.dtype, *functions, *dtypes, *scalars])
 
 
 def _register_torch_node(pytree: Any) -> None:

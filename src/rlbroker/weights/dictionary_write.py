@@ -135,9 +135,8 @@ class DictionaryWrite:
         """Plan the write of one value; return why that is impossible, or an empty text."""
         if not (is_tensor(old) or is_array(old)):
             if hasattr(old, "shape") and not isinstance(old, np.generic):
-                return (
-                    f"is {type(old).__name__} in the model, which cannot be overwritten; give a numpy array"
-                )
+                advice = "give a numpy array, or an empty dictionary"
+                return f"is {type(old).__name__} in the model, which cannot be overwritten; {advice}"
             if is_tensor(new) or is_array(new):
                 return _describe_difference(new, old)
             if not isinstance(self._parents[path], MutableMapping):
