@@ -109,7 +109,7 @@ def test_a_stop_interrupts_then_terminates_then_kills_and_restarts_nothing(start
     pids = [process.running_pid() for process in started]
     began = time.monotonic()
     for process in started:
-        process.request_stop(0.5)
+        process.request_stop()
     assert wait_for(started, 15.0)
     assert time.monotonic() - began < 4.0
     assert not any(map(is_alive, pids))
@@ -125,7 +125,7 @@ def test_a_stop_cancels_a_planned_restart(monkeypatch: pytest.MonkeyPatch) -> No
     process = Shell("exit 1", max_restarts=1)
     wait_until("it waits for its restart", lambda: process.poll() == [] and process.restarts == 1)
     assert not process.ended
-    process.request_stop(1.0)
+    process.request_stop()
     assert process.ended
 
 

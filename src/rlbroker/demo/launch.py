@@ -37,9 +37,8 @@ from rlbroker.local.embedded_server import RedisServer
 LEARNER = "learner"
 #: How long each process may take to end when its work is done.
 STOP_SECONDS = 5.0
-#: After Ctrl-C: how long the learner may take to stop the workers and itself, and then each process to end after
-#: a signal. A Python process with torch needs a second to exit.
-INTERRUPT_SECONDS, SIGNAL_SECONDS = 2.5, 0.7
+#: After Ctrl-C: how long the learner may take to stop the workers and itself, before they are stopped by signals.
+INTERRUPT_SECONDS = 2.5
 #: How much longer than its time limit the learner may run, to stop the workers and draw the picture.
 GRACE_SECONDS = 20.0
 _LAST_LINES = 20
@@ -161,7 +160,7 @@ class _Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop the processes that still run."""
-        self._stop(STOP_SECONDS)
+        self._stop()
 
     def watch(self, view: View, deadline: float) -> Summary:
         """Show the learner's progress reports until it reports its summary.
@@ -198,13 +197,13 @@ class _Processes:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGINT)
             wait_for([self._learner], INTERRUPT_SECONDS)
-        self._stop(SIGNAL_SECONDS)
+        self._stop()
 
-    def _stop(self, seconds: float) -> None:
+    def _stop(self) -> None:
         processes = list(self._processes.values())
         for process in processes:
-            process.request_stop(seconds)
-        if not wait_for(processes, seconds + GUARD_MARGIN_SECONDS):
+            process.request_stop()
+        if not wait_for(processes, STOP_SECONDS + GUARD_MARGIN_SECONDS):
             for process in processes:
                 process.kill()
 

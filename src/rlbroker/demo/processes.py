@@ -17,6 +17,9 @@ _logger = logging.getLogger("rlbroker")
 #: The pause before a failed process is started again.
 RESTART_SECONDS: Final = 1.0
 
+#: How a process is stopped; SIGKILL follows. A Python process with torch needs a second to exit.
+STOP_STEPS: Final[StopSteps] = ((signal.SIGINT, 0.7), (signal.SIGTERM, 0.3))
+
 
 class DemoProcess:
     """A command that ends with this process, also if this process is killed. Not safe to use from several threads.
@@ -63,11 +66,11 @@ class DemoProcess:
             self._handle_end(self._process)
         return lines
 
-    def request_stop(self, seconds: float) -> None:
-        """Have the process ended by SIGINT, SIGTERM and SIGKILL within `seconds`, and not restarted; return at once."""
+    def request_stop(self) -> None:
+        """Have the process ended by SIGINT, SIGTERM and SIGKILL, and not restarted; return at once."""
         self._due, self._max_restarts = None, 0
         if self._process:
-            self._process.request_stop(_stop_steps(seconds))
+            self._process.request_stop()
 
     def kill(self) -> None:
         """Kill the process, and all that it started."""
@@ -80,7 +83,7 @@ class DemoProcess:
         os.set_blocking(self._output, False)
         try:
             self._process = GuardedProcess(
-                self._command, stop_steps=_stop_steps(5.0), output=writer, environment=self._environment
+                self._command, stop_steps=STOP_STEPS, output=writer, environment=self._environment
             )
         finally:
             os.close(writer)
@@ -118,7 +121,3 @@ def wait_for(processes: Sequence[DemoProcess], seconds: float) -> bool:
         for process in processes:
             process.poll()
     return True
-
-
-def _stop_steps(seconds: float) -> StopSteps:
-    return [(signal.SIGINT, 0.7 * seconds), (signal.SIGTERM, 0.3 * seconds)]

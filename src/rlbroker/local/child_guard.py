@@ -1,9 +1,9 @@
 """A small guard process that runs one command and ends it when the parent process ends.
 
 The parent runs this file by its path (``python -I -S child_guard.py PARENT_PID``), so the guard imports nothing
-of rlbroker and starts in 20 ms. Standard input is a pipe from the parent with one JSON document per line: first
-the task, later perhaps the stop steps. Standard output is a pipe to the parent: ``{"pid"}`` or ``{"error"}``,
-then ``{"exit", "killed"}``. Standard error receives the command's own output.
+of rlbroker and starts in 20 ms. Standard input is a pipe from the parent with the task, one line of JSON; it stays
+open until the parent ends. SIGTERM to the guard stops the command. Standard output is a pipe to the parent:
+``{"pid"}`` or ``{"error"}``, then ``{"exit", "killed"}``. Standard error receives the command's own output.
 
 Why a separate process: an ``atexit`` handler does not survive SIGKILL. PR_SET_PDEATHSIG is tied to the *thread*
 that started the child, and it cannot remove a directory. The guard is single-threaded, so it can use both
@@ -30,29 +30,30 @@ KILL_SECONDS = 5.0
 PARENT_CHECK_SECONDS = 0.5
 PR_SET_PDEATHSIG = 1
 
-#: File descriptors: messages from the parent, reports to the parent, the command's output.
-MESSAGES, REPORTS, OUTPUT = 0, 1, 2
+#: File descriptors: the task from the parent, reports to the parent, the command's output.
+TASK, REPORTS, OUTPUT = 0, 1, 2
+#: Signals that make the guard stop the command.
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT}
 
 
 class EventSources:
-    """The events that the guard waits for: signals, messages from the parent, and the parent's end."""
+    """The events that the guard waits for: signals, the task, and the parent's end."""
 
     def __init__(self, parent_pid: int) -> None:
         """Install the signal handlers, and watch the parent from now on."""
         self.parent_pid = parent_pid
-        self.parent_ended = False
-        self.terminated = False
-        self.messages: list[Any] = []
-        self._partial_line = b""
+        self.received = b""
+        #: Whether the command is to end: the parent has ended, or asks for it.
+        self.stopping = False
         self._signals, wakeup = os.pipe()
         os.set_blocking(self._signals, False)
         os.set_blocking(wakeup, False)
         signal.set_wakeup_fd(wakeup)
         # Handlers and not SIG_IGN: the command would inherit an ignored signal.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
+        for number in (signal.SIGINT, signal.SIGCHLD, *STOP_SIGNALS):
             signal.signal(number, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        self._sources = {self._signals, MESSAGES}
+        self._sources = {self._signals, TASK}
         # End-of-file on the pipe is not enough: a process that the parent forked keeps the other end open.
         self._parent_pidfd: int | None = None
         with contextlib.suppress(AttributeError, OSError):
@@ -60,25 +61,20 @@ class EventSources:
             self._sources.add(self._parent_pidfd)
 
     def wait(self, seconds: float | None) -> None:
-        """Wait for the next event, for at most ``seconds``; append the parent's messages to ``messages``."""
-        if self._parent_pidfd is None and not self.parent_ended:
+        """Wait for the next event, for at most ``seconds``; append what the parent sent to ``received``."""
+        if self._parent_pidfd is None and not self.stopping:
             seconds = PARENT_CHECK_SECONDS if seconds is None else min(seconds, PARENT_CHECK_SECONDS)
         ready, _, _ = select.select(self._sources, (), (), seconds)
         if self._signals in ready:
-            numbers = set(os.read(self._signals, 4096))
-            self.terminated |= bool(numbers & {signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
-        if MESSAGES in ready:
-            self._read_messages()
+            self.stopping |= not STOP_SIGNALS.isdisjoint(os.read(self._signals, 4096))
+        if TASK in ready:
+            data = os.read(TASK, 65536)
+            self.received += data
+            self.stopping |= not data
         if self._parent_pidfd in ready or os.getppid() != self.parent_pid:
-            self.parent_ended = True
-        if self.parent_ended:
+            self.stopping = True
+        if self.stopping:
             self._sources = {self._signals}
-
-    def _read_messages(self) -> None:
-        data = os.read(MESSAGES, 65536)
-        self.parent_ended |= not data
-        *lines, self._partial_line = (self._partial_line + data).split(b"\n")
-        self.messages += [json.loads(line) for line in lines]
 
 
 def report(**facts: object) -> None:
@@ -126,26 +122,17 @@ def run_command(events: EventSources, task: dict[str, Any]) -> None:
         report(error=f"cannot run {task['command'][0]}: {error.strerror}")
         return
     report(pid=child.pid)
-    steps: list[tuple[int, float]] | None = None  # the signals still to send, each with its seconds
+    while child.poll() is None and not events.stopping:
+        events.wait(None)
     killed = False
-    due: float | None = None
-    while child.poll() is None:
-        if not events.messages:  # the stop steps may have arrived together with the task
-            events.wait(None if due is None else max(0.0, due - time.monotonic()))
-        if events.messages:
-            steps, due = events.messages.pop(0), 0.0
-        elif steps is None and (events.parent_ended or events.terminated):
-            steps, due = task["stop"], 0.0
-        if steps is None or due is None or time.monotonic() < due or child.poll() is not None:
-            continue
-        if steps:
-            number, seconds = steps.pop(0)
-        elif not killed:
-            number, seconds, killed = signal.SIGKILL, KILL_SECONDS, True
-        else:
+    for number, seconds in (*task["stop"], (signal.SIGKILL, KILL_SECONDS)):
+        if child.poll() is not None:
             break
         signal_group(child, number)
+        killed = number == signal.SIGKILL
         due = time.monotonic() + seconds
+        while child.poll() is None and (left := due - time.monotonic()) > 0:
+            events.wait(left)
     signal_group(child, signal.SIGKILL)  # processes that the command started and left running
     report(exit=child.returncode, killed=killed)
 
@@ -162,11 +149,11 @@ def remove_directory(directory: str) -> None:
 def main() -> None:
     """Wait for the task, run it in its directory, and remove the directory."""
     events = EventSources(int(sys.argv[1]))
-    while not events.messages:
-        if events.parent_ended or events.terminated:
+    while not events.received.endswith(b"\n"):
+        if events.stopping:
             return
         events.wait(None)
-    task = events.messages.pop(0)
+    task = json.loads(events.received)
     directory = task["directory"]
     if directory is None:
         run_command(events, task)

@@ -50,7 +50,7 @@ class GuardedProcess:
         self.error: str | None = None
         self.ended = False
         self._directory = directory
-        self._stop_steps = stop_steps
+        self._stop_seconds = sum(seconds for _, seconds in stop_steps) + GUARD_MARGIN_SECONDS
         self._partial_line = b""
         self._guard = subprocess.Popen(
             [sys.executable, "-I", "-S", str(_GUARD), str(os.getpid())],
@@ -61,17 +61,20 @@ class GuardedProcess:
             start_new_session=True,  # else Ctrl-C in the terminal would end the guard before the command
             env=environment,
         )
+        assert self._guard.stdin is not None
         assert self._guard.stdout is not None
         self._reports = self._guard.stdout
         os.set_blocking(self._reports.fileno(), False)
-        self._send(
-            {
-                "command": list(command),
-                "stop": list(stop_steps),
-                "directory": None if directory is None else str(directory),
-                "input": input_text,
-            }
-        )
+        task = {
+            "command": list(command),
+            "stop": list(stop_steps),
+            "directory": None if directory is None else str(directory),
+            "input": input_text,
+        }
+        line = json.dumps(task).encode() + b"\n"
+        with contextlib.suppress(BrokenPipeError):  # the guard has ended: `read_reports` will notice
+            while line:  # a signal handler can cut a long write short
+                line = line[os.write(self._guard.stdin.fileno(), line) :]
 
     def fileno(self) -> int:
         """Return the descriptor that becomes readable when there is a report to read."""
@@ -109,17 +112,17 @@ class GuardedProcess:
                 selector.select(remaining)
         return True
 
-    def request_stop(self, stop_steps: StopSteps | None = None) -> None:
+    def request_stop(self) -> None:
         """Request the guard to stop the command; return at once."""
-        self._send(list(self._stop_steps if stop_steps is None else stop_steps))
+        if not self.ended:
+            self._guard.terminate()
 
-    def stop(self, stop_steps: StopSteps | None = None) -> None:
+    def stop(self) -> None:
         """Stop the command and wait until it has ended, for at most the time of the steps and a margin."""
         if self.read_reports():
             return
-        steps = self._stop_steps if stop_steps is None else stop_steps
-        self.request_stop(steps)
-        if not self.wait(sum(seconds for _, seconds in steps) + GUARD_MARGIN_SECONDS):
+        self.request_stop()
+        if not self.wait(self._stop_seconds):
             self.kill()
             self.wait(1.0)
 
@@ -128,15 +131,6 @@ class GuardedProcess:
         self.killed = True
         self._guard.kill()
         self._kill_group()
-
-    def _send(self, message: object) -> None:
-        if self.ended:
-            return
-        assert self._guard.stdin is not None
-        line = json.dumps(message).encode() + b"\n"
-        with contextlib.suppress(BrokenPipeError):  # the guard has ended: `read_reports` will notice
-            while line:  # a signal handler can cut a long write short
-                line = line[os.write(self._guard.stdin.fileno(), line) :]
 
     def _reap_guard(self) -> None:
         """Reap the guard; clean up in its place if it was killed."""
