@@ -151,6 +151,9 @@ def test_the_number_of_workers_and_the_timeout_stay_readable(server: Server, run
         assert (comm.num_workers, comm.timeout) == (3, 2.5)
         sizes = [comm.get_queue_info()[f"{kind}_queue_sizes"] for kind in ("experience", "model", "control")]
         assert sizes == [[0, 0, 0]] * 3
+        for name in ("num_workers", "timeout"):
+            with pytest.raises(AttributeError):
+                setattr(comm, name, 1)
     assert (comm.num_workers, comm.timeout) == (3, 2.5)
 
 
