@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import secrets
 import sys
-import time
 from typing import Any
 
 import jax
@@ -122,21 +121,11 @@ def work(url: str, run: str, worker_id: int) -> None:
     key = jax.random.key(1000 + worker_id)
     with WorkerClient(redis_url=url, run=run, worker_id=worker_id) as worker:
         while worker.running:
-            taken = take_weights(worker, timeout=1.0)  # to be worker.take_weights(timeout=1.0)
+            taken = worker.take_weights(timeout=1.0)
             if taken is None:
                 continue
             version, params = taken
             worker.send_experiences(play(params, jax.random.fold_in(key, version)))
-
-
-def take_weights(worker: WorkerClient, timeout: float) -> tuple[int, Params] | None:
-    """Return the newest version with its weights, as a tree that nobody writes to again; None if none came."""
-    end, params = time.monotonic() + timeout, dict[str, Any]()
-    while worker.running and time.monotonic() < end:
-        if worker.poll(params):  # fills an empty dictionary
-            return worker.version, params
-        time.sleep(0.001)
-    return None
 
 
 def learn(comm: WorkerCommunicator, updates: int) -> tuple[float, float]:
