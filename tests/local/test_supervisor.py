@@ -1,15 +1,19 @@
 """Tests of the supervisor, with real processes and real signals."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import wait_until
+from interrupts import interrupt_at
 from processes import is_alive, parent_of
 
 from rlbroker.errors import Closed
@@ -334,3 +338,22 @@ def test_a_process_whose_guard_is_killed_ends_and_is_restarted() -> None:
         os.kill(parent_of(first), signal.SIGKILL)
         wait_until("it runs again", lambda: supervisor.status()["a"].pid not in (None, first))
         assert not is_alive(first)
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("stop", ()), ("status", ()), ("wait", (0.05,))])
+def test_an_interrupted_call_can_be_repeated(name: str, arguments: tuple[float, ...]) -> None:
+    """It leaves no lock behind: neither the same thread nor another one hangs, and the process ends."""
+    for point in itertools.count(1):
+        supervisor = Supervisor({"a": SLEEP}, stop_timeout_seconds=5.0).start()
+        pid = pid_of(supervisor, "a")
+        call = partial(getattr(supervisor, name), *arguments)
+        with interrupt_at(point, "line") as interrupt:
+            call()
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(call).result(10.0)
+        began = time.monotonic()
+        supervisor.stop()
+        assert time.monotonic() - began < 5.0, f"its thread hangs after {interrupt.place}"
+        assert not is_alive(pid), interrupt.place
+        if not interrupt.place:
+            break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import math
 import os
 import re
 import selectors
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from rlbroker.backend.locks import CallLock
 from rlbroker.backend.text import counted
 from rlbroker.errors import Closed, InvalidArgument
 from rlbroker.local.child_process import GUARD_MARGIN_SECONDS, GuardedProcess, StopSteps
@@ -28,6 +30,9 @@ _logger = logging.getLogger("rlbroker")
 LONGEST_LINE_BYTES = 64 * 1024
 #: How long `Supervisor.start` waits until its processes run. They need a fraction of a second.
 START_SECONDS = 10.0
+
+#: How often a call that waits looks at the processes.
+CHECK_SECONDS = 0.02
 #: The exit code of shells for a command that cannot be run.
 CANNOT_RUN = 127
 STANDARD_ERROR = 2
@@ -118,10 +123,6 @@ class _Child:
         self.state = state
         self.since = time.time()
 
-    def was_started(self) -> bool:
-        """Return whether the first start has succeeded or failed."""
-        return self.exit_code is not None or (self.process is not None and self.process.pid is not None)
-
     def status(self) -> ProcessStatus:
         pid = None if self.process is None else self.process.pid
         return ProcessStatus(
@@ -210,8 +211,11 @@ class Supervisor:
         self._stop_signal = stop_signal
         self._stop_timeout_seconds = stop_timeout_seconds
         self._children = {name: _Child(name, list(command), policy) for name, command in commands.items()}
-        self._changed = threading.Condition()  # guards the children's fields, and signals their changes
-        self._stop_lock = threading.Lock()
+        #: The status of each process, and whether any runs or will. Replaced in one assignment after each change, so
+        #: that calls need no lock, which an interrupt could leave behind.
+        self._published: tuple[dict[str, ProcessStatus], bool] = ({}, False)
+        self._publish()
+        self._stopping = CallLock()
         self._stop_steps: StopSteps | None = None  # set once a stop is requested
         self._killed: list[str] = []
         self._thread: threading.Thread | None = None
@@ -231,15 +235,12 @@ class Supervisor:
         self._wake_reader, self._wake_writer = os.pipe()
         for child in self._children.values():
             child.due = 0.0
+        self._publish()
         self._thread = threading.Thread(target=self._run, name="rlbroker-supervisor", daemon=True)
         atexit.register(self.stop)
         try:
             self._thread.start()
-            with self._changed:
-                all_started = self._changed.wait_for(
-                    lambda: all(child.was_started() for child in self._children.values()), START_SECONDS
-                )
-            if not all_started:
+            if not _wait_until(self._were_started, START_SECONDS):
                 _logger.warning("some processes have not started within %g s", START_SECONDS)
         except BaseException:  # including Ctrl-C, which must not leave a process behind
             self.stop()
@@ -248,13 +249,11 @@ class Supervisor:
 
     def status(self) -> dict[str, ProcessStatus]:
         """Return the status of each process, by name."""
-        with self._changed:
-            return {name: child.status() for name, child in self._children.items()}
+        return dict(self._published[0])
 
     def wait(self, timeout_seconds: float | None = None) -> bool:
         """Wait until no process runs and none will be restarted; return False if that takes too long."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._is_busy(), timeout_seconds)
+        return _wait_until(lambda: not self._published[1], timeout_seconds)
 
     def stop(self, timeout_seconds: float | None = None) -> list[str]:
         """Stop every process; return the names of those that had to be killed.
@@ -268,22 +267,25 @@ class Supervisor:
         if threading.current_thread() is self._thread:  # called by on_output: the thread cannot join itself
             self._request_stop(timeout)
             return []
-        with self._stop_lock:
-            if self._thread.is_alive():
-                self._request_stop(timeout)
-                self._thread.join(timeout + GUARD_MARGIN_SECONDS + 1.0)
-            if self._thread.is_alive():  # on_output does not return
-                for child in self._children.values():
-                    process = child.process
-                    if process is not None:
-                        process.kill()
-                        self._killed.append(child.name)
-            elif self._wake_writer >= 0:
-                os.close(self._wake_reader)
-                os.close(self._wake_writer)
-                self._wake_reader = self._wake_writer = -1
-            atexit.unregister(self.stop)
-            return sorted(set(self._killed))
+        return self._stopping.run(self._stop, self._thread, timeout)
+
+    def _stop(self, thread: threading.Thread, timeout: float) -> list[str]:
+        if thread.is_alive():
+            self._request_stop(timeout)
+            thread.join(timeout + GUARD_MARGIN_SECONDS + 1.0)
+        if thread.is_alive():  # on_output does not return
+            for child in self._children.values():
+                process = child.process
+                if process is not None:
+                    process.kill()
+                    self._killed.append(child.name)
+        elif self._wake_writer >= 0:
+            pipe = self._wake_reader, self._wake_writer
+            self._wake_reader = self._wake_writer = -1
+            for end in pipe:
+                os.close(end)
+        atexit.unregister(self.stop)
+        return sorted(set(self._killed))
 
     def __enter__(self) -> Self:
         """Start the processes."""
@@ -298,6 +300,13 @@ class Supervisor:
     def _request_stop(self, timeout_seconds: float) -> None:
         self._stop_steps = _split_timeout(self._stop_signal, timeout_seconds)
         os.write(self._wake_writer, b"s")
+
+    def _publish(self) -> None:
+        self._published = {name: child.status() for name, child in self._children.items()}, self._is_busy()
+
+    def _were_started(self) -> bool:
+        """Return whether the first start of each process has succeeded or failed."""
+        return all(one.exit_code is not None or one.pid is not None for one in self._published[0].values())
 
     def _is_busy(self) -> bool:
         return any(child.process is not None or child.due is not None for child in self._children.values())
@@ -335,12 +344,11 @@ class Supervisor:
             if child is None:
                 os.read(self._wake_reader, 4096)
             elif isinstance(key.fileobj, GuardedProcess):
-                with self._changed:
-                    had_pid, ended = key.fileobj.pid is not None, key.fileobj.read_reports()
-                    self._changed.notify_all()
+                had_pid, ended = key.fileobj.pid is not None, key.fileobj.read_reports()
                 if ended:
                     self._handle_end(selector, child)
-                elif not had_pid and key.fileobj.pid is not None and child.output is not None:
+                self._publish()
+                if not ended and not had_pid and key.fileobj.pid is not None and child.output is not None:
                     # Not earlier: a handler that hangs would keep `start` from seeing the process's pid.
                     selector.register(child.output.reader, selectors.EVENT_READ, child)
             elif child.output is not None:
@@ -348,14 +356,13 @@ class Supervisor:
 
     def _stop_all(self, selector: selectors.BaseSelector, steps: StopSteps) -> None:
         deadline = time.monotonic() + sum(seconds for _, seconds in steps) + GUARD_MARGIN_SECONDS
-        with self._changed:
-            for child in self._children.values():
-                if child.due is not None:
-                    child.due = None
-                    child.enter("stopped")
-                elif child.process is not None:
-                    child.process.request_stop(steps)
-            self._changed.notify_all()
+        for child in self._children.values():
+            if child.due is not None:
+                child.due = None
+                child.enter("stopped")
+            elif child.process is not None:
+                child.process.request_stop(steps)
+        self._publish()
         while self._is_busy() and time.monotonic() < deadline:
             self._handle_events(selector, deadline)
 
@@ -383,13 +390,13 @@ class Supervisor:
                 os.close(log)
             if output is not None:
                 os.close(output.writer)
-        with self._changed:
-            child.due = None
-            child.started = time.monotonic()
-            child.restart_count += child.exit_code is not None
-            child.process, child.output = process, output
-            child.error = error
-            child.enter("running")
+        child.due = None
+        child.started = time.monotonic()
+        child.restart_count += child.exit_code is not None
+        child.process, child.output = process, output
+        child.error = error
+        child.enter("running")
+        self._publish()
         if process is None:
             self._handle_end(selector, child)
             return
@@ -405,21 +412,30 @@ class Supervisor:
             with contextlib.suppress(KeyError):
                 selector.unregister(output.reader)
             output.finish()
-        with self._changed:
-            child.process = child.output = None
-            exit_code = None
-            if process is not None:
-                exit_code, child.error = process.exit_code, process.error
-                if process.killed and self._stop_steps is not None:
-                    self._killed.append(child.name)
-            child.exit_code = CANNOT_RUN if exit_code is None else exit_code
-            if self._stop_steps is not None:
-                child.enter("stopped")
-            elif child.exit_code == 0:
-                child.enter("finished")
-            else:
-                child.restart_later()
-            self._changed.notify_all()
+        child.process = child.output = None
+        exit_code = None
+        if process is not None:
+            exit_code, child.error = process.exit_code, process.error
+            if process.killed and self._stop_steps is not None:
+                self._killed.append(child.name)
+        child.exit_code = CANNOT_RUN if exit_code is None else exit_code
+        if self._stop_steps is not None:
+            child.enter("stopped")
+        elif child.exit_code == 0:
+            child.enter("finished")
+        else:
+            child.restart_later()
+        self._publish()
+
+
+def _wait_until(condition: Callable[[], bool], timeout_seconds: float | None) -> bool:
+    """Wait until a condition holds; return False at the timeout. A condition variable could be left locked."""
+    end = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+    while not condition():
+        if time.monotonic() >= end:
+            return False
+        time.sleep(CHECK_SECONDS)
+    return True
 
 
 def _split_timeout(first: signal.Signals, seconds: float) -> StopSteps:
