@@ -48,7 +48,7 @@ class HostCache:
         try:
             return cls(ImageFiles(Folder.enter(directory, run), keep))
         except (UnusableFolder, OSError) as error:
-            logger.warning("weights are not shared with other processes of this host: %s", error)
+            logger.warning("weights are not shared with other processes of this host: %s", str(error))
             return None
 
     def find(self, name: str) -> SharedImage | None:
