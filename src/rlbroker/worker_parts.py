@@ -141,7 +141,7 @@ class WorkerParts:
             with within(Deadline(seconds)):
                 (sender.flush if self.draining else sender.confirm)(seconds)
         except PeerError as error:
-            logger.debug("%s leaves: %s", self._name, error)  # `leave` warns of what remains
+            logger.debug("%s leaves: %s", self._name, str(error))  # `leave` warns of what remains
 
     def leave(self, deadline: Deadline, dropped: bool) -> None:
         """Leave the run, after `finish_sending`; a worker that was dropped does that here. Log what fails."""
@@ -150,7 +150,9 @@ class WorkerParts:
         except PeerError as error:
             # A constructor that fails raises an error of its own.
             level = logging.WARNING if self.sender else logging.DEBUG
-            logger.log(level, "%s could not leave the run %r properly: %s", self._name, self._keys.run, error)
+            logger.log(
+                level, "%s could not leave the run %r properly: %s", self._name, self._keys.run, str(error)
+            )
         finally:
             sender = self.sender
             if sender and sender.unsafe:

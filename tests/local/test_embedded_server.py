@@ -245,11 +245,36 @@ def test_persistent_data_outlives_the_server(tmp_path: Path) -> None:
     directory = tmp_path / 'a "new" directory'
     with RedisServer(directory=directory) as server, client(server.url) as connection:
         connection.set("kept", "yes")
-        password = server.url.split("@")[0]
+        url = server.url
     with RedisServer(directory=directory) as server, client(server.url) as connection:
         assert connection.get("kept") == "yes"
-        assert server.url.split("@")[0] == password, "clients could not reconnect"
+        assert server.url == url, "clients could not reconnect"
     assert (directory / "password").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_directory_keeps_its_port_while_that_is_free(tmp_path: Path) -> None:
+    urls = []
+    for _ in range(2):
+        with RedisServer(bind="127.0.0.1", directory=tmp_path) as server:
+            assert server.network_url is not None
+            urls.append(server.network_url)
+    assert urls[0] == urls[1]
+    taken = "127.0.0.1", int((tmp_path / "port").read_text())
+    server = RedisServer(bind=taken[0], directory=tmp_path)
+    with socket.create_server(taken), server:
+        assert server.network_url not in (None, *urls)
+
+
+def test_what_a_machine_that_failed_has_left_of_a_socket_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded_server, "STOP_SECONDS", 0.5)
+    with RedisServer(directory=tmp_path) as server:
+        place = server.socket_path.parent
+    place.mkdir()
+    with RedisServer(directory=tmp_path) as server, client(server.url) as connection:
+        assert server.socket_path.parent == place
+        assert connection.ping()
 
 
 def test_another_port_is_chosen_if_a_process_takes_the_free_port_first(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import queue
+import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -15,6 +21,7 @@ from test_run_history import history, record, stop_background
 
 from rlbroker import InvalidArgument, WorkerClient, WorkerCommunicator
 from rlbroker.backend.keys import Keys
+from rlbroker.metrics import tensorboard
 from rlbroker.metrics.history import Interval
 from rlbroker.metrics.tensorboard import TAGS, ScalarLog, ScalarTarget, compute_scalars
 
@@ -73,6 +80,33 @@ def test_nothing_is_written_after_the_end() -> None:
     log.offer(a_sample(3.0))
     assert not writing_threads()
     assert len(writer.written) == before
+
+
+@pytest.mark.unit
+def test_an_interrupted_end_can_be_repeated() -> None:
+    """An interrupt may come within the queue, too, which is not rlbroker's code."""
+    for point in itertools.count(1):
+        target = ScalarTarget(Writer(), None)
+        log, count = ScalarLog(target, every_seconds=1.0), 0
+
+        def trace(frame: FrameType, event: str, _: Any, point: int = point) -> Any:
+            nonlocal count
+            if frame.f_code.co_filename not in (tensorboard.__file__, queue.__file__):
+                return None
+            count += event == "line"
+            if event == "line" and count == point:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        with suppress(KeyboardInterrupt):
+            log.end(5.0)
+        sys.settrace(None)
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(log.end, 5.0).result(10.0)
+        assert not writing_threads()
+        if count < point:
+            break
 
 
 def test_a_learner_that_does_not_lead_logs_scalars_and_writes_no_history(

@@ -94,3 +94,20 @@ def test_a_closed_output_is_no_bug(served: dict[str, str], closed: str) -> None:
         assert done.returncode in allowed, (command, done)
         assert b"unexpected" not in done.stderr, (command, done.stderr)
         assert b"Traceback" not in done.stderr, (command, done.stderr)
+
+
+def test_doctor_tells_ok_from_critical_in_ascii(served: dict[str, str], real_server: RealServer) -> None:
+    real_server.client.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        done = subprocess.run(
+            [RLBROKER, "doctor"],
+            env=environment(**served, **ENCODINGS["ascii"]),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        real_server.client.config_set("maxmemory-policy", "noeviction")
+    marks = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines() if line[1:2] == b" "}
+    assert (marks[b"version"], marks[b"eviction"]) == (b"+", b"x"), done.stdout

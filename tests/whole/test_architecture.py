@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import subprocess
 import sys
 from importlib import import_module
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import rlbroker
+import rlbroker.errors
 from rlbroker.backend.scripts import Script
 from rlbroker.learner.run_scripts import SCRIPTS
 
@@ -97,6 +99,32 @@ def test_the_learner_loads_every_script_of_the_library() -> None:
 def test_only_config_py_reads_the_environment() -> None:
     readers = {path.name for path in SOURCE.rglob("*.py") if "os.environ.get(" in path.read_text()}
     assert readers == {"config.py"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_no_log_record_refers_to_an_error(path: Path) -> None:
+    """A handler that keeps records would keep the error's frames, and what those refer to: log its text."""
+    for function in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        errors = {
+            node.name for node in ast.walk(function) if isinstance(node, ast.ExceptHandler) and node.name
+        }
+        errors |= {
+            one.arg
+            for one in function.args.args
+            if one.annotation and issubclass(_named_type(ast.unparse(one.annotation)), BaseException)
+        }
+        for call in ast.walk(function):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).startswith(("logger.", "_logger.")):
+                named = {one.id for one in call.args if isinstance(one, ast.Name)}
+                assert not named & errors, f"{path}:{call.lineno}: log str({', '.join(named & errors)})"
+
+
+def _named_type(name: str) -> type:
+    """Return the type of an annotation if it is one of rlbroker's errors or a builtin; otherwise `object`."""
+    found = getattr(rlbroker.errors, name, None) or getattr(builtins, name, object)
+    return found if isinstance(found, type) else object
 
 
 def test_public_names_are_pinned() -> None:

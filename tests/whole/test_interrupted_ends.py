@@ -123,6 +123,7 @@ def test_a_worker_leaves_after_an_interrupted_close(
             break
 
 
+@pytest.mark.timeout(900)  # nearly 500 lines, and a new learner for each
 @pytest.mark.parametrize("again", [True, False], ids=["cleaned up again", "dropped"])
 def test_a_learner_ends_after_an_interrupted_cleanup(
     reachable: RealServer,

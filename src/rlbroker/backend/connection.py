@@ -141,7 +141,7 @@ class Connection(Router):
             try:
                 self.execute_all([commands[index] for index in indexes], deadline=ONE_TRY)
             except ConnectionFailed as error:
-                logger.warning("%s; writes to it are postponed", error)
+                logger.warning("%s; writes to it are postponed", str(error))
 
     def _attempt(self, commands: Sequence[Command], strict: bool) -> list[Any]:
         try:
@@ -234,7 +234,7 @@ class Connection(Router):
                 try:
                     refuse_unsuitable(name, self.server_info(server), allow_eviction=allow_eviction)
                 except ConnectionFailed as error:
-                    logger.warning("%s: %s does not answer: %s", self.address, name, error)
+                    logger.warning("%s: %s does not answer: %s", self.address, name, str(error))
 
     def _all_servers(self) -> list[Server]:
         """Return the single server, or every master and replica."""

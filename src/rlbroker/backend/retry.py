@@ -57,7 +57,7 @@ class RetryPolicy:
                 logger.log(
                     logging.WARNING if first else logging.DEBUG,
                     "%s; trying again for %.0f s",
-                    error,
+                    str(error),
                     deadline.remaining,
                 )
                 without_frames(error)  # `unclear` refers to it, and its frames to `unclear`

@@ -46,7 +46,9 @@ class OutageLog:
     def report(self, error: Exception, more: str = "") -> None:
         """Record a failure; if it begins an outage, log it with `more`, a second clause."""
         if self.error is None:
-            logger.warning("%s: %s; %strying again until it works", self._what, error, more and f"{more}; ")
+            logger.warning(
+                "%s: %s; %strying again until it works", self._what, str(error), more and f"{more}; "
+            )
         self.error = without_frames(error)
 
     def end(self) -> None:

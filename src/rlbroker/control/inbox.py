@@ -219,7 +219,7 @@ class Inbox:
         except Fenced:
             raise
         except PeerError as error:
-            logger.debug("an acknowledgement is sent later: %s", error)
+            logger.debug("an acknowledgement is sent later: %s", str(error))
             self._thread.wake()
 
     # In the background
@@ -291,7 +291,11 @@ class Inbox:
         except NotSigned as error:
             if self._verifier.should_report(entry_id):
                 logger.warning(
-                    "worker %d refuses the command %.100r %.40r: %s", self._worker_id, name, command_id, error
+                    "worker %d refuses the command %.100r %.40r: %s",
+                    self._worker_id,
+                    name,
+                    command_id,
+                    str(error),
                 )
                 self._acknowledge(
                     {

@@ -211,7 +211,7 @@ class EntryReader:
         try:
             return reader.finish_read()
         except SlotMigrating as moving:
-            logger.info("%s; reading each stream by itself", moving)
+            logger.info("%s; reading each stream by itself", str(moving))
         positions = list(reader.streams.values())
         self._streams.rescan(positions)  # entries of the failed read may be pending
         time.sleep(MOVING_SECONDS)

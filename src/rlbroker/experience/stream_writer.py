@@ -189,7 +189,9 @@ class StreamWriter:
             lost = sum(sequence > stored for sequence in sequences)
             self.count("fenced", Deadline(self._connection.timeout_seconds), by=lost + refused)
         except PeerError as error:
-            logger.warning("worker %d was replaced, and cannot count its batches: %s", self._worker_id, error)
+            logger.warning(
+                "worker %d was replaced, and cannot count its batches: %s", self._worker_id, str(error)
+            )
         self.pending.clear()
 
     def close(self) -> None:

@@ -88,7 +88,7 @@ class Cleanup:
                 with within(deadline):
                     self.report = self._finish(self.parts, self.maintenance, deadline)
         except PeerError as error:
-            logger.warning("cleanup of the run %r: %s", self._keys.run, error)
+            logger.warning("cleanup of the run %r: %s", self._keys.run, str(error))
 
     def release(self) -> None:
         """Close everything without asking the server. May be called several times."""

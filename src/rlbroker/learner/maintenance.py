@@ -84,7 +84,7 @@ class Maintenance:
             self._takeover.renew(self._collector.streams)
             self._settle_as_they_arrive()
         except RunLost as error:
-            logger.warning("%s", error)
+            logger.warning("%s", str(error))
             self._restoration.mark_stale()
         except Fenced:
             # If a newer learner of this name has taken over, the heartbeat raises `Fenced` again. If a newer one only

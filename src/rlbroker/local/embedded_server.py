@@ -36,6 +36,7 @@ _logger = logging.getLogger("rlbroker")
 
 #: The file in ``directory`` that keeps the password of a persistent server. Only its owner can read it.
 _PASSWORD_FILE = "password"
+_PORT_FILE = "port"
 
 #: The only enabled user. The ``default`` user, for connections without a password, is disabled.
 USER = "rlbroker"
@@ -116,8 +117,9 @@ class RedisServer:
     With ``bind`` (an IP address of this machine, or a wildcard) it also listens on TCP; ``port`` None or 0
     chooses a free port. Clients need the random password that is part of the URL.
 
-    ``directory`` keeps the data (an append-only file, synced each second) and the password, so that clients can
-    reconnect to a restarted server. Without it nothing is kept.
+    ``directory`` keeps the data (an append-only file, synced each second), the password and the port, so that a server
+    that is started with the same directory later has the same URL, unless its port was taken meanwhile. Without it
+    nothing is kept.
 
     A server that stopped or crashed can be started again with the same URL and port. When this process ends, even
     by SIGKILL, the server ends too, and only the data in ``directory`` remains.
@@ -150,8 +152,11 @@ class RedisServer:
         self._directory = None if directory is None else directory.absolute()
         self._maxmemory_bytes = maxmemory_bytes or 0
         self._binary: Binary | None = None
-        self._password = self._load_password() or secrets.token_urlsafe(32)
-        self._run_directory = _choose_directory()
+        self._password = self._load(_PASSWORD_FILE) or secrets.token_urlsafe(32)
+        if self._any_port and bind is not None:
+            port_text = self._load(_PORT_FILE)
+            self._port = int(port_text) if re.fullmatch("[0-9]{1,5}", port_text) else 0
+        self._run_directory = _choose_directory(self._password)
         self._process: GuardedProcess | None = None
         self._log: BinaryIO | None = None
         self._directory_lock: TextIO | None = None
@@ -221,6 +226,7 @@ class RedisServer:
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._save_password(self._directory)
                 self._lock_directory(self._directory)
+                self._wait_for_predecessor()
             deadline = time.monotonic() + timeout_seconds
             atexit.register(self.stop)
             try:
@@ -281,12 +287,12 @@ class RedisServer:
         if os.getpid() != self._owner_pid:
             raise ForkedProcess("this RedisServer belongs to the parent process; use its url here")
 
-    def _load_password(self) -> str:
-        """Return the password that is stored in the directory, or an empty string."""
+    def _load(self, name: str) -> str:
+        """Return what a file in the directory holds; an empty string if there is none."""
         if self._directory is None:
             return ""
         try:
-            return (self._directory / _PASSWORD_FILE).read_text().strip()
+            return (self._directory / name).read_text().strip()
         except FileNotFoundError:
             return ""
 
@@ -308,6 +314,13 @@ class RedisServer:
                 f"another server keeps its data in {directory}; stop it, or choose another directory"
             ) from error
 
+    def _wait_for_predecessor(self) -> None:
+        """Wait until the last server of this directory has ended, whose process was killed; remove what it left."""
+        limit = time.monotonic() + STOP_SECONDS + 1.0
+        while self._run_directory.exists() and time.monotonic() < limit:
+            time.sleep(0.02)
+        shutil.rmtree(self._run_directory, ignore_errors=True)
+
     def _url(self, password: str) -> str:
         return f"unix://{USER}:{password}@{quote(str(self.socket_path))}?db=0"
 
@@ -315,6 +328,8 @@ class RedisServer:
         assert self._binary is not None
         if self._bind is not None and not self._port:
             self._port = find_free_port(self._bind)
+        if self._bind is not None and self._directory is not None:
+            (self._directory / _PORT_FILE).write_text(f"{self._port}\n")
         # A file without a name: still readable after a crash, and never left behind.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - `stop` closes it
         self._process = GuardedProcess(
@@ -393,9 +408,12 @@ def _quote(path: Path) -> str:
     return '"{}"'.format(str(path).replace("\\", "\\\\").replace('"', '\\"'))
 
 
-def _choose_directory() -> Path:
-    """Return a new directory's path for the socket. The guard creates the directory, so it can also remove it."""
-    name = f"rlbroker-{secrets.token_hex(8)}"
+def _choose_directory(password: str) -> Path:
+    """Return a directory's path for the socket: the same for the same password, and not to be guessed without it.
+
+    The guard creates the directory, so it can also remove it.
+    """
+    name = f"rlbroker-{hashlib.sha256(b'directory of ' + password.encode()).hexdigest()[:16]}"
     for parent in (tempfile.gettempdir(), "/tmp"):
         directory = Path(parent).absolute() / name
         if len(os.fsencode(directory / "redis.sock")) <= LONGEST_SOCKET_PATH_BYTES:

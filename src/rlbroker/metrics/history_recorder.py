@@ -124,7 +124,7 @@ class Recorder:
             if write:
                 self._write(sample, last=last)
         except PeerError as error:
-            logger.debug("no sample for the history: %s", error)
+            logger.debug("no sample for the history: %s", str(error))
             return None
         except Exception:  # a bug in the history must not end the learner's background work
             self._broken = True

@@ -7,7 +7,6 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Final, Protocol
 
 from rlbroker.config import check_positive_seconds
@@ -88,7 +87,8 @@ class ScalarLog:
         check_positive_seconds("every_seconds", every_seconds)
         self._target, self._every_seconds = weakref.ref(target), every_seconds
         self._last_written: Sample | None = None
-        self._intervals: queue.Queue[Interval | None] = queue.Queue(1)
+        #: Not a bounded queue: an interrupt of `end` would leave its lock, and the next `end` would hang.
+        self._intervals: queue.SimpleQueue[Interval | None] = queue.SimpleQueue()
         self._ended = False
         self._thread = threading.Thread(target=self._write_all, name="rlbroker-scalars", daemon=True)
         self._thread.start()
@@ -99,17 +99,15 @@ class ScalarLog:
             self._last_written = sample
         # Samples do not arrive exactly on the second: one that is a little early counts.
         elif sample.at - self._last_written.at > self._every_seconds - 0.5 and not self._ended:
-            try:
-                self._intervals.put_nowait(Interval(self._last_written, sample))
-            except queue.Full:  # the writer is slow: the next interval includes this one
+            if not self._intervals.empty():  # the writer is slow: the next interval includes this one
                 return
+            self._intervals.put(Interval(self._last_written, sample))
             self._last_written = sample
 
     def end(self, timeout_seconds: float) -> None:
         """Stop writing, and wait for a call of the writer that has begun."""
         self._ended = True
-        with suppress(queue.Full):  # then the thread checks the flag when it takes the next interval
-            self._intervals.put_nowait(None)
+        self._intervals.put(None)
         self._thread.join(timeout_seconds)
 
     def _write_all(self) -> None:

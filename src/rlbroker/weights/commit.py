@@ -230,7 +230,7 @@ class Committer:
         except WireError as error:
             upload, number = self._connection.execute("HMGET", self._keys.weights, "upload", "version")
             if (upload, number) != self._refused:
-                logger.warning("the manifest in the run %r is refused: %s", self._keys.run, error)
+                logger.warning("the manifest in the run %r is refused: %s", self._keys.run, str(error))
             self._refused = upload or b"", number or b""
         if opening and manifest is not None and manifest.version <= _LIKELY_VERSION:
             self.mark_used(manifest.version)

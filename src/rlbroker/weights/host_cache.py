@@ -182,7 +182,7 @@ class ImageStore:
         try:
             return _enter(self._directory, self._run)
         except OSError as error:
-            logger.warning("weights are not shared with other processes of this host: %s", error)
+            logger.warning("weights are not shared with other processes of this host: %s", str(error))
             return None
 
     def _reserve(self, folder: _File, image_bytes: int) -> Draft:

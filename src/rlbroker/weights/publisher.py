@@ -268,7 +268,7 @@ class Publisher:
             logger.warning(
                 "version %d is published; the lifetimes of its chunks are set later: %s",
                 manifest.version,
-                error,
+                str(error),
             )
         return Published(
             version=manifest.version,
@@ -383,4 +383,4 @@ def _stored_bytes(manifest: Manifest) -> int:
 
 def _log_failure(error: BaseException) -> None:
     """Log that a version was not published: the caller may never read its receipt."""
-    logger.warning("weights that were sent without waiting were not published: %s", error)
+    logger.warning("weights that were sent without waiting were not published: %s", str(error))

@@ -89,7 +89,7 @@ class Retention:
                 keys = [key for form in gone for key in form.chunk_keys(self._keys)]
                 self._connection.execute_on_keys("UNLINK", keys, deadline=ONE_TRY)
         except ConnectionFailed as error:
-            logger.info("%s; a later check deletes superseded weights that did not expire", error)
+            logger.info("%s; a later check deletes superseded weights that did not expire", str(error))
             return
         for _ in gone:
             self._superseded.popleft()

@@ -7,10 +7,14 @@ the run and the output. `console` prints tables; `ops.formatting` has numbers an
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
 from pathlib import Path
+
+#: What stands for a sign on a terminal that cannot show it: ok and critical must differ.
+_SIGNS = {"✓": "+", "✗": "x", "…": "~"}
 
 
 def main() -> None:
@@ -29,13 +33,22 @@ def main() -> None:
 
 
 def prepare_output() -> None:
-    """Print `?` in place of characters that a terminal or pipe cannot express, and nothing to a closed stream."""
+    """Print `?` or a sign for what a terminal or pipe cannot express, and nothing to a closed stream."""
     if sys.stdout is None or sys.stderr is None:
         nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
         sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="rlbroker")
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_SIGNS.get(one, "?") for one in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("rlbroker", _replace)
 
 
 def hide_password() -> None:

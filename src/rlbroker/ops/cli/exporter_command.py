@@ -120,7 +120,7 @@ def _open_server(bind: str, port: int, collector: MetricsCollector) -> Threading
             """Log an error in one line; ignore clients that went away."""
             error = sys.exception()
             if not isinstance(error, OSError):
-                logger.error("the metrics could not be served: %s: %s", type(error).__name__, error)
+                logger.error("the metrics could not be served: %s: %s", type(error).__name__, str(error))
 
     Handler.registry.register(collector)
     try:

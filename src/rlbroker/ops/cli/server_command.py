@@ -27,7 +27,7 @@ def server(
     directory: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the data, synced every second, and the password; by default nothing is kept."
+            help="Folder for the data, synced every second, and the URL; by default nothing is kept."
         ),
     ] = None,
     maxmemory_mb: Annotated[

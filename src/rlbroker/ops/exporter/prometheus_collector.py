@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from prometheus_client.registry import Collector
 from rlbroker.backend.connection import Connection
 from rlbroker.backend.deadline import Deadline, within
 from rlbroker.backend.keys import Keys
+from rlbroker.backend.locks import CallLock
 from rlbroker.errors import ConnectionFailed, DeadlineExceeded, PeerError, RlbrokerError
 from rlbroker.metrics.counters import EXACT_BELOW
 from rlbroker.metrics.history import Sample, read_history
@@ -65,7 +65,7 @@ class MetricsCollector(Collector):
         """
         self._connection, self._version, self._run = connection, version, run
         self._timeout_seconds = timeout_seconds
-        self._scrape_lock = threading.Lock()
+        self._scrapes = CallLock()
         self._problems: dict[str, str] = {}
 
     def describe(self) -> Iterable[Metric]:
@@ -79,12 +79,10 @@ class MetricsCollector(Collector):
             DeadlineExceeded: an earlier scrape has not ended in time.
         """
         began, deadline = time.perf_counter(), Deadline(self._timeout_seconds)
-        if not self._scrape_lock.acquire(timeout=deadline.remaining):
+        answers = self._scrapes.run_within(deadline.remaining, lambda: [self._read(deadline)])
+        if answers is None:
             raise DeadlineExceeded(f"an earlier scrape did not end within {deadline.seconds:g} s")
-        try:
-            readings = self._read(deadline)
-        finally:
-            self._scrape_lock.release()
+        (readings,) = answers
         families = list(build_families(readings or ()))
         took_seconds = time.perf_counter() - began
         yield from _build_own_families(readings is not None, took_seconds, self._version)

@@ -149,7 +149,7 @@ def _parse_summary(
             silences = [one.silent_seconds(now) for one in incarnations if one.member]
             return _summarize(name, now, text_fields(meta), stored_integer(version, 0), silences)
     except PeerError as error:
-        logger.info("the run %r cannot be read: %s", name, error)
+        logger.info("the run %r cannot be read: %s", name, str(error))
         return RunSummary(name, "unreadable", 0, 0, 0, 0, None, None)
 
 
