@@ -18,20 +18,42 @@ import pyte
 from executable import environment
 
 
+class _Scrolling(pyte.Screen):
+    """A screen that can be scrolled by several lines, which curses sends and pyte lacks."""
+
+    def scroll_up(self, count: int = 1) -> None:
+        _, bottom = self.margins or (0, self.lines - 1)
+        place, self.cursor.y = self.cursor.y, bottom
+        for _ in range(count or 1):
+            self.index()
+        self.cursor.y = place
+
+    def scroll_down(self, count: int = 1) -> None:
+        top, _ = self.margins or (0, self.lines - 1)
+        place, self.cursor.y = self.cursor.y, top
+        for _ in range(count or 1):
+            self.reverse_index()
+        self.cursor.y = place
+
+
+class _Stream(pyte.ByteStream):
+    csi = pyte.ByteStream.csi | {"S": "scroll_up", "T": "scroll_down"}
+
+
 class Screen:
     """A process with a controlling terminal of its own, and what the terminal shows."""
 
     def __init__(self, command: Sequence[str], columns: int, rows: int, **more: str) -> None:
         """Start a command, with more environment variables."""
         self._controller, self._terminal = pty.openpty()
-        self._screen = pyte.Screen(columns, rows)
-        self._stream = pyte.ByteStream(self._screen)
+        self._screen = _Scrolling(columns, rows)
+        self._stream = _Stream(self._screen)
         self.sent = b""
         self._set_size(columns, rows)
         self.settings: list[Any] = termios.tcgetattr(self._terminal)
         self.process = subprocess.Popen(
             command,
-            env=environment(**{"TERM": "xterm-256color"} | more),
+            env=environment(**{"TERM": "screen-256color"} | more),
             stdin=self._terminal,
             stdout=self._terminal,
             stderr=self._terminal,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
 from rlbroker.config import colors_wanted
-from rlbroker.ops.cli.styled_text import add_style, cell_width, fit
+from rlbroker.ops.cli.styled_text import Piece, add_style, cell_width, fit
 
 #: The space between two columns of a table.
 _GAP = " " * 3
@@ -40,6 +40,11 @@ class Console:
     def print(self, text: str = "", style: str = "") -> None:
         """Print a line."""
         print(add_style(text, style if self.colors else ""), file=self._file)
+
+    def print_pieces(self, pieces: Sequence[Piece]) -> None:
+        """Print a line of several styles."""
+        line = "".join(add_style(text, style if self.colors else "") for text, style in pieces)
+        print(line.rstrip(), file=self._file)
 
     def clear(self) -> None:
         """Clear the screen."""

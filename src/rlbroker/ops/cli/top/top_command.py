@@ -6,7 +6,6 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
@@ -101,9 +100,9 @@ def _print_once(session: Session, watch: RunWatch, state: ViewState) -> None:
     time.sleep(state.interval)
     view = _read_run(session, watch)
     console = session.console
-    options = DrawOptions(console.colors, live=False, complete_hint=session.complete_hint)
-    for line in draw_text(view, state, min(console.width, PIPE_WIDTH), options):
-        console.print(line)
+    options = DrawOptions(live=False, complete_hint=session.complete_hint)
+    for pieces in draw_text(view, state, min(console.width, PIPE_WIDTH), options):
+        console.print_pieces(pieces)
 
 
 def _show_live(session: Session, watch: RunWatch, state: ViewState) -> None:
@@ -111,30 +110,29 @@ def _show_live(session: Session, watch: RunWatch, state: ViewState) -> None:
     from rlbroker.ops.cli.top.terminal import Terminal
     from rlbroker.ops.cli.top.view import DrawOptions, clamp_scroll, draw_screen
 
-    colors = session.console.colors
     # Read once before taking over the screen, so that an error is printed as usual.
     view = _read_run(session, watch)
-    with Terminal() as terminal, _Refresher(session, watch, view, state.interval, terminal.wake) as refresher:
-        while True:
+    with (
+        Terminal(colors=session.console.colors) as terminal,
+        _Refresher(session, watch, view, state.interval) as refresher,
+    ):
+        while not state.quit:
             view, outage = refresher.latest()
             columns, rows = terminal.size
             state = clamp_scroll(state, view, columns, rows)
-            options = DrawOptions(colors=colors, complete_hint=session.complete_hint, outage=outage)
+            options = DrawOptions(complete_hint=session.complete_hint, outage=outage)
             terminal.draw(draw_screen(view, state, columns, rows, options))
-            for key in terminal.read_keys(REDRAW_SECONDS):
-                state = clamp_scroll(press_key(state, key), view, columns, rows)
-                if state.quit:
-                    return
-            refresher.set_interval(state.interval, paused=state.paused)
+            if key := terminal.read_key(REDRAW_SECONDS, lambda: refresher.is_new):
+                state = press_key(state, key)
+                refresher.set_interval(state.interval, paused=state.paused)
 
 
 class _Refresher:
     """Reads the run in a thread, so that keys work even while the server does not answer."""
 
-    def __init__(
-        self, session: Session, watch: RunWatch, view: RunView, interval: float, on_change: Callable[[], None]
-    ) -> None:
-        self._session, self._watch, self._interval, self._on_change = session, watch, interval, on_change
+    def __init__(self, session: Session, watch: RunWatch, view: RunView, interval: float) -> None:
+        self.is_new = False  #: whether something was read since the last call of `latest`
+        self._session, self._watch, self._interval = session, watch, interval
         self._view, self._error, self._read_at = view, "", time.monotonic()
         self._paused = self._stopped = False
         self._bug: Exception | None = None
@@ -155,6 +153,7 @@ class _Refresher:
         """Return the latest view, and the reason if it is stale."""
         from rlbroker.ops.cli.top.view import Outage
 
+        self.is_new = False
         with self._changed:
             if self._bug is not None:
                 raise self._bug
@@ -186,7 +185,7 @@ class _Refresher:
             else:
                 with self._changed:
                     self._view, self._error, self._read_at = view, "", time.monotonic()
-            self._on_change()
+            self.is_new = True
 
     def _wait_until_due(self, began: float) -> bool:
         """Wait until the next read is due; return False if the command ends."""

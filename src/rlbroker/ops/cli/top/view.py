@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from rlbroker.backend.text import age
-from rlbroker.ops.cli.styled_text import Piece, add_style, cell_width, fit
+from rlbroker.ops.cli.styled_text import Piece, cell_width, fit
 from rlbroker.ops.cli.top.key_bindings import ViewState, select_workers
 from rlbroker.ops.cli.top.table import COLUMNS, draw_table
 from rlbroker.ops.formatting import format_bytes, format_number, format_share, sanitize
@@ -60,13 +60,11 @@ class DrawOptions:
     """How to draw, besides the `ViewState`.
 
     Attributes:
-        colors: whether to use colours.
         live: whether the view is refreshed.
         complete_hint: returns a hint as a line that can be typed.
         outage: set while the server does not answer: the view is stale.
     """
 
-    colors: bool = True
     live: bool = True
     complete_hint: Callable[[str], str] = field(default=lambda hint: hint)
     outage: Outage | None = None
@@ -79,8 +77,10 @@ def clamp_scroll(state: ViewState, view: RunView, columns: int, rows: int) -> Vi
     return replace(state, page_rows=page_rows, top_row=min(state.top_row, last))
 
 
-def draw_screen(view: RunView, state: ViewState, columns: int, rows: int, options: DrawOptions) -> list[str]:
-    """Return the lines of a terminal of this size; the state must come from `clamp_scroll`."""
+def draw_screen(
+    view: RunView, state: ViewState, columns: int, rows: int, options: DrawOptions
+) -> list[list[Piece]]:
+    """Return the lines of a terminal of this size, in pieces; the state must come from `clamp_scroll`."""
     above = _draw_header(view, columns, rows, state, options)
     lines = select_workers(view, state)
     if state.help_shown:
@@ -92,28 +92,24 @@ def draw_screen(view: RunView, state: ViewState, columns: int, rows: int, option
     room = max(0, rows - len(above) - 1)
     table = table[:room] + [[]] * (room - len(table))
     drawn = [*above, *table, _draw_foot(state, len(lines), columns)]
-    return [_render(pieces, columns, options.colors) for pieces in drawn[:rows]]
+    return [_cut(pieces, columns) for pieces in drawn[:rows]]
 
 
-def draw_text(view: RunView, state: ViewState, columns: int, options: DrawOptions) -> list[str]:
-    """Return the lines for a file or a pipe, with all workers."""
+def draw_text(view: RunView, state: ViewState, columns: int, options: DrawOptions) -> list[list[Piece]]:
+    """Return the lines for a file or a pipe, in pieces, with all workers."""
     above = _draw_header(view, columns, 1000, state, options)
     table = _draw_workers(view, select_workers(view, state), state, columns)
-    return [_render(pieces, columns, options.colors).rstrip() for pieces in (*above, *table)]
+    return [_cut(pieces, columns) for pieces in (*above, *table)]
 
 
-def _render(pieces: Sequence[Piece], columns: int, colors: bool) -> str:
-    """Return the pieces as one line, cut at the width."""
-    drawn, left = [], columns
+def _cut(pieces: Sequence[Piece], columns: int) -> list[Piece]:
+    """Return the pieces of a line, cut at the width."""
+    cut, left = list[Piece](), columns
     for text, style in pieces:
-        width = cell_width(text)
-        if width > left:
-            text, width = fit(text, left), left
-        drawn.append(add_style(text, style if colors and text else ""))
+        width = min(cell_width(text), left)
+        cut.append((text if cell_width(text) <= left else fit(text, left), style))
         left -= width
-        if left <= 0:
-            break
-    return "".join(drawn)
+    return [piece for piece in cut if piece[0]]
 
 
 def _draw_header(
