@@ -135,3 +135,15 @@ def test_an_array_that_cannot_be_overwritten_is_refused_with_what_to_give() -> N
 def test_a_mapping_that_cannot_be_changed_is_refused_with_what_to_give() -> None:
     with pytest.raises(UnsupportedType, match="not a mappingproxy; give an empty dictionary"):
         load({"x": np.ones(2)}, MappingProxyType({}))
+
+
+class _Broken(TensorDict):
+    def keys(self) -> Any:
+        raise OSError("the file is gone")
+
+    items = keys
+
+
+def test_a_mapping_whose_own_code_raises_is_refused() -> None:
+    with pytest.raises(WeightsMismatch, match="OSError: the file is gone"):
+        load({"x": np.ones(2)}, _Broken(x=np.zeros(2)))

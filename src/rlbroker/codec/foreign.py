@@ -54,8 +54,16 @@ def read_foreign(value: Any, most: int) -> list[tuple[object, Any]] | Array:
 
 
 def is_empty(mapping: Any) -> bool:
-    """Return whether a mapping has no items. A TensorDict has no truth value, and its length is its batch size."""
-    return len(mapping.keys()) == 0
+    """Return whether a mapping has no items; one that raises when it is asked is not empty.
+
+    A TensorDict has no truth value, and its length is its batch size.
+    """
+    if issubclass(type(mapping), dict):
+        return not mapping
+    try:
+        return len(mapping.keys()) == 0
+    except Exception:  # noqa: BLE001 - its own code may raise whatever it likes
+        return False
 
 
 def _read_items(value: Any, most: int) -> list[tuple[object, Any]]:
