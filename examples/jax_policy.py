@@ -121,11 +121,9 @@ def work(url: str, run: str, worker_id: int) -> None:
     key = jax.random.key(1000 + worker_id)
     with WorkerClient(redis_url=url, run=run, worker_id=worker_id) as worker:
         while worker.running:
-            taken = worker.take_weights(timeout=1.0)
-            if taken is None:
-                continue
-            version, params = taken
-            worker.send_experiences(play(params, jax.random.fold_in(key, version)))
+            if taken := worker.take_weights(timeout=60.0):
+                version, params = taken
+                worker.send_experiences(play(params, jax.random.fold_in(key, version)))
 
 
 def learn(comm: WorkerCommunicator, updates: int) -> tuple[float, float]:
@@ -136,13 +134,7 @@ def learn(comm: WorkerCommunicator, updates: int) -> tuple[float, float]:
     lengths = []
     for update in range(updates):
         version = comm.send_model_weights(params, compression_enabled=False).version
-        batches: list[Batch] = []
-        while len(batches) < WORKERS:
-            pairs = comm.collect_experiences(timeout=60.0)
-            if not pairs:
-                raise SystemExit(f"no batch came in 60 s: {comm.workers()}")
-            batches += [batch for _, batch in pairs]
-        assert all(batch.version == version for batch in batches)
+        batches = [batch for _, batch in comm.collect_round(workers=range(WORKERS), timeout=60.0)]
         lengths.append(sum(float(batch["alive"].sum(axis=0).mean()) for batch in batches) / WORKERS)
         if update % 5 == 0 or update == updates - 1:
             print(f"version {version:2}: an episode lasts {lengths[-1]:5.1f} of {STEPS} steps")
@@ -163,7 +155,7 @@ def main(updates: int) -> None:
         for process in workers:
             process.start()
         first, last = learn(comm, updates)
-        comm.send_control_command("stop").wait(timeout=10.0)
+        comm.stop_workers()
         for process in workers:
             process.join(timeout=10.0)
         print(f"learned: {first:.1f} steps at first, {last:.1f} at last")
