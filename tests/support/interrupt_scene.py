@@ -265,6 +265,7 @@ class Scene:
         assert confirmed <= got + lost <= len(self.sent), (
             f"{confirmed} were confirmed, {got} were got: {counts}"
         )
+        assert "trimmed" not in counts.lost, f"none was deleted: {counts}"
         if self._exact:
             assert not counts.lost, f"none was lost: {counts}"
 

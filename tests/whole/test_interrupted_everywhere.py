@@ -212,6 +212,17 @@ def collect_a_newer_round_after_one_that_was_incomplete(scene: Scene) -> Iterato
     yield partial(scene.collect_round, per_worker=2)
 
 
+@case("WorkerCommunicator.collect_round", exact=False)
+def collect_after_an_interrupted_round(scene: Scene) -> Iterator[Callable[[], Any]]:
+    scene.send(2)
+    scene.collect_round(per_worker=3, timeout=0.0)
+    scene.publish()
+    scene.load()
+    scene.send(2)
+    calls: list[Callable[[], Any]] = [scene.collect, partial(scene.collect_round, per_worker=2)]
+    yield lambda: calls.pop()()
+
+
 @case("WorkerCommunicator.collect_round", learner={"acknowledge": "manual"})
 def collect_a_round_in_vain(scene: Scene) -> Iterator[Callable[[], Any]]:
     scene.send(2)

@@ -228,10 +228,7 @@ class Collector:
         return self._pending.acknowledge([entry for entry in entries if entry is not None])
 
     def acknowledge_returned(self, deadline: Deadline | None = None) -> bool:
-        """Acknowledge what the last call returned, if the next one would do so; return whether there was anything.
-
-        Older batches that a round has set aside are acknowledged too.
-        """
+        """Acknowledge what the last call returned, if the next one would do so; return whether there was anything."""
         done = [entry for entry in self._done if self._pending.holds(entry)]
         self._pending.acknowledge(done, deadline=deadline)
         return bool(done)
