@@ -68,7 +68,7 @@ def test_its_certificates_let_clients_in_and_renewed_ones_work_beside_old_ones(
     with closing(proxy), closing(connection):
         assert connection.execute("PING")
         wrong = Connection(f"rediss://{address}&ssl_certfile={server[0]}&ssl_keyfile={server[1]}")
-        with closing(wrong), pytest.raises(TlsFailed, match="is not one for clients"):
+        with closing(wrong), pytest.raises(TlsFailed, match="UNSUPPORTED_CERTIFICATE"):
             wrong.execute("PING")  # a stolen server certificate does not let a client in
 
         before = {path.name: path.read_bytes() for path in folder.iterdir()}

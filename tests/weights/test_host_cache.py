@@ -126,8 +126,11 @@ def test_unused_memory_is_reused(join: Join, tmp_path: Path) -> None:
 
 def test_an_abandoned_draft_is_reused(join: Join, tmp_path: Path) -> None:
     cache = join()
+    drafts = [reserve(cache)]
     for _ in range(3):
-        reserve(cache).abandon()
+        drafts[-1].abandon()
+        drafts.append(reserve(cache))
+    drafts[-1].abandon()
     put(cache, 1)
     assert len(files(tmp_path)) == 1
 

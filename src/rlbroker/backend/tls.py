@@ -210,7 +210,7 @@ def tls_refusal(error: BaseException) -> str:
             return str(one)
         if isinstance(one, ssl.SSLCertVerificationError):
             return (
-                f"has a certificate that cannot be trusted: {one.verify_message}; check the authority in "
+                f"has a certificate that cannot be trusted: {one.verify_message.rstrip('.')}; check the authority in "
                 f"{TLS_CA_VARIABLE} (in a URL: ssl_ca_certs), the host in the URL, and the clocks"
             )
         reason = one.reason or "" if isinstance(one, ssl.SSLError) else ""
