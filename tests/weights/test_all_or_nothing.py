@@ -788,6 +788,7 @@ def test_an_interrupted_load_is_whole(name: str, points: Any, error: type[BaseEx
         loading = Load(weights, target)
         with interrupt_at(point, points, error) as interrupt:
             loading.run()
+        assert torch.is_grad_enabled(), interrupt.place
         assert flat(target) == (new if loading.done else old), interrupt.place
         loading.run()
         assert flat(target) == new, interrupt.place

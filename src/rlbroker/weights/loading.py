@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from rlbroker.codec.foreign import is_empty
 from rlbroker.errors import UnsupportedType, WeightsMismatch
 from rlbroker.weights.dictionary_write import DictionaryFill, DictionaryWrite
+from rlbroker.weights.target_memory import gradients_are_on, turn_gradients
 
 
 class Write(Protocol):
@@ -79,6 +80,7 @@ class Load:
             BaseException: an interrupt. The weights are loaded if `done`; otherwise `run` must be called again, as the
                 target may have a part of them.
         """
+        computes_gradients = gradients_are_on()
         try:
             self._attempt()
         except BaseException as error:
@@ -87,6 +89,9 @@ class Load:
             self._repeat(error)
             if _is_interrupt(error):
                 raise
+        finally:
+            # An interrupt between the two halves of torch.no_grad(), here or in torch, would leave the thread without.
+            turn_gradients(on=computes_gradients)
 
     def _repeat(self, first: BaseException) -> None:
         """Begin again from the old state, as an interrupt and a failure look alike: torch wraps both."""

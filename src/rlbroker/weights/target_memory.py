@@ -50,6 +50,19 @@ def no_grad() -> AbstractContextManager[Any]:
     return nullcontext() if torch is None else torch.no_grad()
 
 
+def gradients_are_on() -> bool:
+    """Return whether torch computes gradients in this thread."""
+    torch = sys.modules.get("torch")
+    return torch is None or bool(torch.is_grad_enabled())
+
+
+def turn_gradients(*, on: bool) -> None:
+    """Make torch compute gradients in this thread, or not."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.is_grad_enabled() != on:
+        torch.set_grad_enabled(on)
+
+
 def why_unwritable(value: Any) -> str:
     """Return why a tensor or an array cannot be overwritten in place; empty if it can."""
     if is_array(value):
