@@ -48,6 +48,11 @@ def interrupt_everywhere(
     assert point > 5
 
 
+def step_of(points: Points, full: bool) -> int:
+    """Return one in how many points is interrupted."""
+    return 1 if full else {"function": 7, "line": 29}[points]
+
+
 def poll_until_final(client: WorkerClient, commands: list[Command]) -> bool:
     client.poll()
     return not any(one.outcomes()[0].state == "waiting" for one in commands)
@@ -57,7 +62,12 @@ def poll_until_final(client: WorkerClient, commands: list[Command]) -> bool:
 @ERRORS
 @pytest.mark.parametrize("name", ["workers", "missed_updates", "get_queue_info"])
 def test_after_an_interrupt_the_state_of_the_run_can_be_read(
-    comm: WorkerCommunicator, client: WorkerClient, name: str, points: Points, error: type[BaseException]
+    comm: WorkerCommunicator,
+    client: WorkerClient,
+    name: str,
+    points: Points,
+    error: type[BaseException],
+    full: bool,
 ) -> None:
     for number in range(3):
         comm.send_model_weights({"x": number})
@@ -69,13 +79,13 @@ def test_after_an_interrupt_the_state_of_the_run_can_be_read(
         assert comm.missed_updates()[0].total == 2, place
         assert comm.get_queue_info()["model_queue_sizes"] == [0], place
 
-    interrupt_everywhere(getattr(comm, name), check, points, error, 2 if points == "function" else 9)
+    interrupt_everywhere(getattr(comm, name), check, points, error, step_of(points, full))
 
 
 @POINTS
 @ERRORS
 def test_after_an_interrupt_commands_are_sent_and_waited_for(
-    comm: WorkerCommunicator, client: WorkerClient, points: Points, error: type[BaseException]
+    comm: WorkerCommunicator, client: WorkerClient, points: Points, error: type[BaseException], full: bool
 ) -> None:
     done: list[Any] = []
     client.on_command("note", done.append)
@@ -91,21 +101,21 @@ def test_after_an_interrupt_commands_are_sent_and_waited_for(
         sent.append(comm.send_control_command("note", "first"))
         sent.pop().wait(0.0)
 
-    interrupt_everywhere(send_and_wait, check, points, error, 2 if points == "function" else 7)
+    interrupt_everywhere(send_and_wait, check, points, error, step_of(points, full))
     assert comm.get_queue_info()["control_queue_sizes"] == [0]
 
 
 @POINTS
 @ERRORS
 def test_an_interrupted_command_is_done_at_most_once_and_acknowledged_truly(
-    comm: WorkerCommunicator, client: WorkerClient, points: Points, error: type[BaseException]
+    comm: WorkerCommunicator, client: WorkerClient, points: Points, error: type[BaseException], full: bool
 ) -> None:
     begun: list[Any] = []
     client.on_command("note", begun.append)
     client.on_command("reset", begun.append)
     number = 0
     while True:
-        number += 1 if points == "function" else 3
+        number += 1 if full else 3 if points == "function" else 11
         commands = [comm.send_control_command(name, (number, name)) for name in ("note", "reset", "stranger")]
         wait_until("they have arrived", lambda: len(client._inbox._commands) == 3)
         with interrupt_at(number, points, error) as interrupt:

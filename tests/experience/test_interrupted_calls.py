@@ -18,7 +18,7 @@ from rlbroker import Batch, SamplesPerInsert, WorkerClient, WorkerCommunicator
 from rlbroker.experience.rate_limiter import RateLimiter
 
 #: Without --full, one in so many lines is interrupted in the longest calls; a prime number.
-LINE_STRIDE = 7
+LINE_STRIDE = 19
 
 #: How often at most to look for what an interrupted call left.
 TRIES = 20

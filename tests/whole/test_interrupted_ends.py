@@ -18,7 +18,7 @@ Learner = Callable[..., WorkerCommunicator]
 Worker = Callable[..., WorkerClient]
 
 #: Every point would take minutes: a test takes each of this many, and all of them with --full.
-STRIDES = {"function": 7, "line": 37}
+STRIDES = {"function": 13, "line": 61}
 
 KINDS = [("function", KeyboardInterrupt), ("function", Alarm), ("line", KeyboardInterrupt), ("line", Alarm)]
 

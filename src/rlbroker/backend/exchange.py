@@ -88,7 +88,7 @@ class Exchange:
     def close(self) -> None:
         """Close the connection. May be called again."""
         redis_connection, self._redis_connection = self._redis_connection, None
-        self._unanswered.clear()
+        self._unanswered = deque()  # another thread may still be reading; it meets the closed connection
         if redis_connection is not None:
             redis_connection.disconnect()
             self._pool.release(redis_connection)
