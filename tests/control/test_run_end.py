@@ -50,6 +50,11 @@ def end_without_a_command(server: Server, comm: WorkerCommunicator, keys: Keys) 
     connection.close()
 
 
+def crash(comm: WorkerCommunicator) -> None:
+    comm._thread.stop(5.0)
+    end_at_once(comm)
+
+
 def obeys(client: WorkerClient) -> threading.Thread:
     """Start a thread that polls until the worker is stopped."""
 
@@ -228,7 +233,7 @@ def test_a_learner_that_fails_or_restarts_ends_nothing(
     with pytest.raises(ZeroDivisionError), learner():
         raise ZeroDivisionError
     learner().cleanup(stop_workers=False)
-    end_at_once(learner())
+    crash(learner())
     assert not is_ended(server, keys)
     assert client.running
 
@@ -280,7 +285,7 @@ def test_the_end_outlives_a_learner_that_is_killed_while_it_waits(
     thread = threading.Thread(target=comm.stop_workers, args=(1.0,))
     thread.start()
     wait_until("the run has ended", lambda: is_ended(server, keys))
-    end_at_once(comm)
+    crash(comm)
     thread.join(20.0)
     assert not thread.is_alive()
     wait_until("the worker stops", lambda: not client.running)

@@ -1,7 +1,7 @@
 -- Record that the run has ended: its workers stop, also those that join later, until a learner opens the run again.
 -- Works on a full server.
 -- KEYS: meta
--- ARGV: the learner's epoch, and its signature of the end, which may be empty
+-- ARGV: the learner's epoch, and its signature of the end; empty for none
 -- Reply: 1
 -- Errors: FENCED, LOST
 
@@ -10,7 +10,8 @@
 
 if redis.call('HEXISTS', KEYS[1], 'ended') == 0 then
   local time = redis.call('TIME')
-  redis.call('HSET', KEYS[1], 'ended',
-    string.format('%.3f', time[1] + time[2] / 1000000) .. ' ' .. ARGV[1] .. ' ' .. ARGV[2])
+  local ended = string.format('%.3f', time[1] + time[2] / 1000000)
+  if ARGV[2] ~= '' then ended = ended .. ' ' .. ARGV[1] .. ' ' .. ARGV[2] end
+  redis.call('HSET', KEYS[1], 'ended', ended)
 end
 return 1
