@@ -122,6 +122,14 @@ with Terminal(colors=True) as terminal:
         assert "ArithmeticError: a bug" in screen.text
 
 
+@pytest.mark.parametrize("kind", ["of-no-such-type", "dumb"])
+def test_a_terminal_on_which_nothing_can_be_drawn_is_refused_with_advice(planted: Planted, kind: str) -> None:
+    command = [RLBROKER, "top", "--run", planted.run]
+    with Screen(command, columns=110, rows=30, RLBROKER_REDIS_URL=planted.url, TERM=kind) as screen:
+        assert screen.ends() == 2
+        assert "use `rlbroker status --watch`" in screen.text
+
+
 def test_while_the_server_is_silent_the_stale_view_stays(planted: Planted, server: RedisServer) -> None:
     assert server.pid
     with open_top(planted, "--timeout", "0.5", "--interval", "0.1", "--no-color") as screen:
