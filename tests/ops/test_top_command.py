@@ -37,7 +37,8 @@ SHELL = ("bash", "-c", 'set -m; "$0" "$@"; echo "stopped with $?"; read -r; fg >
 
 def open_top(planted: Planted, *arguments: str, shell: tuple[str, ...] = ()) -> Screen:
     command = [*shell, RLBROKER, "top", "--run", planted.run, *arguments]
-    return Screen(command, columns=110, rows=30, RLBROKER_REDIS_URL=planted.url)
+    # As Python's readline sets it.
+    return Screen(command, columns=110, rows=30, RLBROKER_REDIS_URL=planted.url, LINES="24")
 
 
 def rows_of(screen: Screen) -> dict[str, list[str]]:

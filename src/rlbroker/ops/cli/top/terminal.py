@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import curses
 import locale
+import os
 import select
 import signal
 import sys
@@ -59,6 +60,11 @@ class Terminal:
             UsageError: curses does not know this type of terminal, or it is not able to move the cursor.
         """
         locale.setlocale(locale.LC_ALL, "")
+        for name in (
+            "LINES",
+            "COLUMNS",
+        ):  # with these, which readline sets too, curses would never see a new size
+            os.environ.pop(name, None)
         try:
             curses.setupterm()
             known = curses.tigetstr("cup")  # moves the cursor
